@@ -1,0 +1,299 @@
+//! What is a CA of ours? Its key, its root certificate, and the one job it is for.
+//!
+//! A root that this crate makes says its job in its subject (OU), so that two files mixed up in a configuration are
+//! an error at start and not two kinds of identity in one. A root from elsewhere has no such mark and is taken as
+//! the caller says.
+
+use std::fmt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PublicKeyData, SerialNumber, SignatureAlgorithm, SigningKey,
+};
+use rustls_pki_types::CertificateDer;
+use thiserror::Error;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::oid_registry as oids;
+use x509_parser::prelude::FromDer as _;
+use zeroize::Zeroize as _;
+
+use crate::facts::{CertificateFacts, Validity, hex, human};
+use crate::issue::random_serial;
+use crate::load::{self, Credential, LoadError, LoadPolicy, Loaded, PrivateKey};
+use crate::save;
+
+/// What a CA is for. Each has its own root; none issues for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CaKind {
+    /// Agents, and the gateway on its tunnel and join listeners.
+    Tunnel,
+    /// Clients at the front.
+    FrontClients,
+    /// The gateway at the front, where no public certificate is used.
+    FrontServer,
+}
+
+/// Why a CA cannot be made or used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CaError {
+    /// A file is wrong.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A file cannot be written.
+    #[error(transparent)]
+    Save(#[from] save::SaveError),
+    /// The root says that it is another CA.
+    #[error(
+        "{path} is the {found}, but the {wanted} is wanted here. The two files are probably swapped in the configuration"
+    )]
+    OtherKind {
+        /// The root's file.
+        path: String,
+        /// What the root says.
+        found: CaKind,
+        /// What was asked for.
+        wanted: CaKind,
+    },
+    /// The certificate is not a root that may sign certificates.
+    #[error(
+        "{path} is not a CA certificate (basic constraints CA:TRUE and key usage keyCertSign). Name the CA's own certificate, not one that it issued"
+    )]
+    NotACa {
+        /// The root's file.
+        path: String,
+    },
+    /// Certificates issued with it would name another issuer than its subject.
+    #[error(
+        "{path} has a subject that cannot be repeated exactly as an issuer (several values of one kind). Use a CA with a plain subject, such as one from `towline-certs dev`"
+    )]
+    Subject {
+        /// The root's file.
+        path: String,
+    },
+    /// The issuing library refused.
+    #[error("the CA cannot be made: {0}")]
+    Library(#[from] rcgen::Error),
+    /// The system has no random bytes.
+    #[error("the system's random source failed")]
+    Random,
+}
+
+/// A CA that can issue: see [`crate::issue`] for what.
+pub struct CertificateAuthority {
+    kind: CaKind,
+    root: CertificateDer<'static>,
+    not_after: SystemTime,
+    issuer: Issuer<'static, CaKey>,
+}
+
+impl CertificateAuthority {
+    /// Makes a new CA: P-256, valid from one day before `now` to `lifetime` after it ([`CA_LIFETIME`] is usual), path
+    /// length 0: it issues leaves only.
+    ///
+    /// # Errors
+    /// When the random source or the issuing library fails.
+    pub fn create(kind: CaKind, lifetime: Duration, now: SystemTime) -> Result<Self, CaError> {
+        let key = CaKey(KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?);
+        let serial = random_serial().map_err(|_| CaError::Random)?;
+        let mut params = CertificateParams::default();
+        params.not_before = (now - CA_BACKDATE).into();
+        params.not_after = (now + lifetime).into();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        // The subject differs between two CAs of one kind, so that a bundle can hold the old and the new one.
+        let mut name = DistinguishedName::new();
+        name.push(DnType::OrganizationName, ORGANIZATION);
+        name.push(DnType::OrganizationalUnitName, kind.mark());
+        let tail = hex(serial.get(..4).unwrap_or_default());
+        name.push(DnType::CommonName, format!("Towline {kind} {tail}"));
+        params.distinguished_name = name;
+        params.serial_number = Some(SerialNumber::from_slice(&serial));
+        let root = params.self_signed(&key)?.der().clone();
+        Self::assemble(kind, root, key, "the new CA")
+    }
+
+    /// Loads a CA from PEM files. The root file may hold further certificates after the first: they are ignored.
+    ///
+    /// # Errors
+    /// When a file is wrong (missing, not PEM, key of another certificate, expired, …), the certificate is no CA, or
+    /// it is marked as another kind.
+    pub fn load(
+        kind: CaKind,
+        root_path: &Path,
+        key_path: &Path,
+        policy: LoadPolicy,
+        now: SystemTime,
+    ) -> Result<Loaded<Self>, CaError> {
+        let Loaded { value, warnings } = load::load_credential(root_path, key_path, policy, now)?;
+        Ok(Loaded { value: Self::from_credential(kind, &value, &root_path.display().to_string())?, warnings })
+    }
+
+    /// The CA of a root and its key; `origin` names them in errors.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn from_credential(kind: CaKind, credential: &Credential, origin: &str) -> Result<Self, CaError> {
+        let root = credential.leaf().clone();
+        if let Some(found) = kind_of(&root).filter(|found| *found != kind) {
+            return Err(CaError::OtherKind { path: origin.to_owned(), found, wanted: kind });
+        }
+        if !may_sign_certificates(&root) {
+            return Err(CaError::NotACa { path: origin.to_owned() });
+        }
+        Self::assemble(kind, root, CaKey(KeyPair::try_from(credential.key().der())?), origin)
+    }
+
+    /// Writes root and key as PEM; the key file is 0600. Files that exist are replaced.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn save(&self, root_path: &Path, key_path: &Path) -> Result<(), CaError> {
+        save::write_private(key_path, save::key_pem(&self.private_key()).as_bytes())?;
+        save::write_public(root_path, self.root_pem().as_bytes())?;
+        Ok(())
+    }
+
+    /// What it is for.
+    #[must_use]
+    pub fn kind(&self) -> CaKind {
+        self.kind
+    }
+
+    /// The root certificate.
+    #[must_use]
+    pub fn root_der(&self) -> &CertificateDer<'static> {
+        &self.root
+    }
+
+    /// The root certificate as PEM: what goes into trust bundles.
+    #[must_use]
+    pub fn root_pem(&self) -> String {
+        save::chain_pem(std::slice::from_ref(&self.root))
+    }
+
+    /// Last second in which the root is valid; no leaf outlives it.
+    #[must_use]
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
+
+    /// Where `now` stands in the root's validity.
+    pub(crate) fn expired_at(&self, now: SystemTime) -> Option<String> {
+        match CertificateFacts::of(&self.root).ok()?.validity_at(now) {
+            Validity::EndedAgo(gap) => Some(human(gap)),
+            Validity::StartsIn(_) | Validity::EndsIn(_) => None,
+        }
+    }
+
+    pub(crate) fn issuer(&self) -> &Issuer<'static, CaKey> {
+        &self.issuer
+    }
+
+    fn private_key(&self) -> PrivateKey {
+        PrivateKey::from_pkcs8(self.issuer.key().0.serialize_der())
+    }
+
+    fn assemble(
+        kind: CaKind,
+        root: CertificateDer<'static>,
+        key: CaKey,
+        origin: &str,
+    ) -> Result<Self, CaError> {
+        let subject_error = || CaError::Subject { path: origin.to_owned() };
+        let not_after = CertificateFacts::of(&root).map_err(|_| subject_error())?.not_after;
+        let issuer = Issuer::from_ca_cert_der(&root, key)?;
+        let ca = Self { kind, root, not_after, issuer };
+        // The library keeps one value per kind of attribute. A probe shows whether that loses anything of this root.
+        let probe = CertificateParams::default().signed_by(ca.issuer.key(), &ca.issuer)?;
+        let (_, probe) = X509Certificate::from_der(probe.der()).map_err(|_| subject_error())?;
+        let (_, parsed) = X509Certificate::from_der(&ca.root).map_err(|_| subject_error())?;
+        if probe.issuer().as_raw() != parsed.subject().as_raw() {
+            return Err(subject_error());
+        }
+        drop(probe);
+        drop(parsed);
+        Ok(ca)
+    }
+}
+
+impl fmt::Debug for CertificateAuthority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CertificateAuthority").field("kind", &self.kind).finish_non_exhaustive()
+    }
+}
+
+impl CaKind {
+    fn mark(self) -> &'static str {
+        match self {
+            Self::Tunnel => "tunnel",
+            Self::FrontClients => "front-clients",
+            Self::FrontServer => "front-server",
+        }
+    }
+}
+
+impl fmt::Display for CaKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tunnel => "tunnel CA",
+            Self::FrontClients => "front client CA",
+            Self::FrontServer => "front server CA",
+        })
+    }
+}
+
+/// What a root says it is for; `None` for one that this crate did not make.
+#[must_use]
+pub fn kind_of(root: &CertificateDer<'_>) -> Option<CaKind> {
+    let (_, parsed) = X509Certificate::from_der(root).ok()?;
+    let ours = parsed.subject().iter_organization().any(|value| value.as_str() == Ok(ORGANIZATION));
+    let says = |kind: &CaKind| {
+        let mut units = parsed.subject().iter_by_oid(&oids::OID_X509_ORGANIZATIONAL_UNIT);
+        units.any(|value| value.as_str() == Ok(kind.mark()))
+    };
+    [CaKind::Tunnel, CaKind::FrontClients, CaKind::FrontServer].into_iter().find(|kind| ours && says(kind))
+}
+
+/// Whether a certificate may stand at the top of a chain.
+pub(crate) fn may_sign_certificates(certificate: &CertificateDer<'_>) -> bool {
+    let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return false };
+    let usage = match parsed.key_usage() {
+        Ok(usage) => usage.is_none_or(|usage| usage.value.key_cert_sign()),
+        Err(_) => false,
+    };
+    parsed.is_ca() && usage
+}
+
+/// The CA's key; its bytes are wiped when it is dropped.
+pub(crate) struct CaKey(KeyPair);
+
+impl Drop for CaKey {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+impl PublicKeyData for CaKey {
+    fn der_bytes(&self) -> &[u8] {
+        self.0.der_bytes()
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        self.0.algorithm()
+    }
+}
+
+impl SigningKey for CaKey {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        self.0.sign(message)
+    }
+}
+
+/// How long a new CA usually lives: ten years. A bundle with two roots replaces it earlier.
+pub const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
+/// A new root is valid at once for peers whose clock is up to a day behind.
+const CA_BACKDATE: Duration = Duration::from_secs(86_400);
+const ORGANIZATION: &str = "towline";

@@ -1,0 +1,304 @@
+//! What does a development set consist of, and what is in one on disk?
+//!
+//! | file | for |
+//! |---|---|
+//! | `tunnel-ca.crt`, `.key` | gateway: issues and checks agents; agents: trust the gateway |
+//! | `front-client-ca.crt`, `.key` | gateway: checks clients |
+//! | `front-ca.crt`, `.key` | kubeconfigs: trust the front |
+//! | `tunnel-server.crt`, `.key` | gateway, tunnel and join listener; the chain holds the root |
+//! | `front-server.crt`, `.key` | gateway, front |
+//! | `agent-NAME.crt`, `.key` | the agent of cluster NAME |
+//! | `client-CN.crt`, `.key` | a client |
+//!
+//! What exists and still fits is kept, so a second run changes nothing; what has expired, or is for other names, is
+//! issued anew from the same CAs. `force` starts from new CAs.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, SystemTime};
+
+use thiserror::Error;
+
+use crate::ca::{CA_LIFETIME, CaError, CaKind, CertificateAuthority};
+use crate::facts::{CertificateFacts, Validity};
+use crate::identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain};
+use crate::issue::{BACKDATE, HostName, IssueError};
+use crate::load::{Credential, LoadCause, LoadError, LoadPolicy, load_credential};
+use crate::save::{self, SaveError};
+use crate::trust::{AgentCa, ClientCa};
+
+/// What a set is for.
+#[derive(Debug, Clone)]
+pub struct DevSet {
+    /// Where it is; made when missing (0700).
+    pub directory: PathBuf,
+    /// Names and addresses of the gateway; at least one.
+    pub gateway_hosts: Vec<HostName>,
+    /// One agent certificate each.
+    pub clusters: Vec<DevCluster>,
+    /// One client certificate each.
+    pub clients: Vec<ClientIdentity>,
+    /// The installation's trust domain.
+    pub trust_domain: TrustDomain,
+    /// Life of agents' and clients' certificates; 24 h in production.
+    pub leaf_lifetime: Duration,
+    /// New CAs, and everything from them, whatever exists.
+    pub force: bool,
+}
+
+/// A cluster of a set: `NAME` or `NAME=UID`; the uid is the name unless given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DevCluster {
+    /// Names the files.
+    pub name: ClusterUid,
+    /// Stands in the certificate.
+    pub uid: ClusterUid,
+}
+
+/// One file of a set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DevFile {
+    /// Where.
+    pub path: PathBuf,
+    /// What it is, for people.
+    pub what: String,
+    /// Whether this run wrote it.
+    pub written: bool,
+}
+
+/// Why a set cannot be made.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DevSetError {
+    /// A CA cannot be made, loaded or saved.
+    #[error("{0}")]
+    Ca(#[from] CaError),
+    /// A certificate cannot be issued.
+    #[error("{0}")]
+    Issue(#[from] IssueError),
+    /// A file cannot be written.
+    #[error("{0}")]
+    Save(#[from] SaveError),
+    /// Half of a CA is there.
+    #[error("{present} exists and {absent} does not. Restore it, or use --force to start from new CAs")]
+    HalfCa {
+        /// The file there is.
+        present: PathBuf,
+        /// The file that is missing.
+        absent: PathBuf,
+    },
+    /// Two entries would have the same files.
+    #[error("two entries would both write {0}. Give them different names")]
+    Duplicate(PathBuf),
+    /// A client whose name gives no file name.
+    #[error("the client name {0:?} has no letter or digit to name a file after")]
+    FileName(String),
+    /// No name for the gateway.
+    #[error("at least one --gateway-host is needed, such as --gateway-host localhost")]
+    NoGatewayHost,
+}
+
+impl DevSet {
+    /// Makes or completes the set; the files in the order of the table above.
+    ///
+    /// # Errors
+    /// When something cannot be loaded, issued or written. What was written until then stays and is used by the next
+    /// run.
+    pub fn write(&self, now: SystemTime) -> Result<Vec<DevFile>, DevSetError> {
+        if self.gateway_hosts.is_empty() {
+            return Err(DevSetError::NoGatewayHost);
+        }
+        let stems = self.leaf_stems()?;
+        save::create_private_directory(&self.directory)?;
+        let mut files = Vec::new();
+        let tunnel = self.authority("tunnel-ca", CaKind::Tunnel, now, &mut files)?;
+        let clients = self.authority("front-client-ca", CaKind::FrontClients, now, &mut files)?;
+        let front = self.authority("front-ca", CaKind::FrontServer, now, &mut files)?;
+        let (hosts, life) = (&self.gateway_hosts, self.leaf_lifetime);
+
+        let fits = |found: &Credential| serves(found, &tunnel, hosts);
+        let issue = || tunnel.issue_tunnel_server(hosts, SERVER_LIFETIME, now);
+        self.leaf("tunnel-server", "gateway, tunnel and join listener", now, fits, issue, &mut files)?;
+
+        let fits = |found: &Credential| serves(found, &front, hosts);
+        let issue = || front.issue_front_server(hosts, SERVER_LIFETIME, now);
+        self.leaf("front-server", "gateway, front", now, fits, issue, &mut files)?;
+
+        let mut stems = stems.iter();
+        for (cluster, stem) in self.clusters.iter().zip(stems.by_ref()) {
+            let identity = self.agent_identity(cluster);
+            let verifier = AgentCa::new(&[tunnel.root_der().clone()], self.trust_domain.clone());
+            let fits = |found: &Credential| {
+                let verified = verifier.as_ref().ok().and_then(|ca| ca.verify(found.chain(), now).ok());
+                verified.as_ref() == Some(&identity) && lives_as_asked(found, life)
+            };
+            let issue = || tunnel.issue_agent(&identity, life, now);
+            self.leaf(stem, &identity.uri(), now, fits, issue, &mut files)?;
+        }
+        for (client, stem) in self.clients.iter().zip(stems) {
+            let verifier = ClientCa::new(&[clients.root_der().clone()]);
+            let fits = |found: &Credential| {
+                let verified = verifier.as_ref().ok().and_then(|ca| ca.verify(found.chain(), now).ok());
+                verified.as_ref() == Some(client) && lives_as_asked(found, life)
+            };
+            let issue = || clients.issue_client(client, life, now);
+            self.leaf(stem, &format!("client {client}"), now, fits, issue, &mut files)?;
+        }
+        Ok(files)
+    }
+
+    /// The identity in a cluster's agent certificate: instance `dev`.
+    #[must_use]
+    pub fn agent_identity(&self, cluster: &DevCluster) -> AgentIdentity {
+        let instance = InstanceId::new("dev").expect("three lowercase letters are an instance");
+        AgentIdentity::new(self.trust_domain.clone(), cluster.uid.clone(), instance)
+    }
+
+    fn leaf_stems(&self) -> Result<Vec<String>, DevSetError> {
+        let mut stems: Vec<String> =
+            self.clusters.iter().map(|cluster| format!("agent-{}", cluster.name)).collect();
+        for client in &self.clients {
+            stems.push(format!("client-{}", file_name(&client.name)?));
+        }
+        for (index, stem) in stems.iter().enumerate() {
+            if stems.iter().take(index).any(|earlier| earlier == stem) {
+                return Err(DevSetError::Duplicate(self.paths(stem).0));
+            }
+        }
+        Ok(stems)
+    }
+
+    fn paths(&self, stem: &str) -> (PathBuf, PathBuf) {
+        let at = |ending| self.directory.join(format!("{stem}.{ending}"));
+        (at("crt"), at("key"))
+    }
+
+    fn authority(
+        &self,
+        stem: &str,
+        kind: CaKind,
+        now: SystemTime,
+        files: &mut Vec<DevFile>,
+    ) -> Result<CertificateAuthority, DevSetError> {
+        let (root, key) = self.paths(stem);
+        let kept = if self.force { None } else { load_ca(kind, &root, &key, now)? };
+        let written = kept.is_none();
+        let ca = match kept {
+            Some(ca) => ca,
+            None => {
+                let ca = CertificateAuthority::create(kind, CA_LIFETIME, now)?;
+                ca.save(&root, &key)?;
+                ca
+            }
+        };
+        record(files, root, key, &kind.to_string(), written);
+        Ok(ca)
+    }
+
+    fn leaf(
+        &self,
+        stem: &str,
+        what: &str,
+        now: SystemTime,
+        fits: impl Fn(&Credential) -> bool,
+        issue: impl Fn() -> Result<Credential, IssueError>,
+        files: &mut Vec<DevFile>,
+    ) -> Result<(), DevSetError> {
+        let (chain, key) = self.paths(stem);
+        let kept = load_credential(&chain, &key, LoadPolicy::STRICT, now)
+            .is_ok_and(|found| fits(&found.value) && !ends_soon(&found.value, now));
+        if !kept {
+            let credential = issue()?;
+            save::write_private(&key, save::key_pem(credential.key()).as_bytes())?;
+            save::write_public(&chain, save::chain_pem(credential.chain()).as_bytes())?;
+        }
+        record(files, chain, key, what, !kept);
+        Ok(())
+    }
+}
+
+impl FromStr for DevCluster {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let (name, uid) = text.split_once('=').unwrap_or((text, text));
+        Ok(Self { name: ClusterUid::new(name)?, uid: ClusterUid::new(uid)? })
+    }
+}
+
+/// A client as `CN` or `CN:GROUP,GROUP`. The first colon divides, so that a group may hold one
+/// (`admin:towline:admins`).
+///
+/// # Errors
+/// When name or a group is empty or has control characters.
+pub fn parse_client(text: &str) -> Result<ClientIdentity, NameError> {
+    match text.split_once(':') {
+        Some((name, groups)) => ClientIdentity::new(name, groups.split(',')),
+        None => ClientIdentity::new(text, NO_GROUPS),
+    }
+}
+
+fn load_ca(
+    kind: CaKind,
+    root: &Path,
+    key: &Path,
+    now: SystemTime,
+) -> Result<Option<CertificateAuthority>, DevSetError> {
+    match (root.exists(), key.exists()) {
+        (false, false) => return Ok(None),
+        (true, false) => return Err(DevSetError::HalfCa { present: root.into(), absent: key.into() }),
+        (false, true) => return Err(DevSetError::HalfCa { present: key.into(), absent: root.into() }),
+        (true, true) => {}
+    }
+    match CertificateAuthority::load(kind, root, key, LoadPolicy::STRICT, now) {
+        Ok(loaded) => Ok(Some(loaded.value)),
+        Err(CaError::Load(LoadError { cause: LoadCause::Expired { .. }, .. })) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn record(files: &mut Vec<DevFile>, certificate: PathBuf, key: PathBuf, what: &str, written: bool) {
+    files.push(DevFile { path: certificate, what: what.to_owned(), written });
+    files.push(DevFile { path: key, what: format!("{what}, private key"), written });
+}
+
+/// Whether a server certificate is of this CA and valid for all these names and no others.
+fn serves(found: &Credential, ca: &CertificateAuthority, hosts: &[HostName]) -> bool {
+    let of_this_ca = found.chain().last() == Some(ca.root_der());
+    let mut wanted = hosts.to_vec();
+    let mut named = crate::facts::host_names(found.leaf());
+    let order = |name: &HostName| format!("{name:?}");
+    wanted.sort_by_key(order);
+    wanted.dedup();
+    named.sort_by_key(order);
+    named.dedup();
+    of_this_ca && wanted == named
+}
+
+fn lives_as_asked(found: &Credential, lifetime: Duration) -> bool {
+    CertificateFacts::of(found.leaf()).is_ok_and(|facts| {
+        let total = facts.not_after.duration_since(facts.not_before).unwrap_or_default();
+        total.abs_diff(lifetime + BACKDATE) < Duration::from_secs(2)
+    })
+}
+
+/// Less than a third of its life is left.
+fn ends_soon(found: &Credential, now: SystemTime) -> bool {
+    CertificateFacts::of(found.leaf()).is_ok_and(|facts| match facts.validity_at(now) {
+        Validity::EndsIn(left) => left < facts.renew_after() / 2,
+        Validity::StartsIn(_) | Validity::EndedAgo(_) => true,
+    })
+}
+
+fn file_name(name: &str) -> Result<String, DevSetError> {
+    let plain =
+        |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '@') { c } else { '_' };
+    if name.chars().any(|c| c.is_ascii_alphanumeric()) {
+        Ok(name.chars().map(plain).collect())
+    } else {
+        Err(DevSetError::FileName(name.to_owned()))
+    }
+}
+
+const SERVER_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
+const NO_GROUPS: [&str; 0] = [];

@@ -1,0 +1,147 @@
+//! Why did a handshake fail, and what to do about it?
+//!
+//! One sentence for the cause and one for the remedy, for a log. Decided by the error's type, never by its text.
+
+use std::io;
+use std::time::Duration;
+
+use rustls::{AlertDescription, CertificateError, Error, PeerIncompatible};
+use rustls_pki_types::UnixTime;
+
+use crate::facts::{from_unix, human, rfc3339};
+use crate::tls::PinMismatch;
+use crate::trust::VerifyError;
+
+/// The TLS error inside an I/O error, as tokio-rustls and hyper hand it out.
+#[must_use]
+pub fn tls_error(error: &io::Error) -> Option<&Error> {
+    error.get_ref().and_then(|inner| inner.downcast_ref())
+}
+
+/// Cause and remedy of a failed handshake. "the CA" is whatever bundle this end was configured with;
+/// [`explain_naming`] names it.
+#[must_use]
+pub fn explain(error: &Error) -> String {
+    explain_naming(error, "the configured CA bundle")
+}
+
+/// [`explain`] with the name of the CA bundle, such as its path.
+#[must_use]
+pub fn explain_naming(error: &Error, bundle: &str) -> String {
+    match error {
+        Error::InvalidCertificate(cause) => certificate(cause, bundle),
+        Error::NoCertificatesPresented => {
+            "the peer presented no certificate. An agent needs its client certificate here; a browser or kubectl belongs at the front".to_owned()
+        }
+        Error::AlertReceived(alert) => alert_received(*alert),
+        Error::PeerIncompatible(PeerIncompatible::Tls13RequiredForQuic | PeerIncompatible::SupportedVersionsExtensionRequired | PeerIncompatible::Tls12NotOfferedOrEnabled) => {
+            "no TLS version in common: the tunnel speaks TLS 1.3 only. A proxy in between may be ending TLS".to_owned()
+        }
+        Error::PeerIncompatible(cause) => {
+            format!("nothing in common with the peer ({cause:?}). Check its TLS library's age and any proxy in between")
+        }
+        Error::NoApplicationProtocol => {
+            "the peer offered no protocol spoken here (ALPN). Check the address, and that no balancer in between ends TLS".to_owned()
+        }
+        Error::InvalidMessage(_) => {
+            "the peer did not speak TLS. Plain HTTP on a TLS port, or a proxy that answers in its place".to_owned()
+        }
+        other => format!("TLS failed: {other}"),
+    }
+}
+
+fn certificate(cause: &CertificateError, bundle: &str) -> String {
+    use CertificateError as C;
+    match cause {
+        C::ExpiredContext { time, not_after } => format!(
+            "certificate expired {} ago, at {}. Renew it, and compare both machines' clocks",
+            gap(*not_after, *time),
+            moment(*not_after)
+        ),
+        C::Expired => "certificate expired. Renew it, and compare both machines' clocks".to_owned(),
+        C::NotValidYetContext { time, not_before } => format!(
+            "certificate valid only in {}, from {}. Compare both machines' clocks",
+            gap(*time, *not_before),
+            moment(*not_before)
+        ),
+        C::NotValidYet => "certificate not valid yet. Compare both machines' clocks".to_owned(),
+        C::UnknownIssuer => format!(
+            "presented certificate was not issued by the CA in {bundle}. Either it belongs to another installation, or a TLS-intercepting proxy shows its own: exempt this address there"
+        ),
+        C::InvalidPurposeContext { .. } | C::InvalidPurpose => {
+            "certificate has the wrong purpose (extended key usage): clientAuth is for the side that dials, serverAuth for the side that listens. Present the other certificate".to_owned()
+        }
+        C::NotValidForNameContext { expected, presented } => format!(
+            "certificate is for {}, not for {}. Dial one of those names, or issue the certificate for this one too",
+            if presented.is_empty() { "no name".to_owned() } else { presented.join(", ") },
+            expected.to_str()
+        ),
+        C::NotValidForName => "certificate is not for the name that was dialled".to_owned(),
+        C::BadSignature => {
+            "a signature does not belong to the presented certificate: wrong key, or altered on the way".to_owned()
+        }
+        C::BadEncoding => "the presented certificate is malformed".to_owned(),
+        C::UnhandledCriticalExtension => {
+            "certificate has a critical extension that is not understood. Use a certificate that the gateway issued".to_owned()
+        }
+        C::Other(other) => {
+            if let Some(refusal) = other.0.downcast_ref::<VerifyError>() {
+                return format!("{refusal}. Use a certificate that the gateway issued to this agent");
+            }
+            if let Some(mismatch) = other.0.downcast_ref::<PinMismatch>() {
+                return mismatch.to_string();
+            }
+            match other.0.downcast_ref::<webpki::Error>() {
+                Some(webpki::Error::CaUsedAsEndEntity) => {
+                    "the presented certificate is a CA's, not a leaf. Present the certificate that the CA issued".to_owned()
+                }
+                Some(webpki::Error::UnsupportedCriticalExtension) => {
+                    "certificate has a critical extension that is not understood. Use a certificate that the gateway issued".to_owned()
+                }
+                _ => format!("certificate refused: {}", other.0),
+            }
+        }
+        other => format!("certificate refused: {other}"),
+    }
+}
+
+/// The other end refused; its own log says why in full.
+fn alert_received(alert: AlertDescription) -> String {
+    use AlertDescription as A;
+    let meaning = match alert {
+        A::CertificateRequired => {
+            "it requires a client certificate and got none. Check this side's certificate and key"
+        }
+        A::CertificateExpired => {
+            "our certificate has expired, or is not valid yet by its clock. Renew it, compare clocks"
+        }
+        A::CertificateRevoked => "our certificate is revoked. Join again with a new token",
+        A::UnknownCA => {
+            "our certificate is not of its CA. It belongs to another installation, or its CA has changed: join again"
+        }
+        A::UnsupportedCertificate => {
+            "our certificate has the wrong purpose. Use the one that was issued for this side"
+        }
+        A::CertificateUnknown => "it does not accept our certificate. Its log names the rule",
+        A::BadCertificate => "our certificate is malformed, or not for this name",
+        A::AccessDenied => "our certificate is valid, and not admitted",
+        A::ProtocolVersion => {
+            "no TLS version in common: the tunnel speaks TLS 1.3 only. A proxy in between may be ending TLS"
+        }
+        A::NoApplicationProtocol => {
+            "it does not speak the tunnel protocol. Check the address, and that no balancer in between ends TLS"
+        }
+        A::UnrecognisedName => "it does not serve this name. Check the address",
+        A::HandshakeFailure => "nothing in common. Check any proxy in between",
+        _ => "see its log",
+    };
+    format!("the peer refused the handshake ({alert:?}): {meaning}")
+}
+
+fn gap(from: UnixTime, to: UnixTime) -> String {
+    human(Duration::from_secs(to.as_secs().saturating_sub(from.as_secs())))
+}
+
+fn moment(time: UnixTime) -> String {
+    rfc3339(from_unix(i64::try_from(time.as_secs()).unwrap_or(i64::MAX)))
+}

@@ -1,0 +1,463 @@
+//! How do certificates and keys come out of files, and what is wrong when they do not?
+//!
+//! Every error names the file, the cause and the remedy, and never a byte of a key. A file is opened once: its mode
+//! is that of the very bytes that were read. What a [`LoadPolicy`] tolerates comes back as a warning.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustls::crypto::aws_lc_rs::sign;
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::pem::{self, PemObject as _};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use thiserror::Error;
+use zeroize::{Zeroize as _, Zeroizing};
+
+use crate::ca::may_sign_certificates;
+use crate::facts::{CertificateFacts, Validity, human};
+
+/// What is wrong with a file.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{path}: {cause}")]
+pub struct LoadError {
+    /// Which file.
+    pub path: PathBuf,
+    /// What is wrong, and what to do.
+    pub cause: LoadCause,
+}
+
+/// The cause of a [`LoadError`].
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum LoadCause {
+    /// No such file.
+    #[error("there is no such file. Check the path, and in a container the volume mount")]
+    Missing,
+    /// The system refused.
+    #[error("cannot be read ({0}). Check that the process's user may read it")]
+    Unreadable(io::ErrorKind),
+    /// More than [`FILE_MAX_BYTES`].
+    #[error("is larger than {FILE_MAX_BYTES} bytes. It is probably not the file that was meant")]
+    TooLarge,
+    /// Nothing inside.
+    #[error("is empty. It was probably still being written, or the secret has no such key")]
+    Empty,
+    /// DER, or not PEM at all.
+    #[error(
+        "is not PEM (no \"-----BEGIN\" line). A DER file converts with: openssl x509 -inform der -in FILE"
+    )]
+    NotPem,
+    /// PEM whose lines are broken.
+    #[error("has a damaged PEM section ({0}). Copy the file again")]
+    BrokenPem(&'static str),
+    /// PEM without a certificate.
+    #[error("holds no certificate (\"-----BEGIN CERTIFICATE-----\"). Are certificate and key file swapped?")]
+    NoCertificate,
+    /// A certificate section that is no certificate.
+    #[error("certificate number {0} in it cannot be read. Make the file again")]
+    BadCertificate(usize),
+    /// A trust bundle with a certificate that is no CA.
+    #[error("certificate number {0} in it is no CA certificate. A trust bundle holds CA certificates only")]
+    NotACa(usize),
+    /// PEM without a private key.
+    #[error("holds no private key. Are certificate and key file swapped?")]
+    NoKey,
+    /// A key behind a passphrase.
+    #[error("holds an encrypted key. Decrypt it with: openssl pkey -in FILE -out NEWFILE, mode 0600")]
+    EncryptedKey,
+    /// More than one key.
+    #[error("holds {0} private keys. Keep exactly one")]
+    SeveralKeys(usize),
+    /// A key that TLS cannot use.
+    #[error(
+        "holds a key of a kind or size that is not supported. Use P-256, P-384, Ed25519 or RSA from 2048 bits"
+    )]
+    UnsupportedKey,
+    /// The key belongs to another certificate.
+    #[error(
+        "is not the key of {certificate}. Take both from the same issue, or run the issuing command again"
+    )]
+    OtherKey {
+        /// The certificate's file.
+        certificate: PathBuf,
+    },
+    /// The key belongs to a later certificate of the chain.
+    #[error(
+        "is the key of certificate number {number} in {certificate}. The leaf must come first in that file"
+    )]
+    LeafNotFirst {
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// One-based.
+        number: usize,
+    },
+    /// Past its end.
+    #[error("the certificate expired {ago} ago. Renew it, and check this machine's clock")]
+    Expired {
+        /// For people.
+        ago: String,
+    },
+    /// Before its start.
+    #[error("the certificate is valid only in {gap}. Check this machine's clock")]
+    NotYetValid {
+        /// For people.
+        gap: String,
+    },
+    /// Others can read the key.
+    #[error("the key can be read by {} (mode {mode:04o}). Run: chmod 600 FILE; on a Kubernetes secret set defaultMode: 0400", readers(*mode))]
+    Exposed {
+        /// The file's mode bits.
+        mode: u32,
+    },
+    /// The system's trust store.
+    #[error("the system's trust store has no usable certificate. Install ca-certificates, or name a CA file")]
+    NoSystemRoots,
+}
+
+/// Whether a shortcoming stops the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Strictness {
+    /// It is an error.
+    Refuse,
+    /// It is a warning.
+    Warn,
+}
+
+/// What to do about shortcomings that do not make a file useless.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadPolicy {
+    /// A key that group or others can read. Kubernetes mounts secrets with group access when `fsGroup` is set.
+    pub exposed_key: Strictness,
+    /// A certificate that has expired or is not valid yet.
+    pub outdated: Strictness,
+}
+
+impl LoadPolicy {
+    /// Nothing is tolerated.
+    pub const STRICT: Self = Self { exposed_key: Strictness::Refuse, outdated: Strictness::Refuse };
+    /// Everything that can be used is used.
+    pub const LENIENT: Self = Self { exposed_key: Strictness::Warn, outdated: Strictness::Warn };
+}
+
+/// A value, and what was tolerated to get it.
+#[derive(Debug, Clone)]
+pub struct Loaded<T> {
+    /// The value.
+    pub value: T,
+    /// To be logged; each says what to do.
+    pub warnings: Vec<LoadError>,
+}
+
+/// A private key; wiped when dropped, never shown.
+pub struct PrivateKey(PrivateKeyDer<'static>);
+
+impl PrivateKey {
+    /// The key, to hand to a signer or a file.
+    #[must_use]
+    pub fn der(&self) -> &PrivateKeyDer<'static> {
+        &self.0
+    }
+
+    pub(crate) fn from_pkcs8(der: Vec<u8>) -> Self {
+        Self(PrivatePkcs8KeyDer::from(der).into())
+    }
+}
+
+impl Clone for PrivateKey {
+    fn clone(&self) -> Self {
+        Self(self.0.clone_key())
+    }
+}
+
+impl fmt::Debug for PrivateKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PrivateKey(..)")
+    }
+}
+
+impl Drop for PrivateKey {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+/// A certificate chain, leaf first, and the leaf's private key: what one end of a handshake shows.
+#[derive(Debug, Clone)]
+pub struct Credential {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKey,
+}
+
+impl Credential {
+    /// Joins a chain and its key.
+    ///
+    /// # Errors
+    /// As [`parse_credential`], with `origin` in the place of a file.
+    pub fn new(
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKey,
+        origin: &Path,
+    ) -> Result<Self, LoadError> {
+        check_pair(&chain, &key, origin, origin)?;
+        Ok(Self { chain, key })
+    }
+
+    /// Leaf first; never empty.
+    #[must_use]
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.chain
+    }
+
+    /// The first certificate.
+    #[must_use]
+    pub fn leaf(&self) -> &CertificateDer<'static> {
+        self.chain.first().expect("both constructors refuse or never make an empty chain")
+    }
+
+    /// The leaf's key.
+    #[must_use]
+    pub fn key(&self) -> &PrivateKey {
+        &self.key
+    }
+
+    /// Parts that belong together because they were just made together.
+    pub(crate) fn from_parts(chain: Vec<CertificateDer<'static>>, key: PrivateKey) -> Self {
+        Self { chain, key }
+    }
+}
+
+/// The bytes of one file; wiped when dropped.
+#[derive(Clone)]
+pub struct FileBytes {
+    path: PathBuf,
+    bytes: Zeroizing<Vec<u8>>,
+    mode: u32,
+}
+
+impl FileBytes {
+    /// Reads a file of at most [`FILE_MAX_BYTES`].
+    ///
+    /// # Errors
+    /// When it is missing, unreadable or larger.
+    pub fn read(path: &Path) -> Result<Self, LoadError> {
+        let fail = |cause| LoadError { path: path.to_owned(), cause };
+        let from_io = |error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound => fail(LoadCause::Missing),
+            kind => fail(LoadCause::Unreadable(kind)),
+        };
+        let file = File::open(path).map_err(from_io)?;
+        let metadata = file.metadata().map_err(from_io)?;
+        if metadata.is_dir() {
+            return Err(fail(LoadCause::Unreadable(io::ErrorKind::IsADirectory)));
+        }
+        let size = usize::try_from(metadata.len()).unwrap_or(usize::MAX);
+        if size > FILE_MAX_BYTES {
+            return Err(fail(LoadCause::TooLarge));
+        }
+        // Reserved in full: a buffer that grows leaves copies of a key behind.
+        let mut bytes = Zeroizing::new(Vec::with_capacity(size + 1));
+        let limit = u64::try_from(FILE_MAX_BYTES).unwrap_or(u64::MAX);
+        file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(from_io)?;
+        if bytes.len() > FILE_MAX_BYTES {
+            return Err(fail(LoadCause::TooLarge));
+        }
+        Ok(Self { path: path.to_owned(), bytes, mode: metadata.permissions().mode() & 0o7777 })
+    }
+
+    /// The content.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Where it came from.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn fail(&self, cause: LoadCause) -> LoadError {
+        LoadError { path: self.path.clone(), cause }
+    }
+}
+
+impl fmt::Debug for FileBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileBytes").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// Loads chain and key; one path may name both (see [`crate::save::write_credential`]).
+///
+/// # Errors
+/// The first thing wrong with either file that `policy` does not tolerate.
+pub fn load_credential(
+    chain_path: &Path,
+    key_path: &Path,
+    policy: LoadPolicy,
+    now: SystemTime,
+) -> Result<Loaded<Credential>, LoadError> {
+    parse_credential(&FileBytes::read(chain_path)?, &FileBytes::read(key_path)?, policy, now)
+}
+
+/// [`load_credential`] on files that are already read.
+///
+/// # Errors
+/// The first thing wrong with either file that `policy` does not tolerate.
+pub fn parse_credential(
+    chain_file: &FileBytes,
+    key_file: &FileBytes,
+    policy: LoadPolicy,
+    now: SystemTime,
+) -> Result<Loaded<Credential>, LoadError> {
+    let mut warnings = Vec::new();
+    let mut judge = |strictness, error| match strictness {
+        Strictness::Refuse => Err(error),
+        Strictness::Warn => {
+            warnings.push(error);
+            Ok(())
+        }
+    };
+    let chain = parse_certificates(chain_file)?;
+    let key = parse_key(key_file)?;
+    check_pair(&chain, &key, chain_file.path(), key_file.path())?;
+    if key_file.mode & 0o077 != 0 {
+        judge(policy.exposed_key, key_file.fail(LoadCause::Exposed { mode: key_file.mode & 0o777 }))?;
+    }
+    let credential = Credential { chain, key };
+    let facts =
+        CertificateFacts::of(credential.leaf()).map_err(|_| chain_file.fail(LoadCause::BadCertificate(1)))?;
+    match facts.validity_at(now) {
+        Validity::EndsIn(_) => {}
+        Validity::EndedAgo(gap) => {
+            judge(policy.outdated, chain_file.fail(LoadCause::Expired { ago: human(gap) }))?;
+        }
+        Validity::StartsIn(gap) => {
+            judge(policy.outdated, chain_file.fail(LoadCause::NotYetValid { gap: human(gap) }))?;
+        }
+    }
+    Ok(Loaded { value: credential, warnings })
+}
+
+/// Loads a trust bundle: at least one certificate, all of them CAs.
+///
+/// # Errors
+/// What is wrong with the file. Validity is not looked at: a bundle may hold a root that has ended.
+pub fn load_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
+    parse_roots(&FileBytes::read(path)?)
+}
+
+/// [`load_roots`] on a file that is already read.
+///
+/// # Errors
+/// As [`load_roots`].
+pub fn parse_roots(file: &FileBytes) -> Result<Vec<CertificateDer<'static>>, LoadError> {
+    let roots = parse_certificates(file)?;
+    match roots.iter().position(|root| !may_sign_certificates(root)) {
+        Some(index) => Err(file.fail(LoadCause::NotACa(index + 1))),
+        None => Ok(roots),
+    }
+}
+
+/// The system's trust store, for public server certificates. Entries that cannot be read are left out.
+///
+/// # Errors
+/// When nothing usable is found.
+pub fn system_roots() -> Result<Vec<CertificateDer<'static>>, LoadError> {
+    let roots = rustls_native_certs::load_native_certs().certs;
+    if roots.is_empty() {
+        return Err(LoadError { path: PathBuf::from("trust store"), cause: LoadCause::NoSystemRoots });
+    }
+    Ok(roots)
+}
+
+/// All certificates of a PEM file, in order; at least one. Other sections are skipped.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn parse_certificates(file: &FileBytes) -> Result<Vec<CertificateDer<'static>>, LoadError> {
+    check_pem(file)?;
+    let mut certificates = Vec::new();
+    for item in CertificateDer::pem_slice_iter(file.bytes()) {
+        let certificate = item.map_err(|error| file.fail(broken(&error)))?;
+        if CertificateFacts::of(&certificate).is_err() {
+            return Err(file.fail(LoadCause::BadCertificate(certificates.len() + 1)));
+        }
+        certificates.push(certificate);
+    }
+    if certificates.is_empty() { Err(file.fail(LoadCause::NoCertificate)) } else { Ok(certificates) }
+}
+
+/// The one private key of a PEM file: PKCS #8, PKCS #1 or SEC 1. Other sections are skipped.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn parse_key(file: &FileBytes) -> Result<PrivateKey, LoadError> {
+    check_pem(file)?;
+    let encrypted = [&b"BEGIN ENCRYPTED PRIVATE KEY"[..], b"Proc-Type: 4,ENCRYPTED"];
+    if encrypted.iter().any(|mark| file.bytes().windows(mark.len()).any(|part| part == *mark)) {
+        return Err(file.fail(LoadCause::EncryptedKey));
+    }
+    let mut keys = Vec::new();
+    for item in PrivateKeyDer::pem_slice_iter(file.bytes()) {
+        keys.push(PrivateKey(item.map_err(|error| file.fail(broken(&error)))?));
+    }
+    match keys.len() {
+        0 => Err(file.fail(LoadCause::NoKey)),
+        1 => Ok(keys.remove(0)),
+        count => Err(file.fail(LoadCause::SeveralKeys(count))),
+    }
+}
+
+fn check_pem(file: &FileBytes) -> Result<(), LoadError> {
+    if file.bytes().iter().all(u8::is_ascii_whitespace) {
+        return Err(file.fail(LoadCause::Empty));
+    }
+    let begin = b"-----BEGIN ";
+    if !file.bytes().windows(begin.len()).any(|part| part == begin) {
+        return Err(file.fail(LoadCause::NotPem));
+    }
+    Ok(())
+}
+
+/// The library's errors quote lines of the file, which may be lines of a key; only their kind is kept.
+fn broken(error: &pem::Error) -> LoadCause {
+    LoadCause::BrokenPem(match error {
+        pem::Error::MissingSectionEnd { .. } => "its END line is missing",
+        pem::Error::IllegalSectionStart { .. } => "a BEGIN line is malformed",
+        pem::Error::Base64Decode(_) => "not base64",
+        _ => "unusable",
+    })
+}
+
+/// The chain's leaf must have this key, and TLS must be able to use it.
+fn check_pair(
+    chain: &[CertificateDer<'static>],
+    key: &PrivateKey,
+    chain_path: &Path,
+    key_path: &Path,
+) -> Result<(), LoadError> {
+    let fail = |cause| LoadError { path: key_path.to_owned(), cause };
+    let signer = sign::any_supported_type(key.der()).map_err(|_| fail(LoadCause::UnsupportedKey))?;
+    let is_key_of = |certificate: &CertificateDer<'static>| {
+        CertifiedKey::new(vec![certificate.clone()], signer.clone()).keys_match().is_ok()
+    };
+    let certificate = chain_path.to_owned();
+    match chain.iter().position(is_key_of) {
+        Some(0) => Ok(()),
+        Some(index) => Err(fail(LoadCause::LeafNotFirst { certificate, number: index + 1 })),
+        None if chain.is_empty() => Err(LoadError { path: certificate, cause: LoadCause::NoCertificate }),
+        None => Err(fail(LoadCause::OtherKey { certificate })),
+    }
+}
+
+fn readers(mode: u32) -> &'static str {
+    if mode & 0o007 == 0 { "its group" } else { "everybody" }
+}
+
+/// Largest file that is read: 1 MiB, four times the usual system trust bundle.
+pub const FILE_MAX_BYTES: usize = 1024 * 1024;

@@ -1,0 +1,231 @@
+//! Which certificate counts as which identity?
+//!
+//! Input is a certificate whose chain is already verified (see [`crate::trust`]); a valid chain alone is not an
+//! identity. There is one profile for agents and one for clients; whatever differs is refused, and the refusal says
+//! which rule (RFC 5280 sections in parentheses):
+//!
+//! 1. one X.509 v3 certificate and no bytes after it (4.1)
+//! 2. no extension twice, none unreadable, no critical one besides the four checked here (4.2)
+//! 3. not a CA, and no right to sign certificates (4.2.1.9, 4.2.1.3)
+//! 4. clientAuth among its extended key usages; "any" does not count (4.2.1.12)
+//! 5. agent: exactly one subject alternative name, a URI of the exact form; client: exactly one CN
+
+use rustls_pki_types::CertificateDer;
+use thiserror::Error;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::der_parser::oid::Oid;
+use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::oid_registry as oids;
+use x509_parser::prelude::FromDer as _;
+use x509_parser::x509::X509Version;
+
+use crate::identity::{AgentIdentity, ClientIdentity, NameError, TrustDomain};
+
+/// The rule that a certificate breaks.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ProfileError {
+    /// Not a certificate, or bytes follow it.
+    #[error("not exactly one DER certificate")]
+    Malformed,
+    /// Older than X.509 v3.
+    #[error("not an X.509 version 3 certificate")]
+    Version,
+    /// The same extension twice.
+    #[error("extension {oid} stands there twice")]
+    DuplicateExtension {
+        /// Dotted object identifier.
+        oid: String,
+    },
+    /// A critical extension that no rule here knows.
+    #[error("critical extension {oid} is not understood")]
+    UnknownCriticalExtension {
+        /// Dotted object identifier.
+        oid: String,
+    },
+    /// An extension that one of the rules needs cannot be read.
+    #[error("extension {oid} cannot be read")]
+    UnreadableExtension {
+        /// Dotted object identifier.
+        oid: String,
+    },
+    /// A CA certificate.
+    #[error("it is a CA certificate, not a leaf")]
+    IsCa,
+    /// Key usage allows signing certificates, or does not allow signing a handshake.
+    #[error("its key usage must allow digital signatures and must not allow signing certificates")]
+    KeyUsage,
+    /// clientAuth is missing.
+    #[error("its extended key usage lacks clientAuth")]
+    NotForClientAuth,
+    /// No subject alternative name.
+    #[error("it has no subject alternative name; an agent's has exactly one, a URI")]
+    NoSan,
+    /// More than one subject alternative name.
+    #[error("it has {count} subject alternative names; an agent's has exactly one")]
+    SeveralSans {
+        /// How many.
+        count: usize,
+    },
+    /// A subject alternative name that is no URI.
+    #[error("its subject alternative name is of type {kind}; an agent's is a URI")]
+    SanKind {
+        /// Which type it is.
+        kind: &'static str,
+    },
+    /// The URI is not an agent identity.
+    #[error("its URI names no agent: {0}")]
+    SanForm(NameError),
+    /// An identity of another installation.
+    #[error("it belongs to the trust domain {found}, this one is {ours}")]
+    OtherTrustDomain {
+        /// The certificate's trust domain.
+        found: TrustDomain,
+        /// The verifier's trust domain.
+        ours: TrustDomain,
+    },
+    /// A client certificate with an agent's identity inside.
+    #[error("it carries a spiffe:// URI, so it is no client's certificate")]
+    WorkloadAsClient,
+    /// The subject has no CN, or several.
+    #[error("its subject has {count} common names; a client's has exactly one")]
+    CommonNames {
+        /// How many.
+        count: usize,
+    },
+    /// CN or O is not a text.
+    #[error("its subject holds a CN or O that is not a UTF-8 or printable string")]
+    SubjectEncoding,
+    /// CN or O is empty, too long or has control characters.
+    #[error("its subject is not usable: {0}")]
+    Subject(NameError),
+}
+
+impl AgentIdentity {
+    /// The identity in a certificate whose chain to the tunnel CA is already verified.
+    ///
+    /// # Errors
+    /// The first rule it breaks.
+    pub fn from_verified_certificate(certificate: &CertificateDer<'_>) -> Result<Self, ProfileError> {
+        let certificate = parse(certificate)?;
+        let sans = check_leaf(&certificate)?;
+        let [san] = sans.as_slice() else {
+            return Err(match sans.len() {
+                0 => ProfileError::NoSan,
+                count => ProfileError::SeveralSans { count },
+            });
+        };
+        let GeneralName::URI(uri) = san else {
+            return Err(ProfileError::SanKind { kind: kind_of(san) });
+        };
+        uri.parse().map_err(ProfileError::SanForm)
+    }
+
+    /// [`Self::from_verified_certificate`], and the trust domain must be `ours`.
+    ///
+    /// # Errors
+    /// The first rule it breaks.
+    pub fn of_domain(certificate: &CertificateDer<'_>, ours: &TrustDomain) -> Result<Self, ProfileError> {
+        let identity = Self::from_verified_certificate(certificate)?;
+        if identity.trust_domain == *ours {
+            return Ok(identity);
+        }
+        Err(ProfileError::OtherTrustDomain { found: identity.trust_domain, ours: ours.clone() })
+    }
+}
+
+impl ClientIdentity {
+    /// The identity in a certificate whose chain to the front clients' CA is already verified.
+    ///
+    /// Subject alternative names are ignored, as Kubernetes ignores them, except that a `spiffe://` URI is refused.
+    ///
+    /// # Errors
+    /// The first rule it breaks.
+    pub fn from_verified_certificate(certificate: &CertificateDer<'_>) -> Result<Self, ProfileError> {
+        let certificate = parse(certificate)?;
+        let sans = check_leaf(&certificate)?;
+        let is_workload = |san: &&GeneralName<'_>| match san {
+            GeneralName::URI(uri) => {
+                uri.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("spiffe:"))
+            }
+            _ => false,
+        };
+        if sans.iter().any(is_workload) {
+            return Err(ProfileError::WorkloadAsClient);
+        }
+        let texts = |oid: &Oid<'static>| -> Result<Vec<&str>, ProfileError> {
+            let values = certificate.subject().iter_by_oid(oid);
+            values.map(|value| value.as_str().map_err(|_| ProfileError::SubjectEncoding)).collect()
+        };
+        let names = texts(&oids::OID_X509_COMMON_NAME)?;
+        let [name] = names.as_slice() else {
+            return Err(ProfileError::CommonNames { count: names.len() });
+        };
+        let groups = texts(&oids::OID_X509_ORGANIZATION_NAME)?;
+        Self::new(name, groups).map_err(ProfileError::Subject)
+    }
+}
+
+fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, ProfileError> {
+    match X509Certificate::from_der(certificate) {
+        Ok(([], parsed)) if parsed.version() == X509Version::V3 => Ok(parsed),
+        Ok(([], _)) => Err(ProfileError::Version),
+        Ok(_) | Err(_) => Err(ProfileError::Malformed),
+    }
+}
+
+/// Rules 2 to 4; hands back the subject alternative names.
+fn check_leaf<'a, 'b>(
+    certificate: &'b X509Certificate<'a>,
+) -> Result<Vec<&'b GeneralName<'a>>, ProfileError> {
+    let extensions = certificate.extensions();
+    let mut sans = Vec::new();
+    let mut for_client_auth = false;
+    for (index, extension) in extensions.iter().enumerate() {
+        let oid = || extension.oid.to_id_string();
+        if extensions.iter().take(index).any(|earlier| earlier.oid == extension.oid) {
+            return Err(ProfileError::DuplicateExtension { oid: oid() });
+        }
+        match extension.parsed_extension() {
+            ParsedExtension::BasicConstraints(constraints) if constraints.ca => {
+                return Err(ProfileError::IsCa);
+            }
+            ParsedExtension::BasicConstraints(_) => {}
+            ParsedExtension::KeyUsage(usage) => {
+                if usage.key_cert_sign() || usage.crl_sign() || !usage.digital_signature() {
+                    return Err(ProfileError::KeyUsage);
+                }
+            }
+            ParsedExtension::ExtendedKeyUsage(usage) => for_client_auth = usage.client_auth,
+            ParsedExtension::SubjectAlternativeName(names) => sans.extend(&names.general_names),
+            _ if CHECKED.iter().any(|known| *known == extension.oid) => {
+                return Err(ProfileError::UnreadableExtension { oid: oid() });
+            }
+            _ if extension.critical => return Err(ProfileError::UnknownCriticalExtension { oid: oid() }),
+            _ => {}
+        }
+    }
+    if for_client_auth { Ok(sans) } else { Err(ProfileError::NotForClientAuth) }
+}
+
+fn kind_of(name: &GeneralName<'_>) -> &'static str {
+    match name {
+        GeneralName::URI(_) => "URI",
+        GeneralName::DNSName(_) => "DNS name",
+        GeneralName::RFC822Name(_) => "e-mail address",
+        GeneralName::IPAddress(_) => "IP address",
+        GeneralName::DirectoryName(_) => "directory name",
+        GeneralName::RegisteredID(_) => "registered id",
+        GeneralName::OtherName(..) => "other name",
+        GeneralName::X400Address(_) => "X.400 address",
+        GeneralName::EDIPartyName(_) => "EDI party name",
+        GeneralName::Invalid(..) => "invalid",
+    }
+}
+
+const CHECKED: [Oid<'static>; 4] = [
+    oids::OID_X509_EXT_BASIC_CONSTRAINTS,
+    oids::OID_X509_EXT_KEY_USAGE,
+    oids::OID_X509_EXT_EXTENDED_KEY_USAGE,
+    oids::OID_X509_EXT_SUBJECT_ALT_NAME,
+];

@@ -1,0 +1,54 @@
+//! One complete set of certificates for the tests of this crate.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::ca::{CA_LIFETIME, CaKind, CertificateAuthority};
+use crate::identity::{AgentIdentity, ClientIdentity};
+use crate::issue::{HostName, LEAF_LIFETIME, SERVER_LIFETIME};
+use crate::load::Credential;
+
+pub(crate) struct Set {
+    pub(crate) tunnel_ca: CertificateAuthority,
+    pub(crate) client_ca: CertificateAuthority,
+    pub(crate) front_ca: CertificateAuthority,
+    pub(crate) tunnel_server: Credential,
+    pub(crate) front_server: Credential,
+    pub(crate) agent: Credential,
+    pub(crate) client: Credential,
+}
+
+impl Set {
+    pub(crate) fn new(now: SystemTime) -> Self {
+        let ca = |kind| CertificateAuthority::create(kind, CA_LIFETIME, now).unwrap();
+        let (tunnel_ca, client_ca, front_ca) =
+            (ca(CaKind::Tunnel), ca(CaKind::FrontClients), ca(CaKind::FrontServer));
+        let names = names();
+        Self {
+            tunnel_server: tunnel_ca.issue_tunnel_server(&names, SERVER_LIFETIME, now).unwrap(),
+            front_server: front_ca.issue_front_server(&names, SERVER_LIFETIME, now).unwrap(),
+            agent: tunnel_ca.issue_agent(&agent(), LEAF_LIFETIME, now).unwrap(),
+            client: client_ca.issue_client(&client(), LEAF_LIFETIME, now).unwrap(),
+            tunnel_ca,
+            client_ca,
+            front_ca,
+        }
+    }
+}
+
+/// A whole second, since certificates know no smaller unit.
+pub(crate) fn now() -> SystemTime {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    UNIX_EPOCH + Duration::from_secs(seconds)
+}
+
+pub(crate) fn names() -> Vec<HostName> {
+    ["gateway.test", "127.0.0.1"].map(|name| name.parse().unwrap()).to_vec()
+}
+
+pub(crate) fn agent() -> AgentIdentity {
+    "spiffe://fleet.test/cluster/c1/agent/a1".parse().unwrap()
+}
+
+pub(crate) fn client() -> ClientIdentity {
+    ClientIdentity::new("alice", ["dev", "ops"]).unwrap()
+}

@@ -1,0 +1,427 @@
+//! Which TLS versions, which ALPN, which checks? The one place that builds rustls configurations.
+//!
+//! | configuration | TLS | ALPN | peer's certificate |
+//! |---|---|---|---|
+//! | [`tunnel_server`] | 1.3 | towline/1 | required, an agent's |
+//! | [`join_server`] | 1.3 | towline-join/1 | not asked for |
+//! | [`front_server`] | 1.2, 1.3 | h2, http/1.1 | asked for, judged after the handshake |
+//! | [`agent_client`] | 1.3 | towline/1 | tunnel CA, name checked |
+//! | [`join_client`] | 1.3 | towline-join/1 | a pinned root in the chain, name checked |
+//! | [`upstream_client`] | 1.2, 1.3 | http/1.1 or h2 | CA bundle, name checked |
+//! | [`http_client`] | 1.2, 1.3 | h2, http/1.1 | CA bundle, name checked |
+//!
+//! Everywhere: the provider is passed in, never the process's default; no session is resumed and no early data is
+//! sent or taken, since a resumed session skips the certificate check, also after a revocation.
+
+use std::sync::{Arc, OnceLock};
+
+use rustls::client::Resumption;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::version::{TLS12, TLS13};
+use rustls::{
+    CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, OtherError, ServerConfig,
+    SignatureScheme, SupportedProtocolVersion, WantsVerifier,
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use thiserror::Error;
+
+use crate::ca::may_sign_certificates;
+use crate::issue::HostName;
+use crate::load::Credential;
+use crate::pin::{SpkiPin, find_pinned};
+use crate::trust::{AgentCa, CHAIN_MAX, ClientCa, TrustError, no_client_certificates, root_store};
+
+/// The tunnel.
+pub const ALPN_TUNNEL: &[u8] = b"towline/1";
+/// Enrolment.
+pub const ALPN_JOIN: &[u8] = b"towline-join/1";
+/// HTTP/2 at the front (RFC 9113 section 3.1).
+pub const ALPN_H2: &[u8] = b"h2";
+/// HTTP/1.1 at the front (RFC 7301 section 6).
+pub const ALPN_HTTP1: &[u8] = b"http/1.1";
+
+/// Why a configuration cannot be built.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// The roots are unusable.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// The provider cannot use this key, or it belongs to another certificate.
+    #[error("certificate and key cannot be used together: {0}")]
+    Credential(rustls::Error),
+    /// The provider cannot do these versions.
+    #[error("the crypto provider does not support the TLS versions wanted: {0}")]
+    Provider(rustls::Error),
+    /// The tunnel server's chain does not end in its root.
+    #[error(
+        "the tunnel server's chain does not end in the tunnel CA's root, so no agent could check its pin. Append the root's certificate to the chain file"
+    )]
+    ChainWithoutRoot,
+    /// Joining without a pin would trust anybody.
+    #[error("no pin was given: without one the gateway cannot be recognised. Use the whole join token")]
+    NoPins,
+    /// Two certificates for one host name.
+    #[error("two certificates are configured for the host {0}")]
+    DuplicateHost(String),
+}
+
+/// Which listener a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Listener {
+    /// [`tunnel_server`].
+    Tunnel,
+    /// [`join_server`].
+    Join,
+    /// [`front_server`].
+    Front,
+}
+
+/// Why a ClientHello is for no listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum Refused {
+    /// Protocols of two listeners in one offer.
+    #[error(
+        "the ALPN offer mixes protocols of different listeners; offer towline/1, or towline-join/1, or HTTP's, alone"
+    )]
+    Mixed,
+    /// A version of the tunnel or join protocol that this build does not speak.
+    #[error(
+        "the ALPN offer holds no version of the tunnel or join protocol spoken here; these are towline/1 and towline-join/1"
+    )]
+    UnknownVersion,
+}
+
+/// Which listener an ALPN offer chooses (RFC 7301); no offer, and anything that is not ours, is the front's.
+///
+/// Versions unknown here may stand beside a known one, so that a newer agent can offer both.
+///
+/// # Errors
+/// [`Refused`] for an offer across listeners, or with unknown versions only.
+pub fn route_by_alpn<'a>(offered: impl IntoIterator<Item = &'a [u8]>) -> Result<Listener, Refused> {
+    let mut family = None;
+    let mut known = false;
+    for protocol in offered {
+        let (listener, spoken) = if protocol.starts_with(b"towline/") {
+            (Listener::Tunnel, protocol == ALPN_TUNNEL)
+        } else if protocol.starts_with(b"towline-join/") {
+            (Listener::Join, protocol == ALPN_JOIN)
+        } else {
+            (Listener::Front, true)
+        };
+        if family.is_some_and(|earlier| earlier != listener) {
+            return Err(Refused::Mixed);
+        }
+        family = Some(listener);
+        known |= spoken;
+    }
+    match family {
+        None => Ok(Listener::Front),
+        Some(_) if !known => Err(Refused::UnknownVersion),
+        Some(listener) => Ok(listener),
+    }
+}
+
+/// The certificates of the front: one by default, and others by the name in the ClientHello (SNI). A name may be
+/// `*.domain`, which stands for exactly one label. SNI only picks the certificate; it decides nothing else.
+#[derive(Debug, Clone)]
+pub struct FrontCertificates {
+    default: Credential,
+    by_host: Vec<(String, Credential)>,
+}
+
+impl FrontCertificates {
+    /// One certificate for every name, and for no name.
+    #[must_use]
+    pub fn new(default: Credential) -> Self {
+        Self { default, by_host: Vec::new() }
+    }
+
+    /// Another certificate for `host`; an IP address has no SNI and so never matches.
+    #[must_use]
+    pub fn with_host(mut self, host: &HostName, credential: Credential) -> Self {
+        if let HostName::Dns(name) = host {
+            self.by_host.push((name.clone(), credential));
+        }
+        self
+    }
+}
+
+/// Which HTTP an agent speaks to its upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpstreamProtocol {
+    /// HTTP/1.1 only: what requests and every upgrade need.
+    Http1,
+    /// HTTP/2 only: long-running requests, where it is measured to be worth it.
+    Http2,
+}
+
+/// The tunnel listener, for TLS on TCP and, as it is, for QUIC: a client certificate of the tunnel CA is required.
+///
+/// # Errors
+/// When the chain lacks its root, or certificate and key do not fit.
+pub fn tunnel_server(credential: &Credential, agents: &AgentCa) -> Result<Arc<ServerConfig>, TlsError> {
+    require_root(credential)?;
+    server(&[&TLS13], agents.handshake_verifier(), single(credential)?, &[ALPN_TUNNEL])
+}
+
+/// The join listener: same certificate as the tunnel's, no client certificate.
+///
+/// # Errors
+/// As [`tunnel_server`].
+pub fn join_server(credential: &Credential) -> Result<Arc<ServerConfig>, TlsError> {
+    require_root(credential)?;
+    server(&[&TLS13], no_client_certificates(), single(credential)?, &[ALPN_JOIN])
+}
+
+/// The front. With `clients`, a client certificate is asked for and its key proved, but whether it is believed is
+/// for [`ClientCa::verify`] after the handshake: one that is not believed counts as absent. Without, none is asked for.
+///
+/// # Errors
+/// When certificate and key do not fit, or two certificates claim one host.
+pub fn front_server(
+    certificates: &FrontCertificates,
+    clients: Option<&ClientCa>,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let mut by_host: Vec<(String, Arc<CertifiedKey>)> = Vec::new();
+    for (host, credential) in &certificates.by_host {
+        if by_host.iter().any(|(known, _)| known == host) {
+            return Err(TlsError::DuplicateHost(host.clone()));
+        }
+        by_host.push((host.clone(), certified(credential)?));
+    }
+    let resolver = Arc::new(BySni { default: certified(&certificates.default)?, by_host });
+    let verifier = clients.map_or_else(no_client_certificates, ClientCa::handshake_verifier);
+    server(&[&TLS13, &TLS12], verifier, resolver, &[ALPN_H2, ALPN_HTTP1])
+}
+
+/// An agent towards the gateway, for TLS on TCP and, as it is, for QUIC. After the handshake require
+/// `alpn_protocol() == Some(ALPN_TUNNEL)` with [`negotiated`]: a server that knows no ALPN answers without one.
+///
+/// # Errors
+/// When the roots are unusable, or certificate and key do not fit.
+pub fn agent_client(
+    tunnel_roots: &[CertificateDer<'_>],
+    credential: &Credential,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let builder = client(&[&TLS13])?.with_root_certificates(root_store(tunnel_roots)?);
+    Ok(finish(builder.with_client_cert_resolver(single(credential)?), &[ALPN_TUNNEL]))
+}
+
+/// An agent that joins and knows the tunnel CA only by its pin: the presented chain must hold a CA certificate with
+/// that pin, verify up to it, and be valid for the name. All of it before anything is sent.
+///
+/// # Errors
+/// When `pins` is empty.
+pub fn join_client(pins: &[SpkiPin]) -> Result<Arc<ClientConfig>, TlsError> {
+    if pins.is_empty() {
+        return Err(TlsError::NoPins);
+    }
+    let verifier = PinnedRoot { pins: pins.to_vec(), provider: provider() };
+    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+    Ok(finish(builder.with_no_client_auth(), &[ALPN_JOIN]))
+}
+
+/// An agent towards the API server or a target of its cluster.
+///
+/// # Errors
+/// When the roots are unusable, or certificate and key do not fit.
+pub fn upstream_client(
+    roots: &[CertificateDer<'_>],
+    credential: Option<&Credential>,
+    protocol: UpstreamProtocol,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    web_client(
+        roots,
+        credential,
+        match protocol {
+            UpstreamProtocol::Http1 => &[ALPN_HTTP1],
+            UpstreamProtocol::Http2 => &[ALPN_H2],
+        },
+    )
+}
+
+/// A client of the front, for the command line and for tests.
+///
+/// # Errors
+/// When the roots are unusable, or certificate and key do not fit.
+pub fn http_client(
+    roots: &[CertificateDer<'_>],
+    credential: Option<&Credential>,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    web_client(roots, credential, &[ALPN_H2, ALPN_HTTP1])
+}
+
+/// Checks what a finished handshake agreed on.
+///
+/// # Errors
+/// [`WrongAlpn`] for another protocol, or for none.
+pub fn negotiated(agreed: Option<&[u8]>, wanted: &'static [u8]) -> Result<(), WrongAlpn> {
+    if agreed == Some(wanted) {
+        return Ok(());
+    }
+    let text = |bytes: &[u8]| bytes.escape_ascii().to_string();
+    Err(WrongAlpn { wanted: text(wanted), agreed: agreed.map_or_else(|| "nothing".to_owned(), text) })
+}
+
+/// A handshake succeeded with a peer that speaks something else.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error(
+    "the peer agreed on {agreed}, not {wanted}. The address is probably that of another service, or of a balancer that ends TLS itself: it must pass TCP through"
+)]
+pub struct WrongAlpn {
+    wanted: String,
+    agreed: String,
+}
+
+/// The one crypto provider: aws-lc-rs, post-quantum key exchange first.
+#[must_use]
+pub fn provider() -> Arc<CryptoProvider> {
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    PROVIDER.get_or_init(|| Arc::new(aws_lc_rs::default_provider())).clone()
+}
+
+fn server(
+    versions: &[&'static SupportedProtocolVersion],
+    verifier: Arc<dyn ClientCertVerifier>,
+    resolver: Arc<dyn ResolvesServerCert>,
+    alpn: &[&[u8]],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(versions)
+        .map_err(TlsError::Provider)?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(resolver);
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    config.max_early_data_size = 0;
+    config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+    debug_assert!(!config.ticketer.enabled(), "rustls makes no tickets unless a ticketer is set");
+    Ok(Arc::new(config))
+}
+
+fn client(
+    versions: &[&'static SupportedProtocolVersion],
+) -> Result<ConfigBuilder<ClientConfig, WantsVerifier>, TlsError> {
+    let builder = ClientConfig::builder_with_provider(provider());
+    builder.with_protocol_versions(versions).map_err(TlsError::Provider)
+}
+
+fn web_client(
+    roots: &[CertificateDer<'_>],
+    credential: Option<&Credential>,
+    alpn: &[&[u8]],
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let builder = client(&[&TLS13, &TLS12])?.with_root_certificates(root_store(roots)?);
+    let config = match credential {
+        Some(credential) => builder.with_client_cert_resolver(single(credential)?),
+        None => builder.with_no_client_auth(),
+    };
+    Ok(finish(config, alpn))
+}
+
+fn finish(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+    config.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
+    Arc::new(config)
+}
+
+fn certified(credential: &Credential) -> Result<Arc<CertifiedKey>, TlsError> {
+    // By reference: the configuration then holds no second copy of the key's bytes.
+    let key = aws_lc_rs::sign::any_supported_type(credential.key().der()).map_err(TlsError::Credential)?;
+    let certified = CertifiedKey::new(credential.chain().to_vec(), key);
+    certified.keys_match().map_err(TlsError::Credential)?;
+    Ok(Arc::new(certified))
+}
+
+fn single(credential: &Credential) -> Result<Arc<SingleCertAndKey>, TlsError> {
+    Ok(Arc::new(certified(credential)?.into()))
+}
+
+fn require_root(credential: &Credential) -> Result<(), TlsError> {
+    let ends_in_root =
+        credential.chain().len() > 1 && credential.chain().last().is_some_and(may_sign_certificates);
+    if ends_in_root { Ok(()) } else { Err(TlsError::ChainWithoutRoot) }
+}
+
+#[derive(Debug)]
+struct BySni {
+    default: Arc<CertifiedKey>,
+    by_host: Vec<(String, Arc<CertifiedKey>)>,
+}
+
+impl BySni {
+    fn choose(&self, name: Option<&str>) -> &Arc<CertifiedKey> {
+        let Some(name) = name.map(str::to_ascii_lowercase) else { return &self.default };
+        let exact = self.by_host.iter().find(|(host, _)| *host == name);
+        let wildcard = || {
+            let (_, parent) = name.split_once('.')?;
+            self.by_host.iter().find(|(host, _)| host.strip_prefix("*.") == Some(parent))
+        };
+        exact.or_else(wildcard).map_or(&self.default, |(_, certified)| certified)
+    }
+}
+
+impl ResolvesServerCert for BySni {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.choose(hello.server_name()).clone())
+    }
+}
+
+/// No presented certificate has one of the expected pins.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("none of the presented CA certificates has a pin of the join token ({}). Either the token is of another gateway, or something between here and the gateway answers in its place; nothing was sent", .0.iter().map(SpkiPin::to_string).collect::<Vec<_>>().join(", "))]
+pub struct PinMismatch(pub Vec<SpkiPin>);
+
+#[derive(Debug)]
+struct PinnedRoot {
+    pins: Vec<SpkiPin>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for PinnedRoot {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let mismatch = || CertificateError::Other(OtherError(Arc::new(PinMismatch(self.pins.clone()))));
+        let presented = intermediates.get(..CHAIN_MAX.min(intermediates.len())).unwrap_or_default();
+        let root = find_pinned(presented, &self.pins).ok_or_else(mismatch)?;
+        let store = root_store(std::slice::from_ref(root)).map_err(|_| mismatch())?;
+        rustls::client::WebPkiServerVerifier::builder_with_provider(Arc::new(store), self.provider.clone())
+            .build()
+            .map_err(|_| mismatch())?
+            .verify_server_cert(end_entity, presented, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,329 @@
+//! Whose certificates are believed, and for what?
+//!
+//! Two types, so that one cannot stand in for the other: [`AgentCa`] turns a chain into an agent, [`ClientCa`] turns a
+//! chain into a client. Each holds its own roots and its own certificate profile; neither ever looks at the other's.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore, SignatureScheme,
+};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use thiserror::Error;
+
+use crate::ca::{CaKind, kind_of, may_sign_certificates};
+use crate::explain::explain;
+use crate::identity::{AgentIdentity, ClientIdentity, TrustDomain};
+use crate::pin::SpkiPin;
+use crate::profile::ProfileError;
+use crate::tls::provider;
+
+/// Why certificates cannot serve as roots.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum TrustError {
+    /// Without a root nobody could be verified.
+    #[error(
+        "the trust bundle is empty: nobody could be verified. Name a file with at least one CA certificate"
+    )]
+    Empty,
+    /// A leaf, or not a certificate.
+    #[error("certificate number {0} of the trust bundle is no usable CA certificate")]
+    NotACa(usize),
+    /// A root that this product made for another job.
+    #[error("the trust bundle holds the {found} where the {wanted} belongs. Two files are probably swapped")]
+    OtherKind {
+        /// What it says it is.
+        found: CaKind,
+        /// What belongs there.
+        wanted: CaKind,
+    },
+}
+
+/// Why a presented chain is no identity.
+#[derive(Debug, Clone, Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// Nothing was presented.
+    #[error("no certificate was presented")]
+    NoCertificate,
+    /// More certificates than [`CHAIN_MAX`].
+    #[error("{0} certificates were presented, more than {CHAIN_MAX}")]
+    TooLong(usize),
+    /// The chain does not verify: other issuer, expired, wrong purpose, …
+    #[error("{}", explain(.0))]
+    Chain(rustls::Error),
+    /// The chain verifies, the certificate is not of the profile.
+    #[error("the certificate was refused: {0}")]
+    Profile(#[from] ProfileError),
+}
+
+/// The roots that agents come from.
+#[derive(Clone)]
+pub struct AgentCa {
+    roots: Roots,
+    trust_domain: TrustDomain,
+}
+
+impl AgentCa {
+    /// Takes the tunnel CA's roots (two during a change of CA) and the one trust domain whose identities count.
+    ///
+    /// # Errors
+    /// When there is no root, one is no CA, or one is marked as another CA.
+    pub fn new(roots: &[CertificateDer<'_>], trust_domain: TrustDomain) -> Result<Self, TrustError> {
+        Ok(Self { roots: Roots::new(roots, CaKind::Tunnel)?, trust_domain })
+    }
+
+    /// Verifies a chain, leaf first, outside a handshake.
+    ///
+    /// # Errors
+    /// Which step failed.
+    pub fn verify(
+        &self,
+        chain: &[CertificateDer<'_>],
+        now: SystemTime,
+    ) -> Result<AgentIdentity, VerifyError> {
+        let leaf = self.roots.verify(chain, now)?;
+        Ok(AgentIdentity::of_domain(leaf, &self.trust_domain)?)
+    }
+
+    /// The identity in a certificate that a handshake with [`crate::tls::tunnel_server`] has accepted.
+    ///
+    /// # Errors
+    /// None for such a certificate; anything else is judged by profile and trust domain.
+    pub fn identity_of(&self, leaf: &CertificateDer<'_>) -> Result<AgentIdentity, ProfileError> {
+        AgentIdentity::of_domain(leaf, &self.trust_domain)
+    }
+
+    /// Whether any key stands in both bundles. Then one certificate could be tried as either identity; a gateway must
+    /// not start like that.
+    #[must_use]
+    pub fn shares_a_key_with(&self, clients: &ClientCa) -> bool {
+        self.roots.pins.iter().any(|pin| clients.roots.pins.contains(pin))
+    }
+
+    /// The trust domain whose identities count.
+    #[must_use]
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// For the tunnel listener: a certificate is required and must be an agent's, profile and trust domain included.
+    pub(crate) fn handshake_verifier(&self) -> Arc<dyn ClientCertVerifier> {
+        Arc::new(RequireAgent(self.clone()))
+    }
+}
+
+/// The roots that clients come from.
+#[derive(Clone)]
+pub struct ClientCa {
+    roots: Roots,
+}
+
+impl ClientCa {
+    /// Takes the front clients' roots: our own front client CA, or a company's.
+    ///
+    /// # Errors
+    /// When there is no root, one is no CA, or one is marked as another CA.
+    pub fn new(roots: &[CertificateDer<'_>]) -> Result<Self, TrustError> {
+        Ok(Self { roots: Roots::new(roots, CaKind::FrontClients)? })
+    }
+
+    /// Verifies what a client presented, leaf first. The handshake at the front has proved that the client holds the
+    /// leaf's key, and nothing else; an error here means "counts as absent".
+    ///
+    /// # Errors
+    /// Which step failed.
+    pub fn verify(
+        &self,
+        chain: &[CertificateDer<'_>],
+        now: SystemTime,
+    ) -> Result<ClientIdentity, VerifyError> {
+        let leaf = self.roots.verify(chain, now)?;
+        Ok(ClientIdentity::from_verified_certificate(leaf)?)
+    }
+
+    /// For the front: asks for a certificate without requiring one, and names these roots as a hint, so that clients
+    /// with several certificates send the right one. The hint is no check.
+    pub(crate) fn handshake_verifier(&self) -> Arc<dyn ClientCertVerifier> {
+        Arc::new(AcceptAny { hints: self.roots.verifier.root_hint_subjects().to_vec(), provider: provider() })
+    }
+}
+
+/// For a front without a client CA: asks for nothing that it could not judge.
+pub(crate) fn no_client_certificates() -> Arc<dyn ClientCertVerifier> {
+    WebPkiClientVerifier::no_client_auth()
+}
+
+/// Certificates into a root store; all must be usable CAs.
+pub(crate) fn root_store(roots: &[CertificateDer<'_>]) -> Result<RootCertStore, TrustError> {
+    if roots.is_empty() {
+        return Err(TrustError::Empty);
+    }
+    let mut store = RootCertStore::empty();
+    for (index, root) in roots.iter().enumerate() {
+        let usable = may_sign_certificates(root) && store.add(root.clone().into_owned()).is_ok();
+        if !usable {
+            return Err(TrustError::NotACa(index + 1));
+        }
+    }
+    Ok(store)
+}
+
+pub(crate) fn unix_time(now: SystemTime) -> UnixTime {
+    UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
+}
+
+#[derive(Clone)]
+struct Roots {
+    verifier: Arc<dyn ClientCertVerifier>,
+    pins: Vec<SpkiPin>,
+}
+
+impl Roots {
+    fn new(roots: &[CertificateDer<'_>], wanted: CaKind) -> Result<Self, TrustError> {
+        if let Some(found) = roots.iter().filter_map(kind_of).find(|found| *found != wanted) {
+            return Err(TrustError::OtherKind { found, wanted });
+        }
+        let store = root_store(roots)?;
+        let pins = roots.iter().filter_map(|root| SpkiPin::of(root).ok()).collect();
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(store), provider()).build();
+        Ok(Self { verifier: verifier.map_err(|_| TrustError::Empty)?, pins })
+    }
+
+    fn verify<'a, 'b>(
+        &self,
+        chain: &'b [CertificateDer<'a>],
+        now: SystemTime,
+    ) -> Result<&'b CertificateDer<'a>, VerifyError> {
+        let (leaf, intermediates) = chain.split_first().ok_or(VerifyError::NoCertificate)?;
+        if chain.len() > CHAIN_MAX {
+            return Err(VerifyError::TooLong(chain.len()));
+        }
+        self.verifier.verify_client_cert(leaf, intermediates, unix_time(now)).map_err(VerifyError::Chain)?;
+        Ok(leaf)
+    }
+}
+
+impl fmt::Debug for AgentCa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AgentCa")
+            .field("trust_domain", &self.trust_domain)
+            .field("pins", &self.roots.pins)
+            .finish()
+    }
+}
+
+impl fmt::Debug for ClientCa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientCa").field("pins", &self.roots.pins).finish()
+    }
+}
+
+/// rustls' own chain check, then the agent profile; so the handshake itself fails for anything but an agent.
+#[derive(Debug)]
+struct RequireAgent(AgentCa);
+
+impl ClientCertVerifier for RequireAgent {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.0.roots.verifier.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let refuse = |error: VerifyError| match error {
+            VerifyError::Chain(error) => error,
+            other => CertificateError::Other(OtherError(Arc::new(other))).into(),
+        };
+        if intermediates.len() >= CHAIN_MAX {
+            return Err(refuse(VerifyError::TooLong(intermediates.len() + 1)));
+        }
+        let verified = self.0.roots.verifier.verify_client_cert(end_entity, intermediates, now)?;
+        self.0.identity_of(end_entity).map_err(|error| refuse(error.into()))?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.roots.verifier.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.roots.verifier.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.roots.verifier.supported_verify_schemes()
+    }
+}
+
+/// Takes any certificate as a claim: the client must prove that it holds the key (RFC 8446 section 4.4.3), and
+/// [`ClientCa::verify`] decides later what the claim is worth.
+#[derive(Debug)]
+struct AcceptAny {
+    hints: Vec<DistinguishedName>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ClientCertVerifier for AcceptAny {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &self.hints
+    }
+
+    fn verify_client_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Most certificates that a peer may present: a leaf, a few intermediates and the root.
+pub const CHAIN_MAX: usize = 8;
