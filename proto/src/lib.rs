@@ -1,1 +1,28 @@
-//! towline-proto
+//! What both ends of a Towline tunnel must agree on.
+//!
+//! The map, from the wire upwards:
+//!
+//! - [`wire`]: every frame of a session, byte for byte.
+//! - [`code`]: the one table of codes for reset, stop and close.
+//! - [`hello`]: the first message of a session.
+//! - [`open`]: what a stream says first, and the answer.
+//! - [`mux`]: the multiplexer as a pure state machine: bytes and `now` in, bytes and events out.
+//! - [`time`]: the clock value that callers pass into the state machine.
+//! - [`tunnel`] (feature `tokio`): the runtime face: sessions and streams to await on.
+//!
+//! Without the feature `tokio` this crate is `no_std`: it cannot name a runtime, a clock, a socket or TLS, and
+//! `make lint` builds it that way to keep it so.
+#![cfg_attr(not(any(test, feature = "tokio")), no_std)]
+
+extern crate alloc;
+
+pub mod code;
+pub mod hello;
+pub mod mux;
+pub mod open;
+pub mod time;
+#[cfg(feature = "tokio")]
+pub mod tunnel;
+pub mod wire;
+
+pub use code::Code;

@@ -1,0 +1,67 @@
+//! What do both ends say first? The hello: versions, capabilities, limits and the boot id. Each end sends it as its first
+//! frame without waiting for the other's. Identity is not in it: that comes from the verified certificate alone.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+
+/// The protocol versions that this build speaks, newest first. See "Versions" in `docs/protocol.md`.
+pub const VERSIONS: &[u32] = &[1];
+
+/// The first message of a session, in both directions.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Hello {
+    /// Protocol versions the sender speaks. The session runs the highest one that both ends list.
+    #[prost(uint32, repeated, tag = "1")]
+    pub versions: Vec<u32>,
+    /// Names of optional features the sender understands. Unknown names are ignored.
+    #[prost(string, repeated, tag = "2")]
+    pub capabilities: Vec<String>,
+    /// What the sender allows its peer.
+    #[prost(message, required, tag = "3")]
+    pub limits: HelloLimits,
+    /// 16 random bytes drawn when the sending process started: tells the sessions of one process from those of
+    /// another process that holds the same certificate.
+    #[prost(bytes = "vec", tag = "4")]
+    pub boot_id: Vec<u8>,
+    /// The sender's software version, for people. Never used to decide anything.
+    #[prost(string, tag = "5")]
+    pub software: String,
+}
+
+/// What one end allows the other. All values are fixed for the life of the session.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct HelloLimits {
+    /// Streams that the peer may have open at once.
+    #[prost(uint32, tag = "1")]
+    pub streams_max: u32,
+    /// Bytes that the peer may send on a stream it opened before the first credit arrives.
+    #[prost(uint32, tag = "2")]
+    pub initial_credit_bytes: u32,
+    /// Largest open or answer head that the sender accepts, in bytes.
+    #[prost(uint32, tag = "3")]
+    pub head_max_bytes: u32,
+}
+
+impl Hello {
+    /// The highest version that both ends speak.
+    #[must_use]
+    pub fn common_version(&self, ours: &[u32]) -> Option<u32> {
+        self.versions.iter().copied().filter(|version| ours.contains(version)).max()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offering(versions: &[u32]) -> Hello {
+        Hello { versions: versions.to_vec(), ..Hello::default() }
+    }
+
+    #[test]
+    fn the_highest_common_version_wins() {
+        assert_eq!(offering(&[1, 2, 3]).common_version(&[2, 1]), Some(2));
+        assert_eq!(offering(&[999]).common_version(VERSIONS), None);
+        assert_eq!(offering(&[]).common_version(VERSIONS), None);
+    }
+}

@@ -1,0 +1,379 @@
+//! Why did my stream stall? The arithmetic of credit: how far a sender may write, and how far a receiver lets it.
+//!
+//! A receiver reserves memory first and grants credit out of it, so what is held can never exceed what was reserved:
+//! `held ≤ granted − consumed ≤ reserved ≤ session budget ≤ process budget`. Credit that was granted cannot be revoked;
+//! under pressure it is merely not granted again.
+
+use super::limits::{Budget, Limits};
+use crate::time::Instant;
+use core::time::Duration;
+
+/// Growth may not use the last quarter of a budget: it stays free for the first credit of new streams.
+const GROWTH_KEEPS_FREE: usize = 4;
+/// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor.
+const INITIAL_KEEPS_FREE: usize = 16;
+/// Below this round-trip time growth is computed as if the path had it: shorter ones measure scheduling, not distance.
+const RTT_FLOOR: Duration = Duration::from_millis(1);
+
+/// The receive memory of one session, drawn from the process budget as it is drawn from its own.
+#[derive(Debug)]
+pub(super) struct SessionBudget {
+    limit: usize,
+    used: usize,
+    process: Budget,
+}
+
+impl SessionBudget {
+    pub(super) fn new(limits: &Limits, process: Budget) -> Option<Self> {
+        let mut budget = Self { limit: limits.recv_budget, used: 0, process };
+        budget.take(limits.reserved_for_accepted(), Share::All).then_some(budget)
+    }
+
+    fn take(&mut self, bytes: usize, share: Share) -> bool {
+        let keep_free = |limit: usize| match share {
+            Share::All => 0,
+            Share::Initial => limit / INITIAL_KEEPS_FREE,
+            Share::Growth => limit / GROWTH_KEEPS_FREE,
+        };
+        if self.used + bytes + keep_free(self.limit) > self.limit
+            || !self.process.try_take(bytes, keep_free(self.process.limit()))
+        {
+            return false;
+        }
+        self.used += bytes;
+        true
+    }
+
+    fn give(&mut self, bytes: usize) {
+        debug_assert!(bytes <= self.used, "no more is given back than was taken");
+        self.used -= bytes;
+        self.process.give(bytes);
+    }
+
+    /// Whether what is used reaches into the part that growth must leave alone.
+    fn is_pressed(&self) -> bool {
+        let over = |used: usize, limit: usize| used > limit - limit / GROWTH_KEEPS_FREE;
+        over(self.used, self.limit) || over(self.process.used(), self.process.limit())
+    }
+
+    pub(super) const fn used(&self) -> usize {
+        self.used
+    }
+}
+
+impl Drop for SessionBudget {
+    fn drop(&mut self) {
+        self.process.give(self.used);
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Share {
+    All,
+    Initial,
+    Growth,
+}
+
+/// The peer sent more than its credit.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Overrun;
+
+/// The receiving side of one stream's credit.
+#[derive(Debug)]
+pub(super) struct RecvFlow {
+    /// Offset up to which the peer may send.
+    granted: u64,
+    /// Offset up to which bytes arrived.
+    received: u64,
+    /// Offset up to which bytes were read or thrown away.
+    consumed: u64,
+    /// What the stream may always have outstanding.
+    base: u64,
+    /// What the stream is topped up to; `base` or more.
+    window: u64,
+    /// Memory held in the budget for this stream; at least `granted − consumed`.
+    reserved: u64,
+    /// The part of `reserved` that belongs to the session's share for accepted streams, not to this stream.
+    set_aside: u64,
+    /// Nothing more is granted: the end is known or nobody reads.
+    closed: bool,
+    /// Start of the current measurement of the delivery rate, and the bytes consumed since.
+    epoch: Instant,
+    epoch_bytes: u64,
+}
+
+impl RecvFlow {
+    /// Credit for a stream that the peer opened, out of the share set aside for those.
+    pub(super) fn accepted(limits: &Limits, now: Instant) -> Self {
+        let initial = u64::from(limits.initial_credit);
+        Self::new(initial, initial, now)
+    }
+
+    /// Credit for a stream that we open: the initial credit, or less when memory is short; `None` when there is not even
+    /// the floor.
+    pub(super) fn opened(limits: &Limits, budget: &mut SessionBudget, now: Instant) -> Option<Self> {
+        [(limits.initial_credit, Share::Initial), (super::limits::CREDIT_FLOOR, Share::All)]
+            .into_iter()
+            .find(|&(bytes, share)| budget.take(bytes as usize, share))
+            .map(|(bytes, _)| Self::new(u64::from(bytes), 0, now))
+    }
+
+    fn new(base: u64, set_aside: u64, now: Instant) -> Self {
+        Self {
+            granted: base,
+            received: 0,
+            consumed: 0,
+            base,
+            window: base,
+            reserved: base,
+            set_aside,
+            closed: false,
+            epoch: now,
+            epoch_bytes: 0,
+        }
+    }
+
+    pub(super) const fn granted(&self) -> u64 {
+        self.granted
+    }
+
+    /// Memory that the slices of this stream may pin, in bytes.
+    pub(super) fn pin_max(&self) -> usize {
+        usize::try_from(self.reserved).unwrap_or(usize::MAX)
+    }
+
+    /// Bytes received and not yet consumed.
+    pub(super) const fn held(&self) -> u64 {
+        self.received - self.consumed
+    }
+
+    /// Counts `len` bytes that arrived.
+    pub(super) fn on_data(&mut self, len: usize) -> Result<(), Overrun> {
+        let received = self.received + len as u64;
+        if received > self.granted {
+            return Err(Overrun);
+        }
+        self.received = received;
+        Ok(())
+    }
+
+    /// Counts `len` bytes that the application read; tells the new limit if one should be sent.
+    pub(super) fn on_consumed(
+        &mut self,
+        len: usize,
+        now: Instant,
+        rtt: Duration,
+        limits: &Limits,
+        budget: &mut SessionBudget,
+    ) -> Option<u64> {
+        self.consumed += len as u64;
+        debug_assert!(self.consumed <= self.received, "nothing is read that did not arrive");
+        if self.closed {
+            self.release_unused(budget);
+            return None;
+        }
+        self.adapt(len, now, rtt, limits, budget);
+        let target = self.consumed + self.window;
+        let chunk = (self.window / 4).max(1);
+        if target < self.granted + chunk {
+            self.release_unused(budget);
+            return None;
+        }
+        self.granted = target;
+        self.release_unused(budget);
+        Some(self.granted)
+    }
+
+    /// Grows the window to 2 × round-trip time × delivery rate, or shrinks it when memory is short.
+    fn adapt(&mut self, len: usize, now: Instant, rtt: Duration, limits: &Limits, budget: &mut SessionBudget) {
+        let rtt = rtt.max(RTT_FLOOR);
+        self.epoch_bytes += len as u64;
+        let elapsed = now.since(self.epoch);
+        if elapsed < rtt {
+            return;
+        }
+        let per_rtt = u128::from(self.epoch_bytes) * rtt.as_micros() / elapsed.as_micros().max(1);
+        let target = u64::try_from(2 * per_rtt).unwrap_or(u64::MAX).min(u64::from(limits.credit_max));
+        self.epoch = now;
+        self.epoch_bytes = 0;
+        if budget.is_pressed() {
+            self.window = (self.window / 2).max(self.base);
+        } else if target > self.window {
+            let more = target - self.reserved.min(target);
+            if budget.take(usize::try_from(more).unwrap_or(usize::MAX), Share::Growth) {
+                self.window = target;
+                self.reserved += more;
+            }
+        }
+    }
+
+    /// Gives back what is reserved beyond what may still be held.
+    fn release_unused(&mut self, budget: &mut SessionBudget) {
+        let needed = if self.closed { self.granted - self.consumed } else { self.window.max(self.granted - self.consumed) };
+        let keep = needed.max(self.set_aside);
+        if self.reserved > keep {
+            budget.give(usize::try_from(self.reserved - keep).unwrap_or(0));
+            self.reserved = keep;
+        }
+    }
+
+    /// The end of the stream is known: nothing beyond what arrived will come.
+    pub(super) fn on_end(&mut self, budget: &mut SessionBudget) {
+        self.closed = true;
+        self.granted = self.received;
+        self.release_unused(budget);
+    }
+
+    /// Nobody reads any more: what is held was thrown away and nothing more is granted. What was granted may still come.
+    pub(super) fn on_discard(&mut self, budget: &mut SessionBudget) {
+        self.closed = true;
+        self.consumed = self.received;
+        self.release_unused(budget);
+    }
+
+    /// Gives everything back; the stream is gone.
+    pub(super) fn release_all(&mut self, budget: &mut SessionBudget) {
+        budget.give(usize::try_from(self.reserved - self.set_aside).unwrap_or(0));
+        self.reserved = self.set_aside;
+    }
+
+    /// Checks invariants 3 and 4 of `docs/architecture.md` for this stream; tells what it holds of the budget beyond the
+    /// share set aside.
+    ///
+    /// # Panics
+    /// If an invariant does not hold.
+    pub(super) fn check(&self, buffered: usize) -> usize {
+        assert!(self.consumed <= self.received && self.received <= self.granted, "offsets in order: {self:?}");
+        assert_eq!(self.held(), buffered as u64, "held = buffered: {self:?}");
+        assert!(self.granted - self.consumed <= self.reserved, "granted − consumed is reserved: {self:?}");
+        usize::try_from(self.reserved - self.set_aside).expect("a reservation fits memory")
+    }
+}
+
+/// The sending side of one stream's credit.
+#[derive(Debug)]
+pub(super) struct SendFlow {
+    /// Offset up to which the peer accepts bytes.
+    limit: u64,
+    /// Offset up to which bytes were put on the wire.
+    sent: u64,
+}
+
+impl SendFlow {
+    pub(super) const fn new(limit: u64) -> Self {
+        Self { limit, sent: 0 }
+    }
+
+    /// Raises the limit; tells whether it rose. Limits are absolute, so an old one that arrives late changes nothing.
+    pub(super) fn raise(&mut self, limit: u64) -> bool {
+        let rises = limit > self.limit;
+        self.limit = self.limit.max(limit);
+        rises
+    }
+
+    /// Bytes that may still be sent.
+    pub(super) const fn available(&self) -> u64 {
+        self.limit - self.sent
+    }
+
+    /// Counts `len` bytes put on the wire.
+    pub(super) fn on_sent(&mut self, len: usize) {
+        self.sent += len as u64;
+        debug_assert!(self.sent <= self.limit, "nothing is sent beyond the credit");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> Instant {
+        Instant::from_epoch(Duration::from_millis(millis))
+    }
+
+    fn setup(recv_budget: usize) -> (Limits, SessionBudget, Budget) {
+        let limits = Limits { streams_max: 4, recv_budget, credit_max: 1 << 20, ..Limits::default() };
+        let process = Budget::new(recv_budget);
+        let budget = SessionBudget::new(&limits, process.clone()).unwrap();
+        (limits, budget, process)
+    }
+
+    /// A stream that is read as fast as its window allows doubles it each round trip, up to the limit.
+    #[test]
+    fn a_fast_stream_grows_to_the_limit() {
+        let (limits, mut budget, process) = setup(64 << 20);
+        let mut flow = RecvFlow::accepted(&limits, at(0));
+        let rtt = Duration::from_millis(50);
+        for round in 1..=10 {
+            let n = usize::try_from(flow.granted - flow.received).unwrap();
+            flow.on_data(n).unwrap();
+            flow.on_consumed(n, at(round * 50), rtt, &limits, &mut budget);
+            flow.check(0);
+        }
+        assert_eq!(flow.window, u64::from(limits.credit_max));
+        flow.release_all(&mut budget);
+        assert_eq!(budget.used(), limits.reserved_for_accepted());
+        drop(budget);
+        assert_eq!(process.used(), 0);
+    }
+
+    /// A stream below its window per round trip keeps the initial credit.
+    #[test]
+    fn a_slow_stream_does_not_grow() {
+        let (limits, mut budget, _) = setup(64 << 20);
+        let mut flow = RecvFlow::accepted(&limits, at(0));
+        for round in 1..=1000 {
+            flow.on_data(1000).unwrap();
+            flow.on_consumed(1000, at(round * 10), Duration::from_millis(1), &limits, &mut budget);
+        }
+        assert_eq!(flow.window, u64::from(limits.initial_credit));
+    }
+
+    /// Growth leaves room: the stream that comes last still gets its first credit.
+    #[test]
+    fn growth_leaves_room_for_new_streams() {
+        let (limits, mut budget, _) = setup(2 << 20);
+        let mut greedy: Vec<RecvFlow> = (0..4).map(|_| RecvFlow::accepted(&limits, at(0))).collect();
+        for round in 1..=20 {
+            for flow in &mut greedy {
+                let n = usize::try_from(flow.granted - flow.received).unwrap();
+                flow.on_data(n).unwrap();
+                flow.on_consumed(n, at(round), Duration::from_millis(1), &limits, &mut budget);
+            }
+        }
+        assert!(budget.used() <= (2 << 20) * 3 / 4);
+        let flow = RecvFlow::opened(&limits, &mut budget, at(30)).unwrap();
+        assert_eq!(flow.base, u64::from(limits.initial_credit));
+    }
+
+    /// With the budget used up a stream opens with the floor, and with nothing left it does not open.
+    #[test]
+    fn opening_falls_to_the_floor_and_then_fails() {
+        let (limits, mut budget, _) = setup(2 << 20);
+        let mut sizes = Vec::new();
+        while let Some(flow) = RecvFlow::opened(&limits, &mut budget, at(0)) {
+            sizes.push(flow.base);
+            assert!(sizes.len() < 10_000);
+        }
+        assert_eq!(sizes.iter().filter(|&&base| base == 64 * 1024).count(), 26);
+        assert_eq!(sizes.iter().filter(|&&base| base == 4 * 1024).count(), 32);
+        assert_eq!(budget.used(), 2 << 20);
+        assert!(RecvFlow::opened(&limits, &mut budget, at(0)).is_none());
+    }
+
+    #[test]
+    fn data_beyond_the_credit_is_refused() {
+        let (limits, _, _) = setup(64 << 20);
+        let mut flow = RecvFlow::accepted(&limits, at(0));
+        flow.on_data(64 * 1024).unwrap();
+        assert_eq!(flow.on_data(1), Err(Overrun));
+    }
+
+    #[test]
+    fn limits_never_fall() {
+        let mut flow = SendFlow::new(100);
+        assert!(flow.raise(200) && !flow.raise(150) && !flow.raise(200));
+        flow.on_sent(180);
+        assert_eq!(flow.available(), 20);
+    }
+}

@@ -1,0 +1,215 @@
+//! What can a bad peer do? Every count and size that a peer can grow, with its limit; and the budgets that bound memory.
+
+use alloc::sync::Arc;
+use core::fmt;
+use core::sync::atomic::{AtomicUsize, Ordering};
+use core::time::Duration;
+
+/// The limits of one session. All sizes are bytes.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Streams that the peer may have open at once. Legal: 1 to 65,536. Default 1,024.
+    pub streams_max: u32,
+    /// Credit of a new stream, in each direction. Legal: 4 KiB to 16 MiB. Default 64 KiB.
+    pub initial_credit: u32,
+    /// Largest credit of one stream, reached only by growth. Legal: `initial_credit` to `recv_budget`. Default 8 MiB.
+    pub credit_max: u32,
+    /// Receive memory of the session: credit granted and not yet consumed never exceeds it. Must hold
+    /// `streams_max × initial_credit`, which is set aside for the streams the peer opens. Default 128 MiB.
+    pub recv_budget: usize,
+    /// Bytes accepted from writers and not yet handed to the transport. Default 1 MiB; each stream may always hold
+    /// [`SEND_FLOOR`] on top, so that no stream waits for another.
+    pub send_budget: usize,
+    /// Largest open or answer head. Default 64 KiB.
+    pub head_max: u32,
+    /// Resets from the peer of streams it opened itself, per second. Default 50,000.
+    pub resets_per_second: u32,
+    /// Frames per second that ask for work and move nothing: pings, credit that raises nothing, frames for streams that
+    /// have ended. Default 10,000.
+    pub noise_per_second: u32,
+    /// How long the peer may take to send its hello. Default 10 s.
+    pub hello_timeout: Duration,
+    /// A ping is sent after so long without a byte from the peer. Default 5 s.
+    pub ping_idle: Duration,
+    /// The session is dead after so long without a byte from the peer. Default 12 s.
+    pub dead_idle: Duration,
+    /// As `ping_idle`, while an opened stream waits for its first byte. Default 1 s.
+    pub ping_waiting: Duration,
+    /// As `dead_idle`, while an opened stream waits for its first byte. Default 3 s.
+    pub dead_waiting: Duration,
+}
+
+/// Bytes that each stream may queue for sending however full the session's send budget is.
+pub const SEND_FLOOR: usize = 4 * 1024;
+/// Most bytes that one stream may queue for sending.
+pub const SEND_STREAM_MAX: usize = 128 * 1024;
+/// Smallest credit with which a stream is opened when memory is short.
+pub const CREDIT_FLOOR: u32 = 4 * 1024;
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            streams_max: 1024,
+            initial_credit: 64 * 1024,
+            credit_max: 8 * 1024 * 1024,
+            recv_budget: 128 * 1024 * 1024,
+            send_budget: 1024 * 1024,
+            head_max: 64 * 1024,
+            resets_per_second: 50_000,
+            noise_per_second: 10_000,
+            hello_timeout: Duration::from_secs(10),
+            ping_idle: Duration::from_secs(5),
+            dead_idle: Duration::from_secs(12),
+            ping_waiting: Duration::from_secs(1),
+            dead_waiting: Duration::from_secs(3),
+        }
+    }
+}
+
+/// Limits that contradict each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LimitsError(&'static str);
+
+impl fmt::Display for LimitsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl core::error::Error for LimitsError {}
+
+impl Limits {
+    /// Receive memory that is set aside for the streams the peer opens.
+    #[must_use]
+    pub const fn reserved_for_accepted(&self) -> usize {
+        self.streams_max as usize * self.initial_credit as usize
+    }
+
+    /// Checks the relations between the limits.
+    ///
+    /// # Errors
+    /// Names the relation that does not hold.
+    pub fn validate(&self) -> Result<(), LimitsError> {
+        let Self { streams_max, initial_credit, credit_max, recv_budget, send_budget, .. } = *self;
+        let check = |holds: bool, relation: &'static str| holds.then_some(()).ok_or(LimitsError(relation));
+        check((1..=65_536).contains(&streams_max), "streams_max must be 1 to 65,536")?;
+        check((CREDIT_FLOOR..=16 << 20).contains(&initial_credit), "initial_credit must be 4 KiB to 16 MiB")?;
+        check(credit_max >= initial_credit, "credit_max must be at least initial_credit")?;
+        check(credit_max as usize <= recv_budget, "credit_max must be at most recv_budget")?;
+        check(self.reserved_for_accepted() <= recv_budget, "streams_max × initial_credit must fit recv_budget")?;
+        check(send_budget >= SEND_STREAM_MAX, "send_budget must be at least 128 KiB")?;
+        check(self.head_max >= 1024, "head_max must be at least 1 KiB")?;
+        check(self.ping_idle < self.dead_idle, "ping_idle must be shorter than dead_idle")?;
+        check(self.ping_waiting < self.dead_waiting, "ping_waiting must be shorter than dead_waiting")
+    }
+}
+
+/// A bound on memory that several sessions share: the process budget.
+#[derive(Clone, Debug)]
+pub struct Budget(Arc<BudgetInner>);
+
+#[derive(Debug)]
+struct BudgetInner {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+impl Budget {
+    /// A budget of `limit` bytes.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self(Arc::new(BudgetInner { limit, used: AtomicUsize::new(0) }))
+    }
+
+    /// Takes `bytes` if afterwards at least `keep_free` bytes remain; tells whether it did.
+    #[must_use]
+    pub fn try_take(&self, bytes: usize, keep_free: usize) -> bool {
+        let admit = |used: usize| {
+            let after = used.checked_add(bytes)?;
+            (after.checked_add(keep_free)? <= self.0.limit).then_some(after)
+        };
+        self.0.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, admit).is_ok()
+    }
+
+    /// Gives back `bytes` that were taken before.
+    pub fn give(&self, bytes: usize) {
+        let before = self.0.used.fetch_sub(bytes, Ordering::Relaxed);
+        debug_assert!(before >= bytes, "no more is given back than was taken");
+    }
+
+    /// Bytes taken at the moment.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.0.used.load(Ordering::Relaxed)
+    }
+
+    /// The bound.
+    #[must_use]
+    pub fn limit(&self) -> usize {
+        self.0.limit
+    }
+}
+
+/// Counts events against a rate per second, with a burst of one second.
+#[derive(Clone, Debug)]
+pub(super) struct RateLimit {
+    per_second: u32,
+    /// Events in the bucket, in thousandths.
+    level: u64,
+    since: crate::time::Instant,
+}
+
+impl RateLimit {
+    pub(super) fn new(per_second: u32) -> Self {
+        Self { per_second, level: 0, since: crate::time::Instant::default() }
+    }
+
+    /// Counts one event; tells whether it is within the rate.
+    pub(super) fn admit(&mut self, now: crate::time::Instant) -> bool {
+        let millis = u64::try_from(now.since(self.since).as_millis()).unwrap_or(u64::MAX);
+        if millis > 0 {
+            self.level = self.level.saturating_sub(millis.saturating_mul(u64::from(self.per_second)));
+            self.since = now;
+        }
+        self.level += 1000;
+        self.level <= u64::from(self.per_second) * 1000
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::time::Instant;
+
+    #[test]
+    fn the_defaults_are_consistent() {
+        Limits::default().validate().unwrap();
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let limits = Limits { streams_max: 4096, ..Limits::default() };
+        assert_eq!(limits.validate().unwrap_err().to_string(), "streams_max × initial_credit must fit recv_budget");
+    }
+
+    #[test]
+    fn a_budget_never_overflows() {
+        let budget = Budget::new(100);
+        assert!(budget.try_take(60, 0));
+        assert!(!budget.try_take(60, 0));
+        assert!(!budget.try_take(30, 11));
+        assert!(!budget.try_take(usize::MAX, 1));
+        assert!(budget.try_take(30, 10));
+        budget.give(90);
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn a_rate_admits_one_second_of_burst() {
+        let mut rate = RateLimit::new(10);
+        let start = Instant::from_epoch(Duration::from_secs(5));
+        assert_eq!((0..20).filter(|_| rate.admit(start)).count(), 10);
+        assert!(!rate.admit(start + Duration::from_millis(900)));
+        assert!(rate.admit(start + Duration::from_secs(3)));
+    }
+}

@@ -1,0 +1,214 @@
+//! Is the peer alive, and how far away is it? Pings, the deadlines that follow from silence, and the round-trip time.
+//!
+//! Any byte from the peer is a sign of life. After a silence a ping asks for one; no byte at all after the ping means the
+//! peer is dead. While an opened stream waits for its first byte somebody is waiting, and both times are shorter.
+
+use super::limits::Limits;
+use crate::time::Instant;
+use core::time::Duration;
+
+/// The smallest round-trip time is kept over one to two of these.
+const RTT_WINDOW: Duration = Duration::from_secs(30);
+/// A busy session measures the round-trip time once in so many `ping_idle`.
+const BUSY_PING_FACTOR: u32 = 6;
+
+#[derive(Debug)]
+pub(super) struct Liveness {
+    start: Instant,
+    heard: Instant,
+    /// When the unanswered question was asked: a ping queued since the last byte from the peer.
+    asked: Option<Instant>,
+    /// The last ping on the wire: its nonce and when it left.
+    in_flight: Option<(u64, Instant)>,
+    pinged: Instant,
+    nonce: u64,
+    /// Streams we opened that have not heard a byte yet, and since when there are any.
+    waiting: u32,
+    waiting_since: Instant,
+    rtt: [Duration; 2],
+    rtt_since: Instant,
+}
+
+pub(super) enum Due {
+    Nothing,
+    Ping,
+    Dead(Duration),
+}
+
+impl Liveness {
+    pub(super) const fn new(now: Instant) -> Self {
+        Self {
+            start: now,
+            heard: now,
+            asked: None,
+            in_flight: None,
+            pinged: now,
+            nonce: 0,
+            waiting: 0,
+            waiting_since: now,
+            rtt: [Duration::MAX; 2],
+            rtt_since: now,
+        }
+    }
+
+    pub(super) const fn start(&self) -> Instant {
+        self.start
+    }
+
+    pub(super) const fn waiting(&self) -> u32 {
+        self.waiting
+    }
+
+    /// The smallest round-trip time lately; zero before the first pong.
+    pub(super) fn rtt(&self) -> Duration {
+        match self.rtt[0].min(self.rtt[1]) {
+            Duration::MAX => Duration::ZERO,
+            rtt => rtt,
+        }
+    }
+
+    pub(super) const fn on_heard(&mut self, now: Instant) {
+        self.heard = now;
+        self.asked = None;
+    }
+
+    pub(super) const fn on_opened(&mut self, now: Instant) {
+        if self.waiting == 0 {
+            self.waiting_since = now;
+        }
+        self.waiting += 1;
+    }
+
+    pub(super) const fn on_answered(&mut self) {
+        self.waiting -= 1;
+    }
+
+    /// A stream was given up before it was sent.
+    pub(super) const fn on_cancelled(&mut self) {
+        self.waiting -= 1;
+    }
+
+    /// Asks for a sign of life: the nonce of the ping to send.
+    pub(super) fn probe(&mut self, now: Instant) -> u64 {
+        self.asked.get_or_insert(now);
+        self.pinged = now;
+        self.nonce += 1;
+        self.nonce
+    }
+
+    pub(super) const fn on_ping_sent(&mut self, nonce: u64, now: Instant) {
+        self.in_flight = Some((nonce, now));
+    }
+
+    /// Takes a pong; tells whether it answers our last ping. Others are late and mean nothing.
+    pub(super) fn on_pong(&mut self, nonce: u64, now: Instant) -> bool {
+        let Some((_, sent)) = self.in_flight.take_if(|(sent_nonce, _)| *sent_nonce == nonce) else { return false };
+        if now.since(self.rtt_since) >= RTT_WINDOW {
+            self.rtt = [Duration::MAX, self.rtt[0]];
+            self.rtt_since = now;
+        }
+        self.rtt[0] = self.rtt[0].min(now.since(sent));
+        true
+    }
+
+    /// The time at which [`Self::due`] will have something to say.
+    pub(super) fn deadline(&self, limits: &Limits) -> Instant {
+        self.dead_at(limits).unwrap_or_else(|| self.ping_at(limits))
+    }
+
+    pub(super) fn due(&self, now: Instant, limits: &Limits) -> Due {
+        match self.dead_at(limits) {
+            Some(dead_at) if now >= dead_at => Due::Dead(now.since(self.heard)),
+            Some(_) => Due::Nothing,
+            None if now >= self.ping_at(limits) => Due::Ping,
+            None => Due::Nothing,
+        }
+    }
+
+    fn ping_at(&self, limits: &Limits) -> Instant {
+        let mut at = (self.heard + limits.ping_idle).min(self.pinged + limits.ping_idle * BUSY_PING_FACTOR);
+        if self.waiting > 0 {
+            at = at.min(self.heard.max(self.waiting_since) + limits.ping_waiting);
+        }
+        at
+    }
+
+    /// When the peer counts as dead, if it has been asked and has not answered.
+    fn dead_at(&self, limits: &Limits) -> Option<Instant> {
+        let asked = self.asked?;
+        let mut at = asked + (limits.dead_idle - limits.ping_idle);
+        if self.waiting > 0 {
+            at = at.min(asked.max(self.waiting_since) + (limits.dead_waiting - limits.ping_waiting));
+        }
+        Some(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: f64) -> Instant {
+        Instant::from_epoch(Duration::from_secs_f64(seconds))
+    }
+
+    fn silence(liveness: &mut Liveness, limits: &Limits) -> (f64, f64) {
+        let ping = liveness.deadline(limits);
+        assert!(matches!(liveness.due(ping, limits), Due::Ping));
+        liveness.probe(ping);
+        let dead = liveness.deadline(limits);
+        assert!(matches!(liveness.due(dead, limits), Due::Dead(_)));
+        (ping.since_epoch().as_secs_f64(), dead.since_epoch().as_secs_f64())
+    }
+
+    #[test]
+    fn an_idle_peer_is_dead_at_12_s() {
+        let mut liveness = Liveness::new(at(0.0));
+        assert_eq!(silence(&mut liveness, &Limits::default()), (5.0, 12.0));
+    }
+
+    #[test]
+    fn a_peer_that_keeps_somebody_waiting_is_dead_at_3_s() {
+        let mut liveness = Liveness::new(at(0.0));
+        liveness.on_opened(at(4.0));
+        assert_eq!(silence(&mut liveness, &Limits::default()), (5.0, 7.0));
+    }
+
+    /// A stream opened while an idle ping is unanswered shortens the wait, but not into the past.
+    #[test]
+    fn waiting_starts_when_the_stream_opens() {
+        let limits = Limits::default();
+        let mut liveness = Liveness::new(at(0.0));
+        liveness.probe(at(5.0));
+        liveness.on_opened(at(9.0));
+        assert_eq!(liveness.deadline(&limits), at(11.0));
+    }
+
+    #[test]
+    fn any_byte_is_a_sign_of_life() {
+        let limits = Limits::default();
+        let mut liveness = Liveness::new(at(0.0));
+        liveness.probe(at(5.0));
+        liveness.on_heard(at(11.9));
+        assert!(matches!(liveness.due(at(12.0), &limits), Due::Nothing));
+        assert_eq!(liveness.deadline(&limits), at(16.9));
+    }
+
+    /// The minimum is remembered, and forgotten after a while: paths change.
+    #[test]
+    fn the_round_trip_time_is_a_windowed_minimum() {
+        let mut liveness = Liveness::new(at(0.0));
+        let mut measure = |sent: f64, rtt: f64| {
+            let nonce = liveness.probe(at(sent));
+            liveness.on_ping_sent(nonce, at(sent));
+            assert!(!liveness.on_pong(nonce + 7, at(sent + rtt)));
+            assert!(liveness.on_pong(nonce, at(sent + rtt)));
+            (liveness.rtt().as_secs_f64() * 1000.0).round()
+        };
+        assert_eq!(measure(1.0, 0.050), 50.0);
+        assert_eq!(measure(2.0, 0.020), 20.0);
+        assert_eq!(measure(3.0, 0.090), 20.0);
+        assert_eq!(measure(40.0, 0.080), 20.0);
+        assert_eq!(measure(80.0, 0.090), 80.0);
+    }
+}
