@@ -142,7 +142,10 @@ fn fixed(out: &mut BytesMut, kind: u8, id: StreamId, payload: &[u8]) {
     out.put_slice(payload);
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "every caller's length is below FRAME_MAX, which fits u16")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "every caller's length is below FRAME_MAX, which fits u16"
+)]
 fn put_header(out: &mut BytesMut, kind: u8, flags: u8, len: usize, id: StreamId) {
     debug_assert!(len <= FRAME_MAX, "a payload fits a frame");
     out.put_u8(kind);
@@ -185,7 +188,9 @@ impl fmt::Display for WireError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::UnknownType(kind) => write!(f, "unknown frame type {kind:#04x}"),
-            Self::UnknownFlags { kind, flags } => write!(f, "unknown flags {flags:#04x} on frame type {kind:#04x}"),
+            Self::UnknownFlags { kind, flags } => {
+                write!(f, "unknown flags {flags:#04x} on frame type {kind:#04x}")
+            }
             Self::BadLength { kind, len } => write!(f, "frame type {kind:#04x} with {len} bytes of payload"),
             Self::BadStreamId { kind, id } => write!(f, "frame type {kind:#04x} on stream {id}"),
             Self::EmptyData => f.write_str("empty DATA frame without FIN"),

@@ -185,7 +185,14 @@ impl RecvFlow {
     }
 
     /// Grows the window to 2 × round-trip time × delivery rate, or shrinks it when memory is short.
-    fn adapt(&mut self, len: usize, now: Instant, rtt: Duration, limits: &Limits, budget: &mut SessionBudget) {
+    fn adapt(
+        &mut self,
+        len: usize,
+        now: Instant,
+        rtt: Duration,
+        limits: &Limits,
+        budget: &mut SessionBudget,
+    ) {
         let rtt = rtt.max(RTT_FLOOR);
         self.epoch_bytes += len as u64;
         let elapsed = now.since(self.epoch);
@@ -209,7 +216,11 @@ impl RecvFlow {
 
     /// Gives back what is reserved beyond what may still be held.
     fn release_unused(&mut self, budget: &mut SessionBudget) {
-        let needed = if self.closed { self.granted - self.consumed } else { self.window.max(self.granted - self.consumed) };
+        let needed = if self.closed {
+            self.granted - self.consumed
+        } else {
+            self.window.max(self.granted - self.consumed)
+        };
         let keep = needed.max(self.set_aside);
         if self.reserved > keep {
             budget.give(usize::try_from(self.reserved - keep).unwrap_or(0));
@@ -243,7 +254,10 @@ impl RecvFlow {
     /// # Panics
     /// If an invariant does not hold.
     pub(super) fn check(&self, buffered: usize) -> usize {
-        assert!(self.consumed <= self.received && self.received <= self.granted, "offsets in order: {self:?}");
+        assert!(
+            self.consumed <= self.received && self.received <= self.granted,
+            "offsets in order: {self:?}"
+        );
         assert_eq!(self.held(), buffered as u64, "held = buffered: {self:?}");
         assert!(self.granted - self.consumed <= self.reserved, "granted − consumed is reserved: {self:?}");
         usize::try_from(self.reserved - self.set_aside).expect("a reservation fits memory")

@@ -96,7 +96,10 @@ impl Limits {
         check((CREDIT_FLOOR..=16 << 20).contains(&initial_credit), "initial_credit must be 4 KiB to 16 MiB")?;
         check(credit_max >= initial_credit, "credit_max must be at least initial_credit")?;
         check(credit_max as usize <= recv_budget, "credit_max must be at most recv_budget")?;
-        check(self.reserved_for_accepted() <= recv_budget, "streams_max × initial_credit must fit recv_budget")?;
+        check(
+            self.reserved_for_accepted() <= recv_budget,
+            "streams_max × initial_credit must fit recv_budget",
+        )?;
         check(send_budget >= SEND_STREAM_MAX, "send_budget must be at least 128 KiB")?;
         check(self.head_max >= 1024, "head_max must be at least 1 KiB")?;
         check(self.ping_idle < self.dead_idle, "ping_idle must be shorter than dead_idle")?;
@@ -189,7 +192,10 @@ mod tests {
     #[test]
     fn contradictions_are_named() {
         let limits = Limits { streams_max: 4096, ..Limits::default() };
-        assert_eq!(limits.validate().unwrap_err().to_string(), "streams_max × initial_credit must fit recv_budget");
+        assert_eq!(
+            limits.validate().unwrap_err().to_string(),
+            "streams_max × initial_credit must fit recv_budget"
+        );
     }
 
     #[test]

@@ -170,12 +170,16 @@ impl CloseReason {
 impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Local { code, text } => write!(f, "closed here: {text} ({})", Code::from_u32(*code).label()),
+            Self::Local { code, text } => {
+                write!(f, "closed here: {text} ({})", Code::from_u32(*code).label())
+            }
             Self::Peer { code, text } => {
                 write!(f, "closed by the peer: {} ({})", text.escape_debug(), Code::from_u32(*code).label())
             }
             Self::Violation(violation) => write!(f, "the peer broke the protocol: {violation}"),
-            Self::Dead(silence) => write!(f, "nothing heard from the peer for {:.1} s", silence.as_secs_f32()),
+            Self::Dead(silence) => {
+                write!(f, "nothing heard from the peer for {:.1} s", silence.as_secs_f32())
+            }
             Self::HelloTimeout => f.write_str("the peer did not say hello in time"),
             Self::Transport(text) => write!(f, "the connection failed: {text}"),
         }
@@ -191,7 +195,9 @@ pub enum Violation {
     /// A second hello.
     HelloTwice,
     /// No protocol version in common.
-    Version { offered: Vec<u32> },
+    Version {
+        offered: Vec<u32>,
+    },
     /// An open with an id of the wrong parity, or not above all before it.
     StreamId(u32),
     /// A frame for a stream that was never opened.
@@ -227,7 +233,11 @@ impl fmt::Display for Violation {
             Self::HelloMissing => f.write_str("a frame before the hello"),
             Self::HelloTwice => f.write_str("a second hello"),
             Self::Version { offered } => {
-                write!(f, "no common protocol version: offered {offered:?}, supported {:?}", crate::hello::VERSIONS)
+                write!(
+                    f,
+                    "no common protocol version: offered {offered:?}, supported {:?}",
+                    crate::hello::VERSIONS
+                )
             }
             Self::StreamId(id) => write!(f, "stream id {id} is of the wrong parity or out of order"),
             Self::UnknownStream(id) => write!(f, "a frame for stream {id}, which was never opened"),
@@ -576,19 +586,50 @@ impl Connection {
         self.settle(key.slot);
     }
 
-    /// The application holds no handle of this stream any more. Halves that have not ended are reset and stopped.
+    /// Throws away what the peer still sends, without asking it to stop: its end is due anyway.
+    pub fn ignore_rest(&mut self, key: Key) {
+        let Some(stream) = Self::find(&mut self.slots, key) else { return };
+        stream.recv.queue.clear();
+        stream.recv.flow.on_discard(&mut self.budget);
+        if stream.recv.state == RecvState::Open {
+            stream.recv.state = RecvState::Discarding;
+            stream.pending.credit = None;
+        }
+    }
+
+    /// The application holds no handle of this stream any more. A half that it left open is reset or stopped; one that it
+    /// finished still delivers what is queued.
     pub fn release(&mut self, key: Key) {
         self.stop(key, Code::Cancelled);
-        self.reset_slot(key, Code::Cancelled.to_u32());
-        if let Some(stream) = self.stream(key) {
-            stream.in_use = false;
-            let now_closed = self.closed().is_some();
-            if now_closed {
-                self.remove(key.slot);
-            } else {
-                self.settle(key.slot);
-            }
+        let Some(stream) = self.stream(key) else { return };
+        stream.in_use = false;
+        if stream.send.state == SendState::Open {
+            self.reset_slot(key, Code::Cancelled.to_u32());
         }
+        if self.closed().is_some() {
+            self.remove(key.slot);
+        } else {
+            self.settle(key.slot);
+        }
+    }
+
+    /// The code with which the peer asked us to stop sending, if it did.
+    #[must_use]
+    pub fn stopped(&mut self, key: Key) -> Option<u32> {
+        self.stream(key)?.send.stopped
+    }
+
+    /// Whether our half was finished or has ended.
+    #[must_use]
+    pub fn is_finished(&mut self, key: Key) -> bool {
+        self.stream(key)
+            .is_none_or(|stream| matches!(stream.send.state, SendState::Finishing | SendState::Done))
+    }
+
+    /// Whether nothing more will be read: the peer's half has ended or is thrown away.
+    #[must_use]
+    pub fn is_ignored(&mut self, key: Key) -> bool {
+        self.stream(key).is_none_or(|stream| stream.recv.state != RecvState::Open)
     }
 
     /// Asks the peer to open nothing new; [`Event::Drained`] follows when it agreed and every stream has ended. This end
@@ -1023,7 +1064,9 @@ impl Connection {
     }
 
     fn enqueue(&mut self, slot: u32, now: Instant) {
-        let Some(Slot { stream: Some(stream), scheduled, .. }) = self.slots.get_mut(slot as usize) else { return };
+        let Some(Slot { stream: Some(stream), scheduled, .. }) = self.slots.get_mut(slot as usize) else {
+            return;
+        };
         self.schedule.push(slot, scheduled, &mut stream.turn, now);
     }
 
@@ -1094,7 +1137,9 @@ impl Connection {
     }
 
     fn remove(&mut self, slot: u32) {
-        let Some(mut stream) = self.slots.get_mut(slot as usize).and_then(|place| place.stream.take()) else { return };
+        let Some(mut stream) = self.slots.get_mut(slot as usize).and_then(|place| place.stream.take()) else {
+            return;
+        };
         stream.recv.flow.release_all(&mut self.budget);
         self.send_queued -= stream.send.queue.clear();
         self.free.push(slot);
@@ -1117,7 +1162,8 @@ impl Connection {
             CloseReason::Peer { .. } | CloseReason::Transport(_) => None,
             other => Some(other.to_string()),
         };
-        self.output = SessionOutput { close: text.map(|text| (reason.code(), text)), ..SessionOutput::default() };
+        self.output =
+            SessionOutput { close: text.map(|text| (reason.code(), text)), ..SessionOutput::default() };
         self.schedule.clear();
         self.opens.clear();
         self.controls.clear();
@@ -1149,7 +1195,11 @@ impl Connection {
             reserved += stream.recv.flow.check(stream.recv.queue.len());
             queued += stream.send.queue.len();
             let live = !stream.is_closed_on_wire();
-            assert_eq!(live, self.ids.contains_key(&stream.id.0), "the map holds the live streams: {stream:?}");
+            assert_eq!(
+                live,
+                self.ids.contains_key(&stream.id.0),
+                "the map holds the live streams: {stream:?}"
+            );
             let ours = self.role.opens(stream.id);
             opened += u32::from(live && ours);
             accepted += u32::from(live && !ours);

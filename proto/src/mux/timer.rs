@@ -102,7 +102,9 @@ impl Liveness {
 
     /// Takes a pong; tells whether it answers our last ping. Others are late and mean nothing.
     pub(super) fn on_pong(&mut self, nonce: u64, now: Instant) -> bool {
-        let Some((_, sent)) = self.in_flight.take_if(|(sent_nonce, _)| *sent_nonce == nonce) else { return false };
+        let Some((_, sent)) = self.in_flight.take_if(|(sent_nonce, _)| *sent_nonce == nonce) else {
+            return false;
+        };
         if now.since(self.rtt_since) >= RTT_WINDOW {
             self.rtt = [Duration::MAX, self.rtt[0]];
             self.rtt_since = now;

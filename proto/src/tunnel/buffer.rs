@@ -1,0 +1,68 @@
+//! Where do reads go? Into buffers that belong to the thread, not to the connection: an idle connection holds none.
+
+use crate::mux::CHUNK_MAX;
+use bytes::{Bytes, BytesMut};
+use std::cell::RefCell;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use tokio::io::AsyncRead;
+
+/// Buffers kept per thread.
+const KEPT: usize = 4;
+/// A buffer with less room than this is not worth another read.
+const ROOM_MIN: usize = 16 * 1024;
+
+thread_local! {
+    static BUFFERS: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
+}
+
+fn take() -> BytesMut {
+    let mut buffer = BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_default();
+    if buffer.capacity() < ROOM_MIN {
+        // Takes the whole buffer back if nobody holds a slice of it any more.
+        buffer.reserve(CHUNK_MAX);
+    }
+    buffer
+}
+
+fn give(buffer: BytesMut) {
+    BUFFERS.with_borrow_mut(|buffers| {
+        if buffers.len() < KEPT {
+            buffers.push(buffer);
+        }
+    });
+}
+
+/// Reads what is ready, at most [`CHUNK_MAX`] bytes; empty at the end of the input. A read that would fill the buffer
+/// goes on until it does or nothing is ready.
+///
+/// # Errors
+/// Those of the reader, unless bytes were read before: then the next call meets the error again.
+pub(super) fn poll_read_chunk<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<Bytes>> {
+    let mut buffer = take();
+    let mut result = Poll::Pending;
+    while buffer.capacity() > buffer.len() {
+        match tokio_util::io::poll_read_buf(Pin::new(&mut *reader), cx, &mut buffer) {
+            Poll::Pending => break,
+            Poll::Ready(Ok(0)) => {
+                result = Poll::Ready(Ok(()));
+                break;
+            }
+            Poll::Ready(Ok(_)) => result = Poll::Ready(Ok(())),
+            Poll::Ready(Err(error)) => {
+                if buffer.is_empty() {
+                    result = Poll::Ready(Err(error));
+                }
+                break;
+            }
+        }
+    }
+    let bytes = buffer.split().freeze();
+    give(buffer);
+    ready!(result)?;
+    Poll::Ready(Ok(bytes))
+}

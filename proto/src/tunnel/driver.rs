@@ -1,0 +1,369 @@
+//! How do bytes get from the transport into the mux and back? One task per session, which alone touches the transport.
+//!
+//! Each turn of the driver:
+//! 1. reads what is ready and feeds it to the mux (never waiting for a write: invariant 1);
+//! 2. lets the mux do what is due by the clock, after it has seen all input;
+//! 3. takes a batch of output, hands it to the transport, flushes, and only then takes the next: what the transport has
+//!    not accepted stays where the scheduler can still reorder it.
+//!
+//! Handles share the mux behind one short mutex under which only `Bytes` move; wakers are collected under it and woken
+//! after it. A panic while it is held ends this session and nothing else.
+
+use super::SessionState;
+use super::buffer;
+use crate::mux::{CloseReason, Connection, Event, Key};
+use crate::time::Instant;
+use bytes::{Buf, Bytes};
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tokio::time::Sleep;
+
+/// Bytes taken from the mux at once: four TLS records.
+const BATCH: usize = 64 * 1024;
+/// Slices handed to the transport in one write.
+const SLICES: usize = 64;
+/// Turns after which the driver lets other tasks run.
+const TURNS: u32 = 16;
+/// How long the last words of a session may take to leave.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What the driver and the handles of one session share.
+pub(super) struct Shared {
+    core: Mutex<Core>,
+    pub(super) state: watch::Sender<SessionState>,
+    epoch: tokio::time::Instant,
+    pub(super) bytes_in: AtomicU64,
+    pub(super) bytes_out: AtomicU64,
+}
+
+pub(super) struct Core {
+    pub(super) conn: Connection,
+    /// Who waits for which stream, by slot.
+    pub(super) waiters: Vec<Waiters>,
+    pub(super) accepted: VecDeque<Key>,
+    pub(super) accept_waker: Option<Waker>,
+    /// The driver, while it sleeps and would send if there were something to send.
+    driver: Option<Waker>,
+}
+
+/// Who waits for one stream.
+#[derive(Default)]
+pub(super) struct Waiters {
+    pub(super) read: Option<Waker>,
+    pub(super) write: Option<Waker>,
+    pub(super) stopped: Option<Waker>,
+    /// Halves of the stream that are still held.
+    pub(super) handles: u8,
+}
+
+/// What must happen after the mutex is released.
+#[derive(Default)]
+struct Aftermath {
+    wakers: Vec<Waker>,
+    events: Vec<Event>,
+}
+
+impl Shared {
+    pub(super) fn new(conn: Connection, epoch: tokio::time::Instant) -> Arc<Self> {
+        let core =
+            Core { conn, waiters: Vec::new(), accepted: VecDeque::new(), accept_waker: None, driver: None };
+        Arc::new(Self {
+            core: Mutex::new(core),
+            state: watch::Sender::new(SessionState::default()),
+            epoch,
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+        })
+    }
+
+    pub(super) fn now(&self) -> Instant {
+        Instant::from_epoch(self.epoch.elapsed())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
+            // Someone panicked in the middle of a change: nothing in the mux can be trusted but that it ends.
+            let mut core = poisoned.into_inner();
+            core.conn.close(crate::Code::Internal, "a panic inside the session");
+            core
+        })
+    }
+
+    /// Runs `f` on the core, then wakes whoever should look again.
+    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
+        let now = self.now();
+        let mut aftermath = Aftermath::default();
+        let mut core = self.lock();
+        let result = f(&mut core, now);
+        core.collect(&mut aftermath);
+        if core.conn.has_output()
+            && let Some(driver) = core.driver.take()
+        {
+            aftermath.wakers.push(driver);
+        }
+        drop(core);
+        self.settle(aftermath);
+        result
+    }
+
+    fn settle(&self, aftermath: Aftermath) {
+        aftermath.wakers.into_iter().for_each(Waker::wake);
+        for event in aftermath.events {
+            self.state.send_modify(|state| match event {
+                Event::Ready => state.ready = true,
+                Event::GoAway(goaway) => state.goaway = Some(goaway),
+                Event::Drained => state.drained = true,
+                Event::Closed(reason) => state.closed = Some(reason),
+                Event::Opened(_) | Event::Readable(_) | Event::Writable(_) => {}
+            });
+        }
+    }
+}
+
+impl Core {
+    pub(super) fn waiters(&mut self, key: Key) -> &mut Waiters {
+        let slot = key.slot as usize;
+        if slot >= self.waiters.len() {
+            self.waiters.resize_with(slot + 1, Waiters::default);
+        }
+        &mut self.waiters[slot]
+    }
+
+    /// Turns events of the mux into wakers.
+    fn collect(&mut self, aftermath: &mut Aftermath) {
+        while let Some(event) = self.conn.poll_event() {
+            match event {
+                Event::Opened(key) => {
+                    self.accepted.push_back(key);
+                    aftermath.wakers.extend(self.accept_waker.take());
+                }
+                Event::Readable(key) => aftermath.wakers.extend(self.waiters(key).read.take()),
+                Event::Writable(key) => {
+                    let waiters = self.waiters(key);
+                    aftermath.wakers.extend(waiters.write.take());
+                    aftermath.wakers.extend(waiters.stopped.take());
+                }
+                Event::Closed(_) => {
+                    aftermath.wakers.extend(self.accept_waker.take());
+                    aftermath.events.push(event);
+                }
+                Event::Ready | Event::GoAway(_) | Event::Drained => aftermath.events.push(event),
+            }
+        }
+    }
+}
+
+/// Carries one session over its transport. Nothing moves unless [`Driver::run`] is polled; dropping it ends the session.
+pub struct Driver<IO> {
+    io: IO,
+    shared: Arc<Shared>,
+    out: VecDeque<Bytes>,
+    /// The transport took bytes that it may not have sent yet.
+    unflushed: bool,
+    timer: Pin<Box<Sleep>>,
+    /// When the timer is armed for, if it is.
+    armed: Option<Instant>,
+    /// By when the last words must have left, once the session has ended.
+    last_words: Option<Instant>,
+}
+
+impl<IO> std::fmt::Debug for Driver<IO> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver").finish_non_exhaustive()
+    }
+}
+
+impl<IO> Drop for Driver<IO> {
+    fn drop(&mut self) {
+        self.shared
+            .with(|core, _| core.conn.handle_transport_end("the session's task was dropped".to_owned()));
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
+    pub(super) fn new(io: IO, shared: Arc<Shared>) -> Self {
+        Self {
+            io,
+            shared,
+            out: VecDeque::new(),
+            unflushed: false,
+            timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
+            armed: None,
+            last_words: None,
+        }
+    }
+
+    /// Runs the session to its end. Dropping the future ends the session at once, without a word to the peer.
+    pub async fn run(mut self) -> CloseReason {
+        poll_fn(|cx| self.poll(cx)).await
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<CloseReason> {
+        for _ in 0..TURNS {
+            let read = self.turn_read(cx);
+            let timed = self.turn_timer(cx);
+            let wrote = self.turn_write(cx);
+            match self.rest(cx, read || timed || wrote) {
+                Rest::Ended(reason) => return Poll::Ready(reason),
+                Rest::Asleep => return Poll::Pending,
+                Rest::GoOn => {}
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Reads one chunk; tells whether to come back for more.
+    fn turn_read(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.last_words.is_some() {
+            return false;
+        }
+        match buffer::poll_read_chunk(&mut self.io, cx) {
+            Poll::Pending => false,
+            Poll::Ready(Ok(bytes)) if bytes.is_empty() => {
+                self.fail("the peer closed the connection without saying why");
+                true
+            }
+            Poll::Ready(Ok(bytes)) => {
+                self.shared.bytes_in.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                self.shared.with(|core, now| core.conn.handle_input(now, bytes));
+                true
+            }
+            Poll::Ready(Err(error)) => {
+                self.fail(&error.to_string());
+                true
+            }
+        }
+    }
+
+    /// Arms the timer and lets the mux do what is due.
+    fn turn_timer(&mut self, cx: &mut Context<'_>) -> bool {
+        let mux = self.shared.lock().conn.poll_timeout();
+        let Some(deadline) = self.last_words.or(mux) else { return false };
+        // A timer that is armed too early fires once in vain; to move it at each byte received would cost more.
+        if self.armed.is_none_or(|armed| armed > deadline) {
+            self.timer.as_mut().reset(self.shared.epoch + deadline.since_epoch());
+            self.armed = Some(deadline);
+        }
+        if self.timer.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        self.armed = None;
+        if self.last_words.is_some() {
+            self.out.clear();
+            self.unflushed = false;
+        } else {
+            self.shared.with(|core, now| core.conn.handle_timeout(now));
+        }
+        true
+    }
+
+    /// Hands batches to the transport until it takes no more or there are none; tells whether it did anything.
+    fn turn_write(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut progress = false;
+        loop {
+            match self.write_batch(cx) {
+                Poll::Pending => return progress,
+                Poll::Ready(Err(error)) => {
+                    self.fail(&error.to_string());
+                    return true;
+                }
+                Poll::Ready(Ok(())) => {}
+            }
+            let now = self.shared.now();
+            let mut core = self.shared.lock();
+            if !core.conn.has_output() {
+                return progress;
+            }
+            let bytes = core.conn.poll_output(now, BATCH, &mut self.out);
+            drop(core);
+            // Room in the send queues wakes writers.
+            self.shared.with(|_, _| ());
+            self.shared.bytes_out.fetch_add(bytes as u64, Ordering::Relaxed);
+            progress = true;
+        }
+    }
+
+    fn write_batch(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.out.is_empty() {
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let used =
+                self.out.iter().zip(&mut slices).map(|(bytes, slice)| *slice = IoSlice::new(bytes)).count();
+            let written = match Pin::new(&mut self.io).poll_write_vectored(cx, &slices[..used])? {
+                Poll::Ready(written) => written,
+                Poll::Pending => return Poll::Pending,
+            };
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unflushed = true;
+            advance(&mut self.out, written);
+        }
+        if self.unflushed {
+            if Pin::new(&mut self.io).poll_flush(cx)?.is_pending() {
+                return Poll::Pending;
+            }
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Decides, with the core locked, whether the driver may sleep.
+    fn rest(&mut self, cx: &mut Context<'_>, progress: bool) -> Rest {
+        let mut core = self.shared.lock();
+        let idle = self.out.is_empty() && !self.unflushed;
+        if let Some(reason) = core.conn.closed() {
+            if idle && !core.conn.has_output() {
+                let reason = reason.clone();
+                drop(core);
+                // The peer learns the end of our half, if it still listens; its answer does not matter.
+                let _: Poll<io::Result<()>> = Pin::new(&mut self.io).poll_shutdown(cx);
+                return Rest::Ended(reason);
+            }
+            if self.last_words.is_none() {
+                drop(core);
+                self.last_words = Some(self.shared.now() + CLOSE_TIMEOUT);
+                return Rest::GoOn;
+            }
+        }
+        if progress || (idle && core.conn.has_output()) {
+            return Rest::GoOn;
+        }
+        // While the transport is full its own readiness wakes us; new output would only wait behind the old.
+        core.driver = idle.then(|| cx.waker().clone());
+        Rest::Asleep
+    }
+
+    fn fail(&mut self, text: &str) {
+        self.out.clear();
+        self.unflushed = false;
+        self.shared.with(|core, _| core.conn.handle_transport_end(text.to_owned()));
+    }
+}
+
+enum Rest {
+    GoOn,
+    Asleep,
+    Ended(CloseReason),
+}
+
+/// Drops the first `n` bytes of `queue`.
+fn advance(queue: &mut VecDeque<Bytes>, mut n: usize) {
+    while n > 0 {
+        let Some(front) = queue.front_mut() else { return };
+        if front.len() > n {
+            front.advance(n);
+            return;
+        }
+        n -= front.len();
+        queue.pop_front();
+    }
+}

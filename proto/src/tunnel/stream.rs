@@ -1,0 +1,272 @@
+//! One stream, to await on: a sending and a receiving half whose verbs are those of QUIC streams.
+//!
+//! Dropping a half that has not ended tells the peer: the sending half is reset, the receiving half stopped, both with
+//! [`Code::Cancelled`]. Each half may be moved to its own task.
+
+use super::driver::Shared;
+use crate::code::Code;
+use crate::mux::{self, CloseReason, Key, Read};
+use bytes::Bytes;
+use std::fmt;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use tokio::task::coop;
+
+/// Why a write failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WriteError {
+    /// The peer asked to stop, with this code, or the stream was reset here.
+    Stopped(Code),
+    /// The half was finished before.
+    Finished,
+    /// The session has ended.
+    Closed(CloseReason),
+}
+
+/// Why a read failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReadError {
+    /// The peer gave up its half with this code.
+    Reset(Code),
+    /// The session has ended.
+    Closed(CloseReason),
+}
+
+impl fmt::Display for WriteError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped(code) => write!(f, "stopped by the other end: {code}"),
+            Self::Finished => f.write_str("already finished"),
+            Self::Closed(reason) => write!(f, "the session ended: {reason}"),
+        }
+    }
+}
+
+impl fmt::Display for ReadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reset(code) => write!(f, "reset by the other end: {code}"),
+            Self::Closed(reason) => write!(f, "the session ended: {reason}"),
+        }
+    }
+}
+
+impl std::error::Error for WriteError {}
+impl std::error::Error for ReadError {}
+
+impl ReadError {
+    /// The code that stands for this error.
+    #[must_use]
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Reset(code) => *code,
+            Self::Closed(_) => Code::Internal,
+        }
+    }
+}
+
+/// Both halves of a stream.
+pub type Stream = (SendStream, RecvStream);
+
+/// The sending half of a stream.
+#[derive(Debug)]
+pub struct SendStream {
+    inner: SendInner,
+}
+
+/// The receiving half of a stream.
+#[derive(Debug)]
+pub struct RecvStream {
+    inner: RecvInner,
+}
+
+/// The transports a sending half can run on.
+#[derive(Debug)]
+enum SendInner {
+    Mux(MuxHalf),
+}
+
+/// The transports a receiving half can run on.
+#[derive(Debug)]
+enum RecvInner {
+    Mux(MuxHalf),
+}
+
+/// Half of a stream of a mux session. Which half it is, its owner knows.
+struct MuxHalf {
+    shared: Arc<Shared>,
+    key: Key,
+}
+
+impl fmt::Debug for MuxHalf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.key.id.fmt(f)
+    }
+}
+
+/// Makes the two halves of a stream that the mux has just opened or accepted.
+pub(super) fn halves(shared: &Arc<Shared>, core: &mut super::driver::Core, key: Key) -> Stream {
+    core.waiters(key).handles = 2;
+    let half = || MuxHalf { shared: Arc::clone(shared), key };
+    (SendStream { inner: SendInner::Mux(half()) }, RecvStream { inner: RecvInner::Mux(half()) })
+}
+
+impl MuxHalf {
+    /// Gives up this half with `end`, and the stream with the second half.
+    fn drop_with(&self, end: impl FnOnce(&mut mux::Connection)) {
+        self.shared.with(|core, _| {
+            end(&mut core.conn);
+            let waiters = core.waiters(self.key);
+            waiters.handles -= 1;
+            if waiters.handles == 0 {
+                *waiters = super::driver::Waiters::default();
+                core.conn.release(self.key);
+            }
+        });
+    }
+}
+
+impl SendStream {
+    /// Writes some of `bytes`, taking what was written off its front; ready once at least one byte was taken or `bytes`
+    /// is empty.
+    pub fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<Result<usize, WriteError>> {
+        let SendInner::Mux(half) = &self.inner;
+        let coop = ready!(coop::poll_proceed(cx));
+        let result = half.shared.with(|core, now| match core.conn.write(now, half.key, bytes) {
+            Ok(0) if !bytes.is_empty() => {
+                core.waiters(half.key).write = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            Ok(n) => Poll::Ready(Ok(n)),
+            Err(mux::WriteError::Stopped(code)) => {
+                Poll::Ready(Err(WriteError::Stopped(Code::from_u32(code))))
+            }
+            Err(mux::WriteError::Finished) => Poll::Ready(Err(WriteError::Finished)),
+            Err(mux::WriteError::Closed) => Poll::Ready(Err(WriteError::Closed(closed(&core.conn)))),
+        });
+        if result.is_ready() {
+            coop.made_progress();
+        }
+        result
+    }
+
+    /// Writes all of `bytes`. Waits while the peer's credit or the session's send memory is used up.
+    ///
+    /// Dropping the future leaves an unknown part of `bytes` written.
+    ///
+    /// # Errors
+    /// The stream takes no more bytes, ever.
+    pub async fn write_chunk(&mut self, mut bytes: Bytes) -> Result<(), WriteError> {
+        while !bytes.is_empty() {
+            poll_fn(|cx| self.poll_write(cx, &mut bytes)).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends this half: the peer reads everything written and then the end. Returns at once.
+    pub fn finish(&mut self) {
+        let SendInner::Mux(half) = &self.inner;
+        half.shared.with(|core, now| core.conn.finish(now, half.key));
+    }
+
+    /// Gives up this half: the peer sees an abort. Has no effect after a finish that has left.
+    pub fn reset(&mut self, code: Code) {
+        let SendInner::Mux(half) = &self.inner;
+        half.shared.with(|core, _| core.conn.reset(half.key, code));
+    }
+
+    /// Waits until writing has become pointless: the peer asked to stop, or the session ended. Cancel safe.
+    pub async fn stopped(&mut self) -> WriteError {
+        poll_fn(|cx| self.poll_stopped(cx)).await
+    }
+
+    /// As [`Self::stopped`].
+    pub fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<WriteError> {
+        let SendInner::Mux(half) = &self.inner;
+        half.shared.with(|core, _| {
+            if let Some(code) = core.conn.stopped(half.key) {
+                return Poll::Ready(WriteError::Stopped(Code::from_u32(code)));
+            }
+            if core.conn.closed().is_some() {
+                return Poll::Ready(WriteError::Closed(closed(&core.conn)));
+            }
+            core.waiters(half.key).stopped = Some(cx.waker().clone());
+            Poll::Pending
+        })
+    }
+}
+
+impl Drop for SendStream {
+    fn drop(&mut self) {
+        let SendInner::Mux(half) = &self.inner;
+        half.drop_with(|conn| {
+            if !conn.is_finished(half.key) {
+                conn.reset(half.key, Code::Cancelled);
+            }
+        });
+    }
+}
+
+impl RecvStream {
+    /// Reads at most `max` bytes as one slice; `None` once the peer has finished and everything was read.
+    pub fn poll_read_chunk(
+        &mut self,
+        cx: &mut Context<'_>,
+        max: usize,
+    ) -> Poll<Result<Option<Bytes>, ReadError>> {
+        let RecvInner::Mux(half) = &self.inner;
+        let coop = ready!(coop::poll_proceed(cx));
+        let result = half.shared.with(|core, now| match core.conn.read(now, half.key, max) {
+            Read::Data(bytes) => Poll::Ready(Ok(Some(bytes))),
+            Read::Finished => Poll::Ready(Ok(None)),
+            Read::Reset(_) if core.conn.closed().is_some() => {
+                Poll::Ready(Err(ReadError::Closed(closed(&core.conn))))
+            }
+            Read::Reset(code) => Poll::Ready(Err(ReadError::Reset(Code::from_u32(code)))),
+            Read::Blocked => {
+                core.waiters(half.key).read = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        });
+        if result.is_ready() {
+            coop.made_progress();
+        }
+        result
+    }
+
+    /// Reads at most `max` bytes as one slice; `None` once the peer has finished and everything was read. Cancel safe.
+    ///
+    /// # Errors
+    /// The rest of the stream is lost.
+    pub async fn read_chunk(&mut self, max: usize) -> Result<Option<Bytes>, ReadError> {
+        poll_fn(|cx| self.poll_read_chunk(cx, max)).await
+    }
+
+    /// Asks the peer to give up its half, and throws away what still comes.
+    pub fn stop(&mut self, code: Code) {
+        let RecvInner::Mux(half) = &self.inner;
+        half.shared.with(|core, _| core.conn.stop(half.key, code));
+    }
+
+    /// Throws away what still comes without telling the peer: everything of interest was read and the end is due.
+    pub fn ignore_rest(&mut self) {
+        let RecvInner::Mux(half) = &self.inner;
+        half.shared.with(|core, _| core.conn.ignore_rest(half.key));
+    }
+}
+
+impl Drop for RecvStream {
+    fn drop(&mut self) {
+        let RecvInner::Mux(half) = &self.inner;
+        half.drop_with(|conn| {
+            if !conn.is_ignored(half.key) {
+                conn.stop(half.key, Code::Cancelled);
+            }
+        });
+    }
+}
+
+fn closed(conn: &mux::Connection) -> CloseReason {
+    conn.closed().cloned().unwrap_or(CloseReason::Transport("the stream is gone".to_owned()))
+}
