@@ -90,7 +90,7 @@ pub struct CertificateAuthority {
 }
 
 impl CertificateAuthority {
-    /// Makes a new CA: P-256, valid from one day before `now` to `lifetime` after it ([`CA_LIFETIME`] is usual), path
+    /// Makes a new CA: P-256, valid from one day before `now` to `lifetime` after it ([`CA_LIFETIME`] is usual, a century the most), path
     /// length 0: it issues leaves only.
     ///
     /// # Errors
@@ -100,7 +100,7 @@ impl CertificateAuthority {
         let serial = random_serial().map_err(|_| CaError::Random)?;
         let mut params = CertificateParams::default();
         params.not_before = (now - CA_BACKDATE).into();
-        params.not_after = (now + lifetime).into();
+        params.not_after = (now + lifetime.min(CA_LIFETIME_MAX)).into();
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         // The subject differs between two CAs of one kind, so that a bundle can hold the old and the new one.
@@ -294,6 +294,88 @@ impl SigningKey for CaKey {
 
 /// How long a new CA usually lives: ten years. A bundle with two roots replaces it earlier.
 pub const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
+/// X.509 ends with the year 9999; no CA needs a hundredth of that.
+const CA_LIFETIME_MAX: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// A new root is valid at once for peers whose clock is up to a day behind.
 const CA_BACKDATE: Duration = Duration::from_secs(86_400);
 const ORGANIZATION: &str = "towline";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::CertificateFacts;
+    use crate::load::LoadCause;
+    use crate::testing::{self, Set};
+
+    #[test]
+    fn a_saved_ca_issues_as_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let (root, key) = (directory.path().join("ca.crt"), directory.path().join("ca.key"));
+        let now = testing::now();
+        let set = Set::new(now);
+        set.tunnel_ca.save(&root, &key).unwrap();
+        let loaded =
+            CertificateAuthority::load(CaKind::Tunnel, &root, &key, LoadPolicy::STRICT, now).unwrap().value;
+        assert_eq!(loaded.root_der(), set.tunnel_ca.root_der());
+        let leaf = loaded.issue_agent(&testing::agent(), crate::issue::LEAF_LIFETIME, now).unwrap();
+        let agents = crate::trust::AgentCa::new(&[loaded.root_der().clone()], testing::agent().trust_domain);
+        assert_eq!(agents.unwrap().verify(leaf.chain(), now).unwrap(), testing::agent());
+    }
+
+    #[test]
+    fn swapped_or_wrong_files_are_told_apart() {
+        let now = testing::now();
+        let set = Set::new(now);
+        let client =
+            Credential::from_parts(vec![set.client_ca.root_der().clone()], set.client_ca.private_key());
+        let error = CertificateAuthority::from_credential(CaKind::Tunnel, &client, "ca.crt").unwrap_err();
+        assert!(matches!(
+            error,
+            CaError::OtherKind { found: CaKind::FrontClients, wanted: CaKind::Tunnel, .. }
+        ));
+        assert!(error.to_string().contains("swapped"));
+        let leaf = CertificateAuthority::from_credential(CaKind::Tunnel, &set.agent, "ca.crt").unwrap_err();
+        assert!(matches!(leaf, CaError::NotACa { .. }), "{leaf}");
+
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        set.tunnel_ca.save(&path("a.crt"), &path("a.key")).unwrap();
+        set.client_ca.save(&path("b.crt"), &path("b.key")).unwrap();
+        let load = |key: &str, now| {
+            CertificateAuthority::load(CaKind::Tunnel, &path("a.crt"), &path(key), LoadPolicy::STRICT, now)
+        };
+        let error = load("b.key", now).unwrap_err();
+        assert!(matches!(error, CaError::Load(LoadError { cause: LoadCause::OtherKey { .. }, .. })));
+        let error = load("a.key", now + CA_LIFETIME + CA_BACKDATE).unwrap_err();
+        assert!(matches!(error, CaError::Load(LoadError { cause: LoadCause::Expired { .. }, .. })));
+    }
+
+    #[test]
+    fn a_subject_that_cannot_be_repeated_is_refused() {
+        // Two O values: the library would keep one, and every certificate issued would have an unknown issuer.
+        let now = testing::now();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.not_before = (now - CA_BACKDATE).into();
+        params.not_after = (now + CA_LIFETIME).into();
+        let plain = params.self_signed(&key).unwrap();
+        let groups = ["one".to_owned(), "two".to_owned()];
+        let root = crate::der::with_subject(plain.der(), "company", &groups, &key).unwrap().unwrap();
+        let credential = Credential::from_parts(vec![root], PrivateKey::from_pkcs8(key.serialize_der()));
+        let error =
+            CertificateAuthority::from_credential(CaKind::FrontClients, &credential, "ca.crt").unwrap_err();
+        assert!(matches!(error, CaError::Subject { .. }), "{error}");
+    }
+
+    #[test]
+    fn two_cas_of_one_kind_differ_in_name_and_kind_is_marked() {
+        let now = testing::now();
+        let (one, two) = (Set::new(now).tunnel_ca, Set::new(now).tunnel_ca);
+        let subject = |ca: &CertificateAuthority| CertificateFacts::of(ca.root_der()).unwrap().subject;
+        assert_ne!(subject(&one), subject(&two));
+        assert_eq!(kind_of(one.root_der()), Some(CaKind::Tunnel));
+        assert_eq!(kind_of(Set::new(now).agent.leaf()), None);
+        assert!(CertificateAuthority::create(CaKind::Tunnel, Duration::MAX, now).is_ok());
+    }
+}

@@ -302,3 +302,126 @@ fn file_name(name: &str) -> Result<String, DevSetError> {
 
 const SERVER_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
 const NO_GROUPS: [&str; 0] = [];
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::issue::LEAF_LIFETIME;
+    use crate::testing;
+
+    fn set(directory: &Path) -> DevSet {
+        DevSet {
+            directory: directory.join("set"),
+            gateway_hosts: testing::names(),
+            clusters: ["east", "west=6f1e2c3a-0000"].map(|text| text.parse().unwrap()).to_vec(),
+            clients: ["admin:towline:admins", "alice:dev,ops"]
+                .map(|text| parse_client(text).unwrap())
+                .to_vec(),
+            trust_domain: TrustDomain::new("fleet.test").unwrap(),
+            leaf_lifetime: LEAF_LIFETIME,
+            force: false,
+        }
+    }
+
+    fn written(set: &DevSet, now: SystemTime) -> Vec<String> {
+        let files = set.write(now).unwrap();
+        let name = |file: &DevFile| file.path.file_name().unwrap().to_str().unwrap().to_owned();
+        files.iter().filter(|file| file.written).map(name).collect()
+    }
+
+    #[test]
+    fn a_set_is_complete_private_and_believed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (set, now) = (set(directory.path()), testing::now());
+        assert_eq!(written(&set, now).len(), 2 * (3 + 2 + 2 + 2));
+        assert_eq!(fs::metadata(&set.directory).unwrap().permissions().mode() & 0o777, 0o700);
+        for entry in fs::read_dir(&set.directory).unwrap() {
+            let path = entry.unwrap().path();
+            let mode = fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+            let is_key = path.extension().is_some_and(|ending| ending == "key");
+            assert_eq!(mode, if is_key { 0o600 } else { 0o644 }, "{}", path.display());
+        }
+        let load = |stem: &str| {
+            let (chain, key) = set.paths(stem);
+            load_credential(&chain, &key, LoadPolicy::STRICT, now).unwrap().value
+        };
+        let roots = crate::load::load_roots(&set.directory.join("tunnel-ca.crt")).unwrap();
+        let agents = AgentCa::new(&roots, set.trust_domain.clone()).unwrap();
+        let west = agents.verify(load("agent-west").chain(), now).unwrap();
+        assert_eq!(west.uri(), "spiffe://fleet.test/cluster/6f1e2c3a-0000/agent/dev");
+        let roots = crate::load::load_roots(&set.directory.join("front-client-ca.crt")).unwrap();
+        let clients = ClientCa::new(&roots).unwrap();
+        assert_eq!(clients.verify(load("client-admin").chain(), now).unwrap().groups, ["towline:admins"]);
+    }
+
+    #[test]
+    fn a_second_run_changes_nothing_and_force_everything() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut set, now) = (set(directory.path()), testing::now());
+        let all = written(&set, now);
+        assert_eq!(written(&set, now), Vec::<String>::new());
+        set.force = true;
+        assert_eq!(written(&set, now), all);
+    }
+
+    #[test]
+    fn only_what_no_longer_fits_is_issued_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut set, now) = (set(directory.path()), testing::now());
+        written(&set, now);
+        set.clients[1] = parse_client("alice:dev").unwrap();
+        assert_eq!(written(&set, now), ["client-alice.crt", "client-alice.key"]);
+        set.gateway_hosts.push("other.test".parse().unwrap());
+        let servers = ["tunnel-server.crt", "tunnel-server.key", "front-server.crt", "front-server.key"];
+        assert_eq!(written(&set, now), servers);
+        // A day later the leaves have ended; CAs and servers have not.
+        assert_eq!(written(&set, now + LEAF_LIFETIME + LEAF_LIFETIME).len(), 8);
+        set.leaf_lifetime = 30 * LEAF_LIFETIME;
+        assert_eq!(written(&set, now).len(), 8);
+    }
+
+    #[test]
+    fn half_a_ca_is_an_error_and_not_a_new_ca() {
+        let directory = tempfile::tempdir().unwrap();
+        let (set, now) = (set(directory.path()), testing::now());
+        written(&set, now);
+        fs::remove_file(set.directory.join("tunnel-ca.key")).unwrap();
+        assert!(matches!(set.write(now), Err(DevSetError::HalfCa { .. })));
+    }
+
+    #[test]
+    fn entries_that_would_collide_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let now = testing::now();
+        let mut twice = set(directory.path());
+        twice.clusters.push("east=other".parse().unwrap());
+        assert!(matches!(twice.write(now), Err(DevSetError::Duplicate(_))));
+        let mut clients = set(directory.path());
+        clients.clients = ["a/b", "a_b"].map(|text| parse_client(text).unwrap()).to_vec();
+        assert!(matches!(clients.write(now), Err(DevSetError::Duplicate(_))));
+        let mut nameless = set(directory.path());
+        nameless.clients = vec![parse_client("..").unwrap()];
+        assert!(matches!(nameless.write(now), Err(DevSetError::FileName(_))));
+        let mut nowhere = set(directory.path());
+        nowhere.gateway_hosts.clear();
+        assert!(matches!(nowhere.write(now), Err(DevSetError::NoGatewayHost)));
+        assert!(!nowhere.directory.exists(), "nothing is written before the arguments are checked");
+    }
+
+    #[test]
+    fn arguments_parse_as_documented() {
+        assert_eq!(parse_client("alice").unwrap(), ClientIdentity::new("alice", NO_GROUPS).unwrap());
+        assert_eq!(parse_client("a:x:y,z").unwrap(), ClientIdentity::new("a", ["x:y", "z"]).unwrap());
+        for wrong in ["", ":x", "a:", "a:x,,y"] {
+            assert!(parse_client(wrong).is_err(), "{wrong}");
+        }
+        let cluster: DevCluster = "east".parse().unwrap();
+        assert_eq!(cluster.name, cluster.uid);
+        for wrong in ["", "East", "a=", "=b", "a=b=c"] {
+            assert!(wrong.parse::<DevCluster>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -145,3 +145,55 @@ fn gap(from: UnixTime, to: UnixTime) -> String {
 fn moment(time: UnixTime) -> String {
     rfc3339(from_unix(i64::try_from(time.as_secs()).unwrap_or(i64::MAX)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rustls::OtherError;
+
+    use super::*;
+
+    #[test]
+    fn every_cause_has_a_text_of_its_own_and_a_remedy() {
+        let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let expired =
+            CertificateError::ExpiredContext { time: at(1_800_010_800), not_after: at(1_800_000_000) };
+        let early =
+            CertificateError::NotValidYetContext { time: at(1_800_000_000), not_before: at(1_800_003_600) };
+        let other = |cause: webpki::Error| CertificateError::Other(OtherError(Arc::new(cause)));
+        let errors = [
+            expired.into(),
+            early.into(),
+            CertificateError::UnknownIssuer.into(),
+            CertificateError::InvalidPurpose.into(),
+            CertificateError::BadSignature.into(),
+            other(webpki::Error::CaUsedAsEndEntity).into(),
+            other(webpki::Error::UnsupportedCriticalExtension).into(),
+            Error::NoCertificatesPresented,
+            Error::NoApplicationProtocol,
+            Error::PeerIncompatible(PeerIncompatible::Tls12NotOfferedOrEnabled),
+            Error::AlertReceived(AlertDescription::CertificateRequired),
+            Error::AlertReceived(AlertDescription::UnknownCA),
+        ];
+        let texts: Vec<String> = errors.iter().map(explain).collect();
+        assert_eq!(
+            texts[0],
+            "certificate expired 3h ago, at 2027-01-15T08:00:00Z. Renew it, and compare both machines' clocks"
+        );
+        assert!(texts[1].starts_with("certificate valid only in 1h"));
+        for (index, text) in texts.iter().enumerate() {
+            assert!(!texts[..index].contains(text), "{text}");
+            assert!(text.len() > 30, "{text}");
+        }
+        let named = explain_naming(&CertificateError::UnknownIssuer.into(), "/etc/towline/ca.crt");
+        assert!(named.contains("/etc/towline/ca.crt") && named.contains("TLS-intercepting proxy"));
+    }
+
+    #[test]
+    fn the_tls_error_is_found_inside_io_errors() {
+        let wrapped = io::Error::new(io::ErrorKind::InvalidData, Error::NoApplicationProtocol);
+        assert_eq!(tls_error(&wrapped), Some(&Error::NoApplicationProtocol));
+        assert_eq!(tls_error(&io::Error::from(io::ErrorKind::UnexpectedEof)), None);
+    }
+}

@@ -145,6 +145,14 @@ impl AgentKey {
         Ok(Self(KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?))
     }
 
+    /// A key that was kept, so that a join that was cut off can be tried again with the same one.
+    ///
+    /// # Errors
+    /// When the key is of a kind that cannot sign requests.
+    pub fn from_private_key(key: &PrivateKey) -> Result<Self, IssueError> {
+        Ok(Self(KeyPair::try_from(key.der())?))
+    }
+
     /// A request (PKCS #10, DER) that carries the public key and proves that the sender holds the private one; it asks
     /// for nothing else.
     ///
@@ -281,7 +289,7 @@ impl CertificateAuthority {
         }
         let serial = random_serial()?;
         let not_before = now - BACKDATE;
-        let not_after = now.checked_add(lifetime).map_or(self.not_after(), |end| end.min(self.not_after()));
+        let not_after = now.checked_add(lifetime).unwrap_or_else(|| self.not_after()).min(self.not_after());
         params.not_before = not_before.into();
         params.not_after = not_after.into();
         params.serial_number = Some(SerialNumber::from_slice(&serial));
@@ -376,4 +384,233 @@ pub(crate) fn random_serial() -> Result<[u8; 16], IssueError> {
     let mut serial = [0; 16];
     aws_lc_rs::rand::fill(&mut serial).map_err(|_| IssueError::Random)?;
     Ok(serial)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use rcgen::{BasicConstraints, DnType, RsaKeySize};
+
+    use super::*;
+    use crate::ca::CA_LIFETIME;
+    use crate::facts::{CertificateFacts, host_names};
+    use crate::testing::{self, Set};
+    use crate::trust::{AgentCa, ClientCa};
+
+    fn agents(set: &Set) -> AgentCa {
+        AgentCa::new(&[set.tunnel_ca.root_der().clone()], testing::agent().trust_domain).unwrap()
+    }
+
+    /// A request that asks for everything it should not get.
+    fn greedy_csr(key: &KeyPair) -> Vec<u8> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "system:admin");
+        params.distinguished_name.push(DnType::OrganizationName, "system:masters");
+        params.subject_alt_names = vec![
+            testing::uri("spiffe://fleet.test/cluster/victim/agent/a1"),
+            SanType::DnsName("*.fleet.test".try_into().unwrap()),
+        ];
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::Any];
+        params.serialize_request(key).unwrap().der().to_vec()
+    }
+
+    #[test]
+    fn a_csr_lends_its_public_key_and_nothing_else() {
+        // R-ID-1, EN-04, EN-05: CA:TRUE, another cluster's SAN, serverAuth and a privileged subject are all asked for.
+        let now = testing::now();
+        let set = Set::new(now);
+        let key = KeyPair::generate().unwrap();
+        let issued = set.tunnel_ca.issue_agent_from_csr(&greedy_csr(&key), &testing::agent(), now).unwrap();
+
+        let facts = CertificateFacts::of(&issued.certificate).unwrap();
+        assert!(!facts.is_ca);
+        assert_eq!(facts.subject, "");
+        assert_eq!(facts.not_after, now + LEAF_LIFETIME);
+        assert_eq!(facts.serial, issued.serial);
+        assert!(host_names(&issued.certificate).is_empty());
+        assert_eq!(facts.pin, crate::pin::SpkiPin::of_spki(&key.subject_public_key_info()));
+        let chain = [issued.certificate.clone(), issued.root];
+        assert_eq!(agents(&set).verify(&chain, now).unwrap(), testing::agent());
+        let text = issued.certificate.escape_ascii().to_string();
+        for asked in ["victim", "system:", "*.fleet"] {
+            assert!(!text.contains(asked), "{asked} came through");
+        }
+        let (_, parsed) = x509_parser::parse_x509_certificate(&issued.certificate).unwrap();
+        let usage = parsed.extended_key_usage().unwrap().unwrap().value;
+        assert!(usage.client_auth && !usage.server_auth && !usage.any);
+    }
+
+    #[test]
+    fn an_agents_own_request_becomes_its_identity() {
+        let now = testing::now();
+        let set = Set::new(now);
+        let key = AgentKey::generate().unwrap();
+        let kept = AgentKey::from_private_key(&key.private_key()).unwrap();
+        let issued =
+            set.tunnel_ca.issue_agent_from_csr(&kept.csr_der().unwrap(), &testing::agent(), now).unwrap();
+        let chain = vec![issued.certificate, issued.root];
+        assert!(Credential::new(chain, key.private_key(), "x".as_ref()).is_ok());
+    }
+
+    #[test]
+    fn strong_keys_of_every_kind_are_accepted() {
+        let now = testing::now();
+        let set = Set::new(now);
+        for key in [
+            KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap(),
+            KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap(),
+            KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap(),
+            KeyPair::generate_rsa_for(&rcgen::PKCS_RSA_SHA256, RsaKeySize::_2048).unwrap(),
+        ] {
+            let issued =
+                set.tunnel_ca.issue_agent_from_csr(&greedy_csr(&key), &testing::agent(), now).unwrap();
+            assert!(agents(&set).verify(&[issued.certificate], now).is_ok(), "{:?}", key.algorithm());
+        }
+    }
+
+    #[test]
+    fn weak_and_unusual_keys_are_refused_by_cause() {
+        let now = testing::now();
+        let set = Set::new(now);
+        let issue = |csr: &[u8]| set.tunnel_ca.issue_agent_from_csr(csr, &testing::agent(), now).unwrap_err();
+        let p521 = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P521_SHA512).unwrap();
+        assert!(matches!(issue(&greedy_csr(&p521)), IssueError::CsrKey("another curve")));
+        let decode = |text: &str| {
+            use rustls_pki_types::pem::PemObject as _;
+            CertificateSigningRequestDer::from_pem_slice(text.as_bytes()).unwrap().to_vec()
+        };
+        assert!(matches!(issue(&decode(RSA_1024_CSR)), IssueError::CsrKey("RSA below 2048 bits")));
+    }
+
+    #[test]
+    fn damaged_requests_are_refused_by_cause() {
+        let now = testing::now();
+        let set = Set::new(now);
+        let issue = |csr: &[u8]| set.tunnel_ca.issue_agent_from_csr(csr, &testing::agent(), now).unwrap_err();
+        let good = AgentKey::generate().unwrap().csr_der().unwrap();
+        assert!(matches!(issue(&[]), IssueError::CsrMalformed));
+        assert!(matches!(issue(&good[..good.len() - 1]), IssueError::CsrMalformed));
+        assert!(matches!(issue(&[good.as_slice(), &[0]].concat()), IssueError::CsrMalformed));
+        assert!(matches!(issue(&vec![0x30; CSR_MAX_BYTES + 1]), IssueError::CsrTooLarge(_)));
+        // The signature's last byte: still DER, no longer by this key.
+        let mut forged = good.clone();
+        *forged.last_mut().unwrap() ^= 1;
+        assert!(matches!(issue(&forged), IssueError::CsrSignature));
+        // Bytes outside the signed part may be read leniently; the key that gets a certificate is always the signer's.
+        let (_, signed) = X509CertificationRequest::from_der(&good).unwrap();
+        let pin = crate::pin::SpkiPin::of_spki(signed.certification_request_info.subject_pki.raw);
+        for index in 0..good.len() {
+            let mut changed = good.clone();
+            changed[index] ^= 0x81;
+            if let Ok(issued) = set.tunnel_ca.issue_agent_from_csr(&changed, &testing::agent(), now) {
+                assert_eq!(CertificateFacts::of(&issued.certificate).unwrap().pin, pin, "byte {index}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_ca_issues_for_another() {
+        let now = testing::now();
+        let set = Set::new(now);
+        let (life, names) = (LEAF_LIFETIME, testing::names());
+        let csr = AgentKey::generate().unwrap().csr_der().unwrap();
+        for ca in [&set.client_ca, &set.front_ca] {
+            assert!(matches!(ca.issue_agent(&testing::agent(), life, now), Err(IssueError::WrongCa(_))));
+            assert!(matches!(
+                ca.issue_agent_from_csr(&csr, &testing::agent(), now),
+                Err(IssueError::WrongCa(_))
+            ));
+            assert!(matches!(ca.issue_tunnel_server(&names, life, now), Err(IssueError::WrongCa(_))));
+        }
+        for ca in [&set.tunnel_ca, &set.front_ca] {
+            assert!(matches!(ca.issue_client(&testing::client(), life, now), Err(IssueError::WrongCa(_))));
+        }
+        for ca in [&set.tunnel_ca, &set.client_ca] {
+            assert!(matches!(ca.issue_front_server(&names, life, now), Err(IssueError::WrongCa(_))));
+        }
+    }
+
+    #[test]
+    fn a_leaf_never_outlives_its_ca() {
+        let now = testing::now();
+        let set = Set::new(now);
+        let almost = set.tunnel_ca.not_after() - Duration::from_secs(60);
+        let leaf = set.tunnel_ca.issue_agent(&testing::agent(), LEAF_LIFETIME, almost).unwrap();
+        assert_eq!(CertificateFacts::of(leaf.leaf()).unwrap().not_after, set.tunnel_ca.not_after());
+        let endless = set.tunnel_ca.issue_agent(&testing::agent(), Duration::MAX, now).unwrap();
+        assert_eq!(CertificateFacts::of(endless.leaf()).unwrap().not_after, set.tunnel_ca.not_after());
+        let after = now + CA_LIFETIME + Duration::from_secs(3600);
+        let late = set.tunnel_ca.issue_agent(&testing::agent(), LEAF_LIFETIME, after);
+        assert!(matches!(late, Err(IssueError::CaExpired(ago)) if ago == "1h"));
+        let none = set.tunnel_ca.issue_agent(&testing::agent(), Duration::ZERO, now);
+        assert!(matches!(none, Err(IssueError::NoLifetime)));
+    }
+
+    #[test]
+    fn a_client_keeps_every_group_in_order() {
+        let now = testing::now();
+        let set = Set::new(now);
+        let ca = ClientCa::new(&[set.client_ca.root_der().clone()]).unwrap();
+        let many: Vec<String> = (0..64).map(|n| format!("group-{n}-{}", "x".repeat(200))).collect();
+        for identity in [
+            ClientIdentity::new("alice", Vec::<String>::new()).unwrap(),
+            ClientIdentity::new("älice", ["dev", "ops", "system:masters"]).unwrap(),
+            ClientIdentity::new("bob", many).unwrap(),
+        ] {
+            let leaf = set.client_ca.issue_client(&identity, LEAF_LIFETIME, now).unwrap();
+            assert_eq!(ca.verify(leaf.chain(), now).unwrap(), identity);
+            assert!(Credential::new(leaf.chain().to_vec(), leaf.key().clone(), "x".as_ref()).is_ok());
+        }
+    }
+
+    #[test]
+    fn servers_are_issued_for_names_and_with_the_root() {
+        let now = testing::now();
+        let set = Set::new(now);
+        assert_eq!(host_names(set.tunnel_server.leaf()), testing::names());
+        assert_eq!(set.tunnel_server.chain().last(), Some(set.tunnel_ca.root_der()));
+        let none = set.tunnel_ca.issue_tunnel_server(&[], LEAF_LIFETIME, now);
+        assert!(matches!(none, Err(IssueError::NoNames)));
+    }
+
+    #[test]
+    fn serials_are_random() {
+        let serials: HashSet<_> = (0..100).map(|_| random_serial().unwrap()).collect();
+        assert_eq!(serials.len(), 100);
+    }
+
+    #[test]
+    fn host_names_are_names_or_addresses_only() {
+        for (text, shown) in
+            [("LocalHost", "localhost"), ("*.gw.test", "*.gw.test"), ("::1", "::1"), ("[::1]", "::1")]
+        {
+            assert_eq!(text.parse::<HostName>().unwrap().to_string(), shown);
+        }
+        for text in ["", "https://gw.test", "gw.test:443", "a b", "*", "*.*.test", "gw.test.", "gw..test"] {
+            assert!(text.parse::<HostName>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_no_key() {
+        let set = Set::new(testing::now());
+        let key = AgentKey::generate().unwrap();
+        let text = format!("{key:?} {:?} {:?} {:?}", key.private_key(), set.agent.key(), set.tunnel_ca);
+        assert_eq!(text.matches("(..)").count(), 3, "{text}");
+    }
+
+    const RSA_1024_CSR: &str = "\
+-----BEGIN CERTIFICATE REQUEST-----
+MIIBSzCBtQIBADAMMQowCAYDVQQDDAF4MIGfMA0GCSqGSIb3DQEBAQUAA4GNADCB
+iQKBgQDwkcLONMPyjnYr6juX83FrzP6Ktut2gPi6OPdrYMlzuxcyuYuIqQrgaBXk
+3h0pHNYZJA/Zc1cV6UAp95LKI4e4fmw0bia8ZfbwFeS2OZgG+dJeyiUjYUP1Y/0g
+1L9PSCkUgY9F25NQs5P+fXXbD4u8P9GFbNfvmFsbhyAU/zkMywIDAQABoAAwDQYJ
+KoZIhvcNAQELBQADgYEACbemMIdqRVavxkT80Uycy1SWKucJ3GcbBdUbhSuDzyP8
+BbIrwivXUQ2gdf+LvNWqgx9eaR1Fo7Fejjwxr/RSjgXmbsD10Crqng7f70/nRZXl
+3qsKShRwCaotsqKev9BcImfut8g29UZZXuKLy7J0iuLrBfhqU8ucDVEfGudEAgQ=
+-----END CERTIFICATE REQUEST-----
+";
 }

@@ -9,7 +9,7 @@
 //! | what is a CA, and what does it issue? | [`ca`], [`issue`] |
 //! | how are files read, written, watched? | [`load`], [`save`], [`reload`] |
 //! | what does a certificate say? | [`facts`], [`pin`] |
-//! | why did a handshake fail, and what now? | [`explain`] |
+//! | why did a handshake fail, and what now? | [`mod@explain`] |
 //! | where does a development set come from? | [`devset`], and the program `towline-certs` |
 //!
 //! Two rules hold everywhere. A certificate is judged against exactly one of the two CAs: one that the tunnel CA
@@ -31,6 +31,8 @@ pub mod save;
 pub mod tls;
 pub mod trust;
 
+#[cfg(test)]
+mod handshakes;
 #[cfg(test)]
 mod testing;
 

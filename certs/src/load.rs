@@ -268,6 +268,12 @@ impl FileBytes {
         Ok(Self { path: path.to_owned(), bytes, mode: metadata.permissions().mode() & 0o7777 })
     }
 
+    /// Bytes that came another way than from a file, such as inline in a kubeconfig; `origin` names them in errors.
+    #[must_use]
+    pub fn from_memory(origin: &Path, bytes: Vec<u8>) -> Self {
+        Self { path: origin.to_owned(), bytes: Zeroizing::new(bytes), mode: 0o600 }
+    }
+
     /// The content.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
@@ -461,3 +467,177 @@ fn readers(mode: u32) -> &'static str {
 
 /// Largest file that is read: 1 MiB, four times the usual system trust bundle.
 pub const FILE_MAX_BYTES: usize = 1024 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::issue::LEAF_LIFETIME;
+    use crate::save::{chain_pem, key_pem, write_private, write_public};
+    use crate::testing::{self, Set};
+
+    struct Files {
+        directory: tempfile::TempDir,
+        set: Set,
+        now: SystemTime,
+    }
+
+    impl Files {
+        fn new() -> Self {
+            let now = testing::now();
+            let files = Self { directory: tempfile::tempdir().unwrap(), set: Set::new(now), now };
+            write_public(&files.path("crt"), chain_pem(files.set.agent.chain()).as_bytes()).unwrap();
+            write_private(&files.path("key"), key_pem(files.set.agent.key()).as_bytes()).unwrap();
+            files
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn load(&self, policy: LoadPolicy) -> Result<Loaded<Credential>, LoadError> {
+            load_credential(&self.path("crt"), &self.path("key"), policy, self.now)
+        }
+
+        /// What is wrong once file `name` has this content; the error names that file or the key's.
+        fn cause(&self, name: &str, content: &[u8]) -> LoadCause {
+            write_private(&self.path(name), content).unwrap();
+            let error = self.load(LoadPolicy::STRICT).unwrap_err();
+            assert!(error.to_string().contains(&error.path.display().to_string()));
+            assert!(error.path.starts_with(self.directory.path()));
+            error.cause
+        }
+    }
+
+    #[test]
+    fn a_good_pair_loads_without_warnings() {
+        let files = Files::new();
+        let loaded = files.load(LoadPolicy::STRICT).unwrap();
+        assert_eq!(loaded.value.chain(), files.set.agent.chain());
+        assert_eq!(loaded.warnings, []);
+    }
+
+    #[test]
+    fn every_bad_certificate_file_has_its_cause() {
+        let files = Files::new();
+        let agent = &files.set.agent;
+        let pem = chain_pem(agent.chain());
+        assert_eq!(files.cause("crt", b""), LoadCause::Empty);
+        assert_eq!(files.cause("crt", b" \n\n"), LoadCause::Empty);
+        assert_eq!(files.cause("crt", agent.leaf()), LoadCause::NotPem);
+        assert_eq!(files.cause("crt", b"hello"), LoadCause::NotPem);
+        assert_eq!(files.cause("crt", key_pem(agent.key()).as_bytes()), LoadCause::NoCertificate);
+        assert!(matches!(files.cause("crt", &pem.as_bytes()[..200]), LoadCause::BrokenPem(_)));
+        let damaged = pem.replacen("MII", "M!I", 1);
+        assert!(matches!(files.cause("crt", damaged.as_bytes()), LoadCause::BrokenPem(_)));
+        let second = format!("{}{}", chain_pem(&agent.chain()[..1]), chain_pem(&[vec![1, 2, 3].into()]));
+        assert_eq!(files.cause("crt", second.as_bytes()), LoadCause::BadCertificate(2));
+        assert_eq!(files.cause("crt", &vec![b'x'; FILE_MAX_BYTES + 1]), LoadCause::TooLarge);
+    }
+
+    #[test]
+    fn every_bad_key_file_has_its_cause_and_shows_no_byte() {
+        let files = Files::new();
+        let key = key_pem(files.set.agent.key());
+        assert_eq!(files.cause("key", b""), LoadCause::Empty);
+        assert_eq!(files.cause("key", chain_pem(files.set.agent.chain()).as_bytes()), LoadCause::NoKey);
+        let encrypted = key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
+        assert_eq!(files.cause("key", encrypted.as_bytes()), LoadCause::EncryptedKey);
+        let old = "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: X\n\nAAAA\n-----END RSA PRIVATE KEY-----\n";
+        assert_eq!(files.cause("key", old.as_bytes()), LoadCause::EncryptedKey);
+        assert_eq!(files.cause("key", key.repeat(2).as_bytes()), LoadCause::SeveralKeys(2));
+        let junk = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
+        assert_eq!(files.cause("key", junk.as_bytes()), LoadCause::UnsupportedKey);
+        let other = key_pem(files.set.client.key());
+        assert!(matches!(files.cause("key", other.as_bytes()), LoadCause::OtherKey { .. }));
+
+        let secret: String = key.lines().skip(1).take(1).collect();
+        for broken in [
+            key.replacen(&secret, &format!("-----BEGIN {secret}"), 1),
+            key.replacen(&secret, &format!("!{secret}"), 1),
+            key.replace("-----END PRIVATE KEY-----", &secret),
+        ] {
+            write_private(&files.path("key"), broken.as_bytes()).unwrap();
+            let error = files.load(LoadPolicy::STRICT).unwrap_err();
+            let text = format!("{error} {error:?}");
+            for start in 0..secret.len() - 8 {
+                assert!(!text.contains(&secret[start..start + 8]), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn missing_files_and_directories_are_told_apart() {
+        let files = Files::new();
+        fs::remove_file(files.path("key")).unwrap();
+        assert_eq!(files.load(LoadPolicy::STRICT).unwrap_err().cause, LoadCause::Missing);
+        fs::create_dir(files.path("key")).unwrap();
+        let cause = files.load(LoadPolicy::STRICT).unwrap_err().cause;
+        assert_eq!(cause, LoadCause::Unreadable(io::ErrorKind::IsADirectory));
+    }
+
+    #[test]
+    fn the_leaf_must_come_first() {
+        let files = Files::new();
+        let reversed: Vec<_> = files.set.agent.chain().iter().rev().cloned().collect();
+        let cause = files.cause("crt", chain_pem(&reversed).as_bytes());
+        assert!(matches!(cause, LoadCause::LeafNotFirst { number: 2, .. }), "{cause:?}");
+    }
+
+    #[test]
+    fn an_exposed_key_is_refused_or_warned_about() {
+        let files = Files::new();
+        for (mode, who) in [(0o640, "its group"), (0o604, "everybody")] {
+            fs::set_permissions(files.path("key"), fs::Permissions::from_mode(mode)).unwrap();
+            let error = files.load(LoadPolicy::STRICT).unwrap_err();
+            assert_eq!(error.cause, LoadCause::Exposed { mode });
+            assert!(error.to_string().contains(who), "{error}");
+            let tolerant = LoadPolicy { exposed_key: Strictness::Warn, ..LoadPolicy::STRICT };
+            assert_eq!(files.load(tolerant).unwrap().warnings, [error]);
+        }
+        fs::set_permissions(files.path("key"), fs::Permissions::from_mode(0o400)).unwrap();
+        assert!(files.load(LoadPolicy::STRICT).is_ok());
+    }
+
+    #[test]
+    fn outdated_certificates_say_by_how_long() {
+        let mut files = Files::new();
+        let issued = files.now;
+        files.now = issued + LEAF_LIFETIME + Duration::from_secs(3 * 3600);
+        let error = files.load(LoadPolicy::STRICT).unwrap_err();
+        assert_eq!(error.cause, LoadCause::Expired { ago: "3h".to_owned() });
+        assert_eq!(files.load(LoadPolicy::LENIENT).unwrap().warnings, [error]);
+        files.now = issued - Duration::from_secs(2 * 3600);
+        let error = files.load(LoadPolicy::STRICT).unwrap_err();
+        assert_eq!(error.cause, LoadCause::NotYetValid { gap: "1h".to_owned() });
+        assert_eq!(files.load(LoadPolicy::LENIENT).unwrap().warnings, [error]);
+    }
+
+    #[test]
+    fn trust_bundles_hold_cas_only() {
+        let files = Files::new();
+        let roots = [files.set.tunnel_ca.root_der().clone(), files.set.client_ca.root_der().clone()];
+        write_public(&files.path("ca"), chain_pem(&roots).as_bytes()).unwrap();
+        assert_eq!(load_roots(&files.path("ca")).unwrap(), roots);
+        let inline = FileBytes::from_memory("kubeconfig".as_ref(), chain_pem(&roots).into_bytes());
+        assert_eq!(parse_roots(&inline).unwrap(), roots);
+        assert_eq!(load_roots(&files.path("crt")).unwrap_err().cause, LoadCause::NotACa(1));
+    }
+
+    #[test]
+    fn keys_of_every_label_load_and_keep_it() {
+        // SEC 1 (RFC 5915), as older tools write it, is what stands inside PKCS #8.
+        let set = Set::new(testing::now());
+        let pkcs8 = set.agent.key().der().secret_der();
+        let version_and_length = [0x02, 0x01, 0x01, 0x04, 0x20];
+        let start = pkcs8.windows(5).position(|part| part == version_and_length).unwrap() - 2;
+        let sec1 = PrivateKey(PrivateKeyDer::Sec1(pkcs8[start..].to_vec().into()));
+        let text = key_pem(&sec1);
+        assert!(text.starts_with("-----BEGIN EC PRIVATE KEY-----"));
+        let read = parse_key(&FileBytes::from_memory("x".as_ref(), text.as_bytes().to_vec())).unwrap();
+        assert_eq!(read.der(), sec1.der());
+        assert!(Credential::new(set.agent.chain().to_vec(), read, "x".as_ref()).is_ok());
+    }
+}

@@ -191,14 +191,15 @@ fn check_leaf<'a, 'b>(
                 return Err(ProfileError::IsCa);
             }
             ParsedExtension::BasicConstraints(_) => {}
-            ParsedExtension::KeyUsage(usage) => {
-                if usage.key_cert_sign() || usage.crl_sign() || !usage.digital_signature() {
-                    return Err(ProfileError::KeyUsage);
-                }
+            ParsedExtension::KeyUsage(usage)
+                if usage.key_cert_sign() || usage.crl_sign() || !usage.digital_signature() =>
+            {
+                return Err(ProfileError::KeyUsage);
             }
+            ParsedExtension::KeyUsage(_) => {}
             ParsedExtension::ExtendedKeyUsage(usage) => for_client_auth = usage.client_auth,
             ParsedExtension::SubjectAlternativeName(names) => sans.extend(&names.general_names),
-            _ if CHECKED.iter().any(|known| *known == extension.oid) => {
+            _ if CHECKED.contains(&extension.oid) => {
                 return Err(ProfileError::UnreadableExtension { oid: oid() });
             }
             _ if extension.critical => return Err(ProfileError::UnknownCriticalExtension { oid: oid() }),
@@ -229,3 +230,205 @@ const CHECKED: [Oid<'static>; 4] = [
     oids::OID_X509_EXT_EXTENDED_KEY_USAGE,
     oids::OID_X509_EXT_SUBJECT_ALT_NAME,
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use rcgen::{
+        BasicConstraints, CertificateParams, CustomExtension, DnType, ExtendedKeyUsagePurpose as Usage, IsCa,
+        KeyUsagePurpose, OtherNameValue, SanType,
+    };
+
+    use super::*;
+    use crate::testing::{self, Set, uri};
+
+    fn agent(change: impl FnOnce(&mut CertificateParams)) -> Result<AgentIdentity, ProfileError> {
+        let set = Set::new(testing::now());
+        AgentIdentity::from_verified_certificate(testing::forge(&set.tunnel_ca, change).leaf())
+    }
+
+    fn client(change: impl FnOnce(&mut CertificateParams)) -> Result<ClientIdentity, ProfileError> {
+        let set = Set::new(testing::now());
+        let leaf = testing::forge(&set.client_ca, |params| {
+            params.subject_alt_names.clear();
+            params.distinguished_name.push(DnType::CommonName, "alice");
+            change(params);
+        });
+        ClientIdentity::from_verified_certificate(leaf.leaf())
+    }
+
+    fn is_ca(params: &mut CertificateParams) {
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    }
+
+    #[test]
+    fn the_profile_itself_is_accepted() {
+        assert_eq!(agent(|_| {}).unwrap(), testing::agent());
+        assert_eq!(client(|_| {}).unwrap().name, "alice");
+        let set = Set::new(testing::now());
+        assert_eq!(AgentIdentity::from_verified_certificate(set.agent.leaf()).unwrap(), testing::agent());
+        assert_eq!(ClientIdentity::from_verified_certificate(set.client.leaf()).unwrap(), testing::client());
+    }
+
+    #[test]
+    fn exactly_one_san_of_type_uri() {
+        assert_eq!(agent(|params| params.subject_alt_names.clear()), Err(ProfileError::NoSan));
+        let twice =
+            agent(|params| params.subject_alt_names.push(uri("spiffe://fleet.test/cluster/c2/agent/a1")));
+        assert_eq!(twice, Err(ProfileError::SeveralSans { count: 2 }));
+        let extra =
+            agent(|params| params.subject_alt_names.push(SanType::DnsName("x.test".try_into().unwrap())));
+        assert_eq!(extra, Err(ProfileError::SeveralSans { count: 2 }));
+        for (san, kind) in [
+            (SanType::DnsName("x.test".try_into().unwrap()), "DNS name"),
+            (SanType::Rfc822Name("a@x.test".try_into().unwrap()), "e-mail address"),
+            (SanType::IpAddress(Ipv4Addr::LOCALHOST.into()), "IP address"),
+            (SanType::OtherName((vec![1, 2, 3], OtherNameValue::Utf8String("x".to_owned()))), "other name"),
+        ] {
+            assert_eq!(
+                agent(|params| params.subject_alt_names = vec![san]),
+                Err(ProfileError::SanKind { kind })
+            );
+        }
+    }
+
+    #[test]
+    fn unknown_uri_forms_are_refused() {
+        for form in [
+            "https://fleet.test/cluster/c1/agent/a1",
+            "spiffe://fleet.test/cluster//agent/a1",
+            "spiffe://fleet.test/cluster/c1/agent/",
+            "spiffe:///cluster/c1/agent/a1",
+            "spiffe://fleet.test/ns/x/sa/y",
+            "spiffe://fleet.test/cluster/c1/agent/a1/",
+        ] {
+            let refused = agent(|params| params.subject_alt_names = vec![uri(form)]);
+            assert!(matches!(refused, Err(ProfileError::SanForm(_))), "{form}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn purposes_other_than_client_auth_are_refused() {
+        for usages in [vec![], vec![Usage::ServerAuth], vec![Usage::Any], vec![Usage::CodeSigning]] {
+            let refused = agent(|params| params.extended_key_usages = usages.clone());
+            assert_eq!(refused, Err(ProfileError::NotForClientAuth), "{usages:?}");
+            assert_eq!(
+                client(|params| params.extended_key_usages = usages),
+                Err(ProfileError::NotForClientAuth)
+            );
+        }
+        assert!(agent(|params| params.extended_key_usages.push(Usage::ServerAuth)).is_ok());
+    }
+
+    #[test]
+    fn a_ca_is_nobody() {
+        assert_eq!(agent(is_ca), Err(ProfileError::IsCa));
+        assert_eq!(client(is_ca), Err(ProfileError::IsCa));
+        for usage in [KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign] {
+            let refused = agent(|params| params.key_usages.push(usage));
+            assert_eq!(refused, Err(ProfileError::KeyUsage));
+        }
+        let refused = agent(|params| params.key_usages = vec![KeyUsagePurpose::KeyAgreement]);
+        assert_eq!(refused, Err(ProfileError::KeyUsage));
+    }
+
+    #[test]
+    fn unknown_extensions_matter_only_when_critical() {
+        let with = |critical| {
+            move |params: &mut CertificateParams| {
+                let mut extension = CustomExtension::from_oid_content(&[1, 2, 3, 4], vec![5, 0]);
+                extension.set_criticality(critical);
+                params.custom_extensions.push(extension);
+            }
+        };
+        assert!(agent(with(false)).is_ok());
+        let oid = "1.2.3.4".to_owned();
+        assert_eq!(agent(with(true)), Err(ProfileError::UnknownCriticalExtension { oid: oid.clone() }));
+        assert_eq!(client(with(true)), Err(ProfileError::UnknownCriticalExtension { oid }));
+    }
+
+    #[test]
+    fn a_repeated_or_unreadable_extension_is_refused() {
+        let san = [2, 5, 29, 17];
+        let again = |content: &[u8]| CustomExtension::from_oid_content(&san, content.to_vec());
+        let repeated = agent(|params| params.custom_extensions.push(again(&[0x30, 0])));
+        assert_eq!(repeated, Err(ProfileError::DuplicateExtension { oid: "2.5.29.17".to_owned() }));
+        let unreadable = agent(|params| {
+            params.subject_alt_names.clear();
+            params.custom_extensions.push(again(&[0x04, 1, 0]));
+        });
+        assert_eq!(unreadable, Err(ProfileError::UnreadableExtension { oid: "2.5.29.17".to_owned() }));
+    }
+
+    #[test]
+    fn another_installations_agent_is_refused() {
+        let set = Set::new(testing::now());
+        let ours = TrustDomain::new("other.test").unwrap();
+        assert!(matches!(
+            AgentIdentity::of_domain(set.agent.leaf(), &ours),
+            Err(ProfileError::OtherTrustDomain { .. })
+        ));
+    }
+
+    #[test]
+    fn neither_kind_is_the_other() {
+        let set = Set::new(testing::now());
+        assert_eq!(
+            ClientIdentity::from_verified_certificate(set.agent.leaf()),
+            Err(ProfileError::WorkloadAsClient)
+        );
+        assert_eq!(AgentIdentity::from_verified_certificate(set.client.leaf()), Err(ProfileError::NoSan));
+        let upper = client(|params| params.subject_alt_names = vec![uri("SPIFFE://x/y")]);
+        assert_eq!(upper, Err(ProfileError::WorkloadAsClient));
+    }
+
+    #[test]
+    fn a_client_has_exactly_one_usable_name() {
+        let none = client(|params| {
+            params.distinguished_name.remove(DnType::CommonName);
+        });
+        assert_eq!(none, Err(ProfileError::CommonNames { count: 0 }));
+        let twice = client(|params| {
+            params.distinguished_name.push(DnType::CustomDnType(vec![2, 5, 4, 3]), "mallory");
+        });
+        assert_eq!(twice, Err(ProfileError::CommonNames { count: 2 }));
+        for name in ["", "a\nb", "a\0"] {
+            let refused = client(|params| params.distinguished_name.push(DnType::CommonName, name));
+            assert!(matches!(refused, Err(ProfileError::Subject(_))), "{name:?}: {refused:?}");
+        }
+        let empty_group = client(|params| params.distinguished_name.push(DnType::OrganizationName, ""));
+        assert!(matches!(empty_group, Err(ProfileError::Subject(_))));
+    }
+
+    #[test]
+    fn system_names_are_handed_on() {
+        let identity = client(|params| {
+            params.distinguished_name.push(DnType::CommonName, "system:admin");
+            params.distinguished_name.push(DnType::OrganizationName, "system:masters");
+        });
+        assert_eq!(identity.unwrap(), ClientIdentity::new("system:admin", ["system:masters"]).unwrap());
+    }
+
+    #[test]
+    fn any_cut_or_flipped_certificate_is_an_error_or_a_value_and_never_a_panic() {
+        // R-ID-4: a cheap fuzz of the extractor with every prefix and every byte changed.
+        let set = Set::new(testing::now());
+        let whole = set.agent.leaf().to_vec();
+        for end in 0..whole.len() {
+            let cut = CertificateDer::from(&whole[..end]);
+            assert_eq!(AgentIdentity::from_verified_certificate(&cut), Err(ProfileError::Malformed));
+            assert!(ClientIdentity::from_verified_certificate(&cut).is_err());
+        }
+        for (index, flip) in
+            (0..whole.len()).flat_map(|index| [0x01, 0x20, 0x80, 0xff].map(|flip| (index, flip)))
+        {
+            let mut changed = whole.clone();
+            changed[index] ^= flip;
+            let changed = CertificateDer::from(changed);
+            drop(AgentIdentity::from_verified_certificate(&changed));
+            drop(ClientIdentity::from_verified_certificate(&changed));
+            drop(crate::facts::CertificateFacts::of(&changed));
+        }
+    }
+}

@@ -108,7 +108,8 @@ fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
 
 fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), SaveError> {
     let error = |source| SaveError { path: path.to_owned(), source };
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory =
+        path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let mut random = [0; 8];
     rand::fill(&mut random).map_err(|_| error(io::Error::other("the system's random source failed")))?;
     let beside = directory.join(format!(".towline-{}.tmp", hex(&random)));

@@ -2,10 +2,14 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rcgen::{
+    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
+};
+
 use crate::ca::{CA_LIFETIME, CaKind, CertificateAuthority};
 use crate::identity::{AgentIdentity, ClientIdentity};
-use crate::issue::{HostName, LEAF_LIFETIME, SERVER_LIFETIME};
-use crate::load::Credential;
+use crate::issue::{BACKDATE, HostName, LEAF_LIFETIME, SERVER_LIFETIME};
+use crate::load::{Credential, PrivateKey};
 
 pub(crate) struct Set {
     pub(crate) tunnel_ca: CertificateAuthority,
@@ -51,4 +55,36 @@ pub(crate) fn agent() -> AgentIdentity {
 
 pub(crate) fn client() -> ClientIdentity {
     ClientIdentity::new("alice", ["dev", "ops"]).unwrap()
+}
+
+/// A certificate as `ca` would never make it: the agent profile, changed by `change`.
+pub(crate) fn forge(ca: &CertificateAuthority, change: impl FnOnce(&mut CertificateParams)) -> Credential {
+    let key = KeyPair::generate().unwrap();
+    let mut params = profile(agent());
+    change(&mut params);
+    let certificate = params.signed_by(&key, ca.issuer()).unwrap().der().clone();
+    Credential::from_parts(vec![certificate], PrivateKey::from_pkcs8(key.serialize_der()))
+}
+
+/// The agent profile, signed by its own key.
+pub(crate) fn self_signed() -> Credential {
+    let key = KeyPair::generate().unwrap();
+    let certificate = profile(agent()).self_signed(&key).unwrap().der().clone();
+    Credential::from_parts(vec![certificate], PrivateKey::from_pkcs8(key.serialize_der()))
+}
+
+pub(crate) fn uri(text: &str) -> SanType {
+    SanType::URI(text.try_into().unwrap())
+}
+
+fn profile(identity: AgentIdentity) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.not_before = (now() - BACKDATE).into();
+    params.not_after = (now() + LEAF_LIFETIME).into();
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    params.subject_alt_names = vec![uri(&identity.uri())];
+    params
 }

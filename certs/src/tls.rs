@@ -425,3 +425,109 @@ impl ServerCertVerifier for PinnedRoot {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{self, Set};
+
+    #[test]
+    fn an_offer_chooses_one_listener() {
+        let cases: &[(&[&str], Result<Listener, Refused>)] = &[
+            (&[], Ok(Listener::Front)),
+            (&["h2"], Ok(Listener::Front)),
+            (&["h2", "http/1.1"], Ok(Listener::Front)),
+            (&["http/1.0", "acme-tls/1"], Ok(Listener::Front)),
+            (&["towline"], Ok(Listener::Front)),
+            (&["Towline/1"], Ok(Listener::Front)),
+            (&["towline/1"], Ok(Listener::Tunnel)),
+            (&["towline/2", "towline/1"], Ok(Listener::Tunnel)),
+            (&["towline-join/1"], Ok(Listener::Join)),
+            (&["towline-join/2", "towline-join/1"], Ok(Listener::Join)),
+            (&["towline/2"], Err(Refused::UnknownVersion)),
+            (&["towline/"], Err(Refused::UnknownVersion)),
+            (&["towline/1\0"], Err(Refused::UnknownVersion)),
+            (&["towline-join/999"], Err(Refused::UnknownVersion)),
+            (&["towline/1", "h2"], Err(Refused::Mixed)),
+            (&["h2", "towline/1"], Err(Refused::Mixed)),
+            (&["http/1.1", "towline-join/1"], Err(Refused::Mixed)),
+            (&["towline/1", "towline-join/1"], Err(Refused::Mixed)),
+            (&["towline-join/1", "towline/1"], Err(Refused::Mixed)),
+            (&["towline/2", "h2"], Err(Refused::Mixed)),
+            (&["towline/1", ""], Err(Refused::Mixed)),
+        ];
+        for (offer, expected) in cases {
+            assert_eq!(
+                route_by_alpn(offer.iter().map(|protocol| protocol.as_bytes())),
+                *expected,
+                "{offer:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn sni_picks_exact_then_wildcard_then_default() {
+        let set = Set::new(testing::now());
+        let other = |name: &str| {
+            let names = [name.parse().unwrap()];
+            set.front_ca.issue_front_server(&names, crate::issue::SERVER_LIFETIME, testing::now()).unwrap()
+        };
+        let (exact, wild) = (other("a.gw.test"), other("*.gw.test"));
+        let by_sni = BySni {
+            default: certified(&set.front_server).unwrap(),
+            by_host: vec![
+                ("*.gw.test".to_owned(), certified(&wild).unwrap()),
+                ("a.gw.test".to_owned(), certified(&exact).unwrap()),
+            ],
+        };
+        for (name, expected) in [
+            (None, &set.front_server),
+            (Some("elsewhere.test"), &set.front_server),
+            (Some("gw.test"), &set.front_server),
+            (Some("x.a.gw.test"), &set.front_server),
+            (Some("a.gw.test"), &exact),
+            (Some("A.GW.test"), &exact),
+            (Some("b.gw.test"), &wild),
+        ] {
+            assert_eq!(by_sni.choose(name).cert, expected.chain(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn unusable_parts_are_refused_before_a_listener_opens() {
+        let set = Set::new(testing::now());
+        let agents =
+            AgentCa::new(&[set.tunnel_ca.root_der().clone()], testing::agent().trust_domain).unwrap();
+        let bare =
+            Credential::from_parts(vec![set.tunnel_server.leaf().clone()], set.tunnel_server.key().clone());
+        assert!(matches!(tunnel_server(&bare, &agents), Err(TlsError::ChainWithoutRoot)));
+        assert!(matches!(join_server(&bare), Err(TlsError::ChainWithoutRoot)));
+        let mixed = Credential::from_parts(set.tunnel_server.chain().to_vec(), set.agent.key().clone());
+        assert!(matches!(tunnel_server(&mixed, &agents), Err(TlsError::Credential(_))));
+        assert!(matches!(agent_client(&[], &set.agent), Err(TlsError::Trust(TrustError::Empty))));
+        let host = "a.gw.test".parse().unwrap();
+        let twice = FrontCertificates::new(set.front_server.clone())
+            .with_host(&host, set.front_server.clone())
+            .with_host(&host, set.front_server.clone());
+        assert!(matches!(front_server(&twice, None), Err(TlsError::DuplicateHost(_))));
+    }
+
+    #[test]
+    fn nothing_is_left_to_a_default() {
+        let set = Set::new(testing::now());
+        let agents =
+            AgentCa::new(&[set.tunnel_ca.root_der().clone()], testing::agent().trust_domain).unwrap();
+        let front = FrontCertificates::new(set.front_server.clone());
+        for config in [
+            tunnel_server(&set.tunnel_server, &agents).unwrap(),
+            join_server(&set.tunnel_server).unwrap(),
+            front_server(&front, None).unwrap(),
+        ] {
+            assert_eq!(config.send_tls13_tickets, 0);
+            assert_eq!(config.max_early_data_size, 0);
+            assert!(!config.session_storage.can_cache());
+            assert!(!config.ticketer.enabled());
+        }
+        assert!(CryptoProvider::get_default().is_none(), "no process default was installed");
+    }
+}

@@ -327,3 +327,124 @@ impl ClientCertVerifier for AcceptAny {
 
 /// Most certificates that a peer may present: a leaf, a few intermediates and the root.
 pub const CHAIN_MAX: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::issue::LEAF_LIFETIME;
+    use crate::testing::{self, Set};
+
+    fn agents(set: &Set) -> AgentCa {
+        AgentCa::new(&[set.tunnel_ca.root_der().clone()], testing::agent().trust_domain).unwrap()
+    }
+
+    fn clients(set: &Set) -> ClientCa {
+        ClientCa::new(&[set.client_ca.root_der().clone()]).unwrap()
+    }
+
+    fn chain_error(error: VerifyError) -> CertificateError {
+        match error {
+            VerifyError::Chain(rustls::Error::InvalidCertificate(cause)) => cause,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn each_ca_knows_its_own_and_nobody_else() {
+        let now = testing::now();
+        let (set, other) = (Set::new(now), Set::new(now));
+        assert_eq!(agents(&set).verify(set.agent.chain(), now).unwrap(), testing::agent());
+        assert_eq!(clients(&set).verify(set.client.chain(), now).unwrap(), testing::client());
+        // R-ID-3: a certificate of one CA is never an identity of the other.
+        for (name, result) in [
+            ("client as agent", agents(&set).verify(set.client.chain(), now).map(drop)),
+            ("agent as client", clients(&set).verify(set.agent.chain(), now).map(drop)),
+            ("agent of another installation", agents(&set).verify(other.agent.chain(), now).map(drop)),
+            ("client of another installation", clients(&set).verify(other.client.chain(), now).map(drop)),
+            ("self-signed agent", agents(&set).verify(testing::self_signed().chain(), now).map(drop)),
+        ] {
+            assert_eq!(chain_error(result.unwrap_err()), CertificateError::UnknownIssuer, "{name}");
+        }
+        let server = agents(&set).verify(set.tunnel_server.chain(), now).unwrap_err();
+        assert!(matches!(chain_error(server), CertificateError::InvalidPurposeContext { .. }));
+    }
+
+    #[test]
+    fn time_is_checked_at_both_ends() {
+        let now = testing::now();
+        let set = Set::new(now);
+        let ca = agents(&set);
+        let hour = Duration::from_secs(3600);
+        assert!(ca.verify(set.agent.chain(), now - hour + Duration::from_secs(1)).is_ok());
+        assert!(ca.verify(set.agent.chain(), now + LEAF_LIFETIME).is_ok());
+        let early = chain_error(ca.verify(set.agent.chain(), now - 2 * hour).unwrap_err());
+        assert!(matches!(early, CertificateError::NotValidYetContext { .. }), "{early:?}");
+        let late = chain_error(ca.verify(set.agent.chain(), now + LEAF_LIFETIME + hour).unwrap_err());
+        assert!(matches!(late, CertificateError::ExpiredContext { .. }), "{late:?}");
+    }
+
+    #[test]
+    fn nothing_and_too_much_are_refused() {
+        let now = testing::now();
+        let set = Set::new(now);
+        assert!(matches!(agents(&set).verify(&[], now), Err(VerifyError::NoCertificate)));
+        assert!(matches!(clients(&set).verify(&[], now), Err(VerifyError::NoCertificate)));
+        let long = vec![set.agent.leaf().clone(); 100];
+        assert!(matches!(agents(&set).verify(&long, now), Err(VerifyError::TooLong(100))));
+        let garbage = CertificateDer::from(vec![0x30, 0x03, 1, 2, 3]);
+        assert!(matches!(clients(&set).verify(&[garbage], now), Err(VerifyError::Chain(_))));
+    }
+
+    #[test]
+    fn a_root_is_nobody_under_itself() {
+        let now = testing::now();
+        let set = Set::new(now);
+        assert!(agents(&set).verify(&[set.tunnel_ca.root_der().clone()], now).is_err());
+        assert!(clients(&set).verify(&[set.client_ca.root_der().clone()], now).is_err());
+    }
+
+    #[test]
+    fn during_a_change_of_ca_both_roots_count() {
+        let now = testing::now();
+        let (old, new) = (Set::new(now), Set::new(now));
+        let roots = [old.tunnel_ca.root_der().clone(), new.tunnel_ca.root_der().clone()];
+        let ca = AgentCa::new(&roots, testing::agent().trust_domain).unwrap();
+        assert!(ca.verify(old.agent.chain(), now).is_ok());
+        assert!(ca.verify(new.agent.chain(), now).is_ok());
+    }
+
+    #[test]
+    fn unusable_roots_are_refused_by_cause() {
+        let set = Set::new(testing::now());
+        let domain = testing::agent().trust_domain;
+        let leaf = set.agent.leaf().clone();
+        let (tunnel, client) = (set.tunnel_ca.root_der().clone(), set.client_ca.root_der().clone());
+        assert_eq!(AgentCa::new(&[], domain.clone()).unwrap_err(), TrustError::Empty);
+        assert_eq!(
+            AgentCa::new(&[tunnel.clone(), leaf.clone()], domain.clone()).unwrap_err(),
+            TrustError::NotACa(2)
+        );
+        assert_eq!(
+            AgentCa::new(std::slice::from_ref(&client), domain).unwrap_err(),
+            TrustError::OtherKind { found: CaKind::FrontClients, wanted: CaKind::Tunnel }
+        );
+        assert!(matches!(ClientCa::new(&[tunnel]).unwrap_err(), TrustError::OtherKind { .. }));
+        assert_eq!(ClientCa::new(&[client, leaf]).unwrap_err(), TrustError::NotACa(2));
+    }
+
+    #[test]
+    fn one_key_for_both_kinds_is_noticed() {
+        let set = Set::new(testing::now());
+        assert!(!agents(&set).shares_a_key_with(&clients(&set)));
+        // A root without our mark, as a company's CA has none, fits both bundles.
+        let unmarked = testing::forge(&set.tunnel_ca, |params| {
+            params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            params.key_usages.push(rcgen::KeyUsagePurpose::KeyCertSign);
+        });
+        let agents = AgentCa::new(unmarked.chain(), testing::agent().trust_domain).unwrap();
+        let clients = ClientCa::new(unmarked.chain()).unwrap();
+        assert!(agents.shares_a_key_with(&clients));
+    }
+}
