@@ -19,6 +19,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::ca::may_sign_certificates;
 use crate::facts::{CertificateFacts, Validity, human};
+use crate::trust::root_store;
 
 /// What is wrong with a file.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -369,12 +370,14 @@ pub fn parse_roots(file: &FileBytes) -> Result<Vec<CertificateDer<'static>>, Loa
     }
 }
 
-/// The system's trust store, for public server certificates. Entries that cannot be read are left out.
+/// The system's trust store, for public server certificates. Entries that cannot be used are left out.
 ///
 /// # Errors
 /// When nothing usable is found.
 pub fn system_roots() -> Result<Vec<CertificateDer<'static>>, LoadError> {
-    let roots = rustls_native_certs::load_native_certs().certs;
+    // Old stores hold roots that cannot be used any more; one of them must not make the others useless.
+    let mut roots = rustls_native_certs::load_native_certs().certs;
+    roots.retain(|root| root_store(std::slice::from_ref(root)).is_ok());
     if roots.is_empty() {
         return Err(LoadError { path: PathBuf::from("trust store"), cause: LoadCause::NoSystemRoots });
     }
@@ -613,6 +616,14 @@ mod tests {
         let error = files.load(LoadPolicy::STRICT).unwrap_err();
         assert_eq!(error.cause, LoadCause::NotYetValid { gap: "1h".to_owned() });
         assert_eq!(files.load(LoadPolicy::LENIENT).unwrap().warnings, [error]);
+    }
+
+    #[test]
+    fn the_systems_roots_are_all_usable_or_the_error_says_what_to_install() {
+        match system_roots() {
+            Ok(roots) => assert!(crate::tls::http_client(&roots, None).is_ok()),
+            Err(error) => assert_eq!(error.cause, LoadCause::NoSystemRoots),
+        }
     }
 
     #[test]
