@@ -1,0 +1,100 @@
+//! Who asks, and as whom? Client certificate, then bearer token, then `Impersonate-*`.
+
+use http::HeaderMap;
+
+use super::call::decode;
+use super::options::FakeApiOptions;
+use super::recorder::Identity;
+use super::serve::Connection;
+use super::status::ApiError;
+
+/// Whom the credential stands for; 401 if it stands for nobody.
+pub(super) fn authenticate(
+    options: &FakeApiOptions,
+    connection: &Connection,
+    headers: &HeaderMap,
+) -> Result<Identity, ApiError> {
+    if let Some(client) = &connection.client {
+        return Ok(client.clone());
+    }
+    // A real server reads the first Authorization header only.
+    let authorization = headers.get("authorization");
+    if let Some(token) = authorization.and_then(|value| bearer(value.as_bytes())) {
+        let known = options.tokens.iter().find(|row| row.token.as_bytes() == token);
+        return known
+            .map(|row| Identity::new(row.user.clone(), row.groups.clone()))
+            .ok_or_else(ApiError::unauthorized);
+    }
+    if options.anonymous && !connection.client_certificate {
+        return Ok(Identity::new("system:anonymous".to_owned(), Vec::new()));
+    }
+    Err(ApiError::unauthorized())
+}
+
+/// As whom the request acts: the caller, or whom its `Impersonate-*` headers name if it may impersonate.
+pub(super) fn impersonate(
+    options: &FakeApiOptions,
+    caller: &Identity,
+    headers: &HeaderMap,
+) -> Result<Identity, ApiError> {
+    let text = |value: &http::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+    let all = |name: &str| headers.get_all(name).iter().map(text).collect::<Vec<_>>();
+    let user = all("impersonate-user").into_iter().next().unwrap_or_default();
+    let mut groups = all("impersonate-group");
+    let uid = all("impersonate-uid").into_iter().next();
+    let mut extra = Vec::new();
+    for name in headers.keys() {
+        if let Some(key) = name.as_str().strip_prefix("impersonate-extra-") {
+            extra.push((decode(key), all(name.as_str())));
+        }
+    }
+    if user.is_empty() {
+        if groups.is_empty() && uid.is_none() && extra.is_empty() {
+            return Ok(caller.clone());
+        }
+        return Err(ApiError::new(
+            http::StatusCode::INTERNAL_SERVER_ERROR,
+            "InternalError",
+            "requested impersonation of groups, uid or extra without impersonating a user",
+        ));
+    }
+    let may = caller.groups.iter().any(|group| group == "system:masters")
+        || options.impersonators.iter().any(|name| *name == caller.user);
+    if !may {
+        return Err(ApiError::forbidden(format!(
+            "users \"{user}\" is forbidden: User \"{}\" cannot impersonate resource \"users\" in API group \"\" at the cluster scope",
+            caller.user
+        )));
+    }
+    if groups.is_empty()
+        && let Some(account) = user.strip_prefix("system:serviceaccount:")
+    {
+        let namespace = account.split(':').next().unwrap_or_default();
+        groups = vec!["system:serviceaccounts".to_owned(), format!("system:serviceaccounts:{namespace}")];
+    }
+    let mut identity = Identity::new(user, groups);
+    identity.uid = uid;
+    identity.extra = extra;
+    Ok(identity)
+}
+
+/// Whether this identity may do anything with this path; else 403.
+pub(super) fn authorize(options: &FakeApiOptions, identity: &Identity, verb: &str, path: &str) -> Result<(), ApiError> {
+    let public = ["/healthz", "/livez", "/readyz", "/version"];
+    if public.iter().any(|prefix| path.starts_with(prefix)) {
+        return Ok(());
+    }
+    if identity.user == "system:anonymous" || options.denied_users.contains(&identity.user) {
+        let user = &identity.user;
+        return Err(ApiError::forbidden(format!("forbidden: User \"{user}\" cannot {verb} path \"{path}\"")));
+    }
+    Ok(())
+}
+
+/// The token of `Bearer token`; the scheme in any case, as a real server takes it.
+fn bearer(value: &[u8]) -> Option<&[u8]> {
+    let space = value.iter().position(|byte| *byte == b' ')?;
+    let (scheme, rest) = value.split_at(space);
+    let token = rest.trim_ascii();
+    (scheme.eq_ignore_ascii_case(b"bearer") && !token.is_empty()).then_some(token)
+}

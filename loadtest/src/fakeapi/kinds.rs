@@ -1,0 +1,95 @@
+//! Which resources does the fake API server hold? One table; discovery, paths and validation follow from it.
+
+/// One kind of object.
+#[derive(Debug)]
+pub(super) struct Kind {
+    pub(super) group: &'static str,
+    pub(super) version: &'static str,
+    pub(super) plural: &'static str,
+    pub(super) singular: &'static str,
+    pub(super) kind: &'static str,
+    pub(super) namespaced: bool,
+    pub(super) short_names: &'static [&'static str],
+    pub(super) categories: &'static [&'static str],
+    /// Top-level fields beside apiVersion, kind, metadata: others are unknown to strict validation.
+    pub(super) fields: &'static [&'static str],
+    /// Subresources: name, kind, verbs.
+    pub(super) subresources: &'static [(&'static str, &'static str, &'static [&'static str])],
+}
+
+impl Kind {
+    /// `v1` or `apps/v1`.
+    pub(super) fn api_version(&self) -> String {
+        if self.group.is_empty() { self.version.to_owned() } else { format!("{}/{}", self.group, self.version) }
+    }
+}
+
+/// The kind behind a path.
+pub(super) fn find(group: &str, version: &str, plural: &str) -> Option<&'static Kind> {
+    KINDS.iter().find(|kind| kind.group == group && kind.version == version && kind.plural == plural)
+}
+
+/// The core kind with this plural; for kinds that are surely in the table.
+pub(super) fn core(plural: &str) -> &'static Kind {
+    find("", "v1", plural).unwrap_or(&KINDS[0])
+}
+
+const ALL: &[&str] = &["all"];
+const UPGRADE: &[&str] = &["create", "get"];
+const PROXY: &[&str] = &["create", "delete", "get", "patch", "update"];
+const STATUS: &[&str] = &["get", "patch", "update"];
+
+pub(super) const KINDS: &[Kind] = &[
+    Kind {
+        group: "", version: "v1", plural: "configmaps", singular: "configmap", kind: "ConfigMap", namespaced: true,
+        short_names: &["cm"], categories: &[], fields: &["data", "binaryData", "immutable"], subresources: &[],
+    },
+    Kind {
+        group: "", version: "v1", plural: "events", singular: "event", kind: "Event", namespaced: true,
+        short_names: &["ev"], categories: &[],
+        fields: &["action", "count", "eventTime", "firstTimestamp", "involvedObject", "lastTimestamp", "message",
+            "reason", "related", "reportingComponent", "reportingInstance", "series", "source", "type"],
+        subresources: &[],
+    },
+    Kind {
+        group: "", version: "v1", plural: "namespaces", singular: "namespace", kind: "Namespace", namespaced: false,
+        short_names: &["ns"], categories: &[], fields: &["spec", "status"],
+        subresources: &[("status", "Namespace", STATUS)],
+    },
+    Kind {
+        group: "", version: "v1", plural: "nodes", singular: "node", kind: "Node", namespaced: false,
+        short_names: &["no"], categories: &[], fields: &["spec", "status"],
+        subresources: &[("proxy", "NodeProxyOptions", PROXY), ("status", "Node", STATUS)],
+    },
+    Kind {
+        group: "", version: "v1", plural: "pods", singular: "pod", kind: "Pod", namespaced: true,
+        short_names: &["po"], categories: ALL, fields: &["spec", "status"],
+        subresources: &[
+            ("attach", "PodAttachOptions", UPGRADE), ("exec", "PodExecOptions", UPGRADE),
+            ("log", "Pod", &["get"]), ("portforward", "PodPortForwardOptions", UPGRADE),
+            ("proxy", "PodProxyOptions", PROXY), ("status", "Pod", STATUS),
+        ],
+    },
+    Kind {
+        group: "", version: "v1", plural: "secrets", singular: "secret", kind: "Secret", namespaced: true,
+        short_names: &[], categories: &[], fields: &["data", "stringData", "type", "immutable"], subresources: &[],
+    },
+    Kind {
+        group: "", version: "v1", plural: "services", singular: "service", kind: "Service", namespaced: true,
+        short_names: &["svc"], categories: ALL, fields: &["spec", "status"],
+        subresources: &[("proxy", "ServiceProxyOptions", PROXY), ("status", "Service", STATUS)],
+    },
+    Kind {
+        group: "apps", version: "v1", plural: "deployments", singular: "deployment", kind: "Deployment",
+        namespaced: true, short_names: &["deploy"], categories: ALL, fields: &["spec", "status"],
+        subresources: &[("status", "Deployment", STATUS)],
+    },
+];
+
+/// Kinds that are only ever created and answered: group, version, plural, kind.
+pub(super) const REVIEWS: &[(&str, &str, &str, &str)] = &[
+    ("authentication.k8s.io", "v1", "selfsubjectreviews", "SelfSubjectReview"),
+    ("authentication.k8s.io", "v1", "tokenreviews", "TokenReview"),
+    ("authorization.k8s.io", "v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview"),
+    ("authorization.k8s.io", "v1", "subjectaccessreviews", "SubjectAccessReview"),
+];

@@ -1,0 +1,45 @@
+//! A fake Kubernetes API server: the everyday test double of a real one, driven by real `kubectl`, and no kinder.
+//!
+//! It speaks TLS with HTTP/1.1 and HTTP/2, keeps a small namespaced store with watches, runs real processes for
+//! `exec`, and records every request. Helper paths under `/towline-test/` and the fault switches of [`FakeApi`]
+//! misbehave on request.
+//!
+//! A connection's way through the files: `serve` accepts, `tap` sits between TLS and HTTP, `call` is one request,
+//! `authn` says who asks, `router` says where it goes; `discovery`, `openapi`, `resources`, `watch`, `review`, `pods`
+//! and `helpers` answer; `spdy` and `websocket` carry `exec`, `attach` and `portforward`.
+
+mod authn;
+mod body;
+mod call;
+mod discovery;
+mod faults;
+mod handle;
+mod helpers;
+mod kinds;
+mod oddities;
+mod openapi;
+mod options;
+mod patch;
+mod pods;
+mod recorder;
+mod resources;
+mod review;
+mod router;
+mod seed;
+mod selector;
+mod serve;
+mod spdy;
+mod status;
+mod store;
+mod table;
+mod tap;
+mod tls;
+mod watch;
+mod websocket;
+
+pub use body::pattern_chunk;
+pub use faults::{RawEnd, RawResponse};
+pub use handle::{FakeApi, StartError, kubeconfig};
+pub use options::{ADMIN_TOKEN, AGENT_TOKEN, FakeApiOptions, Token, USER_TOKEN};
+pub use recorder::{BodyRecord, ConnectionRecord, Identity, Recorder, RequestRecord, hex};
+pub use tls::{ClientCertificate, TlsError};

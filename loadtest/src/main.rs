@@ -1,0 +1,70 @@
+//! The command line of the load test and its test doubles.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
+use tracing_subscriber::EnvFilter;
+
+#[derive(Debug, Parser)]
+#[command(name = "towline-loadtest", version, about = "Load tests and test doubles of Towline")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// A fake Kubernetes API server for kubectl and for tests.
+    FakeApiserver(FakeApiserver),
+}
+
+#[derive(Debug, clap::Args)]
+struct FakeApiserver {
+    /// Where to listen; port 0 takes a free one.
+    #[arg(long, env = "TOWLINE_FAKE_LISTEN", default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// Where to write ca.crt and kubeconfig.
+    #[arg(long, env = "TOWLINE_FAKE_CERT_DIR")]
+    cert_dir: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
+    match arguments.command {
+        Command::FakeApiserver(options) => runtime.block_on(fake_apiserver(options)),
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the address is this command's output")]
+async fn fake_apiserver(arguments: FakeApiserver) -> anyhow::Result<()> {
+    let options = FakeApiOptions { listen: arguments.listen, ..FakeApiOptions::default() };
+    let server = FakeApi::start(options).await?;
+    std::fs::create_dir_all(&arguments.cert_dir).context("cannot make the directory of --cert-dir")?;
+    std::fs::write(arguments.cert_dir.join("ca.crt"), server.ca_pem()).context("cannot write ca.crt")?;
+    std::fs::write(arguments.cert_dir.join("kubeconfig"), server.kubeconfig()).context("cannot write kubeconfig")?;
+    println!("listening on {}", server.base_url());
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+        _ = terminate.recv() => {}
+    }
+    server.shutdown().await;
+    Ok(())
+}

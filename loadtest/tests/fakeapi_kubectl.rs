@@ -1,0 +1,60 @@
+//! Goal: every flow works with every real `kubectl` on this machine, straight against the fake API server.
+
+use std::time::Instant;
+
+use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
+use towline_loadtest::kubectl::{self, FLOWS, Kubectl, Run};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_flow_with_every_kubectl() {
+    let kubectls = kubectl::find();
+    if kubectls.is_empty() {
+        eprintln!("SKIP every_flow_with_every_kubectl: no kubectl on PATH or in $KUBECTLS");
+        return;
+    }
+    let fake = FakeApi::start(FakeApiOptions::default()).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let kubeconfig = directory.path().join("kubeconfig");
+    std::fs::write(&kubeconfig, fake.kubeconfig()).unwrap();
+    let mut failures = Vec::new();
+    for kubectl in &kubectls {
+        let started = Instant::now();
+        let mut carriers = vec![("", Run::new(kubectl, &kubeconfig).unwrap())];
+        // Those that know both carriers run the streaming flows over the other one too.
+        if kubectl.minor >= 30 {
+            let other = if kubectl.minor >= 31 { "false" } else { "true" };
+            let run = Run::new(kubectl, &kubeconfig).unwrap();
+            let run = run.with_env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", other);
+            carriers.push(("other carrier: ", run.with_env("KUBECTL_PORT_FORWARD_WEBSOCKETS", other)));
+        }
+        let mut passed = 0;
+        for (carrier, run) in &carriers {
+            let streaming = ["exec", "attach", "cp", "port"];
+            let flows = FLOWS.iter();
+            let flows = flows.filter(|flow| carrier.is_empty() || streaming.iter().any(|s| flow.name.starts_with(s)));
+            for flow in flows {
+                match flow.run(run).await {
+                    Ok(()) => passed += 1,
+                    Err(error) => failures.push(format!("{kubectl}: {carrier}{error}")),
+                }
+            }
+        }
+        eprintln!("{kubectl}: {passed} flows passed in {:.1} s", started.elapsed().as_secs_f32());
+    }
+    assert!(failures.is_empty(), "{} flows failed:\n{}", failures.len(), failures.join("\n"));
+    report_carriers(&fake, &kubectls);
+    assert_eq!(fake.processes(), 0, "a process outlived its exec");
+    fake.shutdown().await;
+}
+
+/// Both carriers must have been used, or the matrix proves less than it says.
+fn report_carriers(fake: &FakeApi, kubectls: &[Kubectl]) {
+    let requests = fake.recorder().requests_to("/api/v1/namespaces/default/pods/");
+    let count = |protocol: &[u8]| {
+        requests.iter().filter(|request| request.values("upgrade").contains(&protocol)).count()
+    };
+    let (spdy, websocket) = (count(b"SPDY/3.1"), count(b"websocket"));
+    eprintln!("upgrades: {spdy} SPDY, {websocket} WebSocket");
+    assert!(spdy > 0, "no flow went over SPDY");
+    assert!(websocket > 0 || kubectls.iter().all(|kubectl| kubectl.minor < 30), "no flow went over WebSocket");
+}
