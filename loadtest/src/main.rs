@@ -58,7 +58,8 @@ async fn fake_apiserver(arguments: FakeApiserver) -> anyhow::Result<()> {
     let server = FakeApi::start(options).await?;
     std::fs::create_dir_all(&arguments.cert_dir).context("cannot make the directory of --cert-dir")?;
     std::fs::write(arguments.cert_dir.join("ca.crt"), server.ca_pem()).context("cannot write ca.crt")?;
-    std::fs::write(arguments.cert_dir.join("kubeconfig"), server.kubeconfig()).context("cannot write kubeconfig")?;
+    std::fs::write(arguments.cert_dir.join("kubeconfig"), server.kubeconfig())
+        .context("cannot write kubeconfig")?;
     println!("listening on {}", server.base_url());
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {

@@ -31,7 +31,8 @@ async fn every_flow_with_every_kubectl() {
         for (carrier, run) in &carriers {
             let streaming = ["exec", "attach", "cp", "port"];
             let flows = FLOWS.iter();
-            let flows = flows.filter(|flow| carrier.is_empty() || streaming.iter().any(|s| flow.name.starts_with(s)));
+            let flows =
+                flows.filter(|flow| carrier.is_empty() || streaming.iter().any(|s| flow.name.starts_with(s)));
             for flow in flows {
                 match flow.run(run).await {
                     Ok(()) => passed += 1,
@@ -56,5 +57,8 @@ fn report_carriers(fake: &FakeApi, kubectls: &[Kubectl]) {
     let (spdy, websocket) = (count(b"SPDY/3.1"), count(b"websocket"));
     eprintln!("upgrades: {spdy} SPDY, {websocket} WebSocket");
     assert!(spdy > 0, "no flow went over SPDY");
-    assert!(websocket > 0 || kubectls.iter().all(|kubectl| kubectl.minor < 30), "no flow went over WebSocket");
+    assert!(
+        websocket > 0 || kubectls.iter().all(|kubectl| kubectl.minor < 30),
+        "no flow went over WebSocket"
+    );
 }

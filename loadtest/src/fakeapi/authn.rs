@@ -79,7 +79,12 @@ pub(super) fn impersonate(
 }
 
 /// Whether this identity may do anything with this path; else 403.
-pub(super) fn authorize(options: &FakeApiOptions, identity: &Identity, verb: &str, path: &str) -> Result<(), ApiError> {
+pub(super) fn authorize(
+    options: &FakeApiOptions,
+    identity: &Identity,
+    verb: &str,
+    path: &str,
+) -> Result<(), ApiError> {
     let public = ["/healthz", "/livez", "/readyz", "/version"];
     if public.iter().any(|prefix| path.starts_with(prefix)) {
         return Ok(());

@@ -25,9 +25,7 @@ pub(super) async fn answer(mut call: Call) -> Response {
         "bytes" | "stall" => pattern(&call, &helper),
         "die" if call.version == Version::HTTP_2 => pattern(&call, &helper),
         "sink" => match call.body.drain().await {
-            Ok(body) => {
-                json_response(StatusCode::OK, &json!({"length": body.length, "sha256": body.sha256}))
-            }
+            Ok(body) => json_response(StatusCode::OK, &json!({"length": body.length, "sha256": body.sha256})),
             Err(error) => error.response(),
         },
         "counter" => counter(call).await,
@@ -59,12 +57,15 @@ pub(super) async fn echo(mut call: Call) -> Response {
     let record = &call.record;
     let headers: Vec<_> =
         record.headers.iter().map(|(name, value)| json!([name, String::from_utf8_lossy(value)])).collect();
-    json_response(StatusCode::OK, &json!({
-        "method": call.method.as_str(), "target": record.target_text(), "version": format!("{:?}", call.version),
-        "headers": headers, "rawHead": record.raw_head, "connection": record.connection,
-        "authenticated": record.authenticated, "identity": record.identity,
-        "body": {"length": body.length, "sha256": body.sha256},
-    }))
+    json_response(
+        StatusCode::OK,
+        &json!({
+            "method": call.method.as_str(), "target": record.target_text(), "version": format!("{:?}", call.version),
+            "headers": headers, "rawHead": record.raw_head, "connection": record.connection,
+            "authenticated": record.authenticated, "identity": record.identity,
+            "body": {"length": body.length, "sha256": body.sha256},
+        }),
+    )
 }
 
 /// `bytes?n=`, `stall?after=`, and `die?after=` on HTTP/2; `seed=`, `rate=` (bytes per second), `chunked=1`, `cl=`.

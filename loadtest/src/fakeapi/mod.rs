@@ -21,6 +21,7 @@ mod openapi;
 mod options;
 mod patch;
 mod pods;
+mod protobuf;
 mod recorder;
 mod resources;
 mod review;

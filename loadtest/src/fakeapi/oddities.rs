@@ -50,7 +50,9 @@ pub(super) async fn answer(call: Call, helper: &str) -> Response {
         "upgrade-wrong" => upgrade(call, "something-else"),
         "upgrade-200" => json_response(StatusCode::OK, &json!({"upgraded": false})),
         "upgrade-403" => super::status::ApiError::forbidden("no upgrade for you").response(),
-        "upgrade-301" => empty(StatusCode::MOVED_PERMANENTLY, &[("location", "https://127.0.0.1:1/elsewhere")]),
+        "upgrade-301" => {
+            empty(StatusCode::MOVED_PERMANENTLY, &[("location", "https://127.0.0.1:1/elsewhere")])
+        }
         "upgrade-silence" => answer_raw(&call, raw(String::new(), RawEnd::Stall)),
         "upgrade-die" => answer_raw(&call, raw(String::new(), RawEnd::Reset)),
         _ => unknown(),
@@ -92,22 +94,43 @@ fn die(call: &Call) -> Response {
 fn named(call: &Call) -> RawResponse {
     let ok = "HTTP/1.1 200 OK\r\n";
     let (text, end) = match call.query.text("case") {
-        "cl-te" => (format!("{ok}content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"), RawEnd::Close),
+        "cl-te" => (
+            format!("{ok}content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
+            RawEnd::Close,
+        ),
         "two-cl" => (format!("{ok}content-length: 5\r\ncontent-length: 6\r\n\r\nhello!"), RawEnd::Close),
         "bad-cl" => (format!("{ok}content-length: +5\r\n\r\nhello"), RawEnd::Close),
-        "bad-chunk" => (format!("{ok}transfer-encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\nworld"), RawEnd::Stall),
-        "huge-chunk" => (format!("{ok}transfer-encoding: chunked\r\n\r\nffffffffffffffff1\r\nhello"), RawEnd::Stall),
+        "bad-chunk" => {
+            (format!("{ok}transfer-encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\nworld"), RawEnd::Stall)
+        }
+        "huge-chunk" => {
+            (format!("{ok}transfer-encoding: chunked\r\n\r\nffffffffffffffff1\r\nhello"), RawEnd::Stall)
+        }
         "no-last-chunk" => (format!("{ok}transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n"), RawEnd::Close),
         "short" => (format!("{ok}content-length: 10\r\n\r\nhello"), RawEnd::Close),
-        "long" => (format!("{ok}content-length: 5\r\n\r\nhelloHTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nstolen"), RawEnd::Continue),
-        "huge-head" => (format!("{ok}x-huge: {}\r\ncontent-length: 0\r\n\r\n", "a".repeat(1 << 20)), RawEnd::Close),
+        "long" => (
+            format!("{ok}content-length: 5\r\n\r\nhelloHTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nstolen"),
+            RawEnd::Continue,
+        ),
+        "huge-head" => {
+            (format!("{ok}x-huge: {}\r\ncontent-length: 0\r\n\r\n", "a".repeat(1 << 20)), RawEnd::Close)
+        }
         "endless-head" => (format!("{ok}x-start: 1\r\n"), RawEnd::Stall),
         "crlf-header" => (format!("{ok}x-bad: a\rb\r\ncontent-length: 0\r\n\r\n"), RawEnd::Close),
         "no-colon" => (format!("{ok}nonsense\r\ncontent-length: 0\r\n\r\n"), RawEnd::Close),
         "until-close" => (format!("{ok}\r\nhello until the end"), RawEnd::Close),
         "http10" => ("HTTP/1.0 200 OK\r\ncontent-length: 5\r\n\r\nhello".to_owned(), RawEnd::Close),
-        "unasked-101" => ("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n".to_owned(), RawEnd::Stall),
-        "trailers" => (format!("{ok}transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n5\r\nhello\r\n0\r\nx-sum: 5\r\n\r\n"), RawEnd::Continue),
+        "unasked-101" => (
+            "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+                .to_owned(),
+            RawEnd::Stall,
+        ),
+        "trailers" => (
+            format!(
+                "{ok}transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n5\r\nhello\r\n0\r\nx-sum: 5\r\n\r\n"
+            ),
+            RawEnd::Continue,
+        ),
         _ => ("this is not HTTP\r\n\r\n".to_owned(), RawEnd::Close),
     };
     raw(text, end)
@@ -155,7 +178,8 @@ fn repeat(call: &Call) -> Response {
     lines.push(("set-cookie", "a=1".to_owned()));
     lines.push(("set-cookie", "b=2".to_owned()));
     lines.push(("strict-transport-security", "max-age=1".to_owned()));
-    let lines: Vec<(&'static str, &str)> = lines.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let lines: Vec<(&'static str, &str)> =
+        lines.iter().map(|(name, value)| (*name, value.as_str())).collect();
     empty(StatusCode::OK, &lines)
 }
 

@@ -4,8 +4,8 @@
 //! client, so a document without definitions is honest. Later ones look in the version 3 documents for the
 //! parameter `fieldValidation`, and leave validation to the server if it is there.
 
-use http::header::{CONTENT_TYPE, HeaderValue};
 use http::StatusCode;
+use http::header::{CONTENT_TYPE, HeaderValue};
 use serde_json::{Map, Value, json};
 
 use super::body::{Response, full};
@@ -20,13 +20,17 @@ pub(super) fn answer(call: &Call) -> Result<Response, ApiError> {
     match call.path.as_str() {
         "/openapi/v2" if accept.contains("openapi.spec.v2@v1.0+protobuf") => {
             let mut answer = http::Response::new(full(v2_protobuf()));
-            let media = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+            // Asked for with `@`, answered with a dot, as a real server does: `@` is no character of a media type.
+            let media = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
             answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media));
             Ok(answer)
         }
-        "/openapi/v2" if json_wanted => Ok(json_response(StatusCode::OK, &json!({
-            "swagger": "2.0", "info": {"title": TITLE, "version": VERSION}, "paths": {}, "definitions": {},
-        }))),
+        "/openapi/v2" if json_wanted => Ok(json_response(
+            StatusCode::OK,
+            &json!({
+                "swagger": "2.0", "info": {"title": TITLE, "version": VERSION}, "paths": {}, "definitions": {},
+            }),
+        )),
         "/openapi/v3" if json_wanted => {
             let mut paths = Map::new();
             for kind in KINDS {
@@ -73,7 +77,10 @@ fn v3_document(kinds: &[&Kind]) -> Value {
             })
         };
         let collection = format!("/{}{scope}/{}", root(kind), kind.plural);
-        paths.insert(format!("{collection}/{{name}}"), json!({"patch": operation("patch"), "put": operation("put")}));
+        paths.insert(
+            format!("{collection}/{{name}}"),
+            json!({"patch": operation("patch"), "put": operation("put")}),
+        );
         paths.insert(collection, json!({"post": operation("post")}));
         let mut properties = json!({
             "apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"},

@@ -29,7 +29,9 @@ pub(super) fn merge(target: &mut Value, patch: &Value, strategic: bool) {
 }
 
 fn is_named_list(value: &Value) -> bool {
-    value.as_array().is_some_and(|items| !items.is_empty() && items.iter().all(|item| item["name"].is_string()))
+    value
+        .as_array()
+        .is_some_and(|items| !items.is_empty() && items.iter().all(|item| item["name"].is_string()))
 }
 
 fn merge_named(fields: &mut Map<String, Value>, name: &str, patch: &Value) {
@@ -62,7 +64,12 @@ pub(super) fn json_patch(target: &mut Value, operations: &Value) -> Result<(), A
             _ => None,
         };
         if done.is_none() {
-            return Err(ApiError::invalid("", "", &path, "the server rejected our request due to an error in our request"));
+            return Err(ApiError::invalid(
+                "",
+                "",
+                &path,
+                "the server rejected our request due to an error in our request",
+            ));
         }
     }
     Ok(())
@@ -114,7 +121,11 @@ mod tests {
     #[test]
     fn merges() {
         let mut object = json!({"a": {"b": 1, "c": 2}, "list": [{"name": "x", "v": 1}, {"name": "y"}]});
-        merge(&mut object, &json!({"a": {"b": null, "d": 3}, "list": [{"name": "x", "v": 2}], "$x": 1}), true);
+        merge(
+            &mut object,
+            &json!({"a": {"b": null, "d": 3}, "list": [{"name": "x", "v": 2}], "$x": 1}),
+            true,
+        );
         assert_eq!(object, json!({"a": {"c": 2, "d": 3}, "list": [{"name": "x", "v": 2}, {"name": "y"}]}));
         merge(&mut object, &json!({"list": [{"name": "z"}]}), false);
         assert_eq!(object["list"], json!([{"name": "z"}]));

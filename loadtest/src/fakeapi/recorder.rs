@@ -25,7 +25,8 @@ pub struct Identity {
 
 impl Identity {
     pub(super) fn new(user: String, mut groups: Vec<String>) -> Self {
-        let everyone = if user == "system:anonymous" { "system:unauthenticated" } else { "system:authenticated" };
+        let everyone =
+            if user == "system:anonymous" { "system:unauthenticated" } else { "system:authenticated" };
         if !groups.iter().any(|group| group == everyone) {
             groups.push(everyone.to_owned());
         }
@@ -182,7 +183,15 @@ impl Recorder {
         let Head { method, target, headers, raw_head, version, connection, authenticated, identity } = head;
         let body = Mutex::default();
         let record = Arc::new(RequestRecord {
-            method, target, headers, raw_head, version, connection, authenticated, identity, body,
+            method,
+            target,
+            headers,
+            raw_head,
+            version,
+            connection,
+            authenticated,
+            identity,
+            body,
         });
         self.requests_total.fetch_add(1, Ordering::Relaxed);
         if self.requests_kept > 0 {

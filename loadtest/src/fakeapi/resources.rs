@@ -13,7 +13,7 @@ use super::kinds::{self, Kind};
 use super::selector::Selector;
 use super::status::{ApiError, json_response};
 use super::store::{Key, Store};
-use super::{helpers, patch, pods, review, seed, table, watch};
+use super::{helpers, patch, pods, protobuf, review, seed, table, watch};
 
 /// Where a path leads: a kind, perhaps a namespace, a name and a subresource.
 pub(super) struct Target {
@@ -114,7 +114,8 @@ fn shown(call: &Call, kind: &Kind, code: StatusCode, object: &Value) -> Response
 fn list(call: &Call, target: &Target) -> Result<Response, ApiError> {
     let selector = Selector::parse(call.query.text("labelSelector"), call.query.text("fieldSelector"))?;
     let (objects, revision) = call.shared.store.list(target.kind, &target.namespace);
-    let mut objects: Vec<Arc<Value>> = objects.into_iter().filter(|object| selector.matches(object)).collect();
+    let mut objects: Vec<Arc<Value>> =
+        objects.into_iter().filter(|object| selector.matches(object)).collect();
     let mut metadata = json!({"resourceVersion": revision.to_string()});
     let token = call.query.text("continue");
     if !token.is_empty() {
@@ -179,17 +180,27 @@ pub(super) fn too_large(asked: u64, current: u64) -> ApiError {
 
 /// Reads an object and checks it against the path, as admission and decoding would.
 async fn read_object(call: &mut Call, target: &Target) -> Result<Value, ApiError> {
-    let media = call.header("content-type").split(';').next().unwrap_or_default().trim().to_owned();
-    if !matches!(media.as_str(), "" | "application/json") {
-        return Err(ApiError::unsupported_media_type(format!(
-            "the body of the request was in an unknown format - accepted media types include: application/json; got {media}"
-        )));
-    }
-    let body = call.body.collect().await?;
-    let mut object: Value = serde_json::from_slice(&body)
-        .map_err(|error| ApiError::bad_request(format!("couldn't get version/kind; json parse error: {error}")))?;
+    let mut object = decoded(call).await?;
     check(call, target, &mut object)?;
     Ok(object)
+}
+
+/// The object in the body, from JSON or protobuf.
+pub(super) async fn decoded(call: &mut Call) -> Result<Value, ApiError> {
+    let media = call.header("content-type").split(';').next().unwrap_or_default().trim().to_owned();
+    let body = call.body.collect().await?;
+    let unknown = || {
+        ApiError::unsupported_media_type(format!(
+            "the body of the request was in an unknown format - accepted media types include: application/json; got {media}"
+        ))
+    };
+    match media.as_str() {
+        "" | "application/json" => serde_json::from_slice(&body).map_err(|error| {
+            ApiError::bad_request(format!("couldn't get version/kind; json parse error: {error}"))
+        }),
+        protobuf::MEDIA => protobuf::decode(&body).ok_or_else(unknown),
+        _ => Err(unknown()),
+    }
 }
 
 fn check(call: &Call, target: &Target, object: &mut Value) -> Result<(), ApiError> {
@@ -204,7 +215,8 @@ fn check(call: &Call, target: &Target, object: &mut Value) -> Result<(), ApiErro
     let Some(fields) = object.as_object() else { return Err(ApiError::bad_request("not an object")) };
     for field in fields.keys() {
         let known = matches!(field.as_str(), "kind" | "apiVersion" | "metadata");
-        if !known && !kind.fields.contains(&field.as_str()) && call.query.text("fieldValidation") == "Strict" {
+        if !known && !kind.fields.contains(&field.as_str()) && call.query.text("fieldValidation") == "Strict"
+        {
             let message = format!(
                 "{expected} in version \"{}\" cannot be handled as a {expected}: strict decoding error: unknown field \"{field}\"",
                 kind.version
@@ -216,7 +228,9 @@ fn check(call: &Call, target: &Target, object: &mut Value) -> Result<(), ApiErro
         let map = &object[field];
         let strings = map.as_object().is_some_and(|map| map.values().all(Value::is_string));
         if !map.is_null() && !strings {
-            return Err(ApiError::bad_request(format!("json: cannot unmarshal {field} into a map of strings")));
+            return Err(ApiError::bad_request(format!(
+                "json: cannot unmarshal {field} into a map of strings"
+            )));
         }
     }
     if !object["metadata"].is_object() {
@@ -224,7 +238,8 @@ fn check(call: &Call, target: &Target, object: &mut Value) -> Result<(), ApiErro
     }
     let name = object["metadata"]["name"].as_str().unwrap_or("").to_owned();
     if !target.name.is_empty() && name != target.name {
-        let message = format!("the name of the object ({name}) does not match the name on the URL ({})", target.name);
+        let message =
+            format!("the name of the object ({name}) does not match the name on the URL ({})", target.name);
         return Err(ApiError::bad_request(message));
     }
     if kind.namespaced {
@@ -241,8 +256,12 @@ fn check(call: &Call, target: &Target, object: &mut Value) -> Result<(), ApiErro
 
 fn valid_name(name: &str) -> bool {
     let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
-    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
-    name.len() <= 253 && edge(name.as_bytes().first()) && edge(name.as_bytes().last()) && name.bytes().all(allowed)
+    let allowed =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
+    name.len() <= 253
+        && edge(name.as_bytes().first())
+        && edge(name.as_bytes().last())
+        && name.bytes().all(allowed)
 }
 
 async fn create(mut call: Call, target: &Target) -> Result<Response, ApiError> {
@@ -282,7 +301,8 @@ fn move_string_data(object: &mut Value) {
     if object["kind"] != "Secret" {
         return;
     }
-    let Some(Value::Object(strings)) = object.as_object_mut().and_then(|fields| fields.remove("stringData")) else {
+    let Some(Value::Object(strings)) = object.as_object_mut().and_then(|fields| fields.remove("stringData"))
+    else {
         return;
     };
     for (name, value) in strings {
@@ -305,7 +325,8 @@ async fn update(mut call: Call, target: &Target) -> Result<Response, ApiError> {
 fn replace(target: &Target, before: &Value, mut object: Value) -> Result<Value, ApiError> {
     let version = object["metadata"]["resourceVersion"].as_str().unwrap_or("");
     if !version.is_empty() && object["metadata"]["resourceVersion"] != before["metadata"]["resourceVersion"] {
-        let why = "the object has been modified; please apply your changes to the latest version and try again";
+        let why =
+            "the object has been modified; please apply your changes to the latest version and try again";
         return Err(ApiError::conflict(target.kind.group, target.kind.plural, &target.name, why));
     }
     if before["immutable"] == true && object["data"] != before["data"] {
@@ -356,17 +377,21 @@ async fn delete(mut call: Call, target: &Target) -> Result<Response, ApiError> {
     let body = call.body.collect().await?;
     let options: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
     let kind = target.kind;
-    let gone = call.shared.store.change(&key(target), call.query.has("dryRun") || !options["dryRun"].is_null(), |before| {
-        let before = before.ok_or_else(|| missing(target))?;
-        for field in ["uid", "resourceVersion"] {
-            let wanted = &options["preconditions"][field];
-            if !wanted.is_null() && *wanted != before["metadata"][field] {
-                let why = format!("the {field} in the precondition does not match");
-                return Err(ApiError::conflict(kind.group, kind.plural, &target.name, &why));
+    let gone = call.shared.store.change(
+        &key(target),
+        call.query.has("dryRun") || !options["dryRun"].is_null(),
+        |before| {
+            let before = before.ok_or_else(|| missing(target))?;
+            for field in ["uid", "resourceVersion"] {
+                let wanted = &options["preconditions"][field];
+                if !wanted.is_null() && *wanted != before["metadata"][field] {
+                    let why = format!("the {field} in the precondition does not match");
+                    return Err(ApiError::conflict(kind.group, kind.plural, &target.name, &why));
+                }
             }
-        }
-        Ok(None)
-    })?;
+            Ok(None)
+        },
+    )?;
     if kind.kind == "Namespace" {
         for inside in kinds::KINDS.iter().filter(|kind| kind.namespaced) {
             remove_all(&call.shared.store, inside, &target.name, &Selector::default());
@@ -391,9 +416,12 @@ async fn delete_collection(mut call: Call, target: &Target) -> Result<Response, 
     let kind = format!("{}List", target.kind.kind);
     let gone: Vec<&Value> = gone.iter().map(AsRef::as_ref).collect();
     let revision = call.shared.store.revision().to_string();
-    Ok(json_response(StatusCode::OK, &json!({
-        "kind": kind, "apiVersion": target.kind.api_version(), "metadata": {"resourceVersion": revision}, "items": gone,
-    })))
+    Ok(json_response(
+        StatusCode::OK,
+        &json!({
+            "kind": kind, "apiVersion": target.kind.api_version(), "metadata": {"resourceVersion": revision}, "items": gone,
+        }),
+    ))
 }
 
 fn remove_all(store: &Store, kind: &'static Kind, namespace: &str, selector: &Selector) -> Vec<Arc<Value>> {

@@ -7,19 +7,19 @@ use super::body::Response;
 use super::call::Call;
 use super::kinds::REVIEWS;
 use super::recorder::Identity;
+use super::resources::decoded;
 use super::status::{ApiError, json_response};
 
 /// Answers a review; `None` if the path is no review's.
 pub(super) async fn answer(call: &mut Call) -> Result<Option<Response>, ApiError> {
     let path = call.path.clone();
-    let review = REVIEWS.iter().find(|review| path == format!("/apis/{}/{}/{}", review.0, review.1, review.2));
+    let review =
+        REVIEWS.iter().find(|review| path == format!("/apis/{}/{}/{}", review.0, review.1, review.2));
     let Some((group, version, _, kind)) = review else { return Ok(None) };
     if call.method != Method::POST {
         return Err(ApiError::method_not_allowed());
     }
-    let body = call.body.collect().await?;
-    let mut object: Value = serde_json::from_slice(&body)
-        .map_err(|error| ApiError::bad_request(format!("json parse error: {error}")))?;
+    let mut object = decoded(call).await?;
     let identity = call.identity.clone().ok_or_else(ApiError::unauthorized)?;
     object["kind"] = json!(kind);
     object["apiVersion"] = format!("{group}/{version}").into();

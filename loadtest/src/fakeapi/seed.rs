@@ -10,7 +10,12 @@ pub(super) fn fill(store: &Store, ca_pem: &str) {
     for namespace in ["default", "kube-system"] {
         put(store, kinds::core("namespaces"), "", json!({"metadata": {"name": namespace}}));
         let metadata = json!({"name": "kube-root-ca.crt", "namespace": namespace});
-        put(store, kinds::core("configmaps"), namespace, json!({"metadata": metadata, "data": {"ca.crt": ca_pem}}));
+        put(
+            store,
+            kinds::core("configmaps"),
+            namespace,
+            json!({"metadata": metadata, "data": {"ca.crt": ca_pem}}),
+        );
     }
     for number in 1..=3 {
         let metadata = json!({
@@ -30,7 +35,8 @@ pub(super) fn fill(store: &Store, ca_pem: &str) {
         put(store, kinds::core("pods"), "default", json!({"metadata": metadata, "spec": spec}));
     }
     let metadata = json!({"name": "kubernetes", "namespace": "default"});
-    let spec = json!({"type": "ClusterIP", "clusterIP": "10.0.0.1", "ports": [{"name": "https", "port": 443}]});
+    let spec =
+        json!({"type": "ClusterIP", "clusterIP": "10.0.0.1", "ports": [{"name": "https", "port": 443}]});
     put(store, kinds::core("services"), "default", json!({"metadata": metadata, "spec": spec}));
     let metadata = json!({"name": "token", "namespace": "default"});
     let secret = json!({"metadata": metadata, "type": "Opaque", "data": {"value": "c2VjcmV0"}});
@@ -61,7 +67,8 @@ pub(super) fn complete(kind: &Kind, object: &mut Value) {
                 object["spec"]["replicas"] = 1.into();
             }
             let replicas = object["spec"]["replicas"].clone();
-            let condition = json!({"type": "Available", "status": "True", "reason": "MinimumReplicasAvailable"});
+            let condition =
+                json!({"type": "Available", "status": "True", "reason": "MinimumReplicasAvailable"});
             object["status"] = json!({
                 "observedGeneration": generation, "replicas": replicas, "updatedReplicas": replicas,
                 "readyReplicas": replicas, "availableReplicas": replicas, "conditions": [condition],

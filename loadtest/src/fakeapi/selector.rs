@@ -42,8 +42,12 @@ impl Selector {
         let labels = self.labels.iter().all(|requirement| match requirement {
             Requirement::Equal(name, value) => label(name) == Some(value),
             Requirement::NotEqual(name, value) => label(name) != Some(value),
-            Requirement::In(name, values) => label(name).is_some_and(|label| values.iter().any(|v| v == label)),
-            Requirement::NotIn(name, values) => label(name).is_none_or(|label| values.iter().all(|v| v != label)),
+            Requirement::In(name, values) => {
+                label(name).is_some_and(|label| values.iter().any(|v| v == label))
+            }
+            Requirement::NotIn(name, values) => {
+                label(name).is_none_or(|label| values.iter().all(|v| v != label))
+            }
             Requirement::Exists(name) => label(name).is_some(),
             Requirement::Missing(name) => label(name).is_none(),
         });
@@ -102,8 +106,16 @@ fn split_outside_brackets(text: &str) -> Vec<&str> {
 }
 
 const FIELDS: &[&str] = &[
-    "metadata.name", "metadata.namespace", "spec.nodeName", "status.phase", "involvedObject.name",
-    "involvedObject.namespace", "involvedObject.kind", "involvedObject.uid", "type", "reason",
+    "metadata.name",
+    "metadata.namespace",
+    "spec.nodeName",
+    "status.phase",
+    "involvedObject.name",
+    "involvedObject.namespace",
+    "involvedObject.kind",
+    "involvedObject.uid",
+    "type",
+    "reason",
 ];
 
 #[cfg(test)]

@@ -40,7 +40,12 @@ pub(super) struct Key {
 
 impl Key {
     pub(super) fn new(kind: &'static Kind, namespace: &str, name: &str) -> Self {
-        Self { group: kind.group, plural: kind.plural, namespace: namespace.to_owned(), name: name.to_owned() }
+        Self {
+            group: kind.group,
+            plural: kind.plural,
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+        }
     }
 
     fn is_of(&self, kind: &Kind) -> bool {

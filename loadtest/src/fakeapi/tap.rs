@@ -237,7 +237,11 @@ impl AsyncRead for TappedStream {
 }
 
 impl AsyncWrite for TappedStream {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
         if self.shared.faults.poll_frozen(context) {
             return Poll::Pending;
         }

@@ -135,7 +135,8 @@ impl Watch {
         if !self.namespace.is_empty() && change.key.namespace != self.namespace {
             return Some(());
         }
-        let selected = |object: &Option<Arc<Value>>| object.clone().filter(|object| self.selector.matches(object));
+        let selected =
+            |object: &Option<Arc<Value>>| object.clone().filter(|object| self.selector.matches(object));
         match (selected(&change.before), selected(&change.after)) {
             (None, None) => Some(()),
             (None, Some(after)) => self.send("ADDED", &after).await,

@@ -46,9 +46,12 @@ pub(super) fn port_forward(call: Call, pod: &str) -> Result<Response, ApiError> 
 /// Takes the first protocol that the client offers and the server knows.
 fn negotiate(call: &Call, known: &[&'static str]) -> Result<&'static str, ApiError> {
     let offered = call.headers.get_all("sec-websocket-protocol").into_iter();
-    let offered: Vec<&str> = offered.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).collect();
+    let offered: Vec<&str> =
+        offered.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).collect();
     let chosen = offered.iter().find_map(|offer| known.iter().find(|name| **name == offer.trim()));
-    chosen.copied().ok_or_else(|| ApiError::bad_request(format!("unable to negotiate a subprotocol: {known:?}")))
+    chosen
+        .copied()
+        .ok_or_else(|| ApiError::bad_request(format!("unable to negotiate a subprotocol: {known:?}")))
 }
 
 /// Answers 101 and runs `serve` on the connection afterwards, until the server stops or the connection is killed.
@@ -79,10 +82,15 @@ where
             },
         }
     });
-    Ok(empty(StatusCode::SWITCHING_PROTOCOLS, &[
-        ("connection", "Upgrade"), ("upgrade", "websocket"), ("sec-websocket-accept", &accepted),
-        ("sec-websocket-protocol", protocol),
-    ]))
+    Ok(empty(
+        StatusCode::SWITCHING_PROTOCOLS,
+        &[
+            ("connection", "Upgrade"),
+            ("upgrade", "websocket"),
+            ("sec-websocket-accept", &accepted),
+            ("sec-websocket-protocol", protocol),
+        ],
+    ))
 }
 
 async fn serve_command(
@@ -95,12 +103,8 @@ async fn serve_command(
     let (output_sender, mut output) = mpsc::channel(QUEUE);
     let (pong_sender, mut pongs) = mpsc::channel(QUEUE);
     let RemoteCommand { work, stdin: wants_stdin, stdout, stderr, .. } = command;
-    let mut reader = std::pin::pin!(read_channels(
-        &mut read,
-        wants_stdin.then_some(stdin_sender),
-        pong_sender,
-        closes
-    ));
+    let mut reader =
+        std::pin::pin!(read_channels(&mut read, wants_stdin.then_some(stdin_sender), pong_sender, closes));
     let work = work.run(wants_stdin.then_some(stdin), output_sender);
     let writer = async {
         // An empty message tells the client that the server is there.
@@ -207,7 +211,10 @@ async fn read_message(read: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<
         let (fin, opcode) = (head[0] & 0x80 != 0, head[0] & 0x0f);
         let known = matches!(opcode, CONTINUATION | TEXT | BINARY | CLOSE | PING | PONG);
         if head[0] & 0x70 != 0 || head[1] & 0x80 == 0 || !known {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "reserved bits, unknown opcode or no mask"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "reserved bits, unknown opcode or no mask",
+            ));
         }
         let length = match head[1] & 0x7f {
             126 => u64::from(read.read_u16().await?),

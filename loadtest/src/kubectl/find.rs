@@ -68,5 +68,10 @@ fn client_version(binary: &Path) -> Option<(u32, String)> {
     Some((minor, version))
 }
 
-const USUAL_PLACES: &[&str] =
-    &["/usr/lib/google-cloud-sdk/bin", "/usr/local/bin", "/usr/bin", "/opt/kubectl", "/usr/local/kubebuilder/bin"];
+const USUAL_PLACES: &[&str] = &[
+    "/usr/lib/google-cloud-sdk/bin",
+    "/usr/local/bin",
+    "/usr/bin",
+    "/opt/kubectl",
+    "/usr/local/kubebuilder/bin",
+];

@@ -60,7 +60,11 @@ async fn get_table(run: &Run) -> Result<(), String> {
     let table = run.ok(&["get", "pods"]).await?;
     let first = table.lines().next().unwrap_or_default();
     expect(first.starts_with("NAME") && first.contains("READY"), "a header", &table)?;
-    expect(table.lines().any(|line| line.starts_with("web ") && line.contains("Running")), "pod web", &table)?;
+    expect(
+        table.lines().any(|line| line.starts_with("web ") && line.contains("Running")),
+        "pod web",
+        &table,
+    )?;
     let nodes = run.ok(&["get", "nodes", "-o", "wide"]).await?;
     expect(nodes.lines().count() == 4 && nodes.contains("10.1.0.3"), "three nodes", &nodes)
 }
@@ -207,10 +211,11 @@ async fn exec_half_close(run: &Run) -> Result<(), String> {
     expect(good, "stdin back, all of it", &format!("{} bytes, {}", finished.stdout.len(), finished.stderr))
 }
 
+/// With a terminal there is one output. `script` lends one; without it kubectl falls back to no terminal.
 async fn exec_tty(run: &Run) -> Result<(), String> {
     let script = "echo out; echo err >&2; exit 3";
-    let finished = run.run(&["exec", "-i", "-t", "box", "--", "sh", "-c", script], b"").await?;
-    let text = finished.text();
+    let finished = run.run_in_terminal(&["exec", "-i", "-t", "box", "--", "sh", "-c", script]).await?;
+    let text = format!("{}{}", finished.text(), finished.stderr);
     let good = finished.code == Some(3) && text.contains("out") && text.contains("err");
     expect(good, "both outputs in one and exit code 3", &shown(&finished))
 }
@@ -242,7 +247,8 @@ async fn port_forward(run: &Run) -> Result<(), String> {
     let port: u16 = port.and_then(|port| port.parse().ok()).ok_or_else(|| format!("no port in {line:?}"))?;
     for path in ["/one", "/two"] {
         let get = timeout(Duration::from_secs(10), http_get(port, path)).await;
-        let answer = get.map_err(|_| "no answer through the forwarded port")?.map_err(|error| error.to_string())?;
+        let answer =
+            get.map_err(|_| "no answer through the forwarded port")?.map_err(|error| error.to_string())?;
         expect(answer.contains(&format!("hello from web: {path}")), "hello from web", &answer)?;
     }
     forward.stop().await;

@@ -82,7 +82,25 @@ impl Run {
     /// Runs to the end, whatever the exit code. The error says what did not even run or took too long.
     pub async fn run(&self, arguments: &[&str], stdin: &[u8]) -> Result<Finished, String> {
         let line = format!("{} {}", self.kubectl, arguments.join(" "));
-        let mut command = self.command(arguments);
+        self.finish(self.command(arguments), &line, stdin).await
+    }
+
+    /// Like [`Run::run`], in a terminal of its own where the machine has `script`; else without a terminal.
+    pub async fn run_in_terminal(&self, arguments: &[&str]) -> Result<Finished, String> {
+        let line = format!("{} {}", self.kubectl, arguments.join(" "));
+        let plain = self.command(arguments);
+        let words = std::iter::once(plain.as_std().get_program()).chain(plain.as_std().get_args());
+        let quoted = words.map(|word| format!("'{}'", word.to_string_lossy().replace('\'', "'\\''")));
+        let quoted = quoted.collect::<Vec<_>>().join(" ");
+        let mut command = self.wrap("script");
+        command.args(["--quiet", "--return", "--flush", "--command", &quoted, "/dev/null"]);
+        match self.finish(command, &line, b"").await {
+            Err(_) => self.finish(plain, &line, b"").await,
+            finished => finished,
+        }
+    }
+
+    async fn finish(&self, mut command: Command, line: &str, stdin: &[u8]) -> Result<Finished, String> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| format!("{line}: {error}"))?;
         let mut input = child.stdin.take();
@@ -126,11 +144,18 @@ impl Run {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.kubectl.path);
+        let mut command = self.wrap(&self.kubectl.path);
         command.arg("--cache-dir").arg(self.directory.path().join("cache"));
         command.arg("--kubeconfig").arg(&self.kubeconfig).args(arguments);
+        command
+    }
+
+    /// A program with the environment that a `kubectl` gets.
+    fn wrap(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
         command.env("HOME", self.directory.path()).current_dir(self.directory.path()).kill_on_drop(true);
-        for variable in ["HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy", "ALL_PROXY", "KUBECONFIG"] {
+        for variable in ["HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy", "ALL_PROXY", "KUBECONFIG"]
+        {
             command.env_remove(variable);
         }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));

@@ -23,7 +23,9 @@ pub(super) fn answer(call: &Call, pod: &Value, name: &str) -> Result<Response, A
         return Err(ApiError::bad_request("tailLines must be a number that is not negative"));
     }
     if query.flag("previous") {
-        return Err(ApiError::bad_request(format!("previous terminated container in pod \"{name}\" not found")));
+        return Err(ApiError::bad_request(format!(
+            "previous terminated container in pod \"{name}\" not found"
+        )));
     }
     let lines = if name == "biglog" { BIG_LINES } else { LINES };
     let (sender, body) = channel(2);

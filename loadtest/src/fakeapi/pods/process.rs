@@ -49,7 +49,11 @@ impl Work {
     }
 }
 
-async fn echo(pause: Duration, stdin: Option<mpsc::Receiver<Bytes>>, output: mpsc::Sender<(Output, Bytes)>) -> Value {
+async fn echo(
+    pause: Duration,
+    stdin: Option<mpsc::Receiver<Bytes>>,
+    output: mpsc::Sender<(Output, Bytes)>,
+) -> Value {
     if let Some(mut stdin) = stdin {
         while let Some(bytes) = stdin.recv().await {
             if output.send((Output::Stdout, bytes)).await.is_err() {
@@ -148,7 +152,8 @@ impl Drop for Group {
         self.running.fetch_sub(1, Ordering::Relaxed);
         if let Some(id) = self.id {
             // The leader is not reaped yet, so its number cannot belong to anyone else. The runtime reaps the helper.
-            let kill = Command::new("kill").args(["-KILL", "--", &format!("-{id}")]).stderr(Stdio::null()).spawn();
+            let kill =
+                Command::new("kill").args(["-KILL", "--", &format!("-{id}")]).stderr(Stdio::null()).spawn();
             if let Err(error) = kill {
                 tracing::warn!(%error, "cannot kill the process group {id}");
             }

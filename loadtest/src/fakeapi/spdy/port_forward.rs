@@ -86,7 +86,8 @@ async fn forward(
                 } else {
                     let (sender, input) = mpsc::channel(QUEUE);
                     inputs.insert(stream, sender);
-                    let connection = Connection { data: stream, error: errors.remove(&request), out: out.clone() };
+                    let connection =
+                        Connection { data: stream, error: errors.remove(&request), out: out.clone() };
                     let address = port(&headers).and_then(|port| shared.pods.port(pod, port));
                     let refused = format!("an error occurred forwarding to pod {pod}: connection refused");
                     tasks.spawn(async move {

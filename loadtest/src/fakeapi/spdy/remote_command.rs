@@ -49,21 +49,24 @@ pub(in super::super) fn remote_command(mut call: Call, command: RemoteCommand) -
 /// The first protocol that the client names and the server knows, or the refusal.
 pub(super) fn negotiate(call: &Call, known: &[&'static str]) -> Result<&'static str, Response> {
     let offered = call.headers.get_all("x-stream-protocol-version").into_iter();
-    let offered: Vec<&str> = offered.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).collect();
+    let offered: Vec<&str> =
+        offered.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).collect();
     if offered.is_empty() {
         return Ok(known.last().copied().unwrap_or_default());
     }
     let chosen = offered.iter().find_map(|offer| known.iter().find(|name| **name == offer.trim()));
     chosen.copied().ok_or_else(|| {
-        let accepted: Vec<_> = known.iter().map(|name| ("x-accepted-stream-protocol-versions", *name)).collect();
+        let accepted: Vec<_> =
+            known.iter().map(|name| ("x-accepted-stream-protocol-versions", *name)).collect();
         empty(StatusCode::FORBIDDEN, &accepted)
     })
 }
 
 pub(super) fn switching(protocol: &str) -> Response {
-    empty(StatusCode::SWITCHING_PROTOCOLS, &[
-        ("connection", "Upgrade"), ("upgrade", "SPDY/3.1"), ("x-stream-protocol-version", protocol),
-    ])
+    empty(
+        StatusCode::SWITCHING_PROTOCOLS,
+        &[("connection", "Upgrade"), ("upgrade", "SPDY/3.1"), ("x-stream-protocol-version", protocol)],
+    )
 }
 
 /// The streams of one command, by number.
@@ -206,7 +209,12 @@ async fn receive(
 }
 
 /// Says how it ended on the error stream and closes all.
-async fn finish(out: &mpsc::Sender<Out>, streams: &Streams, status: &Value, json_status: bool) -> io::Result<()> {
+async fn finish(
+    out: &mpsc::Sender<Out>,
+    streams: &Streams,
+    status: &Value,
+    json_status: bool,
+) -> io::Result<()> {
     let text = if json_status {
         status.to_string()
     } else if status["status"] == "Success" {

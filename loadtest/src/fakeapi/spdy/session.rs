@@ -65,10 +65,20 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
 /// A frame to be written.
 #[derive(Debug)]
 pub(super) enum Out {
-    Reply { stream: u32 },
-    Data { stream: u32, fin: bool, bytes: Bytes },
-    Reset { stream: u32 },
-    Ping { id: u32 },
+    Reply {
+        stream: u32,
+    },
+    Data {
+        stream: u32,
+        fin: bool,
+        bytes: Bytes,
+    },
+    Reset {
+        stream: u32,
+    },
+    Ping {
+        id: u32,
+    },
     /// Nothing follows: the writer closes its side.
     End,
 }
