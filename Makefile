@@ -1,0 +1,30 @@
+# The verbs of daily work. CI calls the same ones.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fuzz tools clean
+
+CARGO ?= cargo
+
+help: ## what the verbs are
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: ## a gateway, an agent and an API server on loopback, and real requests through the tunnel (ONCE=1: run and exit)
+	$(CARGO) build -p towline-gateway -p towline-agent -p towline-certs -p towline-loadtest
+	$(CARGO) run -q -p towline-loadtest -- demo $(if $(ONCE),--once) $(if $(KUBECONFIG_CLUSTER),--use-kubeconfig)
+
+test: tools ## every test; says loudly what it skips
+	$(CARGO) test --workspace
+
+lint: ## format, clippy, documentation, and the proof that the core is pure
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
+	.ci/purity
+
+fuzz: ## every fuzz target for FUZZ_SECONDS (60)
+	proto/fuzz/run.sh $(or $(FUZZ_SECONDS),60)
+
+tools: ## what the tests use beside Rust, where it can be had (kubectl)
+	.ci/tools
+
+clean:
+	$(CARGO) clean
