@@ -1,6 +1,6 @@
 //! Goal: every flow works with every real `kubectl` on this machine, straight against the fake API server.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
 use towline_loadtest::kubectl::{self, FLOWS, Kubectl, Run};
@@ -45,6 +45,39 @@ async fn every_flow_with_every_kubectl() {
     assert!(failures.is_empty(), "{} flows failed:\n{}", failures.len(), failures.join("\n"));
     report_carriers(&fake, &kubectls);
     assert_eq!(fake.processes(), 0, "a process outlived its exec");
+    fake.shutdown().await;
+}
+
+/// Goal: a process ends when the client of its exec is gone, over both carriers, grandchildren too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_end_with_their_clients() {
+    let kubectls = kubectl::find();
+    let Some(kubectl) = kubectls.last() else {
+        eprintln!("SKIP processes_end_with_their_clients: no kubectl on PATH or in $KUBECTLS");
+        return;
+    };
+    let fake = FakeApi::start(FakeApiOptions::default()).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let kubeconfig = directory.path().join("kubeconfig");
+    std::fs::write(&kubeconfig, fake.kubeconfig()).unwrap();
+    for websocket in ["true", "false"] {
+        let run = Run::new(kubectl, &kubeconfig).unwrap();
+        let run = run.with_env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websocket);
+        let script = "sh -c 'echo child $$; sleep 1000' & wait";
+        let mut exec = run.stream(&["exec", "box", "--", "sh", "-c", script]).unwrap();
+        let line = exec.line_with("child ").await.unwrap();
+        let child = line.rsplit(' ').next().unwrap().to_owned();
+        assert_eq!(fake.processes(), 1);
+        let alive = || std::path::Path::new("/proc").join(&child).join("cwd").exists();
+        assert!(alive());
+        exec.stop().await;
+        let gone = tokio::time::timeout(Duration::from_secs(10), async {
+            while fake.processes() > 0 || alive() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        gone.await.expect("the process or its child outlived the client");
+    }
     fake.shutdown().await;
 }
 

@@ -59,7 +59,7 @@ pub(super) fn impersonate(
         ));
     }
     let may = caller.groups.iter().any(|group| group == "system:masters")
-        || options.impersonators.iter().any(|name| *name == caller.user);
+        || options.impersonators.contains(&caller.user);
     if !may {
         return Err(ApiError::forbidden(format!(
             "users \"{user}\" is forbidden: User \"{}\" cannot impersonate resource \"users\" in API group \"\" at the cluster scope",

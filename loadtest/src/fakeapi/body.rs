@@ -64,6 +64,7 @@ pub(super) struct PatternBody {
     length: u64,
     declared: Option<u64>,
     ending: Ending,
+    broken: bool,
     bytes_per_second: Option<u64>,
     started: Instant,
     pause: Option<Pin<Box<Sleep>>>,
@@ -72,8 +73,17 @@ pub(super) struct PatternBody {
 impl PatternBody {
     /// `length` bytes; `declared` is the Content-Length, without it the body is chunked.
     pub(super) fn new(length: u64, seed: u64, declared: Option<u64>, ending: Ending) -> Self {
-        let started = Instant::now();
-        Self { seed, position: 0, length, declared, ending, bytes_per_second: None, started, pause: None }
+        Self {
+            seed,
+            position: 0,
+            length,
+            declared,
+            ending,
+            broken: false,
+            bytes_per_second: None,
+            started: Instant::now(),
+            pause: None,
+        }
     }
 
     /// Sends no faster than this.
@@ -101,6 +111,16 @@ impl Body for PatternBody {
             return match self.ending {
                 Ending::Clean => Poll::Ready(None),
                 Ending::Stall => Poll::Pending,
+                Ending::Break if !self.broken => {
+                    // An HTTP/2 reset overtakes what is still queued: what came before gets time to leave.
+                    self.broken = true;
+                    let mut pause = Box::pin(sleep_until(Instant::now() + BREAK_PAUSE));
+                    if pause.as_mut().poll(context).is_ready() {
+                        context.waker().wake_by_ref();
+                    }
+                    self.pause = Some(pause);
+                    Poll::Pending
+                }
                 Ending::Break => Poll::Ready(Some(Err(BodyError))),
             };
         }
@@ -154,6 +174,7 @@ fn block() -> &'static Bytes {
 
 /// A prime near 1 MiB, so that no power-of-two buffer hides a misplaced chunk by repeating at the same offset.
 const BLOCK_BYTES: usize = 1_048_573;
+const BREAK_PAUSE: Duration = Duration::from_millis(50);
 const CHUNK_BYTES: u64 = 128 * 1024;
 
 #[cfg(test)]

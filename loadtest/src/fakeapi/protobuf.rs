@@ -91,7 +91,7 @@ fn message(mut bytes: &[u8], fields: Fields) -> Option<Value> {
         let (number, content) = field(&mut bytes)?;
         let Some((_, name, shape)) = fields.iter().find(|(known, ..)| *known == number) else { continue };
         let value = match (shape, content) {
-            (Shape::Text, Content::Bytes(text)) if text.is_empty() => continue,
+            (Shape::Text, Content::Bytes([])) => continue,
             (Shape::Text, Content::Bytes(text)) => text_of(text)?.into(),
             (Shape::Bytes, Content::Bytes(bytes)) => STANDARD.encode(bytes).into(),
             (Shape::Flag, Content::Number(number)) => (number != 0).into(),

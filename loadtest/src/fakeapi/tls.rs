@@ -44,6 +44,9 @@ pub enum TlsError {
     /// The TLS library refused the configuration.
     #[error("cannot configure TLS: {0}")]
     Config(#[from] rustls::Error),
+    /// The certificate library writes one attribute of a kind, and a second one only under its number.
+    #[error("a client certificate takes at most two groups, not {0}")]
+    TooManyGroups(usize),
     /// The CA is unusable for client certificates.
     #[error("cannot verify client certificates: {0}")]
     Verifier(#[from] rustls::server::VerifierBuilderError),
@@ -95,12 +98,16 @@ impl Authority {
         Ok(config)
     }
 
-    /// A client certificate for a user and groups, as `kubeadm` would make it.
+    /// A client certificate for a user and at most two groups, as `kubeadm` would make it.
     pub(super) fn issue_client(&self, user: &str, groups: &[&str]) -> Result<ClientCertificate, TlsError> {
         let mut params = CertificateParams::new(Vec::new())?;
         params.distinguished_name.push(DnType::CommonName, user);
-        for group in groups {
-            params.distinguished_name.push(DnType::OrganizationName, *group);
+        let organization = [DnType::OrganizationName, DnType::CustomDnType(vec![2, 5, 4, 10])];
+        if groups.len() > organization.len() {
+            return Err(TlsError::TooManyGroups(groups.len()));
+        }
+        for (kind, group) in organization.into_iter().zip(groups) {
+            params.distinguished_name.push(kind, *group);
         }
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];

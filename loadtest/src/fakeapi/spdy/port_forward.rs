@@ -16,15 +16,12 @@ use super::super::call::Call;
 use super::super::handle::Shared;
 use super::super::status::ApiError;
 use super::frame::{Frame, Headers};
-use super::remote_command::{negotiate, switching};
+use super::remote_command::{negotiate, refused, switching};
 use super::session::{FrameReader, Out, QUEUE, header, send, write_frames};
 
 /// Accepts a port-forward.
 pub(in super::super) fn port_forward(mut call: Call, pod: &str) -> Result<Response, ApiError> {
-    let protocol = match negotiate(&call, &["portforward.k8s.io"]) {
-        Ok(protocol) => protocol,
-        Err(refusal) => return Ok(refusal),
-    };
+    let Some(protocol) = negotiate(&call, PROTOCOLS) else { return Ok(refused(PROTOCOLS)) };
     let upgrade = call.upgrade.take().ok_or_else(|| ApiError::bad_request("not an upgrade"))?;
     let (stop, killed) = (call.shared.stop.clone(), call.connection.killed.clone());
     let tap = Arc::clone(&call.connection.tap);
@@ -172,4 +169,5 @@ impl Connection {
     }
 }
 
+const PROTOCOLS: &[&str] = &["portforward.k8s.io"];
 const CONNECTIONS_MAX: usize = 1024;

@@ -22,10 +22,7 @@ use super::session::{FrameReader, LINGER, Out, QUEUE, header, send, write_frames
 
 /// Accepts an exec or attach: the first protocol that the client names and the server knows.
 pub(in super::super) fn remote_command(mut call: Call, command: RemoteCommand) -> Result<Response, ApiError> {
-    let protocol = match negotiate(&call, PROTOCOLS) {
-        Ok(protocol) => protocol,
-        Err(refusal) => return Ok(refusal),
-    };
+    let Some(protocol) = negotiate(&call, PROTOCOLS) else { return Ok(refused(PROTOCOLS)) };
     let json_status = protocol == PROTOCOLS[0];
     let upgrade = call.upgrade.take().ok_or_else(|| ApiError::bad_request("not an upgrade"))?;
     let (stop, killed) = (call.shared.stop.clone(), call.connection.killed.clone());
@@ -46,20 +43,21 @@ pub(in super::super) fn remote_command(mut call: Call, command: RemoteCommand) -
     Ok(switching(protocol))
 }
 
-/// The first protocol that the client names and the server knows, or the refusal.
-pub(super) fn negotiate(call: &Call, known: &[&'static str]) -> Result<&'static str, Response> {
+/// The first protocol that the client names and the server knows.
+pub(super) fn negotiate(call: &Call, known: &[&'static str]) -> Option<&'static str> {
     let offered = call.headers.get_all("x-stream-protocol-version").into_iter();
-    let offered: Vec<&str> =
-        offered.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')).collect();
+    let offered = offered.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
+    let offered: Vec<&str> = offered.collect();
     if offered.is_empty() {
-        return Ok(known.last().copied().unwrap_or_default());
+        return known.last().copied();
     }
-    let chosen = offered.iter().find_map(|offer| known.iter().find(|name| **name == offer.trim()));
-    chosen.copied().ok_or_else(|| {
-        let accepted: Vec<_> =
-            known.iter().map(|name| ("x-accepted-stream-protocol-versions", *name)).collect();
-        empty(StatusCode::FORBIDDEN, &accepted)
-    })
+    offered.iter().find_map(|offer| known.iter().find(|name| **name == offer.trim())).copied()
+}
+
+/// The refusal of a client that offers no known protocol.
+pub(super) fn refused(known: &[&'static str]) -> Response {
+    let accepted: Vec<_> = known.iter().map(|name| ("x-accepted-stream-protocol-versions", *name)).collect();
+    empty(StatusCode::FORBIDDEN, &accepted)
 }
 
 pub(super) fn switching(protocol: &str) -> Response {
