@@ -8,6 +8,7 @@
 //! calls are listed in `docs/architecture.md` and checked by [`Connection::check_invariants`].
 
 mod chunks;
+mod control;
 mod flow;
 pub mod limits;
 mod schedule;
@@ -18,13 +19,14 @@ pub use chunks::{CHUNK_MAX, COPY_MAX};
 pub use limits::{Budget, Limits};
 
 use crate::code::Code;
-use crate::hello::{Hello, HelloLimits};
+use crate::hello::Hello;
 use crate::time::Instant;
 use crate::wire::{self, DATA_MAX, Decoder, Frame, GoAway, HEADER_LEN, Item, StreamId, WireError};
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use bytes::{Bytes, BytesMut};
+use control::Control;
 use core::fmt;
 use core::time::Duration;
 use flow::{RecvFlow, SessionBudget};
@@ -32,7 +34,6 @@ use hashbrown::HashMap;
 use limits::RateLimit;
 use schedule::Schedule;
 use stream::{RecvState, SendState, Slot, Stream};
-use timer::Liveness;
 
 /// Which end of the session this is. The roles differ only in the stream ids they use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,59 +266,13 @@ pub struct Introduction {
     pub software: String,
 }
 
-/// How far the session has come.
-#[derive(Debug, PartialEq)]
-enum Phase {
-    /// The peer's hello has not arrived.
-    Hello,
-    /// Waiting for the first pong.
-    Confirming,
-    Ready,
-    Closed(CloseReason),
-}
-
-/// Session frames that wait to be sent; replies coalesce, so there is at most one of each kind.
-#[derive(Debug, Default)]
-struct SessionOutput {
-    hello: Option<Hello>,
-    ping: Option<u64>,
-    pong: Option<u64>,
-    goaway: Option<GoAway>,
-    goaway_ack: bool,
-    close: Option<(u32, String)>,
-    /// Streams refused at once, each owed a RESET and a STOP.
-    refused: VecDeque<StreamId>,
-}
-
-impl SessionOutput {
-    fn is_empty(&self) -> bool {
-        self.hello.is_none()
-            && self.ping.is_none()
-            && self.pong.is_none()
-            && self.goaway.is_none()
-            && !self.goaway_ack
-            && self.close.is_none()
-            && self.refused.is_empty()
-    }
-}
-
-/// The drain this end asked for.
-#[derive(Debug, PartialEq)]
-enum Drain {
-    None,
-    Asked,
-    Confirmed { last_opened: u32 },
-    Drained,
-}
-
 /// One session's multiplexer.
 #[derive(Debug)]
 pub struct Connection {
     role: Role,
     limits: Limits,
     budget: SessionBudget,
-    phase: Phase,
-    peer: Option<Hello>,
+    control: Control,
     decoder: Decoder,
 
     slots: Vec<Slot>,
@@ -336,18 +291,15 @@ pub struct Connection {
     schedule: Schedule,
     /// Slots of streams with pending control frames.
     controls: VecDeque<u32>,
-    output: SessionOutput,
+    /// Streams refused at once, each owed a RESET and a STOP.
+    refused: VecDeque<StreamId>,
     /// Where frame headers and small payloads are written before they are handed out as slices.
     arena: BytesMut,
     /// Bytes in all send queues.
     send_queued: usize,
 
     events: VecDeque<Event>,
-    liveness: Liveness,
-    drain: Drain,
-    peer_goaway: Option<GoAway>,
     resets: RateLimit,
-    noise: RateLimit,
 }
 
 /// Bytes of the arena that are allocated at once.
@@ -366,22 +318,10 @@ impl Connection {
         now: Instant,
     ) -> Result<Self, OpenError> {
         let budget = SessionBudget::new(&limits, process).ok_or(OpenError::Memory)?;
-        let hello = Hello {
-            versions: crate::hello::VERSIONS.to_vec(),
-            capabilities: introduction.capabilities,
-            limits: HelloLimits {
-                streams_max: limits.streams_max,
-                initial_credit_bytes: limits.initial_credit,
-                head_max_bytes: limits.head_max,
-            },
-            boot_id: introduction.boot_id,
-            software: introduction.software,
-        };
         Ok(Self {
             role,
             budget,
-            phase: Phase::Hello,
-            peer: None,
+            control: Control::new(&limits, introduction, now),
             decoder: Decoder::default(),
             slots: Vec::new(),
             free: Vec::new(),
@@ -394,15 +334,11 @@ impl Connection {
             accepted_live: 0,
             schedule: Schedule::default(),
             controls: VecDeque::new(),
-            output: SessionOutput { hello: Some(hello), ..SessionOutput::default() },
+            refused: VecDeque::new(),
             arena: BytesMut::new(),
             send_queued: 0,
             events: VecDeque::new(),
-            liveness: Liveness::new(now),
-            drain: Drain::None,
-            peer_goaway: None,
             resets: RateLimit::new(limits.resets_per_second),
-            noise: RateLimit::new(limits.noise_per_second),
             limits,
         })
     }
@@ -412,13 +348,13 @@ impl Connection {
     /// The peer's hello, once it has arrived.
     #[must_use]
     pub const fn peer(&self) -> Option<&Hello> {
-        self.peer.as_ref()
+        self.control.peer()
     }
 
     /// The smallest round-trip time of the last minute.
     #[must_use]
     pub fn rtt(&self) -> Duration {
-        self.liveness.rtt()
+        self.control.rtt()
     }
 
     /// Streams that are not closed on the wire yet, opened by either end.
@@ -430,7 +366,7 @@ impl Connection {
     /// How many more streams this end may open at this moment.
     #[must_use]
     pub fn streams_left(&self) -> u32 {
-        let allowed = self.peer.as_ref().map_or(0, |peer| peer.limits.streams_max);
+        let allowed = self.control.peer().map_or(0, |peer| peer.limits.streams_max);
         allowed.saturating_sub(self.opened_live).min(self.ids_left())
     }
 
@@ -443,10 +379,7 @@ impl Connection {
     /// Why the session ended, if it has.
     #[must_use]
     pub const fn closed(&self) -> Option<&CloseReason> {
-        match &self.phase {
-            Phase::Closed(reason) => Some(reason),
-            _ => None,
-        }
+        self.control.closed()
     }
 
     /// Receive memory held, in bytes.
@@ -464,15 +397,14 @@ impl Connection {
     /// Whether [`Self::poll_output`] would produce anything.
     #[must_use]
     pub fn has_output(&self) -> bool {
-        match self.phase {
-            Phase::Closed(_) => self.output.close.is_some(),
-            _ => {
-                !self.output.is_empty()
-                    || !self.opens.is_empty()
-                    || !self.controls.is_empty()
-                    || !self.schedule.is_empty()
-            }
+        if self.closed().is_some() {
+            return self.control.has_output();
         }
+        self.control.has_output()
+            || !self.refused.is_empty()
+            || !self.opens.is_empty()
+            || !self.controls.is_empty()
+            || !self.schedule.is_empty()
     }
 
     // ---- Commands ----
@@ -482,24 +414,27 @@ impl Connection {
     /// # Errors
     /// Why there is no stream; nothing has changed then.
     pub fn open(&mut self, now: Instant) -> Result<Key, OpenError> {
-        match (&self.phase, &self.peer) {
-            (Phase::Closed(_), _) => return Err(OpenError::Closed),
-            (Phase::Ready, Some(_)) if self.peer_goaway.is_some() => return Err(OpenError::Draining),
-            (Phase::Ready, Some(peer)) if self.opened_live >= peer.limits.streams_max => {
-                return Err(OpenError::StreamsMax);
-            }
-            (Phase::Ready, Some(_)) if self.ids_left() == 0 => return Err(OpenError::IdsExhausted),
-            (Phase::Ready, Some(_)) => {}
-            _ => return Err(OpenError::NotReady),
+        if self.closed().is_some() {
+            return Err(OpenError::Closed);
         }
-        let credit = self.peer.as_ref().map_or(0, |peer| u64::from(peer.limits.initial_credit_bytes));
+        let peer = self.control.ready().ok_or(OpenError::NotReady)?.limits;
+        if self.control.peer_drains() {
+            return Err(OpenError::Draining);
+        }
+        if self.opened_live >= peer.streams_max {
+            return Err(OpenError::StreamsMax);
+        }
+        if self.ids_left() == 0 {
+            return Err(OpenError::IdsExhausted);
+        }
+        let credit = u64::from(peer.initial_credit_bytes);
         let recv = RecvFlow::opened(&self.limits, &mut self.budget, now).ok_or(OpenError::Memory)?;
         let id = StreamId(self.next_id);
         self.next_id += 2;
         self.opened_live += 1;
         let key = self.insert(Stream::new(id, credit, recv, true));
         self.opens.push_back(key);
-        self.liveness.on_opened(now);
+        self.control.liveness.on_opened(now);
         Ok(key)
     }
 
@@ -548,7 +483,7 @@ impl Connection {
 
     /// Takes at most `max` bytes that the peer sent.
     pub fn read(&mut self, now: Instant, key: Key, max: usize) -> Read {
-        let rtt = self.liveness.rtt();
+        let rtt = self.control.rtt();
         let closed = self.closed().is_some();
         let Some(stream) = Self::find(&mut self.slots, key) else { return Read::Finished };
         if let Some(bytes) = stream.recv.queue.pop(max) {
@@ -635,10 +570,7 @@ impl Connection {
     /// Asks the peer to open nothing new; [`Event::Drained`] follows when it agreed and every stream has ended. This end
     /// may still open streams.
     pub fn drain(&mut self, goaway: GoAway) {
-        if self.closed().is_none() && self.drain == Drain::None {
-            self.drain = Drain::Asked;
-            self.output.goaway = Some(goaway);
-        }
+        self.control.drain(goaway);
     }
 
     /// Ends the session: every stream fails, and the peer is told why.
@@ -650,7 +582,7 @@ impl Connection {
     /// The transport ended or failed.
     pub fn handle_transport_end(&mut self, text: String) {
         self.end(CloseReason::Transport(text));
-        self.output.close = None;
+        self.control.silence();
     }
 
     // ---- Input ----
@@ -661,7 +593,7 @@ impl Connection {
         if self.closed().is_some() {
             return;
         }
-        self.liveness.on_heard(now);
+        self.control.liveness.on_heard(now);
         loop {
             let step = match self.decoder.next(&mut input) {
                 Ok(Some(item)) => self.handle_item(now, item),
@@ -678,71 +610,38 @@ impl Connection {
     }
 
     fn handle_item(&mut self, now: Instant, item: Item) -> Result<(), Violation> {
-        let frame = match item {
-            Item::Frame(frame) => frame,
-            Item::Data { .. } if self.peer.is_none() => return Err(Violation::HelloMissing),
-            Item::Data { id, bytes, fin } => return self.handle_data(id, bytes, fin),
-        };
-        match frame {
-            Frame::Hello(hello) => return self.handle_hello(now, hello),
-            Frame::Close { code, text } => self.end(CloseReason::Peer { code, text }),
-            _ if self.peer.is_none() => return Err(Violation::HelloMissing),
-            Frame::Open { id, limit } => return self.handle_open(now, id, limit),
-            Frame::Credit { id, limit } => return self.handle_credit(now, id, limit),
-            Frame::Reset { id, code } => return self.handle_reset(now, id, code),
-            Frame::Stop { id, code } => return self.handle_stop(id, code),
-            Frame::Ping(nonce) => {
-                self.output.pong = Some(nonce);
-                self.admit_noise(now, "pings")?;
+        match item {
+            Item::Frame(
+                Frame::Open { .. } | Frame::Credit { .. } | Frame::Reset { .. } | Frame::Stop { .. },
+            )
+            | Item::Data { .. }
+                if self.peer().is_none() =>
+            {
+                Err(Violation::HelloMissing)
             }
-            Frame::Pong(nonce) => {
-                if self.liveness.on_pong(nonce, now) && self.phase == Phase::Confirming {
-                    self.phase = Phase::Ready;
-                    self.events.push_back(Event::Ready);
-                }
+            Item::Data { id, bytes, fin } => self.handle_data(id, bytes, fin),
+            Item::Frame(Frame::Open { id, limit }) => self.handle_open(now, id, limit),
+            Item::Frame(Frame::Credit { id, limit }) => self.handle_credit(now, id, limit),
+            Item::Frame(Frame::Reset { id, code }) => self.handle_reset(now, id, code),
+            Item::Frame(Frame::Stop { id, code }) => self.handle_stop(id, code),
+            Item::Frame(Frame::Close { code, text }) => {
+                self.end(CloseReason::Peer { code, text });
+                Ok(())
             }
-            Frame::GoAway(goaway) => {
-                self.output.goaway_ack = true;
-                if self.peer_goaway.replace(goaway).is_none() {
-                    self.events.push_back(Event::GoAway(goaway));
-                } else {
-                    self.admit_noise(now, "goaways")?;
-                }
-            }
-            Frame::GoAwayAck { last_opened } => {
-                if self.drain != Drain::Asked || last_opened < self.last_accepted {
-                    return Err(Violation::GoAwayAck(last_opened));
-                }
-                self.drain = Drain::Confirmed { last_opened };
+            Item::Frame(frame) => {
+                let event = self.control.handle_frame(now, frame, self.last_accepted)?;
+                self.events.extend(event);
                 self.check_drained();
+                Ok(())
             }
         }
-        Ok(())
-    }
-
-    fn handle_hello(&mut self, now: Instant, hello: Hello) -> Result<(), Violation> {
-        if self.peer.is_some() {
-            return Err(Violation::HelloTwice);
-        }
-        if hello.common_version(crate::hello::VERSIONS).is_none() {
-            return Err(Violation::Version { offered: hello.versions });
-        }
-        self.peer = Some(hello);
-        self.phase = Phase::Confirming;
-        self.output.ping = Some(self.liveness.probe(now));
-        Ok(())
     }
 
     fn handle_open(&mut self, now: Instant, id: StreamId, limit: u64) -> Result<(), Violation> {
         if self.role.opens(id) || id.0 <= self.last_accepted {
             return Err(Violation::StreamId(id.0));
         }
-        if let Drain::Confirmed { last_opened } = self.drain
-            && id.0 > last_opened
-        {
-            return Err(Violation::OpenAfterGoAway(id.0));
-        }
-        if self.drain == Drain::Drained {
+        if !self.control.admits_open(id.0) {
             return Err(Violation::OpenAfterGoAway(id.0));
         }
         self.last_accepted = id.0;
@@ -750,10 +649,10 @@ impl Connection {
         // this end hold streams without number.
         let held = self.slots.len() - self.free.len() - self.opened_live as usize;
         if self.accepted_live >= self.limits.streams_max || held >= 2 * self.limits.streams_max as usize {
-            if self.output.refused.len() >= self.limits.streams_max as usize {
+            if self.refused.len() >= self.limits.streams_max as usize {
                 return Err(Violation::Limit("streams"));
             }
-            self.output.refused.push_back(id);
+            self.refused.push_back(id);
             return Ok(());
         }
         self.accepted_live += 1;
@@ -797,7 +696,7 @@ impl Connection {
             self.notify_writable(key);
             return Ok(());
         }
-        self.admit_noise(now, "credits that raise nothing")
+        self.control.admit_noise(now, "credits that raise nothing")
     }
 
     fn handle_reset(&mut self, now: Instant, id: StreamId, code: u32) -> Result<(), Violation> {
@@ -848,17 +747,13 @@ impl Connection {
         if was { Ok(None) } else { Err(Violation::UnknownStream(id.0)) }
     }
 
-    fn admit_noise(&mut self, now: Instant, what: &'static str) -> Result<(), Violation> {
-        if self.noise.admit(now) { Ok(()) } else { Err(Violation::Limit(what)) }
-    }
-
     /// Something arrived for the stream: it no longer waits, and its reader may go on.
     fn on_heard_from(&mut self, key: Key) {
         let Some(stream) = Self::find(&mut self.slots, key) else { return };
         if !stream.recv.heard {
             stream.recv.heard = true;
             if self.role.opens(key.id) {
-                self.liveness.on_answered();
+                self.control.liveness.on_answered();
             }
         }
         if stream.recv.starved && !stream.queued.readable {
@@ -873,28 +768,14 @@ impl Connection {
     /// When [`Self::handle_timeout`] wants to be called.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        match self.phase {
-            Phase::Closed(_) => None,
-            Phase::Hello => Some(self.liveness.start() + self.limits.hello_timeout),
-            Phase::Confirming | Phase::Ready => Some(self.liveness.deadline(&self.limits)),
-        }
+        self.control.poll_timeout(&self.limits)
     }
 
     /// Does what is due at `now`. Input that has already arrived must be handled first, or a pause of this process would
     /// look like silence of the peer.
     pub fn handle_timeout(&mut self, now: Instant) {
-        match self.phase {
-            Phase::Closed(_) => {}
-            Phase::Hello => {
-                if now >= self.liveness.start() + self.limits.hello_timeout {
-                    self.end(CloseReason::HelloTimeout);
-                }
-            }
-            Phase::Confirming | Phase::Ready => match self.liveness.due(now, &self.limits) {
-                timer::Due::Nothing => {}
-                timer::Due::Ping => self.output.ping = Some(self.liveness.probe(now)),
-                timer::Due::Dead(silence) => self.end(CloseReason::Dead(silence)),
-            },
+        if let Some(reason) = self.control.handle_timeout(now, &self.limits) {
+            self.end(reason);
         }
     }
 
@@ -923,12 +804,13 @@ impl Connection {
     /// frames come first and may exceed `max_bytes` by a little.
     pub fn poll_output(&mut self, now: Instant, max_bytes: usize, out: &mut VecDeque<Bytes>) -> usize {
         let mut batch = Batch { out, arena: core::mem::take(&mut self.arena), bytes: 0 };
-        if let Phase::Closed(_) = self.phase {
-            if let Some((code, text)) = self.output.close.take() {
-                batch.frame(&Frame::Close { code, text });
+        self.control.put(now, |frame| batch.frame(frame));
+        if self.closed().is_none() {
+            for id in self.refused.drain(..) {
+                let code = Code::Refused.to_u32();
+                batch.frame(&Frame::Reset { id, code });
+                batch.frame(&Frame::Stop { id, code });
             }
-        } else {
-            self.put_session_frames(now, &mut batch);
             self.put_opens(&mut batch);
             while batch.bytes < max_bytes
                 && let Some(slot) = self.controls.pop_front()
@@ -951,31 +833,6 @@ impl Connection {
         bytes
     }
 
-    fn put_session_frames(&mut self, now: Instant, batch: &mut Batch<'_>) {
-        let output = &mut self.output;
-        if output.is_empty() {
-            return;
-        }
-        if let Some(hello) = output.hello.take() {
-            batch.frame(&Frame::Hello(hello));
-        }
-        if let Some(nonce) = output.pong.take() {
-            batch.frame(&Frame::Pong(nonce));
-        }
-        if let Some(nonce) = output.ping.take() {
-            self.liveness.on_ping_sent(nonce, now);
-            batch.frame(&Frame::Ping(nonce));
-        }
-        if let Some(goaway) = output.goaway.take() {
-            batch.frame(&Frame::GoAway(goaway));
-        }
-        for id in output.refused.drain(..) {
-            let code = Code::Refused.to_u32();
-            batch.frame(&Frame::Reset { id, code });
-            batch.frame(&Frame::Stop { id, code });
-        }
-    }
-
     /// Puts every pending OPEN: all of them and first, because ids must rise on the wire and nothing of a stream may come
     /// before its OPEN. The confirmation of a drain follows, since it names the last one.
     fn put_opens(&mut self, batch: &mut Batch<'_>) {
@@ -987,7 +844,7 @@ impl Connection {
                 batch.frame(&Frame::Open { id: key.id, limit: stream.recv.flow.granted() });
             }
         }
-        if core::mem::take(&mut self.output.goaway_ack) {
+        if self.control.take_goaway_ack() {
             batch.frame(&Frame::GoAwayAck { last_opened: self.last_opened });
         }
     }
@@ -1093,7 +950,7 @@ impl Connection {
             stream.pending.stop = None;
             stream.recv.flow.on_end(&mut self.budget);
             if !core::mem::replace(&mut stream.recv.heard, true) {
-                self.liveness.on_cancelled();
+                self.control.liveness.on_cancelled();
             }
             // Its entry is skipped when its turn comes; while the transport takes nothing, entries must not pile up.
             if self.opens.len() > 2 * self.slots.len() {
@@ -1146,9 +1003,8 @@ impl Connection {
     }
 
     fn check_drained(&mut self) {
-        if matches!(self.drain, Drain::Confirmed { .. }) && self.streams() == 0 {
-            self.drain = Drain::Drained;
-            self.events.push_back(Event::Drained);
+        if self.streams() == 0 {
+            self.events.extend(self.control.on_streams_ended());
         }
     }
 
@@ -1157,13 +1013,7 @@ impl Connection {
         if self.closed().is_some() {
             return;
         }
-        let text = match &reason {
-            CloseReason::Local { text, .. } => Some(text.clone()),
-            CloseReason::Peer { .. } | CloseReason::Transport(_) => None,
-            other => Some(other.to_string()),
-        };
-        self.output =
-            SessionOutput { close: text.map(|text| (reason.code(), text)), ..SessionOutput::default() };
+        self.refused.clear();
         self.schedule.clear();
         self.opens.clear();
         self.controls.clear();
@@ -1179,8 +1029,8 @@ impl Connection {
             self.events.push_back(Event::Readable(key));
             self.events.push_back(Event::Writable(key));
         }
-        self.events.push_back(Event::Closed(reason.clone()));
-        self.phase = Phase::Closed(reason);
+        let event = self.control.end(reason);
+        self.events.push_back(event);
     }
 
     /// Checks the invariants of `docs/architecture.md` that one end can see.
@@ -1218,7 +1068,7 @@ impl Connection {
         assert!(queued <= self.limits.send_budget + floors, "the send budget holds");
         assert_eq!((opened, accepted), (self.opened_live, self.accepted_live), "live streams add up");
         if self.closed().is_none() {
-            assert_eq!(waiting, self.liveness.waiting(), "waiting streams add up");
+            assert_eq!(waiting, self.control.liveness.waiting(), "waiting streams add up");
         }
         assert!(self.schedule.len() <= self.slots.len(), "the schedule is bounded");
         assert!(self.opens.len() <= 2 * self.slots.len() + 1, "the queue of opens is bounded");

@@ -68,10 +68,10 @@ impl Schedule {
 
     /// The slot whose turn it is. The caller clears the slot's `queued`.
     pub(super) fn pop(&mut self) -> Option<u32> {
-        if self.light_sent < LIGHT_SHARE || self.bulk.is_empty() {
-            if let Some(slot) = self.light.pop_front() {
-                return Some(slot);
-            }
+        if (self.light_sent < LIGHT_SHARE || self.bulk.is_empty())
+            && let Some(slot) = self.light.pop_front()
+        {
+            return Some(slot);
         }
         self.light_sent = 0;
         self.bulk.pop_front().or_else(|| self.light.pop_front())

@@ -325,7 +325,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
                 let reason = reason.clone();
                 drop(core);
                 // The peer learns the end of our half, if it still listens; its answer does not matter.
-                let _: Poll<io::Result<()>> = Pin::new(&mut self.io).poll_shutdown(cx);
+                drop(Pin::new(&mut self.io).poll_shutdown(cx));
                 return Rest::Ended(reason);
             }
             if self.last_words.is_none() {

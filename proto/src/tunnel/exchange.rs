@@ -262,7 +262,6 @@ where
 }
 
 /// The next frame of the body, or the news that the other end wants none.
-#[expect(clippy::type_complexity, reason = "two different failures, of which only one is the body's")]
 async fn next_frame<B: Body<Data = Bytes>>(
     mut body: Pin<&mut B>,
     send: &mut SendStream,

@@ -120,11 +120,13 @@ impl Session {
         hello.ok_or_else(|| CloseReason::Transport("ready without a hello".to_owned()))
     }
 
-    /// Opens a stream. Returns at once: at the peer's limit that is an error, not a wait.
+    /// Opens a stream. At the peer's limit that is an error, not a wait; a transport that raises its limit as streams are
+    /// used (QUIC) may take a round trip. Cancel safe.
     ///
     /// # Errors
     /// Why there is no stream; nothing has reached the peer then.
-    pub fn open(&self) -> Result<Stream, OpenError> {
+    #[expect(clippy::unused_async, reason = "opening waits on transports that count streams themselves")]
+    pub async fn open(&self) -> Result<Stream, OpenError> {
         let shared = self.shared();
         shared.with(|core, now| {
             let key = core.conn.open(now)?;

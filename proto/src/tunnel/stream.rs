@@ -268,5 +268,5 @@ impl Drop for RecvStream {
 }
 
 fn closed(conn: &mux::Connection) -> CloseReason {
-    conn.closed().cloned().unwrap_or(CloseReason::Transport("the stream is gone".to_owned()))
+    conn.closed().cloned().unwrap_or_else(|| CloseReason::Transport("the stream is gone".to_owned()))
 }

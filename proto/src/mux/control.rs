@@ -1,0 +1,276 @@
+//! How do two ends keep a session? Hello, pings, drain and close: everything that is said about the session as a whole. It is
+//! the same on every transport; who owns the streams feeds it the frames that are not about one of them.
+
+use super::limits::{Limits, RateLimit};
+use super::timer::{Due, Liveness};
+use super::{CloseReason, Event, Introduction, Violation};
+use crate::hello::{Hello, HelloLimits, VERSIONS};
+use crate::time::Instant;
+use crate::wire::{Frame, GoAway};
+use alloc::string::{String, ToString};
+use core::time::Duration;
+
+/// How far the session has come.
+#[derive(Debug, PartialEq)]
+enum Phase {
+    /// The peer's hello has not arrived.
+    Hello,
+    /// Waiting for the first pong.
+    Confirming,
+    Ready,
+    Closed(CloseReason),
+}
+
+/// The drain this end asked for.
+#[derive(Debug, PartialEq)]
+enum Drain {
+    None,
+    Asked,
+    Confirmed { last_opened: u32 },
+    Drained,
+}
+
+/// Frames that wait to be sent; replies coalesce, so there is at most one of each kind.
+#[derive(Debug, Default)]
+struct Output {
+    hello: Option<Hello>,
+    ping: Option<u64>,
+    pong: Option<u64>,
+    goaway: Option<GoAway>,
+    goaway_ack: bool,
+    close: Option<(u32, String)>,
+}
+
+/// The session as a whole, seen from one end.
+#[derive(Debug)]
+pub(super) struct Control {
+    phase: Phase,
+    peer: Option<Hello>,
+    output: Output,
+    drain: Drain,
+    peer_goaway: Option<GoAway>,
+    noise: RateLimit,
+    pub(super) liveness: Liveness,
+}
+
+impl Control {
+    pub(super) fn new(limits: &Limits, introduction: Introduction, now: Instant) -> Self {
+        let hello = Hello {
+            versions: VERSIONS.to_vec(),
+            capabilities: introduction.capabilities,
+            limits: HelloLimits {
+                streams_max: limits.streams_max,
+                initial_credit_bytes: limits.initial_credit,
+                head_max_bytes: limits.head_max,
+            },
+            boot_id: introduction.boot_id,
+            software: introduction.software,
+        };
+        Self {
+            phase: Phase::Hello,
+            peer: None,
+            output: Output { hello: Some(hello), ..Output::default() },
+            drain: Drain::None,
+            peer_goaway: None,
+            noise: RateLimit::new(limits.noise_per_second),
+            liveness: Liveness::new(now),
+        }
+    }
+
+    pub(super) const fn peer(&self) -> Option<&Hello> {
+        self.peer.as_ref()
+    }
+
+    pub(super) const fn closed(&self) -> Option<&CloseReason> {
+        match &self.phase {
+            Phase::Closed(reason) => Some(reason),
+            _ => None,
+        }
+    }
+
+    /// The peer's hello, if the session may carry streams.
+    pub(super) fn ready(&self) -> Option<&Hello> {
+        self.peer.as_ref().filter(|_| self.phase == Phase::Ready)
+    }
+
+    /// Whether the peer has asked for nothing new.
+    pub(super) const fn peer_drains(&self) -> bool {
+        self.peer_goaway.is_some()
+    }
+
+    // ---- Commands ----
+
+    /// Asks the peer to open nothing new.
+    pub(super) fn drain(&mut self, goaway: GoAway) {
+        if self.closed().is_none() && self.drain == Drain::None {
+            self.drain = Drain::Asked;
+            self.output.goaway = Some(goaway);
+        }
+    }
+
+    /// Ends the session; the caller has made sure that it has not ended before.
+    pub(super) fn end(&mut self, reason: CloseReason) -> Event {
+        let text = match &reason {
+            CloseReason::Local { text, .. } => Some(text.clone()),
+            CloseReason::Peer { .. } | CloseReason::Transport(_) => None,
+            other => Some(other.to_string()),
+        };
+        self.output = Output { close: text.map(|text| (reason.code(), text)), ..Output::default() };
+        self.phase = Phase::Closed(reason.clone());
+        Event::Closed(reason)
+    }
+
+    /// Has nothing more to say: the transport is gone.
+    pub(super) fn silence(&mut self) {
+        self.output.close = None;
+    }
+
+    /// Every stream has ended: completes a drain that the peer has confirmed.
+    pub(super) fn on_streams_ended(&mut self) -> Option<Event> {
+        matches!(self.drain, Drain::Confirmed { .. }).then(|| {
+            self.drain = Drain::Drained;
+            Event::Drained
+        })
+    }
+
+    /// Whether the peer may still open the stream with this id.
+    pub(super) const fn admits_open(&self, id: u32) -> bool {
+        match self.drain {
+            Drain::None | Drain::Asked => true,
+            Drain::Confirmed { last_opened } => id <= last_opened,
+            Drain::Drained => false,
+        }
+    }
+
+    // ---- Input ----
+
+    /// Takes a frame about the session. `last_accepted` is the last stream that the peer has opened.
+    pub(super) fn handle_frame(
+        &mut self,
+        now: Instant,
+        frame: Frame,
+        last_accepted: u32,
+    ) -> Result<Option<Event>, Violation> {
+        match frame {
+            Frame::Hello(_) if self.peer.is_some() => return Err(Violation::HelloTwice),
+            Frame::Hello(hello) => {
+                if hello.common_version(VERSIONS).is_none() {
+                    return Err(Violation::Version { offered: hello.versions });
+                }
+                self.peer = Some(hello);
+                self.phase = Phase::Confirming;
+                self.output.ping = Some(self.liveness.probe(now));
+            }
+            Frame::Close { code, text } => return Ok(Some(self.end(CloseReason::Peer { code, text }))),
+            _ if self.peer.is_none() => return Err(Violation::HelloMissing),
+            Frame::Ping(nonce) => {
+                self.output.pong = Some(nonce);
+                self.admit_noise(now, "pings")?;
+            }
+            Frame::Pong(nonce) => {
+                if self.liveness.on_pong(nonce, now) && self.phase == Phase::Confirming {
+                    self.phase = Phase::Ready;
+                    return Ok(Some(Event::Ready));
+                }
+            }
+            Frame::GoAway(goaway) => {
+                self.output.goaway_ack = true;
+                if self.peer_goaway.replace(goaway).is_none() {
+                    return Ok(Some(Event::GoAway(goaway)));
+                }
+                self.admit_noise(now, "goaways")?;
+            }
+            Frame::GoAwayAck { last_opened } => {
+                if self.drain != Drain::Asked || last_opened < last_accepted {
+                    return Err(Violation::GoAwayAck(last_opened));
+                }
+                self.drain = Drain::Confirmed { last_opened };
+            }
+            Frame::Open { id, .. }
+            | Frame::Credit { id, .. }
+            | Frame::Reset { id, .. }
+            | Frame::Stop { id, .. } => {
+                return Err(Violation::UnknownStream(id.0));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Counts a frame that asks for work and moves nothing.
+    pub(super) fn admit_noise(&mut self, now: Instant, what: &'static str) -> Result<(), Violation> {
+        if self.noise.admit(now) { Ok(()) } else { Err(Violation::Limit(what)) }
+    }
+
+    // ---- Time ----
+
+    pub(super) fn poll_timeout(&self, limits: &Limits) -> Option<Instant> {
+        match self.phase {
+            Phase::Closed(_) => None,
+            Phase::Hello => Some(self.liveness.start() + limits.hello_timeout),
+            Phase::Confirming | Phase::Ready => Some(self.liveness.deadline(limits)),
+        }
+    }
+
+    /// Does what is due; tells why the session must end, if it must.
+    pub(super) fn handle_timeout(&mut self, now: Instant, limits: &Limits) -> Option<CloseReason> {
+        match self.phase {
+            Phase::Closed(_) => None,
+            Phase::Hello => {
+                (now >= self.liveness.start() + limits.hello_timeout).then_some(CloseReason::HelloTimeout)
+            }
+            Phase::Confirming | Phase::Ready => match self.liveness.due(now, limits) {
+                Due::Nothing => None,
+                Due::Ping => {
+                    self.output.ping = Some(self.liveness.probe(now));
+                    None
+                }
+                Due::Dead(silence) => Some(CloseReason::Dead(silence)),
+            },
+        }
+    }
+
+    pub(super) fn rtt(&self) -> Duration {
+        self.liveness.rtt()
+    }
+
+    // ---- Output ----
+
+    pub(super) const fn has_output(&self) -> bool {
+        let output = &self.output;
+        output.hello.is_some()
+            || output.ping.is_some()
+            || output.pong.is_some()
+            || output.goaway.is_some()
+            || output.goaway_ack
+            || output.close.is_some()
+    }
+
+    /// Hands out the frames that wait, in order, but for the confirmation of a drain.
+    pub(super) fn put(&mut self, now: Instant, mut put: impl FnMut(&Frame)) {
+        if !self.has_output() {
+            return;
+        }
+        let output = &mut self.output;
+        if let Some(hello) = output.hello.take() {
+            put(&Frame::Hello(hello));
+        }
+        if let Some(nonce) = output.pong.take() {
+            put(&Frame::Pong(nonce));
+        }
+        if let Some(nonce) = output.ping.take() {
+            self.liveness.on_ping_sent(nonce, now);
+            put(&Frame::Ping(nonce));
+        }
+        if let Some(goaway) = output.goaway.take() {
+            put(&Frame::GoAway(goaway));
+        }
+        if let Some((code, text)) = output.close.take() {
+            put(&Frame::Close { code, text });
+        }
+    }
+
+    /// Whether the peer's drain waits to be confirmed; to be asked once the OPEN of every stream has been sent.
+    pub(super) fn take_goaway_ack(&mut self) -> bool {
+        core::mem::take(&mut self.output.goaway_ack)
+    }
+}
