@@ -384,3 +384,95 @@ async fn counter_counts_deliveries() {
         .await;
     fake.shutdown().await;
 }
+
+async fn websocket_exec(fake: &FakeApi, protocols: &str, query: &str) -> Client {
+    let mut client = Client::connect(fake).await;
+    client
+        .send(&format!(
+            "GET /api/v1/namespaces/default/pods/box/exec?{query} HTTP/1.1\r\nHost: x\r\n\
+             Authorization: Bearer fake-admin-token\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+             Sec-WebSocket-Protocol: {protocols}\r\n\r\n"
+        ))
+        .await;
+    client
+}
+
+/// Goal: v4 over WebSocket: the handshake's digest, output, exit status and a clean close; unknown protocols are 400.
+#[tokio::test]
+async fn websocket_v4() {
+    let fake = start().await;
+    let query = "command=sh&command=-c&command=cat%20%26%20echo+out;kill+$!;exit+5&stdin=true&stdout=true&stderr=true";
+    let mut client = websocket_exec(&fake, "v9.channel.k8s.io, v4.channel.k8s.io", query).await;
+    let answer = client.answer(true).await;
+    assert!(answer.has("sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo="), "{}", answer.head);
+    assert!(answer.has("sec-websocket-protocol: v4.channel.k8s.io"));
+    let mut frames = Vec::new();
+    loop {
+        let head = client.take(2).await;
+        let length = if head[1] == 126 { client.take(2).await } else { vec![0, head[1]] };
+        let payload = client.take(usize::from(u16::from_be_bytes([length[0], length[1]]))).await;
+        if head[0] == 0x88 {
+            break;
+        }
+        assert_eq!(head[0], 0x82);
+        frames.push(payload);
+    }
+    assert!(frames.contains(&b"\x01out\n".to_vec()), "{frames:?}");
+    let status: serde_json::Value = serde_json::from_slice(&frames.last().unwrap()[1..]).unwrap();
+    assert_eq!(status["details"]["causes"][0], json!({"reason": "ExitCode", "message": "5"}));
+    let mut client = websocket_exec(&fake, "v9.channel.k8s.io", query).await;
+    assert_eq!(client.answer(false).await.code(), 400);
+    fake.shutdown().await;
+}
+
+/// Goal: an unmasked frame and one of 2^63 bytes end the session and its process, and nothing is allocated for it.
+#[tokio::test]
+async fn websocket_bad_frames() {
+    let fake = start().await;
+    let frames: [&[u8]; 3] =
+        [&[0x82, 1, 0], &[0x82, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4], &[0x83, 0x80, 0, 0, 0, 0]];
+    for frame in frames {
+        let mut client =
+            websocket_exec(&fake, "v5.channel.k8s.io", "command=sleep&command=100&stdin=true&stdout=true")
+                .await;
+        assert_eq!(client.answer(true).await.code(), 101);
+        until("a process", || fake.processes() == 1).await;
+        client.stream.write_all(frame).await.unwrap();
+        client.stream.flush().await.unwrap();
+        client.rest().await.0.clear();
+        until("no process", || fake.processes() == 0).await;
+    }
+    fake.shutdown().await;
+}
+
+/// Goal: with anonymous access a request without a credential is 403, but health and version are public.
+#[tokio::test]
+async fn anonymous_and_tls12() {
+    let options = FakeApiOptions { anonymous: true, tls12_only: true, ..FakeApiOptions::default() };
+    let fake = FakeApi::start(options).await.unwrap();
+    let mut client = Client::connect(&fake).await;
+    assert_eq!(client.stream.get_ref().1.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_2));
+    for (path, code) in [("/api/v1/pods", 403), ("/readyz?verbose", 200), ("/version", 200), ("/apis", 403)] {
+        client.send(&format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")).await;
+        assert_eq!(client.answer(false).await.code(), code, "{path}");
+    }
+    fake.shutdown().await;
+}
+
+/// Goal: dropping a server in the middle of everything stops it, and stopping does not hang.
+#[tokio::test]
+async fn shutdown_in_the_middle() {
+    let fake = start().await;
+    let mut exec = websocket_exec(&fake, "v5.channel.k8s.io", "command=sleep&command=100&stdout=true").await;
+    assert_eq!(exec.answer(true).await.code(), 101);
+    let mut stalled = Client::connect(&fake).await;
+    stalled.send("GET /towline-test/stall?after=10 HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    stalled.head().await;
+    let mut watch = Client::connect(&fake).await;
+    let token = "Authorization: Bearer fake-admin-token";
+    watch.send(&format!("GET /api/v1/pods?watch=1 HTTP/1.1\r\nHost: x\r\n{token}\r\n\r\n")).await;
+    watch.head().await;
+    fake.freeze(true);
+    timeout(Duration::from_secs(5), fake.shutdown()).await.expect("shutdown hangs");
+}

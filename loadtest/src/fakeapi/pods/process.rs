@@ -151,9 +151,13 @@ impl Drop for Group {
     fn drop(&mut self) {
         self.running.fetch_sub(1, Ordering::Relaxed);
         if let Some(id) = self.id {
-            // The leader is not reaped yet, so its number cannot belong to anyone else. The runtime reaps the helper.
-            let kill =
-                Command::new("kill").args(["-KILL", "--", &format!("-{id}")]).stderr(Stdio::null()).spawn();
+            // The leader is not reaped yet, so its number cannot belong to anyone else. This blocks for a moment, and
+            // works also while the runtime is going down.
+            let group = format!("-{id}");
+            let kill = std::process::Command::new("kill")
+                .args(["-KILL", "--", &group])
+                .stderr(Stdio::null())
+                .status();
             if let Err(error) = kill {
                 tracing::warn!(%error, "cannot kill the process group {id}");
             }

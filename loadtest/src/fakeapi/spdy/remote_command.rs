@@ -161,7 +161,13 @@ async fn open(
                 None => send(out, Out::Reset { stream }).await?,
             },
             Frame::Ping { id } => send(out, Out::Ping { id }).await?,
-            data @ Frame::Data { .. } if early.len() < QUEUE => early.push(data),
+            Frame::Data { .. } if early.len() == QUEUE => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "too much data before the streams are open",
+                ));
+            }
+            data @ Frame::Data { .. } => early.push(data),
             _ => {}
         }
     }
