@@ -3,7 +3,7 @@
 
 use super::limits::{Limits, RateLimit};
 use super::timer::{Due, Liveness};
-use super::{CloseReason, Event, Introduction, Violation};
+use super::{CloseReason, Event, Introduction, OpenError, Violation};
 use crate::hello::{Hello, HelloLimits, VERSIONS};
 use crate::time::Instant;
 use crate::wire::{Frame, GoAway};
@@ -88,14 +88,15 @@ impl Control {
         }
     }
 
-    /// The peer's hello, if the session may carry streams.
-    pub(super) fn ready(&self) -> Option<&Hello> {
-        self.peer.as_ref().filter(|_| self.phase == Phase::Ready)
-    }
-
-    /// Whether the peer has asked for nothing new.
-    pub(super) const fn peer_drains(&self) -> bool {
-        self.peer_goaway.is_some()
+    /// Whether this end may open a stream while it has `open` of them; the peer's limits if so.
+    pub(super) fn may_open(&self, open: u32) -> Result<HelloLimits, OpenError> {
+        match (&self.phase, &self.peer) {
+            (Phase::Closed(_), _) => Err(OpenError::Closed),
+            (Phase::Ready, Some(_)) if self.peer_goaway.is_some() => Err(OpenError::Draining),
+            (Phase::Ready, Some(peer)) if open >= peer.limits.streams_max => Err(OpenError::StreamsMax),
+            (Phase::Ready, Some(peer)) => Ok(peer.limits),
+            _ => Err(OpenError::NotReady),
+        }
     }
 
     // ---- Commands ----
@@ -125,9 +126,10 @@ impl Control {
         self.output.close = None;
     }
 
-    /// Every stream has ended: completes a drain that the peer has confirmed.
-    pub(super) fn on_streams_ended(&mut self) -> Option<Event> {
-        matches!(self.drain, Drain::Confirmed { .. }).then(|| {
+    /// Every stream up to `last_accepted` has ended: completes a drain if the peer has confirmed it and opened no other.
+    pub(super) fn on_streams_ended(&mut self, last_accepted: u32) -> Option<Event> {
+        let Drain::Confirmed { last_opened } = self.drain else { return None };
+        (last_accepted >= last_opened).then(|| {
             self.drain = Drain::Drained;
             Event::Drained
         })

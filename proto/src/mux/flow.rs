@@ -118,6 +118,12 @@ impl RecvFlow {
             .map(|(bytes, _)| Self::new(u64::from(bytes), 0, now))
     }
 
+    /// Credit for a stream that we open where the peer counts on the initial credit: that, or `None`.
+    pub(super) fn opened_full(limits: &Limits, budget: &mut SessionBudget, now: Instant) -> Option<Self> {
+        let taken = budget.take(limits.initial_credit as usize, Share::All);
+        taken.then(|| Self::new(u64::from(limits.initial_credit), 0, now))
+    }
+
     fn new(base: u64, set_aside: u64, now: Instant) -> Self {
         Self {
             granted: base,

@@ -10,12 +10,14 @@
 mod chunks;
 mod control;
 mod flow;
+mod ledger;
 pub mod limits;
 mod schedule;
 mod stream;
 mod timer;
 
 pub use chunks::{CHUNK_MAX, COPY_MAX};
+pub use ledger::{Ledger, LedgerEvent};
 pub use limits::{Budget, Limits};
 
 use crate::code::Code;
@@ -414,16 +416,7 @@ impl Connection {
     /// # Errors
     /// Why there is no stream; nothing has changed then.
     pub fn open(&mut self, now: Instant) -> Result<Key, OpenError> {
-        if self.closed().is_some() {
-            return Err(OpenError::Closed);
-        }
-        let peer = self.control.ready().ok_or(OpenError::NotReady)?.limits;
-        if self.control.peer_drains() {
-            return Err(OpenError::Draining);
-        }
-        if self.opened_live >= peer.streams_max {
-            return Err(OpenError::StreamsMax);
-        }
+        let peer = self.control.may_open(self.opened_live)?;
         if self.ids_left() == 0 {
             return Err(OpenError::IdsExhausted);
         }
@@ -1004,7 +997,7 @@ impl Connection {
 
     fn check_drained(&mut self) {
         if self.streams() == 0 {
-            self.events.extend(self.control.on_streams_ended());
+            self.events.extend(self.control.on_streams_ended(self.last_accepted));
         }
     }
 

@@ -9,8 +9,8 @@
 //! Handles share the mux behind one short mutex under which only `Bytes` move; wakers are collected under it and woken
 //! after it. A panic while it is held ends this session and nothing else.
 
-use super::SessionState;
 use super::buffer;
+use super::{SessionState, Settle};
 use crate::mux::{CloseReason, Connection, Event, Key};
 use crate::time::Instant;
 use bytes::{Buf, Bytes};
@@ -64,13 +64,6 @@ pub(super) struct Waiters {
     pub(super) handles: u8,
 }
 
-/// What must happen after the mutex is released.
-#[derive(Default)]
-struct Aftermath {
-    wakers: Vec<Waker>,
-    events: Vec<Event>,
-}
-
 impl Shared {
     pub(super) fn new(conn: Connection, epoch: tokio::time::Instant) -> Arc<Self> {
         let core =
@@ -100,31 +93,18 @@ impl Shared {
     /// Runs `f` on the core, then wakes whoever should look again.
     pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
         let now = self.now();
-        let mut aftermath = Aftermath::default();
+        let mut settle = Settle::default();
         let mut core = self.lock();
         let result = f(&mut core, now);
-        core.collect(&mut aftermath);
+        core.collect(&mut settle);
         if core.conn.has_output()
             && let Some(driver) = core.driver.take()
         {
-            aftermath.wakers.push(driver);
+            settle.wakers.push(driver);
         }
         drop(core);
-        self.settle(aftermath);
+        settle.apply(&self.state);
         result
-    }
-
-    fn settle(&self, aftermath: Aftermath) {
-        aftermath.wakers.into_iter().for_each(Waker::wake);
-        for event in aftermath.events {
-            self.state.send_modify(|state| match event {
-                Event::Ready => state.ready = true,
-                Event::GoAway(goaway) => state.goaway = Some(goaway),
-                Event::Drained => state.drained = true,
-                Event::Closed(reason) => state.closed = Some(reason),
-                Event::Opened(_) | Event::Readable(_) | Event::Writable(_) => {}
-            });
-        }
     }
 }
 
@@ -138,24 +118,24 @@ impl Core {
     }
 
     /// Turns events of the mux into wakers.
-    fn collect(&mut self, aftermath: &mut Aftermath) {
+    fn collect(&mut self, settle: &mut Settle) {
         while let Some(event) = self.conn.poll_event() {
             match event {
                 Event::Opened(key) => {
                     self.accepted.push_back(key);
-                    aftermath.wakers.extend(self.accept_waker.take());
+                    settle.wakers.extend(self.accept_waker.take());
                 }
-                Event::Readable(key) => aftermath.wakers.extend(self.waiters(key).read.take()),
+                Event::Readable(key) => settle.wakers.extend(self.waiters(key).read.take()),
                 Event::Writable(key) => {
                     let waiters = self.waiters(key);
-                    aftermath.wakers.extend(waiters.write.take());
-                    aftermath.wakers.extend(waiters.stopped.take());
+                    settle.wakers.extend(waiters.write.take());
+                    settle.wakers.extend(waiters.stopped.take());
                 }
                 Event::Closed(_) => {
-                    aftermath.wakers.extend(self.accept_waker.take());
-                    aftermath.events.push(event);
+                    settle.wakers.extend(self.accept_waker.take());
+                    settle.events.push(event);
                 }
-                Event::Ready | Event::GoAway(_) | Event::Drained => aftermath.events.push(event),
+                Event::Ready | Event::GoAway(_) | Event::Drained => settle.events.push(event),
             }
         }
     }

@@ -1,28 +1,30 @@
 //! Sessions and streams to await on: the runtime face of the tunnel.
 //!
 //! A [`Session`] is one live authenticated connection between an agent and a gateway. [`Session::over`] runs the mux over
-//! any reliable byte stream, in practice TLS 1.3 on TCP; another transport is another variant of the same closed enum.
-//! The map: [`driver`] moves the bytes, [`stream`] is what one stream can do, [`exchange`] frames the heads of an HTTP
+//! any reliable byte stream, in practice TLS 1.3 on TCP; [`Session::over_quic`] runs on a QUIC connection.
+//! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session, [`stream`] is what one stream can do, [`exchange`] frames the heads of an HTTP
 //! exchange, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket.
 
 mod buffer;
 pub mod driver;
 pub mod exchange;
+pub mod quic;
 pub mod socket;
 pub mod splice;
 pub mod stream;
 
 use crate::code::Code;
 use crate::hello::Hello;
-use crate::mux::{Budget, CloseReason, Connection, Introduction, Limits, OpenError, Role};
+use crate::mux::{Budget, CloseReason, Connection, Event, Introduction, Ledger, Limits, OpenError, Role};
 use crate::time::Instant;
 use crate::wire::GoAway;
 use driver::{Driver, Shared};
+use quic::QuicDriver;
 use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::Poll;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 pub use stream::{ReadError, RecvStream, SendStream, Stream, WriteError};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -76,6 +78,47 @@ pub struct Session {
 #[derive(Clone)]
 enum Inner {
     Mux(Arc<Shared>),
+    Quic(Arc<quic::Shared>),
+}
+
+/// Which transport a session runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    Tcp,
+    Quic,
+}
+
+impl Transport {
+    /// The value of the metric label `transport`, and the word in configuration and status.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Quic => "quic",
+        }
+    }
+}
+
+/// What must happen once a session's mutex is released.
+#[derive(Default)]
+struct Settle {
+    wakers: Vec<Waker>,
+    events: Vec<Event>,
+}
+
+impl Settle {
+    fn apply(self, state: &watch::Sender<SessionState>) {
+        self.wakers.into_iter().for_each(Waker::wake);
+        for event in self.events {
+            state.send_modify(|state| match event {
+                Event::Ready => state.ready = true,
+                Event::GoAway(goaway) => state.goaway = Some(goaway),
+                Event::Drained => state.drained = true,
+                Event::Closed(reason) => state.closed = Some(reason),
+                Event::Opened(_) | Event::Readable(_) | Event::Writable(_) => {}
+            });
+        }
+    }
 }
 
 impl fmt::Debug for Session {
@@ -101,9 +144,37 @@ impl Session {
         Ok((Self { inner: Inner::Mux(shared) }, driver))
     }
 
-    fn shared(&self) -> &Arc<Shared> {
-        let Inner::Mux(shared) = &self.inner;
-        shared
+    /// Starts a session over an established QUIC connection, on which both ends have authenticated. The caller must run the
+    /// driver; use [`Self::ready`] to wait for the hello. The connection must have been made with
+    /// [`quic::transport_config`] for the same limits.
+    ///
+    /// # Errors
+    /// [`OpenError::Memory`] if the process budget cannot hold another session.
+    pub fn over_quic(
+        conn: quinn::Connection,
+        config: SessionConfig,
+    ) -> Result<(Self, QuicDriver), OpenError> {
+        let SessionConfig { role, limits, budget, introduction } = config;
+        let ledger = Ledger::new(role, limits.clone(), budget, introduction, Instant::default())?;
+        let shared = quic::Shared::new(conn, ledger, tokio::time::Instant::now());
+        let driver = QuicDriver::new(Arc::clone(&shared), role, limits);
+        Ok((Self { inner: Inner::Quic(shared) }, driver))
+    }
+
+    /// Which transport the session runs on.
+    #[must_use]
+    pub const fn transport(&self) -> Transport {
+        match self.inner {
+            Inner::Mux(_) => Transport::Tcp,
+            Inner::Quic(_) => Transport::Quic,
+        }
+    }
+
+    fn sender(&self) -> &watch::Sender<SessionState> {
+        match &self.inner {
+            Inner::Mux(shared) => &shared.state,
+            Inner::Quic(shared) => &shared.state,
+        }
     }
 
     /// Waits until the session may carry streams: the peer's hello has arrived and one round trip has succeeded. Cancel
@@ -116,8 +187,7 @@ impl Session {
         if let Some(reason) = self.closed() {
             return Err(reason);
         }
-        let hello = self.shared().with(|core, _| core.conn.peer().cloned());
-        hello.ok_or_else(|| CloseReason::Transport("ready without a hello".to_owned()))
+        self.peer().ok_or_else(|| CloseReason::Transport("ready without a hello".to_owned()))
     }
 
     /// Opens a stream. At the peer's limit that is an error, not a wait; a transport that raises its limit as streams are
@@ -125,13 +195,14 @@ impl Session {
     ///
     /// # Errors
     /// Why there is no stream; nothing has reached the peer then.
-    #[expect(clippy::unused_async, reason = "opening waits on transports that count streams themselves")]
     pub async fn open(&self) -> Result<Stream, OpenError> {
-        let shared = self.shared();
-        shared.with(|core, now| {
-            let key = core.conn.open(now)?;
-            Ok(stream::halves(shared, core, key))
-        })
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, now| {
+                let key = core.conn.open(now)?;
+                Ok(stream::halves(shared, core, key))
+            }),
+            Inner::Quic(shared) => quic::open(shared).await.map(stream::quic_halves),
+        }
     }
 
     /// Waits for the peer to open a stream. Cancel safe. Only one task may wait at a time.
@@ -139,9 +210,8 @@ impl Session {
     /// # Errors
     /// Why the session ended.
     pub async fn accept(&self) -> Result<Stream, CloseReason> {
-        let shared = self.shared();
-        poll_fn(|cx| {
-            shared.with(|core, _| {
+        poll_fn(|cx| match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, _| {
                 if let Some(key) = core.accepted.pop_front() {
                     return Poll::Ready(Ok(stream::halves(shared, core, key)));
                 }
@@ -150,7 +220,17 @@ impl Session {
                 }
                 core.accept_waker = Some(cx.waker().clone());
                 Poll::Pending
-            })
+            }),
+            Inner::Quic(shared) => shared.with(|core, _| {
+                if let Some(streams) = core.accepted.pop_front() {
+                    return Poll::Ready(Ok(stream::quic_halves(quic::accepted(shared, streams))));
+                }
+                if let Some(reason) = core.ledger.closed() {
+                    return Poll::Ready(Err(reason.clone()));
+                }
+                core.accept_waker = Some(cx.waker().clone());
+                Poll::Pending
+            }),
         })
         .await
     }
@@ -158,13 +238,16 @@ impl Session {
     /// The peer's hello, once it has arrived.
     #[must_use]
     pub fn peer(&self) -> Option<Hello> {
-        self.shared().with(|core, _| core.conn.peer().cloned())
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, _| core.conn.peer().cloned()),
+            Inner::Quic(shared) => shared.with(|core, _| core.ledger.peer().cloned()),
+        }
     }
 
     /// How far the session has come, now and later.
     #[must_use]
     pub fn state(&self) -> watch::Receiver<SessionState> {
-        self.shared().state.subscribe()
+        self.sender().subscribe()
     }
 
     /// Waits until `condition` holds. Cancel safe.
@@ -177,51 +260,81 @@ impl Session {
     /// Why the session ended, if it has.
     #[must_use]
     pub fn closed(&self) -> Option<CloseReason> {
-        self.shared().with(|core, _| core.conn.closed().cloned())
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, _| core.conn.closed().cloned()),
+            Inner::Quic(shared) => shared.with(|core, _| core.ledger.closed().cloned()),
+        }
     }
 
     /// Whether the session can be given another stream right now.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        let state = self.shared().state.borrow();
+        let state = self.sender().borrow();
         state.ready && state.goaway.is_none() && state.closed.is_none()
     }
 
     /// How many more streams this end may open at this moment, and how many ids are left for ever.
     #[must_use]
     pub fn streams_left(&self) -> (u32, u32) {
-        self.shared().with(|core, _| (core.conn.streams_left(), core.conn.ids_left()))
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, _| (core.conn.streams_left(), core.conn.ids_left())),
+            Inner::Quic(shared) => {
+                shared.with(|core, _| (core.ledger.streams_left(), core.ledger.ids_left()))
+            }
+        }
     }
 
     /// Asks the peer to open nothing new and to go elsewhere. [`SessionState::drained`] follows. This end may still open
     /// streams, so that requests that have already arrived can be served.
     pub fn drain(&self, goaway: GoAway) {
-        self.shared().with(|core, _| core.conn.drain(goaway));
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, _| core.conn.drain(goaway)),
+            Inner::Quic(shared) => shared.with(|core, _| core.ledger.drain(goaway)),
+        }
     }
 
     /// Ends the session: every stream fails, and the peer is told why.
     pub fn close(&self, code: Code, text: &str) {
-        self.shared().with(|core, _| core.conn.close(code, text));
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, _| core.conn.close(code, text)),
+            Inner::Quic(shared) => shared.with(|core, _| core.ledger.close(code, text)),
+        }
     }
 
     #[must_use]
     pub fn stats(&self) -> SessionStats {
-        let shared = self.shared();
-        let mut stats = shared.with(|core, _| SessionStats {
-            streams: core.conn.streams(),
-            rtt: core.conn.rtt(),
-            recv_reserved: core.conn.recv_reserved(),
-            send_queued: core.conn.send_queued(),
-            ..SessionStats::default()
-        });
-        stats.bytes_in = shared.bytes_in.load(Ordering::Relaxed);
-        stats.bytes_out = shared.bytes_out.load(Ordering::Relaxed);
-        stats
+        match &self.inner {
+            Inner::Mux(shared) => SessionStats {
+                bytes_in: shared.bytes_in.load(Ordering::Relaxed),
+                bytes_out: shared.bytes_out.load(Ordering::Relaxed),
+                ..shared.with(|core, _| SessionStats {
+                    streams: core.conn.streams(),
+                    rtt: core.conn.rtt(),
+                    recv_reserved: core.conn.recv_reserved(),
+                    send_queued: core.conn.send_queued(),
+                    ..SessionStats::default()
+                })
+            },
+            Inner::Quic(shared) => SessionStats {
+                bytes_in: shared.bytes_in.load(Ordering::Relaxed),
+                bytes_out: shared.bytes_out.load(Ordering::Relaxed),
+                ..shared.with(|core, _| SessionStats {
+                    streams: core.ledger.streams(),
+                    rtt: core.ledger.rtt(),
+                    recv_reserved: core.ledger.recv_reserved(),
+                    ..SessionStats::default()
+                })
+            },
+        }
     }
 
     /// Whether both are handles of the same session.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(self.shared(), other.shared())
+        match (&self.inner, &other.inner) {
+            (Inner::Mux(ours), Inner::Mux(theirs)) => Arc::ptr_eq(ours, theirs),
+            (Inner::Quic(ours), Inner::Quic(theirs)) => Arc::ptr_eq(ours, theirs),
+            _ => false,
+        }
     }
 }

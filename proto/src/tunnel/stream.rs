@@ -4,6 +4,7 @@
 //! [`Code::Cancelled`]. Each half may be moved to its own task.
 
 use super::driver::Shared;
+use super::quic::{QuicRecv, QuicSend};
 use crate::code::Code;
 use crate::mux::{self, CloseReason, Key, Read};
 use bytes::Bytes;
@@ -85,12 +86,14 @@ pub struct RecvStream {
 #[derive(Debug)]
 enum SendInner {
     Mux(MuxHalf),
+    Quic(QuicSend),
 }
 
 /// The transports a receiving half can run on.
 #[derive(Debug)]
 enum RecvInner {
     Mux(MuxHalf),
+    Quic(QuicRecv),
 }
 
 /// Half of a stream of a mux session. Which half it is, its owner knows.
@@ -112,6 +115,11 @@ pub(super) fn halves(shared: &Arc<Shared>, core: &mut super::driver::Core, key: 
     (SendStream { inner: SendInner::Mux(half()) }, RecvStream { inner: RecvInner::Mux(half()) })
 }
 
+/// Wraps the two halves of a QUIC stream.
+pub(super) fn quic_halves((send, recv): (QuicSend, QuicRecv)) -> Stream {
+    (SendStream { inner: SendInner::Quic(send) }, RecvStream { inner: RecvInner::Quic(recv) })
+}
+
 impl MuxHalf {
     /// Gives up this half with `end`, and the stream with the second half.
     fn drop_with(&self, end: impl FnOnce(&mut mux::Connection)) {
@@ -131,7 +139,10 @@ impl SendStream {
     /// Writes some of `bytes`, taking what was written off its front; ready once at least one byte was taken or `bytes`
     /// is empty.
     pub fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<Result<usize, WriteError>> {
-        let SendInner::Mux(half) = &self.inner;
+        let half = match &mut self.inner {
+            SendInner::Mux(half) => half,
+            SendInner::Quic(half) => return half.poll_write(cx, bytes),
+        };
         let coop = ready!(coop::poll_proceed(cx));
         let result = half.shared.with(|core, now| match core.conn.write(now, half.key, bytes) {
             Ok(0) if !bytes.is_empty() => {
@@ -166,14 +177,18 @@ impl SendStream {
 
     /// Ends this half: the peer reads everything written and then the end. Returns at once.
     pub fn finish(&mut self) {
-        let SendInner::Mux(half) = &self.inner;
-        half.shared.with(|core, now| core.conn.finish(now, half.key));
+        match &mut self.inner {
+            SendInner::Mux(half) => half.shared.with(|core, now| core.conn.finish(now, half.key)),
+            SendInner::Quic(half) => half.finish(),
+        }
     }
 
     /// Gives up this half: the peer sees an abort. Has no effect after a finish that has left.
     pub fn reset(&mut self, code: Code) {
-        let SendInner::Mux(half) = &self.inner;
-        half.shared.with(|core, _| core.conn.reset(half.key, code));
+        match &mut self.inner {
+            SendInner::Mux(half) => half.shared.with(|core, _| core.conn.reset(half.key, code)),
+            SendInner::Quic(half) => half.reset(code),
+        }
     }
 
     /// Waits until writing has become pointless: the peer asked to stop, or the session ended. Cancel safe.
@@ -183,7 +198,10 @@ impl SendStream {
 
     /// As [`Self::stopped`].
     pub fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<WriteError> {
-        let SendInner::Mux(half) = &self.inner;
+        let half = match &mut self.inner {
+            SendInner::Mux(half) => half,
+            SendInner::Quic(half) => return half.poll_stopped(cx),
+        };
         half.shared.with(|core, _| {
             if let Some(code) = core.conn.stopped(half.key) {
                 return Poll::Ready(WriteError::Stopped(Code::from_u32(code)));
@@ -199,7 +217,7 @@ impl SendStream {
 
 impl Drop for SendStream {
     fn drop(&mut self) {
-        let SendInner::Mux(half) = &self.inner;
+        let SendInner::Mux(half) = &self.inner else { return };
         half.drop_with(|conn| {
             if !conn.is_finished(half.key) {
                 conn.reset(half.key, Code::Cancelled);
@@ -215,7 +233,10 @@ impl RecvStream {
         cx: &mut Context<'_>,
         max: usize,
     ) -> Poll<Result<Option<Bytes>, ReadError>> {
-        let RecvInner::Mux(half) = &self.inner;
+        let half = match &mut self.inner {
+            RecvInner::Mux(half) => half,
+            RecvInner::Quic(half) => return half.poll_read_chunk(cx, max),
+        };
         let coop = ready!(coop::poll_proceed(cx));
         let result = half.shared.with(|core, now| match core.conn.read(now, half.key, max) {
             Read::Data(bytes) => Poll::Ready(Ok(Some(bytes))),
@@ -245,20 +266,25 @@ impl RecvStream {
 
     /// Asks the peer to give up its half, and throws away what still comes.
     pub fn stop(&mut self, code: Code) {
-        let RecvInner::Mux(half) = &self.inner;
-        half.shared.with(|core, _| core.conn.stop(half.key, code));
+        match &mut self.inner {
+            RecvInner::Mux(half) => half.shared.with(|core, _| core.conn.stop(half.key, code)),
+            RecvInner::Quic(half) => half.stop(code),
+        }
     }
 
     /// Throws away what still comes without telling the peer: everything of interest was read and the end is due.
     pub fn ignore_rest(&mut self) {
-        let RecvInner::Mux(half) = &self.inner;
-        half.shared.with(|core, _| core.conn.ignore_rest(half.key));
+        match &mut self.inner {
+            RecvInner::Mux(half) => half.shared.with(|core, _| core.conn.ignore_rest(half.key)),
+            // QUIC cannot ignore a stream without a word; a STOP_SENDING that meets a finished stream changes nothing.
+            RecvInner::Quic(half) => half.stop(Code::Cancelled),
+        }
     }
 }
 
 impl Drop for RecvStream {
     fn drop(&mut self) {
-        let RecvInner::Mux(half) = &self.inner;
+        let RecvInner::Mux(half) = &self.inner else { return };
         half.drop_with(|conn| {
             if !conn.is_ignored(half.key) {
                 conn.stop(half.key, Code::Cancelled);

@@ -1,0 +1,499 @@
+//! How does a session run over QUIC? The transport carries the streams; the session's control frames and all credit run on the
+//! first bidirectional stream that the agent opens.
+//!
+//! The bytes of a stream are the same as on the mux, and so are the codes. QUIC's own flow control only bounds a peer that
+//! ignores the credit (see [`transport_config`]): it is static per connection, and slow streams would share one window.
+
+use super::{SessionState, Settle};
+use crate::code::Code;
+use crate::mux::{CloseReason, Event, Ledger, LedgerEvent, Limits, Role};
+use crate::time::Instant;
+use crate::wire::StreamId;
+use bytes::{Bytes, BytesMut};
+use quinn::{ConnectionError, VarInt};
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+
+use super::stream::{ReadError, WriteError};
+
+/// Streams that the peer may open before any was used. QUIC reserves memory for every stream it allows, so the number is
+/// raised as streams are used.
+const STREAMS_START: u32 = 100;
+/// Room above the credit in QUIC's own windows: heads, and what is in flight when a stream is reset.
+const WINDOW_SLACK: u32 = 1 << 20;
+/// Bytes that may be sent and not yet acknowledged: enough for 1 Gbit/s at 60 ms.
+const SEND_WINDOW: u64 = 8 << 20;
+/// QUIC gives a connection up after so long; the session's own pings find a dead peer sooner.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the last words of a session may take to leave.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Bytes of the control stream read at once.
+const CONTROL_CHUNK: usize = 16 * 1024;
+
+/// The QUIC settings that a session needs, for a client or a server configuration.
+///
+/// - congestion control: BBR, which holds its rate under random loss;
+/// - windows: above any credit, so that credit decides and QUIC's windows only stop a peer that ignores it;
+/// - no datagrams, no unidirectional streams.
+#[must_use]
+pub fn transport_config(limits: &Limits, segmentation_offload: bool) -> quinn::TransportConfig {
+    let window = |bytes: usize| VarInt::try_from(bytes as u64).unwrap_or(VarInt::MAX);
+    let mut config = quinn::TransportConfig::default();
+    config
+        .max_concurrent_bidi_streams(VarInt::from(limits.streams_max.min(STREAMS_START) + 1))
+        .max_concurrent_uni_streams(VarInt::from(0u8))
+        .stream_receive_window(VarInt::from(limits.credit_max.saturating_add(WINDOW_SLACK)))
+        .receive_window(window(limits.recv_budget.saturating_add(WINDOW_SLACK as usize)))
+        .send_window(SEND_WINDOW)
+        .datagram_receive_buffer_size(None)
+        .max_idle_timeout(quinn::IdleTimeout::try_from(IDLE_TIMEOUT).ok())
+        .congestion_controller_factory(Arc::new(quinn::congestion::BbrConfig::default()))
+        .enable_segmentation_offload(segmentation_offload);
+    config
+}
+
+/// What the driver and the handles of one session share.
+pub(super) struct Shared {
+    core: Mutex<Core>,
+    pub(super) state: watch::Sender<SessionState>,
+    pub(super) conn: quinn::Connection,
+    epoch: tokio::time::Instant,
+    /// The driver has something to send.
+    output: Notify,
+    pub(super) bytes_in: AtomicU64,
+    pub(super) bytes_out: AtomicU64,
+}
+
+pub(super) struct Core {
+    pub(super) ledger: Ledger,
+    /// Who waits for credit.
+    writers: HashMap<StreamId, Waker>,
+    pub(super) accepted: VecDeque<(quinn::SendStream, quinn::RecvStream)>,
+    pub(super) accept_waker: Option<Waker>,
+}
+
+impl Shared {
+    pub(super) fn new(conn: quinn::Connection, ledger: Ledger, epoch: tokio::time::Instant) -> Arc<Self> {
+        let core = Core { ledger, writers: HashMap::new(), accepted: VecDeque::new(), accept_waker: None };
+        Arc::new(Self {
+            core: Mutex::new(core),
+            state: watch::Sender::new(SessionState::default()),
+            conn,
+            epoch,
+            output: Notify::new(),
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+        })
+    }
+
+    fn now(&self) -> Instant {
+        Instant::from_epoch(self.epoch.elapsed())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
+            let mut core = poisoned.into_inner();
+            core.ledger.close(Code::Internal, "a panic inside the session");
+            core
+        })
+    }
+
+    /// Runs `f` on the core, then wakes whoever should look again.
+    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
+        let now = self.now();
+        let mut settle = Settle::default();
+        let mut core = self.lock();
+        let result = f(&mut core, now);
+        while let Some(event) = core.ledger.poll_event() {
+            match event {
+                LedgerEvent::Writable(id) => settle.wakers.extend(core.writers.remove(&id)),
+                LedgerEvent::Session(event) => {
+                    if matches!(event, Event::Closed(_)) {
+                        settle.wakers.extend(core.accept_waker.take());
+                        settle.wakers.extend(core.writers.drain().map(|(_, waker)| waker));
+                    }
+                    settle.events.push(event);
+                }
+            }
+        }
+        let output = core.ledger.has_output();
+        drop(core);
+        settle.apply(&self.state);
+        if output {
+            self.output.notify_one();
+        }
+        result
+    }
+
+    pub(super) fn closed(&self) -> CloseReason {
+        let closed = self.with(|core, _| core.ledger.closed().cloned());
+        closed.unwrap_or_else(|| transport_end(self.conn.close_reason()))
+    }
+}
+
+fn transport_end(error: Option<ConnectionError>) -> CloseReason {
+    CloseReason::Transport(error.map_or_else(|| "the stream is gone".to_owned(), |error| error.to_string()))
+}
+
+/// The session's number for a QUIC stream: that of the mux, so that logs and GoAway count alike on both transports.
+fn stream_id(id: quinn::StreamId) -> Option<StreamId> {
+    let index = u32::try_from(id.index()).ok().filter(|&index| index < u32::MAX / 2 - 1)?;
+    Some(StreamId(match id.initiator() {
+        quinn::Side::Client => 2 * index + 1,
+        quinn::Side::Server => 2 * index + 2,
+    }))
+}
+
+// ---- The driver ----
+
+/// Carries the control stream of one session. Nothing of the session works unless [`QuicDriver::run`] is polled; dropping
+/// it closes the connection.
+pub struct QuicDriver {
+    shared: Arc<Shared>,
+    role: Role,
+    limits: Limits,
+    /// Streams that the peer may open at the moment.
+    allowed: u32,
+}
+
+impl fmt::Debug for QuicDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QuicDriver").finish_non_exhaustive()
+    }
+}
+
+impl Drop for QuicDriver {
+    fn drop(&mut self) {
+        self.shared
+            .with(|core, _| core.ledger.handle_transport_end("the session's task was dropped".to_owned()));
+        let code = self.shared.closed().code();
+        self.shared.conn.close(VarInt::from(code), b"");
+    }
+}
+
+impl QuicDriver {
+    pub(super) fn new(shared: Arc<Shared>, role: Role, limits: Limits) -> Self {
+        let allowed = limits.streams_max.min(STREAMS_START);
+        Self { shared, role, limits, allowed }
+    }
+
+    /// Runs the session to its end. Dropping the future closes the connection at once.
+    pub async fn run(mut self) -> CloseReason {
+        let control = tokio::time::timeout(self.limits.hello_timeout, self.control_stream()).await;
+        let (mut send, mut recv) = match control {
+            Ok(Ok(streams)) => streams,
+            Ok(Err(error)) => return self.ended(error.to_string()),
+            Err(_) => return self.ended("the peer did not open the control stream in time".to_owned()),
+        };
+        // Credit and pings go before anything else.
+        drop(send.set_priority(i32::MAX));
+        let mut out = BytesMut::new();
+        loop {
+            let now = self.shared.now();
+            let (closed, timeout) = {
+                let mut core = self.shared.lock();
+                core.ledger.poll_output(now, &mut out);
+                (core.ledger.closed().cloned(), core.ledger.poll_timeout())
+            };
+            if let Some(reason) = closed {
+                self.last_words(&mut send, &out).await;
+                return reason;
+            }
+            self.allow_streams();
+            let shared = &self.shared;
+            let deadline = timeout.map_or(shared.epoch + IDLE_TIMEOUT, |at| shared.epoch + at.since_epoch());
+            tokio::select! {
+                // Input first: what has arrived counts before a deadline does.
+                biased;
+                read = recv.read_chunk(CONTROL_CHUNK, true) => match read {
+                    Ok(Some(chunk)) => {
+                        shared.with(|core, now| core.ledger.handle_input(now, chunk.bytes));
+                    }
+                    Ok(None) => return self.ended("the peer ended the control stream".to_owned()),
+                    Err(error) => return self.ended(error.to_string()),
+                },
+                written = send.write(&out), if !out.is_empty() => match written {
+                    Ok(n) => drop(out.split_to(n)),
+                    Err(error) => return self.ended(error.to_string()),
+                },
+                accepted = shared.conn.accept_bi() => match accepted {
+                    Ok((send, recv)) => self.accept(send, recv),
+                    Err(error) => return self.ended(error.to_string()),
+                },
+                () = shared.output.notified() => {}
+                () = tokio::time::sleep_until(deadline) => {
+                    shared.with(|core, now| core.ledger.handle_timeout(now));
+                }
+            }
+        }
+    }
+
+    /// The agent opens the control stream, with its hello as the first bytes on it; the gateway accepts it.
+    async fn control_stream(&self) -> Result<(quinn::SendStream, quinn::RecvStream), ConnectionError> {
+        match self.role {
+            Role::Agent => self.shared.conn.open_bi().await,
+            Role::Gateway => self.shared.conn.accept_bi().await,
+        }
+    }
+
+    fn accept(&self, mut send: quinn::SendStream, mut recv: quinn::RecvStream) {
+        let Some(id) = stream_id(send.id()) else { return };
+        self.shared.with(|core, now| match core.ledger.on_accepted(now, id) {
+            Ok(true) => {
+                core.accepted.push_back((send, recv));
+                if let Some(waker) = core.accept_waker.take() {
+                    waker.wake();
+                }
+            }
+            Ok(false) => {
+                let code = VarInt::from(Code::Refused.to_u32());
+                drop(send.reset(code));
+                drop(recv.stop(code));
+            }
+            Err(_) => {}
+        });
+    }
+
+    /// Allows more streams once three quarters of those allowed are in use.
+    fn allow_streams(&mut self) {
+        let used = self.shared.lock().ledger.accepted();
+        if used > self.allowed / 4 * 3 && self.allowed < self.limits.streams_max {
+            self.allowed = (self.allowed * 2).min(self.limits.streams_max);
+            self.shared.conn.set_max_concurrent_bi_streams(VarInt::from(self.allowed + 1));
+        }
+    }
+
+    /// Tells the peer why, if it listens, and closes.
+    async fn last_words(&self, send: &mut quinn::SendStream, out: &[u8]) {
+        let reason = self.shared.closed();
+        let say = async {
+            if send.write_all(out).await.is_ok() && send.finish().is_ok() {
+                drop(send.stopped().await);
+            }
+        };
+        if !out.is_empty() {
+            drop(tokio::time::timeout(CLOSE_TIMEOUT, say).await);
+        }
+        let text = reason.to_string();
+        self.shared.conn.close(VarInt::from(reason.code()), &text.as_bytes()[..text.len().min(256)]);
+    }
+
+    /// The connection failed, or the peer broke the rules of the control stream.
+    fn ended(&self, text: String) -> CloseReason {
+        self.shared.with(|core, _| core.ledger.handle_transport_end(text));
+        self.shared.closed()
+    }
+}
+
+// ---- Streams ----
+
+/// Opens a stream; waits for QUIC to allow it if the peer is still raising its limit.
+pub(super) async fn open(shared: &Arc<Shared>) -> Result<(QuicSend, QuicRecv), crate::mux::OpenError> {
+    use crate::mux::OpenError;
+    shared.with(|core, _| core.ledger.may_open())?;
+    let (send, recv) = shared.conn.open_bi().await.map_err(|_| OpenError::Closed)?;
+    let id = stream_id(send.id()).ok_or(OpenError::IdsExhausted)?;
+    shared.with(|core, now| core.ledger.on_opened(now, id))?;
+    Ok(halves(shared, send, recv, id))
+}
+
+/// The halves of a stream that the driver accepted.
+pub(super) fn accepted(
+    shared: &Arc<Shared>,
+    (send, recv): (quinn::SendStream, quinn::RecvStream),
+) -> (QuicSend, QuicRecv) {
+    let id = stream_id(send.id()).unwrap_or(StreamId(u32::MAX));
+    halves(shared, send, recv, id)
+}
+
+fn halves(
+    shared: &Arc<Shared>,
+    send: quinn::SendStream,
+    recv: quinn::RecvStream,
+    id: StreamId,
+) -> (QuicSend, QuicRecv) {
+    let send = QuicSend { shared: Arc::clone(shared), id, inner: send, ended: false, stopped: None };
+    let recv = QuicRecv { shared: Arc::clone(shared), id, inner: recv, end: None };
+    (send, recv)
+}
+
+type Stopped = Pin<Box<dyn Future<Output = Result<Option<VarInt>, quinn::StoppedError>> + Send + Sync>>;
+
+/// The sending half of a QUIC stream.
+pub(super) struct QuicSend {
+    shared: Arc<Shared>,
+    id: StreamId,
+    inner: quinn::SendStream,
+    /// Finished or reset.
+    ended: bool,
+    /// Waits for the peer to stop; made when somebody first asks.
+    stopped: Option<Stopped>,
+}
+
+/// The receiving half of a QUIC stream.
+pub(super) struct QuicRecv {
+    shared: Arc<Shared>,
+    id: StreamId,
+    inner: quinn::RecvStream,
+    /// The end, once it was read.
+    end: Option<Result<(), ReadError>>,
+}
+
+impl fmt::Debug for QuicSend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.id.fmt(f)
+    }
+}
+
+impl fmt::Debug for QuicRecv {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.id.fmt(f)
+    }
+}
+
+fn code_of(code: VarInt) -> Code {
+    Code::from_u32(u32::try_from(code.into_inner()).unwrap_or(u32::MAX))
+}
+
+impl QuicSend {
+    pub(super) fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &mut Bytes,
+    ) -> Poll<Result<usize, WriteError>> {
+        if self.ended {
+            return Poll::Ready(Err(WriteError::Finished));
+        }
+        let id = self.id;
+        let credit = ready!(self.shared.with(|core, _| match core.ledger.credit(id) {
+            _ if core.ledger.closed().is_some() => Poll::Ready(0),
+            0 if !bytes.is_empty() => {
+                core.writers.insert(id, cx.waker().clone());
+                Poll::Pending
+            }
+            credit => Poll::Ready(credit),
+        }));
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let mut pieces = [bytes.slice(..credit.min(bytes.len()))];
+        let written = pin!(self.inner.write_chunks(&mut pieces)).poll(cx);
+        match ready!(written) {
+            Ok(written) => {
+                self.shared.with(|core, _| core.ledger.on_sent(id, written.bytes));
+                self.shared.bytes_out.fetch_add(written.bytes as u64, Ordering::Relaxed);
+                drop(bytes.split_to(written.bytes));
+                Poll::Ready(Ok(written.bytes))
+            }
+            Err(quinn::WriteError::Stopped(code)) => Poll::Ready(Err(WriteError::Stopped(code_of(code)))),
+            Err(quinn::WriteError::ClosedStream) => Poll::Ready(Err(WriteError::Finished)),
+            Err(_) => Poll::Ready(Err(WriteError::Closed(self.shared.closed()))),
+        }
+    }
+
+    pub(super) fn finish(&mut self) {
+        if !self.ended {
+            // Fails only if the peer has stopped the stream, or the connection is gone: then there is nothing to end.
+            drop(self.inner.finish());
+            self.end();
+        }
+    }
+
+    pub(super) fn reset(&mut self, code: Code) {
+        drop(self.inner.reset(VarInt::from(code.to_u32())));
+        self.end();
+    }
+
+    fn end(&mut self) {
+        if !std::mem::replace(&mut self.ended, true) {
+            let id = self.id;
+            self.shared.with(|core, _| {
+                core.writers.remove(&id);
+                core.ledger.on_send_ended(id);
+            });
+        }
+    }
+
+    pub(super) fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<WriteError> {
+        let stopped = self.stopped.get_or_insert_with(|| Box::pin(self.inner.stopped()));
+        match ready!(stopped.as_mut().poll(cx)) {
+            Ok(Some(code)) => Poll::Ready(WriteError::Stopped(code_of(code))),
+            // Everything was acknowledged: nobody will ask us to stop any more, but the session may still end.
+            Ok(None) => {
+                self.stopped = Some(Box::pin(std::future::pending()));
+                Poll::Pending
+            }
+            Err(_) => Poll::Ready(WriteError::Closed(self.shared.closed())),
+        }
+    }
+}
+
+impl Drop for QuicSend {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.reset(Code::Cancelled);
+        }
+    }
+}
+
+impl QuicRecv {
+    pub(super) fn poll_read_chunk(
+        &mut self,
+        cx: &mut Context<'_>,
+        max: usize,
+    ) -> Poll<Result<Option<Bytes>, ReadError>> {
+        if let Some(end) = &self.end {
+            return Poll::Ready(end.clone().map(|()| None));
+        }
+        let read = pin!(self.inner.read_chunk(max, true)).poll(cx);
+        let end = match ready!(read) {
+            Ok(Some(chunk)) => {
+                let len = chunk.bytes.len();
+                self.shared.bytes_in.fetch_add(len as u64, Ordering::Relaxed);
+                let id = self.id;
+                let counted = self.shared.with(|core, now| {
+                    core.ledger.on_heard(now);
+                    core.ledger.on_read(now, id, len)
+                });
+                return Poll::Ready(counted.map(|()| Some(chunk.bytes)).map_err(ReadError::Closed));
+            }
+            Ok(None) => Ok(()),
+            Err(quinn::ReadError::Reset(code)) => Err(ReadError::Reset(code_of(code))),
+            Err(_) => Err(ReadError::Closed(self.shared.closed())),
+        };
+        self.end_with(end.clone());
+        Poll::Ready(end.map(|()| None))
+    }
+
+    fn end_with(&mut self, end: Result<(), ReadError>) {
+        if self.end.is_none() {
+            self.end = Some(end);
+            let id = self.id;
+            self.shared.with(|core, now| {
+                core.ledger.on_heard(now);
+                core.ledger.on_recv_ended(id);
+            });
+        }
+    }
+
+    pub(super) fn stop(&mut self, code: Code) {
+        if self.end.is_none() {
+            drop(self.inner.stop(VarInt::from(code.to_u32())));
+            self.end = Some(Err(ReadError::Reset(code)));
+            let id = self.id;
+            self.shared.with(|core, _| core.ledger.on_recv_ended(id));
+        }
+    }
+}
+
+impl Drop for QuicRecv {
+    fn drop(&mut self) {
+        self.stop(Code::Cancelled);
+    }
+}

@@ -1,0 +1,230 @@
+//! A session over QUIC behaves as one over the mux: same verbs, same codes, same credit.
+
+#![allow(clippy::unwrap_used, reason = "a test that fails here fails where it should")]
+
+use bytes::Bytes;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use towline_proto::Code;
+use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, OpenError, Role};
+use towline_proto::tunnel::{ReadError, RecvStream, Session, SessionConfig, Transport, WriteError, quic};
+use towline_proto::wire::GoAway;
+
+struct Pair {
+    gateway: Session,
+    agent: Session,
+    budget: Budget,
+    _tasks: JoinSet<CloseReason>,
+    _endpoints: [quinn::Endpoint; 2],
+}
+
+fn config(role: Role, limits: &Limits, budget: &Budget) -> SessionConfig {
+    let introduction = Introduction { boot_id: vec![7; 16], ..Introduction::default() };
+    SessionConfig { role, limits: limits.clone(), budget: budget.clone(), introduction }
+}
+
+async fn pair(limits: Limits) -> Pair {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let cert = rcgen::generate_simple_self_signed(vec!["gateway".to_owned()]).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(cert.signing_key.serialize_der()).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(cert.cert.der().clone()).unwrap();
+    let mut server = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.cert.der().clone()], key)
+        .unwrap();
+    server.alpn_protocols = vec![b"towline/1".to_vec()];
+    let mut client = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    client.alpn_protocols = vec![b"towline/1".to_vec()];
+
+    let transport = Arc::new(quic::transport_config(&limits, true));
+    let server = quinn::crypto::rustls::QuicServerConfig::try_from(server).unwrap();
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
+    server.transport_config(Arc::clone(&transport));
+    let client = quinn::crypto::rustls::QuicClientConfig::try_from(client).unwrap();
+    let mut client = quinn::ClientConfig::new(Arc::new(client));
+    client.transport_config(transport);
+
+    let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let listening = quinn::Endpoint::server(server, local).unwrap();
+    let mut dialling = quinn::Endpoint::client(local).unwrap();
+    dialling.set_default_client_config(client);
+    let connecting = dialling.connect(listening.local_addr().unwrap(), "gateway").unwrap();
+    let (dialled, accepted) =
+        tokio::join!(connecting, async { listening.accept().await.unwrap().accept().unwrap().await });
+
+    let budget = Budget::new(1 << 30);
+    let mut tasks = JoinSet::new();
+    let (agent, driver) =
+        Session::over_quic(dialled.unwrap(), config(Role::Agent, &limits, &budget)).unwrap();
+    tasks.spawn(driver.run());
+    let (gateway, driver) =
+        Session::over_quic(accepted.unwrap(), config(Role::Gateway, &limits, &budget)).unwrap();
+    tasks.spawn(driver.run());
+    gateway.ready().await.unwrap();
+    agent.ready().await.unwrap();
+    assert_eq!(gateway.transport(), Transport::Quic);
+    Pair { gateway, agent, budget, _tasks: tasks, _endpoints: [listening, dialling] }
+}
+
+async fn read_all(recv: &mut RecvStream) -> Result<Vec<u8>, ReadError> {
+    let mut all = Vec::new();
+    while let Some(bytes) = recv.read_chunk(64 * 1024).await? {
+        all.extend_from_slice(&bytes);
+    }
+    Ok(all)
+}
+
+async fn settled(pair: &Pair) {
+    for _ in 0..200 {
+        if pair.gateway.stats().streams == 0 && pair.agent.stats().streams == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("streams are left: {:?} {:?}", pair.gateway.stats(), pair.agent.stats());
+}
+
+/// Each half ends by itself, and the bytes arrive.
+#[tokio::test]
+async fn both_halves_end_by_themselves() {
+    let pair = pair(Limits::default()).await;
+    let (mut send, mut recv) = pair.gateway.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"ping")).await.unwrap();
+    send.finish();
+    let (mut back, mut there) = pair.agent.accept().await.unwrap();
+    assert_eq!(read_all(&mut there).await.unwrap(), b"ping");
+    back.write_chunk(Bytes::from_static(b"pong")).await.unwrap();
+    back.finish();
+    assert_eq!(read_all(&mut recv).await.unwrap(), b"pong");
+    drop((send, recv, back, there));
+    settled(&pair).await;
+}
+
+/// Dropped handles are resets and stops with CANCELLED; explicit codes arrive as they were given.
+#[tokio::test]
+async fn resets_and_stops_carry_their_code() {
+    let pair = pair(Limits::default()).await;
+    let (mut send, recv) = pair.gateway.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+    let (mut back, mut there) = pair.agent.accept().await.unwrap();
+    assert_eq!(there.read_chunk(9).await.unwrap().unwrap(), "x");
+    drop(recv);
+    assert_eq!(back.stopped().await, WriteError::Stopped(Code::Cancelled));
+    send.reset(Code::UpstreamBody);
+    assert_eq!(there.read_chunk(9).await, Err(ReadError::Reset(Code::UpstreamBody)));
+    drop((send, back, there));
+    settled(&pair).await;
+}
+
+/// Credit, not QUIC's window, holds back a writer whose reader stalls; the budget returns to where it was.
+#[tokio::test]
+async fn stalled_readers_hold_their_credit_and_no_more() {
+    let limits = Limits { recv_budget: 160 << 20, ..Limits::default() };
+    let pair = pair(limits.clone()).await;
+    let idle = pair.budget.used();
+    let mut stalled = Vec::new();
+    for _ in 0..1000 {
+        let (mut send, recv) = pair.gateway.open().await.unwrap();
+        let mut bytes = Bytes::from(vec![1; 1 << 20]);
+        let mut written = 0;
+        let fill = async {
+            while !bytes.is_empty() {
+                written += std::future::poll_fn(|cx| send.poll_write(cx, &mut bytes)).await.unwrap();
+            }
+        };
+        assert!(
+            tokio::time::timeout(Duration::from_millis(2), fill).await.is_err(),
+            "the reader does not read"
+        );
+        assert!(written <= limits.initial_credit as usize);
+        stalled.push((send, recv, pair.agent.accept().await.unwrap()));
+    }
+    assert!(pair.budget.used() <= 2 * limits.recv_budget);
+
+    // One more stream runs undisturbed.
+    let (mut send, _recv) = pair.gateway.open().await.unwrap();
+    let total = 64 << 20;
+    let write = async {
+        for _ in 0..total / (64 * 1024) {
+            send.write_chunk(Bytes::from(vec![2; 64 * 1024])).await.unwrap();
+        }
+        send.finish();
+    };
+    let read = async {
+        let (_back, mut there) = pair.agent.accept().await.unwrap();
+        let mut n = 0;
+        while let Some(bytes) = there.read_chunk(64 * 1024).await.unwrap() {
+            n += bytes.len();
+        }
+        n
+    };
+    let ((), n) = tokio::join!(write, read);
+    assert_eq!(n, total);
+    drop((send, _recv));
+    stalled.clear();
+    settled(&pair).await;
+    assert_eq!(pair.budget.used(), idle);
+}
+
+/// Opening beyond the peer's limit is an error; the peer raises QUIC's own limit as streams are used.
+#[tokio::test]
+async fn streams_are_allowed_as_they_are_used() {
+    let pair = pair(Limits { streams_max: 300, ..Limits::default() }).await;
+    let mut open = Vec::new();
+    for _ in 0..300 {
+        let (mut send, recv) = pair.gateway.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+        open.push((send, recv, pair.agent.accept().await.unwrap()));
+    }
+    assert_eq!(pair.gateway.open().await.err(), Some(OpenError::StreamsMax));
+}
+
+/// A drain is confirmed, nothing new opens, what is open ends well.
+#[tokio::test]
+async fn a_drain_finishes_what_is_open() {
+    let pair = pair(Limits::default()).await;
+    let (mut send, mut recv) = pair.gateway.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+    let (mut back, mut there) = pair.agent.accept().await.unwrap();
+    pair.agent.drain(GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 5, drain_ms: 1000 });
+    let state = pair.gateway.wait_for(|state| state.goaway.is_some()).await;
+    assert_eq!(state.goaway.unwrap().reconnect_after_ms, 5);
+    assert_eq!(pair.gateway.open().await.err(), Some(OpenError::Draining));
+    send.finish();
+    back.finish();
+    assert_eq!(read_all(&mut there).await.unwrap(), b"x");
+    assert_eq!(read_all(&mut recv).await.unwrap(), b"");
+    drop((send, recv, back, there));
+    pair.agent.wait_for(|state| state.drained).await;
+    pair.agent.close(Code::Draining, "done");
+    let state = pair.gateway.wait_for(|state| state.closed.is_some()).await;
+    assert_eq!(
+        state.closed,
+        Some(CloseReason::Peer { code: Code::Draining.to_u32(), text: "done".to_owned() })
+    );
+}
+
+/// A session whose driver is gone wakes everyone who waits in it.
+#[tokio::test]
+async fn a_dropped_driver_wakes_everyone() {
+    let mut pair = pair(Limits::default()).await;
+    let (mut send, mut recv) = pair.gateway.open().await.unwrap();
+    send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+    let read = recv.read_chunk(1);
+    let abort = async {
+        tokio::task::yield_now().await;
+        pair._tasks.abort_all();
+    };
+    let (read, ()) = tokio::join!(read, abort);
+    assert!(matches!(read, Err(ReadError::Closed(_))), "{read:?}");
+    assert!(matches!(send.write_chunk(Bytes::from_static(b"y")).await, Err(WriteError::Closed(_))));
+}
