@@ -476,3 +476,18 @@ async fn shutdown_in_the_middle() {
     fake.freeze(true);
     timeout(Duration::from_secs(5), fake.shutdown()).await.expect("shutdown hangs");
 }
+
+/// Goal: with `bytes_kept` the recorder holds the first bytes of both directions, and always their counts.
+#[tokio::test]
+async fn recorder_keeps_bytes() {
+    let options = FakeApiOptions { bytes_kept: 64, ..FakeApiOptions::default() };
+    let fake = FakeApi::start(options).await.unwrap();
+    let mut client = Client::connect(&fake).await;
+    client.get("/towline-test/bytes?n=5000").await;
+    let record = fake.recorder().connections().remove(0);
+    assert!(record.received_bytes.starts_with(b"GET /towline-test/bytes?n=5000 HTTP/1.1\r\n"));
+    assert!(record.sent_bytes.starts_with(b"HTTP/1.1 200 OK\r\n"));
+    assert_eq!((record.received_bytes.len(), record.sent_bytes.len()), (64, 64));
+    assert!(record.received > 64 && record.sent > 5000 && record.open);
+    fake.shutdown().await;
+}

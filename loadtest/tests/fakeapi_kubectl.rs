@@ -90,6 +90,8 @@ fn report_carriers(fake: &FakeApi, kubectls: &[Kubectl]) {
     let (spdy, websocket) = (count(b"SPDY/3.1"), count(b"websocket"));
     eprintln!("upgrades: {spdy} SPDY, {websocket} WebSocket");
     assert!(spdy > 0, "no flow went over SPDY");
+    let terminals = requests.iter().filter(|request| request.target_text().contains("tty=true")).count();
+    eprintln!("{terminals} of them with a terminal");
     assert!(
         websocket > 0 || kubectls.iter().all(|kubectl| kubectl.minor < 30),
         "no flow went over WebSocket"

@@ -91,7 +91,6 @@ fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Result<Vec<Item>, 
                 Ok(Some(Item::Data { id, bytes, fin })) => match items.last_mut() {
                     Some(Item::Data { id: last, bytes: all, fin: end }) if left > 0 => {
                         assert_eq!(*last, id);
-                        left -= 1;
                         *all = [&all[..], &bytes[..]].concat().into();
                         *end = fin;
                     }

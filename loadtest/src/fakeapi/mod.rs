@@ -16,6 +16,7 @@ mod faults;
 mod handle;
 mod helpers;
 mod kinds;
+mod list;
 mod oddities;
 mod openapi;
 mod options;

@@ -208,8 +208,9 @@ impl Control {
     pub(super) fn poll_timeout(&self, limits: &Limits) -> Option<Instant> {
         match self.phase {
             Phase::Closed(_) => None,
-            Phase::Hello => Some(self.liveness.start() + limits.hello_timeout),
-            Phase::Confirming | Phase::Ready => Some(self.liveness.deadline(limits)),
+            Phase::Hello => Some(self.confirm_by(limits)),
+            Phase::Confirming => Some(self.liveness.deadline(limits).min(self.confirm_by(limits))),
+            Phase::Ready => Some(self.liveness.deadline(limits)),
         }
     }
 
@@ -217,9 +218,10 @@ impl Control {
     pub(super) fn handle_timeout(&mut self, now: Instant, limits: &Limits) -> Option<CloseReason> {
         match self.phase {
             Phase::Closed(_) => None,
-            Phase::Hello => {
-                (now >= self.liveness.start() + limits.hello_timeout).then_some(CloseReason::HelloTimeout)
+            Phase::Hello | Phase::Confirming if now >= self.confirm_by(limits) => {
+                Some(CloseReason::HelloTimeout)
             }
+            Phase::Hello => None,
             Phase::Confirming | Phase::Ready => match self.liveness.due(now, limits) {
                 Due::Nothing => None,
                 Due::Ping => {
@@ -229,6 +231,11 @@ impl Control {
                 Due::Dead(silence) => Some(CloseReason::Dead(silence)),
             },
         }
+    }
+
+    /// By when the peer must have said hello and answered a ping. Other bytes do not buy it time.
+    fn confirm_by(&self, limits: &Limits) -> Instant {
+        self.liveness.start() + limits.hello_timeout
     }
 
     pub(super) fn rtt(&self) -> Duration {

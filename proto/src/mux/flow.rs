@@ -21,11 +21,13 @@ pub(super) struct SessionBudget {
     limit: usize,
     used: usize,
     process: Budget,
+    /// Shares set aside for accepted streams that no stream uses.
+    shares: u32,
 }
 
 impl SessionBudget {
     pub(super) fn new(limits: &Limits, process: Budget) -> Option<Self> {
-        let mut budget = Self { limit: limits.recv_budget, used: 0, process };
+        let mut budget = Self { limit: limits.recv_budget, used: 0, process, shares: limits.streams_max };
         budget.take(limits.reserved_for_accepted(), Share::All).then_some(budget)
     }
 
@@ -48,6 +50,12 @@ impl SessionBudget {
         debug_assert!(bytes <= self.used, "no more is given back than was taken");
         self.used -= bytes;
         self.process.give(bytes);
+    }
+
+    /// Gives back all but `bytes`, and sets nothing aside any more.
+    pub(super) fn shrink_to(&mut self, bytes: usize) {
+        self.shares = 0;
+        self.give(self.used - bytes);
     }
 
     /// Whether what is used reaches into the part that growth must leave alone.
@@ -103,10 +111,15 @@ pub(super) struct RecvFlow {
 }
 
 impl RecvFlow {
-    /// Credit for a stream that the peer opened, out of the share set aside for those.
-    pub(super) fn accepted(limits: &Limits, now: Instant) -> Self {
+    /// Credit for a stream that the peer opened: out of the shares set aside for those, or, while streams that have ended
+    /// still hold theirs, out of what else is free; `None` when there is nothing.
+    pub(super) fn accepted(limits: &Limits, budget: &mut SessionBudget, now: Instant) -> Option<Self> {
         let initial = u64::from(limits.initial_credit);
-        Self::new(initial, initial, now)
+        if let Some(left) = budget.shares.checked_sub(1) {
+            budget.shares = left;
+            return Some(Self::new(initial, initial, now));
+        }
+        budget.take(limits.initial_credit as usize, Share::Initial).then(|| Self::new(initial, 0, now))
     }
 
     /// Credit for a stream that we open: the initial credit, or less when memory is short; `None` when there is not even
@@ -251,7 +264,19 @@ impl RecvFlow {
     /// Gives everything back; the stream is gone.
     pub(super) fn release_all(&mut self, budget: &mut SessionBudget) {
         budget.give(usize::try_from(self.reserved - self.set_aside).unwrap_or(0));
-        self.reserved = self.set_aside;
+        if self.set_aside > 0 {
+            budget.shares += 1;
+        }
+        (self.reserved, self.set_aside) = (0, 0);
+    }
+
+    /// The session has ended: keeps only what can still be read, and tells how much that is. The caller shrinks the budget
+    /// to the sum.
+    pub(super) fn on_session_end(&mut self) -> usize {
+        self.closed = true;
+        self.granted = self.received;
+        (self.reserved, self.set_aside) = (self.held(), 0);
+        usize::try_from(self.reserved).unwrap_or(usize::MAX)
     }
 
     /// Checks invariants 3 and 4 of `docs/architecture.md` for this stream; tells what it holds of the budget beyond the
@@ -322,7 +347,7 @@ mod tests {
     #[test]
     fn a_fast_stream_grows_to_the_limit() {
         let (limits, mut budget, process) = setup(64 << 20);
-        let mut flow = RecvFlow::accepted(&limits, at(0));
+        let mut flow = RecvFlow::accepted(&limits, &mut budget, at(0)).unwrap();
         let rtt = Duration::from_millis(50);
         for round in 1..=10 {
             let n = usize::try_from(flow.granted - flow.received).unwrap();
@@ -341,7 +366,7 @@ mod tests {
     #[test]
     fn a_slow_stream_does_not_grow() {
         let (limits, mut budget, _) = setup(64 << 20);
-        let mut flow = RecvFlow::accepted(&limits, at(0));
+        let mut flow = RecvFlow::accepted(&limits, &mut budget, at(0)).unwrap();
         for round in 1..=1000 {
             flow.on_data(1000).unwrap();
             flow.on_consumed(1000, at(round * 10), Duration::from_millis(1), &limits, &mut budget);
@@ -353,7 +378,8 @@ mod tests {
     #[test]
     fn growth_leaves_room_for_new_streams() {
         let (limits, mut budget, _) = setup(2 << 20);
-        let mut greedy: Vec<RecvFlow> = (0..4).map(|_| RecvFlow::accepted(&limits, at(0))).collect();
+        let mut greedy: Vec<RecvFlow> =
+            (0..4).map(|_| RecvFlow::accepted(&limits, &mut budget, at(0)).unwrap()).collect();
         for round in 1..=20 {
             for flow in &mut greedy {
                 let n = usize::try_from(flow.granted - flow.received).unwrap();
@@ -383,8 +409,8 @@ mod tests {
 
     #[test]
     fn data_beyond_the_credit_is_refused() {
-        let (limits, _, _) = setup(64 << 20);
-        let mut flow = RecvFlow::accepted(&limits, at(0));
+        let (limits, mut budget, _) = setup(64 << 20);
+        let mut flow = RecvFlow::accepted(&limits, &mut budget, at(0)).unwrap();
         flow.on_data(64 * 1024).unwrap();
         assert_eq!(flow.on_data(1), Err(Overrun));
     }

@@ -22,12 +22,12 @@ pub struct Limits {
     pub send_budget: usize,
     /// Largest open or answer head. Default 64 KiB.
     pub head_max: u32,
-    /// Resets from the peer of streams it opened itself, per second. Default 50,000.
+    /// Resets and stops from the peer of streams it opened itself, per second. Default 50,000.
     pub resets_per_second: u32,
-    /// Frames per second that ask for work and move nothing: pings, credit that raises nothing, frames for streams that
-    /// have ended. Default 10,000.
+    /// Frames per second that ask for work and move nothing: pings, repeated goaways, credit that raises nothing. Default
+    /// 10,000. Frames for streams that have ended are not counted: an honest peer's cross with the end.
     pub noise_per_second: u32,
-    /// How long the peer may take to send its hello. Default 10 s.
+    /// How long the peer may take to send its hello and to answer the first ping. Default 10 s.
     pub hello_timeout: Duration,
     /// A ping is sent after so long without a byte from the peer. Default 5 s.
     pub ping_idle: Duration,

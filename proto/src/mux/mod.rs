@@ -138,7 +138,7 @@ pub enum CloseReason {
     Violation(Violation),
     /// The peer was silent for too long.
     Dead(Duration),
-    /// The peer's hello did not come in time.
+    /// The peer's hello, or its answer to the first ping, did not come in time.
     HelloTimeout,
     /// The transport ended or failed; the text says how.
     Transport(String),
@@ -183,7 +183,7 @@ impl fmt::Display for CloseReason {
             Self::Dead(silence) => {
                 write!(f, "nothing heard from the peer for {:.1} s", silence.as_secs_f32())
             }
-            Self::HelloTimeout => f.write_str("the peer did not say hello in time"),
+            Self::HelloTimeout => f.write_str("the peer did not say hello and answer a ping in time"),
             Self::Transport(text) => write!(f, "the connection failed: {text}"),
         }
     }
@@ -440,12 +440,11 @@ impl Connection {
         let closed = self.closed().is_some();
         let free = self.limits.send_budget.saturating_sub(self.send_queued);
         let Some(stream) = self.stream(key) else { return Err(WriteError::Closed) };
-        match (stream.send.state, stream.send.stopped) {
+        match (stream.send.state, stream.send.given_up) {
             (_, Some(code)) => return Err(WriteError::Stopped(code)),
-            (SendState::Resetting(code), _) => return Err(WriteError::Stopped(code)),
-            (SendState::Finishing | SendState::Done, _) => return Err(WriteError::Finished),
             (SendState::Open, None) if closed => return Err(WriteError::Closed),
             (SendState::Open, None) => {}
+            (_, None) => return Err(WriteError::Finished),
         }
         let len = stream.send.room(free).min(bytes.len());
         if len == 0 {
@@ -488,6 +487,9 @@ impl Connection {
                 self.enqueue_control(key.slot);
             }
             return Read::Data(bytes);
+        }
+        if !stream.recv.queue.is_empty() {
+            return Read::Data(Bytes::new());
         }
         match stream.recv.state {
             RecvState::Finished => Read::Finished,
@@ -616,7 +618,7 @@ impl Connection {
             Item::Frame(Frame::Open { id, limit }) => self.handle_open(now, id, limit),
             Item::Frame(Frame::Credit { id, limit }) => self.handle_credit(now, id, limit),
             Item::Frame(Frame::Reset { id, code }) => self.handle_reset(now, id, code),
-            Item::Frame(Frame::Stop { id, code }) => self.handle_stop(id, code),
+            Item::Frame(Frame::Stop { id, code }) => self.handle_stop(now, id, code),
             Item::Frame(Frame::Close { code, text }) => {
                 self.end(CloseReason::Peer { code, text });
                 Ok(())
@@ -641,15 +643,17 @@ impl Connection {
         // A stream that ended on the wire may still be held by the application: those count too, or a peer could make
         // this end hold streams without number.
         let held = self.slots.len() - self.free.len() - self.opened_live as usize;
-        if self.accepted_live >= self.limits.streams_max || held >= 2 * self.limits.streams_max as usize {
+        let is_full =
+            self.accepted_live >= self.limits.streams_max || held >= 2 * self.limits.streams_max as usize;
+        let recv = if is_full { None } else { RecvFlow::accepted(&self.limits, &mut self.budget, now) };
+        let Some(recv) = recv else {
             if self.refused.len() >= self.limits.streams_max as usize {
                 return Err(Violation::Limit("streams"));
             }
             self.refused.push_back(id);
             return Ok(());
-        }
+        };
         self.accepted_live += 1;
-        let recv = RecvFlow::accepted(&self.limits, now);
         let key = self.insert(Stream::new(id, limit, recv, false));
         self.events.push_back(Event::Opened(key));
         Ok(())
@@ -714,11 +718,15 @@ impl Connection {
         Ok(())
     }
 
-    fn handle_stop(&mut self, id: StreamId, code: u32) -> Result<(), Violation> {
+    fn handle_stop(&mut self, now: Instant, id: StreamId, code: u32) -> Result<(), Violation> {
+        // With a FIN beside it this ends a stream as fast as a reset does, and the reset is ours.
+        if !self.role.opens(id) && !self.resets.admit(now) {
+            return Err(Violation::Limit("resets"));
+        }
         let Some(key) = self.known(id)? else { return Ok(()) };
         let Some(stream) = self.stream(key) else { return Ok(()) };
         if !stream.send.state.is_done() {
-            stream.send.stopped = Some(code);
+            stream.send.stopped.get_or_insert(code);
             self.reset_slot(key, code);
             if let Some(stream) = Self::find(&mut self.slots, key)
                 && !stream.queued.writable
@@ -733,10 +741,11 @@ impl Connection {
 
     /// Finds the stream a frame is for; `None` if it has ended, an error if it never was.
     fn known(&self, id: StreamId) -> Result<Option<Key>, Violation> {
-        if let Some(&slot) = self.ids.get(&id.0) {
+        // What has not been announced cannot be known: a frame for it is a guess.
+        let was = id.0 <= if self.role.opens(id) { self.last_opened } else { self.last_accepted };
+        if was && let Some(&slot) = self.ids.get(&id.0) {
             return Ok(Some(Key { slot, id }));
         }
-        let was = if self.role.opens(id) { id.0 < self.next_id } else { id.0 <= self.last_accepted };
         if was { Ok(None) } else { Err(Violation::UnknownStream(id.0)) }
     }
 
@@ -749,7 +758,14 @@ impl Connection {
                 self.control.liveness.on_answered();
             }
         }
-        if stream.recv.starved && !stream.queued.readable {
+        self.notify_readable(key);
+    }
+
+    fn notify_readable(&mut self, key: Key) {
+        if let Some(stream) = Self::find(&mut self.slots, key)
+            && stream.recv.starved
+            && !stream.queued.readable
+        {
             stream.recv.starved = false;
             stream.queued.readable = true;
             self.events.push_back(Event::Readable(key));
@@ -935,6 +951,7 @@ impl Connection {
             return;
         }
         self.send_queued -= stream.send.queue.clear();
+        stream.send.given_up = Some(code);
         if stream.open_pending {
             // Nothing of the stream is on the wire, and nothing needs to be.
             stream.open_pending = false;
@@ -945,6 +962,8 @@ impl Connection {
             if !core::mem::replace(&mut stream.recv.heard, true) {
                 self.control.liveness.on_cancelled();
             }
+            // The two halves may be in different hands.
+            self.notify_readable(key);
             // Its entry is skipped when its turn comes; while the transport takes nothing, entries must not pile up.
             if self.opens.len() > 2 * self.slots.len() {
                 let slots = &mut self.slots;
@@ -973,17 +992,21 @@ impl Connection {
     fn settle(&mut self, slot: u32) {
         let Some(Slot { stream: Some(stream), .. }) = self.slots.get(slot as usize) else { return };
         let is_dead = stream.is_dead();
-        if stream.is_closed_on_wire() && self.ids.remove(&stream.id.0).is_some() {
-            if self.role.opens(stream.id) {
-                self.opened_live -= 1;
-            } else {
-                self.accepted_live -= 1;
-            }
+        let id = stream.id;
+        if stream.is_closed_on_wire() && self.uncount(id) {
             self.check_drained();
         }
         if is_dead {
             self.remove(slot);
         }
+    }
+
+    /// Takes a stream out of the live ones; tells whether it was one.
+    fn uncount(&mut self, id: StreamId) -> bool {
+        let was_live = self.ids.remove(&id.0).is_some();
+        let live = if self.role.opens(id) { &mut self.opened_live } else { &mut self.accepted_live };
+        *live -= u32::from(was_live);
+        was_live
     }
 
     fn remove(&mut self, slot: u32) {
@@ -992,6 +1015,7 @@ impl Connection {
         };
         stream.recv.flow.release_all(&mut self.budget);
         self.send_queued -= stream.send.queue.clear();
+        self.uncount(stream.id);
         self.free.push(slot);
     }
 
@@ -1011,6 +1035,7 @@ impl Connection {
         self.opens.clear();
         self.controls.clear();
         self.slots.iter_mut().for_each(|place| (place.scheduled, place.controlled) = (false, false));
+        let mut held = 0;
         for slot in 0..self.slots.len() {
             let Some(stream) = self.slots[slot].stream.as_mut() else { continue };
             self.send_queued -= stream.send.queue.clear();
@@ -1018,10 +1043,12 @@ impl Connection {
                 stream.recv.queue.clear();
                 stream.recv.flow.on_discard(&mut self.budget);
             }
+            held += stream.recv.flow.on_session_end();
             let key = Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), id: stream.id };
             self.events.push_back(Event::Readable(key));
             self.events.push_back(Event::Writable(key));
         }
+        self.budget.shrink_to(held);
         let event = self.control.end(reason);
         self.events.push_back(event);
     }
@@ -1032,7 +1059,7 @@ impl Connection {
     /// If one does not hold. For tests: it looks at every stream.
     pub fn check_invariants(&self) {
         let (mut reserved, mut queued, mut opened, mut accepted, mut waiting) = (0, 0, 0, 0, 0);
-        let set_aside = self.limits.reserved_for_accepted();
+        let set_aside = if self.closed().is_some() { 0 } else { self.limits.reserved_for_accepted() };
         for Slot { stream, scheduled, .. } in &self.slots {
             let Some(stream) = stream else { continue };
             reserved += stream.recv.flow.check(stream.recv.queue.len());

@@ -59,6 +59,8 @@ pub(super) struct SendHalf {
     pub(super) starved: bool,
     /// The peer asked us to stop, with this code.
     pub(super) stopped: Option<u32>,
+    /// This half was reset, with this code, whoever asked for it.
+    pub(super) given_up: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +109,7 @@ impl Stream {
                 flow: SendFlow::new(send_limit),
                 starved: false,
                 stopped: None,
+                given_up: None,
             },
             recv: RecvHalf {
                 state: RecvState::Open,

@@ -138,9 +138,11 @@ impl Liveness {
     /// When the peer counts as dead, if it has been asked and has not answered.
     fn dead_at(&self, limits: &Limits) -> Option<Instant> {
         let asked = self.asked?;
-        let mut at = asked + (limits.dead_idle - limits.ping_idle);
+        // A busy session is asked before it was silent; that must not shorten the silence it may keep.
+        let mut at = asked.max(self.heard + limits.ping_idle) + (limits.dead_idle - limits.ping_idle);
         if self.waiting > 0 {
-            at = at.min(asked.max(self.waiting_since) + (limits.dead_waiting - limits.ping_waiting));
+            let asked = asked.max(self.heard + limits.ping_waiting).max(self.waiting_since);
+            at = at.min(asked + (limits.dead_waiting - limits.ping_waiting));
         }
         Some(at)
     }
@@ -184,6 +186,18 @@ mod tests {
         liveness.probe(at(5.0));
         liveness.on_opened(at(9.0));
         assert_eq!(liveness.deadline(&limits), at(11.0));
+    }
+
+    /// A ping that only measures the round-trip time does not shorten the silence that a peer may keep.
+    #[test]
+    fn an_early_ping_does_not_kill_early() {
+        let limits = Limits::default();
+        let mut liveness = Liveness::new(at(0.0));
+        liveness.on_heard(at(29.9));
+        liveness.probe(at(30.0));
+        assert_eq!(liveness.deadline(&limits), at(41.9));
+        liveness.on_opened(at(30.0));
+        assert_eq!(liveness.deadline(&limits), at(32.9));
     }
 
     #[test]
