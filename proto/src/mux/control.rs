@@ -100,6 +100,13 @@ impl Control {
 
     // ---- Commands ----
 
+    /// Asks the peer for a sign of life, if the session is past its beginning.
+    pub(super) fn probe(&mut self, now: Instant) {
+        if self.phase == Phase::Ready {
+            self.output.ping = Some(self.liveness.probe(now));
+        }
+    }
+
     /// Asks the peer to open nothing new.
     pub(super) fn drain(&mut self, goaway: GoAway) {
         if self.closed().is_none() && self.drain == Drain::None {

@@ -357,6 +357,12 @@ impl Connection {
         self.control.rtt()
     }
 
+    /// When the last byte from the peer arrived.
+    #[must_use]
+    pub const fn last_heard(&self) -> Instant {
+        self.control.liveness.heard()
+    }
+
     /// Streams that are not closed on the wire yet, opened by either end.
     #[must_use]
     pub const fn streams(&self) -> u32 {
@@ -462,6 +468,12 @@ impl Connection {
         self.send_queued += len;
         self.enqueue(key.slot, now);
         Ok(len)
+    }
+
+    /// Asks the peer for a sign of life now, whatever the timers say; [`Self::last_heard`] tells of its answer. Without
+    /// one the peer counts as dead as after any other ping.
+    pub fn probe(&mut self, now: Instant) {
+        self.control.probe(now);
     }
 
     /// Ends our half: the peer reads everything written so far and then the end. Has no effect on a half that ended.
@@ -1056,6 +1068,12 @@ impl Connection {
             self.events.push_back(Event::Writable(key));
         }
         self.budget.shrink_to(held);
+        // What nobody holds would only have waited to say its last word.
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].stream.as_ref().is_some_and(|stream| !stream.in_use) {
+                self.remove(u32::try_from(slot).unwrap_or(u32::MAX));
+            }
+        }
         let event = self.control.end(reason);
         self.events.push_back(event);
     }
