@@ -134,7 +134,7 @@ impl Control {
 
     /// Every stream has ended: completes a drain that the peer has confirmed.
     pub(super) fn on_streams_ended(&mut self) -> Option<Event> {
-        matches!(self.drain, Drain::Confirmed { .. }).then(|| {
+        (self.closed().is_none() && matches!(self.drain, Drain::Confirmed { .. })).then(|| {
             self.drain = Drain::Drained;
             Event::Drained
         })

@@ -1063,6 +1063,7 @@ impl Connection {
                 stream.recv.flow.on_discard(&mut self.budget);
             }
             held += stream.recv.flow.on_session_end();
+            (stream.recv.starved, stream.send.starved) = (false, false);
             let key = Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), id: stream.id };
             self.events.push_back(Event::Readable(key));
             self.events.push_back(Event::Writable(key));
@@ -1116,7 +1117,8 @@ impl Connection {
             assert_eq!(waiting, self.control.liveness.waiting(), "waiting streams add up");
         }
         assert!(self.schedule.len() <= self.slots.len(), "the schedule is bounded");
-        assert!(self.opens.len() <= 2 * self.slots.len() + 1, "the queue of opens is bounded");
+        // Those that wait, and of those that were given up at most twice as many as there are slots.
+        assert!(self.opens.len() <= 3 * self.slots.len(), "the queue of opens is bounded");
     }
 }
 
