@@ -73,7 +73,8 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
 impl Target {
     /// Opens a TLS connection that speaks `version`.
     pub async fn connect(&self, version: Version) -> anyhow::Result<Client> {
-        let tcp = TcpStream::connect(self.address).await.with_context(|| format!("connect to {}", self.address))?;
+        let tcp =
+            TcpStream::connect(self.address).await.with_context(|| format!("connect to {}", self.address))?;
         tcp.set_nodelay(true)?;
         let mut tls = (*self.tls).clone();
         tls.alpn_protocols = match version {

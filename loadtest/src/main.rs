@@ -20,6 +20,15 @@ struct Arguments {
 enum Command {
     /// A fake Kubernetes API server for kubectl and for tests.
     FakeApiserver(FakeApiserver),
+    /// A gateway, an agent and an API server on loopback, and real requests through the tunnel.
+    Demo(Demo),
+}
+
+#[derive(Debug, clap::Args)]
+struct Demo {
+    /// End after the requests, with exit code 0 if they succeeded.
+    #[arg(long)]
+    once: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -49,6 +58,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
     match arguments.command {
         Command::FakeApiserver(options) => runtime.block_on(fake_apiserver(options)),
+        Command::Demo(options) => runtime.block_on(towline_loadtest::demo::run(options.once)),
     }
 }
 

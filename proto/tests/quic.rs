@@ -90,7 +90,7 @@ async fn settled(pair: &Pair) {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    panic!("streams are left: {:?} {:?}", pair.gateway.stats(), pair.agent.stats());
+    unreachable!("streams are left: {:?} {:?}", pair.gateway.stats(), pair.agent.stats());
 }
 
 /// Each half ends by itself, and the bytes arrive.

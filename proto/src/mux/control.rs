@@ -101,6 +101,13 @@ impl Control {
 
     // ---- Commands ----
 
+    /// Asks the peer for a sign of life, if the session is past its beginning.
+    pub(super) fn probe(&mut self, now: Instant) {
+        if self.phase == Phase::Ready {
+            self.output.ping = Some(self.liveness.probe(now));
+        }
+    }
+
     /// Asks the peer to open nothing new.
     pub(super) fn drain(&mut self, goaway: GoAway) {
         if self.closed().is_none() && self.drain == Drain::None {
@@ -129,7 +136,7 @@ impl Control {
     /// Every stream up to `last_accepted` has ended: completes a drain if the peer has confirmed it and opened no other.
     pub(super) fn on_streams_ended(&mut self, last_accepted: u32) -> Option<Event> {
         let Drain::Confirmed { last_opened } = self.drain else { return None };
-        (last_accepted >= last_opened).then(|| {
+        (self.closed().is_none() && last_accepted >= last_opened).then(|| {
             self.drain = Drain::Drained;
             Event::Drained
         })

@@ -173,14 +173,16 @@ impl Ledger {
             return Err(self.end(CloseReason::Violation(Violation::OpenAfterGoAway(id.0))));
         }
         self.last_accepted = self.last_accepted.max(id.0);
-        if self.accepted_live >= self.limits.streams_max {
+        let full = self.accepted_live >= self.limits.streams_max;
+        let recv = if full { None } else { RecvFlow::accepted(&self.limits, &mut self.budget, now) };
+        let Some(recv) = recv else {
             self.check_drained();
             return Ok(false);
-        }
+        };
         self.accepted_live += 1;
         // The stream may overtake the peer's hello, whose credit is then counted from zero and raised when it comes.
         let credit = self.control.peer().map_or(0, |peer| peer.limits.initial_credit_bytes);
-        self.insert(id, credit, RecvFlow::accepted(&self.limits, now));
+        self.insert(id, credit, recv);
         Ok(true)
     }
 
@@ -274,6 +276,17 @@ impl Ledger {
     /// Asks the peer to open nothing new; [`Event::Drained`] follows when it agreed and every stream has ended.
     pub fn drain(&mut self, goaway: GoAway) {
         self.control.drain(goaway);
+    }
+
+    /// Asks the peer for a sign of life now; [`Self::last_heard`] tells of its answer.
+    pub fn probe(&mut self, now: Instant) {
+        self.control.probe(now);
+    }
+
+    /// When the last byte came from the peer.
+    #[must_use]
+    pub const fn last_heard(&self) -> Instant {
+        self.control.liveness.heard()
     }
 
     /// Ends the session: the peer is told why.

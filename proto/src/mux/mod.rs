@@ -359,6 +359,12 @@ impl Connection {
         self.control.rtt()
     }
 
+    /// When the last byte from the peer arrived.
+    #[must_use]
+    pub const fn last_heard(&self) -> Instant {
+        self.control.liveness.heard()
+    }
+
     /// Streams that are not closed on the wire yet, opened by either end.
     #[must_use]
     pub const fn streams(&self) -> u32 {
@@ -455,6 +461,12 @@ impl Connection {
         self.send_queued += len;
         self.enqueue(key.slot, now);
         Ok(len)
+    }
+
+    /// Asks the peer for a sign of life now, whatever the timers say; [`Self::last_heard`] tells of its answer. Without
+    /// one the peer counts as dead as after any other ping.
+    pub fn probe(&mut self, now: Instant) {
+        self.control.probe(now);
     }
 
     /// Ends our half: the peer reads everything written so far and then the end. Has no effect on a half that ended.
@@ -1044,11 +1056,18 @@ impl Connection {
                 stream.recv.flow.on_discard(&mut self.budget);
             }
             held += stream.recv.flow.on_session_end();
+            (stream.recv.starved, stream.send.starved) = (false, false);
             let key = Key { slot: u32::try_from(slot).unwrap_or(u32::MAX), id: stream.id };
             self.events.push_back(Event::Readable(key));
             self.events.push_back(Event::Writable(key));
         }
         self.budget.shrink_to(held);
+        // What nobody holds would only have waited to say its last word.
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].stream.as_ref().is_some_and(|stream| !stream.in_use) {
+                self.remove(u32::try_from(slot).unwrap_or(u32::MAX));
+            }
+        }
         let event = self.control.end(reason);
         self.events.push_back(event);
     }
@@ -1091,7 +1110,8 @@ impl Connection {
             assert_eq!(waiting, self.control.liveness.waiting(), "waiting streams add up");
         }
         assert!(self.schedule.len() <= self.slots.len(), "the schedule is bounded");
-        assert!(self.opens.len() <= 2 * self.slots.len() + 1, "the queue of opens is bounded");
+        // Those that wait, and of those that were given up at most twice as many as there are slots.
+        assert!(self.opens.len() <= 3 * self.slots.len(), "the queue of opens is bounded");
     }
 }
 

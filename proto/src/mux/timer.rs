@@ -55,6 +55,10 @@ impl Liveness {
         self.start
     }
 
+    pub(super) const fn heard(&self) -> Instant {
+        self.heard
+    }
+
     pub(super) const fn waiting(&self) -> u32 {
         self.waiting
     }

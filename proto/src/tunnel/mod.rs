@@ -301,6 +301,23 @@ impl Session {
         }
     }
 
+    /// Asks the peer for a sign of life now. Returns at once; [`Self::silence`] restarts from zero when one arrives.
+    pub fn probe(&self) {
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, now| core.conn.probe(now)),
+            Inner::Quic(shared) => shared.with(|core, now| core.ledger.probe(now)),
+        }
+    }
+
+    /// How long nothing has been heard from the peer.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, now| now.since(core.conn.last_heard())),
+            Inner::Quic(shared) => shared.with(|core, now| now.since(core.ledger.last_heard())),
+        }
+    }
+
     #[must_use]
     pub fn stats(&self) -> SessionStats {
         match &self.inner {
@@ -336,5 +353,48 @@ impl Session {
             (Inner::Quic(ours), Inner::Quic(theirs)) => Arc::ptr_eq(ours, theirs),
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{DuplexStream, duplex};
+    use tokio::task::JoinSet;
+
+    fn session(io: DuplexStream, role: Role) -> (Session, Driver<DuplexStream>) {
+        let (limits, budget) = (Limits::default(), Budget::new(1 << 30));
+        Session::over(io, SessionConfig { role, limits, budget, introduction: Introduction::default() })
+            .unwrap()
+    }
+
+    /// A probe of a peer that lives restarts the silence long before a ping is due; of one that does not, nothing does.
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_tells_the_living_from_the_dead() {
+        let (near, far) = duplex(64 * 1024);
+        let (gateway, gateway_driver) = session(near, Role::Gateway);
+        let (agent, agent_driver) = session(far, Role::Agent);
+        let mut drivers = JoinSet::new();
+        drivers.spawn(gateway_driver.run());
+        let hanging = drivers.spawn(async move {
+            // After 4 s nobody drives it any more, and its connection stays open.
+            let mut run = std::pin::pin!(agent_driver.run());
+            let ended = tokio::time::timeout(Duration::from_secs(4), &mut run).await;
+            if ended.is_err() { std::future::pending().await } else { CloseReason::HelloTimeout }
+        });
+        gateway.ready().await.unwrap();
+        agent.ready().await.unwrap();
+
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert!(gateway.silence() >= Duration::from_secs(3));
+        gateway.probe();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert!(gateway.silence() <= Duration::from_millis(10));
+
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        gateway.probe();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(gateway.silence() >= Duration::from_secs(3));
+        assert!(gateway.closed().is_none() && !hanging.is_finished());
     }
 }

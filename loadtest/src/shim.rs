@@ -1,0 +1,476 @@
+//! What does a bad network do? A relay for TCP and UDP between two loopback addresses with delay, jitter, a bandwidth, loss, a
+//! black hole, a cut and a slow reader; seeded, and changeable while traffic runs.
+//!
+//! It relays TCP at the level of its bytes, so it shows windows, queueing and silence; a lost segment is emulated by the
+//! delay that its retransmission would cost. UDP datagrams are lost for real.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Bytes of a TCP segment, for the emulation of its loss.
+const SEGMENT: usize = 1448;
+/// Bytes read at once.
+const CHUNK: usize = 16 * 1024;
+/// Chunks and datagrams that may be under way in one direction: 64 MiB, or 65,536 datagrams.
+const IN_FLIGHT: usize = 4096;
+const DATAGRAMS: usize = 65_536;
+/// Kernel buffers of the UDP sockets: smaller ones would lose datagrams that the link does not.
+const UDP_BUFFER: usize = 4 << 20;
+/// A UDP peer that was silent for so long is forgotten.
+const UDP_IDLE: Duration = Duration::from_secs(120);
+
+/// What the link does, in each direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Profile {
+    /// One way.
+    pub delay: Duration,
+    /// Added to the delay, evenly from zero to this; TCP stays in order.
+    pub jitter: Duration,
+    /// Bytes per second; `None` = no limit.
+    pub bandwidth: Option<u64>,
+    /// Part of datagrams, or segments, that are lost: 0 to 1.
+    pub loss: f64,
+    /// Nothing passes and nobody is told.
+    pub black_hole: bool,
+    /// Datagrams with a larger payload vanish.
+    pub mtu: Option<usize>,
+}
+
+impl Profile {
+    /// A link with this round-trip time and bandwidth in bits per second.
+    #[must_use]
+    pub fn wan(round_trip: Duration, bits_per_second: u64) -> Self {
+        Self { delay: round_trip / 2, bandwidth: Some(bits_per_second / 8), ..Self::default() }
+    }
+}
+
+/// A running relay. Dropping it ends every connection.
+#[derive(Debug)]
+pub struct Shim {
+    /// Where it listens, on TCP and on UDP.
+    pub address: SocketAddr,
+    profiles: Arc<Profiles>,
+    cut: watch::Sender<u64>,
+    stop: CancellationToken,
+    carried: Arc<AtomicU64>,
+}
+
+/// What is in force for each protocol.
+#[derive(Debug)]
+struct Profiles {
+    tcp: watch::Sender<Profile>,
+    udp: watch::Sender<Profile>,
+}
+
+impl Shim {
+    /// Starts a relay to `to`, on one free port for both protocols.
+    ///
+    /// # Errors
+    /// No such port could be had.
+    pub async fn start(to: SocketAddr, profile: Profile, seed: u64) -> io::Result<Self> {
+        let (tcp, udp) = listen().await?;
+        let address = tcp.local_addr()?;
+        let profiles =
+            Arc::new(Profiles { tcp: watch::Sender::new(profile), udp: watch::Sender::new(profile) });
+        let shim = Self {
+            address,
+            profiles: Arc::clone(&profiles),
+            cut: watch::Sender::new(0),
+            stop: CancellationToken::new(),
+            carried: Arc::default(),
+        };
+        let tasks = TaskTracker::new();
+        let relay = Relay {
+            to,
+            profiles,
+            cut: shim.cut.clone(),
+            stop: shim.stop.clone(),
+            carried: Arc::clone(&shim.carried),
+            random: Arc::new(Mutex::new(Random(seed))),
+            tasks: tasks.clone(),
+        };
+        tasks.spawn(relay.clone().accept(tcp));
+        tasks.spawn(relay.datagrams(udp));
+        tasks.close();
+        Ok(shim)
+    }
+
+    /// Changes the link for both protocols.
+    pub fn set(&self, profile: Profile) {
+        self.set_tcp(profile);
+        self.set_udp(profile);
+    }
+
+    /// Changes the link for TCP.
+    pub fn set_tcp(&self, profile: Profile) {
+        self.profiles.tcp.send_replace(profile);
+    }
+
+    /// Changes the link for UDP.
+    pub fn set_udp(&self, profile: Profile) {
+        self.profiles.udp.send_replace(profile);
+    }
+
+    /// Resets every TCP connection.
+    pub fn cut(&self) {
+        self.cut.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// Bytes carried so far, in both directions.
+    #[must_use]
+    pub fn carried(&self) -> u64 {
+        self.carried.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// One port that is free on both protocols.
+async fn listen() -> io::Result<(TcpListener, UdpSocket)> {
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for _ in 0..20 {
+        let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        match UdpSocket::bind(tcp.local_addr()?).await {
+            Ok(udp) => return Ok((tcp, udp)),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+#[derive(Clone)]
+struct Relay {
+    to: SocketAddr,
+    profiles: Arc<Profiles>,
+    cut: watch::Sender<u64>,
+    stop: CancellationToken,
+    carried: Arc<AtomicU64>,
+    random: Arc<Mutex<Random>>,
+    tasks: TaskTracker,
+}
+
+impl Relay {
+    fn random(&self) -> f64 {
+        self.random.lock().unwrap_or_else(PoisonError::into_inner).unit()
+    }
+
+    // ---- TCP ----
+
+    async fn accept(self, listener: TcpListener) {
+        loop {
+            let accepted = tokio::select! {
+                () = self.stop.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((client, _)) => drop(self.tasks.spawn(self.clone().connection(client))),
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    async fn connection(self, client: TcpStream) {
+        let Ok(server) = TcpStream::connect(self.to).await else { return };
+        for socket in [&client, &server] {
+            drop(socket.set_nodelay(true));
+            // Dropped sockets send RST, so that a cut looks like one.
+            drop(SockRef::from(socket).set_linger(Some(Duration::ZERO)));
+        }
+        let mut cut = self.cut.subscribe();
+        let (client_read, client_write) = client.into_split();
+        let (server_read, server_write) = server.into_split();
+        let both = async {
+            tokio::join!(self.direction(client_read, server_write), self.direction(server_read, client_write))
+        };
+        tokio::select! {
+            _ = both => {}
+            _ = cut.changed() => {}
+            () = self.stop.cancelled() => {}
+        }
+    }
+
+    /// One direction of a connection: a reader that gives each chunk its time of arrival, a writer that waits for it.
+    async fn direction(&self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
+        let (queue, mut arrivals) = mpsc::channel::<(Instant, Vec<u8>)>(IN_FLIGHT);
+        let read = async {
+            let mut line = Line::default();
+            let mut profile = self.profiles.tcp.subscribe();
+            loop {
+                let mut chunk = vec![0; CHUNK];
+                let n = match from.read(&mut chunk).await {
+                    Ok(0) | Err(_) => return,
+                    Ok(n) => n,
+                };
+                chunk.truncate(n);
+                // A black hole keeps what it swallowed, as retransmission would bring it once the hole is gone.
+                if profile.wait_for(|profile| !profile.black_hole).await.is_err() {
+                    return;
+                }
+                let profile = *profile.borrow();
+                let lost = (0..n.div_ceil(SEGMENT)).filter(|_| self.random() < profile.loss).count();
+                let again = profile.delay * 2 * u32::try_from(lost.min(1)).unwrap_or(1);
+                let at = line.arrival(&profile, n, self.random(), again);
+                if queue.send((at, chunk)).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let write = async {
+            while let Some((at, chunk)) = arrivals.recv().await {
+                tokio::time::sleep_until(at).await;
+                if to.write_all(&chunk).await.is_err() {
+                    return;
+                }
+                self.carried.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+            }
+            drop(to.shutdown().await);
+        };
+        let read = async {
+            read.await;
+            drop(queue);
+        };
+        tokio::join!(read, write);
+    }
+
+    // ---- UDP ----
+
+    /// Each client gets a socket of its own towards the server.
+    async fn datagrams(self, listener: UdpSocket) {
+        let listener = Arc::new(listener);
+        enlarge(&listener);
+        let mut clients: HashMap<SocketAddr, mpsc::Sender<Vec<u8>>> = HashMap::new();
+        let mut buffer = vec![0; 65_536];
+        loop {
+            let (n, client) = tokio::select! {
+                () = self.stop.cancelled() => return,
+                received = listener.recv_from(&mut buffer) => match received {
+                    Ok(received) => received,
+                    Err(_) => continue,
+                },
+            };
+            clients.retain(|_, queue| !queue.is_closed());
+            let queue = clients.entry(client).or_insert_with(|| {
+                let (queue, datagrams) = mpsc::channel(DATAGRAMS);
+                self.tasks.spawn(self.clone().udp_client(Arc::clone(&listener), client, datagrams));
+                queue
+            });
+            // A full queue is a full router: the datagram is lost.
+            drop(queue.try_send(buffer[..n].to_vec()));
+        }
+    }
+
+    async fn udp_client(self, listener: Arc<UdpSocket>, client: SocketAddr, mut up: mpsc::Receiver<Vec<u8>>) {
+        let Ok(server) = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await else { return };
+        enlarge(&server);
+        if server.connect(self.to).await.is_err() {
+            return;
+        }
+        let server = Arc::new(server);
+        let (to_server, up_arrivals) = mpsc::channel(DATAGRAMS);
+        let (to_client, down_arrivals) = mpsc::channel(DATAGRAMS);
+        let upward = async {
+            let mut line = Line::default();
+            loop {
+                match tokio::time::timeout(UDP_IDLE, up.recv()).await {
+                    Ok(Some(datagram)) => self.send_datagram(&mut line, datagram, &to_server),
+                    Ok(None) | Err(_) => return,
+                }
+            }
+        };
+        let downward = async {
+            let mut line = Line::default();
+            let mut buffer = vec![0; 65_536];
+            loop {
+                // An ICMP error of an earlier send shows up here; it is none of the relay's business.
+                if let Ok(n) = server.recv(&mut buffer).await {
+                    self.send_datagram(&mut line, buffer[..n].to_vec(), &to_client);
+                }
+            }
+        };
+        let deliver_up = deliver(up_arrivals, async |datagram: &[u8]| drop(server.send(datagram).await));
+        let deliver_down =
+            deliver(down_arrivals, async |datagram: &[u8]| drop(listener.send_to(datagram, client).await));
+        tokio::select! {
+            () = upward => {}
+            () = downward => {}
+            () = deliver_up => {}
+            () = deliver_down => {}
+            () = self.stop.cancelled() => {}
+        }
+    }
+
+    /// Puts one datagram on the line, or loses it.
+    fn send_datagram(&self, line: &mut Line, datagram: Vec<u8>, queue: &mpsc::Sender<(Instant, Vec<u8>)>) {
+        let profile = *self.profiles.udp.borrow();
+        let too_large = profile.mtu.is_some_and(|mtu| datagram.len() > mtu);
+        if profile.black_hole || too_large || self.random() < profile.loss {
+            return;
+        }
+        self.carried.fetch_add(datagram.len() as u64, Ordering::Relaxed);
+        let at = line.arrival(&profile, datagram.len(), self.random(), Duration::ZERO);
+        drop(queue.try_send((at, datagram)));
+    }
+}
+
+/// Hands each datagram over at its time.
+async fn deliver(mut arrivals: mpsc::Receiver<(Instant, Vec<u8>)>, mut send: impl AsyncFnMut(&[u8])) {
+    while let Some((at, datagram)) = arrivals.recv().await {
+        tokio::time::sleep_until(at).await;
+        send(&datagram).await;
+    }
+}
+
+fn enlarge(socket: &UdpSocket) {
+    let socket = SockRef::from(socket);
+    drop(socket.set_recv_buffer_size(UDP_BUFFER));
+    drop(socket.set_send_buffer_size(UDP_BUFFER));
+}
+
+/// The state of one direction of a link: when the line is free again, and the last arrival.
+#[derive(Default)]
+struct Line {
+    free_at: Option<Instant>,
+    last: Option<Instant>,
+}
+
+impl Line {
+    /// When `bytes` that are sent now arrive; never before what was sent earlier.
+    fn arrival(&mut self, profile: &Profile, bytes: usize, random: f64, extra: Duration) -> Instant {
+        let now = Instant::now();
+        let start = self.free_at.map_or(now, |free| free.max(now));
+        let sending = profile.bandwidth.map_or(Duration::ZERO, |bandwidth| {
+            Duration::from_nanos((bytes as u64).saturating_mul(1_000_000_000) / bandwidth.max(1))
+        });
+        self.free_at = Some(start + sending);
+        let at = start + sending + profile.delay + profile.jitter.mul_f64(random) + extra;
+        let at = self.last.map_or(at, |last| last.max(at));
+        self.last = Some(at);
+        at
+    }
+}
+
+/// splitmix64: small, and the same everywhere.
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    /// From 0 to below 1.
+    fn unit(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+        #[expect(clippy::cast_precision_loss, reason = "53 bits fit exactly")]
+        let unit = (z >> 11) as f64 / (1u64 << 53) as f64;
+        unit
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn echo() -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let udp = UdpSocket::bind(address).await.unwrap();
+        let tasks = TaskTracker::new();
+        tasks.spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let (mut read, mut write) = socket.split();
+                drop(tokio::io::copy(&mut read, &mut write).await);
+            }
+        });
+        tasks.spawn(async move {
+            let mut buffer = vec![0; 2048];
+            while let Ok((n, from)) = udp.recv_from(&mut buffer).await {
+                udp.send_to(&buffer[..n], from).await.unwrap();
+            }
+        });
+        address
+    }
+
+    /// A round trip takes at least the delay both ways, on both protocols.
+    #[tokio::test]
+    async fn the_delay_is_kept() {
+        let profile = Profile { delay: Duration::from_millis(20), ..Profile::default() };
+        let shim = Shim::start(echo().await, profile, 1).await.unwrap();
+        let mut tcp = TcpStream::connect(shim.address).await.unwrap();
+        let started = Instant::now();
+        tcp.write_all(b"ping").await.unwrap();
+        let mut answer = [0; 4];
+        tcp.read_exact(&mut answer).await.unwrap();
+        assert!(started.elapsed() >= Duration::from_millis(40));
+
+        let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        udp.connect(shim.address).await.unwrap();
+        let started = Instant::now();
+        udp.send(b"ping").await.unwrap();
+        assert_eq!(udp.recv(&mut answer).await.unwrap(), 4);
+        assert!(started.elapsed() >= Duration::from_millis(40));
+        assert_eq!(shim.carried(), 16);
+    }
+
+    /// A black hole is silence; afterwards TCP goes on where it was, and lost datagrams stay lost.
+    #[tokio::test]
+    async fn a_black_hole_is_silence() {
+        let shim = Shim::start(echo().await, Profile::default(), 1).await.unwrap();
+        let mut tcp = TcpStream::connect(shim.address).await.unwrap();
+        let udp = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        udp.connect(shim.address).await.unwrap();
+        shim.set(Profile { black_hole: true, ..Profile::default() });
+        tcp.write_all(b"lost?").await.unwrap();
+        udp.send(b"lost").await.unwrap();
+        let mut answer = [0; 5];
+        let silence = tokio::time::timeout(Duration::from_millis(100), tcp.read_exact(&mut answer)).await;
+        assert!(silence.is_err());
+        shim.set(Profile::default());
+        tcp.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"lost?");
+        udp.send(b"found").await.unwrap();
+        assert_eq!(udp.recv(&mut answer).await.unwrap(), 5);
+        assert_eq!(&answer, b"found");
+    }
+
+    /// A cut is a reset on both sides.
+    #[tokio::test]
+    async fn a_cut_is_a_reset() {
+        let shim = Shim::start(echo().await, Profile::default(), 1).await.unwrap();
+        let mut tcp = TcpStream::connect(shim.address).await.unwrap();
+        tcp.write_all(b"x").await.unwrap();
+        tcp.read_exact(&mut [0]).await.unwrap();
+        shim.cut();
+        let end = tcp.read(&mut [0]).await;
+        assert!(matches!(&end, Err(error) if error.kind() == io::ErrorKind::ConnectionReset), "{end:?}");
+    }
+
+    /// The same seed loses the same datagrams.
+    #[test]
+    fn randomness_is_seeded() {
+        let draw = |seed| {
+            (0..1000).map(|_| 0).scan(Random(seed), |random, _| Some(random.unit())).collect::<Vec<f64>>()
+        };
+        assert_eq!(draw(7), draw(7));
+        assert_ne!(draw(7), draw(8));
+        let lost = draw(7).into_iter().filter(|&unit| unit < 0.1).count();
+        assert!((60..140).contains(&lost), "{lost}");
+    }
+}
