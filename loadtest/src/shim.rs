@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -186,30 +186,35 @@ impl Relay {
         }
     }
 
-    async fn connection(self, client: TcpStream) {
-        let Ok(server) = TcpStream::connect(self.to).await else { return };
+    async fn connection(self, mut client: TcpStream) {
+        let Ok(mut server) = TcpStream::connect(self.to).await else { return };
         for socket in [&client, &server] {
             drop(socket.set_nodelay(true));
-            // Dropped sockets send RST, so that a cut looks like one.
-            drop(SockRef::from(socket).set_linger(Some(Duration::ZERO)));
         }
         let mut cut = self.cut.subscribe();
-        let (client_read, client_write) = client.into_split();
-        let (server_read, server_write) = server.into_split();
-        let both = async {
-            tokio::join!(self.direction(client_read, server_write), self.direction(server_read, client_write))
+        let was_cut = {
+            let (client_read, client_write) = client.split();
+            let (server_read, server_write) = server.split();
+            let up = self.direction(client_read, server_write);
+            let down = self.direction(server_read, client_write);
+            tokio::select! {
+                _ = async { tokio::join!(up, down) } => false,
+                _ = cut.changed() => true,
+                () = self.stop.cancelled() => true,
+            }
         };
-        tokio::select! {
-            _ = both => {}
-            _ = cut.changed() => {}
-            () = self.stop.cancelled() => {}
+        if was_cut {
+            // Sockets that are closed without lingering send RST.
+            drop(SockRef::from(&client).set_linger(Some(Duration::ZERO)));
+            drop(SockRef::from(&server).set_linger(Some(Duration::ZERO)));
         }
     }
 
     /// One direction of a connection: a reader that gives each chunk its time of arrival, a writer that waits for it.
-    async fn direction(&self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
+    async fn direction(&self, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>) {
         let (queue, mut arrivals) = mpsc::channel::<(Instant, Vec<u8>)>(IN_FLIGHT);
-        let read = async {
+        // Owns the queue: its end is the writer's.
+        let read = async move {
             let mut line = Line::default();
             let mut profile = self.profiles.tcp.subscribe();
             loop {
@@ -241,10 +246,6 @@ impl Relay {
                 self.carried.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             }
             drop(to.shutdown().await);
-        };
-        let read = async {
-            read.await;
-            drop(queue);
         };
         tokio::join!(read, write);
     }
@@ -304,9 +305,8 @@ impl Relay {
                 }
             }
         };
-        let deliver_up = deliver(up_arrivals, async |datagram: &[u8]| drop(server.send(datagram).await));
-        let deliver_down =
-            deliver(down_arrivals, async |datagram: &[u8]| drop(listener.send_to(datagram, client).await));
+        let deliver_up = deliver(up_arrivals, Arc::clone(&server), None);
+        let deliver_down = deliver(down_arrivals, listener, Some(client));
         tokio::select! {
             () = upward => {}
             () = downward => {}
@@ -329,11 +329,18 @@ impl Relay {
     }
 }
 
-/// Hands each datagram over at its time.
-async fn deliver(mut arrivals: mpsc::Receiver<(Instant, Vec<u8>)>, mut send: impl AsyncFnMut(&[u8])) {
+/// Sends each datagram at its time, to `to` or to whom the socket is connected. What cannot be sent is lost.
+async fn deliver(
+    mut arrivals: mpsc::Receiver<(Instant, Vec<u8>)>,
+    socket: Arc<UdpSocket>,
+    to: Option<SocketAddr>,
+) {
     while let Some((at, datagram)) = arrivals.recv().await {
         tokio::time::sleep_until(at).await;
-        send(&datagram).await;
+        match to {
+            Some(to) => drop(socket.send_to(&datagram, to).await),
+            None => drop(socket.send(&datagram).await),
+        }
     }
 }
 
