@@ -332,7 +332,7 @@ impl GatewayConfig {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let (parsed, notes) = units::noting(|| serde_saphyr::from_str::<Self>(text));
         for note in notes {
-            let key = check::key_at(text, note.line);
+            let key = check::key_at(text, note.line, note.column);
             problems.push(format!("{origin}:{}:{}: {key}: {}", note.line, note.column, note.text));
         }
         match parsed {

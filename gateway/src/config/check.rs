@@ -152,12 +152,16 @@ impl Problems {
     }
 }
 
-/// The key on this line of the file.
-pub(super) fn key_at(text: &str, line: u64) -> String {
-    let index = usize::try_from(line).unwrap_or(usize::MAX).saturating_sub(1);
-    let content = text.lines().nth(index).unwrap_or_default();
-    let key = content.split(':').next().unwrap_or_default().trim().trim_start_matches("- ");
-    key.chars().filter(|c| !c.is_control()).take(64).collect()
+/// The key whose value stands at this place of the file, or that stands there itself.
+pub(super) fn key_at(text: &str, line: u64, column: u64) -> String {
+    let index = |number: u64| usize::try_from(number).unwrap_or(usize::MAX).saturating_sub(1);
+    let content = text.lines().nth(index(line)).unwrap_or_default();
+    let before: String = content.chars().take(index(column)).collect();
+    let key = match before.rsplit_once(':') {
+        Some((key, _)) => key.rsplit(['{', ',', '[', ' ']).next().unwrap_or_default(),
+        None => content.split(':').next().unwrap_or_default().trim_start_matches(['-', ' ', '{']),
+    };
+    key.trim().chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
 /// A mistake of structure, such as an unknown key, in one line.
@@ -166,7 +170,7 @@ pub(super) fn structural(error: &serde_saphyr::Error, text: &str, origin: &str) 
     let message: String = message.lines().collect::<Vec<_>>().join(" ");
     match error.location().filter(|location| location.line() > 0) {
         Some(location) => {
-            let key = key_at(text, location.line());
+            let key = key_at(text, location.line(), location.column());
             format!("{origin}:{}:{}: {key}: {message}", location.line(), location.column())
         }
         None => format!("{origin}: {message}"),
@@ -219,15 +223,15 @@ drain:
     fn every_mistake_is_named_with_its_place() {
         let bad = GOOD
             .replace("deadline: 1m", "deadline: 10 parsecs")
-            .replace("headerBytes: 32KiB", "headerBytes: lots")
+            .replace("headerBytes: 32KiB", "replayBytes: lots")
             .replace("10.0.0.0/8", "10.0.0.0/99")
             .replace("name: prod", "name: PROD")
             .replace("groups: [ops]", "groups: []");
         let problems = problems(&bad);
         assert_eq!(problems.len(), 5, "{problems:#?}");
         assert!(problems.iter().any(|p| p.starts_with("gw.yaml:19:13: deadline: ")), "{problems:#?}");
-        assert!(problems.iter().any(|p| p.starts_with("gw.yaml:17:16: headerBytes: ")), "{problems:#?}");
-        assert!(problems.iter().any(|p| p.contains("\"PROD\" is no cluster name")), "{problems:#?}");
+        assert!(problems.iter().any(|p| p.starts_with("gw.yaml:17:16: replayBytes: ")), "{problems:#?}");
+        assert!(problems.iter().any(|p| p.starts_with("gw.yaml:12:13: name: \"PROD\" is no cluster name")), "{problems:#?}");
         assert!(problems.iter().any(|p| p.contains("access[0]: names neither")), "{problems:#?}");
     }
 

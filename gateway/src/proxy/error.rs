@@ -456,7 +456,7 @@ mod tests {
         let (head, status) = render(ProxyError::NotConnected { cluster: "prod".to_owned(), presence }).await;
         assert_eq!(head.status(), 503);
         assert!(!head.headers().contains_key("retry-after"));
-        let message = "towline: cluster \"prod\" is not connected: last seen 4m12s ago — check the towline-agent in that cluster and its log";
+        let message = "towline: cluster \"prod\" is not connected: last seen 4m 12s ago — check the towline-agent in that cluster and its log";
         let expected = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
             "message": message, "reason": "ServiceUnavailable", "code": 503,
@@ -468,7 +468,7 @@ mod tests {
         assert_eq!(status, expected);
         assert_eq!(
             head.headers()["warning"],
-            "299 towline \"towline: cluster \\\"prod\\\" is not connected: last seen 4m12s ago; check the towline-agent in that cluster and its log\""
+            "299 towline \"towline: cluster \\\"prod\\\" is not connected: last seen 4m 12s ago; check the towline-agent in that cluster and its log\""
         );
     }
 
