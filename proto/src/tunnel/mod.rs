@@ -148,7 +148,7 @@ impl Session {
                 if let Some(reason) = core.conn.closed() {
                     return Poll::Ready(Err(reason.clone()));
                 }
-                core.accept_waker = Some(cx.waker().clone());
+                core.park_accept(cx);
                 Poll::Pending
             })
         })
