@@ -18,6 +18,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Duration, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::links::Links;
@@ -94,19 +95,24 @@ fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     response
 }
 
-/// Answers until it is dropped; its connections are tasks of `tracker`.
-pub(crate) async fn serve(admin: Arc<Admin>, listener: TcpListener, tracker: TaskTracker) {
+/// Answers until it is dropped; its connections are tasks of `tracker` and end with `stop`.
+pub(crate) async fn serve(
+    admin: Arc<Admin>,
+    listener: TcpListener,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+) {
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let admin = Arc::clone(&admin);
-                tracker.spawn(async move {
+                tracker.spawn(stop.clone().run_until_cancelled_owned(async move {
                     // A connection is one scrape or probe: none is worth more than this.
                     drop(timeout(CONNECTION_TIMEOUT, connection(admin, stream)).await);
                     drop(permit);
-                });
+                }));
             }
             Err(error) => {
                 // Out of file descriptors, in general: they do not come back by asking at once.

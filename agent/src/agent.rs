@@ -65,17 +65,19 @@ pub struct Agent {
 /// # Errors
 /// What is wrong with them.
 pub async fn check(config: &AgentConfig) -> Result<(), StartError> {
-    open(config, Metrics::new(), TaskTracker::new()).await.map(|_| ())
+    open(config, Metrics::new(), TaskTracker::new(), CancellationToken::new()).await.map(|_| ())
 }
 
 async fn open(
     config: &AgentConfig,
     metrics: Metrics,
     tracker: TaskTracker,
+    stop: CancellationToken,
 ) -> Result<(Live, live::Files), StartError> {
     let resources = Resources {
         metrics,
         tracker: tracker.clone(),
+        stop,
         connections: Arc::new(Semaphore::new(config.limits.upstream_connections as usize)),
         connections_max: config.limits.upstream_connections,
         timeouts: config.timeouts,
@@ -94,7 +96,7 @@ impl Agent {
         let metrics = Metrics::new();
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();
-        let (live, files) = open(&config, metrics.clone(), tracker.clone()).await?;
+        let (live, files) = open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
         let live = Arc::new(live);
         let refused = |cause| StartError::Admin { address: config.admin_address, cause };
         let listener = TcpListener::bind(config.admin_address).await.map_err(refused)?;
@@ -116,10 +118,11 @@ impl Agent {
             stop,
             drain_deadline: config.drain_deadline,
         };
-        agent.spawn(admin::serve(admin, listener, tracker.clone()));
+        agent.spawn(admin::serve(admin, listener, tracker.clone(), agent.stop.clone()));
         agent.spawn(live::watch(Arc::clone(&live), files, metrics.clone(), tracker));
         agent.spawn(look(links.clone(), LOOK_INTERVAL));
-        agent.spawn(reap(Arc::clone(&live)));
+        let shortest = config.timeouts.upstream_idle.min(config.timeouts.upstream_age);
+        agent.spawn(reap(Arc::clone(&live), (shortest / 4).min(REAP_INTERVAL)));
         agent.keep_sessions(&config, &metrics)?;
         Ok(agent)
     }
@@ -265,8 +268,8 @@ async fn look(links: Links, period: Duration) {
     }
 }
 
-async fn reap(live: Arc<Live>) {
-    let mut ticks = interval(REAP_INTERVAL);
+async fn reap(live: Arc<Live>, period: Duration) {
+    let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;

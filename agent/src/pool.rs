@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use thiserror::Error;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Duration, Instant, timeout};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::DropGuard;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 
 use crate::connect::ConnectError;
@@ -156,7 +156,7 @@ impl Upstream {
             .max_header_size(self.resources.head_max)
             .handshake(TokioIo::new(io))
             .await?;
-        let token = CancellationToken::new();
+        let token = self.resources.stop.child_token();
         let run = token.clone().run_until_cancelled_owned(connection.with_upgrades());
         // An error of the connection is an error of the exchange that runs on it, which learns it first.
         self.resources.tracker.spawn(async move { drop(run.await) });

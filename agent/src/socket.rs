@@ -5,8 +5,8 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
@@ -20,25 +20,24 @@ use tokio_rustls::client::TlsStream;
 /// before it stopped listening. What is written from then on is dropped, and the reading side tells how it ends.
 #[derive(Debug)]
 pub(crate) struct Tcp {
-    shared: Arc<Shared>,
+    stream: Arc<TcpStream>,
+    written: Arc<AtomicU64>,
     deaf: bool,
 }
 
-/// A look at a connection.
+/// A look at a connection. It does not keep the connection open.
 #[derive(Clone, Debug)]
-pub(crate) struct Probe(Arc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
-    stream: TcpStream,
-    written: AtomicU64,
+pub(crate) struct Probe {
+    stream: Weak<TcpStream>,
+    written: Arc<AtomicU64>,
 }
 
 impl Probe {
     /// Whether an idle connection has something to say, or is closed: either way no request may be sent on it.
     pub(crate) fn is_stale(&self) -> bool {
+        let Some(stream) = self.stream.upgrade() else { return true };
         let mut byte = [MaybeUninit::uninit()];
-        match SockRef::from(&self.0.stream).peek(&mut byte) {
+        match SockRef::from(&*stream).peek(&mut byte) {
             Err(error) => error.kind() != io::ErrorKind::WouldBlock,
             Ok(_) => true,
         }
@@ -46,17 +45,17 @@ impl Probe {
 
     /// Bytes that the kernel took, ever, TLS included.
     pub(crate) fn written(&self) -> u64 {
-        self.0.written.load(Ordering::Relaxed)
+        self.written.load(Ordering::Relaxed)
     }
 }
 
 impl Tcp {
     pub(crate) fn new(stream: TcpStream) -> Self {
-        Self { shared: Arc::new(Shared { stream, written: AtomicU64::new(0) }), deaf: false }
+        Self { stream: Arc::new(stream), written: Arc::default(), deaf: false }
     }
 
     pub(crate) fn probe(&self) -> Probe {
-        Probe(Arc::clone(&self.shared))
+        Probe { stream: Arc::downgrade(&self.stream), written: Arc::clone(&self.written) }
     }
 
     fn poll_write_with(
@@ -65,12 +64,12 @@ impl Tcp {
         length: usize,
         write: impl Fn(&TcpStream) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
-        let stream = &self.shared.stream;
+        let stream = &*self.stream;
         while !self.deaf {
             ready!(stream.poll_write_ready(cx))?;
             match write(stream) {
                 Ok(written) => {
-                    self.shared.written.fetch_add(written as u64, Ordering::Relaxed);
+                    self.written.fetch_add(written as u64, Ordering::Relaxed);
                     return Poll::Ready(Ok(written));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -88,7 +87,7 @@ impl Tcp {
 
 impl AsyncRead for Tcp {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let stream = &self.shared.stream;
+        let stream = &*self.stream;
         loop {
             ready!(stream.poll_read_ready(cx))?;
             match stream.try_read_buf(buf) {
@@ -123,7 +122,7 @@ impl AsyncWrite for Tcp {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match SockRef::from(&self.shared.stream).shutdown(Shutdown::Write) {
+        match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
             result => Poll::Ready(result),
         }
@@ -213,7 +212,7 @@ mod tests {
         let probe = tcp.probe();
         assert!(!probe.is_stale());
         peer.write_all(b"x").await.unwrap();
-        tcp.shared.stream.readable().await.unwrap();
+        tcp.stream.readable().await.unwrap();
         assert!(probe.is_stale());
         let mut byte = [0];
         tcp.read_exact(&mut byte).await.unwrap();
@@ -232,7 +231,7 @@ mod tests {
         peer.set_zero_linger().unwrap();
         tcp.write_all(b"request").await.unwrap();
         assert_eq!(tcp.probe().written(), 7);
-        tcp.shared.stream.readable().await.unwrap();
+        tcp.stream.readable().await.unwrap();
         drop(peer);
         for _ in 0..100 {
             tcp.write_all(&[0; 1024]).await.unwrap();

@@ -185,3 +185,211 @@ const RECONNECT_AFTER_MAX: Duration = Duration::from_secs(60);
 const DRAIN_GRACE: Duration = Duration::from_secs(5);
 /// Within this, the sessions of one agent are replaced after a change of certificate.
 const ROTATE_SPREAD: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::{Arc, Mutex};
+
+    use tokio::io::duplex;
+    use tokio::sync::mpsc;
+    use tokio::task::JoinSet;
+    use towline_proto::mux::{Budget, Introduction, Limits, Role};
+    use towline_proto::tunnel::SessionConfig;
+
+    use super::*;
+
+    /// What the next attempts meet, and what became of them. Time is virtual.
+    struct World {
+        script: Mutex<VecDeque<bool>>,
+        dialled: Mutex<Vec<(Duration, String)>>,
+        began: Instant,
+        tasks: Mutex<JoinSet<CloseReason>>,
+        gateways: mpsc::Sender<Session>,
+        stalled: watch::Sender<()>,
+    }
+
+    impl World {
+        /// Freezes the gateways that there are.
+        async fn stall(&self) {
+            self.stalled.send_replace(());
+            tokio::task::yield_now().await;
+        }
+
+        async fn connect(self: Arc<Self>, address: Address) -> Result<Session, DialError> {
+            self.dialled.lock().unwrap().push((self.began.elapsed(), address.to_string()));
+            if !self.script.lock().unwrap().pop_front().unwrap_or(true) {
+                return Err(DialError::for_test(&address));
+            }
+            let (ours, theirs) = duplex(1 << 16);
+            let session = |role| SessionConfig {
+                role,
+                limits: Limits::default(),
+                budget: Budget::new(1 << 30),
+                introduction: Introduction::default(),
+            };
+            let (agent, driver) = Session::over(ours, session(Role::Agent)).unwrap();
+            self.tasks.lock().unwrap().spawn(driver.run());
+            let (gateway, driver) = Session::over(theirs, session(Role::Gateway)).unwrap();
+            let mut stalled = self.stalled.subscribe();
+            self.tasks.lock().unwrap().spawn(async move {
+                let mut running = Box::pin(driver.run());
+                tokio::select! {
+                    reason = &mut running => reason,
+                    // From now on nobody reads or writes, and the connection stays open.
+                    _ = stalled.changed() => std::future::pending().await,
+                }
+            });
+            agent.ready().await.unwrap();
+            self.gateways.send(gateway).await.unwrap();
+            Ok(agent)
+        }
+
+        fn waits(&self) -> Vec<(u128, String)> {
+            let dialled = self.dialled.lock().unwrap();
+            dialled.iter().map(|(at, address)| (at.as_millis(), address.clone())).collect()
+        }
+    }
+
+    struct Run {
+        world: Arc<World>,
+        gateways: mpsc::Receiver<Session>,
+        begun: mpsc::Receiver<Begin>,
+        identity: watch::Sender<u64>,
+        _slot: JoinSet<()>,
+    }
+
+    impl Run {
+        fn start(addresses: &[&str], script: &[bool]) -> Self {
+            let (sender, gateways) = mpsc::channel(100);
+            let (begin, begun) = mpsc::channel(100);
+            let identity = watch::Sender::new(0);
+            let world = Arc::new(World {
+                script: Mutex::new(script.iter().copied().collect()),
+                dialled: Mutex::default(),
+                began: Instant::now(),
+                tasks: Mutex::default(),
+                gateways: sender,
+                stalled: watch::Sender::new(()),
+            });
+            let slot = Slot {
+                number: 0,
+                addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+                backoff: Backoff::new(Duration::from_millis(250), Duration::from_secs(30), || 1.0),
+                metrics: Metrics::new(),
+                identity: identity.subscribe(),
+                start: move |event| assert!(begin.try_send(event).is_ok()),
+                drain: Duration::from_secs(20),
+            };
+            let mut tasks = JoinSet::new();
+            let connector = Arc::clone(&world);
+            tasks.spawn(slot.keep(move |address| Arc::clone(&connector).connect(address)));
+            Self { world, gateways, begun, identity, _slot: tasks }
+        }
+
+        async fn served(&mut self) -> (Session, Session) {
+            let gateway = self.gateways.recv().await.unwrap();
+            match self.begun.recv().await.unwrap() {
+                Begin::Serve(session, _) => (gateway, session),
+                Begin::Retire(_) => panic!("no session was to be retired"),
+            }
+        }
+
+        async fn retired(&mut self) -> Retired {
+            match self.begun.recv().await.unwrap() {
+                Begin::Retire(retired) => retired,
+                Begin::Serve(..) => panic!("no session was to be served"),
+            }
+        }
+    }
+
+    fn at(times: &[u128], addresses: &[&str]) -> Vec<(u128, String)> {
+        times.iter().zip(addresses.iter().cycle()).map(|(at, address)| (*at, (*address).to_owned())).collect()
+    }
+
+    /// Every address is tried before there is a wait, and waits grow.
+    #[tokio::test(start_paused = true)]
+    async fn rounds_of_attempts_are_backed_off() {
+        let addresses = ["a:1", "b:1"];
+        let mut run = Run::start(&addresses, &[false; 6]);
+        run.served().await;
+        assert_eq!(run.world.waits(), at(&[0, 0, 500, 500, 1500, 1500, 3500], &addresses));
+    }
+
+    /// A session that ends at once does not reset the back-off; one that lived does.
+    #[tokio::test(start_paused = true)]
+    async fn only_a_long_life_counts_as_success() {
+        let mut run = Run::start(&["a:1"], &[]);
+        for _ in 0..3 {
+            run.served().await.0.close(Code::Internal, "no");
+        }
+        let (gateway, _session) = run.served().await;
+        let times: Vec<u128> = run.world.waits().iter().map(|(at, _)| *at).collect();
+        assert_eq!(times, [0, 500, 1500, 3500]);
+        sleep(Duration::from_secs(61)).await;
+        gateway.close(Code::Internal, "no");
+        let before = Instant::now();
+        run.served().await;
+        assert_eq!(before.elapsed(), Duration::from_millis(500));
+    }
+
+    /// A half-open connection is found by the mux within 12 s; nobody has to say that it ended.
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_gateway_is_left() {
+        let mut run = Run::start(&["a:1"], &[]);
+        let (_gateway, _session) = run.served().await;
+        run.world.stall().await;
+        let before = Instant::now();
+        let (_gateway, next) = run.served().await;
+        assert!(next.is_open());
+        assert!(before.elapsed() <= Duration::from_millis(12_500), "{:?}", before.elapsed());
+    }
+
+    /// GoAway: the new session stands while the old one still serves.
+    #[tokio::test(start_paused = true)]
+    async fn a_draining_gateway_is_replaced_before_it_ends() {
+        let mut run = Run::start(&["a:1", "b:1"], &[true, false, true]);
+        let (gateway, old) = run.served().await;
+        sleep(Duration::from_secs(100)).await;
+        let before = Instant::now();
+        gateway.drain(GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 700, drain_ms: 9000 });
+        let retired = run.retired().await;
+        assert!(!retired.ask && retired.deadline == Duration::from_secs(14));
+        let (_other, new) = run.served().await;
+        // The other address failed once, then this one was tried.
+        assert_eq!(before.elapsed(), Duration::from_millis(700));
+        assert!(new.is_open() && old.closed().is_none());
+        let finish = retired.finish();
+        gateway.close(Code::Draining, "drained");
+        finish.await;
+        assert!(old.closed().is_some());
+    }
+
+    /// A new certificate: the old session is asked to drain once the new one stands.
+    #[tokio::test(start_paused = true)]
+    async fn an_outdated_session_is_replaced() {
+        let mut run = Run::start(&["a:1"], &[true, false, true]);
+        let (gateway, old) = run.served().await;
+        run.identity.send_modify(|count| *count += 1);
+        let (_other, new) = run.served().await;
+        assert!(new.is_open() && old.is_open());
+        let retired = run.retired().await;
+        assert!(retired.ask && retired.session.is_same(&old));
+        retired.finish().await;
+        assert!(old.closed().is_some());
+        gateway.wait_for(|state| state.closed.is_some()).await;
+        assert!(gateway.state().borrow().goaway.is_some(), "it was told before");
+    }
+
+    /// A drained session that never becomes empty ends at its deadline.
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_has_a_deadline() {
+        let mut run = Run::start(&["a:1"], &[]);
+        let (gateway, session) = run.served().await;
+        let _stream = gateway.open().await.unwrap();
+        let before = Instant::now();
+        Retired { session: session.clone(), ask: true, deadline: Duration::from_secs(20) }.finish().await;
+        assert_eq!(before.elapsed(), Duration::from_secs(20));
+        assert!(session.closed().is_some());
+    }
+}

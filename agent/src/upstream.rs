@@ -10,6 +10,7 @@ use rustls::ClientConfig;
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tokio::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::load::{self, LoadError};
 use towline_certs::{ServerName, TlsError, UpstreamProtocol, tls};
@@ -38,6 +39,8 @@ pub enum UpstreamError {
 pub(crate) struct Resources {
     pub(crate) metrics: Metrics,
     pub(crate) tracker: TaskTracker,
+    /// Ends every connection.
+    pub(crate) stop: CancellationToken,
     /// One permit per connection, busy or idle, to whichever upstream.
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) connections_max: u32,
