@@ -154,7 +154,7 @@ impl Admin {
             out.push_str(&line);
         }
         let verdict = if ready { "passed" } else { "failed" };
-        write!(out, "readyz check {verdict}\n").unwrap_or_default();
+        writeln!(out, "readyz check {verdict}").unwrap_or_default();
         match (ready, verbose) {
             (true, false) => text(StatusCode::OK, "ok"),
             (true, true) => text(StatusCode::OK, out),

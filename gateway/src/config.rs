@@ -316,7 +316,7 @@ impl GatewayConfig {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = read_text(path).map_err(|problem| ConfigError { problems: vec![problem] })?;
         let mut config = Self::parse(&text, &path.display().to_string())?;
-        config.resolve_paths(path.parent().unwrap_or(Path::new("")));
+        config.resolve_paths(path.parent().unwrap_or_else(|| Path::new("")));
         Ok(config)
     }
 

@@ -133,7 +133,7 @@ pub fn client_head(
         let length = name == header::CONTENT_LENGTH;
         if dropped
             || is_about_our_origin(&name)
-            || (length && !(length_means_something && !head.contains_key(&name)))
+            || (length && (!length_means_something || head.contains_key(&name)))
         {
             continue;
         }

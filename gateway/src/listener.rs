@@ -363,9 +363,9 @@ mod tests {
 
     #[test]
     fn ipv6_networks_count_as_one() {
-        let network = |text: &str| super::network(text.parse().unwrap());
-        assert_eq!(network("2001:db8:1:2:a::1"), network("2001:db8:1:2:b::2"));
-        assert_ne!(network("2001:db8:1:2::1"), network("2001:db8:1:3::1"));
-        assert_ne!(network("192.0.2.1"), network("192.0.2.2"));
+        let of = |text: &str| network(text.parse().unwrap());
+        assert_eq!(of("2001:db8:1:2:a::1"), of("2001:db8:1:2:b::2"));
+        assert_ne!(of("2001:db8:1:2::1"), of("2001:db8:1:3::1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
     }
 }

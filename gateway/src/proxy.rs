@@ -30,7 +30,7 @@ use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::request::Parts;
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use std::net::SocketAddr;
@@ -66,6 +66,8 @@ pub(crate) async fn serve(
     let start = Instant::now();
     let audit_id = audit_id();
     let method = request.method().clone();
+    let wants_upgrade =
+        request.version() == Version::HTTP_11 && request.headers().contains_key(header::UPGRADE);
     let result = run(&shared, &peer, request, &audit_id).await;
     let mut response = result.unwrap_or_else(|error| {
         shared.metrics.rejected(Surface::Front, error.code());
@@ -79,6 +81,10 @@ pub(crate) async fn serve(
     });
     if method == Method::HEAD && response.body().size_hint().exact() != Some(0) {
         *response.body_mut() = AnswerBody::full(Bytes::new());
+    }
+    if wants_upgrade && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        // What the client has sent behind its request must not become another one.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     if let Ok(value) = HeaderValue::from_str(&audit_id) {
         response.headers_mut().insert("audit-id", value);
@@ -477,11 +483,7 @@ fn answer_with(
     live: LiveExchange,
 ) -> Result<Response<AnswerBody>, ProxyError> {
     let status = status_of(&plan, response)?;
-    let mut head = headers::client_head(&response.headers, &plan.method, status, plan.prefix.as_deref());
-    if plan.upgrade.is_some() {
-        // What the client has sent behind its request must not become another one.
-        head.insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
+    let head = headers::client_head(&response.headers, &plan.method, status, plan.prefix.as_deref());
     let bodiless =
         plan.method == Method::HEAD || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     let LiveExchange { recv, send, upload } = live;

@@ -362,3 +362,140 @@ impl Drop for Held<'_> {
         self.registry.metrics.hold(self.outcome);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::duplex;
+    use tokio::task::JoinSet;
+    use towline_proto::Code;
+    use towline_proto::mux::{Budget, Introduction, Limits, Role};
+    use towline_proto::tunnel::SessionConfig;
+    use towline_proto::wire::GoAway;
+
+    /// Both ends of a session, ready.
+    struct Pair {
+        gateway: Session,
+        agent: Session,
+        _drivers: JoinSet<()>,
+    }
+
+    async fn pair() -> Pair {
+        let (near, far) = duplex(64 * 1024);
+        let config = |role| SessionConfig {
+            role,
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+            introduction: Introduction::default(),
+        };
+        let (gateway, gateway_driver) = Session::over(near, config(Role::Gateway)).unwrap();
+        let (agent, agent_driver) = Session::over(far, config(Role::Agent)).unwrap();
+        let mut drivers = JoinSet::new();
+        drivers.spawn(async move { drop(gateway_driver.run().await) });
+        drivers.spawn(async move { drop(agent_driver.run().await) });
+        gateway.ready().await.unwrap();
+        Pair { gateway, agent, _drivers: drivers }
+    }
+
+    fn registry() -> Arc<Registry> {
+        let hold = HoldLimits { time: Duration::from_secs(3), requests: 2 };
+        Arc::new(Registry::new(Arc::default(), hold, 4))
+    }
+
+    fn uid() -> ClusterUid {
+        ClusterUid::new("prod").unwrap()
+    }
+
+    fn insert(registry: &Arc<Registry>, pair: &Pair, boot_id: u8) -> Result<Registration, InsertError> {
+        registry.insert(&uid(), &InstanceId::new("a").unwrap(), &[boot_id; 16], &pair.gateway, &[])
+    }
+
+    /// How long a request waits in vain.
+    async fn waits(registry: &Registry) -> Duration {
+        let start = Instant::now();
+        assert!(matches!(registry.open(&uid(), &[]).await, Err(AcquireError::NotConnected(_))));
+        start.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_waits_only_where_an_agent_is_expected_back() {
+        let registry = registry();
+        assert_eq!(waits(&registry).await, Duration::ZERO, "never seen");
+        let first = pair().await;
+        let registration = insert(&registry, &first, 1).unwrap();
+        first.gateway.close(Code::Internal, "crash");
+        drop(registration);
+        assert_eq!(waits(&registry).await, Duration::from_secs(3), "broke just now");
+        tokio::time::sleep(RECENT).await;
+        assert_eq!(waits(&registry).await, Duration::ZERO, "broke some time ago");
+        assert!(registry.presence(&uid()).gone_for.unwrap() >= RECENT);
+
+        let second = pair().await;
+        let registration = insert(&registry, &second, 1).unwrap();
+        second.agent.drain(GoAway { code: 10, reconnect_after_ms: 0, drain_ms: 0 });
+        second.gateway.wait_for(|state| state.goaway.is_some()).await;
+        assert_eq!(waits(&registry).await, Duration::from_secs(3), "is leaving");
+        drop(registration);
+        tokio::time::sleep(RECENT).await;
+        assert_eq!(waits(&registry).await, Duration::from_secs(3), "said that it leaves");
+        tokio::time::sleep(RECENT_GOAWAY).await;
+        assert_eq!(waits(&registry).await, Duration::ZERO, "left for good");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_that_wait_are_few_and_are_served_when_a_session_comes() {
+        let registry = registry();
+        let first = pair().await;
+        drop(insert(&registry, &first, 1).unwrap());
+        let mut waiting = JoinSet::new();
+        for _ in 0..2 {
+            let registry = Arc::clone(&registry);
+            waiting.spawn(async move { registry.open(&uid(), &[]).await.map(|(id, _)| id) });
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert_eq!(waits(&registry).await, Duration::ZERO, "two wait already");
+        let second = pair().await;
+        let registration = insert(&registry, &second, 2).unwrap();
+        while let Some(result) = waiting.join_next().await {
+            assert_eq!(result.unwrap().unwrap(), registration.id());
+        }
+        // A place in the queue is given back when its owner goes away.
+        drop(registration);
+        second.gateway.close(Code::Internal, "crash");
+        let uid = uid();
+        let mut gone = std::pin::pin!(registry.open(&uid, &[]));
+        assert!(tokio::time::timeout(Duration::from_millis(1), &mut gone).await.is_err());
+        assert_eq!(registry.lock().by_uid[&uid].held, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_session_with_the_fewest_streams_is_picked_and_the_newest_of_equals() {
+        let registry = registry();
+        let (old, new) = (pair().await, pair().await);
+        let first = insert(&registry, &old, 1).unwrap();
+        let second = insert(&registry, &new, 1).unwrap();
+        let (id, _stream) = registry.open(&uid(), &[]).await.unwrap();
+        assert_eq!(id, second.id());
+        let (id, _other) = registry.open(&uid(), &[]).await.unwrap();
+        assert_eq!(id, first.id());
+        let (id, _third) = registry.open(&uid(), &[second.id()]).await.unwrap();
+        assert_eq!(id, first.id());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guard_takes_out_its_own_session_and_no_other() {
+        let registry = registry();
+        let (old, new) = (pair().await, pair().await);
+        let first = insert(&registry, &old, 1).unwrap();
+        let Err(InsertError::OtherProcess(others)) = insert(&registry, &new, 2) else { panic!() };
+        assert_eq!(others.len(), 1);
+        let replaced = [others[0].0];
+        let instance = InstanceId::new("a").unwrap();
+        let second = registry.insert(&uid(), &instance, &[2; 16], &new.gateway, &replaced).unwrap();
+        drop(first);
+        assert_eq!(registry.presence(&uid()).sessions, 1);
+        assert!(registry.presence(&uid()).connected_for.is_some());
+        drop(second);
+        assert_eq!(registry.presence(&uid()).sessions, 0);
+    }
+}

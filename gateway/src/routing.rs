@@ -235,7 +235,7 @@ fn parse_host(text: &str) -> Result<Host, RouteError> {
         Some(rest) => {
             let (address, after) = rest.split_once(']').ok_or_else(|| wrong.clone())?;
             address.parse::<std::net::Ipv6Addr>().map_err(|_| wrong.clone())?;
-            (None, after.strip_prefix(':').or(after.is_empty().then_some("0")))
+            (None, after.strip_prefix(':').or_else(|| after.is_empty().then_some("0")))
         }
         None => match text.split_once(':') {
             Some((name, port)) => (Some(name), Some(port)),

@@ -66,7 +66,7 @@ impl Live {
         {
             problems.push("tls: agentCA and clientCA share a key, so that an agent could pass for a client; use two CAs");
         }
-        let tokens = config.token_file.as_ref().map_or(Ok(Tokens::default()), |path| Tokens::load(path));
+        let tokens = config.token_file.as_deref().map_or_else(|| Ok(Tokens::default()), Tokens::load);
         let tokens = tokens.unwrap_or_else(|errors| {
             errors.iter().for_each(|error| problems.push(&format!("tokenFile: {error}")));
             Tokens::default()

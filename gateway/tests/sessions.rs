@@ -1,5 +1,12 @@
 //! Sessions and the life of the gateway: admission, second processes, holds, drain, reload, health.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::large_futures,
+    reason = "tests end like that, and are not many at a time"
+)]
+
 mod common;
 
 use common::{Agent, TOKEN, World, error_of, full, text};
@@ -13,7 +20,11 @@ use towline_proto::wire::GoAway;
 
 async fn closed(agent: &Agent) -> CloseReason {
     let ended = agent.session.wait_for(|state| state.closed.is_some());
-    tokio::time::timeout(Duration::from_secs(5), ended).await.expect("the session ends in time").closed.unwrap()
+    tokio::time::timeout(Duration::from_secs(5), ended)
+        .await
+        .expect("the session ends in time")
+        .closed
+        .unwrap()
 }
 
 #[tokio::test]
@@ -73,7 +84,8 @@ async fn a_second_process_replaces_one_that_is_dead() {
     let start = Instant::now();
     let mut client = world.h1(None).await;
     loop {
-        let replaced = second.session.state().borrow().closed.is_none() && world.gateway.connected("prod") == 1;
+        let replaced =
+            second.session.state().borrow().closed.is_none() && world.gateway.connected("prod") == 1;
         if replaced && start.elapsed() > Duration::from_secs(3) {
             break;
         }
@@ -132,8 +144,7 @@ async fn a_drain_finishes_what_runs_and_ends_when_it_is_empty() {
         exchange.write("{\"type\":\"ADDED\"}\n").await;
         exchange
     };
-    let (watch, _watch) =
-        tokio::join!(watcher.get_as("/clusters/prod/api/v1/pods?watch=1", TOKEN), server);
+    let (watch, _watch) = tokio::join!(watcher.get_as("/clusters/prod/api/v1/pods?watch=1", TOKEN), server);
     let running = async {
         let exchange = agent.next().await;
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -148,13 +159,20 @@ async fn a_drain_finishes_what_runs_and_ends_when_it_is_empty() {
             assert_eq!(world.admin("/readyz").await.0, 503);
             assert_eq!(world.admin("/livez").await.0, 200);
             assert!(agent.session.state().borrow().goaway.is_some(), "the agent is told");
-            assert!(TcpStream::connect(world.gateway.public_addr()).await.is_err(), "nothing new is accepted");
+            assert!(
+                TcpStream::connect(world.gateway.public_addr()).await.is_err(),
+                "nothing new is accepted"
+            );
         };
         tokio::join!(world.gateway.drain(), during);
     };
     let (answer, (), (), watched) = tokio::join!(ask, running, drain, watch.into_body().collect());
     assert_eq!(answer, "done");
-    assert_eq!(watched.unwrap().to_bytes(), "{\"type\":\"ADDED\"}\n", "the watch ends cleanly, between two events");
+    assert_eq!(
+        watched.unwrap().to_bytes(),
+        "{\"type\":\"ADDED\"}\n",
+        "the watch ends cleanly, between two events"
+    );
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     assert!(matches!(closed(&agent).await, CloseReason::Peer { .. }));
 }
@@ -243,7 +261,8 @@ async fn probes_and_nonsense_are_counted_and_harm_nobody() {
 
 #[tokio::test]
 async fn sources_that_are_not_allowed_get_nothing() {
-    let world = World::with(|config| config.listen.allowed_sources = vec!["192.0.2.0/24".parse().unwrap()]).await;
+    let world =
+        World::with(|config| config.listen.allowed_sources = vec!["192.0.2.0/24".parse().unwrap()]).await;
     let mut socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
     assert_eq!(socket.read(&mut [0; 1]).await.unwrap_or_default(), 0);
     assert_eq!(world.admin("/readyz").await.0, 200, "the own check is let in");

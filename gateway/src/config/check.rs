@@ -231,7 +231,10 @@ drain:
         assert_eq!(problems.len(), 5, "{problems:#?}");
         assert!(problems.iter().any(|p| p.starts_with("gw.yaml:19:13: deadline: ")), "{problems:#?}");
         assert!(problems.iter().any(|p| p.starts_with("gw.yaml:17:16: replayBytes: ")), "{problems:#?}");
-        assert!(problems.iter().any(|p| p.starts_with("gw.yaml:12:13: name: \"PROD\" is no cluster name")), "{problems:#?}");
+        assert!(
+            problems.iter().any(|p| p.starts_with("gw.yaml:12:13: name: \"PROD\" is no cluster name")),
+            "{problems:#?}"
+        );
         assert!(problems.iter().any(|p| p.contains("access[0]: names neither")), "{problems:#?}");
     }
 

@@ -1,5 +1,6 @@
 //! A gateway in this process, agents made of the protocol alone, and clients over real sockets.
-#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends like that")]
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -44,8 +45,16 @@ pub fn config(directory: &Path) -> GatewayConfig {
     let clusters = ["prod", "strict", "far", "secret"];
     let set = DevSet {
         directory: directory.to_owned(),
-        gateway_hosts: vec!["localhost".parse().unwrap(), "127.0.0.1".parse().unwrap(), "*.clusters.test".parse().unwrap()],
-        clusters: clusters.iter().chain(&["stranger"]).map(|name| DevCluster { name: uid(name), uid: uid(&format!("{name}-uid")) }).collect(),
+        gateway_hosts: vec![
+            "localhost".parse().unwrap(),
+            "127.0.0.1".parse().unwrap(),
+            "*.clusters.test".parse().unwrap(),
+        ],
+        clusters: clusters
+            .iter()
+            .chain(&["stranger"])
+            .map(|name| DevCluster { name: uid(name), uid: uid(&format!("{name}-uid")) })
+            .collect(),
         clients: vec![
             ClientIdentity::new("jane", ["ops"]).unwrap(),
             ClientIdentity::new("joe", [""; 0]).unwrap(),
@@ -87,7 +96,11 @@ pub fn config(directory: &Path) -> GatewayConfig {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    std::fs::write(path("tokens.yaml"), format!("tokens:\n- {{sha256: {hash}, user: argo, groups: [ops]}}\n")).unwrap();
+    std::fs::write(
+        path("tokens.yaml"),
+        format!("tokens:\n- {{sha256: {hash}, user: argo, groups: [ops]}}\n"),
+    )
+    .unwrap();
     config.token_file = Some(path("tokens.yaml"));
     let rule = |effect, groups: &[&str], clusters: &[&str]| AccessRule {
         effect,
@@ -172,7 +185,9 @@ impl World {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(5), connected).await.expect("the agent is connected in time");
+        tokio::time::timeout(Duration::from_secs(5), connected)
+            .await
+            .expect("the agent is connected in time");
     }
 
     pub async fn admin(&self, path: &str) -> (u16, String) {
@@ -224,12 +239,24 @@ impl Client {
     }
 
     /// Sends a request for this path; fills in host and scheme as the protocol wants them.
-    pub async fn ask(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: ClientBody) -> Response<Incoming> {
+    pub async fn ask(
+        &mut self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: ClientBody,
+    ) -> Response<Incoming> {
         let request = self.request(method, path, headers, body);
         self.send(request).await.unwrap()
     }
 
-    pub fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: ClientBody) -> Request<ClientBody> {
+    pub fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: ClientBody,
+    ) -> Request<ClientBody> {
         let mut request = Request::builder().method(method);
         let named = headers.iter().any(|(name, _)| *name == "host");
         request = match &self.sender {
@@ -291,10 +318,17 @@ impl Agent {
         let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
         let io = TlsConnector::from(config).connect(name, socket).await.unwrap();
-        let introduction =
-            Introduction { boot_id: boot_id.to_vec(), software: "fake-agent".to_owned(), ..Introduction::default() };
-        let config =
-            SessionConfig { role: Role::Agent, limits: Limits::default(), budget: Budget::new(1 << 30), introduction };
+        let introduction = Introduction {
+            boot_id: boot_id.to_vec(),
+            software: "fake-agent".to_owned(),
+            ..Introduction::default()
+        };
+        let config = SessionConfig {
+            role: Role::Agent,
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+            introduction,
+        };
         let (session, driver) = Session::over(io, config).unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { drop(driver.run().await) });
@@ -321,7 +355,11 @@ impl Agent {
                     let mut exchange = Exchange { open, request, send, recv };
                     let body = exchange.read_all().await;
                     let request = &exchange.request;
-                    let headers: Vec<_> = request.headers.iter().map(|h| format!("{}: {}", show(&h.name), show(&h.value))).collect();
+                    let headers: Vec<_> = request
+                        .headers
+                        .iter()
+                        .map(|h| format!("{}: {}", show(&h.name), show(&h.value)))
+                        .collect();
                     let told = serde_json::json!({
                         "method": request.method,
                         "path": show(&request.path_and_query),
@@ -355,7 +393,8 @@ impl Exchange {
     /// Sends the head of an answer.
     pub async fn head(&mut self, status: u32, headers: &[(&str, &str)], body: BodyKind) {
         let field = |text: &str| Bytes::copy_from_slice(text.as_bytes());
-        let headers = headers.iter().map(|(name, value)| Header { name: field(name), value: field(value) }).collect();
+        let headers =
+            headers.iter().map(|(name, value)| Header { name: field(name), value: field(value) }).collect();
         let response = open::Response { status, headers, body };
         let answer = Answer { outcome: Some(Outcome::Response(response)) };
         send_head(&mut self.send, &answer, HEAD_MAX).await.unwrap();
