@@ -259,7 +259,14 @@ async fn exchange(
     let mut tried: Vec<SessionId> = Vec::new();
     let mut first_error = None;
     loop {
-        let (id, stream) = match shared.registry.open(&plan.cluster.uid, &tried).await {
+        let (registry, uid) = (&shared.registry, &plan.cluster.uid);
+        let opened = match &first_error {
+            // Another session helps only if it is there: what cannot be reached now is no better in three seconds.
+            Some(ProxyError::Agent { .. }) => registry.open_now(uid, &tried).await,
+            // A session that refuses is on its way out, and its successor on its way in.
+            _ => registry.open(uid, &tried).await,
+        };
+        let (id, stream) = match opened {
             Ok(opened) => opened,
             // There is no other session: what the first one said is the better answer.
             Err(error) => return Err(first_error.unwrap_or_else(|| not_opened(plan, error))),

@@ -202,7 +202,11 @@ impl Registry {
         }
     }
 
-    async fn open_now(
+    /// As [`Self::open`] without waiting.
+    ///
+    /// # Errors
+    /// Why there is none; nothing has been sent then.
+    pub async fn open_now(
         &self,
         uid: &ClusterUid,
         except: &[SessionId],
@@ -310,7 +314,11 @@ impl Registry {
 impl Tunnel {
     fn is_expected_back(&self) -> bool {
         // A session that said GoAway and still finishes its streams counts as leaving now.
-        let leaving = self.sessions.iter().any(|live| live.session.closed().is_none());
+        let leaving = self.sessions.iter().any(|live| {
+            let state = live.session.state();
+            let state = state.borrow();
+            state.goaway.is_some() && state.closed.is_none()
+        });
         leaving
             || self
                 .last_end

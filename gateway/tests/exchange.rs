@@ -494,3 +494,22 @@ async fn a_body_that_stalls_is_given_up() {
     assert_eq!((status, code.as_str()), (408, "TL_TIMEOUT"));
     assert!(exchange.recv.read_chunk(99).await.is_err(), "the cluster does not take it for complete");
 }
+
+/// With one session there is nowhere else to try: the answer comes at once.
+#[tokio::test]
+async fn what_cannot_be_tried_elsewhere_is_answered_at_once() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let server = async {
+        let mut exchange = agent.next().await;
+        let untouched = failure(Code::UpstreamConnect, "connection refused", true);
+        send_head(&mut exchange.send, &untouched, 65536).await.unwrap();
+        exchange.send.finish();
+    };
+    let start = std::time::Instant::now();
+    let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
+    let (status, _, message) = error_of(answer).await;
+    assert_eq!(status, 502, "{message}");
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+}
