@@ -62,7 +62,9 @@ pub async fn run(plan: Plan) -> anyhow::Result<()> {
         eprintln!("round {round} of {}", plan.rounds);
         for through in [false, true] {
             let target = if through { &tunnel } else { &direct };
-            for (name, unit, value) in scenarios(target, through.then_some(&stack), plan.duration).await? {
+            let sample = scenarios(target, through.then_some(&stack), plan.duration).await;
+            let way = if through { "through the tunnel" } else { "direct" };
+            for (name, unit, value) in sample.context(way)? {
                 let at = figures.iter().position(|figure| figure.name == name).unwrap_or_else(|| {
                     figures.push(Figure { name, unit, direct: Vec::new(), tunnel: Vec::new() });
                     figures.len() - 1
@@ -121,11 +123,13 @@ fn direct_target(upstream: &Upstream) -> anyhow::Result<Target> {
         towline_certs::FileBytes::from_memory(Path::new("api-ca.crt"), upstream.ca_pem.clone().into_bytes());
     let roots = towline_certs::load::parse_roots(&file)?;
     let address = upstream.url.strip_prefix("https://").context("not https")?.parse()?;
+    let mut headers = http::HeaderMap::new();
+    headers.insert(http::header::AUTHORIZATION, format!("Bearer {}", upstream.client_token).parse()?);
     Ok(Target {
         address,
         host: "localhost".to_owned(),
         prefix: String::new(),
-        headers: http::HeaderMap::new(),
+        headers,
         tls: towline_certs::tls::http_client(&roots, None)?,
     })
 }
@@ -143,7 +147,7 @@ async fn scenarios(target: &Target, stack: Option<&Stack>, duration: Duration) -
         ("up, 16 streams", "up, 16 streams: CPU", 16, true),
     ] {
         let before = cpu()?;
-        let (bytes, seconds) = bulk(target, streams, up, duration).await?;
+        let (bytes, seconds) = bulk(target, streams, up, duration).await.with_context(|| name.to_owned())?;
         sample.push((name, "MB/s", bytes / 1e6 / seconds));
         if stack.is_some() {
             sample.push((cpu_name, "s/GiB", (cpu()? - before) / (bytes / (1u64 << 30) as f64)));
@@ -153,7 +157,8 @@ async fn scenarios(target: &Target, stack: Option<&Stack>, duration: Duration) -
         [("requests, 1 connection", "", 1), ("requests, 64 connections", "requests, 64 connections: CPU", 64)]
     {
         let before = cpu()?;
-        let (requests, seconds) = closed_loop(target, connections, duration).await?;
+        let (requests, seconds) =
+            closed_loop(target, connections, duration).await.with_context(|| name.to_owned())?;
         sample.push((name, "1/s", requests / seconds));
         if stack.is_some() && !cpu_name.is_empty() {
             sample.push((cpu_name, "s/100k", (cpu()? - before) / requests * 1e5));
