@@ -1,1 +1,56 @@
-//! towline-agent
+//! The Towline agent: it runs in a cluster, dials out to the gateway, and forwards what comes through the tunnel to the
+//! cluster's API server and to the targets that its own configuration allows. It listens on nothing but a private
+//! health port.
+//!
+//! | question | file |
+//! |---|---|
+//! | what is it told, and what does it refuse? | [`config`], `yaml` |
+//! | what does it consist of, and how does it end? | [`agent`] |
+//! | how does one attempt to reach the gateway go? | `dial`, over `connect` |
+//! | how does it stay connected? | `supervise`, `backoff` |
+//! | what happens to the streams of a session? | `serve` |
+//! | how does one request become one answer? | `exchange`, `head` |
+//! | as whom does a request reach the upstream? | `identity`, `token` |
+//! | which upstreams may a stream name, and how are they reached? | `targets`, `upstream`, [`address`] |
+//! | which connection carries a request? | `pool`, `socket` |
+//! | what changes while it runs? | `live` |
+//! | is it well? | `admin`, `links`, `metrics` |
+//! | how does it log, and on which runtime does it run? | [`log`], [`runtime`] |
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let config = towline_agent::AgentConfig::load("agent.yaml".as_ref())?;
+//! let agent = towline_agent::Agent::start(config).await?;
+//! agent.ready().await;
+//! agent.drain().await;
+//! agent.shutdown().await;
+//! # Ok(()) }
+//! ```
+
+pub mod address;
+mod admin;
+pub mod agent;
+mod backoff;
+pub mod config;
+mod connect;
+mod dial;
+mod exchange;
+mod head;
+mod identity;
+mod links;
+mod live;
+pub mod log;
+mod metrics;
+mod pool;
+pub mod runtime;
+mod serve;
+mod socket;
+mod supervise;
+mod targets;
+mod token;
+mod upstream;
+mod yaml;
+
+pub use agent::{Agent, StartError, check};
+pub use config::{AgentConfig, AgentMode, Problems};
+pub use live::LiveError;

@@ -1,1 +1,218 @@
-//! towline-gateway
+//! The gateway: where fleet services call, and where agents connect to.
+//!
+//! | question | file |
+//! |---|---|
+//! | what can be configured? | [`config`] |
+//! | how does a connection get in? | `listener` |
+//! | how are clients served? | `front` |
+//! | which cluster does a request name? | [`routing`], [`kube`] |
+//! | who calls, and may they? | [`authn`], [`authz`] |
+//! | which header fields go where? | [`headers`] |
+//! | how does one exchange run, and why this status? | `proxy` |
+//! | how does an agent get in? | `agents` |
+//! | which session carries a request? | [`registry`] |
+//! | is it well, and what does it count? | `admin`, [`metrics`] |
+//! | what happens on SIGHUP? | `reload` |
+//! | what happens on SIGTERM? | [`Gateway::drain`], below |
+//!
+//! Every task belongs to one of three trackers, and every tracker is waited for.
+
+mod admin;
+mod agents;
+pub mod authn;
+pub mod authz;
+pub mod config;
+mod front;
+pub mod headers;
+pub mod kube;
+mod listener;
+pub mod log;
+pub mod metrics;
+mod proxy;
+pub mod registry;
+mod reload;
+pub mod routing;
+pub mod runtime;
+mod state;
+
+use admin::Admin;
+use config::{ConfigError, GatewayConfig};
+use metrics::Metrics;
+use registry::Presence;
+use reload::Reloader;
+use state::{Live, Shared};
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::time::{Instant, timeout_at};
+use towline_proto::Code;
+
+/// How long sessions that carry nothing any more may take to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Why a gateway does not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    #[error("cannot listen on {address} ({key}): {error}")]
+    Listen { key: &'static str, address: SocketAddr, error: io::Error },
+}
+
+/// A running gateway. Dropping it ends everything at once; [`Gateway::drain`] is the polite way.
+#[derive(Debug)]
+pub struct Gateway {
+    shared: Arc<Shared>,
+    public: SocketAddr,
+    admin: SocketAddr,
+    path: Option<PathBuf>,
+}
+
+impl Gateway {
+    /// Starts a gateway with this configuration. Port 0 means any free port.
+    ///
+    /// # Errors
+    /// The configuration or a file it names is bad, or an address is taken.
+    pub async fn start(config: GatewayConfig) -> Result<Self, StartError> {
+        Self::start_from(config, None).await
+    }
+
+    /// As [`Self::start`], with the file that the configuration came from: it is read again when it changes.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_from(config: GatewayConfig, path: Option<PathBuf>) -> Result<Self, StartError> {
+        let live = Live::load(config)?;
+        live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        let shared = Arc::new(Shared::new(live));
+        let config = &shared.config;
+        let (listener, public) = bind("listen.address", config.listen.address).await?;
+        let (admin_listener, admin_address) = bind("admin.address", config.admin.address).await?;
+        let house = &shared.tasks.house;
+        house.spawn(listener::run(Arc::clone(&shared), listener));
+        house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
+        house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
+        tracing::info!(%public, admin = %admin_address, "gateway started");
+        Ok(Self { shared, public, admin: admin_address, path })
+    }
+
+    /// Where clients and agents connect.
+    #[must_use]
+    pub const fn public_addr(&self) -> SocketAddr {
+        self.public
+    }
+
+    /// Where health and metrics are.
+    #[must_use]
+    pub const fn admin_addr(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// Live sessions of the cluster with this name, or none if there is no such cluster.
+    #[must_use]
+    pub fn connected(&self, cluster: &str) -> usize {
+        self.presence(cluster).sessions
+    }
+
+    /// What is known of a cluster's connection.
+    #[must_use]
+    pub fn presence(&self, cluster: &str) -> Presence {
+        let live = self.shared.live();
+        live.by_name
+            .get(cluster)
+            .map(|cluster| self.shared.registry.presence(&cluster.uid))
+            .unwrap_or_default()
+    }
+
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.shared.metrics
+    }
+
+    /// Reads configuration, certificates and tokens again.
+    ///
+    /// # Errors
+    /// Everything that is wrong; the last good state stays in force.
+    pub async fn reload(&self) -> Result<(), ConfigError> {
+        let (shared, path) = (Arc::clone(&self.shared), self.path.clone());
+        let done = tokio::task::spawn_blocking(move || reload::reload(&shared, path.as_deref())).await;
+        done.unwrap_or_else(|_| Err(ConfigError { problems: vec!["the reload was interrupted".to_owned()] }))
+    }
+
+    /// Stops politely: not ready; after a delay nothing new is accepted and agents are told to go elsewhere; what runs is
+    /// finished, requests on open connections included; what is left at the deadline is cut off. Returns when everything
+    /// has ended, which may be at once. Called again it joins the drain under way.
+    pub async fn drain(&self) {
+        let shared = &self.shared;
+        let (stages, tasks, config) = (&shared.stages, &shared.tasks, &shared.config.drain);
+        let deadline = Instant::now() + config.deadline;
+        tracing::info!(deadline_s = config.deadline.as_secs_f64(), "draining");
+        shared.metrics.draining();
+        stages.unready.cancel();
+        tokio::time::sleep(config.delay).await;
+        stages.draining.cancel();
+        shared.registry.sessions().iter().for_each(|session| agents::say_goaway(shared, session));
+        tasks.front.close();
+        tasks.tunnel.close();
+        tasks.house.close();
+        if timeout_at(deadline, tasks.front.wait()).await.is_err() {
+            tracing::warn!("the drain's deadline has passed; what still runs is cut off");
+        }
+        self.end_sessions(deadline.min(Instant::now() + GOODBYE)).await;
+        self.shutdown().await;
+        tracing::info!("drained");
+    }
+
+    /// Ends the sessions, which carry nothing any more, once their agents have understood that they are to go.
+    async fn end_sessions(&self, deadline: Instant) {
+        for session in self.shared.registry.sessions() {
+            let understood = session.wait_for(|state| state.drained || state.closed.is_some());
+            let in_time = timeout_at(deadline, understood).await.is_ok();
+            session
+                .close(Code::Draining, if in_time { "the gateway has drained" } else { "the gateway stops" });
+        }
+        let deadline = Instant::now() + GOODBYE;
+        drop(timeout_at(deadline, self.shared.tasks.tunnel.wait()).await);
+    }
+
+    /// Ends everything at once and waits until it has ended.
+    pub async fn shutdown(&self) {
+        let (stages, tasks) = (&self.shared.stages, &self.shared.tasks);
+        for stage in [&stages.unready, &stages.draining, &stages.abort] {
+            stage.cancel();
+        }
+        for tracker in [&tasks.front, &tasks.tunnel, &tasks.house] {
+            tracker.close();
+            tracker.wait().await;
+        }
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let stages = &self.shared.stages;
+        for stage in [&stages.unready, &stages.draining, &stages.abort] {
+            stage.cancel();
+        }
+    }
+}
+
+/// Checks a configuration and the files it names without starting anything. Blocks.
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
+    Live::load(config.clone())
+        .map(|live| live.warnings.iter().for_each(|warning| tracing::warn!("{warning}")))
+}
+
+async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let fail = |error| StartError::Listen { key, address, error };
+    let listener = TcpListener::bind(address).await.map_err(fail)?;
+    let address = listener.local_addr().map_err(fail)?;
+    Ok((listener, address))
+}

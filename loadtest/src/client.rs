@@ -2,11 +2,14 @@
 //! no retry, no redirect.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
 
 use anyhow::Context;
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response};
+use http_body::{Frame, SizeHint};
 use http_body_util::{BodyExt, combinators::BoxBody};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
@@ -16,7 +19,10 @@ use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_util::task::AbortOnDropHandle;
+
+use crate::fakeapi::pattern_chunk;
 
 /// A body of a request.
 pub type Body = BoxBody<Bytes, std::io::Error>;
@@ -50,7 +56,7 @@ pub enum Version {
 pub struct Client {
     target: Target,
     sender: Sender,
-    _task: AbortOnDropHandle<()>,
+    _task: Arc<AbortOnDropHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -70,9 +76,49 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
     http_body_util::Full::new(bytes.into()).map_err(|never| match never {}).boxed()
 }
 
+/// A body of `length` pseudo-random bytes, those of [`pattern_chunk`] with this `seed`. With `exact` its length is announced.
+#[must_use]
+pub fn pattern(seed: u64, length: u64, exact: bool) -> Body {
+    Pattern { seed, position: 0, length, exact }.boxed()
+}
+
+struct Pattern {
+    seed: u64,
+    position: u64,
+    length: u64,
+    exact: bool,
+}
+
+impl http_body::Body for Pattern {
+    type Data = Bytes;
+    type Error = std::io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut TaskContext<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, std::io::Error>>> {
+        if self.position == self.length {
+            return Poll::Ready(None);
+        }
+        let chunk = pattern_chunk(self.seed, self.position, (self.length - self.position).min(PATTERN_CHUNK));
+        self.position += chunk.len() as u64;
+        Poll::Ready(Some(Ok(Frame::data(chunk))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.position == self.length
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.exact { SizeHint::with_exact(self.length - self.position) } else { SizeHint::default() }
+    }
+}
+
+const PATTERN_CHUNK: u64 = 64 * 1024;
+
 impl Target {
-    /// Opens a TLS connection that speaks `version`.
-    pub async fn connect(&self, version: Version) -> anyhow::Result<Client> {
+    /// Opens a TLS connection that agreed on `version`, and says nothing on it.
+    pub async fn open(&self, version: Version) -> anyhow::Result<TlsStream<TcpStream>> {
         let tcp =
             TcpStream::connect(self.address).await.with_context(|| format!("connect to {}", self.address))?;
         tcp.set_nodelay(true)?;
@@ -82,8 +128,12 @@ impl Target {
             Version::Http2 => vec![b"h2".to_vec()],
         };
         let name = ServerName::try_from(self.host.clone()).context("the host is no server name")?;
-        let io = TlsConnector::from(Arc::new(tls)).connect(name, tcp).await.context("TLS handshake")?;
-        let io = TokioIo::new(io);
+        TlsConnector::from(Arc::new(tls)).connect(name, tcp).await.context("TLS handshake")
+    }
+
+    /// Opens a TLS connection that speaks `version`.
+    pub async fn connect(&self, version: Version) -> anyhow::Result<Client> {
+        let io = TokioIo::new(self.open(version).await?);
         let (sender, task) = match version {
             Version::Http1 => {
                 let (sender, conn) = http1::handshake(io).await?;
@@ -98,7 +148,7 @@ impl Target {
                 (Sender::Http2(sender), spawn(async move { drop(conn.await) }))
             }
         };
-        Ok(Client { target: self.clone(), sender, _task: AbortOnDropHandle::new(task) })
+        Ok(Client { target: self.clone(), sender, _task: Arc::new(AbortOnDropHandle::new(task)) })
     }
 }
 
@@ -108,6 +158,14 @@ fn spawn(task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
 }
 
 impl Client {
+    /// Another handle of the same HTTP/2 connection, for requests beside those of this one; HTTP/1.1 has none.
+    #[must_use]
+    pub fn another(&self) -> Option<Self> {
+        let Sender::Http2(sender) = &self.sender else { return None };
+        let sender = Sender::Http2(sender.clone());
+        Some(Self { target: self.target.clone(), sender, _task: Arc::clone(&self._task) })
+    }
+
     /// A request for `path` below the target's prefix.
     pub fn request(&self, method: Method, path: &str, body: Body) -> anyhow::Result<Request<Body>> {
         let path = format!("{}{path}", self.target.prefix);

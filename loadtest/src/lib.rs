@@ -2,14 +2,18 @@
 //!
 //! - [`fakeapi`]: a fake Kubernetes API server, no kinder than a real one.
 //! - [`kubectl`]: real kubectls, and the flows that must work with each.
+//! - [`connect_relay`]: a forward proxy on loopback.
 //! - [`client`]: one HTTP connection at a time, for tests and measurements.
 //! - [`shim`]: a relay that behaves like a bad network.
 //! - [`stack`]: the real gateway and agent as processes.
+//! - [`measure`]: first figures of the tunnel, beside the same without it.
 //! - [`demo`]: what `make demo` shows.
 
 pub mod client;
+pub mod connect_relay;
 pub mod demo;
 pub mod fakeapi;
 pub mod kubectl;
+pub mod measure;
 pub mod shim;
 pub mod stack;

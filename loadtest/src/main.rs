@@ -22,6 +22,18 @@ enum Command {
     FakeApiserver(FakeApiserver),
     /// A gateway, an agent and an API server on loopback, and real requests through the tunnel.
     Demo(Demo),
+    /// First figures: bulk, requests and latency through the tunnel, beside the same without it.
+    Measure(Measure),
+}
+
+#[derive(Debug, clap::Args)]
+struct Measure {
+    /// Seconds of each scenario.
+    #[arg(long, default_value_t = 3)]
+    seconds: u64,
+    /// Interleaved rounds; medians are shown.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
 }
 
 #[derive(Debug, clap::Args)]
@@ -39,6 +51,9 @@ struct FakeApiserver {
     /// Where to write ca.crt and kubeconfig.
     #[arg(long, env = "TOWLINE_FAKE_CERT_DIR")]
     cert_dir: PathBuf,
+    /// For load tests: record nothing.
+    #[arg(long)]
+    load: bool,
 }
 
 fn main() -> ExitCode {
@@ -58,13 +73,22 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
     match arguments.command {
         Command::FakeApiserver(options) => runtime.block_on(fake_apiserver(options)),
+        Command::Measure(options) => {
+            let duration = std::time::Duration::from_secs(options.seconds);
+            let plan = towline_loadtest::measure::Plan { duration, rounds: options.rounds };
+            runtime.block_on(towline_loadtest::measure::run(plan))
+        }
         Command::Demo(options) => runtime.block_on(towline_loadtest::demo::run(options.once)),
     }
 }
 
 #[expect(clippy::print_stdout, reason = "the address is this command's output")]
 async fn fake_apiserver(arguments: FakeApiserver) -> anyhow::Result<()> {
-    let options = FakeApiOptions { listen: arguments.listen, ..FakeApiOptions::default() };
+    let mut options = FakeApiOptions { listen: arguments.listen, ..FakeApiOptions::default() };
+    if arguments.load {
+        options.requests_kept = 0;
+        options.bytes_kept = 0;
+    }
     let server = FakeApi::start(options).await?;
     std::fs::create_dir_all(&arguments.cert_dir).context("cannot make the directory of --cert-dir")?;
     std::fs::write(arguments.cert_dir.join("ca.crt"), server.ca_pem()).context("cannot write ca.crt")?;

@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail, ensure};
@@ -90,6 +91,8 @@ pub struct Options {
     pub gateway: serde_json::Value,
     /// The same for the agent's.
     pub agent: serde_json::Value,
+    /// `--log-level` of both.
+    pub log_level: &'static str,
     /// Where certificates, configuration and logs go.
     pub directory: PathBuf,
 }
@@ -98,7 +101,13 @@ impl Options {
     /// A stack in `directory` with nothing unusual.
     #[must_use]
     pub fn new(directory: &Path, mode: Mode) -> Self {
-        Self { mode, gateway: json!({}), agent: json!({}), directory: directory.to_owned() }
+        Self {
+            mode,
+            gateway: json!({}),
+            agent: json!({}),
+            log_level: "info",
+            directory: directory.to_owned(),
+        }
     }
 }
 
@@ -236,13 +245,25 @@ fn binary(name: &str) -> anyhow::Result<PathBuf> {
     found.with_context(|| format!("{name} is not built; run: cargo build --workspace --bins"))
 }
 
-/// A loopback port that is free at the moment.
+/// A loopback port that is free, and below those that the kernel gives to outgoing connections: it is still free when a
+/// process that was restarted wants it back.
 ///
 /// # Errors
 /// There is none.
 pub fn free_port() -> io::Result<SocketAddr> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    for _ in 0..PORTS.len() {
+        // Processes begin at different places, so that two tests do not ask for the same port at the same time.
+        let step = std::process::id().wrapping_mul(61).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = PORTS.start + (step % u32::from(PORTS.end - PORTS.start)) as u16;
+        if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            return listener.local_addr();
+        }
+    }
+    Err(io::ErrorKind::AddrInUse.into())
 }
+
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 /// Lays `over` on `base`, key by key.
 fn merge(base: &mut serde_json::Value, over: &serde_json::Value) {
@@ -361,7 +382,7 @@ impl Stack {
     /// It is not, with the end of its log.
     pub async fn start_gateway(&mut self) -> anyhow::Result<()> {
         let config = self.path("gateway.yaml").display().to_string();
-        let process = Process::start("towline-gateway", &["--config", &config], &self.path("gateway.log"))?;
+        let process = self.process("towline-gateway", &config, &self.path("gateway.log"))?;
         self.gateway = Some(ready(process, self.gateway_admin, "gateway").await?);
         Ok(())
     }
@@ -372,9 +393,13 @@ impl Stack {
     /// It has not, with the end of its log.
     pub async fn start_agent(&mut self) -> anyhow::Result<()> {
         let config = self.path("agent.yaml").display().to_string();
-        let process = Process::start("towline-agent", &["--config", &config], &self.path("agent.log"))?;
+        let process = self.process("towline-agent", &config, &self.path("agent.log"))?;
         self.agent = Some(ready(process, self.agent_admin, "agent").await?);
         Ok(())
+    }
+
+    fn process(&self, name: &str, config: &str, log: &Path) -> anyhow::Result<Process> {
+        Process::start(name, &["--config", config, "--log-level", self.options.log_level], log)
     }
 
     /// The gateway process.
@@ -425,6 +450,24 @@ impl Stack {
         })
     }
 
+    /// The API server behind the agent without a tunnel in between, as somebody with the client's token.
+    ///
+    /// # Errors
+    /// Its CA cannot be read.
+    pub fn direct(&self) -> anyhow::Result<Target> {
+        let roots = load_roots(&self.path("api-ca.crt"))?;
+        let token = HeaderValue::from_str(&format!("Bearer {}", self.upstream.client_token))?;
+        let address =
+            self.upstream.url.trim_start_matches("https://").parse().context("the URL's address")?;
+        Ok(Target {
+            address,
+            host: "kubernetes.default.svc".to_owned(),
+            prefix: String::new(),
+            headers: HeaderMap::from_iter([(AUTHORIZATION, token)]),
+            tls: tls::http_client(&roots, None)?,
+        })
+    }
+
     /// A kubeconfig for [`CLIENT`]; by path, or by host through the given CONNECT proxy.
     ///
     /// # Errors
@@ -470,6 +513,22 @@ async fn ready(mut process: Process, admin: SocketAddr, what: &str) -> anyhow::R
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     bail!("the {what} is not ready after {START_TIMEOUT:?}; its log ends with:\n{}", process.tail())
+}
+
+/// The sum of a metric's series on a private port. `name` may go on with `{` and labels, as they are printed.
+///
+/// # Errors
+/// Nobody listens, or there is no such metric.
+pub async fn metric(address: SocketAddr, name: &str) -> anyhow::Result<f64> {
+    let (_, text) = plain_get(address, "/metrics").await?;
+    let values = text.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let whole = rest.starts_with([' ', '{']);
+        whole.then(|| rest.rsplit(' ').next()?.parse::<f64>().ok()).flatten()
+    });
+    let values: Vec<f64> = values.collect();
+    ensure!(!values.is_empty(), "there is no metric {name}");
+    Ok(values.iter().sum())
 }
 
 /// A GET of a private port, without TLS: status and body.

@@ -2,16 +2,16 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a helper of tests: a failure is a failed test")]
 
-mod support;
+mod common;
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
+use common::wire::{Client, tls};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::json;
-use support::{Client, tls};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions, RawEnd, hex, pattern_chunk};

@@ -46,7 +46,10 @@ pub(super) async fn answer(call: Call, helper: &str) -> Response {
             let body = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello";
             answer_raw(&call, raw(format!("{hint}{body}"), RawEnd::Continue))
         }
-        "upgrade" => upgrade(call, "towline-test"),
+        "upgrade" => {
+            let asked = call.header("upgrade").to_owned();
+            upgrade(call, &asked)
+        }
         "upgrade-wrong" => upgrade(call, "something-else"),
         "upgrade-200" => json_response(StatusCode::OK, &json!({"upgraded": false})),
         "upgrade-403" => super::status::ApiError::forbidden("no upgrade for you").response(),
@@ -185,7 +188,7 @@ fn repeat(call: &Call) -> Response {
 
 /// Switches to a protocol that sends everything back and half-closes when the client does; at the end it says how
 /// many bytes it saw.
-fn upgrade(mut call: Call, protocol: &'static str) -> Response {
+fn upgrade(mut call: Call, protocol: &str) -> Response {
     let Some(upgraded) = call.upgrade.take() else { return empty(StatusCode::UPGRADE_REQUIRED, &[]) };
     let (stop, killed) = (call.shared.stop.clone(), call.connection.killed.clone());
     let tap = std::sync::Arc::clone(&call.connection.tap);

@@ -24,6 +24,8 @@ pub struct FakeApiOptions {
     pub http2: bool,
     /// Offer only TLS 1.2.
     pub tls12_only: bool,
+    /// Show a certificate that expired an hour ago.
+    pub expired: bool,
     /// How many requests the recorder keeps; 0 switches recording off (load tests).
     pub requests_kept: usize,
     /// How many plaintext bytes per connection and direction the recorder keeps; 0 keeps only the counts.
@@ -52,6 +54,7 @@ impl Default for FakeApiOptions {
             streams_max: 100,
             http2: true,
             tls12_only: false,
+            expired: false,
             requests_kept: 65_536,
             bytes_kept: 0,
             history_kept: 1024,

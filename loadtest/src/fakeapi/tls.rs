@@ -1,6 +1,7 @@
 //! Which certificates does the fake API server show and accept? Its own CA, a leaf, and client certificates by the CA.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
@@ -82,6 +83,10 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
+        if options.expired {
+            params.not_before = (SystemTime::now() - Duration::from_secs(48 * 3600)).into();
+            params.not_after = (SystemTime::now() - Duration::from_secs(3600)).into();
+        }
         let key = KeyPair::generate()?;
         let leaf = params.signed_by(&key, &self.issuer)?;
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));

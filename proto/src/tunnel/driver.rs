@@ -49,9 +49,19 @@ pub(super) struct Core {
     /// Who waits for which stream, by slot.
     pub(super) waiters: Vec<Waiters>,
     pub(super) accepted: VecDeque<Key>,
-    pub(super) accept_waker: Option<Waker>,
-    /// The driver, while it sleeps and would send if there were something to send.
-    driver: Option<Waker>,
+    accept_waker: Option<Waker>,
+    /// Wakers that were replaced. They are dropped after the mutex is released: that may run foreign code.
+    retired: Vec<Waker>,
+    driver: Option<Sleeper>,
+}
+
+/// The driver, while it sleeps, and what it would get up for.
+struct Sleeper {
+    waker: Waker,
+    /// There is something to send, and the transport takes it.
+    output: bool,
+    /// The session has ended, whatever the transport takes.
+    close: bool,
 }
 
 /// Who waits for one stream.
@@ -66,8 +76,14 @@ pub(super) struct Waiters {
 
 impl Shared {
     pub(super) fn new(conn: Connection, epoch: tokio::time::Instant) -> Arc<Self> {
-        let core =
-            Core { conn, waiters: Vec::new(), accepted: VecDeque::new(), accept_waker: None, driver: None };
+        let core = Core {
+            conn,
+            waiters: Vec::new(),
+            accepted: VecDeque::new(),
+            accept_waker: None,
+            retired: Vec::new(),
+            driver: None,
+        };
         Arc::new(Self {
             core: Mutex::new(core),
             state: watch::Sender::new(SessionState::default()),
@@ -97,11 +113,12 @@ impl Shared {
         let mut core = self.lock();
         let result = f(&mut core, now);
         core.collect(&mut settle);
-        if core.conn.has_output()
-            && let Some(driver) = core.driver.take()
+        let (output, closed) = (core.conn.has_output(), core.conn.closed().is_some());
+        if let Some(driver) = core.driver.take_if(|driver| driver.output && output || driver.close && closed)
         {
-            settle.wakers.push(driver);
+            settle.wakers.push(driver.waker);
         }
+        settle.retired = std::mem::take(&mut core.retired);
         drop(core);
         settle.apply(&self.state);
         result
@@ -115,6 +132,24 @@ impl Core {
             self.waiters.resize_with(slot + 1, Waiters::default);
         }
         &mut self.waiters[slot]
+    }
+
+    /// Remembers to wake the task of `cx` when the event comes that `of` names.
+    pub(super) fn park(&mut self, key: Key, of: fn(&mut Waiters) -> &mut Option<Waker>, cx: &Context<'_>) {
+        let old = replace(of(self.waiters(key)), cx);
+        self.retired.extend(old);
+    }
+
+    /// Remembers to wake the task of `cx` when the peer opens a stream.
+    pub(super) fn park_accept(&mut self, cx: &Context<'_>) {
+        let old = replace(&mut self.accept_waker, cx);
+        self.retired.extend(old);
+    }
+
+    /// Forgets who waits for a stream that nobody holds any more.
+    pub(super) fn unpark(&mut self, key: Key) {
+        let Waiters { read, write, stopped, .. } = std::mem::take(self.waiters(key));
+        self.retired.extend([read, write, stopped].into_iter().flatten());
     }
 
     /// Turns events of the mux into wakers.
@@ -139,6 +174,14 @@ impl Core {
             }
         }
     }
+}
+
+/// Puts the waker of `cx` in `place`; yields the one before it, if it is another.
+fn replace(place: &mut Option<Waker>, cx: &Context<'_>) -> Option<Waker> {
+    if place.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+        return None;
+    }
+    place.replace(cx.waker().clone())
 }
 
 /// Carries one session over its transport. Nothing moves unless [`Driver::run`] is polled; dropping it ends the session.
@@ -318,7 +361,10 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             return Rest::GoOn;
         }
         // While the transport is full its own readiness wakes us; new output would only wait behind the old.
-        core.driver = idle.then(|| cx.waker().clone());
+        let sleeper = Sleeper { waker: cx.waker().clone(), output: idle, close: self.last_words.is_none() };
+        let before = core.driver.replace(sleeper);
+        drop(core);
+        drop(before);
         Rest::Asleep
     }
 
@@ -345,5 +391,41 @@ fn advance(queue: &mut VecDeque<Bytes>, mut n: usize) {
         }
         n -= front.len();
         queue.pop_front();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Code;
+    use crate::mux::{Budget, Introduction, Limits, Role};
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// A panic in the middle of a change ends the session, for everyone, and nothing else.
+    #[tokio::test(start_paused = true)]
+    async fn a_panic_inside_ends_the_session() {
+        let process = Budget::new(1 << 30);
+        let conn = Connection::new(
+            Role::Agent,
+            Limits::default(),
+            process.clone(),
+            Introduction::default(),
+            Instant::default(),
+        );
+        let shared = Shared::new(conn.unwrap(), tokio::time::Instant::now());
+        let (io, _peer) = tokio::io::duplex(1024);
+        let driver = Driver::new(io, Arc::clone(&shared));
+        let handle = Arc::clone(&shared);
+        let broken = async move {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let panic = catch_unwind(AssertUnwindSafe(|| handle.with(|_, _| panic!("inside"))));
+            assert!(panic.is_err());
+            handle.with(|core, _| assert!(core.conn.closed().is_some()));
+        };
+        let (reason, ()) = tokio::join!(driver.run(), broken);
+        assert_eq!(reason.code(), Code::Internal.to_u32());
+        assert_eq!(shared.state.borrow().closed, Some(reason));
+        drop(shared);
+        assert_eq!(process.used(), 0);
     }
 }

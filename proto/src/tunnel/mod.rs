@@ -103,12 +103,15 @@ impl Transport {
 #[derive(Default)]
 struct Settle {
     wakers: Vec<Waker>,
+    /// Replaced or forgotten; dropping a waker may run code of its task's runtime.
+    retired: Vec<Waker>,
     events: Vec<Event>,
 }
 
 impl Settle {
     fn apply(self, state: &watch::Sender<SessionState>) {
         self.wakers.into_iter().for_each(Waker::wake);
+        drop(self.retired);
         for event in self.events {
             state.send_modify(|state| match event {
                 Event::Ready => state.ready = true,
@@ -218,7 +221,7 @@ impl Session {
                 if let Some(reason) = core.conn.closed() {
                     return Poll::Ready(Err(reason.clone()));
                 }
-                core.accept_waker = Some(cx.waker().clone());
+                core.park_accept(cx);
                 Poll::Pending
             }),
             Inner::Quic(shared) => shared.with(|core, _| {

@@ -244,20 +244,22 @@ impl QuicDriver {
 
     fn accept(&self, mut send: quinn::SendStream, mut recv: quinn::RecvStream) {
         let Some(id) = stream_id(send.id()) else { return };
-        self.shared.with(|core, now| match core.ledger.on_accepted(now, id) {
+        let waiting = self.shared.with(|core, now| match core.ledger.on_accepted(now, id) {
             Ok(true) => {
                 core.accepted.push_back((send, recv));
-                if let Some(waker) = core.accept_waker.take() {
-                    waker.wake();
-                }
+                core.accept_waker.take()
             }
             Ok(false) => {
                 let code = VarInt::from(Code::Refused.to_u32());
                 drop(send.reset(code));
                 drop(recv.stop(code));
+                None
             }
-            Err(_) => {}
+            Err(_) => None,
         });
+        if let Some(waker) = waiting {
+            waker.wake();
+        }
     }
 
     /// Allows more streams once three quarters of those allowed are in use.

@@ -128,7 +128,7 @@ impl MuxHalf {
             let waiters = core.waiters(self.key);
             waiters.handles -= 1;
             if waiters.handles == 0 {
-                *waiters = super::driver::Waiters::default();
+                core.unpark(self.key);
                 core.conn.release(self.key);
             }
         });
@@ -146,7 +146,7 @@ impl SendStream {
         let coop = ready!(coop::poll_proceed(cx));
         let result = half.shared.with(|core, now| match core.conn.write(now, half.key, bytes) {
             Ok(0) if !bytes.is_empty() => {
-                core.waiters(half.key).write = Some(cx.waker().clone());
+                core.park(half.key, |waiters| &mut waiters.write, cx);
                 Poll::Pending
             }
             Ok(n) => Poll::Ready(Ok(n)),
@@ -209,7 +209,7 @@ impl SendStream {
             if core.conn.closed().is_some() {
                 return Poll::Ready(WriteError::Closed(closed(&core.conn)));
             }
-            core.waiters(half.key).stopped = Some(cx.waker().clone());
+            core.park(half.key, |waiters| &mut waiters.stopped, cx);
             Poll::Pending
         })
     }
@@ -246,7 +246,7 @@ impl RecvStream {
             }
             Read::Reset(code) => Poll::Ready(Err(ReadError::Reset(Code::from_u32(code)))),
             Read::Blocked => {
-                core.waiters(half.key).read = Some(cx.waker().clone());
+                core.park(half.key, |waiters| &mut waiters.read, cx);
                 Poll::Pending
             }
         });

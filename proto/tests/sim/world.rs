@@ -4,7 +4,7 @@
 //! what was written; an end must have a cause; and once everything has come to rest, nothing is lost and nothing is kept.
 //! The peers read and write only when an event has told them to try again, so that a lost wakeup shows as a lost byte.
 
-#![allow(unreachable_pub, reason = "shared by including the file")]
+#![allow(unreachable_pub, missing_debug_implementations, reason = "shared by including the file")]
 
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::{BTreeMap, VecDeque};

@@ -1,7 +1,5 @@
 //! A client that says exactly what a test says: raw HTTP/1.1 over TLS.
 
-#![expect(clippy::unwrap_used, reason = "a helper of tests: a failure is a failed test")]
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +11,10 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use towline_loadtest::client::{Target, Version};
 use towline_loadtest::fakeapi::{ClientCertificate, FakeApi};
+
+use super::Refusal;
 
 pub(crate) struct Client {
     pub(crate) stream: TlsStream<TcpStream>,
@@ -32,6 +33,17 @@ impl Answer {
 
     pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_slice(&self.body).unwrap()
+    }
+
+    /// The value of a header, or nothing.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        let mut lines = self.head.lines().filter_map(|line| line.split_once(":"));
+        lines.find(|(key, _)| key.eq_ignore_ascii_case(name)).map_or("", |(_, value)| value.trim())
+    }
+
+    /// What the gateway itself refused.
+    pub(crate) fn refusal(&self) -> Refusal {
+        Refusal::of(self.code(), self.header("warning"), &self.body)
     }
 
     pub(crate) fn has(&self, line: &str) -> bool {
@@ -69,6 +81,11 @@ impl Client {
         Self { stream: tls(fake, b"http/1.1", None).await.unwrap(), unread: Vec::new() }
     }
 
+    /// A connection to any target; its prefix and headers are for the test to write.
+    pub(crate) async fn open(target: &Target) -> Self {
+        Self { stream: target.open(Version::Http1).await.unwrap(), unread: Vec::new() }
+    }
+
     pub(crate) async fn send(&mut self, text: &str) {
         self.stream.write_all(text.as_bytes()).await.unwrap();
         self.stream.flush().await.unwrap();
@@ -90,7 +107,7 @@ impl Client {
     }
 
     async fn more(&mut self) -> bool {
-        let read = timeout(Duration::from_secs(10), self.stream.read_buf(&mut self.unread)).await;
+        let read = timeout(Duration::from_secs(20), self.stream.read_buf(&mut self.unread)).await;
         matches!(read.expect("the server is silent"), Ok(count) if count > 0)
     }
 

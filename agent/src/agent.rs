@@ -1,0 +1,283 @@
+//! What does a running agent consist of, and how does it end? Every task is on one tracker and ends with one token.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinError;
+use tokio::time::{Duration, MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use towline_proto::mux::{Budget, Introduction, Role};
+use towline_proto::tunnel::SessionConfig;
+
+use crate::admin::{self, Admin};
+use crate::backoff::{Backoff, random_fraction};
+use crate::config::AgentConfig;
+use crate::dial::Dialler;
+use crate::links::Links;
+use crate::live::{self, Live, LiveError};
+use crate::metrics::Metrics;
+use crate::serve::{self, Service};
+use crate::supervise::{Begin, Retired, Slot};
+use crate::upstream::Resources;
+
+/// Why an agent cannot start.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// A file cannot be used.
+    #[error(transparent)]
+    Files(#[from] LiveError),
+    /// The health port cannot be opened.
+    #[error("the health port {address} cannot be opened: {cause}. Set admin.address to a free one")]
+    Admin { address: SocketAddr, cause: io::Error },
+    /// The crypto provider gives no random bytes.
+    #[error("the system gives no random bytes")]
+    Random,
+    #[error("a task failed: {0}")]
+    Task(#[from] JoinError),
+}
+
+/// A running agent. Dropping it ends everything at once; [`Agent::drain`] lets open streams finish.
+#[derive(Debug)]
+pub struct Agent {
+    admin_address: SocketAddr,
+    admin: Arc<Admin>,
+    live: Arc<Live>,
+    links: Links,
+    tracker: TaskTracker,
+    /// The tasks that move the bytes of the sessions.
+    drivers: TaskTracker,
+    /// Ends the attempts to keep sessions up.
+    stop_dialling: CancellationToken,
+    /// Ends everything.
+    stop: CancellationToken,
+    drain_deadline: Duration,
+}
+
+/// Reads every file that `config` names, as a start would.
+///
+/// # Errors
+/// What is wrong with them.
+pub async fn check(config: &AgentConfig) -> Result<(), StartError> {
+    open(config, Metrics::new(), TaskTracker::new(), CancellationToken::new()).await.map(|_| ())
+}
+
+async fn open(
+    config: &AgentConfig,
+    metrics: Metrics,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+) -> Result<(Live, live::Files), StartError> {
+    let resources = Resources {
+        metrics,
+        tracker: tracker.clone(),
+        stop,
+        connections: Arc::new(Semaphore::new(config.limits.upstream_connections as usize)),
+        connections_max: config.limits.upstream_connections,
+        timeouts: config.timeouts,
+        head_max: config.limits.head_max(),
+    };
+    let config = config.clone();
+    Ok(tracker.spawn_blocking(move || live::open(&config, &resources)).await??)
+}
+
+impl Agent {
+    /// Starts an agent: reads its files, opens its health port, and begins to keep sessions up.
+    ///
+    /// # Errors
+    /// Only what has to do with this machine; a gateway or API server that cannot be reached is no reason not to start.
+    pub async fn start(config: AgentConfig) -> Result<Self, StartError> {
+        let metrics = Metrics::new();
+        let tracker = TaskTracker::new();
+        let stop = CancellationToken::new();
+        let (live, files) = open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
+        let live = Arc::new(live);
+        let refused = |cause| StartError::Admin { address: config.admin_address, cause };
+        let listener = TcpListener::bind(config.admin_address).await.map_err(refused)?;
+        let admin_address = listener.local_addr().map_err(refused)?;
+        let links = Links::new(metrics.clone());
+        let admin = Arc::new(Admin {
+            links: links.clone(),
+            metrics: metrics.clone(),
+            draining: AtomicBool::new(false),
+        });
+        let agent = Self {
+            admin_address,
+            admin: Arc::clone(&admin),
+            live: Arc::clone(&live),
+            links: links.clone(),
+            tracker: tracker.clone(),
+            drivers: TaskTracker::new(),
+            stop_dialling: stop.child_token(),
+            stop,
+            drain_deadline: config.drain_deadline,
+        };
+        agent.spawn(admin::serve(admin, listener, tracker.clone(), agent.stop.clone()));
+        agent.spawn(live::watch(Arc::clone(&live), files, metrics.clone(), tracker));
+        agent.spawn(look(links.clone(), LOOK_INTERVAL));
+        let shortest = config.timeouts.upstream_idle.min(config.timeouts.upstream_age);
+        agent.spawn(reap(Arc::clone(&live), (shortest / 4).min(REAP_INTERVAL)));
+        agent.keep_sessions(&config, &metrics)?;
+        Ok(agent)
+    }
+
+    fn keep_sessions(&self, config: &AgentConfig, metrics: &Metrics) -> Result<(), StartError> {
+        let mut boot_id = vec![0; 16];
+        aws_lc_rs::rand::fill(&mut boot_id).map_err(|_| StartError::Random)?;
+        let process_memory = usize::try_from(config.limits.process_memory).unwrap_or(usize::MAX);
+        let software = concat!("towline-agent/", env!("CARGO_PKG_VERSION")).to_owned();
+        let dialler = Arc::new(Dialler {
+            live: Arc::clone(&self.live),
+            server_name: config.gateway.server_name.clone(),
+            bundle: config.identity.ca.display().to_string(),
+            session: SessionConfig {
+                role: Role::Agent,
+                limits: config.limits.mux(),
+                budget: Budget::new(process_memory),
+                introduction: Introduction { capabilities: Vec::new(), boot_id, software },
+            },
+            dial_timeout: config.timeouts.dial,
+            ready_timeout: config.timeouts.ready,
+            drivers: self.drivers.clone(),
+            stop: self.stop.clone(),
+        });
+        let service = Arc::new(Service {
+            live: Arc::clone(&self.live),
+            mode: config.mode.clone(),
+            metrics: metrics.clone(),
+            exchanges: Arc::new(Semaphore::new(config.limits.exchanges as usize)),
+            head_max: config.limits.head_max(),
+            head_timeout: config.timeouts.head,
+            tracker: self.tracker.clone(),
+            stop: self.stop.clone(),
+        });
+        for number in 0..config.sessions as usize {
+            let (service, links) = (Arc::clone(&service), self.links.clone());
+            let slot = Slot {
+                number,
+                addresses: config.gateway.addresses.clone(),
+                backoff: Backoff::new(
+                    config.timeouts.backoff_min,
+                    config.timeouts.backoff_max,
+                    random_fraction,
+                ),
+                metrics: metrics.clone(),
+                identity: self.live.identity(),
+                start: move |begin| begin_on(&service, &links, begin),
+                drain: config.drain_deadline,
+            };
+            let dialler = Arc::clone(&dialler);
+            let kept = slot.keep(move |address| {
+                let dialler = Arc::clone(&dialler);
+                async move { dialler.dial(&address).await }
+            });
+            self.tracker.spawn(self.stop_dialling.clone().run_until_cancelled_owned(kept));
+        }
+        Ok(())
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tracker.spawn(self.stop.clone().run_until_cancelled_owned(task));
+    }
+
+    /// Where the health port listens.
+    #[must_use]
+    pub fn admin_addr(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// Waits until a session may carry streams.
+    pub async fn ready(&self) {
+        self.links.wait_ready().await;
+    }
+
+    /// Looks at certificates, CA bundles, token and targets now.
+    pub fn reload(&self) {
+        self.live.reload.notify_one();
+    }
+
+    /// Stops taking streams and lets the open ones finish, no longer than the configured deadline. Ends when there are
+    /// none. Whatever happens then, [`Agent::shutdown`] is next.
+    pub async fn drain(&self) {
+        self.admin.draining.store(true, Ordering::Relaxed);
+        self.stop_dialling.cancel();
+        let deadline = self.drain_deadline;
+        let ends = TaskTracker::new();
+        for session in self.links.sessions() {
+            ends.spawn(Retired { session, ask: true, deadline }.finish());
+        }
+        ends.close();
+        ends.wait().await;
+    }
+
+    /// Ends everything and waits for it.
+    pub async fn shutdown(self) {
+        self.stop_dialling.cancel();
+        for session in self.links.sessions() {
+            session.close(towline_proto::Code::Draining, "the agent ends");
+        }
+        // The last words of a session leave within a second, or not at all.
+        self.drivers.close();
+        drop(timeout(LAST_WORDS, self.drivers.wait()).await);
+        self.stop.cancel();
+        self.tracker.close();
+        if timeout(SHUTDOWN_TIMEOUT, self.tracker.wait()).await.is_err() {
+            tracing::warn!(tasks = self.tracker.len(), "some tasks did not end in time");
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        self.tracker.close();
+    }
+}
+
+/// Starts what a slot asks for.
+fn begin_on(service: &Arc<Service>, links: &Links, begin: Begin) {
+    match begin {
+        Begin::Serve(session, address) => {
+            let registered = links.register(session.clone(), address);
+            let served = serve::serve(Arc::clone(service), session);
+            let task = async move {
+                let reason = served.await;
+                tracing::debug!(%reason, "session ended");
+                drop(registered);
+            };
+            service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(task));
+        }
+        Begin::Retire(retired) => {
+            service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(retired.finish()));
+        }
+    }
+}
+
+async fn look(links: Links, period: Duration) {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        links.look();
+    }
+}
+
+async fn reap(live: Arc<Live>, period: Duration) {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        live.reap();
+    }
+}
+
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+const REAP_INTERVAL: Duration = Duration::from_secs(5);
+const LAST_WORDS: Duration = Duration::from_millis(1500);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);

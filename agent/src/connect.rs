@@ -1,0 +1,184 @@
+//! How is one connection made? Resolve, connect, TLS: each stage under the same deadline, each failure with its cause and
+//! what to do. Used towards the gateway and towards the upstreams.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use rustls::ClientConfig;
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, lookup_host};
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use towline_certs::ServerName;
+use towline_certs::explain::{explain_naming, tls_error};
+
+use crate::address::{Address, Host, Reach, special};
+
+/// Why there is no connection. The text says the cause and the remedy; the hop is for the caller to name.
+#[derive(Debug, Error)]
+pub(crate) enum ConnectError {
+    #[error("the name {name} does not resolve ({cause}). Check the name, and the DNS of this pod or machine")]
+    Resolve { name: String, cause: io::Error },
+    #[error("the name {0} has no address. Check the name, and the DNS of this pod or machine")]
+    NoAddress(String),
+    #[error(
+        "{ip} is a {class} address, which no target may have unless its entry in the agent's configuration says allowLocal: true"
+    )]
+    Denied { ip: IpAddr, class: &'static str },
+    #[error("{at}: {}", describe(cause))]
+    Connect { at: SocketAddr, cause: io::Error },
+    #[error("no answer in time while {0}. A firewall that drops packets looks like this")]
+    Deadline(Stage),
+    #[error("TLS: {0}")]
+    Tls(String),
+}
+
+/// How far an attempt had come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Resolving,
+    Connecting,
+    Handshaking,
+}
+
+impl std::fmt::Display for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Resolving => "resolving the name",
+            Self::Connecting => "connecting",
+            Self::Handshaking => "shaking hands over TLS",
+        })
+    }
+}
+
+impl ConnectError {
+    /// The value of the metric label `outcome`.
+    #[must_use]
+    pub(crate) const fn label(&self) -> &'static str {
+        match self {
+            Self::Resolve { .. } | Self::NoAddress(_) => "resolve",
+            Self::Denied { .. } => "denied",
+            Self::Connect { .. } => "connect",
+            Self::Deadline(_) => "deadline",
+            Self::Tls(_) => "tls",
+        }
+    }
+}
+
+/// Resolves once and connects to the addresses found, one after the other; only to those that `reach` allows.
+///
+/// Dropping the future abandons the attempt.
+pub(crate) async fn connect(
+    address: &Address,
+    reach: Reach,
+    deadline: Instant,
+) -> Result<TcpStream, ConnectError> {
+    let found = resolve(address, deadline).await?;
+    let mut failure = None;
+    let mut left = u32::try_from(found.len()).unwrap_or(u32::MAX);
+    for at in found {
+        if let (Reach::NotSpecial, Some(class)) = (reach, special(at.ip())) {
+            failure.get_or_insert_with(|| ConnectError::Denied { ip: at.ip(), class });
+            continue;
+        }
+        // Each address gets its share of what is left, so that a dead first one leaves time for the second.
+        let now = Instant::now();
+        let share = now + deadline.saturating_duration_since(now) / left.max(1);
+        left = left.saturating_sub(1);
+        match timeout_at(share, TcpStream::connect(at)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(cause)) => failure = Some(ConnectError::Connect { at, cause }),
+            Err(_) => failure = Some(ConnectError::Deadline(Stage::Connecting)),
+        }
+    }
+    Err(failure.unwrap_or_else(|| ConnectError::NoAddress(address.host.to_string())))
+}
+
+async fn resolve(address: &Address, deadline: Instant) -> Result<Vec<SocketAddr>, ConnectError> {
+    let name = match &address.host {
+        Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, address.port)]),
+        Host::Name(name) => name,
+    };
+    let lookup = timeout_at(deadline, lookup_host((&**name, address.port))).await;
+    let found = lookup
+        .map_err(|_| ConnectError::Deadline(Stage::Resolving))?
+        .map_err(|cause| ConnectError::Resolve { name: name.to_string(), cause })?;
+    Ok(found.take(ADDRESSES_MAX).collect())
+}
+
+/// Shakes hands over `io`; `bundle` names the CA bundle in the error.
+pub(crate) async fn handshake<IO: AsyncRead + AsyncWrite + Unpin>(
+    io: IO,
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+    bundle: &str,
+    deadline: Instant,
+) -> Result<TlsStream<IO>, ConnectError> {
+    match timeout_at(deadline, TlsConnector::from(config).connect(name, io)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(ConnectError::Tls(match tls_error(&error) {
+            Some(cause) => explain_naming(cause, bundle),
+            None => describe(&error),
+        })),
+        Err(_) => Err(ConnectError::Deadline(Stage::Handshaking)),
+    }
+}
+
+/// An I/O error for people.
+pub(crate) fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => {
+            "connection refused. Nothing listens there: check address and port".to_owned()
+        }
+        io::ErrorKind::ConnectionReset => "connection reset by the other end".to_owned(),
+        io::ErrorKind::UnexpectedEof => "the other end closed the connection".to_owned(),
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
+            "no route to it. Check routing and network policies".to_owned()
+        }
+        io::ErrorKind::TimedOut => "connection timed out".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// Addresses of one name that are tried.
+const ADDRESSES_MAX: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    async fn attempt(address: &str, reach: Reach) -> Result<TcpStream, ConnectError> {
+        connect(&address.parse().unwrap(), reach, Instant::now() + Duration::from_secs(5)).await
+    }
+
+    /// R-SSRF-4: the address behind a name is judged, and nothing is dialled that is not allowed.
+    #[tokio::test]
+    async fn local_addresses_need_permission() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        for host in ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"] {
+            let error = attempt(&format!("{host}:{port}"), Reach::NotSpecial).await.unwrap_err();
+            assert!(matches!(error, ConnectError::Denied { class: "loopback", .. }), "{host}: {error}");
+        }
+        let accepted = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
+        assert!(accepted.is_err(), "no connection was made");
+        attempt(&format!("127.0.0.1:{port}"), Reach::Anywhere).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_refusal_names_the_address() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        drop(listener);
+        let error = attempt(&at.to_string(), Reach::Anywhere).await.unwrap_err();
+        assert!(error.to_string().starts_with(&format!("{at}: connection refused")), "{error}");
+        assert_eq!(error.label(), "connect");
+    }
+}

@@ -1,0 +1,117 @@
+//! How does one attempt to reach the gateway go? Resolve, connect, TLS, hello, first round trip: each stage has a deadline
+//! and an error that names the hop, the cause and the remedy. One attempt, one transport: TLS 1.3 on TCP.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::time::{Duration, Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use towline_certs::tls::{ALPN_TUNNEL, WrongAlpn, negotiated};
+use towline_proto::Code;
+use towline_proto::mux::{CloseReason, OpenError};
+use towline_proto::tunnel::{Session, SessionConfig, socket};
+
+use crate::address::{Address, Host, Reach};
+use crate::connect::{self, ConnectError};
+use crate::live::Live;
+use crate::upstream::server_name;
+
+/// Why an attempt failed.
+#[derive(Debug, Error)]
+#[error("agent → gateway {address}: {cause}")]
+pub(crate) struct DialError {
+    address: String,
+    cause: DialCause,
+}
+
+#[derive(Debug, Error)]
+enum DialCause {
+    #[error("{0} cannot be the name of a certificate; set gateway.serverName")]
+    Name(Host),
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Alpn(#[from] WrongAlpn),
+    #[error("{0:?}: the receive memory of this process is used up (limits.processMemory)")]
+    Memory(OpenError),
+    #[error("the session ended before it was ready: {0}")]
+    Ended(CloseReason),
+    #[error("TLS stands, but the gateway's hello and a round trip took more than {0:?}")]
+    NotReady(Duration),
+}
+
+impl DialError {
+    /// The value of the metric label `outcome`.
+    pub(crate) const fn label(&self) -> &'static str {
+        match &self.cause {
+            DialCause::Name(_) => "name",
+            DialCause::Connect(error) => error.label(),
+            DialCause::Alpn(_) => "alpn",
+            DialCause::Memory(_) => "memory",
+            DialCause::Ended(_) | DialCause::NotReady(_) => "hello",
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn for_test(address: &Address) -> Self {
+        let cause = ConnectError::Deadline(connect::Stage::Connecting).into();
+        Self { address: address.to_string(), cause }
+    }
+}
+
+/// What attempts need.
+#[derive(Debug)]
+pub(crate) struct Dialler {
+    pub(crate) live: Arc<Live>,
+    pub(crate) server_name: Option<Host>,
+    /// The tunnel CA's file, for errors.
+    pub(crate) bundle: String,
+    pub(crate) session: SessionConfig,
+    pub(crate) dial_timeout: Duration,
+    pub(crate) ready_timeout: Duration,
+    /// The tasks that move the bytes of the sessions.
+    pub(crate) drivers: TaskTracker,
+    pub(crate) stop: CancellationToken,
+}
+
+impl Dialler {
+    /// Makes a session that may carry streams. Dropping the future abandons the attempt.
+    pub(crate) async fn dial(&self, address: &Address) -> Result<Session, DialError> {
+        self.attempt(address).await.map_err(|cause| DialError { address: address.to_string(), cause })
+    }
+
+    async fn attempt(&self, address: &Address) -> Result<Session, DialCause> {
+        let host = self.server_name.as_ref().unwrap_or(&address.host);
+        let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
+        let deadline = Instant::now() + self.dial_timeout;
+        let stream = connect::connect(address, Reach::Anywhere, deadline).await?;
+        if let Err(error) = socket::tune(&stream) {
+            tracing::debug!(%address, %error, "a socket option was refused");
+        }
+        let stream = connect::handshake(stream, self.live.tunnel(), name, &self.bundle, deadline).await?;
+        negotiated(stream.get_ref().1.alpn_protocol(), ALPN_TUNNEL)?;
+        let (session, driver) = Session::over(stream, self.session.clone()).map_err(DialCause::Memory)?;
+        let stop = self.stop.clone();
+        self.drivers.spawn(stop.run_until_cancelled_owned(driver.run()));
+        let unready = CloseOnDrop(&session);
+        match timeout(self.ready_timeout, session.ready()).await {
+            Ok(Ok(hello)) => {
+                std::mem::forget(unready);
+                tracing::debug!(%address, software = ?hello.software, "session ready");
+                Ok(session)
+            }
+            Ok(Err(reason)) => Err(DialCause::Ended(reason)),
+            Err(_) => Err(DialCause::NotReady(self.ready_timeout)),
+        }
+    }
+}
+
+/// A session that is given up unless it becomes ready; its driver ends with it.
+struct CloseOnDrop<'a>(&'a Session);
+
+impl Drop for CloseOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.close(Code::Cancelled, "the attempt was given up");
+    }
+}

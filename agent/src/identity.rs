@@ -1,0 +1,290 @@
+//! As whom does a request reach the upstream? Decided here, by the agent's own configuration: the gateway cannot widen it.
+//!
+//! | agent | request | to the API server | to a target |
+//! |---|---|---|---|
+//! | restricted | restricted | as it came | as it came |
+//! | restricted | impersonate | refused | refused |
+//! | impersonate | restricted | as it came if it brings a credential, else refused | as it came |
+//! | impersonate | impersonate | as the principal, and nobody else | without any identity |
+//!
+//! The agent's own token goes to the API server in the name of a principal, and nowhere else.
+
+use http::HeaderValue;
+use thiserror::Error;
+use towline_proto::open::{Header, Mode, Principal, Request};
+
+use crate::config::AgentMode;
+
+/// Why a request is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub(crate) enum Refusal {
+    #[error(
+        "the agent's configuration says mode: restricted, so it impersonates nobody. Send the caller's own credential through, or let the cluster's owner set mode: impersonate"
+    )]
+    Restricted,
+    #[error(
+        "the request brings no credential of its own, and the agent (mode: impersonate) lends its own only in the name of a principal"
+    )]
+    NoCredential,
+    #[error("the request names no principal to impersonate")]
+    NoPrincipal,
+    #[error(
+        "the agent impersonates no {0} beginning with system: unless its configuration lists it under impersonate.allowSystemNames"
+    )]
+    System(&'static str),
+    #[error("the principal has a {0} that cannot be written as a header without changing it")]
+    Unwritable(&'static str),
+    #[error("the request's mode is unknown to this agent; update it")]
+    UnknownMode,
+}
+
+/// What happens to the identity of a request.
+#[derive(Debug)]
+pub(crate) enum Plan {
+    /// Nothing.
+    AsItCame,
+    /// Every carrier of an identity is removed.
+    Nobody,
+    /// Every carrier of an identity is removed; then these are set: the principal's own.
+    Impersonate(Vec<(&'static str, HeaderValue)>),
+}
+
+impl Plan {
+    /// Whether a header of the request goes upstream, and as what.
+    pub(crate) fn admit(&self, header: &Header) -> Admitted {
+        match self {
+            Self::AsItCame => Admitted::Whole,
+            Self::Nobody | Self::Impersonate(_) if is_carrier(&header.name) => Admitted::Nothing,
+            Self::Nobody | Self::Impersonate(_)
+                if header.name.eq_ignore_ascii_case(b"sec-websocket-protocol") =>
+            {
+                without_bearer_protocol(&header.value)
+            }
+            Self::Nobody | Self::Impersonate(_) => Admitted::Whole,
+        }
+    }
+}
+
+/// How much of a header goes upstream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Admitted {
+    Whole,
+    Part(Vec<u8>),
+    Nothing,
+}
+
+/// Decides on the identity of a request.
+pub(crate) fn decide(agent: &AgentMode, request: &Request) -> Result<Plan, Refusal> {
+    let to_api_server = request.target.is_empty();
+    match (agent, Mode::try_from(request.mode).map_err(|_| Refusal::UnknownMode)?) {
+        (AgentMode::Restricted, Mode::Restricted) => Ok(Plan::AsItCame),
+        (AgentMode::Restricted, Mode::Impersonate) => Err(Refusal::Restricted),
+        (AgentMode::Impersonate(_), Mode::Restricted) => {
+            let brings_one = request.headers.iter().any(brings_credential);
+            if brings_one || !to_api_server { Ok(Plan::AsItCame) } else { Err(Refusal::NoCredential) }
+        }
+        (AgentMode::Impersonate(_), Mode::Impersonate) if !to_api_server => Ok(Plan::Nobody),
+        (AgentMode::Impersonate(config), Mode::Impersonate) => {
+            let principal = request.principal.as_ref().ok_or(Refusal::NoPrincipal)?;
+            Ok(Plan::Impersonate(impersonation(principal, &config.allow_system_names)?))
+        }
+    }
+}
+
+/// The headers of a principal: all of it, or a refusal.
+fn impersonation(
+    principal: &Principal,
+    allowed: &[String],
+) -> Result<Vec<(&'static str, HeaderValue)>, Refusal> {
+    let value = |text: &str, what: &'static str| {
+        if is_system(text) && !allowed.iter().any(|name| name == text) {
+            return Err(Refusal::System(what));
+        }
+        // Surrounding white space would be trimmed, and an empty value not count, on the other side.
+        if text.is_empty() || text.trim() != text || text.chars().any(char::is_control) {
+            return Err(Refusal::Unwritable(what));
+        }
+        HeaderValue::from_bytes(text.as_bytes()).map_err(|_| Refusal::Unwritable(what))
+    };
+    let mut headers = vec![("impersonate-user", value(&principal.name, "name")?)];
+    for group in &principal.groups {
+        headers.push(("impersonate-group", value(group, "group")?));
+    }
+    Ok(headers)
+}
+
+fn is_system(name: &str) -> bool {
+    name.get(..SYSTEM.len()).is_some_and(|start| start.eq_ignore_ascii_case(SYSTEM))
+}
+
+fn brings_credential(header: &Header) -> bool {
+    header.name.eq_ignore_ascii_case(b"authorization") && !header.value.trim_ascii().is_empty()
+        || header.name.eq_ignore_ascii_case(b"sec-websocket-protocol")
+            && without_bearer_protocol(&header.value) != Admitted::Whole
+}
+
+/// Whether a header says who the caller is, to any software that is known to look at it (R-IMP-2, R-IMP-4). `_` counts
+/// as `-`: some servers take one for the other.
+fn is_carrier(name: &[u8]) -> bool {
+    let name: Vec<u8> =
+        name.iter().map(|byte| if *byte == b'_' { b'-' } else { byte.to_ascii_lowercase() }).collect();
+    CARRIERS.contains(&name.as_slice()) || CARRIER_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Removes the bearer tokens that the API server also accepts as WebSocket subprotocols (R-IMP-6).
+fn without_bearer_protocol(value: &[u8]) -> Admitted {
+    let is_bearer = |protocol: &&[u8]| {
+        let protocol = protocol.trim_ascii();
+        protocol.get(..BEARER_PROTOCOL.len()).is_some_and(|start| start.eq_ignore_ascii_case(BEARER_PROTOCOL))
+    };
+    if !value.split(|byte| *byte == b',').any(|protocol| is_bearer(&protocol)) {
+        return Admitted::Whole;
+    }
+    let kept: Vec<&[u8]> = value
+        .split(|byte| *byte == b',')
+        .filter(|protocol| !is_bearer(protocol))
+        .map(<[u8]>::trim_ascii)
+        .collect();
+    if kept.is_empty() { Admitted::Nothing } else { Admitted::Part(kept.join(&b", "[..])) }
+}
+
+const SYSTEM: &str = "system:";
+const CARRIERS: &[&[u8]] = &[b"authorization", b"proxy-authorization", b"x-forwarded-client-cert"];
+const CARRIER_PREFIXES: &[&[u8]] = &[b"impersonate-", b"x-remote-"];
+const BEARER_PROTOCOL: &[u8] = b"base64url.bearer.authorization.k8s.io";
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::config::ImpersonateConfig;
+
+    fn impersonating(allowed: &[&str]) -> AgentMode {
+        AgentMode::Impersonate(ImpersonateConfig {
+            token_file: "t".into(),
+            allow_system_names: allowed.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    fn request(mode: Mode, headers: &[(&str, &str)], principal: Option<(&str, &[&str])>) -> Request {
+        Request {
+            mode: mode.into(),
+            headers: headers.iter().map(|(name, value)| header(name, value)).collect(),
+            principal: principal.map(|(name, groups)| Principal {
+                name: name.to_owned(),
+                groups: groups.iter().map(ToString::to_string).collect(),
+            }),
+            ..Request::default()
+        }
+    }
+
+    fn header(name: &str, value: &str) -> Header {
+        Header {
+            name: Bytes::copy_from_slice(name.as_bytes()),
+            value: Bytes::copy_from_slice(value.as_bytes()),
+        }
+    }
+
+    #[test]
+    fn the_agents_configuration_has_the_last_word() {
+        let alice = Some(("alice", &["dev"][..]));
+        let refusal = |agent: &AgentMode, request: &Request| decide(agent, request).unwrap_err();
+        assert_eq!(
+            refusal(&AgentMode::Restricted, &request(Mode::Impersonate, &[], alice)),
+            Refusal::Restricted
+        );
+        let agent = impersonating(&[]);
+        assert_eq!(refusal(&agent, &request(Mode::Restricted, &[], None)), Refusal::NoCredential);
+        assert_eq!(
+            refusal(&agent, &request(Mode::Restricted, &[("Authorization", " ")], None)),
+            Refusal::NoCredential
+        );
+        assert_eq!(refusal(&agent, &request(Mode::Impersonate, &[], None)), Refusal::NoPrincipal);
+        let own = request(Mode::Restricted, &[("AUTHORIZATION", "Bearer x")], alice);
+        assert!(matches!(decide(&agent, &own), Ok(Plan::AsItCame)));
+        assert!(matches!(
+            decide(&AgentMode::Restricted, &request(Mode::Restricted, &[], None)),
+            Ok(Plan::AsItCame)
+        ));
+        let unknown = Request { mode: 7, ..Request::default() };
+        assert_eq!(refusal(&agent, &unknown), Refusal::UnknownMode);
+    }
+
+    /// The agent's token never goes to a target: with or without a principal there is no plan that adds anything.
+    #[test]
+    fn targets_are_never_impersonated() {
+        let mut to_target = request(Mode::Impersonate, &[], Some(("alice", &[])));
+        to_target.target = "prom".to_owned();
+        assert!(matches!(decide(&impersonating(&[]), &to_target), Ok(Plan::Nobody)));
+        assert!(decide(&AgentMode::Restricted, &to_target).is_err());
+    }
+
+    #[test]
+    fn a_principal_is_written_whole_or_not_at_all() {
+        let agent = impersonating(&["system:masters"]);
+        let plan = |name: &str, groups: &[&str]| {
+            decide(&agent, &request(Mode::Impersonate, &[], Some((name, groups))))
+        };
+        let Ok(Plan::Impersonate(headers)) = plan("älice@x", &["dev", "system:masters", "dev:a b"]) else {
+            panic!("refused")
+        };
+        let values: Vec<(&str, &[u8])> =
+            headers.iter().map(|(name, value)| (*name, value.as_bytes())).collect();
+        assert_eq!(
+            values,
+            [
+                ("impersonate-user", "älice@x".as_bytes()),
+                ("impersonate-group", b"dev"),
+                ("impersonate-group", b"system:masters"),
+                ("impersonate-group", b"dev:a b"),
+            ]
+        );
+        assert_eq!(plan("system:admin", &[]).unwrap_err(), Refusal::System("name"));
+        assert_eq!(plan("SYSTEM:admin", &[]).unwrap_err(), Refusal::System("name"));
+        assert_eq!(plan("alice", &["system:nodes"]).unwrap_err(), Refusal::System("group"));
+        assert_eq!(plan("alice", &["dev", "a\nb"]).unwrap_err(), Refusal::Unwritable("group"));
+        for name in ["", " ", " a", "a ", "a\r\nb", "a\u{7f}b", "a\u{85}b"] {
+            assert_eq!(plan(name, &[]).unwrap_err(), Refusal::Unwritable("name"), "{name:?}");
+        }
+    }
+
+    /// R-IMP-2, -4, -6, AU-02, AU-04: by prefix and without regard to case, also those that do not exist yet.
+    #[test]
+    fn every_carrier_is_removed() {
+        let removed = |name: &str, value: &str| Plan::Nobody.admit(&header(name, value));
+        for name in [
+            "Authorization",
+            "AUTHORIZATION",
+            "Proxy-Authorization",
+            "Impersonate-User",
+            "impersonate-group",
+            "IMPERSONATE-UID",
+            "Impersonate-Extra-Scopes",
+            "Impersonate-Future",
+            "Impersonate_User",
+            "X-Remote-User",
+            "x-remote-group",
+            "X-Remote-Extra-a",
+            "X_Remote_User",
+            "X-Forwarded-Client-Cert",
+        ] {
+            assert_eq!(removed(name, "v"), Admitted::Nothing, "{name}");
+            assert_eq!(Plan::AsItCame.admit(&header(name, "v")), Admitted::Whole, "{name}");
+        }
+        for name in
+            ["Accept", "X-Forwarded-For", "Impersonator", "Authorization-Info", "User-Agent", "Cookie"]
+        {
+            assert_eq!(removed(name, "v"), Admitted::Whole, "{name}");
+        }
+        let bearer = "base64url.bearer.authorization.k8s.io.dG9rZW4";
+        let protocols = |value: &str| removed("Sec-WebSocket-Protocol", value);
+        assert_eq!(protocols("v4.channel.k8s.io, v5.channel.k8s.io"), Admitted::Whole);
+        assert_eq!(protocols(bearer), Admitted::Nothing);
+        assert_eq!(
+            protocols(&format!("v5.channel.k8s.io, {bearer},base64.channel.k8s.io")),
+            Admitted::Part(b"v5.channel.k8s.io, base64.channel.k8s.io".to_vec())
+        );
+        assert_eq!(protocols(&bearer.to_ascii_uppercase()), Admitted::Nothing);
+    }
+}

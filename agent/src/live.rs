@@ -1,0 +1,297 @@
+//! What of the agent changes while it runs, and how? Certificates, CA bundles, the token and the targets: looked at every
+//! ten seconds and on SIGHUP, by content. A bad file keeps the last good value; a configuration file that is gone
+//! denies every target.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+use rustls::ClientConfig;
+use thiserror::Error;
+use tokio::sync::{Notify, watch};
+use tokio_util::task::TaskTracker;
+use towline_certs::load::{FileBytes, LoadCause, LoadError, LoadPolicy, parse_credential, parse_roots};
+use towline_certs::{Reload, TlsError, Watched, tls};
+use towline_proto::Code;
+
+use crate::config::{AgentConfig, AgentMode, Problems};
+use crate::exchange::Failed;
+use crate::metrics::Metrics;
+use crate::targets::Targets;
+use crate::token::{TokenError, TokenFile};
+use crate::upstream::{Resources, Upstream, UpstreamError};
+
+/// Why files cannot be used.
+#[derive(Debug, Error)]
+pub enum LiveError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    #[error(transparent)]
+    Config(#[from] Problems),
+}
+
+/// What is in force at the moment.
+pub(crate) struct Live {
+    tunnel: ArcSwap<ClientConfig>,
+    api_server: ArcSwap<Upstream>,
+    targets: ArcSwap<Targets>,
+    /// The agent's own credential, if it may have one.
+    pub(crate) token: Option<TokenFile>,
+    /// Counts the identities: a session of an older one should be replaced.
+    identity: watch::Sender<u64>,
+    /// Asks for a look at the files now.
+    pub(crate) reload: Notify,
+}
+
+impl fmt::Debug for Live {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Live").field("api_server", &self.api_server).finish_non_exhaustive()
+    }
+}
+
+impl Live {
+    /// TLS towards the gateway.
+    pub(crate) fn tunnel(&self) -> Arc<ClientConfig> {
+        self.tunnel.load_full()
+    }
+
+    /// Changes when the agent's certificate or the tunnel CA did.
+    pub(crate) fn identity(&self) -> watch::Receiver<u64> {
+        self.identity.subscribe()
+    }
+
+    /// The upstream that a stream names; empty = the API server.
+    pub(crate) fn upstream(&self, name: &str) -> Result<Arc<Upstream>, Failed> {
+        if name.is_empty() {
+            return Ok(self.api_server.load_full());
+        }
+        self.target(name)
+    }
+
+    /// The target that a stream names.
+    pub(crate) fn target(&self, name: &str) -> Result<Arc<Upstream>, Failed> {
+        self.targets.load().find(name).cloned().ok_or_else(|| {
+            let shown: String = name.chars().take(64).collect();
+            let message = format!("the agent's configuration allows no target named {shown:?} (targets)");
+            Failed::before(Code::Denied, message)
+        })
+    }
+
+    /// Closes idle connections whose time is over.
+    pub(crate) fn reap(&self) {
+        self.api_server.load().reap();
+        self.targets.load().all().for_each(|target| target.reap());
+    }
+}
+
+/// The files behind [`Live`].
+pub(crate) struct Files {
+    tunnel: Watched<ClientConfig, LiveError>,
+    api_server: Option<Watched<Upstream, LiveError>>,
+    targets: Option<TargetsFile>,
+}
+
+/// Reads all files for the first time; blocks for as long as that takes.
+pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live, Files), LiveError> {
+    let token = match &config.mode {
+        AgentMode::Restricted => None,
+        AgentMode::Impersonate(impersonate) => Some(TokenFile::open(&impersonate.token_file)?),
+    };
+    let identity = &config.identity;
+    let paths = vec![identity.certificate.clone(), identity.key.clone(), identity.ca.clone()];
+    let tunnel = Watched::open(paths, |files| {
+        let [certificate, key, ca] = files else { unreachable!("three paths give three files") };
+        let loaded = parse_credential(certificate, key, LoadPolicy::LENIENT, SystemTime::now())?;
+        for warning in &loaded.warnings {
+            tracing::warn!("{warning}");
+        }
+        let config = tls::agent_client(&parse_roots(ca)?, &loaded.value)?;
+        Ok(ClientConfig::clone(&config))
+    })?;
+    let (api_server, api_server_file) = match &config.api_server.ca {
+        None => (Arc::new(Upstream::api_server(config, resources)?), None),
+        Some(ca) => {
+            let (config, resources) = (config.clone(), resources.clone());
+            let parse = move |_: &[FileBytes]| Ok(Upstream::api_server(&config, &resources)?);
+            let watched = Watched::open(vec![ca.clone()], parse)?;
+            (Arc::clone(watched.current()), Some(watched))
+        }
+    };
+    let targets = Targets::new(&config.targets, resources)?;
+    let live = Live {
+        tunnel: ArcSwap::new(Arc::clone(tunnel.current())),
+        api_server: ArcSwap::new(api_server),
+        targets: ArcSwap::from_pointee(targets),
+        token,
+        identity: watch::Sender::new(0),
+        reload: Notify::new(),
+    };
+    let targets = config.source.clone().map(|path| TargetsFile::new(path, config, resources));
+    Ok((live, Files { tunnel, api_server: api_server_file, targets }))
+}
+
+/// Looks at the files again and again. Runs until it is dropped.
+pub(crate) async fn watch(live: Arc<Live>, mut files: Files, metrics: Metrics, tracker: TaskTracker) {
+    loop {
+        drop(tokio::time::timeout(POLL_INTERVAL, live.reload.notified()).await);
+        let (live, metrics) = (Arc::clone(&live), metrics.clone());
+        let polled = tracker.spawn_blocking(move || {
+            files.poll(&live, &metrics);
+            files
+        });
+        // Only a panic in it can end it early; then nothing is reloaded any more, and the rest goes on.
+        let Ok(again) = polled.await else {
+            tracing::error!("reloading files has failed for good; restart the agent");
+            return;
+        };
+        files = again;
+    }
+}
+
+impl Files {
+    fn poll(&mut self, live: &Live, metrics: &Metrics) {
+        let report = |what: &'static str, result: &'static str| {
+            metrics.reloads.with_label_values(&[what, result]).inc();
+        };
+        match self.tunnel.poll() {
+            Reload::Unchanged => {}
+            Reload::Changed(config) => {
+                tracing::info!("new certificate or tunnel CA: sessions are replaced one by one");
+                live.tunnel.store(config);
+                live.identity.send_modify(|count| *count += 1);
+                report("identity", "ok");
+            }
+            Reload::Kept { error, repeated } => {
+                if !repeated {
+                    tracing::error!(%error, "the certificate in use stays");
+                    report("identity", "failed");
+                }
+            }
+        }
+        match self.api_server.as_mut().map(Watched::poll) {
+            None | Some(Reload::Unchanged) => {}
+            Some(Reload::Changed(upstream)) => {
+                tracing::info!("new CA bundle of the API server");
+                live.api_server.store(upstream);
+                report("api_server", "ok");
+            }
+            Some(Reload::Kept { error, repeated }) => {
+                if !repeated {
+                    tracing::error!(%error, "the CA bundle in use stays");
+                    report("api_server", "failed");
+                }
+            }
+        }
+        if let Some(token) = &live.token {
+            match token.poll() {
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::info!("new ServiceAccount token");
+                    report("token", "ok");
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the token in use stays");
+                    report("token", "failed");
+                }
+            }
+        }
+        if let Some(file) = &mut self.targets
+            && let Some(result) = file.poll()
+        {
+            match result {
+                Ok(targets) => {
+                    tracing::info!(count = targets.len(), "new targets");
+                    live.targets.store(Arc::new(targets));
+                    report("targets", "ok");
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the targets in use stay");
+                    report("targets", "failed");
+                }
+            }
+        }
+    }
+}
+
+/// The configuration file, looked at for its targets only.
+struct TargetsFile {
+    path: PathBuf,
+    resources: Resources,
+    /// What the file and the CA files it names held at the last look.
+    seen: Option<Vec<u8>>,
+    /// Everything but the targets, as it was at the start.
+    rest: serde_json::Value,
+}
+
+impl TargetsFile {
+    fn new(path: PathBuf, config: &AgentConfig, resources: &Resources) -> Self {
+        let mut file = Self { path, resources: resources.clone(), seen: None, rest: rest(config) };
+        file.seen = file.look().ok().map(|(seen, _)| seen);
+        file
+    }
+
+    /// New targets, or what is wrong with them; `None` if nothing changed since the last look.
+    fn poll(&mut self) -> Option<Result<Targets, LiveError>> {
+        let (seen, config) = match self.look() {
+            Ok(found) => found,
+            Err(LookError::Gone) if self.seen.is_none() => return None,
+            Err(LookError::Gone) => {
+                self.seen = None;
+                tracing::error!(path = %self.path.display(), "the configuration file is gone: no target is allowed");
+                return Some(Ok(Targets::default()));
+            }
+            Err(LookError::Other(seen, error)) => {
+                let repeated = self.seen.as_ref() == Some(&seen);
+                self.seen = Some(seen);
+                return (!repeated).then_some(Err(error));
+            }
+        };
+        if self.seen.as_ref() == Some(&seen) {
+            return None;
+        }
+        self.seen = Some(seen);
+        if rest(&config) != self.rest {
+            tracing::warn!(path = %self.path.display(), "the file differs in more than targets: the rest takes a restart");
+        }
+        Some(Targets::new(&config.targets, &self.resources).map_err(Into::into))
+    }
+
+    fn look(&self) -> Result<(Vec<u8>, AgentConfig), LookError> {
+        let file = match FileBytes::read(&self.path) {
+            Ok(file) => file,
+            Err(error) if error.cause == LoadCause::Missing => return Err(LookError::Gone),
+            Err(error) => return Err(LookError::Other(error.to_string().into_bytes(), error.into())),
+        };
+        let mut seen = file.bytes().to_vec();
+        let config = AgentConfig::parse(&self.path.display().to_string(), file.bytes())
+            .map_err(|problems| LookError::Other(seen.clone(), problems.into()))?;
+        for ca in config.targets.iter().filter_map(|target| target.tls.as_ref()?.ca.as_ref()) {
+            match FileBytes::read(ca) {
+                Ok(ca) => seen.extend_from_slice(ca.bytes()),
+                Err(error) => seen.extend_from_slice(error.to_string().as_bytes()),
+            }
+        }
+        Ok((seen, config))
+    }
+}
+
+enum LookError {
+    Gone,
+    Other(Vec<u8>, LiveError),
+}
+
+fn rest(config: &AgentConfig) -> serde_json::Value {
+    let mut rest = config.effective();
+    rest["targets"] = serde_json::Value::Null;
+    rest
+}
+
+const POLL_INTERVAL: Duration = Duration::from_secs(10);

@@ -1,0 +1,177 @@
+//! What does the agent count? Every metric, its name and its labels; all label values come from closed sets.
+
+use prometheus::core::{AtomicI64, Collector, GenericGauge};
+use prometheus::{
+    Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+/// Handles of all metrics.
+#[derive(Clone, Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    /// Sessions that may carry streams.
+    pub(crate) sessions: IntGauge,
+    /// Attempts to reach the gateway, by how they ended.
+    pub(crate) dials: IntCounterVec,
+    /// Sessions that ended, by why.
+    pub(crate) sessions_ended: IntCounterVec,
+    /// Bytes through the tunnel, frames included, by direction.
+    pub(crate) tunnel_bytes: IntCounterVec,
+    /// Streams accepted.
+    pub(crate) streams: IntCounter,
+    /// Exchanges that run.
+    pub(crate) exchanges_running: IntGauge,
+    /// Exchanges that ended, by kind and result.
+    pub(crate) exchanges: IntCounterVec,
+    /// From the arrival of a request's head to the head of its answer.
+    pub(crate) answer_seconds: Histogram,
+    /// What a limit refused.
+    pub(crate) refused: IntCounterVec,
+    /// Connections to upstreams, by state.
+    connections: IntGaugeVec,
+    /// Attempts to connect to an upstream, by how they ended.
+    pub(crate) connects: IntCounterVec,
+    /// Pooled connections that were found stale before a request was sent on them, and requests sent again.
+    pub(crate) stale: IntCounterVec,
+    /// Reloads of files, by file and result.
+    pub(crate) reloads: IntCounterVec,
+}
+
+/// Counts up now and down when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Counted(GenericGauge<AtomicI64>);
+
+impl Counted {
+    pub(crate) fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let registry = Registry::new();
+        let build =
+            add(&registry, gauges("build_info", "Always 1; the labels say which build", &["version"]));
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        #[cfg(target_os = "linux")]
+        registry
+            .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+            .expect("its names are not ours");
+        Self {
+            sessions: add(&registry, gauge("sessions", "Sessions to the gateway that may carry streams")),
+            dials: counters(&registry, "dials_total", "Attempts to reach the gateway", &["outcome"]),
+            sessions_ended: counters(&registry, "sessions_ended_total", "Sessions that ended", &["reason"]),
+            tunnel_bytes: counters(
+                &registry,
+                "tunnel_bytes_total",
+                "Bytes through the tunnel",
+                &["direction"],
+            ),
+            streams: add(&registry, counter("streams_total", "Streams accepted from the gateway")),
+            exchanges_running: add(&registry, gauge("exchanges_running", "Exchanges that run")),
+            exchanges: counters(
+                &registry,
+                "exchanges_total",
+                "Exchanges that ended: ok, client_gone, or the code they failed with",
+                &["kind", "result"],
+            ),
+            answer_seconds: add(&registry, answer_seconds()),
+            refused: counters(&registry, "refused_total", "Streams that a limit refused", &["limit"]),
+            connections: add(
+                &registry,
+                gauges("upstream_connections", "Connections to upstreams", &["state"]),
+            ),
+            connects: counters(
+                &registry,
+                "upstream_connects_total",
+                "Attempts to connect to an upstream",
+                &["outcome"],
+            ),
+            stale: counters(
+                &registry,
+                "upstream_stale_total",
+                "Pooled connections found closed, and requests sent again on a fresh one",
+                &["found"],
+            ),
+            reloads: counters(&registry, "reloads_total", "Changed files", &["what", "result"]),
+            registry,
+        }
+    }
+
+    pub(crate) fn busy_connections(&self) -> IntGauge {
+        self.connections.with_label_values(&["busy"])
+    }
+
+    pub(crate) fn idle_connections(&self) -> IntGauge {
+        self.connections.with_label_values(&["idle"])
+    }
+
+    /// The metrics in Prometheus' text format, with its content type.
+    pub(crate) fn text(&self) -> (String, Vec<u8>) {
+        let encoder = TextEncoder::new();
+        let mut out = Vec::new();
+        if let Err(error) = encoder.encode(&self.registry.gather(), &mut out) {
+            tracing::error!(%error, "metrics cannot be encoded");
+        }
+        (encoder.format_type().to_owned(), out)
+    }
+}
+
+fn options(name: &str, help: &str) -> Opts {
+    Opts::new(format!("towline_agent_{name}"), help)
+}
+
+fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> C {
+    registry
+        .register(Box::new(metric.clone()))
+        .expect("every name is registered once: a test makes them all");
+    metric
+}
+
+fn counter(name: &str, help: &str) -> IntCounter {
+    IntCounter::with_opts(options(name, help)).expect(VALID)
+}
+
+fn gauge(name: &str, help: &str) -> IntGauge {
+    IntGauge::with_opts(options(name, help)).expect(VALID)
+}
+
+fn gauges(name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    IntGaugeVec::new(options(name, help), labels).expect(VALID)
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    add(registry, IntCounterVec::new(options(name, help), labels).expect(VALID))
+}
+
+fn answer_seconds() -> Histogram {
+    let buckets =
+        vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+    let help = "From the head of a request to the head of its answer";
+    Histogram::with_opts(HistogramOpts::from(options("answer_seconds", help)).buckets(buckets)).expect(VALID)
+}
+
+const VALID: &str = "names and labels are literals: a test makes every metric";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_can_be_made_and_printed() {
+        let metrics = Metrics::new();
+        let counted = Counted::new(&metrics.idle_connections());
+        let text = String::from_utf8(metrics.text().1).unwrap();
+        assert!(text.contains("towline_agent_upstream_connections{state=\"idle\"} 1"), "{text}");
+        drop(counted);
+        assert_eq!(metrics.idle_connections().get(), 0);
+    }
+}

@@ -1,0 +1,120 @@
+//! What happens to the streams of a session? One task each, up to a limit; above it a stream is refused before anything
+//! is done with it.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio::time::{Duration, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use towline_proto::Code;
+use towline_proto::mux::CloseReason;
+use towline_proto::open::{Answer, Connected, Open, Outcome, Raw, Want};
+use towline_proto::tunnel::exchange::{HeadError, recv_head, send_head};
+use towline_proto::tunnel::splice::splice;
+use towline_proto::tunnel::{RecvStream, SendStream, Session};
+
+use crate::config::AgentMode;
+use crate::exchange::{self, Ended, Failed};
+use crate::live::Live;
+use crate::metrics::{Counted, Metrics};
+
+/// What every stream needs.
+#[derive(Debug)]
+pub(crate) struct Service {
+    pub(crate) live: Arc<Live>,
+    pub(crate) mode: AgentMode,
+    pub(crate) metrics: Metrics,
+    /// One permit per exchange.
+    pub(crate) exchanges: Arc<Semaphore>,
+    pub(crate) head_max: usize,
+    pub(crate) head_timeout: Duration,
+    pub(crate) tracker: TaskTracker,
+    /// Ends every exchange at once.
+    pub(crate) stop: CancellationToken,
+}
+
+/// Accepts the streams of `session` until it ends. Only accepts: whatever may wait does so in a task of its own.
+pub(crate) async fn serve(service: Arc<Service>, session: Session) -> CloseReason {
+    loop {
+        let (mut send, mut recv) = match session.accept().await {
+            Ok(stream) => stream,
+            Err(reason) => return reason,
+        };
+        service.metrics.streams.inc();
+        let Ok(permit) = Arc::clone(&service.exchanges).try_acquire_owned() else {
+            service.metrics.refused.with_label_values(&["exchanges"]).inc();
+            send.reset(Code::Refused);
+            recv.stop(Code::Refused);
+            continue;
+        };
+        let service = Arc::clone(&service);
+        let running = Counted::new(&service.metrics.exchanges_running);
+        let stop = service.stop.clone();
+        let tracker = service.tracker.clone();
+        tracker.spawn(stop.run_until_cancelled_owned(async move {
+            stream(&service, send, recv).await;
+            drop((permit, running));
+        }));
+    }
+}
+
+/// Serves one stream.
+async fn stream(service: &Service, mut send: SendStream, mut recv: RecvStream) {
+    let head = timeout(service.head_timeout, recv_head::<Open>(&mut recv, service.head_max)).await;
+    let refused = match head {
+        Ok(Ok(mut open)) => match open.want.take() {
+            Some(Want::Request(request)) => {
+                let kind = if request.upgrade.is_empty() { "request" } else { "upgrade" };
+                let ended = Box::pin(exchange::run(service, open, request, send, recv)).await;
+                exchange::count(&service.metrics, kind, ended);
+                return;
+            }
+            Some(Want::Raw(want)) => {
+                let ended = raw(service, &want, send, recv).await;
+                exchange::count(&service.metrics, "raw", ended);
+                return;
+            }
+            None => Ended::Failed(Code::Proto),
+        },
+        Ok(Err(HeadError::Read(_) | HeadError::Write(_))) => Ended::ClientGone,
+        Ok(Err(HeadError::Truncated | HeadError::TooLarge { .. } | HeadError::Malformed)) => {
+            Ended::Failed(Code::Proto)
+        }
+        Err(_) => Ended::Failed(Code::Deadline),
+    };
+    if let Ended::Failed(code) = refused {
+        send.reset(code);
+        recv.stop(code);
+    }
+    exchange::count(&service.metrics, "unknown", refused);
+}
+
+/// Joins a stream with a connection to a target. The API server is none, unless the owner lists it as one.
+async fn raw(service: &Service, want: &Raw, mut send: SendStream, recv: RecvStream) -> Ended {
+    let target = match service.live.target(&want.target) {
+        Ok(target) => target,
+        Err(failed) => return failed.send(&mut send, service.head_max).await,
+    };
+    let connected = async {
+        let permit = target.permit().map_err(|error| Failed::checkout(&target, &error))?;
+        let busy = Counted::new(&service.metrics.busy_connections());
+        let io = target.connect().await.map_err(|error| Failed::checkout(&target, &error.into()))?;
+        Ok((io, permit, busy))
+    };
+    let connected = tokio::select! {
+        connected = connected => connected,
+        _ = send.stopped() => return Ended::ClientGone,
+    };
+    let (mut io, permit, busy) = match connected {
+        Ok(connected) => connected,
+        Err(failed) => return Failed::send(failed, &mut send, service.head_max).await,
+    };
+    let answer = Answer { outcome: Some(Outcome::Connected(Connected {})) };
+    if send_head(&mut send, &answer, service.head_max).await.is_err() {
+        return Ended::ClientGone;
+    }
+    let ended = exchange::spliced(splice(&mut io, send, recv).await.map(|_| ()));
+    drop((permit, busy));
+    ended
+}

@@ -1,0 +1,249 @@
+//! What does the agent see of an upstream's TCP connection from outside the HTTP client? Whether an idle one is stale,
+//! and whether anything of a request has left.
+
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::net::Shutdown;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
+
+use socket2::SockRef;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+
+/// A TCP connection that can be looked at through its [`Probe`]s while another owns it.
+///
+/// A write that fails because the peer listens no more is not an error of the connection: the peer may have answered
+/// before it stopped listening. What is written from then on is dropped, and the reading side tells how it ends.
+#[derive(Debug)]
+pub(crate) struct Tcp {
+    stream: Arc<TcpStream>,
+    written: Arc<AtomicU64>,
+    deaf: bool,
+}
+
+/// A look at a connection. It does not keep the connection open.
+#[derive(Clone, Debug)]
+pub(crate) struct Probe {
+    stream: Weak<TcpStream>,
+    written: Arc<AtomicU64>,
+}
+
+impl Probe {
+    /// Whether an idle connection has something to say, or is closed: either way no request may be sent on it.
+    pub(crate) fn is_stale(&self) -> bool {
+        let Some(stream) = self.stream.upgrade() else { return true };
+        let mut byte = [MaybeUninit::uninit()];
+        match SockRef::from(&*stream).peek(&mut byte) {
+            Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+            Ok(_) => true,
+        }
+    }
+
+    /// Bytes that the kernel took, ever, TLS included.
+    pub(crate) fn written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+}
+
+impl Tcp {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        Self { stream: Arc::new(stream), written: Arc::default(), deaf: false }
+    }
+
+    pub(crate) fn probe(&self) -> Probe {
+        Probe { stream: Arc::downgrade(&self.stream), written: Arc::clone(&self.written) }
+    }
+
+    fn poll_write_with(
+        &mut self,
+        cx: &mut Context<'_>,
+        length: usize,
+        write: impl Fn(&TcpStream) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        let stream = &*self.stream;
+        while !self.deaf {
+            ready!(stream.poll_write_ready(cx))?;
+            match write(stream) {
+                Ok(written) => {
+                    self.written.fetch_add(written as u64, Ordering::Relaxed);
+                    return Poll::Ready(Ok(written));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
+                {
+                    self.deaf = true;
+                }
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Ready(Ok(length))
+    }
+}
+
+impl AsyncRead for Tcp {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let stream = &*self.stream;
+        loop {
+            ready!(stream.poll_read_ready(cx))?;
+            match stream.try_read_buf(buf) {
+                Ok(_) => return Poll::Ready(Ok(())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Tcp {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_with(cx, bytes.len(), |stream| stream.try_write(bytes))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let length = slices.iter().map(|slice| slice.len()).sum();
+        self.poll_write_with(cx, length, |stream| stream.try_write_vectored(slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
+            result => Poll::Ready(result),
+        }
+    }
+}
+
+/// A connection to an upstream.
+#[derive(Debug)]
+pub(crate) enum Io {
+    Plain(Tcp),
+    Tls(Box<TlsStream<Tcp>>),
+}
+
+impl Io {
+    pub(crate) fn probe(&self) -> Probe {
+        match self {
+            Self::Plain(tcp) => tcp.probe(),
+            Self::Tls(tls) => tls.get_ref().0.probe(),
+        }
+    }
+}
+
+macro_rules! each {
+    ($self:ident, $io:ident => $call:expr) => {
+        match $self.get_mut() {
+            Self::Plain($io) => {
+                let $io = Pin::new($io);
+                $call
+            }
+            Self::Tls($io) => {
+                let $io = Pin::new(&mut **$io);
+                $call
+            }
+        }
+    };
+}
+
+impl AsyncRead for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        each!(self, io => io.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        each!(self, io => io.poll_write(cx, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        each!(self, io => io.poll_write_vectored(cx, slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, io => io.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, io => io.poll_shutdown(cx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    async fn pair() -> (Tcp, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (Tcp::new(ours), listener.accept().await.unwrap().0)
+    }
+
+    /// Stale = closed, or with bytes that nobody asked for; looking consumes nothing.
+    #[tokio::test]
+    async fn a_probe_sees_bytes_and_the_end() {
+        let (mut tcp, mut peer) = pair().await;
+        let probe = tcp.probe();
+        assert!(!probe.is_stale());
+        peer.write_all(b"x").await.unwrap();
+        tcp.stream.readable().await.unwrap();
+        assert!(probe.is_stale());
+        let mut byte = [0];
+        tcp.read_exact(&mut byte).await.unwrap();
+        assert!(!probe.is_stale());
+        drop(peer);
+        while !probe.is_stale() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// An answer that was sent before the peer stopped listening can still be read after a write has failed.
+    #[tokio::test]
+    async fn a_failed_write_leaves_the_answer_readable() {
+        let (mut tcp, mut peer) = pair().await;
+        peer.write_all(b"413").await.unwrap();
+        peer.set_zero_linger().unwrap();
+        tcp.write_all(b"request").await.unwrap();
+        assert_eq!(tcp.probe().written(), 7);
+        tcp.stream.readable().await.unwrap();
+        drop(peer);
+        for _ in 0..100 {
+            tcp.write_all(&[0; 1024]).await.unwrap();
+            if tcp.deaf {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        assert!(tcp.deaf);
+        let mut answer = [0; 3];
+        tcp.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"413");
+        assert!(tcp.read_u8().await.is_err());
+    }
+}

@@ -1,0 +1,33 @@
+//! Which upstreams may a stream name? The API server, and the targets of the agent's own configuration: by name, never
+//! by host and port. None by default.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::config::TargetConfig;
+use crate::upstream::{Resources, Upstream, UpstreamError};
+
+/// The allow-list. Whatever is not in it is denied.
+#[derive(Debug, Default)]
+pub(crate) struct Targets(HashMap<String, Arc<Upstream>>);
+
+impl Targets {
+    /// Blocks for as long as the targets' CA files take to read.
+    pub(crate) fn new(targets: &[TargetConfig], resources: &Resources) -> Result<Self, UpstreamError> {
+        let build =
+            |target: &TargetConfig| Ok((target.name.clone(), Arc::new(Upstream::target(target, resources)?)));
+        targets.iter().map(build).collect::<Result<_, _>>().map(Self)
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Option<&Arc<Upstream>> {
+        self.0.get(name)
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Upstream>> {
+        self.0.values()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}

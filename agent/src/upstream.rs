@@ -1,0 +1,160 @@
+//! What does the agent forward to, and how is it reached? The API server, or an allowed target: an address, a TLS
+//! configuration, and the name that errors call it by.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use http::HeaderValue;
+use rustls::ClientConfig;
+use thiserror::Error;
+use tokio::sync::Semaphore;
+use tokio::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use towline_certs::load::{self, LoadError};
+use towline_certs::{ServerName, TlsError, UpstreamProtocol, tls};
+use towline_proto::tunnel::socket;
+
+use crate::address::{Address, Host, Reach};
+use crate::config::{AgentConfig, ApiServerConfig, TargetConfig, TimeoutsConfig};
+use crate::connect::{self, ConnectError};
+use crate::metrics::Metrics;
+use crate::pool::Pool;
+use crate::socket::{Io, Tcp};
+
+/// Why an upstream cannot be set up.
+#[derive(Debug, Error)]
+pub enum UpstreamError {
+    #[error("{hop}: {cause}")]
+    Load { hop: String, cause: LoadError },
+    #[error("{hop}: {cause}")]
+    Tls { hop: String, cause: TlsError },
+    #[error("{hop}: {host} cannot be the name of a certificate; set serverName")]
+    Name { hop: String, host: String },
+}
+
+/// What all upstreams share.
+#[derive(Clone, Debug)]
+pub(crate) struct Resources {
+    pub(crate) metrics: Metrics,
+    pub(crate) tracker: TaskTracker,
+    /// Ends every connection.
+    pub(crate) stop: CancellationToken,
+    /// One permit per connection, busy or idle, to whichever upstream.
+    pub(crate) connections: Arc<Semaphore>,
+    pub(crate) connections_max: u32,
+    pub(crate) timeouts: TimeoutsConfig,
+    pub(crate) head_max: usize,
+}
+
+/// One upstream.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    /// `agent → API server https://10.0.0.1:6443`.
+    pub(crate) hop: String,
+    /// The `Host` of requests to it.
+    pub(crate) authority: HeaderValue,
+    pub(crate) pool: Pool,
+    pub(crate) resources: Resources,
+    address: Address,
+    reach: Reach,
+    tls: Option<Tls>,
+}
+
+struct Tls {
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+    /// What errors call the CA bundle.
+    bundle: String,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tls").field("name", &self.name).field("bundle", &self.bundle).finish_non_exhaustive()
+    }
+}
+
+impl Upstream {
+    /// The API server. Blocks for as long as its CA file takes to read.
+    pub(crate) fn api_server(config: &AgentConfig, resources: &Resources) -> Result<Self, UpstreamError> {
+        let ApiServerConfig { url, ca, server_name } = &config.api_server;
+        let hop = format!("agent → API server {url}");
+        let tls =
+            url.tls.then(|| Tls::new(&hop, ca.as_deref(), server_name.as_ref().unwrap_or(&url.address.host)));
+        // Whatever the owner names as the API server is meant: a control plane may well be on this machine.
+        Ok(Self::new(hop, url.address.clone(), Reach::Anywhere, tls.transpose()?, resources))
+    }
+
+    /// A target. Blocks for as long as its CA file takes to read.
+    pub(crate) fn target(target: &TargetConfig, resources: &Resources) -> Result<Self, UpstreamError> {
+        let hop = format!("agent → target {} ({})", target.name, target.address);
+        let tls = target.tls.as_ref().map(|tls| {
+            Tls::new(&hop, tls.ca.as_deref(), tls.server_name.as_ref().unwrap_or(&target.address.host))
+        });
+        let reach = if target.allow_local { Reach::Anywhere } else { Reach::NotSpecial };
+        Ok(Self::new(hop, target.address.clone(), reach, tls.transpose()?, resources))
+    }
+
+    fn new(hop: String, address: Address, reach: Reach, tls: Option<Tls>, resources: &Resources) -> Self {
+        let default_port = if tls.is_some() { 443 } else { 80 };
+        let authority =
+            if address.port == default_port { address.host.to_string() } else { address.to_string() };
+        let authority = HeaderValue::from_str(&authority)
+            .expect("a host is letters, digits and a few signs that headers may hold");
+        let resources = resources.clone();
+        Self { hop, authority, pool: Pool::default(), resources, address, reach, tls }
+    }
+
+    /// Makes one connection. Dropping the future abandons it.
+    pub(crate) async fn connect(&self) -> Result<Io, ConnectError> {
+        let deadline = Instant::now() + self.resources.timeouts.upstream_connect;
+        let result = self.connect_by(deadline).await;
+        let outcome = result.as_ref().map_or_else(ConnectError::label, |_| "ok");
+        self.resources.metrics.connects.with_label_values(&[outcome]).inc();
+        result
+    }
+
+    async fn connect_by(&self, deadline: Instant) -> Result<Io, ConnectError> {
+        let stream = connect::connect(&self.address, self.reach, deadline).await?;
+        if let Err(error) = socket::tune(&stream) {
+            tracing::debug!(hop = self.hop, %error, "a socket option was refused");
+        }
+        let tcp = Tcp::new(stream);
+        let Some(tls) = &self.tls else { return Ok(Io::Plain(tcp)) };
+        let stream =
+            connect::handshake(tcp, Arc::clone(&tls.config), tls.name.clone(), &tls.bundle, deadline).await?;
+        Ok(Io::Tls(Box::new(stream)))
+    }
+
+    /// How long a new connection may live: the configured age ± a tenth, so that those made at once do not end at once.
+    pub(crate) fn age(&self) -> Duration {
+        let age = self.resources.timeouts.upstream_age;
+        age.mul_f64(0.9 + 0.2 * crate::backoff::random_fraction())
+    }
+}
+
+impl Tls {
+    fn new(hop: &str, ca: Option<&Path>, host: &Host) -> Result<Self, UpstreamError> {
+        let roots = match ca {
+            Some(path) => load::load_roots(path),
+            None => load::system_roots(),
+        };
+        let roots = roots.map_err(|cause| UpstreamError::Load { hop: hop.to_owned(), cause })?;
+        let config = tls::upstream_client(&roots, None, UpstreamProtocol::Http1)
+            .map_err(|cause| UpstreamError::Tls { hop: hop.to_owned(), cause })?;
+        let name = server_name(host)
+            .ok_or_else(|| UpstreamError::Name { hop: hop.to_owned(), host: host.to_string() })?;
+        let bundle =
+            ca.map_or_else(|| "the system's trust store".to_owned(), |path| path.display().to_string());
+        Ok(Self { config, name, bundle })
+    }
+}
+
+/// The name that a certificate must have.
+pub(crate) fn server_name(host: &Host) -> Option<ServerName<'static>> {
+    match host {
+        Host::Ip(ip) => Some(ServerName::from(*ip)),
+        Host::Name(name) => ServerName::try_from(name.to_string()).ok(),
+    }
+}

@@ -1,0 +1,108 @@
+//! The program: what `--check` prints, what it refuses, how a signal ends it, and what never shows in its log.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
+
+mod support;
+
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+use support::{Call, Gateway, Upstream, World, impersonated, request};
+
+const SECRET: &str = "canary-3f9d1c";
+
+fn agent(world: &World, yaml: &str) -> Command {
+    let path = world.path("agent.yaml");
+    std::fs::File::create(&path).unwrap().write_all(yaml.as_bytes()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_towline-agent"));
+    command.env_clear().env("TOWLINE_CONFIG", path).env("TOWLINE_LOG_FORMAT", "json");
+    command
+}
+
+fn texts(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+fn at() -> std::net::SocketAddr {
+    "127.0.0.1:1".parse().unwrap()
+}
+
+#[test]
+fn a_check_prints_the_configuration_in_force_without_secrets() {
+    let world = World::new();
+    let yaml = world.yaml(&[at()], at(), &world.impersonate(SECRET, ""));
+    let output = agent(&world, &yaml).arg("--check").output().unwrap();
+    let (out, error) = texts(&output);
+    assert!(output.status.success(), "{error}");
+    assert!(out.contains("mode: impersonate") && out.contains("upstreamIdle: 45s"), "{out}");
+    assert!(!out.contains(SECRET) && !error.contains(SECRET));
+    assert!(!out.contains("PRIVATE KEY"));
+    // Every way to say it says the same.
+    let output = agent(&world, &yaml).env("TOWLINE_CHECK", "true").output().unwrap();
+    assert_eq!(texts(&output).0, out);
+}
+
+/// CF-01, CF-02: exit code 2, and a line for each thing that is wrong.
+#[test]
+fn a_bad_configuration_is_refused_with_every_reason() {
+    let world = World::new();
+    let refused = |yaml: &str, parts: &[&str]| {
+        for flag in [&["--check"][..], &[]] {
+            let output = agent(&world, yaml).args(flag).output().unwrap();
+            let (_, error) = texts(&output);
+            assert_eq!(output.status.code(), Some(2), "{error}");
+            for part in parts {
+                assert!(error.contains(part), "{part:?} is missing in {error}");
+            }
+        }
+    };
+    let good = world.yaml(&[at()], at(), "");
+    refused("", &["agent.yaml: is empty"]);
+    refused(&good.replace("identity:", "identty:"), &["agent.yaml:4: identty", "did you mean identity?"]);
+    refused(
+        &format!("{good}impersonate: {{ tokenFile: x }}\n"),
+        &["agent.yaml:7: impersonate", "restricted"],
+    );
+    refused(&good.replace("agent-east.key", "front-ca.key"), &["is not the key of"]);
+    refused(&good.replace("front-ca.crt", "none.crt"), &["none.crt: there is no such file"]);
+    let missing = format!("{good}mode: impersonate\nimpersonate: {{ tokenFile: /none/token }}\n");
+    refused(&missing, &["/none/token: there is no such file"]);
+}
+
+/// SIGTERM drains and ends with success; R-LOG-1: at the finest level nothing secret was said.
+#[tokio::test]
+async fn a_signal_drains_and_no_log_line_holds_a_secret() {
+    let world = World::new();
+    let mut gateway = Gateway::start(&world).await;
+    let upstream = Upstream::start(&world).await;
+    let yaml = world.yaml(&[gateway.at], upstream.at, &world.impersonate(SECRET, ""));
+    let mut command = agent(&world, &yaml);
+    command.args(["--log-level", "trace"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let session = gateway.session().await;
+    let own = [("Authorization", "Bearer canary-own"), ("X", "\u{202e}bidi")];
+    for wanted in
+        [request("GET", "/?token=canary-query", &own), impersonated(request("GET", "/", &own), "alice", &[])]
+    {
+        let call = Call::bodiless(&session, wanted).await;
+        let mut connection = upstream.accept().await;
+        connection.head().await;
+        connection.write("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
+        assert_eq!(call.whole().await.0, 200);
+    }
+    let failure = Call::bodiless(&session, impersonated(request("GET", "/", &own), "system:x", &[]))
+        .await
+        .failure()
+        .await;
+    assert!(!failure.message.contains("canary"));
+    let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
+    let (out, error) = texts(&output);
+    assert!(output.status.success(), "{error}");
+    assert!(session.closed().is_some() && error.contains("draining"), "{error}");
+    assert!(!out.contains("canary") && !error.contains("canary"), "{error}");
+    for line in error.lines() {
+        assert!(line.starts_with('{') && line.ends_with('}'), "{line}");
+    }
+}

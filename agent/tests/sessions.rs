@@ -1,0 +1,176 @@
+//! Sessions: they come back, they are replaced before they end, and they end when they are empty.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
+
+mod support;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use support::{Call, Gateway, Rig, Upstream, World, health, metric, request, soon};
+use towline_agent::Agent;
+use towline_proto::Code;
+use towline_proto::open::BodyKind;
+use towline_proto::wire::GoAway;
+
+const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+
+#[tokio::test]
+async fn a_lost_session_comes_back() {
+    let mut rig = Rig::start("timeouts: { backoffMin: 10ms, backoffMax: 20ms }\n").await;
+    assert_eq!(health(&rig.agent, "/readyz").await, (200, "ready\n".to_owned()));
+    for _ in 0..3 {
+        rig.session.close(Code::Internal, "a test");
+        rig.session = rig.gateway.session().await;
+        let call = Call::get(&rig.session, "/").await;
+        let mut upstream = rig.upstream.accept().await;
+        upstream.head().await;
+        upstream.write("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
+        assert_eq!(call.whole().await.0, 200);
+    }
+    assert_eq!(metric(&rig.agent, "towline_agent_sessions_ended_total{reason=\"peer\"}").await, 3.0);
+    assert_eq!(metric(&rig.agent, "towline_agent_sessions ").await, 1.0);
+}
+
+/// Make before break: the old session finishes what it has, the new one takes what comes.
+#[tokio::test]
+async fn a_drained_gateway_is_left_after_a_new_one_is_found() {
+    let world = World::new();
+    let (mut first, mut second) = (Gateway::start(&world).await, Gateway::start(&world).await);
+    let upstream = Upstream::start(&world).await;
+    let config = world.config(
+        &[first.at, second.at],
+        upstream.at,
+        "timeouts: { backoffMin: 10ms, backoffMax: 20ms }\n",
+    );
+    let agent = Agent::start(config).await.unwrap();
+    let old = first.session().await;
+    let mut call = Call::get(&old, "/long").await;
+    let mut long = upstream.accept().await;
+    long.head().await;
+    long.write("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nhe").await;
+    assert_eq!(call.response().await.status, 200);
+    old.drain(GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 50, drain_ms: 10_000 });
+    let new = second.session().await;
+    assert_eq!(metric(&agent, "towline_agent_sessions ").await, 2.0);
+    let quick = Call::get(&new, "/quick").await;
+    let mut connection = upstream.accept().await;
+    connection.head().await;
+    connection.write(OK).await;
+    assert_eq!(quick.whole().await.0, 200);
+    long.write("re").await;
+    assert_eq!(call.body(BodyKind::exact(4)).await.unwrap(), "here");
+    soon("drained", old.wait_for(|state| state.drained)).await;
+    old.close(Code::Draining, "drained");
+    soon("one session", async { while metric(&agent, "towline_agent_sessions ").await > 1.0 {} }).await;
+    assert!(first.is_quiet().await);
+}
+
+#[tokio::test]
+async fn a_drain_finishes_what_is_open() {
+    let mut rig = Rig::start("drain: { deadline: 8s }\n").await;
+    let mut call = Call::open(
+        &rig.session,
+        towline_proto::open::Request { body: BodyKind::STREAM, ..request("POST", "/", &[]) },
+    )
+    .await;
+    let mut upstream = rig.upstream.accept().await;
+    upstream.head().await;
+    let finish = async {
+        soon("the GoAway", rig.session.wait_for(|state| state.goaway.is_some())).await;
+        assert_eq!(health(&rig.agent, "/readyz").await.0, 503);
+        assert_eq!(health(&rig.agent, "/livez").await.0, 200);
+        assert!(rig.session.open().await.is_err());
+        call.send.write_chunk(Bytes::from_static(b"end")).await.unwrap();
+        call.send.finish();
+        assert_eq!(upstream.read(13).await, b"3\r\nend\r\n0\r\n\r\n");
+        upstream.write(OK).await;
+        assert_eq!(call.whole().await.0, 200);
+    };
+    tokio::join!(soon("the drain", rig.agent.drain()), finish);
+    soon("the end of the session", rig.session.wait_for(|state| state.closed.is_some())).await;
+    soon("the end of the agent", rig.agent.shutdown()).await;
+    assert!(rig.gateway.is_quiet().await);
+}
+
+/// The deadline of a drain is kept whatever is open.
+#[tokio::test]
+async fn a_drain_does_not_wait_for_ever() {
+    let rig = Rig::start("drain: { deadline: 200ms }\n").await;
+    let _call = Call::get(&rig.session, "/watch").await;
+    let mut upstream = rig.upstream.accept().await;
+    upstream.head().await;
+    soon("the drain", rig.agent.drain()).await;
+    soon("the end of the agent", rig.agent.shutdown()).await;
+    upstream.closed().await;
+}
+
+/// Dropping an agent ends all of it.
+#[tokio::test]
+async fn a_dropped_agent_is_gone() {
+    let mut rig = Rig::start("").await;
+    let admin = rig.agent.admin_addr();
+    drop(rig.agent);
+    soon("the end of the session", rig.session.wait_for(|state| state.closed.is_some())).await;
+    soon("a closed port", async {
+        while tokio::net::TcpStream::connect(admin).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    assert!(rig.gateway.is_quiet().await);
+}
+
+#[tokio::test]
+async fn readiness_is_about_the_gateway_and_liveness_is_not() {
+    let world = World::new();
+    let upstream = Upstream::start(&world).await;
+    let gateway = Gateway::start(&world).await;
+    let at = gateway.at;
+    drop(gateway);
+    let agent = Agent::start(world.config(&[at], upstream.at, "")).await.unwrap();
+    soon("a failed dial", async {
+        while metric(&agent, "towline_agent_dials_total{outcome=\"connect\"}").await < 1.0 {}
+    })
+    .await;
+    assert_eq!(health(&agent, "/livez").await, (200, "ok\n".to_owned()));
+    let (status, text) = health(&agent, "/readyz?verbose").await;
+    assert!(status == 503 && text.contains("[-] tunnel: no session to the gateway"), "{text}");
+    assert_eq!(health(&agent, "/nothing").await.0, 404);
+}
+
+/// Slots begin at different replicas; the addresses are tried in turn.
+#[tokio::test]
+async fn sessions_spread_over_the_addresses() {
+    let world = World::new();
+    let (mut first, mut second) = (Gateway::start(&world).await, Gateway::start(&world).await);
+    let upstream = Upstream::start(&world).await;
+    let dead = Gateway::start(&world).await.at;
+    let more = "sessions: 2\ntimeouts: { backoffMin: 10ms, backoffMax: 20ms }\n";
+    let agent = Agent::start(world.config(&[first.at, second.at, dead], upstream.at, more)).await.unwrap();
+    first.session().await;
+    second.session().await.close(Code::Internal, "a test");
+    // The slot's next attempts go on from where it stands.
+    second.session().await;
+    agent.shutdown().await;
+}
+
+/// A new certificate is shown on a new session before the old one ends.
+#[tokio::test]
+async fn a_new_certificate_replaces_the_session() {
+    let mut rig = Rig::start("").await;
+    for name in ["agent-east.crt", "agent-east.key"] {
+        std::fs::remove_file(rig.world.path("set").join(name)).unwrap();
+    }
+    rig.world.issue(false);
+    rig.agent.reload();
+    let new = rig.gateway.session().await;
+    soon("the old session's end", rig.session.wait_for(|state| state.closed.is_some())).await;
+    assert!(new.is_open());
+    // A bad file keeps what is there.
+    std::fs::write(rig.world.file("agent-east.crt"), "").unwrap();
+    rig.agent.reload();
+    let failed = "towline_agent_reloads_total{result=\"failed\",what=\"identity\"}";
+    soon("the failed reload", async { while metric(&rig.agent, failed).await < 1.0 {} }).await;
+    assert!(rig.gateway.is_quiet().await);
+    assert!(new.is_open());
+}

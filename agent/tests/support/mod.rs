@@ -1,0 +1,448 @@
+//! A gateway made from the protocol crate alone, and an upstream whose every byte the test writes.
+#![allow(dead_code, unreachable_pub, reason = "each test program compiles it and uses its own part")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test support that fails should panic")]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use towline_agent::{Agent, AgentConfig};
+use towline_certs::devset::DevSet;
+use towline_certs::issue::LEAF_LIFETIME;
+use towline_certs::load::{LoadPolicy, load_credential, load_roots};
+use towline_certs::tls::FrontCertificates;
+use towline_certs::{AgentCa, ClientIdentity, Credential, TrustDomain, tls};
+use towline_proto::mux::{Budget, Introduction, Limits, Role};
+use towline_proto::open::{
+    Answer, BodyKind, Failure, Header, Mode, Open, Outcome, Principal, Request, Response, Want,
+};
+use towline_proto::tunnel::exchange::{BodyError, RecvBody, recv_head, send_head};
+use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig};
+
+pub const HEAD_MAX: usize = 64 * 1024;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Waits for what must happen soon.
+pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("{what} did not happen"),
+    }
+}
+
+/// Certificates for everybody, in a directory that goes away.
+pub struct World {
+    pub directory: TempDir,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Self { directory };
+        world.issue(false);
+        world
+    }
+
+    /// Issues what is missing, or everything anew.
+    pub fn issue(&self, force: bool) {
+        let set = DevSet {
+            directory: self.path("set"),
+            gateway_hosts: ["127.0.0.1", "localhost"].map(|host| host.parse().unwrap()).to_vec(),
+            clusters: vec!["east".parse().unwrap()],
+            clients: vec![ClientIdentity::new("alice", ["dev"]).unwrap()],
+            trust_domain: TrustDomain::new("fleet.test").unwrap(),
+            leaf_lifetime: LEAF_LIFETIME,
+            force,
+        };
+        set.write(SystemTime::now()).unwrap();
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn file(&self, name: &str) -> String {
+        self.path("set").join(name).display().to_string()
+    }
+
+    pub fn credential(&self, stem: &str) -> Credential {
+        let at = |ending| self.path("set").join(format!("{stem}.{ending}"));
+        load_credential(&at("crt"), &at("key"), LoadPolicy::STRICT, SystemTime::now()).unwrap().value
+    }
+
+    /// A configuration for an agent of this world, with more lines of YAML.
+    pub fn yaml(&self, gateways: &[SocketAddr], upstream: SocketAddr, more: &str) -> String {
+        let gateways: Vec<String> = gateways.iter().map(|at| format!("\"{at}\"")).collect();
+        format!(
+            "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: [{}] }}\nidentity: {{ certificate: {}, key: {}, ca: {} }}\napiServer: {{ url: 'https://{upstream}', ca: {} }}\nadmin: {{ address: '127.0.0.1:0' }}\n{more}",
+            gateways.join(", "),
+            self.file("agent-east.crt"),
+            self.file("agent-east.key"),
+            self.file("tunnel-ca.crt"),
+            self.file("front-ca.crt"),
+        )
+    }
+
+    pub fn config(&self, gateways: &[SocketAddr], upstream: SocketAddr, more: &str) -> AgentConfig {
+        AgentConfig::parse("test.yaml", self.yaml(gateways, upstream, more).as_bytes()).unwrap()
+    }
+
+    /// Lines for `mode: impersonate` with this token.
+    pub fn impersonate(&self, token: &str, more: &str) -> String {
+        std::fs::write(self.path("token"), token).unwrap();
+        let path = self.path("token").display().to_string();
+        format!("mode: impersonate\nimpersonate: {{ tokenFile: {path}{more} }}\n")
+    }
+}
+
+/// A gateway, as far as an agent can tell.
+pub struct Gateway {
+    pub at: SocketAddr,
+    sessions: mpsc::Receiver<Session>,
+    _tasks: JoinSet<()>,
+}
+
+impl Gateway {
+    pub async fn start(world: &World) -> Self {
+        let roots = load_roots(&world.path("set").join("tunnel-ca.crt")).unwrap();
+        let agents = AgentCa::new(&roots, TrustDomain::new("fleet.test").unwrap()).unwrap();
+        let tls = tls::tunnel_server(&world.credential("tunnel-server"), &agents).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let (sender, sessions) = mpsc::channel(16);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut drivers = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (acceptor, sender) = (TlsAcceptor::from(Arc::clone(&tls)), sender.clone());
+                drivers.spawn(async move {
+                    let Ok(stream) = acceptor.accept(stream).await else { return };
+                    let config = SessionConfig {
+                        role: Role::Gateway,
+                        limits: Limits::default(),
+                        budget: Budget::new(1 << 30),
+                        introduction: Introduction::default(),
+                    };
+                    let (session, driver) = Session::over(stream, config).unwrap();
+                    let announce = async {
+                        if session.ready().await.is_ok() {
+                            drop(sender.send(session.clone()).await);
+                        }
+                        std::future::pending::<()>().await;
+                    };
+                    tokio::select! { _ = driver.run() => {}, () = announce => {} }
+                });
+            }
+        });
+        Self { at, sessions, _tasks: tasks }
+    }
+
+    /// The next session that an agent makes.
+    pub async fn session(&mut self) -> Session {
+        soon("a session", self.sessions.recv()).await.unwrap()
+    }
+
+    /// Whether no session comes for a while.
+    pub async fn is_quiet(&mut self) -> bool {
+        tokio::time::timeout(Duration::from_millis(200), self.sessions.recv()).await.is_err()
+    }
+}
+
+/// An API server whose bytes the test writes.
+pub struct Upstream {
+    pub at: SocketAddr,
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+}
+
+impl Upstream {
+    pub async fn start(world: &World) -> Self {
+        let tls = tls::front_server(&FrontCertificates::new(world.credential("front-server")), None).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self { at: listener.local_addr().unwrap(), listener, tls: Some(TlsAcceptor::from(tls)) }
+    }
+
+    /// One that speaks no TLS.
+    pub async fn plain() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self { at: listener.local_addr().unwrap(), listener, tls: None }
+    }
+
+    /// The next connection of the agent.
+    pub async fn accept(&self) -> Connection {
+        soon("an upstream connection", async {
+            let (stream, _) = self.listener.accept().await.unwrap();
+            // Without it the kernel may hold back a second write until the first is acknowledged.
+            stream.set_nodelay(true).unwrap();
+            let io = match &self.tls {
+                Some(tls) => Io::Tls(Box::new(tls.accept(stream).await.unwrap())),
+                None => Io::Plain(stream),
+            };
+            Connection { io, buffer: Vec::new() }
+        })
+        .await
+    }
+
+    /// Waits for a connection whose handshake the agent breaks off.
+    pub async fn refused(&self) {
+        soon("a refused handshake", async {
+            let (stream, _) = self.listener.accept().await.unwrap();
+            assert!(self.tls.as_ref().unwrap().accept(stream).await.is_err());
+        })
+        .await;
+    }
+
+    /// Whether no connection comes for a while.
+    pub async fn is_quiet(&self) -> bool {
+        tokio::time::timeout(Duration::from_millis(200), self.listener.accept()).await.is_err()
+    }
+}
+
+enum Io {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// One connection of the agent to the upstream.
+pub struct Connection {
+    io: Io,
+    buffer: Vec<u8>,
+}
+
+/// A request head as it came over the wire.
+#[derive(Debug)]
+pub struct Head {
+    pub line: String,
+    pub headers: Vec<(String, String)>,
+}
+
+impl Head {
+    /// The values of a field, in order.
+    pub fn all(&self, name: &str) -> Vec<&str> {
+        self.headers.iter().filter(|(known, _)| known == name).map(|(_, value)| value.as_str()).collect()
+    }
+}
+
+impl Connection {
+    async fn fill(&mut self) -> std::io::Result<usize> {
+        match &mut self.io {
+            Io::Plain(io) => io.read_buf(&mut self.buffer).await,
+            Io::Tls(io) => io.read_buf(&mut self.buffer).await,
+        }
+    }
+
+    /// Reads a request head.
+    pub async fn head(&mut self) -> Head {
+        soon("a request head", async {
+            loop {
+                if let Some(end) = self.buffer.windows(4).position(|part| part == b"\r\n\r\n") {
+                    let head: Vec<u8> = self.buffer.drain(..end + 4).collect();
+                    let text = String::from_utf8(head).unwrap();
+                    let mut lines = text.trim_end().split("\r\n");
+                    let line = lines.next().unwrap().to_owned();
+                    let field = |line: &str| {
+                        let (name, value) = line.split_once(':').unwrap();
+                        (name.to_ascii_lowercase(), value.trim().to_owned())
+                    };
+                    return Head { line, headers: lines.map(field).collect() };
+                }
+                assert!(self.fill().await.unwrap() > 0, "the agent closed inside a head");
+            }
+        })
+        .await
+    }
+
+    /// Reads exactly so many bytes.
+    pub async fn read(&mut self, length: usize) -> Vec<u8> {
+        soon("request bytes", async {
+            while self.buffer.len() < length {
+                assert!(self.fill().await.unwrap() > 0, "the agent closed inside a body");
+            }
+            self.buffer.drain(..length).collect()
+        })
+        .await
+    }
+
+    /// Waits until the agent closes, cleanly or not; what it sent until then.
+    pub async fn closed(&mut self) -> Vec<u8> {
+        soon("the end of the connection", async {
+            while matches!(self.fill().await, Ok(read) if read > 0) {}
+            std::mem::take(&mut self.buffer)
+        })
+        .await
+    }
+
+    /// Writes bytes.
+    pub async fn write(&mut self, bytes: impl AsRef<[u8]>) {
+        match &mut self.io {
+            Io::Plain(io) => io.write_all(bytes.as_ref()).await.unwrap(),
+            Io::Tls(io) => {
+                io.write_all(bytes.as_ref()).await.unwrap();
+                io.flush().await.unwrap();
+            }
+        }
+    }
+
+    /// Ends the sending half.
+    pub async fn finish(&mut self) {
+        match &mut self.io {
+            Io::Plain(io) => io.shutdown().await.unwrap(),
+            Io::Tls(io) => io.shutdown().await.unwrap(),
+        }
+    }
+}
+
+/// A request as a gateway would open it.
+pub fn request(method: &str, path: &str, headers: &[(&str, &str)]) -> Request {
+    let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
+    Request {
+        method: method.to_owned(),
+        path_and_query: bytes(path),
+        headers: headers
+            .iter()
+            .map(|(name, value)| Header { name: bytes(name), value: bytes(value) })
+            .collect(),
+        ..Request::default()
+    }
+}
+
+/// The request in the name of a principal.
+pub fn impersonated(mut request: Request, name: &str, groups: &[&str]) -> Request {
+    request.mode = Mode::Impersonate.into();
+    let groups = groups.iter().map(ToString::to_string).collect();
+    request.principal = Some(Principal { name: name.to_owned(), groups });
+    request
+}
+
+/// One exchange, as the gateway sees it.
+pub struct Call {
+    pub send: SendStream,
+    pub recv: RecvStream,
+}
+
+impl Call {
+    /// Opens a stream for this request, whose body is still to be sent.
+    pub async fn open(session: &Session, request: Request) -> Self {
+        Self::open_with(session, Open { audit_id: "audit-1".to_owned(), ..Open::default() }, request).await
+    }
+
+    pub async fn open_with(session: &Session, open: Open, request: Request) -> Self {
+        let (mut send, recv) = session.open().await.unwrap();
+        let open = Open { want: Some(Want::Request(request)), ..open };
+        send_head(&mut send, &open, HEAD_MAX).await.unwrap();
+        Self { send, recv }
+    }
+
+    /// Opens a stream for a request without a body.
+    pub async fn get(session: &Session, path: &str) -> Self {
+        Self::bodiless(session, request("GET", path, &[])).await
+    }
+
+    pub async fn bodiless(session: &Session, request: Request) -> Self {
+        let mut call = Self::open(session, request).await;
+        call.send.finish();
+        call
+    }
+
+    /// Opens a stream for a request with this body.
+    pub async fn with_body(session: &Session, mut request: Request, body: &'static [u8]) -> Self {
+        request.body = BodyKind::exact(body.len() as u64);
+        let mut call = Self::open(session, request).await;
+        call.send.write_chunk(Bytes::from_static(body)).await.unwrap();
+        call.send.finish();
+        call
+    }
+
+    pub async fn outcome(&mut self) -> Outcome {
+        let answer: Answer = soon("an answer", recv_head(&mut self.recv, HEAD_MAX)).await.unwrap();
+        answer.outcome.unwrap()
+    }
+
+    /// The head of the upstream's answer.
+    pub async fn response(&mut self) -> Response {
+        match self.outcome().await {
+            Outcome::Response(response) => response,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Why there is none.
+    pub async fn failure(&mut self) -> Failure {
+        match self.outcome().await {
+            Outcome::Failure(failure) => failure,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The whole body of the answer.
+    pub async fn body(self, kind: BodyKind) -> Result<Bytes, BodyError> {
+        let body = RecvBody::new(self.recv, kind).collect();
+        soon("the body", body).await.map(|body| body.to_bytes())
+    }
+
+    /// Status and body of the answer.
+    pub async fn whole(mut self) -> (u32, Bytes) {
+        let response = self.response().await;
+        (response.status, self.body(response.body).await.unwrap())
+    }
+}
+
+/// The values of a field of an answer, in order.
+pub fn all<'a>(response: &'a Response, name: &str) -> Vec<&'a str> {
+    let of_name = response.headers.iter().filter(|header| header.name == name.as_bytes());
+    of_name.map(|header| std::str::from_utf8(&header.value).unwrap()).collect()
+}
+
+/// What the agent's health port says: status and body.
+pub async fn health(agent: &Agent, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(agent.admin_addr()).await.unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+    let mut text = String::new();
+    soon("a health answer", stream.read_to_string(&mut text)).await.unwrap();
+    let status = text.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, text.split_once("\r\n\r\n").unwrap().1.to_owned())
+}
+
+/// The value of a metric, named as the line begins.
+pub async fn metric(agent: &Agent, start: &str) -> f64 {
+    let (_, text) = health(agent, "/metrics").await;
+    let line = text.lines().find(|line| line.starts_with(start) && !line.starts_with('#'));
+    line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
+}
+
+/// An agent, its gateway, its API server and one session.
+pub struct Rig {
+    pub world: World,
+    pub gateway: Gateway,
+    pub upstream: Upstream,
+    pub agent: Agent,
+    pub session: Session,
+}
+
+impl Rig {
+    /// With more lines of configuration.
+    pub async fn start(more: &str) -> Self {
+        Self::start_with(|_| more.to_owned()).await
+    }
+
+    pub async fn start_with(more: impl FnOnce(&World) -> String) -> Self {
+        let world = World::new();
+        let mut gateway = Gateway::start(&world).await;
+        let upstream = Upstream::start(&world).await;
+        let more = more(&world);
+        let agent = Agent::start(world.config(&[gateway.at], upstream.at, &more)).await.unwrap();
+        let session = gateway.session().await;
+        Self { world, gateway, upstream, agent, session }
+    }
+}

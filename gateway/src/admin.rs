@@ -1,0 +1,334 @@
+//! Is the gateway well? A private plain-HTTP listener for probes and Prometheus; GET only, and not for browsers.
+//!
+//! Ready means: this process can serve. It accepts, its own TLS handshake succeeds, and it is not about to stop. Agents do
+//! not matter: a fleet that is away is no reason to restart its gateway.
+
+use crate::metrics::{Metrics, Surface, TlCode};
+use crate::state::Shared;
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderValue};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::CertificateError;
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{Mutex, Semaphore};
+use tokio::time::Instant;
+use tokio_rustls::TlsConnector;
+use towline_certs::{ServerName, tls_error};
+
+/// Connections at a time; more wait in the kernel.
+const CONNECTIONS_MAX: usize = 64;
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// The own handshake: how long it may take, and how long its result stands.
+const SELF_CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+const SELF_CHECK_FRESH: Duration = Duration::from_secs(5);
+
+/// What the admin listener needs.
+#[derive(Debug)]
+pub(crate) struct Admin {
+    shared: Arc<Shared>,
+    public: SocketAddr,
+    last: Mutex<Option<(Instant, Result<(), String>)>>,
+}
+
+impl Admin {
+    pub(crate) fn new(shared: Arc<Shared>, public: SocketAddr) -> Arc<Self> {
+        Arc::new(Self { shared, public, last: Mutex::new(None) })
+    }
+
+    /// Serves until the gateway has stopped.
+    pub(crate) async fn run(self: Arc<Self>, listener: TcpListener) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let tracker = self.shared.tasks.house.clone();
+        let abort = self.shared.stages.abort.clone();
+        let accept = async {
+            loop {
+                let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+                match listener.accept().await {
+                    Ok((socket, _)) => {
+                        let (this, abort) = (Arc::clone(&self), abort.clone());
+                        tracker.spawn(async move {
+                            tokio::select! {
+                                () = this.serve(socket) => {}
+                                () = abort.cancelled() => {}
+                            }
+                            drop(place);
+                        });
+                    }
+                    Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                }
+            }
+        };
+        tokio::select! {
+            () = accept => {}
+            () = abort.cancelled() => {}
+        }
+    }
+
+    async fn serve(self: &Arc<Self>, socket: TcpStream) {
+        let local = socket.local_addr().ok();
+        let service = service_fn(|request: Request<Incoming>| {
+            let this = Arc::clone(self);
+            async move { Ok::<_, Infallible>(this.answer(&request, local).await) }
+        });
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_headers(64)
+            .max_buf_size(16 * 1024)
+            .serve_connection(TokioIo::new(socket), service);
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "admin connection ended");
+        }
+    }
+
+    async fn answer(&self, request: &Request<Incoming>, local: Option<SocketAddr>) -> Response<Full<Bytes>> {
+        if let Err(why) = is_for_us(request.headers(), local) {
+            self.shared.metrics.rejected(Surface::Admin, TlCode::Forbidden);
+            return text(StatusCode::FORBIDDEN, why);
+        }
+        let path = request.uri().path();
+        let known = matches!(path, "/livez" | "/healthz" | "/readyz" | "/metrics")
+            || path.strip_prefix("/readyz/").is_some();
+        if !known {
+            return text(
+                StatusCode::NOT_FOUND,
+                "not found; there are /livez, /readyz, /healthz and /metrics\n",
+            );
+        }
+        if request.method() != Method::GET {
+            self.shared.metrics.rejected(Surface::Admin, TlCode::BadFraming);
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n");
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+            return response;
+        }
+        match path {
+            "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
+            "/metrics" => self.metrics(),
+            "/readyz" => self.ready(request.uri().query().unwrap_or_default()).await,
+            path => self.ready_one(path.trim_start_matches("/readyz/")).await,
+        }
+    }
+
+    fn metrics(&self) -> Response<Full<Bytes>> {
+        let shared = &self.shared;
+        shared.registry.count_bytes();
+        let live = shared.live();
+        let connected = |uid| shared.registry.presence(uid).sessions > 0;
+        shared.metrics.clusters(live.config.clusters.iter().map(|c| (c.name.as_str(), connected(&c.uid))));
+        let mut response = text(StatusCode::OK, shared.metrics.render());
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(Metrics::MEDIA_TYPE));
+        response
+    }
+
+    async fn ready(&self, query: &str) -> Response<Full<Bytes>> {
+        let pairs = || query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        let verbose = pairs().any(|(key, _)| key == "verbose");
+        let excluded: Vec<&str> =
+            pairs().filter(|(key, _)| *key == "exclude").map(|(_, value)| value).collect();
+        let mut out = String::new();
+        let mut ready = true;
+        for check in Check::ALL {
+            let name = check.name();
+            // Writing to a string cannot fail.
+            let line = if excluded.contains(&name) {
+                format!("[+]{name} excluded: ok\n")
+            } else {
+                match self.check(*check).await {
+                    Ok(()) => format!("[+]{name} ok\n"),
+                    Err(why) => {
+                        ready = false;
+                        format!("[-]{name} failed: {why}\n")
+                    }
+                }
+            };
+            out.push_str(&line);
+        }
+        let verdict = if ready { "passed" } else { "failed" };
+        writeln!(out, "readyz check {verdict}").unwrap_or_default();
+        match (ready, verbose) {
+            (true, false) => text(StatusCode::OK, "ok"),
+            (true, true) => text(StatusCode::OK, out),
+            (false, _) => text(StatusCode::SERVICE_UNAVAILABLE, out),
+        }
+    }
+
+    async fn ready_one(&self, name: &str) -> Response<Full<Bytes>> {
+        match Check::ALL.iter().find(|check| check.name() == name) {
+            None => text(StatusCode::NOT_FOUND, "no such check\n"),
+            Some(check) => match self.check(*check).await {
+                Ok(()) => text(StatusCode::OK, "ok"),
+                Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{name} failed: {why}\n")),
+            },
+        }
+    }
+
+    async fn check(&self, check: Check) -> Result<(), String> {
+        let stages = &self.shared.stages;
+        match check {
+            Check::Draining if stages.unready.is_cancelled() => {
+                Err("the gateway is about to stop".to_owned())
+            }
+            Check::Draining => Ok(()),
+            Check::Listener if stages.draining.is_cancelled() => Err("accepts nothing new".to_owned()),
+            Check::Listener => Ok(()),
+            Check::Handshake => self.handshake().await,
+        }
+    }
+
+    /// The result of the last handshake with ourselves, or of a new one. One at a time.
+    async fn handshake(&self) -> Result<(), String> {
+        let mut last = self.last.lock().await;
+        if let Some((at, result)) = &*last
+            && at.elapsed() < SELF_CHECK_FRESH
+        {
+            return result.clone();
+        }
+        let result = tokio::time::timeout(SELF_CHECK_TIMEOUT, self.shake_hands()).await;
+        let result = result.unwrap_or_else(|_| Err("the own TLS handshake took longer than 2 s".to_owned()));
+        *last = Some((Instant::now(), result.clone()));
+        result
+    }
+
+    /// Connects to the public listener as a client would. Whose certificate it shows is not the question here, only that
+    /// it shows one that has not run out: so a chain that we cannot judge is as good as one that we can.
+    async fn shake_hands(&self) -> Result<(), String> {
+        let to = reachable(self.public);
+        let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+        let connected = async {
+            let socket = socket?;
+            socket.bind(SocketAddr::new(to.ip(), 0))?;
+            let from = socket.local_addr()?;
+            self.shared.self_checks.begin(from);
+            let _own = EndOfCheck(&self.shared, from);
+            let stream = socket.connect(to).await?;
+            Ok::<_, std::io::Error>(self.tls(stream).await)
+        };
+        connected.await.map_err(|error| format!("cannot connect to {to}: {error}"))?
+    }
+
+    async fn tls(&self, stream: TcpStream) -> Result<(), String> {
+        let live = self.shared.live();
+        let roots = towline_certs::load::load_roots(&live.config.tls.tunnel.agent_ca)
+            .map_err(|error| error.to_string())?;
+        let config = towline_certs::tls::http_client(&roots, None).map_err(|error| error.to_string())?;
+        let name = ServerName::try_from("readyz.towline.invalid").map_err(|error| error.to_string())?;
+        let Err(error) = TlsConnector::from(config).connect(name, stream).await else { return Ok(()) };
+        match tls_error(&error) {
+            Some(rustls::Error::InvalidCertificate(
+                CertificateError::Expired | CertificateError::ExpiredContext { .. },
+            )) => Err("the front's certificate has expired".to_owned()),
+            Some(rustls::Error::InvalidCertificate(_)) => Ok(()),
+            _ => Err(format!("the own TLS handshake failed: {error}")),
+        }
+    }
+}
+
+struct EndOfCheck<'a>(&'a Shared, SocketAddr);
+
+impl Drop for EndOfCheck<'_> {
+    fn drop(&mut self) {
+        self.0.self_checks.end(self.1);
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Check {
+    Draining,
+    Listener,
+    Handshake,
+}
+
+impl Check {
+    const ALL: &'static [Self] = &[Self::Draining, Self::Listener, Self::Handshake];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Draining => "draining",
+            Self::Listener => "listener",
+            Self::Handshake => "handshake",
+        }
+    }
+}
+
+/// Where a listener that listens everywhere can be reached from here.
+fn reachable(listening: SocketAddr) -> SocketAddr {
+    let ip = match listening.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listening.port())
+}
+
+/// No page of a browser gets through: neither one that says so (Origin), nor one that had its name point here (a Host
+/// that is a name; DNS rebinding).
+fn is_for_us(headers: &HeaderMap, local: Option<SocketAddr>) -> Result<(), &'static str> {
+    if headers.contains_key(header::ORIGIN) || headers.contains_key("sec-fetch-site") {
+        return Err("requests from web pages are refused\n");
+    }
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (Some(host), None) = (hosts.next(), hosts.next()) else { return Err("exactly one Host is needed\n") };
+    let host = host.to_str().unwrap_or_default();
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let name = name.trim_start_matches('[').trim_end_matches(']');
+    let address = name.parse::<IpAddr>().is_ok();
+    // Inside a cluster, scrapers use the names of services and pods.
+    let internal = !name.contains('.') || name.ends_with(".svc") || name.ends_with(".cluster.local");
+    let on_loopback = local.is_none_or(|local| local.ip().is_loopback());
+    if address || name == "localhost" || (internal && !on_loopback) {
+        Ok(())
+    } else {
+        Err("the Host is not this listener's\n")
+    }
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// AD-02.
+    #[test]
+    fn web_pages_do_not_get_through() {
+        let ask = |lines: &[(&'static str, &str)], local: &str| {
+            let mut headers = HeaderMap::new();
+            for (name, value) in lines {
+                headers.append(*name, value.parse().unwrap());
+            }
+            is_for_us(&headers, Some(local.parse().unwrap())).is_ok()
+        };
+        let here = "127.0.0.1:9180";
+        for host in ["127.0.0.1:9180", "localhost:9180", "localhost", "[::1]:9180", "10.0.0.1"] {
+            assert!(ask(&[("host", host)], here), "{host}");
+        }
+        for host in ["evil.example", "evil.example:9180", "gateway", "localhost.evil.example", ""] {
+            assert!(!ask(&[("host", host)], here), "{host}");
+        }
+        assert!(ask(&[("host", "towline-gateway.towline.svc:9180")], "10.1.2.3:9180"));
+        assert!(!ask(&[("host", "localhost"), ("origin", "null")], here));
+        assert!(!ask(&[], here));
+        assert!(!ask(&[("host", "localhost"), ("host", "localhost")], here));
+    }
+}

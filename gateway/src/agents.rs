@@ -1,0 +1,253 @@
+//! How does an agent get in, and how does its session live? In order: identity from the verified certificate, admission
+//! against the allow-list, the session's first round trip, a place in the registry; then until the session ends, its
+//! certificate runs out or the gateway stops.
+//!
+//! A second process with the same certificate is told by its boot id. The first is asked for a sign of life: if it gives
+//! one the newcomer is refused, else it is replaced. So a restart after a crash gets in, and a stolen certificate neither
+//! takes over nor makes the route flap.
+
+use crate::config::{Cluster, GatewayConfig};
+use crate::metrics::{Surface, TlCode};
+use crate::registry::{InsertError, Registration, SessionId};
+use crate::state::{Shared, random};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
+use towline_certs::facts::{CertificateFacts, human};
+use towline_certs::{AgentIdentity, CertificateDer};
+use towline_proto::Code;
+use towline_proto::hello::Hello;
+use towline_proto::mux::{CloseReason, Introduction, Limits, Role};
+use towline_proto::tunnel::{Session, SessionConfig};
+use towline_proto::wire::GoAway;
+
+/// From the end of the handshake to the hello and one round trip.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an older process has to show that it lives, and how often we look.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
+const PROBE_INTERVAL: Duration = Duration::from_millis(25);
+/// Processes with one certificate that a newcomer may outlive; a fight over it ends by refusing.
+const REPLACE_ROUNDS: usize = 3;
+/// A certificate's end is looked at again at least this often: the wall clock can jump, timers cannot.
+const EXPIRY_CHECK: Duration = Duration::from_secs(60);
+const BOOT_ID_BYTES: usize = 16;
+
+/// The limits of a session, from the configuration.
+pub(crate) fn session_limits(config: &GatewayConfig) -> Limits {
+    Limits {
+        // Agents open no streams today; 1 is the least that the mux allows, and it is refused.
+        streams_max: 1,
+        recv_budget: config.limits.session_memory.0,
+        ..Limits::default()
+    }
+}
+
+/// What becomes of a session that may not be.
+struct Refusal {
+    tl: TlCode,
+    code: Code,
+    text: String,
+}
+
+/// Runs one agent's connection to its end.
+pub(crate) async fn serve<IO>(shared: Arc<Shared>, tls: TlsStream<IO>, address: SocketAddr)
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let leaf = tls
+        .get_ref()
+        .1
+        .peer_certificates()
+        .and_then(|chain| chain.first())
+        .map(|leaf| leaf.clone().into_owned());
+    let config = SessionConfig {
+        role: Role::Gateway,
+        limits: session_limits(&shared.config),
+        budget: shared.budget.clone(),
+        introduction: Introduction {
+            capabilities: Vec::new(),
+            boot_id: shared.boot_id.to_vec(),
+            software: format!("towline-gateway/{}", env!("CARGO_PKG_VERSION")),
+        },
+    };
+    let Ok((session, driver)) = Session::over(tls, config) else {
+        shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
+        tracing::warn!(agent = %address, "no memory for another session; raise limits.tunnelMemory");
+        return;
+    };
+    // One task: when this future is dropped, so is the driver, and with it the session.
+    let life = live(&shared, &session, leaf.as_ref(), address);
+    let (reason, ()) = tokio::join!(driver.run(), life);
+    tracing::debug!(agent = %address, %reason, "connection of an agent ended");
+}
+
+/// What happens beside the driver, until the session has ended.
+async fn live(
+    shared: &Arc<Shared>,
+    session: &Session,
+    leaf: Option<&CertificateDer<'static>>,
+    address: SocketAddr,
+) {
+    let admitted = admit(shared, session, leaf).await;
+    let (admitted, registration) = match admitted {
+        Ok(admitted) => admitted,
+        Err(Some(refusal)) => {
+            shared.metrics.rejected(Surface::Tunnel, refusal.tl);
+            tracing::warn!(agent = %address, why = refusal.text, "agent refused");
+            session.close(refusal.code, &refusal.text);
+            return;
+        }
+        Err(None) => return,
+    };
+    let counted = shared.metrics.session();
+    tracing::info!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, agent = %address,
+        software = %crate::proxy::printable(&admitted.hello.software), "agent connected");
+    // A drain may have begun since the handshake.
+    if shared.stages.draining.is_cancelled() {
+        say_goaway(shared, session);
+    }
+    let reason = tokio::select! {
+        reason = refuse_streams(session) => reason,
+        () = expire(session, admitted.not_after) => session.wait_for(|state| state.closed.is_some()).await
+            .closed.unwrap_or(CloseReason::HelloTimeout),
+    };
+    drop((registration, counted));
+    shared.metrics.session_ended(reason.label());
+    tracing::info!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, agent = %address,
+        reason = %crate::proxy::printable(&reason.to_string()), "agent disconnected");
+}
+
+struct Admitted {
+    cluster: Arc<Cluster>,
+    identity: AgentIdentity,
+    not_after: SystemTime,
+    hello: Hello,
+}
+
+/// Decides whether a session may be; `Err(None)` if it ended by itself.
+async fn admit(
+    shared: &Arc<Shared>,
+    session: &Session,
+    leaf: Option<&CertificateDer<'static>>,
+) -> Result<(Admitted, Registration), Option<Refusal>> {
+    let refuse = |tl, code, text: String| Some(Refusal { tl, code, text });
+    let certificate = |text: String| refuse(TlCode::Cert, Code::Denied, text);
+    let live = shared.live();
+    let leaf = leaf.ok_or_else(|| certificate("no certificate was presented".to_owned()))?;
+    let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let Some(cluster) = live.by_uid.get(&identity.cluster).cloned() else {
+        let text = format!(
+            "cluster uid {} is not on this gateway's list; add it there under clusters",
+            identity.cluster
+        );
+        return Err(certificate(text));
+    };
+    drop(live);
+    let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
+        Ok(Ok(hello)) => hello,
+        Ok(Err(_ended)) => return Err(None),
+        Err(_) => {
+            return Err(refuse(
+                TlCode::Timeout,
+                Code::Deadline,
+                "the session did not get ready in time".to_owned(),
+            ));
+        }
+    };
+    if hello.boot_id.len() != BOOT_ID_BYTES {
+        let text = format!("the boot id has {} bytes, not {BOOT_ID_BYTES}", hello.boot_id.len());
+        return Err(refuse(TlCode::Proto, Code::Proto, text));
+    }
+    let registration = register(shared, session, &identity, &hello.boot_id).await?;
+    Ok((Admitted { cluster, identity, not_after: facts.not_after, hello }, registration))
+}
+
+async fn register(
+    shared: &Arc<Shared>,
+    session: &Session,
+    identity: &AgentIdentity,
+    boot_id: &[u8],
+) -> Result<Registration, Option<Refusal>> {
+    let refuse = |tl, code, text: &str| Some(Refusal { tl, code, text: text.to_owned() });
+    let mut replaced: Vec<SessionId> = Vec::new();
+    for _ in 0..REPLACE_ROUNDS {
+        match shared.registry.insert(&identity.cluster, &identity.instance, boot_id, session, &replaced) {
+            Ok(registration) => return Ok(registration),
+            Err(InsertError::SessionsMax) => {
+                return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has as many sessions as it may"));
+            }
+            Err(InsertError::OtherProcess(others)) => {
+                let sessions: Vec<_> = others.iter().map(|(_, session)| session.clone()).collect();
+                if any_alive(&sessions).await {
+                    break;
+                }
+                for (id, dead) in others {
+                    dead.close(Code::Cancelled, "replaced by another process with the same certificate");
+                    replaced.push(id);
+                }
+                if session.closed().is_some() {
+                    return Err(None);
+                }
+            }
+        }
+    }
+    let text = "already connected: another process with the same certificate is connected and alive. Stop it, or give this agent a certificate of its own";
+    Err(refuse(TlCode::Cert, Code::Denied, text))
+}
+
+/// Whether any of these sessions hears from its peer within the time that a dead one does not deserve.
+async fn any_alive(sessions: &[Session]) -> bool {
+    let asked = Instant::now();
+    sessions.iter().for_each(Session::probe);
+    while asked.elapsed() < PROBE_TIMEOUT {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+        let open = || sessions.iter().filter(|session| session.closed().is_none());
+        if open().any(|session| session.silence() < asked.elapsed()) {
+            return true;
+        }
+        if open().next().is_none() {
+            return false;
+        }
+    }
+    false
+}
+
+/// Refuses what an agent opens, until the session ends.
+async fn refuse_streams(session: &Session) -> CloseReason {
+    loop {
+        match session.accept().await {
+            Ok((mut send, mut recv)) => {
+                send.reset(Code::Refused);
+                recv.stop(Code::Refused);
+            }
+            Err(reason) => return reason,
+        }
+    }
+}
+
+/// Ends the session when its certificate does.
+async fn expire(session: &Session, not_after: SystemTime) {
+    while let Ok(left) = not_after.duration_since(SystemTime::now()) {
+        tokio::time::sleep(left.min(EXPIRY_CHECK) + Duration::from_millis(1)).await;
+    }
+    let late = SystemTime::now().duration_since(not_after).unwrap_or_default();
+    session.close(Code::Denied, &format!("the agent's certificate expired {} ago; renew it", human(late)));
+}
+
+/// Tells an agent to go elsewhere, at a moment of its own.
+pub(crate) fn say_goaway(shared: &Shared, session: &Session) {
+    let drain = &shared.config.drain;
+    let mut part = [0; 2];
+    random(&mut part);
+    let after = drain.spread.mul_f64(f64::from(u16::from_be_bytes(part)) / f64::from(u16::MAX));
+    let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+    session.drain(GoAway {
+        code: Code::Draining.to_u32(),
+        reconnect_after_ms: millis(after),
+        drain_ms: millis(drain.deadline),
+    });
+}

@@ -1,0 +1,364 @@
+//! Who is calling? A client certificate or one of our own tokens says so; nothing else does.
+//!
+//! The rules, in order:
+//! 1. one credential per carrier: several `Authorization` lines, or a list inside one, are refused;
+//! 2. a verified client certificate decides; one that is not believed counts as absent;
+//! 3. for a cluster in impersonating mode a token of ours (`tlat_…`) does as well, as `Authorization: Bearer` or as the
+//!    WebSocket subprotocol that browsers use;
+//! 4. for a cluster in restricted mode only the certificate does: the caller's `Authorization` is meant for the cluster
+//!    and goes through unread, unless it is one of ours, which a cluster must never see;
+//! 5. names and groups that begin with `system:` are refused. `?token=` is never a credential.
+//!
+//! OIDC gets its room beside [`tokens`].
+
+pub mod tokens;
+
+use crate::config::Mode;
+use base64::Engine as _;
+use http::header::{AUTHORIZATION, HeaderMap, HeaderName, SEC_WEBSOCKET_PROTOCOL};
+use std::sync::Arc;
+use std::time::SystemTime;
+use thiserror::Error;
+use tokens::Tokens;
+use towline_certs::facts::CertificateFacts;
+use towline_certs::{CertificateDer, ClientCa};
+
+/// The WebSocket subprotocol that carries a bearer token (Kubernetes).
+pub(crate) const BEARER_SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
+
+/// The authenticated caller: a name and groups, nothing else.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Principal {
+    pub name: String,
+    pub groups: Vec<String>,
+}
+
+/// Why a name cannot be a caller's.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PrincipalError {
+    #[error("the name {0:?} begins with system:, which belongs to Kubernetes itself")]
+    SystemName(String),
+    #[error("the group {0:?} begins with system:, which belongs to Kubernetes itself")]
+    SystemGroup(String),
+    #[error("a name or group is empty, too long or holds control characters")]
+    Malformed,
+}
+
+impl Principal {
+    #[must_use]
+    pub fn new(name: &str, groups: Vec<String>) -> Self {
+        Self { name: name.to_owned(), groups }
+    }
+
+    /// Whether the gateway lets anybody be this.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<(), PrincipalError> {
+        let well_formed =
+            |text: &str| !text.is_empty() && text.len() <= 256 && !text.chars().any(char::is_control);
+        let system = |text: &str| text.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("system:"));
+        if !well_formed(&self.name)
+            || self.groups.len() > 64
+            || !self.groups.iter().all(|group| well_formed(group))
+        {
+            return Err(PrincipalError::Malformed);
+        }
+        if system(&self.name) {
+            return Err(PrincipalError::SystemName(self.name.clone()));
+        }
+        match self.groups.iter().find(|group| system(group)) {
+            Some(group) => Err(PrincipalError::SystemGroup(group.clone())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a connection's client certificate is worth; judged once, after the handshake.
+#[derive(Clone, Debug, Default)]
+pub enum Certificate {
+    #[default]
+    Absent,
+    /// Presented and not believed; the text says why.
+    Unbelieved(String),
+    Verified {
+        principal: Arc<Principal>,
+        not_after: SystemTime,
+    },
+}
+
+impl Certificate {
+    /// Judges what a client presented, leaf first.
+    #[must_use]
+    pub fn judge(chain: Option<&[CertificateDer<'_>]>, ca: Option<&ClientCa>, now: SystemTime) -> Self {
+        let (Some(chain), Some(ca)) = (chain, ca) else { return Self::Absent };
+        let verified = ca.verify(chain, now).map_err(|error| error.to_string());
+        let facts = chain.first().and_then(|leaf| CertificateFacts::of(leaf).ok());
+        match (verified, facts) {
+            (Ok(client), Some(facts)) => Self::Verified {
+                principal: Arc::new(Principal::new(&client.name, client.groups)),
+                not_after: facts.not_after,
+            },
+            (Err(why), _) => Self::Unbelieved(why),
+            (Ok(_), None) => Self::Unbelieved("it cannot be read".to_owned()),
+        }
+    }
+}
+
+/// Why a caller is nobody.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum AuthnError {
+    #[error("there are several Authorization headers")]
+    SeveralAuthorizations,
+    #[error("the Authorization header is malformed")]
+    MalformedAuthorization,
+    #[error("no credential was presented")]
+    NoCredential,
+    #[error("the client certificate was not accepted: {0}")]
+    CertificateUnbelieved(String),
+    #[error("the client certificate has expired")]
+    CertificateExpired,
+    #[error("the bearer token is not known")]
+    UnknownToken,
+    /// Restricted mode: no certificate.
+    #[error("this cluster is in restricted mode, where the gateway knows callers by client certificate only")]
+    CertificateNeeded,
+    /// Restricted mode: a certificate, and nothing for the cluster.
+    #[error(
+        "this cluster is in restricted mode: the client certificate is good for the gateway, and the cluster needs a credential of its own"
+    )]
+    ClusterCredentialNeeded,
+    /// A credential of ours where it would reach a cluster.
+    #[error("a token of the gateway was sent where it would be passed on to the cluster")]
+    OwnCredential,
+    #[error(transparent)]
+    Principal(#[from] PrincipalError),
+}
+
+/// Finds out who calls.
+///
+/// # Errors
+/// Why it is nobody.
+pub fn authenticate(
+    headers: &HeaderMap,
+    certificate: &Certificate,
+    tokens: &Tokens,
+    mode: Mode,
+    now: SystemTime,
+) -> Result<Arc<Principal>, AuthnError> {
+    let authorization = authorization(headers)?;
+    let certified = match certificate {
+        Certificate::Verified { not_after, .. } if now > *not_after => Err(AuthnError::CertificateExpired),
+        Certificate::Verified { principal, .. } => Ok(Some(Arc::clone(principal))),
+        Certificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
+        Certificate::Absent => Ok(None),
+    };
+    let subprotocol = subprotocol_token(headers);
+    let principal = match mode {
+        Mode::Restricted => {
+            let carried = authorization.is_some() || subprotocol.is_some();
+            if is_own(authorization.unwrap_or_default()) || subprotocol.is_some_and(|token| is_own(&token)) {
+                return Err(AuthnError::OwnCredential);
+            }
+            let principal = certified?.ok_or(AuthnError::CertificateNeeded)?;
+            if !carried {
+                return Err(AuthnError::ClusterCredentialNeeded);
+            }
+            principal
+        }
+        Mode::Impersonate => {
+            let bearer = authorization.and_then(bearer).map(ToOwned::to_owned).or(subprotocol);
+            match (certified, bearer) {
+                (Ok(Some(principal)), _) => principal,
+                (Ok(None) | Err(_), Some(token)) => tokens.find(&token).ok_or(AuthnError::UnknownToken)?,
+                (Err(error), None) => return Err(error),
+                (Ok(None), None) => return Err(AuthnError::NoCredential),
+            }
+        }
+    };
+    principal.check()?;
+    Ok(principal)
+}
+
+/// The one Authorization header.
+fn authorization(headers: &HeaderMap) -> Result<Option<&str>, AuthnError> {
+    let mut lines = headers.get_all(AUTHORIZATION).iter();
+    let Some(line) = lines.next() else { return Ok(None) };
+    if lines.next().is_some() {
+        return Err(AuthnError::SeveralAuthorizations);
+    }
+    let text = line.to_str().map_err(|_| AuthnError::MalformedAuthorization)?.trim();
+    let (scheme, credential) = text.split_once(' ').unwrap_or((text, ""));
+    let listed = scheme.eq_ignore_ascii_case("bearer") && credential.trim().contains([',', ' ']);
+    if listed || scheme.is_empty() || credential.trim().is_empty() {
+        return Err(AuthnError::MalformedAuthorization);
+    }
+    Ok(Some(text))
+}
+
+fn bearer(authorization: &str) -> Option<&str> {
+    let (scheme, token) = authorization.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+/// The token in the WebSocket subprotocol list.
+fn subprotocol_token(headers: &HeaderMap) -> Option<String> {
+    let lines = headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|line| line.to_str().ok());
+    let mut carried =
+        lines.flat_map(|line| line.split(',')).filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL));
+    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
+        .decode(carried.next()?.trim_end_matches('='))
+        .ok()?;
+    String::from_utf8(bytes).ok()
+}
+
+/// Whether a credential, in any of its wrappings, holds a token of ours.
+fn is_own(credential: &str) -> bool {
+    if credential.contains(tokens::PREFIX) {
+        return true;
+    }
+    let encoded = credential.split(' ').next_back().unwrap_or_default();
+    let decoded = base64::engine::general_purpose::STANDARD.decode(encoded).unwrap_or_default();
+    contains(&decoded, tokens::PREFIX.as_bytes())
+}
+
+/// Whether anything that is about to leave for a cluster holds a token of ours: the last look before it is sent.
+pub(crate) fn carries_own_credential(name: &HeaderName, value: &[u8]) -> bool {
+    if contains(value, tokens::PREFIX.as_bytes()) {
+        return true;
+    }
+    let text = std::str::from_utf8(value).unwrap_or_default();
+    match *name {
+        AUTHORIZATION => is_own(text),
+        SEC_WEBSOCKET_PROTOCOL => {
+            text.split(',').filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL)).any(|token| {
+                let token = token.trim_end_matches('=');
+                let decoded = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(token);
+                decoded.is_ok_and(|decoded| contains(&decoded, tokens::PREFIX.as_bytes()))
+            })
+        }
+        _ => false,
+    }
+}
+
+/// As [`carries_own_credential`] for a query: some clients put tokens there.
+pub(crate) fn query_carries_own_credential(query: &str) -> bool {
+    let value = |pair: &str| pair.split_once('=').map(|(_, value)| crate::routing::percent_decode(value));
+    query.split('&').filter_map(value).any(|value| value.starts_with(tokens::PREFIX.as_bytes()))
+}
+
+fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+    haystack.windows(needle.len()).any(|window| window == needle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn headers(lines: &[(&str, &str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            headers.append(HeaderName::from_bytes(name.as_bytes()).unwrap(), value.parse().unwrap());
+        }
+        headers
+    }
+
+    fn cert(name: &str, groups: &[&str]) -> Certificate {
+        let groups = groups.iter().map(ToString::to_string).collect();
+        let not_after = SystemTime::now() + Duration::from_secs(60);
+        Certificate::Verified { principal: Arc::new(Principal::new(name, groups)), not_after }
+    }
+
+    fn ask(mode: Mode, certificate: &Certificate, lines: &[(&str, &str)]) -> Result<String, AuthnError> {
+        let principal =
+            authenticate(&headers(lines), certificate, &Tokens::default(), mode, SystemTime::now())?;
+        Ok(principal.name.clone())
+    }
+
+    #[test]
+    fn restricted_mode_knows_callers_by_certificate_only() {
+        let jane = cert("jane", &[]);
+        let ask =
+            |certificate: &Certificate, lines: &[(&str, &str)]| ask(Mode::Restricted, certificate, lines);
+        assert_eq!(ask(&jane, &[("authorization", "Bearer abc")]), Ok("jane".to_owned()));
+        assert_eq!(ask(&jane, &[("authorization", "Basic YTpi")]), Ok("jane".to_owned()));
+        let protocol = format!("v5.channel.k8s.io, {BEARER_SUBPROTOCOL}YWJj");
+        assert_eq!(ask(&jane, &[("sec-websocket-protocol", &protocol)]), Ok("jane".to_owned()));
+        assert_eq!(ask(&jane, &[]), Err(AuthnError::ClusterCredentialNeeded));
+        assert_eq!(
+            ask(&Certificate::Absent, &[("authorization", "Bearer abc")]),
+            Err(AuthnError::CertificateNeeded)
+        );
+        assert_eq!(ask(&Certificate::Absent, &[]), Err(AuthnError::CertificateNeeded));
+    }
+
+    /// A hostile cluster must not harvest our tokens, however they are wrapped.
+    #[test]
+    fn restricted_mode_never_forwards_our_tokens() {
+        let jane = cert("jane", &[]);
+        let own = [
+            ("authorization", "Bearer tlat_x".to_owned()),
+            ("authorization", "bearer  tlat_x".to_owned()),
+            ("authorization", "Token tlat_x".to_owned()),
+            ("authorization", "Basic amFuZTp0bGF0X3g=".to_owned()),
+            ("sec-websocket-protocol", format!("{BEARER_SUBPROTOCOL}dGxhdF94")),
+        ];
+        for (name, value) in &own {
+            assert_eq!(
+                ask(Mode::Restricted, &jane, &[(name, value)]),
+                Err(AuthnError::OwnCredential),
+                "{value}"
+            );
+            let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
+            assert!(carries_own_credential(&name, value.as_bytes()), "{value}");
+        }
+        assert!(query_carries_own_credential("a=b&token=tlat%5Fx"));
+        assert!(!query_carries_own_credential("labelSelector=a%3Dtlat_x"));
+    }
+
+    #[test]
+    fn ambiguous_authorizations_are_refused() {
+        for mode in [Mode::Restricted, Mode::Impersonate] {
+            let ask = |lines: &[(&str, &str)]| ask(mode, &cert("jane", &[]), lines);
+            let two = [("authorization", "Bearer a"), ("authorization", "Bearer b")];
+            assert_eq!(ask(&two), Err(AuthnError::SeveralAuthorizations));
+            for value in ["Bearer a, Bearer b", "Bearer", "Bearer ", ""] {
+                assert_eq!(
+                    ask(&[("authorization", value)]),
+                    Err(AuthnError::MalformedAuthorization),
+                    "{value:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn system_names_belong_to_kubernetes() {
+        let lines = [("authorization", "Bearer x")];
+        for (name, groups) in
+            [("system:admin", &[][..]), ("SYSTEM:x", &[]), ("jane", &["ops", "system:masters"])]
+        {
+            let result = ask(Mode::Restricted, &cert(name, groups), &lines);
+            assert!(matches!(result, Err(AuthnError::Principal(_))), "{name}: {result:?}");
+        }
+        assert_eq!(ask(Mode::Restricted, &cert("systemic", &["system"]), &lines), Ok("systemic".to_owned()));
+    }
+
+    #[test]
+    fn an_unbelieved_certificate_counts_as_absent_and_says_why() {
+        let bad = Certificate::Unbelieved("expired 3h ago".to_owned());
+        let result = ask(Mode::Impersonate, &bad, &[]);
+        assert_eq!(result, Err(AuthnError::CertificateUnbelieved("expired 3h ago".to_owned())));
+        assert_eq!(
+            ask(Mode::Impersonate, &bad, &[("authorization", "Bearer tlat_x")]),
+            Err(AuthnError::UnknownToken)
+        );
+        assert_eq!(ask(Mode::Impersonate, &Certificate::Absent, &[]), Err(AuthnError::NoCredential));
+        let expired = Certificate::Verified {
+            principal: Arc::new(Principal::new("jane", Vec::new())),
+            not_after: SystemTime::now() - Duration::from_secs(1),
+        };
+        assert_eq!(ask(Mode::Impersonate, &expired, &[]), Err(AuthnError::CertificateExpired));
+    }
+}

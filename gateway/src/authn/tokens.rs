@@ -1,0 +1,169 @@
+//! Which bearer tokens are ours, and whose are they? A YAML file that holds their SHA-256, never the tokens.
+//!
+//! ```yaml
+//! tokens:
+//!   - sha256: 5f2b…   # printf %s "$TOKEN" | sha256sum
+//!     user: jane
+//!     groups: [ops]
+//! ```
+
+use super::Principal;
+use crate::config::{FILE_MAX, read_text};
+use aws_lc_rs::digest;
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use subtle::ConstantTimeEq as _;
+
+/// What every token of ours begins with.
+pub const PREFIX: &str = "tlat_";
+/// Longest token that is looked at.
+const TOKEN_MAX: usize = 1024;
+
+/// The tokens in force.
+#[derive(Clone, Default)]
+pub struct Tokens {
+    /// By the first two bytes of the hash; the rest is compared in constant time.
+    buckets: HashMap<[u8; 2], Vec<Token>>,
+}
+
+#[derive(Clone)]
+struct Token {
+    hash: [u8; 32],
+    principal: Arc<Principal>,
+}
+
+impl fmt::Debug for Tokens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokens").field("count", &self.buckets.values().map(Vec::len).sum::<usize>()).finish()
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TokenFile {
+    tokens: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    sha256: String,
+    user: String,
+    #[serde(default)]
+    groups: Vec<String>,
+}
+
+impl Tokens {
+    /// Reads a token file.
+    ///
+    /// # Errors
+    /// One line per mistake; no hash is shown.
+    pub fn load(path: &Path) -> Result<Self, Vec<String>> {
+        let text = read_text(path).map_err(|problem| vec![problem])?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    fn parse(text: &str, origin: &str) -> Result<Self, Vec<String>> {
+        debug_assert!(text.len() as u64 <= FILE_MAX, "the reader has checked it");
+        let file: TokenFile = serde_saphyr::from_str(text).map_err(|error| {
+            // Without the snippet: the lines around a mistake hold hashes.
+            let place =
+                error.location().map_or_else(String::new, |at| format!(":{}:{}", at.line(), at.column()));
+            let what = error.without_snippet().to_string();
+            vec![format!("{origin}{place}: {}", what.lines().next().unwrap_or_default())]
+        })?;
+        let mut tokens = Self::default();
+        let mut problems = Vec::new();
+        for (index, entry) in file.tokens.into_iter().enumerate() {
+            let fail = |what: &str| format!("{origin}: tokens[{index}]: {what}");
+            let Some(hash) = decode_hash(&entry.sha256) else {
+                problems.push(fail("sha256 is not 64 hexadecimal digits"));
+                continue;
+            };
+            let principal = Principal::new(&entry.user, entry.groups);
+            if let Err(what) = principal.check() {
+                problems.push(fail(&what.to_string()));
+                continue;
+            }
+            let bucket = tokens.buckets.entry([hash[0], hash[1]]).or_default();
+            if bucket.iter().any(|token| token.hash == hash) {
+                problems.push(fail("the same token stands above"));
+                continue;
+            }
+            bucket.push(Token { hash, principal: Arc::new(principal) });
+        }
+        if problems.is_empty() { Ok(tokens) } else { Err(problems) }
+    }
+
+    /// Whose token this is.
+    #[must_use]
+    pub fn find(&self, token: &str) -> Option<Arc<Principal>> {
+        if !token.starts_with(PREFIX) || token.len() > TOKEN_MAX {
+            return None;
+        }
+        let hash = digest::digest(&digest::SHA256, token.as_bytes());
+        let hash = hash.as_ref();
+        let bucket = self.buckets.get(&[*hash.first()?, *hash.get(1)?])?;
+        bucket
+            .iter()
+            .find(|token| bool::from(token.hash.ct_eq(hash)))
+            .map(|token| Arc::clone(&token.principal))
+    }
+}
+
+fn decode_hash(text: &str) -> Option<[u8; 32]> {
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    let mut hash = [0; 32];
+    for (byte, pair) in hash.iter_mut().zip(text.as_bytes().chunks(2)) {
+        let digit = |at: usize| pair.get(at).and_then(|&c| char::from(c).to_digit(16));
+        *byte = u8::try_from(digit(0)? * 16 + digit(1)?).ok()?;
+    }
+    Some(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(token: &str) -> String {
+        digest::digest(&digest::SHA256, token.as_bytes())
+            .as_ref()
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect()
+    }
+
+    #[test]
+    fn a_token_is_found_by_its_hash() {
+        let text = format!("tokens:\n- sha256: {}\n  user: jane\n  groups: [ops]\n", hex("tlat_secret"));
+        let tokens = Tokens::parse(&text, "tokens.yaml").unwrap();
+        let jane = tokens.find("tlat_secret").unwrap();
+        assert_eq!((jane.name.as_str(), &jane.groups[..]), ("jane", &["ops".to_owned()][..]));
+        assert!(tokens.find("tlat_secreT").is_none());
+        assert!(tokens.find("secret").is_none());
+        assert!(tokens.find("").is_none());
+        assert_eq!(format!("{tokens:?}"), "Tokens { count: 1 }");
+    }
+
+    #[test]
+    fn mistakes_are_named_without_a_hash() {
+        let hash = hex("tlat_x");
+        let text = format!(
+            "tokens:\n- {{sha256: {hash}, user: a}}\n- {{sha256: {hash}, user: b}}\n- {{sha256: {}, user: c}}\n- {{sha256: {}, user: 'system:admin'}}\n",
+            &hash[1..],
+            hex("tlat_y"),
+        );
+        let problems = Tokens::parse(&text, "tokens.yaml").unwrap_err();
+        assert_eq!(problems.len(), 3, "{problems:#?}");
+        let broken = format!("tokens:\n- {{sha256: {hash}, usr: a}}\n");
+        let structural = Tokens::parse(&broken, "tokens.yaml").unwrap_err();
+        for problem in problems.iter().chain(&structural) {
+            assert!(problem.starts_with("tokens.yaml") && !problem.contains(&hash[2..10]), "{problem}");
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! What can be configured, and what is wrong with a configuration? One YAML file; unknown keys are refused; every
+//! mistake is named at once, with its place.
+//!
+//! Precedence: a flag, then its `TOWLINE_` variable, then the file, then the default here.
+
+mod check;
+mod units;
+
+pub use units::ByteSize;
+
+use crate::routing::ClusterName;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use towline_certs::{ClusterUid, TrustDomain};
+
+/// The version of the format.
+pub const API_VERSION: &str = "towline.io/v1alpha1";
+/// The kind of the document.
+pub const KIND: &str = "GatewayConfiguration";
+/// Largest configuration or token file.
+pub(crate) const FILE_MAX: u64 = 1 << 20;
+
+/// The whole configuration of a gateway.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct GatewayConfig {
+    pub api_version: String,
+    pub kind: String,
+    #[serde(default)]
+    pub listen: Listen,
+    #[serde(default)]
+    pub admin: Admin,
+    pub tls: Tls,
+    /// The one trust domain whose agents count.
+    #[serde(with = "units")]
+    pub trust_domain: TrustDomain,
+    /// Requests for `NAME.<hostDomain>` go to cluster NAME. Without it only paths route.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_domain: Option<String>,
+    /// The clusters that may connect: the allow-list of admission.
+    #[serde(default)]
+    pub clusters: Vec<Cluster>,
+    /// Bearer tokens, stored as hashes; see [`crate::authn::tokens`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+    /// Who may call which cluster. Nobody, unless a rule allows it.
+    #[serde(default)]
+    pub access: Vec<AccessRule>,
+    #[serde(default)]
+    pub limits: Limits,
+    #[serde(default)]
+    pub drain: Drain,
+    #[serde(default)]
+    pub timeouts: Timeouts,
+}
+
+/// The public listener: front and tunnel on one port.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Listen {
+    #[serde(with = "units")]
+    pub address: SocketAddr,
+    /// Who may connect at all; everybody if empty.
+    #[serde(with = "units::list")]
+    pub allowed_sources: Vec<IpNet>,
+}
+
+/// The private listener: health and metrics.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Admin {
+    #[serde(with = "units")]
+    pub address: SocketAddr,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Tls {
+    pub front: FrontTls,
+    pub tunnel: TunnelTls,
+}
+
+/// What clients see, and which client certificates are believed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct FrontTls {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// Without it no client certificate is asked for.
+    #[serde(rename = "clientCA", default, skip_serializing_if = "Option::is_none")]
+    pub client_ca: Option<PathBuf>,
+}
+
+/// What agents see, and which agents are believed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TunnelTls {
+    /// The chain, root of the tunnel CA included.
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    #[serde(rename = "agentCA")]
+    pub agent_ca: PathBuf,
+}
+
+/// One cluster of the fleet.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Cluster {
+    /// The name in paths and hosts.
+    #[serde(with = "units")]
+    pub name: ClusterName,
+    /// The uid in its agents' certificates.
+    #[serde(with = "units")]
+    pub uid: ClusterUid,
+    #[serde(default)]
+    pub mode: Mode,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<String>,
+}
+
+/// How requests authenticate to a cluster.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Mode {
+    /// The caller's own `Authorization` goes through untouched; the agent adds nothing.
+    #[default]
+    Restricted,
+    /// The agent impersonates the caller.
+    Impersonate,
+}
+
+/// One rule of the access list. It matches a caller named in `users` or in one of `groups`, for a cluster in
+/// `clusters`; `*` stands for every one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AccessRule {
+    pub effect: Effect,
+    #[serde(default)]
+    pub users: Vec<String>,
+    #[serde(default)]
+    pub groups: Vec<String>,
+    pub clusters: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Effect {
+    Allow,
+    /// Wins over every Allow.
+    Deny,
+}
+
+/// Every count and size that somebody outside can grow.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Limits {
+    /// Connections to the public port.
+    pub connections: usize,
+    /// Handshakes in flight, all together and per address (IPv6: per /64).
+    pub handshakes: usize,
+    pub handshakes_per_address: usize,
+    /// Requests of one principal at a time.
+    pub requests_per_principal: usize,
+    /// Requests of one cluster that wait for its agent to come back.
+    pub held_per_cluster: usize,
+    /// Live sessions of one cluster.
+    pub sessions_per_cluster: usize,
+    /// Header fields of one request, and the bytes of all of them.
+    pub header_count: usize,
+    #[serde(with = "units")]
+    pub header_bytes: ByteSize,
+    /// Requests in one HTTP/2 connection.
+    pub http2_streams: u32,
+    /// Bytes of a request body that are kept so that it can be sent again.
+    #[serde(with = "units")]
+    pub replay_bytes: ByteSize,
+    /// Receive memory of all sessions together, and of one.
+    #[serde(with = "units")]
+    pub tunnel_memory: ByteSize,
+    #[serde(with = "units")]
+    pub session_memory: ByteSize,
+}
+
+/// How the gateway stops.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Drain {
+    /// Still accepting while not ready, for balancers that look now and then.
+    #[serde(with = "units")]
+    pub delay: Duration,
+    /// Agents are told to come back after a random part of this.
+    #[serde(with = "units")]
+    pub spread: Duration,
+    /// When what is still running is cut off.
+    #[serde(with = "units")]
+    pub deadline: Duration,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// From the connection to the end of its TLS handshake.
+    #[serde(with = "units")]
+    pub handshake: Duration,
+    /// From the handshake to the end of the first request's head.
+    #[serde(with = "units")]
+    pub first_request: Duration,
+    /// Between two requests on a connection, the second one's head included.
+    #[serde(with = "units")]
+    pub idle: Duration,
+    /// From the request to the head of its answer; not for long-running requests.
+    #[serde(with = "units")]
+    pub answer: Duration,
+    /// A request body must bring at least 1 KiB in each such time.
+    #[serde(with = "units")]
+    pub slow_body: Duration,
+    /// How long a request waits for an agent that has just gone.
+    #[serde(with = "units")]
+    pub hold: Duration,
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self { address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8443)), allowed_sources: Vec::new() }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { address: SocketAddr::from((Ipv4Addr::LOCALHOST, 9180)) }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 16_384,
+            handshakes: 1024,
+            handshakes_per_address: 128,
+            requests_per_principal: 4096,
+            held_per_cluster: 100,
+            sessions_per_cluster: 16,
+            header_count: 100,
+            header_bytes: ByteSize(64 << 10),
+            http2_streams: 250,
+            replay_bytes: ByteSize(64 << 10),
+            tunnel_memory: ByteSize(1 << 30),
+            session_memory: ByteSize(128 << 20),
+        }
+    }
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        Self { delay: Duration::ZERO, spread: Duration::from_secs(5), deadline: Duration::from_secs(30) }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        let s = Duration::from_secs;
+        Self {
+            handshake: s(10),
+            first_request: s(10),
+            idle: s(120),
+            answer: s(60),
+            slow_body: s(20),
+            hold: s(3),
+        }
+    }
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError {
+    /// One line each, `file:line:column: key: what is wrong`.
+    pub problems: Vec<String>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.problems.join("\n"))
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl GatewayConfig {
+    /// A configuration with this identity and these files, and every other value at its default.
+    #[must_use]
+    pub fn new(trust_domain: TrustDomain, tls: Tls) -> Self {
+        Self {
+            api_version: API_VERSION.to_owned(),
+            kind: KIND.to_owned(),
+            listen: Listen::default(),
+            admin: Admin::default(),
+            tls,
+            trust_domain,
+            host_domain: None,
+            clusters: Vec::new(),
+            token_file: None,
+            access: Vec::new(),
+            limits: Limits::default(),
+            drain: Drain::default(),
+            timeouts: Timeouts::default(),
+        }
+    }
+
+    /// Reads and checks a file. Relative paths in it are relative to its directory.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = read_text(path).map_err(|problem| ConfigError { problems: vec![problem] })?;
+        let mut config = Self::parse(&text, &path.display().to_string())?;
+        config.resolve_paths(path.parent().unwrap_or_else(|| Path::new("")));
+        Ok(config)
+    }
+
+    /// Reads and checks the text of a file; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub fn parse(text: &str, origin: &str) -> Result<Self, ConfigError> {
+        let mut problems = Vec::new();
+        if text.trim().is_empty() {
+            return Err(ConfigError { problems: vec![format!("{origin}: is empty")] });
+        }
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+        let (parsed, notes) = units::noting(|| serde_saphyr::from_str::<Self>(text));
+        for note in notes {
+            let key = check::key_at(text, note.line, note.column);
+            problems.push(format!("{origin}:{}:{}: {key}: {}", note.line, note.column, note.text));
+        }
+        match parsed {
+            Ok(config) => {
+                problems.extend(config.problems().into_iter().map(|problem| format!("{origin}: {problem}")));
+                if problems.is_empty() { Ok(config) } else { Err(ConfigError { problems }) }
+            }
+            Err(error) => {
+                problems.push(check::structural(&error, text, origin));
+                Err(ConfigError { problems })
+            }
+        }
+    }
+
+    /// Checks the relations between the values.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let problems = self.problems();
+        if problems.is_empty() { Ok(()) } else { Err(ConfigError { problems }) }
+    }
+
+    /// The configuration in effect as YAML. It holds paths of secrets, never secrets.
+    #[must_use]
+    pub fn to_yaml(&self) -> String {
+        serde_saphyr::to_string(self).unwrap_or_else(|error| format!("# cannot be printed: {error}\n"))
+    }
+
+    /// Every file whose content matters, for the watch on changes.
+    #[must_use]
+    pub fn files(&self) -> Vec<PathBuf> {
+        let Tls { front, tunnel } = &self.tls;
+        let mut files = vec![
+            front.certificate.clone(),
+            front.key.clone(),
+            tunnel.certificate.clone(),
+            tunnel.key.clone(),
+            tunnel.agent_ca.clone(),
+        ];
+        files.extend(front.client_ca.clone());
+        files.extend(self.token_file.clone());
+        files
+    }
+
+    fn resolve_paths(&mut self, base: &Path) {
+        let Tls { front, tunnel } = &mut self.tls;
+        let required = [
+            &mut front.certificate,
+            &mut front.key,
+            &mut tunnel.certificate,
+            &mut tunnel.key,
+            &mut tunnel.agent_ca,
+        ];
+        let optional = front.client_ca.iter_mut().chain(&mut self.token_file);
+        for path in required.into_iter().chain(optional) {
+            *path = base.join(&*path);
+        }
+    }
+}
+
+/// Reads a small text file; the error is one line that names it.
+pub(crate) fn read_text(path: &Path) -> Result<String, String> {
+    use std::io::Read as _;
+    let fail = |what: String| format!("{}: {what}", path.display());
+    let file = std::fs::File::open(path).map_err(|error| fail(format!("cannot be opened: {error}")))?;
+    let mut text = String::new();
+    let read = file.take(FILE_MAX + 1).read_to_string(&mut text);
+    let bytes = read.map_err(|error| fail(format!("cannot be read as text: {error}")))?;
+    if bytes as u64 > FILE_MAX {
+        return Err(fail(format!(
+            "is larger than {FILE_MAX} bytes; it is probably not the file that was meant"
+        )));
+    }
+    Ok(text)
+}

@@ -1,0 +1,177 @@
+//! How are clients served? HTTP/1.1 or HTTP/2 as ALPN agreed, with every limit of hyper stated, until the client leaves or
+//! the gateway drains.
+
+use crate::authn::Certificate;
+use crate::proxy::{self, AnswerBody, Peer};
+use crate::state::Shared;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::rt::Executor;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use towline_certs::tls::ALPN_H2;
+
+/// HTTP/1.1: bytes read ahead and bytes waiting to be written, per connection.
+const H1_BUFFER: usize = 128 * 1024;
+/// HTTP/2: what a client may send before it is read, per request and per connection.
+const H2_STREAM_WINDOW: u32 = 256 * 1024;
+const H2_CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// HTTP/2: bytes of one answer that wait to be written.
+const H2_SEND_BUFFER: usize = 128 * 1024;
+const H2_FRAME: u32 = 32 * 1024;
+/// HTTP/2: resets by the client of requests not yet looked at, and errors that make us reset.
+const H2_PENDING_RESETS: usize = 50;
+const H2_OWN_RESETS: usize = 200;
+/// HTTP/2: a silent connection is asked for a sign of life, and closed without one.
+const H2_PING_IDLE: Duration = Duration::from_secs(30);
+const H2_PING_DEAD: Duration = Duration::from_secs(15);
+
+/// Serves one client connection to its end.
+pub(crate) async fn serve<IO>(shared: Arc<Shared>, tls: TlsStream<IO>, address: SocketAddr)
+where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (_, session) = tls.get_ref();
+    let live = shared.live();
+    let peer = Arc::new(Peer {
+        address,
+        certificate: Certificate::judge(
+            session.peer_certificates(),
+            live.client_ca.as_ref(),
+            SystemTime::now(),
+        ),
+        sni: session.server_name().map(ToOwned::to_owned),
+        finish: CancellationToken::new(),
+    });
+    let h2 = session.alpn_protocol() == Some(ALPN_H2);
+    drop(live);
+    let asked = Arc::new(AtomicBool::new(false));
+    let service = {
+        let (shared, peer, asked) = (Arc::clone(&shared), Arc::clone(&peer), Arc::clone(&asked));
+        service_fn(move |request: Request<Incoming>| {
+            asked.store(true, Ordering::Relaxed);
+            let (shared, peer) = (Arc::clone(&shared), Arc::clone(&peer));
+            async move { Ok::<Response<AnswerBody>, Infallible>(proxy::serve(shared, peer, request).await) }
+        })
+    };
+    let io = TokioIo::new(tls);
+    let result = if h2 {
+        let connection = http2_builder(&shared).serve_connection(io, service);
+        drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
+    } else {
+        let connection = http1_builder(&shared).serve_connection(io, service).with_upgrades();
+        drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
+    };
+    if let Err(error) = result {
+        tracing::debug!(client = %address, error = %proxy::printable(&error.to_string()), "client connection ended");
+    }
+}
+
+fn http1_builder(shared: &Shared) -> http1::Builder {
+    let (limits, timeouts) = (&shared.config.limits, &shared.config.timeouts);
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .half_close(false)
+        .keep_alive(true)
+        // Also the time that a connection may be idle between two requests: hyper has one clock for both. The first
+        // request has a stricter one, in `drive`.
+        .header_read_timeout(timeouts.idle)
+        .max_headers(limits.header_count)
+        .max_header_size(limits.header_bytes.0)
+        .max_buf_size(H1_BUFFER.max(limits.header_bytes.0));
+    builder
+}
+
+fn http2_builder(shared: &Shared) -> http2::Builder<Tracked> {
+    let limits = &shared.config.limits;
+    let mut builder = http2::Builder::new(Tracked {
+        tracker: shared.tasks.front.clone(),
+        abort: shared.stages.abort.clone(),
+    });
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.http2_streams)
+        .initial_stream_window_size(H2_STREAM_WINDOW)
+        .initial_connection_window_size(H2_CONNECTION_WINDOW)
+        .adaptive_window(false)
+        .max_frame_size(H2_FRAME)
+        .max_send_buf_size(H2_SEND_BUFFER)
+        .max_header_list_size(u32::try_from(limits.header_bytes.0).unwrap_or(u32::MAX))
+        .max_pending_accept_reset_streams(H2_PENDING_RESETS)
+        .max_local_error_reset_streams(H2_OWN_RESETS)
+        .keep_alive_interval(H2_PING_IDLE)
+        .keep_alive_timeout(H2_PING_DEAD);
+    builder
+}
+
+/// Owns the tasks that hyper makes for the requests of an HTTP/2 connection.
+#[derive(Clone, Debug)]
+struct Tracked {
+    tracker: TaskTracker,
+    abort: CancellationToken,
+}
+
+impl<F> Executor<F> for Tracked
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        let abort = self.abort.clone();
+        self.tracker.spawn(async move {
+            tokio::select! {
+                () = task => {}
+                () = abort.cancelled() => {}
+            }
+        });
+    }
+}
+
+/// Runs a connection to its end: until the client leaves, it is to finish, or everything ends. `finish` answers what is
+/// due and takes nothing new.
+async fn drive<C>(
+    shared: &Shared,
+    peer: &Peer,
+    asked: &AtomicBool,
+    connection: C,
+    finish: fn(Pin<&mut C>),
+) -> hyper::Result<()>
+where
+    C: Future<Output = hyper::Result<()>>,
+{
+    let mut connection = pin!(connection);
+    let mut first = pin!(tokio::time::sleep(shared.config.timeouts.first_request));
+    let mut waiting = true;
+    let mut finishing = false;
+    loop {
+        tokio::select! {
+            result = &mut connection => return result,
+            () = &mut first, if waiting => {
+                if !asked.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                waiting = false;
+            }
+            () = shared.stages.draining.cancelled(), if !finishing => {
+                finishing = true;
+                finish(connection.as_mut());
+            }
+            () = peer.finish.cancelled(), if !finishing => {
+                finishing = true;
+                finish(connection.as_mut());
+            }
+            () = shared.stages.abort.cancelled() => return Ok(()),
+        }
+    }
+}

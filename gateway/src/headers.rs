@@ -1,0 +1,536 @@
+//! Which header fields of a request reach the cluster, and which fields of an answer reach the client?
+//!
+//! The upstream's head is built from nothing, never by editing the client's: validate, leave out what is hop-by-hop,
+//! take over what the cluster's mode allows, and only then set what is ours. Repeated fields stay separate lines in
+//! their order. Framing (length, encoding) is never taken over: it is ours on every hop.
+
+use crate::authn::{BEARER_SUBPROTOCOL, carries_own_credential};
+use crate::config::Mode;
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, StatusCode};
+use std::net::IpAddr;
+use thiserror::Error;
+use towline_proto::open::Header;
+
+/// Why a request's header fields are refused.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum HeadersError {
+    /// `_` where some servers read `-`.
+    #[error("the header name {0:?} holds an underscore")]
+    Underscore(String),
+    /// `Connection` names a field that must not be removed.
+    #[error("the Connection header names {0:?}, which is not hop-by-hop")]
+    ProtectedConnection(String),
+    #[error("the Connection header is malformed")]
+    MalformedConnection,
+    /// A client's own impersonation where the gateway impersonates.
+    #[error(
+        "the header {0:?} is not allowed here: this cluster is in impersonating mode, where the gateway says who you are"
+    )]
+    Impersonation(String),
+    /// A page of another site made a browser send this.
+    #[error("a request that another web site made a browser send")]
+    CrossSite,
+    /// See [`crate::authn::AuthnError::OwnCredential`].
+    #[error("a token of the gateway was sent where it would be passed on to the cluster")]
+    OwnCredential,
+}
+
+/// What the head is built with.
+#[derive(Clone, Copy, Debug)]
+pub struct Upstream {
+    pub mode: Mode,
+    /// The request passes through a `proxy` subresource, to an application rather than to the API.
+    pub proxy: bool,
+    /// The one client address that was verified.
+    pub client: IpAddr,
+}
+
+/// Builds the header fields that go upstream.
+///
+/// # Errors
+/// What the client must not send.
+pub fn upstream_head(client: &HeaderMap, upstream: Upstream) -> Result<Vec<Header>, HeadersError> {
+    let named = connection_tokens(client)?;
+    if client.get("sec-fetch-site").is_some_and(|site| site.as_bytes().eq_ignore_ascii_case(b"cross-site")) {
+        return Err(HeadersError::CrossSite);
+    }
+    let mut head = Vec::with_capacity(client.len() + 1);
+    for (name, value) in client {
+        let text = name.as_str();
+        if text.contains('_') {
+            return Err(HeadersError::Underscore(text.to_owned()));
+        }
+        if upstream.mode == Mode::Impersonate && text.starts_with("impersonate-") {
+            return Err(HeadersError::Impersonation(text.to_owned()));
+        }
+        if is_hop_by_hop(name) || named.iter().any(|token| token == text) || is_ours(name) {
+            continue;
+        }
+        let passes = match upstream.mode {
+            Mode::Restricted => true,
+            Mode::Impersonate if *name == header::AUTHORIZATION => false,
+            Mode::Impersonate => upstream.proxy || is_api_header(name),
+        };
+        if !passes {
+            continue;
+        }
+        let value = match upstream.mode {
+            Mode::Impersonate if *name == header::SEC_WEBSOCKET_PROTOCOL => without_bearer(value),
+            _ => Some(value.clone()),
+        };
+        let Some(value) = value else { continue };
+        if carries_own_credential(name, value.as_bytes()) {
+            return Err(HeadersError::OwnCredential);
+        }
+        head.push(field(text, value.as_bytes()));
+    }
+    head.push(field("x-forwarded-for", upstream.client.to_canonical().to_string().as_bytes()));
+    Ok(head)
+}
+
+/// The trace context, if it is one (W3C Trace Context, version 00).
+#[must_use]
+pub fn traceparent(client: &HeaderMap) -> Option<String> {
+    let mut lines = client.get_all("traceparent").iter();
+    let text = lines.next()?.to_str().ok().filter(|_| lines.next().is_none())?;
+    let parts: Vec<&str> = text.split('-').collect();
+    let hex = |part: &str, len: usize| {
+        part.len() == len && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let set = |part: &str| part.bytes().any(|byte| byte != b'0');
+    match parts[..] {
+        ["00", trace, span, flags] if hex(trace, 32) && hex(span, 16) && hex(flags, 2) => {
+            (set(trace) && set(span)).then(|| text.to_owned())
+        }
+        _ => None,
+    }
+}
+
+/// Builds the header fields of an answer for the client. `prefix` is put before paths in `Location`.
+#[must_use]
+pub fn client_head(
+    answer: &[Header],
+    method: &Method,
+    status: StatusCode,
+    prefix: Option<&str>,
+) -> HeaderMap {
+    let mut head = HeaderMap::with_capacity(answer.len() + 3);
+    let lines = || {
+        answer.iter().filter_map(|header| {
+            let name = HeaderName::from_bytes(&header.name).ok()?;
+            Some((name, HeaderValue::from_maybe_shared(header.value.clone()).ok()?))
+        })
+    };
+    let named: Vec<String> = lines()
+        .filter(|(name, _)| *name == header::CONNECTION)
+        .flat_map(|(_, value)| tokens(&value))
+        .collect();
+    let length_means_something = *method == Method::HEAD || status == StatusCode::NOT_MODIFIED;
+    for (name, value) in lines() {
+        let dropped = is_hop_by_hop_answer(&name) || named.iter().any(|token| token == name.as_str());
+        let length = name == header::CONTENT_LENGTH;
+        if dropped
+            || is_about_our_origin(&name)
+            || (length && (!length_means_something || head.contains_key(&name)))
+        {
+            continue;
+        }
+        let value = match prefix {
+            Some(prefix) if name == header::LOCATION => prefixed(&value, prefix),
+            _ => value,
+        };
+        head.append(name, value);
+    }
+    // All clusters share this origin: no answer may run as a page of it.
+    head.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    head.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox; frame-ancestors 'none'"));
+    head
+}
+
+/// The names in `Connection`, lower case.
+fn connection_tokens(client: &HeaderMap) -> Result<Vec<String>, HeadersError> {
+    let mut named = Vec::new();
+    for line in client.get_all(header::CONNECTION) {
+        line.to_str().map_err(|_| HeadersError::MalformedConnection)?;
+        for token in tokens(line) {
+            if is_protected(&token) {
+                return Err(HeadersError::ProtectedConnection(token));
+            }
+            named.push(token);
+        }
+    }
+    Ok(named)
+}
+
+fn tokens(line: &HeaderValue) -> Vec<String> {
+    let text = line.to_str().unwrap_or_default();
+    text.split(',').map(|token| token.trim().to_ascii_lowercase()).filter(|token| !token.is_empty()).collect()
+}
+
+/// Fields whose removal would change who asks, or for what.
+fn is_protected(name: &str) -> bool {
+    let name = name.replace('_', "-");
+    let fixed = [
+        "accept",
+        "audit-id",
+        "authorization",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "cookie",
+        "forwarded",
+        "host",
+        "range",
+        "sec-fetch-site",
+        "traceparent",
+        "user-agent",
+    ];
+    let prefixes = ["impersonate-", "x-remote-", "x-forwarded-", "if-", "sec-websocket-"];
+    fixed.contains(&name.as_str()) || prefixes.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Fields between two neighbours, and those that we make ourselves on every hop.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    let listed = [
+        "connection",
+        "content-length",
+        "expect",
+        "host",
+        "http2-settings",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    ];
+    listed.contains(&name.as_str())
+}
+
+fn is_hop_by_hop_answer(name: &HeaderName) -> bool {
+    is_hop_by_hop(name) && *name != header::CONTENT_LENGTH
+}
+
+/// Fields that say who is asking, or that the gateway sets itself; in both modes.
+fn is_ours(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    let fixed = ["audit-id", "cookie", "forwarded", "traceparent", "x-real-ip"];
+    fixed.contains(&name)
+        || ["x-remote-", "x-forwarded-", "x-auth-request-"].iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// What the API server understands, and no more.
+fn is_api_header(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    let fixed = [
+        "accept",
+        "accept-encoding",
+        "accept-language",
+        "cache-control",
+        "content-encoding",
+        "content-type",
+        "kubectl-command",
+        "kubectl-session",
+        "last-event-id",
+        "origin",
+        "pragma",
+        "range",
+        "tracestate",
+        "user-agent",
+        "x-stream-protocol-version",
+    ];
+    fixed.contains(&name) || name.starts_with("if-") || name.starts_with("sec-websocket-")
+}
+
+/// Fields of an answer that would set state for the origin that all clusters share.
+fn is_about_our_origin(name: &HeaderName) -> bool {
+    let listed = [
+        "alt-svc",
+        "audit-id",
+        "clear-site-data",
+        "content-security-policy",
+        "public-key-pins",
+        "service-worker-allowed",
+        "set-cookie",
+        "set-cookie2",
+        "strict-transport-security",
+        "x-content-type-options",
+    ];
+    listed.contains(&name.as_str())
+}
+
+/// The subprotocols without the credential among them.
+fn without_bearer(value: &HeaderValue) -> Option<HeaderValue> {
+    let text = value.to_str().ok()?;
+    if !text.contains(BEARER_SUBPROTOCOL) {
+        return Some(value.clone());
+    }
+    let rest: Vec<&str> =
+        text.split(',').map(str::trim).filter(|p| !p.starts_with(BEARER_SUBPROTOCOL)).collect();
+    HeaderValue::from_str(&rest.join(", ")).ok().filter(|value| !value.is_empty())
+}
+
+/// A path in `Location` as the client sees it; anything else is left as it is.
+fn prefixed(value: &HeaderValue, prefix: &str) -> HeaderValue {
+    match value.to_str() {
+        Ok(path) if path.starts_with('/') && !path.starts_with("//") => {
+            HeaderValue::from_str(&format!("{prefix}{path}")).unwrap_or_else(|_| value.clone())
+        }
+        _ => value.clone(),
+    }
+}
+
+fn field(name: &str, value: &[u8]) -> Header {
+    Header { name: Bytes::copy_from_slice(name.as_bytes()), value: Bytes::copy_from_slice(value) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn headers(lines: &[(&str, &str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            headers.append(HeaderName::from_bytes(name.as_bytes()).unwrap(), value.parse().unwrap());
+        }
+        headers
+    }
+
+    fn upstream(mode: Mode, proxy: bool) -> Upstream {
+        Upstream { mode, proxy, client: "192.0.2.7".parse().unwrap() }
+    }
+
+    fn build(mode: Mode, proxy: bool, lines: &[(&str, &str)]) -> Result<Vec<(String, String)>, HeadersError> {
+        let text = |bytes: &Bytes| String::from_utf8(bytes.to_vec()).unwrap();
+        let head = upstream_head(&headers(lines), upstream(mode, proxy))?;
+        let mut head: Vec<_> = head.iter().map(|h| (text(&h.name), text(&h.value))).collect();
+        assert_eq!(head.pop(), Some(("x-forwarded-for".to_owned(), "192.0.2.7".to_owned())));
+        Ok(head)
+    }
+
+    fn kept(mode: Mode, proxy: bool, lines: &[(&str, &str)]) -> Vec<String> {
+        build(mode, proxy, lines).unwrap().into_iter().map(|(name, _)| name).collect()
+    }
+
+    /// AU-01, AU-02, AU-03.
+    #[test]
+    fn impersonation_is_refused_or_passed_through_by_mode() {
+        for name in [
+            "Impersonate-User",
+            "impersonate-user",
+            "IMPERSONATE-GROUP",
+            "Impersonate-Uid",
+            "Impersonate-Extra-x",
+            "Impersonate-Future",
+        ] {
+            for proxy in [false, true] {
+                let result = build(Mode::Impersonate, proxy, &[(name, "admin")]);
+                assert_eq!(result, Err(HeadersError::Impersonation(name.to_ascii_lowercase())));
+            }
+            let passed = build(Mode::Restricted, false, &[(name, "admin"), (name, "b")]).unwrap();
+            let name = name.to_ascii_lowercase();
+            assert_eq!(passed, [(name.clone(), "admin".to_owned()), (name, "b".to_owned())]);
+        }
+    }
+
+    /// AU-04 and the identity carriers that only a proxy in front would set.
+    #[test]
+    fn identity_of_others_never_passes() {
+        let lines = [
+            ("X-Remote-User", "root"),
+            ("X-Remote-Group", "system:masters"),
+            ("X-Remote-Extra-Scopes", "x"),
+            ("X-Forwarded-Client-Cert", "x"),
+            ("X-Forwarded-For", "10.0.0.1"),
+            ("Forwarded", "for=10.0.0.1"),
+            ("X-Real-IP", "10.0.0.1"),
+            ("Cookie", "a=b"),
+            ("Audit-ID", "mine"),
+            ("Proxy-Authorization", "Basic x"),
+        ];
+        for (mode, proxy) in
+            [(Mode::Restricted, false), (Mode::Impersonate, false), (Mode::Impersonate, true)]
+        {
+            assert_eq!(kept(mode, proxy, &lines), [""; 0], "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn authorization_passes_in_restricted_mode_only() {
+        let lines = [("Authorization", "Bearer cluster-token"), ("Accept", "application/json")];
+        assert_eq!(kept(Mode::Restricted, false, &lines), ["authorization", "accept"]);
+        assert_eq!(kept(Mode::Impersonate, false, &lines), ["accept"]);
+        assert_eq!(kept(Mode::Impersonate, true, &lines), ["accept"]);
+        let own = build(Mode::Restricted, false, &[("x-token", "tlat_abc")]);
+        assert_eq!(own, Err(HeadersError::OwnCredential));
+    }
+
+    #[test]
+    fn the_api_gets_an_allow_list_and_applications_everything() {
+        let lines = [
+            ("X-Custom", "1"),
+            ("If-None-Match", "e"),
+            ("Kubectl-Command", "get"),
+            ("Sec-WebSocket-Key", "k"),
+        ];
+        assert_eq!(
+            kept(Mode::Impersonate, false, &lines),
+            ["if-none-match", "kubectl-command", "sec-websocket-key"]
+        );
+        assert_eq!(kept(Mode::Impersonate, true, &lines).len(), 4);
+        assert_eq!(kept(Mode::Restricted, false, &lines).len(), 4);
+    }
+
+    /// AU-05, H1-13, H2-12.
+    #[test]
+    fn hop_by_hop_fields_end_here() {
+        let lines = [
+            ("Connection", "close, X-Hop"),
+            ("X-Hop", "1"),
+            ("Keep-Alive", "5"),
+            ("Transfer-Encoding", "chunked"),
+            ("TE", "trailers"),
+            ("Upgrade", "websocket"),
+            ("Content-Length", "5"),
+            ("Host", "a"),
+            ("Expect", "100-continue"),
+        ];
+        assert_eq!(kept(Mode::Restricted, false, &lines), [""; 0]);
+        for token in [
+            "Impersonate-User",
+            "authorization",
+            "X-Forwarded-For",
+            "X_Forwarded_For",
+            "Host",
+            "X-Remote-User",
+        ] {
+            let result = build(Mode::Restricted, false, &[("Connection", &format!("close, {token}"))]);
+            assert_eq!(result, Err(HeadersError::ProtectedConnection(token.to_ascii_lowercase())));
+        }
+        for name in ["Impersonate_User", "Content_Length", "x_y"] {
+            let result = build(Mode::Restricted, false, &[(name, "1")]);
+            assert_eq!(result, Err(HeadersError::Underscore(name.to_ascii_lowercase())));
+        }
+        let cross = build(Mode::Impersonate, false, &[("Sec-Fetch-Site", "Cross-Site")]);
+        assert_eq!(cross, Err(HeadersError::CrossSite));
+    }
+
+    /// exec breaks when these are joined.
+    #[test]
+    fn repeated_fields_stay_separate_lines_in_order() {
+        let name = "x-stream-protocol-version";
+        let lines = [(name, "v4.channel.k8s.io"), (name, "v3.channel.k8s.io"), (name, "channel.k8s.io")];
+        for mode in [Mode::Restricted, Mode::Impersonate] {
+            let values: Vec<_> =
+                build(mode, false, &lines).unwrap().into_iter().map(|(_, value)| value).collect();
+            assert_eq!(values, ["v4.channel.k8s.io", "v3.channel.k8s.io", "channel.k8s.io"]);
+        }
+    }
+
+    #[test]
+    fn the_bearer_subprotocol_follows_the_mode() {
+        let value = format!("v5.channel.k8s.io, {BEARER_SUBPROTOCOL}YWJj");
+        let lines = [("Sec-WebSocket-Protocol", value.as_str())];
+        assert_eq!(build(Mode::Restricted, false, &lines).unwrap()[0].1, value);
+        assert_eq!(build(Mode::Impersonate, false, &lines).unwrap()[0].1, "v5.channel.k8s.io");
+        let alone = format!("{BEARER_SUBPROTOCOL}YWJj");
+        assert_eq!(kept(Mode::Impersonate, false, &[("Sec-WebSocket-Protocol", &alone)]), [""; 0]);
+    }
+
+    #[test]
+    fn trace_contexts_are_checked() {
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        assert_eq!(traceparent(&headers(&[("traceparent", good)])).as_deref(), Some(good));
+        for bad in [
+            "",
+            "00-x-y-01",
+            &good[1..],
+            &good.to_uppercase(),
+            &good.replace("00-4", "ff-4"),
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+        ] {
+            assert_eq!(traceparent(&headers(&[("traceparent", bad)])), None, "{bad}");
+        }
+        assert_eq!(traceparent(&headers(&[("traceparent", good), ("traceparent", good)])), None);
+    }
+
+    fn answer(method: &Method, status: u16, lines: &[(&str, &str)]) -> HeaderMap {
+        let lines: Vec<_> = lines.iter().map(|(name, value)| field(name, value.as_bytes())).collect();
+        client_head(&lines, method, StatusCode::from_u16(status).unwrap(), Some("/clusters/a"))
+    }
+
+    #[test]
+    fn answers_carry_no_state_for_the_shared_origin() {
+        let head = answer(
+            &Method::GET,
+            200,
+            &[
+                ("Set-Cookie", "a=b"),
+                ("Strict-Transport-Security", "max-age=1"),
+                ("Alt-Svc", "h3"),
+                ("Content-Security-Policy", "none"),
+                ("Connection", "X-Hop"),
+                ("X-Hop", "1"),
+                ("Transfer-Encoding", "chunked"),
+                ("Warning", "299 - a"),
+                ("Warning", "299 - b"),
+                ("Content-Type", "text/html"),
+                ("Location", "/api/v1/x"),
+            ],
+        );
+        let names: Vec<_> = head.keys().map(HeaderName::as_str).collect();
+        assert_eq!(
+            names,
+            ["warning", "content-type", "location", "x-content-type-options", "content-security-policy"]
+        );
+        assert_eq!(head.get_all("warning").iter().count(), 2);
+        assert_eq!(head["location"], "/clusters/a/api/v1/x");
+        assert_eq!(head["content-security-policy"], "sandbox; frame-ancestors 'none'");
+        assert_eq!(
+            answer(&Method::GET, 302, &[("location", "https://x.example/y")])["location"],
+            "https://x.example/y"
+        );
+        assert_eq!(answer(&Method::GET, 302, &[("location", "//x.example/y")])["location"], "//x.example/y");
+    }
+
+    #[test]
+    fn a_length_is_kept_only_where_no_body_can_say_it() {
+        let length = [("content-length", "42")];
+        assert!(answer(&Method::HEAD, 200, &length).contains_key("content-length"));
+        assert!(answer(&Method::GET, 304, &length).contains_key("content-length"));
+        for status in [101, 200, 204, 404] {
+            assert!(!answer(&Method::GET, status, &length).contains_key("content-length"));
+        }
+    }
+
+    proptest! {
+        /// R-IMP-2: no spelling of an impersonation gets through to a cluster that the agent impersonates for.
+        #[test]
+        fn no_impersonation_survives(suffix in "[a-zA-Z0-9-]{0,12}", upper in any::<u16>(), proxy in any::<bool>()) {
+            let name: String = format!("impersonate-{suffix}").chars().enumerate()
+                .map(|(at, c)| if upper >> (at % 16) & 1 == 1 { c.to_ascii_uppercase() } else { c })
+                .collect();
+            let map = headers(&[("accept", "x"), (&name, "system:masters")]);
+            let result = upstream_head(&map, upstream(Mode::Impersonate, proxy));
+            prop_assert!(matches!(result, Err(HeadersError::Impersonation(_))));
+        }
+
+        /// R-IMP-1: whatever a client sends, no identity carrier goes upstream in impersonating mode.
+        #[test]
+        fn no_identity_survives(name in "[!#$%&'*+.^`|~0-9a-zA-Z-]{1,24}", proxy in any::<bool>()) {
+            let map = headers(&[(&name, "x")]);
+            if let Ok(head) = upstream_head(&map, upstream(Mode::Impersonate, proxy)) {
+                for header in &head[..head.len() - 1] {
+                    let name = String::from_utf8(header.name.to_vec()).unwrap();
+                    prop_assert!(!["authorization", "cookie", "host", "connection"].contains(&name.as_str()));
+                    prop_assert!(!name.starts_with("impersonate") && !name.starts_with("x-remote") && !name.contains('_'));
+                }
+            }
+        }
+    }
+}

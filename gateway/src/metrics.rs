@@ -1,0 +1,430 @@
+//! What does the gateway count? The one file that knows prometheus: every metric, with its closed label sets, and the
+//! handles resolved once.
+//!
+//! Gauges move through guards that count down when they are dropped. The label `cluster` exists only for clusters that
+//! are configured, on the one gauge that an operator alerts on.
+
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+use std::fmt;
+use std::time::Duration;
+
+macro_rules! label {
+    ($(#[$doc:meta])* $name:ident { $($variant:ident = $text:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($variant),* }
+
+        impl $name {
+            const ALL: &'static [Self] = &[$(Self::$variant),*];
+
+            #[must_use]
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$variant => $text),* }
+            }
+        }
+    };
+}
+
+label!(
+    /// Where something was refused.
+    Surface { Listener = "listener", Front = "front", Tunnel = "tunnel", Admin = "admin" }
+);
+label!(
+    /// How a connection's TLS handshake ended.
+    Handshake {
+        Front = "front",
+        Tunnel = "tunnel",
+        Probe = "probe",
+        Timeout = "timeout",
+        TooLarge = "too_large",
+        Alpn = "alpn",
+        Tls = "tls",
+        SelfCheck = "self_check",
+    }
+);
+label!(
+    /// How the wait for a session ended.
+    HoldOutcome { Served = "served", TimedOut = "timed_out", Abandoned = "abandoned", Full = "full" }
+);
+label!(
+    /// Why a session ended; the values of `CloseReason::label` and our own.
+    SessionEnd {
+        Local = "local",
+        Peer = "peer",
+        Violation = "violation",
+        Dead = "dead",
+        HelloTimeout = "hello_timeout",
+        Transport = "transport",
+    }
+);
+label!(
+    /// Which codes a refusal can carry: the catalogue in `docs/`.
+    TlCode {
+        BadFraming = "TL_BAD_FRAMING",
+        HeaderForbidden = "TL_HEADER_FORBIDDEN",
+        BadPath = "TL_BAD_PATH",
+        NoSuchCluster = "TL_NO_SUCH_CLUSTER",
+        ClusterOffline = "TL_CLUSTER_OFFLINE",
+        Unauthenticated = "TL_UNAUTHENTICATED",
+        Forbidden = "TL_FORBIDDEN",
+        Limit = "TL_LIMIT",
+        Timeout = "TL_TIMEOUT",
+        UpgradeRefused = "TL_UPGRADE_REFUSED",
+        BadUpstream = "TL_BAD_UPSTREAM",
+        TargetDenied = "TL_TARGET_DENIED",
+        Draining = "TL_DRAINING",
+        Proto = "TL_PROTO",
+        Cert = "TL_CERT",
+    }
+);
+label!(
+    /// What happened to a reload.
+    ReloadOutcome { Applied = "applied", Refused = "refused" }
+);
+
+/// Every metric of a gateway.
+pub struct Metrics {
+    registry: Registry,
+    rejected: IntCounterVec,
+    handshakes: IntCounterVec,
+    connections: IntGauge,
+    accept_errors: IntCounter,
+    sessions: IntGauge,
+    sessions_ended: IntCounterVec,
+    cluster_connected: IntGaugeVec,
+    tunnel_received: IntCounter,
+    tunnel_sent: IntCounter,
+    requests: [IntCounter; 6],
+    requests_in_flight: IntGauge,
+    first_byte: Histogram,
+    upgraded: IntGauge,
+    aborted: IntCounter,
+    retries: IntCounter,
+    holds: IntCounterVec,
+    holds_waiting: IntGauge,
+    reloads: IntCounterVec,
+    draining: IntGauge,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+/// From 1 ms, what a request inside one region takes, to the deadline of an answer.
+const FIRST_BYTE_BUCKETS: [f64; 13] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
+const CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "other"];
+
+impl Metrics {
+    #[must_use]
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let r = &registry;
+        let requests = counters(
+            r,
+            "towline_gateway_requests_total",
+            "Requests answered, by class of status.",
+            &["code"],
+        );
+        let build =
+            gauges(r, "towline_gateway_build_info", "Always 1; the labels say what runs.", &["version"]);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        #[cfg(target_os = "linux")]
+        register(r, prometheus::process_collector::ProcessCollector::for_self());
+        let metrics = Self {
+            rejected: counters(
+                r,
+                "towline_rejected_total",
+                "What was refused, where, and why.",
+                &["surface", "code"],
+            ),
+            handshakes: counters(
+                r,
+                "towline_gateway_handshakes_total",
+                "TLS handshakes by how they ended.",
+                &["outcome"],
+            ),
+            connections: gauge(
+                r,
+                "towline_gateway_connections",
+                "Connections to the public port, handshakes included.",
+            ),
+            accept_errors: counter(
+                r,
+                "towline_gateway_accept_errors_total",
+                "Failures to accept a connection.",
+            ),
+            sessions: gauge(r, "towline_gateway_sessions", "Live sessions with agents."),
+            sessions_ended: counters(
+                r,
+                "towline_gateway_sessions_ended_total",
+                "Sessions that ended, and why.",
+                &["reason"],
+            ),
+            cluster_connected: gauges(
+                r,
+                "towline_gateway_cluster_connected",
+                "Whether a configured cluster has a session.",
+                &["cluster"],
+            ),
+            tunnel_received: counter(
+                r,
+                "towline_gateway_tunnel_received_bytes_total",
+                "Bytes from agents, inside TLS.",
+            ),
+            tunnel_sent: counter(
+                r,
+                "towline_gateway_tunnel_sent_bytes_total",
+                "Bytes to agents, inside TLS.",
+            ),
+            requests: CLASSES.map(|class| requests.with_label_values(&[class])),
+            requests_in_flight: gauge(
+                r,
+                "towline_gateway_requests_in_flight",
+                "Requests that have not ended.",
+            ),
+            first_byte: histogram(
+                r,
+                "towline_gateway_request_first_byte_seconds",
+                "From a request's head to its answer's.",
+            ),
+            upgraded: gauge(
+                r,
+                "towline_gateway_upgraded_connections",
+                "Connections that carry raw bytes after a 101.",
+            ),
+            aborted: counter(
+                r,
+                "towline_gateway_answers_aborted_total",
+                "Answers that broke off after their head.",
+            ),
+            retries: counter(
+                r,
+                "towline_gateway_retries_total",
+                "Requests sent again because nothing had been done.",
+            ),
+            holds: counters(
+                r,
+                "towline_gateway_holds_total",
+                "Requests that waited for an agent to come back.",
+                &["outcome"],
+            ),
+            holds_waiting: gauge(
+                r,
+                "towline_gateway_holds_waiting",
+                "Requests that wait for an agent right now.",
+            ),
+            reloads: counters(
+                r,
+                "towline_gateway_reloads_total",
+                "Reloads of configuration, certificates and tokens.",
+                &["outcome"],
+            ),
+            draining: gauge(r, "towline_gateway_draining", "Whether the gateway is about to stop."),
+            registry,
+        };
+        metrics.preset();
+        metrics
+    }
+
+    /// Every series exists from the start, so that a rate over it is right from its first event.
+    fn preset(&self) {
+        let touch = |vector: &IntCounterVec, labels: &[&str]| drop(vector.with_label_values(labels));
+        Handshake::ALL.iter().for_each(|outcome| touch(&self.handshakes, &[outcome.label()]));
+        HoldOutcome::ALL.iter().for_each(|outcome| touch(&self.holds, &[outcome.label()]));
+        SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
+        ReloadOutcome::ALL.iter().for_each(|outcome| touch(&self.reloads, &[outcome.label()]));
+        for surface in Surface::ALL {
+            TlCode::ALL.iter().for_each(|code| touch(&self.rejected, &[surface.label(), code.label()]));
+        }
+    }
+
+    /// The text format, version 0.0.4.
+    #[must_use]
+    pub fn render(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        // Writing to a vector fails only on a metric without a name.
+        if TextEncoder::new().encode(&self.registry.gather(), &mut out).is_err() {
+            out.clear();
+        }
+        out
+    }
+
+    /// The media type of [`Self::render`].
+    pub const MEDIA_TYPE: &'static str = "text/plain; version=0.0.4; charset=utf-8";
+
+    pub fn rejected(&self, surface: Surface, code: TlCode) {
+        self.rejected.with_label_values(&[surface.label(), code.label()]).inc();
+    }
+
+    pub fn handshake(&self, outcome: Handshake) {
+        self.handshakes.with_label_values(&[outcome.label()]).inc();
+    }
+
+    pub fn accept_error(&self) {
+        self.accept_errors.inc();
+    }
+
+    pub fn session_ended(&self, reason: &str) {
+        let reason = SessionEnd::ALL.iter().find(|known| known.label() == reason);
+        self.sessions_ended.with_label_values(&[reason.map_or("local", |reason| reason.label())]).inc();
+    }
+
+    /// Replaces the set of clusters that the gauge knows.
+    pub fn clusters<'a>(&self, connected: impl Iterator<Item = (&'a str, bool)>) {
+        self.cluster_connected.reset();
+        for (name, connected) in connected {
+            self.cluster_connected.with_label_values(&[name]).set(i64::from(connected));
+        }
+    }
+
+    pub fn tunnel_bytes(&self, received: u64, sent: u64) {
+        self.tunnel_received.inc_by(received);
+        self.tunnel_sent.inc_by(sent);
+    }
+
+    pub fn answered(&self, status: u16, first_byte: Duration) {
+        let class = usize::from(status / 100).clamp(1, CLASSES.len()) - 1;
+        self.requests[class].inc();
+        self.first_byte.observe(first_byte.as_secs_f64());
+    }
+
+    pub fn aborted(&self) {
+        self.aborted.inc();
+    }
+
+    pub fn retried(&self) {
+        self.retries.inc();
+    }
+
+    pub fn hold(&self, outcome: HoldOutcome) {
+        self.holds.with_label_values(&[outcome.label()]).inc();
+    }
+
+    pub fn reloaded(&self, outcome: ReloadOutcome) {
+        self.reloads.with_label_values(&[outcome.label()]).inc();
+    }
+
+    pub fn draining(&self) {
+        self.draining.set(1);
+    }
+
+    #[must_use]
+    pub fn connection(&self) -> Counted {
+        Counted::new(&self.connections)
+    }
+
+    #[must_use]
+    pub fn session(&self) -> Counted {
+        Counted::new(&self.sessions)
+    }
+
+    #[must_use]
+    pub fn request(&self) -> Counted {
+        Counted::new(&self.requests_in_flight)
+    }
+
+    #[must_use]
+    pub fn upgraded(&self) -> Counted {
+        Counted::new(&self.upgraded)
+    }
+
+    #[must_use]
+    pub fn waiting(&self) -> Counted {
+        Counted::new(&self.holds_waiting)
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// One of what a gauge counts, until it is dropped.
+pub struct Counted(IntGauge);
+
+impl Counted {
+    fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl fmt::Debug for Counted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Counted")
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+const REASON: &str = "the names in this file are valid and different: a test makes them all";
+
+fn register(registry: &Registry, collector: impl Collector + 'static) {
+    registry.register(Box::new(collector)).expect(REASON);
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    let counter = IntCounter::new(name, help).expect(REASON);
+    register(registry, counter.clone());
+    counter
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    let counters = IntCounterVec::new(Opts::new(name, help), labels).expect(REASON);
+    register(registry, counters.clone());
+    counters
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    let gauge = IntGauge::new(name, help).expect(REASON);
+    register(registry, gauge.clone());
+    gauge
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    let gauges = IntGaugeVec::new(Opts::new(name, help), labels).expect(REASON);
+    register(registry, gauges.clone());
+    gauges
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str) -> Histogram {
+    let options = HistogramOpts::new(name, help).buckets(FIRST_BYTE_BUCKETS.to_vec());
+    let histogram = Histogram::with_opts(options).expect(REASON);
+    register(registry, histogram.clone());
+    histogram
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_exists_from_the_start_and_gauges_count_down() {
+        let metrics = Metrics::new();
+        let text = |metrics: &Metrics| String::from_utf8(metrics.render()).unwrap();
+        assert!(text(&metrics).contains("towline_rejected_total{code=\"TL_LIMIT\",surface=\"front\"} 0"));
+        let series = text(&metrics).lines().count();
+        metrics.rejected(Surface::Front, TlCode::Limit);
+        metrics.session_ended("something new");
+        metrics.answered(999, Duration::from_millis(3));
+        metrics.answered(0, Duration::ZERO);
+        {
+            let _guard = metrics.session();
+            assert!(text(&metrics).contains("towline_gateway_sessions 1"));
+        }
+        assert!(text(&metrics).contains("towline_gateway_sessions 0"));
+        assert_eq!(text(&metrics).lines().count(), series);
+    }
+}

@@ -1,0 +1,566 @@
+//! How does one exchange run? In the order of the functions below:
+//!
+//! 1. `plan`: which cluster ([`crate::routing`]), who calls ([`crate::authn`]), whether they may ([`crate::authz`]), and
+//!    the upstream's head ([`crate::headers`]). Nothing has left the gateway yet.
+//! 2. `exchange`: pick a session, open a stream, send the head, send the body while waiting for the answer. If nothing
+//!    was done with it, once more on another session, as long as all of the client's body is still here.
+//! 3. `attempt`: one try of it.
+//! 4. `answer` or `switch`: the answer's head for the client, and the body as it arrives; or raw bytes after a 101.
+//!
+//! Whoever drops the exchange, such as hyper when the client goes away, resets and stops its stream. What goes wrong
+//! before the answer's head becomes a [`ProxyError`]; after it the client sees an abort, never a clean end.
+
+mod body;
+mod error;
+mod upgrade;
+
+pub(crate) use body::AnswerBody;
+pub(crate) use error::{ProxyError, printable};
+
+use crate::authn::{self, Certificate, Principal};
+use crate::authz::Decision;
+use crate::config::{Cluster, Mode};
+use crate::headers::{self, HeadersError, Upstream};
+use crate::kube::RequestKind;
+use crate::metrics::{Counted, Surface};
+use crate::registry::{AcquireError, SessionId};
+use crate::routing;
+use crate::state::{KeyPermit, Live, Shared, random};
+use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::request::Parts;
+use http::{Method, Request, Response, StatusCode, Version};
+use http_body::Body as _;
+use hyper::body::Incoming;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use towline_proto::Code;
+use towline_proto::open::{self, Answer, BodyKind, Open, Outcome, Want};
+use towline_proto::tunnel::exchange::{
+    HeadError, RecvBody, SendBodyError, encode_head, recv_head, send_body,
+};
+use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
+
+/// What is known of the client's connection.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) address: SocketAddr,
+    pub(crate) certificate: Certificate,
+    /// The name in the ClientHello.
+    pub(crate) sni: Option<String>,
+    /// Cancelled to end the connection after the answers that are due.
+    pub(crate) finish: CancellationToken,
+}
+
+/// Answers one request.
+pub(crate) async fn serve(
+    shared: Arc<Shared>,
+    peer: Arc<Peer>,
+    request: Request<Incoming>,
+) -> Response<AnswerBody> {
+    let start = Instant::now();
+    let audit_id = audit_id();
+    let method = request.method().clone();
+    let wants_upgrade =
+        request.version() == Version::HTTP_11 && request.headers().contains_key(header::UPGRADE);
+    let result = run(&shared, &peer, request, &audit_id).await;
+    let mut response = result.unwrap_or_else(|error| {
+        shared.metrics.rejected(Surface::Front, error.code());
+        tracing::debug!(audit_id, client = %peer.address, ?error, "answered by the gateway");
+        let response = error.into_response(&audit_id);
+        // Who is nobody does not keep a connection.
+        if response.status() == StatusCode::UNAUTHORIZED {
+            peer.finish.cancel();
+        }
+        response
+    });
+    if method == Method::HEAD && response.body().size_hint().exact() != Some(0) {
+        *response.body_mut() = AnswerBody::full(Bytes::new());
+    }
+    if wants_upgrade && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        // What the client has sent behind its request must not become another one.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    if let Ok(value) = HeaderValue::from_str(&audit_id) {
+        response.headers_mut().insert("audit-id", value);
+    }
+    shared.metrics.answered(response.status().as_u16(), start.elapsed());
+    response
+}
+
+async fn run(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    mut request: Request<Incoming>,
+    audit_id: &str,
+) -> Result<Response<AnswerBody>, ProxyError> {
+    let on_upgrade =
+        request.headers().contains_key(header::UPGRADE).then(|| hyper::upgrade::on(&mut request));
+    let (parts, body) = request.into_parts();
+    let plan = plan(shared, peer, &parts, &body, audit_id)?;
+    let (answer, live) = exchange(shared, &plan, body).await?;
+    let response = match answer.outcome {
+        Some(Outcome::Response(response)) => response,
+        Some(Outcome::Failure(failure)) => return Err(ProxyError::Agent { cluster: plan.name(), failure }),
+        _ => return Err(plan.bad_answer("it is no response to a request")),
+    };
+    match (plan.upgrade, response.status) {
+        (Some(token), 101) => switch(shared, plan, token, on_upgrade, &response, live),
+        (None, 101) => Err(plan.bad_answer("it switches protocols without being asked")),
+        (Some(_), status @ 200..=399) => Err(ProxyError::UpgradeAnswered {
+            cluster: plan.name(),
+            status: u16::try_from(status).unwrap_or_default(),
+        }),
+        (_, 200..=599) => answer_with(shared, plan, &response, live),
+        _ => Err(plan.bad_answer("its status is none")),
+    }
+}
+
+/// Everything about a request that is decided before anything leaves.
+struct Plan {
+    cluster: Arc<Cluster>,
+    method: Method,
+    kind: RequestKind,
+    body: BodyKind,
+    upgrade: Option<&'static str>,
+    open: Bytes,
+    /// From now to the answer's head.
+    deadline: Option<Duration>,
+    /// Put before paths in `Location`.
+    prefix: Option<String>,
+    guards: Guards,
+}
+
+/// What counts for as long as the exchange lasts.
+struct Guards {
+    _request: Counted,
+    _principal: KeyPermit<String>,
+}
+
+impl Plan {
+    fn name(&self) -> String {
+        self.cluster.name.to_string()
+    }
+
+    fn bad_answer(&self, what: &'static str) -> ProxyError {
+        ProxyError::BadAnswer { cluster: self.name(), what }
+    }
+}
+
+// ---- 1. plan ----
+
+fn plan(
+    shared: &Shared,
+    peer: &Peer,
+    parts: &Parts,
+    body: &Incoming,
+    audit_id: &str,
+) -> Result<Plan, ProxyError> {
+    let live = shared.live();
+    if matches!(parts.method, Method::CONNECT | Method::TRACE) || parts.method.as_str().len() > 32 {
+        return Err(ProxyError::Method(parts.method.clone()));
+    }
+    // hyper counts the lines of HTTP/1.1 only.
+    if parts.headers.len() > live.config.limits.header_count {
+        return Err(ProxyError::HeadTooLarge);
+    }
+    let route = routing::route(parts, live.config.host_domain.as_deref(), peer.sni.as_deref())?;
+    let (principal, cluster) = admit(&live, peer, parts, &route.name)?;
+    let permit =
+        shared.principals.take(&principal.name).ok_or(ProxyError::Limit("requests of yours at a time"))?;
+
+    let kind = RequestKind::of(route.path(), route.query());
+    let upgrade = upgrade::wanted(parts, !body.is_end_stream())?;
+    let upstream = Upstream { mode: cluster.mode, proxy: kind.proxy, client: peer.address.ip() };
+    if authn::query_carries_own_credential(route.query()) {
+        return Err(HeadersError::OwnCredential.into());
+    }
+    let headers = headers::upstream_head(&parts.headers, upstream)?;
+    let deadline = (!kind.long_running && upgrade.is_none()).then_some(shared.config.timeouts.answer);
+    let body = match (body.is_end_stream(), body.size_hint().exact()) {
+        (true, _) => BodyKind::NONE,
+        (false, Some(bytes)) => BodyKind::exact(bytes),
+        (false, None) => BodyKind::STREAM,
+    };
+    let request = open::Request {
+        target: String::new(),
+        method: parts.method.to_string(),
+        path_and_query: Bytes::copy_from_slice(route.path_and_query.as_bytes()),
+        headers,
+        principal: (cluster.mode == Mode::Impersonate)
+            .then(|| open::Principal { name: principal.name.clone(), groups: principal.groups.clone() }),
+        body,
+        upgrade: upgrade.unwrap_or_default().to_owned(),
+        mode: match cluster.mode {
+            Mode::Restricted => open::Mode::Restricted,
+            Mode::Impersonate => open::Mode::Impersonate,
+        }
+        .into(),
+    };
+    let open = Open {
+        want: Some(Want::Request(request)),
+        audit_id: audit_id.to_owned(),
+        traceparent: headers::traceparent(&parts.headers).unwrap_or_default(),
+        timeout_ms: deadline.map_or(0, |deadline| u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX)),
+    };
+    let open = encode_head(&open, open::HEAD_MAX_BYTES).map_err(|_| ProxyError::HeadTooLarge)?;
+    let prefix = route.by_path.then(|| format!("{}{}", routing::PREFIX, route.name));
+    let guards = Guards { _request: shared.metrics.request(), _principal: permit };
+    Ok(Plan { cluster, method: parts.method.clone(), kind, body, upgrade, open, deadline, prefix, guards })
+}
+
+/// Who calls, and whether they may call this cluster.
+fn admit(
+    live: &Live,
+    peer: &Peer,
+    parts: &Parts,
+    name: &routing::ClusterName,
+) -> Result<(Arc<Principal>, Arc<Cluster>), ProxyError> {
+    let cluster = live.by_name.get(name.as_str());
+    // For a name that no cluster has, the mode that takes more kinds of credential: a caller learns nothing from it.
+    let mode = cluster.map_or(Mode::Impersonate, |cluster| cluster.mode);
+    let now = SystemTime::now();
+    let principal = authn::authenticate(&parts.headers, &peer.certificate, &live.tokens, mode, now)?;
+    let decision = live.access.decide(&principal, name);
+    tracing::debug!(user = %printable(&principal.name), cluster = %name, ?decision, "access decided");
+    match (decision, cluster) {
+        (Decision::Allowed(_), Some(cluster)) => Ok((principal, Arc::clone(cluster))),
+        (Decision::Allowed(_), None) => Err(ProxyError::NoSuchCluster { cluster: name.to_string() }),
+        (Decision::Denied(_) | Decision::NoRule, _) => {
+            Err(ProxyError::Forbidden { cluster: name.to_string() })
+        }
+    }
+}
+
+// ---- 2. exchange ----
+
+/// The stream of an exchange whose answer has begun.
+struct LiveExchange {
+    recv: RecvStream,
+    /// Ours to write to, where no body is on its way: the raw connection's.
+    send: Option<SendStream>,
+    upload: Option<Upload>,
+}
+
+async fn exchange(
+    shared: &Arc<Shared>,
+    plan: &Plan,
+    body: Incoming,
+) -> Result<(Answer, LiveExchange), ProxyError> {
+    let limits = &shared.config.limits;
+    let pace = (!plan.kind.long_running).then_some(shared.config.timeouts.slow_body);
+    let mut body = (plan.body != BodyKind::NONE).then(|| ClientBody::new(body, limits.replay_bytes.0, pace));
+    let deadline = plan.deadline.map(|deadline| tokio::time::Instant::now() + deadline);
+    let mut tried: Vec<SessionId> = Vec::new();
+    let mut first_error = None;
+    loop {
+        let (registry, uid) = (&shared.registry, &plan.cluster.uid);
+        let opened = match &first_error {
+            // Another session helps only if it is there: what cannot be reached now is no better in three seconds.
+            Some(ProxyError::Agent { .. }) => registry.open_now(uid, &tried).await,
+            // A session that refuses is on its way out, and its successor on its way in.
+            _ => registry.open(uid, &tried).await,
+        };
+        let (id, stream) = match opened {
+            Ok(opened) => opened,
+            // There is no other session: what the first one said is the better answer.
+            Err(error) => return Err(first_error.unwrap_or_else(|| not_opened(plan, error))),
+        };
+        let failed = match attempt(shared, plan, stream, body.take(), deadline).await {
+            Ok(done) => return Ok(done),
+            Err(failed) => failed,
+        };
+        let again = tried.is_empty() && failed.untouched;
+        let Some(replay) = again.then_some(failed.body).flatten() else { return Err(failed.error) };
+        body = replay.body;
+        shared.metrics.retried();
+        tried.push(id);
+        first_error = Some(failed.error);
+    }
+}
+
+fn not_opened(plan: &Plan, error: AcquireError) -> ProxyError {
+    match error {
+        AcquireError::NotConnected(presence) => ProxyError::NotConnected { cluster: plan.name(), presence },
+        AcquireError::StreamsMax => ProxyError::Limit("requests to this cluster at a time"),
+        AcquireError::Memory => ProxyError::Limit("requests for the gateway's memory"),
+    }
+}
+
+// ---- 3. attempt ----
+
+/// A try that failed.
+struct Failed {
+    error: ProxyError,
+    /// Nothing was done with the request.
+    untouched: bool,
+    /// The client's body, rewound; absent if it cannot be sent again.
+    body: Option<Replay>,
+}
+
+/// What to send again: a body, or none because there is none.
+struct Replay {
+    body: Option<ClientBody>,
+}
+
+/// How sending the client's body ended, and the body itself.
+type Sent = (ClientBody, Result<u64, SendBodyError<ClientBodyError>>);
+
+/// The task that sends the client's body, and its result once it has one.
+struct Sending {
+    guard: Upload,
+    task: JoinHandle<Sent>,
+    ended: Option<Sent>,
+    is_over: bool,
+}
+
+impl Sending {
+    fn new(task: JoinHandle<Sent>) -> Self {
+        Self { guard: Upload(task.abort_handle()), task, ended: None, is_over: false }
+    }
+
+    /// Waits for the end of the task. Cancel safe.
+    async fn over(&mut self) {
+        if !self.is_over {
+            self.ended = (&mut self.task).await.ok();
+            self.is_over = true;
+        }
+    }
+}
+
+async fn attempt(
+    shared: &Arc<Shared>,
+    plan: &Plan,
+    (mut send, mut recv): (SendStream, RecvStream),
+    body: Option<ClientBody>,
+    deadline: Option<tokio::time::Instant>,
+) -> Result<(Answer, LiveExchange), Failed> {
+    let settled = body.as_ref().map(ClientBody::settled);
+    // The head is at most as large as a new stream's credit, so this does not wait long; if it fails, the answer says why.
+    let head_sent = send.write_chunk(plan.open.clone()).await;
+    let mut kept_send = None;
+    let mut upload = None;
+    let mut unsent = None;
+    match (body, &head_sent) {
+        (Some(mut body), Ok(())) => {
+            let kind = plan.body;
+            let task = shared.tasks.front.spawn(async move {
+                let result = send_body(&mut body, kind, &mut send, Code::Cancelled).await;
+                (body, result)
+            });
+            upload = Some(Sending::new(task));
+        }
+        (body, _) => {
+            unsent = body;
+            if plan.upgrade.is_none() {
+                send.finish();
+            }
+            kept_send = Some(send);
+        }
+    }
+    let waited = wait(plan, &mut recv, upload.as_mut(), deadline).await;
+    match waited {
+        Ok(answer) if !is_untouched(&answer) => {
+            if let Some(settled) = settled {
+                settled.store(true, Ordering::Relaxed);
+            }
+            Ok((answer, LiveExchange { recv, send: kept_send, upload: upload.map(|sending| sending.guard) }))
+        }
+        result => {
+            let untouched = result.as_ref().map_or_else(|end| end.untouched, is_untouched);
+            let error = match result {
+                Ok(Answer { outcome: Some(Outcome::Failure(failure)) }) => {
+                    ProxyError::Agent { cluster: plan.name(), failure }
+                }
+                Ok(_) => plan.bad_answer("it is no answer"),
+                Err(end) => end.error,
+            };
+            let body = if untouched { reclaim(recv, upload, unsent).await } else { None };
+            Err(Failed { error, untouched, body })
+        }
+    }
+}
+
+/// Gets the client's body back, rewound, from a try with which nothing was done.
+async fn reclaim(recv: RecvStream, upload: Option<Sending>, unsent: Option<ClientBody>) -> Option<Replay> {
+    let Some(mut sending) = upload else {
+        return match unsent {
+            Some(mut body) => body.rewind().then_some(Replay { body: Some(body) }),
+            None => Some(Replay { body: None }),
+        };
+    };
+    // The refusal stopped our half; an agent that forgot to say so is given a moment and no more.
+    drop(recv);
+    tokio::time::timeout(RECLAIM, sending.over()).await.ok()?;
+    match sending.ended? {
+        (mut body, Ok(_) | Err(SendBodyError::Write(_))) => {
+            body.rewind().then_some(Replay { body: Some(body) })
+        }
+        _ => None,
+    }
+}
+
+const RECLAIM: Duration = Duration::from_millis(100);
+
+fn is_untouched(answer: &Answer) -> bool {
+    matches!(&answer.outcome, Some(Outcome::Failure(failure)) if failure.untouched || Code::from_u32(failure.code).is_retryable())
+}
+
+/// Why there is no answer.
+struct NoAnswer {
+    error: ProxyError,
+    untouched: bool,
+}
+
+/// Waits for the answer's head, and for trouble with the client's body meanwhile.
+async fn wait(
+    plan: &Plan,
+    recv: &mut RecvStream,
+    mut upload: Option<&mut Sending>,
+    deadline: Option<tokio::time::Instant>,
+) -> Result<Answer, NoAnswer> {
+    let mut head = std::pin::pin!(recv_head::<Answer>(recv, open::HEAD_MAX_BYTES));
+    let give_up = |error| Err(NoAnswer { error, untouched: false });
+    loop {
+        tokio::select! {
+            biased;
+            answer = &mut head => return answer.map_err(|error| no_answer(plan, error)),
+            () = over(upload.as_deref_mut()) => {
+                let ended = upload.take().and_then(|sending| sending.ended.as_ref());
+                match ended {
+                    Some((_, Err(SendBodyError::Source(ClientBodyError::Slow)))) => return give_up(ProxyError::SlowBody),
+                    Some((_, Err(SendBodyError::Source(ClientBodyError::Broken(_)) | SendBodyError::Length))) => {
+                        return give_up(ProxyError::ClientBody);
+                    }
+                    // All sent, or the agent wants no more: either way the answer is due.
+                    Some((_, Ok(_) | Err(SendBodyError::Write(_)))) | None => {}
+                }
+            }
+            () = passed(deadline) => {
+                let after = plan.deadline.unwrap_or_default();
+                return give_up(ProxyError::Deadline { cluster: plan.name(), after });
+            }
+        }
+    }
+}
+
+async fn over(sending: Option<&mut Sending>) {
+    match sending {
+        Some(sending) => sending.over().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn passed(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn no_answer(plan: &Plan, error: HeadError) -> NoAnswer {
+    let cluster = plan.name();
+    let touched = |error| NoAnswer { error, untouched: false };
+    match error {
+        HeadError::Read(ReadError::Reset(code)) | HeadError::Write(WriteError::Stopped(code)) => {
+            NoAnswer { error: ProxyError::Reset { cluster, code }, untouched: code.is_retryable() }
+        }
+        HeadError::Read(ReadError::Closed(reason)) | HeadError::Write(WriteError::Closed(reason)) => {
+            touched(ProxyError::SessionLost { cluster, reason })
+        }
+        HeadError::Truncated | HeadError::Write(WriteError::Finished) => {
+            touched(plan.bad_answer("it breaks off"))
+        }
+        HeadError::TooLarge { .. } => touched(plan.bad_answer("its head is larger than 64 KiB")),
+        HeadError::Malformed => touched(plan.bad_answer("its head cannot be read")),
+    }
+}
+
+// ---- 4. answer, switch ----
+
+fn answer_with(
+    shared: &Arc<Shared>,
+    plan: Plan,
+    response: &open::Response,
+    live: LiveExchange,
+) -> Result<Response<AnswerBody>, ProxyError> {
+    let status = status_of(&plan, response)?;
+    let head = headers::client_head(&response.headers, &plan.method, status, plan.prefix.as_deref());
+    let bodiless =
+        plan.method == Method::HEAD || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    let LiveExchange { recv, send, upload } = live;
+    let kind = if bodiless { BodyKind::NONE } else { response.body };
+    let mut recv = RecvBody::new(recv, kind);
+    if let Some(send) = send {
+        recv = recv.holding(send);
+    }
+    let json =
+        head.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/json"));
+    let end = (plan.kind.watch && json).then(|| {
+        let mut part = [0];
+        random(&mut part);
+        // Spread over the first four fifths of the time there is, so that clients do not all come back at once.
+        let after = shared.config.drain.deadline.mul_f64(0.8 * f64::from(part[0]) / 255.0);
+        WatchEnd::new(shared.stages.draining.clone().cancelled_owned(), after)
+    });
+    let metrics = Arc::clone(&shared.metrics);
+    let cluster = plan.cluster.name.clone();
+    let keep = Keep {
+        upload,
+        on_abort: Box::new(move |error| {
+            metrics.aborted();
+            tracing::debug!(%cluster, %error, "the answer broke off");
+        }),
+        guards: Box::new(plan.guards),
+    };
+    let mut answer = Response::new(AnswerBody::tunnel(recv, end, keep));
+    *answer.status_mut() = status;
+    *answer.headers_mut() = head;
+    Ok(answer)
+}
+
+fn switch(
+    shared: &Arc<Shared>,
+    plan: Plan,
+    token: &'static str,
+    on_upgrade: Option<hyper::upgrade::OnUpgrade>,
+    response: &open::Response,
+    live: LiveExchange,
+) -> Result<Response<AnswerBody>, ProxyError> {
+    let named = response.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(b"upgrade"));
+    if named.into_iter().any(|header| !header.value.eq_ignore_ascii_case(token.as_bytes())) {
+        return Err(plan.bad_answer("it switches to another protocol than was asked for"));
+    }
+    let (Some(on_upgrade), Some(send)) = (on_upgrade, live.send) else {
+        return Err(plan.bad_answer("it switches protocols without being asked"));
+    };
+    let status = StatusCode::SWITCHING_PROTOCOLS;
+    let mut answer = Response::new(AnswerBody::full(Bytes::new()));
+    *answer.status_mut() = status;
+    let head = answer.headers_mut();
+    *head = headers::client_head(&response.headers, &plan.method, status, None);
+    head.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    head.insert(header::UPGRADE, HeaderValue::from_static(token));
+    upgrade::carry(shared, on_upgrade, send, live.recv, plan.guards);
+    Ok(answer)
+}
+
+fn status_of(plan: &Plan, response: &open::Response) -> Result<StatusCode, ProxyError> {
+    let status = u16::try_from(response.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
+    status.ok_or_else(|| plan.bad_answer("its status is none"))
+}
+
+/// A random UUID (RFC 9562, version 4).
+fn audit_id() -> String {
+    let mut bytes = [0_u8; 16];
+    random(&mut bytes);
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+}

@@ -1,0 +1,262 @@
+//! What bodies does an exchange have? The client's, which may be sent again while little of it was read; and the answer's,
+//! which holds all that the exchange holds until its end.
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use std::fmt;
+use std::future::Future as _;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+use towline_proto::tunnel::exchange::{BodyError, RecvBody};
+
+/// A body that comes more slowly than this much per time limit is given up.
+const SLOW_BYTES: usize = 1024;
+
+/// The client's body. What was read of it is kept while it is little, so that it can be sent again.
+pub(super) struct ClientBody {
+    source: Incoming,
+    held: Vec<Bytes>,
+    held_bytes: usize,
+    hold_max: usize,
+    /// How much of `held` has been sent in this attempt; beyond it the source goes on.
+    sent: usize,
+    /// False once more was read than is kept.
+    replayable: bool,
+    /// The answer has come: nothing will be sent again.
+    settled: Arc<AtomicBool>,
+    pace: Option<Pace>,
+}
+
+/// Whether the client sends fast enough. Only time in which we wait for the client counts.
+struct Pace {
+    limit: Duration,
+    since: Option<Pin<Box<Sleep>>>,
+    bytes: usize,
+}
+
+/// Why the client's body ended early.
+#[derive(Debug)]
+pub(super) enum ClientBodyError {
+    Broken(hyper::Error),
+    Slow,
+}
+
+impl fmt::Display for ClientBodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Broken(error) => error.fmt(f),
+            Self::Slow => f.write_str("the body comes too slowly"),
+        }
+    }
+}
+
+impl ClientBody {
+    pub(super) fn new(source: Incoming, hold_max: usize, pace: Option<Duration>) -> Self {
+        let pace = pace.map(|limit| Pace { limit, since: None, bytes: 0 });
+        let settled = Arc::default();
+        Self { source, held: Vec::new(), held_bytes: 0, hold_max, sent: 0, replayable: true, settled, pace }
+    }
+
+    /// Set once the body will not be sent again.
+    pub(super) fn settled(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.settled)
+    }
+
+    /// Starts from the beginning, if that is still there.
+    pub(super) fn rewind(&mut self) -> bool {
+        self.sent = 0;
+        self.replayable
+    }
+
+    fn keep(&mut self, bytes: &Bytes) {
+        if self.settled.load(Ordering::Relaxed) || self.held_bytes + bytes.len() > self.hold_max {
+            self.replayable = false;
+            self.held = Vec::new();
+        }
+        if self.replayable {
+            self.held_bytes += bytes.len();
+            self.held.push(bytes.clone());
+            self.sent = self.held.len();
+        }
+    }
+}
+
+impl Pace {
+    fn on_bytes(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        if self.bytes >= SLOW_BYTES {
+            self.bytes = 0;
+            self.since = None;
+        }
+    }
+
+    fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let limit = self.limit;
+        self.since.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit))).as_mut().poll(cx)
+    }
+}
+
+impl Body for ClientBody {
+    type Data = Bytes;
+    type Error = ClientBodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ClientBodyError>>> {
+        let this = &mut *self;
+        if let Some(bytes) = this.held.get(this.sent) {
+            this.sent += 1;
+            return Poll::Ready(Some(Ok(Frame::data(bytes.clone()))));
+        }
+        match Pin::new(&mut this.source).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Some(bytes) = frame.data_ref() {
+                    this.keep(bytes);
+                    if let Some(pace) = &mut this.pace {
+                        pace.on_bytes(bytes.len());
+                    }
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(ClientBodyError::Broken(error)))),
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => match &mut this.pace {
+                Some(pace) => {
+                    ready!(pace.poll_too_slow(cx));
+                    Poll::Ready(Some(Err(ClientBodyError::Slow)))
+                }
+                None => Poll::Pending,
+            },
+        }
+    }
+}
+
+/// Aborts the task that sends the client's body when the exchange ends.
+#[derive(Debug)]
+pub(super) struct Upload(pub(super) AbortHandle);
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The body of an answer. Dropping it before its end resets and stops the stream.
+pub(crate) struct AnswerBody {
+    inner: Inner,
+}
+
+enum Inner {
+    Full(Option<Bytes>),
+    Tunnel(Box<Tunnel>),
+}
+
+/// An answer that arrives through a tunnel, and everything that must live as long as it does.
+struct Tunnel {
+    recv: RecvBody,
+    end: Option<WatchEnd>,
+    keep: Keep,
+}
+
+/// What an exchange holds until its end.
+pub(super) struct Keep {
+    /// The task that sends the client's body.
+    pub(super) upload: Option<Upload>,
+    pub(super) on_abort: Box<dyn Fn(&BodyError) + Send + Sync>,
+    /// Permits and gauges.
+    #[expect(dead_code, reason = "counts as long as it lives")]
+    pub(super) guards: Box<dyn Send + Sync>,
+}
+
+/// A watch that ends between two events when the gateway drains, each at another time.
+pub(super) struct WatchEnd {
+    draining: Pin<Box<WaitForCancellationFutureOwned>>,
+    after: Duration,
+    timer: Option<Pin<Box<Sleep>>>,
+    at_boundary: bool,
+}
+
+impl WatchEnd {
+    pub(super) fn new(draining: WaitForCancellationFutureOwned, after: Duration) -> Self {
+        Self { draining: Box::pin(draining), after, timer: None, at_boundary: true }
+    }
+
+    fn poll_due(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.timer.is_none() && self.draining.as_mut().poll(cx).is_ready() {
+            self.timer = Some(Box::pin(tokio::time::sleep_until(Instant::now() + self.after)));
+        }
+        self.at_boundary && self.timer.as_mut().is_some_and(|timer| timer.as_mut().poll(cx).is_ready())
+    }
+}
+
+impl AnswerBody {
+    pub(crate) fn full(bytes: Bytes) -> Self {
+        Self { inner: Inner::Full(Some(bytes).filter(|bytes| !bytes.is_empty())) }
+    }
+
+    pub(super) fn tunnel(recv: RecvBody, end: Option<WatchEnd>, keep: Keep) -> Self {
+        Self { inner: Inner::Tunnel(Box::new(Tunnel { recv, end, keep })) }
+    }
+}
+
+impl fmt::Debug for AnswerBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AnswerBody").finish_non_exhaustive()
+    }
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.inner {
+            Inner::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Inner::Tunnel(tunnel) => {
+                if tunnel.end.as_mut().is_some_and(|end| end.poll_due(cx)) {
+                    self.inner = Inner::Full(None);
+                    return Poll::Ready(None);
+                }
+                let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
+                match &frame {
+                    Some(Ok(frame)) => {
+                        if let (Some(end), Some(bytes)) = (&mut tunnel.end, frame.data_ref()) {
+                            end.at_boundary = bytes.last() == Some(&b'\n');
+                        }
+                    }
+                    Some(Err(error)) => {
+                        (tunnel.keep.on_abort)(error);
+                        tunnel.keep.upload = None;
+                    }
+                    None => self.inner = Inner::Full(None),
+                }
+                Poll::Ready(frame)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.inner {
+            Inner::Full(bytes) => bytes.is_none(),
+            Inner::Tunnel(tunnel) => tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.inner {
+            Inner::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Inner::Tunnel(tunnel) => tunnel.recv.size_hint(),
+        }
+    }
+}

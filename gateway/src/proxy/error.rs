@@ -1,0 +1,523 @@
+//! Why did a client get this status? The one place where status, reason, code and words of our own answers are chosen.
+//!
+//! An answer of ours is a Kubernetes `Status` and a `Warning` header with the same text: kubectl drops the message
+//! during discovery and never drops the warning. The text says what happened, since when, and what to do.
+
+use super::body::AnswerBody;
+use super::upgrade::UpgradeError;
+use crate::authn::AuthnError;
+use crate::headers::HeadersError;
+use crate::metrics::TlCode;
+use crate::registry::Presence;
+use crate::routing::RouteError;
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::{Method, Response, StatusCode};
+use serde_json::json;
+use std::fmt::Write as _;
+use std::time::Duration;
+use towline_certs::facts::human;
+use towline_proto::Code;
+use towline_proto::mux::CloseReason;
+use towline_proto::open::Failure;
+
+/// Why the gateway answers itself.
+#[derive(Debug)]
+pub(crate) enum ProxyError {
+    Route(RouteError),
+    Authn(AuthnError),
+    /// Forbidden, or unknown to somebody who may not know.
+    Forbidden {
+        cluster: String,
+    },
+    NoSuchCluster {
+        cluster: String,
+    },
+    Method(Method),
+    Headers(HeadersError),
+    Upgrade(UpgradeError),
+    NotConnected {
+        cluster: String,
+        presence: Presence,
+    },
+    /// A limit, by name.
+    Limit(&'static str),
+    /// The head is larger than the agent accepts.
+    HeadTooLarge,
+    /// The client's body broke off or was malformed.
+    ClientBody,
+    /// The client's body comes too slowly.
+    SlowBody,
+    /// The agent says why there is no answer.
+    Agent {
+        cluster: String,
+        failure: Failure,
+    },
+    /// The session ended before the answer began.
+    SessionLost {
+        cluster: String,
+        reason: CloseReason,
+    },
+    /// The agent gave up the stream before the answer began.
+    Reset {
+        cluster: String,
+        code: Code,
+    },
+    /// What the agent sent is no answer; says what is wrong with it.
+    BadAnswer {
+        cluster: String,
+        what: &'static str,
+    },
+    /// An upgrade was answered with neither 101 nor an error.
+    UpgradeAnswered {
+        cluster: String,
+        status: u16,
+    },
+    Deadline {
+        cluster: String,
+        after: Duration,
+    },
+}
+
+/// What the client gets to see.
+struct Verdict {
+    status: StatusCode,
+    code: TlCode,
+    message: String,
+}
+
+impl From<RouteError> for ProxyError {
+    fn from(error: RouteError) -> Self {
+        Self::Route(error)
+    }
+}
+
+impl From<AuthnError> for ProxyError {
+    fn from(error: AuthnError) -> Self {
+        Self::Authn(error)
+    }
+}
+
+impl From<HeadersError> for ProxyError {
+    fn from(error: HeadersError) -> Self {
+        Self::Headers(error)
+    }
+}
+
+impl From<UpgradeError> for ProxyError {
+    fn from(error: UpgradeError) -> Self {
+        Self::Upgrade(error)
+    }
+}
+
+impl ProxyError {
+    fn verdict(&self) -> Verdict {
+        let verdict = |status, code, message: String| Verdict { status, code, message };
+        match self {
+            Self::Route(error) => route(error),
+            Self::Authn(error) => authn(error),
+            Self::Forbidden { cluster } => verdict(
+                StatusCode::FORBIDDEN,
+                TlCode::Forbidden,
+                format!(
+                    "you may not call cluster {cluster:?}, or there is none of that name — ask the fleet's operator for an access rule"
+                ),
+            ),
+            Self::NoSuchCluster { cluster } => verdict(
+                StatusCode::NOT_FOUND,
+                TlCode::NoSuchCluster,
+                format!("there is no cluster {cluster:?} — check the name in the server's address"),
+            ),
+            Self::Method(method) => verdict(
+                StatusCode::METHOD_NOT_ALLOWED,
+                TlCode::BadFraming,
+                format!(
+                    "the method {} is not served here — use an HTTP method of the Kubernetes API",
+                    clip(method.as_str())
+                ),
+            ),
+            Self::Headers(error) => headers(error),
+            Self::Upgrade(error) => {
+                verdict(StatusCode::BAD_REQUEST, TlCode::UpgradeRefused, error.to_string())
+            }
+            Self::NotConnected { cluster, presence } => {
+                let seen = match presence.gone_for {
+                    Some(gone) => format!("last seen {} ago", human(gone)),
+                    None => "not seen since this gateway started".to_owned(),
+                };
+                verdict(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    TlCode::ClusterOffline,
+                    format!(
+                        "cluster {cluster:?} is not connected: {seen} — check the towline-agent in that cluster and its log"
+                    ),
+                )
+            }
+            Self::Limit(what) => verdict(
+                StatusCode::TOO_MANY_REQUESTS,
+                TlCode::Limit,
+                format!("too many {what} — wait for some to end, then try again"),
+            ),
+            Self::HeadTooLarge => verdict(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                TlCode::Limit,
+                "the request's head is larger than the tunnel carries — send fewer or shorter header fields"
+                    .to_owned(),
+            ),
+            Self::ClientBody => verdict(
+                StatusCode::BAD_REQUEST,
+                TlCode::BadFraming,
+                "the request's body broke off or has another length than announced — send it again"
+                    .to_owned(),
+            ),
+            Self::SlowBody => verdict(
+                StatusCode::REQUEST_TIMEOUT,
+                TlCode::Timeout,
+                "the request's body came too slowly — check the network, then send it again".to_owned(),
+            ),
+            Self::Agent { cluster, failure } => agent(cluster, failure),
+            Self::SessionLost { cluster, reason } => verdict(
+                StatusCode::BAD_GATEWAY,
+                TlCode::BadUpstream,
+                format!(
+                    "the tunnel to cluster {cluster:?} broke before the answer ({}) — the request may or may not have been carried out; look before you repeat it",
+                    reason.label()
+                ),
+            ),
+            Self::Reset { cluster, code } => agent_code(cluster, *code, code.text()),
+            Self::BadAnswer { cluster, what } => verdict(
+                StatusCode::BAD_GATEWAY,
+                TlCode::BadUpstream,
+                format!(
+                    "the agent of cluster {cluster:?} answered something unusable: {what} — compare the versions of agent and gateway"
+                ),
+            ),
+            Self::UpgradeAnswered { cluster, status } => verdict(
+                StatusCode::BAD_GATEWAY,
+                TlCode::BadUpstream,
+                format!(
+                    "cluster {cluster:?} answered {status} to a request to switch protocols — check what its API server's address leads to"
+                ),
+            ),
+            Self::Deadline { cluster, after } => verdict(
+                StatusCode::GATEWAY_TIMEOUT,
+                TlCode::Timeout,
+                format!("cluster {cluster:?} did not answer within {} — check its API server", human(*after)),
+            ),
+        }
+    }
+
+    /// The code, for the metric.
+    pub(crate) fn code(&self) -> TlCode {
+        self.verdict().code
+    }
+
+    /// The answer to the client.
+    pub(crate) fn into_response(self, audit_id: &str) -> Response<AnswerBody> {
+        let Verdict { status, code, message } = self.verdict();
+        let message = printable(&format!("towline: {message}"));
+        let mut status_object = json!({
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "message": message,
+            "reason": reason(status),
+            "details": {
+                "group": "towline.io",
+                "kind": "clusters",
+                "uid": audit_id,
+                "causes": [{ "reason": code.label(), "message": message }],
+            },
+            "code": status.as_u16(),
+        });
+        if let Some(name) = self.cluster() {
+            status_object["details"]["name"] = printable(name).into();
+        }
+        let mut response = Response::new(AnswerBody::full(Bytes::from(status_object.to_string())));
+        *response.status_mut() = status;
+        let head = response.headers_mut();
+        head.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        head.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        head.insert(header::WARNING, warning(&message));
+        match status {
+            StatusCode::UNAUTHORIZED => {
+                head.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"towline\""));
+            }
+            // Clients wait as long as this says; on 503 it would cost kubectl 50 s.
+            StatusCode::TOO_MANY_REQUESTS => {
+                head.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            StatusCode::METHOD_NOT_ALLOWED => {
+                head.insert(
+                    header::ALLOW,
+                    HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+                );
+            }
+            _ => {}
+        }
+        response
+    }
+
+    fn cluster(&self) -> Option<&str> {
+        match self {
+            Self::Forbidden { cluster }
+            | Self::NoSuchCluster { cluster }
+            | Self::NotConnected { cluster, .. }
+            | Self::Agent { cluster, .. }
+            | Self::SessionLost { cluster, .. }
+            | Self::Reset { cluster, .. }
+            | Self::BadAnswer { cluster, .. }
+            | Self::UpgradeAnswered { cluster, .. }
+            | Self::Deadline { cluster, .. } => Some(cluster),
+            _ => None,
+        }
+    }
+}
+
+fn route(error: &RouteError) -> Verdict {
+    let (status, code, remedy) = match error {
+        RouteError::BadHost(_) => (
+            StatusCode::BAD_REQUEST,
+            TlCode::BadFraming,
+            "send exactly one Host header with the gateway's name",
+        ),
+        RouteError::Misdirected => {
+            (StatusCode::MISDIRECTED_REQUEST, TlCode::BadPath, "make a new connection for this host")
+        }
+        RouteError::BadPath(_) => (
+            StatusCode::BAD_REQUEST,
+            TlCode::BadPath,
+            "use https://GATEWAY/clusters/NAME/… with a plain cluster name",
+        ),
+        RouteError::TooLong => (StatusCode::URI_TOO_LONG, TlCode::BadPath, "shorten the query"),
+        RouteError::ApiAtRoot => (
+            StatusCode::NOT_FOUND,
+            TlCode::BadPath,
+            "use https://GATEWAY/clusters/NAME/…; kubectl get --raw needs /clusters/NAME/… before the path, kubectl proxy needs --append-server-path",
+        ),
+        RouteError::Nothing => {
+            (StatusCode::NOT_FOUND, TlCode::BadPath, "clusters are at https://GATEWAY/clusters/NAME/…")
+        }
+    };
+    Verdict { status, code, message: format!("{error} — {remedy}") }
+}
+
+fn authn(error: &AuthnError) -> Verdict {
+    let token =
+        "use a client certificate or a token of this gateway, and check which one your kubeconfig sends";
+    let (status, code, remedy) = match error {
+        AuthnError::SeveralAuthorizations | AuthnError::MalformedAuthorization => {
+            (StatusCode::BAD_REQUEST, TlCode::BadFraming, "send one Authorization header with one credential")
+        }
+        AuthnError::NoCredential | AuthnError::UnknownToken => {
+            (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, token)
+        }
+        AuthnError::CertificateUnbelieved(_) | AuthnError::CertificateExpired => (
+            StatusCode::UNAUTHORIZED,
+            TlCode::Unauthenticated,
+            "get a new client certificate for this gateway",
+        ),
+        AuthnError::CertificateNeeded => (
+            StatusCode::UNAUTHORIZED,
+            TlCode::Unauthenticated,
+            "set client-certificate and client-key for the gateway in your kubeconfig, beside the token for the cluster",
+        ),
+        AuthnError::ClusterCredentialNeeded => (
+            StatusCode::UNAUTHORIZED,
+            TlCode::Unauthenticated,
+            "add a token of that cluster (such as a ServiceAccount token) to the same user of your kubeconfig",
+        ),
+        AuthnError::OwnCredential => (
+            StatusCode::UNAUTHORIZED,
+            TlCode::Unauthenticated,
+            "send a credential of the cluster instead; it was not passed on",
+        ),
+        AuthnError::Principal(_) => (StatusCode::FORBIDDEN, TlCode::Forbidden, "use an identity of your own"),
+    };
+    Verdict { status, code, message: format!("{error} — {remedy}") }
+}
+
+fn headers(error: &HeadersError) -> Verdict {
+    let (status, code, remedy) = match error {
+        HeadersError::Underscore(_) => (StatusCode::BAD_REQUEST, TlCode::HeaderForbidden, "leave it out"),
+        HeadersError::ProtectedConnection(_) | HeadersError::MalformedConnection => {
+            (StatusCode::BAD_REQUEST, TlCode::HeaderForbidden, "name only hop-by-hop fields there")
+        }
+        HeadersError::Impersonation(_) => {
+            (StatusCode::FORBIDDEN, TlCode::HeaderForbidden, "leave out --as and --as-group")
+        }
+        HeadersError::CrossSite => (
+            StatusCode::FORBIDDEN,
+            TlCode::Forbidden,
+            "call the gateway from its own origin or without a browser",
+        ),
+        HeadersError::OwnCredential => return authn(&AuthnError::OwnCredential),
+    };
+    Verdict { status, code, message: format!("{error} — {remedy}") }
+}
+
+fn agent(cluster: &str, failure: &Failure) -> Verdict {
+    let code = Code::from_u32(failure.code);
+    let said = if failure.message.is_empty() { code.text() } else { &failure.message };
+    agent_code(cluster, code, said)
+}
+
+fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
+    let status = match code {
+        // The client is still here, so it was not the client that lost interest.
+        Code::Cancelled | Code::Internal => StatusCode::BAD_GATEWAY,
+        code => StatusCode::from_u16(code.status()).unwrap_or(StatusCode::BAD_GATEWAY),
+    };
+    let (tl, remedy) = match code {
+        Code::Denied => (TlCode::TargetDenied, "the cluster's owner decides in the agent's configuration"),
+        Code::Limit => (TlCode::Limit, "wait for some requests to end, then try again"),
+        Code::Deadline => (TlCode::Timeout, "check the cluster's API server"),
+        Code::Refused | Code::Draining => (TlCode::ClusterOffline, "try again"),
+        Code::Flow | Code::Proto => (TlCode::Proto, "compare the versions of agent and gateway"),
+        Code::Cancelled | Code::UpstreamConnect | Code::UpstreamBody | Code::Internal => {
+            (TlCode::BadUpstream, "check the agent's log and the cluster's API server")
+        }
+    };
+    Verdict { status, code: tl, message: format!("cluster {cluster:?}: {said} — {remedy}") }
+}
+
+/// The reason of a Kubernetes `Status`.
+fn reason(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        400 => "BadRequest",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "NotFound",
+        405 => "MethodNotAllowed",
+        408 => "RequestTimeout",
+        413 => "RequestEntityTooLarge",
+        414 => "URITooLong",
+        421 => "MisdirectedRequest",
+        429 => "TooManyRequests",
+        431 => "RequestHeaderFieldsTooLarge",
+        502 => "BadGateway",
+        503 => "ServiceUnavailable",
+        504 => "Timeout",
+        _ => "InternalError",
+    }
+}
+
+/// Text that is safe in a terminal and a log: control characters and marks that turn the writing direction are escaped.
+pub(crate) fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}');
+        if c.is_control() || turns {
+            // Writing to a string cannot fail.
+            write!(out, "\\u{{{:x}}}", u32::from(c)).unwrap_or_default();
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// The `Warning` header (RFC 7234 section 5.5): ASCII, quoted, at most 1 KiB.
+fn warning(message: &str) -> HeaderValue {
+    let ascii = message.replace(" — ", "; ").replace('…', "...");
+    let mut text = String::with_capacity(ascii.len() + 16);
+    for c in ascii.chars().take(1024) {
+        match c {
+            '"' | '\\' => text.extend(['\\', c]),
+            ' '..='~' => text.push(c),
+            _ => text.push('?'),
+        }
+    }
+    HeaderValue::from_str(&format!("299 towline \"{text}\""))
+        .unwrap_or_else(|_| HeaderValue::from_static("299 towline \"error\""))
+}
+
+fn clip(text: &str) -> String {
+    text.chars().take(32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::BodyExt as _;
+    use serde_json::Value;
+
+    async fn render(error: ProxyError) -> (Response<()>, Value) {
+        let (head, body) = error.into_response("audit-1").into_parts();
+        let bytes = body.collect().await.unwrap().to_bytes();
+        (Response::from_parts(head, ()), serde_json::from_slice(&bytes).unwrap())
+    }
+
+    #[tokio::test]
+    async fn an_error_is_a_status_and_a_warning() {
+        let presence = Presence { gone_for: Some(Duration::from_secs(252)), ..Presence::default() };
+        let (head, status) = render(ProxyError::NotConnected { cluster: "prod".to_owned(), presence }).await;
+        assert_eq!(head.status(), 503);
+        assert!(!head.headers().contains_key("retry-after"));
+        let message = "towline: cluster \"prod\" is not connected: last seen 4m 12s ago — check the towline-agent in that cluster and its log";
+        let expected = json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": message, "reason": "ServiceUnavailable", "code": 503,
+            "details": {
+                "name": "prod", "group": "towline.io", "kind": "clusters", "uid": "audit-1",
+                "causes": [{ "reason": "TL_CLUSTER_OFFLINE", "message": message }],
+            },
+        });
+        assert_eq!(status, expected);
+        assert_eq!(
+            head.headers()["warning"],
+            "299 towline \"towline: cluster \\\"prod\\\" is not connected: last seen 4m 12s ago; check the towline-agent in that cluster and its log\""
+        );
+    }
+
+    #[tokio::test]
+    async fn every_kind_has_its_status() {
+        let failure = |code: Code| ProxyError::Agent {
+            cluster: "a".to_owned(),
+            failure: Failure {
+                code: code.to_u32(),
+                message: "x\u{1b}[31m\n\u{202e}".to_owned(),
+                untouched: false,
+            },
+        };
+        for (error, status, code) in [
+            (ProxyError::Route(RouteError::Misdirected), 421, "TL_BAD_PATH"),
+            (ProxyError::Route(RouteError::ApiAtRoot), 404, "TL_BAD_PATH"),
+            (ProxyError::Authn(AuthnError::NoCredential), 401, "TL_UNAUTHENTICATED"),
+            (ProxyError::Authn(AuthnError::OwnCredential), 401, "TL_UNAUTHENTICATED"),
+            (ProxyError::Authn(AuthnError::SeveralAuthorizations), 400, "TL_BAD_FRAMING"),
+            (ProxyError::Forbidden { cluster: "a".to_owned() }, 403, "TL_FORBIDDEN"),
+            (
+                ProxyError::Headers(HeadersError::Impersonation("impersonate-uid".to_owned())),
+                403,
+                "TL_HEADER_FORBIDDEN",
+            ),
+            (ProxyError::Limit("requests"), 429, "TL_LIMIT"),
+            (ProxyError::Method(Method::TRACE), 405, "TL_BAD_FRAMING"),
+            (failure(Code::UpstreamConnect), 502, "TL_BAD_UPSTREAM"),
+            (failure(Code::Denied), 403, "TL_TARGET_DENIED"),
+            (failure(Code::Deadline), 504, "TL_TIMEOUT"),
+            (failure(Code::Cancelled), 502, "TL_BAD_UPSTREAM"),
+            (failure(Code::Refused), 503, "TL_CLUSTER_OFFLINE"),
+            (
+                ProxyError::SessionLost { cluster: "a".to_owned(), reason: CloseReason::HelloTimeout },
+                502,
+                "TL_BAD_UPSTREAM",
+            ),
+        ] {
+            let (head, body) = render(error).await;
+            assert_eq!(head.status().as_u16(), status, "{body}");
+            assert_eq!(body["details"]["causes"][0]["reason"], code, "{body}");
+            let text = body["message"].as_str().unwrap();
+            assert!(
+                text.starts_with("towline: ") && text.contains(" — ") && !text.chars().any(char::is_control),
+                "{text}"
+            );
+            assert!(!text.contains('\u{202e}'));
+            assert_eq!(head.headers().contains_key("www-authenticate"), status == 401);
+            assert_eq!(head.headers().contains_key("retry-after"), status == 429);
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! May a connection switch protocols, and what happens after it has? Two tokens are known; raw bytes flow only after the
+//! cluster's matching 101.
+
+use crate::state::Shared;
+use http::header::{self, HeaderMap};
+use http::request::Parts;
+use http::{Method, Version};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use std::sync::Arc;
+use thiserror::Error;
+use towline_proto::tunnel::splice::splice;
+use towline_proto::tunnel::{RecvStream, SendStream};
+
+/// Why a request to switch protocols is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub(crate) enum UpgradeError {
+    #[error(
+        "the protocol in Upgrade is not carried here — use websocket or SPDY/3.1, and exactly one of them"
+    )]
+    Token,
+    #[error("only HTTP/1.1 can switch protocols — let the client use HTTP/1.1 for this")]
+    Version,
+    #[error("only GET and POST can switch protocols — use one of them")]
+    Method,
+    #[error("a request that switches protocols has no body — leave it out")]
+    Body,
+}
+
+/// The protocol a request wants to switch to, as it is written upstream; none if it wants none.
+///
+/// # Errors
+/// It wants something that is not carried.
+pub(super) fn wanted(parts: &Parts, has_body: bool) -> Result<Option<&'static str>, UpgradeError> {
+    let mut lines = parts.headers.get_all(header::UPGRADE).iter();
+    let Some(line) = lines.next() else { return Ok(None) };
+    // Without `Connection: upgrade` the field is nobody's (RFC 9110 section 7.8), and it goes no further.
+    if !names_upgrade(&parts.headers) {
+        return Ok(None);
+    }
+    let known = ["websocket", "SPDY/3.1"]
+        .into_iter()
+        .find(|known| known.as_bytes().eq_ignore_ascii_case(line.as_bytes().trim_ascii()));
+    let (Some(token), None) = (known, lines.next()) else { return Err(UpgradeError::Token) };
+    if parts.version != Version::HTTP_11 {
+        return Err(UpgradeError::Version);
+    }
+    if parts.method != Method::GET && parts.method != Method::POST {
+        return Err(UpgradeError::Method);
+    }
+    if has_body {
+        return Err(UpgradeError::Body);
+    }
+    Ok(Some(token))
+}
+
+fn names_upgrade(headers: &HeaderMap) -> bool {
+    let lines = headers.get_all(header::CONNECTION).iter().filter_map(|line| line.to_str().ok());
+    lines.flat_map(|line| line.split(',')).any(|token| token.trim().eq_ignore_ascii_case("upgrade"))
+}
+
+/// Carries raw bytes between the client's connection and the stream, from the moment the 101 has left, as a task of the
+/// gateway: a drain waits for it.
+pub(super) fn carry(
+    shared: &Arc<Shared>,
+    on_upgrade: OnUpgrade,
+    send: SendStream,
+    recv: RecvStream,
+    guards: impl Send + 'static,
+) {
+    let abort = shared.stages.abort.clone();
+    let counted = shared.metrics.upgraded();
+    shared.tasks.front.spawn(async move {
+        let carried = async move {
+            // Fails if the client went away before the 101 was written; dropping the stream tells the agent.
+            let Ok(upgraded) = on_upgrade.await else { return };
+            let mut io = TokioIo::new(upgraded);
+            match splice(&mut io, send, recv).await {
+                Ok(spliced) => {
+                    tracing::debug!(sent = spliced.sent, received = spliced.received, "raw connection ended")
+                }
+                Err(error) => tracing::debug!(%error, "raw connection broke off"),
+            }
+        };
+        tokio::select! {
+            () = carried => {}
+            () = abort.cancelled() => {}
+        }
+        drop((guards, counted));
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(
+        method: &str,
+        version: Version,
+        lines: &[(&str, &str)],
+        body: bool,
+    ) -> Result<Option<&'static str>, UpgradeError> {
+        let mut request = http::Request::builder().method(method).version(version).uri("/");
+        for (name, value) in lines {
+            request = request.header(*name, *value);
+        }
+        wanted(&request.body(()).unwrap().into_parts().0, body)
+    }
+
+    #[test]
+    fn two_tokens_are_carried() {
+        let connection = ("Connection", "keep-alive, Upgrade");
+        let get = |token: &str| ask("GET", Version::HTTP_11, &[connection, ("Upgrade", token)], false);
+        assert_eq!(get("websocket"), Ok(Some("websocket")));
+        assert_eq!(get("WebSocket"), Ok(Some("websocket")));
+        assert_eq!(get("spdy/3.1"), Ok(Some("SPDY/3.1")));
+        for token in ["h2c", "TLS/1.0", "foo", "websocket, h2c", "", "websocket/13"] {
+            assert_eq!(get(token), Err(UpgradeError::Token), "{token}");
+        }
+        let two = [connection, ("Upgrade", "websocket"), ("Upgrade", "websocket")];
+        assert_eq!(ask("GET", Version::HTTP_11, &two, false), Err(UpgradeError::Token));
+    }
+
+    /// UP-05.
+    #[test]
+    fn everything_else_about_the_request_must_fit() {
+        let lines = [("Connection", "Upgrade"), ("Upgrade", "websocket")];
+        assert_eq!(ask("GET", Version::HTTP_11, &lines[1..], false), Ok(None));
+        assert_eq!(ask("GET", Version::HTTP_10, &lines, false), Err(UpgradeError::Version));
+        assert_eq!(ask("PUT", Version::HTTP_11, &lines, false), Err(UpgradeError::Method));
+        assert_eq!(ask("POST", Version::HTTP_11, &lines, true), Err(UpgradeError::Body));
+        assert_eq!(ask("POST", Version::HTTP_11, &lines, false), Ok(Some("websocket")));
+    }
+}

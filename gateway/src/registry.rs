@@ -1,0 +1,509 @@
+//! Which sessions are live, and which one carries the next request? By cluster uid.
+//!
+//! A session is here from its first round trip until its task ends; the guard that put it in takes out that one and no
+//! other. When a cluster has no session, a request waits for one only if the last left with a GoAway or a moment ago:
+//! then its agent is on its way back. Otherwise the answer is due at once.
+
+use crate::metrics::{Counted, HoldOutcome, Metrics};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use towline_certs::{ClusterUid, InstanceId};
+use towline_proto::mux::OpenError;
+use towline_proto::tunnel::{Session, Stream};
+
+/// After this long a session that broke is not expected back any moment now.
+const RECENT: Duration = Duration::from_secs(15);
+/// As [`RECENT`], for one that said GoAway: a replacement may still have to start.
+const RECENT_GOAWAY: Duration = Duration::from_secs(60);
+
+/// Names one registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SessionId(u64);
+
+/// The limits of waiting.
+#[derive(Clone, Copy, Debug)]
+pub struct HoldLimits {
+    pub time: Duration,
+    pub requests: usize,
+}
+
+/// The live sessions of all clusters.
+#[derive(Debug)]
+pub struct Registry {
+    clusters: Mutex<Clusters>,
+    metrics: Arc<Metrics>,
+    hold: HoldLimits,
+    sessions_max: usize,
+}
+
+#[derive(Debug, Default)]
+struct Clusters {
+    by_uid: HashMap<ClusterUid, Tunnel>,
+    next_id: u64,
+}
+
+/// All sessions of one cluster.
+#[derive(Debug, Default)]
+struct Tunnel {
+    sessions: Vec<Live>,
+    /// Since when there has been at least one session, without a gap.
+    since: Option<Instant>,
+    last_end: Option<LastEnd>,
+    held: usize,
+    changed: Arc<Notify>,
+}
+
+#[derive(Clone, Debug)]
+struct Live {
+    id: SessionId,
+    session: Session,
+    instance: InstanceId,
+    boot_id: Vec<u8>,
+    /// Tunnel bytes that the metrics have seen.
+    counted: (u64, u64),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct LastEnd {
+    at: Instant,
+    goaway: bool,
+}
+
+/// What is known of a cluster's connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Presence {
+    pub sessions: usize,
+    /// How long the cluster has been connected.
+    pub connected_for: Option<Duration>,
+    /// How long ago its last session ended, if none is live.
+    pub gone_for: Option<Duration>,
+}
+
+/// Why there is no stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AcquireError {
+    /// No session, and none came while waiting.
+    NotConnected(Presence),
+    /// Every session carries as many streams as it may.
+    StreamsMax,
+    /// The memory for streams is used up.
+    Memory,
+}
+
+/// Why a session is not registered.
+#[derive(Debug)]
+pub enum InsertError {
+    /// Another process with the same certificate holds these sessions.
+    OtherProcess(Vec<(SessionId, Session)>),
+    /// The cluster has as many sessions as it may.
+    SessionsMax,
+}
+
+/// A session's place in the registry; dropping it takes the session out.
+#[derive(Debug)]
+pub struct Registration {
+    registry: Arc<Registry>,
+    uid: ClusterUid,
+    id: SessionId,
+}
+
+impl Registry {
+    #[must_use]
+    pub fn new(metrics: Arc<Metrics>, hold: HoldLimits, sessions_max: usize) -> Self {
+        Self { clusters: Mutex::default(), metrics, hold, sessions_max }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Clusters> {
+        // Nothing that runs under the lock leaves it half changed.
+        self.clusters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts a session in that is ready. Sessions in `replaced` are known to be dead.
+    ///
+    /// # Errors
+    /// Who is in the way.
+    pub fn insert(
+        self: &Arc<Self>,
+        uid: &ClusterUid,
+        instance: &InstanceId,
+        boot_id: &[u8],
+        session: &Session,
+        replaced: &[SessionId],
+    ) -> Result<Registration, InsertError> {
+        let mut clusters = self.lock();
+        clusters.next_id += 1;
+        let id = SessionId(clusters.next_id);
+        let tunnel = clusters.by_uid.entry(uid.clone()).or_default();
+        let alive = |live: &&Live| live.session.closed().is_none() && !replaced.contains(&live.id);
+        let others: Vec<_> = tunnel
+            .sessions
+            .iter()
+            .filter(|live| live.instance == *instance && live.boot_id != boot_id)
+            .filter(alive)
+            .map(|live| (live.id, live.session.clone()))
+            .collect();
+        if !others.is_empty() {
+            return Err(InsertError::OtherProcess(others));
+        }
+        if tunnel.sessions.iter().filter(alive).count() >= self.sessions_max {
+            return Err(InsertError::SessionsMax);
+        }
+        tunnel.since.get_or_insert_with(Instant::now);
+        let (session, instance, boot_id) = (session.clone(), instance.clone(), boot_id.to_vec());
+        tunnel.sessions.push(Live { id, session, instance, boot_id, counted: (0, 0) });
+        tunnel.changed.notify_waiters();
+        Ok(Registration { registry: Arc::clone(self), uid: uid.clone(), id })
+    }
+
+    /// Opens a stream to a cluster, on the session with the fewest streams, the newest of equals; waits for a session
+    /// where that is promising. Sessions in `except` are passed over.
+    ///
+    /// Dropping the future gives up the place in the queue.
+    ///
+    /// # Errors
+    /// Why there is none; nothing has been sent then.
+    pub async fn open(
+        &self,
+        uid: &ClusterUid,
+        except: &[SessionId],
+    ) -> Result<(SessionId, Stream), AcquireError> {
+        let mut held: Option<Held<'_>> = None;
+        let deadline = Instant::now() + self.hold.time;
+        loop {
+            // Registered before the look, so that no change in between is missed.
+            let changed = Arc::clone(&self.lock().by_uid.entry(uid.clone()).or_default().changed);
+            let mut notified = std::pin::pin!(changed.notified());
+            notified.as_mut().enable();
+            match self.open_now(uid, except).await {
+                Err(AcquireError::NotConnected(_)) => {}
+                result => {
+                    if let Some(held) = held {
+                        held.end(HoldOutcome::Served);
+                    }
+                    return result;
+                }
+            }
+            if held.is_none() {
+                held = self.hold(uid);
+            }
+            let waited = match &held {
+                None => Err(None),
+                Some(_) => tokio::time::timeout_at(deadline, notified).await.map_err(Some),
+            };
+            if waited.is_err() {
+                if let Some(held) = held {
+                    held.end(HoldOutcome::TimedOut);
+                }
+                return Err(AcquireError::NotConnected(self.presence(uid)));
+            }
+        }
+    }
+
+    /// As [`Self::open`] without waiting.
+    ///
+    /// # Errors
+    /// Why there is none; nothing has been sent then.
+    pub async fn open_now(
+        &self,
+        uid: &ClusterUid,
+        except: &[SessionId],
+    ) -> Result<(SessionId, Stream), AcquireError> {
+        let mut candidates: Vec<(u32, SessionId, Session)> = {
+            let clusters = self.lock();
+            let sessions = clusters.by_uid.get(uid).map_or(&[][..], |tunnel| &tunnel.sessions);
+            let usable = |live: &&Live| !except.contains(&live.id) && live.session.is_open();
+            sessions.iter().filter(usable).map(|live| (0, live.id, live.session.clone())).collect()
+        };
+        for (streams, _, session) in &mut candidates {
+            *streams = session.stats().streams;
+        }
+        candidates.sort_by_key(|(streams, id, _)| (*streams, std::cmp::Reverse(id.0)));
+        let mut refusal = None;
+        for (_, id, session) in candidates {
+            match session.open().await {
+                Ok(stream) => return Ok((id, stream)),
+                Err(OpenError::StreamsMax) => refusal = Some(AcquireError::StreamsMax),
+                Err(OpenError::Memory) => refusal = Some(AcquireError::Memory),
+                // It ended, or began to drain, since the look: as if it were not there.
+                Err(
+                    OpenError::NotReady | OpenError::Draining | OpenError::IdsExhausted | OpenError::Closed,
+                ) => {}
+            }
+        }
+        Err(refusal.unwrap_or_else(|| AcquireError::NotConnected(self.presence(uid))))
+    }
+
+    /// Takes a place among the waiting requests, if waiting is promising.
+    fn hold(&self, uid: &ClusterUid) -> Option<Held<'_>> {
+        let mut clusters = self.lock();
+        let tunnel = clusters.by_uid.get_mut(uid)?;
+        if self.hold.time.is_zero() || !tunnel.is_expected_back() {
+            return None;
+        }
+        if tunnel.held >= self.hold.requests {
+            self.metrics.hold(HoldOutcome::Full);
+            return None;
+        }
+        tunnel.held += 1;
+        Some(Held {
+            registry: self,
+            uid: uid.clone(),
+            outcome: HoldOutcome::Abandoned,
+            _waiting: self.metrics.waiting(),
+        })
+    }
+
+    /// What is known of a cluster's connection.
+    #[must_use]
+    pub fn presence(&self, uid: &ClusterUid) -> Presence {
+        let clusters = self.lock();
+        let Some(tunnel) = clusters.by_uid.get(uid) else { return Presence::default() };
+        let sessions = tunnel.sessions.iter().filter(|live| live.session.is_open()).count();
+        let gone = tunnel.last_end.filter(|_| sessions == 0).map(|end| end.at.elapsed());
+        Presence {
+            sessions,
+            connected_for: tunnel.since.filter(|_| sessions > 0).map(|since| since.elapsed()),
+            gone_for: gone,
+        }
+    }
+
+    /// Every live session.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<Session> {
+        self.lock()
+            .by_uid
+            .values()
+            .flat_map(|tunnel| tunnel.sessions.iter().map(|live| live.session.clone()))
+            .collect()
+    }
+
+    /// The live sessions of clusters that do not satisfy `keep`.
+    pub(crate) fn sessions_unless(&self, keep: impl Fn(&ClusterUid) -> bool) -> Vec<Session> {
+        let clusters = self.lock();
+        let gone = clusters.by_uid.iter().filter(|(uid, _)| !keep(uid));
+        gone.flat_map(|(_, tunnel)| tunnel.sessions.iter().map(|live| live.session.clone())).collect()
+    }
+
+    /// Hands the tunnel bytes since the last call to the metrics.
+    pub(crate) fn count_bytes(&self) {
+        for tunnel in self.lock().by_uid.values_mut() {
+            for live in &mut tunnel.sessions {
+                live.count(&self.metrics);
+            }
+        }
+    }
+
+    fn remove(&self, uid: &ClusterUid, id: SessionId) {
+        let mut clusters = self.lock();
+        let Some(tunnel) = clusters.by_uid.get_mut(uid) else { return };
+        let Some(index) = tunnel.sessions.iter().position(|live| live.id == id) else { return };
+        let mut live = tunnel.sessions.swap_remove(index);
+        live.count(&self.metrics);
+        let goaway = live.session.state().borrow().goaway.is_some();
+        tunnel.last_end = Some(LastEnd { at: Instant::now(), goaway });
+        if tunnel.sessions.is_empty() {
+            tunnel.since = None;
+        }
+        tunnel.changed.notify_waiters();
+    }
+}
+
+impl Tunnel {
+    fn is_expected_back(&self) -> bool {
+        // A session that said GoAway and still finishes its streams counts as leaving now.
+        let leaving = self.sessions.iter().any(|live| {
+            let state = live.session.state();
+            let state = state.borrow();
+            state.goaway.is_some() && state.closed.is_none()
+        });
+        leaving
+            || self
+                .last_end
+                .is_some_and(|end| end.at.elapsed() < if end.goaway { RECENT_GOAWAY } else { RECENT })
+    }
+}
+
+impl Live {
+    fn count(&mut self, metrics: &Metrics) {
+        let stats = self.session.stats();
+        metrics.tunnel_bytes(stats.bytes_in - self.counted.0, stats.bytes_out - self.counted.1);
+        self.counted = (stats.bytes_in, stats.bytes_out);
+    }
+}
+
+impl Registration {
+    /// Which registration this is.
+    #[must_use]
+    pub const fn id(&self) -> SessionId {
+        self.id
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.registry.remove(&self.uid, self.id);
+    }
+}
+
+/// A place among the waiting requests of a cluster.
+struct Held<'a> {
+    registry: &'a Registry,
+    uid: ClusterUid,
+    outcome: HoldOutcome,
+    _waiting: Counted,
+}
+
+impl Held<'_> {
+    fn end(mut self, outcome: HoldOutcome) {
+        self.outcome = outcome;
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Some(tunnel) = self.registry.lock().by_uid.get_mut(&self.uid) {
+            tunnel.held -= 1;
+        }
+        self.registry.metrics.hold(self.outcome);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::duplex;
+    use tokio::task::JoinSet;
+    use towline_proto::Code;
+    use towline_proto::mux::{Budget, Introduction, Limits, Role};
+    use towline_proto::tunnel::SessionConfig;
+    use towline_proto::wire::GoAway;
+
+    /// Both ends of a session, ready.
+    struct Pair {
+        gateway: Session,
+        agent: Session,
+        _drivers: JoinSet<()>,
+    }
+
+    async fn pair() -> Pair {
+        let (near, far) = duplex(64 * 1024);
+        let config = |role| SessionConfig {
+            role,
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+            introduction: Introduction::default(),
+        };
+        let (gateway, gateway_driver) = Session::over(near, config(Role::Gateway)).unwrap();
+        let (agent, agent_driver) = Session::over(far, config(Role::Agent)).unwrap();
+        let mut drivers = JoinSet::new();
+        drivers.spawn(async move { drop(gateway_driver.run().await) });
+        drivers.spawn(async move { drop(agent_driver.run().await) });
+        gateway.ready().await.unwrap();
+        Pair { gateway, agent, _drivers: drivers }
+    }
+
+    fn registry() -> Arc<Registry> {
+        let hold = HoldLimits { time: Duration::from_secs(3), requests: 2 };
+        Arc::new(Registry::new(Arc::default(), hold, 4))
+    }
+
+    fn uid() -> ClusterUid {
+        ClusterUid::new("prod").unwrap()
+    }
+
+    fn insert(registry: &Arc<Registry>, pair: &Pair, boot_id: u8) -> Result<Registration, InsertError> {
+        registry.insert(&uid(), &InstanceId::new("a").unwrap(), &[boot_id; 16], &pair.gateway, &[])
+    }
+
+    /// How long a request waits in vain.
+    async fn waits(registry: &Registry) -> Duration {
+        let start = Instant::now();
+        assert!(matches!(registry.open(&uid(), &[]).await, Err(AcquireError::NotConnected(_))));
+        start.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_waits_only_where_an_agent_is_expected_back() {
+        let registry = registry();
+        assert_eq!(waits(&registry).await, Duration::ZERO, "never seen");
+        let first = pair().await;
+        let registration = insert(&registry, &first, 1).unwrap();
+        first.gateway.close(Code::Internal, "crash");
+        drop(registration);
+        assert_eq!(waits(&registry).await, Duration::from_secs(3), "broke just now");
+        tokio::time::sleep(RECENT).await;
+        assert_eq!(waits(&registry).await, Duration::ZERO, "broke some time ago");
+        assert!(registry.presence(&uid()).gone_for.unwrap() >= RECENT);
+
+        let second = pair().await;
+        let registration = insert(&registry, &second, 1).unwrap();
+        second.agent.drain(GoAway { code: 10, reconnect_after_ms: 0, drain_ms: 0 });
+        second.gateway.wait_for(|state| state.goaway.is_some()).await;
+        assert_eq!(waits(&registry).await, Duration::from_secs(3), "is leaving");
+        drop(registration);
+        tokio::time::sleep(RECENT).await;
+        assert_eq!(waits(&registry).await, Duration::from_secs(3), "said that it leaves");
+        tokio::time::sleep(RECENT_GOAWAY).await;
+        assert_eq!(waits(&registry).await, Duration::ZERO, "left for good");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_that_wait_are_few_and_are_served_when_a_session_comes() {
+        let registry = registry();
+        let first = pair().await;
+        drop(insert(&registry, &first, 1).unwrap());
+        let mut waiting = JoinSet::new();
+        for _ in 0..2 {
+            let registry = Arc::clone(&registry);
+            waiting.spawn(async move { registry.open(&uid(), &[]).await.map(|(id, _)| id) });
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert_eq!(waits(&registry).await, Duration::ZERO, "two wait already");
+        let second = pair().await;
+        let registration = insert(&registry, &second, 2).unwrap();
+        while let Some(result) = waiting.join_next().await {
+            assert_eq!(result.unwrap().unwrap(), registration.id());
+        }
+        // A place in the queue is given back when its owner goes away.
+        drop(registration);
+        second.gateway.close(Code::Internal, "crash");
+        let uid = uid();
+        let mut gone = std::pin::pin!(registry.open(&uid, &[]));
+        assert!(tokio::time::timeout(Duration::from_millis(1), &mut gone).await.is_err());
+        assert_eq!(registry.lock().by_uid[&uid].held, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_session_with_the_fewest_streams_is_picked_and_the_newest_of_equals() {
+        let registry = registry();
+        let (old, new) = (pair().await, pair().await);
+        let first = insert(&registry, &old, 1).unwrap();
+        let second = insert(&registry, &new, 1).unwrap();
+        let (id, _stream) = registry.open(&uid(), &[]).await.unwrap();
+        assert_eq!(id, second.id());
+        let (id, _other) = registry.open(&uid(), &[]).await.unwrap();
+        assert_eq!(id, first.id());
+        let (id, _third) = registry.open(&uid(), &[second.id()]).await.unwrap();
+        assert_eq!(id, first.id());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guard_takes_out_its_own_session_and_no_other() {
+        let registry = registry();
+        let (old, new) = (pair().await, pair().await);
+        let first = insert(&registry, &old, 1).unwrap();
+        let Err(InsertError::OtherProcess(others)) = insert(&registry, &new, 2) else { panic!() };
+        assert_eq!(others.len(), 1);
+        let replaced = [others[0].0];
+        let instance = InstanceId::new("a").unwrap();
+        let second = registry.insert(&uid(), &instance, &[2; 16], &new.gateway, &replaced).unwrap();
+        drop(first);
+        assert_eq!(registry.presence(&uid()).sessions, 1);
+        assert!(registry.presence(&uid()).connected_for.is_some());
+        drop(second);
+        assert_eq!(registry.presence(&uid()).sessions, 0);
+    }
+}

@@ -1,0 +1,399 @@
+//! Which cluster does a request name? `/clusters/NAME/…` does, or the host `NAME.<hostDomain>`; the host decides.
+//!
+//! Only the prefix is interpreted, and an ambiguous one is refused. What follows it goes upstream byte for byte.
+
+use http::request::Parts;
+use http::{Version, header};
+use std::borrow::Borrow;
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// The prefix of every path that names a cluster.
+pub const PREFIX: &str = "/clusters/";
+/// Longest path and query.
+const TARGET_MAX: usize = 16 * 1024;
+
+/// The name of a cluster: 1 to 63 of `a-z 0-9 -`, first and last not `-`, no `xn--` label.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClusterName(Arc<str>);
+
+/// Why a text is no [`ClusterName`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("a cluster name is 1 to 63 of a-z, 0-9 and, between them, -")]
+pub struct ClusterNameError;
+
+impl ClusterName {
+    /// Takes a text that follows the rules.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn new(text: &str) -> Result<Self, ClusterNameError> {
+        let bytes = text.as_bytes();
+        let plain = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+        let edges = bytes.first().is_some_and(plain) && bytes.last().is_some_and(plain);
+        let middle = bytes.iter().all(|byte| plain(byte) || *byte == b'-');
+        let valid = edges && middle && bytes.len() <= 63 && !text.starts_with("xn--");
+        if valid { Ok(Self(text.into())) } else { Err(ClusterNameError) }
+    }
+
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ClusterName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for ClusterName {
+    type Err = ClusterNameError;
+    fn from_str(text: &str) -> Result<Self, ClusterNameError> {
+        Self::new(text)
+    }
+}
+
+impl Borrow<str> for ClusterName {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Where a request goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub name: ClusterName,
+    /// Path and query for the upstream, byte for byte as the client sent them.
+    pub path_and_query: String,
+    /// Whether the name was in the path, so that paths in answers must get the prefix back.
+    pub by_path: bool,
+}
+
+impl Route {
+    /// The path without the query.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        self.path_and_query.split('?').next().unwrap_or_default()
+    }
+
+    /// The query, or nothing.
+    #[must_use]
+    pub fn query(&self) -> &str {
+        self.path_and_query.split_once('?').map_or("", |(_, query)| query)
+    }
+}
+
+/// Why a request goes nowhere.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum RouteError {
+    #[error("the request has no usable Host: {0}")]
+    BadHost(&'static str),
+    #[error("the request is for another host than the TLS connection was made for")]
+    Misdirected,
+    #[error("the path is ambiguous: {0}")]
+    BadPath(&'static str),
+    #[error("the request target is longer than {TARGET_MAX} bytes")]
+    TooLong,
+    /// A path of the Kubernetes API without a cluster.
+    #[error("no cluster in the path")]
+    ApiAtRoot,
+    #[error("nothing is served at this path")]
+    Nothing,
+}
+
+/// Finds the cluster that a request names. `sni` is the name in the ClientHello.
+///
+/// # Errors
+/// Why there is none.
+pub fn route(parts: &Parts, host_domain: Option<&str>, sni: Option<&str>) -> Result<Route, RouteError> {
+    let host = host(parts)?;
+    if let (Some(sni), Host::Name(name)) = (sni, &host)
+        && !sni.trim_end_matches('.').eq_ignore_ascii_case(name)
+    {
+        return Err(RouteError::Misdirected);
+    }
+    let target = parts.uri.path_and_query().ok_or(RouteError::BadPath("there is none"))?.as_str();
+    if target.len() > TARGET_MAX {
+        return Err(RouteError::TooLong);
+    }
+    if let (Host::Name(name), Some(domain)) = (&host, host_domain)
+        && let Some(label) = name.strip_suffix(domain).and_then(|rest| rest.strip_suffix('.'))
+    {
+        let name =
+            ClusterName::new(label).map_err(|_| RouteError::BadHost("its first label is no cluster name"))?;
+        if !target.starts_with('/') {
+            return Err(RouteError::BadPath("it does not begin with /"));
+        }
+        return Ok(Route { name, path_and_query: target.to_owned(), by_path: false });
+    }
+    by_path(target)
+}
+
+fn by_path(target: &str) -> Result<Route, RouteError> {
+    let path = target.split('?').next().unwrap_or_default();
+    let Some(rest) = target.strip_prefix(PREFIX) else {
+        return Err(if is_api(path) { RouteError::ApiAtRoot } else { RouteError::Nothing });
+    };
+    let end = rest.find(['/', '?']).unwrap_or(rest.len());
+    if rest.is_empty() {
+        return Err(RouteError::Nothing);
+    }
+    let name = ClusterName::new(&rest[..end])
+        .map_err(|_| RouteError::BadPath("what follows /clusters/ is no cluster name"))?;
+    let rest = &rest[end..];
+    let path_and_query = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
+    if climbs(path_and_query.split('?').next().unwrap_or_default()) {
+        return Err(RouteError::BadPath("it leaves the cluster's prefix"));
+    }
+    Ok(Route { name, path_and_query, by_path: true })
+}
+
+/// Whether dot segments lead out of the path, read as leniently as any server may read them.
+fn climbs(path: &str) -> bool {
+    let mut depth = 0_i32;
+    for segment in percent_decode(path).split(|byte| matches!(byte, b'/' | b'\\')).skip(1) {
+        match segment {
+            b".." => depth -= 1,
+            b"." | b"" => {}
+            _ => depth += 1,
+        }
+        if depth < 0 {
+            return true;
+        }
+    }
+    false
+}
+
+/// Decodes `%XX` once; what is no escape stays.
+pub(crate) fn percent_decode(text: &str) -> Vec<u8> {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while let Some(&byte) = bytes.get(at) {
+        let digit = |offset: usize| bytes.get(at + offset).and_then(|&byte| char::from(byte).to_digit(16));
+        match (byte, digit(1), digit(2)) {
+            (b'%', Some(high), Some(low)) => {
+                out.push(u8::try_from(high * 16 + low).unwrap_or_default());
+                at += 3;
+            }
+            _ => {
+                out.push(byte);
+                at += 1;
+            }
+        }
+    }
+    out
+}
+
+/// Whether a path belongs to the Kubernetes API, and so probably lost its prefix.
+fn is_api(path: &str) -> bool {
+    let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
+    matches!(
+        first,
+        "api" | "apis" | "version" | "openapi" | "healthz" | "livez" | "readyz" | "logs" | "metrics"
+    )
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Host {
+    /// Lower case, without port and final dot.
+    Name(String),
+    Address,
+}
+
+/// The one host that a request names.
+fn host(parts: &Parts) -> Result<Host, RouteError> {
+    let mut lines = parts.headers.get_all(header::HOST).iter();
+    let line = lines.next();
+    if lines.next().is_some() {
+        return Err(RouteError::BadHost("there are several"));
+    }
+    let line =
+        line.map(|line| line.to_str().map_err(|_| RouteError::BadHost("it is not ASCII"))).transpose()?;
+    let authority = parts.uri.authority().map(http::uri::Authority::as_str);
+    let text = match (authority, line) {
+        (Some(authority), Some(line)) if !authority.eq_ignore_ascii_case(line) => {
+            return Err(RouteError::BadHost("it differs from the request target's"));
+        }
+        (Some(text), _) | (None, Some(text)) => text,
+        (None, None) if parts.version == Version::HTTP_2 => {
+            return Err(RouteError::BadHost("there is no :authority"));
+        }
+        (None, None) => return Err(RouteError::BadHost("there is none")),
+    };
+    parse_host(text)
+}
+
+fn parse_host(text: &str) -> Result<Host, RouteError> {
+    let wrong = RouteError::BadHost("it is no host name with an optional port");
+    let (name, port) = match text.strip_prefix('[') {
+        Some(rest) => {
+            let (address, after) = rest.split_once(']').ok_or_else(|| wrong.clone())?;
+            address.parse::<std::net::Ipv6Addr>().map_err(|_| wrong.clone())?;
+            (None, after.strip_prefix(':').or_else(|| after.is_empty().then_some("0")))
+        }
+        None => match text.split_once(':') {
+            Some((name, port)) => (Some(name), Some(port)),
+            None => (Some(text), Some("0")),
+        },
+    };
+    port.filter(|port| !port.is_empty() && port.parse::<u16>().is_ok()).ok_or_else(|| wrong.clone())?;
+    let Some(name) = name else { return Ok(Host::Address) };
+    if name.parse::<IpAddr>().is_ok() {
+        return Ok(Host::Address);
+    }
+    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
+    let label = |label: &str| {
+        !label.is_empty()
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+    };
+    if name.len() <= 253 && name.split('.').all(label) { Ok(Host::Name(name)) } else { Err(wrong) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(uri: &str, host: &[&str]) -> Parts {
+        let mut request = http::Request::builder().uri(uri);
+        for host in host {
+            request = request.header("host", *host);
+        }
+        request.body(()).unwrap().into_parts().0
+    }
+
+    fn path(uri: &str) -> Result<(String, String), RouteError> {
+        let route = route(&parts(uri, &["gw.example"]), Some("clusters.example"), None)?;
+        Ok((route.name.to_string(), route.path_and_query))
+    }
+
+    /// PA-03: what follows the prefix is forwarded byte for byte.
+    #[test]
+    fn the_rest_stays_as_it_is() {
+        for (uri, name, rest) in [
+            ("/clusters/a/api", "a", "/api"),
+            ("/clusters/a", "a", "/"),
+            ("/clusters/a/", "a", "/"),
+            ("/clusters/a?watch=1", "a", "/?watch=1"),
+            ("/clusters/prod-eu/api/v1/x?y=%2f&z=a+b", "prod-eu", "/api/v1/x?y=%2f&z=a+b"),
+            (
+                "/clusters/a/api/v1/namespaces/x/pods/y/proxy/a%2Fb//c?x=%2f",
+                "a",
+                "/api/v1/namespaces/x/pods/y/proxy/a%2Fb//c?x=%2f",
+            ),
+            ("/clusters/a/x/../y", "a", "/x/../y"),
+            ("/clusters/a/x?y=/../..", "a", "/x?y=/../.."),
+            ("/clusters/a//x", "a", "//x"),
+        ] {
+            assert_eq!(path(uri), Ok((name.to_owned(), rest.to_owned())), "{uri}");
+        }
+    }
+
+    /// PA-01, PA-02, PA-04.
+    #[test]
+    fn ambiguous_prefixes_are_refused() {
+        let long = format!("/clusters/{}/api", "a".repeat(254));
+        for uri in [
+            "/clusters/a/../b/api",
+            "/clusters/./a/api",
+            "/clusters/../a/api",
+            "/clusters//a/api",
+            "/clusters/a%2fapi",
+            "/clusters/a%2Fapi/x",
+            "/clusters/%2e%2e/admin",
+            "/clusters/a/%2e%2e/b",
+            "/clusters/a/%2E./b",
+            "/clusters/a/x/..%2f../b",
+            "/clusters/a/..%5cb",
+            "/clusters/a%00/api",
+            "/clusters/PROD/api",
+            "/clusters/-a/api",
+            "/clusters/a-/api",
+            "/clusters/a_b/api",
+            "/clusters/xn--a/api",
+            "/clusters/a;b/api",
+            "/clusters/a%20/api",
+            &long,
+        ] {
+            assert!(matches!(path(uri), Err(RouteError::BadPath(_))), "{uri}: {:?}", path(uri));
+        }
+    }
+
+    #[test]
+    fn nothing_else_routes() {
+        for uri in [
+            "/",
+            "/clusters",
+            "/clusters/",
+            "//clusters/a/api",
+            "/Clusters/a",
+            "/%63lusters/a",
+            "/x/../clusters/a",
+        ] {
+            assert_eq!(path(uri), Err(RouteError::Nothing), "{uri}");
+        }
+        for uri in ["/api", "/api/v1/pods", "/apis", "/version", "/openapi/v2?timeout=32s", "//api"] {
+            assert_eq!(path(uri), Err(RouteError::ApiAtRoot), "{uri}");
+        }
+        assert_eq!(path(&format!("/clusters/a/{}", "x".repeat(TARGET_MAX))), Err(RouteError::TooLong));
+    }
+
+    #[test]
+    fn the_host_decides() {
+        let by_host = |uri: &str, host: &str, sni: Option<&str>| {
+            let route = route(&parts(uri, &[host]), Some("clusters.example"), sni)?;
+            Ok((route.name.to_string(), route.path_and_query))
+        };
+        let to = |name: &str, path: &str| Ok((name.to_owned(), path.to_owned()));
+        assert_eq!(by_host("/api?x=1", "prod.clusters.example:8443", None), to("prod", "/api?x=1"));
+        assert_eq!(
+            by_host("/api", "PROD.clusters.Example.", Some("prod.clusters.example")),
+            to("prod", "/api")
+        );
+        // The path of a host-routed request belongs to the cluster alone.
+        assert_eq!(
+            by_host("/clusters/dev/api", "prod.clusters.example", None),
+            to("prod", "/clusters/dev/api")
+        );
+        assert_eq!(by_host("/clusters/dev/api", "gw.example", Some("gw.example")), to("dev", "/api"));
+        assert_eq!(by_host("/clusters/dev/api", "[::1]:8443", Some("gw.example")), to("dev", "/api"));
+        let misdirected = Err(RouteError::Misdirected);
+        assert_eq!(by_host("/api", "prod.clusters.example", Some("dev.clusters.example")), misdirected);
+        assert_eq!(by_host("/clusters/dev/api", "gw.example", Some("prod.clusters.example")), misdirected);
+        for host in ["a.b.clusters.example", "-a.clusters.example", "xn--a.clusters.example"] {
+            assert!(matches!(by_host("/api", host, None), Err(RouteError::BadHost(_))), "{host}");
+        }
+        assert_eq!(by_host("/api", "evilclusters.example", None), Err(RouteError::ApiAtRoot));
+    }
+
+    /// H1-09.
+    #[test]
+    fn bad_hosts_are_refused() {
+        for hosts in [
+            &[][..],
+            &[""],
+            &["a", "b"],
+            &["a", "a"],
+            &["user@a"],
+            &["a/b"],
+            &["a:"],
+            &["a:99999"],
+            &["a:b"],
+            &["a..b"],
+            &["[::1"],
+            &["[x]"],
+            &["a b"],
+        ] {
+            let result = route(&parts("/clusters/a/api", hosts), None, None);
+            assert!(matches!(result, Err(RouteError::BadHost(_))), "{hosts:?}: {result:?}");
+        }
+        let absolute = route(&parts("https://gw.example/clusters/a/api", &["other.example"]), None, None);
+        assert!(matches!(absolute, Err(RouteError::BadHost(_))));
+        assert!(route(&parts("https://gw.example/clusters/a/api", &["gw.example"]), None, None).is_ok());
+    }
+}

@@ -1,0 +1,273 @@
+//! What do the parts of one gateway share? The configuration in force, the registry, the metrics, and who owns the tasks.
+
+use crate::authn::tokens::Tokens;
+use crate::authz::AccessRules;
+use crate::config::{Cluster, ConfigError, GatewayConfig};
+use crate::metrics::Metrics;
+use crate::registry::{HoldLimits, Registry};
+use arc_swap::ArcSwap;
+use rustls::ServerConfig;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use towline_certs::load::load_credential;
+use towline_certs::tls::{FrontCertificates, front_server, tunnel_server};
+use towline_certs::{AgentCa, ClientCa, ClusterUid, LoadPolicy, Strictness};
+use towline_proto::mux::Budget;
+
+/// What a reload replaces as a whole.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub(crate) config: GatewayConfig,
+    pub(crate) by_name: HashMap<String, Arc<Cluster>>,
+    pub(crate) by_uid: HashMap<ClusterUid, Arc<Cluster>>,
+    pub(crate) access: AccessRules,
+    pub(crate) tokens: Tokens,
+    pub(crate) client_ca: Option<ClientCa>,
+    pub(crate) agent_ca: AgentCa,
+    pub(crate) front_tls: Arc<ServerConfig>,
+    pub(crate) tunnel_tls: Arc<ServerConfig>,
+    /// What was tolerated, to be logged.
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Live {
+    /// Reads every file that the configuration names. Blocks.
+    pub(crate) fn load(config: GatewayConfig) -> Result<Self, ConfigError> {
+        config.validate()?;
+        let mut problems = Problems::default();
+        let now = SystemTime::now();
+        let (front, tunnel) = (&config.tls.front, &config.tls.tunnel);
+        // A certificate that has run out is still better than none: a restart must not make things worse.
+        let policy = LoadPolicy { exposed_key: Strictness::Warn, outdated: Strictness::Warn };
+        let mut warnings = Vec::new();
+        let mut credential = |certificate, key| {
+            let loaded = load_credential(certificate, key, policy, now)?;
+            warnings.extend(loaded.warnings.iter().map(ToString::to_string));
+            Ok::<_, towline_certs::LoadError>(loaded.value)
+        };
+        let front_credential = problems.note("tls.front", credential(&front.certificate, &front.key));
+        let tunnel_credential = problems.note("tls.tunnel", credential(&tunnel.certificate, &tunnel.key));
+        let agent_roots =
+            problems.note("tls.tunnel.agentCA", towline_certs::load::load_roots(&tunnel.agent_ca));
+        let agent_ca = agent_roots.and_then(|roots| {
+            problems.note("tls.tunnel.agentCA", AgentCa::new(&roots, config.trust_domain.clone()))
+        });
+        let client_roots = front.client_ca.as_ref().map(|path| towline_certs::load::load_roots(path));
+        let client_roots = client_roots.and_then(|roots| problems.note("tls.front.clientCA", roots));
+        let client_ca =
+            client_roots.and_then(|roots| problems.note("tls.front.clientCA", ClientCa::new(&roots)));
+        if let (Some(agents), Some(clients)) = (&agent_ca, &client_ca)
+            && agents.shares_a_key_with(clients)
+        {
+            problems.push("tls: agentCA and clientCA share a key, so that an agent could pass for a client; use two CAs");
+        }
+        let tokens = config.token_file.as_deref().map_or_else(|| Ok(Tokens::default()), Tokens::load);
+        let tokens = tokens.unwrap_or_else(|errors| {
+            errors.iter().for_each(|error| problems.push(&format!("tokenFile: {error}")));
+            Tokens::default()
+        });
+        let front_tls = front_credential.and_then(|credential| {
+            problems.note("tls.front", front_server(&FrontCertificates::new(credential), client_ca.as_ref()))
+        });
+        let tunnel_tls = tunnel_credential
+            .zip(agent_ca.as_ref())
+            .and_then(|(credential, agents)| problems.note("tls.tunnel", tunnel_server(&credential, agents)));
+        let (Some(front_tls), Some(tunnel_tls), Some(agent_ca), true) =
+            (front_tls, tunnel_tls, agent_ca, problems.0.is_empty())
+        else {
+            return Err(ConfigError { problems: problems.0 });
+        };
+        let clusters: Vec<_> = config.clusters.iter().cloned().map(Arc::new).collect();
+        let by_name =
+            clusters.iter().map(|cluster| (cluster.name.to_string(), Arc::clone(cluster))).collect();
+        let by_uid = clusters.iter().map(|cluster| (cluster.uid.clone(), Arc::clone(cluster))).collect();
+        let access = AccessRules::new(config.access.clone());
+        Ok(Self {
+            config,
+            by_name,
+            by_uid,
+            access,
+            tokens,
+            client_ca,
+            agent_ca,
+            front_tls,
+            tunnel_tls,
+            warnings,
+        })
+    }
+}
+
+#[derive(Default)]
+struct Problems(Vec<String>);
+
+impl Problems {
+    fn push(&mut self, problem: &str) {
+        self.0.push(problem.to_owned());
+    }
+
+    fn note<T, E: std::fmt::Display>(&mut self, key: &str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.0.push(format!("{key}: {error}"))).ok()
+    }
+}
+
+/// What all parts share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// What needs a restart to change: addresses, limits, timeouts.
+    pub(crate) config: GatewayConfig,
+    live: ArcSwap<Live>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Receive memory of all sessions.
+    pub(crate) budget: Budget,
+    /// Tells this process from another one, in the hello.
+    pub(crate) boot_id: [u8; 16],
+    pub(crate) stages: Stages,
+    pub(crate) tasks: Tasks,
+    pub(crate) principals: Arc<PerKey<String>>,
+    pub(crate) self_checks: SelfChecks,
+}
+
+/// The steps of stopping; each is cancelled when it begins.
+#[derive(Debug, Default)]
+pub(crate) struct Stages {
+    /// Not ready any more.
+    pub(crate) unready: CancellationToken,
+    /// Nothing new is accepted, connections finish what they have.
+    pub(crate) draining: CancellationToken,
+    /// Everything ends now.
+    pub(crate) abort: CancellationToken,
+}
+
+/// Who owns the tasks.
+#[derive(Debug, Default)]
+pub(crate) struct Tasks {
+    /// Connections of clients, handshakes, upgraded connections, request bodies on their way.
+    pub(crate) front: TaskTracker,
+    /// Sessions with agents.
+    pub(crate) tunnel: TaskTracker,
+    /// Listeners, admin connections, reloads.
+    pub(crate) house: TaskTracker,
+}
+
+impl Shared {
+    pub(crate) fn new(live: Live) -> Self {
+        let config = live.config.clone();
+        let metrics = Arc::new(Metrics::new());
+        let hold = HoldLimits { time: config.timeouts.hold, requests: config.limits.held_per_cluster };
+        let registry = Registry::new(Arc::clone(&metrics), hold, config.limits.sessions_per_cluster);
+        let mut boot_id = [0; 16];
+        random(&mut boot_id);
+        Self {
+            budget: Budget::new(config.limits.tunnel_memory.0),
+            principals: PerKey::new(config.limits.requests_per_principal),
+            config,
+            live: ArcSwap::from_pointee(live),
+            registry: Arc::new(registry),
+            metrics,
+            boot_id,
+            stages: Stages::default(),
+            tasks: Tasks::default(),
+            self_checks: SelfChecks::default(),
+        }
+    }
+
+    pub(crate) fn live(&self) -> Arc<Live> {
+        self.live.load_full()
+    }
+
+    pub(crate) fn publish(&self, live: Live) {
+        self.live.store(Arc::new(live));
+    }
+}
+
+/// Fills `bytes` with random ones.
+pub(crate) fn random(bytes: &mut [u8]) {
+    aws_lc_rs::rand::fill(bytes).expect("the system's random number generator never fails once it is seeded");
+}
+
+/// How many of something each key has, up to a limit.
+#[derive(Debug)]
+pub(crate) struct PerKey<K> {
+    max: usize,
+    counts: Mutex<HashMap<K, usize>>,
+}
+
+/// One of what [`PerKey`] counts, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct KeyPermit<K: Clone + Eq + std::hash::Hash> {
+    owner: Arc<PerKey<K>>,
+    key: K,
+}
+
+impl<K: Clone + Eq + std::hash::Hash> PerKey<K> {
+    pub(crate) fn new(max: usize) -> Arc<Self> {
+        Arc::new(Self { max, counts: Mutex::default() })
+    }
+
+    /// One more for this key, unless it has as many as it may.
+    pub(crate) fn take(self: &Arc<Self>, key: &K) -> Option<KeyPermit<K>> {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(key.clone()).or_default();
+        if *count >= self.max {
+            return None;
+        }
+        *count += 1;
+        Some(KeyPermit { owner: Arc::clone(self), key: key.clone() })
+    }
+}
+
+impl<K: Clone + Eq + std::hash::Hash> Drop for KeyPermit<K> {
+    fn drop(&mut self) {
+        let mut counts = self.owner.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.key) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.key);
+            }
+        }
+    }
+}
+
+/// The local addresses of our own readiness checks, so that the listener knows them.
+#[derive(Debug, Default)]
+pub(crate) struct SelfChecks(Mutex<HashSet<SocketAddr>>, AtomicUsize);
+
+impl SelfChecks {
+    pub(crate) fn begin(&self, from: SocketAddr) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(from);
+        self.1.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn end(&self, from: SocketAddr) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&from);
+        self.1.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_own(&self, from: SocketAddr) -> bool {
+        self.1.load(Ordering::Relaxed) > 0
+            && self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permits_are_counted_per_key_and_given_back() {
+        let limit = PerKey::new(2);
+        let first = limit.take(&"a").unwrap();
+        let _second = limit.take(&"a").unwrap();
+        assert!(limit.take(&"a").is_none());
+        assert!(limit.take(&"b").is_some());
+        drop(first);
+        assert!(limit.take(&"a").is_some());
+        assert_eq!(limit.counts.lock().unwrap().len(), 1);
+    }
+}

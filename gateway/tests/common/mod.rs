@@ -1,0 +1,415 @@
+//! A gateway in this process, agents made of the protocol alone, and clients over real sockets.
+#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends like that")]
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::ClientConfig;
+use serde_json::Value;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use towline_certs::devset::{DevCluster, DevSet};
+use towline_certs::load::{LoadPolicy, load_credential, load_roots};
+use towline_certs::{ClientIdentity, ClusterUid, Credential, ServerName, TrustDomain, tls};
+use towline_gateway::Gateway;
+use towline_gateway::config::{self, AccessRule, Effect, GatewayConfig, Mode};
+use towline_proto::mux::{Budget, Introduction, Limits, Role};
+use towline_proto::open::{self, Answer, BodyKind, Header, Open, Outcome, Request as OpenRequest, Want};
+use towline_proto::tunnel::exchange::{recv_head, send_head};
+use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig};
+
+pub const TOKEN: &str = "tlat_0123456789abcdef";
+pub const HEAD_MAX: usize = 64 * 1024;
+
+/// Files, configuration and a running gateway.
+pub struct World {
+    pub directory: TempDir,
+    pub gateway: Gateway,
+}
+
+/// The configuration of a world: `prod` impersonates, `strict` is restricted, `far` is never connected, `secret` is
+/// nobody's.
+pub fn config(directory: &Path) -> GatewayConfig {
+    let uid = |text: &str| ClusterUid::new(text).unwrap();
+    let clusters = ["prod", "strict", "far", "secret"];
+    let set = DevSet {
+        directory: directory.to_owned(),
+        gateway_hosts: vec![
+            "localhost".parse().unwrap(),
+            "127.0.0.1".parse().unwrap(),
+            "*.clusters.test".parse().unwrap(),
+        ],
+        clusters: clusters
+            .iter()
+            .chain(&["stranger"])
+            .map(|name| DevCluster { name: uid(name), uid: uid(&format!("{name}-uid")) })
+            .collect(),
+        clients: vec![
+            ClientIdentity::new("jane", ["ops"]).unwrap(),
+            ClientIdentity::new("joe", [""; 0]).unwrap(),
+            ClientIdentity::new("system:admin", [""; 0]).unwrap(),
+        ],
+        trust_domain: TrustDomain::new("example.org").unwrap(),
+        leaf_lifetime: Duration::from_secs(3600),
+        force: false,
+    };
+    set.write(SystemTime::now()).unwrap();
+    let path = |name: &str| directory.join(name);
+    let tls = config::Tls {
+        front: config::FrontTls {
+            certificate: path("front-server.crt"),
+            key: path("front-server.key"),
+            client_ca: Some(path("front-client-ca.crt")),
+        },
+        tunnel: config::TunnelTls {
+            certificate: path("tunnel-server.crt"),
+            key: path("tunnel-server.key"),
+            agent_ca: path("tunnel-ca.crt"),
+        },
+    };
+    let mut config = GatewayConfig::new(TrustDomain::new("example.org").unwrap(), tls);
+    config.listen.address = "127.0.0.1:0".parse().unwrap();
+    config.admin.address = "127.0.0.1:0".parse().unwrap();
+    config.host_domain = Some("clusters.test".to_owned());
+    config.clusters = clusters
+        .iter()
+        .map(|name| config::Cluster {
+            name: name.parse().unwrap(),
+            uid: uid(&format!("{name}-uid")),
+            mode: if *name == "strict" { Mode::Restricted } else { Mode::Impersonate },
+            account: None,
+        })
+        .collect();
+    let hash: String = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, TOKEN.as_bytes())
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    std::fs::write(
+        path("tokens.yaml"),
+        format!("tokens:\n- {{sha256: {hash}, user: argo, groups: [ops]}}\n"),
+    )
+    .unwrap();
+    config.token_file = Some(path("tokens.yaml"));
+    let rule = |effect, groups: &[&str], clusters: &[&str]| AccessRule {
+        effect,
+        users: Vec::new(),
+        groups: groups.iter().map(ToString::to_string).collect(),
+        clusters: clusters.iter().map(ToString::to_string).collect(),
+    };
+    config.access = vec![rule(Effect::Allow, &["ops"], &["prod", "strict", "far"])];
+    config.drain.deadline = Duration::from_secs(5);
+    config
+}
+
+impl World {
+    pub async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    pub async fn with(change: impl FnOnce(&mut GatewayConfig)) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = config(directory.path());
+        change(&mut config);
+        let gateway = Gateway::start(config).await.unwrap();
+        Self { directory, gateway }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub fn credential(&self, stem: &str) -> Credential {
+        let (chain, key) = (self.path(&format!("{stem}.crt")), self.path(&format!("{stem}.key")));
+        load_credential(&chain, &key, LoadPolicy::STRICT, SystemTime::now()).unwrap().value
+    }
+
+    pub fn client_tls(&self, client: Option<&str>, alpn: &[u8]) -> Arc<ClientConfig> {
+        let roots = load_roots(&self.path("front-ca.crt")).unwrap();
+        let credential = client.map(|client| self.credential(&format!("client-{client}")));
+        let mut config = (*tls::http_client(&roots, credential.as_ref()).unwrap()).clone();
+        config.alpn_protocols = vec![alpn.to_vec()];
+        Arc::new(config)
+    }
+
+    pub async fn connect(&self, client: Option<&str>, alpn: &[u8], name: &str) -> TlsStream<TcpStream> {
+        let socket = TcpStream::connect(self.gateway.public_addr()).await.unwrap();
+        let name = ServerName::try_from(name.to_owned()).unwrap();
+        TlsConnector::from(self.client_tls(client, alpn)).connect(name, socket).await.unwrap()
+    }
+
+    /// An HTTP/1.1 client.
+    pub async fn h1(&self, client: Option<&str>) -> Client {
+        self.h1_for(client, "localhost").await
+    }
+
+    pub async fn h1_for(&self, client: Option<&str>, name: &str) -> Client {
+        let io = TokioIo::new(self.connect(client, b"http/1.1", name).await);
+        let (sender, connection) = http1::handshake(io).await.unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(connection.with_upgrades().await) });
+        Client { sender: Sender::H1(sender), _tasks: tasks }
+    }
+
+    /// An HTTP/2 client.
+    pub async fn h2(&self, client: Option<&str>) -> Client {
+        let io = TokioIo::new(self.connect(client, b"h2", "localhost").await);
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(connection.await) });
+        Client { sender: Sender::H2(sender), _tasks: tasks }
+    }
+
+    /// An agent of a cluster, connected and ready.
+    pub async fn agent(&self, cluster: &str) -> Agent {
+        let agent = Agent::connect(self, cluster, [7; 16]).await;
+        agent.session.ready().await.unwrap();
+        self.connected(cluster, 1).await;
+        agent
+    }
+
+    pub async fn connected(&self, cluster: &str, at_least: usize) {
+        let connected = async {
+            while self.gateway.connected(cluster) < at_least {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), connected)
+            .await
+            .expect("the agent is connected in time");
+    }
+
+    pub async fn admin(&self, path: &str) -> (u16, String) {
+        admin(self.gateway.admin_addr(), path).await
+    }
+}
+
+pub async fn admin(address: SocketAddr, path: &str) -> (u16, String) {
+    let io = TokioIo::new(TcpStream::connect(address).await.unwrap());
+    let (mut sender, connection) = http1::handshake(io).await.unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(connection);
+    let request = Request::get(path).header("host", "localhost").body(Full::new(Bytes::new())).unwrap();
+    let response = sender.send_request(request).await.unwrap();
+    let status = response.status().as_u16();
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    (status, String::from_utf8(body.to_vec()).unwrap())
+}
+
+pub type ClientBody = http_body_util::combinators::BoxBody<Bytes, std::io::Error>;
+
+pub fn full(bytes: impl Into<Bytes>) -> ClientBody {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed()
+}
+
+/// One connection of a client.
+pub struct Client {
+    sender: Sender,
+    _tasks: JoinSet<()>,
+}
+
+enum Sender {
+    H1(http1::SendRequest<ClientBody>),
+    H2(http2::SendRequest<ClientBody>),
+}
+
+impl Client {
+    pub async fn send(&mut self, request: Request<ClientBody>) -> hyper::Result<Response<Incoming>> {
+        match &mut self.sender {
+            Sender::H1(sender) => {
+                sender.ready().await?;
+                sender.send_request(request).await
+            }
+            Sender::H2(sender) => {
+                sender.ready().await?;
+                sender.send_request(request).await
+            }
+        }
+    }
+
+    /// Sends a request for this path; fills in host and scheme as the protocol wants them.
+    pub async fn ask(
+        &mut self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: ClientBody,
+    ) -> Response<Incoming> {
+        let request = self.request(method, path, headers, body);
+        self.send(request).await.unwrap()
+    }
+
+    pub fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: ClientBody,
+    ) -> Request<ClientBody> {
+        let mut request = Request::builder().method(method);
+        let named = headers.iter().any(|(name, _)| *name == "host");
+        request = match &self.sender {
+            Sender::H1(_) if named => request.uri(path),
+            Sender::H1(_) => request.uri(path).header("host", "localhost"),
+            Sender::H2(_) => request.uri(format!("https://localhost{path}")),
+        };
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(body).unwrap()
+    }
+
+    pub async fn get(&mut self, path: &str) -> Response<Incoming> {
+        self.ask("GET", path, &[], full("")).await
+    }
+
+    pub async fn get_as(&mut self, path: &str, token: &str) -> Response<Incoming> {
+        self.ask("GET", path, &[("authorization", &format!("Bearer {token}"))], full("")).await
+    }
+}
+
+pub async fn text(response: Response<Incoming>) -> String {
+    String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap()
+}
+
+/// Checks the shape of an error of the gateway's own and returns status, code and message.
+pub async fn error_of(response: Response<Incoming>) -> (u16, String, String) {
+    let status = response.status().as_u16();
+    let warning = response.headers()["warning"].to_str().unwrap().to_owned();
+    assert!(warning.starts_with("299 towline \"towline: "), "{warning}");
+    assert!(!response.headers().contains_key("retry-after") || status == 429);
+    assert_eq!(response.headers().contains_key("www-authenticate"), status == 401);
+    assert!(response.headers().contains_key("audit-id"));
+    let body: Value = serde_json::from_str(&text(response).await).unwrap();
+    assert_eq!((body["kind"].as_str(), body["code"].as_u64()), (Some("Status"), Some(u64::from(status))));
+    let code = body["details"]["causes"][0]["reason"].as_str().unwrap().to_owned();
+    (status, code, body["message"].as_str().unwrap().to_owned())
+}
+
+/// An agent made of the protocol alone.
+pub struct Agent {
+    pub session: Session,
+    pub tasks: JoinSet<()>,
+}
+
+/// A stream that the gateway opened, its head read.
+pub struct Exchange {
+    pub open: Open,
+    pub request: OpenRequest,
+    pub send: SendStream,
+    pub recv: RecvStream,
+}
+
+impl Agent {
+    pub async fn connect(world: &World, cluster: &str, boot_id: [u8; 16]) -> Self {
+        let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
+        let config = tls::agent_client(&roots, &world.credential(&format!("agent-{cluster}"))).unwrap();
+        let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let io = TlsConnector::from(config).connect(name, socket).await.unwrap();
+        let introduction = Introduction {
+            boot_id: boot_id.to_vec(),
+            software: "fake-agent".to_owned(),
+            ..Introduction::default()
+        };
+        let config = SessionConfig {
+            role: Role::Agent,
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+            introduction,
+        };
+        let (session, driver) = Session::over(io, config).unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(driver.run().await) });
+        Self { session, tasks }
+    }
+
+    pub async fn next(&self) -> Exchange {
+        let accept = tokio::time::timeout(Duration::from_secs(5), self.session.accept());
+        let (send, mut recv) = accept.await.expect("a stream comes in time").unwrap();
+        let open: Open = recv_head(&mut recv, HEAD_MAX).await.unwrap();
+        let Some(Want::Request(request)) = open.want.clone() else { panic!("no request: {open:?}") };
+        Exchange { open, request, send, recv }
+    }
+
+    /// Answers every request with 200, and a body that tells what arrived.
+    pub fn echo(&mut self) {
+        let session = self.session.clone();
+        self.tasks.spawn(async move {
+            let mut exchanges = JoinSet::new();
+            while let Ok((send, mut recv)) = session.accept().await {
+                exchanges.spawn(async move {
+                    let open: Open = recv_head(&mut recv, HEAD_MAX).await.unwrap();
+                    let Some(Want::Request(request)) = open.want.clone() else { return };
+                    let mut exchange = Exchange { open, request, send, recv };
+                    let body = exchange.read_all().await;
+                    let request = &exchange.request;
+                    let headers: Vec<_> = request
+                        .headers
+                        .iter()
+                        .map(|h| format!("{}: {}", show(&h.name), show(&h.value)))
+                        .collect();
+                    let told = serde_json::json!({
+                        "method": request.method,
+                        "path": show(&request.path_and_query),
+                        "headers": headers,
+                        "user": request.principal.as_ref().map(|principal| &principal.name),
+                        "groups": request.principal.as_ref().map(|principal| &principal.groups),
+                        "mode": request.mode,
+                        "audit": exchange.open.audit_id,
+                        "body": show(&body),
+                    });
+                    exchange.answer(200, &[("content-type", "application/json")], &told.to_string()).await;
+                });
+            }
+        });
+    }
+}
+
+pub fn show(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+impl Exchange {
+    pub async fn read_all(&mut self) -> Vec<u8> {
+        let mut all = Vec::new();
+        while let Some(bytes) = self.recv.read_chunk(HEAD_MAX).await.unwrap() {
+            all.extend_from_slice(&bytes);
+        }
+        all
+    }
+
+    /// Sends the head of an answer.
+    pub async fn head(&mut self, status: u32, headers: &[(&str, &str)], body: BodyKind) {
+        let field = |text: &str| Bytes::copy_from_slice(text.as_bytes());
+        let headers =
+            headers.iter().map(|(name, value)| Header { name: field(name), value: field(value) }).collect();
+        let response = open::Response { status, headers, body };
+        let answer = Answer { outcome: Some(Outcome::Response(response)) };
+        send_head(&mut self.send, &answer, HEAD_MAX).await.unwrap();
+    }
+
+    pub async fn write(&mut self, text: &str) {
+        self.send.write_chunk(Bytes::copy_from_slice(text.as_bytes())).await.unwrap();
+    }
+
+    /// A whole answer.
+    pub async fn answer(mut self, status: u32, headers: &[(&str, &str)], body: &str) {
+        self.head(status, headers, BodyKind::exact(body.len() as u64)).await;
+        self.write(body).await;
+        self.send.finish();
+        // Until the client's body has ended.
+        while let Ok(Some(_)) = self.recv.read_chunk(HEAD_MAX).await {}
+    }
+}

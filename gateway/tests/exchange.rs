@@ -1,0 +1,515 @@
+//! One exchange over real sockets: what reaches the cluster, what reaches the client, and how it ends.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::large_futures,
+    reason = "tests end like that, and are not many at a time"
+)]
+
+mod common;
+
+use bytes::Bytes;
+use common::{Agent, TOKEN, World, error_of, full, show, text};
+use http_body_util::{BodyExt as _, channel::Channel};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use towline_proto::Code;
+use towline_proto::open::BodyKind;
+use towline_proto::tunnel::exchange::{failure, send_head};
+
+#[tokio::test]
+async fn a_path_routes_and_the_rest_is_forwarded_byte_for_byte() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    for client in [&mut world.h1(None).await, &mut world.h2(None).await] {
+        let headers = [
+            ("authorization", &*format!("Bearer {TOKEN}")),
+            ("x-stream-protocol-version", "v4"),
+            ("x-stream-protocol-version", "v3"),
+            ("accept", "application/json"),
+        ];
+        let path = "/clusters/prod/api/v1/namespaces/x/pods/y/proxy/a%2Fb//c?x=%2f";
+        let response = client.ask("POST", path, &headers, full("hello")).await;
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["x-content-type-options"], "nosniff");
+        let audit = response.headers()["audit-id"].to_str().unwrap().to_owned();
+        let told: Value = serde_json::from_str(&text(response).await).unwrap();
+        assert_eq!(told["path"], "/api/v1/namespaces/x/pods/y/proxy/a%2Fb//c?x=%2f");
+        assert_eq!(told["method"], "POST");
+        assert_eq!(told["body"], "hello");
+        assert_eq!(
+            (&told["user"], &told["groups"][0], &told["mode"]),
+            (&"argo".into(), &"ops".into(), &1.into())
+        );
+        assert_eq!(told["audit"], audit);
+        let lines = told["headers"].to_string();
+        assert!(lines.contains("x-stream-protocol-version: v4\",\"x-stream-protocol-version: v3"), "{lines}");
+        assert!(lines.contains("x-forwarded-for: 127.0.0.1"), "{lines}");
+        assert!(!lines.contains("tlat_") && !lines.contains("authorization"), "{lines}");
+    }
+}
+
+#[tokio::test]
+async fn the_host_routes_too() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    let mut client = world.h1_for(None, "prod.clusters.test").await;
+    let token = format!("Bearer {TOKEN}");
+    let headers = [("host", "prod.clusters.test"), ("authorization", &*token)];
+    let told: Value =
+        serde_json::from_str(&text(client.ask("GET", "/clusters/x/api", &headers, full("")).await).await)
+            .unwrap();
+    assert_eq!(told["path"], "/clusters/x/api");
+    let other = [("host", "far.clusters.test"), ("authorization", &*token)];
+    assert_eq!(error_of(client.ask("GET", "/api", &other, full("")).await).await.0, 421);
+}
+
+#[tokio::test]
+async fn restricted_mode_passes_the_callers_own_credential_through() {
+    let world = World::start().await;
+    let mut agent = world.agent("strict").await;
+    agent.echo();
+    let mut client = world.h1(Some("jane")).await;
+    let headers =
+        [("authorization", "Bearer cluster-token"), ("impersonate-user", "bob"), ("x-remote-user", "root")];
+    let told: Value = serde_json::from_str(
+        &text(client.ask("GET", "/clusters/strict/api", &headers, full("")).await).await,
+    )
+    .unwrap();
+    assert_eq!((&told["user"], &told["mode"]), (&Value::Null, &0.into()));
+    let lines = told["headers"].to_string();
+    assert!(
+        lines.contains("authorization: Bearer cluster-token") && lines.contains("impersonate-user: bob"),
+        "{lines}"
+    );
+    assert!(!lines.contains("x-remote-user"), "{lines}");
+
+    for (client, authorization, expected) in [
+        (Some("jane"), None, "needs a credential of its own"),
+        (None, Some("Bearer cluster-token"), "client certificate only"),
+        (Some("jane"), Some(&*format!("Bearer {TOKEN}")), "it was not passed on"),
+        (None, None, "client certificate only"),
+    ] {
+        let mut client = world.h1(client).await;
+        let headers: Vec<_> = authorization.map(|value| ("authorization", value)).into_iter().collect();
+        let (status, code, message) =
+            error_of(client.ask("GET", "/clusters/strict/api", &headers, full("")).await).await;
+        assert_eq!((status, code.as_str()), (401, "TL_UNAUTHENTICATED"), "{message}");
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn errors_have_their_shape() {
+    let world = World::start().await;
+    let token = format!("Bearer {TOKEN}");
+    let good = [("authorization", &*token)];
+    for (method, path, headers, status, code) in [
+        ("GET", "/clusters/prod/api", &[][..], 401, "TL_UNAUTHENTICATED"),
+        ("GET", "/clusters/prod/api", &[("authorization", "Bearer tlat_wrong")], 401, "TL_UNAUTHENTICATED"),
+        ("GET", "/clusters/secret/api", &good, 403, "TL_FORBIDDEN"),
+        ("GET", "/clusters/nowhere/api", &good, 403, "TL_FORBIDDEN"),
+        ("GET", "/clusters/PROD/api", &good, 400, "TL_BAD_PATH"),
+        ("GET", "/clusters/prod/../x/api", &good, 400, "TL_BAD_PATH"),
+        ("GET", "/api/v1/pods", &good, 404, "TL_BAD_PATH"),
+        ("GET", "/", &[], 404, "TL_BAD_PATH"),
+        ("GET", "/clusters/far/api", &good, 503, "TL_CLUSTER_OFFLINE"),
+        ("TRACE", "/clusters/far/api", &good, 405, "TL_BAD_FRAMING"),
+        ("GET", "/clusters/far/api", &[good[0], ("impersonate-uid", "1")], 403, "TL_HEADER_FORBIDDEN"),
+        ("GET", "/clusters/far/api", &[good[0], ("a_b", "1")], 400, "TL_HEADER_FORBIDDEN"),
+        ("GET", "/clusters/far/api", &[good[0], ("sec-fetch-site", "cross-site")], 403, "TL_FORBIDDEN"),
+        ("GET", "/clusters/far/api", &[good[0], good[0]], 400, "TL_BAD_FRAMING"),
+        ("GET", "/clusters/far/api?token=tlat_x", &good, 401, "TL_UNAUTHENTICATED"),
+    ] {
+        for mut client in [world.h1(None).await, world.h2(None).await] {
+            let start = std::time::Instant::now();
+            let (got, reason, message) = error_of(client.ask(method, path, headers, full("")).await).await;
+            assert_eq!((got, reason.as_str()), (status, code), "{method} {path}: {message}");
+            assert!(
+                start.elapsed() < Duration::from_millis(100),
+                "{method} {path} took {:?}",
+                start.elapsed()
+            );
+        }
+    }
+    let mut system = world.h1(Some("system_admin")).await;
+    assert_eq!(error_of(system.get("/clusters/far/api").await).await.0, 403);
+    let rejected = String::from_utf8(world.gateway.metrics().render()).unwrap();
+    assert!(rejected.contains("towline_rejected_total{code=\"TL_CLUSTER_OFFLINE\",surface=\"front\"} 2"));
+}
+
+/// Both directions at once, on one exchange.
+#[tokio::test]
+async fn bodies_stream_both_ways() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    for mut client in [world.h1(None).await, world.h2(None).await] {
+        let (mut upload, body) = Channel::<Bytes, std::io::Error>::new(1);
+        let headers = [("authorization", &*format!("Bearer {TOKEN}"))];
+        let request = client.request(
+            "POST",
+            "/clusters/prod/api/v1/namespaces/x/pods/y/proxy/",
+            &headers,
+            body.boxed(),
+        );
+        let answer = client.send(request);
+        let server = async {
+            let mut exchange = agent.next().await;
+            assert_eq!(exchange.request.body, BodyKind::STREAM);
+            exchange.head(200, &[], BodyKind::STREAM).await;
+            exchange
+        };
+        let (answer, mut exchange) = tokio::join!(answer, server);
+        let mut answer = answer.unwrap().into_body();
+        for word in ["ping", "pong", "ping"] {
+            upload.send_data(Bytes::from(word)).await.unwrap();
+            assert_eq!(exchange.recv.read_chunk(99).await.unwrap().unwrap(), word);
+            exchange.write(word).await;
+            let frame = answer.frame().await.unwrap().unwrap();
+            assert_eq!(frame.into_data().unwrap(), word);
+        }
+        drop(upload);
+        assert!(exchange.recv.read_chunk(99).await.unwrap().is_none());
+        exchange.send.finish();
+        assert!(answer.collect().await.unwrap().to_bytes().is_empty());
+    }
+}
+
+/// A large body is not held anywhere: both ends see all of it.
+#[tokio::test]
+async fn large_bodies_pass() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    let session = agent.session.clone();
+    agent.tasks.spawn(async move {
+        let (send, mut recv) = session.accept().await.unwrap();
+        let open: towline_proto::open::Open =
+            towline_proto::tunnel::exchange::recv_head(&mut recv, 65536).await.unwrap();
+        let Some(towline_proto::open::Want::Request(request)) = open.want.clone() else { panic!() };
+        let mut exchange = common::Exchange { open, request, send, recv };
+        let body = exchange.read_all().await;
+        exchange.answer(200, &[], &show(&body)).await;
+    });
+    let mut client = world.h1(None).await;
+    let body = "0123456789abcdef".repeat(256 * 1024);
+    let headers = [("authorization", &*format!("Bearer {TOKEN}"))];
+    let answer = client.ask("POST", "/clusters/prod/api/v1/x", &headers, full(body.clone())).await;
+    assert_eq!(answer.headers()["content-length"], body.len().to_string());
+    assert!(text(answer).await == body);
+}
+
+#[tokio::test]
+async fn an_early_answer_reaches_the_client_and_ends_the_upload() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h2(None).await;
+    let (mut upload, body) = Channel::<Bytes, std::io::Error>::new(1);
+    let headers = [("authorization", &*format!("Bearer {TOKEN}"))];
+    let request = client.request("POST", "/clusters/prod/api/v1/x", &headers, body.boxed());
+    upload.send_data(Bytes::from("a")).await.unwrap();
+    let server = async {
+        let mut exchange = agent.next().await;
+        exchange.recv.stop(Code::Cancelled);
+        exchange.head(413, &[], BodyKind::exact(4)).await;
+        exchange.write("much").await;
+        exchange.send.finish();
+    };
+    let (answer, ()) = tokio::join!(client.send(request), server);
+    let answer = answer.unwrap();
+    assert_eq!(answer.status(), 413);
+    assert_eq!(text(answer).await, "much");
+    let ended = async { while upload.send_data(Bytes::from("a")).await.is_ok() {} };
+    tokio::time::timeout(Duration::from_secs(5), ended).await.expect("nobody reads the upload any more");
+}
+
+/// An abort never looks like an end.
+#[tokio::test]
+async fn an_answer_that_breaks_off_is_an_abort() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    for kind in [BodyKind::STREAM, BodyKind::exact(100)] {
+        for mut client in [world.h1(None).await, world.h2(None).await] {
+            let server = async {
+                let mut exchange = agent.next().await;
+                exchange.head(200, &[], kind).await;
+                exchange.write("half").await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                exchange.send.reset(Code::UpstreamBody);
+            };
+            let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api/v1/x", TOKEN), server);
+            assert_eq!(answer.status(), 200);
+            assert!(answer.into_body().collect().await.is_err());
+        }
+    }
+    // A FIN before the promised length is no clean end either.
+    let mut client = world.h1(None).await;
+    let server = async {
+        let mut exchange = agent.next().await;
+        exchange.head(200, &[], BodyKind::exact(100)).await;
+        exchange.write("half").await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        exchange.send.finish();
+    };
+    let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api/v1/x", TOKEN), server);
+    assert!(answer.into_body().collect().await.is_err());
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_ends_the_stream() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    for mut client in [world.h1(None).await, world.h2(None).await] {
+        let server = async {
+            let mut exchange = agent.next().await;
+            exchange.head(200, &[], BodyKind::STREAM).await;
+            exchange.write("x").await;
+            exchange
+        };
+        let (answer, mut exchange) =
+            tokio::join!(client.get_as("/clusters/prod/api/v1/pods?watch=1", TOKEN), server);
+        drop((answer, client));
+        let stopped = tokio::time::timeout(Duration::from_secs(5), exchange.send.stopped()).await;
+        assert!(stopped.is_ok(), "the agent learns that nobody listens");
+    }
+}
+
+#[tokio::test]
+async fn failures_before_the_answer_name_the_hop() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    for (code, status, tl) in [
+        (Code::UpstreamConnect, 502, "TL_BAD_UPSTREAM"),
+        (Code::Denied, 403, "TL_TARGET_DENIED"),
+        (Code::Deadline, 504, "TL_TIMEOUT"),
+    ] {
+        let server = async {
+            let mut exchange = agent.next().await;
+            send_head(&mut exchange.send, &failure(code, "api server: it is so", false), 65536)
+                .await
+                .unwrap();
+            exchange.send.finish();
+        };
+        let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
+        let (got, reason, message) = error_of(answer).await;
+        assert_eq!((got, reason.as_str()), (status, tl));
+        assert!(message.contains("api server: it is so"), "{message}");
+    }
+    let server = async {
+        let exchange = agent.next().await;
+        agent.session.close(Code::Internal, "gone");
+        exchange
+    };
+    let (answer, _exchange) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
+    assert_eq!(error_of(answer).await.0, 502);
+}
+
+#[tokio::test]
+async fn the_answer_has_a_deadline() {
+    let world = World::with(|config| config.timeouts.answer = Duration::from_millis(200)).await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let (answer, mut exchange) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), agent.next());
+    assert_eq!(exchange.open.timeout_ms, 200);
+    assert_eq!(error_of(answer).await.0, 504);
+    tokio::time::timeout(Duration::from_secs(5), exchange.send.stopped()).await.unwrap();
+    // A watch has none.
+    let server = async {
+        let exchange = agent.next().await;
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        exchange.answer(200, &[], "late").await;
+    };
+    let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api/v1/pods?watch=1", TOKEN), server);
+    assert_eq!(text(answer).await, "late");
+}
+
+#[tokio::test]
+async fn what_was_refused_is_sent_again_elsewhere_once() {
+    let world = World::start().await;
+    let refusing = world.agent("prod").await;
+    let mut serving = Agent::connect(&world, "prod", [7; 16]).await;
+    world.connected("prod", 2).await;
+    serving.echo();
+    // The newest session is preferred: let the refusing one be chosen by being the newest.
+    let refusing_too = Agent::connect(&world, "prod", [7; 16]).await;
+    world.connected("prod", 3).await;
+    refusing.session.close(Code::Cancelled, "not needed");
+    let mut client = world.h1(None).await;
+    let headers = [("authorization", &*format!("Bearer {TOKEN}"))];
+    for how in 0..2 {
+        let server = async {
+            let mut exchange = refusing_too.next().await;
+            if how == 0 {
+                exchange.recv.stop(Code::Refused);
+                exchange.send.reset(Code::Refused);
+            } else {
+                exchange.read_all().await;
+                let untouched = failure(Code::UpstreamConnect, "no route", true);
+                send_head(&mut exchange.send, &untouched, 65536).await.unwrap();
+                exchange.send.finish();
+            }
+        };
+        let ask = client.ask("POST", "/clusters/prod/api/v1/x", &headers, full("the body"));
+        let (answer, ()) = tokio::join!(ask, server);
+        assert_eq!(answer.status(), 200);
+        let told: Value = serde_json::from_str(&text(answer).await).unwrap();
+        assert_eq!(told["body"], "the body");
+    }
+    // What may have been done is not done again.
+    let server = async {
+        let mut exchange = refusing_too.next().await;
+        exchange.send.reset(Code::UpstreamBody);
+        exchange.recv.stop(Code::UpstreamBody);
+    };
+    let ask = client.ask("POST", "/clusters/prod/api/v1/x", &headers, full("the body"));
+    let (answer, ()) = tokio::join!(ask, server);
+    assert_eq!(error_of(answer).await.0, 502);
+}
+
+#[tokio::test]
+async fn an_upgrade_becomes_raw_after_the_matching_101() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let headers = [
+        ("authorization", &*format!("Bearer {TOKEN}")),
+        ("connection", "Upgrade"),
+        ("upgrade", "SPDY/3.1"),
+        ("x-stream-protocol-version", "v4.channel.k8s.io"),
+    ];
+    let path = "/clusters/prod/api/v1/namespaces/x/pods/y/exec?command=sh";
+    let server = async {
+        let mut exchange = agent.next().await;
+        assert_eq!((exchange.request.upgrade.as_str(), exchange.request.body), ("SPDY/3.1", BodyKind::NONE));
+        exchange
+            .head(
+                101,
+                &[("upgrade", "SPDY/3.1"), ("x-stream-protocol-version", "v4.channel.k8s.io")],
+                BodyKind::NONE,
+            )
+            .await;
+        exchange
+    };
+    let (answer, mut exchange) = tokio::join!(client.ask("POST", path, &headers, full("")), server);
+    assert_eq!(answer.status(), 101);
+    assert_eq!(answer.headers()["upgrade"], "SPDY/3.1");
+    assert_eq!(answer.headers()["x-stream-protocol-version"], "v4.channel.k8s.io");
+    let mut raw = TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+    raw.write_all(b"to the cluster").await.unwrap();
+    assert_eq!(exchange.recv.read_chunk(99).await.unwrap().unwrap(), "to the cluster");
+    exchange.write("to the client").await;
+    let mut bytes = [0; 13];
+    raw.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(&bytes, b"to the client");
+    // Each direction ends by itself.
+    exchange.send.finish();
+    assert_eq!(raw.read(&mut bytes).await.unwrap(), 0);
+    raw.write_all(b"more").await.unwrap();
+    assert_eq!(exchange.recv.read_chunk(99).await.unwrap().unwrap(), "more");
+    raw.shutdown().await.unwrap();
+    assert!(exchange.recv.read_chunk(99).await.unwrap().is_none());
+}
+
+/// UP-01, UP-02, UP-03, UP-04.
+#[tokio::test]
+async fn a_refused_upgrade_ends_the_connection() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let auth = format!("Bearer {TOKEN}");
+    let path = "/clusters/prod/api/v1/namespaces/x/pods/y/exec";
+    for (answered, expected) in [(403, 403), (200, 502), (301, 502), (500, 500)] {
+        let mut raw = world.connect(None, b"http/1.1", "localhost").await;
+        // Bytes behind the request that look like another one.
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {auth}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nGET /clusters/prod/api/v1/secrets HTTP/1.1\r\nHost: localhost\r\nAuthorization: {auth}\r\n\r\n"
+        );
+        raw.write_all(request.as_bytes()).await.unwrap();
+        let exchange = agent.next().await;
+        exchange.answer(answered, &[("location", "https://elsewhere.example/")], "no").await;
+        let mut bytes = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(5), raw.read_to_end(&mut bytes)).await;
+        assert!(read.is_ok(), "the connection is closed: {answered} {:?}", String::from_utf8_lossy(&bytes));
+        let text = String::from_utf8(bytes).unwrap();
+        assert!(text.starts_with(&format!("HTTP/1.1 {expected} ")), "{text}");
+        assert_eq!(text.matches("HTTP/1.1 ").count(), 1, "{text}");
+        assert_eq!(text.contains("elsewhere.example"), answered != 301 && answered != 200, "{text}");
+        let smuggled = tokio::time::timeout(Duration::from_millis(50), agent.session.accept()).await;
+        assert!(smuggled.is_err(), "no second request reaches the cluster");
+    }
+    for token in ["h2c", "websocket, h2c"] {
+        let mut client = world.h1(None).await;
+        let headers = [("authorization", &*auth), ("connection", "upgrade"), ("upgrade", token)];
+        let (status, code, _) = error_of(client.ask("GET", path, &headers, full("")).await).await;
+        assert_eq!((status, code.as_str()), (400, "TL_UPGRADE_REFUSED"), "{token}");
+    }
+}
+
+#[tokio::test]
+async fn heads_without_a_body_keep_their_length_and_others_get_their_own() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let auth = [("authorization", &*format!("Bearer {TOKEN}"))];
+    let server = async {
+        let mut exchange = agent.next().await;
+        exchange.head(200, &[("content-length", "4242")], BodyKind::NONE).await;
+        exchange.send.finish();
+    };
+    let (answer, ()) = tokio::join!(client.ask("HEAD", "/clusters/prod/api", &auth, full("")), server);
+    assert_eq!(answer.headers()["content-length"], "4242");
+    assert_eq!(text(answer).await, "");
+    for (status, body) in [(204, ""), (304, ""), (200, "four")] {
+        let server = async {
+            let exchange = agent.next().await;
+            exchange.answer(status, &[("content-length", "9"), ("set-cookie", "a=b")], body).await;
+        };
+        let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
+        assert_eq!(u32::from(answer.status().as_u16()), status);
+        assert!(!answer.headers().contains_key("set-cookie"));
+        if status == 200 {
+            assert_eq!(answer.headers()["content-length"], "4");
+        } else {
+            assert!(status == 304 || !answer.headers().contains_key("content-length"));
+        }
+        assert_eq!(text(answer).await, body);
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_stalls_is_given_up() {
+    let world = World::with(|config| config.timeouts.slow_body = Duration::from_millis(200)).await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h2(None).await;
+    // A body that never comes.
+    let (_upload, slow) = Channel::<Bytes, std::io::Error>::new(1);
+    let headers = [("authorization", &*format!("Bearer {TOKEN}"))];
+    let request = client.request("POST", "/clusters/prod/api/v1/x", &headers, slow.boxed());
+    let (answer, mut exchange) = tokio::join!(client.send(request), agent.next());
+    let (status, code, _) = error_of(answer.unwrap()).await;
+    assert_eq!((status, code.as_str()), (408, "TL_TIMEOUT"));
+    assert!(exchange.recv.read_chunk(99).await.is_err(), "the cluster does not take it for complete");
+}
+
+/// With one session there is nowhere else to try: the answer comes at once.
+#[tokio::test]
+async fn what_cannot_be_tried_elsewhere_is_answered_at_once() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let server = async {
+        let mut exchange = agent.next().await;
+        let untouched = failure(Code::UpstreamConnect, "connection refused", true);
+        send_head(&mut exchange.send, &untouched, 65536).await.unwrap();
+        exchange.send.finish();
+    };
+    let start = std::time::Instant::now();
+    let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
+    let (status, _, message) = error_of(answer).await;
+    assert_eq!(status, 502, "{message}");
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+}

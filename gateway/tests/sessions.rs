@@ -1,0 +1,303 @@
+//! Sessions and the life of the gateway: admission, second processes, holds, drain, reload, health.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::large_futures,
+    reason = "tests end like that, and are not many at a time"
+)]
+
+mod common;
+
+use common::{Agent, TOKEN, World, error_of, full, text};
+use http_body_util::BodyExt as _;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use towline_proto::mux::CloseReason;
+use towline_proto::open::BodyKind;
+use towline_proto::wire::GoAway;
+
+async fn closed(agent: &Agent) -> CloseReason {
+    let ended = agent.session.wait_for(|state| state.closed.is_some());
+    tokio::time::timeout(Duration::from_secs(5), ended)
+        .await
+        .expect("the session ends in time")
+        .closed
+        .unwrap()
+}
+
+#[tokio::test]
+async fn an_agent_that_is_not_listed_is_told_so() {
+    let world = World::start().await;
+    let stranger = Agent::connect(&world, "stranger", [1; 16]).await;
+    let CloseReason::Peer { text, .. } = closed(&stranger).await else { panic!() };
+    assert!(text.contains("stranger-uid is not on this gateway's list"), "{text}");
+    let metrics = String::from_utf8(world.gateway.metrics().render()).unwrap();
+    assert!(metrics.contains("towline_rejected_total{code=\"TL_CERT\",surface=\"tunnel\"} 1"));
+}
+
+/// TU-05: the same certificate from another process while the first is alive.
+#[tokio::test]
+async fn a_second_process_is_refused_while_the_first_lives() {
+    let world = World::start().await;
+    let first = world.agent("prod").await;
+    let second = Agent::connect(&world, "prod", [9; 16]).await;
+    let CloseReason::Peer { text, .. } = closed(&second).await else { panic!() };
+    assert!(text.contains("already connected"), "{text}");
+    assert!(first.session.is_open());
+    assert_eq!(world.gateway.connected("prod"), 1);
+    // Another session of the first process is welcome.
+    let sibling = Agent::connect(&world, "prod", [7; 16]).await;
+    world.connected("prod", 2).await;
+    assert!(sibling.session.is_open());
+}
+
+/// A restart after a crash: the first process hangs and answers nothing.
+#[tokio::test]
+async fn a_second_process_replaces_one_that_is_dead() {
+    let world = World::start().await;
+    let io = {
+        let roots = towline_certs::load::load_roots(&world.path("tunnel-ca.crt")).unwrap();
+        let config = towline_certs::tls::agent_client(&roots, &world.credential("agent-prod")).unwrap();
+        let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+        let name = towline_certs::ServerName::try_from("localhost").unwrap();
+        tokio_rustls::TlsConnector::from(config).connect(name, socket).await.unwrap()
+    };
+    let introduction = towline_proto::mux::Introduction { boot_id: vec![1; 16], ..Default::default() };
+    let config = towline_proto::tunnel::SessionConfig {
+        role: towline_proto::mux::Role::Agent,
+        limits: towline_proto::mux::Limits::default(),
+        budget: towline_proto::mux::Budget::new(1 << 30),
+        introduction,
+    };
+    let (session, driver) = towline_proto::tunnel::Session::over(io, config).unwrap();
+    let mut run = Box::pin(driver.run());
+    let ready = async {
+        session.ready().await.unwrap();
+        world.connected("prod", 1).await;
+    };
+    tokio::select! { _ = &mut run => panic!("ended"), () = ready => {} }
+    // From here on nobody drives the first session, and its connection stays open.
+    let mut second = Agent::connect(&world, "prod", [2; 16]).await;
+    second.echo();
+    let start = Instant::now();
+    let mut client = world.h1(None).await;
+    loop {
+        let replaced =
+            second.session.state().borrow().closed.is_none() && world.gateway.connected("prod") == 1;
+        if replaced && start.elapsed() > Duration::from_secs(3) {
+            break;
+        }
+        assert!(start.elapsed() < Duration::from_secs(6), "replaced in time");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(client.get_as("/clusters/prod/api", TOKEN).await.status(), 200);
+    drop(run);
+}
+
+#[tokio::test]
+async fn a_request_waits_for_an_agent_that_has_just_left() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    agent.session.close(towline_proto::Code::Internal, "crash");
+    while world.gateway.connected("prod") > 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut client = world.h1(None).await;
+    let back = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let mut agent = Agent::connect(&world, "prod", [8; 16]).await;
+        agent.echo();
+        agent
+    };
+    let (answer, _agent) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), back);
+    assert_eq!(answer.status(), 200);
+    let metrics = String::from_utf8(world.gateway.metrics().render()).unwrap();
+    assert!(metrics.contains("towline_gateway_holds_total{outcome=\"served\"} 1"));
+}
+
+#[tokio::test]
+async fn waiting_ends_after_three_seconds() {
+    let world = World::with(|config| config.timeouts.hold = Duration::from_millis(300)).await;
+    let agent = world.agent("prod").await;
+    // The agent drains: it still finishes its streams and takes nothing new.
+    agent.session.drain(GoAway { code: 10, reconnect_after_ms: 0, drain_ms: 1000 });
+    while world.gateway.connected("prod") > 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let mut client = world.h1(None).await;
+    let start = Instant::now();
+    assert_eq!(error_of(client.get_as("/clusters/prod/api", TOKEN).await).await.0, 503);
+    assert!((250..1000).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_drain_finishes_what_runs_and_ends_when_it_is_empty() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let mut watcher = world.h2(None).await;
+    let server = async {
+        let mut exchange = agent.next().await;
+        exchange.head(200, &[("content-type", "application/json")], BodyKind::STREAM).await;
+        exchange.write("{\"type\":\"ADDED\"}\n").await;
+        exchange
+    };
+    let (watch, _watch) = tokio::join!(watcher.get_as("/clusters/prod/api/v1/pods?watch=1", TOKEN), server);
+    let running = async {
+        let exchange = agent.next().await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        exchange.answer(200, &[], "done").await;
+    };
+    let start = Instant::now();
+    let ask = async { text(client.get_as("/clusters/prod/api", TOKEN).await).await };
+    let drain = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let during = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert_eq!(world.admin("/readyz").await.0, 503);
+            assert_eq!(world.admin("/livez").await.0, 200);
+            assert!(agent.session.state().borrow().goaway.is_some(), "the agent is told");
+            assert!(
+                TcpStream::connect(world.gateway.public_addr()).await.is_err(),
+                "nothing new is accepted"
+            );
+        };
+        tokio::join!(world.gateway.drain(), during);
+    };
+    let (answer, (), (), watched) = tokio::join!(ask, running, drain, watch.into_body().collect());
+    assert_eq!(answer, "done");
+    assert_eq!(
+        watched.unwrap().to_bytes(),
+        "{\"type\":\"ADDED\"}\n",
+        "the watch ends cleanly, between two events"
+    );
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert!(matches!(closed(&agent).await, CloseReason::Peer { .. }));
+}
+
+#[tokio::test]
+async fn an_idle_gateway_drains_at_once() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let _idle = (world.h1(None).await, world.h2(None).await);
+    let start = Instant::now();
+    world.gateway.drain().await;
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    closed(&agent).await;
+}
+
+#[tokio::test]
+async fn a_drain_cuts_off_at_its_deadline() {
+    let world = World::with(|config| config.drain.deadline = Duration::from_millis(500)).await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let server = async {
+        let mut exchange = agent.next().await;
+        exchange.head(200, &[], BodyKind::STREAM).await;
+        exchange.write("x").await;
+        exchange
+    };
+    let path = "/clusters/prod/api/v1/namespaces/x/pods/y/log?follow=true";
+    let (answer, _log) = tokio::join!(client.get_as(path, TOKEN), server);
+    let start = Instant::now();
+    let (collected, ()) = tokio::join!(answer.into_body().collect(), world.gateway.drain());
+    assert!(collected.is_err(), "cut off, not ended");
+    assert!((450..2500).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn health_and_metrics() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    assert_eq!(world.admin("/livez").await, (200, "ok".to_owned()));
+    assert_eq!(world.admin("/readyz").await, (200, "ok".to_owned()));
+    let (status, verbose) = world.admin("/readyz?verbose").await;
+    assert_eq!(status, 200);
+    assert!(verbose.contains("[+]handshake ok\n") && verbose.ends_with("readyz check passed\n"), "{verbose}");
+    assert_eq!(world.admin("/readyz/handshake").await.0, 200);
+    assert_eq!(world.admin("/readyz/nothing").await.0, 404);
+    assert_eq!(world.admin("/").await.0, 404);
+    let mut client = world.h1(None).await;
+    assert_eq!(client.get_as("/clusters/prod/api", TOKEN).await.status(), 200);
+    let (status, metrics) = world.admin("/metrics").await;
+    assert_eq!(status, 200);
+    for line in [
+        "towline_gateway_cluster_connected{cluster=\"prod\"} 1",
+        "towline_gateway_cluster_connected{cluster=\"far\"} 0",
+        "towline_gateway_requests_total{code=\"2xx\"} 1",
+        "towline_gateway_handshakes_total{outcome=\"self_check\"} 1",
+        "towline_gateway_handshakes_total{outcome=\"tls\"} 0",
+        "towline_gateway_sessions 1",
+    ] {
+        assert!(metrics.contains(line), "{line} is missing:\n{metrics}");
+    }
+    assert!(!metrics.contains("towline_gateway_tunnel_sent_bytes_total 0\n"));
+}
+
+#[tokio::test]
+async fn probes_and_nonsense_are_counted_and_harm_nobody() {
+    let world = World::with(|config| config.timeouts.handshake = Duration::from_millis(300)).await;
+    drop(TcpStream::connect(world.gateway.public_addr()).await.unwrap());
+    let mut plain = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    plain.read_to_end(&mut Vec::new()).await.unwrap_or_default();
+    let mut silent = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    assert_eq!(silent.read(&mut [0; 1]).await.unwrap_or_default(), 0);
+    let wanted = ["outcome=\"probe\"} 1", "outcome=\"tls\"} 1", "outcome=\"timeout\"} 1"];
+    let counted = async {
+        loop {
+            let metrics = String::from_utf8(world.gateway.metrics().render()).unwrap();
+            if wanted.iter().all(|line| metrics.contains(line)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), counted).await.expect("each is counted once");
+}
+
+#[tokio::test]
+async fn sources_that_are_not_allowed_get_nothing() {
+    let world =
+        World::with(|config| config.listen.allowed_sources = vec!["192.0.2.0/24".parse().unwrap()]).await;
+    let mut socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    assert_eq!(socket.read(&mut [0; 1]).await.unwrap_or_default(), 0);
+    assert_eq!(world.admin("/readyz").await.0, 200, "the own check is let in");
+}
+
+#[tokio::test]
+async fn tokens_are_reloaded_and_a_bad_file_changes_nothing() {
+    let world = World::start().await;
+    let mut client = world.h2(None).await;
+    assert_eq!(error_of(client.get_as("/clusters/far/api", TOKEN).await).await.0, 503);
+    std::fs::write(world.path("tokens.yaml"), "tokens: nonsense").unwrap();
+    let error = world.gateway.reload().await.unwrap_err();
+    assert!(error.problems[0].starts_with("tokenFile: "), "{error}");
+    assert_eq!(error_of(client.get_as("/clusters/far/api", TOKEN).await).await.0, 503);
+    std::fs::write(world.path("tokens.yaml"), "tokens: []").unwrap();
+    world.gateway.reload().await.unwrap();
+    assert_eq!(error_of(client.get_as("/clusters/far/api", TOKEN).await).await.0, 401);
+}
+
+#[tokio::test]
+async fn one_principal_cannot_take_everything() {
+    let world = World::with(|config| config.limits.requests_per_principal = 1).await;
+    let agent = world.agent("prod").await;
+    let mut first = world.h1(None).await;
+    let mut second = world.h1(None).await;
+    let server = async {
+        let exchange = agent.next().await;
+        let (status, code, _) = error_of(second.get_as("/clusters/prod/api", TOKEN).await).await;
+        assert_eq!((status, code.as_str()), (429, "TL_LIMIT"));
+        exchange.answer(200, &[], "ok").await;
+    };
+    let (answer, ()) = tokio::join!(first.get_as("/clusters/prod/api", TOKEN), server);
+    assert_eq!(text(answer).await, "ok");
+    let again = async { agent.next().await.answer(200, &[], "ok").await };
+    let headers = [("authorization", &*format!("Bearer {TOKEN}"))];
+    let (answer, ()) = tokio::join!(second.ask("GET", "/clusters/prod/api", &headers, full("")), again);
+    assert_eq!(answer.status(), 200);
+}

@@ -1,0 +1,150 @@
+//! Goal: large bodies arrive whole while memory stays bounded, and readers that stop cost their own streams only (RG9).
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Bench, MIB, Read, Rss, Setup, head, long, pattern_sum, rate, read, send, until, within};
+use http::Method;
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use towline_loadtest::client::{Client, Version, pattern};
+use towline_loadtest::stack::Mode;
+
+/// What each end may hold for its tunnel.
+const BUDGET: u64 = 32 * MIB;
+/// What a client connection may cost beside that: the buffers of TLS and HTTP, both ends of the agent's connection too.
+const PER_CONNECTION: u64 = 384 * 1024;
+const STALLED: u64 = 100;
+
+async fn bench() -> Bench {
+    let limits = json!({"tunnelMemory": "32MiB", "sessionMemory": "32MiB"});
+    let agent = json!({
+        "sessionMemory": "32MiB", "processMemory": "32MiB", "streamsPerSession": 256, "initialCredit": "64KiB",
+    });
+    Setup::new(Mode::Restricted)
+        .gateway(json!({"limits": limits}))
+        .agent(json!({"limits": agent}))
+        .start()
+        .await
+}
+
+/// Moves something of every kind once, so that what is allocated only once is allocated.
+async fn warm(bench: &Bench) {
+    for version in common::VERSIONS {
+        let mut client = bench.connect(version).await;
+        download(&mut client, 8 * MIB).await;
+        upload(&mut client, 8 * MIB).await;
+    }
+}
+
+async fn download(client: &mut Client, length: u64) -> Duration {
+    let started = Instant::now();
+    let path = format!("/towline-test/bytes?n={length}&seed=3");
+    let answer = within("the answer's head", Duration::from_secs(20), head(client, &path)).await;
+    let read = within("the download", Duration::from_secs(300), read(answer.into_body())).await;
+    let elapsed = started.elapsed();
+    assert_eq!(read, Read { length, sha256: pattern_sum(3, length), clean: true });
+    elapsed
+}
+
+async fn upload(client: &mut Client, length: u64) -> Duration {
+    let started = Instant::now();
+    let sent = send(client, Method::POST, "/towline-test/sink", pattern(4, length, true));
+    let answer = within("the upload", Duration::from_secs(300), sent).await;
+    let said: Value =
+        serde_json::from_slice(&answer.into_body().collect().await.unwrap().to_bytes()).unwrap();
+    let elapsed = started.elapsed();
+    assert_eq!(said, json!({"length": length, "sha256": pattern_sum(4, length)}));
+    elapsed
+}
+
+/// Goal: 1 GiB down and 1 GiB up have equal checksums, and neither end grows by more than its budget and a fifth.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gibibyte_each_way_in_bounded_memory() {
+    let bench = bench().await;
+    warm(&bench).await;
+    let rss = Rss::watch(&bench.stack);
+    let length = 1024 * MIB;
+    for (version, length) in
+        [(Version::Http1, length), (Version::Http2, if long() { length } else { 256 * MIB })]
+    {
+        let mut client = bench.connect(version).await;
+        let down = download(&mut client, length).await;
+        let up = upload(&mut client, length).await;
+        eprintln!(
+            "{} MiB, {version:?}: down {:.1} s, {}; up {:.1} s, {}",
+            length / MIB,
+            down.as_secs_f32(),
+            rate(length, down),
+            up.as_secs_f32(),
+            rate(length, up)
+        );
+    }
+    rss.check("bulk both ways", BUDGET / 5 * 6);
+    bench.end().await;
+}
+
+/// Goal (RG9): a hundred readers of 64 MiB that stop reading stall nobody else, and memory stays bounded; who goes on
+/// reading after that gets every byte.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_that_stop_stall_nobody_else() {
+    let bench = bench().await;
+    warm(&bench).await;
+    let mut sibling = bench.connect(Version::Http1).await;
+    let length = 256 * MIB;
+    let alone = download(&mut sibling, length).await;
+
+    let rss = Rss::watch(&bench.stack);
+    let stalled_length = 64 * MIB;
+    let mut stalled = Vec::new();
+    for _ in 0..STALLED {
+        let mut client = bench.connect(Version::Http1).await;
+        let path = format!("/towline-test/bytes?n={stalled_length}&seed=5");
+        let answer = within("a head", Duration::from_secs(20), head(&mut client, &path)).await;
+        stalled.push((client, answer.into_body()));
+    }
+    // Everything that can move without a reader has moved once the tunnel is still.
+    let received = async || bench.gateway_metric("tunnel_received_bytes_total").await;
+    until("the tunnel is still", Duration::from_secs(30), async || {
+        let before = received().await;
+        sleep(Duration::from_millis(500)).await;
+        received().await - before < 64.0 * 1024.0
+    })
+    .await;
+    let beside = download(&mut sibling, length).await;
+    let up = upload(&mut sibling, length).await;
+    eprintln!(
+        "256 MiB alone {:.2} s, beside {STALLED} stalled readers {:.2} s down, {:.2} s up",
+        alone.as_secs_f32(),
+        beside.as_secs_f32(),
+        up.as_secs_f32()
+    );
+    assert!(
+        beside < 3 * alone + Duration::from_secs(2),
+        "{alone:?} alone, {beside:?} beside stalled readers"
+    );
+    let mut small = bench.connect(Version::Http2).await;
+    for _ in 0..20 {
+        let started = Instant::now();
+        assert_eq!(common::get(&mut small, "/towline-test/bytes?n=100").await.body().len(), 100);
+        assert!(started.elapsed() < Duration::from_secs(1), "a small request took {:?}", started.elapsed());
+    }
+    // Not synchronisation: what a reader that stops must not cost shows itself in time.
+    sleep(Duration::from_secs(if long() { 60 } else { 10 })).await;
+    rss.check("stalled readers", BUDGET / 5 * 6 + STALLED * PER_CONNECTION);
+    let (client, body) = stalled.swap_remove(50);
+    let read = within("a reader that goes on", Duration::from_secs(120), read(body)).await;
+    assert_eq!(read, Read { length: stalled_length, sha256: pattern_sum(5, stalled_length), clean: true });
+    drop(client);
+    drop(stalled);
+    until("no request is left", Duration::from_secs(10), async || {
+        bench.gateway_metric("requests_in_flight").await == 0.0
+            && bench.agent_metric("exchanges_running").await == 0.0
+    })
+    .await;
+    bench.end().await;
+}

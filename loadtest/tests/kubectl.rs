@@ -1,0 +1,163 @@
+//! Goal: every flow works with every real `kubectl` on this machine through the tunnel: in both modes, by path and by
+//! host, over both carriers.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::{Bench, settled};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use towline_loadtest::connect_relay::ConnectRelay;
+use towline_loadtest::fakeapi::{AGENT_TOKEN, RequestRecord};
+use towline_loadtest::kubectl::{self, FLOWS, Flow, Kubectl, Run};
+use towline_loadtest::stack::{CLIENT, CLUSTER, HOST_DOMAIN, Mode};
+
+/// Flows at a time: a kubectl waits more than it works.
+const PARALLEL: usize = 4;
+
+/// Goal: all kubectls, all flows, in impersonating mode by path. The API server sees the principal and nobody else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_kubectl_by_path_impersonating() {
+    let kubectls = found("every_kubectl_by_path_impersonating");
+    if kubectls.is_empty() {
+        return;
+    }
+    let bench = Bench::start(Mode::Impersonate).await;
+    let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());
+    matrix(&bench, &kubectls, &kubeconfig, "by path, impersonating").await;
+    for request in bench.fake.recorder().requests() {
+        let what = request.target_text();
+        let (caller, identity) =
+            (request.authenticated.as_ref().unwrap(), request.identity.as_ref().unwrap());
+        assert_eq!(caller.user, "system:serviceaccount:towline:towline-agent", "{what}");
+        assert_eq!(identity.user, CLIENT, "{what}");
+        assert_eq!(identity.groups, ["fleet", "system:authenticated"], "{what}");
+    }
+    bench.end().await;
+}
+
+/// Goal: the oldest and the newest kubectl in restricted mode. Only the client's own credential goes through (AG-06).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn oldest_and_newest_by_path_restricted() {
+    let kubectls = oldest_and_newest(found("oldest_and_newest_by_path_restricted"));
+    if kubectls.is_empty() {
+        return;
+    }
+    let bench = Bench::start(Mode::Restricted).await;
+    let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());
+    matrix(&bench, &kubectls, &kubeconfig, "by path, restricted").await;
+    for request in bench.fake.recorder().requests() {
+        let what = request.target_text();
+        let token = format!("Bearer {}", bench.stack.upstream.client_token);
+        assert_eq!(request.values("authorization"), [token.as_bytes()], "{what}");
+        assert!(!request.headers.iter().any(|(name, _)| is_impersonation(name)), "{what}");
+        let agents = |(_, value): &(String, Vec<u8>)| {
+            value.windows(AGENT_TOKEN.len()).any(|window| window == AGENT_TOKEN.as_bytes())
+        };
+        assert!(!request.headers.iter().any(agents), "{what}");
+    }
+    bench.end().await;
+}
+
+/// Goal: the oldest and the newest kubectl by host, through a forward proxy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn oldest_and_newest_by_host() {
+    let kubectls = oldest_and_newest(found("oldest_and_newest_by_host"));
+    if kubectls.is_empty() {
+        return;
+    }
+    let bench = Bench::start(Mode::Impersonate).await;
+    let relay = ConnectRelay::start(bench.stack.front).await.unwrap();
+    let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(Some(relay.addr())).unwrap());
+    matrix(&bench, &kubectls, &kubeconfig, "by host, impersonating").await;
+    let asked = relay.asked();
+    let host = format!("{CLUSTER}.{HOST_DOMAIN}:{}", bench.stack.front.port());
+    assert!(!asked.is_empty() && asked.iter().all(|authority| *authority == host), "{asked:?}");
+    bench.end().await;
+}
+
+fn is_impersonation(name: &str) -> bool {
+    name.to_ascii_lowercase().starts_with("impersonate-")
+}
+
+fn found(test: &str) -> Vec<Kubectl> {
+    let kubectls = kubectl::find();
+    if kubectls.is_empty() {
+        eprintln!("SKIP {test}: no kubectl on PATH or in $KUBECTLS");
+    }
+    kubectls
+}
+
+fn oldest_and_newest(mut kubectls: Vec<Kubectl>) -> Vec<Kubectl> {
+    if kubectls.len() > 2 {
+        kubectls.drain(1..kubectls.len() - 1);
+    }
+    kubectls
+}
+
+/// Runs every flow with every kubectl; those that know both carriers run the streaming flows over the other one too.
+async fn matrix(bench: &Bench, kubectls: &[Kubectl], kubeconfig: &Path, how: &str) {
+    let before = common::Footprint::of(bench).await;
+    let mut failures = Vec::new();
+    for kubectl in kubectls {
+        let started = Instant::now();
+        let mut runs = vec![("", Arc::new(Run::new(kubectl, kubeconfig).unwrap()))];
+        if kubectl.minor >= 30 {
+            let other = if kubectl.minor >= 31 { "false" } else { "true" };
+            let run = Run::new(kubectl, kubeconfig).unwrap();
+            let run = run.with_env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", other);
+            runs.push(("other carrier: ", Arc::new(run.with_env("KUBECTL_PORT_FORWARD_WEBSOCKETS", other))));
+        }
+        let permits = Arc::new(Semaphore::new(PARALLEL));
+        let mut flows = JoinSet::new();
+        for (carrier, run) in runs {
+            for flow in FLOWS.iter().filter(|flow| carrier.is_empty() || is_streaming(flow)) {
+                let (run, permits) = (Arc::clone(&run), Arc::clone(&permits));
+                flows.spawn(async move {
+                    let _permit = permits.acquire_owned().await.unwrap();
+                    flow.run(&run).await.map_err(|error| format!("{carrier}{error}"))
+                });
+            }
+        }
+        let results = flows.join_all().await;
+        let passed = results.iter().filter(|result| result.is_ok()).count();
+        let failed = results.len() - passed;
+        failures
+            .extend(results.into_iter().filter_map(Result::err).map(|error| format!("{kubectl}: {error}")));
+        eprintln!(
+            "{kubectl} {how}: {passed} flows passed, {failed} failed, {:.1} s",
+            started.elapsed().as_secs_f32()
+        );
+    }
+    assert!(failures.is_empty(), "{} flows failed:\n{}", failures.len(), failures.join("\n"));
+    let requests = bench.fake.recorder().requests_to("/api/v1/namespaces/default/pods/");
+    let carried = |protocol: &str| requests.iter().filter(|request| asks(request, protocol)).count();
+    let (spdy, websocket) = (carried("SPDY/3.1"), carried("websocket"));
+    eprintln!("{how}: {} requests, upgrades: {spdy} SPDY, {websocket} WebSocket", requests.len());
+    assert!(spdy > 0, "no flow went over SPDY");
+    assert!(
+        websocket > 0 || kubectls.iter().all(|kubectl| kubectl.minor < 30),
+        "no flow went over WebSocket"
+    );
+    // Idle connections of the agent's pool are no leak; everything else has ended with its kubectl.
+    let idle = bench.agent_metric("upstream_connections{state=\"idle\"}").await as usize;
+    let most = common::Footprint {
+        agent_fds: before.agent_fds + idle,
+        upstream_connections: before.upstream_connections + idle,
+        ..before
+    };
+    settled(bench, &most, Duration::from_secs(10)).await;
+}
+
+fn asks(request: &RequestRecord, protocol: &str) -> bool {
+    request.values("upgrade").iter().any(|value| value.eq_ignore_ascii_case(protocol.as_bytes()))
+}
+
+fn is_streaming(flow: &Flow) -> bool {
+    ["exec", "attach", "cp", "port"].iter().any(|start| flow.name.starts_with(start))
+}
