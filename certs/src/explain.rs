@@ -9,6 +9,7 @@ use rustls::{AlertDescription, CertificateError, Error, PeerIncompatible};
 use rustls_pki_types::UnixTime;
 
 use crate::facts::{from_unix, human, rfc3339};
+use crate::foreign::ForeignIssuer;
 use crate::tls::PinMismatch;
 use crate::trust::VerifyError;
 
@@ -90,6 +91,12 @@ fn certificate(cause: &CertificateError, bundle: &str) -> String {
             }
             if let Some(mismatch) = other.0.downcast_ref::<PinMismatch>() {
                 return mismatch.to_string();
+            }
+            if let Some(ForeignIssuer { issuer, expected }) = other.0.downcast_ref() {
+                return format!(
+                    "the certificate presented was issued by {issuer}, and one of the tunnel CA {} ({bundle}) was expected. Either a TLS-intercepting proxy or firewall answers in the gateway's place: exempt this address from interception there; or the address is another installation's"
+                    , expected.join(" or ")
+                );
             }
             match other.0.downcast_ref::<webpki::Error>() {
                 Some(webpki::Error::CaUsedAsEndEntity) => {

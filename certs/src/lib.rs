@@ -9,7 +9,7 @@
 //! | what is a CA, and what does it issue? | [`ca`], [`issue`] |
 //! | how are files read, written, watched? | [`load`], [`save`], [`reload`] |
 //! | what does a certificate say? | [`facts`], [`pin`] |
-//! | why did a handshake fail, and what now? | [`mod@explain`] |
+//! | why did a handshake fail, and what now? | [`mod@explain`], [`foreign`] |
 //! | where does a development set come from? | [`devset`], and the program `towline-certs` |
 //!
 //! Two rules hold everywhere. A certificate is judged against exactly one of the two CAs: one that the tunnel CA
@@ -21,6 +21,7 @@ mod der;
 pub mod devset;
 pub mod explain;
 pub mod facts;
+pub mod foreign;
 pub mod identity;
 pub mod issue;
 pub mod load;
@@ -39,6 +40,7 @@ mod testing;
 pub use ca::{CaError, CaKind, CertificateAuthority};
 pub use explain::{explain, tls_error};
 pub use facts::CertificateFacts;
+pub use foreign::ForeignIssuer;
 pub use identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain};
 pub use issue::{AgentKey, HostName, IssueError, IssuedCertificate};
 pub use load::{Credential, FileBytes, LoadCause, LoadError, LoadPolicy, Loaded, PrivateKey, Strictness};

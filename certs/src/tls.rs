@@ -30,6 +30,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use thiserror::Error;
 
 use crate::ca::may_sign_certificates;
+use crate::foreign::NamingVerifier;
 use crate::issue::HostName;
 use crate::load::Credential;
 use crate::pin::{SpkiPin, find_pinned};
@@ -208,7 +209,8 @@ pub fn agent_client(
     tunnel_roots: &[CertificateDer<'_>],
     credential: &Credential,
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    let builder = client(&[&TLS13])?.with_root_certificates(root_store(tunnel_roots)?);
+    let verifier = NamingVerifier::new(tunnel_roots)?;
+    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
     Ok(finish(builder.with_client_cert_resolver(single(credential)?), &[ALPN_TUNNEL]))
 }
 

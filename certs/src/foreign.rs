@@ -1,0 +1,135 @@
+//! Whose certificate did a server show, if not one of the CA expected? The check is webpki's; this only adds the names, so
+//! that the error can say who stands in between.
+
+use std::sync::Arc;
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::{CertificateError, DigitallySignedStruct, OtherError, SignatureScheme};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use thiserror::Error;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer as _;
+use x509_parser::x509::X509Name;
+
+use crate::tls::{TlsError, provider};
+use crate::trust::root_store;
+
+/// The certificate that a server showed was issued by somebody else. The names are those in certificates, which are
+/// public; they are cut to what fits a log line.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("the presented certificate was issued by {issuer}, not by {}", expected.join(" or "))]
+pub struct ForeignIssuer {
+    /// Who issued the presented certificate.
+    pub issuer: String,
+    /// The CAs that would have been right.
+    pub expected: Vec<String>,
+}
+
+/// Checks a server against `roots` as webpki does, and names the stranger that it refuses.
+#[derive(Debug)]
+pub(crate) struct NamingVerifier {
+    inner: Arc<WebPkiServerVerifier>,
+    expected: Vec<String>,
+}
+
+impl NamingVerifier {
+    pub(crate) fn new(roots: &[CertificateDer<'_>]) -> Result<Self, TlsError> {
+        let store = Arc::new(root_store(roots)?);
+        let inner = WebPkiServerVerifier::builder_with_provider(store, provider()).build();
+        // Without CRLs only an empty set of roots is refused, and that has just been looked at.
+        let inner = inner.map_err(|error| TlsError::Provider(rustls::Error::General(error.to_string())))?;
+        let expected = roots.iter().map(|root| named(root, |c| c.subject())).collect();
+        Ok(Self { inner, expected })
+    }
+}
+
+impl ServerCertVerifier for NamingVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified =
+            self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
+        verified.map_err(|error| match error {
+            rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+                let issuer = named(end_entity, |c| c.issuer());
+                let foreign = ForeignIssuer { issuer, expected: self.expected.clone() };
+                CertificateError::Other(OtherError(Arc::new(foreign))).into()
+            }
+            other => other,
+        })
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
+}
+
+/// The common name of the subject or issuer, else the organisation, else the whole name; in quotes, without control
+/// characters. `der` may be a stranger's.
+fn named(der: &CertificateDer<'_>, which: for<'a> fn(&'a X509Certificate<'a>) -> &'a X509Name<'a>) -> String {
+    let Ok((_, certificate)) = X509Certificate::from_der(der) else {
+        return "somebody unreadable".to_owned();
+    };
+    let name = which(&certificate);
+    let first = name.iter_common_name().chain(name.iter_organization()).find_map(|part| part.as_str().ok());
+    let text = first.map_or_else(|| name.to_string(), ToOwned::to_owned);
+    let shown: String = text.chars().filter(|c| !c.is_control()).take(NAME_MAX).collect();
+    if shown.is_empty() { "somebody without a name".to_owned() } else { format!("\"{shown}\"") }
+}
+
+/// Letters of a name that are shown.
+const NAME_MAX: usize = 96;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    /// Goal: the text names both sides, and holds nothing that could break a log line.
+    #[test]
+    fn a_stranger_is_named() {
+        let (ours, theirs) = (testing::Set::new(testing::now()), testing::Set::new(testing::now()));
+        let verifier = NamingVerifier::new(&[ours.tunnel_ca.root_der().clone()]).unwrap();
+        let (leaf, rest) = theirs.front_server.chain().split_first().unwrap();
+        let at = UnixTime::since_unix_epoch(
+            testing::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap(),
+        );
+        let name = ServerName::try_from("gw.test").unwrap();
+        let error = verifier.verify_server_cert(leaf, rest, &name, &[], at).unwrap_err();
+        let rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(other))) = &error else {
+            panic!("{error:?}")
+        };
+        let foreign = other.downcast_ref::<ForeignIssuer>().unwrap();
+        assert!(foreign.issuer.starts_with('"') && foreign.issuer != foreign.expected[0], "{foreign:?}");
+        assert_eq!(foreign.expected.len(), 1);
+    }
+
+    #[test]
+    fn garbage_has_no_name() {
+        assert_eq!(named(&vec![0x30, 0].into(), |c| c.issuer()), "somebody unreadable");
+    }
+}
