@@ -98,6 +98,9 @@ impl Agent {
         let stop = CancellationToken::new();
         let (live, files) = open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
         let live = Arc::new(live);
+        if let Some(proxy) = &live.proxy {
+            tracing::info!("the gateway is dialled through {proxy}");
+        }
         let refused = |cause| StartError::Admin { address: config.admin_address, cause };
         let listener = TcpListener::bind(config.admin_address).await.map_err(refused)?;
         let admin_address = listener.local_addr().map_err(refused)?;

@@ -13,6 +13,7 @@ use towline_proto::mux::Limits;
 use towline_proto::open::HEAD_MAX_BYTES;
 
 use crate::address::{Address, Host, special};
+use crate::proxy::ProxyConfig;
 pub use crate::yaml::Problems;
 use crate::yaml::{Document, Section};
 
@@ -22,6 +23,8 @@ pub struct AgentConfig {
     /// The file it came from: watched for new targets. None = the targets never change.
     pub source: Option<PathBuf>,
     pub gateway: GatewayConfig,
+    /// What stands between the agent and the gateway on TCP, if anything.
+    pub proxy: Option<ProxyConfig>,
     pub identity: IdentityConfig,
     pub mode: AgentMode,
     pub api_server: ApiServerConfig,
@@ -239,6 +242,7 @@ impl AgentConfig {
             Some(other) => root.problem("kind", format_args!("must be {KIND}, not {other:?}")),
         }
         let gateway = read_gateway(root);
+        let proxy = ProxyConfig::read(root);
         let identity = read_identity(root);
         let mode = read_mode(root);
         let api_server = read_api_server(root);
@@ -266,6 +270,7 @@ impl AgentConfig {
         Some(Self {
             source: None,
             gateway: gateway?,
+            proxy,
             identity: identity?,
             mode: mode?,
             api_server: api_server?,
@@ -322,6 +327,7 @@ impl AgentConfig {
             },
             "drain": { "deadline": time(self.drain_deadline) },
         });
+        out["proxy"] = self.proxy.as_ref().map_or_else(|| json!({ "url": "none" }), ProxyConfig::effective);
         out["mode"] = json!(self.mode.to_string());
         if let AgentMode::Impersonate(impersonate) = &self.mode {
             out["impersonate"] = json!({

@@ -15,6 +15,7 @@ use towline_proto::tunnel::{Session, SessionConfig, socket};
 use crate::address::{Address, Host, Reach};
 use crate::connect::{self, ConnectError};
 use crate::live::Live;
+use crate::proxy::{Leg, Proxy, ProxyError};
 use crate::upstream::server_name;
 
 /// Why an attempt failed.
@@ -32,6 +33,8 @@ enum DialCause {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     #[error(transparent)]
+    Proxy(#[from] ProxyError),
+    #[error(transparent)]
     Alpn(#[from] WrongAlpn),
     #[error("{0:?}: the receive memory of this process is used up (limits.processMemory)")]
     Memory(OpenError),
@@ -47,6 +50,7 @@ impl DialError {
         match &self.cause {
             DialCause::Name(_) => "name",
             DialCause::Connect(error) => error.label(),
+            DialCause::Proxy(_) => "proxy",
             DialCause::Alpn(_) => "alpn",
             DialCause::Memory(_) => "memory",
             DialCause::Ended(_) | DialCause::NotReady(_) => "hello",
@@ -78,17 +82,33 @@ pub(crate) struct Dialler {
 impl Dialler {
     /// Makes a session that may carry streams. Dropping the future abandons the attempt.
     pub(crate) async fn dial(&self, address: &Address) -> Result<Session, DialError> {
-        self.attempt(address).await.map_err(|cause| DialError { address: address.to_string(), cause })
+        self.attempt(address).await.map_err(|cause| {
+            let through = self.proxy(address).map_or_else(String::new, |proxy| format!(" through {proxy}"));
+            DialError { address: format!("{address}{through}"), cause }
+        })
+    }
+
+    fn proxy(&self, address: &Address) -> Option<&Proxy> {
+        self.live.proxy.as_ref().filter(|proxy| proxy.applies_to(address))
+    }
+
+    /// Connects on TCP, directly or through the proxy.
+    async fn reach(&self, address: &Address, deadline: Instant) -> Result<Leg, DialCause> {
+        if let Some(proxy) = self.proxy(address) {
+            return Ok(proxy.connect(address, deadline).await?);
+        }
+        let stream = connect::connect(address, Reach::Anywhere, deadline).await?;
+        if let Err(error) = socket::tune(&stream) {
+            tracing::debug!(%address, %error, "a socket option was refused");
+        }
+        Ok(Leg::direct(stream))
     }
 
     async fn attempt(&self, address: &Address) -> Result<Session, DialCause> {
         let host = self.server_name.as_ref().unwrap_or(&address.host);
         let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
         let deadline = Instant::now() + self.dial_timeout;
-        let stream = connect::connect(address, Reach::Anywhere, deadline).await?;
-        if let Err(error) = socket::tune(&stream) {
-            tracing::debug!(%address, %error, "a socket option was refused");
-        }
+        let stream = self.reach(address, deadline).await?;
         let stream = connect::handshake(stream, self.live.tunnel(), name, &self.bundle, deadline).await?;
         negotiated(stream.get_ref().1.alpn_protocol(), ALPN_TUNNEL)?;
         let (session, driver) = Session::over(stream, self.session.clone()).map_err(DialCause::Memory)?;

@@ -7,6 +7,7 @@
 //! | what is it told, and what does it refuse? | [`config`], `yaml` |
 //! | what does it consist of, and how does it end? | [`agent`] |
 //! | how does one attempt to reach the gateway go? | `dial`, over `connect` |
+//! | through which proxy does it go? | [`proxy`] |
 //! | how does it stay connected? | `supervise`, `backoff` |
 //! | what happens to the streams of a session? | `serve` |
 //! | how does one request become one answer? | `exchange`, `head` |
@@ -42,6 +43,7 @@ mod live;
 pub mod log;
 mod metrics;
 mod pool;
+pub mod proxy;
 pub mod runtime;
 mod serve;
 mod socket;

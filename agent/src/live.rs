@@ -19,6 +19,7 @@ use towline_proto::Code;
 use crate::config::{AgentConfig, AgentMode, Problems};
 use crate::exchange::Failed;
 use crate::metrics::Metrics;
+use crate::proxy::{AccessFiles, Proxy};
 use crate::targets::Targets;
 use crate::token::{TokenError, TokenFile};
 use crate::upstream::{Resources, Upstream, UpstreamError};
@@ -43,6 +44,8 @@ pub(crate) struct Live {
     tunnel: ArcSwap<ClientConfig>,
     api_server: ArcSwap<Upstream>,
     targets: ArcSwap<Targets>,
+    /// The way to the gateway, where it is not a direct one.
+    pub(crate) proxy: Option<Proxy>,
     /// The agent's own credential, if it may have one.
     pub(crate) token: Option<TokenFile>,
     /// Counts the identities: a session of an older one should be replaced.
@@ -97,6 +100,7 @@ pub(crate) struct Files {
     tunnel: Watched<ClientConfig, LiveError>,
     api_server: Option<Watched<Upstream, LiveError>>,
     targets: Option<TargetsFile>,
+    proxy: Option<AccessFiles>,
 }
 
 /// Reads all files for the first time; blocks for as long as that takes.
@@ -105,6 +109,7 @@ pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live,
         AgentMode::Restricted => None,
         AgentMode::Impersonate(impersonate) => Some(TokenFile::open(&impersonate.token_file)?),
     };
+    let (proxy, proxy_files) = config.proxy.as_ref().map(Proxy::open).transpose()?.unzip();
     let identity = &config.identity;
     let paths = vec![identity.certificate.clone(), identity.key.clone(), identity.ca.clone()];
     let tunnel = Watched::open(paths, |files| {
@@ -130,12 +135,13 @@ pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live,
         tunnel: ArcSwap::new(Arc::clone(tunnel.current())),
         api_server: ArcSwap::new(api_server),
         targets: ArcSwap::from_pointee(targets),
+        proxy,
         token,
         identity: watch::Sender::new(0),
         reload: Notify::new(),
     };
     let targets = config.source.clone().map(|path| TargetsFile::new(path, config, resources));
-    Ok((live, Files { tunnel, api_server: api_server_file, targets }))
+    Ok((live, Files { tunnel, api_server: api_server_file, targets, proxy: proxy_files.flatten() }))
 }
 
 /// Looks at the files again and again. Runs until it is dropped.
@@ -200,6 +206,19 @@ impl Files {
                 Err(error) => {
                     tracing::warn!(%error, "the token in use stays");
                     report("token", "failed");
+                }
+            }
+        }
+        if let (Some(proxy), Some(files)) = (&live.proxy, &mut self.proxy) {
+            match proxy.poll(files) {
+                None => {}
+                Some(Ok(())) => {
+                    tracing::info!("new password or CA bundle of the proxy");
+                    report("proxy", "ok");
+                }
+                Some(Err(error)) => {
+                    tracing::error!(%error, "the proxy's password and CA bundle in use stay");
+                    report("proxy", "failed");
                 }
             }
         }

@@ -1,0 +1,955 @@
+//! Through which proxy does the TCP leg to the gateway go, and how does that begin? `proxy` in the configuration, else the
+//! environment; then CONNECT (RFC 9110 section 9.3.6), after which the proxy passes bytes and TLS begins inside.
+//!
+//! In the order of the file: what is configured, what is exempt, what is read from files, one CONNECT.
+//!
+//! hyper-util has a matcher for such settings. It is not used here: it goes without a proxy, and without a word, where
+//! the URL is malformed, its exemptions have no ports, and its CONNECT tells no 407 from a 403.
+
+use std::env;
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use arc_swap::ArcSwap;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::{Buf as _, Bytes, BytesMut};
+use ipnet::IpNet;
+use rustls::ClientConfig;
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::client::TlsStream;
+use towline_certs::load::{self, FileBytes};
+use towline_certs::{Reload, UpstreamProtocol, Watched, tls};
+use towline_proto::tunnel::socket;
+use zeroize::Zeroizing;
+
+use crate::address::{Address, Host, Reach};
+use crate::config::Problems;
+use crate::connect::{self, ConnectError};
+use crate::live::LiveError;
+use crate::upstream::server_name;
+use crate::yaml::Section;
+
+/// The proxy that the agent was told to use.
+#[derive(Clone, Debug)]
+pub struct ProxyConfig {
+    pub url: ProxyUrl,
+    /// Where the password is, if it is not in the URL; read again whenever it changes.
+    pub password_file: Option<PathBuf>,
+    /// CA bundle for an `https://` proxy; the system's trust store if none is named.
+    pub ca: Option<PathBuf>,
+    /// What is dialled directly.
+    pub no_proxy: NoProxy,
+    /// Who said so: `proxy`, or the name of a variable.
+    pub source: &'static str,
+}
+
+/// `http://` or `https://`, a user and a password where there are any, host and port.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ProxyUrl {
+    pub tls: bool,
+    pub user: Option<String>,
+    password: Option<Zeroizing<String>>,
+    pub address: Address,
+}
+
+/// As an operator may see it: never with the password.
+impl fmt::Display for ProxyUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.tls { "https://" } else { "http://" })?;
+        if let Some(user) = &self.user {
+            let masked = self.password.as_ref().map_or_else(String::new, |_| format!(":{MASK}"));
+            write!(f, "{}{masked}@", encoded(user))?;
+        }
+        self.address.fmt(f)
+    }
+}
+
+impl fmt::Debug for ProxyUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for ProxyUrl {
+    type Err = &'static str;
+
+    /// The error never quotes the text: there may be a password in it.
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        const FORM: &str = "is not http://HOST:PORT or http://USER@HOST:PORT (or https://)";
+        let (tls, rest) = match text.split_once("://") {
+            Some(("http", rest)) => (false, rest),
+            Some(("https", rest)) => (true, rest),
+            Some(_) => return Err("names a kind of proxy that is not spoken: use http:// or https://"),
+            // As curl reads it.
+            None => (false, text),
+        };
+        let rest = rest.strip_suffix('/').unwrap_or(rest);
+        let (credentials, host) =
+            rest.rsplit_once('@').map_or((None, rest), |(credentials, host)| (Some(credentials), host));
+        let (user, password) =
+            match credentials.map(|text| text.split_once(':').map_or((text, None), |(u, p)| (u, Some(p)))) {
+                None => (None, None),
+                Some((user, password)) => {
+                    const ODD: &str = "has a user or password that is not percent-encoded text";
+                    let user = decoded(user).ok_or(ODD)?;
+                    let password = password.map(|text| decoded(text).ok_or(ODD)).transpose()?;
+                    if user.is_empty() || user.contains(':') {
+                        return Err(
+                            "has credentials without a user, or a user with a colon, which Basic cannot say",
+                        );
+                    }
+                    if password.as_deref() == Some(MASK) {
+                        return Err("has the mask of a printed configuration in place of the password");
+                    }
+                    (Some(user), password.map(Zeroizing::new))
+                }
+            };
+        let address = match host.parse::<Address>() {
+            Ok(address) => address,
+            Err(_) => Address { host: host.parse().map_err(|_| FORM)?, port: if tls { 443 } else { PORT } },
+        };
+        Ok(Self { tls, user, password, address })
+    }
+}
+
+impl ProxyConfig {
+    /// What the section `proxy` says, else the environment. With the section the environment does not count at all.
+    pub(crate) fn read(root: &Section<'_>) -> Option<Self> {
+        let section = root.section("proxy");
+        let password_file: Option<PathBuf> = section.text("passwordFile").map(Into::into);
+        let ca: Option<PathBuf> = section.text("ca").map(Into::into);
+        let no_proxy: Vec<_> = section.texts("noProxy").into_iter().map(NoProxyEntry::from_str).collect();
+        let mut entries = Vec::new();
+        for entry in no_proxy {
+            entry.map_or_else(|error| section.problem("noProxy", error), |entry| entries.push(entry));
+        }
+        if !root.has("proxy") {
+            let (url, source) = variable(["HTTPS_PROXY", "https_proxy"])?;
+            let (no_proxy, _) = variable(["NO_PROXY", "no_proxy"]).unwrap_or_default();
+            return Self::of_environment(&url, source, &no_proxy)
+                .map_err(|problem| root.problem(source, problem))
+                .ok();
+        }
+        let url = section.required("url")?;
+        if url == OFF {
+            for key in ["passwordFile", "ca", "noProxy"] {
+                if section.has(key) {
+                    section.problem(key, format_args!("is there, but url is {OFF}: no proxy is used"));
+                }
+            }
+            return None;
+        }
+        let url: ProxyUrl = url.parse().map_err(|error| section.problem("url", error)).ok()?;
+        if password_file.is_some() && url.password.is_some() {
+            section.problem("passwordFile", "is there, and url holds a password too: leave one");
+        }
+        if password_file.is_some() && url.user.is_none() {
+            section.problem("passwordFile", "is there, but url names no user: http://USER@HOST:PORT");
+        }
+        if ca.is_some() && !url.tls {
+            section.problem("ca", "is there, but url is http://: nothing would be checked against it");
+        }
+        Some(Self { url, password_file, ca, no_proxy: NoProxy(entries), source: "proxy" })
+    }
+
+    fn of_environment(url: &str, source: &'static str, no_proxy: &str) -> Result<Self, &'static str> {
+        // A variable is shared by many programs: what this one cannot read in NO_PROXY is for another one.
+        let entries = no_proxy.split([',', ' ']).filter_map(|entry| entry.trim().parse().ok());
+        let own = [NoProxyEntry::Loopback];
+        let no_proxy = NoProxy(own.into_iter().chain(entries).collect());
+        Ok(Self { url: url.parse()?, password_file: None, ca: None, no_proxy, source })
+    }
+
+    /// For `--check`; reads as itself, but for a password that is in the URL.
+    pub(crate) fn effective(&self) -> serde_json::Value {
+        serde_json::json!({
+            "url": self.url.to_string(),
+            "passwordFile": self.password_file,
+            "ca": self.ca,
+            "noProxy": self.no_proxy.0.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn variable(names: [&'static str; 2]) -> Option<(String, &'static str)> {
+    names.into_iter().find_map(|name| {
+        let value = env::var(name).ok().filter(|value| !value.trim().is_empty())?;
+        Some((value.trim().to_owned(), name))
+    })
+}
+
+/// Destinations that are dialled directly, as Go and curl read `NO_PROXY`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NoProxy(Vec<NoProxyEntry>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum NoProxyEntry {
+    /// `*`
+    All,
+    /// `localhost` and loopback addresses; comes with the environment, as in Go.
+    Loopback,
+    Net(IpNet),
+    Ip(IpAddr, Option<u16>),
+    /// `example.com`: this name and all below it. `.example.com`, `*.example.com`: all below it only.
+    Name {
+        name: String,
+        itself: bool,
+        port: Option<u16>,
+    },
+}
+
+impl NoProxy {
+    /// Whether this destination is dialled directly. Names are not resolved: only what is written is compared.
+    #[must_use]
+    pub fn exempts(&self, address: &Address) -> bool {
+        let port_ok = |port: &Option<u16>| port.is_none_or(|port| port == address.port);
+        self.0.iter().any(|entry| match (entry, &address.host) {
+            (NoProxyEntry::All, _) => true,
+            (NoProxyEntry::Loopback, Host::Ip(ip)) => ip.to_canonical().is_loopback(),
+            (NoProxyEntry::Loopback, Host::Name(name)) => &**name == "localhost",
+            (NoProxyEntry::Net(net), Host::Ip(ip)) => net.contains(&ip.to_canonical()),
+            (NoProxyEntry::Ip(exempt, port), Host::Ip(ip)) => *exempt == ip.to_canonical() && port_ok(port),
+            (NoProxyEntry::Name { name, itself, port }, Host::Name(host)) => {
+                let below = host.strip_suffix(name.as_str()).is_some_and(|rest| rest.ends_with('.'));
+                port_ok(port) && (below || (*itself && **host == **name))
+            }
+            _ => false,
+        })
+    }
+}
+
+impl FromStr for NoProxyEntry {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "{text:?} is no host, .suffix, IP address, CIDR block or *, where hosts and addresses may have a :port"
+            )
+        };
+        if text == "*" {
+            return Ok(Self::All);
+        }
+        if text == LOOPBACK {
+            return Ok(Self::Loopback);
+        }
+        if text.contains('/') {
+            return text.parse().map(|net: IpNet| Self::Net(net.trunc())).map_err(|_| wrong());
+        }
+        // An IPv6 address may stand without brackets where no port follows.
+        if let Ok(ip) = text.parse::<IpAddr>() {
+            return Ok(Self::Ip(ip.to_canonical(), None));
+        }
+        let (rest, itself) = match text.strip_prefix("*.").or_else(|| text.strip_prefix('.')) {
+            Some(rest) => (rest, false),
+            None => (text, true),
+        };
+        let (host, port) = match rest.parse::<Address>() {
+            Ok(address) => (address.host, Some(address.port)),
+            Err(_) => (rest.parse::<Host>().map_err(|_| wrong())?, None),
+        };
+        match host {
+            Host::Ip(ip) if itself => Ok(Self::Ip(ip.to_canonical(), port)),
+            Host::Ip(_) => Err(wrong()),
+            Host::Name(name) => Ok(Self::Name { name: name.into(), itself, port }),
+        }
+    }
+}
+
+impl fmt::Display for NoProxyEntry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let with_port = |f: &mut fmt::Formatter<'_>, port: &Option<u16>| match port {
+            Some(port) => write!(f, ":{port}"),
+            None => Ok(()),
+        };
+        match self {
+            Self::All => f.write_str("*"),
+            Self::Loopback => f.write_str(LOOPBACK),
+            Self::Net(net) => net.fmt(f),
+            Self::Ip(ip, port) => Host::Ip(*ip).fmt(f).and_then(|()| with_port(f, port)),
+            Self::Name { name, itself, port } => {
+                write!(f, "{}{name}", if *itself { "" } else { "." }).and_then(|()| with_port(f, port))
+            }
+        }
+    }
+}
+
+/// The proxy with what its files say at the moment.
+pub(crate) struct Proxy {
+    config: ProxyConfig,
+    access: ArcSwap<Access>,
+}
+
+/// What is read from the files of a proxy.
+pub(crate) struct Access {
+    authorization: Option<Zeroizing<String>>,
+    tls: Option<Arc<ClientConfig>>,
+}
+
+/// The files behind [`Proxy`].
+pub(crate) type AccessFiles = Watched<Access, LiveError>;
+
+/// As errors call it.
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the proxy {} (set by {})", self.config.url, self.config.source)
+    }
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Proxy").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Proxy {
+    /// Reads the files for the first time; blocks for as long as that takes.
+    pub(crate) fn open(config: &ProxyConfig) -> Result<(Self, Option<AccessFiles>), LiveError> {
+        let paths: Vec<_> = config.password_file.iter().chain(&config.ca).cloned().collect();
+        if paths.is_empty() {
+            let access = ArcSwap::from_pointee(Access::of(config, &[])?);
+            return Ok((Self { config: config.clone(), access }, None));
+        }
+        let of = config.clone();
+        let files = Watched::open(paths, move |files: &[FileBytes]| Access::of(&of, files))?;
+        let access = ArcSwap::new(Arc::clone(files.current()));
+        Ok((Self { config: config.clone(), access }, Some(files)))
+    }
+
+    /// Looks at the files again. Blocks.
+    pub(crate) fn poll(&self, files: &mut AccessFiles) -> Option<Result<(), LiveError>> {
+        match files.poll() {
+            Reload::Unchanged | Reload::Kept { repeated: true, .. } => None,
+            Reload::Changed(access) => {
+                self.access.store(access);
+                Some(Ok(()))
+            }
+            Reload::Kept { error, .. } => Some(Err(error)),
+        }
+    }
+
+    /// Whether this destination is reached through the proxy.
+    pub(crate) fn applies_to(&self, address: &Address) -> bool {
+        !self.config.no_proxy.exempts(address)
+    }
+
+    /// Makes a connection to `to` through the proxy. Dropping the future abandons it.
+    pub(crate) async fn connect(&self, to: &Address, deadline: Instant) -> Result<Leg, ProxyError> {
+        let access = self.access.load_full();
+        let at = &self.config.url.address;
+        let stream = connect::connect(at, Reach::Anywhere, deadline).await?;
+        if let Err(error) = socket::tune(&stream) {
+            tracing::debug!(proxy = %at, %error, "a socket option was refused");
+        }
+        let mut road = match &access.tls {
+            None => Road::Plain(stream),
+            Some(tls) => {
+                let name = server_name(&at.host).ok_or_else(|| ProxyError::Name(at.host.clone()))?;
+                let ca = self.config.ca.as_ref().map(|path| path.display().to_string());
+                let bundle = ca.unwrap_or_else(|| "the system's trust store; set proxy.ca".to_owned());
+                let stream = connect::handshake(stream, Arc::clone(tls), name, &bundle, deadline).await?;
+                Road::Tls(Box::new(stream))
+            }
+        };
+        let asked = ask(&mut road, to, access.authorization.as_deref().map(String::as_str));
+        let early = timeout_at(deadline, asked).await.map_err(|_| ProxyError::Deadline)??;
+        Ok(Leg { road, early })
+    }
+}
+
+impl Access {
+    fn of(config: &ProxyConfig, files: &[FileBytes]) -> Result<Self, LiveError> {
+        let mut files = files.iter();
+        let from_file = match &config.password_file {
+            None => None,
+            Some(path) => Some(password(path, files.next().map_or(&[][..], FileBytes::bytes))?),
+        };
+        let tls = if config.url.tls {
+            let roots = match config.ca.as_ref().and_then(|_| files.next()) {
+                Some(file) => load::parse_roots(file)?,
+                None => load::system_roots()?,
+            };
+            Some(tls::upstream_client(&roots, None, UpstreamProtocol::Http1)?)
+        } else {
+            None
+        };
+        let authorization = config.url.user.as_ref().map(|user| {
+            let password =
+                from_file.as_ref().or(config.url.password.as_ref()).map_or("", |text| text.as_str());
+            let pair = Zeroizing::new(format!("{user}:{password}"));
+            Zeroizing::new(format!("Basic {}", STANDARD.encode(pair.as_bytes())))
+        });
+        Ok(Self { authorization, tls })
+    }
+}
+
+/// The first and only line of a password file.
+fn password(path: &std::path::Path, bytes: &[u8]) -> Result<Zeroizing<String>, LiveError> {
+    let wrong = |what: &str| LiveError::from(Problems::one(format!("{}: {what}", path.display())));
+    let text = std::str::from_utf8(bytes).map_err(|_| wrong("is not text (UTF-8)"))?;
+    let text = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
+    if text.is_empty() {
+        return Err(wrong("is empty, and should hold the password for the proxy"));
+    }
+    if text.chars().any(char::is_control) || text.len() > PASSWORD_MAX {
+        return Err(wrong("is no password of one line. It is probably not the file that was meant"));
+    }
+    Ok(Zeroizing::new(text.to_owned()))
+}
+
+/// Why the proxy gave no connection. The text is about "it": the proxy is for the caller to name.
+#[derive(Debug, Error)]
+pub(crate) enum ProxyError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("{0} cannot be the name of a certificate. Name the proxy as its certificate does")]
+    Name(Host),
+    #[error("it did not answer the CONNECT in time. It may be reaching for a gateway that it cannot reach")]
+    Deadline,
+    #[error("the connection broke before it answered the CONNECT: {0}")]
+    Io(#[from] io::Error),
+    #[error(
+        "it closed the connection without an answer to the CONNECT. It may speak TLS (https://), or be no HTTP proxy"
+    )]
+    Closed,
+    #[error("what it answered is not HTTP. Check host and port of the proxy")]
+    NotHttp,
+    #[error("its answer has a head of more than {HEAD_MAX} bytes")]
+    TooLarge,
+    #[error("{}", unauthenticated(*had_credentials, offered))]
+    Unauthenticated { had_credentials: bool, offered: String },
+    #[error("it refused CONNECT {to} with {status}. {}", remedy(*.code))]
+    Refused { to: String, code: u16, status: String },
+}
+
+fn unauthenticated(had_credentials: bool, offered: &str) -> String {
+    let basic = offered.is_empty() || offered.split(", ").any(|scheme| scheme.eq_ignore_ascii_case("basic"));
+    if !basic {
+        return format!(
+            "it requires authentication (407) by {offered}, and only Basic is spoken. Let the proxy accept Basic or no authentication for this destination"
+        );
+    }
+    if had_credentials {
+        "it does not accept the user and password (407). Check the user in proxy.url and the content of proxy.passwordFile".to_owned()
+    } else {
+        "it requires a user and a password (407), and none is configured. Set proxy.url to http://USER@HOST:PORT and put the password into proxy.passwordFile".to_owned()
+    }
+}
+
+const fn remedy(code: u16) -> &'static str {
+    match code {
+        403 | 405 => "Allow CONNECT to this host and port in the proxy's rules",
+        400..500 => "See the proxy's log",
+        502..=504 => {
+            "The proxy cannot reach the gateway: check the name, the port and the firewall behind the proxy"
+        }
+        _ => "See the proxy's log; it may be no proxy at all",
+    }
+}
+
+/// Asks for a connection to `to`; gives what came after the head of the answer.
+async fn ask(road: &mut Road, to: &Address, authorization: Option<&str>) -> Result<Bytes, ProxyError> {
+    let mut head = Zeroizing::new(format!(
+        "CONNECT {to} HTTP/1.1\r\nHost: {to}\r\nUser-Agent: towline-agent/{}\r\n",
+        env!("CARGO_PKG_VERSION")
+    ));
+    if let Some(authorization) = authorization {
+        head.push_str("Proxy-Authorization: ");
+        head.push_str(authorization);
+        head.push_str("\r\n");
+    }
+    head.push_str("\r\n");
+    road.write_all(head.as_bytes()).await?;
+    road.flush().await?;
+    let mut read = BytesMut::with_capacity(HEAD_START);
+    loop {
+        if let Some(answer) = take_answer(&mut read)? {
+            match answer.code {
+                100..200 => continue,
+                200..300 => return Ok(read.freeze()),
+                407 => {
+                    let had_credentials = authorization.is_some();
+                    return Err(ProxyError::Unauthenticated { had_credentials, offered: answer.schemes });
+                }
+                code => return Err(ProxyError::Refused { to: to.to_string(), code, status: answer.status }),
+            }
+        }
+        if read.len() >= HEAD_MAX {
+            return Err(ProxyError::TooLarge);
+        }
+        let room = HEAD_MAX - read.len();
+        if (&mut *road).take(room as u64).read_buf(&mut read).await? == 0 {
+            return Err(if read.is_empty() { ProxyError::Closed } else { ProxyError::NotHttp });
+        }
+    }
+}
+
+/// The head of an answer, as far as it matters here.
+#[derive(Debug, PartialEq, Eq)]
+struct Answer {
+    code: u16,
+    /// `403 Filtered`
+    status: String,
+    /// The schemes of `Proxy-Authenticate`.
+    schemes: String,
+}
+
+/// Takes one complete head off the front of `read`; `None` if it has not all come.
+fn take_answer(read: &mut BytesMut) -> Result<Option<Answer>, ProxyError> {
+    const START: &[u8] = b"HTTP/1.";
+    let known = read.len().min(START.len());
+    if read[..known] != START[..known] {
+        return Err(ProxyError::NotHttp);
+    }
+    let Some(end) = read.windows(4).position(|window| window == b"\r\n\r\n") else { return Ok(None) };
+    let head = read.split_to(end + 4);
+    let head = String::from_utf8_lossy(&head[..end]);
+    let mut lines = head.split("\r\n");
+    let status = lines.next().and_then(|line| line.split_once(' ')).map(|(_, status)| status.trim());
+    let status = status.ok_or(ProxyError::NotHttp)?;
+    let digits = status.get(..3).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+    let code = digits
+        .and_then(|digits| digits.parse().ok())
+        .filter(|code| *code >= 100)
+        .ok_or(ProxyError::NotHttp)?;
+    let schemes = lines.filter_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        let challenge = name.eq_ignore_ascii_case("proxy-authenticate");
+        challenge.then(|| printable(value.split_whitespace().next().unwrap_or_default(), SCHEME_SHOWN))
+    });
+    let schemes =
+        schemes.filter(|scheme| !scheme.is_empty()).take(SCHEMES_MAX).collect::<Vec<_>>().join(", ");
+    Ok(Some(Answer { code, status: printable(status, STATUS_SHOWN), schemes }))
+}
+
+fn printable(text: &str, letters: usize) -> String {
+    text.chars().filter(|c| !c.is_control()).take(letters).collect()
+}
+
+/// The bytes to and from a proxy.
+#[derive(Debug)]
+enum Road {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// A connection to the gateway, through a proxy or not.
+#[derive(Debug)]
+pub(crate) struct Leg {
+    road: Road,
+    /// What came right behind the head of the answer.
+    early: Bytes,
+}
+
+impl Leg {
+    /// A connection without a proxy.
+    pub(crate) const fn direct(stream: TcpStream) -> Self {
+        Self { road: Road::Plain(stream), early: Bytes::new() }
+    }
+}
+
+impl AsyncRead for Leg {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.early.is_empty() {
+            return Pin::new(&mut self.road).poll_read(cx, buf);
+        }
+        let len = self.early.len().min(buf.remaining());
+        buf.put_slice(&self.early[..len]);
+        self.early.advance(len);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncRead for Road {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_read(cx, buf),
+            Self::Tls(io) => Pin::new(io).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Road {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_write(cx, buf),
+            Self::Tls(io) => Pin::new(io).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_write_vectored(cx, bufs),
+            Self::Tls(io) => Pin::new(io).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Plain(io) => io.is_write_vectored(),
+            Self::Tls(io) => io.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_flush(cx),
+            Self::Tls(io) => Pin::new(io).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(io) => Pin::new(io).poll_shutdown(cx),
+            Self::Tls(io) => Pin::new(io).poll_shutdown(cx),
+        }
+    }
+}
+
+impl AsyncWrite for Leg {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.road).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.road).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.road.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.road).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.road).poll_shutdown(cx)
+    }
+}
+
+/// Undoes percent-encoding; `None` if it is none, or hides what no user or password has.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = after;
+        if byte == b'%' {
+            let (digits, after) = rest.split_at_checked(2)?;
+            let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+            bytes.push(digit(digits[0])? << 4 | digit(digits[1])?);
+            rest = after;
+        } else {
+            bytes.push(byte);
+        }
+    }
+    String::from_utf8(bytes).ok().filter(|text| !text.chars().any(char::is_control))
+}
+
+/// A user as it stands in a URL.
+fn encoded(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~');
+    text.bytes().fold(String::new(), |out, byte| {
+        if plain(byte) {
+            out + char::from(byte).encode_utf8(&mut [0; 4])
+        } else {
+            format!("{out}%{byte:02X}")
+        }
+    })
+}
+
+/// What `proxy.url` is to use no proxy, whatever the environment says.
+const OFF: &str = "none";
+/// What [`NoProxyEntry::Loopback`] is called.
+const LOOPBACK: &str = "<loopback>";
+const MASK: &str = "***";
+/// The port of an `http://` proxy without one: what curl takes, and most proxies listen on something near.
+const PORT: u16 = 1080;
+/// Bytes of the heads of a proxy's answer, interim ones included.
+const HEAD_MAX: usize = 16 * 1024;
+const HEAD_START: usize = 1024;
+const PASSWORD_MAX: usize = 1024;
+/// Letters of a status line, letters and number of schemes that an error shows.
+const STATUS_SHOWN: usize = 100;
+const SCHEME_SHOWN: usize = 20;
+const SCHEMES_MAX: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn config(url: &str, no_proxy: &[&str]) -> ProxyConfig {
+        let no_proxy = NoProxy(no_proxy.iter().map(|entry| entry.parse().unwrap()).collect());
+        ProxyConfig { url: url.parse().unwrap(), password_file: None, ca: None, no_proxy, source: "proxy" }
+    }
+
+    #[test]
+    fn urls_are_read_and_never_show_the_password() {
+        for (text, shown) in [
+            ("http://proxy.corp:3128", "http://proxy.corp:3128"),
+            ("http://proxy.corp:3128/", "http://proxy.corp:3128"),
+            ("proxy.corp:3128", "http://proxy.corp:3128"),
+            ("https://proxy.corp", "https://proxy.corp:443"),
+            ("http://proxy.corp", "http://proxy.corp:1080"),
+            ("http://[fd00::1]:8080", "http://[fd00::1]:8080"),
+            ("http://joe@p:1", "http://joe@p:1"),
+            ("http://joe:secret@p:1", "http://joe:***@p:1"),
+            ("http://DOM%5Cjoe:s%40c%3Aret@p:1", "http://DOM%5Cjoe:***@p:1"),
+            ("http://joe:p@ss@p:1", "http://joe:***@p:1"),
+        ] {
+            let url: ProxyUrl = text.parse().unwrap();
+            assert_eq!(url.to_string(), shown);
+            assert_eq!(format!("{url:?}"), shown);
+        }
+        for text in [
+            "",
+            "socks5://p:1",
+            "http://",
+            "http://p:0",
+            "http://joe:***@p:1",
+            "http://:x@p:1",
+            "http://j%zz@p:1",
+            "http://j%0d@p:1",
+            "http://p:1/path",
+            "http://jo%3Ae:x@p:1",
+        ] {
+            let error = text.parse::<ProxyUrl>().unwrap_err();
+            assert!(!error.contains("secret"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn exemptions_are_those_of_go_and_curl() {
+        let exempts =
+            |entry: &str, to: &str| NoProxy(vec![entry.parse().unwrap()]).exempts(&to.parse().unwrap());
+        for (entry, to, expected) in [
+            ("*", "gw.example.com:443", true),
+            ("example.com", "example.com:443", true),
+            ("example.com", "gw.example.com:443", true),
+            ("example.com", "notexample.com:443", false),
+            ("EXAMPLE.com", "GW.Example.COM:443", true),
+            (".example.com", "gw.example.com:443", true),
+            (".example.com", "a.b.example.com:443", true),
+            (".example.com", "example.com:443", false),
+            ("*.example.com", "gw.example.com:443", true),
+            ("*.example.com", "example.com:443", false),
+            ("example.com:8443", "gw.example.com:8443", true),
+            ("example.com:8443", "gw.example.com:443", false),
+            ("10.0.0.0/8", "10.1.2.3:443", true),
+            ("10.1.2.3/8", "10.9.9.9:443", true),
+            ("10.0.0.0/8", "11.1.2.3:443", false),
+            ("10.0.0.0/8", "ten.example.com:443", false),
+            ("10.0.0.0/8", "[::ffff:10.1.2.3]:443", true),
+            ("10.1.2.3", "10.1.2.3:443", true),
+            ("10.1.2.3:443", "10.1.2.3:443", true),
+            ("10.1.2.3:443", "10.1.2.3:80", false),
+            ("fd00::/8", "[fd00::1]:443", true),
+            ("fd00::1", "[fd00::1]:443", true),
+            ("[fd00::1]:443", "[fd00::1]:443", true),
+            ("[fd00::1]:443", "[fd00::1]:80", false),
+            ("localhost", "localhost:443", true),
+            ("localhost", "127.0.0.1:443", false),
+            ("<loopback>", "127.9.9.9:443", true),
+            ("<loopback>", "localhost:443", true),
+            ("<loopback>", "gw.example.com:443", false),
+        ] {
+            assert_eq!(exempts(entry, to), expected, "{entry} {to}");
+            let again = entry.parse::<NoProxyEntry>().unwrap().to_string();
+            assert_eq!(exempts(&again, to), expected, "{entry} as {again}, {to}");
+        }
+        for entry in ["", "a b", "10.0.0.0/99", ".10.0.0.1", "http://x", "x:0", "**"] {
+            assert!(entry.parse::<NoProxyEntry>().is_err(), "{entry}");
+        }
+    }
+
+    #[test]
+    fn the_environment_counts_as_go_reads_it() {
+        let read = |url, no_proxy| ProxyConfig::of_environment(url, "HTTPS_PROXY", no_proxy);
+        let config = read("http://joe:secret@p:3128", "a.example, .b.example,10.0.0.0/8 ,!!,").unwrap();
+        assert!(!format!("{config:?}").contains("secret"));
+        assert_eq!(
+            config.effective()["noProxy"].to_string(),
+            r#"["<loopback>","a.example",".b.example","10.0.0.0/8"]"#
+        );
+        assert!(config.no_proxy.exempts(&"127.0.0.1:443".parse().unwrap()));
+        assert!(!config.no_proxy.exempts(&"gw.example:443".parse().unwrap()));
+        assert!(read("socks5://p:1", "").is_err(), "a proxy that cannot be used is no reason to go without");
+    }
+
+    #[test]
+    fn heads_are_read_whole_and_once() {
+        let take = |text: &[u8]| {
+            let mut read = BytesMut::from(text);
+            let answer = take_answer(&mut read);
+            (answer.map(|answer| answer.map(|answer| (answer.code, answer.status, answer.schemes))), read)
+        };
+        let (answer, rest) = take(b"HTTP/1.1 200 Connection established\r\nX: y\r\n\r\n\x16\x03");
+        assert_eq!(answer.unwrap(), Some((200, "200 Connection established".to_owned(), String::new())));
+        assert_eq!(&rest[..], b"\x16\x03");
+        let (answer, _) =
+            take(b"HTTP/1.0 407 No\r\nProxy-Authenticate: Negotiate\r\nproxy-authenticate: NTLM x\r\n\r\n");
+        assert_eq!(answer.unwrap().unwrap().2, "Negotiate, NTLM");
+        for text in [&b""[..], b"H", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n\r"] {
+            assert_eq!(take(text).0.unwrap(), None, "{text:?}");
+        }
+        for text in [
+            &b"\x15\x03\x03"[..],
+            b"SSH-2.0-x\r\n",
+            b"HTTP/2 200\r\n\r\n",
+            b"HTTP/1.1\r\n\r\n",
+            b"HTTP/1.1 2x0 OK\r\n\r\n",
+            b"HTTP/1.1 20\r\n\r\n",
+            b"HTTP/1.1 \xff\xff\xff\r\n\r\n",
+            b"HTTP/1.1 099 x\r\n\r\n",
+        ] {
+            assert!(matches!(take(text).0, Err(ProxyError::NotHttp)), "{text:?}");
+        }
+        let mut text = b"HTTP/1.1 403 \x1b[31mred\x07 ".to_vec();
+        text.extend([b'x'; 400]);
+        text.extend(b"\r\n\r\n");
+        let (_, status, _) = take(&text).0.unwrap().unwrap();
+        assert!(status.len() <= STATUS_SHOWN && !status.chars().any(char::is_control), "{status:?}");
+    }
+
+    /// Goal: every way in which a proxy says no has a text that names the proxy and a remedy, and never the password.
+    #[tokio::test]
+    async fn refusals_are_told_apart() {
+        let endless = format!("HTTP/1.1 200 OK\r\nX: {}", "x".repeat(HEAD_MAX));
+        for (url, answer, parts) in [
+            (
+                "joe:secret@",
+                "HTTP/1.1 407 No\r\nProxy-Authenticate: Basic realm=x\r\n\r\n",
+                &["407", "does not accept"][..],
+            ),
+            (
+                "",
+                "HTTP/1.1 407 No\r\nProxy-Authenticate: Basic realm=x\r\n\r\n",
+                &["407", "none is configured", "passwordFile"],
+            ),
+            ("joe:secret@", "HTTP/1.1 407 No\r\nProxy-Authenticate: NTLM\r\n\r\n", &["NTLM", "only Basic"]),
+            (
+                "",
+                "HTTP/1.1 403 Filtered\r\n\r\n",
+                &["refused CONNECT gw.example:443 with 403 Filtered", "rules"],
+            ),
+            ("", "HTTP/1.1 502 Bad Gateway\r\n\r\n", &["with 502 Bad Gateway", "cannot reach the gateway"]),
+            ("", "HTTP/1.1 301 Moved\r\n\r\n", &["with 301 Moved"]),
+            ("", "SSH-2.0-x\r\n", &["not HTTP"]),
+            ("", "", &["without an answer"]),
+            ("", endless.as_str(), &["more than 16384 bytes"]),
+        ] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let at = listener.local_addr().unwrap();
+            let (proxy, _) = Proxy::open(&config(&format!("http://{url}{at}"), &[])).unwrap();
+            let to = "gw.example:443".parse().unwrap();
+            let answers = async {
+                let (mut socket, _) = listener.accept().await.unwrap();
+                let mut asked = [0; 2048];
+                let length = socket.read(&mut asked).await.unwrap();
+                socket.write_all(answer.as_bytes()).await.unwrap();
+                let asked = String::from_utf8(asked[..length].to_vec()).unwrap();
+                assert!(
+                    asked.starts_with("CONNECT gw.example:443 HTTP/1.1\r\nHost: gw.example:443\r\n"),
+                    "{asked}"
+                );
+                assert_eq!(
+                    asked.contains("Proxy-Authorization: Basic am9lOnNlY3JldA==\r\n"),
+                    !url.is_empty()
+                );
+            };
+            let deadline = Instant::now() + Duration::from_secs(5);
+            let (result, ()) = tokio::join!(proxy.connect(&to, deadline), answers);
+            let error = format!("{proxy}: {}", result.unwrap_err());
+            for part in parts.iter().chain(&[at.to_string().as_str()]) {
+                assert!(error.contains(part), "{part:?} is missing in {error}");
+            }
+            assert!(!error.contains("secret"), "{error}");
+        }
+    }
+
+    /// Goal: bytes right behind the head belong to the connection; an interim answer is skipped.
+    #[tokio::test]
+    async fn early_bytes_are_kept() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (proxy, _) =
+            Proxy::open(&config(&listener.local_addr().unwrap().to_string(), &["exempt"])).unwrap();
+        assert!(!proxy.applies_to(&"exempt:1".parse().unwrap()));
+        let to = "gw.example:443".parse().unwrap();
+        assert!(proxy.applies_to(&to));
+        let answers = async {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            socket.write_all(b"HTTP/1.1 102 Wait\r\n\r\nHTTP/1.1 200 OK\r\n\r\nearly ").await.unwrap();
+            socket.write_all(b"late").await.unwrap();
+        };
+        let (leg, ()) = tokio::join!(proxy.connect(&to, Instant::now() + Duration::from_secs(5)), answers);
+        let mut text = String::new();
+        leg.unwrap().read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "early late");
+    }
+
+    /// Goal: one deadline holds for the proxy too.
+    #[tokio::test]
+    async fn a_silent_proxy_does_not_hold_us() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (proxy, _) = Proxy::open(&config(&listener.local_addr().unwrap().to_string(), &[])).unwrap();
+        let deadline = Instant::now() + Duration::from_millis(50);
+        let error = proxy.connect(&"gw:1".parse().unwrap(), deadline).await.unwrap_err();
+        assert!(error.to_string().contains("did not answer the CONNECT in time"), "{error}");
+    }
+
+    #[test]
+    fn a_password_file_is_one_line() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("password");
+        let mut config = config("http://joe@p:1", &[]);
+        config.password_file = Some(path.clone());
+        for (content, good) in [
+            ("secret\n", true),
+            ("secret", true),
+            ("secret\r\n", true),
+            ("", false),
+            ("\n", false),
+            ("a\nb\n", false),
+            ("a\0b", false),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            match Proxy::open(&config) {
+                Ok((proxy, _)) => {
+                    assert!(good, "{content:?}");
+                    let access = proxy.access.load();
+                    assert_eq!(access.authorization.as_deref().unwrap(), "Basic am9lOnNlY3JldA==");
+                }
+                Err(error) => {
+                    assert!(!good, "{content:?}: {error}");
+                    assert!(error.to_string().contains("password"), "{error}");
+                }
+            }
+        }
+    }
+}
