@@ -52,7 +52,7 @@ struct Refusal {
     text: String,
 }
 
-/// Runs one agent's connection to its end.
+/// Runs one agent's TLS connection to its end.
 pub(crate) async fn serve<IO>(shared: Arc<Shared>, tls: TlsStream<IO>, address: SocketAddr)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -63,7 +63,30 @@ where
         .peer_certificates()
         .and_then(|chain| chain.first())
         .map(|leaf| leaf.clone().into_owned());
-    let config = SessionConfig {
+    match Session::over(tls, session_config(&shared)) {
+        Ok((session, driver)) => run(shared, session, driver.run(), leaf, address).await,
+        Err(_) => no_memory(&shared, address),
+    }
+}
+
+/// Runs one agent's QUIC connection to its end.
+pub(crate) async fn serve_quic(
+    shared: Arc<Shared>,
+    conn: quinn::Connection,
+    leaf: Option<CertificateDer<'static>>,
+    address: SocketAddr,
+) {
+    match Session::over_quic(conn.clone(), session_config(&shared)) {
+        Ok((session, driver)) => run(shared, session, driver.run(), leaf, address).await,
+        Err(_) => {
+            no_memory(&shared, address);
+            conn.close(Code::Limit.to_u32().into(), b"no memory for another session");
+        }
+    }
+}
+
+fn session_config(shared: &Shared) -> SessionConfig {
+    SessionConfig {
         role: Role::Gateway,
         limits: session_limits(&shared.config),
         budget: shared.budget.clone(),
@@ -72,15 +95,25 @@ where
             boot_id: shared.boot_id.to_vec(),
             software: format!("towline-gateway/{}", env!("CARGO_PKG_VERSION")),
         },
-    };
-    let Ok((session, driver)) = Session::over(tls, config) else {
-        shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
-        tracing::warn!(agent = %address, "no memory for another session; raise limits.tunnelMemory");
-        return;
-    };
+    }
+}
+
+fn no_memory(shared: &Shared, address: SocketAddr) {
+    shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
+    tracing::warn!(agent = %address, "no memory for another session; raise limits.tunnelMemory");
+}
+
+/// What both transports have in common: everything but the way the bytes take.
+async fn run(
+    shared: Arc<Shared>,
+    session: Session,
+    driver: impl Future<Output = CloseReason>,
+    leaf: Option<CertificateDer<'static>>,
+    address: SocketAddr,
+) {
     // One task: when this future is dropped, so is the driver, and with it the session.
     let life = live(&shared, &session, leaf.as_ref(), address);
-    let (reason, ()) = tokio::join!(driver.run(), life);
+    let (reason, ()) = tokio::join!(driver, life);
     tracing::debug!(agent = %address, %reason, "connection of an agent ended");
 }
 
@@ -102,22 +135,26 @@ async fn live(
         }
         Err(None) => return,
     };
-    let counted = shared.metrics.session();
+    let counted = shared.metrics.session(session.transport());
     tracing::info!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, agent = %address,
-        software = %crate::proxy::printable(&admitted.hello.software), "agent connected");
+        transport = session.transport().label(), software = %crate::proxy::printable(&admitted.hello.software), "agent connected");
     // A drain may have begun since the handshake.
     if shared.stages.draining.is_cancelled() {
         say_goaway(shared, session);
     }
     let reason = tokio::select! {
         reason = refuse_streams(session) => reason,
+        () = registration.replaced(session) => {
+            session.close(Code::Draining, "replaced: its stream ids ran out");
+            session.wait_for(|state| state.closed.is_some()).await.closed.unwrap_or(CloseReason::HelloTimeout)
+        }
         () = expire(session, admitted.not_after) => session.wait_for(|state| state.closed.is_some()).await
             .closed.unwrap_or(CloseReason::HelloTimeout),
     };
     drop((registration, counted));
     shared.metrics.session_ended(reason.label());
     tracing::info!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, agent = %address,
-        reason = %crate::proxy::printable(&reason.to_string()), "agent disconnected");
+        transport = session.transport().label(), reason = %crate::proxy::printable(&reason.to_string()), "agent disconnected");
 }
 
 struct Admitted {

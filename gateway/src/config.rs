@@ -67,6 +67,25 @@ pub struct Listen {
     /// Who may connect at all; everybody if empty.
     #[serde(with = "units::list")]
     pub allowed_sources: Vec<IpNet>,
+    /// The tunnel over QUIC, on UDP.
+    pub quic: Quic,
+}
+
+/// The QUIC side of the public listener.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Quic {
+    pub enabled: bool,
+    /// Where, if not on the address and port of TCP.
+    #[serde(with = "units::optional", skip_serializing_if = "Option::is_none")]
+    pub address: Option<SocketAddr>,
+    /// Lets the kernel, or the network card, cut datagrams. Off where a driver gets that wrong.
+    pub segmentation_offload: bool,
+    /// What to ask the kernel for.
+    #[serde(with = "units")]
+    pub receive_buffer: ByteSize,
+    #[serde(with = "units")]
+    pub send_buffer: ByteSize,
 }
 
 /// The private listener: health and metrics.
@@ -224,7 +243,23 @@ pub struct Timeouts {
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8443)), allowed_sources: Vec::new() }
+        Self {
+            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8443)),
+            allowed_sources: Vec::new(),
+            quic: Quic::default(),
+        }
+    }
+}
+
+impl Default for Quic {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            address: None,
+            segmentation_offload: true,
+            receive_buffer: ByteSize(4 << 20),
+            send_buffer: ByteSize(4 << 20),
+        }
     }
 }
 

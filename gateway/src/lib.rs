@@ -3,7 +3,7 @@
 //! | question | file |
 //! |---|---|
 //! | what can be configured? | [`config`] |
-//! | how does a connection get in? | `listener` |
+//! | how does a connection get in? | `listener`, `quic` |
 //! | how are clients served? | `front` |
 //! | which cluster does a request name? | [`routing`], [`kube`] |
 //! | who calls, and may they? | [`authn`], [`authz`] |
@@ -29,6 +29,7 @@ mod listener;
 pub mod log;
 pub mod metrics;
 mod proxy;
+mod quic;
 pub mod registry;
 mod reload;
 pub mod routing;
@@ -38,6 +39,7 @@ mod state;
 use admin::Admin;
 use config::{ConfigError, GatewayConfig};
 use metrics::Metrics;
+use quic::QuicListener;
 use registry::Presence;
 use reload::Reloader;
 use state::{Live, Shared};
@@ -54,6 +56,9 @@ use towline_proto::Code;
 /// How long sessions that carry nothing any more may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
 
+/// Free ports of TCP that are tried for one that is free on UDP too.
+const ANY_PORT_ATTEMPTS: usize = 20;
+
 /// Why a gateway does not start.
 #[derive(Debug, Error)]
 pub enum StartError {
@@ -68,6 +73,7 @@ pub enum StartError {
 pub struct Gateway {
     shared: Arc<Shared>,
     public: SocketAddr,
+    quic: Option<SocketAddr>,
     admin: SocketAddr,
     path: Option<PathBuf>,
 }
@@ -90,20 +96,32 @@ impl Gateway {
         live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let shared = Arc::new(Shared::new(live));
         let config = &shared.config;
-        let (listener, public) = bind("listen.address", config.listen.address).await?;
+        let (listener, quic, public) = bind_public(&shared).await?;
         let (admin_listener, admin_address) = bind("admin.address", config.admin.address).await?;
         let house = &shared.tasks.house;
-        house.spawn(listener::run(Arc::clone(&shared), listener));
+        let gate = listener::Gate::new(&config.limits);
+        let mut quic_address = None;
+        if let Some(quic) = quic {
+            quic_address = quic.local_addr().ok();
+            house.spawn(quic.run(Arc::clone(&shared), Arc::clone(&gate)));
+        }
+        house.spawn(listener::run(Arc::clone(&shared), gate, listener));
         house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
         house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
-        tracing::info!(%public, admin = %admin_address, "gateway started");
-        Ok(Self { shared, public, admin: admin_address, path })
+        tracing::info!(%public, quic = ?quic_address, admin = %admin_address, "gateway started");
+        Ok(Self { shared, public, quic: quic_address, admin: admin_address, path })
     }
 
     /// Where clients and agents connect.
     #[must_use]
     pub const fn public_addr(&self) -> SocketAddr {
         self.public
+    }
+
+    /// Where agents connect over QUIC, if they may.
+    #[must_use]
+    pub const fn quic_addr(&self) -> Option<SocketAddr> {
+        self.quic
     }
 
     /// Where health and metrics are.
@@ -208,6 +226,26 @@ impl Drop for Gateway {
 pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
     Live::load(config.clone())
         .map(|live| live.warnings.iter().for_each(|warning| tracing::warn!("{warning}")))
+}
+
+/// Opens the public port, on TCP and on UDP.
+async fn bind_public(shared: &Shared) -> Result<(TcpListener, Option<QuicListener>, SocketAddr), StartError> {
+    let listen = &shared.config.listen;
+    let mut attempts = ANY_PORT_ATTEMPTS;
+    loop {
+        attempts -= 1;
+        let (listener, public) = bind("listen.address", listen.address).await?;
+        if !listen.quic.enabled {
+            return Ok((listener, None, public));
+        }
+        let address = listen.quic.address.unwrap_or(public);
+        match QuicListener::bind(shared, address) {
+            Ok(quic) => return Ok((listener, Some(quic), public)),
+            // Any free port was asked for, and this one is free on TCP only.
+            Err(_) if listen.address.port() == 0 && listen.quic.address.is_none() && attempts > 0 => {}
+            Err(error) => return Err(StartError::Listen { key: "listen.quic", address, error }),
+        }
+    }
 }
 
 async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {

@@ -4,6 +4,7 @@
 //! Until its handshake has ended a peer can make us read [`HANDSHAKE_BYTES`] and no more.
 
 use crate::agents;
+use crate::config::Limits;
 use crate::front;
 use crate::metrics::{Counted, Handshake, Surface, TlCode};
 use crate::state::{KeyPermit, PerKey, Shared};
@@ -23,7 +24,7 @@ use towline_certs::{Listener, explain, route_by_alpn, tls_error};
 use towline_proto::tunnel::socket;
 
 /// Bytes that a peer may send before its handshake has ended: room for the largest honest certificate chains.
-const HANDSHAKE_BYTES: usize = 32 * 1024;
+pub(crate) const HANDSHAKE_BYTES: usize = 32 * 1024;
 /// Bytes read at once until then.
 const HANDSHAKE_READ: usize = 4 * 1024;
 /// Pause after a failure to accept that is not the peer's, such as too many open files.
@@ -31,13 +32,7 @@ const BACKOFF: Duration = Duration::from_millis(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
 /// Accepts connections until the gateway drains.
-pub(crate) async fn run(shared: Arc<Shared>, listener: TcpListener) {
-    let limits = &shared.config.limits;
-    let gate = Gate {
-        connections: Arc::new(Semaphore::new(limits.connections)),
-        handshakes: Arc::new(Semaphore::new(limits.handshakes)),
-        addresses: PerKey::new(limits.handshakes_per_address),
-    };
+pub(crate) async fn run(shared: Arc<Shared>, gate: Arc<Gate>, listener: TcpListener) {
     let mut backoff = BACKOFF;
     loop {
         let accepted = tokio::select! {
@@ -60,21 +55,56 @@ pub(crate) async fn run(shared: Arc<Shared>, listener: TcpListener) {
     }
 }
 
-/// The limits that a new connection must pass.
-struct Gate {
+/// The limits that a new connection must pass, on TCP and on UDP.
+#[derive(Debug)]
+pub(crate) struct Gate {
     connections: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
+    handshakes_max: usize,
     addresses: Arc<PerKey<IpAddr>>,
 }
 
+impl Gate {
+    pub(crate) fn new(limits: &Limits) -> Arc<Self> {
+        Arc::new(Self {
+            connections: Arc::new(Semaphore::new(limits.connections)),
+            handshakes: Arc::new(Semaphore::new(limits.handshakes)),
+            handshakes_max: limits.handshakes,
+            addresses: PerKey::new(limits.handshakes_per_address),
+        })
+    }
+
+    /// Whether this address may connect at all.
+    pub(crate) fn allows(&self, shared: &Shared, address: IpAddr) -> bool {
+        let allowed = &shared.live().config.listen.allowed_sources;
+        let source = address.to_canonical();
+        allowed.is_empty() || allowed.iter().any(|block| block.contains(&source))
+    }
+
+    /// Whether half of the handshakes, of all or of this address, are in flight.
+    pub(crate) fn is_loaded(&self, address: IpAddr) -> bool {
+        self.handshakes.available_permits() <= self.handshakes_max / 2
+            || self.addresses.is_half_taken(&network(address.to_canonical()))
+    }
+
+    /// Room for one more connection and its handshake.
+    pub(crate) fn pass(&self, shared: &Shared, address: IpAddr) -> Option<(Place, Pass)> {
+        let connection = Arc::clone(&self.connections).try_acquire_owned().ok()?;
+        let handshake = Arc::clone(&self.handshakes).try_acquire_owned().ok()?;
+        let address = self.addresses.take(&network(address.to_canonical()))?;
+        let place = Place { _connection: connection, _counted: shared.metrics.connection() };
+        Some((place, Pass { _handshake: handshake, _address: address }))
+    }
+}
+
 /// What a handshake in flight holds.
-struct Pass {
+pub(crate) struct Pass {
     _handshake: OwnedSemaphorePermit,
     _address: KeyPermit<IpAddr>,
 }
 
 /// What a connection holds until its end.
-struct Place {
+pub(crate) struct Place {
     _connection: OwnedSemaphorePermit,
     _counted: Counted,
 }
@@ -82,29 +112,20 @@ struct Place {
 /// Lets a connection in or closes it at once; never waits.
 fn admit(shared: &Arc<Shared>, gate: &Gate, socket: TcpStream, address: SocketAddr) {
     let own = shared.self_checks.is_own(address);
-    let allowed = &shared.live().config.listen.allowed_sources;
-    let source = address.ip().to_canonical();
-    if !own && !allowed.is_empty() && !allowed.iter().any(|block| block.contains(&source)) {
+    if !own && !gate.allows(shared, address.ip()) {
         shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
         return;
     }
-    let passes = || {
-        let connection = Arc::clone(&gate.connections).try_acquire_owned().ok()?;
-        let handshake = Arc::clone(&gate.handshakes).try_acquire_owned().ok()?;
-        let address = gate.addresses.take(&network(source))?;
-        Some((connection, Pass { _handshake: handshake, _address: address }))
-    };
-    let Some((connection, pass)) = passes() else {
+    let Some((place, pass)) = gate.pass(shared, address.ip()) else {
         shared.metrics.rejected(Surface::Listener, TlCode::Limit);
         return;
     };
-    let place = Place { _connection: connection, _counted: shared.metrics.connection() };
     let task = serve(Arc::clone(shared), socket, address, own, pass, place);
     spawn(shared, &shared.tasks.front, task);
 }
 
 /// Runs a task that ends when everything does.
-fn spawn(shared: &Shared, tracker: &TaskTracker, task: impl Future<Output = ()> + Send + 'static) {
+pub(crate) fn spawn(shared: &Shared, tracker: &TaskTracker, task: impl Future<Output = ()> + Send + 'static) {
     let abort = shared.stages.abort.clone();
     tracker.spawn(async move {
         tokio::select! {

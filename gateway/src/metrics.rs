@@ -11,6 +11,7 @@ use prometheus::{
 };
 use std::fmt;
 use std::time::Duration;
+use towline_proto::tunnel::Transport;
 
 macro_rules! label {
     ($(#[$doc:meta])* $name:ident { $($variant:ident = $text:literal),* $(,)? }) => {
@@ -42,6 +43,7 @@ label!(
         Timeout = "timeout",
         TooLarge = "too_large",
         Alpn = "alpn",
+        Retry = "retry",
         Tls = "tls",
         SelfCheck = "self_check",
     }
@@ -93,7 +95,8 @@ pub struct Metrics {
     handshakes: IntCounterVec,
     connections: IntGauge,
     accept_errors: IntCounter,
-    sessions: IntGauge,
+    sessions: IntGaugeVec,
+    udp_buffers: IntGaugeVec,
     sessions_ended: IntCounterVec,
     cluster_connected: IntGaugeVec,
     tunnel_received: IntCounter,
@@ -160,7 +163,18 @@ impl Metrics {
                 "towline_gateway_accept_errors_total",
                 "Failures to accept a connection.",
             ),
-            sessions: gauge(r, "towline_gateway_sessions", "Live sessions with agents."),
+            sessions: gauges(
+                r,
+                "towline_gateway_sessions",
+                "Live sessions with agents, by transport.",
+                &["transport"],
+            ),
+            udp_buffers: gauges(
+                r,
+                "towline_gateway_udp_buffer_bytes",
+                "Bytes of the QUIC socket's buffers that the kernel grants.",
+                &["direction"],
+            ),
             sessions_ended: counters(
                 r,
                 "towline_gateway_sessions_ended_total",
@@ -240,6 +254,9 @@ impl Metrics {
         HoldOutcome::ALL.iter().for_each(|outcome| touch(&self.holds, &[outcome.label()]));
         SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
         ReloadOutcome::ALL.iter().for_each(|outcome| touch(&self.reloads, &[outcome.label()]));
+        for transport in [Transport::Tcp, Transport::Quic] {
+            drop(self.sessions.with_label_values(&[transport.label()]));
+        }
         for surface in Surface::ALL {
             TlCode::ALL.iter().for_each(|code| touch(&self.rejected, &[surface.label(), code.label()]));
         }
@@ -321,8 +338,15 @@ impl Metrics {
     }
 
     #[must_use]
-    pub fn session(&self) -> Counted {
-        Counted::new(&self.sessions)
+    pub fn session(&self, transport: Transport) -> Counted {
+        Counted::new(&self.sessions.with_label_values(&[transport.label()]))
+    }
+
+    /// What the kernel grants the QUIC socket.
+    pub fn udp_buffers(&self, receive_bytes: usize, send_bytes: usize) {
+        for (direction, bytes) in [("receive", receive_bytes), ("send", send_bytes)] {
+            self.udp_buffers.with_label_values(&[direction]).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
     }
 
     #[must_use]
@@ -421,10 +445,10 @@ mod tests {
         metrics.answered(999, Duration::from_millis(3));
         metrics.answered(0, Duration::ZERO);
         {
-            let _guard = metrics.session();
-            assert!(text(&metrics).contains("towline_gateway_sessions 1"));
+            let _guard = metrics.session(Transport::Quic);
+            assert!(text(&metrics).contains("towline_gateway_sessions{transport=\"quic\"} 1"));
         }
-        assert!(text(&metrics).contains("towline_gateway_sessions 0"));
+        assert!(text(&metrics).contains("towline_gateway_sessions{transport=\"quic\"} 0"));
         assert_eq!(text(&metrics).lines().count(), series);
     }
 }

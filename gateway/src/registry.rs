@@ -9,15 +9,29 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 use towline_certs::{ClusterUid, InstanceId};
+use towline_proto::Code;
 use towline_proto::mux::OpenError;
-use towline_proto::tunnel::{Session, Stream};
+use towline_proto::tunnel::{Session, Stream, Transport};
+use towline_proto::wire::GoAway;
 
 /// After this long a session that broke is not expected back any moment now.
 const RECENT: Duration = Duration::from_secs(15);
 /// As [`RECENT`], for one that said GoAway: a replacement may still have to start.
 const RECENT_GOAWAY: Duration = Duration::from_secs(60);
+
+/// After this much silence a QUIC session is passed over, if there is another: an agent asks for a sign of life every
+/// two seconds.
+const SILENT: Duration = Duration::from_secs(3);
+/// QUIC may make an opener wait until its peer allows another stream.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
+/// A session with fewer stream ids left is replaced.
+const SPARE_IDS: u32 = 1 << 20;
+/// How long what runs in such a session may take.
+const ROTATE_DRAIN: Duration = Duration::from_secs(24 * 3600);
+const REPLACED_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Names one registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +51,8 @@ pub struct Registry {
     metrics: Arc<Metrics>,
     hold: HoldLimits,
     sessions_max: usize,
+    /// A session with fewer stream ids left is replaced.
+    spare_ids: u32,
 }
 
 #[derive(Debug, Default)]
@@ -62,6 +78,8 @@ struct Live {
     session: Session,
     instance: InstanceId,
     boot_id: Vec<u8>,
+    /// Cancelled when the session is being replaced because its stream ids run out.
+    retiring: CancellationToken,
     /// Tunnel bytes that the metrics have seen.
     counted: (u64, u64),
 }
@@ -108,12 +126,19 @@ pub struct Registration {
     registry: Arc<Registry>,
     uid: ClusterUid,
     id: SessionId,
+    retiring: CancellationToken,
 }
 
 impl Registry {
     #[must_use]
     pub fn new(metrics: Arc<Metrics>, hold: HoldLimits, sessions_max: usize) -> Self {
-        Self { clusters: Mutex::default(), metrics, hold, sessions_max }
+        Self { clusters: Mutex::default(), metrics, hold, sessions_max, spare_ids: SPARE_IDS }
+    }
+
+    /// The same with sessions that are replaced when they have fewer stream ids left.
+    #[must_use]
+    pub fn with_spare_ids(self, spare_ids: u32) -> Self {
+        Self { spare_ids, ..self }
     }
 
     fn lock(&self) -> MutexGuard<'_, Clusters> {
@@ -153,12 +178,14 @@ impl Registry {
         }
         tunnel.since.get_or_insert_with(Instant::now);
         let (session, instance, boot_id) = (session.clone(), instance.clone(), boot_id.to_vec());
-        tunnel.sessions.push(Live { id, session, instance, boot_id, counted: (0, 0) });
+        let retiring = CancellationToken::new();
+        let live = Live { id, session, instance, boot_id, retiring: retiring.clone(), counted: (0, 0) };
+        tunnel.sessions.push(live);
         tunnel.changed.notify_waiters();
-        Ok(Registration { registry: Arc::clone(self), uid: uid.clone(), id })
+        Ok(Registration { registry: Arc::clone(self), uid: uid.clone(), id, retiring })
     }
 
-    /// Opens a stream to a cluster, on the session with the fewest streams, the newest of equals; waits for a session
+    /// Opens a stream to a cluster, on the session that ranks first (see [`Rank`]); waits for a session
     /// where that is promising. Sessions in `except` are passed over.
     ///
     /// Dropping the future gives up the place in the queue.
@@ -211,20 +238,25 @@ impl Registry {
         uid: &ClusterUid,
         except: &[SessionId],
     ) -> Result<(SessionId, Stream), AcquireError> {
-        let mut candidates: Vec<(u32, SessionId, Session)> = {
+        let mut candidates: Vec<(Rank, Live)> = {
             let clusters = self.lock();
             let sessions = clusters.by_uid.get(uid).map_or(&[][..], |tunnel| &tunnel.sessions);
             let usable = |live: &&Live| !except.contains(&live.id) && live.session.is_open();
-            sessions.iter().filter(usable).map(|live| (0, live.id, live.session.clone())).collect()
+            sessions.iter().filter(usable).map(|live| (Rank::default(), live.clone())).collect()
         };
-        for (streams, _, session) in &mut candidates {
-            *streams = session.stats().streams;
+        // The sessions' own locks are not taken under ours.
+        for (rank, live) in &mut candidates {
+            *rank = Rank::of(live);
         }
-        candidates.sort_by_key(|(streams, id, _)| (*streams, std::cmp::Reverse(id.0)));
+        candidates.sort_by_key(|(rank, _)| *rank);
         let mut refusal = None;
-        for (_, id, session) in candidates {
-            match session.open().await {
-                Ok(stream) => return Ok((id, stream)),
+        for (_, live) in candidates {
+            let opened = timeout(OPEN_TIMEOUT, live.session.open()).await;
+            match opened.unwrap_or(Err(OpenError::StreamsMax)) {
+                Ok(stream) => {
+                    self.rotate(&live);
+                    return Ok((live.id, stream));
+                }
                 Err(OpenError::StreamsMax) => refusal = Some(AcquireError::StreamsMax),
                 Err(OpenError::Memory) => refusal = Some(AcquireError::Memory),
                 // It ended, or began to drain, since the look: as if it were not there.
@@ -234,6 +266,23 @@ impl Registry {
             }
         }
         Err(refusal.unwrap_or_else(|| AcquireError::NotConnected(self.presence(uid))))
+    }
+
+    /// Has a session replaced whose stream ids run out: its agent makes a new one before this one ends.
+    fn rotate(&self, live: &Live) {
+        if live.session.streams_left().1 < self.spare_ids && !live.retiring.is_cancelled() {
+            live.retiring.cancel();
+            tracing::info!(session = live.id.0, "a session's stream ids run out: its agent makes a new one");
+            let drain_ms = u32::try_from(ROTATE_DRAIN.as_millis()).unwrap_or(u32::MAX);
+            live.session.drain(GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 0, drain_ms });
+        }
+    }
+
+    /// Whether a cluster has an open session besides this one.
+    fn has_other(&self, uid: &ClusterUid, id: SessionId) -> bool {
+        let clusters = self.lock();
+        let sessions = clusters.by_uid.get(uid).map_or(&[][..], |tunnel| &tunnel.sessions);
+        sessions.iter().any(|live| live.id != id && !live.retiring.is_cancelled() && live.session.is_open())
     }
 
     /// Takes a place among the waiting requests, if waiting is promising.
@@ -334,7 +383,44 @@ impl Live {
     }
 }
 
+/// Which session carries the next stream: the least. Those that are being replaced come last, before them those that
+/// have gone silent (new streams must not wait until silence is found to be death); QUIC comes before TCP; then the
+/// fewest streams, and of equals the newest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    retiring: bool,
+    silent: bool,
+    tcp: bool,
+    streams: u32,
+    newest: std::cmp::Reverse<u64>,
+}
+
+impl Rank {
+    fn of(live: &Live) -> Self {
+        let session = &live.session;
+        let tcp = session.transport() == Transport::Tcp;
+        Self {
+            retiring: live.retiring.is_cancelled(),
+            // An idle TCP session may be silent for longer; QUIC's agent never is.
+            silent: !tcp && session.silence() > SILENT,
+            tcp,
+            streams: session.stats().streams,
+            newest: std::cmp::Reverse(live.id.0),
+        }
+    }
+}
+
 impl Registration {
+    /// Waits until the session is being replaced, nothing runs in it any more, and another one takes what comes. Cancel
+    /// safe.
+    pub(crate) async fn replaced(&self, session: &Session) {
+        self.retiring.cancelled().await;
+        session.wait_for(|state| state.drained || state.closed.is_some()).await;
+        while !self.registry.has_other(&self.uid, self.id) {
+            tokio::time::sleep(REPLACED_INTERVAL).await;
+        }
+    }
+
     /// Which registration this is.
     #[must_use]
     pub const fn id(&self) -> SessionId {
@@ -376,10 +462,8 @@ mod tests {
     use super::*;
     use tokio::io::duplex;
     use tokio::task::JoinSet;
-    use towline_proto::Code;
     use towline_proto::mux::{Budget, Introduction, Limits, Role};
     use towline_proto::tunnel::SessionConfig;
-    use towline_proto::wire::GoAway;
 
     /// Both ends of a session, ready.
     struct Pair {
@@ -472,7 +556,7 @@ mod tests {
         second.gateway.close(Code::Internal, "crash");
         let uid = uid();
         let mut gone = std::pin::pin!(registry.open(&uid, &[]));
-        assert!(tokio::time::timeout(Duration::from_millis(1), &mut gone).await.is_err());
+        assert!(timeout(Duration::from_millis(1), &mut gone).await.is_err());
         assert_eq!(registry.lock().by_uid[&uid].held, 1);
     }
 
@@ -488,6 +572,31 @@ mod tests {
         assert_eq!(id, first.id());
         let (id, _third) = registry.open(&uid(), &[second.id()]).await.unwrap();
         assert_eq!(id, first.id());
+    }
+
+    /// MX-11: long before its stream ids run out a session gives way to a new one.
+    #[tokio::test(start_paused = true)]
+    async fn a_session_whose_ids_run_out_is_replaced_before_it_ends() {
+        let registry = Arc::try_unwrap(registry()).unwrap();
+        let registry = Arc::new(registry.with_spare_ids(u32::MAX / 2 - 3));
+        let old = pair().await;
+        let first = insert(&registry, &old, 1).unwrap();
+        for _ in 0..3 {
+            drop(registry.open(&uid(), &[]).await.unwrap());
+        }
+        assert!(old.agent.state().borrow().goaway.is_none());
+        let (_, stream) = registry.open(&uid(), &[]).await.unwrap();
+        old.agent.wait_for(|state| state.goaway.is_some()).await;
+        // Until there is another one it still serves.
+        assert_eq!(registry.open(&uid(), &[]).await.unwrap().0, first.id());
+        let new = pair().await;
+        let second = insert(&registry, &new, 1).unwrap();
+        assert_eq!(registry.open(&uid(), &[]).await.unwrap().0, second.id());
+        let mut replaced = std::pin::pin!(first.replaced(&old.gateway));
+        let early = timeout(Duration::from_secs(9), &mut replaced).await;
+        assert!(early.is_err(), "a stream still runs in it");
+        drop(stream);
+        replaced.await;
     }
 
     #[tokio::test(start_paused = true)]

@@ -94,6 +94,7 @@ fn needs_restart(running: &GatewayConfig, new: &GatewayConfig) -> Vec<&'static s
     let mut keys = Vec::new();
     for (key, changed) in [
         ("listen.address", running.listen.address != new.listen.address),
+        ("listen.quic", differs(&running.listen.quic, &new.listen.quic)),
         ("admin", differs(&running.admin, &new.admin)),
         ("limits", differs(&running.limits, &new.limits)),
         ("drain", differs(&running.drain, &new.drain)),

@@ -220,6 +220,12 @@ impl<K: Clone + Eq + std::hash::Hash> PerKey<K> {
         *count += 1;
         Some(KeyPermit { owner: Arc::clone(self), key: key.clone() })
     }
+
+    /// Whether this key has half of what it may.
+    pub(crate) fn is_half_taken(&self, key: &K) -> bool {
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.get(key).is_some_and(|count| *count >= self.max.div_ceil(2))
+    }
 }
 
 impl<K: Clone + Eq + std::hash::Hash> Drop for KeyPermit<K> {
@@ -265,6 +271,7 @@ mod tests {
         let first = limit.take(&"a").unwrap();
         let _second = limit.take(&"a").unwrap();
         assert!(limit.take(&"a").is_none());
+        assert!(limit.is_half_taken(&"a") && !limit.is_half_taken(&"b"));
         assert!(limit.take(&"b").is_some());
         drop(first);
         assert!(limit.take(&"a").is_some());

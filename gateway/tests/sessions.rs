@@ -230,7 +230,7 @@ async fn health_and_metrics() {
         "towline_gateway_requests_total{code=\"2xx\"} 1",
         "towline_gateway_handshakes_total{outcome=\"self_check\"} 1",
         "towline_gateway_handshakes_total{outcome=\"tls\"} 0",
-        "towline_gateway_sessions 1",
+        "towline_gateway_sessions{transport=\"tcp\"} 1",
     ] {
         assert!(metrics.contains(line), "{line} is missing:\n{metrics}");
     }

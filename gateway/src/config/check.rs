@@ -120,6 +120,14 @@ impl GatewayConfig {
             "limits.sessionMemory",
             "must be at most tunnelMemory",
         );
+        let quic = &self.listen.quic;
+        for (key, bytes) in [("receiveBuffer", quic.receive_buffer), ("sendBuffer", quic.send_buffer)] {
+            problems.unless(
+                (64 << 10..=256 << 20).contains(&bytes.0),
+                &format!("listen.quic.{key}"),
+                "must be 64KiB to 256MiB",
+            );
+        }
         let timeouts = &self.timeouts;
         let times = [
             ("timeouts.handshake", timeouts.handshake),

@@ -53,6 +53,27 @@ pub(super) fn serialize<S: Serializer, T: Written>(value: &T, serializer: S) -> 
     serializer.serialize_str(&value.write())
 }
 
+/// The same for a value that may be missing.
+pub(super) mod optional {
+    use super::{Deserializer, Serializer, Written};
+
+    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>, T: Written>(
+        deserializer: D,
+    ) -> Result<Option<T>, D::Error> {
+        super::deserialize(deserializer).map(Some)
+    }
+
+    pub(in super::super) fn serialize<S: Serializer, T: Written>(
+        value: &Option<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => super::serialize(value, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+}
+
 /// The same for a list.
 pub(super) mod list {
     use super::{Deserializer, Serializer, Written};

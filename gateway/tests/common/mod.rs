@@ -297,6 +297,19 @@ pub async fn error_of(response: Response<Incoming>) -> (u16, String, String) {
     (status, code, body["message"].as_str().unwrap().to_owned())
 }
 
+/// A QUIC connection as an agent makes it; the handshake has ended at this end.
+pub async fn quic(
+    to: SocketAddr,
+    tls: Arc<ClientConfig>,
+) -> Result<quinn::Connection, quinn::ConnectionError> {
+    let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
+    let mut config = quinn::ClientConfig::new(Arc::new(tls));
+    config
+        .transport_config(Arc::new(towline_proto::tunnel::quic::transport_config(&Limits::default(), true)));
+    let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    endpoint.connect_with(config, to, "localhost").unwrap().await
+}
+
 /// An agent made of the protocol alone.
 pub struct Agent {
     pub session: Session,
@@ -330,6 +343,24 @@ impl Agent {
             introduction,
         };
         let (session, driver) = Session::over(io, config).unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(driver.run().await) });
+        Self { session, tasks }
+    }
+
+    /// The same over QUIC.
+    pub async fn connect_quic(world: &World, cluster: &str, boot_id: [u8; 16]) -> Self {
+        let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
+        let tls = tls::agent_client(&roots, &world.credential(&format!("agent-{cluster}"))).unwrap();
+        let conn = quic(world.gateway.quic_addr().unwrap(), tls).await.unwrap();
+        let introduction = Introduction { boot_id: boot_id.to_vec(), ..Introduction::default() };
+        let config = SessionConfig {
+            role: Role::Agent,
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+            introduction,
+        };
+        let (session, driver) = Session::over_quic(conn, config).unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { drop(driver.run().await) });
         Self { session, tasks }

@@ -1,0 +1,248 @@
+//! How does an agent get in over QUIC? On the public port's number, on UDP: the same limits, the same certificate checks, and
+//! after the handshake the same admission as over TCP (`agents`).
+//!
+//! - An address that has not shown that it receives what we send is asked to (Retry) once half of the handshakes in
+//!   flight, of all or of its address, are taken: nobody can use them up in somebody else's name.
+//! - Migration is on: an agent behind a NAT whose binding changed goes on. Its identity belongs to the connection, whose
+//!   keys only it has, and not to the address; the address is for logs and limits of handshakes.
+//! - A reset of a connection that a crash forgot is recognised, because its key comes from the tunnel's private key.
+
+use crate::agents;
+use crate::config::{GatewayConfig, Quic};
+use crate::listener::{Gate, HANDSHAKE_BYTES, Place, spawn};
+use crate::metrics::{Handshake, Surface, TlCode};
+use crate::state::{Live, Shared, random};
+use aws_lc_rs::hmac;
+use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
+use quinn::{ConnectionError, Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, VarInt};
+use rustls::pki_types::CertificateDer;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use towline_certs::tls::ALPN_TUNNEL;
+use towline_proto::Code;
+use towline_proto::tunnel::{quic, socket};
+
+/// Bytes of all peers whose handshake we have not begun yet.
+const WAITING_BYTES: u64 = 8 << 20;
+/// How long the last packets of closed connections may take to leave.
+const LAST_PACKETS: Duration = Duration::from_millis(200);
+
+/// The QUIC side of the public port.
+pub(crate) struct QuicListener {
+    endpoint: Endpoint,
+    server: ServerConfig,
+    /// What `server` was made from.
+    tls: Arc<rustls::ServerConfig>,
+    /// Of the deadline of a handshake.
+    deadline: Duration,
+}
+
+impl std::fmt::Debug for QuicListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QuicListener").finish_non_exhaustive()
+    }
+}
+
+impl QuicListener {
+    /// Opens the UDP port.
+    ///
+    /// # Errors
+    /// The address is taken.
+    pub(crate) fn bind(shared: &Shared, address: SocketAddr) -> io::Result<Self> {
+        let config = &shared.config;
+        let options = &config.listen.quic;
+        let socket = open(shared, options, address)?;
+        let live = shared.live();
+        let mut server = ServerConfig::with_crypto(crypto(&live)?);
+        let handshakes = config.limits.handshakes;
+        server
+            .transport_config(Arc::new(quic::transport_config(
+                &agents::session_limits(config),
+                options.segmentation_offload,
+            )))
+            .migration(true)
+            .max_incoming(handshakes)
+            .incoming_buffer_size(HANDSHAKE_BYTES as u64)
+            .incoming_buffer_size_total(WAITING_BYTES.max(HANDSHAKE_BYTES as u64));
+        let endpoint = Endpoint::new(
+            EndpointConfig::new(Arc::new(reset_key(config))),
+            Some(server.clone()),
+            socket,
+            Arc::new(TokioRuntime),
+        )?;
+        let tls = Arc::clone(&live.tunnel_tls);
+        Ok(Self { endpoint, server, tls, deadline: config.timeouts.handshake })
+    }
+
+    /// Where it listens.
+    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// Lets agents in until the gateway drains; ends when the gateway does.
+    pub(crate) async fn run(mut self, shared: Arc<Shared>, gate: Arc<Gate>) {
+        loop {
+            let incoming = tokio::select! {
+                () = shared.stages.draining.cancelled() => break,
+                incoming = self.endpoint.accept() => incoming,
+            };
+            let Some(incoming) = incoming else { break };
+            self.renew(&shared.live());
+            self.admit(&shared, &gate, incoming);
+        }
+        // Whoever still knocks is told nothing; sessions go on until the gateway ends them.
+        self.endpoint.set_server_config(None);
+        shared.stages.abort.cancelled().await;
+        self.endpoint.close(VarInt::from(Code::Draining.to_u32()), b"the gateway stops");
+        drop(tokio::time::timeout(LAST_PACKETS, self.endpoint.wait_idle()).await);
+    }
+
+    /// Uses the certificates in force. Sessions keep what they were made with.
+    fn renew(&mut self, live: &Live) {
+        if Arc::ptr_eq(&self.tls, &live.tunnel_tls) {
+            return;
+        }
+        match crypto(live) {
+            Ok(crypto) => {
+                self.server.crypto = crypto;
+                self.endpoint.set_server_config(Some(self.server.clone()));
+            }
+            Err(error) => tracing::error!(%error, "the certificate of the QUIC listener stays"),
+        }
+        self.tls = Arc::clone(&live.tunnel_tls);
+    }
+
+    /// Lets a connection in or turns it away; never waits.
+    fn admit(&self, shared: &Arc<Shared>, gate: &Gate, incoming: Incoming) {
+        let address = incoming.remote_address();
+        if !gate.allows(shared, address.ip()) {
+            shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+            // Nothing goes back: the source may not be the sender.
+            incoming.ignore();
+            return;
+        }
+        if !incoming.remote_address_validated() && incoming.may_retry() && gate.is_loaded(address.ip()) {
+            shared.metrics.handshake(Handshake::Retry);
+            // Fails only if it may not, which was asked.
+            drop(incoming.retry());
+            return;
+        }
+        let Some((place, pass)) = gate.pass(shared, address.ip()) else {
+            shared.metrics.rejected(Surface::Listener, TlCode::Limit);
+            incoming.refuse();
+            return;
+        };
+        let (shared, server, deadline) = (Arc::clone(shared), Arc::new(self.server.clone()), self.deadline);
+        let task = {
+            let shared = Arc::clone(&shared);
+            async move {
+                let handshake = handshake(incoming, server, deadline);
+                let result = tokio::select! {
+                    result = handshake => result,
+                    // Nobody has been promised anything yet.
+                    () = shared.stages.draining.cancelled() => return,
+                };
+                drop(pass);
+                match result {
+                    Ok(conn) => welcome(&shared, conn, place),
+                    Err(error) => refuse(&shared, address, &error),
+                }
+            }
+        };
+        spawn(&shared, &shared.tasks.front, task);
+    }
+}
+
+/// Hands an authenticated connection to the tunnel side.
+fn welcome(shared: &Arc<Shared>, conn: quinn::Connection, place: Place) {
+    shared.metrics.handshake(Handshake::Tunnel);
+    let address = conn.remote_address();
+    let leaf = leaf(&conn);
+    let session = agents::serve_quic(Arc::clone(shared), conn, leaf, address);
+    spawn(shared, &shared.tasks.tunnel, async move {
+        session.await;
+        drop(place);
+    });
+}
+
+/// The verified certificate of the agent.
+fn leaf(conn: &quinn::Connection) -> Option<CertificateDer<'static>> {
+    let chain = conn.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    chain.into_iter().next()
+}
+
+/// Why a handshake failed.
+enum HandshakeError {
+    Timeout,
+    Alpn,
+    Failed(ConnectionError),
+}
+
+async fn handshake(
+    incoming: Incoming,
+    server: Arc<ServerConfig>,
+    deadline: Duration,
+) -> Result<quinn::Connection, HandshakeError> {
+    let connecting = incoming.accept_with(server).map_err(HandshakeError::Failed)?;
+    let conn = match tokio::time::timeout(deadline, connecting).await {
+        Ok(result) => result.map_err(HandshakeError::Failed)?,
+        Err(_) => return Err(HandshakeError::Timeout),
+    };
+    // TLS has seen to it; a session must never depend on that alone.
+    let data = conn.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+    if data.and_then(|data| data.protocol).as_deref() == Some(ALPN_TUNNEL) {
+        Ok(conn)
+    } else {
+        conn.close(VarInt::from(Code::Proto.to_u32()), b"ALPN");
+        Err(HandshakeError::Alpn)
+    }
+}
+
+fn refuse(shared: &Shared, address: SocketAddr, error: &HandshakeError) {
+    let (outcome, code, why) = match error {
+        HandshakeError::Timeout | HandshakeError::Failed(ConnectionError::TimedOut) => {
+            (Handshake::Timeout, TlCode::Timeout, "the QUIC handshake took too long".to_owned())
+        }
+        HandshakeError::Alpn => (Handshake::Alpn, TlCode::Proto, "the ALPN is not towline/1".to_owned()),
+        HandshakeError::Failed(error) => (Handshake::Tls, TlCode::Cert, error.to_string()),
+    };
+    shared.metrics.handshake(outcome);
+    shared.metrics.rejected(Surface::Tunnel, code);
+    tracing::info!(client = %address, why = %crate::proxy::printable(&why), "agent refused (QUIC)");
+}
+
+fn crypto(live: &Live) -> io::Result<Arc<QuicServerConfig>> {
+    // Fails only without TLS 1.3's mandatory cipher suite.
+    QuicServerConfig::try_from(Arc::clone(&live.tunnel_tls)).map(Arc::new).map_err(io::Error::other)
+}
+
+fn open(shared: &Shared, options: &Quic, address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let (receive, send) = (options.receive_buffer.0, options.send_buffer.0);
+    let udp = socket::udp(address, receive, send)?;
+    shared.metrics.udp_buffers(udp.receive_buffer, udp.send_buffer);
+    if udp.receive_buffer < receive || udp.send_buffer < send {
+        tracing::warn!(
+            receive_bytes = udp.receive_buffer,
+            send_bytes = udp.send_buffer,
+            "the kernel grants small UDP buffers, so that QUIC loses datagrams under load; raise net.core.rmem_max and net.core.wmem_max to {}, or set listen.quic.receiveBuffer and sendBuffer to what is granted",
+            receive.max(send)
+        );
+    }
+    Ok(udp.socket)
+}
+
+/// The key of stateless resets: the same after a restart, so that agents of a gateway that crashed notice at once.
+fn reset_key(config: &GatewayConfig) -> hmac::Key {
+    let mut bytes = [0; 32];
+    match towline_certs::FileBytes::read(&config.tls.tunnel.key) {
+        Ok(file) => {
+            let tunnel = hmac::Key::new(hmac::HMAC_SHA256, file.bytes());
+            bytes.copy_from_slice(hmac::sign(&tunnel, b"towline quic reset").as_ref());
+        }
+        // The certificates have been loaded from there a moment ago; a key of this process alone does it too.
+        Err(_) => random(&mut bytes),
+    }
+    hmac::Key::new(hmac::HMAC_SHA256, &bytes)
+}

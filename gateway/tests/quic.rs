@@ -1,0 +1,181 @@
+//! Agents over QUIC: the same admission as over TCP, preferred where both are there; what comes in unasked changes nothing.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::large_futures,
+    reason = "tests end like that, and are not many at a time"
+)]
+
+mod common;
+
+use common::{Agent, TOKEN, World, quic, text};
+use rustls::ClientConfig;
+use std::sync::Arc;
+use std::time::Duration;
+use towline_certs::load::load_roots;
+use towline_certs::tls;
+use towline_proto::mux::CloseReason;
+
+const PATH: &str = "/clusters/prod/version";
+
+fn metrics(world: &World) -> String {
+    String::from_utf8(world.gateway.metrics().render()).unwrap()
+}
+
+fn agent_tls(world: &World, cluster: &str) -> ClientConfig {
+    let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
+    let credential = world.credential(&format!("agent-{cluster}"));
+    ClientConfig::clone(&*tls::agent_client(&roots, &credential).unwrap())
+}
+
+/// Requests take QUIC while it is there, whatever else is newer, and TCP after it.
+#[tokio::test]
+async fn quic_serves_and_is_preferred() {
+    let world = World::start().await;
+    let mut over_quic = Agent::connect_quic(&world, "prod", [7; 16]).await;
+    over_quic.session.ready().await.unwrap();
+    world.connected("prod", 1).await;
+    let mut over_tcp = Agent::connect(&world, "prod", [7; 16]).await;
+    world.connected("prod", 2).await;
+    assert!(metrics(&world).contains("towline_gateway_sessions{transport=\"quic\"} 1"));
+    assert!(metrics(&world).contains("towline_gateway_sessions{transport=\"tcp\"} 1"));
+    let mut client = world.h1(None).await;
+    let (answer, ()) = tokio::join!(client.get_as(PATH, TOKEN), async {
+        over_quic.next().await.answer(200, &[], "over quic").await;
+    });
+    assert_eq!(text(answer).await, "over quic");
+    over_quic.tasks.abort_all();
+    while world.gateway.connected("prod") > 1 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    over_tcp.echo();
+    assert_eq!(client.get_as(PATH, TOKEN).await.status(), 200);
+    assert!(metrics(&world).contains("towline_gateway_sessions{transport=\"quic\"} 0"));
+}
+
+/// TU-01, TU-06, TU-08: no certificate, another CA's, another ALPN, another process's certificate.
+#[tokio::test]
+async fn only_admitted_agents_get_in() {
+    let world = World::start().await;
+    let to = world.gateway.quic_addr().unwrap();
+    let mut no_certificate = agent_tls(&world, "prod");
+    no_certificate.client_auth_cert_resolver =
+        Arc::clone(&world.client_tls(None, b"h2").client_auth_cert_resolver);
+    let mut other_ca = agent_tls(&world, "prod");
+    other_ca.client_auth_cert_resolver =
+        Arc::clone(&world.client_tls(Some("joe"), b"h2").client_auth_cert_resolver);
+    for config in [no_certificate, other_ca] {
+        // With TLS 1.3 a client may end its handshake before it hears that it was refused.
+        if let Ok(conn) = quic(to, Arc::new(config)).await {
+            let closed = tokio::time::timeout(Duration::from_secs(5), conn.closed()).await.unwrap();
+            assert!(matches!(closed, quinn::ConnectionError::ConnectionClosed(_)), "{closed}");
+        }
+    }
+    let mut other_alpn = agent_tls(&world, "prod");
+    other_alpn.alpn_protocols = vec![b"h3".to_vec()];
+    assert!(quic(to, Arc::new(other_alpn)).await.is_err());
+    assert!(metrics(&world).contains("towline_rejected_total{code=\"TL_CERT\",surface=\"tunnel\"} 3"));
+
+    let stranger = Agent::connect_quic(&world, "stranger", [1; 16]).await;
+    let closed = stranger.session.wait_for(|state| state.closed.is_some()).await.closed.unwrap();
+    let CloseReason::Peer { text, .. } = closed else { panic!("{closed}") };
+    assert!(text.contains("stranger-uid is not on this gateway's list"), "{text}");
+
+    let first = world.agent("prod").await;
+    let second = Agent::connect_quic(&world, "prod", [9; 16]).await;
+    let closed = second.session.wait_for(|state| state.closed.is_some()).await.closed.unwrap();
+    assert!(closed.to_string().contains("already connected"), "{closed}");
+    assert!(first.session.is_open());
+}
+
+/// TU-11, TU-12: what is no QUIC, or of another version, is dropped or answered with less than three times its bytes.
+#[tokio::test]
+async fn noise_changes_nothing() {
+    let world = World::start().await;
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    socket.connect(world.gateway.quic_addr().unwrap()).await.unwrap();
+    let mut sent = 0;
+    let mut state = 1u64;
+    for length in [0, 1, 5, 20, 100, 1199, 1200, 1452, 9000] {
+        for first in [0x00u8, 0x40, 0x7f, 0xc0, 0xc3, 0xff] {
+            let mut datagram: Vec<u8> = (0..length)
+                .map(|_| {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    (state >> 56) as u8
+                })
+                .collect();
+            if let Some(byte) = datagram.first_mut() {
+                *byte = first;
+            }
+            sent += socket.send(&datagram).await.unwrap();
+        }
+    }
+    let mut received = 0;
+    let mut buffer = vec![0; 2048];
+    while let Ok(read) = tokio::time::timeout(Duration::from_millis(200), socket.recv(&mut buffer)).await {
+        received += read.unwrap();
+    }
+    assert!(received <= 3 * sent, "{received} bytes back for {sent}");
+    let agent = Agent::connect_quic(&world, "prod", [7; 16]).await;
+    agent.session.ready().await.unwrap();
+}
+
+/// Who has not shown where it is must do so once half of the handshakes of its address are in flight; then it gets in.
+#[tokio::test]
+async fn a_loaded_listener_asks_for_a_retry() {
+    let world = World::with(|config| config.limits.handshakes_per_address = 1).await;
+    let slow = tokio::net::TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    while !metrics(&world).contains("towline_gateway_connections 1") {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let refused = quic(world.gateway.quic_addr().unwrap(), Arc::new(agent_tls(&world, "prod"))).await;
+    assert!(refused.is_err(), "its address has a handshake in flight");
+    assert!(metrics(&world).contains("towline_gateway_handshakes_total{outcome=\"retry\"} 1"));
+    drop(slow);
+    let agent = Agent::connect_quic(&world, "prod", [7; 16]).await;
+    agent.session.ready().await.unwrap();
+}
+
+/// Sources outside `allowedSources` get no answer at all.
+#[tokio::test]
+async fn only_allowed_sources_are_answered() {
+    let world = World::with(|config| {
+        config.listen.allowed_sources = vec!["192.0.2.0/24".parse().unwrap()];
+    })
+    .await;
+    let connecting = quic(world.gateway.quic_addr().unwrap(), Arc::new(agent_tls(&world, "prod")));
+    assert!(tokio::time::timeout(Duration::from_millis(500), connecting).await.is_err());
+    assert!(metrics(&world).contains("towline_rejected_total{code=\"TL_FORBIDDEN\",surface=\"listener\"}"));
+}
+
+/// A reload puts the new certificate in force for those who come, and leaves sessions alone.
+#[tokio::test]
+async fn certificates_are_reloaded() {
+    let world = World::start().await;
+    let old = Agent::connect_quic(&world, "prod", [7; 16]).await;
+    old.session.ready().await.unwrap();
+    let other = World::start().await;
+    for name in ["tunnel-server.crt", "tunnel-server.key", "tunnel-ca.crt"] {
+        std::fs::copy(other.path(name), world.path(name)).unwrap();
+    }
+    world.gateway.reload().await.unwrap();
+    let to = world.gateway.quic_addr().unwrap();
+    let conn = quic(to, Arc::new(agent_tls(&other, "prod"))).await.unwrap();
+    drop(conn);
+    assert!(old.session.is_open());
+}
+
+/// A drain tells agents over QUIC too, and leaves nothing behind.
+#[tokio::test]
+async fn a_drain_ends_quic_sessions() {
+    let world = World::start().await;
+    let agent = Agent::connect_quic(&world, "prod", [7; 16]).await;
+    agent.session.ready().await.unwrap();
+    world.connected("prod", 1).await;
+    let told = agent.session.wait_for(|state| state.goaway.is_some());
+    tokio::join!(world.gateway.drain(), told);
+    let closed = agent.session.wait_for(|state| state.closed.is_some());
+    let closed = tokio::time::timeout(Duration::from_secs(2), closed).await.unwrap().closed.unwrap();
+    assert!(matches!(closed, CloseReason::Peer { .. }), "{closed}");
+}
