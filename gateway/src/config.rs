@@ -12,7 +12,7 @@ use crate::routing::ClusterName;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use towline_certs::{ClusterUid, TrustDomain};
@@ -67,6 +67,13 @@ pub struct Listen {
     /// Who may connect at all; everybody if empty.
     #[serde(with = "units::list")]
     pub allowed_sources: Vec<IpNet>,
+    /// Balancers that pass TCP through to this port. What they say about the client is believed, and limits per address
+    /// are not theirs.
+    #[serde(with = "units::list")]
+    pub trusted_proxies: Vec<IpNet>,
+    /// Whether they say who the client is, in a PROXY protocol header (version 2). `required` if there are any, else `off`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// The tunnel over QUIC, on UDP.
     pub quic: Quic,
 }
@@ -86,6 +93,41 @@ pub struct Quic {
     pub receive_buffer: ByteSize,
     #[serde(with = "units")]
     pub send_buffer: ByteSize,
+}
+
+/// What a trusted proxy sends before the ClientHello.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum ProxyProtocol {
+    /// A header, or nothing.
+    Optional,
+    /// A header.
+    Required,
+    /// Nothing.
+    Off,
+}
+
+impl Listen {
+    /// Whether this address may connect at all.
+    pub(crate) fn allows(&self, address: IpAddr) -> bool {
+        let source = address.to_canonical();
+        self.allowed_sources.is_empty() || self.allowed_sources.iter().any(|block| block.contains(&source))
+    }
+
+    /// Whether this address is a trusted proxy's.
+    pub(crate) fn trusts(&self, address: IpAddr) -> bool {
+        let source = address.to_canonical();
+        self.trusted_proxies.iter().any(|block| block.contains(&source))
+    }
+
+    /// What this address sends before the ClientHello.
+    pub(crate) fn proxy_protocol_of(&self, address: IpAddr) -> ProxyProtocol {
+        match self.proxy_protocol {
+            _ if !self.trusts(address) => ProxyProtocol::Off,
+            None => ProxyProtocol::Required,
+            Some(configured) => configured,
+        }
+    }
 }
 
 /// The private listener: health and metrics.
@@ -246,6 +288,8 @@ impl Default for Listen {
         Self {
             address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8443)),
             allowed_sources: Vec::new(),
+            trusted_proxies: Vec::new(),
+            proxy_protocol: None,
             quic: Quic::default(),
         }
     }

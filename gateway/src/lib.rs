@@ -4,6 +4,7 @@
 //! |---|---|
 //! | what can be configured? | [`config`] |
 //! | how does a connection get in? | `listener`, `quic` |
+//! | who is the client behind a balancer? | `proxy_protocol` |
 //! | how are clients served? | `front` |
 //! | which cluster does a request name? | [`routing`], [`kube`] |
 //! | who calls, and may they? | [`authn`], [`authz`] |
@@ -29,6 +30,7 @@ mod listener;
 pub mod log;
 pub mod metrics;
 mod proxy;
+mod proxy_protocol;
 mod quic;
 pub mod registry;
 mod reload;

@@ -4,9 +4,10 @@
 //! Until its handshake has ended a peer can make us read [`HANDSHAKE_BYTES`] and no more.
 
 use crate::agents;
-use crate::config::Limits;
+use crate::config::{Limits, ProxyProtocol};
 use crate::front;
-use crate::metrics::{Counted, Handshake, Surface, TlCode};
+use crate::metrics::{Counted, Handshake, ProxyHeader, Surface, TlCode};
+use crate::proxy_protocol::{self, Header, HeaderError};
 use crate::state::{KeyPermit, PerKey, Shared};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -27,6 +28,8 @@ use towline_proto::tunnel::socket;
 pub(crate) const HANDSHAKE_BYTES: usize = 32 * 1024;
 /// Bytes read at once until then.
 const HANDSHAKE_READ: usize = 4 * 1024;
+/// Bytes that tell a PROXY protocol header from TLS: as many as TLS reads before it gives up on what is none.
+const FIRST_BYTES: usize = 5;
 /// Pause after a failure to accept that is not the peer's, such as too many open files.
 const BACKOFF: Duration = Duration::from_millis(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -76,9 +79,7 @@ impl Gate {
 
     /// Whether this address may connect at all.
     pub(crate) fn allows(&self, shared: &Shared, address: IpAddr) -> bool {
-        let allowed = &shared.live().config.listen.allowed_sources;
-        let source = address.to_canonical();
-        allowed.is_empty() || allowed.iter().any(|block| block.contains(&source))
+        shared.live().config.listen.allows(address)
     }
 
     /// Whether half of the handshakes, of all or of this address, are in flight.
@@ -91,16 +92,31 @@ impl Gate {
     pub(crate) fn pass(&self, shared: &Shared, address: IpAddr) -> Option<(Place, Pass)> {
         let connection = Arc::clone(&self.connections).try_acquire_owned().ok()?;
         let handshake = Arc::clone(&self.handshakes).try_acquire_owned().ok()?;
-        let address = self.addresses.take(&network(address.to_canonical()))?;
+        // A balancer brings many clients; they are counted once they are known.
+        let exempt = shared.live().config.listen.trusts(address);
+        let addresses = Arc::clone(&self.addresses);
+        let mut pass = Pass { _handshake: handshake, addresses, counted: None };
+        if !exempt && !pass.count(address) {
+            return None;
+        }
         let place = Place { _connection: connection, _counted: shared.metrics.connection() };
-        Some((place, Pass { _handshake: handshake, _address: address }))
+        Some((place, pass))
     }
 }
 
 /// What a handshake in flight holds.
 pub(crate) struct Pass {
     _handshake: OwnedSemaphorePermit,
-    _address: KeyPermit<IpAddr>,
+    addresses: Arc<PerKey<IpAddr>>,
+    counted: Option<KeyPermit<IpAddr>>,
+}
+
+impl Pass {
+    /// Counts this handshake as one of the address's, unless that has as many as it may.
+    fn count(&mut self, address: IpAddr) -> bool {
+        self.counted = self.addresses.take(&network(address.to_canonical()));
+        self.counted.is_some()
+    }
 }
 
 /// What a connection holds until its end.
@@ -112,7 +128,10 @@ pub(crate) struct Place {
 /// Lets a connection in or closes it at once; never waits.
 fn admit(shared: &Arc<Shared>, gate: &Gate, socket: TcpStream, address: SocketAddr) {
     let own = shared.self_checks.is_own(address);
-    if !own && !gate.allows(shared, address.ip()) {
+    let expects =
+        if own { ProxyProtocol::Off } else { shared.live().config.listen.proxy_protocol_of(address.ip()) };
+    // Behind a trusted proxy the client is known only after the header.
+    if !own && expects == ProxyProtocol::Off && !gate.allows(shared, address.ip()) {
         shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
         return;
     }
@@ -120,7 +139,7 @@ fn admit(shared: &Arc<Shared>, gate: &Gate, socket: TcpStream, address: SocketAd
         shared.metrics.rejected(Surface::Listener, TlCode::Limit);
         return;
     };
-    let task = serve(Arc::clone(shared), socket, address, own, pass, place);
+    let task = serve(Arc::clone(shared), socket, address, own, expects, pass, place);
     spawn(shared, &shared.tasks.front, task);
 }
 
@@ -146,16 +165,22 @@ fn network(address: IpAddr) -> IpAddr {
 async fn serve(
     shared: Arc<Shared>,
     socket: TcpStream,
-    address: SocketAddr,
+    mut address: SocketAddr,
     own: bool,
-    pass: Pass,
+    expects: ProxyProtocol,
+    mut pass: Pass,
     place: Place,
 ) {
     if let Err(error) = socket::tune(&socket) {
         tracing::debug!(%error, "socket options");
     }
     let deadline = shared.config.timeouts.handshake;
-    let handshake = tokio::time::timeout(deadline, handshake(&shared, Limited::new(socket)));
+    let opening = async {
+        let mut socket = Limited::new(socket);
+        identify(&shared, &mut socket, expects, &mut address, &mut pass).await?;
+        handshake(&shared, socket).await
+    };
+    let handshake = tokio::time::timeout(deadline, opening);
     let result = tokio::select! {
         result = handshake => result.unwrap_or(Err(HandshakeError::Timeout)),
         // Nobody has been promised anything yet.
@@ -191,6 +216,13 @@ enum HandshakeError {
     Probe,
     Timeout,
     TooLarge,
+    /// A trusted proxy did not say who the client is as it should.
+    Header(HeaderError),
+    /// A PROXY protocol header from somebody who is not asked for one.
+    UnexpectedHeader,
+    /// The client behind a trusted proxy may not connect, or has as many handshakes in flight as it may.
+    Forbidden,
+    Limit,
     Alpn(String),
     Tls {
         error: io::Error,
@@ -198,16 +230,67 @@ enum HandshakeError {
     },
 }
 
+/// Learns from a trusted proxy who the client is, before anything of TLS is read, and applies to the client what depends
+/// on its address.
+async fn identify(
+    shared: &Shared,
+    socket: &mut Limited<TcpStream>,
+    expects: ProxyProtocol,
+    address: &mut SocketAddr,
+    pass: &mut Pass,
+) -> Result<(), HandshakeError> {
+    let has_header = match expects {
+        ProxyProtocol::Off => return Ok(()),
+        ProxyProtocol::Required => true,
+        ProxyProtocol::Optional => {
+            let mut first = [0];
+            let peeked = socket.io.peek(&mut first).await.unwrap_or(0);
+            if peeked == 0 {
+                return Err(HandshakeError::Probe);
+            }
+            // No record of TLS begins with either.
+            [proxy_protocol::SIGNATURE[0], proxy_protocol::SIGNATURE_V1[0]].contains(&first[0])
+        }
+    };
+    let header = if has_header { Some(proxy_protocol::read(socket).await) } else { None };
+    let counted = match &header {
+        None => ProxyHeader::Absent,
+        Some(Ok(Header::Client(_))) => ProxyHeader::Client,
+        Some(Ok(Header::Local)) => ProxyHeader::Local,
+        Some(Ok(Header::Unknown)) => ProxyHeader::Unknown,
+        Some(Err(HeaderError::Silent)) => return Err(HandshakeError::Probe),
+        Some(Err(HeaderError::Missing)) => ProxyHeader::Missing,
+        Some(Err(HeaderError::VersionOne)) => ProxyHeader::VersionOne,
+        Some(Err(HeaderError::Malformed(_) | HeaderError::BrokeOff)) => ProxyHeader::Malformed,
+    };
+    shared.metrics.proxy_header(counted);
+    match header.transpose().map_err(HandshakeError::Header)? {
+        // The proxy itself, which is trusted: its health checks need no place among the allowed sources.
+        Some(Header::Local) => return Ok(()),
+        Some(Header::Client(client)) => *address = client,
+        Some(Header::Unknown) | None => {}
+    }
+    let live = shared.live();
+    if !live.config.listen.allows(address.ip()) {
+        return Err(HandshakeError::Forbidden);
+    }
+    if !live.config.listen.trusts(address.ip()) && !pass.count(address.ip()) {
+        return Err(HandshakeError::Limit);
+    }
+    Ok(())
+}
+
 async fn handshake(
     shared: &Shared,
-    socket: Limited<TcpStream>,
+    mut socket: Limited<TcpStream>,
 ) -> Result<(TlsStream<Limited<TcpStream>>, Listener), HandshakeError> {
+    let before = socket.begin();
     let mut acceptor = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), socket);
     let started = match (&mut acceptor).await {
         Ok(started) => started,
         Err(error) => {
             let io = acceptor.take_io();
-            let silent = io.as_ref().is_some_and(|io| io.left == HANDSHAKE_BYTES);
+            let silent = io.as_ref().is_some_and(|io| io.left == before);
             return Err(failed(error, io.as_ref(), silent, false));
         }
     };
@@ -238,6 +321,9 @@ fn failed(error: io::Error, io: Option<&Limited<TcpStream>>, silent: bool, tunne
     if io.is_some_and(|io| io.exceeded) {
         return HandshakeError::TooLarge;
     }
+    if io.is_some_and(Limited::looks_like_a_header) {
+        return HandshakeError::UnexpectedHeader;
+    }
     let gone = matches!(
         error.kind(),
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
@@ -267,6 +353,24 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
         HandshakeError::TooLarge => {
             reject(Handshake::TooLarge, Surface::Listener, TlCode::Limit);
             tracing::debug!(client = %address, "the TLS handshake was larger than {HANDSHAKE_BYTES} bytes");
+        }
+        HandshakeError::Header(error) => {
+            reject(Handshake::ProxyHeader, Surface::Listener, TlCode::Proto);
+            tracing::info!(proxy = %address, why = %error, "connection of a trusted proxy refused");
+        }
+        HandshakeError::UnexpectedHeader => {
+            shared.metrics.proxy_header(ProxyHeader::Unexpected);
+            reject(Handshake::ProxyHeader, Surface::Listener, TlCode::Proto);
+            let why = "a PROXY protocol header came, and none is expected from this address. If it is a balancer's, name it in listen.trustedProxies; listen.proxyProtocol must not be off";
+            tracing::info!(client = %address, why, "connection refused");
+        }
+        HandshakeError::Forbidden => {
+            shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+            tracing::debug!(client = %address, "not among listen.allowedSources");
+        }
+        HandshakeError::Limit => {
+            shared.metrics.rejected(Surface::Listener, TlCode::Limit);
+            tracing::debug!(client = %address, "has as many handshakes in flight as it may");
         }
         HandshakeError::Alpn(why) => {
             reject(Handshake::Alpn, Surface::Listener, TlCode::Proto);
@@ -300,11 +404,27 @@ pub(crate) struct Limited<IO> {
     io: IO,
     left: usize,
     exceeded: bool,
+    /// The first bytes since [`Limited::begin`], and how many of them there are.
+    first: [u8; FIRST_BYTES],
+    first_len: usize,
 }
 
 impl<IO> Limited<IO> {
     fn new(io: IO) -> Self {
-        Self { io, left: HANDSHAKE_BYTES, exceeded: false }
+        Self { io, left: HANDSHAKE_BYTES, exceeded: false, first: [0; FIRST_BYTES], first_len: 0 }
+    }
+
+    /// From here on the first bytes count as the first; tells how many may still come.
+    fn begin(&mut self) -> usize {
+        self.first_len = 0;
+        self.left
+    }
+
+    /// Whether the first bytes are those of a PROXY protocol header rather than of a TLS record.
+    fn looks_like_a_header(&self) -> bool {
+        let first = &self.first[..self.first_len];
+        [&proxy_protocol::SIGNATURE[..FIRST_BYTES], &proxy_protocol::SIGNATURE_V1[..FIRST_BYTES]]
+            .contains(&first)
     }
 
     fn lift(&mut self) {
@@ -332,6 +452,10 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Limited<IO> {
         let mut part = ReadBuf::new(&mut bytes[..len]);
         let result = Pin::new(&mut this.io).poll_read(cx, &mut part);
         this.left -= part.filled().len();
+        for byte in part.filled().iter().take(FIRST_BYTES - this.first_len) {
+            this.first[this.first_len] = *byte;
+            this.first_len += 1;
+        }
         buf.put_slice(part.filled());
         result
     }

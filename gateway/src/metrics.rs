@@ -43,9 +43,23 @@ label!(
         Timeout = "timeout",
         TooLarge = "too_large",
         Alpn = "alpn",
+        ProxyHeader = "proxy_header",
         Retry = "retry",
         Tls = "tls",
         SelfCheck = "self_check",
+    }
+);
+label!(
+    /// What a trusted proxy sent before the ClientHello, and what others sent that looks like it.
+    ProxyHeader {
+        Client = "client",
+        Local = "local",
+        Unknown = "unknown",
+        Absent = "absent",
+        Missing = "missing",
+        VersionOne = "version_1",
+        Malformed = "malformed",
+        Unexpected = "unexpected",
     }
 );
 label!(
@@ -93,6 +107,7 @@ pub struct Metrics {
     registry: Registry,
     rejected: IntCounterVec,
     handshakes: IntCounterVec,
+    proxy_headers: IntCounterVec,
     connections: IntGauge,
     accept_errors: IntCounter,
     sessions: IntGaugeVec,
@@ -151,6 +166,12 @@ impl Metrics {
                 r,
                 "towline_gateway_handshakes_total",
                 "TLS handshakes by how they ended.",
+                &["outcome"],
+            ),
+            proxy_headers: counters(
+                r,
+                "towline_gateway_proxy_headers_total",
+                "PROXY protocol headers of balancers, and their absence, by what became of it.",
                 &["outcome"],
             ),
             connections: gauge(
@@ -251,6 +272,7 @@ impl Metrics {
     fn preset(&self) {
         let touch = |vector: &IntCounterVec, labels: &[&str]| drop(vector.with_label_values(labels));
         Handshake::ALL.iter().for_each(|outcome| touch(&self.handshakes, &[outcome.label()]));
+        ProxyHeader::ALL.iter().for_each(|outcome| touch(&self.proxy_headers, &[outcome.label()]));
         HoldOutcome::ALL.iter().for_each(|outcome| touch(&self.holds, &[outcome.label()]));
         SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
         ReloadOutcome::ALL.iter().for_each(|outcome| touch(&self.reloads, &[outcome.label()]));
@@ -278,6 +300,10 @@ impl Metrics {
 
     pub fn rejected(&self, surface: Surface, code: TlCode) {
         self.rejected.with_label_values(&[surface.label(), code.label()]).inc();
+    }
+
+    pub fn proxy_header(&self, outcome: ProxyHeader) {
+        self.proxy_headers.with_label_values(&[outcome.label()]).inc();
     }
 
     pub fn handshake(&self, outcome: Handshake) {

@@ -1,6 +1,6 @@
 //! Which values contradict each other, and how is a mistake of the file's structure told?
 
-use super::{API_VERSION, Effect, GatewayConfig, KIND};
+use super::{API_VERSION, Effect, GatewayConfig, KIND, ProxyProtocol};
 use std::collections::HashSet;
 use std::fmt::Display;
 use towline_certs::HostName;
@@ -29,6 +29,17 @@ impl GatewayConfig {
             !same,
             "admin.address",
             "is the public listener's address; health and metrics are private",
+        );
+        problems.unless(
+            !listen.trusted_proxies.is_empty()
+                || matches!(listen.proxy_protocol, None | Some(ProxyProtocol::Off)),
+            "listen.proxyProtocol",
+            "needs listen.trustedProxies: a header is believed only from addresses named there",
+        );
+        problems.unless(
+            listen.trusted_proxies.iter().all(|block| block.prefix_len() > 0),
+            "listen.trustedProxies",
+            "trusts everybody: then anybody can claim any address. Name the balancers' own networks",
         );
         if let Some(domain) = &self.host_domain {
             let plain = matches!(domain.parse(), Ok(HostName::Dns(name)) if name == *domain && !name.starts_with("*."));
@@ -262,6 +273,12 @@ drain:
             ("name: dev", "name: prod", "the name prod is used twice"),
             ("hostDomain: clusters.example.org", "hostDomain: '*.example.org'", "hostDomain: "),
             ("kind: GatewayConfiguration", "kind: Agent", "kind: \"Agent\""),
+            (
+                "allowedSources: [10.0.0.0/8, 'fd00::/8']",
+                "proxyProtocol: required",
+                "needs listen.trustedProxies",
+            ),
+            ("allowedSources: [10.0.0.0/8", "trustedProxies: [0.0.0.0/0", "trusts everybody"),
             (
                 "headerBytes: 32KiB",
                 "sessionMemory: 2GiB",
