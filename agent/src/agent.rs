@@ -22,8 +22,10 @@ use crate::dial::Dialler;
 use crate::links::Links;
 use crate::live::{self, Live, LiveError};
 use crate::metrics::Metrics;
+use crate::quic::Quic;
 use crate::serve::{self, Service};
 use crate::supervise::{Begin, Retired, Slot};
+use crate::transport::{Policy, Settings};
 use crate::upstream::Resources;
 
 /// Why an agent cannot start.
@@ -139,6 +141,7 @@ impl Agent {
             live: Arc::clone(&self.live),
             server_name: config.gateway.server_name.clone(),
             bundle: config.identity.ca.display().to_string(),
+            quic: Quic::new(config.quic, &config.limits.mux(), metrics.clone()),
             session: SessionConfig {
                 role: Role::Agent,
                 limits: config.limits.mux(),
@@ -174,11 +177,12 @@ impl Agent {
                 identity: self.live.identity(),
                 start: move |begin| begin_on(&service, &links, begin),
                 drain: config.drain_deadline,
+                policy: Policy::new(Settings { mode: config.transport, retry: config.quic.retry_interval }),
             };
             let dialler = Arc::clone(&dialler);
-            let kept = slot.keep(move |address| {
+            let kept = slot.keep(move |address, transport| {
                 let dialler = Arc::clone(&dialler);
-                async move { dialler.dial(&address).await }
+                async move { dialler.dial(&address, transport).await }
             });
             self.tracker.spawn(self.stop_dialling.clone().run_until_cancelled_owned(kept));
         }
@@ -246,8 +250,8 @@ impl Drop for Agent {
 /// Starts what a slot asks for.
 fn begin_on(service: &Arc<Service>, links: &Links, begin: Begin) {
     match begin {
-        Begin::Serve(session, address) => {
-            let registered = links.register(session.clone(), address);
+        Begin::Serve(session, address, why) => {
+            let registered = links.register(session.clone(), address, why);
             let served = serve::serve(Arc::clone(service), session);
             let task = async move {
                 let reason = served.await;

@@ -38,6 +38,11 @@ impl Backoff {
         self.failures = 0;
     }
 
+    /// An even number from 0 to 1.
+    pub(crate) fn fraction(&mut self) -> f64 {
+        (self.random)().clamp(0.0, 1.0)
+    }
+
     /// A time up to `span`, for waits that only have to differ.
     pub(crate) fn up_to(&mut self, span: Duration) -> Duration {
         span.mul_f64((self.random)().clamp(0.0, 1.0))

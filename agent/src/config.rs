@@ -14,6 +14,7 @@ use towline_proto::open::HEAD_MAX_BYTES;
 
 use crate::address::{Address, Host, special};
 use crate::proxy::ProxyConfig;
+use crate::transport::TransportMode;
 pub use crate::yaml::Problems;
 use crate::yaml::{Document, Section};
 
@@ -29,6 +30,8 @@ pub struct AgentConfig {
     pub mode: AgentMode,
     pub api_server: ApiServerConfig,
     pub targets: Vec<TargetConfig>,
+    pub transport: TransportMode,
+    pub quic: QuicConfig,
     /// Sessions to the gateway that are kept up. Legal: 1 to 16. Default 1.
     pub sessions: u32,
     /// Where the private health and metrics port listens.
@@ -46,6 +49,18 @@ pub struct GatewayConfig {
     pub addresses: Vec<Address>,
     /// The name its certificate must have, if that is not the host of the address.
     pub server_name: Option<Host>,
+}
+
+/// The tunnel over QUIC.
+#[derive(Clone, Copy, Debug)]
+pub struct QuicConfig {
+    /// Longest time between two attempts to return to QUIC. Default 30 s.
+    pub retry_interval: Duration,
+    /// Lets the kernel, or the network card, cut datagrams. Off where a driver gets that wrong.
+    pub segmentation_offload: bool,
+    /// What to ask the kernel for, in bytes. Default 4 MiB.
+    pub receive_buffer: usize,
+    pub send_buffer: usize,
 }
 
 /// Who the agent is, and whom it believes.
@@ -243,6 +258,8 @@ impl AgentConfig {
         }
         let gateway = read_gateway(root);
         let proxy = ProxyConfig::read(root);
+        let transport = root.parsed("transport").unwrap_or_default();
+        let quic = read_quic(root);
         let identity = read_identity(root);
         let mode = read_mode(root);
         let api_server = read_api_server(root);
@@ -275,6 +292,8 @@ impl AgentConfig {
             mode: mode?,
             api_server: api_server?,
             targets,
+            transport,
+            quic,
             sessions,
             admin_address,
             limits,
@@ -304,6 +323,13 @@ impl AgentConfig {
                 "serverName": self.api_server.server_name.as_ref().map(ToString::to_string),
             },
             "targets": self.targets.iter().map(TargetConfig::effective).collect::<Vec<_>>(),
+            "transport": self.transport.word(),
+            "quic": {
+                "retryInterval": time(self.quic.retry_interval),
+                "segmentationOffload": self.quic.segmentation_offload,
+                "receiveBuffer": size(self.quic.receive_buffer as u64),
+                "sendBuffer": size(self.quic.send_buffer as u64),
+            },
             "sessions": self.sessions,
             "admin": { "address": self.admin_address.to_string() },
             "limits": {
@@ -397,6 +423,19 @@ fn read_gateway(root: &Section<'_>) -> Option<GatewayConfig> {
     }
     let server_name = section.parsed("serverName");
     (!addresses.is_empty()).then_some(GatewayConfig { addresses, server_name })
+}
+
+fn read_quic(root: &Section<'_>) -> QuicConfig {
+    let section = root.section("quic");
+    let buffer = |key| {
+        usize::try_from(section.size(key, UDP_BUFFER, 64 << 10..=256 << 20)).unwrap_or(UDP_BUFFER as usize)
+    };
+    QuicConfig {
+        retry_interval: section.duration("retryInterval", secs(30), Duration::from_millis(100)..=secs(30)),
+        segmentation_offload: !section.has("segmentationOffload") || section.flag("segmentationOffload"),
+        receive_buffer: buffer("receiveBuffer"),
+        send_buffer: buffer("sendBuffer"),
+    }
 }
 
 fn read_identity(root: &Section<'_>) -> Option<IdentityConfig> {
@@ -579,6 +618,7 @@ fn size(bytes: u64) -> String {
     }
 }
 
+const UDP_BUFFER: u64 = 4 << 20;
 const API_VERSION: &str = "towline.io/v1alpha1";
 const KIND: &str = "AgentConfiguration";
 const ADMIN_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9465);

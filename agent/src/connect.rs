@@ -97,7 +97,8 @@ pub(crate) async fn connect(
     Err(failure.unwrap_or_else(|| ConnectError::NoAddress(address.host.to_string())))
 }
 
-async fn resolve(address: &Address, deadline: Instant) -> Result<Vec<SocketAddr>, ConnectError> {
+/// The addresses of a host.
+pub(crate) async fn resolve(address: &Address, deadline: Instant) -> Result<Vec<SocketAddr>, ConnectError> {
     let name = match &address.host {
         Host::Ip(ip) => return Ok(vec![SocketAddr::new(*ip, address.port)]),
         Host::Name(name) => name,

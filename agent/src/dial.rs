@@ -1,5 +1,6 @@
 //! How does one attempt to reach the gateway go? Resolve, connect, TLS, hello, first round trip: each stage has a deadline
-//! and an error that names the hop, the cause and the remedy. One attempt, one transport: TLS 1.3 on TCP.
+//! and an error that names the hop, the cause and the remedy. One attempt, one transport: TLS 1.3 on TCP, or
+//! QUIC.
 
 use std::sync::Arc;
 
@@ -10,12 +11,13 @@ use tokio_util::task::TaskTracker;
 use towline_certs::tls::{ALPN_TUNNEL, WrongAlpn, negotiated};
 use towline_proto::Code;
 use towline_proto::mux::{CloseReason, OpenError};
-use towline_proto::tunnel::{Session, SessionConfig, socket};
+use towline_proto::tunnel::{Session, SessionConfig, Transport, socket};
 
 use crate::address::{Address, Host, Reach};
 use crate::connect::{self, ConnectError};
 use crate::live::Live;
 use crate::proxy::{Leg, Proxy, ProxyError};
+use crate::quic::{Quic, QuicError};
 use crate::upstream::server_name;
 
 /// Why an attempt failed.
@@ -35,6 +37,8 @@ enum DialCause {
     #[error(transparent)]
     Proxy(#[from] ProxyError),
     #[error(transparent)]
+    Quic(#[from] QuicError),
+    #[error(transparent)]
     Alpn(#[from] WrongAlpn),
     #[error("{0:?}: the receive memory of this process is used up (limits.processMemory)")]
     Memory(OpenError),
@@ -51,6 +55,7 @@ impl DialError {
             DialCause::Name(_) => "name",
             DialCause::Connect(error) => error.label(),
             DialCause::Proxy(_) => "proxy",
+            DialCause::Quic(error) => error.label(),
             DialCause::Alpn(_) => "alpn",
             DialCause::Memory(_) => "memory",
             DialCause::Ended(_) | DialCause::NotReady(_) => "hello",
@@ -71,6 +76,7 @@ pub(crate) struct Dialler {
     pub(crate) server_name: Option<Host>,
     /// The tunnel CA's file, for errors.
     pub(crate) bundle: String,
+    pub(crate) quic: Quic,
     pub(crate) session: SessionConfig,
     pub(crate) dial_timeout: Duration,
     pub(crate) ready_timeout: Duration,
@@ -81,11 +87,28 @@ pub(crate) struct Dialler {
 
 impl Dialler {
     /// Makes a session that may carry streams. Dropping the future abandons the attempt.
-    pub(crate) async fn dial(&self, address: &Address) -> Result<Session, DialError> {
-        self.attempt(address).await.map_err(|cause| {
-            let through = self.proxy(address).map_or_else(String::new, |proxy| format!(" through {proxy}"));
-            DialError { address: format!("{address}{through}"), cause }
-        })
+    pub(crate) async fn dial(&self, address: &Address, transport: Transport) -> Result<Session, DialError> {
+        match transport {
+            Transport::Tcp => self.attempt(address).await.map_err(|cause| {
+                let proxy = self.proxy(address);
+                let through = proxy.map_or_else(String::new, |proxy| format!(" through {proxy}"));
+                DialError { address: format!("{address}{through}"), cause }
+            }),
+            Transport::Quic => self
+                .attempt_quic(address)
+                .await
+                .map_err(|cause| DialError { address: format!("{address} (QUIC)"), cause }),
+        }
+    }
+
+    /// QUIC never goes through a proxy: one that carries UDP has yet to be met.
+    async fn attempt_quic(&self, address: &Address) -> Result<Session, DialCause> {
+        let host = self.server_name.as_ref().unwrap_or(&address.host);
+        let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
+        let deadline = Instant::now() + self.dial_timeout;
+        let conn = self.quic.connect(address, &name.to_str(), self.live.tunnel(), deadline).await?;
+        let (session, driver) = Session::over_quic(conn, self.session.clone()).map_err(DialCause::Memory)?;
+        self.make_ready(address, session, driver.run()).await
     }
 
     fn proxy(&self, address: &Address) -> Option<&Proxy> {
@@ -112,13 +135,23 @@ impl Dialler {
         let stream = connect::handshake(stream, self.live.tunnel(), name, &self.bundle, deadline).await?;
         negotiated(stream.get_ref().1.alpn_protocol(), ALPN_TUNNEL)?;
         let (session, driver) = Session::over(stream, self.session.clone()).map_err(DialCause::Memory)?;
+        self.make_ready(address, session, driver.run()).await
+    }
+
+    /// Waits for the hello and the first round trip.
+    async fn make_ready(
+        &self,
+        address: &Address,
+        session: Session,
+        driver: impl Future<Output = CloseReason> + Send + 'static,
+    ) -> Result<Session, DialCause> {
         let stop = self.stop.clone();
-        self.drivers.spawn(stop.run_until_cancelled_owned(driver.run()));
+        self.drivers.spawn(stop.run_until_cancelled_owned(driver));
         let unready = CloseOnDrop(&session);
         match timeout(self.ready_timeout, session.ready()).await {
             Ok(Ok(hello)) => {
                 std::mem::forget(unready);
-                tracing::debug!(%address, software = ?hello.software, "session ready");
+                tracing::debug!(%address, transport = session.transport().label(), software = ?hello.software, "session ready");
                 Ok(session)
             }
             Ok(Err(reason)) => Err(DialCause::Ended(reason)),

@@ -6,9 +6,9 @@
 //! |---|---|
 //! | what is it told, and what does it refuse? | [`config`], `yaml` |
 //! | what does it consist of, and how does it end? | [`agent`] |
-//! | how does one attempt to reach the gateway go? | `dial`, over `connect` |
+//! | how does one attempt to reach the gateway go? | `dial`, over `connect` and `quic` |
 //! | through which proxy does it go? | [`proxy`] |
-//! | how does it stay connected? | `supervise`, `backoff` |
+//! | how does it stay connected, and over which transport? | `supervise`, `backoff`, `transport` |
 //! | what happens to the streams of a session? | `serve` |
 //! | how does one request become one answer? | `exchange`, `head` |
 //! | as whom does a request reach the upstream? | `identity`, `token` |
@@ -44,15 +44,18 @@ pub mod log;
 mod metrics;
 mod pool;
 pub mod proxy;
+mod quic;
 pub mod runtime;
 mod serve;
 mod socket;
 mod supervise;
 mod targets;
 mod token;
+mod transport;
 mod upstream;
 mod yaml;
 
 pub use agent::{Agent, StartError, check};
 pub use config::{AgentConfig, AgentMode, Problems};
 pub use live::LiveError;
+pub use transport::TransportMode;

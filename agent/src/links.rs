@@ -7,6 +7,7 @@ use tokio::time::{Duration, Instant};
 use towline_proto::tunnel::Session;
 
 use crate::metrics::{Counted, Metrics};
+use crate::transport::Reason;
 
 /// The sessions that may carry streams.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ struct Shared {
 struct Link {
     session: Session,
     address: String,
+    /// Why it runs over its transport.
+    why: Reason,
     since: Instant,
     heard: Instant,
     bytes_in: u64,
@@ -46,12 +49,13 @@ impl Links {
     }
 
     /// Puts a session that has just become ready on the list.
-    pub(crate) fn register(&self, session: Session, address: String) -> Registered {
+    pub(crate) fn register(&self, session: Session, address: String, why: Reason) -> Registered {
         let now = Instant::now();
-        let counted = Counted::new(&self.shared.metrics.sessions);
+        let counted = Counted::new(&self.shared.metrics.sessions(session.transport()));
         let link = Link {
             session: session.clone(),
             address,
+            why,
             since: now,
             heard: now,
             bytes_in: 0,
@@ -101,7 +105,8 @@ impl Links {
     pub(crate) fn describe(&self) -> Vec<String> {
         let describe = |link: &Link| {
             let (age, silence) = (link.since.elapsed().as_secs(), link.heard.elapsed().as_secs());
-            format!("{}: up {age} s, heard from {silence} s ago", link.address)
+            let (transport, why) = (link.session.transport().label(), link.why.text());
+            format!("{} over {transport} ({why}): up {age} s, heard from {silence} s ago", link.address)
         };
         self.lock().iter().map(describe).collect()
     }

@@ -5,15 +5,22 @@ use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
+use towline_proto::tunnel::Transport;
+
+use crate::transport::Reason;
 
 /// Handles of all metrics.
 #[derive(Clone, Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
-    /// Sessions that may carry streams.
-    pub(crate) sessions: IntGauge,
-    /// Attempts to reach the gateway, by how they ended.
-    pub(crate) dials: IntCounterVec,
+    /// Sessions that may carry streams, by transport.
+    sessions: IntGaugeVec,
+    /// TCP sessions that serve although QUIC is preferred, by why.
+    fallbacks: IntCounterVec,
+    /// Bytes of the UDP socket's buffers that the kernel grants.
+    udp_buffers: IntGaugeVec,
+    /// Attempts to reach the gateway, by transport and how they ended.
+    dials: IntCounterVec,
     /// Sessions that ended, by why.
     pub(crate) sessions_ended: IntCounterVec,
     /// Bytes through the tunnel, frames included, by direction.
@@ -65,9 +72,31 @@ impl Metrics {
         registry
             .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
             .expect("its names are not ours");
-        Self {
-            sessions: add(&registry, gauge("sessions", "Sessions to the gateway that may carry streams")),
-            dials: counters(&registry, "dials_total", "Attempts to reach the gateway", &["outcome"]),
+        let metrics = Self {
+            sessions: add(
+                &registry,
+                gauges("sessions", "Sessions to the gateway that may carry streams", &["transport"]),
+            ),
+            fallbacks: counters(
+                &registry,
+                "fallbacks_total",
+                "Sessions over TCP that were made because QUIC did not serve",
+                &["reason"],
+            ),
+            udp_buffers: add(
+                &registry,
+                gauges(
+                    "udp_buffer_bytes",
+                    "Bytes of the QUIC socket's buffers that the kernel grants",
+                    &["direction"],
+                ),
+            ),
+            dials: counters(
+                &registry,
+                "dials_total",
+                "Attempts to reach the gateway",
+                &["outcome", "transport"],
+            ),
             sessions_ended: counters(&registry, "sessions_ended_total", "Sessions that ended", &["reason"]),
             tunnel_bytes: counters(
                 &registry,
@@ -103,6 +132,41 @@ impl Metrics {
             ),
             reloads: counters(&registry, "reloads_total", "Changed files", &["what", "result"]),
             registry,
+        };
+        metrics.preset();
+        metrics
+    }
+
+    /// How many sessions there are over a transport.
+    pub(crate) fn sessions(&self, transport: Transport) -> IntGauge {
+        self.sessions.with_label_values(&[transport.label()])
+    }
+
+    pub(crate) fn fallback(&self, reason: Reason) {
+        if reason.is_fallback() {
+            self.fallbacks.with_label_values(&[reason.label()]).inc();
+        }
+    }
+
+    pub(crate) fn dialled(&self, transport: Transport, outcome: &str) {
+        self.dials.with_label_values(&[outcome, transport.label()]).inc();
+    }
+
+    /// What the kernel grants the QUIC socket.
+    pub(crate) fn udp_buffers(&self, receive_bytes: usize, send_bytes: usize) {
+        for (direction, bytes) in [("receive", receive_bytes), ("send", send_bytes)] {
+            let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+            self.udp_buffers.with_label_values(&[direction]).set(bytes);
+        }
+    }
+
+    /// Every series that says how the agent is connected exists from the start.
+    fn preset(&self) {
+        for transport in [Transport::Tcp, Transport::Quic] {
+            drop(self.sessions(transport));
+        }
+        for reason in Reason::FALLBACKS {
+            drop(self.fallbacks.with_label_values(&[reason.label()]));
         }
     }
 

@@ -1,24 +1,28 @@
-//! How does the agent stay connected? Each slot keeps one session up.
+//! How does the agent stay connected? Each slot keeps one session up, over the transport that `transport` decides on.
 //!
 //! - A failed attempt moves on to the next address; after a round of all of them comes the back-off. It begins anew once
 //!   a session has lived for a minute.
 //! - A session that the gateway drains (GoAway), or that shows an outdated certificate, is replaced first and ended
 //!   after: make before break. The old one serves its streams until it is empty or its time is over.
+//! - The same when QUIC works again for a slot on TCP: new streams move, the open ones finish where they are.
+//! - A QUIC session that does not answer gets a TCP session beside it; the gateway gives new streams to the one it hears.
 //! - A half-open connection is found by the mux, which ends the session.
 
 use std::future::Future;
+use std::pin::Pin;
 
 use tokio::sync::watch;
-use tokio::time::{Duration, Instant, sleep, timeout};
+use tokio::time::{Duration, Instant, sleep, sleep_until, timeout};
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
-use towline_proto::tunnel::Session;
+use towline_proto::tunnel::{Session, Transport};
 use towline_proto::wire::GoAway;
 
 use crate::address::Address;
 use crate::backoff::Backoff;
 use crate::dial::DialError;
 use crate::metrics::Metrics;
+use crate::transport::{Plan, Policy, Reason, Silence};
 
 /// What a slot does besides connecting.
 pub(crate) struct Slot<S> {
@@ -32,6 +36,7 @@ pub(crate) struct Slot<S> {
     pub(crate) start: S,
     /// How long a session that was replaced because of the certificate may take to end.
     pub(crate) drain: Duration,
+    pub(crate) policy: Policy,
 }
 
 /// A session that has been replaced and ends by itself.
@@ -44,39 +49,83 @@ pub(crate) struct Retired {
 
 /// Events of a slot, for the owner to run.
 pub(crate) enum Begin {
-    /// Serve this session.
-    Serve(Session, String),
+    /// Serve this session, with this gateway, over this transport because of this.
+    Serve(Session, String, Reason),
     /// Wait for the end of this one.
     Retire(Retired),
+}
+
+/// A session that serves.
+struct Up<F> {
+    session: Session,
+    address: Address,
+    /// Whether its serving has begun already.
+    serving: bool,
+    /// An attempt to make a QUIC session that is under way beside it.
+    retry: Option<Pin<Box<F>>>,
+}
+
+impl<F> Up<F> {
+    const fn new(session: Session, address: Address) -> Self {
+        Self { session, address, serving: false, retry: None }
+    }
+}
+
+/// Why a session is no longer enough.
+enum End {
+    Closed(CloseReason),
+    GoAway(GoAway),
+    Outdated,
+    /// QUIC works again.
+    Moved(Session),
 }
 
 impl<S: Fn(Begin)> Slot<S> {
     /// Keeps a session up until the future is dropped; what was started goes on then.
     pub(crate) async fn keep<C, F>(mut self, connect: C)
     where
-        C: Fn(Address) -> F,
+        C: Fn(Address, Transport) -> F,
         F: Future<Output = Result<Session, DialError>>,
     {
         // Slots begin at different addresses, which are different replicas.
         let mut next = self.number;
+        // What is asked to drain once the next one serves.
         let mut outdated = None;
+        let mut ready: Option<Up<F>> = None;
         loop {
-            let (session, address) = self.establish(&connect, &mut next).await;
+            let mut up = match ready.take() {
+                Some(up) => up,
+                None => self.establish(&connect, &mut next).await,
+            };
             self.identity.mark_unchanged();
-            (self.start)(Begin::Serve(session.clone(), address.clone()));
+            self.serve(&up);
             if let Some(old) = outdated.take() {
                 (self.start)(Begin::Retire(old));
             }
             let since = Instant::now();
-            let end = self.wait(&session).await;
+            let (end, standby) = match up.session.transport() {
+                Transport::Quic => self.on_quic(&mut up, &connect).await,
+                Transport::Tcp => (self.on_tcp(&mut up, &connect).await, None),
+            };
             if since.elapsed() >= LIVED {
                 self.backoff.reset();
             }
+            let Up { session, address, .. } = up;
             match end {
                 End::Closed(reason) => {
+                    if session.transport() == Transport::Quic && is_a_death(&reason) {
+                        self.policy.handle_death(Instant::now());
+                    }
+                    if let Some(standby) = standby {
+                        tracing::warn!(%address, %reason, "QUIC session lost: TCP goes on");
+                        ready = Some(Up { serving: true, ..Up::new(standby, address) });
+                        continue;
+                    }
                     let wait = self.backoff.next();
-                    tracing::warn!(address, %reason, ?wait, "session lost");
+                    let transport = session.transport().label();
+                    tracing::warn!(%address, transport, %reason, ?wait, "session lost");
                     sleep(wait).await;
+                    continue;
                 }
                 End::GoAway(goaway) => {
                     let asked =
@@ -84,64 +133,178 @@ impl<S: Fn(Begin)> Slot<S> {
                     // A gateway that says goodbye at once each time is waited for like one that fails.
                     let wait = if since.elapsed() < LIVED { asked.max(self.backoff.next()) } else { asked };
                     tracing::info!(
-                        address,
+                        %address,
                         ?wait,
                         "the gateway drains: connecting anew beside the old session"
                     );
                     let deadline = Duration::from_millis(goaway.drain_ms.into()) + DRAIN_GRACE;
                     (self.start)(Begin::Retire(Retired { session, ask: false, deadline }));
+                    self.retire(standby);
                     // The next address first: the one that drains is about to end.
                     next = next.wrapping_add(1);
                     sleep(wait).await;
                 }
                 End::Outdated => {
+                    self.retire(standby);
                     sleep(self.backoff.up_to(ROTATE_SPREAD)).await;
                     outdated = Some(Retired { session, ask: true, deadline: self.drain });
+                }
+                End::Moved(quic) => {
+                    tracing::info!(%address, "QUIC works again: new streams move to it, open ones finish on TCP");
+                    ready = Some(Up::new(quic, address));
+                    outdated = Some(Retired { session, ask: true, deadline: MOVED_DRAIN });
                 }
             }
         }
     }
 
-    /// Waits until the session ends, is drained, or should be replaced.
-    async fn wait(&mut self, session: &Session) -> End {
-        let identity = &mut self.identity;
-        let changed = async {
-            // Without a sender there is nobody left who could change it.
-            if identity.changed().await.is_err() {
-                std::future::pending::<()>().await;
+    /// Begins to serve a session, unless that has begun, and tells the policy.
+    fn serve<F>(&mut self, up: &Up<F>) {
+        let random = self.backoff.fraction();
+        let transport = up.session.transport();
+        let why = self.policy.handle_serving(Instant::now(), transport, random);
+        if !up.serving {
+            (self.start)(Begin::Serve(up.session.clone(), up.address.to_string(), why));
+        }
+        if transport == Transport::Tcp {
+            self.metrics.fallback(why);
+        }
+        tracing::info!(address = %up.address, slot = self.number, transport = transport.label(), why = why.text(),
+            "session up");
+    }
+
+    /// Lets a session that is not needed any more finish what it has.
+    fn retire(&self, session: Option<Session>) {
+        if let Some(session) = session {
+            (self.start)(Begin::Retire(Retired { session, ask: true, deadline: MOVED_DRAIN }));
+        }
+    }
+
+    /// Until a TCP session is no longer enough, or QUIC works.
+    async fn on_tcp<C, F>(&mut self, up: &mut Up<F>, connect: &C) -> End
+    where
+        C: Fn(Address, Transport) -> F,
+        F: Future<Output = Result<Session, DialError>>,
+    {
+        let Self { identity, policy, metrics, backoff, .. } = self;
+        let mut ends = std::pin::pin!(ends(&up.session, identity, metrics));
+        loop {
+            let retry_at = policy.poll_retry();
+            tokio::select! {
+                end = &mut ends => return end,
+                tried = pending(&mut up.retry) => {
+                    up.retry = None;
+                    match tried {
+                        Ok(quic) => {
+                            metrics.dialled(Transport::Quic, "ok");
+                            return End::Moved(quic);
+                        }
+                        Err(error) => {
+                            metrics.dialled(Transport::Quic, error.label());
+                            tracing::info!(%error, "QUIC does not work yet");
+                            policy.handle_retry_failed(Instant::now(), backoff.fraction());
+                        }
+                    }
+                }
+                () = until(retry_at), if up.retry.is_none() => {
+                    up.retry = Some(Box::pin(connect(up.address.clone(), Transport::Quic)));
+                }
             }
-        };
-        let state = tokio::select! {
-            state = session.wait_for(|state| state.closed.is_some() || state.goaway.is_some()) => state,
-            () = changed => return End::Outdated,
-        };
-        match (state.closed, state.goaway) {
-            (None, Some(goaway)) => End::GoAway(goaway),
-            (Some(reason), _) => {
-                self.metrics.sessions_ended.with_label_values(&[reason.label()]).inc();
-                End::Closed(reason)
+        }
+    }
+
+    /// Until a QUIC session is no longer enough; with the TCP session that stands beside it, if one does.
+    async fn on_quic<C, F>(&mut self, up: &mut Up<F>, connect: &C) -> (End, Option<Session>)
+    where
+        C: Fn(Address, Transport) -> F,
+        F: Future<Output = Result<Session, DialError>>,
+    {
+        let Self { identity, policy, metrics, start, .. } = self;
+        let session = &up.session;
+        let mut ends = std::pin::pin!(ends(session, identity, metrics));
+        let mut standby: Option<Session> = None;
+        let mut dialling: Option<Pin<Box<F>>> = None;
+        let mut dial_at = Instant::now();
+        let mut asked_at: Option<Instant> = None;
+        let mut stalled_at = Instant::now();
+        loop {
+            let now = Instant::now();
+            let silence = session.silence();
+            let asked = asked_at.is_some_and(|at| now.duration_since(at) <= silence);
+            let wait = match policy.silence(silence, session.stats().streams > 0, asked) {
+                Silence::Wait(wait) => wait,
+                Silence::Probe(wait) => {
+                    session.probe();
+                    asked_at = Some(now);
+                    wait
+                }
+                Silence::Standby => {
+                    stalled_at = now;
+                    if standby.is_none() && dialling.is_none() && dial_at <= now {
+                        tracing::warn!(address = %up.address, ?silence, "QUIC does not answer: connecting over TCP beside it");
+                        dialling = Some(Box::pin(connect(up.address.clone(), Transport::Tcp)));
+                    }
+                    STANDBY_LOOK
+                }
+            };
+            let steady = now.duration_since(stalled_at) >= STEADY;
+            if steady && standby.is_some() {
+                tracing::info!(address = %up.address, "QUIC answers again");
+                let deadline = MOVED_DRAIN;
+                let retired = standby.take().map(|session| Retired { session, ask: true, deadline });
+                retired.into_iter().for_each(|retired| start(Begin::Retire(retired)));
             }
-            (None, None) => unreachable!("one of them was waited for"),
+            if steady {
+                dialling = None;
+            }
+            tokio::select! {
+                end = &mut ends => return (end, standby.filter(|standby| standby.closed().is_none())),
+                dialled = pending(&mut dialling) => {
+                    dialling = None;
+                    match dialled {
+                        Ok(tcp) => {
+                            metrics.dialled(Transport::Tcp, "ok");
+                            let why = policy.handle_standby();
+                            metrics.fallback(why);
+                            start(Begin::Serve(tcp.clone(), up.address.to_string(), why));
+                            standby = Some(tcp);
+                        }
+                        Err(error) => {
+                            metrics.dialled(Transport::Tcp, error.label());
+                            tracing::warn!(%error, "no session over TCP either");
+                            dial_at = Instant::now() + STANDBY_PAUSE;
+                        }
+                    }
+                }
+                () = sleep(wait) => {
+                    if standby.as_ref().is_some_and(|standby| !standby.is_open()) {
+                        standby = None;
+                    }
+                }
+            }
         }
     }
 
     /// Tries until a session stands.
-    async fn establish<C, F>(&mut self, connect: &C, next: &mut usize) -> (Session, String)
+    async fn establish<C, F>(&mut self, connect: &C, next: &mut usize) -> Up<F>
     where
-        C: Fn(Address) -> F,
+        C: Fn(Address, Transport) -> F,
         F: Future<Output = Result<Session, DialError>>,
     {
         let mut failures = 0;
         loop {
             let address = self.addresses[*next % self.addresses.len()].clone();
-            match connect(address.clone()).await {
-                Ok(session) => {
-                    self.metrics.dials.with_label_values(&["ok"]).inc();
-                    tracing::info!(%address, slot = self.number, "session up");
-                    return (session, address.to_string());
+            let tried = match self.policy.plan(Instant::now()) {
+                Plan::Only(transport) => {
+                    let tried = connect(address.clone(), transport).await;
+                    let tried = self.count(transport, tried);
+                    tried.map(|session| Up::new(session, address))
                 }
+                Plan::Race(head_start) => self.race(connect, address, head_start).await,
+            };
+            match tried {
+                Ok(up) => return up,
                 Err(error) => {
-                    self.metrics.dials.with_label_values(&[error.label()]).inc();
                     *next = next.wrapping_add(1);
                     failures += 1;
                     let round_over = failures % self.addresses.len() == 0;
@@ -152,13 +315,97 @@ impl<S: Fn(Begin)> Slot<S> {
             }
         }
     }
+
+    /// QUIC at once, TCP a little later or when QUIC has failed; whichever is ready first. An attempt over QUIC that is
+    /// still under way goes on beside the TCP session.
+    async fn race<C, F>(
+        &mut self,
+        connect: &C,
+        address: Address,
+        head_start: Duration,
+    ) -> Result<Up<F>, DialError>
+    where
+        C: Fn(Address, Transport) -> F,
+        F: Future<Output = Result<Session, DialError>>,
+    {
+        let mut quic = Some(Box::pin(connect(address.clone(), Transport::Quic)));
+        let early = timeout(head_start, pending(&mut quic)).await;
+        match early.map(|tried| self.count(Transport::Quic, tried)) {
+            Ok(Ok(session)) => return Ok(Up::new(session, address)),
+            Ok(Err(error)) => {
+                tracing::info!(%error, "no session over QUIC");
+                quic = None;
+            }
+            Err(_) => {}
+        }
+        let mut tcp = Some(Box::pin(connect(address.clone(), Transport::Tcp)));
+        loop {
+            let (failed, error) = tokio::select! {
+                // Of two that are ready QUIC is preferred.
+                biased;
+                tried = pending(&mut quic) => match self.count(Transport::Quic, tried) {
+                    Ok(session) => return Ok(Up::new(session, address)),
+                    Err(error) => (&mut quic, error),
+                },
+                tried = pending(&mut tcp) => match self.count(Transport::Tcp, tried) {
+                    Ok(session) => return Ok(Up { retry: quic, ..Up::new(session, address) }),
+                    Err(error) => (&mut tcp, error),
+                },
+            };
+            *failed = None;
+            if quic.is_none() && tcp.is_none() {
+                return Err(error);
+            }
+            tracing::info!(%error, "the other transport is still being tried");
+        }
+    }
+
+    fn count(&self, transport: Transport, tried: Result<Session, DialError>) -> Result<Session, DialError> {
+        self.metrics.dialled(transport, tried.as_ref().map_or_else(DialError::label, |_| "ok"));
+        tried
+    }
 }
 
-/// Why a session is no longer enough.
-enum End {
-    Closed(CloseReason),
-    GoAway(GoAway),
-    Outdated,
+/// Waits until the session ends, is drained, or should be replaced.
+async fn ends(session: &Session, identity: &mut watch::Receiver<u64>, metrics: &Metrics) -> End {
+    let changed = async {
+        // Without a sender there is nobody left who could change it.
+        if identity.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    let state = tokio::select! {
+        state = session.wait_for(|state| state.closed.is_some() || state.goaway.is_some()) => state,
+        () = changed => return End::Outdated,
+    };
+    match (state.closed, state.goaway) {
+        (None, Some(goaway)) => End::GoAway(goaway),
+        (Some(reason), _) => {
+            metrics.sessions_ended.with_label_values(&[reason.label()]).inc();
+            End::Closed(reason)
+        }
+        (None, None) => unreachable!("one of them was waited for"),
+    }
+}
+
+/// Whether a session ended as one does whose datagrams get lost.
+const fn is_a_death(reason: &CloseReason) -> bool {
+    matches!(reason, CloseReason::Dead { .. } | CloseReason::Transport(_))
+}
+
+/// Waits for an attempt; for ever if there is none. Cancel safe.
+async fn pending<F: Future>(attempt: &mut Option<Pin<Box<F>>>) -> F::Output {
+    match attempt {
+        Some(attempt) => attempt.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 impl Retired {
@@ -177,6 +424,13 @@ impl Retired {
     }
 }
 
+/// What a session that was replaced because of its transport may take to finish its streams.
+const MOVED_DRAIN: Duration = Duration::from_secs(24 * 3600);
+/// While QUIC does not answer: between two looks, and after a failure to connect over TCP.
+const STANDBY_LOOK: Duration = Duration::from_millis(500);
+const STANDBY_PAUSE: Duration = Duration::from_secs(1);
+/// QUIC has recovered when it has answered for so long.
+const STEADY: Duration = Duration::from_secs(10);
 /// A session that lived so long was a success.
 const LIVED: Duration = Duration::from_secs(60);
 /// A gateway cannot keep the agent away for longer.
@@ -198,6 +452,7 @@ mod tests {
     use towline_proto::tunnel::SessionConfig;
 
     use super::*;
+    use crate::transport::{Settings, TransportMode};
 
     /// What the next attempts meet, and what became of them. Time is virtual.
     struct World {
@@ -216,7 +471,7 @@ mod tests {
             tokio::task::yield_now().await;
         }
 
-        async fn connect(self: Arc<Self>, address: Address) -> Result<Session, DialError> {
+        async fn connect(self: Arc<Self>, address: Address, _: Transport) -> Result<Session, DialError> {
             self.dialled.lock().unwrap().push((self.began.elapsed(), address.to_string()));
             if !self.script.lock().unwrap().pop_front().unwrap_or(true) {
                 return Err(DialError::for_test(&address));
@@ -280,17 +535,20 @@ mod tests {
                 identity: identity.subscribe(),
                 start: move |event| assert!(begin.try_send(event).is_ok()),
                 drain: Duration::from_secs(20),
+                policy: Policy::new(Settings { mode: TransportMode::Tcp, retry: Duration::from_secs(30) }),
             };
             let mut tasks = JoinSet::new();
             let connector = Arc::clone(&world);
-            tasks.spawn(slot.keep(move |address| Arc::clone(&connector).connect(address)));
+            tasks.spawn(
+                slot.keep(move |address, transport| Arc::clone(&connector).connect(address, transport)),
+            );
             Self { world, gateways, begun, identity, _slot: tasks }
         }
 
         async fn served(&mut self) -> (Session, Session) {
             let gateway = self.gateways.recv().await.unwrap();
             match self.begun.recv().await.unwrap() {
-                Begin::Serve(session, _) => (gateway, session),
+                Begin::Serve(session, ..) => (gateway, session),
                 Begin::Retire(_) => panic!("no session was to be retired"),
             }
         }

@@ -28,7 +28,7 @@ async fn a_lost_session_comes_back() {
         assert_eq!(call.whole().await.0, 200);
     }
     assert_eq!(metric(&rig.agent, "towline_agent_sessions_ended_total{reason=\"peer\"}").await, 3.0);
-    assert_eq!(metric(&rig.agent, "towline_agent_sessions ").await, 1.0);
+    assert_eq!(metric(&rig.agent, "towline_agent_sessions{transport=\"tcp\"}").await, 1.0);
 }
 
 /// Make before break: the old session finishes what it has, the new one takes what comes.
@@ -51,7 +51,7 @@ async fn a_drained_gateway_is_left_after_a_new_one_is_found() {
     assert_eq!(call.response().await.status, 200);
     old.drain(GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 50, drain_ms: 10_000 });
     let new = second.session().await;
-    assert_eq!(metric(&agent, "towline_agent_sessions ").await, 2.0);
+    assert_eq!(metric(&agent, "towline_agent_sessions{transport=\"tcp\"}").await, 2.0);
     let quick = Call::get(&new, "/quick").await;
     let mut connection = upstream.accept().await;
     connection.head().await;
@@ -61,7 +61,10 @@ async fn a_drained_gateway_is_left_after_a_new_one_is_found() {
     assert_eq!(call.body(BodyKind::exact(4)).await.unwrap(), "here");
     soon("drained", old.wait_for(|state| state.drained)).await;
     old.close(Code::Draining, "drained");
-    soon("one session", async { while metric(&agent, "towline_agent_sessions ").await > 1.0 {} }).await;
+    soon("one session", async {
+        while metric(&agent, "towline_agent_sessions{transport=\"tcp\"}").await > 1.0 {}
+    })
+    .await;
     assert!(first.is_quiet().await);
 }
 
@@ -129,7 +132,8 @@ async fn readiness_is_about_the_gateway_and_liveness_is_not() {
     drop(gateway);
     let agent = Agent::start(world.config(&[at], upstream.at, "")).await.unwrap();
     soon("a failed dial", async {
-        while metric(&agent, "towline_agent_dials_total{outcome=\"connect\"}").await < 1.0 {}
+        while metric(&agent, "towline_agent_dials_total{outcome=\"connect\",transport=\"tcp\"}").await < 1.0 {
+        }
     })
     .await;
     assert_eq!(health(&agent, "/livez").await, (200, "ok\n".to_owned()));

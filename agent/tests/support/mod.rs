@@ -82,9 +82,11 @@ impl World {
 
     /// A configuration for an agent of this world, with more lines of YAML.
     pub fn yaml(&self, gateways: &[SocketAddr], upstream: SocketAddr, more: &str) -> String {
+        // The gateway of these tests speaks TCP only.
+        let transport = if more.contains("transport:") { "" } else { "transport: tcp\n" };
         let gateways: Vec<String> = gateways.iter().map(|at| format!("\"{at}\"")).collect();
         format!(
-            "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: [{}] }}\nidentity: {{ certificate: {}, key: {}, ca: {} }}\napiServer: {{ url: 'https://{upstream}', ca: {} }}\nadmin: {{ address: '127.0.0.1:0' }}\n{more}",
+            "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: [{}] }}\nidentity: {{ certificate: {}, key: {}, ca: {} }}\napiServer: {{ url: 'https://{upstream}', ca: {} }}\nadmin: {{ address: '127.0.0.1:0' }}\n{transport}{more}",
             gateways.join(", "),
             self.file("agent-east.crt"),
             self.file("agent-east.key"),
