@@ -23,7 +23,7 @@ lint: ## format, clippy, documentation, and the proof that the core is pure
 fuzz: ## every fuzz target for FUZZ_SECONDS (60)
 	proto/fuzz/run.sh $(or $(FUZZ_SECONDS),60)
 
-tools: ## what the tests use beside Rust, where it can be had (kubectl)
+tools: ## what the tests use beside Rust, where it can be had (kubectl, proxies, balancers)
 	.ci/tools
 
 clean:
