@@ -301,7 +301,15 @@ pub(super) async fn open(shared: &Arc<Shared>) -> Result<(QuicSend, QuicRecv), c
     shared.with(|core, _| core.ledger.may_open())?;
     let (send, recv) = shared.conn.open_bi().await.map_err(|_| OpenError::Closed)?;
     let id = stream_id(send.id()).ok_or(OpenError::IdsExhausted)?;
-    shared.with(|core, now| core.ledger.on_opened(now, id))?;
+    let sooner = shared.with(|core, now| {
+        let before = core.ledger.poll_timeout();
+        core.ledger.on_opened(now, id)?;
+        Ok(core.ledger.poll_timeout() < before)
+    })?;
+    // Somebody waits now, so that silence is asked about earlier than the driver knows.
+    if sooner {
+        shared.output.notify_one();
+    }
     Ok(halves(shared, send, recv, id))
 }
 
