@@ -15,6 +15,7 @@ use crate::state::{Live, Shared, random};
 use aws_lc_rs::hmac;
 use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
 use quinn::{ConnectionError, Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
 use rustls::pki_types::CertificateDer;
 use std::io;
 use std::net::SocketAddr;
@@ -66,12 +67,14 @@ impl QuicListener {
             .max_incoming(handshakes)
             .incoming_buffer_size(HANDSHAKE_BYTES as u64)
             .incoming_buffer_size_total(WAITING_BYTES.max(HANDSHAKE_BYTES as u64));
-        let endpoint = Endpoint::new(
-            EndpointConfig::new(Arc::new(reset_key(config))),
-            Some(server.clone()),
-            socket,
-            Arc::new(TokioRuntime),
-        )?;
+        let secret = secret(config);
+        let mut endpoint = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &secret[..24])));
+        // Also the ids of connections must be known again, or nothing is answered to them.
+        let mut ids = [0; 8];
+        ids.copy_from_slice(&secret[24..]);
+        let ids = u64::from_be_bytes(ids);
+        endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+        let endpoint = Endpoint::new(endpoint, Some(server.clone()), socket, Arc::new(TokioRuntime))?;
         let tls = Arc::clone(&live.tunnel_tls);
         Ok(Self { endpoint, server, tls, deadline: config.timeouts.handshake })
     }
@@ -233,8 +236,8 @@ fn open(shared: &Shared, options: &Quic, address: SocketAddr) -> io::Result<std:
     Ok(udp.socket)
 }
 
-/// The key of stateless resets: the same after a restart, so that agents of a gateway that crashed notice at once.
-fn reset_key(config: &GatewayConfig) -> hmac::Key {
+/// What stateless resets are made with: the same after a restart, so that agents of a gateway that crashed notice at once.
+fn secret(config: &GatewayConfig) -> [u8; 32] {
     let mut bytes = [0; 32];
     match towline_certs::FileBytes::read(&config.tls.tunnel.key) {
         Ok(file) => {
@@ -244,5 +247,5 @@ fn reset_key(config: &GatewayConfig) -> hmac::Key {
         // The certificates have been loaded from there a moment ago; a key of this process alone does it too.
         Err(_) => random(&mut bytes),
     }
-    hmac::Key::new(hmac::HMAC_SHA256, &bytes)
+    bytes
 }

@@ -9,7 +9,7 @@
 
 mod common;
 
-use common::{Agent, TOKEN, World, quic, text};
+use common::{Agent, TOKEN, World, quic, quic_from, text};
 use rustls::ClientConfig;
 use std::sync::Arc;
 use std::time::Duration;
@@ -147,6 +147,30 @@ async fn only_allowed_sources_are_answered() {
     let connecting = quic(world.gateway.quic_addr().unwrap(), Arc::new(agent_tls(&world, "prod")));
     assert!(tokio::time::timeout(Duration::from_millis(500), connecting).await.is_err());
     assert!(metrics(&world).contains("towline_rejected_total{code=\"TL_FORBIDDEN\",surface=\"listener\"}"));
+}
+
+/// TU-14: a NAT gives the agent another address, again and again: its session, and so its identity, stays the same.
+#[tokio::test]
+async fn an_agent_whose_address_changes_goes_on() {
+    let world = World::start().await;
+    let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    let endpoint = quinn::Endpoint::client(local).unwrap();
+    let to = world.gateway.quic_addr().unwrap();
+    let conn = quic_from(&endpoint, to, Arc::new(agent_tls(&world, "prod"))).await.unwrap();
+    let mut agent = Agent::over_quic(conn, [7; 16]);
+    agent.session.ready().await.unwrap();
+    world.connected("prod", 1).await;
+    agent.echo();
+    let mut client = world.h1(None).await;
+    for _ in 0..5 {
+        endpoint.rebind(std::net::UdpSocket::bind(local).unwrap()).unwrap();
+        // Until the agent sends something nobody knows where it is.
+        agent.session.probe();
+        let answer = tokio::time::timeout(Duration::from_secs(5), client.get_as(PATH, TOKEN)).await;
+        assert_eq!(answer.unwrap().status(), 200);
+        assert_eq!(world.gateway.connected("prod"), 1);
+    }
+    assert!(agent.session.closed().is_none());
 }
 
 /// A reload puts the new certificate in force for those who come, and leaves sessions alone.

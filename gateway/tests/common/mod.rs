@@ -302,11 +302,19 @@ pub async fn quic(
     to: SocketAddr,
     tls: Arc<ClientConfig>,
 ) -> Result<quinn::Connection, quinn::ConnectionError> {
+    quic_from(&quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap(), to, tls).await
+}
+
+/// The same from an endpoint of the caller's.
+pub async fn quic_from(
+    endpoint: &quinn::Endpoint,
+    to: SocketAddr,
+    tls: Arc<ClientConfig>,
+) -> Result<quinn::Connection, quinn::ConnectionError> {
     let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
     let mut config = quinn::ClientConfig::new(Arc::new(tls));
-    config
-        .transport_config(Arc::new(towline_proto::tunnel::quic::transport_config(&Limits::default(), true)));
-    let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let transport = towline_proto::tunnel::quic::transport_config(&Limits::default(), true);
+    config.transport_config(Arc::new(transport));
     endpoint.connect_with(config, to, "localhost").unwrap().await
 }
 
@@ -353,6 +361,11 @@ impl Agent {
         let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
         let tls = tls::agent_client(&roots, &world.credential(&format!("agent-{cluster}"))).unwrap();
         let conn = quic(world.gateway.quic_addr().unwrap(), tls).await.unwrap();
+        Self::over_quic(conn, boot_id)
+    }
+
+    /// The same over a connection that there is already.
+    pub fn over_quic(conn: quinn::Connection, boot_id: [u8; 16]) -> Self {
         let introduction = Introduction { boot_id: boot_id.to_vec(), ..Introduction::default() };
         let config = SessionConfig {
             role: Role::Agent,
