@@ -333,7 +333,11 @@ impl Stack {
         Ok(())
     }
 
-    fn write_configuration(&self) -> anyhow::Result<()> {
+    /// Writes the configuration of both anew, after a change of the options.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn write_configuration(&self) -> anyhow::Result<()> {
         let certs = self.certificates();
         let file = |name: &str| certs.join(name).display().to_string();
         let mode = self.options.mode.word();
@@ -365,6 +369,8 @@ impl Stack {
             "identity": {"certificate": file(&format!("agent-{CLUSTER}.crt")),
                 "key": file(&format!("agent-{CLUSTER}.key")), "ca": file("tunnel-ca.crt")},
             "mode": mode,
+            // What is measured and tested over TCP says so; tests of the choice set it themselves.
+            "transport": "tcp",
             "apiServer": {"url": self.upstream.url, "ca": self.path("api-ca.crt").display().to_string()},
             "admin": {"address": self.agent_admin.to_string()},
         });
