@@ -426,23 +426,27 @@ pub(crate) enum ProxyError {
     NotHttp,
     #[error("its answer has a head of more than {HEAD_MAX} bytes")]
     TooLarge,
-    #[error("{}", unauthenticated(*had_credentials, offered))]
-    Unauthenticated { had_credentials: bool, offered: String },
+    #[error("{}", unauthenticated(*code, *had_credentials, offered))]
+    Unauthenticated { code: u16, had_credentials: bool, offered: String },
     #[error("it refused CONNECT {to} with {status}. {}", remedy(*.code))]
     Refused { to: String, code: u16, status: String },
 }
 
-fn unauthenticated(had_credentials: bool, offered: &str) -> String {
+fn unauthenticated(code: u16, had_credentials: bool, offered: &str) -> String {
     let basic = offered.is_empty() || offered.split(", ").any(|scheme| scheme.eq_ignore_ascii_case("basic"));
     if !basic {
         return format!(
-            "it requires authentication (407) by {offered}, and only Basic is spoken. Let the proxy accept Basic or no authentication for this destination"
+            "it requires authentication ({code}) by {offered}, and only Basic is spoken. Let the proxy accept Basic or no authentication for this destination"
         );
     }
     if had_credentials {
-        "it does not accept the user and password (407). Check the user in proxy.url and the content of proxy.passwordFile".to_owned()
+        format!(
+            "it does not accept the user and password ({code}). Check the user in proxy.url and the content of proxy.passwordFile"
+        )
     } else {
-        "it requires a user and a password (407), and none is configured. Set proxy.url to http://USER@HOST:PORT and put the password into proxy.passwordFile".to_owned()
+        format!(
+            "it requires a user and a password ({code}), and none is configured. Set proxy.url to http://USER@HOST:PORT and put the password into proxy.passwordFile"
+        )
     }
 }
 
@@ -477,9 +481,11 @@ async fn ask(road: &mut Road, to: &Address, authorization: Option<&str>) -> Resu
             match answer.code {
                 100..200 => continue,
                 200..300 => return Ok(read.freeze()),
-                407 => {
+                // Some, tinyproxy among them, say 401 where the password is wrong.
+                401 | 407 => {
                     let had_credentials = authorization.is_some();
-                    return Err(ProxyError::Unauthenticated { had_credentials, offered: answer.schemes });
+                    let (code, offered) = (answer.code, answer.schemes);
+                    return Err(ProxyError::Unauthenticated { code, had_credentials, offered });
                 }
                 code => return Err(ProxyError::Refused { to: to.to_string(), code, status: answer.status }),
             }
@@ -853,6 +859,7 @@ mod tests {
                 &["407", "none is configured", "passwordFile"],
             ),
             ("joe:secret@", "HTTP/1.1 407 No\r\nProxy-Authenticate: NTLM\r\n\r\n", &["NTLM", "only Basic"]),
+            ("joe:secret@", "HTTP/1.0 401 Unauthorized\r\n\r\n", &["(401)", "does not accept"]),
             (
                 "",
                 "HTTP/1.1 403 Filtered\r\n\r\n",
