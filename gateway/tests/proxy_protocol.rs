@@ -1,0 +1,127 @@
+//! Goal: what a balancer says before the ClientHello decides who the client is, and everything else in that place is
+//! refused and counted as what it is.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
+
+mod common;
+
+use common::World;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use towline_certs::ServerName;
+use towline_gateway::config::ProxyProtocol;
+
+const CUSTOMER: [u8; 4] = [192, 0, 2, 7];
+const STRANGER: [u8; 4] = [198, 51, 100, 1];
+
+fn header(command: u8, ip: [u8; 4]) -> Vec<u8> {
+    [b"\r\n\r\n\0\r\nQUIT\n", &[command, 0x11, 0, 12][..], &ip, &[10, 0, 0, 1, 0xd4, 0x31, 0x20, 0xfb]]
+        .concat()
+}
+
+async fn world(trusted: &str, mode: Option<ProxyProtocol>) -> World {
+    World::with(|config| {
+        config.listen.trusted_proxies = vec![trusted.parse().unwrap()];
+        config.listen.proxy_protocol = mode;
+        config.listen.allowed_sources = vec!["192.0.2.0/24".parse().unwrap()];
+        config.limits.handshakes_per_address = 1;
+        config.timeouts.handshake = Duration::from_secs(2);
+    })
+    .await
+}
+
+fn count(world: &World, series: &str) -> u64 {
+    let text = String::from_utf8(world.gateway.metrics().render()).unwrap();
+    let line = text.lines().find(|line| line.starts_with(series)).unwrap_or_else(|| panic!("no {series}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+fn headers(world: &World, outcome: &str) -> u64 {
+    count(world, &format!("towline_gateway_proxy_headers_total{{outcome=\"{outcome}\"}}"))
+}
+
+/// Sends these bytes, closes its side if asked to, and waits until the gateway closes.
+async fn say(world: &World, bytes: &[u8], close: bool) {
+    let mut socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    socket.write_all(bytes).await.unwrap();
+    if close {
+        socket.shutdown().await.unwrap();
+    }
+    let mut answer = Vec::new();
+    let closed = socket.read_to_end(&mut answer);
+    drop(tokio::time::timeout(Duration::from_secs(8), closed).await.expect("the gateway closes"));
+}
+
+/// A TLS handshake behind these bytes.
+async fn handshake(world: &World, bytes: &[u8]) -> bool {
+    let mut socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    socket.write_all(bytes).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    TlsConnector::from(world.client_tls(None, b"http/1.1")).connect(name, socket).await.is_ok()
+}
+
+#[tokio::test]
+async fn a_trusted_proxy_must_introduce_its_clients() {
+    let world = world("127.0.0.1/32", None).await;
+    assert!(handshake(&world, &header(0x21, CUSTOMER)).await);
+    assert!(
+        handshake(&world, &header(0x20, [0; 4])).await,
+        "the proxy itself needs no place among the sources"
+    );
+    assert!(!handshake(&world, &header(0x21, STRANGER)).await, "allowedSources is about the client");
+    assert!(!handshake(&world, b"").await, "no header");
+    assert!(
+        !handshake(&world, &[header(0x21, CUSTOMER), header(0x21, CUSTOMER)].concat()).await,
+        "two headers"
+    );
+    let rejected = count(&world, "towline_rejected_total{code=\"TL_FORBIDDEN\",surface=\"listener\"}");
+    assert_eq!(rejected, 1);
+    say(&world, b"PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n", false).await;
+    say(&world, &header(0x2f, CUSTOMER), false).await;
+    for (outcome, wanted) in
+        [("client", 3), ("local", 1), ("missing", 1), ("version_1", 1), ("malformed", 1), ("unexpected", 1)]
+    {
+        assert_eq!(headers(&world, outcome), wanted, "{outcome}");
+    }
+    // One byte at a time, and not fast enough: the one deadline holds.
+    say(&world, &header(0x21, CUSTOMER)[..20], false).await;
+    assert_eq!(count(&world, "towline_gateway_handshakes_total{outcome=\"timeout\"}"), 1);
+    world.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn connecting_and_closing_is_a_probe() {
+    let world = world("127.0.0.1/32", None).await;
+    let errors = count(&world, "towline_rejected_total{code=\"TL_PROTO\",surface=\"listener\"}");
+    say(&world, b"", true).await;
+    say(&world, &header(0x20, [0; 4]), true).await;
+    say(&world, &header(0x21, CUSTOMER), true).await;
+    assert_eq!(count(&world, "towline_gateway_handshakes_total{outcome=\"probe\"}"), 3);
+    assert_eq!(count(&world, "towline_rejected_total{code=\"TL_PROTO\",surface=\"listener\"}"), errors);
+    world.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn nobody_else_may_bring_a_header() {
+    let world =
+        World::with(|config| config.listen.trusted_proxies = vec!["192.0.2.1/32".parse().unwrap()]).await;
+    say(&world, &header(0x21, CUSTOMER), false).await;
+    say(&world, b"PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n", false).await;
+    assert_eq!(headers(&world, "unexpected"), 2);
+    assert!(handshake(&world, b"").await);
+    world.gateway.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_optional_header_may_be_missing() {
+    let world = World::with(|config| {
+        config.listen.trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()];
+        config.listen.proxy_protocol = Some(ProxyProtocol::Optional);
+    })
+    .await;
+    assert!(handshake(&world, b"").await);
+    assert!(handshake(&world, &header(0x21, CUSTOMER)).await);
+    assert_eq!((headers(&world, "absent"), headers(&world, "client")), (1, 1));
+    world.gateway.shutdown().await;
+}
