@@ -97,7 +97,6 @@ impl<S: Fn(Begin)> Slot<S> {
                 Some(up) => up,
                 None => self.establish(&connect, &mut next).await,
             };
-            self.identity.mark_unchanged();
             self.serve(&up);
             if let Some(old) = outdated.take() {
                 (self.start)(Begin::Retire(old));
@@ -294,6 +293,8 @@ impl<S: Fn(Begin)> Slot<S> {
         let mut failures = 0;
         loop {
             let address = self.addresses[*next % self.addresses.len()].clone();
+            // Before the attempt: what changes from now on may come too late for it.
+            self.identity.mark_unchanged();
             let tried = match self.policy.plan(Instant::now()) {
                 Plan::Only(transport) => {
                     let tried = connect(address.clone(), transport).await;
