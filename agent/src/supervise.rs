@@ -62,7 +62,6 @@ impl<S: Fn(Begin)> Slot<S> {
         let mut outdated = None;
         loop {
             let (session, address) = self.establish(&connect, &mut next).await;
-            self.identity.mark_unchanged();
             (self.start)(Begin::Serve(session.clone(), address.clone()));
             if let Some(old) = outdated.take() {
                 (self.start)(Begin::Retire(old));
@@ -134,6 +133,8 @@ impl<S: Fn(Begin)> Slot<S> {
         let mut failures = 0;
         loop {
             let address = self.addresses[*next % self.addresses.len()].clone();
+            // Before the attempt: a certificate that changes during it may not be the one that is shown.
+            self.identity.mark_unchanged();
             match connect(address.clone()).await {
                 Ok(session) => {
                     self.metrics.dials.with_label_values(&["ok"]).inc();
@@ -189,6 +190,7 @@ const ROTATE_SPREAD: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};
 
     use tokio::io::duplex;
@@ -207,6 +209,9 @@ mod tests {
         tasks: Mutex<JoinSet<CloseReason>>,
         gateways: mpsc::Sender<Session>,
         stalled: watch::Sender<()>,
+        identity: watch::Sender<u64>,
+        /// The certificate changes during the next attempt.
+        changes: AtomicBool,
     }
 
     impl World {
@@ -220,6 +225,9 @@ mod tests {
             self.dialled.lock().unwrap().push((self.began.elapsed(), address.to_string()));
             if !self.script.lock().unwrap().pop_front().unwrap_or(true) {
                 return Err(DialError::for_test(&address));
+            }
+            if self.changes.swap(false, Ordering::Relaxed) {
+                self.identity.send_modify(|count| *count += 1);
             }
             let (ours, theirs) = duplex(1 << 16);
             let session = |role| SessionConfig {
@@ -255,7 +263,6 @@ mod tests {
         world: Arc<World>,
         gateways: mpsc::Receiver<Session>,
         begun: mpsc::Receiver<Begin>,
-        identity: watch::Sender<u64>,
         _slot: JoinSet<()>,
     }
 
@@ -263,7 +270,6 @@ mod tests {
         fn start(addresses: &[&str], script: &[bool]) -> Self {
             let (sender, gateways) = mpsc::channel(100);
             let (begin, begun) = mpsc::channel(100);
-            let identity = watch::Sender::new(0);
             let world = Arc::new(World {
                 script: Mutex::new(script.iter().copied().collect()),
                 dialled: Mutex::default(),
@@ -271,20 +277,22 @@ mod tests {
                 tasks: Mutex::default(),
                 gateways: sender,
                 stalled: watch::Sender::new(()),
+                identity: watch::Sender::new(0),
+                changes: AtomicBool::new(false),
             });
             let slot = Slot {
                 number: 0,
                 addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
                 backoff: Backoff::new(Duration::from_millis(250), Duration::from_secs(30), || 1.0),
                 metrics: Metrics::new(),
-                identity: identity.subscribe(),
+                identity: world.identity.subscribe(),
                 start: move |event| assert!(begin.try_send(event).is_ok()),
                 drain: Duration::from_secs(20),
             };
             let mut tasks = JoinSet::new();
             let connector = Arc::clone(&world);
             tasks.spawn(slot.keep(move |address| Arc::clone(&connector).connect(address)));
-            Self { world, gateways, begun, identity, _slot: tasks }
+            Self { world, gateways, begun, _slot: tasks }
         }
 
         async fn served(&mut self) -> (Session, Session) {
@@ -370,7 +378,7 @@ mod tests {
     async fn an_outdated_session_is_replaced() {
         let mut run = Run::start(&["a:1"], &[true, false, true]);
         let (gateway, old) = run.served().await;
-        run.identity.send_modify(|count| *count += 1);
+        run.world.identity.send_modify(|count| *count += 1);
         let (_other, new) = run.served().await;
         assert!(new.is_open() && old.is_open());
         let retired = run.retired().await;
@@ -379,6 +387,16 @@ mod tests {
         assert!(old.closed().is_some());
         gateway.wait_for(|state| state.closed.is_some()).await;
         assert!(gateway.state().borrow().goaway.is_some(), "it was told before");
+    }
+
+    /// A certificate that changes during an attempt is not forgotten.
+    #[tokio::test(start_paused = true)]
+    async fn a_change_during_an_attempt_counts() {
+        let mut run = Run::start(&["a:1"], &[]);
+        run.world.changes.store(true, Ordering::Relaxed);
+        let (_first, old) = run.served().await;
+        let (_second, new) = run.served().await;
+        assert!(!new.is_same(&old) && run.retired().await.session.is_same(&old));
     }
 
     /// A drained session that never becomes empty ends at its deadline.
