@@ -181,7 +181,9 @@ fn plan(
         return Err(HeadersError::OwnCredential.into());
     }
     let headers = headers::upstream_head(&parts.headers, upstream)?;
-    let deadline = (!kind.long_running && upgrade.is_none()).then_some(shared.config.timeouts.answer);
+    // An upgrade lasts long after its 101, not before it; and a client that sent bytes behind its request and left is not
+    // noticed until then.
+    let deadline = (!kind.long_running || upgrade.is_some()).then_some(shared.config.timeouts.answer);
     let body = match (body.is_end_stream(), body.size_hint().exact()) {
         (true, _) => BodyKind::NONE,
         (false, Some(bytes)) => BodyKind::exact(bytes),

@@ -1,6 +1,6 @@
 //! Goal: who may not, gets told so in a way that Kubernetes clients understand, and nothing of it reaches a cluster.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
 
 mod common;
 

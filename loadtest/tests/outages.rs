@@ -1,6 +1,6 @@
 //! Goal: what fails says so at once and in words; what can come back comes back without a hand; nothing is sent twice.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
 
 mod common;
 

@@ -1,7 +1,5 @@
 //! Goal: a thousand watches share one session; they idle without cost, and then each gets its event.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 mod common;
 
 use std::sync::Arc;
