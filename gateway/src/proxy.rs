@@ -105,6 +105,9 @@ async fn run(
     let plan = plan(shared, peer, &parts, &body, audit_id)?;
     let (answer, live) = exchange(shared, &plan, body).await?;
     let response = match answer.outcome {
+        Some(Outcome::Response(response)) if response.headers.len() > open::FIELDS_MAX => {
+            return Err(plan.bad_answer("its head has more than 256 fields"));
+        }
         Some(Outcome::Response(response)) => response,
         Some(Outcome::Failure(failure)) => return Err(ProxyError::Agent { cluster: plan.name(), failure }),
         _ => return Err(plan.bad_answer("it is no response to a request")),

@@ -309,6 +309,25 @@ async fn failures_before_the_answer_name_the_hop() {
     assert_eq!(error_of(answer).await.0, 502);
 }
 
+/// A hostile agent's head: 64 KiB hold 32 thousand fields, more than a map of headers can.
+#[tokio::test]
+async fn a_head_of_too_many_fields_is_no_answer() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let (good, one_more) = (vec![("a", "b"); 90], vec![("a", "b"); 257]);
+    for (fields, status) in [(good, 200), (one_more, 502), (vec![("", ""); 32_760], 502)] {
+        let server = async {
+            let mut exchange = agent.next().await;
+            exchange.head(200, &fields, BodyKind::NONE).await;
+            exchange.send.finish();
+        };
+        let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
+        assert_eq!(answer.status(), status, "{} fields", fields.len());
+        drop(text(answer).await);
+    }
+}
+
 #[tokio::test]
 async fn the_answer_has_a_deadline() {
     let world = World::with(|config| config.timeouts.answer = Duration::from_millis(200)).await;
