@@ -3,11 +3,11 @@
 //! The rules, in order:
 //! 1. one credential per carrier: several `Authorization` lines, or a list inside one, are refused;
 //! 2. a verified client certificate decides; one that is not believed counts as absent;
-//! 3. for a cluster in impersonating mode a token of ours (`tlat_…`) does as well, as `Authorization: Bearer` or as the
-//!    WebSocket subprotocol that browsers use;
-//! 4. for a cluster in restricted mode only the certificate does: the caller's `Authorization` is meant for the cluster
-//!    and goes through unread, unless it is one of ours, which a cluster must never see;
-//! 5. names and groups that begin with `system:` are refused. `?token=` is never a credential.
+//! 3. else a token of ours (`tlat_…`) does, as `Authorization: Bearer` or as the WebSocket subprotocol that browsers use;
+//! 4. names and groups that begin with `system:` are refused. `?token=` is never a credential.
+//! 5. Only who may call the cluster learns what it wants beside: in restricted mode the caller's `Authorization` is meant
+//!    for the cluster and goes through unread; it must be there, and be none of ours, which a cluster must never see. So
+//!    there only the certificate can say who calls.
 //!
 //! OIDC gets its room beside [`tokens`].
 
@@ -120,9 +120,11 @@ pub enum AuthnError {
     CertificateExpired,
     #[error("the bearer token is not known")]
     UnknownToken,
-    /// Restricted mode: no certificate.
-    #[error("this cluster is in restricted mode, where the gateway knows callers by client certificate only")]
-    CertificateNeeded,
+    /// No certificate, and a credential that is for somebody else.
+    #[error(
+        "no client certificate was presented, and the credential in the request is not one of this gateway"
+    )]
+    ForeignCredential,
     /// Restricted mode: a certificate, and nothing for the cluster.
     #[error(
         "this cluster is in restricted mode: the client certificate is good for the gateway, and the cluster needs a credential of its own"
@@ -135,7 +137,7 @@ pub enum AuthnError {
     Principal(#[from] PrincipalError),
 }
 
-/// Finds out who calls.
+/// Finds out who calls, whatever they call: the answer to nobody is the same for every cluster, and for none.
 ///
 /// # Errors
 /// Why it is nobody.
@@ -143,41 +145,45 @@ pub fn authenticate(
     headers: &HeaderMap,
     certificate: &Certificate,
     tokens: &Tokens,
-    mode: Mode,
     now: SystemTime,
 ) -> Result<Arc<Principal>, AuthnError> {
     let authorization = authorization(headers)?;
     let certified = match certificate {
         Certificate::Verified { not_after, .. } if now > *not_after => Err(AuthnError::CertificateExpired),
-        Certificate::Verified { principal, .. } => Ok(Some(Arc::clone(principal))),
+        Certificate::Verified { principal, .. } => Ok(Arc::clone(principal)),
         Certificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
-        Certificate::Absent => Ok(None),
+        Certificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
+        Certificate::Absent => Err(AuthnError::NoCredential),
     };
-    let subprotocol = subprotocol_token(headers);
-    let principal = match mode {
-        Mode::Restricted => {
-            let carried = authorization.is_some() || subprotocol.is_some();
-            if is_own(authorization.unwrap_or_default()) || subprotocol.is_some_and(|token| is_own(&token)) {
-                return Err(AuthnError::OwnCredential);
-            }
-            let principal = certified?.ok_or(AuthnError::CertificateNeeded)?;
-            if !carried {
-                return Err(AuthnError::ClusterCredentialNeeded);
-            }
-            principal
-        }
-        Mode::Impersonate => {
-            let bearer = authorization.and_then(bearer).map(ToOwned::to_owned).or(subprotocol);
-            match (certified, bearer) {
-                (Ok(Some(principal)), _) => principal,
-                (Ok(None) | Err(_), Some(token)) => tokens.find(&token).ok_or(AuthnError::UnknownToken)?,
-                (Err(error), None) => return Err(error),
-                (Ok(None), None) => return Err(AuthnError::NoCredential),
-            }
-        }
+    let bearer =
+        || authorization.and_then(bearer).map(ToOwned::to_owned).or_else(|| subprotocol_token(headers));
+    let principal = match certified {
+        Ok(principal) => principal,
+        Err(error) => match bearer().filter(|token| token.starts_with(tokens::PREFIX)) {
+            Some(token) => tokens.find(&token).ok_or(AuthnError::UnknownToken)?,
+            None => return Err(error),
+        },
     };
     principal.check()?;
     Ok(principal)
+}
+
+/// Checks that the request brings what a cluster of this mode wants. For callers that may call the cluster.
+///
+/// # Errors
+/// What is missing, or must not be there.
+pub fn suits(headers: &HeaderMap, mode: Mode) -> Result<(), AuthnError> {
+    if mode == Mode::Impersonate {
+        return Ok(());
+    }
+    let (authorization, subprotocol) = (authorization(headers)?, subprotocol_token(headers));
+    if authorization.is_some_and(is_own) || subprotocol.as_deref().is_some_and(is_own) {
+        return Err(AuthnError::OwnCredential);
+    }
+    match (authorization, subprotocol) {
+        (None, None) => Err(AuthnError::ClusterCredentialNeeded),
+        _ => Ok(()),
+    }
 }
 
 /// The one Authorization header.
@@ -271,8 +277,9 @@ mod tests {
     }
 
     fn ask(mode: Mode, certificate: &Certificate, lines: &[(&str, &str)]) -> Result<String, AuthnError> {
-        let principal =
-            authenticate(&headers(lines), certificate, &Tokens::default(), mode, SystemTime::now())?;
+        let lines = headers(lines);
+        let principal = authenticate(&lines, certificate, &Tokens::default(), SystemTime::now())?;
+        suits(&lines, mode)?;
         Ok(principal.name.clone())
     }
 
@@ -288,9 +295,9 @@ mod tests {
         assert_eq!(ask(&jane, &[]), Err(AuthnError::ClusterCredentialNeeded));
         assert_eq!(
             ask(&Certificate::Absent, &[("authorization", "Bearer abc")]),
-            Err(AuthnError::CertificateNeeded)
+            Err(AuthnError::ForeignCredential)
         );
-        assert_eq!(ask(&Certificate::Absent, &[]), Err(AuthnError::CertificateNeeded));
+        assert_eq!(ask(&Certificate::Absent, &[]), Err(AuthnError::NoCredential));
     }
 
     /// A hostile cluster must not harvest our tokens, however they are wrapped.

@@ -226,15 +226,16 @@ fn admit(
     parts: &Parts,
     name: &routing::ClusterName,
 ) -> Result<(Arc<Principal>, Arc<Cluster>), ProxyError> {
-    let cluster = live.by_name.get(name.as_str());
-    // For a name that no cluster has, the mode that takes more kinds of credential: a caller learns nothing from it.
-    let mode = cluster.map_or(Mode::Impersonate, |cluster| cluster.mode);
     let now = SystemTime::now();
-    let principal = authn::authenticate(&parts.headers, &peer.certificate, &live.tokens, mode, now)?;
+    let principal = authn::authenticate(&parts.headers, &peer.certificate, &live.tokens, now)?;
     let decision = live.access.decide(&principal, name);
     tracing::debug!(user = %printable(&principal.name), cluster = %name, ?decision, "access decided");
-    match (decision, cluster) {
-        (Decision::Allowed(_), Some(cluster)) => Ok((principal, Arc::clone(cluster))),
+    // Nothing before this depends on the cluster: neither nobody nor who may not call it learns anything of it.
+    match (decision, live.by_name.get(name.as_str())) {
+        (Decision::Allowed(_), Some(cluster)) => {
+            authn::suits(&parts.headers, cluster.mode)?;
+            Ok((principal, Arc::clone(cluster)))
+        }
         (Decision::Allowed(_), None) => Err(ProxyError::NoSuchCluster { cluster: name.to_string() }),
         (Decision::Denied(_) | Decision::NoRule, _) => {
             Err(ProxyError::Forbidden { cluster: name.to_string() })

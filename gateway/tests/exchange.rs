@@ -91,9 +91,9 @@ async fn restricted_mode_passes_the_callers_own_credential_through() {
 
     for (client, authorization, expected) in [
         (Some("jane"), None, "needs a credential of its own"),
-        (None, Some("Bearer cluster-token"), "client certificate only"),
+        (None, Some("Bearer cluster-token"), "set client-certificate"),
         (Some("jane"), Some(&*format!("Bearer {TOKEN}")), "it was not passed on"),
-        (None, None, "client certificate only"),
+        (None, None, "no credential was presented"),
     ] {
         let mut client = world.h1(client).await;
         let headers: Vec<_> = authorization.map(|value| ("authorization", value)).into_iter().collect();
@@ -101,6 +101,35 @@ async fn restricted_mode_passes_the_callers_own_credential_through() {
             error_of(client.ask("GET", "/clusters/strict/api", &headers, full("")).await).await;
         assert_eq!((status, code.as_str()), (401, "TL_UNAUTHENTICATED"), "{message}");
         assert!(message.contains(expected), "{message}");
+    }
+}
+
+/// Who is nobody, and who may not call a cluster, gets the same words for every name: one that exists or does not, in
+/// either mode.
+#[tokio::test]
+async fn strangers_learn_nothing_of_clusters() {
+    let world = World::with(|config| config.access[0].clusters = vec!["prod".to_owned()]).await;
+    let own = format!("Bearer {TOKEN}");
+    for (certificate, authorization) in [
+        (None, None),
+        (None, Some("Bearer x")),
+        (None, Some("Basic YTpi")),
+        (None, Some("Bearer tlat_x")),
+        (None, Some(&*own)),
+        (Some("jane"), None),
+        (Some("jane"), Some("Bearer x")),
+        (Some("joe"), Some(&*own)),
+    ] {
+        let headers: Vec<_> = authorization.map(|value| ("authorization", value)).into_iter().collect();
+        let mut seen = Vec::new();
+        for name in ["strict", "secret", "nowhere"] {
+            let mut client = world.h1(certificate).await;
+            let path = format!("/clusters/{name}/api");
+            let (status, code, message) = error_of(client.ask("GET", &path, &headers, full("")).await).await;
+            seen.push((status, code, message.replace(name, "NAME")));
+        }
+        seen.dedup();
+        assert_eq!(seen.len(), 1, "{seen:#?}");
     }
 }
 

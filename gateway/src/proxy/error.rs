@@ -327,10 +327,10 @@ fn authn(error: &AuthnError) -> Verdict {
             TlCode::Unauthenticated,
             "get a new client certificate for this gateway",
         ),
-        AuthnError::CertificateNeeded => (
+        AuthnError::ForeignCredential => (
             StatusCode::UNAUTHORIZED,
             TlCode::Unauthenticated,
-            "set client-certificate and client-key for the gateway in your kubeconfig, beside the token for the cluster",
+            "set client-certificate and client-key for the gateway in your kubeconfig, beside a token for the cluster if it wants one",
         ),
         AuthnError::ClusterCredentialNeeded => (
             StatusCode::UNAUTHORIZED,
