@@ -14,7 +14,8 @@
 pub mod tokens;
 
 use crate::config::Mode;
-use base64::Engine as _;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use base64::{Engine as _, alphabet};
 use http::header::{AUTHORIZATION, HeaderMap, HeaderName, SEC_WEBSOCKET_PROTOCOL};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -122,7 +123,7 @@ pub enum AuthnError {
     UnknownToken,
     /// No certificate, and a credential that is for somebody else.
     #[error(
-        "no client certificate was presented, and the credential in the request is not one of this gateway"
+        "no client certificate was presented, and the credential in the request is none of this gateway's"
     )]
     ForeignCredential,
     /// Restricted mode: a certificate, and nothing for the cluster.
@@ -212,39 +213,34 @@ fn subprotocol_token(headers: &HeaderMap) -> Option<String> {
     let lines = headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|line| line.to_str().ok());
     let mut carried =
         lines.flat_map(|line| line.split(',')).filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL));
-    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
-        .decode(carried.next()?.trim_end_matches('='))
-        .ok()?;
+    let bytes = decode(carried.next()?)?;
     String::from_utf8(bytes).ok()
 }
 
 /// Whether a credential, in any of its wrappings, holds a token of ours.
 fn is_own(credential: &str) -> bool {
-    if credential.contains(tokens::PREFIX) {
-        return true;
-    }
     let encoded = credential.split(' ').next_back().unwrap_or_default();
-    let decoded = base64::engine::general_purpose::STANDARD.decode(encoded).unwrap_or_default();
-    contains(&decoded, tokens::PREFIX.as_bytes())
+    holds_own(credential.as_bytes()) || decode(encoded).is_some_and(|decoded| holds_own(&decoded))
+}
+
+/// Base64 in either alphabet, padded or not.
+fn decode(text: &str) -> Option<Vec<u8>> {
+    let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    let with = |alphabet| GeneralPurpose::new(alphabet, config).decode(text).ok();
+    with(&alphabet::STANDARD).or_else(|| with(&alphabet::URL_SAFE))
 }
 
 /// Whether anything that is about to leave for a cluster holds a token of ours: the last look before it is sent.
 pub(crate) fn carries_own_credential(name: &HeaderName, value: &[u8]) -> bool {
-    if contains(value, tokens::PREFIX.as_bytes()) {
-        return true;
-    }
     let text = std::str::from_utf8(value).unwrap_or_default();
-    match *name {
+    let wrapped = match *name {
         AUTHORIZATION => is_own(text),
         SEC_WEBSOCKET_PROTOCOL => {
-            text.split(',').filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL)).any(|token| {
-                let token = token.trim_end_matches('=');
-                let decoded = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(token);
-                decoded.is_ok_and(|decoded| contains(&decoded, tokens::PREFIX.as_bytes()))
-            })
+            text.split(',').filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL)).any(is_own)
         }
         _ => false,
-    }
+    };
+    wrapped || holds_own(value)
 }
 
 /// As [`carries_own_credential`] for a query: some clients put tokens there.
@@ -253,8 +249,15 @@ pub(crate) fn query_carries_own_credential(query: &str) -> bool {
     query.split('&').filter_map(value).any(|value| value.starts_with(tokens::PREFIX.as_bytes()))
 }
 
-fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-    haystack.windows(needle.len()).any(|window| window == needle)
+/// Whether a token of ours begins anywhere in `bytes`. Where it would begin inside a longer word it is none: among the
+/// letters of other people's tokens, ours come up by chance.
+fn holds_own(bytes: &[u8]) -> bool {
+    let prefix = tokens::PREFIX.as_bytes();
+    let in_a_word =
+        |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'/' | b'+');
+    let begins =
+        |at: usize| at.checked_sub(1).and_then(|before| bytes.get(before)).is_none_or(|b| !in_a_word(b));
+    bytes.windows(prefix.len()).enumerate().any(|(at, window)| window == prefix && begins(at))
 }
 
 #[cfg(test)]
@@ -309,6 +312,8 @@ mod tests {
             ("authorization", "bearer  tlat_x".to_owned()),
             ("authorization", "Token tlat_x".to_owned()),
             ("authorization", "Basic amFuZTp0bGF0X3g=".to_owned()),
+            ("authorization", "Basic amFuZTp0bGF0X3g".to_owned()),
+            ("authorization", "Digest username=\"tlat_x\"".to_owned()),
             ("sec-websocket-protocol", format!("{BEARER_SUBPROTOCOL}dGxhdF94")),
         ];
         for (name, value) in &own {
@@ -319,6 +324,11 @@ mod tests {
             );
             let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
             assert!(carries_own_credential(&name, value.as_bytes()), "{value}");
+        }
+        // A token of the cluster that has the same five letters inside, as one in a million has.
+        for other in ["Bearer eyJhbGciOi.JSUztlat_NiIs.kid", "Bearer x.tlat_x", "Basic dGxhdDpfeA=="] {
+            assert_eq!(ask(Mode::Restricted, &jane, &[("authorization", other)]), Ok("jane".to_owned()));
+            assert!(!carries_own_credential(&AUTHORIZATION, other.as_bytes()), "{other}");
         }
         assert!(query_carries_own_credential("a=b&token=tlat%5Fx"));
         assert!(!query_carries_own_credential("labelSelector=a%3Dtlat_x"));
