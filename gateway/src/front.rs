@@ -52,6 +52,7 @@ where
             SystemTime::now(),
         ),
         sni: session.server_name().map(ToOwned::to_owned),
+        known: AtomicBool::new(false),
         finish: CancellationToken::new(),
     });
     let h2 = session.alpn_protocol() == Some(ALPN_H2);

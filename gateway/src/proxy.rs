@@ -35,7 +35,7 @@ use http_body::Body as _;
 use hyper::body::Incoming;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -53,6 +53,8 @@ pub(crate) struct Peer {
     pub(crate) certificate: Certificate,
     /// The name in the ClientHello.
     pub(crate) sni: Option<String>,
+    /// Whether any request on the connection said who calls.
+    pub(crate) known: AtomicBool,
     /// Cancelled to end the connection after the answers that are due.
     pub(crate) finish: CancellationToken,
 }
@@ -72,12 +74,11 @@ pub(crate) async fn serve(
     let mut response = result.unwrap_or_else(|error| {
         shared.metrics.rejected(Surface::Front, error.code());
         tracing::debug!(audit_id, client = %peer.address, ?error, "answered by the gateway");
-        let response = error.into_response(&audit_id);
-        // Who is nobody does not keep a connection.
-        if response.status() == StatusCode::UNAUTHORIZED {
+        // Who is nobody does not keep a connection: they would soon hold all there may be.
+        if !peer.known.load(Ordering::Relaxed) || matches!(error, ProxyError::Authn(_)) {
             peer.finish.cancel();
         }
-        response
+        error.into_response(&audit_id)
     });
     if method == Method::HEAD && response.body().size_hint().exact() != Some(0) {
         *response.body_mut() = AnswerBody::full(Bytes::new());
@@ -148,6 +149,10 @@ struct Guards {
 impl Plan {
     fn name(&self) -> String {
         self.cluster.name.to_string()
+    }
+
+    fn too_late(&self) -> ProxyError {
+        ProxyError::Deadline { cluster: self.name(), after: self.deadline.unwrap_or_default() }
     }
 
     fn bad_answer(&self, what: &'static str) -> ProxyError {
@@ -228,6 +233,7 @@ fn admit(
 ) -> Result<(Arc<Principal>, Arc<Cluster>), ProxyError> {
     let now = SystemTime::now();
     let principal = authn::authenticate(&parts.headers, &peer.certificate, &live.tokens, now)?;
+    peer.known.store(true, Ordering::Relaxed);
     let decision = live.access.decide(&principal, name);
     tracing::debug!(user = %printable(&principal.name), cluster = %name, ?decision, "access decided");
     // Nothing before this depends on the cluster: neither nobody nor who may not call it learns anything of it.
@@ -347,8 +353,12 @@ async fn attempt(
     deadline: Option<tokio::time::Instant>,
 ) -> Result<(Answer, LiveExchange), Failed> {
     let settled = body.as_ref().map(ClientBody::settled);
-    // The head is at most as large as a new stream's credit, so this does not wait long; if it fails, the answer says why.
-    let head_sent = send.write_chunk(plan.open.clone()).await;
+    // If it fails, the answer says why. It waits while the tunnel is full, but not beyond the deadline.
+    let head_sent = tokio::select! {
+        biased;
+        sent = send.write_chunk(plan.open.clone()) => sent,
+        () = passed(deadline) => return Err(Failed { error: plan.too_late(), untouched: false, body: None }),
+    };
     let mut kept_send = None;
     let mut upload = None;
     let mut unsent = None;
@@ -447,10 +457,7 @@ async fn wait(
                     Some((_, Ok(_) | Err(SendBodyError::Write(_)))) | None => {}
                 }
             }
-            () = passed(deadline) => {
-                let after = plan.deadline.unwrap_or_default();
-                return give_up(ProxyError::Deadline { cluster: plan.name(), after });
-            }
+            () = passed(deadline) => return give_up(plan.too_late()),
         }
     }
 }

@@ -133,6 +133,23 @@ async fn strangers_learn_nothing_of_clusters() {
     }
 }
 
+/// Nor may they hold one of the connections there are: the first answer to a stranger is the last.
+#[tokio::test]
+async fn strangers_do_not_keep_a_connection() {
+    let world = World::start().await;
+    for path in ["/", "/clusters/PROD/api", "/clusters/prod/api"] {
+        let (mut h1, mut h2) = (world.h1(None).await, world.h2(None).await);
+        for client in [&mut h1, &mut h2] {
+            error_of(client.get(path).await).await;
+            client.closed().await;
+        }
+        let mut known = world.h1(Some("jane")).await;
+        for path in ["/clusters/far/api", path, "/clusters/far/api"] {
+            assert_ne!(error_of(known.get(path).await).await.0, 401);
+        }
+    }
+}
+
 #[tokio::test]
 async fn errors_have_their_shape() {
     let world = World::start().await;
