@@ -26,6 +26,7 @@ use crate::metrics::{Counted, Surface};
 use crate::registry::{AcquireError, SessionId};
 use crate::routing;
 use crate::state::{KeyPermit, Live, Shared, random};
+use arc_swap::ArcSwap;
 use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
@@ -50,7 +51,8 @@ use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
-    pub(crate) certificate: Certificate,
+    /// Judged anew when the CA may have changed.
+    pub(crate) certificate: ArcSwap<Certificate>,
     /// The name in the ClientHello.
     pub(crate) sni: Option<String>,
     /// Whether any request on the connection said who calls.
@@ -232,7 +234,7 @@ fn admit(
     name: &routing::ClusterName,
 ) -> Result<(Arc<Principal>, Arc<Cluster>), ProxyError> {
     let now = SystemTime::now();
-    let principal = authn::authenticate(&parts.headers, &peer.certificate, &live.tokens, now)?;
+    let principal = authn::authenticate(&parts.headers, &peer.certificate.load(), &live.tokens, now)?;
     peer.known.store(true, Ordering::Relaxed);
     let decision = live.access.decide(&principal, name);
     tracing::debug!(user = %printable(&principal.name), cluster = %name, ?decision, "access decided");

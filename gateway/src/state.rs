@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::load::load_credential;
@@ -121,6 +122,9 @@ pub(crate) struct Shared {
     /// What needs a restart to change: addresses, limits, timeouts.
     pub(crate) config: GatewayConfig,
     live: ArcSwap<Live>,
+    reloads: watch::Sender<()>,
+    /// Held from reading the files to putting them in force: what was read first must not win.
+    pub(crate) reloading: Mutex<()>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) metrics: Arc<Metrics>,
     /// Receive memory of all sessions.
@@ -168,6 +172,8 @@ impl Shared {
             principals: PerKey::new(config.limits.requests_per_principal),
             config,
             live: ArcSwap::from_pointee(live),
+            reloads: watch::Sender::new(()),
+            reloading: Mutex::default(),
             registry: Arc::new(registry),
             metrics,
             boot_id,
@@ -183,6 +189,12 @@ impl Shared {
 
     pub(crate) fn publish(&self, live: Live) {
         self.live.store(Arc::new(live));
+        self.reloads.send_replace(());
+    }
+
+    /// Changes after [`Self::live`] has. Who is let in by what is live subscribes first and looks then.
+    pub(crate) fn reloads(&self) -> watch::Receiver<()> {
+        self.reloads.subscribe()
     }
 }
 

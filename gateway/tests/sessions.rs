@@ -282,6 +282,28 @@ async fn tokens_are_reloaded_and_a_bad_file_changes_nothing() {
     assert_eq!(error_of(client.get_as("/clusters/far/api", TOKEN).await).await.0, 401);
 }
 
+/// A CA that is no longer believed takes what it let in with it.
+#[tokio::test]
+async fn a_change_of_ca_reaches_live_connections() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(Some("jane")).await;
+    assert_eq!(error_of(client.get("/clusters/far/api").await).await.0, 503);
+    world.gateway.reload().await.unwrap();
+    assert_eq!(error_of(client.get("/clusters/far/api").await).await.0, 503);
+    assert!(agent.session.closed().is_none());
+    let other = tempfile::tempdir().unwrap();
+    drop(common::config(other.path()));
+    for ca in ["tunnel-ca.crt", "front-client-ca.crt"] {
+        std::fs::copy(other.path().join(ca), world.path(ca)).unwrap();
+    }
+    world.gateway.reload().await.unwrap();
+    assert!(
+        matches!(closed(&agent).await, CloseReason::Peer { code, .. } if code == towline_proto::Code::Denied.to_u32())
+    );
+    assert_eq!(error_of(client.get("/clusters/far/api").await).await.0, 401);
+}
+
 #[tokio::test]
 async fn one_principal_cannot_take_everything() {
     let world = World::with(|config| config.limits.requests_per_principal = 1).await;
