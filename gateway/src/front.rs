@@ -1,15 +1,19 @@
 //! How are clients served? HTTP/1.1 or HTTP/2 as ALPN agreed, with every limit of hyper stated, until the client leaves or
 //! the gateway drains.
 
+mod framing;
+
 use crate::authn::Certificate;
 use crate::proxy::{self, AnswerBody, Peer};
 use crate::state::Shared;
 use arc_swap::ArcSwap;
-use http::{Request, Response};
+use framing::Judged;
+use http::header::{CONNECTION, HeaderValue};
+use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::rt::Executor;
 use hyper::server::conn::{http1, http2};
-use hyper::service::service_fn;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -83,6 +87,18 @@ where
             let connection = http2_builder(&shared).serve_connection(io, service);
             drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
         } else {
+            let (io, framing) = Judged::new(io.into_inner());
+            let service = service_fn(move |request| {
+                let (answer, framing) = (service.call(request), framing.clone());
+                async move {
+                    let mut response: Response<AnswerBody> = answer.await?;
+                    if framing.is_lost() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                    }
+                    Ok::<_, Infallible>(response)
+                }
+            });
+            let io = TokioIo::new(io);
             let connection = http1_builder(&shared).serve_connection(io, service).with_upgrades();
             drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
         }

@@ -150,6 +150,39 @@ async fn strangers_do_not_keep_a_connection() {
     }
 }
 
+/// H1-01, H1-02: a request that says its length twice is refused, and nothing behind it is read.
+#[tokio::test]
+async fn two_lengths_are_refused() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    let request = |fields: &str| {
+        format!("POST /clusters/prod/api HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n5\r\nhello\r\n0\r\n\r\n")
+    };
+    for (fields, expected) in [
+        ("Content-Length: 15\r\n", &["200", "200"][..]),
+        // Where chunks end is not followed, so nothing behind them is read either.
+        ("Transfer-Encoding: chunked\r\n", &["200"]),
+        ("Content-Length: 15\r\nTransfer-Encoding: chunked\r\n", &["400"]),
+        ("Transfer-Encoding: chunked\r\nContent-Length: 15\r\n", &["400"]),
+        ("Content-Length: 15\r\nContent-Length: 15\r\n", &["400"]),
+        ("Content-Length: 15\r\nContent-Length: 16\r\n", &["400"]),
+        ("Content-Length: 15, 15\r\n", &["400"]),
+        ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", &["400"]),
+    ] {
+        let mut client = world.connect(Some("jane"), b"http/1.1", "localhost").await;
+        let next = "Content-Length: 15\r\nConnection: close\r\n";
+        let text = request(fields) + &request(next);
+        client.write_all(text.as_bytes()).await.unwrap();
+        let mut answers = Vec::new();
+        drop(client.read_to_end(&mut answers).await);
+        let answers = show(&answers);
+        let lines = answers.match_indices("HTTP/1.1 ");
+        let seen: Vec<_> = lines.map(|(at, _)| &answers[at + 9..at + 12]).collect();
+        assert_eq!(seen, expected, "{fields}: {answers}");
+    }
+}
+
 #[tokio::test]
 async fn errors_have_their_shape() {
     let world = World::start().await;
