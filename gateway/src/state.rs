@@ -6,7 +6,7 @@ use crate::config::{Cluster, ConfigError, GatewayConfig};
 use crate::metrics::Metrics;
 use crate::registry::{HoldLimits, Registry};
 use arc_swap::ArcSwap;
-use rustls::ServerConfig;
+use rustls::{ClientConfig, ServerConfig};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::load::load_credential;
-use towline_certs::tls::{FrontCertificates, front_server, tunnel_server};
+use towline_certs::tls::{FrontCertificates, front_server, http_client, tunnel_server};
 use towline_certs::{AgentCa, ClientCa, ClusterUid, LoadPolicy, Strictness};
 use towline_proto::mux::Budget;
 
@@ -32,6 +32,8 @@ pub(crate) struct Live {
     pub(crate) agent_ca: AgentCa,
     pub(crate) front_tls: Arc<ServerConfig>,
     pub(crate) tunnel_tls: Arc<ServerConfig>,
+    /// For the own readiness check.
+    pub(crate) own_tls: Arc<ClientConfig>,
     /// What was tolerated, to be logged.
     pub(crate) warnings: Vec<String>,
 }
@@ -55,6 +57,9 @@ impl Live {
         let tunnel_credential = problems.note("tls.tunnel", credential(&tunnel.certificate, &tunnel.key));
         let agent_roots =
             problems.note("tls.tunnel.agentCA", towline_certs::load::load_roots(&tunnel.agent_ca));
+        let own_tls = agent_roots
+            .as_ref()
+            .and_then(|roots| problems.note("tls.tunnel.agentCA", http_client(roots, None)));
         let agent_ca = agent_roots.and_then(|roots| {
             problems.note("tls.tunnel.agentCA", AgentCa::new(&roots, config.trust_domain.clone()))
         });
@@ -78,8 +83,8 @@ impl Live {
         let tunnel_tls = tunnel_credential
             .zip(agent_ca.as_ref())
             .and_then(|(credential, agents)| problems.note("tls.tunnel", tunnel_server(&credential, agents)));
-        let (Some(front_tls), Some(tunnel_tls), Some(agent_ca), true) =
-            (front_tls, tunnel_tls, agent_ca, problems.0.is_empty())
+        let (Some(front_tls), Some(tunnel_tls), Some(own_tls), Some(agent_ca), true) =
+            (front_tls, tunnel_tls, own_tls, agent_ca, problems.0.is_empty())
         else {
             return Err(ConfigError { problems: problems.0 });
         };
@@ -98,6 +103,7 @@ impl Live {
             agent_ca,
             front_tls,
             tunnel_tls,
+            own_tls,
             warnings,
         })
     }

@@ -273,6 +273,9 @@ async fn tokens_are_reloaded_and_a_bad_file_changes_nothing() {
     let world = World::start().await;
     let mut client = world.h2(None).await;
     assert_eq!(error_of(client.get_as("/clusters/far/api", TOKEN).await).await.0, 503);
+    std::fs::rename(world.path("tunnel-ca.crt"), world.path("away")).unwrap();
+    assert_eq!(world.admin("/readyz").await.0, 200, "files are looked at by reloads only");
+    std::fs::rename(world.path("away"), world.path("tunnel-ca.crt")).unwrap();
     std::fs::write(world.path("tokens.yaml"), "tokens: nonsense").unwrap();
     let error = world.gateway.reload().await.unwrap_err();
     assert!(error.problems[0].starts_with("tokenFile: "), "{error}");
