@@ -516,7 +516,8 @@ fn answer_with(
     }
     let json =
         head.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/json"));
-    let end = (plan.kind.watch && json).then(|| {
+    let watch = plan.kind.watch && plan.method == Method::GET && status == StatusCode::OK;
+    let end = (watch && json).then(|| {
         let mut part = [0];
         random(&mut part);
         // Spread over the first four fifths of the time there is, so that clients do not all come back at once.
