@@ -3,6 +3,7 @@
 use crate::authn::tokens::Tokens;
 use crate::authz::AccessRules;
 use crate::config::{Cluster, ConfigError, GatewayConfig};
+use crate::log::Sparing;
 use crate::metrics::Metrics;
 use crate::registry::{HoldLimits, Registry};
 use arc_swap::ArcSwap;
@@ -141,6 +142,8 @@ pub(crate) struct Shared {
     pub(crate) tasks: Tasks,
     pub(crate) principals: Arc<PerKey<String>>,
     pub(crate) self_checks: SelfChecks,
+    /// For lines about handshakes that anybody can make fail.
+    pub(crate) refusals: Sparing,
 }
 
 /// The steps of stopping; each is cancelled when it begins.
@@ -186,6 +189,7 @@ impl Shared {
             stages: Stages::default(),
             tasks: Tasks::default(),
             self_checks: SelfChecks::default(),
+            refusals: Sparing::default(),
         }
     }
 
