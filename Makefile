@@ -12,6 +12,7 @@ demo: ## a gateway, an agent and an API server on loopback, and real requests th
 	$(CARGO) run -q -p towline-loadtest -- demo $(if $(ONCE),--once) $(if $(KUBECONFIG_CLUSTER),--use-kubeconfig)
 
 test: tools ## every test; says loudly what it skips
+	$(CARGO) build --workspace --bins
 	$(CARGO) test --workspace
 
 lint: ## format, clippy, documentation, and the proof that the core is pure

@@ -8,7 +8,7 @@ use http::header::{
 };
 use http::{Method, StatusCode, Uri, Version, response};
 use thiserror::Error;
-use towline_proto::open::{self, BodyKind, BodyLength, Header, Open};
+use towline_proto::open::{self, BodyKind, BodyLength, FIELDS_MAX, Header, Open};
 
 use crate::identity::{Admitted, Plan};
 
@@ -21,6 +21,8 @@ pub(crate) enum RequestProblem {
     Path,
     #[error("one of its headers is malformed")]
     Header,
+    #[error("it has more than {FIELDS_MAX} headers")]
+    Headers,
     #[error("it asks for an upgrade that is neither websocket nor SPDY/3.1")]
     Upgrade,
     #[error("it asks for an upgrade and has a body")]
@@ -58,7 +60,10 @@ impl RequestHead {
         if upgrade && request.body.exact_bytes() != Some(0) {
             return Err(RequestProblem::UpgradeWithBody);
         }
-        let mut headers = HeaderMap::with_capacity(request.headers.len().min(64) + 8);
+        if request.headers.len() > FIELDS_MAX {
+            return Err(RequestProblem::Headers);
+        }
+        let mut headers = HeaderMap::with_capacity(request.headers.len() + 8);
         append(&mut headers, HOST, authority.clone())?;
         let named = named_by_connection(request.headers.iter().filter_map(|header| {
             header.name.eq_ignore_ascii_case(b"connection").then_some(&header.value[..])
@@ -399,6 +404,9 @@ mod tests {
         assert_eq!(refused(&|r| r.method = "G T".to_owned()), RequestProblem::Method);
         assert_eq!(refused(&|r| r.headers = fields(&[("a b", "1")])), RequestProblem::Header);
         assert_eq!(refused(&|r| r.headers = fields(&[("a", "1\r\nb: 2")])), RequestProblem::Header);
+        let many = vec![("a", "1"); FIELDS_MAX + 1];
+        assert_eq!(refused(&|r| r.headers = fields(&many)), RequestProblem::Headers);
+        assert!(build(&get("/", &many[1..]), &Plan::AsItCame).is_ok());
         for token in ["h2c", "websocket, h2c", "TLS/1.0"] {
             assert_eq!(refused(&|r| r.upgrade = token.to_owned()), RequestProblem::Upgrade);
         }

@@ -444,6 +444,7 @@ const ROTATE_SPREAD: Duration = Duration::from_secs(2);
 #[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};
 
     use tokio::io::duplex;
@@ -463,6 +464,9 @@ mod tests {
         tasks: Mutex<JoinSet<CloseReason>>,
         gateways: mpsc::Sender<Session>,
         stalled: watch::Sender<()>,
+        identity: watch::Sender<u64>,
+        /// The certificate changes during the next attempt.
+        changes: AtomicBool,
     }
 
     impl World {
@@ -476,6 +480,9 @@ mod tests {
             self.dialled.lock().unwrap().push((self.began.elapsed(), address.to_string()));
             if !self.script.lock().unwrap().pop_front().unwrap_or(true) {
                 return Err(DialError::for_test(&address));
+            }
+            if self.changes.swap(false, Ordering::Relaxed) {
+                self.identity.send_modify(|count| *count += 1);
             }
             let (ours, theirs) = duplex(1 << 16);
             let session = |role| SessionConfig {
@@ -511,7 +518,6 @@ mod tests {
         world: Arc<World>,
         gateways: mpsc::Receiver<Session>,
         begun: mpsc::Receiver<Begin>,
-        identity: watch::Sender<u64>,
         _slot: JoinSet<()>,
     }
 
@@ -519,7 +525,6 @@ mod tests {
         fn start(addresses: &[&str], script: &[bool]) -> Self {
             let (sender, gateways) = mpsc::channel(100);
             let (begin, begun) = mpsc::channel(100);
-            let identity = watch::Sender::new(0);
             let world = Arc::new(World {
                 script: Mutex::new(script.iter().copied().collect()),
                 dialled: Mutex::default(),
@@ -527,13 +532,15 @@ mod tests {
                 tasks: Mutex::default(),
                 gateways: sender,
                 stalled: watch::Sender::new(()),
+                identity: watch::Sender::new(0),
+                changes: AtomicBool::new(false),
             });
             let slot = Slot {
                 number: 0,
                 addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
                 backoff: Backoff::new(Duration::from_millis(250), Duration::from_secs(30), || 1.0),
                 metrics: Metrics::new(),
-                identity: identity.subscribe(),
+                identity: world.identity.subscribe(),
                 start: move |event| assert!(begin.try_send(event).is_ok()),
                 drain: Duration::from_secs(20),
                 policy: Policy::new(Settings { mode: TransportMode::Tcp, retry: Duration::from_secs(30) }),
@@ -543,7 +550,7 @@ mod tests {
             tasks.spawn(
                 slot.keep(move |address, transport| Arc::clone(&connector).connect(address, transport)),
             );
-            Self { world, gateways, begun, identity, _slot: tasks }
+            Self { world, gateways, begun, _slot: tasks }
         }
 
         async fn served(&mut self) -> (Session, Session) {
@@ -629,7 +636,7 @@ mod tests {
     async fn an_outdated_session_is_replaced() {
         let mut run = Run::start(&["a:1"], &[true, false, true]);
         let (gateway, old) = run.served().await;
-        run.identity.send_modify(|count| *count += 1);
+        run.world.identity.send_modify(|count| *count += 1);
         let (_other, new) = run.served().await;
         assert!(new.is_open() && old.is_open());
         let retired = run.retired().await;
@@ -638,6 +645,16 @@ mod tests {
         assert!(old.closed().is_some());
         gateway.wait_for(|state| state.closed.is_some()).await;
         assert!(gateway.state().borrow().goaway.is_some(), "it was told before");
+    }
+
+    /// A certificate that changes during an attempt is not forgotten.
+    #[tokio::test(start_paused = true)]
+    async fn a_change_during_an_attempt_counts() {
+        let mut run = Run::start(&["a:1"], &[]);
+        run.world.changes.store(true, Ordering::Relaxed);
+        let (_first, old) = run.served().await;
+        let (_second, new) = run.served().await;
+        assert!(!new.is_same(&old) && run.retired().await.session.is_same(&old));
     }
 
     /// A drained session that never becomes empty ends at its deadline.

@@ -217,10 +217,7 @@ impl Admin {
     }
 
     async fn tls(&self, stream: TcpStream) -> Result<(), String> {
-        let live = self.shared.live();
-        let roots = towline_certs::load::load_roots(&live.config.tls.tunnel.agent_ca)
-            .map_err(|error| error.to_string())?;
-        let config = towline_certs::tls::http_client(&roots, None).map_err(|error| error.to_string())?;
+        let config = Arc::clone(&self.shared.live().own_tls);
         let name = ServerName::try_from("readyz.towline.invalid").map_err(|error| error.to_string())?;
         let Err(error) = TlsConnector::from(config).connect(name, stream).await else { return Ok(()) };
         match tls_error(&error) {

@@ -57,14 +57,16 @@ pub(crate) async fn serve<IO>(shared: Arc<Shared>, tls: TlsStream<IO>, address: 
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let leaf = tls
+    let chain: Vec<_> = tls
         .get_ref()
         .1
         .peer_certificates()
-        .and_then(|chain| chain.first())
-        .map(|leaf| leaf.clone().into_owned());
+        .unwrap_or_default()
+        .iter()
+        .map(|certificate| certificate.clone().into_owned())
+        .collect();
     match Session::over(tls, session_config(&shared)) {
-        Ok((session, driver)) => run(shared, session, driver.run(), leaf, address).await,
+        Ok((session, driver)) => run(shared, session, driver.run(), chain, address).await,
         Err(_) => no_memory(&shared, address),
     }
 }
@@ -73,11 +75,11 @@ where
 pub(crate) async fn serve_quic(
     shared: Arc<Shared>,
     conn: quinn::Connection,
-    leaf: Option<CertificateDer<'static>>,
+    chain: Vec<CertificateDer<'static>>,
     address: SocketAddr,
 ) {
     match Session::over_quic(conn.clone(), session_config(&shared)) {
-        Ok((session, driver)) => run(shared, session, driver.run(), leaf, address).await,
+        Ok((session, driver)) => run(shared, session, driver.run(), chain, address).await,
         Err(_) => {
             no_memory(&shared, address);
             conn.close(Code::Limit.to_u32().into(), b"no memory for another session");
@@ -108,11 +110,11 @@ async fn run(
     shared: Arc<Shared>,
     session: Session,
     driver: impl Future<Output = CloseReason>,
-    leaf: Option<CertificateDer<'static>>,
+    chain: Vec<CertificateDer<'static>>,
     address: SocketAddr,
 ) {
     // One task: when this future is dropped, so is the driver, and with it the session.
-    let life = live(&shared, &session, leaf.as_ref(), address);
+    let life = live(&shared, &session, &chain, address);
     let (reason, ()) = tokio::join!(driver, life);
     tracing::debug!(agent = %address, %reason, "connection of an agent ended");
 }
@@ -121,10 +123,10 @@ async fn run(
 async fn live(
     shared: &Arc<Shared>,
     session: &Session,
-    leaf: Option<&CertificateDer<'static>>,
+    chain: &[CertificateDer<'static>],
     address: SocketAddr,
 ) {
-    let admitted = admit(shared, session, leaf).await;
+    let admitted = admit(shared, session, chain.first()).await;
     let (admitted, registration) = match admitted {
         Ok(admitted) => admitted,
         Err(Some(refusal)) => {
@@ -142,14 +144,20 @@ async fn live(
     if shared.stages.draining.is_cancelled() {
         say_goaway(shared, session);
     }
+    let over = async {
+        tokio::select! {
+            () = expire(session, admitted.not_after) => {}
+            () = revoke(shared, session, chain, &admitted.identity) => {}
+        }
+        session.closed().unwrap_or(CloseReason::HelloTimeout)
+    };
     let reason = tokio::select! {
         reason = refuse_streams(session) => reason,
         () = registration.replaced(session) => {
             session.close(Code::Draining, "replaced: its stream ids ran out");
             session.wait_for(|state| state.closed.is_some()).await.closed.unwrap_or(CloseReason::HelloTimeout)
         }
-        () = expire(session, admitted.not_after) => session.wait_for(|state| state.closed.is_some()).await
-            .closed.unwrap_or(CloseReason::HelloTimeout),
+        reason = over => reason,
     };
     drop((registration, counted));
     shared.metrics.session_ended(reason.label());
@@ -273,6 +281,29 @@ async fn expire(session: &Session, not_after: SystemTime) {
     }
     let late = SystemTime::now().duration_since(not_after).unwrap_or_default();
     session.close(Code::Denied, &format!("the agent's certificate expired {} ago; renew it", human(late)));
+}
+
+/// Ends the session when a reload takes away what let it in: its cluster's place on the list, or its CA.
+async fn revoke(
+    shared: &Shared,
+    session: &Session,
+    chain: &[CertificateDer<'static>],
+    identity: &AgentIdentity,
+) {
+    let mut reloads = shared.reloads();
+    loop {
+        // Also at first: admission may have begun before the last reload.
+        let live = shared.live();
+        if !live.by_uid.contains_key(&identity.cluster) {
+            return session.close(Code::Denied, "the cluster was removed from this gateway's list");
+        }
+        if let Err(error) = live.agent_ca.verify(chain, SystemTime::now()) {
+            return session.close(Code::Denied, &format!("the agent's certificate counts no more: {error}"));
+        }
+        drop(live);
+        // The sender lives as long as `shared`.
+        drop(reloads.changed().await);
+    }
 }
 
 /// Tells an agent to go elsewhere, at a moment of its own.

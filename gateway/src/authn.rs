@@ -3,18 +3,19 @@
 //! The rules, in order:
 //! 1. one credential per carrier: several `Authorization` lines, or a list inside one, are refused;
 //! 2. a verified client certificate decides; one that is not believed counts as absent;
-//! 3. for a cluster in impersonating mode a token of ours (`tlat_…`) does as well, as `Authorization: Bearer` or as the
-//!    WebSocket subprotocol that browsers use;
-//! 4. for a cluster in restricted mode only the certificate does: the caller's `Authorization` is meant for the cluster
-//!    and goes through unread, unless it is one of ours, which a cluster must never see;
-//! 5. names and groups that begin with `system:` are refused. `?token=` is never a credential.
+//! 3. else a token of ours (`tlat_…`) does, as `Authorization: Bearer` or as the WebSocket subprotocol that browsers use;
+//! 4. names and groups that begin with `system:` are refused. `?token=` is never a credential.
+//! 5. Only who may call the cluster learns what it wants beside: in restricted mode the caller's `Authorization` is meant
+//!    for the cluster and goes through unread; it must be there, and be none of ours, which a cluster must never see. So
+//!    there only the certificate can say who calls.
 //!
 //! OIDC gets its room beside [`tokens`].
 
 pub mod tokens;
 
 use crate::config::Mode;
-use base64::Engine as _;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use base64::{Engine as _, alphabet};
 use http::header::{AUTHORIZATION, HeaderMap, HeaderName, SEC_WEBSOCKET_PROTOCOL};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -120,9 +121,11 @@ pub enum AuthnError {
     CertificateExpired,
     #[error("the bearer token is not known")]
     UnknownToken,
-    /// Restricted mode: no certificate.
-    #[error("this cluster is in restricted mode, where the gateway knows callers by client certificate only")]
-    CertificateNeeded,
+    /// No certificate, and a credential that is for somebody else.
+    #[error(
+        "no client certificate was presented, and the credential in the request is none of this gateway's"
+    )]
+    ForeignCredential,
     /// Restricted mode: a certificate, and nothing for the cluster.
     #[error(
         "this cluster is in restricted mode: the client certificate is good for the gateway, and the cluster needs a credential of its own"
@@ -135,7 +138,7 @@ pub enum AuthnError {
     Principal(#[from] PrincipalError),
 }
 
-/// Finds out who calls.
+/// Finds out who calls, whatever they call: the answer to nobody is the same for every cluster, and for none.
 ///
 /// # Errors
 /// Why it is nobody.
@@ -143,41 +146,45 @@ pub fn authenticate(
     headers: &HeaderMap,
     certificate: &Certificate,
     tokens: &Tokens,
-    mode: Mode,
     now: SystemTime,
 ) -> Result<Arc<Principal>, AuthnError> {
     let authorization = authorization(headers)?;
     let certified = match certificate {
         Certificate::Verified { not_after, .. } if now > *not_after => Err(AuthnError::CertificateExpired),
-        Certificate::Verified { principal, .. } => Ok(Some(Arc::clone(principal))),
+        Certificate::Verified { principal, .. } => Ok(Arc::clone(principal)),
         Certificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
-        Certificate::Absent => Ok(None),
+        Certificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
+        Certificate::Absent => Err(AuthnError::NoCredential),
     };
-    let subprotocol = subprotocol_token(headers);
-    let principal = match mode {
-        Mode::Restricted => {
-            let carried = authorization.is_some() || subprotocol.is_some();
-            if is_own(authorization.unwrap_or_default()) || subprotocol.is_some_and(|token| is_own(&token)) {
-                return Err(AuthnError::OwnCredential);
-            }
-            let principal = certified?.ok_or(AuthnError::CertificateNeeded)?;
-            if !carried {
-                return Err(AuthnError::ClusterCredentialNeeded);
-            }
-            principal
-        }
-        Mode::Impersonate => {
-            let bearer = authorization.and_then(bearer).map(ToOwned::to_owned).or(subprotocol);
-            match (certified, bearer) {
-                (Ok(Some(principal)), _) => principal,
-                (Ok(None) | Err(_), Some(token)) => tokens.find(&token).ok_or(AuthnError::UnknownToken)?,
-                (Err(error), None) => return Err(error),
-                (Ok(None), None) => return Err(AuthnError::NoCredential),
-            }
-        }
+    let bearer =
+        || authorization.and_then(bearer).map(ToOwned::to_owned).or_else(|| subprotocol_token(headers));
+    let principal = match certified {
+        Ok(principal) => principal,
+        Err(error) => match bearer().filter(|token| token.starts_with(tokens::PREFIX)) {
+            Some(token) => tokens.find(&token).ok_or(AuthnError::UnknownToken)?,
+            None => return Err(error),
+        },
     };
     principal.check()?;
     Ok(principal)
+}
+
+/// Checks that the request brings what a cluster of this mode wants. For callers that may call the cluster.
+///
+/// # Errors
+/// What is missing, or must not be there.
+pub fn suits(headers: &HeaderMap, mode: Mode) -> Result<(), AuthnError> {
+    if mode == Mode::Impersonate {
+        return Ok(());
+    }
+    let (authorization, subprotocol) = (authorization(headers)?, subprotocol_token(headers));
+    if authorization.is_some_and(is_own) || subprotocol.as_deref().is_some_and(is_own) {
+        return Err(AuthnError::OwnCredential);
+    }
+    match (authorization, subprotocol) {
+        (None, None) => Err(AuthnError::ClusterCredentialNeeded),
+        _ => Ok(()),
+    }
 }
 
 /// The one Authorization header.
@@ -206,39 +213,34 @@ fn subprotocol_token(headers: &HeaderMap) -> Option<String> {
     let lines = headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|line| line.to_str().ok());
     let mut carried =
         lines.flat_map(|line| line.split(',')).filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL));
-    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
-        .decode(carried.next()?.trim_end_matches('='))
-        .ok()?;
+    let bytes = decode(carried.next()?)?;
     String::from_utf8(bytes).ok()
 }
 
 /// Whether a credential, in any of its wrappings, holds a token of ours.
 fn is_own(credential: &str) -> bool {
-    if credential.contains(tokens::PREFIX) {
-        return true;
-    }
     let encoded = credential.split(' ').next_back().unwrap_or_default();
-    let decoded = base64::engine::general_purpose::STANDARD.decode(encoded).unwrap_or_default();
-    contains(&decoded, tokens::PREFIX.as_bytes())
+    holds_own(credential.as_bytes()) || decode(encoded).is_some_and(|decoded| holds_own(&decoded))
+}
+
+/// Base64 in either alphabet, padded or not.
+fn decode(text: &str) -> Option<Vec<u8>> {
+    let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    let with = |alphabet| GeneralPurpose::new(alphabet, config).decode(text).ok();
+    with(&alphabet::STANDARD).or_else(|| with(&alphabet::URL_SAFE))
 }
 
 /// Whether anything that is about to leave for a cluster holds a token of ours: the last look before it is sent.
 pub(crate) fn carries_own_credential(name: &HeaderName, value: &[u8]) -> bool {
-    if contains(value, tokens::PREFIX.as_bytes()) {
-        return true;
-    }
     let text = std::str::from_utf8(value).unwrap_or_default();
-    match *name {
+    let wrapped = match *name {
         AUTHORIZATION => is_own(text),
         SEC_WEBSOCKET_PROTOCOL => {
-            text.split(',').filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL)).any(|token| {
-                let token = token.trim_end_matches('=');
-                let decoded = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(token);
-                decoded.is_ok_and(|decoded| contains(&decoded, tokens::PREFIX.as_bytes()))
-            })
+            text.split(',').filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL)).any(is_own)
         }
         _ => false,
-    }
+    };
+    wrapped || holds_own(value)
 }
 
 /// As [`carries_own_credential`] for a query: some clients put tokens there.
@@ -247,8 +249,15 @@ pub(crate) fn query_carries_own_credential(query: &str) -> bool {
     query.split('&').filter_map(value).any(|value| value.starts_with(tokens::PREFIX.as_bytes()))
 }
 
-fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-    haystack.windows(needle.len()).any(|window| window == needle)
+/// Whether a token of ours begins anywhere in `bytes`. Where it would begin inside a longer word it is none: among the
+/// letters of other people's tokens, ours come up by chance.
+fn holds_own(bytes: &[u8]) -> bool {
+    let prefix = tokens::PREFIX.as_bytes();
+    let in_a_word =
+        |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'/' | b'+');
+    let begins =
+        |at: usize| at.checked_sub(1).and_then(|before| bytes.get(before)).is_none_or(|b| !in_a_word(b));
+    bytes.windows(prefix.len()).enumerate().any(|(at, window)| window == prefix && begins(at))
 }
 
 #[cfg(test)]
@@ -271,8 +280,9 @@ mod tests {
     }
 
     fn ask(mode: Mode, certificate: &Certificate, lines: &[(&str, &str)]) -> Result<String, AuthnError> {
-        let principal =
-            authenticate(&headers(lines), certificate, &Tokens::default(), mode, SystemTime::now())?;
+        let lines = headers(lines);
+        let principal = authenticate(&lines, certificate, &Tokens::default(), SystemTime::now())?;
+        suits(&lines, mode)?;
         Ok(principal.name.clone())
     }
 
@@ -288,9 +298,9 @@ mod tests {
         assert_eq!(ask(&jane, &[]), Err(AuthnError::ClusterCredentialNeeded));
         assert_eq!(
             ask(&Certificate::Absent, &[("authorization", "Bearer abc")]),
-            Err(AuthnError::CertificateNeeded)
+            Err(AuthnError::ForeignCredential)
         );
-        assert_eq!(ask(&Certificate::Absent, &[]), Err(AuthnError::CertificateNeeded));
+        assert_eq!(ask(&Certificate::Absent, &[]), Err(AuthnError::NoCredential));
     }
 
     /// A hostile cluster must not harvest our tokens, however they are wrapped.
@@ -302,6 +312,8 @@ mod tests {
             ("authorization", "bearer  tlat_x".to_owned()),
             ("authorization", "Token tlat_x".to_owned()),
             ("authorization", "Basic amFuZTp0bGF0X3g=".to_owned()),
+            ("authorization", "Basic amFuZTp0bGF0X3g".to_owned()),
+            ("authorization", "Digest username=\"tlat_x\"".to_owned()),
             ("sec-websocket-protocol", format!("{BEARER_SUBPROTOCOL}dGxhdF94")),
         ];
         for (name, value) in &own {
@@ -312,6 +324,11 @@ mod tests {
             );
             let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
             assert!(carries_own_credential(&name, value.as_bytes()), "{value}");
+        }
+        // A token of the cluster that has the same five letters inside, as one in a million has.
+        for other in ["Bearer eyJhbGciOi.JSUztlat_NiIs.kid", "Bearer x.tlat_x", "Basic dGxhdDpfeA=="] {
+            assert_eq!(ask(Mode::Restricted, &jane, &[("authorization", other)]), Ok("jane".to_owned()));
+            assert!(!carries_own_credential(&AUTHORIZATION, other.as_bytes()), "{other}");
         }
         assert!(query_carries_own_credential("a=b&token=tlat%5Fx"));
         assert!(!query_carries_own_credential("labelSelector=a%3Dtlat_x"));

@@ -272,7 +272,7 @@ pub struct Timeouts {
     /// Between two requests on a connection, the second one's head included.
     #[serde(with = "units")]
     pub idle: Duration,
-    /// From the request to the head of its answer; not for long-running requests.
+    /// From the request to the head of its answer, the 101 of an upgrade included; not for other long-running requests.
     #[serde(with = "units")]
     pub answer: Duration,
     /// A request body must bring at least 1 KiB in each such time.

@@ -1,14 +1,19 @@
 //! How are clients served? HTTP/1.1 or HTTP/2 as ALPN agreed, with every limit of hyper stated, until the client leaves or
 //! the gateway drains.
 
+mod framing;
+
 use crate::authn::Certificate;
 use crate::proxy::{self, AnswerBody, Peer};
 use crate::state::Shared;
-use http::{Request, Response};
+use arc_swap::ArcSwap;
+use framing::Judged;
+use http::header::{CONNECTION, HeaderValue};
+use http::{Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::rt::Executor;
 use hyper::server::conn::{http1, http2};
-use hyper::service::service_fn;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -43,19 +48,30 @@ where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let (_, session) = tls.get_ref();
-    let live = shared.live();
+    let chain: Vec<_> = session
+        .peer_certificates()
+        .unwrap_or_default()
+        .iter()
+        .map(|leaf| leaf.clone().into_owned())
+        .collect();
+    let mut reloads = shared.reloads();
+    let judge = || {
+        let chain = (!chain.is_empty()).then_some(&chain[..]);
+        Certificate::judge(chain, shared.live().client_ca.as_ref(), SystemTime::now())
+    };
     let peer = Arc::new(Peer {
         address,
-        certificate: Certificate::judge(
-            session.peer_certificates(),
-            live.client_ca.as_ref(),
-            SystemTime::now(),
-        ),
+        certificate: ArcSwap::from_pointee(judge()),
         sni: session.server_name().map(ToOwned::to_owned),
+        known: AtomicBool::new(false),
         finish: CancellationToken::new(),
     });
     let h2 = session.alpn_protocol() == Some(ALPN_H2);
-    drop(live);
+    let rejudge = async {
+        while reloads.changed().await.is_ok() {
+            peer.certificate.store(Arc::new(judge()));
+        }
+    };
     let asked = Arc::new(AtomicBool::new(false));
     let service = {
         let (shared, peer, asked) = (Arc::clone(&shared), Arc::clone(&peer), Arc::clone(&asked));
@@ -66,12 +82,31 @@ where
         })
     };
     let io = TokioIo::new(tls);
-    let result = if h2 {
-        let connection = http2_builder(&shared).serve_connection(io, service);
-        drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
-    } else {
-        let connection = http1_builder(&shared).serve_connection(io, service).with_upgrades();
-        drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
+    let served = async {
+        if h2 {
+            let connection = http2_builder(&shared).serve_connection(io, service);
+            drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
+        } else {
+            let (io, framing) = Judged::new(io.into_inner());
+            let service = service_fn(move |request| {
+                let (answer, framing) = (service.call(request), framing.clone());
+                async move {
+                    let mut response: Response<AnswerBody> = answer.await?;
+                    if framing.is_lost() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                    }
+                    Ok::<_, Infallible>(response)
+                }
+            });
+            let io = TokioIo::new(io);
+            let connection = http1_builder(&shared).serve_connection(io, service).with_upgrades();
+            drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
+        }
+    };
+    let result = tokio::select! {
+        result = served => result,
+        // It ends only with the gateway.
+        () = rejudge => return,
     };
     if let Err(error) = result {
         tracing::debug!(client = %address, error = %proxy::printable(&error.to_string()), "client connection ended");

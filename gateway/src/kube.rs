@@ -8,7 +8,7 @@ use crate::routing::percent_decode;
 pub struct RequestKind {
     /// Has no deadline: watch, follow, exec, attach, port-forward, proxy.
     pub long_running: bool,
-    /// A watch: it may end between two events at any time, and clients begin it anew.
+    /// A watch of a collection, if it is a GET: it may end between two events at any time, and clients begin it anew.
     pub watch: bool,
     /// Carries somebody else's HTTP: `pods/proxy`, `services/proxy`, `nodes/proxy`.
     pub proxy: bool,
@@ -45,7 +45,11 @@ impl RequestKind {
         let watch = old_watch || flag(query, "watch");
         let follow = subresource == "log" && flag(query, "follow");
         let stream = matches!(subresource, "exec" | "attach" | "portforward");
-        Self { long_running: proxy || watch || follow || stream, watch: watch && !proxy, proxy }
+        Self {
+            long_running: proxy || watch || follow || stream,
+            watch: watch && !proxy && rest.len() == 1,
+            proxy,
+        }
     }
 }
 
@@ -72,6 +76,8 @@ mod tests {
             ("/api/v1/pods?watch", true, true, false),
             ("/api/v1/pods?watch=false", false, false, false),
             ("/api/v1/pods?awatch=1", false, false, false),
+            // The API server ignores it here, and the answer is one object.
+            ("/api/v1/namespaces/x/pods/y?watch=1", true, false, false),
             ("/api/v1/watch/pods", true, true, false),
             ("/api/v1/namespaces/x/pods/y/log", false, false, false),
             ("/api/v1/namespaces/x/pods/y/log?follow=true", true, false, false),

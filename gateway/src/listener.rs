@@ -374,7 +374,7 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
         }
         HandshakeError::Alpn(why) => {
             reject(Handshake::Alpn, Surface::Listener, TlCode::Proto);
-            tracing::info!(client = %address, why, "connection refused");
+            tracing::debug!(client = %address, why, "connection refused");
         }
         HandshakeError::Tls { error, tunnel } => {
             let surface = if *tunnel { Surface::Tunnel } else { Surface::Listener };
@@ -382,10 +382,10 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             let why = tls_error(error).map_or_else(|| error.to_string(), explain);
             let why = crate::proxy::printable(&why);
             // A refused agent is what its operator looks for in this log; a refused client sees it itself.
-            if *tunnel {
+            if *tunnel && shared.refusals.is_due() {
                 tracing::info!(client = %address, why, "agent refused");
             } else {
-                tracing::debug!(client = %address, why, "TLS handshake failed");
+                tracing::debug!(client = %address, tunnel, why, "TLS handshake failed");
             }
         }
     }

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::io::IsTerminal as _;
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 
@@ -39,6 +41,21 @@ impl fmt::Display for Format {
     }
 }
 
+/// Lets one event in a second through: what strangers can cause is counted each time, and logged so often.
+#[derive(Debug, Default)]
+pub(crate) struct Sparing(Mutex<Option<Instant>>);
+
+impl Sparing {
+    pub(crate) fn is_due(&self) -> bool {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1));
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
+    }
+}
+
 /// Starts logging for the process. `level` is a level, or a list of `target=level`.
 ///
 /// # Errors
@@ -60,4 +77,15 @@ pub fn start(format: Format, level: &str) -> Result<(), ParseError> {
     };
     drop(started);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_leaves_one_line() {
+        let sparing = Sparing::default();
+        assert_eq!((0..1000).filter(|_| sparing.is_due()).count(), 1);
+    }
 }

@@ -26,6 +26,7 @@ use crate::metrics::{Counted, Surface};
 use crate::registry::{AcquireError, SessionId};
 use crate::routing;
 use crate::state::{KeyPermit, Live, Shared, random};
+use arc_swap::ArcSwap;
 use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
@@ -35,7 +36,7 @@ use http_body::Body as _;
 use hyper::body::Incoming;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -50,9 +51,12 @@ use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
-    pub(crate) certificate: Certificate,
+    /// Judged anew when the CA may have changed.
+    pub(crate) certificate: ArcSwap<Certificate>,
     /// The name in the ClientHello.
     pub(crate) sni: Option<String>,
+    /// Whether any request on the connection said who calls.
+    pub(crate) known: AtomicBool,
     /// Cancelled to end the connection after the answers that are due.
     pub(crate) finish: CancellationToken,
 }
@@ -72,12 +76,11 @@ pub(crate) async fn serve(
     let mut response = result.unwrap_or_else(|error| {
         shared.metrics.rejected(Surface::Front, error.code());
         tracing::debug!(audit_id, client = %peer.address, ?error, "answered by the gateway");
-        let response = error.into_response(&audit_id);
-        // Who is nobody does not keep a connection.
-        if response.status() == StatusCode::UNAUTHORIZED {
+        // Who is nobody does not keep a connection: they would soon hold all there may be.
+        if !peer.known.load(Ordering::Relaxed) || matches!(error, ProxyError::Authn(_)) {
             peer.finish.cancel();
         }
-        response
+        error.into_response(&audit_id)
     });
     if method == Method::HEAD && response.body().size_hint().exact() != Some(0) {
         *response.body_mut() = AnswerBody::full(Bytes::new());
@@ -105,6 +108,9 @@ async fn run(
     let plan = plan(shared, peer, &parts, &body, audit_id)?;
     let (answer, live) = exchange(shared, &plan, body).await?;
     let response = match answer.outcome {
+        Some(Outcome::Response(response)) if response.headers.len() > open::FIELDS_MAX => {
+            return Err(plan.bad_answer("its head has more than 256 fields"));
+        }
         Some(Outcome::Response(response)) => response,
         Some(Outcome::Failure(failure)) => return Err(ProxyError::Agent { cluster: plan.name(), failure }),
         _ => return Err(plan.bad_answer("it is no response to a request")),
@@ -147,6 +153,10 @@ impl Plan {
         self.cluster.name.to_string()
     }
 
+    fn too_late(&self) -> ProxyError {
+        ProxyError::Deadline { cluster: self.name(), after: self.deadline.unwrap_or_default() }
+    }
+
     fn bad_answer(&self, what: &'static str) -> ProxyError {
         ProxyError::BadAnswer { cluster: self.name(), what }
     }
@@ -181,7 +191,9 @@ fn plan(
         return Err(HeadersError::OwnCredential.into());
     }
     let headers = headers::upstream_head(&parts.headers, upstream)?;
-    let deadline = (!kind.long_running && upgrade.is_none()).then_some(shared.config.timeouts.answer);
+    // An upgrade lasts long after its 101, not before it; and a client that sent bytes behind its request and left is not
+    // noticed until then.
+    let deadline = (!kind.long_running || upgrade.is_some()).then_some(shared.config.timeouts.answer);
     let body = match (body.is_end_stream(), body.size_hint().exact()) {
         (true, _) => BodyKind::NONE,
         (false, Some(bytes)) => BodyKind::exact(bytes),
@@ -221,15 +233,17 @@ fn admit(
     parts: &Parts,
     name: &routing::ClusterName,
 ) -> Result<(Arc<Principal>, Arc<Cluster>), ProxyError> {
-    let cluster = live.by_name.get(name.as_str());
-    // For a name that no cluster has, the mode that takes more kinds of credential: a caller learns nothing from it.
-    let mode = cluster.map_or(Mode::Impersonate, |cluster| cluster.mode);
     let now = SystemTime::now();
-    let principal = authn::authenticate(&parts.headers, &peer.certificate, &live.tokens, mode, now)?;
+    let principal = authn::authenticate(&parts.headers, &peer.certificate.load(), &live.tokens, now)?;
+    peer.known.store(true, Ordering::Relaxed);
     let decision = live.access.decide(&principal, name);
     tracing::debug!(user = %printable(&principal.name), cluster = %name, ?decision, "access decided");
-    match (decision, cluster) {
-        (Decision::Allowed(_), Some(cluster)) => Ok((principal, Arc::clone(cluster))),
+    // Nothing before this depends on the cluster: neither nobody nor who may not call it learns anything of it.
+    match (decision, live.by_name.get(name.as_str())) {
+        (Decision::Allowed(_), Some(cluster)) => {
+            authn::suits(&parts.headers, cluster.mode)?;
+            Ok((principal, Arc::clone(cluster)))
+        }
         (Decision::Allowed(_), None) => Err(ProxyError::NoSuchCluster { cluster: name.to_string() }),
         (Decision::Denied(_) | Decision::NoRule, _) => {
             Err(ProxyError::Forbidden { cluster: name.to_string() })
@@ -341,8 +355,12 @@ async fn attempt(
     deadline: Option<tokio::time::Instant>,
 ) -> Result<(Answer, LiveExchange), Failed> {
     let settled = body.as_ref().map(ClientBody::settled);
-    // The head is at most as large as a new stream's credit, so this does not wait long; if it fails, the answer says why.
-    let head_sent = send.write_chunk(plan.open.clone()).await;
+    // If it fails, the answer says why. It waits while the tunnel is full, but not beyond the deadline.
+    let head_sent = tokio::select! {
+        biased;
+        sent = send.write_chunk(plan.open.clone()) => sent,
+        () = passed(deadline) => return Err(Failed { error: plan.too_late(), untouched: false, body: None }),
+    };
     let mut kept_send = None;
     let mut upload = None;
     let mut unsent = None;
@@ -441,10 +459,7 @@ async fn wait(
                     Some((_, Ok(_) | Err(SendBodyError::Write(_)))) | None => {}
                 }
             }
-            () = passed(deadline) => {
-                let after = plan.deadline.unwrap_or_default();
-                return give_up(ProxyError::Deadline { cluster: plan.name(), after });
-            }
+            () = passed(deadline) => return give_up(plan.too_late()),
         }
     }
 }
@@ -501,7 +516,8 @@ fn answer_with(
     }
     let json =
         head.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/json"));
-    let end = (plan.kind.watch && json).then(|| {
+    let watch = plan.kind.watch && plan.method == Method::GET && status == StatusCode::OK;
+    let end = (watch && json).then(|| {
         let mut part = [0];
         random(&mut part);
         // Spread over the first four fifths of the time there is, so that clients do not all come back at once.

@@ -162,18 +162,19 @@ impl QuicListener {
 fn welcome(shared: &Arc<Shared>, conn: quinn::Connection, place: Place) {
     shared.metrics.handshake(Handshake::Tunnel);
     let address = conn.remote_address();
-    let leaf = leaf(&conn);
-    let session = agents::serve_quic(Arc::clone(shared), conn, leaf, address);
+    let chain = chain(&conn);
+    let session = agents::serve_quic(Arc::clone(shared), conn, chain, address);
     spawn(shared, &shared.tasks.tunnel, async move {
         session.await;
         drop(place);
     });
 }
 
-/// The verified certificate of the agent.
-fn leaf(conn: &quinn::Connection) -> Option<CertificateDer<'static>> {
-    let chain = conn.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
-    chain.into_iter().next()
+/// The chain that the agent presented, leaf first.
+fn chain(conn: &quinn::Connection) -> Vec<CertificateDer<'static>> {
+    let identity = conn.peer_identity();
+    let chain = identity.and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
+    chain.map(|chain| *chain).unwrap_or_default()
 }
 
 /// Why a handshake failed.

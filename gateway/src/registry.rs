@@ -329,13 +329,6 @@ impl Registry {
             .collect()
     }
 
-    /// The live sessions of clusters that do not satisfy `keep`.
-    pub(crate) fn sessions_unless(&self, keep: impl Fn(&ClusterUid) -> bool) -> Vec<Session> {
-        let clusters = self.lock();
-        let gone = clusters.by_uid.iter().filter(|(uid, _)| !keep(uid));
-        gone.flat_map(|(_, tunnel)| tunnel.sessions.iter().map(|live| live.session.clone())).collect()
-    }
-
     /// Hands the tunnel bytes since the last call to the metrics.
     pub(crate) fn count_bytes(&self) {
         for tunnel in self.lock().by_uid.values_mut() {

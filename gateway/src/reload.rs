@@ -6,9 +6,8 @@ use crate::metrics::ReloadOutcome;
 use crate::state::{Live, Shared};
 use aws_lc_rs::digest;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
-use towline_proto::Code;
 
 /// Between two looks at the files. By content, not by time stamp: mounted secrets change by a swapped link.
 const POLL: Duration = Duration::from_secs(10);
@@ -52,11 +51,11 @@ impl Reloader {
         if seen == self.seen {
             return;
         }
-        // The answer is logged; the next look is at the same content only if it changes again.
+        // As it was before they were read: what changes meanwhile is seen at the next look.
+        self.seen = seen;
         if let Err(error) = reload(shared, self.path.as_deref()) {
             tracing::error!("reload refused, the last good state stays in force:\n{error}");
         }
-        self.seen = fingerprint(self.path.as_deref(), &shared.live().config);
     }
 }
 
@@ -65,6 +64,7 @@ impl Reloader {
 /// # Errors
 /// Everything that is wrong; nothing has changed then.
 pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigError> {
+    let _one_at_a_time = shared.reloading.lock().unwrap_or_else(PoisonError::into_inner);
     let result =
         path.map_or_else(|| Ok(shared.live().config.clone()), GatewayConfig::load).and_then(Live::load);
     let live = match result {
@@ -79,10 +79,6 @@ pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigE
     }
     live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     shared.publish(live);
-    let live = shared.live();
-    for session in shared.registry.sessions_unless(|uid| live.by_uid.contains_key(uid)) {
-        session.close(Code::Denied, "the cluster was removed from this gateway's list");
-    }
     shared.metrics.reloaded(ReloadOutcome::Applied);
     tracing::info!("configuration, certificates and tokens were read again");
     Ok(())

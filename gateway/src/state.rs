@@ -3,19 +3,21 @@
 use crate::authn::tokens::Tokens;
 use crate::authz::AccessRules;
 use crate::config::{Cluster, ConfigError, GatewayConfig};
+use crate::log::Sparing;
 use crate::metrics::Metrics;
 use crate::registry::{HoldLimits, Registry};
 use arc_swap::ArcSwap;
-use rustls::ServerConfig;
+use rustls::{ClientConfig, ServerConfig};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::load::load_credential;
-use towline_certs::tls::{FrontCertificates, front_server, tunnel_server};
+use towline_certs::tls::{FrontCertificates, front_server, http_client, tunnel_server};
 use towline_certs::{AgentCa, ClientCa, ClusterUid, LoadPolicy, Strictness};
 use towline_proto::mux::Budget;
 
@@ -31,6 +33,8 @@ pub(crate) struct Live {
     pub(crate) agent_ca: AgentCa,
     pub(crate) front_tls: Arc<ServerConfig>,
     pub(crate) tunnel_tls: Arc<ServerConfig>,
+    /// For the own readiness check.
+    pub(crate) own_tls: Arc<ClientConfig>,
     /// What was tolerated, to be logged.
     pub(crate) warnings: Vec<String>,
 }
@@ -54,6 +58,9 @@ impl Live {
         let tunnel_credential = problems.note("tls.tunnel", credential(&tunnel.certificate, &tunnel.key));
         let agent_roots =
             problems.note("tls.tunnel.agentCA", towline_certs::load::load_roots(&tunnel.agent_ca));
+        let own_tls = agent_roots
+            .as_ref()
+            .and_then(|roots| problems.note("tls.tunnel.agentCA", http_client(roots, None)));
         let agent_ca = agent_roots.and_then(|roots| {
             problems.note("tls.tunnel.agentCA", AgentCa::new(&roots, config.trust_domain.clone()))
         });
@@ -77,8 +84,8 @@ impl Live {
         let tunnel_tls = tunnel_credential
             .zip(agent_ca.as_ref())
             .and_then(|(credential, agents)| problems.note("tls.tunnel", tunnel_server(&credential, agents)));
-        let (Some(front_tls), Some(tunnel_tls), Some(agent_ca), true) =
-            (front_tls, tunnel_tls, agent_ca, problems.0.is_empty())
+        let (Some(front_tls), Some(tunnel_tls), Some(own_tls), Some(agent_ca), true) =
+            (front_tls, tunnel_tls, own_tls, agent_ca, problems.0.is_empty())
         else {
             return Err(ConfigError { problems: problems.0 });
         };
@@ -97,6 +104,7 @@ impl Live {
             agent_ca,
             front_tls,
             tunnel_tls,
+            own_tls,
             warnings,
         })
     }
@@ -121,6 +129,9 @@ pub(crate) struct Shared {
     /// What needs a restart to change: addresses, limits, timeouts.
     pub(crate) config: GatewayConfig,
     live: ArcSwap<Live>,
+    reloads: watch::Sender<()>,
+    /// Held from reading the files to putting them in force: what was read first must not win.
+    pub(crate) reloading: Mutex<()>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) metrics: Arc<Metrics>,
     /// Receive memory of all sessions.
@@ -131,6 +142,8 @@ pub(crate) struct Shared {
     pub(crate) tasks: Tasks,
     pub(crate) principals: Arc<PerKey<String>>,
     pub(crate) self_checks: SelfChecks,
+    /// For lines about handshakes that anybody can make fail.
+    pub(crate) refusals: Sparing,
 }
 
 /// The steps of stopping; each is cancelled when it begins.
@@ -168,12 +181,15 @@ impl Shared {
             principals: PerKey::new(config.limits.requests_per_principal),
             config,
             live: ArcSwap::from_pointee(live),
+            reloads: watch::Sender::new(()),
+            reloading: Mutex::default(),
             registry: Arc::new(registry),
             metrics,
             boot_id,
             stages: Stages::default(),
             tasks: Tasks::default(),
             self_checks: SelfChecks::default(),
+            refusals: Sparing::default(),
         }
     }
 
@@ -183,6 +199,12 @@ impl Shared {
 
     pub(crate) fn publish(&self, live: Live) {
         self.live.store(Arc::new(live));
+        self.reloads.send_replace(());
+    }
+
+    /// Changes after [`Self::live`] has. Who is let in by what is live subscribes first and looks then.
+    pub(crate) fn reloads(&self) -> watch::Receiver<()> {
+        self.reloads.subscribe()
     }
 }
 

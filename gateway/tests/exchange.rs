@@ -91,9 +91,9 @@ async fn restricted_mode_passes_the_callers_own_credential_through() {
 
     for (client, authorization, expected) in [
         (Some("jane"), None, "needs a credential of its own"),
-        (None, Some("Bearer cluster-token"), "client certificate only"),
+        (None, Some("Bearer cluster-token"), "set client-certificate"),
         (Some("jane"), Some(&*format!("Bearer {TOKEN}")), "it was not passed on"),
-        (None, None, "client certificate only"),
+        (None, None, "no credential was presented"),
     ] {
         let mut client = world.h1(client).await;
         let headers: Vec<_> = authorization.map(|value| ("authorization", value)).into_iter().collect();
@@ -101,6 +101,85 @@ async fn restricted_mode_passes_the_callers_own_credential_through() {
             error_of(client.ask("GET", "/clusters/strict/api", &headers, full("")).await).await;
         assert_eq!((status, code.as_str()), (401, "TL_UNAUTHENTICATED"), "{message}");
         assert!(message.contains(expected), "{message}");
+    }
+}
+
+/// Who is nobody, and who may not call a cluster, gets the same words for every name: one that exists or does not, in
+/// either mode.
+#[tokio::test]
+async fn strangers_learn_nothing_of_clusters() {
+    let world = World::with(|config| config.access[0].clusters = vec!["prod".to_owned()]).await;
+    let own = format!("Bearer {TOKEN}");
+    for (certificate, authorization) in [
+        (None, None),
+        (None, Some("Bearer x")),
+        (None, Some("Basic YTpi")),
+        (None, Some("Bearer tlat_x")),
+        (None, Some(&*own)),
+        (Some("jane"), None),
+        (Some("jane"), Some("Bearer x")),
+        (Some("joe"), Some(&*own)),
+    ] {
+        let headers: Vec<_> = authorization.map(|value| ("authorization", value)).into_iter().collect();
+        let mut seen = Vec::new();
+        for name in ["strict", "secret", "nowhere"] {
+            let mut client = world.h1(certificate).await;
+            let path = format!("/clusters/{name}/api");
+            let (status, code, message) = error_of(client.ask("GET", &path, &headers, full("")).await).await;
+            seen.push((status, code, message.replace(name, "NAME")));
+        }
+        seen.dedup();
+        assert_eq!(seen.len(), 1, "{seen:#?}");
+    }
+}
+
+/// Nor may they hold one of the connections there are: the first answer to a stranger is the last.
+#[tokio::test]
+async fn strangers_do_not_keep_a_connection() {
+    let world = World::start().await;
+    for path in ["/", "/clusters/PROD/api", "/clusters/prod/api"] {
+        let (mut h1, mut h2) = (world.h1(None).await, world.h2(None).await);
+        for client in [&mut h1, &mut h2] {
+            error_of(client.get(path).await).await;
+            client.closed().await;
+        }
+        let mut known = world.h1(Some("jane")).await;
+        for path in ["/clusters/far/api", path, "/clusters/far/api"] {
+            assert_ne!(error_of(known.get(path).await).await.0, 401);
+        }
+    }
+}
+
+/// H1-01, H1-02: a request that says its length twice is refused, and nothing behind it is read.
+#[tokio::test]
+async fn two_lengths_are_refused() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    let request = |fields: &str| {
+        format!("POST /clusters/prod/api HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n5\r\nhello\r\n0\r\n\r\n")
+    };
+    for (fields, expected) in [
+        ("Content-Length: 15\r\n", &["200", "200"][..]),
+        // Where chunks end is not followed, so nothing behind them is read either.
+        ("Transfer-Encoding: chunked\r\n", &["200"]),
+        ("Content-Length: 15\r\nTransfer-Encoding: chunked\r\n", &["400"]),
+        ("Transfer-Encoding: chunked\r\nContent-Length: 15\r\n", &["400"]),
+        ("Content-Length: 15\r\nContent-Length: 15\r\n", &["400"]),
+        ("Content-Length: 15\r\nContent-Length: 16\r\n", &["400"]),
+        ("Content-Length: 15, 15\r\n", &["400"]),
+        ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", &["400"]),
+    ] {
+        let mut client = world.connect(Some("jane"), b"http/1.1", "localhost").await;
+        let next = "Content-Length: 15\r\nConnection: close\r\n";
+        let text = request(fields) + &request(next);
+        client.write_all(text.as_bytes()).await.unwrap();
+        let mut answers = Vec::new();
+        drop(client.read_to_end(&mut answers).await);
+        let answers = show(&answers);
+        let lines = answers.match_indices("HTTP/1.1 ");
+        let seen: Vec<_> = lines.map(|(at, _)| &answers[at + 9..at + 12]).collect();
+        assert_eq!(seen, expected, "{fields}: {answers}");
     }
 }
 
@@ -307,6 +386,25 @@ async fn failures_before_the_answer_name_the_hop() {
     };
     let (answer, _exchange) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
     assert_eq!(error_of(answer).await.0, 502);
+}
+
+/// A hostile agent's head: 64 KiB hold 32 thousand fields, more than a map of headers can.
+#[tokio::test]
+async fn a_head_of_too_many_fields_is_no_answer() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let (good, one_more) = (vec![("a", "b"); 90], vec![("a", "b"); 257]);
+    for (fields, status) in [(good, 200), (one_more, 502), (vec![("", ""); 32_760], 502)] {
+        let server = async {
+            let mut exchange = agent.next().await;
+            exchange.head(200, &fields, BodyKind::NONE).await;
+            exchange.send.finish();
+        };
+        let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
+        assert_eq!(answer.status(), status, "{} fields", fields.len());
+        drop(text(answer).await);
+    }
 }
 
 #[tokio::test]

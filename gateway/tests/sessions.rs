@@ -273,6 +273,9 @@ async fn tokens_are_reloaded_and_a_bad_file_changes_nothing() {
     let world = World::start().await;
     let mut client = world.h2(None).await;
     assert_eq!(error_of(client.get_as("/clusters/far/api", TOKEN).await).await.0, 503);
+    std::fs::rename(world.path("tunnel-ca.crt"), world.path("away")).unwrap();
+    assert_eq!(world.admin("/readyz").await.0, 200, "files are looked at by reloads only");
+    std::fs::rename(world.path("away"), world.path("tunnel-ca.crt")).unwrap();
     std::fs::write(world.path("tokens.yaml"), "tokens: nonsense").unwrap();
     let error = world.gateway.reload().await.unwrap_err();
     assert!(error.problems[0].starts_with("tokenFile: "), "{error}");
@@ -280,6 +283,28 @@ async fn tokens_are_reloaded_and_a_bad_file_changes_nothing() {
     std::fs::write(world.path("tokens.yaml"), "tokens: []").unwrap();
     world.gateway.reload().await.unwrap();
     assert_eq!(error_of(client.get_as("/clusters/far/api", TOKEN).await).await.0, 401);
+}
+
+/// A CA that is no longer believed takes what it let in with it.
+#[tokio::test]
+async fn a_change_of_ca_reaches_live_connections() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(Some("jane")).await;
+    assert_eq!(error_of(client.get("/clusters/far/api").await).await.0, 503);
+    world.gateway.reload().await.unwrap();
+    assert_eq!(error_of(client.get("/clusters/far/api").await).await.0, 503);
+    assert!(agent.session.closed().is_none());
+    let other = tempfile::tempdir().unwrap();
+    drop(common::config(other.path()));
+    for ca in ["tunnel-ca.crt", "front-client-ca.crt"] {
+        std::fs::copy(other.path().join(ca), world.path(ca)).unwrap();
+    }
+    world.gateway.reload().await.unwrap();
+    assert!(
+        matches!(closed(&agent).await, CloseReason::Peer { code, .. } if code == towline_proto::Code::Denied.to_u32())
+    );
+    assert_eq!(error_of(client.get("/clusters/far/api").await).await.0, 401);
 }
 
 #[tokio::test]

@@ -34,6 +34,9 @@ struct Measure {
     /// Interleaved rounds; medians are shown.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// Only scenarios whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
 }
 
 #[derive(Debug, clap::Args)]
@@ -75,7 +78,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::FakeApiserver(options) => runtime.block_on(fake_apiserver(options)),
         Command::Measure(options) => {
             let duration = std::time::Duration::from_secs(options.seconds);
-            let plan = towline_loadtest::measure::Plan { duration, rounds: options.rounds };
+            let plan =
+                towline_loadtest::measure::Plan { duration, rounds: options.rounds, only: options.only };
             runtime.block_on(towline_loadtest::measure::run(plan))
         }
         Command::Demo(options) => runtime.block_on(towline_loadtest::demo::run(options.once)),

@@ -26,12 +26,14 @@ const SMALL: usize = 1200;
 const BULK: usize = 64 << 20;
 
 /// How long and how often to measure.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
     /// Of each scenario.
     pub duration: Duration,
     /// Interleaved rounds.
     pub rounds: usize,
+    /// Only scenarios whose name contains this.
+    pub only: String,
 }
 
 /// One measured figure.
@@ -62,7 +64,7 @@ pub async fn run(plan: Plan) -> anyhow::Result<()> {
         eprintln!("round {round} of {}", plan.rounds);
         for through in [false, true] {
             let target = if through { &tunnel } else { &direct };
-            let sample = scenarios(target, through.then_some(&stack), plan.duration).await;
+            let sample = scenarios(target, through.then_some(&stack), &plan).await;
             let way = if through { "through the tunnel" } else { "direct" };
             for (name, unit, value) in sample.context(way)? {
                 let at = figures.iter().position(|figure| figure.name == name).unwrap_or_else(|| {
@@ -134,7 +136,9 @@ fn direct_target(upstream: &Upstream) -> anyhow::Result<Target> {
     })
 }
 
-async fn scenarios(target: &Target, stack: Option<&Stack>, duration: Duration) -> anyhow::Result<Sample> {
+async fn scenarios(target: &Target, stack: Option<&Stack>, plan: &Plan) -> anyhow::Result<Sample> {
+    let duration = plan.duration;
+    let wanted = |name: &str| name.contains(&plan.only);
     let mut sample = Sample::new();
     let cpu = || -> anyhow::Result<f64> {
         let Some(stack) = stack else { return Ok(0.0) };
@@ -146,6 +150,9 @@ async fn scenarios(target: &Target, stack: Option<&Stack>, duration: Duration) -
         ("up, 1 stream", "up, 1 stream: CPU", 1, true),
         ("up, 16 streams", "up, 16 streams: CPU", 16, true),
     ] {
+        if !wanted(name) {
+            continue;
+        }
         let before = cpu()?;
         let (bytes, seconds) = bulk(target, streams, up, duration).await.with_context(|| name.to_owned())?;
         sample.push((name, "MB/s", bytes / 1e6 / seconds));
@@ -156,6 +163,9 @@ async fn scenarios(target: &Target, stack: Option<&Stack>, duration: Duration) -
     for (name, cpu_name, connections) in
         [("requests, 1 connection", "", 1), ("requests, 64 connections", "requests, 64 connections: CPU", 64)]
     {
+        if !wanted(name) {
+            continue;
+        }
         let before = cpu()?;
         let (requests, seconds) =
             closed_loop(target, connections, duration).await.with_context(|| name.to_owned())?;
@@ -164,9 +174,14 @@ async fn scenarios(target: &Target, stack: Option<&Stack>, duration: Duration) -
             sample.push((cpu_name, "s/100k", (cpu()? - before) / requests * 1e5));
         }
     }
-    let idle = probe(target, duration).await?;
-    sample.push(("probe idle p50", "ms", idle.0));
-    sample.push(("probe idle p99", "ms", idle.1));
+    if wanted("probe idle") {
+        let idle = probe(target, duration).await?;
+        sample.push(("probe idle p50", "ms", idle.0));
+        sample.push(("probe idle p99", "ms", idle.1));
+    }
+    if !wanted("probe beside 4 downloads") {
+        return Ok(sample);
+    }
     let busy = tokio::try_join!(probe(target, duration), bulk(target, 4, false, duration))?.0;
     sample.push(("probe beside 4 downloads p50", "ms", busy.0));
     sample.push(("probe beside 4 downloads p99", "ms", busy.1));

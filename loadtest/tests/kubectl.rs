@@ -1,7 +1,7 @@
 //! Goal: every flow works with every real `kubectl` on this machine through the tunnel: in both modes, by path and by
 //! host, over both carriers.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
 
 mod common;
 

@@ -9,6 +9,8 @@ use bytes::Bytes;
 
 /// Largest head, in bytes, that this build accepts unless configured otherwise.
 pub const HEAD_MAX_BYTES: usize = 64 * 1024;
+/// Most header fields of a request or a response: what 64 KiB of empty fields would decode to is many times that.
+pub const FIELDS_MAX: usize = 256;
 
 /// What the opener of a stream wants.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -214,6 +214,26 @@ fn mx_05_credit_at_the_edges() {
     assert_eq!(lone.violation(), "proto: credit limit out of range");
 }
 
+/// A writer that was refused for want of memory hears when there is some, though no credit arrives.
+#[test]
+fn memory_for_sending_wakes_the_writer() {
+    let mut lone = Lone::ready(Limits { send_budget: 128 * 1024, ..small() });
+    let keys = [lone.open(1), lone.open(3)];
+    for id in [1, 3] {
+        lone.frame(&Frame::Credit { id: StreamId(id), limit: 1 << 30 });
+    }
+    for key in keys {
+        let mut bytes = Bytes::from(vec![0; 1 << 20]);
+        while lone.conn.write(lone.now, key, &mut bytes).unwrap() > 0 {}
+    }
+    assert_eq!(lone.conn.send_queued(), (128 + 4) * 1024, "the budget, and the floor of the second");
+    lone.take_events();
+    lone.output();
+    for key in keys {
+        assert!(lone.events.contains(&Event::Writable(key)));
+    }
+}
+
 /// Credit that raises nothing is work for nothing.
 #[test]
 fn mx_05_a_flood_of_useless_credit_is_stopped() {

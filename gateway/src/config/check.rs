@@ -4,6 +4,7 @@ use super::{API_VERSION, Effect, GatewayConfig, KIND, ProxyProtocol};
 use std::collections::HashSet;
 use std::fmt::Display;
 use towline_certs::HostName;
+use towline_proto::open::FIELDS_MAX;
 
 impl GatewayConfig {
     /// Every relation that does not hold, as `key: what is wrong`.
@@ -111,10 +112,11 @@ impl GatewayConfig {
             "limits",
             "handshakesPerAddress ≤ handshakes ≤ connections must hold",
         );
+        // One less than an agent takes: x-forwarded-for is ours.
         problems.unless(
-            (10..=1000).contains(&limits.header_count),
+            (10..FIELDS_MAX).contains(&limits.header_count),
             "limits.headerCount",
-            "must be 10 to 1000",
+            format!("must be 10 to {}", FIELDS_MAX - 1),
         );
         problems.unless(
             (8 << 10..=256 << 10).contains(&limits.header_bytes.0),

@@ -176,6 +176,14 @@ impl ProxyError {
                 "the request's body came too slowly — check the network, then send it again".to_owned(),
             ),
             Self::Agent { cluster, failure } => agent(cluster, failure),
+            Self::SessionLost { cluster, reason: CloseReason::Dead(silent) } => verdict(
+                StatusCode::GATEWAY_TIMEOUT,
+                TlCode::Timeout,
+                format!(
+                    "the agent of cluster {cluster:?} fell silent for {} — the request may or may not have been carried out; look before you repeat it",
+                    human(*silent)
+                ),
+            ),
             Self::SessionLost { cluster, reason } => verdict(
                 StatusCode::BAD_GATEWAY,
                 TlCode::BadUpstream,
@@ -319,10 +327,10 @@ fn authn(error: &AuthnError) -> Verdict {
             TlCode::Unauthenticated,
             "get a new client certificate for this gateway",
         ),
-        AuthnError::CertificateNeeded => (
+        AuthnError::ForeignCredential => (
             StatusCode::UNAUTHORIZED,
             TlCode::Unauthenticated,
-            "set client-certificate and client-key for the gateway in your kubeconfig, beside the token for the cluster",
+            "set client-certificate and client-key for the gateway in your kubeconfig, beside a token for the cluster if it wants one",
         ),
         AuthnError::ClusterCredentialNeeded => (
             StatusCode::UNAUTHORIZED,
@@ -505,6 +513,14 @@ mod tests {
                 ProxyError::SessionLost { cluster: "a".to_owned(), reason: CloseReason::HelloTimeout },
                 502,
                 "TL_BAD_UPSTREAM",
+            ),
+            (
+                ProxyError::SessionLost {
+                    cluster: "a".to_owned(),
+                    reason: CloseReason::Dead(Duration::from_secs(3)),
+                },
+                504,
+                "TL_TIMEOUT",
             ),
         ] {
             let (head, body) = render(error).await;

@@ -159,7 +159,7 @@ impl World {
         let (sender, connection) = http1::handshake(io).await.unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { drop(connection.with_upgrades().await) });
-        Client { sender: Sender::H1(sender), _tasks: tasks }
+        Client { sender: Sender::H1(sender), tasks }
     }
 
     /// An HTTP/2 client.
@@ -168,7 +168,7 @@ impl World {
         let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { drop(connection.await) });
-        Client { sender: Sender::H2(sender), _tasks: tasks }
+        Client { sender: Sender::H2(sender), tasks }
     }
 
     /// An agent of a cluster, connected and ready.
@@ -216,7 +216,7 @@ pub fn full(bytes: impl Into<Bytes>) -> ClientBody {
 /// One connection of a client.
 pub struct Client {
     sender: Sender,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 enum Sender {
@@ -268,6 +268,12 @@ impl Client {
             request = request.header(*name, *value);
         }
         request.body(body).unwrap()
+    }
+
+    /// Waits until the gateway has closed the connection.
+    pub async fn closed(&mut self) {
+        let closed = tokio::time::timeout(Duration::from_secs(5), self.tasks.join_next());
+        closed.await.expect("the connection is closed in time");
     }
 
     pub async fn get(&mut self, path: &str) -> Response<Incoming> {

@@ -330,9 +330,26 @@ pub(crate) async fn settled(bench: &Bench, before: &Footprint, patience: Duratio
         if now.is_back_to(before) {
             return started.elapsed();
         }
-        assert!(started.elapsed() < patience, "after {patience:?} still {now:?}, before {before:?}");
+        assert!(
+            started.elapsed() < patience,
+            "after {patience:?} still {now:?}, before {before:?}; open at the API server:\n{}",
+            open_upstream(bench)
+        );
         sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// The last request on each connection that is still open at the API server.
+fn open_upstream(bench: &Bench) -> String {
+    let recorder = bench.fake.recorder();
+    let requests = recorder.requests();
+    let open = recorder.connections().into_iter().filter(|connection| connection.open).take(20);
+    let lines = open.map(|connection| {
+        let last = requests.iter().rev().find(|request| request.connection == connection.id);
+        let target = last.map(|request| request.target_text()).unwrap_or_default();
+        format!("{target} ({} B in, {} B out)", connection.received, connection.sent)
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// What an answer of the gateway's own looks like: a Kubernetes `Status` and a `Warning` header.

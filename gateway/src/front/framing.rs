@@ -1,0 +1,272 @@
+//! Is a request's length said once? Two lengths in one head (RFC 9112 section 6.3) let two servers disagree where the next
+//! request begins. hyper takes such a head, and its headers no longer show it; so it is looked for where it is read.
+//!
+//! The reader follows the heads of one HTTP/1.1 connection line by line. The colon of the field that says the length for the
+//! second time is made unreadable, before anybody has seen it: hyper answers 400 and closes, as for any broken head.
+//! Bodies of known length are skipped. Behind anything else (chunks, an upgrade, what is not understood) nothing is read as
+//! a head; for soundness the connection then ends with the answer, see [`Framing::is_lost`].
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Longest field name that is kept: that of `transfer-encoding`, and one more.
+const NAME_MAX: usize = 18;
+
+/// Whether the reader of a connection still knows where heads begin.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Framing(Arc<AtomicBool>);
+
+impl Framing {
+    /// What follows this request cannot be judged: no other may be taken from the connection.
+    pub(super) fn is_lost(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A connection whose requests' heads are judged while they are read.
+#[derive(Debug)]
+pub(super) struct Judged<IO> {
+    io: IO,
+    place: Place,
+    head: Head,
+    framing: Framing,
+}
+
+/// Where in the stream of bytes the reader is.
+#[derive(Debug)]
+enum Place {
+    /// Before a request, where empty lines are allowed.
+    Start,
+    RequestLine,
+    /// In a field's name, lower case so far; or in the empty line that ends the head.
+    Name(Vec<u8>),
+    /// In a field's value; of `Content-Length` the digits are kept.
+    Value(Field),
+    Body(u64),
+    /// Nothing is looked at any more.
+    Lost,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Field {
+    Length,
+    Coding,
+    Upgrade,
+    Other,
+}
+
+/// What the head has said of the body so far.
+#[derive(Debug, Default)]
+struct Head {
+    /// Fields that say the length, of either kind.
+    lengths: u32,
+    length: u64,
+    /// The length is nothing that this reader understands.
+    odd: bool,
+    /// After the first digit came something else.
+    digits_over: bool,
+    chunked: bool,
+    upgrade: bool,
+}
+
+impl<IO> Judged<IO> {
+    pub(super) fn new(io: IO) -> (Self, Framing) {
+        let framing = Framing::default();
+        (Self { io, place: Place::Start, head: Head::default(), framing: framing.clone() }, framing)
+    }
+
+    /// Looks at bytes that were just read, and breaks the head if it is ambiguous.
+    fn look(&mut self, mut bytes: &mut [u8]) {
+        while !bytes.is_empty() {
+            let used = match &mut self.place {
+                Place::Lost => return,
+                Place::Body(left) => {
+                    let used = usize::try_from(*left).unwrap_or(usize::MAX).min(bytes.len());
+                    *left -= used as u64;
+                    if *left == 0 {
+                        self.place = Place::Start;
+                    }
+                    used
+                }
+                _ => {
+                    self.step(&mut bytes[0]);
+                    1
+                }
+            };
+            bytes = &mut bytes[used..];
+        }
+    }
+
+    /// One byte of a head.
+    fn step(&mut self, byte: &mut u8) {
+        match (&mut self.place, *byte) {
+            (Place::Start, b'\r' | b'\n') | (Place::Name(_), b'\r') => {}
+            (Place::Start, _) => self.place = Place::RequestLine,
+            (Place::RequestLine | Place::Value(_), b'\n') => {
+                self.place = Place::Name(Vec::with_capacity(NAME_MAX))
+            }
+            (Place::Name(name), b'\n') if name.is_empty() => self.end_head(),
+            (Place::Name(name), b':') => {
+                let field = match &name[..] {
+                    b"content-length" => Field::Length,
+                    b"transfer-encoding" => Field::Coding,
+                    b"upgrade" => Field::Upgrade,
+                    _ => Field::Other,
+                };
+                if !self.head.admit(field) {
+                    *byte = 0;
+                }
+                self.place = Place::Value(field);
+            }
+            (Place::Name(name), byte) => {
+                if name.len() < NAME_MAX {
+                    name.push(byte.to_ascii_lowercase());
+                }
+            }
+            (Place::Value(Field::Length), byte) => self.head.digit(byte),
+            (Place::RequestLine | Place::Value(_) | Place::Body(_) | Place::Lost, _) => {}
+        }
+    }
+
+    fn end_head(&mut self) {
+        let head = std::mem::take(&mut self.head);
+        self.place = match head.length {
+            _ if head.chunked || head.upgrade || head.odd => {
+                self.framing.0.store(true, Ordering::Relaxed);
+                Place::Lost
+            }
+            0 => Place::Start,
+            length => Place::Body(length),
+        };
+    }
+}
+
+impl Head {
+    /// Whether the head may have this field beside those before it.
+    fn admit(&mut self, field: Field) -> bool {
+        self.lengths += u32::from(matches!(field, Field::Length | Field::Coding));
+        self.chunked |= field == Field::Coding;
+        self.upgrade |= field == Field::Upgrade;
+        self.lengths <= 1
+    }
+
+    fn digit(&mut self, byte: u8) {
+        match byte {
+            b'0'..=b'9' if !self.digits_over => {
+                let longer =
+                    self.length.checked_mul(10).and_then(|ten| ten.checked_add(u64::from(byte - b'0')));
+                self.odd |= longer.is_none();
+                self.length = longer.unwrap_or_default();
+            }
+            b' ' | b'\t' | b'\r' => self.digits_over |= self.length > 0,
+            _ => self.odd = true,
+        }
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Judged<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
+        self.look(&mut buf.filled_mut()[before..]);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What hyper would see of these bytes, read in pieces of `size`; and whether the place is lost.
+    fn seen(text: &str, size: usize) -> (String, bool) {
+        let (mut judged, framing) = Judged::new(());
+        let mut bytes = text.as_bytes().to_vec();
+        bytes.chunks_mut(size).for_each(|piece| judged.look(piece));
+        (String::from_utf8(bytes).unwrap(), framing.is_lost())
+    }
+
+    #[test]
+    fn a_second_length_breaks_the_head() {
+        for (fields, broken) in [
+            ("Content-Length: 5\r\nContent-Length: 5\r\n", "Content-Length: 5\r\nContent-Length\0 5\r\n"),
+            (
+                "content-length:5\nTransfer-Encoding: chunked\n",
+                "content-length:5\nTransfer-Encoding\0 chunked\n",
+            ),
+            (
+                "TRANSFER-ENCODING: x\r\nContent-Length: 1\r\n",
+                "TRANSFER-ENCODING: x\r\nContent-Length\0 1\r\n",
+            ),
+        ] {
+            for first in [
+                "",
+                "\r\nGET /a:b HTTP/1.1\r\nHost: a\r\n\r\n",
+                "PUT / HTTP/1.1\r\nContent-Length: 27 \r\n\r\n",
+            ] {
+                let body = if first.starts_with("PUT") { "Content-Length: 5\r\n\r\n5: 12\r" } else { "" };
+                let text = |fields| format!("{first}{body}POST /x HTTP/1.1\r\nA: b\r\n{fields}\r\n");
+                for size in [1, 2, 7, 4096] {
+                    assert_eq!(seen(&text(fields), size).0, text(broken), "pieces of {size}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn everything_else_stays_as_it_is() {
+        let head = "POST / HTTP/1.1\r\n";
+        for (fields, lost) in [
+            ("\r\n", false),
+            ("Content-Length: 0\r\n\r\nGET / HTTP/1.1\r\n\r\n", false),
+            ("Content-Length: 3\r\n\r\n\r\n:POST / HTTP/1.1\r\n\r\n", false),
+            ("X-Content-Length: 3\r\nContent-Lengthy: 2\r\nContent-Length: 1\r\n\r\n", false),
+            (
+                "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nA / HTTP/1.1\r\nTransfer-Encoding: a\r\nContent-Length: 1",
+                true,
+            ),
+            ("Upgrade: x\r\n\r\nContent-Length: 1\r\nContent-Length: 1\r\n", true),
+            ("Content-Length: +5\r\n\r\n", true),
+            ("Content-Length: 5 5\r\n\r\n", true),
+            ("Content-Length: 99999999999999999999\r\n\r\n", true),
+        ] {
+            let text = format!("{head}{fields}");
+            for size in [1, 3, 4096] {
+                assert_eq!(seen(&text, size), (text.clone(), lost), "pieces of {size}");
+            }
+        }
+    }
+}
