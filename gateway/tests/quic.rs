@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use towline_certs::load::load_roots;
 use towline_certs::tls;
+use towline_proto::Code;
 use towline_proto::mux::CloseReason;
 
 const PATH: &str = "/clusters/prod/version";
@@ -173,7 +174,7 @@ async fn an_agent_whose_address_changes_goes_on() {
     assert!(agent.session.closed().is_none());
 }
 
-/// A reload puts the new certificate in force for those who come, and leaves sessions alone.
+/// A reload puts the new certificate and CA in force for those who come, and ends sessions whose CA counts no more.
 #[tokio::test]
 async fn certificates_are_reloaded() {
     let world = World::start().await;
@@ -187,7 +188,9 @@ async fn certificates_are_reloaded() {
     let to = world.gateway.quic_addr().unwrap();
     let conn = quic(to, Arc::new(agent_tls(&other, "prod"))).await.unwrap();
     drop(conn);
-    assert!(old.session.is_open());
+    let state = old.session.wait_for(|state| state.closed.is_some());
+    let state = tokio::time::timeout(Duration::from_secs(5), state).await.unwrap();
+    assert_eq!(state.closed.unwrap().code(), Code::Denied.to_u32());
 }
 
 /// A drain tells agents over QUIC too, and leaves nothing behind.
