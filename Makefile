@@ -7,9 +7,9 @@ CARGO ?= cargo
 help: ## what the verbs are
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-demo: ## a gateway, an agent and an API server on loopback, and real requests through the tunnel (ONCE=1: run and exit)
+demo: ## a gateway, an agent and an API server on loopback, and real requests through the tunnel (ONCE=1: run and exit; REAL=1: the current kubeconfig's cluster)
 	$(CARGO) build -p towline-gateway -p towline-agent -p towline-certs -p towline-loadtest
-	$(CARGO) run -q -p towline-loadtest -- demo $(if $(ONCE),--once) $(if $(KUBECONFIG_CLUSTER),--use-kubeconfig)
+	$(CARGO) run -q -p towline-loadtest -- demo $(if $(ONCE),--once) $(if $(REAL),--use-kubeconfig)
 
 test: tools ## every test; says loudly what it skips
 	$(CARGO) build --workspace --bins

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use base64::Engine;
 use tokio::process::Command;
 
 use crate::client::{Version, full};
@@ -15,18 +16,38 @@ use crate::stack::{CLIENT, CLUSTER, Mode, Options, STRANGER, Stack, Upstream};
 /// Bytes of the large body.
 const BULK: usize = 64 << 20;
 
+/// Which API server stands behind the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behind {
+    /// A fake one, started by the demo.
+    Fake,
+    /// The cluster of the current kubeconfig context.
+    Kubeconfig,
+}
+
 /// Runs the demo; returns after the requests if `once`, else on Ctrl-C.
 ///
 /// # Errors
 /// What did not work.
 #[expect(clippy::print_stdout, reason = "the demo's output is what it is for")]
-pub async fn run(once: bool) -> anyhow::Result<()> {
+pub async fn run(once: bool, behind: Behind) -> anyhow::Result<()> {
     let directory = tempfile::tempdir().context("make a scratch directory")?;
     println!("1. An API server, as it would run in a cluster behind a firewall");
-    let api = FakeApi::start(FakeApiOptions::default()).await?;
-    println!("   {} (a fake one that real kubectl can talk to)\n", api.base_url());
+    let (api, upstream, mode) = match behind {
+        Behind::Fake => {
+            let api = FakeApi::start(FakeApiOptions::default()).await?;
+            println!("   {} (a fake one that real kubectl can talk to)\n", api.base_url());
+            let upstream = Upstream::fake(&api);
+            (Some(api), upstream, Mode::Impersonate)
+        }
+        Behind::Kubeconfig => {
+            let upstream = current_cluster().await?;
+            println!("   {} (the current kubeconfig's; your own credential goes through)\n", upstream.url);
+            (None, upstream, Mode::Restricted)
+        }
+    };
 
-    let mut stack = Stack::prepare(Options::new(directory.path(), Mode::Impersonate), Upstream::fake(&api))?;
+    let mut stack = Stack::prepare(Options::new(directory.path(), mode), upstream)?;
     println!("2. The gateway, as it would run in the cloud");
     stack.start_gateway().await?;
     println!(
@@ -42,8 +63,12 @@ pub async fn run(once: bool) -> anyhow::Result<()> {
     let kubeconfig = directory.path().join("kubeconfig");
     std::fs::write(&kubeconfig, stack.kubeconfig(None)?)?;
     println!("4. Requests through the tunnel");
-    requests(&stack).await?;
-    kubectl_requests(&kubeconfig).await?;
+    version(&stack).await?;
+    if api.is_some() {
+        requests(&stack).await?;
+    }
+    stranger(&stack).await?;
+    kubectl_requests(&kubeconfig, api.is_some()).await?;
 
     if !once {
         println!("\nTry it yourself, in another terminal (Ctrl-C here ends everything):\n");
@@ -63,21 +88,28 @@ pub async fn run(once: bool) -> anyhow::Result<()> {
     if let Some(gateway) = stack.gateway.take() {
         gateway.terminate(Duration::from_secs(40)).await.context("stop the gateway")?;
     }
-    api.shutdown().await;
+    if let Some(api) = api {
+        api.shutdown().await;
+    }
     println!("\nThe demo passed.");
     Ok(())
 }
 
-/// What a fleet service does, without kubectl.
+/// The first request of every client.
 #[expect(clippy::print_stdout, reason = "the demo's output is what it is for")]
-async fn requests(stack: &Stack) -> anyhow::Result<()> {
-    let target = stack.target(Some(CLIENT))?;
-    let mut client = target.connect(Version::Http2).await?;
+async fn version(stack: &Stack) -> anyhow::Result<()> {
+    let mut client = stack.target(Some(CLIENT))?.connect(Version::Http2).await?;
     let answer = client.get("/version").await?;
     ensure!(answer.status() == 200, "GET /version: {}", answer.status());
     let version: serde_json::Value = serde_json::from_slice(answer.body())?;
     println!("   GET /clusters/{CLUSTER}/version           200, Kubernetes {}", version["gitVersion"]);
+    Ok(())
+}
 
+/// Who the API server sees, and bulk data; on paths that only the fake API server has.
+#[expect(clippy::print_stdout, reason = "the demo's output is what it is for")]
+async fn requests(stack: &Stack) -> anyhow::Result<()> {
+    let mut client = stack.target(Some(CLIENT))?.connect(Version::Http2).await?;
     let answer = client.get("/towline-test/echo").await?;
     let echo: serde_json::Value = serde_json::from_slice(answer.body())?;
     println!("   the API server sees                  {}", echo["identity"]);
@@ -91,7 +123,12 @@ async fn requests(stack: &Stack) -> anyhow::Result<()> {
     let status = client.send(request).await?.status();
     ensure!(status == 200, "POST /towline-test/sink: {status}");
     println!("   64 MiB up                            {}", rate(BULK, started));
+    Ok(())
+}
 
+/// The front is never open: a client that no rule mentions gets nothing.
+#[expect(clippy::print_stdout, reason = "the demo's output is what it is for")]
+async fn stranger(stack: &Stack) -> anyhow::Result<()> {
     let mut stranger = stack.target(Some(STRANGER))?.connect(Version::Http1).await?;
     let answer = stranger.get("/version").await?;
     ensure!(answer.status() == 403, "a stranger got {}", answer.status());
@@ -108,12 +145,13 @@ fn rate(bytes: usize, started: Instant) -> String {
 
 /// The same with real kubectl, where there is one.
 #[expect(clippy::print_stdout, reason = "the demo's output is what it is for")]
-async fn kubectl_requests(kubeconfig: &Path) -> anyhow::Result<()> {
+async fn kubectl_requests(kubeconfig: &Path, exec: bool) -> anyhow::Result<()> {
     let Some(kubectl) = kubectl::find().into_iter().next_back() else {
         println!("   (no kubectl found on PATH: skipped)");
         return Ok(());
     };
-    for arguments in [&["get", "nodes"][..], &["exec", "box", "--", "echo", "hello through the tunnel"]] {
+    let exec = exec.then_some(&["exec", "box", "--", "echo", "hello through the tunnel"][..]);
+    for arguments in [&["get", "nodes"][..]].into_iter().chain(exec) {
         let cache = kubeconfig.with_file_name("cache");
         let output = Command::new(&kubectl.path)
             .arg("--kubeconfig")
@@ -131,4 +169,32 @@ async fn kubectl_requests(kubeconfig: &Path) -> anyhow::Result<()> {
         ensure!(output.status.success(), "kubectl failed: {}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
+}
+
+/// The cluster of the current kubeconfig context, with a token that it accepts.
+async fn current_cluster() -> anyhow::Result<Upstream> {
+    let kubectl = kubectl::find().into_iter().next_back().context("no kubectl found on PATH")?;
+    let ask = async |arguments: &[&str]| -> anyhow::Result<String> {
+        let output = Command::new(&kubectl.path).args(arguments).kill_on_drop(true).output();
+        let output =
+            tokio::time::timeout(Duration::from_secs(30), output).await.context("kubectl hangs")??;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "kubectl {}: {error}", arguments.join(" "));
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    };
+    let view = ask(&["config", "view", "--raw", "--minify", "--flatten", "-o", "json"]).await?;
+    let view: serde_json::Value = serde_json::from_str(&view)?;
+    let cluster = &view["clusters"][0]["cluster"];
+    let url = cluster["server"].as_str().context("the kubeconfig names no server")?.to_owned();
+    let ca = cluster["certificate-authority-data"].as_str();
+    let ca = ca.context("the kubeconfig has no certificate-authority: the agent verifies, always")?;
+    let ca_pem = String::from_utf8(base64::engine::general_purpose::STANDARD.decode(ca)?)?;
+    // A client certificate cannot go through a gateway; a short-lived token of a ServiceAccount can.
+    let token = match view["users"][0]["user"]["token"].as_str() {
+        Some(token) => token.to_owned(),
+        None => ask(&["create", "token", "default", "--namespace", "default"])
+            .await
+            .context("the kubeconfig has no token, and none could be made")?,
+    };
+    Ok(Upstream { url, ca_pem, agent_token: String::new(), client_token: token })
 }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use towline_loadtest::demo::Behind;
 use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
 use tracing_subscriber::EnvFilter;
 
@@ -44,6 +45,9 @@ struct Demo {
     /// End after the requests, with exit code 0 if they succeeded.
     #[arg(long)]
     once: bool,
+    /// Put the cluster of the current kubeconfig behind the agent instead of a fake API server.
+    #[arg(long)]
+    use_kubeconfig: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -82,7 +86,10 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
                 towline_loadtest::measure::Plan { duration, rounds: options.rounds, only: options.only };
             runtime.block_on(towline_loadtest::measure::run(plan))
         }
-        Command::Demo(options) => runtime.block_on(towline_loadtest::demo::run(options.once)),
+        Command::Demo(options) => {
+            let behind = if options.use_kubeconfig { Behind::Kubeconfig } else { Behind::Fake };
+            runtime.block_on(towline_loadtest::demo::run(options.once, behind))
+        }
     }
 }
 
