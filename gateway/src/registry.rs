@@ -185,7 +185,7 @@ impl Registry {
         Ok(Registration { registry: Arc::clone(self), uid: uid.clone(), id, retiring })
     }
 
-    /// Opens a stream to a cluster, on the session that ranks first (see [`Rank`]); waits for a session
+    /// Opens a stream to a cluster, on the session that ranks first (see `Rank`); waits for a session
     /// where that is promising. Sessions in `except` are passed over.
     ///
     /// Dropping the future gives up the place in the queue.
