@@ -8,6 +8,8 @@
     reason = "a test fails by panicking, in its helpers too"
 )]
 
+#[path = "sim/blackout.rs"]
+mod blackout;
 mod common;
 #[path = "sim/world.rs"]
 mod world;
@@ -213,6 +215,40 @@ fn a_dead_path_is_noticed_in_time() {
     world.apply(0, Op::Advance { millis: 1 });
     assert_eq!(world.reasons(), [Some(CloseReason::Dead(Duration::from_millis(3001))), None]);
     world.rest();
+}
+
+/// Goal: a path that dies for 30 s without telling anybody, with streams in every state. Both ends give the session up
+/// within 12 s of the cut, within 3 s where a stream that they opened waits for its first byte; every open stream ends as
+/// 504 with a reason and nobody hangs; only what had arrived whole is read as clean; credit and budgets return to zero.
+#[test]
+fn a_cut_path_hangs_nobody() {
+    let rounds = number("TOWLINE_SIM_SEEDS").unwrap_or(100);
+    let (mut idle, mut waiting) = (Vec::new(), Vec::new());
+    let (mut states, mut clean, mut aborted) = ([0; 9], 0, 0);
+    for seed in 0..rounds {
+        let seen = catch_unwind(|| blackout::run(seed)).unwrap_or_else(|panic| {
+            eprintln!("seed {seed} failed");
+            resume_unwind(panic)
+        });
+        for (waited, after) in seen.noticed {
+            if waited { &mut waiting } else { &mut idle }.push(after);
+        }
+        states.iter_mut().zip(seen.states).for_each(|(sum, count)| *sum += count);
+        clean += seen.clean;
+        aborted += seen.aborted;
+    }
+    println!(
+        "{rounds} rounds: noticed after at most {:?} by {} idle ends, {:?} by {} that waited; {states:?} streams in each state, {clean} clean, {aborted} aborted",
+        idle.iter().max(),
+        idle.len(),
+        waiting.iter().max(),
+        waiting.len(),
+    );
+    if rounds >= 100 {
+        assert!(idle.len() >= 20 && waiting.len() >= 20, "both rules are reached");
+        assert!(states.iter().all(|&count| count >= 50), "every state is reached: {states:?}");
+        assert!(clean > 100 && aborted > 500);
+    }
 }
 
 /// A stream that waits long for its first byte is no reason to doubt a peer that answers pings.

@@ -154,6 +154,7 @@ struct Peer {
     draining: bool,
     drained: bool,
     closed: Option<CloseReason>,
+    closed_at: Option<Instant>,
 }
 
 /// One direction of one stream.
@@ -225,6 +226,7 @@ impl World {
                 draining: false,
                 drained: false,
                 closed: None,
+                closed_at: None,
             }
         });
         let link = || Link {
@@ -271,6 +273,53 @@ impl World {
 
     pub fn reasons(&self) -> [Option<CloseReason>; 2] {
         [0, 1].map(|p| self.peers[p].closed.clone())
+    }
+
+    pub fn now(&self) -> Instant {
+        self.now
+    }
+
+    /// When peer `p` gave the session up.
+    pub fn closed_at(&self, p: usize) -> Option<Instant> {
+        self.peers[p].closed_at
+    }
+
+    /// The stream that peer `p` got last, by opening it or from the other end.
+    pub fn newest(&self, p: usize) -> Option<u32> {
+        self.peers[p].handles.last().map(|handle| handle.key.id.0)
+    }
+
+    /// Where peer `p` holds this stream: the `pick` of an [`Op`].
+    pub fn pick(&self, p: usize, id: u32) -> Option<usize> {
+        self.peers[p].handles.iter().position(|handle| handle.key.id.0 == id)
+    }
+
+    /// How the half of this stream that `writer` wrote ended for its reader, as far as that has read.
+    pub fn end(&self, id: u32, writer: usize) -> Option<&Read> {
+        self.model.directions.get(&(id, writer))?.end.as_ref()
+    }
+
+    /// How many bytes of this half were written, and how many of them read.
+    pub fn progress(&self, id: u32, writer: usize) -> (u64, u64) {
+        self.model
+            .directions
+            .get(&(id, writer))
+            .map_or((0, 0), |direction| (direction.written, direction.read))
+    }
+
+    /// Peer `p` has given the session up: whoever waits in it has been woken, every read comes to an end, and every write
+    /// is refused.
+    pub fn nobody_waits(&mut self, p: usize) {
+        assert!(self.peers[p].closed.is_some(), "the session is closed");
+        for i in 0..self.peers[p].handles.len() {
+            let Handle { key, reading, writing, read_blocked, write_blocked, .. } = self.peers[p].handles[i];
+            assert!(!(reading && read_blocked), "peer {p}: who reads {key:?} was not woken");
+            assert!(!(writing && write_blocked), "peer {p}: who writes {key:?} was not woken");
+            while self.read(p, i, 1 << 20) {}
+            self.write(p, i, 1);
+            let Handle { reading, writing, .. } = self.peers[p].handles[i];
+            assert!(!reading && !writing, "peer {p}: {key:?} has no end");
+        }
     }
 
     pub fn drained(&self) -> [bool; 2] {
@@ -680,6 +729,7 @@ impl World {
             CloseReason::Peer { .. } => assert!(self.peers[1 - p].conn.closed().is_some()),
         }
         self.peers[p].closed = Some(reason);
+        self.peers[p].closed_at = Some(self.now);
     }
 
     // ---- The checks ----
