@@ -1,0 +1,533 @@
+//! What a hostile QUIC peer sends, packet by packet, while an honest session on the same endpoint goes on.
+#![cfg(target_os = "linux")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::large_futures,
+    reason = "a test fails by panicking, in its helpers too"
+)]
+
+mod common;
+#[path = "hostile/raw.rs"]
+mod raw;
+
+use bytes::Bytes;
+use common::{Rng, encode, hello};
+use raw::{INITIAL_MIN, Raw, parameters, stream, varint};
+use rustls::ClientConfig;
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::aws_lc_rs::kx_group::X25519;
+use std::cell::Cell;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tokio::net::UdpSocket;
+use tokio::sync::{Mutex, MutexGuard, mpsc};
+use tokio::task::JoinSet;
+use towline_proto::mux::{Budget, Introduction, Limits, Role};
+use towline_proto::tunnel::{Session, SessionConfig, quic};
+use towline_proto::wire::Frame;
+
+/// The tests measure the memory of their process: one at a time.
+static ONE: Mutex<()> = Mutex::const_new(());
+
+const MIB: usize = 1 << 20;
+const FLOW_CONTROL_ERROR: u64 = 0x03;
+const CONNECTION_ID_LIMIT_ERROR: u64 = 0x09;
+
+/// Small, so that what is above them shows.
+fn limits() -> Limits {
+    Limits { streams_max: 16, credit_max: 1 << 20, recv_budget: 4 * MIB, ..Limits::default() }
+}
+
+/// QUIC's own windows of a connection with these limits: a MiB above any credit (`quic::transport_config`).
+const CONNECTION_WINDOW: usize = 5 * MIB;
+
+/// An endpoint as the gateway has it, one honest agent on it, and whoever else comes.
+struct World {
+    address: SocketAddr,
+    tls: Arc<ClientConfig>,
+    /// The same with a first message that leaves most of a datagram free.
+    short_tls: Arc<ClientConfig>,
+    /// Asks everybody who has not shown its address to do so.
+    retry: Arc<AtomicBool>,
+    /// Those who were let in with a proven address while that was asked for.
+    proven: Arc<AtomicUsize>,
+    neighbour: Neighbour,
+    _tasks: JoinSet<()>,
+    _one: MutexGuard<'static, ()>,
+}
+
+/// The honest session: exchanges run on it from the start to the end.
+struct Neighbour {
+    gateway: Session,
+    agent: Session,
+    _endpoint: quinn::Endpoint,
+}
+
+fn session(role: Role) -> SessionConfig {
+    let introduction = Introduction { boot_id: vec![7; 16], ..Introduction::default() };
+    SessionConfig { role, limits: limits(), budget: Budget::new(1 << 30), introduction }
+}
+
+impl World {
+    async fn start() -> Self {
+        let one = ONE.lock().await;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        // A certificate that alone is more than three first datagrams.
+        let names = (0..250).map(|n| format!("a-name-that-makes-the-certificate-long-{n}.example"));
+        let names: Vec<String> = std::iter::once("gateway".to_owned()).chain(names).collect();
+        let cert = rcgen::generate_simple_self_signed(names).unwrap();
+        assert!(cert.cert.der().len() > 3 * INITIAL_MIN);
+        let key = rustls::pki_types::PrivateKeyDer::try_from(cert.signing_key.serialize_der()).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(cert.cert.der().clone()).unwrap();
+        let versions = &[&rustls::version::TLS13];
+        let mut server = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(versions)
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![cert.cert.der().clone()], key)
+            .unwrap();
+        let small = CryptoProvider { kx_groups: vec![X25519], ..CryptoProvider::clone(&provider) };
+        let [mut client, short] = [provider, Arc::new(small)].map(|provider| {
+            ClientConfig::builder_with_provider(provider)
+                .with_protocol_versions(versions)
+                .unwrap()
+                .with_root_certificates(roots.clone())
+                .with_no_client_auth()
+        });
+        server.alpn_protocols = vec![b"towline/1".to_vec()];
+        client.alpn_protocols = vec![b"towline/1".to_vec()];
+        let tls = Arc::new(client.clone());
+        let mut short_tls = short;
+        short_tls.alpn_protocols = vec![b"towline/1".to_vec()];
+        let short_tls = Arc::new(short_tls);
+
+        let transport = Arc::new(quic::transport_config(&limits(), true));
+        let server = quinn::crypto::rustls::QuicServerConfig::try_from(server).unwrap();
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
+        server.transport_config(Arc::clone(&transport));
+        let client = quinn::crypto::rustls::QuicClientConfig::try_from(client).unwrap();
+        let mut client = quinn::ClientConfig::new(Arc::new(client));
+        client.transport_config(transport);
+
+        let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let listening = quinn::Endpoint::server(server, local).unwrap();
+        let address = listening.local_addr().unwrap();
+        let retry = Arc::new(AtomicBool::new(false));
+        let proven = Arc::new(AtomicUsize::new(0));
+        let (sender, mut sessions) = mpsc::channel(64);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(accept(listening, Arc::clone(&retry), Arc::clone(&proven), sender));
+
+        let endpoint = quinn::Endpoint::client(local).unwrap();
+        let dialled = endpoint.connect_with(client, address, "gateway").unwrap().await.unwrap();
+        let (agent, driver) = Session::over_quic(dialled, session(Role::Agent)).unwrap();
+        tasks.spawn(async move { drop(driver.run().await) });
+        let gateway: Session = sessions.recv().await.unwrap();
+        gateway.ready().await.unwrap();
+        agent.ready().await.unwrap();
+        // The others are only held.
+        tasks.spawn(async move {
+            let mut held = Vec::new();
+            while let Some(session) = sessions.recv().await {
+                held.push(session);
+            }
+        });
+        let neighbour = Neighbour { gateway, agent, _endpoint: endpoint };
+        Self { address, tls, short_tls, retry, proven, neighbour, _tasks: tasks, _one: one }
+    }
+
+    /// Somebody who has shaken hands and said hello.
+    async fn intruder(&self, number: u8) -> Raw {
+        let mut raw = Raw::connect(self.address, Arc::clone(&self.tls), number).await;
+        let mut frames = Vec::new();
+        stream(&mut frames, 0, 0, &encode(&Frame::Hello(hello())));
+        raw.send(&frames).await;
+        raw
+    }
+
+    /// Runs an attack while exchanges run on the honest session. How much memory it took at most, in bytes.
+    async fn attacked(&self, name: &str, attack: impl Future<Output = ()>) -> usize {
+        // What the honest session needs for itself is there before the measurement begins.
+        self.neighbour.exchange().await;
+        let before = resident();
+        let over = Cell::new(false);
+        let beside = async {
+            let (mut peak, mut exchanges, mut slowest) = (before, 0, Duration::ZERO);
+            loop {
+                let began = Instant::now();
+                self.neighbour.exchange().await;
+                exchanges += 1;
+                slowest = slowest.max(began.elapsed());
+                peak = peak.max(resident());
+                if over.get() {
+                    return (peak, exchanges, slowest);
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let attack = async {
+            attack.await;
+            over.set(true);
+        };
+        let ((), (peak, exchanges, slowest)) = tokio::join!(attack, beside);
+        // And after it everything is as before.
+        self.neighbour.exchange().await;
+        assert!(self.neighbour.gateway.closed().is_none() && self.neighbour.agent.closed().is_none());
+        let grown = peak.saturating_sub(before);
+        println!(
+            "{name}: {exchanges} exchanges beside it, the slowest {slowest:?}; {} KiB more",
+            grown / 1024
+        );
+        assert!(slowest < Duration::from_secs(2), "the honest session was disturbed: {slowest:?}");
+        grown
+    }
+}
+
+async fn accept(
+    listening: quinn::Endpoint,
+    retry: Arc<AtomicBool>,
+    proven: Arc<AtomicUsize>,
+    sessions: mpsc::Sender<Session>,
+) {
+    let mut tasks = JoinSet::new();
+    while let Some(incoming) = listening.accept().await {
+        if retry.load(Ordering::Relaxed) {
+            if !incoming.remote_address_validated() {
+                incoming.retry().unwrap();
+                continue;
+            }
+            proven.fetch_add(1, Ordering::Relaxed);
+        }
+        let sessions = sessions.clone();
+        tasks.spawn(async move {
+            let Ok(connecting) = incoming.accept() else { return };
+            let Ok(conn) = connecting.await else { return };
+            let (session, driver) = Session::over_quic(conn, session(Role::Gateway)).unwrap();
+            drop(sessions.send(session).await);
+            drop(driver.run().await);
+        });
+    }
+}
+
+impl Neighbour {
+    /// 64 KiB there and their number back.
+    async fn exchange(&self) {
+        let exchange = async {
+            let (mut send, mut recv) = self.gateway.open().await.unwrap();
+            send.write_chunk(Bytes::from(vec![1; 64 * 1024])).await.unwrap();
+            send.finish();
+            let (mut back, mut there) = self.agent.accept().await.unwrap();
+            let mut count = 0_usize;
+            while let Some(bytes) = there.read_chunk(64 * 1024).await.unwrap() {
+                count += bytes.len();
+            }
+            back.write_chunk(Bytes::copy_from_slice(&count.to_be_bytes())).await.unwrap();
+            back.finish();
+            let answer = recv.read_chunk(100).await.unwrap().unwrap();
+            assert_eq!(&answer[..], (64 * 1024_usize).to_be_bytes());
+            assert_eq!(recv.read_chunk(100).await.unwrap(), None);
+        };
+        tokio::time::timeout(Duration::from_secs(10), exchange).await.expect("the honest session goes on");
+    }
+}
+
+/// Resident memory of this process, in bytes.
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+}
+
+/// Sends frames until the server closes the connection, pausing now and then so that loopback loses little; whether it did.
+async fn flood(raw: &mut Raw, mut next: impl FnMut() -> Option<Vec<u8>>) -> bool {
+    let mut packets = 0;
+    while let Some(frames) = next() {
+        raw.send(&frames).await;
+        packets += 1;
+        if packets % 16 == 0 {
+            raw.drive(Duration::from_micros(200)).await;
+        }
+        if raw.closed.is_some() {
+            return true;
+        }
+    }
+    // The answer to the last of it, until nothing has come for a while.
+    let began = Instant::now();
+    let mut received = usize::MAX;
+    while raw.closed.is_none() && received != raw.received && began.elapsed() < Duration::from_secs(5) {
+        received = raw.received;
+        raw.drive(Duration::from_millis(500)).await;
+    }
+    raw.closed.is_some()
+}
+
+/// Frames that withhold the first byte of 16 streams and send `total` bytes behind it, in turn.
+fn withheld(total: usize) -> impl FnMut() -> Option<Vec<u8>> {
+    let (mut sent, mut round) = (0, 0);
+    move || {
+        let id = 4 + 4 * (round % 16);
+        let offset = 1 + 1100 * (round / 16);
+        round += 1;
+        sent += 1100;
+        let mut frames = Vec::new();
+        stream(&mut frames, id, offset, &[7; 1100]);
+        (sent <= total).then_some(frames)
+    }
+}
+
+/// Goal: TU-13: 10 MiB on 16 streams whose first byte never comes. The connection is closed at its window, nothing above that
+/// is held, and the honest session does not notice. Who stays below the window is held to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_withheld_first_byte_holds_no_more_than_the_window() {
+    let world = World::start().await;
+    let mut within = world.intruder(1).await;
+    let grown = world
+        .attacked("withheld, within the window", async {
+            assert!(!flood(&mut within, withheld(4 * MIB)).await, "{:?}", within.closed);
+        })
+        .await;
+    // The bytes, and what they were received in.
+    assert!(grown < 2 * CONNECTION_WINDOW, "{grown} bytes for 4 MiB");
+
+    let mut beyond = world.intruder(2).await;
+    let grown = world
+        .attacked("withheld, 10 MiB", async {
+            assert!(
+                flood(&mut beyond, withheld(10 * MIB)).await,
+                "it was not closed: {} sent, {} received",
+                beyond.sent,
+                beyond.received
+            );
+        })
+        .await;
+    assert!(grown < 2 * CONNECTION_WINDOW, "{grown} bytes");
+    let (code, text) = beyond.closed.unwrap();
+    assert_eq!(code, FLOW_CONTROL_ERROR, "{text}");
+    let sent = beyond.sent;
+    assert!(sent < 2 * CONNECTION_WINDOW, "{sent} bytes were taken before");
+}
+
+/// Goal: TU-13: every second byte of a stream, in frames of one byte. The gaps have a limit: the connection is closed long
+/// before the window is full of bookkeeping.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_second_byte_ends_the_connection() {
+    let world = World::start().await;
+    let mut raw = world.intruder(1).await;
+    let mut offset = 0;
+    let grown = world
+        .attacked("every second byte", async {
+            let closed = flood(&mut raw, || {
+                let mut frames = Vec::new();
+                while frames.len() < 1150 {
+                    stream(&mut frames, 4, offset, b"x");
+                    offset += 2;
+                }
+                (offset < 10 << 20).then_some(frames)
+            });
+            assert!(closed.await, "it was not closed after {offset} bytes");
+        })
+        .await;
+    let (code, text) = raw.closed.unwrap();
+    println!("closed after {offset} bytes: {code:#x} {text}");
+    assert!(offset < 1 << 20, "{offset} bytes of gaps were taken");
+    assert!(grown < 8 * MIB, "{grown} bytes");
+}
+
+/// Goal: TU-14: 100,000 new connection ids, each of which retires the one before, with none of the answers acknowledged. What
+/// is owed in return has a limit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_connection_ids_is_bounded() {
+    let world = World::start().await;
+    let mut raw = world.intruder(1).await;
+    raw.acks = false;
+    let mut number = 1_u64;
+    let grown = world
+        .attacked("connection ids", async {
+            let closed = flood(&mut raw, || {
+                let mut frames = Vec::new();
+                while frames.len() < 1100 {
+                    frames.push(0x18);
+                    varint(&mut frames, number);
+                    varint(&mut frames, number);
+                    frames.push(8);
+                    frames.extend_from_slice(&number.to_be_bytes());
+                    frames.extend_from_slice(&[9; 16]);
+                    number += 1;
+                }
+                (number < 100_000).then_some(frames)
+            });
+            assert!(closed.await, "it was not closed after {number} ids");
+        })
+        .await;
+    let (code, text) = raw.closed.unwrap();
+    println!("closed after {number} ids: {code:#x} {text}");
+    assert!(code == CONNECTION_ID_LIMIT_ERROR && number < 10_000, "{code:#x} {text} after {number}");
+    assert!(grown < 8 * MIB, "{grown} bytes");
+}
+
+/// Goal: TU-14: 400,000 challenges of the path, answered as far as there is room and forgotten beyond it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_path_challenges_is_bounded() {
+    let world = World::start().await;
+    let mut raw = world.intruder(1).await;
+    let mut number = 0_u64;
+    let sent = raw.sent;
+    let received = raw.received;
+    let grown = world
+        .attacked("path challenges", async {
+            let closed = flood(&mut raw, || {
+                let mut frames = Vec::new();
+                while frames.len() < 1150 {
+                    frames.push(0x1a);
+                    frames.extend_from_slice(&number.to_be_bytes());
+                    number += 1;
+                }
+                (number < 400_000).then_some(frames)
+            });
+            assert!(!closed.await, "what is answered is no offence: {:?}", raw.closed);
+        })
+        .await;
+    assert!(grown < 8 * MIB, "{grown} bytes");
+    // Nobody is made to send more than it received.
+    assert!(raw.received - received < raw.sent - sent, "{} bytes for {}", raw.received, raw.sent);
+}
+
+/// Goal: TU-11: what is no QUIC, too short an Initial, another version, and transport parameters that break off anywhere.
+/// All of it is dropped or refused with no more than three times its bytes, and the endpoint lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn malformed_first_packets_are_dropped() {
+    let world = World::start().await;
+    let mut rng = Rng(11);
+    world
+        .attacked("malformed first packets", async {
+            // Nothing of it is a packet.
+            let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            socket.connect(world.address).await.unwrap();
+            for round in 0..2000 {
+                let len = rng.index(1500);
+                let mut datagram = rng.bytes(len);
+                if round % 2 == 0
+                    && let Some(first) = datagram.first_mut()
+                {
+                    *first |= 0xc0;
+                }
+                drop(socket.send(&datagram).await);
+            }
+            // An Initial that would be right if it were not short: no answer.
+            let mut short = Raw::new(world.address, Arc::clone(&world.short_tls), 3, parameters).await;
+            let hello = short.client_hello();
+            short.send_initial(&hello, 0).await;
+            assert!(short.sent < INITIAL_MIN);
+            short.drive(Duration::from_millis(500)).await;
+            assert_eq!(short.received, 0);
+            // A version that nobody speaks: version negotiation, and only to a datagram of full size.
+            let mut other = Raw::new(world.address, Arc::clone(&world.tls), 4, parameters).await;
+            let mut datagram = vec![0xc3, 0x1a, 0x2a, 0x3a, 0x4a, 8];
+            datagram.extend_from_slice(&[5; 8]);
+            datagram.push(8);
+            datagram.extend_from_slice(&[6; 8]);
+            datagram.resize(600, 0);
+            other.send_datagram(&datagram).await;
+            other.drive(Duration::from_millis(300)).await;
+            assert_eq!(other.received, 0);
+            datagram.resize(INITIAL_MIN, 0);
+            other.send_datagram(&datagram).await;
+            other.drive(Duration::from_secs(5)).await;
+            assert!(other.version_negotiation && other.received < 3 * other.sent);
+            // Transport parameters that end too early, at every byte, and such as lie about a length.
+            let whole = parameters(&[1; 8]).len();
+            for cut in 0..whole + 4 {
+                let broken = |scid: &[u8]| {
+                    let mut bytes = parameters(scid);
+                    match cut.checked_sub(whole) {
+                        None => bytes.truncate(cut),
+                        Some(0) => bytes[1] = 0xff,
+                        Some(1) => bytes.extend_from_slice(&[0x04, 0x40]),
+                        // The same parameter twice.
+                        Some(2) => bytes.extend_from_slice(&[0x04, 0x01, 0x01]),
+                        // An id that only a server may choose.
+                        Some(_) => bytes.extend_from_slice(&[0x00, 0x01, 0x01]),
+                    }
+                    bytes
+                };
+                let mut raw = Raw::new(world.address, Arc::clone(&world.tls), 5, broken).await;
+                raw.aim(&rng.bytes(8));
+                let hello = raw.client_hello();
+                raw.send_initial(&hello, INITIAL_MIN).await;
+                for _ in 0..100 {
+                    raw.drive(Duration::from_millis(50)).await;
+                    if raw.closed.is_some() {
+                        break;
+                    }
+                }
+                assert!(raw.closed.is_some(), "parameters cut to {cut} bytes are refused");
+                assert!(raw.received <= 3 * raw.sent);
+            }
+        })
+        .await;
+    // Whoever comes after it gets in.
+    world.intruder(6).await;
+}
+
+/// Goal: TU-12: a first packet whose sender never shows up again gets at most three times its bytes, however long the
+/// handshake would be. A token of a Retry counts for the address it was sent to, and one that was made up counts nowhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spoofed_first_packet_is_not_amplified() {
+    let world = World::start().await;
+    // The size that everybody sends, and the one that is worst: quinn begins a datagram while one byte of it is allowed.
+    for (number, bytes, slack) in [(1, INITIAL_MIN, 0), (2, 1401, INITIAL_MIN)] {
+        let mut spoofed = Raw::new(world.address, Arc::clone(&world.short_tls), number, parameters).await;
+        let hello = spoofed.client_hello();
+        spoofed.send_initial(&hello, bytes).await;
+        assert_eq!(spoofed.sent, bytes);
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(4) {
+            spoofed.drive(Duration::from_millis(500)).await;
+        }
+        println!("{} bytes back for {}", spoofed.received, spoofed.sent);
+        assert!(spoofed.received > 2 * spoofed.sent, "the certificate alone is longer than what may be sent");
+        assert!(spoofed.received <= 3 * spoofed.sent + slack);
+    }
+
+    world.retry.store(true, Ordering::Relaxed);
+    let asked = |number| Raw::new(world.address, Arc::clone(&world.short_tls), number, parameters);
+    let mut honest = asked(12).await;
+    let hello = honest.client_hello();
+    honest.send_initial(&hello, INITIAL_MIN).await;
+    honest.drive(Duration::from_secs(5)).await;
+    let (cid, token) = honest.retry.clone().expect("a Retry came");
+    assert!(honest.received <= 3 * honest.sent);
+    // The token from another address, and changed ones from the right address.
+    let mut thief = asked(13).await;
+    let mut changed = vec![token.clone(), token.clone(), vec![7; 64]];
+    changed[1][10] ^= 1;
+    let other = changed.split_off(1);
+    let hello_again = thief.client_hello();
+    thief.aim(&cid);
+    thief.token = changed.remove(0);
+    thief.send_initial(&hello_again, INITIAL_MIN).await;
+    thief.drive(Duration::from_millis(500)).await;
+    assert!(thief.received <= 3 * thief.sent);
+    for token in other {
+        let mut liar = asked(14).await;
+        let hello = liar.client_hello();
+        liar.token = token;
+        liar.send_initial(&hello, INITIAL_MIN).await;
+        liar.drive(Duration::from_millis(500)).await;
+        assert!(liar.received <= 3 * liar.sent);
+    }
+    assert_eq!(world.proven.load(Ordering::Relaxed), 0, "no such token proves an address");
+    // Where it was sent to it counts.
+    honest.aim(&cid);
+    honest.token = token;
+    honest.send_initial(&hello, INITIAL_MIN).await;
+    honest.drive(Duration::from_secs(5)).await;
+    assert_eq!(world.proven.load(Ordering::Relaxed), 1);
+    world.retry.store(false, Ordering::Relaxed);
+    world.neighbour.exchange().await;
+}
