@@ -1,24 +1,18 @@
-//! On which runtime does the agent run? The one place that chooses.
+//! On which thread does the agent run? One, with a current-thread runtime: a session is one core's work, and what an agent
+//! carries beside it (connections to the API server) is cheaper done on the same core than handed to another.
+//! `docs/performance.md` has the measurement. A cluster that needs more than one core's worth runs more agents.
 
 use std::io;
-use std::thread::available_parallelism;
 
 use tokio::runtime::{Builder, Runtime};
 
-/// A few threads that share the work: an agent has one session or two, whose exchanges go to many upstream connections.
+/// Makes the runtime.
 ///
 /// # Errors
-/// When the system gives no threads.
+/// When the system gives no event queue.
 pub fn build() -> io::Result<Runtime> {
-    let threads = available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
-    let mut builder = if threads == 1 { Builder::new_current_thread() } else { Builder::new_multi_thread() };
-    if threads > 1 {
-        builder.worker_threads(threads);
-    }
-    builder.thread_name("towline-agent").max_blocking_threads(BLOCKING_MAX).enable_all().build()
+    Builder::new_current_thread().max_blocking_threads(BLOCKING_MAX).enable_all().build()
 }
 
-/// More threads than this only pass the same work around.
-const THREADS_MAX: usize = 4;
 /// For name resolution and file reading.
 const BLOCKING_MAX: usize = 16;

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use towline_certs::{ClusterUid, TrustDomain};
@@ -56,6 +57,9 @@ pub struct GatewayConfig {
     pub drain: Drain,
     #[serde(default)]
     pub timeouts: Timeouts,
+    /// Threads that carry connections; one per core if not said. See [`crate::runtime`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<NonZeroUsize>,
 }
 
 /// The public listener: front and tunnel on one port.
@@ -76,6 +80,18 @@ pub struct Listen {
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The tunnel over QUIC, on UDP.
     pub quic: Quic,
+    /// A second listener, for clients only, behind something that has ended TLS. None by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plaintext: Option<Plaintext>,
+}
+
+/// A listener that speaks HTTP/1.1, or HTTP/2 with prior knowledge, without TLS. Whoever ended TLS keeps the client's
+/// certificate to itself: callers have tokens.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Plaintext {
+    #[serde(with = "units")]
+    pub address: SocketAddr,
 }
 
 /// The QUIC side of the public listener.
@@ -291,6 +307,7 @@ impl Default for Listen {
             trusted_proxies: Vec::new(),
             proxy_protocol: None,
             quic: Quic::default(),
+            plaintext: None,
         }
     }
 }
@@ -385,6 +402,7 @@ impl GatewayConfig {
             limits: Limits::default(),
             drain: Drain::default(),
             timeouts: Timeouts::default(),
+            threads: None,
         }
     }
 

@@ -25,6 +25,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use towline_certs::CertificateDer;
 use towline_certs::tls::ALPN_H2;
 
 /// HTTP/1.1: bytes read ahead and bytes waiting to be written, per connection.
@@ -42,18 +43,42 @@ const H2_OWN_RESETS: usize = 200;
 const H2_PING_IDLE: Duration = Duration::from_secs(30);
 const H2_PING_DEAD: Duration = Duration::from_secs(15);
 
+/// What is known of a client before its first request.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    pub(crate) address: SocketAddr,
+    /// The certificates that it presented in TLS; not yet judged.
+    chain: Vec<CertificateDer<'static>>,
+    /// The name in the ClientHello.
+    sni: Option<String>,
+    h2: bool,
+}
+
+impl Arrival {
+    /// Over TLS that the gateway has ended itself.
+    pub(crate) fn over_tls<IO>(tls: &TlsStream<IO>, address: SocketAddr) -> Self {
+        let (_, session) = tls.get_ref();
+        let chain = session.peer_certificates().unwrap_or_default();
+        Self {
+            address,
+            chain: chain.iter().map(|leaf| leaf.clone().into_owned()).collect(),
+            sni: session.server_name().map(ToOwned::to_owned),
+            h2: session.alpn_protocol() == Some(ALPN_H2),
+        }
+    }
+
+    /// In plaintext, from whoever has ended TLS: nobody has presented a certificate to us.
+    pub(crate) const fn plaintext(address: SocketAddr, h2: bool) -> Self {
+        Self { address, chain: Vec::new(), sni: None, h2 }
+    }
+}
+
 /// Serves one client connection to its end.
-pub(crate) async fn serve<IO>(shared: Arc<Shared>, tls: TlsStream<IO>, address: SocketAddr)
+pub(crate) async fn serve<IO>(shared: Arc<Shared>, io: IO, arrival: Arrival)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (_, session) = tls.get_ref();
-    let chain: Vec<_> = session
-        .peer_certificates()
-        .unwrap_or_default()
-        .iter()
-        .map(|leaf| leaf.clone().into_owned())
-        .collect();
+    let Arrival { address, chain, sni, h2 } = arrival;
     let mut reloads = shared.reloads();
     let judge = || {
         let chain = (!chain.is_empty()).then_some(&chain[..]);
@@ -62,11 +87,10 @@ where
     let peer = Arc::new(Peer {
         address,
         certificate: ArcSwap::from_pointee(judge()),
-        sni: session.server_name().map(ToOwned::to_owned),
+        sni,
         known: AtomicBool::new(false),
         finish: CancellationToken::new(),
     });
-    let h2 = session.alpn_protocol() == Some(ALPN_H2);
     let rejudge = async {
         while reloads.changed().await.is_ok() {
             peer.certificate.store(Arc::new(judge()));
@@ -81,13 +105,12 @@ where
             async move { Ok::<Response<AnswerBody>, Infallible>(proxy::serve(shared, peer, request).await) }
         })
     };
-    let io = TokioIo::new(tls);
     let served = async {
         if h2 {
-            let connection = http2_builder(&shared).serve_connection(io, service);
+            let connection = http2_builder(&shared).serve_connection(TokioIo::new(io), service);
             drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
         } else {
-            let (io, framing) = Judged::new(io.into_inner());
+            let (io, framing) = Judged::new(io);
             let service = service_fn(move |request| {
                 let (answer, framing) = (service.call(request), framing.clone());
                 async move {
@@ -98,8 +121,8 @@ where
                     Ok::<_, Infallible>(response)
                 }
             });
-            let io = TokioIo::new(io);
-            let connection = http1_builder(&shared).serve_connection(io, service).with_upgrades();
+            let connection =
+                http1_builder(&shared).serve_connection(TokioIo::new(io), service).with_upgrades();
             drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
         }
     };

@@ -3,6 +3,7 @@
 //! | question | file |
 //! |---|---|
 //! | what can be configured? | [`config`] |
+//! | on which threads does it run? | [`runtime`] |
 //! | how does a connection get in? | `listener`, `quic` |
 //! | who is the client behind a balancer? | `proxy_protocol` |
 //! | how are clients served? | `front` |
@@ -40,13 +41,16 @@ mod state;
 
 use admin::Admin;
 use config::{ConfigError, GatewayConfig};
+use listener::Speaks;
 use metrics::Metrics;
 use quic::QuicListener;
 use registry::Presence;
 use reload::Reloader;
+use runtime::Shards;
 use state::{Live, Shared};
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,6 +70,8 @@ const ANY_PORT_ATTEMPTS: usize = 20;
 pub enum StartError {
     #[error("{0}")]
     Config(#[from] ConfigError),
+    #[error("the system gives no threads: {0}")]
+    Threads(#[from] io::Error),
     #[error("cannot listen on {address} ({key}): {error}")]
     Listen { key: &'static str, address: SocketAddr, error: io::Error },
 }
@@ -75,6 +81,7 @@ pub enum StartError {
 pub struct Gateway {
     shared: Arc<Shared>,
     public: SocketAddr,
+    plaintext: Option<SocketAddr>,
     quic: Option<SocketAddr>,
     admin: SocketAddr,
     path: Option<PathBuf>,
@@ -96,7 +103,8 @@ impl Gateway {
     pub async fn start_from(config: GatewayConfig, path: Option<PathBuf>) -> Result<Self, StartError> {
         let live = Live::load(config)?;
         live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-        let shared = Arc::new(Shared::new(live));
+        let shards = Shards::start(live.config.threads.map_or_else(runtime::cores, NonZeroUsize::get))?;
+        let shared = Arc::new(Shared::new(live, shards));
         let config = &shared.config;
         let (listener, quic, public) = bind_public(&shared).await?;
         let (admin_listener, admin_address) = bind("admin.address", config.admin.address).await?;
@@ -107,17 +115,30 @@ impl Gateway {
             quic_address = quic.local_addr().ok();
             house.spawn(quic.run(Arc::clone(&shared), Arc::clone(&gate)));
         }
-        house.spawn(listener::run(Arc::clone(&shared), gate, listener));
+        let mut plaintext_address = None;
+        if let Some(plaintext) = &config.listen.plaintext {
+            let (listener, address) = bind("listen.plaintext.address", plaintext.address).await?;
+            plaintext_address = Some(address);
+            house.spawn(listener::run(Arc::clone(&shared), Arc::clone(&gate), listener, Speaks::Http));
+        }
+        house.spawn(listener::run(Arc::clone(&shared), gate, listener, Speaks::Tls));
         house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
         house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
-        tracing::info!(%public, quic = ?quic_address, admin = %admin_address, "gateway started");
-        Ok(Self { shared, public, quic: quic_address, admin: admin_address, path })
+        tracing::info!(%public, plaintext = ?plaintext_address, quic = ?quic_address, admin = %admin_address, "gateway started");
+        let (plaintext, quic, admin) = (plaintext_address, quic_address, admin_address);
+        Ok(Self { shared, public, plaintext, quic, admin, path })
     }
 
     /// Where clients and agents connect.
     #[must_use]
     pub const fn public_addr(&self) -> SocketAddr {
         self.public
+    }
+
+    /// Where clients connect whose TLS ended before the gateway, if they may.
+    #[must_use]
+    pub const fn plaintext_addr(&self) -> Option<SocketAddr> {
+        self.plaintext
     }
 
     /// Where agents connect over QUIC, if they may.

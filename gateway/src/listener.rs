@@ -5,7 +5,7 @@
 
 use crate::agents;
 use crate::config::{Limits, ProxyProtocol};
-use crate::front;
+use crate::front::{self, Arrival};
 use crate::metrics::{Counted, Handshake, ProxyHeader, Surface, TlCode};
 use crate::proxy_protocol::{self, Header, HeaderError};
 use crate::state::{KeyPermit, PerKey, Shared};
@@ -30,12 +30,23 @@ pub(crate) const HANDSHAKE_BYTES: usize = 32 * 1024;
 const HANDSHAKE_READ: usize = 4 * 1024;
 /// Bytes that tell a PROXY protocol header from TLS: as many as TLS reads before it gives up on what is none.
 const FIRST_BYTES: usize = 5;
+/// How a client without TLS says that it speaks HTTP/2: no method of HTTP/1.1 begins so.
+const H2_BEGINS: &[u8; 4] = b"PRI ";
 /// Pause after a failure to accept that is not the peer's, such as too many open files.
 const BACKOFF: Duration = Duration::from_millis(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
+/// What the connections of a listener speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Speaks {
+    /// TLS: agents and clients, told apart by ALPN.
+    Tls,
+    /// HTTP without TLS: clients whose TLS ended before the gateway (`listen.plaintext`).
+    Http,
+}
+
 /// Accepts connections until the gateway drains.
-pub(crate) async fn run(shared: Arc<Shared>, gate: Arc<Gate>, listener: TcpListener) {
+pub(crate) async fn run(shared: Arc<Shared>, gate: Arc<Gate>, listener: TcpListener, speaks: Speaks) {
     let mut backoff = BACKOFF;
     loop {
         let accepted = tokio::select! {
@@ -45,7 +56,7 @@ pub(crate) async fn run(shared: Arc<Shared>, gate: Arc<Gate>, listener: TcpListe
         match accepted {
             Ok((socket, address)) => {
                 backoff = BACKOFF;
-                admit(&shared, &gate, socket, address);
+                admit(&shared, &gate, socket, address, speaks);
             }
             Err(error) if is_the_peers(&error) => {}
             Err(error) => {
@@ -126,7 +137,7 @@ pub(crate) struct Place {
 }
 
 /// Lets a connection in or closes it at once; never waits.
-fn admit(shared: &Arc<Shared>, gate: &Gate, socket: TcpStream, address: SocketAddr) {
+fn admit(shared: &Arc<Shared>, gate: &Gate, socket: TcpStream, address: SocketAddr, speaks: Speaks) {
     let own = shared.self_checks.is_own(address);
     let expects =
         if own { ProxyProtocol::Off } else { shared.live().config.listen.proxy_protocol_of(address.ip()) };
@@ -139,19 +150,43 @@ fn admit(shared: &Arc<Shared>, gate: &Gate, socket: TcpStream, address: SocketAd
         shared.metrics.rejected(Surface::Listener, TlCode::Limit);
         return;
     };
-    let task = serve(Arc::clone(shared), socket, address, own, expects, pass, place);
-    spawn(shared, &shared.tasks.front, task);
+    let incoming = Incoming { address, own, expects, speaks };
+    let Some(shard) = shared.shards.next() else {
+        return spawn(shared, &shared.tasks.front, serve(Arc::clone(shared), socket, incoming, pass, place));
+    };
+    // A socket belongs to the runtime that it was registered with.
+    let socket = socket.into_std();
+    let task = {
+        let shared = Arc::clone(shared);
+        async move {
+            match socket.and_then(TcpStream::from_std) {
+                Ok(socket) => serve(shared, socket, incoming, pass, place).await,
+                Err(error) => {
+                    shared.metrics.accept_error();
+                    tracing::warn!(%error, "a connection was accepted and cannot be used");
+                }
+            }
+        }
+    };
+    shared.tasks.front.spawn_on(until_abort(shared, task), shard);
 }
 
-/// Runs a task that ends when everything does.
+/// Runs a task that ends when everything does, on the shard of the caller.
 pub(crate) fn spawn(shared: &Shared, tracker: &TaskTracker, task: impl Future<Output = ()> + Send + 'static) {
+    tracker.spawn(until_abort(shared, task));
+}
+
+fn until_abort(
+    shared: &Shared,
+    task: impl Future<Output = ()> + Send + 'static,
+) -> impl Future<Output = ()> + Send + 'static {
     let abort = shared.stages.abort.clone();
-    tracker.spawn(async move {
+    async move {
         tokio::select! {
             () = task => {}
             () = abort.cancelled() => {}
         }
-    });
+    }
 }
 
 /// Whom one limit counts as one: an IPv4 address, or an IPv6 network of the size that one subscriber gets.
@@ -162,15 +197,24 @@ fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-async fn serve(
-    shared: Arc<Shared>,
-    socket: TcpStream,
-    mut address: SocketAddr,
+/// A connection that was just accepted.
+struct Incoming {
+    address: SocketAddr,
+    /// Our own readiness check.
     own: bool,
     expects: ProxyProtocol,
-    mut pass: Pass,
-    place: Place,
-) {
+    speaks: Speaks,
+}
+
+/// What a connection has turned out to be.
+enum Opened {
+    Tls(Box<TlsStream<Limited<TcpStream>>>, Listener),
+    /// HTTP/2 or HTTP/1.1.
+    Http(TcpStream, bool),
+}
+
+async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut pass: Pass, place: Place) {
+    let Incoming { mut address, own, expects, speaks } = incoming;
     if let Err(error) = socket::tune(&socket) {
         tracing::debug!(%error, "socket options");
     }
@@ -178,7 +222,10 @@ async fn serve(
     let opening = async {
         let mut socket = Limited::new(socket);
         identify(&shared, &mut socket, expects, &mut address, &mut pass).await?;
-        handshake(&shared, socket).await
+        match speaks {
+            Speaks::Tls => handshake(&shared, socket).await,
+            Speaks::Http => prior_knowledge(socket.io).await,
+        }
     };
     let handshake = tokio::time::timeout(deadline, opening);
     let result = tokio::select! {
@@ -187,20 +234,23 @@ async fn serve(
         () = shared.stages.draining.cancelled() => return,
     };
     drop(pass);
-    let (tls, listener) = match result {
-        Ok(done) => done,
-        Err(error) => return refuse(&shared, address, own, &error),
-    };
-    match listener {
-        Listener::Front => {
-            shared.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
-            front::serve(shared, tls, address).await;
+    match result {
+        Err(error) => refuse(&shared, address, own, &error),
+        Ok(Opened::Http(socket, h2)) => {
+            shared.metrics.handshake(Handshake::Plaintext);
+            front::serve(shared, socket, Arrival::plaintext(address, h2)).await;
             drop(place);
         }
-        Listener::Tunnel | Listener::Join => {
+        Ok(Opened::Tls(tls, Listener::Front)) => {
+            shared.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
+            let arrival = Arrival::over_tls(&tls, address);
+            front::serve(shared, *tls, arrival).await;
+            drop(place);
+        }
+        Ok(Opened::Tls(tls, Listener::Tunnel | Listener::Join)) => {
             shared.metrics.handshake(Handshake::Tunnel);
             // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
-            let session = agents::serve(Arc::clone(&shared), tls, address);
+            let session = agents::serve(Arc::clone(&shared), *tls, address);
             spawn(&shared, &shared.tasks.tunnel, async move {
                 session.await;
                 drop(place);
@@ -280,10 +330,23 @@ async fn identify(
     Ok(())
 }
 
-async fn handshake(
-    shared: &Shared,
-    mut socket: Limited<TcpStream>,
-) -> Result<(TlsStream<Limited<TcpStream>>, Listener), HandshakeError> {
+/// Whether a client without TLS begins with HTTP/2 (RFC 9113 section 3.3) or with HTTP/1.1. Nothing is taken from the socket.
+async fn prior_knowledge(socket: TcpStream) -> Result<Opened, HandshakeError> {
+    let mut first = [0; H2_BEGINS.len()];
+    loop {
+        let peeked = socket.peek(&mut first).await.unwrap_or(0);
+        if peeked == 0 {
+            return Err(HandshakeError::Probe);
+        }
+        if peeked == first.len() || !H2_BEGINS.starts_with(&first[..peeked]) {
+            return Ok(Opened::Http(socket, first == *H2_BEGINS));
+        }
+        // A byte or two: peek cannot wait for more.
+        tokio::time::sleep(BACKOFF).await;
+    }
+}
+
+async fn handshake(shared: &Shared, mut socket: Limited<TcpStream>) -> Result<Opened, HandshakeError> {
     let before = socket.begin();
     let mut acceptor = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), socket);
     let started = match (&mut acceptor).await {
@@ -311,7 +374,7 @@ async fn handshake(
     match (&mut accept).await {
         Ok(mut tls) => {
             tls.get_mut().0.lift();
-            Ok((tls, listener))
+            Ok(Opened::Tls(Box::new(tls), listener))
         }
         Err((error, io)) => Err(failed(error, Some(&io), false, listener == Listener::Tunnel)),
     }

@@ -38,6 +38,7 @@ label!(
     /// How a connection's TLS handshake ended.
     Handshake {
         Front = "front",
+        Plaintext = "plaintext",
         Tunnel = "tunnel",
         Probe = "probe",
         Timeout = "timeout",

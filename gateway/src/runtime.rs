@@ -1,14 +1,61 @@
-//! On which runtime does the gateway run? The one place that chooses: today tokio's multi-thread runtime with a worker per
-//! core. One current-thread runtime per core with sessions pinned to it would be another choice; nothing outside this
-//! file depends on which it is.
+//! On which threads does the gateway run? One current-thread runtime per core, here called a shard. A connection, of a client
+//! or of an agent, lives on one shard from its first byte to its last: its task, its timers and its socket never change
+//! threads, and nothing steals work. `docs/performance.md` has what that is worth against one multi-thread runtime.
+//!
+//! One shard accepts for all and hands sockets out in turn. Listeners of their own (`SO_REUSEPORT`) would save that hop, but
+//! balance few connections badly, drop what waits in a closed one's queue, and let a second gateway share the port
+//! unnoticed.
 
 use std::io;
-use tokio::runtime::{Builder, Runtime};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, available_parallelism};
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// Makes the runtime.
+/// Makes the runtime of the first shard, on which the gateway is started.
 ///
 /// # Errors
-/// The system gives no threads or no event queue.
+/// The system gives no event queue.
 pub fn build() -> io::Result<Runtime> {
-    Builder::new_multi_thread().enable_all().thread_name("towline-gateway").build()
+    Builder::new_current_thread().enable_all().build()
+}
+
+/// As many shards as the machine has cores.
+pub(crate) fn cores() -> usize {
+    available_parallelism().map_or(1, usize::from)
+}
+
+/// The shards of one gateway. Dropping it ends all but the first, with whatever still runs on them.
+#[derive(Debug)]
+pub(crate) struct Shards {
+    /// All but the first.
+    others: Vec<Handle>,
+    next: AtomicUsize,
+    _stop: DropGuard,
+}
+
+impl Shards {
+    /// The runtime of the caller is the first shard, each other one gets a thread of its own.
+    ///
+    /// # Errors
+    /// The system gives no threads or no event queues.
+    pub(crate) fn start(count: usize) -> io::Result<Self> {
+        let stop = CancellationToken::new();
+        let mut others = Vec::new();
+        for number in 1..count {
+            let runtime = build()?;
+            others.push(runtime.handle().clone());
+            let stop = stop.clone();
+            thread::Builder::new()
+                .name(format!("towline-gateway-{number}"))
+                .spawn(move || runtime.block_on(stop.cancelled_owned()))?;
+        }
+        Ok(Self { others, next: AtomicUsize::new(0), _stop: stop.drop_guard() })
+    }
+
+    /// The shard whose turn it is to get a connection; `None` = the first, which accepts.
+    pub(crate) fn next(&self) -> Option<&Handle> {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed) % (self.others.len() + 1);
+        self.others.get(turn)
+    }
 }

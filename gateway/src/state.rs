@@ -6,6 +6,7 @@ use crate::config::{Cluster, ConfigError, GatewayConfig};
 use crate::log::Sparing;
 use crate::metrics::Metrics;
 use crate::registry::{HoldLimits, Registry};
+use crate::runtime::Shards;
 use arc_swap::ArcSwap;
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::{HashMap, HashSet};
@@ -140,6 +141,8 @@ pub(crate) struct Shared {
     pub(crate) boot_id: [u8; 16],
     pub(crate) stages: Stages,
     pub(crate) tasks: Tasks,
+    /// Where tasks run.
+    pub(crate) shards: Shards,
     pub(crate) principals: Arc<PerKey<String>>,
     pub(crate) self_checks: SelfChecks,
     /// For lines about handshakes that anybody can make fail.
@@ -169,7 +172,7 @@ pub(crate) struct Tasks {
 }
 
 impl Shared {
-    pub(crate) fn new(live: Live) -> Self {
+    pub(crate) fn new(live: Live, shards: Shards) -> Self {
         let config = live.config.clone();
         let metrics = Arc::new(Metrics::new());
         let hold = HoldLimits { time: config.timeouts.hold, requests: config.limits.held_per_cluster };
@@ -188,6 +191,7 @@ impl Shared {
             boot_id,
             stages: Stages::default(),
             tasks: Tasks::default(),
+            shards,
             self_checks: SelfChecks::default(),
             refusals: Sparing::default(),
         }

@@ -16,6 +16,10 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use towline_certs::ServerName;
+use towline_gateway::config;
 use towline_proto::Code;
 use towline_proto::open::BodyKind;
 use towline_proto::tunnel::exchange::{failure, send_head};
@@ -67,6 +71,33 @@ async fn the_host_routes_too() {
     assert_eq!(told["path"], "/clusters/x/api");
     let other = [("host", "far.clusters.test"), ("authorization", &*token)];
     assert_eq!(error_of(client.ask("GET", "/api", &other, full("")).await).await.0, 421);
+}
+
+/// Goal: behind a TLS terminator the front serves plaintext to callers with tokens, on a port that speaks nothing else.
+#[tokio::test]
+async fn plaintext_for_callers_whose_tls_has_ended_before() {
+    let world = World::with(|config| {
+        config.listen.plaintext = Some(config::Plaintext { address: "127.0.0.1:0".parse().unwrap() });
+    })
+    .await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    for h2 in [false, true] {
+        let mut client = world.plaintext(h2).await;
+        let told = text(client.get_as("/clusters/prod/api", TOKEN).await).await;
+        assert_eq!(serde_json::from_str::<Value>(&told).unwrap()["user"], "argo");
+        // Nobody has shown a certificate here, so that a cluster in restricted mode cannot be called.
+        let error = error_of(world.plaintext(h2).await.get("/clusters/strict/api").await).await;
+        assert_eq!((error.0, error.1.as_str()), (401, "TL_UNAUTHENTICATED"));
+    }
+    let (_, metrics) = world.admin("/metrics").await;
+    assert!(metrics.contains("towline_gateway_handshakes_total{outcome=\"plaintext\"} 4"), "{metrics}");
+
+    // No agent gets in there, and no client with TLS.
+    let socket = TcpStream::connect(world.gateway.plaintext_addr().unwrap()).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let tls = TlsConnector::from(world.client_tls(None, b"http/1.1")).connect(name, socket);
+    assert!(tokio::time::timeout(Duration::from_secs(10), tls).await.unwrap().is_err());
 }
 
 #[tokio::test]

@@ -134,6 +134,9 @@ async fn a_loaded_listener_asks_for_a_retry() {
     assert!(refused.is_err(), "its address has a handshake in flight");
     assert!(metrics(&world).contains("towline_gateway_handshakes_total{outcome=\"retry\"} 1"));
     drop(slow);
+    while !metrics(&world).contains("towline_gateway_connections 0") {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     let agent = Agent::connect_quic(&world, "prod", [7; 16]).await;
     agent.session.ready().await.unwrap();
 }

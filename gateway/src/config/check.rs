@@ -42,6 +42,14 @@ impl GatewayConfig {
             "listen.trustedProxies",
             "trusts everybody: then anybody can claim any address. Name the balancers' own networks",
         );
+        if let Some(plaintext) = &listen.plaintext {
+            let open = listen.allowed_sources.is_empty() && listen.trusted_proxies.is_empty();
+            problems.unless(
+                plaintext.address.ip().is_loopback() || !open,
+                "listen.plaintext.address",
+                "takes credentials in the clear from everybody: use a loopback address, or name who may connect in listen.allowedSources or listen.trustedProxies",
+            );
+        }
         if let Some(domain) = &self.host_domain {
             let plain = matches!(domain.parse(), Ok(HostName::Dns(name)) if name == *domain && !name.starts_with("*."));
             problems.unless(
@@ -281,6 +289,11 @@ drain:
                 "needs listen.trustedProxies",
             ),
             ("allowedSources: [10.0.0.0/8", "trustedProxies: [0.0.0.0/0", "trusts everybody"),
+            (
+                "allowedSources: [10.0.0.0/8, 'fd00::/8']",
+                "plaintext: { address: '192.0.2.1:80' }",
+                "takes credentials in the clear",
+            ),
             (
                 "headerBytes: 32KiB",
                 "sessionMemory: 2GiB",

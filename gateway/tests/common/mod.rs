@@ -171,6 +171,23 @@ impl World {
         Client { sender: Sender::H2(sender), tasks }
     }
 
+    /// A client without TLS on the plaintext listener, with prior knowledge of HTTP/2 or not.
+    pub async fn plaintext(&self, h2: bool) -> Client {
+        let address = self.gateway.plaintext_addr().expect("the world has a plaintext listener");
+        let io = TokioIo::new(TcpStream::connect(address).await.unwrap());
+        let mut tasks = JoinSet::new();
+        let sender = if h2 {
+            let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
+            tasks.spawn(async move { drop(connection.await) });
+            Sender::H2(sender)
+        } else {
+            let (sender, connection) = http1::handshake(io).await.unwrap();
+            tasks.spawn(async move { drop(connection.with_upgrades().await) });
+            Sender::H1(sender)
+        };
+        Client { sender, tasks }
+    }
+
     /// An agent of a cluster, connected and ready.
     pub async fn agent(&self, cluster: &str) -> Agent {
         let agent = Agent::connect(self, cluster, [7; 16]).await;
