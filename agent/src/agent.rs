@@ -140,6 +140,13 @@ impl Agent {
         let dialler = Arc::new(Dialler {
             live: Arc::clone(&self.live),
             server_name: config.gateway.server_name.clone(),
+            quic_addresses: config
+                .gateway
+                .addresses
+                .iter()
+                .cloned()
+                .zip(config.gateway.quic_addresses.iter().cloned())
+                .collect(),
             bundle: config.identity.ca.display().to_string(),
             quic: Quic::new(config.quic, &config.limits.mux(), metrics.clone()),
             session: SessionConfig {

@@ -47,6 +47,8 @@ pub struct AgentConfig {
 pub struct GatewayConfig {
     /// Tried in turn; never empty.
     pub addresses: Vec<Address>,
+    /// Where each of them is reached over QUIC, in the same order. Empty: at the same address.
+    pub quic_addresses: Vec<Address>,
     /// The name its certificate must have, if that is not the host of the address.
     pub server_name: Option<Host>,
 }
@@ -266,7 +268,9 @@ impl AgentConfig {
         let targets = read_targets(root);
         let limits = read_limits(root);
         let timeouts = read_timeouts(root);
-        let sessions = root.count("sessions", 1, 1..=16);
+        let replicas =
+            if gateway.as_ref().is_some_and(|gateway| gateway.addresses.len() > 1) { 2 } else { 1 };
+        let sessions = root.count("sessions", replicas, 1..=16);
         let admin = root.section("admin");
         let admin_address = admin.parsed::<SocketAddrText>("address").map_or(ADMIN_ADDRESS, |text| text.0);
         let drain = root.section("drain");
@@ -310,6 +314,7 @@ impl AgentConfig {
             "kind": KIND,
             "gateway": {
                 "addresses": self.gateway.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "quicAddresses": self.gateway.quic_addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
                 "serverName": self.gateway.server_name.as_ref().map(ToString::to_string),
             },
             "identity": {
@@ -421,8 +426,18 @@ fn read_gateway(root: &Section<'_>) -> Option<GatewayConfig> {
     if addresses.len() > ADDRESSES_MAX {
         section.problem("addresses", format_args!("has more than {ADDRESSES_MAX} entries"));
     }
+    let quic_addresses: Vec<Address> = section.parsed_list("quicAddresses");
+    let (over_tcp, over_quic) = (section.texts("addresses").len(), section.texts("quicAddresses").len());
+    if over_quic > 0 && over_quic != over_tcp {
+        section.problem(
+            "quicAddresses",
+            format_args!(
+                "has {over_quic} entries and addresses has {over_tcp}: each address needs the one at which the same gateway is reached over UDP, in the same order"
+            ),
+        );
+    }
     let server_name = section.parsed("serverName");
-    (!addresses.is_empty()).then_some(GatewayConfig { addresses, server_name })
+    (!addresses.is_empty()).then_some(GatewayConfig { addresses, quic_addresses, server_name })
 }
 
 fn read_quic(root: &Section<'_>) -> QuicConfig {
@@ -701,6 +716,24 @@ apiServer: { url: 'https://10.0.0.1:6443' }
             let shown = problems(&format!("{SMALL}{lines}"));
             assert!(shown.contains(part), "{part:?} is missing in\n{shown}");
         }
+    }
+
+    /// A balancer may carry UDP elsewhere: every address has its own place over QUIC, or none has.
+    #[test]
+    fn addresses_over_quic_go_with_those_over_tcp() {
+        let with =
+            |list: &str| SMALL.replace("[gw.example:443]", &format!("[a:1, b:2], quicAddresses: [{list}]"));
+        let config = AgentConfig::parse("f", with("udp.a:3, 'b:4'").as_bytes()).unwrap();
+        let shown: Vec<_> = config.gateway.quic_addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["udp.a:3", "b:4"]);
+        let printed = serde_saphyr::to_string(&config.effective()).unwrap();
+        let again = AgentConfig::parse("f", printed.as_bytes()).unwrap();
+        assert_eq!(again.effective(), config.effective());
+        assert!(AgentConfig::parse("f", with("").as_bytes()).unwrap().gateway.quic_addresses.is_empty());
+        for list in ["udp.a:3", "a:1, b:2, c:3"] {
+            assert!(problems(&with(list)).contains("in the same order"), "{list}");
+        }
+        assert!(problems(&with("udp.a, 'b:4'")).contains("HOST:PORT"));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! and an error that names the hop, the cause and the remedy. One attempt, one transport: TLS 1.3 on TCP, or
 //! QUIC.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -74,6 +75,8 @@ impl DialError {
 pub(crate) struct Dialler {
     pub(crate) live: Arc<Live>,
     pub(crate) server_name: Option<Host>,
+    /// Where a gateway is reached over QUIC, for those that are reached elsewhere than over TCP.
+    pub(crate) quic_addresses: HashMap<Address, Address>,
     /// The tunnel CA's file, for errors.
     pub(crate) bundle: String,
     pub(crate) quic: Quic,
@@ -97,7 +100,7 @@ impl Dialler {
             Transport::Quic => self
                 .attempt_quic(address)
                 .await
-                .map_err(|cause| DialError { address: format!("{address} (QUIC)"), cause }),
+                .map_err(|cause| DialError { address: format!("{} (QUIC)", self.over_quic(address)), cause }),
         }
     }
 
@@ -106,9 +109,15 @@ impl Dialler {
         let host = self.server_name.as_ref().unwrap_or(&address.host);
         let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
         let deadline = Instant::now() + self.dial_timeout;
-        let conn = self.quic.connect(address, &name.to_str(), self.live.tunnel(), deadline).await?;
+        let at = self.over_quic(address);
+        let conn = self.quic.connect(at, &name.to_str(), self.live.tunnel(), deadline).await?;
         let (session, driver) = Session::over_quic(conn, self.session.clone()).map_err(DialCause::Memory)?;
         self.make_ready(address, session, driver.run()).await
+    }
+
+    /// Where the gateway at this address is reached over QUIC.
+    fn over_quic<'a>(&'a self, address: &'a Address) -> &'a Address {
+        self.quic_addresses.get(address).unwrap_or(address)
     }
 
     fn proxy(&self, address: &Address) -> Option<&Proxy> {

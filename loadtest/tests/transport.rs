@@ -11,13 +11,10 @@ use std::time::{Duration, Instant};
 use common::{Bench, Read, Setup, head, pattern_sum, read, spawn, until, within};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use towline_loadtest::client::Version;
-use towline_loadtest::kubectl::{self, FLOWS, Run};
 use towline_loadtest::shim::{Profile, Shim};
-use towline_loadtest::stack::Mode;
+use towline_loadtest::stack::{Mode, free_port};
 
 const BLOCKED: Profile = Profile {
     delay: Duration::ZERO,
@@ -211,32 +208,31 @@ async fn a_gateway_that_crashed_is_found_again() {
     link.bench.end().await;
 }
 
-/// Goal: the newest kubectl, all flows, over QUIC.
+/// Goal: where UDP takes another way than TCP, each transport uses its own address.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn kubectl_over_quic() {
-    let Some(kubectl) = kubectl::find().pop() else {
-        eprintln!("SKIP kubectl_over_quic: no kubectl on PATH or in $KUBECTLS");
-        return;
-    };
-    let bench = Setup::new(Mode::Impersonate).agent(json!({"transport": "quic"})).start().await;
-    assert_eq!(bench.gateway_metric("sessions{transport=\"quic\"}").await, 1.0);
-    let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());
-    let started = Instant::now();
-    let run = Arc::new(Run::new(&kubectl, &kubeconfig).unwrap());
-    let permits = Arc::new(Semaphore::new(4));
-    let mut flows = JoinSet::new();
-    for flow in FLOWS {
-        let (run, permits) = (Arc::clone(&run), Arc::clone(&permits));
-        flows.spawn(async move {
-            let _permit = permits.acquire_owned().await.unwrap();
-            flow.run(&run).await.map_err(|error| error.to_string())
+async fn quic_at_an_address_of_its_own() {
+    let udp = free_port().unwrap();
+    for (transport, tcp_too) in [("quic", true), ("auto", true), ("quic", false)] {
+        let mut bench = Setup::new(Mode::Restricted)
+            .gateway(json!({"listen": {"quic": {"address": udp.to_string()}}}))
+            .prepare()
+            .await;
+        // Where nothing listens on TCP, QUIC is not disturbed; nor does it ask there.
+        let tcp = if tcp_too { bench.stack.front } else { free_port().unwrap() };
+        bench.stack.options.agent = json!({
+            "transport": transport,
+            "gateway": {"addresses": [tcp.to_string()], "quicAddresses": [udp.to_string()], "serverName": "localhost"},
         });
+        bench.stack.write_configuration().unwrap();
+        bench.stack.start_gateway().await.unwrap();
+        bench.stack.start_agent().await.unwrap();
+        until("a session over QUIC", Duration::from_secs(10), async || {
+            bench.gateway_metric("sessions{transport=\"quic\"}").await == 1.0
+        })
+        .await;
+        assert_eq!(bench.connect(Version::Http1).await.get("/version").await.unwrap().status(), 200);
+        bench.end().await;
     }
-    let failures: Vec<_> = flows.join_all().await.into_iter().filter_map(Result::err).collect();
-    assert!(failures.is_empty(), "{} flows failed:\n{}", failures.len(), failures.join("\n"));
-    assert_eq!(bench.gateway_metric("sessions{transport=\"quic\"}").await, 1.0);
-    eprintln!("{kubectl} over QUIC: {} flows, {:.1} s", FLOWS.len(), started.elapsed().as_secs_f32());
-    bench.end().await;
 }
 
 /// Large bodies both ways over QUIC, with their sums.
