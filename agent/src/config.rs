@@ -32,7 +32,8 @@ pub struct AgentConfig {
     pub targets: Vec<TargetConfig>,
     pub transport: TransportMode,
     pub quic: QuicConfig,
-    /// Sessions to the gateway that are kept up. Legal: 1 to 16. Default 1.
+    /// Sessions to the gateway that are kept up; the first begins with the first address, the second with the second. Legal:
+    /// 1 to 16. Default: one for each address, at most 2, so that a replica that stops is not the only one.
     pub sessions: u32,
     /// Where the private health and metrics port listens.
     pub admin_address: SocketAddr,
@@ -726,6 +727,7 @@ apiServer: { url: 'https://10.0.0.1:6443' }
         let config = AgentConfig::parse("f", with("udp.a:3, 'b:4'").as_bytes()).unwrap();
         let shown: Vec<_> = config.gateway.quic_addresses.iter().map(ToString::to_string).collect();
         assert_eq!(shown, ["udp.a:3", "b:4"]);
+        assert_eq!(config.sessions, 2, "one for each replica");
         let printed = serde_saphyr::to_string(&config.effective()).unwrap();
         let again = AgentConfig::parse("f", printed.as_bytes()).unwrap();
         assert_eq!(again.effective(), config.effective());

@@ -5,6 +5,8 @@
 //! - A session that the gateway drains (GoAway), or that shows an outdated certificate, is replaced first and ended
 //!   after: make before break. The old one serves its streams until it is empty or its time is over.
 //! - The same when QUIC works again for a slot on TCP: new streams move, the open ones finish where they are.
+//! - A slot that serves elsewhere than at its own address goes back there once that answers: otherwise, when replicas are
+//!   restarted one after the other, every session ends up with the one that was not, and none with the next to stop.
 //! - A QUIC session that does not answer gets a TCP session beside it; the gateway gives new streams to the one it hears.
 //! - A half-open connection is found by the mux, which ends the session.
 
@@ -63,11 +65,13 @@ struct Up<F> {
     serving: bool,
     /// An attempt to make a QUIC session that is under way beside it.
     retry: Option<Pin<Box<F>>>,
+    /// A TCP session beside a QUIC session that does not answer.
+    standby: Option<Session>,
 }
 
 impl<F> Up<F> {
     const fn new(session: Session, address: Address) -> Self {
-        Self { session, address, serving: false, retry: None }
+        Self { session, address, serving: false, retry: None, standby: None }
     }
 }
 
@@ -78,6 +82,8 @@ enum End {
     Outdated,
     /// QUIC works again.
     Moved(Session),
+    /// The slot's own address answers again.
+    Home(Session),
 }
 
 impl<S: Fn(Begin)> Slot<S> {
@@ -102,14 +108,19 @@ impl<S: Fn(Begin)> Slot<S> {
                 (self.start)(Begin::Retire(old));
             }
             let since = Instant::now();
-            let (end, standby) = match up.session.transport() {
-                Transport::Quic => self.on_quic(&mut up, &connect).await,
-                Transport::Tcp => (self.on_tcp(&mut up, &connect).await, None),
+            let transport = up.session.transport();
+            let elsewhere = Some(self.home()).filter(|home| *home != up.address);
+            let wait = HOME_RETRY.mul_f64(1.0 - HOME_JITTER * self.backoff.fraction());
+            let home = come_home(elsewhere, wait, transport, &connect, self.metrics.clone());
+            let end = tokio::select! {
+                end = self.serving(&mut up, &connect) => end,
+                session = home => End::Home(session),
             };
             if since.elapsed() >= LIVED {
                 self.backoff.reset();
             }
-            let Up { session, address, .. } = up;
+            let Up { session, address, standby, .. } = up;
+            let standby = standby.filter(|standby| standby.closed().is_none());
             match end {
                 End::Closed(reason) => {
                     if session.transport() == Transport::Quic && is_a_death(&reason) {
@@ -153,7 +164,31 @@ impl<S: Fn(Begin)> Slot<S> {
                     ready = Some(Up::new(quic, address));
                     outdated = Some(Retired { session, ask: true, deadline: MOVED_DRAIN });
                 }
+                End::Home(back) => {
+                    let home = self.home();
+                    tracing::info!(%address, %home, "the slot's own address answers again: new streams move to it");
+                    self.retire(standby);
+                    next = self.number;
+                    ready = Some(Up::new(back, home));
+                    outdated = Some(Retired { session, ask: true, deadline: MOVED_DRAIN });
+                }
             }
+        }
+    }
+
+    /// Where the slot belongs.
+    fn home(&self) -> Address {
+        self.addresses[self.number % self.addresses.len()].clone()
+    }
+
+    async fn serving<C, F>(&mut self, up: &mut Up<F>, connect: &C) -> End
+    where
+        C: Fn(Address, Transport) -> F,
+        F: Future<Output = Result<Session, DialError>>,
+    {
+        match up.session.transport() {
+            Transport::Quic => self.on_quic(up, connect).await,
+            Transport::Tcp => self.on_tcp(up, connect).await,
         }
     }
 
@@ -212,16 +247,15 @@ impl<S: Fn(Begin)> Slot<S> {
         }
     }
 
-    /// Until a QUIC session is no longer enough; with the TCP session that stands beside it, if one does.
-    async fn on_quic<C, F>(&mut self, up: &mut Up<F>, connect: &C) -> (End, Option<Session>)
+    /// Until a QUIC session is no longer enough. A TCP session may stand beside it then.
+    async fn on_quic<C, F>(&mut self, up: &mut Up<F>, connect: &C) -> End
     where
         C: Fn(Address, Transport) -> F,
         F: Future<Output = Result<Session, DialError>>,
     {
         let Self { identity, policy, metrics, start, .. } = self;
-        let session = &up.session;
-        let mut ends = std::pin::pin!(ends(session, identity, metrics));
-        let mut standby: Option<Session> = None;
+        let Up { session, address, standby, .. } = up;
+        let mut ends = std::pin::pin!(ends(&*session, identity, metrics));
         let mut dialling: Option<Pin<Box<F>>> = None;
         let mut dial_at = Instant::now();
         let mut asked_at: Option<Instant> = None;
@@ -240,15 +274,15 @@ impl<S: Fn(Begin)> Slot<S> {
                 Silence::Standby => {
                     stalled_at = now;
                     if standby.is_none() && dialling.is_none() && dial_at <= now {
-                        tracing::warn!(address = %up.address, ?silence, "QUIC does not answer: connecting over TCP beside it");
-                        dialling = Some(Box::pin(connect(up.address.clone(), Transport::Tcp)));
+                        tracing::warn!(%address, ?silence, "QUIC does not answer: connecting over TCP beside it");
+                        dialling = Some(Box::pin(connect(address.clone(), Transport::Tcp)));
                     }
                     STANDBY_LOOK
                 }
             };
             let steady = now.duration_since(stalled_at) >= STEADY;
             if steady && standby.is_some() {
-                tracing::info!(address = %up.address, "QUIC answers again");
+                tracing::info!(%address, "QUIC answers again");
                 let deadline = MOVED_DRAIN;
                 let retired = standby.take().map(|session| Retired { session, ask: true, deadline });
                 retired.into_iter().for_each(|retired| start(Begin::Retire(retired)));
@@ -257,7 +291,7 @@ impl<S: Fn(Begin)> Slot<S> {
                 dialling = None;
             }
             tokio::select! {
-                end = &mut ends => return (end, standby.filter(|standby| standby.closed().is_none())),
+                end = &mut ends => return end,
                 dialled = pending(&mut dialling) => {
                     dialling = None;
                     match dialled {
@@ -265,8 +299,8 @@ impl<S: Fn(Begin)> Slot<S> {
                             metrics.dialled(Transport::Tcp, "ok");
                             let why = policy.handle_standby();
                             metrics.fallback(why);
-                            start(Begin::Serve(tcp.clone(), up.address.to_string(), why));
-                            standby = Some(tcp);
+                            start(Begin::Serve(tcp.clone(), address.to_string(), why));
+                            *standby = Some(tcp);
                         }
                         Err(error) => {
                             metrics.dialled(Transport::Tcp, error.label());
@@ -277,7 +311,7 @@ impl<S: Fn(Begin)> Slot<S> {
                 }
                 () = sleep(wait) => {
                     if standby.as_ref().is_some_and(|standby| !standby.is_open()) {
-                        standby = None;
+                        *standby = None;
                     }
                 }
             }
@@ -389,6 +423,35 @@ async fn ends(session: &Session, identity: &mut watch::Receiver<u64>, metrics: &
     }
 }
 
+/// Tries an address now and then until a session with it stands; for ever if there is none to try. Dropping the future
+/// abandons the attempt.
+async fn come_home<C, F>(
+    home: Option<Address>,
+    wait: Duration,
+    transport: Transport,
+    connect: &C,
+    metrics: Metrics,
+) -> Session
+where
+    C: Fn(Address, Transport) -> F,
+    F: Future<Output = Result<Session, DialError>>,
+{
+    let Some(home) = home else { return std::future::pending().await };
+    loop {
+        sleep(wait).await;
+        match connect(home.clone(), transport).await {
+            Ok(session) => {
+                metrics.dialled(transport, "ok");
+                return session;
+            }
+            Err(error) => {
+                metrics.dialled(transport, error.label());
+                tracing::debug!(%error, "the slot's own address does not answer yet");
+            }
+        }
+    }
+}
+
 /// Whether a session ended as one does whose datagrams get lost.
 const fn is_a_death(reason: &CloseReason) -> bool {
     matches!(reason, CloseReason::Dead { .. } | CloseReason::Transport(_))
@@ -432,6 +495,9 @@ const STANDBY_LOOK: Duration = Duration::from_millis(500);
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 /// QUIC has recovered when it has answered for so long.
 const STEADY: Duration = Duration::from_secs(10);
+/// Longest time between two attempts to return to the slot's own address, and the part of it that chance takes away.
+const HOME_RETRY: Duration = Duration::from_secs(30);
+const HOME_JITTER: f64 = 0.25;
 /// A session that lived so long was a success.
 const LIVED: Duration = Duration::from_secs(60);
 /// A gateway cannot keep the agent away for longer.
@@ -629,6 +695,30 @@ mod tests {
         gateway.close(Code::Draining, "drained");
         finish.await;
         assert!(old.closed().is_some());
+    }
+
+    /// Replicas that restart one after the other: the session comes back to its own address, make before break.
+    #[tokio::test(start_paused = true)]
+    async fn a_slot_returns_to_its_own_address() {
+        let mut run = Run::start(&["a:1", "b:1"], &[true, true, false, true]);
+        let (gateway, _old) = run.served().await;
+        sleep(Duration::from_secs(100)).await;
+        let goaway = GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 0, drain_ms: 9000 };
+        gateway.drain(goaway);
+        run.retired().await;
+        let (_elsewhere, away) = run.served().await;
+        // `a` fails once more, then it is back.
+        let before = Instant::now();
+        let (_home, back) = run.served().await;
+        assert_eq!(before.elapsed(), 2 * HOME_RETRY.mul_f64(1.0 - HOME_JITTER));
+        assert!(back.is_open() && away.is_open(), "the old session serves until the new one stands");
+        let retired = run.retired().await;
+        assert!(retired.ask && retired.session.is_same(&away));
+        let addresses: Vec<_> = run.world.waits().into_iter().map(|(_, address)| address).collect();
+        assert_eq!(addresses, ["a:1", "b:1", "a:1", "a:1"]);
+        // There it stays.
+        sleep(Duration::from_secs(1000)).await;
+        assert_eq!(run.world.waits().len(), 4);
     }
 
     /// A new certificate: the old session is asked to drain once the new one stands.
