@@ -25,6 +25,9 @@ pub const KIND: &str = "GatewayConfiguration";
 /// Largest configuration or token file.
 pub(crate) const FILE_MAX: u64 = 1 << 20;
 
+/// Most requests of one session. It has 2^31 stream ids to give; what is left serves while it is being replaced.
+pub(crate) const SESSION_STREAMS_MAX: u32 = (1 << 31) - (1 << 20);
+
 /// The whole configuration of a gateway.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -245,6 +248,8 @@ pub struct Limits {
     pub held_per_cluster: usize,
     /// Live sessions of one cluster.
     pub sessions_per_cluster: usize,
+    /// Requests that one session carries before its agent makes a new one in its place.
+    pub session_streams: u32,
     /// Header fields of one request, and the bytes of all of them.
     pub header_count: usize,
     #[serde(with = "units")]
@@ -341,6 +346,7 @@ impl Default for Limits {
             sessions_per_cluster: 16,
             header_count: 100,
             header_bytes: ByteSize(64 << 10),
+            session_streams: SESSION_STREAMS_MAX,
             http2_streams: 250,
             replay_bytes: ByteSize(64 << 10),
             tunnel_memory: ByteSize(1 << 30),

@@ -27,8 +27,6 @@ const RECENT_GOAWAY: Duration = Duration::from_secs(60);
 const SILENT: Duration = Duration::from_secs(3);
 /// QUIC may make an opener wait until its peer allows another stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
-/// A session with fewer stream ids left is replaced.
-const SPARE_IDS: u32 = 1 << 20;
 /// How long what runs in such a session may take.
 const ROTATE_DRAIN: Duration = Duration::from_secs(24 * 3600);
 const REPLACED_INTERVAL: Duration = Duration::from_millis(100);
@@ -132,10 +130,10 @@ pub struct Registration {
 impl Registry {
     #[must_use]
     pub fn new(metrics: Arc<Metrics>, hold: HoldLimits, sessions_max: usize) -> Self {
-        Self { clusters: Mutex::default(), metrics, hold, sessions_max, spare_ids: SPARE_IDS }
+        Self { clusters: Mutex::default(), metrics, hold, sessions_max, spare_ids: 0 }
     }
 
-    /// The same with sessions that are replaced when they have fewer stream ids left.
+    /// The same with sessions that are replaced when they have fewer stream ids left; without it none is.
     #[must_use]
     pub fn with_spare_ids(self, spare_ids: u32) -> Self {
         Self { spare_ids, ..self }

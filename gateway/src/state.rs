@@ -124,6 +124,9 @@ impl Problems {
     }
 }
 
+/// What a gateway can open in one session: every second number of 32 bits.
+const STREAM_IDS: u32 = 1 << 31;
+
 /// What all parts share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -176,7 +179,8 @@ impl Shared {
         let config = live.config.clone();
         let metrics = Arc::new(Metrics::new());
         let hold = HoldLimits { time: config.timeouts.hold, requests: config.limits.held_per_cluster };
-        let registry = Registry::new(Arc::clone(&metrics), hold, config.limits.sessions_per_cluster);
+        let registry = Registry::new(Arc::clone(&metrics), hold, config.limits.sessions_per_cluster)
+            .with_spare_ids(STREAM_IDS - config.limits.session_streams);
         let mut boot_id = [0; 16];
         random(&mut boot_id);
         Self {

@@ -131,6 +131,11 @@ impl GatewayConfig {
             "limits.headerBytes",
             "must be 8KiB to 256KiB",
         );
+        problems.unless(
+            (1000..=super::SESSION_STREAMS_MAX).contains(&limits.session_streams),
+            "limits.sessionStreams",
+            format_args!("must be 1000 to {}", super::SESSION_STREAMS_MAX),
+        );
         problems.unless(limits.replay_bytes.0 <= 64 << 10, "limits.replayBytes", "must be at most 64KiB");
         let mux = crate::agents::session_limits(self);
         if let Err(error) = mux.validate() {
