@@ -141,7 +141,7 @@ async fn live(
     tracing::info!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, agent = %address,
         transport = session.transport().label(), software = %crate::proxy::printable(&admitted.hello.software), "agent connected");
     // A drain may have begun since the handshake.
-    if shared.stages.draining.is_cancelled() {
+    if shared.stages.unready.is_cancelled() {
         say_goaway(shared, session);
     }
     let over = async {
@@ -316,6 +316,6 @@ pub(crate) fn say_goaway(shared: &Shared, session: &Session) {
     session.drain(GoAway {
         code: Code::Draining.to_u32(),
         reconnect_after_ms: millis(after),
-        drain_ms: millis(drain.deadline),
+        drain_ms: millis(drain.delay + drain.deadline),
     });
 }

@@ -111,11 +111,16 @@ where
             drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
         } else {
             let (io, framing) = Judged::new(io);
+            let unready = shared.stages.unready.clone();
             let service = service_fn(move |request| {
                 let (answer, framing) = (service.call(request), framing.clone());
+                let unready = unready.clone();
                 async move {
                     let mut response: Response<AnswerBody> = answer.await?;
-                    if framing.is_lost() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                    // HTTP/1.1 has no GOAWAY: who goes on asking during the drain's delay is told with an answer, so
+                    // that no request is on its way to a connection that closes after it.
+                    let last = framing.is_lost() || unready.is_cancelled();
+                    if last && response.status() != StatusCode::SWITCHING_PROTOCOLS {
                         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                     }
                     Ok::<_, Infallible>(response)
@@ -209,6 +214,13 @@ where
     C: Future<Output = hyper::Result<()>>,
 {
     let mut connection = pin!(connection);
+    let mut draining = pin!(async {
+        shared.stages.draining.cancelled().await;
+        // Who has been let in but not asked yet may be about to: hyper would close the connection under the request.
+        if !asked.load(Ordering::Relaxed) {
+            shared.stages.over_for_newcomers().await;
+        }
+    });
     let mut first = pin!(tokio::time::sleep(shared.config.timeouts.first_request));
     let mut waiting = true;
     let mut finishing = false;
@@ -221,7 +233,7 @@ where
                 }
                 waiting = false;
             }
-            () = shared.stages.draining.cancelled(), if !finishing => {
+            () = &mut draining, if !finishing => {
                 finishing = true;
                 finish(connection.as_mut());
             }

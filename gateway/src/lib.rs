@@ -43,6 +43,7 @@ use admin::Admin;
 use config::{ConfigError, GatewayConfig};
 use listener::Speaks;
 use metrics::Metrics;
+use proxy::farewell::FAREWELL;
 use quic::QuicListener;
 use registry::Presence;
 use reload::Reloader;
@@ -56,7 +57,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use towline_proto::Code;
 
 /// How long sessions that carry nothing any more may take to say goodbye.
@@ -184,24 +185,31 @@ impl Gateway {
         done.unwrap_or_else(|_| Err(ConfigError { problems: vec!["the reload was interrupted".to_owned()] }))
     }
 
-    /// Stops politely: not ready; after a delay nothing new is accepted and agents are told to go elsewhere; what runs is
-    /// finished, requests on open connections included; what is left at the deadline is cut off. Returns when everything
-    /// has ended, which may be at once. Called again it joins the drain under way.
+    /// Stops politely: not ready, and agents are told to go elsewhere; after a delay nothing new is accepted; what runs is
+    /// finished, requests on open connections included; what is left at the deadline is cut off, raw connections with a
+    /// last word. Returns when everything has ended, which may be at once. Called again it joins the drain under way.
     pub async fn drain(&self) {
         let shared = &self.shared;
         let (stages, tasks, config) = (&shared.stages, &shared.tasks, &shared.config.drain);
-        let deadline = Instant::now() + config.deadline;
-        tracing::info!(deadline_s = config.deadline.as_secs_f64(), "draining");
+        tracing::info!(
+            delay_s = config.delay.as_secs_f64(),
+            deadline_s = config.deadline.as_secs_f64(),
+            "draining"
+        );
         shared.metrics.draining();
         stages.unready.cancel();
-        tokio::time::sleep(config.delay).await;
-        stages.draining.cancel();
+        // At once: agents are to be elsewhere when the balancers have noticed and clients arrive there.
         shared.registry.sessions().iter().for_each(|session| agents::say_goaway(shared, session));
+        tokio::time::sleep(config.delay).await;
+        let deadline = Instant::now() + config.deadline;
+        stages.draining.cancel();
         tasks.front.close();
         tasks.tunnel.close();
         tasks.house.close();
         if timeout_at(deadline, tasks.front.wait()).await.is_err() {
             tracing::warn!("the drain's deadline has passed; what still runs is cut off");
+            stages.overdue.cancel();
+            drop(timeout(FAREWELL, tasks.front.wait()).await);
         }
         self.end_sessions(deadline.min(Instant::now() + GOODBYE)).await;
         self.shutdown().await;

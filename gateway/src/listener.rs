@@ -230,8 +230,8 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut p
     let handshake = tokio::time::timeout(deadline, opening);
     let result = tokio::select! {
         result = handshake => result.unwrap_or(Err(HandshakeError::Timeout)),
-        // Nobody has been promised anything yet.
-        () = shared.stages.draining.cancelled() => return,
+        // A client of TLS 1.3 is through before we are: its first request may be on its way.
+        () = shared.stages.over_for_newcomers() => return,
     };
     drop(pass);
     match result {

@@ -12,6 +12,7 @@
 
 mod body;
 mod error;
+pub(crate) mod farewell;
 mod upgrade;
 
 pub(crate) use body::AnswerBody;
@@ -562,7 +563,7 @@ fn switch(
     *head = headers::client_head(&response.headers, &plan.method, status, None);
     head.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     head.insert(header::UPGRADE, HeaderValue::from_static(token));
-    upgrade::carry(shared, on_upgrade, send, live.recv, plan.guards);
+    upgrade::carry(shared, token, on_upgrade, send, live.recv, plan.guards);
     Ok(answer)
 }
 

@@ -13,7 +13,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -159,8 +159,21 @@ pub(crate) struct Stages {
     pub(crate) unready: CancellationToken,
     /// Nothing new is accepted, connections finish what they have.
     pub(crate) draining: CancellationToken,
+    /// The time to finish is over: raw connections tell their clients why they end.
+    pub(crate) overdue: CancellationToken,
     /// Everything ends now.
     pub(crate) abort: CancellationToken,
+}
+
+/// After the gateway began to drain, what a connection that was accepted before has to bring its first request.
+const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
+
+impl Stages {
+    /// Waits until a drain leaves no more time to those who have not asked for anything yet. Cancel safe.
+    pub(crate) async fn over_for_newcomers(&self) {
+        self.draining.cancelled().await;
+        tokio::time::sleep(FIRST_REQUEST_GRACE).await;
+    }
 }
 
 /// Who owns the tasks.

@@ -1,6 +1,7 @@
 //! May a connection switch protocols, and what happens after it has? Two tokens are known; raw bytes flow only after the
 //! cluster's matching 101.
 
+use super::farewell::{Cause, Framed};
 use crate::state::Shared;
 use http::header::{self, HeaderMap};
 use http::request::Parts;
@@ -9,8 +10,8 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
 use thiserror::Error;
-use towline_proto::tunnel::splice::splice;
-use towline_proto::tunnel::{RecvStream, SendStream};
+use towline_proto::tunnel::splice::{SpliceError, splice};
+use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 
 /// Why a request to switch protocols is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -60,26 +61,36 @@ fn names_upgrade(headers: &HeaderMap) -> bool {
 }
 
 /// Carries raw bytes between the client's connection and the stream, from the moment the 101 has left, as a task of the
-/// gateway: a drain waits for it.
+/// gateway: a drain waits for it. If the gateway has to end it, the client hears why.
 pub(super) fn carry(
     shared: &Arc<Shared>,
+    token: &'static str,
     on_upgrade: OnUpgrade,
     send: SendStream,
     recv: RecvStream,
     guards: impl Send + 'static,
 ) {
-    let abort = shared.stages.abort.clone();
+    let (overdue, abort) = (shared.stages.overdue.clone(), shared.stages.abort.clone());
     let counted = shared.metrics.upgraded();
     shared.tasks.front.spawn(async move {
         let carried = async move {
             // Fails if the client went away before the 101 was written; dropping the stream tells the agent.
             let Ok(upgraded) = on_upgrade.await else { return };
-            let mut io = TokioIo::new(upgraded);
-            match splice(&mut io, send, recv).await {
+            let mut io = Framed::new(TokioIo::new(upgraded), token);
+            let spliced = tokio::select! {
+                spliced = splice(&mut io, send, recv) => spliced,
+                () = overdue.cancelled() => return io.say_farewell(Cause::Drained).await,
+            };
+            match spliced {
                 Ok(spliced) => {
                     tracing::debug!(sent = spliced.sent, received = spliced.received, "raw connection ended")
                 }
-                Err(error) => tracing::debug!(%error, "raw connection broke off"),
+                Err(error) => {
+                    tracing::debug!(%error, "raw connection broke off");
+                    if is_session_lost(&error) {
+                        io.say_farewell(Cause::TunnelLost).await;
+                    }
+                }
             }
         };
         tokio::select! {
@@ -88,6 +99,11 @@ pub(super) fn carry(
         }
         drop((guards, counted));
     });
+}
+
+/// Whether the session ended under the stream. A reset of the stream alone is the upstream's, and stays a cut connection.
+const fn is_session_lost(error: &SpliceError) -> bool {
+    matches!(error, SpliceError::Read(ReadError::Closed(_)) | SpliceError::Write(WriteError::Closed(_)))
 }
 
 #[cfg(test)]

@@ -1,0 +1,267 @@
+//! What does the client of a raw connection hear when the gateway has to end it? A word of its own protocol, put between
+//! two frames, and the end of TLS after it: exec and port-forward then say why they end, where a cut connection would say
+//! nothing. WebSocket gets a Close frame (RFC 6455 section 5.5.1), SPDY/3.1 a GOAWAY. Within a frame there is no place for
+//! words: then only TLS ends.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::timeout;
+
+/// How long a client has to take the last word and to close its end.
+pub(crate) const FAREWELL: Duration = Duration::from_millis(1500);
+
+/// Why a raw connection is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// The drain's deadline has passed.
+    Drained,
+    /// The session with the agent is gone.
+    TunnelLost,
+}
+
+impl Cause {
+    /// The status code of a Close frame: "going away", "internal error".
+    const fn code(self) -> u16 {
+        match self {
+            Self::Drained => 1001,
+            Self::TunnelLost => 1011,
+        }
+    }
+
+    /// At most 123 bytes: a Close frame holds no more.
+    const fn text(self) -> &'static str {
+        match self {
+            Self::Drained => "towline: this gateway stops, and its time to finish is over; start again",
+            Self::TunnelLost => "towline: the tunnel to the cluster was lost; start again",
+        }
+    }
+}
+
+/// A connection that knows where the frames begin that go to the client.
+#[derive(Debug)]
+pub(super) struct Framed<IO> {
+    io: IO,
+    frames: Frames,
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Framed<IO> {
+    /// `token` is that of the upgrade.
+    pub(super) fn new(io: IO, token: &str) -> Self {
+        let protocol = if token == "websocket" { Protocol::WebSocket } else { Protocol::Spdy };
+        Self { io, frames: Frames { protocol, head: Vec::new(), payload: 0, closed: false } }
+    }
+
+    /// Says why and ends the connection; waits for the client's end, so that what it still sends does not reset the
+    /// connection under the last word. No longer than [`FAREWELL`].
+    pub(super) async fn say_farewell(mut self, cause: Cause) {
+        let word = self.frames.farewell(cause);
+        let io = &mut self.io;
+        let said = async {
+            io.write_all(&word).await?;
+            io.shutdown().await?;
+            let mut rest = [0; 4096];
+            while io.read(&mut rest).await? > 0 {}
+            io::Result::Ok(())
+        };
+        // A client that does not listen is not waited for.
+        if !matches!(timeout(FAREWELL, said).await, Ok(Ok(()))) {
+            tracing::debug!(?cause, "a client left before its connection was ended");
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Protocol {
+    WebSocket,
+    Spdy,
+}
+
+/// Follows the frames of one direction.
+#[derive(Debug)]
+struct Frames {
+    protocol: Protocol,
+    /// What there is of the next frame's head: never whole, at most 13 bytes.
+    head: Vec<u8>,
+    /// What is missing of the current frame's payload.
+    payload: u64,
+    /// The server has said its last word itself.
+    closed: bool,
+}
+
+impl Frames {
+    /// These bytes have gone to the client.
+    fn pass(&mut self, mut bytes: &[u8]) {
+        while let Some((&first, rest)) = bytes.split_first() {
+            if self.payload > 0 {
+                let skipped = self.payload.min(bytes.len() as u64);
+                self.payload -= skipped;
+                bytes = bytes.get(usize::try_from(skipped).unwrap_or(usize::MAX)..).unwrap_or_default();
+                continue;
+            }
+            self.head.push(first);
+            bytes = rest;
+            if let Some(payload) = self.payload_of_head() {
+                self.closed |= self.is_close();
+                self.payload = payload;
+                self.head.clear();
+            }
+        }
+    }
+
+    /// The length of what follows the head, once the head is whole.
+    fn payload_of_head(&self) -> Option<u64> {
+        let head = &self.head;
+        let number = |bytes: &[u8]| bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        match self.protocol {
+            // Control and data frames alike: 4 bytes, flags, and a length of 24 bits.
+            Protocol::Spdy => head.get(5..8).map(number),
+            Protocol::WebSocket => {
+                let second = *head.get(1)?;
+                let mask = if second & 0x80 == 0 { 0 } else { 4 };
+                let (length, end) = match second & 0x7f {
+                    126 => (number(head.get(2..4)?), 4),
+                    127 => (number(head.get(2..10)?), 10),
+                    short => (u64::from(short), 2),
+                };
+                (head.len() == end + mask).then_some(length)
+            }
+        }
+    }
+
+    fn is_close(&self) -> bool {
+        match self.protocol {
+            Protocol::WebSocket => self.head.first().is_some_and(|first| first & 0x0f == WEBSOCKET_CLOSE),
+            Protocol::Spdy => self.head.get(..4) == Some(&SPDY_GOAWAY),
+        }
+    }
+
+    /// What can be said here; nothing within a frame or behind the server's own last word.
+    fn farewell(&self, cause: Cause) -> Vec<u8> {
+        if self.payload > 0 || !self.head.is_empty() || self.closed {
+            return Vec::new();
+        }
+        let mut word = Vec::new();
+        match self.protocol {
+            Protocol::WebSocket => {
+                let text = cause.text().as_bytes();
+                let length = u8::try_from(text.len() + 2).expect("the texts above are short");
+                word.extend([0x80 | WEBSOCKET_CLOSE, length]);
+                word.extend(cause.code().to_be_bytes());
+                word.extend(text);
+            }
+            Protocol::Spdy => {
+                word.extend(SPDY_GOAWAY);
+                word.extend([0, 0, 0, 8]);
+                // The client's streams were all taken; status 2 is INTERNAL_ERROR.
+                word.extend(0x7fff_ffff_u32.to_be_bytes());
+                word.extend(if cause == Cause::TunnelLost { 2_u32 } else { 0 }.to_be_bytes());
+            }
+        }
+        word
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Framed<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Framed<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        let written = Pin::new(&mut this.io).poll_write(cx, bytes);
+        if let Poll::Ready(Ok(count)) = &written {
+            this.frames.pass(&bytes[..*count]);
+        }
+        written
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+const WEBSOCKET_CLOSE: u8 = 8;
+/// Control bit, version 3, type 7.
+const SPDY_GOAWAY: [u8; 4] = [0x80, 3, 0, 7];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frames(token: &str) -> Frames {
+        Framed::new(tokio::io::empty(), token).frames
+    }
+
+    fn websocket(length: usize) -> Vec<u8> {
+        let mut frame = vec![0x82];
+        match length {
+            0..126 => frame.push(u8::try_from(length).unwrap()),
+            126..65_536 => {
+                frame.push(126);
+                frame.extend(u16::try_from(length).unwrap().to_be_bytes());
+            }
+            _ => {
+                frame.push(127);
+                frame.extend((length as u64).to_be_bytes());
+            }
+        }
+        frame.resize(frame.len() + length, 0x88);
+        frame
+    }
+
+    /// Goal: wherever the bytes are cut, words fit exactly between frames.
+    #[test]
+    fn words_fit_between_frames_only() {
+        let spdy: Vec<u8> =
+            [vec![0x80, 3, 0, 1, 0, 0, 0, 10], vec![1; 10], vec![0, 0, 0, 1, 1, 0, 1, 0], vec![2; 256]]
+                .concat();
+        for (token, bytes, ends) in [
+            ("websocket", [0, 1, 125, 126, 65_535, 65_536].map(websocket).concat(), 6),
+            ("SPDY/3.1", spdy, 2),
+        ] {
+            let mut places = 0;
+            let mut following = frames(token);
+            assert!(!following.farewell(Cause::Drained).is_empty(), "before the first frame");
+            for byte in &bytes {
+                following.pass(&[*byte]);
+                places += usize::from(!following.farewell(Cause::Drained).is_empty());
+            }
+            assert_eq!(places, ends, "{token}");
+            for step in [2, 3, 7, 1000, bytes.len()] {
+                let mut following = frames(token);
+                bytes.chunks(step).for_each(|chunk| following.pass(chunk));
+                assert!(!following.farewell(Cause::Drained).is_empty(), "{token} in pieces of {step}");
+            }
+        }
+    }
+
+    /// Goal: what is said is a frame of the protocol, and it is said once.
+    #[test]
+    fn the_last_word_is_a_frame_and_the_only_one() {
+        for cause in [Cause::Drained, Cause::TunnelLost] {
+            for token in ["websocket", "SPDY/3.1"] {
+                let mut following = frames(token);
+                let word = following.farewell(cause);
+                following.pass(&word);
+                assert!(following.closed && following.payload == 0 && following.head.is_empty());
+                assert!(following.farewell(cause).is_empty(), "it was said already");
+            }
+            assert!(cause.text().len() <= 123, "a control frame's payload is at most 125 bytes");
+        }
+        let word = frames("websocket").farewell(Cause::Drained);
+        assert_eq!(word[..4], [0x88, u8::try_from(word.len() - 2).unwrap(), 0x03, 0xe9]);
+    }
+}
