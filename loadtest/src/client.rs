@@ -65,6 +65,31 @@ enum Sender {
     Http2(http2::SendRequest<Body>),
 }
 
+/// Why there is no answer.
+#[derive(Debug)]
+pub struct SendError {
+    /// What hyper says.
+    pub error: hyper::Error,
+    /// The request, if nothing of it was sent.
+    pub unsent: Option<Box<Request<Body>>>,
+}
+
+impl SendError {
+    /// Whether the server has surely done nothing with the request: none of it was sent, or it came on a stream above the
+    /// last one that the server's GOAWAY says it takes (RFC 9113 section 6.8).
+    #[must_use]
+    pub fn is_untouched(&self) -> bool {
+        let cause = std::error::Error::source(&self.error);
+        let refused = cause.and_then(|cause| cause.downcast_ref::<h2::Error>()).is_some_and(|error| {
+            let reason = error.reason();
+            // A stream hears of a GOAWAY only if it is above that line.
+            let above = error.is_go_away() && error.is_remote() && reason == Some(h2::Reason::NO_ERROR);
+            above || error.is_reset() && error.is_remote() && reason == Some(h2::Reason::REFUSED_STREAM)
+        });
+        refused || self.unsent.is_some()
+    }
+}
+
 /// No body.
 #[must_use]
 pub fn empty() -> Body {
@@ -192,6 +217,34 @@ impl Client {
                 sender.ready().await?;
                 sender.send_request(request).await
             }
+        }
+    }
+
+    /// As [`Self::send`]; a request of which nothing was sent comes back, so that it may be sent elsewhere.
+    pub async fn try_send(&mut self, request: Request<Body>) -> Result<Response<Incoming>, SendError> {
+        let ready = match &mut self.sender {
+            Sender::Http1(sender) => sender.ready().await,
+            Sender::Http2(sender) => sender.ready().await,
+        };
+        if let Err(error) = ready {
+            return Err(SendError { error, unsent: Some(Box::new(request)) });
+        }
+        let sent = match &mut self.sender {
+            Sender::Http1(sender) => sender.try_send_request(request).await,
+            Sender::Http2(sender) => sender.try_send_request(request).await,
+        };
+        sent.map_err(|mut error| {
+            let unsent = error.take_message().map(Box::new);
+            SendError { error: error.into_error(), unsent }
+        })
+    }
+
+    /// Whether the connection takes no more requests.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        match &self.sender {
+            Sender::Http1(sender) => sender.is_closed(),
+            Sender::Http2(sender) => sender.is_closed(),
         }
     }
 

@@ -1,0 +1,677 @@
+//! Goal: whoever stops takes nothing along: a gateway with a successor, an agent with a sibling, an agent that restarts, a
+//! session that has carried enough; all under load, with clients that move as real ones do (RG11, R-REL-11, MX-11).
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+
+mod common;
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use common::wire::Client as Wire;
+use common::{Bench, END, Setup, VERSIONS, head, log, spawn, until, within};
+use http::{HeaderMap, Method, header};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use serde_json::{Value, json};
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio_util::task::AbortOnDropHandle;
+use towline_certs::save::write_credential;
+use towline_certs::{
+    AgentIdentity, CaKind, CertificateAuthority, ClusterUid, InstanceId, LoadPolicy, TrustDomain,
+};
+use towline_loadtest::client::{Client, Target, Version, empty};
+use towline_loadtest::fakeapi::Recorder;
+use towline_loadtest::kubectl::{self, Finished, Run};
+use towline_loadtest::stack::{CLUSTER, Mode, Process, free_port, metric, plain_get};
+
+/// Requests per second, in an open loop.
+const RATE: u64 = 200;
+const WATCHES: usize = 50;
+/// HTTP/1.1 connections that a service keeps while nothing uses them. Each is used several times a second, so that during the
+/// drain's delay each hears that it is about to close: nothing else in HTTP/1.1 keeps a request from meeting the end.
+const IDLE_MAX: usize = 20;
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How late a deadline may be met on a busy machine.
+const LATE: Duration = Duration::from_secs(4);
+
+// ---- The gateways ----
+
+/// A gateway beside that of the bench: the same certificates and rules, ports of its own.
+struct Second {
+    front: SocketAddr,
+    admin: SocketAddr,
+    process: Option<Process>,
+}
+
+impl Second {
+    fn new() -> Self {
+        Self { front: free_port().unwrap(), admin: free_port().unwrap(), process: None }
+    }
+
+    async fn start(&mut self, bench: &Bench) {
+        let text = std::fs::read_to_string(bench.stack.path("gateway.yaml")).unwrap();
+        let mut config: Value = serde_json::from_str(&text).unwrap();
+        config["listen"]["address"] = json!(self.front.to_string());
+        config["admin"]["address"] = json!(self.admin.to_string());
+        let file = bench.write("gateway-2.yaml", &config.to_string());
+        self.process = Some(start("towline-gateway", &file, &bench.stack.path("gateway-2.log")));
+        ready(self.admin).await;
+    }
+
+    async fn sessions(&self) -> u64 {
+        metric(self.admin, "towline_gateway_sessions").await.unwrap() as u64
+    }
+
+    async fn end(self) {
+        let process = self.process.unwrap();
+        let log = process.log.clone();
+        assert_eq!(process.terminate(END).await.unwrap(), Some(0), "{}", log.display());
+        assert!(!common::log(&log).contains("panicked at"), "{}", common::tail(&common::log(&log)));
+    }
+}
+
+fn start(program: &str, config: &Path, log: &Path) -> Process {
+    Process::start(program, &["--config", config.to_str().unwrap(), "--log-level", "info"], log).unwrap()
+}
+
+async fn ready(admin: SocketAddr) {
+    until("it is ready", PATIENCE, async || is_ready(admin).await).await;
+}
+
+async fn is_ready(admin: SocketAddr) -> bool {
+    matches!(plain_get(admin, "/readyz").await, Ok((200, _)))
+}
+
+/// Two gateways and one agent that knows both, with more keys for the agent.
+async fn fleet(gateway: Value, agent: Value) -> (Bench, Second) {
+    let mut bench = Setup::new(Mode::Restricted).gateway(gateway).prepare().await;
+    let mut second = Second::new();
+    let addresses = [bench.stack.front, second.front].map(|address| address.to_string());
+    bench.stack.options.agent = agent;
+    bench.stack.options.agent["gateway"] = json!({"addresses": addresses, "serverName": "localhost"});
+    bench.stack.write_configuration().unwrap();
+    bench.stack.start_gateway().await.unwrap();
+    second.start(&bench).await;
+    bench.stack.start_agent().await.unwrap();
+    (bench, second)
+}
+
+// ---- The clients ----
+
+/// Which gateway new connections go to: the first one that says that it is ready. Looks often; acts on a change after
+/// `lag`, as balancers do.
+struct Balancer {
+    fronts: Vec<Target>,
+    chosen: AtomicUsize,
+}
+
+impl Balancer {
+    fn start(gateways: Vec<(Target, SocketAddr)>, lag: Duration) -> (Arc<Self>, AbortOnDropHandle<()>) {
+        let (fronts, admins): (Vec<_>, Vec<_>) = gateways.into_iter().unzip();
+        let balancer = Arc::new(Self { fronts, chosen: AtomicUsize::new(0) });
+        let chosen = Arc::clone(&balancer);
+        let looking = spawn(async move {
+            loop {
+                let mut first = None;
+                for (number, admin) in admins.iter().enumerate() {
+                    if is_ready(*admin).await {
+                        first = Some(number);
+                        break;
+                    }
+                }
+                if let Some(first) = first.filter(|first| *first != chosen.chosen.load(Ordering::Relaxed)) {
+                    sleep(lag).await;
+                    chosen.chosen.store(first, Ordering::Relaxed);
+                }
+                sleep(Duration::from_millis(50)).await;
+            }
+        });
+        (balancer, looking)
+    }
+
+    fn chosen(&self) -> usize {
+        self.chosen.load(Ordering::Relaxed)
+    }
+}
+
+/// A fleet service with connections that it keeps: established ones serve until they close or say that they will; new
+/// ones go where the balancer leads. It sends again only what was surely not taken.
+struct Service {
+    balancer: Arc<Balancer>,
+    idle: Mutex<VecDeque<(usize, Client)>>,
+    shared: Mutex<Option<(usize, Client)>>,
+}
+
+/// What became of a request.
+struct Sent {
+    started: Instant,
+    took: Duration,
+    /// Which gateway answered.
+    gateway: usize,
+    /// Connections that were tried before.
+    retries: usize,
+    /// The key of a POST.
+    key: Option<String>,
+    failure: Option<String>,
+}
+
+impl Service {
+    fn new(balancer: Arc<Balancer>) -> Arc<Self> {
+        Arc::new(Self { balancer, idle: Mutex::default(), shared: Mutex::default() })
+    }
+
+    async fn connection(&self, version: Version) -> Result<(usize, Client), String> {
+        let connect = async || {
+            let chosen = self.balancer.chosen();
+            let client = self.balancer.fronts[chosen].connect(version).await;
+            client.map(|client| (chosen, client)).map_err(|error| format!("{error:#}"))
+        };
+        if version == Version::Http1 {
+            let mut idle = self.idle.lock().await;
+            while let Some((gateway, client)) = idle.pop_front() {
+                if !client.is_closed() {
+                    return Ok((gateway, client));
+                }
+            }
+            drop(idle);
+            return connect().await;
+        }
+        let mut shared = self.shared.lock().await;
+        if shared.as_ref().is_none_or(|(_, client)| client.is_closed()) {
+            *shared = Some(connect().await?);
+        }
+        let (gateway, client) = shared.as_ref().unwrap();
+        Ok((*gateway, client.another().unwrap()))
+    }
+
+    async fn keep(&self, gateway: usize, client: Client, answer: &HeaderMap) {
+        let closes = answer.get(header::CONNECTION).is_some_and(|value| value == "close");
+        if !closes && client.another().is_none() {
+            let mut idle = self.idle.lock().await;
+            idle.push_back((gateway, client));
+            if idle.len() > IDLE_MAX {
+                idle.pop_front();
+            }
+        }
+    }
+
+    /// Request number so and so: GET and POST, HTTP/1.1 and HTTP/2 in turns.
+    async fn send(&self, name: &str, number: u64) -> Sent {
+        let started = Instant::now();
+        let version = VERSIONS[(number % 2) as usize];
+        let key = (number % 4 >= 2).then(|| format!("{name}-{number}"));
+        let (method, path) = match &key {
+            Some(key) => (Method::POST, format!("/towline-test/counter?key={key}&ms={}", number % 7 * 50)),
+            None => (Method::GET, "/towline-test/bytes?n=500".to_owned()),
+        };
+        let (mut retries, mut gateway) = (0, 0);
+        let failure = loop {
+            if retries == 50 {
+                break Some("no gateway takes it".to_owned());
+            }
+            let mut client = match self.connection(version).await {
+                Ok((at, client)) => {
+                    gateway = at;
+                    client
+                }
+                // Refused, or closed before a request could be sent.
+                Err(_) => {
+                    retries += 1;
+                    sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            };
+            let request = client.request(method.clone(), &path, empty()).unwrap();
+            match client.try_send(request).await {
+                Err(error) if error.is_untouched() => retries += 1,
+                Err(error) => break Some(format!("{version:?} {method}: {:?}", error.error)),
+                Ok(answer) => {
+                    let (head, body) = answer.into_parts();
+                    break match body.collect().await {
+                        Ok(_) if head.status == 200 => {
+                            self.keep(gateway, client, &head.headers).await;
+                            None
+                        }
+                        Ok(body) => {
+                            Some(format!("{}: {}", head.status, String::from_utf8_lossy(&body.to_bytes())))
+                        }
+                        Err(error) => Some(format!("{version:?} {method}: {error:?}")),
+                    };
+                }
+            }
+        };
+        Sent { started, took: started.elapsed(), gateway, retries, key, failure }
+    }
+}
+
+/// Requests at a steady rate, whatever becomes of them.
+struct Load {
+    stop: Arc<AtomicBool>,
+    task: AbortOnDropHandle<Vec<Sent>>,
+}
+
+impl Load {
+    fn start(name: &'static str, service: Arc<Service>, rate: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let task = spawn(async move {
+            let mut pace = interval(Duration::from_micros(1_000_000 / rate));
+            pace.set_missed_tick_behavior(MissedTickBehavior::Burst);
+            let (mut requests, mut number) = (JoinSet::new(), 0);
+            while !stopped.load(Ordering::Relaxed) {
+                pace.tick().await;
+                let service = Arc::clone(&service);
+                requests.spawn(async move { service.send(name, number).await });
+                number += 1;
+            }
+            requests.join_all().await
+        });
+        Self { stop, task }
+    }
+
+    /// Ends it. Not one request failed, and what was posted was delivered once.
+    async fn finish(self, recorder: &Recorder) -> Vec<Sent> {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = within("the load", PATIENCE, self.task).await.unwrap();
+        let began = sent.iter().map(|sent| sent.started).min().unwrap();
+        let failure = |sent: &Sent| {
+            let text = sent.failure.as_deref()?;
+            Some(format!(
+                "{:?} after the beginning, at gateway {}: {text}",
+                sent.started - began,
+                sent.gateway
+            ))
+        };
+        let failures: Vec<_> = sent.iter().filter_map(failure).collect();
+        assert!(
+            failures.is_empty(),
+            "{} of {} failed:\n{}",
+            failures.len(),
+            sent.len(),
+            failures[..failures.len().min(10)].join("\n")
+        );
+        for key in sent.iter().filter_map(|sent| sent.key.as_deref()) {
+            assert_eq!(recorder.delivered(key), 1, "{key}");
+        }
+        sent
+    }
+}
+
+fn slowest(sent: &[Sent]) -> Duration {
+    sent.iter().map(|sent| sent.took).max().unwrap()
+}
+
+// ---- Long requests ----
+
+/// Large objects, so that events come in several pieces.
+async fn write_events(target: Target, stop: Arc<AtomicBool>) {
+    let mut client = target.connect(Version::Http1).await.unwrap();
+    let filler = "x".repeat(40_000);
+    for number in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let metadata =
+            json!({"name": format!("event-{number}"), "namespace": "default", "labels": {"drain": "1"}});
+        let data = json!({"number": number.to_string(), "filler": filler});
+        let object = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data});
+        let made = client.post("/api/v1/namespaces/default/configmaps", object.to_string()).await.unwrap();
+        assert_eq!(made.status(), 201);
+        sleep(Duration::from_millis(250)).await;
+    }
+}
+
+/// Reads a watch to its end, which must be a clean one between two events; tells how many there were, and when it ended.
+async fn watch_to_its_end(mut body: Incoming) -> (usize, Instant) {
+    let mut text = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.unwrap_or_else(|error| panic!("a watch broke off: {error:?}"));
+        text.extend_from_slice(&frame.into_data().unwrap_or_default());
+    }
+    let ended = Instant::now();
+    assert!(text.is_empty() || text.ends_with(b"\n"), "a watch ended within an event");
+    let mut numbers = Vec::new();
+    for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        let event: Value = serde_json::from_slice(line).unwrap();
+        let number = event["object"]["data"]["number"].as_str().unwrap();
+        numbers.push(number.parse::<usize>().unwrap());
+    }
+    let first = numbers.first().copied().unwrap_or_default();
+    assert!(numbers.iter().copied().eq(first..first + numbers.len()), "events are missing: {numbers:?}");
+    (numbers.len(), ended)
+}
+
+/// What a client of a raw connection has seen of it when it was over.
+struct Raw {
+    bytes: Vec<u8>,
+    end: std::io::Result<()>,
+    ended: Instant,
+}
+
+/// Opens a raw connection, says `hello` on it and reads it to its end.
+async fn raw(bench: &Bench, token: &str, path: &str, hello: &'static [u8]) -> AbortOnDropHandle<Raw> {
+    let mut wire = Wire::open(&bench.front()).await;
+    let credential = &bench.stack.upstream.client_token;
+    wire.send(&format!(
+        "GET /clusters/{CLUSTER}{path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {credential}\r\n\
+         Connection: Upgrade\r\nUpgrade: {token}\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n"
+    ))
+    .await;
+    let head = wire.head().await;
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    spawn(async move {
+        tokio::io::AsyncWriteExt::write_all(&mut wire.stream, hello).await.unwrap();
+        let mut bytes = std::mem::take(&mut wire.unread);
+        let end = wire.stream.read_to_end(&mut bytes).await.map(drop);
+        Raw { bytes, end, ended: Instant::now() }
+    })
+}
+
+const EXEC: &str =
+    "/api/v1/namespaces/default/pods/box/exec?command=sleep&command=1000&stdin=true&stdout=true";
+/// PING with id 1: the server sends it back.
+const SPDY_PING: &[u8] = &[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1];
+
+/// Two execs of the newest kubectl, over WebSocket and over SPDY; none if there is no kubectl that knows both.
+async fn kubectl_execs(bench: &Bench) -> Vec<AbortOnDropHandle<(&'static str, Finished, Instant)>> {
+    let Some(kubectl) = kubectl::find().pop().filter(|kubectl| kubectl.minor >= 31) else {
+        eprintln!("SKIP execs of kubectl: none of 1.31 or newer is here");
+        return Vec::new();
+    };
+    let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());
+    let mut execs = Vec::new();
+    for (carrier, websockets) in [("WebSocket", "true"), ("SPDY", "false")] {
+        let run = Run::new(&kubectl, &kubeconfig).unwrap();
+        let run = run.with_env("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", websockets);
+        execs.push(spawn(async move {
+            let finished = run.run(&["exec", "-i", "box", "--", "sleep", "1000"], b"").await.unwrap();
+            (carrier, finished, Instant::now())
+        }));
+    }
+    execs
+}
+
+// ---- The tests ----
+
+/// Goal (RG11): under 200 requests/s, 50 watches and 5 execs a gateway drains into its successor: no request fails and no
+/// POST arrives twice; watches end between events; execs live to the deadline and are told; the agent is with the other
+/// gateway before this one ends; it exits with 0.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_drains_into_its_successor() {
+    drains_into_its_successor("tcp").await;
+}
+
+/// Goal: the same with tunnels over QUIC.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_drains_into_its_successor_over_quic() {
+    drains_into_its_successor("quic").await;
+}
+
+async fn drains_into_its_successor(transport: &str) {
+    let (delay, deadline) = (Duration::from_secs(2), Duration::from_secs(8));
+    let drain = json!({"drain": {"delay": "2s", "spread": "1s", "deadline": "8s"}});
+    let (mut bench, second) = fleet(drain, json!({"transport": transport})).await;
+    until("a session with each gateway", PATIENCE, async || {
+        bench.gateway_metric("sessions").await == 1.0 && second.sessions().await == 1
+    })
+    .await;
+    let other = Target { address: second.front, ..bench.front() };
+    let gateways = vec![(bench.front(), bench.stack.gateway_admin), (other, second.admin)];
+    let (balancer, _looking) = Balancer::start(gateways, Duration::ZERO);
+
+    let quiet = Arc::new(AtomicBool::new(false));
+    let writer = spawn(write_events(bench.direct(), Arc::clone(&quiet)));
+    let mut watches = JoinSet::new();
+    let shared = bench.connect(Version::Http2).await;
+    for number in 0..WATCHES {
+        let mut client =
+            if number % 2 == 0 { bench.connect(Version::Http1).await } else { shared.another().unwrap() };
+        let path = "/api/v1/namespaces/default/configmaps?watch=1&labelSelector=drain%3D1";
+        let answer = within("a watch", PATIENCE, head(&mut client, path)).await;
+        assert_eq!(answer.status(), 200);
+        watches.spawn(async move { (watch_to_its_end(answer.into_body()).await, client).0 });
+    }
+    let execs = [raw(&bench, "websocket", EXEC, b"").await, raw(&bench, "websocket", EXEC, b"").await];
+    let spdy = raw(&bench, "SPDY/3.1", "/towline-test/upgrade", SPDY_PING).await;
+    let kubectls = kubectl_execs(&bench).await;
+    let processes = execs.len() + kubectls.len();
+    until("all execs run", PATIENCE, async || bench.fake.processes() == processes).await;
+    let load = Load::start("gateway", Service::new(balancer), RATE);
+    sleep(Duration::from_secs(2)).await;
+
+    let told = Instant::now();
+    let gateway = bench.stack.gateway.take().unwrap();
+    let exit = spawn(async move { (gateway.terminate(END).await.unwrap(), Instant::now()) });
+    until("the agent is with the other gateway", delay + deadline, async || second.sessions().await == 2)
+        .await;
+    let moved = told.elapsed();
+    assert!(bench.gateway_metric("sessions").await >= 1.0, "the old session still serves");
+    let (code, exited) = within("the gateway", END, exit).await.unwrap();
+    let exited = exited.duration_since(told);
+    sleep(Duration::from_secs(1)).await;
+    quiet.store(true, Ordering::Relaxed);
+    writer.await.unwrap();
+
+    assert_eq!(code, Some(0));
+    assert!(moved < exited, "make before break: {moved:?}, {exited:?}");
+    let due = delay + deadline;
+    assert!(
+        exited > due && exited < due + LATE,
+        "execs hold it up to the deadline, and no longer: {exited:?}"
+    );
+    let sent = load.finish(bench.fake.recorder()).await;
+    let late = sent.iter().filter(|sent| sent.started > told);
+    let by_first = late.clone().filter(|sent| sent.gateway == 0).count();
+    let by_second = late.filter(|sent| sent.gateway == 1).count();
+    assert!(by_first > 0 && by_second > 1000, "after the signal {by_first} and {by_second}");
+    let mut ends = Vec::new();
+    for (events, ended) in within("the watches", PATIENCE, watches.join_all()).await {
+        assert!(events > 4, "a watch saw {events} events");
+        ends.push(ended.duration_since(told));
+    }
+    ends.sort();
+    assert!(ends[0] >= delay && ends[WATCHES - 1] < due, "{ends:?}");
+    assert!(ends[WATCHES - 1] - ends[0] > deadline / 4, "they are spread over time: {ends:?}");
+
+    let close = |raw: &Raw| {
+        let since = raw.ended.duration_since(told);
+        assert!(since >= due && since < due + LATE, "the end came after {since:?}");
+        assert!(raw.end.is_ok(), "not the end of TLS: {:?}", raw.end);
+    };
+    for exec in execs {
+        let exec = within("an exec", PATIENCE, exec).await.unwrap();
+        close(&exec);
+        let word = exec
+            .bytes
+            .windows(11)
+            .position(|bytes| bytes[0] == 0x88 && bytes[2..].starts_with(b"\x03\xe9towline"));
+        let word =
+            word.unwrap_or_else(|| panic!("no Close frame: {:?}", String::from_utf8_lossy(&exec.bytes)));
+        assert_eq!(
+            usize::from(exec.bytes[word + 1]),
+            exec.bytes.len() - word - 2,
+            "the Close frame is the last one"
+        );
+    }
+    let spdy = within("a SPDY connection", PATIENCE, spdy).await.unwrap();
+    close(&spdy);
+    let goaway = [&[0x80, 3, 0, 7, 0, 0, 0, 8][..], &0x7fff_ffff_u32.to_be_bytes(), &[0; 4]].concat();
+    assert_eq!(spdy.bytes, [SPDY_PING, &goaway].concat());
+    for exec in kubectls {
+        let (carrier, finished, ended) = within("an exec", PATIENCE, exec).await.unwrap();
+        let since = ended.duration_since(told);
+        eprintln!(
+            "kubectl exec over {carrier} ended {since:?} after the signal: code {:?}, {:?}",
+            finished.code, finished.stderr
+        );
+        assert!(since >= due && since < due + LATE, "{carrier}: the end came after {since:?}");
+        if carrier == "WebSocket" {
+            assert_ne!(finished.code, Some(0), "{carrier}");
+            assert!(finished.stderr.contains("this gateway stops"), "{carrier}: {}", finished.stderr);
+        }
+    }
+    eprintln!(
+        "{transport}: {} requests, 0 failed, {} sent elsewhere because they were not taken, the slowest {:?}; after the signal {by_first} by the first gateway and {by_second} by the second; the agent moved after {moved:?}; watches ended from {:?} to {:?}; exit after {exited:?}",
+        sent.len(),
+        sent.iter().map(|sent| sent.retries).sum::<usize>(),
+        slowest(&sent),
+        ends[0],
+        ends[WATCHES - 1],
+    );
+    let text = log(&bench.stack.path("agent.log"));
+    assert!(text.contains("the gateway drains: connecting anew"), "{}", common::tail(&text));
+    bench.end().await;
+    second.end().await;
+}
+
+/// Goal: without anything long a gateway ends when it is empty and not at the deadline; an agent with one session is with
+/// the other gateway before clients are, when their balancer needs a second to notice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_ends_when_it_is_empty() {
+    let drain = json!({"drain": {"delay": "3s", "spread": "500ms", "deadline": "60s"}});
+    let (mut bench, second) = fleet(drain, json!({"sessions": 1})).await;
+    assert_eq!((bench.gateway_metric("sessions").await as u64, second.sessions().await), (1, 0));
+    let other = Target { address: second.front, ..bench.front() };
+    let gateways = vec![(bench.front(), bench.stack.gateway_admin), (other, second.admin)];
+    let (balancer, _looking) = Balancer::start(gateways, Duration::from_millis(1800));
+    let load = Load::start("empty", Service::new(balancer), RATE);
+    sleep(Duration::from_secs(1)).await;
+    let told = Instant::now();
+    let gateway = bench.stack.gateway.take().unwrap();
+    let exit = spawn(async move { (gateway.terminate(END).await.unwrap(), Instant::now()) });
+    until("the agent is with the other gateway", PATIENCE, async || second.sessions().await == 1).await;
+    let moved = told.elapsed();
+    let (code, exited) = within("the gateway", END, exit).await.unwrap();
+    let exited = exited.duration_since(told);
+    sleep(Duration::from_millis(500)).await;
+    let sent = load.finish(bench.fake.recorder()).await;
+    assert_eq!(code, Some(0));
+    assert!(moved < exited, "make before break: {moved:?}, {exited:?}");
+    assert!(exited < Duration::from_secs(3) + LATE, "{exited:?}");
+    eprintln!(
+        "{} requests, 0 failed, the slowest {:?}; the agent moved after {moved:?}; exit after {exited:?}, of which 3 s delay",
+        sent.len(),
+        slowest(&sent)
+    );
+    bench.end().await;
+    second.end().await;
+}
+
+/// A gateway under load, and whoever calls it.
+async fn one_gateway(bench: &Bench, name: &'static str, rate: u64) -> (Load, AbortOnDropHandle<()>) {
+    let (balancer, looking) =
+        Balancer::start(vec![(bench.front(), bench.stack.gateway_admin)], Duration::ZERO);
+    (Load::start(name, Service::new(balancer), rate), looking)
+}
+
+/// Another agent of the same cluster, with a certificate of its own.
+async fn sibling(bench: &Bench) -> (SocketAddr, Process) {
+    let certs = bench.stack.path("certs");
+    let now = SystemTime::now();
+    let (root, key) = (certs.join("tunnel-ca.crt"), certs.join("tunnel-ca.key"));
+    let ca = CertificateAuthority::load(CaKind::Tunnel, &root, &key, LoadPolicy::STRICT, now).unwrap().value;
+    let uid = ClusterUid::new(CLUSTER).unwrap();
+    let domain = TrustDomain::new("towline.test").unwrap();
+    let identity = AgentIdentity::new(domain, uid, InstanceId::new("second").unwrap());
+    let credential = ca.issue_agent(&identity, Duration::from_secs(3600), now).unwrap();
+    let file = bench.stack.path("agent-2.pem");
+    write_credential(&file, &credential).unwrap();
+    let text = std::fs::read_to_string(bench.stack.path("agent.yaml")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    let admin = free_port().unwrap();
+    config["identity"]["certificate"] = json!(file);
+    config["identity"]["key"] = json!(file);
+    config["admin"]["address"] = json!(admin.to_string());
+    let config = bench.write("agent-2.yaml", &config.to_string());
+    let process = start("towline-agent", &config, &bench.stack.path("agent-2.log"));
+    ready(admin).await;
+    (admin, process)
+}
+
+/// Goal: of two agents of a cluster one stops, comes back, and then the other stops: no request fails.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_stops_beside_another() {
+    let mut bench = Setup::new(Mode::Restricted).start().await;
+    let (_, second) = sibling(&bench).await;
+    let sessions = async |wanted: f64| bench.gateway_metric("sessions").await == wanted;
+    until("both agents are there", PATIENCE, async || sessions(2.0).await).await;
+    let (load, _looking) = one_gateway(&bench, "replicas", RATE).await;
+    sleep(Duration::from_secs(1)).await;
+    let first = bench.stack.agent.take().unwrap();
+    assert_eq!(first.terminate(END).await.unwrap(), Some(0));
+    sleep(Duration::from_secs(1)).await;
+    bench.stack.start_agent().await.unwrap();
+    until("both agents are there", PATIENCE, async || bench.gateway_metric("sessions").await == 2.0).await;
+    assert_eq!(second.terminate(END).await.unwrap(), Some(0));
+    sleep(Duration::from_secs(1)).await;
+    let sent = load.finish(bench.fake.recorder()).await;
+    eprintln!(
+        "each of two agents stopped: {} requests, 0 failed, the slowest {:?}",
+        sent.len(),
+        slowest(&sent)
+    );
+    bench.end().await;
+}
+
+/// Goal: the only agent restarts: what it has is finished, what comes meanwhile is held for at most 3 s, and nothing is
+/// lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_only_agent_restarts() {
+    let mut bench = Setup::new(Mode::Restricted).start().await;
+    // At most 100 requests of a cluster may wait.
+    let (load, _looking) = one_gateway(&bench, "restart", RATE / 6).await;
+    let mut gaps = Vec::new();
+    for _ in 0..3 {
+        sleep(Duration::from_secs(1)).await;
+        let told = Instant::now();
+        let agent = bench.stack.agent.take().unwrap();
+        assert_eq!(agent.terminate(END).await.unwrap(), Some(0));
+        bench.stack.start_agent().await.unwrap();
+        gaps.push(told.elapsed());
+    }
+    sleep(Duration::from_secs(1)).await;
+    let sent = load.finish(bench.fake.recorder()).await;
+    let slowest = slowest(&sent);
+    assert!(slowest < Duration::from_millis(3300), "{slowest:?}");
+    let held = bench.gateway_metric("holds_total{outcome=\"served\"}").await;
+    assert!(held > 0.0, "no request came while the agent was away");
+    eprintln!(
+        "restarts took {gaps:?}: {} requests, 0 failed, {held} held, the slowest {slowest:?}",
+        sent.len()
+    );
+    bench.end().await;
+}
+
+/// Goal (MX-11): a session that has carried what it may is replaced under load, over and over, and no request notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_are_rotated_under_load() {
+    for transport in ["tcp", "quic"] {
+        let bench = Setup::new(Mode::Restricted)
+            .gateway(json!({"limits": {"sessionStreams": 1000}}))
+            .agent(json!({"transport": transport}))
+            .start()
+            .await;
+        let (load, _looking) = one_gateway(&bench, "rotation", RATE).await;
+        until("two sessions were replaced", 3 * PATIENCE, async || {
+            bench.gateway_metric("sessions_ended_total").await >= 2.0
+        })
+        .await;
+        let sent = load.finish(bench.fake.recorder()).await;
+        assert!(sent.len() > 2000, "{}", sent.len());
+        eprintln!(
+            "{transport}: two sessions replaced, {} requests, 0 failed, the slowest {:?}",
+            sent.len(),
+            slowest(&sent)
+        );
+        bench.end().await;
+    }
+}
