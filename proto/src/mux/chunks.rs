@@ -10,6 +10,8 @@ use bytes::{Bytes, BytesMut};
 pub const COPY_MAX: usize = 2 * 1024;
 /// Largest buffer that a slice can pin, in bytes: what the tunnel's reader allocates at once.
 pub const CHUNK_MAX: usize = 64 * 1024;
+/// Room for so many parts is kept when the queue has become empty, so that filling it again allocates nothing.
+const PARTS_KEPT: usize = 8;
 /// The tail is sealed when it has grown so far, so that growing it never moves much.
 const TAIL_MAX: usize = 16 * 1024;
 
@@ -67,6 +69,10 @@ impl Chunks {
         if self.tail.len() + bytes.len() > TAIL_MAX {
             self.seal();
         }
+        if self.tail.capacity() == 0 {
+            // Exactly: `Bytes` needs no allocation of its own for a buffer without room to spare.
+            self.tail = BytesMut::with_capacity(bytes.len());
+        }
         self.tail.extend_from_slice(bytes);
     }
 
@@ -83,6 +89,10 @@ impl Chunks {
             return None;
         }
         if self.parts.is_empty() {
+            if self.tail.len() <= max {
+                self.len = 0;
+                return Some(core::mem::take(&mut self.tail).freeze());
+            }
             self.seal();
         }
         let part = self.parts.front_mut()?;
@@ -96,7 +106,10 @@ impl Chunks {
         };
         self.len -= bytes.len();
         if self.len == 0 {
-            *self = Self::default();
+            self.pinned = 0;
+            if self.parts.capacity() > PARTS_KEPT {
+                self.parts = VecDeque::new();
+            }
         }
         Some(bytes)
     }

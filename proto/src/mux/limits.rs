@@ -43,6 +43,9 @@ pub struct Limits {
 pub const SEND_FLOOR: usize = 4 * 1024;
 /// Most bytes that one stream may queue for sending.
 pub const SEND_STREAM_MAX: usize = 128 * 1024;
+/// Most memory that the slices queued by one stream may keep alive: a writer's pieces may be small parts of its buffers. Beyond
+/// it they are copied.
+pub const SEND_PIN_MAX: usize = 4 * SEND_STREAM_MAX;
 /// Smallest credit with which a stream is opened when memory is short.
 pub const CREDIT_FLOOR: u32 = 4 * 1024;
 

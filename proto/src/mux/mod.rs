@@ -457,7 +457,7 @@ impl Connection {
             stream.send.starved = !bytes.is_empty();
             return Ok(0);
         }
-        stream.send.queue.push(bytes.split_to(len), limits::SEND_STREAM_MAX);
+        stream.send.queue.push(bytes.split_to(len), limits::SEND_PIN_MAX);
         self.send_queued += len;
         self.enqueue(key.slot, now);
         Ok(len)
@@ -795,6 +795,8 @@ impl Connection {
     /// Does what is due at `now`. Input that has already arrived must be handled first, or a pause of this process would
     /// look like silence of the peer.
     pub fn handle_timeout(&mut self, now: Instant) {
+        // Timers run when the session has been quiet: it keeps no buffer then.
+        self.arena = BytesMut::new();
         if let Some(reason) = self.control.handle_timeout(now, &self.limits) {
             self.end(reason);
         }
@@ -847,10 +849,7 @@ impl Connection {
         }
         batch.flush();
         let bytes = batch.bytes;
-        // An idle session keeps no buffer.
-        if self.has_output() {
-            self.arena = batch.arena;
-        }
+        self.arena = batch.arena;
         bytes
     }
 
