@@ -1,6 +1,6 @@
 # The verbs of daily work. CI calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz tools clean
+.PHONY: help demo test lint bench fuzz tools clean
 
 CARGO ?= cargo
 
@@ -20,6 +20,10 @@ lint: ## format, clippy, documentation, and the proof that the core is pure
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
 	.ci/purity
+
+bench: ## what the core costs without I/O, and whether its instruction counts have grown
+	$(CARGO) bench -p towline-proto --bench core
+	.ci/instructions
 
 fuzz: ## every fuzz target for FUZZ_SECONDS (60)
 	proto/fuzz/run.sh $(or $(FUZZ_SECONDS),60)

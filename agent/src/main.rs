@@ -10,6 +10,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use towline_agent::log::{self, LogFormat};
 use towline_agent::{Agent, AgentConfig, check, runtime};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Connects a Kubernetes cluster to a Towline gateway, from the inside out.
 #[derive(Debug, Parser)]
 #[command(name = "towline-agent", version)]

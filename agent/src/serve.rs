@@ -71,7 +71,7 @@ async fn stream(service: &Service, mut send: SendStream, mut recv: RecvStream) {
                 return;
             }
             Some(Want::Raw(want)) => {
-                let ended = raw(service, &want, send, recv).await;
+                let ended = Box::pin(raw(service, &want, send, recv)).await;
                 exchange::count(&service.metrics, "raw", ended);
                 return;
             }

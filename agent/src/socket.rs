@@ -4,6 +4,7 @@
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -20,7 +21,10 @@ use tokio_rustls::client::TlsStream;
 /// before it stopped listening. What is written from then on is dropped, and the reading side tells how it ends.
 #[derive(Debug)]
 pub(crate) struct Tcp {
-    stream: Arc<TcpStream>,
+    stream: TcpStream,
+    /// The same socket under another descriptor, for the probes: to share `stream` itself would cost every answer a read that
+    /// finds nothing, because only its owner's reads tell the runtime that a socket is drained.
+    look: Arc<OwnedFd>,
     written: Arc<AtomicU64>,
     deaf: bool,
 }
@@ -28,16 +32,16 @@ pub(crate) struct Tcp {
 /// A look at a connection. It does not keep the connection open.
 #[derive(Clone, Debug)]
 pub(crate) struct Probe {
-    stream: Weak<TcpStream>,
+    look: Weak<OwnedFd>,
     written: Arc<AtomicU64>,
 }
 
 impl Probe {
     /// Whether an idle connection has something to say, or is closed: either way no request may be sent on it.
     pub(crate) fn is_stale(&self) -> bool {
-        let Some(stream) = self.stream.upgrade() else { return true };
+        let Some(look) = self.look.upgrade() else { return true };
         let mut byte = [MaybeUninit::uninit()];
-        match SockRef::from(&*stream).peek(&mut byte) {
+        match SockRef::from(&*look).peek(&mut byte) {
             Err(error) => error.kind() != io::ErrorKind::WouldBlock,
             Ok(_) => true,
         }
@@ -50,58 +54,51 @@ impl Probe {
 }
 
 impl Tcp {
-    pub(crate) fn new(stream: TcpStream) -> Self {
-        Self { stream: Arc::new(stream), written: Arc::default(), deaf: false }
+    /// # Errors
+    /// The process has no file descriptor left.
+    pub(crate) fn new(stream: TcpStream) -> io::Result<Self> {
+        let look = Arc::new(stream.as_fd().try_clone_to_owned()?);
+        Ok(Self { stream, look, written: Arc::default(), deaf: false })
     }
 
     pub(crate) fn probe(&self) -> Probe {
-        Probe { stream: Arc::downgrade(&self.stream), written: Arc::clone(&self.written) }
+        Probe { look: Arc::downgrade(&self.look), written: Arc::clone(&self.written) }
     }
 
-    fn poll_write_with(
-        &mut self,
-        cx: &mut Context<'_>,
-        length: usize,
-        write: impl Fn(&TcpStream) -> io::Result<usize>,
-    ) -> Poll<io::Result<usize>> {
-        let stream = &*self.stream;
-        while !self.deaf {
-            ready!(stream.poll_write_ready(cx))?;
-            match write(stream) {
-                Ok(written) => {
-                    self.written.fetch_add(written as u64, Ordering::Relaxed);
-                    return Poll::Ready(Ok(written));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error)
-                    if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
-                {
-                    self.deaf = true;
-                }
-                Err(error) => return Poll::Ready(Err(error)),
+    fn wrote(&mut self, length: usize, result: io::Result<usize>) -> io::Result<usize> {
+        match result {
+            Ok(written) => {
+                self.written.fetch_add(written as u64, Ordering::Relaxed);
+                Ok(written)
             }
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
+            {
+                self.deaf = true;
+                Ok(length)
+            }
+            Err(error) => Err(error),
         }
-        Poll::Ready(Ok(length))
     }
 }
 
 impl AsyncRead for Tcp {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let stream = &*self.stream;
-        loop {
-            ready!(stream.poll_read_ready(cx))?;
-            match stream.try_read_buf(buf) {
-                Ok(_) => return Poll::Ready(Ok(())),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Tcp {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.poll_write_with(cx, bytes.len(), |stream| stream.try_write(bytes))
+        if self.deaf {
+            return Poll::Ready(Ok(bytes.len()));
+        }
+        let result = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes));
+        Poll::Ready(self.wrote(bytes.len(), result))
     }
 
     fn poll_write_vectored(
@@ -110,7 +107,11 @@ impl AsyncWrite for Tcp {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let length = slices.iter().map(|slice| slice.len()).sum();
-        self.poll_write_with(cx, length, |stream| stream.try_write_vectored(slices))
+        if self.deaf {
+            return Poll::Ready(Ok(length));
+        }
+        let result = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, slices));
+        Poll::Ready(self.wrote(length, result))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -122,7 +123,7 @@ impl AsyncWrite for Tcp {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
+        match SockRef::from(&self.stream).shutdown(Shutdown::Write) {
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
             result => Poll::Ready(result),
         }
@@ -202,7 +203,7 @@ mod tests {
     async fn pair() -> (Tcp, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let ours = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        (Tcp::new(ours), listener.accept().await.unwrap().0)
+        (Tcp::new(ours).unwrap(), listener.accept().await.unwrap().0)
     }
 
     /// Stale = closed, or with bytes that nobody asked for; looking consumes nothing.

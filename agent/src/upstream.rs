@@ -2,6 +2,7 @@
 //! configuration, and the name that errors call it by.
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -120,7 +121,8 @@ impl Upstream {
         if let Err(error) = socket::tune(&stream) {
             tracing::debug!(hop = self.hop, %error, "a socket option was refused");
         }
-        let tcp = Tcp::new(stream);
+        let at = stream.peer_addr().map_err(|cause| ConnectError::Connect { at: UNKNOWN, cause })?;
+        let tcp = Tcp::new(stream).map_err(|cause| ConnectError::Connect { at, cause })?;
         let Some(tls) = &self.tls else { return Ok(Io::Plain(tcp)) };
         let stream =
             connect::handshake(tcp, Arc::clone(&tls.config), tls.name.clone(), &tls.bundle, deadline).await?;
@@ -158,3 +160,6 @@ pub(crate) fn server_name(host: &Host) -> Option<ServerName<'static>> {
         Host::Name(name) => ServerName::try_from(name.to_string()).ok(),
     }
 }
+
+/// Of a connection that broke before anybody could ask where it went.
+const UNKNOWN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);

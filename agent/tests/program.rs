@@ -5,6 +5,7 @@ mod support;
 
 use std::io::Write as _;
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use support::{Call, Gateway, Upstream, World, impersonated, request};
 
@@ -100,7 +101,9 @@ async fn a_signal_drains_and_no_log_line_holds_a_secret() {
     let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
     let (out, error) = texts(&output);
     assert!(output.status.success(), "{error}");
-    assert!(session.closed().is_some() && error.contains("draining"), "{error}");
+    let ended = session.wait_for(|state| state.closed.is_some());
+    tokio::time::timeout(Duration::from_secs(5), ended).await.expect("the session has ended");
+    assert!(error.contains("draining"), "{error}");
     assert!(!out.contains("canary") && !error.contains("canary"), "{error}");
     for line in error.lines() {
         assert!(line.starts_with('{') && line.ends_with('}'), "{line}");

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::CertificateDer;
 use towline_certs::tls::ALPN_H2;
+use towline_proto::tunnel::aside::Aside;
 
 /// HTTP/1.1: bytes read ahead and bytes waiting to be written, per connection.
 const H1_BUFFER: usize = 128 * 1024;
@@ -91,11 +92,11 @@ where
         known: AtomicBool::new(false),
         finish: CancellationToken::new(),
     });
-    let rejudge = async {
+    let rejudge = Aside::new(async {
         while reloads.changed().await.is_ok() {
             peer.certificate.store(Arc::new(judge()));
         }
-    };
+    });
     let asked = Arc::new(AtomicBool::new(false));
     let service = {
         let (shared, peer, asked) = (Arc::clone(&shared), Arc::clone(&peer), Arc::clone(&asked));
@@ -191,11 +192,11 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, task: F) {
-        let abort = self.abort.clone();
+        let abort = Aside::new(self.abort.clone().cancelled_owned());
         self.tracker.spawn(async move {
             tokio::select! {
                 () = task => {}
-                () = abort.cancelled() => {}
+                () = abort => {}
             }
         });
     }
@@ -214,34 +215,39 @@ where
     C: Future<Output = hyper::Result<()>>,
 {
     let mut connection = pin!(connection);
-    let mut draining = pin!(async {
-        shared.stages.draining.cancelled().await;
-        // Who has been let in but not asked yet may be about to: hyper would close the connection under the request.
-        if !asked.load(Ordering::Relaxed) {
-            shared.stages.over_for_newcomers().await;
+    let (stages, first_request) = (&shared.stages, shared.config.timeouts.first_request);
+    // What ends or changes a connection is rare, and polled only when it happens: see `Aside`.
+    let abort = Aside::new(stages.abort.cancelled());
+    let finished = Aside::new(async {
+        let draining = async {
+            stages.draining.cancelled().await;
+            // Who has been let in but not asked yet may be about to: hyper would close the connection under the request.
+            if !asked.load(Ordering::Relaxed) {
+                stages.over_for_newcomers().await;
+            }
+        };
+        tokio::select! {
+            () = draining => {}
+            () = peer.finish.cancelled() => {}
         }
     });
-    let mut first = pin!(tokio::time::sleep(shared.config.timeouts.first_request));
-    let mut waiting = true;
+    let silent = Aside::new(async {
+        tokio::time::sleep(first_request).await;
+        if asked.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+    });
+    let (mut abort, mut finished, mut silent) = (pin!(abort), pin!(finished), pin!(silent));
     let mut finishing = false;
     loop {
         tokio::select! {
             result = &mut connection => return result,
-            () = &mut first, if waiting => {
-                if !asked.load(Ordering::Relaxed) {
-                    return Ok(());
-                }
-                waiting = false;
-            }
-            () = &mut draining, if !finishing => {
+            () = &mut silent => return Ok(()),
+            () = &mut finished, if !finishing => {
                 finishing = true;
                 finish(connection.as_mut());
             }
-            () = peer.finish.cancelled(), if !finishing => {
-                finishing = true;
-                finish(connection.as_mut());
-            }
-            () = shared.stages.abort.cancelled() => return Ok(()),
+            () = &mut abort => return Ok(()),
         }
     }
 }

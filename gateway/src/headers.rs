@@ -117,18 +117,16 @@ pub fn client_head(
     prefix: Option<&str>,
 ) -> HeaderMap {
     let mut head = HeaderMap::with_capacity(answer.len() + 3);
-    let lines = || {
-        answer.iter().filter_map(|header| {
-            let name = HeaderName::from_bytes(&header.name).ok()?;
-            Some((name, HeaderValue::from_maybe_shared(header.value.clone()).ok()?))
-        })
-    };
-    let named: Vec<String> = lines()
-        .filter(|(name, _)| *name == header::CONNECTION)
-        .flat_map(|(_, value)| tokens(&value))
+    let connection = answer.iter().filter(|line| line.name.eq_ignore_ascii_case(b"connection"));
+    let named: Vec<String> = connection
+        .filter_map(|line| HeaderValue::from_maybe_shared(line.value.clone()).ok())
+        .flat_map(|value| tokens(&value))
         .collect();
     let length_means_something = *method == Method::HEAD || status == StatusCode::NOT_MODIFIED;
-    for (name, value) in lines() {
+    for line in answer {
+        let name = HeaderName::from_bytes(&line.name);
+        let value = HeaderValue::from_maybe_shared(line.value.clone());
+        let (Ok(name), Ok(value)) = (name, value) else { continue };
         let dropped = is_hop_by_hop_answer(&name) || named.iter().any(|token| token == name.as_str());
         let length = name == header::CONTENT_LENGTH;
         if dropped

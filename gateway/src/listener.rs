@@ -22,6 +22,7 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 use towline_certs::{Listener, explain, route_by_alpn, tls_error};
+use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::socket;
 
 /// Bytes that a peer may send before its handshake has ended: room for the largest honest certificate chains.
@@ -180,11 +181,11 @@ fn until_abort(
     shared: &Shared,
     task: impl Future<Output = ()> + Send + 'static,
 ) -> impl Future<Output = ()> + Send + 'static {
-    let abort = shared.stages.abort.clone();
+    let abort = Aside::new(shared.stages.abort.clone().cancelled_owned());
     async move {
         tokio::select! {
             () = task => {}
-            () = abort.cancelled() => {}
+            () = abort => {}
         }
     }
 }

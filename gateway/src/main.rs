@@ -7,6 +7,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::{Gateway, StartError, log, runtime};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The gateway of a Towline fleet: fleet services call it, agents connect to it.
 #[derive(Debug, Parser)]
 #[command(name = "towline-gateway", version)]

@@ -43,12 +43,19 @@ enum Place {
     Start,
     RequestLine,
     /// In a field's name, lower case so far; or in the empty line that ends the head.
-    Name(Vec<u8>),
+    Name(Name),
     /// In a field's value; of `Content-Length` the digits are kept.
     Value(Field),
     Body(u64),
     /// Nothing is looked at any more.
     Lost,
+}
+
+/// The beginning of a field's name, lower case.
+#[derive(Debug, Default)]
+struct Name {
+    bytes: [u8; NAME_MAX],
+    len: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +99,14 @@ impl<IO> Judged<IO> {
                     }
                     used
                 }
+                // Nothing in these lines matters but their end.
+                Place::RequestLine | Place::Value(Field::Coding | Field::Upgrade | Field::Other) => {
+                    let end = bytes.iter().position(|byte| *byte == b'\n');
+                    if end.is_some() {
+                        self.place = Place::Name(Name::default());
+                    }
+                    end.map_or(bytes.len(), |end| end + 1)
+                }
                 _ => {
                     self.step(&mut bytes[0]);
                     1
@@ -106,12 +121,10 @@ impl<IO> Judged<IO> {
         match (&mut self.place, *byte) {
             (Place::Start, b'\r' | b'\n') | (Place::Name(_), b'\r') => {}
             (Place::Start, _) => self.place = Place::RequestLine,
-            (Place::RequestLine | Place::Value(_), b'\n') => {
-                self.place = Place::Name(Vec::with_capacity(NAME_MAX))
-            }
-            (Place::Name(name), b'\n') if name.is_empty() => self.end_head(),
+            (Place::Value(_), b'\n') => self.place = Place::Name(Name::default()),
+            (Place::Name(name), b'\n') if name.len == 0 => self.end_head(),
             (Place::Name(name), b':') => {
-                let field = match &name[..] {
+                let field = match &name.bytes[..name.len] {
                     b"content-length" => Field::Length,
                     b"transfer-encoding" => Field::Coding,
                     b"upgrade" => Field::Upgrade,
@@ -123,8 +136,9 @@ impl<IO> Judged<IO> {
                 self.place = Place::Value(field);
             }
             (Place::Name(name), byte) => {
-                if name.len() < NAME_MAX {
-                    name.push(byte.to_ascii_lowercase());
+                if name.len < NAME_MAX {
+                    name.bytes[name.len] = byte.to_ascii_lowercase();
+                    name.len += 1;
                 }
             }
             (Place::Value(Field::Length), byte) => self.head.digit(byte),

@@ -16,6 +16,8 @@ use std::task::{Context, Poll, ready};
 
 /// Bytes of the length in front of a head.
 const LENGTH: usize = 4;
+/// Bytes of a stream that are read at once while its head is looked for: a frame.
+const HEAD_READ: usize = 16 * 1024;
 /// Bytes of a body that are read at once.
 const BODY_CHUNK: usize = 64 * 1024;
 /// Longest message of a [`Failure`], in bytes.
@@ -74,34 +76,39 @@ pub async fn send_head(send: &mut SendStream, head: &impl Message, max: usize) -
     send.write_chunk(bytes).await.map_err(HeadError::Write)
 }
 
-/// Receives a head of at most `max` bytes. Its length is checked before anything is kept.
+/// Receives a head of at most `max` bytes. Its length is checked before anything is kept. What came with it of the body stays
+/// in `recv`.
 ///
 /// Dropping the future loses what was read of it.
 ///
 /// # Errors
 /// The stream is of no use any more.
 pub async fn recv_head<M: Message + Default>(recv: &mut RecvStream, max: usize) -> Result<M, HeadError> {
-    let length = read_exact(recv, LENGTH).await?;
-    let bytes = length.iter().fold(0, |length, &byte| length << 8 | usize::from(byte));
-    if bytes > max {
-        return Err(HeadError::TooLarge { bytes, max });
+    let mut read = read_some(recv).await?;
+    let mut end = head_end(&read, max)?;
+    if end.is_none_or(|end| end > read.len()) {
+        // In pieces: rare, since frames are large.
+        let mut joined = BytesMut::from(&read[..]);
+        while end.is_none_or(|end| end > joined.len()) {
+            joined.extend_from_slice(&read_some(recv).await?);
+            end = head_end(&joined, max)?;
+        }
+        read = joined.freeze();
     }
-    let head = read_exact(recv, bytes).await?;
-    M::decode(head).map_err(|_| HeadError::Malformed)
+    recv.unread(read.split_off(end.unwrap_or(read.len())));
+    M::decode(read.slice(LENGTH..)).map_err(|_| HeadError::Malformed)
 }
 
-/// Reads exactly `len` bytes: one slice in the common case, joined if they arrived in pieces.
-async fn read_exact(recv: &mut RecvStream, len: usize) -> Result<Bytes, HeadError> {
-    let mut joined = BytesMut::new();
-    while joined.len() < len {
-        let bytes = recv.read_chunk(len - joined.len()).await.map_err(HeadError::Read)?;
-        let bytes = bytes.ok_or(HeadError::Truncated)?;
-        if joined.is_empty() && bytes.len() == len {
-            return Ok(bytes);
-        }
-        joined.extend_from_slice(&bytes);
-    }
-    Ok(joined.freeze())
+/// Where the head ends, once its length is there.
+fn head_end(read: &[u8], max: usize) -> Result<Option<usize>, HeadError> {
+    let Some((length, _)) = read.split_first_chunk::<LENGTH>() else { return Ok(None) };
+    let bytes = usize::try_from(u32::from_be_bytes(*length)).unwrap_or(usize::MAX);
+    if bytes > max { Err(HeadError::TooLarge { bytes, max }) } else { Ok(Some(LENGTH + bytes)) }
+}
+
+/// The next bytes of the stream: in the common case a whole head, and a small body behind it.
+async fn read_some(recv: &mut RecvStream) -> Result<Bytes, HeadError> {
+    recv.read_chunk(HEAD_READ).await.map_err(HeadError::Read)?.ok_or(HeadError::Truncated)
 }
 
 /// An answer that says why there is no response.

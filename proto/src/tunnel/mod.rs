@@ -5,6 +5,7 @@
 //! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session, [`stream`] is what one stream can do, [`exchange`] frames the heads of an HTTP
 //! exchange, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket.
 
+pub mod aside;
 mod buffer;
 pub mod driver;
 pub mod exchange;

@@ -80,6 +80,8 @@ pub struct SendStream {
 #[derive(Debug)]
 pub struct RecvStream {
     inner: RecvInner,
+    /// Read already, and put back.
+    unread: Bytes,
 }
 
 /// The transports a sending half can run on.
@@ -112,12 +114,18 @@ impl fmt::Debug for MuxHalf {
 pub(super) fn halves(shared: &Arc<Shared>, core: &mut super::driver::Core, key: Key) -> Stream {
     core.waiters(key).handles = 2;
     let half = || MuxHalf { shared: Arc::clone(shared), key };
-    (SendStream { inner: SendInner::Mux(half()) }, RecvStream { inner: RecvInner::Mux(half()) })
+    (
+        SendStream { inner: SendInner::Mux(half()) },
+        RecvStream { inner: RecvInner::Mux(half()), unread: Bytes::new() },
+    )
 }
 
 /// Wraps the two halves of a QUIC stream.
 pub(super) fn quic_halves((send, recv): (QuicSend, QuicRecv)) -> Stream {
-    (SendStream { inner: SendInner::Quic(send) }, RecvStream { inner: RecvInner::Quic(recv) })
+    (
+        SendStream { inner: SendInner::Quic(send) },
+        RecvStream { inner: RecvInner::Quic(recv), unread: Bytes::new() },
+    )
 }
 
 impl MuxHalf {
@@ -233,6 +241,9 @@ impl RecvStream {
         cx: &mut Context<'_>,
         max: usize,
     ) -> Poll<Result<Option<Bytes>, ReadError>> {
+        if !self.unread.is_empty() && max > 0 {
+            return Poll::Ready(Ok(Some(self.unread.split_to(max.min(self.unread.len())))));
+        }
         let half = match &mut self.inner {
             RecvInner::Mux(half) => half,
             RecvInner::Quic(half) => return half.poll_read_chunk(cx, max),
@@ -264,8 +275,15 @@ impl RecvStream {
         poll_fn(|cx| self.poll_read_chunk(cx, max)).await
     }
 
+    /// Puts bytes back that were read and not wanted yet: the next reads yield them.
+    pub(super) fn unread(&mut self, bytes: Bytes) {
+        debug_assert!(self.unread.is_empty(), "they would come out in the wrong order");
+        self.unread = bytes;
+    }
+
     /// Asks the peer to give up its half, and throws away what still comes.
     pub fn stop(&mut self, code: Code) {
+        self.unread = Bytes::new();
         match &mut self.inner {
             RecvInner::Mux(half) => half.shared.with(|core, _| core.conn.stop(half.key, code)),
             RecvInner::Quic(half) => half.stop(code),
@@ -274,6 +292,7 @@ impl RecvStream {
 
     /// Throws away what still comes without telling the peer: everything of interest was read and the end is due.
     pub fn ignore_rest(&mut self) {
+        self.unread = Bytes::new();
         match &mut self.inner {
             RecvInner::Mux(half) => half.shared.with(|core, _| core.conn.ignore_rest(half.key)),
             // QUIC cannot ignore a stream without a word; a STOP_SENDING that meets a finished stream changes nothing.
