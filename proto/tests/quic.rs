@@ -12,6 +12,8 @@ use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, OpenError, R
 use towline_proto::tunnel::{ReadError, RecvStream, Session, SessionConfig, Transport, WriteError, quic};
 use towline_proto::wire::GoAway;
 
+const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
 struct Pair {
     gateway: Session,
     agent: Session,
@@ -25,7 +27,8 @@ fn config(role: Role, limits: &Limits, budget: &Budget) -> SessionConfig {
     SessionConfig { role, limits: limits.clone(), budget: budget.clone(), introduction }
 }
 
-async fn pair(limits: Limits) -> Pair {
+/// Of both ends, which trust each other.
+fn quinn_configs(limits: &Limits) -> (quinn::ServerConfig, quinn::ClientConfig) {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let cert = rcgen::generate_simple_self_signed(vec!["gateway".to_owned()]).unwrap();
     let key = rustls::pki_types::PrivateKeyDer::try_from(cert.signing_key.serialize_der()).unwrap();
@@ -45,17 +48,20 @@ async fn pair(limits: Limits) -> Pair {
         .with_no_client_auth();
     client.alpn_protocols = vec![b"towline/1".to_vec()];
 
-    let transport = Arc::new(quic::transport_config(&limits, true));
+    let transport = Arc::new(quic::transport_config(limits, true));
     let server = quinn::crypto::rustls::QuicServerConfig::try_from(server).unwrap();
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
     server.transport_config(Arc::clone(&transport));
     let client = quinn::crypto::rustls::QuicClientConfig::try_from(client).unwrap();
     let mut client = quinn::ClientConfig::new(Arc::new(client));
     client.transport_config(transport);
+    (server, client)
+}
 
-    let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let listening = quinn::Endpoint::server(server, local).unwrap();
-    let mut dialling = quinn::Endpoint::client(local).unwrap();
+async fn pair(limits: Limits) -> Pair {
+    let (server, client) = quinn_configs(&limits);
+    let listening = quinn::Endpoint::server(server, LOCAL).unwrap();
+    let mut dialling = quinn::Endpoint::client(LOCAL).unwrap();
     dialling.set_default_client_config(client);
     let connecting = dialling.connect(listening.local_addr().unwrap(), "gateway").unwrap();
     let (dialled, accepted) =
@@ -227,4 +233,40 @@ async fn a_dropped_driver_wakes_everyone() {
     let (read, ()) = tokio::join!(read, abort);
     assert!(matches!(read, Err(ReadError::Closed(_))), "{read:?}");
     assert!(matches!(send.write_chunk(Bytes::from_static(b"y")).await, Err(WriteError::Closed(_))));
+}
+
+/// Who waits on a session whose peer vanished without a word is told when it counts as dead, and no later: nobody is
+/// there for last words.
+#[tokio::test]
+async fn a_dead_session_fails_its_streams_at_once() {
+    let ms = Duration::from_millis;
+    let limits = Limits { ping_waiting: ms(100), dead_waiting: ms(300), ..Limits::default() };
+    let budget = Budget::new(1 << 30);
+    let (server, client) = quinn_configs(&limits);
+    let listening = quinn::Endpoint::server(server, LOCAL).unwrap();
+    let at = listening.local_addr().unwrap();
+    // A process of its own, as far as the network can tell.
+    let elsewhere =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let agent = config(Role::Agent, &limits, &budget);
+    elsewhere.spawn(async move {
+        let dialling = quinn::Endpoint::client(LOCAL).unwrap();
+        let conn = dialling.connect_with(client, at, "gateway").unwrap().await.unwrap();
+        let (_session, driver) = Session::over_quic(conn, agent).unwrap();
+        driver.run().await
+    });
+    let accepted = listening.accept().await.unwrap().accept().unwrap().await.unwrap();
+    let (gateway, driver) = Session::over_quic(accepted, config(Role::Gateway, &limits, &budget)).unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(driver.run());
+    gateway.ready().await.unwrap();
+    elsewhere.shutdown_background();
+
+    let (mut send, mut recv) = gateway.open().await.unwrap();
+    let opened = tokio::time::Instant::now();
+    send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+    let read = recv.read_chunk(9).await;
+    let took = opened.elapsed();
+    assert!(matches!(read, Err(ReadError::Closed(CloseReason::Dead(_)))), "{read:?}");
+    assert!((limits.dead_waiting..ms(900)).contains(&took), "{took:?}");
 }

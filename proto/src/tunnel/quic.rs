@@ -202,6 +202,11 @@ impl QuicDriver {
                 (core.ledger.closed().cloned(), core.ledger.poll_timeout())
             };
             if let Some(reason) = closed {
+                // A peer that fell silent does not listen, and whoever waits in the session learns of its end only when
+                // the connection is closed: no time for last words then.
+                if matches!(reason, CloseReason::Dead(_)) {
+                    out.clear();
+                }
                 self.last_words(&mut send, &out).await;
                 return reason;
             }
