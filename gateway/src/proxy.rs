@@ -3,7 +3,8 @@
 //! 1. `plan`: which cluster ([`crate::routing`]), who calls ([`crate::authn`]), whether they may ([`crate::authz`]), and
 //!    the upstream's head ([`crate::headers`]). Nothing has left the gateway yet.
 //! 2. `exchange`: pick a session, open a stream, send the head, send the body while waiting for the answer. If nothing
-//!    was done with it, once more on another session, as long as all of the client's body is still here.
+//!    was done with it, once more on another session, as long as all of the client's body is still here; so also if the
+//!    session was lost and it is a GET that may have been carried out, which does no harm twice.
 //! 3. `attempt`: one try of it.
 //! 4. `answer` or `switch`: the answer's head for the client, and the body as it arrives; or raw bytes after a 101.
 //!
@@ -155,6 +156,13 @@ impl Plan {
         self.cluster.name.to_string()
     }
 
+    /// Whether doing it twice does no harm: a method that changes nothing (RFC 9110, 9.2.1), and nothing to send with it.
+    /// An application behind a proxy path may not keep to that; the API server does.
+    fn may_repeat(&self) -> bool {
+        let safe = matches!(self.method, Method::GET | Method::HEAD);
+        safe && self.body == BodyKind::NONE && self.upgrade.is_none() && !self.kind.proxy
+    }
+
     fn too_late(&self) -> ProxyError {
         ProxyError::Deadline { cluster: self.name(), after: self.deadline.unwrap_or_default() }
     }
@@ -291,7 +299,7 @@ async fn exchange(
             Ok(done) => return Ok(done),
             Err(failed) => failed,
         };
-        let again = tried.is_empty() && failed.untouched;
+        let again = tried.is_empty() && failed.repeatable;
         let Some(replay) = again.then_some(failed.body).flatten() else { return Err(failed.error) };
         body = replay.body;
         shared.metrics.retried();
@@ -313,8 +321,8 @@ fn not_opened(plan: &Plan, error: AcquireError) -> ProxyError {
 /// A try that failed.
 struct Failed {
     error: ProxyError,
-    /// Nothing was done with the request.
-    untouched: bool,
+    /// Nothing was done with the request, or doing it again does no harm.
+    repeatable: bool,
     /// The client's body, rewound; absent if it cannot be sent again.
     body: Option<Replay>,
 }
@@ -361,7 +369,7 @@ async fn attempt(
     let head_sent = tokio::select! {
         biased;
         sent = send.write_chunk(plan.open.clone()) => sent,
-        () = passed(deadline) => return Err(Failed { error: plan.too_late(), untouched: false, body: None }),
+        () = passed(deadline) => return Err(Failed { error: plan.too_late(), repeatable: false, body: None }),
     };
     let mut kept_send = None;
     let mut upload = None;
@@ -392,7 +400,7 @@ async fn attempt(
             Ok((answer, LiveExchange { recv, send: kept_send, upload: upload.map(|sending| sending.guard) }))
         }
         result => {
-            let untouched = result.as_ref().map_or_else(|end| end.untouched, is_untouched);
+            let repeatable = result.as_ref().map_or_else(|end| end.repeatable, is_untouched);
             let error = match result {
                 Ok(Answer { outcome: Some(Outcome::Failure(failure)) }) => {
                     ProxyError::Agent { cluster: plan.name(), failure }
@@ -400,8 +408,8 @@ async fn attempt(
                 Ok(_) => plan.bad_answer("it is no answer"),
                 Err(end) => end.error,
             };
-            let body = if untouched { reclaim(recv, upload, unsent).await } else { None };
-            Err(Failed { error, untouched, body })
+            let body = if repeatable { reclaim(recv, upload, unsent).await } else { None };
+            Err(Failed { error, repeatable, body })
         }
     }
 }
@@ -434,7 +442,8 @@ fn is_untouched(answer: &Answer) -> bool {
 /// Why there is no answer.
 struct NoAnswer {
     error: ProxyError,
-    untouched: bool,
+    /// As in [`Failed`].
+    repeatable: bool,
 }
 
 /// Waits for the answer's head, and for trouble with the client's body meanwhile.
@@ -445,7 +454,7 @@ async fn wait(
     deadline: Option<tokio::time::Instant>,
 ) -> Result<Answer, NoAnswer> {
     let mut head = std::pin::pin!(recv_head::<Answer>(recv, open::HEAD_MAX_BYTES));
-    let give_up = |error| Err(NoAnswer { error, untouched: false });
+    let give_up = |error| Err(NoAnswer { error, repeatable: false });
     loop {
         tokio::select! {
             biased;
@@ -482,13 +491,13 @@ async fn passed(deadline: Option<tokio::time::Instant>) {
 
 fn no_answer(plan: &Plan, error: HeadError) -> NoAnswer {
     let cluster = plan.name();
-    let touched = |error| NoAnswer { error, untouched: false };
+    let touched = |error| NoAnswer { error, repeatable: false };
     match error {
         HeadError::Read(ReadError::Reset(code)) | HeadError::Write(WriteError::Stopped(code)) => {
-            NoAnswer { error: ProxyError::Reset { cluster, code }, untouched: code.is_retryable() }
+            NoAnswer { error: ProxyError::Reset { cluster, code }, repeatable: code.is_retryable() }
         }
         HeadError::Read(ReadError::Closed(reason)) | HeadError::Write(WriteError::Closed(reason)) => {
-            touched(ProxyError::SessionLost { cluster, reason })
+            NoAnswer { error: ProxyError::SessionLost { cluster, reason }, repeatable: plan.may_repeat() }
         }
         HeadError::Truncated | HeadError::Write(WriteError::Finished) => {
             touched(plan.bad_answer("it breaks off"))
