@@ -185,6 +185,7 @@ impl Agent {
                 start: move |begin| begin_on(&service, &links, begin),
                 drain: config.drain_deadline,
                 policy: Policy::new(Settings { mode: config.transport, retry: config.quic.retry_interval }),
+                stood: None,
             };
             let dialler = Arc::clone(&dialler);
             let kept = slot.keep(move |address, transport| {

@@ -27,9 +27,14 @@ impl Backoff {
 
     /// The wait after one more failure.
     pub(crate) fn next(&mut self) -> Duration {
+        self.next_within(self.max)
+    }
+
+    /// The same, and at most `longest`, unless the shortest wait is longer than that.
+    pub(crate) fn next_within(&mut self, longest: Duration) -> Duration {
         self.failures = self.failures.saturating_add(1);
         let factor = 2_u32.saturating_pow(self.failures.min(30));
-        let ceiling = self.min.saturating_mul(factor).clamp(self.min, self.max);
+        let ceiling = self.min.saturating_mul(factor).min(longest).clamp(self.min, self.max);
         self.min + (ceiling - self.min).mul_f64((self.random)().clamp(0.0, 1.0))
     }
 
@@ -75,6 +80,15 @@ mod tests {
         assert_eq!(highest[..7], [500, 1000, 2000, 4000, 8000, 16_000, 30_000]);
         assert_eq!(highest[7..], [30_000; 5]);
         assert!(waits(0.5).iter().zip(&highest).all(|(half, full)| (250..=*full).contains(half)));
+    }
+
+    /// A shorter limit holds for one wait; the count of failures goes on below it.
+    #[test]
+    fn a_wait_can_have_a_shorter_limit() {
+        let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(30), || 1.0);
+        let mut within = |millis| backoff.next_within(Duration::from_millis(millis)).as_millis();
+        assert_eq!([within(1000), within(1000), within(1000), within(100)], [500, 1000, 1000, 250]);
+        assert_eq!(backoff.next().as_millis(), 8000);
     }
 
     #[test]

@@ -66,6 +66,24 @@ impl ConnectError {
             Self::Tls(_) => "tls",
         }
     }
+
+    /// Whether nothing came back from where it was to go, or nothing could leave.
+    pub(crate) fn reached_nobody(&self) -> bool {
+        match self {
+            Self::Resolve { .. } | Self::Deadline(Stage::Resolving | Stage::Connecting) => true,
+            Self::Connect { cause, .. } => matches!(
+                cause.kind(),
+                io::ErrorKind::NetworkUnreachable
+                    | io::ErrorKind::HostUnreachable
+                    | io::ErrorKind::NetworkDown
+                    | io::ErrorKind::AddrNotAvailable
+                    | io::ErrorKind::TimedOut
+            ),
+            Self::NoAddress(_) | Self::Denied { .. } | Self::Deadline(Stage::Handshaking) | Self::Tls(_) => {
+                false
+            }
+        }
+    }
 }
 
 /// Resolves once and connects to the addresses found, one after the other; only to those that `reach` allows.

@@ -63,6 +63,18 @@ impl DialError {
         }
     }
 
+    /// Whether the attempt came to nobody who could have refused it: the network is to blame, and a gateway in trouble
+    /// is spared nothing by waiting.
+    pub(crate) fn reached_nobody(&self) -> bool {
+        match &self.cause {
+            DialCause::Connect(error) => error.reached_nobody(),
+            DialCause::Quic(error) => error.reached_nobody(),
+            DialCause::Proxy(error) => error.reached_nobody(),
+            DialCause::Ended(_) | DialCause::NotReady(_) => false,
+            DialCause::Name(_) | DialCause::Alpn(_) | DialCause::Memory(_) => false,
+        }
+    }
+
     #[cfg(test)]
     pub(crate) fn for_test(address: &Address) -> Self {
         let cause = ConnectError::Deadline(connect::Stage::Connecting).into();

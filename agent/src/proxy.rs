@@ -432,6 +432,17 @@ pub(crate) enum ProxyError {
     Refused { to: String, code: u16, status: String },
 }
 
+impl ProxyError {
+    /// Whether the proxy was not reached, or does not reach the gateway.
+    pub(crate) fn reached_nobody(&self) -> bool {
+        match self {
+            Self::Connect(error) => error.reached_nobody(),
+            Self::Deadline => true,
+            _ => false,
+        }
+    }
+}
+
 fn unauthenticated(code: u16, had_credentials: bool, offered: &str) -> String {
     let basic = offered.is_empty() || offered.split(", ").any(|scheme| scheme.eq_ignore_ascii_case("basic"));
     if !basic {

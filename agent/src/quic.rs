@@ -48,6 +48,15 @@ impl QuicError {
             Self::Alpn { .. } => "alpn",
         }
     }
+
+    /// Whether nothing came back from where it was to go, or nothing could leave.
+    pub(crate) fn reached_nobody(&self) -> bool {
+        match self {
+            Self::Deadline { .. } | Self::Failed { cause: ConnectionError::TimedOut, .. } => true,
+            Self::Resolve(error) => error.reached_nobody(),
+            Self::Socket(_) | Self::Setup(_) | Self::Failed { .. } | Self::Alpn { .. } => false,
+        }
+    }
 }
 
 /// The QUIC side of the agent.

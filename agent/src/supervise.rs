@@ -2,6 +2,8 @@
 //!
 //! - A failed attempt moves on to the next address; after a round of all of them comes the back-off. It begins anew once
 //!   a session has lived for a minute.
+//! - A network that swallows packets is asked again about every second for some minutes after the last session: then
+//!   the cluster is back within seconds of the network, and nobody is overrun, for nobody was reached.
 //! - A session that the gateway drains (GoAway), or that shows an outdated certificate, is replaced first and ended
 //!   after: make before break. The old one serves its streams until it is empty or its time is over.
 //! - The same when QUIC works again for a slot on TCP: new streams move, the open ones finish where they are.
@@ -39,6 +41,8 @@ pub(crate) struct Slot<S> {
     /// How long a session that was replaced because of the certificate may take to end.
     pub(crate) drain: Duration,
     pub(crate) policy: Policy,
+    /// When a session last stood.
+    pub(crate) stood: Option<Instant>,
 }
 
 /// A session that has been replaced and ends by itself.
@@ -116,6 +120,7 @@ impl<S: Fn(Begin)> Slot<S> {
                 end = self.serving(&mut up, &connect) => end,
                 session = home => End::Home(session),
             };
+            self.stood = Some(Instant::now());
             if since.elapsed() >= LIVED {
                 self.backoff.reset();
             }
@@ -131,7 +136,7 @@ impl<S: Fn(Begin)> Slot<S> {
                         ready = Some(Up { serving: true, ..Up::new(standby, address) });
                         continue;
                     }
-                    let wait = self.backoff.next();
+                    let wait = self.wait(matches!(reason, CloseReason::Dead(_)));
                     let transport = session.transport().label();
                     tracing::warn!(%address, transport, %reason, ?wait, "session lost");
                     sleep(wait).await;
@@ -343,12 +348,18 @@ impl<S: Fn(Begin)> Slot<S> {
                     *next = next.wrapping_add(1);
                     failures += 1;
                     let round_over = failures % self.addresses.len() == 0;
-                    let wait = if round_over { self.backoff.next() } else { Duration::ZERO };
+                    let wait = if round_over { self.wait(error.reached_nobody()) } else { Duration::ZERO };
                     tracing::warn!(%error, ?wait, "no session");
                     sleep(wait).await;
                 }
             }
         }
+    }
+
+    /// The wait after a failure. `network` = the network is to blame and not the gateway.
+    fn wait(&mut self, network: bool) -> Duration {
+        let recent = self.stood.is_some_and(|at| at.elapsed() < STOOD_RECENTLY);
+        if network && recent { self.backoff.next_within(NETWORK_WAIT) } else { self.backoff.next() }
     }
 
     /// QUIC at once, TCP a little later or when QUIC has failed; whichever is ready first. An attempt over QUIC that is
@@ -500,6 +511,10 @@ const HOME_RETRY: Duration = Duration::from_secs(30);
 const HOME_JITTER: f64 = 0.25;
 /// A session that lived so long was a success.
 const LIVED: Duration = Duration::from_secs(60);
+/// For so long after a session stood, a network that swallows packets is asked again at most this much later. An attempt
+/// that nobody answers takes its own time on top, with packets of its own every few seconds.
+const STOOD_RECENTLY: Duration = Duration::from_secs(300);
+const NETWORK_WAIT: Duration = Duration::from_secs(1);
 /// A gateway cannot keep the agent away for longer.
 const RECONNECT_AFTER_MAX: Duration = Duration::from_secs(60);
 /// What a draining gateway gets beyond the time it asked for.
@@ -610,6 +625,7 @@ mod tests {
                 start: move |event| assert!(begin.try_send(event).is_ok()),
                 drain: Duration::from_secs(20),
                 policy: Policy::new(Settings { mode: TransportMode::Tcp, retry: Duration::from_secs(30) }),
+                stood: None,
             };
             let mut tasks = JoinSet::new();
             let connector = Arc::clone(&world);
@@ -675,6 +691,26 @@ mod tests {
         let (_gateway, next) = run.served().await;
         assert!(next.is_open());
         assert!(before.elapsed() <= Duration::from_millis(12_500), "{:?}", before.elapsed());
+    }
+
+    /// A network that swallows everything is asked again every second while a session stood lately, so that the cluster is
+    /// back soon after the network; later more and more rarely.
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_network_is_asked_often_for_some_minutes() {
+        let mut run = Run::start(&["a:1"], &[[true].as_slice(), &[false; 310]].concat());
+        let (_gateway, _session) = run.served().await;
+        run.world.stall().await;
+        run.served().await;
+        let times: Vec<u128> = run.world.waits().iter().map(|(at, _)| *at).collect();
+        let waits: Vec<u128> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        // 12 s until silence is death, and the first wait.
+        assert_eq!(waits[0], 12_500);
+        let died = times[1] - 500;
+        let (soon, later): (Vec<_>, Vec<_>) =
+            waits[1..].iter().zip(&times[1..]).partition(|(_, at)| *at - died < STOOD_RECENTLY.as_millis());
+        assert!(soon.iter().all(|(wait, _)| **wait == 1000), "{soon:?}");
+        assert!(later.iter().all(|(wait, _)| **wait == 30_000), "{later:?}");
+        assert!(soon.len() > 250 && later.len() > 5, "{} {}", soon.len(), later.len());
     }
 
     /// GoAway: the new session stands while the old one still serves.
