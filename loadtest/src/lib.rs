@@ -5,6 +5,7 @@
 //! - [`connect_relay`]: a forward proxy on loopback.
 //! - [`client`]: one HTTP connection at a time, for tests and measurements.
 //! - [`shim`]: a relay that behaves like a bad network.
+//! - [`netns`]: a network of the kernel's whose packets are dropped, and forged.
 //! - [`stack`]: the real gateway and agent as processes.
 //! - [`measure`]: first figures of the tunnel, beside the same without it.
 //! - [`demo`]: what `make demo` shows.
@@ -15,5 +16,6 @@ pub mod demo;
 pub mod fakeapi;
 pub mod kubectl;
 pub mod measure;
+pub mod netns;
 pub mod shim;
 pub mod stack;

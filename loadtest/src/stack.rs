@@ -95,6 +95,8 @@ pub struct Options {
     pub log_level: &'static str,
     /// Where certificates, configuration and logs go.
     pub directory: PathBuf,
+    /// The agent runs under this command, for example in a network of its own.
+    pub agent_under: Vec<String>,
 }
 
 impl Options {
@@ -107,6 +109,7 @@ impl Options {
             agent: json!({}),
             log_level: "info",
             directory: directory.to_owned(),
+            agent_under: Vec::new(),
         }
     }
 }
@@ -144,9 +147,25 @@ impl Process {
     /// # Errors
     /// The binary has not been built, or cannot be started.
     pub fn start(name: &str, arguments: &[&str], log: &Path) -> anyhow::Result<Self> {
+        Self::start_under(&[], name, arguments, log)
+    }
+
+    /// The same under a command that becomes the program, as `ip netns exec NAME` does.
+    ///
+    /// # Errors
+    /// The binary has not been built, or cannot be started.
+    pub fn start_under(under: &[String], name: &str, arguments: &[&str], log: &Path) -> anyhow::Result<Self> {
         let program = binary(name)?;
+        let mut command = match under.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(&program);
+                command
+            }
+            None => Command::new(&program),
+        };
         let output = File::options().create(true).append(true).open(log).context("open the log")?;
-        let child = Command::new(&program)
+        let child = command
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
@@ -388,7 +407,7 @@ impl Stack {
     /// It is not, with the end of its log.
     pub async fn start_gateway(&mut self) -> anyhow::Result<()> {
         let config = self.path("gateway.yaml").display().to_string();
-        let process = self.process("towline-gateway", &config, &self.path("gateway.log"))?;
+        let process = self.process(&[], "towline-gateway", &config, &self.path("gateway.log"))?;
         self.gateway = Some(ready(process, self.gateway_admin, "gateway").await?);
         Ok(())
     }
@@ -399,13 +418,14 @@ impl Stack {
     /// It has not, with the end of its log.
     pub async fn start_agent(&mut self) -> anyhow::Result<()> {
         let config = self.path("agent.yaml").display().to_string();
-        let process = self.process("towline-agent", &config, &self.path("agent.log"))?;
+        let under = &self.options.agent_under;
+        let process = self.process(under, "towline-agent", &config, &self.path("agent.log"))?;
         self.agent = Some(ready(process, self.agent_admin, "agent").await?);
         Ok(())
     }
 
-    fn process(&self, name: &str, config: &str, log: &Path) -> anyhow::Result<Process> {
-        Process::start(name, &["--config", config, "--log-level", self.options.log_level], log)
+    fn process(&self, under: &[String], name: &str, config: &str, log: &Path) -> anyhow::Result<Process> {
+        Process::start_under(under, name, &["--config", config, "--log-level", self.options.log_level], log)
     }
 
     /// The gateway process.
