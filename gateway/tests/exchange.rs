@@ -624,6 +624,37 @@ async fn a_body_that_stalls_is_given_up() {
     assert!(exchange.recv.read_chunk(99).await.is_err(), "the cluster does not take it for complete");
 }
 
+/// A session that ends before the answer: what does no harm twice is asked of another one, anything else may have been done.
+#[tokio::test]
+async fn a_lost_session_costs_only_what_may_not_be_repeated() {
+    let requests = [
+        ("GET", "/clusters/prod/api/v1/pods", "", 200),
+        ("HEAD", "/clusters/prod/api/v1/pods", "", 200),
+        ("GET", "/clusters/prod/api/v1/namespaces/a/pods/b/proxy/buy", "", 502),
+        ("GET", "/clusters/prod/api/v1/pods", "a body", 502),
+        ("DELETE", "/clusters/prod/api/v1/namespaces/a/pods/b", "", 502),
+    ];
+    let world = World::start().await;
+    let mut serving = Agent::connect(&world, "prod", [7; 16]).await;
+    serving.echo();
+    let mut client = world.h1(None).await;
+    let headers = [("authorization", &*format!("Bearer {TOKEN}"))];
+    for (method, path, body, status) in requests {
+        // The newest is asked first.
+        let lost = Agent::connect(&world, "prod", [7; 16]).await;
+        world.connected("prod", 2).await;
+        let server = async {
+            let exchange = lost.next().await;
+            lost.session.close(Code::Internal, "crash");
+            drop(exchange);
+        };
+        let (answer, ()) = tokio::join!(client.ask(method, path, &headers, full(body)), server);
+        assert_eq!(answer.status(), status, "{method} {path}");
+        drop(text(answer).await);
+        lost.session.wait_for(|state| state.closed.is_some()).await;
+    }
+}
+
 /// With one session there is nowhere else to try: the answer comes at once.
 #[tokio::test]
 async fn what_cannot_be_tried_elsewhere_is_answered_at_once() {
