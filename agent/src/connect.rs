@@ -177,6 +177,29 @@ mod tests {
         connect(&address.parse().unwrap(), reach, Instant::now() + Duration::from_secs(5)).await
     }
 
+    /// Who answers, even with a refusal, is spared; a network that answers nothing is not.
+    #[test]
+    fn only_silence_and_missing_routes_reached_nobody() {
+        let at = "127.0.0.1:1".parse().unwrap();
+        let connect = |kind: io::ErrorKind| ConnectError::Connect { at, cause: kind.into() };
+        let nobody = [
+            ConnectError::Deadline(Stage::Resolving),
+            ConnectError::Deadline(Stage::Connecting),
+            connect(io::ErrorKind::NetworkUnreachable),
+            connect(io::ErrorKind::HostUnreachable),
+            connect(io::ErrorKind::TimedOut),
+        ];
+        let somebody = [
+            ConnectError::Deadline(Stage::Handshaking),
+            ConnectError::NoAddress(String::new()),
+            ConnectError::Tls(String::new()),
+            connect(io::ErrorKind::ConnectionRefused),
+            connect(io::ErrorKind::ConnectionReset),
+        ];
+        assert!(nobody.iter().all(ConnectError::reached_nobody), "{nobody:?}");
+        assert!(!somebody.iter().any(ConnectError::reached_nobody), "{somebody:?}");
+    }
+
     /// R-SSRF-4: the address behind a name is judged, and nothing is dialled that is not allowed.
     #[tokio::test]
     async fn local_addresses_need_permission() {
