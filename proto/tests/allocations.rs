@@ -17,7 +17,7 @@ fn bulk_allocates_at_most_twice_per_64_kib() {
     let chunk = Bytes::from(vec![7; 64 << 10]);
     // Whatever pieces the writer hands over: one frame carries up to 16 KiB of them.
     for size in [64 << 10, 16 << 10, 4 << 10] {
-        let mut pair = Pair::new();
+        let mut pair = Pair::over_a_socket();
         let stream = pair.open();
         pair.bulk(stream, &chunk, size, CHUNKS / 4);
         let used = measure(|| assert_eq!(pair.bulk(stream, &chunk, size, CHUNKS), chunk.len() * CHUNKS));
@@ -32,7 +32,7 @@ fn bulk_allocates_at_most_twice_per_64_kib() {
 #[test]
 fn exchanges_allocate_a_bounded_handful() {
     let (open, answer) = (Bytes::from(vec![1; OPEN_HEAD]), Bytes::from(vec![2; ANSWER]));
-    let mut pair = Pair::new();
+    let mut pair = Pair::over_a_socket();
     pair.exchanges(64, &open, &answer);
     let first = measure(|| (0..100).for_each(|_| pair.exchanges(64, &open, &answer)));
     let second = measure(|| (0..100).for_each(|_| pair.exchanges(64, &open, &answer)));

@@ -1,5 +1,5 @@
 //! Two ends of a session joined by nothing but function calls: what the core costs without a kernel, a runtime or TLS.
-#![allow(unreachable_pub, reason = "shared by including the file")]
+#![allow(dead_code, unreachable_pub, reason = "shared by including the file; each user uses its part")]
 
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
@@ -21,21 +21,37 @@ pub struct Pair {
     pub agent: Connection,
     now: Instant,
     out: VecDeque<Bytes>,
-    /// Where bytes are received, as from a socket: filled, split off, and used again once nobody holds a slice.
-    wire: BytesMut,
+    wire: Wire,
     pub opened: Vec<Key>,
 }
 
+/// How bytes get from one end to the other.
+enum Wire {
+    /// The slices that one end puts out go into the other as they are: nothing is counted but the core.
+    Slices,
+    /// Through a buffer as a socket fills it: filled, split off, and used again once nobody holds a slice.
+    Socket(BytesMut),
+}
+
 impl Pair {
+    /// Joined without a copy.
     pub fn new() -> Self {
+        Self::joined(Wire::Slices)
+    }
+
+    /// Joined by a buffer that is filled as from a socket.
+    pub fn over_a_socket() -> Self {
+        Self::joined(Wire::Socket(BytesMut::new()))
+    }
+
+    fn joined(wire: Wire) -> Self {
         let now = Instant::default();
         let end = |role| {
             Connection::new(role, Limits::default(), Budget::new(1 << 30), Introduction::default(), now)
                 .unwrap()
         };
         let (gateway, agent) = (end(Role::Gateway), end(Role::Agent));
-        let (out, wire) = (VecDeque::new(), BytesMut::new());
-        let mut pair = Self { gateway, agent, now, out, wire, opened: Vec::new() };
+        let mut pair = Self { gateway, agent, now, out: VecDeque::new(), wire, opened: Vec::new() };
         for _ in 0..4 {
             pair.exchange_bytes();
         }
@@ -136,26 +152,31 @@ fn carry(
     to: &mut Connection,
     now: Instant,
     out: &mut VecDeque<Bytes>,
-    wire: &mut BytesMut,
+    wire: &mut Wire,
     mut after_read: impl FnMut(&mut Connection),
 ) -> usize {
     if !from.has_output() {
         return 0;
     }
     let moved = from.poll_output(now, BATCH, out);
-    for mut slice in out.drain(..) {
-        while !slice.is_empty() {
-            if wire.capacity() == wire.len() {
-                // The buffer is full, as after a large read.
-                to.handle_input(now, wire.split().freeze());
-                after_read(to);
-                wire.reserve(CHUNK_MAX);
+    match wire {
+        Wire::Slices => out.drain(..).for_each(|slice| to.handle_input(now, slice)),
+        Wire::Socket(buffer) => {
+            for mut slice in out.drain(..) {
+                while !slice.is_empty() {
+                    if buffer.capacity() == buffer.len() {
+                        // The buffer is full, as after a large read.
+                        to.handle_input(now, buffer.split().freeze());
+                        after_read(to);
+                        buffer.reserve(CHUNK_MAX);
+                    }
+                    let part = slice.split_to(slice.len().min(buffer.capacity() - buffer.len()));
+                    buffer.extend_from_slice(&part);
+                }
             }
-            let part = slice.split_to(slice.len().min(wire.capacity() - wire.len()));
-            wire.extend_from_slice(&part);
+            to.handle_input(now, buffer.split().freeze());
         }
     }
-    to.handle_input(now, wire.split().freeze());
     after_read(to);
     moved
 }
