@@ -7,21 +7,26 @@
 
 mod common;
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::{Bench, Setup, until, within};
-use rustls_pki_types::ServerName;
+use rustls::ServerConfig;
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde_json::json;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
 use tokio::time::sleep;
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_util::task::AbortOnDropHandle;
 use towline_loadtest::client::Version;
 use towline_loadtest::connect_relay::ConnectRelay;
 use towline_loadtest::stack::{CLIENT, Mode, free_port};
@@ -73,6 +78,136 @@ async fn through_a_proxy_with_a_password() {
     }
     bench.end().await;
     box_.kill().await.unwrap();
+}
+
+/// Goal: the same with squid, which most companies have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn through_squid_with_a_password() {
+    let Some(squid) = find("squid", "through_squid_with_a_password") else { return };
+    let places = |path: &str| [PathBuf::from("/").join(path), tools().join(path)];
+    let there = |path: &str| places(path).into_iter().find(|path| path.exists());
+    let (Some(helper), Some(errors), Some(mime)) = (
+        there("usr/lib/squid/basic_ncsa_auth"),
+        there("usr/share/squid-langpack/templates"),
+        there("usr/share/squid/mime.conf"),
+    ) else {
+        return eprintln!(
+            "SKIP through_squid_with_a_password: squid's own files are incomplete (make tools)"
+        );
+    };
+    let port = free_port().unwrap();
+    let password = json!({"url": format!("http://joe:right-horse@{port}")});
+    let mut bench = Setup::new(Mode::Impersonate).agent(json!({"proxy": password})).prepare().await;
+    // A squid that root starts goes on as nobody, who has to get at these.
+    let directory = bench.stack.options.directory.clone();
+    std::fs::set_permissions(&directory, Permissions::from_mode(0o711)).unwrap();
+    let users = bench.write("users", "joe:$apr1$towline1$d8ueGxY3kFE6VBCw4QcJ.1\n");
+    let own = directory.join("basic_ncsa_auth");
+    std::fs::copy(helper, &own).unwrap();
+    let config = format!(
+        "http_port {port}\npid_filename none\naccess_log none\ncache_log /dev/null\ncache deny all\ncoredump_dir {0}\n\
+         mime_table {1}\nicon_directory {5}\nerror_directory {2}\nunlinkd_program /bin/true\npinger_enable off\nnetdb_filename none\n\
+         cache_effective_user nobody\ncache_effective_group nogroup\nshutdown_lifetime 0 seconds\n\
+         read_timeout {LIMIT_SECONDS} seconds\nclient_lifetime 1 hour\n\
+         auth_param basic program {3} {4}\nauth_param basic children 1\n\
+         acl known proxy_auth REQUIRED\nhttp_access allow known\nhttp_access deny all\n",
+        directory.display(),
+        mime.display(),
+        errors.display(),
+        own.display(),
+        users.display(),
+        mime.with_file_name("icons").display(),
+    );
+    let file = bench.write("squid.conf", &config);
+    let mut box_ = start(&squid, &["-N", "-f", text(&file)], &bench, port).await;
+    bench.stack.start_gateway().await.unwrap();
+    bench.stack.start_agent().await.unwrap();
+    works(&bench).await;
+    sleep(IDLE).await;
+    works(&bench).await;
+    assert_eq!(bench.gateway_metric("sessions_ended_total").await, 0.0, "the session is still the first one");
+    for (name, url, part) in [
+        ("wrong", format!("http://joe:wrong-horse@{port}"), "does not accept the user and password (407)"),
+        ("none", format!("http://{port}"), "requires a user and a password (407), and none is configured"),
+    ] {
+        let log = refused(&bench, name, &json!({"proxy": {"url": url}}), &[]).await;
+        assert!(log.contains(part), "{log}");
+        assert!(!log.contains("horse"), "{log}");
+    }
+    bench.end().await;
+    box_.kill().await.unwrap();
+}
+
+/// Goal: an `https://` proxy with a CA of its own, here TLS in front of tinyproxy: the session lives through it and outlives
+/// its idle limit; without that CA the log names the proxy, whose certificate it is, and what to do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn through_a_proxy_over_tls_with_its_own_ca() {
+    let Some(tinyproxy) = find("tinyproxy", "through_a_proxy_over_tls_with_its_own_ca") else { return };
+    let plain = free_port().unwrap();
+    let mut bench = Setup::new(Mode::Impersonate).prepare().await;
+    // The front's CA is neither the tunnel's nor one of the system's.
+    let certs = bench.stack.path("certs");
+    let (port, _front) = tls_in_front(&certs, plain).await;
+    let url = format!("https://joe:right-horse@{port}");
+    bench.stack.options.agent = json!({"proxy": {"url": url, "ca": certs.join("front-ca.crt")}});
+    bench.stack.write_configuration().unwrap();
+    let config = format!(
+        "Port {}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout {LIMIT_SECONDS}\nMaxClients 50\nLogLevel Info\nBasicAuth joe right-horse\n",
+        plain.port()
+    );
+    let file = bench.write("tinyproxy.conf", &config);
+    let mut box_ = start(&tinyproxy, &["-d", "-c", text(&file)], &bench, plain).await;
+    bench.stack.start_gateway().await.unwrap();
+    bench.stack.start_agent().await.unwrap();
+    works(&bench).await;
+    sleep(IDLE).await;
+    works(&bench).await;
+    assert_eq!(bench.gateway_metric("sessions_ended_total").await, 0.0, "the session is still the first one");
+
+    let log = refused(
+        &bench,
+        "another-ca",
+        &json!({"proxy": {"url": url, "ca": certs.join("tunnel-ca.crt")}}),
+        &[],
+    )
+    .await;
+    for part in [&format!("through the proxy https://joe:***@{port}"), "certificate", "tunnel-ca.crt"] {
+        assert!(log.contains(part), "{part:?} is missing in {log}");
+    }
+    assert!(!log.contains("horse"), "{log}");
+    // The other way round: TLS is spoken where plain HTTP was configured.
+    let log = refused(&bench, "not-https", &json!({"proxy": {"url": format!("http://{port}")}}), &[]).await;
+    assert!(log.contains("TLS (https://)") || log.contains("not HTTP") || log.contains("broke"), "{log}");
+    bench.end().await;
+    box_.kill().await.unwrap();
+}
+
+/// Ends TLS with the bench's front certificate and passes everything on; until the handle is dropped.
+async fn tls_in_front(certs: &Path, to: SocketAddr) -> (SocketAddr, AbortOnDropHandle<()>) {
+    let chain = CertificateDer::pem_file_iter(certs.join("front-server.crt")).unwrap();
+    let chain: Vec<_> = chain.collect::<Result<_, _>>().unwrap();
+    let key = PrivateKeyDer::from_pem_file(certs.join("front-server.key")).unwrap();
+    let config = ServerConfig::builder_with_provider(towline_certs::tls::provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let accepting = common::spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((client, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            connections.spawn(async move {
+                let mut client = acceptor.accept(client).await?;
+                let mut server = TcpStream::connect(to).await?;
+                copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+    });
+    (address, accepting)
 }
 
 /// Goal: what noProxy names is dialled directly; the environment counts where the file says nothing, with names left to
