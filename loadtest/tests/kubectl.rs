@@ -1,5 +1,5 @@
 //! Goal: every flow works with every real `kubectl` on this machine through the tunnel: in both modes, by path and by
-//! host, over both carriers.
+//! host, over both carriers, with a tunnel over TCP and over QUIC.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
 
@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Bench, settled};
+use common::{Bench, Setup, settled};
+use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use towline_loadtest::connect_relay::ConnectRelay;
@@ -23,13 +24,47 @@ const PARALLEL: usize = 4;
 /// Goal: all kubectls, all flows, in impersonating mode by path. The API server sees the principal and nobody else.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_kubectl_by_path_impersonating() {
-    let kubectls = found("every_kubectl_by_path_impersonating");
+    by_path_impersonating("tcp", found("every_kubectl_by_path_impersonating", Choice::All)).await;
+}
+
+/// Goal: the same over QUIC with the oldest, the newest and one between; with `TOWLINE_LONG=1` with all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kubectls_over_quic_by_path_impersonating() {
+    by_path_impersonating("quic", found("kubectls_over_quic_by_path_impersonating", Choice::Three)).await;
+}
+
+/// Goal: the oldest and the newest kubectl in restricted mode (`TOWLINE_LONG=1`: all). Only the client's own credential goes
+/// through (AG-06).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn oldest_and_newest_by_path_restricted() {
+    by_path_restricted("tcp", found("oldest_and_newest_by_path_restricted", Choice::Ends)).await;
+}
+
+/// Goal: the same over QUIC.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn oldest_and_newest_over_quic_by_path_restricted() {
+    by_path_restricted("quic", found("oldest_and_newest_over_quic_by_path_restricted", Choice::Ends)).await;
+}
+
+/// Goal: the oldest and the newest kubectl by host, through a forward proxy (`TOWLINE_LONG=1`: all).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn oldest_and_newest_by_host() {
+    by_host("tcp", found("oldest_and_newest_by_host", Choice::Ends)).await;
+}
+
+/// Goal: the same over QUIC.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn oldest_and_newest_over_quic_by_host() {
+    by_host("quic", found("oldest_and_newest_over_quic_by_host", Choice::Ends)).await;
+}
+
+async fn by_path_impersonating(transport: &str, kubectls: Vec<Kubectl>) {
     if kubectls.is_empty() {
         return;
     }
-    let bench = Bench::start(Mode::Impersonate).await;
+    let bench = start(Mode::Impersonate, transport).await;
     let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());
-    matrix(&bench, &kubectls, &kubeconfig, "by path, impersonating").await;
+    matrix(&bench, &kubectls, &kubeconfig, &format!("over {transport} by path, impersonating")).await;
     for request in bench.fake.recorder().requests() {
         let what = request.target_text();
         let (caller, identity) =
@@ -38,19 +73,16 @@ async fn every_kubectl_by_path_impersonating() {
         assert_eq!(identity.user, CLIENT, "{what}");
         assert_eq!(identity.groups, ["fleet", "system:authenticated"], "{what}");
     }
-    bench.end().await;
+    end(bench, transport).await;
 }
 
-/// Goal: the oldest and the newest kubectl in restricted mode. Only the client's own credential goes through (AG-06).
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn oldest_and_newest_by_path_restricted() {
-    let kubectls = oldest_and_newest(found("oldest_and_newest_by_path_restricted"));
+async fn by_path_restricted(transport: &str, kubectls: Vec<Kubectl>) {
     if kubectls.is_empty() {
         return;
     }
-    let bench = Bench::start(Mode::Restricted).await;
+    let bench = start(Mode::Restricted, transport).await;
     let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());
-    matrix(&bench, &kubectls, &kubeconfig, "by path, restricted").await;
+    matrix(&bench, &kubectls, &kubeconfig, &format!("over {transport} by path, restricted")).await;
     for request in bench.fake.recorder().requests() {
         let what = request.target_text();
         let token = format!("Bearer {}", bench.stack.upstream.client_token);
@@ -61,23 +93,31 @@ async fn oldest_and_newest_by_path_restricted() {
         };
         assert!(!request.headers.iter().any(agents), "{what}");
     }
-    bench.end().await;
+    end(bench, transport).await;
 }
 
-/// Goal: the oldest and the newest kubectl by host, through a forward proxy.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn oldest_and_newest_by_host() {
-    let kubectls = oldest_and_newest(found("oldest_and_newest_by_host"));
+async fn by_host(transport: &str, kubectls: Vec<Kubectl>) {
     if kubectls.is_empty() {
         return;
     }
-    let bench = Bench::start(Mode::Impersonate).await;
+    let bench = start(Mode::Impersonate, transport).await;
     let relay = ConnectRelay::start(bench.stack.front).await.unwrap();
     let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(Some(relay.addr())).unwrap());
-    matrix(&bench, &kubectls, &kubeconfig, "by host, impersonating").await;
+    matrix(&bench, &kubectls, &kubeconfig, &format!("over {transport} by host, impersonating")).await;
     let asked = relay.asked();
     let host = format!("{CLUSTER}.{HOST_DOMAIN}:{}", bench.stack.front.port());
     assert!(!asked.is_empty() && asked.iter().all(|authority| *authority == host), "{asked:?}");
+    end(bench, transport).await;
+}
+
+async fn start(mode: Mode, transport: &str) -> Bench {
+    Setup::new(mode).agent(json!({"transport": transport})).start().await
+}
+
+/// The one session ran over this transport from the beginning to the end.
+async fn end(bench: Bench, transport: &str) {
+    assert_eq!(bench.gateway_metric(&format!("sessions{{transport=\"{transport}\"}}")).await as u64, 1);
+    assert_eq!(bench.gateway_metric("sessions_ended_total").await as u64, 0);
     bench.end().await;
 }
 
@@ -85,17 +125,29 @@ fn is_impersonation(name: &str) -> bool {
     name.to_ascii_lowercase().starts_with("impersonate-")
 }
 
-fn found(test: &str) -> Vec<Kubectl> {
-    let kubectls = kubectl::find();
+/// Which of the kubectls on this machine a test runs; all in the long run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Choice {
+    All,
+    /// The oldest, the newest and one between.
+    Three,
+    /// The oldest and the newest.
+    Ends,
+}
+
+fn found(test: &str, choice: Choice) -> Vec<Kubectl> {
+    let mut kubectls = kubectl::find();
     if kubectls.is_empty() {
         eprintln!("SKIP {test}: no kubectl on PATH or in $KUBECTLS");
     }
-    kubectls
-}
-
-fn oldest_and_newest(mut kubectls: Vec<Kubectl>) -> Vec<Kubectl> {
-    if kubectls.len() > 2 {
-        kubectls.drain(1..kubectls.len() - 1);
+    let (last, middle) = (kubectls.len().saturating_sub(1), kubectls.len() / 2);
+    if choice != Choice::All && !common::long() {
+        let mut number = 0;
+        kubectls.retain(|_| {
+            let chosen = number == 0 || number == last || choice == Choice::Three && number == middle;
+            number += 1;
+            chosen
+        });
     }
     kubectls
 }

@@ -1,4 +1,5 @@
-//! Which `kubectl`s does this machine have? Those in `$KUBECTLS`, on `$PATH` and in a few usual places.
+//! Which `kubectl`s does this machine have? Those in `$KUBECTLS`, on `$PATH`, in target/tools (`make tools`) and in a few usual
+//! places.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -32,6 +33,7 @@ pub fn find() -> Vec<Kubectl> {
     for list in ["KUBECTLS", "PATH"] {
         places.extend(std::env::var_os(list).iter().flat_map(std::env::split_paths));
     }
+    places.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools"));
     places.extend(USUAL_PLACES.iter().map(PathBuf::from));
     let mut found = BTreeMap::new();
     for binary in places.iter().flat_map(|place| binaries(place)) {
