@@ -1,4 +1,5 @@
-//! Goal: large bodies arrive whole while memory stays bounded, and readers that stop cost their own streams only (RG9).
+//! Goal: large bodies arrive whole while memory stays bounded, and readers that stop cost their own streams only (RG9); over
+//! TCP and over QUIC.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
 
@@ -20,16 +21,23 @@ const BUDGET: u64 = 32 * MIB;
 const PER_CONNECTION: u64 = 256 * 1024;
 const STALLED: u64 = 100;
 
-async fn bench() -> Bench {
+/// A stack with small budgets whose agent uses this transport.
+async fn bench(transport: &str) -> Bench {
     let limits = json!({"tunnelMemory": "32MiB", "sessionMemory": "32MiB"});
     let agent = json!({
         "sessionMemory": "32MiB", "processMemory": "32MiB", "streamsPerSession": 256, "initialCredit": "64KiB",
     });
     Setup::new(Mode::Restricted)
         .gateway(json!({"limits": limits}))
-        .agent(json!({"limits": agent}))
+        .agent(json!({"limits": agent, "transport": transport}))
         .start()
         .await
+}
+
+/// The session is still the first one, and runs over what was asked for.
+async fn check_session(bench: &Bench, transport: &str) {
+    assert_eq!(bench.gateway_metric(&format!("sessions{{transport=\"{transport}\"}}")).await as u64, 1);
+    assert_eq!(bench.gateway_metric("sessions_ended_total").await as u64, 0, "the tunnel was cut");
 }
 
 /// Moves something of every kind once, so that what is allocated only once is allocated.
@@ -65,7 +73,17 @@ async fn upload(client: &mut Client, length: u64) -> Duration {
 /// Goal: 1 GiB down and 1 GiB up have equal checksums, and neither end grows by more than its budget and a fifth.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gibibyte_each_way_in_bounded_memory() {
-    let bench = bench().await;
+    a_gibibyte_each_way("tcp").await;
+}
+
+/// Goal: the same over QUIC.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gibibyte_each_way_in_bounded_memory_over_quic() {
+    a_gibibyte_each_way("quic").await;
+}
+
+async fn a_gibibyte_each_way(transport: &str) {
+    let bench = bench(transport).await;
     warm(&bench).await;
     let rss = Rss::watch(&bench.stack);
     let length = 1024 * MIB;
@@ -76,7 +94,7 @@ async fn a_gibibyte_each_way_in_bounded_memory() {
         let down = download(&mut client, length).await;
         let up = upload(&mut client, length).await;
         eprintln!(
-            "{} MiB, {version:?}: down {:.1} s, {}; up {:.1} s, {}",
+            "{} MiB, {transport}, {version:?}: down {:.1} s, {}; up {:.1} s, {}",
             length / MIB,
             down.as_secs_f32(),
             rate(length, down),
@@ -84,7 +102,8 @@ async fn a_gibibyte_each_way_in_bounded_memory() {
             rate(length, up)
         );
     }
-    rss.check("bulk both ways", BUDGET / 5 * 6);
+    rss.check(&format!("bulk both ways, {transport}"), BUDGET / 5 * 6);
+    check_session(&bench, transport).await;
     bench.end().await;
 }
 
@@ -92,7 +111,7 @@ async fn a_gibibyte_each_way_in_bounded_memory() {
 /// reading after that gets every byte.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_that_stop_stall_nobody_else() {
-    let bench = bench().await;
+    let bench = bench("tcp").await;
     warm(&bench).await;
     let mut sibling = bench.connect(Version::Http1).await;
     let length = 256 * MIB;
@@ -109,14 +128,7 @@ async fn readers_that_stop_stall_nobody_else() {
         let answer = within("a head", Duration::from_secs(20), head(&mut client, &path)).await;
         stalled.push((client, answer.into_body()));
     }
-    // Everything that can move without a reader has moved once the tunnel is still.
-    let received = async || bench.gateway_metric("tunnel_received_bytes_total").await;
-    until("the tunnel is still", Duration::from_secs(30), async || {
-        let before = received().await;
-        sleep(Duration::from_millis(500)).await;
-        received().await - before < 64.0 * 1024.0
-    })
-    .await;
+    still(&bench).await;
     let beside = download(&mut sibling, length).await;
     let up = upload(&mut sibling, length).await;
     eprintln!(
@@ -149,4 +161,15 @@ async fn readers_that_stop_stall_nobody_else() {
     })
     .await;
     bench.end().await;
+}
+
+/// Waits until everything has moved that can move without a reader.
+async fn still(bench: &Bench) {
+    let received = async || bench.gateway_metric("tunnel_received_bytes_total").await;
+    until("the tunnel is still", Duration::from_secs(60), async || {
+        let before = received().await;
+        sleep(Duration::from_millis(500)).await;
+        received().await - before < 64.0 * 1024.0
+    })
+    .await;
 }
