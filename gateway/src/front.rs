@@ -2,6 +2,7 @@
 //! the gateway drains.
 
 mod framing;
+mod idle;
 
 use crate::authn::Certificate;
 use crate::proxy::{self, AnswerBody, Peer};
@@ -15,13 +16,14 @@ use hyper::rt::Executor;
 use hyper::server::conn::{http1, http2};
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use idle::{Activity, Counted};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -109,27 +111,52 @@ where
     let served = async {
         if h2 {
             let connection = http2_builder(&shared).serve_connection(TokioIo::new(io), service);
-            drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
-        } else {
-            let (io, framing) = Judged::new(io);
-            let unready = shared.stages.unready.clone();
-            let service = service_fn(move |request| {
-                let (answer, framing) = (service.call(request), framing.clone());
-                let unready = unready.clone();
-                async move {
-                    let mut response: Response<AnswerBody> = answer.await?;
-                    // HTTP/1.1 has no GOAWAY: who goes on asking during the drain's delay is told with an answer, so
-                    // that no request is on its way to a connection that closes after it.
-                    let last = framing.is_lost() || unready.is_cancelled();
-                    if last && response.status() != StatusCode::SWITCHING_PROTOCOLS {
-                        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-                    }
-                    Ok::<_, Infallible>(response)
+            let mut connection = pin!(connection);
+            let finish = |connection: Pin<&mut _>| http2::Connection::graceful_shutdown(connection);
+            let ended = drive(&shared, &peer, &asked, connection.as_mut(), finish, std::future::pending());
+            return ended.await.map(drop);
+        }
+        let activity = Arc::<Activity>::default();
+        let (mut io, framing) = Judged::new(io, Arc::clone(&activity));
+        let unready = shared.stages.unready.clone();
+        let service = service_fn(|request| {
+            let (running, answer, framing) = (activity.request(), service.call(request), framing.clone());
+            let unready = unready.clone();
+            async move {
+                let mut response: Response<AnswerBody> = answer.await?;
+                // HTTP/1.1 has no GOAWAY: who goes on asking during the drain's delay is told with an answer, so
+                // that no request is on its way to a connection that closes after it.
+                let last = framing.is_lost() || unready.is_cancelled();
+                if last && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
-            });
-            let connection =
-                http1_builder(&shared).serve_connection(TokioIo::new(io), service).with_upgrades();
-            drive(&shared, &peer, &asked, connection, |connection| connection.graceful_shutdown()).await
+                Ok::<_, Infallible>(response.map(|body| Counted::new(body, running)))
+            }
+        });
+        loop {
+            let connection = http1_builder(&shared).serve_connection(TokioIo::new(io), &service);
+            let mut connection = connection.with_upgrades();
+            let finish =
+                |connection: Pin<&mut _>| http1::UpgradeableConnection::graceful_shutdown(connection);
+            match drive(&shared, &peer, &asked, Pin::new(&mut connection), finish, activity.idle()).await? {
+                Driven::Ended => return Ok(()),
+                Driven::Idle => {}
+            }
+            let Some(mut parked) = idle::park(connection) else { return Ok(()) };
+            let next = async { matches!(idle::next_request(&mut parked).await, Ok(true)) };
+            let next = tokio::time::timeout(shared.config.timeouts.idle, next);
+            let goes_on = tokio::select! {
+                biased;
+                next = next => next.unwrap_or(false),
+                () = shared.stages.draining.cancelled() => false,
+                () = peer.finish.cancelled() => false,
+                () = shared.stages.abort.cancelled() => false,
+            };
+            if !goes_on {
+                drop(parked.shutdown().await);
+                return Ok(());
+            }
+            io = parked;
         }
     };
     let result = tokio::select! {
@@ -202,19 +229,26 @@ where
     }
 }
 
-/// Runs a connection to its end: until the client leaves, it is to finish, or everything ends. `finish` answers what is
-/// due and takes nothing new.
+/// Why a connection is not driven any further.
+enum Driven {
+    Ended,
+    /// Nobody asks for anything.
+    Idle,
+}
+
+/// Runs a connection until the client leaves, it is to finish, `idle` says that it is idle, or everything ends. `finish`
+/// answers what is due and takes nothing new.
 async fn drive<C>(
     shared: &Shared,
     peer: &Peer,
     asked: &AtomicBool,
-    connection: C,
-    finish: fn(Pin<&mut C>),
-) -> hyper::Result<()>
+    mut connection: Pin<&mut C>,
+    finish: impl Fn(Pin<&mut C>),
+    idle: impl Future<Output = ()>,
+) -> hyper::Result<Driven>
 where
     C: Future<Output = hyper::Result<()>>,
 {
-    let mut connection = pin!(connection);
     let (stages, first_request) = (&shared.stages, shared.config.timeouts.first_request);
     // What ends or changes a connection is rare, and polled only when it happens: see `Aside`.
     let abort = Aside::new(stages.abort.cancelled());
@@ -237,17 +271,22 @@ where
             std::future::pending::<()>().await;
         }
     });
-    let (mut abort, mut finished, mut silent) = (pin!(abort), pin!(finished), pin!(silent));
+    let idle = Aside::new(idle);
+    let (mut abort, mut finished, mut silent, mut idle) =
+        (pin!(abort), pin!(finished), pin!(silent), pin!(idle));
     let mut finishing = false;
     loop {
         tokio::select! {
-            result = &mut connection => return result,
-            () = &mut silent => return Ok(()),
+            // A request that is here already goes before whatever ends the connection.
+            biased;
+            result = &mut connection => return result.map(|()| Driven::Ended),
+            () = &mut silent => return Ok(Driven::Ended),
+            () = &mut idle, if !finishing => return Ok(Driven::Idle),
             () = &mut finished, if !finishing => {
                 finishing = true;
                 finish(connection.as_mut());
             }
-            () = &mut abort => return Ok(()),
+            () = &mut abort => return Ok(Driven::Ended),
         }
     }
 }

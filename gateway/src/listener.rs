@@ -224,7 +224,8 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut p
         let mut socket = Limited::new(socket);
         identify(&shared, &mut socket, expects, &mut address, &mut pass).await?;
         match speaks {
-            Speaks::Tls => handshake(&shared, socket).await,
+            // What it takes to shake hands is not kept for the life of the connection.
+            Speaks::Tls => Box::pin(handshake(&shared, socket)).await,
             Speaks::Http => prior_knowledge(socket.io).await,
         }
     };
@@ -239,13 +240,13 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut p
         Err(error) => refuse(&shared, address, own, &error),
         Ok(Opened::Http(socket, h2)) => {
             shared.metrics.handshake(Handshake::Plaintext);
-            front::serve(shared, socket, Arrival::plaintext(address, h2)).await;
+            Box::pin(front::serve(shared, socket, Arrival::plaintext(address, h2))).await;
             drop(place);
         }
         Ok(Opened::Tls(tls, Listener::Front)) => {
             shared.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
             let arrival = Arrival::over_tls(&tls, address);
-            front::serve(shared, *tls, arrival).await;
+            Box::pin(front::serve(shared, *tls, arrival)).await;
             drop(place);
         }
         Ok(Opened::Tls(tls, Listener::Tunnel | Listener::Join)) => {

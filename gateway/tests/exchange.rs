@@ -15,7 +15,7 @@ use http_body_util::{BodyExt as _, channel::Channel};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use towline_certs::ServerName;
@@ -98,6 +98,58 @@ async fn plaintext_for_callers_whose_tls_has_ended_before() {
     let name = ServerName::try_from("localhost").unwrap();
     let tls = TlsConnector::from(world.client_tls(None, b"http/1.1")).connect(name, socket);
     assert!(tokio::time::timeout(Duration::from_secs(10), tls).await.unwrap().is_err());
+}
+
+/// Goal: a connection that was idle for a while serves the next request as if nothing had been put away, whole or in
+/// pieces, over TLS and without; and ends when its client leaves.
+#[tokio::test]
+async fn a_connection_that_was_parked_serves_on() {
+    let world = World::with(|config| {
+        config.listen.plaintext = Some(config::Plaintext { address: "127.0.0.1:0".parse().unwrap() });
+    })
+    .await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    let plain = TcpStream::connect(world.gateway.plaintext_addr().unwrap()).await.unwrap();
+    let tls = world.connect(None, b"http/1.1", "localhost").await;
+    let (plain, tls) = tokio::join!(asks_again(plain, 0), asks_again(tls, 1));
+    drop((plain, tls));
+    let gone = async {
+        while !world.admin("/metrics").await.1.contains("towline_gateway_connections 1\n") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), gone).await.expect("only the agent's connection is left");
+}
+
+/// Asks, pauses until the connection is parked, asks again in two pieces, pauses, asks with a body.
+async fn asks_again<IO: AsyncRead + AsyncWrite + Unpin>(mut io: IO, marker: u8) -> IO {
+    let head = |method, path, more| {
+        format!(
+            "{method} /clusters/prod/{path}?{marker} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n{more}\r\n"
+        )
+    };
+    let get = head("GET", "first", "");
+    let post = head("POST", "third", "Content-Length: 5\r\n") + "hello";
+    let second = head("GET", "second", "");
+    for (path, pieces) in
+        [("first", vec![&get[..]]), ("second", vec![&second[..10], &second[10..]]), ("third", vec![&post])]
+    {
+        for piece in pieces {
+            io.write_all(piece.as_bytes()).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let mut read = Vec::new();
+        while !String::from_utf8_lossy(&read).contains(&format!("/{path}?{marker}")) {
+            let n =
+                tokio::time::timeout(Duration::from_secs(5), io.read_buf(&mut read)).await.unwrap().unwrap();
+            assert!(n > 0, "closed instead of an answer: {}", String::from_utf8_lossy(&read));
+        }
+        // Whatever else of the answer is on its way is read before the next request.
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        drop(tokio::time::timeout(Duration::from_millis(1), io.read_buf(&mut read)).await);
+    }
+    io
 }
 
 #[tokio::test]

@@ -24,7 +24,8 @@ const TOGETHER: usize = 64;
 const CHUNK: usize = 64 * 1024;
 
 /// What is measured, by its name; the number is how many operations to do.
-const SCENARIOS: [(&str, fn(usize)); 4] = [
+type Scenario = (&'static str, fn(usize));
+const SCENARIOS: [Scenario; 4] = [
     ("exchange", |count| exchanges(count, 1)),
     ("exchange-64", |count| exchanges(count, TOGETHER)),
     ("bulk-64KiB", |count| bulk(count, 1)),

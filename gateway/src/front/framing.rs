@@ -6,6 +6,7 @@
 //! Bodies of known length are skipped. Behind anything else (chunks, an upgrade, what is not understood) nothing is read as
 //! a head; for soundness the connection then ends with the answer, see [`Framing::is_lost`].
 
+use super::idle::Activity;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -34,6 +35,9 @@ pub(super) struct Judged<IO> {
     place: Place,
     head: Head,
     framing: Framing,
+    activity: Arc<Activity>,
+    /// Read and judged, and to be read again.
+    put_back: Vec<u8>,
 }
 
 /// Where in the stream of bytes the reader is.
@@ -81,9 +85,19 @@ struct Head {
 }
 
 impl<IO> Judged<IO> {
-    pub(super) fn new(io: IO) -> (Self, Framing) {
+    pub(super) fn new(io: IO, activity: Arc<Activity>) -> (Self, Framing) {
         let framing = Framing::default();
-        (Self { io, place: Place::Start, head: Head::default(), framing: framing.clone() }, framing)
+        let (place, head, put_back) = (Place::Start, Head::default(), Vec::new());
+        (Self { io, place, head, framing: framing.clone(), activity, put_back }, framing)
+    }
+
+    /// Lets bytes that were read here be read once more.
+    pub(super) fn put_back(&mut self, bytes: &[u8]) {
+        self.put_back.extend_from_slice(bytes);
+    }
+
+    pub(super) const fn has_put_back(&self) -> bool {
+        !self.put_back.is_empty()
     }
 
     /// Looks at bytes that were just read, and breaks the head if it is ambiguous.
@@ -188,6 +202,12 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Judged<IO> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.has_put_back() {
+            let length = self.put_back.len().min(buf.remaining());
+            buf.put_slice(&self.put_back[..length]);
+            self.put_back.drain(..length);
+            return Poll::Ready(Ok(()));
+        }
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
         self.look(&mut buf.filled_mut()[before..]);
@@ -197,6 +217,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Judged<IO> {
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.activity.flushed(false);
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
@@ -205,6 +226,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.activity.flushed(false);
         Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
     }
 
@@ -213,7 +235,10 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        // hyper flushes when it has handed over all that it had.
+        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        self.activity.flushed(true);
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -227,7 +252,7 @@ mod tests {
 
     /// What hyper would see of these bytes, read in pieces of `size`; and whether the place is lost.
     fn seen(text: &str, size: usize) -> (String, bool) {
-        let (mut judged, framing) = Judged::new(());
+        let (mut judged, framing) = Judged::new((), Arc::default());
         let mut bytes = text.as_bytes().to_vec();
         bytes.chunks_mut(size).for_each(|piece| judged.look(piece));
         (String::from_utf8(bytes).unwrap(), framing.is_lost())

@@ -1,0 +1,138 @@
+//! What does a client connection hold while nobody asks for anything? Its socket, and little else: hyper keeps 16 KiB of buffers
+//! and the place of a request per connection, so an idle HTTP/1.1 connection is taken out of hyper and put back with the first
+//! bytes of the next request.
+
+use super::framing::Judged;
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::server::conn::http1::{Parts, UpgradeableConnection};
+use hyper::service::HttpService;
+use hyper_util::rt::TokioIo;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+
+/// A connection without a request for so long, or up to twice as long, is parked.
+pub(super) const PARK_AFTER: Duration = Duration::from_secs(1);
+/// Bytes read at once from a parked connection.
+const FIRST_BYTES: usize = 64;
+
+/// What goes on in an HTTP/1.1 connection.
+#[derive(Debug, Default)]
+pub(super) struct Activity {
+    /// Requests so far.
+    requests: AtomicU64,
+    /// Requests whose answers have not been written to the end.
+    running: AtomicU64,
+    /// Everything that hyper has written is with the kernel.
+    flushed: AtomicBool,
+}
+
+impl Activity {
+    /// Counts a request; its answer's body takes the guard along.
+    pub(super) fn request(self: &Arc<Self>) -> Running {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.running.fetch_add(1, Ordering::Relaxed);
+        Running(Arc::clone(self))
+    }
+
+    pub(super) fn flushed(&self, flushed: bool) {
+        self.flushed.store(flushed, Ordering::Relaxed);
+    }
+
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Whether no request runs and nothing waits to be written.
+    fn is_idle(&self) -> bool {
+        self.running.load(Ordering::Relaxed) == 0 && self.flushed.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the connection has been idle for [`PARK_AFTER`]. Cancel safe.
+    pub(super) async fn idle(&self) {
+        let mut seen = None;
+        loop {
+            tokio::time::sleep(PARK_AFTER).await;
+            let requests = self.requests();
+            if requests > 0 && self.is_idle() && seen == Some(requests) {
+                return;
+            }
+            seen = Some(requests);
+        }
+    }
+}
+
+/// A request that runs, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Running(Arc<Activity>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The body of an answer, with the guard that says that it is being written.
+#[derive(Debug)]
+pub(super) struct Counted<B> {
+    body: B,
+    _running: Running,
+}
+
+impl<B> Counted<B> {
+    pub(super) const fn new(body: B, running: Running) -> Self {
+        Self { body, _running: running }
+    }
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for Counted<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Takes the socket of an idle connection out of hyper; `None` if it has been upgraded.
+pub(super) fn park<IO, S>(connection: UpgradeableConnection<TokioIo<Judged<IO>>, S>) -> Option<Judged<IO>>
+where
+    S: HttpService<hyper::body::Incoming>,
+    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    IO: AsyncRead + AsyncWrite + Unpin,
+    <S as HttpService<hyper::body::Incoming>>::ResBody: 'static,
+    <<S as HttpService<hyper::body::Incoming>>::ResBody as Body>::Error:
+        Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let Parts { io, read_buf, .. } = connection.into_parts()?;
+    let mut io = io.into_inner();
+    io.put_back(&read_buf);
+    Some(io)
+}
+
+/// Waits for the first bytes of the next request; false if the client has left. Cancel safe.
+pub(super) async fn next_request<IO: AsyncRead + Unpin>(io: &mut Judged<IO>) -> io::Result<bool> {
+    if io.has_put_back() {
+        return Ok(true);
+    }
+    let mut first = [0; FIRST_BYTES];
+    let read = io.read(&mut first).await?;
+    io.put_back(&first[..read]);
+    Ok(read > 0)
+}
