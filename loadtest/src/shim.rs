@@ -2,7 +2,8 @@
 //! black hole, a cut and a slow reader; seeded, and changeable while traffic runs.
 //!
 //! It relays TCP at the level of its bytes, so it shows windows, queueing and silence; a lost segment is emulated by the
-//! delay that its retransmission would cost. UDP datagrams are lost for real.
+//! delay that its retransmission would cost. UDP datagrams are lost for real. The bandwidth belongs to the link: all
+//! connections of a direction share it, and wait in one queue in front of it.
 
 use std::collections::HashMap;
 use std::io;
@@ -24,6 +25,11 @@ use tokio_util::task::TaskTracker;
 const SEGMENT: usize = 1448;
 /// Bytes read at once.
 const CHUNK: usize = 16 * 1024;
+/// Kernel buffer of a TCP socket that reads for a link with a bandwidth. It is a queue in front of the link, so it is small:
+/// 2 ms of 1 Gbit/s.
+const TCP_BUFFER: usize = 256 * 1024;
+/// What waits in front of a link with a bandwidth, unless [`Profile::queue`] says otherwise.
+const QUEUE: Duration = Duration::from_millis(10);
 /// Chunks and datagrams that may be under way in one direction: 64 MiB, or 65,536 datagrams.
 const IN_FLIGHT: usize = 4096;
 const DATAGRAMS: usize = 65_536;
@@ -39,8 +45,11 @@ pub struct Profile {
     pub delay: Duration,
     /// Added to the delay, evenly from zero to this; TCP stays in order.
     pub jitter: Duration,
-    /// Bytes per second; `None` = no limit.
+    /// Bytes per second, of all connections of a direction together; `None` = no limit.
     pub bandwidth: Option<u64>,
+    /// How long a byte may wait in front of a link with a bandwidth: TCP senders are held back beyond it, datagrams are lost.
+    /// Zero stands for 10 ms.
+    pub queue: Duration,
     /// Part of datagrams, or segments, that are lost: 0 to 1.
     pub loss: f64,
     /// Nothing passes and nobody is told.
@@ -54,6 +63,10 @@ impl Profile {
     #[must_use]
     pub fn wan(round_trip: Duration, bits_per_second: u64) -> Self {
         Self { delay: round_trip / 2, bandwidth: Some(bits_per_second / 8), ..Self::default() }
+    }
+
+    fn queue(&self) -> Duration {
+        if self.queue.is_zero() { QUEUE } else { self.queue }
     }
 }
 
@@ -100,6 +113,7 @@ impl Shim {
             stop: shim.stop.clone(),
             carried: Arc::clone(&shim.carried),
             random: Arc::new(Mutex::new(Random(seed))),
+            lines: Arc::default(),
             tasks: tasks.clone(),
         };
         tasks.spawn(relay.clone().accept(tcp));
@@ -163,7 +177,17 @@ struct Relay {
     stop: CancellationToken,
     carried: Arc<AtomicU64>,
     random: Arc<Mutex<Random>>,
+    lines: Arc<Lines>,
     tasks: TaskTracker,
+}
+
+/// When each direction of the link is free again, for each protocol.
+#[derive(Debug, Default)]
+struct Lines {
+    tcp_up: Line,
+    tcp_down: Line,
+    udp_up: Line,
+    udp_down: Line,
 }
 
 impl Relay {
@@ -190,13 +214,16 @@ impl Relay {
         let Ok(mut server) = TcpStream::connect(self.to).await else { return };
         for socket in [&client, &server] {
             drop(socket.set_nodelay(true));
+            if self.profiles.tcp.borrow().bandwidth.is_some() {
+                drop(SockRef::from(socket).set_recv_buffer_size(TCP_BUFFER));
+            }
         }
         let mut cut = self.cut.subscribe();
         let was_cut = {
             let (client_read, client_write) = client.split();
             let (server_read, server_write) = server.split();
-            let up = self.direction(client_read, server_write);
-            let down = self.direction(server_read, client_write);
+            let up = self.direction(&self.lines.tcp_up, client_read, server_write);
+            let down = self.direction(&self.lines.tcp_down, server_read, client_write);
             tokio::select! {
                 _ = async { tokio::join!(up, down) } => false,
                 _ = cut.changed() => true,
@@ -211,19 +238,18 @@ impl Relay {
     }
 
     /// One direction of a connection: a reader that gives each chunk its time of arrival, a writer that waits for it.
-    async fn direction(&self, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>) {
+    async fn direction(&self, line: &Line, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>) {
         let (queue, mut arrivals) = mpsc::channel::<(Instant, Vec<u8>)>(IN_FLIGHT);
         // Owns the queue: its end is the writer's.
         let read = async move {
-            let mut line = Line::default();
+            let mut last = None;
             let mut profile = self.profiles.tcp.subscribe();
             loop {
-                let mut chunk = vec![0; CHUNK];
-                let n = match from.read(&mut chunk).await {
+                let mut chunk = Vec::with_capacity(CHUNK);
+                let n = match from.read_buf(&mut chunk).await {
                     Ok(0) | Err(_) => return,
                     Ok(n) => n,
                 };
-                chunk.truncate(n);
                 // A black hole keeps what it swallowed, as retransmission would bring it once the hole is gone.
                 if profile.wait_for(|profile| !profile.black_hole).await.is_err() {
                     return;
@@ -231,15 +257,19 @@ impl Relay {
                 let profile = *profile.borrow();
                 let lost = (0..n.div_ceil(SEGMENT)).filter(|_| self.random() < profile.loss).count();
                 let again = profile.delay * 2 * u32::try_from(lost.min(1)).unwrap_or(1);
-                let at = line.arrival(&profile, n, self.random(), again);
+                let waits = line.waits(&profile);
+                let at = line.arrival(&profile, n, self.random(), again, &mut last);
                 if queue.send((at, chunk)).await.is_err() {
                     return;
+                }
+                if waits > profile.queue() {
+                    tokio::time::sleep(waits - profile.queue()).await;
                 }
             }
         };
         let write = async {
             while let Some((at, chunk)) = arrivals.recv().await {
-                tokio::time::sleep_until(at).await;
+                arrive(at).await;
                 if to.write_all(&chunk).await.is_err() {
                     return;
                 }
@@ -287,21 +317,21 @@ impl Relay {
         let (to_server, up_arrivals) = mpsc::channel(DATAGRAMS);
         let (to_client, down_arrivals) = mpsc::channel(DATAGRAMS);
         let upward = async {
-            let mut line = Line::default();
+            let (line, mut last) = (&self.lines.udp_up, None);
             loop {
                 match tokio::time::timeout(UDP_IDLE, up.recv()).await {
-                    Ok(Some(datagram)) => self.send_datagram(&mut line, datagram, &to_server),
+                    Ok(Some(datagram)) => self.send_datagram(line, &mut last, datagram, &to_server),
                     Ok(None) | Err(_) => return,
                 }
             }
         };
         let downward = async {
-            let mut line = Line::default();
+            let (line, mut last) = (&self.lines.udp_down, None);
             let mut buffer = vec![0; 65_536];
             loop {
                 // An ICMP error of an earlier send shows up here; it is none of the relay's business.
                 if let Ok(n) = server.recv(&mut buffer).await {
-                    self.send_datagram(&mut line, buffer[..n].to_vec(), &to_client);
+                    self.send_datagram(line, &mut last, buffer[..n].to_vec(), &to_client);
                 }
             }
         };
@@ -317,14 +347,21 @@ impl Relay {
     }
 
     /// Puts one datagram on the line, or loses it.
-    fn send_datagram(&self, line: &mut Line, datagram: Vec<u8>, queue: &mpsc::Sender<(Instant, Vec<u8>)>) {
+    fn send_datagram(
+        &self,
+        line: &Line,
+        last: &mut Option<Instant>,
+        datagram: Vec<u8>,
+        queue: &mpsc::Sender<(Instant, Vec<u8>)>,
+    ) {
         let profile = *self.profiles.udp.borrow();
         let too_large = profile.mtu.is_some_and(|mtu| datagram.len() > mtu);
-        if profile.black_hole || too_large || self.random() < profile.loss {
+        let too_late = line.waits(&profile) > profile.queue();
+        if profile.black_hole || too_large || too_late || self.random() < profile.loss {
             return;
         }
         self.carried.fetch_add(datagram.len() as u64, Ordering::Relaxed);
-        let at = line.arrival(&profile, datagram.len(), self.random(), Duration::ZERO);
+        let at = line.arrival(&profile, datagram.len(), self.random(), Duration::ZERO, last);
         drop(queue.try_send((at, datagram)));
     }
 }
@@ -336,7 +373,7 @@ async fn deliver(
     to: Option<SocketAddr>,
 ) {
     while let Some((at, datagram)) = arrivals.recv().await {
-        tokio::time::sleep_until(at).await;
+        arrive(at).await;
         match to {
             Some(to) => drop(socket.send_to(&datagram, to).await),
             None => drop(socket.send(&datagram).await),
@@ -350,25 +387,51 @@ fn enlarge(socket: &UdpSocket) {
     drop(socket.set_send_buffer_size(UDP_BUFFER));
 }
 
-/// The state of one direction of a link: when the line is free again, and the last arrival.
-#[derive(Default)]
-struct Line {
-    free_at: Option<Instant>,
-    last: Option<Instant>,
+/// Waits for a time, if it is still to come: a timer that has run out costs more than a look at the clock.
+async fn arrive(at: Instant) {
+    if at > Instant::now() {
+        tokio::time::sleep_until(at).await;
+    }
 }
 
+/// One direction of a link: when it has sent all it was given.
+#[derive(Debug, Default)]
+struct Line(Mutex<Option<Instant>>);
+
 impl Line {
-    /// When `bytes` that are sent now arrive; never before what was sent earlier.
-    fn arrival(&mut self, profile: &Profile, bytes: usize, random: f64, extra: Duration) -> Instant {
+    /// How long a byte that comes now waits until the line begins to send it.
+    fn waits(&self, profile: &Profile) -> Duration {
+        if profile.bandwidth.is_none() {
+            return Duration::ZERO;
+        }
+        let free_at = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        free_at.map_or(Duration::ZERO, |free| free.saturating_duration_since(Instant::now()))
+    }
+
+    /// When `bytes` that are sent now arrive; never before what the same connection sent earlier, at `last`.
+    fn arrival(
+        &self,
+        profile: &Profile,
+        bytes: usize,
+        random: f64,
+        extra: Duration,
+        last: &mut Option<Instant>,
+    ) -> Instant {
         let now = Instant::now();
-        let start = self.free_at.map_or(now, |free| free.max(now));
-        let sending = profile.bandwidth.map_or(Duration::ZERO, |bandwidth| {
-            Duration::from_nanos((bytes as u64).saturating_mul(1_000_000_000) / bandwidth.max(1))
-        });
-        self.free_at = Some(start + sending);
-        let at = start + sending + profile.delay + profile.jitter.mul_f64(random) + extra;
-        let at = self.last.map_or(at, |last| last.max(at));
-        self.last = Some(at);
+        let sent = match profile.bandwidth {
+            None => now,
+            Some(bandwidth) => {
+                let sending =
+                    Duration::from_nanos((bytes as u64).saturating_mul(1_000_000_000) / bandwidth.max(1));
+                let mut free_at = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                let sent = free_at.map_or(now, |free| free.max(now)) + sending;
+                *free_at = Some(sent);
+                sent
+            }
+        };
+        let at = sent + profile.delay + profile.jitter.mul_f64(random) + extra;
+        let at = last.map_or(at, |last| last.max(at));
+        *last = Some(at);
         at
     }
 }

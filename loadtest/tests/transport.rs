@@ -20,6 +20,7 @@ const BLOCKED: Profile = Profile {
     delay: Duration::ZERO,
     jitter: Duration::ZERO,
     bandwidth: None,
+    queue: Duration::ZERO,
     loss: 0.0,
     black_hole: true,
     mtu: None,
