@@ -1,6 +1,6 @@
 # The verbs of daily work. CI calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz tools clean
+.PHONY: help demo test lint bench fuzz load tools clean
 
 CARGO ?= cargo
 
@@ -27,6 +27,10 @@ bench: ## what the core costs without I/O, and whether its instruction counts ha
 
 fuzz: ## every fuzz target for FUZZ_SECONDS (60)
 	proto/fuzz/run.sh $(or $(FUZZ_SECONDS),60)
+
+load: tools ## the load test: Towline beside no tunnel, bare copy loops and its peers (LOAD="http --rounds 1": a part of it)
+	$(CARGO) build --release --workspace --bins
+	$${CARGO_TARGET_DIR:-target}/release/towline-loadtest load $(LOAD)
 
 tools: ## what the tests use beside Rust, where it can be had (kubectl, proxies, balancers)
 	.ci/tools

@@ -7,7 +7,7 @@
 //! - [`shim`]: a relay that behaves like a bad network.
 //! - [`netns`]: a network of the kernel's whose packets are dropped, and forged.
 //! - [`stack`]: the real gateway and agent as processes.
-//! - [`measure`]: first figures of the tunnel, beside the same without it.
+//! - [`load`]: the load test, beside the same without Towline and beside its peers; [`report`]: what it says.
 //! - [`demo`]: what `make demo` shows.
 
 pub mod client;
@@ -15,7 +15,8 @@ pub mod connect_relay;
 pub mod demo;
 pub mod fakeapi;
 pub mod kubectl;
-pub mod measure;
+pub mod load;
 pub mod netns;
+pub mod report;
 pub mod shim;
 pub mod stack;

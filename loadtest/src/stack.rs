@@ -156,16 +156,18 @@ impl Process {
     /// The binary has not been built, or cannot be started.
     pub fn start_under(under: &[String], name: &str, arguments: &[&str], log: &Path) -> anyhow::Result<Self> {
         let program = binary(name)?;
-        let mut command = match under.split_first() {
-            Some((first, rest)) => {
-                let mut command = Command::new(first);
-                command.args(rest).arg(&program);
-                command
-            }
-            None => Command::new(&program),
-        };
+        let words = under.iter().cloned().chain([path_text(&program)?]);
+        let words: Vec<String> = words.chain(arguments.iter().map(|&argument| argument.to_owned())).collect();
+        Self::start_program(Path::new(&words[0]), &words[1..], log)
+    }
+
+    /// Starts any program.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_program(program: &Path, arguments: &[String], log: &Path) -> anyhow::Result<Self> {
         let output = File::options().create(true).append(true).open(log).context("open the log")?;
-        let child = command
+        let child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
@@ -251,13 +253,39 @@ impl Process {
         lines[lines.len().saturating_sub(15)..].join("\n")
     }
 
-    fn has_ended(&mut self) -> bool {
+    /// Waits until a line of its output begins with `prefix`: the rest of that line.
+    ///
+    /// # Errors
+    /// It ends, or says nothing of the kind in time; with the end of its output.
+    pub async fn says(&mut self, prefix: &str) -> anyhow::Result<String> {
+        let started = Instant::now();
+        while started.elapsed() < START_TIMEOUT {
+            let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            if let Some(rest) = whole.lines().find_map(|line| line.strip_prefix(prefix)) {
+                return Ok(rest.to_owned());
+            }
+            ensure!(!self.has_ended(), "it ended at once; its output ends with:\n{}", self.tail());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        bail!("it did not say {prefix:?}; its output ends with:\n{}", self.tail())
+    }
+
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
 }
 
+fn path_text(path: &Path) -> anyhow::Result<String> {
+    Ok(path.to_str().context("the path of a program is no text")?.to_owned())
+}
+
 /// Finds a binary of this workspace beside the running one.
-fn binary(name: &str) -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// It has not been built.
+pub fn binary(name: &str) -> anyhow::Result<PathBuf> {
     let here = std::env::current_exe().context("where is this program?")?;
     let found =
         here.ancestors().skip(1).take(2).map(|directory| directory.join(name)).find(|path| path.is_file());
@@ -285,7 +313,7 @@ pub fn free_port() -> io::Result<SocketAddr> {
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 /// Lays `over` on `base`, key by key.
-fn merge(base: &mut serde_json::Value, over: &serde_json::Value) {
+pub(crate) fn merge(base: &mut serde_json::Value, over: &serde_json::Value) {
     match (base, over) {
         (serde_json::Value::Object(base), serde_json::Value::Object(over)) => {
             for (key, value) in over {
