@@ -28,7 +28,8 @@ bench: ## what the core costs without I/O, and whether its instruction counts ha
 fuzz: ## every fuzz target for FUZZ_SECONDS (60)
 	proto/fuzz/run.sh $(or $(FUZZ_SECONDS),60)
 
-load: tools ## the load test: Towline beside no tunnel, bare copy loops and its peers (LOAD="http --rounds 1": a part of it)
+load: ## the load test: Towline beside no tunnel, bare copy loops and its peers (LOAD="http --rounds 1": a part of it)
+	.ci/tools load
 	$(CARGO) build --release --workspace --bins
 	$${CARGO_TARGET_DIR:-target}/release/towline-loadtest load $(LOAD)
 
