@@ -267,7 +267,9 @@ impl Relay {
                 }
             }
         };
-        let write = async {
+        // Owns the other end of the queue: when nobody takes what arrives, nothing more is read. A reader that went on would
+        // keep the line busy for nobody.
+        let write = async move {
             while let Some((at, chunk)) = arrivals.recv().await {
                 arrive(at).await;
                 if to.write_all(&chunk).await.is_err() {

@@ -204,8 +204,7 @@ pub enum Kind {
         /// Keystrokes per second of each.
         rate: u32,
     },
-    /// What a fleet does all day: small requests at a fixed rate, open watches, a few lists of 1 MiB, one exec session. The
-    /// requests are timed.
+    /// What a fleet does all day: small requests at a fixed rate, which are timed, open watches, and a few lists of 1 MiB.
     Mixed {
         /// Requests per second.
         rate: u32,
