@@ -7,7 +7,7 @@
 //! takes over nor makes the route flap.
 
 use crate::config::{Cluster, GatewayConfig};
-use crate::metrics::{Surface, TlCode};
+use crate::metrics::{Limit, Surface, TlCode};
 use crate::registry::{InsertError, Registration, SessionId};
 use crate::state::{Shared, random};
 use std::net::SocketAddr;
@@ -102,6 +102,7 @@ fn session_config(shared: &Shared) -> SessionConfig {
 
 fn no_memory(shared: &Shared, address: SocketAddr) {
     shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
+    shared.metrics.limit_reached(Limit::TunnelMemory);
     tracing::warn!(agent = %address, "no memory for another session; raise limits.tunnelMemory");
 }
 
@@ -223,6 +224,7 @@ async fn register(
         match shared.registry.insert(&identity.cluster, &identity.instance, boot_id, session, &replaced) {
             Ok(registration) => return Ok(registration),
             Err(InsertError::SessionsMax) => {
+                shared.metrics.limit_reached(Limit::SessionsPerCluster);
                 return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has as many sessions as it may"));
             }
             Err(InsertError::OtherProcess(others)) => {

@@ -5,6 +5,7 @@ mod framing;
 mod idle;
 
 use crate::authn::Certificate;
+use crate::metrics::Limit;
 use crate::proxy::{self, AnswerBody, Peer};
 use crate::state::Shared;
 use arc_swap::ArcSwap;
@@ -147,7 +148,10 @@ where
             let next = tokio::time::timeout(shared.config.timeouts.idle, next);
             let goes_on = tokio::select! {
                 biased;
-                next = next => next.unwrap_or(false),
+                next = next => next.unwrap_or_else(|_| {
+                    shared.metrics.limit_reached(Limit::Idle);
+                    false
+                }),
                 () = shared.stages.draining.cancelled() => false,
                 () = peer.finish.cancelled() => false,
                 () = shared.stages.abort.cancelled() => false,
@@ -165,6 +169,12 @@ where
         () = rejudge => return,
     };
     if let Err(error) = result {
+        // Over HTTP/2 it is a client that does not answer a ping.
+        if !h2 && error.is_timeout() {
+            shared.metrics.limit_reached(Limit::Idle);
+        } else if error.is_parse_too_large() {
+            shared.metrics.limit_reached(Limit::Head);
+        }
         tracing::debug!(client = %address, error = %proxy::printable(&error.to_string()), "client connection ended");
     }
 }
@@ -280,7 +290,10 @@ where
             // A request that is here already goes before whatever ends the connection.
             biased;
             result = &mut connection => return result.map(|()| Driven::Ended),
-            () = &mut silent => return Ok(Driven::Ended),
+            () = &mut silent => {
+                shared.metrics.limit_reached(Limit::FirstRequest);
+                return Ok(Driven::Ended);
+            }
             () = &mut idle, if !finishing => return Ok(Driven::Idle),
             () = &mut finished, if !finishing => {
                 finishing = true;

@@ -6,7 +6,7 @@
 use crate::agents;
 use crate::config::{Limits, ProxyProtocol};
 use crate::front::{self, Arrival};
-use crate::metrics::{Counted, Handshake, ProxyHeader, Surface, TlCode};
+use crate::metrics::{Counted, Handshake, Limit, ProxyHeader, Surface, TlCode};
 use crate::proxy_protocol::{self, Header, HeaderError};
 use crate::state::{KeyPermit, PerKey, Shared};
 use std::io;
@@ -100,19 +100,24 @@ impl Gate {
             || self.addresses.is_half_taken(&network(address.to_canonical()))
     }
 
-    /// Room for one more connection and its handshake.
+    /// Room for one more connection and its handshake; counts the limit that leaves none.
     pub(crate) fn pass(&self, shared: &Shared, address: IpAddr) -> Option<(Place, Pass)> {
-        let connection = Arc::clone(&self.connections).try_acquire_owned().ok()?;
-        let handshake = Arc::clone(&self.handshakes).try_acquire_owned().ok()?;
+        let passed = self.try_pass(shared, address);
+        passed.map_err(|limit| shared.metrics.limit_reached(limit)).ok()
+    }
+
+    fn try_pass(&self, shared: &Shared, address: IpAddr) -> Result<(Place, Pass), Limit> {
+        let connection = Arc::clone(&self.connections).try_acquire_owned().map_err(|_| Limit::Connections)?;
+        let handshake = Arc::clone(&self.handshakes).try_acquire_owned().map_err(|_| Limit::Handshakes)?;
         // A balancer brings many clients; they are counted once they are known.
         let exempt = shared.live().config.listen.trusts(address);
         let addresses = Arc::clone(&self.addresses);
         let mut pass = Pass { _handshake: handshake, addresses, counted: None };
         if !exempt && !pass.count(address) {
-            return None;
+            return Err(Limit::HandshakesPerAddress);
         }
         let place = Place { _connection: connection, _counted: shared.metrics.connection() };
-        Some((place, pass))
+        Ok((place, pass))
     }
 }
 
@@ -413,10 +418,12 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
         }
         HandshakeError::Timeout => {
             reject(Handshake::Timeout, Surface::Listener, TlCode::Timeout);
+            shared.metrics.limit_reached(Limit::HandshakeTime);
             tracing::debug!(client = %address, "the TLS handshake took too long");
         }
         HandshakeError::TooLarge => {
             reject(Handshake::TooLarge, Surface::Listener, TlCode::Limit);
+            shared.metrics.limit_reached(Limit::HandshakeBytes);
             tracing::debug!(client = %address, "the TLS handshake was larger than {HANDSHAKE_BYTES} bytes");
         }
         HandshakeError::Header(error) => {
@@ -435,6 +442,7 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
         }
         HandshakeError::Limit => {
             shared.metrics.rejected(Surface::Listener, TlCode::Limit);
+            shared.metrics.limit_reached(Limit::HandshakesPerAddress);
             tracing::debug!(client = %address, "has as many handshakes in flight as it may");
         }
         HandshakeError::Alpn(why) => {

@@ -99,6 +99,26 @@ label!(
     }
 );
 label!(
+    /// A limit of the table in `docs/operations.md` that somebody has reached.
+    Limit {
+        Connections = "connections",
+        Handshakes = "handshakes",
+        HandshakesPerAddress = "handshakes_per_address",
+        HandshakeBytes = "handshake_bytes",
+        HandshakeTime = "handshake_time",
+        FirstRequest = "first_request",
+        Idle = "idle",
+        Head = "head",
+        RequestsPerPrincipal = "requests_per_principal",
+        SlowBody = "slow_body",
+        ReplayBytes = "replay_bytes",
+        Answer = "answer",
+        Streams = "streams",
+        SessionsPerCluster = "sessions_per_cluster",
+        TunnelMemory = "tunnel_memory",
+    }
+);
+label!(
     /// What happened to a reload.
     ReloadOutcome { Applied = "applied", Refused = "refused" }
 );
@@ -107,6 +127,7 @@ label!(
 pub struct Metrics {
     registry: Registry,
     rejected: IntCounterVec,
+    limits_reached: IntCounterVec,
     handshakes: IntCounterVec,
     proxy_headers: IntCounterVec,
     connections: IntGauge,
@@ -162,6 +183,12 @@ impl Metrics {
                 "towline_rejected_total",
                 "What was refused, where, and why.",
                 &["surface", "code"],
+            ),
+            limits_reached: counters(
+                r,
+                "towline_gateway_limits_reached_total",
+                "How often a limit was reached, by its name.",
+                &["limit"],
             ),
             handshakes: counters(
                 r,
@@ -276,6 +303,7 @@ impl Metrics {
         ProxyHeader::ALL.iter().for_each(|outcome| touch(&self.proxy_headers, &[outcome.label()]));
         HoldOutcome::ALL.iter().for_each(|outcome| touch(&self.holds, &[outcome.label()]));
         SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
+        Limit::ALL.iter().for_each(|limit| touch(&self.limits_reached, &[limit.label()]));
         ReloadOutcome::ALL.iter().for_each(|outcome| touch(&self.reloads, &[outcome.label()]));
         for transport in [Transport::Tcp, Transport::Quic] {
             drop(self.sessions.with_label_values(&[transport.label()]));
@@ -301,6 +329,10 @@ impl Metrics {
 
     pub fn rejected(&self, surface: Surface, code: TlCode) {
         self.rejected.with_label_values(&[surface.label(), code.label()]).inc();
+    }
+
+    pub fn limit_reached(&self, limit: Limit) {
+        self.limits_reached.with_label_values(&[limit.label()]).inc();
     }
 
     pub fn proxy_header(&self, outcome: ProxyHeader) {

@@ -24,7 +24,7 @@ use crate::authz::Decision;
 use crate::config::{Cluster, Mode};
 use crate::headers::{self, HeadersError, Upstream};
 use crate::kube::RequestKind;
-use crate::metrics::{Counted, Surface};
+use crate::metrics::{Counted, Limit, Surface};
 use crate::registry::{AcquireError, SessionId};
 use crate::routing;
 use crate::state::{KeyPermit, Live, Shared, random};
@@ -78,6 +78,9 @@ pub(crate) async fn serve(
     let result = run(&shared, &peer, request, &audit_id).await;
     let mut response = result.unwrap_or_else(|error| {
         shared.metrics.rejected(Surface::Front, error.code());
+        if let Some(limit) = error.limit() {
+            shared.metrics.limit_reached(limit);
+        }
         tracing::debug!(audit_id, client = %peer.address, ?error, "answered by the gateway");
         // Who is nobody does not keep a connection: they would soon hold all there may be.
         if !peer.known.load(Ordering::Relaxed) || matches!(error, ProxyError::Authn(_)) {
@@ -191,8 +194,8 @@ fn plan(
     }
     let route = routing::route(parts, live.config.host_domain.as_deref(), peer.sni.as_deref())?;
     let (principal, cluster) = admit(&live, peer, parts, &route.name)?;
-    let permit =
-        shared.principals.take(&principal.name).ok_or(ProxyError::Limit("requests of yours at a time"))?;
+    let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
+    let permit = shared.principals.take(&principal.name).ok_or(too_many)?;
 
     let kind = RequestKind::of(route.path(), route.query());
     let upgrade = upgrade::wanted(parts, !body.is_end_stream())?;
@@ -293,7 +296,7 @@ async fn exchange(
         let (id, stream) = match opened {
             Ok(opened) => opened,
             // There is no other session: what the first one said is the better answer.
-            Err(error) => return Err(first_error.unwrap_or_else(|| not_opened(plan, error))),
+            Err(error) => return Err(first_error.unwrap_or_else(|| not_opened(shared, plan, error))),
         };
         let failed = match attempt(shared, plan, stream, body.take(), deadline).await {
             Ok(done) => return Ok(done),
@@ -308,11 +311,15 @@ async fn exchange(
     }
 }
 
-fn not_opened(plan: &Plan, error: AcquireError) -> ProxyError {
+fn not_opened(shared: &Shared, plan: &Plan, error: AcquireError) -> ProxyError {
     match error {
+        // The agent has gone where it was sent, and the request came too late for this gateway.
+        AcquireError::NotConnected(_) if shared.stages.draining.is_cancelled() => {
+            ProxyError::Draining { cluster: plan.name() }
+        }
         AcquireError::NotConnected(presence) => ProxyError::NotConnected { cluster: plan.name(), presence },
-        AcquireError::StreamsMax => ProxyError::Limit("requests to this cluster at a time"),
-        AcquireError::Memory => ProxyError::Limit("requests for the gateway's memory"),
+        AcquireError::StreamsMax => ProxyError::Limit(Limit::Streams, "requests to this cluster at a time"),
+        AcquireError::Memory => ProxyError::Limit(Limit::TunnelMemory, "requests for the gateway's memory"),
     }
 }
 
@@ -408,27 +415,34 @@ async fn attempt(
                 Ok(_) => plan.bad_answer("it is no answer"),
                 Err(end) => end.error,
             };
-            let body = if repeatable { reclaim(recv, upload, unsent).await } else { None };
+            let body = if repeatable { reclaim(shared, recv, upload, unsent).await } else { None };
             Err(Failed { error, repeatable, body })
         }
     }
 }
 
 /// Gets the client's body back, rewound, from a try with which nothing was done.
-async fn reclaim(recv: RecvStream, upload: Option<Sending>, unsent: Option<ClientBody>) -> Option<Replay> {
+async fn reclaim(
+    shared: &Shared,
+    recv: RecvStream,
+    upload: Option<Sending>,
+    unsent: Option<ClientBody>,
+) -> Option<Replay> {
+    let rewound = |mut body: ClientBody| {
+        if !body.rewind() {
+            shared.metrics.limit_reached(Limit::ReplayBytes);
+            return None;
+        }
+        Some(Replay { body: Some(body) })
+    };
     let Some(mut sending) = upload else {
-        return match unsent {
-            Some(mut body) => body.rewind().then_some(Replay { body: Some(body) }),
-            None => Some(Replay { body: None }),
-        };
+        return unsent.map_or(Some(Replay { body: None }), rewound);
     };
     // The refusal stopped our half; an agent that forgot to say so is given a moment and no more.
     drop(recv);
     tokio::time::timeout(RECLAIM, sending.over()).await.ok()?;
     match sending.ended? {
-        (mut body, Ok(_) | Err(SendBodyError::Write(_))) => {
-            body.rewind().then_some(Replay { body: Some(body) })
-        }
+        (body, Ok(_) | Err(SendBodyError::Write(_))) => rewound(body),
         _ => None,
     }
 }

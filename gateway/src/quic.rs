@@ -10,7 +10,7 @@
 use crate::agents;
 use crate::config::{GatewayConfig, Quic};
 use crate::listener::{Gate, HANDSHAKE_BYTES, Place, spawn};
-use crate::metrics::{Handshake, Surface, TlCode};
+use crate::metrics::{Handshake, Limit, Surface, TlCode};
 use crate::state::{Live, Shared, random};
 use aws_lc_rs::hmac;
 use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
@@ -214,6 +214,9 @@ fn refuse(shared: &Shared, address: SocketAddr, error: &HandshakeError) {
     };
     shared.metrics.handshake(outcome);
     shared.metrics.rejected(Surface::Tunnel, code);
+    if outcome == Handshake::Timeout {
+        shared.metrics.limit_reached(Limit::HandshakeTime);
+    }
     tracing::info!(client = %address, why = %crate::proxy::printable(&why), "agent refused (QUIC)");
 }
 

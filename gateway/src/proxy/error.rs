@@ -7,7 +7,7 @@ use super::body::AnswerBody;
 use super::upgrade::UpgradeError;
 use crate::authn::AuthnError;
 use crate::headers::HeadersError;
-use crate::metrics::TlCode;
+use crate::metrics::{Limit, TlCode};
 use crate::registry::Presence;
 use crate::routing::RouteError;
 use bytes::Bytes;
@@ -40,8 +40,12 @@ pub(crate) enum ProxyError {
         cluster: String,
         presence: Presence,
     },
-    /// A limit, by name.
-    Limit(&'static str),
+    /// A limit, and what there is too much of.
+    Limit(Limit, &'static str),
+    /// This gateway is about to stop, and the cluster's agent has left it already.
+    Draining {
+        cluster: String,
+    },
     /// The head is larger than the agent accepts.
     HeadTooLarge,
     /// The client's body broke off or was malformed.
@@ -153,7 +157,14 @@ impl ProxyError {
                     ),
                 )
             }
-            Self::Limit(what) => verdict(
+            Self::Draining { cluster } => verdict(
+                StatusCode::SERVICE_UNAVAILABLE,
+                TlCode::Draining,
+                format!(
+                    "this gateway is about to stop, and the agent of cluster {cluster:?} has left it — try again on a new connection"
+                ),
+            ),
+            Self::Limit(_, what) => verdict(
                 StatusCode::TOO_MANY_REQUESTS,
                 TlCode::Limit,
                 format!("too many {what} — wait for some to end, then try again"),
@@ -215,6 +226,17 @@ impl ProxyError {
         }
     }
 
+    /// The limit that was reached, for the metric.
+    pub(crate) const fn limit(&self) -> Option<Limit> {
+        match self {
+            Self::Limit(limit, _) => Some(*limit),
+            Self::HeadTooLarge => Some(Limit::Head),
+            Self::SlowBody => Some(Limit::SlowBody),
+            Self::Deadline { .. } => Some(Limit::Answer),
+            _ => None,
+        }
+    }
+
     /// The code, for the metric.
     pub(crate) fn code(&self) -> TlCode {
         self.verdict().code
@@ -273,6 +295,7 @@ impl ProxyError {
             Self::Forbidden { cluster }
             | Self::NoSuchCluster { cluster }
             | Self::NotConnected { cluster, .. }
+            | Self::Draining { cluster }
             | Self::Agent { cluster, .. }
             | Self::SessionLost { cluster, .. }
             | Self::Reset { cluster, .. }
@@ -382,7 +405,8 @@ fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
         Code::Denied => (TlCode::TargetDenied, "the cluster's owner decides in the agent's configuration"),
         Code::Limit => (TlCode::Limit, "wait for some requests to end, then try again"),
         Code::Deadline => (TlCode::Timeout, "check the cluster's API server"),
-        Code::Refused | Code::Draining => (TlCode::ClusterOffline, "try again"),
+        Code::Refused => (TlCode::ClusterOffline, "try again"),
+        Code::Draining => (TlCode::Draining, "try again"),
         Code::Flow | Code::Proto => (TlCode::Proto, "compare the versions of agent and gateway"),
         Code::Cancelled | Code::UpstreamConnect | Code::UpstreamBody | Code::Internal => {
             (TlCode::BadUpstream, "check the agent's log and the cluster's API server")
@@ -502,7 +526,9 @@ mod tests {
                 403,
                 "TL_HEADER_FORBIDDEN",
             ),
-            (ProxyError::Limit("requests"), 429, "TL_LIMIT"),
+            (ProxyError::Limit(Limit::Streams, "requests"), 429, "TL_LIMIT"),
+            (ProxyError::Draining { cluster: "a".to_owned() }, 503, "TL_DRAINING"),
+            (failure(Code::Draining), 503, "TL_DRAINING"),
             (ProxyError::Method(Method::TRACE), 405, "TL_BAD_FRAMING"),
             (failure(Code::UpstreamConnect), 502, "TL_BAD_UPSTREAM"),
             (failure(Code::Denied), 403, "TL_TARGET_DENIED"),

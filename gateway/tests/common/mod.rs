@@ -357,6 +357,11 @@ pub struct Exchange {
 
 impl Agent {
     pub async fn connect(world: &World, cluster: &str, boot_id: [u8; 16]) -> Self {
+        Self::connect_with(world, cluster, boot_id, Limits::default()).await
+    }
+
+    /// The same with limits of its own.
+    pub async fn connect_with(world: &World, cluster: &str, boot_id: [u8; 16], limits: Limits) -> Self {
         let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
         let config = tls::agent_client(&roots, &world.credential(&format!("agent-{cluster}"))).unwrap();
         let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
@@ -367,12 +372,7 @@ impl Agent {
             software: "fake-agent".to_owned(),
             ..Introduction::default()
         };
-        let config = SessionConfig {
-            role: Role::Agent,
-            limits: Limits::default(),
-            budget: Budget::new(1 << 30),
-            introduction,
-        };
+        let config = SessionConfig { role: Role::Agent, limits, budget: Budget::new(1 << 30), introduction };
         let (session, driver) = Session::over(io, config).unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { drop(driver.run().await) });

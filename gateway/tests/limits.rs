@@ -1,0 +1,332 @@
+//! Goal: every limit of the gateway can be reached, is answered as the table in `docs/operations.md` says, and is counted
+//! under its own name.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::large_futures,
+    reason = "tests end like that, and are not many at a time"
+)]
+
+mod common;
+
+use bytes::Bytes;
+use common::{Agent, TOKEN, World, error_of, full};
+use http_body_util::{BodyExt as _, channel::Channel};
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use towline_gateway::config::{self, ByteSize, GatewayConfig};
+use towline_gateway::metrics::Metrics;
+use towline_proto::Code;
+use towline_proto::mux::{CloseReason, Limits};
+use towline_proto::wire::GoAway;
+
+const PATH: &str = "/clusters/prod/api";
+
+fn series(world: &World, series: &str) -> f64 {
+    let text = String::from_utf8(world.gateway.metrics().render()).unwrap();
+    let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("there is no {series}")).parse().unwrap()
+}
+
+fn limit(world: &World, limit: &str) -> f64 {
+    series(world, &format!("towline_gateway_limits_reached_total{{limit=\"{limit}\"}}"))
+}
+
+async fn soon(what: &str, condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), wait)
+        .await
+        .unwrap_or_else(|_| panic!("not in time: {what}"));
+}
+
+async fn reached(world: &World, name: &str) {
+    soon(name, || limit(world, name) >= 1.0).await;
+}
+
+/// Waits until the gateway has closed this connection.
+async fn closed(mut socket: TcpStream) {
+    let mut rest = Vec::new();
+    let read = socket.read_to_end(&mut rest);
+    drop(tokio::time::timeout(Duration::from_secs(10), read).await.expect("it is closed"));
+}
+
+async fn refusal(agent: &Agent) -> CloseReason {
+    let ended = agent.session.wait_for(|state| state.closed.is_some());
+    tokio::time::timeout(Duration::from_secs(5), ended).await.expect("it is refused").closed.unwrap()
+}
+
+/// Goal: connections, handshakes and handshakes per address: the one too many is closed, under the name of its limit, and
+/// no other limit is blamed.
+#[tokio::test]
+async fn connections_and_handshakes() {
+    type Change = fn(&mut GatewayConfig);
+    let cases: [(&str, Change); 3] = [
+        ("connections", |config| {
+            let limits = &mut config.limits;
+            (limits.connections, limits.handshakes, limits.handshakes_per_address) = (4, 4, 4);
+        }),
+        ("handshakes", |config| (config.limits.handshakes, config.limits.handshakes_per_address) = (4, 4)),
+        ("handshakes_per_address", |config| config.limits.handshakes_per_address = 4),
+    ];
+    for (name, change) in cases {
+        let world = World::with(change).await;
+        assert_eq!(limit(&world, name), 0.0);
+        let mut open = Vec::new();
+        for _ in 0..8 {
+            open.push(TcpStream::connect(world.gateway.public_addr()).await.unwrap());
+        }
+        reached(&world, name).await;
+        for (other, _) in cases {
+            assert!(other == name || limit(&world, other) == 0.0, "{other} instead of {name}");
+        }
+        closed(open.pop().unwrap()).await;
+        assert!(series(&world, "towline_rejected_total{code=\"TL_LIMIT\",surface=\"listener\"}") >= 1.0);
+        drop(open);
+        // Room again, once they have gone.
+        let mut client = world.h1(None).await;
+        assert_eq!(client.get_as("/clusters/far/api", TOKEN).await.status(), 503);
+    }
+}
+
+/// Goal: bytes and time of a handshake, time to the first request, time between requests: the connection is closed.
+#[tokio::test]
+async fn silence_and_size_before_a_request() {
+    let world = World::with(|config| config.timeouts.handshake = Duration::from_millis(200)).await;
+    closed(TcpStream::connect(world.gateway.public_addr()).await.unwrap()).await;
+    reached(&world, "handshake_time").await;
+
+    let world = World::start().await;
+    let mut socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    // A ClientHello that claims 60,000 bytes, in whole records.
+    let mut hello = vec![1, 0, 0xea, 0x60];
+    hello.resize(60_000, 0);
+    for part in hello.chunks(16_000) {
+        let mut record = vec![22, 3, 1];
+        record.extend_from_slice(&u16::try_from(part.len()).unwrap().to_be_bytes());
+        record.extend_from_slice(part);
+        drop(socket.write_all(&record).await);
+    }
+    closed(socket).await;
+    reached(&world, "handshake_bytes").await;
+
+    let world = World::with(|config| config.timeouts.first_request = Duration::from_millis(200)).await;
+    let mut silent = world.h1(None).await;
+    silent.closed().await;
+    reached(&world, "first_request").await;
+
+    // Shorter and longer than what an idle connection has before it is parked.
+    for idle_ms in [300, 2500] {
+        let world = World::with(|config| config.timeouts.idle = Duration::from_millis(idle_ms)).await;
+        let mut agent = world.agent("prod").await;
+        agent.echo();
+        let mut idle = world.h1(None).await;
+        assert_eq!(idle.get_as(PATH, TOKEN).await.status(), 200);
+        idle.closed().await;
+        reached(&world, "idle").await;
+        assert_eq!(limit(&world, "first_request"), 0.0);
+    }
+}
+
+/// Goal: a head of too many bytes or too many fields is 431.
+#[tokio::test]
+async fn heads() {
+    let bearer = format!("Bearer {TOKEN}");
+    let long = "x".repeat(20_000);
+    let world = World::with(|config| config.limits.header_bytes = ByteSize(8 << 10)).await;
+    let mut client = world.h1(None).await;
+    let answer = client.ask("GET", PATH, &[("authorization", &bearer), ("x-long", &long)], full("")).await;
+    assert_eq!(answer.status(), 431);
+    reached(&world, "head").await;
+
+    let world = World::with(|config| config.limits.header_count = 10).await;
+    let mut client = world.h2(None).await;
+    let mut fields = vec![("authorization", bearer.as_str())];
+    fields.extend([("x-one-of-many", "x"); 12]);
+    let answer = client.ask("GET", PATH, &fields, full("")).await;
+    assert_eq!(error_of(answer).await.0, 431);
+    reached(&world, "head").await;
+}
+
+/// Goal: requests of one principal, streams of all sessions: 429, and the name of the limit.
+#[tokio::test]
+async fn requests_at_a_time() {
+    let world = World::with(|config| config.limits.requests_per_principal = 1).await;
+    let agent = world.agent("prod").await;
+    let (mut first, mut second) = (world.h1(None).await, world.h1(None).await);
+    let beside = async {
+        let exchange = agent.next().await;
+        assert_eq!(error_of(second.get_as(PATH, TOKEN).await).await.0, 429);
+        exchange.answer(200, &[], "").await;
+    };
+    tokio::join!(first.get_as(PATH, TOKEN), beside);
+    assert_eq!(limit(&world, "requests_per_principal"), 1.0);
+
+    let world = World::start().await;
+    let one = Limits { streams_max: 1, ..Limits::default() };
+    let agent = Agent::connect_with(&world, "prod", [7; 16], one).await;
+    world.connected("prod", 1).await;
+    let (mut first, mut second) = (world.h1(None).await, world.h1(None).await);
+    let beside = async {
+        let exchange = agent.next().await;
+        assert_eq!(error_of(second.get_as(PATH, TOKEN).await).await.0, 429);
+        exchange.answer(200, &[], "").await;
+    };
+    tokio::join!(first.get_as(PATH, TOKEN), beside);
+    assert_eq!(limit(&world, "streams"), 1.0);
+    assert_eq!(limit(&world, "requests_per_principal"), 0.0);
+}
+
+/// Goal: an answer that does not come is 504, a body that does not come is 408, and a refused request whose body is longer
+/// than what is kept of it is not sent again.
+#[tokio::test]
+async fn answers_and_bodies() {
+    let bearer = format!("Bearer {TOKEN}");
+    let headers = [("authorization", bearer.as_str())];
+    let world = World::with(|config| config.timeouts.answer = Duration::from_millis(200)).await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let (answer, _exchange) = tokio::join!(client.get_as(PATH, TOKEN), agent.next());
+    assert_eq!(error_of(answer).await.0, 504);
+    assert_eq!(limit(&world, "answer"), 1.0);
+
+    let world = World::with(|config| config.timeouts.slow_body = Duration::from_millis(200)).await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h2(None).await;
+    let (_upload, slow) = Channel::<Bytes, std::io::Error>::new(1);
+    let request = client.request("POST", PATH, &headers, slow.boxed());
+    let (answer, _exchange) = tokio::join!(client.send(request), agent.next());
+    assert_eq!(error_of(answer.unwrap()).await.0, 408);
+    assert_eq!(limit(&world, "slow_body"), 1.0);
+
+    let world = World::with(|config| config.limits.replay_bytes = ByteSize(10)).await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    let refuse = async {
+        let mut exchange = agent.next().await;
+        exchange.read_all().await;
+        exchange.recv.stop(Code::Refused);
+        exchange.send.reset(Code::Refused);
+    };
+    let (answer, ()) = tokio::join!(client.ask("POST", PATH, &headers, full("more than ten bytes")), refuse);
+    assert_eq!(error_of(answer).await.0, 503);
+    assert_eq!(limit(&world, "replay_bytes"), 1.0);
+    assert_eq!(series(&world, "towline_gateway_retries_total"), 0.0);
+}
+
+/// Goal: sessions of one cluster and memory for sessions: the one too many is refused, those that are there stay.
+#[tokio::test]
+async fn sessions_and_their_memory() {
+    let world = World::with(|config| config.limits.sessions_per_cluster = 1).await;
+    let first = world.agent("prod").await;
+    let second = Agent::connect(&world, "prod", [7; 16]).await;
+    let reason = refusal(&second).await;
+    assert_eq!(reason.code(), Code::Limit.to_u32(), "{reason}");
+    assert_eq!(limit(&world, "sessions_per_cluster"), 1.0);
+    assert!(first.session.is_open());
+
+    // A session sets 64 KiB aside: there is room for 128.
+    let world = World::with(|config| {
+        (config.limits.session_memory, config.limits.tunnel_memory) = (ByteSize(8 << 20), ByteSize(8 << 20));
+        config.limits.sessions_per_cluster = 200;
+    })
+    .await;
+    let mut agents = Vec::new();
+    for _ in 0..128 {
+        let agent = Agent::connect(&world, "prod", [7; 16]).await;
+        agent.session.ready().await.unwrap();
+        agents.push(agent);
+    }
+    assert_eq!(limit(&world, "tunnel_memory"), 0.0);
+    refusal(&Agent::connect(&world, "prod", [7; 16]).await).await;
+    reached(&world, "tunnel_memory").await;
+    assert!(agents.iter().all(|agent| agent.session.is_open()));
+    assert_eq!(series(&world, "towline_rejected_total{code=\"TL_LIMIT\",surface=\"tunnel\"}"), 1.0);
+}
+
+/// Goal: requests that wait for an agent: the one too many is answered at once, the others after `timeouts.hold`.
+#[tokio::test]
+async fn held_requests() {
+    let world = World::with(|config| {
+        config.limits.held_per_cluster = 1;
+        config.timeouts.hold = Duration::from_millis(700);
+    })
+    .await;
+    let agent = world.agent("prod").await;
+    agent.session.drain(GoAway { code: 10, reconnect_after_ms: 0, drain_ms: 1000 });
+    soon("the agent is gone", || world.gateway.connected("prod") == 0).await;
+    let (mut first, mut second) = (world.h1(None).await, world.h1(None).await);
+    let beside = async {
+        soon("one waits", || series(&world, "towline_gateway_holds_waiting") == 1.0).await;
+        let asked = std::time::Instant::now();
+        assert_eq!(error_of(second.get_as(PATH, TOKEN).await).await.0, 503);
+        assert!(asked.elapsed() < Duration::from_millis(500), "{:?}", asked.elapsed());
+    };
+    let (answer, ()) = tokio::join!(first.get_as(PATH, TOKEN), beside);
+    assert_eq!(error_of(answer).await.0, 503);
+    assert_eq!(series(&world, "towline_gateway_holds_total{outcome=\"full\"}"), 1.0);
+    assert_eq!(series(&world, "towline_gateway_holds_total{outcome=\"timed_out\"}"), 1.0);
+}
+
+/// Goal: a request whose agent has left a gateway that is about to stop is told so, and not that its cluster is offline.
+#[tokio::test]
+async fn a_draining_gateway_says_so() {
+    let world = World::with(|config| config.timeouts.hold = Duration::from_millis(500)).await;
+    let agent = world.agent("prod").await;
+    agent.session.drain(GoAway { code: 10, reconnect_after_ms: 0, drain_ms: 1000 });
+    soon("the agent is gone", || world.gateway.connected("prod") == 0).await;
+    let mut client = world.h1(None).await;
+    let stop = async {
+        soon("the request waits", || series(&world, "towline_gateway_holds_waiting") == 1.0).await;
+        world.gateway.drain().await;
+    };
+    let (answer, ()) = tokio::join!(client.get_as(PATH, TOKEN), stop);
+    let (status, code, message) = error_of(answer).await;
+    assert_eq!((status, code.as_str()), (503, "TL_DRAINING"), "{message}");
+    assert_eq!(series(&world, "towline_rejected_total{code=\"TL_DRAINING\",surface=\"front\"}"), 1.0);
+}
+
+/// Goal: the table of limits names tests that exist, and every limit and every name of the count appears in it.
+#[test]
+fn the_table_of_limits_is_true() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut sources = String::new();
+    let mut folders: Vec<_> = ["proto", "gateway", "agent", "loadtest"].map(|name| root.join(name)).into();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                sources.push_str(&std::fs::read_to_string(path).unwrap());
+            }
+        }
+    }
+    let page = std::fs::read_to_string(root.join("docs/operations.md")).unwrap();
+    let table = page.split_once("## Limits").unwrap().1;
+    let rows: Vec<&str> =
+        table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| limit ")).collect();
+    for row in &rows {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').collect();
+        assert_eq!(cells.len(), 6, "{row}");
+        for test in cells[5].split('`').skip(1).step_by(2) {
+            assert!(sources.contains(&format!("fn {test}(")), "there is no test {test}: {row}");
+        }
+    }
+    let configured = serde_json::to_value(config::Limits::default()).unwrap();
+    for key in configured.as_object().unwrap().keys() {
+        let named = format!("`limits.{key}`");
+        assert!(rows.iter().any(|row| row.contains(&named) && row.contains("gateway")), "{named} has no row");
+    }
+    let metrics = String::from_utf8(Metrics::new().render()).unwrap();
+    let names = metrics.split("towline_gateway_limits_reached_total{limit=\"").skip(1);
+    for name in names.map(|rest| rest.split('"').next().unwrap()) {
+        assert!(rows.iter().any(|row| row.contains(&format!("reached `{name}`"))), "{name} has no row");
+    }
+}
