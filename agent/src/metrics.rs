@@ -227,6 +227,8 @@ const VALID: &str = "names and labels are literals: a test makes every metric";
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -237,5 +239,48 @@ mod tests {
         assert!(text.contains("towline_agent_upstream_connections{state=\"idle\"} 1"), "{text}");
         drop(counted);
         assert_eq!(metrics.idle_connections().get(), 0);
+    }
+
+    /// Goal: what is printed is documented, and what is documented is printed.
+    #[test]
+    fn every_family_is_documented() {
+        // Without `..`, so that a new metric does not get past this test.
+        let Metrics {
+            registry,
+            sessions,
+            fallbacks,
+            udp_buffers,
+            dials,
+            sessions_ended,
+            tunnel_bytes,
+            streams: _,
+            exchanges_running: _,
+            exchanges,
+            answer_seconds: _,
+            refused,
+            connections,
+            connects,
+            stale,
+            reloads,
+        } = Metrics::new();
+        // A family without a series is not printed.
+        for vector in [&fallbacks, &sessions_ended, &tunnel_bytes, &refused, &connects, &stale] {
+            vector.with_label_values(&["x"]).inc();
+        }
+        for vector in [&dials, &exchanges, &reloads] {
+            vector.with_label_values(&["x", "y"]).inc();
+        }
+        for vector in [&sessions, &udp_buffers, &connections] {
+            vector.with_label_values(&["x"]).inc();
+        }
+        let families = registry.gather();
+        let printed: BTreeSet<&str> =
+            families.iter().map(|family| family.name()).filter(|name| name.starts_with("towline_")).collect();
+        let text = include_str!("../../docs/operations.md");
+        let documented: BTreeSet<&str> = text
+            .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+            .filter(|word| word.starts_with("towline_agent_"))
+            .collect();
+        assert_eq!(printed, documented);
     }
 }
