@@ -523,6 +523,9 @@ const DRAIN_GRACE: Duration = Duration::from_secs(5);
 const ROTATE_SPREAD: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
+mod blackout;
+
+#[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
     use std::sync::atomic::{AtomicBool, Ordering};
