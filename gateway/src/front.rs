@@ -5,7 +5,7 @@ mod framing;
 mod idle;
 
 use crate::authn::Certificate;
-use crate::metrics::Limit;
+use crate::metrics::{Limit, Surface, TlCode};
 use crate::proxy::{self, AnswerBody, Peer};
 use crate::state::Shared;
 use arc_swap::ArcSwap;
@@ -172,8 +172,13 @@ where
         // Over HTTP/2 it is a client that does not answer a ping.
         if !h2 && error.is_timeout() {
             shared.metrics.limit_reached(Limit::Idle);
-        } else if error.is_parse_too_large() {
+        }
+        // hyper has answered 400, 414 or 431 by itself, where there was somebody to answer.
+        if error.is_parse_too_large() {
             shared.metrics.limit_reached(Limit::Head);
+            shared.metrics.rejected(Surface::Front, TlCode::Limit);
+        } else if error.is_parse() {
+            shared.metrics.rejected(Surface::Front, TlCode::BadFraming);
         }
         tracing::debug!(client = %address, error = %proxy::printable(&error.to_string()), "client connection ended");
     }

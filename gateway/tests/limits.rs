@@ -144,6 +144,7 @@ async fn heads() {
     let answer = client.ask("GET", PATH, &[("authorization", &bearer), ("x-long", &long)], full("")).await;
     assert_eq!(answer.status(), 431);
     reached(&world, "head").await;
+    assert_eq!(series(&world, "towline_rejected_total{code=\"TL_LIMIT\",surface=\"front\"}"), 1.0);
 
     let world = World::with(|config| config.limits.header_count = 10).await;
     let mut client = world.h2(None).await;
@@ -152,6 +153,30 @@ async fn heads() {
     let answer = client.ask("GET", PATH, &fields, full("")).await;
     assert_eq!(error_of(answer).await.0, 431);
     reached(&world, "head").await;
+}
+
+/// Goal: a head that hyper itself answers with 400 is counted as refused, once.
+#[tokio::test]
+async fn broken_heads_are_counted() {
+    let world = World::start().await;
+    let refused = "towline_rejected_total{code=\"TL_BAD_FRAMING\",surface=\"front\"}";
+    assert_eq!(series(&world, refused), 0.0);
+    let mut io = world.connect(None, b"http/1.1", "localhost").await;
+    io.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\nno colon here\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    // The end may come without TLS's own goodbye.
+    drop(
+        tokio::time::timeout(Duration::from_secs(5), io.read_to_end(&mut answer))
+            .await
+            .expect("it is closed"),
+    );
+    assert!(answer.starts_with(b"HTTP/1.1 400 "), "{}", String::from_utf8_lossy(&answer));
+    soon("it is counted", || series(&world, refused) == 1.0).await;
+    assert_eq!(limit(&world, "head"), 0.0);
+    // A client that leaves in the middle of nothing has done nothing wrong.
+    drop(world.connect(None, b"http/1.1", "localhost").await);
+    soon("it is gone", || series(&world, "towline_gateway_connections") == 0.0).await;
+    assert_eq!(series(&world, refused), 1.0);
 }
 
 /// Goal: requests of one principal, streams of all sessions: 429, and the name of the limit.
