@@ -260,6 +260,8 @@ async fn a_bad_open_is_a_reset() {
         assert_eq!(error, ReadError::Reset(Code::Proto));
     }
     assert!(rig.session.is_open());
+    let counted = "towline_agent_exchanges_total{kind=\"unknown\"";
+    assert_eq!(metric(&rig.agent, &format!("{counted},result=\"deadline\"}}")).await, 1.0);
 }
 
 /// Above the limit a stream is refused before anything is done; below it the others go on.
@@ -292,6 +294,8 @@ async fn the_limit_on_connections_fails_the_request_untouched() {
     upstream.head().await;
     let failure = Call::get(&rig.session, "/second").await.failure().await;
     assert_eq!((failure.code, failure.untouched), (Code::Limit.to_u32(), true));
+    let refused = "towline_agent_refused_total{limit=\"upstream_connections\"}";
+    assert_eq!(metric(&rig.agent, refused).await, 1.0);
     upstream.write("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await;
     assert_eq!(call.whole().await.0, 200);
 }

@@ -154,6 +154,8 @@ async fn an_api_server_that_cannot_be_reached_is_named() {
         failure.message.starts_with(&format!("agent → API server https://{at}: {at}: connection refused")),
         "{failure:?}"
     );
+    let counted = "towline_agent_upstream_connects_total{outcome=\"connect\"}";
+    assert_eq!(metric(&rig.agent, counted).await, 1.0);
 }
 
 /// AG-01: a wrong CA is an error and never a reason to look away.

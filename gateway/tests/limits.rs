@@ -208,6 +208,55 @@ async fn requests_at_a_time() {
     assert_eq!(limit(&world, "requests_per_principal"), 0.0);
 }
 
+/// Goal: a client that opens more streams than the gateway's SETTINGS allow has the surplus refused (RFC 9113, section
+/// 5.1.2), and the one that was allowed goes on.
+#[tokio::test]
+async fn streams_of_an_http2_connection() {
+    const REFUSED_STREAM: [u8; 4] = [0, 0, 0, 7];
+    const RST_STREAM: u8 = 3;
+    const HEADERS: u8 = 1;
+    let world = World::with(|config| config.limits.http2_streams = 1).await;
+    let agent = world.agent("prod").await;
+    let mut io = world.connect(None, b"h2", "localhost").await;
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        let length = u8::try_from(payload.len()).unwrap();
+        [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    // GET and https from the table; path, authority and authorization in full, none of them indexed (RFC 7541).
+    let mut head = vec![0x82, 0x87];
+    for (index, value) in
+        [(&[0x04][..], PATH), (&[0x01], "localhost"), (&[0x0f, 0x08], &format!("Bearer {TOKEN}"))]
+    {
+        head.extend_from_slice(index);
+        head.push(u8::try_from(value.len()).unwrap());
+        head.extend_from_slice(value.as_bytes());
+    }
+    let mut hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    hello.extend(frame(4, 0, 0, b""));
+    // END_STREAM and END_HEADERS.
+    hello.extend(frame(HEADERS, 5, 1, &head));
+    hello.extend(frame(HEADERS, 5, 3, &head));
+    io.write_all(&hello).await.unwrap();
+
+    // Frames until one of this kind: its stream and its payload.
+    let mut next = async |wanted: u8| loop {
+        let mut header = [0; 9];
+        io.read_exact(&mut header).await.unwrap();
+        let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+        let mut payload = vec![0; usize::try_from(length).unwrap()];
+        io.read_exact(&mut payload).await.unwrap();
+        if header[3] == wanted {
+            return (header[8], payload);
+        }
+    };
+    let refused =
+        tokio::time::timeout(Duration::from_secs(5), next(RST_STREAM)).await.expect("it is refused");
+    assert_eq!(refused, (3, REFUSED_STREAM.to_vec()));
+    agent.next().await.answer(200, &[], "").await;
+    let (stream, _) = tokio::time::timeout(Duration::from_secs(5), next(HEADERS)).await.expect("an answer");
+    assert_eq!(stream, 1);
+}
+
 /// Goal: an answer that does not come is 504, a body that does not come is 408, and a refused request whose body is longer
 /// than what is kept of it is not sent again.
 #[tokio::test]

@@ -205,6 +205,8 @@ async fn a_drain_cuts_off_at_its_deadline() {
     let (collected, ()) = tokio::join!(answer.into_body().collect(), world.gateway.drain());
     assert!(collected.is_err(), "cut off, not ended");
     assert!((450..2500).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+    let metrics = String::from_utf8(world.gateway.metrics().render()).unwrap();
+    assert!(metrics.contains("\ntowline_gateway_answers_aborted_total 1\n"), "{metrics}");
 }
 
 #[tokio::test]

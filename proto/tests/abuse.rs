@@ -688,6 +688,7 @@ fn no_hello_in_time() {
     }
     lone.advance(Duration::from_nanos(1));
     assert_eq!(lone.conn.closed(), Some(&CloseReason::HelloTimeout));
+    assert_eq!(CloseReason::HelloTimeout.label(), "hello_timeout", "as it is counted");
 }
 
 /// Numbers in the hello are the peer's wishes; none of them harms us.

@@ -163,6 +163,8 @@ impl Lone {
 
     #[track_caller]
     pub fn violation(&self) -> String {
+        // The label under which both programs count it.
+        assert_eq!(self.conn.closed().map(CloseReason::label), Some("violation"), "{:?}", self.conn.closed());
         match self.conn.closed() {
             Some(CloseReason::Violation(violation)) => format!("{}: {violation}", violation.code().label()),
             other => panic!("expected a violation: {other:?}"),
