@@ -30,8 +30,8 @@ use tokio::time::Sleep;
 const BATCH: usize = 64 * 1024;
 /// Slices handed to the transport in one write.
 const SLICES: usize = 64;
-/// Turns after which the driver lets other tasks run.
-const TURNS: u32 = 16;
+/// Turns after which the driver lets other tasks run: some 256 KiB.
+const TURNS: u32 = 4;
 /// How long the last words of a session may take to leave.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 

@@ -129,6 +129,21 @@ pub(super) fn quic_halves((send, recv): (QuicSend, QuicRecv)) -> Stream {
 }
 
 impl MuxHalf {
+    fn poll_read_chunk(&self, cx: &mut Context<'_>, max: usize) -> Poll<Result<Option<Bytes>, ReadError>> {
+        self.shared.with(|core, now| match core.conn.read(now, self.key, max) {
+            Read::Data(bytes) => Poll::Ready(Ok(Some(bytes))),
+            Read::Finished => Poll::Ready(Ok(None)),
+            Read::Reset(_) if core.conn.closed().is_some() => {
+                Poll::Ready(Err(ReadError::Closed(closed(&core.conn))))
+            }
+            Read::Reset(code) => Poll::Ready(Err(ReadError::Reset(Code::from_u32(code)))),
+            Read::Blocked => {
+                core.park(self.key, |waiters| &mut waiters.read, cx);
+                Poll::Pending
+            }
+        })
+    }
+
     /// Gives up this half with `end`, and the stream with the second half.
     fn drop_with(&self, end: impl FnOnce(&mut mux::Connection)) {
         self.shared.with(|core, _| {
@@ -244,25 +259,14 @@ impl RecvStream {
         if !self.unread.is_empty() && max > 0 {
             return Poll::Ready(Ok(Some(self.unread.split_to(max.min(self.unread.len())))));
         }
-        let half = match &mut self.inner {
-            RecvInner::Mux(half) => half,
-            RecvInner::Quic(half) => return half.poll_read_chunk(cx, max),
-        };
         let coop = ready!(coop::poll_proceed(cx));
-        let result = half.shared.with(|core, now| match core.conn.read(now, half.key, max) {
-            Read::Data(bytes) => Poll::Ready(Ok(Some(bytes))),
-            Read::Finished => Poll::Ready(Ok(None)),
-            Read::Reset(_) if core.conn.closed().is_some() => {
-                Poll::Ready(Err(ReadError::Closed(closed(&core.conn))))
-            }
-            Read::Reset(code) => Poll::Ready(Err(ReadError::Reset(Code::from_u32(code)))),
-            Read::Blocked => {
-                core.park(half.key, |waiters| &mut waiters.read, cx);
-                Poll::Pending
-            }
-        });
-        if result.is_ready() {
+        let result = match &mut self.inner {
+            RecvInner::Mux(half) => half.poll_read_chunk(cx, max),
+            RecvInner::Quic(half) => half.poll_read_chunk(cx, max),
+        };
+        if let Poll::Ready(read) = &result {
             coop.made_progress();
+            charge(cx, read.as_ref().map_or(0, |bytes| bytes.as_ref().map_or(0, Bytes::len)));
         }
         result
     }
@@ -309,6 +313,19 @@ impl Drop for RecvStream {
                 conn.stop(half.key, Code::Cancelled);
             }
         });
+    }
+}
+
+/// Bytes that count as one operation. A task may do 128 operations at a time, so one that moves bulk data lets others run after
+/// some 256 KiB: what is small never waits for megabytes.
+const BYTES_PER_OPERATION: usize = 2 * 1024;
+
+/// Counts bytes that were moved against what the task may do at a time.
+fn charge(cx: &mut Context<'_>, bytes: usize) {
+    for _ in 0..bytes / BYTES_PER_OPERATION {
+        // Once it is used up this has woken the task, which will be polled again after the others.
+        let Poll::Ready(operation) = coop::poll_proceed(cx) else { return };
+        operation.made_progress();
     }
 }
 
