@@ -165,6 +165,10 @@ pub async fn run(kind: &Kind, timing: Timing, arm: &Arm) -> anyhow::Result<(Valu
     Ok((values, stats.first_error()))
 }
 
+/// How long nothing happens before what idle connections hold is read: what a tunnel gives back when they are quiet, it has
+/// given back by then.
+const IDLE: Duration = Duration::from_secs(4);
+
 /// One measurement that is being made.
 pub(super) struct Load<'a> {
     pub(super) stats: Rc<Stats>,
@@ -490,7 +494,7 @@ impl Load<'_> {
             connection.exchange(&request).await?;
             kept.push(connection);
         }
-        tokio::time::sleep(self.timing.warmup).await;
+        tokio::time::sleep(IDLE).await;
         let mut values = Values::from([(Metric::Errors, 0.0)]);
         if !self.arm.group.arm.is_empty() {
             #[expect(clippy::cast_precision_loss, reason = "a count of connections")]
