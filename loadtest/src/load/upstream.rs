@@ -213,6 +213,10 @@ async fn take_body(
             start += n;
             left -= n as u64;
             count(n as u64);
+            if left == 0 && *framing == Framing::Chunked && start < end {
+                // The next chunk's size may be here already, and with it the end.
+                continue;
+            }
         } else if *framing == Framing::Chunked {
             // The line of a size; an empty line ends the chunk before it.
             let seen = &buffer[start..end];
