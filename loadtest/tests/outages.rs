@@ -228,12 +228,10 @@ async fn posts_on_stale_connections() {
         let status = answer.status();
         answer.into_body().collect().await.unwrap();
         let delivered = bench.fake.recorder().delivered(&key);
-        assert_eq!(
-            delivered,
-            u64::from(status == 200),
-            "round {round}: {status}, delivered {delivered} times"
-        );
-        assert!(race || status == 200, "round {round}: lost, {status}");
+        // A connection that is killed between a request and its answer leaves it open whether the request was taken: then
+        // the client is told so, and it is up to the client. Without a race there is no such doubt.
+        let fits = if status == 200 { delivered == 1 } else { race && status == 502 && delivered <= 1 };
+        assert!(fits, "round {round}: {status}, delivered {delivered} times");
         failed += u64::from(status != 200);
     }
     let stale = bench.agent_metric("upstream_stale_total").await;
