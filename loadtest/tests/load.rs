@@ -68,7 +68,9 @@ fn plausible(profile: &Profile, needed: &[&str]) {
     for row in &profile.results {
         let place = format!("{} of {} on {}", row.scenario, profile.name, row.arm);
         for values in &row.rounds {
-            assert!(values.len() > 1, "{place} failed: {:?}", row.errors);
+            // Without a tunnel there is no process whose memory idle connections could be seen in.
+            let nothing_to_see = row.arm == "direct" && row.scenario == "idle-streams";
+            assert!(values.len() > 1 || nothing_to_see, "{place} failed: {:?}", row.errors);
             for (metric, value) in values {
                 assert!(value.is_finite() && *value >= 0.0, "{place}: {metric:?} is {value}");
                 assert!(!POSITIVE.contains(metric) || *value > 0.0, "{place}: {metric:?} is {value}");
@@ -76,7 +78,6 @@ fn plausible(profile: &Profile, needed: &[&str]) {
             let order = [Metric::P50Ms, Metric::P99Ms, Metric::P999Ms, Metric::MaxMs]
                 .map(|metric| values.get(&metric));
             assert!(order.is_sorted(), "{place}: {order:?}");
-            assert!(values.get(&Metric::ArmCores).is_none_or(|cores| *cores > 0.0), "{place}");
         }
     }
 }
@@ -138,8 +139,9 @@ fn a_long_line() {
         if let Some(p50) = row.spread(Metric::P50Ms) {
             assert!(p50.median >= 50.0, "{} on {}: {} ms", row.scenario, row.arm, p50.median);
         }
-        // 25 MB/s, and what had been under way when the window opened.
-        if let Some(rate) = row.spread(Metric::MbPerS) {
+        // 25 MB/s, and what had been under way when the window opened: for uploads that is as much as the far end has credit
+        // for, and says nothing in so short a window.
+        if let Some(rate) = row.spread(Metric::MbPerS).filter(|_| row.scenario.starts_with("down")) {
             assert!(rate.median < 60.0, "{} on {}: {} MB/s", row.scenario, row.arm, rate.median);
         }
     }
