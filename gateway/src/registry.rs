@@ -353,11 +353,12 @@ impl Registry {
 
 impl Tunnel {
     fn is_expected_back(&self) -> bool {
-        // A session that said GoAway and still finishes its streams counts as leaving now.
+        // A session that said GoAway and still finishes its streams counts as leaving now; and so does one that has ended and
+        // whose owner, on another thread, has not taken it off the list yet.
         let leaving = self.sessions.iter().any(|live| {
             let state = live.session.state();
             let state = state.borrow();
-            state.goaway.is_some() && state.closed.is_none()
+            state.goaway.is_some() || state.closed.is_some()
         });
         leaving
             || self
@@ -507,6 +508,8 @@ mod tests {
         let first = pair().await;
         let registration = insert(&registry, &first, 1).unwrap();
         first.gateway.close(Code::Internal, "crash");
+        first.gateway.wait_for(|state| state.closed.is_some()).await;
+        assert_eq!(waits(&registry).await, Duration::from_secs(3), "has ended and is still listed");
         drop(registration);
         assert_eq!(waits(&registry).await, Duration::from_secs(3), "broke just now");
         tokio::time::sleep(RECENT).await;

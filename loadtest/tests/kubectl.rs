@@ -199,7 +199,8 @@ async fn matrix(bench: &Bench, kubectls: &[Kubectl], kubeconfig: &Path, how: &st
     // Idle connections of the agent's pool are no leak; everything else has ended with its kubectl.
     let idle = bench.agent_metric("upstream_connections{state=\"idle\"}").await as usize;
     let most = common::Footprint {
-        agent_fds: before.agent_fds + idle,
+        // Each has two descriptors: its own, and the one through which it is looked at before it is used.
+        agent_fds: before.agent_fds + 2 * idle,
         upstream_connections: before.upstream_connections + idle,
         ..before
     };
