@@ -289,7 +289,9 @@ async fn exchange(
         let (registry, uid) = (&shared.registry, &plan.cluster.uid);
         let opened = match &first_error {
             // Another session helps only if it is there: what cannot be reached now is no better in three seconds.
-            Some(ProxyError::Agent { .. }) => registry.open_now(uid, &tried).await,
+            Some(ProxyError::Agent { .. } | ProxyError::SessionLost { .. }) => {
+                registry.open_now(uid, &tried).await
+            }
             // A session that refuses is on its way out, and its successor on its way in.
             _ => registry.open(uid, &tried).await,
         };
