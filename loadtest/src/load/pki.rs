@@ -50,7 +50,7 @@ fn restrict(path: &Path) -> anyhow::Result<()> {
 /// A TLS 1.3 server with the certificate in `directory`.
 ///
 /// # Errors
-/// The files are not those of [`write`].
+/// The files are not those of [`write()`].
 pub fn server(directory: &Path, alpn: &[&[u8]]) -> anyhow::Result<Arc<ServerConfig>> {
     let (certificate, key) = (directory.join("server.crt"), directory.join("server.key"));
     let credential = load_credential(&certificate, &key, LoadPolicy::STRICT, SystemTime::now())?.value;
@@ -65,7 +65,7 @@ pub fn server(directory: &Path, alpn: &[&[u8]]) -> anyhow::Result<Arc<ServerConf
 /// A TLS 1.3 client that believes the CA in `directory`.
 ///
 /// # Errors
-/// The file is not that of [`write`].
+/// The file is not that of [`write()`].
 pub fn client(directory: &Path, alpn: &[&[u8]]) -> anyhow::Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     for root in load_roots(&directory.join("ca.crt"))? {
