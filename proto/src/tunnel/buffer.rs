@@ -1,7 +1,7 @@
 //! Where do reads go? Into buffers that belong to the thread, not to the connection: an idle connection holds none.
 
 use crate::mux::CHUNK_MAX;
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut as _, Bytes, BytesMut};
 use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
@@ -32,6 +32,24 @@ fn give(buffer: BytesMut) {
             buffers.push(buffer);
         }
     });
+}
+
+/// Reads once, at most `max` bytes; empty at the end of the input. What was ready becomes one slice, in however many pieces
+/// it came: a QUIC stream arrives in pieces of a datagram.
+///
+/// # Errors
+/// Those of the reader.
+pub(super) fn poll_read_once<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    cx: &mut Context<'_>,
+    max: usize,
+) -> Poll<io::Result<Bytes>> {
+    let mut buffer = take();
+    let result = tokio_util::io::poll_read_buf(Pin::new(reader), cx, &mut (&mut buffer).limit(max));
+    let bytes = buffer.split().freeze();
+    give(buffer);
+    ready!(result)?;
+    Poll::Ready(Ok(bytes))
 }
 
 /// Reads what is ready, at most [`CHUNK_MAX`] bytes; empty at the end of the input. A read that would fill the buffer

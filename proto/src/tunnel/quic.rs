@@ -4,7 +4,7 @@
 //! The bytes of a stream are the same as on the mux, and so are the codes. QUIC's own flow control only bounds a peer that
 //! ignores the credit (see [`transport_config`]): it is static per connection, and slow streams would share one window.
 
-use super::{SessionState, Settle};
+use super::{SessionState, Settle, buffer};
 use crate::code::Code;
 use crate::mux::{CloseReason, Event, Ledger, LedgerEvent, Limits, Role};
 use crate::time::Instant;
@@ -13,6 +13,7 @@ use bytes::{Bytes, BytesMut};
 use quinn::{ConnectionError, VarInt};
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -376,6 +377,11 @@ fn code_of(code: VarInt) -> Code {
     Code::from_u32(u32::try_from(code.into_inner()).unwrap_or(u32::MAX))
 }
 
+/// What quinn said, which its reader wraps.
+fn read_error(error: io::Error) -> Option<quinn::ReadError> {
+    error.into_inner()?.downcast().ok().map(|error| *error)
+}
+
 impl QuicSend {
     pub(super) fn poll_write(
         &mut self,
@@ -466,21 +472,21 @@ impl QuicRecv {
         if let Some(end) = &self.end {
             return Poll::Ready(end.clone().map(|()| None));
         }
-        let read = pin!(self.inner.read_chunk(max, true)).poll(cx);
-        let end = match ready!(read) {
-            Ok(Some(chunk)) => {
-                let len = chunk.bytes.len();
+        let end = match ready!(buffer::poll_read_once(&mut self.inner, cx, max)) {
+            Ok(bytes) if bytes.is_empty() => Ok(()),
+            Ok(bytes) => {
+                let (id, len) = (self.id, bytes.len());
                 self.shared.bytes_in.fetch_add(len as u64, Ordering::Relaxed);
-                let id = self.id;
                 let counted = self.shared.with(|core, now| {
                     core.ledger.on_heard(now);
                     core.ledger.on_read(now, id, len)
                 });
-                return Poll::Ready(counted.map(|()| Some(chunk.bytes)).map_err(ReadError::Closed));
+                return Poll::Ready(counted.map(|()| Some(bytes)).map_err(ReadError::Closed));
             }
-            Ok(None) => Ok(()),
-            Err(quinn::ReadError::Reset(code)) => Err(ReadError::Reset(code_of(code))),
-            Err(_) => Err(ReadError::Closed(self.shared.closed())),
+            Err(error) => Err(match read_error(error) {
+                Some(quinn::ReadError::Reset(code)) => ReadError::Reset(code_of(code)),
+                _ => ReadError::Closed(self.shared.closed()),
+            }),
         };
         self.end_with(end.clone());
         Poll::Ready(end.map(|()| None))
