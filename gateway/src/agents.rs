@@ -37,11 +37,13 @@ const BOOT_ID_BYTES: usize = 16;
 
 /// The limits of a session, from the configuration.
 pub(crate) fn session_limits(config: &GatewayConfig) -> Limits {
+    let (defaults, recv_budget) = (Limits::default(), config.limits.session_memory.0);
     Limits {
         // Agents open no streams today; 1 is the least that the mux allows, and it is refused.
         streams_max: 1,
-        recv_budget: config.limits.session_memory.0,
-        ..Limits::default()
+        recv_budget,
+        credit_max: defaults.credit_max.min(u32::try_from(recv_budget).unwrap_or(u32::MAX)),
+        ..defaults
     }
 }
 

@@ -174,7 +174,7 @@ fn the_same_seed_is_the_same_run() {
 }
 
 fn ordinary() -> World {
-    let limits = Limits { streams_max: 16, recv_budget: 8 << 20, ..Limits::default() };
+    let limits = Limits { streams_max: 16, recv_budget: 16 << 20, ..Limits::default() };
     let mut world = World::new([limits.clone(), limits], [8 << 20, 8 << 20]);
     world.apply(0, Op::Advance { millis: 1 });
     assert!(world.is_ready());

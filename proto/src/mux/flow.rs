@@ -12,8 +12,10 @@ use core::time::Duration;
 const GROWTH_KEEPS_FREE: usize = 4;
 /// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor.
 const INITIAL_KEEPS_FREE: usize = 16;
-/// Below this round-trip time growth is computed as if the path had it: shorter ones measure scheduling, not distance.
-const RTT_FLOOR: Duration = Duration::from_millis(1);
+/// Below this round-trip time growth is computed as if the path had it. What a grant really takes on a short path is the time
+/// until two busy processes have had their turns; with less, sixteen streams on loopback wait for grants while nothing is
+/// congested. The price is memory: a stream may buffer what its reader takes in twice this time.
+const RTT_FLOOR: Duration = Duration::from_millis(5);
 
 /// The receive memory of one session, drawn from the process budget as it is drawn from its own.
 #[derive(Debug)]

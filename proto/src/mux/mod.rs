@@ -842,9 +842,9 @@ impl Connection {
             }
             // No frame is cut small just to fill the batch to its last byte.
             while (batch.bytes == 0 || batch.bytes + HEADER_LEN + COPY_MAX <= max_bytes)
-                && let Some(slot) = self.schedule.pop()
+                && let Some((slot, turn)) = self.schedule.pop()
             {
-                self.put_turn(now, slot, max_bytes, &mut batch);
+                self.put_turn(now, slot, max_bytes.min(batch.bytes + turn), &mut batch);
             }
         }
         batch.flush();
@@ -887,12 +887,15 @@ impl Connection {
         self.settle(slot);
     }
 
-    /// Gives the stream in `slot` its turn: at most one DATA frame.
+    /// Gives the stream in `slot` its turn: DATA frames until the batch has `max_bytes`.
     fn put_turn(&mut self, now: Instant, slot: u32, max_bytes: usize, batch: &mut Batch<'_>) {
         self.slots[slot as usize].scheduled = false;
         let before = batch.bytes;
         let Slot { stream: Some(stream), scheduled, .. } = &mut self.slots[slot as usize] else { return };
-        if stream.send.has_output() {
+        // At least one frame, and none that is cut small just to fill the turn to its last byte.
+        while stream.send.has_output()
+            && (batch.bytes == before || batch.bytes + HEADER_LEN + COPY_MAX <= max_bytes)
+        {
             debug_assert!(!stream.open_pending, "OPEN goes first");
             let room = max_bytes.saturating_sub(batch.bytes + HEADER_LEN);
             let queued = stream.send.queue.len();

@@ -6,11 +6,14 @@
 //! so that many light streams cannot starve a bulk one either.
 
 use crate::time::Instant;
+use crate::wire::FRAME_MAX;
 use alloc::collections::VecDeque;
 
-/// Bytes a stream sends at most in one turn: one full frame.
-#[cfg(test)]
-const QUANTUM: usize = crate::wire::DATA_MAX;
+/// Bytes a light stream sends at most in one turn: one full frame, after which it may not be light any more.
+const LIGHT_TURN: usize = FRAME_MAX;
+/// Bytes a bulk stream sends at most in one turn. What arrives together goes on together: with turns of a single frame the far
+/// end would write each of many streams 16 KiB at a time, and a system call costs the same for four times as much.
+const BULK_TURN: usize = 4 * FRAME_MAX;
 /// Bytes a stream may send at once and still be light.
 const BURST: u64 = 32 * 1024;
 /// Bytes per second that a stream may send on and on and stay light.
@@ -50,6 +53,8 @@ pub(super) struct Schedule {
     bulk: VecDeque<u32>,
     /// Bytes that light streams sent since a bulk stream had its turn.
     light_sent: usize,
+    /// Whether the turn is a light stream's.
+    light_turn: bool,
 }
 
 impl Schedule {
@@ -66,20 +71,24 @@ impl Schedule {
         }
     }
 
-    /// The slot whose turn it is. The caller clears the slot's `queued`.
-    pub(super) fn pop(&mut self) -> Option<u32> {
-        if (self.light_sent < LIGHT_SHARE || self.bulk.is_empty())
+    /// The slot whose turn it is, and how many bytes it may send. The caller clears the slot's `queued`.
+    pub(super) fn pop(&mut self) -> Option<(u32, usize)> {
+        self.light_turn = self.light_sent < LIGHT_SHARE || self.bulk.is_empty();
+        if self.light_turn
             && let Some(slot) = self.light.pop_front()
         {
-            return Some(slot);
+            return Some((slot, LIGHT_TURN));
         }
+        self.light_turn = false;
         self.light_sent = 0;
-        self.bulk.pop_front().or_else(|| self.light.pop_front())
+        self.bulk.pop_front().map(|slot| (slot, BULK_TURN))
     }
 
     /// Counts what a stream sent in its turn.
     pub(super) fn sent(&mut self, bytes: usize) {
-        self.light_sent = self.light_sent.saturating_add(bytes);
+        if self.light_turn {
+            self.light_sent = self.light_sent.saturating_add(bytes);
+        }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -120,7 +129,7 @@ mod tests {
 
         /// Gives one turn in which the stream sends `bytes`.
         fn turn(&mut self, bytes: impl Fn(u32) -> usize) -> u32 {
-            let slot = self.schedule.pop().unwrap();
+            let (slot, _) = self.schedule.pop().unwrap();
             let (queued, turn) = &mut self.turns[slot as usize];
             *queued = false;
             turn.charge(bytes(slot), self.now);
@@ -136,7 +145,7 @@ mod tests {
         let mut sim = Sim::new(5);
         for _ in 0..100 {
             (0..4).for_each(|slot| sim.push(slot));
-            sim.turn(|_| QUANTUM);
+            sim.turn(|_| LIGHT_TURN);
         }
         sim.push(4);
         assert_eq!(sim.turn(|_| 100), 4);
@@ -148,10 +157,10 @@ mod tests {
         let mut sim = Sim::new(16);
         for _ in 0..16 * 1000 {
             (0..16).for_each(|slot| sim.push(slot));
-            sim.turn(|_| QUANTUM);
+            sim.turn(|_| LIGHT_TURN);
         }
         let (min, max) = (sim.sent.iter().min().unwrap(), sim.sent.iter().max().unwrap());
-        assert!(max - min <= 4 * QUANTUM, "{:?}", sim.sent);
+        assert!(max - min <= 4 * LIGHT_TURN, "{:?}", sim.sent);
     }
 
     /// A flood of light streams leaves bulk its share.
@@ -160,14 +169,14 @@ mod tests {
         let mut sim = Sim::new(1001);
         for _ in 0..10 {
             sim.push(0);
-            sim.turn(|_| QUANTUM);
+            sim.turn(|_| LIGHT_TURN);
         }
         for round in 0..10_000u32 {
             sim.now = sim.now + Duration::from_micros(100);
             sim.push(0);
             sim.push(1 + round % 1000);
             sim.push(1 + (round + 500) % 1000);
-            sim.turn(|slot| if slot == 0 { QUANTUM } else { 2000 });
+            sim.turn(|slot| if slot == 0 { LIGHT_TURN } else { 2000 });
         }
         let light: usize = sim.sent[1..].iter().sum();
         assert!(sim.sent[0] * 5 >= light, "bulk {} light {light}", sim.sent[0]);

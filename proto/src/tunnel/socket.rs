@@ -6,8 +6,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
-/// Bytes that may wait in the kernel unsent. What is not there yet can still be overtaken by something more urgent.
-const UNSENT_MAX: u32 = 64 * 1024;
+/// Bytes that may wait in the kernel unsent. What is not there yet can still be overtaken by something more urgent. Two of the
+/// driver's batches: the kernel asks for more when half of it is free, and then a whole batch fits into one write.
+const UNSENT_MAX: u32 = 128 * 1024;
 /// The kernel's own search for dead connections; the tunnel finds them sooner by ping.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
