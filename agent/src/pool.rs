@@ -19,6 +19,7 @@ use thiserror::Error;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Duration, Instant, timeout};
 use tokio_util::sync::DropGuard;
+use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 
 use crate::connect::ConnectError;
@@ -157,9 +158,16 @@ impl Upstream {
             .handshake(TokioIo::new(io))
             .await?;
         let token = self.resources.stop.child_token();
-        let run = token.clone().run_until_cancelled_owned(connection.with_upgrades());
-        // An error of the connection is an error of the exchange that runs on it, which learns it first.
-        self.resources.tracker.spawn(async move { drop(run.await) });
+        let stopped = Aside::new(token.clone().cancelled_owned());
+        let connection = connection.with_upgrades();
+        self.resources.tracker.spawn(Box::pin(async move {
+            tokio::select! {
+                biased;
+                // An error of the connection is an error of the exchange that runs on it, which learns it first.
+                result = connection => drop(result),
+                () = stopped => {}
+            }
+        }));
         Ok((sender, token.drop_guard()))
     }
 

@@ -52,10 +52,11 @@ pub(crate) async fn serve(service: Arc<Service>, session: Session) -> CloseReaso
         let running = Counted::new(&service.metrics.exchanges_running);
         let stop = service.stop.clone();
         let tracker = service.tracker.clone();
-        tracker.spawn(stop.run_until_cancelled_owned(async move {
+        // In a box: the runtime moves what it is given several times before it runs.
+        tracker.spawn(Box::pin(stop.run_until_cancelled_owned(async move {
             stream(&service, send, recv).await;
             drop((permit, running));
-        }));
+        })));
     }
 }
 

@@ -106,7 +106,9 @@ where
         service_fn(move |request: Request<Incoming>| {
             asked.store(true, Ordering::Relaxed);
             let (shared, peer) = (Arc::clone(&shared), Arc::clone(&peer));
-            async move { Ok::<Response<AnswerBody>, Infallible>(proxy::serve(shared, peer, request).await) }
+            // In a box: hyper moves what it is given several times before it runs.
+            let answer = Box::pin(proxy::serve(shared, peer, request));
+            async move { Ok::<Response<AnswerBody>, Infallible>(answer.await) }
         })
     };
     let served = async {
