@@ -11,10 +11,14 @@ use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
 use towline_loadtest::load::agents::{Fleet, Over};
 use towline_loadtest::load::relay::{Congestion, End, Relay, Transport};
 use towline_loadtest::load::scenario::{Link, Plan, STANDARD};
-use towline_loadtest::load::{kubeconfig, run, upstream};
+use towline_loadtest::load::{kubeconfig, product, run, upstream};
 use towline_loadtest::report;
 use towline_loadtest::shim::Shim;
 use tracing_subscriber::EnvFilter;
+
+/// What the product's programs have: an arm that is this program should cost what they do.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[derive(Debug, Parser)]
 #[command(name = "towline-loadtest", version, about = "Load tests and test doubles of Towline")]
@@ -39,6 +43,9 @@ enum Command {
     /// One end of a bare copy loop.
     #[command(hide = true)]
     Relay(RelayArguments),
+    /// Gateway and agent in one process.
+    #[command(hide = true)]
+    Product(Product),
     /// Many simulated agents with a session each.
     #[command(hide = true)]
     Agents(Agents),
@@ -129,6 +136,16 @@ struct RelayArguments {
 }
 
 #[derive(Debug, clap::Args)]
+struct Product {
+    /// The gateway's configuration.
+    #[arg(long)]
+    gateway: PathBuf,
+    /// The agent's configuration.
+    #[arg(long)]
+    agent: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
 struct Agents {
     /// The gateway's public port.
     #[arg(long)]
@@ -200,6 +217,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
+    if let Command::Product(Product { gateway, agent }) = arguments.command {
+        // It makes the threads and runtimes of the product, not the load test's.
+        return product::run(&gateway, agent);
+    }
     let runtime = match arguments.command {
         // One thread: what shares the machine with what is measured has to be cheap.
         Command::Load(_)
@@ -227,6 +248,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Agents(Agents { gateway, over, certificates }) => {
             runtime.block_on(async { Fleet::new(gateway, over, &certificates)?.obey().await })
         }
+        Command::Product(_) => Ok(()),
         Command::Shim(arguments) => runtime.block_on(shim(arguments)),
         Command::FakeApiserver(options) => runtime.block_on(fake_apiserver(options)),
         Command::Demo(options) => {

@@ -171,7 +171,7 @@ impl Ground {
     pub async fn arm(&self, name: &str) -> anyhow::Result<Arm> {
         let mut arm = match name {
             "direct" => self.direct().await?,
-            "towline-tcp" => self.towline(name, "tcp").await?,
+            "towline-tcp" | "towline-one" => self.towline(name, "tcp").await?,
             "towline-quic" => self.towline(name, "quic").await?,
             other => self.tunnel(other).await?,
         };
@@ -261,8 +261,16 @@ impl Ground {
         let (peer, link) = self.link(stack.front, name).await?;
         stack.options.agent["gateway"] = json!({"addresses": [peer.to_string()]});
         stack.write_configuration()?;
-        stack.start_gateway().await?;
-        stack.start_agent().await?;
+        let mut processes = Vec::new();
+        if name == "towline-one" {
+            let gateway = stack.path("gateway.yaml");
+            let arguments = ["product", "--gateway", gateway.to_str().context("an odd path")?, "--agent"];
+            processes
+                .push(("both", own(&directory.join("both.log"), &arguments, &stack.path("agent.yaml"))?));
+        } else {
+            stack.start_gateway().await?;
+            stack.start_agent().await?;
+        }
         let front = stack.target(Some(CLIENT))?;
         let (address, tls, headers) = match self.front {
             Scheme::Http => (plaintext, None, format!("Authorization: Bearer {token}\r\n")),
@@ -277,11 +285,14 @@ impl Ground {
             small_path: SMALL_PATH.to_owned(),
         };
         let about = match transport {
+            _ if name == "towline-one" => {
+                "gateway and agent in one process, one TLS 1.3 connection between them"
+            }
             "quic" => "gateway and agent, one QUIC connection between them",
             _ => "gateway and agent, one TLS 1.3 connection between them",
         };
         let http2 = self.front == Scheme::Https;
-        Ok(self.make(name, about, target, Vec::new(), link, Some(Box::new(stack)), http2))
+        Ok(self.make(name, about, target, processes, link, Some(Box::new(stack)), http2))
     }
 
     /// A gateway alone, with simulated agents of `count` clusters in a process that has not connected any yet.
@@ -336,8 +347,8 @@ impl Ground {
     ) -> Arm {
         let watched = |name: &str, process: &Process| Watched { name: name.to_owned(), pid: process.id() };
         let mut group = Group::default();
-        if let Some(stack) = &stack {
-            group.arm = vec![watched("gateway", stack.gateway()), watched("agent", stack.agent())];
+        if let Some(Stack { gateway: Some(gateway), agent: Some(agent), .. }) = stack.as_deref() {
+            group.arm = vec![watched("gateway", gateway), watched("agent", agent)];
         }
         group.arm.extend(processes.iter().map(|(name, process)| watched(name, process)));
         group.link = link.as_ref().map(|process| watched("link", process));

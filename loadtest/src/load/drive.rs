@@ -151,7 +151,7 @@ pub async fn run(kind: &Kind, timing: Timing, arm: &Arm) -> anyhow::Result<(Valu
         }
         Kind::NewConnections { concurrency } => load.new_connections(*concurrency).await?,
         Kind::Sequential => load.sequential().await?,
-        Kind::Bulk { direction, streams } => load.bulk(*direction, *streams).await?,
+        Kind::Bulk { direction, streams, stalled } => load.bulk(*direction, *streams, *stalled).await?,
         Kind::Probe { beside } => load.probe(*beside).await?,
         Kind::IdleStreams { connections } => load.idle_streams(*connections).await?,
         Kind::Watch { watchers, rate } => load.watch(*watchers, *rate).await?,
@@ -423,9 +423,12 @@ impl Load<'_> {
         });
     }
 
-    async fn bulk(&mut self, direction: Direction, streams: usize) -> anyhow::Result<Values> {
+    async fn bulk(&mut self, direction: Direction, streams: usize, stalled: usize) -> anyhow::Result<Values> {
+        // First: what they may hold they hold when the others begin.
+        self.start_bulk(Direction::Down, stalled, Some(0.0));
+        self.flowing(stalled, 0).await?;
         self.start_bulk(direction, streams, None);
-        self.flowing(streams, 0).await?;
+        self.flowing(streams, stalled).await?;
         let used = self.window().await?;
         let bytes = number(self.stats.bytes.get());
         if bytes == 0.0 {

@@ -4,7 +4,7 @@
 //! - [`arms`]: what is compared, and how each is started; [`tunnels`]: the peers, as files; [`relay`]: the bare copy loops.
 //! - [`client`]: the cheapest HTTP/1.1 client that can be; [`upstream`]: what answers.
 //! - [`drive`]: how each kind of load is made and timed; [`live`]: what lasts; [`fleet`] with [`agents`]: many agents;
-//!   [`sample`]: what the processes cost.
+//!   [`product`]: both ends in one process; [`sample`]: what the processes cost.
 //! - [`run`]: rounds, progress, and the record of the run; [`targets`]: the verdicts.
 //! - [`kubeconfig`]: a gateway elsewhere.
 //! - [`pki`]: the certificates of everything that is not Towline.
@@ -20,6 +20,7 @@ mod fleet;
 pub mod kubeconfig;
 mod live;
 pub mod pki;
+pub mod product;
 pub mod relay;
 pub mod run;
 pub mod sample;

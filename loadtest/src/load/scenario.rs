@@ -8,10 +8,11 @@ use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 
 /// The standard profiles: name and text, in the order in which a whole run takes them.
-pub const STANDARD: [(&str, &str); 7] = [
+pub const STANDARD: [(&str, &str); 8] = [
     ("http", include_str!("../../scenarios/http.yaml")),
     ("https", include_str!("../../scenarios/https.yaml")),
     ("live", include_str!("../../scenarios/live.yaml")),
+    ("stalled", include_str!("../../scenarios/stalled.yaml")),
     ("growth", include_str!("../../scenarios/growth.yaml")),
     ("fleet", include_str!("../../scenarios/fleet.yaml")),
     ("wan", include_str!("../../scenarios/wan.yaml")),
@@ -179,6 +180,9 @@ pub enum Kind {
         direction: Direction,
         /// Connections.
         streams: usize,
+        /// So many more downloads beside them, whose readers have stopped.
+        #[serde(default)]
+        stalled: usize,
     },
     /// Small requests at a fixed rate, timed from when they were to be sent (open loop), while something else happens.
     Probe {

@@ -180,7 +180,7 @@ pub fn judge(record: &Record) -> Vec<Outcome> {
 }
 
 /// What each target is about.
-pub const TITLES: [(&str, &str); 16] = [
+pub const TITLES: [(&str, &str); 17] = [
     ("T1", "CPU for bulk over TCP"),
     ("T2", "bulk rate over TCP"),
     ("T3", "bulk over QUIC"),
@@ -197,10 +197,15 @@ pub const TITLES: [(&str, &str); 16] = [
     ("T13", "peak memory"),
     ("T14", "TLS on all hops"),
     ("T15", "agents for each gateway core"),
+    ("M", "bulk beside a crowd of stalled readers, in bounded memory"),
 ];
 
 const TCP: &str = "towline-tcp";
 const QUIC: &str = "towline-quic";
+
+/// What gateway and agent may have at their peaks together in the profile `stalled`: a receive budget of 96 MiB each; 64 MiB for
+/// the programs themselves; and 64 KiB for each of 1,001 connections at either end, where HTTP buffers.
+const STALLED_MIB: f64 = 2.0 * 96.0 + 64.0 + 2.0 * 1001.0 * 64.0 / 1024.0;
 
 /// `must` of 0 stands for none.
 const fn check(
@@ -295,6 +300,12 @@ pub fn all() -> Vec<Check> {
     let at = ("T15", "fleet", "storm");
     all.push(check(at, PerCoreS, TCP, Nothing, (Least, 2500.0)).stretch(4000.0));
     all.push(check(at, PerCoreS, QUIC, Nothing, (Least, 1500.0)).stretch(2200.0));
+    for arm in [TCP, QUIC] {
+        for (alone, beside) in [("one-alone", "one-beside-1000"), ("900-alone", "900-beside-100")] {
+            all.push(check(("M", "stalled", beside), MbPerS, arm, Own(alone), (Least, 0.95)));
+        }
+        all.push(check(("M", "stalled", ""), RssMib, arm, Nothing, (Most, STALLED_MIB)));
+    }
     all
 }
 

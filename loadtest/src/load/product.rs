@@ -1,0 +1,39 @@
+//! What does the product cost without its second process? Gateway and agent as the libraries they are, in one process, each on a
+//! thread of its own: one profile shows both, and what two processes cost more is the difference.
+
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use anyhow::{Context, anyhow};
+use towline_agent::{Agent, AgentConfig};
+use towline_gateway::Gateway;
+use towline_gateway::config::GatewayConfig;
+
+/// Runs both until the process ends, from the same files that the programs read.
+///
+/// # Errors
+/// A configuration is bad, or an end does not start.
+pub fn run(gateway: &Path, agent: PathBuf) -> anyhow::Result<()> {
+    let config = GatewayConfig::load(gateway)?;
+    let runtime = towline_gateway::runtime::build()?;
+    let _gateway = runtime.block_on(Gateway::start(config))?;
+    let agent = thread::Builder::new().name("towline-agent".to_owned()).spawn(move || run_agent(&agent))?;
+    runtime.block_on(async {
+        while !agent.is_finished() {
+            tokio::time::sleep(LOOK).await;
+        }
+    });
+    agent.join().map_err(|_| anyhow!("the agent panicked"))?
+}
+
+/// How often the gateway's thread looks whether the agent's has ended, which it only does when it does not start.
+const LOOK: std::time::Duration = std::time::Duration::from_secs(1);
+
+fn run_agent(path: &Path) -> anyhow::Result<()> {
+    let config = AgentConfig::load(path).map_err(|problems| anyhow!("{problems}"))?;
+    let runtime = towline_agent::runtime::build()?;
+    runtime.block_on(async {
+        let _agent = Agent::start(config).await.context("the agent")?;
+        std::future::pending().await
+    })
+}
