@@ -54,8 +54,9 @@ struct Refusal {
     text: String,
 }
 
-/// Runs one agent's TLS connection to its end.
-pub(crate) async fn serve<IO>(shared: Arc<Shared>, tls: TlsStream<IO>, address: SocketAddr)
+/// Runs one agent's TLS connection to its end. What is large stays in boxes: the state of an async function keeps a place for
+/// each name that a value had on its way, and ten thousand idle agents are ten thousand such states.
+pub(crate) async fn serve<IO>(shared: Arc<Shared>, tls: Box<TlsStream<IO>>, address: SocketAddr)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -68,7 +69,7 @@ where
         .map(|certificate| certificate.clone().into_owned())
         .collect();
     match Session::over(tls, session_config(&shared)) {
-        Ok((session, driver)) => run(shared, session, driver.run(), chain, address).await,
+        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), chain, address).await,
         Err(_) => no_memory(&shared, address),
     }
 }
@@ -81,7 +82,7 @@ pub(crate) async fn serve_quic(
     address: SocketAddr,
 ) {
     match Session::over_quic(conn.clone(), session_config(&shared)) {
-        Ok((session, driver)) => run(shared, session, driver.run(), chain, address).await,
+        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), chain, address).await,
         Err(_) => {
             no_memory(&shared, address);
             conn.close(Code::Limit.to_u32().into(), b"no memory for another session");

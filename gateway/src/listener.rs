@@ -187,6 +187,8 @@ fn until_abort(
     task: impl Future<Output = ()> + Send + 'static,
 ) -> impl Future<Output = ()> + Send + 'static {
     let abort = Aside::new(shared.stages.abort.clone().cancelled_owned());
+    // In a box: the state below has two places for it, before and after it was pinned.
+    let task = Box::pin(task);
     async move {
         tokio::select! {
             () = task => {}
@@ -257,7 +259,7 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut p
         Ok(Opened::Tls(tls, Listener::Tunnel | Listener::Join)) => {
             shared.metrics.handshake(Handshake::Tunnel);
             // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
-            let session = agents::serve(Arc::clone(&shared), *tls, address);
+            let session = agents::serve(Arc::clone(&shared), tls, address);
             spawn(&shared, &shared.tasks.tunnel, async move {
                 session.await;
                 drop(place);
