@@ -258,7 +258,12 @@ mod tests {
     }
 
     fn line() -> String {
-        format!("tljt1/10.0.0.1:8443,gw.example.com:443,[fd00::1]:1/{},{}/t-1/3/{}", pin('a'), pin('b'), SECRET)
+        format!(
+            "tljt1/10.0.0.1:8443,gw.example.com:443,[fd00::1]:1/{},{}/t-1/3/{}",
+            pin('a'),
+            pin('b'),
+            SECRET
+        )
     }
 
     const SECRET: &str = "000102030405060708090a0b0c0d0eff";

@@ -24,7 +24,7 @@ pub const REFUSAL_TEXT_MAX: usize = 512;
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct JoinRequest {
     /// Why it should get one.
-    #[prost(oneof = "Proof", tags = "1, 2")]
+    #[prost(oneof = "Proof", tags = "1, 2, 7")]
     pub proof: Option<Proof>,
     /// A request for a certificate (PKCS #10, DER). Only its public key counts.
     #[prost(bytes = "bytes", tag = "3")]
@@ -40,13 +40,16 @@ pub struct JoinRequest {
     pub issuer: Option<Issuer>,
 }
 
-/// The two ways to be let in.
+/// The three ways to be let in.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum Proof {
     #[prost(message, tag = "1")]
     Token(Token),
     #[prost(message, tag = "2")]
     ServiceAccount(ServiceAccount),
+    /// The certificate that the sender had, run out not too long ago; the CSR is signed by its key.
+    #[prost(message, tag = "7")]
+    Expired(Certificate),
 }
 
 /// A join token, whatever number of uses it has.

@@ -121,6 +121,8 @@ fn every_join_message_has_its_golden_bytes() {
     let account = ServiceAccount { cluster: "prod".to_owned(), token: "a.b.c".to_owned() };
     let request = JoinRequest { proof: Some(Proof::ServiceAccount(account)), ..JoinRequest::default() };
     check(&request, "120d 0a0470726f64 1205612e622e63");
+    let request = JoinRequest { proof: Some(Proof::Expired(certificate())), ..JoinRequest::default() };
+    check(&request, "3a0b 0a046c656166 0a03636121");
     let admitted = Admitted {
         certificate: certificate(),
         trust: trust(),
@@ -134,10 +136,7 @@ fn every_join_message_has_its_golden_bytes() {
         "0a2d 0a0b0a046c6561660a03636121 120d08ac0212036f6e65120374776f 1a0470726f64 22027531 2a026131 320164",
     );
     let outcome = Some(Joined::Refused(refused()));
-    check(
-        &JoinAnswer { outcome, padding: vec![0; 3].into() },
-        "1209 0803 12026e6f 18e807 1a03000000",
-    );
+    check(&JoinAnswer { outcome, padding: vec![0; 3].into() }, "1209 0803 12026e6f 18e807 1a03000000");
 }
 
 fn unhex(text: &str) -> Vec<u8> {

@@ -170,7 +170,8 @@ fn the_end_silences() {
 #[test]
 fn the_ledger_does_the_same() {
     let ledger = |role| {
-        Ledger::new(role, Limits::default(), Budget::new(1 << 30), introduction(), Instant::default()).unwrap()
+        Ledger::new(role, Limits::default(), Budget::new(1 << 30), introduction(), Instant::default())
+            .unwrap()
     };
     let (mut gateway, mut agent) = (ledger(Role::Gateway), ledger(Role::Agent));
     let now = Instant::default();
