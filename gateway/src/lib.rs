@@ -13,6 +13,7 @@
 //! | how does one exchange run, and why this status? | `proxy` |
 //! | how does an agent get in? | `agents` |
 //! | which session carries a request? | [`registry`] |
+//! | what is remembered, and how safely? | [`store`] |
 //! | is it well, and what does it count? | `admin`, [`metrics`] |
 //! | what happens on SIGHUP? | `reload` |
 //! | what happens on SIGTERM? | [`Gateway::drain`], below |
@@ -38,6 +39,7 @@ mod reload;
 pub mod routing;
 pub mod runtime;
 mod state;
+pub mod store;
 
 use admin::Admin;
 use config::{ConfigError, GatewayConfig};
