@@ -187,7 +187,7 @@ pub struct TunnelTls {
 }
 
 /// One cluster of the fleet.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Cluster {
     /// The name in paths and hosts.

@@ -13,6 +13,7 @@
 //! | how does one exchange run, and why this status? | `proxy` |
 //! | how does an agent get in? | `agents` |
 //! | which session carries a request? | [`registry`] |
+//! | which clusters are registered, and who may join? | [`fleet`] |
 //! | what is remembered, and how safely? | [`store`] |
 //! | is it well, and what does it count? | `admin`, [`metrics`] |
 //! | what happens on SIGHUP? | `reload` |
@@ -25,6 +26,7 @@ mod agents;
 pub mod authn;
 pub mod authz;
 pub mod config;
+pub mod fleet;
 mod front;
 pub mod headers;
 pub mod kube;

@@ -21,6 +21,7 @@ pub use lease::LeaseId;
 
 use crate::metrics::Metrics;
 use embedded::Embedded;
+pub(crate) use embedded::alarm;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;

@@ -22,6 +22,9 @@ pub const PREFIX: &str = "tlat_";
 /// Longest token that is looked at.
 const TOKEN_MAX: usize = 1024;
 
+/// The SHA-256 of a token.
+pub type Hash = [u8; 32];
+
 /// The tokens in force.
 #[derive(Clone, Default)]
 pub struct Tokens {
@@ -114,7 +117,8 @@ impl Tokens {
     }
 }
 
-fn decode_hash(text: &str) -> Option<[u8; 32]> {
+/// A hash that is written as 64 hexadecimal digits.
+pub(crate) fn decode_hash(text: &str) -> Option<Hash> {
     if text.len() != 64 || !text.is_ascii() {
         return None;
     }
