@@ -242,6 +242,18 @@ impl Fleet {
         self.read().route_of(uid)
     }
 
+    /// Every registered cluster.
+    #[must_use]
+    pub fn clusters(&self) -> Vec<Arc<config::Cluster>> {
+        self.read().routes()
+    }
+
+    /// Whether the certificate of this serial number was revoked.
+    #[must_use]
+    pub fn is_revoked(&self, serial: &str) -> bool {
+        self.read().is_revoked(serial)
+    }
+
     /// Whether this agent, with this certificate, is somebody.
     ///
     /// # Errors

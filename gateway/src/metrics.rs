@@ -2,7 +2,7 @@
 //! handles resolved once.
 //!
 //! Gauges move through guards that count down when they are dropped. The label `cluster` exists only for clusters that
-//! are configured, on the one gauge that an operator alerts on.
+//! are configured or registered, on the one gauge that an operator alerts on.
 
 use crate::store::Unreadable;
 use prometheus::core::Collector;
@@ -241,7 +241,7 @@ impl Metrics {
             cluster_connected: gauges(
                 r,
                 "towline_gateway_cluster_connected",
-                "Whether a configured cluster has a session.",
+                "Whether a cluster has a session.",
                 &["cluster"],
             ),
             tunnel_received: counter(

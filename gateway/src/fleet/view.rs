@@ -252,6 +252,10 @@ impl View {
         self.routes.get(name).cloned()
     }
 
+    pub(super) fn routes(&self) -> Vec<Arc<config::Cluster>> {
+        self.routes.values().cloned().collect()
+    }
+
     pub(super) fn route_of(&self, uid: &ClusterUid) -> Option<Arc<config::Cluster>> {
         self.routes.get(self.names.get(uid.as_str())?).cloned()
     }
