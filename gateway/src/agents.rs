@@ -7,6 +7,7 @@
 //! takes over nor makes the route flap.
 
 use crate::config::{Cluster, GatewayConfig};
+use crate::fleet::Fleet;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::registry::{InsertError, Registration, SessionId};
 use crate::state::{Shared, random};
@@ -148,7 +149,7 @@ async fn live(
     let over = async {
         tokio::select! {
             () = expire(session, admitted.not_after) => {}
-            () = revoke(shared, session, chain, &admitted.identity) => {}
+            () = revoke(shared, session, chain, &admitted) => {}
         }
         session.closed().unwrap_or(CloseReason::HelloTimeout)
     };
@@ -170,6 +171,7 @@ struct Admitted {
     cluster: Arc<Cluster>,
     identity: AgentIdentity,
     not_after: SystemTime,
+    serial: String,
     hello: Hello,
 }
 
@@ -185,13 +187,7 @@ async fn admit(
     let leaf = leaf.ok_or_else(|| certificate("no certificate was presented".to_owned()))?;
     let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
     let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
-    let Some(cluster) = live.by_uid.get(&identity.cluster).cloned() else {
-        let text = format!(
-            "cluster uid {} is not on this gateway's list; add it there under clusters",
-            identity.cluster
-        );
-        return Err(certificate(text));
-    };
+    let cluster = shared.admits(&live, &identity, &facts.serial).map_err(certificate)?;
     drop(live);
     let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
         Ok(Ok(hello)) => hello,
@@ -209,7 +205,8 @@ async fn admit(
         return Err(refuse(TlCode::Proto, Code::Proto, text));
     }
     let registration = register(shared, session, &identity, &hello.boot_id).await?;
-    Ok((Admitted { cluster, identity, not_after: facts.not_after, hello }, registration))
+    let CertificateFacts { not_after, serial, .. } = facts;
+    Ok((Admitted { cluster, identity, not_after, serial, hello }, registration))
 }
 
 async fn register(
@@ -285,26 +282,31 @@ async fn expire(session: &Session, not_after: SystemTime) {
     session.close(Code::Denied, &format!("the agent's certificate expired {} ago; renew it", human(late)));
 }
 
-/// Ends the session when a reload takes away what let it in: its cluster's place on the list, or its CA.
-async fn revoke(
-    shared: &Shared,
-    session: &Session,
-    chain: &[CertificateDer<'static>],
-    identity: &AgentIdentity,
-) {
+/// Ends the session when a reload or a revocation takes away what let it in: its place on the list, or its CA.
+async fn revoke(shared: &Shared, session: &Session, chain: &[CertificateDer<'static>], admitted: &Admitted) {
     let mut reloads = shared.reloads();
+    let mut losses = shared.fleet.as_ref().map(Fleet::losses);
     loop {
         // Also at first: admission may have begun before the last reload.
         let live = shared.live();
-        if !live.by_uid.contains_key(&identity.cluster) {
-            return session.close(Code::Denied, "the cluster was removed from this gateway's list");
+        if let Err(why) = shared.admits(&live, &admitted.identity, &admitted.serial) {
+            return session.close(Code::Denied, &format!("the agent is not admitted any more: {why}"));
         }
         if let Err(error) = live.agent_ca.verify(chain, SystemTime::now()) {
             return session.close(Code::Denied, &format!("the agent's certificate counts no more: {error}"));
         }
         drop(live);
-        // The sender lives as long as `shared`.
-        drop(reloads.changed().await);
+        let lost = async {
+            match &mut losses {
+                Some(losses) => losses.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        // The senders live as long as `shared`.
+        tokio::select! {
+            changed = reloads.changed() => drop(changed),
+            changed = lost => drop(changed),
+        }
     }
 }
 

@@ -10,9 +10,13 @@
 //! | which cluster does a request name? | [`routing`], [`kube`] |
 //! | who calls, and may they? | [`authn`], [`authz`] |
 //! | which header fields go where? | [`headers`] |
+//! | what does the gateway sign with? | [`authority`] |
+//! | what ends with a credential that is revoked? | `running` |
 //! | how does one exchange run, and why this status? | `proxy` |
 //! | how does an agent get in? | `agents` |
 //! | which session carries a request? | [`registry`] |
+//! | which clusters are registered, and who may join? | [`fleet`] |
+//! | what is remembered, and how safely? | [`store`] |
 //! | is it well, and what does it count? | `admin`, [`metrics`] |
 //! | what happens on SIGHUP? | `reload` |
 //! | what happens on SIGTERM? | [`Gateway::drain`], below |
@@ -22,8 +26,10 @@
 mod admin;
 mod agents;
 pub mod authn;
+pub mod authority;
 pub mod authz;
 pub mod config;
+pub mod fleet;
 mod front;
 pub mod headers;
 pub mod kube;
@@ -36,11 +42,15 @@ mod quic;
 pub mod registry;
 mod reload;
 pub mod routing;
+mod running;
 pub mod runtime;
 mod state;
+pub mod store;
 
 use admin::Admin;
+use authority::Authorities;
 use config::{ConfigError, GatewayConfig};
+use fleet::Fleet;
 use listener::Speaks;
 use metrics::Metrics;
 use proxy::farewell::FAREWELL;
@@ -48,13 +58,15 @@ use quic::QuicListener;
 use registry::Presence;
 use reload::Reloader;
 use runtime::Shards;
-use state::{Live, Shared};
+use state::{Live, Memory, Shared};
+
+pub use state::MemoryError;
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -71,6 +83,8 @@ const ANY_PORT_ATTEMPTS: usize = 20;
 pub enum StartError {
     #[error("{0}")]
     Config(#[from] ConfigError),
+    #[error("stateDirectory: {0}")]
+    Memory(#[from] MemoryError),
     #[error("the system gives no threads: {0}")]
     Threads(#[from] io::Error),
     #[error("cannot listen on {address} ({key}): {error}")]
@@ -102,10 +116,13 @@ impl Gateway {
     /// # Errors
     /// As [`Self::start`].
     pub async fn start_from(config: GatewayConfig, path: Option<PathBuf>) -> Result<Self, StartError> {
-        let live = Live::load(config)?;
+        let metrics = Arc::new(Metrics::new());
+        config.validate()?;
+        let memory = Memory::open(&config, &metrics).await?;
+        let live = Live::load(config, memory.as_ref().map(|memory| &*memory.authorities))?;
         live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let shards = Shards::start(live.config.threads.map_or_else(runtime::cores, NonZeroUsize::get))?;
-        let shared = Arc::new(Shared::new(live, shards));
+        let shared = Arc::new(Shared::new(live, shards, metrics, memory));
         let config = &shared.config;
         let (listener, quic, public) = bind_public(&shared).await?;
         let (admin_listener, admin_address) = bind("admin.address", config.admin.address).await?;
@@ -124,6 +141,18 @@ impl Gateway {
         }
         house.spawn(listener::run(Arc::clone(&shared), gate, listener, Speaks::Tls));
         house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
+        if let Some(fleet) = shared.fleet.clone() {
+            let shared = Arc::clone(&shared);
+            house.spawn(async move {
+                let abort = shared.stages.abort.clone();
+                tokio::select! {
+                    () = fleet.follow() => {}
+                    () = fleet.store().tend() => {}
+                    () = running::review(&shared) => {}
+                    () = abort.cancelled() => {}
+                }
+            });
+        }
         house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
         tracing::info!(%public, plaintext = ?plaintext_address, quic = ?quic_address, admin = %admin_address, "gateway started");
         let (plaintext, quic, admin) = (plaintext_address, quic_address, admin_address);
@@ -164,10 +193,14 @@ impl Gateway {
     #[must_use]
     pub fn presence(&self, cluster: &str) -> Presence {
         let live = self.shared.live();
-        live.by_name
-            .get(cluster)
-            .map(|cluster| self.shared.registry.presence(&cluster.uid))
-            .unwrap_or_default()
+        let cluster = self.shared.cluster_named(&live, cluster);
+        cluster.map(|cluster| self.shared.registry.presence(&cluster.uid)).unwrap_or_default()
+    }
+
+    /// What is on record, with a state directory.
+    #[must_use]
+    pub fn fleet(&self) -> Option<&Fleet> {
+        self.shared.fleet.as_ref()
     }
 
     #[must_use]
@@ -255,7 +288,11 @@ impl Drop for Gateway {
 /// # Errors
 /// Everything that is wrong.
 pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
-    Live::load(config.clone())
+    let own = config.state_directory.as_deref().map(|place| Authorities::look(place, SystemTime::now()));
+    let own = own
+        .transpose()
+        .map_err(|error| ConfigError { problems: vec![format!("stateDirectory: {error}")] })?;
+    Live::load(config.clone(), own.as_ref())
         .map(|live| live.warnings.iter().for_each(|warning| tracing::warn!("{warning}")))
 }
 

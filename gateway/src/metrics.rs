@@ -2,8 +2,9 @@
 //! handles resolved once.
 //!
 //! Gauges move through guards that count down when they are dropped. The label `cluster` exists only for clusters that
-//! are configured, on the one gauge that an operator alerts on.
+//! are configured or registered, on the one gauge that an operator alerts on.
 
+use crate::store::Unreadable;
 use prometheus::core::Collector;
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -123,6 +124,11 @@ label!(
     ReloadOutcome { Applied = "applied", Refused = "refused" }
 );
 
+label!(
+    /// Why a record of the store is skipped.
+    Skipped { Newer = "newer", Broken = "broken" }
+);
+
 /// Every metric of a gateway.
 pub struct Metrics {
     registry: Registry,
@@ -148,6 +154,8 @@ pub struct Metrics {
     holds_waiting: IntGauge,
     reloads: IntCounterVec,
     draining: IntGauge,
+    records_skipped: IntCounterVec,
+    store_errors: IntCounter,
 }
 
 impl fmt::Debug for Metrics {
@@ -233,7 +241,7 @@ impl Metrics {
             cluster_connected: gauges(
                 r,
                 "towline_gateway_cluster_connected",
-                "Whether a configured cluster has a session.",
+                "Whether a cluster has a session.",
                 &["cluster"],
             ),
             tunnel_received: counter(
@@ -290,6 +298,17 @@ impl Metrics {
                 &["outcome"],
             ),
             draining: gauge(r, "towline_gateway_draining", "Whether the gateway is about to stop."),
+            records_skipped: counters(
+                r,
+                "towline_gateway_store_records_skipped_total",
+                "Records of the store that could not be read, by why.",
+                &["reason"],
+            ),
+            store_errors: counter(
+                r,
+                "towline_gateway_store_errors_total",
+                "Times that the store did not answer.",
+            ),
             registry,
         };
         metrics.preset();
@@ -305,6 +324,7 @@ impl Metrics {
         SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
         Limit::ALL.iter().for_each(|limit| touch(&self.limits_reached, &[limit.label()]));
         ReloadOutcome::ALL.iter().for_each(|outcome| touch(&self.reloads, &[outcome.label()]));
+        Skipped::ALL.iter().for_each(|reason| touch(&self.records_skipped, &[reason.label()]));
         for transport in [Transport::Tcp, Transport::Quic] {
             drop(self.sessions.with_label_values(&[transport.label()]));
         }
@@ -385,6 +405,18 @@ impl Metrics {
 
     pub fn reloaded(&self, outcome: ReloadOutcome) {
         self.reloads.with_label_values(&[outcome.label()]).inc();
+    }
+
+    pub fn record_skipped(&self, why: Unreadable) {
+        let reason = match why {
+            Unreadable::Newer => Skipped::Newer,
+            Unreadable::Broken => Skipped::Broken,
+        };
+        self.records_skipped.with_label_values(&[reason.label()]).inc();
+    }
+
+    pub fn store_failed(&self) {
+        self.store_errors.inc();
     }
 
     pub fn draining(&self) {

@@ -14,6 +14,9 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::WaitForCancellationFutureOwned;
+use towline_proto::Code;
+use towline_proto::tunnel::ReadError;
+use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 
 /// A body that comes more slowly than this much per time limit is given up.
@@ -170,6 +173,8 @@ struct Tunnel {
 pub(super) struct Keep {
     /// The task that sends the client's body.
     pub(super) upload: Option<Upload>,
+    /// Rings when what let the caller in counts no more.
+    pub(super) revoked: Option<Aside<WaitForCancellationFutureOwned>>,
     pub(super) on_abort: Box<dyn Fn(&BodyError) + Send + Sync>,
     /// Permits and gauges.
     #[expect(dead_code, reason = "counts as long as it lives")]
@@ -227,6 +232,14 @@ impl Body for AnswerBody {
                 if tunnel.end.as_mut().is_some_and(|end| end.poll_due(cx)) {
                     self.inner = Inner::Full(None);
                     return Poll::Ready(None);
+                }
+                if let Some(revoked) = &mut tunnel.keep.revoked
+                    && Pin::new(revoked).poll(cx).is_ready()
+                {
+                    let error = BodyError::Read(ReadError::Reset(Code::Denied));
+                    (tunnel.keep.on_abort)(&error);
+                    self.inner = Inner::Full(None);
+                    return Poll::Ready(Some(Err(error)));
                 }
                 let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
                 match &frame {

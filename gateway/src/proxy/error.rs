@@ -345,11 +345,12 @@ fn authn(error: &AuthnError) -> Verdict {
         AuthnError::NoCredential | AuthnError::UnknownToken => {
             (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, token)
         }
-        AuthnError::CertificateUnbelieved(_) | AuthnError::CertificateExpired => (
-            StatusCode::UNAUTHORIZED,
-            TlCode::Unauthenticated,
-            "get a new client certificate for this gateway",
-        ),
+        AuthnError::CertificateUnbelieved(_)
+        | AuthnError::CertificateExpired
+        | AuthnError::CertificateRevoked
+        | AuthnError::Revoked => {
+            (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, "get a new credential for this gateway")
+        }
         AuthnError::ForeignCredential => (
             StatusCode::UNAUTHORIZED,
             TlCode::Unauthenticated,
