@@ -31,9 +31,9 @@ impl IssuerSource {
         let read = tokio::task::spawn_blocking(move || {
             let token = read_line(&token).ok()?;
             let jwks = file.map(|file| FileBytes::read(&file).map(|file| file.bytes().to_vec()));
-            Some((issuer_of(&token)?, jwks))
+            Some((claims_of(&token)?, jwks))
         });
-        let (issuer, jwks) = read.await.ok()??;
+        let ((issuer, subject), jwks) = read.await.ok()??;
         let jwks = match jwks {
             Some(Ok(jwks)) => Bytes::from(jwks),
             Some(Err(error)) => {
@@ -50,15 +50,16 @@ impl IssuerSource {
                 }
             },
         };
-        (jwks.len() <= JWKS_MAX).then_some(Issuer { issuer, jwks })
+        (jwks.len() <= JWKS_MAX).then_some(Issuer { issuer, jwks, subject })
     }
 }
 
-/// The `iss` of a token. What the kubelet put there is believed; the gateway checks.
-fn issuer_of(token: &str) -> Option<String> {
+/// The `iss` and `sub` of a token. What the kubelet put there is believed; the gateway checks.
+fn claims_of(token: &str) -> Option<(String, String)> {
     let payload = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
     let claims: serde_json::Value = serde_json::from_slice(&payload).ok()?;
-    Some(claims.get("iss")?.as_str()?.to_owned())
+    let text = |name: &str| Some(claims.get(name)?.as_str()?.to_owned());
+    Some((text("iss")?, text("sub")?))
 }
 
 /// Asks the API server for its keys, with the agent's own token if it has one.
@@ -94,9 +95,10 @@ mod tests {
     #[test]
     fn the_issuer_is_read_from_the_token_itself() {
         let payload = URL_SAFE_NO_PAD.encode(br#"{"iss":"https://k8s","sub":"x"}"#);
-        assert_eq!(issuer_of(&format!("h.{payload}.s")).as_deref(), Some("https://k8s"));
+        let claims = claims_of(&format!("h.{payload}.s"));
+        assert_eq!(claims, Some(("https://k8s".to_owned(), "x".to_owned())));
         for token in ["", "a", "a.b", "a.!.c", &format!("h.{}.s", URL_SAFE_NO_PAD.encode(b"{}"))] {
-            assert_eq!(issuer_of(token), None, "{token}");
+            assert_eq!(claims_of(token), None, "{token}");
         }
     }
 }

@@ -432,8 +432,8 @@ async fn a_pod_comes_back_with_its_own_token() {
     let mut gateway = Gateway::start(LONG).await;
     let scratch = tempfile::tempdir().unwrap();
     let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
-    // {"iss":"https://k8s"}
-    let projected = write(&scratch, "projected", "e30.eyJpc3MiOiJodHRwczovL2s4cyJ9.c2ln\n");
+    // {"iss":"https://k8s","sub":"sa"}
+    let projected = write(&scratch, "projected", "e30.eyJpc3MiOiJodHRwczovL2s4cyIsInN1YiI6InNhIn0.c2ln\n");
     let jwks = write(&scratch, "jwks", r#"{"keys":[]}"#);
     gateway.with(|state| state.answers = vec![Answer::Refuse(RefusalCode::NoIssuer)]);
     let config = config(
@@ -462,5 +462,6 @@ async fn a_pod_comes_back_with_its_own_token() {
     assert_eq!(proofs, ["account", "token", "account"]);
     let issuer = requests[1].issuer.as_ref().unwrap();
     assert_eq!((issuer.issuer.as_str(), &issuer.jwks[..]), ("https://k8s", &br#"{"keys":[]}"#[..]));
+    assert_eq!(issuer.subject, "sa");
     agent.shutdown().await;
 }

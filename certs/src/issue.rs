@@ -445,7 +445,7 @@ mod tests {
         assert_eq!(facts.not_after, now + LEAF_LIFETIME);
         assert_eq!(facts.serial, issued.serial);
         assert!(host_names(&issued.certificate).is_empty());
-        assert_eq!(facts.pin, crate::pin::SpkiPin::of_spki(&key.subject_public_key_info()));
+        assert_eq!(facts.pin, SpkiPin::of_spki(&key.subject_public_key_info()));
         let chain = [issued.certificate.clone(), issued.root];
         assert_eq!(agents(&set).verify(&chain, now).unwrap(), testing::agent());
         let text = issued.certificate.escape_ascii().to_string();
@@ -523,7 +523,7 @@ mod tests {
         assert!(matches!(issue(&forged), IssueError::CsrSignature));
         // Bytes outside the signed part may be read leniently; the key that gets a certificate is always the signer's.
         let (_, signed) = X509CertificationRequest::from_der(&good).unwrap();
-        let pin = crate::pin::SpkiPin::of_spki(signed.certification_request_info.subject_pki.raw);
+        let pin = SpkiPin::of_spki(signed.certification_request_info.subject_pki.raw);
         for index in 0..good.len() {
             let mut changed = good.clone();
             changed[index] ^= 0x81;

@@ -7,10 +7,12 @@
 //! takes over nor makes the route flap.
 
 use crate::config::{Cluster, GatewayConfig};
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Time};
+use crate::join;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::registry::{InsertError, Registration, SessionId};
 use crate::state::{Shared, random};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -18,9 +20,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 use towline_certs::facts::{CertificateFacts, human};
-use towline_certs::{AgentIdentity, CertificateDer};
+use towline_certs::{AgentIdentity, CertificateDer, InstanceId};
 use towline_proto::Code;
 use towline_proto::hello::Hello;
+use towline_proto::join::{CAPABILITY_IDENTITY, Notice, SayError, TrustAck};
 use towline_proto::mux::{CloseReason, Introduction, Limits, Role};
 use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::GoAway;
@@ -94,7 +97,7 @@ fn session_config(shared: &Shared) -> SessionConfig {
         limits: session_limits(&shared.config),
         budget: shared.budget.clone(),
         introduction: Introduction {
-            capabilities: Vec::new(),
+            capabilities: vec![CAPABILITY_IDENTITY.to_owned()],
             boot_id: shared.boot_id.to_vec(),
             software: format!("towline-gateway/{}", env!("CARGO_PKG_VERSION")),
         },
@@ -148,7 +151,7 @@ async fn live(
     }
     let over = async {
         tokio::select! {
-            () = expire(session, admitted.not_after) => {}
+            () = expire(shared, session, &admitted) => {}
             () = revoke(shared, session, chain, &admitted) => {}
         }
         session.closed().unwrap_or(CloseReason::HelloTimeout)
@@ -160,6 +163,7 @@ async fn live(
             session.wait_for(|state| state.closed.is_some()).await.closed.unwrap_or(CloseReason::HelloTimeout)
         }
         reason = over => reason,
+        reason = converse(shared, session, &admitted, address) => reason,
     };
     drop((registration, counted));
     shared.metrics.session_ended(reason.label());
@@ -243,6 +247,25 @@ async fn register(
     Err(refuse(TlCode::Cert, Code::Denied, text))
 }
 
+/// Which of these instances have a session that hears from its peer.
+pub(crate) async fn alive_among(sessions: Vec<(InstanceId, Session)>) -> HashSet<InstanceId> {
+    let asked = Instant::now();
+    sessions.iter().for_each(|(_, session)| session.probe());
+    let mut waiting = sessions;
+    let mut alive = HashSet::new();
+    while !waiting.is_empty() && asked.elapsed() < PROBE_TIMEOUT {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+        waiting.retain(|(instance, session)| {
+            let heard = session.closed().is_none() && session.silence() < asked.elapsed();
+            if heard {
+                alive.insert(instance.clone());
+            }
+            !heard && session.closed().is_none()
+        });
+    }
+    alive
+}
+
 /// Whether any of these sessions hears from its peer within the time that a dead one does not deserve.
 async fn any_alive(sessions: &[Session]) -> bool {
     let asked = Instant::now();
@@ -273,13 +296,91 @@ async fn refuse_streams(session: &Session) -> CloseReason {
     }
 }
 
-/// Ends the session when its certificate does.
-async fn expire(session: &Session, not_after: SystemTime) {
-    while let Ok(left) = not_after.duration_since(SystemTime::now()) {
+/// Ends the session when the newest certificate of its instance does: a renewal moves the end of every session.
+async fn expire(shared: &Shared, session: &Session, admitted: &Admitted) {
+    loop {
+        let own = admitted.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+        let left = if own.is_zero() { newest(shared, &admitted.identity) } else { own };
+        if left.is_zero() {
+            break;
+        }
         tokio::time::sleep(left.min(EXPIRY_CHECK) + Duration::from_millis(1)).await;
     }
-    let late = SystemTime::now().duration_since(not_after).unwrap_or_default();
+    let late = SystemTime::now().duration_since(admitted.not_after).unwrap_or_default();
     session.close(Code::Denied, &format!("the agent's certificate expired {} ago; renew it", human(late)));
+}
+
+/// What is left of the newest certificate that an instance has on record.
+fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    let now = Time::now();
+    let left = record.iter().flat_map(|record| &record.certificates).map(|known| known.not_after.since(now));
+    left.max().unwrap_or_default()
+}
+
+/// Whether an instance has a newer certificate on record than the one that this session showed.
+fn was_renewed(shared: &Shared, admitted: &Admitted) -> bool {
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &admitted.identity.instance));
+    record
+        .and_then(|record| record.certificates.last().map(|newest| newest.serial != admitted.serial))
+        .unwrap_or_default()
+}
+
+/// Talks with the agent about its certificate and the CA, until the session ends.
+async fn converse(
+    shared: &Arc<Shared>,
+    session: &Session,
+    admitted: &Admitted,
+    address: SocketAddr,
+) -> CloseReason {
+    let mut board = shared.trust.join(&admitted.cluster.uid, &shared.metrics);
+    let mut reloads = shared.reloads();
+    // What has been announced, and whether it was answered.
+    let (mut announced, mut answered) = (None, true);
+    loop {
+        let trust = shared.live().trust.clone();
+        if announced != Some(trust.version) && answered {
+            let version = trust.version;
+            match session.say(Notice::Trust(trust)) {
+                Ok(()) => {
+                    board.announced();
+                    (announced, answered) = (Some(version), false);
+                }
+                Err(SayError::Unsupported) => {
+                    board.unsupported();
+                    announced = Some(version);
+                }
+                Err(_) => announced = Some(version),
+            }
+        }
+        let notice = tokio::select! {
+            notice = session.hear() => notice,
+            changed = reloads.changed() => {
+                drop(changed);
+                continue;
+            }
+        };
+        match notice {
+            Err(reason) => return reason,
+            Ok(Notice::TrustAck(TrustAck { version, problem })) => {
+                answered = true;
+                let problem = crate::proxy::printable(&problem).to_string();
+                if !problem.is_empty() {
+                    tracing::warn!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, problem,
+                        "an agent does not keep the tunnel CA's roots");
+                }
+                board.answered(version, &problem);
+            }
+            Ok(Notice::Renew(asked)) => {
+                let renewed =
+                    join::renew(shared, &admitted.identity, &admitted.serial, address, &asked).await;
+                // It fails only if the session has ended.
+                session.say(Notice::Renewed(renewed)).unwrap_or_default();
+            }
+            // The mux lets neither through to a gateway.
+            Ok(Notice::Renewed(_) | Notice::Trust(_)) => {}
+        }
+    }
 }
 
 /// Ends the session when a reload or a revocation takes away what let it in: its place on the list, or its CA.
@@ -292,7 +393,11 @@ async fn revoke(shared: &Shared, session: &Session, chain: &[CertificateDer<'sta
         if let Err(why) = shared.admits(&live, &admitted.identity, &admitted.serial) {
             return session.close(Code::Denied, &format!("the agent is not admitted any more: {why}"));
         }
-        if let Err(error) = live.agent_ca.verify(chain, SystemTime::now()) {
+        // A session outlives the certificate that it showed, and the CA of that, once it has a newer one.
+        let at = SystemTime::now().min(admitted.not_after);
+        if let Err(error) = live.agent_ca.verify(chain, at)
+            && !was_renewed(shared, admitted)
+        {
             return session.close(Code::Denied, &format!("the agent's certificate counts no more: {error}"));
         }
         drop(live);

@@ -6,21 +6,23 @@
 //! | `front-client-ca.crt`, `.key` | clients |
 //! | `front-ca.crt`, `.key` | the gateway towards clients, where no other certificate is configured |
 //!
-//! The first certificate of a `.crt` file issues; all of them are believed, so that a CA can be replaced step by step.
+//! The key says which certificate of a `.crt` file issues; all of them are believed, so that a CA can be replaced step by step
+//! ([`crate::rotation`]).
 
 use crate::config::{GatewayConfig, PublicAddress};
 use aws_lc_rs::hmac;
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use thiserror::Error;
 use towline_certs::ca::CA_LIFETIME;
 use towline_certs::issue::SERVER_LIFETIME;
-use towline_certs::load::load_roots;
+use towline_certs::load::{LoadCause, load_roots, parse_key};
 use towline_certs::save::{SaveError, create_private_directory};
 use towline_certs::{
-    CaError, CaKind, CertificateAuthority, CertificateDer, CertificateFacts, Credential, HostName,
-    IssueError, LoadError, LoadPolicy, Strictness,
+    CaError, CaKind, CertificateAuthority, CertificateDer, CertificateFacts, Credential, FileBytes, HostName,
+    IssueError, LoadError, SpkiPin,
 };
 
 /// The files' names without their endings.
@@ -46,6 +48,8 @@ pub enum AuthorityError {
 pub(crate) struct Authority {
     pub(crate) ca: CertificateAuthority,
     pub(crate) roots: Vec<CertificateDer<'static>>,
+    /// What leads from an older root to this CA: shown with what it issues to the gateway.
+    pub(crate) bridge: Vec<CertificateDer<'static>>,
 }
 
 /// The gateway's own CAs.
@@ -67,7 +71,7 @@ impl Authorities {
         let tunnel = open(STEMS[0], CaKind::Tunnel)?;
         let clients = open(STEMS[1], CaKind::FrontClients)?;
         let front = open(STEMS[2], CaKind::FrontServer)?;
-        let key = towline_certs::FileBytes::read(&directory.join(STEMS[0]).with_extension("key"))?;
+        let key = FileBytes::read(&directory.join(STEMS[0]).with_extension("key"))?;
         Ok(Self::assemble(tunnel, clients, front, key.bytes()))
     }
 
@@ -80,7 +84,7 @@ impl Authorities {
         }
         let make = |kind| {
             let ca = CertificateAuthority::create(kind, CA_LIFETIME, now)?;
-            Ok::<_, AuthorityError>(Authority { roots: vec![ca.root_der().clone()], ca })
+            Ok::<_, AuthorityError>(Authority { roots: vec![ca.root_der().clone()], ca, bridge: Vec::new() })
         };
         let (tunnel, clients) = (make(CaKind::Tunnel)?, make(CaKind::FrontClients)?);
         Ok(Self::assemble(tunnel, clients, make(CaKind::FrontServer)?, b""))
@@ -101,7 +105,10 @@ impl Authorities {
         config: &GatewayConfig,
         now: SystemTime,
     ) -> Result<Credential, IssueError> {
-        self.tunnel.ca.issue_tunnel_server(&names(config), SERVER_LIFETIME, now)
+        let issued = self.tunnel.ca.issue_tunnel_server(&names(config), SERVER_LIFETIME, now)?;
+        let chain = issued.chain().iter().chain(&self.tunnel.bridge).cloned().collect();
+        // It is the same leaf and key.
+        Ok(Credential::new(chain, issued.key().clone(), "the gateway's own".as_ref()).unwrap_or(issued))
     }
 
     /// The gateway's certificate towards clients.
@@ -150,17 +157,32 @@ fn authority(
             tracing::info!(ca = %kind, path = %root.display(), "a new CA was made; keep a backup of its key");
         }
     }
+    let key_file = FileBytes::read(&key)?;
+    let mode = key.metadata().map(|metadata| metadata.permissions().mode() & 0o777).unwrap_or_default();
+    if mode & 0o077 != 0 {
+        return Err(LoadError { path: key, cause: LoadCause::Exposed { mode } }.into());
+    }
     // One that has run out still says who is believed; what it would issue is refused where it is issued.
-    let policy = LoadPolicy { exposed_key: Strictness::Refuse, outdated: Strictness::Warn };
-    let loaded = CertificateAuthority::load(kind, &root, &key, policy, now)?;
-    loaded.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    Ok(Authority { ca: loaded.value, roots: load_roots(&root)? })
+    let roots = load_roots(&root)?;
+    let ca = CertificateAuthority::choose(kind, &roots, &parse_key(&key_file)?, &root.display().to_string())?;
+    let bridge = directory.join(format!("{stem}-cross.crt"));
+    let bridge = if bridge.exists() { bridge_to(&ca, load_roots(&bridge)?) } else { Vec::new() };
+    Ok(Authority { ca, roots, bridge })
+}
+
+/// The certificates that lead from an older root to this CA, if that is what they do.
+fn bridge_to(
+    ca: &CertificateAuthority,
+    bridge: Vec<CertificateDer<'static>>,
+) -> Vec<CertificateDer<'static>> {
+    let pin = |certificate: &CertificateDer<'_>| SpkiPin::of(certificate).ok();
+    let leads_here = bridge.first().is_some_and(|first| pin(first) == pin(ca.root_der()));
+    if leads_here { bridge } else { Vec::new() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
 
     #[test]
     fn cas_are_made_once_and_kept_to_their_owner() {

@@ -8,6 +8,7 @@ mod units;
 
 pub use units::ByteSize;
 
+use crate::rotation;
 use crate::routing::ClusterName;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use towline_certs::issue::LEAF_LIFETIME;
 use towline_certs::{ClusterUid, HostName, TrustDomain};
 
 /// The version of the format.
@@ -62,6 +64,8 @@ pub struct GatewayConfig {
     /// Who may call which cluster. Nobody, unless a rule allows it.
     #[serde(default)]
     pub access: Vec<AccessRule>,
+    #[serde(default)]
+    pub join: Join,
     #[serde(default)]
     pub limits: Limits,
     #[serde(default)]
@@ -282,6 +286,24 @@ pub enum Effect {
     Deny,
 }
 
+/// What agents get that join.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Join {
+    /// How long their certificates live. They renew them at two thirds of it.
+    #[serde(with = "units")]
+    pub certificate_lifetime: Duration,
+    /// For how long after its end a certificate that is on record leads an agent back.
+    #[serde(with = "units")]
+    pub expired_for: Duration,
+}
+
+impl Default for Join {
+    fn default() -> Self {
+        Self { certificate_lifetime: LEAF_LIFETIME, expired_for: Duration::from_secs(30 * 86_400) }
+    }
+}
+
 /// Every count and size that somebody outside can grow.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -456,6 +478,7 @@ impl GatewayConfig {
             clusters: Vec::new(),
             token_file: None,
             access: Vec::new(),
+            join: Join::default(),
             limits: Limits::default(),
             drain: Drain::default(),
             timeouts: Timeouts::default(),
@@ -528,6 +551,8 @@ impl GatewayConfig {
             files.extend([certificate.clone(), key.clone(), agent_ca.clone()]);
         }
         files.extend(self.token_file.clone());
+        let own = |directory: &PathBuf| [rotation::ROOTS, rotation::KEY].map(|name| directory.join(name));
+        files.extend(self.state_directory.iter().flat_map(own));
         files
     }
 

@@ -14,6 +14,8 @@
 //! | what ends with a credential that is revoked? | `running` |
 //! | how does one exchange run, and why this status? | `proxy` |
 //! | how does an agent get in? | `agents` |
+//! | how does one join, and renew its certificate? | [`join`] |
+//! | how is the tunnel CA replaced, and who knows of it? | [`rotation`], [`trust`] |
 //! | which session carries a request? | [`registry`] |
 //! | which clusters are registered, and who may join? | [`fleet`] |
 //! | what is remembered, and how safely? | [`store`] |
@@ -32,6 +34,7 @@ pub mod config;
 pub mod fleet;
 mod front;
 pub mod headers;
+pub mod join;
 pub mod kube;
 mod listener;
 pub mod log;
@@ -41,11 +44,13 @@ mod proxy_protocol;
 mod quic;
 pub mod registry;
 mod reload;
+pub mod rotation;
 pub mod routing;
 mod running;
 pub mod runtime;
 mod state;
 pub mod store;
+pub mod trust;
 
 use admin::Admin;
 use authority::Authorities;
@@ -70,7 +75,9 @@ use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout, timeout_at};
+use towline_certs::{CertificateDer, SpkiPin};
 use towline_proto::Code;
+use trust::TrustState;
 
 /// How long sessions that carry nothing any more may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -119,7 +126,7 @@ impl Gateway {
         let metrics = Arc::new(Metrics::new());
         config.validate()?;
         let memory = Memory::open(&config, &metrics).await?;
-        let live = Live::load(config, memory.as_ref().map(|memory| &*memory.authorities))?;
+        let live = Live::load(config, memory.as_ref().map(|memory| Arc::clone(&memory.authorities)))?;
         live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let shards = Shards::start(live.config.threads.map_or_else(runtime::cores, NonZeroUsize::get))?;
         let shared = Arc::new(Shared::new(live, shards, metrics, memory));
@@ -195,6 +202,21 @@ impl Gateway {
         let live = self.shared.live();
         let cluster = self.shared.cluster_named(&live, cluster);
         cluster.map(|cluster| self.shared.registry.presence(&cluster.uid)).unwrap_or_default()
+    }
+
+    /// How a cluster's agents stand towards the tunnel CA's roots as they are now; of none if there is no such cluster.
+    #[must_use]
+    pub fn trust(&self, cluster: &str) -> TrustState {
+        let live = self.shared.live();
+        let cluster = self.shared.cluster_named(&live, cluster);
+        cluster.map(|cluster| self.shared.trust.state(&cluster.uid, live.trust.version)).unwrap_or_default()
+    }
+
+    /// The tunnel CA's roots, for the pins of a new join token.
+    #[must_use]
+    pub fn tunnel_pins(&self) -> Vec<SpkiPin> {
+        let roots = self.shared.live().trust.roots.clone();
+        roots.iter().filter_map(|root| SpkiPin::of(&CertificateDer::from(root.to_vec())).ok()).collect()
     }
 
     /// What is on record, with a state directory.
@@ -292,7 +314,7 @@ pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
     let own = own
         .transpose()
         .map_err(|error| ConfigError { problems: vec![format!("stateDirectory: {error}")] })?;
-    Live::load(config.clone(), own.as_ref())
+    Live::load(config.clone(), own.map(Arc::new))
         .map(|live| live.warnings.iter().for_each(|warning| tracing::warn!("{warning}")))
 }
 

@@ -33,7 +33,7 @@ macro_rules! label {
 
 label!(
     /// Where something was refused.
-    Surface { Listener = "listener", Front = "front", Tunnel = "tunnel", Admin = "admin" }
+    Surface { Listener = "listener", Front = "front", Tunnel = "tunnel", Join = "join", Admin = "admin" }
 );
 label!(
     /// How a connection's TLS handshake ended.
@@ -41,6 +41,7 @@ label!(
         Front = "front",
         Plaintext = "plaintext",
         Tunnel = "tunnel",
+        Join = "join",
         Probe = "probe",
         Timeout = "timeout",
         TooLarge = "too_large",
@@ -97,6 +98,7 @@ label!(
         Draining = "TL_DRAINING",
         Proto = "TL_PROTO",
         Cert = "TL_CERT",
+        Token = "TL_TOKEN",
     }
 );
 label!(
@@ -117,6 +119,20 @@ label!(
         Streams = "streams",
         SessionsPerCluster = "sessions_per_cluster",
         TunnelMemory = "tunnel_memory",
+        Joins = "joins",
+        JoinFailures = "join_failures",
+    }
+);
+label!(
+    /// What became of a request to join, or to renew a certificate.
+    JoinOutcome {
+        Ok = "ok",
+        Proof = "proof",
+        Request = "request",
+        Denied = "denied",
+        Limit = "limit",
+        Unavailable = "unavailable",
+        NoIssuer = "no_issuer",
     }
 );
 label!(
@@ -156,6 +172,9 @@ pub struct Metrics {
     draining: IntGauge,
     records_skipped: IntCounterVec,
     store_errors: IntCounter,
+    joins: IntCounterVec,
+    renewals: IntCounterVec,
+    trust_pending: IntGauge,
 }
 
 impl fmt::Debug for Metrics {
@@ -309,6 +328,23 @@ impl Metrics {
                 "towline_gateway_store_errors_total",
                 "Times that the store did not answer.",
             ),
+            joins: counters(
+                r,
+                "towline_gateway_joins_total",
+                "Requests of agents to join, by what became of them.",
+                &["outcome"],
+            ),
+            renewals: counters(
+                r,
+                "towline_gateway_renewals_total",
+                "Renewals of agents' certificates, by what became of them.",
+                &["outcome"],
+            ),
+            trust_pending: gauge(
+                r,
+                "towline_gateway_trust_pending",
+                "Sessions whose agents have not acknowledged the tunnel CA's roots as they are now.",
+            ),
             registry,
         };
         metrics.preset();
@@ -324,6 +360,10 @@ impl Metrics {
         SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
         Limit::ALL.iter().for_each(|limit| touch(&self.limits_reached, &[limit.label()]));
         ReloadOutcome::ALL.iter().for_each(|outcome| touch(&self.reloads, &[outcome.label()]));
+        JoinOutcome::ALL.iter().for_each(|outcome| {
+            touch(&self.joins, &[outcome.label()]);
+            touch(&self.renewals, &[outcome.label()]);
+        });
         Skipped::ALL.iter().for_each(|reason| touch(&self.records_skipped, &[reason.label()]));
         for transport in [Transport::Tcp, Transport::Quic] {
             drop(self.sessions.with_label_values(&[transport.label()]));
@@ -413,6 +453,20 @@ impl Metrics {
             Unreadable::Broken => Skipped::Broken,
         };
         self.records_skipped.with_label_values(&[reason.label()]).inc();
+    }
+
+    pub fn joined(&self, outcome: JoinOutcome) {
+        self.joins.with_label_values(&[outcome.label()]).inc();
+    }
+
+    pub fn renewed(&self, outcome: JoinOutcome) {
+        self.renewals.with_label_values(&[outcome.label()]).inc();
+    }
+
+    /// One session whose agent has not acknowledged the roots yet.
+    #[must_use]
+    pub fn trust_pending(&self) -> Counted {
+        Counted::new(&self.trust_pending)
     }
 
     pub fn store_failed(&self) {

@@ -317,6 +317,15 @@ impl Registry {
         }
     }
 
+    /// The live sessions of a cluster: of which instance, and of which process.
+    #[must_use]
+    pub fn sessions_of(&self, uid: &ClusterUid) -> Vec<(InstanceId, Vec<u8>, Session)> {
+        let clusters = self.lock();
+        let sessions = clusters.by_uid.get(uid).map_or(&[][..], |tunnel| &tunnel.sessions);
+        let open = sessions.iter().filter(|live| live.session.closed().is_none());
+        open.map(|live| (live.instance.clone(), live.boot_id.clone(), live.session.clone())).collect()
+    }
+
     /// Every live session.
     #[must_use]
     pub fn sessions(&self) -> Vec<Session> {

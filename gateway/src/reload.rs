@@ -1,8 +1,10 @@
 //! Have the files changed? Configuration, certificates, tokens: read again on SIGHUP and when their content changes. What is
 //! bad keeps the last good state and is reported once.
 
+use crate::authority::Authorities;
 use crate::config::{ConfigError, GatewayConfig};
 use crate::metrics::ReloadOutcome;
+use crate::rotation;
 use crate::state::{Live, Shared};
 use aws_lc_rs::digest;
 use std::path::{Path, PathBuf};
@@ -68,7 +70,7 @@ pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigE
     let _one_at_a_time = shared.reloading.lock().unwrap_or_else(PoisonError::into_inner);
     let result = path
         .map_or_else(|| Ok(shared.live().config.clone()), GatewayConfig::load)
-        .and_then(|config| Live::load(config, shared.authorities.as_deref()));
+        .and_then(|config| Live::load(config, authorities(shared)?));
     let live = match result {
         Ok(live) => live,
         Err(error) => {
@@ -84,6 +86,17 @@ pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigE
     shared.metrics.reloaded(ReloadOutcome::Applied);
     tracing::info!("configuration, certificates and tokens were read again");
     Ok(())
+}
+
+/// The gateway's own CAs as they are now. A state directory that is not there is no reason to make new ones.
+fn authorities(shared: &Shared) -> Result<Option<Arc<Authorities>>, ConfigError> {
+    let Some(directory) = &shared.config.state_directory else { return Ok(None) };
+    if !directory.join(rotation::ROOTS).exists() {
+        return Ok(shared.live().joins.clone());
+    }
+    let opened = Authorities::open(directory, SystemTime::now());
+    let problem = |error| ConfigError { problems: vec![format!("stateDirectory: {error}")] };
+    opened.map(|own| Some(Arc::new(own))).map_err(problem)
 }
 
 /// Sections that a running gateway does not change.

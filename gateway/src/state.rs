@@ -5,13 +5,17 @@ use crate::authority::{Authorities, Authority, AuthorityError};
 use crate::authz::AccessRules;
 use crate::config::{Cluster, ConfigError, GatewayConfig};
 use crate::fleet::{Fleet, NotAdmitted};
+use crate::join::Joins;
 use crate::log::Sparing;
 use crate::metrics::Metrics;
 use crate::registry::{HoldLimits, Registry};
 use crate::running::Running;
 use crate::runtime::Shards;
 use crate::store::{Store, StoreError};
+use crate::trust::TrustBoard;
 use arc_swap::ArcSwap;
+use aws_lc_rs::digest;
+use bytes::Bytes;
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -25,10 +29,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::load::load_credential;
 use towline_certs::save::create_private_directory;
-use towline_certs::tls::{FrontCertificates, front_server, http_client, tunnel_server};
+use towline_certs::tls::{FrontCertificates, front_server, http_client, join_server, tunnel_server};
 use towline_certs::{
-    AgentCa, AgentIdentity, CertificateFacts, ClientCa, ClusterUid, Credential, LoadPolicy, Strictness,
+    AgentCa, AgentIdentity, CertificateDer, CertificateFacts, ClientCa, ClusterUid, Credential, LoadPolicy,
+    Strictness,
 };
+use towline_proto::join::{CERTIFICATES_MAX, Trust};
 use towline_proto::mux::Budget;
 
 /// What a state directory brings along.
@@ -79,6 +85,11 @@ pub(crate) struct Live {
     pub(crate) agent_ca: AgentCa,
     pub(crate) front_tls: Arc<ServerConfig>,
     pub(crate) tunnel_tls: Arc<ServerConfig>,
+    pub(crate) join_tls: Arc<ServerConfig>,
+    /// What agents' certificates are issued with; without it none joins.
+    pub(crate) joins: Option<Arc<Authorities>>,
+    /// Whom agents are to believe.
+    pub(crate) trust: Trust,
     /// For the own readiness check.
     pub(crate) own_tls: Arc<ClientConfig>,
     /// When the certificates that the gateway has issued to itself are due.
@@ -89,7 +100,8 @@ pub(crate) struct Live {
 
 impl Live {
     /// Reads every file that the configuration names; `own` issues and believes what it does not name. Blocks.
-    pub(crate) fn load(config: GatewayConfig, own: Option<&Authorities>) -> Result<Self, ConfigError> {
+    pub(crate) fn load(config: GatewayConfig, own: Option<Arc<Authorities>>) -> Result<Self, ConfigError> {
+        let (joins, own) = (own.clone(), own.as_deref());
         config.validate()?;
         let mut problems = Problems::default();
         let now = SystemTime::now();
@@ -134,6 +146,7 @@ impl Live {
             front.and_then(|front| front.client_ca.as_ref()),
             own.map(|own| &own.clients),
         );
+        let trust = trust_of(agent_roots.as_deref().unwrap_or_default());
         let own_tls = agent_roots
             .as_ref()
             .and_then(|roots| problems.note("tls.tunnel.agentCA", http_client(roots, None)));
@@ -155,11 +168,14 @@ impl Live {
         let front_tls = front_credential.and_then(|credential| {
             problems.note("tls.front", front_server(&FrontCertificates::new(credential), client_ca.as_ref()))
         });
+        let join_tls = tunnel_credential
+            .as_ref()
+            .and_then(|credential| problems.note("tls.tunnel", join_server(credential)));
         let tunnel_tls = tunnel_credential
             .zip(agent_ca.as_ref())
             .and_then(|(credential, agents)| problems.note("tls.tunnel", tunnel_server(&credential, agents)));
-        let (Some(front_tls), Some(tunnel_tls), Some(own_tls), Some(agent_ca), true) =
-            (front_tls, tunnel_tls, own_tls, agent_ca, problems.0.is_empty())
+        let (Some(front_tls), Some(tunnel_tls), Some(join_tls), Some(own_tls), Some(agent_ca), true) =
+            (front_tls, tunnel_tls, join_tls, own_tls, agent_ca, problems.0.is_empty())
         else {
             return Err(ConfigError { problems: problems.0 });
         };
@@ -178,11 +194,27 @@ impl Live {
             agent_ca,
             front_tls,
             tunnel_tls,
+            join_tls,
+            joins,
+            trust,
             own_tls,
             renew_at,
             warnings,
         })
     }
+}
+
+/// The roots as they are announced. Named by their content, so that replicas and the next process agree.
+fn trust_of(roots: &[CertificateDer<'_>]) -> Trust {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for root in roots {
+        context.update(&root.len().to_be_bytes());
+        context.update(root);
+    }
+    let mut version = [0; 8];
+    version.copy_from_slice(&context.finish().as_ref()[..8]);
+    let roots = roots.iter().take(CERTIFICATES_MAX).map(|root| Bytes::copy_from_slice(root)).collect();
+    Trust { version: u64::from_be_bytes(version), roots }
 }
 
 #[derive(Default)]
@@ -214,6 +246,9 @@ pub(crate) struct Shared {
     /// What is on record; with a state directory.
     pub(crate) fleet: Option<Fleet>,
     pub(crate) authorities: Option<Arc<Authorities>>,
+    pub(crate) joins: Joins,
+    /// What agents have acknowledged.
+    pub(crate) trust: Arc<TrustBoard>,
     pub(crate) running: Arc<Running>,
     pub(crate) metrics: Arc<Metrics>,
     /// Receive memory of all sessions.
@@ -277,6 +312,8 @@ impl Shared {
         let shared = Self {
             fleet,
             authorities,
+            joins: Joins::default(),
+            trust: Arc::default(),
             running: Arc::default(),
             budget: Budget::new(config.limits.tunnel_memory.0),
             principals: PerKey::new(config.limits.requests_per_principal),

@@ -6,6 +6,7 @@
 
 use crate::mux::Role;
 use alloc::string::String;
+use alloc::vec;
 use alloc::vec::Vec;
 use bytes::Bytes;
 use core::fmt;
@@ -96,6 +97,9 @@ pub struct Issuer {
     /// Its public keys: a JSON Web Key Set (RFC 7517).
     #[prost(bytes = "bytes", tag = "2")]
     pub jwks: Bytes,
+    /// The `sub` of this agent's own token: only that may come back by it, not every pod of the cluster.
+    #[prost(string, tag = "3")]
+    pub subject: String,
 }
 
 /// The answer to a [`JoinRequest`].
@@ -193,6 +197,18 @@ impl RefusalCode {
     }
 }
 
+impl JoinAnswer {
+    /// A refusal of exactly so many bytes, 140 of them at least beside its text.
+    #[must_use]
+    pub fn refused(refused: Refused, bytes: usize) -> Self {
+        let mut answer = Self { outcome: Some(Joined::Refused(refused)), ..Self::default() };
+        let missing = bytes.saturating_sub(answer.encoded_len());
+        // The tag takes a byte, and the length of the padding one or two.
+        answer.padding = vec![0; missing.saturating_sub(if missing <= 129 { 2 } else { 3 })].into();
+        answer
+    }
+}
+
 impl Refused {
     /// A refusal whose text is cut to what a receiver accepts.
     #[must_use]
@@ -245,7 +261,7 @@ pub enum Renewal {
 /// The tunnel CA's roots.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct Trust {
-    /// Rises with every change.
+    /// Names this set of roots: another set has another version.
     #[prost(uint64, tag = "1")]
     pub version: u64,
     /// DER, at most [`CERTIFICATES_MAX`]. All of them are believed, and no others.
@@ -356,6 +372,17 @@ mod tests {
             let request = JoinRequest { proof: Some(proof), ..JoinRequest::default() };
             let shown = alloc::format!("{request:?}");
             assert!(!shown.contains("canary") && !shown.contains("99, 97, 110"), "{shown}");
+        }
+    }
+
+    /// Whatever the text, one length; around the place where the length of the padding takes one byte more, too.
+    #[test]
+    fn refusals_are_padded() {
+        for len in 0..=REFUSAL_TEXT_MAX {
+            let refused = Refused::new(RefusalCode::Proof, &"x".repeat(len));
+            let bytes = JoinAnswer::refused(refused, 640).encoded_len();
+            // 130 bytes of room cannot be filled exactly: one byte too much for a short length, too little for a long one.
+            assert!((639..=640).contains(&bytes), "{len}: {bytes}");
         }
     }
 

@@ -55,7 +55,7 @@ fn golden() -> Vec<(&'static str, &'static str, Frame)> {
         ("close without text", "15000004 00000000 00000000", Frame::Close { code: 0, text: String::new() }),
         (
             "renew",
-            "90000011 00000000 0a03637372 120a0a03697373 12036b6579",
+            "90000015 00000000 0a03637372 120e 0a03697373 12036b6579 1a027361",
             Frame::Notice(Notice::Renew(Renew { csr: "csr".into(), issuer: Some(issuer()) })),
         ),
         (
@@ -83,7 +83,7 @@ fn golden() -> Vec<(&'static str, &'static str, Frame)> {
 }
 
 fn issuer() -> Issuer {
-    Issuer { issuer: "iss".to_owned(), jwks: "key".into() }
+    Issuer { issuer: "iss".to_owned(), jwks: "key".into(), subject: "sa".to_owned() }
 }
 
 fn certificate() -> Certificate {
@@ -116,7 +116,7 @@ fn every_join_message_has_its_golden_bytes() {
     check(
         &request,
         "0a16 0a027431 1210 07070707070707070707070707070707 1a03637372 2203612f31 2a020102 \
-         320a 0a03697373 12036b6579",
+         320e 0a03697373 12036b6579 1a027361",
     );
     let account = ServiceAccount { cluster: "prod".to_owned(), token: "a.b.c".to_owned() };
     let request = JoinRequest { proof: Some(Proof::ServiceAccount(account)), ..JoinRequest::default() };

@@ -181,6 +181,12 @@ impl GatewayConfig {
         for (key, value) in times {
             problems.unless(!value.is_zero(), key, "must be longer than 0s");
         }
+        let lifetime = self.join.certificate_lifetime.as_secs();
+        problems.unless(
+            (1..=7 * 86_400).contains(&lifetime),
+            "join.certificateLifetime",
+            "must be 1s to 7d: a certificate is renewed all the time, and one that lives long has to be revoked",
+        );
         problems.unless(timeouts.handshake.as_secs() <= 10, "timeouts.handshake", "must be at most 10s");
         problems.unless(timeouts.hold.as_secs() <= 3, "timeouts.hold", "must be at most 3s");
         problems.unless(limits.held_per_cluster <= 100, "limits.heldPerCluster", "must be at most 100");
