@@ -223,7 +223,10 @@ async fn register(
     let mut replaced: Vec<SessionId> = Vec::new();
     for _ in 0..REPLACE_ROUNDS {
         match shared.registry.insert(&identity.cluster, &identity.instance, boot_id, session, &replaced) {
-            Ok(registration) => return Ok(registration),
+            Ok(registration) => {
+                shared.joins.came(&identity.instance);
+                return Ok(registration);
+            }
             Err(InsertError::SessionsMax) => {
                 shared.metrics.limit_reached(Limit::SessionsPerCluster);
                 return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has as many sessions as it may"));

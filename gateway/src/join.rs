@@ -50,8 +50,8 @@ const FAILURES_BURST: f64 = 20.0;
 const FAILURES_PER_SECOND: f64 = 1.0;
 /// Addresses whose failures are remembered.
 const FAILURES_MAX: usize = 16_384;
-/// A place that was given to a process is not given to another one for so long, unless that has a session by then.
-const ASSIGNED_FOR: Duration = Duration::from_secs(60);
+/// A place that was given to a process is kept for it so long. Once it has a session, that tells whether it lives.
+const ASSIGNED_FOR: Duration = Duration::from_secs(15);
 /// What is asked again after a store that did not answer, and after too many failures.
 const RETRY_STORE: Duration = Duration::from_secs(5);
 const RETRY_LIMIT: Duration = Duration::from_secs(10);
@@ -104,6 +104,11 @@ impl Joins {
         let mut assigned = self.assigned.lock().unwrap_or_else(PoisonError::into_inner);
         assigned.retain(|_, (_, at)| at.elapsed() < ASSIGNED_FOR);
         assigned.get(instance).is_some_and(|(holder, _)| holder != boot_id)
+    }
+
+    /// The process has come: from now on its session says whether it is there.
+    pub(crate) fn came(&self, instance: &InstanceId) {
+        self.assigned.lock().unwrap_or_else(PoisonError::into_inner).remove(instance);
     }
 
     fn assign(&self, instance: &InstanceId, boot_id: &Bytes) {
@@ -550,6 +555,9 @@ mod tests {
         joins.assign(&instance, &Bytes::from_static(b"one"));
         assert!(joins.is_taken(&instance, b"two") && !joins.is_taken(&instance, b"one"));
         tokio::time::advance(ASSIGNED_FOR).await;
+        assert!(!joins.is_taken(&instance, b"two"));
+        joins.assign(&instance, &Bytes::from_static(b"one"));
+        joins.came(&instance);
         assert!(!joins.is_taken(&instance, b"two"));
     }
 }

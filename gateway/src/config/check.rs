@@ -185,7 +185,7 @@ impl GatewayConfig {
         problems.unless(
             (1..=7 * 86_400).contains(&lifetime),
             "join.certificateLifetime",
-            "must be 1s to 7d: a certificate is renewed all the time, and one that lives long has to be revoked",
+            "must be 1s to 168h: a certificate is renewed all the time, and one that lives long has to be revoked",
         );
         problems.unless(timeouts.handshake.as_secs() <= 10, "timeouts.handshake", "must be at most 10s");
         problems.unless(timeouts.hold.as_secs() <= 3, "timeouts.hold", "must be at most 3s");
