@@ -51,6 +51,14 @@ enum DialCause {
     NotReady(Duration),
 }
 
+impl DialCause {
+    /// Whether one of the two may not have recognised the other. A gateway that does not take the certificate says so after the
+    /// handshake, as TLS 1.3 has it.
+    const fn is_about_identity(&self) -> bool {
+        matches!(self, Self::Ended(_) | Self::Connect(ConnectError::Tls(_)))
+    }
+}
+
 impl DialError {
     /// The value of the metric label `outcome`.
     pub(crate) const fn label(&self) -> &'static str {
@@ -106,6 +114,14 @@ pub(crate) struct Dialler {
 impl Dialler {
     /// Makes a session that may carry streams. Dropping the future abandons the attempt.
     pub(crate) async fn dial(&self, address: &Address, transport: Transport) -> Result<Session, DialError> {
+        let dialled = self.dial_once(address, transport).await;
+        if dialled.as_ref().is_err_and(|error| error.cause.is_about_identity()) {
+            self.live.rejected.notify_one();
+        }
+        dialled
+    }
+
+    async fn dial_once(&self, address: &Address, transport: Transport) -> Result<Session, DialError> {
         match transport {
             Transport::Tcp => self.attempt(address).await.map_err(|cause| {
                 let proxy = proxy(&self.live, address);
@@ -168,11 +184,7 @@ impl Dialler {
                 tracing::debug!(%address, transport = session.transport().label(), software = ?hello.software, "session ready");
                 Ok(session)
             }
-            Ok(Err(reason)) => {
-                // A gateway that does not take the certificate does so after the handshake, as TLS 1.3 has it.
-                self.live.rejected.notify_one();
-                Err(DialCause::Ended(reason))
-            }
+            Ok(Err(reason)) => Err(DialCause::Ended(reason)),
             Err(_) => Err(DialCause::NotReady(self.ready_timeout)),
         }
     }

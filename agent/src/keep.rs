@@ -6,7 +6,7 @@
 //! | nothing was kept | it joins, again and again with the back-off of the sessions |
 //! | two thirds of its life are over | a new key, and a certificate for it over any session; new connections show it |
 //! | it could not be renewed and has run out | it joins: with the old certificate, with the cluster's own token, with the join token |
-//! | the gateway ends every session at once, and none stands | the same, at most every 15 s: the record there may be another |
+//! | gateway and agent do not recognise each other, and no session stands | the same, at most every 15 s: record or CA may be others |
 //! | the gateway announces other roots | they are written, used for new connections and acknowledged |
 //!
 //! An identity made elsewhere (files) is not touched: an announcement is acknowledged if the file holds the roots.
@@ -249,7 +249,7 @@ impl Keeper {
                         continue;
                     }
                     joined = Instant::now();
-                    tracing::info!(identity = %held.identity, "the gateway does not take the certificate: trying to join");
+                    tracing::info!(identity = %held.identity, "the gateway does not take the certificate, or shows a strange one: trying to join");
                     if let Some(new) = self.join_once(Some(&held)).await {
                         held = new;
                         schedule = self.schedule(&held, life(&held));

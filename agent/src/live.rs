@@ -56,7 +56,7 @@ pub(crate) struct Live {
     identity: watch::Sender<u64>,
     /// Whether there is an identity.
     known: watch::Sender<bool>,
-    /// The gateway ended a session before it was ready: it may not take the certificate.
+    /// An attempt failed in a way that may mean that gateway and agent do not recognise each other.
     pub(crate) rejected: Notify,
     /// Asks for a look at the files now.
     pub(crate) reload: Notify,

@@ -176,6 +176,8 @@ struct Admitted {
     identity: AgentIdentity,
     not_after: SystemTime,
     serial: String,
+    /// Whether the certificate was on record when the session began.
+    on_record: bool,
     hello: Hello,
 }
 
@@ -210,7 +212,8 @@ async fn admit(
     }
     let registration = register(shared, session, &identity, &hello.boot_id).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
-    Ok((Admitted { cluster, identity, not_after, serial, hello }, registration))
+    let on_record = is_on_record(shared, &identity, &serial);
+    Ok((Admitted { cluster, identity, not_after, serial, on_record, hello }, registration))
 }
 
 async fn register(
@@ -321,12 +324,19 @@ fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
     left.max().unwrap_or_default()
 }
 
-/// Whether an instance has a newer certificate on record than the one that this session showed.
+/// Whether a certificate is one that this fleet has issued to the instance.
+fn is_on_record(shared: &Shared, identity: &AgentIdentity, serial: &str) -> bool {
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    record.is_some_and(|record| record.certificates.iter().any(|known| known.serial == serial))
+}
+
+/// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One that somebody made
+/// with the key of an old CA is not on record.
 fn was_renewed(shared: &Shared, admitted: &Admitted) -> bool {
-    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &admitted.identity.instance));
-    record
-        .and_then(|record| record.certificates.last().map(|newest| newest.serial != admitted.serial))
-        .unwrap_or_default()
+    let Admitted { identity, serial, on_record, .. } = admitted;
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    let newest = record.as_ref().and_then(|record| record.certificates.last());
+    *on_record && newest.is_some_and(|newest| newest.serial != *serial)
 }
 
 /// Talks with the agent about its certificate and the CA, until the session ends.

@@ -55,6 +55,8 @@ const ASSIGNED_FOR: Duration = Duration::from_secs(15);
 /// What is asked again after a store that did not answer, and after too many failures.
 const RETRY_STORE: Duration = Duration::from_secs(5);
 const RETRY_LIMIT: Duration = Duration::from_secs(10);
+/// Times that a record is read again because somebody else was faster.
+const ADOPT_ATTEMPTS: usize = 4;
 const UNKNOWN: &str = "the join token does not count: it is not known here, or not whole, or has expired. Make a new one: towline token create CLUSTER";
 const NO_ISSUER: &str = "the ServiceAccount token does not count: the cluster or its issuer is not on record, or the token is not for this purpose (audience towline, the agent's own ServiceAccount, keys as last reported). Join with a token: towline token create CLUSTER";
 
@@ -304,8 +306,10 @@ async fn decide(
         }
     };
     let Decision { admission, with, vouched } = decision;
-    if let (true, Some(issuer)) = (vouched, &request.issuer) {
-        record_issuer(fleet, &admission.cluster.uid, issuer).await;
+    if let (true, Some(issuer)) = (vouched, &request.issuer)
+        && record_issuer(fleet, &admission.cluster.uid, issuer).await
+    {
+        adopt(fleet, &admission.instance, &issuer.subject).await;
     }
     let domain = live.config.trust_domain.clone();
     let identity = AgentIdentity::new(domain, admission.cluster.uid.clone(), admission.instance.clone());
@@ -439,13 +443,34 @@ async fn issue(
     Ok(Issued { certificate: Certificate { chain }, serial: issued.serial })
 }
 
-async fn record_issuer(fleet: &Fleet, cluster: &towline_certs::ClusterUid, issuer: &Issuer) {
+/// Puts a cluster's issuer on record; tells whether it is.
+async fn record_issuer(fleet: &Fleet, cluster: &towline_certs::ClusterUid, issuer: &Issuer) -> bool {
     let Some(jwks) = account::recordable(issuer) else {
         tracing::warn!(%cluster, "what the agent says about its cluster's token issuer cannot be used");
-        return;
+        return false;
     };
-    if let Err(error) = fleet.record_issuer(cluster, &issuer.issuer, &jwks).await {
+    let recorded = fleet.record_issuer(cluster, &issuer.issuer, &jwks).await;
+    if let Err(error) = &recorded {
         tracing::warn!(%cluster, %error, "the cluster's token issuer is not on record");
+    }
+    recorded.is_ok()
+}
+
+/// Who joined with a token and can come back by its ServiceAccount is to be the same then.
+async fn adopt(fleet: &Fleet, instance: &InstanceId, subject: &str) {
+    let origin = fleet::Origin::ServiceAccount { subject: subject.to_owned() };
+    for _ in 0..ADOPT_ATTEMPTS {
+        let Some(shown) = fleet.object(Kind::Instance, instance.as_str()) else { return };
+        let Object::Instance(record) = &shown.object else { return };
+        if record.origin == origin {
+            return;
+        }
+        let next = fleet::Instance { origin: origin.clone(), ..fleet::Instance::clone(record) };
+        match fleet.put(instance.as_str(), &next, Some(shown.revision)).await {
+            Err(WriteError::Conflict) => {}
+            Err(error) => return tracing::warn!(%instance, %error, "it will come back as another instance"),
+            Ok(_) => return,
+        }
     }
 }
 
@@ -488,8 +513,10 @@ async fn try_renew(
     };
     fleet.admits(identity, serial)?;
     let issued = issue(fleet, own, &live.config.join, identity, &renew.csr).await?;
-    if let Some(issuer) = &renew.issuer {
-        record_issuer(fleet, &identity.cluster, issuer).await;
+    if let Some(issuer) = &renew.issuer
+        && record_issuer(fleet, &identity.cluster, issuer).await
+    {
+        adopt(fleet, &identity.instance, &issuer.subject).await;
     }
     Ok(issued)
 }

@@ -121,7 +121,18 @@ impl World {
             clusters: vec!["*".to_owned()],
         }];
         let gateway = Gateway::start(config).await.unwrap();
-        let cluster = fleet::Cluster {
+        let issuer = Arc::new(EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap());
+        let point = issuer.public_key().as_ref();
+        let part = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+        let jwk = json!({ "kty": "EC", "kid": "1", "crv": "P-256", "x": part(&point[1..33]), "y": part(&point[33..]) });
+        let (api, tasks) = api_server(json!({ "keys": [jwk] }).to_string()).await;
+        let world = Self { directory, gateway, api, issuer, _api: tasks };
+        world.register(CLUSTER).await;
+        world
+    }
+
+    async fn register(&self, cluster: &str) {
+        let record = fleet::Cluster {
             meta: meta(),
             account: None,
             mode: Mode::Restricted,
@@ -131,13 +142,7 @@ impl World {
             admission: 1,
             issuer: None,
         };
-        gateway.fleet().unwrap().put(CLUSTER, &cluster, None).await.unwrap();
-        let issuer = Arc::new(EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap());
-        let point = issuer.public_key().as_ref();
-        let part = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
-        let jwk = json!({ "kty": "EC", "kid": "1", "crv": "P-256", "x": part(&point[1..33]), "y": part(&point[33..]) });
-        let (api, tasks) = api_server(json!({ "keys": [jwk] }).to_string()).await;
-        Self { directory, gateway, api, issuer, _api: tasks }
+        self.gateway.fleet().unwrap().put(cluster, &record, None).await.unwrap();
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -150,24 +155,24 @@ impl World {
     }
 
     /// A file with a new join token.
-    async fn token_file(&self, uses: u32) -> String {
+    async fn token_file(&self, cluster: &str) -> String {
         let fleet = self.gateway.fleet().unwrap();
         let secret = JoinSecret::generate().unwrap();
         let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, secret.as_bytes());
         let record = fleet::JoinToken {
             meta: meta(),
-            cluster: CLUSTER.to_owned(),
-            cluster_uid: fleet.cluster_named(CLUSTER).unwrap().uid.to_string(),
+            cluster: cluster.to_owned(),
+            cluster_uid: fleet.cluster_named(cluster).unwrap().uid.to_string(),
             sha256: hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect(),
             expires: Time::now().after(Duration::from_secs(3600)),
-            max_uses: uses,
+            max_uses: 1,
             uses: Vec::new(),
         };
         let id = new_uid();
         fleet.put(&id, &record, None).await.unwrap();
         let addresses = vec![self.gateway.public_addr().to_string().parse().unwrap()];
-        let token = JoinToken { addresses, pins: self.gateway.tunnel_pins(), id, uses, secret };
-        self.file("join-token", &token.line())
+        let token = JoinToken { addresses, pins: self.gateway.tunnel_pins(), id, uses: 1, secret };
+        self.file(&format!("join-token-{cluster}"), &token.line())
     }
 
     /// A projected ServiceAccount token.
@@ -180,7 +185,7 @@ impl World {
         self.file("projected", &format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature)))
     }
 
-    async fn agent(&self, identity: &str, transport: &str) -> Agent {
+    async fn agent(&self, cluster: &str, identity: &str, transport: &str) -> Agent {
         let yaml = format!(
             "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: ['{}'] }}\nidentity: {{ {identity} }}\napiServer: {{ url: 'http://{}' }}\nadmin: {{ address: '127.0.0.1:0' }}\ntransport: {transport}\ntimeouts: {{ backoffMin: 20ms, backoffMax: 200ms }}\n",
             self.gateway.public_addr(),
@@ -189,7 +194,7 @@ impl World {
         let config = AgentConfig::parse("agent.yaml", yaml.as_bytes()).unwrap();
         let agent = Agent::start(config).await.unwrap();
         tokio::time::timeout(Duration::from_secs(20), agent.ready()).await.expect("the agent is connected");
-        self.until("a session at the gateway", || self.gateway.connected(CLUSTER) > 0).await;
+        self.until("a session at the gateway", || self.gateway.connected(cluster) > 0).await;
         agent
     }
 
@@ -204,7 +209,7 @@ impl World {
     }
 
     /// A caller with a certificate of the front client CA.
-    async fn caller(&self) -> Caller {
+    async fn caller(&self, cluster: &str) -> Caller {
         let state = self.path("state");
         let ca = CertificateAuthority::load(
             CaKind::FrontClients,
@@ -224,23 +229,23 @@ impl World {
         let (sender, connection) = client::handshake(TokioIo::new(io)).await.unwrap();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { drop(connection.await) });
-        Caller { sender, _tasks: tasks }
+        Caller { cluster: cluster.to_owned(), sender, _tasks: tasks }
     }
 
     /// A request every few milliseconds and a stream that stays open, until it is told to stop.
-    async fn load(self: &Arc<Self>) -> Load {
+    async fn load(&self, cluster: &str, pause: Duration) -> Load {
         let load = Load::default();
         let mut tasks = JoinSet::new();
-        let mut caller = self.caller().await;
+        let mut caller = self.caller(cluster).await;
         let (stop, requests) = (Arc::clone(&load.stop), Arc::clone(&load.requests));
         tasks.spawn(async move {
             while !stop.load(Ordering::Relaxed) {
                 assert_eq!(caller.get("/api").await, (200, "ok".to_owned()), "no request fails");
                 requests.fetch_add(1, Ordering::Relaxed);
-                sleep(Duration::from_millis(5)).await;
+                sleep(pause).await;
             }
         });
-        let mut caller = self.caller().await;
+        let mut caller = self.caller(cluster).await;
         let (stop, ticks) = (Arc::clone(&load.stop), Arc::clone(&load.ticks));
         tasks.spawn(async move {
             let mut stream = caller.open("/stream").await.into_body();
@@ -271,11 +276,12 @@ impl Load {
             result.unwrap();
         }
         let (requests, ticks) = (self.requests.load(Ordering::Relaxed), self.ticks.load(Ordering::Relaxed));
-        assert!(requests > 50 && ticks > 50, "{requests} requests, {ticks} pieces of the stream");
+        assert!(requests > 20 && ticks > 50, "{requests} requests, {ticks} pieces of the stream");
     }
 }
 
 struct Caller {
+    cluster: String,
     sender: client::SendRequest<Empty<Bytes>>,
     _tasks: JoinSet<()>,
 }
@@ -283,7 +289,7 @@ struct Caller {
 impl Caller {
     async fn open(&mut self, path: &str) -> Response<Incoming> {
         self.sender.ready().await.unwrap();
-        let request = Request::get(format!("/clusters/{CLUSTER}{path}"))
+        let request = Request::get(format!("/clusters/{}{path}", self.cluster))
             .header("host", "localhost")
             .header("authorization", "Bearer of-the-cluster-itself")
             .body(Empty::new())
@@ -308,10 +314,10 @@ async fn metric(at: SocketAddr, start: &str) -> f64 {
 /// the agent restarts with what it kept.
 async fn renewed_under_load(transport: &str) {
     let world = Arc::new(World::new(Duration::from_secs(4)).await);
-    let token = world.token_file(1).await;
+    let token = world.token_file(CLUSTER).await;
     let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
-    let agent = world.agent(&identity, transport).await;
-    let load = world.load().await;
+    let agent = world.agent(CLUSTER, &identity, transport).await;
+    let load = world.load(CLUSTER, Duration::from_millis(5)).await;
     let renewed = "towline_agent_renewals_total{outcome=\"ok\"}";
     for _ in 0..300 {
         if metric(agent.admin_addr(), renewed).await >= 4.0 {
@@ -324,8 +330,8 @@ async fn renewed_under_load(transport: &str) {
     assert_eq!(metric(agent.admin_addr(), "towline_agent_sessions_ended_total").await, 0.0);
     agent.shutdown().await;
     std::fs::remove_file(&token).unwrap();
-    let agent = world.agent(&identity, transport).await;
-    assert_eq!(world.caller().await.get("/api").await.0, 200);
+    let agent = world.agent(CLUSTER, &identity, transport).await;
+    assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
     assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
     agent.shutdown().await;
 }
@@ -344,10 +350,10 @@ async fn renewed_under_load_over_quic() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_ca_under_load() {
     let world = Arc::new(World::new(Duration::from_secs(4)).await);
-    let token = world.token_file(1).await;
+    let token = world.token_file(CLUSTER).await;
     let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
-    let agent = world.agent(&identity, "tcp").await;
-    let load = world.load().await;
+    let agent = world.agent(CLUSTER, &identity, "tcp").await;
+    let load = world.load(CLUSTER, Duration::from_millis(5)).await;
     let renewed = async |more: f64| {
         let name = "towline_agent_renewals_total{outcome=\"ok\"}";
         let wanted = metric(agent.admin_addr(), name).await + more;
@@ -384,8 +390,8 @@ async fn a_change_of_ca_under_load() {
     load.finish().await;
     agent.shutdown().await;
     // With what it kept it recognises the gateway of the new CA.
-    let agent = world.agent(&identity, "tcp").await;
-    assert_eq!(world.caller().await.get("/api").await.0, 200);
+    let agent = world.agent(CLUSTER, &identity, "tcp").await;
+    assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
     assert_eq!(metric(agent.admin_addr(), "towline_agent_joins_total").await, 0.0);
     agent.shutdown().await;
 }
@@ -395,16 +401,52 @@ async fn a_change_of_ca_under_load() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_that_keeps_nothing_comes_back() {
     let world = World::new(Duration::from_secs(3600)).await;
-    let token = world.token_file(1).await;
+    let token = world.token_file(CLUSTER).await;
     let projected = world.projected();
     let account = format!("serviceAccount: {{ cluster: {CLUSTER}, tokenFile: {projected} }}");
     let identity = format!("joinTokenFile: {token}, {account}");
     for _ in 0..5 {
-        let agent = world.agent(&identity, "tcp").await;
-        assert_eq!(world.caller().await.get("/api").await.0, 200);
+        let agent = world.agent(CLUSTER, &identity, "tcp").await;
+        assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
         agent.shutdown().await;
         world.until("the end of its session", || world.gateway.connected(CLUSTER) == 0).await;
     }
-    // The first by the join token, the others by the ServiceAccount: who comes by another way is another instance, once.
-    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 2);
+    // The first by the join token, the others by the ServiceAccount: always who it was.
+    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
+}
+
+/// Many agents whose certificates live for seconds: nothing ends, nothing fails, and every one is renewed again and again, streams
+/// older than several certificates included. `TOWLINE_ENROL=AGENTS,LIFETIME_S,DURATION_S` widens it (100,60,600 takes ten
+/// minutes).
+#[tokio::test(flavor = "multi_thread")]
+async fn many_agents_are_renewed() {
+    let setting = std::env::var("TOWLINE_ENROL").unwrap_or_else(|_| "10,4,10".to_owned());
+    let numbers: Vec<u64> = setting.split(',').map(|number| number.parse().unwrap()).collect();
+    let [agents, lifetime, duration] = numbers[..] else { panic!("TOWLINE_ENROL={setting}") };
+    let world = World::new(Duration::from_secs(lifetime)).await;
+    let mut running = Vec::new();
+    for n in 0..agents {
+        let cluster = format!("cluster-{n}");
+        world.register(&cluster).await;
+        let token = world.token_file(&cluster).await;
+        let kept = world.path(&format!("kept-{n}"));
+        let identity = format!("joinTokenFile: {token}, directory: {}", kept.display());
+        let transport = if n % 2 == 0 { "tcp" } else { "quic" };
+        let agent = world.agent(&cluster, &identity, transport).await;
+        running.push((agent, world.load(&cluster, Duration::from_millis(200)).await));
+    }
+    sleep(Duration::from_secs(duration)).await;
+    // The latest renewal is due at two thirds of a life after the one before.
+    let least = duration * 3 / (2 * lifetime) - 1;
+    for (agent, load) in running {
+        let renewals = metric(agent.admin_addr(), "towline_agent_renewals_total{outcome=\"ok\"}").await;
+        assert!(
+            renewals >= f64::from(u32::try_from(least).unwrap()),
+            "{renewals} renewals, at least {least} were due"
+        );
+        load.finish().await;
+        assert_eq!(metric(agent.admin_addr(), "towline_agent_sessions_ended_total").await, 0.0);
+        agent.shutdown().await;
+    }
+    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), usize::try_from(agents).unwrap());
 }
