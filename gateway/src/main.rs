@@ -1,10 +1,13 @@
 //! The program `towline-gateway`: reads its configuration, runs a gateway, and stops it politely.
 
-use clap::Parser;
-use std::path::PathBuf;
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_gateway::config::GatewayConfig;
+use towline_gateway::rotation::{self, Phase, Step};
 use towline_gateway::{Gateway, StartError, log, runtime};
 
 #[global_allocator]
@@ -26,6 +29,19 @@ struct Arguments {
     /// error, warn, info, debug, trace, or a list such as info,towline_gateway=debug.
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "TOWLINE_LOG_LEVEL")]
     log_level: String,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What to do instead of running a gateway.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Replace the tunnel CA in the state directory, step by step: trust-new, issue-new, drop-old; back takes one back. Without a
+    /// step: how far it has come. A running gateway picks each step up by itself.
+    TunnelCa {
+        /// trust-new, issue-new, drop-old or back.
+        step: Option<Step>,
+    },
 }
 
 /// A mistake in flags, files or addresses.
@@ -51,7 +67,33 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
         print(&config.to_yaml());
         return Ok(());
     }
+    if let Some(Command::TunnelCa { step }) = &arguments.command {
+        let directory = config.state_directory.as_deref();
+        return tunnel_ca(
+            directory.context("stateDirectory is not set: the tunnel CA is in files of yours")?,
+            *step,
+        );
+    }
     runtime::build()?.block_on(run(config, arguments.config.clone()))
+}
+
+/// Takes a step, and says what comes next.
+fn tunnel_ca(directory: &Path, step: Option<Step>) -> anyhow::Result<()> {
+    let phase = match step {
+        Some(step) => rotation::step(directory, step, SystemTime::now())?,
+        None => rotation::phase(directory)?,
+    };
+    let next = match phase {
+        Phase::Single => "one CA, which issues and is believed. To replace it: tunnel-ca trust-new",
+        Phase::TrustsNew => {
+            "both CAs are believed, the old one issues. When towline_gateway_trust_pending is 0: tunnel-ca issue-new"
+        }
+        Phase::IssuesNew => {
+            "both CAs are believed, the new one issues. When every certificate has been renewed (join.certificateLifetime): tunnel-ca drop-old"
+        }
+    };
+    print(&format!("{next}\n"));
+    Ok(())
 }
 
 async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
@@ -78,7 +120,7 @@ async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
     Ok(())
 }
 
-#[expect(clippy::print_stdout, reason = "the output of --check")]
+#[expect(clippy::print_stdout, reason = "the output of --check and of commands")]
 fn print(text: &str) {
     print!("{text}");
 }

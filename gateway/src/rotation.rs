@@ -65,7 +65,7 @@ pub enum RotationError {
     Save(#[from] SaveError),
     #[error("cannot remove {path}: {error}")]
     Remove { path: PathBuf, error: io::Error },
-    #[error("{step:?} does not follow on {phase:?}; what may come next: {next}", next = .phase.next())]
+    #[error("this step is not due; what may come next: {next}", next = .phase.next())]
     Order { step: Step, phase: Phase },
     #[error("{0}: neither one root nor two; this change of CA was not made with this command")]
     Foreign(PathBuf),
