@@ -1,11 +1,13 @@
 //! The program `towline-gateway`: reads its configuration, runs a gateway, and stops it politely.
 
-use clap::Parser;
+use anyhow::{Context as _, ensure};
+use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_gateway::config::GatewayConfig;
-use towline_gateway::{Gateway, StartError, log, runtime};
+use towline_gateway::{Gateway, StartError, commands, log, runtime};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -15,8 +17,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[command(name = "towline-gateway", version)]
 struct Arguments {
     /// The configuration file (kind GatewayConfiguration).
-    #[arg(long, value_name = "FILE", env = "TOWLINE_CONFIG")]
-    config: PathBuf,
+    #[arg(long, value_name = "FILE", env = "TOWLINE_CONFIG", global = true)]
+    config: Option<PathBuf>,
     /// Check the configuration and the files it names, print what is in effect, and stop.
     #[arg(long, env = "TOWLINE_CHECK")]
     check: bool,
@@ -26,6 +28,38 @@ struct Arguments {
     /// error, warn, info, debug, trace, or a list such as info,towline_gateway=debug.
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "TOWLINE_LOG_LEVEL")]
     log_level: String,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What to do instead of running a gateway.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Print a kubeconfig whose user is an admin of the fleet (group towline:admins) for 24 hours.
+    AdminKubeconfig {
+        /// The admin's name.
+        #[arg(long, default_value = "admin")]
+        name: String,
+    },
+    /// The store in the state directory. Only while no gateway uses it.
+    #[command(subcommand)]
+    Store(StoreCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Print the whole store as JSON.
+    Dump,
+    /// Make a store from a dump where there is none. Join tokens are void, and agents have to join anew.
+    Restore {
+        /// The dump.
+        file: PathBuf,
+        /// Agents on record stay: also those that were revoked after the dump was made.
+        #[arg(long)]
+        keep_agents: bool,
+    },
+    /// Look at every page and every record.
+    Check,
 }
 
 /// A mistake in flags, files or addresses.
@@ -45,13 +79,42 @@ fn main() -> ExitCode {
 
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
     log::start(arguments.log_format, &arguments.log_level)?;
-    let config = GatewayConfig::load(&arguments.config)?;
+    let path = arguments.config.as_ref().context("--config FILE is needed, or TOWLINE_CONFIG")?;
+    let config = GatewayConfig::load(path)?;
+    if let Some(command) = &arguments.command {
+        return run_command(&config, command);
+    }
     if arguments.check {
         towline_gateway::check(&config)?;
         print(&config.to_yaml());
         return Ok(());
     }
-    runtime::build()?.block_on(run(config, arguments.config.clone()))
+    runtime::build()?.block_on(run(config, path.clone()))
+}
+
+fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::AdminKubeconfig { name } => {
+            print(&commands::admin_kubeconfig(config, name, SystemTime::now())?);
+        }
+        Command::Store(StoreCommand::Dump) => {
+            let (text, dump) = commands::dump_store(config)?;
+            print(&format!("{text}\n"));
+            dump.unreadable.iter().for_each(|record| report(&format!("not in the dump: {record} is broken")));
+        }
+        Command::Store(StoreCommand::Restore { file, keep_agents }) => {
+            let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+            let (kept, void) = commands::restore_store(config, &text, *keep_agents)?;
+            report(&format!("{kept} records restored, {void} void"));
+        }
+        Command::Store(StoreCommand::Check) => {
+            let found = commands::check_store(config)?;
+            found.problems.iter().for_each(|problem| report(problem));
+            ensure!(found.problems.is_empty(), "{} records cannot be read", found.problems.len());
+            report(&format!("{} records, all readable", found.readable));
+        }
+    }
+    Ok(())
 }
 
 async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
@@ -78,7 +141,7 @@ async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
     Ok(())
 }
 
-#[expect(clippy::print_stdout, reason = "the output of --check")]
+#[expect(clippy::print_stdout, reason = "the output of --check and of commands")]
 fn print(text: &str) {
     print!("{text}");
 }

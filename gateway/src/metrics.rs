@@ -97,6 +97,7 @@ label!(
         Draining = "TL_DRAINING",
         Proto = "TL_PROTO",
         Cert = "TL_CERT",
+        StoreUnavailable = "TL_STORE_UNAVAILABLE",
     }
 );
 label!(

@@ -1,5 +1,6 @@
 //! What do the parts of one gateway share? The configuration in force, the registry, the metrics, and who owns the tasks.
 
+use crate::api::feed::Feed;
 use crate::authn::tokens::Tokens;
 use crate::authority::{Authorities, Authority, AuthorityError};
 use crate::authz::AccessRules;
@@ -214,6 +215,8 @@ pub(crate) struct Shared {
     /// What is on record; with a state directory.
     pub(crate) fleet: Option<Fleet>,
     pub(crate) authorities: Option<Arc<Authorities>>,
+    /// What the API shows.
+    pub(crate) feed: Option<Arc<Feed>>,
     pub(crate) running: Arc<Running>,
     pub(crate) metrics: Arc<Metrics>,
     /// Receive memory of all sessions.
@@ -275,6 +278,7 @@ impl Shared {
         let mut boot_id = [0; 16];
         random(&mut boot_id);
         let shared = Self {
+            feed: fleet.as_ref().map(Feed::new),
             fleet,
             authorities,
             running: Arc::default(),
