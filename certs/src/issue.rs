@@ -262,6 +262,26 @@ impl CertificateAuthority {
         Ok(Credential::from_parts(vec![named, self.root_der().clone()], plain.key().clone()))
     }
 
+    /// A certificate for the key in `csr_der`, for a client that the gateway knows already.
+    ///
+    /// # Errors
+    /// When this is not the front client CA, or as [`Self::issue_agent_from_csr`].
+    pub fn issue_client_from_csr(
+        &self,
+        csr_der: &[u8],
+        identity: &ClientIdentity,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<IssuedCertificate, IssueError> {
+        self.require(CaKind::FrontClients)?;
+        let key = key_of_csr(csr_der)?;
+        let plain = self.sign(leaf_params(ExtendedKeyUsagePurpose::ClientAuth), &key, lifetime, now)?;
+        let key = self.issuer().key();
+        let certificate = der::with_subject(&plain.certificate, &identity.name, &identity.groups, key)?
+            .ok_or(rcgen::Error::CouldNotParseCertificate)?;
+        Ok(IssuedCertificate { certificate, ..plain })
+    }
+
     fn require(&self, kind: CaKind) -> Result<(), IssueError> {
         if self.kind() == kind { Ok(()) } else { Err(IssueError::WrongCa(self.kind())) }
     }

@@ -210,7 +210,7 @@ async fn admit(
         let text = format!("the boot id has {} bytes, not {BOOT_ID_BYTES}", hello.boot_id.len());
         return Err(refuse(TlCode::Proto, Code::Proto, text));
     }
-    let registration = register(shared, session, &identity, &hello.boot_id).await?;
+    let registration = register(shared, session, &identity, &hello).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
     let on_record = is_on_record(shared, &identity, &serial);
     Ok((Admitted { cluster, identity, not_after, serial, on_record, hello }, registration))
@@ -220,14 +220,16 @@ async fn register(
     shared: &Arc<Shared>,
     session: &Session,
     identity: &AgentIdentity,
-    boot_id: &[u8],
+    hello: &Hello,
 ) -> Result<Registration, Option<Refusal>> {
     let refuse = |tl, code, text: &str| Some(Refusal { tl, code, text: text.to_owned() });
     let mut replaced: Vec<SessionId> = Vec::new();
     for _ in 0..REPLACE_ROUNDS {
-        match shared.registry.insert(&identity.cluster, &identity.instance, boot_id, session, &replaced) {
+        let AgentIdentity { cluster, instance, .. } = identity;
+        let software = crate::proxy::printable(&hello.software);
+        match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, &software) {
             Ok(registration) => {
-                shared.joins.came(&identity.instance);
+                shared.joins.came(instance);
                 return Ok(registration);
             }
             Err(InsertError::SessionsMax) => {

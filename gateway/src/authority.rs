@@ -75,11 +75,16 @@ impl Authorities {
         Ok(Self::assemble(tunnel, clients, front, key.bytes()))
     }
 
-    /// As [`Self::open`] without making any file: where there is no CA yet, one of this moment stands in.
-    pub(crate) fn look(directory: &Path, now: SystemTime) -> Result<Self, AuthorityError> {
+    /// Whether any of the files is there.
+    pub(crate) fn exist(directory: &Path) -> bool {
         let exists =
             |stem: &&str| ["crt", "key"].iter().any(|end| directory.join(stem).with_extension(end).exists());
-        if STEMS.iter().any(exists) {
+        STEMS.iter().any(exists)
+    }
+
+    /// As [`Self::open`] without making any file: where there is no CA yet, one of this moment stands in.
+    pub(crate) fn look(directory: &Path, now: SystemTime) -> Result<Self, AuthorityError> {
+        if Self::exist(directory) {
             return Self::open(directory, now);
         }
         let make = |kind| {

@@ -431,6 +431,7 @@ async fn issue(
     let record = fleet::Certificate {
         serial: issued.serial.clone(),
         pin: pin.to_string(),
+        issued: Time::from(now),
         not_after: Time::from(issued.not_after),
     };
     match fleet.record_certificate(&identity.instance, &record).await {

@@ -19,6 +19,8 @@
 //! | which session carries a request? | [`registry`] |
 //! | which clusters are registered, and who may join? | [`fleet`] |
 //! | what is remembered, and how safely? | [`store`] |
+//! | what does it serve at its root? | [`api`] |
+//! | the first admin, and backups? | [`commands`] |
 //! | is it well, and what does it count? | `admin`, [`metrics`] |
 //! | what happens on SIGHUP? | `reload` |
 //! | what happens on SIGTERM? | [`Gateway::drain`], below |
@@ -27,9 +29,11 @@
 
 mod admin;
 mod agents;
+pub mod api;
 pub mod authn;
 pub mod authority;
 pub mod authz;
+pub mod commands;
 pub mod config;
 pub mod fleet;
 mod front;
@@ -149,6 +153,11 @@ impl Gateway {
         house.spawn(listener::run(Arc::clone(&shared), gate, listener, Speaks::Tls));
         house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
         if let Some(fleet) = shared.fleet.clone() {
+            if fleet.store().revision().number == 0 {
+                tracing::info!(
+                    "nothing is registered yet: towline-gateway --config FILE admin-kubeconfig > admin.yaml, then kubectl --kubeconfig admin.yaml get clusters"
+                );
+            }
             let shared = Arc::clone(&shared);
             house.spawn(async move {
                 let abort = shared.stages.abort.clone();
@@ -156,6 +165,7 @@ impl Gateway {
                     () = fleet.follow() => {}
                     () = fleet.store().tend() => {}
                     () = running::review(&shared) => {}
+                    () = api::feed::follow(&shared) => {}
                     () = abort.cancelled() => {}
                 }
             });

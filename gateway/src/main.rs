@@ -1,6 +1,6 @@
 //! The program `towline-gateway`: reads its configuration, runs a gateway, and stops it politely.
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::rotation::{self, Phase, Step};
-use towline_gateway::{Gateway, StartError, log, runtime};
+use towline_gateway::{Gateway, StartError, commands, log, runtime};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -18,8 +18,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[command(name = "towline-gateway", version)]
 struct Arguments {
     /// The configuration file (kind GatewayConfiguration).
-    #[arg(long, value_name = "FILE", env = "TOWLINE_CONFIG")]
-    config: PathBuf,
+    #[arg(long, value_name = "FILE", env = "TOWLINE_CONFIG", global = true)]
+    config: Option<PathBuf>,
     /// Check the configuration and the files it names, print what is in effect, and stop.
     #[arg(long, env = "TOWLINE_CHECK")]
     check: bool,
@@ -42,6 +42,31 @@ enum Command {
         /// trust-new, issue-new, drop-old or back.
         step: Option<Step>,
     },
+    /// Print a kubeconfig whose user is an admin of the fleet (group towline:admins) for 24 hours.
+    AdminKubeconfig {
+        /// The admin's name.
+        #[arg(long, default_value = "admin")]
+        name: String,
+    },
+    /// The store in the state directory. Only while no gateway uses it.
+    #[command(subcommand)]
+    Store(StoreCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Print the whole store as JSON.
+    Dump,
+    /// Make a store from a dump where there is none. Join tokens are void, and agents have to join anew.
+    Restore {
+        /// The dump.
+        file: PathBuf,
+        /// Agents on record stay: also those that were revoked after the dump was made.
+        #[arg(long)]
+        keep_agents: bool,
+    },
+    /// Look at every page and every record.
+    Check,
 }
 
 /// A mistake in flags, files or addresses.
@@ -61,20 +86,48 @@ fn main() -> ExitCode {
 
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
     log::start(arguments.log_format, &arguments.log_level)?;
-    let config = GatewayConfig::load(&arguments.config)?;
+    let path = arguments.config.as_ref().context("--config FILE is needed, or TOWLINE_CONFIG")?;
+    let config = GatewayConfig::load(path)?;
+    if let Some(command) = &arguments.command {
+        return run_command(&config, command);
+    }
     if arguments.check {
         towline_gateway::check(&config)?;
         print(&config.to_yaml());
         return Ok(());
     }
-    if let Some(Command::TunnelCa { step }) = &arguments.command {
-        let directory = config.state_directory.as_deref();
-        return tunnel_ca(
-            directory.context("stateDirectory is not set: the tunnel CA is in files of yours")?,
-            *step,
-        );
+    runtime::build()?.block_on(run(config, path.clone()))
+}
+
+fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::TunnelCa { step } => {
+            let directory = config.state_directory.as_deref();
+            let directory =
+                directory.context("stateDirectory is not set: the tunnel CA is in files of yours")?;
+            tunnel_ca(directory, *step)?;
+        }
+        Command::AdminKubeconfig { name } => {
+            print(&commands::admin_kubeconfig(config, name, SystemTime::now())?);
+        }
+        Command::Store(StoreCommand::Dump) => {
+            let (text, dump) = commands::dump_store(config)?;
+            print(&format!("{text}\n"));
+            dump.unreadable.iter().for_each(|record| report(&format!("not in the dump: {record} is broken")));
+        }
+        Command::Store(StoreCommand::Restore { file, keep_agents }) => {
+            let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+            let (kept, void) = commands::restore_store(config, &text, *keep_agents)?;
+            report(&format!("{kept} records restored, {void} void"));
+        }
+        Command::Store(StoreCommand::Check) => {
+            let found = commands::check_store(config)?;
+            found.problems.iter().for_each(|problem| report(problem));
+            ensure!(found.problems.is_empty(), "{} records cannot be read", found.problems.len());
+            report(&format!("{} records, all readable", found.readable));
+        }
     }
-    runtime::build()?.block_on(run(config, arguments.config.clone()))
+    Ok(())
 }
 
 /// Takes a step, and says what comes next.

@@ -99,6 +99,7 @@ label!(
         Proto = "TL_PROTO",
         Cert = "TL_CERT",
         Token = "TL_TOKEN",
+        StoreUnavailable = "TL_STORE_UNAVAILABLE",
     }
 );
 label!(

@@ -17,8 +17,9 @@ pub(crate) mod farewell;
 mod upgrade;
 
 pub(crate) use body::AnswerBody;
-pub(crate) use error::{ProxyError, printable};
+pub(crate) use error::{ProxyError, printable, warning};
 
+use crate::api;
 use crate::authn::{self, AuthnError, Caller, Certificate, Known};
 use crate::authz::{AccessRules, Decision};
 use crate::config::{Cluster, Mode};
@@ -26,7 +27,7 @@ use crate::headers::{self, HeadersError, Upstream};
 use crate::kube::RequestKind;
 use crate::metrics::{Counted, Limit, Surface};
 use crate::registry::{AcquireError, SessionId};
-use crate::routing;
+use crate::routing::{self, RouteError};
 use crate::running::Run;
 use crate::state::{KeyPermit, Live, Shared, random};
 use arc_swap::ArcSwap;
@@ -113,6 +114,9 @@ async fn run(
     let on_upgrade =
         request.headers().contains_key(header::UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
+    if shared.fleet.is_some() && api::serves(parts.uri.path()) && is_at_root(shared, peer, &parts) {
+        return api::answer(shared, peer, parts, body).await;
+    }
     let plan = plan(shared, peer, &parts, &body, audit_id)?;
     let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
     let (answer, live) = tokio::select! {
@@ -138,6 +142,13 @@ async fn run(
         (_, 200..=599) => answer_with(shared, plan, &response, live),
         _ => Err(plan.bad_answer("its status is none")),
     }
+}
+
+/// Whether a request is for the gateway itself: its host is no cluster's, and it is unambiguous.
+fn is_at_root(shared: &Shared, peer: &Peer, parts: &Parts) -> bool {
+    let live = shared.live();
+    let route = routing::route(parts, live.config.host_domain.as_deref(), peer.sni.as_deref());
+    matches!(route, Err(RouteError::ApiAtRoot)) && parts.headers.len() <= live.config.limits.header_count
 }
 
 /// Everything about a request that is decided before anything leaves.

@@ -1,5 +1,6 @@
 //! What do the parts of one gateway share? The configuration in force, the registry, the metrics, and who owns the tasks.
 
+use crate::api::feed::Feed;
 use crate::authn::tokens::Tokens;
 use crate::authority::{Authorities, Authority, AuthorityError};
 use crate::authz::AccessRules;
@@ -249,6 +250,8 @@ pub(crate) struct Shared {
     pub(crate) joins: Joins,
     /// What agents have acknowledged.
     pub(crate) trust: Arc<TrustBoard>,
+    /// What the API shows.
+    pub(crate) feed: Option<Arc<Feed>>,
     pub(crate) running: Arc<Running>,
     pub(crate) metrics: Arc<Metrics>,
     /// Receive memory of all sessions.
@@ -310,6 +313,7 @@ impl Shared {
         let mut boot_id = [0; 16];
         random(&mut boot_id);
         let shared = Self {
+            feed: fleet.as_ref().map(Feed::new),
             fleet,
             authorities,
             joins: Joins::default(),

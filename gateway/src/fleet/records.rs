@@ -187,6 +187,7 @@ pub struct Certificate {
     pub serial: String,
     /// The pin of its key.
     pub pin: String,
+    pub issued: Time,
     pub not_after: Time,
 }
 

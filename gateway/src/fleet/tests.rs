@@ -136,7 +136,12 @@ async fn tokens_are_judged_before_they_count() {
     assert!(matches!(ask("many", b"secret", 4).await, Err(JoinRefused::Full)));
     // One whose certificate has run out does not count.
     let first = ask("many", b"secret", 0).await.unwrap().instance;
-    let over = Certificate { serial: "1".to_owned(), pin: pin(0).to_string(), not_after: Time::now() };
+    let over = Certificate {
+        serial: "1".to_owned(),
+        pin: pin(0).to_string(),
+        issued: Time::now(),
+        not_after: Time::now(),
+    };
     fleet.record_certificate(&first, &over).await.unwrap();
     ask("many", b"secret", 4).await.unwrap();
 }

@@ -453,7 +453,7 @@ pub(crate) fn printable(text: &str) -> String {
 }
 
 /// The `Warning` header (RFC 7234 section 5.5): ASCII, quoted, at most 1 KiB.
-fn warning(message: &str) -> HeaderValue {
+pub(crate) fn warning(message: &str) -> HeaderValue {
     let ascii = message.replace(" — ", "; ").replace('…', "...");
     let mut text = String::with_capacity(ascii.len() + 16);
     for c in ascii.chars().take(1024) {
