@@ -7,18 +7,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinError;
 use tokio::time::{Duration, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use towline_proto::join::CAPABILITY_IDENTITY;
 use towline_proto::mux::{Budget, Introduction, Role};
 use towline_proto::tunnel::SessionConfig;
 
 use crate::admin::{self, Admin};
 use crate::backoff::{Backoff, random_fraction};
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, IdentityConfig};
 use crate::dial::Dialler;
+use crate::enrol::Enroller;
+use crate::issuer::IssuerSource;
+use crate::keep::{self, Found, Keeper, Place, Said};
 use crate::links::Links;
 use crate::live::{self, Live, LiveError};
 use crate::metrics::Metrics;
@@ -98,7 +102,8 @@ impl Agent {
         let metrics = Metrics::new();
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();
-        let (live, files) = open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
+        let (live, mut files) = open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
+        let found = std::mem::take(&mut files.found);
         let live = Arc::new(live);
         if let Some(proxy) = &live.proxy {
             tracing::info!("the gateway is dialled through {proxy}");
@@ -128,15 +133,66 @@ impl Agent {
         agent.spawn(look(links.clone(), LOOK_INTERVAL));
         let shortest = config.timeouts.upstream_idle.min(config.timeouts.upstream_age);
         agent.spawn(reap(Arc::clone(&live), (shortest / 4).min(REAP_INTERVAL)));
-        agent.keep_sessions(&config, &metrics)?;
+        let mut boot_id = vec![0; 16];
+        aws_lc_rs::rand::fill(&mut boot_id).map_err(|_| StartError::Random)?;
+        let keeper = agent.keep_identity(&config, &metrics, &boot_id, found);
+        agent.keep_sessions(&config, &metrics, boot_id, keeper);
         Ok(agent)
     }
 
-    fn keep_sessions(&self, config: &AgentConfig, metrics: &Metrics) -> Result<(), StartError> {
-        let mut boot_id = vec![0; 16];
-        aws_lc_rs::rand::fill(&mut boot_id).map_err(|_| StartError::Random)?;
+    /// Begins to keep the identity; what the sessions hear about it goes where this says.
+    fn keep_identity(
+        &self,
+        config: &AgentConfig,
+        metrics: &Metrics,
+        boot_id: &[u8],
+        found: Found,
+    ) -> mpsc::Sender<Said> {
+        let (sender, said) = mpsc::channel(keep::SAID_MAX);
+        match &config.identity {
+            IdentityConfig::Files(files) => {
+                self.spawn(keep::watch_files(files.ca.clone(), said, metrics.clone()));
+            }
+            IdentityConfig::Join(join) => {
+                let enroller = Enroller {
+                    config: join.clone(),
+                    addresses: config.gateway.addresses.clone(),
+                    server_name: config.gateway.server_name.clone(),
+                    boot_id: boot_id.to_vec(),
+                    software: SOFTWARE.to_owned(),
+                    timeout: config.timeouts.dial,
+                };
+                let backoff =
+                    Backoff::new(config.timeouts.backoff_min, config.timeouts.backoff_max, random_fraction);
+                let keeper = Keeper {
+                    place: Place::of(join),
+                    enroller,
+                    issuer: IssuerSource(join.service_account.clone()),
+                    live: Arc::clone(&self.live),
+                    links: self.links.clone(),
+                    metrics: metrics.clone(),
+                    backoff,
+                    said,
+                    found,
+                };
+                self.spawn(keeper.run());
+            }
+        }
+        sender
+    }
+
+    fn keep_sessions(
+        &self,
+        config: &AgentConfig,
+        metrics: &Metrics,
+        boot_id: Vec<u8>,
+        keeper: mpsc::Sender<Said>,
+    ) {
         let process_memory = usize::try_from(config.limits.process_memory).unwrap_or(usize::MAX);
-        let software = concat!("towline-agent/", env!("CARGO_PKG_VERSION")).to_owned();
+        let bundle = match &config.identity {
+            IdentityConfig::Files(files) => files.ca.display().to_string(),
+            IdentityConfig::Join(_) => "the CA bundle that the gateway gave this agent".to_owned(),
+        };
         let dialler = Arc::new(Dialler {
             live: Arc::clone(&self.live),
             server_name: config.gateway.server_name.clone(),
@@ -147,13 +203,17 @@ impl Agent {
                 .cloned()
                 .zip(config.gateway.quic_addresses.iter().cloned())
                 .collect(),
-            bundle: config.identity.ca.display().to_string(),
+            bundle,
             quic: Quic::new(config.quic, &config.limits.mux(), metrics.clone()),
             session: SessionConfig {
                 role: Role::Agent,
                 limits: config.limits.mux(),
                 budget: Budget::new(process_memory),
-                introduction: Introduction { capabilities: Vec::new(), boot_id, software },
+                introduction: Introduction {
+                    capabilities: vec![CAPABILITY_IDENTITY.to_owned()],
+                    boot_id,
+                    software: SOFTWARE.to_owned(),
+                },
             },
             dial_timeout: config.timeouts.dial,
             ready_timeout: config.timeouts.ready,
@@ -171,7 +231,7 @@ impl Agent {
             stop: self.stop.clone(),
         });
         for number in 0..config.sessions as usize {
-            let (service, links) = (Arc::clone(&service), self.links.clone());
+            let (service, links, keeper) = (Arc::clone(&service), self.links.clone(), keeper.clone());
             let slot = Slot {
                 number,
                 addresses: config.gateway.addresses.clone(),
@@ -182,7 +242,7 @@ impl Agent {
                 ),
                 metrics: metrics.clone(),
                 identity: self.live.identity(),
-                start: move |begin| begin_on(&service, &links, begin),
+                start: move |begin| begin_on(&service, &links, &keeper, begin),
                 drain: config.drain_deadline,
                 policy: Policy::new(Settings { mode: config.transport, retry: config.quic.retry_interval }),
                 stood: None,
@@ -192,9 +252,13 @@ impl Agent {
                 let dialler = Arc::clone(&dialler);
                 async move { dialler.dial(&address, transport).await }
             });
+            let live = Arc::clone(&self.live);
+            let kept = async move {
+                live.wait_identity().await;
+                kept.await;
+            };
             self.tracker.spawn(self.stop_dialling.clone().run_until_cancelled_owned(kept));
         }
-        Ok(())
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
@@ -256,10 +320,12 @@ impl Drop for Agent {
 }
 
 /// Starts what a slot asks for.
-fn begin_on(service: &Arc<Service>, links: &Links, begin: Begin) {
+fn begin_on(service: &Arc<Service>, links: &Links, keeper: &mpsc::Sender<Said>, begin: Begin) {
     match begin {
         Begin::Serve(session, address, why) => {
             let registered = links.register(session.clone(), address, why);
+            let heard = keep::listen(session.clone(), keeper.clone());
+            service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(heard));
             let served = serve::serve(Arc::clone(service), session);
             let task = async move {
                 let reason = served.await;
@@ -292,6 +358,7 @@ async fn reap(live: Arc<Live>, period: Duration) {
     }
 }
 
+const SOFTWARE: &str = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const REAP_INTERVAL: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_millis(1500);

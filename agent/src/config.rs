@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use towline_certs::SpkiPin;
 use towline_certs::load::FileBytes;
 use towline_proto::mux::Limits;
 use towline_proto::open::HEAD_MAX_BYTES;
@@ -68,11 +69,44 @@ pub struct QuicConfig {
 
 /// Who the agent is, and whom it believes.
 #[derive(Clone, Debug)]
-pub struct IdentityConfig {
+pub enum IdentityConfig {
+    /// Files that somebody else makes and replaces.
+    Files(IdentityFiles),
+    /// The agent joins, and keeps what it gets.
+    Join(JoinConfig),
+}
+
+/// A certificate made elsewhere.
+#[derive(Clone, Debug)]
+pub struct IdentityFiles {
     pub certificate: PathBuf,
     pub key: PathBuf,
     /// The tunnel CA bundle.
     pub ca: PathBuf,
+}
+
+/// How the agent gets an identity of its own.
+#[derive(Clone, Debug)]
+pub struct JoinConfig {
+    /// Where key, certificate and CA are kept. None = in memory.
+    pub directory: Option<PathBuf>,
+    /// A file with a join token.
+    pub token_file: Option<PathBuf>,
+    /// Joins with the cluster's own tokens.
+    pub service_account: Option<ServiceAccountConfig>,
+    /// By what the gateway is recognised, beside the pins of the join token.
+    pub pins: Vec<SpkiPin>,
+}
+
+/// With what the agent joins again after a restart, without holding a right in the cluster.
+#[derive(Clone, Debug)]
+pub struct ServiceAccountConfig {
+    /// The cluster's name at the gateway.
+    pub cluster: String,
+    /// A projected ServiceAccount token of the audience `towline`, replaced by the kubelet.
+    pub token_file: PathBuf,
+    /// The keys that sign such tokens (what the API server shows at /openid/v1/jwks). None = the API server is asked.
+    pub jwks_file: Option<PathBuf>,
 }
 
 /// Which requests the agent accepts.
@@ -318,11 +352,7 @@ impl AgentConfig {
                 "quicAddresses": self.gateway.quic_addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
                 "serverName": self.gateway.server_name.as_ref().map(ToString::to_string),
             },
-            "identity": {
-                "certificate": self.identity.certificate,
-                "key": self.identity.key,
-                "ca": self.identity.ca,
-            },
+            "identity": self.identity.effective(),
             "apiServer": {
                 "url": self.api_server.url.to_string(),
                 "ca": self.api_server.ca,
@@ -368,6 +398,26 @@ impl AgentConfig {
             });
         }
         out
+    }
+}
+
+impl IdentityConfig {
+    fn effective(&self) -> Value {
+        match self {
+            Self::Files(IdentityFiles { certificate, key, ca }) => {
+                json!({ "certificate": certificate, "key": key, "ca": ca })
+            }
+            Self::Join(join) => json!({
+                "directory": join.directory,
+                "joinTokenFile": join.token_file,
+                "serviceAccount": join.service_account.as_ref().map(|account| json!({
+                    "cluster": account.cluster,
+                    "tokenFile": account.token_file,
+                    "jwksFile": account.jwks_file,
+                })),
+                "pins": join.pins.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            }),
+        }
     }
 }
 
@@ -456,8 +506,48 @@ fn read_quic(root: &Section<'_>) -> QuicConfig {
 
 fn read_identity(root: &Section<'_>) -> Option<IdentityConfig> {
     let section = root.section("identity");
-    let [certificate, key, ca] = ["certificate", "key", "ca"].map(|key| section.required(key));
-    Some(IdentityConfig { certificate: certificate?.into(), key: key?.into(), ca: ca?.into() })
+    let joins = ["directory", "joinTokenFile", "serviceAccount", "pins"];
+    let files = ["certificate", "key", "ca"];
+    if !joins.iter().any(|key| section.has(key)) {
+        let [certificate, key, ca] = files.map(|key| section.required(key));
+        let files = IdentityFiles { certificate: certificate?.into(), key: key?.into(), ca: ca?.into() };
+        return Some(IdentityConfig::Files(files));
+    }
+    if let Some(key) = files.iter().find(|key| section.has(key)) {
+        section.problem(
+            key,
+            "is of an identity made elsewhere (certificate, key, ca), and the section also says how to join; keep one of the two",
+        );
+    }
+    let path = |key| section.text(key).map(PathBuf::from);
+    let (directory, token_file) = (path("directory"), path("joinTokenFile"));
+    let pins: Vec<SpkiPin> = section.parsed_list("pins");
+    let service_account = section.has("serviceAccount").then(|| {
+        let account = section.section("serviceAccount");
+        let cluster = account.required("cluster").map(ToOwned::to_owned);
+        let token_file = account.text("tokenFile").unwrap_or(PROJECTED_TOKEN).into();
+        let jwks_file = account.text("jwksFile").map(Into::into);
+        cluster.map(|cluster| ServiceAccountConfig { cluster, token_file, jwks_file })
+    });
+    if directory.is_none() && token_file.is_none() && service_account.is_none() {
+        section.problem(
+            "joinTokenFile",
+            "is required: without it, a directory or a serviceAccount there is nothing to join with",
+        );
+    }
+    // What was kept in a directory names the CA; a new agent has nothing but pins.
+    if token_file.is_none() && pins.is_empty() && directory.is_none() {
+        section.problem(
+            "pins",
+            "is required where there is no joinTokenFile: without a pin the gateway cannot be recognised",
+        );
+    }
+    let service_account = match service_account {
+        Some(None) => return None,
+        Some(account) => account,
+        None => None,
+    };
+    Some(IdentityConfig::Join(JoinConfig { directory, token_file, service_account, pins }))
 }
 
 fn read_mode(root: &Section<'_>) -> Option<AgentMode> {
@@ -639,6 +729,8 @@ const API_VERSION: &str = "towline.io/v1alpha1";
 const KIND: &str = "AgentConfiguration";
 const ADMIN_ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9465);
 const IN_CLUSTER_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+/// Where the rendered manifest mounts the token with which the agent joins.
+const PROJECTED_TOKEN: &str = "/var/run/secrets/towline/token";
 const IN_CLUSTER_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 /// Gateway addresses.
 const ADDRESSES_MAX: usize = 16;
@@ -679,6 +771,41 @@ apiServer: { url: 'https://10.0.0.1:6443' }
         let printed = serde_saphyr::to_string(&config.effective()).unwrap();
         let again = AgentConfig::parse("f", printed.as_bytes()).unwrap();
         assert_eq!(again.effective(), config.effective());
+    }
+
+    /// Files made elsewhere, or an identity of its own: one of the two, and enough of it.
+    #[test]
+    fn an_identity_comes_from_one_place() {
+        let with = |identity: &str| {
+            SMALL.replace(
+                "identity: { certificate: a.crt, key: a.key, ca: ca.crt }",
+                &format!("identity: {{ {identity} }}"),
+            )
+        };
+        let pin = format!("pins: ['sha256:{}']", "a".repeat(64));
+        for identity in [
+            "joinTokenFile: t",
+            "joinTokenFile: t, directory: d",
+            "directory: d",
+            &format!("serviceAccount: {{ cluster: prod }}, {pin}"),
+            "joinTokenFile: t, serviceAccount: { cluster: prod, tokenFile: p, jwksFile: j }",
+        ] {
+            let config = AgentConfig::parse("f", with(identity).as_bytes()).unwrap();
+            let printed = serde_saphyr::to_string(&config.effective()).unwrap();
+            let again = AgentConfig::parse("f", printed.as_bytes()).unwrap();
+            assert_eq!(again.effective(), config.effective(), "{identity}");
+        }
+        for (identity, part) in [
+            ("joinTokenFile: t, certificate: c", "keep one of the two"),
+            (&*pin, "there is nothing to join with"),
+            ("serviceAccount: { cluster: prod }", "cannot be recognised"),
+            ("joinTokenFile: t, serviceAccount: { tokenFile: p }", "cluster: is required"),
+            ("joinTokenFile: t, pins: [abc]", "64 hexadecimal digits"),
+            ("directry: d", "did you mean directory"),
+        ] {
+            let shown = problems(&with(identity));
+            assert!(shown.contains(part), "{part:?} is missing in\n{shown}");
+        }
     }
 
     #[test]

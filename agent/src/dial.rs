@@ -41,6 +41,8 @@ enum DialCause {
     Quic(#[from] QuicError),
     #[error(transparent)]
     Alpn(#[from] WrongAlpn),
+    #[error("the agent has no identity yet: it has not joined")]
+    NoIdentity,
     #[error("{0:?}: the receive memory of this process is used up (limits.processMemory)")]
     Memory(OpenError),
     #[error("the session ended before it was ready: {0}")]
@@ -49,11 +51,20 @@ enum DialCause {
     NotReady(Duration),
 }
 
+impl DialCause {
+    /// Whether one of the two may not have recognised the other. A gateway that does not take the certificate says so after the
+    /// handshake, as TLS 1.3 has it.
+    const fn is_about_identity(&self) -> bool {
+        matches!(self, Self::Ended(_) | Self::Connect(ConnectError::Tls(_)))
+    }
+}
+
 impl DialError {
     /// The value of the metric label `outcome`.
     pub(crate) const fn label(&self) -> &'static str {
         match &self.cause {
             DialCause::Name(_) => "name",
+            DialCause::NoIdentity => "identity",
             DialCause::Connect(error) => error.label(),
             DialCause::Proxy(_) => "proxy",
             DialCause::Quic(error) => error.label(),
@@ -71,7 +82,7 @@ impl DialError {
             DialCause::Quic(error) => error.reached_nobody(),
             DialCause::Proxy(error) => error.reached_nobody(),
             DialCause::Ended(_) | DialCause::NotReady(_) => false,
-            DialCause::Name(_) | DialCause::Alpn(_) | DialCause::Memory(_) => false,
+            DialCause::Name(_) | DialCause::Alpn(_) | DialCause::Memory(_) | DialCause::NoIdentity => false,
         }
     }
 
@@ -103,9 +114,17 @@ pub(crate) struct Dialler {
 impl Dialler {
     /// Makes a session that may carry streams. Dropping the future abandons the attempt.
     pub(crate) async fn dial(&self, address: &Address, transport: Transport) -> Result<Session, DialError> {
+        let dialled = self.dial_once(address, transport).await;
+        if dialled.as_ref().is_err_and(|error| error.cause.is_about_identity()) {
+            self.live.rejected.notify_one();
+        }
+        dialled
+    }
+
+    async fn dial_once(&self, address: &Address, transport: Transport) -> Result<Session, DialError> {
         match transport {
             Transport::Tcp => self.attempt(address).await.map_err(|cause| {
-                let proxy = self.proxy(address);
+                let proxy = proxy(&self.live, address);
                 let through = proxy.map_or_else(String::new, |proxy| format!(" through {proxy}"));
                 DialError { address: format!("{address}{through}"), cause }
             }),
@@ -122,7 +141,8 @@ impl Dialler {
         let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
         let deadline = Instant::now() + self.dial_timeout;
         let at = self.over_quic(address);
-        let conn = self.quic.connect(at, &name.to_str(), self.live.tunnel(), deadline).await?;
+        let tls = self.live.tunnel().ok_or(DialCause::NoIdentity)?;
+        let conn = self.quic.connect(at, &name.to_str(), tls, deadline).await?;
         let (session, driver) = Session::over_quic(conn, self.session.clone()).map_err(DialCause::Memory)?;
         self.make_ready(address, session, driver.run()).await
     }
@@ -132,28 +152,17 @@ impl Dialler {
         self.quic_addresses.get(address).unwrap_or(address)
     }
 
-    fn proxy(&self, address: &Address) -> Option<&Proxy> {
-        self.live.proxy.as_ref().filter(|proxy| proxy.applies_to(address))
-    }
-
-    /// Connects on TCP, directly or through the proxy.
-    async fn reach(&self, address: &Address, deadline: Instant) -> Result<Leg, DialCause> {
-        if let Some(proxy) = self.proxy(address) {
-            return Ok(proxy.connect(address, deadline).await?);
-        }
-        let stream = connect::connect(address, Reach::Anywhere, deadline).await?;
-        if let Err(error) = socket::tune(&stream) {
-            tracing::debug!(%address, %error, "a socket option was refused");
-        }
-        Ok(Leg::direct(stream))
-    }
-
     async fn attempt(&self, address: &Address) -> Result<Session, DialCause> {
         let host = self.server_name.as_ref().unwrap_or(&address.host);
         let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
         let deadline = Instant::now() + self.dial_timeout;
-        let stream = self.reach(address, deadline).await?;
-        let stream = connect::handshake(stream, self.live.tunnel(), name, &self.bundle, deadline).await?;
+        let tls = self.live.tunnel().ok_or(DialCause::NoIdentity)?;
+        let stream = match reach(&self.live, address, deadline).await {
+            Ok(stream) => stream,
+            Err(ReachError::Connect(error)) => return Err(error.into()),
+            Err(ReachError::Proxy(error)) => return Err(error.into()),
+        };
+        let stream = connect::handshake(stream, tls, name, &self.bundle, deadline).await?;
         negotiated(stream.get_ref().1.alpn_protocol(), ALPN_TUNNEL)?;
         let (session, driver) = Session::over(stream, self.session.clone()).map_err(DialCause::Memory)?;
         self.make_ready(address, session, driver.run()).await
@@ -179,6 +188,29 @@ impl Dialler {
             Err(_) => Err(DialCause::NotReady(self.ready_timeout)),
         }
     }
+}
+
+/// Why there is no connection to the gateway's address.
+#[derive(Debug)]
+pub(crate) enum ReachError {
+    Connect(ConnectError),
+    Proxy(ProxyError),
+}
+
+/// Connects on TCP, directly or through the proxy.
+pub(crate) async fn reach(live: &Live, address: &Address, deadline: Instant) -> Result<Leg, ReachError> {
+    if let Some(proxy) = proxy(live, address) {
+        return proxy.connect(address, deadline).await.map_err(ReachError::Proxy);
+    }
+    let stream = connect::connect(address, Reach::Anywhere, deadline).await.map_err(ReachError::Connect)?;
+    if let Err(error) = socket::tune(&stream) {
+        tracing::debug!(%address, %error, "a socket option was refused");
+    }
+    Ok(Leg::direct(stream))
+}
+
+fn proxy<'a>(live: &'a Live, address: &Address) -> Option<&'a Proxy> {
+    live.proxy.as_ref().filter(|proxy| proxy.applies_to(address))
 }
 
 /// A session that is given up unless it becomes ready; its driver ends with it.

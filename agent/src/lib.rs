@@ -11,6 +11,7 @@
 //! | how does it stay connected, and over which transport? | `supervise`, `backoff`, `transport` |
 //! | what happens to the streams of a session? | `serve` |
 //! | how does one request become one answer? | `exchange`, `head` |
+//! | how does it get an identity, and keep it? | `enrol`, `keep`, `issuer` |
 //! | as whom does a request reach the upstream? | `identity`, `token` |
 //! | which upstreams may a stream name, and how are they reached? | `targets`, `upstream`, [`address`] |
 //! | which connection carries a request? | `pool`, `socket` |
@@ -35,9 +36,12 @@ mod backoff;
 pub mod config;
 mod connect;
 mod dial;
+mod enrol;
 mod exchange;
 mod head;
 mod identity;
+mod issuer;
+mod keep;
 mod links;
 mod live;
 pub mod log;
@@ -56,6 +60,7 @@ mod upstream;
 mod yaml;
 
 pub use agent::{Agent, StartError, check};
-pub use config::{AgentConfig, AgentMode, Problems};
+pub use config::{AgentConfig, AgentMode, IdentityConfig, Problems};
+pub use enrol::{AnswerError, AttemptError, EnrolError};
 pub use live::LiveError;
 pub use transport::TransportMode;

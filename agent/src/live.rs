@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::ClientConfig;
 use thiserror::Error;
 use tokio::sync::{Notify, watch};
@@ -16,8 +16,10 @@ use towline_certs::load::{FileBytes, LoadCause, LoadError, LoadPolicy, parse_cre
 use towline_certs::{Reload, TlsError, Watched, tls};
 use towline_proto::Code;
 
-use crate::config::{AgentConfig, AgentMode, Problems};
+use crate::config::{AgentConfig, AgentMode, IdentityConfig, IdentityFiles, JoinConfig, Problems};
+use crate::enrol::{self, EnrolError};
 use crate::exchange::Failed;
+use crate::keep::{Found, Place};
 use crate::metrics::Metrics;
 use crate::proxy::{AccessFiles, Proxy};
 use crate::targets::Targets;
@@ -37,19 +39,25 @@ pub enum LiveError {
     Token(#[from] TokenError),
     #[error(transparent)]
     Config(#[from] Problems),
+    #[error(transparent)]
+    Identity(#[from] EnrolError),
 }
 
 /// What is in force at the moment.
 pub(crate) struct Live {
-    tunnel: ArcSwap<ClientConfig>,
+    tunnel: ArcSwapOption<ClientConfig>,
     api_server: ArcSwap<Upstream>,
     targets: ArcSwap<Targets>,
     /// The way to the gateway, where it is not a direct one.
     pub(crate) proxy: Option<Proxy>,
     /// The agent's own credential, if it may have one.
     pub(crate) token: Option<TokenFile>,
-    /// Counts the identities: a session of an older one should be replaced.
+    /// Counts the identities that somebody else made: a session of an older one should be replaced.
     identity: watch::Sender<u64>,
+    /// Whether there is an identity.
+    known: watch::Sender<bool>,
+    /// An attempt failed in a way that may mean that gateway and agent do not recognise each other.
+    pub(crate) rejected: Notify,
     /// Asks for a look at the files now.
     pub(crate) reload: Notify,
 }
@@ -61,9 +69,21 @@ impl fmt::Debug for Live {
 }
 
 impl Live {
-    /// TLS towards the gateway.
-    pub(crate) fn tunnel(&self) -> Arc<ClientConfig> {
+    /// TLS towards the gateway; `None` before the agent has an identity.
+    pub(crate) fn tunnel(&self) -> Option<Arc<ClientConfig>> {
         self.tunnel.load_full()
+    }
+
+    /// Shows another certificate from now on, or believes another CA. Sessions that stand go on.
+    pub(crate) fn put_identity(&self, tls: Arc<ClientConfig>) {
+        self.tunnel.store(Some(tls));
+        self.known.send_replace(true);
+    }
+
+    /// Waits until there is an identity.
+    pub(crate) async fn wait_identity(&self) {
+        // The sender lives in `self`, so the wait cannot fail.
+        drop(self.known.subscribe().wait_for(|known| *known).await);
     }
 
     /// Changes when the agent's certificate or the tunnel CA did.
@@ -97,7 +117,10 @@ impl Live {
 
 /// The files behind [`Live`].
 pub(crate) struct Files {
-    tunnel: Watched<ClientConfig, LiveError>,
+    /// None = the agent joins and keeps its identity itself.
+    tunnel: Option<Watched<ClientConfig, LiveError>>,
+    /// What it has kept.
+    pub(crate) found: Found,
     api_server: Option<Watched<Upstream, LiveError>>,
     targets: Option<TargetsFile>,
     proxy: Option<AccessFiles>,
@@ -110,17 +133,10 @@ pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live,
         AgentMode::Impersonate(impersonate) => Some(TokenFile::open(&impersonate.token_file)?),
     };
     let (proxy, proxy_files) = config.proxy.as_ref().map(Proxy::open).transpose()?.unzip();
-    let identity = &config.identity;
-    let paths = vec![identity.certificate.clone(), identity.key.clone(), identity.ca.clone()];
-    let tunnel = Watched::open(paths, |files| {
-        let [certificate, key, ca] = files else { unreachable!("three paths give three files") };
-        let loaded = parse_credential(certificate, key, LoadPolicy::LENIENT, SystemTime::now())?;
-        for warning in &loaded.warnings {
-            tracing::warn!("{warning}");
-        }
-        let config = tls::agent_client(&parse_roots(ca)?, &loaded.value)?;
-        Ok(ClientConfig::clone(&config))
-    })?;
+    let (tunnel, found) = match &config.identity {
+        IdentityConfig::Files(files) => (Some(open_identity(files)?), Found::default()),
+        IdentityConfig::Join(join) => (None, open_kept(join)?),
+    };
     let (api_server, api_server_file) = match &config.api_server.ca {
         None => (Arc::new(Upstream::api_server(config, resources)?), None),
         Some(ca) => {
@@ -132,16 +148,46 @@ pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live,
     };
     let targets = Targets::new(&config.targets, resources)?;
     let live = Live {
-        tunnel: ArcSwap::new(Arc::clone(tunnel.current())),
+        tunnel: ArcSwapOption::new(tunnel.as_ref().map(|tunnel| Arc::clone(tunnel.current()))),
         api_server: ArcSwap::new(api_server),
         targets: ArcSwap::from_pointee(targets),
         proxy,
         token,
         identity: watch::Sender::new(0),
+        known: watch::Sender::new(tunnel.is_some()),
+        rejected: Notify::new(),
         reload: Notify::new(),
     };
     let targets = config.source.clone().map(|path| TargetsFile::new(path, config, resources));
-    Ok((live, Files { tunnel, api_server: api_server_file, targets, proxy: proxy_files.flatten() }))
+    Ok((live, Files { tunnel, found, api_server: api_server_file, targets, proxy: proxy_files.flatten() }))
+}
+
+fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, LiveError>, LiveError> {
+    let IdentityFiles { certificate, key, ca } = files.clone();
+    Watched::open(vec![certificate, key, ca], |files| {
+        let [certificate, key, ca] = files else { unreachable!("three paths give three files") };
+        let loaded = parse_credential(certificate, key, LoadPolicy::LENIENT, SystemTime::now())?;
+        for warning in &loaded.warnings {
+            tracing::warn!("{warning}");
+        }
+        let config = tls::agent_client(&parse_roots(ca)?, &loaded.value)?;
+        Ok(ClientConfig::clone(&config))
+    })
+}
+
+/// What the agent has kept; and whether it could come back if it kept nothing.
+fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
+    let found = Place::of(join).open()?;
+    let token = join.token_file.as_deref().map(enrol::read_token).transpose();
+    if found.held.is_some() || join.service_account.is_some() {
+        // The token has done its work, or another way may do it; what is wrong with it is told when it is needed.
+        return Ok(found);
+    }
+    match token? {
+        None => Err(EnrolError::NoProof.into()),
+        Some(token) if join.directory.is_none() && token.uses == 1 => Err(EnrolError::Lost.into()),
+        Some(_) => Ok(found),
+    }
 }
 
 /// Looks at the files again and again. Runs until it is dropped.
@@ -167,15 +213,15 @@ impl Files {
         let report = |what: &'static str, result: &'static str| {
             metrics.reloads.with_label_values(&[what, result]).inc();
         };
-        match self.tunnel.poll() {
-            Reload::Unchanged => {}
-            Reload::Changed(config) => {
+        match self.tunnel.as_mut().map(Watched::poll) {
+            None | Some(Reload::Unchanged) => {}
+            Some(Reload::Changed(config)) => {
                 tracing::info!("new certificate or tunnel CA: sessions are replaced one by one");
-                live.tunnel.store(config);
+                live.tunnel.store(Some(config));
                 live.identity.send_modify(|count| *count += 1);
                 report("identity", "ok");
             }
-            Reload::Kept { error, repeated } => {
+            Some(Reload::Kept { error, repeated }) => {
                 if !repeated {
                     tracing::error!(%error, "the certificate in use stays");
                     report("identity", "failed");
@@ -270,7 +316,7 @@ impl TargetsFile {
             Err(LookError::Other(seen, error)) => {
                 let repeated = self.seen.as_ref() == Some(&seen);
                 self.seen = Some(seen);
-                return (!repeated).then_some(Err(error));
+                return (!repeated).then_some(Err(*error));
             }
         };
         if self.seen.as_ref() == Some(&seen) {
@@ -287,11 +333,13 @@ impl TargetsFile {
         let file = match FileBytes::read(&self.path) {
             Ok(file) => file,
             Err(error) if error.cause == LoadCause::Missing => return Err(LookError::Gone),
-            Err(error) => return Err(LookError::Other(error.to_string().into_bytes(), error.into())),
+            Err(error) => {
+                return Err(LookError::Other(error.to_string().into_bytes(), Box::new(error.into())));
+            }
         };
         let mut seen = file.bytes().to_vec();
         let config = AgentConfig::parse(&self.path.display().to_string(), file.bytes())
-            .map_err(|problems| LookError::Other(seen.clone(), problems.into()))?;
+            .map_err(|problems| LookError::Other(seen.clone(), Box::new(problems.into())))?;
         for ca in config.targets.iter().filter_map(|target| target.tls.as_ref()?.ca.as_ref()) {
             match FileBytes::read(ca) {
                 Ok(ca) => seen.extend_from_slice(ca.bytes()),
@@ -304,7 +352,7 @@ impl TargetsFile {
 
 enum LookError {
     Gone,
-    Other(Vec<u8>, LiveError),
+    Other(Vec<u8>, Box<LiveError>),
 }
 
 fn rest(config: &AgentConfig) -> serde_json::Value {

@@ -43,6 +43,14 @@ pub(crate) struct Metrics {
     pub(crate) stale: IntCounterVec,
     /// Reloads of files, by file and result.
     pub(crate) reloads: IntCounterVec,
+    /// Attempts to join, by how they ended.
+    pub(crate) joins: IntCounterVec,
+    /// Renewals of the certificate, by how they ended.
+    pub(crate) renewals: IntCounterVec,
+    /// Announcements of the tunnel CA's roots, by what became of them.
+    pub(crate) trust: IntCounterVec,
+    /// When the certificate that the agent joined with or renewed runs out.
+    pub(crate) certificate_ends: IntGauge,
 }
 
 /// Counts up now and down when it is dropped.
@@ -131,6 +139,26 @@ impl Metrics {
                 &["found"],
             ),
             reloads: counters(&registry, "reloads_total", "Changed files", &["what", "result"]),
+            joins: counters(
+                &registry,
+                "joins_total",
+                "Attempts to join: ok, or what stood against it",
+                &["outcome"],
+            ),
+            renewals: counters(&registry, "renewals_total", "Renewals of the certificate", &["outcome"]),
+            trust: counters(
+                &registry,
+                "trust_changes_total",
+                "Announcements of the tunnel CA's roots",
+                &["result"],
+            ),
+            certificate_ends: add(
+                &registry,
+                gauge(
+                    "certificate_expiry_timestamp_seconds",
+                    "When the certificate that the agent got by joining runs out; 0 = it has none",
+                ),
+            ),
             registry,
         };
         metrics.preset();
@@ -262,9 +290,16 @@ mod tests {
             connects,
             stale,
             reloads,
+            joins,
+            renewals,
+            trust,
+            certificate_ends: _,
         } = Metrics::new();
         // A family without a series is not printed.
         for vector in [&fallbacks, &sessions_ended, &tunnel_bytes, &refused, &connects, &stale] {
+            vector.with_label_values(&["x"]).inc();
+        }
+        for vector in [&joins, &renewals, &trust] {
             vector.with_label_values(&["x"]).inc();
         }
         for vector in [&dials, &exchanges, &reloads] {

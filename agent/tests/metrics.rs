@@ -75,7 +75,12 @@ async fn every_family_moves() {
     rig.agent.reload();
 
     let words = OPERATIONS.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
-    let documented: BTreeSet<&str> = words.filter(|word| word.starts_with("towline_agent_")).collect();
+    // How an agent gets and keeps an identity of its own is shown to move in `enrol.rs`.
+    let identity = ["joins", "renewals", "certificate", "trust"];
+    let elsewhere =
+        |word: &str| identity.iter().any(|part| word.starts_with(&format!("towline_agent_{part}_")));
+    let documented: BTreeSet<&str> =
+        words.filter(|word| word.starts_with("towline_agent_") && !elsewhere(word)).collect();
     assert!(documented.len() > 10, "{documented:?}");
     for _ in 0..100 {
         seen.look(&rig.agent).await;

@@ -73,6 +73,12 @@ pub enum CaError {
         /// The root's file.
         path: String,
     },
+    /// None of the certificates is the key's.
+    #[error("{path} holds no certificate of its key. Bring both back from the same backup")]
+    NoRootOfKey {
+        /// The root's file.
+        path: String,
+    },
     /// The issuing library refused.
     #[error("the CA cannot be made: {0}")]
     Library(#[from] rcgen::Error),
@@ -98,19 +104,11 @@ impl CertificateAuthority {
     pub fn create(kind: CaKind, lifetime: Duration, now: SystemTime) -> Result<Self, CaError> {
         let key = CaKey(KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?);
         let serial = random_serial().map_err(|_| CaError::Random)?;
-        let mut params = CertificateParams::default();
+        // The subject differs between two CAs of one kind, so that a bundle can hold the old and the new one.
+        let tail = hex(serial.get(..4).unwrap_or_default());
+        let mut params = ca_params(kind, &format!("Towline {kind} {tail}"), &serial);
         params.not_before = (now - CA_BACKDATE).into();
         params.not_after = (now + lifetime.min(CA_LIFETIME_MAX)).into();
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        // The subject differs between two CAs of one kind, so that a bundle can hold the old and the new one.
-        let mut name = DistinguishedName::new();
-        name.push(DnType::OrganizationName, ORGANIZATION);
-        name.push(DnType::OrganizationalUnitName, kind.mark());
-        let tail = hex(serial.get(..4).unwrap_or_default());
-        name.push(DnType::CommonName, format!("Towline {kind} {tail}"));
-        params.distinguished_name = name;
-        params.serial_number = Some(SerialNumber::from_slice(&serial));
         let root = params.self_signed(&key)?.der().clone();
         Self::assemble(kind, root, key, "the new CA")
     }
@@ -156,6 +154,49 @@ impl CertificateAuthority {
         Ok(())
     }
 
+    /// The CA of a key, whose root stands among `roots`: so a CA is replaced by replacing its key.
+    ///
+    /// # Errors
+    /// When none of the roots is the key's, or it is of another kind.
+    pub fn choose(
+        kind: CaKind,
+        roots: &[CertificateDer<'static>],
+        key: &PrivateKey,
+        origin: &str,
+    ) -> Result<Self, CaError> {
+        let pair = |root: &CertificateDer<'static>| {
+            Credential::new(vec![root.clone()], key.clone(), origin.as_ref()).ok()
+        };
+        let credential = roots.iter().find_map(pair);
+        let credential = credential.ok_or_else(|| CaError::NoRootOfKey { path: origin.to_owned() })?;
+        Self::from_credential(kind, &credential, origin)
+    }
+
+    /// A certificate of this CA for another one of the same kind: who believes only this one follows it to what that one
+    /// issues. For the time of a change.
+    ///
+    /// # Errors
+    /// When the other is of another kind, or this one has run out.
+    pub fn cross_sign(&self, other: &Self, now: SystemTime) -> Result<CertificateDer<'static>, CaError> {
+        if self.kind != other.kind {
+            let (found, wanted) = (other.kind, self.kind);
+            return Err(CaError::OtherKind { path: "the CA to vouch for".to_owned(), found, wanted });
+        }
+        let subject_error = || CaError::Subject { path: "the CA to vouch for".to_owned() };
+        let (_, parsed) = X509Certificate::from_der(&other.root).map_err(|_| subject_error())?;
+        let common_name = parsed.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
+        let serial = random_serial().map_err(|_| CaError::Random)?;
+        let mut params = ca_params(other.kind, common_name.unwrap_or_default(), &serial);
+        params.not_before = (now - CA_BACKDATE).into();
+        params.not_after = self.not_after.min(other.not_after).into();
+        params.use_authority_key_identifier_extension = true;
+        let cross = params.signed_by(other.issuer.key(), &self.issuer)?.der().clone();
+        // Only the subject of a CA that was made here can be repeated exactly.
+        let (_, signed) = X509Certificate::from_der(&cross).map_err(|_| subject_error())?;
+        let same = signed.subject().as_raw() == parsed.subject().as_raw();
+        if same { Ok(cross.clone()) } else { Err(subject_error()) }
+    }
+
     /// What it is for.
     #[must_use]
     pub fn kind(&self) -> CaKind {
@@ -192,7 +233,9 @@ impl CertificateAuthority {
         &self.issuer
     }
 
-    fn private_key(&self) -> PrivateKey {
+    /// The key, to keep.
+    #[must_use]
+    pub fn private_key(&self) -> PrivateKey {
         PrivateKey::from_pkcs8(self.issuer.key().0.serialize_der())
     }
 
@@ -217,6 +260,20 @@ impl CertificateAuthority {
         drop(parsed);
         Ok(ca)
     }
+}
+
+/// What all our CA certificates have in common.
+fn ca_params(kind: CaKind, common_name: &str, serial: &[u8]) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let mut name = DistinguishedName::new();
+    name.push(DnType::OrganizationName, ORGANIZATION);
+    name.push(DnType::OrganizationalUnitName, kind.mark());
+    name.push(DnType::CommonName, common_name);
+    params.distinguished_name = name;
+    params.serial_number = Some(SerialNumber::from_slice(serial));
+    params
 }
 
 impl fmt::Debug for CertificateAuthority {
@@ -348,6 +405,32 @@ mod tests {
         assert!(matches!(error, CaError::Load(LoadError { cause: LoadCause::OtherKey { .. }, .. })));
         let error = load("a.key", now + CA_LIFETIME + CA_BACKDATE).unwrap_err();
         assert!(matches!(error, CaError::Load(LoadError { cause: LoadCause::Expired { .. }, .. })));
+    }
+
+    /// A change of CA: who believes only the old root follows the cross-signed certificate, who believes the new one does not
+    /// need it; and the key says which root issues.
+    #[test]
+    fn a_new_ca_is_vouched_for_by_the_old_one() {
+        let now = testing::now();
+        let (old, new) = (Set::new(now).tunnel_ca, Set::new(now).tunnel_ca);
+        let cross = old.cross_sign(&new, now).unwrap();
+        let leaf = new.issue_agent(&testing::agent(), crate::issue::LEAF_LIFETIME, now).unwrap();
+        let believes = |root: &CertificateDer<'static>, chain: &[CertificateDer<'static>]| {
+            let domain = testing::agent().trust_domain;
+            crate::trust::AgentCa::new(std::slice::from_ref(root), domain).unwrap().verify(chain, now).is_ok()
+        };
+        let chain = [leaf.leaf().clone(), cross, new.root_der().clone()];
+        assert!(believes(old.root_der(), &chain) && believes(new.root_der(), &chain));
+        assert!(!believes(old.root_der(), leaf.chain()));
+        assert!(!believes(Set::new(now).tunnel_ca.root_der(), &chain));
+        let other = Set::new(now).client_ca;
+        assert!(matches!(old.cross_sign(&other, now), Err(CaError::OtherKind { .. })));
+
+        let roots = [old.root_der().clone(), new.root_der().clone()];
+        let chosen = CertificateAuthority::choose(CaKind::Tunnel, &roots, &new.private_key(), "x").unwrap();
+        assert_eq!(chosen.root_der(), new.root_der());
+        let none = CertificateAuthority::choose(CaKind::Tunnel, &roots[..1], &new.private_key(), "x");
+        assert!(matches!(none, Err(CaError::NoRootOfKey { .. })));
     }
 
     #[test]

@@ -32,6 +32,7 @@ use crate::der;
 use crate::facts::hex;
 use crate::identity::{AgentIdentity, ClientIdentity};
 use crate::load::{Credential, PrivateKey};
+use crate::pin::SpkiPin;
 
 /// How long an agent's and a client's certificate lives: 24 h.
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -198,7 +199,8 @@ impl CertificateAuthority {
         self.with_new_key(agent_params(identity)?, lifetime, now)
     }
 
-    /// A certificate for the key in `csr_der`, for `identity` from the gateway's own record, living [`LEAF_LIFETIME`].
+    /// A certificate for the key in `csr_der`, for `identity` from the gateway's own record, living for `lifetime`
+    /// ([`LEAF_LIFETIME`] is usual).
     ///
     /// # Errors
     /// When the request is too large, malformed, not signed by its own key, or the key is of a kind not accepted.
@@ -206,11 +208,12 @@ impl CertificateAuthority {
         &self,
         csr_der: &[u8],
         identity: &AgentIdentity,
+        lifetime: Duration,
         now: SystemTime,
     ) -> Result<IssuedCertificate, IssueError> {
         self.require(CaKind::Tunnel)?;
         let key = key_of_csr(csr_der)?;
-        self.sign(agent_params(identity)?, &key, LEAF_LIFETIME, now)
+        self.sign(agent_params(identity)?, &key, lifetime, now)
     }
 
     /// The gateway's certificate on tunnel and join listener; the chain ends in the root, so that a pin can be checked.
@@ -257,6 +260,26 @@ impl CertificateAuthority {
         let named = der::with_subject(plain.leaf(), &identity.name, &identity.groups, self.issuer().key())?
             .ok_or(rcgen::Error::CouldNotParseCertificate)?;
         Ok(Credential::from_parts(vec![named, self.root_der().clone()], plain.key().clone()))
+    }
+
+    /// A certificate for the key in `csr_der`, for a client that the gateway knows already.
+    ///
+    /// # Errors
+    /// When this is not the front client CA, or as [`Self::issue_agent_from_csr`].
+    pub fn issue_client_from_csr(
+        &self,
+        csr_der: &[u8],
+        identity: &ClientIdentity,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<IssuedCertificate, IssueError> {
+        self.require(CaKind::FrontClients)?;
+        let key = key_of_csr(csr_der)?;
+        let plain = self.sign(leaf_params(ExtendedKeyUsagePurpose::ClientAuth), &key, lifetime, now)?;
+        let key = self.issuer().key();
+        let certificate = der::with_subject(&plain.certificate, &identity.name, &identity.groups, key)?
+            .ok_or(rcgen::Error::CouldNotParseCertificate)?;
+        Ok(IssuedCertificate { certificate, ..plain })
     }
 
     fn require(&self, kind: CaKind) -> Result<(), IssueError> {
@@ -329,6 +352,14 @@ fn server_params(names: &[HostName]) -> Result<CertificateParams, IssueError> {
         });
     }
     Ok(params)
+}
+
+/// The pin of the public key in a request whose sender has proved to hold the private one.
+///
+/// # Errors
+/// When the request is too large, malformed, not signed by its own key, or the key is of a kind not accepted.
+pub fn csr_pin(csr_der: &[u8]) -> Result<SpkiPin, IssueError> {
+    Ok(SpkiPin::of_spki(&key_of_csr(csr_der)?.subject_public_key_info()))
 }
 
 /// The public key of a request whose sender has proved to hold the private one; everything else in it is ignored.
@@ -423,7 +454,10 @@ mod tests {
         let now = testing::now();
         let set = Set::new(now);
         let key = KeyPair::generate().unwrap();
-        let issued = set.tunnel_ca.issue_agent_from_csr(&greedy_csr(&key), &testing::agent(), now).unwrap();
+        let issued = set
+            .tunnel_ca
+            .issue_agent_from_csr(&greedy_csr(&key), &testing::agent(), LEAF_LIFETIME, now)
+            .unwrap();
 
         let facts = CertificateFacts::of(&issued.certificate).unwrap();
         assert!(!facts.is_ca);
@@ -431,7 +465,7 @@ mod tests {
         assert_eq!(facts.not_after, now + LEAF_LIFETIME);
         assert_eq!(facts.serial, issued.serial);
         assert!(host_names(&issued.certificate).is_empty());
-        assert_eq!(facts.pin, crate::pin::SpkiPin::of_spki(&key.subject_public_key_info()));
+        assert_eq!(facts.pin, SpkiPin::of_spki(&key.subject_public_key_info()));
         let chain = [issued.certificate.clone(), issued.root];
         assert_eq!(agents(&set).verify(&chain, now).unwrap(), testing::agent());
         let text = issued.certificate.escape_ascii().to_string();
@@ -449,8 +483,10 @@ mod tests {
         let set = Set::new(now);
         let key = AgentKey::generate().unwrap();
         let kept = AgentKey::from_private_key(&key.private_key()).unwrap();
-        let issued =
-            set.tunnel_ca.issue_agent_from_csr(&kept.csr_der().unwrap(), &testing::agent(), now).unwrap();
+        let issued = set
+            .tunnel_ca
+            .issue_agent_from_csr(&kept.csr_der().unwrap(), &testing::agent(), LEAF_LIFETIME, now)
+            .unwrap();
         let chain = vec![issued.certificate, issued.root];
         assert!(Credential::new(chain, key.private_key(), "x".as_ref()).is_ok());
     }
@@ -465,8 +501,10 @@ mod tests {
             KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap(),
             KeyPair::generate_rsa_for(&rcgen::PKCS_RSA_SHA256, RsaKeySize::_2048).unwrap(),
         ] {
-            let issued =
-                set.tunnel_ca.issue_agent_from_csr(&greedy_csr(&key), &testing::agent(), now).unwrap();
+            let issued = set
+                .tunnel_ca
+                .issue_agent_from_csr(&greedy_csr(&key), &testing::agent(), LEAF_LIFETIME, now)
+                .unwrap();
             assert!(agents(&set).verify(&[issued.certificate], now).is_ok(), "{:?}", key.algorithm());
         }
     }
@@ -475,7 +513,9 @@ mod tests {
     fn weak_and_unusual_keys_are_refused_by_cause() {
         let now = testing::now();
         let set = Set::new(now);
-        let issue = |csr: &[u8]| set.tunnel_ca.issue_agent_from_csr(csr, &testing::agent(), now).unwrap_err();
+        let issue = |csr: &[u8]| {
+            set.tunnel_ca.issue_agent_from_csr(csr, &testing::agent(), LEAF_LIFETIME, now).unwrap_err()
+        };
         let p521 = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P521_SHA512).unwrap();
         assert!(matches!(issue(&greedy_csr(&p521)), IssueError::CsrKey("another curve")));
         let decode = |text: &str| {
@@ -489,7 +529,9 @@ mod tests {
     fn damaged_requests_are_refused_by_cause() {
         let now = testing::now();
         let set = Set::new(now);
-        let issue = |csr: &[u8]| set.tunnel_ca.issue_agent_from_csr(csr, &testing::agent(), now).unwrap_err();
+        let issue = |csr: &[u8]| {
+            set.tunnel_ca.issue_agent_from_csr(csr, &testing::agent(), LEAF_LIFETIME, now).unwrap_err()
+        };
         let good = AgentKey::generate().unwrap().csr_der().unwrap();
         assert!(matches!(issue(&[]), IssueError::CsrMalformed));
         assert!(matches!(issue(&good[..good.len() - 1]), IssueError::CsrMalformed));
@@ -501,11 +543,13 @@ mod tests {
         assert!(matches!(issue(&forged), IssueError::CsrSignature));
         // Bytes outside the signed part may be read leniently; the key that gets a certificate is always the signer's.
         let (_, signed) = X509CertificationRequest::from_der(&good).unwrap();
-        let pin = crate::pin::SpkiPin::of_spki(signed.certification_request_info.subject_pki.raw);
+        let pin = SpkiPin::of_spki(signed.certification_request_info.subject_pki.raw);
         for index in 0..good.len() {
             let mut changed = good.clone();
             changed[index] ^= 0x81;
-            if let Ok(issued) = set.tunnel_ca.issue_agent_from_csr(&changed, &testing::agent(), now) {
+            if let Ok(issued) =
+                set.tunnel_ca.issue_agent_from_csr(&changed, &testing::agent(), LEAF_LIFETIME, now)
+            {
                 assert_eq!(CertificateFacts::of(&issued.certificate).unwrap().pin, pin, "byte {index}");
             }
         }
@@ -520,7 +564,7 @@ mod tests {
         for ca in [&set.client_ca, &set.front_ca] {
             assert!(matches!(ca.issue_agent(&testing::agent(), life, now), Err(IssueError::WrongCa(_))));
             assert!(matches!(
-                ca.issue_agent_from_csr(&csr, &testing::agent(), now),
+                ca.issue_agent_from_csr(&csr, &testing::agent(), LEAF_LIFETIME, now),
                 Err(IssueError::WrongCa(_))
             ));
             assert!(matches!(ca.issue_tunnel_server(&names, life, now), Err(IssueError::WrongCa(_))));

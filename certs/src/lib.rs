@@ -7,6 +7,7 @@
 //! | whose certificates are believed? | [`trust`] |
 //! | which TLS versions, ALPN and verifiers? | [`tls`] |
 //! | what is a CA, and what does it issue? | [`ca`], [`issue`] |
+//! | what is a new agent told? | [`join`] |
 //! | how are files read, written, watched? | [`load`], [`save`], [`reload`] |
 //! | what does a certificate say? | [`facts`], [`pin`] |
 //! | why did a handshake fail, and what now? | [`mod@explain`], [`foreign`] |
@@ -24,6 +25,7 @@ pub mod facts;
 pub mod foreign;
 pub mod identity;
 pub mod issue;
+pub mod join;
 pub mod load;
 pub mod pin;
 pub mod profile;
@@ -43,6 +45,7 @@ pub use facts::CertificateFacts;
 pub use foreign::ForeignIssuer;
 pub use identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain};
 pub use issue::{AgentKey, HostName, IssueError, IssuedCertificate};
+pub use join::{JoinAddress, JoinSecret, JoinToken, JoinTokenError};
 pub use load::{Credential, FileBytes, LoadCause, LoadError, LoadPolicy, Loaded, PrivateKey, Strictness};
 pub use pin::SpkiPin;
 pub use profile::ProfileError;

@@ -124,7 +124,8 @@ impl Admin {
         shared.registry.count_bytes();
         let live = shared.live();
         let connected = |uid| shared.registry.presence(uid).sessions > 0;
-        shared.metrics.clusters(live.config.clusters.iter().map(|c| (c.name.as_str(), connected(&c.uid))));
+        let clusters = shared.clusters(&live);
+        shared.metrics.clusters(clusters.iter().map(|c| (c.name.as_str(), connected(&c.uid))));
         let mut response = text(StatusCode::OK, shared.metrics.render());
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(Metrics::MEDIA_TYPE));
         response

@@ -7,9 +7,12 @@
 //! takes over nor makes the route flap.
 
 use crate::config::{Cluster, GatewayConfig};
+use crate::fleet::{Fleet, Time};
+use crate::join;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::registry::{InsertError, Registration, SessionId};
 use crate::state::{Shared, random};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -17,9 +20,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 use towline_certs::facts::{CertificateFacts, human};
-use towline_certs::{AgentIdentity, CertificateDer};
+use towline_certs::{AgentIdentity, CertificateDer, InstanceId};
 use towline_proto::Code;
 use towline_proto::hello::Hello;
+use towline_proto::join::{CAPABILITY_IDENTITY, Notice, SayError, TrustAck};
 use towline_proto::mux::{CloseReason, Introduction, Limits, Role};
 use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::GoAway;
@@ -96,7 +100,7 @@ fn session_config(shared: &Shared) -> SessionConfig {
         limits: session_limits(&shared.config),
         budget: shared.budget.clone(),
         introduction: Introduction {
-            capabilities: Vec::new(),
+            capabilities: vec![CAPABILITY_IDENTITY.to_owned()],
             boot_id: shared.boot_id.to_vec(),
             software: format!("towline-gateway/{}", env!("CARGO_PKG_VERSION")),
         },
@@ -150,8 +154,8 @@ async fn live(
     }
     let over = async {
         tokio::select! {
-            () = expire(session, admitted.not_after) => {}
-            () = revoke(shared, session, chain, &admitted.identity) => {}
+            () = expire(shared, session, &admitted) => {}
+            () = revoke(shared, session, chain, &admitted) => {}
         }
         session.closed().unwrap_or(CloseReason::HelloTimeout)
     };
@@ -162,6 +166,7 @@ async fn live(
             session.wait_for(|state| state.closed.is_some()).await.closed.unwrap_or(CloseReason::HelloTimeout)
         }
         reason = over => reason,
+        reason = converse(shared, session, &admitted, address) => reason,
     };
     drop((registration, counted));
     shared.metrics.session_ended(reason.label());
@@ -173,6 +178,9 @@ struct Admitted {
     cluster: Arc<Cluster>,
     identity: AgentIdentity,
     not_after: SystemTime,
+    serial: String,
+    /// Whether the certificate was on record when the session began.
+    on_record: bool,
     hello: Hello,
 }
 
@@ -188,13 +196,7 @@ async fn admit(
     let leaf = leaf.ok_or_else(|| certificate("no certificate was presented".to_owned()))?;
     let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
     let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
-    let Some(cluster) = live.by_uid.get(&identity.cluster).cloned() else {
-        let text = format!(
-            "cluster uid {} is not on this gateway's list; add it there under clusters",
-            identity.cluster
-        );
-        return Err(certificate(text));
-    };
+    let cluster = shared.admits(&live, &identity, &facts.serial).map_err(certificate)?;
     drop(live);
     let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
         Ok(Ok(hello)) => hello,
@@ -211,21 +213,28 @@ async fn admit(
         let text = format!("the boot id has {} bytes, not {BOOT_ID_BYTES}", hello.boot_id.len());
         return Err(refuse(TlCode::Proto, Code::Proto, text));
     }
-    let registration = register(shared, session, &identity, &hello.boot_id).await?;
-    Ok((Admitted { cluster, identity, not_after: facts.not_after, hello }, registration))
+    let registration = register(shared, session, &identity, &hello).await?;
+    let CertificateFacts { not_after, serial, .. } = facts;
+    let on_record = is_on_record(shared, &identity, &serial);
+    Ok((Admitted { cluster, identity, not_after, serial, on_record, hello }, registration))
 }
 
 async fn register(
     shared: &Arc<Shared>,
     session: &Session,
     identity: &AgentIdentity,
-    boot_id: &[u8],
+    hello: &Hello,
 ) -> Result<Registration, Option<Refusal>> {
     let refuse = |tl, code, text: &str| Some(Refusal { tl, code, text: text.to_owned() });
     let mut replaced: Vec<SessionId> = Vec::new();
     for _ in 0..REPLACE_ROUNDS {
-        match shared.registry.insert(&identity.cluster, &identity.instance, boot_id, session, &replaced) {
-            Ok(registration) => return Ok(registration),
+        let AgentIdentity { cluster, instance, .. } = identity;
+        let software = crate::proxy::printable(&hello.software);
+        match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, &software) {
+            Ok(registration) => {
+                shared.joins.came(instance);
+                return Ok(registration);
+            }
             Err(InsertError::SessionsMax) => {
                 shared.metrics.limit_reached(Limit::SessionsPerCluster);
                 return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has as many sessions as it may"));
@@ -247,6 +256,25 @@ async fn register(
     }
     let text = "already connected: another process with the same certificate is connected and alive. Stop it, or give this agent a certificate of its own";
     Err(refuse(TlCode::Cert, Code::Denied, text))
+}
+
+/// Which of these instances have a session that hears from its peer.
+pub(crate) async fn alive_among(sessions: Vec<(InstanceId, Session)>) -> HashSet<InstanceId> {
+    let asked = Instant::now();
+    sessions.iter().for_each(|(_, session)| session.probe());
+    let mut waiting = sessions;
+    let mut alive = HashSet::new();
+    while !waiting.is_empty() && asked.elapsed() < PROBE_TIMEOUT {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+        waiting.retain(|(instance, session)| {
+            let heard = session.closed().is_none() && session.silence() < asked.elapsed();
+            if heard {
+                alive.insert(instance.clone());
+            }
+            !heard && session.closed().is_none()
+        });
+    }
+    alive
 }
 
 /// Whether any of these sessions hears from its peer within the time that a dead one does not deserve.
@@ -279,35 +307,129 @@ async fn refuse_streams(session: &Session) -> CloseReason {
     }
 }
 
-/// Ends the session when its certificate does.
-async fn expire(session: &Session, not_after: SystemTime) {
-    while let Ok(left) = not_after.duration_since(SystemTime::now()) {
+/// Ends the session when the newest certificate of its instance does: a renewal moves the end of every session.
+async fn expire(shared: &Shared, session: &Session, admitted: &Admitted) {
+    loop {
+        let own = admitted.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+        let left = if own.is_zero() { newest(shared, &admitted.identity) } else { own };
+        if left.is_zero() {
+            break;
+        }
         tokio::time::sleep(left.min(EXPIRY_CHECK) + Duration::from_millis(1)).await;
     }
-    let late = SystemTime::now().duration_since(not_after).unwrap_or_default();
+    let late = SystemTime::now().duration_since(admitted.not_after).unwrap_or_default();
     session.close(Code::Denied, &format!("the agent's certificate expired {} ago; renew it", human(late)));
 }
 
-/// Ends the session when a reload takes away what let it in: its cluster's place on the list, or its CA.
-async fn revoke(
-    shared: &Shared,
+/// What is left of the newest certificate that an instance has on record.
+fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    let now = Time::now();
+    let left = record.iter().flat_map(|record| &record.certificates).map(|known| known.not_after.since(now));
+    left.max().unwrap_or_default()
+}
+
+/// Whether a certificate is one that this fleet has issued to the instance.
+fn is_on_record(shared: &Shared, identity: &AgentIdentity, serial: &str) -> bool {
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    record.is_some_and(|record| record.certificates.iter().any(|known| known.serial == serial))
+}
+
+/// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One that somebody made
+/// with the key of an old CA is not on record.
+fn was_renewed(shared: &Shared, admitted: &Admitted) -> bool {
+    let Admitted { identity, serial, on_record, .. } = admitted;
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    let newest = record.as_ref().and_then(|record| record.certificates.last());
+    *on_record && newest.is_some_and(|newest| newest.serial != *serial)
+}
+
+/// Talks with the agent about its certificate and the CA, until the session ends.
+async fn converse(
+    shared: &Arc<Shared>,
     session: &Session,
-    chain: &[CertificateDer<'static>],
-    identity: &AgentIdentity,
-) {
+    admitted: &Admitted,
+    address: SocketAddr,
+) -> CloseReason {
+    let mut board = shared.trust.join(&admitted.cluster.uid, &shared.metrics);
     let mut reloads = shared.reloads();
+    // What has been announced, and whether it was answered.
+    let (mut announced, mut answered) = (None, true);
+    loop {
+        let trust = shared.live().trust.clone();
+        if announced != Some(trust.version) && answered {
+            let version = trust.version;
+            match session.say(Notice::Trust(trust)) {
+                Ok(()) => {
+                    board.announced();
+                    (announced, answered) = (Some(version), false);
+                }
+                Err(SayError::Unsupported) => {
+                    board.unsupported();
+                    announced = Some(version);
+                }
+                Err(_) => announced = Some(version),
+            }
+        }
+        let notice = tokio::select! {
+            notice = session.hear() => notice,
+            changed = reloads.changed() => {
+                drop(changed);
+                continue;
+            }
+        };
+        match notice {
+            Err(reason) => return reason,
+            Ok(Notice::TrustAck(TrustAck { version, problem })) => {
+                answered = true;
+                let problem = crate::proxy::printable(&problem).to_string();
+                if !problem.is_empty() {
+                    tracing::warn!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, problem,
+                        "an agent does not keep the tunnel CA's roots");
+                }
+                board.answered(version, &problem);
+            }
+            Ok(Notice::Renew(asked)) => {
+                let renewed =
+                    join::renew(shared, &admitted.identity, &admitted.serial, address, &asked).await;
+                // It fails only if the session has ended.
+                session.say(Notice::Renewed(renewed)).unwrap_or_default();
+            }
+            // The mux lets neither through to a gateway.
+            Ok(Notice::Renewed(_) | Notice::Trust(_)) => {}
+        }
+    }
+}
+
+/// Ends the session when a reload or a revocation takes away what let it in: its place on the list, or its CA.
+async fn revoke(shared: &Shared, session: &Session, chain: &[CertificateDer<'static>], admitted: &Admitted) {
+    let mut reloads = shared.reloads();
+    let mut losses = shared.fleet.as_ref().map(Fleet::losses);
     loop {
         // Also at first: admission may have begun before the last reload.
         let live = shared.live();
-        if !live.by_uid.contains_key(&identity.cluster) {
-            return session.close(Code::Denied, "the cluster was removed from this gateway's list");
+        if let Err(why) = shared.admits(&live, &admitted.identity, &admitted.serial) {
+            return session.close(Code::Denied, &format!("the agent is not admitted any more: {why}"));
         }
-        if let Err(error) = live.agent_ca.verify(chain, SystemTime::now()) {
+        // A session outlives the certificate that it showed, and the CA of that, once it has a newer one.
+        let at = SystemTime::now().min(admitted.not_after);
+        if let Err(error) = live.agent_ca.verify(chain, at)
+            && !was_renewed(shared, admitted)
+        {
             return session.close(Code::Denied, &format!("the agent's certificate counts no more: {error}"));
         }
         drop(live);
-        // The sender lives as long as `shared`.
-        drop(reloads.changed().await);
+        let lost = async {
+            match &mut losses {
+                Some(losses) => losses.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        // The senders live as long as `shared`.
+        tokio::select! {
+            changed = reloads.changed() => drop(changed),
+            changed = lost => drop(changed),
+        }
     }
 }
 

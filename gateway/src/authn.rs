@@ -14,9 +14,11 @@
 pub mod tokens;
 
 use crate::config::Mode;
+use crate::fleet::Fleet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine as _, alphabet};
 use http::header::{AUTHORIZATION, HeaderMap, HeaderName, SEC_WEBSOCKET_PROTOCOL};
+use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 use thiserror::Error;
@@ -85,21 +87,33 @@ pub enum Certificate {
     Verified {
         principal: Arc<Principal>,
         not_after: SystemTime,
+        credential: Credential,
     },
 }
 
 impl Certificate {
-    /// Judges what a client presented, leaf first.
+    /// Judges what a client presented, leaf first. `own_issuers` are ours: their certificates begin before they are issued.
     #[must_use]
-    pub fn judge(chain: Option<&[CertificateDer<'_>]>, ca: Option<&ClientCa>, now: SystemTime) -> Self {
+    pub fn judge(
+        chain: Option<&[CertificateDer<'_>]>,
+        ca: Option<&ClientCa>,
+        own_issuers: &[String],
+        now: SystemTime,
+    ) -> Self {
         let (Some(chain), Some(ca)) = (chain, ca) else { return Self::Absent };
         let verified = ca.verify(chain, now).map_err(|error| error.to_string());
         let facts = chain.first().and_then(|leaf| CertificateFacts::of(leaf).ok());
         match (verified, facts) {
-            (Ok(client), Some(facts)) => Self::Verified {
-                principal: Arc::new(Principal::new(&client.name, client.groups)),
-                not_after: facts.not_after,
-            },
+            (Ok(client), Some(facts)) => {
+                let principal = Arc::new(Principal::new(&client.name, client.groups));
+                let ours = own_issuers.contains(&facts.issuer);
+                let credential = Credential::Certificate {
+                    name: principal.name.as_str().into(),
+                    serial: facts.serial.as_str().into(),
+                    issued: if ours { facts.issued_at() } else { facts.not_before },
+                };
+                Self::Verified { principal, not_after: facts.not_after, credential }
+            }
             (Err(why), _) => Self::Unbelieved(why),
             (Ok(_), None) => Self::Unbelieved("it cannot be read".to_owned()),
         }
@@ -119,6 +133,10 @@ pub enum AuthnError {
     CertificateUnbelieved(String),
     #[error("the client certificate has expired")]
     CertificateExpired,
+    #[error("the client certificate was revoked")]
+    CertificateRevoked,
+    #[error("the credential was revoked while the request was running")]
+    Revoked,
     #[error("the bearer token is not known")]
     UnknownToken,
     /// No certificate, and a credential that is for somebody else.
@@ -138,6 +156,59 @@ pub enum AuthnError {
     Principal(#[from] PrincipalError),
 }
 
+/// What a caller was believed for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Credential {
+    Certificate {
+        name: Arc<str>,
+        /// Lower-case hex.
+        serial: Arc<str>,
+        /// By the issuer's word.
+        issued: SystemTime,
+    },
+    Token(tokens::Hash),
+}
+
+impl fmt::Display for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Certificate { name, serial, .. } => write!(f, "certificate {serial} of {name:?}"),
+            Self::Token(_) => f.write_str("a token"),
+        }
+    }
+}
+
+/// Who calls, and what says so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    pub principal: Arc<Principal>,
+    pub credential: Credential,
+}
+
+/// Who is known: the tokens of the configuration, and what is on record.
+#[derive(Clone, Copy, Debug)]
+pub struct Known<'a> {
+    pub tokens: &'a Tokens,
+    pub fleet: Option<&'a Fleet>,
+}
+
+impl Known<'_> {
+    fn owner(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
+        self.tokens.find(hash).or_else(|| self.fleet?.token(hash))
+    }
+
+    /// Whether a credential that was believed once still is.
+    #[must_use]
+    pub fn counts(&self, credential: &Credential) -> bool {
+        match credential {
+            Credential::Certificate { name, serial, issued } => {
+                !self.fleet.is_some_and(|fleet| fleet.is_client_revoked(name, serial, (*issued).into()))
+            }
+            Credential::Token(hash) => self.owner(hash).is_some(),
+        }
+    }
+}
+
 /// Finds out who calls, whatever they call: the answer to nobody is the same for every cluster, and for none.
 ///
 /// # Errors
@@ -145,28 +216,37 @@ pub enum AuthnError {
 pub fn authenticate(
     headers: &HeaderMap,
     certificate: &Certificate,
-    tokens: &Tokens,
+    known: Known<'_>,
     now: SystemTime,
-) -> Result<Arc<Principal>, AuthnError> {
+) -> Result<Caller, AuthnError> {
     let authorization = authorization(headers)?;
     let certified = match certificate {
         Certificate::Verified { not_after, .. } if now > *not_after => Err(AuthnError::CertificateExpired),
-        Certificate::Verified { principal, .. } => Ok(Arc::clone(principal)),
+        Certificate::Verified { credential, .. } if !known.counts(credential) => {
+            return Err(AuthnError::CertificateRevoked);
+        }
+        Certificate::Verified { principal, credential, .. } => {
+            Ok(Caller { principal: Arc::clone(principal), credential: credential.clone() })
+        }
         Certificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
         Certificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
         Certificate::Absent => Err(AuthnError::NoCredential),
     };
     let bearer =
         || authorization.and_then(bearer).map(ToOwned::to_owned).or_else(|| subprotocol_token(headers));
-    let principal = match certified {
-        Ok(principal) => principal,
+    let caller = match certified {
+        Ok(caller) => caller,
         Err(error) => match bearer().filter(|token| token.starts_with(tokens::PREFIX)) {
-            Some(token) => tokens.find(&token).ok_or(AuthnError::UnknownToken)?,
+            Some(token) => {
+                let hash = tokens::hash(&token).ok_or(AuthnError::UnknownToken)?;
+                let principal = known.owner(&hash).ok_or(AuthnError::UnknownToken)?;
+                Caller { principal, credential: Credential::Token(hash) }
+            }
             None => return Err(error),
         },
     };
-    principal.check()?;
-    Ok(principal)
+    caller.principal.check()?;
+    Ok(caller)
 }
 
 /// Checks that the request brings what a cluster of this mode wants. For callers that may call the cluster.
@@ -276,14 +356,17 @@ mod tests {
     fn cert(name: &str, groups: &[&str]) -> Certificate {
         let groups = groups.iter().map(ToString::to_string).collect();
         let not_after = SystemTime::now() + Duration::from_secs(60);
-        Certificate::Verified { principal: Arc::new(Principal::new(name, groups)), not_after }
+        let credential =
+            Credential::Certificate { name: name.into(), serial: "01".into(), issued: SystemTime::now() };
+        Certificate::Verified { principal: Arc::new(Principal::new(name, groups)), not_after, credential }
     }
 
     fn ask(mode: Mode, certificate: &Certificate, lines: &[(&str, &str)]) -> Result<String, AuthnError> {
         let lines = headers(lines);
-        let principal = authenticate(&lines, certificate, &Tokens::default(), SystemTime::now())?;
+        let known = Known { tokens: &Tokens::default(), fleet: None };
+        let caller = authenticate(&lines, certificate, known, SystemTime::now())?;
         suits(&lines, mode)?;
-        Ok(principal.name.clone())
+        Ok(caller.principal.name.clone())
     }
 
     #[test]
@@ -372,10 +455,9 @@ mod tests {
             Err(AuthnError::UnknownToken)
         );
         assert_eq!(ask(Mode::Impersonate, &Certificate::Absent, &[]), Err(AuthnError::NoCredential));
-        let expired = Certificate::Verified {
-            principal: Arc::new(Principal::new("jane", Vec::new())),
-            not_after: SystemTime::now() - Duration::from_secs(1),
-        };
+        let Certificate::Verified { principal, credential, .. } = cert("jane", &[]) else { unreachable!() };
+        let not_after = SystemTime::now() - Duration::from_secs(1);
+        let expired = Certificate::Verified { principal, not_after, credential };
         assert_eq!(ask(Mode::Impersonate, &expired, &[]), Err(AuthnError::CertificateExpired));
     }
 }

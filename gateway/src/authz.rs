@@ -27,6 +27,18 @@ impl AccessRules {
         Self(rules)
     }
 
+    /// As [`Self::decide`], by the rules of several lists together.
+    #[must_use]
+    pub fn decide_by_all(lists: &[&Self], principal: &Principal, cluster: &ClusterName) -> Decision {
+        let rank = |decision: &Decision| match decision {
+            Decision::Denied(_) => 0,
+            Decision::Allowed(_) => 1,
+            Decision::NoRule => 2,
+        };
+        let decisions = lists.iter().map(|list| list.decide(principal, cluster));
+        decisions.min_by_key(rank).unwrap_or(Decision::NoRule)
+    }
+
     /// Decides for a name, whether a cluster has it or not: an unknown name is judged like any other, so that only who
     /// may call every cluster can tell it from a forbidden one.
     #[must_use]

@@ -8,6 +8,7 @@ mod units;
 
 pub use units::ByteSize;
 
+use crate::rotation;
 use crate::routing::ClusterName;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -16,7 +17,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use towline_certs::{ClusterUid, TrustDomain};
+use towline_certs::issue::LEAF_LIFETIME;
+use towline_certs::{ClusterUid, HostName, TrustDomain};
 
 /// The version of the format.
 pub const API_VERSION: &str = "towline.io/v1alpha1";
@@ -38,6 +40,14 @@ pub struct GatewayConfig {
     pub listen: Listen,
     #[serde(default)]
     pub admin: Admin,
+    /// Where the gateway keeps what it remembers: registered clusters, tokens, its own CAs. Without it there is only what
+    /// stands here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_directory: Option<PathBuf>,
+    /// Under which addresses agents and clients reach the gateway: in its own certificates, join tokens, kubeconfigs.
+    #[serde(default, with = "units::list", skip_serializing_if = "Vec::is_empty")]
+    pub public_addresses: Vec<PublicAddress>,
+    #[serde(default)]
     pub tls: Tls,
     /// The one trust domain whose agents count.
     #[serde(with = "units")]
@@ -54,6 +64,8 @@ pub struct GatewayConfig {
     /// Who may call which cluster. Nobody, unless a rule allows it.
     #[serde(default)]
     pub access: Vec<AccessRule>,
+    #[serde(default)]
+    pub join: Join,
     #[serde(default)]
     pub limits: Limits,
     #[serde(default)]
@@ -157,11 +169,15 @@ pub struct Admin {
     pub address: SocketAddr,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// The certificates. With a state directory a part that is missing is issued by the gateway's own CAs, which are believed
+/// beside those named here.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Tls {
-    pub front: FrontTls,
-    pub tunnel: TunnelTls,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub front: Option<FrontTls>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<TunnelTls>,
 }
 
 /// What clients see, and which client certificates are believed.
@@ -170,7 +186,7 @@ pub struct Tls {
 pub struct FrontTls {
     pub certificate: PathBuf,
     pub key: PathBuf,
-    /// Without it no client certificate is asked for.
+    /// Without it, and without a state directory, no client certificate is asked for.
     #[serde(rename = "clientCA", default, skip_serializing_if = "Option::is_none")]
     pub client_ca: Option<PathBuf>,
 }
@@ -186,8 +202,45 @@ pub struct TunnelTls {
     pub agent_ca: PathBuf,
 }
 
+/// A host name or address, and a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicAddress {
+    pub host: HostName,
+    pub port: u16,
+}
+
+/// Why a text is no [`PublicAddress`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "write HOST:PORT with a DNS name or an IP address, such as gw.example.org:8443 or [2001:db8::1]:8443"
+)]
+pub struct PublicAddressError;
+
+impl std::str::FromStr for PublicAddress {
+    type Err = PublicAddressError;
+
+    fn from_str(text: &str) -> Result<Self, PublicAddressError> {
+        let (host, port) = text.rsplit_once(':').ok_or(PublicAddressError)?;
+        // An address of version 6 without brackets ends in what looks like a port.
+        let bare = host.contains(':') && !host.starts_with('[');
+        match (host.parse(), port.parse()) {
+            (Ok(host), Ok(port @ 1..)) if !bare => Ok(Self { host, port }),
+            _ => Err(PublicAddressError),
+        }
+    }
+}
+
+impl fmt::Display for PublicAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            HostName::Ip(IpAddr::V6(address)) => write!(f, "[{address}]:{}", self.port),
+            host => write!(f, "{host}:{}", self.port),
+        }
+    }
+}
+
 /// One cluster of the fleet.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Cluster {
     /// The name in paths and hosts.
@@ -231,6 +284,24 @@ pub enum Effect {
     Allow,
     /// Wins over every Allow.
     Deny,
+}
+
+/// What agents get that join.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Join {
+    /// How long their certificates live. They renew them at two thirds of it.
+    #[serde(with = "units")]
+    pub certificate_lifetime: Duration,
+    /// For how long after its end a certificate that is on record leads an agent back.
+    #[serde(with = "units")]
+    pub expired_for: Duration,
+}
+
+impl Default for Join {
+    fn default() -> Self {
+        Self { certificate_lifetime: LEAF_LIFETIME, expired_for: Duration::from_secs(30 * 86_400) }
+    }
 }
 
 /// Every count and size that somebody outside can grow.
@@ -399,12 +470,15 @@ impl GatewayConfig {
             kind: KIND.to_owned(),
             listen: Listen::default(),
             admin: Admin::default(),
+            state_directory: None,
+            public_addresses: Vec::new(),
             tls,
             trust_domain,
             host_domain: None,
             clusters: Vec::new(),
             token_file: None,
             access: Vec::new(),
+            join: Join::default(),
             limits: Limits::default(),
             drain: Drain::default(),
             timeouts: Timeouts::default(),
@@ -468,30 +542,32 @@ impl GatewayConfig {
     /// Every file whose content matters, for the watch on changes.
     #[must_use]
     pub fn files(&self) -> Vec<PathBuf> {
-        let Tls { front, tunnel } = &self.tls;
-        let mut files = vec![
-            front.certificate.clone(),
-            front.key.clone(),
-            tunnel.certificate.clone(),
-            tunnel.key.clone(),
-            tunnel.agent_ca.clone(),
-        ];
-        files.extend(front.client_ca.clone());
+        let mut files = Vec::new();
+        if let Some(FrontTls { certificate, key, client_ca }) = &self.tls.front {
+            files.extend([certificate.clone(), key.clone()]);
+            files.extend(client_ca.clone());
+        }
+        if let Some(TunnelTls { certificate, key, agent_ca }) = &self.tls.tunnel {
+            files.extend([certificate.clone(), key.clone(), agent_ca.clone()]);
+        }
         files.extend(self.token_file.clone());
+        let own = |directory: &PathBuf| [rotation::ROOTS, rotation::KEY].map(|name| directory.join(name));
+        files.extend(self.state_directory.iter().flat_map(own));
         files
     }
 
     fn resolve_paths(&mut self, base: &Path) {
-        let Tls { front, tunnel } = &mut self.tls;
-        let required = [
-            &mut front.certificate,
-            &mut front.key,
-            &mut tunnel.certificate,
-            &mut tunnel.key,
-            &mut tunnel.agent_ca,
-        ];
-        let optional = front.client_ca.iter_mut().chain(&mut self.token_file);
-        for path in required.into_iter().chain(optional) {
+        let mut paths: Vec<&mut PathBuf> = Vec::new();
+        if let Some(FrontTls { certificate, key, client_ca }) = &mut self.tls.front {
+            paths.extend([certificate, key]);
+            paths.extend(client_ca);
+        }
+        if let Some(TunnelTls { certificate, key, agent_ca }) = &mut self.tls.tunnel {
+            paths.extend([certificate, key, agent_ca]);
+        }
+        paths.extend(&mut self.token_file);
+        paths.extend(&mut self.state_directory);
+        for path in paths {
             *path = base.join(&*path);
         }
     }

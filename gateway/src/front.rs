@@ -86,7 +86,9 @@ where
     let mut reloads = shared.reloads();
     let judge = || {
         let chain = (!chain.is_empty()).then_some(&chain[..]);
-        Certificate::judge(chain, shared.live().client_ca.as_ref(), SystemTime::now())
+        let live = shared.live();
+        let own = shared.authorities.as_ref().map_or(&[][..], |own| &own.client_issuers);
+        Certificate::judge(chain, live.client_ca.as_ref(), own, SystemTime::now())
     };
     let peer = Arc::new(Peer {
         address,

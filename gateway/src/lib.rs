@@ -10,9 +10,17 @@
 //! | which cluster does a request name? | [`routing`], [`kube`] |
 //! | who calls, and may they? | [`authn`], [`authz`] |
 //! | which header fields go where? | [`headers`] |
+//! | what does the gateway sign with? | [`authority`] |
+//! | what ends with a credential that is revoked? | `running` |
 //! | how does one exchange run, and why this status? | `proxy` |
 //! | how does an agent get in? | `agents` |
+//! | how does one join, and renew its certificate? | [`join`] |
+//! | how is the tunnel CA replaced, and who knows of it? | [`rotation`], [`trust`] |
 //! | which session carries a request? | [`registry`] |
+//! | which clusters are registered, and who may join? | [`fleet`] |
+//! | what is remembered, and how safely? | [`store`] |
+//! | what does it serve at its root? | [`api`] |
+//! | the first admin, and backups? | [`commands`] |
 //! | is it well, and what does it count? | `admin`, [`metrics`] |
 //! | what happens on SIGHUP? | `reload` |
 //! | what happens on SIGTERM? | [`Gateway::drain`], below |
@@ -21,11 +29,16 @@
 
 mod admin;
 mod agents;
+pub mod api;
 pub mod authn;
+pub mod authority;
 pub mod authz;
+pub mod commands;
 pub mod config;
+pub mod fleet;
 mod front;
 pub mod headers;
+pub mod join;
 pub mod kube;
 mod listener;
 pub mod log;
@@ -35,12 +48,18 @@ mod proxy_protocol;
 mod quic;
 pub mod registry;
 mod reload;
+pub mod rotation;
 pub mod routing;
+mod running;
 pub mod runtime;
 mod state;
+pub mod store;
+pub mod trust;
 
 use admin::Admin;
+use authority::Authorities;
 use config::{ConfigError, GatewayConfig};
+use fleet::Fleet;
 use listener::Speaks;
 use metrics::Metrics;
 use proxy::farewell::FAREWELL;
@@ -48,17 +67,21 @@ use quic::QuicListener;
 use registry::Presence;
 use reload::Reloader;
 use runtime::Shards;
-use state::{Live, Shared};
+use state::{Live, Memory, Shared};
+
+pub use state::MemoryError;
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout, timeout_at};
+use towline_certs::{CertificateDer, SpkiPin};
 use towline_proto::Code;
+use trust::TrustState;
 
 /// How long sessions that carry nothing any more may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -71,6 +94,8 @@ const ANY_PORT_ATTEMPTS: usize = 20;
 pub enum StartError {
     #[error("{0}")]
     Config(#[from] ConfigError),
+    #[error("stateDirectory: {0}")]
+    Memory(#[from] MemoryError),
     #[error("the system gives no threads: {0}")]
     Threads(#[from] io::Error),
     #[error("cannot listen on {address} ({key}): {error}")]
@@ -102,10 +127,13 @@ impl Gateway {
     /// # Errors
     /// As [`Self::start`].
     pub async fn start_from(config: GatewayConfig, path: Option<PathBuf>) -> Result<Self, StartError> {
-        let live = Live::load(config)?;
+        let metrics = Arc::new(Metrics::new());
+        config.validate()?;
+        let memory = Memory::open(&config, &metrics).await?;
+        let live = Live::load(config, memory.as_ref().map(|memory| Arc::clone(&memory.authorities)))?;
         live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let shards = Shards::start(live.config.threads.map_or_else(runtime::cores, NonZeroUsize::get))?;
-        let shared = Arc::new(Shared::new(live, shards));
+        let shared = Arc::new(Shared::new(live, shards, metrics, memory));
         let config = &shared.config;
         let (listener, quic, public) = bind_public(&shared).await?;
         let (admin_listener, admin_address) = bind("admin.address", config.admin.address).await?;
@@ -124,6 +152,24 @@ impl Gateway {
         }
         house.spawn(listener::run(Arc::clone(&shared), gate, listener, Speaks::Tls));
         house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
+        if let Some(fleet) = shared.fleet.clone() {
+            if fleet.store().revision().number == 0 {
+                tracing::info!(
+                    "nothing is registered yet: towline-gateway --config FILE admin-kubeconfig > admin.yaml, then kubectl --kubeconfig admin.yaml get clusters"
+                );
+            }
+            let shared = Arc::clone(&shared);
+            house.spawn(async move {
+                let abort = shared.stages.abort.clone();
+                tokio::select! {
+                    () = fleet.follow() => {}
+                    () = fleet.store().tend() => {}
+                    () = running::review(&shared) => {}
+                    () = api::feed::follow(&shared) => {}
+                    () = abort.cancelled() => {}
+                }
+            });
+        }
         house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
         tracing::info!(%public, plaintext = ?plaintext_address, quic = ?quic_address, admin = %admin_address, "gateway started");
         let (plaintext, quic, admin) = (plaintext_address, quic_address, admin_address);
@@ -164,10 +210,29 @@ impl Gateway {
     #[must_use]
     pub fn presence(&self, cluster: &str) -> Presence {
         let live = self.shared.live();
-        live.by_name
-            .get(cluster)
-            .map(|cluster| self.shared.registry.presence(&cluster.uid))
-            .unwrap_or_default()
+        let cluster = self.shared.cluster_named(&live, cluster);
+        cluster.map(|cluster| self.shared.registry.presence(&cluster.uid)).unwrap_or_default()
+    }
+
+    /// How a cluster's agents stand towards the tunnel CA's roots as they are now; of none if there is no such cluster.
+    #[must_use]
+    pub fn trust(&self, cluster: &str) -> TrustState {
+        let live = self.shared.live();
+        let cluster = self.shared.cluster_named(&live, cluster);
+        cluster.map(|cluster| self.shared.trust.state(&cluster.uid, live.trust.version)).unwrap_or_default()
+    }
+
+    /// The tunnel CA's roots, for the pins of a new join token.
+    #[must_use]
+    pub fn tunnel_pins(&self) -> Vec<SpkiPin> {
+        let roots = self.shared.live().trust.roots.clone();
+        roots.iter().filter_map(|root| SpkiPin::of(&CertificateDer::from(root.to_vec())).ok()).collect()
+    }
+
+    /// What is on record, with a state directory.
+    #[must_use]
+    pub fn fleet(&self) -> Option<&Fleet> {
+        self.shared.fleet.as_ref()
     }
 
     #[must_use]
@@ -255,7 +320,11 @@ impl Drop for Gateway {
 /// # Errors
 /// Everything that is wrong.
 pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
-    Live::load(config.clone())
+    let own = config.state_directory.as_deref().map(|place| Authorities::look(place, SystemTime::now()));
+    let own = own
+        .transpose()
+        .map_err(|error| ConfigError { problems: vec![format!("stateDirectory: {error}")] })?;
+    Live::load(config.clone(), own.map(Arc::new))
         .map(|live| live.warnings.iter().for_each(|warning| tracing::warn!("{warning}")))
 }
 

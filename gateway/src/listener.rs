@@ -6,6 +6,7 @@
 use crate::agents;
 use crate::config::{Limits, ProxyProtocol};
 use crate::front::{self, Arrival};
+use crate::join;
 use crate::metrics::{Counted, Handshake, Limit, ProxyHeader, Surface, TlCode};
 use crate::proxy_protocol::{self, Header, HeaderError};
 use crate::state::{KeyPermit, PerKey, Shared};
@@ -198,7 +199,7 @@ fn until_abort(
 }
 
 /// Whom one limit counts as one: an IPv4 address, or an IPv6 network of the size that one subscriber gets.
-fn network(address: IpAddr) -> IpAddr {
+pub(crate) fn network(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(_) => address,
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
@@ -256,7 +257,12 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut p
             Box::pin(front::serve(shared, *tls, arrival)).await;
             drop(place);
         }
-        Ok(Opened::Tls(tls, Listener::Tunnel | Listener::Join)) => {
+        Ok(Opened::Tls(tls, Listener::Join)) => {
+            shared.metrics.handshake(Handshake::Join);
+            Box::pin(join::serve(shared, *tls, address)).await;
+            drop(place);
+        }
+        Ok(Opened::Tls(tls, Listener::Tunnel)) => {
             shared.metrics.handshake(Handshake::Tunnel);
             // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
             let session = agents::serve(Arc::clone(&shared), tls, address);
@@ -373,11 +379,7 @@ async fn handshake(shared: &Shared, mut socket: Limited<TcpStream>) -> Result<Op
     let config = match listener {
         Listener::Front => Arc::clone(&live.front_tls),
         Listener::Tunnel => Arc::clone(&live.tunnel_tls),
-        Listener::Join => {
-            let why =
-                "agents cannot join through this gateway yet: give the agent a certificate of the tunnel CA";
-            return Err(HandshakeError::Alpn(why.to_owned()));
-        }
+        Listener::Join => Arc::clone(&live.join_tls),
     };
     let mut accept = started.into_stream(config).into_fallible();
     match (&mut accept).await {

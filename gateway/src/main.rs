@@ -1,12 +1,15 @@
 //! The program `towline-gateway`: reads its configuration, runs a gateway, and stops it politely.
 
-use clap::Parser;
+use anyhow::{Context as _, ensure};
+use clap::{Parser, Subcommand};
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::path::{Path, PathBuf};
+use std::process::{self, ExitCode};
+use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_gateway::config::GatewayConfig;
-use towline_gateway::{Gateway, StartError, log, runtime};
+use towline_gateway::rotation::{self, Phase, Step};
+use towline_gateway::{Gateway, StartError, commands, log, runtime};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -20,8 +23,8 @@ const PURGE_DELAY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "100");
 #[command(name = "towline-gateway", version)]
 struct Arguments {
     /// The configuration file (kind GatewayConfiguration).
-    #[arg(long, value_name = "FILE", env = "TOWLINE_CONFIG")]
-    config: PathBuf,
+    #[arg(long, value_name = "FILE", env = "TOWLINE_CONFIG", global = true)]
+    config: Option<PathBuf>,
     /// Check the configuration and the files it names, print what is in effect, and stop.
     #[arg(long, env = "TOWLINE_CHECK")]
     check: bool,
@@ -31,6 +34,44 @@ struct Arguments {
     /// error, warn, info, debug, trace, or a list such as info,towline_gateway=debug.
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "TOWLINE_LOG_LEVEL")]
     log_level: String,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What to do instead of running a gateway.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Replace the tunnel CA in the state directory, step by step: trust-new, issue-new, drop-old; back takes one back. Without a
+    /// step: how far it has come. A running gateway picks each step up by itself.
+    TunnelCa {
+        /// trust-new, issue-new, drop-old or back.
+        step: Option<Step>,
+    },
+    /// Print a kubeconfig whose user is an admin of the fleet (group towline:admins) for 24 hours.
+    AdminKubeconfig {
+        /// The admin's name.
+        #[arg(long, default_value = "admin")]
+        name: String,
+    },
+    /// The store in the state directory. Only while no gateway uses it.
+    #[command(subcommand)]
+    Store(StoreCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum StoreCommand {
+    /// Print the whole store as JSON.
+    Dump,
+    /// Make a store from a dump where there is none. Join tokens are void, and agents have to join anew.
+    Restore {
+        /// The dump.
+        file: PathBuf,
+        /// Agents on record stay: also those that were revoked after the dump was made.
+        #[arg(long)]
+        keep_agents: bool,
+    },
+    /// Look at every page and every record.
+    Check,
 }
 
 /// A mistake in flags, files or addresses.
@@ -55,19 +96,73 @@ fn set_up_allocator() {
     if std::env::var_os(name).is_none()
         && let Ok(program) = std::env::current_exe()
     {
-        drop(Command::new(program).args(std::env::args_os().skip(1)).env(name, value).exec());
+        drop(process::Command::new(program).args(std::env::args_os().skip(1)).env(name, value).exec());
     }
 }
 
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
     log::start(arguments.log_format, &arguments.log_level)?;
-    let config = GatewayConfig::load(&arguments.config)?;
+    let path = arguments.config.as_ref().context("--config FILE is needed, or TOWLINE_CONFIG")?;
+    let config = GatewayConfig::load(path)?;
+    if let Some(command) = &arguments.command {
+        return run_command(&config, command);
+    }
     if arguments.check {
         towline_gateway::check(&config)?;
         print(&config.to_yaml());
         return Ok(());
     }
-    runtime::build()?.block_on(run(config, arguments.config.clone()))
+    runtime::build()?.block_on(run(config, path.clone()))
+}
+
+fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::TunnelCa { step } => {
+            let directory = config.state_directory.as_deref();
+            let directory =
+                directory.context("stateDirectory is not set: the tunnel CA is in files of yours")?;
+            tunnel_ca(directory, *step)?;
+        }
+        Command::AdminKubeconfig { name } => {
+            print(&commands::admin_kubeconfig(config, name, SystemTime::now())?);
+        }
+        Command::Store(StoreCommand::Dump) => {
+            let (text, dump) = commands::dump_store(config)?;
+            print(&format!("{text}\n"));
+            dump.unreadable.iter().for_each(|record| report(&format!("not in the dump: {record} is broken")));
+        }
+        Command::Store(StoreCommand::Restore { file, keep_agents }) => {
+            let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+            let (kept, void) = commands::restore_store(config, &text, *keep_agents)?;
+            report(&format!("{kept} records restored, {void} void"));
+        }
+        Command::Store(StoreCommand::Check) => {
+            let found = commands::check_store(config)?;
+            found.problems.iter().for_each(|problem| report(problem));
+            ensure!(found.problems.is_empty(), "{} records cannot be read", found.problems.len());
+            report(&format!("{} records, all readable", found.readable));
+        }
+    }
+    Ok(())
+}
+
+/// Takes a step, and says what comes next.
+fn tunnel_ca(directory: &Path, step: Option<Step>) -> anyhow::Result<()> {
+    let phase = match step {
+        Some(step) => rotation::step(directory, step, SystemTime::now())?,
+        None => rotation::phase(directory)?,
+    };
+    let next = match phase {
+        Phase::Single => "one CA, which issues and is believed. To replace it: tunnel-ca trust-new",
+        Phase::TrustsNew => {
+            "both CAs are believed, the old one issues. When towline_gateway_trust_pending is 0: tunnel-ca issue-new"
+        }
+        Phase::IssuesNew => {
+            "both CAs are believed, the new one issues. When every certificate has been renewed (join.certificateLifetime): tunnel-ca drop-old"
+        }
+    };
+    print(&format!("{next}\n"));
+    Ok(())
 }
 
 async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
@@ -94,7 +189,7 @@ async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
     Ok(())
 }
 
-#[expect(clippy::print_stdout, reason = "the output of --check")]
+#[expect(clippy::print_stdout, reason = "the output of --check and of commands")]
 fn print(text: &str) {
     print!("{text}");
 }

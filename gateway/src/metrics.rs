@@ -2,8 +2,9 @@
 //! handles resolved once.
 //!
 //! Gauges move through guards that count down when they are dropped. The label `cluster` exists only for clusters that
-//! are configured, on the one gauge that an operator alerts on.
+//! are configured or registered, on the one gauge that an operator alerts on.
 
+use crate::store::Unreadable;
 use prometheus::core::Collector;
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -32,7 +33,7 @@ macro_rules! label {
 
 label!(
     /// Where something was refused.
-    Surface { Listener = "listener", Front = "front", Tunnel = "tunnel", Admin = "admin" }
+    Surface { Listener = "listener", Front = "front", Tunnel = "tunnel", Join = "join", Admin = "admin" }
 );
 label!(
     /// How a connection's TLS handshake ended.
@@ -40,6 +41,7 @@ label!(
         Front = "front",
         Plaintext = "plaintext",
         Tunnel = "tunnel",
+        Join = "join",
         Probe = "probe",
         Timeout = "timeout",
         TooLarge = "too_large",
@@ -96,6 +98,8 @@ label!(
         Draining = "TL_DRAINING",
         Proto = "TL_PROTO",
         Cert = "TL_CERT",
+        Token = "TL_TOKEN",
+        StoreUnavailable = "TL_STORE_UNAVAILABLE",
     }
 );
 label!(
@@ -116,11 +120,30 @@ label!(
         Streams = "streams",
         SessionsPerCluster = "sessions_per_cluster",
         TunnelMemory = "tunnel_memory",
+        Joins = "joins",
+        JoinFailures = "join_failures",
+    }
+);
+label!(
+    /// What became of a request to join, or to renew a certificate.
+    JoinOutcome {
+        Ok = "ok",
+        Proof = "proof",
+        Request = "request",
+        Denied = "denied",
+        Limit = "limit",
+        Unavailable = "unavailable",
+        NoIssuer = "no_issuer",
     }
 );
 label!(
     /// What happened to a reload.
     ReloadOutcome { Applied = "applied", Refused = "refused" }
+);
+
+label!(
+    /// Why a record of the store is skipped.
+    Skipped { Newer = "newer", Broken = "broken" }
 );
 
 /// Every metric of a gateway.
@@ -148,6 +171,11 @@ pub struct Metrics {
     holds_waiting: IntGauge,
     reloads: IntCounterVec,
     draining: IntGauge,
+    records_skipped: IntCounterVec,
+    store_errors: IntCounter,
+    joins: IntCounterVec,
+    renewals: IntCounterVec,
+    trust_pending: IntGauge,
 }
 
 impl fmt::Debug for Metrics {
@@ -233,7 +261,7 @@ impl Metrics {
             cluster_connected: gauges(
                 r,
                 "towline_gateway_cluster_connected",
-                "Whether a configured cluster has a session.",
+                "Whether a cluster has a session.",
                 &["cluster"],
             ),
             tunnel_received: counter(
@@ -290,6 +318,34 @@ impl Metrics {
                 &["outcome"],
             ),
             draining: gauge(r, "towline_gateway_draining", "Whether the gateway is about to stop."),
+            records_skipped: counters(
+                r,
+                "towline_gateway_store_records_skipped_total",
+                "Records of the store that could not be read, by why.",
+                &["reason"],
+            ),
+            store_errors: counter(
+                r,
+                "towline_gateway_store_errors_total",
+                "Times that the store did not answer.",
+            ),
+            joins: counters(
+                r,
+                "towline_gateway_joins_total",
+                "Requests of agents to join, by what became of them.",
+                &["outcome"],
+            ),
+            renewals: counters(
+                r,
+                "towline_gateway_renewals_total",
+                "Renewals of agents' certificates, by what became of them.",
+                &["outcome"],
+            ),
+            trust_pending: gauge(
+                r,
+                "towline_gateway_trust_pending",
+                "Sessions whose agents have not acknowledged the tunnel CA's roots as they are now.",
+            ),
             registry,
         };
         metrics.preset();
@@ -305,6 +361,11 @@ impl Metrics {
         SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
         Limit::ALL.iter().for_each(|limit| touch(&self.limits_reached, &[limit.label()]));
         ReloadOutcome::ALL.iter().for_each(|outcome| touch(&self.reloads, &[outcome.label()]));
+        JoinOutcome::ALL.iter().for_each(|outcome| {
+            touch(&self.joins, &[outcome.label()]);
+            touch(&self.renewals, &[outcome.label()]);
+        });
+        Skipped::ALL.iter().for_each(|reason| touch(&self.records_skipped, &[reason.label()]));
         for transport in [Transport::Tcp, Transport::Quic] {
             drop(self.sessions.with_label_values(&[transport.label()]));
         }
@@ -385,6 +446,32 @@ impl Metrics {
 
     pub fn reloaded(&self, outcome: ReloadOutcome) {
         self.reloads.with_label_values(&[outcome.label()]).inc();
+    }
+
+    pub fn record_skipped(&self, why: Unreadable) {
+        let reason = match why {
+            Unreadable::Newer => Skipped::Newer,
+            Unreadable::Broken => Skipped::Broken,
+        };
+        self.records_skipped.with_label_values(&[reason.label()]).inc();
+    }
+
+    pub fn joined(&self, outcome: JoinOutcome) {
+        self.joins.with_label_values(&[outcome.label()]).inc();
+    }
+
+    pub fn renewed(&self, outcome: JoinOutcome) {
+        self.renewals.with_label_values(&[outcome.label()]).inc();
+    }
+
+    /// One session whose agent has not acknowledged the roots yet.
+    #[must_use]
+    pub fn trust_pending(&self) -> Counted {
+        Counted::new(&self.trust_pending)
+    }
+
+    pub fn store_failed(&self) {
+        self.store_errors.inc();
     }
 
     pub fn draining(&self) {

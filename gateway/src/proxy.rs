@@ -17,16 +17,18 @@ pub(crate) mod farewell;
 mod upgrade;
 
 pub(crate) use body::AnswerBody;
-pub(crate) use error::{ProxyError, printable};
+pub(crate) use error::{ProxyError, printable, warning};
 
-use crate::authn::{self, Certificate, Principal};
-use crate::authz::Decision;
+use crate::api;
+use crate::authn::{self, AuthnError, Caller, Certificate, Known};
+use crate::authz::{AccessRules, Decision};
 use crate::config::{Cluster, Mode};
 use crate::headers::{self, HeadersError, Upstream};
 use crate::kube::RequestKind;
 use crate::metrics::{Counted, Limit, Surface};
 use crate::registry::{AcquireError, SessionId};
-use crate::routing;
+use crate::routing::{self, RouteError};
+use crate::running::Run;
 use crate::state::{KeyPermit, Live, Shared, random};
 use arc_swap::ArcSwap;
 use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
@@ -45,6 +47,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use towline_proto::Code;
 use towline_proto::open::{self, Answer, BodyKind, Open, Outcome, Want};
+use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{
     HeadError, RecvBody, SendBodyError, encode_head, recv_head, send_body,
 };
@@ -111,8 +114,16 @@ async fn run(
     let on_upgrade =
         request.headers().contains_key(header::UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
+    if shared.fleet.is_some() && api::serves(parts.uri.path()) && is_at_root(shared, peer, &parts) {
+        return api::answer(shared, peer, parts, body).await;
+    }
     let plan = plan(shared, peer, &parts, &body, audit_id)?;
-    let (answer, live) = exchange(shared, &plan, body).await?;
+    let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
+    let (answer, live) = tokio::select! {
+        biased;
+        done = exchange(shared, &plan, body) => done?,
+        () = cancelled(revoked.as_ref()) => return Err(AuthnError::Revoked.into()),
+    };
     let response = match answer.outcome {
         Some(Outcome::Response(response)) if response.headers.len() > open::FIELDS_MAX => {
             return Err(plan.bad_answer("its head has more than 256 fields"));
@@ -133,6 +144,13 @@ async fn run(
     }
 }
 
+/// Whether a request is for the gateway itself: its host is no cluster's, and it is unambiguous.
+fn is_at_root(shared: &Shared, peer: &Peer, parts: &Parts) -> bool {
+    let live = shared.live();
+    let route = routing::route(parts, live.config.host_domain.as_deref(), peer.sni.as_deref());
+    matches!(route, Err(RouteError::ApiAtRoot)) && parts.headers.len() <= live.config.limits.header_count
+}
+
 /// Everything about a request that is decided before anything leaves.
 struct Plan {
     cluster: Arc<Cluster>,
@@ -150,6 +168,8 @@ struct Plan {
 
 /// What counts for as long as the exchange lasts.
 struct Guards {
+    /// Only where credentials can be revoked.
+    run: Option<Run>,
     _request: Counted,
     _principal: KeyPermit<String>,
 }
@@ -193,7 +213,8 @@ fn plan(
         return Err(ProxyError::HeadTooLarge);
     }
     let route = routing::route(parts, live.config.host_domain.as_deref(), peer.sni.as_deref())?;
-    let (principal, cluster) = admit(&live, peer, parts, &route.name)?;
+    let (caller, cluster, run) = admit(shared, &live, peer, parts, &route.name)?;
+    let principal = caller.principal;
     let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
     let permit = shared.principals.take(&principal.name).ok_or(too_many)?;
 
@@ -235,32 +256,60 @@ fn plan(
     };
     let open = encode_head(&open, open::HEAD_MAX_BYTES).map_err(|_| ProxyError::HeadTooLarge)?;
     let prefix = route.by_path.then(|| format!("{}{}", routing::PREFIX, route.name));
-    let guards = Guards { _request: shared.metrics.request(), _principal: permit };
+    let guards = Guards { run, _request: shared.metrics.request(), _principal: permit };
     Ok(Plan { cluster, method: parts.method.clone(), kind, body, upgrade, open, deadline, prefix, guards })
 }
 
 /// Who calls, and whether they may call this cluster.
 fn admit(
+    shared: &Shared,
     live: &Live,
     peer: &Peer,
     parts: &Parts,
     name: &routing::ClusterName,
-) -> Result<(Arc<Principal>, Arc<Cluster>), ProxyError> {
-    let now = SystemTime::now();
-    let principal = authn::authenticate(&parts.headers, &peer.certificate.load(), &live.tokens, now)?;
-    peer.known.store(true, Ordering::Relaxed);
-    let decision = live.access.decide(&principal, name);
+) -> Result<(Caller, Arc<Cluster>, Option<Run>), ProxyError> {
+    let (caller, run) = identify(shared, live, peer, parts)?;
+    let principal = &caller.principal;
+    let decision = match &shared.fleet {
+        None => live.access.decide(principal, name),
+        Some(fleet) => AccessRules::decide_by_all(&[&live.access, &fleet.rules()], principal, name),
+    };
     tracing::debug!(user = %printable(&principal.name), cluster = %name, ?decision, "access decided");
     // Nothing before this depends on the cluster: neither nobody nor who may not call it learns anything of it.
-    match (decision, live.by_name.get(name.as_str())) {
+    match (decision, shared.cluster_named(live, name.as_str())) {
         (Decision::Allowed(_), Some(cluster)) => {
             authn::suits(&parts.headers, cluster.mode)?;
-            Ok((principal, Arc::clone(cluster)))
+            Ok((caller, cluster, run))
         }
         (Decision::Allowed(_), None) => Err(ProxyError::NoSuchCluster { cluster: name.to_string() }),
         (Decision::Denied(_) | Decision::NoRule, _) => {
             Err(ProxyError::Forbidden { cluster: name.to_string() })
         }
+    }
+}
+
+/// Who calls. What runs with a credential that can be revoked is on the list before it is judged, so that none slips through.
+pub(crate) fn identify(
+    shared: &Shared,
+    live: &Live,
+    peer: &Peer,
+    parts: &Parts,
+) -> Result<(Caller, Option<Run>), ProxyError> {
+    let known = Known { tokens: &live.tokens, fleet: shared.fleet.as_ref() };
+    let caller = authn::authenticate(&parts.headers, &peer.certificate.load(), known, SystemTime::now())?;
+    peer.known.store(true, Ordering::Relaxed);
+    let run = shared.fleet.as_ref().map(|_| shared.running.begin(caller.credential.clone()));
+    if run.is_some() && !known.counts(&caller.credential) {
+        return Err(AuthnError::Revoked.into());
+    }
+    Ok((caller, run))
+}
+
+/// Waits until what let a caller in counts no more.
+pub(crate) async fn cancelled(revoked: Option<&CancellationToken>) {
+    match revoked {
+        Some(revoked) => revoked.cancelled().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -553,8 +602,10 @@ fn answer_with(
     });
     let metrics = Arc::clone(&shared.metrics);
     let cluster = plan.cluster.name.clone();
+    let revoked = plan.guards.run.as_ref().map(|run| Aside::new(run.revoked.clone().cancelled_owned()));
     let keep = Keep {
         upload,
+        revoked,
         on_abort: Box::new(move |error| {
             metrics.aborted();
             tracing::debug!(%cluster, %error, "the answer broke off");
@@ -589,7 +640,8 @@ fn switch(
     *head = headers::client_head(&response.headers, &plan.method, status, None);
     head.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     head.insert(header::UPGRADE, HeaderValue::from_static(token));
-    upgrade::carry(shared, token, on_upgrade, send, live.recv, plan.guards);
+    let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
+    upgrade::carry(shared, token, on_upgrade, (send, live.recv), revoked, plan.guards);
     Ok(answer)
 }
 

@@ -8,7 +8,7 @@
 //! - A reset of a connection that a crash forgot is recognised, because its key comes from the tunnel's private key.
 
 use crate::agents;
-use crate::config::{GatewayConfig, Quic};
+use crate::config::Quic;
 use crate::listener::{Gate, HANDSHAKE_BYTES, Place, spawn};
 use crate::metrics::{Handshake, Limit, Surface, TlCode};
 use crate::state::{Live, Shared, random};
@@ -67,7 +67,7 @@ impl QuicListener {
             .max_incoming(handshakes)
             .incoming_buffer_size(HANDSHAKE_BYTES as u64)
             .incoming_buffer_size_total(WAITING_BYTES.max(HANDSHAKE_BYTES as u64));
-        let secret = secret(config);
+        let secret = secret(shared);
         let mut endpoint = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &secret[..24])));
         // Also the ids of connections must be known again, or nothing is answered to them.
         let mut ids = [0; 8];
@@ -241,9 +241,17 @@ fn open(shared: &Shared, options: &Quic, address: SocketAddr) -> io::Result<std:
 }
 
 /// What stateless resets are made with: the same after a restart, so that agents of a gateway that crashed notice at once.
-fn secret(config: &GatewayConfig) -> [u8; 32] {
+fn secret(shared: &Shared) -> [u8; 32] {
     let mut bytes = [0; 32];
-    match towline_certs::FileBytes::read(&config.tls.tunnel.key) {
+    let Some(tunnel) = &shared.config.tls.tunnel else {
+        // The gateway's own CA is as old as its agents' trust.
+        match &shared.authorities {
+            Some(authorities) => bytes.copy_from_slice(&authorities.seed),
+            None => random(&mut bytes),
+        }
+        return bytes;
+    };
+    match towline_certs::FileBytes::read(&tunnel.key) {
         Ok(file) => {
             let tunnel = hmac::Key::new(hmac::HMAC_SHA256, file.bytes());
             bytes.copy_from_slice(hmac::sign(&tunnel, b"towline quic reset").as_ref());

@@ -5,9 +5,9 @@
 //! then its agent is on its way back. Otherwise the answer is due at once.
 
 use crate::metrics::{Counted, HoldOutcome, Metrics};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -51,6 +51,9 @@ pub struct Registry {
     sessions_max: usize,
     /// A session with fewer stream ids left is replaced.
     spare_ids: u32,
+    /// Clusters whose connection has changed since somebody asked.
+    changes: Mutex<HashSet<ClusterUid>>,
+    changed: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -63,8 +66,11 @@ struct Clusters {
 #[derive(Debug, Default)]
 struct Tunnel {
     sessions: Vec<Live>,
-    /// Since when there has been at least one session, without a gap.
+    /// Since when there has been at least one session, without a gap; and the same for people.
     since: Option<Instant>,
+    since_wall: Option<SystemTime>,
+    /// What the newest session's agent has said of itself.
+    software: String,
     last_end: Option<LastEnd>,
     held: usize,
     changed: Arc<Notify>,
@@ -85,6 +91,7 @@ struct Live {
 #[derive(Clone, Copy, Debug)]
 struct LastEnd {
     at: Instant,
+    wall: SystemTime,
     goaway: bool,
 }
 
@@ -96,6 +103,18 @@ pub struct Presence {
     pub connected_for: Option<Duration>,
     /// How long ago its last session ended, if none is live.
     pub gone_for: Option<Duration>,
+}
+
+/// What the API tells of a cluster's connection.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Connection {
+    pub sessions: usize,
+    pub since: Option<SystemTime>,
+    /// When the last session ended, if none is live.
+    pub last_seen: Option<SystemTime>,
+    pub quic: bool,
+    /// The newest agent's word, for people.
+    pub software: String,
 }
 
 /// Why there is no stream.
@@ -130,7 +149,8 @@ pub struct Registration {
 impl Registry {
     #[must_use]
     pub fn new(metrics: Arc<Metrics>, hold: HoldLimits, sessions_max: usize) -> Self {
-        Self { clusters: Mutex::default(), metrics, hold, sessions_max, spare_ids: 0 }
+        let (clusters, changes, changed) = (Mutex::default(), Mutex::default(), Notify::new());
+        Self { clusters, metrics, hold, sessions_max, spare_ids: 0, changes, changed }
     }
 
     /// The same with sessions that are replaced when they have fewer stream ids left; without it none is.
@@ -155,6 +175,7 @@ impl Registry {
         boot_id: &[u8],
         session: &Session,
         replaced: &[SessionId],
+        software: &str,
     ) -> Result<Registration, InsertError> {
         let mut clusters = self.lock();
         clusters.next_id += 1;
@@ -175,11 +196,15 @@ impl Registry {
             return Err(InsertError::SessionsMax);
         }
         tunnel.since.get_or_insert_with(Instant::now);
+        tunnel.since_wall.get_or_insert_with(SystemTime::now);
+        software.clone_into(&mut tunnel.software);
         let (session, instance, boot_id) = (session.clone(), instance.clone(), boot_id.to_vec());
         let retiring = CancellationToken::new();
         let live = Live { id, session, instance, boot_id, retiring: retiring.clone(), counted: (0, 0) };
         tunnel.sessions.push(live);
         tunnel.changed.notify_waiters();
+        drop(clusters);
+        self.touch(uid);
         Ok(Registration { registry: Arc::clone(self), uid: uid.clone(), id, retiring })
     }
 
@@ -317,6 +342,47 @@ impl Registry {
         }
     }
 
+    /// The live sessions of a cluster: of which instance, and of which process.
+    #[must_use]
+    pub fn sessions_of(&self, uid: &ClusterUid) -> Vec<(InstanceId, Vec<u8>, Session)> {
+        let clusters = self.lock();
+        let sessions = clusters.by_uid.get(uid).map_or(&[][..], |tunnel| &tunnel.sessions);
+        let open = sessions.iter().filter(|live| live.session.closed().is_none());
+        open.map(|live| (live.instance.clone(), live.boot_id.clone(), live.session.clone())).collect()
+    }
+
+    /// What the API tells of a cluster's connection.
+    #[must_use]
+    pub fn connection(&self, uid: &ClusterUid) -> Connection {
+        let clusters = self.lock();
+        let Some(tunnel) = clusters.by_uid.get(uid) else { return Connection::default() };
+        let sessions = tunnel.sessions.len();
+        Connection {
+            sessions,
+            since: tunnel.since_wall.filter(|_| sessions > 0),
+            last_seen: tunnel.last_end.filter(|_| sessions == 0).map(|end| end.wall),
+            quic: tunnel.sessions.iter().any(|live| live.session.transport() == Transport::Quic),
+            software: tunnel.software.clone(),
+        }
+    }
+
+    /// Clusters whose connection has changed since the last call; waits for one. Cancel safe.
+    pub async fn next_changes(&self) -> HashSet<ClusterUid> {
+        loop {
+            let changed = self.changed.notified();
+            let changes = std::mem::take(&mut *self.changes.lock().unwrap_or_else(PoisonError::into_inner));
+            if !changes.is_empty() {
+                return changes;
+            }
+            changed.await;
+        }
+    }
+
+    fn touch(&self, uid: &ClusterUid) {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.clone());
+        self.changed.notify_one();
+    }
+
     /// Every live session.
     #[must_use]
     pub fn sessions(&self) -> Vec<Session> {
@@ -343,11 +409,13 @@ impl Registry {
         let mut live = tunnel.sessions.swap_remove(index);
         live.count(&self.metrics);
         let goaway = live.session.state().borrow().goaway.is_some();
-        tunnel.last_end = Some(LastEnd { at: Instant::now(), goaway });
+        tunnel.last_end = Some(LastEnd { at: Instant::now(), wall: SystemTime::now(), goaway });
         if tunnel.sessions.is_empty() {
-            tunnel.since = None;
+            (tunnel.since, tunnel.since_wall) = (None, None);
         }
         tunnel.changed.notify_waiters();
+        drop(clusters);
+        self.touch(uid);
     }
 }
 
@@ -491,7 +559,7 @@ mod tests {
     }
 
     fn insert(registry: &Arc<Registry>, pair: &Pair, boot_id: u8) -> Result<Registration, InsertError> {
-        registry.insert(&uid(), &InstanceId::new("a").unwrap(), &[boot_id; 16], &pair.gateway, &[])
+        registry.insert(&uid(), &InstanceId::new("a").unwrap(), &[boot_id; 16], &pair.gateway, &[], "agent/1")
     }
 
     /// How long a request waits in vain.
@@ -602,7 +670,8 @@ mod tests {
         assert_eq!(others.len(), 1);
         let replaced = [others[0].0];
         let instance = InstanceId::new("a").unwrap();
-        let second = registry.insert(&uid(), &instance, &[2; 16], &new.gateway, &replaced).unwrap();
+        let second =
+            registry.insert(&uid(), &instance, &[2; 16], &new.gateway, &replaced, "agent/1").unwrap();
         drop(first);
         assert_eq!(registry.presence(&uid()).sessions, 1);
         assert!(registry.presence(&uid()).connected_for.is_some());

@@ -1,13 +1,15 @@
 //! Have the files changed? Configuration, certificates, tokens: read again on SIGHUP and when their content changes. What is
 //! bad keeps the last good state and is reported once.
 
+use crate::authority::Authorities;
 use crate::config::{ConfigError, GatewayConfig};
 use crate::metrics::ReloadOutcome;
+use crate::rotation;
 use crate::state::{Live, Shared};
 use aws_lc_rs::digest;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Between two looks at the files. By content, not by time stamp: mounted secrets change by a swapped link.
 const POLL: Duration = Duration::from_secs(10);
@@ -48,7 +50,8 @@ impl Reloader {
 
     fn poll(&mut self, shared: &Shared) {
         let seen = fingerprint(self.path.as_deref(), &shared.live().config);
-        if seen == self.seen {
+        let renew = shared.live().renew_at.is_some_and(|at| SystemTime::now() >= at);
+        if seen == self.seen && !renew {
             return;
         }
         // As it was before they were read: what changes meanwhile is seen at the next look.
@@ -65,8 +68,9 @@ impl Reloader {
 /// Everything that is wrong; nothing has changed then.
 pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigError> {
     let _one_at_a_time = shared.reloading.lock().unwrap_or_else(PoisonError::into_inner);
-    let result =
-        path.map_or_else(|| Ok(shared.live().config.clone()), GatewayConfig::load).and_then(Live::load);
+    let result = path
+        .map_or_else(|| Ok(shared.live().config.clone()), GatewayConfig::load)
+        .and_then(|config| Live::load(config, authorities(shared)?));
     let live = match result {
         Ok(live) => live,
         Err(error) => {
@@ -84,6 +88,17 @@ pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigE
     Ok(())
 }
 
+/// The gateway's own CAs as they are now. A state directory that is not there is no reason to make new ones.
+fn authorities(shared: &Shared) -> Result<Option<Arc<Authorities>>, ConfigError> {
+    let Some(directory) = &shared.config.state_directory else { return Ok(None) };
+    if !directory.join(rotation::ROOTS).exists() {
+        return Ok(shared.live().joins.clone());
+    }
+    let opened = Authorities::open(directory, SystemTime::now());
+    let problem = |error| ConfigError { problems: vec![format!("stateDirectory: {error}")] };
+    opened.map(|own| Some(Arc::new(own))).map_err(problem)
+}
+
 /// Sections that a running gateway does not change.
 fn needs_restart(running: &GatewayConfig, new: &GatewayConfig) -> Vec<&'static str> {
     let differs = |a: &dyn std::fmt::Debug, b: &dyn std::fmt::Debug| format!("{a:?}") != format!("{b:?}");
@@ -91,6 +106,7 @@ fn needs_restart(running: &GatewayConfig, new: &GatewayConfig) -> Vec<&'static s
     for (key, changed) in [
         ("listen.address", running.listen.address != new.listen.address),
         ("listen.quic", differs(&running.listen.quic, &new.listen.quic)),
+        ("stateDirectory", running.state_directory != new.state_directory),
         ("admin", differs(&running.admin, &new.admin)),
         ("limits", differs(&running.limits, &new.limits)),
         ("drain", differs(&running.drain, &new.drain)),

@@ -1,26 +1,78 @@
 //! What do the parts of one gateway share? The configuration in force, the registry, the metrics, and who owns the tasks.
 
+use crate::api::feed::Feed;
 use crate::authn::tokens::Tokens;
+use crate::authority::{Authorities, Authority, AuthorityError};
 use crate::authz::AccessRules;
 use crate::config::{Cluster, ConfigError, GatewayConfig};
+use crate::fleet::{Fleet, NotAdmitted};
+use crate::join::Joins;
 use crate::log::Sparing;
 use crate::metrics::Metrics;
 use crate::registry::{HoldLimits, Registry};
+use crate::running::Running;
 use crate::runtime::Shards;
+use crate::store::{Store, StoreError};
+use crate::trust::TrustBoard;
 use arc_swap::ArcSwap;
+use aws_lc_rs::digest;
+use bytes::Bytes;
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
+use thiserror::Error;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::load::load_credential;
-use towline_certs::tls::{FrontCertificates, front_server, http_client, tunnel_server};
-use towline_certs::{AgentCa, ClientCa, ClusterUid, LoadPolicy, Strictness};
+use towline_certs::save::create_private_directory;
+use towline_certs::tls::{FrontCertificates, front_server, http_client, join_server, tunnel_server};
+use towline_certs::{
+    AgentCa, AgentIdentity, CertificateDer, CertificateFacts, ClientCa, ClusterUid, Credential, LoadPolicy,
+    Strictness,
+};
+use towline_proto::join::{CERTIFICATES_MAX, Trust};
 use towline_proto::mux::Budget;
+
+/// What a state directory brings along.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pub(crate) fleet: Fleet,
+    pub(crate) authorities: Arc<Authorities>,
+}
+
+impl Memory {
+    /// Opens what the configuration's state directory holds, if it names one.
+    pub(crate) async fn open(
+        config: &GatewayConfig,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Option<Self>, MemoryError> {
+        let Some(directory) = config.state_directory.clone() else { return Ok(None) };
+        let for_store = Arc::clone(metrics);
+        let opened = tokio::task::spawn_blocking(move || {
+            create_private_directory(&directory).map_err(AuthorityError::Save)?;
+            // First the store, whose lock keeps a second gateway from making CAs at the same time.
+            let store = Store::open(&directory, for_store)?;
+            Ok::<_, MemoryError>((store, Authorities::open(&directory, SystemTime::now())?))
+        });
+        let (store, authorities) = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
+        let fleet = Fleet::load(store, Arc::clone(metrics)).await?;
+        Ok(Some(Self { fleet, authorities: Arc::new(authorities) }))
+    }
+}
+
+/// Why the state directory cannot be used.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+}
 
 /// What a reload replaces as a whole.
 #[derive(Debug)]
@@ -34,19 +86,27 @@ pub(crate) struct Live {
     pub(crate) agent_ca: AgentCa,
     pub(crate) front_tls: Arc<ServerConfig>,
     pub(crate) tunnel_tls: Arc<ServerConfig>,
+    pub(crate) join_tls: Arc<ServerConfig>,
+    /// What agents' certificates are issued with; without it none joins.
+    pub(crate) joins: Option<Arc<Authorities>>,
+    /// Whom agents are to believe.
+    pub(crate) trust: Trust,
     /// For the own readiness check.
     pub(crate) own_tls: Arc<ClientConfig>,
+    /// When the certificates that the gateway has issued to itself are due.
+    pub(crate) renew_at: Option<SystemTime>,
     /// What was tolerated, to be logged.
     pub(crate) warnings: Vec<String>,
 }
 
 impl Live {
-    /// Reads every file that the configuration names. Blocks.
-    pub(crate) fn load(config: GatewayConfig) -> Result<Self, ConfigError> {
+    /// Reads every file that the configuration names; `own` issues and believes what it does not name. Blocks.
+    pub(crate) fn load(config: GatewayConfig, own: Option<Arc<Authorities>>) -> Result<Self, ConfigError> {
+        let (joins, own) = (own.clone(), own.as_deref());
         config.validate()?;
         let mut problems = Problems::default();
         let now = SystemTime::now();
-        let (front, tunnel) = (&config.tls.front, &config.tls.tunnel);
+        let (front, tunnel) = (config.tls.front.as_ref(), config.tls.tunnel.as_ref());
         // A certificate that has run out is still better than none: a restart must not make things worse.
         let policy = LoadPolicy { exposed_key: Strictness::Warn, outdated: Strictness::Warn };
         let mut warnings = Vec::new();
@@ -55,18 +115,45 @@ impl Live {
             warnings.extend(loaded.warnings.iter().map(ToString::to_string));
             Ok::<_, towline_certs::LoadError>(loaded.value)
         };
-        let front_credential = problems.note("tls.front", credential(&front.certificate, &front.key));
-        let tunnel_credential = problems.note("tls.tunnel", credential(&tunnel.certificate, &tunnel.key));
+        let mut renew_at: Option<SystemTime> = None;
+        let mut issued = |credential: Credential| {
+            let facts = CertificateFacts::of(credential.leaf()).ok();
+            let due = facts.map(|facts| facts.issued_at() + facts.renew_after());
+            renew_at = renew_at.into_iter().chain(due).min();
+            credential
+        };
+        let front_credential = match (front, own) {
+            (Some(front), _) => problems.note("tls.front", credential(&front.certificate, &front.key)),
+            (None, Some(own)) => problems.note("tls.front", own.front_server(&config, now)).map(&mut issued),
+            (None, None) => None,
+        };
+        let tunnel_credential = match (tunnel, own) {
+            (Some(tunnel), _) => problems.note("tls.tunnel", credential(&tunnel.certificate, &tunnel.key)),
+            (None, Some(own)) => {
+                problems.note("tls.tunnel", own.tunnel_server(&config, now)).map(&mut issued)
+            }
+            (None, None) => None,
+        };
+        let mut roots = |key: &str, path: Option<&PathBuf>, own: Option<&Authority>| {
+            let named = path.and_then(|path| problems.note(key, towline_certs::load::load_roots(path)));
+            let mut roots = own.map_or_else(Vec::new, |own| own.roots.clone());
+            roots.extend(named.into_iter().flatten());
+            Some(roots).filter(|roots| !roots.is_empty())
+        };
         let agent_roots =
-            problems.note("tls.tunnel.agentCA", towline_certs::load::load_roots(&tunnel.agent_ca));
+            roots("tls.tunnel.agentCA", tunnel.map(|tunnel| &tunnel.agent_ca), own.map(|own| &own.tunnel));
+        let client_roots = roots(
+            "tls.front.clientCA",
+            front.and_then(|front| front.client_ca.as_ref()),
+            own.map(|own| &own.clients),
+        );
+        let trust = trust_of(agent_roots.as_deref().unwrap_or_default());
         let own_tls = agent_roots
             .as_ref()
             .and_then(|roots| problems.note("tls.tunnel.agentCA", http_client(roots, None)));
         let agent_ca = agent_roots.and_then(|roots| {
             problems.note("tls.tunnel.agentCA", AgentCa::new(&roots, config.trust_domain.clone()))
         });
-        let client_roots = front.client_ca.as_ref().map(|path| towline_certs::load::load_roots(path));
-        let client_roots = client_roots.and_then(|roots| problems.note("tls.front.clientCA", roots));
         let client_ca =
             client_roots.and_then(|roots| problems.note("tls.front.clientCA", ClientCa::new(&roots)));
         if let (Some(agents), Some(clients)) = (&agent_ca, &client_ca)
@@ -82,11 +169,14 @@ impl Live {
         let front_tls = front_credential.and_then(|credential| {
             problems.note("tls.front", front_server(&FrontCertificates::new(credential), client_ca.as_ref()))
         });
+        let join_tls = tunnel_credential
+            .as_ref()
+            .and_then(|credential| problems.note("tls.tunnel", join_server(credential)));
         let tunnel_tls = tunnel_credential
             .zip(agent_ca.as_ref())
             .and_then(|(credential, agents)| problems.note("tls.tunnel", tunnel_server(&credential, agents)));
-        let (Some(front_tls), Some(tunnel_tls), Some(own_tls), Some(agent_ca), true) =
-            (front_tls, tunnel_tls, own_tls, agent_ca, problems.0.is_empty())
+        let (Some(front_tls), Some(tunnel_tls), Some(join_tls), Some(own_tls), Some(agent_ca), true) =
+            (front_tls, tunnel_tls, join_tls, own_tls, agent_ca, problems.0.is_empty())
         else {
             return Err(ConfigError { problems: problems.0 });
         };
@@ -105,10 +195,27 @@ impl Live {
             agent_ca,
             front_tls,
             tunnel_tls,
+            join_tls,
+            joins,
+            trust,
             own_tls,
+            renew_at,
             warnings,
         })
     }
+}
+
+/// The roots as they are announced. Named by their content, so that replicas and the next process agree.
+fn trust_of(roots: &[CertificateDer<'_>]) -> Trust {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for root in roots {
+        context.update(&root.len().to_be_bytes());
+        context.update(root);
+    }
+    let mut version = [0; 8];
+    version.copy_from_slice(&context.finish().as_ref()[..8]);
+    let roots = roots.iter().take(CERTIFICATES_MAX).map(|root| Bytes::copy_from_slice(root)).collect();
+    Trust { version: u64::from_be_bytes(version), roots }
 }
 
 #[derive(Default)]
@@ -137,6 +244,15 @@ pub(crate) struct Shared {
     /// Held from reading the files to putting them in force: what was read first must not win.
     pub(crate) reloading: Mutex<()>,
     pub(crate) registry: Arc<Registry>,
+    /// What is on record; with a state directory.
+    pub(crate) fleet: Option<Fleet>,
+    pub(crate) authorities: Option<Arc<Authorities>>,
+    pub(crate) joins: Joins,
+    /// What agents have acknowledged.
+    pub(crate) trust: Arc<TrustBoard>,
+    /// What the API shows.
+    pub(crate) feed: Option<Arc<Feed>>,
+    pub(crate) running: Arc<Running>,
     pub(crate) metrics: Arc<Metrics>,
     /// Receive memory of all sessions.
     pub(crate) budget: Budget,
@@ -188,15 +304,21 @@ pub(crate) struct Tasks {
 }
 
 impl Shared {
-    pub(crate) fn new(live: Live, shards: Shards) -> Self {
+    pub(crate) fn new(live: Live, shards: Shards, metrics: Arc<Metrics>, memory: Option<Memory>) -> Self {
         let config = live.config.clone();
-        let metrics = Arc::new(Metrics::new());
+        let (fleet, authorities) = memory.map(|memory| (memory.fleet, memory.authorities)).unzip();
         let hold = HoldLimits { time: config.timeouts.hold, requests: config.limits.held_per_cluster };
         let registry = Registry::new(Arc::clone(&metrics), hold, config.limits.sessions_per_cluster)
             .with_spare_ids(STREAM_IDS - config.limits.session_streams);
         let mut boot_id = [0; 16];
         random(&mut boot_id);
-        Self {
+        let shared = Self {
+            feed: fleet.as_ref().map(Feed::new),
+            fleet,
+            authorities,
+            joins: Joins::default(),
+            trust: Arc::default(),
+            running: Arc::default(),
             budget: Budget::new(config.limits.tunnel_memory.0),
             principals: PerKey::new(config.limits.requests_per_principal),
             config,
@@ -211,6 +333,57 @@ impl Shared {
             shards,
             self_checks: SelfChecks::default(),
             refusals: Sparing::default(),
+        };
+        shared.reserve_names();
+        shared
+    }
+
+    /// Whom a name stands for: a cluster of the configuration, or a registered one.
+    pub(crate) fn cluster_named(&self, live: &Live, name: &str) -> Option<Arc<Cluster>> {
+        live.by_name.get(name).cloned().or_else(|| self.fleet.as_ref()?.cluster_named(name))
+    }
+
+    /// Every cluster.
+    pub(crate) fn clusters(&self, live: &Live) -> Vec<Arc<Cluster>> {
+        let mut clusters: Vec<_> = live.by_name.values().cloned().collect();
+        let registered = self.fleet.as_ref().map(Fleet::clusters).unwrap_or_default();
+        clusters.extend(
+            registered.into_iter().filter(|cluster| !live.by_name.contains_key(cluster.name.as_str())),
+        );
+        clusters
+    }
+
+    /// The cluster that this agent speaks for, if it may.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn admits(
+        &self,
+        live: &Live,
+        identity: &AgentIdentity,
+        serial: &str,
+    ) -> Result<Arc<Cluster>, String> {
+        let uid = &identity.cluster;
+        if let Some(cluster) = live.by_uid.get(uid) {
+            let revoked = self.fleet.as_ref().is_some_and(|fleet| fleet.is_revoked(serial));
+            return if revoked { Err(NotAdmitted::Revoked.to_string()) } else { Ok(Arc::clone(cluster)) };
+        }
+        let Some(fleet) = &self.fleet else {
+            return Err(format!(
+                "cluster uid {uid} is not on this gateway's list; add it there under clusters"
+            ));
+        };
+        fleet.admits(identity, serial).map_err(|why| why.to_string())?;
+        let cluster = fleet.cluster_of(uid).ok_or_else(|| NotAdmitted::UnknownCluster.to_string())?;
+        if live.by_name.contains_key(cluster.name.as_str()) {
+            return Err(format!("a cluster {} stands in the configuration, with another uid", cluster.name));
+        }
+        Ok(cluster)
+    }
+
+    fn reserve_names(&self) {
+        if let Some(fleet) = &self.fleet {
+            fleet.reserve(self.live().by_name.keys().cloned().collect());
         }
     }
 
@@ -220,6 +393,7 @@ impl Shared {
 
     pub(crate) fn publish(&self, live: Live) {
         self.live.store(Arc::new(live));
+        self.reserve_names();
         self.reloads.send_replace(());
     }
 

@@ -6,6 +6,7 @@
 //! - [`code`]: the one table of codes for reset, stop and close.
 //! - [`hello`]: the first message of a session.
 //! - [`open`]: what a stream says first, and the answer.
+//! - [`join`]: how an agent gets an identity and keeps it.
 //! - [`mux`]: the multiplexer as a pure state machine: bytes and `now` in, bytes and events out.
 //! - [`time`]: the clock value that callers pass into the state machine.
 //! - [`tunnel`] (feature `tokio`): the runtime face: sessions and streams to await on.
@@ -18,6 +19,7 @@ extern crate alloc;
 
 pub mod code;
 pub mod hello;
+pub mod join;
 pub mod mux;
 pub mod open;
 pub mod time;

@@ -22,11 +22,16 @@
 //! | 0x13 | GOAWAY | 0 | u32 code, u32 reconnect_after_ms, u32 drain_ms |
 //! | 0x14 | GOAWAY_ACK | 0 | u32 last stream id that the sender opened, 0 = none |
 //! | 0x15 | CLOSE | 0 | u32 code, UTF-8 text of at most [`CLOSE_TEXT_MAX`] bytes |
+//! | 0x90 | RENEW | 0 | protobuf [`Renew`], at most [`NOTICE_MAX`] bytes, as the next three |
+//! | 0x91 | RENEWED | 0 | protobuf [`Renewed`] |
+//! | 0x92 | TRUST | 0 | protobuf [`Trust`] |
+//! | 0x93 | TRUST_ACK | 0 | protobuf [`TrustAck`] |
 //!
 //! A type with its top bit set may be skipped by a receiver that does not know it; any other unknown type, and any
 //! unknown flag, is a violation. Frames know nothing of TLS records or reads: any split is legal.
 
 use crate::hello::Hello;
+use crate::join::{CERTIFICATES_MAX, Notice, Renew, Renewed, Trust, TrustAck};
 use alloc::string::String;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use core::fmt;
@@ -42,6 +47,8 @@ pub const DATA_MAX: usize = FRAME_MAX - HEADER_LEN;
 pub const HELLO_MAX: usize = 4 * 1024;
 /// Longest text of a CLOSE frame, in bytes.
 pub const CLOSE_TEXT_MAX: usize = 256;
+/// Largest message about identity, in bytes.
+pub const NOTICE_MAX: usize = DATA_MAX;
 /// Largest credit limit. Offsets are far below it; a larger one is a violation, so that no sum overflows.
 pub const LIMIT_MAX: u64 = 1 << 62;
 
@@ -61,6 +68,10 @@ const PONG: u8 = 0x12;
 const GOAWAY: u8 = 0x13;
 const GOAWAY_ACK: u8 = 0x14;
 const CLOSE: u8 = 0x15;
+const RENEW: u8 = 0x90;
+const RENEWED: u8 = 0x91;
+const TRUST: u8 = 0x92;
+const TRUST_ACK: u8 = 0x93;
 
 /// A stream's number in its session: even if the gateway opened it, odd if the agent did; rising, never 0, never reused.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -96,13 +107,14 @@ pub enum Frame {
     GoAway(GoAway),
     GoAwayAck { last_opened: u32 },
     Close { code: u32, text: String },
+    Notice(Notice),
 }
 
 impl Frame {
     /// Appends the frame to `out`.
     ///
     /// # Panics
-    /// Never for frames within the limits of this module; the sender bounds its own hello and close text.
+    /// Never for frames within the limits of this module; the sender bounds its own hello and notices.
     pub fn encode(&self, out: &mut BytesMut) {
         match self {
             Self::Open { id, limit } => fixed(out, OPEN, *id, &limit.to_be_bytes()),
@@ -125,7 +137,17 @@ impl Frame {
                 out.put_u32(*code);
                 out.put_slice(text.as_bytes());
             }
+            Self::Notice(notice) => fixed(out, notice_kind(notice), SESSION, &notice.encode_to_vec()),
         }
+    }
+}
+
+const fn notice_kind(notice: &Notice) -> u8 {
+    match notice {
+        Notice::Renew(_) => RENEW,
+        Notice::Renewed(_) => RENEWED,
+        Notice::Trust(_) => TRUST,
+        Notice::TrustAck(_) => TRUST_ACK,
     }
 }
 
@@ -155,7 +177,7 @@ fn put_header(out: &mut BytesMut, kind: u8, flags: u8, len: usize, id: StreamId)
 }
 
 /// The longest prefix of `text` that has at most `max` bytes and ends at a character boundary.
-fn truncate(text: &str, max: usize) -> &str {
+pub(crate) fn truncate(text: &str, max: usize) -> &str {
     let mut end = text.len().min(max);
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -178,6 +200,8 @@ pub enum WireError {
     EmptyData,
     /// The hello is not valid protobuf.
     BadHello,
+    /// A message about identity is not valid protobuf, or holds too many certificates.
+    BadNotice { kind: u8 },
     /// The text of CLOSE is not UTF-8.
     BadText,
     /// A credit limit above [`LIMIT_MAX`].
@@ -195,6 +219,7 @@ impl fmt::Display for WireError {
             Self::BadStreamId { kind, id } => write!(f, "frame type {kind:#04x} on stream {id}"),
             Self::EmptyData => f.write_str("empty DATA frame without FIN"),
             Self::BadHello => f.write_str("hello is not valid protobuf"),
+            Self::BadNotice { kind } => write!(f, "frame type {kind:#04x} whose message is not valid"),
             Self::BadText => f.write_str("text of CLOSE is not UTF-8"),
             Self::BadLimit => f.write_str("credit limit out of range"),
         }
@@ -214,7 +239,7 @@ pub enum Item {
 }
 
 /// Takes frames out of a byte stream that arrives in pieces. Holds at most one partial header and one partial payload of
-/// a frame other than DATA (at most [`HELLO_MAX`] bytes), and grows with the bytes received, not the bytes announced.
+/// a frame other than DATA (at most [`NOTICE_MAX`] bytes), and grows with the bytes received, not the bytes announced.
 #[derive(Debug, Default)]
 pub struct Decoder {
     state: State,
@@ -340,6 +365,7 @@ impl Header {
             GOAWAY => (false, 0, 12..=12),
             GOAWAY_ACK => (false, 0, 4..=4),
             CLOSE => (false, 0, 4..=4 + CLOSE_TEXT_MAX),
+            RENEW | RENEWED | TRUST | TRUST_ACK => (false, 0, 0..=NOTICE_MAX),
             _ if kind & SKIPPABLE != 0 && usize::from(len) <= DATA_MAX => {
                 return Ok(State::Skip { left: usize::from(len) });
             }
@@ -387,8 +413,26 @@ impl Header {
                 let text = core::str::from_utf8(&payload).map_err(|_| WireError::BadText)?;
                 Frame::Close { code, text: text.into() }
             }
+            RENEW | RENEWED | TRUST | TRUST_ACK => Frame::Notice(self.parse_notice(payload)?),
             kind => return Err(WireError::UnknownType(kind)),
         })
+    }
+}
+
+impl Header {
+    fn parse_notice(self, payload: Bytes) -> Result<Notice, WireError> {
+        let kind = self.kind;
+        let parsed = match kind {
+            RENEW => Renew::decode(payload).map(Notice::Renew),
+            RENEWED => Renewed::decode(payload).map(Notice::Renewed),
+            TRUST => Trust::decode(payload).map(Notice::Trust),
+            _ => TrustAck::decode(payload).map(Notice::TrustAck),
+        };
+        // An empty entry costs two bytes on the wire and many in memory.
+        parsed
+            .ok()
+            .filter(|notice| notice.certificates() <= CERTIFICATES_MAX)
+            .ok_or(WireError::BadNotice { kind })
     }
 }
 

@@ -42,7 +42,7 @@ fn read_all(lone: &mut Lone, key: towline_proto::mux::Key) -> (usize, Read) {
 #[test]
 fn mx_01_unknown_frames() {
     let mut lone = Lone::ready(small());
-    lone.input(Bytes::from_static(&[0x90, 0xff, 0, 3, 0, 0, 0, 9, 1, 2, 3]));
+    lone.input(Bytes::from_static(&[0xa0, 0xff, 0, 3, 0, 0, 0, 9, 1, 2, 3]));
     lone.assert_open();
     lone.input(Bytes::from_static(&[0x20, 0, 0, 0, 0, 0, 0, 0]));
     assert_eq!(lone.violation(), "proto: unknown frame type 0x20");

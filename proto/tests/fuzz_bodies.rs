@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 use towline_proto::Code;
 use towline_proto::hello::{Hello, HelloLimits, VERSIONS};
+use towline_proto::join::{CAPABILITY_IDENTITY, JoinAnswer, JoinRequest, Notice, Renewed, Trust};
 use towline_proto::mux::{Budget, Connection, Event, Introduction, Key, Limits, Read, Role};
 use towline_proto::open::{Answer, Open};
 use towline_proto::time::Instant;
@@ -88,14 +89,16 @@ pub fn input(input: &[u8]) {
     };
     let process = Budget::new(128 * 1024);
     let mut now = Instant::default();
-    let mut conn = Connection::new(Role::Gateway, limits, process.clone(), Introduction::default(), now)
-        .expect("it fits");
+    let capabilities = vec![CAPABILITY_IDENTITY.to_owned()];
+    let introduction = Introduction { capabilities: capabilities.clone(), ..Introduction::default() };
+    let mut conn =
+        Connection::new(Role::Gateway, limits, process.clone(), introduction, now).expect("it fits");
     let mut out = VecDeque::new();
     let mut held: Vec<Key> = Vec::new();
     // Most inputs start behind the hello, with two streams of ours open.
     if setup & 1 != 0 {
         let limits = HelloLimits { streams_max: 8, initial_credit_bytes: 1000, head_max_bytes: 0 };
-        let hello = Hello { versions: VERSIONS.to_vec(), limits, ..Hello::default() };
+        let hello = Hello { versions: VERSIONS.to_vec(), limits, capabilities, ..Hello::default() };
         let mut bytes = BytesMut::new();
         Frame::Hello(hello).encode(&mut bytes);
         Frame::Pong(1).encode(&mut bytes);
@@ -139,6 +142,16 @@ pub fn input(input: &[u8]) {
                 }
                 _ => {}
             }
+        }
+        while let Some(notice) = conn.hear() {
+            assert!(matches!(notice, Notice::Renew(_) | Notice::TrustAck(_)), "{notice:?}");
+            // Half of the questions are answered.
+            if act % 2 == 0 && notice.is_question() {
+                conn.say(Notice::Renewed(Renewed::default())).unwrap_or_default();
+            }
+        }
+        if act % 5 == 0 {
+            conn.say(Notice::Trust(Trust::default())).unwrap_or_default();
         }
         if act % 3 != 0 {
             out.clear();
@@ -192,9 +205,11 @@ pub fn heads(input: &[u8]) {
         }
     }
     let Some((kind, input)) = input.split_first() else { return };
-    match kind % 3 {
+    match kind % 5 {
         0 => round::<Open>(input),
         1 => round::<Answer>(input),
+        2 => round::<JoinRequest>(input),
+        3 => round::<JoinAnswer>(input),
         _ => round::<Hello>(input),
     }
 }
@@ -207,6 +222,7 @@ mod tests {
     use super::common::{Rng, data, encode, hello};
     use super::*;
     use std::time::Instant as Clock;
+    use towline_proto::join::{Joined, Proof, RefusalCode, Refused, Renew, Token, TrustAck};
     use towline_proto::open::{BodyKind, Header, Outcome, Principal, Request, Response, Want};
     use towline_proto::wire::{GoAway, StreamId};
 
@@ -241,6 +257,12 @@ mod tests {
                 9 if rng.below(4) == 0 => Frame::GoAwayAck { last_opened: id },
                 9 if rng.below(4) == 0 => Frame::Close { code, text: "why".to_owned() },
                 9 if rng.below(4) == 0 => Frame::Hello(hello()),
+                9 if rng.below(2) == 0 => Frame::Notice(match rng.below(4) {
+                    0 => Notice::Renew(Renew { csr: "csr".into(), issuer: None }),
+                    1 => Notice::TrustAck(TrustAck { version: rng.below(3), problem: String::new() }),
+                    2 => Notice::Renewed(Renewed::default()),
+                    _ => Notice::Trust(Trust { version: 1, roots: vec!["ca".into(); rng.index(20)] }),
+                }),
                 _ => {
                     let len = rng.index(3000) / (1 + rng.index(100));
                     bytes.extend(data(id.max(1), &vec![3; len], len == 0 || rng.below(4) == 0));
@@ -313,9 +335,20 @@ mod tests {
     fn heads_on_seeds() {
         let response = Response { status: 200, body: BodyKind::STREAM, headers: Vec::new() };
         let answer = Answer { outcome: Some(Outcome::Response(response)) };
-        let whole = [open().encode_to_vec(), answer.encode_to_vec(), hello().encode_to_vec()];
+        let csr = Bytes::from_static(&[0x30; 300]);
+        let token = Token { id: "t1".to_owned(), secret: Bytes::from_static(&[7; 16]) };
+        let request = JoinRequest { proof: Some(Proof::Token(token)), csr, ..JoinRequest::default() };
+        let refused = Joined::Refused(Refused::new(RefusalCode::Proof, "used up"));
+        let joined = JoinAnswer { outcome: Some(refused), padding: Bytes::from_static(&[0; 20]) };
+        let whole = [
+            open().encode_to_vec(),
+            answer.encode_to_vec(),
+            request.encode_to_vec(),
+            joined.encode_to_vec(),
+            hello().encode_to_vec(),
+        ];
         each_seed(|mut rng| {
-            let kind = rng.index(3);
+            let kind = rng.index(whole.len());
             let mut bytes = vec![u8::try_from(kind).unwrap()];
             bytes.extend(&whole[kind]);
             for _ in 0..rng.below(4) {

@@ -4,9 +4,13 @@
 use bytes::{Bytes, BytesMut};
 use std::fmt::Write as _;
 use towline_proto::hello::{Hello, HelloLimits};
+use towline_proto::join::{
+    self, Admitted, CERTIFICATES_MAX, Certificate, Issuer, JoinAnswer, JoinRequest, Joined, Notice, Proof,
+    RefusalCode, Refused, Renew, Renewal, Renewed, ServiceAccount, Trust, TrustAck,
+};
 use towline_proto::wire::{
     CLOSE_TEXT_MAX, DATA_MAX, Decoder, FLAG_FIN, FRAME_MAX, Frame, GoAway, HELLO_MAX, Item, LIMIT_MAX,
-    StreamId, WireError, put_data_header,
+    NOTICE_MAX, StreamId, WireError, put_data_header,
 };
 
 fn hello() -> Hello {
@@ -49,7 +53,90 @@ fn golden() -> Vec<(&'static str, &'static str, Frame)> {
         ("goaway_ack", "14000004 00000000 00000007", Frame::GoAwayAck { last_opened: 7 }),
         ("close", "15000007 00000000 00000009 627965", Frame::Close { code: 9, text: "bye".to_owned() }),
         ("close without text", "15000004 00000000 00000000", Frame::Close { code: 0, text: String::new() }),
+        (
+            "renew",
+            "90000015 00000000 0a03637372 120e 0a03697373 12036b6579 1a027361",
+            Frame::Notice(Notice::Renew(Renew { csr: "csr".into(), issuer: Some(issuer()) })),
+        ),
+        (
+            "renewed",
+            "9100000d 00000000 0a0b 0a046c656166 0a03636121",
+            Frame::Notice(Notice::Renewed(Renewed { outcome: Some(Renewal::Certificate(certificate())) })),
+        ),
+        (
+            "renewal refused",
+            "9100000b 00000000 1209 0803 12026e6f 18e807",
+            Frame::Notice(Notice::Renewed(Renewed { outcome: Some(Renewal::Refused(refused())) })),
+        ),
+        ("trust", "9200000d 00000000 08ac02 12036f6e65 120374776f", Frame::Notice(Notice::Trust(trust()))),
+        (
+            "trust_ack",
+            "93000002 00000000 0807",
+            Frame::Notice(Notice::TrustAck(TrustAck { version: 7, problem: String::new() })),
+        ),
+        (
+            "trust not kept",
+            "93000008 00000000 0807 120466756c6c",
+            Frame::Notice(Notice::TrustAck(TrustAck { version: 7, problem: "full".to_owned() })),
+        ),
     ]
+}
+
+fn issuer() -> Issuer {
+    Issuer { issuer: "iss".to_owned(), jwks: "key".into(), subject: "sa".to_owned() }
+}
+
+fn certificate() -> Certificate {
+    Certificate { chain: vec!["leaf".into(), "ca!".into()] }
+}
+
+fn refused() -> Refused {
+    Refused { retry_after_ms: 1000, ..Refused::new(RefusalCode::Denied, "no") }
+}
+
+fn trust() -> Trust {
+    Trust { version: 300, roots: vec!["one".into(), "two".into()] }
+}
+
+/// What is said while joining, byte for byte.
+#[test]
+fn every_join_message_has_its_golden_bytes() {
+    fn check<M: prost::Message + Default + PartialEq>(message: &M, bytes: &str) {
+        assert_eq!(hex(&message.encode_to_vec()), hex(&unhex(bytes)));
+        assert!(M::decode(&unhex(bytes)[..]).unwrap() == *message);
+    }
+    let token = Proof::Token(join::Token { id: "t1".to_owned(), secret: vec![7; 16].into() });
+    let request = JoinRequest {
+        proof: Some(token),
+        csr: "csr".into(),
+        software: "a/1".to_owned(),
+        boot_id: vec![1, 2].into(),
+        issuer: Some(issuer()),
+    };
+    check(
+        &request,
+        "0a16 0a027431 1210 07070707070707070707070707070707 1a03637372 2203612f31 2a020102 \
+         320e 0a03697373 12036b6579 1a027361",
+    );
+    let account = ServiceAccount { cluster: "prod".to_owned(), token: "a.b.c".to_owned() };
+    let request = JoinRequest { proof: Some(Proof::ServiceAccount(account)), ..JoinRequest::default() };
+    check(&request, "120d 0a0470726f64 1205612e622e63");
+    let request = JoinRequest { proof: Some(Proof::Expired(certificate())), ..JoinRequest::default() };
+    check(&request, "3a0b 0a046c656166 0a03636121");
+    let admitted = Admitted {
+        certificate: certificate(),
+        trust: trust(),
+        cluster: "prod".to_owned(),
+        cluster_uid: "u1".to_owned(),
+        instance: "a1".to_owned(),
+        trust_domain: "d".to_owned(),
+    };
+    check(
+        &JoinAnswer { outcome: Some(Joined::Admitted(admitted)), ..JoinAnswer::default() },
+        "0a2d 0a0b0a046c6561660a03636121 120d08ac0212036f6e65120374776f 1a0470726f64 22027531 2a026131 320164",
+    );
+    let outcome = Some(Joined::Refused(refused()));
+    check(&JoinAnswer { outcome, padding: vec![0; 3].into() }, "1209 0803 12026e6f 18e807 1a03000000");
 }
 
 fn unhex(text: &str) -> Vec<u8> {
@@ -173,7 +260,7 @@ fn a_truncated_frame_is_not_a_boundary() {
 #[test]
 fn skippable_types_are_skipped() {
     let ping = encode(&Frame::Ping(1));
-    for kind in 0x80..=0xff_u8 {
+    for kind in (0x80..=0xff_u8).filter(|kind| !(0x90..=0x93).contains(kind)) {
         for (id, len) in [(0_u32, 0_u16), (3, 1), (0, 100), (9, u16::try_from(DATA_MAX).unwrap())] {
             let mut stream = vec![kind, 0xff];
             stream.extend(len.to_be_bytes());
@@ -208,9 +295,13 @@ fn every_wire_error() {
         (unhex("10000001 00000000 ff"), WireError::BadHello),
         (unhex("10000002 00000000 1aff"), WireError::BadHello),
         (unhex("15000005 00000000 00000001 ff"), WireError::BadText),
+        (unhex("90000001 00000000 ff"), WireError::BadNotice { kind: 0x90 }),
+        (unhex("91000002 00000000 0aff"), WireError::BadNotice { kind: 0x91 }),
+        (unhex("93000003 00000000 1201ff"), WireError::BadNotice { kind: 0x93 }),
     ];
     let data_max = u16::try_from(DATA_MAX).unwrap();
     let hello_max = u16::try_from(HELLO_MAX).unwrap();
+    let notice_max = u16::try_from(NOTICE_MAX).unwrap();
     let text_max = u16::try_from(CLOSE_TEXT_MAX).unwrap();
     for (kind, id, lengths) in [
         (0x01, 3, vec![0, 7, 9, 0xffff]),
@@ -224,6 +315,10 @@ fn every_wire_error() {
         (0x13, 0, vec![0, 11, 13]),
         (0x14, 0, vec![0, 3, 5]),
         (0x15, 0, vec![0, 3, 5 + text_max]),
+        (0x90, 0, vec![notice_max + 1, 0xffff]),
+        (0x91, 0, vec![notice_max + 1, 0xffff]),
+        (0x92, 0, vec![notice_max + 1, 0xffff]),
+        (0x93, 0, vec![notice_max + 1, 0xffff]),
     ] {
         for len in lengths {
             table.push((header(kind, 0, len, id), WireError::BadLength { kind, len }));
@@ -243,6 +338,9 @@ fn every_wire_error() {
             }
         }
     }
+    // Empty certificates cost two bytes on the wire and many in memory.
+    let roots = "1200".repeat(CERTIFICATES_MAX + 1);
+    table.push((unhex(&format!("92000022 00000000 {roots}")), WireError::BadNotice { kind: 0x92 }));
     for (bytes, error) in table {
         assert_eq!(decode([&bytes[..]]).0, Err(error), "{}", hex(&bytes));
         assert_eq!(decode(bytes.chunks(1)).0, Err(error), "{} bytewise", hex(&bytes));

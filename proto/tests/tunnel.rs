@@ -38,6 +38,7 @@ const LIMITS: Limits = Limits {
     head_max: 64 * 1024,
     resets_per_second: 50_000,
     noise_per_second: 10_000,
+    notices_per_second: 16,
     hello_timeout: Duration::from_secs(10),
     ping_idle: Duration::from_secs(5),
     dead_idle: Duration::from_secs(12),

@@ -22,6 +22,9 @@ pub const PREFIX: &str = "tlat_";
 /// Longest token that is looked at.
 const TOKEN_MAX: usize = 1024;
 
+/// The SHA-256 of a token.
+pub type Hash = [u8; 32];
+
 /// The tokens in force.
 #[derive(Clone, Default)]
 pub struct Tokens {
@@ -98,15 +101,10 @@ impl Tokens {
         if problems.is_empty() { Ok(tokens) } else { Err(problems) }
     }
 
-    /// Whose token this is.
+    /// Whose token has this hash.
     #[must_use]
-    pub fn find(&self, token: &str) -> Option<Arc<Principal>> {
-        if !token.starts_with(PREFIX) || token.len() > TOKEN_MAX {
-            return None;
-        }
-        let hash = digest::digest(&digest::SHA256, token.as_bytes());
-        let hash = hash.as_ref();
-        let bucket = self.buckets.get(&[*hash.first()?, *hash.get(1)?])?;
+    pub fn find(&self, hash: &Hash) -> Option<Arc<Principal>> {
+        let bucket = self.buckets.get(&[hash[0], hash[1]])?;
         bucket
             .iter()
             .find(|token| bool::from(token.hash.ct_eq(hash)))
@@ -114,7 +112,19 @@ impl Tokens {
     }
 }
 
-fn decode_hash(text: &str) -> Option<[u8; 32]> {
+/// The hash of a token, if it can be one of ours.
+#[must_use]
+pub fn hash(token: &str) -> Option<Hash> {
+    if !token.starts_with(PREFIX) || token.len() > TOKEN_MAX {
+        return None;
+    }
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
+    Some(hash)
+}
+
+/// A hash that is written as 64 hexadecimal digits.
+pub(crate) fn decode_hash(text: &str) -> Option<Hash> {
     if text.len() != 64 || !text.is_ascii() {
         return None;
     }
@@ -142,11 +152,10 @@ mod tests {
     fn a_token_is_found_by_its_hash() {
         let text = format!("tokens:\n- sha256: {}\n  user: jane\n  groups: [ops]\n", hex("tlat_secret"));
         let tokens = Tokens::parse(&text, "tokens.yaml").unwrap();
-        let jane = tokens.find("tlat_secret").unwrap();
+        let jane = tokens.find(&hash("tlat_secret").unwrap()).unwrap();
         assert_eq!((jane.name.as_str(), &jane.groups[..]), ("jane", &["ops".to_owned()][..]));
-        assert!(tokens.find("tlat_secreT").is_none());
-        assert!(tokens.find("secret").is_none());
-        assert!(tokens.find("").is_none());
+        assert!(tokens.find(&hash("tlat_secreT").unwrap()).is_none());
+        assert!(hash("secret").is_none() && hash("").is_none());
         assert_eq!(format!("{tokens:?}"), "Tokens { count: 1 }");
     }
 

@@ -11,6 +11,7 @@ impl GatewayConfig {
     pub(super) fn problems(&self) -> Vec<String> {
         let mut problems = Problems(Vec::new());
         self.check_header(&mut problems);
+        self.check_tls(&mut problems);
         self.check_clusters(&mut problems);
         self.check_access(&mut problems);
         self.check_limits(&mut problems);
@@ -60,6 +61,18 @@ impl GatewayConfig {
         }
     }
 
+    fn check_tls(&self, problems: &mut Problems) {
+        for (key, missing) in
+            [("tls.front", self.tls.front.is_none()), ("tls.tunnel", self.tls.tunnel.is_none())]
+        {
+            problems.unless(
+                !missing || self.state_directory.is_some(),
+                key,
+                "is needed; or name a stateDirectory, and the gateway issues its own certificates",
+            );
+        }
+    }
+
     fn check_clusters(&self, problems: &mut Problems) {
         let (mut names, mut uids) = (HashSet::new(), HashSet::new());
         for (index, cluster) in self.clusters.iter().enumerate() {
@@ -77,7 +90,9 @@ impl GatewayConfig {
         }
         let restricted = self.clusters.iter().any(|cluster| cluster.mode == super::Mode::Restricted);
         problems.unless(
-            !restricted || self.tls.front.client_ca.is_some(),
+            !restricted
+                || self.state_directory.is_some()
+                || self.tls.front.as_ref().is_some_and(|front| front.client_ca.is_some()),
             "tls.front.clientCA",
             "is needed: callers of a cluster in restricted mode authenticate to the gateway by client certificate",
         );
@@ -91,8 +106,9 @@ impl GatewayConfig {
             problems.unless(!rule.clusters.is_empty(), &key, "names no clusters; write \"*\" for every one");
             for name in &rule.clusters {
                 let known = name == "*" || self.clusters.iter().any(|cluster| cluster.name.as_str() == name);
-                // A Deny for a cluster that is yet to come is sensible, an Allow is more often a misspelling.
-                let fine = known || rule.effect == Effect::Deny;
+                // A Deny for a cluster that is yet to come is sensible, an Allow is more often a misspelling, unless clusters
+                // can be registered.
+                let fine = known || rule.effect == Effect::Deny || self.state_directory.is_some();
                 problems.unless(
                     fine,
                     &key,
@@ -165,6 +181,12 @@ impl GatewayConfig {
         for (key, value) in times {
             problems.unless(!value.is_zero(), key, "must be longer than 0s");
         }
+        let lifetime = self.join.certificate_lifetime.as_secs();
+        problems.unless(
+            (1..=7 * 86_400).contains(&lifetime),
+            "join.certificateLifetime",
+            "must be 1s to 168h: a certificate is renewed all the time, and one that lives long has to be revoked",
+        );
         problems.unless(timeouts.handshake.as_secs() <= 10, "timeouts.handshake", "must be at most 10s");
         problems.unless(timeouts.hold.as_secs() <= 3, "timeouts.hold", "must be at most 3s");
         problems.unless(limits.held_per_cluster <= 100, "limits.heldPerCluster", "must be at most 100");

@@ -189,6 +189,11 @@ fn from_str<T: FromStr<Err: Display>>(text: &str, what: &str) -> Result<T, Strin
 by_from_str!(SocketAddr, "address and port", SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
 by_from_str!(ipnet::IpNet, "CIDR block", ipnet::IpNet::from(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST)));
 by_from_str!(
+    super::PublicAddress,
+    "public address",
+    Self { host: towline_certs::HostName::Ip(Ipv4Addr::LOCALHOST.into()), port: 1 }
+);
+by_from_str!(
     TrustDomain,
     "trust domain",
     Self::new("invalid").expect("a word of lower-case letters is a trust domain")

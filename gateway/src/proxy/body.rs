@@ -11,9 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
+use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::WaitForCancellationFutureOwned;
+use towline_proto::Code;
+use towline_proto::tunnel::ReadError;
+use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 
 /// A body that comes more slowly than this much per time limit is given up.
@@ -157,6 +161,14 @@ pub(crate) struct AnswerBody {
 enum Inner {
     Full(Option<Bytes>),
     Tunnel(Box<Tunnel>),
+    /// What another task makes, until it ends.
+    Stream(Box<Stream>),
+}
+
+struct Stream {
+    source: mpsc::Receiver<Bytes>,
+    #[expect(dead_code, reason = "counts as long as it lives")]
+    guards: Box<dyn Send + Sync>,
 }
 
 /// An answer that arrives through a tunnel, and everything that must live as long as it does.
@@ -170,6 +182,8 @@ struct Tunnel {
 pub(super) struct Keep {
     /// The task that sends the client's body.
     pub(super) upload: Option<Upload>,
+    /// Rings when what let the caller in counts no more.
+    pub(super) revoked: Option<Aside<WaitForCancellationFutureOwned>>,
     pub(super) on_abort: Box<dyn Fn(&BodyError) + Send + Sync>,
     /// Permits and gauges.
     #[expect(dead_code, reason = "counts as long as it lives")]
@@ -202,6 +216,11 @@ impl AnswerBody {
         Self { inner: Inner::Full(Some(bytes).filter(|bytes| !bytes.is_empty())) }
     }
 
+    /// What comes out of a channel; `guards` live as long.
+    pub(crate) fn stream(source: mpsc::Receiver<Bytes>, guards: Box<dyn Send + Sync>) -> Self {
+        Self { inner: Inner::Stream(Box::new(Stream { source, guards })) }
+    }
+
     pub(super) fn tunnel(recv: RecvBody, end: Option<WatchEnd>, keep: Keep) -> Self {
         Self { inner: Inner::Tunnel(Box::new(Tunnel { recv, end, keep })) }
     }
@@ -223,10 +242,25 @@ impl Body for AnswerBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match &mut self.inner {
             Inner::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Inner::Stream(stream) => {
+                let next = ready!(stream.source.poll_recv(cx));
+                if next.is_none() {
+                    self.inner = Inner::Full(None);
+                }
+                Poll::Ready(next.map(|bytes| Ok(Frame::data(bytes))))
+            }
             Inner::Tunnel(tunnel) => {
                 if tunnel.end.as_mut().is_some_and(|end| end.poll_due(cx)) {
                     self.inner = Inner::Full(None);
                     return Poll::Ready(None);
+                }
+                if let Some(revoked) = &mut tunnel.keep.revoked
+                    && Pin::new(revoked).poll(cx).is_ready()
+                {
+                    let error = BodyError::Read(ReadError::Reset(Code::Denied));
+                    (tunnel.keep.on_abort)(&error);
+                    self.inner = Inner::Full(None);
+                    return Poll::Ready(Some(Err(error)));
                 }
                 let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
                 match &frame {
@@ -249,6 +283,7 @@ impl Body for AnswerBody {
     fn is_end_stream(&self) -> bool {
         match &self.inner {
             Inner::Full(bytes) => bytes.is_none(),
+            Inner::Stream(_) => false,
             Inner::Tunnel(tunnel) => tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0),
         }
     }
@@ -256,6 +291,7 @@ impl Body for AnswerBody {
     fn size_hint(&self) -> SizeHint {
         match &self.inner {
             Inner::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Inner::Stream(_) => SizeHint::default(),
             Inner::Tunnel(tunnel) => tunnel.recv.size_hint(),
         }
     }

@@ -345,11 +345,12 @@ fn authn(error: &AuthnError) -> Verdict {
         AuthnError::NoCredential | AuthnError::UnknownToken => {
             (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, token)
         }
-        AuthnError::CertificateUnbelieved(_) | AuthnError::CertificateExpired => (
-            StatusCode::UNAUTHORIZED,
-            TlCode::Unauthenticated,
-            "get a new client certificate for this gateway",
-        ),
+        AuthnError::CertificateUnbelieved(_)
+        | AuthnError::CertificateExpired
+        | AuthnError::CertificateRevoked
+        | AuthnError::Revoked => {
+            (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, "get a new credential for this gateway")
+        }
         AuthnError::ForeignCredential => (
             StatusCode::UNAUTHORIZED,
             TlCode::Unauthenticated,
@@ -452,7 +453,7 @@ pub(crate) fn printable(text: &str) -> String {
 }
 
 /// The `Warning` header (RFC 7234 section 5.5): ASCII, quoted, at most 1 KiB.
-fn warning(message: &str) -> HeaderValue {
+pub(crate) fn warning(message: &str) -> HeaderValue {
     let ascii = message.replace(" — ", "; ").replace('…', "...");
     let mut text = String::with_capacity(ascii.len() + 16);
     for c in ascii.chars().take(1024) {

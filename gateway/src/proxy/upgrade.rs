@@ -1,6 +1,7 @@
 //! May a connection switch protocols, and what happens after it has? Two tokens are known; raw bytes flow only after the
 //! cluster's matching 101.
 
+use super::cancelled;
 use super::farewell::{Cause, Framed};
 use crate::state::Shared;
 use http::header::{self, HeaderMap};
@@ -10,6 +11,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
 use thiserror::Error;
+use tokio_util::sync::CancellationToken;
 use towline_proto::tunnel::splice::{SpliceError, splice};
 use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 
@@ -66,8 +68,8 @@ pub(super) fn carry(
     shared: &Arc<Shared>,
     token: &'static str,
     on_upgrade: OnUpgrade,
-    send: SendStream,
-    recv: RecvStream,
+    (send, recv): (SendStream, RecvStream),
+    revoked: Option<CancellationToken>,
     guards: impl Send + 'static,
 ) {
     let (overdue, abort) = (shared.stages.overdue.clone(), shared.stages.abort.clone());
@@ -96,6 +98,7 @@ pub(super) fn carry(
         tokio::select! {
             () = carried => {}
             () = abort.cancelled() => {}
+            () = cancelled(revoked.as_ref()) => tracing::debug!("raw connection ended: its credential was revoked"),
         }
         drop((guards, counted));
     });

@@ -67,16 +67,16 @@ pub fn config(directory: &Path) -> GatewayConfig {
     set.write(SystemTime::now()).unwrap();
     let path = |name: &str| directory.join(name);
     let tls = config::Tls {
-        front: config::FrontTls {
+        front: Some(config::FrontTls {
             certificate: path("front-server.crt"),
             key: path("front-server.key"),
             client_ca: Some(path("front-client-ca.crt")),
-        },
-        tunnel: config::TunnelTls {
+        }),
+        tunnel: Some(config::TunnelTls {
             certificate: path("tunnel-server.crt"),
             key: path("tunnel-server.key"),
             agent_ca: path("tunnel-ca.crt"),
-        },
+        }),
     };
     let mut config = GatewayConfig::new(TrustDomain::new("example.org").unwrap(), tls);
     config.listen.address = "127.0.0.1:0".parse().unwrap();

@@ -3,10 +3,12 @@
 
 use super::limits::{Limits, RateLimit};
 use super::timer::{Due, Liveness};
-use super::{CloseReason, Event, Introduction, OpenError, Violation};
+use super::{CloseReason, Event, Introduction, OpenError, Role, Violation};
 use crate::hello::{Hello, HelloLimits, VERSIONS};
+use crate::join::{CAPABILITY_IDENTITY, Notice, SayError};
 use crate::time::Instant;
-use crate::wire::{Frame, GoAway};
+use crate::wire::{Frame, GoAway, NOTICE_MAX};
+use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use core::time::Duration;
 
@@ -41,6 +43,58 @@ struct Output {
     close: Option<(u32, String)>,
 }
 
+/// What is said about identity. A question and an answer wait at most, in each direction.
+#[derive(Debug)]
+struct Notices {
+    role: Role,
+    /// This end's hello lists the capability; otherwise what comes is skipped, like any frame from the future.
+    understood: bool,
+    /// Our question has no answer yet.
+    asked: bool,
+    /// The peer's question has no answer yet.
+    owed: bool,
+    said: VecDeque<Notice>,
+    heard: VecDeque<Notice>,
+    rate: RateLimit,
+}
+
+impl Notices {
+    fn say(&mut self, notice: Notice) -> Result<(), SayError> {
+        if notice.encoded_len() > NOTICE_MAX {
+            return Err(SayError::TooLarge);
+        }
+        let (ours, question) = (notice.sender() == self.role, notice.is_question());
+        match (question, self.asked, self.owed) {
+            _ if !ours => return Err(SayError::Unasked),
+            (true, true, _) => return Err(SayError::Busy),
+            (true, false, _) => self.asked = true,
+            (false, _, true) => self.owed = false,
+            (false, _, false) => return Err(SayError::Unasked),
+        }
+        self.said.push_back(notice);
+        Ok(())
+    }
+
+    fn handle(&mut self, now: Instant, notice: Notice) -> Result<Option<Event>, Violation> {
+        if !self.understood {
+            return Ok(None);
+        }
+        let theirs = notice.sender() != self.role;
+        match (notice.is_question(), self.asked, self.owed) {
+            _ if !theirs => return Err(Violation::Notice("a notice of this end's own")),
+            (true, _, true) => return Err(Violation::Limit("unanswered questions")),
+            (true, _, false) => self.owed = true,
+            (false, true, _) => self.asked = false,
+            (false, false, _) => return Err(Violation::Notice("an answer")),
+        }
+        if !self.rate.admit(now) {
+            return Err(Violation::Limit("notices"));
+        }
+        self.heard.push_back(notice);
+        Ok(Some(Event::Heard))
+    }
+}
+
 /// The session as a whole, seen from one end.
 #[derive(Debug)]
 pub(super) struct Control {
@@ -49,12 +103,22 @@ pub(super) struct Control {
     output: Output,
     drain: Drain,
     peer_goaway: Option<GoAway>,
+    notices: Notices,
     noise: RateLimit,
     pub(super) liveness: Liveness,
 }
 
 impl Control {
-    pub(super) fn new(limits: &Limits, introduction: Introduction, now: Instant) -> Self {
+    pub(super) fn new(role: Role, limits: &Limits, introduction: Introduction, now: Instant) -> Self {
+        let notices = Notices {
+            role,
+            understood: introduction.capabilities.iter().any(|name| name == CAPABILITY_IDENTITY),
+            asked: false,
+            owed: false,
+            said: VecDeque::new(),
+            heard: VecDeque::new(),
+            rate: RateLimit::new(limits.notices_per_second),
+        };
         let hello = Hello {
             versions: VERSIONS.to_vec(),
             capabilities: introduction.capabilities,
@@ -72,6 +136,7 @@ impl Control {
             output: Output { hello: Some(hello), ..Output::default() },
             drain: Drain::None,
             peer_goaway: None,
+            notices,
             noise: RateLimit::new(limits.noise_per_second),
             liveness: Liveness::new(now),
         }
@@ -116,6 +181,23 @@ impl Control {
         }
     }
 
+    /// Says something about identity.
+    pub(super) fn say(&mut self, notice: Notice) -> Result<(), SayError> {
+        match (&self.phase, &self.peer) {
+            (Phase::Closed(_), _) => Err(SayError::Closed),
+            (Phase::Ready, Some(peer)) => {
+                let understood = peer.capabilities.iter().any(|name| name == CAPABILITY_IDENTITY);
+                if understood { self.notices.say(notice) } else { Err(SayError::Unsupported) }
+            }
+            _ => Err(SayError::NotReady),
+        }
+    }
+
+    /// Takes what the peer said about identity.
+    pub(super) fn hear(&mut self) -> Option<Notice> {
+        self.notices.heard.pop_front()
+    }
+
     /// Ends the session; the caller has made sure that it has not ended before.
     pub(super) fn end(&mut self, reason: CloseReason) -> Event {
         let text = match &reason {
@@ -123,6 +205,7 @@ impl Control {
             CloseReason::Peer { .. } | CloseReason::Transport(_) => None,
             other => Some(other.to_string()),
         };
+        self.notices.said.clear();
         self.output = Output { close: text.map(|text| (reason.code(), text)), ..Output::default() };
         self.phase = Phase::Closed(reason.clone());
         Event::Closed(reason)
@@ -195,6 +278,7 @@ impl Control {
                 }
                 self.drain = Drain::Confirmed { last_opened };
             }
+            Frame::Notice(notice) => return self.notices.handle(now, notice),
             Frame::Open { id, .. }
             | Frame::Credit { id, .. }
             | Frame::Reset { id, .. }
@@ -251,7 +335,7 @@ impl Control {
 
     // ---- Output ----
 
-    pub(super) const fn has_output(&self) -> bool {
+    pub(super) fn has_output(&self) -> bool {
         let output = &self.output;
         output.hello.is_some()
             || output.ping.is_some()
@@ -259,6 +343,7 @@ impl Control {
             || output.goaway.is_some()
             || output.goaway_ack
             || output.close.is_some()
+            || !self.notices.said.is_empty()
     }
 
     /// Hands out the frames that wait, in order, but for the confirmation of a drain.
@@ -279,6 +364,9 @@ impl Control {
         }
         if let Some(goaway) = output.goaway.take() {
             put(&Frame::GoAway(goaway));
+        }
+        for notice in self.notices.said.drain(..) {
+            put(&Frame::Notice(notice));
         }
         if let Some((code, text)) = output.close.take() {
             put(&Frame::Close { code, text });

@@ -10,6 +10,7 @@ use super::limits::{Budget, Limits};
 use super::{CloseReason, Event, Introduction, OpenError, Role, Violation};
 use crate::code::Code;
 use crate::hello::Hello;
+use crate::join::{Notice, SayError};
 use crate::time::Instant;
 use crate::wire::{Decoder, Frame, GoAway, Item, StreamId};
 use alloc::collections::VecDeque;
@@ -71,7 +72,7 @@ impl Ledger {
         now: Instant,
     ) -> Result<Self, OpenError> {
         let budget = SessionBudget::new(&limits, process).ok_or(OpenError::Memory)?;
-        let control = Control::new(&limits, introduction, now);
+        let control = Control::new(role, &limits, introduction, now);
         Ok(Self {
             role,
             limits,
@@ -276,6 +277,19 @@ impl Ledger {
     /// Asks the peer to open nothing new; [`Event::Drained`] follows when it agreed and every stream has ended.
     pub fn drain(&mut self, goaway: GoAway) {
         self.control.drain(goaway);
+    }
+
+    /// As [`super::Connection::say`].
+    ///
+    /// # Errors
+    /// Why it was not said; nothing has changed then.
+    pub fn say(&mut self, notice: Notice) -> Result<(), SayError> {
+        self.control.say(notice)
+    }
+
+    /// Takes what the peer said about identity.
+    pub fn hear(&mut self) -> Option<Notice> {
+        self.control.hear()
     }
 
     /// Asks the peer for a sign of life now; [`Self::last_heard`] tells of its answer.

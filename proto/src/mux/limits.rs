@@ -28,6 +28,8 @@ pub struct Limits {
     /// Frames per second that ask for work and move nothing: pings, repeated goaways, credit that raises nothing. Default
     /// 10,000. Frames for streams that have ended are not counted: an honest peer's cross with the end.
     pub noise_per_second: u32,
+    /// Notices about identity that the peer may send per second. Default 16: an answer for each, and a question now and then.
+    pub notices_per_second: u32,
     /// How long the peer may take to send its hello and to answer the first ping. Default 10 s.
     pub hello_timeout: Duration,
     /// A ping is sent after so long without a byte from the peer. Default 5 s.
@@ -61,6 +63,7 @@ impl Default for Limits {
             head_max: 64 * 1024,
             resets_per_second: 50_000,
             noise_per_second: 10_000,
+            notices_per_second: 16,
             hello_timeout: Duration::from_secs(10),
             ping_idle: Duration::from_secs(5),
             dead_idle: Duration::from_secs(12),

@@ -22,6 +22,7 @@ pub use limits::{Budget, Limits};
 
 use crate::code::Code;
 use crate::hello::Hello;
+use crate::join::{Notice, SayError};
 use crate::time::Instant;
 use crate::wire::{self, DATA_MAX, Decoder, Frame, GoAway, HEADER_LEN, Item, StreamId, WireError};
 use alloc::collections::VecDeque;
@@ -81,6 +82,8 @@ pub enum Event {
     Writable(Key),
     /// The peer drains: nothing new can be opened.
     GoAway(GoAway),
+    /// [`Connection::hear`] has something.
+    Heard,
     /// The peer has confirmed our drain and every stream has ended.
     Drained,
     /// The session has ended. The last event.
@@ -213,6 +216,8 @@ pub enum Violation {
     OpenAfterGoAway(u32),
     /// A confirmation of a drain that was not asked for, or that names an impossible stream.
     GoAwayAck(u32),
+    /// A notice that this end says and never hears, or an answer to a question that was not asked.
+    Notice(&'static str),
     /// More of something than the limits allow; says what.
     Limit(&'static str),
 }
@@ -248,6 +253,7 @@ impl fmt::Display for Violation {
             Self::Overrun(id) => write!(f, "data beyond the credit of stream {id}"),
             Self::OpenAfterGoAway(id) => write!(f, "stream {id} opened after the drain was confirmed"),
             Self::GoAwayAck(id) => write!(f, "unexpected confirmation of a drain, last stream {id}"),
+            Self::Notice(what) => write!(f, "{what} that was not asked for"),
             Self::Limit(what) => write!(f, "too many {what}"),
         }
     }
@@ -323,7 +329,7 @@ impl Connection {
         Ok(Self {
             role,
             budget,
-            control: Control::new(&limits, introduction, now),
+            control: Control::new(role, &limits, introduction, now),
             decoder: Decoder::default(),
             slots: Vec::new(),
             free: Vec::new(),
@@ -578,6 +584,19 @@ impl Connection {
     /// may still open streams.
     pub fn drain(&mut self, goaway: GoAway) {
         self.control.drain(goaway);
+    }
+
+    /// Says something about identity. One question may be unanswered, and each may be answered once.
+    ///
+    /// # Errors
+    /// Why it was not said; nothing has changed then.
+    pub fn say(&mut self, notice: Notice) -> Result<(), SayError> {
+        self.control.say(notice)
+    }
+
+    /// Takes what the peer said about identity.
+    pub fn hear(&mut self) -> Option<Notice> {
+        self.control.hear()
     }
 
     /// Ends the session: every stream fails, and the peer is told why.

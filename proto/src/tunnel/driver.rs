@@ -50,6 +50,7 @@ pub(super) struct Core {
     pub(super) waiters: Vec<Waiters>,
     pub(super) accepted: VecDeque<Key>,
     accept_waker: Option<Waker>,
+    hear_waker: Option<Waker>,
     /// Wakers that were replaced. They are dropped after the mutex is released: that may run foreign code.
     retired: Vec<Waker>,
     driver: Option<Sleeper>,
@@ -81,6 +82,7 @@ impl Shared {
             waiters: Vec::new(),
             accepted: VecDeque::new(),
             accept_waker: None,
+            hear_waker: None,
             retired: Vec::new(),
             driver: None,
         };
@@ -146,6 +148,12 @@ impl Core {
         self.retired.extend(old);
     }
 
+    /// Remembers to wake the task of `cx` when the peer says something about identity.
+    pub(super) fn park_hear(&mut self, cx: &Context<'_>) {
+        let old = replace(&mut self.hear_waker, cx);
+        self.retired.extend(old);
+    }
+
     /// Forgets who waits for a stream that nobody holds any more.
     pub(super) fn unpark(&mut self, key: Key) {
         let Waiters { read, write, stopped, .. } = std::mem::take(self.waiters(key));
@@ -168,8 +176,10 @@ impl Core {
                 }
                 Event::Closed(_) => {
                     settle.wakers.extend(self.accept_waker.take());
+                    settle.wakers.extend(self.hear_waker.take());
                     settle.events.push(event);
                 }
+                Event::Heard => settle.wakers.extend(self.hear_waker.take()),
                 Event::Ready | Event::GoAway(_) | Event::Drained => settle.events.push(event),
             }
         }

@@ -3,12 +3,13 @@
 //! A [`Session`] is one live authenticated connection between an agent and a gateway. [`Session::over`] runs the mux over
 //! any reliable byte stream, in practice TLS 1.3 on TCP; [`Session::over_quic`] runs on a QUIC connection.
 //! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session, [`stream`] is what one stream can do, [`exchange`] frames the heads of an HTTP
-//! exchange, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket.
+//! exchange, [`message`] is one message where there is no session, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket.
 
 pub mod aside;
 mod buffer;
 pub mod driver;
 pub mod exchange;
+pub mod message;
 pub mod quic;
 pub mod socket;
 pub mod splice;
@@ -16,6 +17,7 @@ pub mod stream;
 
 use crate::code::Code;
 use crate::hello::Hello;
+use crate::join::{Notice, SayError};
 use crate::mux::{Budget, CloseReason, Connection, Event, Introduction, Ledger, Limits, OpenError, Role};
 use crate::time::Instant;
 use crate::wire::GoAway;
@@ -119,7 +121,7 @@ impl Settle {
                 Event::GoAway(goaway) => state.goaway = Some(goaway),
                 Event::Drained => state.drained = true,
                 Event::Closed(reason) => state.closed = Some(reason),
-                Event::Opened(_) | Event::Readable(_) | Event::Writable(_) => {}
+                Event::Opened(_) | Event::Readable(_) | Event::Writable(_) | Event::Heard => {}
             });
         }
     }
@@ -295,6 +297,47 @@ impl Session {
             Inner::Mux(shared) => shared.with(|core, _| core.conn.drain(goaway)),
             Inner::Quic(shared) => shared.with(|core, _| core.ledger.drain(goaway)),
         }
+    }
+
+    /// Says something about identity. One question may be unanswered, and each may be answered once.
+    ///
+    /// # Errors
+    /// Why it was not said.
+    pub fn say(&self, notice: Notice) -> Result<(), SayError> {
+        match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, _| core.conn.say(notice)),
+            Inner::Quic(shared) => shared.with(|core, _| core.ledger.say(notice)),
+        }
+    }
+
+    /// Waits for what the peer says about identity. Cancel safe. Only one task may wait at a time.
+    ///
+    /// # Errors
+    /// Why the session ended.
+    pub async fn hear(&self) -> Result<Notice, CloseReason> {
+        poll_fn(|cx| match &self.inner {
+            Inner::Mux(shared) => shared.with(|core, _| {
+                if let Some(notice) = core.conn.hear() {
+                    return Poll::Ready(Ok(notice));
+                }
+                if let Some(reason) = core.conn.closed() {
+                    return Poll::Ready(Err(reason.clone()));
+                }
+                core.park_hear(cx);
+                Poll::Pending
+            }),
+            Inner::Quic(shared) => shared.with(|core, _| {
+                if let Some(notice) = core.ledger.hear() {
+                    return Poll::Ready(Ok(notice));
+                }
+                if let Some(reason) = core.ledger.closed() {
+                    return Poll::Ready(Err(reason.clone()));
+                }
+                core.hear_waker = Some(cx.waker().clone());
+                Poll::Pending
+            }),
+        })
+        .await
     }
 
     /// Ends the session: every stream fails, and the peer is told why.

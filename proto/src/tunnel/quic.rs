@@ -77,11 +77,18 @@ pub(super) struct Core {
     writers: HashMap<StreamId, Waker>,
     pub(super) accepted: VecDeque<(quinn::SendStream, quinn::RecvStream)>,
     pub(super) accept_waker: Option<Waker>,
+    pub(super) hear_waker: Option<Waker>,
 }
 
 impl Shared {
     pub(super) fn new(conn: quinn::Connection, ledger: Ledger, epoch: tokio::time::Instant) -> Arc<Self> {
-        let core = Core { ledger, writers: HashMap::new(), accepted: VecDeque::new(), accept_waker: None };
+        let core = Core {
+            ledger,
+            writers: HashMap::new(),
+            accepted: VecDeque::new(),
+            accept_waker: None,
+            hear_waker: None,
+        };
         Arc::new(Self {
             core: Mutex::new(core),
             state: watch::Sender::new(SessionState::default()),
@@ -113,10 +120,12 @@ impl Shared {
         let result = f(&mut core, now);
         while let Some(event) = core.ledger.poll_event() {
             match event {
+                LedgerEvent::Session(Event::Heard) => settle.wakers.extend(core.hear_waker.take()),
                 LedgerEvent::Writable(id) => settle.wakers.extend(core.writers.remove(&id)),
                 LedgerEvent::Session(event) => {
                     if matches!(event, Event::Closed(_)) {
                         settle.wakers.extend(core.accept_waker.take());
+                        settle.wakers.extend(core.hear_waker.take());
                         settle.wakers.extend(core.writers.drain().map(|(_, waker)| waker));
                     }
                     settle.events.push(event);

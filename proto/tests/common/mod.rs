@@ -73,11 +73,15 @@ pub struct Lone {
 impl Lone {
     /// Before the hello.
     pub fn new(limits: Limits) -> Self {
+        Self::introduced(limits, Introduction::default())
+    }
+
+    /// Before the hello, with what this end says about itself.
+    pub fn introduced(limits: Limits, introduction: Introduction) -> Self {
         let process = Budget::new(1 << 30);
         let now = Instant::default();
         let conn =
-            Connection::new(Role::Gateway, limits.clone(), process.clone(), Introduction::default(), now)
-                .unwrap();
+            Connection::new(Role::Gateway, limits.clone(), process.clone(), introduction, now).unwrap();
         Self { conn, now, process, limits, decoder: Decoder::default(), events: Vec::new() }
     }
 

@@ -700,6 +700,7 @@ impl World {
                     assert!(peer.draining && !std::mem::replace(&mut peer.drained, true));
                     assert_eq!(peer.conn.streams(), 0);
                 }
+                Event::Heard => panic!("nobody here says anything about identity"),
                 Event::Closed(reason) => self.closed(p, reason),
             }
             self.note(&[p as u64 + 100]);

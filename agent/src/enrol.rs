@@ -1,0 +1,391 @@
+//! How does an agent without a valid certificate get one? One TLS connection, one message each way. The gateway is recognised
+//! before anything is sent: by a pin, or by a root that was kept from before.
+//!
+//! 1. Which proofs are there? The certificate that has run out, the cluster's own token, the join token: in this order,
+//!    since the first costs nothing and the last may be used up.
+//! 2. Each is tried at each address until one is answered. A refusal moves on to the next proof.
+//! 3. What comes back is checked as a whole before it counts: our key, a chain to the roots, an agent's profile.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use rustls::ClientConfig;
+use thiserror::Error;
+use tokio::time::{Duration, Instant, timeout};
+use towline_certs::facts::CertificateFacts;
+use towline_certs::load::{FileBytes, LoadError};
+use towline_certs::tls::{self, ALPN_JOIN, WrongAlpn, negotiated};
+use towline_certs::{
+    AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, IssueError, JoinToken, JoinTokenError,
+    ProfileError, SpkiPin, TlsError, TrustError, VerifyError,
+};
+use towline_proto::join::{
+    Admitted, CERTIFICATES_MAX, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof,
+    RefusalCode, Refused, ServiceAccount, Token,
+};
+use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
+
+use crate::address::{Address, Host};
+use crate::config::JoinConfig;
+use crate::connect::{self, ConnectError};
+use crate::dial::{self, ReachError};
+use crate::live::Live;
+use crate::upstream::server_name;
+
+/// Why there is no identity.
+#[derive(Debug, Error)]
+pub enum EnrolError {
+    #[error("the join token in {path} {cause}")]
+    Token { path: PathBuf, cause: JoinTokenError },
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(
+        "there is nothing to join with: no certificate was kept, and neither a join token (identity.joinTokenFile) nor identity.serviceAccount is there"
+    )]
+    NoProof,
+    #[error(
+        "nothing says how to recognise the gateway: give identity.joinTokenFile the whole join token, or list identity.pins"
+    )]
+    NoPins,
+    #[error(
+        "the identity would be lost with this process and could not be got again: it is kept in memory only, and the join token admits one key. Set identity.directory to a volume, or identity.serviceAccount, or use a token that may be used more often"
+    )]
+    Lost,
+    #[error("a key cannot be made: {0}")]
+    Key(#[from] IssueError),
+    #[error("agent → gateway {address} (joining): {cause}")]
+    Attempt { address: String, cause: AttemptError },
+}
+
+/// Why one attempt to join failed.
+#[derive(Debug, Error)]
+pub enum AttemptError {
+    #[error("{0} cannot be the name of a certificate; set gateway.serverName")]
+    Name(Host),
+    #[error("{0}")]
+    Reach(String),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Alpn(#[from] WrongAlpn),
+    #[error("{0}. A gateway that does not let agents join ends the connection so")]
+    Message(#[from] MessageError),
+    #[error("TLS stands, but no answer came within {0:?}")]
+    NoAnswer(Duration),
+    #[error("refused ({}): {}", code.label(), text.escape_debug())]
+    Refused { code: RefusalCode, text: String, retry_after: Duration },
+    #[error("the gateway's answer cannot be used: {0}")]
+    Answer(#[from] AnswerError),
+}
+
+/// Why an identity that came cannot be used.
+#[derive(Debug, Error)]
+pub enum AnswerError {
+    #[error("it neither admits nor refuses; update the agent")]
+    Unknown,
+    #[error("more than {CERTIFICATES_MAX} certificates")]
+    TooMany,
+    #[error("no certificate")]
+    NoCertificate,
+    #[error("the certificate is for another key than this agent's")]
+    OtherKey,
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    #[error("the CA bundle: {0}")]
+    Trust(#[from] TrustError),
+    #[error("the certificate does not lead to the CA bundle that came with it: {0}")]
+    Chain(#[from] VerifyError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+impl EnrolError {
+    /// The value of the metric label `outcome`.
+    pub(crate) const fn label(&self) -> &'static str {
+        match self {
+            Self::Token { .. } | Self::Load(_) | Self::NoProof | Self::NoPins | Self::Lost => "config",
+            Self::Key(_) => "key",
+            Self::Attempt { cause, .. } => match cause {
+                AttemptError::Refused { code, .. } => code.label(),
+                AttemptError::Answer(_) => "answer",
+                AttemptError::Tls(_) | AttemptError::Name(_) => "config",
+                AttemptError::Reach(_) | AttemptError::Alpn(_) => "reach",
+                AttemptError::Message(_) | AttemptError::NoAnswer(_) => "message",
+            },
+        }
+    }
+
+    /// What the gateway asked for.
+    pub(crate) const fn retry_after(&self) -> Duration {
+        match self {
+            Self::Attempt { cause: AttemptError::Refused { retry_after, .. }, .. } => *retry_after,
+            _ => Duration::ZERO,
+        }
+    }
+}
+
+/// An identity that can be used.
+#[derive(Clone, Debug)]
+pub(crate) struct Held {
+    pub(crate) credential: Credential,
+    pub(crate) roots: Vec<CertificateDer<'static>>,
+    pub(crate) facts: CertificateFacts,
+    pub(crate) identity: AgentIdentity,
+    /// TLS towards the gateway.
+    pub(crate) tls: Arc<ClientConfig>,
+}
+
+impl Held {
+    /// Takes what came, if all of it fits.
+    pub(crate) fn new(
+        chain: &[Bytes],
+        roots: Vec<CertificateDer<'static>>,
+        key: &AgentKey,
+    ) -> Result<Self, AnswerError> {
+        if chain.len() > CERTIFICATES_MAX {
+            return Err(AnswerError::TooMany);
+        }
+        if chain.is_empty() {
+            return Err(AnswerError::NoCertificate);
+        }
+        let credential = Credential::new(certificates(chain), key.private_key(), Path::new("the answer"))
+            .map_err(|_| AnswerError::OtherKey)?;
+        let held = Self::kept(credential, roots)?;
+        // At the time of its issue: this machine's clock may be off, and nothing but the fit is in question.
+        let agents = AgentCa::new(&held.roots, held.identity.trust_domain.clone())?;
+        agents.verify(held.credential.chain(), held.facts.issued_at())?;
+        Ok(held)
+    }
+
+    /// What was kept, and checked when it came. The roots may have changed since, and its own among them be gone.
+    pub(crate) fn kept(
+        credential: Credential,
+        roots: Vec<CertificateDer<'static>>,
+    ) -> Result<Self, AnswerError> {
+        if roots.len() > CERTIFICATES_MAX {
+            return Err(AnswerError::TooMany);
+        }
+        let facts = CertificateFacts::of(credential.leaf())?;
+        let identity = AgentIdentity::from_verified_certificate(credential.leaf())?;
+        let tls = tls::agent_client(&roots, &credential)?;
+        Ok(Self { credential, roots, facts, identity, tls })
+    }
+
+    /// The same identity that believes other roots.
+    pub(crate) fn with_roots(&self, roots: &[Bytes]) -> Result<Self, AnswerError> {
+        if roots.len() > CERTIFICATES_MAX {
+            return Err(AnswerError::TooMany);
+        }
+        let roots = certificates(roots);
+        let tls = tls::agent_client(&roots, &self.credential)?;
+        Ok(Self { roots, tls, ..self.clone() })
+    }
+
+    /// How much of its life is left by this machine's clock.
+    pub(crate) fn left(&self) -> Duration {
+        self.facts.not_after.duration_since(SystemTime::now()).unwrap_or_default()
+    }
+}
+
+fn certificates(der: &[Bytes]) -> Vec<CertificateDer<'static>> {
+    der.iter().map(|der| CertificateDer::from(der.to_vec())).collect()
+}
+
+/// What attempts to join need.
+#[derive(Debug)]
+pub(crate) struct Enroller {
+    pub(crate) config: JoinConfig,
+    pub(crate) addresses: Vec<Address>,
+    pub(crate) server_name: Option<Host>,
+    pub(crate) boot_id: Vec<u8>,
+    pub(crate) software: String,
+    /// Resolve, connect and TLS; and once more for the answer.
+    pub(crate) timeout: Duration,
+}
+
+/// One way to be let in, with the key that goes with it.
+struct Try<'a> {
+    what: &'static str,
+    proof: Proof,
+    key: &'a AgentKey,
+}
+
+impl Enroller {
+    /// Tries every proof once. `fresh` is the key for an identity that begins anew.
+    pub(crate) async fn join(
+        &self,
+        live: &Live,
+        old: Option<&Held>,
+        fresh: &AgentKey,
+        issuer: Option<Issuer>,
+    ) -> Result<Held, EnrolError> {
+        let token = self.config.token_file.as_deref().map(read_token);
+        let account = self.config.service_account.as_ref().map(|account| {
+            let token = read_line(&account.token_file)?;
+            Ok::<_, LoadError>(ServiceAccount { cluster: account.cluster.clone(), token })
+        });
+        let old_key = old.map(|old| AgentKey::from_private_key(old.credential.key())).transpose()?;
+        let mut tries = Vec::new();
+        if let (Some(old), Some(key)) = (old, &old_key) {
+            let chain = old.credential.chain().iter().map(|der| Bytes::copy_from_slice(der)).collect();
+            let proof = Proof::Expired(Certificate { chain });
+            tries.push(Try { what: "the certificate that was kept", proof, key });
+        }
+        let mut failure = EnrolError::NoProof;
+        match account.transpose() {
+            Ok(None) => {}
+            Ok(Some(account)) => {
+                let proof = Proof::ServiceAccount(account);
+                tries.push(Try { what: "the cluster's ServiceAccount token", proof, key: fresh });
+            }
+            Err(error) => failure = error.into(),
+        }
+        let token = match token {
+            None => None,
+            Some(Ok(token)) => {
+                let secret = Bytes::copy_from_slice(token.secret.as_bytes());
+                let proof = Proof::Token(Token { id: token.id.clone(), secret });
+                tries.push(Try { what: "the join token", proof, key: fresh });
+                Some(token)
+            }
+            Some(Err(error)) => {
+                failure = error;
+                None
+            }
+        };
+        let pins = self.pins(token.as_ref(), old);
+        if pins.is_empty() {
+            return Err(if token.is_none() { failure } else { EnrolError::NoPins });
+        }
+        let addresses = self.addresses(token.as_ref());
+        for Try { what, proof, key } in tries {
+            let request = JoinRequest {
+                proof: Some(proof),
+                csr: key.csr_der()?.into(),
+                software: self.software.clone(),
+                boot_id: self.boot_id.clone().into(),
+                issuer: issuer.clone(),
+            };
+            match self.try_all(live, &addresses, &pins, &request, key).await {
+                Ok(held) => return Ok(held),
+                Err(error) => {
+                    tracing::info!(%error, with = what, "not admitted");
+                    failure = error;
+                }
+            }
+        }
+        Err(failure)
+    }
+
+    /// By what the gateway may be recognised: the pins that were given, and the roots that were kept.
+    fn pins(&self, token: Option<&JoinToken>, old: Option<&Held>) -> Vec<SpkiPin> {
+        let mut pins = self.config.pins.clone();
+        pins.extend(token.into_iter().flat_map(|token| &token.pins));
+        pins.extend(old.into_iter().flat_map(|old| JoinToken::pins_of(&old.roots)));
+        pins
+    }
+
+    /// The configured addresses, then those of the token that are not among them.
+    fn addresses(&self, token: Option<&JoinToken>) -> Vec<Address> {
+        let mut addresses = self.addresses.clone();
+        let of_token = token.into_iter().flat_map(|token| &token.addresses);
+        for address in of_token.filter_map(|address| address.to_string().parse::<Address>().ok()) {
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        addresses
+    }
+
+    async fn try_all(
+        &self,
+        live: &Live,
+        addresses: &[Address],
+        pins: &[SpkiPin],
+        request: &JoinRequest,
+        key: &AgentKey,
+    ) -> Result<Held, EnrolError> {
+        let mut failure = EnrolError::NoProof;
+        for address in addresses {
+            match self.attempt(live, address, pins, request, key).await {
+                Ok(held) => return Ok(held),
+                Err(cause) => {
+                    let answered = matches!(cause, AttemptError::Refused { .. });
+                    failure = EnrolError::Attempt { address: address.to_string(), cause };
+                    if answered {
+                        break;
+                    }
+                }
+            }
+        }
+        Err(failure)
+    }
+
+    async fn attempt(
+        &self,
+        live: &Live,
+        address: &Address,
+        pins: &[SpkiPin],
+        request: &JoinRequest,
+        key: &AgentKey,
+    ) -> Result<Held, AttemptError> {
+        let host = self.server_name.as_ref().unwrap_or(&address.host);
+        let name = server_name(host).ok_or_else(|| AttemptError::Name(host.clone()))?;
+        let config = tls::join_client(pins)?;
+        let deadline = Instant::now() + self.timeout;
+        let leg = dial::reach(live, address, deadline).await?;
+        let mut stream = connect::handshake(leg, config, name, "the join token", deadline).await?;
+        negotiated(stream.get_ref().1.alpn_protocol(), ALPN_JOIN)?;
+        let exchange = async {
+            send_message(&mut stream, request, JOIN_MAX_BYTES).await?;
+            recv_message::<JoinAnswer, _>(&mut stream, JOIN_MAX_BYTES).await
+        };
+        let answer =
+            timeout(self.timeout, exchange).await.map_err(|_| AttemptError::NoAnswer(self.timeout))??;
+        match answer.outcome {
+            Some(Joined::Admitted(Admitted { certificate, trust, .. })) => {
+                if trust.roots.len() > CERTIFICATES_MAX {
+                    return Err(AnswerError::TooMany.into());
+                }
+                Ok(Held::new(&certificate.chain, certificates(&trust.roots), key)?)
+            }
+            Some(Joined::Refused(Refused { code, text, retry_after_ms })) => Err(AttemptError::Refused {
+                code: RefusalCode::try_from(code).unwrap_or(RefusalCode::Unknown),
+                text,
+                retry_after: Duration::from_millis(retry_after_ms.into()),
+            }),
+            None => Err(AnswerError::Unknown.into()),
+        }
+    }
+}
+
+impl From<ConnectError> for AttemptError {
+    fn from(error: ConnectError) -> Self {
+        Self::Reach(error.to_string())
+    }
+}
+
+impl From<ReachError> for AttemptError {
+    fn from(error: ReachError) -> Self {
+        match error {
+            ReachError::Connect(error) => Self::Reach(error.to_string()),
+            ReachError::Proxy(error) => Self::Reach(error.to_string()),
+        }
+    }
+}
+
+/// Reads a join token.
+pub(crate) fn read_token(path: &Path) -> Result<JoinToken, EnrolError> {
+    let line = read_line(path)?;
+    line.parse().map_err(|cause| EnrolError::Token { path: path.to_owned(), cause })
+}
+
+/// Reads a file that holds one word.
+pub(crate) fn read_line(path: &Path) -> Result<String, LoadError> {
+    let file = FileBytes::read(path)?;
+    Ok(String::from_utf8_lossy(file.bytes()).trim().to_owned())
+}

@@ -1,0 +1,467 @@
+//! Goal: an agent gets an identity by joining, keeps it through restarts, renewals and changes of the CA, and never tells a
+//! stranger its secret. The gateway is made from the protocol crate alone.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
+
+mod support;
+
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use support::{health, metric, soon};
+use tempfile::TempDir;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_rustls::LazyConfigAcceptor;
+use towline_agent::{Agent, AgentConfig, check};
+use towline_certs::ca::CA_LIFETIME;
+use towline_certs::facts::CertificateFacts;
+use towline_certs::{
+    AgentCa, AgentIdentity, CaKind, CertificateAuthority, CertificateDer, ClusterUid, Credential, InstanceId,
+    JoinSecret, JoinToken, Listener, SpkiPin, TrustDomain, route_by_alpn, tls,
+};
+use towline_proto::join::{
+    Admitted, CAPABILITY_IDENTITY, Certificate, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Notice,
+    Proof, RefusalCode, Refused, Renewal, Renewed, Trust, TrustAck,
+};
+use towline_proto::mux::{Budget, Introduction, Limits, Role};
+use towline_proto::tunnel::message::{recv_message, send_message};
+use towline_proto::tunnel::{Session, SessionConfig};
+
+/// What the gateway does with a request to join.
+#[derive(Clone, Copy, PartialEq)]
+enum Answer {
+    Admit,
+    /// Ends the connection once it has read the request.
+    Cut,
+    Refuse(RefusalCode),
+}
+
+struct State {
+    ca: CertificateAuthority,
+    roots: Vec<CertificateDer<'static>>,
+    server: Credential,
+    lifetime: Duration,
+    answers: Vec<Answer>,
+    requests: Vec<JoinRequest>,
+    renewals: usize,
+    acks: Vec<TrustAck>,
+}
+
+/// A gateway, as far as joining, renewing and believing go.
+struct Gateway {
+    at: SocketAddr,
+    state: Arc<Mutex<State>>,
+    /// A session, and the serial of the certificate that it showed.
+    sessions: mpsc::Receiver<(Session, String)>,
+    _tasks: JoinSet<()>,
+}
+
+fn domain() -> TrustDomain {
+    TrustDomain::new("fleet.test").unwrap()
+}
+
+fn identity() -> AgentIdentity {
+    AgentIdentity::new(domain(), ClusterUid::new("u-east").unwrap(), InstanceId::new("a1").unwrap())
+}
+
+fn new_ca() -> CertificateAuthority {
+    CertificateAuthority::create(CaKind::Tunnel, CA_LIFETIME, SystemTime::now()).unwrap()
+}
+
+fn server_of(ca: &CertificateAuthority) -> Credential {
+    let names = ["127.0.0.1".parse().unwrap()];
+    ca.issue_tunnel_server(&names, Duration::from_secs(86_400), SystemTime::now()).unwrap()
+}
+
+impl State {
+    fn issue(&self, csr: &[u8]) -> Certificate {
+        let issued =
+            self.ca.issue_agent_from_csr(csr, &identity(), self.lifetime, SystemTime::now()).unwrap();
+        Certificate { chain: vec![issued.certificate.to_vec().into(), issued.root.to_vec().into()] }
+    }
+
+    fn trust(&self, version: u64) -> Trust {
+        Trust { version, roots: self.roots.iter().map(|root| Bytes::copy_from_slice(root)).collect() }
+    }
+}
+
+impl Gateway {
+    async fn start(lifetime: Duration) -> Self {
+        let ca = new_ca();
+        let state = State {
+            roots: vec![ca.root_der().clone()],
+            server: server_of(&ca),
+            ca,
+            lifetime,
+            answers: Vec::new(),
+            requests: Vec::new(),
+            renewals: 0,
+            acks: Vec::new(),
+        };
+        let state = Arc::new(Mutex::new(state));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let (sender, sessions) = mpsc::channel(16);
+        let mut tasks = JoinSet::new();
+        let shared = Arc::clone(&state);
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (state, sender) = (Arc::clone(&shared), sender.clone());
+                connections.spawn(async move {
+                    connection(state, stream, sender).await;
+                });
+            }
+        });
+        Self { at, state, sessions, _tasks: tasks }
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
+        f(&mut self.state.lock().unwrap())
+    }
+
+    fn token(&self, pins: Vec<SpkiPin>, uses: u32) -> JoinToken {
+        let addresses = vec![self.at.to_string().parse().unwrap()];
+        let secret = JoinSecret::generate().unwrap();
+        JoinToken { addresses, pins, id: "t1".to_owned(), uses, secret }
+    }
+
+    fn pins(&self) -> Vec<SpkiPin> {
+        self.with(|state| JoinToken::pins_of(&state.roots))
+    }
+
+    async fn session(&mut self) -> (Session, String) {
+        soon("a session", self.sessions.recv()).await.unwrap()
+    }
+
+    /// The agent's answer to the roots as they are now.
+    async fn announce(&self, session: &Session, version: u64) -> TrustAck {
+        let before = self.with(|state| state.acks.len());
+        session.say(Notice::Trust(self.with(|state| state.trust(version)))).unwrap();
+        soon("an acknowledgement", async {
+            while self.with(|state| state.acks.len()) == before {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        self.with(|state| state.acks.last().cloned().unwrap())
+    }
+}
+
+async fn connection(
+    state: Arc<Mutex<State>>,
+    stream: TcpStream,
+    sessions: mpsc::Sender<(Session, String)>,
+) -> Option<()> {
+    let started = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await.ok()?;
+    let listener = route_by_alpn(started.client_hello().alpn().into_iter().flatten()).ok()?;
+    let (join, tunnel) = {
+        let state = state.lock().unwrap();
+        let agents = AgentCa::new(&state.roots, domain()).unwrap();
+        (tls::join_server(&state.server).unwrap(), tls::tunnel_server(&state.server, &agents).unwrap())
+    };
+    if listener == Listener::Join {
+        let mut stream = started.into_stream(join).await.ok()?;
+        let request: JoinRequest = recv_message(&mut stream, JOIN_MAX_BYTES).await.ok()?;
+        let answer = {
+            let mut state = state.lock().unwrap();
+            state.requests.push(request.clone());
+            let answer = if state.answers.is_empty() { Answer::Admit } else { state.answers.remove(0) };
+            let outcome = match answer {
+                Answer::Cut => return None,
+                Answer::Refuse(code) => Joined::Refused(Refused::new(code, "no")),
+                Answer::Admit => Joined::Admitted(Admitted {
+                    certificate: state.issue(&request.csr),
+                    trust: state.trust(1),
+                    cluster: "east".to_owned(),
+                    ..Admitted::default()
+                }),
+            };
+            JoinAnswer { outcome: Some(outcome), ..JoinAnswer::default() }
+        };
+        send_message(&mut stream, &answer, JOIN_MAX_BYTES).await.ok()?;
+        return Some(());
+    }
+    let stream = started.into_stream(tunnel).await.ok()?;
+    let leaf = stream.get_ref().1.peer_certificates()?.first()?.clone().into_owned();
+    let serial = CertificateFacts::of(&leaf).unwrap().serial;
+    let introduction =
+        Introduction { capabilities: vec![CAPABILITY_IDENTITY.to_owned()], ..Introduction::default() };
+    let (limits, budget) = (Limits::default(), Budget::new(1 << 30));
+    let config = SessionConfig { role: Role::Gateway, limits, budget, introduction };
+    let (session, driver) = Session::over(stream, config).unwrap();
+    let life = async {
+        session.ready().await.ok()?;
+        drop(sessions.send((session.clone(), serial)).await);
+        while let Ok(notice) = session.hear().await {
+            let mut state = state.lock().unwrap();
+            match notice {
+                Notice::Renew(renew) => {
+                    state.renewals += 1;
+                    let outcome = Some(Renewal::Certificate(state.issue(&renew.csr)));
+                    session.say(Notice::Renewed(Renewed { outcome })).unwrap();
+                }
+                Notice::TrustAck(ack) => state.acks.push(ack),
+                other => panic!("{other:?}"),
+            }
+        }
+        Some(())
+    };
+    tokio::join!(driver.run(), life).1
+}
+
+/// The configuration of an agent that joins.
+fn config(gateway: SocketAddr, identity: &str) -> AgentConfig {
+    let yaml = format!(
+        "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: ['{gateway}'] }}\nidentity: {{ {identity} }}\napiServer: {{ url: 'http://127.0.0.1:1' }}\nadmin: {{ address: '127.0.0.1:0' }}\ntransport: tcp\ntimeouts: {{ backoffMin: 20ms, backoffMax: 100ms }}\n"
+    );
+    AgentConfig::parse("test.yaml", yaml.as_bytes()).unwrap()
+}
+
+fn write(directory: &TempDir, name: &str, text: &str) -> String {
+    let path = directory.path().join(name);
+    std::fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+fn pin_of(request: &JoinRequest) -> SpkiPin {
+    towline_certs::issue::csr_pin(&request.csr).unwrap()
+}
+
+const LONG: Duration = Duration::from_secs(3600);
+
+/// A directory outlives the process: the token is needed once, the file is the owner's alone, and holds all that is needed.
+#[tokio::test]
+async fn a_directory_outlives_the_process() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token = gateway.token(gateway.pins(), 1);
+    let token_file = write(&scratch, "token", &format!("{}\n", token.line()));
+    let kept = scratch.path().join("kept");
+    let with_token = format!("directory: {}, joinTokenFile: {token_file}", kept.display());
+    let config = config(gateway.at, &with_token);
+    check(&config).await.unwrap();
+    let agent = Agent::start(config.clone()).await.unwrap();
+    let (_session, serial) = gateway.session().await;
+    let request = gateway.with(|state| state.requests.remove(0));
+    assert!(
+        matches!(&request.proof, Some(Proof::Token(sent)) if sent.id == "t1" && sent.secret == token.secret.as_bytes()[..])
+    );
+    assert_eq!(request.boot_id.len(), 16);
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&kept.join("identity.pem")), mode(&kept)), (0o600, 0o700));
+    assert!(!kept.join("join.key").exists(), "the key of the join has become that of the identity");
+    agent.shutdown().await;
+    std::fs::remove_file(&token_file).unwrap();
+    check(&config).await.unwrap();
+    let agent = Agent::start(config).await.unwrap();
+    assert_eq!(gateway.session().await.1, serial, "the same certificate");
+    assert!(gateway.with(|state| state.requests.is_empty()), "it did not join again");
+    assert_eq!(metric(&agent, "towline_agent_joins_total{outcome=\"ok\"}").await, 0.0);
+    agent.shutdown().await;
+}
+
+/// EN-10: where none of the presented CA certificates has a pin of the token, nothing is sent.
+#[tokio::test]
+async fn a_stranger_is_not_told_the_token() {
+    let gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let other = JoinToken::pins_of(&[new_ca().root_der().clone()]);
+    let token = gateway.token(other, 9);
+    let token_file = write(&scratch, "token", &token.line());
+    let agent = Agent::start(config(gateway.at, &format!("joinTokenFile: {token_file}"))).await.unwrap();
+    soon("attempts", async {
+        while metric(&agent, "towline_agent_joins_total{outcome=\"reach\"}").await < 3.0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert!(gateway.with(|state| state.requests.is_empty()));
+    assert_ne!(health(&agent, "/readyz").await.0, 200);
+    agent.shutdown().await;
+}
+
+/// EN-09: a join that broke off after the token was used is asked for again with the same key, also by the next process.
+#[tokio::test]
+async fn a_join_that_broke_off_keeps_its_key() {
+    let mut gateway = Gateway::start(LONG).await;
+    gateway.with(|state| state.answers = vec![Answer::Cut; 3]);
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
+    let kept = scratch.path().join("kept");
+    let config = config(gateway.at, &format!("directory: {}, joinTokenFile: {token_file}", kept.display()));
+    let agent = Agent::start(config.clone()).await.unwrap();
+    soon("two requests", async {
+        while gateway.with(|state| state.requests.len()) < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    drop(agent);
+    let agent = Agent::start(config).await.unwrap();
+    gateway.session().await;
+    let pins: Vec<_> = gateway.with(|state| state.requests.iter().map(pin_of).collect());
+    assert!(pins.len() >= 3 && pins.iter().all(|pin| *pin == pins[0]), "{pins:?}");
+    agent.shutdown().await;
+}
+
+/// What is lost with the process and cannot be got again is refused before anything is started.
+#[tokio::test]
+async fn an_identity_that_would_be_lost_is_refused() {
+    let gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let single = write(&scratch, "single", &gateway.token(gateway.pins(), 1).line());
+    let reusable = write(&scratch, "reusable", &gateway.token(gateway.pins(), 5).line());
+    let line = gateway.token(gateway.pins(), 5).line();
+    let cut = write(&scratch, "cut", &line[..line.len() - 3]);
+    let problem = async |identity: String| match check(&config(gateway.at, &identity)).await {
+        Ok(()) => String::new(),
+        Err(error) => error.to_string(),
+    };
+    assert!(problem(format!("joinTokenFile: {single}")).await.contains("would be lost with this process"));
+    assert_eq!(problem(format!("joinTokenFile: {reusable}")).await, "");
+    assert!(problem(format!("joinTokenFile: {cut}")).await.contains("cut off"));
+    let kept = scratch.path().join("kept").display().to_string();
+    assert_eq!(problem(format!("joinTokenFile: {single}, directory: {kept}")).await, "");
+    assert!(problem(format!("directory: {kept}")).await.contains("nothing to join with"));
+    let account = format!("serviceAccount: {{ cluster: east, tokenFile: {single} }}");
+    assert_eq!(problem(format!("joinTokenFile: {single}, {account}")).await, "");
+}
+
+/// Renewal: over the session, again and again; no session is replaced; a new connection shows the newest certificate.
+#[tokio::test]
+async fn certificates_are_renewed_and_no_session_ends() {
+    let mut gateway = Gateway::start(Duration::from_secs(3)).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 5).line());
+    let agent = Agent::start(config(gateway.at, &format!("joinTokenFile: {token_file}"))).await.unwrap();
+    let (session, first) = gateway.session().await;
+    let stream = session.open().await.unwrap();
+    tokio::time::timeout(Duration::from_secs(30), async {
+        while metric(&agent, "towline_agent_renewals_total{outcome=\"ok\"}").await < 3.0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(session.is_open() && gateway.sessions.is_empty(), "the first session still serves");
+    assert_eq!(gateway.with(|state| state.requests.len()), 1, "it joined once");
+    drop(stream);
+    session.close(towline_proto::Code::Internal, "a test");
+    assert_ne!(gateway.session().await.1, first, "the newest certificate");
+    let ends = metric(&agent, "towline_agent_certificate_expiry_timestamp_seconds").await;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
+    assert!((ends - now).abs() < 5.0, "{ends} {now}");
+    agent.shutdown().await;
+}
+
+/// Offline past the end of its certificate: the agent comes back by it, with its key, and if that is refused by what else it
+/// has.
+#[tokio::test]
+async fn a_certificate_that_has_run_out_leads_back() {
+    let mut gateway = Gateway::start(Duration::from_secs(1)).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
+    let kept = scratch.path().join("kept");
+    let config = config(gateway.at, &format!("directory: {}, joinTokenFile: {token_file}", kept.display()));
+    let agent = Agent::start(config.clone()).await.unwrap();
+    gateway.session().await;
+    agent.shutdown().await;
+    tokio::time::sleep(Duration::from_millis(2100)).await;
+    gateway.with(|state| {
+        state.requests.clear();
+        state.lifetime = LONG;
+        state.answers = vec![Answer::Refuse(RefusalCode::Denied)];
+    });
+    let agent = Agent::start(config).await.unwrap();
+    gateway.session().await;
+    let requests = gateway.with(|state| std::mem::take(&mut state.requests));
+    let [by_certificate, by_token] = &requests[..] else { panic!("{requests:?}") };
+    let Some(Proof::Expired(shown)) = &by_certificate.proof else { panic!("{by_certificate:?}") };
+    let leaf = CertificateDer::from(shown.chain[0].to_vec());
+    assert_eq!(SpkiPin::of(&leaf).unwrap(), pin_of(by_certificate), "the old key asks");
+    assert!(matches!(by_token.proof, Some(Proof::Token(_))) && pin_of(by_token) != pin_of(by_certificate));
+    agent.shutdown().await;
+}
+
+/// A change of CA: announced roots are written before they are acknowledged, and the next session, to a server of the new CA,
+/// works; also after a restart. Nonsense is refused and changes nothing.
+#[tokio::test]
+async fn a_change_of_ca_is_followed() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
+    let kept = scratch.path().join("kept");
+    let config = config(gateway.at, &format!("directory: {}, joinTokenFile: {token_file}", kept.display()));
+    let agent = Agent::start(config.clone()).await.unwrap();
+    let (session, _) = gateway.session().await;
+    let new = new_ca();
+    gateway.with(|state| state.roots.push(new.root_der().clone()));
+    let ack = gateway.announce(&session, 2).await;
+    assert_eq!((ack.version, ack.problem.as_str()), (2, ""));
+    assert!(session.is_open() && gateway.sessions.is_empty(), "nothing was replaced for it");
+    // Nonsense.
+    let roots = gateway.with(|state| std::mem::replace(&mut state.roots, vec![vec![1, 2, 3].into()]));
+    let ack = gateway.announce(&session, 3).await;
+    assert!(ack.version == 3 && !ack.problem.is_empty());
+    // The server shows a certificate of the new CA from now on.
+    gateway.with(|state| {
+        state.roots = roots;
+        state.server = server_of(&new);
+    });
+    session.close(towline_proto::Code::Internal, "a test");
+    gateway.session().await;
+    agent.shutdown().await;
+    let agent = Agent::start(config).await.unwrap();
+    gateway.session().await;
+    assert_eq!(gateway.with(|state| state.requests.len()), 1);
+    assert_eq!(metric(&agent, "towline_agent_trust_changes_total{result=\"kept\"}").await, 0.0);
+    agent.shutdown().await;
+}
+
+/// The cluster's own token: tried first, so that a join token is not used up; the issuer in it is told to the gateway with the
+/// keys from the mounted file; after NO_ISSUER the join token admits.
+#[tokio::test]
+async fn a_pod_comes_back_with_its_own_token() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
+    // {"iss":"https://k8s","sub":"sa"}
+    let projected = write(&scratch, "projected", "e30.eyJpc3MiOiJodHRwczovL2s4cyIsInN1YiI6InNhIn0.c2ln\n");
+    let jwks = write(&scratch, "jwks", r#"{"keys":[]}"#);
+    gateway.with(|state| state.answers = vec![Answer::Refuse(RefusalCode::NoIssuer)]);
+    let config = config(
+        gateway.at,
+        &format!(
+            "joinTokenFile: {token_file}, serviceAccount: {{ cluster: east, tokenFile: {projected}, jwksFile: {jwks} }}"
+        ),
+    );
+    let agent = Agent::start(config.clone()).await.unwrap();
+    gateway.session().await;
+    agent.shutdown().await;
+    let agent = Agent::start(config).await.unwrap();
+    gateway.session().await;
+    let requests = gateway.with(|state| std::mem::take(&mut state.requests));
+    let proofs: Vec<_> = requests
+        .iter()
+        .map(|request| match &request.proof {
+            Some(Proof::ServiceAccount(account)) => {
+                assert!(account.cluster == "east" && account.token.ends_with(".c2ln"));
+                "account"
+            }
+            Some(Proof::Token(_)) => "token",
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(proofs, ["account", "token", "account"]);
+    let issuer = requests[1].issuer.as_ref().unwrap();
+    assert_eq!((issuer.issuer.as_str(), &issuer.jwks[..]), ("https://k8s", &br#"{"keys":[]}"#[..]));
+    assert_eq!(issuer.subject, "sa");
+    agent.shutdown().await;
+}

@@ -1,0 +1,280 @@
+//! What does the gateway serve at its root? The fleet as a Kubernetes API: `/apis/towline.io/v1alpha1`, what kubectl asks before,
+//! and nothing else. In order: who calls, whether they may, the body, then what the verb does.
+//!
+//! Kept small: merge patches only, no server-side apply, no finalizers, no subresources. What of Kubernetes is there behaves
+//! as it does there.
+
+mod credentials;
+mod documents;
+mod error;
+pub(crate) mod feed;
+mod kinds;
+mod objects;
+mod read;
+mod selector;
+mod table;
+mod write;
+
+use crate::authn::Caller;
+use crate::config::PublicAddress;
+use crate::fleet::Fleet;
+use crate::metrics::{Counted, Limit, Surface};
+use crate::proxy::{AnswerBody, Peer, ProxyError, identify, printable};
+use crate::routing::percent_decode;
+use crate::running::Run;
+use crate::state::{KeyPermit, Shared};
+use bytes::Bytes;
+use error::{ApiError, json_response};
+use feed::Feed;
+use http::header::{self, HeaderValue};
+use http::request::Parts;
+use http::{Method, Response, StatusCode};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
+use kinds::Resource;
+use serde_json::Value;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use towline_certs::{HostName, SpkiPin};
+
+/// Members may do everything.
+pub const ADMINS: &str = "towline:admins";
+/// Largest body.
+const BODY_MAX: usize = 1 << 20;
+const PREFIX: &str = "/apis/towline.io/v1alpha1/";
+
+/// A request whose caller is known.
+pub(crate) struct Call {
+    shared: Arc<Shared>,
+    fleet: Fleet,
+    feed: Arc<Feed>,
+    parts: Parts,
+    caller: Caller,
+    /// Cancelled when what let the caller in counts no more.
+    revoked: Option<CancellationToken>,
+    guards: Mutex<Option<Guards>>,
+}
+
+/// What counts for as long as the answer lasts.
+struct Guards {
+    _run: Option<Run>,
+    _request: Counted,
+    _principal: KeyPermit<String>,
+}
+
+/// Whether a path at the root is the API's.
+pub(crate) fn serves(path: &str) -> bool {
+    matches!(path, "/api" | "/apis" | "/apis/towline.io" | "/apis/towline.io/v1alpha1" | "/openapi/v2")
+        || path.starts_with(PREFIX)
+        || path == "/openapi/v3"
+        || path.starts_with("/openapi/v3/apis/towline.io/")
+}
+
+/// Answers a request to the API.
+pub(crate) async fn answer(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    parts: Parts,
+    body: Incoming,
+) -> Result<Response<AnswerBody>, ProxyError> {
+    let live = shared.live();
+    let (caller, run) = identify(shared, &live, peer, &parts)?;
+    drop(live);
+    let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
+    let permit = shared.principals.take(&caller.principal.name).ok_or(too_many)?;
+    let (Some(fleet), Some(feed)) = (shared.fleet.clone(), shared.feed.clone()) else {
+        return Ok(ApiError::no_such_path().into_response());
+    };
+    let revoked = run.as_ref().map(|run| run.revoked.clone());
+    let guards = Guards { _run: run, _request: shared.metrics.request(), _principal: permit };
+    let guards = Mutex::new(Some(guards));
+    let call = Call { shared: Arc::clone(shared), fleet, feed, parts, caller, revoked, guards };
+    let answered = call.answer(body).await;
+    Ok(answered.unwrap_or_else(|error| {
+        if let Some(code) = error.code {
+            shared.metrics.rejected(Surface::Front, code);
+        }
+        error.into_response()
+    }))
+}
+
+impl Call {
+    async fn answer(&self, body: Incoming) -> Result<Response<AnswerBody>, ApiError> {
+        let headers = &self.parts.headers;
+        let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+        if headers.contains_key(header::ORIGIN) || site.is_some_and(|site| site != b"none") {
+            return Err(ApiError::cross_site());
+        }
+        let path = self.parts.uri.path();
+        let get = matches!(self.parts.method, Method::GET | Method::HEAD);
+        let Some(rest) = path.strip_prefix(PREFIX) else {
+            if !get {
+                return Err(ApiError::method_not_allowed());
+            }
+            return self.document(path);
+        };
+        let decoded = String::from_utf8(percent_decode(rest))
+            .map_err(|_| ApiError::bad_request("the path is no UTF-8"))?;
+        let mut segments = decoded.trim_end_matches('/').split('/');
+        let (plural, name, more) = (segments.next().unwrap_or_default(), segments.next(), segments.next());
+        let resource = kinds::find(plural).filter(|_| more.is_none()).ok_or_else(ApiError::no_such_path)?;
+        let accept = self.accept();
+        if !(accept.is_empty() || accept.contains("application/json") || accept.contains("*/*")) {
+            return Err(ApiError::not_acceptable());
+        }
+        self.authorize(resource, name)?;
+        match (self.parts.method.clone(), name, resource.stored.is_some()) {
+            (Method::GET | Method::HEAD, None, true) if self.flag("watch") => read::watch(self, resource),
+            (Method::GET | Method::HEAD, None, true) => read::list(self, resource),
+            (Method::GET | Method::HEAD, Some(name), true) => read::get(self, resource, name),
+            (Method::POST, None, true) => write::create(self, resource, self.json(body).await?).await,
+            (Method::PUT, Some(name), true) => {
+                write::update(self, resource, name, self.json(body).await?).await
+            }
+            (Method::PATCH, Some(name), true) => {
+                let patch = self.typed(body, &["application/merge-patch+json"]).await?;
+                write::patch(self, resource, name, &patch).await
+            }
+            (Method::DELETE, Some(name), true) => {
+                write::delete(self, resource, name, &self.json(body).await?).await
+            }
+            (Method::POST, None, false) => {
+                let body = self.json(body).await?;
+                let (kind, version) = (body["kind"].as_str(), body["apiVersion"].as_str());
+                if kind != Some(resource.kind) || version != Some(kinds::API_VERSION) {
+                    let message = format!("the body is no {} of {}", resource.kind, kinds::API_VERSION);
+                    return Err(ApiError::bad_request(message));
+                }
+                match resource.kind {
+                    "SelfSubjectReview" => Ok(credentials::review(self, resource)),
+                    _ => credentials::issue(self, resource, &body),
+                }
+            }
+            _ => Err(ApiError::method_not_allowed()),
+        }
+    }
+
+    /// Discovery and OpenAPI.
+    fn document(&self, path: &str) -> Result<Response<AnswerBody>, ApiError> {
+        let accept = self.accept();
+        if path == "/openapi/v2" {
+            if !accept.contains("protobuf") && !accept.contains("*/*") {
+                return Err(ApiError::not_acceptable());
+            }
+            let mut response = Response::new(AnswerBody::full(Bytes::from_static(documents::V2)));
+            let media = HeaderValue::from_static(documents::V2_MEDIA);
+            response.headers_mut().insert(header::CONTENT_TYPE, media);
+            return Ok(response);
+        }
+        let document = documents::discovery(path).or_else(|| documents::openapi_v3(path));
+        let document = document.ok_or_else(ApiError::no_such_path)?;
+        Ok(json_response(StatusCode::OK, &document))
+    }
+
+    /// Whether the caller may. Everybody may ask who they are, and turn what says so into a certificate.
+    fn authorize(&self, resource: &Resource, name: Option<&str>) -> Result<(), ApiError> {
+        let principal = &self.caller.principal;
+        if resource.stored.is_none() || principal.groups.iter().any(|group| group == ADMINS) {
+            return Ok(());
+        }
+        let verb = match (self.parts.method.as_str(), name) {
+            ("GET" | "HEAD", None) if self.flag("watch") => "watch",
+            ("GET" | "HEAD", None) => "list",
+            ("GET" | "HEAD", Some(_)) => "get",
+            ("POST", _) => "create",
+            ("PUT", _) => "update",
+            ("PATCH", _) => "patch",
+            _ => "delete",
+        };
+        Err(ApiError::forbidden(&printable(&principal.name), verb, resource.plural))
+    }
+
+    async fn json(&self, body: Incoming) -> Result<Value, ApiError> {
+        self.typed(body, &["", "application/json"]).await
+    }
+
+    /// The body, if it is of one of these types. An empty one is nothing.
+    async fn typed(&self, body: Incoming, accepted: &[&str]) -> Result<Value, ApiError> {
+        let media = self.header("content-type").split(';').next().unwrap_or_default().trim();
+        if !accepted.contains(&media) {
+            let named: Vec<&str> = accepted.iter().copied().filter(|media| !media.is_empty()).collect();
+            let message = format!(
+                "the body of the request was in an unknown format - accepted media types include: {}",
+                named.join(", ")
+            );
+            return Err(ApiError::media_type(message));
+        }
+        let read = Limited::new(body, BODY_MAX).collect();
+        let bytes = match timeout(self.shared.config.timeouts.slow_body, read).await {
+            Ok(Ok(body)) => body.to_bytes(),
+            Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+                return Err(ApiError::too_large(BODY_MAX));
+            }
+            Ok(Err(_)) | Err(_) => return Err(ApiError::slow()),
+        };
+        if bytes.is_empty() {
+            return Ok(Value::Null);
+        }
+        serde_json::from_slice(&bytes)
+            .map_err(|error| ApiError::bad_request(format!("the body cannot be read: {error}")))
+    }
+
+    fn header(&self, name: &str) -> &str {
+        self.parts.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+
+    fn accept(&self) -> &str {
+        self.header("accept")
+    }
+
+    /// A parameter of the query; nothing if it is not there.
+    fn query(&self, name: &str) -> String {
+        let query = self.parts.uri.query().unwrap_or_default();
+        let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        let value = pairs.find(|(key, _)| percent_decode(key) == name.as_bytes()).map(|(_, value)| value);
+        let value = value.unwrap_or_default().replace('+', " ");
+        String::from_utf8(percent_decode(&value)).unwrap_or_default()
+    }
+
+    /// A parameter that is said and not false.
+    fn flag(&self, name: &str) -> bool {
+        let query = self.parts.uri.query().unwrap_or_default();
+        let said = query
+            .split('&')
+            .any(|pair| percent_decode(pair.split_once('=').map_or(pair, |(key, _)| key)) == name.as_bytes());
+        said && !matches!(self.query(name).to_ascii_lowercase().as_str(), "false" | "0" | "f")
+    }
+
+    fn take_guards(&self) -> Option<Guards> {
+        self.guards.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn is_configured(&self, resource: &Resource, name: &str) -> bool {
+        resource.kind == "Cluster" && self.shared.live().by_name.contains_key(name)
+    }
+
+    /// Under which addresses the gateway is reached.
+    fn addresses(&self) -> Vec<PublicAddress> {
+        let live = self.shared.live();
+        if !live.config.public_addresses.is_empty() {
+            return live.config.public_addresses.clone();
+        }
+        let authority = self.parts.uri.authority().map(|authority| authority.as_str().to_owned());
+        let asked = authority.unwrap_or_else(|| self.header("host").to_owned());
+        // As the caller has reached it.
+        let default = PublicAddress { host: HostName::Dns("localhost".to_owned()), port: 443 };
+        vec![asked.parse().unwrap_or(default)]
+    }
+
+    /// By what agents recognise the gateway.
+    fn pins(&self) -> Vec<SpkiPin> {
+        let roots = self.shared.authorities.iter().flat_map(|own| &own.tunnel.roots);
+        roots.filter_map(|root| SpkiPin::of(root).ok()).collect()
+    }
+
+    fn audit(&self, verb: &str, resource: &Resource, name: &str) {
+        let user = printable(&self.caller.principal.name);
+        tracing::info!(%user, verb, resource = resource.plural, name = %printable(name), "the fleet was changed");
+    }
+}

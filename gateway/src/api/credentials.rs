@@ -1,0 +1,66 @@
+//! Who am I, and may I have a certificate that says so? The two kinds that are created and not kept.
+
+use super::Call;
+use super::error::{ApiError, json_response};
+use super::kinds::{API_VERSION, Resource};
+use crate::fleet::Time;
+use crate::proxy::AnswerBody;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::{Response, StatusCode};
+use rustls::pki_types::CertificateSigningRequestDer;
+use rustls::pki_types::pem::PemObject as _;
+use serde_json::{Value, json};
+use std::time::{Duration, SystemTime};
+use towline_certs::ClientIdentity;
+use towline_certs::save::chain_pem;
+
+/// How long a certificate lives unless asked, and at most. A token that is deleted does not take its certificates along.
+const LIFE: u64 = 3600;
+const LIFE_MOST: u64 = 86_400;
+
+/// Whom the gateway takes the caller for.
+pub(super) fn review(call: &Call, resource: &Resource) -> Response<AnswerBody> {
+    let principal = &call.caller.principal;
+    let info = json!({"username": principal.name, "groups": principal.groups});
+    let answer = json!({
+        "kind": resource.kind, "apiVersion": API_VERSION, "metadata": {}, "status": {"userInfo": info},
+    });
+    json_response(StatusCode::CREATED, &answer)
+}
+
+/// A client certificate for the caller's own name and groups, for the key in the request.
+pub(super) fn issue(
+    call: &Call,
+    resource: &Resource,
+    body: &Value,
+) -> Result<Response<AnswerBody>, ApiError> {
+    let refuse = |field: &str, why: &str| ApiError::invalid(resource, "", field, why);
+    let Some(authorities) = &call.shared.authorities else { return Err(ApiError::no_such_path()) };
+    let life = match &body["spec"]["expirationSeconds"] {
+        Value::Null => LIFE,
+        value => value
+            .as_u64()
+            .filter(|life| (60..=LIFE_MOST).contains(life))
+            .ok_or_else(|| refuse("spec.expirationSeconds", "must be 60 to 86400"))?,
+    };
+    let request = body["spec"]["request"].as_str().unwrap_or_default();
+    let pem = STANDARD.decode(request).map_err(|_| refuse("spec.request", "must be PEM in base64"))?;
+    let csr = CertificateSigningRequestDer::from_pem_slice(&pem)
+        .map_err(|_| refuse("spec.request", "must be one certificate request in PEM"))?;
+    let principal = &call.caller.principal;
+    let identity = ClientIdentity::new(&principal.name, &principal.groups)
+        .map_err(|error| refuse("metadata", &error.to_string()))?;
+    let now = SystemTime::now();
+    let issued =
+        authorities.clients.ca.issue_client_from_csr(&csr, &identity, Duration::from_secs(life), now);
+    let issued = issued.map_err(|error| refuse("spec.request", &error.to_string()))?;
+    let chain = chain_pem(&[issued.certificate, issued.root]);
+    tracing::info!(user = %crate::proxy::printable(&principal.name), serial = issued.serial, "client certificate issued");
+    let answer = json!({
+        "kind": resource.kind, "apiVersion": API_VERSION, "metadata": {},
+        "spec": {"request": request, "expirationSeconds": life},
+        "status": {"certificate": STANDARD.encode(chain), "expires": Time::from(issued.not_after)},
+    });
+    Ok(json_response(StatusCode::CREATED, &answer))
+}

@@ -1,0 +1,165 @@
+//! Why does the API refuse? A `metav1.Status`, as Kubernetes answers. Where kubectl would drop its message, during discovery
+//! and where nothing answers at all, the same text stands in a `Warning` too; on an object it shows the message itself.
+
+use super::kinds::{GROUP, Resource};
+use crate::fleet::WriteError;
+use crate::metrics::TlCode;
+use crate::proxy::{AnswerBody, printable, warning};
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::{Response, StatusCode};
+use serde_json::{Value, json};
+
+/// An error answer.
+#[derive(Debug)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    reason: &'static str,
+    message: String,
+    details: Value,
+    /// What it counts as, if it counts.
+    pub(super) code: Option<TlCode>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { status, reason, message: message.into(), details: json!({}), code: None }
+    }
+
+    fn counted(self, code: TlCode) -> Self {
+        Self { code: Some(code), ..self }
+    }
+
+    fn about(mut self, resource: &Resource, name: &str) -> Self {
+        self.details = json!({"name": name, "group": GROUP, "kind": resource.plural});
+        self
+    }
+
+    pub(super) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "BadRequest", message)
+    }
+
+    pub(super) fn forbidden(user: &str, verb: &str, resource: &str) -> Self {
+        let message = format!(
+            "user {user:?} may not {verb} {resource} of the fleet — ask somebody of the group {}",
+            super::ADMINS
+        );
+        Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden)
+    }
+
+    pub(super) fn cross_site() -> Self {
+        let message = "the fleet's API is not for web pages — use kubectl or towline";
+        Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden)
+    }
+
+    pub(super) fn no_such_path() -> Self {
+        let message = "nothing is served at this path — clusters are at https://GATEWAY/clusters/NAME/…";
+        Self::new(StatusCode::NOT_FOUND, "NotFound", message).counted(TlCode::BadPath)
+    }
+
+    pub(super) fn not_found(resource: &Resource, name: &str) -> Self {
+        let message = format!("{}.{GROUP} {name:?} not found", resource.plural);
+        Self::new(StatusCode::NOT_FOUND, "NotFound", message).about(resource, name)
+    }
+
+    pub(super) fn invalid(resource: &Resource, name: &str, field: &str, why: &str) -> Self {
+        let message = format!("{}.{GROUP} {name:?} is invalid: {field}: {why}", resource.kind);
+        let mut error = Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message).about(resource, name);
+        error.details["causes"] = json!([{"reason": "FieldValueInvalid", "message": why, "field": field}]);
+        error
+    }
+
+    pub(super) fn invalid_options(field: &str, why: &str) -> Self {
+        let message = format!("ListOptions.meta.k8s.io \"\" is invalid: {field}: {why}");
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message)
+    }
+
+    pub(super) fn conflict(resource: &Resource, name: &str, why: &str) -> Self {
+        let message = format!("Operation cannot be fulfilled on {}.{GROUP} {name:?}: {why}", resource.plural);
+        Self::new(StatusCode::CONFLICT, "Conflict", message).about(resource, name)
+    }
+
+    pub(super) fn expired(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::GONE, "Expired", message)
+    }
+
+    pub(super) fn media_type(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaType", message)
+    }
+
+    pub(super) fn not_acceptable() -> Self {
+        let message = "only the following media types are accepted: application/json";
+        Self::new(StatusCode::NOT_ACCEPTABLE, "NotAcceptable", message)
+    }
+
+    pub(super) fn method_not_allowed() -> Self {
+        let message = "the server does not allow this method on the requested resource";
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", message)
+    }
+
+    pub(super) fn too_large(bytes: usize) -> Self {
+        let message = format!("the body is larger than {bytes} bytes — send less");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestEntityTooLarge", message).counted(TlCode::Limit)
+    }
+
+    pub(super) fn slow() -> Self {
+        let message = "the request's body came too slowly or broke off — send it again";
+        Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message).counted(TlCode::Timeout)
+    }
+
+    /// Why a write did not happen.
+    pub(super) fn write(resource: &Resource, name: &str, error: &WriteError) -> Self {
+        match error {
+            WriteError::Exists => {
+                let message = format!("{}.{GROUP} {name:?} already exists", resource.plural);
+                Self::new(StatusCode::CONFLICT, "AlreadyExists", message).about(resource, name)
+            }
+            WriteError::NotFound => Self::not_found(resource, name),
+            WriteError::Conflict => Self::conflict(resource, name, &error.to_string()),
+            WriteError::Reserved => Self::conflict(resource, name, &error.to_string()),
+            WriteError::Protected => {
+                let message = format!("{}.{GROUP} {name:?}: {error}", resource.plural);
+                Self::new(StatusCode::FORBIDDEN, "Forbidden", message).about(resource, name)
+            }
+            WriteError::Full => {
+                let message = format!("{}.{GROUP}: {error}", resource.plural);
+                Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Limit)
+            }
+            WriteError::TooLarge => Self::invalid(resource, name, "metadata", &error.to_string()),
+            WriteError::Store(error) => {
+                let message = format!("the store does not answer, and nothing can be changed: {error}");
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable", message)
+                    .counted(TlCode::StoreUnavailable)
+            }
+        }
+    }
+
+    /// The `metav1.Status`.
+    pub(super) fn object(&self) -> Value {
+        json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": printable(&self.message), "reason": self.reason, "details": self.details,
+            "code": self.status.as_u16(),
+        })
+    }
+
+    pub(super) fn into_response(self) -> Response<AnswerBody> {
+        let mut response = json_response(self.status, &self.object());
+        if self.code.is_some() {
+            let text = printable(&format!("towline: {}", self.message));
+            response.headers_mut().insert(header::WARNING, warning(&text));
+        }
+        response
+    }
+}
+
+/// A JSON body with its head.
+pub(super) fn json_response(status: StatusCode, value: &Value) -> Response<AnswerBody> {
+    let mut response = Response::new(AnswerBody::full(Bytes::from(value.to_string())));
+    *response.status_mut() = status;
+    let head = response.headers_mut();
+    head.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    head.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}

@@ -1,0 +1,319 @@
+//! What do lists show, and what do watches tell? Every object as the API shows it, what stands in the store and what is true of
+//! the connection in one, and the events of late, in one order.
+//!
+//! A version is the store's epoch and a number that rises with each event. It is good for as long as this process lives:
+//! one of an earlier life, one that is forgotten and one that has not happened are told apart from those that are known,
+//! and never answered with silence.
+
+use super::kinds::{self, Resource};
+use super::objects::{self, Due};
+use crate::fleet::{Fleet, Object, Time};
+use crate::registry::Connection;
+use crate::state::{Live, Shared};
+use crate::store::Kind;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Events that watches can go back by.
+const HISTORY_MAX: usize = 16_384;
+/// Bits of a version that count events; the others are the epoch.
+const NUMBER_BITS: u32 = 34;
+/// The longest between two looks at what time alone changes.
+const SWEEP: Duration = Duration::from_secs(10);
+
+/// The objects and what happens to them.
+#[derive(Debug)]
+pub(crate) struct Feed {
+    epoch: u64,
+    state: Mutex<State>,
+    head: watch::Sender<u64>,
+    /// The last revision of the store that the objects show.
+    shown: watch::Sender<u64>,
+    started: Time,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    head: u64,
+    floor: u64,
+    objects: BTreeMap<Kind, BTreeMap<Arc<str>, Entry>>,
+    events: VecDeque<Happened>,
+    due: BTreeSet<(Time, Arc<str>)>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    shown: Arc<Value>,
+    due: Option<Time>,
+}
+
+/// One event.
+#[derive(Clone, Debug)]
+pub(super) struct Happened {
+    pub(super) number: u64,
+    kind: Kind,
+    /// As it was before, if it was.
+    pub(super) before: Option<Arc<Value>>,
+    /// As it is now, if it is; a deleted one is told as it was last, with the version of its end.
+    pub(super) after: Option<Arc<Value>>,
+    pub(super) last: Arc<Value>,
+}
+
+/// Where a version stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Version {
+    /// This event, and all after it are known.
+    Known(u64),
+    Past,
+    Future,
+}
+
+/// Keeps the feed as fleet, registry and configuration are, for as long as it is polled.
+pub(crate) async fn follow(shared: &Shared) {
+    match &shared.feed {
+        Some(feed) => feed.run(shared).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Feed {
+    pub(crate) fn new(fleet: &Fleet) -> Arc<Self> {
+        Arc::new(Self {
+            epoch: fleet.store().revision().epoch,
+            state: Mutex::default(),
+            head: watch::Sender::new(0),
+            shown: watch::Sender::new(0),
+            started: Time::now(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing that runs under the lock leaves it half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows fleet, registry and configuration, for as long as it is polled.
+    pub(crate) async fn run(&self, shared: &Shared) {
+        let Some(fleet) = &shared.fleet else { return };
+        let (mut changes, mut reloads) = (fleet.changes(), shared.reloads());
+        let mut configured: BTreeSet<Arc<str>> = BTreeSet::new();
+        let mut connected = std::collections::HashSet::new();
+        loop {
+            changes.borrow_and_update();
+            reloads.borrow_and_update();
+            let live = shared.live();
+            let (revision, keys) = fleet.take_changes();
+            let mut touched: BTreeSet<(Kind, Arc<str>)> =
+                keys.into_iter().map(|key| (key.kind, key.name)).collect();
+            let now: BTreeSet<Arc<str>> = live.by_name.keys().map(|name| name.as_str().into()).collect();
+            touched.extend(configured.union(&now).map(|name| (Kind::Cluster, Arc::clone(name))));
+            configured = now;
+            for uid in std::mem::take(&mut connected) {
+                let cluster = live.by_uid.get(&uid).cloned().or_else(|| fleet.cluster_of(&uid));
+                touched.extend(cluster.map(|cluster| (Kind::Cluster, cluster.name.as_str().into())));
+            }
+            touched.extend(self.take_due().into_iter().map(|name| (Kind::Cluster, name)));
+            for (kind, name) in touched {
+                self.show(shared, &live, fleet, kind, &name);
+            }
+            drop(live);
+            self.shown.send_replace(revision);
+            tokio::select! {
+                _ = changes.changed() => {}
+                _ = reloads.changed() => {}
+                uids = shared.registry.next_changes() => connected = uids,
+                () = tokio::time::sleep(SWEEP) => {}
+            }
+        }
+    }
+
+    fn take_due(&self) -> Vec<Arc<str>> {
+        let now = Time::now();
+        let state = self.lock();
+        state.due.iter().take_while(|(time, _)| *time <= now).map(|(_, name)| Arc::clone(name)).collect()
+    }
+
+    /// Shows an object as it is now, and tells if that is news.
+    fn show(&self, shared: &Shared, live: &Live, fleet: &Fleet, kind: Kind, name: &Arc<str>) {
+        let Some(resource) = kinds::of(kind) else { return };
+        let configured = (kind == Kind::Cluster).then(|| live.by_name.get(&**name)).flatten();
+        let rendered = match (configured, fleet.object(kind, name)) {
+            (Some(cluster), _) => {
+                let connection = shared.registry.connection(&cluster.uid);
+                Some(objects::configured(cluster, &self.facts(&connection, fleet, &cluster.uid)))
+            }
+            (None, Some(shown)) => {
+                let connection = match &shown.object {
+                    Object::Cluster(_) => fleet
+                        .cluster_named(name)
+                        .map(|cluster| (shared.registry.connection(&cluster.uid), cluster.uid.clone())),
+                    _ => None,
+                };
+                let facts = connection.map(|(connection, uid)| self.facts(&connection, fleet, &uid));
+                Some(objects::render(resource, name, &shown.object, facts.as_ref()))
+            }
+            (None, None) => None,
+        };
+        self.put(kind, name, rendered);
+    }
+
+    fn facts(
+        &self,
+        connection: &Connection,
+        fleet: &Fleet,
+        uid: &towline_certs::ClusterUid,
+    ) -> objects::Facts {
+        objects::Facts {
+            connection: connection.clone(),
+            instances: fleet.instances(uid.as_str()),
+            started: self.started,
+            now: Time::now(),
+        }
+    }
+
+    fn put(&self, kind: Kind, name: &Arc<str>, rendered: Option<(Value, Due)>) {
+        let mut state = self.lock();
+        let before = state.objects.get(&kind).and_then(|objects| objects.get(name)).cloned();
+        if let Some(time) = before.as_ref().and_then(|entry| entry.due) {
+            state.due.remove(&(time, Arc::clone(name)));
+        }
+        if let Some((_, Some(time))) = &rendered {
+            state.due.insert((*time, Arc::clone(name)));
+        }
+        match (before, rendered) {
+            (None, None) => {}
+            (Some(before), None) => self.end(&mut state, kind, name, before.shown),
+            (Some(before), Some((after, due))) => {
+                if same(&before.shown, &after) {
+                    state.objects.entry(kind).or_default().insert(Arc::clone(name), Entry { due, ..before });
+                    return;
+                }
+                // Another one under the same name: the old one has ended, whoever saw what of it.
+                let another = before.shown["metadata"]["uid"] != after["metadata"]["uid"];
+                if another {
+                    self.end(&mut state, kind, name, before.shown);
+                    self.begin(&mut state, kind, name, None, after, due);
+                } else {
+                    self.begin(&mut state, kind, name, Some(before.shown), after, due);
+                }
+            }
+            (None, Some((after, due))) => self.begin(&mut state, kind, name, None, after, due),
+        }
+        while state.events.len() > HISTORY_MAX
+            && let Some(event) = state.events.pop_front()
+        {
+            state.floor = event.number;
+        }
+        let head = state.head;
+        drop(state);
+        self.head.send_replace(head);
+    }
+
+    fn begin(
+        &self,
+        state: &mut State,
+        kind: Kind,
+        name: &Arc<str>,
+        before: Option<Arc<Value>>,
+        mut after: Value,
+        due: Option<Time>,
+    ) {
+        state.head += 1;
+        let number = state.head;
+        after["metadata"]["resourceVersion"] = self.text(number).into();
+        let shown = Arc::new(after);
+        let event =
+            Happened { number, kind, before, after: Some(Arc::clone(&shown)), last: Arc::clone(&shown) };
+        state.events.push_back(event);
+        state.objects.entry(kind).or_default().insert(Arc::clone(name), Entry { shown, due });
+    }
+
+    fn end(&self, state: &mut State, kind: Kind, name: &Arc<str>, before: Arc<Value>) {
+        state.head += 1;
+        let number = state.head;
+        let mut last = Value::clone(&before);
+        last["metadata"]["resourceVersion"] = self.text(number).into();
+        let event = Happened { number, kind, before: Some(before), after: None, last: Arc::new(last) };
+        state.events.push_back(event);
+        if let Some(objects) = state.objects.get_mut(&kind) {
+            objects.remove(name);
+        }
+    }
+
+    // ---- asked ----
+
+    /// A version as it is written.
+    pub(super) fn text(&self, number: u64) -> String {
+        (self.epoch << NUMBER_BITS | number).to_string()
+    }
+
+    /// What a written version means; none if it is none.
+    pub(super) fn version(&self, text: &str) -> Option<Version> {
+        let written: u64 = text.parse().ok()?;
+        let (epoch, number) = (written >> NUMBER_BITS, written & ((1 << NUMBER_BITS) - 1));
+        let state = self.lock();
+        Some(if epoch > self.epoch || (epoch == self.epoch && number > state.head) {
+            Version::Future
+        } else if epoch < self.epoch || number < state.floor {
+            Version::Past
+        } else {
+            Version::Known(number)
+        })
+    }
+
+    /// Waits until the objects show a revision of the store.
+    pub(super) async fn shows(&self, revision: u64) {
+        // The sender lives as long as `self`.
+        drop(self.shown.subscribe().wait_for(|shown| *shown >= revision).await);
+    }
+
+    pub(super) fn object(&self, resource: &Resource, name: &str) -> Option<Arc<Value>> {
+        let state = self.lock();
+        let entry = state.objects.get(&resource.stored?)?.get(name)?;
+        Some(Arc::clone(&entry.shown))
+    }
+
+    /// The objects of a kind after a name, and the version that they are of.
+    pub(super) fn objects(&self, resource: &Resource, after: Option<&str>) -> (Vec<Arc<Value>>, u64) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let state = self.lock();
+        let objects = resource.stored.and_then(|kind| state.objects.get(&kind));
+        let start = after.map_or(Unbounded, Excluded);
+        let listed = objects.into_iter().flat_map(|objects| objects.range::<str, _>((start, Unbounded)));
+        (listed.map(|(_, entry)| Arc::clone(&entry.shown)).collect(), state.head)
+    }
+
+    /// What has happened to a kind after an event, and up to which; none if that is forgotten.
+    pub(super) fn events(&self, resource: &Resource, after: u64) -> Option<(Vec<Happened>, u64)> {
+        let state = self.lock();
+        if after < state.floor {
+            return None;
+        }
+        let start = state.events.partition_point(|event| event.number <= after);
+        let events = state.events.range(start..).filter(|event| Some(event.kind) == resource.stored);
+        Some((events.cloned().collect(), state.head))
+    }
+
+    /// Changes with each event.
+    pub(super) fn news(&self) -> watch::Receiver<u64> {
+        self.head.subscribe()
+    }
+}
+
+/// Whether two forms of an object differ in nothing but their version.
+fn same(shown: &Value, next: &Value) -> bool {
+    let (Some(shown), Some(next)) = (shown.as_object(), next.as_object()) else { return false };
+    let plain = |fields: &serde_json::Map<String, Value>| {
+        let mut metadata = fields["metadata"].clone();
+        if let Some(metadata) = metadata.as_object_mut() {
+            metadata.remove("resourceVersion");
+        }
+        metadata
+    };
+    shown.len() == next.len()
+        && shown.iter().all(|(name, value)| name == "metadata" || next.get(name) == Some(value))
+        && plain(shown) == plain(next)
+}

@@ -1,0 +1,306 @@
+//! What do GET, list and watch answer? Objects, pages and events, as JSON or as tables.
+
+use super::error::{ApiError, json_response};
+use super::feed::{Feed, Version};
+use super::kinds::{API_VERSION, Resource};
+use super::selector::Selector;
+use super::{Call, table};
+use crate::proxy::{AnswerBody, cancelled};
+use crate::state::random;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::{Response, StatusCode};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, interval_at, sleep, sleep_until};
+
+/// Events that wait for a slow client; then the watch waits with it, and falls behind the history at worst.
+const EVENTS_WAITING: usize = 16;
+const BOOKMARK_INTERVAL: Duration = Duration::from_secs(60);
+/// How long a watch lasts unless it says so, and at most.
+const WATCH_SECONDS: u64 = 1800;
+const WATCH_SECONDS_MOST: u64 = 3600;
+
+/// One object.
+pub(super) fn get(
+    call: &Call,
+    resource: &'static Resource,
+    name: &str,
+) -> Result<Response<AnswerBody>, ApiError> {
+    let object = call.feed.object(resource, name).ok_or_else(|| ApiError::not_found(resource, name))?;
+    Ok(shown(call, resource, StatusCode::OK, &object))
+}
+
+/// An object, as JSON or as a table.
+pub(super) fn shown(
+    call: &Call,
+    resource: &Resource,
+    status: StatusCode,
+    object: &Value,
+) -> Response<AnswerBody> {
+    if !table::is_asked(call.accept()) {
+        return json_response(status, object);
+    }
+    let metadata = json!({"resourceVersion": object["metadata"]["resourceVersion"]});
+    let include = call.query("includeObject");
+    json_response(status, &table::table(resource, &[object], metadata, true, &include))
+}
+
+/// The version that the query asks for: none, any, or one.
+fn asked(call: &Call) -> Result<Option<Version>, ApiError> {
+    match call.query("resourceVersion").as_str() {
+        "" | "0" => Ok(None),
+        text => match call.feed.version(text) {
+            None => Err(ApiError::bad_request(format!("resourceVersion {text:?} cannot be read"))),
+            version => Ok(version),
+        },
+    }
+}
+
+fn gone(version: Version, text: &str) -> ApiError {
+    let why = match version {
+        Version::Future => "is from the future, or of another gateway",
+        Version::Past | Version::Known(_) => "is too old, or from before the gateway's last start",
+    };
+    ApiError::expired(format!("resourceVersion {text} {why}: list again"))
+}
+
+/// A page of a collection. Pages are cut from the objects of now; a first page that is forgotten is noticed.
+pub(super) fn list(call: &Call, resource: &'static Resource) -> Result<Response<AnswerBody>, ApiError> {
+    let selector = Selector::parse(&call.query("labelSelector"), &call.query("fieldSelector"))?;
+    let token = call.query("continue");
+    let text = call.query("resourceVersion");
+    let (first, after) = if token.is_empty() {
+        if let Some(version) = asked(call)? {
+            let exact = call.query("resourceVersionMatch") == "Exact";
+            match version {
+                Version::Future => return Err(gone(version, &text)),
+                _ if exact && text != call.feed.text(call.feed.objects(resource, None).1) => {
+                    return Err(gone(Version::Past, &text));
+                }
+                _ => {}
+            }
+        }
+        (None, None)
+    } else {
+        let (first, after) = read_continue(&token)?;
+        match call.feed.version(&first) {
+            Some(Version::Known(_)) => (Some(first), Some(after)),
+            _ => return Err(ApiError::expired("the continue token is too old: list again from the start")),
+        }
+    };
+    let (mut objects, version) = call.feed.objects(resource, after.as_deref());
+    objects.retain(|object| selector.matches(object));
+    let version = first.unwrap_or_else(|| call.feed.text(version));
+    let mut metadata = json!({"resourceVersion": version});
+    let limit = match call.query("limit").as_str() {
+        "" => 0,
+        limit => limit.parse().map_err(|_| ApiError::bad_request("limit is no number"))?,
+    };
+    if limit > 0 && objects.len() > limit {
+        metadata["remainingItemCount"] = (objects.len() - limit).into();
+        objects.truncate(limit);
+        let last = objects.last().map(|object| object["metadata"]["name"].clone()).unwrap_or_default();
+        let next = format!("{version}\n{}", last.as_str().unwrap_or_default());
+        metadata["continue"] = URL_SAFE_NO_PAD.encode(next).into();
+    }
+    let objects: Vec<&Value> = objects.iter().map(AsRef::as_ref).collect();
+    let answer = if table::is_asked(call.accept()) {
+        table::table(resource, &objects, metadata, true, &call.query("includeObject"))
+    } else {
+        let kind = format!("{}List", resource.kind);
+        json!({"kind": kind, "apiVersion": API_VERSION, "metadata": metadata, "items": objects})
+    };
+    Ok(json_response(StatusCode::OK, &answer))
+}
+
+fn read_continue(token: &str) -> Result<(String, String), ApiError> {
+    let text = URL_SAFE_NO_PAD.decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    let parts = text.as_deref().and_then(|text| text.split_once('\n'));
+    let parts = parts.map(|(first, after)| (first.to_owned(), after.to_owned()));
+    parts.ok_or_else(|| ApiError::bad_request("the continue token cannot be read"))
+}
+
+/// Where a watch begins.
+enum Start {
+    /// With the objects there are; and then, if so, a bookmark that says that this was all.
+    Listed(bool),
+    After(u64),
+}
+
+/// Begins a watch: the head of the answer goes out at once, then each event in a line.
+pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response<AnswerBody>, ApiError> {
+    let selector = Selector::parse(&call.query("labelSelector"), &call.query("fieldSelector"))?;
+    let bookmarks = call.flag("allowWatchBookmarks");
+    let initial = call.query("sendInitialEvents");
+    let matching = call.query("resourceVersionMatch");
+    if initial.is_empty() && !matching.is_empty() {
+        let why = "is forbidden for a watch without sendInitialEvents";
+        return Err(ApiError::invalid_options("resourceVersionMatch", why));
+    }
+    if !initial.is_empty() && matching != "NotOlderThan" {
+        let why = "sendInitialEvents requires resourceVersionMatch to be NotOlderThan";
+        return Err(ApiError::invalid_options("resourceVersionMatch", why));
+    }
+    let initial = (!initial.is_empty()).then(|| call.flag("sendInitialEvents"));
+    if initial == Some(true) && !bookmarks {
+        let why = "sendInitialEvents requires allowWatchBookmarks: the bookmark says where they end";
+        return Err(ApiError::invalid_options("allowWatchBookmarks", why));
+    }
+    let text = call.query("resourceVersion");
+    let start = match (initial, asked(call)?) {
+        (_, Some(version @ Version::Future)) => return Err(gone(version, &text)),
+        // The state as it is now is not older than any that has been.
+        (Some(true), _) => Start::Listed(true),
+        (_, Some(version @ Version::Past)) => return Err(gone(version, &text)),
+        (_, Some(Version::Known(number))) => Start::After(number),
+        (Some(false), None) => Start::After(call.feed.objects(resource, None).1),
+        (None, None) => Start::Listed(false),
+    };
+    let seconds = match call.query("timeoutSeconds").as_str() {
+        "" | "0" => {
+            let mut part = [0];
+            random(&mut part);
+            // So that clients do not all come back at once.
+            WATCH_SECONDS + u64::from(part[0]) * 7
+        }
+        text => text.parse().map_err(|_| ApiError::bad_request("timeoutSeconds is no number"))?,
+    };
+    let deadline = Instant::now() + Duration::from_secs(seconds.min(WATCH_SECONDS_MOST));
+    let (events, body) = mpsc::channel(EVENTS_WAITING);
+    let watch = Watch {
+        feed: Arc::clone(&call.feed),
+        resource,
+        selector,
+        events,
+        table: table::is_asked(call.accept()),
+        include: call.query("includeObject"),
+        columns_sent: false,
+        bookmarks,
+    };
+    let shared = Arc::clone(&call.shared);
+    let revoked = call.revoked.clone();
+    let mut part = [0];
+    random(&mut part);
+    let spread = shared.config.drain.deadline.mul_f64(0.8 * f64::from(part[0]) / 255.0);
+    let (draining, abort) = (shared.stages.draining.clone(), shared.stages.abort.clone());
+    let drained = async move {
+        draining.cancelled().await;
+        sleep(spread).await;
+    };
+    shared.tasks.front.spawn(async move {
+        tokio::select! {
+            () = cancelled(revoked.as_ref()) => {}
+            () = abort.cancelled() => {}
+            () = drained => {}
+            // The client is gone, the time is over, or the history has moved on.
+            _ = watch.run(start, deadline) => {}
+        }
+    });
+    let mut response = Response::new(AnswerBody::stream(body, Box::new(call.take_guards())));
+    let head = response.headers_mut();
+    head.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    head.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    Ok(response)
+}
+
+struct Watch {
+    feed: Arc<Feed>,
+    resource: &'static Resource,
+    selector: Selector,
+    events: mpsc::Sender<Bytes>,
+    table: bool,
+    include: String,
+    columns_sent: bool,
+    bookmarks: bool,
+}
+
+impl Watch {
+    /// Runs until the client is gone (`None`) or the watch ends.
+    async fn run(mut self, start: Start, deadline: Instant) -> Option<()> {
+        let mut news = self.feed.news();
+        let mut reached = match start {
+            Start::After(number) => number,
+            Start::Listed(mark) => {
+                let (mut objects, number) = self.feed.objects(self.resource, None);
+                objects.retain(|object| self.selector.matches(object));
+                for object in &objects {
+                    self.send("ADDED", object).await?;
+                }
+                if mark {
+                    self.bookmark(number, true).await?;
+                }
+                number
+            }
+        };
+        let mut bookmark_due = interval_at(Instant::now() + BOOKMARK_INTERVAL, BOOKMARK_INTERVAL);
+        loop {
+            news.borrow_and_update();
+            let Some((events, number)) = self.feed.events(self.resource, reached) else {
+                let error = ApiError::expired("the watch has fallen behind: list again");
+                return self.frame("ERROR", &error.object()).await;
+            };
+            for event in events {
+                let matches = |object: &Option<Arc<Value>>| {
+                    object.as_ref().is_some_and(|object| self.selector.matches(object))
+                };
+                let what = match (matches(&event.before), matches(&event.after)) {
+                    (false, true) => "ADDED",
+                    (true, true) => "MODIFIED",
+                    (true, false) => "DELETED",
+                    (false, false) => continue,
+                };
+                self.send(what, &event.last).await?;
+            }
+            reached = number;
+            tokio::select! {
+                changed = news.changed() => changed.ok()?,
+                _ = bookmark_due.tick(), if self.bookmarks => self.bookmark(reached, false).await?,
+                () = sleep_until(deadline) => {
+                    if self.bookmarks {
+                        self.bookmark(reached, false).await?;
+                    }
+                    return Some(());
+                }
+            }
+        }
+    }
+
+    async fn send(&mut self, what: &str, object: &Value) -> Option<()> {
+        if !self.table {
+            return self.frame(what, object).await;
+        }
+        let metadata = json!({"resourceVersion": object["metadata"]["resourceVersion"]});
+        let columns = !std::mem::replace(&mut self.columns_sent, true);
+        let table = table::table(self.resource, &[object], metadata, columns, &self.include);
+        self.frame(what, &table).await
+    }
+
+    async fn bookmark(&mut self, number: u64, initial_end: bool) -> Option<()> {
+        let mut metadata = json!({"resourceVersion": self.feed.text(number)});
+        if initial_end {
+            metadata["annotations"] = json!({"k8s.io/initial-events-end": "true"});
+        }
+        if self.table {
+            let columns = !std::mem::replace(&mut self.columns_sent, true);
+            let mut table = table::table(self.resource, &[], metadata.clone(), columns, &self.include);
+            let object = json!({
+                "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
+            });
+            table["rows"] = json!([{"cells": [], "object": object}]);
+            return self.frame("BOOKMARK", &table).await;
+        }
+        let object = json!({"kind": self.resource.kind, "apiVersion": API_VERSION, "metadata": metadata});
+        self.frame("BOOKMARK", &object).await
+    }
+
+    async fn frame(&self, what: &str, object: &Value) -> Option<()> {
+        let line = format!("{}\n", json!({"type": what, "object": object}));
+        self.events.send(Bytes::from(line)).await.ok()
+    }
+}

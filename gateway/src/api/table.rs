@@ -1,0 +1,142 @@
+//! What does `kubectl get` print? The table of a list, of an object or of an event.
+
+use super::kinds::Resource;
+use crate::fleet::Time;
+use serde_json::{Value, json};
+
+/// Whether an `Accept` header asks for a table that can be made here.
+pub(super) fn is_asked(accept: &str) -> bool {
+    accept.split(',').any(|media| {
+        let mut parts = media.split(';').map(str::trim);
+        let json = parts.next() == Some("application/json");
+        let has = |wanted: &str| parts.clone().any(|part| part == wanted);
+        json && has("as=Table") && has("g=meta.k8s.io") && has("v=v1")
+    })
+}
+
+/// A table of these objects; `include` is the query's `includeObject`.
+pub(super) fn table(
+    resource: &Resource,
+    objects: &[&Value],
+    metadata: Value,
+    columns: bool,
+    include: &str,
+) -> Value {
+    let rows: Vec<Value> = objects.iter().map(|object| row(resource, object, include)).collect();
+    let definitions: Vec<Value> = if columns { definitions(resource) } else { Vec::new() };
+    json!({
+        "kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
+        "columnDefinitions": definitions, "rows": rows,
+    })
+}
+
+/// Name, whether only `-o wide` shows it, and where its value is.
+type Column = (&'static str, bool, &'static str);
+
+/// Values that are not simply somewhere in the object.
+const AGE: &str = "age";
+const CONNECTED: &str = "connected";
+const WHAT: &str = "what";
+
+fn columns(resource: &Resource) -> &'static [Column] {
+    match resource.kind {
+        "Cluster" => &[
+            ("Name", false, "/metadata/name"),
+            ("Connected", false, CONNECTED),
+            ("Mode", false, "/spec/mode"),
+            ("Agent", false, "/status/agentVersion"),
+            ("Age", false, AGE),
+            ("Transport", true, "/status/transport"),
+            ("Sessions", true, "/status/sessions"),
+            ("Account", true, "/spec/account"),
+            ("Certificate expires", true, "/status/certificateExpires"),
+            ("UID", true, "/status/uid"),
+            ("Description", true, "/spec/description"),
+        ],
+        "JoinToken" => &[
+            ("Name", false, "/metadata/name"),
+            ("Cluster", false, "/spec/cluster"),
+            ("Used", false, "/status/used"),
+            ("Uses", false, "/spec/uses"),
+            ("Expires", false, "/status/expires"),
+            ("Age", false, AGE),
+        ],
+        "AccessRule" => &[
+            ("Name", false, "/metadata/name"),
+            ("Effect", false, "/spec/effect"),
+            ("Users", false, "/spec/users"),
+            ("Groups", false, "/spec/groups"),
+            ("Clusters", false, "/spec/clusters"),
+            ("Age", false, AGE),
+        ],
+        "AccessToken" => &[
+            ("Name", false, "/metadata/name"),
+            ("User", false, "/spec/user"),
+            ("Groups", false, "/spec/groups"),
+            ("Expires", false, "/status/expires"),
+            ("Age", false, AGE),
+        ],
+        _ => &[("Name", false, "/metadata/name"), ("What", false, WHAT), ("Age", false, AGE)],
+    }
+}
+
+fn definitions(resource: &Resource) -> Vec<Value> {
+    let column = |(name, wide, _): &Column| {
+        let format = if *name == "Name" { "name" } else { "" };
+        json!({
+            "name": name, "type": "string", "format": format, "description": "", "priority": i32::from(*wide),
+        })
+    };
+    columns(resource).iter().map(column).collect()
+}
+
+fn row(resource: &Resource, object: &Value, include: &str) -> Value {
+    let cells: Vec<Value> = columns(resource).iter().map(|(_, _, place)| cell(place, object)).collect();
+    match include {
+        "None" => json!({"cells": cells}),
+        "Object" => json!({"cells": cells, "object": object}),
+        _ => json!({
+            "cells": cells,
+            "object": {
+                "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"],
+            },
+        }),
+    }
+}
+
+fn cell(place: &str, object: &Value) -> Value {
+    match place {
+        AGE => age(object["metadata"]["creationTimestamp"].as_str().unwrap_or_default()).into(),
+        CONNECTED => condition(object, "Connected").into(),
+        WHAT => ["certificate", "user", "cluster"]
+            .iter()
+            .find(|what| object["spec"][**what].is_object())
+            .map_or("<none>", |what| what)
+            .into(),
+        place => match object.pointer(place) {
+            Some(Value::Array(items)) if !items.is_empty() => {
+                let texts: Vec<&str> = items.iter().filter_map(Value::as_str).collect();
+                texts.join(",").into()
+            }
+            Some(Value::String(text)) if !text.is_empty() => text.clone().into(),
+            Some(number @ Value::Number(_)) => number.to_string().into(),
+            _ => "<none>".into(),
+        },
+    }
+}
+
+fn condition<'a>(object: &'a Value, wanted: &str) -> &'a str {
+    let conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+    let mut matching = conditions.filter(|condition| condition["type"] == wanted);
+    matching.next().and_then(|condition| condition["status"].as_str()).unwrap_or("Unknown")
+}
+
+fn age(created: &str) -> String {
+    let Some(created) = Time::parse(created) else { return "<unknown>".to_owned() };
+    match Time::now().since(created).as_secs() {
+        seconds @ 0..120 => format!("{seconds}s"),
+        seconds @ 120..7200 => format!("{}m", seconds / 60),
+        seconds @ 7200..172_800 => format!("{}h", seconds / 3600),
+        seconds => format!("{}d", seconds / 86_400),
+    }
+}

@@ -1,0 +1,313 @@
+//! What do create, update, patch and delete do? They decide on what is shown, write what the store takes only if it is still
+//! so, and answer once lists show it.
+
+use super::Call;
+use super::error::{ApiError, json_response};
+use super::kinds::{GROUP, Resource};
+use super::objects::{self, Input, New, Own, Parsed};
+use super::read::shown;
+use crate::fleet::{Object, Shown, WriteError};
+use crate::proxy::{AnswerBody, printable, warning};
+use crate::store::Kind;
+use http::header::WARNING;
+use http::{Response, StatusCode};
+use serde_json::{Map, Value, json};
+
+/// Times that a write without a version decides anew because somebody else was faster.
+const ATTEMPTS: usize = 8;
+/// Fields that are not known, told at most.
+const WARNINGS_MAX: usize = 8;
+
+/// Creates an object from the body.
+pub(super) async fn create(
+    call: &Call,
+    resource: &'static Resource,
+    body: Value,
+) -> Result<Response<AnswerBody>, ApiError> {
+    let mut input = Input::read(resource, body)?;
+    let warnings = validate_fields(call, resource, &input)?;
+    if input.version.is_some() {
+        let why = "must not be set on an object that is created";
+        return Err(ApiError::invalid(resource, &input.name, "metadata.resourceVersion", why));
+    }
+    let own = Own { addresses: &call.addresses(), pins: call.pins() };
+    let New { parsed, secrets } = input.create(resource, &call.fleet, &own)?;
+    let name = input.name.clone();
+    let dry = dry_run(call, &Value::Null)?;
+    let fail = |error: WriteError| ApiError::write(resource, &name, &error);
+    if call.is_configured(resource, &name) {
+        return Err(fail(WriteError::Reserved));
+    }
+    if dry {
+        let kind = resource.stored.unwrap_or(Kind::Cluster);
+        if call.fleet.object(kind, &name).is_some() && kind != Kind::Revocation {
+            return Err(fail(WriteError::Exists));
+        }
+        let (mut object, _) = objects::render(resource, &name, &parsed.object(), None);
+        reveal(&mut object, &secrets);
+        return Ok(warned(shown(call, resource, StatusCode::CREATED, &object), &warnings));
+    }
+    let revision = put(call, &name, &parsed, None).await.map_err(fail)?;
+    let mut object = written(call, resource, &name, revision).await?;
+    reveal(&mut object, &secrets);
+    call.audit("create", resource, &name);
+    Ok(warned(shown(call, resource, StatusCode::CREATED, &object), &warnings))
+}
+
+/// What only the answer to a creation says.
+fn reveal(object: &mut Value, secrets: &Map<String, Value>) {
+    for (field, secret) in secrets {
+        object["status"][field] = secret.clone();
+    }
+}
+
+/// Replaces an object by the body.
+pub(super) async fn update(
+    call: &Call,
+    resource: &'static Resource,
+    name: &str,
+    body: Value,
+) -> Result<Response<AnswerBody>, ApiError> {
+    change(call, resource, name, "update", |_| Ok(body.clone())).await
+}
+
+/// Merges the body into an object (RFC 7386).
+pub(super) async fn patch(
+    call: &Call,
+    resource: &'static Resource,
+    name: &str,
+    patch: &Value,
+) -> Result<Response<AnswerBody>, ApiError> {
+    if !patch.is_object() {
+        return Err(ApiError::bad_request("a merge patch is an object"));
+    }
+    change(call, resource, name, "patch", |before| {
+        let mut object = before.clone();
+        // What the sender has not said is not the sender's word on the version.
+        if let Some(metadata) = object["metadata"].as_object_mut() {
+            metadata.remove("resourceVersion");
+        }
+        merge(&mut object, patch, 0)?;
+        Ok(object)
+    })
+    .await
+}
+
+async fn change(
+    call: &Call,
+    resource: &'static Resource,
+    name: &str,
+    verb: &'static str,
+    next: impl Fn(&Value) -> Result<Value, ApiError>,
+) -> Result<Response<AnswerBody>, ApiError> {
+    let fail = |error: WriteError| ApiError::write(resource, name, &error);
+    for _ in 0..ATTEMPTS {
+        let before = call.feed.object(resource, name).ok_or_else(|| ApiError::not_found(resource, name))?;
+        if call.is_configured(resource, name) {
+            return Err(fail(WriteError::Reserved));
+        }
+        let record = record(call, resource, name)?;
+        let input = Input::read(resource, next(&before)?)?;
+        let warnings = validate_fields(call, resource, &input)?;
+        if input.name != name {
+            let message =
+                format!("the name in the object ({}) is not the one in the URL ({name})", input.name);
+            return Err(ApiError::bad_request(message));
+        }
+        if input.version.as_deref().is_some_and(|version| before["metadata"]["resourceVersion"] != version) {
+            return Err(fail(WriteError::Conflict));
+        }
+        if input.uid.as_deref().is_some_and(|uid| before["metadata"]["uid"] != uid) {
+            return Err(ApiError::conflict(
+                resource,
+                name,
+                "it is another one of that name: the uid differs",
+            ));
+        }
+        let parsed = input.update(resource, &record.object)?;
+        let unchanged = same(&parsed, &record.object);
+        if unchanged || dry_run(call, &Value::Null)? {
+            let object =
+                if unchanged { Value::clone(&before) } else { preview(resource, name, &parsed, &before) };
+            return Ok(warned(shown(call, resource, StatusCode::OK, &object), &warnings));
+        }
+        match put(call, name, &parsed, Some(record.revision)).await {
+            Ok(revision) => {
+                let object = written(call, resource, name, revision).await?;
+                call.audit(verb, resource, name);
+                return Ok(warned(shown(call, resource, StatusCode::OK, &object), &warnings));
+            }
+            Err(WriteError::Conflict) if input.version.is_none() => {}
+            Err(error) => return Err(fail(error)),
+        }
+    }
+    Err(fail(WriteError::Conflict))
+}
+
+/// What a dry run would have made, with the state that the object has.
+fn preview(resource: &Resource, name: &str, parsed: &Parsed, before: &Value) -> Value {
+    let (mut object, _) = objects::render(resource, name, &parsed.object(), None);
+    object["metadata"]["resourceVersion"] = before["metadata"]["resourceVersion"].clone();
+    if let Some(status) = before.get("status") {
+        object["status"] = status.clone();
+    }
+    object
+}
+
+fn same(parsed: &Parsed, before: &Object) -> bool {
+    match (parsed, before) {
+        (Parsed::Cluster(next), Object::Cluster(before)) => *next == **before,
+        (Parsed::JoinToken(next), Object::JoinToken(before)) => *next == **before,
+        (Parsed::AccessRule(next), Object::AccessRule(before)) => *next == **before,
+        (Parsed::AccessToken(next), Object::AccessToken(before)) => *next == **before,
+        _ => false,
+    }
+}
+
+/// Deletes an object, if it is the one that the options mean.
+pub(super) async fn delete(
+    call: &Call,
+    resource: &'static Resource,
+    name: &str,
+    options: &Value,
+) -> Result<Response<AnswerBody>, ApiError> {
+    let fail = |error: WriteError| ApiError::write(resource, name, &error);
+    let dry = dry_run(call, options)?;
+    for _ in 0..ATTEMPTS {
+        let before = call.feed.object(resource, name).ok_or_else(|| ApiError::not_found(resource, name))?;
+        if call.is_configured(resource, name) {
+            return Err(fail(WriteError::Reserved));
+        }
+        let record = record(call, resource, name)?;
+        for field in ["uid", "resourceVersion"] {
+            let wanted = &options["preconditions"][field];
+            if !wanted.is_null() && *wanted != before["metadata"][field] {
+                let why = format!("the {field} in the precondition is not the object's");
+                return Err(ApiError::conflict(resource, name, &why));
+            }
+        }
+        let done = match &record.object {
+            Object::Cluster(cluster) if cluster.deletion_protection => Err(WriteError::Protected),
+            _ if dry => Ok(0),
+            _ => call.fleet.delete(resource.stored.unwrap_or(Kind::Cluster), name, record.revision).await,
+        };
+        match done {
+            Ok(revision) => {
+                call.feed.shows(revision).await;
+                if !dry {
+                    call.audit("delete", resource, name);
+                }
+                let details = json!({
+                    "name": name, "group": GROUP, "kind": resource.plural, "uid": before["metadata"]["uid"],
+                });
+                let status = json!({
+                    "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details,
+                });
+                return Ok(json_response(StatusCode::OK, &status));
+            }
+            Err(WriteError::Conflict) => {}
+            Err(error) => return Err(fail(error)),
+        }
+    }
+    Err(fail(WriteError::Conflict))
+}
+
+fn record(call: &Call, resource: &Resource, name: &str) -> Result<Shown, ApiError> {
+    let shown = resource.stored.and_then(|kind| call.fleet.object(kind, name));
+    shown.ok_or_else(|| ApiError::not_found(resource, name))
+}
+
+async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) -> Result<u64, WriteError> {
+    let fleet = &call.fleet;
+    match parsed {
+        Parsed::Cluster(record) => fleet.put(name, record, replaces).await,
+        Parsed::JoinToken(record) => fleet.put(name, record, replaces).await,
+        Parsed::AccessRule(record) => fleet.put(name, record, replaces).await,
+        Parsed::AccessToken(record) => fleet.put(name, record, replaces).await,
+        Parsed::Revoke(what, meta) => fleet.revoke(what, meta).await.map(|(_, revision)| revision),
+    }
+}
+
+/// The object once lists show what was written.
+async fn written(call: &Call, resource: &Resource, name: &str, revision: u64) -> Result<Value, ApiError> {
+    call.feed.shows(revision).await;
+    let object = call.feed.object(resource, name);
+    object.map(|object| Value::clone(&object)).ok_or_else(|| ApiError::not_found(resource, name))
+}
+
+/// Whether nothing is to be changed.
+fn dry_run(call: &Call, options: &Value) -> Result<bool, ApiError> {
+    let listed = options["dryRun"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let mut asked: Vec<String> = listed.map(ToOwned::to_owned).collect();
+    asked.extend(Some(call.query("dryRun")).filter(|text| !text.is_empty()));
+    match asked.iter().find(|text| *text != "All") {
+        Some(text) => Err(ApiError::bad_request(format!("dryRun: {text:?} is not supported; All is"))),
+        None => Ok(!asked.is_empty()),
+    }
+}
+
+/// What is said of fields that are not known: refused, told, or nothing, as the query asks.
+fn validate_fields(call: &Call, resource: &Resource, input: &Input) -> Result<Vec<String>, ApiError> {
+    let told = |field: &String| format!("unknown field \"{field}\"");
+    match call.query("fieldValidation").as_str() {
+        "Strict" if !input.unknown.is_empty() => {
+            let fields: Vec<_> = input.unknown.iter().map(told).collect();
+            let message = format!(
+                "{} in version \"v1alpha1\" cannot be handled as a {}: strict decoding error: {}",
+                resource.kind,
+                resource.kind,
+                fields.join(", ")
+            );
+            Err(ApiError::bad_request(message))
+        }
+        "Strict" | "Ignore" => Ok(Vec::new()),
+        "" | "Warn" => Ok(input.unknown.iter().take(WARNINGS_MAX).map(told).collect()),
+        other => {
+            Err(ApiError::bad_request(format!("fieldValidation: {other:?} is none of Strict, Warn, Ignore")))
+        }
+    }
+}
+
+fn warned(mut response: Response<AnswerBody>, warnings: &[String]) -> Response<AnswerBody> {
+    for text in warnings {
+        response.headers_mut().append(WARNING, warning(&printable(text)));
+    }
+    response
+}
+
+/// RFC 7386. The depth is bounded by the reader of the body.
+fn merge(target: &mut Value, patch: &Value, depth: usize) -> Result<(), ApiError> {
+    if depth > 32 {
+        return Err(ApiError::bad_request("the patch is nested too deeply"));
+    }
+    let Value::Object(patch) = patch else {
+        *target = patch.clone();
+        return Ok(());
+    };
+    if !target.is_object() {
+        *target = Value::Object(Map::new());
+    }
+    let Value::Object(fields) = target else { return Ok(()) };
+    for (name, value) in patch {
+        if value.is_null() {
+            fields.remove(name);
+        } else {
+            merge(fields.entry(name.clone()).or_insert(Value::Null), value, depth + 1)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patches_merge() {
+        let mut object = json!({"a": {"b": 1, "c": 2}, "list": [1, 2]});
+        merge(&mut object, &json!({"a": {"b": null, "d": {"e": 3}}, "list": [3]}), 0).unwrap();
+        assert_eq!(object, json!({"a": {"c": 2, "d": {"e": 3}}, "list": [3]}));
+        let deep = (0..100).fold(json!(1), |inner, _| json!({"x": inner}));
+        assert!(merge(&mut object, &deep, 0).is_err());
+    }
+}

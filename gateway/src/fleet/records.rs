@@ -1,0 +1,273 @@
+//! What does the fleet consist of? The records that the store keeps of it, as types; their serde form is what is on disk.
+//!
+//! A change that an older version would misread raises `SCHEMA`: then it skips the record, with an alarm, and a record
+//! that is skipped lets nobody in. What restricts somebody must not be skipped quietly: see [`Revocation`].
+
+use crate::authn::Principal;
+use crate::config::{Effect, Mode};
+use crate::store::{Kind, Stored};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// A moment, to the second; written as in RFC 3339.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Time(i64);
+
+impl Time {
+    /// Later than any other.
+    pub(crate) const END: Self = Self(i64::MAX);
+
+    #[must_use]
+    pub fn now() -> Self {
+        Self::from(SystemTime::now())
+    }
+
+    #[must_use]
+    pub fn after(self, time: Duration) -> Self {
+        Self(self.0.saturating_add(i64::try_from(time.as_secs()).unwrap_or(i64::MAX)))
+    }
+
+    /// From `earlier` to this moment; nothing if it is not earlier.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_secs(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or_default())
+    }
+
+    /// A moment written as in RFC 3339.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        text.parse().ok().map(|time: jiff::Timestamp| Self(time.as_second()))
+    }
+}
+
+impl From<SystemTime> for Time {
+    fn from(time: SystemTime) -> Self {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self(i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+    }
+}
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = jiff::Timestamp::MAX.as_second();
+        jiff::Timestamp::from_second(self.0.clamp(0, end)).unwrap_or_default().fmt(f)
+    }
+}
+
+impl Serialize for Time {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Self::parse(&text).ok_or_else(|| D::Error::custom("no time of RFC 3339"))
+    }
+}
+
+/// What every object of the API has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Meta {
+    pub uid: String,
+    pub created: Time,
+    /// How often its specification was changed, from 1 on.
+    pub generation: u64,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// A registered cluster; its record's name is the cluster's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Cluster {
+    pub meta: Meta,
+    /// Never changes: rules select clusters inside an account.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<String>,
+    pub mode: Mode,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
+    /// It cannot be deleted while this is set.
+    #[serde(default)]
+    pub deletion_protection: bool,
+    /// Agents with a valid certificate at a time.
+    pub max_agents: u32,
+    /// Instances of another generation are nobody. Rises when all agents of the cluster are revoked, or a backup is
+    /// restored.
+    pub admission: u64,
+    /// Who issues the cluster's ServiceAccount tokens, if an agent has said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub issuer: Option<TokenIssuer>,
+}
+
+/// Agents of a cluster unless it says otherwise: a few replicas, and those that replace them.
+pub const MAX_AGENTS: u32 = 16;
+/// More than that is a mistake.
+pub const MAX_AGENTS_MOST: u32 = 256;
+
+/// Who issues a cluster's ServiceAccount tokens, and with which keys.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TokenIssuer {
+    pub issuer: String,
+    /// A JSON Web Key Set.
+    pub jwks: Value,
+    pub updated: Time,
+}
+
+/// The right to join a cluster; its record's name is the token's id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct JoinToken {
+    pub meta: Meta,
+    pub cluster: String,
+    /// A cluster of the same name that was registered later is another one.
+    pub cluster_uid: String,
+    /// SHA-256 of the secret's 16 bytes, in hex.
+    pub sha256: String,
+    pub expires: Time,
+    /// Different keys that it lets in.
+    pub max_uses: u32,
+    #[serde(default)]
+    pub uses: Vec<TokenUse>,
+}
+
+/// Most uses of one token.
+pub const TOKEN_USES_MOST: u32 = 256;
+
+/// One key that a token has let in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TokenUse {
+    /// The key's pin. The same key may come again, so that a join that broke off is no dead end.
+    pub pin: String,
+    pub instance: String,
+    pub at: Time,
+}
+
+/// An agent that was let in; its record's name is the instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Instance {
+    pub cluster_uid: String,
+    /// The cluster's [`Cluster::admission`] when it joined.
+    pub admission: u64,
+    pub created: Time,
+    pub origin: Origin,
+    /// The certificates that it has, oldest first; those that have run out are forgotten.
+    #[serde(default)]
+    pub certificates: Vec<Certificate>,
+}
+
+/// How an instance got in, and so how it may come back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum Origin {
+    #[serde(rename_all = "camelCase")]
+    Token { token: String },
+    /// The `sub` of its ServiceAccount tokens.
+    #[serde(rename_all = "camelCase")]
+    ServiceAccount { subject: String },
+}
+
+/// One certificate of an instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Certificate {
+    /// Lower-case hex.
+    pub serial: String,
+    /// The pin of its key.
+    pub pin: String,
+    pub issued: Time,
+    pub not_after: Time,
+}
+
+/// Who may call which cluster; beside the rules of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AccessRule {
+    pub meta: Meta,
+    pub effect: Effect,
+    pub users: Vec<String>,
+    pub groups: Vec<String>,
+    pub clusters: Vec<String>,
+}
+
+/// A bearer token for clusters in impersonate mode and for the API; its record's name is the token's id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AccessToken {
+    pub meta: Meta,
+    /// SHA-256 of the whole token, in hex.
+    pub sha256: String,
+    pub user: String,
+    #[serde(default)]
+    pub groups: Vec<String>,
+    /// Never, if not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<Time>,
+}
+
+impl AccessToken {
+    pub(crate) fn principal(&self) -> Principal {
+        Principal::new(&self.user, self.groups.clone())
+    }
+}
+
+/// What counts no more. A revocation that cannot be read revokes everything of what its record's name says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Revocation {
+    pub meta: Meta,
+    pub what: Revoked,
+}
+
+/// What a revocation takes away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum Revoked {
+    /// One certificate, an agent's or a client's.
+    #[serde(rename_all = "camelCase")]
+    Certificate { serial: String },
+    /// Everything that let this user in and was issued before: certificates and tokens.
+    #[serde(rename_all = "camelCase")]
+    User { name: String, issued_before: Time },
+    /// All agents of a cluster, and its join tokens: for the record, the cluster's own says so since.
+    #[serde(rename_all = "camelCase")]
+    Cluster { name: String, uid: String, admission: u64 },
+}
+
+macro_rules! stored {
+    ($($type:ident: $schema:literal),*) => { $(
+        impl Stored for $type {
+            const KIND: Kind = Kind::$type;
+            const SCHEMA: u32 = $schema;
+        }
+    )* };
+}
+
+stored!(Cluster: 1, JoinToken: 1, Instance: 1, AccessRule: 1, AccessToken: 1, Revocation: 1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_to_the_second() {
+        let time = Time::parse("2026-11-25T23:00:00.9Z").unwrap();
+        assert_eq!(time.to_string(), "2026-11-25T23:00:00Z");
+        assert_eq!(time.after(Duration::from_secs(3600)).since(time), Duration::from_secs(3600));
+        assert_eq!(time.since(time.after(Duration::from_secs(1))), Duration::ZERO);
+        assert_eq!(Time::parse("yesterday"), None);
+        assert!(Time(i64::MAX).to_string().starts_with("9999-"));
+    }
+}

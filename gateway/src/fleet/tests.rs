@@ -1,0 +1,360 @@
+//! Goal: who is on record is somebody and nobody else is, through races, restarts, deletions and backups.
+
+use super::*;
+use crate::config::Mode;
+use crate::store::{Revision, backup};
+use std::path::Path;
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+use towline_certs::TrustDomain;
+
+/// A fleet whose view is kept up to date.
+struct World {
+    directory: TempDir,
+    fleet: Fleet,
+    _following: JoinSet<()>,
+}
+
+async fn open(directory: &Path) -> (Fleet, JoinSet<()>) {
+    let metrics = Arc::new(Metrics::new());
+    let store = Store::open(directory, Arc::clone(&metrics)).unwrap();
+    let fleet = Fleet::load(store, metrics).await.unwrap();
+    let mut following = JoinSet::new();
+    let follower = fleet.clone();
+    following.spawn(async move { follower.follow().await });
+    (fleet, following)
+}
+
+impl World {
+    async fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (fleet, following) = open(directory.path()).await;
+        Self { directory, fleet, _following: following }
+    }
+
+    async fn restarted(self) -> Self {
+        let Self { directory, fleet, mut _following } = self;
+        _following.shutdown().await;
+        drop(fleet);
+        let (fleet, following) = open(directory.path()).await;
+        Self { directory, fleet, _following: following }
+    }
+}
+
+fn meta() -> Meta {
+    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
+}
+
+fn cluster() -> Cluster {
+    Cluster {
+        meta: meta(),
+        account: None,
+        mode: Mode::Restricted,
+        description: String::new(),
+        deletion_protection: false,
+        max_agents: 4,
+        admission: 1,
+        issuer: None,
+    }
+}
+
+fn token(cluster: &str, uid: &str, uses: u32) -> JoinToken {
+    JoinToken {
+        meta: meta(),
+        cluster: cluster.to_owned(),
+        cluster_uid: uid.to_owned(),
+        sha256: hex(digest::digest(&digest::SHA256, b"secret").as_ref()),
+        expires: Time::now().after(Duration::from_secs(600)),
+        max_uses: uses,
+        uses: Vec::new(),
+    }
+}
+
+fn pin(number: u32) -> SpkiPin {
+    SpkiPin::of_spki(&number.to_be_bytes())
+}
+
+async fn register(fleet: &Fleet, name: &str) -> String {
+    let cluster = cluster();
+    fleet.put(name, &cluster, None).await.unwrap();
+    cluster.meta.uid
+}
+
+fn identity(admission: &Admission) -> AgentIdentity {
+    let domain = TrustDomain::new("fleet.test").unwrap();
+    AgentIdentity::new(domain, admission.cluster.uid.clone(), admission.instance.clone())
+}
+
+/// R-ID-14, EN-01: of a thousand keys that use one single-use token at once exactly one gets in, and it may come again.
+#[tokio::test]
+async fn of_a_thousand_keys_one_gets_in() {
+    let world = World::new().await;
+    let uid = register(&world.fleet, "prod").await;
+    world.fleet.put("t1", &token("prod", &uid, 1), None).await.unwrap();
+    let mut joining = JoinSet::new();
+    for number in 0..1000 {
+        let fleet = world.fleet.clone();
+        joining.spawn(async move { (number, fleet.use_token("t1", b"secret", pin(number)).await) });
+    }
+    let mut winners = Vec::new();
+    while let Some(done) = joining.join_next().await {
+        match done.unwrap() {
+            (number, Ok(admission)) => winners.push((number, admission)),
+            (_, Err(JoinRefused::Used)) => {}
+            (number, Err(error)) => panic!("{number}: {error}"),
+        }
+    }
+    let [(number, admission)] = winners.as_slice() else { panic!("{} got in", winners.len()) };
+    assert_eq!(world.fleet.use_token("t1", b"secret", pin(*number)).await.unwrap(), *admission);
+    assert_eq!(world.fleet.instances(&uid).len(), 1);
+    assert_eq!(world.fleet.admits(&identity(admission), "01"), Ok(()));
+    // EN-01, across a restart.
+    let world = world.restarted().await;
+    assert!(matches!(world.fleet.use_token("t1", b"secret", pin(5000)).await, Err(JoinRefused::Used)));
+    assert_eq!(world.fleet.use_token("t1", b"secret", pin(*number)).await.unwrap(), *admission);
+}
+
+/// EN-02, and the count of a cluster's agents.
+#[tokio::test]
+async fn tokens_are_judged_before_they_count() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let uid = register(&fleet, "prod").await;
+    fleet.put("many", &token("prod", &uid, 8), None).await.unwrap();
+    let expired = JoinToken { expires: Time::now(), ..token("prod", &uid, 1) };
+    fleet.put("old", &expired, None).await.unwrap();
+    fleet.put("lost", &token("prod", "another-uid", 1), None).await.unwrap();
+    let ask = async |id: &str, secret: &[u8], key: u32| fleet.use_token(id, secret, pin(key)).await;
+    assert!(matches!(ask("many", b"wrong", 1).await, Err(JoinRefused::Unknown)));
+    assert!(matches!(ask("none", b"secret", 1).await, Err(JoinRefused::Unknown)));
+    assert!(matches!(ask("old", b"secret", 1).await, Err(JoinRefused::Expired)));
+    assert!(matches!(ask("lost", b"secret", 1).await, Err(JoinRefused::NoCluster)));
+    let mut instances = BTreeSet::new();
+    for key in 0..4 {
+        instances.insert(ask("many", b"secret", key).await.unwrap().instance);
+    }
+    assert_eq!(instances.len(), 4);
+    assert!(matches!(ask("many", b"secret", 4).await, Err(JoinRefused::Full)));
+    // One whose certificate has run out does not count.
+    let first = ask("many", b"secret", 0).await.unwrap().instance;
+    let over = Certificate {
+        serial: "1".to_owned(),
+        pin: pin(0).to_string(),
+        issued: Time::now(),
+        not_after: Time::now(),
+    };
+    fleet.record_certificate(&first, &over).await.unwrap();
+    ask("many", b"secret", 4).await.unwrap();
+}
+
+/// Yesterday's certificate of a cluster that was deleted and registered again is nobody; so is one of another cluster.
+#[tokio::test]
+async fn a_name_is_no_identity() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let uid = register(&fleet, "prod").await;
+    fleet.put("t1", &token("prod", &uid, 1), None).await.unwrap();
+    let admission = fleet.use_token("t1", b"secret", pin(1)).await.unwrap();
+    let old = identity(&admission);
+    assert_eq!(fleet.admits(&old, "01"), Ok(()));
+    let losses = fleet.losses();
+    let revision = fleet.object(Kind::Cluster, "prod").unwrap().revision;
+    fleet.delete(Kind::Cluster, "prod", revision).await.unwrap();
+    assert!(losses.has_changed().unwrap());
+    assert_eq!(fleet.admits(&old, "01"), Err(NotAdmitted::UnknownCluster));
+    assert_eq!((fleet.count(Kind::Instance), fleet.count(Kind::JoinToken)), (0, 0));
+    let again = register(&fleet, "prod").await;
+    assert_ne!(again, uid);
+    assert_eq!(fleet.admits(&old, "01"), Err(NotAdmitted::UnknownCluster));
+    // R-ID-3: the instance of one cluster with the uid of another.
+    fleet.put("t2", &token("prod", &again, 1), None).await.unwrap();
+    let mine = fleet.use_token("t2", b"secret", pin(2)).await.unwrap();
+    let other = register(&fleet, "other").await;
+    let forged = AgentIdentity { cluster: ClusterUid::new(&other).unwrap(), ..identity(&mine) };
+    assert_eq!(fleet.admits(&forged, "01"), Err(NotAdmitted::UnknownInstance));
+}
+
+/// R-ID-9, R-ID-11, ST-02: each kind of revocation, and none of them is undone by a restart.
+#[tokio::test]
+async fn revocations_hold_across_restarts() {
+    let world = World::new().await;
+    let fleet = &world.fleet;
+    let uid = register(fleet, "prod").await;
+    fleet.put("t1", &token("prod", &uid, 2), None).await.unwrap();
+    let agent = identity(&fleet.use_token("t1", b"secret", pin(1)).await.unwrap());
+    let access = AccessToken {
+        meta: meta(),
+        sha256: hex(digest::digest(&digest::SHA256, b"tlat_x").as_ref()),
+        user: "jane".to_owned(),
+        groups: vec!["ops".to_owned()],
+        expires: None,
+    };
+    fleet.put("a1", &access, None).await.unwrap();
+    let mut hash: Hash = [0; 32];
+    hash.copy_from_slice(digest::digest(&digest::SHA256, b"tlat_x").as_ref());
+    assert_eq!(fleet.token(&hash).unwrap().name, "jane");
+
+    fleet.revoke(&Revoked::Certificate { serial: "0a".to_owned() }, &meta()).await.unwrap();
+    assert_eq!(fleet.admits(&agent, "0a"), Err(NotAdmitted::Revoked));
+    assert_eq!(fleet.admits(&agent, "0b"), Ok(()));
+    let now = Time::now();
+    let later = now.after(Duration::from_secs(1));
+    let user = |issued_before| Revoked::User { name: "jane".to_owned(), issued_before };
+    fleet.revoke(&user(later), &meta()).await.unwrap();
+    // An earlier moment takes nothing back.
+    fleet.revoke(&user(Time::parse("2020-01-01T00:00:00Z").unwrap()), &meta()).await.unwrap();
+    assert!(fleet.is_client_revoked("jane", "0c", now) && !fleet.is_client_revoked("jane", "0c", later));
+    assert!(!fleet.is_client_revoked("joe", "0c", now) && fleet.is_client_revoked("joe", "0a", now));
+    assert_eq!(fleet.token(&hash), None);
+    let all = Revoked::Cluster { name: "prod".to_owned(), uid: String::new(), admission: 0 };
+    fleet.revoke(&all, &meta()).await.unwrap();
+    assert_eq!(fleet.admits(&agent, "0b"), Err(NotAdmitted::UnknownInstance));
+    assert!(matches!(fleet.use_token("t1", b"secret", pin(1)).await, Err(JoinRefused::Unknown)));
+
+    let world = world.restarted().await;
+    let fleet = &world.fleet;
+    assert_eq!(fleet.admits(&agent, "0b"), Err(NotAdmitted::UnknownInstance));
+    assert!(fleet.is_client_revoked("jane", "0c", now) && fleet.token(&hash).is_none());
+    assert!(fleet.is_client_revoked("joe", "0a", now));
+}
+
+/// ST-07: a record that cannot be read lets nobody in, and a revocation that cannot be read revokes.
+#[tokio::test]
+async fn unreadable_records_fail_closed() {
+    macro_rules! later {
+        ($name:ident, $kind:expr) => {
+            #[derive(serde::Serialize, serde::Deserialize)]
+            struct $name;
+            impl Stored for $name {
+                const KIND: Kind = $kind;
+                const SCHEMA: u32 = 99;
+            }
+        };
+    }
+    later!(LaterRevocation, Kind::Revocation);
+    later!(LaterCluster, Kind::Cluster);
+    let world = World::new().await;
+    let fleet = &world.fleet;
+    let uid = register(fleet, "prod").await;
+    let revision = fleet.object(Kind::Cluster, "prod").unwrap().revision;
+    fleet.put("certificate:0a", &LaterRevocation, None).await.unwrap();
+    fleet.put("user:jane", &LaterRevocation, None).await.unwrap();
+    let far = Time::parse("2999-01-01T00:00:00Z").unwrap();
+    assert!(fleet.is_client_revoked("joe", "0a", far) && fleet.is_client_revoked("jane", "0b", far));
+    fleet.put("prod", &LaterCluster, Some(revision)).await.unwrap();
+    assert_eq!(fleet.cluster_of(&ClusterUid::new(&uid).unwrap()), None);
+    let text = String::from_utf8(fleet.0.metrics.render()).unwrap();
+    assert!(text.contains("records_skipped_total{reason=\"newer\"} 3"), "{text}");
+    let again = fleet.store().get(&Key::new(Kind::Revocation, "user:jane")).await.unwrap().unwrap();
+    let gone = Transaction::new().delete(again.key);
+    fleet.commit(gone).await.unwrap();
+    assert!(!fleet.is_client_revoked("jane", "0b", far));
+}
+
+/// What comes back with its cluster's word for it is who it was; only beside a living one it is a new instance.
+#[tokio::test]
+async fn who_comes_back_is_who_it_was() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let uid = ClusterUid::new(&register(&fleet, "prod").await).unwrap();
+    let subject = "system:serviceaccount:towline:agent";
+    let first = fleet.rejoin(&uid, subject, |_| false).await.unwrap();
+    for _ in 0..20 {
+        assert_eq!(fleet.rejoin(&uid, subject, |_| false).await.unwrap(), first);
+    }
+    let second = fleet.rejoin(&uid, subject, |instance| *instance == first.instance).await.unwrap();
+    assert_ne!(second.instance, first.instance);
+    let other = fleet.rejoin(&uid, "system:serviceaccount:towline:other", |_| false).await.unwrap();
+    assert_eq!(fleet.instances(uid.as_str()).len(), 3);
+    assert_ne!(other.instance, first.instance);
+    let keys = serde_json::json!({"keys": [{"kid": "1"}]});
+    fleet.record_issuer(&uid, "https://kubernetes.default", &keys).await.unwrap();
+    let revision = fleet.store().revision();
+    fleet.record_issuer(&uid, "https://kubernetes.default", &keys).await.unwrap();
+    assert_eq!(fleet.store().revision(), revision, "the same again is no write");
+    assert_eq!(fleet.issuer(&uid).unwrap().jwks, keys);
+}
+
+/// Names in the configuration are taken, what is protected stays, and who changes what has changed is told so.
+#[tokio::test]
+async fn writes_are_refused_for_a_reason() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    fleet.reserve(["static".to_owned()].into());
+    assert!(matches!(fleet.put("static", &cluster(), None).await, Err(WriteError::Reserved)));
+    let protected = Cluster { deletion_protection: true, ..cluster() };
+    let revision = fleet.put("prod", &protected, None).await.unwrap();
+    assert!(matches!(fleet.put("prod", &protected, None).await, Err(WriteError::Exists)));
+    assert!(matches!(fleet.delete(Kind::Cluster, "prod", revision).await, Err(WriteError::Protected)));
+    let next = fleet.put("prod", &cluster(), Some(revision)).await.unwrap();
+    assert!(matches!(fleet.put("prod", &protected, Some(revision)).await, Err(WriteError::Conflict)));
+    assert!(matches!(fleet.delete(Kind::Cluster, "prod", revision).await, Err(WriteError::Conflict)));
+    fleet.delete(Kind::Cluster, "prod", next).await.unwrap();
+    assert!(matches!(fleet.delete(Kind::Cluster, "prod", next).await, Err(WriteError::NotFound)));
+}
+
+/// A view that follows the store is what a fresh one is, also when its watch has lost the thread. R-ST-2.
+#[tokio::test]
+async fn the_view_is_what_a_fresh_list_is() {
+    let World { fleet, directory: _directory, mut _following } = World::new().await;
+    let uid = register(&fleet, "prod").await;
+    _following.shutdown().await;
+    // More than the history holds happens while nobody follows.
+    let rule = |number: usize| AccessRule {
+        meta: meta(),
+        effect: config::Effect::Allow,
+        users: vec![format!("user-{number}")],
+        groups: Vec::new(),
+        clusters: vec!["*".to_owned()],
+    };
+    for round in 0..18 {
+        let many = (0..1000).fold(Transaction::new(), |all, number| {
+            all.put(&format!("rule-{}", (round * 7 + number) % 1500), &rule(number))
+        });
+        fleet.store().commit(many).await.unwrap();
+    }
+    fleet.store().commit(Transaction::new().delete(Key::new(Kind::Cluster, "prod"))).await.unwrap();
+    let follower = fleet.clone();
+    _following.spawn(async move { follower.follow().await });
+    fleet.shows(fleet.store().revision().number).await;
+    let fresh = Fleet::load(fleet.store().clone(), Arc::new(Metrics::new())).await.unwrap();
+    assert_eq!(fleet.count(Kind::AccessRule), fresh.count(Kind::AccessRule));
+    assert_eq!(fleet.cluster_of(&ClusterUid::new(&uid).unwrap()), None);
+    let (revision, changes) = fleet.take_changes();
+    assert_eq!(revision, fleet.store().revision().number);
+    assert!(changes.contains(&Key::new(Kind::Cluster, "prod")), "what is gone counts as changed");
+    let name = "rule-7";
+    assert_eq!(
+        fleet.object(Kind::AccessRule, name).unwrap().revision,
+        fresh.object(Kind::AccessRule, name).unwrap().revision
+    );
+    assert_eq!(
+        fleet.store().watch(None, Revision { number: 0, ..fleet.store().revision() }).err(),
+        Some(crate::store::WatchEnd::Compacted)
+    );
+}
+
+/// A backup does not bring back who was revoked after it was made: join tokens are void, agents join anew, unless they are
+/// to be kept.
+#[tokio::test]
+async fn a_backup_lets_nobody_in_again() {
+    let world = World::new().await;
+    let uid = register(&world.fleet, "prod").await;
+    world.fleet.put("t1", &token("prod", &uid, 2), None).await.unwrap();
+    let agent = identity(&world.fleet.use_token("t1", b"secret", pin(1)).await.unwrap());
+    let World { directory, fleet, mut _following } = world;
+    _following.shutdown().await;
+    drop(fleet);
+    let dump = backup::dump(directory.path()).unwrap();
+    for (keep, expected) in [(false, Err(NotAdmitted::Superseded)), (true, Ok(()))] {
+        let elsewhere = tempfile::tempdir().unwrap();
+        backup::restore(elsewhere.path(), dump.clone(), |record| restored(record, keep)).unwrap();
+        let (fleet, _following) = open(elsewhere.path()).await;
+        assert_eq!(fleet.admits(&agent, "01"), expected, "keep {keep}");
+        assert_eq!(fleet.count(Kind::JoinToken), 0);
+    }
+}
+
+#[test]
+fn uids_are_uuids_and_cluster_uids() {
+    let uid = new_uid();
+    assert_eq!(uid.len(), 36);
+    assert!(uid.as_bytes()[14] == b'4' && ClusterUid::new(&uid).is_ok(), "{uid}");
+    assert_ne!(uid, new_uid());
+}

@@ -1,0 +1,394 @@
+//! What does the fleet look like right now? The records of the store, decoded once, with the indices that the data path asks.
+
+use super::{
+    AccessRule, AccessToken, Admission, CERTIFICATES_MAX, Certificate, Cluster, INSTANCES_MAX, Instance,
+    JOINING, JoinRefused, JoinToken, Origin, Revocation, Revoked, Time, new_instance_id,
+};
+use crate::authn::Principal;
+use crate::authn::tokens::{Hash, decode_hash};
+use crate::authz::AccessRules;
+use crate::config;
+use crate::metrics::Metrics;
+use crate::routing::ClusterName;
+use crate::store::{self, Event, Key, Kind, Record, Transaction, Unreadable};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use towline_certs::ClusterUid;
+
+/// A record of any kind.
+#[derive(Clone, Debug)]
+pub enum Object {
+    Cluster(Arc<Cluster>),
+    JoinToken(Arc<JoinToken>),
+    AccessRule(Arc<AccessRule>),
+    AccessToken(Arc<AccessToken>),
+    Instance(Arc<Instance>),
+    Revocation(Arc<Revocation>),
+}
+
+impl Object {
+    pub(super) fn read(record: &Record) -> Result<Self, Unreadable> {
+        Ok(match record.key.kind {
+            Kind::Cluster => Self::Cluster(Arc::new(record.read()?)),
+            Kind::JoinToken => Self::JoinToken(Arc::new(record.read()?)),
+            Kind::AccessRule => Self::AccessRule(Arc::new(record.read()?)),
+            Kind::AccessToken => Self::AccessToken(Arc::new(record.read()?)),
+            Kind::Instance => Self::Instance(Arc::new(record.read()?)),
+            Kind::Revocation => Self::Revocation(Arc::new(record.read()?)),
+        })
+    }
+}
+
+/// An object, and the revision that wrote it last.
+#[derive(Clone, Debug)]
+pub struct Shown {
+    pub object: Object,
+    pub revision: u64,
+}
+
+/// The records, and what is asked of them often.
+#[derive(Debug, Default)]
+pub(super) struct View {
+    revision: u64,
+    objects: BTreeMap<Kind, BTreeMap<Arc<str>, Shown>>,
+    /// By name.
+    routes: HashMap<Arc<str>, Arc<config::Cluster>>,
+    names: HashMap<String, Arc<str>>,
+    instances: HashMap<String, BTreeSet<Arc<str>>>,
+    tokens: HashMap<Hash, (Arc<str>, Arc<Principal>)>,
+    rules: Arc<AccessRules>,
+    revoked_serials: HashSet<String>,
+    /// Everything issued before; the end of time if the record cannot be read.
+    revoked_users: HashMap<String, Time>,
+    changes: BTreeSet<Key>,
+}
+
+impl View {
+    pub(super) const fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    pub(super) fn seen(&mut self, revision: u64) {
+        self.revision = self.revision.max(revision);
+    }
+
+    pub(super) fn take_changes(&mut self) -> (u64, BTreeSet<Key>) {
+        (self.revision, std::mem::take(&mut self.changes))
+    }
+
+    /// Everything anew. What was there and is no more counts as changed.
+    pub(super) fn replace(&mut self, revision: u64, records: Vec<Record>, metrics: &Metrics) {
+        let mut changes = std::mem::take(&mut self.changes);
+        for (kind, objects) in &self.objects {
+            changes.extend(objects.keys().map(|name| Key { kind: *kind, name: Arc::clone(name) }));
+        }
+        *self = Self { revision, changes, ..Self::default() };
+        for record in records {
+            self.apply(Event::Put(record), metrics);
+        }
+    }
+
+    /// Shows what has happened; whether somebody may have lost something by it.
+    pub(super) fn apply(&mut self, event: Event, metrics: &Metrics) -> bool {
+        let (key, revision) = (event.key().clone(), event.revision());
+        let objects = self.objects.entry(key.kind).or_default();
+        // What a list has shown already.
+        if objects.get(&key.name).is_some_and(|shown| shown.revision > revision) {
+            return false;
+        }
+        self.changes.insert(key.clone());
+        let before = objects.remove(&key.name);
+        if let Some(before) = &before {
+            self.forget(&key.name, &before.object);
+        }
+        self.unsuspect(&key);
+        let after = match event {
+            Event::Deleted { .. } => None,
+            Event::Put(record) => match Object::read(&record) {
+                Ok(object) => Some(object),
+                Err(why) => {
+                    store::alarm(metrics, &key, why);
+                    self.suspect(&key);
+                    None
+                }
+            },
+        };
+        let lost =
+            loses(before.as_ref().map(|shown| &shown.object), after.as_ref()) || key.kind == Kind::Revocation;
+        if let Some(object) = after {
+            self.remember(&key.name, &object);
+            self.objects
+                .entry(key.kind)
+                .or_default()
+                .insert(Arc::clone(&key.name), Shown { object, revision });
+        }
+        if key.kind == Kind::AccessRule {
+            self.rebuild_rules();
+        }
+        lost
+    }
+
+    /// A revocation that cannot be read revokes all that its name says.
+    fn suspect(&mut self, key: &Key) {
+        match (key.kind, key.name.split_once(':')) {
+            (Kind::Revocation, Some(("certificate", serial))) => {
+                self.revoked_serials.insert(serial.to_owned());
+            }
+            (Kind::Revocation, Some(("user", user))) => {
+                self.revoked_users.insert(user.to_owned(), Time::END);
+            }
+            _ => {}
+        }
+    }
+
+    fn unsuspect(&mut self, key: &Key) {
+        match (key.kind, key.name.split_once(':')) {
+            (Kind::Revocation, Some(("certificate", serial))) => {
+                self.revoked_serials.remove(serial);
+            }
+            (Kind::Revocation, Some(("user", user))) => {
+                self.revoked_users.remove(user);
+            }
+            _ => {}
+        }
+    }
+
+    fn remember(&mut self, name: &Arc<str>, object: &Object) {
+        match object {
+            Object::Cluster(cluster) => {
+                // Both were checked when they were written; what does not fit is nobody's.
+                if let (Ok(route), Ok(uid)) = (ClusterName::new(name), ClusterUid::new(&cluster.meta.uid)) {
+                    let account = cluster.account.clone();
+                    let route = config::Cluster { name: route, uid, mode: cluster.mode, account };
+                    self.routes.insert(Arc::clone(name), Arc::new(route));
+                    self.names.insert(cluster.meta.uid.clone(), Arc::clone(name));
+                }
+            }
+            Object::Instance(instance) => {
+                self.instances.entry(instance.cluster_uid.clone()).or_default().insert(Arc::clone(name));
+                self.touch_cluster(&instance.cluster_uid);
+            }
+            Object::AccessToken(token) => {
+                if let Some(hash) = decode_hash(&token.sha256) {
+                    self.tokens.insert(hash, (Arc::clone(name), Arc::new(token.principal())));
+                }
+            }
+            Object::Revocation(revocation) => match &revocation.what {
+                Revoked::Certificate { serial } => {
+                    self.revoked_serials.insert(serial.clone());
+                }
+                Revoked::User { name, issued_before } => {
+                    self.revoked_users.insert(name.clone(), *issued_before);
+                }
+                Revoked::Cluster { .. } => {}
+            },
+            Object::JoinToken(_) | Object::AccessRule(_) => {}
+        }
+    }
+
+    fn forget(&mut self, name: &Arc<str>, object: &Object) {
+        match object {
+            Object::Cluster(cluster) => {
+                self.routes.remove(name);
+                self.names.remove(&cluster.meta.uid);
+            }
+            Object::Instance(instance) => {
+                if let Some(names) = self.instances.get_mut(&instance.cluster_uid) {
+                    names.remove(name);
+                    if names.is_empty() {
+                        self.instances.remove(&instance.cluster_uid);
+                    }
+                }
+                self.touch_cluster(&instance.cluster_uid);
+            }
+            Object::AccessToken(token) => {
+                let hash = decode_hash(&token.sha256);
+                if let Some(hash) = hash
+                    && self.tokens.get(&hash).is_some_and(|(known, _)| known == name)
+                {
+                    self.tokens.remove(&hash);
+                }
+            }
+            // Told by the name: see `unsuspect`.
+            Object::Revocation(_) | Object::JoinToken(_) | Object::AccessRule(_) => {}
+        }
+    }
+
+    /// What is told of a cluster depends on its instances.
+    fn touch_cluster(&mut self, uid: &str) {
+        if let Some(name) = self.names.get(uid) {
+            self.changes.insert(Key { kind: Kind::Cluster, name: Arc::clone(name) });
+        }
+    }
+
+    fn rebuild_rules(&mut self) {
+        let rules = self.objects.get(&Kind::AccessRule).into_iter().flatten().filter_map(|(_, shown)| {
+            let Object::AccessRule(rule) = &shown.object else { return None };
+            Some(config::AccessRule {
+                effect: rule.effect,
+                users: rule.users.clone(),
+                groups: rule.groups.clone(),
+                clusters: rule.clusters.clone(),
+            })
+        });
+        self.rules = Arc::new(AccessRules::new(rules.collect()));
+    }
+
+    // ---- asked ----
+
+    pub(super) fn object(&self, kind: Kind, name: &str) -> Option<Shown> {
+        self.shown(kind, name).cloned()
+    }
+
+    pub(super) fn count(&self, kind: Kind) -> usize {
+        self.objects.get(&kind).map_or(0, BTreeMap::len)
+    }
+
+    fn shown(&self, kind: Kind, name: &str) -> Option<&Shown> {
+        self.objects.get(&kind)?.get(name)
+    }
+
+    pub(super) fn route_named(&self, name: &str) -> Option<Arc<config::Cluster>> {
+        self.routes.get(name).cloned()
+    }
+
+    pub(super) fn routes(&self) -> Vec<Arc<config::Cluster>> {
+        self.routes.values().cloned().collect()
+    }
+
+    pub(super) fn route_of(&self, uid: &ClusterUid) -> Option<Arc<config::Cluster>> {
+        self.routes.get(self.names.get(uid.as_str())?).cloned()
+    }
+
+    pub(super) fn cluster_at(&self, name: &str) -> Option<(&Arc<Cluster>, u64)> {
+        match self.shown(Kind::Cluster, name)? {
+            Shown { object: Object::Cluster(cluster), revision } => Some((cluster, *revision)),
+            _ => None,
+        }
+    }
+
+    pub(super) fn cluster(&self, name: &str) -> Option<&Arc<Cluster>> {
+        self.cluster_at(name).map(|(cluster, _)| cluster)
+    }
+
+    pub(super) fn cluster_of(&self, uid: &str) -> Option<&Arc<Cluster>> {
+        self.cluster(self.names.get(uid)?)
+    }
+
+    pub(super) fn join_token(&self, id: &str) -> Option<(&Arc<JoinToken>, u64)> {
+        match self.shown(Kind::JoinToken, id)? {
+            Shown { object: Object::JoinToken(token), revision } => Some((token, *revision)),
+            _ => None,
+        }
+    }
+
+    pub(super) fn instance(&self, name: &str) -> Option<&Arc<Instance>> {
+        match &self.shown(Kind::Instance, name)?.object {
+            Object::Instance(instance) => Some(instance),
+            _ => None,
+        }
+    }
+
+    pub(super) fn instances_of(&self, uid: &str) -> Vec<(Arc<str>, Arc<Instance>)> {
+        let names = self.instances.get(uid).into_iter().flatten();
+        names.filter_map(|name| Some((Arc::clone(name), Arc::clone(self.instance(name)?)))).collect()
+    }
+
+    pub(super) fn token(&self, hash: &Hash, now: Time) -> Option<Arc<Principal>> {
+        let (name, principal) = self.tokens.get(hash)?;
+        let Object::AccessToken(token) = &self.shown(Kind::AccessToken, name)?.object else { return None };
+        let valid = token.expires.is_none_or(|expires| now < expires);
+        (valid && !self.is_user_revoked(&token.user, token.meta.created)).then(|| Arc::clone(principal))
+    }
+
+    pub(super) fn rules(&self) -> Arc<AccessRules> {
+        Arc::clone(&self.rules)
+    }
+
+    pub(super) fn is_revoked(&self, serial: &str) -> bool {
+        self.revoked_serials.contains(serial)
+    }
+
+    pub(super) fn is_user_revoked(&self, user: &str, issued: Time) -> bool {
+        self.revoked_users.get(user).is_some_and(|before| issued < *before)
+    }
+
+    pub(super) fn user_revoked_before(&self, user: &str) -> Option<Time> {
+        self.revoked_users.get(user).copied()
+    }
+
+    pub(super) fn clusters_among(&self, names: &HashSet<String>) -> Vec<Arc<str>> {
+        self.routes.keys().filter(|name| names.contains(&***name)).cloned().collect()
+    }
+
+    /// What goes when a cluster goes, or all its agents do.
+    pub(super) fn hangs_on(&self, cluster: &str, uid: &str) -> Vec<Key> {
+        let instances = self.instances.get(uid).into_iter().flatten();
+        let instances = instances.map(|name| Key { kind: Kind::Instance, name: Arc::clone(name) });
+        let tokens = self.objects.get(&Kind::JoinToken).into_iter().flatten();
+        let tokens = tokens.filter(
+            |(_, shown)| matches!(&shown.object, Object::JoinToken(token) if token.cluster == cluster),
+        );
+        instances
+            .chain(tokens.map(|(name, _)| Key { kind: Kind::JoinToken, name: Arc::clone(name) }))
+            .collect()
+    }
+
+    /// The transaction that puts one more agent of a cluster on record.
+    pub(super) fn new_instance(
+        &self,
+        route: Arc<config::Cluster>,
+        cluster: &Cluster,
+        origin: Origin,
+        now: Time,
+    ) -> Result<(Admission, Transaction), JoinRefused> {
+        let known = self.instances_of(&cluster.meta.uid);
+        let last = |instance: &Instance| {
+            let certified =
+                instance.certificates.iter().map(|certificate: &Certificate| certificate.not_after);
+            certified.max().unwrap_or_else(|| instance.created.after(JOINING))
+        };
+        let current = known
+            .iter()
+            .filter(|(_, known)| known.admission == cluster.admission && last(known) > now)
+            .count();
+        if current >= usize::try_from(cluster.max_agents).unwrap_or(usize::MAX) {
+            return Err(JoinRefused::Full);
+        }
+        let instance = new_instance_id();
+        let record = Instance {
+            cluster_uid: cluster.meta.uid.clone(),
+            admission: cluster.admission,
+            created: now,
+            origin,
+            certificates: Vec::with_capacity(CERTIFICATES_MAX),
+        };
+        let name = instance.to_string();
+        let mut transaction = Transaction::new().absent(Key::new(Kind::Instance, &name)).put(&name, &record);
+        if known.len() >= INSTANCES_MAX
+            && let Some((oldest, _)) = known.iter().min_by_key(|(_, known)| last(known))
+        {
+            transaction = transaction.delete(Key { kind: Kind::Instance, name: Arc::clone(oldest) });
+        }
+        Ok((Admission { cluster: route, instance, admission: cluster.admission }, transaction))
+    }
+}
+
+/// Whether somebody who was let in by the one may not be by the other.
+fn loses(before: Option<&Object>, after: Option<&Object>) -> bool {
+    match (before, after) {
+        (None, None) => false,
+        // A Deny can take something away by being there.
+        (before, after) if matches!(before.or(after), Some(Object::AccessRule(_))) => true,
+        (None, Some(_)) => false,
+        (Some(_), None) => true,
+        (Some(Object::Cluster(before)), Some(Object::Cluster(after))) => {
+            before.admission != after.admission || before.meta.uid != after.meta.uid
+        }
+        (Some(Object::Instance(before)), Some(Object::Instance(after))) => {
+            before.admission != after.admission
+        }
+        (Some(Object::AccessToken(before)), Some(Object::AccessToken(after))) => before != after,
+        (Some(_), Some(_)) => false,
+    }
+}

@@ -1,0 +1,591 @@
+//! How does an agent get a certificate here, and the next one? Joining is a connection of its own, renewal a notice inside a
+//! session; both end in [`issue`], the one place that signs.
+//!
+//! 1. Is there room? So many at a time, and an address whose attempts fail is slowed down: others are not (EN-03).
+//! 2. Who is it? A join token, the cluster's own ServiceAccount token, or a certificate that has run out and is on record.
+//! 3. What may it be? An instance of that cluster, from the record: nothing in the request says who it becomes (R-ID-1).
+//! 4. The certificate is on record before it leaves. A refusal leaves at a fixed time after the request, at a fixed size
+//!    (EN-02).
+
+pub mod account;
+
+use crate::agents::alive_among;
+use crate::authority::Authorities;
+use crate::config;
+use crate::fleet::{self, Admission, Fleet, JoinRefused, NotAdmitted, Object, Time, WriteError};
+use crate::listener::network;
+use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
+use crate::state::Shared;
+use crate::store::Kind;
+use account::AccountError;
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep_until, timeout};
+use towline_certs::facts::CertificateFacts;
+use towline_certs::issue::csr_pin;
+use towline_certs::{AgentIdentity, CertificateDer, InstanceId, IssueError, SpkiPin};
+use towline_proto::join::{
+    Admitted, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
+    Refused, Renew, Renewal, Renewed,
+};
+use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
+
+/// Joins under way, all together.
+const IN_FLIGHT_MAX: usize = 64;
+/// How long one waits for room.
+const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
+/// For the request to be there, and for the answer to be taken.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+/// From a request to a refusal, whatever was wrong with it.
+const REFUSE_AFTER: Duration = Duration::from_millis(300);
+/// Bytes of every refusal.
+const REFUSAL_BYTES: usize = 640;
+/// Failed attempts of one address at once, and how many of them are forgiven per second.
+const FAILURES_BURST: f64 = 20.0;
+const FAILURES_PER_SECOND: f64 = 1.0;
+/// Addresses whose failures are remembered.
+const FAILURES_MAX: usize = 16_384;
+/// A place that was given to a process is kept for it so long. Once it has a session, that tells whether it lives.
+const ASSIGNED_FOR: Duration = Duration::from_secs(15);
+/// What is asked again after a store that did not answer, and after too many failures.
+const RETRY_STORE: Duration = Duration::from_secs(5);
+const RETRY_LIMIT: Duration = Duration::from_secs(10);
+/// Times that a record is read again because somebody else was faster.
+const ADOPT_ATTEMPTS: usize = 4;
+const UNKNOWN: &str = "the join token does not count: it is not known here, or not whole, or has expired. Make a new one: towline token create CLUSTER";
+const NO_ISSUER: &str = "the ServiceAccount token does not count: the cluster or its issuer is not on record, or the token is not for this purpose (audience towline, the agent's own ServiceAccount, keys as last reported). Join with a token: towline token create CLUSTER";
+
+/// What joins share.
+#[derive(Debug)]
+pub(crate) struct Joins {
+    room: Arc<Semaphore>,
+    failures: Mutex<HashMap<IpAddr, (f64, Instant)>>,
+    /// Which process was given which place lately.
+    assigned: Mutex<HashMap<InstanceId, (Bytes, Instant)>>,
+}
+
+impl Default for Joins {
+    fn default() -> Self {
+        Self {
+            room: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
+            failures: Mutex::default(),
+            assigned: Mutex::default(),
+        }
+    }
+}
+
+impl Joins {
+    /// Whether this address has failed too often of late.
+    fn is_slowed(&self, address: IpAddr) -> bool {
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.get(&network(address)).is_some_and(|entry| level(*entry) >= FAILURES_BURST)
+    }
+
+    fn failed(&self, address: IpAddr) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        if failures.len() >= FAILURES_MAX {
+            failures.retain(|_, entry| level(*entry) >= 1.0);
+        }
+        // More addresses than that fail at once: to forget one of them is better than to slow down a newcomer.
+        if failures.len() >= FAILURES_MAX
+            && let Some(any) = failures.keys().next().copied()
+        {
+            failures.remove(&any);
+        }
+        let entry = failures.entry(network(address)).or_insert_with(|| (0.0, Instant::now()));
+        *entry = (level(*entry) + 1.0, Instant::now());
+    }
+
+    /// Whether a place was given to another process a moment ago.
+    fn is_taken(&self, instance: &InstanceId, boot_id: &[u8]) -> bool {
+        let mut assigned = self.assigned.lock().unwrap_or_else(PoisonError::into_inner);
+        assigned.retain(|_, (_, at)| at.elapsed() < ASSIGNED_FOR);
+        assigned.get(instance).is_some_and(|(holder, _)| holder != boot_id)
+    }
+
+    /// The process has come: from now on its session says whether it is there.
+    pub(crate) fn came(&self, instance: &InstanceId) {
+        self.assigned.lock().unwrap_or_else(PoisonError::into_inner).remove(instance);
+    }
+
+    fn assign(&self, instance: &InstanceId, boot_id: &Bytes) {
+        let mut assigned = self.assigned.lock().unwrap_or_else(PoisonError::into_inner);
+        assigned.insert(instance.clone(), (boot_id.clone(), Instant::now()));
+    }
+}
+
+/// Failures that are not forgiven yet.
+fn level((level, at): (f64, Instant)) -> f64 {
+    (level - at.elapsed().as_secs_f64() * FAILURES_PER_SECOND).max(0.0)
+}
+
+/// Why an agent gets nothing: what it is told, and what the log says beside it.
+struct Refusal {
+    code: RefusalCode,
+    text: String,
+    retry_after: Duration,
+    /// What only the operator learns.
+    cause: String,
+}
+
+impl Refusal {
+    fn new(code: RefusalCode, text: impl Into<String>) -> Self {
+        Self { code, text: text.into(), retry_after: Duration::ZERO, cause: String::new() }
+    }
+
+    fn because(self, cause: impl Into<String>) -> Self {
+        Self { cause: cause.into(), ..self }
+    }
+
+    fn later(code: RefusalCode, text: impl Into<String>, retry_after: Duration) -> Self {
+        Self { retry_after, ..Self::new(code, text) }
+    }
+
+    fn message(&self) -> Refused {
+        let retry_after_ms = u32::try_from(self.retry_after.as_millis()).unwrap_or(u32::MAX);
+        Refused { retry_after_ms, ..Refused::new(self.code, &self.text) }
+    }
+
+    fn outcome(&self) -> JoinOutcome {
+        match self.code {
+            RefusalCode::Proof => JoinOutcome::Proof,
+            RefusalCode::Request | RefusalCode::Unknown => JoinOutcome::Request,
+            RefusalCode::Denied => JoinOutcome::Denied,
+            RefusalCode::Limit => JoinOutcome::Limit,
+            RefusalCode::Unavailable => JoinOutcome::Unavailable,
+            RefusalCode::NoIssuer => JoinOutcome::NoIssuer,
+        }
+    }
+}
+
+impl From<JoinRefused> for Refusal {
+    fn from(refused: JoinRefused) -> Self {
+        match refused {
+            // What only the holder of the right secret is told tells nobody else anything.
+            JoinRefused::Expired | JoinRefused::Used => Self::new(RefusalCode::Proof, refused.to_string()),
+            JoinRefused::Unknown => Self::new(RefusalCode::Proof, UNKNOWN),
+            JoinRefused::Revoked | JoinRefused::Full | JoinRefused::NoCluster => {
+                Self::new(RefusalCode::Denied, refused.to_string())
+            }
+            JoinRefused::Store(error) => unavailable(&error),
+        }
+    }
+}
+
+impl From<IssueError> for Refusal {
+    fn from(error: IssueError) -> Self {
+        match error {
+            IssueError::CsrTooLarge(_)
+            | IssueError::CsrMalformed
+            | IssueError::CsrSignature
+            | IssueError::CsrKey(_) => Self::new(RefusalCode::Request, error.to_string()),
+            _ => unavailable(&error),
+        }
+    }
+}
+
+impl From<NotAdmitted> for Refusal {
+    fn from(error: NotAdmitted) -> Self {
+        Self::new(RefusalCode::Denied, error.to_string())
+    }
+}
+
+impl From<AccountError> for Refusal {
+    fn from(error: AccountError) -> Self {
+        Self::new(RefusalCode::NoIssuer, NO_ISSUER).because(error.to_string())
+    }
+}
+
+fn unavailable(error: &dyn std::fmt::Display) -> Refusal {
+    let text = "the gateway cannot decide at the moment; this is tried again";
+    Refusal::later(RefusalCode::Unavailable, text, RETRY_STORE).because(error.to_string())
+}
+
+/// Serves one connection to join.
+pub(crate) async fn serve<IO>(shared: Arc<Shared>, mut io: IO, address: SocketAddr)
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    let received = timeout(MESSAGE_TIMEOUT, recv_message::<JoinRequest, _>(&mut io, JOIN_MAX_BYTES)).await;
+    let began = Instant::now();
+    let exempt = shared.live().config.listen.trusts(address.ip());
+    let decided = match received {
+        Ok(Ok(request)) => decide(&shared, request, address, exempt).await,
+        Ok(Err(error @ (MessageError::TooLarge { .. } | MessageError::Malformed))) => {
+            Err(Refusal::new(RefusalCode::Request, error.to_string()))
+        }
+        Ok(Err(_)) | Err(_) => {
+            shared.metrics.rejected(Surface::Join, TlCode::Timeout);
+            tracing::debug!(agent = %address, "connected to join and sent no request");
+            return;
+        }
+    };
+    let answer = match decided {
+        Ok(admitted) => {
+            shared.metrics.joined(JoinOutcome::Ok);
+            JoinAnswer { outcome: Some(Joined::Admitted(admitted)), ..JoinAnswer::default() }
+        }
+        Err(refusal) => {
+            refused(&shared, &refusal, address, exempt);
+            sleep_until(began + REFUSE_AFTER).await;
+            JoinAnswer::refused(refusal.message(), REFUSAL_BYTES)
+        }
+    };
+    let answering = async {
+        send_message(&mut io, &answer, JOIN_MAX_BYTES).await?;
+        io.shutdown().await.map_err(MessageError::Io)
+    };
+    if !matches!(timeout(MESSAGE_TIMEOUT, answering).await, Ok(Ok(()))) {
+        tracing::debug!(agent = %address, "the answer to a join was not taken");
+    }
+}
+
+fn refused(shared: &Shared, refusal: &Refusal, address: SocketAddr, exempt: bool) {
+    shared.metrics.joined(refusal.outcome());
+    shared.metrics.rejected(
+        Surface::Join,
+        match refusal.code {
+            RefusalCode::Limit => TlCode::Limit,
+            RefusalCode::Request => TlCode::Proto,
+            RefusalCode::Denied => TlCode::Forbidden,
+            _ => TlCode::Token,
+        },
+    );
+    let counts = matches!(refusal.code, RefusalCode::Proof | RefusalCode::NoIssuer | RefusalCode::Request);
+    if counts && !exempt {
+        shared.joins.failed(address.ip());
+    }
+    let (code, why) = (refusal.code.label(), crate::proxy::printable(&refusal.text));
+    if shared.refusals.is_due() {
+        tracing::warn!(agent = %address, code, why, cause = refusal.cause, "join refused");
+    } else {
+        tracing::debug!(agent = %address, code, why, cause = refusal.cause, "join refused");
+    }
+}
+
+/// Who an agent becomes, and what stands in the log about it.
+struct Decision {
+    admission: Admission,
+    with: String,
+    /// Whether what the request says about the cluster's issuer goes on record.
+    vouched: bool,
+}
+
+async fn decide(
+    shared: &Arc<Shared>,
+    request: JoinRequest,
+    address: SocketAddr,
+    exempt: bool,
+) -> Result<Admitted, Refusal> {
+    let _room = room(shared, address, exempt).await?;
+    let live = shared.live();
+    let (Some(own), Some(fleet)) = (&live.joins, shared.fleet.as_ref()) else {
+        let text = "agents cannot join through this gateway: it keeps no record of a fleet; its operator sets stateDirectory";
+        return Err(Refusal::new(RefusalCode::Denied, text));
+    };
+    let pin = csr_pin(&request.csr)?;
+    let decision = match &request.proof {
+        Some(Proof::Token(token)) => {
+            let admission = fleet.use_token(&token.id, &token.secret, pin).await?;
+            Decision { admission, with: format!("token {:?}", token.id), vouched: true }
+        }
+        Some(Proof::ServiceAccount(account)) => {
+            by_account(shared, fleet, &account.cluster, &account.token, &request.boot_id).await?
+        }
+        Some(Proof::Expired(certificate)) => {
+            by_record(fleet, certificate, pin, live.config.join.expired_for)?
+        }
+        None => {
+            let text = "the request brings no proof that this gateway knows; update the gateway first";
+            return Err(Refusal::new(RefusalCode::Request, text));
+        }
+    };
+    let Decision { admission, with, vouched } = decision;
+    if let (true, Some(issuer)) = (vouched, &request.issuer)
+        && record_issuer(fleet, &admission.cluster.uid, issuer).await
+    {
+        adopt(fleet, &admission.instance, &issuer.subject).await;
+    }
+    let domain = live.config.trust_domain.clone();
+    let identity = AgentIdentity::new(domain, admission.cluster.uid.clone(), admission.instance.clone());
+    let issued = issue(fleet, own, &live.config.join, &identity, &request.csr).await?;
+    shared.joins.assign(&admission.instance, &request.boot_id);
+    tracing::info!(cluster = %admission.cluster.name, instance = %admission.instance, agent = %address, with,
+        serial = issued.serial, software = %crate::proxy::printable(&request.software), "agent joined");
+    Ok(Admitted {
+        certificate: issued.certificate,
+        trust: live.trust.clone(),
+        cluster: admission.cluster.name.to_string(),
+        cluster_uid: admission.cluster.uid.to_string(),
+        instance: admission.instance.to_string(),
+        trust_domain: identity.trust_domain.to_string(),
+    })
+}
+
+async fn room(shared: &Shared, address: SocketAddr, exempt: bool) -> Result<OwnedSemaphorePermit, Refusal> {
+    let limit = |limit, text: &str| {
+        shared.metrics.limit_reached(limit);
+        Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT)
+    };
+    if !exempt && shared.joins.is_slowed(address.ip()) {
+        return Err(limit(
+            Limit::JoinFailures,
+            "too many attempts from this address have failed; wait a little",
+        ));
+    }
+    let room = Arc::clone(&shared.joins.room).acquire_owned();
+    match timeout(ROOM_TIMEOUT, room).await {
+        Ok(Ok(permit)) => Ok(permit),
+        _ => Err(limit(Limit::Joins, "as many agents join at this moment as may; wait a little")),
+    }
+}
+
+/// An agent whose cluster's own issuer vouches for it. It gets its place back if nobody else holds it.
+async fn by_account(
+    shared: &Shared,
+    fleet: &Fleet,
+    cluster: &str,
+    token: &str,
+    boot_id: &[u8],
+) -> Result<Decision, Refusal> {
+    let unknown = |cause: &str| Refusal::new(RefusalCode::NoIssuer, NO_ISSUER).because(cause);
+    let route =
+        fleet.cluster_named(cluster).ok_or_else(|| unknown("no cluster of that name is registered"))?;
+    let issuer = fleet.issuer(&route.uid).ok_or_else(|| unknown("its issuer is not on record"))?;
+    let subject = account::verify(token, &issuer, SystemTime::now())?;
+    // Of a pod that was just deleted a session may stand that hears nothing any more.
+    let others = shared.registry.sessions_of(&route.uid);
+    let others = others.into_iter().filter(|(_, other, _)| other != boot_id);
+    let alive = alive_among(others.map(|(instance, _, session)| (instance, session)).collect()).await;
+    let connected =
+        |instance: &InstanceId| alive.contains(instance) || shared.joins.is_taken(instance, boot_id);
+    let admission = fleet.rejoin(&route.uid, &subject, connected).await?;
+    // Before anybody else asks: the certificate takes a moment.
+    shared.joins.assign(&admission.instance, &Bytes::copy_from_slice(boot_id));
+    Ok(Decision { admission, with: format!("ServiceAccount {subject}"), vouched: false })
+}
+
+/// An agent whose certificate has run out: the record knows it, and the request is signed by its key. The chain is not looked
+/// at: its CA may have been replaced meanwhile, and the record says more.
+fn by_record(
+    fleet: &Fleet,
+    certificate: &Certificate,
+    pin: SpkiPin,
+    window: Duration,
+) -> Result<Decision, Refusal> {
+    let unknown = |cause: &str| {
+        let text = "the certificate that was kept leads nowhere any more: it is not on record, or ran out too long ago. Join with a token: towline token create CLUSTER";
+        Refusal::new(RefusalCode::Proof, text).because(cause)
+    };
+    let leaf = certificate.chain.first().map(|der| CertificateDer::from(der.to_vec()));
+    let leaf = leaf.ok_or_else(|| unknown("there is no certificate"))?;
+    let facts = CertificateFacts::of(&leaf).map_err(|error| unknown(&error.to_string()))?;
+    let identity =
+        AgentIdentity::from_verified_certificate(&leaf).map_err(|error| unknown(&error.to_string()))?;
+    let record =
+        instance(fleet, &identity.instance).ok_or_else(|| unknown("its instance is not on record"))?;
+    let known = record.certificates.iter().find(|known| known.serial == facts.serial);
+    let known = known.ok_or_else(|| unknown("its serial is not on record"))?;
+    if known.pin != pin.to_string() {
+        return Err(unknown("the request is signed by another key than the certificate's"));
+    }
+    if Time::now().since(known.not_after) > window {
+        return Err(unknown("it ran out too long ago"));
+    }
+    fleet.admits(&identity, &facts.serial).map_err(|error| unknown(&error.to_string()))?;
+    let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster is gone"))?;
+    let admission = Admission { cluster, instance: identity.instance, admission: record.admission };
+    Ok(Decision { admission, with: format!("certificate {}", facts.serial), vouched: false })
+}
+
+/// The record of an instance.
+pub(crate) fn instance(fleet: &Fleet, instance: &InstanceId) -> Option<Arc<fleet::Instance>> {
+    match fleet.object(Kind::Instance, instance.as_str())?.object {
+        Object::Instance(instance) => Some(instance),
+        _ => None,
+    }
+}
+
+/// A certificate that is on record and may leave.
+struct Issued {
+    certificate: Certificate,
+    serial: String,
+}
+
+/// Signs, and puts on record what was signed.
+async fn issue(
+    fleet: &Fleet,
+    own: &Authorities,
+    config: &config::Join,
+    identity: &AgentIdentity,
+    csr: &[u8],
+) -> Result<Issued, Refusal> {
+    let (life, now) = (config.certificate_lifetime, SystemTime::now());
+    let issued = own.tunnel.ca.issue_agent_from_csr(csr, identity, life, now)?;
+    let pin = SpkiPin::of(&issued.certificate).map_err(|error| unavailable(&error))?;
+    let record = fleet::Certificate {
+        serial: issued.serial.clone(),
+        pin: pin.to_string(),
+        issued: Time::from(now),
+        not_after: Time::from(issued.not_after),
+    };
+    match fleet.record_certificate(&identity.instance, &record).await {
+        Ok(()) => {}
+        Err(WriteError::NotFound) => return Err(NotAdmitted::UnknownInstance.into()),
+        Err(error) => return Err(unavailable(&error)),
+    }
+    let chain = [&issued.certificate, &issued.root];
+    let chain = chain.into_iter().map(|der| Bytes::copy_from_slice(der)).collect();
+    Ok(Issued { certificate: Certificate { chain }, serial: issued.serial })
+}
+
+/// Puts a cluster's issuer on record; tells whether it is.
+async fn record_issuer(fleet: &Fleet, cluster: &towline_certs::ClusterUid, issuer: &Issuer) -> bool {
+    let Some(jwks) = account::recordable(issuer) else {
+        tracing::warn!(%cluster, "what the agent says about its cluster's token issuer cannot be used");
+        return false;
+    };
+    let recorded = fleet.record_issuer(cluster, &issuer.issuer, &jwks).await;
+    if let Err(error) = &recorded {
+        tracing::warn!(%cluster, %error, "the cluster's token issuer is not on record");
+    }
+    recorded.is_ok()
+}
+
+/// Who joined with a token and can come back by its ServiceAccount is to be the same then.
+async fn adopt(fleet: &Fleet, instance: &InstanceId, subject: &str) {
+    let origin = fleet::Origin::ServiceAccount { subject: subject.to_owned() };
+    for _ in 0..ADOPT_ATTEMPTS {
+        let Some(shown) = fleet.object(Kind::Instance, instance.as_str()) else { return };
+        let Object::Instance(record) = &shown.object else { return };
+        if record.origin == origin {
+            return;
+        }
+        let next = fleet::Instance { origin: origin.clone(), ..fleet::Instance::clone(record) };
+        match fleet.put(instance.as_str(), &next, Some(shown.revision)).await {
+            Err(WriteError::Conflict) => {}
+            Err(error) => return tracing::warn!(%instance, %error, "it will come back as another instance"),
+            Ok(_) => return,
+        }
+    }
+}
+
+/// Answers a renewal for the identity that the session was authenticated with: whatever the request says, nobody else gets
+/// anything (EN-07).
+pub(crate) async fn renew(
+    shared: &Shared,
+    identity: &AgentIdentity,
+    serial: &str,
+    address: SocketAddr,
+    renew: &Renew,
+) -> Renewed {
+    let renewal = match try_renew(shared, identity, serial, renew).await {
+        Ok(issued) => {
+            shared.metrics.renewed(JoinOutcome::Ok);
+            tracing::info!(cluster = %identity.cluster, instance = %identity.instance, agent = %address,
+                serial = issued.serial, "certificate renewed");
+            Renewal::Certificate(issued.certificate)
+        }
+        Err(refusal) => {
+            shared.metrics.renewed(refusal.outcome());
+            tracing::warn!(cluster = %identity.cluster, instance = %identity.instance, agent = %address,
+                why = refusal.text, cause = refusal.cause, "renewal refused");
+            Renewal::Refused(refusal.message())
+        }
+    };
+    Renewed { outcome: Some(renewal) }
+}
+
+async fn try_renew(
+    shared: &Shared,
+    identity: &AgentIdentity,
+    serial: &str,
+    renew: &Renew,
+) -> Result<Issued, Refusal> {
+    let live = shared.live();
+    let (Some(own), Some(fleet)) = (&live.joins, shared.fleet.as_ref()) else {
+        let text = "this gateway issues no certificates; renew this one where it was made";
+        return Err(Refusal::new(RefusalCode::Denied, text));
+    };
+    fleet.admits(identity, serial)?;
+    let issued = issue(fleet, own, &live.config.join, identity, &renew.csr).await?;
+    if let Some(issuer) = &renew.issuer
+        && record_issuer(fleet, &identity.cluster, issuer).await
+    {
+        adopt(fleet, &identity.instance, &issuer.subject).await;
+    }
+    Ok(issued)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use towline_proto::tunnel::exchange::encode_head;
+
+    /// EN-02: whatever was wrong, a refusal has one length.
+    #[test]
+    fn refusals_are_equally_long() {
+        let refusals = [
+            Refusal::new(RefusalCode::Proof, UNKNOWN),
+            Refusal::new(RefusalCode::NoIssuer, NO_ISSUER),
+            Refusal::later(RefusalCode::Limit, "x", RETRY_LIMIT),
+            Refusal::from(JoinRefused::Used),
+            Refusal::from(IssueError::CsrMalformed),
+            Refusal::new(RefusalCode::Denied, "y".repeat(5000)),
+        ];
+        for refusal in refusals {
+            let answer = JoinAnswer::refused(refusal.message(), REFUSAL_BYTES);
+            assert_eq!(
+                encode_head(&answer, JOIN_MAX_BYTES).unwrap().len(),
+                4 + REFUSAL_BYTES,
+                "{}",
+                refusal.text
+            );
+        }
+    }
+
+    /// EN-03: an address that fails is slowed down, its neighbours are not, and it recovers.
+    #[tokio::test(start_paused = true)]
+    async fn guessing_is_slowed_down() {
+        let joins = Joins::default();
+        let (guesser, honest): (IpAddr, IpAddr) =
+            ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
+        let mut passed = 0;
+        for _ in 0..10_000 {
+            if !joins.is_slowed(guesser) {
+                passed += 1;
+                joins.failed(guesser);
+            }
+            tokio::time::advance(Duration::from_micros(100)).await;
+        }
+        assert!((20..=22).contains(&passed), "{passed} guesses in a second");
+        assert!(!joins.is_slowed(honest));
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert!(!joins.is_slowed(guesser));
+        // A hundred thousand sources do not fill the memory, nor lock anybody out.
+        for n in 0..100_000_u32 {
+            joins.failed(IpAddr::V4(n.into()));
+        }
+        assert!(joins.failures.lock().unwrap().len() <= FAILURES_MAX);
+        assert!(!joins.is_slowed(honest));
+    }
+
+    /// A place goes to one process, until that had time to take it.
+    #[tokio::test(start_paused = true)]
+    async fn a_place_is_given_once() {
+        let joins = Joins::default();
+        let instance = InstanceId::new("a").unwrap();
+        joins.assign(&instance, &Bytes::from_static(b"one"));
+        assert!(joins.is_taken(&instance, b"two") && !joins.is_taken(&instance, b"one"));
+        tokio::time::advance(ASSIGNED_FOR).await;
+        assert!(!joins.is_taken(&instance, b"two"));
+        joins.assign(&instance, &Bytes::from_static(b"one"));
+        joins.came(&instance);
+        assert!(!joins.is_taken(&instance, b"two"));
+    }
+}

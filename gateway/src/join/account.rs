@@ -1,0 +1,351 @@
+//! Does this ServiceAccount token vouch for an agent of this cluster? Judged against what is on record of the cluster's issuer:
+//! its keys, its name and the one ServiceAccount that may come back by its token.
+//!
+//! RS256 and ES256, which is what API servers sign with (RFC 7518 sections 3.3 and 3.4); the key decides on the algorithm, and
+//! a token that names another is refused. Everything that is checked is required.
+
+use std::time::{Duration, SystemTime};
+
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_FIXED, RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents, UnparsedPublicKey,
+};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use thiserror::Error;
+use towline_proto::join::Issuer;
+
+use crate::fleet::TokenIssuer;
+
+/// The audience that a token must be for: one for the API server is no proof here, and one for us none there.
+pub const AUDIENCE: &str = "towline";
+/// How far clocks may differ.
+const SKEW: Duration = Duration::from_secs(60);
+/// Longest token that is looked at.
+const TOKEN_MAX: usize = 16 * 1024;
+/// Keys of an issuer that are kept: more than any rotation needs.
+const KEYS_MAX: usize = 16;
+/// Longest issuer, subject and key id.
+const TEXT_MAX: usize = 512;
+/// The member of the recorded key set that names the one subject (RFC 7517 section 5: others ignore it).
+const SUBJECT: &str = "towline.io/subject";
+const SUBJECT_PREFIX: &str = "system:serviceaccount:";
+
+/// Why a token vouches for nobody. For the log: whoever asks is not told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum AccountError {
+    #[error("it is no JWT")]
+    Malformed,
+    #[error("it is signed with another algorithm than RS256 or ES256, or than its key is for")]
+    Algorithm,
+    #[error("it is signed with a key that is not on record; the cluster's keys may have been rotated")]
+    UnknownKey,
+    #[error("its signature is wrong")]
+    Signature,
+    #[error("it is of another issuer than the cluster's")]
+    Issuer,
+    #[error("it is not for the audience {AUDIENCE}")]
+    Audience,
+    #[error("it has expired")]
+    Expired,
+    #[error("it is not valid yet")]
+    NotYet,
+    #[error("it is another ServiceAccount's than the agent's")]
+    Subject,
+}
+
+#[derive(Deserialize)]
+struct Head {
+    alg: String,
+    #[serde(default)]
+    kid: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Claims {
+    iss: String,
+    sub: String,
+    aud: Audiences,
+    exp: u64,
+    #[serde(default)]
+    nbf: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Audiences {
+    One(String),
+    Several(Vec<String>),
+}
+
+/// The subject of a token that counts.
+///
+/// # Errors
+/// Why it does not.
+pub fn verify(token: &str, issuer: &TokenIssuer, now: SystemTime) -> Result<String, AccountError> {
+    if token.len() > TOKEN_MAX {
+        return Err(AccountError::Malformed);
+    }
+    let (signed, signature) = token.rsplit_once('.').ok_or(AccountError::Malformed)?;
+    let (head, claims) = signed.split_once('.').ok_or(AccountError::Malformed)?;
+    let head: Head = parse(head)?;
+    let signature = decode(signature)?;
+    check_signature(&head, signed.as_bytes(), &signature, &issuer.jwks)?;
+    let claims: Claims = parse(claims)?;
+    if claims.iss != issuer.issuer {
+        return Err(AccountError::Issuer);
+    }
+    let is_ours = match &claims.aud {
+        Audiences::One(audience) => audience == AUDIENCE,
+        Audiences::Several(audiences) => audiences.iter().any(|audience| audience == AUDIENCE),
+    };
+    if !is_ours {
+        return Err(AccountError::Audience);
+    }
+    let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    if now >= Duration::from_secs(claims.exp).saturating_add(SKEW) {
+        return Err(AccountError::Expired);
+    }
+    if claims.nbf.is_some_and(|nbf| now.saturating_add(SKEW) < Duration::from_secs(nbf)) {
+        return Err(AccountError::NotYet);
+    }
+    let recorded = issuer.jwks.get(SUBJECT).and_then(Value::as_str);
+    if recorded != Some(&*claims.sub) || !claims.sub.starts_with(SUBJECT_PREFIX) {
+        return Err(AccountError::Subject);
+    }
+    Ok(claims.sub)
+}
+
+/// What goes on record of an issuer that an agent has told of: the keys that can be used, and the agent's own subject.
+#[must_use]
+pub fn recordable(issuer: &Issuer) -> Option<Value> {
+    let fits = |text: &str| (1..=TEXT_MAX).contains(&text.len());
+    if !fits(&issuer.issuer) || !fits(&issuer.subject) || !issuer.subject.starts_with(SUBJECT_PREFIX) {
+        return None;
+    }
+    let set: Value = serde_json::from_slice(&issuer.jwks).ok()?;
+    let keys: Vec<Value> = set.get("keys")?.as_array()?.iter().filter_map(plain).take(KEYS_MAX).collect();
+    if keys.is_empty() {
+        return None;
+    }
+    let mut set = json!({ "keys": keys });
+    set[SUBJECT] = Value::from(issuer.subject.clone());
+    Some(set)
+}
+
+/// The members of a key that are looked at; `None` for one of a kind that is not.
+fn plain(key: &Value) -> Option<Value> {
+    let names: &[&str] = match key.get("kty")?.as_str()? {
+        "RSA" => &["kty", "kid", "n", "e"],
+        "EC" if key.get("crv")?.as_str()? == "P-256" => &["kty", "kid", "crv", "x", "y"],
+        _ => return None,
+    };
+    let mut plain = json!({});
+    for &name in names {
+        match key.get(name).and_then(Value::as_str) {
+            Some(text) if text.len() <= 2 * TEXT_MAX => plain[name] = Value::from(text),
+            None if name == "kid" => {}
+            _ => return None,
+        }
+    }
+    Some(plain)
+}
+
+fn check_signature(head: &Head, signed: &[u8], signature: &[u8], jwks: &Value) -> Result<(), AccountError> {
+    let keys = jwks.get("keys").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let text = |key: &Value, name: &str| key.get(name).and_then(Value::as_str).map(ToOwned::to_owned);
+    let mut named = keys.iter().filter(|key| head.kid.is_none() || text(key, "kid") == head.kid).peekable();
+    if named.peek().is_none() {
+        return Err(AccountError::UnknownKey);
+    }
+    let mut failure = AccountError::Algorithm;
+    for key in named {
+        let part = |name: &str| text(key, name).and_then(|text| decode(&text).ok()).unwrap_or_default();
+        let result =
+            match (text(key, "kty").as_deref(), head.alg.as_str()) {
+                (Some("RSA"), "RS256") => RsaPublicKeyComponents { n: &part("n")[..], e: &part("e")[..] }
+                    .verify(&RSA_PKCS1_2048_8192_SHA256, signed, signature),
+                (Some("EC"), "ES256") => {
+                    let point = [&[4][..], &part("x"), &part("y")].concat();
+                    UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, point).verify(signed, signature)
+                }
+                _ => continue,
+            };
+        match result {
+            Ok(()) => return Ok(()),
+            Err(_) => failure = AccountError::Signature,
+        }
+    }
+    Err(failure)
+}
+
+fn decode(text: &str) -> Result<Vec<u8>, AccountError> {
+    URL_SAFE_NO_PAD.decode(text).map_err(|_| AccountError::Malformed)
+}
+
+fn parse<T: for<'de> Deserialize<'de>>(part: &str) -> Result<T, AccountError> {
+    serde_json::from_slice(&decode(part)?).map_err(|_| AccountError::Malformed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::Time;
+    use aws_lc_rs::rand::SystemRandom;
+    use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+
+    const SA: &str = "system:serviceaccount:towline:agent";
+
+    struct Signer(EcdsaKeyPair);
+
+    impl Signer {
+        fn new() -> Self {
+            Self(EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap())
+        }
+
+        fn jwk(&self, kid: &str) -> Value {
+            let point = self.0.public_key().as_ref();
+            let part = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+            json!({ "kty": "EC", "kid": kid, "crv": "P-256", "x": part(&point[1..33]), "y": part(&point[33..]) })
+        }
+
+        fn sign(&self, head: &Value, claims: &Value) -> String {
+            let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+            let signed = format!("{}.{}", part(head), part(claims));
+            let signature = self.0.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
+            format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature))
+        }
+    }
+
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+    }
+
+    fn claims() -> Value {
+        json!({ "iss": "https://k8s", "sub": SA, "aud": [AUDIENCE], "exp": 1_800_000_600, "nbf": 1_800_000_000 })
+    }
+
+    fn recorded(keys: &[Value]) -> TokenIssuer {
+        let jwks = json!({ "keys": keys }).to_string().into_bytes().into();
+        let issuer = Issuer { issuer: "https://k8s".to_owned(), jwks, subject: SA.to_owned() };
+        let jwks = recordable(&issuer).unwrap();
+        TokenIssuer { issuer: issuer.issuer, jwks, updated: Time::now() }
+    }
+
+    #[test]
+    fn a_good_token_names_its_subject() {
+        let (one, two) = (Signer::new(), Signer::new());
+        let issuer = recorded(&[one.jwk("1"), two.jwk("2")]);
+        let head = |kid: &str| json!({ "alg": "ES256", "kid": kid });
+        assert_eq!(verify(&one.sign(&head("1"), &claims()), &issuer, now()), Ok(SA.to_owned()));
+        assert_eq!(verify(&two.sign(&head("2"), &claims()), &issuer, now()), Ok(SA.to_owned()));
+        assert!(verify(&two.sign(&json!({ "alg": "ES256" }), &claims()), &issuer, now()).is_ok());
+        let mut single = claims();
+        single["aud"] = json!(AUDIENCE);
+        single.as_object_mut().unwrap().remove("nbf");
+        assert!(verify(&one.sign(&head("1"), &single), &issuer, now()).is_ok());
+    }
+
+    #[test]
+    fn every_check_is_made() {
+        let (ours, other) = (Signer::new(), Signer::new());
+        let issuer = recorded(&[ours.jwk("1")]);
+        let head = json!({ "alg": "ES256", "kid": "1" });
+        let with = |name: &str, value: Value| {
+            let mut changed = claims();
+            changed[name] = value;
+            verify(&ours.sign(&head, &changed), &issuer, now())
+        };
+        let without = |name: &str| {
+            let mut changed = claims();
+            changed.as_object_mut().unwrap().remove(name);
+            verify(&ours.sign(&head, &changed), &issuer, now())
+        };
+        assert_eq!(with("iss", json!("https://other")), Err(AccountError::Issuer));
+        assert_eq!(with("aud", json!(["https://kubernetes.default.svc"])), Err(AccountError::Audience));
+        assert_eq!(with("aud", json!([])), Err(AccountError::Audience));
+        assert_eq!(with("exp", json!(1_800_000_000 - 60)), Err(AccountError::Expired));
+        assert!(with("exp", json!(1_800_000_000 - 59)).is_ok(), "clocks differ a little");
+        assert_eq!(with("nbf", json!(1_800_000_061)), Err(AccountError::NotYet));
+        assert_eq!(with("sub", json!("system:serviceaccount:evil:pod")), Err(AccountError::Subject));
+        // A claim of another type is no reason to skip its check.
+        for name in ["exp", "nbf"] {
+            assert_eq!(with(name, json!("1800000600")), Err(AccountError::Malformed), "{name}");
+        }
+        for name in ["iss", "sub", "aud", "exp"] {
+            assert_eq!(without(name), Err(AccountError::Malformed), "{name}");
+        }
+        let signed = |head: Value, signer: &Signer| verify(&signer.sign(&head, &claims()), &issuer, now());
+        assert_eq!(signed(head.clone(), &other), Err(AccountError::Signature));
+        assert_eq!(signed(json!({ "alg": "ES256", "kid": "2" }), &ours), Err(AccountError::UnknownKey));
+        for alg in ["none", "HS256", "RS256", "es256", ""] {
+            assert_eq!(
+                signed(json!({ "alg": alg, "kid": "1" }), &ours),
+                Err(AccountError::Algorithm),
+                "{alg}"
+            );
+        }
+    }
+
+    #[test]
+    fn damaged_tokens_are_refused() {
+        let ours = Signer::new();
+        let issuer = recorded(&[ours.jwk("1")]);
+        let whole = ours.sign(&json!({ "alg": "ES256", "kid": "1" }), &claims());
+        for end in 0..whole.len() {
+            assert!(verify(&whole[..end], &issuer, now()).is_err());
+        }
+        let mut changed = whole.clone().into_bytes();
+        for index in 0..changed.len() {
+            let before = std::mem::replace(&mut changed[index], b'A');
+            if before != b'A' {
+                let text = String::from_utf8(changed.clone()).unwrap();
+                assert!(verify(&text, &issuer, now()).is_err(), "byte {index}");
+            }
+            changed[index] = before;
+        }
+        assert_eq!(verify(&"a.".repeat(TOKEN_MAX), &issuer, now()), Err(AccountError::Malformed));
+    }
+
+    #[test]
+    fn rs256_with_a_key_made_elsewhere() {
+        let pair = aws_lc_rs::rsa::KeyPair::generate(aws_lc_rs::rsa::KeySize::Rsa2048).unwrap();
+        let public = pair.public_key();
+        let part = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+        let (n, e) = (
+            public.modulus().big_endian_without_leading_zero(),
+            public.exponent().big_endian_without_leading_zero(),
+        );
+        let issuer =
+            recorded(&[json!({ "kty": "RSA", "kid": "r", "use": "sig", "n": part(n), "e": part(e) })]);
+        let signed = format!(
+            "{}.{}",
+            part(json!({ "alg": "RS256", "kid": "r" }).to_string().as_bytes()),
+            part(claims().to_string().as_bytes())
+        );
+        let mut signature = vec![0; pair.public_modulus_len()];
+        let padding = &aws_lc_rs::signature::RSA_PKCS1_SHA256;
+        pair.sign(padding, &SystemRandom::new(), signed.as_bytes(), &mut signature).unwrap();
+        let token = format!("{signed}.{}", part(&signature));
+        assert_eq!(verify(&token, &issuer, now()), Ok(SA.to_owned()));
+    }
+
+    #[test]
+    fn what_goes_on_record_is_bounded_and_usable() {
+        let issuer = |jwks: &str, subject: &str| Issuer {
+            issuer: "https://k8s".to_owned(),
+            jwks: jwks.as_bytes().to_vec().into(),
+            subject: subject.to_owned(),
+        };
+        let key = Signer::new().jwk("1");
+        let keys = |keys: Vec<Value>| json!({ "keys": keys }).to_string();
+        assert!(recordable(&issuer(&keys(vec![key.clone()]), SA)).is_some());
+        assert!(recordable(&issuer(&keys(vec![key.clone()]), "alice")).is_none());
+        assert!(recordable(&issuer(&keys(vec![]), SA)).is_none());
+        assert!(recordable(&issuer("[", SA)).is_none());
+        assert!(recordable(&issuer(&keys(vec![json!({ "kty": "oct", "k": "c2VjcmV0" })]), SA)).is_none());
+        let many = recordable(&issuer(&keys(vec![key; 100]), SA)).unwrap();
+        assert_eq!(many["keys"].as_array().unwrap().len(), KEYS_MAX);
+    }
+}

@@ -1,0 +1,406 @@
+//! What does the gateway remember, and who is told of a change? Records under a kind and a name; a transaction changes some
+//! of them, all or none, and makes one revision.
+//!
+//! Revisions rise by one with each transaction and outlive the process. Watches read a history that lives in memory and is
+//! bounded: who asks for what it no longer holds is told so, lists again and goes on from there. The epoch rises whenever
+//! the store is opened, so that a revision from before a restart, or from a store that was replaced by a backup, is known
+//! as such and never taken for one of ours.
+//!
+//! The bytes of a record are believed only as far as they can be read: one that is broken, or was written by a newer
+//! version, is skipped, counted and logged, and everything else goes on.
+
+pub mod backup;
+#[cfg(test)]
+mod conformance;
+mod embedded;
+mod history;
+mod lease;
+
+pub use history::{Watch, WatchEnd};
+pub use lease::LeaseId;
+
+use crate::metrics::Metrics;
+use embedded::Embedded;
+pub(crate) use embedded::alarm;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Longest name of a record.
+pub const NAME_MAX: usize = 512;
+/// Largest record, as JSON.
+pub const RECORD_MAX: usize = 512 * 1024;
+/// Most records of one page.
+pub const PAGE_MAX: usize = 1000;
+/// Events that watches can go back by.
+pub const HISTORY_MAX: usize = 16_384;
+
+/// What a record is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    Cluster,
+    JoinToken,
+    AccessRule,
+    AccessToken,
+    Instance,
+    Revocation,
+}
+
+impl Kind {
+    pub const ALL: [Self; 6] = [
+        Self::Cluster,
+        Self::JoinToken,
+        Self::AccessRule,
+        Self::AccessToken,
+        Self::Instance,
+        Self::Revocation,
+    ];
+
+    /// How it is written, in the store, in dumps and in metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cluster => "clusters",
+            Self::JoinToken => "jointokens",
+            Self::AccessRule => "accessrules",
+            Self::AccessToken => "accesstokens",
+            Self::Instance => "instances",
+            Self::Revocation => "revocations",
+        }
+    }
+
+    /// The kind that is written like this.
+    #[must_use]
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+/// Names a record. Kind and name stay apart all the way down: two keys never read alike.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    pub kind: Kind,
+    pub name: Arc<str>,
+}
+
+impl Key {
+    #[must_use]
+    pub fn new(kind: Kind, name: &str) -> Self {
+        Self { kind, name: name.into() }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:?}", self.kind.name(), self.name)
+    }
+}
+
+/// A moment in the life of the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Revision {
+    /// Which life: it rises whenever the store is opened.
+    pub epoch: u64,
+    /// Which transaction.
+    pub number: u64,
+}
+
+/// A record as it stands in the store.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    pub key: Key,
+    /// The number of the transaction that wrote it last.
+    pub revision: u64,
+    /// The version of `data`'s form.
+    pub schema: u32,
+    pub data: Arc<Value>,
+}
+
+/// A type that is kept in the store. Its serde form is the form of `SCHEMA`.
+pub trait Stored: Serialize + DeserializeOwned {
+    const KIND: Kind;
+    /// Raised when an older version would misread what this one writes.
+    const SCHEMA: u32;
+}
+
+/// Why a record cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Unreadable {
+    #[error("it was written by a newer version; upgrade this gateway")]
+    Newer,
+    #[error("it is broken; look at it with `towline-gateway store check`, and delete or write it again")]
+    Broken,
+}
+
+impl Record {
+    /// The record as what it is. Unknown fields make it unreadable: what they restrict must not be overlooked.
+    ///
+    /// # Errors
+    /// Why it cannot be read.
+    pub fn read<T: Stored>(&self) -> Result<T, Unreadable> {
+        if self.schema > T::SCHEMA {
+            return Err(Unreadable::Newer);
+        }
+        serde_json::from_value(Value::clone(&self.data)).map_err(|_| Unreadable::Broken)
+    }
+}
+
+/// Something that happened to a record.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    Put(Record),
+    Deleted {
+        key: Key,
+        /// The transaction that deleted it.
+        revision: u64,
+    },
+}
+
+impl Event {
+    #[must_use]
+    pub const fn key(&self) -> &Key {
+        match self {
+            Self::Put(record) => &record.key,
+            Self::Deleted { key, .. } => key,
+        }
+    }
+
+    #[must_use]
+    pub const fn revision(&self) -> u64 {
+        match self {
+            Self::Put(record) => record.revision,
+            Self::Deleted { revision, .. } => *revision,
+        }
+    }
+}
+
+/// What must hold for a transaction to happen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Condition {
+    Absent(Key),
+    At(Key, u64),
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Put { key: Key, schema: u32, data: Value, lease: Option<LeaseId> },
+    Delete(Key),
+}
+
+/// Conditions and changes: all of them, or none.
+#[derive(Clone, Debug, Default)]
+pub struct Transaction {
+    conditions: Vec<Condition>,
+    changes: Vec<Change>,
+}
+
+impl Transaction {
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// There is no such record yet.
+    #[must_use]
+    pub fn absent(mut self, key: Key) -> Self {
+        self.conditions.push(Condition::Absent(key));
+        self
+    }
+
+    /// The record is still the one of this revision.
+    #[must_use]
+    pub fn unchanged(mut self, key: Key, revision: u64) -> Self {
+        self.conditions.push(Condition::At(key, revision));
+        self
+    }
+
+    /// Writes a record.
+    ///
+    /// # Panics
+    /// Never: the types that are stored have text keys and finite numbers, and such always have a JSON form.
+    #[must_use]
+    pub fn put<T: Stored>(self, name: &str, value: &T) -> Self {
+        let data = serde_json::to_value(value).expect("stored types have a JSON form");
+        self.change(Change::Put { key: Key::new(T::KIND, name), schema: T::SCHEMA, data, lease: None })
+    }
+
+    /// Writes a record that vanishes with a lease.
+    ///
+    /// # Panics
+    /// As [`Self::put`].
+    #[must_use]
+    pub fn put_leased<T: Stored>(self, name: &str, value: &T, lease: LeaseId) -> Self {
+        let data = serde_json::to_value(value).expect("stored types have a JSON form");
+        let (key, lease) = (Key::new(T::KIND, name), Some(lease));
+        self.change(Change::Put { key, schema: T::SCHEMA, data, lease })
+    }
+
+    /// Deletes a record, if it is there.
+    #[must_use]
+    pub fn delete(self, key: Key) -> Self {
+        self.change(Change::Delete(key))
+    }
+
+    fn change(mut self, change: Change) -> Self {
+        self.changes.push(change);
+        self
+    }
+}
+
+/// Why nothing was changed.
+#[derive(Debug, Error)]
+pub enum CommitError {
+    /// Somebody else was faster, or the caller remembers it wrongly: read again, then decide again.
+    #[error("{0} has changed meanwhile")]
+    Conflict(Key),
+    #[error("{0} would be larger than {RECORD_MAX} bytes, or its name is empty or longer than {NAME_MAX}")]
+    TooLarge(Key),
+    #[error("the lease has run out")]
+    LeaseEnded,
+    /// Whether it happened is not known where the disk failed in the middle; watches tell.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why the store does not answer, or does not open.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    #[error("{} is in use by {holder}: one process at a time. Stop that one first", path.display())]
+    Held { path: PathBuf, holder: String },
+    #[error(
+        "{} is damaged ({what}). It was left as it is: move it away and restore a dump with `towline-gateway store restore`",
+        path.display()
+    )]
+    Damaged { path: PathBuf, what: String },
+    #[error("{} was written by a newer version (format {found}). Upgrade this gateway", path.display())]
+    NewerFormat { path: PathBuf, found: u64 },
+    #[error("{}: {error}. Check that the disk is mounted, writable and not full", path.display())]
+    Disk { path: PathBuf, error: io::Error },
+    #[error("the gateway stops")]
+    Closed,
+}
+
+/// Some records of a kind, in the order of their names.
+#[derive(Clone, Debug)]
+pub struct Page {
+    pub records: Vec<Record>,
+    /// When they were all there.
+    pub revision: Revision,
+    /// Where the next page begins, if there is one.
+    pub next: Option<String>,
+}
+
+/// The store. Cheap to clone.
+#[derive(Clone, Debug)]
+pub enum Store {
+    /// One file, of one process.
+    Embedded(Arc<Embedded>),
+}
+
+impl Store {
+    /// Opens the store in this directory, or makes one. Blocks.
+    ///
+    /// # Errors
+    /// Why it does not open. What is there is never replaced.
+    pub fn open(directory: &Path, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
+        Embedded::open(directory, metrics).map(|embedded| Self::Embedded(Arc::new(embedded)))
+    }
+
+    /// Where the store stands now.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        let Self::Embedded(engine) = self;
+        engine.history().revision()
+    }
+
+    /// One record; one that cannot be read counts as absent.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn get(&self, key: &Key) -> Result<Option<Record>, StoreError> {
+        let key = key.clone();
+        self.blocking(move |engine| engine.get(&key)).await
+    }
+
+    /// Records of a kind, at most [`PAGE_MAX`], from `from` on.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn list(&self, kind: Kind, from: Option<&str>, limit: usize) -> Result<Page, StoreError> {
+        let (from, limit) = (from.map(ToOwned::to_owned), limit.clamp(1, PAGE_MAX));
+        self.blocking(move |engine| engine.list(kind, from.as_deref(), limit)).await
+    }
+
+    /// Does all of it, or nothing; returns the number of the new revision. What it wrote is on disk then.
+    ///
+    /// Dropping the future does not undo what has begun.
+    ///
+    /// # Errors
+    /// Why nothing happened.
+    pub async fn commit(&self, transaction: Transaction) -> Result<u64, CommitError> {
+        let Self::Embedded(engine) = self;
+        // One writer at a time waits here, not on a thread.
+        let turn = Arc::clone(engine.writers()).lock_owned().await;
+        let engine = Arc::clone(engine);
+        let done = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            engine.commit(&transaction)
+        });
+        done.await.unwrap_or(Err(CommitError::Store(StoreError::Closed)))
+    }
+
+    /// Events after a revision, of one kind or of all.
+    ///
+    /// # Errors
+    /// The history does not hold them: they are too old, of another life of the store, or have not happened.
+    pub fn watch(&self, kind: Option<Kind>, after: Revision) -> Result<Watch, WatchEnd> {
+        let Self::Embedded(engine) = self;
+        engine.history().watch(kind, after)
+    }
+
+    /// Begins a lease: records attached to it vanish when it is not kept alive for this long.
+    #[must_use]
+    pub fn lease(&self, life: Duration) -> LeaseId {
+        let Self::Embedded(engine) = self;
+        engine.leases().begin(life)
+    }
+
+    /// Keeps a lease for another of its lives.
+    ///
+    /// # Errors
+    /// It has run out.
+    pub fn keep_alive(&self, lease: LeaseId) -> Result<(), CommitError> {
+        let Self::Embedded(engine) = self;
+        if engine.leases().keep_alive(lease) { Ok(()) } else { Err(CommitError::LeaseEnded) }
+    }
+
+    /// Takes the records of leases that ran out away, for as long as it is polled.
+    pub async fn tend(&self) {
+        let Self::Embedded(engine) = self;
+        loop {
+            let keys = engine.leases().next_ended().await;
+            let transaction =
+                keys.iter().cloned().fold(Transaction::new(), |transaction, key| transaction.delete(key));
+            if let Err(error) = self.commit(transaction).await {
+                tracing::error!(%error, "records of an ended lease stay for now");
+                engine.leases().give_back(keys);
+                tokio::time::sleep(lease::RETRY).await;
+            }
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Embedded) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let Self::Embedded(engine) = self;
+        let engine = Arc::clone(engine);
+        tokio::task::spawn_blocking(move || work(&engine)).await.unwrap_or(Err(StoreError::Closed))
+    }
+}

@@ -1,0 +1,156 @@
+//! How is a store saved, brought back and looked over? As JSON, by a process that has the store for itself.
+//!
+//! A backup does not know what was revoked after it was made. So bringing one back voids what could let somebody in
+//! again: what `voided` drops and changes is the caller's to say, who knows the records' meaning.
+
+use super::embedded::{self, Contents, Embedded};
+use super::{Key, Kind, RECORD_MAX, Record, StoreError, Unreadable};
+use crate::metrics::Metrics;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::path::Path;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// The kind of the document.
+pub const KIND: &str = "StoreDump";
+
+/// A whole store.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Dump {
+    pub api_version: String,
+    pub kind: String,
+    pub epoch: u64,
+    pub revision: u64,
+    pub records: Vec<DumpedRecord>,
+    /// Records that could not be read, and so are not in here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unreadable: Vec<String>,
+}
+
+/// One record of a [`Dump`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DumpedRecord {
+    pub kind: String,
+    pub name: String,
+    pub schema: u32,
+    pub data: Value,
+}
+
+/// Why a dump was not brought back.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("this is no dump of a store: {0}")]
+    NoDump(String),
+    #[error("record {0} of the dump: {1}. Nothing was restored")]
+    Record(String, String),
+}
+
+/// What a look at every record has found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    pub readable: usize,
+    /// One line each.
+    pub problems: Vec<String>,
+}
+
+/// Everything in the store. Blocks.
+///
+/// # Errors
+/// The store does not open.
+pub fn dump(directory: &Path) -> Result<Dump, StoreError> {
+    let store = existing(directory)?;
+    let revision = store.history().revision();
+    let (mut records, mut unreadable) = (Vec::new(), Vec::new());
+    for raw in store.raw()? {
+        match raw.content {
+            Some((schema, data)) => {
+                records.push(DumpedRecord { kind: raw.kind, name: raw.name, schema, data });
+            }
+            None => unreadable.push(format!("{} {:?}", raw.kind, raw.name)),
+        }
+    }
+    Ok(Dump {
+        api_version: crate::config::API_VERSION.to_owned(),
+        kind: KIND.to_owned(),
+        epoch: revision.epoch,
+        revision: revision.number,
+        records,
+        unreadable,
+    })
+}
+
+/// Makes a store from a dump, where there is none. `voided` says what becomes of a record: `None` drops it. Returns how
+/// many records were kept and how many dropped. Blocks.
+///
+/// # Errors
+/// There is a store already, or the dump is none. Nothing has changed then.
+pub fn restore(
+    directory: &Path,
+    dump: Dump,
+    voided: impl Fn(&Record) -> Result<Option<Value>, Unreadable>,
+) -> Result<(usize, usize), RestoreError> {
+    if dump.kind != KIND || dump.api_version != crate::config::API_VERSION {
+        return Err(RestoreError::NoDump(format!("it is {} {}", dump.api_version, dump.kind)));
+    }
+    // One more than the dump's, so that a revision of the old store is never one of the new.
+    let revision = dump.revision + 1;
+    let (mut records, total) = (Vec::new(), dump.records.len());
+    for DumpedRecord { kind, name, schema, data } in dump.records {
+        let fail = |what: String| RestoreError::Record(format!("{kind} {name:?}"), what);
+        let known = Kind::of_name(&kind).ok_or_else(|| fail("its kind is not known".to_owned()))?;
+        let key = Key::new(known, &name);
+        let record = Record { key: key.clone(), revision, schema, data: Arc::new(data) };
+        let Some(data) = voided(&record).map_err(|error| fail(error.to_string()))? else { continue };
+        let bytes = serde_json::to_vec(&data).map_or(usize::MAX, |bytes| bytes.len());
+        if bytes > RECORD_MAX {
+            return Err(fail(format!("it is larger than {RECORD_MAX} bytes")));
+        }
+        records.push((key, schema, data));
+    }
+    let kept = records.len();
+    embedded::restore(directory, &Contents { epoch: dump.epoch + 1, revision, records })?;
+    Ok((kept, total - kept))
+}
+
+/// Looks at every page and every record; `readable` judges what a record means. Blocks.
+///
+/// # Errors
+/// The store does not open: its pages are damaged, or somebody else has it.
+pub fn check(
+    directory: &Path,
+    readable: impl Fn(&Record) -> Result<(), Unreadable>,
+) -> Result<Report, StoreError> {
+    let store = existing(directory)?;
+    let mut report = Report::default();
+    for raw in store.raw()? {
+        let shown = format!("{} {:?}", raw.kind, raw.name);
+        let kind = Kind::of_name(&raw.kind);
+        let judged = match (kind, raw.content) {
+            (None, _) => Err(Unreadable::Newer),
+            (Some(_), None) => Err(Unreadable::Broken),
+            (Some(kind), Some((schema, data))) => {
+                let key = Key::new(kind, &raw.name);
+                readable(&Record { key, revision: 0, schema, data: Arc::new(data) })
+            }
+        };
+        match judged {
+            Ok(()) => report.readable += 1,
+            Err(why) => report.problems.push(format!("{shown}: {why}")),
+        }
+    }
+    Ok(report)
+}
+
+/// Opening would make a store where there is none, which is not what somebody means who looks for one.
+fn existing(directory: &Path) -> Result<Embedded, StoreError> {
+    let path = directory.join(embedded::FILE);
+    match std::fs::metadata(&path) {
+        Ok(_) => Embedded::open(directory, Arc::new(Metrics::new())),
+        Err(error) => Err(StoreError::Disk { path, error }),
+    }
+}

@@ -1,0 +1,568 @@
+//! How does one process keep its records in one file? With redb: a transaction is on disk, flushed twice, before it counts.
+//!
+//! The file is opened with a check of every page, which is cheap for a few megabytes. It is never repaired by starting
+//! over: what does not open stays as it is, and the error says what to do. When the disk fails in the middle of a
+//! transaction the file is closed, and opened again by whoever comes next: so the store is back by itself when the disk
+//! is. Until then what was read before goes on serving.
+
+use super::history::History;
+use super::lease::Leases;
+use super::{
+    Change, CommitError, Condition, Event, Key, Kind, NAME_MAX, Page, RECORD_MAX, Record, Revision,
+    StoreError, Transaction, Unreadable,
+};
+use crate::metrics::Metrics;
+use redb::backends::FileBackend;
+use redb::{
+    Builder, Database, DatabaseError, Durability, ReadableDatabase as _, ReadableTable as _, StorageBackend,
+    TableDefinition, WriteTransaction,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The store's file, and the one that names its holder.
+pub(super) const FILE: &str = "store.redb";
+const LOCK_FILE: &str = "store.lock";
+/// Where a new file grows until it is a store.
+const NEW_FILE: &str = "store.redb.new";
+
+const RECORDS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("records");
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const META_FORMAT: &str = "format";
+const META_REVISION: &str = "revision";
+const META_EPOCH: &str = "epoch";
+/// The form of the tables above.
+const FORMAT: u64 = 1;
+/// Pages that redb keeps in memory; the records are read once.
+const CACHE_BYTES: usize = 8 << 20;
+/// Epochs are seconds since the year 2026, or one more than the last: so that also a restored backup gets a new one.
+const EPOCH_ZERO: u64 = 1_767_225_600;
+
+/// What surrounds a record's data in the file.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelope {
+    schema: u32,
+    revision: u64,
+    /// Hangs on a lease of the process that wrote it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    leased: bool,
+    data: Value,
+}
+
+type Backend = dyn Fn(&Path) -> io::Result<Box<dyn StorageBackend>> + Send + Sync;
+
+/// The embedded store.
+pub struct Embedded {
+    path: PathBuf,
+    backend: Box<Backend>,
+    /// None after the disk has failed.
+    file: Mutex<Option<Database>>,
+    history: History,
+    leases: Leases,
+    writers: Arc<tokio::sync::Mutex<()>>,
+    metrics: Arc<Metrics>,
+    _lock: File,
+}
+
+impl std::fmt::Debug for Embedded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Embedded").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Embedded {
+    pub(super) fn open(directory: &Path, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
+        let plain = |path: &Path| {
+            let file = OpenOptions::new().read(true).write(true).open(path)?;
+            let backend = FileBackend::new(file).map_err(io::Error::other)?;
+            Ok(Box::new(backend) as Box<dyn StorageBackend>)
+        };
+        Self::open_with(directory, metrics, Box::new(plain))
+    }
+
+    /// As [`Self::open`], on whatever `backend` makes of the file.
+    pub(super) fn open_with(
+        directory: &Path,
+        metrics: Arc<Metrics>,
+        backend: Box<Backend>,
+    ) -> Result<Self, StoreError> {
+        let path = directory.join(FILE);
+        let lock = take_lock(directory)?;
+        if !path.try_exists().map_err(|error| disk(&path, error))? {
+            create(directory, &Contents::default())?;
+        }
+        let file = open_file(&path, &backend)?;
+        let (epoch, revision) = begin_epoch(&path, &file)?;
+        Ok(Self {
+            path,
+            backend,
+            file: Mutex::new(Some(file)),
+            history: History::new(epoch, revision),
+            leases: Leases::default(),
+            writers: Arc::default(),
+            metrics,
+            _lock: lock,
+        })
+    }
+
+    pub(super) const fn history(&self) -> &History {
+        &self.history
+    }
+
+    pub(super) const fn leases(&self) -> &Leases {
+        &self.leases
+    }
+
+    pub(super) const fn writers(&self) -> &Arc<tokio::sync::Mutex<()>> {
+        &self.writers
+    }
+
+    pub(super) fn get(&self, key: &Key) -> Result<Option<Record>, StoreError> {
+        self.with_file(|file| {
+            let table = file.begin_read()?.open_table(RECORDS)?;
+            let bytes = table.get((key.kind.name(), &*key.name))?;
+            Ok(bytes.and_then(|bytes| self.decode(key, bytes.value())))
+        })
+    }
+
+    pub(super) fn list(&self, kind: Kind, from: Option<&str>, limit: usize) -> Result<Page, StoreError> {
+        self.with_file(|file| {
+            let transaction = file.begin_read()?;
+            let number = meta(&transaction.open_table(META)?, META_REVISION)?;
+            let table = transaction.open_table(RECORDS)?;
+            let (mut records, mut next) = (Vec::new(), None);
+            for entry in table.range((kind.name(), from.unwrap_or_default())..)? {
+                let (key, bytes) = entry?;
+                let (found, name) = key.value();
+                if found != kind.name() {
+                    break;
+                }
+                if records.len() == limit {
+                    next = Some(name.to_owned());
+                    break;
+                }
+                records.extend(self.decode(&Key::new(kind, name), bytes.value()));
+            }
+            Ok(Page { records, revision: Revision { epoch: self.history.revision().epoch, number }, next })
+        })
+    }
+
+    pub(super) fn commit(&self, transaction: &Transaction) -> Result<u64, CommitError> {
+        check_sizes(transaction)?;
+        for change in &transaction.changes {
+            if let Change::Put { lease: Some(lease), .. } = change
+                && !self.leases.is_live(*lease)
+            {
+                return Err(CommitError::LeaseEnded);
+            }
+        }
+        let outcome = self.with_file(|file| {
+            let mut writing = file.begin_write()?;
+            writing.set_durability(Durability::Immediate).map_err(other)?;
+            // Flushed before it counts and once more after, so that a crash between the two cannot bring an older state back.
+            writing.set_two_phase_commit(true);
+            let done = apply(&writing, transaction)?;
+            if let Ok((_, events)) = &done
+                && !events.is_empty()
+            {
+                writing.commit().map_err(redb::Error::from)?;
+            } else {
+                writing.abort()?;
+            }
+            Ok(done)
+        })?;
+        let (number, events) = outcome.map_err(CommitError::Conflict)?;
+        if events.is_empty() {
+            return Ok(number - 1);
+        }
+        for change in &transaction.changes {
+            match change {
+                Change::Put { key, lease, .. } => self.leases.written(key, *lease),
+                Change::Delete(key) => self.leases.written(key, None),
+            }
+        }
+        self.history.append(number, events);
+        Ok(number)
+    }
+
+    /// Every record as it stands in the file, those that cannot be read included.
+    pub(super) fn raw(&self) -> Result<Vec<RawRecord>, StoreError> {
+        self.with_file(|file| {
+            let table = file.begin_read()?.open_table(RECORDS)?;
+            let mut records = Vec::new();
+            for entry in table.iter()? {
+                let (key, bytes) = entry?;
+                let (kind, name) = key.value();
+                let envelope = serde_json::from_slice::<Envelope>(bytes.value()).ok();
+                let content = envelope.map(|envelope| (envelope.schema, envelope.data));
+                records.push(RawRecord { kind: kind.to_owned(), name: name.to_owned(), content });
+            }
+            Ok(records)
+        })
+    }
+
+    /// Runs `work` on the file, opening it anew if the disk has failed before.
+    fn with_file<T>(&self, work: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, StoreError> {
+        let mut slot = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if slot.is_none() {
+            let file = open_file(&self.path, &self.backend)?;
+            // What the failed transaction has come to is known now.
+            let (_, number) = read_meta(&self.path, &file)?;
+            self.history.restart(number);
+            tracing::warn!(path = %self.path.display(), "the store answers again");
+            *slot = Some(file);
+        }
+        let Some(file) = slot.as_ref() else { return Err(StoreError::Closed) };
+        let result = catch(&self.path, || work(file).map_err(|error| translate(&self.path, error)));
+        if let Err(error) = &result {
+            tracing::error!(%error, "the store does not answer");
+            self.metrics.store_failed();
+            // Closing may fail as well; there is nothing more to lose.
+            let closing = slot.take();
+            drop(catch(&self.path, move || {
+                drop(closing);
+                Ok(())
+            }));
+        }
+        result
+    }
+
+    fn decode(&self, key: &Key, bytes: &[u8]) -> Option<Record> {
+        match serde_json::from_slice::<Envelope>(bytes) {
+            Ok(Envelope { schema, revision, data, .. }) => {
+                Some(Record { key: key.clone(), revision, schema, data: Arc::new(data) })
+            }
+            Err(_) => {
+                alarm(&self.metrics, key, Unreadable::Broken);
+                None
+            }
+        }
+    }
+}
+
+/// A record as it stands in the file.
+pub(super) struct RawRecord {
+    pub(super) kind: String,
+    pub(super) name: String,
+    /// Schema and data, if they can be told.
+    pub(super) content: Option<(u32, Value)>,
+}
+
+/// Says that a record is skipped.
+pub(crate) fn alarm(metrics: &Metrics, key: &Key, why: Unreadable) {
+    metrics.record_skipped(why);
+    tracing::error!(record = %key, "a record of the store is skipped: {why}");
+}
+
+/// Does a transaction in an open one of redb: the new revision and what happened, or whose condition does not hold.
+fn apply(
+    writing: &WriteTransaction,
+    transaction: &Transaction,
+) -> Result<Result<(u64, Vec<Event>), Key>, redb::Error> {
+    let mut records = writing.open_table(RECORDS)?;
+    let mut metas = writing.open_table(META)?;
+    for condition in &transaction.conditions {
+        let (Condition::Absent(key) | Condition::At(key, _)) = condition;
+        let found = records.get((key.kind.name(), &*key.name))?;
+        // One that cannot be read has no revision: nobody can have read it.
+        let found = found.map(|bytes| {
+            serde_json::from_slice::<Envelope>(bytes.value()).map_or(0, |envelope| envelope.revision)
+        });
+        let holds = match condition {
+            Condition::Absent(_) => found.is_none(),
+            Condition::At(_, revision) => found == Some(*revision),
+        };
+        if !holds {
+            return Ok(Err(key.clone()));
+        }
+    }
+    let number = meta(&metas, META_REVISION)? + 1;
+    let mut events = Vec::new();
+    for change in &transaction.changes {
+        match change {
+            Change::Put { key, schema, data, lease } => {
+                let leased = lease.is_some();
+                let envelope = Envelope { schema: *schema, revision: number, leased, data: data.clone() };
+                let bytes = serde_json::to_vec(&envelope).map_err(other)?;
+                records.insert((key.kind.name(), &*key.name), &*bytes)?;
+                let data = Arc::new(envelope.data);
+                events.push(Event::Put(Record { key: key.clone(), revision: number, schema: *schema, data }));
+            }
+            Change::Delete(key) => {
+                if records.remove((key.kind.name(), &*key.name))?.is_some() {
+                    events.push(Event::Deleted { key: key.clone(), revision: number });
+                }
+            }
+        }
+    }
+    if !events.is_empty() {
+        metas.insert(META_REVISION, number)?;
+    }
+    Ok(Ok((number, events)))
+}
+
+fn check_sizes(transaction: &Transaction) -> Result<(), CommitError> {
+    for change in &transaction.changes {
+        let (key, bytes) = match change {
+            Change::Put { key, data, .. } => (key, serde_json::to_vec(data).map_or(usize::MAX, |d| d.len())),
+            Change::Delete(key) => (key, 0),
+        };
+        if bytes > RECORD_MAX || key.name.is_empty() || key.name.len() > NAME_MAX {
+            return Err(CommitError::TooLarge(key.clone()));
+        }
+    }
+    Ok(())
+}
+
+/// Makes sure that nobody else has the store, and says who has it now.
+fn take_lock(directory: &Path) -> Result<File, StoreError> {
+    let path = directory.join(LOCK_FILE);
+    let fail = |error| disk(&path, error);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(&path).map_err(fail)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let read = file.take(256).read_to_string(&mut holder);
+            let holder = holder.trim();
+            let known = read.is_ok() && !holder.is_empty();
+            let holder = if known { holder.to_owned() } else { "another process".to_owned() };
+            return Err(StoreError::Held { path: directory.join(FILE), holder });
+        }
+        Err(TryLockError::Error(error)) => return Err(fail(error)),
+    }
+    file.set_len(0).map_err(fail)?;
+    file.rewind().map_err(fail)?;
+    writeln!(file, "process {} on host {}", std::process::id(), host_name()).map_err(fail)?;
+    Ok(file)
+}
+
+/// For people who look for the holder.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() { "(unknown)".to_owned() } else { name.to_owned() }
+}
+
+/// What a new store begins with.
+#[derive(Default)]
+pub(super) struct Contents {
+    pub(super) epoch: u64,
+    pub(super) revision: u64,
+    pub(super) records: Vec<(Key, u32, Value)>,
+}
+
+/// Makes a store with these contents where there is none.
+pub(super) fn restore(directory: &Path, contents: &Contents) -> Result<(), StoreError> {
+    let path = directory.join(FILE);
+    let _lock = take_lock(directory)?;
+    if path.try_exists().map_err(|error| disk(&path, error))? {
+        let error =
+            io::Error::new(io::ErrorKind::AlreadyExists, "there is a store already; move it away first");
+        return Err(disk(&path, error));
+    }
+    create(directory, contents)
+}
+
+/// Makes a store beside its place and moves it there, so that a crash leaves none rather than half of one.
+fn create(directory: &Path, contents: &Contents) -> Result<(), StoreError> {
+    let (new, path) = (directory.join(NEW_FILE), directory.join(FILE));
+    let fail = |error| disk(&new, error);
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+        _ => {}
+    }
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).mode(0o600).open(&new).map_err(fail)?;
+    let made = catch(&new, || {
+        let fill = || -> Result<(), redb::Error> {
+            let database = Builder::new()
+                .set_cache_size(CACHE_BYTES)
+                .create_with_backend(FileBackend::new(file).map_err(redb::Error::from)?)?;
+            let writing = database.begin_write()?;
+            {
+                let mut records = writing.open_table(RECORDS)?;
+                for (key, schema, data) in &contents.records {
+                    let (revision, data) = (contents.revision, data.clone());
+                    let envelope = Envelope { schema: *schema, revision, leased: false, data };
+                    let bytes = serde_json::to_vec(&envelope).map_err(other)?;
+                    records.insert((key.kind.name(), &*key.name), &*bytes)?;
+                }
+                let mut metas = writing.open_table(META)?;
+                metas.insert(META_FORMAT, FORMAT)?;
+                metas.insert(META_REVISION, contents.revision)?;
+                metas.insert(META_EPOCH, contents.epoch)?;
+            }
+            writing.commit()?;
+            Ok(())
+        };
+        fill().map_err(|error| translate(&new, error))
+    });
+    made?;
+    std::fs::rename(&new, &path).map_err(fail)?;
+    File::open(directory).and_then(|directory| directory.sync_all()).map_err(fail)
+}
+
+fn open_file(path: &Path, backend: &Backend) -> Result<Database, StoreError> {
+    let length = std::fs::metadata(path).map_err(|error| disk(path, error))?.len();
+    if length == 0 {
+        return Err(damaged(path, "it is empty"));
+    }
+    let backend = backend(path).map_err(|error| disk(path, error))?;
+    let mut builder = Builder::new();
+    builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+    let file = catch(path, || {
+        let opened = builder.create_with_backend(Boxed(backend));
+        opened.map_err(|error| match error {
+            DatabaseError::DatabaseAlreadyOpen => {
+                StoreError::Held { path: path.to_owned(), holder: "another process".to_owned() }
+            }
+            error => translate(path, error.into()),
+        })
+    })?;
+    let format = catch(path, || {
+        let read =
+            || -> Result<u64, redb::Error> { meta(&file.begin_read()?.open_table(META)?, META_FORMAT) };
+        read().map_err(|error| translate(path, error))
+    })?;
+    match format {
+        FORMAT => Ok(file),
+        0 => Err(damaged(path, "it is no store of a gateway")),
+        found => Err(StoreError::NewerFormat { path: path.to_owned(), found }),
+    }
+}
+
+/// Begins another life: a new epoch, and without the records that hung on the last one's leases.
+fn begin_epoch(path: &Path, file: &Database) -> Result<(u64, u64), StoreError> {
+    catch(path, || {
+        let begin = || -> Result<(u64, u64), redb::Error> {
+            let mut writing = file.begin_write()?;
+            writing.set_two_phase_commit(true);
+            let (epoch, mut revision);
+            {
+                let mut metas = writing.open_table(META)?;
+                let mut records = writing.open_table(RECORDS)?;
+                epoch = next_epoch(meta(&metas, META_EPOCH)?);
+                revision = meta(&metas, META_REVISION)?;
+                let mut leased = Vec::new();
+                for entry in records.iter()? {
+                    let (key, bytes) = entry?;
+                    if serde_json::from_slice::<Envelope>(bytes.value()).is_ok_and(|envelope| envelope.leased)
+                    {
+                        let (kind, name) = key.value();
+                        leased.push((kind.to_owned(), name.to_owned()));
+                    }
+                }
+                for (kind, name) in &leased {
+                    records.remove((kind.as_str(), name.as_str()))?;
+                }
+                if !leased.is_empty() {
+                    revision += 1;
+                }
+                metas.insert(META_EPOCH, epoch)?;
+                metas.insert(META_REVISION, revision)?;
+            }
+            writing.commit()?;
+            Ok((epoch, revision))
+        };
+        begin().map_err(|error| translate(path, error))
+    })
+}
+
+fn next_epoch(last: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_secs(EPOCH_ZERO));
+    now.map_or(0, |since| since.as_secs()).max(last + 1)
+}
+
+/// Epoch and revision.
+fn read_meta(path: &Path, file: &Database) -> Result<(u64, u64), StoreError> {
+    catch(path, || {
+        let read = || -> Result<(u64, u64), redb::Error> {
+            let table = file.begin_read()?.open_table(META)?;
+            Ok((meta(&table, META_EPOCH)?, meta(&table, META_REVISION)?))
+        };
+        read().map_err(|error| translate(path, error))
+    })
+}
+
+fn meta(table: &impl redb::ReadableTable<&'static str, u64>, name: &'static str) -> Result<u64, redb::Error> {
+    Ok(table.get(name)?.map_or(0, |value| value.value()))
+}
+
+fn other(error: impl std::error::Error + Send + Sync + 'static) -> redb::Error {
+    redb::Error::Io(io::Error::other(error))
+}
+
+fn disk(path: &Path, error: io::Error) -> StoreError {
+    StoreError::Disk { path: path.to_owned(), error }
+}
+
+fn damaged(path: &Path, what: &str) -> StoreError {
+    StoreError::Damaged { path: path.to_owned(), what: what.to_owned() }
+}
+
+fn translate(path: &Path, error: redb::Error) -> StoreError {
+    match error {
+        redb::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => {
+            damaged(path, &format!("it is no store: {error}"))
+        }
+        redb::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            damaged(path, "it is cut off")
+        }
+        redb::Error::Io(error) => disk(path, error),
+        redb::Error::PreviousIo => disk(path, io::Error::other("an earlier write failed")),
+        redb::Error::DatabaseAlreadyOpen => {
+            StoreError::Held { path: path.to_owned(), holder: "another process".to_owned() }
+        }
+        error => damaged(path, &error.to_string()),
+    }
+}
+
+/// A damaged file must not take the process with it, whatever the library makes of it.
+fn catch<T>(path: &Path, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(damaged(path, "its structure contradicts itself")))
+}
+
+/// A backend behind a pointer is one too.
+#[derive(Debug)]
+struct Boxed(Box<dyn StorageBackend>);
+
+impl StorageBackend for Boxed {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write(offset, data)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.0.close()
+    }
+}
+
+#[cfg(test)]
+mod tests;

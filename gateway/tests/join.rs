@@ -1,0 +1,639 @@
+//! Goal: who has a proof gets the identity that the record gives it and nothing else; who has none learns nothing; what was
+//! issued can be renewed, revoked and replaced while it is in use. Rows 5.8 (EN-*) and 5.6 (TU-*) of the catalogue.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::large_futures, reason = "tests end like that")]
+
+mod common;
+
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::Bytes;
+use common::World;
+use serde_json::{Value, json};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use towline_certs::facts::CertificateFacts;
+use towline_certs::{
+    AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, JoinSecret, ServerName, TrustDomain, tls,
+};
+use towline_gateway::fleet::{self, Meta, Revoked, Time, new_uid};
+use towline_gateway::rotation::{self, Step};
+use towline_gateway::store::Kind;
+use towline_proto::join::{
+    Admitted, CAPABILITY_IDENTITY, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined,
+    Notice, Proof, RefusalCode, Refused, Renew, Renewal, ServiceAccount, Token, Trust, TrustAck,
+};
+use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, Role};
+use towline_proto::tunnel::message::{recv_message, send_message};
+use towline_proto::tunnel::{Session, SessionConfig};
+
+/// A world with a state directory, whose tunnel CA is the gateway's own.
+async fn world() -> World {
+    world_with(|_| {}).await
+}
+
+async fn world_with(change: impl FnOnce(&mut towline_gateway::config::GatewayConfig)) -> World {
+    World::with(|config| {
+        let state = config.token_file.as_ref().unwrap().parent().unwrap().join("state");
+        config.state_directory = Some(state);
+        config.tls.tunnel = None;
+        change(config);
+    })
+    .await
+}
+
+fn meta() -> Meta {
+    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
+}
+
+async fn register(world: &World, name: &str) -> String {
+    let cluster = fleet::Cluster {
+        meta: meta(),
+        account: None,
+        mode: towline_gateway::config::Mode::Restricted,
+        description: String::new(),
+        deletion_protection: false,
+        max_agents: 4,
+        admission: 1,
+        issuer: None,
+    };
+    world.gateway.fleet().unwrap().put(name, &cluster, None).await.unwrap();
+    cluster.meta.uid
+}
+
+/// Makes a join token for a cluster.
+async fn token(world: &World, cluster: &str, uses: u32, life: Duration) -> Token {
+    let secret = JoinSecret::generate().unwrap();
+    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, secret.as_bytes());
+    let fleet = world.gateway.fleet().unwrap();
+    let record = fleet::JoinToken {
+        meta: meta(),
+        cluster: cluster.to_owned(),
+        cluster_uid: fleet.cluster_named(cluster).unwrap().uid.to_string(),
+        sha256: hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect(),
+        expires: Time::now().after(life),
+        max_uses: uses,
+        uses: Vec::new(),
+    };
+    let id = new_uid();
+    fleet.put(&id, &record, None).await.unwrap();
+    Token { id, secret: Bytes::copy_from_slice(secret.as_bytes()) }
+}
+
+async fn connect(world: &World) -> TlsStream<TcpStream> {
+    let config = tls::join_client(&world.gateway.tunnel_pins()).unwrap();
+    let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    TlsConnector::from(config).connect(ServerName::try_from("localhost").unwrap(), socket).await.unwrap()
+}
+
+fn request(proof: Proof, key: &AgentKey) -> JoinRequest {
+    let csr = key.csr_der().unwrap().into();
+    JoinRequest { proof: Some(proof), csr, boot_id: vec![1; 16].into(), ..JoinRequest::default() }
+}
+
+async fn ask(world: &World, request: &JoinRequest) -> Result<Admitted, Refused> {
+    let mut io = connect(world).await;
+    send_message(&mut io, request, JOIN_MAX_BYTES).await.unwrap();
+    let answer: JoinAnswer = recv_message(&mut io, JOIN_MAX_BYTES).await.unwrap();
+    match answer.outcome.unwrap() {
+        Joined::Admitted(admitted) => Ok(admitted),
+        Joined::Refused(refused) => Err(refused),
+    }
+}
+
+async fn join(world: &World, token: &Token, key: &AgentKey) -> Result<Admitted, Refused> {
+    ask(world, &request(Proof::Token(token.clone()), key)).await
+}
+
+fn code(refused: &Refused) -> RefusalCode {
+    RefusalCode::try_from(refused.code).unwrap()
+}
+
+fn der(certificate: &Certificate) -> Vec<CertificateDer<'static>> {
+    certificate.chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect()
+}
+
+fn roots(trust: &Trust) -> Vec<CertificateDer<'static>> {
+    trust.roots.iter().map(|der| CertificateDer::from(der.to_vec())).collect()
+}
+
+/// A session with the identity that was given.
+struct Agent {
+    session: Session,
+    _driver: JoinSet<CloseReason>,
+}
+
+impl Agent {
+    async fn connect(
+        world: &World,
+        admitted: &Admitted,
+        key: &AgentKey,
+        boot: u8,
+    ) -> Result<Self, CloseReason> {
+        Self::show(world, &admitted.certificate, &admitted.trust, key, boot).await
+    }
+
+    async fn show(
+        world: &World,
+        certificate: &Certificate,
+        trust: &Trust,
+        key: &AgentKey,
+        boot: u8,
+    ) -> Result<Self, CloseReason> {
+        let credential = Credential::new(der(certificate), key.private_key(), "test".as_ref()).unwrap();
+        let config = tls::agent_client(&roots(trust), &credential).unwrap();
+        let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let io = TlsConnector::from(config).connect(name, socket).await.unwrap();
+        let introduction = Introduction {
+            capabilities: vec![CAPABILITY_IDENTITY.to_owned()],
+            boot_id: vec![boot; 16],
+            software: "test".to_owned(),
+        };
+        let (limits, budget) = (Limits::default(), Budget::new(1 << 30));
+        let config = SessionConfig { role: Role::Agent, limits, budget, introduction };
+        let (session, driver) = Session::over(io, config).unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(driver.run());
+        session.ready().await?;
+        Ok(Self { session, _driver: tasks })
+    }
+
+    /// The next roots that are announced, acknowledged.
+    async fn trust(&self) -> Trust {
+        loop {
+            if let Notice::Trust(trust) = self.hear().await {
+                let ack = TrustAck { version: trust.version, problem: String::new() };
+                self.session.say(Notice::TrustAck(ack)).unwrap();
+                return trust;
+            }
+        }
+    }
+
+    async fn hear(&self) -> Notice {
+        tokio::time::timeout(Duration::from_secs(5), self.session.hear()).await.unwrap().unwrap()
+    }
+
+    async fn renew(&self, key: &AgentKey) -> Result<Certificate, Refused> {
+        let csr = key.csr_der().unwrap().into();
+        self.session.say(Notice::Renew(Renew { csr, issuer: None })).unwrap();
+        loop {
+            match self.hear().await {
+                Notice::Renewed(renewed) => match renewed.outcome.unwrap() {
+                    Renewal::Certificate(certificate) => return Ok(certificate),
+                    Renewal::Refused(refused) => return Err(refused),
+                },
+                Notice::Trust(trust) => {
+                    let ack = TrustAck { version: trust.version, problem: String::new() };
+                    self.session.say(Notice::TrustAck(ack)).unwrap();
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    async fn closed(&self, within: Duration) -> CloseReason {
+        let ended = self.session.wait_for(|state| state.closed.is_some());
+        tokio::time::timeout(within, ended).await.unwrap().closed.unwrap()
+    }
+}
+
+fn identity(certificate: &Certificate, trust: &Trust) -> AgentIdentity {
+    let agents = AgentCa::new(&roots(trust), TrustDomain::new("example.org").unwrap()).unwrap();
+    agents.verify(&der(certificate), SystemTime::now()).unwrap()
+}
+
+fn key() -> AgentKey {
+    AgentKey::generate().unwrap()
+}
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+#[tokio::test]
+async fn a_token_becomes_an_identity_and_a_session() {
+    let world = world().await;
+    let uid = register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let key = key();
+    let admitted = join(&world, &token, &key).await.unwrap();
+    let identity = identity(&admitted.certificate, &admitted.trust);
+    assert_eq!((identity.cluster.as_str(), identity.instance.as_str()), (&*uid, &*admitted.instance));
+    assert_eq!(
+        (&*admitted.cluster, &*admitted.cluster_uid, &*admitted.trust_domain),
+        ("east", &*uid, "example.org")
+    );
+    let facts = CertificateFacts::of(&der(&admitted.certificate)[0]).unwrap();
+    let life = facts.not_after.duration_since(facts.issued_at()).unwrap();
+    assert_eq!(life, Duration::from_secs(24 * 3600), "24 h, and valid since an hour ago");
+    let agent = Agent::connect(&world, &admitted, &key, 1).await.unwrap();
+    assert_eq!(agent.trust().await, admitted.trust, "the roots are announced as they were given");
+    for _ in 0..100 {
+        if world.gateway.connected("east") == 1 && world.gateway.trust("east").current == 1 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("{:?}", world.gateway.trust("east"));
+}
+
+/// EN-01, EN-09, R-ID-14: of many keys at once exactly one gets in; that one may ask again and is the same; the others are told
+/// why.
+#[tokio::test]
+async fn a_single_use_is_a_single_use() {
+    let world = Arc::new(world().await);
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let mut tasks = JoinSet::new();
+    for _ in 0..15 {
+        let (world, token) = (Arc::clone(&world), token.clone());
+        tasks.spawn(async move {
+            let key = key();
+            (join(&world, &token, &key).await, key)
+        });
+    }
+    let mut winner = None;
+    while let Some(result) = tasks.join_next().await {
+        match result.unwrap() {
+            (Ok(admitted), key) => assert!(winner.replace((admitted, key)).is_none(), "one gets in"),
+            (Err(refused), _) => {
+                assert_eq!(code(&refused), RefusalCode::Proof);
+                assert!(refused.text.contains("already used"), "{}", refused.text);
+            }
+        }
+    }
+    let (admitted, key) = winner.expect("one gets in");
+    let again = join(&world, &token, &key).await.unwrap();
+    assert_eq!(again.instance, admitted.instance, "the same key is the same agent");
+    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1, "never a second identity");
+}
+
+/// EN-02: what does not count is refused at one size and one time, whatever is wrong with it; an unknown token and a wrong secret
+/// read alike.
+#[tokio::test]
+async fn refusals_look_alike() {
+    let world = world().await;
+    register(&world, "east").await;
+    let good = token(&world, "east", 1, HOUR).await;
+    let expired = token(&world, "east", 1, Duration::ZERO).await;
+    let key = key();
+    let secret = |secret: &[u8]| Token { secret: Bytes::copy_from_slice(secret), ..good.clone() };
+    let proofs = [
+        ("unknown", Proof::Token(Token { id: "nobody".to_owned(), ..good.clone() })),
+        ("wrong secret", Proof::Token(secret(&[7; 16]))),
+        ("cut off", Proof::Token(secret(&good.secret[..15]))),
+        ("padded", Proof::Token(secret(&[&good.secret[..], b" "].concat()))),
+        ("expired", Proof::Token(expired)),
+        (
+            "no cluster",
+            Proof::ServiceAccount(ServiceAccount { cluster: "nobody".to_owned(), token: "a.b.c".to_owned() }),
+        ),
+        (
+            "no issuer",
+            Proof::ServiceAccount(ServiceAccount { cluster: "east".to_owned(), token: "a.b.c".to_owned() }),
+        ),
+        ("nothing", Proof::Expired(Certificate::default())),
+    ];
+    let mut lengths = HashSet::new();
+    let mut texts = Vec::new();
+    for (what, proof) in proofs {
+        let mut io = connect(&world).await;
+        let asked = tokio::time::Instant::now();
+        send_message(&mut io, &request(proof, &key), JOIN_MAX_BYTES).await.unwrap();
+        let mut bytes = Vec::new();
+        io.read_to_end(&mut bytes).await.unwrap();
+        let took = asked.elapsed().as_millis();
+        assert!((295..800).contains(&took), "{what} took {took} ms");
+        lengths.insert(bytes.len());
+        let answer: JoinAnswer = recv_message(&mut &bytes[..], JOIN_MAX_BYTES).await.unwrap();
+        let Some(Joined::Refused(refused)) = answer.outcome else { panic!("{what} was admitted") };
+        texts.push((what, refused.text));
+    }
+    assert_eq!(lengths.len(), 1, "{lengths:?}");
+    assert!(texts[..4].windows(2).all(|pair| pair[0].1 == pair[1].1), "{texts:?}");
+    assert_eq!(texts[5].1, texts[6].1);
+    assert!(join(&world, &good, &key).await.is_ok(), "the real token is not locked out");
+}
+
+/// EN-03: an address that guesses is slowed down; the limit has its code, its metric and a time to wait.
+#[tokio::test]
+async fn guessing_is_refused_by_limit() {
+    let world = Arc::new(world().await);
+    register(&world, "east").await;
+    let began = tokio::time::Instant::now();
+    let (mut proofs, mut limits, mut tasks) = (0.0, 0, JoinSet::new());
+    for n in 0..60 {
+        let world = Arc::clone(&world);
+        let guess = Token { id: format!("guess-{n}"), secret: vec![1; 16].into() };
+        tasks.spawn(async move { join(&world, &guess, &key()).await.unwrap_err() });
+        // In waves, so that the handshakes per address are not the limit that is met.
+        if n % 8 != 7 && n != 59 {
+            continue;
+        }
+        while let Some(refused) = tasks.join_next().await {
+            let refused = refused.unwrap();
+            match code(&refused) {
+                RefusalCode::Proof => proofs += 1.0,
+                RefusalCode::Limit if refused.retry_after_ms > 0 => limits += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    // Those of a wave are judged before any of them has failed.
+    let allowed = 20.0 + 8.0 + began.elapsed().as_secs_f64();
+    assert!(proofs <= allowed && limits >= 20, "{proofs} judged, {limits} not");
+    let metrics = String::from_utf8(world.gateway.metrics().render()).unwrap();
+    let reached = metrics.lines().find(|line| line.contains("limits_reached_total{limit=\"join_failures\"}"));
+    assert!(!reached.unwrap().ends_with(" 0"), "{reached:?}");
+}
+
+/// EN-06: a request that is no request for a certificate is refused by cause, and one that is too long by its announced length.
+#[tokio::test]
+async fn damaged_requests_are_refused_by_cause() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let good = request(Proof::Token(token), &key());
+    let pem = b"-----BEGIN CERTIFICATE REQUEST-----\n-----END CERTIFICATE REQUEST-----\n".repeat(2);
+    for (csr, part) in [
+        (Bytes::new(), "PKCS #10"),
+        (good.csr.slice(..good.csr.len() - 1), "PKCS #10"),
+        (Bytes::from(pem), "PKCS #10"),
+        (Bytes::from(vec![0x30; 20_000]), "20000 bytes"),
+    ] {
+        let refused = ask(&world, &JoinRequest { csr, ..good.clone() }).await.unwrap_err();
+        assert!(code(&refused) == RefusalCode::Request && refused.text.contains(part), "{}", refused.text);
+    }
+    let mut io = connect(&world).await;
+    io.write_all(&(1_u32 << 20).to_be_bytes()).await.unwrap();
+    let answer: JoinAnswer = recv_message(&mut io, JOIN_MAX_BYTES).await.unwrap();
+    let Some(Joined::Refused(refused)) = answer.outcome else { panic!() };
+    assert!(refused.text.contains("1048576 bytes"), "{}", refused.text);
+    assert!(ask(&world, &good).await.is_ok(), "none of it used the token up");
+}
+
+/// EN-07, EN-08, R-ID-9: a renewal yields the session's own identity; two at a time are both valid; after a revocation the session
+/// is gone within a second, and neither a new session nor the old certificate leads back.
+#[tokio::test]
+async fn renewals_stay_in_the_family() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 2, HOUR).await;
+    let (first, other) = (key(), key());
+    let admitted = join(&world, &token, &first).await.unwrap();
+    let stranger = join(&world, &token, &other).await.unwrap();
+    assert_ne!(admitted.instance, stranger.instance);
+    let (one, two) = (
+        Agent::connect(&world, &admitted, &first, 1).await.unwrap(),
+        Agent::connect(&world, &admitted, &first, 1).await.unwrap(),
+    );
+    // The request is signed by the other agent's key: whose it is says the session, not the request.
+    let (a, b) = tokio::join!(one.renew(&other), two.renew(&first));
+    for (renewed, key) in [(a.unwrap(), &other), (b.unwrap(), &first)] {
+        assert_eq!(identity(&renewed, &admitted.trust).instance.as_str(), admitted.instance);
+        Agent::show(&world, &renewed, &admitted.trust, key, 1).await.unwrap();
+    }
+    let metrics = String::from_utf8(world.gateway.metrics().render()).unwrap();
+    for line in
+        ["towline_gateway_joins_total{outcome=\"ok\"} 2", "towline_gateway_renewals_total{outcome=\"ok\"} 2"]
+    {
+        assert!(metrics.contains(line), "{line}");
+    }
+    let serial = CertificateFacts::of(&der(&admitted.certificate)[0]).unwrap().serial;
+    let revoked = Revoked::Certificate { serial };
+    world.gateway.fleet().unwrap().revoke(&revoked, &meta()).await.unwrap();
+    let reason = one.closed(Duration::from_secs(1)).await.to_string();
+    assert!(reason.contains("revoked"), "{reason}");
+    two.closed(Duration::from_secs(1)).await;
+    // TU-03: a fresh handshake with it is refused as well.
+    let refused = Agent::connect(&world, &admitted, &first, 1).await;
+    assert!(refused.is_err());
+    let proof = Proof::Expired(admitted.certificate.clone());
+    let refused = ask(&world, &request(proof, &first)).await.unwrap_err();
+    assert_eq!(code(&refused), RefusalCode::Proof);
+}
+
+/// A session lives as long as the newest certificate of its instance: renewals move its end, and without one it ends.
+#[tokio::test]
+async fn a_renewal_moves_the_end_of_the_session() {
+    let world = world_with(|config| config.join.certificate_lifetime = Duration::from_secs(3)).await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let key = key();
+    let admitted = join(&world, &token, &key).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &key, 1).await.unwrap();
+    for _ in 0..4 {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        agent.renew(&key).await.unwrap();
+        assert!(agent.session.closed().is_none(), "twice its first certificate's life");
+    }
+    // A reload looks at everything anew: what was shown has run out, what is on record has not.
+    world.gateway.reload().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(agent.session.closed().is_none());
+    let reason = agent.closed(Duration::from_secs(6)).await.to_string();
+    assert!(reason.contains("expired"), "{reason}");
+}
+
+/// The documented way back for an agent that was offline past the end of its certificate.
+#[tokio::test]
+async fn an_expired_certificate_leads_back_by_its_key() {
+    let world = world_with(|config| config.join.certificate_lifetime = Duration::from_secs(1)).await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let (mine, other) = (key(), key());
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(2100)).await;
+    assert!(Agent::connect(&world, &admitted, &mine, 1).await.is_err(), "it has run out");
+    let proof = || Proof::Expired(admitted.certificate.clone());
+    let refused = ask(&world, &request(proof(), &other)).await.unwrap_err();
+    assert_eq!(code(&refused), RefusalCode::Proof, "another key is another agent");
+    let back = ask(&world, &request(proof(), &mine)).await.unwrap();
+    assert_eq!(back.instance, admitted.instance);
+    // Delete and register again under the same name: yesterday's certificate is nobody's.
+    let fleet = world.gateway.fleet().unwrap();
+    let revision = fleet.object(Kind::Cluster, "east").unwrap().revision;
+    fleet.delete(Kind::Cluster, "east", revision).await.unwrap();
+    register(&world, "east").await;
+    let proof = Proof::Expired(back.certificate.clone());
+    assert!(ask(&world, &request(proof, &mine)).await.is_err());
+}
+
+/// A cluster's issuer of ServiceAccount tokens.
+struct Cluster(EcdsaKeyPair);
+
+const SUBJECT: &str = "system:serviceaccount:towline:agent";
+
+impl Cluster {
+    fn new() -> Self {
+        Self(EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap())
+    }
+
+    fn issuer(&self, kid: &str) -> Issuer {
+        let point = self.0.public_key().as_ref();
+        let part = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+        let key = json!({ "kty": "EC", "kid": kid, "crv": "P-256", "x": part(&point[1..33]), "y": part(&point[33..]) });
+        let jwks = json!({ "keys": [key] }).to_string().into_bytes().into();
+        Issuer { issuer: "https://k8s".to_owned(), jwks, subject: SUBJECT.to_owned() }
+    }
+
+    fn token(&self, kid: &str, subject: &str) -> Proof {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+        let claims =
+            json!({ "iss": "https://k8s", "sub": subject, "aud": ["towline"], "exp": now + 600, "nbf": now });
+        let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": kid })), part(&claims));
+        let signature = self.0.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
+        let token = format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature));
+        Proof::ServiceAccount(ServiceAccount { cluster: "east".to_owned(), token })
+    }
+}
+
+/// A pod that keeps nothing: it comes back by its cluster's word, as who it was; a second replica beside it is another; a pod of
+/// another ServiceAccount is nobody; after a rotation of the cluster's keys the renewal has told of the new ones.
+#[tokio::test]
+async fn a_pod_comes_back_by_its_clusters_word() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let cluster = Cluster::new();
+    let with_boot = |proof: Proof, boot: u8| JoinRequest {
+        boot_id: vec![boot; 16].into(),
+        issuer: Some(cluster.issuer("1")),
+        ..request(proof, &key())
+    };
+    let refused = ask(&world, &with_boot(cluster.token("1", SUBJECT), 1)).await.unwrap_err();
+    assert_eq!(code(&refused), RefusalCode::NoIssuer, "nobody has told of it");
+    ask(&world, &with_boot(Proof::Token(token), 1)).await.unwrap();
+
+    // Deleted and back, again and again: one instance.
+    let mut instances = HashSet::new();
+    for boot in 2..12 {
+        let mine = key();
+        let request = JoinRequest {
+            csr: mine.csr_der().unwrap().into(),
+            ..with_boot(cluster.token("1", SUBJECT), boot)
+        };
+        let admitted = ask(&world, &request).await.unwrap();
+        let agent = Agent::connect(&world, &admitted, &mine, boot).await.unwrap();
+        instances.insert(admitted.instance);
+        agent.session.close(towline_proto::Code::Draining, "deleted");
+        agent.closed(Duration::from_secs(1)).await;
+    }
+    assert_eq!(instances.len(), 1, "it is always who it was");
+
+    // Two replicas: two instances.
+    let (one, two) = (
+        ask(&world, &with_boot(cluster.token("1", SUBJECT), 21)).await.unwrap(),
+        ask(&world, &with_boot(cluster.token("1", SUBJECT), 22)).await.unwrap(),
+    );
+    assert_ne!(one.instance, two.instance);
+    let refused = ask(&world, &with_boot(cluster.token("1", "system:serviceaccount:evil:pod"), 30)).await;
+    assert_eq!(code(&refused.unwrap_err()), RefusalCode::NoIssuer);
+    let stranger = Cluster::new();
+    let refused = ask(&world, &with_boot(stranger.token("1", SUBJECT), 30)).await;
+    assert_eq!(code(&refused.unwrap_err()), RefusalCode::NoIssuer);
+
+    // The keys rotate while an agent is connected.
+    let mine = key();
+    let csr: Bytes = mine.csr_der().unwrap().into();
+    let again = JoinRequest { csr: csr.clone(), ..with_boot(cluster.token("1", SUBJECT), 21) };
+    let admitted = ask(&world, &again).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 21).await.unwrap();
+    let rotated = Cluster::new();
+    agent.session.say(Notice::Renew(Renew { csr, issuer: Some(rotated.issuer("2")) })).unwrap();
+    while !matches!(agent.hear().await, Notice::Renewed(_)) {}
+    let back = ask(&world, &with_boot(rotated.token("2", SUBJECT), 21)).await;
+    assert!(back.is_ok(), "{back:?}");
+}
+
+/// A change of CA, step by step and back, with a session that stands: announced, acknowledged and seen; the session goes on
+/// through all of it, and an agent that was away for all of it still recognises the gateway.
+#[tokio::test]
+async fn a_change_of_ca_cuts_nothing() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 2, HOUR).await;
+    let state = world.path("state");
+    let (mine, away) = (key(), key());
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let offline = join(&world, &token, &away).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    assert_eq!(agent.trust().await.roots.len(), 1);
+    let take = async |step| {
+        rotation::step(&state, step, SystemTime::now()).unwrap();
+        world.gateway.reload().await.unwrap();
+    };
+    let current = async || {
+        for _ in 0..100 {
+            let state = world.gateway.trust("east");
+            if state.pending == 0 && state.current == 1 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("{:?}", world.gateway.trust("east"));
+    };
+
+    take(Step::TrustNew).await;
+    assert_eq!((world.gateway.trust("east").pending, world.gateway.tunnel_pins().len()), (1, 2));
+    let both = agent.trust().await;
+    assert_eq!(both.roots.len(), 2);
+    current().await;
+    let renewed = agent.renew(&mine).await.unwrap();
+    assert_eq!(renewed.chain[1], admitted.certificate.chain[1], "the old CA still issues");
+
+    take(Step::IssueNew).await;
+    let renewed = agent.renew(&mine).await.unwrap();
+    assert_ne!(renewed.chain[1], admitted.certificate.chain[1], "the new CA issues");
+    // Who knows only the old root, and who knows only the new one, recognise the gateway.
+    let only_old = Agent::connect(&world, &offline, &away, 2).await.unwrap();
+    assert_eq!(only_old.trust().await.roots.len(), 2);
+    drop(only_old);
+    let new = Trust { version: 0, roots: vec![renewed.chain[1].clone()] };
+    drop(Agent::show(&world, &renewed, &new, &mine, 1).await.unwrap());
+
+    take(Step::Back).await;
+    assert!(Agent::show(&world, &renewed, &both, &mine, 1).await.is_ok(), "both CAs' certificates count");
+    take(Step::IssueNew).await;
+    agent.renew(&mine).await.unwrap();
+    take(Step::DropOld).await;
+    assert_eq!(agent.trust().await.roots.len(), 1);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(agent.session.is_open(), "the session that began under the old CA goes on");
+    // Its certificate is of a CA that counts no more; the record and its key lead back, and the pin of the old root still holds.
+    assert!(Agent::connect(&world, &offline, &away, 2).await.is_err());
+    let old_pin = towline_certs::JoinToken::pins_of(&roots(&offline.trust));
+    let config = tls::join_client(&old_pin).unwrap();
+    let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut io = TlsConnector::from(config).connect(name, socket).await.unwrap();
+    let proof = Proof::Expired(offline.certificate.clone());
+    send_message(&mut io, &request(proof, &away), JOIN_MAX_BYTES).await.unwrap();
+    let answer: JoinAnswer = recv_message(&mut io, JOIN_MAX_BYTES).await.unwrap();
+    let Some(Joined::Admitted(back)) = answer.outcome else { panic!("{answer:?}") };
+    assert_eq!((back.instance.as_str(), back.trust.roots.len()), (offline.instance.as_str(), 1));
+    Agent::connect(&world, &back, &away, 2).await.unwrap();
+}
+
+/// Without a state directory nobody joins, and is told why.
+#[tokio::test]
+async fn a_gateway_without_a_record_lets_nobody_join() {
+    let world = World::start().await;
+    let roots = towline_certs::load::load_roots(&world.path("tunnel-ca.crt")).unwrap();
+    let config = tls::join_client(&towline_certs::JoinToken::pins_of(&roots)).unwrap();
+    let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut io = TlsConnector::from(config).connect(name, socket).await.unwrap();
+    let token = Token { id: "x".to_owned(), secret: vec![0; 16].into() };
+    send_message(&mut io, &request(Proof::Token(token), &key()), JOIN_MAX_BYTES).await.unwrap();
+    let answer: JoinAnswer = recv_message(&mut io, JOIN_MAX_BYTES).await.unwrap();
+    let Some(Joined::Refused(refused)) = answer.outcome else { panic!("{answer:?}") };
+    assert!(code(&refused) == RefusalCode::Denied && refused.text.contains("stateDirectory"));
+}

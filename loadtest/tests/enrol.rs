@@ -1,0 +1,452 @@
+//! Goal: from a join token to a request through the tunnel, and on through renewals, restarts and a change of CA, without a
+//! request that fails or a stream that ends. The real gateway and the real agent, in one process.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+#![allow(clippy::large_futures, reason = "tests are not many at a time")]
+
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt as _, Empty, Full};
+use hyper::body::{Frame, Incoming};
+use hyper::client::conn::http1 as client;
+use hyper::server::conn::http1 as server;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
+use tempfile::TempDir;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tokio_rustls::TlsConnector;
+use towline_agent::{Agent, AgentConfig};
+use towline_certs::load::{LoadPolicy, load_roots};
+use towline_certs::{
+    CaKind, CertificateAuthority, ClientIdentity, JoinSecret, JoinToken, ServerName, TrustDomain, tls,
+};
+use towline_gateway::Gateway;
+use towline_gateway::config::{AccessRule, Effect, GatewayConfig, Mode, Tls};
+use towline_gateway::fleet::{self, Meta, Time, new_uid};
+use towline_gateway::rotation::{self, Step};
+use towline_gateway::store::Kind;
+
+const CLUSTER: &str = "east";
+const SUBJECT: &str = "system:serviceaccount:towline:agent";
+
+/// A gateway with a registered cluster, and the cluster's API server.
+struct World {
+    directory: TempDir,
+    gateway: Gateway,
+    api: SocketAddr,
+    issuer: Arc<EcdsaKeyPair>,
+    _api: JoinSet<()>,
+}
+
+type Answer = BoxBody<Bytes, Infallible>;
+
+/// What the API server answers: a body that never ends, its keys, or a word.
+fn answer(request: &Request<Incoming>, jwks: &str) -> Response<Answer> {
+    let body = match request.uri().path() {
+        "/stream" => Ticks(Box::pin(sleep(TICK))).boxed(),
+        "/openid/v1/jwks" => Full::new(Bytes::copy_from_slice(jwks.as_bytes())).boxed(),
+        _ => Full::new(Bytes::from_static(b"ok")).boxed(),
+    };
+    Response::new(body)
+}
+
+/// A body with a piece at each interval, for ever.
+struct Ticks(std::pin::Pin<Box<tokio::time::Sleep>>);
+
+const TICK: Duration = Duration::from_millis(20);
+
+impl hyper::body::Body for Ticks {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        std::task::ready!(self.0.as_mut().poll(cx));
+        self.0.as_mut().reset(tokio::time::Instant::now() + TICK);
+        std::task::Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b"tick\n")))))
+    }
+}
+
+async fn api_server(jwks: String) -> (SocketAddr, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        loop {
+            let (socket, _) = listener.accept().await.unwrap();
+            let jwks = jwks.clone();
+            connections.spawn(async move {
+                let service =
+                    service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request, &jwks))));
+                drop(server::Builder::new().serve_connection(TokioIo::new(socket), service).await);
+            });
+        }
+    });
+    (at, tasks)
+}
+
+fn meta() -> Meta {
+    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
+}
+
+impl World {
+    async fn new(lifetime: Duration) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let tls = Tls { front: None, tunnel: None };
+        let mut config = GatewayConfig::new(TrustDomain::new("fleet.test").unwrap(), tls);
+        config.listen.address = "127.0.0.1:0".parse().unwrap();
+        config.admin.address = "127.0.0.1:0".parse().unwrap();
+        config.state_directory = Some(directory.path().join("state"));
+        config.join.certificate_lifetime = lifetime;
+        config.access = vec![AccessRule {
+            effect: Effect::Allow,
+            users: vec!["alice".to_owned()],
+            groups: Vec::new(),
+            clusters: vec!["*".to_owned()],
+        }];
+        let gateway = Gateway::start(config).await.unwrap();
+        let issuer = Arc::new(EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap());
+        let point = issuer.public_key().as_ref();
+        let part = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+        let jwk = json!({ "kty": "EC", "kid": "1", "crv": "P-256", "x": part(&point[1..33]), "y": part(&point[33..]) });
+        let (api, tasks) = api_server(json!({ "keys": [jwk] }).to_string()).await;
+        let world = Self { directory, gateway, api, issuer, _api: tasks };
+        world.register(CLUSTER).await;
+        world
+    }
+
+    async fn register(&self, cluster: &str) {
+        let record = fleet::Cluster {
+            meta: meta(),
+            account: None,
+            mode: Mode::Restricted,
+            description: String::new(),
+            deletion_protection: false,
+            max_agents: 4,
+            admission: 1,
+            issuer: None,
+        };
+        self.gateway.fleet().unwrap().put(cluster, &record, None).await.unwrap();
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn file(&self, name: &str, text: &str) -> String {
+        std::fs::write(self.path(name), text).unwrap();
+        self.path(name).display().to_string()
+    }
+
+    /// A file with a new join token.
+    async fn token_file(&self, cluster: &str) -> String {
+        let fleet = self.gateway.fleet().unwrap();
+        let secret = JoinSecret::generate().unwrap();
+        let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, secret.as_bytes());
+        let record = fleet::JoinToken {
+            meta: meta(),
+            cluster: cluster.to_owned(),
+            cluster_uid: fleet.cluster_named(cluster).unwrap().uid.to_string(),
+            sha256: hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect(),
+            expires: Time::now().after(Duration::from_secs(3600)),
+            max_uses: 1,
+            uses: Vec::new(),
+        };
+        let id = new_uid();
+        fleet.put(&id, &record, None).await.unwrap();
+        let addresses = vec![self.gateway.public_addr().to_string().parse().unwrap()];
+        let token = JoinToken { addresses, pins: self.gateway.tunnel_pins(), id, uses: 1, secret };
+        self.file(&format!("join-token-{cluster}"), &token.line())
+    }
+
+    /// A projected ServiceAccount token.
+    fn projected(&self) -> String {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+        let claims = json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline"], "exp": now + 600 });
+        let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": "1" })), part(&claims));
+        let signature = self.issuer.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
+        self.file("projected", &format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature)))
+    }
+
+    async fn agent(&self, cluster: &str, identity: &str, transport: &str) -> Agent {
+        let yaml = format!(
+            "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: ['{}'] }}\nidentity: {{ {identity} }}\napiServer: {{ url: 'http://{}' }}\nadmin: {{ address: '127.0.0.1:0' }}\ntransport: {transport}\ntimeouts: {{ backoffMin: 20ms, backoffMax: 200ms }}\n",
+            self.gateway.public_addr(),
+            self.api
+        );
+        let config = AgentConfig::parse("agent.yaml", yaml.as_bytes()).unwrap();
+        let agent = Agent::start(config).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(20), agent.ready()).await.expect("the agent is connected");
+        self.until("a session at the gateway", || self.gateway.connected(cluster) > 0).await;
+        agent
+    }
+
+    async fn until(&self, what: &str, condition: impl Fn() -> bool) {
+        for _ in 0..1500 {
+            if condition() {
+                return;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        panic!("{what} did not come: {:?}", self.gateway.trust(CLUSTER));
+    }
+
+    /// A caller with a certificate of the front client CA.
+    async fn caller(&self, cluster: &str) -> Caller {
+        let state = self.path("state");
+        let ca = CertificateAuthority::load(
+            CaKind::FrontClients,
+            &state.join("front-client-ca.crt"),
+            &state.join("front-client-ca.key"),
+            LoadPolicy::STRICT,
+            SystemTime::now(),
+        );
+        let alice = ClientIdentity::new("alice", [""; 0]).unwrap();
+        let credential = ca.unwrap().value.issue_client(&alice, Duration::from_secs(3600), SystemTime::now());
+        let roots = load_roots(&state.join("front-ca.crt")).unwrap();
+        let mut config = (*tls::http_client(&roots, Some(&credential.unwrap())).unwrap()).clone();
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let socket = TcpStream::connect(self.gateway.public_addr()).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let io = TlsConnector::from(Arc::new(config)).connect(name, socket).await.unwrap();
+        let (sender, connection) = client::handshake(TokioIo::new(io)).await.unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(connection.await) });
+        Caller { cluster: cluster.to_owned(), sender, _tasks: tasks }
+    }
+
+    /// A request every few milliseconds and a stream that stays open, until it is told to stop.
+    async fn load(&self, cluster: &str, pause: Duration) -> Load {
+        let load = Load::default();
+        let mut tasks = JoinSet::new();
+        let mut caller = self.caller(cluster).await;
+        let (stop, requests) = (Arc::clone(&load.stop), Arc::clone(&load.requests));
+        tasks.spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                assert_eq!(caller.get("/api").await, (200, "ok".to_owned()), "no request fails");
+                requests.fetch_add(1, Ordering::Relaxed);
+                sleep(pause).await;
+            }
+        });
+        let mut caller = self.caller(cluster).await;
+        let (stop, ticks) = (Arc::clone(&load.stop), Arc::clone(&load.ticks));
+        tasks.spawn(async move {
+            let mut stream = caller.open("/stream").await.into_body();
+            while !stop.load(Ordering::Relaxed) {
+                let frame = tokio::time::timeout(Duration::from_secs(5), stream.frame()).await;
+                let frame = frame.expect("the stream goes on").expect("the stream does not end");
+                frame.expect("the stream does not break off");
+                ticks.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Load { tasks, ..load }
+    }
+}
+
+#[derive(Default)]
+struct Load {
+    stop: Arc<AtomicBool>,
+    requests: Arc<AtomicUsize>,
+    ticks: Arc<AtomicUsize>,
+    tasks: JoinSet<()>,
+}
+
+impl Load {
+    /// Both ran to the end, and did something.
+    async fn finish(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        while let Some(result) = self.tasks.join_next().await {
+            result.unwrap();
+        }
+        let (requests, ticks) = (self.requests.load(Ordering::Relaxed), self.ticks.load(Ordering::Relaxed));
+        assert!(requests > 20 && ticks > 50, "{requests} requests, {ticks} pieces of the stream");
+    }
+}
+
+struct Caller {
+    cluster: String,
+    sender: client::SendRequest<Empty<Bytes>>,
+    _tasks: JoinSet<()>,
+}
+
+impl Caller {
+    async fn open(&mut self, path: &str) -> Response<Incoming> {
+        self.sender.ready().await.unwrap();
+        let request = Request::get(format!("/clusters/{}{path}", self.cluster))
+            .header("host", "localhost")
+            .header("authorization", "Bearer of-the-cluster-itself")
+            .body(Empty::new())
+            .unwrap();
+        self.sender.send_request(request).await.unwrap()
+    }
+
+    async fn get(&mut self, path: &str) -> (u16, String) {
+        let (head, body) = self.open(path).await.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        (head.status.as_u16(), String::from_utf8_lossy(&body).into_owned())
+    }
+}
+
+async fn metric(at: SocketAddr, start: &str) -> f64 {
+    let (_, text) = towline_loadtest::stack::plain_get(at, "/metrics").await.unwrap();
+    let line = text.lines().find(|line| line.starts_with(start)).map(ToOwned::to_owned);
+    line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
+}
+
+/// Certificates that live for seconds are renewed again and again under requests and an open stream, over each transport; then
+/// the agent restarts with what it kept.
+async fn renewed_under_load(transport: &str) {
+    let world = Arc::new(World::new(Duration::from_secs(4)).await);
+    let token = world.token_file(CLUSTER).await;
+    let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
+    let agent = world.agent(CLUSTER, &identity, transport).await;
+    let load = world.load(CLUSTER, Duration::from_millis(5)).await;
+    let renewed = "towline_agent_renewals_total{outcome=\"ok\"}";
+    for _ in 0..300 {
+        if metric(agent.admin_addr(), renewed).await >= 4.0 {
+            break;
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+    assert!(metric(agent.admin_addr(), renewed).await >= 4.0, "the stream is older than three certificates");
+    load.finish().await;
+    assert_eq!(metric(agent.admin_addr(), "towline_agent_sessions_ended_total").await, 0.0);
+    agent.shutdown().await;
+    std::fs::remove_file(&token).unwrap();
+    let agent = world.agent(CLUSTER, &identity, transport).await;
+    assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
+    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
+    agent.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn renewed_under_load_over_tcp() {
+    renewed_under_load("tcp").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn renewed_under_load_over_quic() {
+    renewed_under_load("quic").await;
+}
+
+/// All steps of a change of CA and back, under load; the operator waits for the acknowledgements, nobody else notices.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_ca_under_load() {
+    let world = Arc::new(World::new(Duration::from_secs(4)).await);
+    let token = world.token_file(CLUSTER).await;
+    let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
+    let agent = world.agent(CLUSTER, &identity, "tcp").await;
+    let load = world.load(CLUSTER, Duration::from_millis(5)).await;
+    let renewed = async |more: f64| {
+        let name = "towline_agent_renewals_total{outcome=\"ok\"}";
+        let wanted = metric(agent.admin_addr(), name).await + more;
+        for _ in 0..200 {
+            if metric(agent.admin_addr(), name).await >= wanted {
+                return;
+            }
+            sleep(Duration::from_millis(100)).await;
+        }
+        panic!("the certificate was not renewed");
+    };
+    for step in [
+        Step::TrustNew,
+        Step::Back,
+        Step::TrustNew,
+        Step::IssueNew,
+        Step::Back,
+        Step::IssueNew,
+        Step::DropOld,
+    ] {
+        if step == Step::DropOld {
+            renewed(1.0).await;
+        }
+        rotation::step(&world.path("state"), step, SystemTime::now()).unwrap();
+        world.gateway.reload().await.unwrap();
+        world
+            .until("an acknowledgement", || {
+                let state = world.gateway.trust(CLUSTER);
+                state.current > 0 && state.pending == 0
+            })
+            .await;
+    }
+    renewed(1.0).await;
+    load.finish().await;
+    agent.shutdown().await;
+    // With what it kept it recognises the gateway of the new CA.
+    let agent = world.agent(CLUSTER, &identity, "tcp").await;
+    assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
+    assert_eq!(metric(agent.admin_addr(), "towline_agent_joins_total").await, 0.0);
+    agent.shutdown().await;
+}
+
+/// A pod without a right, a volume or a token of the API server: deleted and back, 5 times, by its projected token. The gateway
+/// learned the cluster's keys from the API server by way of the agent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_keeps_nothing_comes_back() {
+    let world = World::new(Duration::from_secs(3600)).await;
+    let token = world.token_file(CLUSTER).await;
+    let projected = world.projected();
+    let account = format!("serviceAccount: {{ cluster: {CLUSTER}, tokenFile: {projected} }}");
+    let identity = format!("joinTokenFile: {token}, {account}");
+    for _ in 0..5 {
+        let agent = world.agent(CLUSTER, &identity, "tcp").await;
+        assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
+        agent.shutdown().await;
+        world.until("the end of its session", || world.gateway.connected(CLUSTER) == 0).await;
+    }
+    // The first by the join token, the others by the ServiceAccount: always who it was.
+    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
+}
+
+/// Many agents whose certificates live for seconds: nothing ends, nothing fails, and every one is renewed again and again, streams
+/// older than several certificates included. `TOWLINE_ENROL=AGENTS,LIFETIME_S,DURATION_S` widens it (100,60,600 takes ten
+/// minutes).
+#[tokio::test(flavor = "multi_thread")]
+async fn many_agents_are_renewed() {
+    let setting = std::env::var("TOWLINE_ENROL").unwrap_or_else(|_| "10,4,10".to_owned());
+    let numbers: Vec<u64> = setting.split(',').map(|number| number.parse().unwrap()).collect();
+    let [agents, lifetime, duration] = numbers[..] else { panic!("TOWLINE_ENROL={setting}") };
+    let world = World::new(Duration::from_secs(lifetime)).await;
+    let mut running = Vec::new();
+    for n in 0..agents {
+        let cluster = format!("cluster-{n}");
+        world.register(&cluster).await;
+        let token = world.token_file(&cluster).await;
+        let kept = world.path(&format!("kept-{n}"));
+        let identity = format!("joinTokenFile: {token}, directory: {}", kept.display());
+        let transport = if n % 2 == 0 { "tcp" } else { "quic" };
+        let agent = world.agent(&cluster, &identity, transport).await;
+        running.push((agent, world.load(&cluster, Duration::from_millis(200)).await));
+    }
+    sleep(Duration::from_secs(duration)).await;
+    // The latest renewal is due at two thirds of a life after the one before.
+    let least = duration * 3 / (2 * lifetime) - 1;
+    for (agent, load) in running {
+        let renewals = metric(agent.admin_addr(), "towline_agent_renewals_total{outcome=\"ok\"}").await;
+        assert!(
+            renewals >= f64::from(u32::try_from(least).unwrap()),
+            "{renewals} renewals, at least {least} were due"
+        );
+        load.finish().await;
+        assert_eq!(metric(agent.admin_addr(), "towline_agent_sessions_ended_total").await, 0.0);
+        agent.shutdown().await;
+    }
+    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), usize::try_from(agents).unwrap());
+}

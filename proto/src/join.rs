@@ -1,0 +1,395 @@
+//! How does an agent get an identity, and how does it keep it? Joining is one message each way on a connection of its own;
+//! renewal and the change of the tunnel CA are notices inside a session, the same on every transport.
+//!
+//! The framing of the join messages is `u32 length ‖ message`, as for heads; that of the notices is in [`crate::wire`]. What
+//! each end must do with them is in sections 8 and 9 of `docs/protocol.md`.
+
+use crate::mux::Role;
+use alloc::string::String;
+use alloc::vec;
+use alloc::vec::Vec;
+use bytes::Bytes;
+use core::fmt;
+use prost::Message;
+
+/// Largest [`JoinRequest`] or [`JoinAnswer`], in bytes: a token, a request for a certificate, and a cluster's key set.
+pub const JOIN_MAX_BYTES: usize = 64 * 1024;
+/// Most certificates of a chain or a bundle.
+pub const CERTIFICATES_MAX: usize = 16;
+/// The capability of an end that understands [`Notice`]s. To one that does not list it none is sent.
+pub const CAPABILITY_IDENTITY: &str = "identity/1";
+/// Longest text of a refusal, in bytes.
+pub const REFUSAL_TEXT_MAX: usize = 512;
+
+/// What an agent without a certificate asks for: one, for a key that it holds.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct JoinRequest {
+    /// Why it should get one.
+    #[prost(oneof = "Proof", tags = "1, 2, 7")]
+    pub proof: Option<Proof>,
+    /// A request for a certificate (PKCS #10, DER). Only its public key counts.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub csr: Bytes,
+    /// The sender's software version, for people.
+    #[prost(string, tag = "4")]
+    pub software: String,
+    /// As in the hello: the processes of one cluster are told apart by it.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub boot_id: Bytes,
+    /// Who issues the cluster's ServiceAccount tokens, as the agent knows it; put on record if a join token admits it.
+    #[prost(message, optional, tag = "6")]
+    pub issuer: Option<Issuer>,
+}
+
+/// The three ways to be let in.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Proof {
+    #[prost(message, tag = "1")]
+    Token(Token),
+    #[prost(message, tag = "2")]
+    ServiceAccount(ServiceAccount),
+    /// The certificate that the sender had, run out not too long ago; the CSR is signed by its key.
+    #[prost(message, tag = "7")]
+    Expired(Certificate),
+}
+
+/// A join token, whatever number of uses it has.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct Token {
+    #[prost(string, tag = "1")]
+    pub id: String,
+    /// 16 bytes.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub secret: Bytes,
+}
+
+/// A projected ServiceAccount token of a cluster whose issuer is on record.
+#[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
+pub struct ServiceAccount {
+    /// The cluster's name at the gateway.
+    #[prost(string, tag = "1")]
+    pub cluster: String,
+    /// The token, a JWT.
+    #[prost(string, tag = "2")]
+    pub token: String,
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token({:?}, ..)", self.id)
+    }
+}
+
+impl fmt::Debug for ServiceAccount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ServiceAccount({:?}, ..)", self.cluster)
+    }
+}
+
+/// Who issues a cluster's ServiceAccount tokens.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Issuer {
+    /// The `iss` of its tokens.
+    #[prost(string, tag = "1")]
+    pub issuer: String,
+    /// Its public keys: a JSON Web Key Set (RFC 7517).
+    #[prost(bytes = "bytes", tag = "2")]
+    pub jwks: Bytes,
+    /// The `sub` of this agent's own token: only that may come back by it, not every pod of the cluster.
+    #[prost(string, tag = "3")]
+    pub subject: String,
+}
+
+/// The answer to a [`JoinRequest`].
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct JoinAnswer {
+    #[prost(oneof = "Joined", tags = "1, 2")]
+    pub outcome: Option<Joined>,
+    /// Makes refusals equally long, so that their size tells nothing.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub padding: Bytes,
+}
+
+/// The two answers.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Joined {
+    #[prost(message, tag = "1")]
+    Admitted(Admitted),
+    #[prost(message, tag = "2")]
+    Refused(Refused),
+}
+
+/// An identity, and whom to believe from now on.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Admitted {
+    #[prost(message, required, tag = "1")]
+    pub certificate: Certificate,
+    /// The tunnel CA's roots, version and all.
+    #[prost(message, required, tag = "2")]
+    pub trust: Trust,
+    /// The cluster's name and uid at the gateway.
+    #[prost(string, tag = "3")]
+    pub cluster: String,
+    #[prost(string, tag = "4")]
+    pub cluster_uid: String,
+    #[prost(string, tag = "5")]
+    pub instance: String,
+    #[prost(string, tag = "6")]
+    pub trust_domain: String,
+}
+
+/// A certificate and what leads from it to its root.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Certificate {
+    /// DER, leaf first, at most [`CERTIFICATES_MAX`].
+    #[prost(bytes = "bytes", repeated, tag = "1")]
+    pub chain: Vec<Bytes>,
+}
+
+/// Why nothing was issued, for people: at most [`REFUSAL_TEXT_MAX`] bytes that say what to do.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Refused {
+    /// A number of [`RefusalCode`].
+    #[prost(enumeration = "RefusalCode", tag = "1")]
+    pub code: i32,
+    #[prost(string, tag = "2")]
+    pub text: String,
+    /// Milliseconds after which it makes sense to ask again; 0 = not without a change.
+    #[prost(uint32, tag = "3")]
+    pub retry_after_ms: u32,
+}
+
+/// Why nothing was issued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum RefusalCode {
+    /// A number that this version does not know.
+    Unknown = 0,
+    /// The proof does not count: unknown, used up, run out, of another cluster. HTTP would say 401.
+    Proof = 1,
+    /// The request for a certificate cannot be used (400).
+    Request = 2,
+    /// The cluster or the identity may not have one (403).
+    Denied = 3,
+    /// Too many attempts (429).
+    Limit = 4,
+    /// The gateway cannot decide at the moment (503).
+    Unavailable = 5,
+    /// The cluster's ServiceAccount issuer is not on record, or not with this key: join with a token.
+    NoIssuer = 6,
+}
+
+impl RefusalCode {
+    /// The value of a metric label, and the word in logs.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Proof => "proof",
+            Self::Request => "request",
+            Self::Denied => "denied",
+            Self::Limit => "limit",
+            Self::Unavailable => "unavailable",
+            Self::NoIssuer => "no_issuer",
+        }
+    }
+}
+
+impl JoinAnswer {
+    /// A refusal of exactly so many bytes, 140 of them at least beside its text.
+    #[must_use]
+    pub fn refused(refused: Refused, bytes: usize) -> Self {
+        let mut answer = Self { outcome: Some(Joined::Refused(refused)), ..Self::default() };
+        let missing = bytes.saturating_sub(answer.encoded_len());
+        // The tag takes a byte, and the length of the padding one or two.
+        answer.padding = vec![0; missing.saturating_sub(if missing <= 129 { 2 } else { 3 })].into();
+        answer
+    }
+}
+
+impl Refused {
+    /// A refusal whose text is cut to what a receiver accepts.
+    #[must_use]
+    pub fn new(code: RefusalCode, text: &str) -> Self {
+        let text = crate::wire::truncate(text, REFUSAL_TEXT_MAX);
+        Self { code: code.into(), text: text.into(), retry_after_ms: 0 }
+    }
+}
+
+/// What is said inside a session about identity. Each end asks one kind of question and has one unanswered at most.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Notice {
+    /// Agent: a new certificate, please.
+    Renew(Renew),
+    /// Gateway: here it is, or why not.
+    Renewed(Renewed),
+    /// Gateway: these are the tunnel CA's roots from now on.
+    Trust(Trust),
+    /// Agent: they are kept, or why not.
+    TrustAck(TrustAck),
+}
+
+/// Asks for a new certificate of the identity that the session has.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Renew {
+    /// As in [`JoinRequest::csr`].
+    #[prost(bytes = "bytes", tag = "1")]
+    pub csr: Bytes,
+    /// As in [`JoinRequest::issuer`]: put on record, so that a rotation of the cluster's keys is followed.
+    #[prost(message, optional, tag = "2")]
+    pub issuer: Option<Issuer>,
+}
+
+/// The answer to [`Renew`].
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Renewed {
+    #[prost(oneof = "Renewal", tags = "1, 2")]
+    pub outcome: Option<Renewal>,
+}
+
+/// The two answers.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Renewal {
+    #[prost(message, tag = "1")]
+    Certificate(Certificate),
+    #[prost(message, tag = "2")]
+    Refused(Refused),
+}
+
+/// The tunnel CA's roots.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Trust {
+    /// Names this set of roots: another set has another version.
+    #[prost(uint64, tag = "1")]
+    pub version: u64,
+    /// DER, at most [`CERTIFICATES_MAX`]. All of them are believed, and no others.
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    pub roots: Vec<Bytes>,
+}
+
+/// The answer to [`Trust`].
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct TrustAck {
+    /// Of the roots that this is about.
+    #[prost(uint64, tag = "1")]
+    pub version: u64,
+    /// Why they were not kept, for people; empty = they were.
+    #[prost(string, tag = "2")]
+    pub problem: String,
+}
+
+/// Why a notice was not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SayError {
+    /// The session is not ready yet.
+    NotReady,
+    /// The peer's hello does not list [`CAPABILITY_IDENTITY`].
+    Unsupported,
+    /// The last question has no answer yet.
+    Busy,
+    /// It is an answer, and nothing was asked; or this end never says that.
+    Unasked,
+    /// It does not fit a frame.
+    TooLarge,
+    /// The session has ended.
+    Closed,
+}
+
+impl fmt::Display for SayError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotReady => "the session is not ready yet",
+            Self::Unsupported => "the other end is too old for it",
+            Self::Busy => "the last question has no answer yet",
+            Self::Unasked => "nothing was asked",
+            Self::TooLarge => "it does not fit a frame",
+            Self::Closed => "the session has ended",
+        })
+    }
+}
+
+impl core::error::Error for SayError {}
+
+impl Notice {
+    /// Which end says it.
+    #[must_use]
+    pub const fn sender(&self) -> Role {
+        match self {
+            Self::Renew(_) | Self::TrustAck(_) => Role::Agent,
+            Self::Renewed(_) | Self::Trust(_) => Role::Gateway,
+        }
+    }
+
+    /// Whether it wants an answer.
+    #[must_use]
+    pub const fn is_question(&self) -> bool {
+        matches!(self, Self::Renew(_) | Self::Trust(_))
+    }
+
+    pub(crate) fn encode_to_vec(&self) -> Vec<u8> {
+        match self {
+            Self::Renew(message) => message.encode_to_vec(),
+            Self::Renewed(message) => message.encode_to_vec(),
+            Self::Trust(message) => message.encode_to_vec(),
+            Self::TrustAck(message) => message.encode_to_vec(),
+        }
+    }
+
+    pub(crate) fn encoded_len(&self) -> usize {
+        match self {
+            Self::Renew(message) => message.encoded_len(),
+            Self::Renewed(message) => message.encoded_len(),
+            Self::Trust(message) => message.encoded_len(),
+            Self::TrustAck(message) => message.encoded_len(),
+        }
+    }
+
+    /// Certificates in it; more than [`CERTIFICATES_MAX`] are a violation.
+    pub(crate) fn certificates(&self) -> usize {
+        match self {
+            Self::Renew(_) | Self::TrustAck(_) => 0,
+            Self::Renewed(Renewed { outcome: Some(Renewal::Certificate(certificate)) }) => {
+                certificate.chain.len()
+            }
+            Self::Renewed(_) => 0,
+            Self::Trust(trust) => trust.roots.len(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A secret stands in no debug output.
+    #[test]
+    fn debug_hides_secrets() {
+        let token = Token { id: "abc".to_owned(), secret: Bytes::from_static(b"canary-of-16-byt") };
+        let account = ServiceAccount { cluster: "prod".to_owned(), token: "canary.a.b".to_owned() };
+        for proof in [Proof::Token(token), Proof::ServiceAccount(account)] {
+            let request = JoinRequest { proof: Some(proof), ..JoinRequest::default() };
+            let shown = alloc::format!("{request:?}");
+            assert!(!shown.contains("canary") && !shown.contains("99, 97, 110"), "{shown}");
+        }
+    }
+
+    /// Whatever the text, one length; around the place where the length of the padding takes one byte more, too.
+    #[test]
+    fn refusals_are_padded() {
+        for len in 0..=REFUSAL_TEXT_MAX {
+            let refused = Refused::new(RefusalCode::Proof, &"x".repeat(len));
+            let bytes = JoinAnswer::refused(refused, 640).encoded_len();
+            // 130 bytes of room cannot be filled exactly: one byte too much for a short length, too little for a long one.
+            assert!((639..=640).contains(&bytes), "{len}: {bytes}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_fits_what_a_receiver_accepts() {
+        let refused = Refused::new(RefusalCode::Proof, &"é".repeat(REFUSAL_TEXT_MAX));
+        assert_eq!(refused.text.len(), REFUSAL_TEXT_MAX);
+        assert_eq!(RefusalCode::try_from(refused.code), Ok(RefusalCode::Proof));
+    }
+}
