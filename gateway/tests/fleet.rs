@@ -1,0 +1,144 @@
+//! Goal: with a state directory beside a configuration everything configured works as before, and whatever counts no more
+//! ends at once, however much of it is running. R-ID-9.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
+
+mod common;
+
+use common::{Agent, Client, TOKEN, World, full};
+use http_body_util::BodyExt as _;
+use std::time::{Duration, Instant};
+use tokio::io::AsyncReadExt as _;
+use towline_certs::CertificateFacts;
+use towline_gateway::fleet::{AccessToken, Fleet, Meta, Revoked, Time, hex, new_uid};
+use towline_proto::open::BodyKind;
+
+async fn world() -> World {
+    // Beside the certificates, in the directory that the world removes.
+    World::with(|config| {
+        let front = config.tls.front.as_ref().unwrap();
+        config.state_directory = Some(front.certificate.with_file_name("state"));
+    })
+    .await
+}
+
+fn meta() -> Meta {
+    let (labels, annotations) = Default::default();
+    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels, annotations }
+}
+
+async fn give_token(fleet: &Fleet, user: &str, token: &str) {
+    let sha256 = hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, token.as_bytes()).as_ref());
+    let groups = vec!["ops".to_owned()];
+    let token = AccessToken { meta: meta(), sha256, user: user.to_owned(), groups, expires: None };
+    fleet.put(user, &token, None).await.unwrap();
+}
+
+async fn revoke_user(fleet: &Fleet, name: &str) {
+    let issued_before = Time::now().after(Duration::from_secs(1));
+    fleet.revoke(&Revoked::User { name: name.to_owned(), issued_before }, &meta()).await.unwrap();
+}
+
+/// Opens a watch that never ends, and gives back its body.
+async fn watch(client: &mut Client, agent: &Agent, token: &str) -> (hyper::body::Incoming, common::Exchange) {
+    let bearer = format!("Bearer {token}");
+    let headers = [("authorization", bearer.as_str())];
+    let server = async {
+        let mut exchange = agent.next().await;
+        exchange.head(200, &[("content-type", "application/json")], BodyKind::STREAM).await;
+        exchange
+    };
+    let path = "/clusters/prod/api/v1/pods?watch=1";
+    let (answer, exchange) = tokio::join!(client.ask("GET", path, &headers, full("")), server);
+    assert_eq!(answer.status(), 200);
+    (answer.into_body(), exchange)
+}
+
+/// A hundred watches and an exec of one user end within a second of the user's revocation; somebody else's goes on.
+#[tokio::test]
+async fn a_revoked_user_has_nothing_running() {
+    let world = world().await;
+    let fleet = world.gateway.fleet().unwrap();
+    give_token(fleet, "jane", "tlat_jane").await;
+    let agent = world.agent("prod").await;
+    let (mut jane, mut argo) = (world.h2(None).await, world.h2(None).await);
+    let mut running = Vec::new();
+    for _ in 0..100 {
+        running.push(watch(&mut jane, &agent, "tlat_jane").await);
+    }
+    let (mut other, mut kept) = watch(&mut argo, &agent, TOKEN).await;
+    // An exec, after its 101.
+    let mut raw = world.h1(None).await;
+    let path = "/clusters/prod/api/v1/namespaces/x/pods/y/exec?command=sh";
+    let headers = [("authorization", "Bearer tlat_jane"), ("connection", "Upgrade"), ("upgrade", "SPDY/3.1")];
+    let server = async {
+        let mut exchange = agent.next().await;
+        exchange.head(101, &[("upgrade", "SPDY/3.1")], BodyKind::NONE).await;
+        exchange
+    };
+    let (answer, exec) = tokio::join!(raw.ask("GET", path, &headers, full("")), server);
+    assert_eq!(answer.status(), 101);
+    let mut upgraded = hyper_util::rt::TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
+
+    let revoked = Instant::now();
+    revoke_user(fleet, "jane").await;
+    let ends = async {
+        for (mut body, _exchange) in running {
+            assert!(body.frame().await.unwrap().is_err(), "it breaks off, it does not end");
+        }
+        let mut rest = Vec::new();
+        drop(upgraded.read_to_end(&mut rest).await);
+    };
+    tokio::time::timeout(Duration::from_secs(1), ends).await.expect("everything ends within a second");
+    assert!(revoked.elapsed() < Duration::from_secs(1), "{:?}", revoked.elapsed());
+    drop(exec);
+    assert_eq!(jane.get_as("/clusters/prod/api", "tlat_jane").await.status(), 401);
+    kept.write("{}\n").await;
+    assert_eq!(other.frame().await.unwrap().unwrap().into_data().unwrap(), "{}\n");
+    world.gateway.shutdown().await;
+}
+
+/// The agent of a configured cluster is admitted as ever, and cut off when its certificate is revoked.
+#[tokio::test]
+async fn a_revoked_certificate_is_nobody_also_of_a_configured_cluster() {
+    let world = world().await;
+    let agent = world.agent("prod").await;
+    let serial = CertificateFacts::of(world.credential("agent-prod").leaf()).unwrap().serial;
+    let fleet = world.gateway.fleet().unwrap();
+    let asked = Instant::now();
+    fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
+    agent.session.wait_for(|state| state.closed.is_some()).await;
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    let again = Agent::connect(&world, "prod", [8; 16]).await;
+    let refused =
+        tokio::time::timeout(Duration::from_secs(5), again.session.wait_for(|s| s.closed.is_some()));
+    refused.await.expect("it is refused");
+    assert_eq!(world.gateway.connected("prod"), 0);
+    // So is a client's.
+    let strict = world.agent("strict").await;
+    let jane = CertificateFacts::of(world.credential("client-jane").leaf()).unwrap().serial;
+    let mut client = world.h1(Some("jane")).await;
+    let headers = [("authorization", "Bearer of-the-cluster")];
+    let server = async { strict.next().await.answer(200, &[], "ok").await };
+    let (answer, ()) = tokio::join!(client.ask("GET", "/clusters/strict/api", &headers, full("")), server);
+    assert_eq!(answer.status(), 200);
+    drop(answer.into_body().collect().await);
+    fleet.revoke(&Revoked::Certificate { serial: jane }, &meta()).await.unwrap();
+    assert_eq!(client.ask("GET", "/clusters/strict/api", &headers, full("")).await.status(), 401);
+    world.gateway.shutdown().await;
+}
+
+/// A second gateway on the same directory does not start, and says who is in the way. ST-04.
+#[tokio::test]
+async fn two_gateways_do_not_share_a_state_directory() {
+    let state = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = common::config(directory.path());
+    config.state_directory = Some(state.path().to_owned());
+    let first = towline_gateway::Gateway::start(config.clone()).await.unwrap();
+    let error = towline_gateway::Gateway::start(config.clone()).await.unwrap_err().to_string();
+    assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+    first.shutdown().await;
+    drop(first);
+    towline_gateway::Gateway::start(config).await.unwrap().shutdown().await;
+}
