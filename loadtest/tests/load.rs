@@ -153,13 +153,26 @@ fn what_lasts() {
     let directory = tempfile::tempdir().unwrap();
     let record = run(directory.path(), "live", &[("watchers: 200", "watchers: 20")]);
     plausible(&record.profiles[0], &["towline-tcp", "towline-quic"]);
-    let changes = [
-        ("name: streams-10000", "name: streams-50"),
-        ("open: 10000", "open: 50"),
-        ("open: 1000", "open: 40"),
-    ];
+    let changes =
+        [("name: streams-9500", "name: streams-50"), ("open: 9500", "open: 50"), ("open: 1000", "open: 40")];
     let record = run(directory.path(), "growth", &changes);
     plausible(&record.profiles[0], &["towline-tcp", "towline-quic"]);
+}
+
+/// Goal: bulk goes on beside readers that have stopped, on both transports.
+#[test]
+fn a_crowd_that_stalls() {
+    let directory = tempfile::tempdir().unwrap();
+    let changes = [
+        ("stalled: 1000", "stalled: 60"),
+        ("streams: 900", "streams: 40"),
+        ("stalled: 100}", "stalled: 20}"),
+    ];
+    let record = run(directory.path(), "stalled", &changes);
+    plausible(&record.profiles[0], &["towline-tcp", "towline-quic"]);
+    for row in &record.profiles[0].results {
+        assert_eq!(row.spread(Metric::Errors).unwrap().max, 0.0, "{} on {}", row.scenario, row.arm);
+    }
 }
 
 /// Goal: simulated agents connect, rest, come back after a storm, and churn.

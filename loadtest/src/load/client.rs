@@ -18,7 +18,7 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -26,6 +26,8 @@ use tokio_rustls::client::TlsStream;
 const SMALL_BUFFER: usize = 16 * 1024;
 /// Buffer of a connection for bulk: larger ones are no faster.
 pub(super) const BULK_BUFFER: usize = 256 * 1024;
+/// Kernel buffer of a connection whose reader stops.
+const STALLED_BUFFER: u32 = 32 * 1024;
 /// Largest head of an answer.
 const HEAD_MAX: usize = 16 * 1024;
 
@@ -61,8 +63,12 @@ impl Target {
     }
 
     async fn open(&self, alpn: &[u8]) -> anyhow::Result<Io> {
-        let tcp =
-            TcpStream::connect(self.address).await.with_context(|| format!("connect to {}", self.address))?;
+        let tcp = TcpStream::connect(self.address).await;
+        self.start(tcp.with_context(|| format!("connect to {}", self.address))?, alpn).await
+    }
+
+    /// What every new connection needs.
+    async fn start(&self, tcp: TcpStream, alpn: &[u8]) -> anyhow::Result<Io> {
         tcp.set_nodelay(true)?;
         let Some(tls) = &self.tls else { return Ok(Io::Plain(tcp)) };
         let tls = if tls.alpn_protocols == [alpn] {
@@ -91,6 +97,19 @@ impl Target {
     /// As [`Self::connect`].
     pub async fn connect_bulk(&self) -> anyhow::Result<Connection> {
         Ok(Connection::new(self.open(b"http/1.1").await?, BULK_BUFFER))
+    }
+
+    /// A connection whose reader is going to stop. Its kernel buffer stays small: by default a thousand of them would take in
+    /// gigabytes before anything stalls, and bring the whole machine's TCP under memory pressure.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_stalling(&self) -> anyhow::Result<Connection> {
+        let socket = if self.address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_recv_buffer_size(STALLED_BUFFER)?;
+        let tcp = socket.connect(self.address).await;
+        let tcp = tcp.with_context(|| format!("connect to {}", self.address))?;
+        Ok(Connection::new(self.start(tcp, b"http/1.1").await?, SMALL_BUFFER))
     }
 
     /// An HTTP/2 connection, run by a task of the current `LocalSet` that ends with its last handle.

@@ -413,7 +413,10 @@ impl Load<'_> {
             let target = target.clone();
             async move {
                 let _opening = opening.acquire().await?;
-                let mut connection = target.connect_bulk().await?;
+                let stalls = pace == Some(0.0);
+                let connection =
+                    if stalls { target.connect_stalling().await } else { target.connect_bulk().await };
+                let mut connection = connection?;
                 drop(_opening);
                 match direction {
                     Direction::Down => download(&target, &mut connection, &stats, pace).await,

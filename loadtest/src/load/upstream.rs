@@ -17,6 +17,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
@@ -61,7 +62,7 @@ pub async fn run(plain: SocketAddr, tls: SocketAddr, certificates: &Path) -> any
         tokio::select! {
             accepted = plain.accept() => match accepted {
                 Ok((socket, _)) => {
-                    drop(socket.set_nodelay(true));
+                    drop(tune(&socket));
                     let sunk = Arc::clone(&sunk);
                     tasks.spawn(async move { drop(serve(socket, &sunk).await) });
                 }
@@ -75,8 +76,16 @@ pub async fn run(plain: SocketAddr, tls: SocketAddr, certificates: &Path) -> any
     }
 }
 
+/// What may wait in the kernel unsent, for each of perhaps a thousand readers that have stopped.
+const UNSENT_MAX: u32 = 256 * 1024;
+
+fn tune(socket: &TcpStream) -> io::Result<()> {
+    socket.set_nodelay(true)?;
+    SockRef::from(socket).set_tcp_notsent_lowat(UNSENT_MAX)
+}
+
 async fn serve_tls(acceptor: TlsAcceptor, socket: TcpStream, sunk: Arc<AtomicU64>) {
-    drop(socket.set_nodelay(true));
+    drop(tune(&socket));
     if let Ok(socket) = acceptor.accept(socket).await {
         drop(serve(socket, &sunk).await);
     }
