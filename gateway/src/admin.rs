@@ -3,8 +3,10 @@
 //! Ready means: this process can serve. It accepts, its own TLS handshake succeeds, and it is not about to stop. Agents do
 //! not matter: a fleet that is away is no reason to restart its gateway.
 
+use crate::config::Cluster;
 use crate::metrics::{Metrics, Surface, TlCode};
 use crate::state::Shared;
+use crate::trust::TrustState;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
@@ -97,12 +99,12 @@ impl Admin {
             return text(StatusCode::FORBIDDEN, why);
         }
         let path = request.uri().path();
-        let known = matches!(path, "/livez" | "/healthz" | "/readyz" | "/metrics")
+        let known = matches!(path, "/livez" | "/healthz" | "/readyz" | "/metrics" | "/tunnel-ca")
             || path.strip_prefix("/readyz/").is_some();
         if !known {
             return text(
                 StatusCode::NOT_FOUND,
-                "not found; there are /livez, /readyz, /healthz and /metrics\n",
+                "not found; there are /livez, /readyz, /healthz, /metrics and /tunnel-ca\n",
             );
         }
         if request.method() != Method::GET {
@@ -114,6 +116,7 @@ impl Admin {
         match path {
             "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
             "/metrics" => self.metrics(),
+            "/tunnel-ca" => text(StatusCode::OK, self.tunnel_ca()),
             "/readyz" => self.ready(request.uri().query().unwrap_or_default()).await,
             path => self.ready_one(path.trim_start_matches("/readyz/")).await,
         }
@@ -129,6 +132,27 @@ impl Admin {
         let mut response = text(StatusCode::OK, shared.metrics.render());
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(Metrics::MEDIA_TYPE));
         response
+    }
+
+    /// A line for each cluster: whether its agents have acknowledged the tunnel CA's roots as they are now.
+    fn tunnel_ca(&self) -> String {
+        let shared = &self.shared;
+        let live = shared.live();
+        let line = |cluster: &Arc<Cluster>| {
+            let TrustState { current, pending, problem } =
+                shared.trust.state(&cluster.uid, live.trust.version);
+            let problem = problem.map_or_else(String::new, |problem| format!(": {problem}"));
+            let state = match (current, pending) {
+                (0, 0) => "not connected",
+                (_, 0) => "current",
+                _ => "pending",
+            };
+            format!("{} {state} ({current} of {} sessions){problem}\n", cluster.name, current + pending)
+        };
+        let mut lines: Vec<String> = shared.clusters(&live).iter().map(line).collect();
+        lines.sort();
+        lines.insert(0, format!("{} roots are believed\n", live.trust.roots.len()));
+        lines.concat()
     }
 
     async fn ready(&self, query: &str) -> Response<Full<Bytes>> {

@@ -553,6 +553,16 @@ async fn a_pod_comes_back_by_its_clusters_word() {
     assert!(back.is_ok(), "{back:?}");
 }
 
+/// What the operator sees on the private port.
+async fn shown(world: &World) -> String {
+    let mut socket = TcpStream::connect(world.gateway.admin_addr()).await.unwrap();
+    let request = "GET /tunnel-ca HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).await.unwrap();
+    text
+}
+
 /// A change of CA, step by step and back, with a session that stands: announced, acknowledged and seen; the session goes on
 /// through all of it, and an agent that was away for all of it still recognises the gateway.
 #[tokio::test]
@@ -583,9 +593,11 @@ async fn a_change_of_ca_cuts_nothing() {
 
     take(Step::TrustNew).await;
     assert_eq!((world.gateway.trust("east").pending, world.gateway.tunnel_pins().len()), (1, 2));
+    assert!(shown(&world).await.contains("2 roots are believed\neast pending (0 of 1 sessions)\n"));
     let both = agent.trust().await;
     assert_eq!(both.roots.len(), 2);
     current().await;
+    assert!(shown(&world).await.contains("east current (1 of 1 sessions)\n"));
     let renewed = agent.renew(&mine).await.unwrap();
     assert_eq!(renewed.chain[1], admitted.certificate.chain[1], "the old CA still issues");
 
