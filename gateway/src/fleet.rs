@@ -416,6 +416,8 @@ impl Fleet {
                         let (cluster, revision) = view.cluster_at(name).ok_or(WriteError::NotFound)?;
                         let mut next = Cluster::clone(cluster);
                         next.admission += 1;
+                        // The issuer was an agent's word, and would let in whoever it vouches for.
+                        next.issuer = None;
                         uid.clone_from(&next.meta.uid);
                         *admission = next.admission;
                         transaction =
@@ -557,13 +559,15 @@ impl Fleet {
         .await
     }
 
-    /// Puts on record who issues a cluster's ServiceAccount tokens.
+    /// Puts on record who issues a cluster's ServiceAccount tokens, as one of its agents says. One that has been revoked
+    /// since must not: what it says would let it back in.
     ///
     /// # Errors
-    /// The cluster is not registered, or the store does not answer.
+    /// The cluster or the agent is not on record any more, or the store does not answer.
     pub async fn record_issuer(
         &self,
         cluster_uid: &ClusterUid,
+        agent: &InstanceId,
         issuer: &str,
         jwks: &Value,
     ) -> Result<(), WriteError> {
@@ -572,6 +576,10 @@ impl Fleet {
                 let view = self.read();
                 let route = view.route_of(cluster_uid).ok_or(WriteError::NotFound)?;
                 let (cluster, revision) = view.cluster_at(route.name.as_str()).ok_or(WriteError::NotFound)?;
+                view.instance(agent.as_str())
+                    .filter(|agent| agent.cluster_uid == cluster.meta.uid)
+                    .filter(|agent| agent.admission == cluster.admission)
+                    .ok_or(WriteError::NotFound)?;
                 let same = |known: &TokenIssuer| known.issuer == issuer && known.jwks == *jwks;
                 if cluster.issuer.as_ref().is_some_and(same) {
                     return Ok(());
@@ -655,7 +663,7 @@ impl Revoked {
 }
 
 /// What becomes of a record when a backup is restored: join tokens are void, and every cluster's agents have to join anew,
-/// unless they are to be kept: who was revoked since the backup was made is not in it.
+/// with a new token, unless they are to be kept: who was revoked since the backup was made is not in it.
 ///
 /// # Errors
 /// The record cannot be read.
@@ -666,6 +674,9 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
         Kind::JoinToken => return Ok(None),
         Kind::Cluster | Kind::Instance if record.key.kind == Kind::Cluster || keep_agents => {
             data["admission"] = Value::from(data["admission"].as_u64().unwrap_or_default() + 1);
+            if !keep_agents && let Some(cluster) = data.as_object_mut() {
+                cluster.remove("issuer");
+            }
         }
         _ => {}
     }
