@@ -260,6 +260,10 @@ impl Fleet {
     /// Why not.
     pub fn admits(&self, identity: &AgentIdentity, serial: &str) -> Result<(), NotAdmitted> {
         let view = self.read();
+        // First: of what a revoked certificate took along it is the better reason.
+        if view.is_revoked(serial) {
+            return Err(NotAdmitted::Revoked);
+        }
         let cluster = view.cluster_of(identity.cluster.as_str()).ok_or(NotAdmitted::UnknownCluster)?;
         let instance = view
             .instance(identity.instance.as_str())
@@ -268,7 +272,7 @@ impl Fleet {
         if instance.admission != cluster.admission {
             return Err(NotAdmitted::Superseded);
         }
-        if view.is_revoked(serial) { Err(NotAdmitted::Revoked) } else { Ok(()) }
+        Ok(())
     }
 
     /// Whose token has this hash, if it is valid.
@@ -397,6 +401,8 @@ impl Fleet {
 
     /// Takes away what let somebody in. Live sessions and requests end within a second. Returns the record's name.
     ///
+    /// An agent's certificate takes the agent along: whoever has its key could have renewed it, and come back by it.
+    ///
     /// # Errors
     /// Why nothing was revoked.
     pub async fn revoke(&self, what: &Revoked, meta: &Meta) -> Result<(String, u64), WriteError> {
@@ -405,7 +411,11 @@ impl Fleet {
             {
                 let view = self.read();
                 match &mut what {
-                    Revoked::Certificate { .. } => {}
+                    Revoked::Certificate { serial } => {
+                        if let Some((holder, revision)) = view.holder_of(serial) {
+                            transaction = transaction.unchanged(holder.clone(), revision).delete(holder);
+                        }
+                    }
                     Revoked::User { name, issued_before } => {
                         // A later moment covers an earlier one.
                         if let Some(known) = view.user_revoked_before(name) {

@@ -441,6 +441,30 @@ async fn a_renewal_moves_the_end_of_the_session() {
     assert!(reason.contains("expired"), "{reason}");
 }
 
+/// R-ID-9: revoking any certificate of an agent ends its session, which began with another one, and leaves nothing to come
+/// back by: neither the renewed certificate, nor the one that has run out, nor the same key with the token that it used.
+#[tokio::test]
+async fn a_revoked_certificate_takes_the_agent_along() {
+    let world = world().await;
+    let uid = register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let mine = key();
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    let renewed = agent.renew(&mine).await.unwrap();
+    let serial = CertificateFacts::of(&der(&renewed)[0]).unwrap().serial;
+    let fleet = world.gateway.fleet().unwrap();
+    fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
+    agent.closed(Duration::from_secs(1)).await;
+    assert_eq!(fleet.instances(&uid).len(), 0);
+    for certificate in [&admitted.certificate, &renewed] {
+        assert!(Agent::show(&world, certificate, &admitted.trust, &mine, 2).await.is_err());
+        let proof = Proof::Expired(certificate.clone());
+        assert_eq!(code(&ask(&world, &request(proof, &mine)).await.unwrap_err()), RefusalCode::Proof);
+    }
+    assert!(join(&world, &token, &mine).await.is_err(), "the use of the token is spent");
+}
+
 /// The documented way back for an agent that was offline past the end of its certificate.
 #[tokio::test]
 async fn an_expired_certificate_leads_back_by_its_key() {

@@ -294,6 +294,16 @@ impl View {
         names.filter_map(|name| Some((Arc::clone(name), Arc::clone(self.instance(name)?)))).collect()
     }
 
+    /// The agent that has the certificate of this serial number, and its revision.
+    pub(super) fn holder_of(&self, serial: &str) -> Option<(Key, u64)> {
+        let mut instances = self.objects.get(&Kind::Instance)?.iter();
+        let (name, shown) = instances.find(|(_, shown)| {
+            let Object::Instance(instance) = &shown.object else { return false };
+            instance.certificates.iter().any(|known| known.serial == serial)
+        })?;
+        Some((Key { kind: Kind::Instance, name: Arc::clone(name) }, shown.revision))
+    }
+
     pub(super) fn token(&self, hash: &Hash, now: Time) -> Option<Arc<Principal>> {
         let (name, principal) = self.tokens.get(hash)?;
         let Object::AccessToken(token) = &self.shown(Kind::AccessToken, name)?.object else { return None };
