@@ -5,11 +5,16 @@
 
 mod common;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use common::{Agent, Client, TOKEN, World, full};
 use http_body_util::BodyExt as _;
+use http_body_util::channel::Channel;
+use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt as _;
-use towline_certs::CertificateFacts;
+use towline_certs::{AgentKey, CertificateFacts};
 use towline_gateway::fleet::{AccessToken, Fleet, Meta, Revoked, Time, hex, new_uid};
 use towline_proto::open::BodyKind;
 
@@ -95,6 +100,54 @@ async fn a_revoked_user_has_nothing_running() {
     assert_eq!(jane.get_as("/clusters/prod/api", "tlat_jane").await.status(), 401);
     kept.write("{}\n").await;
     assert_eq!(other.frame().await.unwrap().unwrap().into_data().unwrap(), "{}\n");
+    world.gateway.shutdown().await;
+}
+
+const REQUESTS: &str = "/apis/towline.io/v1alpha1/credentialrequests";
+
+/// A request for a certificate that lives for as long as one may.
+fn certificate_request() -> String {
+    let csr = STANDARD.encode(AgentKey::generate().unwrap().csr_der().unwrap());
+    let pem = format!("-----BEGIN CERTIFICATE REQUEST-----\n{csr}\n-----END CERTIFICATE REQUEST-----\n");
+    let spec = json!({ "request": STANDARD.encode(pem), "expirationSeconds": 86_400 });
+    let kind = "CredentialRequest";
+    json!({ "kind": kind, "apiVersion": "towline.io/v1alpha1", "spec": spec }).to_string()
+}
+
+/// A revoked caller gets no certificate by a request that was under way: one whose body does not come ends, and one whose body
+/// comes at the moment of the revocation is judged after it.
+#[tokio::test]
+async fn a_revoked_caller_is_not_answered_by_the_api() {
+    let world = world().await;
+    let fleet = world.gateway.fleet().unwrap();
+    for round in 0..20 {
+        let (user, token) = (format!("jane-{round}"), format!("tlat_jane-{round}"));
+        give_token(fleet, &user, &token).await;
+        let mut client = world.h2(None).await;
+        let (mut upload, body) = Channel::<Bytes, std::io::Error>::new(1);
+        let bearer = format!("Bearer {token}");
+        let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+        let request = client.request("POST", REQUESTS, &headers, body.boxed());
+        let whole = certificate_request();
+        let (begin, rest) = whole.split_at(20);
+        let revoke = async {
+            upload.send_data(Bytes::copy_from_slice(begin.as_bytes())).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            revoke_user(fleet, &user).await;
+            if round % 2 == 0 {
+                // It may have been refused already.
+                drop(upload.send_data(Bytes::copy_from_slice(rest.as_bytes())).await);
+                drop(upload);
+                return None;
+            }
+            Some(upload)
+        };
+        let both = async { tokio::join!(client.send(request), revoke) };
+        let (answer, _upload) = tokio::time::timeout(Duration::from_secs(2), both).await.expect("it ends");
+        let answer = answer.unwrap();
+        assert_eq!(answer.status(), 401, "round {round}");
+        assert!(answer.headers().contains_key("www-authenticate"));
+    }
     world.gateway.shutdown().await;
 }
 
