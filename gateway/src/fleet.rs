@@ -281,6 +281,12 @@ impl Fleet {
         self.read().token(hash, Time::now())
     }
 
+    /// When the token of this hash runs out, if it does.
+    #[must_use]
+    pub fn token_expires(&self, hash: &Hash) -> Option<Time> {
+        self.read().access_token(hash)?.expires
+    }
+
     /// The rules on record.
     #[must_use]
     pub fn rules(&self) -> Arc<AccessRules> {

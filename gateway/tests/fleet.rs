@@ -11,11 +11,13 @@ use bytes::Bytes;
 use common::{Agent, Client, TOKEN, World, full};
 use http_body_util::BodyExt as _;
 use http_body_util::channel::Channel;
+use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt as _;
-use towline_certs::{AgentKey, CertificateFacts};
-use towline_gateway::fleet::{AccessToken, Fleet, Meta, Revoked, Time, hex, new_uid};
+use towline_certs::{AgentKey, CertificateDer, CertificateFacts};
+use towline_gateway::fleet::{AccessToken, Fleet, Meta, Object, Revoked, Time, hex, new_uid};
+use towline_gateway::store::Kind;
 use towline_proto::open::BodyKind;
 
 async fn world() -> World {
@@ -147,6 +149,42 @@ async fn a_revoked_caller_is_not_answered_by_the_api() {
         let answer = answer.unwrap();
         assert_eq!(answer.status(), 401, "round {round}");
         assert!(answer.headers().contains_key("www-authenticate"));
+    }
+    world.gateway.shutdown().await;
+}
+
+/// A certificate ends with what it was asked for with, however long it was to live: a token that runs out, or a certificate.
+#[tokio::test]
+async fn no_certificate_outlives_what_asked_for_it() {
+    let world = world().await;
+    let fleet = world.gateway.fleet().unwrap();
+    give_token(fleet, "joe", "tlat_joe").await;
+    let shown = fleet.object(Kind::AccessToken, "joe").unwrap();
+    let Object::AccessToken(token) = &shown.object else { panic!("{shown:?}") };
+    let soon = Time::now().after(Duration::from_secs(100));
+    let next = AccessToken { expires: Some(soon), ..AccessToken::clone(token) };
+    fleet.put("joe", &next, Some(shown.revision)).await.unwrap();
+    give_token(fleet, "ever", "tlat_ever").await;
+    let jane = CertificateFacts::of(world.credential("client-jane").leaf()).unwrap().not_after;
+    let day = Time::now().after(Duration::from_secs(86_400 - 5));
+    for (certificate, token, end) in
+        [(None, "tlat_joe", Some(soon)), (Some("jane"), "none", Some(jane.into())), (None, "tlat_ever", None)]
+    {
+        let mut client = world.h1(certificate).await;
+        let bearer = format!("Bearer {token}");
+        let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+        let answer = client.ask("POST", REQUESTS, &headers, full(certificate_request())).await;
+        assert_eq!(answer.status(), 201);
+        let answer: Value = serde_json::from_str(&common::text(answer).await).unwrap();
+        let expires = Time::parse(answer["status"]["expires"].as_str().unwrap()).unwrap();
+        match end {
+            // To the second, and one that passed meanwhile.
+            Some(end) => assert!(expires <= end && end.since(expires) < Duration::from_secs(3), "{expires}"),
+            None => assert!(expires >= day, "{expires}"),
+        }
+        let chain = STANDARD.decode(answer["status"]["certificate"].as_str().unwrap()).unwrap();
+        let leaf = CertificateDer::from_pem_slice(&chain).unwrap();
+        assert_eq!(Time::from(CertificateFacts::of(&leaf).unwrap().not_after), expires);
     }
     world.gateway.shutdown().await;
 }
