@@ -5,11 +5,15 @@
 mod common;
 
 use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _,
+};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
 use common::World;
+use rustls::pki_types::PrivatePkcs8KeyDer;
+use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -644,6 +648,61 @@ async fn a_change_of_ca_cuts_nothing() {
     let Some(Joined::Admitted(back)) = answer.outcome else { panic!("{answer:?}") };
     assert_eq!((back.instance.as_str(), back.trust.roots.len()), (offline.instance.as_str(), 1));
     Agent::connect(&world, &back, &away, 2).await.unwrap();
+}
+
+/// What `certificate` says, of another key, signed by the CA's: the serial number is a copy.
+fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certificate {
+    // id-ecPublicKey's prime256v1, and a bit string that begins with an uncompressed point.
+    const POINT: &[u8] = b"\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x42\x00\x04";
+    let point_of = |der: &[u8]| der.windows(POINT.len()).position(|at| at == POINT).unwrap() + POINT.len();
+    let header = |der: &[u8]| if der[1] < 0x80 { 2 } else { 2 + usize::from(der[1] & 0x7f) };
+    let length = |der: &[u8]| match header(der) {
+        2 => 2 + usize::from(der[1]),
+        at => at + der[2..at].iter().fold(0, |length, byte| length << 8 | usize::from(*byte)),
+    };
+    let (leaf, csr) = (&certificate.chain[0], key.csr_der().unwrap());
+    let body = &leaf[header(leaf)..];
+    let (tbs, rest) = body.split_at(length(body));
+    let (mut tbs, algorithm) = (tbs.to_vec(), &rest[..length(rest)]);
+    let (to, from) = (point_of(&tbs), point_of(&csr));
+    tbs[to..to + 64].copy_from_slice(&csr[from..from + 64]);
+    let ca = PrivatePkcs8KeyDer::from_pem_slice(ca_key).unwrap();
+    let ca = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, ca.secret_pkcs8_der()).unwrap();
+    let signature = ca.sign(&SystemRandom::new(), &tbs).unwrap();
+    let signature =
+        [&[3, u8::try_from(signature.as_ref().len() + 1).unwrap(), 0], signature.as_ref()].concat();
+    let body = [&tbs, algorithm, &signature].concat();
+    let length = u16::try_from(body.len()).unwrap().to_be_bytes();
+    let leaf = [&[0x30, 0x82], &length[..], &body].concat().into();
+    Certificate { chain: vec![leaf, certificate.chain[1].clone()] }
+}
+
+/// A session whose certificate somebody made with the old CA's key ends with that CA, also if it bears an agent's serial number;
+/// one whose certificate is on record goes on, as `a_change_of_ca_cuts_nothing` shows.
+#[tokio::test]
+async fn a_copied_serial_does_not_outlive_its_ca() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let (state, mine, thief) = (world.path("state"), key(), key());
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let stolen = std::fs::read(state.join(rotation::KEY)).unwrap();
+    let forged = forged(&admitted.certificate, &thief, &stolen);
+    let take = async |step| {
+        rotation::step(&state, step, SystemTime::now()).unwrap();
+        world.gateway.reload().await.unwrap();
+    };
+    take(Step::TrustNew).await;
+    take(Step::IssueNew).await;
+    let session = Agent::show(&world, &forged, &admitted.trust, &thief, 1).await.unwrap();
+    // So that the agent whose serial number it is has a newer certificate.
+    let proof = Proof::Expired(admitted.certificate.clone());
+    ask(&world, &request(proof, &mine)).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(session.session.is_open(), "both CAs are believed");
+    take(Step::DropOld).await;
+    let reason = session.closed(Duration::from_secs(1)).await.to_string();
+    assert!(reason.contains("counts no more"), "{reason}");
 }
 
 /// Without a state directory nobody joins, and is told why.
