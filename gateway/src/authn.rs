@@ -195,8 +195,11 @@ pub struct Known<'a> {
 }
 
 impl Known<'_> {
+    /// The file does not say when its tokens were issued: to be safe, before any revocation of their user.
     fn owner(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
-        self.tokens.find(hash).or_else(|| self.fleet?.token(hash))
+        let revoked = |user: &str| self.fleet.is_some_and(|fleet| fleet.has_revocation(user));
+        let in_file = self.tokens.find(hash).filter(|owner| !revoked(&owner.name));
+        in_file.or_else(|| self.fleet?.token(hash))
     }
 
     /// Whether a credential that was believed once still is.

@@ -300,6 +300,12 @@ impl Fleet {
         view.is_revoked(serial) || view.is_user_revoked(user, issued)
     }
 
+    /// Whether anything that this user was let in by was ever revoked.
+    #[must_use]
+    pub fn has_revocation(&self, user: &str) -> bool {
+        self.read().user_revoked_before(user).is_some()
+    }
+
     /// Changes when somebody may have lost what let them in: subscribe first, then ask.
     #[must_use]
     pub fn losses(&self) -> watch::Receiver<u64> {

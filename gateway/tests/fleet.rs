@@ -105,6 +105,27 @@ async fn a_revoked_user_has_nothing_running() {
     world.gateway.shutdown().await;
 }
 
+/// Tokens of the file are cut like others: by a revocation of their user, and when they are not in the file any more.
+#[tokio::test]
+async fn a_token_of_the_file_is_cut_too() {
+    for revoked in [true, false] {
+        let world = world().await;
+        let agent = world.agent("prod").await;
+        let mut argo = world.h2(None).await;
+        let (mut body, _exchange) = watch(&mut argo, &agent, TOKEN).await;
+        if revoked {
+            revoke_user(world.gateway.fleet().unwrap(), "argo").await;
+        } else {
+            std::fs::write(world.path("tokens.yaml"), "tokens: []\n").unwrap();
+            world.gateway.reload().await.unwrap();
+        }
+        let end = tokio::time::timeout(Duration::from_secs(1), body.frame()).await;
+        assert!(end.expect("it ends").unwrap().is_err(), "it breaks off, it does not end");
+        assert_eq!(argo.get_as("/clusters/prod/api", TOKEN).await.status(), 401, "revoked: {revoked}");
+        world.gateway.shutdown().await;
+    }
+}
+
 const REQUESTS: &str = "/apis/towline.io/v1alpha1/credentialrequests";
 
 /// A request for a certificate that lives for as long as one may.
