@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 use towline_certs::facts::{CertificateFacts, human};
-use towline_certs::{AgentIdentity, CertificateDer, InstanceId};
+use towline_certs::{AgentIdentity, CertificateDer, InstanceId, SpkiPin};
 use towline_proto::Code;
 use towline_proto::hello::Hello;
 use towline_proto::join::{CAPABILITY_IDENTITY, Notice, SayError, TrustAck};
@@ -215,7 +215,7 @@ async fn admit(
     }
     let registration = register(shared, session, &identity, &hello).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
-    let on_record = is_on_record(shared, &identity, &serial);
+    let on_record = is_on_record(shared, &identity, &serial, leaf);
     Ok((Admitted { cluster, identity, not_after, serial, on_record, hello }, registration))
 }
 
@@ -329,10 +329,13 @@ fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
     left.max().unwrap_or_default()
 }
 
-/// Whether a certificate is one that this fleet has issued to the instance.
-fn is_on_record(shared: &Shared, identity: &AgentIdentity, serial: &str) -> bool {
+/// Whether a certificate is one that this fleet has issued to the instance. Whoever has a CA's key writes any serial number
+/// they like, but the key on record is the agent's.
+fn is_on_record(shared: &Shared, identity: &AgentIdentity, serial: &str, leaf: &CertificateDer<'_>) -> bool {
     let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
-    record.is_some_and(|record| record.certificates.iter().any(|known| known.serial == serial))
+    let (Some(record), Ok(pin)) = (record, SpkiPin::of(leaf)) else { return false };
+    let pin = pin.to_string();
+    record.certificates.iter().any(|known| known.serial == serial && known.pin == pin)
 }
 
 /// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One that somebody made

@@ -15,11 +15,11 @@ mod selector;
 mod table;
 mod write;
 
-use crate::authn::Caller;
+use crate::authn::{Caller, Known};
 use crate::config::PublicAddress;
 use crate::fleet::Fleet;
 use crate::metrics::{Counted, Limit, Surface};
-use crate::proxy::{AnswerBody, Peer, ProxyError, identify, printable};
+use crate::proxy::{AnswerBody, Peer, ProxyError, cancelled, identify, printable};
 use crate::routing::percent_decode;
 use crate::running::Run;
 use crate::state::{KeyPermit, Shared};
@@ -194,7 +194,9 @@ impl Call {
         self.typed(body, &["", "application/json"]).await
     }
 
-    /// The body, if it is of one of these types. An empty one is nothing.
+    /// The body, if it is of one of these types, and the caller still is who they were when it has come. An empty one is
+    /// nothing. What follows decides at once: a revocation finds nothing that waits for its caller, while a caller's own is
+    /// answered.
     async fn typed(&self, body: Incoming, accepted: &[&str]) -> Result<Value, ApiError> {
         let media = self.header("content-type").split(';').next().unwrap_or_default().trim();
         if !accepted.contains(&media) {
@@ -206,7 +208,17 @@ impl Call {
             return Err(ApiError::media_type(message));
         }
         let read = Limited::new(body, BODY_MAX).collect();
-        let bytes = match timeout(self.shared.config.timeouts.slow_body, read).await {
+        let read = timeout(self.shared.config.timeouts.slow_body, read);
+        let read = tokio::select! {
+            biased;
+            () = cancelled(self.revoked.as_ref()) => return Err(ApiError::revoked()),
+            read = read => read,
+        };
+        // The body may be faster than the review of what is running.
+        if !self.counts() {
+            return Err(ApiError::revoked());
+        }
+        let bytes = match read {
             Ok(Ok(body)) => body.to_bytes(),
             Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
                 return Err(ApiError::too_large(BODY_MAX));
@@ -218,6 +230,13 @@ impl Call {
         }
         serde_json::from_slice(&bytes)
             .map_err(|error| ApiError::bad_request(format!("the body cannot be read: {error}")))
+    }
+
+    /// Whether what let the caller in still counts.
+    fn counts(&self) -> bool {
+        let live = self.shared.live();
+        let known = Known { tokens: &live.tokens, fleet: Some(&self.fleet) };
+        known.counts(&self.caller.credential)
     }
 
     fn header(&self, name: &str) -> &str {

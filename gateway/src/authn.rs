@@ -183,6 +183,8 @@ impl fmt::Display for Credential {
 pub struct Caller {
     pub principal: Arc<Principal>,
     pub credential: Credential,
+    /// When the credential runs out, if it does.
+    pub until: Option<SystemTime>,
 }
 
 /// Who is known: the tokens of the configuration, and what is on record.
@@ -193,8 +195,11 @@ pub struct Known<'a> {
 }
 
 impl Known<'_> {
+    /// The file does not say when its tokens were issued: to be safe, before any revocation of their user.
     fn owner(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
-        self.tokens.find(hash).or_else(|| self.fleet?.token(hash))
+        let revoked = |user: &str| self.fleet.is_some_and(|fleet| fleet.has_revocation(user));
+        let in_file = self.tokens.find(hash).filter(|owner| !revoked(&owner.name));
+        in_file.or_else(|| self.fleet?.token(hash))
     }
 
     /// Whether a credential that was believed once still is.
@@ -225,9 +230,11 @@ pub fn authenticate(
         Certificate::Verified { credential, .. } if !known.counts(credential) => {
             return Err(AuthnError::CertificateRevoked);
         }
-        Certificate::Verified { principal, credential, .. } => {
-            Ok(Caller { principal: Arc::clone(principal), credential: credential.clone() })
-        }
+        Certificate::Verified { principal, not_after, credential } => Ok(Caller {
+            principal: Arc::clone(principal),
+            credential: credential.clone(),
+            until: Some(*not_after),
+        }),
         Certificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
         Certificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
         Certificate::Absent => Err(AuthnError::NoCredential),
@@ -240,7 +247,8 @@ pub fn authenticate(
             Some(token) => {
                 let hash = tokens::hash(&token).ok_or(AuthnError::UnknownToken)?;
                 let principal = known.owner(&hash).ok_or(AuthnError::UnknownToken)?;
-                Caller { principal, credential: Credential::Token(hash) }
+                let until = known.fleet.and_then(|fleet| fleet.token_expires(&hash)).map(SystemTime::from);
+                Caller { principal, credential: Credential::Token(hash), until }
             }
             None => return Err(error),
         },

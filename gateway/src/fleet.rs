@@ -260,6 +260,10 @@ impl Fleet {
     /// Why not.
     pub fn admits(&self, identity: &AgentIdentity, serial: &str) -> Result<(), NotAdmitted> {
         let view = self.read();
+        // First: of what a revoked certificate took along it is the better reason.
+        if view.is_revoked(serial) {
+            return Err(NotAdmitted::Revoked);
+        }
         let cluster = view.cluster_of(identity.cluster.as_str()).ok_or(NotAdmitted::UnknownCluster)?;
         let instance = view
             .instance(identity.instance.as_str())
@@ -268,13 +272,19 @@ impl Fleet {
         if instance.admission != cluster.admission {
             return Err(NotAdmitted::Superseded);
         }
-        if view.is_revoked(serial) { Err(NotAdmitted::Revoked) } else { Ok(()) }
+        Ok(())
     }
 
     /// Whose token has this hash, if it is valid.
     #[must_use]
     pub fn token(&self, hash: &Hash) -> Option<Arc<Principal>> {
         self.read().token(hash, Time::now())
+    }
+
+    /// When the token of this hash runs out, if it does.
+    #[must_use]
+    pub fn token_expires(&self, hash: &Hash) -> Option<Time> {
+        self.read().access_token(hash)?.expires
     }
 
     /// The rules on record.
@@ -288,6 +298,12 @@ impl Fleet {
     pub fn is_client_revoked(&self, user: &str, serial: &str, issued: Time) -> bool {
         let view = self.read();
         view.is_revoked(serial) || view.is_user_revoked(user, issued)
+    }
+
+    /// Whether anything that this user was let in by was ever revoked.
+    #[must_use]
+    pub fn has_revocation(&self, user: &str) -> bool {
+        self.read().user_revoked_before(user).is_some()
     }
 
     /// Changes when somebody may have lost what let them in: subscribe first, then ask.
@@ -397,6 +413,8 @@ impl Fleet {
 
     /// Takes away what let somebody in. Live sessions and requests end within a second. Returns the record's name.
     ///
+    /// An agent's certificate takes the agent along: whoever has its key could have renewed it, and come back by it.
+    ///
     /// # Errors
     /// Why nothing was revoked.
     pub async fn revoke(&self, what: &Revoked, meta: &Meta) -> Result<(String, u64), WriteError> {
@@ -405,7 +423,11 @@ impl Fleet {
             {
                 let view = self.read();
                 match &mut what {
-                    Revoked::Certificate { .. } => {}
+                    Revoked::Certificate { serial } => {
+                        if let Some((holder, revision)) = view.holder_of(serial) {
+                            transaction = transaction.unchanged(holder.clone(), revision).delete(holder);
+                        }
+                    }
                     Revoked::User { name, issued_before } => {
                         // A later moment covers an earlier one.
                         if let Some(known) = view.user_revoked_before(name) {
@@ -416,6 +438,8 @@ impl Fleet {
                         let (cluster, revision) = view.cluster_at(name).ok_or(WriteError::NotFound)?;
                         let mut next = Cluster::clone(cluster);
                         next.admission += 1;
+                        // The issuer was an agent's word, and would let in whoever it vouches for.
+                        next.issuer = None;
                         uid.clone_from(&next.meta.uid);
                         *admission = next.admission;
                         transaction =
@@ -557,13 +581,15 @@ impl Fleet {
         .await
     }
 
-    /// Puts on record who issues a cluster's ServiceAccount tokens.
+    /// Puts on record who issues a cluster's ServiceAccount tokens, as one of its agents says. One that has been revoked
+    /// since must not: what it says would let it back in.
     ///
     /// # Errors
-    /// The cluster is not registered, or the store does not answer.
+    /// The cluster or the agent is not on record any more, or the store does not answer.
     pub async fn record_issuer(
         &self,
         cluster_uid: &ClusterUid,
+        agent: &InstanceId,
         issuer: &str,
         jwks: &Value,
     ) -> Result<(), WriteError> {
@@ -572,6 +598,10 @@ impl Fleet {
                 let view = self.read();
                 let route = view.route_of(cluster_uid).ok_or(WriteError::NotFound)?;
                 let (cluster, revision) = view.cluster_at(route.name.as_str()).ok_or(WriteError::NotFound)?;
+                view.instance(agent.as_str())
+                    .filter(|agent| agent.cluster_uid == cluster.meta.uid)
+                    .filter(|agent| agent.admission == cluster.admission)
+                    .ok_or(WriteError::NotFound)?;
                 let same = |known: &TokenIssuer| known.issuer == issuer && known.jwks == *jwks;
                 if cluster.issuer.as_ref().is_some_and(same) {
                     return Ok(());
@@ -655,7 +685,7 @@ impl Revoked {
 }
 
 /// What becomes of a record when a backup is restored: join tokens are void, and every cluster's agents have to join anew,
-/// unless they are to be kept: who was revoked since the backup was made is not in it.
+/// with a new token, unless they are to be kept: who was revoked since the backup was made is not in it.
 ///
 /// # Errors
 /// The record cannot be read.
@@ -666,6 +696,9 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
         Kind::JoinToken => return Ok(None),
         Kind::Cluster | Kind::Instance if record.key.kind == Kind::Cluster || keep_agents => {
             data["admission"] = Value::from(data["admission"].as_u64().unwrap_or_default() + 1);
+            if !keep_agents && let Some(cluster) = data.as_object_mut() {
+                cluster.remove("issuer");
+            }
         }
         _ => {}
     }

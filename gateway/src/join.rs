@@ -307,7 +307,7 @@ async fn decide(
     };
     let Decision { admission, with, vouched } = decision;
     if let (true, Some(issuer)) = (vouched, &request.issuer)
-        && record_issuer(fleet, &admission.cluster.uid, issuer).await
+        && record_issuer(fleet, &admission.cluster.uid, &admission.instance, issuer).await
     {
         adopt(fleet, &admission.instance, &issuer.subject).await;
     }
@@ -445,12 +445,17 @@ async fn issue(
 }
 
 /// Puts a cluster's issuer on record; tells whether it is.
-async fn record_issuer(fleet: &Fleet, cluster: &towline_certs::ClusterUid, issuer: &Issuer) -> bool {
+async fn record_issuer(
+    fleet: &Fleet,
+    cluster: &towline_certs::ClusterUid,
+    agent: &InstanceId,
+    issuer: &Issuer,
+) -> bool {
     let Some(jwks) = account::recordable(issuer) else {
         tracing::warn!(%cluster, "what the agent says about its cluster's token issuer cannot be used");
         return false;
     };
-    let recorded = fleet.record_issuer(cluster, &issuer.issuer, &jwks).await;
+    let recorded = fleet.record_issuer(cluster, agent, &issuer.issuer, &jwks).await;
     if let Err(error) = &recorded {
         tracing::warn!(%cluster, %error, "the cluster's token issuer is not on record");
     }
@@ -515,7 +520,7 @@ async fn try_renew(
     fleet.admits(identity, serial)?;
     let issued = issue(fleet, own, &live.config.join, identity, &renew.csr).await?;
     if let Some(issuer) = &renew.issuer
-        && record_issuer(fleet, &identity.cluster, issuer).await
+        && record_issuer(fleet, &identity.cluster, &identity.instance, issuer).await
     {
         adopt(fleet, &identity.instance, &issuer.subject).await;
     }

@@ -17,7 +17,7 @@ pub(crate) mod farewell;
 mod upgrade;
 
 pub(crate) use body::AnswerBody;
-pub(crate) use error::{ProxyError, printable, warning};
+pub(crate) use error::{CHALLENGE, ProxyError, printable, warning};
 
 use crate::api;
 use crate::authn::{self, AuthnError, Caller, Certificate, Known};

@@ -62,11 +62,17 @@ impl Drop for Run {
     }
 }
 
-/// Reviews what is running whenever somebody may have lost what let them in, for as long as it is polled.
+/// Reviews what is running whenever somebody may have lost what let them in, on record or in the file of tokens, for as long as
+/// it is polled.
 pub(crate) async fn review(shared: &Shared) {
     let Some(fleet) = &shared.fleet else { return std::future::pending().await };
-    let mut losses = fleet.losses();
-    while losses.changed().await.is_ok() {
+    let (mut losses, mut reloads) = (fleet.losses(), shared.reloads());
+    loop {
+        // The senders live as long as `shared`.
+        tokio::select! {
+            changed = losses.changed() => drop(changed),
+            changed = reloads.changed() => drop(changed),
+        }
         let live = shared.live();
         let known = Known { tokens: &live.tokens, fleet: Some(fleet) };
         shared.running.review(|credential| known.counts(credential));

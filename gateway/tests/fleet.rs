@@ -5,12 +5,19 @@
 
 mod common;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use common::{Agent, Client, TOKEN, World, full};
 use http_body_util::BodyExt as _;
+use http_body_util::channel::Channel;
+use rustls::pki_types::pem::PemObject as _;
+use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt as _;
-use towline_certs::CertificateFacts;
-use towline_gateway::fleet::{AccessToken, Fleet, Meta, Revoked, Time, hex, new_uid};
+use towline_certs::{AgentKey, CertificateDer, CertificateFacts};
+use towline_gateway::fleet::{AccessToken, Fleet, Meta, Object, Revoked, Time, hex, new_uid};
+use towline_gateway::store::Kind;
 use towline_proto::open::BodyKind;
 
 async fn world() -> World {
@@ -95,6 +102,111 @@ async fn a_revoked_user_has_nothing_running() {
     assert_eq!(jane.get_as("/clusters/prod/api", "tlat_jane").await.status(), 401);
     kept.write("{}\n").await;
     assert_eq!(other.frame().await.unwrap().unwrap().into_data().unwrap(), "{}\n");
+    world.gateway.shutdown().await;
+}
+
+/// Tokens of the file are cut like others: by a revocation of their user, and when they are not in the file any more.
+#[tokio::test]
+async fn a_token_of_the_file_is_cut_too() {
+    for revoked in [true, false] {
+        let world = world().await;
+        let agent = world.agent("prod").await;
+        let mut argo = world.h2(None).await;
+        let (mut body, _exchange) = watch(&mut argo, &agent, TOKEN).await;
+        if revoked {
+            revoke_user(world.gateway.fleet().unwrap(), "argo").await;
+        } else {
+            std::fs::write(world.path("tokens.yaml"), "tokens: []\n").unwrap();
+            world.gateway.reload().await.unwrap();
+        }
+        let end = tokio::time::timeout(Duration::from_secs(1), body.frame()).await;
+        assert!(end.expect("it ends").unwrap().is_err(), "it breaks off, it does not end");
+        assert_eq!(argo.get_as("/clusters/prod/api", TOKEN).await.status(), 401, "revoked: {revoked}");
+        world.gateway.shutdown().await;
+    }
+}
+
+const REQUESTS: &str = "/apis/towline.io/v1alpha1/credentialrequests";
+
+/// A request for a certificate that lives for as long as one may.
+fn certificate_request() -> String {
+    let csr = STANDARD.encode(AgentKey::generate().unwrap().csr_der().unwrap());
+    let pem = format!("-----BEGIN CERTIFICATE REQUEST-----\n{csr}\n-----END CERTIFICATE REQUEST-----\n");
+    let spec = json!({ "request": STANDARD.encode(pem), "expirationSeconds": 86_400 });
+    let kind = "CredentialRequest";
+    json!({ "kind": kind, "apiVersion": "towline.io/v1alpha1", "spec": spec }).to_string()
+}
+
+/// A revoked caller gets no certificate by a request that was under way: one whose body does not come ends, and one whose body
+/// comes at the moment of the revocation is judged after it.
+#[tokio::test]
+async fn a_revoked_caller_is_not_answered_by_the_api() {
+    let world = world().await;
+    let fleet = world.gateway.fleet().unwrap();
+    for round in 0..20 {
+        let (user, token) = (format!("jane-{round}"), format!("tlat_jane-{round}"));
+        give_token(fleet, &user, &token).await;
+        let mut client = world.h2(None).await;
+        let (mut upload, body) = Channel::<Bytes, std::io::Error>::new(1);
+        let bearer = format!("Bearer {token}");
+        let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+        let request = client.request("POST", REQUESTS, &headers, body.boxed());
+        let whole = certificate_request();
+        let (begin, rest) = whole.split_at(20);
+        let revoke = async {
+            upload.send_data(Bytes::copy_from_slice(begin.as_bytes())).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            revoke_user(fleet, &user).await;
+            if round % 2 == 0 {
+                // It may have been refused already.
+                drop(upload.send_data(Bytes::copy_from_slice(rest.as_bytes())).await);
+                drop(upload);
+                return None;
+            }
+            Some(upload)
+        };
+        let both = async { tokio::join!(client.send(request), revoke) };
+        let (answer, _upload) = tokio::time::timeout(Duration::from_secs(2), both).await.expect("it ends");
+        let answer = answer.unwrap();
+        assert_eq!(answer.status(), 401, "round {round}");
+        assert!(answer.headers().contains_key("www-authenticate"));
+    }
+    world.gateway.shutdown().await;
+}
+
+/// A certificate ends with what it was asked for with, however long it was to live: a token that runs out, or a certificate.
+#[tokio::test]
+async fn no_certificate_outlives_what_asked_for_it() {
+    let world = world().await;
+    let fleet = world.gateway.fleet().unwrap();
+    give_token(fleet, "joe", "tlat_joe").await;
+    let shown = fleet.object(Kind::AccessToken, "joe").unwrap();
+    let Object::AccessToken(token) = &shown.object else { panic!("{shown:?}") };
+    let soon = Time::now().after(Duration::from_secs(100));
+    let next = AccessToken { expires: Some(soon), ..AccessToken::clone(token) };
+    fleet.put("joe", &next, Some(shown.revision)).await.unwrap();
+    give_token(fleet, "ever", "tlat_ever").await;
+    let jane = CertificateFacts::of(world.credential("client-jane").leaf()).unwrap().not_after;
+    let day = Time::now().after(Duration::from_secs(86_400 - 5));
+    for (certificate, token, end) in
+        [(None, "tlat_joe", Some(soon)), (Some("jane"), "none", Some(jane.into())), (None, "tlat_ever", None)]
+    {
+        let mut client = world.h1(certificate).await;
+        let bearer = format!("Bearer {token}");
+        let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+        let answer = client.ask("POST", REQUESTS, &headers, full(certificate_request())).await;
+        assert_eq!(answer.status(), 201);
+        let answer: Value = serde_json::from_str(&common::text(answer).await).unwrap();
+        let expires = Time::parse(answer["status"]["expires"].as_str().unwrap()).unwrap();
+        match end {
+            // To the second, and one that passed meanwhile.
+            Some(end) => assert!(expires <= end && end.since(expires) < Duration::from_secs(3), "{expires}"),
+            None => assert!(expires >= day, "{expires}"),
+        }
+        let chain = STANDARD.decode(answer["status"]["certificate"].as_str().unwrap()).unwrap();
+        let leaf = CertificateDer::from_pem_slice(&chain).unwrap();
+        assert_eq!(Time::from(CertificateFacts::of(&leaf).unwrap().not_after), expires);
+    }
     world.gateway.shutdown().await;
 }
 

@@ -5,11 +5,15 @@
 mod common;
 
 use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _,
+};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
 use common::World;
+use rustls::pki_types::PrivatePkcs8KeyDer;
+use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -441,6 +445,30 @@ async fn a_renewal_moves_the_end_of_the_session() {
     assert!(reason.contains("expired"), "{reason}");
 }
 
+/// R-ID-9: revoking any certificate of an agent ends its session, which began with another one, and leaves nothing to come
+/// back by: neither the renewed certificate, nor the one that has run out, nor the same key with the token that it used.
+#[tokio::test]
+async fn a_revoked_certificate_takes_the_agent_along() {
+    let world = world().await;
+    let uid = register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let mine = key();
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    let renewed = agent.renew(&mine).await.unwrap();
+    let serial = CertificateFacts::of(&der(&renewed)[0]).unwrap().serial;
+    let fleet = world.gateway.fleet().unwrap();
+    fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
+    agent.closed(Duration::from_secs(1)).await;
+    assert_eq!(fleet.instances(&uid).len(), 0);
+    for certificate in [&admitted.certificate, &renewed] {
+        assert!(Agent::show(&world, certificate, &admitted.trust, &mine, 2).await.is_err());
+        let proof = Proof::Expired(certificate.clone());
+        assert_eq!(code(&ask(&world, &request(proof, &mine)).await.unwrap_err()), RefusalCode::Proof);
+    }
+    assert!(join(&world, &token, &mine).await.is_err(), "the use of the token is spent");
+}
+
 /// The documented way back for an agent that was offline past the end of its certificate.
 #[tokio::test]
 async fn an_expired_certificate_leads_back_by_its_key() {
@@ -632,6 +660,61 @@ async fn a_change_of_ca_cuts_nothing() {
     let Some(Joined::Admitted(back)) = answer.outcome else { panic!("{answer:?}") };
     assert_eq!((back.instance.as_str(), back.trust.roots.len()), (offline.instance.as_str(), 1));
     Agent::connect(&world, &back, &away, 2).await.unwrap();
+}
+
+/// What `certificate` says, of another key, signed by the CA's: the serial number is a copy.
+fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certificate {
+    // id-ecPublicKey's prime256v1, and a bit string that begins with an uncompressed point.
+    const POINT: &[u8] = b"\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x42\x00\x04";
+    let point_of = |der: &[u8]| der.windows(POINT.len()).position(|at| at == POINT).unwrap() + POINT.len();
+    let header = |der: &[u8]| if der[1] < 0x80 { 2 } else { 2 + usize::from(der[1] & 0x7f) };
+    let length = |der: &[u8]| match header(der) {
+        2 => 2 + usize::from(der[1]),
+        at => at + der[2..at].iter().fold(0, |length, byte| length << 8 | usize::from(*byte)),
+    };
+    let (leaf, csr) = (&certificate.chain[0], key.csr_der().unwrap());
+    let body = &leaf[header(leaf)..];
+    let (tbs, rest) = body.split_at(length(body));
+    let (mut tbs, algorithm) = (tbs.to_vec(), &rest[..length(rest)]);
+    let (to, from) = (point_of(&tbs), point_of(&csr));
+    tbs[to..to + 64].copy_from_slice(&csr[from..from + 64]);
+    let ca = PrivatePkcs8KeyDer::from_pem_slice(ca_key).unwrap();
+    let ca = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, ca.secret_pkcs8_der()).unwrap();
+    let signature = ca.sign(&SystemRandom::new(), &tbs).unwrap();
+    let signature =
+        [&[3, u8::try_from(signature.as_ref().len() + 1).unwrap(), 0], signature.as_ref()].concat();
+    let body = [&tbs, algorithm, &signature].concat();
+    let length = u16::try_from(body.len()).unwrap().to_be_bytes();
+    let leaf = [&[0x30, 0x82], &length[..], &body].concat().into();
+    Certificate { chain: vec![leaf, certificate.chain[1].clone()] }
+}
+
+/// A session whose certificate somebody made with the old CA's key ends with that CA, also if it bears an agent's serial number;
+/// one whose certificate is on record goes on, as `a_change_of_ca_cuts_nothing` shows.
+#[tokio::test]
+async fn a_copied_serial_does_not_outlive_its_ca() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let (state, mine, thief) = (world.path("state"), key(), key());
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let stolen = std::fs::read(state.join(rotation::KEY)).unwrap();
+    let forged = forged(&admitted.certificate, &thief, &stolen);
+    let take = async |step| {
+        rotation::step(&state, step, SystemTime::now()).unwrap();
+        world.gateway.reload().await.unwrap();
+    };
+    take(Step::TrustNew).await;
+    take(Step::IssueNew).await;
+    let session = Agent::show(&world, &forged, &admitted.trust, &thief, 1).await.unwrap();
+    // So that the agent whose serial number it is has a newer certificate.
+    let proof = Proof::Expired(admitted.certificate.clone());
+    ask(&world, &request(proof, &mine)).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(session.session.is_open(), "both CAs are believed");
+    take(Step::DropOld).await;
+    let reason = session.closed(Duration::from_secs(1)).await.to_string();
+    assert!(reason.contains("counts no more"), "{reason}");
 }
 
 /// Without a state directory nobody joins, and is told why.

@@ -15,7 +15,8 @@ use std::time::{Duration, SystemTime};
 use towline_certs::ClientIdentity;
 use towline_certs::save::chain_pem;
 
-/// How long a certificate lives unless asked, and at most. A token that is deleted does not take its certificates along.
+/// How long a certificate lives unless asked, and at most; never longer than what the caller asks with, or certificates would
+/// beget certificates without end. A token that is deleted does not take its certificates along.
 const LIFE: u64 = 3600;
 const LIFE_MOST: u64 = 86_400;
 
@@ -52,8 +53,9 @@ pub(super) fn issue(
     let identity = ClientIdentity::new(&principal.name, &principal.groups)
         .map_err(|error| refuse("metadata", &error.to_string()))?;
     let now = SystemTime::now();
-    let issued =
-        authorities.clients.ca.issue_client_from_csr(&csr, &identity, Duration::from_secs(life), now);
+    let left = call.caller.until.map(|until| until.duration_since(now).unwrap_or_default());
+    let granted = left.unwrap_or(Duration::MAX).min(Duration::from_secs(life));
+    let issued = authorities.clients.ca.issue_client_from_csr(&csr, &identity, granted, now);
     let issued = issued.map_err(|error| refuse("spec.request", &error.to_string()))?;
     let chain = chain_pem(&[issued.certificate, issued.root]);
     tracing::info!(user = %crate::proxy::printable(&principal.name), serial = issued.serial, "client certificate issued");

@@ -2,9 +2,10 @@
 //! and where nothing answers at all, the same text stands in a `Warning` too; on an object it shows the message itself.
 
 use super::kinds::{GROUP, Resource};
+use crate::authn::AuthnError;
 use crate::fleet::WriteError;
 use crate::metrics::TlCode;
-use crate::proxy::{AnswerBody, printable, warning};
+use crate::proxy::{AnswerBody, CHALLENGE, printable, warning};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};
@@ -107,6 +108,12 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message).counted(TlCode::Timeout)
     }
 
+    /// What let the caller in counts no more.
+    pub(super) fn revoked() -> Self {
+        let message = format!("{} — get a new credential for this gateway", AuthnError::Revoked);
+        Self::new(StatusCode::UNAUTHORIZED, "Unauthorized", message).counted(TlCode::Unauthenticated)
+    }
+
     /// Why a write did not happen.
     pub(super) fn write(resource: &Resource, name: &str, error: &WriteError) -> Self {
         match error {
@@ -148,6 +155,10 @@ impl ApiError {
         if self.code.is_some() {
             let text = printable(&format!("towline: {}", self.message));
             response.headers_mut().insert(header::WARNING, warning(&text));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            let challenge = HeaderValue::from_static(CHALLENGE);
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
         }
         response
     }

@@ -51,6 +51,13 @@ impl From<SystemTime> for Time {
     }
 }
 
+impl From<Time> for SystemTime {
+    fn from(time: Time) -> Self {
+        let since = Duration::from_secs(u64::try_from(time.0).unwrap_or_default());
+        UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH)
+    }
+}
+
 impl fmt::Display for Time {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let end = jiff::Timestamp::MAX.as_second();

@@ -216,6 +216,24 @@ async fn revocations_hold_across_restarts() {
     assert!(fleet.is_client_revoked("joe", "0a", now));
 }
 
+/// R-ID-11: a cluster whose agents were revoked has no issuer whose word lets them back in, and none of them gives it one.
+#[tokio::test]
+async fn a_revoked_cluster_forgets_its_issuer() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let uid = ClusterUid::new(&register(&fleet, "prod").await).unwrap();
+    let agent = fleet.rejoin(&uid, "system:serviceaccount:towline:agent", |_| false).await.unwrap();
+    let keys = serde_json::json!({"keys": [{"kid": "1"}]});
+    fleet.record_issuer(&uid, &agent.instance, "https://kubernetes.default", &keys).await.unwrap();
+    assert!(fleet.issuer(&uid).is_some());
+    let all = Revoked::Cluster { name: "prod".to_owned(), uid: String::new(), admission: 0 };
+    fleet.revoke(&all, &meta()).await.unwrap();
+    assert_eq!(fleet.issuer(&uid), None);
+    // A renewal that was under way.
+    let late = fleet.record_issuer(&uid, &agent.instance, "https://kubernetes.default", &keys).await;
+    assert!(matches!(late, Err(WriteError::NotFound)), "{late:?}");
+    assert_eq!(fleet.issuer(&uid), None);
+}
+
 /// ST-07: a record that cannot be read lets nobody in, and a revocation that cannot be read revokes.
 #[tokio::test]
 async fn unreadable_records_fail_closed() {
@@ -265,9 +283,9 @@ async fn who_comes_back_is_who_it_was() {
     assert_eq!(fleet.instances(uid.as_str()).len(), 3);
     assert_ne!(other.instance, first.instance);
     let keys = serde_json::json!({"keys": [{"kid": "1"}]});
-    fleet.record_issuer(&uid, "https://kubernetes.default", &keys).await.unwrap();
+    fleet.record_issuer(&uid, &first.instance, "https://kubernetes.default", &keys).await.unwrap();
     let revision = fleet.store().revision();
-    fleet.record_issuer(&uid, "https://kubernetes.default", &keys).await.unwrap();
+    fleet.record_issuer(&uid, &first.instance, "https://kubernetes.default", &keys).await.unwrap();
     assert_eq!(fleet.store().revision(), revision, "the same again is no write");
     assert_eq!(fleet.issuer(&uid).unwrap().jwks, keys);
 }
@@ -338,6 +356,8 @@ async fn a_backup_lets_nobody_in_again() {
     let uid = register(&world.fleet, "prod").await;
     world.fleet.put("t1", &token("prod", &uid, 2), None).await.unwrap();
     let agent = identity(&world.fleet.use_token("t1", b"secret", pin(1)).await.unwrap());
+    let keys = serde_json::json!({"keys": [{"kid": "1"}]});
+    world.fleet.record_issuer(&agent.cluster, &agent.instance, "https://k8s", &keys).await.unwrap();
     let World { directory, fleet, mut _following } = world;
     _following.shutdown().await;
     drop(fleet);
@@ -347,6 +367,7 @@ async fn a_backup_lets_nobody_in_again() {
         backup::restore(elsewhere.path(), dump.clone(), |record| restored(record, keep)).unwrap();
         let (fleet, _following) = open(elsewhere.path()).await;
         assert_eq!(fleet.admits(&agent, "01"), expected, "keep {keep}");
+        assert_eq!(fleet.issuer(&agent.cluster).is_some(), keep, "whose word lets agents in");
         assert_eq!(fleet.count(Kind::JoinToken), 0);
     }
 }

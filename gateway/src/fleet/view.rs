@@ -294,9 +294,27 @@ impl View {
         names.filter_map(|name| Some((Arc::clone(name), Arc::clone(self.instance(name)?)))).collect()
     }
 
+    /// The agent that has the certificate of this serial number, and its revision.
+    pub(super) fn holder_of(&self, serial: &str) -> Option<(Key, u64)> {
+        let mut instances = self.objects.get(&Kind::Instance)?.iter();
+        let (name, shown) = instances.find(|(_, shown)| {
+            let Object::Instance(instance) = &shown.object else { return false };
+            instance.certificates.iter().any(|known| known.serial == serial)
+        })?;
+        Some((Key { kind: Kind::Instance, name: Arc::clone(name) }, shown.revision))
+    }
+
+    pub(super) fn access_token(&self, hash: &Hash) -> Option<&Arc<AccessToken>> {
+        let (name, _) = self.tokens.get(hash)?;
+        match &self.shown(Kind::AccessToken, name)?.object {
+            Object::AccessToken(token) => Some(token),
+            _ => None,
+        }
+    }
+
     pub(super) fn token(&self, hash: &Hash, now: Time) -> Option<Arc<Principal>> {
-        let (name, principal) = self.tokens.get(hash)?;
-        let Object::AccessToken(token) = &self.shown(Kind::AccessToken, name)?.object else { return None };
+        let (_, principal) = self.tokens.get(hash)?;
+        let token = self.access_token(hash)?;
         let valid = token.expires.is_none_or(|expires| now < expires);
         (valid && !self.is_user_revoked(&token.user, token.meta.created)).then(|| Arc::clone(principal))
     }

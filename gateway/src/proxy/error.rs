@@ -21,6 +21,9 @@ use towline_proto::Code;
 use towline_proto::mux::CloseReason;
 use towline_proto::open::Failure;
 
+/// What a 401 asks for.
+pub(crate) const CHALLENGE: &str = "Bearer realm=\"towline\"";
+
 /// Why the gateway answers itself.
 #[derive(Debug)]
 pub(crate) enum ProxyError {
@@ -273,7 +276,7 @@ impl ProxyError {
         head.insert(header::WARNING, warning(&message));
         match status {
             StatusCode::UNAUTHORIZED => {
-                head.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"towline\""));
+                head.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(CHALLENGE));
             }
             // Clients wait as long as this says; on 503 it would cost kubectl 50 s.
             StatusCode::TOO_MANY_REQUESTS => {
