@@ -79,7 +79,7 @@ use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout, timeout_at};
-use towline_certs::{CertificateDer, SpkiPin};
+use towline_certs::SpkiPin;
 use towline_proto::Code;
 use trust::TrustState;
 
@@ -225,8 +225,7 @@ impl Gateway {
     /// The tunnel CA's roots, for the pins of a new join token.
     #[must_use]
     pub fn tunnel_pins(&self) -> Vec<SpkiPin> {
-        let roots = self.shared.live().trust.roots.clone();
-        roots.iter().filter_map(|root| SpkiPin::of(&CertificateDer::from(root.to_vec())).ok()).collect()
+        self.shared.tunnel_pins()
     }
 
     /// What is on record, with a state directory.

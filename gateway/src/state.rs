@@ -33,7 +33,7 @@ use towline_certs::save::create_private_directory;
 use towline_certs::tls::{FrontCertificates, front_server, http_client, join_server, tunnel_server};
 use towline_certs::{
     AgentCa, AgentIdentity, CertificateDer, CertificateFacts, ClientCa, ClusterUid, Credential, LoadPolicy,
-    Strictness,
+    SpkiPin, Strictness,
 };
 use towline_proto::join::{CERTIFICATES_MAX, Trust};
 use towline_proto::mux::Budget;
@@ -379,6 +379,13 @@ impl Shared {
             return Err(format!("a cluster {} stands in the configuration, with another uid", cluster.name));
         }
         Ok(cluster)
+    }
+
+    /// By what agents recognise the gateway: the roots as they are announced now, not as they were at the start.
+    pub(crate) fn tunnel_pins(&self) -> Vec<SpkiPin> {
+        let live = self.live();
+        let roots = live.trust.roots.iter().map(|root| CertificateDer::from(root.to_vec()));
+        roots.filter_map(|root| SpkiPin::of(&root).ok()).collect()
     }
 
     fn reserve_names(&self) {

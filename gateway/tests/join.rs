@@ -637,3 +637,41 @@ async fn a_gateway_without_a_record_lets_nobody_join() {
     let Some(Joined::Refused(refused)) = answer.outcome else { panic!("{answer:?}") };
     assert!(code(&refused) == RefusalCode::Denied && refused.text.contains("stateDirectory"));
 }
+
+/// A join token carries the pins of all roots that are believed when it is made, not when the gateway started.
+#[tokio::test]
+async fn a_join_token_carries_the_pins_of_now() {
+    let world = world().await;
+    register(&world, "east").await;
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root");
+    let admin = fleet::AccessToken {
+        meta: meta(),
+        sha256: fleet::hex(digest.as_ref()),
+        user: "root".to_owned(),
+        groups: vec!["towline:admins".to_owned()],
+        expires: None,
+    };
+    world.gateway.fleet().unwrap().put("root", &admin, None).await.unwrap();
+    let mut client = world.h1(None).await;
+    let mut pins = async || {
+        let body = json!({
+            "kind": "JoinToken", "apiVersion": "towline.io/v1alpha1", "metadata": {}, "spec": {"cluster": "east"},
+        });
+        let headers = [("authorization", "Bearer tlat_root"), ("content-type", "application/json")];
+        let path = "/apis/towline.io/v1alpha1/jointokens";
+        let answer = client.ask("POST", path, &headers, common::full(body.to_string())).await;
+        assert_eq!(answer.status(), 201);
+        let made: Value = serde_json::from_str(&common::text(answer).await).unwrap();
+        let line = made["status"]["token"].as_str().unwrap();
+        let made: towline_certs::JoinToken = line.parse().unwrap();
+        made.pins.clone()
+    };
+    assert_eq!(pins().await, world.gateway.tunnel_pins());
+    for (step, count) in [(Step::TrustNew, 2), (Step::IssueNew, 2), (Step::DropOld, 1)] {
+        rotation::step(&world.path("state"), step, SystemTime::now()).unwrap();
+        world.gateway.reload().await.unwrap();
+        assert_eq!(pins().await, world.gateway.tunnel_pins());
+        assert_eq!(world.gateway.tunnel_pins().len(), count);
+    }
+    world.gateway.shutdown().await;
+}

@@ -31,7 +31,7 @@ pub(super) async fn create(
         let why = "must not be set on an object that is created";
         return Err(ApiError::invalid(resource, &input.name, "metadata.resourceVersion", why));
     }
-    let own = Own { addresses: &call.addresses(), pins: call.pins() };
+    let own = Own { addresses: &call.addresses(), pins: call.shared.tunnel_pins() };
     let New { parsed, secrets } = input.create(resource, &call.fleet, &own)?;
     let name = input.name.clone();
     let dry = dry_run(call, &Value::Null)?;
