@@ -187,7 +187,7 @@ pub(super) async fn delete(
         };
         match done {
             Ok(revision) => {
-                call.feed.shows(revision).await;
+                call.feed.shows(revision).await.map_err(fail)?;
                 if !dry {
                     call.audit("delete", resource, name);
                 }
@@ -216,12 +216,13 @@ struct Basis {
 /// The record first, then what lists show once they show it. If that is later than the record, the store refuses the change;
 /// were it earlier, the store would take a change of something that nobody has decided on.
 async fn basis(call: &Call, resource: &Resource, name: &str) -> Result<Basis, ApiError> {
+    let fail = |error: WriteError| ApiError::write(resource, name, &error);
     if call.is_configured(resource, name) {
-        return Err(ApiError::write(resource, name, &WriteError::Reserved));
+        return Err(fail(WriteError::Reserved));
     }
     let not_found = || ApiError::not_found(resource, name);
     let record = resource.stored.and_then(|kind| call.fleet.object(kind, name)).ok_or_else(not_found)?;
-    call.feed.shows(record.revision).await;
+    call.feed.shows(record.revision).await.map_err(fail)?;
     let before = call.feed.object(resource, name).ok_or_else(not_found)?;
     Ok(Basis { record, before })
 }
@@ -239,7 +240,7 @@ async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) ->
 
 /// The object once lists show what was written.
 async fn written(call: &Call, resource: &Resource, name: &str, revision: u64) -> Result<Value, ApiError> {
-    call.feed.shows(revision).await;
+    call.feed.shows(revision).await.map_err(|error| ApiError::write(resource, name, &error))?;
     let object = call.feed.object(resource, name);
     object.map(|object| Value::clone(&object)).ok_or_else(|| ApiError::not_found(resource, name))
 }
