@@ -412,9 +412,17 @@ impl Fleet {
                     Revoked::Certificate { .. } => {}
                     Revoked::User { name, issued_before } => {
                         // A later moment covers an earlier one.
-                        if let Some(known) = view.user_revoked_before(name) {
+                        let known = view.user_revoked_before(name);
+                        if let Some(known) = known {
                             *issued_before = known.max(*issued_before);
                         }
+                        let key = Key::new(Kind::Revocation, &format!("user:{name}"));
+                        // A record that cannot be read covers all there is, and so does what takes its place.
+                        transaction = match view.object(Kind::Revocation, &key.name) {
+                            Some(shown) => transaction.unchanged(key, shown.revision),
+                            None if known.is_some() => transaction,
+                            None => transaction.absent(key),
+                        };
                     }
                     Revoked::Cluster { name, uid, admission } => {
                         let (cluster, revision) = view.cluster_at(name).ok_or(WriteError::NotFound)?;

@@ -395,3 +395,23 @@ fn rules_are_rebuilt_once_per_batch() {
     // Once for each rule it is fifty million copies.
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
 }
+
+/// A later moment covers an earlier one, also of revocations that are under way at once.
+#[tokio::test]
+async fn revocations_of_a_user_only_grow() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let now = Time::now();
+    let mut revoking = JoinSet::new();
+    // The latest first: whoever commits last has not the last word.
+    for minutes in (1..=16).rev() {
+        let fleet = fleet.clone();
+        let issued_before = now.after(Duration::from_secs(60 * minutes));
+        let what = Revoked::User { name: "jane".to_owned(), issued_before };
+        revoking.spawn(async move { fleet.revoke(&what, &meta()).await });
+    }
+    while let Some(done) = revoking.join_next().await {
+        done.unwrap().unwrap();
+    }
+    assert!(fleet.is_client_revoked("jane", "01", now.after(Duration::from_secs(16 * 60 - 1))));
+    assert!(!fleet.is_client_revoked("jane", "01", now.after(Duration::from_secs(16 * 60))));
+}
