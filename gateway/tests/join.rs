@@ -441,6 +441,30 @@ async fn a_renewal_moves_the_end_of_the_session() {
     assert!(reason.contains("expired"), "{reason}");
 }
 
+/// An agent that renews without end gets a few certificates and is told to wait; its session stays.
+#[tokio::test]
+async fn renewing_is_limited() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let key = key();
+    let admitted = join(&world, &token, &key).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &key, 1).await.unwrap();
+    let mut renewed = 0;
+    let refused = loop {
+        match agent.renew(&key).await {
+            Ok(_) => renewed += 1,
+            Err(refused) => break refused,
+        }
+        assert!(renewed < 16, "there is a limit");
+    };
+    assert!((8..=10).contains(&renewed), "{renewed}");
+    assert_eq!((code(&refused), refused.retry_after_ms), (RefusalCode::Limit, 10_000));
+    let metrics = world.admin("/metrics").await.1;
+    assert!(metrics.contains("towline_gateway_limits_reached_total{limit=\"renewals\"} 1"), "{metrics}");
+    assert!(agent.session.closed().is_none());
+}
+
 /// The documented way back for an agent that was offline past the end of its certificate.
 #[tokio::test]
 async fn an_expired_certificate_leads_back_by_its_key() {
