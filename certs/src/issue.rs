@@ -414,6 +414,9 @@ fn check_key(key: &ParsedKey<'_>) -> Result<(), IssueError> {
 pub(crate) fn random_serial() -> Result<[u8; 16], IssueError> {
     let mut serial = [0; 16];
     aws_lc_rs::rand::fill(&mut serial).map_err(|_| IssueError::Random)?;
+    // Positive, and always of sixteen bytes: DER leaves out a zero at the front, and what is on record would not be what the
+    // certificate says.
+    serial[0] = serial[0] & 0x7f | 0x40;
     Ok(serial)
 }
 
@@ -446,6 +449,15 @@ mod tests {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::Any];
         params.serialize_request(key).unwrap().der().to_vec()
+    }
+
+    /// A serial that lost a byte on its way into the certificate would be one that nobody can revoke.
+    #[test]
+    fn serials_are_the_same_in_der() {
+        for _ in 0..4096 {
+            let serial = random_serial().unwrap();
+            assert!((0x40..0x80).contains(&serial[0]), "{serial:02x?}");
+        }
     }
 
     #[test]

@@ -36,7 +36,7 @@ use serde_json::Value;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use towline_certs::{HostName, SpkiPin};
+use towline_certs::HostName;
 
 /// Members may do everything.
 pub const ADMINS: &str = "towline:admins";
@@ -284,14 +284,6 @@ impl Call {
         // As the caller has reached it.
         let default = PublicAddress { host: HostName::Dns("localhost".to_owned()), port: 443 };
         vec![asked.parse().unwrap_or(default)]
-    }
-
-    /// By what agents recognise the gateway.
-    fn pins(&self) -> Vec<SpkiPin> {
-        // As they are now: while the CA is being replaced a token carries both.
-        let live = self.shared.live();
-        let roots = live.joins.iter().flat_map(|own| &own.tunnel.roots);
-        roots.filter_map(|root| SpkiPin::of(root).ok()).collect()
     }
 
     fn audit(&self, verb: &str, resource: &Resource, name: &str) {

@@ -35,6 +35,7 @@ use std::time::Duration;
 use subtle::ConstantTimeEq as _;
 use thiserror::Error;
 use tokio::sync::{Mutex, watch};
+use tokio::time::timeout;
 use towline_certs::{AgentIdentity, ClusterUid, InstanceId, SpkiPin};
 use view::View;
 
@@ -48,6 +49,8 @@ const CERTIFICATES_MAX: usize = 8;
 const JOINING: Duration = Duration::from_secs(600);
 /// Times that an operation decides anew because somebody else was faster.
 const ATTEMPTS: usize = 32;
+/// From a commit to a view that shows it. It takes milliseconds, unless what follows the store does not.
+pub(crate) const SHOWS_TIMEOUT: Duration = Duration::from_secs(5);
 /// After the store did not answer.
 const FOLLOW_RETRY: Duration = Duration::from_secs(1);
 
@@ -89,6 +92,8 @@ pub enum WriteError {
     Protected,
     #[error("it is too large, or its name is too long")]
     TooLarge,
+    #[error("it was written and does not take effect; read it again, and look at the gateway's log")]
+    Unseen,
     #[error(transparent)]
     Store(StoreError),
 }
@@ -177,10 +182,7 @@ impl Fleet {
     async fn follow_watch(&self, mut watch: Watch) {
         while let Ok(events) = watch.next().await {
             let mut view = self.write();
-            let mut lost = false;
-            for event in events {
-                lost |= view.apply(event, &self.0.metrics);
-            }
+            let lost = view.apply(events, &self.0.metrics);
             view.seen(watch.seen());
             drop(view);
             self.publish(watch.seen(), lost);
@@ -344,9 +346,11 @@ impl Fleet {
     }
 
     /// Waits until the view shows this revision.
-    async fn shows(&self, revision: u64) {
+    async fn shows(&self, revision: u64) -> Result<(), WriteError> {
+        let mut shown = self.0.shown.subscribe();
+        let shows = shown.wait_for(|shown| *shown >= revision);
         // The sender lives as long as `self`.
-        drop(self.0.shown.subscribe().wait_for(|shown| *shown >= revision).await);
+        timeout(SHOWS_TIMEOUT, shows).await.map(drop).map_err(|_| WriteError::Unseen)
     }
 
     // ---- what changes it ----
@@ -430,9 +434,17 @@ impl Fleet {
                     }
                     Revoked::User { name, issued_before } => {
                         // A later moment covers an earlier one.
-                        if let Some(known) = view.user_revoked_before(name) {
+                        let known = view.user_revoked_before(name);
+                        if let Some(known) = known {
                             *issued_before = known.max(*issued_before);
                         }
+                        let key = Key::new(Kind::Revocation, &format!("user:{name}"));
+                        // A record that cannot be read covers all there is, and so does what takes its place.
+                        transaction = match view.object(Kind::Revocation, &key.name) {
+                            Some(shown) => transaction.unchanged(key, shown.revision),
+                            None if known.is_some() => transaction,
+                            None => transaction.absent(key),
+                        };
                     }
                     Revoked::Cluster { name, uid, admission } => {
                         let (cluster, revision) = view.cluster_at(name).ok_or(WriteError::NotFound)?;
@@ -647,12 +659,12 @@ impl Fleet {
     async fn commit(&self, transaction: Transaction) -> Result<u64, WriteError> {
         match self.0.store.commit(transaction).await {
             Ok(revision) => {
-                self.shows(revision).await;
+                self.shows(revision).await?;
                 Ok(revision)
             }
             Err(CommitError::Conflict(key)) => {
                 // Whoever was faster is about to show in the view, on which the next attempt decides.
-                self.shows(self.0.store.revision().number).await;
+                self.shows(self.0.store.revision().number).await?;
                 tracing::debug!(%key, "somebody else was faster");
                 Err(WriteError::Conflict)
             }
@@ -667,6 +679,7 @@ impl From<WriteError> for JoinRefused {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::Store(error) => Self::Store(error),
+            WriteError::Unseen => Self::Store(StoreError::Closed),
             _ => Self::NoCluster,
         }
     }

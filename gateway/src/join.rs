@@ -50,6 +50,11 @@ const FAILURES_BURST: f64 = 20.0;
 const FAILURES_PER_SECOND: f64 = 1.0;
 /// Addresses whose failures are remembered.
 const FAILURES_MAX: usize = 16_384;
+/// Renewals of one instance at once, and after how long one of them is forgiven; sooner where certificates live for seconds only.
+/// Each is a signature and a commit to the disk that every instance waits for.
+const RENEWALS_BURST: f64 = 8.0;
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
+const RENEWALS_PER_LIFE: u32 = 4;
 /// A place that was given to a process is kept for it so long. Once it has a session, that tells whether it lives.
 const ASSIGNED_FOR: Duration = Duration::from_secs(15);
 /// What is asked again after a store that did not answer, and after too many failures.
@@ -65,6 +70,7 @@ const NO_ISSUER: &str = "the ServiceAccount token does not count: the cluster or
 pub(crate) struct Joins {
     room: Arc<Semaphore>,
     failures: Mutex<HashMap<IpAddr, (f64, Instant)>>,
+    renewals: Mutex<HashMap<InstanceId, (f64, Instant)>>,
     /// Which process was given which place lately.
     assigned: Mutex<HashMap<InstanceId, (Bytes, Instant)>>,
 }
@@ -74,6 +80,7 @@ impl Default for Joins {
         Self {
             room: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
             failures: Mutex::default(),
+            renewals: Mutex::default(),
             assigned: Mutex::default(),
         }
     }
@@ -83,10 +90,12 @@ impl Joins {
     /// Whether this address has failed too often of late.
     fn is_slowed(&self, address: IpAddr) -> bool {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let level = |entry| level(entry, FAILURES_PER_SECOND);
         failures.get(&network(address)).is_some_and(|entry| level(*entry) >= FAILURES_BURST)
     }
 
     fn failed(&self, address: IpAddr) {
+        let level = |entry| level(entry, FAILURES_PER_SECOND);
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         if failures.len() >= FAILURES_MAX {
             failures.retain(|_, entry| level(*entry) >= 1.0);
@@ -99,6 +108,22 @@ impl Joins {
         }
         let entry = failures.entry(network(address)).or_insert_with(|| (0.0, Instant::now()));
         *entry = (level(*entry) + 1.0, Instant::now());
+    }
+
+    /// Whether an instance may renew its certificate once more, which counts then. Entries are as few as instances that have
+    /// renewed of late: what is forgiven makes room before the map grows.
+    fn may_renew(&self, instance: &InstanceId, life: Duration) -> bool {
+        let per_second = 1.0 / renewal_interval(life).as_secs_f64();
+        let mut renewals = self.renewals.lock().unwrap_or_else(PoisonError::into_inner);
+        if renewals.len() == renewals.capacity() {
+            renewals.retain(|_, entry| level(*entry, per_second) > 0.0);
+        }
+        let level = renewals.get(instance).map_or(0.0, |entry| level(*entry, per_second));
+        let may = level + 1.0 <= RENEWALS_BURST;
+        if may {
+            renewals.insert(instance.clone(), (level + 1.0, Instant::now()));
+        }
+        may
     }
 
     /// Whether a place was given to another process a moment ago.
@@ -119,9 +144,13 @@ impl Joins {
     }
 }
 
-/// Failures that are not forgiven yet.
-fn level((level, at): (f64, Instant)) -> f64 {
-    (level - at.elapsed().as_secs_f64() * FAILURES_PER_SECOND).max(0.0)
+/// What is not forgiven yet.
+fn level((level, at): (f64, Instant), per_second: f64) -> f64 {
+    (level - at.elapsed().as_secs_f64() * per_second).max(0.0)
+}
+
+fn renewal_interval(life: Duration) -> Duration {
+    RENEWAL_INTERVAL.min(life / RENEWALS_PER_LIFE)
 }
 
 /// Why an agent gets nothing: what it is told, and what the log says beside it.
@@ -518,6 +547,12 @@ async fn try_renew(
         return Err(Refusal::new(RefusalCode::Denied, text));
     };
     fleet.admits(identity, serial)?;
+    let life = live.config.join.certificate_lifetime;
+    if !shared.joins.may_renew(&identity.instance, life) {
+        shared.metrics.limit_reached(Limit::Renewals);
+        let text = "the certificate was renewed too often of late; wait a little";
+        return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
+    }
     let issued = issue(fleet, own, &live.config.join, identity, &renew.csr).await?;
     if let Some(issuer) = &renew.issuer
         && record_issuer(fleet, &identity.cluster, &identity.instance, issuer).await
@@ -578,6 +613,35 @@ mod tests {
         }
         assert!(joins.failures.lock().unwrap().len() <= FAILURES_MAX);
         assert!(!joins.is_slowed(honest));
+    }
+
+    /// An instance renews as often as it needs to and no more, for all that it asks; others are not slowed down by it.
+    #[tokio::test(start_paused = true)]
+    async fn renewals_of_one_instance_are_few() {
+        let joins = Joins::default();
+        let (greedy, honest) = (InstanceId::new("a").unwrap(), InstanceId::new("b").unwrap());
+        let day = Duration::from_secs(86_400);
+        let mut renewed = 0;
+        // Sixteen a second for a minute.
+        for _ in 0..16 * 60 {
+            renewed += u32::from(joins.may_renew(&greedy, day));
+            tokio::time::advance(Duration::from_micros(62_500)).await;
+        }
+        assert!((13..=14).contains(&renewed), "{renewed} renewals in a minute");
+        assert!(joins.may_renew(&honest, day));
+        tokio::time::advance(RENEWAL_INTERVAL).await;
+        assert!(joins.may_renew(&greedy, day));
+        // Certificates of seconds are renewed within seconds.
+        for _ in 0..100 {
+            assert!(joins.may_renew(&honest, Duration::from_secs(3)));
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        // Those who have renewed long ago are forgotten.
+        for n in 0..100_000 {
+            joins.may_renew(&InstanceId::new(&format!("i{n}")).unwrap(), day);
+            tokio::time::advance(Duration::from_millis(10)).await;
+        }
+        assert!(joins.renewals.lock().unwrap().len() < 4096);
     }
 
     /// A place goes to one process, until that had time to take it.

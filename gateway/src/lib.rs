@@ -79,7 +79,7 @@ use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout, timeout_at};
-use towline_certs::{CertificateDer, SpkiPin};
+use towline_certs::SpkiPin;
 use towline_proto::Code;
 use trust::TrustState;
 
@@ -160,14 +160,15 @@ impl Gateway {
             }
             let shared = Arc::clone(&shared);
             house.spawn(async move {
-                let abort = shared.stages.abort.clone();
-                tokio::select! {
-                    () = fleet.follow() => {}
-                    () = fleet.store().tend() => {}
-                    () = running::review(&shared) => {}
-                    () = api::feed::follow(&shared) => {}
-                    () = abort.cancelled() => {}
-                }
+                let work = async {
+                    tokio::select! {
+                        () = fleet.follow() => {}
+                        () = fleet.store().tend() => {}
+                        () = running::review(&shared) => {}
+                        () = api::feed::follow(&shared) => {}
+                    }
+                };
+                shared.stages.live_by(work).await;
             });
         }
         house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
@@ -225,8 +226,7 @@ impl Gateway {
     /// The tunnel CA's roots, for the pins of a new join token.
     #[must_use]
     pub fn tunnel_pins(&self) -> Vec<SpkiPin> {
-        let roots = self.shared.live().trust.roots.clone();
-        roots.iter().filter_map(|root| SpkiPin::of(&CertificateDer::from(root.to_vec())).ok()).collect()
+        self.shared.tunnel_pins()
     }
 
     /// What is on record, with a state directory.
@@ -293,12 +293,16 @@ impl Gateway {
         drop(timeout_at(deadline, self.shared.tasks.tunnel.wait()).await);
     }
 
+    /// Waits until everything ends without [`Self::shutdown`], because the gateway cannot do its work any more. What is left
+    /// then is to shut down, and to let somebody start it again.
+    pub async fn failed(&self) {
+        self.shared.stages.abort.cancelled().await;
+    }
+
     /// Ends everything at once and waits until it has ended.
     pub async fn shutdown(&self) {
         let (stages, tasks) = (&self.shared.stages, &self.shared.tasks);
-        for stage in [&stages.unready, &stages.draining, &stages.abort] {
-            stage.cancel();
-        }
+        stages.end();
         for tracker in [&tasks.front, &tasks.tunnel, &tasks.house] {
             tracker.close();
             tracker.wait().await;
@@ -308,10 +312,7 @@ impl Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        let stages = &self.shared.stages;
-        for stage in [&stages.unready, &stages.draining, &stages.abort] {
-            stage.cancel();
-        }
+        self.shared.stages.end();
     }
 }
 

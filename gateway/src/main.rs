@@ -1,6 +1,6 @@
 //! The program `towline-gateway`: reads its configuration, runs a gateway, and stops it politely.
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use clap::{Parser, Subcommand};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -173,6 +173,10 @@ async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            () = gateway.failed() => {
+                gateway.shutdown().await;
+                bail!("the gateway cannot go on; the log says why");
+            }
             _ = hangup.recv() => {
                 if let Err(error) = gateway.reload().await {
                     tracing::error!("reload refused, the last good state stays in force:\n{error}");

@@ -122,6 +122,7 @@ label!(
         TunnelMemory = "tunnel_memory",
         Joins = "joins",
         JoinFailures = "join_failures",
+        Renewals = "renewals",
     }
 );
 label!(

@@ -11,8 +11,9 @@
 //! The old CA vouches for the new one (`tunnel-ca-cross.crt`, shown to agents with the gateway's certificate from trust-new
 //! on): an agent that was offline for a step, or for all of them, still recognises the gateway, and is told the roots.
 //!
-//! Each step ends with one file that is replaced as a whole: the bundle of roots, or the key, which says which root issues. So a
-//! step that is cut off has happened or has not.
+//! Each step turns on one file that is replaced as a whole: the bundle of roots, older first, or the key, which says which root
+//! issues. So a step that is cut off has happened or has not, whatever other files it has left behind: those are never asked
+//! how far the change has come.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -100,13 +101,34 @@ impl FromStr for Step {
 /// # Errors
 /// Its files cannot be read, or were not made here.
 pub fn phase(directory: &Path) -> Result<Phase, RotationError> {
+    phase_of(directory, &load_roots(&directory.join(ROOTS))?)
+}
+
+fn phase_of(directory: &Path, roots: &[CertificateDer<'static>]) -> Result<Phase, RotationError> {
     let exists = |name: &str| directory.join(name).exists();
-    match load_roots(&directory.join(ROOTS))?.len() {
-        1 => Ok(Phase::Single),
-        2 if exists(OLD_KEY) => Ok(Phase::IssuesNew),
-        2 if exists(NEXT_KEY) => Ok(Phase::TrustsNew),
-        _ => Err(RotationError::Foreign(directory.join(ROOTS))),
+    let (old, new) = match roots {
+        [_] => return Ok(Phase::Single),
+        [old, new] => (old, new),
+        _ => return Err(RotationError::Foreign(directory.join(ROOTS))),
+    };
+    let issuing = authority(directory, KEY, roots)?;
+    if issuing.root_der() == old && exists(NEXT_KEY) {
+        Ok(Phase::TrustsNew)
+    } else if issuing.root_der() == new && exists(OLD_KEY) {
+        Ok(Phase::IssuesNew)
+    } else {
+        Err(RotationError::Foreign(directory.join(ROOTS)))
     }
+}
+
+/// The CA of a key, among these roots.
+fn authority(
+    directory: &Path,
+    key: &str,
+    roots: &[CertificateDer<'static>],
+) -> Result<CertificateAuthority, RotationError> {
+    let key = parse_key(&FileBytes::read(&directory.join(key))?)?;
+    Ok(CertificateAuthority::choose(CaKind::Tunnel, roots, &key, ROOTS)?)
 }
 
 /// Takes a step. Blocks.
@@ -115,15 +137,14 @@ pub fn phase(directory: &Path) -> Result<Phase, RotationError> {
 /// Why it was not taken; the files are as before then.
 pub fn step(directory: &Path, step: Step, now: SystemTime) -> Result<Phase, RotationError> {
     let at = |name: &str| directory.join(name);
-    let phase = phase(directory)?;
     let roots = load_roots(&at(ROOTS))?;
-    let ca = |name: &str| {
-        let key = parse_key(&FileBytes::read(&at(name))?)?;
-        Ok::<_, RotationError>(CertificateAuthority::choose(CaKind::Tunnel, &roots, &key, ROOTS)?)
-    };
+    let phase = phase_of(directory, &roots)?;
+    let ca = |name: &str| authority(directory, name, &roots);
     match (step, phase) {
         (Step::TrustNew, Phase::Single) => {
             let old = ca(KEY)?;
+            // What a drop that was cut off has left: it is no way back from the change that begins.
+            remove(&at(OLD_KEY))?;
             let new = CertificateAuthority::create(CaKind::Tunnel, CA_LIFETIME, now)?;
             write_private(&at(NEXT_KEY), key_pem(&new.private_key()).as_bytes())?;
             write_public(
@@ -134,19 +155,23 @@ pub fn step(directory: &Path, step: Step, now: SystemTime) -> Result<Phase, Rota
             Ok(Phase::TrustsNew)
         }
         (Step::IssueNew, Phase::TrustsNew) => {
-            copy_key(&ca(KEY)?, &at(OLD_KEY))?;
-            copy_key(&ca(NEXT_KEY)?, &at(KEY))?;
+            let (old, new) = (ca(KEY)?, ca(NEXT_KEY)?);
+            copy_key(&old, &at(OLD_KEY))?;
+            copy_key(&new, &at(KEY))?;
             remove(&at(NEXT_KEY))?;
             Ok(Phase::IssuesNew)
         }
         (Step::DropOld, Phase::IssuesNew) => {
             write_roots(&at(ROOTS), &[ca(KEY)?.root_der().clone()])?;
             remove(&at(OLD_KEY))?;
+            // Left by an issue-new that was cut off.
+            remove(&at(NEXT_KEY))?;
             Ok(Phase::Single)
         }
         (Step::Back, Phase::IssuesNew) => {
-            copy_key(&ca(KEY)?, &at(NEXT_KEY))?;
-            copy_key(&ca(OLD_KEY)?, &at(KEY))?;
+            let (old, new) = (ca(OLD_KEY)?, ca(KEY)?);
+            copy_key(&new, &at(NEXT_KEY))?;
+            copy_key(&old, &at(KEY))?;
             remove(&at(OLD_KEY))?;
             Ok(Phase::TrustsNew)
         }
@@ -154,6 +179,8 @@ pub fn step(directory: &Path, step: Step, now: SystemTime) -> Result<Phase, Rota
             write_roots(&at(ROOTS), &[ca(KEY)?.root_der().clone()])?;
             remove(&at(CROSS))?;
             remove(&at(NEXT_KEY))?;
+            // Left by an issue-new that was cut off.
+            remove(&at(OLD_KEY))?;
             Ok(Phase::Single)
         }
         (step, phase) => Err(RotationError::Order { step, phase }),
@@ -235,5 +262,89 @@ mod tests {
         step(place, Step::TrustNew, now).unwrap();
         assert!(matches!(step(place, Step::DropOld, now), Err(RotationError::Order { .. })));
         assert!(matches!(step(place, Step::TrustNew, now), Err(RotationError::Order { .. })));
+    }
+
+    /// A directory with one CA, and its root.
+    fn single(now: SystemTime) -> (tempfile::TempDir, CertificateDer<'static>) {
+        let directory = tempfile::tempdir().unwrap();
+        let first = CertificateAuthority::create(CaKind::Tunnel, CA_LIFETIME, now).unwrap();
+        first.save(&directory.path().join(ROOTS), &directory.path().join(KEY)).unwrap();
+        (directory, first.root_der().clone())
+    }
+
+    /// A crash between any two files of a step: the step has happened or not, and going on never drops the CA that is to stay.
+    #[test]
+    fn a_step_that_was_cut_off_has_happened_or_not() {
+        let now = SystemTime::now();
+        // What is at hand: the keys of both CAs as they lie around in either phase.
+        let prepare = || {
+            let (directory, old) = single(now);
+            step(directory.path(), Step::TrustNew, now).unwrap();
+            let new = load_roots(&directory.path().join(ROOTS)).unwrap().pop().unwrap();
+            (directory, old, new)
+        };
+        let copy = |place: &Path, from: &str, to: &str| {
+            fs::copy(place.join(from), place.join(to)).unwrap();
+        };
+
+        // issue-new, cut off after the old key was kept: it has not happened.
+        let (directory, old, new) = prepare();
+        let place = directory.path();
+        copy(place, KEY, OLD_KEY);
+        assert_eq!(phase(place).unwrap(), Phase::TrustsNew);
+        assert!(matches!(step(place, Step::DropOld, now), Err(RotationError::Order { .. })));
+        assert_eq!((issuing(place).root_der(), count(place)), (&old, 2));
+        assert_eq!(step(place, Step::IssueNew, now).unwrap(), Phase::IssuesNew);
+        assert_eq!(issuing(place).root_der(), &new);
+        // Its way back is free of the rest, too.
+        step(place, Step::Back, now).unwrap();
+        copy(place, KEY, OLD_KEY);
+        assert_eq!(step(place, Step::Back, now).unwrap(), Phase::Single);
+        assert!(issuing(place).root_der() == &old && !place.join(OLD_KEY).exists());
+
+        // issue-new, cut off before the next key was removed: it has happened.
+        let (directory, _, new) = prepare();
+        let place = directory.path();
+        copy(place, KEY, OLD_KEY);
+        copy(place, NEXT_KEY, KEY);
+        assert_eq!(phase(place).unwrap(), Phase::IssuesNew);
+        assert_eq!(step(place, Step::DropOld, now).unwrap(), Phase::Single);
+        assert_eq!((issuing(place).root_der(), count(place)), (&new, 1));
+        assert!(!place.join(NEXT_KEY).exists());
+
+        // back, cut off before the new key was put away, and before the old one was.
+        let (directory, old, _) = prepare();
+        let place = directory.path();
+        step(place, Step::IssueNew, now).unwrap();
+        copy(place, KEY, NEXT_KEY);
+        assert_eq!(phase(place).unwrap(), Phase::IssuesNew);
+        copy(place, OLD_KEY, KEY);
+        assert_eq!(phase(place).unwrap(), Phase::TrustsNew);
+        assert!(matches!(step(place, Step::DropOld, now), Err(RotationError::Order { .. })));
+        assert_eq!(issuing(place).root_der(), &old);
+
+        // drop-old, cut off before the old key was removed: the next change begins with a clean table.
+        let (directory, _, new) = prepare();
+        let place = directory.path();
+        step(place, Step::IssueNew, now).unwrap();
+        write_roots(&place.join(ROOTS), std::slice::from_ref(&new)).unwrap();
+        assert_eq!(phase(place).unwrap(), Phase::Single);
+        assert_eq!(step(place, Step::TrustNew, now).unwrap(), Phase::TrustsNew);
+        assert_eq!(phase(place).unwrap(), Phase::TrustsNew);
+        assert_eq!(step(place, Step::IssueNew, now).unwrap(), Phase::IssuesNew);
+        assert_ne!(issuing(place).root_der(), &new);
+    }
+
+    /// Two roots that this command has not put there are left alone.
+    #[test]
+    fn a_change_of_another_hand_is_foreign() {
+        let now = SystemTime::now();
+        let (directory, old) = single(now);
+        let place = directory.path();
+        let other = CertificateAuthority::create(CaKind::Tunnel, CA_LIFETIME, now).unwrap();
+        for roots in [[old.clone(), other.root_der().clone()], [other.root_der().clone(), old.clone()]] {
+            write_roots(&place.join(ROOTS), &roots).unwrap();
+            assert!(matches!(phase(place), Err(RotationError::Foreign(_))));
+        }
     }
 }

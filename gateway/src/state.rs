@@ -33,7 +33,7 @@ use towline_certs::save::create_private_directory;
 use towline_certs::tls::{FrontCertificates, front_server, http_client, join_server, tunnel_server};
 use towline_certs::{
     AgentCa, AgentIdentity, CertificateDer, CertificateFacts, ClientCa, ClusterUid, Credential, LoadPolicy,
-    Strictness,
+    SpkiPin, Strictness,
 };
 use towline_proto::join::{CERTIFICATES_MAX, Trust};
 use towline_proto::mux::Budget;
@@ -285,10 +285,41 @@ pub(crate) struct Stages {
 const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
 impl Stages {
+    /// Ends everything now.
+    pub(crate) fn end(&self) {
+        for stage in [&self.unready, &self.draining, &self.abort] {
+            stage.cancel();
+        }
+    }
+
+    /// Does what the gateway cannot be without until everything ends. Should it end before that, by itself or in a panic,
+    /// everything ends with it: a gateway whose view of the fleet stands still goes on serving those who were revoked.
+    pub(crate) async fn live_by(&self, work: impl Future<Output = ()>) {
+        let _lifeline = Lifeline(self);
+        tokio::select! {
+            () = work => {}
+            () = self.abort.cancelled() => {}
+        }
+    }
+
     /// Waits until a drain leaves no more time to those who have not asked for anything yet. Cancel safe.
     pub(crate) async fn over_for_newcomers(&self) {
         self.draining.cancelled().await;
         tokio::time::sleep(FIRST_REQUEST_GRACE).await;
+    }
+}
+
+/// Ends everything when it is dropped before that has ended.
+struct Lifeline<'a>(&'a Stages);
+
+impl Drop for Lifeline<'_> {
+    fn drop(&mut self) {
+        if !self.0.abort.is_cancelled() {
+            tracing::error!(
+                "what keeps the view of the fleet up to date has ended; the gateway ends, start it again"
+            );
+            self.0.end();
+        }
     }
 }
 
@@ -379,6 +410,13 @@ impl Shared {
             return Err(format!("a cluster {} stands in the configuration, with another uid", cluster.name));
         }
         Ok(cluster)
+    }
+
+    /// By what agents recognise the gateway: the roots as they are announced now, not as they were at the start.
+    pub(crate) fn tunnel_pins(&self) -> Vec<SpkiPin> {
+        let live = self.live();
+        let roots = live.trust.roots.iter().map(|root| CertificateDer::from(root.to_vec()));
+        roots.filter_map(|root| SpkiPin::of(&root).ok()).collect()
     }
 
     fn reserve_names(&self) {
@@ -493,5 +531,29 @@ mod tests {
         drop(first);
         assert!(limit.take(&"a").is_some());
         assert_eq!(limit.counts.lock().unwrap().len(), 1);
+    }
+
+    /// Without what the gateway lives by it ends, however that ends; and what ends with the gateway is no failure.
+    #[tokio::test]
+    async fn a_lifeline_that_ends_takes_all_with_it() {
+        let panics = Arc::new(Stages::default());
+        let stages = Arc::clone(&panics);
+        let mut died = tokio::task::JoinSet::new();
+        died.spawn(async move { stages.live_by(async { panic!("as a defect would") }).await });
+        assert!(died.join_next().await.unwrap().unwrap_err().is_panic());
+        let returns = Stages::default();
+        returns.live_by(async {}).await;
+        for stages in [&*panics, &returns] {
+            assert!(stages.unready.is_cancelled() && stages.draining.is_cancelled());
+            assert!(stages.abort.is_cancelled());
+        }
+        let lives = Stages::default();
+        let work = lives.live_by(std::future::pending());
+        tokio::select! {
+            () = work => panic!("it goes on for as long as the gateway"),
+            () = tokio::time::sleep(Duration::from_millis(20)) => {}
+        }
+        let ends = Stages::default();
+        tokio::join!(ends.live_by(std::future::pending()), async { ends.abort.cancel() });
     }
 }

@@ -8,17 +8,31 @@ mod common;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use common::{Agent, Client, TOKEN, World, full};
+use common::{Agent, Client, TOKEN, World, full, text};
 use http_body_util::BodyExt as _;
 use http_body_util::channel::Channel;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt as _;
+use tokio::task::JoinSet;
 use towline_certs::{AgentKey, CertificateDer, CertificateFacts};
 use towline_gateway::fleet::{AccessToken, Fleet, Meta, Object, Revoked, Time, hex, new_uid};
 use towline_gateway::store::Kind;
 use towline_proto::open::BodyKind;
+
+const ADMIN: &str = "root";
+const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
+
+/// A request of the admin to the API, and the status and object that it is answered with.
+async fn api(client: &mut Client, method: &str, path: &str, body: &Value) -> (u16, Value) {
+    let media = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
+    let headers = [("authorization", "Bearer tlat_root"), ("content-type", media)];
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let answer = client.ask(method, path, &headers, full(body)).await;
+    let status = answer.status().as_u16();
+    (status, serde_json::from_str(&text(answer).await).unwrap())
+}
 
 async fn world() -> World {
     // Beside the certificates, in the directory that the world removes.
@@ -36,7 +50,8 @@ fn meta() -> Meta {
 
 async fn give_token(fleet: &Fleet, user: &str, token: &str) {
     let sha256 = hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, token.as_bytes()).as_ref());
-    let groups = vec!["ops".to_owned()];
+    let groups = if user == ADMIN { "towline:admins" } else { "ops" };
+    let groups = vec![groups.to_owned()];
     let token = AccessToken { meta: meta(), sha256, user: user.to_owned(), groups, expires: None };
     fleet.put(user, &token, None).await.unwrap();
 }
@@ -196,7 +211,7 @@ async fn no_certificate_outlives_what_asked_for_it() {
         let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
         let answer = client.ask("POST", REQUESTS, &headers, full(certificate_request())).await;
         assert_eq!(answer.status(), 201);
-        let answer: Value = serde_json::from_str(&common::text(answer).await).unwrap();
+        let answer: Value = from_str(&common::text(answer).await).unwrap();
         let expires = Time::parse(answer["status"]["expires"].as_str().unwrap()).unwrap();
         match end {
             // To the second, and one that passed meanwhile.
@@ -253,4 +268,45 @@ async fn two_gateways_do_not_share_a_state_directory() {
     first.shutdown().await;
     drop(first);
     towline_gateway::Gateway::start(config).await.unwrap().shutdown().await;
+}
+
+/// Sixteen admins label one cluster at once, many times each: whoever was told that it is done finds it done.
+#[tokio::test]
+async fn no_patch_is_lost() {
+    let world = world().await;
+    give_token(world.gateway.fleet().unwrap(), ADMIN, "tlat_root").await;
+    let mut client = world.h2(None).await;
+    let cluster = json!({
+        "kind": "Cluster", "apiVersion": "towline.io/v1alpha1", "metadata": {"name": "edge"}, "spec": {},
+    });
+    assert_eq!(api(&mut client, "POST", CLUSTERS, &cluster).await.0, 201);
+    let edge = format!("{CLUSTERS}/edge");
+    let mut admins = JoinSet::new();
+    for admin in 0..16 {
+        let (mut client, edge) = (world.h2(None).await, edge.clone());
+        admins.spawn(async move {
+            for round in 0..8 {
+                let patch = json!({"metadata": {"labels": {format!("label-{admin}-{round}"): "set"}}});
+                loop {
+                    match api(&mut client, "PATCH", &edge, &patch).await {
+                        (200, _) => break,
+                        // Too many were faster, which it is told.
+                        (409, _) => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+        });
+    }
+    while let Some(done) = admins.join_next().await {
+        done.unwrap();
+    }
+    let (_, shown) = api(&mut client, "GET", &edge, &Value::Null).await;
+    let labels = shown["metadata"]["labels"].as_object().unwrap();
+    let lost: Vec<_> = (0..16 * 8)
+        .map(|n| format!("label-{}-{}", n / 8, n % 8))
+        .filter(|label| !labels.contains_key(label))
+        .collect();
+    assert!(lost.is_empty(), "{lost:?}");
+    world.gateway.shutdown().await;
 }

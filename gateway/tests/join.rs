@@ -469,6 +469,30 @@ async fn a_revoked_certificate_takes_the_agent_along() {
     assert!(join(&world, &token, &mine).await.is_err(), "the use of the token is spent");
 }
 
+/// An agent that renews without end gets a few certificates and is told to wait; its session stays.
+#[tokio::test]
+async fn renewing_is_limited() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let key = key();
+    let admitted = join(&world, &token, &key).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &key, 1).await.unwrap();
+    let mut renewed = 0;
+    let refused = loop {
+        match agent.renew(&key).await {
+            Ok(_) => renewed += 1,
+            Err(refused) => break refused,
+        }
+        assert!(renewed < 16, "there is a limit");
+    };
+    assert!((8..=10).contains(&renewed), "{renewed}");
+    assert_eq!((code(&refused), refused.retry_after_ms), (RefusalCode::Limit, 10_000));
+    let metrics = world.admin("/metrics").await.1;
+    assert!(metrics.contains("towline_gateway_limits_reached_total{limit=\"renewals\"} 1"), "{metrics}");
+    assert!(agent.session.closed().is_none());
+}
+
 /// The documented way back for an agent that was offline past the end of its certificate.
 #[tokio::test]
 async fn an_expired_certificate_leads_back_by_its_key() {
@@ -731,4 +755,42 @@ async fn a_gateway_without_a_record_lets_nobody_join() {
     let answer: JoinAnswer = recv_message(&mut io, JOIN_MAX_BYTES).await.unwrap();
     let Some(Joined::Refused(refused)) = answer.outcome else { panic!("{answer:?}") };
     assert!(code(&refused) == RefusalCode::Denied && refused.text.contains("stateDirectory"));
+}
+
+/// A join token carries the pins of all roots that are believed when it is made, not when the gateway started.
+#[tokio::test]
+async fn a_join_token_carries_the_pins_of_now() {
+    let world = world().await;
+    register(&world, "east").await;
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root");
+    let admin = fleet::AccessToken {
+        meta: meta(),
+        sha256: fleet::hex(digest.as_ref()),
+        user: "root".to_owned(),
+        groups: vec!["towline:admins".to_owned()],
+        expires: None,
+    };
+    world.gateway.fleet().unwrap().put("root", &admin, None).await.unwrap();
+    let mut client = world.h1(None).await;
+    let mut pins = async || {
+        let body = json!({
+            "kind": "JoinToken", "apiVersion": "towline.io/v1alpha1", "metadata": {}, "spec": {"cluster": "east"},
+        });
+        let headers = [("authorization", "Bearer tlat_root"), ("content-type", "application/json")];
+        let path = "/apis/towline.io/v1alpha1/jointokens";
+        let answer = client.ask("POST", path, &headers, common::full(body.to_string())).await;
+        assert_eq!(answer.status(), 201);
+        let made: Value = serde_json::from_str(&common::text(answer).await).unwrap();
+        let line = made["status"]["token"].as_str().unwrap();
+        let made: towline_certs::JoinToken = line.parse().unwrap();
+        made.pins.clone()
+    };
+    assert_eq!(pins().await, world.gateway.tunnel_pins());
+    for (step, count) in [(Step::TrustNew, 2), (Step::IssueNew, 2), (Step::DropOld, 1)] {
+        rotation::step(&world.path("state"), step, SystemTime::now()).unwrap();
+        world.gateway.reload().await.unwrap();
+        assert_eq!(pins().await, world.gateway.tunnel_pins());
+        assert_eq!(world.gateway.tunnel_pins().len(), count);
+    }
+    world.gateway.shutdown().await;
 }

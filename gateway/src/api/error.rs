@@ -133,6 +133,10 @@ impl ApiError {
                 Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Limit)
             }
             WriteError::TooLarge => Self::invalid(resource, name, "metadata", &error.to_string()),
+            WriteError::Unseen => {
+                let message = format!("{}.{GROUP} {name:?}: {error}", resource.plural);
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "Timeout", message).counted(TlCode::Timeout)
+            }
             WriteError::Store(error) => {
                 let message = format!("the store does not answer, and nothing can be changed: {error}");
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable", message)

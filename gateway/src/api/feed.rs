@@ -7,7 +7,7 @@
 
 use super::kinds::{self, Resource};
 use super::objects::{self, Due};
-use crate::fleet::{Fleet, Object, Time};
+use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, Time, WriteError};
 use crate::registry::Connection;
 use crate::state::{Live, Shared};
 use crate::store::Kind;
@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 /// Events that watches can go back by.
 const HISTORY_MAX: usize = 16_384;
@@ -265,9 +266,11 @@ impl Feed {
     }
 
     /// Waits until the objects show a revision of the store.
-    pub(super) async fn shows(&self, revision: u64) {
+    pub(super) async fn shows(&self, revision: u64) -> Result<(), WriteError> {
+        let mut shown = self.shown.subscribe();
+        let shows = shown.wait_for(|shown| *shown >= revision);
         // The sender lives as long as `self`.
-        drop(self.shown.subscribe().wait_for(|shown| *shown >= revision).await);
+        timeout(SHOWS_TIMEOUT, shows).await.map(drop).map_err(|_| WriteError::Unseen)
     }
 
     pub(super) fn object(&self, resource: &Resource, name: &str) -> Option<Arc<Value>> {

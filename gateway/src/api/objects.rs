@@ -567,14 +567,10 @@ impl Input {
         let spec: RevocationSpec = self.spec(resource)?;
         let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
         match (spec.certificate, spec.user, spec.cluster) {
-            (Some(certificate), None, None) => {
-                let serial: String = certificate.serial.chars().filter(|c| *c != ':').collect();
-                let serial = serial.to_ascii_lowercase();
-                if !(1..=64).contains(&serial.len()) || !serial.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-                    return refuse("spec.certificate.serial", "must be hexadecimal digits");
-                }
-                Ok(Revoked::Certificate { serial })
-            }
+            (Some(certificate), None, None) => match serial(&certificate.serial) {
+                Some(serial) => Ok(Revoked::Certificate { serial }),
+                None => refuse("spec.certificate.serial", "must be hexadecimal digits"),
+            },
             (None, Some(user), None) => {
                 if user.name.is_empty() || user.name.len() > 256 || user.name.chars().any(char::is_control) {
                     return refuse("spec.user.name", "must be the name of a user");
@@ -640,6 +636,18 @@ fn short_id() -> String {
     let mut bytes = [0; 5];
     random(&mut bytes);
     hex(&bytes)
+}
+
+/// A serial number as certificates show it: lower-case digits of whole bytes, none of them a zero in front.
+fn serial(text: &str) -> Option<String> {
+    let digits: String = text.chars().filter(|c| *c != ':').collect();
+    if !(1..=64).contains(&digits.len()) || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    let digits = digits.to_ascii_lowercase();
+    let number = digits.trim_start_matches('0');
+    let width = number.len().div_ceil(2).max(1) * 2;
+    Some(format!("{number:0>width$}"))
 }
 
 fn is_label_part(text: &str) -> bool {
@@ -740,6 +748,29 @@ impl Parsed {
             Self::Revoke(what, meta) => {
                 Object::Revocation(Arc::new(Revocation { meta: meta.clone(), what: what.clone() }))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However a tool writes a serial number, it revokes the certificate that has it.
+    #[test]
+    fn serials_are_those_of_certificates() {
+        for (written, known) in [
+            ("4A:0b", "4a0b"),
+            ("004a0b", "4a0b"),
+            ("a0b", "0a0b"),
+            ("000a0b", "0a0b"),
+            ("00", "00"),
+            ("0", "00"),
+        ] {
+            assert_eq!(serial(written).as_deref(), Some(known), "{written}");
+        }
+        for wrong in ["", ":", "4g", "0x4a", &"1".repeat(65)] {
+            assert_eq!(serial(wrong), None, "{wrong}");
         }
     }
 }

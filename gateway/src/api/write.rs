@@ -1,5 +1,5 @@
-//! What do create, update, patch and delete do? They decide on what is shown, write what the store takes only if it is still
-//! so, and answer once lists show it.
+//! What do create, update, patch and delete do? They decide on a record that lists show, write what the store takes only if it
+//! is still so, and answer once lists show it.
 
 use super::Call;
 use super::error::{ApiError, json_response};
@@ -12,8 +12,9 @@ use crate::store::Kind;
 use http::header::WARNING;
 use http::{Response, StatusCode};
 use serde_json::{Map, Value, json};
+use std::sync::Arc;
 
-/// Times that a write without a version decides anew because somebody else was faster.
+/// Times that a write decides anew because somebody else was faster.
 const ATTEMPTS: usize = 8;
 /// Fields that are not known, told at most.
 const WARNINGS_MAX: usize = 8;
@@ -30,7 +31,7 @@ pub(super) async fn create(
         let why = "must not be set on an object that is created";
         return Err(ApiError::invalid(resource, &input.name, "metadata.resourceVersion", why));
     }
-    let own = Own { addresses: &call.addresses(), pins: call.pins() };
+    let own = Own { addresses: &call.addresses(), pins: call.shared.tunnel_pins() };
     let New { parsed, secrets } = input.create(resource, &call.fleet, &own)?;
     let name = input.name.clone();
     let dry = dry_run(call, &Value::Null)?;
@@ -102,11 +103,7 @@ async fn change(
 ) -> Result<Response<AnswerBody>, ApiError> {
     let fail = |error: WriteError| ApiError::write(resource, name, &error);
     for _ in 0..ATTEMPTS {
-        let before = call.feed.object(resource, name).ok_or_else(|| ApiError::not_found(resource, name))?;
-        if call.is_configured(resource, name) {
-            return Err(fail(WriteError::Reserved));
-        }
-        let record = record(call, resource, name)?;
+        let Basis { record, before } = basis(call, resource, name).await?;
         let input = Input::read(resource, next(&before)?)?;
         let warnings = validate_fields(call, resource, &input)?;
         if input.name != name {
@@ -137,7 +134,8 @@ async fn change(
                 call.audit(verb, resource, name);
                 return Ok(warned(shown(call, resource, StatusCode::OK, &object), &warnings));
             }
-            Err(WriteError::Conflict) if input.version.is_none() => {}
+            // Whether the sender's version is still the one, the next look tells.
+            Err(WriteError::Conflict) => {}
             Err(error) => return Err(fail(error)),
         }
     }
@@ -174,11 +172,7 @@ pub(super) async fn delete(
     let fail = |error: WriteError| ApiError::write(resource, name, &error);
     let dry = dry_run(call, options)?;
     for _ in 0..ATTEMPTS {
-        let before = call.feed.object(resource, name).ok_or_else(|| ApiError::not_found(resource, name))?;
-        if call.is_configured(resource, name) {
-            return Err(fail(WriteError::Reserved));
-        }
-        let record = record(call, resource, name)?;
+        let Basis { record, before } = basis(call, resource, name).await?;
         for field in ["uid", "resourceVersion"] {
             let wanted = &options["preconditions"][field];
             if !wanted.is_null() && *wanted != before["metadata"][field] {
@@ -193,7 +187,7 @@ pub(super) async fn delete(
         };
         match done {
             Ok(revision) => {
-                call.feed.shows(revision).await;
+                call.feed.shows(revision).await.map_err(fail)?;
                 if !dry {
                     call.audit("delete", resource, name);
                 }
@@ -212,9 +206,25 @@ pub(super) async fn delete(
     Err(fail(WriteError::Conflict))
 }
 
-fn record(call: &Call, resource: &Resource, name: &str) -> Result<Shown, ApiError> {
-    let shown = resource.stored.and_then(|kind| call.fleet.object(kind, name));
-    shown.ok_or_else(|| ApiError::not_found(resource, name))
+/// What a change is decided on.
+struct Basis {
+    record: Shown,
+    /// As lists show it: of the record, or of a later one.
+    before: Arc<Value>,
+}
+
+/// The record first, then what lists show once they show it. If that is later than the record, the store refuses the change;
+/// were it earlier, the store would take a change of something that nobody has decided on.
+async fn basis(call: &Call, resource: &Resource, name: &str) -> Result<Basis, ApiError> {
+    let fail = |error: WriteError| ApiError::write(resource, name, &error);
+    if call.is_configured(resource, name) {
+        return Err(fail(WriteError::Reserved));
+    }
+    let not_found = || ApiError::not_found(resource, name);
+    let record = resource.stored.and_then(|kind| call.fleet.object(kind, name)).ok_or_else(not_found)?;
+    call.feed.shows(record.revision).await.map_err(fail)?;
+    let before = call.feed.object(resource, name).ok_or_else(not_found)?;
+    Ok(Basis { record, before })
 }
 
 async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) -> Result<u64, WriteError> {
@@ -230,7 +240,7 @@ async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) ->
 
 /// The object once lists show what was written.
 async fn written(call: &Call, resource: &Resource, name: &str, revision: u64) -> Result<Value, ApiError> {
-    call.feed.shows(revision).await;
+    call.feed.shows(revision).await.map_err(|error| ApiError::write(resource, name, &error))?;
     let object = call.feed.object(resource, name);
     object.map(|object| Value::clone(&object)).ok_or_else(|| ApiError::not_found(resource, name))
 }

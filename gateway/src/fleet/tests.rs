@@ -330,7 +330,7 @@ async fn the_view_is_what_a_fresh_list_is() {
     fleet.store().commit(Transaction::new().delete(Key::new(Kind::Cluster, "prod"))).await.unwrap();
     let follower = fleet.clone();
     _following.spawn(async move { follower.follow().await });
-    fleet.shows(fleet.store().revision().number).await;
+    fleet.shows(fleet.store().revision().number).await.unwrap();
     let fresh = Fleet::load(fleet.store().clone(), Arc::new(Metrics::new())).await.unwrap();
     assert_eq!(fleet.count(Kind::AccessRule), fresh.count(Kind::AccessRule));
     assert_eq!(fleet.cluster_of(&ClusterUid::new(&uid).unwrap()), None);
@@ -378,4 +378,61 @@ fn uids_are_uuids_and_cluster_uids() {
     assert_eq!(uid.len(), 36);
     assert!(uid.as_bytes()[14] == b'4' && ClusterUid::new(&uid).is_ok(), "{uid}");
     assert_ne!(uid, new_uid());
+}
+
+/// A write that does not come to show is told as one, and nobody waits for ever.
+#[tokio::test]
+async fn a_view_that_stands_still_is_told() {
+    let World { fleet, directory: _directory, mut _following } = World::new().await;
+    _following.shutdown().await;
+    let (name, cluster) = ("prod", cluster());
+    let written = timeout(2 * SHOWS_TIMEOUT, fleet.put(name, &cluster, None)).await;
+    assert!(matches!(written.expect("it gives up"), Err(WriteError::Unseen)));
+}
+
+/// A batch of rules costs what its rules cost, not their square: the data path waits for it.
+#[test]
+fn rules_are_rebuilt_once_per_batch() {
+    let rule = AccessRule {
+        meta: meta(),
+        effect: config::Effect::Allow,
+        users: vec!["jane".to_owned()],
+        groups: vec!["ops".to_owned()],
+        clusters: vec!["*".to_owned()],
+    };
+    let data = Arc::new(serde_json::to_value(&rule).unwrap());
+    let record = |number: u64| Record {
+        key: Key::new(Kind::AccessRule, &format!("rule-{number}")),
+        revision: number,
+        schema: AccessRule::SCHEMA,
+        data: Arc::clone(&data),
+    };
+    let metrics = Metrics::new();
+    let mut view = View::default();
+    let began = std::time::Instant::now();
+    view.replace(5000, (1..=5000).map(record).collect(), &metrics);
+    view.apply((5001..=10_000).map(record).map(crate::store::Event::Put), &metrics);
+    assert_eq!(view.count(Kind::AccessRule), 10_000);
+    // Once for each rule it is fifty million copies.
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+/// A later moment covers an earlier one, also of revocations that are under way at once.
+#[tokio::test]
+async fn revocations_of_a_user_only_grow() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let now = Time::now();
+    let mut revoking = JoinSet::new();
+    // The latest first: whoever commits last has not the last word.
+    for minutes in (1..=16).rev() {
+        let fleet = fleet.clone();
+        let issued_before = now.after(Duration::from_secs(60 * minutes));
+        let what = Revoked::User { name: "jane".to_owned(), issued_before };
+        revoking.spawn(async move { fleet.revoke(&what, &meta()).await });
+    }
+    while let Some(done) = revoking.join_next().await {
+        done.unwrap().unwrap();
+    }
+    assert!(fleet.is_client_revoked("jane", "01", now.after(Duration::from_secs(16 * 60 - 1))));
+    assert!(!fleet.is_client_revoked("jane", "01", now.after(Duration::from_secs(16 * 60))));
 }

@@ -83,13 +83,24 @@ impl View {
             changes.extend(objects.keys().map(|name| Key { kind: *kind, name: Arc::clone(name) }));
         }
         *self = Self { revision, changes, ..Self::default() };
-        for record in records {
-            self.apply(Event::Put(record), metrics);
-        }
+        self.apply(records.into_iter().map(Event::Put), metrics);
     }
 
     /// Shows what has happened; whether somebody may have lost something by it.
-    pub(super) fn apply(&mut self, event: Event, metrics: &Metrics) -> bool {
+    pub(super) fn apply(&mut self, events: impl IntoIterator<Item = Event>, metrics: &Metrics) -> bool {
+        let (mut lost, mut rules) = (false, false);
+        for event in events {
+            rules |= event.key().kind == Kind::AccessRule;
+            lost |= self.apply_one(event, metrics);
+        }
+        // Once for all of them: it takes as long as there are rules, and the data path waits for it.
+        if rules {
+            self.rebuild_rules();
+        }
+        lost
+    }
+
+    fn apply_one(&mut self, event: Event, metrics: &Metrics) -> bool {
         let (key, revision) = (event.key().clone(), event.revision());
         let objects = self.objects.entry(key.kind).or_default();
         // What a list has shown already.
@@ -121,9 +132,6 @@ impl View {
                 .entry(key.kind)
                 .or_default()
                 .insert(Arc::clone(&key.name), Shown { object, revision });
-        }
-        if key.kind == Kind::AccessRule {
-            self.rebuild_rules();
         }
         lost
     }
