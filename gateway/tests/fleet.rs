@@ -211,7 +211,7 @@ async fn no_certificate_outlives_what_asked_for_it() {
         let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
         let answer = client.ask("POST", REQUESTS, &headers, full(certificate_request())).await;
         assert_eq!(answer.status(), 201);
-        let answer: Value = from_str(&common::text(answer).await).unwrap();
+        let answer: Value = serde_json::from_str(&text(answer).await).unwrap();
         let expires = Time::parse(answer["status"]["expires"].as_str().unwrap()).unwrap();
         match end {
             // To the second, and one that passed meanwhile.
