@@ -1,5 +1,5 @@
 //! How does an agent get a certificate here, and the next one? Joining is a connection of its own, renewal a notice inside a
-//! session; both end in [`issue`], the one place that signs.
+//! session; both end in `issue`, the one place that signs.
 //!
 //! 1. Is there room? So many at a time, and an address whose attempts fail is slowed down: others are not (EN-03).
 //! 2. Who is it? A join token, the cluster's own ServiceAccount token, or a certificate that has run out and is on record.

@@ -3,7 +3,7 @@
 //! - [`scenario`]: what is measured, as files.
 //! - [`arms`]: what is compared, and how each is started; [`tunnels`]: the peers, as files; [`relay`]: the bare copy loops.
 //! - [`client`]: the cheapest HTTP/1.1 client that can be; [`upstream`]: what answers.
-//! - [`drive`]: how each kind of load is made and timed; [`live`]: what lasts; [`fleet`] with [`agents`]: many agents;
+//! - [`drive`]: how each kind of load is made and timed; `live`: what lasts; `fleet` with [`agents`]: many agents;
 //!   [`product`]: both ends in one process; [`sample`]: what the processes cost.
 //! - [`run`]: rounds, progress, and the record of the run; [`targets`]: the verdicts.
 //! - [`kubeconfig`]: a gateway elsewhere.
