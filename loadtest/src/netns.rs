@@ -140,9 +140,10 @@ impl Network {
     /// # Errors
     /// They cannot be read.
     pub fn dropped(&self) -> anyhow::Result<u64> {
-        let nft = find("nft").display().to_string();
-        let list = ["netns", "exec", &self.router, &nft, "list", "chain", "inet", "towline", "faults"];
-        let text = output("ip", &list)?;
+        let mut command = self.nft_command();
+        command.args(["list", "chain", "inet", "towline", "faults"]).stdin(Stdio::null());
+        let listed = command.output().with_context(|| format!("{command:?}"))?;
+        let text = said(&command, listed)?;
         let counts = text.split("packets ").skip(1).map(|rest| rest.split(' ').next()?.parse::<u64>().ok());
         counts.map(|count| count.context("a counter of nftables")).sum()
     }
@@ -211,9 +212,22 @@ impl Network {
     }
 
     fn nft(&self, script: &str) -> anyhow::Result<()> {
-        let mut command = tool("ip");
-        command.args(["netns", "exec", &self.router]).arg(find("nft")).args(["-f", "-"]);
+        let mut command = self.nft_command();
+        command.args(["-f", "-"]);
         feed(command, script).map(drop)
+    }
+
+    /// nft in the router's namespace. `ip` passes its environment on: where nft was unpacked and not installed it finds its
+    /// libraries by it, while `ip` itself may be the system's.
+    fn nft_command(&self) -> Command {
+        let mut command = tool("ip");
+        for (name, value) in tool("nft").get_envs() {
+            if let Some(value) = value {
+                command.env(name, value);
+            }
+        }
+        command.args(["netns", "exec", &self.router]).arg(find("nft"));
+        command
     }
 }
 
