@@ -352,6 +352,7 @@ async fn trailers_of_requests() {
 }
 
 /// What may come back for an answer that no correct server gives.
+#[derive(PartialEq, Eq)]
 enum Odd {
     /// The gateway says so.
     Refused(u16),
@@ -387,7 +388,17 @@ async fn odd_answers() {
             let mut client = bench.connect(version).await;
             let what = format!("{case}, {version:?}");
             let path = format!("/towline-test/raw?case={}", case.replace(' ', "+"));
-            let answer = within(&what, Duration::from_secs(10), head(&mut client, &path)).await;
+            let request = client.request(Method::GET, &path, empty()).unwrap();
+            let answer = match within(&what, Duration::from_secs(10), client.send(request)).await {
+                Ok(answer) => answer,
+                // HTTP/2 may drop the head that is still queued when the stream is reset: an abort all the same.
+                Err(error) if version == Version::Http2 && *wanted == Odd::Aborted => {
+                    assert!(format!("{error:?}").contains("Reset("), "{what}: {error:?}");
+                    still_works(&bench, version, &what).await;
+                    continue;
+                }
+                Err(error) => panic!("{what}: {error:?}"),
+            };
             let (head, body) = answer.into_parts();
             match wanted {
                 Odd::Refused(status) => {
@@ -409,15 +420,19 @@ async fn odd_answers() {
                     assert_eq!(body.collect().await.unwrap().to_bytes(), *text, "{what}");
                 }
             }
-            // Two requests: on the connection that the odd one may have left behind, and on a new one.
-            for _ in 0..2 {
-                let mut client = bench.connect(version).await;
-                let answer = get(&mut client, "/towline-test/bytes?n=1000&seed=2").await;
-                assert_eq!((answer.status().as_u16(), answer.body().len()), (200, 1000), "after {what}");
-            }
+            still_works(&bench, version, &what).await;
         }
     }
     bench.end().await;
+}
+
+/// Two requests: on the connection that the odd one may have left behind, and on a new one.
+async fn still_works(bench: &Bench, version: Version, after: &str) {
+    for _ in 0..2 {
+        let mut client = bench.connect(version).await;
+        let answer = get(&mut client, "/towline-test/bytes?n=1000&seed=2").await;
+        assert_eq!((answer.status().as_u16(), answer.body().len()), (200, 1000), "after {after}");
+    }
 }
 
 /// Goal: hundreds of exchanges of all shapes at once on one connection do not mix.

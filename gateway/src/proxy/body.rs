@@ -176,6 +176,8 @@ struct Tunnel {
     recv: RecvBody,
     end: Option<WatchEnd>,
     keep: Keep,
+    /// Why the answer ends early; told one poll late.
+    failed: Option<BodyError>,
 }
 
 /// What an exchange holds until its end.
@@ -188,6 +190,19 @@ pub(super) struct Keep {
     /// Permits and gauges.
     #[expect(dead_code, reason = "counts as long as it lives")]
     pub(super) guards: Box<dyn Send + Sync>,
+}
+
+impl Tunnel {
+    /// Ends the exchange. The body's error is told at the next poll, not at this one: hyper closes an HTTP/1.1 connection on it
+    /// without writing what it still holds, and writes that only when the body has nothing for it. A client would see its
+    /// connection end without the head of an answer that did begin.
+    fn fail(&mut self, error: BodyError, cx: &Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        (self.keep.on_abort)(&error);
+        self.keep.upload = None;
+        self.failed = Some(error);
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
 }
 
 /// A watch that ends between two events when the gateway drains, each at another time.
@@ -222,7 +237,7 @@ impl AnswerBody {
     }
 
     pub(super) fn tunnel(recv: RecvBody, end: Option<WatchEnd>, keep: Keep) -> Self {
-        Self { inner: Inner::Tunnel(Box::new(Tunnel { recv, end, keep })) }
+        Self { inner: Inner::Tunnel(Box::new(Tunnel { recv, end, keep, failed: None })) }
     }
 }
 
@@ -250,6 +265,10 @@ impl Body for AnswerBody {
                 Poll::Ready(next.map(|bytes| Ok(Frame::data(bytes))))
             }
             Inner::Tunnel(tunnel) => {
+                if let Some(error) = tunnel.failed.take() {
+                    self.inner = Inner::Full(None);
+                    return Poll::Ready(Some(Err(error)));
+                }
                 if tunnel.end.as_mut().is_some_and(|end| end.poll_due(cx)) {
                     self.inner = Inner::Full(None);
                     return Poll::Ready(None);
@@ -257,25 +276,22 @@ impl Body for AnswerBody {
                 if let Some(revoked) = &mut tunnel.keep.revoked
                     && Pin::new(revoked).poll(cx).is_ready()
                 {
-                    let error = BodyError::Read(ReadError::Reset(Code::Denied));
-                    (tunnel.keep.on_abort)(&error);
-                    self.inner = Inner::Full(None);
-                    return Poll::Ready(Some(Err(error)));
+                    return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
                 }
                 let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
-                match &frame {
+                match frame {
                     Some(Ok(frame)) => {
                         if let (Some(end), Some(bytes)) = (&mut tunnel.end, frame.data_ref()) {
                             end.at_boundary = bytes.last() == Some(&b'\n');
                         }
+                        Poll::Ready(Some(Ok(frame)))
                     }
-                    Some(Err(error)) => {
-                        (tunnel.keep.on_abort)(error);
-                        tunnel.keep.upload = None;
+                    Some(Err(error)) => tunnel.fail(error, cx),
+                    None => {
+                        self.inner = Inner::Full(None);
+                        Poll::Ready(None)
                     }
-                    None => self.inner = Inner::Full(None),
                 }
-                Poll::Ready(frame)
             }
         }
     }
