@@ -5,6 +5,8 @@
 use bytes::Bytes;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 use tokio::task::JoinSet;
 use towline_proto::Code;
@@ -144,7 +146,7 @@ async fn stalled_readers_hold_their_credit_and_no_more() {
         let mut written = 0;
         let fill = async {
             while !bytes.is_empty() {
-                written += std::future::poll_fn(|cx| send.poll_write(cx, &mut bytes)).await.unwrap();
+                written += send.write(&mut bytes).await.unwrap();
             }
         };
         assert!(
@@ -179,6 +181,100 @@ async fn stalled_readers_hold_their_credit_and_no_more() {
     stalled.clear();
     settled(&pair).await;
     assert_eq!(pair.budget.used(), idle);
+}
+
+/// Goal: writers that together fill QUIC's send window get on side by side, and the session's pings with them. Quinn alone
+/// would serve some of them to their end before others wrote a byte.
+#[tokio::test]
+async fn a_full_connection_serves_all_its_streams() {
+    const STREAMS: usize = 300;
+    const EACH: usize = 512 * 1024;
+    let pair = pair(Limits::default()).await;
+    let mut streams = Vec::new();
+    for _ in 0..STREAMS {
+        let (mut send, recv) = pair.gateway.open().await.unwrap();
+        send.write_chunk(Bytes::from_static(b"x")).await.unwrap();
+        let (back, mut there) = pair.agent.accept().await.unwrap();
+        assert_eq!(there.read_chunk(1).await.unwrap().unwrap(), "x");
+        streams.push((send, recv, back, there));
+    }
+    let mut writers = JoinSet::new();
+    let mut readers = JoinSet::new();
+    let read: Arc<Vec<AtomicUsize>> = Arc::new((0..STREAMS).map(|_| AtomicUsize::new(0)).collect());
+    for (index, (mut send, recv, back, mut there)) in streams.into_iter().enumerate() {
+        writers.spawn(async move {
+            for _ in 0..EACH / (32 * 1024) {
+                send.write_chunk(Bytes::from(vec![1; 32 * 1024])).await.unwrap();
+            }
+            send.finish();
+            recv
+        });
+        let read = Arc::clone(&read);
+        readers.spawn(async move {
+            while let Some(bytes) = there.read_chunk(64 * 1024).await.unwrap() {
+                read[index].fetch_add(bytes.len(), Ordering::Relaxed);
+            }
+            back
+        });
+    }
+    readers.join_next().await.unwrap().unwrap();
+    let least = read.iter().map(|bytes| bytes.load(Ordering::Relaxed)).min().unwrap();
+    assert!(least >= EACH / 2, "one stream has ended, and another one has {least} bytes of {EACH}");
+    readers.join_all().await;
+    writers.join_all().await;
+    assert!(pair.gateway.closed().is_none());
+}
+
+/// Goal: a write that is given up while the connection is full does not hold up the others.
+#[tokio::test]
+async fn a_write_given_up_lets_others_on() {
+    let pair = pair(Limits::default()).await;
+    let mut streams = Vec::new();
+    // Their readers stall: what they wrote fills the send window until it is acknowledged.
+    for _ in 0..200 {
+        let (mut send, recv) = pair.gateway.open().await.unwrap();
+        let mut bytes = Bytes::from(vec![1; 64 * 1024]);
+        drop(polled_once(send.write(&mut bytes)).await);
+        streams.push((send, recv));
+    }
+    let (mut send, _recv) = pair.gateway.open().await.unwrap();
+    let last = send.write_chunk(Bytes::from(vec![2; 32 * 1024]));
+    tokio::time::timeout(Duration::from_secs(10), last).await.expect("it waits for nobody").unwrap();
+}
+
+/// What a future says when it is polled once, and no more.
+async fn polled_once<F: Future>(future: F) -> Option<F::Output> {
+    let mut future = std::pin::pin!(future);
+    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
+/// Goal: a writer that waits when the session closes gives up at once; it does not keep the last words from leaving.
+#[tokio::test]
+async fn a_closed_session_ends_its_writers() {
+    let pair = pair(Limits::default()).await;
+    let (mut send, _recv) = pair.gateway.open().await.unwrap();
+    let write = async {
+        loop {
+            if let Err(error) = send.write_chunk(Bytes::from(vec![1; 64 * 1024])).await {
+                return error;
+            }
+        }
+    };
+    let close = async {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        pair.gateway.close(Code::Draining, "done");
+    };
+    let (error, ()) = tokio::join!(write, close);
+    assert!(matches!(error, WriteError::Closed(_)), "{error}");
+    let state = pair.agent.wait_for(|state| state.closed.is_some()).await;
+    assert_eq!(
+        state.closed,
+        Some(CloseReason::Peer { code: Code::Draining.to_u32(), text: "done".to_owned() })
+    );
 }
 
 /// Opening beyond the peer's limit is an error; the peer raises QUIC's own limit as streams are used.

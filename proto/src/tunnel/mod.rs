@@ -9,6 +9,7 @@ pub mod aside;
 mod buffer;
 pub mod driver;
 pub mod exchange;
+mod gate;
 pub mod message;
 pub mod quic;
 pub mod socket;

@@ -4,6 +4,7 @@
 //! The bytes of a stream are the same as on the mux, and so are the codes. QUIC's own flow control only bounds a peer that
 //! ignores the credit (see [`transport_config`]): it is static per connection, and slow streams would share one window.
 
+use super::gate::Gate;
 use super::{SessionState, Settle, buffer};
 use crate::code::Code;
 use crate::mux::{CloseReason, Event, Ledger, LedgerEvent, Limits, Role};
@@ -75,6 +76,8 @@ pub(super) struct Core {
     pub(super) ledger: Ledger,
     /// Who waits for credit.
     writers: HashMap<StreamId, Waker>,
+    /// Who waits for quinn.
+    gate: Gate,
     pub(super) accepted: VecDeque<(quinn::SendStream, quinn::RecvStream)>,
     pub(super) accept_waker: Option<Waker>,
     pub(super) hear_waker: Option<Waker>,
@@ -85,6 +88,7 @@ impl Shared {
         let core = Core {
             ledger,
             writers: HashMap::new(),
+            gate: Gate::default(),
             accepted: VecDeque::new(),
             accept_waker: None,
             hear_waker: None,
@@ -127,11 +131,13 @@ impl Shared {
                         settle.wakers.extend(core.accept_waker.take());
                         settle.wakers.extend(core.hear_waker.take());
                         settle.wakers.extend(core.writers.drain().map(|(_, waker)| waker));
+                        settle.wakers.extend(core.gate.close());
                     }
                     settle.events.push(event);
                 }
             }
         }
+        settle.wakers.extend(core.gate.due());
         let output = core.ledger.has_output();
         drop(core);
         settle.apply(&self.state);
@@ -206,11 +212,15 @@ impl QuicDriver {
         let mut out = BytesMut::new();
         loop {
             let now = self.shared.now();
-            let (closed, timeout) = {
+            let (closed, timeout, next) = {
                 let mut core = self.shared.lock();
                 core.ledger.poll_output(now, &mut out);
-                (core.ledger.closed().cloned(), core.ledger.poll_timeout())
+                core.gate.set_control(!out.is_empty());
+                (core.ledger.closed().cloned(), core.ledger.poll_timeout(), core.gate.due())
             };
+            if let Some(next) = next {
+                next.wake();
+            }
             if let Some(reason) = closed {
                 // A peer that fell silent does not listen, and whoever waits in the session learns of its end only when
                 // the connection is closed: no time for last words then.
@@ -343,7 +353,8 @@ fn halves(
     recv: quinn::RecvStream,
     id: StreamId,
 ) -> (QuicSend, QuicRecv) {
-    let send = QuicSend { shared: Arc::clone(shared), id, inner: send, ended: false, stopped: None };
+    let send =
+        QuicSend { shared: Arc::clone(shared), id, inner: send, ended: false, waits: false, stopped: None };
     let recv = QuicRecv { shared: Arc::clone(shared), id, inner: recv, end: None };
     (send, recv)
 }
@@ -357,6 +368,8 @@ pub(super) struct QuicSend {
     inner: quinn::SendStream,
     /// Finished or reset.
     ended: bool,
+    /// A write waits at the gate, or for quinn.
+    waits: bool,
     /// Waits for the peer to stop; made when somebody first asks.
     stopped: Option<Stopped>,
 }
@@ -401,22 +414,41 @@ impl QuicSend {
             return Poll::Ready(Err(WriteError::Finished));
         }
         let id = self.id;
+        // An error of its own once the session has closed: quinn still takes writes of nothing while the last words leave, and
+        // whoever repeats those would never give way to them.
         let credit = ready!(self.shared.with(|core, _| match core.ledger.credit(id) {
-            _ if core.ledger.closed().is_some() => Poll::Ready(0),
-            0 if !bytes.is_empty() => {
+            _ if let Some(reason) = core.ledger.closed() => {
+                Poll::Ready(Err(WriteError::Closed(reason.clone())))
+            }
+            _ if bytes.is_empty() => Poll::Ready(Ok(0)),
+            0 => {
                 core.writers.insert(id, cx.waker().clone());
                 Poll::Pending
             }
-            credit => Poll::Ready(credit),
-        }));
+            _ if !core.gate.admit(id, cx.waker()) => {
+                self.waits = true;
+                Poll::Pending
+            }
+            credit => Poll::Ready(Ok(credit)),
+        }))?;
         if bytes.is_empty() {
             return Poll::Ready(Ok(0));
         }
         let mut pieces = [bytes.slice(..credit.min(bytes.len()))];
         let written = pin!(self.inner.write_chunks(&mut pieces)).poll(cx);
+        self.waits = written.is_pending();
+        // Credit is within the stream's window: quinn takes nothing only when the connection is full.
+        self.shared.with(|core, _| match &written {
+            Poll::Pending => core.gate.on_blocked(id),
+            Poll::Ready(written) => {
+                core.gate.pass(id);
+                if let Ok(written) = written {
+                    core.ledger.on_sent(id, written.bytes);
+                }
+            }
+        });
         match ready!(written) {
             Ok(written) => {
-                self.shared.with(|core, _| core.ledger.on_sent(id, written.bytes));
                 self.shared.bytes_out.fetch_add(written.bytes as u64, Ordering::Relaxed);
                 drop(bytes.split_to(written.bytes));
                 Poll::Ready(Ok(written.bytes))
@@ -445,8 +477,16 @@ impl QuicSend {
             let id = self.id;
             self.shared.with(|core, _| {
                 core.writers.remove(&id);
+                core.gate.leave(id);
                 core.ledger.on_send_ended(id);
             });
+        }
+    }
+
+    /// A write was given up: others do not wait for it.
+    pub(super) fn leave(&mut self) {
+        if std::mem::take(&mut self.waits) {
+            self.shared.with(|core, _| core.gate.leave(self.id));
         }
     }
 

@@ -144,6 +144,21 @@ impl MuxHalf {
         })
     }
 
+    fn poll_write(&self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<Result<usize, WriteError>> {
+        self.shared.with(|core, now| match core.conn.write(now, self.key, bytes) {
+            Ok(0) if !bytes.is_empty() => {
+                core.park(self.key, |waiters| &mut waiters.write, cx);
+                Poll::Pending
+            }
+            Ok(n) => Poll::Ready(Ok(n)),
+            Err(mux::WriteError::Stopped(code)) => {
+                Poll::Ready(Err(WriteError::Stopped(Code::from_u32(code))))
+            }
+            Err(mux::WriteError::Finished) => Poll::Ready(Err(WriteError::Finished)),
+            Err(mux::WriteError::Closed) => Poll::Ready(Err(WriteError::Closed(closed(&core.conn)))),
+        })
+    }
+
     /// Gives up this half with `end`, and the stream with the second half.
     fn drop_with(&self, end: impl FnOnce(&mut mux::Connection)) {
         self.shared.with(|core, _| {
@@ -160,25 +175,13 @@ impl MuxHalf {
 
 impl SendStream {
     /// Writes some of `bytes`, taking what was written off its front; ready once at least one byte was taken or `bytes`
-    /// is empty.
+    /// is empty. Whoever was told to wait asks again or drops the stream: on QUIC others may wait behind it.
     pub fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<Result<usize, WriteError>> {
-        let half = match &mut self.inner {
-            SendInner::Mux(half) => half,
-            SendInner::Quic(half) => return half.poll_write(cx, bytes),
-        };
         let coop = ready!(coop::poll_proceed(cx));
-        let result = half.shared.with(|core, now| match core.conn.write(now, half.key, bytes) {
-            Ok(0) if !bytes.is_empty() => {
-                core.park(half.key, |waiters| &mut waiters.write, cx);
-                Poll::Pending
-            }
-            Ok(n) => Poll::Ready(Ok(n)),
-            Err(mux::WriteError::Stopped(code)) => {
-                Poll::Ready(Err(WriteError::Stopped(Code::from_u32(code))))
-            }
-            Err(mux::WriteError::Finished) => Poll::Ready(Err(WriteError::Finished)),
-            Err(mux::WriteError::Closed) => Poll::Ready(Err(WriteError::Closed(closed(&core.conn)))),
-        });
+        let result = match &mut self.inner {
+            SendInner::Mux(half) => half.poll_write(cx, bytes),
+            SendInner::Quic(half) => half.poll_write(cx, bytes),
+        };
         if result.is_ready() {
             coop.made_progress();
         }
@@ -193,9 +196,18 @@ impl SendStream {
     /// The stream takes no more bytes, ever.
     pub async fn write_chunk(&mut self, mut bytes: Bytes) -> Result<(), WriteError> {
         while !bytes.is_empty() {
-            poll_fn(|cx| self.poll_write(cx, &mut bytes)).await?;
+            self.write(&mut bytes).await?;
         }
         Ok(())
+    }
+
+    /// Writes some of `bytes`, taking what was written off its front, and says how much. Cancel safe.
+    ///
+    /// # Errors
+    /// The stream takes no more bytes, ever.
+    pub async fn write(&mut self, bytes: &mut Bytes) -> Result<usize, WriteError> {
+        let writing = Writing(self);
+        poll_fn(|cx| writing.0.poll_write(cx, bytes)).await
     }
 
     /// Ends this half: the peer reads everything written and then the end. Returns at once.
@@ -235,6 +247,17 @@ impl SendStream {
             core.park(half.key, |waiters| &mut waiters.stopped, cx);
             Poll::Pending
         })
+    }
+}
+
+/// A write under way. One that is given up must not hold up the other streams of its session.
+struct Writing<'a>(&'a mut SendStream);
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        if let SendInner::Quic(half) = &mut self.0.inner {
+            half.leave();
+        }
     }
 }
 
