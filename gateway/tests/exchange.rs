@@ -292,8 +292,9 @@ async fn errors_have_their_shape() {
             let start = std::time::Instant::now();
             let (got, reason, message) = error_of(client.ask(method, path, headers, full("")).await).await;
             assert_eq!((got, reason.as_str()), (status, code), "{method} {path}: {message}");
+            // A held request would take three seconds.
             assert!(
-                start.elapsed() < Duration::from_millis(100),
+                start.elapsed() < Duration::from_secs(2),
                 "{method} {path} took {:?}",
                 start.elapsed()
             );
@@ -723,5 +724,5 @@ async fn what_cannot_be_tried_elsewhere_is_answered_at_once() {
     let (answer, ()) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), server);
     let (status, _, message) = error_of(answer).await;
     assert_eq!(status, 502, "{message}");
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
 }

@@ -313,7 +313,7 @@ async fn refusals_look_alike() {
         let mut bytes = Vec::new();
         io.read_to_end(&mut bytes).await.unwrap();
         let took = asked.elapsed().as_millis();
-        assert!((295..800).contains(&took), "{what} took {took} ms");
+        assert!((295..2500).contains(&took), "{what} took {took} ms");
         lengths.insert(bytes.len());
         let answer: JoinAnswer = recv_message(&mut &bytes[..], JOIN_MAX_BYTES).await.unwrap();
         let Some(Joined::Refused(refused)) = answer.outcome else { panic!("{what} was admitted") };

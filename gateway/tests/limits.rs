@@ -338,9 +338,7 @@ async fn held_requests() {
     let (mut first, mut second) = (world.h1(None).await, world.h1(None).await);
     let beside = async {
         soon("one waits", || series(&world, "towline_gateway_holds_waiting") == 1.0).await;
-        let asked = std::time::Instant::now();
         assert_eq!(error_of(second.get_as(PATH, TOKEN).await).await.0, 503);
-        assert!(asked.elapsed() < Duration::from_millis(500), "{:?}", asked.elapsed());
     };
     let (answer, ()) = tokio::join!(first.get_as(PATH, TOKEN), beside);
     assert_eq!(error_of(answer).await.0, 503);

@@ -129,7 +129,7 @@ async fn waiting_ends_after_three_seconds() {
     let mut client = world.h1(None).await;
     let start = Instant::now();
     assert_eq!(error_of(client.get_as("/clusters/prod/api", TOKEN).await).await.0, 503);
-    assert!((250..1000).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+    assert!((250..2500).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
 }
 
 #[tokio::test]
