@@ -242,6 +242,37 @@ async fn a_write_given_up_lets_others_on() {
     tokio::time::timeout(Duration::from_secs(10), last).await.expect("it waits for nobody").unwrap();
 }
 
+/// Goal: who waits for credit that a stalled reader never grants learns that the reader has left.
+#[tokio::test]
+async fn a_writer_without_credit_hears_a_stop() {
+    let pair = pair(Limits::default()).await;
+    let (mut send, recv) = pair.gateway.open().await.unwrap();
+    let write = async {
+        loop {
+            if let Err(error) = send.write_chunk(Bytes::from(vec![1; 64 * 1024])).await {
+                return error;
+            }
+        }
+    };
+    let leave = async {
+        let (back, there) = pair.agent.accept().await.unwrap();
+        // Until nothing moves: the credit is used up.
+        let mut before = 0;
+        while pair.agent.stats().bytes_in < 64 * 1024 && pair.gateway.stats().bytes_out != before {
+            before = pair.gateway.stats().bytes_out;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        drop(there);
+        back
+    };
+    let both = async { tokio::join!(write, leave) };
+    let (error, back) =
+        tokio::time::timeout(Duration::from_secs(10), both).await.expect("the writer never hears of it");
+    assert_eq!(error, WriteError::Stopped(Code::Cancelled));
+    drop((send, recv, back));
+    settled(&pair).await;
+}
+
 /// What a future says when it is polled once, and no more.
 async fn polled_once<F: Future>(future: F) -> Option<F::Output> {
     let mut future = std::pin::pin!(future);

@@ -416,7 +416,7 @@ impl QuicSend {
         let id = self.id;
         // An error of its own once the session has closed: quinn still takes writes of nothing while the last words leave, and
         // whoever repeats those would never give way to them.
-        let credit = ready!(self.shared.with(|core, _| match core.ledger.credit(id) {
+        let credit = self.shared.with(|core, _| match core.ledger.credit(id) {
             _ if let Some(reason) = core.ledger.closed() => {
                 Poll::Ready(Err(WriteError::Closed(reason.clone())))
             }
@@ -430,7 +430,12 @@ impl QuicSend {
                 Poll::Pending
             }
             credit => Poll::Ready(Ok(credit)),
-        }))?;
+        });
+        let credit = match credit {
+            Poll::Ready(credit) => credit?,
+            // Quinn does not know that somebody waits, so it would not tell that the peer wants no more.
+            Poll::Pending => return self.poll_stopped(cx).map(Err),
+        };
         if bytes.is_empty() {
             return Poll::Ready(Ok(0));
         }
