@@ -330,6 +330,39 @@ fn faketime() -> Option<std::path::PathBuf> {
     places.map(|place| place.join("faketime/libfaketime.so.1")).find(|path| path.is_file())
 }
 
+/// Goal: whoever has copied an agent's certificate and key, and connects beside it, takes nothing: each attempt is refused, told in the
+/// log and counted at once, and the agent's session and the cluster's state stay as they were. R-ID-8, TU-05.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copied_certificate_takes_nothing() {
+    const ATTEMPTS: usize = 20;
+    let fleet = gateway().await;
+    fleet.register("prod").await;
+    let (token, key) = (fleet.token("prod", 1).await, AgentKey::generate().unwrap());
+    let admitted = join(fleet.front, &token, &key).await.unwrap().unwrap();
+    let live = Live::connect(fleet.front, &admitted.certificate, &admitted.trust, &key, 1).await.unwrap();
+    let state = async || {
+        let (_, shown) = fleet.api().await.get(&format!("{CLUSTERS}/prod")).await;
+        (shown["status"]["conditions"].clone(), shown["status"]["sessions"].clone())
+    };
+    until("the session shows", Duration::from_secs(5), async || state().await.1 == json!(1)).await;
+    let before = state().await;
+    let rejected = "towline_rejected_total{code=\"TL_CERT\",surface=\"tunnel\"}";
+    for number in 1..=ATTEMPTS {
+        let thief = Live::connect(fleet.front, &admitted.certificate, &admitted.trust, &key, 2);
+        let refused = thief.await.err().unwrap_or_else(|| panic!("attempt {number} got in")).to_string();
+        assert!(refused.contains("already connected"), "{refused}");
+        assert_eq!(metric(fleet.private, rejected).await.unwrap_or(0.0), number as f64, "counted at once");
+        assert!(live.session.is_open(), "attempt {number}");
+    }
+    assert_eq!(state().await, before, "no condition has changed its time");
+    let text = log(&fleet.path("gateway.log"));
+    let told =
+        text.lines().filter(|line| line.contains("already connected") && line.contains("WARN")).count();
+    assert!(told >= 1, "{text}");
+    drop(live);
+    fleet.end().await;
+}
+
 /// A join token of one cluster says nothing about another: with the id of one and the secret of the other nobody gets in, and a token
 /// that names another cluster than its own is not made. EN-02, R-ID-6.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -501,7 +501,11 @@ async fn ask_again(fleet: &Fleet, round: &Round, store: &Records, random: &mut R
         // Its key leads back as little as its certificate, and to the same agent.
         let again = join(fleet.front, &token, &key).await.unwrap();
         assert_eq!(again.is_err(), over, "{}", admitted.instance);
-        assert!(again.is_err() || again.unwrap().instance == admitted.instance);
+        if let Ok(again) = again {
+            assert_eq!(again.instance, admitted.instance);
+            // Only so many certificates of one agent are remembered.
+            round.ledger(|ledger| ledger.agent(&again.instance).newest = again.certificate.clone());
+        }
     }
 }
 

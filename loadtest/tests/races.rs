@@ -121,7 +121,7 @@ async fn of_many_keys_one_gets_in() {
     let back = join(fleet.front, &token, key).await.unwrap().unwrap();
     assert_eq!(back.instance, admitted.instance, "who got in may ask again");
     fleet.kill().await;
-    assert_eq!(instances_of(&fleet, &token).await, [admitted.instance.clone()]);
+    assert_eq!(instances_of(&fleet, &token).await, [&*admitted.instance]);
 }
 
 /// Goal: the same with a gateway that is killed at some moment of the race: whoever has no answer asks again, and one gets in.
