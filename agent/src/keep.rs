@@ -91,15 +91,20 @@ fn missing_is_none<T>(read: Result<T, LoadError>) -> Result<Option<T>, LoadError
 
 fn read_identity(path: &Path) -> Result<Held, LoadError> {
     let file = FileBytes::read(path)?;
-    let damaged = || LoadError {
-        path: path.to_owned(),
-        cause: LoadCause::BrokenPem("the part with the CA is missing; remove the file to join anew"),
-    };
+    let broken = |why| LoadError { path: path.to_owned(), cause: LoadCause::BrokenPem(why) };
+    let damaged = || broken("the part with the CA is missing; remove the file to join anew");
     let bytes = file.bytes();
     let at = bytes.windows(ROOTS.len()).position(|window| window == ROOTS.as_bytes()).ok_or_else(damaged)?;
     let part = |bytes: &[u8]| FileBytes::from_memory(path, bytes.to_vec());
     let pair = part(&bytes[..at]);
-    let loaded = parse_credential(&pair, &pair, LoadPolicy::LENIENT, SystemTime::now())?;
+    let loaded = parse_credential(&pair, &pair, LoadPolicy::LENIENT, SystemTime::now());
+    let loaded = loaded.map_err(|error| match error.cause {
+        // R-ID-12. Nobody issues this file: there is nothing else to take it from.
+        LoadCause::OtherKey { .. } => {
+            broken("its key and its certificate do not belong together; remove the file to join anew")
+        }
+        cause => LoadError { cause, ..error },
+    })?;
     let roots = parse_roots(&part(&bytes[at + ROOTS.len()..]))?;
     Held::kept(loaded.value, roots).map_err(|_| damaged())
 }
@@ -198,16 +203,15 @@ struct Schedule {
 impl Keeper {
     /// Runs until it is dropped.
     pub(crate) async fn run(mut self) {
-        let mut held = match self.found.held.take() {
+        let (mut held, mut joined) = match self.found.held.take() {
             Some(held) if !held.left().is_zero() => {
                 self.publish(&held);
                 tracing::info!(identity = %held.identity, left = ?held.left(), "identity found");
-                held
+                (held, None)
             }
-            old => self.join(old).await,
+            old => (self.join(old).await, Some(Instant::now())),
         };
         let mut schedule = self.schedule(&held, held.left());
-        let mut joined = Instant::now();
         loop {
             tokio::select! {
                 said = self.said.recv() => match said {
@@ -236,7 +240,7 @@ impl Keeper {
                         tracing::warn!(identity = %held.identity, "the certificate has run out: joining");
                         held = self.join(Some(held)).await;
                         schedule = self.schedule(&held, life(&held));
-                        joined = Instant::now();
+                        joined = Some(Instant::now());
                         continue;
                     }
                     schedule.asked = self.ask().await;
@@ -245,10 +249,12 @@ impl Keeper {
                     schedule.renew_at = (Instant::now() + wait).min(schedule.ends_at);
                 }
                 () = self.live.rejected.notified() => {
-                    if joined.elapsed() < REJOIN_PAUSE || !self.links.sessions().is_empty() {
+                    // What was kept may have been replaced while this agent was away: that is no reason to wait.
+                    let lately = joined.is_some_and(|at| at.elapsed() < REJOIN_PAUSE);
+                    if lately || !self.links.sessions().is_empty() {
                         continue;
                     }
-                    joined = Instant::now();
+                    joined = Some(Instant::now());
                     tracing::info!(identity = %held.identity, "the gateway does not take the certificate, or shows a strange one: trying to join");
                     if let Some(new) = self.join_once(Some(&held)).await {
                         held = new;

@@ -46,6 +46,7 @@ struct State {
     roots: Vec<CertificateDer<'static>>,
     server: Credential,
     lifetime: Duration,
+    identity: AgentIdentity,
     answers: Vec<Answer>,
     requests: Vec<JoinRequest>,
     renewals: usize,
@@ -81,7 +82,7 @@ fn server_of(ca: &CertificateAuthority) -> Credential {
 impl State {
     fn issue(&self, csr: &[u8]) -> Certificate {
         let issued =
-            self.ca.issue_agent_from_csr(csr, &identity(), self.lifetime, SystemTime::now()).unwrap();
+            self.ca.issue_agent_from_csr(csr, &self.identity, self.lifetime, SystemTime::now()).unwrap();
         Certificate { chain: vec![issued.certificate.to_vec().into(), issued.root.to_vec().into()] }
     }
 
@@ -98,6 +99,7 @@ impl Gateway {
             server: server_of(&ca),
             ca,
             lifetime,
+            identity: identity(),
             answers: Vec::new(),
             requests: Vec::new(),
             renewals: 0,
@@ -359,6 +361,57 @@ async fn certificates_are_renewed_and_no_session_ends() {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
     assert!((ends - now).abs() < 5.0, "{ends} {now}");
     agent.shutdown().await;
+}
+
+/// R-ID-12: an agent is who its certificate says. One of somebody else that comes in an answer is not taken, whatever its key; one
+/// that does not belong to the key beside it ends the start, and the error says what to do.
+#[tokio::test]
+async fn a_certificate_of_somebody_else_is_not_taken() {
+    let mut gateway = Gateway::start(Duration::from_secs(4)).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
+    let kept = scratch.path().join("kept");
+    let settings = format!("joinTokenFile: {token_file}, directory: {}", kept.display());
+    let agent = Agent::start(config(gateway.at, &settings)).await.unwrap();
+    let (session, first) = gateway.session().await;
+    let other = |cluster: &str, instance: &str| {
+        let (cluster, instance) = (ClusterUid::new(cluster).unwrap(), InstanceId::new(instance).unwrap());
+        AgentIdentity::new(domain(), cluster, instance)
+    };
+    for stranger in [other("u-east", "a2"), other("u-west", "a1")] {
+        let asked = gateway.with(|state| {
+            state.identity = stranger;
+            state.renewals
+        });
+        soon("a renewal", async {
+            while gateway.with(|state| state.renewals) == asked {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+    soon("the strange certificates are counted", async {
+        while metric(&agent, "towline_agent_renewals_total{outcome=\"answer\"}").await < 2.0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    assert_eq!(metric(&agent, "towline_agent_renewals_total{outcome=\"ok\"}").await, 0.0);
+    session.close(towline_proto::Code::Internal, "a test");
+    assert_eq!(gateway.session().await.1, first, "it is who it was");
+    agent.shutdown().await;
+    // The certificate of one, the key of another.
+    let file = std::fs::read_dir(&kept).unwrap().map(|entry| entry.unwrap().path());
+    let file =
+        file.into_iter().find(|path| std::fs::read_to_string(path).unwrap().contains("BEGIN CERT")).unwrap();
+    let text = std::fs::read_to_string(&file).unwrap();
+    let (start, end) = (text.find("-----BEGIN PRIVATE KEY").unwrap(), "-----END PRIVATE KEY-----\n");
+    let rest = &text[text.find(end).unwrap() + end.len()..];
+    let stranger = towline_certs::save::key_pem(&towline_certs::AgentKey::generate().unwrap().private_key());
+    std::fs::write(&file, format!("{}{}{rest}", &text[..start], stranger.as_str())).unwrap();
+    let error = Agent::start(config(gateway.at, &settings)).await.unwrap_err().to_string();
+    assert!(error.contains(&*file.to_string_lossy()), "{error}");
+    assert!(error.contains("join anew"), "{error}");
 }
 
 /// Offline past the end of its certificate: the agent comes back by it, with its key, and if that is refused by what else it

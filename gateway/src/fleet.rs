@@ -126,7 +126,7 @@ pub enum NotAdmitted {
     UnknownInstance,
     #[error("the cluster's agents were revoked after it had joined; let it join anew with a new token")]
     Superseded,
-    #[error("its certificate was revoked")]
+    #[error("its certificate was revoked; to let it in again, let it join anew with a new token")]
     Revoked,
 }
 

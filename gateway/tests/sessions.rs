@@ -37,7 +37,7 @@ async fn an_agent_that_is_not_listed_is_told_so() {
     assert!(metrics.contains("towline_rejected_total{code=\"TL_CERT\",surface=\"tunnel\"} 1"));
 }
 
-/// TU-05: the same certificate from another process while the first is alive.
+/// TU-05, R-ID-8: the same certificate from another process while the first is alive.
 #[tokio::test]
 async fn a_second_process_is_refused_while_the_first_lives() {
     let world = World::start().await;

@@ -396,6 +396,107 @@ async fn a_change_of_ca_under_load() {
     agent.shutdown().await;
 }
 
+/// Waits until each of them has another certificate.
+async fn all_renew(agents: impl Iterator<Item = &Agent>) {
+    let name = "towline_agent_renewals_total{outcome=\"ok\"}";
+    let mut before = Vec::new();
+    for agent in agents {
+        before.push((agent.admin_addr(), metric(agent.admin_addr(), name).await));
+    }
+    let began = tokio::time::Instant::now();
+    for (at, before) in before {
+        while metric(at, name).await <= before {
+            assert!(began.elapsed() < Duration::from_secs(20), "an agent does not renew");
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+/// RG13: agents that were away for a step of a change of CA, or for several, are there again after it with what they kept, and
+/// renew; beside them one that was there all the time notices nothing. Before the last step those who are there have renewed, as
+/// the operator is told to wait for; who was away for it comes back by its key.
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_that_were_away_for_a_phase_recover() {
+    let world = Arc::new(World::new(Duration::from_secs(8)).await);
+    let steps = [Step::TrustNew, Step::IssueNew, Step::Back, Step::IssueNew, Step::DropOld];
+    let token = world.token_file(CLUSTER).await;
+    let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
+    let stays = world.agent(CLUSTER, &identity, "tcp").await;
+    let load = world.load(CLUSTER, Duration::from_millis(20)).await;
+    // One agent for each stretch of steps that it is away for.
+    let stretches = [0..1, 1..2, 2..3, 3..4, 4..5, 0..2, 0..3, 1..4, 0..5];
+    let mut away = Vec::new();
+    for (number, stretch) in stretches.into_iter().enumerate() {
+        let cluster = format!("away-{number}");
+        world.register(&cluster).await;
+        let token = world.token_file(&cluster).await;
+        let directory = world.path(&format!("kept-{number}"));
+        let identity = format!("joinTokenFile: {token}, directory: {}", directory.display());
+        let transport = if number % 2 == 0 { "tcp" } else { "quic" };
+        let agent = world.agent(&cluster, &identity, transport).await;
+        away.push((cluster, identity, transport, stretch, Some(agent)));
+    }
+    for (number, step) in steps.into_iter().enumerate() {
+        for (_, _, _, stretch, agent) in &mut away {
+            if stretch.start == number {
+                agent.take().unwrap().shutdown().await;
+            }
+        }
+        if step == Step::DropOld {
+            all_renew(away.iter().filter_map(|(.., agent)| agent.as_ref()).chain([&stays])).await;
+        }
+        rotation::step(&world.path("state"), step, SystemTime::now()).unwrap();
+        world.gateway.reload().await.unwrap();
+        for (cluster, identity, transport, stretch, agent) in &mut away {
+            if stretch.end == number + 1 {
+                *agent = Some(world.agent(cluster, identity, transport).await);
+                assert_eq!(world.caller(cluster).await.get("/api").await.0, 200, "{cluster} after {step:?}");
+            }
+        }
+        let trusts = |cluster: &str| world.gateway.trust(cluster);
+        world
+            .until("an acknowledgement of all who are there", || {
+                let there = away.iter().filter(|(.., agent)| agent.is_some());
+                let mut there = there.map(|(cluster, ..)| &**cluster).chain([CLUSTER]);
+                there.all(|cluster| trusts(cluster).current > 0 && trusts(cluster).pending == 0)
+            })
+            .await;
+    }
+    all_renew(away.iter().filter_map(|(.., agent)| agent.as_ref())).await;
+    for (cluster, ..) in &away {
+        assert_eq!(world.caller(cluster).await.get("/api").await.0, 200, "{cluster}");
+    }
+    load.finish().await;
+    assert_eq!(metric(stays.admin_addr(), "towline_agent_sessions_ended_total").await, 0.0);
+    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1 + away.len(), "nobody is two");
+    stays.shutdown().await;
+    for (.., agent) in away {
+        agent.unwrap().shutdown().await;
+    }
+}
+
+/// An agent whose certificate is good for long, and whose CA was replaced while it was away: neither it nor what it shows is of a
+/// CA that counts, and it comes back by its key and what vouches for the new one.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_missed_a_whole_change_of_ca_comes_back() {
+    let world = World::new(Duration::from_secs(3600)).await;
+    let token = world.token_file(CLUSTER).await;
+    let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
+    for transport in ["tcp", "quic"] {
+        world.agent(CLUSTER, &identity, transport).await.shutdown().await;
+        for step in [Step::TrustNew, Step::IssueNew, Step::DropOld] {
+            rotation::step(&world.path("state"), step, SystemTime::now()).unwrap();
+            world.gateway.reload().await.unwrap();
+        }
+        let began = tokio::time::Instant::now();
+        let agent = world.agent(CLUSTER, &identity, transport).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "over {transport} after {:?}", began.elapsed());
+        assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
+        agent.shutdown().await;
+    }
+    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
+}
+
 /// A pod without a right, a volume or a token of the API server: deleted and back, 5 times, by its projected token. The gateway
 /// learned the cluster's keys from the API server by way of the agent.
 #[tokio::test(flavor = "multi_thread")]
@@ -436,6 +537,7 @@ async fn many_agents_are_renewed() {
         running.push((agent, world.load(&cluster, Duration::from_millis(200)).await));
     }
     sleep(Duration::from_secs(duration)).await;
+    let (mut requests, mut pieces, mut renewed) = (0, 0, Vec::new());
     // The latest renewal is due at two thirds of a life after the one before.
     let least = duration * 3 / (2 * lifetime) - 1;
     for (agent, load) in running {
@@ -444,9 +546,18 @@ async fn many_agents_are_renewed() {
             renewals >= f64::from(u32::try_from(least).unwrap()),
             "{renewals} renewals, at least {least} were due"
         );
+        requests += load.requests.load(Ordering::Relaxed);
+        pieces += load.ticks.load(Ordering::Relaxed);
+        renewed.push(renewals);
         load.finish().await;
         assert_eq!(metric(agent.admin_addr(), "towline_agent_sessions_ended_total").await, 0.0);
         agent.shutdown().await;
     }
+    eprintln!(
+        "{agents} agents, certificates of {lifetime} s, {duration} s: {} renewals, {} to {} each; {requests} requests and {pieces} pieces of streams, none failed",
+        renewed.iter().sum::<f64>(),
+        renewed.iter().copied().fold(f64::INFINITY, f64::min),
+        renewed.iter().copied().fold(0.0, f64::max),
+    );
     assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), usize::try_from(agents).unwrap());
 }

@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "each test file is a program of its own and uses its part of this")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
 
+pub(crate) mod fleet;
+pub(crate) mod joining;
 pub(crate) mod wire;
 
 use std::net::SocketAddr;
