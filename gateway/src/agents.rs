@@ -37,7 +37,7 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(25);
 const REPLACE_ROUNDS: usize = 3;
 /// A certificate's end is looked at again at least this often: the wall clock can jump, timers cannot.
 const EXPIRY_CHECK: Duration = Duration::from_secs(60);
-const BOOT_ID_BYTES: usize = 16;
+pub(crate) const BOOT_ID_BYTES: usize = 16;
 
 /// The limits of a session, from the configuration.
 pub(crate) fn session_limits(config: &GatewayConfig) -> Limits {
@@ -232,7 +232,7 @@ async fn register(
         let software = crate::proxy::printable(&hello.software);
         match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, &software) {
             Ok(registration) => {
-                shared.joins.came(instance);
+                shared.joins.places.leave(instance, &hello.boot_id);
                 return Ok(registration);
             }
             Err(InsertError::SessionsMax) => {

@@ -533,8 +533,9 @@ impl Fleet {
         Err(JoinRefused::Store(StoreError::Closed))
     }
 
-    /// Lets an agent in whose cluster's issuer vouches for it. One of that subject that is not `connected` takes its place
-    /// again; only if there is none it is a new instance. So what comes back is who it was.
+    /// Lets an agent in whose cluster's issuer vouches for it. It gets the first place of that subject that it can `take`, and only
+    /// if there is none it is a new instance, which it takes too. So what comes back is who it was. Places are taken while
+    /// nobody else joins.
     ///
     /// # Errors
     /// Why it may not join.
@@ -542,7 +543,7 @@ impl Fleet {
         &self,
         cluster_uid: &ClusterUid,
         subject: &str,
-        connected: impl Fn(&InstanceId) -> bool,
+        take: impl Fn(&InstanceId) -> bool,
     ) -> Result<Admission, JoinRefused> {
         let _one_at_a_time = self.0.joining.lock().await;
         for _ in 0..ATTEMPTS {
@@ -557,7 +558,7 @@ impl Fleet {
                     .iter()
                     .filter(|(_, known)| known.admission == cluster.admission && known.origin == origin)
                     .filter_map(|(name, _)| InstanceId::new(name).ok())
-                    .find(|instance| !connected(instance));
+                    .find(&take);
                 if let Some(instance) = free {
                     return Ok(Admission { cluster: route, instance, admission: cluster.admission });
                 }
@@ -566,7 +567,9 @@ impl Fleet {
                 (admission, transaction.unchanged(key, revision))
             };
             match self.commit(transaction).await {
-                Ok(_) => return Ok(admission),
+                // Nobody else can have it yet: its name is a moment old.
+                Ok(_) if take(&admission.instance) => return Ok(admission),
+                Ok(_) => {}
                 Err(WriteError::Conflict) => {}
                 Err(error) => return Err(error.into()),
             }

@@ -20,12 +20,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use towline_certs::facts::CertificateFacts;
 use towline_certs::{
-    AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, JoinSecret, ServerName, TrustDomain, tls,
+    AgentCa, AgentIdentity, AgentKey, CertificateDer, ClusterUid, Credential, JoinSecret, ServerName,
+    TrustDomain, tls,
 };
 use towline_gateway::fleet::{self, Meta, Revoked, Time, new_uid};
 use towline_gateway::rotation::{self, Step};
@@ -103,7 +105,10 @@ fn request(proof: Proof, key: &AgentKey) -> JoinRequest {
 }
 
 async fn ask(world: &World, request: &JoinRequest) -> Result<Admitted, Refused> {
-    let mut io = connect(world).await;
+    ask_over(connect(world).await, request).await
+}
+
+async fn ask_over(mut io: TlsStream<TcpStream>, request: &JoinRequest) -> Result<Admitted, Refused> {
     send_message(&mut io, request, JOIN_MAX_BYTES).await.unwrap();
     let answer: JoinAnswer = recv_message(&mut io, JOIN_MAX_BYTES).await.unwrap();
     match answer.outcome.unwrap() {
@@ -131,6 +136,8 @@ fn roots(trust: &Trust) -> Vec<CertificateDer<'static>> {
 /// A session with the identity that was given.
 struct Agent {
     session: Session,
+    /// Leaves the connection open with nobody behind it.
+    freeze: Arc<Notify>,
     _driver: JoinSet<CloseReason>,
 }
 
@@ -164,10 +171,17 @@ impl Agent {
         let (limits, budget) = (Limits::default(), Budget::new(1 << 30));
         let config = SessionConfig { role: Role::Agent, limits, budget, introduction };
         let (session, driver) = Session::over(io, config).unwrap();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(driver.run());
+        let (mut tasks, freeze) = (JoinSet::new(), Arc::new(Notify::new()));
+        let frozen = Arc::clone(&freeze);
+        tasks.spawn(async move {
+            let mut running = std::pin::pin!(driver.run());
+            tokio::select! {
+                reason = &mut running => reason,
+                () = frozen.notified() => std::future::pending().await,
+            }
+        });
         session.ready().await?;
-        Ok(Self { session, _driver: tasks })
+        Ok(Self { session, freeze, _driver: tasks })
     }
 
     /// The next roots that are announced, acknowledged.
@@ -537,8 +551,7 @@ impl Cluster {
 
     fn token(&self, kid: &str, subject: &str) -> Proof {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims =
-            json!({ "iss": "https://k8s", "sub": subject, "aud": ["towline"], "exp": now + 600, "nbf": now });
+        let claims = json!({ "iss": "https://k8s", "sub": subject, "aud": ["towline"], "exp": now + 600, "iat": now, "nbf": now });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": kid })), part(&claims));
         let signature = self.0.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
@@ -603,6 +616,79 @@ async fn a_pod_comes_back_by_its_clusters_word() {
     while !matches!(agent.hear().await, Notice::Renewed(_)) {}
     let back = ask(&world, &with_boot(rotated.token("2", SUBJECT), 21)).await;
     assert!(back.is_ok(), "{back:?}");
+}
+
+/// Many pods of one Deployment at the same moment, one of them with the join token that tells of the cluster's issuer: none is
+/// given a place that another has, neither while the token's place becomes one to come back to nor at any other moment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn pods_that_start_together_are_instances_of_their_own() {
+    let world = world().await;
+    for round in 0..16_u8 {
+        let name = format!("c{round}");
+        let uid = ClusterUid::new(&register(&world, &name).await).unwrap();
+        let cluster = Cluster::new();
+        let with_boot = |proof: Proof, boot: u8| JoinRequest {
+            boot_id: vec![boot; 16].into(),
+            issuer: Some(cluster.issuer("1")),
+            ..request(proof, &key())
+        };
+        let token = token(&world, &name, 1, HOUR).await;
+        let first = with_boot(Proof::Token(token), 1);
+        let by_token = ask(&world, &first);
+        let by_account = async |boot: u8| {
+            let Proof::ServiceAccount(account) = cluster.token("1", SUBJECT) else { panic!() };
+            let proof = Proof::ServiceAccount(ServiceAccount { cluster: name.clone(), ..account });
+            let (request, io) = (with_boot(proof, boot), connect(&world).await);
+            // From the moment on that the join with the token has told of the issuer, a little later each time: it still has to put
+            // on record by whose word it comes back, and its certificate.
+            while world.gateway.fleet().unwrap().issuer(&uid).is_none() {
+                tokio::task::yield_now().await;
+            }
+            tokio::time::sleep(Duration::from_millis(2 * u64::from(round) + u64::from(boot))).await;
+            ask_over(io, &request).await.unwrap().instance
+        };
+        let (first, second, third, fourth) =
+            tokio::join!(by_token, by_account(2), by_account(3), by_account(4));
+        let instances = [first.unwrap().instance, second, third, fourth];
+        let different: HashSet<_> = instances.iter().collect();
+        assert_eq!(different.len(), instances.len(), "round {round}: {instances:?}");
+    }
+}
+
+/// A pod that asks while another is just connecting is not given that one's place, however long the question for signs of life
+/// takes; the place of the one that gave none is free.
+#[tokio::test]
+async fn a_place_that_was_taken_meanwhile_is_taken() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let (cluster, dead, mine) = (Cluster::new(), key(), key());
+    let join = async |proof: Proof, key: &AgentKey, boot: u8| {
+        let issuer = Some(cluster.issuer("1"));
+        let request = JoinRequest { boot_id: vec![boot; 16].into(), issuer, ..request(proof, key) };
+        ask(&world, &request).await
+    };
+    let first = join(Proof::Token(token), &dead, 1).await.unwrap();
+    let silent = Agent::connect(&world, &first, &dead, 1).await.unwrap();
+    // Another one, whose session comes later.
+    let second = join(cluster.token("1", SUBJECT), &mine, 2).await.unwrap();
+    assert_ne!(second.instance, first.instance);
+    silent.freeze.notify_one();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let asks = async { join(cluster.token("1", SUBJECT), &key(), 3).await.unwrap() };
+    let comes = async {
+        // While the silent one is being asked, which takes 2.5 s.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        Agent::connect(&world, &second, &mine, 2).await.unwrap()
+    };
+    let (third, live) = tokio::join!(asks, comes);
+    assert_eq!(third.instance, first.instance, "the silent one's place is free, and the other's is not");
+    assert!(live.session.is_open());
+    let fourth = join(cluster.token("1", SUBJECT), &key(), 4).await.unwrap();
+    assert!(![&first.instance, &second.instance].contains(&&fourth.instance));
+    // A copy of what an agent keeps gets nothing while that agent is there.
+    let copy = join(Proof::Expired(second.certificate.clone()), &mine, 5).await.unwrap_err();
+    assert!(code(&copy) == RefusalCode::Denied && copy.text.contains("alive"), "{copy:?}");
 }
 
 /// What the operator sees on the private port.
