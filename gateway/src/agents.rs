@@ -7,7 +7,7 @@
 //! takes over nor makes the route flap.
 
 use crate::config::{Cluster, GatewayConfig};
-use crate::fleet::{Fleet, Time};
+use crate::fleet::{Fleet, ShownCertificate, Time};
 use crate::join;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::registry::{InsertError, Registration, SessionId};
@@ -196,7 +196,12 @@ async fn admit(
     let leaf = leaf.ok_or_else(|| certificate("no certificate was presented".to_owned()))?;
     let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
     let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
-    let cluster = shared.admits(&live, &identity, &facts.serial).map_err(certificate)?;
+    let pin = SpkiPin::of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let issued = Time::from(facts.issued_at());
+    let shown = ShownCertificate { serial: &facts.serial, pin, issued };
+    let cluster = shared.admits_with(&live, &identity, &shown).map_err(certificate)?;
+    let on_record =
+        shared.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
     drop(live);
     let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
         Ok(Ok(hello)) => hello,
@@ -215,7 +220,6 @@ async fn admit(
     }
     let registration = register(shared, session, &identity, &hello).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
-    let on_record = is_on_record(shared, &identity, &serial, leaf);
     Ok((Admitted { cluster, identity, not_after, serial, on_record, hello }, registration))
 }
 
@@ -329,17 +333,8 @@ fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
     left.max().unwrap_or_default()
 }
 
-/// Whether a certificate is one that this fleet has issued to the instance. Whoever has a CA's key writes any serial number
-/// they like, but the key on record is the agent's.
-fn is_on_record(shared: &Shared, identity: &AgentIdentity, serial: &str, leaf: &CertificateDer<'_>) -> bool {
-    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
-    let (Some(record), Ok(pin)) = (record, SpkiPin::of(leaf)) else { return false };
-    let pin = pin.to_string();
-    record.certificates.iter().any(|known| known.serial == serial && known.pin == pin)
-}
-
-/// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One that somebody made
-/// with the key of an old CA is not on record.
+/// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One from between a backup
+/// and its restore is not on record, and one of a configured cluster never is.
 fn was_renewed(shared: &Shared, admitted: &Admitted) -> bool {
     let Admitted { identity, serial, on_record, .. } = admitted;
     let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));

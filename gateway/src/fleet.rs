@@ -7,7 +7,8 @@
 //!
 //! Admission is an allow-list: an agent is somebody if its cluster and its instance are on record, and the instance is of
 //! the cluster's present admission. So a cluster that is deleted and registered again under its name, with a new uid,
-//! knows none of the old one's agents.
+//! knows none of the old one's agents. And a session begins with a certificate on record, key and serial number: what
+//! somebody signs with a CA's key that was stolen, or is being replaced, is nobody's.
 
 mod records;
 mod view;
@@ -43,8 +44,10 @@ use view::View;
 pub const OBJECTS_MAX: usize = 20_000;
 /// Instances on record of one cluster; the one whose certificate ran out first makes room for the next.
 const INSTANCES_MAX: usize = 256;
-/// Valid certificates of one instance that are remembered.
-const CERTIFICATES_MAX: usize = 8;
+/// Valid certificates of one instance. An honest agent has two for a moment, and one more for each answer that did not arrive.
+const CERTIFICATES_MAX: usize = 16;
+/// For so long after a restore an instance may show a certificate that the backup could not know of: longer than any lives.
+const RESTORED_FOR: Duration = Duration::from_secs(8 * 86_400);
 /// An instance that has no certificate yet counts as an agent for this long.
 const JOINING: Duration = Duration::from_secs(600);
 /// Times that an operation decides anew because somebody else was faster.
@@ -92,6 +95,10 @@ pub enum WriteError {
     Protected,
     #[error("it is too large, or its name is too long")]
     TooLarge,
+    #[error(
+        "it has {CERTIFICATES_MAX} valid certificates, which is as many as it may have; wait until one runs out"
+    )]
+    Certificates,
     #[error("it was written and does not take effect; read it again, and look at the gateway's log")]
     Unseen,
     #[error(transparent)]
@@ -128,6 +135,27 @@ pub enum NotAdmitted {
     Superseded,
     #[error("its certificate was revoked")]
     Revoked,
+    #[error("its certificate is not on record for this agent, whoever has signed it; let it join anew")]
+    UnknownCertificate,
+}
+
+/// A certificate as it was shown in a handshake.
+#[derive(Clone, Copy, Debug)]
+pub struct ShownCertificate<'a> {
+    pub serial: &'a str,
+    /// The pin of its key.
+    pub pin: SpkiPin,
+    /// When it says it was issued.
+    pub issued: Time,
+}
+
+/// What becomes of an instance's certificates when one more does not fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenFull {
+    /// The oldest counts no more: for one that joins, whose earlier ones died with earlier processes.
+    Forget,
+    /// There is no other: for one that renews, which may still have to show any of them.
+    Refuse,
 }
 
 /// Who an agent is from now on.
@@ -256,7 +284,35 @@ impl Fleet {
         self.read().is_revoked(serial)
     }
 
-    /// Whether this agent, with this certificate, is somebody.
+    /// Whether a session of this agent may begin with this certificate: the fleet has issued it to that very instance.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn admits_with(
+        &self,
+        identity: &AgentIdentity,
+        shown: &ShownCertificate<'_>,
+    ) -> Result<(), NotAdmitted> {
+        self.admits(identity, shown.serial)?;
+        let view = self.read();
+        let instance = view.instance(identity.instance.as_str()).ok_or(NotAdmitted::UnknownInstance)?;
+        let is_from_before = instance
+            .restored
+            .is_some_and(|restored| shown.issued <= restored && Time::now().since(restored) <= RESTORED_FOR);
+        if is_from_before || is_one_of(instance, shown) {
+            Ok(())
+        } else {
+            Err(NotAdmitted::UnknownCertificate)
+        }
+    }
+
+    /// Whether an instance has this certificate on record.
+    #[must_use]
+    pub fn has_certificate(&self, instance: &InstanceId, shown: &ShownCertificate<'_>) -> bool {
+        self.read().instance(instance.as_str()).is_some_and(|instance| is_one_of(instance, shown))
+    }
+
+    /// Whether this agent is still somebody, whatever certificate its session began with, unless that one was revoked.
     ///
     /// # Errors
     /// Why not.
@@ -580,18 +636,23 @@ impl Fleet {
     /// Puts a certificate on record that an instance is about to get.
     ///
     /// # Errors
-    /// The instance is not on record any more, or the store does not answer: then it must not get it.
+    /// The instance is not on record any more, it has as many as it may, or the store does not answer: then it must not get it.
     pub async fn record_certificate(
         &self,
         instance: &InstanceId,
         certificate: &Certificate,
+        when_full: WhenFull,
     ) -> Result<(), WriteError> {
         self.change_instance(instance, |record| {
             let now = Time::now();
             record.certificates.retain(|known| known.not_after > now);
             let spare = (record.certificates.len() + 1).saturating_sub(CERTIFICATES_MAX);
+            if spare > 0 && when_full == WhenFull::Refuse {
+                return Err(WriteError::Certificates);
+            }
             record.certificates.drain(..spare);
             record.certificates.push(certificate.clone());
+            Ok(())
         })
         .await
     }
@@ -643,13 +704,13 @@ impl Fleet {
     async fn change_instance(
         &self,
         instance: &InstanceId,
-        change: impl Fn(&mut Instance),
+        change: impl Fn(&mut Instance) -> Result<(), WriteError>,
     ) -> Result<(), WriteError> {
         for _ in 0..ATTEMPTS {
             let shown = self.object(Kind::Instance, instance.as_str()).ok_or(WriteError::NotFound)?;
             let Object::Instance(record) = &shown.object else { return Err(WriteError::NotFound) };
             let mut next = Instance::clone(record);
-            change(&mut next);
+            change(&mut next)?;
             match self.put(instance.as_str(), &next, Some(shown.revision)).await {
                 Ok(_) => return Ok(()),
                 Err(WriteError::Conflict) => {}
@@ -715,10 +776,19 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
             if !keep_agents && let Some(cluster) = data.as_object_mut() {
                 cluster.remove("issuer");
             }
+            if record.key.kind == Kind::Instance {
+                data["restored"] = serde_json::to_value(Time::now()).unwrap_or_default();
+            }
         }
         _ => {}
     }
     Ok(Some(data))
+}
+
+/// Whoever has a CA's key writes any serial number they like, but the key on record is the agent's.
+fn is_one_of(instance: &Instance, shown: &ShownCertificate<'_>) -> bool {
+    let pin = shown.pin.to_string();
+    instance.certificates.iter().any(|known| known.serial == shown.serial && known.pin == pin)
 }
 
 /// Whether this version can read a record.

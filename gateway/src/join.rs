@@ -13,7 +13,7 @@ mod places;
 use crate::agents::BOOT_ID_BYTES;
 use crate::authority::Authorities;
 use crate::config;
-use crate::fleet::{self, Admission, Fleet, JoinRefused, NotAdmitted, Object, Time, WriteError};
+use crate::fleet::{self, Admission, Fleet, JoinRefused, NotAdmitted, Object, Time, WhenFull, WriteError};
 use crate::listener::network;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::state::Shared;
@@ -332,7 +332,7 @@ async fn decide(
     }
     let domain = live.config.trust_domain.clone();
     let identity = AgentIdentity::new(domain, admission.cluster.uid.clone(), admission.instance.clone());
-    let issued = issue(fleet, own, &live.config.join, &identity, &request.csr).await?;
+    let issued = issue(fleet, own, &live.config.join, &identity, &request.csr, WhenFull::Forget).await?;
     // The time to connect begins now. A disk that took longer than that may have cost it the place.
     if !shared.joins.places.take(&admission.instance, &request.boot_id) {
         return Err(Refusal::later(RefusalCode::Unavailable, PLACE_TAKEN, RETRY_LIMIT));
@@ -405,15 +405,18 @@ async fn by_record(
         AgentIdentity::from_verified_certificate(&leaf).map_err(|error| unknown(&error.to_string()))?;
     let record =
         instance(fleet, &identity.instance).ok_or_else(|| unknown("its instance is not on record"))?;
-    let known = record.certificates.iter().find(|known| known.serial == facts.serial);
-    let known = known.ok_or_else(|| unknown("its serial is not on record"))?;
-    if known.pin != pin.to_string() {
+    let is_signed = SpkiPin::of(&leaf).is_ok_and(|of_leaf| of_leaf == pin);
+    if !is_signed {
         return Err(unknown("the request is signed by another key than the certificate's"));
     }
+    // By its key: if the answer to such a request is lost, the next one shows the same certificate, and its successor is on record.
+    let pin = pin.to_string();
+    let known = record.certificates.iter().rev().find(|known| known.pin == pin);
+    let known = known.ok_or_else(|| unknown("its key is not on record"))?;
     if Time::now().since(known.not_after) > shared.live().config.join.expired_for {
         return Err(unknown("it ran out too long ago"));
     }
-    fleet.admits(&identity, &facts.serial).map_err(|error| unknown(&error.to_string()))?;
+    fleet.admits(&identity, &known.serial).map_err(|error| unknown(&error.to_string()))?;
     let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster is gone"))?;
     // A copy of what was kept, or a pod that was given the place of this one while it was away.
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &identity.cluster, boot_id).await;
@@ -445,6 +448,7 @@ async fn issue(
     config: &config::Join,
     identity: &AgentIdentity,
     csr: &[u8],
+    when_full: WhenFull,
 ) -> Result<Issued, Refusal> {
     let (life, now) = (config.certificate_lifetime, SystemTime::now());
     let issued = own.tunnel.ca.issue_agent_from_csr(csr, identity, life, now)?;
@@ -455,9 +459,12 @@ async fn issue(
         issued: Time::from(now),
         not_after: Time::from(issued.not_after),
     };
-    match fleet.record_certificate(&identity.instance, &record).await {
+    match fleet.record_certificate(&identity.instance, &record, when_full).await {
         Ok(()) => {}
         Err(WriteError::NotFound) => return Err(NotAdmitted::UnknownInstance.into()),
+        Err(error @ WriteError::Certificates) => {
+            return Err(Refusal::later(RefusalCode::Limit, error.to_string(), renewal_interval(life)));
+        }
         Err(error) => return Err(unavailable(&error)),
     }
     let chain = [&issued.certificate, &issued.root];
@@ -545,7 +552,7 @@ async fn try_renew(
         let text = "the certificate was renewed too often of late; wait a little";
         return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
     }
-    let issued = issue(fleet, own, &live.config.join, identity, &renew.csr).await?;
+    let issued = issue(fleet, own, &live.config.join, identity, &renew.csr, WhenFull::Refuse).await?;
     if let Some(issuer) = &renew.issuer
         && record_issuer(fleet, &identity.cluster, &identity.instance, issuer).await
     {

@@ -26,10 +26,10 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use towline_certs::facts::CertificateFacts;
 use towline_certs::{
-    AgentCa, AgentIdentity, AgentKey, CertificateDer, ClusterUid, Credential, JoinSecret, ServerName,
-    TrustDomain, tls,
+    AgentCa, AgentIdentity, AgentKey, CertificateDer, ClusterUid, Credential, InstanceId, JoinSecret,
+    ServerName, TrustDomain, tls,
 };
-use towline_gateway::fleet::{self, Meta, Revoked, Time, new_uid};
+use towline_gateway::fleet::{self, Meta, Revoked, Time, WhenFull, new_uid};
 use towline_gateway::rotation::{self, Step};
 use towline_gateway::store::Kind;
 use towline_proto::join::{
@@ -520,8 +520,10 @@ async fn an_expired_certificate_leads_back_by_its_key() {
     let proof = || Proof::Expired(admitted.certificate.clone());
     let refused = ask(&world, &request(proof(), &other)).await.unwrap_err();
     assert_eq!(code(&refused), RefusalCode::Proof, "another key is another agent");
+    let lost = ask(&world, &request(proof(), &mine)).await.unwrap();
+    // The answer did not arrive: it is asked again, with what was kept.
     let back = ask(&world, &request(proof(), &mine)).await.unwrap();
-    assert_eq!(back.instance, admitted.instance);
+    assert_eq!((&back.instance, &lost.instance), (&admitted.instance, &admitted.instance));
     // Delete and register again under the same name: yesterday's certificate is nobody's.
     let fleet = world.gateway.fleet().unwrap();
     let revision = fleet.object(Kind::Cluster, "east").unwrap().revision;
@@ -799,10 +801,10 @@ fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certifica
     Certificate { chain: vec![leaf, certificate.chain[1].clone()] }
 }
 
-/// A session whose certificate somebody made with the old CA's key ends with that CA, also if it bears an agent's serial number;
-/// one whose certificate is on record goes on, as `a_change_of_ca_cuts_nothing` shows.
+/// R-ID-3, TU-03: whoever has the CA's key signs what they like, also with an agent's name and serial number. No session begins with
+/// it, in no phase of a change of CA, so that nothing can be renewed by it either; the agent whose name it bears goes on.
 #[tokio::test]
-async fn a_copied_serial_does_not_outlive_its_ca() {
+async fn what_the_fleet_has_not_issued_is_nobodys() {
     let world = world().await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
@@ -810,21 +812,59 @@ async fn a_copied_serial_does_not_outlive_its_ca() {
     let admitted = join(&world, &token, &mine).await.unwrap();
     let stolen = std::fs::read(state.join(rotation::KEY)).unwrap();
     let forged = forged(&admitted.certificate, &thief, &stolen);
-    let take = async |step| {
-        rotation::step(&state, step, SystemTime::now()).unwrap();
-        world.gateway.reload().await.unwrap();
-    };
-    take(Step::TrustNew).await;
-    take(Step::IssueNew).await;
-    let session = Agent::show(&world, &forged, &admitted.trust, &thief, 1).await.unwrap();
-    // So that the agent whose serial number it is has a newer certificate.
-    let proof = Proof::Expired(admitted.certificate.clone());
-    ask(&world, &request(proof, &mine)).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    assert!(session.session.is_open(), "both CAs are believed");
-    take(Step::DropOld).await;
-    let reason = session.closed(Duration::from_secs(1)).await.to_string();
-    assert!(reason.contains("counts no more"), "{reason}");
+    let agents = AgentCa::new(&roots(&admitted.trust), TrustDomain::new("example.org").unwrap()).unwrap();
+    assert!(
+        agents.verify(&der(&forged), SystemTime::now()).is_ok(),
+        "nothing is wrong with it but the record"
+    );
+    for step in [None, Some(Step::TrustNew), Some(Step::IssueNew)] {
+        if let Some(step) = step {
+            rotation::step(&state, step, SystemTime::now()).unwrap();
+            world.gateway.reload().await.unwrap();
+        }
+        let Err(reason) = Agent::show(&world, &forged, &admitted.trust, &thief, 9).await else {
+            panic!("admitted after {step:?}");
+        };
+        assert!(reason.to_string().contains("not on record for this agent"), "{step:?}: {reason}");
+        let proof = Proof::Expired(forged.clone());
+        assert_eq!(code(&ask(&world, &request(proof, &thief)).await.unwrap_err()), RefusalCode::Proof);
+        let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+        agent.renew(&mine).await.unwrap();
+    }
+}
+
+/// What an agent may still have to show is not pushed off the record by its own renewals: with as many valid certificates as may be
+/// there is no other. One that joins gets one; what is forgotten for that lets nobody in.
+#[tokio::test]
+async fn a_valid_certificate_is_not_forgotten_by_renewing() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let mine = key();
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    // Answers that were lost.
+    let fleet = world.gateway.fleet().unwrap();
+    let instance = InstanceId::new(&admitted.instance).unwrap();
+    let mut on_record = 1;
+    loop {
+        let not_after = Time::now().after(HOUR);
+        let serial = format!("{on_record:02x}");
+        let lost = fleet::Certificate { serial, pin: String::new(), issued: Time::now(), not_after };
+        match fleet.record_certificate(&instance, &lost, WhenFull::Refuse).await {
+            Ok(()) => on_record += 1,
+            Err(fleet::WriteError::Certificates) => break,
+            Err(error) => panic!("{error}"),
+        }
+        assert!(on_record <= 64, "there is a limit");
+    }
+    let refused = agent.renew(&mine).await.unwrap_err();
+    assert!(code(&refused) == RefusalCode::Limit && refused.retry_after_ms > 0, "{refused:?}");
+    drop(Agent::connect(&world, &admitted, &mine, 1).await.unwrap());
+    let back = ask(&world, &request(Proof::Expired(admitted.certificate.clone()), &mine)).await.unwrap();
+    assert_eq!(back.instance, admitted.instance);
+    drop(Agent::connect(&world, &back, &mine, 1).await.unwrap());
+    assert!(Agent::connect(&world, &admitted, &mine, 1).await.is_err(), "it is the one that was forgotten");
 }
 
 /// Without a state directory nobody joins, and is told why.

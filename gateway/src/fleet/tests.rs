@@ -142,7 +142,7 @@ async fn tokens_are_judged_before_they_count() {
         issued: Time::now(),
         not_after: Time::now(),
     };
-    fleet.record_certificate(&first, &over).await.unwrap();
+    fleet.record_certificate(&first, &over, WhenFull::Forget).await.unwrap();
     ask("many", b"secret", 4).await.unwrap();
 }
 
@@ -362,6 +362,7 @@ async fn a_backup_lets_nobody_in_again() {
     _following.shutdown().await;
     drop(fleet);
     let dump = backup::dump(directory.path()).unwrap();
+    let before = Time::now();
     for (keep, expected) in [(false, Err(NotAdmitted::Superseded)), (true, Ok(()))] {
         let elsewhere = tempfile::tempdir().unwrap();
         backup::restore(elsewhere.path(), dump.clone(), |record| restored(record, keep)).unwrap();
@@ -369,7 +370,35 @@ async fn a_backup_lets_nobody_in_again() {
         assert_eq!(fleet.admits(&agent, "01"), expected, "keep {keep}");
         assert_eq!(fleet.issuer(&agent.cluster).is_some(), keep, "whose word lets agents in");
         assert_eq!(fleet.count(Kind::JoinToken), 0);
+        // What was issued between the two is not in it, and what is made later is nobody's.
+        let shown = |issued| ShownCertificate { serial: "99", pin: pin(1), issued };
+        assert_eq!(fleet.admits_with(&agent, &shown(before)), expected, "keep {keep}");
+        let later = if keep { Err(NotAdmitted::UnknownCertificate) } else { expected };
+        assert_eq!(fleet.admits_with(&agent, &shown(Time::now().after(Duration::from_secs(5)))), later);
     }
+}
+
+/// R-ID-3: a session begins with a certificate that is on record, by serial number and key, of that very instance.
+#[tokio::test]
+async fn only_certificates_on_record_begin_a_session() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let uid = register(&fleet, "prod").await;
+    fleet.put("t1", &token("prod", &uid, 2), None).await.unwrap();
+    let one = identity(&fleet.use_token("t1", b"secret", pin(1)).await.unwrap());
+    let two = identity(&fleet.use_token("t1", b"secret", pin(2)).await.unwrap());
+    let now = Time::now();
+    let not_after = now.after(Duration::from_secs(60));
+    let record = Certificate { serial: "0a".to_owned(), pin: pin(1).to_string(), issued: now, not_after };
+    fleet.record_certificate(&one.instance, &record, WhenFull::Refuse).await.unwrap();
+    let ask = |agent: &AgentIdentity, serial, key| {
+        fleet.admits_with(agent, &ShownCertificate { serial, pin: pin(key), issued: now })
+    };
+    assert_eq!(ask(&one, "0a", 1), Ok(()));
+    for (agent, serial, key) in [(&one, "0b", 1), (&one, "0a", 2), (&two, "0a", 1)] {
+        assert_eq!(ask(agent, serial, key), Err(NotAdmitted::UnknownCertificate), "{serial} {key}");
+    }
+    fleet.revoke(&Revoked::Certificate { serial: "0a".to_owned() }, &meta()).await.unwrap();
+    assert_eq!(ask(&one, "0a", 1), Err(NotAdmitted::Revoked));
 }
 
 #[test]

@@ -388,6 +388,7 @@ impl View {
             created: now,
             origin,
             certificates: Vec::with_capacity(CERTIFICATES_MAX),
+            restored: None,
         };
         let name = instance.to_string();
         let mut transaction = Transaction::new().absent(Key::new(Kind::Instance, &name)).put(&name, &record);
