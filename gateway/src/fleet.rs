@@ -10,9 +10,11 @@
 //! knows none of the old one's agents. And a session begins with a certificate on record, key and serial number: what
 //! somebody signs with a CA's key that was stolen, or is being replaced, is nobody's.
 
+pub(crate) mod purge;
 mod records;
 mod view;
 
+pub use purge::Beliefs;
 pub use records::{
     AccessRule, AccessToken, Certificate, Cluster, Instance, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta,
     Origin, Revocation, Revoked, TOKEN_USES_MOST, Time, TokenIssuer, TokenUse,
@@ -23,7 +25,7 @@ use crate::authn::Principal;
 use crate::authn::tokens::Hash;
 use crate::authz::AccessRules;
 use crate::config;
-use crate::metrics::Metrics;
+use crate::metrics::{Limit, Metrics};
 use crate::state::random;
 use crate::store::{
     CommitError, Key, Kind, Record, Store, StoreError, Stored, Transaction, Unreadable, Watch,
@@ -40,7 +42,7 @@ use tokio::time::timeout;
 use towline_certs::{AgentIdentity, ClusterUid, InstanceId, SpkiPin};
 use view::View;
 
-/// Most objects of a kind.
+/// Most objects of a kind, unless the configuration says fewer (`limits.objects`).
 pub const OBJECTS_MAX: usize = 20_000;
 /// Instances on record of one cluster; the one whose certificate ran out first makes room for the next.
 const INSTANCES_MAX: usize = 256;
@@ -65,6 +67,8 @@ pub struct Fleet(Arc<Inner>);
 struct Inner {
     store: Store,
     metrics: Arc<Metrics>,
+    /// Most objects of a kind.
+    objects_max: usize,
     view: RwLock<View>,
     /// The last revision that the view shows.
     shown: watch::Sender<u64>,
@@ -85,8 +89,8 @@ pub enum WriteError {
     NotFound,
     #[error("it has changed meanwhile; read it again and apply your change to that")]
     Conflict,
-    #[error("there are {OBJECTS_MAX} of this kind, which is as many as there may be; delete some")]
-    Full,
+    #[error("there are {0} of this kind, which is as many as there may be (limits.objects); delete some")]
+    Full(usize),
     #[error(
         "a cluster of that name stands in the gateway's configuration; choose another name, or remove it there"
     )]
@@ -172,7 +176,7 @@ impl Fleet {
     ///
     /// # Errors
     /// The store does not answer.
-    pub async fn load(store: Store, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
+    pub async fn load(store: Store, metrics: Arc<Metrics>, objects_max: usize) -> Result<Self, StoreError> {
         let fleet = Self(Arc::new(Inner {
             view: RwLock::new(View::default()),
             shown: watch::Sender::new(0),
@@ -181,6 +185,7 @@ impl Fleet {
             joining: Mutex::default(),
             store,
             metrics,
+            objects_max,
         }));
         fleet.list_all().await?;
         Ok(fleet)
@@ -440,7 +445,7 @@ impl Fleet {
         let key = Key::new(T::KIND, name);
         let transaction = match replaces {
             Some(revision) => Transaction::new().unchanged(key, revision),
-            None if self.count(T::KIND) >= OBJECTS_MAX => return Err(WriteError::Full),
+            None if self.count(T::KIND) >= self.0.objects_max => return Err(self.full()),
             None if T::KIND == Kind::Cluster && self.is_reserved(name) => return Err(WriteError::Reserved),
             None => Transaction::new().absent(key),
         };
@@ -479,12 +484,13 @@ impl Fleet {
     /// Why nothing was revoked.
     pub async fn revoke(&self, what: &Revoked, meta: &Meta) -> Result<(String, u64), WriteError> {
         for _ in 0..ATTEMPTS {
-            let (mut what, mut transaction) = (what.clone(), Transaction::new());
+            let (mut what, mut transaction, mut not_after) = (what.clone(), Transaction::new(), None);
             {
                 let view = self.read();
                 match &mut what {
                     Revoked::Certificate { serial } => {
-                        if let Some((holder, revision)) = view.holder_of(serial) {
+                        if let Some((holder, revision, end)) = view.holder_of(serial) {
+                            not_after = Some(end);
                             transaction = transaction.unchanged(holder.clone(), revision).delete(holder);
                         }
                     }
@@ -517,12 +523,18 @@ impl Fleet {
                         }
                     }
                 }
-                if view.count(Kind::Revocation) >= OBJECTS_MAX {
-                    return Err(WriteError::Full);
+                // What replaces one that is there takes no room.
+                let earlier = view.object(Kind::Revocation, &what.record_name());
+                if earlier.is_none() && view.count(Kind::Revocation) >= self.0.objects_max {
+                    return Err(self.full());
+                }
+                // Once more the same certificate: its agent is gone, and when it ends is known from the first time.
+                if let Some(Object::Revocation(earlier)) = earlier.map(|shown| shown.object) {
+                    not_after = not_after.or(earlier.not_after);
                 }
             }
             let name = what.record_name();
-            let record = Revocation { meta: meta.clone(), what };
+            let record = Revocation { meta: meta.clone(), what, not_after };
             match self.commit(transaction.put(&name, &record)).await {
                 Ok(revision) => return Ok((name, revision)),
                 Err(WriteError::Conflict) => {}
@@ -718,6 +730,11 @@ impl Fleet {
             }
         }
         Err(WriteError::Conflict)
+    }
+
+    fn full(&self) -> WriteError {
+        self.0.metrics.limit_reached(Limit::Objects);
+        WriteError::Full(self.0.objects_max)
     }
 
     async fn commit(&self, transaction: Transaction) -> Result<u64, WriteError> {

@@ -165,6 +165,7 @@ impl Gateway {
                         () = fleet.follow() => {}
                         () = fleet.store().tend() => {}
                         () = running::review(&shared) => {}
+                        () = fleet::purge::tend(&shared) => {}
                         () = api::feed::follow(&shared) => {}
                     }
                 };

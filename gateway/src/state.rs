@@ -60,7 +60,7 @@ impl Memory {
             Ok::<_, MemoryError>((store, Authorities::open(&directory, SystemTime::now())?))
         });
         let (store, authorities) = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
-        let fleet = Fleet::load(store, Arc::clone(metrics)).await?;
+        let fleet = Fleet::load(store, Arc::clone(metrics), config.limits.objects).await?;
         Ok(Some(Self { fleet, authorities: Arc::new(authorities) }))
     }
 }

@@ -129,7 +129,7 @@ impl ApiError {
                 let message = format!("{}.{GROUP} {name:?}: {error}", resource.plural);
                 Self::new(StatusCode::FORBIDDEN, "Forbidden", message).about(resource, name)
             }
-            WriteError::Full => {
+            WriteError::Full(_) => {
                 let message = format!("{}.{GROUP}: {error}", resource.plural);
                 Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Limit)
             }

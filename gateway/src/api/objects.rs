@@ -746,7 +746,8 @@ impl Parsed {
             Self::AccessRule(record) => Object::AccessRule(Arc::new(record.clone())),
             Self::AccessToken(record) => Object::AccessToken(Arc::new(record.clone())),
             Self::Revoke(what, meta) => {
-                Object::Revocation(Arc::new(Revocation { meta: meta.clone(), what: what.clone() }))
+                let (meta, what) = (meta.clone(), what.clone());
+                Object::Revocation(Arc::new(Revocation { meta, what, not_after: None }))
             }
         }
     }

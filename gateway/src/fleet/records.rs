@@ -240,6 +240,9 @@ impl AccessToken {
 pub struct Revocation {
     pub meta: Meta,
     pub what: Revoked,
+    /// When the certificate runs out, where that is known: that of an agent on record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_after: Option<Time>,
 }
 
 /// What a revocation takes away.
