@@ -224,6 +224,14 @@ impl Gateway {
         cluster.map(|cluster| self.shared.trust.state(&cluster.uid, live.trust.version)).unwrap_or_default()
     }
 
+    /// What an agent of this cluster has said last of its API server's version.
+    #[must_use]
+    pub fn kubernetes_version(&self, cluster: &str) -> Option<String> {
+        let live = self.shared.live();
+        let cluster = self.shared.cluster_named(&live, cluster)?;
+        self.shared.registry.connection(&cluster.uid).kubernetes
+    }
+
     /// The tunnel CA's roots, for the pins of a new join token.
     #[must_use]
     pub fn tunnel_pins(&self) -> Vec<SpkiPin> {

@@ -13,6 +13,7 @@ use crate::fleet::{
 use crate::registry::Connection;
 use crate::routing::ClusterName;
 use crate::state::random;
+use crate::trust::TrustState;
 use aws_lc_rs::digest;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -28,6 +29,7 @@ pub(super) type Due = Option<Time>;
 /// What is true of a cluster beside its record.
 pub(super) struct Facts {
     pub(super) connection: Connection,
+    pub(super) trust: TrustState,
     pub(super) instances: Vec<(Arc<str>, Arc<Instance>)>,
     /// Since when the gateway can know.
     pub(super) started: Time,
@@ -141,10 +143,14 @@ pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Du
 }
 
 fn cluster_status(facts: &Facts) -> (Value, Due) {
-    let Facts { connection, instances, started, now } = facts;
+    let Facts { connection, trust, instances, started, now } = facts;
     let (certificate, due) = certificate_condition(instances, *started, *now);
-    let conditions =
-        [connected_condition(connection, *started), certificate, outdated_condition(connection, *started)];
+    let conditions = [
+        connected_condition(connection, *started),
+        certificate,
+        trust_condition(trust, *started),
+        outdated_condition(connection, *started),
+    ];
     let mut status =
         json!({"conditions": conditions, "sessions": connection.sessions, "agents": instances.len()});
     let mut set = |field: &str, value: Option<Value>| {
@@ -157,6 +163,7 @@ fn cluster_status(facts: &Facts) -> (Value, Due) {
     let transport = if connection.quic { "quic" } else { "tcp" };
     set("transport", (connection.sessions > 0).then(|| transport.into()));
     set("agentVersion", agent_version(&connection.software).map(Into::into));
+    set("kubernetesVersion", connection.kubernetes.clone().map(Into::into));
     let newest = newest(instances).map(|certificate| json!(certificate.not_after));
     set("certificateExpires", newest);
     (status, due)
@@ -210,6 +217,28 @@ fn certificate_condition(instances: &[(Arc<str>, Arc<Instance>)], started: Time,
         (condition(KIND, "False", overdue, "RenewalOverdue", message), Some(*not_after))
     } else {
         (condition(KIND, "True", *issued, "Current", "the newest certificate is current"), Some(overdue))
+    }
+}
+
+/// Whether the next step of a change of the tunnel CA would find this cluster's agents prepared.
+fn trust_condition(trust: &TrustState, started: Time) -> Value {
+    const KIND: &str = "TrustCurrent";
+    let TrustState { current, pending, problem, changed } = trust;
+    let since = changed.map_or(started, Time::from);
+    match (current, pending, problem) {
+        (0, 0, _) => {
+            let message = "no agent is connected; one that comes is told the tunnel CA's roots";
+            condition(KIND, "Unknown", since, "NoSession", message)
+        }
+        (_, 0, _) => {
+            let message = "every connected agent has kept the tunnel CA's roots as they are now";
+            condition(KIND, "True", since, "Acknowledged", message)
+        }
+        (_, _, Some(problem)) => condition(KIND, "False", since, "NotKept", problem),
+        (current, pending, None) => {
+            let message = format!("{pending} of {} sessions have not acknowledged yet", current + pending);
+            condition(KIND, "False", since, "Pending", &message)
+        }
     }
 }
 
