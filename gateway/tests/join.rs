@@ -29,12 +29,14 @@ use towline_certs::{
     AgentCa, AgentIdentity, AgentKey, CertificateDer, ClusterUid, Credential, InstanceId, JoinSecret,
     ServerName, TrustDomain, tls,
 };
+use towline_gateway::commands;
 use towline_gateway::fleet::{self, Meta, Revoked, Time, WhenFull, new_uid};
 use towline_gateway::rotation::{self, Step};
 use towline_gateway::store::Kind;
 use towline_proto::join::{
-    Admitted, CAPABILITY_IDENTITY, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined,
-    Notice, Proof, RefusalCode, Refused, Renew, Renewal, ServiceAccount, Token, Trust, TrustAck,
+    About, Admitted, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer,
+    JoinRequest, Joined, Notice, Proof, RefusalCode, Refused, Renew, Renewal, ServiceAccount, Token, Trust,
+    TrustAck,
 };
 use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, Role};
 use towline_proto::tunnel::message::{recv_message, send_message};
@@ -164,7 +166,7 @@ impl Agent {
         let name = ServerName::try_from("localhost").unwrap();
         let io = TlsConnector::from(config).connect(name, socket).await.unwrap();
         let introduction = Introduction {
-            capabilities: vec![CAPABILITY_IDENTITY.to_owned()],
+            capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
             boot_id: vec![boot; 16],
             software: "test".to_owned(),
         };
@@ -774,6 +776,128 @@ async fn a_change_of_ca_cuts_nothing() {
     Agent::connect(&world, &back, &away, 2).await.unwrap();
 }
 
+/// Makes `tlat_root` the token of an admin of the fleet.
+async fn give_admin_token(world: &World) {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root");
+    let admin = fleet::AccessToken {
+        meta: meta(),
+        sha256: fleet::hex(digest.as_ref()),
+        user: "root".to_owned(),
+        groups: vec!["towline:admins".to_owned()],
+        expires: None,
+    };
+    world.gateway.fleet().unwrap().put("root", &admin, None).await.unwrap();
+}
+
+/// What the API shows of a cluster once it is as wanted.
+async fn until(world: &World, cluster: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    let mut client = world.h1(None).await;
+    let mut last = Value::Null;
+    for _ in 0..100 {
+        let path = format!("/apis/towline.io/v1alpha1/clusters/{cluster}");
+        let headers = [("authorization", "Bearer tlat_root")];
+        let answer = client.ask("GET", &path, &headers, common::full("")).await;
+        last = serde_json::from_str(&common::text(answer).await).unwrap();
+        if wanted(&last["status"]) {
+            return last;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{last}");
+}
+
+fn trust_current(status: &Value) -> &str {
+    let conditions = status["conditions"].as_array().into_iter().flatten();
+    let mut current = conditions.filter(|condition| condition["type"] == "TrustCurrent");
+    current.next().and_then(|condition| condition["status"].as_str()).unwrap_or_default()
+}
+
+/// The operator sees which clusters have acknowledged a change of CA, and a step that somebody who is connected is not prepared for is
+/// not taken, unless that is meant.
+#[tokio::test]
+async fn a_step_waits_for_those_who_are_connected() {
+    let mut config = None;
+    let world = world_with(|own| config = Some(own.clone())).await;
+    let mut config = config.unwrap();
+    register(&world, "east").await;
+    give_admin_token(&world).await;
+    let token = token(&world, "east", 2, HOUR).await;
+    let (mine, other) = (key(), key());
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let beside = join(&world, &token, &other).await.unwrap();
+    until(&world, "east", |status| trust_current(status) == "Unknown").await;
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    until(&world, "east", |status| trust_current(status) == "False").await;
+    agent.trust().await;
+    until(&world, "east", |status| trust_current(status) == "True").await;
+    config.admin.address = world.gateway.admin_addr();
+    let take_at = async |step, force, now| {
+        let config = config.clone();
+        let taking =
+            tokio::task::spawn_blocking(move || commands::tunnel_ca(&config, Some(step), force, now));
+        taking.await.unwrap().map_err(|error| error.to_string())
+    };
+    let take = async |step, force| take_at(step, force, SystemTime::now()).await;
+
+    take(Step::TrustNew, false).await.unwrap();
+    let refused = take(Step::IssueNew, false).await.unwrap_err();
+    assert!(refused.contains("picked up the last step"), "what the gateway says is of before: {refused}");
+    world.gateway.reload().await.unwrap();
+    let refused = take(Step::IssueNew, false).await.unwrap_err();
+    assert!(refused.contains("east pending (0 of 1 sessions)") && refused.contains("--force"), "{refused}");
+    until(&world, "east", |status| trust_current(status) == "False").await;
+    agent.trust().await;
+    until(&world, "east", |status| trust_current(status) == "True").await;
+    take(Step::IssueNew, false).await.unwrap();
+    world.gateway.reload().await.unwrap();
+
+    let refused = take(Step::DropOld, false).await.unwrap_err();
+    assert!(refused.contains("certificates live for"), "{refused}");
+    let late = SystemTime::now() + 25 * HOUR;
+    let silent = Agent::connect(&world, &beside, &other, 2).await.unwrap();
+    until(&world, "east", |status| trust_current(status) == "False").await;
+    let refused = take_at(Step::DropOld, false, late).await.unwrap_err();
+    assert!(refused.contains("east pending (1 of 2 sessions)"), "{refused}");
+    // A gateway that runs and cannot be asked is no reason to believe that nobody minds.
+    let mut deaf = config.clone();
+    deaf.admin.address = "127.0.0.1:1".parse().unwrap();
+    let refused =
+        tokio::task::spawn_blocking(move || commands::tunnel_ca(&deaf, Some(Step::DropOld), false, late));
+    assert!(refused.await.unwrap().unwrap_err().to_string().contains("cannot be asked"));
+    assert_eq!(rotation::phase(&world.path("state")).unwrap(), rotation::Phase::IssuesNew);
+    take(Step::DropOld, true).await.unwrap();
+    drop(silent);
+}
+
+/// What an agent says of its API server's version is shown if it is one; it is no write.
+#[tokio::test]
+async fn the_version_of_a_cluster_is_shown() {
+    let world = world().await;
+    register(&world, "east").await;
+    give_admin_token(&world).await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let mine = key();
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    let before = until(&world, "east", |status| status["sessions"] == 1).await;
+    assert_eq!(before["status"]["kubernetesVersion"], Value::Null);
+    let revision = world.gateway.fleet().unwrap().store().revision();
+    let tell = |version: &str| {
+        let about = About { kubernetes_version: version.to_owned() };
+        agent.session.say(Notice::About(about)).unwrap();
+    };
+    tell("v1.30.2+k3s1");
+    until(&world, "east", |status| status["kubernetesVersion"] == "v1.30.2+k3s1").await;
+    tell("<script>");
+    tell("v1.31.0");
+    until(&world, "east", |status| status["kubernetesVersion"] == "v1.31.0").await;
+    assert_eq!(world.gateway.fleet().unwrap().store().revision(), revision, "nothing was written");
+    // It stays while the cluster is away.
+    drop(agent);
+    let gone = until(&world, "east", |status| status["sessions"] == 0).await;
+    assert_eq!(gone["status"]["kubernetesVersion"], "v1.31.0");
+}
+
 /// What `certificate` says, of another key, signed by the CA's: the serial number is a copy.
 fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certificate {
     // id-ecPublicKey's prime256v1, and a bit string that begins with an uncompressed point.
@@ -888,15 +1012,7 @@ async fn a_gateway_without_a_record_lets_nobody_join() {
 async fn a_join_token_carries_the_pins_of_now() {
     let world = world().await;
     register(&world, "east").await;
-    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root");
-    let admin = fleet::AccessToken {
-        meta: meta(),
-        sha256: fleet::hex(digest.as_ref()),
-        user: "root".to_owned(),
-        groups: vec!["towline:admins".to_owned()],
-        expires: None,
-    };
-    world.gateway.fleet().unwrap().put("root", &admin, None).await.unwrap();
+    give_admin_token(&world).await;
     let mut client = world.h1(None).await;
     let mut pins = async || {
         let body = json!({
