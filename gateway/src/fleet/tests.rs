@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::config::Mode;
-use crate::store::{Revision, backup};
+use crate::store::{Revision, Stored, Transaction, backup};
+use aws_lc_rs::digest;
 use std::path::Path;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
