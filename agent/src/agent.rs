@@ -12,10 +12,11 @@ use tokio::task::JoinError;
 use tokio::time::{Duration, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use towline_proto::join::CAPABILITY_IDENTITY;
+use towline_proto::join::{CAPABILITY_ABOUT, CAPABILITY_IDENTITY};
 use towline_proto::mux::{Budget, Introduction, Role};
 use towline_proto::tunnel::SessionConfig;
 
+use crate::about::{self, Known};
 use crate::admin::{self, Admin};
 use crate::backoff::{Backoff, random_fraction};
 use crate::config::{AgentConfig, IdentityConfig};
@@ -210,7 +211,7 @@ impl Agent {
                 limits: config.limits.mux(),
                 budget: Budget::new(process_memory),
                 introduction: Introduction {
-                    capabilities: vec![CAPABILITY_IDENTITY.to_owned()],
+                    capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
                     boot_id,
                     software: SOFTWARE.to_owned(),
                 },
@@ -230,8 +231,11 @@ impl Agent {
             tracker: self.tracker.clone(),
             stop: self.stop.clone(),
         });
+        let known = Arc::<Known>::default();
+        self.spawn(about::ask(Arc::clone(&self.live), Arc::clone(&known)));
         for number in 0..config.sessions as usize {
-            let (service, links, keeper) = (Arc::clone(&service), self.links.clone(), keeper.clone());
+            let (service, links) = (Arc::clone(&service), self.links.clone());
+            let (keeper, known) = (keeper.clone(), Arc::clone(&known));
             let slot = Slot {
                 number,
                 addresses: config.gateway.addresses.clone(),
@@ -242,7 +246,7 @@ impl Agent {
                 ),
                 metrics: metrics.clone(),
                 identity: self.live.identity(),
-                start: move |begin| begin_on(&service, &links, &keeper, begin),
+                start: move |begin| begin_on(&service, &links, &keeper, &known, begin),
                 drain: config.drain_deadline,
                 policy: Policy::new(Settings { mode: config.transport, retry: config.quic.retry_interval }),
                 stood: None,
@@ -320,12 +324,20 @@ impl Drop for Agent {
 }
 
 /// Starts what a slot asks for.
-fn begin_on(service: &Arc<Service>, links: &Links, keeper: &mpsc::Sender<Said>, begin: Begin) {
+fn begin_on(
+    service: &Arc<Service>,
+    links: &Links,
+    keeper: &mpsc::Sender<Said>,
+    known: &Arc<Known>,
+    begin: Begin,
+) {
     match begin {
         Begin::Serve(session, address, why) => {
             let registered = links.register(session.clone(), address, why);
             let heard = keep::listen(session.clone(), keeper.clone());
             service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(heard));
+            let told = about::tell(session.clone(), Arc::clone(known));
+            service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(told));
             let served = serve::serve(Arc::clone(service), session);
             let task = async move {
                 let reason = served.await;

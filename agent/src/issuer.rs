@@ -2,22 +2,18 @@
 //! renewal, so that the gateway can later recognise an agent that kept nothing. From a mounted file, or from the API server,
 //! which in many clusters shows its keys to everybody.
 
-use std::sync::Arc;
-
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
-use http::{Request, header};
-use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper_util::rt::TokioIo;
 use tokio::time::{Duration, timeout};
 use towline_certs::load::FileBytes;
 use towline_proto::join::Issuer;
 
+use crate::about;
 use crate::config::ServiceAccountConfig;
 use crate::enrol::read_line;
 use crate::live::Live;
-use crate::upstream::Upstream;
+use crate::token::TokenFile;
 
 /// Where the issuer's keys come from.
 #[derive(Debug)]
@@ -64,23 +60,8 @@ fn claims_of(token: &str) -> Option<(String, String)> {
 
 /// Asks the API server for its keys, with the agent's own token if it has one.
 async fn ask(live: &Live) -> Option<Bytes> {
-    let upstream: Arc<Upstream> = live.upstream("").ok()?;
-    let io = upstream.connect().await.ok()?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.ok()?;
-    let mut request = Request::get(JWKS_PATH).header(header::HOST, upstream.authority.clone());
-    if let Some(token) = &live.token {
-        request = request.header(header::AUTHORIZATION, token.authorization());
-    }
-    let request = request.body(Empty::<Bytes>::new()).ok()?;
-    let asking = async {
-        let response = sender.send_request(request).await.ok().filter(|response| response.status() == 200)?;
-        let body = Limited::new(response.into_body(), JWKS_MAX).collect().await.ok()?;
-        Some(body.to_bytes())
-    };
-    tokio::select! {
-        answer = asking => answer,
-        _ = connection => None,
-    }
+    let credential = live.token.as_ref().map(TokenFile::authorization);
+    about::get(live, JWKS_PATH, credential, JWKS_MAX).await
 }
 
 const JWKS_PATH: &str = "/openid/v1/jwks";

@@ -146,8 +146,8 @@ pub(crate) async fn listen(session: Session, keeper: mpsc::Sender<Said>) {
                 // It fails only if the session has ended.
                 session.say(Notice::TrustAck(TrustAck { version, problem })).unwrap_or_default();
             }
-            // The mux lets neither through to an agent.
-            Notice::Renew(_) | Notice::TrustAck(_) => {}
+            // The mux lets none of them through to an agent.
+            Notice::Renew(_) | Notice::TrustAck(_) | Notice::About(_) => {}
         }
     }
 }

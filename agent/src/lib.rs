@@ -29,6 +29,7 @@
 //! # Ok(()) }
 //! ```
 
+mod about;
 pub mod address;
 mod admin;
 pub mod agent;

@@ -116,6 +116,11 @@ impl Upstream {
         result
     }
 
+    /// As [`Self::connect`] for what the agent asks on its own account, which counts as nobody's exchange.
+    pub(crate) async fn connect_aside(&self) -> Result<Io, ConnectError> {
+        self.connect_by(Instant::now() + self.resources.timeouts.upstream_connect).await
+    }
+
     async fn connect_by(&self, deadline: Instant) -> Result<Io, ConnectError> {
         let stream = connect::connect(&self.address, self.reach, deadline).await?;
         if let Err(error) = socket::tune(&stream) {

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use support::{Call, Gateway, Rig, Upstream, World, health, metric, request, soon};
 use towline_agent::Agent;
 use towline_proto::Code;
+use towline_proto::join::{About, CAPABILITY_ABOUT, Notice};
 use towline_proto::open::BodyKind;
 use towline_proto::wire::GoAway;
 
@@ -177,4 +178,62 @@ async fn a_new_certificate_replaces_the_session() {
     soon("the failed reload", async { while metric(&rig.agent, failed).await < 1.0 {} }).await;
     assert!(rig.gateway.is_quiet().await);
     assert!(new.is_open());
+}
+
+/// The gateway is told the API server's version, which the agent asks for without a credential: it needs no right for that. A new
+/// session is told at once; a gateway that does not ask for it has the API server left alone.
+#[tokio::test]
+async fn the_version_of_the_cluster_is_told() {
+    let world = World::new();
+    let mut gateway = Gateway::capable(&world, &[CAPABILITY_ABOUT]).await;
+    let upstream = Upstream::start(&world).await;
+    let more =
+        format!("{}timeouts: {{ backoffMin: 10ms, backoffMax: 20ms }}\n", world.impersonate("secret", ""));
+    let _agent = Agent::start(world.config(&[gateway.at], upstream.at, &more)).await.unwrap();
+    let session = gateway.session().await;
+    let mut asked = upstream.accept().await;
+    let head = asked.head().await;
+    assert_eq!(head.line, "GET /version HTTP/1.1");
+    assert!(head.all("authorization").is_empty(), "{head:?}");
+    let body = r#"{"major": "1", "gitVersion": "v1.31.4+k3s1"}"#;
+    asked.write(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())).await;
+    let told = Notice::About(About { kubernetes_version: "v1.31.4+k3s1".to_owned() });
+    assert_eq!(soon("a word", session.hear()).await.unwrap(), told);
+    session.close(Code::Internal, "a test");
+    let next = gateway.session().await;
+    assert_eq!(soon("a word", next.hear()).await.unwrap(), told);
+
+    let mut old = Gateway::start(&world).await;
+    let left_alone = Upstream::start(&world).await;
+    let _other = Agent::start(world.config(&[old.at], left_alone.at, &more)).await.unwrap();
+    old.session().await;
+    assert!(tokio::time::timeout(Duration::from_millis(1500), left_alone.accept()).await.is_err());
+}
+
+/// An API server that tells nobody, or without end, is no trouble: nothing is said, and what matters goes on.
+#[tokio::test]
+async fn a_version_that_is_not_told_is_none() {
+    for answer in
+        ["HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "HTTP/1.1 200 OK\r\n\r\n", "no HTTP\r\n\r\n"]
+    {
+        let world = World::new();
+        let mut gateway = Gateway::capable(&world, &[CAPABILITY_ABOUT]).await;
+        let upstream = Upstream::start(&world).await;
+        let _agent = Agent::start(world.config(&[gateway.at], upstream.at, "")).await.unwrap();
+        let session = gateway.session().await;
+        let mut asked = upstream.accept().await;
+        asked.head().await;
+        asked.write(answer).await;
+        if answer.contains("200") {
+            asked.write("x".repeat(20 << 10)).await;
+        }
+        soon("the end of the question", asked.closed()).await;
+        let heard = tokio::time::timeout(Duration::from_millis(300), session.hear()).await;
+        assert!(heard.is_err(), "{answer:?}: {heard:?}");
+        let call = Call::get(&session, "/").await;
+        let mut connection = upstream.accept().await;
+        connection.head().await;
+        connection.write(OK).await;
+        assert_eq!(call.whole().await.0, 200);
+    }
 }

@@ -139,7 +139,7 @@ impl Admin {
         let shared = &self.shared;
         let live = shared.live();
         let line = |cluster: &Arc<Cluster>| {
-            let TrustState { current, pending, problem } =
+            let TrustState { current, pending, problem, .. } =
                 shared.trust.state(&cluster.uid, live.trust.version);
             let problem = problem.map_or_else(String::new, |problem| format!(": {problem}"));
             let state = match (current, pending) {

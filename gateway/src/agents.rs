@@ -7,7 +7,7 @@
 //! takes over nor makes the route flap.
 
 use crate::config::{Cluster, GatewayConfig};
-use crate::fleet::{Fleet, Time};
+use crate::fleet::{Fleet, ShownCertificate, Time};
 use crate::join;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::registry::{InsertError, Registration, SessionId};
@@ -23,7 +23,7 @@ use towline_certs::facts::{CertificateFacts, human};
 use towline_certs::{AgentIdentity, CertificateDer, InstanceId, SpkiPin};
 use towline_proto::Code;
 use towline_proto::hello::Hello;
-use towline_proto::join::{CAPABILITY_IDENTITY, Notice, SayError, TrustAck};
+use towline_proto::join::{About, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice, SayError, TrustAck};
 use towline_proto::mux::{CloseReason, Introduction, Limits, Role};
 use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::GoAway;
@@ -37,7 +37,12 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(25);
 const REPLACE_ROUNDS: usize = 3;
 /// A certificate's end is looked at again at least this often: the wall clock can jump, timers cannot.
 const EXPIRY_CHECK: Duration = Duration::from_secs(60);
-const BOOT_ID_BYTES: usize = 16;
+pub(crate) const BOOT_ID_BYTES: usize = 16;
+/// What an agent may say about its cluster at once, and after how long once more. It asks every hour.
+const WORDS_BURST: f64 = 8.0;
+const WORDS_INTERVAL: Duration = Duration::from_secs(60);
+/// Longest version of an API server that is shown.
+const VERSION_MAX: usize = 64;
 
 /// The limits of a session, from the configuration.
 pub(crate) fn session_limits(config: &GatewayConfig) -> Limits {
@@ -100,7 +105,7 @@ fn session_config(shared: &Shared) -> SessionConfig {
         limits: session_limits(&shared.config),
         budget: shared.budget.clone(),
         introduction: Introduction {
-            capabilities: vec![CAPABILITY_IDENTITY.to_owned()],
+            capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
             boot_id: shared.boot_id.to_vec(),
             software: format!("towline-gateway/{}", env!("CARGO_PKG_VERSION")),
         },
@@ -196,7 +201,12 @@ async fn admit(
     let leaf = leaf.ok_or_else(|| certificate("no certificate was presented".to_owned()))?;
     let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
     let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
-    let cluster = shared.admits(&live, &identity, &facts.serial).map_err(certificate)?;
+    let pin = SpkiPin::of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let issued = Time::from(facts.issued_at());
+    let shown = ShownCertificate { serial: &facts.serial, pin, issued };
+    let cluster = shared.admits_with(&live, &identity, &shown).map_err(certificate)?;
+    let on_record =
+        shared.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
     drop(live);
     let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
         Ok(Ok(hello)) => hello,
@@ -215,7 +225,6 @@ async fn admit(
     }
     let registration = register(shared, session, &identity, &hello).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
-    let on_record = is_on_record(shared, &identity, &serial, leaf);
     Ok((Admitted { cluster, identity, not_after, serial, on_record, hello }, registration))
 }
 
@@ -232,7 +241,7 @@ async fn register(
         let software = crate::proxy::printable(&hello.software);
         match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, &software) {
             Ok(registration) => {
-                shared.joins.came(instance);
+                shared.joins.places.leave(instance, &hello.boot_id);
                 return Ok(registration);
             }
             Err(InsertError::SessionsMax) => {
@@ -329,17 +338,8 @@ fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
     left.max().unwrap_or_default()
 }
 
-/// Whether a certificate is one that this fleet has issued to the instance. Whoever has a CA's key writes any serial number
-/// they like, but the key on record is the agent's.
-fn is_on_record(shared: &Shared, identity: &AgentIdentity, serial: &str, leaf: &CertificateDer<'_>) -> bool {
-    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
-    let (Some(record), Ok(pin)) = (record, SpkiPin::of(leaf)) else { return false };
-    let pin = pin.to_string();
-    record.certificates.iter().any(|known| known.serial == serial && known.pin == pin)
-}
-
-/// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One that somebody made
-/// with the key of an old CA is not on record.
+/// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One from between a backup
+/// and its restore is not on record, and one of a configured cluster never is.
 fn was_renewed(shared: &Shared, admitted: &Admitted) -> bool {
     let Admitted { identity, serial, on_record, .. } = admitted;
     let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
@@ -347,7 +347,37 @@ fn was_renewed(shared: &Shared, admitted: &Admitted) -> bool {
     *on_record && newest.is_some_and(|newest| newest.serial != *serial)
 }
 
-/// Talks with the agent about its certificate and the CA, until the session ends.
+/// How often an agent's word about its cluster is news: each is an event for everybody who watches the fleet.
+struct Words {
+    left: f64,
+    at: Instant,
+}
+
+impl Words {
+    fn new() -> Self {
+        Self { left: WORDS_BURST, at: Instant::now() }
+    }
+
+    fn admit(&mut self) -> bool {
+        let more = self.at.elapsed().as_secs_f64() / WORDS_INTERVAL.as_secs_f64();
+        self.left = (self.left + more).min(WORDS_BURST);
+        self.at = Instant::now();
+        let admitted = self.left >= 1.0;
+        if admitted {
+            self.left -= 1.0;
+        }
+        admitted
+    }
+}
+
+/// Whether this can be shown as the version of an API server: `v1.31.4`, with whatever a distribution adds.
+fn is_version(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'+' | b'_' | b'~');
+    let digit = |at: usize| text.as_bytes().get(at).is_some_and(u8::is_ascii_digit);
+    text.len() <= VERSION_MAX && text.starts_with('v') && digit(1) && text.bytes().all(plain)
+}
+
+/// Talks with the agent about its certificate, the CA and the cluster, until the session ends.
 async fn converse(
     shared: &Arc<Shared>,
     session: &Session,
@@ -355,7 +385,7 @@ async fn converse(
     address: SocketAddr,
 ) -> CloseReason {
     let mut board = shared.trust.join(&admitted.cluster.uid, &shared.metrics);
-    let mut reloads = shared.reloads();
+    let (mut reloads, mut words) = (shared.reloads(), Words::new());
     // What has been announced, and whether it was answered.
     let (mut announced, mut answered) = (None, true);
     loop {
@@ -373,6 +403,7 @@ async fn converse(
                 }
                 Err(_) => announced = Some(version),
             }
+            shared.registry.touch(&admitted.cluster.uid);
         }
         let notice = tokio::select! {
             notice = session.hear() => notice,
@@ -391,6 +422,12 @@ async fn converse(
                         "an agent does not keep the tunnel CA's roots");
                 }
                 board.answered(version, &problem);
+                shared.registry.touch(&admitted.cluster.uid);
+            }
+            Ok(Notice::About(About { kubernetes_version })) => {
+                if words.admit() && is_version(&kubernetes_version) {
+                    shared.registry.learned(&admitted.cluster.uid, &kubernetes_version);
+                }
             }
             Ok(Notice::Renew(asked)) => {
                 let renewed =
@@ -448,4 +485,35 @@ pub(crate) fn say_goaway(shared: &Shared, session: &Session) {
         reconnect_after_ms: millis(after),
         drain_ms: millis(drain.delay + drain.deadline),
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An agent that talks without end makes few events.
+    #[tokio::test(start_paused = true)]
+    async fn words_are_few() {
+        let mut words = Words::new();
+        let mut heard = 0;
+        for _ in 0..16 * 600 {
+            heard += u32::from(words.admit());
+            tokio::time::advance(Duration::from_micros(62_500)).await;
+        }
+        assert!((17..=18).contains(&heard), "{heard} in ten minutes");
+        tokio::time::advance(WORDS_INTERVAL).await;
+        assert!(words.admit());
+    }
+
+    /// What stands in tables and lists is a version and nothing else.
+    #[test]
+    fn versions_are_versions() {
+        for good in ["v1.20.15", "v1.31.4+k3s1", "v1.29.3-gke.1282000", "v1.27.3+vmware.1-fips.1", "v2"] {
+            assert!(is_version(good), "{good}");
+        }
+        let long = format!("v1.{}", "0".repeat(VERSION_MAX));
+        for bad in ["", "v", "1.31.4", "vx", "v1 2", "v1\u{1b}[31m", "v1\n", "v1/2", "v1é", &long] {
+            assert!(!is_version(bad), "{bad:?}");
+        }
+    }
 }

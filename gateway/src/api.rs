@@ -8,6 +8,7 @@ mod credentials;
 mod documents;
 mod error;
 pub(crate) mod feed;
+mod input;
 mod kinds;
 mod objects;
 mod read;

@@ -1,19 +1,24 @@
-//! What can be done beside running a gateway? The first admin's kubeconfig, and the store as a file: saved, brought back and
-//! looked over. All of it needs the state directory, and none of it a gateway that runs.
+//! What can be done beside running a gateway? The first admin's kubeconfig, a step of a change of the tunnel CA, and the store as a
+//! file: saved, brought back and looked over. All of it needs the state directory, and none of it a gateway that runs; one that
+//! does is asked before a step that its agents have to be prepared for.
 
 use crate::api::ADMINS;
 use crate::authority::{Authorities, AuthorityError};
 use crate::config::{GatewayConfig, PublicAddress};
 use crate::fleet;
-use crate::store::StoreError;
+use crate::rotation::{self, Phase, RotationError, Step};
 use crate::store::backup::{self, Dump, Report, RestoreError};
+use crate::store::{Store, StoreError};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use thiserror::Error;
+use towline_certs::facts::human;
 use towline_certs::issue::LEAF_LIFETIME;
-use towline_certs::load::{LoadPolicy, load_credential};
+use towline_certs::load::{LoadPolicy, load_credential, load_roots};
 use towline_certs::save::{chain_pem, key_pem};
 use towline_certs::{CertificateFacts, ClientIdentity, HostName, IssueError, LoadError, NameError};
 
@@ -38,6 +43,20 @@ pub enum CommandError {
     Restore(#[from] RestoreError),
     #[error("the dump cannot be read: {0}")]
     Dump(#[from] serde_json::Error),
+    #[error(transparent)]
+    Rotation(#[from] RotationError),
+    #[error(
+        "{} cluster(s) have connected agents that have not acknowledged both roots: {}. See `kubectl get clusters -o wide` (condition TrustCurrent); stop those agents, or go on without them by --force: they would have to join anew", .0.len(), some_of(.0)
+    )]
+    NotAcknowledged(Vec<String>),
+    #[error(
+        "the gateway that runs on {} cannot be asked what its agents have acknowledged ({why}). Look at /tunnel-ca on its admin.address; go on without asking by --force", path.display()
+    )]
+    NotAsked { path: PathBuf, why: String },
+    #[error(
+        "issue-new was {ago} ago, and certificates live for {life}: agents that have not renewed yet would be cut off and have to join anew. Wait, or go on by --force"
+    )]
+    NotRenewed { ago: String, life: String },
 }
 
 fn directory(config: &GatewayConfig) -> Result<&Path, CommandError> {
@@ -92,6 +111,93 @@ pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> 
     Ok(text)
 }
 
+/// Takes a step of a change of the tunnel CA; without one, only looks. Returns how far the change has come. Blocks.
+///
+/// A step that cuts off agents that are not prepared is refused unless `force` is set: where the running gateway has sessions that have
+/// not acknowledged both roots, and, for the last one, where certificates of the old CA may still be in use.
+///
+/// # Errors
+/// Why the step was not taken.
+pub fn tunnel_ca(
+    config: &GatewayConfig,
+    step: Option<Step>,
+    force: bool,
+    now: SystemTime,
+) -> Result<Phase, CommandError> {
+    let place = directory(config)?;
+    let phase = rotation::phase(place)?;
+    let Some(step) = step else { return Ok(phase) };
+    let is_due =
+        matches!((step, phase), (Step::IssueNew, Phase::TrustsNew) | (Step::DropOld, Phase::IssuesNew));
+    if is_due && !force {
+        if step == Step::DropOld {
+            let (since, life) = (rotation::issuing_since(place)?, config.join.certificate_lifetime);
+            let ago = now.duration_since(since).unwrap_or_default();
+            if ago < life {
+                return Err(CommandError::NotRenewed { ago: human(ago), life: human(life) });
+            }
+        }
+        if Store::is_in_use(place)? {
+            let told = ask_admin(config.admin.address)
+                .map_err(|why| CommandError::NotAsked { path: place.to_owned(), why: why.to_string() })?;
+            let pending = pending(&told, load_roots(&place.join(rotation::ROOTS))?.len())
+                .map_err(|why| CommandError::NotAsked { path: place.to_owned(), why })?;
+            if !pending.is_empty() {
+                return Err(CommandError::NotAcknowledged(pending));
+            }
+        }
+    }
+    Ok(rotation::step(place, step, now)?)
+}
+
+/// What the running gateway says on its private port.
+fn ask_admin(mut address: SocketAddr) -> io::Result<String> {
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() {
+            Ipv4Addr::LOCALHOST.into()
+        } else {
+            Ipv6Addr::LOCALHOST.into()
+        });
+    }
+    let mut socket = TcpStream::connect_timeout(&address, ASK_TIMEOUT)?;
+    socket.set_read_timeout(Some(ASK_TIMEOUT))?;
+    socket.set_write_timeout(Some(ASK_TIMEOUT))?;
+    socket.write_all(format!("GET /tunnel-ca HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes())?;
+    let mut answer = String::new();
+    socket.take(ANSWER_MAX).read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+/// The lines about clusters whose agents have not acknowledged, if the answer is about so many roots.
+fn pending(answer: &str, roots: usize) -> Result<Vec<String>, String> {
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or("its answer is no HTTP")?;
+    if head.split(' ').nth(1) != Some("200") {
+        return Err(format!("it answers {}", head.lines().next().unwrap_or_default()));
+    }
+    let mut lines = body.lines();
+    let believed = lines.next().and_then(|line| line.split(' ').next()?.parse::<usize>().ok());
+    if believed != Some(roots) {
+        return Err("it has not picked up the last step yet; wait ten seconds".to_owned());
+    }
+    let is_pending = |line: &&str| line.split(' ').nth(1) == Some("pending");
+    Ok(lines.filter(is_pending).map(ToOwned::to_owned).collect())
+}
+
+/// The first of them, and how many there are more.
+fn some_of(pending: &[String]) -> String {
+    let shown = pending[..pending.len().min(PENDING_SHOWN)].join("; ");
+    match pending.len() - pending.len().min(PENDING_SHOWN) {
+        0 => shown,
+        more => format!("{shown}; and {more} more"),
+    }
+}
+
+/// Clusters that an error names.
+const PENDING_SHOWN: usize = 10;
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// A line for each of twenty thousand clusters, with a problem each.
+const ANSWER_MAX: u64 = 16 << 20;
+
 /// The whole store as JSON. Blocks.
 ///
 /// # Errors
@@ -122,4 +228,22 @@ pub fn restore_store(
 /// There is none, it is in use, or it is damaged.
 pub fn check_store(config: &GatewayConfig) -> Result<Report, CommandError> {
     Ok(backup::check(directory(config)?, fleet::readable)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_private_port_says_is_understood() {
+        let answer = |body: &str| format!("HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\n{body}");
+        let told = "2 roots are believed\na current (1 of 1 sessions)\nb pending (0 of 1 sessions): the disk is full\nc not connected (0 of 0 sessions)\n";
+        assert_eq!(pending(&answer(told), 2).unwrap(), ["b pending (0 of 1 sessions): the disk is full"]);
+        assert!(pending(&answer(told), 1).unwrap_err().contains("picked up"));
+        let many: Vec<String> = (0..12).map(|n| format!("c{n} pending")).collect();
+        let text = CommandError::NotAcknowledged(many).to_string();
+        assert!(text.starts_with("12 cluster(s)") && text.contains("c9 pending; and 2 more. See"), "{text}");
+        assert!(pending(&answer(""), 1).is_err() && pending("", 1).is_err());
+        assert!(pending("HTTP/1.0 403 Forbidden\r\n\r\n1 roots", 1).unwrap_err().contains("403"));
+    }
 }

@@ -335,6 +335,8 @@ pub struct Limits {
     pub tunnel_memory: ByteSize,
     #[serde(with = "units")]
     pub session_memory: ByteSize,
+    /// Objects of one kind in the state directory.
+    pub objects: usize,
 }
 
 /// How the gateway stops.
@@ -422,6 +424,7 @@ impl Default for Limits {
             replay_bytes: ByteSize(64 << 10),
             tunnel_memory: ByteSize(1 << 30),
             session_memory: ByteSize(128 << 20),
+            objects: crate::fleet::OBJECTS_MAX,
         }
     }
 }

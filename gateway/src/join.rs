@@ -8,17 +8,19 @@
 //!    (EN-02).
 
 pub mod account;
+mod places;
 
-use crate::agents::alive_among;
+use crate::agents::BOOT_ID_BYTES;
 use crate::authority::Authorities;
 use crate::config;
-use crate::fleet::{self, Admission, Fleet, JoinRefused, NotAdmitted, Object, Time, WriteError};
+use crate::fleet::{self, Admission, Fleet, JoinRefused, NotAdmitted, Object, Time, WhenFull, WriteError};
 use crate::listener::network;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::state::Shared;
 use crate::store::Kind;
 use account::AccountError;
 use bytes::Bytes;
+use places::{Places, Seeker};
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -55,14 +57,13 @@ const FAILURES_MAX: usize = 16_384;
 const RENEWALS_BURST: f64 = 8.0;
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
 const RENEWALS_PER_LIFE: u32 = 4;
-/// A place that was given to a process is kept for it so long. Once it has a session, that tells whether it lives.
-const ASSIGNED_FOR: Duration = Duration::from_secs(15);
 /// What is asked again after a store that did not answer, and after too many failures.
 const RETRY_STORE: Duration = Duration::from_secs(5);
 const RETRY_LIMIT: Duration = Duration::from_secs(10);
 /// Times that a record is read again because somebody else was faster.
 const ADOPT_ATTEMPTS: usize = 4;
 const UNKNOWN: &str = "the join token does not count: it is not known here, or not whole, or has expired. Make a new one: towline token create CLUSTER";
+const PLACE_TAKEN: &str = "another process holds this agent's place: it is connected and alive, or was let in a moment ago. Stop it, or give this agent an identity of its own";
 const NO_ISSUER: &str = "the ServiceAccount token does not count: the cluster or its issuer is not on record, or the token is not for this purpose (audience towline, the agent's own ServiceAccount, keys as last reported). Join with a token: towline token create CLUSTER";
 
 /// What joins share.
@@ -71,8 +72,7 @@ pub(crate) struct Joins {
     room: Arc<Semaphore>,
     failures: Mutex<HashMap<IpAddr, (f64, Instant)>>,
     renewals: Mutex<HashMap<InstanceId, (f64, Instant)>>,
-    /// Which process was given which place lately.
-    assigned: Mutex<HashMap<InstanceId, (Bytes, Instant)>>,
+    pub(crate) places: Places,
 }
 
 impl Default for Joins {
@@ -81,7 +81,7 @@ impl Default for Joins {
             room: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
             failures: Mutex::default(),
             renewals: Mutex::default(),
-            assigned: Mutex::default(),
+            places: Places::default(),
         }
     }
 }
@@ -124,23 +124,6 @@ impl Joins {
             renewals.insert(instance.clone(), (level + 1.0, Instant::now()));
         }
         may
-    }
-
-    /// Whether a place was given to another process a moment ago.
-    fn is_taken(&self, instance: &InstanceId, boot_id: &[u8]) -> bool {
-        let mut assigned = self.assigned.lock().unwrap_or_else(PoisonError::into_inner);
-        assigned.retain(|_, (_, at)| at.elapsed() < ASSIGNED_FOR);
-        assigned.get(instance).is_some_and(|(holder, _)| holder != boot_id)
-    }
-
-    /// The process has come: from now on its session says whether it is there.
-    pub(crate) fn came(&self, instance: &InstanceId) {
-        self.assigned.lock().unwrap_or_else(PoisonError::into_inner).remove(instance);
-    }
-
-    fn assign(&self, instance: &InstanceId, boot_id: &Bytes) {
-        let mut assigned = self.assigned.lock().unwrap_or_else(PoisonError::into_inner);
-        assigned.insert(instance.clone(), (boot_id.clone(), Instant::now()));
     }
 }
 
@@ -318,16 +301,23 @@ async fn decide(
         return Err(Refusal::new(RefusalCode::Denied, text));
     };
     let pin = csr_pin(&request.csr)?;
+    // Two processes without one would count as the same.
+    if request.boot_id.len() != BOOT_ID_BYTES {
+        let text = format!("the boot id has {} bytes, not {BOOT_ID_BYTES}", request.boot_id.len());
+        return Err(Refusal::new(RefusalCode::Request, text));
+    }
     let decision = match &request.proof {
         Some(Proof::Token(token)) => {
             let admission = fleet.use_token(&token.id, &token.secret, pin).await?;
+            // Before the record says that it may come back by its ServiceAccount, and others look for such a place.
+            shared.joins.places.give(&admission.instance, &request.boot_id);
             Decision { admission, with: format!("token {:?}", token.id), vouched: true }
         }
         Some(Proof::ServiceAccount(account)) => {
             by_account(shared, fleet, &account.cluster, &account.token, &request.boot_id).await?
         }
         Some(Proof::Expired(certificate)) => {
-            by_record(fleet, certificate, pin, live.config.join.expired_for)?
+            by_record(shared, fleet, certificate, pin, &request.boot_id).await?
         }
         None => {
             let text = "the request brings no proof that this gateway knows; update the gateway first";
@@ -342,8 +332,11 @@ async fn decide(
     }
     let domain = live.config.trust_domain.clone();
     let identity = AgentIdentity::new(domain, admission.cluster.uid.clone(), admission.instance.clone());
-    let issued = issue(fleet, own, &live.config.join, &identity, &request.csr).await?;
-    shared.joins.assign(&admission.instance, &request.boot_id);
+    let issued = issue(fleet, own, &live.config.join, &identity, &request.csr, WhenFull::Forget).await?;
+    // The time to connect begins now. A disk that took longer than that may have cost it the place.
+    if !shared.joins.places.take(&admission.instance, &request.boot_id) {
+        return Err(Refusal::later(RefusalCode::Unavailable, PLACE_TAKEN, RETRY_LIMIT));
+    }
     tracing::info!(cluster = %admission.cluster.name, instance = %admission.instance, agent = %address, with,
         serial = issued.serial, software = %crate::proxy::printable(&request.software), "agent joined");
     Ok(Admitted {
@@ -380,32 +373,26 @@ async fn by_account(
     fleet: &Fleet,
     cluster: &str,
     token: &str,
-    boot_id: &[u8],
+    boot_id: &Bytes,
 ) -> Result<Decision, Refusal> {
     let unknown = |cause: &str| Refusal::new(RefusalCode::NoIssuer, NO_ISSUER).because(cause);
     let route =
         fleet.cluster_named(cluster).ok_or_else(|| unknown("no cluster of that name is registered"))?;
     let issuer = fleet.issuer(&route.uid).ok_or_else(|| unknown("its issuer is not on record"))?;
     let subject = account::verify(token, &issuer, SystemTime::now())?;
-    // Of a pod that was just deleted a session may stand that hears nothing any more.
-    let others = shared.registry.sessions_of(&route.uid);
-    let others = others.into_iter().filter(|(_, other, _)| other != boot_id);
-    let alive = alive_among(others.map(|(instance, _, session)| (instance, session)).collect()).await;
-    let connected =
-        |instance: &InstanceId| alive.contains(instance) || shared.joins.is_taken(instance, boot_id);
-    let admission = fleet.rejoin(&route.uid, &subject, connected).await?;
-    // Before anybody else asks: the certificate takes a moment.
-    shared.joins.assign(&admission.instance, &Bytes::copy_from_slice(boot_id));
+    let seeker = Seeker::look(&shared.joins.places, &shared.registry, &route.uid, boot_id).await;
+    let admission = fleet.rejoin(&route.uid, &subject, |instance| seeker.take(instance)).await?;
     Ok(Decision { admission, with: format!("ServiceAccount {subject}"), vouched: false })
 }
 
 /// An agent whose certificate has run out: the record knows it, and the request is signed by its key. The chain is not looked
 /// at: its CA may have been replaced meanwhile, and the record says more.
-fn by_record(
+async fn by_record(
+    shared: &Shared,
     fleet: &Fleet,
     certificate: &Certificate,
     pin: SpkiPin,
-    window: Duration,
+    boot_id: &Bytes,
 ) -> Result<Decision, Refusal> {
     let unknown = |cause: &str| {
         let text = "the certificate that was kept leads nowhere any more: it is not on record, or ran out too long ago. Join with a token: towline token create CLUSTER";
@@ -418,16 +405,24 @@ fn by_record(
         AgentIdentity::from_verified_certificate(&leaf).map_err(|error| unknown(&error.to_string()))?;
     let record =
         instance(fleet, &identity.instance).ok_or_else(|| unknown("its instance is not on record"))?;
-    let known = record.certificates.iter().find(|known| known.serial == facts.serial);
-    let known = known.ok_or_else(|| unknown("its serial is not on record"))?;
-    if known.pin != pin.to_string() {
+    let is_signed = SpkiPin::of(&leaf).is_ok_and(|of_leaf| of_leaf == pin);
+    if !is_signed {
         return Err(unknown("the request is signed by another key than the certificate's"));
     }
-    if Time::now().since(known.not_after) > window {
+    // By its key: if the answer to such a request is lost, the next one shows the same certificate, and its successor is on record.
+    let pin = pin.to_string();
+    let known = record.certificates.iter().rev().find(|known| known.pin == pin);
+    let known = known.ok_or_else(|| unknown("its key is not on record"))?;
+    if Time::now().since(known.not_after) > shared.live().config.join.expired_for {
         return Err(unknown("it ran out too long ago"));
     }
-    fleet.admits(&identity, &facts.serial).map_err(|error| unknown(&error.to_string()))?;
+    fleet.admits(&identity, &known.serial).map_err(|error| unknown(&error.to_string()))?;
     let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster is gone"))?;
+    // A copy of what was kept, or a pod that was given the place of this one while it was away.
+    let seeker = Seeker::look(&shared.joins.places, &shared.registry, &identity.cluster, boot_id).await;
+    if !seeker.take(&identity.instance) {
+        return Err(Refusal::later(RefusalCode::Denied, PLACE_TAKEN, RETRY_LIMIT));
+    }
     let admission = Admission { cluster, instance: identity.instance, admission: record.admission };
     Ok(Decision { admission, with: format!("certificate {}", facts.serial), vouched: false })
 }
@@ -453,6 +448,7 @@ async fn issue(
     config: &config::Join,
     identity: &AgentIdentity,
     csr: &[u8],
+    when_full: WhenFull,
 ) -> Result<Issued, Refusal> {
     let (life, now) = (config.certificate_lifetime, SystemTime::now());
     let issued = own.tunnel.ca.issue_agent_from_csr(csr, identity, life, now)?;
@@ -463,9 +459,12 @@ async fn issue(
         issued: Time::from(now),
         not_after: Time::from(issued.not_after),
     };
-    match fleet.record_certificate(&identity.instance, &record).await {
+    match fleet.record_certificate(&identity.instance, &record, when_full).await {
         Ok(()) => {}
         Err(WriteError::NotFound) => return Err(NotAdmitted::UnknownInstance.into()),
+        Err(error @ WriteError::Certificates) => {
+            return Err(Refusal::later(RefusalCode::Limit, error.to_string(), renewal_interval(life)));
+        }
         Err(error) => return Err(unavailable(&error)),
     }
     let chain = [&issued.certificate, &issued.root];
@@ -553,7 +552,7 @@ async fn try_renew(
         let text = "the certificate was renewed too often of late; wait a little";
         return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
     }
-    let issued = issue(fleet, own, &live.config.join, identity, &renew.csr).await?;
+    let issued = issue(fleet, own, &live.config.join, identity, &renew.csr, WhenFull::Refuse).await?;
     if let Some(issuer) = &renew.issuer
         && record_issuer(fleet, &identity.cluster, &identity.instance, issuer).await
     {
@@ -642,19 +641,5 @@ mod tests {
             tokio::time::advance(Duration::from_millis(10)).await;
         }
         assert!(joins.renewals.lock().unwrap().len() < 4096);
-    }
-
-    /// A place goes to one process, until that had time to take it.
-    #[tokio::test(start_paused = true)]
-    async fn a_place_is_given_once() {
-        let joins = Joins::default();
-        let instance = InstanceId::new("a").unwrap();
-        joins.assign(&instance, &Bytes::from_static(b"one"));
-        assert!(joins.is_taken(&instance, b"two") && !joins.is_taken(&instance, b"one"));
-        tokio::time::advance(ASSIGNED_FOR).await;
-        assert!(!joins.is_taken(&instance, b"two"));
-        joins.assign(&instance, &Bytes::from_static(b"one"));
-        joins.came(&instance);
-        assert!(!joins.is_taken(&instance, b"two"));
     }
 }

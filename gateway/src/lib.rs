@@ -165,6 +165,7 @@ impl Gateway {
                         () = fleet.follow() => {}
                         () = fleet.store().tend() => {}
                         () = running::review(&shared) => {}
+                        () = fleet::purge::tend(&shared) => {}
                         () = api::feed::follow(&shared) => {}
                     }
                 };
@@ -221,6 +222,14 @@ impl Gateway {
         let live = self.shared.live();
         let cluster = self.shared.cluster_named(&live, cluster);
         cluster.map(|cluster| self.shared.trust.state(&cluster.uid, live.trust.version)).unwrap_or_default()
+    }
+
+    /// What an agent of this cluster has said last of its API server's version.
+    #[must_use]
+    pub fn kubernetes_version(&self, cluster: &str) -> Option<String> {
+        let live = self.shared.live();
+        let cluster = self.shared.cluster_named(&live, cluster)?;
+        self.shared.registry.connection(&cluster.uid).kubernetes
     }
 
     /// The tunnel CA's roots, for the pins of a new join token.

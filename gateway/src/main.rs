@@ -3,12 +3,12 @@
 use anyhow::{Context as _, bail, ensure};
 use clap::{Parser, Subcommand};
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{self, ExitCode};
 use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_gateway::config::GatewayConfig;
-use towline_gateway::rotation::{self, Phase, Step};
+use towline_gateway::rotation::{Phase, Step};
 use towline_gateway::{Gateway, StartError, commands, log, runtime};
 
 #[global_allocator]
@@ -46,6 +46,9 @@ enum Command {
     TunnelCa {
         /// trust-new, issue-new, drop-old or back.
         step: Option<Step>,
+        /// Take it although agents are not prepared for it: those will have to join anew.
+        #[arg(long)]
+        force: bool,
     },
     /// Print a kubeconfig whose user is an admin of the fleet (group towline:admins) for 24 hours.
     AdminKubeconfig {
@@ -117,11 +120,12 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
 
 fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> {
     match command {
-        Command::TunnelCa { step } => {
-            let directory = config.state_directory.as_deref();
-            let directory =
-                directory.context("stateDirectory is not set: the tunnel CA is in files of yours")?;
-            tunnel_ca(directory, *step)?;
+        Command::TunnelCa { step, force } => {
+            ensure!(
+                config.state_directory.is_some(),
+                "stateDirectory is not set: the tunnel CA is in files of yours"
+            );
+            say_next(commands::tunnel_ca(config, *step, *force, SystemTime::now())?);
         }
         Command::AdminKubeconfig { name } => {
             print(&commands::admin_kubeconfig(config, name, SystemTime::now())?);
@@ -146,23 +150,18 @@ fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Takes a step, and says what comes next.
-fn tunnel_ca(directory: &Path, step: Option<Step>) -> anyhow::Result<()> {
-    let phase = match step {
-        Some(step) => rotation::step(directory, step, SystemTime::now())?,
-        None => rotation::phase(directory)?,
-    };
+/// Says what comes next.
+fn say_next(phase: Phase) {
     let next = match phase {
         Phase::Single => "one CA, which issues and is believed. To replace it: tunnel-ca trust-new",
         Phase::TrustsNew => {
-            "both CAs are believed, the old one issues. When towline_gateway_trust_pending is 0: tunnel-ca issue-new"
+            "both CAs are believed, the old one issues. When `kubectl wait --for=condition=TrustCurrent clusters --all` is content, or only those are left that are not connected: tunnel-ca issue-new"
         }
         Phase::IssuesNew => {
             "both CAs are believed, the new one issues. When every certificate has been renewed (join.certificateLifetime): tunnel-ca drop-old"
         }
     };
     print(&format!("{next}\n"));
-    Ok(())
 }
 
 async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {

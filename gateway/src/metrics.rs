@@ -123,6 +123,7 @@ label!(
         Joins = "joins",
         JoinFailures = "join_failures",
         Renewals = "renewals",
+        Objects = "objects",
     }
 );
 label!(
@@ -173,6 +174,7 @@ pub struct Metrics {
     reloads: IntCounterVec,
     draining: IntGauge,
     records_skipped: IntCounterVec,
+    revocations_purged: IntCounter,
     store_errors: IntCounter,
     joins: IntCounterVec,
     renewals: IntCounterVec,
@@ -319,6 +321,11 @@ impl Metrics {
                 &["outcome"],
             ),
             draining: gauge(r, "towline_gateway_draining", "Whether the gateway is about to stop."),
+            revocations_purged: counter(
+                r,
+                "towline_gateway_revocations_purged_total",
+                "Revocations that could matter no more.",
+            ),
             records_skipped: counters(
                 r,
                 "towline_gateway_store_records_skipped_total",
@@ -455,6 +462,10 @@ impl Metrics {
             Unreadable::Broken => Skipped::Broken,
         };
         self.records_skipped.with_label_values(&[reason.label()]).inc();
+    }
+
+    pub fn revocations_purged(&self, count: usize) {
+        self.revocations_purged.inc_by(count as u64);
     }
 
     pub fn joined(&self, outcome: JoinOutcome) {

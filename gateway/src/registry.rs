@@ -71,6 +71,8 @@ struct Tunnel {
     since_wall: Option<SystemTime>,
     /// What the newest session's agent has said of itself.
     software: String,
+    /// What an agent has said last of the API server's version.
+    kubernetes: Option<String>,
     last_end: Option<LastEnd>,
     held: usize,
     changed: Arc<Notify>,
@@ -115,6 +117,8 @@ pub struct Connection {
     pub quic: bool,
     /// The newest agent's word, for people.
     pub software: String,
+    /// The API server's version, as an agent says.
+    pub kubernetes: Option<String>,
 }
 
 /// Why there is no stream.
@@ -363,6 +367,7 @@ impl Registry {
             last_seen: tunnel.last_end.filter(|_| sessions == 0).map(|end| end.wall),
             quic: tunnel.sessions.iter().any(|live| live.session.transport() == Transport::Quic),
             software: tunnel.software.clone(),
+            kubernetes: tunnel.kubernetes.clone(),
         }
     }
 
@@ -378,7 +383,19 @@ impl Registry {
         }
     }
 
-    fn touch(&self, uid: &ClusterUid) {
+    /// An agent has said which version its cluster's API server is of.
+    pub fn learned(&self, uid: &ClusterUid, kubernetes: &str) {
+        let mut clusters = self.lock();
+        let Some(tunnel) = clusters.by_uid.get_mut(uid) else { return };
+        if tunnel.kubernetes.as_deref() != Some(kubernetes) {
+            tunnel.kubernetes = Some(kubernetes.to_owned());
+            drop(clusters);
+            self.touch(uid);
+        }
+    }
+
+    /// Something that is told of a cluster has changed.
+    pub(crate) fn touch(&self, uid: &ClusterUid) {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.clone());
         self.changed.notify_one();
     }

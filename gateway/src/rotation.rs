@@ -4,7 +4,7 @@
 //! | step | believed | issues | going on to the next step is safe when |
 //! |---|---|---|---|
 //! | (before) | old | old | |
-//! | trust-new | old, new | old | every cluster has acknowledged both roots |
+//! | trust-new | old, new | old | every cluster that is connected has acknowledged both roots |
 //! | issue-new | old, new | new | every certificate has been renewed: after 24 h |
 //! | drop-old | new | new | |
 //!
@@ -66,6 +66,8 @@ pub enum RotationError {
     Save(#[from] SaveError),
     #[error("cannot remove {path}: {error}")]
     Remove { path: PathBuf, error: io::Error },
+    #[error("cannot look at {path}: {error}")]
+    Look { path: PathBuf, error: io::Error },
     #[error("this step is not due; what may come next: {next}", next = .phase.next())]
     Order { step: Step, phase: Phase },
     #[error("{0}: neither one root nor two; this change of CA was not made with this command")]
@@ -102,6 +104,16 @@ impl FromStr for Step {
 /// Its files cannot be read, or were not made here.
 pub fn phase(directory: &Path) -> Result<Phase, RotationError> {
     phase_of(directory, &load_roots(&directory.join(ROOTS))?)
+}
+
+/// Since when the CA issues that does now.
+///
+/// # Errors
+/// Its key is not there.
+pub fn issuing_since(directory: &Path) -> Result<SystemTime, RotationError> {
+    let path = directory.join(KEY);
+    let since = fs::metadata(&path).and_then(|metadata| metadata.modified());
+    since.map_err(|error| RotationError::Look { path, error })
 }
 
 fn phase_of(directory: &Path, roots: &[CertificateDer<'static>]) -> Result<Phase, RotationError> {

@@ -5,7 +5,7 @@ use crate::authn::tokens::Tokens;
 use crate::authority::{Authorities, Authority, AuthorityError};
 use crate::authz::AccessRules;
 use crate::config::{Cluster, ConfigError, GatewayConfig};
-use crate::fleet::{Fleet, NotAdmitted};
+use crate::fleet::{Fleet, NotAdmitted, ShownCertificate};
 use crate::join::Joins;
 use crate::log::Sparing;
 use crate::metrics::Metrics;
@@ -60,7 +60,7 @@ impl Memory {
             Ok::<_, MemoryError>((store, Authorities::open(&directory, SystemTime::now())?))
         });
         let (store, authorities) = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
-        let fleet = Fleet::load(store, Arc::clone(metrics)).await?;
+        let fleet = Fleet::load(store, Arc::clone(metrics), config.limits.objects).await?;
         Ok(Some(Self { fleet, authorities: Arc::new(authorities) }))
     }
 }
@@ -384,7 +384,27 @@ impl Shared {
         clusters
     }
 
-    /// The cluster that this agent speaks for, if it may.
+    /// The cluster that this agent speaks for, if a session of it may begin with this certificate.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn admits_with(
+        &self,
+        live: &Live,
+        identity: &AgentIdentity,
+        shown: &ShownCertificate<'_>,
+    ) -> Result<Arc<Cluster>, String> {
+        let cluster = self.admits(live, identity, shown.serial)?;
+        // Agents of a configured cluster have certificates from elsewhere.
+        if !live.by_uid.contains_key(&identity.cluster)
+            && let Some(fleet) = &self.fleet
+        {
+            fleet.admits_with(identity, shown).map_err(|why| why.to_string())?;
+        }
+        Ok(cluster)
+    }
+
+    /// The cluster that this agent speaks for, if it still may.
     ///
     /// # Errors
     /// Why not.

@@ -312,6 +312,14 @@ impl Store {
         Embedded::open(directory, metrics).map(|embedded| Self::Embedded(Arc::new(embedded)))
     }
 
+    /// Whether another process has the store in this directory. Blocks.
+    ///
+    /// # Errors
+    /// Its lock cannot be looked at.
+    pub fn is_in_use(directory: &Path) -> Result<bool, StoreError> {
+        embedded::is_held(directory)
+    }
+
     /// Where the store stands now.
     #[must_use]
     pub fn revision(&self) -> Revision {

@@ -4,6 +4,7 @@
 use crate::metrics::{Counted, Metrics};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 use towline_certs::ClusterUid;
 
 /// What is known of one cluster.
@@ -14,6 +15,8 @@ pub struct TrustState {
     pub pending: usize,
     /// Why one of them has not, in its own words.
     pub problem: Option<String>,
+    /// When the last of this happened.
+    pub changed: Option<SystemTime>,
 }
 
 /// What every session has acknowledged.
@@ -26,10 +29,17 @@ struct Board {
     sessions: HashMap<ClusterUid, HashMap<u64, Seen>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Seen {
     version: Option<u64>,
     problem: Option<String>,
+    at: SystemTime,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { version: None, problem: None, at: SystemTime::now() }
+    }
 }
 
 /// One session on the board, for as long as this lives.
@@ -61,6 +71,7 @@ impl TrustBoard {
         let board = self.lock();
         let mut state = TrustState::default();
         for seen in board.sessions.get(uid).into_iter().flat_map(HashMap::values) {
+            state.changed = state.changed.max(Some(seen.at));
             if seen.version == Some(version) {
                 state.current += 1;
             } else {
@@ -76,19 +87,26 @@ impl OnBoard {
     /// Other roots are announced: they are not acknowledged yet.
     pub(crate) fn announced(&mut self) {
         self.pending.get_or_insert_with(|| self.metrics.trust_pending());
+        self.see(|_| {});
+    }
+
+    fn see(&self, change: impl FnOnce(&mut Seen)) {
+        let mut board = self.board.lock();
+        let sessions = board.sessions.entry(self.uid.clone()).or_default();
+        let seen = sessions.entry(self.key).or_default();
+        change(seen);
+        seen.at = SystemTime::now();
     }
 
     /// The agent's answer.
     pub(crate) fn answered(&mut self, version: u64, problem: &str) {
         let kept = problem.is_empty();
-        let mut board = self.board.lock();
-        let sessions = board.sessions.entry(self.uid.clone()).or_default();
-        let seen = sessions.entry(self.key).or_default();
-        seen.problem = (!kept).then(|| problem.to_owned());
-        if kept {
-            seen.version = Some(version);
-        }
-        drop(board);
+        self.see(|seen| {
+            seen.problem = (!kept).then(|| problem.to_owned());
+            if kept {
+                seen.version = Some(version);
+            }
+        });
         if kept {
             self.pending = None;
         }
@@ -96,10 +114,8 @@ impl OnBoard {
 
     /// The agent is too old to be told.
     pub(crate) fn unsupported(&self) {
-        let mut board = self.board.lock();
-        let sessions = board.sessions.entry(self.uid.clone()).or_default();
         let problem = "the agent is too old to be told of a change of CA; update it, or replace its CA file";
-        sessions.entry(self.key).or_default().problem = Some(problem.to_owned());
+        self.see(|seen| seen.problem = Some(problem.to_owned()));
     }
 }
 
@@ -133,7 +149,9 @@ mod tests {
             (1, 1, Some("the disk is full"))
         );
         two.answered(7, "");
-        assert_eq!(board.state(&uid, 7), TrustState { current: 2, ..TrustState::default() });
+        let state = board.state(&uid, 7);
+        assert_eq!((state.current, state.pending, state.problem), (2, 0, None));
+        assert!(state.changed.is_some());
         assert_eq!(board.state(&uid, 8).pending, 2, "of other roots nothing is known");
         drop((one, two));
         assert_eq!(board.state(&uid, 7), TrustState::default());

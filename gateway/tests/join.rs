@@ -20,19 +20,23 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use towline_certs::facts::CertificateFacts;
 use towline_certs::{
-    AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, JoinSecret, ServerName, TrustDomain, tls,
+    AgentCa, AgentIdentity, AgentKey, CertificateDer, ClusterUid, Credential, InstanceId, JoinSecret,
+    ServerName, TrustDomain, tls,
 };
-use towline_gateway::fleet::{self, Meta, Revoked, Time, new_uid};
+use towline_gateway::commands;
+use towline_gateway::fleet::{self, Meta, Revoked, Time, WhenFull, new_uid};
 use towline_gateway::rotation::{self, Step};
 use towline_gateway::store::Kind;
 use towline_proto::join::{
-    Admitted, CAPABILITY_IDENTITY, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined,
-    Notice, Proof, RefusalCode, Refused, Renew, Renewal, ServiceAccount, Token, Trust, TrustAck,
+    About, Admitted, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer,
+    JoinRequest, Joined, Notice, Proof, RefusalCode, Refused, Renew, Renewal, ServiceAccount, Token, Trust,
+    TrustAck,
 };
 use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, Role};
 use towline_proto::tunnel::message::{recv_message, send_message};
@@ -103,7 +107,10 @@ fn request(proof: Proof, key: &AgentKey) -> JoinRequest {
 }
 
 async fn ask(world: &World, request: &JoinRequest) -> Result<Admitted, Refused> {
-    let mut io = connect(world).await;
+    ask_over(connect(world).await, request).await
+}
+
+async fn ask_over(mut io: TlsStream<TcpStream>, request: &JoinRequest) -> Result<Admitted, Refused> {
     send_message(&mut io, request, JOIN_MAX_BYTES).await.unwrap();
     let answer: JoinAnswer = recv_message(&mut io, JOIN_MAX_BYTES).await.unwrap();
     match answer.outcome.unwrap() {
@@ -131,6 +138,8 @@ fn roots(trust: &Trust) -> Vec<CertificateDer<'static>> {
 /// A session with the identity that was given.
 struct Agent {
     session: Session,
+    /// Leaves the connection open with nobody behind it.
+    freeze: Arc<Notify>,
     _driver: JoinSet<CloseReason>,
 }
 
@@ -157,17 +166,24 @@ impl Agent {
         let name = ServerName::try_from("localhost").unwrap();
         let io = TlsConnector::from(config).connect(name, socket).await.unwrap();
         let introduction = Introduction {
-            capabilities: vec![CAPABILITY_IDENTITY.to_owned()],
+            capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
             boot_id: vec![boot; 16],
             software: "test".to_owned(),
         };
         let (limits, budget) = (Limits::default(), Budget::new(1 << 30));
         let config = SessionConfig { role: Role::Agent, limits, budget, introduction };
         let (session, driver) = Session::over(io, config).unwrap();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(driver.run());
+        let (mut tasks, freeze) = (JoinSet::new(), Arc::new(Notify::new()));
+        let frozen = Arc::clone(&freeze);
+        tasks.spawn(async move {
+            let mut running = std::pin::pin!(driver.run());
+            tokio::select! {
+                reason = &mut running => reason,
+                () = frozen.notified() => std::future::pending().await,
+            }
+        });
         session.ready().await?;
-        Ok(Self { session, _driver: tasks })
+        Ok(Self { session, freeze, _driver: tasks })
     }
 
     /// The next roots that are announced, acknowledged.
@@ -506,8 +522,10 @@ async fn an_expired_certificate_leads_back_by_its_key() {
     let proof = || Proof::Expired(admitted.certificate.clone());
     let refused = ask(&world, &request(proof(), &other)).await.unwrap_err();
     assert_eq!(code(&refused), RefusalCode::Proof, "another key is another agent");
+    let lost = ask(&world, &request(proof(), &mine)).await.unwrap();
+    // The answer did not arrive: it is asked again, with what was kept.
     let back = ask(&world, &request(proof(), &mine)).await.unwrap();
-    assert_eq!(back.instance, admitted.instance);
+    assert_eq!((&back.instance, &lost.instance), (&admitted.instance, &admitted.instance));
     // Delete and register again under the same name: yesterday's certificate is nobody's.
     let fleet = world.gateway.fleet().unwrap();
     let revision = fleet.object(Kind::Cluster, "east").unwrap().revision;
@@ -537,8 +555,7 @@ impl Cluster {
 
     fn token(&self, kid: &str, subject: &str) -> Proof {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims =
-            json!({ "iss": "https://k8s", "sub": subject, "aud": ["towline"], "exp": now + 600, "nbf": now });
+        let claims = json!({ "iss": "https://k8s", "sub": subject, "aud": ["towline"], "exp": now + 600, "iat": now, "nbf": now });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": kid })), part(&claims));
         let signature = self.0.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
@@ -603,6 +620,79 @@ async fn a_pod_comes_back_by_its_clusters_word() {
     while !matches!(agent.hear().await, Notice::Renewed(_)) {}
     let back = ask(&world, &with_boot(rotated.token("2", SUBJECT), 21)).await;
     assert!(back.is_ok(), "{back:?}");
+}
+
+/// Many pods of one Deployment at the same moment, one of them with the join token that tells of the cluster's issuer: none is
+/// given a place that another has, neither while the token's place becomes one to come back to nor at any other moment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn pods_that_start_together_are_instances_of_their_own() {
+    let world = world().await;
+    for round in 0..16_u8 {
+        let name = format!("c{round}");
+        let uid = ClusterUid::new(&register(&world, &name).await).unwrap();
+        let cluster = Cluster::new();
+        let with_boot = |proof: Proof, boot: u8| JoinRequest {
+            boot_id: vec![boot; 16].into(),
+            issuer: Some(cluster.issuer("1")),
+            ..request(proof, &key())
+        };
+        let token = token(&world, &name, 1, HOUR).await;
+        let first = with_boot(Proof::Token(token), 1);
+        let by_token = ask(&world, &first);
+        let by_account = async |boot: u8| {
+            let Proof::ServiceAccount(account) = cluster.token("1", SUBJECT) else { panic!() };
+            let proof = Proof::ServiceAccount(ServiceAccount { cluster: name.clone(), ..account });
+            let (request, io) = (with_boot(proof, boot), connect(&world).await);
+            // From the moment on that the join with the token has told of the issuer, a little later each time: it still has to put
+            // on record by whose word it comes back, and its certificate.
+            while world.gateway.fleet().unwrap().issuer(&uid).is_none() {
+                tokio::task::yield_now().await;
+            }
+            tokio::time::sleep(Duration::from_millis(2 * u64::from(round) + u64::from(boot))).await;
+            ask_over(io, &request).await.unwrap().instance
+        };
+        let (first, second, third, fourth) =
+            tokio::join!(by_token, by_account(2), by_account(3), by_account(4));
+        let instances = [first.unwrap().instance, second, third, fourth];
+        let different: HashSet<_> = instances.iter().collect();
+        assert_eq!(different.len(), instances.len(), "round {round}: {instances:?}");
+    }
+}
+
+/// A pod that asks while another is just connecting is not given that one's place, however long the question for signs of life
+/// takes; the place of the one that gave none is free.
+#[tokio::test]
+async fn a_place_that_was_taken_meanwhile_is_taken() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let (cluster, dead, mine) = (Cluster::new(), key(), key());
+    let join = async |proof: Proof, key: &AgentKey, boot: u8| {
+        let issuer = Some(cluster.issuer("1"));
+        let request = JoinRequest { boot_id: vec![boot; 16].into(), issuer, ..request(proof, key) };
+        ask(&world, &request).await
+    };
+    let first = join(Proof::Token(token), &dead, 1).await.unwrap();
+    let silent = Agent::connect(&world, &first, &dead, 1).await.unwrap();
+    // Another one, whose session comes later.
+    let second = join(cluster.token("1", SUBJECT), &mine, 2).await.unwrap();
+    assert_ne!(second.instance, first.instance);
+    silent.freeze.notify_one();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let asks = async { join(cluster.token("1", SUBJECT), &key(), 3).await.unwrap() };
+    let comes = async {
+        // While the silent one is being asked, which takes 2.5 s.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        Agent::connect(&world, &second, &mine, 2).await.unwrap()
+    };
+    let (third, live) = tokio::join!(asks, comes);
+    assert_eq!(third.instance, first.instance, "the silent one's place is free, and the other's is not");
+    assert!(live.session.is_open());
+    let fourth = join(cluster.token("1", SUBJECT), &key(), 4).await.unwrap();
+    assert!(![&first.instance, &second.instance].contains(&&fourth.instance));
+    // A copy of what an agent keeps gets nothing while that agent is there.
+    let copy = join(Proof::Expired(second.certificate.clone()), &mine, 5).await.unwrap_err();
+    assert!(code(&copy) == RefusalCode::Denied && copy.text.contains("alive"), "{copy:?}");
 }
 
 /// What the operator sees on the private port.
@@ -686,6 +776,128 @@ async fn a_change_of_ca_cuts_nothing() {
     Agent::connect(&world, &back, &away, 2).await.unwrap();
 }
 
+/// Makes `tlat_root` the token of an admin of the fleet.
+async fn give_admin_token(world: &World) {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root");
+    let admin = fleet::AccessToken {
+        meta: meta(),
+        sha256: fleet::hex(digest.as_ref()),
+        user: "root".to_owned(),
+        groups: vec!["towline:admins".to_owned()],
+        expires: None,
+    };
+    world.gateway.fleet().unwrap().put("root", &admin, None).await.unwrap();
+}
+
+/// What the API shows of a cluster once it is as wanted.
+async fn until(world: &World, cluster: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    let mut client = world.h1(None).await;
+    let mut last = Value::Null;
+    for _ in 0..100 {
+        let path = format!("/apis/towline.io/v1alpha1/clusters/{cluster}");
+        let headers = [("authorization", "Bearer tlat_root")];
+        let answer = client.ask("GET", &path, &headers, common::full("")).await;
+        last = serde_json::from_str(&common::text(answer).await).unwrap();
+        if wanted(&last["status"]) {
+            return last;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{last}");
+}
+
+fn trust_current(status: &Value) -> &str {
+    let conditions = status["conditions"].as_array().into_iter().flatten();
+    let mut current = conditions.filter(|condition| condition["type"] == "TrustCurrent");
+    current.next().and_then(|condition| condition["status"].as_str()).unwrap_or_default()
+}
+
+/// The operator sees which clusters have acknowledged a change of CA, and a step that somebody who is connected is not prepared for is
+/// not taken, unless that is meant.
+#[tokio::test]
+async fn a_step_waits_for_those_who_are_connected() {
+    let mut config = None;
+    let world = world_with(|own| config = Some(own.clone())).await;
+    let mut config = config.unwrap();
+    register(&world, "east").await;
+    give_admin_token(&world).await;
+    let token = token(&world, "east", 2, HOUR).await;
+    let (mine, other) = (key(), key());
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let beside = join(&world, &token, &other).await.unwrap();
+    until(&world, "east", |status| trust_current(status) == "Unknown").await;
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    until(&world, "east", |status| trust_current(status) == "False").await;
+    agent.trust().await;
+    until(&world, "east", |status| trust_current(status) == "True").await;
+    config.admin.address = world.gateway.admin_addr();
+    let take_at = async |step, force, now| {
+        let config = config.clone();
+        let taking =
+            tokio::task::spawn_blocking(move || commands::tunnel_ca(&config, Some(step), force, now));
+        taking.await.unwrap().map_err(|error| error.to_string())
+    };
+    let take = async |step, force| take_at(step, force, SystemTime::now()).await;
+
+    take(Step::TrustNew, false).await.unwrap();
+    let refused = take(Step::IssueNew, false).await.unwrap_err();
+    assert!(refused.contains("picked up the last step"), "what the gateway says is of before: {refused}");
+    world.gateway.reload().await.unwrap();
+    let refused = take(Step::IssueNew, false).await.unwrap_err();
+    assert!(refused.contains("east pending (0 of 1 sessions)") && refused.contains("--force"), "{refused}");
+    until(&world, "east", |status| trust_current(status) == "False").await;
+    agent.trust().await;
+    until(&world, "east", |status| trust_current(status) == "True").await;
+    take(Step::IssueNew, false).await.unwrap();
+    world.gateway.reload().await.unwrap();
+
+    let refused = take(Step::DropOld, false).await.unwrap_err();
+    assert!(refused.contains("certificates live for"), "{refused}");
+    let late = SystemTime::now() + 25 * HOUR;
+    let silent = Agent::connect(&world, &beside, &other, 2).await.unwrap();
+    until(&world, "east", |status| trust_current(status) == "False").await;
+    let refused = take_at(Step::DropOld, false, late).await.unwrap_err();
+    assert!(refused.contains("east pending (1 of 2 sessions)"), "{refused}");
+    // A gateway that runs and cannot be asked is no reason to believe that nobody minds.
+    let mut deaf = config.clone();
+    deaf.admin.address = "127.0.0.1:1".parse().unwrap();
+    let refused =
+        tokio::task::spawn_blocking(move || commands::tunnel_ca(&deaf, Some(Step::DropOld), false, late));
+    assert!(refused.await.unwrap().unwrap_err().to_string().contains("cannot be asked"));
+    assert_eq!(rotation::phase(&world.path("state")).unwrap(), rotation::Phase::IssuesNew);
+    take(Step::DropOld, true).await.unwrap();
+    drop(silent);
+}
+
+/// What an agent says of its API server's version is shown if it is one; it is no write.
+#[tokio::test]
+async fn the_version_of_a_cluster_is_shown() {
+    let world = world().await;
+    register(&world, "east").await;
+    give_admin_token(&world).await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let mine = key();
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    let before = until(&world, "east", |status| status["sessions"] == 1).await;
+    assert_eq!(before["status"]["kubernetesVersion"], Value::Null);
+    let revision = world.gateway.fleet().unwrap().store().revision();
+    let tell = |version: &str| {
+        let about = About { kubernetes_version: version.to_owned() };
+        agent.session.say(Notice::About(about)).unwrap();
+    };
+    tell("v1.30.2+k3s1");
+    until(&world, "east", |status| status["kubernetesVersion"] == "v1.30.2+k3s1").await;
+    tell("<script>");
+    tell("v1.31.0");
+    until(&world, "east", |status| status["kubernetesVersion"] == "v1.31.0").await;
+    assert_eq!(world.gateway.fleet().unwrap().store().revision(), revision, "nothing was written");
+    // It stays while the cluster is away.
+    drop(agent);
+    let gone = until(&world, "east", |status| status["sessions"] == 0).await;
+    assert_eq!(gone["status"]["kubernetesVersion"], "v1.31.0");
+}
+
 /// What `certificate` says, of another key, signed by the CA's: the serial number is a copy.
 fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certificate {
     // id-ecPublicKey's prime256v1, and a bit string that begins with an uncompressed point.
@@ -713,10 +925,10 @@ fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certifica
     Certificate { chain: vec![leaf, certificate.chain[1].clone()] }
 }
 
-/// A session whose certificate somebody made with the old CA's key ends with that CA, also if it bears an agent's serial number;
-/// one whose certificate is on record goes on, as `a_change_of_ca_cuts_nothing` shows.
+/// R-ID-3, TU-03: whoever has the CA's key signs what they like, also with an agent's name and serial number. No session begins with
+/// it, in no phase of a change of CA, so that nothing can be renewed by it either; the agent whose name it bears goes on.
 #[tokio::test]
-async fn a_copied_serial_does_not_outlive_its_ca() {
+async fn what_the_fleet_has_not_issued_is_nobodys() {
     let world = world().await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
@@ -724,21 +936,59 @@ async fn a_copied_serial_does_not_outlive_its_ca() {
     let admitted = join(&world, &token, &mine).await.unwrap();
     let stolen = std::fs::read(state.join(rotation::KEY)).unwrap();
     let forged = forged(&admitted.certificate, &thief, &stolen);
-    let take = async |step| {
-        rotation::step(&state, step, SystemTime::now()).unwrap();
-        world.gateway.reload().await.unwrap();
-    };
-    take(Step::TrustNew).await;
-    take(Step::IssueNew).await;
-    let session = Agent::show(&world, &forged, &admitted.trust, &thief, 1).await.unwrap();
-    // So that the agent whose serial number it is has a newer certificate.
-    let proof = Proof::Expired(admitted.certificate.clone());
-    ask(&world, &request(proof, &mine)).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    assert!(session.session.is_open(), "both CAs are believed");
-    take(Step::DropOld).await;
-    let reason = session.closed(Duration::from_secs(1)).await.to_string();
-    assert!(reason.contains("counts no more"), "{reason}");
+    let agents = AgentCa::new(&roots(&admitted.trust), TrustDomain::new("example.org").unwrap()).unwrap();
+    assert!(
+        agents.verify(&der(&forged), SystemTime::now()).is_ok(),
+        "nothing is wrong with it but the record"
+    );
+    for step in [None, Some(Step::TrustNew), Some(Step::IssueNew)] {
+        if let Some(step) = step {
+            rotation::step(&state, step, SystemTime::now()).unwrap();
+            world.gateway.reload().await.unwrap();
+        }
+        let Err(reason) = Agent::show(&world, &forged, &admitted.trust, &thief, 9).await else {
+            panic!("admitted after {step:?}");
+        };
+        assert!(reason.to_string().contains("not on record for this agent"), "{step:?}: {reason}");
+        let proof = Proof::Expired(forged.clone());
+        assert_eq!(code(&ask(&world, &request(proof, &thief)).await.unwrap_err()), RefusalCode::Proof);
+        let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+        agent.renew(&mine).await.unwrap();
+    }
+}
+
+/// What an agent may still have to show is not pushed off the record by its own renewals: with as many valid certificates as may be
+/// there is no other. One that joins gets one; what is forgotten for that lets nobody in.
+#[tokio::test]
+async fn a_valid_certificate_is_not_forgotten_by_renewing() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let mine = key();
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    // Answers that were lost.
+    let fleet = world.gateway.fleet().unwrap();
+    let instance = InstanceId::new(&admitted.instance).unwrap();
+    let mut on_record = 1;
+    loop {
+        let not_after = Time::now().after(HOUR);
+        let serial = format!("{on_record:02x}");
+        let lost = fleet::Certificate { serial, pin: String::new(), issued: Time::now(), not_after };
+        match fleet.record_certificate(&instance, &lost, WhenFull::Refuse).await {
+            Ok(()) => on_record += 1,
+            Err(fleet::WriteError::Certificates) => break,
+            Err(error) => panic!("{error}"),
+        }
+        assert!(on_record <= 64, "there is a limit");
+    }
+    let refused = agent.renew(&mine).await.unwrap_err();
+    assert!(code(&refused) == RefusalCode::Limit && refused.retry_after_ms > 0, "{refused:?}");
+    drop(Agent::connect(&world, &admitted, &mine, 1).await.unwrap());
+    let back = ask(&world, &request(Proof::Expired(admitted.certificate.clone()), &mine)).await.unwrap();
+    assert_eq!(back.instance, admitted.instance);
+    drop(Agent::connect(&world, &back, &mine, 1).await.unwrap());
+    assert!(Agent::connect(&world, &admitted, &mine, 1).await.is_err(), "it is the one that was forgotten");
 }
 
 /// Without a state directory nobody joins, and is told why.
@@ -762,15 +1012,7 @@ async fn a_gateway_without_a_record_lets_nobody_join() {
 async fn a_join_token_carries_the_pins_of_now() {
     let world = world().await;
     register(&world, "east").await;
-    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root");
-    let admin = fleet::AccessToken {
-        meta: meta(),
-        sha256: fleet::hex(digest.as_ref()),
-        user: "root".to_owned(),
-        groups: vec!["towline:admins".to_owned()],
-        expires: None,
-    };
-    world.gateway.fleet().unwrap().put("root", &admin, None).await.unwrap();
+    give_admin_token(&world).await;
     let mut client = world.h1(None).await;
     let mut pins = async || {
         let body = json!({

@@ -57,6 +57,10 @@ type Answer = BoxBody<Bytes, Infallible>;
 fn answer(request: &Request<Incoming>, jwks: &str) -> Response<Answer> {
     let body = match request.uri().path() {
         "/stream" => Ticks(Box::pin(sleep(TICK))).boxed(),
+        // To everybody who shows no credential: the agent has none to show.
+        "/version" if !request.headers().contains_key("authorization") => {
+            Full::new(Bytes::from_static(br#"{"gitVersion": "v1.31.4"}"#)).boxed()
+        }
         "/openid/v1/jwks" => Full::new(Bytes::copy_from_slice(jwks.as_bytes())).boxed(),
         _ => Full::new(Bytes::from_static(b"ok")).boxed(),
     };
@@ -178,7 +182,8 @@ impl World {
     /// A projected ServiceAccount token.
     fn projected(&self) -> String {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims = json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline"], "exp": now + 600 });
+        let claims =
+            json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline"], "iat": now, "exp": now + 600 });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": "1" })), part(&claims));
         let signature = self.issuer.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
@@ -509,6 +514,8 @@ async fn a_pod_that_keeps_nothing_comes_back() {
     for _ in 0..5 {
         let agent = world.agent(CLUSTER, &identity, "tcp").await;
         assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
+        let version = || world.gateway.kubernetes_version(CLUSTER);
+        world.until("the cluster's version", || version().as_deref() == Some("v1.31.4")).await;
         agent.shutdown().await;
         world.until("the end of its session", || world.gateway.connected(CLUSTER) == 0).await;
     }

@@ -18,6 +18,8 @@ pub const JOIN_MAX_BYTES: usize = 64 * 1024;
 pub const CERTIFICATES_MAX: usize = 16;
 /// The capability of an end that understands [`Notice`]s. To one that does not list it none is sent.
 pub const CAPABILITY_IDENTITY: &str = "identity/1";
+/// The capability of an end that understands [`Notice::About`]. To one that does not list it none is sent.
+pub const CAPABILITY_ABOUT: &str = "about/1";
 /// Longest text of a refusal, in bytes.
 pub const REFUSAL_TEXT_MAX: usize = 512;
 
@@ -218,7 +220,8 @@ impl Refused {
     }
 }
 
-/// What is said inside a session about identity. Each end asks one kind of question and has one unanswered at most.
+/// What is said inside a session about identity and about the cluster. Each end asks one kind of question and has one unanswered
+/// at most; a statement has no answer, and a later one takes the place of one that waits.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notice {
     /// Agent: a new certificate, please.
@@ -229,6 +232,8 @@ pub enum Notice {
     Trust(Trust),
     /// Agent: they are kept, or why not.
     TrustAck(TrustAck),
+    /// Agent: this is what I know of the cluster.
+    About(About),
 }
 
 /// Asks for a new certificate of the identity that the session has.
@@ -280,12 +285,20 @@ pub struct TrustAck {
     pub problem: String,
 }
 
+/// What the agent knows of its cluster, for people: nothing is decided by it.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct About {
+    /// What the API server says of its version (`gitVersion`); empty = not known.
+    #[prost(string, tag = "1")]
+    pub kubernetes_version: String,
+}
+
 /// Why a notice was not sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SayError {
     /// The session is not ready yet.
     NotReady,
-    /// The peer's hello does not list [`CAPABILITY_IDENTITY`].
+    /// The peer's hello does not list the notice's capability.
     Unsupported,
     /// The last question has no answer yet.
     Busy,
@@ -317,9 +330,15 @@ impl Notice {
     #[must_use]
     pub const fn sender(&self) -> Role {
         match self {
-            Self::Renew(_) | Self::TrustAck(_) => Role::Agent,
+            Self::Renew(_) | Self::TrustAck(_) | Self::About(_) => Role::Agent,
             Self::Renewed(_) | Self::Trust(_) => Role::Gateway,
         }
+    }
+
+    /// Whether it neither wants an answer nor is one.
+    #[must_use]
+    pub const fn is_statement(&self) -> bool {
+        matches!(self, Self::About(_))
     }
 
     /// Whether it wants an answer.
@@ -334,6 +353,7 @@ impl Notice {
             Self::Renewed(message) => message.encode_to_vec(),
             Self::Trust(message) => message.encode_to_vec(),
             Self::TrustAck(message) => message.encode_to_vec(),
+            Self::About(message) => message.encode_to_vec(),
         }
     }
 
@@ -343,13 +363,14 @@ impl Notice {
             Self::Renewed(message) => message.encoded_len(),
             Self::Trust(message) => message.encoded_len(),
             Self::TrustAck(message) => message.encoded_len(),
+            Self::About(message) => message.encoded_len(),
         }
     }
 
     /// Certificates in it; more than [`CERTIFICATES_MAX`] are a violation.
     pub(crate) fn certificates(&self) -> usize {
         match self {
-            Self::Renew(_) | Self::TrustAck(_) => 0,
+            Self::Renew(_) | Self::TrustAck(_) | Self::About(_) => 0,
             Self::Renewed(Renewed { outcome: Some(Renewal::Certificate(certificate)) }) => {
                 certificate.chain.len()
             }

@@ -26,12 +26,13 @@
 //! | 0x91 | RENEWED | 0 | protobuf [`Renewed`] |
 //! | 0x92 | TRUST | 0 | protobuf [`Trust`] |
 //! | 0x93 | TRUST_ACK | 0 | protobuf [`TrustAck`] |
+//! | 0x94 | ABOUT | 0 | protobuf [`About`], at most [`ABOUT_MAX`] bytes |
 //!
 //! A type with its top bit set may be skipped by a receiver that does not know it; any other unknown type, and any
 //! unknown flag, is a violation. Frames know nothing of TLS records or reads: any split is legal.
 
 use crate::hello::Hello;
-use crate::join::{CERTIFICATES_MAX, Notice, Renew, Renewed, Trust, TrustAck};
+use crate::join::{About, CERTIFICATES_MAX, Notice, Renew, Renewed, Trust, TrustAck};
 use alloc::string::String;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use core::fmt;
@@ -49,6 +50,8 @@ pub const HELLO_MAX: usize = 4 * 1024;
 pub const CLOSE_TEXT_MAX: usize = 256;
 /// Largest message about identity, in bytes.
 pub const NOTICE_MAX: usize = DATA_MAX;
+/// Largest statement about a cluster, in bytes.
+pub const ABOUT_MAX: usize = 4 * 1024;
 /// Largest credit limit. Offsets are far below it; a larger one is a violation, so that no sum overflows.
 pub const LIMIT_MAX: u64 = 1 << 62;
 
@@ -72,6 +75,7 @@ const RENEW: u8 = 0x90;
 const RENEWED: u8 = 0x91;
 const TRUST: u8 = 0x92;
 const TRUST_ACK: u8 = 0x93;
+const ABOUT: u8 = 0x94;
 
 /// A stream's number in its session: even if the gateway opened it, odd if the agent did; rising, never 0, never reused.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -148,6 +152,7 @@ const fn notice_kind(notice: &Notice) -> u8 {
         Notice::Renewed(_) => RENEWED,
         Notice::Trust(_) => TRUST,
         Notice::TrustAck(_) => TRUST_ACK,
+        Notice::About(_) => ABOUT,
     }
 }
 
@@ -366,6 +371,7 @@ impl Header {
             GOAWAY_ACK => (false, 0, 4..=4),
             CLOSE => (false, 0, 4..=4 + CLOSE_TEXT_MAX),
             RENEW | RENEWED | TRUST | TRUST_ACK => (false, 0, 0..=NOTICE_MAX),
+            ABOUT => (false, 0, 0..=ABOUT_MAX),
             _ if kind & SKIPPABLE != 0 && usize::from(len) <= DATA_MAX => {
                 return Ok(State::Skip { left: usize::from(len) });
             }
@@ -413,7 +419,7 @@ impl Header {
                 let text = core::str::from_utf8(&payload).map_err(|_| WireError::BadText)?;
                 Frame::Close { code, text: text.into() }
             }
-            RENEW | RENEWED | TRUST | TRUST_ACK => Frame::Notice(self.parse_notice(payload)?),
+            RENEW | RENEWED | TRUST | TRUST_ACK | ABOUT => Frame::Notice(self.parse_notice(payload)?),
             kind => return Err(WireError::UnknownType(kind)),
         })
     }
@@ -426,6 +432,7 @@ impl Header {
             RENEW => Renew::decode(payload).map(Notice::Renew),
             RENEWED => Renewed::decode(payload).map(Notice::Renewed),
             TRUST => Trust::decode(payload).map(Notice::Trust),
+            ABOUT => About::decode(payload).map(Notice::About),
             _ => TrustAck::decode(payload).map(Notice::TrustAck),
         };
         // An empty entry costs two bytes on the wire and many in memory.

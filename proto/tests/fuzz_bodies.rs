@@ -12,7 +12,9 @@ use std::collections::VecDeque;
 use std::time::Duration;
 use towline_proto::Code;
 use towline_proto::hello::{Hello, HelloLimits, VERSIONS};
-use towline_proto::join::{CAPABILITY_IDENTITY, JoinAnswer, JoinRequest, Notice, Renewed, Trust};
+use towline_proto::join::{
+    CAPABILITY_ABOUT, CAPABILITY_IDENTITY, JoinAnswer, JoinRequest, Notice, Renewed, Trust,
+};
 use towline_proto::mux::{Budget, Connection, Event, Introduction, Key, Limits, Read, Role};
 use towline_proto::open::{Answer, Open};
 use towline_proto::time::Instant;
@@ -89,7 +91,7 @@ pub fn input(input: &[u8]) {
     };
     let process = Budget::new(128 * 1024);
     let mut now = Instant::default();
-    let capabilities = vec![CAPABILITY_IDENTITY.to_owned()];
+    let capabilities = vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()];
     let introduction = Introduction { capabilities: capabilities.clone(), ..Introduction::default() };
     let mut conn =
         Connection::new(Role::Gateway, limits, process.clone(), introduction, now).expect("it fits");
@@ -144,7 +146,10 @@ pub fn input(input: &[u8]) {
             }
         }
         while let Some(notice) = conn.hear() {
-            assert!(matches!(notice, Notice::Renew(_) | Notice::TrustAck(_)), "{notice:?}");
+            assert!(
+                matches!(notice, Notice::Renew(_) | Notice::TrustAck(_) | Notice::About(_)),
+                "{notice:?}"
+            );
             // Half of the questions are answered.
             if act % 2 == 0 && notice.is_question() {
                 conn.say(Notice::Renewed(Renewed::default())).unwrap_or_default();
@@ -222,7 +227,7 @@ mod tests {
     use super::common::{Rng, data, encode, hello};
     use super::*;
     use std::time::Instant as Clock;
-    use towline_proto::join::{Joined, Proof, RefusalCode, Refused, Renew, Token, TrustAck};
+    use towline_proto::join::{About, Joined, Proof, RefusalCode, Refused, Renew, Token, TrustAck};
     use towline_proto::open::{BodyKind, Header, Outcome, Principal, Request, Response, Want};
     use towline_proto::wire::{GoAway, StreamId};
 
@@ -257,10 +262,11 @@ mod tests {
                 9 if rng.below(4) == 0 => Frame::GoAwayAck { last_opened: id },
                 9 if rng.below(4) == 0 => Frame::Close { code, text: "why".to_owned() },
                 9 if rng.below(4) == 0 => Frame::Hello(hello()),
-                9 if rng.below(2) == 0 => Frame::Notice(match rng.below(4) {
+                9 if rng.below(2) == 0 => Frame::Notice(match rng.below(5) {
                     0 => Notice::Renew(Renew { csr: "csr".into(), issuer: None }),
                     1 => Notice::TrustAck(TrustAck { version: rng.below(3), problem: String::new() }),
                     2 => Notice::Renewed(Renewed::default()),
+                    3 => Notice::About(About { kubernetes_version: "v1".to_owned() }),
                     _ => Notice::Trust(Trust { version: 1, roots: vec!["ca".into(); rng.index(20)] }),
                 }),
                 _ => {

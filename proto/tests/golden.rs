@@ -5,8 +5,8 @@ use bytes::{Bytes, BytesMut};
 use std::fmt::Write as _;
 use towline_proto::hello::{Hello, HelloLimits};
 use towline_proto::join::{
-    self, Admitted, CERTIFICATES_MAX, Certificate, Issuer, JoinAnswer, JoinRequest, Joined, Notice, Proof,
-    RefusalCode, Refused, Renew, Renewal, Renewed, ServiceAccount, Trust, TrustAck,
+    self, About, Admitted, CERTIFICATES_MAX, Certificate, Issuer, JoinAnswer, JoinRequest, Joined, Notice,
+    Proof, RefusalCode, Refused, Renew, Renewal, Renewed, ServiceAccount, Trust, TrustAck,
 };
 use towline_proto::wire::{
     CLOSE_TEXT_MAX, DATA_MAX, Decoder, FLAG_FIN, FRAME_MAX, Frame, GoAway, HELLO_MAX, Item, LIMIT_MAX,
@@ -78,6 +78,11 @@ fn golden() -> Vec<(&'static str, &'static str, Frame)> {
             "trust not kept",
             "93000008 00000000 0807 120466756c6c",
             Frame::Notice(Notice::TrustAck(TrustAck { version: 7, problem: "full".to_owned() })),
+        ),
+        (
+            "about",
+            "94000009 00000000 0a0776312e33302e31",
+            Frame::Notice(Notice::About(About { kubernetes_version: "v1.30.1".to_owned() })),
         ),
     ]
 }
@@ -260,7 +265,7 @@ fn a_truncated_frame_is_not_a_boundary() {
 #[test]
 fn skippable_types_are_skipped() {
     let ping = encode(&Frame::Ping(1));
-    for kind in (0x80..=0xff_u8).filter(|kind| !(0x90..=0x93).contains(kind)) {
+    for kind in (0x80..=0xff_u8).filter(|kind| !(0x90..=0x94).contains(kind)) {
         for (id, len) in [(0_u32, 0_u16), (3, 1), (0, 100), (9, u16::try_from(DATA_MAX).unwrap())] {
             let mut stream = vec![kind, 0xff];
             stream.extend(len.to_be_bytes());
@@ -298,6 +303,7 @@ fn every_wire_error() {
         (unhex("90000001 00000000 ff"), WireError::BadNotice { kind: 0x90 }),
         (unhex("91000002 00000000 0aff"), WireError::BadNotice { kind: 0x91 }),
         (unhex("93000003 00000000 1201ff"), WireError::BadNotice { kind: 0x93 }),
+        (unhex("94000003 00000000 0a01ff"), WireError::BadNotice { kind: 0x94 }),
     ];
     let data_max = u16::try_from(DATA_MAX).unwrap();
     let hello_max = u16::try_from(HELLO_MAX).unwrap();
@@ -319,6 +325,7 @@ fn every_wire_error() {
         (0x91, 0, vec![notice_max + 1, 0xffff]),
         (0x92, 0, vec![notice_max + 1, 0xffff]),
         (0x93, 0, vec![notice_max + 1, 0xffff]),
+        (0x94, 0, vec![4097, 0xffff]),
     ] {
         for len in lengths {
             table.push((header(kind, 0, len, id), WireError::BadLength { kind, len }));

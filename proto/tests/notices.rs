@@ -10,7 +10,8 @@ use tokio::io::duplex;
 use towline_proto::Code;
 use towline_proto::hello::Hello;
 use towline_proto::join::{
-    CAPABILITY_IDENTITY, Certificate, Notice, Renew, Renewal, Renewed, SayError, Trust, TrustAck,
+    About, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Certificate, Notice, Renew, Renewal, Renewed, SayError,
+    Trust, TrustAck,
 };
 use towline_proto::mux::{Budget, CloseReason, Event, Introduction, Ledger, LedgerEvent, Limits, Role};
 use towline_proto::time::Instant;
@@ -141,6 +142,62 @@ fn an_old_peer_is_not_broken() {
     }
     old.assert_open();
     assert!(old.take_events().is_empty() && old.conn.hear().is_none());
+}
+
+fn about(version: &str) -> Notice {
+    Notice::About(About { kubernetes_version: version.to_owned() })
+}
+
+/// A statement needs no question and gets no answer, in between whatever else is said; of several that wait only the last is kept. It has
+/// a capability of its own: to a gateway that does not list it none is said, and one from the future is skipped.
+#[test]
+fn a_statement_stands_alone() {
+    let both = || Introduction {
+        capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
+        ..Introduction::default()
+    };
+    let mut lone = Lone::introduced(Limits::default(), both());
+    lone.frame(&Frame::Hello(Hello { capabilities: both().capabilities, ..hello() }));
+    lone.pong();
+    lone.take_events();
+    assert_eq!(lone.conn.say(about("v1")), Err(SayError::Unasked), "an agent's word");
+    lone.frame(&Frame::Notice(renew(1)));
+    for version in ["v1.30.0", "v1.31.0", "v1.32.0"] {
+        lone.frame(&Frame::Notice(about(version)));
+    }
+    let heard: Vec<_> = std::iter::from_fn(|| lone.conn.hear()).collect();
+    assert_eq!(heard, [renew(1), about("v1.32.0")]);
+    lone.conn.say(renewed()).unwrap();
+    lone.assert_open();
+    for _ in 0..lone.limits.notices_per_second {
+        lone.frame(&Frame::Notice(about("v1.30.0")));
+    }
+    assert_eq!(lone.violation(), "limit: too many notices");
+
+    // An agent's end: what waits to be sent is the latest.
+    let mut agent = Lone::agent(Limits::default(), both());
+    assert_eq!(agent.conn.say(about("v1")), Err(SayError::NotReady));
+    agent.frame(&Frame::Hello(Hello { capabilities: both().capabilities, ..hello() }));
+    agent.pong();
+    said(&mut agent);
+    agent.conn.say(about("v1.30.0")).unwrap();
+    agent.conn.say(renew(1)).unwrap();
+    agent.conn.say(about("v1.31.0")).unwrap();
+    assert_eq!(said(&mut agent), [renew(1), about("v1.31.0")]);
+    assert_eq!(agent.conn.say(about(&"v".repeat(5000))), Err(SayError::TooLarge));
+    agent.frame(&Frame::Notice(about("v1")));
+    assert_eq!(agent.violation(), "proto: a notice of this end's own that was not asked for");
+
+    // Either end is of before.
+    let mut old = Lone::agent(Limits::default(), both());
+    old.frame(&Frame::Hello(capable()));
+    old.pong();
+    assert_eq!(old.conn.say(about("v1")), Err(SayError::Unsupported));
+    old.conn.say(renew(1)).unwrap();
+    let mut old = gateway(capable());
+    old.frame(&Frame::Notice(about("v1")));
+    assert!(old.conn.hear().is_none());
+    old.assert_open();
 }
 
 /// A frame is the most that one notice can be.

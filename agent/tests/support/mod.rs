@@ -116,6 +116,12 @@ pub struct Gateway {
 
 impl Gateway {
     pub async fn start(world: &World) -> Self {
+        Self::capable(world, &[]).await
+    }
+
+    /// One that lists these capabilities.
+    pub async fn capable(world: &World, capabilities: &[&str]) -> Self {
+        let capabilities: Vec<String> = capabilities.iter().map(ToString::to_string).collect();
         let roots = load_roots(&world.path("set").join("tunnel-ca.crt")).unwrap();
         let agents = AgentCa::new(&roots, TrustDomain::new("fleet.test").unwrap()).unwrap();
         let tls = tls::tunnel_server(&world.credential("tunnel-server"), &agents).unwrap();
@@ -128,13 +134,14 @@ impl Gateway {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 let (acceptor, sender) = (TlsAcceptor::from(Arc::clone(&tls)), sender.clone());
+                let capabilities = capabilities.clone();
                 drivers.spawn(async move {
                     let Ok(stream) = acceptor.accept(stream).await else { return };
                     let config = SessionConfig {
                         role: Role::Gateway,
                         limits: Limits::default(),
                         budget: Budget::new(1 << 30),
-                        introduction: Introduction::default(),
+                        introduction: Introduction { capabilities, ..Introduction::default() },
                     };
                     let (session, driver) = Session::over(stream, config).unwrap();
                     let announce = async {

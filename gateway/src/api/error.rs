@@ -122,13 +122,14 @@ impl ApiError {
                 Self::new(StatusCode::CONFLICT, "AlreadyExists", message).about(resource, name)
             }
             WriteError::NotFound => Self::not_found(resource, name),
-            WriteError::Conflict => Self::conflict(resource, name, &error.to_string()),
-            WriteError::Reserved => Self::conflict(resource, name, &error.to_string()),
+            WriteError::Conflict | WriteError::Reserved | WriteError::Certificates => {
+                Self::conflict(resource, name, &error.to_string())
+            }
             WriteError::Protected => {
                 let message = format!("{}.{GROUP} {name:?}: {error}", resource.plural);
                 Self::new(StatusCode::FORBIDDEN, "Forbidden", message).about(resource, name)
             }
-            WriteError::Full => {
+            WriteError::Full(_) => {
                 let message = format!("{}.{GROUP}: {error}", resource.plural);
                 Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Limit)
             }

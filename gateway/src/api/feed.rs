@@ -11,6 +11,7 @@ use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, Time, WriteError};
 use crate::registry::Connection;
 use crate::state::{Live, Shared};
 use crate::store::Kind;
+use crate::trust::TrustState;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -144,7 +145,8 @@ impl Feed {
         let rendered = match (configured, fleet.object(kind, name)) {
             (Some(cluster), _) => {
                 let connection = shared.registry.connection(&cluster.uid);
-                Some(objects::configured(cluster, &self.facts(&connection, fleet, &cluster.uid)))
+                let trust = shared.trust.state(&cluster.uid, live.trust.version);
+                Some(objects::configured(cluster, &self.facts(&connection, trust, fleet, &cluster.uid)))
             }
             (None, Some(shown)) => {
                 let connection = match &shown.object {
@@ -153,7 +155,10 @@ impl Feed {
                         .map(|cluster| (shared.registry.connection(&cluster.uid), cluster.uid.clone())),
                     _ => None,
                 };
-                let facts = connection.map(|(connection, uid)| self.facts(&connection, fleet, &uid));
+                let facts = connection.map(|(connection, uid)| {
+                    let trust = shared.trust.state(&uid, live.trust.version);
+                    self.facts(&connection, trust, fleet, &uid)
+                });
                 Some(objects::render(resource, name, &shown.object, facts.as_ref()))
             }
             (None, None) => None,
@@ -164,11 +169,13 @@ impl Feed {
     fn facts(
         &self,
         connection: &Connection,
+        trust: TrustState,
         fleet: &Fleet,
         uid: &towline_certs::ClusterUid,
     ) -> objects::Facts {
         objects::Facts {
             connection: connection.clone(),
+            trust,
             instances: fleet.instances(uid.as_str()),
             started: self.started,
             now: Time::now(),

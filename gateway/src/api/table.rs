@@ -36,6 +36,7 @@ type Column = (&'static str, bool, &'static str);
 /// Values that are not simply somewhere in the object.
 const AGE: &str = "age";
 const CONNECTED: &str = "connected";
+const TRUST_CURRENT: &str = "trust";
 const WHAT: &str = "what";
 
 fn columns(resource: &Resource) -> &'static [Column] {
@@ -46,10 +47,12 @@ fn columns(resource: &Resource) -> &'static [Column] {
             ("Mode", false, "/spec/mode"),
             ("Agent", false, "/status/agentVersion"),
             ("Age", false, AGE),
+            ("Kubernetes", true, "/status/kubernetesVersion"),
             ("Transport", true, "/status/transport"),
             ("Sessions", true, "/status/sessions"),
             ("Account", true, "/spec/account"),
             ("Certificate expires", true, "/status/certificateExpires"),
+            ("Trust current", true, TRUST_CURRENT),
             ("UID", true, "/status/uid"),
             ("Description", true, "/spec/description"),
         ],
@@ -108,6 +111,7 @@ fn cell(place: &str, object: &Value) -> Value {
     match place {
         AGE => age(object["metadata"]["creationTimestamp"].as_str().unwrap_or_default()).into(),
         CONNECTED => condition(object, "Connected").into(),
+        TRUST_CURRENT => condition(object, "TrustCurrent").into(),
         WHAT => ["certificate", "user", "cluster"]
             .iter()
             .find(|what| object["spec"][**what].is_object())

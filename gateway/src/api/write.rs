@@ -3,8 +3,9 @@
 
 use super::Call;
 use super::error::{ApiError, json_response};
+use super::input::{Input, New, Own, Parsed};
 use super::kinds::{GROUP, Resource};
-use super::objects::{self, Input, New, Own, Parsed};
+use super::objects;
 use super::read::shown;
 use crate::fleet::{Object, Shown, WriteError};
 use crate::proxy::{AnswerBody, printable, warning};

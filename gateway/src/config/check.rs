@@ -1,6 +1,7 @@
 //! Which values contradict each other, and how is a mistake of the file's structure told?
 
 use super::{API_VERSION, Effect, GatewayConfig, KIND, ProxyProtocol};
+use crate::fleet::OBJECTS_MAX;
 use std::collections::HashSet;
 use std::fmt::Display;
 use towline_certs::HostName;
@@ -151,6 +152,11 @@ impl GatewayConfig {
             (1000..=super::SESSION_STREAMS_MAX).contains(&limits.session_streams),
             "limits.sessionStreams",
             format_args!("must be 1000 to {}", super::SESSION_STREAMS_MAX),
+        );
+        problems.unless(
+            (1..=OBJECTS_MAX).contains(&limits.objects),
+            "limits.objects",
+            format_args!("must be 1 to {OBJECTS_MAX}"),
         );
         problems.unless(limits.replay_bytes.0 <= 64 << 10, "limits.replayBytes", "must be at most 64KiB");
         let mux = crate::agents::session_limits(self);

@@ -170,9 +170,13 @@ pub struct Instance {
     pub admission: u64,
     pub created: Time,
     pub origin: Origin,
-    /// The certificates that it has, oldest first; those that have run out are forgotten.
+    /// The certificates that it has, oldest first; those that have run out are forgotten. No other lets it in.
     #[serde(default)]
     pub certificates: Vec<Certificate>,
+    /// When it was restored from a backup, if it was: the backup cannot know of certificates from between the two, which let it
+    /// in all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored: Option<Time>,
 }
 
 /// How an instance got in, and so how it may come back.
@@ -236,6 +240,9 @@ impl AccessToken {
 pub struct Revocation {
     pub meta: Meta,
     pub what: Revoked,
+    /// When the certificate runs out, where that is known: that of an agent on record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_after: Option<Time>,
 }
 
 /// What a revocation takes away.

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::config::Mode;
-use crate::store::{Revision, backup};
+use crate::store::{Revision, Stored, Transaction, backup};
+use aws_lc_rs::digest;
 use std::path::Path;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -18,7 +19,7 @@ struct World {
 async fn open(directory: &Path) -> (Fleet, JoinSet<()>) {
     let metrics = Arc::new(Metrics::new());
     let store = Store::open(directory, Arc::clone(&metrics)).unwrap();
-    let fleet = Fleet::load(store, metrics).await.unwrap();
+    let fleet = Fleet::load(store, metrics, OBJECTS_MAX).await.unwrap();
     let mut following = JoinSet::new();
     let follower = fleet.clone();
     following.spawn(async move { follower.follow().await });
@@ -142,7 +143,7 @@ async fn tokens_are_judged_before_they_count() {
         issued: Time::now(),
         not_after: Time::now(),
     };
-    fleet.record_certificate(&first, &over).await.unwrap();
+    fleet.record_certificate(&first, &over, WhenFull::Forget).await.unwrap();
     ask("many", b"secret", 4).await.unwrap();
 }
 
@@ -221,7 +222,7 @@ async fn revocations_hold_across_restarts() {
 async fn a_revoked_cluster_forgets_its_issuer() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     let uid = ClusterUid::new(&register(&fleet, "prod").await).unwrap();
-    let agent = fleet.rejoin(&uid, "system:serviceaccount:towline:agent", |_| false).await.unwrap();
+    let agent = fleet.rejoin(&uid, "system:serviceaccount:towline:agent", |_| true).await.unwrap();
     let keys = serde_json::json!({"keys": [{"kid": "1"}]});
     fleet.record_issuer(&uid, &agent.instance, "https://kubernetes.default", &keys).await.unwrap();
     assert!(fleet.issuer(&uid).is_some());
@@ -273,13 +274,13 @@ async fn who_comes_back_is_who_it_was() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     let uid = ClusterUid::new(&register(&fleet, "prod").await).unwrap();
     let subject = "system:serviceaccount:towline:agent";
-    let first = fleet.rejoin(&uid, subject, |_| false).await.unwrap();
+    let first = fleet.rejoin(&uid, subject, |_| true).await.unwrap();
     for _ in 0..20 {
-        assert_eq!(fleet.rejoin(&uid, subject, |_| false).await.unwrap(), first);
+        assert_eq!(fleet.rejoin(&uid, subject, |_| true).await.unwrap(), first);
     }
-    let second = fleet.rejoin(&uid, subject, |instance| *instance == first.instance).await.unwrap();
+    let second = fleet.rejoin(&uid, subject, |instance| *instance != first.instance).await.unwrap();
     assert_ne!(second.instance, first.instance);
-    let other = fleet.rejoin(&uid, "system:serviceaccount:towline:other", |_| false).await.unwrap();
+    let other = fleet.rejoin(&uid, "system:serviceaccount:towline:other", |_| true).await.unwrap();
     assert_eq!(fleet.instances(uid.as_str()).len(), 3);
     assert_ne!(other.instance, first.instance);
     let keys = serde_json::json!({"keys": [{"kid": "1"}]});
@@ -331,7 +332,7 @@ async fn the_view_is_what_a_fresh_list_is() {
     let follower = fleet.clone();
     _following.spawn(async move { follower.follow().await });
     fleet.shows(fleet.store().revision().number).await.unwrap();
-    let fresh = Fleet::load(fleet.store().clone(), Arc::new(Metrics::new())).await.unwrap();
+    let fresh = Fleet::load(fleet.store().clone(), Arc::new(Metrics::new()), OBJECTS_MAX).await.unwrap();
     assert_eq!(fleet.count(Kind::AccessRule), fresh.count(Kind::AccessRule));
     assert_eq!(fleet.cluster_of(&ClusterUid::new(&uid).unwrap()), None);
     let (revision, changes) = fleet.take_changes();
@@ -362,6 +363,7 @@ async fn a_backup_lets_nobody_in_again() {
     _following.shutdown().await;
     drop(fleet);
     let dump = backup::dump(directory.path()).unwrap();
+    let before = Time::now();
     for (keep, expected) in [(false, Err(NotAdmitted::Superseded)), (true, Ok(()))] {
         let elsewhere = tempfile::tempdir().unwrap();
         backup::restore(elsewhere.path(), dump.clone(), |record| restored(record, keep)).unwrap();
@@ -369,7 +371,35 @@ async fn a_backup_lets_nobody_in_again() {
         assert_eq!(fleet.admits(&agent, "01"), expected, "keep {keep}");
         assert_eq!(fleet.issuer(&agent.cluster).is_some(), keep, "whose word lets agents in");
         assert_eq!(fleet.count(Kind::JoinToken), 0);
+        // What was issued between the two is not in it, and what is made later is nobody's.
+        let shown = |issued| ShownCertificate { serial: "99", pin: pin(1), issued };
+        assert_eq!(fleet.admits_with(&agent, &shown(before)), expected, "keep {keep}");
+        let later = if keep { Err(NotAdmitted::UnknownCertificate) } else { expected };
+        assert_eq!(fleet.admits_with(&agent, &shown(Time::now().after(Duration::from_secs(5)))), later);
     }
+}
+
+/// R-ID-3: a session begins with a certificate that is on record, by serial number and key, of that very instance.
+#[tokio::test]
+async fn only_certificates_on_record_begin_a_session() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let uid = register(&fleet, "prod").await;
+    fleet.put("t1", &token("prod", &uid, 2), None).await.unwrap();
+    let one = identity(&fleet.use_token("t1", b"secret", pin(1)).await.unwrap());
+    let two = identity(&fleet.use_token("t1", b"secret", pin(2)).await.unwrap());
+    let now = Time::now();
+    let not_after = now.after(Duration::from_secs(60));
+    let record = Certificate { serial: "0a".to_owned(), pin: pin(1).to_string(), issued: now, not_after };
+    fleet.record_certificate(&one.instance, &record, WhenFull::Refuse).await.unwrap();
+    let ask = |agent: &AgentIdentity, serial, key| {
+        fleet.admits_with(agent, &ShownCertificate { serial, pin: pin(key), issued: now })
+    };
+    assert_eq!(ask(&one, "0a", 1), Ok(()));
+    for (agent, serial, key) in [(&one, "0b", 1), (&one, "0a", 2), (&two, "0a", 1)] {
+        assert_eq!(ask(agent, serial, key), Err(NotAdmitted::UnknownCertificate), "{serial} {key}");
+    }
+    fleet.revoke(&Revoked::Certificate { serial: "0a".to_owned() }, &meta()).await.unwrap();
+    assert_eq!(ask(&one, "0a", 1), Err(NotAdmitted::Revoked));
 }
 
 #[test]
@@ -435,4 +465,108 @@ async fn revocations_of_a_user_only_grow() {
     }
     assert!(fleet.is_client_revoked("jane", "01", now.after(Duration::from_secs(16 * 60 - 1))));
     assert!(!fleet.is_client_revoked("jane", "01", now.after(Duration::from_secs(16 * 60))));
+}
+
+/// A revocation goes when nothing that it takes away could let anybody in any more, and not a second before; in doubt it stays.
+#[tokio::test]
+async fn revocations_go_when_they_can_matter_no_more() {
+    let World { fleet, directory: _directory, _following } = World::new().await;
+    let (hour, day) = (Duration::from_secs(3600), Duration::from_secs(86_400));
+    let own = Beliefs { expired_for: 30 * day, foreign_clients: false };
+    let foreign = Beliefs { foreign_clients: true, ..own };
+    let now = Time::now();
+    let names = || {
+        let view = fleet.read();
+        view.all(Kind::Revocation).map(|(name, _)| name.to_string()).collect::<Vec<_>>()
+    };
+    let revoke = async |what: Revoked| fleet.revoke(&what, &Meta { created: now, ..meta() }).await.unwrap();
+
+    // An agent's certificate, whose end is on record, and somebody's, whose end is not.
+    let uid = register(&fleet, "prod").await;
+    fleet.put("t1", &token("prod", &uid, 2), None).await.unwrap();
+    let agent = fleet.use_token("t1", b"secret", pin(1)).await.unwrap();
+    let not_after = now.after(day);
+    let certificate =
+        Certificate { serial: "0a".to_owned(), pin: pin(1).to_string(), issued: now, not_after };
+    fleet.record_certificate(&agent.instance, &certificate, WhenFull::Refuse).await.unwrap();
+    for serial in ["0a", "0b", "0a"] {
+        revoke(Revoked::Certificate { serial: serial.to_owned() }).await;
+    }
+    assert_eq!(fleet.purge(now.after(31 * day), own).await.unwrap(), 0, "it could still lead back");
+    assert_eq!(fleet.purge(now.after(31 * day + Duration::from_secs(1)), own).await.unwrap(), 1);
+    assert_eq!(fleet.purge(now.after(100_000 * day), own).await.unwrap(), 0);
+    assert_eq!(names(), ["certificate:0b"]);
+    assert!(fleet.is_revoked("0b") && !fleet.is_revoked("0a"));
+    assert_eq!(fleet.admits(&identity(&agent), "0a"), Err(NotAdmitted::UnknownInstance), "it went then");
+
+    // A user, by how those of before may still get in.
+    let access = |created, expires| AccessToken {
+        meta: Meta { created, ..meta() },
+        sha256: hex(digest::digest(&digest::SHA256, b"tlat_x").as_ref()),
+        user: "jane".to_owned(),
+        groups: Vec::new(),
+        expires,
+    };
+    let until = now.after(5 * day);
+    fleet.put("before", &access(now, Some(until)), None).await.unwrap();
+    fleet.put("since", &access(now.after(hour), None), None).await.unwrap();
+    revoke(Revoked::User { name: "jane".to_owned(), issued_before: now.after(Duration::from_secs(1)) }).await;
+    assert_eq!(fleet.purge(until, own).await.unwrap(), 0, "a token of before is still good");
+    let later = until.after(Duration::from_secs(1));
+    assert_eq!(fleet.purge(later, foreign).await.unwrap(), 0, "nobody knows what others have made");
+    #[derive(serde::Serialize, serde::Deserialize)]
+    struct Later;
+    impl Stored for Later {
+        const KIND: Kind = Kind::AccessToken;
+        const SCHEMA: u32 = 99;
+    }
+    let revision = fleet.put("later", &Later, None).await.unwrap();
+    assert_eq!(fleet.purge(later, own).await.unwrap(), 0, "a token that cannot be read may be one of jane's");
+    fleet.delete(Kind::AccessToken, "later", revision).await.unwrap();
+    assert_eq!(fleet.purge(later, own).await.unwrap(), 1);
+    assert!(!fleet.has_revocation("jane"));
+    revoke(Revoked::User { name: "joe".to_owned(), issued_before: now }).await;
+    assert_eq!(
+        fleet.purge(now.after(25 * hour), own).await.unwrap(),
+        0,
+        "a certificate of a day, and a margin"
+    );
+    assert_eq!(fleet.purge(now.after(25 * hour + Duration::from_secs(1)), own).await.unwrap(), 1);
+    // One that has no end.
+    fleet.put("endless", &access(now, None), None).await.unwrap();
+    revoke(Revoked::User { name: "jane".to_owned(), issued_before: now.after(Duration::from_secs(1)) }).await;
+    assert_eq!(fleet.purge(now.after(100_000 * day), own).await.unwrap(), 0);
+
+    // A cluster: as long as it is registered.
+    revoke(Revoked::Cluster { name: "prod".to_owned(), uid: String::new(), admission: 0 }).await;
+    assert_eq!(fleet.purge(now.after(100_000 * day), own).await.unwrap(), 0);
+    let revision = fleet.object(Kind::Cluster, "prod").unwrap().revision;
+    fleet.delete(Kind::Cluster, "prod", revision).await.unwrap();
+    register(&fleet, "prod").await;
+    assert_eq!(fleet.purge(now.after(30 * day), own).await.unwrap(), 0);
+    assert_eq!(fleet.purge(now.after(30 * day + Duration::from_secs(1)), own).await.unwrap(), 1);
+    assert_eq!(names(), ["certificate:0b", "user:jane"]);
+    let text = String::from_utf8(fleet.0.metrics.render()).unwrap();
+    assert!(text.contains("towline_gateway_revocations_purged_total 4"), "{text}");
+}
+
+/// More revocations than there may be are refused, and one that takes the place of another is none more.
+#[tokio::test]
+async fn a_full_list_takes_what_replaces() {
+    let directory = tempfile::tempdir().unwrap();
+    let metrics = Arc::new(Metrics::new());
+    let store = Store::open(directory.path(), Arc::clone(&metrics)).unwrap();
+    let fleet = Fleet::load(store, metrics, 2).await.unwrap();
+    let mut following = JoinSet::new();
+    let follower = fleet.clone();
+    following.spawn(async move { follower.follow().await });
+    let user = |name: &str| Revoked::User { name: name.to_owned(), issued_before: Time::now() };
+    fleet.revoke(&user("jane"), &meta()).await.unwrap();
+    fleet.revoke(&user("joe"), &meta()).await.unwrap();
+    assert!(matches!(fleet.revoke(&user("jack"), &meta()).await, Err(WriteError::Full(2))));
+    fleet.revoke(&user("jane"), &meta()).await.unwrap();
+    let now = Time::now().after(Duration::from_secs(100 * 86_400));
+    let own = Beliefs { expired_for: Duration::ZERO, foreign_clients: false };
+    assert_eq!(fleet.purge(now, own).await.unwrap(), 2);
+    fleet.revoke(&user("jack"), &meta()).await.unwrap();
 }

@@ -60,6 +60,8 @@ pub(super) struct View {
     revoked_serials: HashSet<String>,
     /// Everything issued before; the end of time if the record cannot be read.
     revoked_users: HashMap<String, Time>,
+    /// What could not be read.
+    unreadable: BTreeSet<Key>,
     changes: BTreeSet<Key>,
 }
 
@@ -113,6 +115,7 @@ impl View {
             self.forget(&key.name, &before.object);
         }
         self.unsuspect(&key);
+        self.unreadable.remove(&key);
         let after = match event {
             Event::Deleted { .. } => None,
             Event::Put(record) => match Object::read(&record) {
@@ -120,6 +123,7 @@ impl View {
                 Err(why) => {
                     store::alarm(metrics, &key, why);
                     self.suspect(&key);
+                    self.unreadable.insert(key.clone());
                     None
                 }
             },
@@ -252,6 +256,16 @@ impl View {
         self.objects.get(&kind).map_or(0, BTreeMap::len)
     }
 
+    /// Every object of a kind.
+    pub(super) fn all(&self, kind: Kind) -> impl Iterator<Item = (&Arc<str>, &Shown)> {
+        self.objects.get(&kind).into_iter().flatten()
+    }
+
+    /// Whether there is a record of a kind that could not be read.
+    pub(super) fn has_unreadable(&self, kind: Kind) -> bool {
+        self.unreadable.iter().any(|key| key.kind == kind)
+    }
+
     fn shown(&self, kind: Kind, name: &str) -> Option<&Shown> {
         self.objects.get(&kind)?.get(name)
     }
@@ -302,14 +316,14 @@ impl View {
         names.filter_map(|name| Some((Arc::clone(name), Arc::clone(self.instance(name)?)))).collect()
     }
 
-    /// The agent that has the certificate of this serial number, and its revision.
-    pub(super) fn holder_of(&self, serial: &str) -> Option<(Key, u64)> {
-        let mut instances = self.objects.get(&Kind::Instance)?.iter();
-        let (name, shown) = instances.find(|(_, shown)| {
-            let Object::Instance(instance) = &shown.object else { return false };
-            instance.certificates.iter().any(|known| known.serial == serial)
-        })?;
-        Some((Key { kind: Kind::Instance, name: Arc::clone(name) }, shown.revision))
+    /// The agent that has the certificate of this serial number, and its revision; and when the certificate runs out.
+    pub(super) fn holder_of(&self, serial: &str) -> Option<(Key, u64, Time)> {
+        self.all(Kind::Instance).find_map(|(name, shown)| {
+            let Object::Instance(instance) = &shown.object else { return None };
+            let known = instance.certificates.iter().find(|known| known.serial == serial)?;
+            let key = Key { kind: Kind::Instance, name: Arc::clone(name) };
+            Some((key, shown.revision, known.not_after))
+        })
     }
 
     pub(super) fn access_token(&self, hash: &Hash) -> Option<&Arc<AccessToken>> {
@@ -388,6 +402,7 @@ impl View {
             created: now,
             origin,
             certificates: Vec::with_capacity(CERTIFICATES_MAX),
+            restored: None,
         };
         let name = instance.to_string();
         let mut transaction = Transaction::new().absent(Key::new(Kind::Instance, &name)).put(&name, &record);

@@ -11,7 +11,8 @@ use aws_lc_rs::signature::{
 };
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 use thiserror::Error;
 use towline_proto::join::Issuer;
@@ -22,6 +23,9 @@ use crate::fleet::TokenIssuer;
 pub const AUDIENCE: &str = "towline";
 /// How far clocks may differ.
 const SKEW: Duration = Duration::from_secs(60);
+/// Longest life that a token may have been given, from `iat` to `exp`. Projected ones live for minutes, hours where somebody
+/// has asked for more; one for a year is no proof of a pod that runs.
+const LIFE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Longest token that is looked at.
 const TOKEN_MAX: usize = 16 * 1024;
 /// Keys of an issuer that are kept: more than any rotation needs.
@@ -51,8 +55,14 @@ pub enum AccountError {
     Expired,
     #[error("it is not valid yet")]
     NotYet,
+    #[error(
+        "it was made to live for longer than {LIFE_MAX:?}, or for no time at all; project one with less expirationSeconds"
+    )]
+    Life,
     #[error("it is another ServiceAccount's than the agent's")]
     Subject,
+    #[error("it demands that extensions be understood (crit), and none is")]
+    Critical,
 }
 
 #[derive(Deserialize)]
@@ -60,6 +70,14 @@ struct Head {
     alg: String,
     #[serde(default)]
     kid: Option<String>,
+    /// Whatever it lists has to be understood (RFC 7515 section 4.1.11).
+    #[serde(default, deserialize_with = "is_there")]
+    crit: bool,
+}
+
+/// Whatever it is, `null` included.
+fn is_there<'de, D: Deserializer<'de>>(value: D) -> Result<bool, D::Error> {
+    IgnoredAny::deserialize(value).map(|IgnoredAny| true)
 }
 
 #[derive(Deserialize)]
@@ -68,6 +86,7 @@ struct Claims {
     sub: String,
     aud: Audiences,
     exp: u64,
+    iat: u64,
     #[serde(default)]
     nbf: Option<u64>,
 }
@@ -90,6 +109,9 @@ pub fn verify(token: &str, issuer: &TokenIssuer, now: SystemTime) -> Result<Stri
     let (signed, signature) = token.rsplit_once('.').ok_or(AccountError::Malformed)?;
     let (head, claims) = signed.split_once('.').ok_or(AccountError::Malformed)?;
     let head: Head = parse(head)?;
+    if head.crit {
+        return Err(AccountError::Critical);
+    }
     let signature = decode(signature)?;
     check_signature(&head, signed.as_bytes(), &signature, &issuer.jwks)?;
     let claims: Claims = parse(claims)?;
@@ -107,8 +129,13 @@ pub fn verify(token: &str, issuer: &TokenIssuer, now: SystemTime) -> Result<Stri
     if now >= Duration::from_secs(claims.exp).saturating_add(SKEW) {
         return Err(AccountError::Expired);
     }
-    if claims.nbf.is_some_and(|nbf| now.saturating_add(SKEW) < Duration::from_secs(nbf)) {
+    let begins = claims.nbf.map_or(claims.iat, |nbf| nbf.max(claims.iat));
+    if now.saturating_add(SKEW) < Duration::from_secs(begins) {
         return Err(AccountError::NotYet);
+    }
+    let life = Duration::from_secs(claims.exp.saturating_sub(claims.iat));
+    if life.is_zero() || life > LIFE_MAX || claims.exp <= begins {
+        return Err(AccountError::Life);
     }
     let recorded = issuer.jwks.get(SUBJECT).and_then(Value::as_str);
     if recorded != Some(&*claims.sub) || !claims.sub.starts_with(SUBJECT_PREFIX) {
@@ -134,13 +161,17 @@ pub fn recordable(issuer: &Issuer) -> Option<Value> {
     Some(set)
 }
 
-/// The members of a key that are looked at; `None` for one of a kind that is not.
+/// The members of a key that are looked at; `None` for one of a kind that is not, or that says it is for something else.
 fn plain(key: &Value) -> Option<Value> {
-    let names: &[&str] = match key.get("kty")?.as_str()? {
-        "RSA" => &["kty", "kid", "n", "e"],
-        "EC" if key.get("crv")?.as_str()? == "P-256" => &["kty", "kid", "crv", "x", "y"],
+    let (alg, names): (_, &[&str]) = match key.get("kty")?.as_str()? {
+        "RSA" => ("RS256", &["kty", "kid", "n", "e"]),
+        "EC" if key.get("crv")?.as_str()? == "P-256" => ("ES256", &["kty", "kid", "crv", "x", "y"]),
         _ => return None,
     };
+    let is_for = |name: &str, wanted: &str| key.get(name).is_none_or(|found| found == wanted);
+    if !is_for("use", "sig") || !is_for("alg", alg) {
+        return None;
+    }
     let mut plain = json!({});
     for &name in names {
         match key.get(name).and_then(Value::as_str) {
@@ -223,7 +254,7 @@ mod tests {
     }
 
     fn claims() -> Value {
-        json!({ "iss": "https://k8s", "sub": SA, "aud": [AUDIENCE], "exp": 1_800_000_600, "nbf": 1_800_000_000 })
+        json!({ "iss": "https://k8s", "sub": SA, "aud": [AUDIENCE], "exp": 1_800_000_600, "iat": 1_800_000_000, "nbf": 1_800_000_000 })
     }
 
     fn recorded(keys: &[Value]) -> TokenIssuer {
@@ -265,15 +296,22 @@ mod tests {
         assert_eq!(with("iss", json!("https://other")), Err(AccountError::Issuer));
         assert_eq!(with("aud", json!(["https://kubernetes.default.svc"])), Err(AccountError::Audience));
         assert_eq!(with("aud", json!([])), Err(AccountError::Audience));
-        assert_eq!(with("exp", json!(1_800_000_000 - 60)), Err(AccountError::Expired));
-        assert!(with("exp", json!(1_800_000_000 - 59)).is_ok(), "clocks differ a little");
+        let older = |exp: u64| {
+            let mut changed = claims();
+            for (name, value) in [("iat", exp - 600), ("nbf", exp - 600), ("exp", exp)] {
+                changed[name] = json!(value);
+            }
+            verify(&ours.sign(&head, &changed), &issuer, now())
+        };
+        assert_eq!(older(1_800_000_000 - 60), Err(AccountError::Expired));
+        assert!(older(1_800_000_000 - 59).is_ok(), "clocks differ a little");
         assert_eq!(with("nbf", json!(1_800_000_061)), Err(AccountError::NotYet));
         assert_eq!(with("sub", json!("system:serviceaccount:evil:pod")), Err(AccountError::Subject));
         // A claim of another type is no reason to skip its check.
-        for name in ["exp", "nbf"] {
+        for name in ["exp", "nbf", "iat"] {
             assert_eq!(with(name, json!("1800000600")), Err(AccountError::Malformed), "{name}");
         }
-        for name in ["iss", "sub", "aud", "exp"] {
+        for name in ["iss", "sub", "aud", "exp", "iat"] {
             assert_eq!(without(name), Err(AccountError::Malformed), "{name}");
         }
         let signed = |head: Value, signer: &Signer| verify(&signer.sign(&head, &claims()), &issuer, now());
@@ -284,6 +322,47 @@ mod tests {
                 signed(json!({ "alg": alg, "kid": "1" }), &ours),
                 Err(AccountError::Algorithm),
                 "{alg}"
+            );
+        }
+    }
+
+    /// A token that would be a proof for longer than any pod's, one that begins in the future or ends before it begins, and one
+    /// that demands what is not understood.
+    #[test]
+    fn a_life_has_bounds_and_what_is_critical_is_understood() {
+        let ours = Signer::new();
+        let issuer = recorded(&[ours.jwk("1")]);
+        let head = json!({ "alg": "ES256", "kid": "1" });
+        let living = |iat: u64, nbf: Option<u64>, exp: u64| {
+            let mut changed = claims();
+            changed["iat"] = json!(iat);
+            changed["nbf"] = json!(nbf.unwrap_or(iat));
+            changed["exp"] = json!(exp);
+            verify(&ours.sign(&head, &changed), &issuer, now())
+        };
+        let (start, day) = (1_800_000_000, LIFE_MAX.as_secs());
+        assert!(living(start, None, start + day).is_ok());
+        assert_eq!(living(start, None, start + day + 1), Err(AccountError::Life));
+        assert_eq!(
+            living(start, None, start + 365 * 86_400),
+            Err(AccountError::Life),
+            "what Kubernetes extends"
+        );
+        // Its whole life counts, not what is left of it; and a later nbf does not make it shorter.
+        assert_eq!(living(start - day, None, start + 600), Err(AccountError::Life));
+        assert_eq!(living(start - day, Some(start), start + 600), Err(AccountError::Life));
+        assert!(living(start + 60, None, start + 600).is_ok(), "clocks differ a little");
+        assert_eq!(living(start + 61, Some(start), start + 600), Err(AccountError::NotYet));
+        assert_eq!(living(start, None, start), Err(AccountError::Life));
+        assert_eq!(living(start, Some(start + 30), start + 20), Err(AccountError::Life));
+        assert_eq!(living(u64::MAX, None, u64::MAX), Err(AccountError::NotYet));
+        assert_eq!(living(0, None, u64::MAX), Err(AccountError::Life));
+        for crit in [json!(["exp"]), json!(["b64"]), json!([]), json!("x"), Value::Null] {
+            let head = json!({ "alg": "ES256", "kid": "1", "crit": crit, "b64": true });
+            assert_eq!(
+                verify(&ours.sign(&head, &claims()), &issuer, now()),
+                Err(AccountError::Critical),
+                "{crit}"
             );
         }
     }
@@ -345,6 +424,14 @@ mod tests {
         assert!(recordable(&issuer(&keys(vec![]), SA)).is_none());
         assert!(recordable(&issuer("[", SA)).is_none());
         assert!(recordable(&issuer(&keys(vec![json!({ "kty": "oct", "k": "c2VjcmV0" })]), SA)).is_none());
+        for (name, value) in [("use", "enc"), ("alg", "ES384"), ("alg", "RS256")] {
+            let mut other = key.clone();
+            other[name] = json!(value);
+            assert!(recordable(&issuer(&keys(vec![other]), SA)).is_none(), "a key for {name} {value}");
+        }
+        let mut said = key.clone();
+        (said["use"], said["alg"]) = (json!("sig"), json!("ES256"));
+        assert!(recordable(&issuer(&keys(vec![said]), SA)).is_some());
         let many = recordable(&issuer(&keys(vec![key; 100]), SA)).unwrap();
         assert_eq!(many["keys"].as_array().unwrap().len(), KEYS_MAX);
     }

@@ -322,6 +322,15 @@ fn check_sizes(transaction: &Transaction) -> Result<(), CommitError> {
     Ok(())
 }
 
+/// Whether somebody has the store.
+pub(super) fn is_held(directory: &Path) -> Result<bool, StoreError> {
+    match take_lock(directory) {
+        Ok(_released) => Ok(false),
+        Err(StoreError::Held { .. }) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
 /// Makes sure that nobody else has the store, and says who has it now.
 fn take_lock(directory: &Path) -> Result<File, StoreError> {
     let path = directory.join(LOCK_FILE);

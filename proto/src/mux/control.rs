@@ -5,9 +5,9 @@ use super::limits::{Limits, RateLimit};
 use super::timer::{Due, Liveness};
 use super::{CloseReason, Event, Introduction, OpenError, Role, Violation};
 use crate::hello::{Hello, HelloLimits, VERSIONS};
-use crate::join::{CAPABILITY_IDENTITY, Notice, SayError};
+use crate::join::{CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice, SayError};
 use crate::time::Instant;
-use crate::wire::{Frame, GoAway, NOTICE_MAX};
+use crate::wire::{ABOUT_MAX, Frame, GoAway, NOTICE_MAX};
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use core::time::Duration;
@@ -43,12 +43,12 @@ struct Output {
     close: Option<(u32, String)>,
 }
 
-/// What is said about identity. A question and an answer wait at most, in each direction.
+/// What is said about identity and the cluster. A question, an answer and a statement wait at most, in each direction.
 #[derive(Debug)]
 struct Notices {
     role: Role,
-    /// This end's hello lists the capability; otherwise what comes is skipped, like any frame from the future.
-    understood: bool,
+    /// What this end's hello lists; what comes of other capabilities is skipped, like any frame from the future.
+    understood: Understood,
     /// Our question has no answer yet.
     asked: bool,
     /// The peer's question has no answer yet.
@@ -58,30 +58,59 @@ struct Notices {
     rate: RateLimit,
 }
 
+/// The capabilities about notices.
+#[derive(Clone, Copy, Debug)]
+struct Understood {
+    identity: bool,
+    about: bool,
+}
+
+impl Understood {
+    fn of(hello: &[String]) -> Self {
+        let lists = |wanted: &str| hello.iter().any(|name| name == wanted);
+        Self { identity: lists(CAPABILITY_IDENTITY), about: lists(CAPABILITY_ABOUT) }
+    }
+
+    const fn covers(self, notice: &Notice) -> bool {
+        if notice.is_statement() { self.about } else { self.identity }
+    }
+}
+
+/// Puts a notice at the end of those that wait; a statement instead of an earlier one.
+fn push(waiting: &mut VecDeque<Notice>, notice: Notice) {
+    if notice.is_statement() {
+        waiting.retain(|earlier| !earlier.is_statement());
+    }
+    waiting.push_back(notice);
+}
+
 impl Notices {
     fn say(&mut self, notice: Notice) -> Result<(), SayError> {
-        if notice.encoded_len() > NOTICE_MAX {
+        let max = if notice.is_statement() { ABOUT_MAX } else { NOTICE_MAX };
+        if notice.encoded_len() > max {
             return Err(SayError::TooLarge);
         }
         let (ours, question) = (notice.sender() == self.role, notice.is_question());
         match (question, self.asked, self.owed) {
             _ if !ours => return Err(SayError::Unasked),
+            _ if notice.is_statement() => {}
             (true, true, _) => return Err(SayError::Busy),
             (true, false, _) => self.asked = true,
             (false, _, true) => self.owed = false,
             (false, _, false) => return Err(SayError::Unasked),
         }
-        self.said.push_back(notice);
+        push(&mut self.said, notice);
         Ok(())
     }
 
     fn handle(&mut self, now: Instant, notice: Notice) -> Result<Option<Event>, Violation> {
-        if !self.understood {
+        if !self.understood.covers(&notice) {
             return Ok(None);
         }
         let theirs = notice.sender() != self.role;
         match (notice.is_question(), self.asked, self.owed) {
             _ if !theirs => return Err(Violation::Notice("a notice of this end's own")),
+            _ if notice.is_statement() => {}
             (true, _, true) => return Err(Violation::Limit("unanswered questions")),
             (true, _, false) => self.owed = true,
             (false, true, _) => self.asked = false,
@@ -90,7 +119,7 @@ impl Notices {
         if !self.rate.admit(now) {
             return Err(Violation::Limit("notices"));
         }
-        self.heard.push_back(notice);
+        push(&mut self.heard, notice);
         Ok(Some(Event::Heard))
     }
 }
@@ -112,7 +141,7 @@ impl Control {
     pub(super) fn new(role: Role, limits: &Limits, introduction: Introduction, now: Instant) -> Self {
         let notices = Notices {
             role,
-            understood: introduction.capabilities.iter().any(|name| name == CAPABILITY_IDENTITY),
+            understood: Understood::of(&introduction.capabilities),
             asked: false,
             owed: false,
             said: VecDeque::new(),
@@ -181,19 +210,22 @@ impl Control {
         }
     }
 
-    /// Says something about identity.
+    /// Says something about identity or the cluster.
     pub(super) fn say(&mut self, notice: Notice) -> Result<(), SayError> {
         match (&self.phase, &self.peer) {
             (Phase::Closed(_), _) => Err(SayError::Closed),
             (Phase::Ready, Some(peer)) => {
-                let understood = peer.capabilities.iter().any(|name| name == CAPABILITY_IDENTITY);
-                if understood { self.notices.say(notice) } else { Err(SayError::Unsupported) }
+                if Understood::of(&peer.capabilities).covers(&notice) {
+                    self.notices.say(notice)
+                } else {
+                    Err(SayError::Unsupported)
+                }
             }
             _ => Err(SayError::NotReady),
         }
     }
 
-    /// Takes what the peer said about identity.
+    /// Takes what the peer said about identity or the cluster.
     pub(super) fn hear(&mut self) -> Option<Notice> {
         self.notices.heard.pop_front()
     }

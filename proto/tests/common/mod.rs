@@ -78,10 +78,18 @@ impl Lone {
 
     /// Before the hello, with what this end says about itself.
     pub fn introduced(limits: Limits, introduction: Introduction) -> Self {
+        Self::of(Role::Gateway, limits, introduction)
+    }
+
+    /// The same of an agent's end.
+    pub fn agent(limits: Limits, introduction: Introduction) -> Self {
+        Self::of(Role::Agent, limits, introduction)
+    }
+
+    fn of(role: Role, limits: Limits, introduction: Introduction) -> Self {
         let process = Budget::new(1 << 30);
         let now = Instant::default();
-        let conn =
-            Connection::new(Role::Gateway, limits.clone(), process.clone(), introduction, now).unwrap();
+        let conn = Connection::new(role, limits.clone(), process.clone(), introduction, now).unwrap();
         Self { conn, now, process, limits, decoder: Decoder::default(), events: Vec::new() }
     }
 

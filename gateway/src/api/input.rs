@@ -1,0 +1,571 @@
+//! Which objects become records? What is sent is taken apart, checked, and made a record: a new one, or the next form of one that
+//! is there.
+
+use super::error::ApiError;
+use super::kinds::{API_VERSION, Resource};
+use super::objects::render;
+use crate::authn::Principal;
+use crate::authn::tokens;
+use crate::config::{Effect, Mode, PublicAddress};
+use crate::fleet::{
+    AccessRule, AccessToken, Cluster, Fleet, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Object,
+    Revocation, Revoked, TOKEN_USES_MOST, Time, hex, new_uid,
+};
+use crate::routing::ClusterName;
+use crate::state::random;
+use aws_lc_rs::digest;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use towline_certs::{InstanceId, SpkiPin};
+
+/// Longest text of labels and annotations together, as in Kubernetes.
+const ANNOTATIONS_MAX: usize = 256 << 10;
+const DESCRIPTION_MAX: usize = 1024;
+const LIST_MAX: usize = 256;
+const TOKEN_LIFE: u64 = 3600;
+const TOKEN_LIFE_MOST: u64 = 30 * 86_400;
+/// Longer than anybody plans.
+const LIFE_MOST: u64 = 100 * 365 * 86_400;
+
+/// An object on its way in: what is said of it, beside its kind.
+pub(super) struct Input {
+    pub(super) name: String,
+    /// The version that the sender has seen, if it says so.
+    pub(super) version: Option<String>,
+    pub(super) uid: Option<String>,
+    labels: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
+    spec: Value,
+    /// Fields that are not known.
+    pub(super) unknown: Vec<String>,
+}
+
+/// What becomes of it.
+pub(super) enum Parsed {
+    Cluster(Cluster),
+    JoinToken(JoinToken),
+    AccessRule(AccessRule),
+    AccessToken(AccessToken),
+    Revoke(Revoked, Meta),
+}
+
+/// A record, and what only the answer to its creation says.
+pub(super) struct New {
+    pub(super) parsed: Parsed,
+    pub(super) secrets: Map<String, Value>,
+}
+
+const METADATA: [&str; 14] = [
+    "name",
+    "generateName",
+    "labels",
+    "annotations",
+    "resourceVersion",
+    "uid",
+    "creationTimestamp",
+    "generation",
+    "managedFields",
+    "finalizers",
+    "ownerReferences",
+    "namespace",
+    "selfLink",
+    "deletionTimestamp",
+];
+
+impl Input {
+    /// Takes an object apart, and checks everything that does not depend on its kind.
+    pub(super) fn read(resource: &Resource, mut object: Value) -> Result<Self, ApiError> {
+        let kind = object["kind"].as_str().unwrap_or_default().to_owned();
+        if kind != resource.kind || object["apiVersion"] != API_VERSION {
+            let found = object["apiVersion"].as_str().unwrap_or_default();
+            let message = format!("{kind} in version {found:?} cannot be handled as a {}", resource.kind);
+            return Err(ApiError::bad_request(message));
+        }
+        let mut unknown = Vec::new();
+        let Some(fields) = object.as_object_mut() else { return Err(ApiError::bad_request("no object")) };
+        for field in fields.keys() {
+            if !matches!(field.as_str(), "kind" | "apiVersion" | "metadata" | "spec" | "status") {
+                unknown.push(field.clone());
+            }
+        }
+        let metadata = fields.remove("metadata").unwrap_or_default();
+        let mut spec = fields.remove("spec").filter(|spec| !spec.is_null()).unwrap_or_else(|| json!({}));
+        let Some(spec_fields) = spec.as_object_mut() else {
+            return Err(ApiError::bad_request("spec is no object"));
+        };
+        spec_fields.retain(|field, value| {
+            let known = resource.spec.iter().any(|(known, ..)| known == field);
+            if !known {
+                unknown.push(format!("spec.{field}"));
+            }
+            known && !value.is_null()
+        });
+        for field in metadata.as_object().into_iter().flat_map(Map::keys) {
+            if !METADATA.contains(&field.as_str()) {
+                unknown.push(format!("metadata.{field}"));
+            }
+        }
+        let text =
+            |field: &str| metadata[field].as_str().filter(|text| !text.is_empty()).map(ToOwned::to_owned);
+        let name = text("name").unwrap_or_default();
+        let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &name, field, why));
+        if text("namespace").is_some() {
+            return refuse("metadata.namespace", "the fleet's objects have no namespace");
+        }
+        for field in ["finalizers", "ownerReferences"] {
+            if metadata[field].as_array().is_some_and(|items| !items.is_empty()) {
+                return refuse(&format!("metadata.{field}"), "is not supported here");
+            }
+        }
+        let texts = |field: &str| -> Result<BTreeMap<String, String>, ApiError> {
+            let value = &metadata[field];
+            let entries = value.as_object().cloned().unwrap_or_default();
+            if !value.is_null() && !value.is_object() {
+                return Err(ApiError::bad_request(format!("metadata.{field} is no map")));
+            }
+            let text = |(key, value): (String, Value)| match value {
+                Value::String(value) => Ok((key, value)),
+                _ => Err(ApiError::bad_request(format!("metadata.{field}[{key:?}] is no string"))),
+            };
+            entries.into_iter().map(text).collect()
+        };
+        let (labels, annotations) = (texts("labels")?, texts("annotations")?);
+        for (key, value) in &labels {
+            if !is_label_key(key) || !(value.is_empty() || is_label_part(value)) {
+                let why = format!("{key}={value} is no label: at most 63 letters, digits, -, _ and .");
+                return refuse("metadata.labels", &why);
+            }
+        }
+        if let Some((key, _)) = annotations.iter().find(|(key, _)| !is_label_key(key)) {
+            return refuse("metadata.annotations", &format!("{key:?} is no key of an annotation"));
+        }
+        let size =
+            |texts: &BTreeMap<String, String>| texts.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>();
+        if size(&labels) + size(&annotations) > ANNOTATIONS_MAX {
+            return refuse("metadata.annotations", "is larger than 256 KiB");
+        }
+        let mut input = Self {
+            version: text("resourceVersion"),
+            uid: text("uid"),
+            name,
+            labels,
+            annotations,
+            spec,
+            unknown,
+        };
+        if input.name.is_empty()
+            && let Some(prefix) = text("generateName")
+        {
+            input.name = format!("{prefix}{}", short_id());
+        }
+        Ok(input)
+    }
+
+    fn spec<T: DeserializeOwned>(&self, resource: &Resource) -> Result<T, ApiError> {
+        serde_json::from_value(self.spec.clone())
+            .map_err(|error| ApiError::invalid(resource, &self.name, "spec", &error.to_string()))
+    }
+
+    /// The record of a new object.
+    pub(super) fn create(
+        &mut self,
+        resource: &Resource,
+        fleet: &Fleet,
+        own: &Own<'_>,
+    ) -> Result<New, ApiError> {
+        if self.name.is_empty() && matches!(resource.kind, "JoinToken" | "AccessToken") {
+            self.name = short_id();
+        }
+        let created = Time::now();
+        let meta = Meta {
+            uid: new_uid(),
+            created,
+            generation: 1,
+            labels: self.labels.clone(),
+            annotations: self.annotations.clone(),
+        };
+        let mut secrets = Map::new();
+        let parsed = match resource.kind {
+            "Cluster" => {
+                let mut cluster = Cluster {
+                    meta,
+                    account: None,
+                    mode: Mode::default(),
+                    description: String::new(),
+                    deletion_protection: false,
+                    max_agents: MAX_AGENTS,
+                    admission: 1,
+                    issuer: None,
+                };
+                self.fill_cluster(resource, &mut cluster)?;
+                Parsed::Cluster(cluster)
+            }
+            "JoinToken" => {
+                let spec: TokenSpec = self.spec(resource)?;
+                let refuse =
+                    |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
+                let Some(cluster) = registered(fleet, &spec.cluster) else {
+                    return refuse("spec.cluster", "no cluster of that name is registered");
+                };
+                let life = spec.expiration_seconds.unwrap_or(TOKEN_LIFE);
+                if !(1..=TOKEN_LIFE_MOST).contains(&life) {
+                    return refuse("spec.expirationSeconds", "must be 1 to 2592000");
+                }
+                let uses = spec.uses.unwrap_or(1);
+                if !(1..=TOKEN_USES_MOST).contains(&uses) {
+                    return refuse("spec.uses", "must be 1 to 256");
+                }
+                let mut secret = [0; 16];
+                random(&mut secret);
+                secrets.insert("secret".to_owned(), hex(&secret).into());
+                secrets.insert("token".to_owned(), own.token_line(&self.name, uses, &secret).into());
+                Parsed::JoinToken(JoinToken {
+                    meta,
+                    cluster_uid: cluster.meta.uid.clone(),
+                    cluster: spec.cluster,
+                    sha256: hex(digest::digest(&digest::SHA256, &secret).as_ref()),
+                    expires: created.after(Duration::from_secs(life)),
+                    max_uses: uses,
+                    uses: Vec::new(),
+                })
+            }
+            "AccessRule" => Parsed::AccessRule(self.rule(resource, meta)?),
+            "AccessToken" => {
+                let spec: AccessTokenSpec = self.spec(resource)?;
+                let principal = Principal::new(&spec.user, spec.groups);
+                let refuse =
+                    |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
+                if let Err(why) = principal.check() {
+                    return refuse("spec.user", &why.to_string());
+                }
+                if spec.expiration_seconds.is_some_and(|life| !(1..=LIFE_MOST).contains(&life)) {
+                    return refuse("spec.expirationSeconds", "must be at least 1, and a century at most");
+                }
+                let mut secret = [0; 16];
+                random(&mut secret);
+                let token = format!("{}{}", tokens::PREFIX, hex(&secret));
+                let sha256 = hex(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
+                secrets.insert("token".to_owned(), token.into());
+                let expires = spec.expiration_seconds.map(|life| created.after(Duration::from_secs(life)));
+                let Principal { name: user, groups } = principal;
+                Parsed::AccessToken(AccessToken { meta, sha256, user, groups, expires })
+            }
+            _ => {
+                let what = self.revoked(resource, created)?;
+                let name = what.record_name();
+                if !self.name.is_empty() && self.name != name {
+                    let why = format!("must be {name:?}, or not be said");
+                    return Err(ApiError::invalid(resource, &self.name, "metadata.name", &why));
+                }
+                self.name = name;
+                Parsed::Revoke(what, meta)
+            }
+        };
+        self.check_name(resource)?;
+        Ok(New { parsed, secrets })
+    }
+
+    /// The next form of an object that is there.
+    pub(super) fn update(&self, resource: &Resource, before: &Object) -> Result<Parsed, ApiError> {
+        let (labels, annotations) = (self.labels.clone(), self.annotations.clone());
+        let next =
+            |meta: &Meta| Meta { labels: labels.clone(), annotations: annotations.clone(), ..meta.clone() };
+        let fixed =
+            || ApiError::invalid(resource, &self.name, "spec", "never changes; delete it and make another");
+        Ok(match before {
+            Object::Cluster(before) => {
+                let mut cluster = Cluster { meta: next(&before.meta), ..Cluster::clone(before) };
+                self.fill_cluster(resource, &mut cluster)?;
+                if cluster.account != before.account {
+                    return Err(ApiError::invalid(resource, &self.name, "spec.account", "never changes"));
+                }
+                let unchanged = Cluster { meta: cluster.meta.clone(), ..Cluster::clone(before) } == cluster;
+                cluster.meta.generation += u64::from(!unchanged);
+                Parsed::Cluster(cluster)
+            }
+            Object::AccessRule(before) => {
+                let mut rule = self.rule(resource, next(&before.meta))?;
+                let unchanged = AccessRule { meta: rule.meta.clone(), ..AccessRule::clone(before) } == rule;
+                rule.meta.generation += u64::from(!unchanged);
+                Parsed::AccessRule(rule)
+            }
+            Object::JoinToken(before) => {
+                if !self.says(&render(resource, &self.name, &Object::JoinToken(Arc::clone(before)), None).0) {
+                    return Err(fixed());
+                }
+                Parsed::JoinToken(JoinToken { meta: next(&before.meta), ..JoinToken::clone(before) })
+            }
+            Object::AccessToken(before) => {
+                if !self.says(&render(resource, &self.name, &Object::AccessToken(Arc::clone(before)), None).0)
+                {
+                    return Err(fixed());
+                }
+                Parsed::AccessToken(AccessToken { meta: next(&before.meta), ..AccessToken::clone(before) })
+            }
+            Object::Revocation(_) | Object::Instance(_) => return Err(fixed()),
+        })
+    }
+
+    /// Whether everything in the specification is what is shown.
+    fn says(&self, shown: &Value) -> bool {
+        self.spec
+            .as_object()
+            .is_some_and(|spec| spec.iter().all(|(field, value)| shown["spec"][field] == *value))
+    }
+
+    fn fill_cluster(&self, resource: &Resource, cluster: &mut Cluster) -> Result<(), ApiError> {
+        let spec: ClusterSpec = self.spec(resource)?;
+        let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
+        if spec.description.len() > DESCRIPTION_MAX || spec.description.chars().any(char::is_control) {
+            return refuse("spec.description", "must be at most 1024 bytes on one line");
+        }
+        if spec.account.as_deref().is_some_and(|account| !is_label_part(account)) {
+            return refuse("spec.account", "must be 1 to 63 letters, digits, -, _ and .");
+        }
+        let max_agents = spec.max_agents.unwrap_or(MAX_AGENTS);
+        if !(1..=MAX_AGENTS_MOST).contains(&max_agents) {
+            return refuse("spec.maxAgents", "must be 1 to 256");
+        }
+        cluster.account = spec.account;
+        cluster.mode = spec.mode;
+        cluster.description = spec.description;
+        cluster.deletion_protection = spec.deletion_protection;
+        cluster.max_agents = max_agents;
+        Ok(())
+    }
+
+    fn rule(&self, resource: &Resource, meta: Meta) -> Result<AccessRule, ApiError> {
+        let RuleSpec { effect, users, groups, clusters } = self.spec(resource)?;
+        let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
+        if users.is_empty() && groups.is_empty() {
+            return refuse("spec", "names neither users nor groups; write \"*\" for everybody");
+        }
+        if clusters.is_empty() {
+            return refuse("spec.clusters", "names no clusters; write \"*\" for every one");
+        }
+        for (field, list) in [("users", &users), ("groups", &groups), ("clusters", &clusters)] {
+            let plain =
+                |text: &String| !text.is_empty() && text.len() <= 256 && !text.chars().any(char::is_control);
+            if list.len() > LIST_MAX || !list.iter().all(plain) {
+                return refuse(&format!("spec.{field}"), "must be at most 256 names of at most 256 bytes");
+            }
+        }
+        Ok(AccessRule { meta, effect, users, groups, clusters })
+    }
+
+    fn revoked(&self, resource: &Resource, now: Time) -> Result<Revoked, ApiError> {
+        let spec: RevocationSpec = self.spec(resource)?;
+        let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
+        match (spec.certificate, spec.user, spec.cluster) {
+            (Some(certificate), None, None) => match serial(&certificate.serial) {
+                Some(serial) => Ok(Revoked::Certificate { serial }),
+                None => refuse("spec.certificate.serial", "must be hexadecimal digits"),
+            },
+            (None, Some(user), None) => {
+                if user.name.is_empty() || user.name.len() > 256 || user.name.chars().any(char::is_control) {
+                    return refuse("spec.user.name", "must be the name of a user");
+                }
+                // Times are to the second: what was issued in this one is covered too.
+                let issued_before = match user.issued_before {
+                    None => now.after(Duration::from_secs(1)),
+                    Some(text) => match Time::parse(&text) {
+                        Some(time) => time,
+                        None => return refuse("spec.user.issuedBefore", "must be a time of RFC 3339"),
+                    },
+                };
+                Ok(Revoked::User { name: user.name, issued_before })
+            }
+            (None, None, Some(cluster)) => {
+                Ok(Revoked::Cluster { name: cluster.name, uid: String::new(), admission: 0 })
+            }
+            _ => refuse("spec", "must have exactly one of certificate, user and cluster"),
+        }
+    }
+
+    fn check_name(&self, resource: &Resource) -> Result<(), ApiError> {
+        let name = &self.name;
+        let why = match resource.kind {
+            "Cluster" if ClusterName::new(name).is_err() => {
+                "must be 1 to 63 of a-z, 0-9 and, between them, -"
+            }
+            "JoinToken" if InstanceId::new(name).is_err() => {
+                "must be 1 to 63 of a-z, 0-9 and, between them, -"
+            }
+            "AccessRule" | "AccessToken" if !is_subdomain(name) => {
+                "must be 1 to 253 of a-z, 0-9 and, between them, - and ."
+            }
+            _ => return Ok(()),
+        };
+        Err(ApiError::invalid(resource, name, "metadata.name", why))
+    }
+}
+
+/// What the gateway says of itself in a join token.
+pub(super) struct Own<'a> {
+    pub(super) addresses: &'a [PublicAddress],
+    pub(super) pins: Vec<SpkiPin>,
+}
+
+impl Own<'_> {
+    /// The whole token, one line: `tljt1/ADDRESSES/PINS/ID/USES/SECRET`.
+    fn token_line(&self, id: &str, uses: u32, secret: &[u8]) -> String {
+        let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
+        let pins: Vec<_> = self.pins.iter().map(|pin| hex(pin.as_bytes())).collect();
+        format!("tljt1/{}/{}/{id}/{uses}/{}", addresses.join(","), pins.join(","), hex(secret))
+    }
+}
+
+fn registered(fleet: &Fleet, name: &str) -> Option<Arc<Cluster>> {
+    match fleet.object(crate::store::Kind::Cluster, name)?.object {
+        Object::Cluster(cluster) => Some(cluster),
+        _ => None,
+    }
+}
+
+fn short_id() -> String {
+    let mut bytes = [0; 5];
+    random(&mut bytes);
+    hex(&bytes)
+}
+
+/// A serial number as certificates show it: lower-case digits of whole bytes, none of them a zero in front.
+fn serial(text: &str) -> Option<String> {
+    let digits: String = text.chars().filter(|c| *c != ':').collect();
+    if !(1..=64).contains(&digits.len()) || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    let digits = digits.to_ascii_lowercase();
+    let number = digits.trim_start_matches('0');
+    let width = number.len().div_ceil(2).max(1) * 2;
+    Some(format!("{number:0>width$}"))
+}
+
+fn is_label_part(text: &str) -> bool {
+    let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+    let inside = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    let bytes = text.as_bytes();
+    (1..=63).contains(&text.len()) && edge(bytes.first()) && edge(bytes.last()) && text.bytes().all(inside)
+}
+
+fn is_label_key(key: &str) -> bool {
+    match key.split_once('/') {
+        Some((prefix, name)) => is_subdomain(prefix) && is_label_part(name),
+        None => is_label_part(key),
+    }
+}
+
+fn is_subdomain(text: &str) -> bool {
+    let plain =
+        |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    let inside = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
+    let bytes = text.as_bytes();
+    (1..=253).contains(&text.len()) && plain(bytes.first()) && plain(bytes.last()) && text.bytes().all(inside)
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+struct ClusterSpec {
+    account: Option<String>,
+    mode: Mode,
+    description: String,
+    deletion_protection: bool,
+    max_agents: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct TokenSpec {
+    cluster: String,
+    expiration_seconds: Option<u64>,
+    uses: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RuleSpec {
+    effect: Effect,
+    #[serde(default)]
+    users: Vec<String>,
+    #[serde(default)]
+    groups: Vec<String>,
+    clusters: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct AccessTokenSpec {
+    user: String,
+    #[serde(default)]
+    groups: Vec<String>,
+    expiration_seconds: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RevocationSpec {
+    certificate: Option<RevokedCertificate>,
+    user: Option<RevokedUser>,
+    cluster: Option<RevokedCluster>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RevokedCertificate {
+    serial: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RevokedUser {
+    name: String,
+    issued_before: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RevokedCluster {
+    name: String,
+}
+
+impl Parsed {
+    /// The record as an object.
+    pub(super) fn object(&self) -> Object {
+        match self {
+            Self::Cluster(record) => Object::Cluster(Arc::new(record.clone())),
+            Self::JoinToken(record) => Object::JoinToken(Arc::new(record.clone())),
+            Self::AccessRule(record) => Object::AccessRule(Arc::new(record.clone())),
+            Self::AccessToken(record) => Object::AccessToken(Arc::new(record.clone())),
+            Self::Revoke(what, meta) => {
+                let (meta, what) = (meta.clone(), what.clone());
+                Object::Revocation(Arc::new(Revocation { meta, what, not_after: None }))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However a tool writes a serial number, it revokes the certificate that has it.
+    #[test]
+    fn serials_are_those_of_certificates() {
+        for (written, known) in [
+            ("4A:0b", "4a0b"),
+            ("004a0b", "4a0b"),
+            ("a0b", "0a0b"),
+            ("000a0b", "0a0b"),
+            ("00", "00"),
+            ("0", "00"),
+        ] {
+            assert_eq!(serial(written).as_deref(), Some(known), "{written}");
+        }
+        for wrong in ["", ":", "4g", "0x4a", &"1".repeat(65)] {
+            assert_eq!(serial(wrong), None, "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! What changes the fleet? Objects are written and deleted, credentials revoked, agents let in and certified. Each operation decides
+//! on the view, and its transaction says on which records.
+
+use super::{
+    Admission, CERTIFICATES_MAX, Certificate, Cluster, Fleet, Instance, JoinRefused, JoinToken, Meta, Object,
+    Origin, Revocation, Revoked, Time, TokenIssuer, TokenUse, WhenFull, WriteError, hex,
+};
+use crate::metrics::Limit;
+use crate::store::{CommitError, Key, Kind, StoreError, Stored, Transaction};
+use aws_lc_rs::digest;
+use serde_json::Value;
+use std::collections::HashSet;
+use std::sync::PoisonError;
+use subtle::ConstantTimeEq as _;
+use towline_certs::{ClusterUid, InstanceId, SpkiPin};
+
+/// Times that an operation decides anew because somebody else was faster.
+const ATTEMPTS: usize = 32;
+
+impl Fleet {
+    /// Names of clusters in the configuration: nobody may register one.
+    pub fn reserve(&self, names: HashSet<String>) {
+        let registered = self.read().clusters_among(&names);
+        for name in registered {
+            tracing::warn!(
+                cluster = %name,
+                "a cluster of this name is registered and stands in the configuration too: the configuration's counts"
+            );
+        }
+        *self.0.reserved.write().unwrap_or_else(PoisonError::into_inner) = names;
+    }
+
+    fn is_reserved(&self, name: &str) -> bool {
+        self.0.reserved.read().unwrap_or_else(PoisonError::into_inner).contains(name)
+    }
+
+    /// Writes an object: a new one, or the next form of the one that had this revision.
+    ///
+    /// # Errors
+    /// Why nothing was written.
+    pub async fn put<T: Stored>(
+        &self,
+        name: &str,
+        value: &T,
+        replaces: Option<u64>,
+    ) -> Result<u64, WriteError> {
+        let key = Key::new(T::KIND, name);
+        let transaction = match replaces {
+            Some(revision) => Transaction::new().unchanged(key, revision),
+            None if self.count(T::KIND) >= self.0.objects_max => return Err(self.full()),
+            None if T::KIND == Kind::Cluster && self.is_reserved(name) => return Err(WriteError::Reserved),
+            None => Transaction::new().absent(key),
+        };
+        let conflict = if replaces.is_some() { WriteError::Conflict } else { WriteError::Exists };
+        self.commit(transaction.put(name, value)).await.map_err(|error| match error {
+            WriteError::Conflict => conflict,
+            error => error,
+        })
+    }
+
+    /// Deletes an object of this revision. With a cluster go its agents and its join tokens.
+    ///
+    /// # Errors
+    /// Why nothing was deleted.
+    pub async fn delete(&self, kind: Kind, name: &str, revision: u64) -> Result<u64, WriteError> {
+        let key = Key::new(kind, name);
+        let mut transaction = Transaction::new().unchanged(key.clone(), revision).delete(key);
+        if kind == Kind::Cluster {
+            let view = self.read();
+            let cluster = view.cluster(name).ok_or(WriteError::NotFound)?;
+            if cluster.deletion_protection {
+                return Err(WriteError::Protected);
+            }
+            for key in view.hangs_on(name, &cluster.meta.uid) {
+                transaction = transaction.delete(key);
+            }
+        }
+        self.commit(transaction).await
+    }
+
+    /// Takes away what let somebody in. Live sessions and requests end within a second. Returns the record's name.
+    ///
+    /// An agent's certificate takes the agent along: whoever has its key could have renewed it, and come back by it.
+    ///
+    /// # Errors
+    /// Why nothing was revoked.
+    pub async fn revoke(&self, what: &Revoked, meta: &Meta) -> Result<(String, u64), WriteError> {
+        for _ in 0..ATTEMPTS {
+            let (mut what, mut transaction, mut not_after) = (what.clone(), Transaction::new(), None);
+            {
+                let view = self.read();
+                match &mut what {
+                    Revoked::Certificate { serial } => {
+                        if let Some((holder, revision, end)) = view.holder_of(serial) {
+                            not_after = Some(end);
+                            transaction = transaction.unchanged(holder.clone(), revision).delete(holder);
+                        }
+                    }
+                    Revoked::User { name, issued_before } => {
+                        // A later moment covers an earlier one.
+                        let known = view.user_revoked_before(name);
+                        if let Some(known) = known {
+                            *issued_before = known.max(*issued_before);
+                        }
+                        let key = Key::new(Kind::Revocation, &format!("user:{name}"));
+                        // A record that cannot be read covers all there is, and so does what takes its place.
+                        transaction = match view.object(Kind::Revocation, &key.name) {
+                            Some(shown) => transaction.unchanged(key, shown.revision),
+                            None if known.is_some() => transaction,
+                            None => transaction.absent(key),
+                        };
+                    }
+                    Revoked::Cluster { name, uid, admission } => {
+                        let (cluster, revision) = view.cluster_at(name).ok_or(WriteError::NotFound)?;
+                        let mut next = Cluster::clone(cluster);
+                        next.admission += 1;
+                        // The issuer was an agent's word, and would let in whoever it vouches for.
+                        next.issuer = None;
+                        uid.clone_from(&next.meta.uid);
+                        *admission = next.admission;
+                        transaction =
+                            transaction.unchanged(Key::new(Kind::Cluster, name), revision).put(name, &next);
+                        for key in view.hangs_on(name, uid) {
+                            transaction = transaction.delete(key);
+                        }
+                    }
+                }
+                // What replaces one that is there takes no room.
+                let earlier = view.object(Kind::Revocation, &what.record_name());
+                if earlier.is_none() && view.count(Kind::Revocation) >= self.0.objects_max {
+                    return Err(self.full());
+                }
+                // Once more the same certificate: its agent is gone, and when it ends is known from the first time.
+                if let Some(Object::Revocation(earlier)) = earlier.map(|shown| shown.object) {
+                    not_after = not_after.or(earlier.not_after);
+                }
+            }
+            let name = what.record_name();
+            let record = Revocation { meta: meta.clone(), what, not_after };
+            match self.commit(transaction.put(&name, &record)).await {
+                Ok(revision) => return Ok((name, revision)),
+                Err(WriteError::Conflict) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(WriteError::Conflict)
+    }
+
+    /// Lets an agent in that has a join token and this key. Of many keys with a token for one, exactly one gets in; the same
+    /// key may come again, and is the same instance then.
+    ///
+    /// # Errors
+    /// Why it may not join.
+    pub async fn use_token(&self, id: &str, secret: &[u8], key: SpkiPin) -> Result<Admission, JoinRefused> {
+        let pin = key.to_string();
+        let hash = hex(digest::digest(&digest::SHA256, secret).as_ref());
+        let _one_at_a_time = self.0.joining.lock().await;
+        for _ in 0..ATTEMPTS {
+            let now = Time::now();
+            let (admission, transaction) = {
+                let view = self.read();
+                let token = view.join_token(id);
+                let known = token.as_ref().map_or(&*hash, |(token, _)| &*token.sha256);
+                // The same work for a token that is not there.
+                let same = bool::from(hash.as_bytes().ct_eq(known.as_bytes()));
+                let (token, revision) = token.filter(|_| same).ok_or(JoinRefused::Unknown)?;
+                if now >= token.expires {
+                    return Err(JoinRefused::Expired);
+                }
+                let (cluster, cluster_revision) = view
+                    .cluster_at(&token.cluster)
+                    .filter(|(cluster, _)| cluster.meta.uid == token.cluster_uid)
+                    .ok_or(JoinRefused::NoCluster)?;
+                let route = view.route_named(&token.cluster).ok_or(JoinRefused::NoCluster)?;
+                if let Some(earlier) = token.uses.iter().find(|earlier| earlier.pin == pin) {
+                    return view
+                        .instance(&earlier.instance)
+                        .filter(|instance| instance.admission == cluster.admission)
+                        .and_then(|_| InstanceId::new(&earlier.instance).ok())
+                        .map(|instance| Admission { cluster: route, instance, admission: cluster.admission })
+                        .ok_or(JoinRefused::Revoked);
+                }
+                if token.uses.len() >= usize::try_from(token.max_uses).unwrap_or(usize::MAX) {
+                    return Err(JoinRefused::Used);
+                }
+                let origin = Origin::Token { token: id.to_owned() };
+                let (admission, transaction) = view.new_instance(route, cluster, origin, now)?;
+                let mut next = JoinToken::clone(token);
+                let instance = admission.instance.to_string();
+                next.uses.push(TokenUse { pin: pin.clone(), instance, at: now });
+                let transaction = transaction
+                    .unchanged(Key::new(Kind::JoinToken, id), revision)
+                    .unchanged(Key::new(Kind::Cluster, &token.cluster), cluster_revision)
+                    .put(id, &next);
+                (admission, transaction)
+            };
+            match self.commit(transaction).await {
+                Ok(_) => return Ok(admission),
+                Err(WriteError::Conflict) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(JoinRefused::Store(StoreError::Closed))
+    }
+
+    /// Lets an agent in whose cluster's issuer vouches for it. It gets the first place of that subject that it can `take`, and only
+    /// if there is none it is a new instance, which it takes too. So what comes back is who it was. Places are taken while
+    /// nobody else joins.
+    ///
+    /// # Errors
+    /// Why it may not join.
+    pub async fn rejoin(
+        &self,
+        cluster_uid: &ClusterUid,
+        subject: &str,
+        take: impl Fn(&InstanceId) -> bool,
+    ) -> Result<Admission, JoinRefused> {
+        let _one_at_a_time = self.0.joining.lock().await;
+        for _ in 0..ATTEMPTS {
+            let (admission, transaction) = {
+                let view = self.read();
+                let route = view.route_of(cluster_uid).ok_or(JoinRefused::NoCluster)?;
+                let (cluster, revision) =
+                    view.cluster_at(route.name.as_str()).ok_or(JoinRefused::NoCluster)?;
+                let origin = Origin::ServiceAccount { subject: subject.to_owned() };
+                let known = view.instances_of(cluster_uid.as_str());
+                let free = known
+                    .iter()
+                    .filter(|(_, known)| known.admission == cluster.admission && known.origin == origin)
+                    .filter_map(|(name, _)| InstanceId::new(name).ok())
+                    .find(&take);
+                if let Some(instance) = free {
+                    return Ok(Admission { cluster: route, instance, admission: cluster.admission });
+                }
+                let key = Key::new(Kind::Cluster, route.name.as_str());
+                let (admission, transaction) = view.new_instance(route, cluster, origin, Time::now())?;
+                (admission, transaction.unchanged(key, revision))
+            };
+            match self.commit(transaction).await {
+                // Nobody else can have it yet: its name is a moment old.
+                Ok(_) if take(&admission.instance) => return Ok(admission),
+                Ok(_) => {}
+                Err(WriteError::Conflict) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(JoinRefused::Store(StoreError::Closed))
+    }
+
+    /// Puts a certificate on record that an instance is about to get.
+    ///
+    /// # Errors
+    /// The instance is not on record any more, it has as many as it may, or the store does not answer: then it must not get it.
+    pub async fn record_certificate(
+        &self,
+        instance: &InstanceId,
+        certificate: &Certificate,
+        when_full: WhenFull,
+    ) -> Result<(), WriteError> {
+        self.change_instance(instance, |record| {
+            let now = Time::now();
+            record.certificates.retain(|known| known.not_after > now);
+            let spare = (record.certificates.len() + 1).saturating_sub(CERTIFICATES_MAX);
+            if spare > 0 && when_full == WhenFull::Refuse {
+                return Err(WriteError::Certificates);
+            }
+            record.certificates.drain(..spare);
+            record.certificates.push(certificate.clone());
+            Ok(())
+        })
+        .await
+    }
+
+    /// Puts on record who issues a cluster's ServiceAccount tokens, as one of its agents says. One that has been revoked
+    /// since must not: what it says would let it back in.
+    ///
+    /// # Errors
+    /// The cluster or the agent is not on record any more, or the store does not answer.
+    pub async fn record_issuer(
+        &self,
+        cluster_uid: &ClusterUid,
+        agent: &InstanceId,
+        issuer: &str,
+        jwks: &Value,
+    ) -> Result<(), WriteError> {
+        for _ in 0..ATTEMPTS {
+            let (name, next, revision) = {
+                let view = self.read();
+                let route = view.route_of(cluster_uid).ok_or(WriteError::NotFound)?;
+                let (cluster, revision) = view.cluster_at(route.name.as_str()).ok_or(WriteError::NotFound)?;
+                view.instance(agent.as_str())
+                    .filter(|agent| agent.cluster_uid == cluster.meta.uid)
+                    .filter(|agent| agent.admission == cluster.admission)
+                    .ok_or(WriteError::NotFound)?;
+                let same = |known: &TokenIssuer| known.issuer == issuer && known.jwks == *jwks;
+                if cluster.issuer.as_ref().is_some_and(same) {
+                    return Ok(());
+                }
+                let (issuer, jwks) = (issuer.to_owned(), jwks.clone());
+                let issuer = Some(TokenIssuer { issuer, jwks, updated: Time::now() });
+                (route.name.clone(), Cluster { issuer, ..Cluster::clone(cluster) }, revision)
+            };
+            match self.put(name.as_str(), &next, Some(revision)).await {
+                Ok(_) => return Ok(()),
+                Err(WriteError::Conflict) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(WriteError::Conflict)
+    }
+
+    /// Who issues a cluster's ServiceAccount tokens, as far as is known.
+    #[must_use]
+    pub fn issuer(&self, cluster_uid: &ClusterUid) -> Option<TokenIssuer> {
+        self.read().cluster_of(cluster_uid.as_str()).and_then(|cluster| cluster.issuer.clone())
+    }
+
+    async fn change_instance(
+        &self,
+        instance: &InstanceId,
+        change: impl Fn(&mut Instance) -> Result<(), WriteError>,
+    ) -> Result<(), WriteError> {
+        for _ in 0..ATTEMPTS {
+            let shown = self.object(Kind::Instance, instance.as_str()).ok_or(WriteError::NotFound)?;
+            let Object::Instance(record) = &shown.object else { return Err(WriteError::NotFound) };
+            let mut next = Instance::clone(record);
+            change(&mut next)?;
+            match self.put(instance.as_str(), &next, Some(shown.revision)).await {
+                Ok(_) => return Ok(()),
+                Err(WriteError::Conflict) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(WriteError::Conflict)
+    }
+
+    fn full(&self) -> WriteError {
+        self.0.metrics.limit_reached(Limit::Objects);
+        WriteError::Full(self.0.objects_max)
+    }
+
+    pub(super) async fn commit(&self, transaction: Transaction) -> Result<u64, WriteError> {
+        match self.0.store.commit(transaction).await {
+            Ok(revision) => {
+                self.shows(revision).await?;
+                Ok(revision)
+            }
+            Err(CommitError::Conflict(key)) => {
+                // Whoever was faster is about to show in the view, on which the next attempt decides.
+                self.shows(self.0.store.revision().number).await?;
+                tracing::debug!(%key, "somebody else was faster");
+                Err(WriteError::Conflict)
+            }
+            Err(CommitError::TooLarge(_)) => Err(WriteError::TooLarge),
+            Err(CommitError::LeaseEnded) => Err(WriteError::NotFound),
+            Err(CommitError::Store(error)) => Err(WriteError::Store(error)),
+        }
+    }
+}

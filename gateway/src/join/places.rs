@@ -1,0 +1,149 @@
+//! Which process has which place? An instance is one process: two with certificates of one would take each other's route.
+//!
+//! A place is taken here and nowhere else, in one step, before anything is signed for it. Whoever has it keeps it for
+//! [`ASSIGNED_FOR`], which is long enough to connect; after that the process's session tells whether it lives. What has a
+//! session was taken first, and is let go of only once the session is registered: so to look here first and at the
+//! sessions then misses nobody.
+
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
+use towline_certs::{ClusterUid, InstanceId};
+use towline_proto::tunnel::Session;
+
+use crate::agents::alive_among;
+use crate::registry::Registry;
+
+/// A place that was given to a process is kept for it so long. Once it has a session, that tells whether it lives.
+const ASSIGNED_FOR: Duration = Duration::from_secs(15);
+
+/// The places that were given lately, and to whom.
+#[derive(Debug, Default)]
+pub(crate) struct Places(Mutex<HashMap<InstanceId, (Bytes, Instant)>>);
+
+impl Places {
+    fn lock(&self) -> MutexGuard<'_, HashMap<InstanceId, (Bytes, Instant)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a place to a process, unless another was given it a moment ago. Of many that ask at once one gets it.
+    #[must_use]
+    pub(super) fn take(&self, instance: &InstanceId, boot_id: &Bytes) -> bool {
+        let mut places = self.lock();
+        places.retain(|_, (_, at)| at.elapsed() < ASSIGNED_FOR);
+        let free = places.get(instance).is_none_or(|(holder, _)| holder == boot_id);
+        if free {
+            places.insert(instance.clone(), (boot_id.clone(), Instant::now()));
+        }
+        free
+    }
+
+    /// Gives a place to whoever has shown the key that it was made for: there is one such agent.
+    pub(super) fn give(&self, instance: &InstanceId, boot_id: &Bytes) {
+        self.lock().insert(instance.clone(), (boot_id.clone(), Instant::now()));
+    }
+
+    /// The process lets go of it: its session, or somebody else's, says from now on whether it is there.
+    pub(crate) fn leave(&self, instance: &InstanceId, boot_id: &[u8]) {
+        let mut places = self.lock();
+        if places.get(instance).is_some_and(|(holder, _)| holder == boot_id) {
+            places.remove(instance);
+        }
+    }
+}
+
+/// A process that looks for a place among those of its cluster.
+#[derive(Debug)]
+pub(super) struct Seeker<'a> {
+    places: &'a Places,
+    registry: &'a Arc<Registry>,
+    cluster: &'a ClusterUid,
+    boot_id: &'a Bytes,
+    /// Sessions of other processes that have been asked for a sign of life, and gave none.
+    silent: Vec<Session>,
+}
+
+impl<'a> Seeker<'a> {
+    /// Asks the other processes of the cluster for a sign of life first: of a pod that was just deleted a session may stand that
+    /// hears nothing any more.
+    pub(super) async fn look(
+        places: &'a Places,
+        registry: &'a Arc<Registry>,
+        cluster: &'a ClusterUid,
+        boot_id: &'a Bytes,
+    ) -> Self {
+        let others = registry.sessions_of(cluster).into_iter().filter(|(_, other, _)| other != boot_id);
+        let others: Vec<_> = others.map(|(instance, _, session)| (instance, session)).collect();
+        let alive = alive_among(others.clone()).await;
+        let silent = others.into_iter().filter(|(instance, _)| !alive.contains(instance));
+        let silent = silent.map(|(_, session)| session).collect();
+        Self { places, registry, cluster, boot_id, silent }
+    }
+
+    /// Takes a place if nobody else has it. A session that has come since the look counts.
+    pub(super) fn take(&self, instance: &InstanceId) -> bool {
+        if !self.places.take(instance, self.boot_id) {
+            return false;
+        }
+        let sessions = self.registry.sessions_of(self.cluster);
+        let is_held = sessions.iter().any(|(held, other, session)| {
+            held == instance
+                && other != self.boot_id
+                && !self.silent.iter().any(|silent| silent.is_same(session))
+        });
+        if is_held {
+            self.places.leave(instance, self.boot_id);
+        }
+        !is_held
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: Bytes = Bytes::from_static(b"one");
+    const TWO: Bytes = Bytes::from_static(b"two");
+
+    /// A place goes to one process, until that had time to take it.
+    #[tokio::test(start_paused = true)]
+    async fn a_place_is_given_once() {
+        let places = Places::default();
+        let instance = InstanceId::new("a").unwrap();
+        assert!(places.take(&instance, &ONE) && places.take(&instance, &ONE));
+        assert!(!places.take(&instance, &TWO));
+        // What another process does with its own claim changes nothing about this one.
+        places.leave(&instance, &TWO);
+        assert!(!places.take(&instance, &TWO));
+        tokio::time::advance(ASSIGNED_FOR).await;
+        assert!(places.take(&instance, &TWO) && !places.take(&instance, &ONE));
+        places.leave(&instance, &TWO);
+        assert!(places.take(&instance, &ONE));
+        places.give(&instance, &TWO);
+        assert!(!places.take(&instance, &ONE));
+        assert_eq!(places.lock().len(), 1);
+    }
+
+    /// EN-01 for places: of many that ask at the same moment, on threads of their own, exactly one gets it.
+    #[test]
+    fn of_many_at_once_one_gets_it() {
+        for round in 0..200 {
+            let (places, instance) = (Places::default(), InstanceId::new(&format!("i{round}")).unwrap());
+            let barrier = std::sync::Barrier::new(8);
+            let got = std::thread::scope(|scope| {
+                let ask = |number: u8| {
+                    let (places, instance, barrier) = (&places, &instance, &barrier);
+                    scope.spawn(move || {
+                        barrier.wait();
+                        places.take(instance, &Bytes::from(vec![number; 16]))
+                    })
+                };
+                let asking: Vec<_> = (0..8).map(ask).collect();
+                asking.into_iter().map(|thread| thread.join().unwrap()).filter(|got| *got).count()
+            });
+            assert_eq!(got, 1);
+        }
+    }
+}
