@@ -1,0 +1,145 @@
+//! The program `towline`, also `kubectl towline`: what an operator of the fleet types.
+//!
+//! | question | file |
+//! |---|---|
+//! | which gateway, and as whom? | `kubeconfig` |
+//! | how is its API asked? | `client` |
+//! | why did it fail, with which exit code? | `failure` |
+//! | what is printed, and how? | `output`, `yaml` |
+//!
+//! Data goes to stdout, words to stderr.
+
+mod client;
+mod exec;
+mod failure;
+mod kubeconfig;
+mod output;
+mod whoami;
+mod yaml;
+
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap_complete::Shell;
+use failure::{Failure, Outcome};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const EXAMPLES: &str = "Examples:
+  towline cluster register prod              make the cluster known
+  towline token create prod > join-token     let its agent join
+  towline status                             which clusters are connected, and why one is not
+  towline kubeconfig prod                    reach it with kubectl --context towline-prod
+  towline cluster revoke prod                cut it off within a second
+";
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 the operation failed or was refused; 2 the command line or the kubeconfig is wrong.
+The gateway is that of the kubeconfig's context; a first one: towline-gateway --config FILE admin-kubeconfig > admin.yaml";
+
+/// Manage a fleet of Kubernetes clusters behind a Towline gateway.
+#[derive(Debug, Parser)]
+#[command(name = "towline", version, before_help = EXAMPLES, after_help = EXIT_CODES)]
+struct Arguments {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Which gateway, and as whom.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Connection {
+    /// Kubeconfig to use instead of $KUBECONFIG and ~/.kube/config; more than one are merged.
+    #[arg(long, global = true, value_name = "FILE", env = "TOWLINE_KUBECONFIG", value_delimiter = ':')]
+    kubeconfig: Vec<PathBuf>,
+    /// Context to use instead of the current one. One of a single cluster leads to its gateway, too.
+    #[arg(long, global = true, value_name = "NAME", env = "TOWLINE_CONTEXT")]
+    context: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Whom the gateway takes you for.
+    Whoami(whoami::Whoami),
+    /// The version of this program, and whether the gateway answers.
+    Version(whoami::Version),
+    /// Print the completion script of a shell.
+    #[command(before_help = COMPLETION)]
+    Completion {
+        /// bash, zsh or fish.
+        #[arg(value_parser = ["bash", "zsh", "fish"])]
+        shell: String,
+    },
+}
+
+const COMPLETION: &str = "Examples:
+  source <(towline completion bash)
+  towline completion zsh > \"${fpath[1]}/_towline\"
+  towline completion fish > ~/.config/fish/completions/towline.fish
+";
+
+/// What this program was called as.
+pub(crate) fn name() -> &'static str {
+    let first = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
+    let file = first.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if file.starts_with("kubectl-") { "kubectl towline" } else { "towline" }
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let outcome = match command().try_get_matches() {
+        Ok(matches) => match Arguments::from_arg_matches(&matches) {
+            Ok(arguments) => run(&arguments),
+            Err(error) => return said(&error),
+        },
+        Err(error) => return said(&error),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if let Some(text) = failure.text() {
+                eprintln!("{}: {text}", name());
+            }
+            ExitCode::from(failure.code())
+        }
+    }
+}
+
+/// What clap has to say: help on stdout, mistakes on stderr.
+fn said(error: &clap::Error) -> ExitCode {
+    let told = error.print().is_ok();
+    if error.use_stderr() || !told { ExitCode::from(2) } else { ExitCode::SUCCESS }
+}
+
+/// The definition of the command line, by the name that was called.
+fn command() -> clap::Command {
+    named(Arguments::command().bin_name(name()))
+}
+
+fn named(command: clap::Command) -> clap::Command {
+    let examples = command
+        .get_before_help()
+        .map(|text| text.to_string().replace("  towline ", &format!("  {} ", name())));
+    let command = match examples {
+        Some(examples) => command.before_help(examples),
+        None => command,
+    };
+    command.mut_subcommands(named)
+}
+
+fn run(arguments: &Arguments) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure::failed(format!("cannot start: {error}")))?;
+    let connection = &arguments.connection;
+    match &arguments.command {
+        Command::Whoami(whoami) => runtime.block_on(whoami.run(connection)),
+        Command::Version(version) => runtime.block_on(version.run(connection)),
+        Command::Completion { shell } => complete(shell),
+    }
+}
+
+fn complete(shell: &str) -> Outcome {
+    let shell: Shell = shell.parse().map_err(Failure::usage)?;
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "towline", &mut script);
+    output::bytes(&script)
+}
