@@ -1,7 +1,6 @@
 //! How is the gateway's API asked? One connection that is kept, one request at a time; watches have one of their own.
 
 use super::Connection;
-use super::exec;
 use super::failure::{Failure, Outcome, Refusal};
 use super::kubeconfig::{Bundle, Context, Kubeconfig, User};
 use bytes::Bytes;
@@ -288,7 +287,6 @@ fn credential(context: &Context) -> Outcome<(Option<Credential>, Option<String>)
             "context {name:?} has no user with a client certificate, a token or an exec plugin. A first admin's: towline-gateway --config FILE admin-kubeconfig > admin.yaml"
         ))),
         User::Plugin(plugin) => {
-            exec::descend()?;
             let answer = plugin.run()?;
             match answer.certificate {
                 Some((chain, key)) => {

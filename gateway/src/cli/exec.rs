@@ -12,7 +12,7 @@ pub(crate) const GROUP: &str = "client.authentication.k8s.io";
 /// What the caller tells a plugin.
 pub(crate) const EXEC_INFO: &str = "KUBERNETES_EXEC_INFO";
 /// How deep plugins of this kind have called each other.
-pub(crate) const DEPTH: &str = "TOWLINE_CREDENTIAL_DEPTH";
+const DEPTH: &str = "TOWLINE_CREDENTIAL_DEPTH";
 
 /// A program and what it is told.
 #[derive(Debug)]
@@ -69,7 +69,14 @@ impl Plugin {
     /// Runs it to its end.
     pub(crate) fn run(&self) -> Outcome<Answer> {
         let Self { command, arguments, environment, version } = self;
+        let depth = std::env::var(DEPTH).ok().and_then(|depth| depth.parse::<u32>().ok()).unwrap_or(0);
+        if depth >= DEPTH_MOST {
+            return Err(Failure::usage(
+                "the contexts of the kubeconfig lead in a circle: each asks a plugin that asks another context. Name the gateway's own context with --context",
+            ));
+        }
         let mut process = Command::new(command);
+        process.env(DEPTH, (depth + 1).to_string());
         process.args(arguments).stdin(Stdio::inherit()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         process.envs(environment.iter().map(|(name, value)| (name, value)));
         // A wrapped plugin is told what kubectl has told us; one of a kubeconfig is asked in the version that stands there.
@@ -124,17 +131,7 @@ impl Answer {
     }
 }
 
-/// Counts plugins that call each other: a context whose user is its own plugin would never end.
-pub(crate) fn descend() -> Outcome<u32> {
-    let depth = std::env::var(DEPTH).ok().and_then(|depth| depth.parse::<u32>().ok()).unwrap_or(0);
-    if depth >= DEPTH_MOST {
-        return Err(Failure::usage(
-            "the contexts of the kubeconfig lead in a circle: each asks a plugin that asks another context. Name the gateway's own context with --context",
-        ));
-    }
-    Ok(depth)
-}
-
+/// A context whose user is its own plugin would never end.
 const DEPTH_MOST: u32 = 4;
 
 #[cfg(test)]

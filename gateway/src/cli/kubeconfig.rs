@@ -92,7 +92,7 @@ impl std::fmt::Debug for User {
 }
 
 /// Where kubeconfigs are looked for, and whether they have to be there.
-pub(crate) fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
+fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
     if !connection.kubeconfig.is_empty() {
         return (connection.kubeconfig.clone(), true);
     }
@@ -101,7 +101,7 @@ pub(crate) fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
     if listed.is_empty() { (home_file().into_iter().collect(), false) } else { (listed, false) }
 }
 
-fn home_file() -> Option<PathBuf> {
+pub(crate) fn home_file() -> Option<PathBuf> {
     std::env::var_os("HOME").filter(|home| !home.is_empty()).map(|home| Path::new(&home).join(".kube/config"))
 }
 
@@ -200,10 +200,15 @@ impl Kubeconfig {
         })
     }
 
-    /// From which context the entry of a single cluster was made, if this program made it.
-    pub(crate) fn origin(&self, context: &str) -> Option<String> {
+    /// From which gateway's context a context of a single cluster was made, if this program made it.
+    pub(crate) fn origin(&self, context: &str) -> Option<Connection> {
         let entry = self.entry("contexts", "context", context)?;
-        mark(entry.content)?["context"].as_str().map(ToOwned::to_owned)
+        let mark = mark(entry.content)?;
+        let files = mark["kubeconfig"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        Some(Connection {
+            kubeconfig: files.map(PathBuf::from).collect(),
+            context: Some(mark["context"].as_str()?.to_owned()),
+        })
     }
 
     /// The first entry of a name counts, as for kubectl.
@@ -347,16 +352,16 @@ mod tests {
         std::fs::write(directory.path().join("b/ca.crt"), "PEM").unwrap();
         std::fs::write(directory.path().join("b/token"), "tlat_b\n").unwrap();
         std::fs::write(&a, "clusters:\n- name: one\n  cluster: { server: 'https://first' }\ncontexts:\n- name: x\n  context: { cluster: two, user: u }\n").unwrap();
-        std::fs::write(&b, "current-context: x\nclusters:\n- name: one\n  cluster: { server: 'https://second' }\n- name: two\n  cluster: { server: 'https://two/clusters/prod', certificate-authority: ca.crt, tls-server-name: n }\nusers:\n- name: u\n  user: { tokenFile: token }\ncontexts:\n- name: y\n  context: { cluster: one, user: '' }\n").unwrap();
+        std::fs::write(&b, "current-context: x\nclusters:\n- name: one\n  cluster: { server: 'https://second' }\n- name: two\n  cluster: { server: 'https://two/clusters/prod', certificate-authority: ca.crt, tls-server-name: n }\nusers:\n- name: u\n  user: { tokenFile: token }\ncontexts:\n- name: other\n  context: { cluster: one, user: '' }\n").unwrap();
         let kubeconfig = Kubeconfig::load(&connection(&[a.clone(), b.clone()], None)).unwrap();
         let context = kubeconfig.context(&connection(&[], None)).unwrap();
         assert_eq!((context.gateway.as_str(), context.server_name.as_deref()), ("https://two", Some("n")));
         assert_eq!(context.ca.unwrap().pem, b"PEM");
         assert!(matches!(context.user, User::Token(token) if token == "tlat_b"));
-        let other = kubeconfig.context(&connection(&[], Some("y"))).unwrap();
+        let other = kubeconfig.context(&connection(&[], Some("other"))).unwrap();
         assert_eq!(other.gateway, "https://first");
         let missing = kubeconfig.context(&connection(&[], Some("z"))).unwrap_err();
-        assert!(missing.code() == 2 && missing.text().unwrap().contains("There are: x, y"), "{missing:?}");
+        assert!(missing.code() == 2 && missing.text().unwrap().contains("There are: x, other"), "{missing:?}");
     }
 
     #[test]

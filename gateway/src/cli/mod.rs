@@ -4,16 +4,29 @@
 //! |---|---|
 //! | which gateway, and as whom? | `kubeconfig` |
 //! | how is its API asked? | `client` |
+//! | `towline cluster`, `token`, `status` … | the file of that name |
+//! | how are objects shown and followed? | `show`, `describe` |
+//! | what stands in a kubeconfig, and how does it get there? | `entries`, `kubefile` |
+//! | how does kubectl log in? | `credential`, `cache`, `exec` |
 //! | why did it fail, with which exit code? | `failure` |
 //! | what is printed, and how? | `output`, `yaml` |
 //!
 //! Data goes to stdout, words to stderr.
 
+mod cache;
 mod client;
+mod cluster;
+mod credential;
+mod describe;
+mod entries;
 mod exec;
 mod failure;
 mod kubeconfig;
+mod kubefile;
 mod output;
+mod show;
+mod status;
+mod token;
 mod whoami;
 mod yaml;
 
@@ -57,6 +70,15 @@ pub(crate) struct Connection {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Register clusters, look at them, cut them off.
+    #[command(subcommand)]
+    Cluster(cluster::Cluster),
+    /// Make, list and revoke join tokens.
+    #[command(subcommand)]
+    Token(token::Token),
+    Kubeconfig(entries::Entries),
+    Credential(credential::Credential),
+    Status(status::Status),
     /// Whom the gateway takes you for.
     Whoami(whoami::Whoami),
     /// The version of this program, and whether the gateway answers.
@@ -131,6 +153,11 @@ fn run(arguments: &Arguments) -> Outcome {
     let runtime = runtime.map_err(|error| Failure::failed(format!("cannot start: {error}")))?;
     let connection = &arguments.connection;
     match &arguments.command {
+        Command::Cluster(cluster) => runtime.block_on(cluster.run(connection)),
+        Command::Token(token) => runtime.block_on(token.run(connection)),
+        Command::Kubeconfig(entries) => runtime.block_on(entries.run(connection)),
+        Command::Credential(credential) => runtime.block_on(credential.run(connection)),
+        Command::Status(status) => runtime.block_on(status.run(connection)),
         Command::Whoami(whoami) => runtime.block_on(whoami.run(connection)),
         Command::Version(version) => runtime.block_on(version.run(connection)),
         Command::Completion { shell } => complete(shell),

@@ -115,12 +115,12 @@ mod tests {
     #[test]
     fn blocks_are_as_kubectl_writes_them() {
         let object = json!({
-            "a": {"b": "x", "empty": {}}, "list": [{"name": "n", "user": {"token": "t"}}, "yes", [1, 2], []],
+            "a": {"b": "x", "empty": {}}, "list": [{"name": "entry", "user": {"token": "t"}}, "yes", [1, 2], []],
             "text": "one\ntwo\n", "no": null, "number": 3, "flag": true,
         });
         let written = text(&object);
         assert!(written.contains("a:\n  b: x\n  empty: {}\n"), "{written}");
-        assert!(written.contains("list:\n- name: n\n  user:\n    token: t\n- \"yes\"\n"), "{written}");
+        assert!(written.contains("list:\n- name: entry\n  user:\n    token: t\n- \"yes\"\n"), "{written}");
         assert!(written.contains("text: |\n  one\n  two\n"), "{written}");
         assert_eq!(serde_saphyr::from_str::<Value>(&written).unwrap(), object, "{written}");
     }
