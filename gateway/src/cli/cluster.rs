@@ -250,11 +250,7 @@ impl Register {
         self.print(&object, word)?;
         let (program, cluster) = (name(), &self.name);
         output::note(&format!(
-            "Next:\n  {program} token create {cluster} > join-token   # what its agent joins with, for an hour\n  {program} status -w{:pad$}# see it connect\n  {program} kubeconfig {cluster}{:space$}# reach it with kubectl",
-            "",
-            "",
-            pad = cluster.len() + 20,
-            space = 18
+            "Next, let its agent join, see it connect, reach it:\n  {program} agent manifest {cluster} | kubectl --context ITS-OWN-CONTEXT apply -f -\n  {program} status -w\n  {program} kubeconfig {cluster}\n(an agent that is set up in another way joins with: {program} token create {cluster})"
         ));
         Ok(())
     }

@@ -361,7 +361,10 @@ mod tests {
         let other = kubeconfig.context(&connection(&[], Some("other"))).unwrap();
         assert_eq!(other.gateway, "https://first");
         let missing = kubeconfig.context(&connection(&[], Some("z"))).unwrap_err();
-        assert!(missing.code() == 2 && missing.text().unwrap().contains("There are: x, other"), "{missing:?}");
+        assert!(
+            missing.code() == 2 && missing.text().unwrap().contains("There are: x, other"),
+            "{missing:?}"
+        );
     }
 
     #[test]

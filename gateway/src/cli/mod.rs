@@ -170,3 +170,39 @@ fn complete(shell: &str) -> Outcome {
     clap_complete::generate(shell, &mut Arguments::command(), "towline", &mut script);
     output::bytes(&script)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The lines of a command's help that show how it is used, and of those below it.
+    fn examples(command: &clap::Command, found: &mut Vec<String>) {
+        let help = command.get_before_help().map(ToString::to_string);
+        let help = help.unwrap_or_else(|| panic!("{} begins with no examples", command.get_name()));
+        assert!(help.starts_with("Examples"), "{help}");
+        let lines = help.lines().filter(|line| line.starts_with("  towline "));
+        found.extend(lines.map(|line| line.trim().to_owned()));
+        let known = command.get_subcommands().filter(|command| command.get_name() != "help");
+        known.for_each(|command| examples(command, found));
+    }
+
+    /// What stands in a line before a comment, a pipe or a redirection, as a shell would take it apart.
+    fn words(line: &str) -> Vec<String> {
+        let line = line.split("   ").next().unwrap();
+        let line = [" > ", " | ", " || "].iter().fold(line, |line, end| line.split(end).next().unwrap());
+        line.split_whitespace().map(|word| word.trim_matches('\'').to_owned()).collect()
+    }
+
+    /// Goal: the first screen of every help is examples, and each of them is understood.
+    #[test]
+    fn every_example_is_understood() {
+        let (mut found, definition) = (Vec::new(), Arguments::command());
+        examples(&definition, &mut found);
+        assert!(found.len() > 40, "{found:?}");
+        for line in found {
+            let parsed = definition.clone().try_get_matches_from(words(&line));
+            assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
+        }
+        definition.debug_assert();
+    }
+}
