@@ -10,9 +10,11 @@
 //! | how does kubectl log in? | `credential`, `cache`, `exec` |
 //! | why did it fail, with which exit code? | `failure` |
 //! | what is printed, and how? | `output`, `yaml` |
+//! | what does a cluster's owner apply? | `agent`, [`manifest`] |
 //!
 //! Data goes to stdout, words to stderr.
 
+mod agent;
 mod cache;
 mod client;
 mod cluster;
@@ -23,6 +25,7 @@ mod exec;
 mod failure;
 mod kubeconfig;
 mod kubefile;
+pub mod manifest;
 mod output;
 mod show;
 mod status;
@@ -70,6 +73,12 @@ pub(crate) struct Connection {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// The agent of a cluster.
+    #[command(subcommand)]
+    Agent(agent::AgentCommand),
+    /// A gateway in a cluster.
+    #[command(subcommand)]
+    Gateway(agent::GatewayCommand),
     /// Register clusters, look at them, cut them off.
     #[command(subcommand)]
     Cluster(cluster::Cluster),
@@ -153,6 +162,8 @@ fn run(arguments: &Arguments) -> Outcome {
     let runtime = runtime.map_err(|error| Failure::failed(format!("cannot start: {error}")))?;
     let connection = &arguments.connection;
     match &arguments.command {
+        Command::Agent(command) => runtime.block_on(command.run(connection)),
+        Command::Gateway(command) => command.run(),
         Command::Cluster(cluster) => runtime.block_on(cluster.run(connection)),
         Command::Token(token) => runtime.block_on(token.run(connection)),
         Command::Kubeconfig(entries) => runtime.block_on(entries.run(connection)),
