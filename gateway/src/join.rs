@@ -29,6 +29,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use towline_certs::facts::CertificateFacts;
 use towline_certs::issue::csr_pin;
 use towline_certs::{AgentIdentity, CertificateDer, InstanceId, IssueError, SpkiPin};
+use towline_proto::Code;
 use towline_proto::join::{
     Admitted, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
     Refused, Renew, Renewal, Renewed,
@@ -390,10 +391,17 @@ async fn by_account(
     // Of a pod that was just deleted a session may stand that hears nothing any more.
     let others = shared.registry.sessions_of(&route.uid);
     let others = others.into_iter().filter(|(_, other, _)| other != boot_id);
-    let alive = alive_among(others.map(|(instance, _, session)| (instance, session)).collect()).await;
+    let others: Vec<_> = others.map(|(instance, _, session)| (instance, session)).collect();
+    let alive = alive_among(others.clone()).await;
     let connected =
         |instance: &InstanceId| alive.contains(instance) || shared.joins.is_taken(instance, boot_id);
     let admission = fleet.rejoin(&route.uid, &subject, connected).await?;
+    // What did not answer just now would only keep requests waiting, and its successor.
+    for (instance, dead) in &others {
+        if *instance == admission.instance && !alive.contains(instance) {
+            dead.close(Code::Cancelled, "replaced by another process of the same ServiceAccount");
+        }
+    }
     // Before anybody else asks: the certificate takes a moment.
     shared.joins.assign(&admission.instance, &Bytes::copy_from_slice(boot_id));
     Ok(Decision { admission, with: format!("ServiceAccount {subject}"), vouched: false })
