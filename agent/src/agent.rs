@@ -175,6 +175,7 @@ impl Agent {
                     backoff,
                     said,
                     found,
+                    told: keep::Told::default(),
                 };
                 self.spawn(keeper.run());
             }

@@ -215,14 +215,15 @@ struct Try<'a> {
 }
 
 impl Enroller {
-    /// Tries every proof once. `fresh` is the key for an identity that begins anew.
+    /// Tries every proof once. `fresh` is the key for an identity that begins anew. Tells whether the gateway knows the key that
+    /// signed the ServiceAccount token: it listens to what is said about the issuer only where a join token vouches for it.
     pub(crate) async fn join(
         &self,
         live: &Live,
         old: Option<&Held>,
         fresh: &AgentKey,
         issuer: Option<Issuer>,
-    ) -> Result<Held, EnrolError> {
+    ) -> Result<(Held, bool), EnrolError> {
         let token = self.config.token_file.as_deref().map(read_token);
         let account = self.config.service_account.as_ref().map(|account| {
             let token = read_line(&account.token_file)?;
@@ -263,6 +264,11 @@ impl Enroller {
         }
         let addresses = self.addresses(token.as_ref());
         for Try { what, proof, key } in tries {
+            let told = match &proof {
+                Proof::Token(_) => issuer.is_some(),
+                Proof::ServiceAccount(_) => true,
+                Proof::Expired(_) => false,
+            };
             let request = JoinRequest {
                 proof: Some(proof),
                 csr: key.csr_der()?.into(),
@@ -271,7 +277,7 @@ impl Enroller {
                 issuer: issuer.clone(),
             };
             match self.try_all(live, &addresses, &pins, &request, key).await {
-                Ok(held) => return Ok(held),
+                Ok(held) => return Ok((held, told)),
                 Err(error) => {
                     tracing::info!(%error, with = what, "not admitted");
                     failure = error;

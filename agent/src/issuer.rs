@@ -1,6 +1,8 @@
 //! Who signs the ServiceAccount tokens of this cluster? Told to the gateway when the agent joins with a token and at each
 //! renewal, so that the gateway can later recognise an agent that kept nothing. From a mounted file, or from the API server,
-//! which in many clusters shows its keys to everybody.
+//! where that shows its keys to this agent.
+//!
+//! The agent's own token says when there are other keys: it is signed by one that the gateway was not told of.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -19,17 +21,32 @@ use crate::token::TokenFile;
 #[derive(Debug)]
 pub(crate) struct IssuerSource(pub(crate) Option<ServiceAccountConfig>);
 
+/// An issuer as it is now.
+#[derive(Debug)]
+pub(crate) struct Current {
+    pub(crate) issuer: Issuer,
+    /// The name of the key that signed the agent's token, if that key is among the issuer's.
+    pub(crate) signed_by: Option<String>,
+}
+
 impl IssuerSource {
+    /// The name of the key that signed the agent's token; empty if the token names none.
+    pub(crate) async fn signed_by(&self) -> Option<String> {
+        let path = self.0.as_ref()?.token_file.clone();
+        let read = tokio::task::spawn_blocking(move || key_of(&read_line(&path).ok()?));
+        read.await.ok()?
+    }
+
     /// The issuer as it is now; `None` if the agent joins by other means, or cannot tell.
-    pub(crate) async fn read(&self, live: &Live) -> Option<Issuer> {
+    pub(crate) async fn read(&self, live: &Live) -> Option<Current> {
         let config = self.0.as_ref()?;
         let (token, file) = (config.token_file.clone(), config.jwks_file.clone());
         let read = tokio::task::spawn_blocking(move || {
             let token = read_line(&token).ok()?;
             let jwks = file.map(|file| FileBytes::read(&file).map(|file| file.bytes().to_vec()));
-            Some((claims_of(&token)?, jwks))
+            Some((claims_of(&token)?, key_of(&token)?, jwks))
         });
-        let ((issuer, subject), jwks) = read.await.ok()??;
+        let ((issuer, subject), key, jwks) = read.await.ok()??;
         let jwks = match jwks {
             Some(Ok(jwks)) => Bytes::from(jwks),
             Some(Err(error)) => {
@@ -39,15 +56,30 @@ impl IssuerSource {
             None => match timeout(TIMEOUT, ask(live)).await {
                 Ok(Some(jwks)) => jwks,
                 Ok(None) | Err(_) => {
-                    tracing::debug!(
-                        "the API server does not show its keys to this agent; mount them (identity.serviceAccount.jwksFile)"
-                    );
+                    tracing::debug!("the API server does not show its keys to this agent");
                     return None;
                 }
             },
         };
-        (jwks.len() <= JWKS_MAX).then_some(Issuer { issuer, jwks, subject })
+        if jwks.len() > JWKS_MAX {
+            return None;
+        }
+        let signed_by = holds(&jwks, &key).then_some(key);
+        Some(Current { issuer: Issuer { issuer, jwks, subject }, signed_by })
     }
+}
+
+/// The `kid` of a token.
+fn key_of(token: &str) -> Option<String> {
+    let head = URL_SAFE_NO_PAD.decode(token.split('.').next()?).ok()?;
+    let head: serde_json::Value = serde_json::from_slice(&head).ok()?;
+    Some(head["kid"].as_str().unwrap_or_default().to_owned())
+}
+
+/// Whether a key set has this key. A token without a name of its key may be signed by any.
+fn holds(jwks: &[u8], key: &str) -> bool {
+    let set: serde_json::Value = serde_json::from_slice(jwks).unwrap_or_default();
+    key.is_empty() || set["keys"].as_array().is_some_and(|keys| keys.iter().any(|known| known["kid"] == key))
 }
 
 /// The `iss` and `sub` of a token. What the kubelet put there is believed; the gateway checks.
@@ -72,6 +104,16 @@ const JWKS_MAX: usize = 12 * 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_token_names_its_key() {
+        let token = |head: &str| format!("{}.p.s", URL_SAFE_NO_PAD.encode(head));
+        assert_eq!(key_of(&token(r#"{"kid":"two"}"#)), Some("two".to_owned()));
+        assert_eq!(key_of(&token("{}")), Some(String::new()));
+        assert_eq!(key_of("a.b.c"), None);
+        let set = br#"{"keys":[{"kid":"one"},{"kid":"two"}]}"#;
+        assert!(holds(set, "two") && holds(set, "") && !holds(set, "three") && !holds(b"[", "two"));
+    }
 
     #[test]
     fn the_issuer_is_read_from_the_token_itself() {

@@ -7,6 +7,7 @@
 //! | two thirds of its life are over | a new key, and a certificate for it over any session; new connections show it |
 //! | it could not be renewed and has run out | it joins: with the old certificate, with the cluster's own token, with the join token |
 //! | gateway and agent do not recognise each other, and no session stands | the same, at most every 15 s: record or CA may be others |
+//! | the gateway does not know the key that signs the cluster's tokens | an early renewal, which tells of it |
 //! | the gateway announces other roots | they are written, used for new connections and acknowledged |
 //!
 //! An identity made elsewhere (files) is not touched: an announcement is acknowledged if the file holds the roots.
@@ -27,7 +28,7 @@ use zeroize::Zeroizing;
 use crate::backoff::Backoff;
 use crate::config::JoinConfig;
 use crate::enrol::{AnswerError, EnrolError, Enroller, Held};
-use crate::issuer::IssuerSource;
+use crate::issuer::{Current, IssuerSource};
 use crate::links::Links;
 use crate::live::Live;
 use crate::metrics::Metrics;
@@ -189,6 +190,19 @@ pub(crate) struct Keeper {
     pub(crate) backoff: Backoff,
     pub(crate) said: mpsc::Receiver<Said>,
     pub(crate) found: Found,
+    pub(crate) told: Told,
+}
+
+/// What the gateway knows of the keys that sign the cluster's ServiceAccount tokens.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    /// The one that signed the agent's token when the gateway was told.
+    known: Option<String>,
+    /// The same in a renewal that has no answer yet.
+    asked: Option<String>,
+    /// Attempts in a row that told nothing; and whether that has been said.
+    failures: u32,
+    warned: bool,
 }
 
 /// When what is held has to be looked at again.
@@ -212,8 +226,19 @@ impl Keeper {
             old => (self.join(old).await, Some(Instant::now())),
         };
         let mut schedule = self.schedule(&held, held.left());
+        let mut look_at = Instant::now() + TELL_FIRST;
         loop {
             tokio::select! {
+                () = sleep_until(look_at), if self.issuer.0.is_some() => {
+                    let idle = schedule.asked.is_none() && !self.links.sessions().is_empty();
+                    if idle && self.is_news().await {
+                        schedule.asked = self.tell().await;
+                        if schedule.asked.is_some() {
+                            schedule.renew_at = (Instant::now() + ANSWER_TIMEOUT).min(schedule.ends_at);
+                        }
+                    }
+                    look_at = Instant::now() + self.told.pause();
+                }
                 said = self.said.recv() => match said {
                     None => return,
                     Some(Said::Trust(trust, reply)) => {
@@ -227,6 +252,7 @@ impl Keeper {
                             Ok(new) => {
                                 held = new;
                                 schedule = self.schedule(&held, life(&held));
+                                self.told.take();
                             }
                             Err(after) => {
                                 schedule.failures += 1;
@@ -288,6 +314,7 @@ impl Keeper {
                     tracing::error!(%error, "the identity is lost with this process");
                 });
                 self.publish(&held);
+                self.live.announce_identity();
                 self.found.key = None;
                 Some(held)
             }
@@ -312,17 +339,50 @@ impl Keeper {
                 key
             }
         };
-        let issuer = self.issuer.read(&self.live).await;
+        let current = self.issuer.read(&self.live).await;
+        let (issuer, signed_by) = current.map(|current| (current.issuer, current.signed_by)).unzip();
         let joined = self.enroller.join(&self.live, old, &key, issuer).await;
         self.found.key = Some(key);
-        joined
+        let (held, told) = joined?;
+        // Not what the issuer says now but what the gateway was told: the token may have been replaced in between.
+        self.told = Told { asked: signed_by.flatten().filter(|_| told), ..Told::default() };
+        self.told.take();
+        Ok(held)
+    }
+
+    /// Whether the agent's token is signed by a key that the gateway was not told of.
+    async fn is_news(&mut self) -> bool {
+        let signed_by = self.issuer.signed_by().await;
+        signed_by.is_some() && signed_by != self.told.known
+    }
+
+    /// Asks for a new certificate in order to tell of the issuer, if there is something to tell.
+    async fn tell(&mut self) -> Option<(Session, AgentKey)> {
+        self.told.failures = self.told.failures.saturating_add(1);
+        let current = self.issuer.read(&self.live).await.filter(|current| current.signed_by.is_some());
+        if current.is_none() {
+            if self.told.failures >= TELL_WARN && !self.told.warned {
+                self.told.warned = true;
+                tracing::warn!(
+                    "the gateway does not know the key that signs this agent's ServiceAccount token, since the API server does not show it: after a restart the agent needs a new join token. Bind the ClusterRole system:service-account-issuer-discovery to the group system:unauthenticated, as the manifest does, or mount the keys (identity.serviceAccount.jwksFile)"
+                );
+            }
+            return None;
+        }
+        self.ask_with(current).await
     }
 
     /// Asks for a new certificate over any session that can.
     async fn ask(&mut self) -> Option<(Session, AgentKey)> {
+        let current = self.issuer.read(&self.live).await;
+        self.ask_with(current).await
+    }
+
+    async fn ask_with(&mut self, current: Option<Current>) -> Option<(Session, AgentKey)> {
         let key = AgentKey::generate().ok()?;
         let csr = key.csr_der().ok()?;
-        let issuer = self.issuer.read(&self.live).await;
+        let (issuer, signed_by) = current.map(|current| (current.issuer, current.signed_by)).unzip();
+        self.told.asked = signed_by.flatten();
         let renew = Notice::Renew(Renew { csr: csr.into(), issuer });
         let mut sessions = self.links.sessions().into_iter();
         let asked = sessions.find(|session| session.say(renew.clone()).is_ok());
@@ -429,6 +489,20 @@ impl Keeper {
     }
 }
 
+impl Told {
+    /// What was told has been heard.
+    fn take(&mut self) {
+        if let Some(known) = self.asked.take() {
+            *self = Self { known: Some(known), ..Self::default() };
+        }
+    }
+
+    /// Before the next look.
+    fn pause(&self) -> Duration {
+        (TELL_LOOK * 2_u32.saturating_pow(self.failures.min(8))).min(TELL_LOOK_MAX)
+    }
+}
+
 impl Schedule {
     /// Before the next attempt: longer after each failure, and never so long that the end is missed.
     fn pause(&self) -> Duration {
@@ -455,6 +529,12 @@ const RENEW_PAUSE: Duration = Duration::from_secs(1);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// Between two attempts to join because the gateway ends every session at once.
 const REJOIN_PAUSE: Duration = Duration::from_secs(15);
+/// How often the agent looks whether its token is signed by another key; longer after each time that the API server did not show it.
+const TELL_FIRST: Duration = Duration::from_secs(2);
+const TELL_LOOK: Duration = Duration::from_secs(10);
+const TELL_LOOK_MAX: Duration = Duration::from_secs(600);
+/// Attempts that tell nothing before it is said.
+const TELL_WARN: u32 = 3;
 /// A gateway cannot keep the agent away for longer.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 /// What the sessions may tell the keeper before it has looked.

@@ -80,6 +80,11 @@ impl Live {
         self.known.send_replace(true);
     }
 
+    /// The agent has become another one: whoever waits before the next attempt need not.
+    pub(crate) fn announce_identity(&self) {
+        self.identity.send_modify(|number| *number += 1);
+    }
+
     /// Waits until there is an identity.
     pub(crate) async fn wait_identity(&self) {
         // The sender lives in `self`, so the wait cannot fail.

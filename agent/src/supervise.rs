@@ -350,7 +350,8 @@ impl<S: Fn(Begin)> Slot<S> {
                     let round_over = failures % self.addresses.len() == 0;
                     let wait = if round_over { self.wait(error.reached_nobody()) } else { Duration::ZERO };
                     tracing::warn!(%error, ?wait, "no session");
-                    sleep(wait).await;
+                    // Another identity may be let in where this one was not.
+                    drop(timeout(wait, self.identity.changed()).await);
                 }
             }
         }
@@ -665,6 +666,16 @@ mod tests {
         let mut run = Run::start(&addresses, &[false; 6]);
         run.served().await;
         assert_eq!(run.world.waits(), at(&[0, 0, 500, 500, 1500, 1500, 3500], &addresses));
+    }
+
+    /// Another identity is tried at once, however long the wait still was.
+    #[tokio::test(start_paused = true)]
+    async fn another_identity_ends_the_wait() {
+        let mut run = Run::start(&["a:1"], &[false; 5]);
+        sleep(Duration::from_secs(8)).await;
+        run.world.identity.send_modify(|number| *number += 1);
+        run.served().await;
+        assert_eq!(run.world.waits(), at(&[0, 500, 1500, 3500, 7500, 8000], &["a:1"]));
     }
 
     /// A session that ends at once does not reset the back-off; one that lived does.

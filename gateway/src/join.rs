@@ -382,6 +382,7 @@ async fn by_account(
     let subject = account::verify(token, &issuer, SystemTime::now())?;
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &route.uid, boot_id).await;
     let admission = fleet.rejoin(&route.uid, &subject, |instance| seeker.take(instance)).await?;
+    seeker.replace(&admission.instance);
     Ok(Decision { admission, with: format!("ServiceAccount {subject}"), vouched: false })
 }
 

@@ -21,6 +21,7 @@
 //! | what is remembered, and how safely? | [`store`] |
 //! | what does it serve at its root? | [`api`] |
 //! | the first admin, and backups? | [`commands`] |
+//! | the program `towline`? | [`cli`] |
 //! | is it well, and what does it count? | `admin`, [`metrics`] |
 //! | what happens on SIGHUP? | `reload` |
 //! | what happens on SIGTERM? | [`Gateway::drain`], below |
@@ -33,6 +34,7 @@ pub mod api;
 pub mod authn;
 pub mod authority;
 pub mod authz;
+pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod fleet;

@@ -293,11 +293,7 @@ async fn errors_have_their_shape() {
             let (got, reason, message) = error_of(client.ask(method, path, headers, full("")).await).await;
             assert_eq!((got, reason.as_str()), (status, code), "{method} {path}: {message}");
             // A held request would take three seconds.
-            assert!(
-                start.elapsed() < Duration::from_secs(2),
-                "{method} {path} took {:?}",
-                start.elapsed()
-            );
+            assert!(start.elapsed() < Duration::from_secs(2), "{method} {path} took {:?}", start.elapsed());
         }
     }
     let mut system = world.h1(Some("system_admin")).await;

@@ -6,6 +6,7 @@
 //! - [`client`]: one HTTP connection at a time, for tests and measurements.
 //! - [`shim`]: a relay that behaves like a bad network.
 //! - [`netns`]: a network of the kernel's whose packets are dropped, and forged.
+//! - [`kubelet`]: a pod as a manifest describes it, with namespaces of its own.
 //! - [`stack`]: the real gateway and agent as processes.
 //! - [`load`]: the load test, beside the same without Towline and beside its peers; [`report`]: what it says.
 //! - [`demo`]: what `make demo` shows.
@@ -15,6 +16,7 @@ pub mod connect_relay;
 pub mod demo;
 pub mod fakeapi;
 pub mod kubectl;
+pub mod kubelet;
 pub mod load;
 pub mod netns;
 pub mod report;

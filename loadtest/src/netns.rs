@@ -253,6 +253,11 @@ fn look() -> Option<String> {
             return Some(format!("no {program} on PATH, in /usr/sbin or target/tools (make tools)"));
         }
     }
+    probe()
+}
+
+/// Why no namespace can be made, if none can.
+pub(crate) fn probe() -> Option<String> {
     let probe = format!("towline-{}-probe", std::process::id());
     let made = output("ip", &["netns", "add", &probe]);
     drop(output("ip", &["netns", "del", &probe]));
@@ -272,7 +277,7 @@ const ROUTER_DOWN: u32 = 9;
 const FIRST_PLACE: u32 = 10;
 
 /// Addresses that no link here has; another process looks from another place on.
-fn free_range(start: u32) -> anyhow::Result<u32> {
+pub(crate) fn free_range(start: u32) -> anyhow::Result<u32> {
     for step in 0..64 {
         let base = POOL + (start.wrapping_add(step) % RANGES) * 16;
         let taken =
@@ -285,7 +290,7 @@ fn free_range(start: u32) -> anyhow::Result<u32> {
 }
 
 /// Runs lines of `ip`, here or in a namespace.
-fn ip(namespace: Option<&str>, lines: &str) -> anyhow::Result<()> {
+pub(crate) fn ip(namespace: Option<&str>, lines: &str) -> anyhow::Result<()> {
     let mut command = tool("ip");
     if let Some(name) = namespace {
         command.args(["-n", name]);
@@ -301,7 +306,7 @@ fn feed(mut command: Command, input: &str) -> anyhow::Result<String> {
     said(&command, child.wait_with_output()?).with_context(|| input.to_owned())
 }
 
-fn output(program: &str, arguments: &[&str]) -> anyhow::Result<String> {
+pub(crate) fn output(program: &str, arguments: &[&str]) -> anyhow::Result<String> {
     let mut command = tool(program);
     command.args(arguments).stdin(Stdio::null());
     let output = command.output().with_context(|| format!("{command:?}"))?;
@@ -315,7 +320,7 @@ fn said(command: &Command, output: Output) -> anyhow::Result<String> {
 }
 
 /// A program of the system's, or of those that `make tools` unpacks.
-fn find(program: &str) -> PathBuf {
+pub(crate) fn find(program: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     let unpacked = ["usr/sbin", "sbin", "usr/bin", "bin"].map(|place| tools().join(place));
@@ -329,7 +334,7 @@ fn tools() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/root")
 }
 
-fn tool(program: &str) -> Command {
+pub(crate) fn tool(program: &str) -> Command {
     let (found, tools) = (find(program), tools());
     let mut command = Command::new(&found);
     if found.starts_with(&tools) {

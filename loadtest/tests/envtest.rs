@@ -52,6 +52,7 @@ async fn flows_against_a_real_api_server() {
     let plane = ControlPlane::start(&assets).await;
     eprintln!("kube-apiserver ready after {:.1} s", started.elapsed().as_secs_f32());
     plane.seed().await;
+    plane.takes_the_manifests(&kubectl).await;
     for mode in Mode::ALL {
         let directory = tempfile::tempdir().unwrap();
         let upstream = Upstream {
@@ -224,6 +225,37 @@ impl ControlPlane {
             let answer = client.send(request).await.unwrap();
             assert_eq!(answer.status(), 200, "{path}");
             answer.into_body().collect().await.unwrap();
+        }
+    }
+
+    /// A real server finds nothing in deploy/manifests that it does not know, or that its rules for pods refuse.
+    async fn takes_the_manifests(&self, kubectl: &kubectl::Kubectl) {
+        let mut client = self.admin().connect(Version::Http1).await.unwrap();
+        for namespace in ["towline", "towline-gateway"] {
+            let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
+            let object = json!({"metadata": {"name": namespace, "labels": labels}});
+            create(&mut client, "/api/v1/namespaces", object).await;
+        }
+        let cluster = json!({"server": format!("https://{}", self.address),
+            "certificate-authority": self.directory.path().join("ca.crt")});
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "admin",
+            "clusters": [{"name": "admin", "cluster": cluster}],
+            "users": [{"name": "admin", "user": {"token": ADMIN}}],
+            "contexts": [{"name": "admin", "context": {"cluster": "admin", "user": "admin"}}],
+        });
+        let kubeconfig = self.directory.path().join("admin.yaml");
+        std::fs::write(&kubeconfig, config.to_string()).unwrap();
+        let run = Run::new(kubectl, &kubeconfig).unwrap();
+        for (path, objects) in common::manifests() {
+            let validate = if kubectl.minor < 25 { "--validate=true" } else { "--validate=strict" };
+            let apply = ["apply", "--dry-run=server", validate, "-o", "name", "-f", &path];
+            let finished = run.run(&apply, b"").await.unwrap();
+            assert_eq!(finished.code, Some(0), "{path}: {}", finished.stderr);
+            assert_eq!(finished.text().lines().count(), objects, "{path}: {}", finished.text());
+            for word in ["would violate", "unknown field", "deprecated"] {
+                assert!(!finished.stderr.contains(word), "{path}: {}", finished.stderr);
+            }
         }
     }
 

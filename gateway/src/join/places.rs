@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 use towline_certs::{ClusterUid, InstanceId};
+use towline_proto::Code;
 use towline_proto::tunnel::Session;
 
 use crate::agents::alive_among;
@@ -62,7 +63,7 @@ pub(super) struct Seeker<'a> {
     cluster: &'a ClusterUid,
     boot_id: &'a Bytes,
     /// Sessions of other processes that have been asked for a sign of life, and gave none.
-    silent: Vec<Session>,
+    silent: Vec<(InstanceId, Session)>,
 }
 
 impl<'a> Seeker<'a> {
@@ -77,8 +78,7 @@ impl<'a> Seeker<'a> {
         let others = registry.sessions_of(cluster).into_iter().filter(|(_, other, _)| other != boot_id);
         let others: Vec<_> = others.map(|(instance, _, session)| (instance, session)).collect();
         let alive = alive_among(others.clone()).await;
-        let silent = others.into_iter().filter(|(instance, _)| !alive.contains(instance));
-        let silent = silent.map(|(_, session)| session).collect();
+        let silent = others.into_iter().filter(|(instance, _)| !alive.contains(instance)).collect();
         Self { places, registry, cluster, boot_id, silent }
     }
 
@@ -91,12 +91,19 @@ impl<'a> Seeker<'a> {
         let is_held = sessions.iter().any(|(held, other, session)| {
             held == instance
                 && other != self.boot_id
-                && !self.silent.iter().any(|silent| silent.is_same(session))
+                && !self.silent.iter().any(|(_, silent)| silent.is_same(session))
         });
         if is_held {
             self.places.leave(instance, self.boot_id);
         }
         !is_held
+    }
+
+    /// Ends the sessions of a place that gave no sign of life: they would only keep requests waiting, and their successor.
+    pub(super) fn replace(&self, instance: &InstanceId) {
+        for (_, dead) in self.silent.iter().filter(|(held, _)| held == instance) {
+            dead.close(Code::Cancelled, "replaced by another process of the same ServiceAccount");
+        }
     }
 }
 

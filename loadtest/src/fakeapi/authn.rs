@@ -3,7 +3,9 @@
 use http::HeaderMap;
 
 use super::call::decode;
+use super::handle::Shared;
 use super::options::FakeApiOptions;
+use super::rbac;
 use super::recorder::Identity;
 use super::serve::Connection;
 use super::status::ApiError;
@@ -33,7 +35,7 @@ pub(super) fn authenticate(
 
 /// As whom the request acts: the caller, or whom its `Impersonate-*` headers name if it may impersonate.
 pub(super) fn impersonate(
-    options: &FakeApiOptions,
+    shared: &Shared,
     caller: &Identity,
     headers: &HeaderMap,
 ) -> Result<Identity, ApiError> {
@@ -58,8 +60,15 @@ pub(super) fn impersonate(
             "requested impersonation of groups, uid or extra without impersonating a user",
         ));
     }
-    let may = caller.groups.iter().any(|group| group == "system:masters")
-        || options.impersonators.contains(&caller.user);
+    let may = if shared.options.rbac {
+        let named = groups.iter().map(|group| ("groups", group)).chain([("users", &user)]);
+        let mut named = named.map(|(resource, name)| rbac::Action::impersonate(resource, name));
+        // No rule of the cluster's is about uids and extra fields.
+        uid.is_none() && extra.is_empty() && named.all(|action| rbac::allows(&shared.store, caller, &action))
+    } else {
+        caller.groups.iter().any(|group| group == "system:masters")
+            || shared.options.impersonators.contains(&caller.user)
+    };
     if !may {
         return Err(ApiError::forbidden(format!(
             "users \"{user}\" is forbidden: User \"{}\" cannot impersonate resource \"users\" in API group \"\" at the cluster scope",
@@ -80,14 +89,24 @@ pub(super) fn impersonate(
 
 /// Whether this identity may do anything with this path; else 403.
 pub(super) fn authorize(
-    options: &FakeApiOptions,
+    shared: &Shared,
     identity: &Identity,
     verb: &str,
     path: &str,
 ) -> Result<(), ApiError> {
+    let options = &shared.options;
     let public = ["/healthz", "/livez", "/readyz", "/version"];
     if public.iter().any(|prefix| path.starts_with(prefix)) {
         return Ok(());
+    }
+    if options.rbac {
+        return match rbac::allows(&shared.store, identity, &rbac::Action::of(verb, path)) {
+            true => Ok(()),
+            false => Err(ApiError::forbidden(format!(
+                "forbidden: User \"{}\" cannot {verb} path \"{path}\"",
+                identity.user
+            ))),
+        };
     }
     if identity.user == "system:anonymous" || options.denied_users.contains(&identity.user) {
         let user = &identity.user;

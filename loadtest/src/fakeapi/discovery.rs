@@ -77,4 +77,11 @@ fn resource(kind: &Kind) -> Value {
     resource
 }
 
-const GROUPS: &[&str] = &["apps", "authentication.k8s.io", "authorization.k8s.io"];
+const GROUPS: &[&str] = &[
+    "apps",
+    "authentication.k8s.io",
+    "authorization.k8s.io",
+    "networking.k8s.io",
+    "policy",
+    "rbac.authorization.k8s.io",
+];

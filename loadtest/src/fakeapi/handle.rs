@@ -1,12 +1,12 @@
 //! How does a test start, use and stop a fake API server? The [`FakeApi`] handle.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +39,14 @@ pub(super) struct Shared {
     pub(super) stop: CancellationToken,
     pub(super) live: AtomicUsize,
     pub(super) connections_total: AtomicU64,
+    /// What `/openid/v1/jwks` shows.
+    keys: Mutex<Value>,
+}
+
+impl Shared {
+    pub(super) fn keys(&self) -> Value {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// The fake API server could not start.
@@ -74,6 +82,7 @@ impl FakeApi {
             stop,
             live: AtomicUsize::new(0),
             connections_total: AtomicU64::new(0),
+            keys: Mutex::new(json!({"keys": []})),
             options,
         });
         shared.tasks.spawn(serve::accept(Arc::clone(&shared), listener, acceptor));
@@ -123,6 +132,11 @@ impl FakeApi {
     /// A kubeconfig (JSON, which is YAML) for direct access as `admin`.
     pub fn kubeconfig(&self) -> String {
         kubeconfig(&self.base_url(), self.ca_pem(), ADMIN_TOKEN)
+    }
+
+    /// The public keys of ServiceAccount tokens, as `/openid/v1/jwks` shows them from now on.
+    pub fn set_keys(&self, keys: Value) {
+        *self.shared.keys.lock().unwrap_or_else(PoisonError::into_inner) = keys;
     }
 
     /// Forgets the watch history: a watch from an older version gets 410 Gone.

@@ -5,7 +5,7 @@
 //! misbehave on request.
 //!
 //! A connection's way through the files: `serve` accepts, `tap` sits between TLS and HTTP, `call` is one request,
-//! `authn` says who asks, `router` says where it goes; `discovery`, `openapi`, `resources`, `watch`, `review`, `pods`
+//! `authn` says who asks, `rbac` what they may, `router` says where it goes; `discovery`, `openapi`, `resources`, `watch`, `review`, `pods`
 //! and `helpers` answer; `spdy` and `websocket` carry `exec`, `attach` and `portforward`.
 
 mod authn;
@@ -23,6 +23,7 @@ mod options;
 mod patch;
 mod pods;
 mod protobuf;
+mod rbac;
 mod recorder;
 mod resources;
 mod review;

@@ -14,6 +14,9 @@ pub struct FakeApiOptions {
     pub impersonators: Vec<String>,
     /// Users (after impersonation) that every resource request answers with 403.
     pub denied_users: Vec<String>,
+    /// Whether ClusterRoles and their bindings decide who may do what, impersonation included. Otherwise everybody with a
+    /// credential may do everything.
+    pub rbac: bool,
     /// Whether a request without a credential is `system:anonymous` (403 but for health and version) and not 401.
     pub anonymous: bool,
     /// An HTTP/1.1 or HTTP/2 connection without a request is closed after this; a real server takes 90 s.
@@ -49,6 +52,7 @@ impl Default for FakeApiOptions {
             ],
             impersonators: vec![AGENT_USER.to_owned()],
             denied_users: Vec::new(),
+            rbac: false,
             anonymous: false,
             idle_timeout: Duration::from_secs(90),
             streams_max: 100,

@@ -223,10 +223,15 @@ fn insert(call: &Call, target: &Target, mut object: Value) -> Result<Arc<Value>,
     }
     move_string_data(&mut object);
     seed::complete(kind, &mut object);
-    store.change(&Key::new(kind, &target.namespace, &name), call.query.has("dryRun"), |before| match before {
+    let key = Key::new(kind, &target.namespace, &name);
+    let stored = store.change(&key, call.query.has("dryRun"), |before| match before {
         Some(_) => Err(ApiError::already_exists(kind.group, kind.plural, &name)),
         None => Ok(Some(object)),
-    })
+    })?;
+    if kind.kind == "Namespace" && !call.query.has("dryRun") {
+        seed::publish_ca(store, &name, call.shared.authority.ca_pem());
+    }
+    Ok(stored)
 }
 
 /// A Secret's `stringData` is written into `data`, never stored.

@@ -25,7 +25,7 @@ pub(super) async fn answer(
     let identity = caller
         .as_ref()
         .map_err(Clone::clone)
-        .and_then(|caller| authn::impersonate(&shared.options, caller, request.headers()));
+        .and_then(|caller| authn::impersonate(&shared, caller, request.headers()));
     let record = record(&shared, &connection, &request, caller.as_ref().ok(), identity.as_ref().ok());
     let number = connection.count_request();
     if connection.http2 && shared.faults.goaway_after(number) {
@@ -70,10 +70,14 @@ pub(super) async fn answer(
 async fn route(call: Call) -> Result<Response, ApiError> {
     let verb = call.method.as_str().to_ascii_lowercase();
     let identity = call.identity.as_ref().ok_or_else(ApiError::unauthorized)?;
-    authn::authorize(&call.shared.options, identity, &verb, &call.path)?;
+    authn::authorize(&call.shared, identity, &verb, &call.path)?;
     let segments: Vec<&str> = call.path.split('/').skip(1).collect();
     match segments.as_slice() {
         ["healthz" | "livez" | "readyz", ..] => health(&call),
+        ["openid", "v1", "jwks"] => {
+            only_get(&call)?;
+            Ok(json_response(StatusCode::OK, &call.shared.keys()))
+        }
         ["version"] => Ok(json_response(StatusCode::OK, &version())),
         ["api" | "apis"] | ["api", _] | ["apis", _] | ["apis", _, _] => {
             only_get(&call)?;

@@ -3,20 +3,16 @@
 use serde_json::{Value, json};
 
 use super::kinds::{self, Kind};
+use super::rbac;
 use super::store::{Key, Store, now};
 
 /// Fills an empty store.
 pub(super) fn fill(store: &Store, ca_pem: &str) {
     for namespace in ["default", "kube-system"] {
         put(store, kinds::core("namespaces"), "", json!({"metadata": {"name": namespace}}));
-        let metadata = json!({"name": "kube-root-ca.crt", "namespace": namespace});
-        put(
-            store,
-            kinds::core("configmaps"),
-            namespace,
-            json!({"metadata": metadata, "data": {"ca.crt": ca_pem}}),
-        );
+        publish_ca(store, namespace, ca_pem);
     }
+    rbac::seed(store);
     for number in 1..=3 {
         let metadata = json!({
             "name": format!("node-{number}"), "labels": {"kubernetes.io/hostname": format!("node-{number}")},
@@ -43,7 +39,14 @@ pub(super) fn fill(store: &Store, ca_pem: &str) {
     put(store, kinds::core("secrets"), "default", secret);
 }
 
-fn put(store: &Store, kind: &'static Kind, namespace: &str, mut object: Value) {
+/// What a controller puts into every namespace.
+pub(super) fn publish_ca(store: &Store, namespace: &str, ca_pem: &str) {
+    let metadata = json!({"name": "kube-root-ca.crt", "namespace": namespace});
+    let map = json!({"metadata": metadata, "data": {"ca.crt": ca_pem}});
+    put(store, kinds::core("configmaps"), namespace, map);
+}
+
+pub(super) fn put(store: &Store, kind: &'static Kind, namespace: &str, mut object: Value) {
     object["kind"] = kind.kind.into();
     object["apiVersion"] = kind.api_version().into();
     complete(kind, &mut object);

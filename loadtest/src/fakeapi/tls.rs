@@ -78,7 +78,12 @@ impl Authority {
     /// The server's configuration: a fresh leaf, ALPN, and a client certificate asked for but not required.
     pub(super) fn server_config(&self, options: &FakeApiOptions) -> Result<ServerConfig, TlsError> {
         let names = ["127.0.0.1", "localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"];
-        let mut params = CertificateParams::new(names.map(str::to_owned).to_vec())?;
+        let mut names = names.map(str::to_owned).to_vec();
+        let own = options.listen.ip();
+        if !own.is_loopback() && !own.is_unspecified() {
+            names.push(own.to_string());
+        }
+        let mut params = CertificateParams::new(names)?;
         params.distinguished_name.push(DnType::CommonName, "kube-apiserver");
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];

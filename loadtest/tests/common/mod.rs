@@ -393,6 +393,19 @@ pub(crate) async fn get(client: &mut Client, path: &str) -> Response<bytes::Byte
         .unwrap_or_else(|error| panic!("{path}: {error:?}"))
 }
 
+/// The files in deploy/manifests, and how many objects each has.
+pub(crate) fn manifests() -> Vec<(String, usize)> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/manifests");
+    let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let counted = files.map(|path| {
+        let text = std::fs::read_to_string(&path).unwrap();
+        (path.display().to_string(), text.lines().filter(|line| line.starts_with("kind: ")).count())
+    });
+    let counted: Vec<_> = counted.collect();
+    assert!(counted.len() >= 3 && counted.iter().all(|(_, objects)| *objects > 3), "{counted:?}");
+    counted
+}
+
 /// The whole log of a process so far.
 pub(crate) fn log(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned()

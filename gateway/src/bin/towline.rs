@@ -1,0 +1,7 @@
+//! The program `towline`: registers clusters, hands out tokens and kubeconfigs, shows the fleet.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    towline_gateway::cli::main()
+}

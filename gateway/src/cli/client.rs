@@ -1,0 +1,400 @@
+//! How is the gateway's API asked? One connection that is kept, one request at a time; watches have one of their own.
+
+use super::Connection;
+use super::failure::{Failure, Outcome, Refusal};
+use super::kubeconfig::{Bundle, Context, Kubeconfig, User};
+use bytes::Bytes;
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
+use http::{Method, Request, Response};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::net::TcpStream;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use towline_certs::load::{LoadPolicy, parse_credential, parse_roots, system_roots};
+use towline_certs::{Credential, FileBytes, ServerName, explain, tls, tls_error};
+
+/// Group and version of everything here.
+pub(crate) const API_VERSION: &str = "towline.io/v1alpha1";
+const ROOT: &str = "/apis/towline.io/v1alpha1";
+const CONNECT: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(60);
+/// Largest answer: 20,000 objects of the largest kind are less.
+const ANSWER_MAX: usize = 512 << 20;
+/// Largest event of a watch.
+const EVENT_MAX: usize = 16 << 20;
+const TABLE: &str = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json";
+const JSON: &str = "application/json";
+
+/// A gateway, and who asks it.
+#[derive(Debug)]
+pub(crate) struct Client {
+    pub(crate) context: Context,
+    tls: Arc<rustls::ClientConfig>,
+    token: Option<HeaderValue>,
+    kept: Mutex<Option<Wire>>,
+}
+
+/// One connection.
+#[derive(Debug)]
+struct Wire {
+    sender: SendRequest<Full<Bytes>>,
+    _tasks: JoinSet<()>,
+}
+
+/// Which objects of a kind are meant.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Select {
+    /// A label selector; all if empty.
+    pub(crate) labels: String,
+    /// One by its name.
+    pub(crate) name: Option<String>,
+}
+
+impl Client {
+    /// Finds the gateway and the credential by the flags; runs the user's plugin if there is one. Connects to nothing yet.
+    pub(crate) fn new(connection: &Connection) -> Outcome<Self> {
+        Self::of(Kubeconfig::load(connection)?.context(connection)?)
+    }
+
+    /// The same for a context that is known.
+    pub(crate) fn of(context: Context) -> Outcome<Self> {
+        let (credential, token) = credential(&context)?;
+        let roots = match &context.ca {
+            Some(bundle) => parse_roots(&bundle.file()),
+            None => system_roots(),
+        };
+        let roots = roots
+            .map_err(|error| Failure::usage(format!("the CA of context {:?}: {error}", context.name)))?;
+        let config = tls::http_client(&roots, credential.as_ref())
+            .map_err(|error| Failure::usage(format!("context {:?}: {error}", context.name)))?;
+        let mut config = rustls::ClientConfig::clone(&config);
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let bearer = token.map(|token| HeaderValue::from_str(&format!("Bearer {token}"))).transpose();
+        let mut token = bearer.map_err(|_| {
+            Failure::usage(format!("the token of context {:?} has characters no token has", context.name))
+        })?;
+        if let Some(token) = &mut token {
+            token.set_sensitive(true);
+        }
+        Ok(Self { context, tls: Arc::new(config), token, kept: Mutex::new(None) })
+    }
+
+    /// One object.
+    pub(crate) async fn get(&self, plural: &str, name: &str) -> Outcome<Value> {
+        self.json(Method::GET, &path(plural, Some(name)), JSON, None).await
+    }
+
+    /// All objects of a kind that are meant, as a list.
+    pub(crate) async fn list(&self, plural: &str, select: &Select) -> Outcome<Value> {
+        self.json(Method::GET, &format!("{}{}", path(plural, None), select.query('?')), JSON, None).await
+    }
+
+    /// The same as the server's table, each row with its whole object.
+    pub(crate) async fn table(&self, plural: &str, select: &Select) -> Outcome<Value> {
+        let query = format!("{}?includeObject=Object{}", path(plural, None), select.query('&'));
+        self.json(Method::GET, &query, TABLE, None).await
+    }
+
+    /// Makes an object: its answer is the only one that holds secrets.
+    pub(crate) async fn create(&self, plural: &str, object: &Value) -> Outcome<Value> {
+        self.json(Method::POST, &path(plural, None), JSON, Some(object)).await
+    }
+
+    /// Merges a patch (RFC 7386) into an object.
+    pub(crate) async fn patch(&self, plural: &str, name: &str, patch: &Value) -> Outcome<Value> {
+        self.json(Method::PATCH, &path(plural, Some(name)), JSON, Some(patch)).await
+    }
+
+    /// Deletes the object that has been looked at, and no other of its name.
+    pub(crate) async fn delete(&self, plural: &str, object: &Value) -> Outcome<Value> {
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        let options = json!({"preconditions": {"uid": object["metadata"]["uid"]}});
+        self.json(Method::DELETE, &path(plural, Some(name)), JSON, Some(&options)).await
+    }
+
+    /// Follows the objects that are meant from a version of a list on; events hold objects, or tables.
+    pub(crate) async fn watch(
+        &self,
+        plural: &str,
+        select: &Select,
+        version: &str,
+        table: bool,
+    ) -> Outcome<Watch> {
+        let query = format!(
+            "{}?watch=1&includeObject=Object&resourceVersion={}{}",
+            path(plural, None),
+            encoded(version),
+            select.query('&')
+        );
+        let mut wire = self.connect().await?;
+        let request = self.request(Method::GET, &query, if table { TABLE } else { JSON }, None)?;
+        let answer = timeout(ANSWER, wire.sender.send_request(request)).await;
+        let answer = answer.map_err(|_| self.silent())?.map_err(|error| self.broken(&error))?;
+        if !answer.status().is_success() {
+            return Err(self.refused(answer).await);
+        }
+        Ok(Watch { body: answer.into_body(), rest: Vec::new(), _wire: wire })
+    }
+
+    /// What the gateway answers, if it is no error.
+    async fn json(&self, method: Method, path: &str, accept: &str, body: Option<&Value>) -> Outcome<Value> {
+        let answer = self.ask(&method, path, accept, body).await?;
+        if !answer.status().is_success() {
+            return Err(self.refused(answer).await);
+        }
+        let bytes = self.body(answer).await?;
+        serde_json::from_slice(&bytes).map_err(|error| {
+            Failure::failed(format!("the answer of {} cannot be read: {error}", self.context.gateway))
+        })
+    }
+
+    async fn ask(
+        &self,
+        method: &Method,
+        path: &str,
+        accept: &str,
+        body: Option<&Value>,
+    ) -> Outcome<Response<Incoming>> {
+        let mut kept = self.kept.lock().await;
+        let mut wire = match kept.take() {
+            Some(wire) if !wire.sender.is_closed() => wire,
+            _ => self.connect().await?,
+        };
+        let request = self.request(method.clone(), path, accept, body)?;
+        let answer = timeout(ANSWER, async {
+            wire.sender.ready().await?;
+            wire.sender.send_request(request).await
+        });
+        let answer = answer.await.map_err(|_| self.silent())?.map_err(|error| self.broken(&error))?;
+        *kept = Some(wire);
+        Ok(answer)
+    }
+
+    fn request(
+        &self,
+        method: Method,
+        path: &str,
+        accept: &str,
+        body: Option<&Value>,
+    ) -> Outcome<Request<Full<Bytes>>> {
+        let media = if method == Method::PATCH { "application/merge-patch+json" } else { JSON };
+        let authority = self.context.gateway.trim_start_matches("https://");
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, authority)
+            .header(ACCEPT, accept)
+            .header(USER_AGENT, concat!("towline/", env!("CARGO_PKG_VERSION")));
+        if let Some(token) = &self.token {
+            request = request.header(AUTHORIZATION, token);
+        }
+        let mut bytes = Bytes::new();
+        if let Some(body) = body {
+            request = request.header(CONTENT_TYPE, media);
+            bytes = body.to_string().into();
+        }
+        request
+            .body(Full::new(bytes))
+            .map_err(|error| Failure::usage(format!("no request can be made of this: {error}")))
+    }
+
+    async fn body(&self, answer: Response<Incoming>) -> Outcome<Bytes> {
+        let body = timeout(ANSWER, Limited::new(answer.into_body(), ANSWER_MAX).collect());
+        let body = body.await.map_err(|_| self.silent())?;
+        let body = body.map_err(|error| {
+            Failure::failed(format!("the answer of {} broke off: {error}. Try again", self.context.gateway))
+        })?;
+        Ok(body.to_bytes())
+    }
+
+    async fn refused(&self, answer: Response<Incoming>) -> Failure {
+        let status = answer.status().as_u16();
+        match self.body(answer).await {
+            Ok(body) => Failure::Refused(Refusal::new(status, &body)),
+            Err(failure) => failure,
+        }
+    }
+
+    fn silent(&self) -> Failure {
+        Failure::failed(format!(
+            "{} has not answered for {} s. Try again",
+            self.context.gateway,
+            ANSWER.as_secs()
+        ))
+    }
+
+    fn broken(&self, error: &hyper::Error) -> Failure {
+        let mut source = std::error::Error::source(error);
+        while let Some(cause) = source {
+            let tls = cause.downcast_ref::<std::io::Error>().and_then(tls_error);
+            if let Some(tls) = tls {
+                return self.unreachable(&explain(tls));
+            }
+            source = cause.source();
+        }
+        Failure::failed(format!("the connection to {} broke: {error}. Try again", self.context.gateway))
+    }
+
+    fn unreachable(&self, why: &str) -> Failure {
+        let Context { gateway, name, .. } = &self.context;
+        Failure::failed(format!(
+            "{gateway} (context {name:?}) cannot be reached: {why}.\nCheck that the gateway runs and that this machine reaches it, or choose another with --context NAME"
+        ))
+    }
+
+    async fn connect(&self) -> Outcome<Wire> {
+        let Context { host, port, server_name, .. } = &self.context;
+        let name = server_name.as_ref().unwrap_or(host);
+        let name = ServerName::try_from(name.clone())
+            .map_err(|_| Failure::usage(format!("{name:?} is no name of a host")))?;
+        let attempt = timeout(CONNECT, async {
+            let socket = TcpStream::connect((host.as_str(), *port)).await?;
+            socket.set_nodelay(true)?;
+            TlsConnector::from(Arc::clone(&self.tls)).connect(name, socket).await
+        });
+        let io = match attempt.await {
+            Err(_) => return Err(self.unreachable(&format!("no answer within {} s", CONNECT.as_secs()))),
+            Ok(Err(error)) => {
+                let why = tls_error(&error).map_or_else(|| error.to_string(), explain);
+                return Err(self.unreachable(&why));
+            }
+            Ok(Ok(io)) => io,
+        };
+        let (sender, connection) =
+            http1::handshake(TokioIo::new(io)).await.map_err(|error| self.broken(&error))?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(connection.await) });
+        Ok(Wire { sender, _tasks: tasks })
+    }
+}
+
+/// Certificate or token of the context's user. With a certificate no token is sent: what a plugin adds is for a cluster.
+fn credential(context: &Context) -> Outcome<(Option<Credential>, Option<String>)> {
+    let Context { name, user, .. } = context;
+    match user {
+        User::Certificate { chain, key } => Ok((Some(pair(name, chain, key)?), None)),
+        User::Token(token) => Ok((None, Some(token.clone()))),
+        User::Nobody => Err(Failure::usage(format!(
+            "context {name:?} has no user with a client certificate, a token or an exec plugin. A first admin's: towline-gateway --config FILE admin-kubeconfig > admin.yaml"
+        ))),
+        User::Plugin(plugin) => {
+            let answer = plugin.run()?;
+            match answer.certificate {
+                Some((chain, key)) => {
+                    let from = Path::new(&plugin.command);
+                    let bundle = |pem: String| Bundle { pem: pem.into_bytes(), from: from.to_owned() };
+                    Ok((Some(pair(name, &bundle(chain), &bundle(key))?), None))
+                }
+                None => Ok((None, answer.token)),
+            }
+        }
+    }
+}
+
+fn pair(context: &str, chain: &Bundle, key: &Bundle) -> Outcome<Credential> {
+    // In a kubeconfig the mode of the file is its owner's business; kubectl warns of it.
+    let policy = LoadPolicy::STRICT;
+    let (chain, key): (FileBytes, FileBytes) = (chain.file(), key.file());
+    let loaded = parse_credential(&chain, &key, policy, SystemTime::now()).map_err(|error| {
+        Failure::usage(format!(
+            "the client certificate of context {context:?}: {error}.\nAn admin's certificate lives a day. A new one: towline-gateway --config FILE admin-kubeconfig > admin.yaml"
+        ))
+    })?;
+    Ok(loaded.value)
+}
+
+fn path(plural: &str, name: Option<&str>) -> String {
+    match name {
+        Some(name) => format!("{ROOT}/{plural}/{}", encoded(name)),
+        None => format!("{ROOT}/{plural}"),
+    }
+}
+
+impl Select {
+    /// One by its name.
+    pub(crate) fn one(name: &str) -> Self {
+        Self { labels: String::new(), name: Some(name.to_owned()) }
+    }
+
+    fn query(&self, mut before: char) -> String {
+        let mut query = String::new();
+        let fields = self.name.as_ref().map(|name| format!("metadata.name={name}")).unwrap_or_default();
+        for (name, value) in [("labelSelector", &self.labels), ("fieldSelector", &fields)] {
+            if !value.is_empty() {
+                query.push_str(&format!("{before}{name}={}", encoded(value)));
+                before = '&';
+            }
+        }
+        query
+    }
+}
+
+/// Percent-encoded for a path or a query.
+fn encoded(text: &str) -> String {
+    text.bytes().fold(String::with_capacity(text.len()), |mut out, byte| {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => out.push(char::from(byte)),
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+        out
+    })
+}
+
+/// Events, one after another.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    body: Incoming,
+    rest: Vec<u8>,
+    _wire: Wire,
+}
+
+impl Watch {
+    /// The next event; none when the watch has ended, which is no failure: begin again.
+    pub(crate) async fn next(&mut self) -> Outcome<Option<Value>> {
+        loop {
+            if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.rest.drain(..=end).collect();
+                let event: Value = serde_json::from_slice(&line)
+                    .map_err(|error| Failure::failed(format!("an event cannot be read: {error}")))?;
+                if event["type"] == "ERROR" {
+                    let status = event["object"]["code"].as_u64().and_then(|code| u16::try_from(code).ok());
+                    let body = event["object"].to_string();
+                    return Err(Failure::Refused(Refusal::new(status.unwrap_or(500), body.as_bytes())));
+                }
+                return Ok(Some(event));
+            }
+            if self.rest.len() > EVENT_MAX {
+                return Err(Failure::failed("an event is larger than any can be"));
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    if let Some(data) = frame.data_ref() {
+                        self.rest.extend_from_slice(data);
+                    }
+                }
+                Some(Err(_)) | None => return Ok(None),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_selectors_stay_inside_their_place() {
+        assert_eq!(path("clusters", Some("../x?y")), "/apis/towline.io/v1alpha1/clusters/..%2Fx%3Fy");
+        let select = Select { labels: "a in (b,c)".to_owned(), name: Some("n".to_owned()) };
+        assert_eq!(select.query('?'), "?labelSelector=a%20in%20%28b%2Cc%29&fieldSelector=metadata.name%3Dn");
+    }
+}

@@ -1,0 +1,108 @@
+//! What is known of a cluster? Everything that the API tells, for somebody who asks what is wrong.
+
+use super::client::{Client, Select};
+use super::cluster::tokens_of;
+use super::failure::Outcome;
+use super::output::{self, Table, text};
+use super::show::{self, ago, until};
+use serde_json::Value;
+use std::fmt::Write as _;
+
+pub(crate) async fn cluster(client: &Client, name: &str) -> Outcome {
+    let cluster = show::find(client, "clusters", name).await?;
+    let tokens = tokens_of(client, name).await?;
+    let revocations = client.list("revocations", &Select::default()).await?;
+    let revocations = revocations["items"].as_array().cloned().unwrap_or_default();
+    let revoked = revocations.iter().find(|item| item["spec"]["cluster"]["name"] == name);
+    output::bytes(page(&cluster, &tokens, revoked).as_bytes())
+}
+
+fn page(cluster: &Value, tokens: &[Value], revoked: Option<&Value>) -> String {
+    let (spec, status, metadata) = (&cluster["spec"], &cluster["status"], &cluster["metadata"]);
+    let mut page = String::new();
+    let mut line = |name: &str, value: String| {
+        // Writing to a text cannot fail.
+        writeln!(page, "{:<14}{value}", format!("{name}:")).ok();
+    };
+    let or_none = |value: &Value| match text(value) {
+        empty if empty.is_empty() => "<none>".to_owned(),
+        text => text,
+    };
+    line("Name", text(&metadata["name"]));
+    line("UID", or_none(&status["uid"]));
+    line("Source", or_none(&status["source"]));
+    line("Mode", or_none(&spec["mode"]));
+    line("Account", or_none(&spec["account"]));
+    line("Description", or_none(&spec["description"]));
+    let labels = metadata["labels"].as_object();
+    let labels: Vec<_> =
+        labels.into_iter().flatten().map(|(key, value)| format!("{key}={}", text(value))).collect();
+    line("Labels", if labels.is_empty() { "<none>".to_owned() } else { labels.join(", ") });
+    line("Protected", if spec["deletionProtection"] == true { "yes" } else { "no" }.to_owned());
+    line("Registered", moment(&metadata["creationTimestamp"]));
+    let connected = show::condition(cluster, "Connected");
+    let state = match connected["status"].as_str() {
+        Some("True") => format!("yes, since {}", moment(&status["since"])),
+        _ => format!("no, since {}", moment(&connected["lastTransitionTime"])),
+    };
+    line("Connected", state);
+    let sessions = status["sessions"].as_u64().unwrap_or(0);
+    let over = status["transport"].as_str().map(|transport| format!(" over {transport}")).unwrap_or_default();
+    line("Sessions", format!("{sessions}{over}"));
+    let most =
+        spec["maxAgents"].as_u64().map(|most| format!(" on record, {most} at most")).unwrap_or_default();
+    line("Agents", format!("{}{most}", status["agents"].as_u64().unwrap_or(0)));
+    line("Agent version", or_none(&status["agentVersion"]));
+    let certificate = match status["certificateExpires"].as_str() {
+        Some(_) => format!("the newest ends {}", when(&status["certificateExpires"])),
+        None => "<none>".to_owned(),
+    };
+    line("Certificate", certificate);
+    if let Some(revoked) = revoked {
+        line("Revoked", moment(&revoked["metadata"]["creationTimestamp"]));
+    }
+    page.push_str("Conditions:\n");
+    let mut rows = vec![cells(&["  TYPE", "STATUS", "SINCE", "REASON", "MESSAGE"])];
+    for condition in status["conditions"].as_array().into_iter().flatten() {
+        rows.push(vec![
+            format!("  {}", text(&condition["type"])),
+            text(&condition["status"]),
+            ago(&condition["lastTransitionTime"]),
+            text(&condition["reason"]),
+            text(&condition["message"]),
+        ]);
+    }
+    page.push_str(&Table::default().lines(&rows));
+    if tokens.is_empty() {
+        page.push_str("Join tokens:  <none>\n");
+        return page;
+    }
+    page.push_str("Join tokens:\n");
+    let mut rows = vec![cells(&["  NAME", "USED", "USES", "EXPIRES", "LET IN"])];
+    for token in tokens {
+        let instances: Vec<_> =
+            token["status"]["instances"].as_array().into_iter().flatten().map(text).collect();
+        rows.push(vec![
+            format!("  {}", text(&token["metadata"]["name"])),
+            text(&token["status"]["used"]),
+            text(&token["spec"]["uses"]),
+            until(&token["status"]["expires"]),
+            if instances.is_empty() { "<nobody>".to_owned() } else { instances.join(", ") },
+        ]);
+    }
+    page.push_str(&Table::default().lines(&rows));
+    page
+}
+
+fn cells(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(|text| (*text).to_owned()).collect()
+}
+
+/// `2026-01-02T03:04:05Z (3h 12m ago)`.
+fn moment(time: &Value) -> String {
+    format!("{} ({} ago)", text(time), ago(time))
+}
+
+fn when(time: &Value) -> String {
+    format!("{} ({})", text(time), until(time))
+}

@@ -1,0 +1,254 @@
+//! `towline kubeconfig`: entries with which kubectl reaches clusters through the gateway.
+
+use super::client::{Client, Select};
+use super::credential::Source;
+use super::exec::GROUP;
+use super::failure::{Failure, Outcome};
+use super::kubeconfig::{Context, Kubeconfig, User, home_file};
+use super::kubefile::{self, Entry, Origin};
+use super::{Connection, name, output, show};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+use towline_certs::CertificateFacts;
+use towline_certs::facts::human;
+use towline_certs::load::parse_certificates;
+
+const EXAMPLES: &str = "Examples:
+  towline kubeconfig prod --set-current
+  towline kubeconfig prod --wrap -- aws eks get-token --cluster-name prod
+  towline kubeconfig --all --output fleet.yaml
+  towline kubeconfig prod --output - > prod.yaml
+";
+
+const ABOUT: &str = "The entries are written into --output, or else --kubeconfig, the first file of $KUBECONFIG, or ~/.kube/config, under kubectl's lock; comments in the \
+file are lost, everything else stays. An entry of the same name that is not of this cluster and gateway is never overwritten.
+
+kubectl then runs `towline credential`, which asks the gateway for a certificate as the user of the gateway's context. In \
+restricted mode the cluster wants a credential of its own besides: --wrap runs its exec plugin and returns both, --token-file \
+reads a token. A certificate never lives longer than what asked for it: with an admin's kubeconfig, a day.";
+
+/// Write kubeconfig entries for clusters behind the gateway.
+#[derive(Args, Debug)]
+#[command(before_help = EXAMPLES, after_help = ABOUT)]
+pub(crate) struct Entries {
+    /// The cluster.
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    cluster: Option<String>,
+    /// All clusters of the fleet.
+    #[arg(long)]
+    all: bool,
+    /// With --all: only clusters with these labels.
+    #[arg(
+        short = 'l',
+        long,
+        value_name = "SELECTOR",
+        requires = "all",
+        default_value = "",
+        hide_default_value = true
+    )]
+    selector: String,
+    /// The entry's name [default: the prefix and the cluster's name].
+    #[arg(long, conflicts_with = "all")]
+    name: Option<String>,
+    /// What entries' names begin with.
+    #[arg(long, default_value = "towline-")]
+    prefix: String,
+    /// Write into this file; - for stdout, with nothing but the entries.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Make it the current context.
+    #[arg(long, conflicts_with = "all")]
+    set_current: bool,
+    /// The context's namespace.
+    #[arg(long)]
+    namespace: Option<String>,
+    /// The version of the exec API in the entry: kubectl before 1.22 knows v1beta1 only.
+    #[arg(long, value_enum, default_value_t)]
+    exec_api: ExecApi,
+    #[command(flatten)]
+    source: Source,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum ExecApi {
+    #[default]
+    V1,
+    V1beta1,
+}
+
+impl Entries {
+    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+        let kubeconfig = Kubeconfig::load(connection)?;
+        let context = kubeconfig.context(connection)?;
+        // An entry that was written from a gateway's context is not what others should be written from.
+        let context = match kubeconfig.origin(&context.name) {
+            Some(origin) => Kubeconfig::load(&origin)?.context(&origin)?,
+            None => context,
+        };
+        let client = Client::of(context)?;
+        let clusters = self.clusters(&client).await?;
+        if clusters.is_empty() {
+            return Err(Failure::failed(format!(
+                "there is no cluster to write. Register one: {} cluster register NAME",
+                name()
+            )));
+        }
+        let entries: Vec<Entry> =
+            clusters.iter().map(|cluster| self.entry(&client.context, &cluster.name)).collect();
+        let to_stdout = self.output.as_deref() == Some(Path::new("-"));
+        let current = (self.set_current || (to_stdout && !self.all)).then(|| entries[0].name.as_str());
+        if to_stdout {
+            output::bytes(kubefile::alone(&entries, current)?.as_bytes())?;
+        } else {
+            let path = self.place(connection)?;
+            kubefile::write(&path, &entries, current)?;
+            for entry in &entries {
+                output::line(&entry.name)?;
+            }
+            output::note(&format!(
+                "written to {}. Next: kubectl --context {} get nodes",
+                path.display(),
+                entries[0].name
+            ));
+        }
+        self.advise(&client.context, &clusters);
+        Ok(())
+    }
+
+    /// What there is to know beside.
+    fn advise(&self, context: &Context, clusters: &[Meant]) {
+        let restricted: Vec<_> =
+            clusters.iter().filter(|cluster| cluster.mode.as_deref() == Some("restricted")).collect();
+        if let Some(first) = restricted.first()
+            && !self.source.is_something()
+        {
+            output::note(&format!(
+                "{} in restricted mode: the cluster also wants a credential of its own. With its exec plugin: {} kubeconfig {} --wrap -- PLUGIN ARGUMENTS…; with a token in a file: --token-file FILE",
+                if restricted.len() == 1 {
+                    format!("{} is", first.name)
+                } else {
+                    format!("{} clusters are", restricted.len())
+                },
+                name(),
+                first.name
+            ));
+        }
+        if let User::Certificate { chain, .. } = &context.user
+            && let Ok(certificates) = parse_certificates(&chain.file())
+            && let Some(facts) = certificates.first().and_then(|leaf| CertificateFacts::of(leaf).ok())
+        {
+            let left = facts.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+            output::note(&format!(
+                "The certificate of context {:?} ends in {}, and what it gives ends with it. An accesstoken lasts as long as you say",
+                context.name,
+                human(left)
+            ));
+        }
+    }
+
+    async fn clusters(&self, client: &Client) -> Outcome<Vec<Meant>> {
+        let meant = |object: &Value| Meant {
+            name: output::text(&object["metadata"]["name"]),
+            mode: object["spec"]["mode"].as_str().map(ToOwned::to_owned),
+        };
+        let Some(cluster) = &self.cluster else {
+            let select = Select { labels: self.selector.clone(), name: None };
+            let list = client.list("clusters", &select).await?;
+            return Ok(list["items"].as_array().into_iter().flatten().map(meant).collect());
+        };
+        match show::find(client, "clusters", cluster).await {
+            Ok(object) => Ok(vec![meant(&object)]),
+            // Who may use a cluster need not be one who may look at the fleet.
+            Err(failure) if failure.is_forbidden() && is_name(cluster) => {
+                output::note(&format!(
+                    "you may not look at the fleet, so whether there is a cluster {cluster:?} is not known here"
+                ));
+                Ok(vec![Meant { name: cluster.clone(), mode: None }])
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
+    fn entry(&self, context: &Context, cluster: &str) -> Entry {
+        let mut server = json!({"server": format!("{}/clusters/{cluster}", context.gateway)});
+        if let Some(ca) = &context.ca {
+            server["certificate-authority-data"] = STANDARD.encode(&ca.pem).into();
+        }
+        if let Some(server_name) = &context.server_name {
+            server["tls-server-name"] = server_name.clone().into();
+        }
+        let mut arguments = vec!["credential".to_owned()];
+        for file in &context.files {
+            arguments.extend(["--kubeconfig".to_owned(), file.display().to_string()]);
+        }
+        arguments.extend(["--context".to_owned(), context.name.clone()]);
+        arguments.extend(self.source.arguments());
+        let version = match self.exec_api {
+            ExecApi::V1 => "v1",
+            ExecApi::V1beta1 => "v1beta1",
+        };
+        let exec = json!({
+            "apiVersion": format!("{GROUP}/{version}"),
+            "command": command(),
+            "args": arguments,
+            // Only a plugin that is wrapped may have something to ask.
+            "interactiveMode": if self.source.is_plugin() { "IfAvailable" } else { "Never" },
+            "provideClusterInfo": false,
+            "installHint": "towline, of the gateway's release, has to be in $PATH",
+        });
+        Entry {
+            name: self.name.clone().unwrap_or_else(|| format!("{}{cluster}", self.prefix)),
+            cluster: server,
+            user: json!({"exec": exec}),
+            namespace: self.namespace.clone(),
+            origin: Origin {
+                gateway: context.gateway.clone(),
+                cluster: cluster.to_owned(),
+                context: context.name.clone(),
+                files: context.files.clone(),
+            },
+        }
+    }
+
+    /// The file to write into.
+    fn place(&self, connection: &Connection) -> Outcome<PathBuf> {
+        if let Some(file) = &self.output {
+            return Ok(file.clone());
+        }
+        let listed = std::env::var_os("KUBECONFIG").unwrap_or_default();
+        let listed = std::env::split_paths(&listed).find(|path| !path.as_os_str().is_empty());
+        let first = connection.kubeconfig.first().cloned();
+        first
+            .or(listed)
+            .or_else(home_file)
+            .ok_or_else(|| Failure::usage("there is no home directory; name a file with --output FILE"))
+    }
+}
+
+/// A cluster to write an entry for.
+struct Meant {
+    name: String,
+    mode: Option<String>,
+}
+
+/// Whether it can be part of a URL as it is.
+fn is_name(cluster: &str) -> bool {
+    crate::routing::ClusterName::new(cluster).is_ok()
+}
+
+/// How kubectl finds this program: by its name where that leads here, else by its path.
+fn command() -> String {
+    let Ok(here) = std::env::current_exe() else { return "towline".to_owned() };
+    let places = std::env::var_os("PATH").unwrap_or_default();
+    let mut found =
+        std::env::split_paths(&places).map(|place| place.join("towline")).filter(|path| path.is_file());
+    let whole = |path: &Path| path.canonicalize().ok();
+    match found.next() {
+        Some(first) if whole(&first).is_some() && whole(&first) == whole(&here) => "towline".to_owned(),
+        _ => here.display().to_string(),
+    }
+}

@@ -1,0 +1,102 @@
+//! Why did a command not do what it was asked for? What is said on stderr, and the exit code.
+
+use super::name;
+use serde_json::Value;
+use std::io;
+
+/// Why nothing more is done.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The command line, or the kubeconfig that it names, is wrong: exit code 2.
+    Usage(String),
+    /// The operation failed: exit code 1.
+    Failed(String),
+    /// The gateway's API refused: exit code 1.
+    Refused(Refusal),
+    /// Who reads the output has gone, as `head` does: nothing is said, exit code 1.
+    Closed,
+}
+
+/// An answer of the API that is an error.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub(crate) status: u16,
+    /// As in a `metav1.Status`: `NotFound`, `AlreadyExists` …
+    pub(crate) reason: String,
+    pub(crate) message: String,
+}
+
+pub(crate) type Outcome<T = ()> = Result<T, Failure>;
+
+impl Failure {
+    pub(crate) fn failed(text: impl Into<String>) -> Self {
+        Self::Failed(text.into())
+    }
+
+    pub(crate) fn usage(text: impl Into<String>) -> Self {
+        Self::Usage(text.into())
+    }
+
+    pub(crate) const fn code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 2,
+            Self::Failed(_) | Self::Refused(_) | Self::Closed => 1,
+        }
+    }
+
+    /// What to say; nothing where nobody listens.
+    pub(crate) fn text(&self) -> Option<String> {
+        match self {
+            Self::Usage(text) | Self::Failed(text) => Some(text.clone()),
+            Self::Refused(refusal) => Some(refusal.text()),
+            Self::Closed => None,
+        }
+    }
+
+    /// Whether the API says that this is not there.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if refusal.reason == "NotFound")
+    }
+
+    pub(crate) fn is_forbidden(&self) -> bool {
+        matches!(self, Self::Refused(refusal) if refusal.status == 403)
+    }
+}
+
+impl Refusal {
+    /// From an answer's status and body, which is a `metav1.Status` if it comes from a gateway.
+    pub(crate) fn new(status: u16, body: &[u8]) -> Self {
+        let object: Value = serde_json::from_slice(body).unwrap_or_default();
+        let field = |name: &str| object[name].as_str().map(ToOwned::to_owned);
+        let message = field("message").unwrap_or_else(|| {
+            let text = String::from_utf8_lossy(body);
+            let words: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
+            format!("the server answered {status} and no Kubernetes Status: {words:?}")
+        });
+        Self { status, reason: field("reason").unwrap_or_default(), message }
+    }
+
+    fn text(&self) -> String {
+        let Self { status, reason, message } = self;
+        let kind = if reason.is_empty() { status.to_string() } else { reason.clone() };
+        let next = match status {
+            401 => "\nThe kubeconfig's user is not known to the gateway, or counts no more. Who has the gateway's state directory makes a new admin:\n  towline-gateway --config FILE admin-kubeconfig > admin.yaml".to_owned(),
+            403 if message.contains("may not") => format!("\nWho am I: {} whoami", name()),
+            404 if reason.is_empty() || message.contains("nothing is served") => {
+                "\nIs this a Towline gateway with a stateDirectory? The context's server must be https://GATEWAY, or https://GATEWAY/clusters/NAME.".to_owned()
+            }
+            _ => String::new(),
+        };
+        format!("error from the gateway ({kind}): {message}{next}")
+    }
+}
+
+impl From<io::Error> for Failure {
+    /// Of writing to stdout; everything else says more.
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Self::Closed,
+            _ => Self::Failed(format!("cannot write the output: {error}")),
+        }
+    }
+}

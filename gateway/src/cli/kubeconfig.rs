@@ -1,0 +1,385 @@
+//! Which gateway, and as whom? The kubeconfig as kubectl finds and merges it, and what a context in it leads to.
+
+use super::Connection;
+use super::exec::Plugin;
+use super::failure::{Failure, Outcome};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use towline_certs::FileBytes;
+
+/// The name of the extension that marks the entries which this program has written.
+pub(crate) const MARK: &str = "towline.io";
+
+/// The files, in the order in which they count.
+#[derive(Debug)]
+pub(crate) struct Kubeconfig {
+    files: Vec<File>,
+}
+
+/// One file.
+#[derive(Debug)]
+struct File {
+    path: PathBuf,
+    content: Value,
+}
+
+/// An entry and the directory that its paths start from.
+#[derive(Clone, Copy, Debug)]
+struct Entry<'a> {
+    content: &'a Value,
+    file: &'a File,
+}
+
+/// A gateway and a way to be somebody there.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) name: String,
+    /// `https://HOST:PORT`, without a path.
+    pub(crate) gateway: String,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    /// The CA bundle as PEM; the system's where there is none.
+    pub(crate) ca: Option<Bundle>,
+    /// The name in the gateway's certificate, where it is not the host.
+    pub(crate) server_name: Option<String>,
+    pub(crate) user: User,
+    /// The files that were read.
+    pub(crate) files: Vec<PathBuf>,
+}
+
+/// PEM and where it is from.
+#[derive(Clone)]
+pub(crate) struct Bundle {
+    pub(crate) pem: Vec<u8>,
+    pub(crate) from: PathBuf,
+}
+
+impl std::fmt::Debug for Bundle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bundle").field("from", &self.from).finish_non_exhaustive()
+    }
+}
+
+impl Bundle {
+    pub(crate) fn file(&self) -> FileBytes {
+        FileBytes::from_memory(&self.from, self.pem.clone())
+    }
+}
+
+/// What a context's user has to show.
+pub(crate) enum User {
+    Certificate {
+        chain: Bundle,
+        key: Bundle,
+    },
+    Token(String),
+    Plugin(Plugin),
+    /// Nothing at all.
+    Nobody,
+}
+
+impl std::fmt::Debug for User {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Certificate { .. } => "Certificate(..)",
+            Self::Token(_) => "Token(..)",
+            Self::Plugin(_) => "Plugin(..)",
+            Self::Nobody => "Nobody",
+        })
+    }
+}
+
+/// Where kubeconfigs are looked for, and whether they have to be there.
+fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
+    if !connection.kubeconfig.is_empty() {
+        return (connection.kubeconfig.clone(), true);
+    }
+    let listed = std::env::var_os("KUBECONFIG").unwrap_or_default();
+    let listed: Vec<_> = std::env::split_paths(&listed).filter(|path| !path.as_os_str().is_empty()).collect();
+    if listed.is_empty() { (home_file().into_iter().collect(), false) } else { (listed, false) }
+}
+
+pub(crate) fn home_file() -> Option<PathBuf> {
+    std::env::var_os("HOME").filter(|home| !home.is_empty()).map(|home| Path::new(&home).join(".kube/config"))
+}
+
+/// A kubeconfig's content; nothing for an empty file.
+pub(crate) fn parse(path: &Path, text: &str) -> Outcome<Value> {
+    if text.trim().is_empty() {
+        return Ok(Value::Object(serde_json::Map::new()));
+    }
+    let content: Value = serde_saphyr::from_str(text)
+        .map_err(|error| Failure::usage(format!("{} is no kubeconfig: {error}", path.display())))?;
+    match content {
+        Value::Null => Ok(Value::Object(serde_json::Map::new())),
+        Value::Object(_) => Ok(content),
+        _ => Err(Failure::usage(format!("{} is no kubeconfig: it holds no fields", path.display()))),
+    }
+}
+
+impl Kubeconfig {
+    /// Reads the files that the flags, `$KUBECONFIG` or the home directory name.
+    pub(crate) fn load(connection: &Connection) -> Outcome<Self> {
+        let (places, required) = places(connection);
+        let mut files = Vec::new();
+        for path in &places {
+            let text = match std::fs::read_to_string(path) {
+                Ok(text) => text,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => continue,
+                Err(error) => return Err(Failure::usage(format!("{}: {error}", path.display()))),
+            };
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let content = parse(&path, &text)?;
+            files.push(File { path, content });
+        }
+        if files.is_empty() {
+            let looked: Vec<_> = places.iter().map(|path| path.display().to_string()).collect();
+            return Err(Failure::usage(format!(
+                "there is no kubeconfig (looked for {}).\nWho has the gateway's state directory makes one for the first admin:\n  towline-gateway --config FILE admin-kubeconfig > admin.yaml\n  export KUBECONFIG=admin.yaml",
+                if looked.is_empty() { "$KUBECONFIG and $HOME".to_owned() } else { looked.join(", ") }
+            )));
+        }
+        Ok(Self { files })
+    }
+
+    /// What the context of the flags, or else the current one, leads to.
+    pub(crate) fn context(&self, connection: &Connection) -> Outcome<Context> {
+        let current = || {
+            let said = self.files.iter().filter_map(|file| file.content["current-context"].as_str());
+            said.filter(|name| !name.is_empty()).map(ToOwned::to_owned).next()
+        };
+        let Some(name) = connection.context.clone().or_else(current) else {
+            return Err(Failure::usage(format!(
+                "the kubeconfig has no current context; choose one with --context NAME. There are: {}",
+                self.names()
+            )));
+        };
+        let context = self.entry("contexts", "context", &name).ok_or_else(|| {
+            Failure::usage(format!("the kubeconfig has no context {name:?}. There are: {}", self.names()))
+        })?;
+        let part = |list: &str, inner: &str| {
+            let wanted = context.content[inner].as_str().unwrap_or_default();
+            self.entry(list, inner, wanted).ok_or_else(|| {
+                Failure::usage(format!(
+                    "context {name:?} names the {inner} {wanted:?}, which the kubeconfig does not have"
+                ))
+            })
+        };
+        let cluster = part("clusters", "cluster")?;
+        let user = match context.content["user"].as_str() {
+            None | Some("") => User::Nobody,
+            Some(_) => part("users", "user")?.user(&name)?,
+        };
+        let server = cluster.content["server"].as_str().unwrap_or_default();
+        let (gateway, host, port) = gateway(server).ok_or_else(|| {
+            Failure::usage(format!("context {name:?} leads to {server:?}, which is no https://GATEWAY: choose a gateway's context with --context NAME"))
+        })?;
+        if cluster.content["insecure-skip-tls-verify"] == true {
+            return Err(Failure::usage(format!(
+                "context {name:?} asks not to check whom it talks to (insecure-skip-tls-verify); towline always does. Name the gateway's CA instead"
+            )));
+        }
+        if cluster.content["proxy-url"].as_str().is_some_and(|proxy| !proxy.is_empty()) {
+            return Err(Failure::usage(format!(
+                "context {name:?} goes through a proxy (proxy-url), which towline cannot use yet. Reach the gateway directly, or use kubectl for its API"
+            )));
+        }
+        let ca = cluster.bundle("certificate-authority")?;
+        let server_name = cluster.content["tls-server-name"].as_str().filter(|name| !name.is_empty());
+        Ok(Context {
+            server_name: server_name.map(ToOwned::to_owned),
+            gateway,
+            host,
+            port,
+            ca,
+            user,
+            files: self.files.iter().map(|file| file.path.clone()).collect(),
+            name,
+        })
+    }
+
+    /// From which gateway's context a context of a single cluster was made, if this program made it.
+    pub(crate) fn origin(&self, context: &str) -> Option<Connection> {
+        let entry = self.entry("contexts", "context", context)?;
+        let mark = mark(entry.content)?;
+        let files = mark["kubeconfig"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        Some(Connection {
+            kubeconfig: files.map(PathBuf::from).collect(),
+            context: Some(mark["context"].as_str()?.to_owned()),
+        })
+    }
+
+    /// The first entry of a name counts, as for kubectl.
+    fn entry(&self, list: &str, inner: &str, name: &str) -> Option<Entry<'_>> {
+        self.files.iter().find_map(|file| {
+            let mut entries = file.content[list].as_array().into_iter().flatten();
+            let entry = entries.find(|entry| entry["name"] == name)?;
+            Some(Entry { content: &entry[inner], file })
+        })
+    }
+
+    fn names(&self) -> String {
+        let lists = self.files.iter().filter_map(|file| file.content["contexts"].as_array());
+        let names: Vec<_> = lists.flatten().filter_map(|entry| entry["name"].as_str()).collect();
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    }
+}
+
+/// What stands in the mark of an entry, if it has one.
+pub(crate) fn mark(content: &Value) -> Option<&Value> {
+    let extensions = content["extensions"].as_array()?;
+    extensions.iter().find(|extension| extension["name"] == MARK).map(|extension| &extension["extension"])
+}
+
+impl Entry<'_> {
+    /// A file that the entry names or holds; what it holds wins, as for kubectl.
+    fn bundle(&self, field: &str) -> Outcome<Option<Bundle>> {
+        let data = &self.content[format!("{field}-data").as_str()];
+        if let Some(data) = data.as_str().filter(|data| !data.is_empty()) {
+            let pem = STANDARD.decode(data).map_err(|_| {
+                Failure::usage(format!("{}: {field}-data is not base64", self.file.path.display()))
+            })?;
+            return Ok(Some(Bundle { pem, from: self.file.path.join(format!("{field}-data")) }));
+        }
+        let Some(path) = self.content[field].as_str().filter(|path| !path.is_empty()) else {
+            return Ok(None);
+        };
+        let from = self.resolve(path);
+        let pem = std::fs::read(&from).map_err(|error| {
+            Failure::usage(format!("{} ({field} of {}): {error}", from.display(), self.file.path.display()))
+        })?;
+        Ok(Some(Bundle { pem, from }))
+    }
+
+    /// Paths start from the file that names them.
+    fn resolve(&self, path: &str) -> PathBuf {
+        self.file.path.parent().unwrap_or_else(|| Path::new(".")).join(path)
+    }
+
+    fn user(&self, context: &str) -> Outcome<User> {
+        if self.content["exec"].is_object() {
+            let mut plugin = Plugin::from_kubeconfig(&self.content["exec"]).ok_or_else(|| {
+                Failure::usage(format!("the user of context {context:?} has an exec without a command"))
+            })?;
+            // A name is looked for in $PATH; a path starts from the file.
+            if plugin.command.contains('/') {
+                plugin.command = self.resolve(&plugin.command).display().to_string();
+            }
+            return Ok(User::Plugin(plugin));
+        }
+        if let (Some(chain), Some(key)) = (self.bundle("client-certificate")?, self.bundle("client-key")?) {
+            return Ok(User::Certificate { chain, key });
+        }
+        if let Some(path) = self.content["tokenFile"].as_str().filter(|path| !path.is_empty()) {
+            let path = self.resolve(path);
+            let token = std::fs::read_to_string(&path)
+                .map_err(|error| Failure::usage(format!("{} (tokenFile): {error}", path.display())))?;
+            return Ok(User::Token(token.trim().to_owned()));
+        }
+        match self.content["token"].as_str().filter(|token| !token.is_empty()) {
+            Some(token) => Ok(User::Token(token.to_owned())),
+            None if self.content["username"].is_string() || self.content["auth-provider"].is_object() => {
+                Err(Failure::usage(format!(
+                    "the user of context {context:?} logs in by a password or an auth-provider; a gateway takes client certificates, tokens and what an exec plugin returns"
+                )))
+            }
+            None => Ok(User::Nobody),
+        }
+    }
+}
+
+/// The gateway of a server's URL, which may go on to a cluster: its URL, host and port.
+fn gateway(server: &str) -> Option<(String, String, u16)> {
+    let url: http::Uri = server.parse().ok()?;
+    if url.scheme_str() != Some("https") {
+        return None;
+    }
+    let path = url.path().trim_end_matches('/');
+    let cluster = path.strip_prefix("/clusters/").is_some_and(|name| !name.is_empty() && !name.contains('/'));
+    if !path.is_empty() && !cluster {
+        return None;
+    }
+    let authority = url.authority()?;
+    if authority.as_str().contains('@') {
+        return None;
+    }
+    let (host, port) = (authority.host(), authority.port_u16());
+    let written = match port {
+        Some(port) => format!("https://{host}:{port}"),
+        None => format!("https://{host}"),
+    };
+    Some((written, host.trim_matches(['[', ']']).to_owned(), port.unwrap_or(443)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connection(files: &[PathBuf], context: Option<&str>) -> Connection {
+        Connection { kubeconfig: files.to_vec(), context: context.map(ToOwned::to_owned) }
+    }
+
+    #[test]
+    fn the_gateway_of_a_cluster_is_its_server_without_the_path() {
+        for (server, wanted) in [
+            ("https://gw", Some(("https://gw", "gw", 443))),
+            ("https://gw:8443/", Some(("https://gw:8443", "gw", 8443))),
+            ("https://gw/clusters/prod", Some(("https://gw", "gw", 443))),
+            ("https://[::1]:1/clusters/prod/", Some(("https://[::1]:1", "::1", 1))),
+            ("https://gw/api", None),
+            ("https://gw/clusters/a/b", None),
+            ("http://gw", None),
+            ("https://user@gw", None),
+            ("gw", None),
+        ] {
+            let found = gateway(server);
+            let found = found.as_ref().map(|(url, host, port)| (url.as_str(), host.as_str(), *port));
+            assert_eq!(found, wanted, "{server}");
+        }
+    }
+
+    /// Goal: the files of a list are merged as kubectl merges them: the first entry of a name, the first current context, each
+    /// path from its own file.
+    #[test]
+    fn files_are_merged_as_kubectl_does() {
+        let directory = tempfile::tempdir().unwrap();
+        let (a, b) = (directory.path().join("a/config"), directory.path().join("b/config"));
+        for file in [&a, &b] {
+            std::fs::create_dir(file.parent().unwrap()).unwrap();
+        }
+        std::fs::write(directory.path().join("b/ca.crt"), "PEM").unwrap();
+        std::fs::write(directory.path().join("b/token"), "tlat_b\n").unwrap();
+        std::fs::write(&a, "clusters:\n- name: one\n  cluster: { server: 'https://first' }\ncontexts:\n- name: x\n  context: { cluster: two, user: u }\n").unwrap();
+        std::fs::write(&b, "current-context: x\nclusters:\n- name: one\n  cluster: { server: 'https://second' }\n- name: two\n  cluster: { server: 'https://two/clusters/prod', certificate-authority: ca.crt, tls-server-name: n }\nusers:\n- name: u\n  user: { tokenFile: token }\ncontexts:\n- name: other\n  context: { cluster: one, user: '' }\n").unwrap();
+        let kubeconfig = Kubeconfig::load(&connection(&[a.clone(), b.clone()], None)).unwrap();
+        let context = kubeconfig.context(&connection(&[], None)).unwrap();
+        assert_eq!((context.gateway.as_str(), context.server_name.as_deref()), ("https://two", Some("n")));
+        assert_eq!(context.ca.unwrap().pem, b"PEM");
+        assert!(matches!(context.user, User::Token(token) if token == "tlat_b"));
+        let other = kubeconfig.context(&connection(&[], Some("other"))).unwrap();
+        assert_eq!(other.gateway, "https://first");
+        let missing = kubeconfig.context(&connection(&[], Some("z"))).unwrap_err();
+        assert!(
+            missing.code() == 2 && missing.text().unwrap().contains("There are: x, other"),
+            "{missing:?}"
+        );
+    }
+
+    #[test]
+    fn a_kubeconfig_that_is_not_there_is_made_by_a_command() {
+        let gone = Kubeconfig::load(&connection(&["/nowhere/config".into()], None)).unwrap_err();
+        assert!(gone.code() == 2 && gone.text().unwrap().contains("/nowhere/config"), "{gone:?}");
+    }
+
+    #[test]
+    fn what_is_not_checked_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("config");
+        std::fs::write(&file, "current-context: x\nclusters:\n- name: c\n  cluster: { server: 'https://gw', insecure-skip-tls-verify: true }\ncontexts:\n- name: x\n  context: { cluster: c }\n").unwrap();
+        let connection = connection(&[file], None);
+        let refused = Kubeconfig::load(&connection).unwrap().context(&connection).unwrap_err();
+        assert!(refused.text().unwrap().contains("insecure-skip-tls-verify"), "{refused:?}");
+    }
+}

@@ -1,0 +1,76 @@
+//! What does `kubectl apply` get, so that an agent or a gateway runs in a cluster? Plain YAML, written for the person who reads it
+//! before it is applied: what it may do stands at the top, and every choice beside it.
+//!
+//! Pure: a description in, a text out. The join token is in the agent's Secret and nowhere else.
+
+mod agent;
+mod gateway;
+
+pub use agent::{AgentManifest, Grant, IssuerKeys, NAMESPACE as AGENT_NAMESPACE};
+pub use gateway::GatewayManifest;
+
+use serde_json::Value;
+use thiserror::Error;
+
+/// Why there is no manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ManifestError {
+    #[error("{what} {text:?} is 1 to {most} of a-z, 0-9 and, between them, -")]
+    Name { what: &'static str, text: String, most: usize },
+    #[error("the image {0:?} is not the name of one: REGISTRY/PATH:TAG, without spaces")]
+    Image(String),
+    #[error("{0} replicas: it has to be 1 to {most}", most = agent::REPLICAS_MAX)]
+    Replicas(u32),
+    #[error("{0:?} is not GROUP=CLUSTERROLE, the role as kubectl get clusterroles shows it")]
+    Grant(String),
+    #[error(
+        "a grant gives rights to those whom the agent impersonates, and in restricted mode it impersonates nobody: leave the grant away, or use --mode impersonate"
+    )]
+    GrantInVain,
+    #[error(
+        "{0} is no address of the gateway for an agent in a pod: there it is the pod itself. Set publicAddresses at the gateway, and make a new token"
+    )]
+    Loopback(String),
+    #[error(
+        "the keys of the cluster are not a JSON Web Key Set: {0}. Get them with: kubectl get --raw /openid/v1/jwks"
+    )]
+    Keys(String),
+    #[error("the size {0:?} of the volume is not a quantity such as 1Gi")]
+    Size(String),
+}
+
+/// A string of JSON is one of YAML, whatever is in it.
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+fn quoted_list<T: ToString>(items: &[T]) -> String {
+    let items: Vec<_> = items.iter().map(|item| quoted(&item.to_string())).collect();
+    format!("[{}]", items.join(", "))
+}
+
+/// Whether a text is a DNS label of at most `most` characters, as Kubernetes wants names to be.
+fn check_name(what: &'static str, text: &str, most: usize) -> Result<(), ManifestError> {
+    let plain = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let bytes = text.as_bytes();
+    let edges = bytes.first().is_some_and(plain) && bytes.last().is_some_and(plain);
+    let fits = edges && bytes.len() <= most && bytes.iter().all(|byte| plain(byte) || *byte == b'-');
+    if fits { Ok(()) } else { Err(ManifestError::Name { what, text: text.to_owned(), most }) }
+}
+
+fn check_image(image: &str) -> Result<(), ManifestError> {
+    let fits = !image.is_empty() && image.bytes().all(|byte| byte.is_ascii_graphic());
+    if fits { Ok(()) } else { Err(ManifestError::Image(image.to_owned())) }
+}
+
+/// Moves every line but the first to the right.
+fn indented(text: &str, spaces: usize) -> String {
+    text.trim_end().replace('\n', &format!("\n{}", " ".repeat(spaces)))
+}
+
+/// The users that images without a user of their own take; any but root would do.
+const USER: u32 = 65_532;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,251 @@
+//! A gateway in a cluster: one pod with a volume for its records, and a Service in front of it.
+
+use towline_certs::TrustDomain;
+
+use super::{ManifestError, USER, check_image, check_name, indented, quoted, quoted_list};
+use crate::api::ADMINS;
+use crate::config::PublicAddress;
+
+/// A gateway, described.
+#[derive(Clone, Debug)]
+pub struct GatewayManifest {
+    pub namespace: String,
+    pub image: String,
+    /// Under which addresses agents and clients reach the Service.
+    pub addresses: Vec<PublicAddress>,
+    pub trust_domain: TrustDomain,
+    /// Size of the volume.
+    pub storage: String,
+}
+
+impl GatewayManifest {
+    /// A gateway at these addresses, in the namespace `towline-gateway`.
+    #[must_use]
+    pub fn new(addresses: Vec<PublicAddress>, trust_domain: TrustDomain) -> Self {
+        Self {
+            namespace: NAME.to_owned(),
+            image: format!("towline-gateway:{}", env!("CARGO_PKG_VERSION")),
+            addresses,
+            trust_domain,
+            storage: "1Gi".to_owned(),
+        }
+    }
+
+    /// The YAML.
+    ///
+    /// # Errors
+    /// A part cannot be what it is meant to be.
+    pub fn render(&self) -> Result<String, ManifestError> {
+        check_name("the namespace", &self.namespace, 63)?;
+        check_image(&self.image)?;
+        let digits = self.storage.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
+            return Err(ManifestError::Size(self.storage.clone()));
+        }
+        Ok([self.preface(), self.access(), self.config_map(), self.service(), self.set()].join("---\n"))
+    }
+
+    fn preface(&self) -> String {
+        let namespace = &self.namespace;
+        let exec = format!("kubectl -n {namespace} exec {NAME}-0 -- towline-gateway");
+        format!(
+            "# A Towline gateway:  kubectl apply -f -
+# One pod with a volume: the records are one file, which one process has at a time. It talks to no API server.
+# When it runs, the first admin:
+#   {exec} --config {CONFIG_FILE} admin-kubeconfig > admin.yaml
+# Back up: the volume's .key and .crt files once, and the records as often as they change (docs/operations.md).
+"
+        )
+    }
+
+    fn access(&self) -> String {
+        let namespace = quoted(&self.namespace);
+        format!(
+            "apiVersion: v1
+kind: Namespace
+metadata:
+  name: {namespace}
+  labels:
+    pod-security.kubernetes.io/enforce: restricted
+---
+# Without any right, and its token is not mounted.
+apiVersion: v1
+kind: ServiceAccount
+{}automountServiceAccountToken: false
+",
+            self.metadata()
+        )
+    }
+
+    fn metadata(&self) -> String {
+        format!(
+            "metadata:
+  name: {NAME}
+  namespace: {}
+  labels:
+    app.kubernetes.io/name: {NAME}
+",
+            quoted(&self.namespace)
+        )
+    }
+
+    fn config_map(&self) -> String {
+        let (addresses, domain) = (quoted_list(&self.addresses), quoted(self.trust_domain.as_str()));
+        let config = format!(
+            "apiVersion: towline.io/v1alpha1
+kind: GatewayConfiguration
+# In its certificates, in join tokens and in kubeconfigs: what leads to the Service from outside.
+publicAddresses: {addresses}
+trustDomain: {domain}
+listen:
+  address: 0.0.0.0:{PORT}
+admin:
+  address: 0.0.0.0:{HEALTH_PORT}
+stateDirectory: {VOLUME}/state
+# Nobody reaches a cluster unless a rule allows it. More rules: objects of the kind AccessRule.
+access:
+- effect: Allow
+  groups: [\"{ADMINS}\"]
+  clusters: [\"*\"]
+drain:
+  delay: {DELAY}s # until a balancer has noticed
+  deadline: {DEADLINE}s
+"
+        );
+        format!(
+            "apiVersion: v1
+kind: ConfigMap
+{}data:
+  gateway.yaml: |
+    {}
+",
+            self.metadata(),
+            indented(&config, 4)
+        )
+    }
+
+    fn service(&self) -> String {
+        format!(
+            "# The one port for agents and clients. Where a balancer cannot have TCP and UDP in one Service, take the UDP port out: agents
+# then use TCP.
+apiVersion: v1
+kind: Service
+{}spec:
+  type: LoadBalancer
+  externalTrafficPolicy: Local # the addresses of those who come stay what they are
+  selector:
+    app.kubernetes.io/name: {NAME}
+  ports:
+  - name: tls
+    protocol: TCP
+    port: {PORT}
+    targetPort: tls
+  - name: quic
+    protocol: UDP
+    port: {PORT}
+    targetPort: quic
+",
+            self.metadata()
+        )
+    }
+
+    fn set(&self) -> String {
+        let (metadata, image, storage) = (self.metadata(), quoted(&self.image), quoted(&self.storage));
+        format!(
+            "apiVersion: apps/v1
+kind: StatefulSet
+{metadata}spec:
+  serviceName: {NAME}
+  replicas: 1
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: {NAME}
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: {NAME}
+    spec:
+      serviceAccountName: {NAME}
+      automountServiceAccountToken: false
+      enableServiceLinks: false
+      terminationGracePeriodSeconds: {} # drain.delay, drain.deadline, and some seconds
+      securityContext:
+        runAsNonRoot: true
+        runAsUser: {USER}
+        runAsGroup: {USER}
+        fsGroup: {USER}
+        seccompProfile:
+          type: RuntimeDefault
+      containers:
+      - name: gateway
+        image: {image} # where this cluster can get it
+        command: [towline-gateway]
+        args: [--config={CONFIG_FILE}]
+        ports:
+        - name: tls
+          containerPort: {PORT}
+          protocol: TCP
+        - name: quic
+          containerPort: {PORT}
+          protocol: UDP
+        - name: health
+          containerPort: {HEALTH_PORT}
+        securityContext:
+          allowPrivilegeEscalation: false
+          readOnlyRootFilesystem: true
+          capabilities:
+            drop: [ALL]
+        resources:
+          requests:
+            cpu: 250m
+            memory: 256Mi
+          limits:
+            memory: 2Gi # limits.tunnelMemory of the configuration, 1GiB, and as much again
+        livenessProbe:
+          httpGet:
+            path: /livez
+            port: health
+          periodSeconds: 10
+          timeoutSeconds: 5
+          failureThreshold: 6
+        readinessProbe:
+          httpGet:
+            path: /readyz
+            port: health
+          periodSeconds: 2
+          timeoutSeconds: 5
+          failureThreshold: 1
+        volumeMounts:
+        - name: config
+          mountPath: /etc/towline
+          readOnly: true
+        - name: state
+          mountPath: {VOLUME}
+      volumes:
+      - name: config
+        configMap:
+          name: {NAME}
+  volumeClaimTemplates: # keys and records; it stays when the StatefulSet is deleted
+  - metadata:
+      name: state
+    spec:
+      accessModes: [ReadWriteOnce]
+      resources:
+        requests:
+          storage: {storage}
+",
+            DELAY + DEADLINE + SPARE
+        )
+    }
+}
+
+const NAME: &str = "towline-gateway";
+const CONFIG_FILE: &str = "/etc/towline/gateway.yaml";
+/// The gateway makes its state directory inside it, readable by itself only.
+const VOLUME: &str = "/var/lib/towline-gateway";
+const PORT: u16 = 8443;
+const HEALTH_PORT: u16 = 9180;
+/// Of the drain, in seconds.
+const DELAY: u32 = 5;
+const DEADLINE: u32 = 30;
+const SPARE: u32 = 10;

@@ -1,0 +1,243 @@
+//! What the manifests promise, read back from the YAML.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use towline_certs::{JoinToken, TrustDomain};
+
+use super::*;
+use crate::config::{GatewayConfig, Mode};
+use crate::routing::ClusterName;
+
+const LINE: &str = "tljt1/gateway.example.com:8443/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef/prod/1/00112233445566778899aabbccddeeff";
+
+fn agent(mode: Mode) -> AgentManifest {
+    let token: JoinToken = LINE.parse().unwrap();
+    AgentManifest::new(ClusterName::new("prod-eu-1").unwrap(), mode, Some(&token))
+}
+
+fn documents(text: &str) -> Vec<Value> {
+    serde_saphyr::from_multiple(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+fn of<'a>(documents: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    documents.iter().filter(|document| document["kind"] == kind).collect()
+}
+
+/// Goal: a restricted agent holds no right: nothing is bound to its ServiceAccount, and no token that the API server takes is in
+/// its pod (EN-03).
+#[test]
+fn a_restricted_agent_holds_no_right() {
+    let documents = documents(&agent(Mode::Restricted).render(LINE).unwrap());
+    assert!(of(&documents, "ClusterRole").is_empty() && of(&documents, "Role").is_empty());
+    for binding in of(&documents, "ClusterRoleBinding") {
+        assert_eq!(binding["roleRef"]["name"], "system:service-account-issuer-discovery");
+        for subject in binding["subjects"].as_array().unwrap() {
+            assert_eq!(subject["kind"], "Group", "nothing is bound to the ServiceAccount");
+            assert_eq!(subject["name"], "system:unauthenticated");
+        }
+    }
+    let [account] = of(&documents, "ServiceAccount")[..] else { panic!("one ServiceAccount") };
+    assert_eq!(account["automountServiceAccountToken"], false);
+    let [deployment] = of(&documents, "Deployment")[..] else { panic!("one Deployment") };
+    let pod = &deployment["spec"]["template"]["spec"];
+    assert_eq!(pod["automountServiceAccountToken"], false);
+    let tokens: Vec<_> = pod["volumes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|volume| volume["projected"]["sources"].as_array().into_iter().flatten())
+        .filter_map(|source| source.get("serviceAccountToken"))
+        .collect();
+    assert_eq!(tokens, [&json!({ "path": "token", "audience": "towline", "expirationSeconds": 600 })]);
+}
+
+/// Goal: an impersonating agent holds exactly the right to impersonate users and groups, and what the callers may do is said.
+#[test]
+fn an_impersonating_agent_holds_one_right() {
+    let grants = vec!["towline:admins=cluster-admin".parse().unwrap()];
+    let manifest = AgentManifest { grants, ..agent(Mode::Impersonate) };
+    let text = manifest.render(LINE).unwrap();
+    let documents = documents(&text);
+    let [role] = of(&documents, "ClusterRole")[..] else { panic!("one ClusterRole") };
+    let rule = json!({ "apiGroups": [""], "resources": ["users", "groups"], "verbs": ["impersonate"] });
+    assert_eq!(role["rules"], json!([rule]));
+    let [binding, grant] = of(&documents, "ClusterRoleBinding")[..] else {
+        panic!("two ClusterRoleBindings")
+    };
+    assert_eq!(binding["roleRef"]["name"], role["metadata"]["name"]);
+    let subject = json!({ "kind": "ServiceAccount", "name": "towline-agent", "namespace": "towline" });
+    assert_eq!(binding["subjects"], json!([subject]));
+    assert_eq!(grant["roleRef"]["name"], "cluster-admin");
+    assert_eq!(grant["subjects"][0]["name"], "towline:admins");
+    let head = text.split("---").next().unwrap();
+    assert!(head.contains("group towline:admins\" gets the rights of \"cluster-admin"), "{head}");
+    for binding in [binding, grant] {
+        let name = binding["metadata"]["name"].as_str().unwrap();
+        assert!(head.contains(&format!("clusterrolebinding/{name}")), "how to take it away: {head}");
+    }
+    let restricted = AgentManifest { grants: manifest.grants, ..agent(Mode::Restricted) };
+    assert_eq!(restricted.render(LINE), Err(ManifestError::GrantInVain));
+}
+
+/// Goal: the join token is in the Secret and nowhere else; the same agent with another token is the same Deployment.
+#[test]
+fn the_join_token_is_in_the_secret_only() {
+    for mode in [Mode::Restricted, Mode::Impersonate] {
+        let text = agent(mode).render(LINE).unwrap();
+        let secret = LINE.rsplit_once('/').unwrap().1;
+        assert_eq!(text.matches(secret).count(), 1);
+        let documents = documents(&text);
+        assert_eq!(of(&documents, "Secret")[0]["stringData"]["token"], LINE);
+        let other = agent(mode).render(&LINE.replace("/prod/", "/other/")).unwrap();
+        let other: Vec<Value> = serde_saphyr::from_multiple(&other).unwrap();
+        for (one, other) in documents.iter().zip(&other) {
+            assert_eq!(one == other, one["kind"] != "Secret", "{}", one["kind"]);
+        }
+    }
+}
+
+/// Goal: what a pod security check of the strictest level asks for, and what an agent that is rolled or whose node is drained needs.
+#[test]
+fn pods_are_restricted_and_replaced_make_before_break() {
+    for replicas in [1, 2] {
+        let manifest = AgentManifest { replicas, network_policy: true, ..agent(Mode::Restricted) };
+        let documents = documents(&manifest.render(LINE).unwrap());
+        let spec = &of(&documents, "Deployment")[0]["spec"];
+        assert_eq!(spec["strategy"]["rollingUpdate"], json!({ "maxSurge": 1, "maxUnavailable": 0 }));
+        let pod = &spec["template"]["spec"];
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+        let context = &pod["containers"][0]["securityContext"];
+        assert_eq!(context["allowPrivilegeEscalation"], false);
+        assert_eq!(context["readOnlyRootFilesystem"], true);
+        assert_eq!(context["capabilities"]["drop"], json!(["ALL"]));
+        assert_eq!(of(&documents, "PodDisruptionBudget").len(), usize::from(replicas > 1));
+        let policy = &of(&documents, "NetworkPolicy")[0]["spec"];
+        assert!(policy["ingress"].is_null(), "nothing comes in");
+        assert_eq!(policy["egress"][1]["ports"][1], json!({ "protocol": "UDP", "port": 8443 }));
+    }
+    for replicas in [0, 9] {
+        let manifest = AgentManifest { replicas, ..agent(Mode::Restricted) };
+        assert_eq!(manifest.render(LINE), Err(ManifestError::Replicas(replicas)));
+    }
+}
+
+/// Goal: no name makes other YAML of it, and what cannot work is refused with what to do.
+#[test]
+fn odd_parts_are_quoted_or_refused() {
+    let with = |change: &dyn Fn(&mut AgentManifest)| {
+        let mut manifest = agent(Mode::Restricted);
+        change(&mut manifest);
+        manifest.render(LINE)
+    };
+    for name in ["on", "123", "1e3", "null"] {
+        let text = with(&|manifest| {
+            manifest.namespace = name.to_owned();
+            manifest.cluster = ClusterName::new(name).unwrap();
+        });
+        let documents = documents(&text.unwrap());
+        assert_eq!(of(&documents, "Namespace")[0]["metadata"]["name"], name);
+        assert_eq!(of(&documents, "Deployment")[0]["metadata"]["namespace"], name);
+    }
+    for namespace in ["", "a b", "a\nb", "A", "-a", &"a".repeat(64)] {
+        assert!(matches!(with(&|m| m.namespace = namespace.to_owned()), Err(ManifestError::Name { .. })));
+    }
+    for image in ["", "a b", "a\nb"] {
+        assert!(matches!(with(&|m| m.image = image.to_owned()), Err(ManifestError::Image(_))));
+    }
+    for address in ["127.0.0.1:8443", "localhost:8443", "[::1]:8443"] {
+        let result = with(&|m| m.addresses = vec![address.parse().unwrap()]);
+        assert!(result.unwrap_err().to_string().contains("publicAddresses"), "{address}");
+    }
+    for keys in ["", "{}", "{\"keys\": 1}"] {
+        let result = with(&|m| m.keys = IssuerKeys::Given(keys.to_owned()));
+        assert!(matches!(result, Err(ManifestError::Keys(_))), "{keys}");
+    }
+    for grant in ["", "a", "a b=view", "=a", "a=", "a=b/c", "a=.."] {
+        assert!(grant.parse::<Grant>().is_err(), "{grant}");
+    }
+    let dotted: Grant = "a=b=system:node".parse().unwrap();
+    assert_eq!((dotted.group.as_str(), dotted.role.as_str()), ("a=b", "system:node"));
+}
+
+/// Goal: keys that are given go with the configuration, and nothing in the cluster changes for them.
+#[test]
+fn keys_can_be_given() {
+    let keys = "{\"keys\": [{\"kty\": \"EC\", \"kid\": \"1\"}]}\n";
+    let manifest = AgentManifest { keys: IssuerKeys::Given(keys.to_owned()), ..agent(Mode::Restricted) };
+    let documents = documents(&manifest.render(LINE).unwrap());
+    assert!(of(&documents, "ClusterRoleBinding").is_empty());
+    let data = &of(&documents, "ConfigMap")[0]["data"];
+    assert_eq!(data["jwks.json"], keys.trim());
+    let config: Value = serde_saphyr::from_str(data["agent.yaml"].as_str().unwrap()).unwrap();
+    assert_eq!(config["identity"]["serviceAccount"]["jwksFile"], "/etc/towline/jwks.json");
+}
+
+fn gateway() -> GatewayManifest {
+    let domain = TrustDomain::new("towline.local").unwrap();
+    GatewayManifest::new(vec!["gateway.example.com:8443".parse().unwrap()], domain)
+}
+
+/// Goal: the gateway in the manifest reads its configuration, and keeps what it remembers on its volume.
+#[test]
+fn a_gateway_keeps_its_records_on_its_volume() {
+    let documents = documents(&gateway().render().unwrap());
+    let text = of(&documents, "ConfigMap")[0]["data"]["gateway.yaml"].as_str().unwrap();
+    let config = GatewayConfig::parse(text, "gateway.yaml").unwrap();
+    let pod = &of(&documents, "StatefulSet")[0]["spec"]["template"]["spec"];
+    let mounts = pod["containers"][0]["volumeMounts"].as_array().unwrap();
+    let volume = mounts.iter().find(|mount| mount["name"] == "state").unwrap()["mountPath"].as_str().unwrap();
+    assert!(config.state_directory.unwrap().starts_with(volume));
+    let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
+    assert!(grace > (config.drain.delay + config.drain.deadline).as_secs());
+    assert!(of(&documents, "ClusterRole").is_empty() && of(&documents, "ClusterRoleBinding").is_empty());
+    for storage in ["", "Gi", "1 Gi", "1Gi\nx"] {
+        let manifest = GatewayManifest { storage: storage.to_owned(), ..gateway() };
+        assert!(matches!(manifest.render(), Err(ManifestError::Size(_))), "{storage}");
+    }
+}
+
+/// Goal: deploy/manifests is what this program prints. `TOWLINE_WRITE=1` writes it anew.
+#[test]
+fn the_files_in_deploy_are_what_is_printed() {
+    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/manifests");
+    let agent = |mode| {
+        let pins = Vec::new();
+        let manifest = AgentManifest { pins, replicas: 2, network_policy: true, ..agent(mode) };
+        let token = "REPLACE-ME: the line that towline token create prod-eu-1 prints";
+        let flags = match mode {
+            Mode::Restricted => "",
+            Mode::Impersonate => " --mode impersonate",
+        };
+        format!(
+            "# An example: what `towline agent manifest prod-eu-1{flags} --replicas 2 --network-policy` prints, but for the join token
+# (REPLACE-ME) and the pins, which are part of it. The cluster's name, the gateway's address and the image are yours.
+#
+{}",
+            manifest.render(token).unwrap()
+        )
+    };
+    let gateway = format!(
+        "# An example: what `towline gateway manifest gateway.example.com:8443` prints. Address and image are yours.
+#
+{}",
+        gateway().render().unwrap()
+    );
+    let files = [
+        ("agent.yaml", agent(Mode::Restricted)),
+        ("agent-impersonate.yaml", agent(Mode::Impersonate)),
+        ("gateway.yaml", gateway),
+    ];
+    for (name, text) in files {
+        let path = directory.join(name);
+        if std::env::var_os("TOWLINE_WRITE").is_some_and(|value| value == "1") {
+            std::fs::write(&path, &text).unwrap();
+        }
+        let found = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            found == text,
+            "{name} is not what is printed; TOWLINE_WRITE=1 cargo test -p towline-gateway writes it anew"
+        );
+    }
+}

@@ -1,0 +1,225 @@
+//! How are objects shown, once and while they change? As the server's own table, or as objects; and which name was meant.
+
+use super::client::{Client, Select};
+use super::failure::{Failure, Outcome};
+use super::output::{self, Format, Table};
+use crate::fleet::Time;
+use serde_json::Value;
+use std::time::Duration;
+use towline_certs::facts::human;
+
+/// What a follower sees.
+pub(crate) enum Seen<'a> {
+    /// Everything, at the start and whenever the thread is lost.
+    List(&'a Value),
+    /// `ADDED`, `MODIFIED` or `DELETED`, with an object or a table.
+    Event(&'a Value),
+}
+
+/// Lists the objects that are meant, and tells every change from then on, until it fails for a reason that stays.
+pub(crate) async fn follow(
+    client: &Client,
+    plural: &str,
+    select: &Select,
+    table: bool,
+    mut each: impl FnMut(Seen<'_>) -> Outcome,
+) -> Outcome {
+    let mut pause = PAUSE_MIN;
+    // That nobody is there at the start is told at once; later it may be a restart.
+    let mut list = listed(client, plural, select, table).await?;
+    loop {
+        each(Seen::List(&list))?;
+        let mut version = output::text(&list["metadata"]["resourceVersion"]);
+        loop {
+            let lost = match client.watch(plural, select, &version, table).await {
+                Ok(mut watch) => loop {
+                    match watch.next().await {
+                        Ok(Some(event)) => {
+                            pause = PAUSE_MIN;
+                            if let Some(next) = version_of(&event["object"]) {
+                                version = next;
+                            }
+                            if event["type"] != "BOOKMARK" {
+                                each(Seen::Event(&event))?;
+                            }
+                        }
+                        Ok(None) => break None,
+                        Err(failure) => break Some(failure),
+                    }
+                },
+                Err(failure) => Some(failure),
+            };
+            match lost {
+                None => {}
+                // The gateway has started anew: its versions have, too.
+                Some(Failure::Refused(refusal)) if refusal.status == 410 => break,
+                Some(Failure::Refused(refusal)) if refusal.status >= 500 => {}
+                Some(Failure::Failed(text)) => output::note(&format!("{text}\n(trying again)")),
+                Some(failure) => return Err(failure),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+        list = listed(client, plural, select, table).await?;
+    }
+}
+
+const PAUSE_MIN: Duration = Duration::from_millis(250);
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+async fn listed(client: &Client, plural: &str, select: &Select, table: bool) -> Outcome<Value> {
+    if table { client.table(plural, select).await } else { client.list(plural, select).await }
+}
+
+/// The version of an object, or of the one in a table.
+fn version_of(object: &Value) -> Option<String> {
+    let places = ["/metadata/resourceVersion", "/rows/0/object/metadata/resourceVersion"];
+    let texts = places.iter().filter_map(|place| object.pointer(place)?.as_str());
+    texts.filter(|text| !text.is_empty()).map(ToOwned::to_owned).next()
+}
+
+/// Prints the objects that are meant and of which `keep` is true, once or while they change. `none` is said where there are none.
+pub(crate) async fn print(
+    client: &Client,
+    plural: &str,
+    select: &Select,
+    how: (Format, bool),
+    keep: impl Fn(&Value) -> bool,
+    none: &str,
+) -> Outcome {
+    let (format, watch) = how;
+    let as_table = matches!(format, Format::Table | Format::Wide);
+    let mut table = Table::default();
+    let mut print = |seen: Seen<'_>| {
+        let (content, first) = match seen {
+            Seen::List(list) => (list, true),
+            Seen::Event(event) => (&event["object"], false),
+        };
+        let mut content = content.clone();
+        let (part, inner) = if as_table { ("rows", "/object") } else { ("items", "") };
+        if let Some(parts) = content[part].as_array_mut() {
+            parts.retain(|part| part.pointer(inner).is_some_and(&keep));
+            if parts.is_empty() && first {
+                output::note(none);
+            }
+            // A list of nothing is an answer only to programs.
+            if parts.is_empty() && !matches!(format, Format::Json | Format::Yaml) {
+                return Ok(());
+            }
+        } else if !keep(&content) {
+            return Ok(());
+        }
+        if as_table {
+            let rows = output::rows(&content, format == Format::Wide, first);
+            output::bytes(table.lines(&rows).as_bytes())
+        } else if format == Format::Yaml && watch {
+            output::bytes(b"---\n")?;
+            output::object(format, &content)
+        } else {
+            output::object(format, &content)
+        }
+    };
+    if watch {
+        return follow(client, plural, select, as_table, print).await;
+    }
+    print(Seen::List(&listed(client, plural, select, as_table).await?))
+}
+
+/// One object; where there is none of this name, those that are alike are named.
+pub(crate) async fn find(client: &Client, plural: &str, name: &str) -> Outcome<Value> {
+    match client.get(plural, name).await {
+        Err(failure) if failure.is_not_found() => Err(unknown(client, plural, name).await),
+        other => other,
+    }
+}
+
+async fn unknown(client: &Client, plural: &str, name: &str) -> Failure {
+    let word = if plural == "clusters" { "cluster" } else { "token" };
+    let list = client.list(plural, &Select::default()).await.unwrap_or_default();
+    let names: Vec<&str> = list["items"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|item| item["metadata"]["name"].as_str())
+        .collect();
+    let alike = nearest(name, &names);
+    let next = if alike.is_empty() {
+        format!("All of them: {} {word} list", super::name())
+    } else {
+        format!("Did you mean {}? All of them: {} {word} list", alike.join(", "), super::name())
+    };
+    Failure::failed(format!("there is no {word} {name:?}. {next}"))
+}
+
+/// Up to three names that differ by a third of their letters at most, or begin alike, the nearest first.
+fn nearest<'a>(name: &str, names: &[&'a str]) -> Vec<&'a str> {
+    let most = name.chars().count().div_ceil(3);
+    let mut alike: Vec<(usize, &str)> = names
+        .iter()
+        .map(|known| (distance(name, known), *known))
+        .filter(|(distance, known)| *distance <= most || (name.len() > 1 && known.starts_with(name)))
+        .collect();
+    alike.sort_unstable();
+    alike.into_iter().take(3).map(|(_, known)| known).collect()
+}
+
+/// Letters to change, to add or to take away (Levenshtein).
+fn distance(one: &str, other: &str) -> usize {
+    let other: Vec<char> = other.chars().collect();
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (index, letter) in one.chars().enumerate() {
+        let mut before = row[0];
+        row[0] = index + 1;
+        for (column, wanted) in other.iter().enumerate() {
+            let replaced = before + usize::from(letter != *wanted);
+            before = row[column + 1];
+            row[column + 1] = replaced.min(before + 1).min(row[column] + 1);
+        }
+    }
+    row[other.len()]
+}
+
+/// `3h 12m`, from a time on until now; `<unknown>` if it is none.
+pub(crate) fn ago(time: &Value) -> String {
+    parsed(time).map_or_else(|| "<unknown>".to_owned(), |time| human(Time::now().since(time)))
+}
+
+/// `in 3h 12m`, or `3h 12m ago`.
+pub(crate) fn until(time: &Value) -> String {
+    let now = Time::now();
+    match parsed(time) {
+        None => "<none>".to_owned(),
+        Some(time) if time > now => format!("in {}", human(time.since(now))),
+        Some(time) => format!("{} ago", human(now.since(time))),
+    }
+}
+
+fn parsed(time: &Value) -> Option<Time> {
+    Time::parse(time.as_str()?)
+}
+
+/// A condition of an object.
+pub(crate) fn condition<'a>(object: &'a Value, kind: &str) -> &'a Value {
+    let mut conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+    conditions.find(|condition| condition["type"] == kind).unwrap_or(&Value::Null)
+}
+
+/// `1 agent`, `2 agents`.
+pub(crate) fn count(number: u64, one: &str) -> String {
+    if number == 1 { format!("1 {one}") } else { format!("{number} {one}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_are_alike_are_found() {
+        let names = ["prod", "prod-eu", "staging", "test"];
+        assert_eq!(nearest("prdo", &names), ["prod"]);
+        assert_eq!(nearest("pr", &names), ["prod", "prod-eu"]);
+        assert_eq!(nearest("stagin", &names), ["staging"]);
+        assert!(nearest("mars", &names).is_empty());
+        assert_eq!(distance("kitten", "sitting"), 3);
+    }
+}

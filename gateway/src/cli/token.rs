@@ -1,0 +1,197 @@
+//! `towline token`: what agents join with.
+
+use super::client::{API_VERSION, Client, Select};
+use super::failure::{Failure, Outcome};
+use super::output::{self, Format, Output};
+use super::show::{self, until};
+use super::{Connection, name};
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+const TOKENS: &str = "jointokens";
+
+const EXAMPLES: &str = "Examples:
+  towline token create prod > join-token
+  towline token create prod --uses 3 --expires 24h
+  towline token list prod
+  towline token revoke 3f9a0c12be
+";
+
+/// Make, list and revoke join tokens.
+#[derive(Debug, Subcommand)]
+#[command(before_help = EXAMPLES)]
+pub(crate) enum Token {
+    /// Make a join token for a cluster, and print it: the only time that it is shown.
+    #[command(before_help = CREATE)]
+    Create(Create),
+    /// List join tokens. Their secrets are nowhere.
+    #[command(
+        visible_alias = "ls",
+        before_help = "Examples:\n  towline token list\n  towline token list prod -o wide\n"
+    )]
+    List(List),
+    /// End join tokens. Agents that they have let in stay.
+    #[command(before_help = "Examples:\n  towline token revoke 3f9a0c12be\n")]
+    Revoke {
+        /// The names of the tokens.
+        #[arg(value_name = "TOKEN", required = true)]
+        names: Vec<String>,
+    },
+}
+
+const CREATE: &str = "Examples:
+  towline token create prod > join-token          for one agent, within an hour
+  towline token create prod --uses 3 --expires 7d
+  towline token create prod -o json
+";
+
+#[derive(Args, Debug)]
+pub(crate) struct Create {
+    /// The cluster that it lets agents join.
+    cluster: String,
+    /// How many agents it lets in, 1 to 256. One that comes back with its key costs nothing.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    uses: u32,
+    /// How long it is good, such as 90s, 30m, 24h or 7d; 30 days at most.
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    expires: Duration,
+    /// Its name [default: made up].
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct List {
+    /// Only those of this cluster.
+    cluster: Option<String>,
+    /// Only those with these labels.
+    #[arg(short = 'l', long, value_name = "SELECTOR", default_value = "", hide_default_value = true)]
+    selector: String,
+    /// Go on with every change.
+    #[arg(short, long)]
+    watch: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// `90s`, `30m`, `24h`, `7d`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time such as 90s, 30m, 24h or 7d");
+    let unit = text.chars().last().filter(char::is_ascii_alphabetic).ok_or_else(wrong)?;
+    let seconds: u64 = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    number.checked_mul(seconds).filter(|seconds| *seconds > 0).map(Duration::from_secs).ok_or_else(wrong)
+}
+
+impl Token {
+    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+        let client = Client::new(connection)?;
+        match self {
+            Self::Create(create) => create.run(&client).await,
+            Self::List(list) => {
+                if let Some(cluster) = &list.cluster {
+                    show::find(&client, "clusters", cluster).await?;
+                }
+                let select = Select { labels: list.selector.clone(), name: None };
+                let keep = |token: &Value| {
+                    list.cluster.as_ref().is_none_or(|cluster| token["spec"]["cluster"] == **cluster)
+                };
+                let cluster = list.cluster.as_deref().unwrap_or("CLUSTER");
+                let none = format!("there is no join token. Make one: {} token create {cluster}", name());
+                show::print(&client, TOKENS, &select, (list.output.output, list.watch), keep, &none).await
+            }
+            Self::Revoke { names } => {
+                let mut failed = None;
+                for token in names {
+                    if let Err(failure) = revoke(&client, token).await
+                        && let Some(text) = failed.replace(failure).as_ref().and_then(Failure::text)
+                    {
+                        output::note(&text);
+                    }
+                }
+                failed.map_or(Ok(()), Err)
+            }
+        }
+    }
+}
+
+impl Create {
+    async fn run(&self, client: &Client) -> Outcome {
+        let cluster = show::find(client, "clusters", &self.cluster).await?;
+        if cluster["status"]["source"] == "configuration" {
+            return Err(Failure::failed(format!(
+                "the cluster {:?} stands in the gateway's configuration and has agents with certificates of files; join tokens are for registered clusters",
+                self.cluster
+            )));
+        }
+        let made = create(client, &self.cluster, self.uses, self.expires, self.name.as_deref()).await?;
+        match self.output.output {
+            Format::Table | Format::Wide => output::line(&output::text(&made["status"]["token"]))?,
+            format => output::object(format, &made)?,
+        }
+        output::note(&format!(
+            "The join token {} of cluster {} lets in {}, and ends {}. It is a secret, and is not shown again.\nGive it to the agent as the file that identity.joinTokenFile names; to end it: {} token revoke {}",
+            output::text(&made["metadata"]["name"]),
+            self.cluster,
+            show::count(u64::from(self.uses), "agent"),
+            until(&made["status"]["expires"]),
+            name(),
+            output::text(&made["metadata"]["name"]),
+        ));
+        Ok(())
+    }
+}
+
+/// Makes a join token; `status.token` of the answer is the line for the agent.
+pub(crate) async fn create(
+    client: &Client,
+    cluster: &str,
+    uses: u32,
+    expires: Duration,
+    token: Option<&str>,
+) -> Outcome<Value> {
+    let object = json!({
+        "apiVersion": API_VERSION, "kind": "JoinToken", "metadata": {"name": token},
+        "spec": {"cluster": cluster, "uses": uses, "expirationSeconds": expires.as_secs()},
+    });
+    client.create(TOKENS, &object).await
+}
+
+async fn revoke(client: &Client, token: &str) -> Outcome {
+    let before = show::find(client, TOKENS, token).await?;
+    client.delete(TOKENS, &before).await?;
+    output::line(&format!("{} revoked", output::name(&before)))?;
+    let cluster = output::text(&before["spec"]["cluster"]);
+    let used = before["status"]["used"].as_u64().unwrap_or(0);
+    let left = before["spec"]["uses"].as_u64().unwrap_or(0).saturating_sub(used);
+    output::note(&format!(
+        "Ended: {} left for cluster {cluster}. It had let in {}, who stay; to end those too: {} cluster revoke {cluster}",
+        show::count(left, "use"),
+        show::count(used, "agent"),
+        name()
+    ));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_a_unit() {
+        assert_eq!(duration("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("7d"), Ok(Duration::from_secs(7 * 86_400)));
+        for wrong in ["", "h", "1", "0s", "-1h", "1.5h", "1w", "1é", "99999999999999999999d"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+}
