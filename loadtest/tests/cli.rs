@@ -1,7 +1,7 @@
 //! Goal: `towline` as people type it: the real program against a real gateway, agent and API server, and every kubectl on this
 //! machine with the kubeconfig that it writes. Exit codes and texts included.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
 #![allow(clippy::large_futures, reason = "tests are not many at a time")]
 
 use serde_json::{Value, json};
@@ -97,7 +97,7 @@ impl World {
         command
     }
 
-    async fn finish(&self, mut command: Command) -> Done {
+    async fn finish(&self, command: &mut Command) -> Done {
         let output = timeout(Duration::from_secs(40), command.output()).await.expect("it ends").unwrap();
         Done {
             code: output.status.code().unwrap_or(-1),
@@ -109,7 +109,7 @@ impl World {
     /// Runs `towline` as the admin.
     async fn run(&self, arguments: &[&str]) -> Done {
         let kubeconfig = self.path("admin.yaml");
-        self.finish(self.command("towline", arguments, kubeconfig.to_str())).await
+        self.finish(&mut self.command("towline", arguments, kubeconfig.to_str())).await
     }
 
     /// The same, and it works; its stdout.
@@ -149,6 +149,15 @@ impl World {
             sleep(Duration::from_millis(10)).await;
         }
         agent
+    }
+
+    /// The gateway ends and begins again, at the same place.
+    async fn restart(self) -> Self {
+        let Self { directory, config, gateway, api } = self;
+        gateway.shutdown().await;
+        drop(gateway);
+        let gateway = Gateway::start(config.clone()).await.unwrap();
+        Self { directory, config, gateway, api }
     }
 
     fn kubeconfig(&self, name: &str) -> Value {
@@ -322,9 +331,9 @@ async fn an_operator_runs_the_fleet() {
 async fn mistakes_say_what_to_run_next() {
     let world = World::start().await;
     let with = async |arguments: &[&str], kubeconfig: &str| {
-        world.finish(world.command("towline", arguments, Some(kubeconfig))).await
+        world.finish(&mut world.command("towline", arguments, Some(kubeconfig))).await
     };
-    let nothing = world.finish(world.command("towline", &["cluster", "list"], None)).await;
+    let nothing = world.finish(&mut world.command("towline", &["cluster", "list"], None)).await;
     nothing.failed(
         2,
         &["there is no kubeconfig", "home/.kube/config", "towline-gateway --config FILE admin-kubeconfig"],
@@ -345,7 +354,7 @@ async fn mistakes_say_what_to_run_next() {
     let theirs = std::fs::read_to_string(other.path("admin.yaml")).unwrap();
     let stranger = world
         .file("stranger.yaml", &theirs.replace(&other.config.listen.address.port().to_string(), &address));
-    with(&["cluster", "list"], &stranger).await.failed(1, &["cannot be reached", "issuer"]);
+    with(&["cluster", "list"], &stranger).await.failed(1, &["cannot be reached", "not issued by the CA"]);
     let plain = world.file("plain.yaml", &admin.replace("https://", "http://"));
     with(&["cluster", "list"], &plain).await.failed(2, &["is no https://GATEWAY"]);
 
@@ -362,7 +371,7 @@ async fn mistakes_say_what_to_run_next() {
     assert!(with(&["whoami"], &dev).await.out.contains("fleet"));
 
     for (program, named) in [("towline", "towline"), ("kubectl-towline", "kubectl towline")] {
-        let help = world.finish(world.command(program, &["--help"], None)).await;
+        let help = world.finish(&mut world.command(program, &["--help"], None)).await;
         assert_eq!(help.code, 0);
         assert!(help.out.starts_with(&format!("Examples:\n  {named} cluster register")), "{}", help.out);
         assert!(
@@ -370,7 +379,7 @@ async fn mistakes_say_what_to_run_next() {
             "{}",
             help.out
         );
-        let wrong = world.finish(world.command(program, &["cluster", "register"], None)).await;
+        let wrong = world.finish(&mut world.command(program, &["cluster", "register"], None)).await;
         wrong.failed(2, &[&format!("Usage: {named} cluster register")]);
     }
     // Every command's help begins with examples, and every example is understood.
@@ -421,8 +430,10 @@ async fn access_token(world: &World, user: &str, groups: &[&str]) -> String {
     });
     let kubectl = kubectl::find().into_iter().next_back().expect("a kubectl");
     let run = Run::new(&kubectl, &world.path("admin.yaml")).unwrap();
-    let made =
-        run.ok_with(&["create", "-f", "-", "-o", "json"], object.to_string().as_bytes()).await.unwrap();
+    let made = run
+        .ok_with(&["create", "--context", "towline", "-f", "-", "-o", "json"], object.to_string().as_bytes())
+        .await
+        .unwrap();
     serde_json::from_str::<Value>(&made).unwrap()["status"]["token"].as_str().unwrap().to_owned()
 }
 
@@ -588,8 +599,7 @@ async fn a_kubeconfig_of_the_fleet() {
 
     // Contexts that lead in a circle end, and say so.
     let mut circle = world.kubeconfig("admin.yaml");
-    circle["users"][0]["user"] = user.clone();
-    world.file("circle.yaml", &circle.to_string());
+    circle["users"][0]["user"] = json!({"exec": user});
     let mut looped = user["args"].clone();
     looped[2] = world.path("circle.yaml").display().to_string().into();
     circle["users"][0]["user"]["exec"]["args"] = looped;
@@ -620,6 +630,73 @@ async fn a_kubeconfig_of_the_fleet() {
     world.gateway.shutdown().await;
 }
 
+/// Goal: who watches the list misses nothing, also across a restart of the gateway, which knows no version from before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_goes_on_after_a_restart() {
+    let world = World::start().await;
+    world.ok(&["cluster", "register", "first"]).await;
+    let admin = world.path("admin.yaml");
+    let mut watching = world.command("towline", &["cluster", "list", "-w"], admin.to_str()).spawn().unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    let mut next = async |start: &str| {
+        let line = timeout(Duration::from_secs(20), async {
+            loop {
+                let line = lines.next_line().await.unwrap().expect("the watch goes on");
+                if line.starts_with(start) {
+                    return line;
+                }
+            }
+        });
+        line.await.unwrap_or_else(|_| panic!("no line with {start}"))
+    };
+    next("NAME").await;
+    next("first").await;
+    world.ok(&["cluster", "register", "second"]).await;
+    assert!(next("second").await.contains("restricted"));
+    let world = world.restart().await;
+    next("first").await;
+    world.ok(&["cluster", "register", "third"]).await;
+    next("third").await;
+    watching.kill().await.unwrap();
+    world.gateway.shutdown().await;
+}
+
+/// Goal: `kubectl towline` is the same program; where `towline` is in $PATH, kubeconfigs name it and no path of this machine; the
+/// environment stands for flags.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_is_a_plugin_of_kubectl() {
+    let Some(kubectl) = kubectl::find().pop() else {
+        eprintln!("SKIP it_is_a_plugin_of_kubectl: no kubectl on PATH or in $KUBECTLS");
+        return;
+    };
+    let world = World::start().await;
+    let programs = binary("towline").unwrap().parent().unwrap().to_owned();
+    let path = std::env::join_paths(
+        std::iter::once(programs).chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
+    );
+    let path = path.unwrap();
+    let mut command = Command::new(&kubectl.path);
+    command.args(["towline", "cluster", "get", "nowhere"]).env("KUBECONFIG", world.path("admin.yaml"));
+    let done =
+        world.finish(command.env("PATH", &path).env("HOME", world.path("home")).stdin(Stdio::null())).await;
+    done.failed(1, &["kubectl towline: there is no cluster \"nowhere\"", "kubectl towline cluster list"]);
+    world.ok(&["cluster", "register", "prod", "--mode", "impersonate"]).await;
+    let mut command = world.command("towline", &["kubeconfig", "prod", "--output", "out.yaml"], None);
+    command
+        .env("PATH", &path)
+        .env("TOWLINE_KUBECONFIG", world.path("admin.yaml"))
+        .env("TOWLINE_CONTEXT", "towline");
+    let done = world.finish(&mut command).await;
+    assert_eq!((done.code, done.out.as_str()), (0, "towline-prod\n"), "{}", done.err);
+    assert_eq!(world.kubeconfig("out.yaml")["users"][0]["user"]["exec"]["command"], "towline");
+    let mut command = world.command("towline", &["whoami"], None);
+    let done = world
+        .finish(command.env("TOWLINE_KUBECONFIG", world.path("admin.yaml")).env("TOWLINE_CONTEXT", "other"))
+        .await;
+    done.failed(2, &["no context \"other\""]);
+    world.gateway.shutdown().await;
+}
+
 /// Goal: a broken pipe, as of `| head`, is no noise.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_leaves_is_no_error_to_talk_about() {
@@ -627,7 +704,7 @@ async fn a_reader_that_leaves_is_no_error_to_talk_about() {
     let towline = binary("towline").unwrap();
     let mut command = Command::new("sh");
     command.args(["-c", &format!("{} completion bash | head -n 1", towline.display())]);
-    let done = world.finish(command).await;
+    let done = world.finish(&mut command).await;
     assert!(done.code == 0 && done.err.is_empty() && Path::new(&towline).exists(), "{}", done.err);
     world.gateway.shutdown().await;
 }

@@ -19,8 +19,9 @@ use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use towline_certs::explain::explain_naming;
 use towline_certs::load::{LoadPolicy, parse_credential, parse_roots, system_roots};
-use towline_certs::{Credential, FileBytes, ServerName, explain, tls, tls_error};
+use towline_certs::{Credential, FileBytes, ServerName, tls, tls_error};
 
 /// Group and version of everything here.
 pub(crate) const API_VERSION: &str = "towline.io/v1alpha1";
@@ -237,11 +238,16 @@ impl Client {
         while let Some(cause) = source {
             let tls = cause.downcast_ref::<std::io::Error>().and_then(tls_error);
             if let Some(tls) = tls {
-                return self.unreachable(&explain(tls));
+                return self.unreachable(&self.explain(tls));
             }
             source = cause.source();
         }
         Failure::failed(format!("the connection to {} broke: {error}. Try again", self.context.gateway))
+    }
+
+    fn explain(&self, error: &rustls::Error) -> String {
+        let from = self.context.ca.as_ref().map(|ca| ca.from.display().to_string());
+        explain_naming(error, from.as_deref().unwrap_or("the system's trust store"))
     }
 
     fn unreachable(&self, why: &str) -> Failure {
@@ -264,7 +270,7 @@ impl Client {
         let io = match attempt.await {
             Err(_) => return Err(self.unreachable(&format!("no answer within {} s", CONNECT.as_secs()))),
             Ok(Err(error)) => {
-                let why = tls_error(&error).map_or_else(|| error.to_string(), explain);
+                let why = tls_error(&error).map_or_else(|| error.to_string(), |error| self.explain(error));
                 return Err(self.unreachable(&why));
             }
             Ok(Ok(io)) => io,

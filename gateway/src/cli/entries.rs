@@ -4,7 +4,7 @@ use super::client::{Client, Select};
 use super::credential::Source;
 use super::exec::GROUP;
 use super::failure::{Failure, Outcome};
-use super::kubeconfig::{Context, Kubeconfig, User, home_file};
+use super::kubeconfig::{self, Context, Kubeconfig, User};
 use super::kubefile::{self, Entry, Origin};
 use super::{Connection, name, output, show};
 use base64::Engine as _;
@@ -158,7 +158,9 @@ impl Entries {
         let Some(cluster) = &self.cluster else {
             let select = Select { labels: self.selector.clone(), name: None };
             let list = client.list("clusters", &select).await?;
-            return Ok(list["items"].as_array().into_iter().flatten().map(meant).collect());
+            // A name becomes part of a URL.
+            let all = list["items"].as_array().into_iter().flatten().map(meant);
+            return Ok(all.filter(|cluster| is_name(&cluster.name)).collect());
         };
         match show::find(client, "clusters", cluster).await {
             Ok(object) => Ok(vec![meant(&object)]),
@@ -219,13 +221,9 @@ impl Entries {
         if let Some(file) = &self.output {
             return Ok(file.clone());
         }
-        let listed = std::env::var_os("KUBECONFIG").unwrap_or_default();
-        let listed = std::env::split_paths(&listed).find(|path| !path.as_os_str().is_empty());
-        let first = connection.kubeconfig.first().cloned();
-        first
-            .or(listed)
-            .or_else(home_file)
-            .ok_or_else(|| Failure::usage("there is no home directory; name a file with --output FILE"))
+        let (places, _) = kubeconfig::places(connection);
+        let first = places.into_iter().next();
+        first.ok_or_else(|| Failure::usage("there is no home directory; name a file with --output FILE"))
     }
 }
 

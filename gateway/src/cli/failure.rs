@@ -67,10 +67,12 @@ impl Refusal {
     /// From an answer's status and body, which is a `metav1.Status` if it comes from a gateway.
     pub(crate) fn new(status: u16, body: &[u8]) -> Self {
         let object: Value = serde_json::from_slice(body).unwrap_or_default();
-        let field = |name: &str| object[name].as_str().map(ToOwned::to_owned);
+        // Whoever answers writes on the person's terminal: text, and nothing that moves a cursor.
+        let plain = |text: &str| text.chars().filter(|c| *c == '\n' || !c.is_control()).collect::<String>();
+        let field = |name: &str| object[name].as_str().map(plain);
         let message = field("message").unwrap_or_else(|| {
             let text = String::from_utf8_lossy(body);
-            let words: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
+            let words: String = text.chars().take(200).collect();
             format!("the server answered {status} and no Kubernetes Status: {words:?}")
         });
         Self { status, reason: field("reason").unwrap_or_default(), message }

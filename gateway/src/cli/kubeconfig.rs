@@ -91,17 +91,26 @@ impl std::fmt::Debug for User {
     }
 }
 
-/// Where kubeconfigs are looked for, and whether they have to be there.
-fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
+/// Where kubeconfigs are looked for, and whether they have to be there: what is named for this program has to.
+pub(crate) fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
     if !connection.kubeconfig.is_empty() {
         return (connection.kubeconfig.clone(), true);
     }
-    let listed = std::env::var_os("KUBECONFIG").unwrap_or_default();
-    let listed: Vec<_> = std::env::split_paths(&listed).filter(|path| !path.as_os_str().is_empty()).collect();
-    if listed.is_empty() { (home_file().into_iter().collect(), false) } else { (listed, false) }
+    let listed = |variable: &str| -> Vec<PathBuf> {
+        let list = std::env::var_os(variable).unwrap_or_default();
+        std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty()).collect()
+    };
+    let (ours, kubectls) = (listed("TOWLINE_KUBECONFIG"), listed("KUBECONFIG"));
+    if !ours.is_empty() {
+        (ours, true)
+    } else if !kubectls.is_empty() {
+        (kubectls, false)
+    } else {
+        (home_file().into_iter().collect(), false)
+    }
 }
 
-pub(crate) fn home_file() -> Option<PathBuf> {
+fn home_file() -> Option<PathBuf> {
     std::env::var_os("HOME").filter(|home| !home.is_empty()).map(|home| Path::new(&home).join(".kube/config"))
 }
 

@@ -60,7 +60,7 @@ impl Lock {
         let lock = PathBuf::from(name);
         let started = Instant::now();
         loop {
-            match OpenOptions::new().write(true).create_new(true).mode(0).open(&lock) {
+            match OpenOptions::new().write(true).create_new(true).mode(0o000).open(&lock) {
                 Ok(_) => return Ok(Self(lock)),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     if started.elapsed() >= patience {

@@ -63,11 +63,11 @@ struct Arguments {
 /// Which gateway, and as whom.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Connection {
-    /// Kubeconfig to use instead of $KUBECONFIG and ~/.kube/config; more than one are merged.
-    #[arg(long, global = true, value_name = "FILE", env = "TOWLINE_KUBECONFIG", value_delimiter = ':')]
+    /// Kubeconfig to use instead of $TOWLINE_KUBECONFIG, $KUBECONFIG and ~/.kube/config; more than one are merged.
+    #[arg(long, global = true, value_name = "FILE")]
     kubeconfig: Vec<PathBuf>,
     /// Context to use instead of the current one. One of a single cluster leads to its gateway, too.
-    #[arg(long, global = true, value_name = "NAME", env = "TOWLINE_CONTEXT")]
+    #[arg(long, global = true, value_name = "NAME", env = "TOWLINE_CONTEXT", hide_env_values = true)]
     context: Option<String>,
 }
 

@@ -139,13 +139,7 @@ mod tests {
             "rows": [{"cells": ["prod\u{1b}[2J", "u", "3d"]}, {"cells": ["a", "u", 5]}],
         });
         let narrow = Table::default().lines(&rows(&table, false, true));
-        assert_eq!(
-            narrow,
-            "NAME        AGE\nprod?[2J    3d\na           5\n"
-                .replace("    3d", "   3d")
-                .replace("NAME     ", "NAME    ")
-                .replace("a           5", "a          5")
-        );
+        assert_eq!(narrow, "NAME       AGE\nprod?[2J   3d\na          5\n");
         assert!(Table::default().lines(&rows(&table, true, true)).contains("UID"));
     }
 

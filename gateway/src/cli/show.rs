@@ -60,7 +60,15 @@ pub(crate) async fn follow(
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
         }
-        list = listed(client, plural, select, table).await?;
+        list = loop {
+            match listed(client, plural, select, table).await {
+                Ok(list) => break list,
+                Err(Failure::Failed(text)) => output::note(&format!("{text}\n(trying again)")),
+                Err(failure) => return Err(failure),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        };
     }
 }
 
@@ -151,9 +159,10 @@ async fn unknown(client: &Client, plural: &str, name: &str) -> Failure {
     Failure::failed(format!("there is no {word} {name:?}. {next}"))
 }
 
-/// Up to three names that differ by a third of their letters at most, or begin alike, the nearest first.
+/// Up to three names that differ in two letters (swapped ones are two) or a third of them, or begin alike, the nearest first.
 fn nearest<'a>(name: &str, names: &[&'a str]) -> Vec<&'a str> {
-    let most = name.chars().count().div_ceil(3);
+    let letters = name.chars().count();
+    let most = letters.div_ceil(3).max(2).min(letters.saturating_sub(1));
     let mut alike: Vec<(usize, &str)> = names
         .iter()
         .map(|known| (distance(name, known), *known))
@@ -219,6 +228,8 @@ mod tests {
         assert_eq!(nearest("prdo", &names), ["prod"]);
         assert_eq!(nearest("pr", &names), ["prod", "prod-eu"]);
         assert_eq!(nearest("stagin", &names), ["staging"]);
+        assert_eq!(nearest("etst", &names), ["test"]);
+        assert!(nearest("x", &["y"]).is_empty());
         assert!(nearest("mars", &names).is_empty());
         assert_eq!(distance("kitten", "sitting"), 3);
     }

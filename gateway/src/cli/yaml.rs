@@ -97,13 +97,20 @@ fn word(text: &str) -> String {
     let lower = text.to_ascii_lowercase();
     let taken =
         ["true", "false", "yes", "no", "on", "off", "y", "n", "null", "nan", "inf"].contains(&lower.as_str());
-    // JSON's quotes are YAML's, except for the two line ends that JSON leaves alone.
     if plain && !taken {
-        text.to_owned()
-    } else {
-        let quoted = Value::from(text).to_string();
-        quoted.replace('\u{2028}', "\\u2028").replace('\u{2029}', "\\u2029").replace('\u{85}', "\\u0085")
+        return text.to_owned();
     }
+    // JSON's quotes are YAML's, except for what JSON leaves alone and YAML takes for an end of line or for no text.
+    let quoted = Value::from(text).to_string();
+    quoted.chars().fold(String::with_capacity(quoted.len()), |mut out, c| {
+        match c {
+            '\u{7f}'..='\u{9f}' | '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}' => {
+                out.push_str(&format!("\\u{:04x}", u32::from(c)));
+            }
+            c => out.push(c),
+        }
+        out
+    })
 }
 
 #[cfg(test)]
@@ -123,6 +130,8 @@ mod tests {
         assert!(written.contains("list:\n- name: entry\n  user:\n    token: t\n- \"yes\"\n"), "{written}");
         assert!(written.contains("text: |\n  one\n  two\n"), "{written}");
         assert_eq!(serde_saphyr::from_str::<Value>(&written).unwrap(), object, "{written}");
+        // What other readers refuse inside quotes.
+        assert_eq!(text(&json!("\u{7f}\u{9b}\u{2028}x")), "\"\\u007f\\u009b\\u2028x\"\n");
     }
 
     fn value() -> impl Strategy<Value = Value> {
