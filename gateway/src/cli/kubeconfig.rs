@@ -361,10 +361,10 @@ mod tests {
         std::fs::write(directory.path().join("b/ca.crt"), "PEM").unwrap();
         std::fs::write(directory.path().join("b/token"), "tlat_b\n").unwrap();
         std::fs::write(&a, "clusters:\n- name: one\n  cluster: { server: 'https://first' }\ncontexts:\n- name: x\n  context: { cluster: two, user: u }\n").unwrap();
-        std::fs::write(&b, "current-context: x\nclusters:\n- name: one\n  cluster: { server: 'https://second' }\n- name: two\n  cluster: { server: 'https://two/clusters/prod', certificate-authority: ca.crt, tls-server-name: n }\nusers:\n- name: u\n  user: { tokenFile: token }\ncontexts:\n- name: other\n  context: { cluster: one, user: '' }\n").unwrap();
+        std::fs::write(&b, "current-context: x\nclusters:\n- name: one\n  cluster: { server: 'https://second' }\n- name: two\n  cluster: { server: 'https://two/clusters/prod', certificate-authority: ca.crt, tls-server-name: gw }\nusers:\n- name: u\n  user: { tokenFile: token }\ncontexts:\n- name: other\n  context: { cluster: one, user: '' }\n").unwrap();
         let kubeconfig = Kubeconfig::load(&connection(&[a.clone(), b.clone()], None)).unwrap();
         let context = kubeconfig.context(&connection(&[], None)).unwrap();
-        assert_eq!((context.gateway.as_str(), context.server_name.as_deref()), ("https://two", Some("n")));
+        assert_eq!((context.gateway.as_str(), context.server_name.as_deref()), ("https://two", Some("gw")));
         assert_eq!(context.ca.unwrap().pem, b"PEM");
         assert!(matches!(context.user, User::Token(token) if token == "tlat_b"));
         let other = kubeconfig.context(&connection(&[], Some("other"))).unwrap();
