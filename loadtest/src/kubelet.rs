@@ -192,7 +192,7 @@ impl Node {
             environment.push(format!("{}={}", text(&variable["name"])?, text(&variable["value"])?));
         }
         let (pod, own) = (&spec["securityContext"], &container["securityContext"]);
-        let id = |field: &str| own[field].as_u64().or(pod[field].as_u64());
+        let id = |field: &str| own[field].as_u64().or_else(|| pod[field].as_u64());
         let user = id("runAsUser").context("the image says no user, and neither does the pod")?;
         ensure!(
             user != 0 || own["runAsNonRoot"] != true && pod["runAsNonRoot"] != true,
@@ -427,7 +427,8 @@ fn entries(
     mode: u32,
     objects: &Objects,
 ) -> anyhow::Result<BTreeMap<String, File>> {
-    let name = source["name"].as_str().or(source["secretName"].as_str()).context("a volume's source")?;
+    let name =
+        source["name"].as_str().or_else(|| source["secretName"].as_str()).context("a volume's source")?;
     let mut found = match objects.entries(kind, namespace, name) {
         Err(_) if source["optional"] == true => return Ok(BTreeMap::new()),
         found => found?,
