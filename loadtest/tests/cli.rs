@@ -260,11 +260,11 @@ async fn an_operator_runs_the_fleet() {
     assert_eq!(world.run(&["status", "--check", "-l", "region=eu"]).await.code, 0);
     let told = world.ok(&["cluster", "describe", "prod"]).await;
     for text in [
-        "Connected:    yes, since",
+        "Connected:          yes, since",
         "CertificateCurrent",
         "1 on record, 16 at most",
         "first",
-        "Protected:    yes",
+        "Protected:          yes",
     ] {
         assert!(told.contains(text), "{text:?} is not in:\n{told}");
     }

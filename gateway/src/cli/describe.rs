@@ -22,7 +22,7 @@ fn page(cluster: &Value, tokens: &[Value], revoked: Option<&Value>) -> String {
     let mut page = String::new();
     let mut line = |name: &str, value: String| {
         // Writing to a text cannot fail.
-        writeln!(page, "{:<14}{value}", format!("{name}:")).ok();
+        writeln!(page, "{:<20}{value}", format!("{name}:")).ok();
     };
     let or_none = |value: &Value| match text(value) {
         empty if empty.is_empty() => "<none>".to_owned(),
@@ -53,6 +53,7 @@ fn page(cluster: &Value, tokens: &[Value], revoked: Option<&Value>) -> String {
         spec["maxAgents"].as_u64().map(|most| format!(" on record, {most} at most")).unwrap_or_default();
     line("Agents", format!("{}{most}", status["agents"].as_u64().unwrap_or(0)));
     line("Agent version", or_none(&status["agentVersion"]));
+    line("Kubernetes version", or_none(&status["kubernetesVersion"]));
     let certificate = match status["certificateExpires"].as_str() {
         Some(_) => format!("the newest ends {}", when(&status["certificateExpires"])),
         None => "<none>".to_owned(),

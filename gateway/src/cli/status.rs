@@ -151,7 +151,7 @@ impl Status {
                     ["NAME", "CONNECTED", "SINCE", "TRANSPORT", "SESSIONS", "AGENT", "CERTIFICATE", "WHY"];
                 let mut headings: Vec<String> = headings.map(ToOwned::to_owned).to_vec();
                 if wide {
-                    headings.splice(7..7, ["MODE", "ACCOUNT"].map(ToOwned::to_owned));
+                    headings.splice(7..7, ["KUBERNETES", "MODE", "ACCOUNT"].map(ToOwned::to_owned));
                 }
                 let rows: Vec<_> = std::iter::once(headings)
                     .chain(clusters.iter().map(|cluster| self.row(cluster)))
@@ -192,7 +192,8 @@ impl Status {
             why.unwrap_or_default(),
         ];
         if self.output.output == Format::Wide {
-            row.splice(7..7, [or_dash(&cluster["spec"]["mode"]), or_dash(&cluster["spec"]["account"])]);
+            let wide = [&status["kubernetesVersion"], &cluster["spec"]["mode"], &cluster["spec"]["account"]];
+            row.splice(7..7, wide.map(or_dash));
         }
         row
     }
