@@ -3,7 +3,7 @@
 //!
 //! Needs root and namespaces for the pods, and a kubectl.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
 #![allow(clippy::large_futures, reason = "tests are not many at a time")]
 
 mod common;
