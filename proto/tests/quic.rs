@@ -269,6 +269,9 @@ async fn a_writer_without_credit_hears_a_stop() {
     let (error, back) =
         tokio::time::timeout(Duration::from_secs(10), both).await.expect("the writer never hears of it");
     assert_eq!(error, WriteError::Stopped(Code::Cancelled));
+    // Whoever asks again hears the same.
+    assert_eq!(send.stopped().await, error);
+    assert_eq!(send.write_chunk(Bytes::from_static(b"x")).await, Err(error));
     drop((send, recv, back));
     settled(&pair).await;
 }

@@ -3,8 +3,11 @@
 //! the others wait here, in the order in which they came; and while control frames wait, no stream writes.
 
 use crate::wire::StreamId;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::task::Waker;
+
+/// Streams that left and are still named, beyond as many as wait.
+const LEFT_MAX: usize = 64;
 
 /// The queue in front of a connection.
 ///
@@ -58,6 +61,11 @@ impl Gate {
         self.waiting.remove(&id);
         if self.turn == Some(id) {
             self.pass(id);
+        }
+        if self.order.len() > 2 * self.waiting.len() + LEFT_MAX {
+            let waiting = &self.waiting;
+            let mut seen = HashSet::new();
+            self.order.retain(|id| waiting.contains_key(id) && seen.insert(*id));
         }
     }
 
@@ -188,6 +196,22 @@ mod tests {
         world.gate.leave(id(3));
         assert_eq!(world.woken(), None);
         assert!(world.try_write(1), "the gate is open again");
+    }
+
+    /// Goal: writes that are given up and repeated while the connection is full take no memory.
+    #[test]
+    fn whoever_leaves_is_forgotten() {
+        let mut world = World::new(3);
+        assert!(world.try_write(0));
+        world.gate.on_blocked(id(0));
+        assert!(!world.try_write(2));
+        for _ in 0..10_000 {
+            assert!(!world.try_write(1));
+            world.gate.leave(id(1));
+        }
+        assert!(world.gate.order.len() <= 2 + LEFT_MAX, "{}", world.gate.order.len());
+        world.gate.leave(id(0));
+        assert_eq!(world.woken(), Some(2));
     }
 
     #[test]

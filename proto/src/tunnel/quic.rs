@@ -28,7 +28,7 @@ use super::stream::{ReadError, WriteError};
 /// raised as streams are used.
 const STREAMS_START: u32 = 100;
 /// Room above the credit in QUIC's own windows: heads, and what is in flight when a stream is reset.
-const WINDOW_SLACK: u32 = 1 << 20;
+const WINDOW_SLACK: u64 = 1 << 20;
 /// Bytes that may be sent and not yet acknowledged: enough for 1 Gbit/s at 60 ms.
 const SEND_WINDOW: u64 = 8 << 20;
 /// QUIC gives a connection up after so long; the session's own pings find a dead peer sooner.
@@ -45,19 +45,26 @@ const CONTROL_CHUNK: usize = 16 * 1024;
 /// - no datagrams, no unidirectional streams.
 #[must_use]
 pub fn transport_config(limits: &Limits, segmentation_offload: bool) -> quinn::TransportConfig {
-    let window = |bytes: usize| VarInt::try_from(bytes as u64).unwrap_or(VarInt::MAX);
+    let window = |credit: usize| VarInt::try_from(window_above(credit as u64)).unwrap_or(VarInt::MAX);
     let mut config = quinn::TransportConfig::default();
     config
         .max_concurrent_bidi_streams(VarInt::from(limits.streams_max.min(STREAMS_START) + 1))
         .max_concurrent_uni_streams(VarInt::from(0u8))
-        .stream_receive_window(VarInt::from(limits.credit_max.saturating_add(WINDOW_SLACK)))
-        .receive_window(window(limits.recv_budget.saturating_add(WINDOW_SLACK as usize)))
+        .stream_receive_window(window(limits.credit_max as usize))
+        .receive_window(window(limits.recv_budget))
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .max_idle_timeout(quinn::IdleTimeout::try_from(IDLE_TIMEOUT).ok())
         .congestion_controller_factory(Arc::new(quinn::congestion::BbrConfig::default()))
         .enable_segmentation_offload(segmentation_offload);
     config
+}
+
+/// The QUIC window under which this much credit always fits. Quinn announces a window again only once an eighth of it was read,
+/// so that the peer may know of seven eighths only. A writer that had credit and no window would wait for its own reader in
+/// front of all others.
+const fn window_above(credit: u64) -> u64 {
+    credit.saturating_add(WINDOW_SLACK).div_ceil(7).saturating_mul(8)
 }
 
 /// What the driver and the handles of one session share.
@@ -353,8 +360,15 @@ fn halves(
     recv: quinn::RecvStream,
     id: StreamId,
 ) -> (QuicSend, QuicRecv) {
-    let send =
-        QuicSend { shared: Arc::clone(shared), id, inner: send, ended: false, waits: false, stopped: None };
+    let send = QuicSend {
+        shared: Arc::clone(shared),
+        id,
+        inner: send,
+        ended: false,
+        waits: false,
+        stopped: None,
+        stop: None,
+    };
     let recv = QuicRecv { shared: Arc::clone(shared), id, inner: recv, end: None };
     (send, recv)
 }
@@ -372,6 +386,8 @@ pub(super) struct QuicSend {
     waits: bool,
     /// Waits for the peer to stop; made when somebody first asks.
     stopped: Option<Stopped>,
+    /// What that led to: it can be asked again.
+    stop: Option<WriteError>,
 }
 
 /// The receiving half of a QUIC stream.
@@ -442,7 +458,7 @@ impl QuicSend {
         let mut pieces = [bytes.slice(..credit.min(bytes.len()))];
         let written = pin!(self.inner.write_chunks(&mut pieces)).poll(cx);
         self.waits = written.is_pending();
-        // Credit is within the stream's window: quinn takes nothing only when the connection is full.
+        // Credit is within the stream's window (`window_above`): quinn takes nothing only when the connection is full.
         self.shared.with(|core, _| match &written {
             Poll::Pending => core.gate.on_blocked(id),
             Poll::Ready(written) => {
@@ -496,16 +512,21 @@ impl QuicSend {
     }
 
     pub(super) fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<WriteError> {
+        if let Some(stop) = &self.stop {
+            return Poll::Ready(stop.clone());
+        }
         let stopped = self.stopped.get_or_insert_with(|| Box::pin(self.inner.stopped()));
-        match ready!(stopped.as_mut().poll(cx)) {
-            Ok(Some(code)) => Poll::Ready(WriteError::Stopped(code_of(code))),
+        let stop = match ready!(stopped.as_mut().poll(cx)) {
+            Ok(Some(code)) => WriteError::Stopped(code_of(code)),
             // Everything was acknowledged: nobody will ask us to stop any more, but the session may still end.
             Ok(None) => {
                 self.stopped = Some(Box::pin(std::future::pending()));
-                Poll::Pending
+                return Poll::Pending;
             }
-            Err(_) => Poll::Ready(WriteError::Closed(self.shared.closed())),
-        }
+            Err(_) => WriteError::Closed(self.shared.closed()),
+        };
+        self.stop = Some(stop.clone());
+        Poll::Ready(stop)
     }
 }
 
@@ -570,5 +591,19 @@ impl QuicRecv {
 impl Drop for QuicRecv {
     fn drop(&mut self) {
         self.stop(Code::Cancelled);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: credit that was granted fits QUIC's window also while quinn keeps back the news of an eighth of it.
+    #[test]
+    fn credit_is_always_within_the_window() {
+        for credit in [4 << 10, 64 << 10, 16 << 20, 128 << 20, u64::from(u32::MAX)] {
+            let window = window_above(credit);
+            assert!(window - window / 8 >= credit + WINDOW_SLACK, "{credit}: {window}");
+        }
     }
 }
