@@ -15,7 +15,6 @@ pub(crate) mod purge;
 mod records;
 mod view;
 
-pub use purge::Beliefs;
 pub use records::{
     AccessRule, AccessToken, Certificate, Cluster, Instance, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta,
     Origin, Revocation, Revoked, TOKEN_USES_MOST, Time, TokenIssuer, TokenUse,

@@ -418,6 +418,10 @@ async fn by_record(
         return Err(unknown("it ran out too long ago"));
     }
     fleet.admits(&identity, &known.serial).map_err(|error| unknown(&error.to_string()))?;
+    // Also one that has left the record since may have been revoked.
+    if fleet.is_revoked(&facts.serial) {
+        return Err(unknown("it is revoked"));
+    }
     let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster is gone"))?;
     // A copy of what was kept, or a pod that was given the place of this one while it was away.
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &identity.cluster, boot_id).await;
@@ -553,13 +557,13 @@ async fn try_renew(
         let text = "the certificate was renewed too often of late; wait a little";
         return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
     }
-    let issued = issue(fleet, own, &live.config.join, identity, &renew.csr, WhenFull::Refuse).await?;
+    // First what the agent tells: it is how the agent comes back, if there is no room for another certificate.
     if let Some(issuer) = &renew.issuer
         && record_issuer(fleet, &identity.cluster, &identity.instance, issuer).await
     {
         adopt(fleet, &identity.instance, &issuer.subject).await;
     }
-    Ok(issued)
+    issue(fleet, own, &live.config.join, identity, &renew.csr, WhenFull::Refuse).await
 }
 
 #[cfg(test)]

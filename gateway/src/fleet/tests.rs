@@ -471,9 +471,8 @@ async fn revocations_of_a_user_only_grow() {
 #[tokio::test]
 async fn revocations_go_when_they_can_matter_no_more() {
     let World { fleet, directory: _directory, _following } = World::new().await;
-    let (hour, day) = (Duration::from_secs(3600), Duration::from_secs(86_400));
-    let own = Beliefs { expired_for: 30 * day, foreign_clients: false };
-    let foreign = Beliefs { foreign_clients: true, ..own };
+    let day = Duration::from_secs(86_400);
+    let own = 30 * day;
     let now = Time::now();
     let names = || {
         let view = fleet.read();
@@ -499,42 +498,8 @@ async fn revocations_go_when_they_can_matter_no_more() {
     assert!(fleet.is_revoked("0b") && !fleet.is_revoked("0a"));
     assert_eq!(fleet.admits(&identity(&agent), "0a"), Err(NotAdmitted::UnknownInstance), "it went then");
 
-    // A user, by how those of before may still get in.
-    let access = |created, expires| AccessToken {
-        meta: Meta { created, ..meta() },
-        sha256: hex(digest::digest(&digest::SHA256, b"tlat_x").as_ref()),
-        user: "jane".to_owned(),
-        groups: Vec::new(),
-        expires,
-    };
-    let until = now.after(5 * day);
-    fleet.put("before", &access(now, Some(until)), None).await.unwrap();
-    fleet.put("since", &access(now.after(hour), None), None).await.unwrap();
-    revoke(Revoked::User { name: "jane".to_owned(), issued_before: now.after(Duration::from_secs(1)) }).await;
-    assert_eq!(fleet.purge(until, own).await.unwrap(), 0, "a token of before is still good");
-    let later = until.after(Duration::from_secs(1));
-    assert_eq!(fleet.purge(later, foreign).await.unwrap(), 0, "nobody knows what others have made");
-    #[derive(serde::Serialize, serde::Deserialize)]
-    struct Later;
-    impl Stored for Later {
-        const KIND: Kind = Kind::AccessToken;
-        const SCHEMA: u32 = 99;
-    }
-    let revision = fleet.put("later", &Later, None).await.unwrap();
-    assert_eq!(fleet.purge(later, own).await.unwrap(), 0, "a token that cannot be read may be one of jane's");
-    fleet.delete(Kind::AccessToken, "later", revision).await.unwrap();
-    assert_eq!(fleet.purge(later, own).await.unwrap(), 1);
-    assert!(!fleet.has_revocation("jane"));
-    revoke(Revoked::User { name: "joe".to_owned(), issued_before: now }).await;
-    assert_eq!(
-        fleet.purge(now.after(25 * hour), own).await.unwrap(),
-        0,
-        "a certificate of a day, and a margin"
-    );
-    assert_eq!(fleet.purge(now.after(25 * hour + Duration::from_secs(1)), own).await.unwrap(), 1);
-    // One that has no end.
-    fleet.put("endless", &access(now, None), None).await.unwrap();
-    revoke(Revoked::User { name: "jane".to_owned(), issued_before: now.after(Duration::from_secs(1)) }).await;
+    // A user: nobody knows what a CA of somebody else's has made for them.
+    revoke(Revoked::User { name: "jane".to_owned(), issued_before: now }).await;
     assert_eq!(fleet.purge(now.after(100_000 * day), own).await.unwrap(), 0);
 
     // A cluster: as long as it is registered.
@@ -547,7 +512,7 @@ async fn revocations_go_when_they_can_matter_no_more() {
     assert_eq!(fleet.purge(now.after(30 * day + Duration::from_secs(1)), own).await.unwrap(), 1);
     assert_eq!(names(), ["certificate:0b", "user:jane"]);
     let text = String::from_utf8(fleet.0.metrics.render()).unwrap();
-    assert!(text.contains("towline_gateway_revocations_purged_total 4"), "{text}");
+    assert!(text.contains("towline_gateway_revocations_purged_total 2"), "{text}");
 }
 
 /// More revocations than there may be are refused, and one that takes the place of another is none more.
@@ -565,8 +530,4 @@ async fn a_full_list_takes_what_replaces() {
     fleet.revoke(&user("joe"), &meta()).await.unwrap();
     assert!(matches!(fleet.revoke(&user("jack"), &meta()).await, Err(WriteError::Full(2))));
     fleet.revoke(&user("jane"), &meta()).await.unwrap();
-    let now = Time::now().after(Duration::from_secs(100 * 86_400));
-    let own = Beliefs { expired_for: Duration::ZERO, foreign_clients: false };
-    assert_eq!(fleet.purge(now, own).await.unwrap(), 2);
-    fleet.revoke(&user("jack"), &meta()).await.unwrap();
 }

@@ -324,10 +324,17 @@ fn check_sizes(transaction: &Transaction) -> Result<(), CommitError> {
 
 /// Whether somebody has the store.
 pub(super) fn is_held(directory: &Path) -> Result<bool, StoreError> {
-    match take_lock(directory) {
-        Ok(_released) => Ok(false),
-        Err(StoreError::Held { .. }) => Ok(true),
-        Err(error) => Err(error),
+    let path = directory.join(LOCK_FILE);
+    // Only looks: a gateway that starts at this moment must not find the lock taken, nor a file that is not its own.
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(disk(&path, error)),
+    };
+    match file.try_lock_shared() {
+        Ok(()) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(disk(&path, error)),
     }
 }
 
