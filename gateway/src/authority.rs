@@ -11,6 +11,7 @@
 
 use crate::config::{GatewayConfig, PublicAddress};
 use aws_lc_rs::hmac;
+use std::fs;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -73,6 +74,13 @@ impl Authorities {
         let front = open(STEMS[2], CaKind::FrontServer)?;
         let key = FileBytes::read(&directory.join(STEMS[0]).with_extension("key"))?;
         Ok(Self::assemble(tunnel, clients, front, key.bytes()))
+    }
+
+    /// Whether all of the files are there: none is made then, and none is half made.
+    pub(crate) fn complete(directory: &Path) -> bool {
+        let exists =
+            |stem: &&str| ["crt", "key"].iter().all(|end| directory.join(stem).with_extension(end).exists());
+        STEMS.iter().all(exists)
     }
 
     /// Whether any of the files is there.
@@ -165,7 +173,13 @@ fn authority(
     let key_file = FileBytes::read(&key)?;
     let mode = key.metadata().map(|metadata| metadata.permissions().mode() & 0o777).unwrap_or_default();
     if mode & 0o077 != 0 {
-        return Err(LoadError { path: key, cause: LoadCause::Exposed { mode } }.into());
+        // A volume with an fsGroup is opened to that group, which is the gateway's own, whenever the kubelet thinks it has to.
+        let mended =
+            mode & 0o007 == 0 && fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).is_ok();
+        if !mended {
+            return Err(LoadError { path: key, cause: LoadCause::Exposed { mode } }.into());
+        }
+        tracing::warn!(path = %key.display(), "the key could be read by its group, and can no more");
     }
     // One that has run out still says who is believed; what it would issue is refused where it is issued.
     let roots = load_roots(&root)?;
@@ -198,12 +212,20 @@ mod tests {
         let again = Authorities::open(&place, now).unwrap();
         assert_eq!(first.tunnel.ca.root_der(), again.tunnel.ca.root_der());
         assert_eq!(first.seed, again.seed);
-        let mode = |name: &str| std::fs::metadata(place.join(name)).unwrap().permissions().mode() & 0o777;
+        let mode = |name: &str| fs::metadata(place.join(name)).unwrap().permissions().mode() & 0o777;
         for name in ["tunnel-ca.key", "front-client-ca.key", "front-ca.key"] {
             assert_eq!(mode(name), 0o600, "{name}");
         }
         assert_eq!(mode(""), 0o700);
-        std::fs::remove_file(place.join("front-ca.crt")).unwrap();
+        // What a kubelet does to a volume with an fsGroup is taken back; what everybody could read is believed no more.
+        let key = place.join("front-ca.key");
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o660)).unwrap();
+        Authorities::open(&place, now).unwrap();
+        assert_eq!(mode("front-ca.key"), 0o600);
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o604)).unwrap();
+        assert!(matches!(Authorities::open(&place, now), Err(AuthorityError::Load(_))));
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::remove_file(place.join("front-ca.crt")).unwrap();
         assert!(matches!(Authorities::open(&place, now), Err(AuthorityError::Half { .. })));
     }
 }

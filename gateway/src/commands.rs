@@ -69,7 +69,8 @@ fn directory(config: &GatewayConfig) -> Result<&Path, CommandError> {
 /// There is no state directory, no CA in it yet, or it cannot be read.
 pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> Result<String, CommandError> {
     let place = directory(config)?;
-    if !Authorities::exist(place) {
+    // The gateway makes them, under the lock of its records; while it does they are not all there.
+    if !Authorities::complete(place) {
         return Err(CommandError::Fresh(place.to_owned()));
     }
     let authorities = Authorities::open(place, now)?;

@@ -157,7 +157,7 @@ impl Gateway {
         if let Some(fleet) = shared.fleet.clone() {
             if fleet.store().revision().number == 0 {
                 tracing::info!(
-                    "nothing is registered yet: towline-gateway --config FILE admin-kubeconfig > admin.yaml, then kubectl --kubeconfig admin.yaml get clusters"
+                    "nothing is registered yet: towline-gateway --config FILE admin-kubeconfig --output admin.yaml, then kubectl --kubeconfig admin.yaml get clusters"
                 );
             }
             let shared = Arc::clone(&shared);

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::{self, ExitCode};
 use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
+use towline_certs::save::write_private;
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::rotation::{Phase, Step};
 use towline_gateway::{Gateway, StartError, commands, log, runtime};
@@ -55,6 +56,9 @@ enum Command {
         /// The admin's name.
         #[arg(long, default_value = "admin")]
         name: String,
+        /// Write it into this file, which only its owner can read, and not to the terminal.
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
     },
     /// The store in the state directory. Only while no gateway uses it.
     #[command(subcommand)]
@@ -127,8 +131,12 @@ fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> 
             );
             say_next(commands::tunnel_ca(config, *step, *force, SystemTime::now())?);
         }
-        Command::AdminKubeconfig { name } => {
-            print(&commands::admin_kubeconfig(config, name, SystemTime::now())?);
+        Command::AdminKubeconfig { name, output } => {
+            let text = commands::admin_kubeconfig(config, name, SystemTime::now())?;
+            match output {
+                Some(file) => write_private(file, text.as_bytes())?,
+                None => print(&text),
+            }
         }
         Command::Store(StoreCommand::Dump) => {
             let (text, dump) = commands::dump_store(config)?;

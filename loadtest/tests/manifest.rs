@@ -108,7 +108,8 @@ impl World {
         let mut world = Self { gateway: None, gateway_admin, front, fake, issuer, kubectl, node, directory };
         world.write_files();
         world.start_gateway().await;
-        let admin = world.sh("towline-gateway --config gateway.yaml admin-kubeconfig > admin.yaml").await;
+        let admin =
+            world.sh("towline-gateway --config gateway.yaml admin-kubeconfig --output admin.yaml").await;
         assert_eq!(admin, "");
         Some(world)
     }
@@ -158,12 +159,11 @@ impl World {
     /// Runs a line of a shell as an operator would; returns what it prints, and fails with what it complains of.
     async fn sh(&self, line: &str) -> String {
         let places = [self.path("bin"), "/usr/local/bin".into(), "/usr/bin".into(), "/bin".into()];
-        let kubeconfig =
-            format!("{}:{}", self.path("admin.yaml").display(), self.path("on-prem.yaml").display());
         let mut command = Command::new("bash");
         command.args(["-o", "pipefail", "-c", line]).current_dir(self.directory.path()).kill_on_drop(true);
         command.env_clear().env("PATH", std::env::join_paths(places).unwrap());
-        command.env("HOME", self.directory.path()).env("KUBECONFIG", kubeconfig);
+        command.env("HOME", self.directory.path()).env("KUBECONFIG", self.path("on-prem.yaml"));
+        command.env("TOWLINE_KUBECONFIG", self.path("admin.yaml"));
         let output = timeout(Duration::from_secs(60), command.output()).await.expect(line).unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{line}: {}\n{said}\n{}", output.status, self.logs());

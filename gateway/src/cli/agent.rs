@@ -15,6 +15,7 @@ use towline_certs::{JoinToken, TrustDomain};
 
 /// The agent of a cluster.
 #[derive(Debug, Subcommand)]
+#[command(before_help = AGENT)]
 pub(crate) enum AgentCommand {
     /// Print what a cluster needs to join: YAML for kubectl apply, a new join token included.
     Manifest(Manifest),
@@ -22,6 +23,7 @@ pub(crate) enum AgentCommand {
 
 /// A gateway in a cluster.
 #[derive(Debug, Subcommand)]
+#[command(before_help = OWN)]
 pub(crate) enum GatewayCommand {
     /// Print what runs a gateway in a cluster: YAML for kubectl apply.
     Manifest(OwnManifest),

@@ -34,10 +34,14 @@ impl Certificate {
     }
 }
 
-/// The file for certificates of this context; none where there is no home.
+/// The file for certificates of this context; none where there is no home, and none for whom a plugin logs in: who that is
+/// depends on more than its arguments.
 ///
 /// Whoever logs in as somebody else, or at another gateway, has another file: who one is must not come from the cache.
 pub(crate) fn place(context: &Context, life: Duration) -> Option<PathBuf> {
+    if matches!(context.user, User::Plugin(_)) {
+        return None;
+    }
     let set = |name: &str| std::env::var_os(name).filter(|path| !path.is_empty()).map(PathBuf::from);
     // The specification of $XDG_CACHE_HOME ignores relative paths.
     let base = set("XDG_CACHE_HOME").filter(|path| path.is_absolute());
@@ -64,15 +68,8 @@ fn key(context: &Context, life: Duration) -> String {
             add(b"token");
             add(token.as_bytes());
         }
-        User::Plugin(plugin) => {
-            add(b"plugin");
-            add(plugin.command.as_bytes());
-            plugin.arguments.iter().for_each(|argument| add(argument.as_bytes()));
-            for (name, value) in &plugin.environment {
-                add(name.as_bytes());
-                add(value.as_bytes());
-            }
-        }
+        // See `place`.
+        User::Plugin(_) => add(b"plugin"),
         User::Nobody => add(b"nobody"),
     }
     hex(digest.finish().as_ref())

@@ -32,6 +32,10 @@ const ANSWER: Duration = Duration::from_secs(60);
 const ANSWER_MAX: usize = 512 << 20;
 /// Largest event of a watch.
 const EVENT_MAX: usize = 16 << 20;
+/// A watch that hears nothing for so long is begun again: the gateway sends a bookmark every minute.
+const SILENCE: Duration = Duration::from_secs(150);
+/// Largest answer of an error.
+const REFUSAL_MAX: usize = 1 << 20;
 const TABLE: &str = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json";
 const JSON: &str = "application/json";
 
@@ -131,7 +135,7 @@ impl Client {
         table: bool,
     ) -> Outcome<Watch> {
         let query = format!(
-            "{}?watch=1&includeObject=Object&resourceVersion={}{}",
+            "{}?watch=1&allowWatchBookmarks=true&includeObject=Object&resourceVersion={}{}",
             path(plural, None),
             encoded(version),
             select.query('&')
@@ -152,7 +156,7 @@ impl Client {
         if !answer.status().is_success() {
             return Err(self.refused(answer).await);
         }
-        let bytes = self.body(answer).await?;
+        let bytes = self.body(answer, ANSWER_MAX).await?;
         serde_json::from_slice(&bytes).map_err(|error| {
             Failure::failed(format!("the answer of {} cannot be read: {error}", self.context.gateway))
         })
@@ -208,8 +212,8 @@ impl Client {
             .map_err(|error| Failure::usage(format!("no request can be made of this: {error}")))
     }
 
-    async fn body(&self, answer: Response<Incoming>) -> Outcome<Bytes> {
-        let body = timeout(ANSWER, Limited::new(answer.into_body(), ANSWER_MAX).collect());
+    async fn body(&self, answer: Response<Incoming>, most: usize) -> Outcome<Bytes> {
+        let body = timeout(ANSWER, Limited::new(answer.into_body(), most).collect());
         let body = body.await.map_err(|_| self.silent())?;
         let body = body.map_err(|error| {
             Failure::failed(format!("the answer of {} broke off: {error}. Try again", self.context.gateway))
@@ -219,7 +223,7 @@ impl Client {
 
     async fn refused(&self, answer: Response<Incoming>) -> Failure {
         let status = answer.status().as_u16();
-        match self.body(answer).await {
+        match self.body(answer, REFUSAL_MAX).await {
             Ok(body) => Failure::Refused(Refusal::new(status, &body)),
             Err(failure) => failure,
         }
@@ -290,7 +294,7 @@ fn credential(context: &Context) -> Outcome<(Option<Credential>, Option<String>)
         User::Certificate { chain, key } => Ok((Some(pair(name, chain, key)?), None)),
         User::Token(token) => Ok((None, Some(token.clone()))),
         User::Nobody => Err(Failure::usage(format!(
-            "context {name:?} has no user with a client certificate, a token or an exec plugin. A first admin's: towline-gateway --config FILE admin-kubeconfig > admin.yaml"
+            "context {name:?} has no user with a client certificate, a token or an exec plugin. A first admin's: towline-gateway --config FILE admin-kubeconfig --output admin.yaml"
         ))),
         User::Plugin(plugin) => {
             let answer = plugin.run()?;
@@ -312,7 +316,7 @@ fn pair(context: &str, chain: &Bundle, key: &Bundle) -> Outcome<Credential> {
     let (chain, key): (FileBytes, FileBytes) = (chain.file(), key.file());
     let loaded = parse_credential(&chain, &key, policy, SystemTime::now()).map_err(|error| {
         Failure::usage(format!(
-            "the client certificate of context {context:?}: {error}.\nAn admin's certificate lives a day. A new one: towline-gateway --config FILE admin-kubeconfig > admin.yaml"
+            "the client certificate of context {context:?}: {error}.\nAn admin's certificate lives a day. A new one: towline-gateway --config FILE admin-kubeconfig --output admin.yaml"
         ))
     })?;
     Ok(loaded.value)
@@ -381,13 +385,13 @@ impl Watch {
             if self.rest.len() > EVENT_MAX {
                 return Err(Failure::failed("an event is larger than any can be"));
             }
-            match self.body.frame().await {
-                Some(Ok(frame)) => {
+            match timeout(SILENCE, self.body.frame()).await {
+                Ok(Some(Ok(frame))) => {
                     if let Some(data) = frame.data_ref() {
                         self.rest.extend_from_slice(data);
                     }
                 }
-                Some(Err(_)) | None => return Ok(None),
+                Ok(Some(Err(_)) | None) | Err(_) => return Ok(None),
             }
         }
     }

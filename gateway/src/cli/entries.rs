@@ -24,7 +24,7 @@ const EXAMPLES: &str = "Examples:
   towline kubeconfig prod --output - > prod.yaml
 ";
 
-const ABOUT: &str = "The entries are written into --output, or else --kubeconfig, the first file of $KUBECONFIG, or ~/.kube/config, under kubectl's lock; comments in the \
+const ABOUT: &str = "The entries are written into --output, or else --kubeconfig, the first file of $KUBECONFIG, or ~/.kube/config (not $TOWLINE_KUBECONFIG, which kubectl does not read), under kubectl's lock; comments in the \
 file are lost, everything else stays. An entry of the same name that is not of this cluster and gateway is never overwritten.
 
 kubectl then runs `towline credential`, which asks the gateway for a certificate as the user of the gateway's context. In \
@@ -221,8 +221,7 @@ impl Entries {
         if let Some(file) = &self.output {
             return Ok(file.clone());
         }
-        let (places, _) = kubeconfig::places(connection);
-        let first = places.into_iter().next();
+        let first = connection.kubeconfig.first().cloned().or_else(kubeconfig::kubectls);
         first.ok_or_else(|| Failure::usage("there is no home directory; name a file with --output FILE"))
     }
 }

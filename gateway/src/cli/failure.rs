@@ -82,7 +82,7 @@ impl Refusal {
         let Self { status, reason, message } = self;
         let kind = if reason.is_empty() { status.to_string() } else { reason.clone() };
         let next = match status {
-            401 => "\nThe kubeconfig's user is not known to the gateway, or counts no more. Who has the gateway's state directory makes a new admin:\n  towline-gateway --config FILE admin-kubeconfig > admin.yaml".to_owned(),
+            401 => "\nThe kubeconfig's user is not known to the gateway, or counts no more. Who has the gateway's state directory makes a new admin:\n  towline-gateway --config FILE admin-kubeconfig --output admin.yaml".to_owned(),
             403 if message.contains("may not") => format!("\nWho am I: {} whoami", name()),
             404 if reason.is_empty() || message.contains("nothing is served") => {
                 "\nIs this a Towline gateway with a stateDirectory? The context's server must be https://GATEWAY, or https://GATEWAY/clusters/NAME.".to_owned()

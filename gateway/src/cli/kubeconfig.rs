@@ -96,10 +96,6 @@ pub(crate) fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
     if !connection.kubeconfig.is_empty() {
         return (connection.kubeconfig.clone(), true);
     }
-    let listed = |variable: &str| -> Vec<PathBuf> {
-        let list = std::env::var_os(variable).unwrap_or_default();
-        std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty()).collect()
-    };
     let (ours, kubectls) = (listed("TOWLINE_KUBECONFIG"), listed("KUBECONFIG"));
     if !ours.is_empty() {
         (ours, true)
@@ -108,6 +104,16 @@ pub(crate) fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
     } else {
         (home_file().into_iter().collect(), false)
     }
+}
+
+/// The file into which kubectl would write.
+pub(crate) fn kubectls() -> Option<PathBuf> {
+    listed("KUBECONFIG").into_iter().next().or_else(home_file)
+}
+
+fn listed(variable: &str) -> Vec<PathBuf> {
+    let list = std::env::var_os(variable).unwrap_or_default();
+    std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty()).collect()
 }
 
 fn home_file() -> Option<PathBuf> {
@@ -119,8 +125,10 @@ pub(crate) fn parse(path: &Path, text: &str) -> Outcome<Value> {
     if text.trim().is_empty() {
         return Ok(Value::Object(serde_json::Map::new()));
     }
-    let content: Value = serde_saphyr::from_str(text)
-        .map_err(|error| Failure::usage(format!("{} is no kubeconfig: {error}", path.display())))?;
+    // Without the lines around it, which may hold a token.
+    let content: Value = serde_saphyr::from_str(text).map_err(|error| {
+        Failure::usage(format!("{} is no kubeconfig: {}", path.display(), error.without_snippet()))
+    })?;
     match content {
         Value::Null => Ok(Value::Object(serde_json::Map::new())),
         Value::Object(_) => Ok(content),
@@ -146,7 +154,7 @@ impl Kubeconfig {
         if files.is_empty() {
             let looked: Vec<_> = places.iter().map(|path| path.display().to_string()).collect();
             return Err(Failure::usage(format!(
-                "there is no kubeconfig (looked for {}).\nWho has the gateway's state directory makes one for the first admin:\n  towline-gateway --config FILE admin-kubeconfig > admin.yaml\n  export KUBECONFIG=admin.yaml",
+                "there is no kubeconfig (looked for {}).\nWho has the gateway's state directory makes one for the first admin:\n  towline-gateway --config FILE admin-kubeconfig --output admin.yaml\n  export TOWLINE_KUBECONFIG=$PWD/admin.yaml",
                 if looked.is_empty() { "$KUBECONFIG and $HOME".to_owned() } else { looked.join(", ") }
             )));
         }
@@ -325,6 +333,14 @@ fn gateway(server: &str) -> Option<(String, String, u16)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: a mistake in a kubeconfig is told without the lines around it.
+    #[test]
+    fn a_mistake_shows_no_secret() {
+        let text = "users:\n- name: a\n  user:\n    token: CANARY-1\n    token: CANARY-2\n  bad: [\n";
+        let told = format!("{:?}", parse(Path::new("config"), text).unwrap_err());
+        assert!(told.contains("config is no kubeconfig") && !told.contains("CANARY"), "{told}");
+    }
 
     fn connection(files: &[PathBuf], context: Option<&str>) -> Connection {
         Connection { kubeconfig: files.to_vec(), context: context.map(ToOwned::to_owned) }

@@ -143,6 +143,11 @@ fn put(content: &mut Value, entries: &[Entry], current: Option<&str>, file: &str
                 _ => json!({"cluster": entry.name, "user": entry.name}),
             };
             part["extensions"] = entry.origin.extensions();
+            if inner == "user"
+                && let Some(known) = &known
+            {
+                keep_source(&mut part["exec"], &known[inner]["exec"]);
+            }
             if inner == "context" {
                 // Which namespace is worked in is the person's choice, and outlives a renewal.
                 let kept = known
@@ -167,6 +172,21 @@ fn put(content: &mut Value, entries: &[Entry], current: Option<&str>, file: &str
     Ok(())
 }
 
+/// Keeps the cluster's own credential of an entry that is written again, unless another is given; and what was added to the
+/// environment by hand.
+fn keep_source(new: &mut Value, old: &Value) {
+    let is_source = |argument: &Value| argument == "--wrap" || argument == "--token-file";
+    let (Some(arguments), Some(known)) = (new["args"].as_array_mut(), old["args"].as_array()) else { return };
+    if !arguments.iter().any(is_source)
+        && let Some(first) = known.iter().position(is_source)
+    {
+        arguments.extend(known[first..].iter().cloned());
+    }
+    if !old["env"].is_null() {
+        new["env"] = old["env"].clone();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,6 +209,30 @@ mod tests {
 
     fn read(path: &Path) -> Value {
         parse(path, &fs::read_to_string(path).unwrap()).unwrap()
+    }
+
+    /// Goal: to write an entry again does not take the cluster's own credential out of it.
+    #[test]
+    fn what_is_wrapped_stays_wrapped() {
+        let with = |arguments: &[&str], environment: Value| {
+            let mut entry = entry("towline-prod", "https://gw", "prod");
+            entry.user = json!({"exec": {"command": "towline", "args": arguments}});
+            if !environment.is_null() {
+                entry.user["exec"]["env"] = environment;
+            }
+            entry
+        };
+        let profile = json!([{"name": "AWS_PROFILE", "value": "prod"}]);
+        let mut content = json!({});
+        let wrapped = ["credential", "--context", "a", "--wrap", "--", "aws", "eks"];
+        put(&mut content, &[with(&wrapped, profile.clone())], None, "f").unwrap();
+        put(&mut content, &[with(&["credential", "--context", "b"], Value::Null)], None, "f").unwrap();
+        let exec = &content["users"][0]["user"]["exec"];
+        let kept = ["credential", "--context", "b", "--wrap", "--", "aws", "eks"];
+        assert_eq!((&exec["args"], &exec["env"]), (&json!(kept), &profile));
+        let other = ["credential", "--token-file", "/t"];
+        put(&mut content, &[with(&other, Value::Null)], None, "f").unwrap();
+        assert_eq!(content["users"][0]["user"]["exec"]["args"], json!(other));
     }
 
     const THEIRS: &str = "apiVersion: v1\nkind: Config\npreferences: {colors: true}\nfuture: [1, {x: 'yes'}]\ncurrent-context: mine\nclusters:\n- name: mine\n  cluster: {server: 'https://mine', odd: 012}\nusers:\n- name: mine\n  user: {token: '0123'}\ncontexts:\n- name: mine\n  context: {cluster: mine, user: mine}\n";

@@ -18,6 +18,10 @@ use thiserror::Error;
 pub enum ManifestError {
     #[error("{what} {text:?} is 1 to {most} of a-z, 0-9 and, between them, -")]
     Name { what: &'static str, text: String, most: usize },
+    #[error(
+        "the namespace {0:?} is everybody's, and the manifest makes one of its own, in which the strictest rules for pods hold: name another"
+    )]
+    Shared(String),
     #[error("the image {0:?} is not the name of one: REGISTRY/PATH:TAG, without spaces")]
     Image(String),
     #[error("{0} replicas: it has to be 1 to {most}", most = agent::REPLICAS_MAX)]
@@ -57,6 +61,13 @@ fn check_name(what: &'static str, text: &str, most: usize) -> Result<(), Manifes
     let edges = bytes.first().is_some_and(plain) && bytes.last().is_some_and(plain);
     let fits = edges && bytes.len() <= most && bytes.iter().all(|byte| plain(byte) || *byte == b'-');
     if fits { Ok(()) } else { Err(ManifestError::Name { what, text: text.to_owned(), most }) }
+}
+
+/// Whether a namespace can be the manifest's own.
+fn check_namespace(namespace: &str) -> Result<(), ManifestError> {
+    check_name("the namespace", namespace, 63)?;
+    let shared = namespace == "default" || namespace.starts_with("kube-");
+    if shared { Err(ManifestError::Shared(namespace.to_owned())) } else { Ok(()) }
 }
 
 fn check_image(image: &str) -> Result<(), ManifestError> {

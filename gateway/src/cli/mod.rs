@@ -48,7 +48,7 @@ const EXAMPLES: &str = "Examples:
 ";
 
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 the operation failed or was refused; 2 the command line or the kubeconfig is wrong.
-The gateway is that of the kubeconfig's context; a first one: towline-gateway --config FILE admin-kubeconfig > admin.yaml";
+The gateway is that of the kubeconfig's context; a first one: towline-gateway --config FILE admin-kubeconfig --output admin.yaml";
 
 /// Manage a fleet of Kubernetes clusters behind a Towline gateway.
 #[derive(Debug, Parser)]

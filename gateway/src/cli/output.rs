@@ -47,7 +47,7 @@ pub(crate) fn note(text: &str) {
 /// An object or a list as JSON or YAML; as names otherwise.
 pub(crate) fn object(format: Format, object: &Value) -> Outcome {
     match format {
-        Format::Json => line(&serde_json::to_string_pretty(object).unwrap_or_default()),
+        Format::Json => line(&json_text(object)),
         Format::Yaml => bytes(yaml::text(object).as_bytes()),
         Format::Table | Format::Wide | Format::Name => {
             let items = object["items"].as_array();
@@ -57,9 +57,20 @@ pub(crate) fn object(format: Format, object: &Value) -> Outcome {
     }
 }
 
+/// As JSON, without a character that a terminal would obey.
+fn json_text(object: &Value) -> String {
+    let text = serde_json::to_string_pretty(object).unwrap_or_default();
+    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
+        match c {
+            '\u{7f}'..='\u{9f}' => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            _ => out.push(c),
+        }
+        out
+    })
+}
+
 /// `cluster.towline.io/prod`.
 pub(crate) fn name(object: &Value) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let kind = text(&object["kind"]).to_ascii_lowercase();
     let group = text(&object["apiVersion"])
         .split_once('/')

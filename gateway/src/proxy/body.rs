@@ -300,7 +300,9 @@ impl Body for AnswerBody {
         match &self.inner {
             Inner::Full(bytes) => bytes.is_none(),
             Inner::Stream(_) => false,
-            Inner::Tunnel(tunnel) => tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0),
+            Inner::Tunnel(tunnel) => {
+                tunnel.failed.is_none() && (tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0))
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use aws_lc_rs::digest;
 use serde_json::Value;
 use towline_certs::{HostName, JoinAddress, JoinToken, SpkiPin};
 
-use super::{ManifestError, USER, check_image, check_name, indented, quoted, quoted_list};
+use super::{ManifestError, USER, check_image, check_namespace, indented, quoted, quoted_list};
 use crate::config::Mode;
 use crate::routing::ClusterName;
 
@@ -123,7 +123,7 @@ impl AgentManifest {
     /// # Errors
     /// The first part that cannot.
     pub fn check(&self) -> Result<(), ManifestError> {
-        check_name("the namespace", &self.namespace, 63)?;
+        check_namespace(&self.namespace)?;
         check_image(&self.image)?;
         if !(1..=REPLICAS_MAX).contains(&self.replicas) {
             return Err(ManifestError::Replicas(self.replicas));
@@ -177,7 +177,8 @@ impl AgentManifest {
                 "# - carry requests to this cluster's API server in the name of the user and the groups that the gateway has authenticated:
 #   the one right of its ServiceAccount is to impersonate users and groups. What they may do is decided by this
 #   cluster's own RBAC. The agent refuses every name and group that begins with system:.
-# - nothing else. Its token of the API server never leaves this cluster.
+# - nothing else. Its token of the API server never leaves this cluster. Whoever gets hold of it can be anybody here, cluster
+#   admins included, unless the ClusterRole below is narrowed.
 "
             }
         });
@@ -272,14 +273,17 @@ subjects:
     fn impersonator(&self) -> String {
         let (name, namespace) = (self.wide_name(), quoted(&self.namespace));
         format!(
-            "# The one right of the agent. To narrow it to some users or groups, name them: resourceNames: [alice].
+            "# The one right of the agent. To narrow it to some users or some groups, name them in their rule: resourceNames: [alice].
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
   name: {name}
 rules:
 - apiGroups: [\"\"]
-  resources: [users, groups]
+  resources: [users]
+  verbs: [impersonate]
+- apiGroups: [\"\"]
+  resources: [groups]
   verbs: [impersonate]
 ---
 apiVersion: rbac.authorization.k8s.io/v1

@@ -1,8 +1,9 @@
 //! A gateway in a cluster: one pod with a volume for its records, and a Service in front of it.
 
+use std::collections::BTreeSet;
 use towline_certs::TrustDomain;
 
-use super::{ManifestError, USER, check_image, check_name, indented, quoted, quoted_list};
+use super::{ManifestError, USER, check_image, check_namespace, indented, quoted, quoted_list};
 use crate::api::ADMINS;
 use crate::config::PublicAddress;
 
@@ -36,7 +37,7 @@ impl GatewayManifest {
     /// # Errors
     /// A part cannot be what it is meant to be.
     pub fn render(&self) -> Result<String, ManifestError> {
-        check_name("the namespace", &self.namespace, 63)?;
+        check_namespace(&self.namespace)?;
         check_image(&self.image)?;
         let digits = self.storage.trim_end_matches(|c: char| c.is_ascii_alphabetic());
         if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
@@ -52,7 +53,7 @@ impl GatewayManifest {
             "# A Towline gateway:  kubectl apply -f -
 # One pod with a volume: the records are one file, which one process has at a time. It talks to no API server.
 # When it runs, the first admin:
-#   {exec} --config {CONFIG_FILE} admin-kubeconfig > admin.yaml
+#   (umask 077; {exec} --config {CONFIG_FILE} admin-kubeconfig > admin.yaml)
 # Back up: the volume's .key and .crt files once, and the records as often as they change (docs/operations.md).
 "
         )
@@ -136,17 +137,25 @@ kind: Service
   selector:
     app.kubernetes.io/name: {NAME}
   ports:
-  - name: tls
-    protocol: TCP
-    port: {PORT}
-    targetPort: tls
-  - name: quic
-    protocol: UDP
-    port: {PORT}
-    targetPort: quic
-",
-            self.metadata()
+{}",
+            self.metadata(),
+            self.ports()
         )
+    }
+
+    /// Those of the addresses, by which agents and clients come.
+    fn ports(&self) -> String {
+        let ports: BTreeSet<u16> = self.addresses.iter().map(|address| address.port).collect();
+        let several = ports.len() > 1;
+        ports.into_iter().fold(String::new(), |mut out, port| {
+            for (name, protocol) in [("tls", "TCP"), ("quic", "UDP")] {
+                let own = if several { format!("{name}-{port}") } else { name.to_owned() };
+                out.push_str(&format!(
+                    "  - name: {own}\n    protocol: {protocol}\n    port: {port}\n    targetPort: {name}\n"
+                ));
+            }
+            out
+        })
     }
 
     fn set(&self) -> String {
@@ -174,6 +183,8 @@ kind: StatefulSet
         runAsUser: {USER}
         runAsGroup: {USER}
         fsGroup: {USER}
+        # Keys stay readable by the gateway alone: without this the kubelet opens them to the group at every start.
+        fsGroupChangePolicy: OnRootMismatch
         seccompProfile:
           type: RuntimeDefault
       containers:

@@ -60,8 +60,9 @@ fn an_impersonating_agent_holds_one_right() {
     let text = manifest.render(LINE).unwrap();
     let documents = documents(&text);
     let [role] = of(&documents, "ClusterRole")[..] else { panic!("one ClusterRole") };
-    let rule = json!({ "apiGroups": [""], "resources": ["users", "groups"], "verbs": ["impersonate"] });
-    assert_eq!(role["rules"], json!([rule]));
+    // Two rules, so that each can be narrowed by itself.
+    let rule = |what: &str| json!({ "apiGroups": [""], "resources": [what], "verbs": ["impersonate"] });
+    assert_eq!(role["rules"], json!([rule("users"), rule("groups")]));
     let [binding, grant] = of(&documents, "ClusterRoleBinding")[..] else {
         panic!("two ClusterRoleBindings")
     };
@@ -195,6 +196,29 @@ fn a_gateway_keeps_its_records_on_its_volume() {
     for storage in ["", "Gi", "1 Gi", "1Gi\nx"] {
         let manifest = GatewayManifest { storage: storage.to_owned(), ..gateway() };
         assert!(matches!(manifest.render(), Err(ManifestError::Size(_))), "{storage}");
+    }
+}
+
+/// Goal: the Service listens where agents and clients are told to go, on every port that is named; keys on the volume stay the
+/// gateway's alone; nobody else's namespace is changed.
+#[test]
+fn the_service_listens_where_it_is_said_to() {
+    let addresses = ["gw.example.com:443", "10.0.0.1:8443"].map(|address| address.parse().unwrap());
+    let manifest = GatewayManifest { addresses: addresses.to_vec(), ..gateway() };
+    let documents = documents(&manifest.render().unwrap());
+    let ports = of(&documents, "Service")[0]["spec"]["ports"].as_array().unwrap().clone();
+    let shown: Vec<_> = ports
+        .iter()
+        .map(|port| (port["protocol"].as_str().unwrap(), port["port"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(shown, [("TCP", 443), ("UDP", 443), ("TCP", 8443), ("UDP", 8443)]);
+    let names: std::collections::HashSet<_> = ports.iter().map(|port| port["name"].to_string()).collect();
+    assert_eq!(names.len(), 4);
+    let pod = &of(&documents, "StatefulSet")[0]["spec"]["template"]["spec"];
+    assert_eq!(pod["securityContext"]["fsGroupChangePolicy"], "OnRootMismatch");
+    for namespace in ["default", "kube-system"] {
+        let manifest = GatewayManifest { namespace: namespace.to_owned(), ..gateway() };
+        assert!(matches!(manifest.render(), Err(ManifestError::Shared(_))), "{namespace}");
     }
 }
 
