@@ -251,7 +251,9 @@ async fn an_operator_runs_the_fleet() {
         status.out
     );
     assert!(
-        lines[2].starts_with("prod") && lines[2].contains("yes") && lines[2].contains("in 23h"),
+        lines[2].starts_with("prod")
+            && lines[2].contains("yes")
+            && (lines[2].contains("in 23h") || lines[2].contains("in 1d")),
         "{}",
         status.out
     );
@@ -468,7 +470,8 @@ printf '{{"apiVersion":"%s","kind":"ExecCredential","status":{{"token":"{USER_TO
         let written = world.run(&arguments).await;
         assert_eq!((written.code, written.out.as_str()), (0, "towline-prod\n"), "{}", written.err);
         assert!(
-            written.err.contains("kubectl --context towline-prod") && written.err.contains("ends in 23h"),
+            written.err.contains("kubectl --context towline-prod")
+                && (written.err.contains("ends in 23h") || written.err.contains("ends in 1d")),
             "{}",
             written.err
         );

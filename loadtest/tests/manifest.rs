@@ -233,7 +233,7 @@ impl World {
     }
 
     async fn cluster(&self) -> Value {
-        let text = self.sh(&format!("kubectl --context towline get cluster {CLUSTER} -o json")).await;
+        let text = self.sh(&format!("kubectl --kubeconfig admin.yaml get cluster {CLUSTER} -o json")).await;
         serde_json::from_str(&text).unwrap()
     }
 
@@ -378,8 +378,9 @@ async fn a_pod_is_deleted_twenty_times() {
         world.serves().await;
         assert_eq!(world.agents().await, 1, "round {round}: it is who it was");
     }
-    let wait =
-        format!("kubectl --context towline wait --for=condition=Connected --timeout=20s cluster/{CLUSTER}");
+    let wait = format!(
+        "kubectl --kubeconfig admin.yaml wait --for=condition=Connected --timeout=20s cluster/{CLUSTER}"
+    );
     world.sh(&wait).await;
     eprintln!("20 times back, after {:.1} s at most; one agent on record", slowest.as_secs_f32());
     // Nothing of the API server's was ever in its hands.
