@@ -20,7 +20,7 @@ pub struct AgentManifest {
     pub mode: Mode,
     pub namespace: String,
     pub image: String,
-    /// 1 to [`REPLICAS_MAX`]; from 2 on none is missing while a node is drained.
+    /// 1 to 8; from 2 on none is missing while a node is drained.
     pub replicas: u32,
     /// Where the gateway is, as the join token says.
     pub addresses: Vec<JoinAddress>,
