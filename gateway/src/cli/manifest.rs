@@ -49,6 +49,19 @@ fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
+/// Name, namespace and label of an object; `app` is the program that it belongs to.
+fn metadata(name: &str, namespace: &str, app: &str) -> String {
+    format!(
+        "metadata:
+  name: {name}
+  namespace: {}
+  labels:
+    app.kubernetes.io/name: {app}
+",
+        quoted(namespace)
+    )
+}
+
 fn quoted_list<T: ToString>(items: &[T]) -> String {
     let items: Vec<_> = items.iter().map(|item| quoted(&item.to_string())).collect();
     format!("[{}]", items.join(", "))

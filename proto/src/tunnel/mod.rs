@@ -2,7 +2,7 @@
 //!
 //! A [`Session`] is one live authenticated connection between an agent and a gateway. [`Session::over`] runs the mux over
 //! any reliable byte stream, in practice TLS 1.3 on TCP; [`Session::over_quic`] runs on a QUIC connection.
-//! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session, [`stream`] is what one stream can do, [`exchange`] frames the heads of an HTTP
+//! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session (`gate` says who writes next there), [`stream`] is what one stream can do, [`exchange`] frames the heads of an HTTP
 //! exchange, [`message`] is one message where there is no session, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket.
 
 pub mod aside;

@@ -8,7 +8,7 @@ use aws_lc_rs::digest;
 use serde_json::Value;
 use towline_certs::{HostName, JoinAddress, JoinToken, SpkiPin};
 
-use super::{ManifestError, USER, check_image, check_namespace, indented, quoted, quoted_list};
+use super::{ManifestError, USER, check_image, check_namespace, indented, metadata, quoted, quoted_list};
 use crate::config::Mode;
 use crate::routing::ClusterName;
 
@@ -225,15 +225,7 @@ metadata:
 
     /// Name, namespace and label of an object in the agent's namespace.
     fn metadata(&self, name: &str) -> String {
-        format!(
-            "metadata:
-  name: {name}
-  namespace: {}
-  labels:
-    app.kubernetes.io/name: {NAME}
-",
-            quoted(&self.namespace)
-        )
+        metadata(name, &self.namespace, NAME)
     }
 
     fn service_account(&self) -> String {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use towline_certs::TrustDomain;
 
-use super::{ManifestError, USER, check_image, check_namespace, indented, quoted, quoted_list};
+use super::{ManifestError, USER, check_image, check_namespace, indented, metadata, quoted, quoted_list};
 use crate::api::ADMINS;
 use crate::config::PublicAddress;
 
@@ -79,15 +79,7 @@ kind: ServiceAccount
     }
 
     fn metadata(&self) -> String {
-        format!(
-            "metadata:
-  name: {NAME}
-  namespace: {}
-  labels:
-    app.kubernetes.io/name: {NAME}
-",
-            quoted(&self.namespace)
-        )
+        metadata(NAME, &self.namespace, NAME)
     }
 
     fn config_map(&self) -> String {
