@@ -12,6 +12,7 @@ use crate::join;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::registry::{InsertError, Registration, SessionId};
 use crate::state::{Shared, random};
+use rustls::ServerConfig;
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use towline_proto::Code;
 use towline_proto::hello::Hello;
 use towline_proto::join::{About, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice, SayError, TrustAck};
 use towline_proto::mux::{CloseReason, Introduction, Limits, Role};
+use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::GoAway;
 
@@ -63,10 +65,21 @@ struct Refusal {
     text: String,
 }
 
+/// What an agent presented in its handshake, and the configuration that found it good.
+pub(crate) struct Presented {
+    /// Leaf first.
+    pub(crate) chain: Vec<CertificateDer<'static>>,
+    pub(crate) judge: Arc<ServerConfig>,
+}
+
 /// Runs one agent's TLS connection to its end. What is large stays in boxes: the state of an async function keeps a place for
 /// each name that a value had on its way, and ten thousand idle agents are ten thousand such states.
-pub(crate) async fn serve<IO>(shared: Arc<Shared>, tls: Box<TlsStream<IO>>, address: SocketAddr)
-where
+pub(crate) async fn serve<IO>(
+    shared: Arc<Shared>,
+    tls: Box<TlsStream<IO>>,
+    judge: Arc<ServerConfig>,
+    address: SocketAddr,
+) where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let chain: Vec<_> = tls
@@ -77,8 +90,9 @@ where
         .iter()
         .map(|certificate| certificate.clone().into_owned())
         .collect();
+    let presented = Presented { chain, judge };
     match Session::over(tls, session_config(&shared)) {
-        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), chain, address).await,
+        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), presented, address).await,
         Err(_) => no_memory(&shared, address),
     }
 }
@@ -87,11 +101,11 @@ where
 pub(crate) async fn serve_quic(
     shared: Arc<Shared>,
     conn: quinn::Connection,
-    chain: Vec<CertificateDer<'static>>,
+    presented: Presented,
     address: SocketAddr,
 ) {
     match Session::over_quic(conn.clone(), session_config(&shared)) {
-        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), chain, address).await,
+        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), presented, address).await,
         Err(_) => {
             no_memory(&shared, address);
             conn.close(Code::Limit.to_u32().into(), b"no memory for another session");
@@ -123,23 +137,19 @@ async fn run(
     shared: Arc<Shared>,
     session: Session,
     driver: impl Future<Output = CloseReason>,
-    chain: Vec<CertificateDer<'static>>,
+    presented: Presented,
     address: SocketAddr,
 ) {
-    // One task: when this future is dropped, so is the driver, and with it the session.
-    let life = live(&shared, &session, &chain, address);
+    // One task: when this future is dropped, so is the driver, and with it the session. What wakes the driver, a ping of an idle
+    // agent above all, seldom is anything to the rest.
+    let life = Aside::new(live(&shared, &session, presented, address));
     let (reason, ()) = tokio::join!(driver, life);
     tracing::debug!(agent = %address, %reason, "connection of an agent ended");
 }
 
 /// What happens beside the driver, until the session has ended.
-async fn live(
-    shared: &Arc<Shared>,
-    session: &Session,
-    chain: &[CertificateDer<'static>],
-    address: SocketAddr,
-) {
-    let admitted = admit(shared, session, chain.first()).await;
+async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, address: SocketAddr) {
+    let admitted = admit(shared, session, presented.chain.first()).await;
     let (admitted, registration) = match admitted {
         Ok(admitted) => admitted,
         Err(Some(refusal)) => {
@@ -160,7 +170,7 @@ async fn live(
     let over = async {
         tokio::select! {
             () = expire(shared, session, &admitted) => {}
-            () = revoke(shared, session, chain, &admitted) => {}
+            () = revoke(shared, session, presented, &admitted) => {}
         }
         session.closed().unwrap_or(CloseReason::HelloTimeout)
     };
@@ -442,7 +452,9 @@ async fn converse(
 }
 
 /// Ends the session when a reload or a revocation takes away what let it in: its place on the list, or its CA.
-async fn revoke(shared: &Shared, session: &Session, chain: &[CertificateDer<'static>], admitted: &Admitted) {
+async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitted: &Admitted) {
+    let Presented { chain, judge } = presented;
+    let mut judge = Some(judge);
     let mut reloads = shared.reloads();
     let mut losses = shared.fleet.as_ref().map(Fleet::losses);
     loop {
@@ -453,7 +465,11 @@ async fn revoke(shared: &Shared, session: &Session, chain: &[CertificateDer<'sta
         }
         // A session outlives the certificate that it showed, and the CA of that, once it has a newer one.
         let at = SystemTime::now().min(admitted.not_after);
-        if let Err(error) = live.agent_ca.verify(chain, at)
+        // What the handshake has just found is not asked again while the same roots are in force: a signature is a tenth of what
+        // a storm of agents costs.
+        let just_judged = judge.take().is_some_and(|judge| Arc::ptr_eq(&judge, &live.tunnel_tls));
+        if !just_judged
+            && let Err(error) = live.agent_ca.verify(&chain, at)
             && !was_renewed(shared, admitted)
         {
             return session.close(Code::Denied, &format!("the agent's certificate counts no more: {error}"));

@@ -215,9 +215,14 @@ struct Incoming {
     speaks: Speaks,
 }
 
+type Tls = TlsStream<Limited<TcpStream>>;
+
 /// What a connection has turned out to be.
 enum Opened {
-    Tls(Box<TlsStream<Limited<TcpStream>>>, Listener),
+    Front(Box<Tls>),
+    Join(Box<Tls>),
+    /// An agent, and the configuration that found its certificate good.
+    Tunnel(Box<Tls>, Arc<rustls::ServerConfig>),
     /// HTTP/2 or HTTP/1.1.
     Http(TcpStream, bool),
 }
@@ -251,21 +256,21 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut p
             Box::pin(front::serve(shared, socket, Arrival::plaintext(address, h2))).await;
             drop(place);
         }
-        Ok(Opened::Tls(tls, Listener::Front)) => {
+        Ok(Opened::Front(tls)) => {
             shared.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
             let arrival = Arrival::over_tls(&tls, address);
             Box::pin(front::serve(shared, *tls, arrival)).await;
             drop(place);
         }
-        Ok(Opened::Tls(tls, Listener::Join)) => {
+        Ok(Opened::Join(tls)) => {
             shared.metrics.handshake(Handshake::Join);
             Box::pin(join::serve(shared, *tls, address)).await;
             drop(place);
         }
-        Ok(Opened::Tls(tls, Listener::Tunnel)) => {
+        Ok(Opened::Tunnel(tls, judge)) => {
             shared.metrics.handshake(Handshake::Tunnel);
             // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
-            let session = agents::serve(Arc::clone(&shared), tls, address);
+            let session = agents::serve(Arc::clone(&shared), tls, judge, address);
             spawn(&shared, &shared.tasks.tunnel, async move {
                 session.await;
                 drop(place);
@@ -381,11 +386,16 @@ async fn handshake(shared: &Shared, mut socket: Limited<TcpStream>) -> Result<Op
         Listener::Tunnel => Arc::clone(&live.tunnel_tls),
         Listener::Join => Arc::clone(&live.join_tls),
     };
-    let mut accept = started.into_stream(config).into_fallible();
+    let mut accept = started.into_stream(Arc::clone(&config)).into_fallible();
     match (&mut accept).await {
         Ok(mut tls) => {
             tls.get_mut().0.lift();
-            Ok(Opened::Tls(Box::new(tls), listener))
+            let tls = Box::new(tls);
+            Ok(match listener {
+                Listener::Front => Opened::Front(tls),
+                Listener::Join => Opened::Join(tls),
+                Listener::Tunnel => Opened::Tunnel(tls, config),
+            })
         }
         Err((error, io)) => Err(failed(error, Some(&io), false, listener == Listener::Tunnel)),
     }

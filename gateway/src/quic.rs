@@ -7,7 +7,7 @@
 //!   keys only it has, and not to the address; the address is for logs and limits of handshakes.
 //! - A reset of a connection that a crash forgot is recognised, because its key comes from the tunnel's private key.
 
-use crate::agents;
+use crate::agents::{self, Presented};
 use crate::config::Quic;
 use crate::listener::{Gate, HANDSHAKE_BYTES, Place, spawn};
 use crate::metrics::{Handshake, Limit, Surface, TlCode};
@@ -111,10 +111,10 @@ impl QuicListener {
             Ok(crypto) => {
                 self.server.crypto = crypto;
                 self.endpoint.set_server_config(Some(self.server.clone()));
+                self.tls = Arc::clone(&live.tunnel_tls);
             }
             Err(error) => tracing::error!(%error, "the certificate of the QUIC listener stays"),
         }
-        self.tls = Arc::clone(&live.tunnel_tls);
     }
 
     /// Lets a connection in or turns it away; never waits.
@@ -138,6 +138,7 @@ impl QuicListener {
             return;
         };
         let (shared, server, deadline) = (Arc::clone(shared), Arc::new(self.server.clone()), self.deadline);
+        let judge = Arc::clone(&self.tls);
         let task = {
             let shared = Arc::clone(&shared);
             async move {
@@ -149,7 +150,7 @@ impl QuicListener {
                 };
                 drop(pass);
                 match result {
-                    Ok(conn) => welcome(&shared, conn, place),
+                    Ok(conn) => welcome(&shared, conn, judge, place),
                     Err(error) => refuse(&shared, address, &error),
                 }
             }
@@ -159,11 +160,11 @@ impl QuicListener {
 }
 
 /// Hands an authenticated connection to the tunnel side.
-fn welcome(shared: &Arc<Shared>, conn: quinn::Connection, place: Place) {
+fn welcome(shared: &Arc<Shared>, conn: quinn::Connection, judge: Arc<rustls::ServerConfig>, place: Place) {
     shared.metrics.handshake(Handshake::Tunnel);
     let address = conn.remote_address();
-    let chain = chain(&conn);
-    let session = agents::serve_quic(Arc::clone(shared), conn, chain, address);
+    let presented = Presented { chain: chain(&conn), judge };
+    let session = agents::serve_quic(Arc::clone(shared), conn, presented, address);
     spawn(shared, &shared.tasks.tunnel, async move {
         session.await;
         drop(place);

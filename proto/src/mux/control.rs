@@ -167,7 +167,7 @@ impl Control {
             peer_goaway: None,
             notices,
             noise: RateLimit::new(limits.noise_per_second),
-            liveness: Liveness::new(now),
+            liveness: Liveness::new(role, now),
         }
     }
 

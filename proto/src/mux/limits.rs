@@ -32,7 +32,7 @@ pub struct Limits {
     pub notices_per_second: u32,
     /// How long the peer may take to send its hello and to answer the first ping. Default 10 s.
     pub hello_timeout: Duration,
-    /// A ping is sent after so long without a byte from the peer. Default 5 s.
+    /// The agent sends a ping after so long without a byte from the peer, the gateway a little later. Default 5 s.
     pub ping_idle: Duration,
     /// The session is dead after so long without a byte from the peer. Default 12 s.
     pub dead_idle: Duration,

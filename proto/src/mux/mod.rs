@@ -38,7 +38,7 @@ use limits::RateLimit;
 use schedule::Schedule;
 use stream::{RecvState, SendState, Slot, Stream};
 
-/// Which end of the session this is. The roles differ only in the stream ids they use.
+/// Which end of the session this is. The roles differ in the stream ids they use, and in who asks first for a sign of life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Opens even streams.

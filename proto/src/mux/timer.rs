@@ -2,18 +2,25 @@
 //!
 //! Any byte from the peer is a sign of life. After a silence a ping asks for one; no byte at all after the ping means the
 //! peer is dead. While an opened stream waits for its first byte somebody is waiting, and both times are shorter.
+//!
+//! The agent asks first. If both ends waited equally long they would ask each other at the same moment, and again after every
+//! answer, which doubles the price of an idle agent at the gateway.
 
+use super::Role;
 use super::limits::Limits;
 use crate::time::Instant;
 use core::time::Duration;
 
 /// The smallest round-trip time is kept over one to two of these.
 const RTT_WINDOW: Duration = Duration::from_secs(30);
+/// The gateway asks later than the agent by this part of the time that is left until the peer is dead: by default 1 s.
+const GATEWAY_PATIENCE: u32 = 7;
 /// A busy session measures the round-trip time once in so many `ping_idle`.
 const BUSY_PING_FACTOR: u32 = 6;
 
 #[derive(Debug)]
 pub(super) struct Liveness {
+    role: Role,
     start: Instant,
     heard: Instant,
     /// When the unanswered question was asked: a ping queued since the last byte from the peer.
@@ -36,8 +43,9 @@ pub(super) enum Due {
 }
 
 impl Liveness {
-    pub(super) const fn new(now: Instant) -> Self {
+    pub(super) const fn new(role: Role, now: Instant) -> Self {
         Self {
+            role,
             start: now,
             heard: now,
             asked: None,
@@ -131,8 +139,17 @@ impl Liveness {
         }
     }
 
+    /// The silence after which this end asks.
+    fn ping_idle(&self, limits: &Limits) -> Duration {
+        match self.role {
+            Role::Agent => limits.ping_idle,
+            Role::Gateway => limits.ping_idle + (limits.dead_idle - limits.ping_idle) / GATEWAY_PATIENCE,
+        }
+    }
+
     fn ping_at(&self, limits: &Limits) -> Instant {
-        let mut at = (self.heard + limits.ping_idle).min(self.pinged + limits.ping_idle * BUSY_PING_FACTOR);
+        let mut at =
+            (self.heard + self.ping_idle(limits)).min(self.pinged + limits.ping_idle * BUSY_PING_FACTOR);
         if self.waiting > 0 {
             at = at.min(self.heard.max(self.waiting_since) + limits.ping_waiting);
         }
@@ -143,7 +160,8 @@ impl Liveness {
     fn dead_at(&self, limits: &Limits) -> Option<Instant> {
         let asked = self.asked?;
         // A busy session is asked before it was silent; that must not shorten the silence it may keep.
-        let mut at = asked.max(self.heard + limits.ping_idle) + (limits.dead_idle - limits.ping_idle);
+        let ping_idle = self.ping_idle(limits);
+        let mut at = asked.max(self.heard + ping_idle) + (limits.dead_idle - ping_idle);
         if self.waiting > 0 {
             let asked = asked.max(self.heard + limits.ping_waiting).max(self.waiting_since);
             at = at.min(asked + (limits.dead_waiting - limits.ping_waiting));
@@ -171,13 +189,25 @@ mod tests {
 
     #[test]
     fn an_idle_peer_is_dead_at_12_s() {
-        let mut liveness = Liveness::new(at(0.0));
+        let mut liveness = Liveness::new(Role::Agent, at(0.0));
         assert_eq!(silence(&mut liveness, &Limits::default()), (5.0, 12.0));
+    }
+
+    /// An idle session has one question and one answer in 5 s, not two.
+    #[test]
+    fn the_gateway_asks_only_when_the_agent_has_not() {
+        let limits = Limits::default();
+        let mut gateway = Liveness::new(Role::Gateway, at(0.0));
+        for second in [5.0, 10.0, 15.0] {
+            assert!(matches!(gateway.due(at(second), &limits), Due::Nothing));
+            gateway.on_heard(at(second));
+        }
+        assert_eq!(silence(&mut gateway, &limits), (21.0, 27.0));
     }
 
     #[test]
     fn a_peer_that_keeps_somebody_waiting_is_dead_at_3_s() {
-        let mut liveness = Liveness::new(at(0.0));
+        let mut liveness = Liveness::new(Role::Agent, at(0.0));
         liveness.on_opened(at(4.0));
         assert_eq!(silence(&mut liveness, &Limits::default()), (5.0, 7.0));
     }
@@ -186,7 +216,7 @@ mod tests {
     #[test]
     fn waiting_starts_when_the_stream_opens() {
         let limits = Limits::default();
-        let mut liveness = Liveness::new(at(0.0));
+        let mut liveness = Liveness::new(Role::Agent, at(0.0));
         liveness.probe(at(5.0));
         liveness.on_opened(at(9.0));
         assert_eq!(liveness.deadline(&limits), at(11.0));
@@ -196,7 +226,7 @@ mod tests {
     #[test]
     fn an_early_ping_does_not_kill_early() {
         let limits = Limits::default();
-        let mut liveness = Liveness::new(at(0.0));
+        let mut liveness = Liveness::new(Role::Agent, at(0.0));
         liveness.on_heard(at(29.9));
         liveness.probe(at(30.0));
         assert_eq!(liveness.deadline(&limits), at(41.9));
@@ -207,7 +237,7 @@ mod tests {
     #[test]
     fn any_byte_is_a_sign_of_life() {
         let limits = Limits::default();
-        let mut liveness = Liveness::new(at(0.0));
+        let mut liveness = Liveness::new(Role::Agent, at(0.0));
         liveness.probe(at(5.0));
         liveness.on_heard(at(11.9));
         assert!(matches!(liveness.due(at(12.0), &limits), Due::Nothing));
@@ -217,7 +247,7 @@ mod tests {
     /// The minimum is remembered, and forgotten after a while: paths change.
     #[test]
     fn the_round_trip_time_is_a_windowed_minimum() {
-        let mut liveness = Liveness::new(at(0.0));
+        let mut liveness = Liveness::new(Role::Agent, at(0.0));
         let mut measure = |sent: f64, rtt: f64| {
             let nonce = liveness.probe(at(sent));
             liveness.on_ping_sent(nonce, at(sent));
