@@ -8,6 +8,7 @@
 //! | `connect N` | connects until there are N sessions |
 //! | `storm` | loses all sessions, and connects them again at once |
 //! | `churn R S` | for S seconds: R sessions in a second are lost and come back |
+//! | `handshakes N` | shakes hands with itself, in memory; SECONDS is the server's share |
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -27,9 +28,12 @@ use tokio_rustls::TlsConnector;
 use tokio_util::task::TaskTracker;
 use towline_certs::ca::{CaKind, CertificateAuthority};
 use towline_certs::load::{Credential, LoadPolicy};
-use towline_certs::{AgentIdentity, ClusterUid, InstanceId, TrustDomain, tls};
+use towline_certs::trust::AgentCa;
+use towline_certs::{AgentIdentity, ClusterUid, HostName, InstanceId, TrustDomain, tls};
 use towline_proto::mux::{Budget, Introduction, Limits, Role};
 use towline_proto::tunnel::{Session, SessionConfig, quic, socket};
+
+use super::arithmetic;
 
 /// Attempts under way at a time.
 const CONNECTING: usize = 128;
@@ -161,6 +165,10 @@ impl Fleet {
         while let Some(line) = lines.recv().await {
             let began = Instant::now();
             let words: Vec<&str> = line.split_whitespace().collect();
+            if let ["handshakes", count] = words[..] {
+                println!("done {count} 0 {:.6}", self.handshakes(count.parse()?)?.as_secs_f64());
+                continue;
+            }
             let failed = match words[..] {
                 ["connect", count] => self.connect(count.parse()?).await?,
                 ["storm"] => self.storm().await,
@@ -182,6 +190,16 @@ impl Fleet {
             InstanceId::new("load")?,
         );
         Ok(self.authority.issue_agent(&identity, Duration::from_secs(24 * 3600), SystemTime::now())?)
+    }
+
+    /// The server's share of so many handshakes, by the product's configurations.
+    fn handshakes(&self, count: usize) -> anyhow::Result<Duration> {
+        let (now, day) = (SystemTime::now(), Duration::from_secs(24 * 3600));
+        let root = self.authority.root_der().clone();
+        let client = tls::agent_client(std::slice::from_ref(&root), &self.credential(0)?)?;
+        let credential = self.authority.issue_tunnel_server(&["localhost".parse::<HostName>()?], day, now)?;
+        let server = tls::tunnel_server(&credential, &AgentCa::new(&[root], self.domain.clone())?)?;
+        arithmetic::servers_share(&client, &server, &ServerName::try_from("localhost")?, count)
     }
 
     async fn connect(&mut self, count: usize) -> anyhow::Result<usize> {

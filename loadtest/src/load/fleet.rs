@@ -7,6 +7,9 @@ use super::drive::{Load, number};
 use super::scenario::Kind;
 use crate::report::json::{Metric, Values};
 
+/// Handshakes in memory that a storm is compared with.
+const BARE_HANDSHAKES: usize = 400;
+
 /// Measures one kind of fleet load.
 ///
 /// # Errors
@@ -34,11 +37,13 @@ pub(super) async fn run(load: &Load<'_>, kind: &Kind) -> anyhow::Result<Values> 
             let done = fleet.order("storm").await?;
             let used = load.arm.group.since(&then);
             ensure!(done.sessions > 0, "no agent came back");
+            let bare = fleet.order(&format!("handshakes {BARE_HANDSHAKES}")).await?;
             // Certificates and keys were there before: what is timed begins with the first packet.
             let sessions = number(done.sessions as u64);
             Ok(Values::from([
                 (Metric::PerS, sessions / done.seconds),
                 (Metric::PerCoreS, sessions / used.gateway),
+                (Metric::BarePerCoreS, number(BARE_HANDSHAKES as u64) / bare.seconds),
                 (Metric::GatewayMib, gateway.memory()?.resident),
                 (Metric::ForeignCores, used.foreign / used.seconds),
                 (Metric::Errors, number(done.failed as u64)),

@@ -13,6 +13,7 @@
 //! are taken inside a round, and the median of the rounds is what counts.
 
 pub mod agents;
+mod arithmetic;
 pub mod arms;
 pub mod client;
 pub mod drive;

@@ -138,6 +138,8 @@ pub enum Metric {
     PerS,
     /// The same for each second of the gateway's CPU.
     PerCoreS,
+    /// What a core does of the same if it does nothing else: handshakes in memory, the server's side.
+    BarePerCoreS,
     /// Resident memory of the arm's processes at the end of the measurement.
     RssMib,
     /// The same, of the gateway alone.
@@ -190,6 +192,7 @@ impl Metric {
             Self::GatewayKibEach => ("gateway memory each", "KiB", Lower),
             Self::PerS => ("rate", "1/s", Higher),
             Self::PerCoreS => ("rate for each gateway core", "1/s", Higher),
+            Self::BarePerCoreS => ("bare handshakes for each core", "1/s", Neither),
             Self::RssMib => ("memory", "MiB", Lower),
             Self::GatewayMib => ("gateway memory", "MiB", Lower),
             Self::GatewayCores => ("CPU, gateway", "cores", Lower),
@@ -204,11 +207,12 @@ impl Metric {
     }
 
     /// Those that tables for a terminal show, in this order.
-    pub const SHOWN: [Self; 16] = [
+    pub const SHOWN: [Self; 17] = [
         Self::MbPerS,
         Self::RequestsPerS,
         Self::PerS,
         Self::PerCoreS,
+        Self::BarePerCoreS,
         Self::P50Ms,
         Self::P99Ms,
         Self::P999Ms,
@@ -224,11 +228,12 @@ impl Metric {
     ];
 
     /// All, in the order of the tables of the page.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::MbPerS,
         Self::RequestsPerS,
         Self::PerS,
         Self::PerCoreS,
+        Self::BarePerCoreS,
         Self::P50Ms,
         Self::P99Ms,
         Self::P999Ms,
