@@ -112,7 +112,8 @@ pub(crate) async fn run(
     let (body, whole) = RequestBody::new(body);
     let touched = Mutex::new(None);
     let answered = async {
-        let answer = answer_head(&upstream, &head, body, &touched);
+        // In a box, which is gone when the answer begins: a watch would hold the place for as long as it lives.
+        let answer = Box::pin(answer_head(&upstream, &head, body, &touched));
         match open.timeout_ms {
             0 => answer.await,
             millis => {

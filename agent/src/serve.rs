@@ -52,11 +52,12 @@ pub(crate) async fn serve(service: Arc<Service>, session: Session) -> CloseReaso
         let running = Counted::new(&service.metrics.exchanges_running);
         let stop = service.stop.clone();
         let tracker = service.tracker.clone();
-        // In a box: the runtime moves what it is given several times before it runs.
-        tracker.spawn(Box::pin(stop.run_until_cancelled_owned(async move {
+        // In a box: what is around it and the runtime move what they are given several times before it runs.
+        let served = Box::pin(async move {
             stream(&service, send, recv).await;
             drop((permit, running));
-        })));
+        });
+        tracker.spawn(stop.run_until_cancelled_owned(served));
     }
 }
 

@@ -78,7 +78,7 @@ impl Arrival {
     }
 }
 
-/// Serves one client connection to its end.
+/// Serves one client connection to its end. A large `io` comes in a box: what follows moves it.
 pub(crate) async fn serve<IO>(shared: Arc<Shared>, io: IO, arrival: Arrival)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,

@@ -259,12 +259,12 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut p
         Ok(Opened::Front(tls)) => {
             shared.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
             let arrival = Arrival::over_tls(&tls, address);
-            Box::pin(front::serve(shared, *tls, arrival)).await;
+            Box::pin(front::serve(shared, tls, arrival)).await;
             drop(place);
         }
         Ok(Opened::Join(tls)) => {
             shared.metrics.handshake(Handshake::Join);
-            Box::pin(join::serve(shared, *tls, address)).await;
+            Box::pin(join::serve(shared, tls, address)).await;
             drop(place);
         }
         Ok(Opened::Tunnel(tls, judge)) => {
