@@ -169,12 +169,12 @@ const ADDRESSES_MAX: usize = 16;
 mod tests {
     use std::time::Duration;
 
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpSocket};
 
     use super::*;
 
     async fn attempt(address: &str, reach: Reach) -> Result<TcpStream, ConnectError> {
-        connect(&address.parse().unwrap(), reach, Instant::now() + Duration::from_secs(5)).await
+        connect(&address.parse().unwrap(), reach, Instant::now() + Duration::from_secs(30)).await
     }
 
     /// Who answers, even with a refusal, is spared; a network that answers nothing is not.
@@ -216,9 +216,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_refusal_names_the_address() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let at = listener.local_addr().unwrap();
-        drop(listener);
+        // Bound, so that the port is nobody else's, and not listening.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let at = socket.local_addr().unwrap();
         let error = attempt(&at.to_string(), Reach::Anywhere).await.unwrap_err();
         assert!(error.to_string().starts_with(&format!("{at}: connection refused")), "{error}");
         assert_eq!(error.label(), "connect");

@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(tcp.probe().written(), 7);
         tcp.stream.get_ref().readable().await.unwrap();
         drop(peer);
-        for _ in 0..100 {
+        for _ in 0..10_000 {
             tcp.write_all(&[0; 1024]).await.unwrap();
             if tcp.deaf {
                 break;

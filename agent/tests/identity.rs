@@ -117,6 +117,7 @@ async fn a_rotated_token_is_picked_up() {
     soon("the new token", async {
         while arrives(&rig, alice()).await.all("authorization") != ["Bearer two"] {
             rig.agent.reload();
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     })
     .await;
@@ -218,6 +219,7 @@ async fn the_allow_list_follows_its_file() {
     soon("the failed reload", async {
         while support::metric(&rig.agent, failed).await < 1.0 {
             rig.agent.reload();
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     })
     .await;

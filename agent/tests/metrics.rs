@@ -6,7 +6,7 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use support::{Call, HEAD_MAX, Rig, health, soon};
+use support::{Call, HEAD_MAX, Rig, becomes, health, idle_connections, soon};
 use towline_agent::Agent;
 use towline_proto::Code;
 
@@ -56,10 +56,9 @@ async fn every_family_moves() {
     assert_eq!(call.whole().await.0, 200);
 
     // The pooled connection closes under the next one.
-    soon("an idle connection", async {
-        while support::metric(&rig.agent, "towline_agent_upstream_connections{state=\"idle\"}").await < 1.0 {}
-    })
-    .await;
+    idle_connections(&rig.agent, 1.0).await;
+    // And the only permit is back.
+    becomes(&rig.agent, "towline_agent_exchanges_running", 0.0).await;
     let call = Call::get(&rig.session, "/again").await;
     upstream.head().await;
     drop(upstream);
@@ -82,7 +81,7 @@ async fn every_family_moves() {
     let documented: BTreeSet<&str> =
         words.filter(|word| word.starts_with("towline_agent_") && !elsewhere(word)).collect();
     assert!(documented.len() > 10, "{documented:?}");
-    for _ in 0..100 {
+    for _ in 0..600 {
         seen.look(&rig.agent).await;
         if seen.moved() == documented {
             return;

@@ -3,11 +3,11 @@
 
 mod support;
 
-use std::io::Write as _;
+use std::io::{Read, Write as _};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::thread::JoinHandle;
 
-use support::{Call, Gateway, Upstream, World, impersonated, request};
+use support::{Call, Gateway, Upstream, World, impersonated, request, soon};
 
 const SECRET: &str = "canary-3f9d1c";
 
@@ -22,6 +22,15 @@ fn agent(world: &World, yaml: &str) -> Command {
 fn texts(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
     (text(&output.stdout), text(&output.stderr))
+}
+
+/// Reads to the end, beside the test.
+fn read_on(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut text = String::new();
+        pipe.read_to_string(&mut text).unwrap();
+        text
+    })
 }
 
 fn at() -> std::net::SocketAddr {
@@ -79,7 +88,9 @@ async fn a_signal_drains_and_no_log_line_holds_a_secret() {
     let yaml = world.yaml(&[gateway.at], upstream.at, &world.impersonate(SECRET, ""));
     let mut command = agent(&world, &yaml);
     command.args(["--log-level", "trace"]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
+    let mut child = command.spawn().unwrap();
+    // All the time: a program whose pipe is full waits for its reader.
+    let (out, error) = (read_on(child.stdout.take().unwrap()), read_on(child.stderr.take().unwrap()));
     let session = gateway.session().await;
     let own = [("Authorization", "Bearer canary-own"), ("X", "\u{202e}bidi")];
     for wanted in
@@ -98,11 +109,10 @@ async fn a_signal_drains_and_no_log_line_holds_a_secret() {
     assert!(!failure.message.contains("canary"));
     let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
     assert!(killed.success());
-    let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
-    let (out, error) = texts(&output);
-    assert!(output.status.success(), "{error}");
-    let ended = session.wait_for(|state| state.closed.is_some());
-    tokio::time::timeout(Duration::from_secs(5), ended).await.expect("the session has ended");
+    let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    let (out, error) = (out.join().unwrap(), error.join().unwrap());
+    assert!(status.success(), "{error}");
+    soon("the end of the session", session.wait_for(|state| state.closed.is_some())).await;
     assert!(error.contains("draining"), "{error}");
     assert!(!out.contains("canary") && !error.contains("canary"), "{error}");
     for line in error.lines() {

@@ -4,7 +4,7 @@
 mod support;
 
 use bytes::Bytes;
-use support::{Call, Rig, all, metric, request, soon};
+use support::{Call, Rig, all, becomes, request, soon};
 use towline_proto::Code;
 use towline_proto::open::Request;
 use towline_proto::tunnel::ReadError;
@@ -45,8 +45,8 @@ async fn an_upgrade_becomes_a_pipe_with_two_ends() {
     upstream.finish().await;
     assert_eq!(soon("the end", call.recv.read_chunk(64)).await.unwrap(), None);
     let ended = "towline_agent_exchanges_total{kind=\"upgrade\",result=\"ok\"}";
-    soon("the count", async { while metric(&rig.agent, ended).await < 1.0 {} }).await;
-    assert_eq!(metric(&rig.agent, "towline_agent_upstream_connections{state=\"busy\"}").await, 0.0);
+    becomes(&rig.agent, ended, 1.0).await;
+    becomes(&rig.agent, "towline_agent_upstream_connections{state=\"busy\"}", 0.0).await;
 }
 
 /// UP-02, UP-03: neither followed nor relayed; the connection is destroyed.
@@ -114,8 +114,5 @@ async fn an_abandoned_upgrade_leaves_nothing() {
     upstream.closed().await;
     let error = soon("a reset", call.recv.read_chunk(1)).await.unwrap_err();
     assert!(matches!(error, ReadError::Reset(_)));
-    soon("no connection", async {
-        while metric(&rig.agent, "towline_agent_upstream_connections{state=\"busy\"}").await > 0.0 {}
-    })
-    .await;
+    becomes(&rig.agent, "towline_agent_upstream_connections{state=\"busy\"}", 0.0).await;
 }

@@ -169,9 +169,11 @@ where
         }
     };
     let result = tokio::select! {
-        result = served => result,
+        // A request that came after a reload must not be judged by what was believed before it.
+        biased;
         // It ends only with the gateway.
         () = rejudge => return,
+        result = served => result,
     };
     if let Err(error) = result {
         // Over HTTP/2 it is a client that does not answer a ping.
@@ -242,6 +244,7 @@ where
         let abort = Aside::new(self.abort.clone().cancelled_owned());
         self.tracker.spawn(async move {
             tokio::select! {
+                biased;
                 () = task => {}
                 () = abort => {}
             }

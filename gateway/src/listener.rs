@@ -192,6 +192,8 @@ fn until_abort(
     let task = Box::pin(task);
     async move {
         tokio::select! {
+            // What has become of the task so far is its own to count before it is ended.
+            biased;
             () = task => {}
             () = abort => {}
         }

@@ -85,7 +85,9 @@ mod tests {
 
     #[test]
     fn a_flood_leaves_one_line() {
-        let sparing = Sparing::default();
-        assert_eq!((0..1000).filter(|_| sparing.is_due()).count(), 1);
+        let (sparing, began) = (Sparing::default(), Instant::now());
+        let lines = (0..1000).filter(|_| sparing.is_due()).count() as u64;
+        // One, unless the machine has stood still for a second.
+        assert!((1..=1 + began.elapsed().as_secs()).contains(&lines), "{lines} in {:?}", began.elapsed());
     }
 }

@@ -8,12 +8,12 @@ mod common;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use common::{Agent, Client, TOKEN, World, full, text};
+use common::{Agent, Client, TOKEN, World, full, in_time, text};
 use http_body_util::BodyExt as _;
 use http_body_util::channel::Channel;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinSet;
 use towline_certs::{AgentKey, CertificateDer, CertificateFacts};
@@ -76,7 +76,7 @@ async fn watch(client: &mut Client, agent: &Agent, token: &str) -> (hyper::body:
     (answer.into_body(), exchange)
 }
 
-/// A hundred watches and an exec of one user end within a second of the user's revocation; somebody else's goes on.
+/// A hundred watches and an exec of one user end with the user's revocation; somebody else's goes on.
 #[tokio::test]
 async fn a_revoked_user_has_nothing_running() {
     let world = world().await;
@@ -102,7 +102,6 @@ async fn a_revoked_user_has_nothing_running() {
     assert_eq!(answer.status(), 101);
     let mut upgraded = hyper_util::rt::TokioIo::new(hyper::upgrade::on(answer).await.unwrap());
 
-    let revoked = Instant::now();
     revoke_user(fleet, "jane").await;
     let ends = async {
         for (mut body, _exchange) in running {
@@ -111,8 +110,7 @@ async fn a_revoked_user_has_nothing_running() {
         let mut rest = Vec::new();
         drop(upgraded.read_to_end(&mut rest).await);
     };
-    tokio::time::timeout(Duration::from_secs(1), ends).await.expect("everything ends within a second");
-    assert!(revoked.elapsed() < Duration::from_secs(1), "{:?}", revoked.elapsed());
+    in_time("everything ends", ends).await;
     drop(exec);
     assert_eq!(jane.get_as("/clusters/prod/api", "tlat_jane").await.status(), 401);
     kept.write("{}\n").await;
@@ -134,8 +132,8 @@ async fn a_token_of_the_file_is_cut_too() {
             std::fs::write(world.path("tokens.yaml"), "tokens: []\n").unwrap();
             world.gateway.reload().await.unwrap();
         }
-        let end = tokio::time::timeout(Duration::from_secs(1), body.frame()).await;
-        assert!(end.expect("it ends").unwrap().is_err(), "it breaks off, it does not end");
+        let end = in_time("it ends", body.frame()).await;
+        assert!(end.unwrap().is_err(), "it breaks off, it does not end");
         assert_eq!(argo.get_as("/clusters/prod/api", TOKEN).await.status(), 401, "revoked: {revoked}");
         world.gateway.shutdown().await;
     }
@@ -181,7 +179,7 @@ async fn a_revoked_caller_is_not_answered_by_the_api() {
             Some(upload)
         };
         let both = async { tokio::join!(client.send(request), revoke) };
-        let (answer, _upload) = tokio::time::timeout(Duration::from_secs(2), both).await.expect("it ends");
+        let (answer, _upload) = in_time("it ends", both).await;
         let answer = answer.unwrap();
         assert_eq!(answer.status(), 401, "round {round}");
         assert!(answer.headers().contains_key("www-authenticate"));
@@ -214,7 +212,7 @@ async fn no_certificate_outlives_what_asked_for_it() {
         let answer: Value = serde_json::from_str(&text(answer).await).unwrap();
         let expires = Time::parse(answer["status"]["expires"].as_str().unwrap()).unwrap();
         match end {
-            // To the second, and one that passed meanwhile.
+            // To the second.
             Some(end) => assert!(expires <= end && end.since(expires) < Duration::from_secs(3), "{expires}"),
             None => assert!(expires >= day, "{expires}"),
         }
@@ -232,14 +230,10 @@ async fn a_revoked_certificate_is_nobody_also_of_a_configured_cluster() {
     let agent = world.agent("prod").await;
     let serial = CertificateFacts::of(world.credential("agent-prod").leaf()).unwrap().serial;
     let fleet = world.gateway.fleet().unwrap();
-    let asked = Instant::now();
     fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
-    agent.session.wait_for(|state| state.closed.is_some()).await;
-    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
-    let again = Agent::connect(&world, "prod", [8; 16]).await;
-    let refused =
-        tokio::time::timeout(Duration::from_secs(5), again.session.wait_for(|s| s.closed.is_some()));
-    refused.await.expect("it is refused");
+    agent.closed().await;
+    // It is refused.
+    Agent::connect(&world, "prod", [8; 16]).await.closed().await;
     assert_eq!(world.gateway.connected("prod"), 0);
     // So is a client's.
     let strict = world.agent("strict").await;

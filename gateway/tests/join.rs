@@ -11,7 +11,7 @@ use aws_lc_rs::signature::{
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
-use common::World;
+use common::{PATIENCE, World, eventually, in_time};
 use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
@@ -198,7 +198,7 @@ impl Agent {
     }
 
     async fn hear(&self) -> Notice {
-        tokio::time::timeout(Duration::from_secs(5), self.session.hear()).await.unwrap().unwrap()
+        in_time("the gateway says something", self.session.hear()).await.unwrap()
     }
 
     async fn renew(&self, key: &AgentKey) -> Result<Certificate, Refused> {
@@ -219,9 +219,9 @@ impl Agent {
         }
     }
 
-    async fn closed(&self, within: Duration) -> CloseReason {
+    async fn closed(&self) -> CloseReason {
         let ended = self.session.wait_for(|state| state.closed.is_some());
-        tokio::time::timeout(within, ended).await.unwrap().closed.unwrap()
+        in_time("the session ends", ended).await.closed.unwrap()
     }
 }
 
@@ -235,6 +235,12 @@ fn key() -> AgentKey {
 }
 
 const HOUR: Duration = Duration::from_secs(3600);
+
+/// Waits until the one session of a cluster has acknowledged the roots as they are now.
+async fn current(world: &World, cluster: &str) {
+    let trust = || world.gateway.trust(cluster);
+    eventually("the roots are acknowledged", trust, |trust| (trust.pending, trust.current) == (0, 1)).await;
+}
 
 #[tokio::test]
 async fn a_token_becomes_an_identity_and_a_session() {
@@ -254,13 +260,8 @@ async fn a_token_becomes_an_identity_and_a_session() {
     assert_eq!(life, Duration::from_secs(24 * 3600), "24 h, and valid since an hour ago");
     let agent = Agent::connect(&world, &admitted, &key, 1).await.unwrap();
     assert_eq!(agent.trust().await, admitted.trust, "the roots are announced as they were given");
-    for _ in 0..100 {
-        if world.gateway.connected("east") == 1 && world.gateway.trust("east").current == 1 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    panic!("{:?}", world.gateway.trust("east"));
+    world.connected("east", 1).await;
+    current(&world, "east").await;
 }
 
 /// EN-01, EN-09, R-ID-14: of many keys at once exactly one gets in; that one may ask again and is the same; the others are told
@@ -329,7 +330,8 @@ async fn refusals_look_alike() {
         let mut bytes = Vec::new();
         io.read_to_end(&mut bytes).await.unwrap();
         let took = asked.elapsed().as_millis();
-        assert!((295..2500).contains(&took), "{what} took {took} ms");
+        // Twice as long, and more, is the machine's doing: nothing here asks anybody and waits for an answer.
+        assert!((295..8000).contains(&took), "{what} took {took} ms");
         lengths.insert(bytes.len());
         let answer: JoinAnswer = recv_message(&mut &bytes[..], JOIN_MAX_BYTES).await.unwrap();
         let Some(Joined::Refused(refused)) = answer.outcome else { panic!("{what} was admitted") };
@@ -348,12 +350,13 @@ async fn guessing_is_refused_by_limit() {
     register(&world, "east").await;
     let began = tokio::time::Instant::now();
     let (mut proofs, mut limits, mut tasks) = (0.0, 0, JoinSet::new());
-    for n in 0..60 {
+    // As many as it takes: on a slow machine more of them are forgiven meanwhile.
+    for n in 0.. {
         let world = Arc::clone(&world);
         let guess = Token { id: format!("guess-{n}"), secret: vec![1; 16].into() };
         tasks.spawn(async move { join(&world, &guess, &key()).await.unwrap_err() });
         // In waves, so that the handshakes per address are not the limit that is met.
-        if n % 8 != 7 && n != 59 {
+        if n % 8 != 7 {
             continue;
         }
         while let Some(refused) = tasks.join_next().await {
@@ -364,13 +367,15 @@ async fn guessing_is_refused_by_limit() {
                 other => panic!("{other:?}"),
             }
         }
+        // Those of a wave are judged before any of them has failed.
+        let allowed = 20.0 + 8.0 + began.elapsed().as_secs_f64();
+        assert!(proofs <= allowed, "{proofs} judged, {limits} not, in {:?}", began.elapsed());
+        if limits >= 20 {
+            break;
+        }
+        assert!(began.elapsed() < 4 * PATIENCE, "{proofs} judged, {limits} not");
     }
-    // Those of a wave are judged before any of them has failed.
-    let allowed = 20.0 + 8.0 + began.elapsed().as_secs_f64();
-    assert!(proofs <= allowed && limits >= 20, "{proofs} judged, {limits} not");
-    let metrics = String::from_utf8(world.gateway.metrics().render()).unwrap();
-    let reached = metrics.lines().find(|line| line.contains("limits_reached_total{limit=\"join_failures\"}"));
-    assert!(!reached.unwrap().ends_with(" 0"), "{reached:?}");
+    assert!(world.series("towline_gateway_limits_reached_total{limit=\"join_failures\"}") >= 20.0);
 }
 
 /// EN-06: a request that is no request for a certificate is refused by cause, and one that is too long by its announced length.
@@ -399,7 +404,7 @@ async fn damaged_requests_are_refused_by_cause() {
 }
 
 /// EN-07, EN-08, R-ID-9: a renewal yields the session's own identity; two at a time are both valid; after a revocation the session
-/// is gone within a second, and neither a new session nor the old certificate leads back.
+/// is gone at once, and neither a new session nor the old certificate leads back.
 #[tokio::test]
 async fn renewals_stay_in_the_family() {
     let world = world().await;
@@ -419,18 +424,17 @@ async fn renewals_stay_in_the_family() {
         assert_eq!(identity(&renewed, &admitted.trust).instance.as_str(), admitted.instance);
         Agent::show(&world, &renewed, &admitted.trust, key, 1).await.unwrap();
     }
-    let metrics = String::from_utf8(world.gateway.metrics().render()).unwrap();
-    for line in
-        ["towline_gateway_joins_total{outcome=\"ok\"} 2", "towline_gateway_renewals_total{outcome=\"ok\"} 2"]
+    for counted in
+        ["towline_gateway_joins_total{outcome=\"ok\"}", "towline_gateway_renewals_total{outcome=\"ok\"}"]
     {
-        assert!(metrics.contains(line), "{line}");
+        assert_eq!(world.series(counted), 2.0, "{counted}");
     }
     let serial = CertificateFacts::of(&der(&admitted.certificate)[0]).unwrap().serial;
     let revoked = Revoked::Certificate { serial };
     world.gateway.fleet().unwrap().revoke(&revoked, &meta()).await.unwrap();
-    let reason = one.closed(Duration::from_secs(1)).await.to_string();
+    let reason = one.closed().await.to_string();
     assert!(reason.contains("revoked"), "{reason}");
-    two.closed(Duration::from_secs(1)).await;
+    two.closed().await;
     // TU-03: a fresh handshake with it is refused as well.
     let refused = Agent::connect(&world, &admitted, &first, 1).await;
     assert!(refused.is_err());
@@ -442,22 +446,24 @@ async fn renewals_stay_in_the_family() {
 /// A session lives as long as the newest certificate of its instance: renewals move its end, and without one it ends.
 #[tokio::test]
 async fn a_renewal_moves_the_end_of_the_session() {
-    let world = world_with(|config| config.join.certificate_lifetime = Duration::from_secs(3)).await;
+    let world = world_with(|config| config.join.certificate_lifetime = Duration::from_secs(8)).await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
     let key = key();
     let admitted = join(&world, &token, &key).await.unwrap();
     let agent = Agent::connect(&world, &admitted, &key, 1).await.unwrap();
-    for _ in 0..4 {
-        tokio::time::sleep(Duration::from_millis(1500)).await;
+    let first = CertificateFacts::of(&der(&admitted.certificate)[0]).unwrap().not_after;
+    // Long before the end that each of them moves.
+    while SystemTime::now() < first + Duration::from_secs(1) {
+        tokio::time::sleep(Duration::from_secs(2)).await;
         agent.renew(&key).await.unwrap();
-        assert!(agent.session.closed().is_none(), "twice its first certificate's life");
+        assert!(agent.session.closed().is_none(), "longer than its first certificate's life");
     }
     // A reload looks at everything anew: what was shown has run out, what is on record has not.
     world.gateway.reload().await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(agent.session.closed().is_none());
-    let reason = agent.closed(Duration::from_secs(6)).await.to_string();
+    let reason = agent.closed().await.to_string();
     assert!(reason.contains("expired"), "{reason}");
 }
 
@@ -475,7 +481,7 @@ async fn a_revoked_certificate_takes_the_agent_along() {
     let serial = CertificateFacts::of(&der(&renewed)[0]).unwrap().serial;
     let fleet = world.gateway.fleet().unwrap();
     fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
-    agent.closed(Duration::from_secs(1)).await;
+    agent.closed().await;
     assert_eq!(fleet.instances(&uid).len(), 0);
     for certificate in [&admitted.certificate, &renewed] {
         assert!(Agent::show(&world, certificate, &admitted.trust, &mine, 2).await.is_err());
@@ -494,18 +500,18 @@ async fn renewing_is_limited() {
     let key = key();
     let admitted = join(&world, &token, &key).await.unwrap();
     let agent = Agent::connect(&world, &admitted, &key, 1).await.unwrap();
-    let mut renewed = 0;
+    let (mut renewed, began) = (0, tokio::time::Instant::now());
     let refused = loop {
         match agent.renew(&key).await {
             Ok(_) => renewed += 1,
             Err(refused) => break refused,
         }
-        assert!(renewed < 16, "there is a limit");
+        // One more every ten seconds.
+        assert!(renewed <= 8 + began.elapsed().as_secs() / 10, "{renewed} in {:?}", began.elapsed());
     };
-    assert!((8..=10).contains(&renewed), "{renewed}");
+    assert!(renewed >= 8, "{renewed}");
     assert_eq!((code(&refused), refused.retry_after_ms), (RefusalCode::Limit, 10_000));
-    let metrics = world.admin("/metrics").await.1;
-    assert!(metrics.contains("towline_gateway_limits_reached_total{limit=\"renewals\"} 1"), "{metrics}");
+    assert_eq!(world.series("towline_gateway_limits_reached_total{limit=\"renewals\"}"), 1.0);
     assert!(agent.session.closed().is_none());
 }
 
@@ -592,8 +598,10 @@ async fn a_pod_comes_back_by_its_clusters_word() {
         let admitted = ask(&world, &request).await.unwrap();
         let agent = Agent::connect(&world, &admitted, &mine, boot).await.unwrap();
         instances.insert(admitted.instance);
+        // A place whose process never gets as far is kept for it for a while.
+        world.connected("east", 1).await;
         agent.session.close(towline_proto::Code::Draining, "deleted");
-        agent.closed(Duration::from_secs(1)).await;
+        world.connected("east", 0).await;
     }
     assert_eq!(instances.len(), 1, "it is always who it was");
 
@@ -645,9 +653,12 @@ async fn pods_that_start_together_are_instances_of_their_own() {
             let (request, io) = (with_boot(proof, boot), connect(&world).await);
             // From the moment on that the join with the token has told of the issuer, a little later each time: it still has to put
             // on record by whose word it comes back, and its certificate.
-            while world.gateway.fleet().unwrap().issuer(&uid).is_none() {
-                tokio::task::yield_now().await;
-            }
+            let told = async {
+                while world.gateway.fleet().unwrap().issuer(&uid).is_none() {
+                    tokio::task::yield_now().await;
+                }
+            };
+            in_time("the issuer is on record", told).await;
             tokio::time::sleep(Duration::from_millis(2 * u64::from(round) + u64::from(boot))).await;
             ask_over(io, &request).await.unwrap().instance
         };
@@ -722,23 +733,13 @@ async fn a_change_of_ca_cuts_nothing() {
         rotation::step(&state, step, SystemTime::now()).unwrap();
         world.gateway.reload().await.unwrap();
     };
-    let current = async || {
-        for _ in 0..100 {
-            let state = world.gateway.trust("east");
-            if state.pending == 0 && state.current == 1 {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        panic!("{:?}", world.gateway.trust("east"));
-    };
 
     take(Step::TrustNew).await;
     assert_eq!((world.gateway.trust("east").pending, world.gateway.tunnel_pins().len()), (1, 2));
     assert!(shown(&world).await.contains("2 roots are believed\neast pending (0 of 1 sessions)\n"));
     let both = agent.trust().await;
     assert_eq!(both.roots.len(), 2);
-    current().await;
+    current(&world, "east").await;
     assert!(shown(&world).await.contains("east current (1 of 1 sessions)\n"));
     let renewed = agent.renew(&mine).await.unwrap();
     assert_eq!(renewed.chain[1], admitted.certificate.chain[1], "the old CA still issues");
@@ -792,8 +793,8 @@ async fn give_admin_token(world: &World) {
 /// What the API shows of a cluster once it is as wanted.
 async fn until(world: &World, cluster: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let mut client = world.h1(None).await;
-    let mut last = Value::Null;
-    for _ in 0..100 {
+    let (mut last, start) = (Value::Null, tokio::time::Instant::now());
+    while start.elapsed() < PATIENCE {
         let path = format!("/apis/towline.io/v1alpha1/clusters/{cluster}");
         let headers = [("authorization", "Bearer tlat_root")];
         let answer = client.ask("GET", &path, &headers, common::full("")).await;
@@ -839,9 +840,14 @@ async fn a_step_waits_for_those_who_are_connected() {
     };
     let take = async |step, force| take_at(step, force, SystemTime::now()).await;
 
+    // It looks at its files every ten seconds, too.
+    let reloads = || world.series("towline_gateway_reloads_total{outcome=\"applied\"}");
+    let before = reloads();
     take(Step::TrustNew, false).await.unwrap();
     let refused = take(Step::IssueNew, false).await.unwrap_err();
-    assert!(refused.contains("picked up the last step"), "what the gateway says is of before: {refused}");
+    if reloads() == before {
+        assert!(refused.contains("picked up the last step"), "what the gateway says is of before: {refused}");
+    }
     world.gateway.reload().await.unwrap();
     let refused = take(Step::IssueNew, false).await.unwrap_err();
     assert!(refused.contains("east pending (0 of 1 sessions)") && refused.contains("--force"), "{refused}");

@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::{Agent, TOKEN, World, full, text};
+use common::{Agent, TOKEN, World, full, in_time, text};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use towline_gateway::config::ProxyProtocol;
@@ -66,7 +66,8 @@ async fn every_family_moves_and_is_documented() {
         config.listen.trusted_proxies = vec!["127.0.0.1/32".parse().unwrap()];
         config.listen.proxy_protocol = Some(ProxyProtocol::Optional);
         config.limits.header_count = 20;
-        config.timeouts.hold = Duration::from_millis(300);
+        // Long enough to be seen waiting, also on a machine that stands still for a while.
+        config.timeouts.hold = Duration::from_secs(3);
     })
     .await;
     let mut seen = Seen::default();
@@ -90,9 +91,7 @@ async fn every_family_moves_and_is_documented() {
     let (answer, ()) = tokio::join!(client.ask("GET", "/clusters/prod/api", &headers, full("")), agents);
     assert_eq!(text(answer).await, "ok");
     refusing.session.close(Code::Cancelled, "not needed");
-    while world.gateway.connected("prod") > 1 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    world.connected("prod", 1).await;
 
     // An upgrade.
     let mut upgrade = headers.to_vec();
@@ -116,7 +115,7 @@ async fn every_family_moves_and_is_documented() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(5), up).await.expect("the upgraded connection is counted");
+    in_time("the upgraded connection is counted", up).await;
     drop((upgraded, exchange));
 
     // An answer that breaks off, a stranger, a head of too many fields, a reload.
@@ -142,9 +141,7 @@ async fn every_family_moves_and_is_documented() {
 
     // A request that waits for an agent that has left, and a gateway that stops meanwhile.
     serving.session.close(Code::Internal, "crash");
-    while world.gateway.connected("prod") > 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    world.connected("prod", 0).await;
     let mut client = world.h1(None).await;
     let waits = async {
         while seen.0["towline_gateway_holds_waiting"] == 0.0 {
@@ -152,6 +149,7 @@ async fn every_family_moves_and_is_documented() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
+    let waits = in_time("a request waits", waits);
     let (answer, ()) = tokio::join!(client.ask("GET", "/clusters/prod/api", &headers, full("")), waits);
     assert_eq!(answer.status(), 503);
     world.gateway.drain().await;

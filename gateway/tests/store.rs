@@ -66,14 +66,20 @@ async fn killed_processes_lose_nothing() {
             .spawn()
             .unwrap();
         let lines = io::BufReader::new(child.stdout.take().unwrap()).lines();
+        let (wrote, has_written) = std::sync::mpsc::sync_channel(1);
         let reader = std::thread::spawn(move || {
             let numbers = lines.map_while(Result::ok).filter_map(|line| {
                 line.rsplit_once("acknowledged ").and_then(|(_, number)| number.parse::<u64>().ok())
             });
-            numbers.last()
+            // Nobody need wait for the first.
+            numbers.inspect(|_| wrote.try_send(()).unwrap_or_default()).last()
         });
+        // Every other one may write first, however long it takes to start here; the others may not even have opened the store.
+        if round % 2 == 0 {
+            has_written.recv_timeout(Duration::from_secs(60)).expect("it writes");
+        }
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        std::thread::sleep(Duration::from_millis(20 + (seed >> 40) % 150));
+        std::thread::sleep(Duration::from_millis((seed >> 40) % 170));
         child.kill().unwrap();
         child.wait().unwrap();
         let acknowledged = reader.join().unwrap().unwrap_or(last);

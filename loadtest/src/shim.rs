@@ -79,6 +79,7 @@ pub struct Shim {
     cut: watch::Sender<u64>,
     stop: CancellationToken,
     carried: Arc<AtomicU64>,
+    lost: Arc<AtomicU64>,
 }
 
 /// What is in force for each protocol.
@@ -104,6 +105,7 @@ impl Shim {
             cut: watch::Sender::new(0),
             stop: CancellationToken::new(),
             carried: Arc::default(),
+            lost: Arc::default(),
         };
         let tasks = TaskTracker::new();
         let relay = Relay {
@@ -112,6 +114,7 @@ impl Shim {
             cut: shim.cut.clone(),
             stop: shim.stop.clone(),
             carried: Arc::clone(&shim.carried),
+            lost: Arc::clone(&shim.lost),
             random: Arc::new(Mutex::new(Random(seed))),
             lines: Arc::default(),
             tasks: tasks.clone(),
@@ -148,6 +151,12 @@ impl Shim {
     pub fn carried(&self) -> u64 {
         self.carried.load(Ordering::Relaxed)
     }
+
+    /// Datagrams lost so far, in both directions.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
 }
 
 impl Drop for Shim {
@@ -176,6 +185,7 @@ struct Relay {
     cut: watch::Sender<u64>,
     stop: CancellationToken,
     carried: Arc<AtomicU64>,
+    lost: Arc<AtomicU64>,
     random: Arc<Mutex<Random>>,
     lines: Arc<Lines>,
     tasks: TaskTracker,
@@ -360,6 +370,7 @@ impl Relay {
         let too_large = profile.mtu.is_some_and(|mtu| datagram.len() > mtu);
         let too_late = line.waits(&profile) > profile.queue();
         if profile.black_hole || too_large || too_late || self.random() < profile.loss {
+            self.lost.fetch_add(1, Ordering::Relaxed);
             return;
         }
         self.carried.fetch_add(datagram.len() as u64, Ordering::Relaxed);
@@ -514,6 +525,13 @@ mod tests {
         let mut answer = [0; 5];
         let silence = tokio::time::timeout(Duration::from_millis(100), tcp.read_exact(&mut answer)).await;
         assert!(silence.is_err());
+        // It is on its way for as long as the relay has not looked at it.
+        let swallowed = async {
+            while shim.lost() == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), swallowed).await.expect("the datagram is lost");
         shim.set(Profile::default());
         tcp.read_exact(&mut answer).await.unwrap();
         assert_eq!(&answer, b"lost?");

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::str::FromStr;
@@ -14,6 +14,7 @@ use anyhow::{Context, bail, ensure};
 use http::HeaderMap;
 use http::header::{AUTHORIZATION, HeaderValue};
 use serde_json::json;
+use socket2::{Domain, Socket, Type};
 use tokio::process::{Child, Command};
 use towline_certs::devset::{DevCluster, DevSet, parse_client};
 use towline_certs::load::{LoadPolicy, load_credential, load_roots};
@@ -31,7 +32,7 @@ pub const STRANGER: &str = "mallory";
 /// The name and the uid of the one cluster.
 pub const CLUSTER: &str = "demo";
 /// How long a process may take to be ready.
-const START_TIMEOUT: Duration = Duration::from_secs(20);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How requests authenticate to the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -303,8 +304,13 @@ pub fn free_port() -> io::Result<SocketAddr> {
         // Processes begin at different places, so that two tests do not ask for the same port at the same time.
         let step = std::process::id().wrapping_mul(61).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
         let port = PORTS.start + (step % u32::from(PORTS.end - PORTS.start)) as u16;
-        if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
-            return listener.local_addr();
+        // Bound and never listening: a child that is started at this moment holds a copy of the socket until it has become
+        // its program, and that copy keeps nobody from listening here.
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        if socket.bind(&address.into()).is_ok() {
+            return Ok(address);
         }
     }
     Err(io::ErrorKind::AddrInUse.into())
@@ -440,7 +446,8 @@ impl Stack {
         Ok(())
     }
 
-    /// Starts the agent and waits until it has a working session.
+    /// Starts the agent and waits until it has a working session, and the gateway too: either end takes it for ready by itself,
+    /// and a request that comes between the two finds no agent.
     ///
     /// # Errors
     /// It has not, with the end of its log.
@@ -449,6 +456,14 @@ impl Stack {
         let under = &self.options.agent_under;
         let process = self.process(under, "towline-agent", &config, &self.path("agent.log"))?;
         self.agent = Some(ready(process, self.agent_admin, "agent").await?);
+        let started = Instant::now();
+        while self.gateway.is_some() && sessions(self.gateway_admin).await < 1.0 {
+            ensure!(
+                started.elapsed() < START_TIMEOUT,
+                "the gateway has no session of the agent that is ready"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         Ok(())
     }
 
@@ -554,6 +569,11 @@ impl Stack {
     }
 }
 
+/// How many sessions a gateway has; none if it does not say.
+async fn sessions(admin: SocketAddr) -> f64 {
+    metric(admin, "towline_gateway_sessions").await.unwrap_or(0.0)
+}
+
 /// Waits until `/readyz` of a process says so.
 async fn ready(mut process: Process, admin: SocketAddr, what: &str) -> anyhow::Result<Process> {
     let started = Instant::now();
@@ -595,7 +615,7 @@ pub async fn plain_get(address: SocketAddr, path: &str) -> anyhow::Result<(u16, 
     let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
-    tokio::time::timeout(Duration::from_secs(10), socket.read_to_string(&mut answer)).await??;
+    tokio::time::timeout(START_TIMEOUT, socket.read_to_string(&mut answer)).await??;
     let (head, body) = answer.split_once("\r\n\r\n").context("no head")?;
     let status = head.split_whitespace().nth(1).context("no status")?.parse()?;
     Ok((status, body.to_owned()))

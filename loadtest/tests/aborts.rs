@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::wire::Client as Wire;
-use common::{Bench, Footprint, Setup, VERSIONS, get, head, read, settled, spawn, until, within};
+use common::{
+    Bench, Footprint, PATIENCE, Setup, VERSIONS, bound, get, head, read, settled, spawn, until, within,
+};
 use http::Method;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -38,9 +40,17 @@ async fn a_body_that_breaks_off_never_ends_cleanly() {
             for version in VERSIONS {
                 let mut client = bench.connect(version).await;
                 let request = client.request(Method::GET, &path, empty()).unwrap();
-                let answer = within(&path, Duration::from_secs(10), client.send(request)).await.unwrap();
+                let answer = match within(&path, PATIENCE, client.send(request)).await {
+                    Ok(answer) => answer,
+                    // HTTP/2 may drop the head that is still queued when the stream is reset: an abort all the same.
+                    Err(error) if version == Version::Http2 => {
+                        assert!(format!("{error:?}").contains("Reset("), "{path}: {error:?}");
+                        continue;
+                    }
+                    Err(error) => panic!("{version:?} {path}: {error:?}"),
+                };
                 let status = answer.status();
-                let read = within(&path, Duration::from_secs(10), read(answer.into_body())).await;
+                let read = within(&path, PATIENCE, read(answer.into_body())).await;
                 // If it dies at once, the head may not have left the gateway yet: then there is a refusal instead.
                 let refused = status == 502 && read.clean;
                 assert!(refused || status == 200 && !read.clean, "{version:?} {path}: {status}, {read:?}");
@@ -64,7 +74,9 @@ async fn a_body_that_breaks_off_never_ends_cleanly() {
     }
     let mut client = bench.connect(Version::Http2).await;
     assert_eq!(get(&mut client, "/towline-test/bytes?n=5").await.body().len(), 5);
-    assert!(bench.gateway_metric("answers_aborted_total").await > 0.0);
+    // Counted by the gateway's own end of an exchange, which the client does not see.
+    until("aborts are counted", PATIENCE, async || bench.gateway_metric("answers_aborted_total").await > 0.0)
+        .await;
     bench.end().await;
 }
 
@@ -86,8 +98,7 @@ impl Sibling {
             while !stopped.load(Ordering::Relaxed) {
                 pace.tick().await;
                 let started = Instant::now();
-                let answer =
-                    timeout(Duration::from_secs(10), client.get("/towline-test/bytes?n=2000&seed=1")).await;
+                let answer = timeout(PATIENCE, client.get("/towline-test/bytes?n=2000&seed=1")).await;
                 let answer = answer.expect("a sibling hangs").expect("a sibling fails");
                 assert_eq!((answer.status().as_u16(), answer.body().len()), (200, 2000));
                 slowest = slowest.max(started.elapsed());
@@ -100,7 +111,7 @@ impl Sibling {
 
     async fn stop(self) -> (u64, Duration) {
         self.stop.store(true, Ordering::Relaxed);
-        within("the sibling", Duration::from_secs(20), self.task).await.unwrap()
+        within("the sibling", PATIENCE, self.task).await.unwrap()
     }
 }
 
@@ -157,10 +168,10 @@ impl Trickle {
     /// Makes the last one, and checks that every watch saw them all.
     async fn stop(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
-        within("the writer", Duration::from_secs(10), self.writer).await.unwrap();
+        within("the writer", PATIENCE, self.writer).await.unwrap();
         let made = self.made.load(Ordering::Relaxed);
         for watch in self.watches {
-            let seen = within("a watch", Duration::from_secs(10), watch).await.unwrap();
+            let seen = within("a watch", PATIENCE, watch).await.unwrap();
             assert!(seen.iter().copied().eq(0..made), "{made} made, seen {seen:?}");
         }
         made
@@ -194,11 +205,8 @@ async fn aborts_leave_nothing_behind() {
     let mut first = bench.connect(Version::Http2).await;
     get(&mut first, "/version").await;
     drop(first);
-    until("the tunnel is quiet", Duration::from_secs(10), async || bench.fake.connections() == 0).await;
-    until("clients are gone", Duration::from_secs(10), async || {
-        bench.gateway_metric("connections").await <= 1.0
-    })
-    .await;
+    until("the tunnel is quiet", PATIENCE, async || bench.fake.connections() == 0).await;
+    until("clients are gone", PATIENCE, async || bench.gateway_metric("connections").await <= 1.0).await;
     let before = Footprint::of(&bench).await;
 
     let started = Instant::now();
@@ -215,7 +223,7 @@ async fn aborts_leave_nothing_behind() {
         let mut made = 0;
         while made < each {
             let count = BATCH.min(each - made);
-            within(name, Duration::from_secs(60), point.abort(&bench, made, count)).await;
+            within(name, 5 * PATIENCE, point.abort(&bench, made, count)).await;
             made += count;
         }
         times.push(format!("{made} {name} {:.1} s", started.elapsed().as_secs_f32()));
@@ -223,7 +231,7 @@ async fn aborts_leave_nothing_behind() {
     let (requests, slowest) = sibling.stop().await;
     let events = trickle.stop().await;
     let took = started.elapsed();
-    let back = settled(&bench, &before, Duration::from_secs(10)).await;
+    let back = settled(&bench, &before, bound(Duration::from_secs(10), 2 * PATIENCE)).await;
     eprintln!("{}", times.join(", "));
     eprintln!(
         "{} aborts in {:.1} s; beside them {requests} requests, the slowest {} ms, and {events} events for each of 4 watches; back to the baseline after {:.1} s",
@@ -286,7 +294,8 @@ async fn answers(bench: &Bench, first: u64, count: u64) {
             panic!("there is no answer yet: {answer:?}")
         });
     }
-    until("all have arrived", Duration::from_secs(20), async || {
+    // Less than the gateway waits for an answer.
+    until("all have arrived", Duration::from_secs(50), async || {
         bench.fake.recorder().delivered(&key) == count
     })
     .await;
@@ -370,8 +379,8 @@ async fn a_silent_upgrade_with_bytes_behind_it_ends() {
         }
     }
     let silent = || bench.fake.recorder().requests_to("/towline-test/upgrade-silence").len();
-    until("they have arrived", Duration::from_secs(10), async || silent() > 0).await;
-    settled(&bench, &before, Duration::from_secs(10)).await;
+    until("they have arrived", PATIENCE, async || silent() > 0).await;
+    settled(&bench, &before, PATIENCE).await;
     bench.end().await;
 }
 

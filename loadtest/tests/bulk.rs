@@ -7,7 +7,9 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Bench, MIB, Read, Rss, Setup, head, long, pattern_sum, rate, read, send, until, within};
+use common::{
+    Bench, MIB, PATIENCE, Read, Rss, Setup, bound, head, long, pattern_sum, rate, read, send, until, within,
+};
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -20,6 +22,8 @@ const BUDGET: u64 = 32 * MIB;
 /// What a client connection may cost beside that: the buffers of TLS and HTTP, both ends of the agent's connection too.
 const PER_CONNECTION: u64 = 256 * 1024;
 const STALLED: u64 = 100;
+/// For a gibibyte, which takes some seconds.
+const BULK: Duration = Duration::from_secs(600);
 
 /// A stack with small budgets whose agent uses this transport.
 async fn bench(transport: &str) -> Bench {
@@ -52,8 +56,8 @@ async fn warm(bench: &Bench) {
 async fn download(client: &mut Client, length: u64) -> Duration {
     let started = Instant::now();
     let path = format!("/towline-test/bytes?n={length}&seed=3");
-    let answer = within("the answer's head", Duration::from_secs(20), head(client, &path)).await;
-    let read = within("the download", Duration::from_secs(300), read(answer.into_body())).await;
+    let answer = within("the answer's head", PATIENCE, head(client, &path)).await;
+    let read = within("the download", BULK, read(answer.into_body())).await;
     let elapsed = started.elapsed();
     assert_eq!(read, Read { length, sha256: pattern_sum(3, length), clean: true });
     elapsed
@@ -62,7 +66,7 @@ async fn download(client: &mut Client, length: u64) -> Duration {
 async fn upload(client: &mut Client, length: u64) -> Duration {
     let started = Instant::now();
     let sent = send(client, Method::POST, "/towline-test/sink", pattern(4, length, true));
-    let answer = within("the upload", Duration::from_secs(300), sent).await;
+    let answer = within("the upload", BULK, sent).await;
     let said: Value =
         serde_json::from_slice(&answer.into_body().collect().await.unwrap().to_bytes()).unwrap();
     let elapsed = started.elapsed();
@@ -125,7 +129,7 @@ async fn readers_that_stop_stall_nobody_else() {
         let own = number % 5 > 0;
         let mut client = if own { bench.connect(Version::Http1).await } else { shared.another().unwrap() };
         let path = format!("/towline-test/bytes?n={stalled_length}&seed=5");
-        let answer = within("a head", Duration::from_secs(20), head(&mut client, &path)).await;
+        let answer = within("a head", PATIENCE, head(&mut client, &path)).await;
         stalled.push((client, answer.into_body()));
     }
     still(&bench).await;
@@ -137,25 +141,28 @@ async fn readers_that_stop_stall_nobody_else() {
         beside.as_secs_f32(),
         up.as_secs_f32()
     );
-    assert!(
-        beside < 3 * alone + Duration::from_secs(2),
-        "{alone:?} alone, {beside:?} beside stalled readers"
-    );
+    // Whoever waits for readers that have stopped waits for ever.
+    let most = bound(3 * alone + Duration::from_secs(2), 10 * alone + Duration::from_secs(30));
+    assert!(beside < most, "{alone:?} alone, {beside:?} beside stalled readers");
     let mut small = bench.connect(Version::Http2).await;
     for _ in 0..20 {
         let started = Instant::now();
         assert_eq!(common::get(&mut small, "/towline-test/bytes?n=100").await.body().len(), 100);
-        assert!(started.elapsed() < Duration::from_secs(1), "a small request took {:?}", started.elapsed());
+        let took = started.elapsed();
+        assert!(
+            took < bound(Duration::from_secs(1), Duration::from_secs(20)),
+            "a small request took {took:?}"
+        );
     }
     // Not synchronisation: what a reader that stops must not cost shows itself in time.
     sleep(Duration::from_secs(if long() { 60 } else { 10 })).await;
     rss.check("stalled readers", BUDGET / 5 * 6 + STALLED * PER_CONNECTION);
     let (client, body) = stalled.swap_remove(51);
-    let read = within("a reader that goes on", Duration::from_secs(120), read(body)).await;
+    let read = within("a reader that goes on", BULK, read(body)).await;
     assert_eq!(read, Read { length: stalled_length, sha256: pattern_sum(5, stalled_length), clean: true });
     drop(client);
     drop(stalled);
-    until("no request is left", Duration::from_secs(10), async || {
+    until("no request is left", PATIENCE, async || {
         bench.gateway_metric("requests_in_flight").await == 0.0
             && bench.agent_metric("exchanges_running").await == 0.0
     })

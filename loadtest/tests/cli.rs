@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
 #![allow(clippy::large_futures, reason = "tests are not many at a time")]
 
+mod common;
+
+use common::{PATIENCE, until};
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -12,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::Command;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use towline_agent::{Agent, AgentConfig};
 use towline_certs::TrustDomain;
 use towline_gateway::config::{AccessRule, Effect, GatewayConfig, Tls};
@@ -51,7 +54,8 @@ impl World {
     async fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut config = GatewayConfig::new(TrustDomain::new("fleet.test").unwrap(), Tls::default());
-        config.listen.address = "127.0.0.1:0".parse().unwrap();
+        // The port stands in the kubeconfig: one that is still free after a restart.
+        config.listen.address = free_port().unwrap();
         config.admin.address = "127.0.0.1:0".parse().unwrap();
         config.state_directory = Some(directory.path().join("state"));
         config.drain.deadline = Duration::from_secs(2);
@@ -62,8 +66,6 @@ impl World {
             clusters: vec!["*".to_owned()],
         }];
         let gateway = Gateway::start(config.clone()).await.unwrap();
-        // The port that it has got stands in the kubeconfig.
-        config.listen.address = gateway.public_addr();
         let api = FakeApi::start(FakeApiOptions::default()).await.unwrap();
         let world = Self { directory, config, gateway, api };
         let admin = commands::admin_kubeconfig(&world.config, "root", SystemTime::now()).unwrap();
@@ -98,7 +100,7 @@ impl World {
     }
 
     async fn finish(&self, command: &mut Command) -> Done {
-        let output = timeout(Duration::from_secs(40), command.output()).await.expect("it ends").unwrap();
+        let output = timeout(2 * PATIENCE, command.output()).await.expect("it ends").unwrap();
         Done {
             code: output.status.code().unwrap_or(-1),
             out: String::from_utf8(output.stdout).unwrap(),
@@ -123,8 +125,8 @@ impl World {
         serde_json::from_str(&self.ok(arguments).await).unwrap()
     }
 
-    /// An agent that joins with a token in a file.
-    async fn agent(&self, token_file: &str) -> Agent {
+    /// An agent of a cluster that joins with a token in a file, connected.
+    async fn agent(&self, cluster: &str, token_file: &str) -> Agent {
         let ca = self.file("api-ca.crt", self.api.ca_pem());
         let yaml = json!({
             "apiVersion": "towline.io/v1alpha1", "kind": "AgentConfiguration",
@@ -136,7 +138,16 @@ impl World {
         });
         let config = AgentConfig::parse("agent.yaml", yaml.to_string().as_bytes()).unwrap();
         let agent = Agent::start(config).await.unwrap();
-        timeout(Duration::from_secs(20), agent.ready()).await.expect("the agent is connected");
+        timeout(PATIENCE, agent.ready()).await.expect("the agent is connected");
+        // It may take its session for ready before the gateway has let it in, and what the API says follows that.
+        until("the cluster is connected", PATIENCE, async || {
+            let shown = self.json(&["cluster", "get", cluster, "-o", "json"]).await;
+            let conditions = shown["status"]["conditions"].as_array().unwrap();
+            conditions
+                .iter()
+                .any(|condition| condition["type"] == "Connected" && condition["status"] == "True")
+        })
+        .await;
         agent
     }
 
@@ -144,11 +155,7 @@ impl World {
     async fn connected(&self, cluster: &str) -> Agent {
         self.ok(&["cluster", "register", cluster]).await;
         let token = self.ok(&["token", "create", cluster]).await;
-        let agent = self.agent(&self.file(&format!("token-{cluster}"), &token)).await;
-        while self.gateway.connected(cluster) == 0 {
-            sleep(Duration::from_millis(10)).await;
-        }
-        agent
+        self.agent(cluster, &self.file(&format!("token-{cluster}"), &token)).await
     }
 
     /// The gateway ends and begins again, at the same place.
@@ -156,7 +163,7 @@ impl World {
         let Self { directory, config, gateway, api } = self;
         gateway.shutdown().await;
         drop(gateway);
-        let gateway = Gateway::start(config.clone()).await.unwrap();
+        let gateway = common::start_again(&config).await;
         Self { directory, config, gateway, api }
     }
 
@@ -237,7 +244,7 @@ async fn an_operator_runs_the_fleet() {
     assert!(!token.err.contains(&secret) && token.err.contains("lets in 2 agents"), "{}", token.err);
     world.run(&["token", "create", "lba"]).await.failed(1, &["Did you mean lab?"]);
     world.run(&["token", "create", "prod", "--expires", "1w"]).await.failed(2, &["30m"]);
-    let agent = world.agent(&world.file("token", &token.out)).await;
+    let agent = world.agent("prod", &world.file("token", &token.out)).await;
     let listed = world.ok(&["token", "list", "prod", "-o", "json"]).await;
     assert!(listed.contains("\"first\"") && !listed.contains(&secret), "{listed}");
     assert!(world.ok(&["token", "list", "lab"]).await.is_empty());
@@ -290,7 +297,7 @@ async fn an_operator_runs_the_fleet() {
     );
     assert!(revoked.err.contains("towline token create prod"), "{}", revoked.err);
     let since = Instant::now();
-    let line = timeout(Duration::from_secs(15), async {
+    let line = timeout(PATIENCE, async {
         loop {
             let line = lines.next_line().await.unwrap().expect("the watch goes on");
             if line.contains("no ") {
@@ -642,7 +649,7 @@ async fn a_watch_goes_on_after_a_restart() {
     let mut watching = world.command("towline", &["cluster", "list", "-w"], admin.to_str()).spawn().unwrap();
     let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
     let mut next = async |start: &str| {
-        let line = timeout(Duration::from_secs(20), async {
+        let line = timeout(PATIENCE, async {
             loop {
                 let line = lines.next_line().await.unwrap().expect("the watch goes on");
                 if line.starts_with(start) {

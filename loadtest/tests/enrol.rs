@@ -22,7 +22,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -39,6 +39,11 @@ use towline_gateway::fleet::{self, Meta, Time, new_uid};
 use towline_gateway::rotation::{self, Step};
 use towline_gateway::store::Kind;
 
+/// Longer than anything takes that comes at all, on a machine that is ten times slower than others and stands still now and then.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long certificates live that are renewed again and again: renewed at two thirds of it, they leave four seconds or more for
+/// that, also on such a machine.
+const SHORT: Duration = Duration::from_secs(12);
 const CLUSTER: &str = "east";
 const SUBJECT: &str = "system:serviceaccount:towline:agent";
 
@@ -198,19 +203,17 @@ impl World {
         );
         let config = AgentConfig::parse("agent.yaml", yaml.as_bytes()).unwrap();
         let agent = Agent::start(config).await.unwrap();
-        tokio::time::timeout(Duration::from_secs(20), agent.ready()).await.expect("the agent is connected");
+        tokio::time::timeout(PATIENCE, agent.ready()).await.expect("the agent is connected");
         self.until("a session at the gateway", || self.gateway.connected(cluster) > 0).await;
         agent
     }
 
     async fn until(&self, what: &str, condition: impl Fn() -> bool) {
-        for _ in 0..1500 {
-            if condition() {
-                return;
-            }
+        let began = Instant::now();
+        while !condition() {
+            assert!(began.elapsed() < PATIENCE, "{what} did not come: {:?}", self.gateway.trust(CLUSTER));
             sleep(Duration::from_millis(20)).await;
         }
-        panic!("{what} did not come: {:?}", self.gateway.trust(CLUSTER));
     }
 
     /// A caller with a certificate of the front client CA.
@@ -255,7 +258,7 @@ impl World {
         tasks.spawn(async move {
             let mut stream = caller.open("/stream").await.into_body();
             while !stop.load(Ordering::Relaxed) {
-                let frame = tokio::time::timeout(Duration::from_secs(5), stream.frame()).await;
+                let frame = tokio::time::timeout(PATIENCE, stream.frame()).await;
                 let frame = frame.expect("the stream goes on").expect("the stream does not end");
                 frame.expect("the stream does not break off");
                 ticks.fetch_add(1, Ordering::Relaxed);
@@ -276,6 +279,12 @@ struct Load {
 impl Load {
     /// Both ran to the end, and did something.
     async fn finish(mut self) {
+        let done = || (self.requests.load(Ordering::Relaxed), self.ticks.load(Ordering::Relaxed));
+        let began = Instant::now();
+        // On a slow machine that may still have to come; whoever has failed does no more.
+        while (done().0 <= 20 || done().1 <= 50) && began.elapsed() < PATIENCE {
+            sleep(Duration::from_millis(20)).await;
+        }
         self.stop.store(true, Ordering::Relaxed);
         while let Some(result) = self.tasks.join_next().await {
             result.unwrap();
@@ -309,6 +318,21 @@ impl Caller {
     }
 }
 
+const RENEWED: &str = "towline_agent_renewals_total{outcome=\"ok\"}";
+
+/// Waits until an agent has renewed so often since it was started.
+async fn until_renewed(agent: &Agent, times: f64) {
+    let began = Instant::now();
+    loop {
+        let found = metric(agent.admin_addr(), RENEWED).await;
+        if found >= times {
+            return;
+        }
+        assert!(began.elapsed() < 2 * PATIENCE, "{found} renewals, not {times}");
+        sleep(Duration::from_millis(100)).await;
+    }
+}
+
 async fn metric(at: SocketAddr, start: &str) -> f64 {
     let (_, text) = towline_loadtest::stack::plain_get(at, "/metrics").await.unwrap();
     let line = text.lines().find(|line| line.starts_with(start)).map(ToOwned::to_owned);
@@ -318,19 +342,13 @@ async fn metric(at: SocketAddr, start: &str) -> f64 {
 /// Certificates that live for seconds are renewed again and again under requests and an open stream, over each transport; then
 /// the agent restarts with what it kept.
 async fn renewed_under_load(transport: &str) {
-    let world = Arc::new(World::new(Duration::from_secs(4)).await);
+    let world = Arc::new(World::new(SHORT).await);
     let token = world.token_file(CLUSTER).await;
     let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
     let agent = world.agent(CLUSTER, &identity, transport).await;
     let load = world.load(CLUSTER, Duration::from_millis(5)).await;
-    let renewed = "towline_agent_renewals_total{outcome=\"ok\"}";
-    for _ in 0..300 {
-        if metric(agent.admin_addr(), renewed).await >= 4.0 {
-            break;
-        }
-        sleep(Duration::from_millis(100)).await;
-    }
-    assert!(metric(agent.admin_addr(), renewed).await >= 4.0, "the stream is older than three certificates");
+    // Then the stream is older than three certificates.
+    until_renewed(&agent, 4.0).await;
     load.finish().await;
     assert_eq!(metric(agent.admin_addr(), "towline_agent_sessions_ended_total").await, 0.0);
     agent.shutdown().await;
@@ -354,22 +372,11 @@ async fn renewed_under_load_over_quic() {
 /// All steps of a change of CA and back, under load; the operator waits for the acknowledgements, nobody else notices.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_ca_under_load() {
-    let world = Arc::new(World::new(Duration::from_secs(4)).await);
+    let world = Arc::new(World::new(SHORT).await);
     let token = world.token_file(CLUSTER).await;
     let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
     let agent = world.agent(CLUSTER, &identity, "tcp").await;
     let load = world.load(CLUSTER, Duration::from_millis(5)).await;
-    let renewed = async |more: f64| {
-        let name = "towline_agent_renewals_total{outcome=\"ok\"}";
-        let wanted = metric(agent.admin_addr(), name).await + more;
-        for _ in 0..200 {
-            if metric(agent.admin_addr(), name).await >= wanted {
-                return;
-            }
-            sleep(Duration::from_millis(100)).await;
-        }
-        panic!("the certificate was not renewed");
-    };
     for step in [
         Step::TrustNew,
         Step::Back,
@@ -380,7 +387,7 @@ async fn a_change_of_ca_under_load() {
         Step::DropOld,
     ] {
         if step == Step::DropOld {
-            renewed(1.0).await;
+            all_renew([&agent].into_iter()).await;
         }
         rotation::step(&world.path("state"), step, SystemTime::now()).unwrap();
         world.gateway.reload().await.unwrap();
@@ -391,7 +398,7 @@ async fn a_change_of_ca_under_load() {
             })
             .await;
     }
-    renewed(1.0).await;
+    all_renew([&agent].into_iter()).await;
     load.finish().await;
     agent.shutdown().await;
     // With what it kept it recognises the gateway of the new CA.
@@ -403,17 +410,12 @@ async fn a_change_of_ca_under_load() {
 
 /// Waits until each of them has another certificate.
 async fn all_renew(agents: impl Iterator<Item = &Agent>) {
-    let name = "towline_agent_renewals_total{outcome=\"ok\"}";
     let mut before = Vec::new();
     for agent in agents {
-        before.push((agent.admin_addr(), metric(agent.admin_addr(), name).await));
+        before.push((agent, metric(agent.admin_addr(), RENEWED).await));
     }
-    let began = tokio::time::Instant::now();
-    for (at, before) in before {
-        while metric(at, name).await <= before {
-            assert!(began.elapsed() < Duration::from_secs(20), "an agent does not renew");
-            sleep(Duration::from_millis(100)).await;
-        }
+    for (agent, before) in before {
+        until_renewed(agent, before + 1.0).await;
     }
 }
 
@@ -422,7 +424,7 @@ async fn all_renew(agents: impl Iterator<Item = &Agent>) {
 /// the operator is told to wait for; who was away for it comes back by its key.
 #[tokio::test(flavor = "multi_thread")]
 async fn agents_that_were_away_for_a_phase_recover() {
-    let world = Arc::new(World::new(Duration::from_secs(8)).await);
+    let world = Arc::new(World::new(SHORT).await);
     let steps = [Step::TrustNew, Step::IssueNew, Step::Back, Step::IssueNew, Step::DropOld];
     let token = world.token_file(CLUSTER).await;
     let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());
@@ -495,7 +497,8 @@ async fn an_agent_that_missed_a_whole_change_of_ca_comes_back() {
         }
         let began = tokio::time::Instant::now();
         let agent = world.agent(CLUSTER, &identity, transport).await;
-        assert!(began.elapsed() < Duration::from_secs(5), "over {transport} after {:?}", began.elapsed());
+        // Whoever does not see at once that it has to join waits for 15 s.
+        assert!(began.elapsed() < Duration::from_secs(14), "over {transport} after {:?}", began.elapsed());
         assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
         agent.shutdown().await;
     }
@@ -528,7 +531,7 @@ async fn a_pod_that_keeps_nothing_comes_back() {
 /// minutes).
 #[tokio::test(flavor = "multi_thread")]
 async fn many_agents_are_renewed() {
-    let setting = std::env::var("TOWLINE_ENROL").unwrap_or_else(|_| "10,4,10".to_owned());
+    let setting = std::env::var("TOWLINE_ENROL").unwrap_or_else(|_| "10,12,30".to_owned());
     let numbers: Vec<u64> = setting.split(',').map(|number| number.parse().unwrap()).collect();
     let [agents, lifetime, duration] = numbers[..] else { panic!("TOWLINE_ENROL={setting}") };
     let world = World::new(Duration::from_secs(lifetime)).await;
@@ -548,11 +551,9 @@ async fn many_agents_are_renewed() {
     // The latest renewal is due at two thirds of a life after the one before.
     let least = duration * 3 / (2 * lifetime) - 1;
     for (agent, load) in running {
-        let renewals = metric(agent.admin_addr(), "towline_agent_renewals_total{outcome=\"ok\"}").await;
-        assert!(
-            renewals >= f64::from(u32::try_from(least).unwrap()),
-            "{renewals} renewals, at least {least} were due"
-        );
+        // Due by now; the last one may be under way.
+        until_renewed(&agent, f64::from(u32::try_from(least).unwrap())).await;
+        let renewals = metric(agent.admin_addr(), RENEWED).await;
         requests += load.requests.load(Ordering::Relaxed);
         pieces += load.ticks.load(Ordering::Relaxed);
         renewed.push(renewals);

@@ -7,6 +7,7 @@ mod common;
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
+use common::PATIENCE;
 use common::wire::{Client, tls};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
@@ -15,13 +16,14 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions, RawEnd, hex, pattern_chunk};
+use towline_loadtest::stack::free_port;
 
 async fn start() -> FakeApi {
     FakeApi::start(FakeApiOptions::default()).await.unwrap()
 }
 
 async fn until(what: &str, condition: impl Fn() -> bool) {
-    let waited = timeout(Duration::from_secs(5), async {
+    let waited = timeout(PATIENCE, async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -245,7 +247,7 @@ async fn watches() {
     assert_eq!(seen, ["ADDED", "DELETED"]);
 
     let mut watcher = Client::connect(&fake).await;
-    let initial = format!("{path}&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&timeoutSeconds=1");
+    let initial = format!("{path}&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&timeoutSeconds=5");
     watcher.send(&format!("GET {initial} HTTP/1.1\r\nHost: x\r\n{token}\r\n\r\n")).await;
     watcher.head().await;
     let added = String::from_utf8(watcher.chunk().await.unwrap()).unwrap();
@@ -266,7 +268,9 @@ async fn watches() {
 /// Goal: every connection fault does what it says.
 #[tokio::test]
 async fn connection_faults() {
-    let fake = start().await;
+    // A port that is still free when it is to listen again.
+    let listen = free_port().unwrap();
+    let fake = FakeApi::start(FakeApiOptions { listen, ..FakeApiOptions::default() }).await.unwrap();
     let mut client = Client::connect(&fake).await;
     client.get("/version").await;
     assert_eq!(fake.connections(), 1);
@@ -275,7 +279,7 @@ async fn connection_faults() {
     until("no connection", || fake.connections() == 0).await;
 
     fake.refuse_new(true);
-    let refused = timeout(Duration::from_secs(5), async {
+    let refused = timeout(PATIENCE, async {
         loop {
             // Those that were waiting to be accepted are reset first.
             let error = tls(&fake, b"http/1.1", None).await.err();
@@ -331,7 +335,7 @@ async fn http2() {
     let answer = sender.send_request(request("/version")).await.unwrap();
     assert_eq!(answer.status(), 200);
     answer.into_body().collect().await.unwrap();
-    timeout(Duration::from_secs(5), driver.join_next()).await.expect("no GOAWAY").unwrap().unwrap().unwrap();
+    timeout(PATIENCE, driver.join_next()).await.expect("no GOAWAY").unwrap().unwrap().unwrap();
     until("a closed connection", || !fake.recorder().connections()[0].open).await;
     let record = &fake.recorder().connections()[0];
     assert!(record.alpn == "h2" && record.sent > 500_000, "{record:?}");
@@ -474,7 +478,7 @@ async fn shutdown_in_the_middle() {
     watch.send(&format!("GET /api/v1/pods?watch=1 HTTP/1.1\r\nHost: x\r\n{token}\r\n\r\n")).await;
     watch.head().await;
     fake.freeze(true);
-    timeout(Duration::from_secs(5), fake.shutdown()).await.expect("shutdown hangs");
+    timeout(PATIENCE, fake.shutdown()).await.expect("shutdown hangs");
 }
 
 /// Goal: with `bytes_kept` the recorder holds the first bytes of both directions, and always their counts.

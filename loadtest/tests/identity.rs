@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use common::fleet::{CLUSTERS, Fleet, object};
 use common::joining::{Live, join, join_with, serial};
-use common::{log, until, within};
+use common::{PATIENCE, bound, log, until, within};
 use http::Method;
 use http::header::{AUTHORIZATION, HeaderValue};
 use rcgen::{
@@ -95,7 +95,8 @@ async fn a_request_lends_only_its_key() {
     let renewed = renewed.unwrap_or_else(|refused| panic!("{}", refused.text));
     assert_ne!(serial(&renewed), serial(&admitted.certificate));
     check_profile(&renewed, &own, &admitted.instance);
-    assert!(fleet.connected("own").await && !fleet.connected("victim").await);
+    fleet.until_connected("own").await;
+    assert!(!fleet.connected("victim").await);
     drop(live);
     fleet.end().await;
 }
@@ -117,7 +118,8 @@ async fn a_hello_names_nobody() {
     };
     let live = Live::introduced(fleet.front, &admitted.certificate, &admitted.trust, &key, introduction);
     let live = live.await.unwrap();
-    assert!(fleet.connected("own").await && !fleet.connected("victim").await);
+    fleet.until_connected("own").await;
+    assert!(!fleet.connected("victim").await);
     let renewed = live.renew(&key).await.unwrap();
     check_profile(&renewed.unwrap(), &admitted.cluster_uid, &admitted.instance);
     drop(live);
@@ -138,10 +140,13 @@ async fn yesterdays_certificate_is_nobody() {
     let new = fleet.register("prod").await;
     assert_ne!(old, new);
     let closed = live.session.wait_for(|state| state.closed.is_some());
-    within("the end of the old session", Duration::from_secs(1), closed).await;
+    // What looks only now and then looks every ten seconds.
+    let most = bound(Duration::from_secs(1), Duration::from_secs(9));
+    within("the end of the old session", most, closed).await;
     assert!(live.renew(&key).await.is_err());
     let again = Live::connect(fleet.front, &admitted.certificate, &admitted.trust, &key, 1).await;
-    assert!(again.is_err_and(|error| error.to_string().contains("not on record")));
+    let refused = Live::refused(again).await;
+    assert!(refused.contains("not on record"), "{refused}");
     assert!(join(fleet.front, &token, &key).await.unwrap().is_err(), "the old token is void");
     assert!(!fleet.connected("prod").await);
     // The next one's own agent is let in beside all that.
@@ -272,11 +277,12 @@ async fn half_open_handshakes_take_nobodys_place() {
         drop(live);
         agents += 1;
     }
-    let held = within("the flood", Duration::from_secs(60), flood).await.unwrap();
+    let held = within("the flood", 3 * PATIENCE, flood).await.unwrap();
     eprintln!(
         "{HALF_OPEN} half-open handshakes; {agents} agents joined and connected, the slowest in {slowest:?}"
     );
-    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    // Whoever waits for a place waits until a handshake is given up, which is after ten seconds.
+    assert!(slowest < bound(Duration::from_secs(2), Duration::from_secs(9)), "{slowest:?}");
     let name = "towline_gateway_limits_reached_total{limit=\"handshakes_per_address\"}";
     assert!(metric(fleet.private, name).await.unwrap() > 1000.0);
     drop(held);
@@ -292,7 +298,8 @@ async fn clocks_may_be_ten_minutes_off() {
         );
         return;
     };
-    let fleet = Fleet::start(json!({"join": {"certificateLifetime": "6s"}})).await;
+    let fleet = Fleet::start(json!({"join": {"certificateLifetime": "15s"}})).await;
+    let mut agents = Vec::new();
     for (cluster, offset) in [("early", "-10m"), ("late", "+10m")] {
         fleet.register(cluster).await;
         let under = [
@@ -308,8 +315,11 @@ async fn clocks_may_be_ten_minutes_off() {
         let line = log(&fleet.path(&format!("{cluster}.log")));
         let said: jiff::Timestamp = line.split_whitespace().next().unwrap().parse().unwrap();
         let off = said.as_second() - began.as_second();
-        assert!((590..=620).contains(&off.abs()), "the clock is not off: {off} s");
-        until("three renewals", Duration::from_secs(40), async || {
+        assert!((540..=660).contains(&off.abs()), "the clock is not off: {off} s");
+        agents.push((cluster, agent, private));
+    }
+    for (cluster, agent, private) in agents {
+        until("three renewals", 2 * PATIENCE, async || {
             let name = "towline_agent_renewals_total{outcome=\"ok\"}";
             metric(private, name).await.unwrap_or(0.0) >= 3.0
         })
@@ -344,20 +354,13 @@ async fn a_copied_certificate_takes_nothing() {
         let (_, shown) = fleet.api().await.get(&format!("{CLUSTERS}/prod")).await;
         (shown["status"]["conditions"].clone(), shown["status"]["sessions"].clone())
     };
-    until("the session shows", Duration::from_secs(5), async || state().await.1 == json!(1)).await;
+    until("the session shows", PATIENCE, async || state().await.1 == json!(1)).await;
     let before = state().await;
     let rejected = "towline_rejected_total{code=\"TL_CERT\",surface=\"tunnel\"}";
     for number in 1..=ATTEMPTS {
         let thief = Live::connect(fleet.front, &admitted.certificate, &admitted.trust, &key, 2);
         // The gateway asks the first one whether it lives before it refuses the second.
-        let refused = match thief.await {
-            Err(error) => error.to_string(),
-            Ok(thief) => {
-                let closed = thief.session.wait_for(|state| state.closed.is_some());
-                let closed = within("the refusal", Duration::from_secs(5), closed).await.closed.unwrap();
-                closed.to_string()
-            }
-        };
+        let refused = Live::refused(thief.await).await;
         assert!(refused.contains("already connected"), "{refused}");
         assert_eq!(metric(fleet.private, rejected).await.unwrap_or(0.0), number as f64, "counted at once");
         assert!(live.session.is_open(), "attempt {number}");

@@ -7,9 +7,9 @@ mod common;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use common::{Bench, Setup, settled};
+use common::{Bench, PATIENCE, Setup, until};
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -197,14 +197,18 @@ async fn matrix(bench: &Bench, kubectls: &[Kubectl], kubeconfig: &Path, how: &st
         "no flow went over WebSocket"
     );
     // Idle connections of the agent's pool are no leak; everything else has ended with its kubectl.
-    let idle = bench.agent_metric("upstream_connections{state=\"idle\"}").await as usize;
-    let most = common::Footprint {
-        // Each has two descriptors: its own, and the one through which it is looked at before it is used.
-        agent_fds: before.agent_fds + 2 * idle,
-        upstream_connections: before.upstream_connections + idle,
-        ..before
-    };
-    settled(bench, &most, Duration::from_secs(10)).await;
+    // Looked at each time: an exchange that is still ending gives its connection back.
+    until("nothing is left of the flows", PATIENCE, async || {
+        let idle = bench.agent_metric("upstream_connections{state=\"idle\"}").await as usize;
+        let most = common::Footprint {
+            // Each has two descriptors: its own, and the one through which it is looked at before it is used.
+            agent_fds: before.agent_fds + 2 * idle,
+            upstream_connections: before.upstream_connections + idle,
+            ..before
+        };
+        common::Footprint::of(bench).await.is_back_to(&most)
+    })
+    .await;
 }
 
 fn asks(request: &RequestRecord, protocol: &str) -> bool {

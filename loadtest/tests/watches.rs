@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Bench, head, long, until, within};
+use common::{Bench, PATIENCE, head, long, until, within};
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -37,8 +37,7 @@ async fn a_thousand_watches_get_their_event() {
         tasks.spawn(async move {
             let permit = permits.acquire_owned().await.unwrap();
             let path = format!("{PATH}?watch=1&timeoutSeconds=3000&fieldSelector=metadata.name%3Devent");
-            let mut body =
-                within("a watch's head", Duration::from_secs(30), head(&mut client, &path)).await.into_body();
+            let mut body = within("a watch's head", 2 * PATIENCE, head(&mut client, &path)).await.into_body();
             drop(permit);
             let frame = body.frame().await.unwrap_or_else(|| panic!("watch {number} ended")).unwrap();
             let arrived = Instant::now();
@@ -47,7 +46,7 @@ async fn a_thousand_watches_get_their_event() {
             (arrived, body)
         });
     }
-    until("all watches are open", Duration::from_secs(60), async || {
+    until("all watches are open", 5 * PATIENCE, async || {
         bench.gateway_metric("requests_in_flight").await as usize == WATCHES
             && bench.agent_metric("exchanges_running").await as usize == WATCHES
             && bench.fake.recorder().requests_to(PATH).len() == WATCHES
@@ -74,7 +73,7 @@ async fn a_thousand_watches_get_their_event() {
     let started = Instant::now();
     let request = client.request(Method::POST, PATH, full(object.to_string())).unwrap();
     assert_eq!(client.send(request).await.unwrap().status(), 201);
-    let events = within("every watch's event", Duration::from_secs(20), tasks.join_all()).await;
+    let events = within("every watch's event", PATIENCE, tasks.join_all()).await;
     let last = events.iter().map(|(arrived, _)| arrived.duration_since(started)).max().unwrap();
     assert_eq!(events.len(), WATCHES);
     eprintln!(
@@ -87,7 +86,7 @@ async fn a_thousand_watches_get_their_event() {
     );
     assert_eq!(bench.gateway_metric("sessions_ended_total").await as u64, 0);
     drop((events, clients));
-    until("the watches are gone", Duration::from_secs(10), async || {
+    until("the watches are gone", PATIENCE, async || {
         bench.gateway_metric("requests_in_flight").await == 0.0
             && bench.agent_metric("exchanges_running").await == 0.0
     })

@@ -183,7 +183,8 @@ impl World {
             "{name}: {exchanges} exchanges beside it, the slowest {slowest:?}; {} KiB more",
             grown / 1024
         );
-        assert!(slowest < Duration::from_secs(2), "the honest session was disturbed: {slowest:?}");
+        // Some milliseconds where it is quiet. A machine that stalls is none of the intruder's doing.
+        assert!(slowest < Duration::from_secs(10), "the honest session was disturbed: {slowest:?}");
         grown
     }
 }
@@ -232,7 +233,7 @@ impl Neighbour {
             assert_eq!(&answer[..], (64 * 1024_usize).to_be_bytes());
             assert_eq!(recv.read_chunk(100).await.unwrap(), None);
         };
-        tokio::time::timeout(Duration::from_secs(10), exchange).await.expect("the honest session goes on");
+        tokio::time::timeout(Duration::from_secs(60), exchange).await.expect("the honest session goes on");
     }
 }
 
@@ -243,27 +244,19 @@ fn resident() -> usize {
     line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
 }
 
-/// Sends frames until the server closes the connection, pausing now and then so that loopback loses little; whether it did.
+/// Packets that may be under way: far less than the server's socket holds. So loopback loses little, and the server hears of
+/// everything before much more is sent, however slow the machine is.
+const UNDER_WAY: u64 = 32;
+
+/// Sends frames until the server closes the connection; whether it did. It has read all of them when it did not.
 async fn flood(raw: &mut Raw, mut next: impl FnMut() -> Option<Vec<u8>>) -> bool {
-    let mut packets = 0;
     while let Some(frames) = next() {
         raw.send(&frames).await;
-        packets += 1;
-        if packets % 16 == 0 {
-            raw.drive(Duration::from_micros(200)).await;
-        }
-        if raw.closed.is_some() {
+        if raw.caught_up(UNDER_WAY).await {
             return true;
         }
     }
-    // The answer to the last of it, until nothing has come for a while.
-    let began = Instant::now();
-    let mut received = usize::MAX;
-    while raw.closed.is_none() && received != raw.received && began.elapsed() < Duration::from_secs(5) {
-        received = raw.received;
-        raw.drive(Duration::from_millis(500)).await;
-    }
-    raw.closed.is_some()
+    raw.caught_up(0).await
 }
 
 /// Frames that withhold the first byte of 16 streams and send `total` bytes behind it, in turn.
@@ -436,9 +429,17 @@ async fn malformed_first_packets_are_dropped() {
             other.drive(Duration::from_millis(300)).await;
             assert_eq!(other.received, 0);
             datagram.resize(INITIAL_MIN, 0);
-            other.send_datagram(&datagram).await;
-            other.drive(Duration::from_secs(5)).await;
+            // Behind so much nonsense one of full size may be lost.
+            for _ in 0..60 {
+                other.send_datagram(&datagram).await;
+                other.drive(Duration::from_secs(1)).await;
+                if other.version_negotiation {
+                    break;
+                }
+            }
             assert!(other.version_negotiation && other.received < 3 * other.sent);
+            short.drive(Duration::from_millis(50)).await;
+            assert_eq!(short.received, 0, "it came before one that was answered");
             // Transport parameters that end too early, at every byte, and such as lie about a length.
             let whole = parameters(&[1; 8]).len();
             for cut in 0..whole + 4 {
@@ -458,14 +459,8 @@ async fn malformed_first_packets_are_dropped() {
                 let mut raw = Raw::new(world.address, Arc::clone(&world.tls), 5, broken).await;
                 raw.aim(&rng.bytes(8));
                 let hello = raw.client_hello();
-                raw.send_initial(&hello, INITIAL_MIN).await;
-                for _ in 0..100 {
-                    raw.drive(Duration::from_millis(50)).await;
-                    if raw.closed.is_some() {
-                        break;
-                    }
-                }
-                assert!(raw.closed.is_some(), "parameters cut to {cut} bytes are refused");
+                println!("parameters cut to {cut} bytes are refused");
+                raw.insist(&hello, INITIAL_MIN, |raw| raw.closed.is_some()).await;
                 assert!(raw.received <= 3 * raw.sent);
             }
         })
@@ -486,7 +481,10 @@ async fn a_spoofed_first_packet_is_not_amplified() {
         spoofed.send_initial(&hello, bytes).await;
         assert_eq!(spoofed.sent, bytes);
         let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(4) {
+        // Long enough for a server that sends again, and on a slow machine until it has sent at all.
+        while began.elapsed() < Duration::from_secs(4)
+            || spoofed.received <= 2 * spoofed.sent && began.elapsed() < Duration::from_secs(60)
+        {
             spoofed.drive(Duration::from_millis(500)).await;
         }
         println!("{} bytes back for {}", spoofed.received, spoofed.sent);
@@ -498,9 +496,8 @@ async fn a_spoofed_first_packet_is_not_amplified() {
     let asked = |number| Raw::new(world.address, Arc::clone(&world.short_tls), number, parameters);
     let mut honest = asked(12).await;
     let hello = honest.client_hello();
-    honest.send_initial(&hello, INITIAL_MIN).await;
-    honest.drive(Duration::from_secs(5)).await;
-    let (cid, token) = honest.retry.clone().expect("a Retry came");
+    honest.insist(&hello, INITIAL_MIN, |raw| raw.retry.is_some()).await;
+    let (cid, token) = honest.retry.clone().unwrap();
     assert!(honest.received <= 3 * honest.sent);
     // The token from another address, and changed ones from the right address.
     let mut thief = asked(13).await;
@@ -525,8 +522,8 @@ async fn a_spoofed_first_packet_is_not_amplified() {
     // Where it was sent to it counts.
     honest.aim(&cid);
     honest.token = token;
-    honest.send_initial(&hello, INITIAL_MIN).await;
-    honest.drive(Duration::from_secs(5)).await;
+    // It comes behind all the others, so that none of them is still on its way when it counts.
+    honest.insist(&hello, INITIAL_MIN, |_| world.proven.load(Ordering::Relaxed) > 0).await;
     assert_eq!(world.proven.load(Ordering::Relaxed), 1);
     world.retry.store(false, Ordering::Relaxed);
     world.neighbour.exchange().await;

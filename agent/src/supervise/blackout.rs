@@ -359,8 +359,13 @@ impl Path {
         self.inboxes.lock().unwrap().insert(at, sender);
         let socket = Socket { at, path: Arc::clone(self), inbox: Mutex::new(inbox) };
         let runtime = Arc::new(TokioRuntime);
-        Endpoint::new_with_abstract_socket(EndpointConfig::default(), server, Arc::new(socket), runtime)
-            .unwrap()
+        // A seed is the same round every time as far as QUIC goes: its chances come from the seed too.
+        let mut chance = Rng(self.rng.lock().unwrap().next());
+        let mut seed = [0; 32];
+        seed.chunks_mut(8).for_each(|part| part.copy_from_slice(&chance.next().to_le_bytes()));
+        let mut config = EndpointConfig::default();
+        config.rng_seed(Some(seed));
+        Endpoint::new_with_abstract_socket(config, server, Arc::new(socket), runtime).unwrap()
     }
 }
 

@@ -5,13 +5,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
@@ -30,7 +30,8 @@ use towline_proto::tunnel::exchange::{BodyError, RecvBody, recv_head, send_head}
 use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig};
 
 pub const HEAD_MAX: usize = 64 * 1024;
-const PATIENCE: Duration = Duration::from_secs(10);
+/// What does not happen within this time never happens: a slow machine takes seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits for what must happen soon.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
@@ -38,6 +39,13 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
         Ok(value) => value,
         Err(_) => panic!("{what} did not happen"),
     }
+}
+
+/// An address that refuses connections, and what keeps it so: the port is nobody else's while the socket is there.
+pub fn refusing() -> (SocketAddr, TcpSocket) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    (socket.local_addr().unwrap(), socket)
 }
 
 /// Certificates for everybody, in a directory that goes away.
@@ -303,6 +311,17 @@ impl Connection {
         }
     }
 
+    /// Writes bytes of which the agent need not want all: it may close before it has read them.
+    pub async fn try_write(&mut self, bytes: impl AsRef<[u8]>) {
+        drop(match &mut self.io {
+            Io::Plain(io) => io.write_all(bytes.as_ref()).await,
+            Io::Tls(io) => match io.write_all(bytes.as_ref()).await {
+                Ok(()) => io.flush().await,
+                failed => failed,
+            },
+        });
+    }
+
     /// Ends the sending half.
     pub async fn finish(&mut self) {
         match &mut self.io {
@@ -430,6 +449,33 @@ pub async fn metric(agent: &Agent, start: &str) -> f64 {
     line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
 }
 
+/// Waits until a metric has this value. What is counted is counted beside what a test sees of it, not before.
+pub async fn becomes(agent: &Agent, start: &str, value: f64) {
+    until(agent, start, |found| found == value).await;
+}
+
+/// Waits until a metric has at least this value.
+pub async fn reaches(agent: &Agent, start: &str, value: f64) {
+    until(agent, start, |found| found >= value).await;
+}
+
+async fn until(agent: &Agent, start: &str, holds: impl Fn(f64) -> bool) {
+    let began = Instant::now();
+    loop {
+        let found = metric(agent, start).await;
+        if holds(found) {
+            return;
+        }
+        assert!(began.elapsed() < PATIENCE, "{start} stays at {found}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Waits until so many connections to upstreams are in the pool.
+pub async fn idle_connections(agent: &Agent, count: f64) {
+    becomes(agent, "towline_agent_upstream_connections{state=\"idle\"}", count).await;
+}
+
 /// An agent, its gateway, its API server and one session.
 pub struct Rig {
     pub world: World,
@@ -452,6 +498,8 @@ impl Rig {
         let more = more(&world);
         let agent = Agent::start(world.config(&[gateway.at], upstream.at, &more)).await.unwrap();
         let session = gateway.session().await;
+        // The gateway's end is ready first.
+        soon("the agent's end", agent.ready()).await;
         Self { world, gateway, upstream, agent, session }
     }
 }

@@ -87,6 +87,8 @@ impl Plugin {
             let info = json!({"apiVersion": version, "kind": "ExecCredential", "spec": {"interactive": interactive}});
             process.env(EXEC_INFO, info.to_string());
         }
+        #[cfg(test)]
+        let _child = crate::store::CHILDREN.write();
         let output = process.output().map_err(|error| {
             Failure::failed(format!(
                 "the plugin {command:?} cannot be run: {error}. Is it installed, and in $PATH?"

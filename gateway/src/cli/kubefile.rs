@@ -207,6 +207,9 @@ mod tests {
         }
     }
 
+    /// Enough for eight writers on a disk that is slow.
+    const PATIENT: Duration = Duration::from_secs(60);
+
     fn read(path: &Path) -> Value {
         parse(path, &fs::read_to_string(path).unwrap()).unwrap()
     }
@@ -311,7 +314,7 @@ mod tests {
                 fs::remove_file(lock).unwrap();
             }
         });
-        write(&path, &[entry("a", "https://gw", "a")], None).unwrap();
+        write_within(&path, &[entry("a", "https://gw", "a")], None, PATIENT).unwrap();
         released.join().unwrap();
         assert!(path.exists() && !lock.exists());
     }
@@ -325,7 +328,8 @@ mod tests {
             for number in 0..8 {
                 let path = &path;
                 scope.spawn(move || {
-                    write(path, &[entry(&format!("n{number}"), "https://gw", "a")], None).unwrap()
+                    let entry = entry(&format!("n{number}"), "https://gw", "a");
+                    write_within(path, &[entry], None, PATIENT).unwrap()
                 });
             }
         });

@@ -416,7 +416,8 @@ async fn a_view_that_stands_still_is_told() {
     let World { fleet, directory: _directory, mut _following } = World::new().await;
     _following.shutdown().await;
     let (name, cluster) = ("prod", cluster());
-    let written = timeout(2 * SHOWS_TIMEOUT, fleet.put(name, &cluster, None)).await;
+    // The disk may take its time, too.
+    let written = timeout(SHOWS_TIMEOUT + Duration::from_secs(60), fleet.put(name, &cluster, None)).await;
     assert!(matches!(written.expect("it gives up"), Err(WriteError::Unseen)));
 }
 
@@ -439,12 +440,12 @@ fn rules_are_rebuilt_once_per_batch() {
     };
     let metrics = Metrics::new();
     let mut view = View::default();
-    let began = std::time::Instant::now();
     view.replace(5000, (1..=5000).map(record).collect(), &metrics);
+    assert_eq!(view.rebuilds, 1);
     view.apply((5001..=10_000).map(record).map(crate::store::Event::Put), &metrics);
     assert_eq!(view.count(Kind::AccessRule), 10_000);
     // Once for each rule it is fifty million copies.
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert_eq!(view.rebuilds, 2);
 }
 
 /// A later moment covers an earlier one, also of revocations that are under way at once.

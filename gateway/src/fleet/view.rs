@@ -63,6 +63,9 @@ pub(super) struct View {
     /// What could not be read.
     unreadable: BTreeSet<Key>,
     changes: BTreeSet<Key>,
+    /// How often the rules were made anew.
+    #[cfg(test)]
+    pub(super) rebuilds: u32,
 }
 
 impl View {
@@ -234,6 +237,10 @@ impl View {
     }
 
     fn rebuild_rules(&mut self) {
+        #[cfg(test)]
+        {
+            self.rebuilds += 1;
+        }
         let rules = self.objects.get(&Kind::AccessRule).into_iter().flatten().filter_map(|(_, shown)| {
             let Object::AccessRule(rule) = &shown.object else { return None };
             Some(config::AccessRule {

@@ -10,10 +10,12 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::ClientConfig;
 use serde_json::Value;
+use std::fmt::Debug;
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -24,13 +26,34 @@ use towline_certs::load::{LoadPolicy, load_credential, load_roots};
 use towline_certs::{ClientIdentity, ClusterUid, Credential, ServerName, TrustDomain, tls};
 use towline_gateway::Gateway;
 use towline_gateway::config::{self, AccessRule, Effect, GatewayConfig, Mode};
-use towline_proto::mux::{Budget, Introduction, Limits, Role};
+use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, Role};
 use towline_proto::open::{self, Answer, BodyKind, Header, Open, Outcome, Request as OpenRequest, Want};
 use towline_proto::tunnel::exchange::{recv_head, send_head};
 use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig};
 
 pub const TOKEN: &str = "tlat_0123456789abcdef";
 pub const HEAD_MAX: usize = 64 * 1024;
+/// How long a test waits for what is sure to come. No machine is as slow as that.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits for what is sure to come.
+pub async fn in_time<F: Future>(what: &str, coming: F) -> F::Output {
+    tokio::time::timeout(PATIENCE, coming).await.unwrap_or_else(|_| panic!("not in time: {what}"))
+}
+
+/// Looks until what is seen is as wanted. For whatever the gateway does beside what a client sees, in tasks and on threads of its
+/// own: it closes a socket and counts then, it sends the last byte of an answer and forgets the request then.
+pub async fn eventually<T: Debug>(what: &str, mut look: impl FnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
+    let start = Instant::now();
+    loop {
+        let seen = look();
+        if wanted(&seen) {
+            return seen;
+        }
+        assert!(start.elapsed() < PATIENCE, "not in time: {what}; last seen: {seen:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
 
 /// Files, configuration and a running gateway.
 pub struct World {
@@ -110,6 +133,8 @@ pub fn config(directory: &Path) -> GatewayConfig {
     };
     config.access = vec![rule(Effect::Allow, &["ops"], &["prod", "strict", "far"])];
     config.drain.deadline = Duration::from_secs(5);
+    // As on the smallest machine that has more than one thread, wherever the tests run.
+    config.threads = NonZeroUsize::new(2);
     config
 }
 
@@ -196,15 +221,53 @@ impl World {
         agent
     }
 
-    pub async fn connected(&self, cluster: &str, at_least: usize) {
-        let connected = async {
-            while self.gateway.connected(cluster) < at_least {
-                tokio::time::sleep(Duration::from_millis(5)).await;
+    /// Waits until a cluster has as many sessions.
+    pub async fn connected(&self, cluster: &str, sessions: usize) {
+        let connected = || self.gateway.connected(cluster);
+        eventually(&format!("{sessions} sessions of {cluster}"), connected, |seen| *seen == sessions).await;
+    }
+
+    /// The metrics as they are now.
+    pub fn metrics(&self) -> String {
+        String::from_utf8(self.gateway.metrics().render()).unwrap()
+    }
+
+    /// What one series of the metrics says now.
+    pub fn series(&self, series: &str) -> f64 {
+        let text = self.metrics();
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("there is no {series}")).parse().unwrap()
+    }
+
+    /// Waits until one series of the metrics says this.
+    pub async fn counts(&self, series: &str, value: f64) {
+        eventually(series, || self.series(series), |seen| *seen == value).await;
+    }
+
+    /// How many requests had to wait for an agent, however that ended.
+    pub fn holds(&self) -> f64 {
+        let text = self.metrics();
+        let lines = text.lines().filter(|line| line.starts_with("towline_gateway_holds_total{"));
+        lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    }
+
+    /// Waits until every connection that was accepted has ended: whatever it counts it has counted then.
+    pub async fn settled(&self) {
+        self.counts("towline_gateway_connections", 0.0).await;
+    }
+
+    /// Waits until the gateway says that it is ready. A handshake with itself that a busy machine has made too slow stands for
+    /// a few seconds.
+    pub async fn ready(&self) {
+        let start = Instant::now();
+        loop {
+            let seen = self.admin("/readyz").await;
+            if seen == (200, "ok".to_owned()) {
+                return;
             }
-        };
-        tokio::time::timeout(Duration::from_secs(5), connected)
-            .await
-            .expect("the agent is connected in time");
+            assert!(start.elapsed() < PATIENCE, "not ready in time: {seen:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     pub async fn admin(&self, path: &str) -> (u16, String) {
@@ -289,8 +352,7 @@ impl Client {
 
     /// Waits until the gateway has closed the connection.
     pub async fn closed(&mut self) {
-        let closed = tokio::time::timeout(Duration::from_secs(5), self.tasks.join_next());
-        closed.await.expect("the connection is closed in time");
+        in_time("the connection is closed", self.tasks.join_next()).await;
     }
 
     pub async fn get(&mut self, path: &str) -> Response<Incoming> {
@@ -402,9 +464,14 @@ impl Agent {
         Self { session, tasks }
     }
 
+    /// Waits until the session has ended.
+    pub async fn closed(&self) -> CloseReason {
+        let ended = self.session.wait_for(|state| state.closed.is_some());
+        in_time("the session ends", ended).await.closed.unwrap()
+    }
+
     pub async fn next(&self) -> Exchange {
-        let accept = tokio::time::timeout(Duration::from_secs(5), self.session.accept());
-        let (send, mut recv) = accept.await.expect("a stream comes in time").unwrap();
+        let (send, mut recv) = in_time("a stream comes", self.session.accept()).await.unwrap();
         let open: Open = recv_head(&mut recv, HEAD_MAX).await.unwrap();
         let Some(Want::Request(request)) = open.want.clone() else { panic!("no request: {open:?}") };
         Exchange { open, request, send, recv }

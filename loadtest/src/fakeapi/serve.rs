@@ -103,7 +103,7 @@ pub(super) async fn accept(shared: Arc<Shared>, listener: TcpListener, acceptor:
 }
 
 async fn bind_again(address: SocketAddr) -> Option<TcpListener> {
-    for _ in 0..200 {
+    for _ in 0..3000 {
         match TcpListener::bind(address).await {
             Ok(listener) => return Some(listener),
             Err(_) => sleep(Duration::from_millis(10)).await,

@@ -166,7 +166,7 @@ async fn deployment(run: &Run) -> Result<(), String> {
 }
 
 async fn wait(run: &Run) -> Result<(), String> {
-    let said = run.ok(&["wait", "--for=condition=Ready", "pod/web", "--timeout=10s"]).await?;
+    let said = run.ok(&["wait", "--for=condition=Ready", "pod/web", "--timeout=60s"]).await?;
     expect(said.contains("condition met"), "condition met", &said)
 }
 
@@ -252,7 +252,7 @@ async fn port_forward(run: &Run) -> Result<(), String> {
     let port = line.split("127.0.0.1:").nth(1).and_then(|rest| rest.split(' ').next());
     let port: u16 = port.and_then(|port| port.parse().ok()).ok_or_else(|| format!("no port in {line:?}"))?;
     for path in ["/one", "/two"] {
-        let get = timeout(Duration::from_secs(10), http_get(port, path)).await;
+        let get = timeout(Duration::from_secs(60), http_get(port, path)).await;
         let answer =
             get.map_err(|_| "no answer through the forwarded port")?.map_err(|error| error.to_string())?;
         expect(answer.contains(&format!("hello from web: {path}")), "hello from web", &answer)?;

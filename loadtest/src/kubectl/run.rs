@@ -199,5 +199,6 @@ impl Streaming {
     }
 }
 
-const RUN_DEADLINE: Duration = Duration::from_secs(30);
-const LINE_DEADLINE: Duration = Duration::from_secs(15);
+/// A kubectl takes less than a second, and many run beside each other on machines that may be ten times slower.
+const RUN_DEADLINE: Duration = Duration::from_secs(120);
+const LINE_DEADLINE: Duration = Duration::from_secs(60);

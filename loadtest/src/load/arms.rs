@@ -20,7 +20,7 @@ use super::tunnels::{Places, Tunnel};
 use crate::stack::{self, CLIENT, Mode, Options, Process, Stack, Upstream, free_port};
 
 /// How long an arm may take until the first answer comes through it.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// The small request: an ordinary API path, answered with 1,200 bytes.
 const SMALL_PATH: &str = "/version";
 

@@ -39,7 +39,9 @@ const OPEN_PATIENCE: Duration = Duration::from_secs(30);
 /// How long an open loop waits for the last answers.
 const LATE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long every stream may take to move its first byte.
-const STARVING: Duration = Duration::from_secs(5);
+const STARVING: Duration = Duration::from_secs(15);
+/// How long a window stays open in which nothing has happened so far.
+const EMPTY_PATIENCE: Duration = Duration::from_secs(10);
 /// A worker whose request failed tries again after this.
 const RETRY: Duration = Duration::from_millis(20);
 /// Before this much of a wait a thread sleeps; the rest it spins, because it would wake too late.
@@ -231,11 +233,25 @@ impl Load<'_> {
 
     /// Warms up, opens the window, closes it: what was used meanwhile.
     pub(super) async fn window(&self) -> anyhow::Result<Used> {
+        self.window_of(Duration::ZERO).await
+    }
+
+    /// The same for what goes as fast as it can: as nothing has no figures, the window stays open until something has come.
+    pub(super) async fn busy_window(&self) -> anyhow::Result<Used> {
+        self.window_of(EMPTY_PATIENCE).await
+    }
+
+    async fn window_of(&self, empty_patience: Duration) -> anyhow::Result<Used> {
         tokio::time::sleep(self.timing.warmup).await;
         let sunk = self.sunk().await?;
         let then = self.arm.group.moment();
         self.stats.recording.set(true);
         tokio::time::sleep(self.timing.window).await;
+        let over = Instant::now();
+        let nothing = || self.stats.requests.get() == 0 && self.stats.bytes.get() == 0;
+        while nothing() && over.elapsed() < empty_patience && self.sunk().await? == sunk {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         self.stats.recording.set(false);
         let used = self.arm.group.since(&then);
         if let (Some(before), Some(after)) = (sunk, self.sunk().await?) {
@@ -339,7 +355,7 @@ impl Load<'_> {
             }
         });
         self.all_ready(connections + others).await?;
-        let used = self.window().await?;
+        let used = self.busy_window().await?;
         self.answered(&used)
     }
 
@@ -378,7 +394,7 @@ impl Load<'_> {
                 });
             }
         }
-        let used = self.window().await?;
+        let used = self.busy_window().await?;
         self.answered(&used)
     }
 
@@ -399,7 +415,7 @@ impl Load<'_> {
                 }
             }
         });
-        let used = self.window().await?;
+        let used = self.busy_window().await?;
         self.answered(&used)
     }
 
@@ -432,7 +448,7 @@ impl Load<'_> {
         self.flowing(stalled, 0).await?;
         self.start_bulk(direction, streams, None);
         self.flowing(streams, stalled).await?;
-        let used = self.window().await?;
+        let used = self.busy_window().await?;
         let bytes = number(self.stats.bytes.get());
         if bytes == 0.0 {
             bail!("nothing moved: {}", self.stats.first_error().unwrap_or_else(|| "no error".to_owned()));

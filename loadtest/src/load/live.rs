@@ -34,7 +34,7 @@ impl Load<'_> {
     pub(super) async fn watch(&mut self, watchers: usize, rate: u32) -> anyhow::Result<Values> {
         self.start_watches(watchers, rate.into(), true);
         self.all_ready(watchers).await?;
-        let used = self.window().await?;
+        let used = self.busy_window().await?;
         let mut values = self.answered(&used)?;
         // What arrived are events, and nobody asked for each.
         if let Some(events) = values.remove(&Metric::RequestsPerS) {

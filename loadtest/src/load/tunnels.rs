@@ -38,7 +38,7 @@ const KNOWN: [(&str, &str); 5] = [
     ("raw-quic", include_str!("../../tunnels/raw-quic.yaml")),
 ];
 /// How long an end may take to listen.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How long an end is given that cannot be asked whether it listens.
 const UDP_START: Duration = Duration::from_millis(500);
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -21,12 +21,14 @@ use towline_certs::{Credential, JoinToken, tls};
 use towline_loadtest::client::{Body, Client, Target, Version, empty, full};
 use towline_loadtest::stack::{Process, binary, free_port, plain_get};
 
+use super::{END, PATIENCE, until};
+
 pub(crate) const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
 pub(crate) const TOKENS: &str = "/apis/towline.io/v1alpha1/jointokens";
 pub(crate) const REVOCATIONS: &str = "/apis/towline.io/v1alpha1/revocations";
 
 /// Longer than any answer of the API may take.
-const ANSWER: Duration = Duration::from_secs(20);
+const ANSWER: Duration = PATIENCE;
 
 pub(crate) struct Fleet {
     directory: TempDir,
@@ -89,7 +91,8 @@ impl Fleet {
 
     /// Waits until it is ready.
     pub(crate) async fn ready(&mut self) {
-        for _ in 0..1500 {
+        let started = Instant::now();
+        while started.elapsed() < PATIENCE {
             if let Ok((200, _)) = plain_get(self.private, "/readyz").await {
                 return;
             }
@@ -108,7 +111,7 @@ impl Fleet {
     /// Ends it as an operator would.
     pub(crate) async fn end(mut self) {
         let log = self.path("gateway.log");
-        let ended = self.process.take().unwrap().terminate(Duration::from_secs(40)).await;
+        let ended = self.process.take().unwrap().terminate(END).await;
         assert_eq!(ended.unwrap(), Some(0), "{}", super::tail(&super::log(&log)));
         assert!(!super::log(&log).contains("panicked at"), "{}", super::tail(&super::log(&log)));
     }
@@ -118,7 +121,7 @@ impl Fleet {
         let program = binary("towline-gateway").unwrap();
         let mut command = Command::new(program);
         command.args(["--config", &self.config()]).args(words).kill_on_drop(true);
-        let output = timeout(Duration::from_secs(60), command.output()).await.unwrap().unwrap();
+        let output = timeout(2 * PATIENCE, command.output()).await.unwrap().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
@@ -146,7 +149,13 @@ impl Fleet {
         made["metadata"]["uid"].as_str().unwrap().to_owned()
     }
 
-    /// A real agent process of a cluster, with a directory of its own, as soon as it is ready.
+    /// Waits until it does: an agent may take its session for ready before the gateway has let it in, and what the API says
+    /// follows that.
+    pub(crate) async fn until_connected(&self, cluster: &str) {
+        until("the cluster is connected", PATIENCE, async || self.connected(cluster).await).await;
+    }
+
+    /// A real agent process of a cluster, with a directory of its own, as soon as it is connected.
     pub(crate) async fn agent_process(&self, cluster: &str, api_server: Value, transport: &str) -> Process {
         self.agent_process_under(&[], cluster, api_server, transport).await.0
     }
@@ -177,8 +186,10 @@ impl Fleet {
         });
         std::fs::write(self.path(&format!("{cluster}.yaml")), config.to_string()).unwrap();
         let mut process = self.begin_agent_under(under, cluster);
-        for _ in 0..1500 {
+        let started = Instant::now();
+        while started.elapsed() < PATIENCE {
             if let Ok((200, _)) = plain_get(admin, "/readyz").await {
+                self.until_connected(cluster).await;
                 return (process, admin);
             }
             assert!(!process.has_ended(), "the agent ended: {}", process.tail());

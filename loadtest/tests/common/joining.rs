@@ -19,10 +19,10 @@ use towline_proto::mux::{Budget, Introduction, Limits, Role};
 use towline_proto::tunnel::message::{recv_message, send_message};
 use towline_proto::tunnel::{Session, SessionConfig};
 
-use super::spawn;
+use super::{PATIENCE, spawn, within};
 
 /// Longer than any answer may take.
-const ANSWER: Duration = Duration::from_secs(20);
+const ANSWER: Duration = PATIENCE;
 
 /// Uses a join token with a key. An error says nothing of what became of the request.
 pub(crate) async fn join(
@@ -114,6 +114,17 @@ impl Live {
             anyhow::Ok(Self { session, _driver: driver })
         };
         timeout(ANSWER, connecting).await?
+    }
+
+    /// Why it is not let in. The gateway refuses while the session begins: the agent's own end may have been ready by then.
+    pub(crate) async fn refused(connected: anyhow::Result<Self>) -> String {
+        match connected {
+            Err(error) => error.to_string(),
+            Ok(live) => {
+                let closed = live.session.wait_for(|state| state.closed.is_some());
+                within("the refusal", PATIENCE, closed).await.closed.unwrap().to_string()
+            }
+        }
     }
 
     /// Asks for the next certificate. An error says nothing of what became of the request.

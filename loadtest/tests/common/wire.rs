@@ -1,7 +1,6 @@
 //! A client that says exactly what a test says: raw HTTP/1.1 over TLS.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -14,7 +13,7 @@ use tokio_rustls::client::TlsStream;
 use towline_loadtest::client::{Target, Version};
 use towline_loadtest::fakeapi::{ClientCertificate, FakeApi};
 
-use super::Refusal;
+use super::{PATIENCE, Refusal};
 
 pub(crate) struct Client {
     pub(crate) stream: TlsStream<TcpStream>,
@@ -107,7 +106,7 @@ impl Client {
     }
 
     async fn more(&mut self) -> bool {
-        let read = timeout(Duration::from_secs(20), self.stream.read_buf(&mut self.unread)).await;
+        let read = timeout(PATIENCE, self.stream.read_buf(&mut self.unread)).await;
         matches!(read.expect("the server is silent"), Ok(count) if count > 0)
     }
 
@@ -167,7 +166,7 @@ impl Client {
     /// Reads until the connection ends; says how: `Ok` is a clean TLS end.
     pub(crate) async fn rest(&mut self) -> (Vec<u8>, std::io::Result<()>) {
         let mut rest = std::mem::take(&mut self.unread);
-        let read = timeout(Duration::from_secs(10), self.stream.read_to_end(&mut rest)).await;
+        let read = timeout(PATIENCE, self.stream.read_to_end(&mut rest)).await;
         let ended = read.expect("the connection stays open").map(|_| ());
         (rest, ended)
     }

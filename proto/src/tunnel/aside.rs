@@ -80,7 +80,7 @@ mod tests {
     use tokio::sync::{Notify, oneshot};
 
     /// However often the task around it is polled, the future is polled when it asked, and its end is not missed.
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn polled_only_when_it_asked() {
         let (polls, work) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
         let (send, recv) = oneshot::channel();

@@ -1,6 +1,6 @@
 //! A QUIC client made of packets (RFC 9000, RFC 9001): it can send what no honest implementation can be made to send.
 //!
-//! It is for loopback: nothing is sent again, and one datagram holds at most one packet of ours.
+//! It is for loopback: nothing is sent again unless somebody asks for it, and one datagram holds at most one packet of ours.
 
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -8,7 +8,7 @@ use rustls::quic::{ClientConnection, KeyChange, Keys, Secrets, Version};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
@@ -18,12 +18,20 @@ const CID_LEN: usize = 8;
 const INITIAL: usize = 0;
 const HANDSHAKE: usize = 1;
 const DATA: usize = 2;
+/// What a server does not answer within this time it never answers: a slow machine takes seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const PING: u8 = 0x01;
+const ACK: u8 = 0x02;
 
 /// Packets of one of the three kinds.
 #[derive(Default)]
 struct Space {
     keys: Option<Keys>,
     next: u64,
+    /// Behind the last packet that asks for an acknowledgement, and behind the last that was acknowledged.
+    asked: u64,
+    acked: u64,
     seen: BTreeSet<u64>,
     unacked: bool,
     /// What arrived of the handshake's bytes, and how far they were read and written.
@@ -154,7 +162,7 @@ impl Raw {
                 raw.handshake().await;
             }
         };
-        timeout(Duration::from_secs(10), done).await.expect("the handshake ends in time");
+        timeout(PATIENCE, done).await.expect("the handshake ends in time");
         assert_eq!(raw.closed, None);
         raw
     }
@@ -182,6 +190,40 @@ impl Raw {
         self.send_datagram(&packet).await;
     }
 
+    /// Sends an Initial packet again and again until it has been answered: on a busy machine loopback loses datagrams too.
+    pub(crate) async fn insist(&mut self, frames: &[u8], pad_to: usize, answered: impl Fn(&Self) -> bool) {
+        let began = Instant::now();
+        while !answered(self) {
+            assert!(
+                began.elapsed() < PATIENCE,
+                "{} bytes and no answer, {} received",
+                self.sent,
+                self.received
+            );
+            self.send_initial(frames, pad_to).await;
+            let sent = Instant::now();
+            while !answered(self) && sent.elapsed() < Duration::from_secs(2) {
+                self.drive(Duration::from_millis(50)).await;
+            }
+        }
+    }
+
+    /// Waits until the server has acknowledged, and so has read, all packets but the last `but`, or has closed the connection;
+    /// whether it has.
+    pub(crate) async fn caught_up(&mut self, but: u64) -> bool {
+        let began = Instant::now();
+        while self.closed.is_none() && self.spaces[DATA].asked.saturating_sub(self.spaces[DATA].acked) > but {
+            assert!(began.elapsed() < PATIENCE, "the server does not read on");
+            let received = self.received;
+            self.drive(Duration::from_millis(100)).await;
+            if self.received == received {
+                // The last packets may be lost, and are never acknowledged then: one behind them is.
+                self.send(&[PING]).await;
+            }
+        }
+        self.closed.is_some()
+    }
+
     /// Sends frames in a packet of the established connection.
     pub(crate) async fn send(&mut self, frames: &[u8]) {
         let packet = self.packet(DATA, frames, 0);
@@ -199,6 +241,9 @@ impl Raw {
         let space = &mut self.spaces[level];
         let number = space.next;
         space.next += 1;
+        if frames.first() != Some(&ACK) {
+            space.asked = space.next;
+        }
         let keys = space.keys.as_ref().expect("there are keys");
         let tag = keys.local.packet.tag_len();
         let mut header = match level {
@@ -311,7 +356,7 @@ impl Raw {
             }
         }
         let Some(&(mut low, high)) = ranges.first() else { return Vec::new() };
-        let mut frame = vec![0x02];
+        let mut frame = vec![ACK];
         varint(&mut frame, high);
         varint(&mut frame, 0);
         varint(&mut frame, ranges.len() as u64 - 1);
@@ -406,7 +451,10 @@ impl Raw {
             match kind {
                 0x00 | 0x01 | 0x1e => {}
                 0x02 | 0x03 => {
-                    skip(&mut bytes, 2);
+                    let largest = take_varint(&mut bytes);
+                    let space = &mut self.spaces[level];
+                    space.acked = space.acked.max(largest + 1);
+                    skip(&mut bytes, 1);
                     let ranges = take_varint(&mut bytes);
                     skip(&mut bytes, 1 + 2 * ranges + 3 * (kind - 2));
                 }
