@@ -13,7 +13,7 @@ demo: ## a gateway, an agent and an API server on loopback, and real requests th
 
 test: tools ## every test; says loudly what it skips
 	$(CARGO) build --workspace --bins
-	$(CARGO) test --workspace
+	$(CARGO) test --workspace --no-fail-fast
 
 lint: ## format, clippy, documentation, and the proof that the core is pure
 	$(CARGO) fmt --all --check
