@@ -43,7 +43,7 @@ async fn a_drained_gateway_is_left_after_a_new_one_is_found() {
     let config = world.config(
         &[dead, first.at, second.at],
         upstream.at,
-        "timeouts: { backoffMin: 10ms, backoffMax: 20ms }\n",
+        "sessions: 1\ntimeouts: { backoffMin: 10ms, backoffMax: 20ms }\n",
     );
     let agent = Agent::start(config).await.unwrap();
     let old = first.session().await;
