@@ -1,6 +1,6 @@
 //! A real gateway process that remembers: its state directory, its first admin, its API, and the commands on its store.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -42,8 +42,14 @@ pub(crate) struct Fleet {
 impl Fleet {
     /// Starts a gateway with an empty state directory. `over` is laid on its configuration, section by section.
     pub(crate) async fn start(over: Value) -> Self {
+        Self::start_at(Ipv4Addr::LOCALHOST, over).await
+    }
+
+    /// The same with its public port at another address of this machine.
+    pub(crate) async fn start_at(address: Ipv4Addr, over: Value) -> Self {
         let directory = tempfile::Builder::new().prefix("towline-fleet-").tempdir().unwrap();
-        let (front, private) = (free_port().unwrap(), free_port().unwrap());
+        let (mut front, private) = (free_port().unwrap(), free_port().unwrap());
+        front.set_ip(address.into());
         let mut config = json!({
             "apiVersion": "towline.io/v1alpha1",
             "kind": "GatewayConfiguration",
