@@ -82,8 +82,8 @@ fn mx_02_an_announced_length_reserves_nothing() {
     lone.input(frame.freeze());
     assert_eq!((lone.conn.recv_reserved(), lone.process.used()), before);
     assert_eq!(lone.conn.read(lone.now, key, 1), Read::Blocked);
-    lone.advance(5 * SECOND);
-    lone.advance(7 * SECOND);
+    lone.advance(6 * SECOND);
+    lone.advance(6 * SECOND);
     assert_eq!(lone.conn.closed(), Some(&CloseReason::Dead(12 * SECOND)));
 }
 
