@@ -465,8 +465,8 @@ async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitt
         }
         // A session outlives the certificate that it showed, and the CA of that, once it has a newer one.
         let at = SystemTime::now().min(admitted.not_after);
-        // What the handshake has just found is not asked again while the same roots are in force: a signature is a tenth of what
-        // a storm of agents costs.
+        // What the handshake has just found is not asked again while the same roots are in force: signatures are what a storm
+        // of agents costs most.
         let just_judged = judge.take().is_some_and(|judge| Arc::ptr_eq(&judge, &live.tunnel_tls));
         if !just_judged
             && let Err(error) = live.agent_ca.verify(&chain, at)
