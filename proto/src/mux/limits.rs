@@ -42,8 +42,10 @@ pub struct Limits {
     pub dead_waiting: Duration,
 }
 
-/// Bytes that each stream may queue for sending however full the session's send budget is.
-pub const SEND_FLOOR: usize = 4 * 1024;
+/// Bytes that each stream may queue for sending however full the session's send budget is: two whole frames, as much as a read
+/// of the agent brings. Pieces of less cost the far end a system call each, and spare no memory: what a writer cannot queue it
+/// holds itself. Only bytes inside the credit are queued, so nothing stays here while a reader has stopped.
+pub const SEND_FLOOR: usize = 2 * crate::wire::DATA_MAX;
 /// Most bytes that one stream may queue for sending.
 pub const SEND_STREAM_MAX: usize = 128 * 1024;
 /// Most memory that the slices queued by one stream may keep alive: a writer's pieces may be small parts of its buffers. Beyond
