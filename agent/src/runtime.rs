@@ -5,13 +5,18 @@
 use std::io;
 
 use tokio::runtime::{Builder, Runtime};
+use towline_proto::tunnel::driver::EVENTS_PER_TURN;
 
 /// Makes the runtime.
 ///
 /// # Errors
 /// When the system gives no event queue.
 pub fn build() -> io::Result<Runtime> {
-    Builder::new_current_thread().max_blocking_threads(BLOCKING_MAX).enable_all().build()
+    Builder::new_current_thread()
+        .max_io_events_per_tick(EVENTS_PER_TURN)
+        .max_blocking_threads(BLOCKING_MAX)
+        .enable_all()
+        .build()
 }
 
 /// For name resolution and file reading.

@@ -11,13 +11,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, available_parallelism};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::{CancellationToken, DropGuard};
+use towline_proto::tunnel::driver::EVENTS_PER_TURN;
 
 /// Makes the runtime of the first shard, on which the gateway is started.
 ///
 /// # Errors
 /// The system gives no event queue.
 pub fn build() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().build()
+    Builder::new_current_thread().max_io_events_per_tick(EVENTS_PER_TURN).enable_all().build()
 }
 
 /// As many shards as the machine has cores.

@@ -32,6 +32,10 @@ const BATCH: usize = 64 * 1024;
 const SLICES: usize = 64;
 /// Turns after which the driver lets other tasks run: some 256 KiB.
 const TURNS: u32 = 4;
+/// Sockets that a runtime that carries sessions looks after in one turn (tokio's `max_io_events_per_tick`). Whatever streams write
+/// in a turn leaves the session in one batch at its end. Without a bound, dozens of requests that arrive together travel as one
+/// convoy: while one process works on all of them, the next one waits for all of them.
+pub const EVENTS_PER_TURN: usize = 24;
 /// How long the last words of a session may take to leave.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
