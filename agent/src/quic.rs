@@ -155,6 +155,8 @@ impl Quic {
                 receive.max(send)
             );
         }
-        Endpoint::new(EndpointConfig::default(), None, udp.socket, Arc::new(TokioRuntime))
+        let mut config = EndpointConfig::default();
+        quic::receive_large(&mut config);
+        Endpoint::new(config, None, udp.socket, Arc::new(TokioRuntime))
     }
 }

@@ -69,6 +69,7 @@ impl QuicListener {
             .incoming_buffer_size_total(WAITING_BYTES.max(HANDSHAKE_BYTES as u64));
         let secret = secret(shared);
         let mut endpoint = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &secret[..24])));
+        quic::receive_large(&mut endpoint);
         // Also the ids of connections must be known again, or nothing is answered to them.
         let mut ids = [0; 8];
         ids.copy_from_slice(&secret[24..]);

@@ -20,6 +20,8 @@ struct Pair {
     gateway: Session,
     agent: Session,
     budget: Budget,
+    /// The agent's end.
+    conn: quinn::Connection,
     _tasks: JoinSet<CloseReason>,
     _endpoints: [quinn::Endpoint; 2],
 }
@@ -60,15 +62,23 @@ fn quinn_configs(limits: &Limits) -> (quinn::ServerConfig, quinn::ClientConfig) 
     (server, client)
 }
 
+fn endpoint(server: Option<quinn::ServerConfig>) -> quinn::Endpoint {
+    let mut config = quinn::EndpointConfig::default();
+    quic::receive_large(&mut config);
+    let socket = std::net::UdpSocket::bind(LOCAL).unwrap();
+    quinn::Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime)).unwrap()
+}
+
 async fn pair(limits: Limits) -> Pair {
     let (server, client) = quinn_configs(&limits);
-    let listening = quinn::Endpoint::server(server, LOCAL).unwrap();
-    let mut dialling = quinn::Endpoint::client(LOCAL).unwrap();
+    let listening = endpoint(Some(server));
+    let mut dialling = endpoint(None);
     dialling.set_default_client_config(client);
     let connecting = dialling.connect(listening.local_addr().unwrap(), "gateway").unwrap();
     let (dialled, accepted) =
         tokio::join!(connecting, async { listening.accept().await.unwrap().accept().unwrap().await });
 
+    let conn = dialled.clone().unwrap();
     let budget = Budget::new(1 << 30);
     let mut tasks = JoinSet::new();
     let (agent, driver) =
@@ -80,7 +90,7 @@ async fn pair(limits: Limits) -> Pair {
     gateway.ready().await.unwrap();
     agent.ready().await.unwrap();
     assert_eq!(gateway.transport(), Transport::Quic);
-    Pair { gateway, agent, budget, _tasks: tasks, _endpoints: [listening, dialling] }
+    Pair { gateway, agent, budget, conn, _tasks: tasks, _endpoints: [listening, dialling] }
 }
 
 async fn read_all(recv: &mut RecvStream) -> Result<Vec<u8>, ReadError> {
@@ -200,6 +210,15 @@ async fn stalled_readers_hold_their_credit_and_no_more() {
     stalled.clear();
     settled(&pair).await;
     assert_eq!(pair.budget.used(), idle);
+}
+
+/// Goal: packets become as large as the path lets through, which is far above Ethernet's on this one.
+#[tokio::test]
+async fn packets_are_as_large_as_the_path_takes() {
+    let pair = pair(Limits::default()).await;
+    // The last step of the search is not worth a probe.
+    let largest = || pair.conn.stats().path.current_mtu + 20 > quic::DATAGRAM_MAX;
+    eventually("the largest packet", largest).await;
 }
 
 /// Goal: writers that together fill QUIC's send window get on side by side, and the session's pings with them. Quinn alone

@@ -19,6 +19,9 @@ pub const STANDARD: [(&str, &str); 8] = [
     ("wan-loss", include_str!("../../scenarios/wan-loss.yaml")),
 ];
 
+/// The largest datagram that passes a long line, without its IP and UDP headers: its packets are Ethernet's.
+const ETHERNET: usize = 1_500 - 28;
+
 /// A profile: what a file says.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -117,6 +120,7 @@ impl Link {
             bandwidth: Some(bandwidth),
             queue: ms(self.queue_ms),
             loss: self.loss,
+            mtu: Some(ETHERNET),
             ..crate::shim::Profile::default()
         }
     }
