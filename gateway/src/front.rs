@@ -17,6 +17,7 @@ use hyper::rt::Executor;
 use hyper::server::conn::{http1, http2};
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+pub(crate) use idle::Stalled;
 use idle::{Activity, Counted};
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -127,7 +128,7 @@ where
         let unready = shared.stages.unready.clone();
         let service = service_fn(|request| {
             let (running, answer, framing) = (activity.request(), service.call(request), framing.clone());
-            let unready = unready.clone();
+            let (stalled, unready) = (activity.stalled(), unready.clone());
             async move {
                 let mut response: Response<AnswerBody> = answer.await?;
                 // HTTP/1.1 has no GOAWAY: who goes on asking during the drain's delay is told with an answer, so
@@ -136,7 +137,7 @@ where
                 if last && response.status() != StatusCode::SWITCHING_PROTOCOLS {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
-                Ok::<_, Infallible>(response.map(|body| Counted::new(body, running)))
+                Ok::<_, Infallible>(response.map(|body| Counted::new(body.unless(stalled), running)))
             }
         });
         loop {

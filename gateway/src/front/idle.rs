@@ -30,6 +30,18 @@ pub(super) struct Activity {
     running: AtomicU64,
     /// Everything that hyper has written is with the kernel.
     flushed: AtomicBool,
+    stalled: Stalled,
+}
+
+/// Whether a client takes nothing at the moment, although something waits for it. What its answer brings then stays in the
+/// tunnel, where memory is shared out, and not with hyper, which would fill its buffer.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stalled(Arc<AtomicBool>);
+
+impl Stalled {
+    pub(crate) fn now(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl Activity {
@@ -42,6 +54,15 @@ impl Activity {
 
     pub(super) fn flushed(&self, flushed: bool) {
         self.flushed.store(flushed, Ordering::Relaxed);
+    }
+
+    /// What came of a write: nothing for now, or anything else.
+    pub(super) fn wrote<T>(&self, written: &Poll<T>) {
+        self.stalled.0.store(written.is_pending(), Ordering::Relaxed);
+    }
+
+    pub(super) fn stalled(&self) -> Stalled {
+        self.stalled.clone()
     }
 
     pub(super) fn requests(&self) -> u64 {

@@ -1,6 +1,7 @@
 //! What bodies does an exchange have? The client's, which may be sent again while little of it was read; and the answer's,
 //! which holds all that the exchange holds until its end.
 
+use crate::front::Stalled;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -176,6 +177,7 @@ struct Tunnel {
     recv: RecvBody,
     end: Option<WatchEnd>,
     keep: Keep,
+    stalled: Option<Stalled>,
     /// Why the answer ends early; told one poll late.
     failed: Option<BodyError>,
 }
@@ -237,7 +239,16 @@ impl AnswerBody {
     }
 
     pub(super) fn tunnel(recv: RecvBody, end: Option<WatchEnd>, keep: Keep) -> Self {
-        Self { inner: Inner::Tunnel(Box::new(Tunnel { recv, end, keep, failed: None })) }
+        Self { inner: Inner::Tunnel(Box::new(Tunnel { recv, end, keep, stalled: None, failed: None })) }
+    }
+
+    /// Takes nothing out of the tunnel while the client is stalled. Whoever writes to the client polls the body again when the
+    /// client has taken what waited.
+    pub(crate) fn unless(mut self, stalled: Stalled) -> Self {
+        if let Inner::Tunnel(tunnel) = &mut self.inner {
+            tunnel.stalled = Some(stalled);
+        }
+        self
     }
 }
 
@@ -277,6 +288,9 @@ impl Body for AnswerBody {
                     && Pin::new(revoked).poll(cx).is_ready()
                 {
                     return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
+                }
+                if tunnel.stalled.as_ref().is_some_and(Stalled::now) {
+                    return Poll::Pending;
                 }
                 let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
                 match frame {
