@@ -30,7 +30,7 @@ const STUCK: Duration = Duration::from_secs(90);
 pub struct Options {
     /// The profiles, in this order.
     pub plans: Vec<Plan>,
-    /// Only these arms, if any are named.
+    /// Only these arms, if any are named; of them only Towline's in a profile that is about nothing else.
     pub arms: Vec<String>,
     /// Only scenarios whose name contains one of these, if there are any.
     pub only: Vec<String>,
@@ -69,8 +69,12 @@ pub async fn run(options: &Options) -> anyhow::Result<Record> {
     }
     let plans: Vec<Plan> = options.plans.iter().map(|plan| options.adapt(plan)).collect();
     ensure!(plans.iter().any(|plan| !plan.scenarios.is_empty()), "no scenario is called so");
+    ensure!(
+        plans.iter().any(Plan::has_work),
+        "this says something of Towline's own arms alone, and none is named"
+    );
     let mut progress = Progress::new(&plans);
-    for plan in plans.iter().filter(|plan| !plan.scenarios.is_empty()) {
+    for plan in plans.iter().filter(|plan| plan.has_work()) {
         let elsewhere = options.elsewhere.as_ref();
         let profile = profile(plan, elsewhere, &mut progress, &mut record.versions).await;
         record.profiles.push(profile.with_context(|| format!("profile {}", plan.profile))?);
@@ -91,6 +95,9 @@ impl Options {
         plan.warmup = self.warmup.unwrap_or(plan.warmup);
         if !self.arms.is_empty() {
             plan.arms.clone_from(&self.arms);
+            if plan.scenarios.iter().all(|scenario| scenario.kind.only_product()) {
+                plan.arms.retain(|arm| arm.starts_with("towline-"));
+            }
         }
         if self.elsewhere.is_some() {
             plan.arms = vec![ELSEWHERE.to_owned()];

@@ -277,9 +277,21 @@ impl Kind {
                 | Self::IdleStreams { .. }
         )
     }
+
+    /// Whether it says something of Towline alone: of its sessions and agents.
+    #[must_use]
+    pub const fn only_product(&self) -> bool {
+        matches!(self, Self::Streams { .. } | Self::Agents { .. } | Self::Storm | Self::Churn { .. })
+    }
 }
 
 impl Plan {
+    /// Whether anything is left to measure.
+    #[must_use]
+    pub const fn has_work(&self) -> bool {
+        !self.scenarios.is_empty() && !self.arms.is_empty()
+    }
+
     /// A standard profile.
     ///
     /// # Errors

@@ -22,7 +22,12 @@ pub fn render(record: &Record) -> String {
     }
     let outcomes = targets::judge(record);
     if outcomes.iter().any(|outcome| outcome.verdict != Verdict::Unmeasured) {
-        writeln!(text, "\n## Targets\n\n{}", verdicts(&outcomes)).ok();
+        let (unmeasured, measured): (Vec<_>, Vec<_>) =
+            outcomes.into_iter().partition(|outcome| outcome.verdict == Verdict::Unmeasured);
+        writeln!(text, "\n## Targets\n\n{}", verdicts(&measured)).ok();
+        if !unmeasured.is_empty() {
+            writeln!(text, "\n{} more were not measured in this run.", unmeasured.len()).ok();
+        }
     }
     for profile in &record.profiles {
         writeln!(text, "\n## {}: {}\n", profile.name, profile.about).ok();
