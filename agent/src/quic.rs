@@ -10,7 +10,7 @@ use quinn::{ClientConfig, ConnectError, ConnectionError, Endpoint, EndpointConfi
 use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use towline_certs::tls::ALPN_TUNNEL;
-use towline_proto::mux::Limits;
+use towline_proto::mux::{Limits, Role};
 use towline_proto::tunnel::{quic, socket};
 
 use crate::address::Address;
@@ -75,7 +75,7 @@ impl std::fmt::Debug for Quic {
 
 impl Quic {
     pub(crate) fn new(config: QuicConfig, limits: &Limits, metrics: Metrics) -> Self {
-        let transport = Arc::new(quic::transport_config(limits, config.segmentation_offload));
+        let transport = Arc::new(quic::transport_config(Role::Agent, limits, config.segmentation_offload));
         Self { config, metrics, transport, endpoint: Mutex::default() }
     }
 
@@ -155,8 +155,6 @@ impl Quic {
                 receive.max(send)
             );
         }
-        let mut config = EndpointConfig::default();
-        quic::receive_large(&mut config);
-        Endpoint::new(config, None, udp.socket, Arc::new(TokioRuntime))
+        Endpoint::new(EndpointConfig::default(), None, udp.socket, Arc::new(TokioRuntime))
     }
 }

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use towline_certs::tls::ALPN_TUNNEL;
 use towline_proto::Code;
+use towline_proto::mux::Role;
 use towline_proto::tunnel::{quic, socket};
 
 /// Bytes of all peers whose handshake we have not begun yet.
@@ -60,6 +61,7 @@ impl QuicListener {
         let handshakes = config.limits.handshakes;
         server
             .transport_config(Arc::new(quic::transport_config(
+                Role::Gateway,
                 &agents::session_limits(config),
                 options.segmentation_offload,
             )))

@@ -106,13 +106,13 @@ impl World {
         short_tls.alpn_protocols = vec![b"towline/1".to_vec()];
         let short_tls = Arc::new(short_tls);
 
-        let transport = Arc::new(quic::transport_config(&limits(), true));
+        let transport = |role| Arc::new(quic::transport_config(role, &limits(), true));
         let server = quinn::crypto::rustls::QuicServerConfig::try_from(server).unwrap();
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
-        server.transport_config(Arc::clone(&transport));
+        server.transport_config(transport(Role::Gateway));
         let client = quinn::crypto::rustls::QuicClientConfig::try_from(client).unwrap();
         let mut client = quinn::ClientConfig::new(Arc::new(client));
-        client.transport_config(transport);
+        client.transport_config(transport(Role::Agent));
 
         let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let listening = quinn::Endpoint::server(server, local).unwrap();

@@ -172,13 +172,13 @@ impl World {
             inboxes: Mutex::default(),
         });
         let (server, client) = &*TLS;
-        let transport = Arc::new(quic::transport_config(&Limits::default(), false));
+        let transport = |role| Arc::new(quic::transport_config(role, &Limits::default(), false));
         let server = QuicServerConfig::try_from(Arc::clone(server)).unwrap();
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
-        server.transport_config(Arc::clone(&transport));
+        server.transport_config(transport(Role::Gateway));
         let client = QuicClientConfig::try_from(Arc::clone(client)).unwrap();
         let mut client = quinn::ClientConfig::new(Arc::new(client));
-        client.transport_config(transport);
+        client.transport_config(transport(Role::Agent));
         let listening = path.endpoint(GATEWAY, Some(server));
         let quic = path.endpoint("10.0.0.9:1000", None);
         let (sessions, dials) = (Mutex::default(), AtomicU32::new(0));

@@ -240,7 +240,9 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // hyper flushes when it has handed over all that it had.
-        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        self.activity.wrote(&flushed);
+        ready!(flushed)?;
         self.activity.flushed(true);
         Poll::Ready(Ok(()))
     }

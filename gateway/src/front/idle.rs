@@ -56,7 +56,7 @@ impl Activity {
         self.flushed.store(flushed, Ordering::Relaxed);
     }
 
-    /// What came of a write: nothing for now, or anything else.
+    /// What came of a write or a flush: nothing for now, or anything else. Under TLS it is the flush that waits.
     pub(super) fn wrote<T>(&self, written: &Poll<T>) {
         self.stalled.0.store(written.is_pending(), Ordering::Relaxed);
     }

@@ -398,7 +398,7 @@ pub async fn quic_from(
 ) -> Result<quinn::Connection, quinn::ConnectionError> {
     let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
     let mut config = quinn::ClientConfig::new(Arc::new(tls));
-    let transport = towline_proto::tunnel::quic::transport_config(&Limits::default(), true);
+    let transport = towline_proto::tunnel::quic::transport_config(Role::Agent, &Limits::default(), true);
     config.transport_config(Arc::new(transport));
     endpoint.connect_with(config, to, "localhost").unwrap().await
 }

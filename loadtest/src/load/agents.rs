@@ -115,7 +115,7 @@ impl Fleet {
             CertificateAuthority::load(CaKind::Tunnel, &root, &key, LoadPolicy::STRICT, now)?.value;
         // An agent accepts as many streams as it likes; here none come, and what is not reserved is not measured.
         let limits = Limits { streams_max: 16, ..Limits::default() };
-        let transport = Arc::new(quic::transport_config(&limits, true));
+        let transport = Arc::new(quic::transport_config(Role::Agent, &limits, true));
         let session = SessionConfig {
             role: Role::Agent,
             limits,
@@ -130,9 +130,7 @@ impl Fleet {
             Over::Tcp => None,
             Over::Quic => {
                 let udp = socket::udp(([127, 0, 0, 1], 0).into(), UDP_BUFFER, UDP_BUFFER)?;
-                let mut config = EndpointConfig::default();
-                quic::receive_large(&mut config);
-                Some(Endpoint::new(config, None, udp.socket, Arc::new(TokioRuntime))?)
+                Some(Endpoint::new(EndpointConfig::default(), None, udp.socket, Arc::new(TokioRuntime))?)
             }
         };
         Ok(Self {
