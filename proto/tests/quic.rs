@@ -221,6 +221,79 @@ async fn packets_are_as_large_as_the_path_takes() {
     eventually("the largest packet of the gateway", || packet(&pair.conns[1]) == 1_452).await;
 }
 
+/// A socket on a path that takes what Ethernet does, and says nothing of the rest.
+#[derive(Debug)]
+struct Ethernet(Arc<dyn quinn::AsyncUdpSocket>);
+
+impl quinn::AsyncUdpSocket for Ethernet {
+    fn create_io_poller(self: Arc<Self>) -> std::pin::Pin<Box<dyn quinn::UdpPoller>> {
+        Arc::clone(&self.0).create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &quinn::udp::Transmit<'_>) -> std::io::Result<()> {
+        let datagram = transmit.segment_size.unwrap_or(transmit.contents.len());
+        if datagram > 1_472 { Ok(()) } else { self.0.try_send(transmit) }
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut std::task::Context<'_>,
+        bufs: &mut [std::io::IoSliceMut<'_>],
+        meta: &mut [quinn::udp::RecvMeta],
+    ) -> Poll<std::io::Result<usize>> {
+        self.0.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.0.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.0.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.0.may_fragment()
+    }
+}
+
+/// Goal: on Ethernet the search of an agent ends at nearly all that Ethernet takes.
+#[tokio::test]
+async fn packets_fit_ethernet() {
+    use quinn::Runtime as _;
+    let (server, client) = quinn_configs(&Limits::default());
+    let listening = endpoint(Some(server));
+    let socket = quinn::TokioRuntime.wrap_udp_socket(std::net::UdpSocket::bind(LOCAL).unwrap()).unwrap();
+    let (config, runtime) = (quinn::EndpointConfig::default(), Arc::new(quinn::TokioRuntime));
+    let socket = Arc::new(Ethernet(socket));
+    let mut dialling = quinn::Endpoint::new_with_abstract_socket(config, None, socket, runtime).unwrap();
+    dialling.set_default_client_config(client);
+    let connecting = dialling.connect(listening.local_addr().unwrap(), "gateway").unwrap();
+    let (agent, gateway) =
+        tokio::join!(connecting, async { listening.accept().await.unwrap().accept().unwrap().await });
+    let (agent, gateway) = (agent.unwrap(), gateway.unwrap());
+    let (mut send, _recv) = agent.open_bi().await.unwrap();
+    send.write_all(b"x").await.unwrap();
+    let (_back, mut there) = gateway.accept_bi().await.unwrap();
+    let reading =
+        tokio::spawn(async move { while there.read_chunk(65_536, true).await.unwrap().is_some() {} });
+    // A lost probe is known by the packets that are acknowledged after it.
+    soon("the search", async {
+        while agent.stats().path.current_mtu != 1_451 || agent.stats().path.lost_plpmtud_probes < 15 {
+            send.write_all(&[0; 4096]).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    assert_eq!(agent.stats().path.current_mtu, 1_451);
+    send.finish().unwrap();
+    reading.await.unwrap();
+}
+
 /// Goal: writers that together fill QUIC's send window get on side by side, and the session's pings with them. Quinn alone
 /// would serve some of them to their end before others wrote a byte.
 #[tokio::test]
