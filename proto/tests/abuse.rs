@@ -226,7 +226,7 @@ fn memory_for_sending_wakes_the_writer() {
         let mut bytes = Bytes::from(vec![0; 1 << 20]);
         while lone.conn.write(lone.now, key, &mut bytes).unwrap() > 0 {}
     }
-    let floor = 2 * towline_proto::wire::DATA_MAX;
+    let floor = 2 * DATA_MAX;
     assert_eq!(lone.conn.send_queued(), 128 * 1024 + floor, "the budget, and two frames of the second");
     lone.take_events();
     lone.output();

@@ -279,8 +279,8 @@ async fn packets_fit_ethernet() {
     let (mut send, _recv) = agent.open_bi().await.unwrap();
     send.write_all(b"x").await.unwrap();
     let (_back, mut there) = gateway.accept_bi().await.unwrap();
-    let reading =
-        tokio::spawn(async move { while there.read_chunk(65_536, true).await.unwrap().is_some() {} });
+    let mut reading = JoinSet::new();
+    reading.spawn(async move { while there.read_chunk(65_536, true).await.unwrap().is_some() {} });
     // A lost probe is known by the packets that are acknowledged after it.
     soon("the search", async {
         while agent.stats().path.current_mtu != 1_451 || agent.stats().path.lost_plpmtud_probes < 15 {
@@ -291,7 +291,7 @@ async fn packets_fit_ethernet() {
     .await;
     assert_eq!(agent.stats().path.current_mtu, 1_451);
     send.finish().unwrap();
-    reading.await.unwrap();
+    reading.join_next().await.unwrap().unwrap();
 }
 
 /// Goal: writers that together fill QUIC's send window get on side by side, and the session's pings with them. Quinn alone
