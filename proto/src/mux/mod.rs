@@ -9,14 +9,18 @@
 
 mod chunks;
 mod control;
+mod error;
 mod flow;
+mod input;
 mod ledger;
 pub mod limits;
+mod output;
 mod schedule;
 mod stream;
 mod timer;
 
 pub use chunks::{CHUNK_MAX, COPY_MAX};
+pub use error::{CloseReason, OpenError, Violation, WriteError};
 pub use ledger::{Ledger, LedgerEvent};
 pub use limits::{Budget, Limits};
 
@@ -24,13 +28,12 @@ use crate::code::Code;
 use crate::hello::Hello;
 use crate::join::{Notice, SayError};
 use crate::time::Instant;
-use crate::wire::{self, DATA_MAX, Decoder, Frame, GoAway, HEADER_LEN, Item, StreamId, WireError};
+use crate::wire::{Decoder, GoAway, StreamId};
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use bytes::{Bytes, BytesMut};
 use control::Control;
-use core::fmt;
 use core::time::Duration;
 use flow::{RecvFlow, SessionBudget};
 use hashbrown::HashMap;
@@ -102,169 +105,6 @@ pub enum Read {
     Blocked,
 }
 
-/// Why a stream could not be opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OpenError {
-    /// The session is not ready yet.
-    NotReady,
-    /// The peer drains.
-    Draining,
-    /// As many streams are open as the peer allows.
-    StreamsMax,
-    /// The receive memory of the session or of the process is used up.
-    Memory,
-    /// Every stream id of this session has been used.
-    IdsExhausted,
-    /// The session has ended.
-    Closed,
-}
-
-/// Why a stream did not take bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WriteError {
-    /// The peer asked to stop, with this code; or this end reset the stream.
-    Stopped(u32),
-    /// [`Connection::finish`] was called before.
-    Finished,
-    /// The session has ended.
-    Closed,
-}
-
-/// Why a session ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CloseReason {
-    /// This end closed it.
-    Local { code: u32, text: String },
-    /// The peer closed it.
-    Peer { code: u32, text: String },
-    /// The peer broke the protocol.
-    Violation(Violation),
-    /// The peer was silent for too long.
-    Dead(Duration),
-    /// The peer's hello, or its answer to the first ping, did not come in time.
-    HelloTimeout,
-    /// The transport ended or failed; the text says how.
-    Transport(String),
-}
-
-impl CloseReason {
-    /// The number of the code table that stands for this reason.
-    #[must_use]
-    pub const fn code(&self) -> u32 {
-        match self {
-            Self::Local { code, .. } | Self::Peer { code, .. } => *code,
-            Self::Violation(violation) => violation.code().to_u32(),
-            Self::Dead(_) | Self::HelloTimeout => Code::Deadline.to_u32(),
-            Self::Transport(_) => Code::Internal.to_u32(),
-        }
-    }
-
-    /// The value of the metric label `reason`.
-    #[must_use]
-    pub const fn label(&self) -> &'static str {
-        match self {
-            Self::Local { .. } => "local",
-            Self::Peer { .. } => "peer",
-            Self::Violation(_) => "violation",
-            Self::Dead(_) => "dead",
-            Self::HelloTimeout => "hello_timeout",
-            Self::Transport(_) => "transport",
-        }
-    }
-}
-
-impl fmt::Display for CloseReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Local { code, text } => {
-                write!(f, "closed here: {text} ({})", Code::from_u32(*code).label())
-            }
-            Self::Peer { code, text } => {
-                write!(f, "closed by the peer: {} ({})", text.escape_debug(), Code::from_u32(*code).label())
-            }
-            Self::Violation(violation) => write!(f, "the peer broke the protocol: {violation}"),
-            Self::Dead(silence) => {
-                write!(f, "nothing heard from the peer for {:.1} s", silence.as_secs_f32())
-            }
-            Self::HelloTimeout => f.write_str("the peer did not say hello and answer a ping in time"),
-            Self::Transport(text) => write!(f, "the connection failed: {text}"),
-        }
-    }
-}
-
-/// How a peer broke the protocol.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Violation {
-    Wire(WireError),
-    /// A frame came before the hello.
-    HelloMissing,
-    /// A second hello.
-    HelloTwice,
-    /// No protocol version in common.
-    Version {
-        offered: Vec<u32>,
-    },
-    /// An open with an id of the wrong parity, or not above all before it.
-    StreamId(u32),
-    /// A frame for a stream that was never opened.
-    UnknownStream(u32),
-    /// Data after the end of a stream.
-    DataAfterEnd(u32),
-    /// Data beyond the credit of a stream.
-    Overrun(u32),
-    /// A stream opened after the peer confirmed our drain.
-    OpenAfterGoAway(u32),
-    /// A confirmation of a drain that was not asked for, or that names an impossible stream.
-    GoAwayAck(u32),
-    /// A notice that this end says and never hears, or an answer to a question that was not asked.
-    Notice(&'static str),
-    /// More of something than the limits allow; says what.
-    Limit(&'static str),
-}
-
-impl Violation {
-    /// The code that the session is closed with.
-    #[must_use]
-    pub const fn code(&self) -> Code {
-        match self {
-            Self::Overrun(_) => Code::Flow,
-            Self::Limit(_) => Code::Limit,
-            _ => Code::Proto,
-        }
-    }
-}
-
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Wire(error) => error.fmt(f),
-            Self::HelloMissing => f.write_str("a frame before the hello"),
-            Self::HelloTwice => f.write_str("a second hello"),
-            Self::Version { offered } => {
-                write!(
-                    f,
-                    "no common protocol version: offered {offered:?}, supported {:?}",
-                    crate::hello::VERSIONS
-                )
-            }
-            Self::StreamId(id) => write!(f, "stream id {id} is of the wrong parity or out of order"),
-            Self::UnknownStream(id) => write!(f, "a frame for stream {id}, which was never opened"),
-            Self::DataAfterEnd(id) => write!(f, "data after the end of stream {id}"),
-            Self::Overrun(id) => write!(f, "data beyond the credit of stream {id}"),
-            Self::OpenAfterGoAway(id) => write!(f, "stream {id} opened after the drain was confirmed"),
-            Self::GoAwayAck(id) => write!(f, "unexpected confirmation of a drain, last stream {id}"),
-            Self::Notice(what) => write!(f, "{what} that was not asked for"),
-            Self::Limit(what) => write!(f, "too many {what}"),
-        }
-    }
-}
-
-impl From<WireError> for Violation {
-    fn from(error: WireError) -> Self {
-        Self::Wire(error)
-    }
-}
-
 /// What this end says about itself in its hello, beside its limits.
 #[derive(Clone, Debug, Default)]
 pub struct Introduction {
@@ -309,9 +149,6 @@ pub struct Connection {
     events: VecDeque<Event>,
     resets: RateLimit,
 }
-
-/// Bytes of the arena that are allocated at once.
-const ARENA: usize = 4 * 1024;
 
 impl Connection {
     /// A session that begins now.
@@ -611,198 +448,6 @@ impl Connection {
         self.control.silence();
     }
 
-    // ---- Input ----
-
-    /// Takes bytes that arrived. Slices of them are kept where the application has not read yet; `input` should
-    /// therefore come from a buffer of at most [`CHUNK_MAX`] bytes.
-    pub fn handle_input(&mut self, now: Instant, mut input: Bytes) {
-        if self.closed().is_some() {
-            return;
-        }
-        self.control.liveness.on_heard(now);
-        loop {
-            let step = match self.decoder.next(&mut input) {
-                Ok(Some(item)) => self.handle_item(now, item),
-                Ok(None) => return,
-                Err(error) => Err(error.into()),
-            };
-            if let Err(violation) = step {
-                self.end(CloseReason::Violation(violation));
-            }
-            if self.closed().is_some() {
-                return;
-            }
-        }
-    }
-
-    fn handle_item(&mut self, now: Instant, item: Item) -> Result<(), Violation> {
-        match item {
-            Item::Frame(
-                Frame::Open { .. } | Frame::Credit { .. } | Frame::Reset { .. } | Frame::Stop { .. },
-            )
-            | Item::Data { .. }
-                if self.peer().is_none() =>
-            {
-                Err(Violation::HelloMissing)
-            }
-            Item::Data { id, bytes, fin } => self.handle_data(id, bytes, fin),
-            Item::Frame(Frame::Open { id, limit }) => self.handle_open(now, id, limit),
-            Item::Frame(Frame::Credit { id, limit }) => self.handle_credit(now, id, limit),
-            Item::Frame(Frame::Reset { id, code }) => self.handle_reset(now, id, code),
-            Item::Frame(Frame::Stop { id, code }) => self.handle_stop(now, id, code),
-            Item::Frame(Frame::Close { code, text }) => {
-                self.end(CloseReason::Peer { code, text });
-                Ok(())
-            }
-            Item::Frame(frame) => {
-                let event = self.control.handle_frame(now, frame, self.last_accepted)?;
-                self.events.extend(event);
-                self.check_drained();
-                Ok(())
-            }
-        }
-    }
-
-    fn handle_open(&mut self, now: Instant, id: StreamId, limit: u64) -> Result<(), Violation> {
-        if self.role.opens(id) || id.0 <= self.last_accepted {
-            return Err(Violation::StreamId(id.0));
-        }
-        if !self.control.admits_open(id.0) {
-            return Err(Violation::OpenAfterGoAway(id.0));
-        }
-        self.last_accepted = id.0;
-        // A stream that ended on the wire may still be held by the application: those count too, or a peer could make
-        // this end hold streams without number.
-        let held = self.slots.len() - self.free.len() - self.opened_live as usize;
-        let is_full =
-            self.accepted_live >= self.limits.streams_max || held >= 2 * self.limits.streams_max as usize;
-        let recv = if is_full { None } else { RecvFlow::accepted(&self.limits, &mut self.budget, now) };
-        let Some(recv) = recv else {
-            if self.refused.len() >= self.limits.streams_max as usize {
-                return Err(Violation::Limit("streams"));
-            }
-            self.refused.push_back(id);
-            return Ok(());
-        };
-        self.accepted_live += 1;
-        let key = self.insert(Stream::new(id, limit, recv, false));
-        self.events.push_back(Event::Opened(key));
-        Ok(())
-    }
-
-    fn handle_data(&mut self, id: StreamId, bytes: Bytes, fin: bool) -> Result<(), Violation> {
-        let Some(key) = self.known(id)? else { return Ok(()) };
-        let Some(stream) = Self::find(&mut self.slots, key) else { return Ok(()) };
-        if stream.recv.state.is_ended() {
-            return Err(Violation::DataAfterEnd(id.0));
-        }
-        stream.recv.flow.on_data(bytes.len()).map_err(|_| Violation::Overrun(id.0))?;
-        match stream.recv.state {
-            RecvState::Open => {
-                let pin_max = stream.recv.flow.pin_max();
-                if !bytes.is_empty() {
-                    stream.recv.queue.push(bytes, pin_max);
-                }
-            }
-            _ => stream.recv.flow.on_discard(&mut self.budget),
-        }
-        if fin {
-            stream.recv.state = RecvState::Finished;
-            stream.recv.flow.on_end(&mut self.budget);
-            stream.pending.credit = None;
-            stream.pending.stop = None;
-        }
-        self.on_heard_from(key);
-        self.settle(key.slot);
-        Ok(())
-    }
-
-    fn handle_credit(&mut self, now: Instant, id: StreamId, limit: u64) -> Result<(), Violation> {
-        let Some(key) = self.known(id)? else { return Ok(()) };
-        let Some(stream) = self.stream(key) else { return Ok(()) };
-        if stream.send.flow.raise(limit) {
-            self.notify_writable(key);
-            return Ok(());
-        }
-        self.control.admit_noise(now, "credits that raise nothing")
-    }
-
-    fn handle_reset(&mut self, now: Instant, id: StreamId, code: u32) -> Result<(), Violation> {
-        if !self.role.opens(id) && !self.resets.admit(now) {
-            return Err(Violation::Limit("resets"));
-        }
-        let Some(key) = self.known(id)? else { return Ok(()) };
-        let Some(stream) = Self::find(&mut self.slots, key) else { return Ok(()) };
-        match stream.recv.state {
-            RecvState::Open | RecvState::Discarding => {}
-            // FIN was sent, then the sender changed its mind: everything had arrived, so the end stays clean.
-            RecvState::Finished | RecvState::Reset(_) => return Ok(()),
-        }
-        stream.recv.queue.clear();
-        stream.recv.flow.on_discard(&mut self.budget);
-        stream.recv.flow.on_end(&mut self.budget);
-        stream.recv.state = RecvState::Reset(code);
-        stream.pending.credit = None;
-        stream.pending.stop = None;
-        self.on_heard_from(key);
-        self.settle(key.slot);
-        Ok(())
-    }
-
-    fn handle_stop(&mut self, now: Instant, id: StreamId, code: u32) -> Result<(), Violation> {
-        // With a FIN beside it this ends a stream as fast as a reset does, and the reset is ours.
-        if !self.role.opens(id) && !self.resets.admit(now) {
-            return Err(Violation::Limit("resets"));
-        }
-        let Some(key) = self.known(id)? else { return Ok(()) };
-        let Some(stream) = self.stream(key) else { return Ok(()) };
-        if !stream.send.state.is_done() {
-            stream.send.stopped.get_or_insert(code);
-            self.reset_slot(key, code);
-            if let Some(stream) = Self::find(&mut self.slots, key)
-                && !stream.queued.writable
-            {
-                stream.queued.writable = true;
-                self.events.push_back(Event::Writable(key));
-            }
-            self.settle(key.slot);
-        }
-        Ok(())
-    }
-
-    /// Finds the stream a frame is for; `None` if it has ended, an error if it never was.
-    fn known(&self, id: StreamId) -> Result<Option<Key>, Violation> {
-        // What has not been announced cannot be known: a frame for it is a guess.
-        let was = id.0 <= if self.role.opens(id) { self.last_opened } else { self.last_accepted };
-        if was && let Some(&slot) = self.ids.get(&id.0) {
-            return Ok(Some(Key { slot, id }));
-        }
-        if was { Ok(None) } else { Err(Violation::UnknownStream(id.0)) }
-    }
-
-    /// Something arrived for the stream: it no longer waits, and its reader may go on.
-    fn on_heard_from(&mut self, key: Key) {
-        let Some(stream) = Self::find(&mut self.slots, key) else { return };
-        if !stream.recv.heard {
-            stream.recv.heard = true;
-            if self.role.opens(key.id) {
-                self.control.liveness.on_answered();
-            }
-        }
-        self.notify_readable(key);
-    }
-
-    fn notify_readable(&mut self, key: Key) {
-        if let Some(stream) = Self::find(&mut self.slots, key)
-            && stream.recv.starved
-            && !stream.queued.readable
-        {
-            stream.recv.starved = false;
-            stream.queued.readable = true;
-            self.events.push_back(Event::Readable(key));
-        }
-    }
-
     // ---- Time ----
 
     /// When [`Self::handle_timeout`] wants to be called.
@@ -821,7 +466,7 @@ impl Connection {
         }
     }
 
-    // ---- Output ----
+    // ---- Events ----
 
     /// The next event, if there is one.
     pub fn poll_event(&mut self) -> Option<Event> {
@@ -840,103 +485,6 @@ impl Connection {
             _ => {}
         }
         Some(event)
-    }
-
-    /// Appends at most about `max_bytes` bytes to `out`, as slices to be sent in order, and tells how many. Control
-    /// frames come first and may exceed `max_bytes` by a little.
-    pub fn poll_output(&mut self, now: Instant, max_bytes: usize, out: &mut VecDeque<Bytes>) -> usize {
-        let mut batch = Batch { out, arena: core::mem::take(&mut self.arena), bytes: 0 };
-        self.control.put(now, |frame| batch.frame(frame));
-        if self.closed().is_none() {
-            for id in self.refused.drain(..) {
-                let code = Code::Refused.to_u32();
-                batch.frame(&Frame::Reset { id, code });
-                batch.frame(&Frame::Stop { id, code });
-            }
-            self.put_opens(&mut batch);
-            while batch.bytes < max_bytes
-                && let Some(slot) = self.controls.pop_front()
-            {
-                self.put_controls(slot, &mut batch);
-            }
-            // No frame is cut small just to fill the batch to its last byte.
-            while (batch.bytes == 0 || batch.bytes + HEADER_LEN + COPY_MAX <= max_bytes)
-                && let Some((slot, turn)) = self.schedule.pop()
-            {
-                self.put_turn(now, slot, max_bytes.min(batch.bytes + turn), &mut batch);
-            }
-        }
-        batch.flush();
-        let bytes = batch.bytes;
-        self.arena = batch.arena;
-        bytes
-    }
-
-    /// Puts every pending OPEN: all of them and first, because ids must rise on the wire and nothing of a stream may come
-    /// before its OPEN. The confirmation of a drain follows, since it names the last one.
-    fn put_opens(&mut self, batch: &mut Batch<'_>) {
-        while let Some(key) = self.opens.pop_front() {
-            if let Some(stream) = Self::find(&mut self.slots, key)
-                && core::mem::take(&mut stream.open_pending)
-            {
-                self.last_opened = key.id.0;
-                batch.frame(&Frame::Open { id: key.id, limit: stream.recv.flow.granted() });
-            }
-        }
-        if self.control.take_goaway_ack() {
-            batch.frame(&Frame::GoAwayAck { last_opened: self.last_opened });
-        }
-    }
-
-    /// Puts the pending control frames of one stream.
-    fn put_controls(&mut self, slot: u32, batch: &mut Batch<'_>) {
-        self.slots[slot as usize].controlled = false;
-        let Some(stream) = &mut self.slots[slot as usize].stream else { return };
-        let id = stream.id;
-        if let Some(limit) = stream.pending.credit.take() {
-            batch.frame(&Frame::Credit { id, limit });
-        }
-        if let Some(code) = stream.pending.stop.take() {
-            batch.frame(&Frame::Stop { id, code });
-        }
-        if let SendState::Resetting(code) = stream.send.state {
-            stream.send.state = SendState::Done;
-            batch.frame(&Frame::Reset { id, code });
-        }
-        self.settle(slot);
-    }
-
-    /// Gives the stream in `slot` its turn: DATA frames until the batch has `max_bytes`.
-    fn put_turn(&mut self, now: Instant, slot: u32, max_bytes: usize, batch: &mut Batch<'_>) {
-        self.slots[slot as usize].scheduled = false;
-        let before = batch.bytes;
-        let Slot { stream: Some(stream), scheduled, .. } = &mut self.slots[slot as usize] else { return };
-        // At least one frame, and none that is cut small just to fill the turn to its last byte.
-        while stream.send.has_output()
-            && (batch.bytes == before || batch.bytes + HEADER_LEN + COPY_MAX <= max_bytes)
-        {
-            debug_assert!(!stream.open_pending, "OPEN goes first");
-            let room = max_bytes.saturating_sub(batch.bytes + HEADER_LEN);
-            let queued = stream.send.queue.len();
-            let len = queued.min(DATA_MAX).min(room.max(1));
-            let fin = stream.send.state == SendState::Finishing && len == queued;
-            batch.data(stream.id, len, fin, |max| stream.send.queue.pop(max));
-            stream.send.flow.on_sent(len);
-            self.send_queued -= len;
-            if fin {
-                stream.send.state = SendState::Done;
-            }
-        }
-        stream.turn.charge(batch.bytes - before, now);
-        self.schedule.sent(batch.bytes - before);
-        if stream.send.has_output() {
-            self.schedule.push(slot, scheduled, &mut stream.turn, now);
-        }
-        let key = Key { slot, id: stream.id };
-        if stream.send.queue.len() <= limits::SEND_STREAM_MAX / 2 {
-            self.notify_writable(key);
-        }
-        self.settle(slot);
     }
 
     // ---- The parts ----
@@ -1006,6 +554,17 @@ impl Connection {
         }
         stream.send.state = SendState::Resetting(code);
         self.enqueue_control(key.slot);
+    }
+
+    fn notify_readable(&mut self, key: Key) {
+        if let Some(stream) = Self::find(&mut self.slots, key)
+            && stream.recv.starved
+            && !stream.queued.readable
+        {
+            stream.recv.starved = false;
+            stream.queued.readable = true;
+            self.events.push_back(Event::Readable(key));
+        }
     }
 
     fn notify_writable(&mut self, key: Key) {
@@ -1133,57 +692,5 @@ impl Connection {
         assert!(self.schedule.len() <= self.slots.len(), "the schedule is bounded");
         // Those that wait, and of those that were given up at most twice as many as there are slots.
         assert!(self.opens.len() <= 3 * self.slots.len(), "the queue of opens is bounded");
-    }
-}
-
-/// The slices of one call to [`Connection::poll_output`].
-struct Batch<'a> {
-    out: &'a mut VecDeque<Bytes>,
-    /// Written, and not yet in `out`.
-    arena: BytesMut,
-    bytes: usize,
-}
-
-impl Batch<'_> {
-    /// Makes room for `len` contiguous bytes in the arena.
-    fn room(&mut self, len: usize) {
-        if self.arena.capacity() - self.arena.len() < len {
-            self.flush();
-            self.arena.reserve(len.max(ARENA));
-        }
-    }
-
-    fn flush(&mut self) {
-        if !self.arena.is_empty() {
-            self.out.push_back(self.arena.split().freeze());
-        }
-    }
-
-    fn frame(&mut self, frame: &Frame) {
-        self.room(32);
-        let before = self.arena.len();
-        frame.encode(&mut self.arena);
-        self.bytes += self.arena.len() - before;
-    }
-
-    /// Puts a DATA frame of `len` bytes that `pop` yields: small ones by copy, larger ones as the slices they are.
-    fn data(&mut self, id: StreamId, len: usize, fin: bool, mut pop: impl FnMut(usize) -> Option<Bytes>) {
-        let copy = len <= COPY_MAX;
-        self.room(HEADER_LEN + if copy { len } else { 0 });
-        wire::put_data_header(&mut self.arena, id, len, fin);
-        if !copy {
-            self.flush();
-        }
-        let mut left = len;
-        while left > 0 {
-            let bytes = pop(left).expect("the caller counted the bytes in the queue");
-            left -= bytes.len();
-            if copy {
-                self.arena.extend_from_slice(&bytes);
-            } else {
-                self.out.push_back(bytes);
-            }
-        }
-        self.bytes += HEADER_LEN + len;
     }
 }
