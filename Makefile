@@ -8,11 +8,10 @@ help: ## what the verbs are
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 demo: ## a gateway, an agent and an API server on loopback, and real requests through the tunnel (ONCE=1: run and exit; REAL=1: the current kubeconfig's cluster)
-	$(CARGO) build -p towline-gateway -p towline-agent -p towline-certs -p towline-loadtest
-	$(CARGO) run -q -p towline-loadtest -- demo $(if $(ONCE),--once) $(if $(REAL),--use-kubeconfig)
+	$(CARGO) build --workspace --bins
+	$${CARGO_TARGET_DIR:-target}/debug/towline-loadtest demo $(if $(ONCE),--once) $(if $(REAL),--use-kubeconfig)
 
 test: tools ## every test; says loudly what it skips
-	$(CARGO) build --workspace --bins
 	$(CARGO) test --workspace --no-fail-fast
 
 lint: ## format, clippy, documentation, and the proof that the core is pure
