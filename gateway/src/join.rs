@@ -66,11 +66,19 @@ const UNKNOWN: &str = "the join token does not count: it is not known here, or n
 const PLACE_TAKEN: &str = "another process holds this agent's place: it is connected and alive, or was let in a moment ago. Stop it, or give this agent an identity of its own";
 const NO_ISSUER: &str = "the ServiceAccount token does not count: the cluster or its issuer is not on record, or the token is not for this purpose (audience towline, the agent's own ServiceAccount, keys as last reported). Join with a token: towline token create CLUSTER";
 
+/// Who has failed of late: not yet forgiven, and since when it is that.
+#[derive(Debug, Default)]
+struct Failures {
+    networks: HashMap<IpAddr, (f64, Instant)>,
+    /// When all of them were last looked through for what is forgiven.
+    swept: Option<Instant>,
+}
+
 /// What joins share.
 #[derive(Debug)]
 pub(crate) struct Joins {
     room: Arc<Semaphore>,
-    failures: Mutex<HashMap<IpAddr, (f64, Instant)>>,
+    failures: Mutex<Failures>,
     renewals: Mutex<HashMap<InstanceId, (f64, Instant)>>,
     pub(crate) places: Places,
 }
@@ -91,23 +99,30 @@ impl Joins {
     fn is_slowed(&self, address: IpAddr) -> bool {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let level = |entry| level(entry, FAILURES_PER_SECOND);
-        failures.get(&network(address)).is_some_and(|entry| level(*entry) >= FAILURES_BURST)
+        failures.networks.get(&network(address)).is_some_and(|entry| level(*entry) >= FAILURES_BURST)
     }
 
     fn failed(&self, address: IpAddr) {
         let level = |entry| level(entry, FAILURES_PER_SECOND);
+        let now = Instant::now();
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        if failures.len() >= FAILURES_MAX {
-            failures.retain(|_, entry| level(*entry) >= 1.0);
+        let Failures { networks, swept } = &mut *failures;
+        // In less than a second nothing is forgiven that was not before: whoever fails from everywhere does not make each of
+        // its failures cost a look at all others.
+        if networks.len() >= FAILURES_MAX
+            && swept.is_none_or(|at| now.duration_since(at) >= Duration::from_secs(1))
+        {
+            networks.retain(|_, entry| level(*entry) >= 1.0);
+            *swept = Some(now);
         }
         // More addresses than that fail at once: to forget one of them is better than to slow down a newcomer.
-        if failures.len() >= FAILURES_MAX
-            && let Some(any) = failures.keys().next().copied()
+        if networks.len() >= FAILURES_MAX
+            && let Some(any) = networks.keys().next().copied()
         {
-            failures.remove(&any);
+            networks.remove(&any);
         }
-        let entry = failures.entry(network(address)).or_insert_with(|| (0.0, Instant::now()));
-        *entry = (level(*entry) + 1.0, Instant::now());
+        let entry = networks.entry(network(address)).or_insert((0.0, now));
+        *entry = (level(*entry) + 1.0, now);
     }
 
     /// Whether an instance may renew its certificate once more, which counts then. Entries are as few as instances that have
@@ -115,13 +130,13 @@ impl Joins {
     fn may_renew(&self, instance: &InstanceId, life: Duration) -> bool {
         let per_second = 1.0 / renewal_interval(life).as_secs_f64();
         let mut renewals = self.renewals.lock().unwrap_or_else(PoisonError::into_inner);
-        if renewals.len() == renewals.capacity() {
-            renewals.retain(|_, entry| level(*entry, per_second) > 0.0);
-        }
-        let level = renewals.get(instance).map_or(0.0, |entry| level(*entry, per_second));
-        let may = level + 1.0 <= RENEWALS_BURST;
+        let held = renewals.get(instance).map_or(0.0, |entry| level(*entry, per_second));
+        let may = held + 1.0 <= RENEWALS_BURST;
         if may {
-            renewals.insert(instance.clone(), (level + 1.0, Instant::now()));
+            if renewals.len() == renewals.capacity() {
+                renewals.retain(|_, entry| level(*entry, per_second) > 0.0);
+            }
+            renewals.insert(instance.clone(), (held + 1.0, Instant::now()));
         }
         may
     }
@@ -615,7 +630,7 @@ mod tests {
         for n in 0..100_000_u32 {
             joins.failed(IpAddr::V4(n.into()));
         }
-        assert!(joins.failures.lock().unwrap().len() <= FAILURES_MAX);
+        assert!(joins.failures.lock().unwrap().networks.len() <= FAILURES_MAX);
         assert!(!joins.is_slowed(honest));
     }
 
