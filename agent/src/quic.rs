@@ -155,6 +155,8 @@ impl Quic {
                 receive.max(send)
             );
         }
-        Endpoint::new(EndpointConfig::default(), None, udp.socket, Arc::new(TokioRuntime))
+        let mut endpoint = EndpointConfig::default();
+        quic::receive_large(&mut endpoint);
+        Endpoint::new(endpoint, None, udp.socket, Arc::new(TokioRuntime))
     }
 }

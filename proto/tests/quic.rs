@@ -211,14 +211,17 @@ async fn stalled_readers_hold_their_credit_and_no_more() {
     assert_eq!(pair.budget.used(), idle);
 }
 
-/// Goal: an agent's packets become as large as the path lets through, which is far above Ethernet's on this one; a gateway's as
-/// large as Ethernet's.
+/// Goal: packets become as large as the path lets through, which is far above Ethernet's on this one, and with few probes: a
+/// crowd that reconnects pays for each.
 #[tokio::test]
 async fn packets_are_as_large_as_the_path_takes() {
     let pair = pair(Limits::default()).await;
     let packet = |conn: &quinn::Connection| conn.stats().path.current_mtu;
     eventually("the largest packet of the agent", || packet(&pair.conns[0]) == quic::DATAGRAM_MAX).await;
-    eventually("the largest packet of the gateway", || packet(&pair.conns[1]) == 1_452).await;
+    eventually("the largest packet of the gateway", || packet(&pair.conns[1]) == quic::DATAGRAM_GATEWAY)
+        .await;
+    assert_eq!(pair.conns[0].stats().path.sent_plpmtud_probes, 3);
+    assert_eq!(pair.conns[1].stats().path.sent_plpmtud_probes, 2);
 }
 
 /// A socket on a path that takes what Ethernet does, and says nothing of the rest.
@@ -261,37 +264,52 @@ impl quinn::AsyncUdpSocket for Ethernet {
     }
 }
 
-/// Goal: on Ethernet the search of an agent ends at nearly all that Ethernet takes.
+/// Goal: on Ethernet the search of both ends ends at nearly all that Ethernet takes.
 #[tokio::test]
 async fn packets_fit_ethernet() {
     use quinn::Runtime as _;
     let (server, client) = quinn_configs(&Limits::default());
+    let endpoint = |server| {
+        let socket = quinn::TokioRuntime.wrap_udp_socket(std::net::UdpSocket::bind(LOCAL).unwrap()).unwrap();
+        let mut config = quinn::EndpointConfig::default();
+        quic::receive_large(&mut config);
+        let (socket, runtime) = (Arc::new(Ethernet(socket)), Arc::new(quinn::TokioRuntime));
+        quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime).unwrap()
+    };
     let listening = endpoint(Some(server));
-    let socket = quinn::TokioRuntime.wrap_udp_socket(std::net::UdpSocket::bind(LOCAL).unwrap()).unwrap();
-    let (config, runtime) = (quinn::EndpointConfig::default(), Arc::new(quinn::TokioRuntime));
-    let socket = Arc::new(Ethernet(socket));
-    let mut dialling = quinn::Endpoint::new_with_abstract_socket(config, None, socket, runtime).unwrap();
+    let mut dialling = endpoint(None);
     dialling.set_default_client_config(client);
     let connecting = dialling.connect(listening.local_addr().unwrap(), "gateway").unwrap();
     let (agent, gateway) =
         tokio::join!(connecting, async { listening.accept().await.unwrap().accept().unwrap().await });
     let (agent, gateway) = (agent.unwrap(), gateway.unwrap());
-    let (mut send, _recv) = agent.open_bi().await.unwrap();
-    send.write_all(b"x").await.unwrap();
-    let (_back, mut there) = gateway.accept_bi().await.unwrap();
-    let mut reading = JoinSet::new();
-    reading.spawn(async move { while there.read_chunk(65_536, true).await.unwrap().is_some() {} });
+    let (mut send, mut recv) = agent.open_bi().await.unwrap();
+    send.write_all(&[0; 4096]).await.unwrap();
+    let (mut back, mut there) = gateway.accept_bi().await.unwrap();
+    let mut echo = JoinSet::new();
+    echo.spawn(async move {
+        while let Some(chunk) = there.read_chunk(65_536, true).await.unwrap() {
+            back.write_all(&chunk.bytes).await.unwrap();
+        }
+        back.finish().unwrap();
+    });
     // A lost probe is known by the packets that are acknowledged after it.
+    let found = |conn: &quinn::Connection, lost| {
+        let path = conn.stats().path;
+        path.current_mtu == 1_452 && path.lost_plpmtud_probes == lost
+    };
     soon("the search", async {
-        while agent.stats().path.current_mtu != 1_451 || agent.stats().path.lost_plpmtud_probes < 15 {
+        // Of those above, the agent tries two sizes, the gateway one, each three times.
+        while !(found(&agent, 6) && found(&gateway, 3)) {
             send.write_all(&[0; 4096]).await.unwrap();
+            recv.read_chunk(65_536, true).await.unwrap().unwrap();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     })
     .await;
-    assert_eq!(agent.stats().path.current_mtu, 1_451);
     send.finish().unwrap();
-    reading.join_next().await.unwrap().unwrap();
+    while recv.read_chunk(65_536, true).await.unwrap().is_some() {}
+    echo.join_next().await.unwrap().unwrap();
 }
 
 /// Goal: writers that together fill QUIC's send window get on side by side, and the session's pings with them. Quinn alone

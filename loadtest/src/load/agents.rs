@@ -130,7 +130,9 @@ impl Fleet {
             Over::Tcp => None,
             Over::Quic => {
                 let udp = socket::udp(([127, 0, 0, 1], 0).into(), UDP_BUFFER, UDP_BUFFER)?;
-                Some(Endpoint::new(EndpointConfig::default(), None, udp.socket, Arc::new(TokioRuntime))?)
+                let mut endpoint = EndpointConfig::default();
+                quic::receive_large(&mut endpoint);
+                Some(Endpoint::new(endpoint, None, udp.socket, Arc::new(TokioRuntime))?)
             }
         };
         Ok(Self {
