@@ -1,4 +1,4 @@
-//! Through which proxy does the TCP leg to the gateway go, and how does that begin? [`settings`] says through which; then comes
+//! Through which proxy does the TCP leg to the gateway go, and how does that begin? `settings.rs` says through which; then comes
 //! CONNECT (RFC 9110 section 9.3.6), after which the proxy passes bytes and TLS begins inside.
 //!
 //! In the order of the file: what is read from files, one CONNECT. hyper-util's tells no 407 from a 403.

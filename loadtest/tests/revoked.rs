@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use common::fleet::{CLUSTERS, Fleet, REVOCATIONS, object};
@@ -19,8 +20,11 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use towline_loadtest::client::{Target, Version, empty};
 use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};
+use towline_loadtest::stack::metric;
 
 const STREAMS: usize = 100;
+/// Bytes of an answer of which its client takes the head: more than all between them hold.
+const STALLED: usize = 1 << 30;
 const WATCH: &str = "/api/v1/namespaces/default/configmaps?watch=1&timeoutSeconds=3000";
 const EXEC: &str = "/api/v1/namespaces/default/pods/box/exec?command=cat&stdin=true&stdout=true";
 
@@ -78,6 +82,25 @@ async fn everything_ends(what: What, transport: &str) {
     .await;
     assert!(exec.head().await.starts_with("HTTP/1.1 101 "));
     until("the process in the pod", PATIENCE, async || fake.processes() == 1).await;
+    // A client that takes nothing any more: its answer waits in the tunnel, and nobody reads there.
+    let mut stalled = Wire::open(&cluster).await;
+    stalled
+        .send(&format!(
+            "GET /clusters/prod/towline-test/bytes?n={STALLED} HTTP/1.1\r\nHost: localhost\r\n\
+             Authorization: Bearer {USER_TOKEN}\r\n\r\n"
+        ))
+        .await;
+    assert!(stalled.head().await.starts_with("HTTP/1.1 200 "));
+    let running = async || metric(fleet.private, "towline_gateway_requests_in_flight").await.unwrap();
+    until("all of it runs", PATIENCE, async || running().await == (STREAMS + 2) as f64).await;
+    let before = Cell::new(0.0);
+    until("nothing of the answer moves any more", PATIENCE, async || {
+        sleep(Duration::from_millis(200)).await;
+        let received = metric(fleet.private, "towline_gateway_tunnel_received_bytes_total").await.unwrap();
+        let moved = received - before.replace(received);
+        received > 65_536.0 && moved < 1024.0
+    })
+    .await;
     assert!(watches.try_join_next().is_none(), "nothing has ended yet");
 
     let mut api = fleet.api().await;
@@ -101,6 +124,7 @@ async fn everything_ends(what: What, transport: &str) {
             assert!(ended.unwrap(), "a watch ended as if it were complete");
         }
         drop(exec.rest().await);
+        until("nothing runs any more", PATIENCE, async || running().await == 0.0).await;
     };
     within("the end of everything", PATIENCE, ends).await;
     let took = asked_at.elapsed();
@@ -109,6 +133,7 @@ async fn everything_ends(what: What, transport: &str) {
     );
     // What looks only now and then looks every ten seconds.
     assert!(took < bound(Duration::from_secs(1), Duration::from_secs(9)), "{took:?}");
+    assert!(stalled.rest().await.0.len() < STALLED, "an answer that was cut is whole");
     until("the process in the pod is gone", PATIENCE, async || fake.processes() == 0).await;
 
     // The agent goes on trying, with all that it has; so does one that was started anew, and so after a crash.

@@ -279,10 +279,12 @@ impl Spread {
 }
 
 impl ResultRow {
-    /// One metric over the rounds.
+    /// One metric over the rounds. Of what connections cost in memory only the first tells: a program keeps what it has
+    /// grown to, and the next ones find room.
     #[must_use]
     pub fn spread(&self, metric: Metric) -> Option<Spread> {
-        Spread::of(self.rounds.iter().filter_map(|values| values.get(&metric).copied()))
+        let rounds = if metric == Metric::KibEach { 1 } else { usize::MAX };
+        Spread::of(self.rounds.iter().take(rounds).filter_map(|values| values.get(&metric).copied()))
     }
 }
 
@@ -373,6 +375,17 @@ mod tests {
         assert_eq!(Spread::of([4.0, 1.0]).unwrap().median, 1.0);
         assert_eq!(Spread::of([f64::NAN, 7.0]).unwrap().median, 7.0);
         assert!(Spread::of([]).is_none());
+    }
+
+    /// Goal: connections do not seem to cost nothing because the round before has made room for them.
+    #[test]
+    fn memory_each_is_that_of_the_first_round() {
+        let mut row = row("idle-streams", "a", &[1.0, 2.0, 3.0]);
+        for (values, each) in row.rounds.iter_mut().zip([9.0, 0.0, 0.5]) {
+            values.insert(Metric::KibEach, each);
+        }
+        assert_eq!(row.spread(Metric::KibEach).unwrap(), Spread { median: 9.0, min: 9.0, max: 9.0 });
+        assert_eq!(row.spread(Metric::MbPerS).unwrap().median, 2.0);
     }
 
     /// Goal: ratios pair the values of one round, so that a machine that slows down between rounds does not change them.

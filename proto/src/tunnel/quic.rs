@@ -34,7 +34,7 @@ const WINDOW_SLACK: u64 = 1 << 20;
 ///
 /// Probes have a price too: as a session begins, each costs both ends a packet and its acknowledgement, and its receiver a look at
 /// every byte of padding. A crowd that reconnects pays for all of them: with probes up to 5,232 bytes a fifth of a
-/// gateway's time went into padding. With this size, [`DATAGRAM_GATEWAY`] and [`DATAGRAM_STEP`] the search, which halves
+/// gateway's time went into padding. With this size, [`DATAGRAM_GATEWAY`] and steps of 254 the search, which halves
 /// what lies between 1,200 and the largest, ends after three and two probes where everything passes; on Ethernet at 1,452,
 /// all that passes under IPv6; and on a path that takes less than that at 1,200.
 pub const DATAGRAM_MAX: u16 = 3_228;
