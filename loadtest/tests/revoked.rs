@@ -124,7 +124,6 @@ async fn everything_ends(what: What, transport: &str) {
             assert!(ended.unwrap(), "a watch ended as if it were complete");
         }
         drop(exec.rest().await);
-        until("nothing runs any more", PATIENCE, async || running().await == 0.0).await;
     };
     within("the end of everything", PATIENCE, ends).await;
     let took = asked_at.elapsed();
@@ -133,7 +132,10 @@ async fn everything_ends(what: What, transport: &str) {
     );
     // What looks only now and then looks every ten seconds.
     assert!(took < bound(Duration::from_secs(1), Duration::from_secs(9)), "{took:?}");
+    // hyper does not ask the answer's body while its own buffer is full: a client that takes nothing keeps what was sent before,
+    // and learns of the end as it reads on.
     assert!(stalled.rest().await.0.len() < STALLED, "an answer that was cut is whole");
+    until("nothing runs any more", PATIENCE, async || running().await == 0.0).await;
     until("the process in the pod is gone", PATIENCE, async || fake.processes() == 0).await;
 
     // The agent goes on trying, with all that it has; so does one that was started anew, and so after a crash.
