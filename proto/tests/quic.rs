@@ -69,16 +69,23 @@ fn endpoint(server: Option<quinn::ServerConfig>) -> quinn::Endpoint {
     quinn::Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime)).unwrap()
 }
 
+/// Both ends of a connection, the dialling one first.
+async fn connected(
+    listening: &quinn::Endpoint,
+    dialling: &quinn::Endpoint,
+) -> (quinn::Connection, quinn::Connection) {
+    let connecting = dialling.connect(listening.local_addr().unwrap(), "gateway").unwrap();
+    let (dialled, accepted) =
+        tokio::join!(connecting, async { listening.accept().await.unwrap().accept().unwrap().await });
+    (dialled.unwrap(), accepted.unwrap())
+}
+
 async fn pair(limits: Limits) -> Pair {
     let (server, client) = quinn_configs(&limits);
     let listening = endpoint(Some(server));
     let mut dialling = endpoint(None);
     dialling.set_default_client_config(client);
-    let connecting = dialling.connect(listening.local_addr().unwrap(), "gateway").unwrap();
-    let (dialled, accepted) =
-        tokio::join!(connecting, async { listening.accept().await.unwrap().accept().unwrap().await });
-
-    let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
+    let (dialled, accepted) = connected(&listening, &dialling).await;
     let conns = [dialled.clone(), accepted.clone()];
     let budget = Budget::new(1 << 30);
     let mut tasks = JoinSet::new();
@@ -279,10 +286,7 @@ async fn packets_fit_ethernet() {
     let listening = endpoint(Some(server));
     let mut dialling = endpoint(None);
     dialling.set_default_client_config(client);
-    let connecting = dialling.connect(listening.local_addr().unwrap(), "gateway").unwrap();
-    let (agent, gateway) =
-        tokio::join!(connecting, async { listening.accept().await.unwrap().accept().unwrap().await });
-    let (agent, gateway) = (agent.unwrap(), gateway.unwrap());
+    let (agent, gateway) = connected(&listening, &dialling).await;
     let (mut send, mut recv) = agent.open_bi().await.unwrap();
     send.write_all(&[0; 4096]).await.unwrap();
     let (mut back, mut there) = gateway.accept_bi().await.unwrap();
