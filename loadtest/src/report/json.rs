@@ -278,13 +278,20 @@ impl Spread {
     }
 }
 
+impl Metric {
+    /// How many rounds tell it, from the first on. Of what connections cost in memory one does: a program keeps what it has
+    /// grown to, and later rounds find room.
+    const fn rounds(self) -> usize {
+        if matches!(self, Self::KibEach) { 1 } else { usize::MAX }
+    }
+}
+
 impl ResultRow {
-    /// One metric over the rounds. Of what connections cost in memory only the first tells: a program keeps what it has
-    /// grown to, and the next ones find room.
+    /// One metric over the rounds.
     #[must_use]
     pub fn spread(&self, metric: Metric) -> Option<Spread> {
-        let rounds = if metric == Metric::KibEach { 1 } else { usize::MAX };
-        Spread::of(self.rounds.iter().take(rounds).filter_map(|values| values.get(&metric).copied()))
+        let rounds = self.rounds.iter().take(metric.rounds());
+        Spread::of(rounds.filter_map(|values| values.get(&metric).copied()))
     }
 }
 
@@ -311,7 +318,7 @@ impl Profile {
     #[must_use]
     pub fn ratio(&self, scenario: &str, metric: Metric, arm: &str, to: &str) -> Option<Spread> {
         let (over, under) = (self.row(scenario, arm)?, self.row(scenario, to)?);
-        let pairs = over.rounds.iter().zip(&under.rounds);
+        let pairs = over.rounds.iter().zip(&under.rounds).take(metric.rounds());
         Spread::of(pairs.filter_map(|(over, under)| {
             let (over, under) = (*over.get(&metric)?, *under.get(&metric)?);
             (under != 0.0).then_some(over / under)
