@@ -258,6 +258,18 @@ impl Connection {
             || !self.schedule.is_empty()
     }
 
+    /// Bytes that wait to be sent, if they are bulk data and nothing else; 0 if anything wants to leave before them.
+    #[must_use]
+    pub fn bulk_queued(&self) -> usize {
+        let only_bulk = self.closed().is_none()
+            && !self.control.has_output()
+            && self.refused.is_empty()
+            && self.opens.is_empty()
+            && self.controls.is_empty()
+            && self.schedule.only_bulk();
+        if only_bulk { self.send_queued } else { 0 }
+    }
+
     // ---- Commands ----
 
     /// Opens a stream.

@@ -91,6 +91,11 @@ impl Schedule {
         }
     }
 
+    /// Whether streams in bulk wait, and no others.
+    pub(super) fn only_bulk(&self) -> bool {
+        self.light.is_empty() && !self.bulk.is_empty()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.light.is_empty() && self.bulk.is_empty()
     }

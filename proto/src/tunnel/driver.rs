@@ -32,6 +32,9 @@ const BATCH: usize = 64 * 1024;
 const SLICES: usize = 64;
 /// Turns after which the driver lets other tasks run: some 256 KiB.
 const TURNS: u32 = 4;
+/// Times that the driver lets other tasks run before it sends bulk that does not fill a batch. What brings a body is two tasks, and
+/// a write costs nearly the same for half as much.
+const PATIENCE: u32 = 2;
 /// Sockets that a runtime that carries sessions looks after in one turn (tokio's `max_io_events_per_tick`). Whatever streams write
 /// in a turn leaves the session in one batch at its end. Without a bound, dozens of requests that arrive together travel as one
 /// convoy: while one process works on all of them, the next one waits for all of them.
@@ -205,6 +208,8 @@ pub struct Driver<IO> {
     out: VecDeque<Bytes>,
     /// The transport took bytes that it may not have sent yet.
     unflushed: bool,
+    /// How often other tasks were let run since the last batch, for it to become a full one.
+    waited: u32,
     timer: Pin<Box<Sleep>>,
     /// When the timer is armed for, if it is.
     armed: Option<Instant>,
@@ -232,6 +237,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             shared,
             out: VecDeque::new(),
             unflushed: false,
+            waited: 0,
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
             armed: None,
             last_words: None,
@@ -247,6 +253,10 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         for _ in 0..TURNS {
             let read = self.turn_read(cx);
             let timed = self.turn_timer(cx);
+            if self.may_become_more() {
+                self.waited += 1;
+                break;
+            }
             let wrote = self.turn_write(cx);
             match self.rest(cx, read || timed || wrote) {
                 Rest::Ended(reason) => return Poll::Ready(reason),
@@ -303,6 +313,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         true
     }
 
+    /// Whether all there is to send is bulk that does not fill a batch, which other tasks may be about to.
+    fn may_become_more(&self) -> bool {
+        self.waited < PATIENCE && self.out.is_empty() && !self.unflushed && {
+            let bulk = self.shared.lock().conn.bulk_queued();
+            bulk > 0 && bulk < BATCH
+        }
+    }
+
     /// Hands batches to the transport until it takes no more or there are none; tells whether it did anything.
     fn turn_write(&mut self, cx: &mut Context<'_>) -> bool {
         let mut progress = false;
@@ -325,6 +343,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             // Room in the send queues wakes writers.
             self.shared.with(|_, _| ());
             self.shared.bytes_out.fetch_add(bytes as u64, Ordering::Relaxed);
+            self.waited = 0;
             progress = true;
         }
     }
