@@ -6,7 +6,7 @@ mod idle;
 
 use crate::authn::Certificate;
 use crate::metrics::{Limit, Surface, TlCode};
-use crate::proxy::{self, AnswerBody, Peer};
+use crate::proxy::{self, AnswerBody, Basis, Peer};
 use crate::state::Shared;
 use arc_swap::ArcSwap;
 use framing::Judged;
@@ -19,6 +19,7 @@ use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 pub(crate) use idle::Stalled;
 use idle::{Activity, Counted};
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
@@ -26,6 +27,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
+use tokio::sync::oneshot;
+use tokio::task_local;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -48,6 +51,8 @@ const H2_OWN_RESETS: usize = 200;
 /// HTTP/2: a silent connection is asked for a sign of life, and closed without one.
 const H2_PING_IDLE: Duration = Duration::from_secs(30);
 const H2_PING_DEAD: Duration = Duration::from_secs(15);
+/// HTTP/2: how long an answer has to end by itself, when what it rests on was revoked.
+const RECALL_AFTER: Duration = Duration::from_millis(500);
 
 /// What is known of a client before its first request.
 #[derive(Debug)]
@@ -117,6 +122,19 @@ where
     };
     let served = async {
         if h2 {
+            let service = service_fn(|request| {
+                let answer = service.call(request);
+                async move {
+                    let mut response: Response<AnswerBody> = answer.await?;
+                    // It is told in the task that writes the answer, which is one of `Tracked`.
+                    if let Some(basis) = response.body_mut().take_basis()
+                        && let Ok(Some(recall)) = RECALL.try_with(Cell::take)
+                    {
+                        drop(recall.send(basis));
+                    }
+                    Ok::<_, Infallible>(response)
+                }
+            });
             let connection = http2_builder(&shared).serve_connection(TokioIo::new(io), service);
             let mut connection = pin!(connection);
             let finish = |connection: Pin<&mut _>| http2::Connection::graceful_shutdown(connection);
@@ -128,7 +146,7 @@ where
         let unready = shared.stages.unready.clone();
         let service = service_fn(|request| {
             let (running, answer, framing) = (activity.request(), service.call(request), framing.clone());
-            let (stalled, unready) = (activity.stalled(), unready.clone());
+            let (stalled, unready, activity) = (activity.stalled(), unready.clone(), Arc::clone(&activity));
             async move {
                 let mut response: Response<AnswerBody> = answer.await?;
                 // HTTP/1.1 has no GOAWAY: who goes on asking during the drain's delay is told with an answer, so
@@ -137,6 +155,7 @@ where
                 if last && response.status() != StatusCode::SWITCHING_PROTOCOLS {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
+                activity.answer(response.body_mut().take_basis());
                 Ok::<_, Infallible>(response.map(|body| Counted::new(body.unless(stalled), running)))
             }
         });
@@ -230,7 +249,13 @@ fn http2_builder(shared: &Shared) -> http2::Builder<Tracked> {
     builder
 }
 
-/// Owns the tasks that hyper makes for the requests of an HTTP/2 connection.
+task_local! {
+    /// Where the task that writes an answer over HTTP/2 hears what ends it.
+    static RECALL: Cell<Option<oneshot::Sender<Basis>>>;
+}
+
+/// Owns the tasks that hyper makes for the requests of an HTTP/2 connection, and ends those whose answer counts no more: hyper does
+/// not ask an answer's body while the client has given no credit for it.
 #[derive(Clone, Debug)]
 struct Tracked {
     tracker: TaskTracker,
@@ -243,13 +268,20 @@ where
 {
     fn execute(&self, task: F) {
         let abort = Aside::new(self.abort.clone().cancelled_owned());
-        self.tracker.spawn(async move {
+        let (recall, basis) = oneshot::channel::<Basis>();
+        let recalled = Aside::new(async move {
+            let Ok(basis) = basis.await else { return std::future::pending().await };
+            basis.revoked().await;
+            tokio::time::sleep(RECALL_AFTER).await;
+        });
+        self.tracker.spawn(RECALL.scope(Cell::new(Some(recall)), async move {
             tokio::select! {
                 biased;
                 () = task => {}
                 () = abort => {}
+                () = recalled => {}
             }
-        });
+        }));
     }
 }
 

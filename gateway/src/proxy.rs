@@ -16,7 +16,7 @@ mod error;
 pub(crate) mod farewell;
 mod upgrade;
 
-pub(crate) use body::AnswerBody;
+pub(crate) use body::{AnswerBody, Basis};
 pub(crate) use error::{CHALLENGE, ProxyError, printable, warning};
 
 use crate::api;
@@ -47,7 +47,6 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use towline_proto::Code;
 use towline_proto::open::{self, Answer, BodyKind, Open, Outcome, Want};
-use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{
     HeadError, RecvBody, SendBodyError, encode_head, recv_head, send_body,
 };
@@ -602,17 +601,16 @@ fn answer_with(
     });
     let metrics = Arc::clone(&shared.metrics);
     let cluster = plan.cluster.name.clone();
-    let revoked = plan.guards.run.as_ref().map(|run| Aside::new(run.revoked.clone().cancelled_owned()));
+    let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
     let keep = Keep {
         upload,
-        revoked,
         on_abort: Box::new(move |error| {
             metrics.aborted();
             tracing::debug!(%cluster, %error, "the answer broke off");
         }),
         guards: Box::new(plan.guards),
     };
-    let mut answer = Response::new(AnswerBody::tunnel(recv, end, keep));
+    let mut answer = Response::new(AnswerBody::tunnel(recv, end, keep, revoked));
     *answer.status_mut() = status;
     *answer.headers_mut() = head;
     Ok(answer)

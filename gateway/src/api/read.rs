@@ -5,7 +5,7 @@ use super::feed::{Feed, Version};
 use super::kinds::{API_VERSION, Resource};
 use super::selector::Selector;
 use super::{Call, table};
-use crate::proxy::{AnswerBody, cancelled};
+use crate::proxy::{AnswerBody, Basis, cancelled};
 use crate::state::random;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -184,6 +184,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
     };
     let shared = Arc::clone(&call.shared);
     let revoked = call.revoked.clone();
+    let basis = Basis { credential: revoked.clone(), session: None };
     let mut part = [0];
     random(&mut part);
     let spread = shared.config.drain.deadline.mul_f64(0.8 * f64::from(part[0]) / 255.0);
@@ -201,7 +202,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
             _ = watch.run(start, deadline) => {}
         }
     });
-    let mut response = Response::new(AnswerBody::stream(body, Box::new(call.take_guards())));
+    let mut response = Response::new(AnswerBody::stream(body, Box::new(call.take_guards()), basis));
     let head = response.headers_mut();
     head.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));

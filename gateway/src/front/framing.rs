@@ -219,8 +219,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.activity.flushed(false);
         let written = Pin::new(&mut self.io).poll_write(cx, buf);
-        self.activity.wrote(&written);
-        written
+        self.activity.wrote(written, cx)
     }
 
     fn poll_write_vectored(
@@ -230,8 +229,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
     ) -> Poll<io::Result<usize>> {
         self.activity.flushed(false);
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
-        self.activity.wrote(&written);
-        written
+        self.activity.wrote(written, cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -241,8 +239,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         // hyper flushes when it has handed over all that it had.
         let flushed = Pin::new(&mut self.io).poll_flush(cx);
-        self.activity.wrote(&flushed);
-        ready!(flushed)?;
+        ready!(self.activity.wrote(flushed, cx))?;
         self.activity.flushed(true);
         Poll::Ready(Ok(()))
     }

@@ -3,6 +3,7 @@
 //! bytes of the next request.
 
 use super::framing::Judged;
+use crate::proxy::Basis;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::server::conn::http1::{Parts, UpgradeableConnection};
@@ -10,8 +11,8 @@ use hyper::service::HttpService;
 use hyper_util::rt::TokioIo;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
@@ -31,6 +32,37 @@ pub(super) struct Activity {
     /// Everything that hyper has written is with the kernel.
     flushed: AtomicBool,
     stalled: Stalled,
+    /// What ends the answer that is being written.
+    recall: Mutex<Recall>,
+}
+
+/// What ends an answer that its client does not take.
+#[derive(Default)]
+enum Recall {
+    #[default]
+    Never,
+    /// Not waited for yet: most answers leave at once.
+    On(Basis),
+    Awaited(Pin<Box<dyn Future<Output = ()> + Send>>),
+}
+
+impl Recall {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        *self = match std::mem::take(self) {
+            Self::On(basis) => Self::Awaited(Box::pin(basis.revoked())),
+            other => other,
+        };
+        match self {
+            Self::Awaited(revoked) => revoked.as_mut().poll(cx),
+            Self::Never | Self::On(_) => Poll::Pending,
+        }
+    }
+}
+
+impl std::fmt::Debug for Recall {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Recall").finish_non_exhaustive()
+    }
 }
 
 /// Whether a client takes nothing at the moment, although something waits for it. What its answer brings then stays in the
@@ -56,9 +88,24 @@ impl Activity {
         self.flushed.store(flushed, Ordering::Relaxed);
     }
 
-    /// What came of a write or a flush: nothing for now, or anything else. Under TLS it is the flush that waits.
-    pub(super) fn wrote<T>(&self, written: &Poll<T>) {
+    /// An answer begins, with what it rests on; or it has ended.
+    pub(super) fn answer(&self, basis: Option<Basis>) {
+        *self.recall.lock().unwrap_or_else(PoisonError::into_inner) = basis.map_or(Recall::Never, Recall::On);
+    }
+
+    /// What came of a write or a flush: nothing for now, or anything else. Under TLS it is the flush that waits. While it
+    /// waits hyper does not ask the answer's body, so whether the answer still counts is asked here.
+    pub(super) fn wrote<T>(&self, written: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         self.stalled.0.store(written.is_pending(), Ordering::Relaxed);
+        if written.is_pending()
+            && self.recall.lock().unwrap_or_else(PoisonError::into_inner).poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "what the answer rests on was revoked while it waited for the client",
+            )));
+        }
+        written
     }
 
     pub(super) fn stalled(&self) -> Stalled {
@@ -95,6 +142,7 @@ pub(super) struct Running(Arc<Activity>);
 impl Drop for Running {
     fn drop(&mut self) {
         self.0.running.fetch_sub(1, Ordering::Relaxed);
+        self.0.answer(None);
     }
 }
 

@@ -1,6 +1,7 @@
 //! What bodies does an exchange have? The client's, which may be sent again while little of it was read; and the answer's,
 //! which holds all that the exchange holds until its end.
 
+use super::cancelled;
 use crate::front::Stalled;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
@@ -12,14 +13,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, Sleep};
-use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use towline_proto::Code;
-use towline_proto::tunnel::ReadError;
+use towline_proto::mux::CloseReason;
 use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
+use towline_proto::tunnel::{ReadError, SessionState};
 
 /// A body that comes more slowly than this much per time limit is given up.
 const SLOW_BYTES: usize = 1024;
@@ -157,6 +159,33 @@ impl Drop for Upload {
 /// The body of an answer. Dropping it before its end resets and stops the stream.
 pub(crate) struct AnswerBody {
     inner: Inner,
+    basis: Option<Basis>,
+}
+
+/// What an answer rests on: the caller's credential, and the session that it comes through.
+#[derive(Debug)]
+pub(crate) struct Basis {
+    /// Rings when the credential counts no more. Only where credentials can be revoked.
+    pub(crate) credential: Option<CancellationToken>,
+    pub(crate) session: Option<watch::Receiver<SessionState>>,
+}
+
+impl Basis {
+    /// Waits until either was revoked. A session that ends otherwise leaves what it has brought.
+    pub(crate) async fn revoked(mut self) {
+        let session = async {
+            let is_denied = |reason: &CloseReason| reason.code() == Code::Denied.to_u32();
+            let denied = |state: &SessionState| state.closed.as_ref().is_some_and(is_denied);
+            let Some(session) = &mut self.session else { return std::future::pending().await };
+            if session.wait_for(denied).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = cancelled(self.credential.as_ref()) => {}
+            () = session => {}
+        }
+    }
 }
 
 enum Inner {
@@ -177,6 +206,7 @@ struct Tunnel {
     recv: RecvBody,
     end: Option<WatchEnd>,
     keep: Keep,
+    revoked: Option<Aside<WaitForCancellationFutureOwned>>,
     stalled: Option<Stalled>,
     /// Why the answer ends early; told one poll late.
     failed: Option<BodyError>,
@@ -186,8 +216,6 @@ struct Tunnel {
 pub(super) struct Keep {
     /// The task that sends the client's body.
     pub(super) upload: Option<Upload>,
-    /// Rings when what let the caller in counts no more.
-    pub(super) revoked: Option<Aside<WaitForCancellationFutureOwned>>,
     pub(super) on_abort: Box<dyn Fn(&BodyError) + Send + Sync>,
     /// Permits and gauges.
     #[expect(dead_code, reason = "counts as long as it lives")]
@@ -230,16 +258,30 @@ impl WatchEnd {
 
 impl AnswerBody {
     pub(crate) fn full(bytes: Bytes) -> Self {
-        Self { inner: Inner::Full(Some(bytes).filter(|bytes| !bytes.is_empty())) }
+        Self { inner: Inner::Full(Some(bytes).filter(|bytes| !bytes.is_empty())), basis: None }
     }
 
-    /// What comes out of a channel; `guards` live as long.
-    pub(crate) fn stream(source: mpsc::Receiver<Bytes>, guards: Box<dyn Send + Sync>) -> Self {
-        Self { inner: Inner::Stream(Box::new(Stream { source, guards })) }
+    /// What comes out of a channel, whose other end looks after the caller's credential; `guards` live as long.
+    pub(crate) fn stream(source: mpsc::Receiver<Bytes>, guards: Box<dyn Send + Sync>, basis: Basis) -> Self {
+        Self { inner: Inner::Stream(Box::new(Stream { source, guards })), basis: Some(basis) }
     }
 
-    pub(super) fn tunnel(recv: RecvBody, end: Option<WatchEnd>, keep: Keep) -> Self {
-        Self { inner: Inner::Tunnel(Box::new(Tunnel { recv, end, keep, stalled: None, failed: None })) }
+    /// What comes through a tunnel; `revoked` rings when the caller's credential counts no more.
+    pub(super) fn tunnel(
+        recv: RecvBody,
+        end: Option<WatchEnd>,
+        keep: Keep,
+        revoked: Option<CancellationToken>,
+    ) -> Self {
+        let basis = Basis { credential: revoked.clone(), session: recv.session() };
+        let revoked = revoked.map(|revoked| Aside::new(revoked.cancelled_owned()));
+        let tunnel = Tunnel { recv, end, keep, revoked, stalled: None, failed: None };
+        Self { inner: Inner::Tunnel(Box::new(tunnel)), basis: Some(basis) }
+    }
+
+    /// What the answer rests on, for whoever writes it: a body is not asked while its client takes nothing.
+    pub(crate) fn take_basis(&mut self) -> Option<Basis> {
+        self.basis.take()
     }
 
     /// Takes nothing out of the tunnel while the client is stalled. Whoever writes to the client polls the body again when the
@@ -284,7 +326,7 @@ impl Body for AnswerBody {
                     self.inner = Inner::Full(None);
                     return Poll::Ready(None);
                 }
-                if let Some(revoked) = &mut tunnel.keep.revoked
+                if let Some(revoked) = &mut tunnel.revoked
                     && Pin::new(revoked).poll(cx).is_ready()
                 {
                     return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);

@@ -3,6 +3,7 @@
 //! The end of a body is FIN, and only when the promised length was met; everything else is a reset, which the reader sees
 //! as an error, so that an abort never looks like an end.
 
+use super::SessionState;
 use super::stream::{ReadError, RecvStream, SendStream, WriteError};
 use crate::code::Code;
 use crate::open::{Answer, BodyKind, Failure, Outcome};
@@ -13,6 +14,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
+use tokio::sync::watch;
 
 /// Bytes of the length in front of a head.
 const LENGTH: usize = 4;
@@ -163,6 +165,12 @@ impl RecvBody {
     pub fn holding(mut self, send: SendStream) -> Self {
         self._send = Some(send);
         self
+    }
+
+    /// How far the session has come that the body arrives through; `None` once the body has ended.
+    #[must_use]
+    pub fn session(&self) -> Option<watch::Receiver<SessionState>> {
+        self.recv.as_ref().map(RecvStream::session)
     }
 
     /// Bytes still to come, if that is known.

@@ -596,6 +596,10 @@ impl QuicRecv {
         Poll::Ready(end.map(|()| None))
     }
 
+    pub(super) fn session(&self) -> watch::Receiver<SessionState> {
+        self.shared.state.subscribe()
+    }
+
     fn end_with(&mut self, end: Result<(), ReadError>) {
         if self.end.is_none() {
             self.end = Some(end);

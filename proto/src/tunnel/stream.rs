@@ -3,6 +3,7 @@
 //! Dropping a half that has not ended tells the peer: the sending half is reset, the receiving half stopped, both with
 //! [`Code::Cancelled`]. Each half may be moved to its own task.
 
+use super::SessionState;
 use super::driver::Shared;
 use super::quic::{QuicRecv, QuicSend};
 use crate::code::Code;
@@ -12,6 +13,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use tokio::sync::watch;
 use tokio::task::coop;
 
 /// Why a write failed.
@@ -273,6 +275,15 @@ impl Drop for SendStream {
 }
 
 impl RecvStream {
+    /// How far the stream's session has come, now and later.
+    #[must_use]
+    pub fn session(&self) -> watch::Receiver<SessionState> {
+        match &self.inner {
+            RecvInner::Mux(half) => half.shared.state.subscribe(),
+            RecvInner::Quic(half) => half.session(),
+        }
+    }
+
     /// Reads at most `max` bytes as one slice; `None` once the peer has finished and everything was read.
     pub fn poll_read_chunk(
         &mut self,
