@@ -13,6 +13,8 @@ use http_body_util::BodyExt as _;
 use http_body_util::channel::Channel;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinSet;
@@ -115,6 +117,51 @@ async fn a_revoked_user_has_nothing_running() {
     assert_eq!(jane.get_as("/clusters/prod/api", "tlat_jane").await.status(), 401);
     kept.write("{}\n").await;
     assert_eq!(other.frame().await.unwrap().unwrap().into_data().unwrap(), "{}\n");
+    world.gateway.shutdown().await;
+}
+
+/// The answers of clients that take nothing end with the revocation too, before those clients read on.
+#[tokio::test]
+async fn a_revoked_user_who_takes_nothing_has_nothing_running() {
+    const BLOCK: &[u8] = &[b'x'; 64 * 1024];
+    let world = world().await;
+    let fleet = world.gateway.fleet().unwrap();
+    give_token(fleet, "jane", "tlat_jane").await;
+    let agent = world.agent("prod").await;
+    let mut clients = [world.h1(None).await, world.h2(None).await];
+    let (mut bodies, mut writers, blocks) = (Vec::new(), JoinSet::new(), Arc::new(AtomicUsize::new(0)));
+    for client in &mut clients {
+        let (body, mut exchange) = watch(client, &agent, "tlat_jane").await;
+        bodies.push(body);
+        let blocks = Arc::clone(&blocks);
+        writers.spawn(async move {
+            while exchange.send.write_chunk(Bytes::from_static(BLOCK)).await.is_ok() {
+                blocks.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    let full = async {
+        let mut before = 0;
+        while before == 0 || before != blocks.load(Ordering::Relaxed) {
+            before = blocks.load(Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    in_time("nothing moves any more", full).await;
+    assert_eq!(world.series("towline_gateway_requests_in_flight"), 2.0);
+
+    revoke_user(fleet, "jane").await;
+    world.counts("towline_gateway_requests_in_flight", 0.0).await;
+    in_time("nobody takes it any more", writers.join_all()).await;
+    for mut body in bodies {
+        loop {
+            match in_time("what was on its way, and its end", body.frame()).await {
+                Some(Ok(_)) => {}
+                Some(Err(_)) => break,
+                None => panic!("it breaks off, it does not end"),
+            }
+        }
+    }
     world.gateway.shutdown().await;
 }
 
