@@ -7,6 +7,7 @@
 
 pub mod aside;
 mod buffer;
+mod congestion;
 pub mod driver;
 pub mod exchange;
 mod gate;

@@ -4,6 +4,7 @@
 //! The bytes of a stream are the same as on the mux, and so are the codes. QUIC's own flow control only bounds a peer that
 //! ignores the credit (see [`transport_config`]): it is static per connection, and slow streams would share one window.
 
+use super::congestion::BoundedBbr;
 use super::gate::Gate;
 use super::{SessionState, Settle, buffer};
 use crate::code::Code;
@@ -43,7 +44,7 @@ pub const DATAGRAM_GATEWAY: u16 = 2_213;
 /// A datagram that is larger by less is not worth a probe, but for the largest itself.
 const DATAGRAM_STEP: u16 = 254;
 /// Bytes that may be sent and not yet acknowledged: enough for 1 Gbit/s at 60 ms.
-const SEND_WINDOW: u64 = 8 << 20;
+pub(super) const SEND_WINDOW: u64 = 8 << 20;
 /// QUIC gives a connection up after so long; the session's own pings find a dead peer sooner.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the last words of a session may take to leave.
@@ -53,7 +54,7 @@ const CONTROL_CHUNK: usize = 16 * 1024;
 
 /// The QUIC settings that a session needs, for a client or a server configuration.
 ///
-/// - congestion control: BBR, which holds its rate under random loss;
+/// - congestion control: BBR, which holds its rate under random loss, within what the path delivers ([`super::congestion`]);
 /// - windows: above any credit, so that credit decides and QUIC's windows only stop a peer that ignores it;
 /// - packets: as large as the path lets through, up to [`DATAGRAM_MAX`] and [`DATAGRAM_GATEWAY`];
 /// - no datagrams, no unidirectional streams.
@@ -76,7 +77,7 @@ pub fn transport_config(role: Role, limits: &Limits, segmentation_offload: bool)
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .max_idle_timeout(quinn::IdleTimeout::try_from(IDLE_TIMEOUT).ok())
-        .congestion_controller_factory(Arc::new(quinn::congestion::BbrConfig::default()))
+        .congestion_controller_factory(Arc::new(BoundedBbr::default()))
         .enable_segmentation_offload(segmentation_offload);
     config
 }

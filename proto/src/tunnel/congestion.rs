@@ -1,0 +1,331 @@
+//! How much may be under way on QUIC? What the path has been seen to deliver in a round trip, and a little for its queue.
+//!
+//! quinn's BBR takes the rate between two acknowledgements for the rate of the path. Acknowledgements come in bursts, so it believes
+//! in many times what there is, and then only the send window bounds what is under way: every queue in front of a slower link
+//! overflows, and whatever is small waits behind it. Here BBR says how much may be sent, and of that as much is taken as the
+//! path delivers: bytes acknowledged over whole round trips, the best of the last few.
+
+use super::quic::SEND_WINDOW;
+use quinn::congestion::{BbrConfig, Controller, ControllerFactory, ControllerMetrics};
+use quinn_proto::RttEstimator;
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Shortest time over which a rate is measured: a shorter one measures how processes take turns.
+const ROUND_MIN: Duration = Duration::from_millis(10);
+/// Rounds whose best rate is the path's.
+const ROUNDS: usize = 10;
+/// Rounds in which the path was full and brought no quarter more, after which the bound holds; as many that were not full end it.
+const FLAT: u32 = 3;
+/// A path that loses more than this part of what it delivers is full; less may be its nature.
+const LOSS: u64 = 16;
+/// What may wait in the path's queue: so much time, or a tenth of the round trip. It is also what a faster path is found out by.
+const QUEUE: Duration = Duration::from_millis(5);
+/// How long the lowest round trip counts.
+const LOWEST_FOR: Duration = Duration::from_secs(5);
+/// The bound is never lower: a few packets.
+const BOUND_MIN: u64 = 8 * 1024;
+
+/// Makes BBR controllers within the bound.
+#[derive(Debug, Default)]
+pub(super) struct BoundedBbr(Arc<BbrConfig>);
+
+impl ControllerFactory for BoundedBbr {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        let bbr = Arc::clone(&self.0).build(now, current_mtu);
+        Box::new(Bounded { bbr, delivery: Delivery::default() })
+    }
+}
+
+struct Bounded {
+    bbr: Box<dyn Controller>,
+    delivery: Delivery,
+}
+
+impl Controller for Bounded {
+    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+        self.bbr.on_sent(now, bytes, last_packet_number);
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        self.delivery.on_ack(now, bytes, rtt.get(), rtt.min());
+        self.bbr.on_ack(now, sent, bytes, app_limited, rtt);
+    }
+
+    fn on_end_acks(
+        &mut self,
+        now: Instant,
+        in_flight: u64,
+        app_limited: bool,
+        largest_packet_num_acked: Option<u64>,
+    ) {
+        // What the send window holds back quinn takes for having nothing to send.
+        self.delivery.on_end_acks(now, app_limited && in_flight < SEND_WINDOW / 2);
+        self.bbr.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+    }
+
+    fn on_congestion_event(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        is_persistent_congestion: bool,
+        lost_bytes: u64,
+    ) {
+        self.delivery.lost += lost_bytes;
+        self.bbr.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.bbr.on_mtu_update(new_mtu);
+    }
+
+    fn window(&self) -> u64 {
+        self.bbr.window().min(self.delivery.bound)
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        let mut metrics = self.bbr.metrics();
+        metrics.congestion_window = self.window();
+        metrics
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self { bbr: self.bbr.clone_box(), delivery: self.delivery.clone() })
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.bbr.initial_window()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+/// What the path delivers.
+#[derive(Clone, Debug)]
+struct Delivery {
+    /// The round that is being measured: since when, the bytes so far, and whether more could have been sent.
+    began: Option<Instant>,
+    acked: u64,
+    lost: u64,
+    limited: bool,
+    /// Bytes per second in the last rounds, and where the next one goes.
+    rates: [u64; ROUNDS],
+    next: usize,
+    /// The rate from which growth counts, and the rounds without it.
+    mark: u64,
+    flat: u32,
+    /// The smoothed round trip, and the shortest there ever was.
+    rtt: Duration,
+    least: Duration,
+    /// The lowest smoothed round trip of this period and of the one before, and when this one began.
+    lowest: [Duration; 2],
+    period: Option<Instant>,
+    /// Bytes that may be under way.
+    bound: u64,
+}
+
+impl Default for Delivery {
+    fn default() -> Self {
+        Self {
+            began: None,
+            acked: 0,
+            lost: 0,
+            limited: false,
+            rates: [0; ROUNDS],
+            next: 0,
+            mark: 0,
+            flat: 0,
+            rtt: Duration::ZERO,
+            least: Duration::ZERO,
+            lowest: [Duration::MAX; 2],
+            period: None,
+            bound: u64::MAX,
+        }
+    }
+}
+
+impl Delivery {
+    /// Counts acknowledged bytes.
+    fn on_ack(&mut self, now: Instant, bytes: u64, rtt: Duration, least: Duration) {
+        (self.rtt, self.least) = (rtt, least);
+        self.acked += bytes;
+        let period = *self.period.get_or_insert(now);
+        if now.saturating_duration_since(period) > LOWEST_FOR {
+            self.lowest = [Duration::MAX, self.lowest[0]];
+            self.period = Some(now);
+        }
+        self.lowest[0] = self.lowest[0].min(rtt);
+    }
+
+    /// Ends the round if it is over. `limited`: there was little to send.
+    fn on_end_acks(&mut self, now: Instant, limited: bool) {
+        self.limited |= limited;
+        let elapsed = now.saturating_duration_since(*self.began.get_or_insert(now));
+        if elapsed < self.least.max(ROUND_MIN) {
+            return;
+        }
+        let micros = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
+        let rate = self.acked.saturating_mul(1_000_000) / micros;
+        let (path, best) = (self.round_trip(), self.best());
+        let queue = QUEUE.max(path / 10);
+        let is_full = self.lost.saturating_mul(LOSS) > self.acked || self.rtt >= path + queue / 2;
+        let limited = std::mem::take(&mut self.limited);
+        (self.began, self.acked, self.lost) = (Some(now), 0, 0);
+        // Of a round in which there was little to send only a good rate says something.
+        if !limited || rate > best {
+            self.rates[self.next] = rate;
+            self.next = (self.next + 1) % ROUNDS;
+        }
+        if self.best() > self.mark + self.mark / 4 {
+            (self.mark, self.flat) = (self.best(), 0);
+        } else if is_full {
+            self.flat = (self.flat + 1).min(FLAT);
+        } else if !limited {
+            // With all that may be under way there is no queue: there may be more.
+            self.flat = self.flat.saturating_sub(1);
+        }
+        let is_bound = self.bound < u64::MAX;
+        self.bound = if self.flat >= FLAT || is_bound && self.flat > 0 {
+            let micros = u64::try_from((path + queue).as_micros()).unwrap_or(u64::MAX);
+            (self.best().saturating_mul(micros) / 1_000_000).max(BOUND_MIN)
+        } else {
+            u64::MAX
+        };
+    }
+
+    fn best(&self) -> u64 {
+        self.rates.iter().copied().max().unwrap_or_default()
+    }
+
+    /// The round trip without a queue. The bound lets a queue of [`QUEUE`] stand, so the shortest there ever was is believed, unless for
+    /// seconds nothing came near it: then the path has become a longer one, and to go by the old length would starve it.
+    fn round_trip(&self) -> Duration {
+        let least = self.least;
+        let lately = self.lowest[0].min(self.lowest[1]);
+        if lately > least + 3 * QUEUE.max(least / 10) { lately } else { least }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STEP: Duration = Duration::from_millis(1);
+
+    /// A path of so many bytes per second, with a queue in front.
+    struct Path {
+        delivery: Delivery,
+        now: Instant,
+        trip: Duration,
+        rate: u64,
+    }
+
+    impl Path {
+        fn new(trip: u64, rate: u64) -> Self {
+            let (mut delivery, now, trip) =
+                (Delivery::default(), Instant::now(), Duration::from_millis(trip));
+            // The handshake.
+            delivery.on_ack(now, 1200, trip, trip);
+            delivery.on_end_acks(now, true);
+            Self { delivery, now, trip, rate }
+        }
+
+        /// Keeps as much under way as the bound lets, or `most` bytes, and tells how long the queue was at last.
+        fn fill(&mut self, time: Duration, most: u64) -> Duration {
+            let mut queue = Duration::ZERO;
+            for _ in 0..time.as_millis() {
+                self.now += STEP;
+                let under_way = u128::from(self.delivery.bound.min(most));
+                let fits = self.trip.as_micros() * u128::from(self.rate) / 1_000_000;
+                queue = micros(under_way.saturating_sub(fits) * 1_000_000 / u128::from(self.rate));
+                let acked = under_way * STEP.as_micros() / (self.trip + queue).as_micros();
+                self.delivery.on_ack(
+                    self.now,
+                    u64::try_from(acked).unwrap(),
+                    self.trip + queue,
+                    self.delivery.least.min(self.trip),
+                );
+                self.delivery.on_end_acks(self.now, false);
+            }
+            queue
+        }
+
+        /// Sends so many bytes per second for ten seconds, which leave the path empty.
+        fn trickle(&mut self, rate: u64) {
+            for _ in 0..10_000 {
+                self.now += STEP;
+                self.delivery.on_ack(self.now, rate / 1000, self.trip, self.trip);
+                self.delivery.on_end_acks(self.now, true);
+            }
+        }
+    }
+
+    fn micros(micros: u128) -> Duration {
+        Duration::from_micros(u64::try_from(micros).unwrap())
+    }
+
+    /// Whatever the path is like, what waits in front of it is bound soon, and stays so; the path stays full.
+    #[test]
+    fn a_full_path_keeps_a_short_queue() {
+        for trip in [1, 10, 50, 200] {
+            for rate in [1_000_000, 12_500_000, 125_000_000] {
+                let mut path = Path::new(trip, rate);
+                let first = path.fill(STEP, SEND_WINDOW);
+                path.fill(Duration::from_secs(60), SEND_WINDOW);
+                let most = rate.min(SEND_WINDOW * 1000 / trip);
+                for _ in 0..100 {
+                    let queue = path.fill(Duration::from_millis(500), SEND_WINDOW);
+                    let allowed = (QUEUE.max(path.trip / 10) * 2).min(first);
+                    assert!(queue <= allowed, "{trip} ms, {rate}/s: {queue:?} of {allowed:?}");
+                    let best = path.delivery.best();
+                    assert!(best >= most / 100 * 95, "{trip} ms, {rate}/s: {best}");
+                }
+            }
+        }
+    }
+
+    /// Little to send says nothing of the path, before bulk and after it.
+    #[test]
+    fn a_trickle_binds_nothing() {
+        let mut path = Path::new(50, 125_000_000);
+        path.trickle(50_000);
+        // What a request leaves under way, though nothing held it back.
+        path.fill(Duration::from_secs(10), 20_000);
+        assert_eq!(path.delivery.bound, u64::MAX);
+        path.fill(Duration::from_secs(10), SEND_WINDOW);
+        let bound = path.delivery.bound;
+        assert!(bound < SEND_WINDOW, "{bound}");
+        path.trickle(50_000);
+        assert_eq!(path.delivery.bound, bound);
+    }
+
+    /// A path that has become longer, or faster, is used as it is.
+    #[test]
+    fn a_changed_path_does_not_starve() {
+        for (trip, rate) in [(200, 12_500_000), (10, 125_000_000), (5, 1_000_000)] {
+            let mut path = Path::new(20, 12_500_000);
+            path.fill(Duration::from_secs(10), SEND_WINDOW);
+            (path.trip, path.rate) = (Duration::from_millis(trip), rate);
+            path.fill(Duration::from_secs(30), SEND_WINDOW);
+            let best = path.delivery.best();
+            assert!(best >= rate / 100 * 95, "{trip} ms, {rate}/s: {best}");
+        }
+    }
+
+    /// A queue that is short overflows and does not grow: then losses say that the path is full. A path that loses a hundredth is
+    /// not full for that.
+    #[test]
+    fn many_losses_bind_and_few_do_not() {
+        for (per_cent, bound) in [(10, true), (1, false)] {
+            let mut path = Path::new(50, 125_000_000);
+            for _ in 0..1000 {
+                path.delivery.lost += 125_000 * per_cent / 100;
+                path.fill(STEP, 6_000_000);
+            }
+            assert_eq!(path.delivery.bound < u64::MAX, bound, "{per_cent} %");
+        }
+    }
+}
