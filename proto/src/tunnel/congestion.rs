@@ -24,8 +24,9 @@ const LOSS: u64 = 16;
 const QUEUE: Duration = Duration::from_millis(5);
 /// How long the lowest round trip counts.
 const LOWEST_FOR: Duration = Duration::from_secs(5);
-/// The bound is never lower: a few packets.
+/// The bound is never lower: a few packets of bulk; or, while there is little to send, a burst of small messages.
 const BOUND_MIN: u64 = 8 * 1024;
+const BURST: u64 = 256 * 1024;
 
 /// Makes BBR controllers within the bound.
 #[derive(Debug, Default)]
@@ -171,8 +172,9 @@ impl Delivery {
         let rate = self.acked.saturating_mul(1_000_000) / micros;
         let (path, best) = (self.round_trip(), self.best());
         let queue = QUEUE.max(path / 10);
-        let is_full = self.lost.saturating_mul(LOSS) > self.acked || self.rtt >= path + queue / 2;
         let limited = std::mem::take(&mut self.limited);
+        // A burst of small messages is a queue, too.
+        let is_full = self.lost.saturating_mul(LOSS) > self.acked || !limited && self.rtt >= path + queue / 2;
         (self.began, self.acked, self.lost) = (Some(now), 0, 0);
         // Of a round in which there was little to send only a good rate says something.
         if !limited || rate > best {
@@ -190,7 +192,8 @@ impl Delivery {
         let is_bound = self.bound < u64::MAX;
         self.bound = if self.flat >= FLAT || is_bound && self.flat > 0 {
             let micros = u64::try_from((path + queue).as_micros()).unwrap_or(u64::MAX);
-            (self.best().saturating_mul(micros) / 1_000_000).max(BOUND_MIN)
+            let least = if limited { BURST } else { BOUND_MIN };
+            (self.best().saturating_mul(micros) / 1_000_000).max(least)
         } else {
             u64::MAX
         };
