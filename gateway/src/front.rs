@@ -270,9 +270,10 @@ where
         let abort = Aside::new(self.abort.clone().cancelled_owned());
         let (recall, basis) = oneshot::channel::<Basis>();
         let recalled = Aside::new(async move {
-            let Ok(basis) = basis.await else { return std::future::pending().await };
+            let Ok(mut basis) = basis.await else { return std::future::pending().await };
             basis.revoked().await;
             tokio::time::sleep(RECALL_AFTER).await;
+            basis.cut();
         });
         self.tracker.spawn(RECALL.scope(Cell::new(Some(recall)), async move {
             tokio::select! {

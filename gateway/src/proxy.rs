@@ -604,7 +604,7 @@ fn answer_with(
     let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
     let keep = Keep {
         upload,
-        on_abort: Box::new(move |error| {
+        on_abort: Arc::new(move |error| {
             metrics.aborted();
             tracing::debug!(%cluster, %error, "the answer broke off");
         }),

@@ -152,6 +152,7 @@ async fn a_revoked_user_who_takes_nothing_has_nothing_running() {
 
     revoke_user(fleet, "jane").await;
     world.counts("towline_gateway_requests_in_flight", 0.0).await;
+    world.counts("towline_gateway_answers_aborted_total", 2.0).await;
     in_time("nobody takes it any more", writers.join_all()).await;
     for mut body in bodies {
         loop {

@@ -23,7 +23,8 @@ use towline_proto::wire::GoAway;
 async fn an_agent_that_is_not_listed_is_told_so() {
     let world = World::start().await;
     let stranger = Agent::connect(&world, "stranger", [1; 16]).await;
-    let CloseReason::Peer { text, .. } = stranger.closed().await else { panic!() };
+    let reason = stranger.closed().await;
+    let CloseReason::Peer { text, .. } = reason else { panic!("{reason:?}") };
     assert!(text.contains("stranger-uid is not on this gateway's list"), "{text}");
     assert_eq!(world.series("towline_rejected_total{code=\"TL_CERT\",surface=\"tunnel\"}"), 1.0);
 }

@@ -32,7 +32,7 @@ const CHUNK: usize = 16 * 1024;
 const TCP_BUFFER: usize = 256 * 1024;
 /// What waits in front of a link with a bandwidth, unless [`Profile::queue`] says otherwise.
 const QUEUE: Duration = Duration::from_millis(10);
-/// Chunks and datagrams that may be under way in one direction: 64 MiB, or 65,536 datagrams.
+/// Chunks that may be under way in one direction, and datagrams: 64 MiB, or 65,536 datagrams, and as many bursts in front of them.
 const IN_FLIGHT: usize = 4096;
 const DATAGRAMS: usize = 65_536;
 /// Kernel buffers of the UDP sockets: smaller ones would lose datagrams that the link does not.
@@ -424,7 +424,8 @@ struct Burst {
 
 impl Burst {
     fn datagrams(&self) -> impl Iterator<Item = Bytes> {
-        let starts = (0..self.bytes.len()).step_by(self.each.max(1));
+        // Also an empty one.
+        let starts = (0..self.bytes.len().max(1)).step_by(self.each.max(1));
         starts.map(|start| self.bytes.slice(start..self.bytes.len().min(start + self.each)))
     }
 }

@@ -184,7 +184,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
     };
     let shared = Arc::clone(&call.shared);
     let revoked = call.revoked.clone();
-    let basis = Basis { credential: revoked.clone(), session: None };
+    let basis = Basis::own(revoked.clone());
     let mut part = [0];
     random(&mut part);
     let spread = shared.config.drain.deadline.mul_f64(0.8 * f64::from(part[0]) / 255.0);

@@ -13,7 +13,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 
@@ -49,13 +49,16 @@ enum Recall {
 impl Recall {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         *self = match std::mem::take(self) {
-            Self::On(basis) => Self::Awaited(Box::pin(basis.revoked())),
+            Self::On(mut basis) => Self::Awaited(Box::pin(async move {
+                basis.revoked().await;
+                basis.cut();
+            })),
             other => other,
         };
-        match self {
-            Self::Awaited(revoked) => revoked.as_mut().poll(cx),
-            Self::Never | Self::On(_) => Poll::Pending,
-        }
+        let Self::Awaited(revoked) = self else { return Poll::Pending };
+        ready!(revoked.as_mut().poll(cx));
+        *self = Self::Never;
+        Poll::Ready(())
     }
 }
 

@@ -162,17 +162,32 @@ pub(crate) struct AnswerBody {
     basis: Option<Basis>,
 }
 
+/// Told why an answer breaks off.
+pub(super) type OnAbort = Arc<dyn Fn(&BodyError) + Send + Sync>;
+
 /// What an answer rests on: the caller's credential, and the session that it comes through.
-#[derive(Debug)]
 pub(crate) struct Basis {
     /// Rings when the credential counts no more. Only where credentials can be revoked.
-    pub(crate) credential: Option<CancellationToken>,
-    pub(crate) session: Option<watch::Receiver<SessionState>>,
+    credential: Option<CancellationToken>,
+    session: Option<watch::Receiver<SessionState>>,
+    on_abort: Option<OnAbort>,
 }
 
 impl Basis {
-    /// Waits until either was revoked. A session that ends otherwise leaves what it has brought.
-    pub(crate) async fn revoked(mut self) {
+    /// Of an answer that the gateway gives by itself.
+    pub(crate) const fn own(credential: Option<CancellationToken>) -> Self {
+        Self { credential, session: None, on_abort: None }
+    }
+
+    /// Counts that the answer was cut, for whoever does so without its body.
+    pub(crate) fn cut(&self) {
+        if let Some(on_abort) = &self.on_abort {
+            on_abort(&BodyError::Read(ReadError::Reset(Code::Denied)));
+        }
+    }
+
+    /// Waits until either was revoked. A session that ends otherwise leaves what it has brought. Cancel safe.
+    pub(crate) async fn revoked(&mut self) {
         let session = async {
             let is_denied = |reason: &CloseReason| reason.code() == Code::Denied.to_u32();
             let denied = |state: &SessionState| state.closed.as_ref().is_some_and(is_denied);
@@ -216,7 +231,7 @@ struct Tunnel {
 pub(super) struct Keep {
     /// The task that sends the client's body.
     pub(super) upload: Option<Upload>,
-    pub(super) on_abort: Box<dyn Fn(&BodyError) + Send + Sync>,
+    pub(super) on_abort: OnAbort,
     /// Permits and gauges.
     #[expect(dead_code, reason = "counts as long as it lives")]
     pub(super) guards: Box<dyn Send + Sync>,
@@ -273,7 +288,11 @@ impl AnswerBody {
         keep: Keep,
         revoked: Option<CancellationToken>,
     ) -> Self {
-        let basis = Basis { credential: revoked.clone(), session: recv.session() };
+        let basis = Basis {
+            credential: revoked.clone(),
+            session: recv.session(),
+            on_abort: Some(Arc::clone(&keep.on_abort)),
+        };
         let revoked = revoked.map(|revoked| Aside::new(revoked.cancelled_owned()));
         let tunnel = Tunnel { recv, end, keep, revoked, stalled: None, failed: None };
         Self { inner: Inner::Tunnel(Box::new(tunnel)), basis: Some(basis) }
