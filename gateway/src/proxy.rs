@@ -601,12 +601,16 @@ fn answer_with(
     });
     let metrics = Arc::clone(&shared.metrics);
     let cluster = plan.cluster.name.clone();
+    let told = AtomicBool::new(false);
     let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
     let keep = Keep {
         upload,
         on_abort: Arc::new(move |error| {
-            metrics.aborted();
-            tracing::debug!(%cluster, %error, "the answer broke off");
+            // Its body and whoever writes it may both find out.
+            if !told.swap(true, Ordering::Relaxed) {
+                metrics.aborted();
+                tracing::debug!(%cluster, %error, "the answer broke off");
+            }
         }),
         guards: Box::new(plan.guards),
     };
