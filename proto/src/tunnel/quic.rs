@@ -54,7 +54,7 @@ const CONTROL_CHUNK: usize = 16 * 1024;
 
 /// The QUIC settings that a session needs, for a client or a server configuration.
 ///
-/// - congestion control: BBR, which holds its rate under random loss, within what the path delivers ([`super::congestion`]);
+/// - congestion control: BBR, which holds its rate under random loss, within what the path delivers (`congestion.rs`);
 /// - windows: above any credit, so that credit decides and QUIC's windows only stop a peer that ignores it;
 /// - packets: as large as the path lets through, up to [`DATAGRAM_MAX`] and [`DATAGRAM_GATEWAY`];
 /// - no datagrams, no unidirectional streams.
