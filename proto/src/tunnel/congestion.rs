@@ -24,7 +24,7 @@ const LOSS: u64 = 16;
 const QUEUE: Duration = Duration::from_millis(5);
 /// How long the lowest round trip counts, or up to twice as long. BBR empties the queue every ten seconds.
 const LOWEST_FOR: Duration = Duration::from_secs(10);
-/// Round trips without a word of acknowledgement that are a pause.
+/// A round that took so many round trips was a pause.
 const PAUSE: u32 = 8;
 /// The bound is never lower: four packets of bulk, of any size; or, while there is little to send, a burst of small messages.
 const BOUND_MIN: u64 = 16 * 1024;
@@ -375,14 +375,43 @@ mod tests {
         }
     }
 
-    /// While a new path is being validated, rounds bring no acknowledgement that counts, and no round trip is known.
+    /// While a new path is being validated nothing that is acknowledged counts; and a pause is not a slow path.
     #[test]
-    fn a_new_path_that_is_not_valid_yet_is_nothing_to_go_by() {
-        let mut delivery = Delivery::default();
-        let now = Instant::now();
-        for millis in [0, 20, 40, 400] {
-            delivery.on_end_acks(now + Duration::from_millis(millis), false);
-            assert_eq!(delivery.bound, u64::MAX);
+    fn silence_says_nothing_of_the_path() {
+        let mut path = Path::new(50, 125_000_000);
+        path.fill(Duration::from_secs(10), SEND_WINDOW);
+        let (bound, best) = (path.delivery.bound, path.delivery.best());
+        assert!(bound < SEND_WINDOW, "{bound}");
+        for _ in 0..20 {
+            path.now += Duration::from_millis(100);
+            path.delivery.on_end_acks(path.now, false);
         }
+        assert_eq!((path.delivery.bound, path.delivery.best()), (bound, best));
+        for _ in 0..20 {
+            path.now += Duration::from_secs(10);
+            path.delivery.on_ack(path.now, 1200, path.trip, path.trip);
+            path.delivery.on_end_acks(path.now, false);
+        }
+        assert_eq!((path.delivery.bound, path.delivery.best()), (bound, best));
+    }
+
+    /// Small messages that leave in bursts queue for a moment, and are neither bound by that nor by what they need on average.
+    #[test]
+    fn bursts_of_small_messages_pass() {
+        let mut path = Path::new(50, 125_000_000);
+        let bursts = |path: &mut Path| {
+            for _ in 0..200 {
+                path.now += Duration::from_millis(54);
+                path.delivery.on_ack(path.now, 77_000, Duration::from_millis(54), path.trip);
+                path.delivery.on_end_acks(path.now, true);
+            }
+        };
+        bursts(&mut path);
+        assert_eq!(path.delivery.bound, u64::MAX);
+        let mut slow = Path::new(50, 2_000_000);
+        slow.fill(Duration::from_secs(10), SEND_WINDOW);
+        assert!(slow.delivery.bound < BURST, "{}", slow.delivery.bound);
+        bursts(&mut slow);
+        assert_eq!(slow.delivery.bound, BURST);
     }
 }
