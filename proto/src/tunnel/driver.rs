@@ -432,7 +432,12 @@ mod tests {
     use super::*;
     use crate::Code;
     use crate::mux::{Budget, Introduction, Limits, Role};
+    use crate::tunnel::{Session, SessionConfig};
     use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::task::ready;
+    use tokio::io::{DuplexStream, ReadBuf, duplex};
+    use tokio::sync::mpsc;
+    use tokio::task::JoinSet;
 
     /// A panic in the middle of a change ends the session, for everyone, and nothing else.
     #[tokio::test(start_paused = true)]
@@ -446,7 +451,7 @@ mod tests {
             Instant::default(),
         );
         let shared = Shared::new(conn.unwrap(), tokio::time::Instant::now());
-        let (io, _peer) = tokio::io::duplex(1024);
+        let (io, _peer) = duplex(1024);
         let driver = Driver::new(io, Arc::clone(&shared));
         let handle = Arc::clone(&shared);
         let broken = async move {
@@ -460,5 +465,84 @@ mod tests {
         assert_eq!(shared.state.borrow().closed, Some(reason));
         drop(shared);
         assert_eq!(process.used(), 0);
+    }
+
+    /// Counts what leaves between two flushes: a batch.
+    struct Batches {
+        io: DuplexStream,
+        unflushed: usize,
+        sizes: Arc<Mutex<Vec<usize>>>,
+    }
+
+    impl AsyncRead for Batches {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Batches {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            let written = ready!(Pin::new(&mut self.io).poll_write(cx, buf))?;
+            self.unflushed += written;
+            Poll::Ready(Ok(written))
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            let size = std::mem::take(&mut self.unflushed);
+            self.sizes.lock().unwrap().push(size);
+            Pin::new(&mut self.io).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_shutdown(cx)
+        }
+    }
+
+    /// A body that comes in half batches, from one task by way of another, leaves in whole ones.
+    #[tokio::test(start_paused = true)]
+    async fn bulk_leaves_in_full_batches() {
+        const PIECES: usize = 256;
+        const PIECE: &[u8] = &[7; BATCH / 2];
+        let (near, far) = duplex(16 << 20);
+        let sizes = Arc::<Mutex<Vec<usize>>>::default();
+        let io = Batches { io: near, unflushed: 0, sizes: Arc::clone(&sizes) };
+        let config = |role| SessionConfig {
+            role,
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+            introduction: Introduction::default(),
+        };
+        let (gateway, driver) = Session::over(io, config(Role::Gateway)).unwrap();
+        let (agent, far_driver) = Session::over(far, config(Role::Agent)).unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(driver.run().await) });
+        tasks.spawn(async move { drop(far_driver.run().await) });
+        gateway.ready().await.unwrap();
+        let (mut send, _recv) = gateway.open().await.unwrap();
+        let (source, mut pieces) = mpsc::channel(1);
+        tasks.spawn(async move {
+            for _ in 0..PIECES {
+                source.send(Bytes::from_static(PIECE)).await.unwrap();
+            }
+        });
+        tasks.spawn(async move {
+            while let Some(piece) = pieces.recv().await {
+                send.write_chunk(piece).await.unwrap();
+            }
+            send.finish();
+        });
+        let (_send, mut recv) = agent.accept().await.unwrap();
+        let mut received = 0;
+        while let Some(bytes) = recv.read_chunk(BATCH).await.unwrap() {
+            received += bytes.len();
+        }
+        assert_eq!(received, PIECES * PIECE.len());
+        let sizes = sizes.lock().unwrap();
+        let bulk: Vec<_> = sizes.iter().filter(|&&size| size > 1024).collect();
+        assert!(bulk.len() * 100 <= PIECES / 2 * 130, "{} batches: {bulk:?}", bulk.len());
     }
 }
