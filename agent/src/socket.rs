@@ -4,10 +4,9 @@
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::{AsFd as _, OwnedFd};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
@@ -26,10 +25,10 @@ const READ_MAX: u64 = 32 * 1024 - 512;
 /// before it stopped listening. What is written from then on is dropped, and the reading side tells how it ends.
 #[derive(Debug)]
 pub(crate) struct Tcp {
-    stream: Take<TcpStream>,
-    /// The same socket under another descriptor, for the probes: to share `stream` itself would cost every answer a read that
-    /// finds nothing, because only its owner's reads tell the runtime that a socket is drained.
-    look: Arc<OwnedFd>,
+    /// The probes reach it too. A lock, which nothing else wants while one holds it, because a read by reference would cost
+    /// every answer another read that finds nothing: only `&mut` tells the runtime that a socket is drained. A second
+    /// descriptor would halve the connections that the process can have.
+    stream: Arc<Mutex<Take<TcpStream>>>,
     written: Arc<AtomicU64>,
     deaf: bool,
 }
@@ -37,16 +36,16 @@ pub(crate) struct Tcp {
 /// A look at a connection. It does not keep the connection open.
 #[derive(Clone, Debug)]
 pub(crate) struct Probe {
-    look: Weak<OwnedFd>,
+    stream: Weak<Mutex<Take<TcpStream>>>,
     written: Arc<AtomicU64>,
 }
 
 impl Probe {
     /// Whether an idle connection has something to say, or is closed: either way no request may be sent on it.
     pub(crate) fn is_stale(&self) -> bool {
-        let Some(look) = self.look.upgrade() else { return true };
+        let Some(stream) = self.stream.upgrade() else { return true };
         let mut byte = [MaybeUninit::uninit()];
-        match SockRef::from(&*look).peek(&mut byte) {
+        match SockRef::from(lock(&stream).get_ref()).peek(&mut byte) {
             Err(error) => error.kind() != io::ErrorKind::WouldBlock,
             Ok(_) => true,
         }
@@ -59,15 +58,13 @@ impl Probe {
 }
 
 impl Tcp {
-    /// # Errors
-    /// The process has no file descriptor left.
-    pub(crate) fn new(stream: TcpStream) -> io::Result<Self> {
-        let look = Arc::new(stream.as_fd().try_clone_to_owned()?);
-        Ok(Self { stream: stream.take(READ_MAX), look, written: Arc::default(), deaf: false })
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        let stream = Arc::new(Mutex::new(stream.take(READ_MAX)));
+        Self { stream, written: Arc::default(), deaf: false }
     }
 
     pub(crate) fn probe(&self) -> Probe {
-        Probe { look: Arc::downgrade(&self.look), written: Arc::clone(&self.written) }
+        Probe { stream: Arc::downgrade(&self.stream), written: Arc::clone(&self.written) }
     }
 
     fn wrote(&mut self, length: usize, result: io::Result<usize>) -> io::Result<usize> {
@@ -88,13 +85,10 @@ impl Tcp {
 }
 
 impl AsyncRead for Tcp {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        self.stream.set_limit(READ_MAX);
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut stream = lock(&self.stream);
+        stream.set_limit(READ_MAX);
+        Pin::new(&mut *stream).poll_read(cx, buf)
     }
 }
 
@@ -103,7 +97,7 @@ impl AsyncWrite for Tcp {
         if self.deaf {
             return Poll::Ready(Ok(bytes.len()));
         }
-        let result = ready!(Pin::new(self.stream.get_mut()).poll_write(cx, bytes));
+        let result = ready!(Pin::new(lock(&self.stream).get_mut()).poll_write(cx, bytes));
         Poll::Ready(self.wrote(bytes.len(), result))
     }
 
@@ -116,7 +110,7 @@ impl AsyncWrite for Tcp {
         if self.deaf {
             return Poll::Ready(Ok(length));
         }
-        let result = ready!(Pin::new(self.stream.get_mut()).poll_write_vectored(cx, slices));
+        let result = ready!(Pin::new(lock(&self.stream).get_mut()).poll_write_vectored(cx, slices));
         Poll::Ready(self.wrote(length, result))
     }
 
@@ -129,11 +123,15 @@ impl AsyncWrite for Tcp {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match SockRef::from(self.stream.get_ref()).shutdown(Shutdown::Write) {
+        match SockRef::from(lock(&self.stream).get_ref()).shutdown(Shutdown::Write) {
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
             result => Poll::Ready(result),
         }
     }
+}
+
+fn lock(stream: &Mutex<Take<TcpStream>>) -> MutexGuard<'_, Take<TcpStream>> {
+    stream.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A connection to an upstream.
@@ -209,7 +207,13 @@ mod tests {
     async fn pair() -> (Tcp, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let ours = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        (Tcp::new(ours).unwrap(), listener.accept().await.unwrap().0)
+        (Tcp::new(ours), listener.accept().await.unwrap().0)
+    }
+
+    async fn stale(probe: &Probe) {
+        while !probe.is_stale() {
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Stale = closed, or with bytes that nobody asked for; looking consumes nothing.
@@ -219,15 +223,12 @@ mod tests {
         let probe = tcp.probe();
         assert!(!probe.is_stale());
         peer.write_all(b"x").await.unwrap();
-        tcp.stream.get_ref().readable().await.unwrap();
-        assert!(probe.is_stale());
+        stale(&probe).await;
         let mut byte = [0];
         tcp.read_exact(&mut byte).await.unwrap();
         assert!(!probe.is_stale());
         drop(peer);
-        while !probe.is_stale() {
-            tokio::task::yield_now().await;
-        }
+        stale(&probe).await;
     }
 
     /// An answer that was sent before the peer stopped listening can still be read after a write has failed.
@@ -238,7 +239,7 @@ mod tests {
         peer.set_zero_linger().unwrap();
         tcp.write_all(b"request").await.unwrap();
         assert_eq!(tcp.probe().written(), 7);
-        tcp.stream.get_ref().readable().await.unwrap();
+        stale(&tcp.probe()).await;
         drop(peer);
         for _ in 0..10_000 {
             tcp.write_all(&[0; 1024]).await.unwrap();

@@ -2,7 +2,6 @@
 //! configuration, and the name that errors call it by.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -126,8 +125,7 @@ impl Upstream {
         if let Err(error) = socket::tune(&stream) {
             tracing::debug!(hop = self.hop, %error, "a socket option was refused");
         }
-        let at = stream.peer_addr().map_err(|cause| ConnectError::Connect { at: UNKNOWN, cause })?;
-        let tcp = Tcp::new(stream).map_err(|cause| ConnectError::Connect { at, cause })?;
+        let tcp = Tcp::new(stream);
         let Some(tls) = &self.tls else { return Ok(Io::Plain(tcp)) };
         let stream =
             connect::handshake(tcp, Arc::clone(&tls.config), tls.name.clone(), &tls.bundle, deadline).await?;
@@ -165,6 +163,3 @@ pub(crate) fn server_name(host: &Host) -> Option<ServerName<'static>> {
         Host::Name(name) => ServerName::try_from(name.to_string()).ok(),
     }
 }
-
-/// Of a connection that broke before anybody could ask where it went.
-const UNKNOWN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
