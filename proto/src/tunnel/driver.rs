@@ -328,6 +328,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             match self.write_batch(cx) {
                 Poll::Pending => return progress,
                 Poll::Ready(Err(error)) => {
+                    self.hear_out(cx);
                     self.fail(&error.to_string());
                     return true;
                 }
@@ -370,6 +371,19 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             self.unflushed = false;
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Reads what has arrived. A peer that closes says why, and its words came before what made our write fail.
+    fn hear_out(&mut self, cx: &mut Context<'_>) {
+        while self.last_words.is_none() && self.shared.lock().conn.closed().is_none() {
+            match buffer::poll_read_chunk(&mut self.io, cx) {
+                Poll::Ready(Ok(bytes)) if !bytes.is_empty() => {
+                    self.shared.bytes_in.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    self.shared.with(|core, now| core.conn.handle_input(now, bytes));
+                }
+                _ => return,
+            }
+        }
     }
 
     /// Decides, with the core locked, whether the driver may sleep.
@@ -434,10 +448,20 @@ mod tests {
     use crate::mux::{Budget, Introduction, Limits, Role};
     use crate::tunnel::{Session, SessionConfig};
     use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::AtomicBool;
     use std::task::ready;
     use tokio::io::{DuplexStream, ReadBuf, duplex};
     use tokio::sync::mpsc;
     use tokio::task::JoinSet;
+
+    fn config(role: Role) -> SessionConfig {
+        SessionConfig {
+            role,
+            limits: Limits::default(),
+            budget: Budget::new(1 << 30),
+            introduction: Introduction::default(),
+        }
+    }
 
     /// A panic in the middle of a change ends the session, for everyone, and nothing else.
     #[tokio::test(start_paused = true)]
@@ -465,6 +489,66 @@ mod tests {
         assert_eq!(shared.state.borrow().closed, Some(reason));
         drop(shared);
         assert_eq!(process.used(), 0);
+    }
+
+    /// A connection whose peer has closed it, unnoticed until something is written.
+    struct Unnoticed {
+        io: DuplexStream,
+        quiet: Arc<AtomicBool>,
+    }
+
+    impl AsyncRead for Unnoticed {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            if self.quiet.load(Ordering::Relaxed) {
+                return Poll::Pending;
+            }
+            Pin::new(&mut self.io).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Unnoticed {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            let result = ready!(Pin::new(&mut self.io).poll_write(cx, buf));
+            if result.is_err() {
+                self.quiet.store(false, Ordering::Relaxed);
+            }
+            Poll::Ready(result)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_flush(cx)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.io).poll_shutdown(cx)
+        }
+    }
+
+    /// An agent that is told why it may not stay knows it, even if it finds its connection closed by a write that fails.
+    #[tokio::test(start_paused = true)]
+    async fn the_peers_last_words_are_heard_when_a_write_fails() {
+        let (near, far) = duplex(1 << 20);
+        let quiet = Arc::<AtomicBool>::default();
+        let io = Unnoticed { io: near, quiet: Arc::clone(&quiet) };
+        let (agent, driver) = Session::over(io, config(Role::Agent)).unwrap();
+        let (gateway, far_driver) = Session::over(far, config(Role::Gateway)).unwrap();
+        let (mut ours, mut theirs) = (JoinSet::new(), JoinSet::new());
+        ours.spawn(driver.run());
+        theirs.spawn(far_driver.run());
+        gateway.ready().await.unwrap();
+        agent.ready().await.unwrap();
+
+        quiet.store(true, Ordering::Relaxed);
+        gateway.close(Code::Denied, "not on the list");
+        theirs.join_next().await.unwrap().unwrap();
+        agent.probe();
+        let reason = ours.join_next().await.unwrap().unwrap();
+        let CloseReason::Peer { text, .. } = &reason else { panic!("{reason:?}") };
+        assert_eq!(text, "not on the list");
     }
 
     /// Counts what leaves between two flushes: a batch.
@@ -510,12 +594,6 @@ mod tests {
         let (near, far) = duplex(16 << 20);
         let sizes = Arc::<Mutex<Vec<usize>>>::default();
         let io = Batches { io: near, unflushed: 0, sizes: Arc::clone(&sizes) };
-        let config = |role| SessionConfig {
-            role,
-            limits: Limits::default(),
-            budget: Budget::new(1 << 30),
-            introduction: Introduction::default(),
-        };
         let (gateway, driver) = Session::over(io, config(Role::Gateway)).unwrap();
         let (agent, far_driver) = Session::over(far, config(Role::Agent)).unwrap();
         let mut tasks = JoinSet::new();
