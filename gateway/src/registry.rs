@@ -7,6 +7,7 @@
 use crate::metrics::{Counted, HoldOutcome, Metrics};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
@@ -22,9 +23,13 @@ const RECENT: Duration = Duration::from_secs(15);
 /// As [`RECENT`], for one that said GoAway: a replacement may still have to start.
 const RECENT_GOAWAY: Duration = Duration::from_secs(60);
 
-/// After this much silence a QUIC session is passed over, if there is another: an agent asks for a sign of life every
-/// two seconds.
-const SILENT: Duration = Duration::from_secs(3);
+/// After this much silence a QUIC session is passed over, if there is another: an agent asks for a sign of life after one second
+/// while streams are open, after four while none is.
+const SILENT_BUSY: Duration = Duration::from_secs(3);
+const SILENT_IDLE: Duration = Duration::from_secs(6);
+/// Streams that a session on another thread than the caller's counts as loaded with when it has none, and each of its streams counts
+/// twice: every wake-up across threads costs more than the caller's own session does, until that one has most of the work.
+const ELSEWHERE: u32 = 8;
 /// QUIC may make an opener wait until its peer allows another stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long what runs in such a session may take.
@@ -84,6 +89,8 @@ struct Live {
     session: Session,
     instance: InstanceId,
     boot_id: Vec<u8>,
+    /// Where it runs.
+    shard: ThreadId,
     /// Cancelled when the session is being replaced because its stream ids run out.
     retiring: CancellationToken,
     /// Tunnel bytes that the metrics have seen.
@@ -168,7 +175,7 @@ impl Registry {
         self.clusters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a session in that is ready. Sessions in `replaced` are known to be dead.
+    /// Puts a session in that is ready; it must run on the calling thread. Sessions in `replaced` are known to be dead.
     ///
     /// # Errors
     /// Who is in the way.
@@ -204,7 +211,8 @@ impl Registry {
         software.clone_into(&mut tunnel.software);
         let (session, instance, boot_id) = (session.clone(), instance.clone(), boot_id.to_vec());
         let retiring = CancellationToken::new();
-        let live = Live { id, session, instance, boot_id, retiring: retiring.clone(), counted: (0, 0) };
+        let (shard, retiring_too) = (thread::current().id(), retiring.clone());
+        let live = Live { id, session, instance, boot_id, shard, retiring: retiring_too, counted: (0, 0) };
         tunnel.sessions.push(live);
         tunnel.changed.notify_waiters();
         drop(clusters);
@@ -462,26 +470,27 @@ impl Live {
 
 /// Which session carries the next stream: the least. Those that are being replaced come last, before them those that
 /// have gone silent (new streams must not wait until silence is found to be death); QUIC comes before TCP; then the
-/// fewest streams, and of equals the newest.
+/// lightest load, and of equals the newest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     retiring: bool,
     silent: bool,
     tcp: bool,
-    streams: u32,
+    load: u32,
     newest: std::cmp::Reverse<u64>,
 }
 
 impl Rank {
     fn of(live: &Live) -> Self {
         let session = &live.session;
-        let tcp = session.transport() == Transport::Tcp;
+        let (tcp, streams) = (session.transport() == Transport::Tcp, session.stats().streams);
+        let silent = if streams > 0 { SILENT_BUSY } else { SILENT_IDLE };
         Self {
             retiring: live.retiring.is_cancelled(),
             // An idle TCP session may be silent for longer; QUIC's agent never is.
-            silent: !tcp && session.silence() > SILENT,
+            silent: !tcp && session.silence() > silent,
             tcp,
-            streams: session.stats().streams,
+            load: if live.shard == thread::current().id() { streams } else { ELSEWHERE + 2 * streams },
             newest: std::cmp::Reverse(live.id.0),
         }
     }
@@ -651,6 +660,29 @@ mod tests {
         assert_eq!(id, first.id());
         let (id, _third) = registry.open(&uid(), &[second.id()]).await.unwrap();
         assert_eq!(id, first.id());
+    }
+
+    /// A caller keeps to the session on its own thread while that is not loaded with most of what there is.
+    #[tokio::test(start_paused = true)]
+    async fn the_session_on_the_callers_thread_is_preferred_until_it_has_more_than_its_share() {
+        let registry = registry();
+        let (near, far) = (pair().await, pair().await);
+        let here = insert(&registry, &near, 1).unwrap();
+        let elsewhere =
+            thread::scope(|scope| scope.spawn(|| insert(&registry, &far, 1).unwrap()).join().unwrap());
+        let (mut streams, mut picked) = (Vec::new(), HashMap::<SessionId, u32>::new());
+        for _ in 0..ELSEWHERE {
+            let (id, stream) = registry.open(&uid(), &[]).await.unwrap();
+            streams.push(stream);
+            assert_eq!(id, here.id());
+        }
+        for _ in 0..90 {
+            let (id, stream) = registry.open(&uid(), &[]).await.unwrap();
+            streams.push(stream);
+            *picked.entry(id).or_default() += 1;
+        }
+        let (ours, theirs) = (picked[&here.id()], picked[&elsewhere.id()]);
+        assert!((58..=62).contains(&ours) && ours + theirs == 90, "{ours} {theirs}");
     }
 
     /// MX-11: long before its stream ids run out a session gives way to a new one.

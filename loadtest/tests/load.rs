@@ -153,8 +153,11 @@ fn what_lasts() {
     let directory = tempfile::tempdir().unwrap();
     let record = run(directory.path(), "live", &[("watchers: 200", "watchers: 20")]);
     plausible(&record.profiles[0], &["towline-tcp", "towline-quic"]);
-    let changes =
-        [("name: streams-9500", "name: streams-50"), ("open: 9500", "open: 50"), ("open: 1000", "open: 40")];
+    let changes = [
+        ("name: streams-10000", "name: streams-50"),
+        ("open: 10000", "open: 50"),
+        ("open: 1000", "open: 40"),
+    ];
     let record = run(directory.path(), "growth", &changes);
     plausible(&record.profiles[0], &["towline-tcp", "towline-quic"]);
 }
@@ -180,7 +183,7 @@ fn a_crowd_that_stalls() {
 fn a_fleet() {
     let directory = tempfile::tempdir().unwrap();
     let changes = [
-        ("9500", "40"),
+        ("10000", "40"),
         ("count: 1000", "count: 30"),
         ("count: 100}", "count: 20}"),
         ("perSecond: 100", "perSecond: 20"),

@@ -10,6 +10,7 @@
 //! | `churn R S` | for S seconds: R sessions in a second are lost and come back |
 //! | `handshakes N` | shakes hands with itself, in memory; SECONDS is the server's share |
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,6 +42,9 @@ const CONNECTING: usize = 128;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// What the kernel is asked for, for the one UDP socket of all agents.
 const UDP_BUFFER: usize = 8 << 20;
+/// An agent on QUIC asks a silent gateway for a sign of life after so long, where TCP's ping waits longer (`PROBE_IDLE` in
+/// `agent/src/transport.rs`).
+const QUIC_SILENCE: Duration = Duration::from_secs(4);
 /// The trust domain of [`crate::stack`].
 const TRUST_DOMAIN: &str = "towline.test";
 
@@ -302,7 +306,14 @@ impl Fleet {
                         let endpoint = endpoint.context("no UDP socket")?;
                         let conn = endpoint.connect_with(config, gateway, "localhost")?.await?;
                         let (session, driver) = Session::over_quic(conn, session).map_err(refused)?;
-                        (session, drivers.spawn(driver.run()).abort_handle())
+                        let asker = session.clone();
+                        let run = async move {
+                            tokio::select! {
+                                reason = driver.run() => reason,
+                                never = ask_when_silent(asker) => match never {},
+                            }
+                        };
+                        (session, drivers.spawn(run).abort_handle())
                     }
                 };
                 match session.ready().await {
@@ -315,6 +326,19 @@ impl Fleet {
             };
             let ended = tokio::time::timeout(PATIENCE, attempt).await;
             (index, ended.unwrap_or_else(|_| Err(anyhow::anyhow!("not ready after {PATIENCE:?}"))))
+        }
+    }
+}
+
+/// Asks for a sign of life whenever there was none for a while, as an agent on QUIC does.
+async fn ask_when_silent(session: Session) -> Infallible {
+    loop {
+        let silence = session.silence();
+        if silence < QUIC_SILENCE {
+            tokio::time::sleep(QUIC_SILENCE - silence).await;
+        } else {
+            session.probe();
+            tokio::time::sleep(QUIC_SILENCE).await;
         }
     }
 }
