@@ -91,7 +91,8 @@ impl Upstream {
         let pooled = if fresh { None } else { self.take_idle() };
         match pooled {
             Some(connection) => Ok(connection),
-            None => self.open().await,
+            // In a box: every exchange would be larger by it, and few need it.
+            None => Box::pin(self.open()).await,
         }
     }
 

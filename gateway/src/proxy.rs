@@ -114,7 +114,8 @@ async fn run(
         request.headers().contains_key(header::UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
     if shared.fleet.is_some() && api::serves(parts.uri.path()) && is_at_root(shared, peer, &parts) {
-        return api::answer(shared, peer, parts, body).await;
+        // In a box, as is what else is rare: every request would be larger by it.
+        return Box::pin(api::answer(shared, peer, parts, body)).await;
     }
     let plan = plan(shared, peer, &parts, &body, audit_id)?;
     let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
@@ -465,7 +466,7 @@ async fn attempt(
                 Ok(_) => plan.bad_answer("it is no answer"),
                 Err(end) => end.error,
             };
-            let body = if repeatable { reclaim(shared, recv, upload, unsent).await } else { None };
+            let body = if repeatable { Box::pin(reclaim(shared, recv, upload, unsent)).await } else { None };
             Err(Failed { error, repeatable, body })
         }
     }
