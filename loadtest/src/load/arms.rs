@@ -171,7 +171,7 @@ impl Ground {
     pub async fn arm(&self, name: &str) -> anyhow::Result<Arm> {
         let mut arm = match name {
             "direct" => self.direct().await?,
-            "towline-tcp" | "towline-one" => self.towline(name, "tcp").await?,
+            "towline-tcp" | "towline-cores" | "towline-one" => self.towline(name, "tcp").await?,
             "towline-quic" => self.towline(name, "quic").await?,
             other => self.tunnel(other).await?,
         };
@@ -254,6 +254,11 @@ impl Ground {
         stack::merge(&mut options.gateway, &self.gateway);
         options.agent = json!({"transport": transport});
         stack::merge(&mut options.agent, &self.agent);
+        if name == "towline-cores" {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            stack::merge(&mut options.gateway, &json!({"threads": cores}));
+            stack::merge(&mut options.agent, &json!({"sessions": cores}));
+        }
         if let Some(count) = self.fleet {
             return self.fleet(name, transport, count, options, upstream).await;
         }
@@ -287,6 +292,9 @@ impl Ground {
         let about = match transport {
             _ if name == "towline-one" => {
                 "gateway and agent in one process, one TLS 1.3 connection between them"
+            }
+            _ if name == "towline-cores" => {
+                "the gateway with a thread, the agent with a TLS 1.3 connection for each core"
             }
             "quic" => "gateway and agent, one QUIC connection between them",
             _ => "gateway and agent, one TLS 1.3 connection between them",
