@@ -215,6 +215,14 @@ pub struct Driver<IO> {
     armed: Option<Instant>,
     /// By when the last words must have left, once the session has ended.
     last_words: Option<Instant>,
+    deaf: Option<Deaf>,
+}
+
+/// The peer takes no more. If it closed the session it has said why, before what made our write fail: its words are on their
+/// way through the kernel and the runtime, and are waited for a moment.
+struct Deaf {
+    error: String,
+    until: Instant,
 }
 
 impl<IO> std::fmt::Debug for Driver<IO> {
@@ -241,6 +249,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
             armed: None,
             last_words: None,
+            deaf: None,
         }
     }
 
@@ -276,7 +285,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         match buffer::poll_read_chunk(&mut self.io, cx) {
             Poll::Pending => false,
             Poll::Ready(Ok(bytes)) if bytes.is_empty() => {
-                self.fail("the peer closed the connection without saying why");
+                let deaf = self.deaf.take().map(|deaf| deaf.error);
+                self.fail(deaf.as_deref().unwrap_or("the peer closed the connection without saying why"));
                 true
             }
             Poll::Ready(Ok(bytes)) => {
@@ -294,7 +304,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
     /// Arms the timer and lets the mux do what is due.
     fn turn_timer(&mut self, cx: &mut Context<'_>) -> bool {
         let mux = self.shared.lock().conn.poll_timeout();
-        let Some(deadline) = self.last_words.or(mux) else { return false };
+        let until = self.last_words.or_else(|| self.deaf.as_ref().map(|deaf| deaf.until));
+        let Some(deadline) = until.or(mux) else { return false };
         // A timer that is armed too early fires once in vain; to move it at each byte received would cost more.
         if self.armed.is_none_or(|armed| armed > deadline) {
             self.timer.as_mut().reset(self.shared.epoch + deadline.since_epoch());
@@ -304,11 +315,13 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             return false;
         }
         self.armed = None;
-        if self.last_words.is_some() {
-            self.out.clear();
-            self.unflushed = false;
-        } else {
+        if until.is_none() {
             self.shared.with(|core, now| core.conn.handle_timeout(now));
+        } else if self.shared.now() >= deadline {
+            match self.deaf.take() {
+                Some(deaf) => self.fail(&deaf.error),
+                None => self.discard(),
+            }
         }
         true
     }
@@ -323,13 +336,17 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
 
     /// Hands batches to the transport until it takes no more or there are none; tells whether it did anything.
     fn turn_write(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.deaf.is_some() {
+            return false;
+        }
         let mut progress = false;
         loop {
             match self.write_batch(cx) {
                 Poll::Pending => return progress,
                 Poll::Ready(Err(error)) => {
-                    self.hear_out(cx);
-                    self.fail(&error.to_string());
+                    self.discard();
+                    let until = self.shared.now() + CLOSE_TIMEOUT;
+                    self.deaf = Some(Deaf { error: error.to_string(), until });
                     return true;
                 }
                 Poll::Ready(Ok(())) => {}
@@ -373,25 +390,13 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads what has arrived. A peer that closes says why, and its words came before what made our write fail.
-    fn hear_out(&mut self, cx: &mut Context<'_>) {
-        while self.last_words.is_none() && self.shared.lock().conn.closed().is_none() {
-            match buffer::poll_read_chunk(&mut self.io, cx) {
-                Poll::Ready(Ok(bytes)) if !bytes.is_empty() => {
-                    self.shared.bytes_in.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                    self.shared.with(|core, now| core.conn.handle_input(now, bytes));
-                }
-                _ => return,
-            }
-        }
-    }
-
     /// Decides, with the core locked, whether the driver may sleep.
     fn rest(&mut self, cx: &mut Context<'_>, progress: bool) -> Rest {
         let mut core = self.shared.lock();
         let idle = self.out.is_empty() && !self.unflushed;
+        let output = self.deaf.is_none() && core.conn.has_output();
         if let Some(reason) = core.conn.closed() {
-            if idle && !core.conn.has_output() {
+            if idle && !output {
                 let reason = reason.clone();
                 drop(core);
                 // The peer learns the end of our half, if it still listens; its answer does not matter.
@@ -404,20 +409,25 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
                 return Rest::GoOn;
             }
         }
-        if progress || (idle && core.conn.has_output()) {
+        if progress || (idle && output) {
             return Rest::GoOn;
         }
         // While the transport is full its own readiness wakes us; new output would only wait behind the old.
-        let sleeper = Sleeper { waker: cx.waker().clone(), output: idle, close: self.last_words.is_none() };
+        let (output, close) = (idle && self.deaf.is_none(), self.last_words.is_none());
+        let sleeper = Sleeper { waker: cx.waker().clone(), output, close };
         let before = core.driver.replace(sleeper);
         drop(core);
         drop(before);
         Rest::Asleep
     }
 
-    fn fail(&mut self, text: &str) {
+    fn discard(&mut self) {
         self.out.clear();
         self.unflushed = false;
+    }
+
+    fn fail(&mut self, text: &str) {
+        self.discard();
         self.shared.with(|core, _| core.conn.handle_transport_end(text.to_owned()));
     }
 }
@@ -451,7 +461,8 @@ mod tests {
     use std::sync::atomic::AtomicBool;
     use std::task::ready;
     use tokio::io::{DuplexStream, ReadBuf, duplex};
-    use tokio::sync::mpsc;
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::{Notify, mpsc};
     use tokio::task::JoinSet;
 
     fn config(role: Role) -> SessionConfig {
@@ -491,32 +502,91 @@ mod tests {
         assert_eq!(process.used(), 0);
     }
 
-    /// A connection whose peer has closed it, unnoticed until something is written.
-    struct Unnoticed {
-        io: DuplexStream,
-        quiet: Arc<AtomicBool>,
+    /// An agent that is told why it may not stay knows it, even if it finds its connection broken by a write that fails: on a real
+    /// socket, whose runtime has not seen yet that there is something to read.
+    #[tokio::test]
+    async fn the_peers_last_words_are_heard_when_a_write_fails() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (agent, driver) = Session::over(near, config(Role::Agent)).unwrap();
+        let mut ours = JoinSet::new();
+        ours.spawn(driver.run());
+        let far = listener.accept().await.unwrap().0.into_std().unwrap();
+        let (ready, close) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let gateway = {
+            let (ready, close) = (Arc::clone(&ready), Arc::clone(&close));
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    let far = TcpStream::from_std(far).unwrap();
+                    // What it has said is there; then the connection is reset.
+                    far.set_zero_linger().unwrap();
+                    let (gateway, driver) = Session::over(far, config(Role::Gateway)).unwrap();
+                    let closed = async {
+                        gateway.ready().await.unwrap();
+                        ready.notify_one();
+                        close.notified().await;
+                        gateway.close(Code::Denied, "not on the list");
+                    };
+                    tokio::join!(driver.run(), closed);
+                });
+            })
+        };
+        agent.ready().await.unwrap();
+        ready.notified().await;
+        close.notify_one();
+        // Until then this thread stands still, and its runtime with it.
+        gateway.join().unwrap();
+        agent.probe();
+        let reason = ours.join_next().await.unwrap().unwrap();
+        let CloseReason::Peer { text, .. } = &reason else { panic!("{reason:?}") };
+        assert_eq!(text, "not on the list");
     }
 
-    impl AsyncRead for Unnoticed {
+    /// A connection that takes nothing more, and says nothing either, is given up.
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_nothing_and_says_nothing_is_given_up() {
+        let (near, far) = duplex(1 << 20);
+        let broken = Arc::<AtomicBool>::default();
+        let io = Broken { io: near, broken: Arc::clone(&broken) };
+        let (agent, driver) = Session::over(io, config(Role::Agent)).unwrap();
+        let (gateway, far_driver) = Session::over(far, config(Role::Gateway)).unwrap();
+        let mut tasks = JoinSet::new();
+        let mut ours = JoinSet::new();
+        ours.spawn(driver.run());
+        tasks.spawn(far_driver.run());
+        gateway.ready().await.unwrap();
+        agent.ready().await.unwrap();
+        broken.store(true, Ordering::Relaxed);
+        let start = tokio::time::Instant::now();
+        agent.probe();
+        let reason = ours.join_next().await.unwrap().unwrap();
+        assert_eq!(reason, CloseReason::Transport(io::Error::from(io::ErrorKind::BrokenPipe).to_string()));
+        assert_eq!(start.elapsed(), CLOSE_TIMEOUT);
+    }
+
+    /// Writes fail from a moment on; reads wait.
+    struct Broken {
+        io: DuplexStream,
+        broken: Arc<AtomicBool>,
+    }
+
+    impl AsyncRead for Broken {
         fn poll_read(
             mut self: Pin<&mut Self>,
             cx: &mut Context<'_>,
             buf: &mut ReadBuf<'_>,
         ) -> Poll<io::Result<()>> {
-            if self.quiet.load(Ordering::Relaxed) {
-                return Poll::Pending;
-            }
             Pin::new(&mut self.io).poll_read(cx, buf)
         }
     }
 
-    impl AsyncWrite for Unnoticed {
+    impl AsyncWrite for Broken {
         fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-            let result = ready!(Pin::new(&mut self.io).poll_write(cx, buf));
-            if result.is_err() {
-                self.quiet.store(false, Ordering::Relaxed);
+            if self.broken.load(Ordering::Relaxed) {
+                return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
             }
-            Poll::Ready(result)
+            Pin::new(&mut self.io).poll_write(cx, buf)
         }
 
         fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -526,29 +596,6 @@ mod tests {
         fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
             Pin::new(&mut self.io).poll_shutdown(cx)
         }
-    }
-
-    /// An agent that is told why it may not stay knows it, even if it finds its connection closed by a write that fails.
-    #[tokio::test(start_paused = true)]
-    async fn the_peers_last_words_are_heard_when_a_write_fails() {
-        let (near, far) = duplex(1 << 20);
-        let quiet = Arc::<AtomicBool>::default();
-        let io = Unnoticed { io: near, quiet: Arc::clone(&quiet) };
-        let (agent, driver) = Session::over(io, config(Role::Agent)).unwrap();
-        let (gateway, far_driver) = Session::over(far, config(Role::Gateway)).unwrap();
-        let (mut ours, mut theirs) = (JoinSet::new(), JoinSet::new());
-        ours.spawn(driver.run());
-        theirs.spawn(far_driver.run());
-        gateway.ready().await.unwrap();
-        agent.ready().await.unwrap();
-
-        quiet.store(true, Ordering::Relaxed);
-        gateway.close(Code::Denied, "not on the list");
-        theirs.join_next().await.unwrap().unwrap();
-        agent.probe();
-        let reason = ours.join_next().await.unwrap().unwrap();
-        let CloseReason::Peer { text, .. } = &reason else { panic!("{reason:?}") };
-        assert_eq!(text, "not on the list");
     }
 
     /// Counts what leaves between two flushes: a batch.
