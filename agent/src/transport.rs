@@ -254,7 +254,7 @@ impl Policy {
 const HEAD_START: Duration = Duration::from_millis(250);
 /// A silence on QUIC is asked about after so long while streams are open, and while none is.
 const PROBE_BUSY: Duration = Duration::from_secs(1);
-const PROBE_IDLE: Duration = Duration::from_secs(4);
+const PROBE_IDLE: Duration = Duration::from_secs(2);
 /// How long the answer may take before TCP is made ready.
 const ANSWER: Duration = Duration::from_millis(1500);
 /// A TCP session so soon after the end of a QUIC session means that UDP was to blame.
@@ -404,18 +404,18 @@ mod tests {
         assert_eq!(world.retry_in(), Some(RETRY));
     }
 
-    /// From the last byte to TCP: 2.5 s with streams open, 5.5 s without.
+    /// From the last byte to TCP: 2.5 s with streams open, 3.5 s without.
     #[test]
     fn silence_is_asked_about_and_then_not_waited_for() {
         let auto = World::new(TransportMode::Auto).policy;
         let ms = Duration::from_millis;
         for (silence, busy, asked, expected) in [
-            (0, false, false, Silence::Wait(ms(4000))),
-            (3999, false, false, Silence::Wait(ms(1))),
-            (4000, false, false, Silence::Probe(ANSWER)),
-            (4000, false, true, Silence::Wait(ms(1500))),
-            (5499, false, true, Silence::Wait(ms(1))),
-            (5500, false, true, Silence::Standby),
+            (0, false, false, Silence::Wait(ms(2000))),
+            (1999, false, false, Silence::Wait(ms(1))),
+            (2000, false, false, Silence::Probe(ANSWER)),
+            (2000, false, true, Silence::Wait(ms(1500))),
+            (3499, false, true, Silence::Wait(ms(1))),
+            (3500, false, true, Silence::Standby),
             (9000, false, true, Silence::Standby),
             (9000, false, false, Silence::Probe(ANSWER)),
             (999, true, false, Silence::Wait(ms(1))),

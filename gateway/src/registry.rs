@@ -23,10 +23,9 @@ const RECENT: Duration = Duration::from_secs(15);
 /// As [`RECENT`], for one that said GoAway: a replacement may still have to start.
 const RECENT_GOAWAY: Duration = Duration::from_secs(60);
 
-/// After this much silence a QUIC session is passed over, if there is another: an agent asks for a sign of life after one second
-/// while streams are open, after four while none is.
-const SILENT_BUSY: Duration = Duration::from_secs(3);
-const SILENT_IDLE: Duration = Duration::from_secs(6);
+/// After this much silence a QUIC session is passed over, if there is another: an agent asks for a sign of life every
+/// two seconds.
+const SILENT: Duration = Duration::from_secs(3);
 /// Streams that a session on another thread than the caller's counts as loaded with when it has none, and each of its streams counts
 /// twice: every wake-up across threads costs more than the caller's own session does, until that one has most of the work.
 const ELSEWHERE: u32 = 8;
@@ -484,11 +483,10 @@ impl Rank {
     fn of(live: &Live) -> Self {
         let session = &live.session;
         let (tcp, streams) = (session.transport() == Transport::Tcp, session.stats().streams);
-        let silent = if streams > 0 { SILENT_BUSY } else { SILENT_IDLE };
         Self {
             retiring: live.retiring.is_cancelled(),
             // An idle TCP session may be silent for longer; QUIC's agent never is.
-            silent: !tcp && session.silence() > silent,
+            silent: !tcp && session.silence() > SILENT,
             tcp,
             load: if live.shard == thread::current().id() { streams } else { ELSEWHERE + 2 * streams },
             newest: std::cmp::Reverse(live.id.0),

@@ -44,7 +44,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const UDP_BUFFER: usize = 8 << 20;
 /// An agent on QUIC asks a silent gateway for a sign of life after so long, where TCP's ping waits longer (`PROBE_IDLE` in
 /// `agent/src/transport.rs`).
-const QUIC_SILENCE: Duration = Duration::from_secs(4);
+const QUIC_SILENCE: Duration = Duration::from_secs(2);
 /// The trust domain of [`crate::stack`].
 const TRUST_DOMAIN: &str = "towline.test";
 
