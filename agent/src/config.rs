@@ -509,9 +509,8 @@ fn read_identity(root: &Section<'_>) -> Option<IdentityConfig> {
     let joins = ["directory", "joinTokenFile", "serviceAccount", "pins"];
     let files = ["certificate", "key", "ca"];
     if !joins.iter().any(|key| section.has(key)) {
-        let [certificate, key, ca] = files.map(|key| section.required(key));
-        let files = IdentityFiles { certificate: certificate?.into(), key: key?.into(), ca: ca?.into() };
-        return Some(IdentityConfig::Files(files));
+        let [certificate, key, ca] = files.map(|key| section.required(key).and_then(|_| section.path(key)));
+        return Some(IdentityConfig::Files(IdentityFiles { certificate: certificate?, key: key?, ca: ca? }));
     }
     if let Some(key) = files.iter().find(|key| section.has(key)) {
         section.problem(
@@ -519,14 +518,13 @@ fn read_identity(root: &Section<'_>) -> Option<IdentityConfig> {
             "is of an identity made elsewhere (certificate, key, ca), and the section also says how to join; keep one of the two",
         );
     }
-    let path = |key| section.text(key).map(PathBuf::from);
-    let (directory, token_file) = (path("directory"), path("joinTokenFile"));
+    let (directory, token_file) = (section.path("directory"), section.path("joinTokenFile"));
     let pins: Vec<SpkiPin> = section.parsed_list("pins");
     let service_account = section.has("serviceAccount").then(|| {
         let account = section.section("serviceAccount");
         let cluster = account.required("cluster").map(ToOwned::to_owned);
-        let token_file = account.text("tokenFile").unwrap_or(PROJECTED_TOKEN).into();
-        let jwks_file = account.text("jwksFile").map(Into::into);
+        let token_file = account.path("tokenFile").unwrap_or_else(|| PROJECTED_TOKEN.into());
+        let jwks_file = account.path("jwksFile");
         cluster.map(|cluster| ServiceAccountConfig { cluster, token_file, jwks_file })
     });
     if directory.is_none() && token_file.is_none() && service_account.is_none() {
@@ -552,7 +550,7 @@ fn read_identity(root: &Section<'_>) -> Option<IdentityConfig> {
 
 fn read_mode(root: &Section<'_>) -> Option<AgentMode> {
     let section = root.section("impersonate");
-    let token_file = section.text("tokenFile").unwrap_or(IN_CLUSTER_TOKEN).into();
+    let token_file = section.path("tokenFile").unwrap_or_else(|| IN_CLUSTER_TOKEN.into());
     let allow_system_names: Vec<String> =
         section.texts("allowSystemNames").into_iter().map(Into::into).collect();
     if let Some(name) = allow_system_names.iter().find(|name| !name.starts_with("system:")) {
@@ -583,7 +581,7 @@ fn read_mode(root: &Section<'_>) -> Option<AgentMode> {
 
 fn read_api_server(root: &Section<'_>) -> Option<ApiServerConfig> {
     let section = root.section("apiServer");
-    let ca: Option<PathBuf> = section.text("ca").map(Into::into);
+    let ca = section.path("ca");
     let server_name = section.parsed("serverName");
     let url = if section.has("url") {
         section.parsed("url")
@@ -625,7 +623,7 @@ fn read_targets(root: &Section<'_>) -> Vec<TargetConfig> {
         let address: Option<Address> = section.parsed("address");
         let tls = section.has("tls").then(|| {
             let tls = section.section("tls");
-            TargetTls { ca: tls.text("ca").map(Into::into), server_name: tls.parsed("serverName") }
+            TargetTls { ca: tls.path("ca"), server_name: tls.parsed("serverName") }
         });
         let allow_local = section.flag("allowLocal");
         if let (Some(Address { host: Host::Ip(ip), .. }), false) = (&address, allow_local)
@@ -759,6 +757,16 @@ apiServer: { url: 'https://10.0.0.1:6443' }
         assert!(config.targets.is_empty(), "no target is allowed unless it is named");
         assert!(config.admin_address.ip().is_loopback());
         config.limits.mux().validate().unwrap();
+    }
+
+    /// As in the gateway's: wherever the process is started.
+    #[test]
+    fn relative_paths_are_relative_to_the_file() {
+        let text = SMALL.replace("key: a.key", "key: /run/a.key");
+        let config = AgentConfig::parse("etc/towline/agent.yaml", text.as_bytes()).unwrap();
+        let IdentityConfig::Files(files) = &config.identity else { panic!("{:?}", config.identity) };
+        assert_eq!(files.certificate, Path::new("etc/towline/a.crt"));
+        assert_eq!(files.key, Path::new("/run/a.key"));
     }
 
     /// What `--check` prints can be used as the file.

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -281,6 +282,12 @@ impl<'a> Section<'a> {
                 None
             }
         }
+    }
+
+    /// The path of a file or directory; a relative one is relative to the document.
+    pub(crate) fn path(&self, key: &'static str) -> Option<PathBuf> {
+        let base = Path::new(&self.document.file).parent().unwrap_or_else(|| Path::new(""));
+        self.text(key).map(|text| base.join(text))
     }
 
     /// A text that must be there.

@@ -102,8 +102,7 @@ impl ProxyConfig {
     /// What the section `proxy` says, else the environment. With the section the environment does not count at all.
     pub(crate) fn read(root: &Section<'_>) -> Option<Self> {
         let section = root.section("proxy");
-        let password_file: Option<PathBuf> = section.text("passwordFile").map(Into::into);
-        let ca: Option<PathBuf> = section.text("ca").map(Into::into);
+        let (password_file, ca) = (section.path("passwordFile"), section.path("ca"));
         let no_proxy: Vec<_> = section.texts("noProxy").into_iter().map(NoProxyEntry::from_str).collect();
         let mut entries = Vec::new();
         for entry in no_proxy {
