@@ -22,3 +22,9 @@ pub mod netns;
 pub mod report;
 pub mod shim;
 pub mod stack;
+
+/// Says that a test, or a part of one, does not run. Past the test harness, which keeps to itself what a test prints that passes.
+pub fn skip(what: std::fmt::Arguments<'_>) {
+    use std::io::Write as _;
+    drop(writeln!(std::io::stderr(), "SKIP {what}"));
+}

@@ -452,7 +452,9 @@ async fn access_token(world: &World, user: &str, groups: &[&str]) -> String {
 async fn kubectl_reaches_a_cluster_by_its_kubeconfig() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
-        eprintln!("SKIP kubectl_reaches_a_cluster_by_its_kubeconfig: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!(
+            "kubectl_reaches_a_cluster_by_its_kubeconfig: no kubectl on PATH or in $KUBECTLS"
+        ));
         return;
     }
     let world = World::start().await;
@@ -676,7 +678,7 @@ async fn a_watch_goes_on_after_a_restart() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_is_a_plugin_of_kubectl() {
     let Some(kubectl) = kubectl::find().pop() else {
-        eprintln!("SKIP it_is_a_plugin_of_kubectl: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!("it_is_a_plugin_of_kubectl: no kubectl on PATH or in $KUBECTLS"));
         return;
     };
     let world = World::start().await;

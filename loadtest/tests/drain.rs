@@ -411,7 +411,7 @@ const SPDY_PING: &[u8] = &[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1];
 /// Two execs of the newest kubectl, over WebSocket and over SPDY; none if there is no kubectl that knows both.
 async fn kubectl_execs(bench: &Bench) -> Vec<AbortOnDropHandle<(&'static str, Finished, Instant)>> {
     let Some(kubectl) = kubectl::find().pop().filter(|kubectl| kubectl.minor >= 31) else {
-        eprintln!("SKIP execs of kubectl: none of 1.31 or newer is here");
+        towline_loadtest::skip(format_args!("execs of kubectl: none of 1.31 or newer is here"));
         return Vec::new();
     };
     let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());

@@ -117,7 +117,7 @@ const CASES: &[Case] = &[
 async fn a_manifest_is_all_that_a_real_cluster_needs() {
     let Some((assets, kubectl)) = tools() else { return };
     if let Some(why) = Node::missing() {
-        eprintln!("SKIP envtest: {why}");
+        towline_loadtest::skip(format_args!("envtest: {why}"));
         return;
     }
     let _alone = ALONE.lock().await;
@@ -260,11 +260,11 @@ fn tools() -> Option<(PathBuf, Kubectl)> {
     let usual = || PathBuf::from("/usr/local/kubebuilder/bin");
     let directory = std::env::var_os("KUBEBUILDER_ASSETS").map_or_else(usual, PathBuf::from);
     if !["etcd", "kube-apiserver"].iter().all(|name| directory.join(name).is_file()) {
-        eprintln!("SKIP envtest: set KUBEBUILDER_ASSETS");
+        towline_loadtest::skip(format_args!("envtest: set KUBEBUILDER_ASSETS"));
         return None;
     }
     let Some(kubectl) = kubectl::find().into_iter().next_back() else {
-        eprintln!("SKIP envtest: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!("envtest: no kubectl on PATH or in $KUBECTLS"));
         return None;
     };
     Some((directory, kubectl))

@@ -9,7 +9,9 @@ use towline_loadtest::kubectl::{self, FLOWS, Kubectl, Run};
 async fn every_flow_with_every_kubectl() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
-        eprintln!("SKIP every_flow_with_every_kubectl: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!(
+            "every_flow_with_every_kubectl: no kubectl on PATH or in $KUBECTLS"
+        ));
         return;
     }
     let fake = FakeApi::start(FakeApiOptions::default()).await.unwrap();
@@ -53,7 +55,9 @@ async fn every_flow_with_every_kubectl() {
 async fn processes_end_with_their_clients() {
     let kubectls = kubectl::find();
     let Some(kubectl) = kubectls.last() else {
-        eprintln!("SKIP processes_end_with_their_clients: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!(
+            "processes_end_with_their_clients: no kubectl on PATH or in $KUBECTLS"
+        ));
         return;
     };
     let fake = FakeApi::start(FakeApiOptions::default()).await.unwrap();

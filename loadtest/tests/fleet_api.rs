@@ -235,7 +235,9 @@ fn connected(object: &Value) -> &str {
 async fn every_kubectl_manages_the_fleet() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
-        eprintln!("SKIP every_kubectl_manages_the_fleet: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!(
+            "every_kubectl_manages_the_fleet: no kubectl on PATH or in $KUBECTLS"
+        ));
         return;
     }
     let world = World::start().await;

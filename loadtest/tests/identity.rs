@@ -293,9 +293,9 @@ async fn half_open_handshakes_take_nobodys_place() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clocks_may_be_ten_minutes_off() {
     let Some(library) = faketime() else {
-        eprintln!(
-            "SKIP clocks_may_be_ten_minutes_off: no libfaketime on this machine or in target/tools (make tools)"
-        );
+        towline_loadtest::skip(format_args!(
+            "clocks_may_be_ten_minutes_off: no libfaketime on this machine or in target/tools (make tools)"
+        ));
         return;
     };
     let fleet = Fleet::start(json!({"join": {"certificateLifetime": "15s"}})).await;

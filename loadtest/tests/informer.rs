@@ -239,7 +239,9 @@ async fn commotion(fleet: &Fleet, round: &str) -> Vec<Live> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn informers_hold_what_is_there() {
     let Some(python) = python() else {
-        eprintln!("SKIP informers_hold_what_is_there: no Python client in target/tools/python (make tools)");
+        towline_loadtest::skip(format_args!(
+            "informers_hold_what_is_there: no Python client in target/tools/python (make tools)"
+        ));
         return;
     };
     let mut fleet =
@@ -415,7 +417,9 @@ fn nobody() -> Value {
 async fn kubectl_watches_tell_the_truth() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
-        eprintln!("SKIP kubectl_watches_tell_the_truth: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!(
+            "kubectl_watches_tell_the_truth: no kubectl on PATH or in $KUBECTLS"
+        ));
         return;
     }
     let mut fleet = Fleet::start(json!({"drain": {"deadline": "2s"}})).await;

@@ -138,7 +138,7 @@ enum Choice {
 fn found(test: &str, choice: Choice) -> Vec<Kubectl> {
     let mut kubectls = kubectl::find();
     if kubectls.is_empty() {
-        eprintln!("SKIP {test}: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!("{test}: no kubectl on PATH or in $KUBECTLS"));
     }
     let (last, middle) = (kubectls.len().saturating_sub(1), kubectls.len() / 2);
     if choice != Choice::All && !common::long() {
@@ -201,8 +201,7 @@ async fn matrix(bench: &Bench, kubectls: &[Kubectl], kubeconfig: &Path, how: &st
     until("nothing is left of the flows", PATIENCE, async || {
         let idle = bench.agent_metric("upstream_connections{state=\"idle\"}").await as usize;
         let most = common::Footprint {
-            // Each has two descriptors: its own, and the one through which it is looked at before it is used.
-            agent_fds: before.agent_fds + 2 * idle,
+            agent_fds: before.agent_fds + idle,
             upstream_connections: before.upstream_connections + idle,
             ..before
         };

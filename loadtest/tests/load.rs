@@ -62,7 +62,12 @@ fn plausible(profile: &Profile, needed: &[&str]) {
         assert_eq!(arm.skipped, None, "{name}");
     }
     for arm in profile.arms.iter().filter(|arm| arm.skipped.is_some()) {
-        eprintln!("SKIP {} in {}: {}", arm.name, profile.name, arm.skipped.as_ref().unwrap());
+        towline_loadtest::skip(format_args!(
+            "{} in {}: {}",
+            arm.name,
+            profile.name,
+            arm.skipped.as_ref().unwrap()
+        ));
     }
     assert!(!profile.results.is_empty());
     for row in &profile.results {

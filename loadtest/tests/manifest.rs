@@ -87,11 +87,11 @@ impl World {
     /// `None`, and a word, where it cannot be.
     async fn start() -> Option<Self> {
         if let Some(why) = Node::missing() {
-            eprintln!("SKIP manifest: {why}");
+            towline_loadtest::skip(format_args!("manifest: {why}"));
             return None;
         }
         let Some(kubectl) = kubectl::find().into_iter().next_back() else {
-            eprintln!("SKIP manifest: no kubectl on PATH or in $KUBECTLS");
+            towline_loadtest::skip(format_args!("manifest: no kubectl on PATH or in $KUBECTLS"));
             return None;
         };
         let directory = tempfile::Builder::new().prefix("towline-manifest-").tempdir().unwrap();
@@ -519,7 +519,7 @@ async fn keys_are_rotated_and_records_restored() {
 async fn every_kubectl_takes_the_files() {
     let found = kubectl::find();
     if found.is_empty() {
-        eprintln!("SKIP manifest: no kubectl on PATH or in $KUBECTLS");
+        towline_loadtest::skip(format_args!("manifest: no kubectl on PATH or in $KUBECTLS"));
     }
     let fake = FakeApi::start(FakeApiOptions::default()).await.unwrap();
     let directory = tempfile::tempdir().unwrap();

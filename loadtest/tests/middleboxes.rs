@@ -89,9 +89,9 @@ async fn through_squid_with_a_password() {
         there("usr/share/squid-langpack/templates"),
         there("usr/share/squid/mime.conf"),
     ) else {
-        return eprintln!(
-            "SKIP through_squid_with_a_password: squid's own files are incomplete (make tools)"
-        );
+        return towline_loadtest::skip(format_args!(
+            "through_squid_with_a_password: squid's own files are incomplete (make tools)"
+        ));
     };
     let port = free_port().unwrap();
     let password = json!({"url": format!("http://joe:right-horse@{port}")});
@@ -326,7 +326,9 @@ async fn behind_nginx() {
     let module = tools().join("usr/lib/nginx/modules/ngx_stream_module.so");
     let modules = [Path::new("/usr/lib/nginx/modules/ngx_stream_module.so"), &module];
     let Some(module) = modules.into_iter().find(|path| path.is_file()) else {
-        return eprintln!("SKIP behind_nginx: nginx has no stream module (libnginx-mod-stream)");
+        return towline_loadtest::skip(format_args!(
+            "behind_nginx: nginx has no stream module (libnginx-mod-stream)"
+        ));
     };
     let [plain, version_1, chained, translator] = [(); 4].map(|()| free_port().unwrap());
     let mut bench = Setup::new(Mode::Impersonate)
@@ -507,7 +509,9 @@ fn find(name: &str, test: &str) -> Option<PathBuf> {
         command.status().is_ok_and(|status| status.success())
     });
     if found.is_none() {
-        eprintln!("SKIP {test}: no {name} on PATH, in /usr/sbin or target/tools (make tools)");
+        towline_loadtest::skip(format_args!(
+            "{test}: no {name} on PATH, in /usr/sbin or target/tools (make tools)"
+        ));
     }
     found
 }

@@ -77,7 +77,7 @@ impl World {
 
     async fn prepare(agent: Value, faults: &[&str]) -> Option<Self> {
         if let Some(why) = Network::missing() {
-            eprintln!("SKIP namespaces: {why}");
+            towline_loadtest::skip(format_args!("namespaces: {why}"));
             return None;
         }
         let network = Network::start().unwrap();
