@@ -73,9 +73,10 @@ pub async fn run(once: bool, behind: Behind) -> anyhow::Result<()> {
     if !once {
         println!("\nTry it yourself, in another terminal (Ctrl-C here ends everything):\n");
         println!("   export KUBECONFIG={}", kubeconfig.display());
-        for command in
-            ["get pods -A", "get nodes -w", "logs -f web", "exec -it box -- sh", "port-forward web 8080:80"]
-        {
+        let commands =
+            ["get pods -A", "get nodes -w", "logs -f web", "exec -it box -- sh", "port-forward web 8080:80"];
+        // The pods are the fake API server's.
+        for command in &commands[..if api.is_some() { commands.len() } else { 2 }] {
             println!("   kubectl {command}");
         }
         println!("   curl http://{}/metrics", stack.gateway_admin);

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 use towline_loadtest::demo::Behind;
 use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
@@ -290,7 +290,11 @@ async fn load(arguments: Load) -> anyhow::Result<()> {
         output: Some(arguments.output),
         arguments: std::env::args().skip(1).collect(),
     };
-    let record = run::run(&options).await?;
+    let record = tokio::select! {
+        record = run::run(&options) => record?,
+        // What it has started ends with it.
+        stopped = told_to_stop() => bail!("stopped by {}", stopped?),
+    };
     show(&record, Some(&page))?;
     compare(&record, arguments.compare.as_deref(), arguments.tolerance)
 }
@@ -339,11 +343,16 @@ async fn fake_apiserver(arguments: FakeApiserver) -> anyhow::Result<()> {
     std::fs::write(arguments.cert_dir.join("kubeconfig"), server.kubeconfig())
         .context("cannot write kubeconfig")?;
     println!("listening on {}", server.base_url());
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    tokio::select! {
-        interrupted = tokio::signal::ctrl_c() => interrupted?,
-        _ = terminate.recv() => {}
-    }
+    told_to_stop().await?;
     server.shutdown().await;
     Ok(())
+}
+
+/// Waits for a signal that ends processes; yields its name.
+async fn told_to_stop() -> std::io::Result<&'static str> {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => interrupted.map(|()| "SIGINT"),
+        _ = terminate.recv() => Ok("SIGTERM"),
+    }
 }

@@ -21,6 +21,8 @@ use crate::stack::{self, CLIENT, Mode, Options, Process, Stack, Upstream, free_p
 
 /// How long an arm may take until the first answer comes through it.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Most sessions that an agent can be told to keep.
+const SESSIONS_MAX: usize = 16;
 /// The small request: an ordinary API path, answered with 1,200 bytes.
 const SMALL_PATH: &str = "/version";
 
@@ -255,9 +257,14 @@ impl Ground {
         options.agent = json!({"transport": transport});
         stack::merge(&mut options.agent, &self.agent);
         if name == "towline-cores" {
-            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            let cores = std::thread::available_parallelism().map_or(1, usize::from).min(SESSIONS_MAX);
+            // A session's streams may have 64 MiB, and while one is replaced there is one more.
+            let memory = format!("{}MiB", 64 * (cores + 1).max(4));
             stack::merge(&mut options.gateway, &json!({"threads": cores}));
-            stack::merge(&mut options.agent, &json!({"sessions": cores}));
+            stack::merge(
+                &mut options.agent,
+                &json!({"sessions": cores, "limits": {"processMemory": memory}}),
+            );
         }
         if let Some(count) = self.fleet {
             return self.fleet(name, transport, count, options, upstream).await;
