@@ -81,7 +81,7 @@ label!(
     }
 );
 label!(
-    /// Which codes a refusal can carry: the catalogue in `docs/`.
+    /// Which codes a refusal can carry: the catalogue in `docs/operations.md`.
     TlCode {
         BadFraming = "TL_BAD_FRAMING",
         HeaderForbidden = "TL_HEADER_FORBIDDEN",
