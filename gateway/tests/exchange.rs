@@ -14,6 +14,7 @@ use common::{Agent, TOKEN, World, error_of, eventually, full, in_time, show, tex
 use http_body_util::{BodyExt as _, channel::Channel};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use std::num::NonZeroUsize;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -505,7 +506,8 @@ async fn the_answer_has_a_deadline() {
 
 #[tokio::test]
 async fn what_was_refused_is_sent_again_elsewhere_once() {
-    let world = World::start().await;
+    // On one thread: of several, a session on the client's own would come first.
+    let world = World::with(|config| config.threads = NonZeroUsize::new(1)).await;
     let refusing = world.agent("prod").await;
     let mut serving = Agent::connect(&world, "prod", [7; 16]).await;
     world.connected("prod", 2).await;
@@ -683,13 +685,13 @@ async fn a_lost_session_costs_only_what_may_not_be_repeated() {
         ("GET", "/clusters/prod/api/v1/pods", "a body", 502),
         ("DELETE", "/clusters/prod/api/v1/namespaces/a/pods/b", "", 502),
     ];
-    let world = World::start().await;
+    // On one thread, where the newest of equals is asked first.
+    let world = World::with(|config| config.threads = NonZeroUsize::new(1)).await;
     let mut serving = Agent::connect(&world, "prod", [7; 16]).await;
     serving.echo();
     let mut client = world.h1(None).await;
     let headers = [("authorization", &*format!("Bearer {TOKEN}"))];
     for (method, path, body, status) in requests {
-        // The newest is asked first.
         let lost = Agent::connect(&world, "prod", [7; 16]).await;
         world.connected("prod", 2).await;
         let server = async {

@@ -166,6 +166,45 @@ async fn a_revoked_user_who_takes_nothing_has_nothing_running() {
     world.gateway.shutdown().await;
 }
 
+/// The same for watches of the gateway's own API.
+#[tokio::test]
+async fn a_revoked_admin_who_takes_nothing_watches_nothing() {
+    const CLUSTERS_MADE: usize = 128;
+    const NOTE: usize = 100 * 1024;
+    let world = world().await;
+    let fleet = world.gateway.fleet().unwrap();
+    give_token(fleet, ADMIN, "tlat_root").await;
+    let mut admin = world.h1(None).await;
+    for number in 0..CLUSTERS_MADE {
+        let metadata =
+            json!({"name": format!("c-{number}"), "annotations": {"example.com/note": "x".repeat(NOTE)}});
+        let cluster = json!({"apiVersion": "towline.io/v1alpha1", "kind": "Cluster", "metadata": metadata});
+        let (status, answer) = api(&mut admin, "POST", CLUSTERS, &cluster).await;
+        assert_eq!(status, 201, "{answer}");
+    }
+    world.counts("towline_gateway_requests_in_flight", 0.0).await;
+    let mut clients = [world.h1(None).await, world.h2(None).await];
+    let mut bodies = Vec::new();
+    for client in &mut clients {
+        let answer = client.get_as(&format!("{CLUSTERS}?watch=1"), "tlat_root").await;
+        assert_eq!(answer.status(), 200);
+        bodies.push(answer.into_body());
+    }
+    assert_eq!(world.series("towline_gateway_requests_in_flight"), 2.0);
+
+    revoke_user(fleet, ADMIN).await;
+    world.counts("towline_gateway_requests_in_flight", 0.0).await;
+    for mut body in bodies {
+        let mut bytes = 0;
+        // How it ends is HTTP's business; that it has not all of it is the point.
+        while let Some(Ok(frame)) = in_time("what was on its way, and its end", body.frame()).await {
+            bytes += frame.into_data().map_or(0, |data| data.len());
+        }
+        assert!(bytes < CLUSTERS_MADE * NOTE, "{bytes}");
+    }
+    world.gateway.shutdown().await;
+}
+
 /// Tokens of the file are cut like others: by a revocation of their user, and when they are not in the file any more.
 #[tokio::test]
 async fn a_token_of_the_file_is_cut_too() {
