@@ -285,8 +285,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         match buffer::poll_read_chunk(&mut self.io, cx) {
             Poll::Pending => false,
             Poll::Ready(Ok(bytes)) if bytes.is_empty() => {
-                let deaf = self.deaf.take().map(|deaf| deaf.error);
-                self.fail(deaf.as_deref().unwrap_or("the peer closed the connection without saying why"));
+                self.hung_up("the peer closed the connection without saying why");
                 true
             }
             Poll::Ready(Ok(bytes)) => {
@@ -295,9 +294,17 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
                 true
             }
             Poll::Ready(Err(error)) => {
-                self.fail(&error.to_string());
+                self.hung_up(&error.to_string());
                 true
             }
+        }
+    }
+
+    /// Nothing more comes. An error of the write before it is the better reason: it consumed the socket's.
+    fn hung_up(&mut self, text: &str) {
+        match self.deaf.take() {
+            Some(deaf) => self.fail(&deaf.error),
+            None => self.fail(text),
         }
     }
 
@@ -543,35 +550,49 @@ mod tests {
         assert_eq!(text, "not on the list");
     }
 
-    /// A connection that takes nothing more, and says nothing either, is given up.
+    /// A connection that takes nothing more, and says nothing either, is given up; sooner if it ends.
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_takes_nothing_and_says_nothing_is_given_up() {
-        let (near, far) = duplex(1 << 20);
-        let broken = Arc::<AtomicBool>::default();
-        let io = Broken { io: near, broken: Arc::clone(&broken) };
-        let (agent, driver) = Session::over(io, config(Role::Agent)).unwrap();
-        let (gateway, far_driver) = Session::over(far, config(Role::Gateway)).unwrap();
-        let mut tasks = JoinSet::new();
-        let mut ours = JoinSet::new();
-        ours.spawn(driver.run());
-        tasks.spawn(far_driver.run());
-        gateway.ready().await.unwrap();
-        agent.ready().await.unwrap();
-        broken.store(true, Ordering::Relaxed);
-        let start = tokio::time::Instant::now();
-        agent.probe();
-        let reason = ours.join_next().await.unwrap().unwrap();
-        assert_eq!(reason, CloseReason::Transport(io::Error::from(io::ErrorKind::BrokenPipe).to_string()));
-        assert_eq!(start.elapsed(), CLOSE_TIMEOUT);
+        for ends in [false, true] {
+            let (near, far) = duplex(1 << 20);
+            let io = Watched::new(near);
+            let broken = Arc::clone(&io.broken);
+            let (agent, driver) = Session::over(io, config(Role::Agent)).unwrap();
+            let (gateway, far_driver) = Session::over(far, config(Role::Gateway)).unwrap();
+            let (mut ours, mut theirs) = (JoinSet::new(), JoinSet::new());
+            ours.spawn(driver.run());
+            theirs.spawn(far_driver.run());
+            gateway.ready().await.unwrap();
+            agent.ready().await.unwrap();
+            broken.store(true, Ordering::Relaxed);
+            let start = tokio::time::Instant::now();
+            agent.probe();
+            if ends {
+                tokio::task::yield_now().await;
+                theirs.shutdown().await;
+            }
+            let reason = ours.join_next().await.unwrap().unwrap();
+            let broken_pipe = io::Error::from(io::ErrorKind::BrokenPipe).to_string();
+            assert_eq!(reason, CloseReason::Transport(broken_pipe));
+            assert_eq!(start.elapsed(), if ends { Duration::ZERO } else { CLOSE_TIMEOUT });
+        }
     }
 
-    /// Writes fail from a moment on; reads wait.
-    struct Broken {
+    /// Counts what leaves between two flushes, a batch; and can be broken, so that writes fail while reads wait.
+    struct Watched {
         io: DuplexStream,
+        unflushed: usize,
+        sizes: Arc<Mutex<Vec<usize>>>,
         broken: Arc<AtomicBool>,
     }
 
-    impl AsyncRead for Broken {
+    impl Watched {
+        fn new(io: DuplexStream) -> Self {
+            Self { io, unflushed: 0, sizes: Arc::default(), broken: Arc::default() }
+        }
+    }
+
+    impl AsyncRead for Watched {
         fn poll_read(
             mut self: Pin<&mut Self>,
             cx: &mut Context<'_>,
@@ -581,42 +602,11 @@ mod tests {
         }
     }
 
-    impl AsyncWrite for Broken {
+    impl AsyncWrite for Watched {
         fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
             if self.broken.load(Ordering::Relaxed) {
                 return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
             }
-            Pin::new(&mut self.io).poll_write(cx, buf)
-        }
-
-        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.io).poll_flush(cx)
-        }
-
-        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.io).poll_shutdown(cx)
-        }
-    }
-
-    /// Counts what leaves between two flushes: a batch.
-    struct Batches {
-        io: DuplexStream,
-        unflushed: usize,
-        sizes: Arc<Mutex<Vec<usize>>>,
-    }
-
-    impl AsyncRead for Batches {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buf: &mut ReadBuf<'_>,
-        ) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.io).poll_read(cx, buf)
-        }
-    }
-
-    impl AsyncWrite for Batches {
-        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
             let written = ready!(Pin::new(&mut self.io).poll_write(cx, buf))?;
             self.unflushed += written;
             Poll::Ready(Ok(written))
@@ -639,8 +629,8 @@ mod tests {
         const PIECES: usize = 256;
         const PIECE: &[u8] = &[7; BATCH / 2];
         let (near, far) = duplex(16 << 20);
-        let sizes = Arc::<Mutex<Vec<usize>>>::default();
-        let io = Batches { io: near, unflushed: 0, sizes: Arc::clone(&sizes) };
+        let io = Watched::new(near);
+        let sizes = Arc::clone(&io.sizes);
         let (gateway, driver) = Session::over(io, config(Role::Gateway)).unwrap();
         let (agent, far_driver) = Session::over(far, config(Role::Agent)).unwrap();
         let mut tasks = JoinSet::new();
