@@ -210,9 +210,15 @@ impl Registry {
         software.clone_into(&mut tunnel.software);
         let (session, instance, boot_id) = (session.clone(), instance.clone(), boot_id.to_vec());
         let retiring = CancellationToken::new();
-        let (shard, retiring_too) = (thread::current().id(), retiring.clone());
-        let live = Live { id, session, instance, boot_id, shard, retiring: retiring_too, counted: (0, 0) };
-        tunnel.sessions.push(live);
+        tunnel.sessions.push(Live {
+            id,
+            session,
+            instance,
+            boot_id,
+            shard: thread::current().id(),
+            retiring: retiring.clone(),
+            counted: (0, 0),
+        });
         tunnel.changed.notify_waiters();
         drop(clusters);
         self.touch(uid);
