@@ -20,10 +20,11 @@ use crate::authn::{Caller, Known};
 use crate::config::PublicAddress;
 use crate::fleet::Fleet;
 use crate::metrics::{Counted, Limit, Surface};
+use crate::per_key::KeyPermit;
 use crate::proxy::{AnswerBody, Peer, ProxyError, cancelled, identify, printable};
 use crate::routing::percent_decode;
 use crate::running::Run;
-use crate::state::{KeyPermit, Shared};
+use crate::state::Shared;
 use bytes::Bytes;
 use error::{ApiError, json_response};
 use feed::Feed;
@@ -83,7 +84,7 @@ pub(crate) async fn answer(
     let (caller, run) = identify(shared, &live, peer, &parts)?;
     drop(live);
     let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
-    let permit = shared.principals.take(&caller.principal.name).ok_or(too_many)?;
+    let permit = shared.principals.take(&caller.principal.name).map_err(|_| too_many)?;
     let (Some(fleet), Some(feed)) = (shared.fleet.clone(), shared.feed.clone()) else {
         return Ok(ApiError::no_such_path().into_response());
     };

@@ -6,6 +6,7 @@
 //! | on which threads does it run? | [`runtime`] |
 //! | how does a connection get in? | `listener`, `quic` |
 //! | who is the client behind a balancer? | `proxy_protocol` |
+//! | how is a limit divided? | `per_key` |
 //! | how are clients served? | `front` |
 //! | which cluster does a request name? | [`routing`], [`kube`] |
 //! | who calls, and may they? | [`authn`], [`authz`] |
@@ -45,6 +46,7 @@ pub mod kube;
 mod listener;
 pub mod log;
 pub mod metrics;
+mod per_key;
 mod proxy;
 mod proxy_protocol;
 mod quic;

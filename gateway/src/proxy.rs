@@ -26,10 +26,11 @@ use crate::config::{Cluster, Mode};
 use crate::headers::{self, HeadersError, Upstream};
 use crate::kube::RequestKind;
 use crate::metrics::{Counted, Limit, Surface};
+use crate::per_key::KeyPermit;
 use crate::registry::{AcquireError, SessionId};
 use crate::routing::{self, RouteError};
 use crate::running::Run;
-use crate::state::{KeyPermit, Live, Shared, random};
+use crate::state::{Live, Shared, random};
 use arc_swap::ArcSwap;
 use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
@@ -216,7 +217,7 @@ fn plan(
     let (caller, cluster, run) = admit(shared, &live, peer, parts, &route.name)?;
     let principal = caller.principal;
     let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
-    let permit = shared.principals.take(&principal.name).ok_or(too_many)?;
+    let permit = shared.principals.take(&principal.name).map_err(|_| too_many)?;
 
     let kind = RequestKind::of(route.path(), route.query());
     let upgrade = upgrade::wanted(parts, !body.is_end_stream())?;

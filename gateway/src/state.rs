@@ -9,6 +9,7 @@ use crate::fleet::{Fleet, NotAdmitted, ShownCertificate};
 use crate::join::Joins;
 use crate::log::Sparing;
 use crate::metrics::Metrics;
+use crate::per_key::{PerKey, Sizes};
 use crate::registry::{HoldLimits, Registry};
 use crate::running::Running;
 use crate::runtime::Shards;
@@ -351,7 +352,7 @@ impl Shared {
             trust: Arc::default(),
             running: Arc::default(),
             budget: Budget::new(config.limits.tunnel_memory.0),
-            principals: PerKey::new(config.limits.requests_per_principal),
+            principals: PerKey::new(Sizes::of_each(config.limits.requests_per_principal)),
             config,
             live: ArcSwap::from_pointee(live),
             reloads: watch::Sender::new(()),
@@ -466,55 +467,6 @@ pub(crate) fn random(bytes: &mut [u8]) {
     aws_lc_rs::rand::fill(bytes).expect("the system's random number generator never fails once it is seeded");
 }
 
-/// How many of something each key has, up to a limit.
-#[derive(Debug)]
-pub(crate) struct PerKey<K> {
-    max: usize,
-    counts: Mutex<HashMap<K, usize>>,
-}
-
-/// One of what [`PerKey`] counts, until it is dropped.
-#[derive(Debug)]
-pub(crate) struct KeyPermit<K: Clone + Eq + std::hash::Hash> {
-    owner: Arc<PerKey<K>>,
-    key: K,
-}
-
-impl<K: Clone + Eq + std::hash::Hash> PerKey<K> {
-    pub(crate) fn new(max: usize) -> Arc<Self> {
-        Arc::new(Self { max, counts: Mutex::default() })
-    }
-
-    /// One more for this key, unless it has as many as it may.
-    pub(crate) fn take(self: &Arc<Self>, key: &K) -> Option<KeyPermit<K>> {
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(key.clone()).or_default();
-        if *count >= self.max {
-            return None;
-        }
-        *count += 1;
-        Some(KeyPermit { owner: Arc::clone(self), key: key.clone() })
-    }
-
-    /// Whether this key has half of what it may.
-    pub(crate) fn is_half_taken(&self, key: &K) -> bool {
-        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        counts.get(key).is_some_and(|count| *count >= self.max.div_ceil(2))
-    }
-}
-
-impl<K: Clone + Eq + std::hash::Hash> Drop for KeyPermit<K> {
-    fn drop(&mut self) {
-        let mut counts = self.owner.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.key) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.key);
-            }
-        }
-    }
-}
-
 /// The local addresses of our own readiness checks, so that the listener knows them.
 #[derive(Debug, Default)]
 pub(crate) struct SelfChecks(Mutex<HashSet<SocketAddr>>, AtomicUsize);
@@ -539,19 +491,6 @@ impl SelfChecks {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn permits_are_counted_per_key_and_given_back() {
-        let limit = PerKey::new(2);
-        let first = limit.take(&"a").unwrap();
-        let _second = limit.take(&"a").unwrap();
-        assert!(limit.take(&"a").is_none());
-        assert!(limit.is_half_taken(&"a") && !limit.is_half_taken(&"b"));
-        assert!(limit.take(&"b").is_some());
-        drop(first);
-        assert!(limit.take(&"a").is_some());
-        assert_eq!(limit.counts.lock().unwrap().len(), 1);
-    }
 
     /// Without what the gateway lives by it ends, however that ends; and what ends with the gateway is no failure.
     #[tokio::test]
