@@ -10,7 +10,7 @@ use crate::config::{Cluster, GatewayConfig};
 use crate::fleet::{Fleet, ShownCertificate, Time};
 use crate::join;
 use crate::metrics::{Limit, Surface, TlCode};
-use crate::registry::{InsertError, Registration, SessionId};
+use crate::registry::{InsertError, Registration, SessionId, Visitor};
 use crate::state::{Shared, random};
 use rustls::ServerConfig;
 use std::collections::HashSet;
@@ -149,7 +149,7 @@ async fn run(
 
 /// What happens beside the driver, until the session has ended.
 async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, address: SocketAddr) {
-    let admitted = admit(shared, session, presented.chain.first()).await;
+    let admitted = admit(shared, session, presented.chain.first(), address).await;
     let (admitted, registration) = match admitted {
         Ok(admitted) => admitted,
         Err(Some(refusal)) => {
@@ -204,6 +204,7 @@ async fn admit(
     shared: &Arc<Shared>,
     session: &Session,
     leaf: Option<&CertificateDer<'static>>,
+    address: SocketAddr,
 ) -> Result<(Admitted, Registration), Option<Refusal>> {
     let refuse = |tl, code, text: String| Some(Refusal { tl, code, text });
     let certificate = |text: String| refuse(TlCode::Cert, Code::Denied, text);
@@ -233,7 +234,7 @@ async fn admit(
         let text = format!("the boot id has {} bytes, not {BOOT_ID_BYTES}", hello.boot_id.len());
         return Err(refuse(TlCode::Proto, Code::Proto, text));
     }
-    let registration = register(shared, session, &identity, &hello).await?;
+    let registration = register(shared, session, &identity, &hello, address).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
     Ok((Admitted { cluster, identity, not_after, serial, on_record, hello }, registration))
 }
@@ -243,13 +244,15 @@ async fn register(
     session: &Session,
     identity: &AgentIdentity,
     hello: &Hello,
+    address: SocketAddr,
 ) -> Result<Registration, Option<Refusal>> {
     let refuse = |tl, code, text: &str| Some(Refusal { tl, code, text: text.to_owned() });
     let mut replaced: Vec<SessionId> = Vec::new();
     for _ in 0..REPLACE_ROUNDS {
         let AgentIdentity { cluster, instance, .. } = identity;
         let software = crate::proxy::printable(&hello.software);
-        match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, &software) {
+        let visitor = Visitor { software: &software, address };
+        match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, visitor) {
             Ok(registration) => {
                 shared.joins.places.leave(instance, &hello.boot_id);
                 return Ok(registration);

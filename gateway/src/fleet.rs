@@ -11,13 +11,15 @@
 //! somebody signs with a CA's key that was stolen, or is being replaced, is nobody's.
 
 mod change;
+pub(crate) mod lastseen;
 pub(crate) mod purge;
 mod records;
 mod view;
 
 pub use records::{
-    AccessRule, AccessToken, Certificate, Cluster, Instance, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta,
-    Origin, Revocation, Revoked, TOKEN_USES_MOST, Time, TokenIssuer, TokenUse,
+    AccessRule, AccessToken, AgentSeen, Certificate, Cluster, Ended, GatewayLife, Instance, JoinToken,
+    LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, TOKEN_USES_MOST, Time,
+    TokenIssuer, TokenUse,
 };
 pub use view::{Object, Shown};
 

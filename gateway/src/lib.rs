@@ -72,6 +72,7 @@ use registry::Presence;
 use reload::Reloader;
 use runtime::Shards;
 use state::{Live, Memory, Shared};
+use store::Kind;
 
 pub use state::MemoryError;
 use std::io;
@@ -157,11 +158,18 @@ impl Gateway {
         house.spawn(listener::run(Arc::clone(&shared), gate, listener, Speaks::Tls));
         house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
         if let Some(fleet) = shared.fleet.clone() {
-            if fleet.store().revision().number == 0 {
+            if fleet.count(Kind::Cluster) == 0 {
                 tracing::info!(
                     "nothing is registered yet: towline-gateway --config FILE admin-kubeconfig --output admin.yaml, then kubectl --kubeconfig admin.yaml get clusters"
                 );
             }
+            let seen = Arc::clone(&shared);
+            house.spawn(async move {
+                tokio::select! {
+                    () = fleet::lastseen::keep(&seen) => {}
+                    () = seen.stages.abort.cancelled() => {}
+                }
+            });
             let shared = Arc::clone(&shared);
             house.spawn(async move {
                 let work = async {
@@ -316,10 +324,13 @@ impl Gateway {
     pub async fn shutdown(&self) {
         let (stages, tasks) = (&self.shared.stages, &self.shared.tasks);
         stages.end();
-        for tracker in [&tasks.front, &tasks.tunnel, &tasks.house] {
+        for tracker in [&tasks.front, &tasks.tunnel] {
             tracker.close();
             tracker.wait().await;
         }
+        fleet::lastseen::close(&self.shared).await;
+        tasks.house.close();
+        tasks.house.wait().await;
     }
 }
 

@@ -4,8 +4,11 @@
 //! other. When a cluster has no session, a request waits for one only if the last left with a GoAway or a moment ago:
 //! then its agent is on its way back. Otherwise the answer is due at once.
 
+use crate::fleet::{AgentSeen, Ended, LastSeen, Time};
 use crate::metrics::{Counted, HoldOutcome, Metrics};
+use crate::proxy::printable;
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, SystemTime};
@@ -14,7 +17,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use towline_certs::{ClusterUid, InstanceId};
 use towline_proto::Code;
-use towline_proto::mux::OpenError;
+use towline_proto::mux::{CloseReason, OpenError};
 use towline_proto::tunnel::{Session, Stream, Transport};
 use towline_proto::wire::GoAway;
 
@@ -34,6 +37,8 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long what runs in such a session may take.
 const ROTATE_DRAIN: Duration = Duration::from_secs(24 * 3600);
 const REPLACED_INTERVAL: Duration = Duration::from_millis(100);
+/// Longest text about the end of a session that is remembered.
+const WHY_MAX: usize = 256;
 
 /// Names one registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,6 +63,9 @@ pub struct Registry {
     /// Clusters whose connection has changed since somebody asked.
     changes: Mutex<HashSet<ClusterUid>>,
     changed: Notify,
+    /// Clusters that have come or gone, or whose agents have changed, since it was written down.
+    moved: Mutex<HashSet<ClusterUid>>,
+    moving: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -73,6 +81,10 @@ struct Tunnel {
     /// Since when there has been at least one session, without a gap; and the same for people.
     since: Option<Instant>,
     since_wall: Option<SystemTime>,
+    /// When it was connected last, or is; also from before this process.
+    last_seen: Option<LastPeriod>,
+    /// The version of its newest agent; also from before this process.
+    agent: Option<AgentSeen>,
     /// What the newest session's agent has said of itself.
     software: String,
     /// What an agent has said last of the API server's version.
@@ -82,12 +94,20 @@ struct Tunnel {
     changed: Arc<Notify>,
 }
 
+/// A time without a gap in which a cluster was connected.
+#[derive(Clone, Debug)]
+struct LastPeriod {
+    since: Time,
+    ended: Option<Ended>,
+}
+
 #[derive(Clone, Debug)]
 struct Live {
     id: SessionId,
     session: Session,
     instance: InstanceId,
     boot_id: Vec<u8>,
+    visit: Arc<Visit>,
     /// Where it runs.
     shard: ThreadId,
     /// Cancelled when the session is being replaced because its stream ids run out.
@@ -99,8 +119,15 @@ struct Live {
 #[derive(Clone, Copy, Debug)]
 struct LastEnd {
     at: Instant,
-    wall: SystemTime,
     goaway: bool,
+}
+
+/// What is told of a session.
+#[derive(Debug)]
+struct Visit {
+    software: String,
+    address: SocketAddr,
+    since: SystemTime,
 }
 
 /// What is known of a cluster's connection.
@@ -118,13 +145,34 @@ pub struct Presence {
 pub struct Connection {
     pub sessions: usize,
     pub since: Option<SystemTime>,
-    /// When the last session ended, if none is live.
-    pub last_seen: Option<SystemTime>,
+    /// How the last session ended, if none is live.
+    pub ended: Option<Ended>,
     pub quic: bool,
     /// The newest agent's word, for people.
     pub software: String,
+    /// What that says of its version, if none is live the last one's.
+    pub agent: Option<AgentSeen>,
+    /// Its sessions, oldest first.
+    pub visits: Vec<AgentSession>,
     /// The API server's version, as an agent says.
     pub kubernetes: Option<String>,
+}
+
+/// What the API tells of a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentSession {
+    pub instance: InstanceId,
+    pub address: SocketAddr,
+    pub quic: bool,
+    pub software: String,
+    pub since: SystemTime,
+}
+
+/// Who begins a session, for people.
+#[derive(Clone, Copy, Debug)]
+pub struct Visitor<'a> {
+    pub software: &'a str,
+    pub address: SocketAddr,
 }
 
 /// Why there is no stream.
@@ -159,8 +207,17 @@ pub struct Registration {
 impl Registry {
     #[must_use]
     pub fn new(metrics: Arc<Metrics>, hold: HoldLimits, sessions_max: usize) -> Self {
-        let (clusters, changes, changed) = (Mutex::default(), Mutex::default(), Notify::new());
-        Self { clusters, metrics, hold, sessions_max, spare_ids: 0, changes, changed }
+        Self {
+            clusters: Mutex::default(),
+            metrics,
+            hold,
+            sessions_max,
+            spare_ids: 0,
+            changes: Mutex::default(),
+            changed: Notify::new(),
+            moved: Mutex::default(),
+            moving: Notify::new(),
+        }
     }
 
     /// The same with sessions that are replaced when they have fewer stream ids left; without it none is.
@@ -185,7 +242,7 @@ impl Registry {
         boot_id: &[u8],
         session: &Session,
         replaced: &[SessionId],
-        software: &str,
+        visitor: Visitor<'_>,
     ) -> Result<Registration, InsertError> {
         let mut clusters = self.lock();
         clusters.next_id += 1;
@@ -206,8 +263,18 @@ impl Registry {
             return Err(InsertError::SessionsMax);
         }
         tunnel.since.get_or_insert_with(Instant::now);
-        tunnel.since_wall.get_or_insert_with(SystemTime::now);
-        software.clone_into(&mut tunnel.software);
+        let now = SystemTime::now();
+        let is_new = tunnel.since_wall.is_none();
+        tunnel.since_wall.get_or_insert(now);
+        let before = tunnel.agent.take();
+        tunnel.agent = AgentSeen::new(visitor.software, now.into()).map(|agent| agent.after(before.as_ref()));
+        let has_moved = is_new || tunnel.agent != before;
+        if is_new {
+            tunnel.last_seen = Some(LastPeriod { since: now.into(), ended: None });
+        }
+        visitor.software.clone_into(&mut tunnel.software);
+        let visit =
+            Arc::new(Visit { software: visitor.software.to_owned(), address: visitor.address, since: now });
         let (session, instance, boot_id) = (session.clone(), instance.clone(), boot_id.to_vec());
         let retiring = CancellationToken::new();
         tunnel.sessions.push(Live {
@@ -215,12 +282,16 @@ impl Registry {
             session,
             instance,
             boot_id,
+            visit,
             shard: thread::current().id(),
             retiring: retiring.clone(),
             counted: (0, 0),
         });
         tunnel.changed.notify_waiters();
         drop(clusters);
+        if has_moved {
+            self.has_moved(uid);
+        }
         self.touch(uid);
         Ok(Registration { registry: Arc::clone(self), uid: uid.clone(), id, retiring })
     }
@@ -377,9 +448,11 @@ impl Registry {
         Connection {
             sessions,
             since: tunnel.since_wall.filter(|_| sessions > 0),
-            last_seen: tunnel.last_end.filter(|_| sessions == 0).map(|end| end.wall),
+            ended: tunnel.last_seen.as_ref().filter(|_| sessions == 0).and_then(|last| last.ended.clone()),
             quic: tunnel.sessions.iter().any(|live| live.session.transport() == Transport::Quic),
             software: tunnel.software.clone(),
+            agent: tunnel.agent.clone(),
+            visits: tunnel.sessions.iter().map(Live::told).collect(),
             kubernetes: tunnel.kubernetes.clone(),
         }
     }
@@ -439,14 +512,117 @@ impl Registry {
         let mut live = tunnel.sessions.swap_remove(index);
         live.count(&self.metrics);
         let goaway = live.session.state().borrow().goaway.is_some();
-        tunnel.last_end = Some(LastEnd { at: Instant::now(), wall: SystemTime::now(), goaway });
-        if tunnel.sessions.is_empty() {
+        tunnel.last_end = Some(LastEnd { at: Instant::now(), goaway });
+        let has_gone = tunnel.sessions.is_empty();
+        if has_gone {
             (tunnel.since, tunnel.since_wall) = (None, None);
+            if let Some(last) = &mut tunnel.last_seen {
+                let why = how(live.session.closed().as_ref());
+                last.ended = Some(Ended { at: Time::now().max(last.since), why });
+            }
         }
         tunnel.changed.notify_waiters();
         drop(clusters);
+        if has_gone {
+            self.has_moved(uid);
+        }
         self.touch(uid);
     }
+
+    // ---- what is written down ----
+
+    /// What is on record of a cluster from before this process. `ended` is none if the gateway died with the session: then it is
+    /// told how by `or_ended`, and that is to be written down.
+    pub(crate) fn restore(&self, uid: &ClusterUid, record: &LastSeen, or_ended: impl FnOnce() -> Ended) {
+        let mut clusters = self.lock();
+        let tunnel = clusters.by_uid.entry(uid.clone()).or_default();
+        let ended = Some(record.ended.clone().unwrap_or_else(or_ended));
+        tunnel.last_seen = Some(LastPeriod { since: record.since, ended });
+        // This gateway may be newer than the one that has written it.
+        tunnel.agent = record.agent.as_ref().and_then(|before| {
+            let software = format!("towline-agent/{}", before.version);
+            AgentSeen::new(&software, Time::now()).map(|agent| agent.after(Some(before)))
+        });
+        let has_moved = record.ended.is_none() || tunnel.agent != record.agent;
+        drop(clusters);
+        if has_moved {
+            self.has_moved(uid);
+        }
+    }
+
+    fn has_moved(&self, uid: &ClusterUid) {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.clone());
+        self.moving.notify_one();
+    }
+
+    /// Clusters whose record is not as they are; waits for one. Cancel safe.
+    pub(crate) async fn moved(&self) {
+        loop {
+            let moving = self.moving.notified();
+            if !self.all_moved().is_empty() {
+                return;
+            }
+            moving.await;
+        }
+    }
+
+    /// Clusters whose record is not as they are.
+    pub(crate) fn all_moved(&self) -> Vec<ClusterUid> {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// What belongs on record of a cluster, if there is anything.
+    pub(crate) fn last_seen(&self, uid: &ClusterUid, gateway: &str) -> Option<LastSeen> {
+        let clusters = self.lock();
+        let tunnel = clusters.by_uid.get(uid)?;
+        let LastPeriod { since, ended } = tunnel.last_seen.clone()?;
+        Some(LastSeen { gateway: gateway.to_owned(), since, ended, agent: tunnel.agent.clone() })
+    }
+
+    /// This stands on record of a cluster now; nothing, if nothing is to.
+    pub(crate) fn recorded(&self, uid: &ClusterUid, record: Option<&LastSeen>) {
+        let mut moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_as_it_is =
+            record.is_none_or(|record| self.last_seen(uid, &record.gateway).as_ref() == Some(record));
+        if is_as_it_is {
+            moved.remove(uid);
+        }
+    }
+
+    /// Whether any cluster is connected.
+    pub(crate) fn is_any_connected(&self) -> bool {
+        self.lock().by_uid.values().any(|tunnel| tunnel.since_wall.is_some())
+    }
+
+    /// Forgets a cluster that is not known any more.
+    pub(crate) fn forget(&self, uid: &ClusterUid) {
+        let mut clusters = self.lock();
+        let is_idle = |tunnel: &Tunnel| tunnel.sessions.is_empty() && tunnel.held == 0;
+        if clusters.by_uid.get(uid).is_some_and(is_idle) {
+            clusters.by_uid.remove(uid);
+        }
+        drop(clusters);
+        self.recorded(uid, None);
+    }
+}
+
+/// How a session ended, for people.
+fn how(reason: Option<&CloseReason>) -> String {
+    let text = match reason {
+        Some(CloseReason::Local { text, .. }) => format!("the gateway closed it: {text}"),
+        Some(CloseReason::Peer { code, text }) if *code == Code::Draining.to_u32() => {
+            format!("the agent stopped: {text}")
+        }
+        Some(CloseReason::Peer { text, .. }) => format!("the agent closed it: {text}"),
+        Some(CloseReason::Violation(violation)) => format!("the agent broke the protocol: {violation}"),
+        Some(CloseReason::Dead(silence)) => {
+            format!("the agent fell silent, for {:.0} s", silence.as_secs_f32())
+        }
+        Some(CloseReason::Transport(text)) => format!("the connection failed: {text}"),
+        Some(reason @ CloseReason::HelloTimeout) => reason.to_string(),
+        None => "the gateway stopped".to_owned(),
+    };
+    printable(&text).chars().take(WHY_MAX).collect()
 }
 
 impl Tunnel {
@@ -466,6 +642,17 @@ impl Tunnel {
 }
 
 impl Live {
+    fn told(&self) -> AgentSession {
+        let Visit { software, address, since } = &*self.visit;
+        AgentSession {
+            instance: self.instance.clone(),
+            address: *address,
+            quic: self.session.transport() == Transport::Quic,
+            software: software.clone(),
+            since: *since,
+        }
+    }
+
     fn count(&mut self, metrics: &Metrics) {
         let stats = self.session.stats();
         metrics.tunnel_bytes(stats.bytes_in - self.counted.0, stats.bytes_out - self.counted.1);
@@ -584,12 +771,17 @@ mod tests {
         Arc::new(Registry::new(Arc::default(), hold, 4))
     }
 
+    const VISITOR: Visitor<'static> = Visitor {
+        software: "agent/1",
+        address: SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1),
+    };
+
     fn uid() -> ClusterUid {
         ClusterUid::new("prod").unwrap()
     }
 
     fn insert(registry: &Arc<Registry>, pair: &Pair, boot_id: u8) -> Result<Registration, InsertError> {
-        registry.insert(&uid(), &InstanceId::new("a").unwrap(), &[boot_id; 16], &pair.gateway, &[], "agent/1")
+        registry.insert(&uid(), &InstanceId::new("a").unwrap(), &[boot_id; 16], &pair.gateway, &[], VISITOR)
     }
 
     /// How long a request waits in vain.
@@ -723,8 +915,7 @@ mod tests {
         assert_eq!(others.len(), 1);
         let replaced = [others[0].0];
         let instance = InstanceId::new("a").unwrap();
-        let second =
-            registry.insert(&uid(), &instance, &[2; 16], &new.gateway, &replaced, "agent/1").unwrap();
+        let second = registry.insert(&uid(), &instance, &[2; 16], &new.gateway, &replaced, VISITOR).unwrap();
         drop(first);
         assert_eq!(registry.presence(&uid()).sessions, 1);
         assert!(registry.presence(&uid()).connected_for.is_some());

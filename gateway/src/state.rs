@@ -5,7 +5,7 @@ use crate::authn::tokens::Tokens;
 use crate::authority::{Authorities, Authority, AuthorityError};
 use crate::authz::AccessRules;
 use crate::config::{Cluster, ConfigError, GatewayConfig};
-use crate::fleet::{Fleet, NotAdmitted, ShownCertificate};
+use crate::fleet::{Fleet, NotAdmitted, ShownCertificate, Time, lastseen};
 use crate::join::Joins;
 use crate::log::Sparing;
 use crate::metrics::Metrics;
@@ -259,6 +259,7 @@ pub(crate) struct Shared {
     pub(crate) budget: Budget,
     /// Tells this process from another one, in the hello.
     pub(crate) boot_id: [u8; 16],
+    pub(crate) started: Time,
     pub(crate) stages: Stages,
     pub(crate) tasks: Tasks,
     /// Where tasks run.
@@ -360,6 +361,7 @@ impl Shared {
             registry: Arc::new(registry),
             metrics,
             boot_id,
+            started: Time::now(),
             stages: Stages::default(),
             tasks: Tasks::default(),
             shards,
@@ -367,6 +369,7 @@ impl Shared {
             refusals: Sparing::default(),
         };
         shared.reserve_names();
+        lastseen::restore(&shared);
         shared
     }
 

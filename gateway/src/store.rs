@@ -50,16 +50,20 @@ pub enum Kind {
     AccessToken,
     Instance,
     Revocation,
+    LastSeen,
+    GatewayLife,
 }
 
 impl Kind {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Cluster,
         Self::JoinToken,
         Self::AccessRule,
         Self::AccessToken,
         Self::Instance,
         Self::Revocation,
+        Self::LastSeen,
+        Self::GatewayLife,
     ];
 
     /// How it is written, in the store, in dumps and in metrics.
@@ -72,6 +76,8 @@ impl Kind {
             Self::AccessToken => "accesstokens",
             Self::Instance => "instances",
             Self::Revocation => "revocations",
+            Self::LastSeen => "lastseen",
+            Self::GatewayLife => "gatewaylives",
         }
     }
 

@@ -8,18 +8,22 @@ mod common;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use common::{Agent, Client, TOKEN, World, full, in_time, text};
+use common::{Agent, Client, TOKEN, World, eventually, full, in_time, text};
 use http_body_util::BodyExt as _;
 use http_body_util::channel::Channel;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinSet;
 use towline_certs::{AgentKey, CertificateDer, CertificateFacts};
-use towline_gateway::fleet::{AccessToken, Fleet, Meta, Object, Revoked, Time, hex, new_uid};
+use towline_gateway::Gateway;
+use towline_gateway::config::{GatewayConfig, Mode};
+use towline_gateway::fleet::{
+    AccessToken, Cluster, Ended, Fleet, GatewayLife, LastSeen, Meta, Object, Revoked, Time, hex, new_uid,
+};
 use towline_gateway::store::Kind;
 use towline_proto::open::BodyKind;
 
@@ -343,12 +347,12 @@ async fn two_gateways_do_not_share_a_state_directory() {
     let directory = tempfile::tempdir().unwrap();
     let mut config = common::config(directory.path());
     config.state_directory = Some(state.path().to_owned());
-    let first = towline_gateway::Gateway::start(config.clone()).await.unwrap();
-    let error = towline_gateway::Gateway::start(config.clone()).await.unwrap_err().to_string();
+    let first = Gateway::start(config.clone()).await.unwrap();
+    let error = Gateway::start(config.clone()).await.unwrap_err().to_string();
     assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
     first.shutdown().await;
     drop(first);
-    towline_gateway::Gateway::start(config).await.unwrap().shutdown().await;
+    Gateway::start(config).await.unwrap().shutdown().await;
 }
 
 /// Sixteen admins label one cluster at once, many times each: whoever was told that it is done finds it done.
@@ -390,4 +394,182 @@ async fn no_patch_is_lost() {
         .collect();
     assert!(lost.is_empty(), "{lost:?}");
     world.gateway.shutdown().await;
+}
+
+/// A world whose gateway can be started again on what it remembers.
+async fn lasting_world() -> (World, GatewayConfig) {
+    let mut kept = None;
+    let world = World::with(|config| {
+        let front = config.tls.front.as_ref().unwrap();
+        config.state_directory = Some(front.certificate.with_file_name("state"));
+        kept = Some(config.clone());
+    })
+    .await;
+    give_token(world.gateway.fleet().unwrap(), ADMIN, "tlat_root").await;
+    (world, kept.unwrap())
+}
+
+/// The next gateway on the same state directory, once the last one has let go of it.
+async fn start_again(directory: tempfile::TempDir, config: &GatewayConfig) -> World {
+    let starting = async {
+        loop {
+            match Gateway::start(config.clone()).await {
+                Ok(gateway) => return gateway,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    };
+    let gateway = in_time("the gateway starts again", starting).await;
+    World { directory, gateway }
+}
+
+async fn condition(client: &mut Client, cluster: &str, kind: &str) -> Value {
+    let (_, shown) = api(client, "GET", &format!("{CLUSTERS}/{cluster}"), &Value::Null).await;
+    let conditions = shown["status"]["conditions"].as_array().unwrap();
+    conditions.iter().find(|condition| condition["type"] == kind).cloned().unwrap_or_default()
+}
+
+/// Waits until a condition of a cluster is as wanted, and gives it back.
+async fn conditioned(
+    client: &mut Client,
+    cluster: &str,
+    kind: &str,
+    wanted: impl Fn(&Value) -> bool,
+) -> Value {
+    let looking = async {
+        loop {
+            let seen = condition(client, cluster, kind).await;
+            if wanted(&seen) {
+                return seen;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    in_time("the condition is as wanted", looking).await
+}
+
+fn time_of(condition: &Value) -> Time {
+    Time::parse(condition["lastTransitionTime"].as_str().unwrap()).unwrap()
+}
+
+fn ago(seconds: u64) -> Time {
+    Time::from(SystemTime::now() - Duration::from_secs(seconds))
+}
+
+/// D6, K7: when a cluster was last seen, and how that ended, is known after a restart; one that was never seen is so since it was
+/// registered, and not since the gateway started.
+#[tokio::test]
+async fn d6_last_seen_survives_a_restart() {
+    let (world, config) = lasting_world().await;
+    let before = Time::now();
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    conditioned(&mut client, "prod", "Connected", |seen| seen["status"] == "True").await;
+    drop(agent);
+    let gone = conditioned(&mut client, "prod", "Connected", |seen| seen["status"] == "False").await;
+    let message = gone["message"].as_str().unwrap();
+    assert!(gone["reason"] == "NoSession" && message.contains("the connection failed"), "{gone}");
+    // One that has been gone for weeks, and one that was registered long ago and never came.
+    let fleet = world.gateway.fleet().unwrap();
+    let weeks = ago(21 * 86_400);
+    let ended = Some(Ended { at: weeks, why: "the agent fell silent, for 12 s".to_owned() });
+    let record = LastSeen { gateway: "another".to_owned(), since: ago(30 * 86_400), ended, agent: None };
+    let (old, never) = (register(fleet, "old", ago(40 * 86_400)).await, ago(86_400));
+    fleet.put(&old, &record, None).await.unwrap();
+    register(fleet, "never", never).await;
+    let uid = old;
+    world.gateway.shutdown().await;
+
+    let World { directory, gateway } = world;
+    drop(gateway);
+    let world = start_again(directory, &config).await;
+    let mut client = world.h1(None).await;
+    assert_eq!(condition(&mut client, "prod", "Connected").await, gone);
+    assert!(time_of(&gone) >= before);
+    let old = condition(&mut client, "old", "Connected").await;
+    assert!(time_of(&old) == weeks && old["message"].as_str().unwrap().contains("fell silent"), "{old}");
+    let (_, shown) = api(&mut client, "GET", &format!("{CLUSTERS}/old"), &Value::Null).await;
+    assert_eq!(shown["status"]["lastSeen"], weeks.to_string());
+    for kind in ["Connected", "CertificateCurrent", "TrustCurrent", "AgentOutdated"] {
+        let seen = condition(&mut client, "never", kind).await;
+        assert_eq!(time_of(&seen), never, "{seen}");
+    }
+    assert_eq!(condition(&mut client, "never", "Connected").await["reason"], "NeverSeen");
+    // What is on record of a cluster goes with it.
+    let on_record = || world.gateway.fleet().unwrap().all_last_seen();
+    assert!(on_record().iter().any(|(known, _)| *known == uid));
+    api(&mut client, "DELETE", &format!("{CLUSTERS}/old"), &Value::Null).await;
+    assert!(on_record().iter().all(|(known, _)| *known != uid));
+    world.gateway.shutdown().await;
+}
+
+/// D6: a gateway that dies says nothing about its clusters; its last minute is when they were last seen.
+#[tokio::test]
+async fn d6_a_crash_leaves_the_last_minute() {
+    let (world, config) = lasting_world().await;
+    let began = Time::now();
+    let _agent = world.agent("prod").await;
+    // As another gateway has left it behind that was killed.
+    let fleet = world.gateway.fleet().unwrap();
+    let uid = register(fleet, "left", ago(86_400)).await;
+    let (since, seen) = (ago(7200), ago(3600));
+    fleet.put("killed", &GatewayLife { started: since, seen }, None).await.unwrap();
+    let record = LastSeen { gateway: "killed".to_owned(), since, ended: None, agent: None };
+    fleet.put(&uid, &record, None).await.unwrap();
+    let is_open =
+        || fleet.all_last_seen().iter().any(|(known, record)| known == "prod-uid" && record.ended.is_none());
+    eventually("the session is on record", is_open, |open| *open).await;
+    let World { directory, gateway } = world;
+    drop(gateway);
+
+    let world = start_again(directory, &config).await;
+    let mut client = world.h1(None).await;
+    let left = condition(&mut client, "left", "Connected").await;
+    assert!(
+        time_of(&left) == seen && left["message"].as_str().unwrap().contains("the gateway died"),
+        "{left}"
+    );
+    let prod = condition(&mut client, "prod", "Connected").await;
+    assert!(prod["reason"] == "NoSession" && time_of(&prod) >= began, "{prod}");
+    // And it is written down, so that the dead gateways can be forgotten.
+    let fleet = world.gateway.fleet().unwrap();
+    let lives = || fleet.count(Kind::GatewayLife);
+    eventually("the dead are forgotten", lives, |lives| *lives == 1).await;
+    let ended: Vec<_> =
+        fleet.all_last_seen().into_iter().map(|(_, record)| record.ended.map(|ended| ended.at)).collect();
+    assert!(ended.len() == 2 && ended.contains(&Some(seen)) && !ended.contains(&None), "{ended:?}");
+    world.gateway.shutdown().await;
+}
+
+/// D6: a cluster that comes and goes all the time costs a write now and then, and what is written in the end is how it is.
+#[tokio::test]
+async fn d6_flapping_is_written_now_and_then() {
+    let (world, _config) = lasting_world().await;
+    let fleet = world.gateway.fleet().unwrap();
+    let (start, began) = (fleet.store().revision().number, Instant::now());
+    for _ in 0..20 {
+        drop(world.agent("prod").await);
+        world.connected("prod", 0).await;
+    }
+    let gone = || fleet.all_last_seen().iter().any(|(_, record)| record.ended.is_some());
+    eventually("the end is on record", gone, |gone| *gone).await;
+    let writes = fleet.store().revision().number - start;
+    // One at once, one that forgets other gateways, and one for each interval.
+    assert!(writes <= 3 + began.elapsed().as_secs() / 5, "{writes} in {:?}", began.elapsed());
+    world.gateway.shutdown().await;
+}
+
+async fn register(fleet: &Fleet, name: &str, created: Time) -> String {
+    let cluster = Cluster {
+        meta: Meta { created, ..meta() },
+        account: None,
+        mode: Mode::Restricted,
+        description: String::new(),
+        deletion_protection: false,
+        max_agents: 4,
+        admission: 1,
+        issuer: None,
+    };
+    fleet.put(name, &cluster, None).await.unwrap();
+    cluster.meta.uid
 }

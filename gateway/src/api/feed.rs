@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
+use towline_certs::ClusterUid;
 
 /// Events that watches can go back by.
 const HISTORY_MAX: usize = 16_384;
@@ -34,7 +35,6 @@ pub(crate) struct Feed {
     head: watch::Sender<u64>,
     /// The last revision of the store that the objects show.
     shown: watch::Sender<u64>,
-    started: Time,
 }
 
 #[derive(Debug, Default)]
@@ -88,7 +88,6 @@ impl Feed {
             state: Mutex::default(),
             head: watch::Sender::new(0),
             shown: watch::Sender::new(0),
-            started: Time::now(),
         })
     }
 
@@ -146,40 +145,25 @@ impl Feed {
             (Some(cluster), _) => {
                 let connection = shared.registry.connection(&cluster.uid);
                 let trust = shared.trust.state(&cluster.uid, live.trust.version);
-                Some(objects::configured(cluster, &self.facts(&connection, trust, fleet, &cluster.uid)))
+                let facts = facts(connection, trust, fleet, &cluster.uid, shared.started);
+                Some(objects::configured(cluster, &facts))
             }
             (None, Some(shown)) => {
-                let connection = match &shown.object {
-                    Object::Cluster(_) => fleet
-                        .cluster_named(name)
-                        .map(|cluster| (shared.registry.connection(&cluster.uid), cluster.uid.clone())),
+                let registered = match &shown.object {
+                    Object::Cluster(cluster) => {
+                        ClusterUid::new(&cluster.meta.uid).ok().map(|uid| (uid, cluster))
+                    }
                     _ => None,
                 };
-                let facts = connection.map(|(connection, uid)| {
+                let facts = registered.map(|(uid, cluster)| {
                     let trust = shared.trust.state(&uid, live.trust.version);
-                    self.facts(&connection, trust, fleet, &uid)
+                    facts(shared.registry.connection(&uid), trust, fleet, &uid, cluster.meta.created)
                 });
                 Some(objects::render(resource, name, &shown.object, facts.as_ref()))
             }
             (None, None) => None,
         };
         self.put(kind, name, rendered);
-    }
-
-    fn facts(
-        &self,
-        connection: &Connection,
-        trust: TrustState,
-        fleet: &Fleet,
-        uid: &towline_certs::ClusterUid,
-    ) -> objects::Facts {
-        objects::Facts {
-            connection: connection.clone(),
-            trust,
-            instances: fleet.instances(uid.as_str()),
-            started: self.started,
-            now: Time::now(),
-        }
     }
 
     fn put(&self, kind: Kind, name: &Arc<str>, rendered: Option<(Value, Due)>) {
@@ -311,6 +295,17 @@ impl Feed {
     pub(super) fn news(&self) -> watch::Receiver<u64> {
         self.head.subscribe()
     }
+}
+
+fn facts(
+    connection: Connection,
+    trust: TrustState,
+    fleet: &Fleet,
+    uid: &ClusterUid,
+    registered: Time,
+) -> objects::Facts {
+    let instances = fleet.instances(uid.as_str());
+    objects::Facts { connection, trust, instances, registered, now: Time::now() }
 }
 
 /// Whether two forms of an object differ in nothing but their version.

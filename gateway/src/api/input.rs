@@ -306,7 +306,9 @@ impl Input {
                 }
                 Parsed::AccessToken(AccessToken { meta: next(&before.meta), ..AccessToken::clone(before) })
             }
-            Object::Revocation(_) | Object::Instance(_) => return Err(fixed()),
+            Object::Revocation(_) | Object::Instance(_) | Object::LastSeen(_) | Object::GatewayLife(_) => {
+                return Err(fixed());
+            }
         })
     }
 

@@ -2,7 +2,7 @@
 
 use super::kinds::{API_VERSION, Resource};
 use crate::config;
-use crate::fleet::{AccessRule, Certificate, Instance, Object, Revoked, Time};
+use crate::fleet::{AccessRule, AgentSeen, Certificate, Ended, Instance, Object, Revoked, Time};
 use crate::registry::Connection;
 use crate::trust::TrustState;
 use serde_json::{Value, json};
@@ -16,8 +16,8 @@ pub(super) struct Facts {
     pub(super) connection: Connection,
     pub(super) trust: TrustState,
     pub(super) instances: Vec<(Arc<str>, Arc<Instance>)>,
-    /// Since when the gateway can know.
-    pub(super) started: Time,
+    /// When it was registered; for one of the configuration, when the gateway started.
+    pub(super) registered: Time,
     pub(super) now: Time,
 }
 
@@ -79,7 +79,7 @@ pub(super) fn render(
             (&revocation.meta, spec, None, None)
         }
         // Never listed: they are told with their clusters.
-        Object::Instance(_) => return (Value::Null, None),
+        Object::Instance(_) | Object::LastSeen(_) | Object::GatewayLife(_) => return (Value::Null, None),
     };
     let mut metadata = json!({
         "name": name, "uid": meta.uid, "creationTimestamp": meta.created, "generation": meta.generation,
@@ -107,7 +107,7 @@ pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Du
         spec["account"] = account.clone().into();
     }
     let metadata = json!({
-        "name": cluster.name.as_str(), "uid": cluster.uid.as_str(), "creationTimestamp": facts.started,
+        "name": cluster.name.as_str(), "uid": cluster.uid.as_str(), "creationTimestamp": facts.registered,
         "generation": 1,
     });
     let shown = json!({
@@ -117,13 +117,13 @@ pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Du
 }
 
 fn cluster_status(facts: &Facts) -> (Value, Due) {
-    let Facts { connection, trust, instances, started, now } = facts;
-    let (certificate, due) = certificate_condition(instances, *started, *now);
+    let Facts { connection, trust, instances, registered, now } = facts;
+    let (certificate, due) = certificate_condition(instances, *registered, *now);
     let conditions = [
-        connected_condition(connection, *started),
+        connected_condition(connection, *registered),
         certificate,
-        trust_condition(trust, *started),
-        outdated_condition(connection, *started),
+        trust_condition(trust, connection.ended.as_ref().map_or(*registered, |ended| ended.at)),
+        outdated_condition(connection, *registered),
     ];
     let mut status =
         json!({"conditions": conditions, "sessions": connection.sessions, "agents": instances.len()});
@@ -133,10 +133,11 @@ fn cluster_status(facts: &Facts) -> (Value, Due) {
         }
     };
     set("since", connection.since.map(|time| json!(Time::from(time))));
-    set("lastSeen", connection.last_seen.map(|time| json!(Time::from(time))));
+    set("lastSeen", connection.ended.as_ref().map(|ended| json!(ended.at)));
     let transport = if connection.quic { "quic" } else { "tcp" };
     set("transport", (connection.sessions > 0).then(|| transport.into()));
-    set("agentVersion", agent_version(&connection.software).map(Into::into));
+    let before = connection.agent.as_ref().map(|agent| &*agent.version);
+    set("agentVersion", agent_version(&connection.software).or(before).map(Into::into));
     set("kubernetesVersion", connection.kubernetes.clone().map(Into::into));
     let newest = newest(instances).map(|certificate| json!(certificate.not_after));
     set("certificateExpires", newest);
@@ -147,25 +148,18 @@ fn condition(kind: &str, status: &str, since: Time, reason: &str, message: &str)
     json!({"type": kind, "status": status, "lastTransitionTime": since, "reason": reason, "message": message})
 }
 
-fn connected_condition(connection: &Connection, started: Time) -> Value {
-    match (connection.since, connection.last_seen) {
-        (Some(since), _) => {
-            condition("Connected", "True", since.into(), "SessionLive", "an agent is connected")
+fn connected_condition(connection: &Connection, registered: Time) -> Value {
+    const KIND: &str = "Connected";
+    const CHECK: &str = "check the towline-agent in the cluster and its log";
+    match (connection.since, &connection.ended) {
+        (Some(since), _) => condition(KIND, "True", since.into(), "SessionLive", "an agent is connected"),
+        (None, Some(Ended { at, why })) => {
+            condition(KIND, "False", *at, "NoSession", &format!("the last session has ended: {why}; {CHECK}"))
         }
-        (None, Some(seen)) => condition(
-            "Connected",
-            "False",
-            seen.into(),
-            "NoSession",
-            "the last session has ended; check the towline-agent in the cluster and its log",
-        ),
-        (None, None) => condition(
-            "Connected",
-            "False",
-            started,
-            "NeverSeen",
-            "no agent has connected since this gateway started; check the towline-agent in the cluster and its log",
-        ),
+        (None, None) => {
+            let message = format!("no agent has connected yet; {CHECK}");
+            condition(KIND, "False", registered, "NeverSeen", &message)
+        }
     }
 }
 
@@ -175,11 +169,15 @@ fn newest(instances: &[(Arc<str>, Arc<Instance>)]) -> Option<&Certificate> {
 }
 
 /// Agents renew at two thirds of a certificate's life; at five sixths something is wrong.
-fn certificate_condition(instances: &[(Arc<str>, Arc<Instance>)], started: Time, now: Time) -> (Value, Due) {
+fn certificate_condition(
+    instances: &[(Arc<str>, Arc<Instance>)],
+    registered: Time,
+    now: Time,
+) -> (Value, Due) {
     const KIND: &str = "CertificateCurrent";
     let Some(certificate) = newest(instances) else {
         let message = "no certificate of an agent of this cluster is on record";
-        return (condition(KIND, "Unknown", started, "NoCertificate", message), None);
+        return (condition(KIND, "Unknown", registered, "NoCertificate", message), None);
     };
     let Certificate { issued, not_after, .. } = certificate;
     let overdue = issued.after(not_after.since(*issued).mul_f64(5.0 / 6.0));
@@ -195,10 +193,10 @@ fn certificate_condition(instances: &[(Arc<str>, Arc<Instance>)], started: Time,
 }
 
 /// Whether the next step of a change of the tunnel CA would find this cluster's agents prepared.
-fn trust_condition(trust: &TrustState, started: Time) -> Value {
+fn trust_condition(trust: &TrustState, gone: Time) -> Value {
     const KIND: &str = "TrustCurrent";
     let TrustState { current, pending, problem, changed } = trust;
-    let since = changed.map_or(started, Time::from);
+    let since = changed.map_or(gone, Time::from);
     match (current, pending, problem) {
         (0, 0, _) => {
             let message = "no agent is connected; one that comes is told the tunnel CA's roots";
@@ -216,21 +214,17 @@ fn trust_condition(trust: &TrustState, started: Time) -> Value {
     }
 }
 
-fn outdated_condition(connection: &Connection, started: Time) -> Value {
+fn outdated_condition(connection: &Connection, registered: Time) -> Value {
     const KIND: &str = "AgentOutdated";
-    let since = connection.since.or(connection.last_seen).map_or(started, Time::from);
-    let minor = |version: &str| {
-        let mut parts = version.split('.').map(|part| part.parse::<u32>().ok());
-        Some((parts.next()??, parts.next()??))
-    };
-    let ours = minor(env!("CARGO_PKG_VERSION"));
-    match agent_version(&connection.software).and_then(minor).zip(ours) {
-        None => condition(KIND, "Unknown", started, "NoAgent", "no agent has said its version"),
-        Some((theirs, ours)) if theirs < ours => {
+    match &connection.agent {
+        None => condition(KIND, "Unknown", registered, "NoAgent", "no agent has said its version"),
+        Some(AgentSeen { outdated: true, since, .. }) => {
             let message = "the agent is older than this gateway; upgrade it";
-            condition(KIND, "True", since, "OlderThanGateway", message)
+            condition(KIND, "True", *since, "OlderThanGateway", message)
         }
-        Some(_) => condition(KIND, "False", since, "UpToDate", "the agent is as new as this gateway"),
+        Some(AgentSeen { since, .. }) => {
+            condition(KIND, "False", *since, "UpToDate", "the agent is as new as this gateway")
+        }
     }
 }
 

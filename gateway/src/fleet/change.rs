@@ -74,6 +74,7 @@ impl Fleet {
             for key in view.hangs_on(name, &cluster.meta.uid) {
                 transaction = transaction.delete(key);
             }
+            transaction = transaction.delete(Key::new(Kind::LastSeen, &cluster.meta.uid));
         }
         self.commit(transaction).await
     }

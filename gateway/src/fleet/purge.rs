@@ -41,6 +41,10 @@ pub(crate) async fn tend(shared: &Shared) {
             Ok(purged) => tracing::info!(purged, "revocations that can matter no more are gone"),
             Err(error) => tracing::warn!(%error, "revocations that can matter no more stay for now"),
         }
+        let configured = shared.live().by_uid.keys().map(ToString::to_string).collect();
+        if let Err(error) = fleet.purge_last_seen(&configured).await {
+            tracing::warn!(%error, "what is on record of clusters that are gone stays for now");
+        }
     }
 }
 

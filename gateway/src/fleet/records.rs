@@ -260,6 +260,74 @@ pub enum Revoked {
     Cluster { name: String, uid: String, admission: u64 },
 }
 
+/// When a cluster was connected last; its record's name is the cluster's uid. Written when it comes and when it goes, and never
+/// in between.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct LastSeen {
+    /// The gateway that has seen it: the name of a [`GatewayLife`].
+    pub gateway: String,
+    /// Since when it is connected, or was.
+    pub since: Time,
+    /// None while it is connected; and if the gateway died with it, whose last minute is then the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Ended>,
+    /// What its agent has said of itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<AgentSeen>,
+}
+
+/// How a cluster's last session ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Ended {
+    pub at: Time,
+    /// For people.
+    pub why: String,
+}
+
+/// The version of a cluster's agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AgentSeen {
+    pub version: String,
+    /// Whether it is older than the gateway, and since when that is so, or not so.
+    pub outdated: bool,
+    pub since: Time,
+}
+
+impl AgentSeen {
+    /// What an agent is that says this of itself; nothing if it says no version.
+    #[must_use]
+    pub fn new(software: &str, since: Time) -> Option<Self> {
+        let minor = |version: &str| {
+            let mut parts = version.split('.').map(|part| part.parse::<u32>().ok());
+            Some((parts.next()??, parts.next()??))
+        };
+        let version = software.strip_prefix("towline-agent/")?;
+        let outdated = minor(version)? < minor(env!("CARGO_PKG_VERSION"))?;
+        Some(Self { version: version.to_owned(), outdated, since })
+    }
+
+    /// The same after `before`: what was so already has been so since then.
+    #[must_use]
+    pub fn after(self, before: Option<&Self>) -> Self {
+        match before.filter(|before| before.outdated == self.outdated) {
+            Some(before) => Self { since: before.since, ..self },
+            None => self,
+        }
+    }
+}
+
+/// A gateway from its start to the last minute that it was seen; its record's name is random. With this a gateway that dies
+/// leaves behind when that was, without a word about each of its clusters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct GatewayLife {
+    pub started: Time,
+    pub seen: Time,
+}
+
 macro_rules! stored {
     ($($type:ident: $schema:literal),*) => { $(
         impl Stored for $type {
@@ -269,7 +337,7 @@ macro_rules! stored {
     )* };
 }
 
-stored!(Cluster: 1, JoinToken: 1, Instance: 1, AccessRule: 1, AccessToken: 1, Revocation: 1);
+stored!(Cluster: 1, JoinToken: 1, Instance: 1, AccessRule: 1, AccessToken: 1, Revocation: 1, LastSeen: 1, GatewayLife: 1);
 
 #[cfg(test)]
 mod tests {

@@ -1,8 +1,8 @@
 //! What does the fleet look like right now? The records of the store, decoded once, with the indices that the data path asks.
 
 use super::{
-    AccessRule, AccessToken, Admission, CERTIFICATES_MAX, Certificate, Cluster, INSTANCES_MAX, Instance,
-    JOINING, JoinRefused, JoinToken, Origin, Revocation, Revoked, Time, new_instance_id,
+    AccessRule, AccessToken, Admission, CERTIFICATES_MAX, Certificate, Cluster, GatewayLife, INSTANCES_MAX,
+    Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation, Revoked, Time, new_instance_id,
 };
 use crate::authn::Principal;
 use crate::authn::tokens::{Hash, decode_hash};
@@ -24,6 +24,8 @@ pub enum Object {
     AccessToken(Arc<AccessToken>),
     Instance(Arc<Instance>),
     Revocation(Arc<Revocation>),
+    LastSeen(Arc<LastSeen>),
+    GatewayLife(Arc<GatewayLife>),
 }
 
 impl Object {
@@ -35,6 +37,8 @@ impl Object {
             Kind::AccessToken => Self::AccessToken(Arc::new(record.read()?)),
             Kind::Instance => Self::Instance(Arc::new(record.read()?)),
             Kind::Revocation => Self::Revocation(Arc::new(record.read()?)),
+            Kind::LastSeen => Self::LastSeen(Arc::new(record.read()?)),
+            Kind::GatewayLife => Self::GatewayLife(Arc::new(record.read()?)),
         })
     }
 }
@@ -197,7 +201,8 @@ impl View {
                 }
                 Revoked::Cluster { .. } => {}
             },
-            Object::JoinToken(_) | Object::AccessRule(_) => {}
+            Object::JoinToken(token) => self.touch_cluster(&token.cluster_uid),
+            Object::AccessRule(_) | Object::LastSeen(_) | Object::GatewayLife(_) => {}
         }
     }
 
@@ -224,12 +229,13 @@ impl View {
                     self.tokens.remove(&hash);
                 }
             }
+            Object::JoinToken(token) => self.touch_cluster(&token.cluster_uid),
             // Told by the name: see `unsuspect`.
-            Object::Revocation(_) | Object::JoinToken(_) | Object::AccessRule(_) => {}
+            Object::Revocation(_) | Object::AccessRule(_) | Object::LastSeen(_) | Object::GatewayLife(_) => {}
         }
     }
 
-    /// What is told of a cluster depends on its instances.
+    /// What is told of a cluster depends on its instances and join tokens.
     fn touch_cluster(&mut self, uid: &str) {
         if let Some(name) = self.names.get(uid) {
             self.changes.insert(Key { kind: Kind::Cluster, name: Arc::clone(name) });
@@ -426,6 +432,10 @@ impl View {
 fn loses(before: Option<&Object>, after: Option<&Object>) -> bool {
     match (before, after) {
         (None, None) => false,
+        // They let nobody in.
+        (before, after) if matches!(before.or(after), Some(Object::LastSeen(_) | Object::GatewayLife(_))) => {
+            false
+        }
         // A Deny can take something away by being there.
         (before, after) if matches!(before.or(after), Some(Object::AccessRule(_))) => true,
         (None, Some(_)) => false,
