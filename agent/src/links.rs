@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use tokio::time::{Duration, Instant};
-use towline_proto::tunnel::Session;
+use towline_proto::tunnel::{Session, Traffic};
 
 use crate::metrics::{Counted, Metrics};
 use crate::transport::Reason;
@@ -30,9 +30,10 @@ struct Link {
     /// Why it runs over its transport.
     why: Reason,
     since: Instant,
+    /// When it last heard its peer, as far as was seen.
     heard: Instant,
-    bytes_in: u64,
-    bytes_out: u64,
+    /// What the metrics have seen of it.
+    traffic: Traffic,
     _counted: Counted,
 }
 
@@ -58,8 +59,7 @@ impl Links {
             why,
             since: now,
             heard: now,
-            bytes_in: 0,
-            bytes_out: 0,
+            traffic: Traffic::default(),
             _counted: counted,
         };
         self.change(|links| links.push(link));
@@ -83,21 +83,17 @@ impl Links {
         self.lock().iter().map(|link| link.session.clone()).collect()
     }
 
-    /// Looks at every session's counters. The mux pings an idle session, so that bytes arrive on each that is alive;
-    /// these counters are read here and not taken on trust, so that a session whose task hangs counts as silent.
+    /// Looks at every session: what has gone through it, and when it last heard its peer, by a ping if by nothing else. No
+    /// look waits for a session: one that hangs must not hang the health port, and counts as silent.
     pub(crate) fn look(&self) {
-        // The sessions' own locks are not taken under ours: one that hangs must not hang the health port.
-        for session in self.sessions() {
-            let stats = session.stats();
-            let mut links = self.lock();
-            if let Some(link) = links.iter_mut().find(|link| link.session.is_same(&session)) {
-                link.account(&self.shared.metrics, stats.bytes_in, stats.bytes_out);
-            }
+        for link in self.lock().iter_mut() {
+            link.look(&self.shared.metrics);
         }
     }
 
-    /// How long ago the session that spoke last did so.
+    /// How long ago the session that heard its peer last did so.
     pub(crate) fn silence(&self) -> Option<Duration> {
+        self.look();
         self.lock().iter().map(|link| link.heard.elapsed()).min()
     }
 
@@ -117,25 +113,26 @@ impl Links {
 }
 
 impl Link {
-    fn account(&mut self, metrics: &Metrics, bytes_in: u64, bytes_out: u64) {
-        if bytes_in > self.bytes_in {
-            self.heard = Instant::now();
+    fn look(&mut self, metrics: &Metrics) {
+        if let Some(heard) =
+            self.session.try_silence().and_then(|silence| Instant::now().checked_sub(silence))
+        {
+            self.heard = self.heard.max(heard);
         }
-        let count =
-            |direction: &str, bytes: u64| metrics.tunnel_bytes.with_label_values(&[direction]).inc_by(bytes);
-        count("received", bytes_in.saturating_sub(self.bytes_in));
-        count("sent", bytes_out.saturating_sub(self.bytes_out));
-        (self.bytes_in, self.bytes_out) = (bytes_in, bytes_out);
+        let traffic = self.session.traffic();
+        let Traffic { bytes_in, bytes_out } = traffic.since(self.traffic);
+        for (direction, bytes) in [("received", bytes_in), ("sent", bytes_out)] {
+            metrics.tunnel_bytes.with_label_values(&[direction]).inc_by(bytes);
+        }
+        self.traffic = traffic;
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let stats = self.session.stats();
         self.links.change(|links| {
             if let Some(index) = links.iter().position(|link| link.session.is_same(&self.session)) {
-                let mut link = links.swap_remove(index);
-                link.account(&self.links.shared.metrics, stats.bytes_in, stats.bytes_out);
+                links.swap_remove(index).look(&self.links.shared.metrics);
             }
         });
     }

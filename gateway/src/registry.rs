@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use towline_certs::{ClusterUid, InstanceId};
 use towline_proto::Code;
 use towline_proto::mux::{CloseReason, OpenError};
-use towline_proto::tunnel::{Session, Stream, Transport};
+use towline_proto::tunnel::{Session, Stream, Traffic, Transport};
 use towline_proto::wire::GoAway;
 
 /// After this long a session that broke is not expected back any moment now.
@@ -113,7 +113,7 @@ struct Live {
     /// Cancelled when the session is being replaced because its stream ids run out.
     retiring: CancellationToken,
     /// Tunnel bytes that the metrics have seen.
-    counted: (u64, u64),
+    counted: Traffic,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -285,7 +285,7 @@ impl Registry {
             visit,
             shard: thread::current().id(),
             retiring: retiring.clone(),
-            counted: (0, 0),
+            counted: Traffic::default(),
         });
         tunnel.changed.notify_waiters();
         drop(clusters);
@@ -654,9 +654,10 @@ impl Live {
     }
 
     fn count(&mut self, metrics: &Metrics) {
-        let stats = self.session.stats();
-        metrics.tunnel_bytes(stats.bytes_in - self.counted.0, stats.bytes_out - self.counted.1);
-        self.counted = (stats.bytes_in, stats.bytes_out);
+        let traffic = self.session.traffic();
+        let Traffic { bytes_in, bytes_out } = traffic.since(self.counted);
+        metrics.tunnel_bytes(bytes_in, bytes_out);
+        self.counted = traffic;
     }
 }
 

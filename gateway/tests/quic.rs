@@ -52,6 +52,35 @@ async fn quic_serves_and_is_preferred() {
     world.counts(QUIC, 0.0).await;
 }
 
+/// FR-01, R1: what runs in a session of which nobody asks anything is counted as over TCP: hellos, pings and their answers.
+#[tokio::test]
+async fn r1_an_idle_session_moves_the_bytes() {
+    let world = World::start().await;
+    let agent = Agent::connect_quic(&world, "prod", [7; 16]).await;
+    agent.session.ready().await.unwrap();
+    world.connected("prod", 1).await;
+    let mut before = [0.0; 2];
+    for _ in 0..3 {
+        in_time("bytes both ways", async {
+            loop {
+                let (_, text) = world.admin("/metrics").await;
+                let of = |way: &str| {
+                    let series = format!("towline_gateway_tunnel_{way}_bytes_total ");
+                    text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok()).unwrap_or(0.0)
+                };
+                let now = ["received", "sent"].map(of);
+                if now.iter().zip(before).all(|(now, before)| *now > before) {
+                    before = now;
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+        agent.session.probe();
+    }
+}
+
 /// TU-01, TU-06, TU-08: no certificate, another CA's, another ALPN, another process's certificate.
 #[tokio::test]
 async fn only_admitted_agents_get_in() {

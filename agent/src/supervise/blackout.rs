@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::SystemTime;
@@ -33,10 +33,12 @@ use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig, Tran
 
 use super::{Begin, Slot};
 use crate::address::Address;
+use crate::admin::Admin;
 use crate::backoff::Backoff;
 use crate::dial::DialError;
+use crate::links::Links;
 use crate::metrics::Metrics;
-use crate::transport::{Policy, Settings, TransportMode};
+use crate::transport::{Policy, Reason, Settings, TransportMode};
 
 const ROUNDS: u64 = 100;
 const CUT: Duration = Duration::from_secs(30);
@@ -68,6 +70,46 @@ fn a_cut_path_is_found_again_over_quic() {
 #[test]
 fn a_cut_path_is_found_again_over_either() {
     rounds(TransportMode::Auto);
+}
+
+/// FR-01, R1. Goal: an agent of which nobody asks anything stays ready, over both transports, and says of its sessions what is so; and
+/// one whose path is cut is ready no longer than 15 s.
+#[test]
+fn fr_01_an_idle_agent_stays_ready() {
+    for mode in [TransportMode::Quic, TransportMode::Tcp] {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        runtime.block_on(idle(mode));
+    }
+}
+
+async fn idle(mode: TransportMode) {
+    let world = World::new(mode, &mut Rng(1));
+    let transport = if mode == TransportMode::Tcp { Transport::Tcp } else { Transport::Quic };
+    let session = Arc::clone(&world).connect("a:443".parse().unwrap(), transport).await.unwrap();
+    let metrics = Metrics::new();
+    let admin = Admin {
+        links: Links::new(metrics.clone()),
+        metrics: metrics.clone(),
+        draining: AtomicBool::new(false),
+    };
+    let registered = admin.links.register(session.clone(), "a:443".to_owned(), Reason::Preferred);
+    let received = || metrics.tunnel_bytes.with_label_values(&["received"]).get();
+    let sent = || metrics.tunnel_bytes.with_label_values(&["sent"]).get();
+    for _ in 0..3 {
+        let before = (received(), sent());
+        sleep(Duration::from_secs(20)).await;
+        assert!(admin.is_ready(), "{mode:?}: {:?}", admin.links.describe());
+        assert!(received() > before.0 && sent() > before.1, "{mode:?}: pings are bytes");
+    }
+    assert!(admin.links.silence().unwrap() <= Duration::from_secs(6), "{mode:?}: a ping in 5 s");
+    world.path.cut();
+    sleep(Duration::from_secs(8)).await;
+    assert!(admin.is_ready(), "{mode:?}: a second opinion comes after the first");
+    sleep(Duration::from_secs(8)).await;
+    assert!(!admin.is_ready(), "{mode:?}: {:?}", admin.links.describe());
+    drop(registered);
+    assert_eq!(admin.links.silence(), None);
 }
 
 fn rounds(mode: TransportMode) {

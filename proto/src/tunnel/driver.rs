@@ -19,7 +19,7 @@ use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -131,6 +131,16 @@ impl Shared {
         drop(core);
         settle.apply(&self.state);
         result
+    }
+
+    /// Looks at the core, unless somebody else has it at this moment.
+    pub(super) fn try_read<R>(&self, f: impl FnOnce(&Core, Instant) -> R) -> Option<R> {
+        let now = self.now();
+        match self.core.try_lock() {
+            Ok(core) => Some(f(&core, now)),
+            Err(TryLockError::Poisoned(poisoned)) => Some(f(&poisoned.into_inner(), now)),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 

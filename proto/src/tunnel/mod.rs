@@ -64,12 +64,27 @@ pub struct SessionStats {
     pub streams: u32,
     /// Smallest round-trip time lately; zero before the first pong.
     pub rtt: Duration,
-    /// Plaintext bytes received and sent, frames included.
-    pub bytes_in: u64,
-    pub bytes_out: u64,
     /// Receive memory reserved, and bytes waiting to be sent.
     pub recv_reserved: usize,
     pub send_queued: usize,
+}
+
+/// What has gone through a session since it began: plaintext bytes, frames included, those about the session itself too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+}
+
+impl Traffic {
+    /// What has come since this was `earlier`.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Self {
+        Self {
+            bytes_in: self.bytes_in.saturating_sub(earlier.bytes_in),
+            bytes_out: self.bytes_out.saturating_sub(earlier.bytes_out),
+        }
+    }
 }
 
 /// One live connection between an agent and a gateway. Clones are handles of the same session; dropping them all does
@@ -358,7 +373,7 @@ impl Session {
         }
     }
 
-    /// How long nothing has been heard from the peer.
+    /// How long nothing has been heard from the peer: no byte of a stream, of a ping or of its answer.
     #[must_use]
     pub fn silence(&self) -> Duration {
         match &self.inner {
@@ -367,31 +382,42 @@ impl Session {
         }
     }
 
+    /// As [`Self::silence`] for who must not wait, such as a health check: `None` while somebody works on the session. One that
+    /// hangs never answers.
+    #[must_use]
+    pub fn try_silence(&self) -> Option<Duration> {
+        match &self.inner {
+            Inner::Mux(shared) => shared.try_read(|core, now| now.since(core.conn.last_heard())),
+            Inner::Quic(shared) => shared.try_read(|core, now| now.since(core.ledger.last_heard())),
+        }
+    }
+
     #[must_use]
     pub fn stats(&self) -> SessionStats {
         match &self.inner {
-            Inner::Mux(shared) => SessionStats {
-                bytes_in: shared.bytes_in.load(Ordering::Relaxed),
-                bytes_out: shared.bytes_out.load(Ordering::Relaxed),
-                ..shared.with(|core, _| SessionStats {
-                    streams: core.conn.streams(),
-                    rtt: core.conn.rtt(),
-                    recv_reserved: core.conn.recv_reserved(),
-                    send_queued: core.conn.send_queued(),
-                    ..SessionStats::default()
-                })
-            },
-            Inner::Quic(shared) => SessionStats {
-                bytes_in: shared.bytes_in.load(Ordering::Relaxed),
-                bytes_out: shared.bytes_out.load(Ordering::Relaxed),
-                ..shared.with(|core, _| SessionStats {
-                    streams: core.ledger.streams(),
-                    rtt: core.ledger.rtt(),
-                    recv_reserved: core.ledger.recv_reserved(),
-                    ..SessionStats::default()
-                })
-            },
+            Inner::Mux(shared) => shared.with(|core, _| SessionStats {
+                streams: core.conn.streams(),
+                rtt: core.conn.rtt(),
+                recv_reserved: core.conn.recv_reserved(),
+                send_queued: core.conn.send_queued(),
+            }),
+            Inner::Quic(shared) => shared.with(|core, _| SessionStats {
+                streams: core.ledger.streams(),
+                rtt: core.ledger.rtt(),
+                recv_reserved: core.ledger.recv_reserved(),
+                send_queued: 0,
+            }),
         }
+    }
+
+    /// What has gone through the session so far. Never waits.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        let (bytes_in, bytes_out) = match &self.inner {
+            Inner::Mux(shared) => (&shared.bytes_in, &shared.bytes_out),
+            Inner::Quic(shared) => (&shared.bytes_in, &shared.bytes_out),
+        };
+        Traffic { bytes_in: bytes_in.load(Ordering::Relaxed), bytes_out: bytes_out.load(Ordering::Relaxed) }
     }
 
     /// Whether both are handles of the same session.
@@ -436,6 +462,7 @@ mod tests {
 
         tokio::time::sleep(Duration::from_secs(3)).await;
         assert!(gateway.silence() >= Duration::from_secs(3));
+        assert_eq!(gateway.try_silence(), Some(gateway.silence()));
         gateway.probe();
         tokio::time::sleep(Duration::from_millis(10)).await;
         assert!(gateway.silence() <= Duration::from_millis(10));
@@ -445,5 +472,19 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert!(gateway.silence() >= Duration::from_secs(3));
         assert!(gateway.closed().is_none() && !hanging.is_finished());
+    }
+
+    /// Whoever asks a session that hangs gets no answer, and need not wait for one.
+    #[tokio::test]
+    async fn a_session_that_hangs_keeps_nobody() {
+        let (near, _far) = duplex(64 * 1024);
+        let (gateway, _driver) = session(near, Role::Gateway);
+        assert!(gateway.try_silence().is_some());
+        let Inner::Mux(shared) = &gateway.inner else { unreachable!("it was made over a byte stream") };
+        let found = shared.with(|_, _| {
+            let other = gateway.clone();
+            std::thread::spawn(move || (other.try_silence(), other.traffic())).join().unwrap()
+        });
+        assert_eq!(found, (None, Traffic::default()));
     }
 }

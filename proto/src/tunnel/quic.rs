@@ -18,7 +18,7 @@ use std::fmt;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -184,6 +184,16 @@ impl Shared {
         result
     }
 
+    /// Looks at the core, unless somebody else has it at this moment.
+    pub(super) fn try_read<R>(&self, f: impl FnOnce(&Core, Instant) -> R) -> Option<R> {
+        let now = self.now();
+        match self.core.try_lock() {
+            Ok(core) => Some(f(&core, now)),
+            Err(TryLockError::Poisoned(poisoned)) => Some(f(&poisoned.into_inner(), now)),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     pub(super) fn closed(&self) -> CloseReason {
         let closed = self.with(|core, _| core.ledger.closed().cloned());
         closed.unwrap_or_else(|| transport_end(self.conn.close_reason()))
@@ -275,13 +285,17 @@ impl QuicDriver {
                 biased;
                 read = recv.read_chunk(CONTROL_CHUNK, true) => match read {
                     Ok(Some(chunk)) => {
+                        shared.bytes_in.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
                         shared.with(|core, now| core.ledger.handle_input(now, chunk.bytes));
                     }
                     Ok(None) => return self.ended("the peer ended the control stream".to_owned()),
                     Err(error) => return self.ended(error.to_string()),
                 },
                 written = send.write(&out), if !out.is_empty() => match written {
-                    Ok(n) => drop(out.split_to(n)),
+                    Ok(n) => {
+                        shared.bytes_out.fetch_add(n as u64, Ordering::Relaxed);
+                        drop(out.split_to(n));
+                    }
                     Err(error) => return self.ended(error.to_string()),
                 },
                 accepted = shared.conn.accept_bi() => match accepted {

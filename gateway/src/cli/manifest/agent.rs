@@ -536,11 +536,14 @@ kind: Deployment
     fn disruption_budget(&self) -> String {
         let metadata = self.metadata(NAME);
         format!(
-            "# Nodes are drained one agent at a time.
+            "# Nodes are drained one agent at a time; agents that are not ready, such as all of them while the gateway is away, hold up no
+# drain. unhealthyPodEvictionPolicy is of
+# Kubernetes 1.26: take it out for older ones.
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 {metadata}spec:
   maxUnavailable: 1
+  unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:
       app.kubernetes.io/name: {NAME}

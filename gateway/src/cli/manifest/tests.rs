@@ -114,6 +114,10 @@ fn pods_are_restricted_and_replaced_make_before_break() {
         assert_eq!(context["readOnlyRootFilesystem"], true);
         assert_eq!(context["capabilities"]["drop"], json!(["ALL"]));
         assert_eq!(of(&documents, "PodDisruptionBudget").len(), usize::from(replicas > 1));
+        if let [budget] = of(&documents, "PodDisruptionBudget")[..] {
+            // R2: while the gateway is away no agent is ready, and nodes are drained all the same.
+            assert_eq!(budget["spec"]["unhealthyPodEvictionPolicy"], "AlwaysAllow");
+        }
         let policy = &of(&documents, "NetworkPolicy")[0]["spec"];
         assert!(policy["ingress"].is_null(), "nothing comes in");
         assert_eq!(policy["egress"][1]["ports"][1], json!({ "protocol": "UDP", "port": 8443 }));
