@@ -215,7 +215,10 @@ async fn admit(
     let pin = SpkiPin::of(leaf).map_err(|error| certificate(error.to_string()))?;
     let issued = Time::from(facts.issued_at());
     let shown = ShownCertificate { serial: &facts.serial, pin, issued };
-    let cluster = shared.admits_with(&live, &identity, &shown).map_err(certificate)?;
+    let cluster = shared.admits_with(&live, &identity, &shown).map_err(|why| {
+        shared.turned_back(&identity.cluster, address.ip(), &why, true);
+        certificate(why)
+    })?;
     let on_record =
         shared.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
     drop(live);

@@ -167,6 +167,27 @@ pub struct Admission {
     pub admission: u64,
 }
 
+/// How a registered cluster stands towards joining.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Since when an agent is on record.
+    pub joined: Option<Time>,
+    /// When all its agents were revoked, if that was the last thing that happened to all of them.
+    pub revoked: Option<Time>,
+    /// Whether there is a trace of an agent that was let in at any time.
+    pub was_let_in: bool,
+    /// Join tokens with uses left, and when they end.
+    pub tokens: Vec<(Arc<str>, Time)>,
+}
+
+impl Standing {
+    /// When its agents were revoked, if none has joined since.
+    #[must_use]
+    pub fn is_revoked(&self) -> Option<Time> {
+        self.revoked.filter(|_| self.joined.is_none())
+    }
+}
+
 impl Fleet {
     /// Loads the view from the store. [`Self::follow`] keeps it up to date.
     ///
@@ -389,6 +410,20 @@ impl Fleet {
     #[must_use]
     pub fn instances(&self, cluster_uid: &str) -> Vec<(Arc<str>, Arc<Instance>)> {
         self.read().instances_of(cluster_uid)
+    }
+
+    /// How a registered cluster stands towards joining.
+    #[must_use]
+    pub fn standing(&self, cluster_uid: &ClusterUid) -> Option<Standing> {
+        self.read().standing(cluster_uid.as_str(), Time::now())
+    }
+
+    /// The cluster that a join token is for, if both are on record.
+    #[must_use]
+    pub fn cluster_of_join_token(&self, id: &str) -> Option<ClusterUid> {
+        let view = self.read();
+        let uid = &view.join_token(id)?.0.cluster_uid;
+        view.cluster_of(uid).and_then(|cluster| ClusterUid::new(&cluster.meta.uid).ok())
     }
 
     /// Which objects have changed since the last call, and the revision that shows all of it. Everything, after the view was

@@ -30,7 +30,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until, timeout};
 use towline_certs::facts::CertificateFacts;
 use towline_certs::issue::csr_pin;
-use towline_certs::{AgentIdentity, CertificateDer, InstanceId, IssueError, SpkiPin};
+use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, IssueError, SpkiPin};
 use towline_proto::join::{
     Admitted, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
     Refused, Renew, Renewal, Renewed,
@@ -158,15 +158,31 @@ struct Refusal {
     retry_after: Duration,
     /// What only the operator learns.
     cause: String,
+    /// Which cluster's status says so, in which words.
+    told: Option<Told>,
+}
+
+/// What a cluster's status says about an agent that was turned away.
+struct Told {
+    cluster: ClusterUid,
+    why: String,
+    /// Whether the agent has shown to be the cluster's.
+    proven: bool,
+    /// Whether it was let in before.
+    returns: bool,
 }
 
 impl Refusal {
     fn new(code: RefusalCode, text: impl Into<String>) -> Self {
-        Self { code, text: text.into(), retry_after: Duration::ZERO, cause: String::new() }
+        Self { code, text: text.into(), retry_after: Duration::ZERO, cause: String::new(), told: None }
     }
 
     fn because(self, cause: impl Into<String>) -> Self {
         Self { cause: cause.into(), ..self }
+    }
+
+    fn told(self, told: Told) -> Self {
+        Self { told: Some(told), ..self }
     }
 
     fn later(code: RefusalCode, text: impl Into<String>, retry_after: Duration) -> Self {
@@ -258,6 +274,10 @@ where
             JoinAnswer { outcome: Some(Joined::Admitted(admitted)), ..JoinAnswer::default() }
         }
         Err(refusal) => {
+            if let Some(Told { cluster, why, proven, returns }) = &refusal.told {
+                let tell = if *returns { Shared::turned_back } else { Shared::turned_away };
+                tell(&shared, cluster, address.ip(), why, *proven);
+            }
             refused(&shared, &refusal, address, exempt);
             sleep_until(began + REFUSE_AFTER).await;
             JoinAnswer::refused(refusal.message(), REFUSAL_BYTES)
@@ -323,7 +343,8 @@ async fn decide(
     }
     let decision = match &request.proof {
         Some(Proof::Token(token)) => {
-            let admission = fleet.use_token(&token.id, &token.secret, pin).await?;
+            let admission = fleet.use_token(&token.id, &token.secret, pin).await;
+            let admission = admission.map_err(|error| of_token(fleet, &token.id, error))?;
             // Before the record says that it may come back by its ServiceAccount, and others look for such a place.
             shared.joins.places.give(&admission.instance, &request.boot_id);
             Decision { admission, with: format!("token {:?}", token.id), vouched: true }
@@ -364,6 +385,22 @@ async fn decide(
     })
 }
 
+/// Why a join token lets nobody in; its cluster's status says so if the secret was the right one.
+fn of_token(fleet: &Fleet, id: &str, error: JoinRefused) -> Refusal {
+    let why = match &error {
+        JoinRefused::Unknown | JoinRefused::NoCluster | JoinRefused::Store(_) => None,
+        JoinRefused::Expired => Some(format!("the join token {id} has expired")),
+        JoinRefused::Used => Some(format!("the join token {id} was already used")),
+        JoinRefused::Revoked | JoinRefused::Full => Some(error.to_string()),
+    };
+    let told = why.zip(fleet.cluster_of_join_token(id));
+    let refusal = Refusal::from(error);
+    match told {
+        Some((why, cluster)) => refusal.told(Told { cluster, why, proven: true, returns: false }),
+        None => refusal,
+    }
+}
+
 async fn room(shared: &Shared, address: SocketAddr, exempt: bool) -> Result<OwnedSemaphorePermit, Refusal> {
     let limit = |limit, text: &str| {
         shared.metrics.limit_reached(limit);
@@ -394,9 +431,17 @@ async fn by_account(
     let route =
         fleet.cluster_named(cluster).ok_or_else(|| unknown("no cluster of that name is registered"))?;
     let issuer = fleet.issuer(&route.uid).ok_or_else(|| unknown("its issuer is not on record"))?;
-    let subject = account::verify(token, &issuer, SystemTime::now())?;
+    let told = |why: String, proven| Told { cluster: route.uid.clone(), why, proven, returns: true };
+    let subject = account::verify(token, &issuer, SystemTime::now()).map_err(|error| {
+        let why = format!("its ServiceAccount token does not count: {error}");
+        Refusal::from(error).told(told(why, false))
+    })?;
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &route.uid, boot_id).await;
-    let admission = fleet.rejoin(&route.uid, &subject, |instance| seeker.take(instance)).await?;
+    let admission = fleet.rejoin(&route.uid, &subject, |instance| seeker.take(instance)).await;
+    let admission = admission.map_err(|error| {
+        let why = error.to_string();
+        Refusal::from(error).told(told(why, true))
+    })?;
     seeker.replace(&admission.instance);
     Ok(Decision { admission, with: format!("ServiceAccount {subject}"), vouched: false })
 }
@@ -429,6 +474,10 @@ async fn by_record(
     let pin = pin.to_string();
     let known = record.certificates.iter().rev().find(|known| known.pin == pin);
     let known = known.ok_or_else(|| unknown("its key is not on record"))?;
+    let unknown = |cause: &str| {
+        let why = format!("its certificate leads nowhere any more: {cause}; let it join with a new token");
+        unknown(cause).told(Told { cluster: identity.cluster.clone(), why, proven: true, returns: true })
+    };
     if Time::now().since(known.not_after) > shared.live().config.join.expired_for {
         return Err(unknown("it ran out too long ago"));
     }
@@ -493,12 +542,7 @@ async fn issue(
 }
 
 /// Puts a cluster's issuer on record; tells whether it is.
-async fn record_issuer(
-    fleet: &Fleet,
-    cluster: &towline_certs::ClusterUid,
-    agent: &InstanceId,
-    issuer: &Issuer,
-) -> bool {
+async fn record_issuer(fleet: &Fleet, cluster: &ClusterUid, agent: &InstanceId, issuer: &Issuer) -> bool {
     let Some(jwks) = account::recordable(issuer) else {
         tracing::warn!(%cluster, "what the agent says about its cluster's token issuer cannot be used");
         return false;

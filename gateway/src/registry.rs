@@ -8,7 +8,7 @@ use crate::fleet::{AgentSeen, Ended, LastSeen, Time};
 use crate::metrics::{Counted, HoldOutcome, Metrics};
 use crate::proxy::printable;
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, SystemTime};
@@ -37,8 +37,14 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long what runs in such a session may take.
 const ROTATE_DRAIN: Duration = Duration::from_secs(24 * 3600);
 const REPLACED_INTERVAL: Duration = Duration::from_millis(100);
-/// Longest text about the end of a session that is remembered.
+/// Longest text about the end of a session, or about who was turned away, that is remembered.
 const WHY_MAX: usize = 256;
+/// Of those who are turned away one in this time is news: each is an event for everybody who watches the fleet.
+const TURNED_AWAY_INTERVAL: Duration = Duration::from_secs(5);
+/// For so long one without a proof is no news after one with a proof.
+const PROOF_COUNTS: Duration = Duration::from_secs(600);
+/// An agent tries again within a minute: what was not repeated for so long is not why a cluster is away.
+const TURNED_AWAY_COUNTS: Duration = Duration::from_secs(3600);
 
 /// Names one registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -85,6 +91,7 @@ struct Tunnel {
     last_seen: Option<LastPeriod>,
     /// The version of its newest agent; also from before this process.
     agent: Option<AgentSeen>,
+    turned_away: Option<TurnedAway>,
     /// What the newest session's agent has said of itself.
     software: String,
     /// What an agent has said last of the API server's version.
@@ -152,10 +159,33 @@ pub struct Connection {
     pub software: String,
     /// What that says of its version, if none is live the last one's.
     pub agent: Option<AgentSeen>,
+    /// Who was turned away last while it was not connected.
+    pub turned_away: Option<TurnedAway>,
     /// Its sessions, oldest first.
     pub visits: Vec<AgentSession>,
     /// The API server's version, as an agent says.
     pub kubernetes: Option<String>,
+}
+
+/// An agent that was turned away while its cluster was not connected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TurnedAway {
+    pub at: Time,
+    /// For people, the address included.
+    pub why: String,
+    /// Whether it had shown that it is the cluster's: anybody can say so.
+    proven: bool,
+    /// When the cluster was connected after all.
+    over: Option<Time>,
+}
+
+impl TurnedAway {
+    /// From when on it is not why the cluster is away.
+    #[must_use]
+    pub fn ends(&self) -> Time {
+        let lapses = self.at.after(TURNED_AWAY_COUNTS);
+        self.over.map_or(lapses, |over| over.min(lapses))
+    }
 }
 
 /// What the API tells of a session.
@@ -269,6 +299,9 @@ impl Registry {
         let before = tunnel.agent.take();
         tunnel.agent = AgentSeen::new(visitor.software, now.into()).map(|agent| agent.after(before.as_ref()));
         let has_moved = is_new || tunnel.agent != before;
+        if let Some(turned_away) = &mut tunnel.turned_away {
+            turned_away.over.get_or_insert(now.into());
+        }
         if is_new {
             tunnel.last_seen = Some(LastPeriod { since: now.into(), ended: None });
         }
@@ -422,7 +455,8 @@ impl Registry {
         let clusters = self.lock();
         let Some(tunnel) = clusters.by_uid.get(uid) else { return Presence::default() };
         let sessions = tunnel.sessions.iter().filter(|live| live.session.is_open()).count();
-        let gone = tunnel.last_end.filter(|_| sessions == 0).map(|end| end.at.elapsed());
+        let before = || Some(Time::now().since(tunnel.last_seen.as_ref()?.ended.as_ref()?.at));
+        let gone = tunnel.last_end.map(|end| end.at.elapsed()).or_else(before).filter(|_| sessions == 0);
         Presence {
             sessions,
             connected_for: tunnel.since.filter(|_| sessions > 0).map(|since| since.elapsed()),
@@ -452,6 +486,7 @@ impl Registry {
             quic: tunnel.sessions.iter().any(|live| live.session.transport() == Transport::Quic),
             software: tunnel.software.clone(),
             agent: tunnel.agent.clone(),
+            turned_away: tunnel.turned_away.clone(),
             visits: tunnel.sessions.iter().map(Live::told).collect(),
             kubernetes: tunnel.kubernetes.clone(),
         }
@@ -478,6 +513,30 @@ impl Registry {
             drop(clusters);
             self.touch(uid);
         }
+    }
+
+    /// An agent of a cluster, which is known, was turned away. Only the newest counts, and only while no other is connected; and
+    /// who has not `proven` to be the cluster's covers nobody who has.
+    pub(crate) fn turned_away(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
+        let now = Time::now();
+        let mut clusters = self.lock();
+        let tunnel = clusters.by_uid.entry(uid.clone()).or_default();
+        let is_covered = tunnel.turned_away.as_ref().filter(|last| last.over.is_none()).is_some_and(|last| {
+            let counts = match (last.proven, proven) {
+                (true, false) => PROOF_COUNTS,
+                (false, true) => Duration::ZERO,
+                _ => TURNED_AWAY_INTERVAL,
+            };
+            now.since(last.at) < counts
+        });
+        if !tunnel.sessions.is_empty() || is_covered {
+            return;
+        }
+        let why = printable(why).chars().take(WHY_MAX).collect::<String>();
+        let why = format!("{why} (from {from})");
+        tunnel.turned_away = Some(TurnedAway { at: now, why, proven, over: None });
+        drop(clusters);
+        self.touch(uid);
     }
 
     /// Something that is told of a cluster has changed.
@@ -774,7 +833,7 @@ mod tests {
 
     const VISITOR: Visitor<'static> = Visitor {
         software: "agent/1",
-        address: SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1),
+        address: SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 1),
     };
 
     fn uid() -> ClusterUid {
@@ -922,5 +981,43 @@ mod tests {
         assert!(registry.presence(&uid()).connected_for.is_some());
         drop(second);
         assert_eq!(registry.presence(&uid()).sessions, 0);
+    }
+
+    /// D5: one refusal is remembered for each cluster; whoever has no proof covers nobody who has, and what is in an agent's own
+    /// words moves no cursor.
+    #[test]
+    fn d5_strangers_cover_nobody() {
+        let registry = registry();
+        let from = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+        let why = || registry.connection(&uid()).turned_away.map(|last| last.why);
+        registry.turned_away(&uid(), from, "a stranger", false);
+        assert_eq!(why().as_deref(), Some("a stranger (from 127.0.0.1)"));
+        registry.turned_away(&uid(), from, &format!("late\u{1b}[2J{}", "x".repeat(5000)), true);
+        let proven = why().unwrap();
+        assert!(proven.starts_with("late\\u{1b}[2Jx") && proven.len() < WHY_MAX + 64, "{proven}");
+        for number in 0..1000 {
+            registry.turned_away(&uid(), from, &number.to_string(), false);
+        }
+        assert_eq!(why().unwrap(), proven);
+    }
+
+    /// D6: what is to be written stays so until it is, also if it has changed meanwhile.
+    #[tokio::test]
+    async fn d6_what_is_not_written_stays_to_be_written() {
+        let registry = registry();
+        let pair = pair().await;
+        let registration = insert(&registry, &pair, 1).unwrap();
+        assert_eq!(registry.all_moved(), [uid()]);
+        let connected = registry.last_seen(&uid(), "g").unwrap();
+        assert_eq!(connected.ended, None);
+        drop(registration);
+        registry.recorded(&uid(), Some(&connected));
+        assert_eq!(registry.all_moved(), [uid()], "it has gone since");
+        let gone = registry.last_seen(&uid(), "g").unwrap();
+        assert!(gone.since == connected.since && gone.ended.is_some(), "{gone:?}");
+        registry.recorded(&uid(), Some(&gone));
+        assert!(registry.all_moved().is_empty() && !registry.is_any_connected());
+        registry.forget(&uid());
+        assert_eq!(registry.last_seen(&uid(), "g"), None);
     }
 }

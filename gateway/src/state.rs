@@ -20,7 +20,7 @@ use aws_lc_rs::digest;
 use bytes::Bytes;
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -434,6 +434,24 @@ impl Shared {
             return Err(format!("a cluster {} stands in the configuration, with another uid", cluster.name));
         }
         Ok(cluster)
+    }
+
+    /// An agent of this cluster was turned away: what the cluster's status says while no other is connected. `proven` if it has
+    /// shown to be the cluster's.
+    pub(crate) fn turned_away(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
+        let is_registered = || self.fleet.as_ref().is_some_and(|fleet| fleet.cluster_of(uid).is_some());
+        if self.live().by_uid.contains_key(uid) || is_registered() {
+            self.registry.turned_away(uid, from, why, proven);
+        }
+    }
+
+    /// The same of one that says it was let in before. Of a cluster whose agents were revoked it is no news, and of one that
+    /// waits for its first agent it is not true.
+    pub(crate) fn turned_back(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
+        let standing = self.fleet.as_ref().and_then(|fleet| fleet.standing(uid));
+        if standing.is_none_or(|standing| standing.was_let_in && standing.is_revoked().is_none()) {
+            self.turned_away(uid, from, why, proven);
+        }
     }
 
     /// By what agents recognise the gateway: the roots as they are announced now, not as they were at the start.

@@ -1043,3 +1043,106 @@ async fn a_join_token_carries_the_pins_of_now() {
     }
     world.gateway.shutdown().await;
 }
+
+/// The condition of a kind, if there is one: status, reason and message.
+fn condition<'a>(status: &'a Value, kind: &str) -> Option<(&'a str, &'a str, &'a str)> {
+    let conditions = status["conditions"].as_array()?;
+    let found = conditions.iter().find(|condition| condition["type"] == kind)?;
+    let text = |field: &str| found[field].as_str().unwrap();
+    Some((text("status"), text("reason"), text("message")))
+}
+
+/// D5: a cluster says what it waits for, who was turned away while none was connected and why, and that its agents were revoked.
+/// Strangers who have no proof say nothing of it.
+#[tokio::test]
+async fn d5_status_says_why_nobody_is_connected() {
+    let world = world().await;
+    register(&world, "east").await;
+    give_admin_token(&world).await;
+    let shown = async |wanted: &dyn Fn(&Value) -> bool| until(&world, "east", wanted).await["status"].clone();
+    let joined = |status: &Value| condition(status, "Joined").unwrap().2.to_owned();
+    let status = shown(&|_| true).await;
+    assert_eq!(condition(&status, "Joined").unwrap().1, "Pending");
+    assert_eq!(joined(&status), "never joined; let one join: towline token create east");
+    let good = token(&world, "east", 1, HOUR).await;
+    let text = format!("never joined; token {} is unused, ends 2", good.id);
+    shown(&|status| joined(status).starts_with(&text)).await;
+    // Whoever has no secret, or one of nobody's.
+    let stranger = Token { secret: Bytes::from_static(&[7; 16]), ..good.clone() };
+    assert!(join(&world, &stranger, &key()).await.is_err());
+    let account = ServiceAccount { cluster: "east".to_owned(), token: "a.b.c".to_owned() };
+    assert!(ask(&world, &request(Proof::ServiceAccount(account), &key())).await.is_err());
+    let expired = token(&world, "east", 1, Duration::ZERO).await;
+    let status = shown(&|_| true).await;
+    assert_eq!(condition(&status, "JoinRefused"), None);
+    assert!(joined(&status).starts_with(&text), "one that has ended is not named: {status}");
+    // Whoever has one.
+    assert!(join(&world, &expired, &key()).await.is_err());
+    let why = format!("the join token {} has expired (from 127.0.0.1)", expired.id);
+    let refused = |status: &Value| {
+        condition(status, "JoinRefused").map(|(status, _, why)| (status.to_owned(), why.to_owned()))
+    };
+    let turned_away = |why: &str| Some(("True".to_owned(), why.to_owned()));
+    shown(&|status| refused(status) == turned_away(&why)).await;
+    // An agent is connected: a stranger with an old token is nobody's trouble.
+    let mine = key();
+    let admitted = join(&world, &good, &mine).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    let status = shown(&|status| status["sessions"] == 1).await;
+    assert!(
+        condition(&status, "Joined").unwrap().0 == "True" && refused(&status).unwrap().0 == "False",
+        "{status}"
+    );
+    assert!(join(&world, &expired, &key()).await.is_err());
+    // D31: who is connected, from where.
+    let told = &status["instances"][0];
+    let session = &told["sessions"][0];
+    assert!(told["name"] == admitted.instance && told["certificateExpires"].is_string(), "{told}");
+    assert!(
+        session["transport"] == "tcp" && session["address"].as_str().unwrap().starts_with("127.0.0.1:"),
+        "{told}"
+    );
+    assert!(session["since"].is_string() && status["instances"].as_array().unwrap().len() == 1, "{told}");
+    // Revoked; what the agent that was meant is told afterwards is no news.
+    let what = Revoked::Cluster { name: "east".to_owned(), uid: String::new(), admission: 0 };
+    world.gateway.fleet().unwrap().revoke(&what, &meta()).await.unwrap();
+    agent.closed().await;
+    assert!(Agent::connect(&world, &admitted, &mine, 1).await.is_err());
+    let status = shown(&|status| status["sessions"] == 0).await;
+    let text = "let an agent join anew: towline token create east";
+    assert_eq!(condition(&status, "Revoked"), Some(("True", "Revoked", text)));
+    assert!(
+        condition(&status, "Joined").unwrap().1 == "Revoked" && refused(&status).unwrap().0 == "False",
+        "{status}"
+    );
+    let gone = condition(&status, "Connected").unwrap();
+    assert!(
+        gone.1 == "NoSession" && gone.2.contains("the gateway closed it: the agent is not admitted"),
+        "{gone:?}"
+    );
+    assert!(status.get("instances").is_none(), "{status}");
+    // And back.
+    let next = token(&world, "east", 1, HOUR).await;
+    join(&world, &next, &key()).await.unwrap();
+    let status = shown(&|status| condition(status, "Joined").unwrap().0 == "True").await;
+    assert_eq!(condition(&status, "Revoked").unwrap().1, "JoinedAnew");
+}
+
+/// D5: an agent whose certificate does not count any more says so in its cluster's status.
+#[tokio::test]
+async fn d5_an_agent_that_is_nobody_any_more_says_so() {
+    let world = world().await;
+    register(&world, "east").await;
+    give_admin_token(&world).await;
+    let (token, mine) = (token(&world, "east", 1, HOUR).await, key());
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let serial = CertificateFacts::of(&der(&admitted.certificate)[0]).unwrap().serial;
+    world.gateway.fleet().unwrap().revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
+    assert!(Agent::connect(&world, &admitted, &mine, 1).await.is_err());
+    let turned_away = |status: &Value| {
+        condition(status, "JoinRefused")
+            .is_some_and(|(_, _, why)| why.contains("its certificate was revoked"))
+    };
+    let status = until(&world, "east", turned_away).await["status"].clone();
+    assert_eq!(condition(&status, "Joined").unwrap().1, "JoinAnew");
+}

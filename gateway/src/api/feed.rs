@@ -305,7 +305,8 @@ fn facts(
     registered: Time,
 ) -> objects::Facts {
     let instances = fleet.instances(uid.as_str());
-    objects::Facts { connection, trust, instances, registered, now: Time::now() }
+    let standing = fleet.standing(uid);
+    objects::Facts { connection, trust, instances, standing, registered, now: Time::now() }
 }
 
 /// Whether two forms of an object differ in nothing but their version.

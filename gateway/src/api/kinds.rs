@@ -109,7 +109,11 @@ pub(super) const RESOURCES: &[Resource] = &[
         status: &[
             ("uid", Text, "Its identity in agents' certificates."),
             ("source", Text, "registered, or configuration for one that stands in the gateway's file."),
-            ("conditions", Objects, "Connected, CertificateCurrent, TrustCurrent and AgentOutdated."),
+            (
+                "conditions",
+                Objects,
+                "Connected, CertificateCurrent, TrustCurrent, AgentOutdated, Joined; Revoked and JoinRefused where that has happened.",
+            ),
             ("since", Time, "Since when it has been connected."),
             ("lastSeen", Time, "When its last session ended, if none is live."),
             ("transport", Text, "quic or tcp."),
@@ -118,6 +122,11 @@ pub(super) const RESOURCES: &[Resource] = &[
             ("agentVersion", Text, "What its newest agent says of itself."),
             ("kubernetesVersion", Text, "What its API server says of itself, as an agent tells."),
             ("certificateExpires", Time, "When the newest certificate of its agents ends."),
+            (
+                "instances",
+                Objects,
+                "Its agents: name, joined, certificateExpires; of each session address, transport, version and since.",
+            ),
         ],
     },
     Resource {

@@ -2,11 +2,15 @@
 
 use super::kinds::{API_VERSION, Resource};
 use crate::config;
-use crate::fleet::{AccessRule, AgentSeen, Certificate, Ended, Instance, Object, Revoked, Time};
+use crate::fleet::{AccessRule, AgentSeen, Certificate, Ended, Instance, Object, Revoked, Standing, Time};
 use crate::registry::Connection;
 use crate::trust::TrustState;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Join tokens that a cluster is shown with which waits for its first agent.
+const TOKENS_NAMED: usize = 3;
 
 /// When time alone will change what is shown.
 pub(super) type Due = Option<Time>;
@@ -16,6 +20,8 @@ pub(super) struct Facts {
     pub(super) connection: Connection,
     pub(super) trust: TrustState,
     pub(super) instances: Vec<(Arc<str>, Arc<Instance>)>,
+    /// Of one that is registered.
+    pub(super) standing: Option<Standing>,
     /// When it was registered; for one of the configuration, when the gateway started.
     pub(super) registered: Time,
     pub(super) now: Time,
@@ -30,7 +36,8 @@ pub(super) fn render(
 ) -> (Value, Due) {
     let (meta, spec, status, due) = match object {
         Object::Cluster(cluster) => {
-            let (mut status, due) = facts.map_or_else(|| (json!({}), None), cluster_status);
+            let (mut status, due) =
+                facts.map_or_else(|| (json!({}), None), |facts| cluster_status(name, facts));
             status["uid"] = cluster.meta.uid.clone().into();
             status["source"] = "registered".into();
             let mut spec = json!({
@@ -99,7 +106,7 @@ pub(super) fn render(
 
 /// A cluster that stands in the configuration.
 pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Due) {
-    let (mut status, due) = cluster_status(facts);
+    let (mut status, due) = cluster_status(cluster.name.as_str(), facts);
     status["uid"] = cluster.uid.as_str().into();
     status["source"] = "configuration".into();
     let mut spec = json!({"mode": cluster.mode});
@@ -116,15 +123,22 @@ pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Du
     (shown, due)
 }
 
-fn cluster_status(facts: &Facts) -> (Value, Due) {
-    let Facts { connection, trust, instances, registered, now } = facts;
-    let (certificate, due) = certificate_condition(instances, *registered, *now);
+fn cluster_status(name: &str, facts: &Facts) -> (Value, Due) {
+    let Facts { connection, trust, instances, standing, registered, now } = facts;
+    let (certificate, certificate_due) = certificate_condition(instances, *registered, *now);
+    let (joined, joined_due) = joined_condition(name, facts);
+    let (refused, refused_due) = refused_condition(connection, *now).unzip();
     let conditions = [
-        connected_condition(connection, *registered),
-        certificate,
-        trust_condition(trust, connection.ended.as_ref().map_or(*registered, |ended| ended.at)),
-        outdated_condition(connection, *registered),
+        Some(connected_condition(connection, *registered)),
+        Some(certificate),
+        Some(trust_condition(trust, connection.ended.as_ref().map_or(*registered, |ended| ended.at))),
+        Some(outdated_condition(connection, *registered)),
+        Some(joined),
+        standing.as_ref().and_then(|standing| revoked_condition(name, standing)),
+        refused,
     ];
+    let conditions: Vec<Value> = conditions.into_iter().flatten().collect();
+    let due = [certificate_due, joined_due, refused_due.flatten()].into_iter().flatten().min();
     let mut status =
         json!({"conditions": conditions, "sessions": connection.sessions, "agents": instances.len()});
     let mut set = |field: &str, value: Option<Value>| {
@@ -141,7 +155,39 @@ fn cluster_status(facts: &Facts) -> (Value, Due) {
     set("kubernetesVersion", connection.kubernetes.clone().map(Into::into));
     let newest = newest(instances).map(|certificate| json!(certificate.not_after));
     set("certificateExpires", newest);
+    let told = told_instances(connection, instances, *now);
+    set("instances", (!told.is_empty()).then(|| told.into()));
     (status, due)
+}
+
+/// Every agent that is connected, or has a certificate with which it could be.
+fn told_instances(connection: &Connection, instances: &[(Arc<str>, Arc<Instance>)], now: Time) -> Vec<Value> {
+    let mut told: BTreeMap<&str, Value> = BTreeMap::new();
+    for (name, instance) in instances {
+        let expires = instance.certificates.iter().map(|certificate| certificate.not_after).max();
+        if let Some(expires) = expires.filter(|expires| *expires > now) {
+            told.insert(name, json!({"joined": instance.created, "certificateExpires": expires}));
+        }
+    }
+    for session in &connection.visits {
+        let instance = told.entry(session.instance.as_str()).or_insert_with(|| json!({}));
+        let mut shown = json!({
+            "address": session.address.to_string(), "transport": if session.quic { "quic" } else { "tcp" },
+            "since": Time::from(session.since),
+        });
+        if let Some(version) = agent_version(&session.software) {
+            shown["version"] = version.into();
+        }
+        match instance["sessions"].as_array_mut() {
+            Some(sessions) => sessions.push(shown),
+            None => instance["sessions"] = json!([shown]),
+        }
+    }
+    let named = told.into_iter().map(|(name, mut instance)| {
+        instance["name"] = name.into();
+        instance
+    });
+    named.collect()
 }
 
 fn condition(kind: &str, status: &str, since: Time, reason: &str, message: &str) -> Value {
@@ -212,6 +258,67 @@ fn trust_condition(trust: &TrustState, gone: Time) -> Value {
             condition(KIND, "False", since, "Pending", &message)
         }
     }
+}
+
+/// Whether an agent is on record, and if none is, what it takes.
+fn joined_condition(name: &str, facts: &Facts) -> (Value, Due) {
+    const KIND: &str = "Joined";
+    let Facts { connection, standing, registered, .. } = facts;
+    let Some(standing) = standing else {
+        let message =
+            "it stands in the gateway's configuration, and its agents have certificates from elsewhere";
+        return (condition(KIND, "True", *registered, "Configured", message), None);
+    };
+    let anew = format!("let one join: towline token create {name}");
+    if let Some(joined) = standing.joined {
+        (condition(KIND, "True", joined, "AgentOnRecord", "an agent is on record"), None)
+    } else if let Some(revoked) = standing.revoked {
+        (condition(KIND, "False", revoked, "Revoked", &format!("its agents were revoked; {anew}")), None)
+    } else if standing.was_let_in || connection.since.is_some() || connection.ended.is_some() {
+        let since = connection.ended.as_ref().map_or(*registered, |ended| ended.at);
+        let message = format!("no agent of it is on record any more; {anew}");
+        (condition(KIND, "False", since, "JoinAnew", &message), None)
+    } else {
+        let mut message = "never joined".to_owned();
+        for (token, expires) in standing.tokens.iter().take(TOKENS_NAMED) {
+            message.push_str(&format!("; token {token} is unused, ends {expires}"));
+        }
+        match standing.tokens.len() {
+            0 => message.push_str(&format!("; {anew}")),
+            all if all > TOKENS_NAMED => {
+                message.push_str(&format!("; and {} more", all - TOKENS_NAMED));
+            }
+            _ => {}
+        }
+        let due = standing.tokens.iter().map(|(_, expires)| *expires).min();
+        (condition(KIND, "False", *registered, "Pending", &message), due)
+    }
+}
+
+/// Whether its agents were revoked and none has joined since; of a cluster to which that has happened.
+fn revoked_condition(name: &str, standing: &Standing) -> Option<Value> {
+    const KIND: &str = "Revoked";
+    let revoked = standing.revoked?;
+    Some(match standing.joined {
+        None => {
+            let message = format!("let an agent join anew: towline token create {name}");
+            condition(KIND, "True", revoked, "Revoked", &message)
+        }
+        Some(joined) => condition(KIND, "False", joined, "JoinedAnew", "an agent has joined since"),
+    })
+}
+
+/// Whether an agent is turned away while none is connected; of a cluster to which that has happened. The time is the newest
+/// one's.
+fn refused_condition(connection: &Connection, now: Time) -> Option<(Value, Due)> {
+    const KIND: &str = "JoinRefused";
+    let turned_away = connection.turned_away.as_ref()?;
+    let ends = turned_away.ends();
+    Some(if now < ends {
+        (condition(KIND, "True", turned_away.at, "JoinRefused", &turned_away.why), Some(ends))
+    } else {
+        (condition(KIND, "False", ends, "NotRefused", "no agent is turned away"), None)
+    })
 }
 
 fn outdated_condition(connection: &Connection, registered: Time) -> Value {

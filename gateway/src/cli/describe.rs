@@ -4,7 +4,7 @@ use super::client::{Client, Select};
 use super::cluster::tokens_of;
 use super::failure::Outcome;
 use super::output::{self, Table, text};
-use super::show::{self, ago, until};
+use super::show::{self, ago, relative, until};
 use serde_json::Value;
 use std::fmt::Write as _;
 
@@ -46,6 +46,9 @@ fn page(cluster: &Value, tokens: &[Value], revoked: Option<&Value>) -> String {
         _ => format!("no, since {}", moment(&connected["lastTransitionTime"])),
     };
     line("Connected", state);
+    if status["lastSeen"].is_string() {
+        line("Last seen", moment(&status["lastSeen"]));
+    }
     let sessions = status["sessions"].as_u64().unwrap_or(0);
     let over = status["transport"].as_str().map(|transport| format!(" over {transport}")).unwrap_or_default();
     line("Sessions", format!("{sessions}{over}"));
@@ -70,10 +73,11 @@ fn page(cluster: &Value, tokens: &[Value], revoked: Option<&Value>) -> String {
             text(&condition["status"]),
             ago(&condition["lastTransitionTime"]),
             text(&condition["reason"]),
-            text(&condition["message"]),
+            relative(&text(&condition["message"])),
         ]);
     }
     page.push_str(&Table::default().lines(&rows));
+    page.push_str(&agents(status));
     if tokens.is_empty() {
         page.push_str("Join tokens:  <none>\n");
         return page;
@@ -93,6 +97,37 @@ fn page(cluster: &Value, tokens: &[Value], revoked: Option<&Value>) -> String {
     }
     page.push_str(&Table::default().lines(&rows));
     page
+}
+
+/// Each agent: a line for each of its sessions, or one that says that it has none.
+fn agents(status: &Value) -> String {
+    let instances = status["instances"].as_array().map_or(&[][..], Vec::as_slice);
+    if instances.is_empty() {
+        return String::new();
+    }
+    let mut rows =
+        vec![cells(&["  INSTANCE", "ADDRESS", "TRANSPORT", "VERSION", "CONNECTED", "CERTIFICATE"])];
+    for instance in instances {
+        let ends = &instance["certificateExpires"];
+        let none = [Value::Null];
+        let sessions = instance["sessions"].as_array().map_or(&none[..], Vec::as_slice);
+        for session in sessions {
+            let or_dash = |value: &Value| match text(value) {
+                empty if empty.is_empty() => "-".to_owned(),
+                text => text,
+            };
+            let since = &session["since"];
+            rows.push(vec![
+                format!("  {}", text(&instance["name"])),
+                or_dash(&session["address"]),
+                or_dash(&session["transport"]),
+                or_dash(&session["version"]),
+                if since.is_string() { format!("for {}", ago(since)) } else { "no".to_owned() },
+                if ends.is_string() { until(ends) } else { "-".to_owned() },
+            ]);
+        }
+    }
+    format!("Instances:\n{}", Table::default().lines(&rows))
 }
 
 fn cells(texts: &[&str]) -> Vec<String> {

@@ -203,6 +203,16 @@ pub(crate) fn until(time: &Value) -> String {
     }
 }
 
+/// A text for people, in which moments are told from now on: `ends in 48m`.
+pub(crate) fn relative(text: &str) -> String {
+    let told = |word: &str| {
+        let (time, rest) = word.split_at(word.find(',').or_else(|| word.find(';')).unwrap_or(word.len()));
+        let is_moment = time.contains('T') && time.ends_with('Z') && Time::parse(time).is_some();
+        if is_moment { until(&time.into()) + rest } else { word.to_owned() }
+    };
+    text.split(' ').map(told).collect::<Vec<_>>().join(" ")
+}
+
 fn parsed(time: &Value) -> Option<Time> {
     Time::parse(time.as_str()?)
 }
@@ -221,6 +231,16 @@ pub(crate) fn count(number: u64, one: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn moments_are_told_from_now_on() {
+        let later = Time::now().after(Duration::from_secs(3630));
+        assert_eq!(
+            relative(&format!("token t-Z; ends {later}; and more")),
+            "token t-Z; ends in 1h; and more"
+        );
+        assert_eq!(relative("a  b Z 2026-01-01"), "a  b Z 2026-01-01");
+    }
 
     #[test]
     fn names_that_are_alike_are_found() {

@@ -3,10 +3,10 @@
 use super::client::{Client, Select};
 use super::failure::{Failure, Outcome};
 use super::output::{self, Format, Output, Table, text};
-use super::show::{self, Seen, ago, condition, until};
+use super::show::{self, Seen, ago, condition, relative, until};
 use super::{Connection, name};
 use clap::Args;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
 const EXAMPLES: &str = "Examples:
@@ -25,7 +25,8 @@ pub(crate) struct Status {
     /// Go on with a line for each change.
     #[arg(short, long, conflicts_with = "check")]
     watch: bool,
-    /// Exit code 1 if a cluster is not connected; without it the code only tells whether the gateway could be asked.
+    /// Exit code 1 if a cluster is not connected, unless no agent has ever joined it; without this the code only tells whether the
+    /// gateway could be asked.
     #[arg(long)]
     check: bool,
     #[command(flatten)]
@@ -38,6 +39,8 @@ enum Health {
     Down,
     Overdue,
     Outdated,
+    /// Registered, and no agent has joined yet.
+    Pending,
     Well,
 }
 
@@ -45,7 +48,9 @@ impl Health {
     fn of(cluster: &Value) -> Self {
         let is = |kind: &str, status: &str| condition(cluster, kind)["status"] == status;
         if !is("Connected", "True") {
-            Self::Down
+            let joined = condition(cluster, "Joined");
+            let is_pending = joined["status"] == "False" && joined["reason"] == "Pending";
+            if is_pending && !is("JoinRefused", "True") { Self::Pending } else { Self::Down }
         } else if is("CertificateCurrent", "False") {
             Self::Overdue
         } else if is("AgentOutdated", "True") {
@@ -55,15 +60,47 @@ impl Health {
         }
     }
 
+    const fn is_connected(self) -> bool {
+        !matches!(self, Self::Down | Self::Pending)
+    }
+
     /// The condition that says why.
-    const fn reason(self) -> Option<&'static str> {
+    fn reason(self, cluster: &Value) -> Option<&'static str> {
         match self {
-            Self::Down => Some("Connected"),
+            Self::Down => Some(why_down(cluster)),
+            Self::Pending => Some("Joined"),
             Self::Overdue => Some("CertificateCurrent"),
             Self::Outdated => Some("AgentOutdated"),
             Self::Well => None,
         }
     }
+}
+
+/// The condition that says best why a cluster is not connected: that an agent was turned away, or all were revoked, whichever was
+/// later; then that it has none; then how the last session ended.
+fn why_down(cluster: &Value) -> &'static str {
+    let when = |kind: &str| {
+        let condition = condition(cluster, kind);
+        (condition["status"] == "True").then(|| text(&condition["lastTransitionTime"]))
+    };
+    match (when("Revoked"), when("JoinRefused")) {
+        (Some(revoked), Some(refused)) if refused >= revoked => "JoinRefused",
+        (Some(_), _) => "Revoked",
+        (None, Some(_)) => "JoinRefused",
+        (None, None) if condition(cluster, "Joined")["status"] == "False" => "Joined",
+        (None, None) => "Connected",
+    }
+}
+
+/// Why a cluster is as it is: `NoSession: ...`; and when, where the table does not say that: `Revoked 2s ago: ...`.
+fn why(cluster: &Value) -> String {
+    let Some(kind) = Health::of(cluster).reason(cluster) else { return String::new() };
+    let condition = condition(cluster, kind);
+    let when = match kind {
+        "Revoked" | "JoinRefused" => format!(" {} ago", ago(&condition["lastTransitionTime"])),
+        _ => String::new(),
+    };
+    format!("{}{when}: {}", text(&condition["reason"]), relative(&text(&condition["message"])))
 }
 
 impl Status {
@@ -103,6 +140,11 @@ impl Status {
                 .iter()
                 .map(|kind| condition(cluster, kind)["reason"].clone())
                 .collect();
+            let health = Health::of(cluster);
+            if !health.is_connected() {
+                let why = health.reason(cluster).map(|kind| condition(cluster, kind));
+                parts.extend(why.map(|why| json!([why["reason"], why["message"]])));
+            }
             parts.extend(
                 ["sessions", "transport", "agentVersion", "since"].map(|field| status[field].clone()),
             );
@@ -172,14 +214,12 @@ impl Status {
         let status = &cluster["status"];
         let connected = condition(cluster, "Connected");
         let health = Health::of(cluster);
-        let up = health != Health::Down;
+        let up = health.is_connected();
         let since = if up { &status["since"] } else { &connected["lastTransitionTime"] };
         let or_dash = |value: &Value| match text(value) {
             empty if empty.is_empty() => "-".to_owned(),
             text => text,
         };
-        let why = health.reason().map(|kind| condition(cluster, kind));
-        let why = why.map(|why| format!("{}: {}", text(&why["reason"]), text(&why["message"])));
         let certificate = &status["certificateExpires"];
         let mut row = vec![
             text(&cluster["metadata"]["name"]),
@@ -189,7 +229,7 @@ impl Status {
             or_dash(&status["sessions"]),
             or_dash(&status["agentVersion"]),
             if certificate.is_string() { until(certificate) } else { "-".to_owned() },
-            why.unwrap_or_default(),
+            why(cluster),
         ];
         if self.output.output == Format::Wide {
             let wide = [&status["kubernetesVersion"], &cluster["spec"]["mode"], &cluster["spec"]["account"]];
@@ -209,10 +249,11 @@ fn summary(clusters: &[Value]) -> String {
     if total == 0 {
         return format!("no clusters. Register one: {} cluster register NAME", name());
     }
-    let down = of(Health::Down);
-    let mut text =
-        format!("{}: {} connected, {down} not", show::count(total, "cluster"), clusters.len() - down);
+    let (down, connected) =
+        (of(Health::Down), clusters.iter().filter(|cluster| Health::of(cluster).is_connected()));
+    let mut text = format!("{}: {} connected, {down} not", show::count(total, "cluster"), connected.count());
     for (health, words) in [
+        (Health::Pending, "never joined"),
         (Health::Overdue, "with a certificate that was not renewed"),
         (Health::Outdated, "with an agent to upgrade"),
     ] {
@@ -227,13 +268,56 @@ fn summary(clusters: &[Value]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::fleet::Time;
 
     fn cluster(name: &str, connected: &str, certificate: &str, outdated: &str) -> Value {
         let one = |kind: &str, status: &str| json!({"type": kind, "status": status, "reason": "R", "message": format!("m-{kind}"), "lastTransitionTime": "2026-01-01T00:00:00Z"});
         json!({"metadata": {"name": name}, "status": {"conditions": [
             one("Connected", connected), one("CertificateCurrent", certificate), one("AgentOutdated", outdated),
         ]}})
+    }
+
+    /// D5: the most telling reason stands there, with when it happened; and what has never joined is not down.
+    #[test]
+    fn d5_the_most_telling_reason_is_said() {
+        let ago =
+            |seconds| Time::from(std::time::SystemTime::now() - std::time::Duration::from_secs(seconds));
+        let one = |kind: &str, status: &str, reason: &str, message: &str, seconds: u64| json!({"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": ago(seconds)});
+        let of = |more: &[Value]| {
+            let mut conditions =
+                vec![one("Connected", "False", "NoSession", "the last session has ended", 60)];
+            conditions.extend_from_slice(more);
+            json!({"metadata": {"name": "prod"}, "status": {"conditions": conditions}})
+        };
+        let said = |more: &[Value]| {
+            let cluster = of(more);
+            (Health::of(&cluster), why(&cluster))
+        };
+        let joined = one("Joined", "True", "AgentOnRecord", "", 90);
+        let gone = |reason: &str, message: &str| one("Joined", "False", reason, message, 90);
+        let refused = |status: &str, seconds| one("JoinRefused", status, "JoinRefused", "too late", seconds);
+        let revoked = one("Revoked", "True", "Revoked", "towline token create prod", 30);
+        let ends = Time::now().after(std::time::Duration::from_secs(48 * 60 + 30));
+        let pending = gone("Pending", &format!("never joined; token a is unused, ends {ends}"));
+        assert_eq!(
+            said(&[joined.clone()]),
+            (Health::Down, "NoSession: the last session has ended".to_owned())
+        );
+        let (health, text) = said(&[joined.clone(), refused("True", 3)]);
+        assert!(health == Health::Down && text.starts_with("JoinRefused 3s ago: too late"), "{text}");
+        assert!(said(&[joined, refused("False", 3)]).1.starts_with("NoSession"));
+        let anew = gone("Revoked", "");
+        let (_, text) = said(&[anew.clone(), revoked.clone(), refused("True", 40)]);
+        assert_eq!(text, "Revoked 30s ago: towline token create prod");
+        assert!(said(&[anew, revoked, refused("True", 3)]).1.starts_with("JoinRefused"), "the later one");
+        assert!(said(&[gone("JoinAnew", "m")]) == (Health::Down, "JoinAnew: m".to_owned()));
+        let (health, text) = said(&[pending.clone()]);
+        assert!(
+            health == Health::Pending
+                && text.starts_with("Pending: never joined; token a is unused, ends in 48m"),
+            "{text}"
+        );
+        assert_eq!(said(&[pending, refused("True", 3)]).0, Health::Down);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use super::{
     AccessRule, AccessToken, Admission, CERTIFICATES_MAX, Certificate, Cluster, GatewayLife, INSTANCES_MAX,
-    Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation, Revoked, Time, new_instance_id,
+    Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation, Revoked, Standing, Time,
+    new_instance_id,
 };
 use crate::authn::Principal;
 use crate::authn::tokens::{Hash, decode_hash};
@@ -59,6 +60,7 @@ pub(super) struct View {
     routes: HashMap<Arc<str>, Arc<config::Cluster>>,
     names: HashMap<String, Arc<str>>,
     instances: HashMap<String, BTreeSet<Arc<str>>>,
+    join_tokens: HashMap<String, BTreeSet<Arc<str>>>,
     tokens: HashMap<Hash, (Arc<str>, Arc<Principal>)>,
     rules: Arc<AccessRules>,
     revoked_serials: HashSet<String>,
@@ -201,7 +203,10 @@ impl View {
                 }
                 Revoked::Cluster { .. } => {}
             },
-            Object::JoinToken(token) => self.touch_cluster(&token.cluster_uid),
+            Object::JoinToken(token) => {
+                self.join_tokens.entry(token.cluster_uid.clone()).or_default().insert(Arc::clone(name));
+                self.touch_cluster(&token.cluster_uid);
+            }
             Object::AccessRule(_) | Object::LastSeen(_) | Object::GatewayLife(_) => {}
         }
     }
@@ -213,12 +218,7 @@ impl View {
                 self.names.remove(&cluster.meta.uid);
             }
             Object::Instance(instance) => {
-                if let Some(names) = self.instances.get_mut(&instance.cluster_uid) {
-                    names.remove(name);
-                    if names.is_empty() {
-                        self.instances.remove(&instance.cluster_uid);
-                    }
-                }
+                take_name(&mut self.instances, &instance.cluster_uid, name);
                 self.touch_cluster(&instance.cluster_uid);
             }
             Object::AccessToken(token) => {
@@ -229,7 +229,10 @@ impl View {
                     self.tokens.remove(&hash);
                 }
             }
-            Object::JoinToken(token) => self.touch_cluster(&token.cluster_uid),
+            Object::JoinToken(token) => {
+                take_name(&mut self.join_tokens, &token.cluster_uid, name);
+                self.touch_cluster(&token.cluster_uid);
+            }
             // Told by the name: see `unsuspect`.
             Object::Revocation(_) | Object::AccessRule(_) | Object::LastSeen(_) | Object::GatewayLife(_) => {}
         }
@@ -329,6 +332,40 @@ impl View {
         names.filter_map(|name| Some((Arc::clone(name), Arc::clone(self.instance(name)?)))).collect()
     }
 
+    /// How a registered cluster stands towards joining.
+    pub(super) fn standing(&self, uid: &str, now: Time) -> Option<Standing> {
+        let name = self.names.get(uid)?;
+        let cluster = self.cluster(name)?;
+        let joined = self
+            .instances_of(uid)
+            .iter()
+            .filter(|(_, instance)| instance.admission == cluster.admission)
+            .map(|(_, instance)| instance.created)
+            .min();
+        let revoked =
+            match self.shown(Kind::Revocation, &format!("cluster:{name}")).map(|shown| &shown.object) {
+                Some(Object::Revocation(revocation)) => match &revocation.what {
+                    Revoked::Cluster { uid: of, admission, .. }
+                        if of == uid && *admission == cluster.admission =>
+                    {
+                        Some(revocation.meta.created)
+                    }
+                    _ => None,
+                },
+                _ => None,
+            };
+        let tokens = self.join_tokens.get(uid).into_iter().flatten();
+        let tokens = tokens.filter_map(|id| Some((Arc::clone(id), Arc::clone(self.join_token(id)?.0))));
+        let tokens: Vec<_> = tokens.collect();
+        let was_let_in =
+            self.instances.contains_key(uid) || tokens.iter().any(|(_, token)| !token.uses.is_empty());
+        let good = tokens.into_iter().filter(|(_, token)| {
+            token.expires > now && token.uses.len() < usize::try_from(token.max_uses).unwrap_or(usize::MAX)
+        });
+        let tokens = good.map(|(id, token)| (id, token.expires)).collect();
+        Some(Standing { joined, revoked, was_let_in, tokens })
+    }
+
     /// The agent that has the certificate of this serial number, and its revision; and when the certificate runs out.
     pub(super) fn holder_of(&self, serial: &str) -> Option<(Key, u64, Time)> {
         self.all(Kind::Instance).find_map(|(name, shown)| {
@@ -425,6 +462,16 @@ impl View {
             transaction = transaction.delete(Key { kind: Kind::Instance, name: Arc::clone(oldest) });
         }
         Ok((Admission { cluster: route, instance, admission: cluster.admission }, transaction))
+    }
+}
+
+/// Takes a name off the list of a cluster.
+fn take_name(lists: &mut HashMap<String, BTreeSet<Arc<str>>>, uid: &str, name: &str) {
+    if let Some(names) = lists.get_mut(uid) {
+        names.remove(name);
+        if names.is_empty() {
+            lists.remove(uid);
+        }
     }
 }
 
