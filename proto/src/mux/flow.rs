@@ -4,14 +4,11 @@
 //! `held ≤ granted − consumed ≤ reserved ≤ session budget ≤ process budget`. Credit that was granted cannot be revoked;
 //! under pressure it is merely not granted again.
 
-use super::limits::{Budget, Limits};
+use super::limits::{Budget, Limits, Share};
+use super::window::Window;
 use crate::time::Instant;
 use core::time::Duration;
 
-/// Growth may not use the last quarter of a budget: it stays free for the first credit of new streams.
-const GROWTH_KEEPS_FREE: usize = 4;
-/// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor.
-const INITIAL_KEEPS_FREE: usize = 16;
 /// Below this round-trip time growth is computed as if the path had it. What a grant really takes on a short path is the time
 /// until two busy processes have had their turns; with less, sixteen streams on loopback wait for grants while nothing is
 /// congested. The price is memory: a stream may buffer what its reader takes in twice this time.
@@ -21,37 +18,70 @@ const RTT_FLOOR: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(super) struct SessionBudget {
     limit: usize,
+    /// Held by streams, and set aside for those that the peer opens.
     used: usize,
     process: Budget,
     /// Shares set aside for accepted streams that no stream uses.
     shares: u32,
+    /// What the transport lets the peer send whatever the credit says; none on the mux, where credit is all there is.
+    window: Option<Window>,
 }
 
 impl SessionBudget {
-    pub(super) fn new(limits: &Limits, process: Budget) -> Option<Self> {
-        let mut budget = Self { limit: limits.recv_budget, used: 0, process, shares: limits.streams_max };
-        budget.take(limits.reserved_for_accepted(), Share::All).then_some(budget)
+    pub(super) fn new(limits: &Limits, process: Budget, window: Option<Window>) -> Option<Self> {
+        let used = limits.reserved_for_accepted();
+        let held = window.as_ref().map_or(used, |window| window.held(used));
+        if used > limits.recv_budget || !process.try_take(held, Share::All) {
+            return None;
+        }
+        Some(Self { limit: limits.recv_budget, used, process, shares: limits.streams_max, window })
+    }
+
+    /// Bytes that are held of the process budget: what credit may bring, or what the transport's window lets in.
+    fn held(&self) -> usize {
+        self.window.as_ref().map_or(self.used, |window| window.held(self.used))
     }
 
     fn take(&mut self, bytes: usize, share: Share) -> bool {
-        let keep_free = |limit: usize| match share {
-            Share::All => 0,
-            Share::Initial => limit / INITIAL_KEEPS_FREE,
-            Share::Growth => limit / GROWTH_KEEPS_FREE,
-        };
-        if self.used + bytes + keep_free(self.limit) > self.limit
-            || !self.process.try_take(bytes, keep_free(self.process.limit()))
-        {
+        let used = self.used + bytes;
+        if used + share.keeps_free(self.limit) > self.limit {
             return false;
         }
-        self.used += bytes;
+        let more = self.window.as_ref().map_or(bytes, |window| window.held(used) - window.held(self.used));
+        if more > 0 && !self.process.try_take(more, share) {
+            return false;
+        }
+        self.used = used;
+        if let Some(window) = &mut self.window {
+            window.on_credit(used);
+        }
         true
     }
 
     fn give(&mut self, bytes: usize) {
         debug_assert!(bytes <= self.used, "no more is given back than was taken");
+        let before = self.held();
         self.used -= bytes;
-        self.process.give(bytes);
+        let less = before - self.held();
+        if less > 0 {
+            self.process.give(less);
+        }
+    }
+
+    /// Counts bytes that the transport has handed over: what it lets the peer send may fall by them.
+    pub(super) fn on_read(&mut self, now: Instant, len: usize) {
+        let Some(window) = &mut self.window else { return };
+        let before = window.held(self.used);
+        window.on_read(now, len, self.used);
+        let less = before - window.held(self.used);
+        if less > 0 {
+            self.process.give(less);
+        }
+    }
+
+    /// The transport's window, if it has changed since it was last asked for.
+    pub(super) fn poll_window(&mut self) -> Option<u64> {
+        self.window.as_mut()?.poll()
     }
 
     /// Gives back all but `bytes`, and sets nothing aside any more.
@@ -62,26 +92,23 @@ impl SessionBudget {
 
     /// Whether what is used reaches into the part that growth must leave alone.
     fn is_pressed(&self) -> bool {
-        let over = |used: usize, limit: usize| used > limit - limit / GROWTH_KEEPS_FREE;
-        over(self.used, self.limit) || over(self.process.used(), self.process.limit())
+        self.used > self.limit - Share::Growth.keeps_free(self.limit) || self.process.is_pressed()
     }
 
     pub(super) const fn used(&self) -> usize {
         self.used
     }
+
+    /// What is held of the process budget.
+    pub(super) fn reserved(&self) -> usize {
+        self.held()
+    }
 }
 
 impl Drop for SessionBudget {
     fn drop(&mut self) {
-        self.process.give(self.used);
+        self.process.give(self.held());
     }
-}
-
-#[derive(Clone, Copy)]
-enum Share {
-    All,
-    Initial,
-    Growth,
 }
 
 /// The peer sent more than its credit.
@@ -341,7 +368,7 @@ mod tests {
     fn setup(recv_budget: usize) -> (Limits, SessionBudget, Budget) {
         let limits = Limits { streams_max: 4, recv_budget, credit_max: 1 << 20, ..Limits::default() };
         let process = Budget::new(recv_budget);
-        let budget = SessionBudget::new(&limits, process.clone()).unwrap();
+        let budget = SessionBudget::new(&limits, process.clone(), None).unwrap();
         (limits, budget, process)
     }
 

@@ -2,11 +2,13 @@
 //! mux, for QUIC: the frames about them run on one stream of their own, the bytes on the transport's streams.
 //!
 //! The owner tells the ledger what it sent, read and ended; the ledger tells it how much it may send and when to look again.
-//! The transport's own flow control stays far above this credit and bounds only a peer that ignores it.
+//! The transport's own flow control bounds a peer that ignores the credit: it stays a little above the credit ([`super::window`]),
+//! and the budget holds all of it.
 
 use super::control::Control;
 use super::flow::{RecvFlow, SendFlow, SessionBudget};
 use super::limits::{Budget, Limits};
+use super::window::Window;
 use super::{CloseReason, Event, Introduction, OpenError, Role, Violation};
 use crate::code::Code;
 use crate::hello::Hello;
@@ -63,7 +65,8 @@ impl Ledger {
     /// A session that begins now.
     ///
     /// # Errors
-    /// [`OpenError::Memory`] if the process budget cannot hold what the session sets aside for accepted streams.
+    /// [`OpenError::Memory`] if the process budget cannot hold what the session sets aside for accepted streams, or the window
+    /// that every connection starts with.
     pub fn new(
         role: Role,
         limits: Limits,
@@ -71,7 +74,8 @@ impl Ledger {
         introduction: Introduction,
         now: Instant,
     ) -> Result<Self, OpenError> {
-        let budget = SessionBudget::new(&limits, process).ok_or(OpenError::Memory)?;
+        let window = Window::new(limits.reserved_for_accepted(), now);
+        let budget = SessionBudget::new(&limits, process, Some(window)).ok_or(OpenError::Memory)?;
         let control = Control::new(role, &limits, introduction, now);
         Ok(Self {
             role,
@@ -134,8 +138,13 @@ impl Ledger {
 
     /// Receive memory held, in bytes.
     #[must_use]
-    pub const fn recv_reserved(&self) -> usize {
-        self.budget.used()
+    pub fn recv_reserved(&self) -> usize {
+        self.budget.reserved()
+    }
+
+    /// What the transport must let the peer send and not yet be read, on all streams together, if that has changed.
+    pub fn poll_window(&mut self) -> Option<u64> {
+        self.budget.poll_window()
     }
 
     // ---- Streams ----
@@ -215,6 +224,7 @@ impl Ledger {
     pub fn on_read(&mut self, now: Instant, id: StreamId, len: usize) -> Result<(), CloseReason> {
         let rtt = self.control.rtt();
         self.on_heard_from(id);
+        self.budget.on_read(now, len);
         let Some(Entry { recv: Some(recv), grant, .. }) = self.streams.get_mut(&id) else { return Ok(()) };
         if recv.on_data(len).is_err() {
             return Err(self.end(CloseReason::Violation(Violation::Overrun(id.0))));
@@ -320,6 +330,7 @@ impl Ledger {
             return;
         }
         self.control.liveness.on_heard(now);
+        self.budget.on_read(now, input.len());
         while self.closed().is_none() {
             let step = match self.decoder.next(&mut input) {
                 Ok(Some(Item::Frame(frame))) => self.handle_frame(now, frame),

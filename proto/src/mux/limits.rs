@@ -8,7 +8,7 @@ use core::time::Duration;
 /// The limits of one session. All sizes are bytes.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Streams that the peer may have open at once. Legal: 1 to 65,536. Default 1,024.
+    /// Streams that the peer may have open at once. Legal: 0 to 65,536. Default 1,024.
     pub streams_max: u32,
     /// Credit of a new stream, in each direction. Legal: 4 KiB to 16 MiB. Default 64 KiB.
     pub initial_credit: u32,
@@ -101,7 +101,7 @@ impl Limits {
     pub fn validate(&self) -> Result<(), LimitsError> {
         let Self { streams_max, initial_credit, credit_max, recv_budget, send_budget, .. } = *self;
         let check = |holds: bool, relation: &'static str| holds.then_some(()).ok_or(LimitsError(relation));
-        check((1..=65_536).contains(&streams_max), "streams_max must be 1 to 65,536")?;
+        check(streams_max <= 65_536, "streams_max must be at most 65,536")?;
         check((CREDIT_FLOOR..=16 << 20).contains(&initial_credit), "initial_credit must be 4 KiB to 16 MiB")?;
         check(credit_max >= initial_credit, "credit_max must be at least initial_credit")?;
         check(credit_max as usize <= recv_budget, "credit_max must be at most recv_budget")?;
@@ -116,7 +116,51 @@ impl Limits {
     }
 }
 
-/// A bound on memory that several sessions share: the process budget.
+/// What memory is taken for, which decides how much of a budget it must leave free.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Share {
+    /// What a stream or a session cannot be without.
+    All,
+    /// The initial credit: a stream can begin with less.
+    Initial,
+    /// Credit above the initial one.
+    Growth,
+}
+
+impl Share {
+    /// What must stay free of `limit`.
+    pub(super) const fn keeps_free(self, limit: usize) -> usize {
+        match self {
+            Self::All => 0,
+            Self::Initial => limit / INITIAL_KEEPS_FREE,
+            Self::Growth => limit / GROWTH_KEEPS_FREE,
+        }
+    }
+
+    /// What must stay free of a budget of `limit` that is divided. Its last quarter is for those who hold little, so that
+    /// however many hold all they may, others still begin.
+    const fn keeps_free_of_divided(self, limit: usize, is_small: bool) -> usize {
+        match (self, is_small) {
+            (Self::All, true) => 0,
+            (Self::Initial, true) => limit / INITIAL_KEEPS_FREE,
+            (Self::Growth, true) => limit / 8,
+            (Self::All, false) => limit / RESERVE,
+            (Self::Initial, false) => limit / RESERVE + limit / INITIAL_KEEPS_FREE,
+            (Self::Growth, false) => limit / RESERVE + limit / 8,
+        }
+    }
+}
+
+/// Growth may not use the last quarter of a budget: it stays free for the first credit of new streams.
+const GROWTH_KEEPS_FREE: usize = 4;
+/// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor.
+const INITIAL_KEEPS_FREE: usize = 16;
+/// The part of a divided budget that is for those who hold little, as a divisor.
+const RESERVE: usize = 4;
+/// Who holds at most this part of a divided budget holds little, as a divisor.
+const LITTLE: usize = 256;
+
+/// A bound on memory that several sessions share: the process budget, or the share of it that belongs to one tenant.
 #[derive(Clone, Debug)]
 pub struct Budget(Arc<BudgetInner>);
 
@@ -124,29 +168,71 @@ pub struct Budget(Arc<BudgetInner>);
 struct BudgetInner {
     limit: usize,
     used: AtomicUsize,
+    /// What this is a share of.
+    whole: Option<Budget>,
 }
 
 impl Budget {
     /// A budget of `limit` bytes.
     #[must_use]
     pub fn new(limit: usize) -> Self {
-        Self(Arc::new(BudgetInner { limit, used: AtomicUsize::new(0) }))
+        Self(Arc::new(BudgetInner { limit, used: AtomicUsize::new(0), whole: None }))
     }
 
-    /// Takes `bytes` if afterwards at least `keep_free` bytes remain; tells whether it did.
+    /// A part of this budget that belongs to one tenant, of at most `limit` bytes. What is taken of the share is taken of the
+    /// whole, too; the last quarter of the whole only by shares that hold at most 1/256 of it.
     #[must_use]
-    pub fn try_take(&self, bytes: usize, keep_free: usize) -> bool {
+    pub fn share(&self, limit: usize) -> Self {
+        Self(Arc::new(BudgetInner { limit, used: AtomicUsize::new(0), whole: Some(self.clone()) }))
+    }
+
+    /// Takes `bytes` if what must stay free for others does; tells whether it did.
+    pub(super) fn try_take(&self, bytes: usize, share: Share) -> bool {
+        let Some(after) = self.admit(bytes, share.keeps_free(self.0.limit)) else { return false };
+        let Some(whole) = &self.0.whole else { return true };
+        let is_small = after <= whole.0.limit / LITTLE;
+        let taken = whole.admit(bytes, share.keeps_free_of_divided(whole.0.limit, is_small)).is_some();
+        if !taken {
+            self.0.used.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    /// Takes `bytes` if `keep_free` bytes remain then; what is used afterwards.
+    fn admit(&self, bytes: usize, keep_free: usize) -> Option<usize> {
         let admit = |used: usize| {
             let after = used.checked_add(bytes)?;
             (after.checked_add(keep_free)? <= self.0.limit).then_some(after)
         };
-        self.0.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, admit).is_ok()
+        let before = self.0.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, admit).ok()?;
+        Some(before + bytes)
+    }
+
+    /// Holds `bytes` for something that is not a session's, if there are so many.
+    #[must_use]
+    pub fn hold(&self, bytes: usize) -> Option<Held> {
+        self.try_take(bytes, Share::All).then(|| Held { budget: self.clone(), bytes })
     }
 
     /// Gives back `bytes` that were taken before.
-    pub fn give(&self, bytes: usize) {
+    pub(super) fn give(&self, bytes: usize) {
         let before = self.0.used.fetch_sub(bytes, Ordering::Relaxed);
         debug_assert!(before >= bytes, "no more is given back than was taken");
+        if let Some(whole) = &self.0.whole {
+            whole.give(bytes);
+        }
+    }
+
+    /// Whether what is used reaches into the part that growth must leave alone.
+    pub(super) fn is_pressed(&self) -> bool {
+        let (used, limit) = (self.used(), self.0.limit);
+        let over = |limit: usize, keep_free: usize, used: usize| used > limit - keep_free;
+        over(limit, Share::Growth.keeps_free(limit), used)
+            || self.0.whole.as_ref().is_some_and(|whole| {
+                let is_small = used <= whole.0.limit / LITTLE;
+                let keep_free = Share::Growth.keeps_free_of_divided(whole.0.limit, is_small);
+                over(whole.0.limit, keep_free, whole.used())
+            })
     }
 
     /// Bytes taken at the moment.
@@ -159,6 +245,19 @@ impl Budget {
     #[must_use]
     pub fn limit(&self) -> usize {
         self.0.limit
+    }
+}
+
+/// A part of a budget, given back when it is dropped.
+#[derive(Debug)]
+pub struct Held {
+    budget: Budget,
+    bytes: usize,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.budget.give(self.bytes);
     }
 }
 
@@ -210,13 +309,37 @@ mod tests {
     #[test]
     fn a_budget_never_overflows() {
         let budget = Budget::new(100);
-        assert!(budget.try_take(60, 0));
-        assert!(!budget.try_take(60, 0));
-        assert!(!budget.try_take(30, 11));
-        assert!(!budget.try_take(usize::MAX, 1));
-        assert!(budget.try_take(30, 10));
+        assert!(budget.try_take(60, Share::All));
+        assert!(!budget.try_take(60, Share::All));
+        assert!(!budget.try_take(30, Share::Growth));
+        assert!(!budget.try_take(usize::MAX, Share::Initial));
+        assert!(budget.try_take(30, Share::Initial));
         budget.give(90);
         assert_eq!(budget.used(), 0);
+    }
+
+    /// Goal: A2: one tenant never has more than its share, tenants that hold all they may leave a quarter to those who hold
+    /// little, and what is given back is there for all.
+    #[test]
+    fn a2_a_share_takes_no_more_than_is_its_own() {
+        let whole = Budget::new(1 << 20);
+        let greedy: Vec<Budget> = (0..8).map(|_| whole.share(1 << 18)).collect();
+        let fill = |budget: &Budget, share| (0..).take_while(|_| budget.try_take(1 << 10, share)).count() << 10;
+        assert_eq!(fill(&greedy[0], Share::All), 1 << 18);
+        assert!(greedy[0].is_pressed() && !greedy[1].is_pressed());
+        assert_eq!(fill(&greedy[1], Share::Growth), 3 << 16, "growth leaves a quarter of the share");
+        let more: usize = greedy.iter().map(|budget| fill(budget, Share::All)).sum();
+        let reserve = whole.limit() / RESERVE;
+        // Each of the others has the little that everybody may have, and all together stop in front of the rest.
+        assert!(whole.used() <= whole.limit() - reserve + 8 * whole.limit() / LITTLE, "{more}");
+        assert!(greedy[0].is_pressed() && greedy[1].is_pressed());
+        let newcomer = whole.share(1 << 18);
+        assert_eq!(fill(&newcomer, Share::All), whole.limit() / LITTLE, "who holds little still begins");
+        newcomer.give(newcomer.used());
+        for budget in &greedy {
+            budget.give(budget.used());
+        }
+        assert_eq!(whole.used(), 0);
     }
 
     #[test]

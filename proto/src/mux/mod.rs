@@ -18,11 +18,14 @@ mod output;
 mod schedule;
 mod stream;
 mod timer;
+mod window;
 
 pub use chunks::{CHUNK_MAX, COPY_MAX};
 pub use error::{CloseReason, OpenError, Violation, WriteError};
 pub use ledger::{Ledger, LedgerEvent};
-pub use limits::{Budget, Limits};
+pub use limits::{Budget, Held, Limits};
+pub(crate) use window::window_over;
+pub use window::WINDOW_START;
 
 use crate::code::Code;
 use crate::hello::Hello;
@@ -162,7 +165,7 @@ impl Connection {
         introduction: Introduction,
         now: Instant,
     ) -> Result<Self, OpenError> {
-        let budget = SessionBudget::new(&limits, process).ok_or(OpenError::Memory)?;
+        let budget = SessionBudget::new(&limits, process, None).ok_or(OpenError::Memory)?;
         Ok(Self {
             role,
             budget,

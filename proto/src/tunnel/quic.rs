@@ -2,13 +2,14 @@
 //! first bidirectional stream that the agent opens.
 //!
 //! The bytes of a stream are the same as on the mux, and so are the codes. QUIC's own flow control only bounds a peer that
-//! ignores the credit (see [`transport_config`]): it is static per connection, and slow streams would share one window.
+//! ignores the credit. Its window of a stream is static, above any credit; that of the connection follows the credit
+//! (`mux::window`), so that what a peer can make us hold is in the budget.
 
 use super::congestion::BoundedBbr;
 use super::gate::Gate;
 use super::{SessionState, Settle, buffer};
 use crate::code::Code;
-use crate::mux::{CloseReason, Event, Ledger, LedgerEvent, Limits, Role};
+use crate::mux::{CloseReason, Event, Ledger, LedgerEvent, Limits, Role, window_over};
 use crate::time::Instant;
 use crate::wire::StreamId;
 use bytes::{Bytes, BytesMut};
@@ -28,7 +29,7 @@ use super::stream::{ReadError, WriteError};
 /// Streams that the peer may open before any was used. QUIC reserves memory for every stream it allows, so the number is
 /// raised as streams are used.
 const STREAMS_START: u32 = 100;
-/// Room above the credit in QUIC's own windows: heads, and what is in flight when a stream is reset.
+/// Room above the largest credit in QUIC's window of a stream.
 const WINDOW_SLACK: u64 = 1 << 20;
 /// Largest datagram that an agent looks for on its path (RFC 8899), in bytes without the IP and UDP headers. Within a data centre,
 /// and on many private lines, packets may be larger than Ethernet's 1,500 bytes, and QUIC's price is one for each packet.
@@ -55,12 +56,13 @@ const CONTROL_CHUNK: usize = 16 * 1024;
 /// The QUIC settings that a session needs, for a client or a server configuration.
 ///
 /// - congestion control: BBR, which holds its rate under random loss, within what the path delivers (`congestion.rs`);
-/// - windows: above any credit, so that credit decides and QUIC's windows only stop a peer that ignores it;
+/// - windows: of a stream above any credit, so that credit decides; of the connection above the credit that the peer
+///   has from the start, which the session raises as it grants more;
 /// - packets: as large as the path lets through, up to [`DATAGRAM_MAX`] and [`DATAGRAM_GATEWAY`];
 /// - no datagrams, no unidirectional streams.
 #[must_use]
 pub fn transport_config(role: Role, limits: &Limits, segmentation_offload: bool) -> TransportConfig {
-    let window = |credit: usize| VarInt::try_from(window_above(credit as u64)).unwrap_or(VarInt::MAX);
+    let window = |bytes: u64| VarInt::try_from(bytes).unwrap_or(VarInt::MAX);
     let mut packets = MtuDiscoveryConfig::default();
     let largest = match role {
         Role::Agent => DATAGRAM_MAX,
@@ -72,8 +74,8 @@ pub fn transport_config(role: Role, limits: &Limits, segmentation_offload: bool)
         .mtu_discovery_config(Some(packets))
         .max_concurrent_bidi_streams(VarInt::from(limits.streams_max.min(STREAMS_START) + 1))
         .max_concurrent_uni_streams(VarInt::from(0u8))
-        .stream_receive_window(window(limits.credit_max as usize))
-        .receive_window(window(limits.recv_budget))
+        .stream_receive_window(window(window_above(u64::from(limits.credit_max))))
+        .receive_window(window(window_over(limits.reserved_for_accepted()) as u64))
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .max_idle_timeout(quinn::IdleTimeout::try_from(IDLE_TIMEOUT).ok())
@@ -175,6 +177,10 @@ impl Shared {
             }
         }
         settle.wakers.extend(core.gate.due());
+        if let Some(window) = core.ledger.poll_window() {
+            // Under the lock, so that quinn hears of the windows in their order.
+            self.conn.set_receive_window(VarInt::try_from(window).unwrap_or(VarInt::MAX));
+        }
         let output = core.ledger.has_output();
         drop(core);
         settle.apply(&self.state);
