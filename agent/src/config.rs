@@ -310,13 +310,13 @@ impl AgentConfig {
         let admin_address = admin.parsed::<SocketAddrText>("address").map_or(ADMIN_ADDRESS, |text| text.0);
         let drain = root.section("drain");
         let drain_deadline = drain.duration("deadline", secs(25), Duration::ZERO..=secs(3600));
-        let sessions_memory = u64::from(limits.streams_per_session) * u64::from(limits.initial_credit);
-        if limits.process_memory < sessions_memory * u64::from(sessions + 1) {
+        let session_memory = limits.mux().reserved_over_quic() as u64;
+        if limits.process_memory < session_memory * u64::from(sessions + 1) {
             root.problem(
                 "limits",
                 format_args!(
-                    "processMemory must hold streamsPerSession × initialCredit for every session and one that replaces it: {} MiB",
-                    (sessions_memory * u64::from(sessions + 1)).div_ceil(1 << 20)
+                    "processMemory must hold streamsPerSession × initialCredit, and QUIC's window above it, for every session and one that replaces it: {} MiB",
+                    (session_memory * u64::from(sessions + 1)).div_ceil(1 << 20)
                 ),
             );
         }

@@ -125,6 +125,7 @@ impl Admin {
     fn metrics(&self) -> Response<Full<Bytes>> {
         let shared = &self.shared;
         shared.registry.count_bytes();
+        shared.metrics.memory(shared.memory.used(), shared.uploads.used());
         let live = shared.live();
         let connected = |uid| shared.registry.presence(uid).sessions > 0;
         let clusters = shared.clusters(&live);

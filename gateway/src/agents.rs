@@ -9,6 +9,7 @@
 use crate::config::{Cluster, GatewayConfig};
 use crate::fleet::{Fleet, ShownCertificate, Time};
 use crate::join;
+use crate::memory::Part;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::registry::{InsertError, Registration, SessionId, Visitor};
 use crate::state::{Shared, random};
@@ -21,11 +22,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 use towline_certs::facts::{CertificateFacts, human};
-use towline_certs::{AgentIdentity, CertificateDer, InstanceId, SpkiPin};
+use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, SpkiPin};
 use towline_proto::Code;
 use towline_proto::hello::Hello;
 use towline_proto::join::{About, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice, SayError, TrustAck};
-use towline_proto::mux::{CloseReason, Introduction, Limits, Role};
+use towline_proto::mux::{CloseReason, Introduction, Limits, Role, WINDOW_START};
 use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::GoAway;
@@ -39,6 +40,8 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(25);
 const REPLACE_ROUNDS: usize = 3;
 /// A certificate's end is looked at again at least this often: the wall clock can jump, timers cannot.
 const EXPIRY_CHECK: Duration = Duration::from_secs(60);
+/// How often a session is looked at that may hold more memory than it needs.
+const GIVE_BACK_CHECK: Duration = Duration::from_secs(30);
 pub(crate) const BOOT_ID_BYTES: usize = 16;
 /// What an agent may say about its cluster at once, and after how long once more. It asks every hour.
 const WORDS_BURST: f64 = 8.0;
@@ -50,8 +53,8 @@ const VERSION_MAX: usize = 64;
 pub(crate) fn session_limits(config: &GatewayConfig) -> Limits {
     let (defaults, recv_budget) = (Limits::default(), config.limits.session_memory.0);
     Limits {
-        // Agents open no streams today; 1 is the least that the mux allows, and it is refused.
-        streams_max: 1,
+        // Agents open no streams, so that an idle one is promised nothing.
+        streams_max: 0,
         recv_budget,
         credit_max: defaults.credit_max.min(u32::try_from(recv_budget).unwrap_or(u32::MAX)),
         ..defaults
@@ -91,9 +94,11 @@ pub(crate) async fn serve<IO>(
         .map(|certificate| certificate.clone().into_owned())
         .collect();
     let presented = Presented { chain, judge };
-    match Session::over(tls, session_config(&shared)) {
-        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), presented, address).await,
-        Err(_) => no_memory(&shared, address),
+    let memory = memory_of(&shared, &presented);
+    let config = session_config(&shared, memory.as_ref());
+    // It begins without any memory: over the mux credit is all that the agent may send.
+    if let Ok((session, driver)) = Session::over(tls, config) {
+        run(shared, session, Box::pin(driver.run()), presented, address).await;
     }
 }
 
@@ -104,20 +109,25 @@ pub(crate) async fn serve_quic(
     presented: Presented,
     address: SocketAddr,
 ) {
-    match Session::over_quic(conn.clone(), session_config(&shared)) {
+    let memory = memory_of(&shared, &presented);
+    match Session::over_quic(conn.clone(), session_config(&shared, memory.as_ref())) {
         Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), presented, address).await,
-        Err(_) => {
-            no_memory(&shared, address);
-            conn.close(Code::Limit.to_u32().into(), b"no memory for another session");
-        }
+        Err(_) => no_memory(&shared, conn, memory.as_ref(), address).await,
     }
 }
 
-fn session_config(shared: &Shared) -> SessionConfig {
+/// The memory of the cluster that an agent says it speaks for. Whether it may is found out in the session; who does not
+/// say any is told there that it may not.
+fn memory_of(shared: &Shared, presented: &Presented) -> Option<Part<ClusterUid>> {
+    let identity = shared.live().agent_ca.identity_of(presented.chain.first()?).ok()?;
+    Some(shared.memory.of(&identity.cluster))
+}
+
+fn session_config(shared: &Shared, memory: Option<&Part<ClusterUid>>) -> SessionConfig {
     SessionConfig {
         role: Role::Gateway,
         limits: session_limits(&shared.config),
-        budget: shared.budget.clone(),
+        budget: memory.map_or(&shared.last_words, Part::budget).clone(),
         introduction: Introduction {
             capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
             boot_id: shared.boot_id.to_vec(),
@@ -126,10 +136,33 @@ fn session_config(shared: &Shared) -> SessionConfig {
     }
 }
 
-fn no_memory(shared: &Shared, address: SocketAddr) {
+/// Tells an agent that there is no memory for its session.
+async fn no_memory(
+    shared: &Shared,
+    conn: quinn::Connection,
+    memory: Option<&Part<ClusterUid>>,
+    address: SocketAddr,
+) {
+    let (limit, key, text) = match memory {
+        Some(memory) if memory.is_full() => (
+            Limit::TunnelMemoryPerCluster,
+            "limits.tunnelMemoryPerCluster",
+            "the sessions of this cluster hold all the memory that the gateway has for it",
+        ),
+        _ => (Limit::TunnelMemory, "limits.tunnelMemory", "the gateway has no memory for another session"),
+    };
     shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
-    shared.metrics.limit_reached(Limit::TunnelMemory);
-    tracing::warn!(agent = %address, "no memory for another session; raise limits.tunnelMemory");
+    shared.metrics.limit_reached(limit);
+    tracing::warn!(agent = %address, "{text}; raise {key}");
+    let Ok((session, driver)) = Session::over_quic(conn.clone(), session_config(shared, None)) else {
+        conn.close(Code::Limit.to_u32().into(), text.as_bytes());
+        return;
+    };
+    let say = async {
+        drop(tokio::time::timeout(READY_TIMEOUT, session.ready()).await);
+        session.close(Code::Limit, text);
+    };
+    tokio::join!(driver.run(), say);
 }
 
 /// What both transports have in common: everything but the way the bytes take.
@@ -182,6 +215,7 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
         }
         reason = over => reason,
         reason = converse(shared, session, &admitted, address) => reason,
+        reason = give_back(shared, session, &registration) => reason,
     };
     drop((registration, counted));
     shared.metrics.session_ended(reason.label());
@@ -317,6 +351,21 @@ async fn any_alive(sessions: &[Session]) -> bool {
         }
     }
     false
+}
+
+/// While memory is short, has a session replaced that holds much more than it needs: over QUIC what the agent was once allowed to
+/// send cannot be taken back, only used up. A session in which nothing runs is replaced without anybody noticing.
+async fn give_back(shared: &Shared, session: &Session, registration: &Registration) -> CloseReason {
+    loop {
+        // Not all at the same time.
+        let mut part = [0];
+        random(&mut part);
+        tokio::time::sleep(GIVE_BACK_CHECK.mul_f64(1.0 + f64::from(part[0]) / 256.0)).await;
+        let stats = session.stats();
+        if shared.memory.is_short() && stats.streams == 0 && stats.recv_reserved > 2 * WINDOW_START {
+            registration.retire(session, "it holds memory that it does not need, and memory is short");
+        }
+    }
 }
 
 /// Refuses what an agent opens, until the session ends.

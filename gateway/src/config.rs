@@ -315,6 +315,14 @@ pub struct Limits {
     pub handshakes_per_address: usize,
     /// Requests of one principal at a time.
     pub requests_per_principal: usize,
+    /// The same to one cluster: those that last, such as watches, and those that end soon.
+    pub long_requests_per_principal_and_cluster: usize,
+    pub requests_per_principal_and_cluster: usize,
+    /// Bytes of request bodies over HTTP/2 that nobody has read: of all clients, and of one principal.
+    #[serde(with = "units")]
+    pub upload_memory: ByteSize,
+    #[serde(with = "units")]
+    pub upload_memory_per_principal: ByteSize,
     /// Requests of one cluster that wait for its agent to come back.
     pub held_per_cluster: usize,
     /// Live sessions of one cluster.
@@ -330,9 +338,11 @@ pub struct Limits {
     /// Bytes of a request body that are kept so that it can be sent again.
     #[serde(with = "units")]
     pub replay_bytes: ByteSize,
-    /// Receive memory of all sessions together, and of one.
+    /// Receive memory of all sessions together, of those of one cluster, and of one.
     #[serde(with = "units")]
     pub tunnel_memory: ByteSize,
+    #[serde(with = "units")]
+    pub tunnel_memory_per_cluster: ByteSize,
     #[serde(with = "units")]
     pub session_memory: ByteSize,
     /// Objects of one kind in the state directory.
@@ -415,6 +425,10 @@ impl Default for Limits {
             handshakes: 1024,
             handshakes_per_address: 128,
             requests_per_principal: 4096,
+            long_requests_per_principal_and_cluster: 512,
+            requests_per_principal_and_cluster: 384,
+            upload_memory: ByteSize(256 << 20),
+            upload_memory_per_principal: ByteSize(64 << 20),
             held_per_cluster: 100,
             sessions_per_cluster: 16,
             header_count: 100,
@@ -423,6 +437,7 @@ impl Default for Limits {
             http2_streams: 250,
             replay_bytes: ByteSize(64 << 10),
             tunnel_memory: ByteSize(1 << 30),
+            tunnel_memory_per_cluster: ByteSize(256 << 20),
             session_memory: ByteSize(128 << 20),
             objects: crate::fleet::OBJECTS_MAX,
         }

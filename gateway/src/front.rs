@@ -8,6 +8,7 @@ use crate::authn::Certificate;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::proxy::{self, AnswerBody, Basis, Peer};
 use crate::state::Shared;
+use crate::uploads;
 use arc_swap::ArcSwap;
 use framing::Judged;
 use http::header::{CONNECTION, HeaderValue};
@@ -39,9 +40,6 @@ use towline_proto::tunnel::aside::Aside;
 /// HTTP/1.1: bytes read ahead and bytes waiting to be written, per connection. What waits here has left the tunnel's budget, and
 /// pins the reads that it came in; but with half as much an upload costs a fifth more CPU, and more.
 const H1_BUFFER: usize = 128 * 1024;
-/// HTTP/2: what a client may send before it is read, per request and per connection.
-const H2_STREAM_WINDOW: u32 = 256 * 1024;
-const H2_CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// HTTP/2: bytes of one answer that wait to be written.
 const H2_SEND_BUFFER: usize = 128 * 1024;
 const H2_FRAME: u32 = 32 * 1024;
@@ -103,6 +101,7 @@ where
         sni,
         known: AtomicBool::new(false),
         finish: CancellationToken::new(),
+        unread: Arc::default(),
     });
     let rejudge = Aside::new(async {
         while reloads.changed().await.is_ok() {
@@ -236,8 +235,8 @@ fn http2_builder(shared: &Shared) -> http2::Builder<Tracked> {
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.http2_streams)
-        .initial_stream_window_size(H2_STREAM_WINDOW)
-        .initial_connection_window_size(H2_CONNECTION_WINDOW)
+        .initial_stream_window_size(uploads::STREAM_WINDOW)
+        .initial_connection_window_size(uploads::CONNECTION_WINDOW)
         .adaptive_window(false)
         .max_frame_size(H2_FRAME)
         .max_send_buf_size(H2_SEND_BUFFER)

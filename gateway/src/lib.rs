@@ -45,6 +45,7 @@ pub mod join;
 pub mod kube;
 mod listener;
 pub mod log;
+mod memory;
 pub mod metrics;
 mod per_key;
 mod proxy;
@@ -59,6 +60,7 @@ pub mod runtime;
 mod state;
 pub mod store;
 pub mod trust;
+mod uploads;
 
 use admin::Admin;
 use authority::Authorities;

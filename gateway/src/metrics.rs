@@ -114,12 +114,18 @@ label!(
         Idle = "idle",
         Head = "head",
         RequestsPerPrincipal = "requests_per_principal",
+        RequestsPerPrincipalAndCluster = "requests_per_principal_and_cluster",
+        LongRequestsPerPrincipalAndCluster = "long_requests_per_principal_and_cluster",
+        UploadsPerConnection = "uploads_per_connection",
+        UploadMemoryPerPrincipal = "upload_memory_per_principal",
+        UploadMemory = "upload_memory",
         SlowBody = "slow_body",
         ReplayBytes = "replay_bytes",
         Answer = "answer",
         Streams = "streams",
         SessionsPerCluster = "sessions_per_cluster",
         TunnelMemory = "tunnel_memory",
+        TunnelMemoryPerCluster = "tunnel_memory_per_cluster",
         Joins = "joins",
         JoinFailures = "join_failures",
         Renewals = "renewals",
@@ -163,6 +169,8 @@ pub struct Metrics {
     cluster_connected: IntGaugeVec,
     tunnel_received: IntCounter,
     tunnel_sent: IntCounter,
+    tunnel_memory: IntGauge,
+    upload_memory: IntGauge,
     requests: [IntCounter; 6],
     requests_in_flight: IntGauge,
     first_byte: Histogram,
@@ -276,6 +284,16 @@ impl Metrics {
                 r,
                 "towline_gateway_tunnel_sent_bytes_total",
                 "Bytes to agents, inside TLS.",
+            ),
+            tunnel_memory: gauge(
+                r,
+                "towline_gateway_tunnel_memory_bytes",
+                "Receive memory that the sessions with agents hold: what agents may send and nobody has read yet.",
+            ),
+            upload_memory: gauge(
+                r,
+                "towline_gateway_upload_memory_bytes",
+                "What clients may send of request bodies over HTTP/2 and nobody has read yet.",
             ),
             requests: CLASSES.map(|class| requests.with_label_values(&[class])),
             requests_in_flight: gauge(
@@ -427,6 +445,12 @@ impl Metrics {
         for (name, connected) in connected {
             self.cluster_connected.with_label_values(&[name]).set(i64::from(connected));
         }
+    }
+
+    /// Memory that is held for what agents and clients may send.
+    pub fn memory(&self, tunnel: usize, uploads: usize) {
+        self.tunnel_memory.set(i64::try_from(tunnel).unwrap_or(i64::MAX));
+        self.upload_memory.set(i64::try_from(uploads).unwrap_or(i64::MAX));
     }
 
     pub fn tunnel_bytes(&self, received: u64, sent: u64) {

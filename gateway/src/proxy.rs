@@ -20,7 +20,7 @@ pub(crate) use body::{AnswerBody, Basis};
 pub(crate) use error::{CHALLENGE, ProxyError, printable, warning};
 
 use crate::api;
-use crate::authn::{self, AuthnError, Caller, Certificate, Known};
+use crate::authn::{self, AuthnError, Caller, Certificate, Known, Principal};
 use crate::authz::{AccessRules, Decision};
 use crate::config::{Cluster, Mode};
 use crate::headers::{self, HeadersError, Upstream};
@@ -31,6 +31,7 @@ use crate::registry::{AcquireError, SessionId};
 use crate::routing::{self, RouteError};
 use crate::running::Run;
 use crate::state::{Live, Shared, random};
+use crate::uploads::{self, Room, Unread};
 use arc_swap::ArcSwap;
 use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
@@ -46,6 +47,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use towline_certs::ClusterUid;
 use towline_proto::Code;
 use towline_proto::open::{self, Answer, BodyKind, Open, Outcome, Want};
 use towline_proto::tunnel::exchange::{
@@ -65,6 +67,8 @@ pub(crate) struct Peer {
     pub(crate) known: AtomicBool,
     /// Cancelled to end the connection after the answers that are due.
     pub(crate) finish: CancellationToken,
+    /// What may be unread of the bodies of an HTTP/2 connection.
+    pub(crate) unread: Arc<Unread>,
 }
 
 /// Answers one request.
@@ -118,11 +122,19 @@ async fn run(
         // In a box, as is what else is rare: every request would be larger by it.
         return Box::pin(api::answer(shared, peer, parts, body)).await;
     }
-    let plan = plan(shared, peer, &parts, &body, audit_id)?;
+    let mut plan = plan(shared, peer, &parts, &body, audit_id)?;
+    plan.guards.place = Some(place(shared, &plan).await?);
+    let room = match plan.body != BodyKind::NONE && parts.version == Version::HTTP_2 {
+        true => Some(
+            Box::pin(uploads::room(&shared.uploads, &peer.unread, &plan.principal.name, length(&body)))
+                .await?,
+        ),
+        false => None,
+    };
     let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
     let (answer, live) = tokio::select! {
         biased;
-        done = exchange(shared, &plan, body) => done?,
+        done = exchange(shared, &plan, body, room) => done?,
         () = cancelled(revoked.as_ref()) => return Err(AuthnError::Revoked.into()),
     };
     let response = match answer.outcome {
@@ -155,6 +167,7 @@ fn is_at_root(shared: &Shared, peer: &Peer, parts: &Parts) -> bool {
 /// Everything about a request that is decided before anything leaves.
 struct Plan {
     cluster: Arc<Cluster>,
+    principal: Arc<Principal>,
     method: Method,
     kind: RequestKind,
     body: BodyKind,
@@ -171,6 +184,8 @@ struct Plan {
 struct Guards {
     /// Only where credentials can be revoked.
     run: Option<Run>,
+    /// Among the requests of this principal to this cluster.
+    place: Option<KeyPermit<(String, ClusterUid)>>,
     _request: Counted,
     _principal: KeyPermit<String>,
 }
@@ -257,8 +272,33 @@ fn plan(
     };
     let open = encode_head(&open, open::HEAD_MAX_BYTES).map_err(|_| ProxyError::HeadTooLarge)?;
     let prefix = route.by_path.then(|| format!("{}{}", routing::PREFIX, route.name));
-    let guards = Guards { run, _request: shared.metrics.request(), _principal: permit };
-    Ok(Plan { cluster, method: parts.method.clone(), kind, body, upgrade, open, deadline, prefix, guards })
+    let guards = Guards { run, place: None, _request: shared.metrics.request(), _principal: permit };
+    let method = parts.method.clone();
+    Ok(Plan { cluster, principal, method, kind, body, upgrade, open, deadline, prefix, guards })
+}
+
+/// A place among the requests of this principal to this cluster, so that nobody alone takes all streams that a cluster has. What
+/// ends soon waits for a moment: others of its kind are about to end.
+async fn place(shared: &Shared, plan: &Plan) -> Result<KeyPermit<(String, ClusterUid)>, ProxyError> {
+    let key = (plan.principal.name.clone(), plan.cluster.uid.clone());
+    if plan.kind.long_running {
+        let what = "requests of yours to this cluster at a time that last, such as watches";
+        let too_many = ProxyError::Limit(Limit::LongRequestsPerPrincipalAndCluster, what);
+        return shared.long_places.take(&key).map_err(|_| too_many);
+    }
+    let place = tokio::time::timeout(PLACE_PATIENCE, shared.places.wait(&key)).await;
+    place.ok().and_then(Result::ok).ok_or_else(|| {
+        let what = "requests of yours to this cluster at a time";
+        ProxyError::Limit(Limit::RequestsPerPrincipalAndCluster, what)
+    })
+}
+
+/// How long a request waits for others of its principal to the same cluster.
+const PLACE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long a body is, as far as that is known.
+fn length(body: &Incoming) -> Option<u64> {
+    body.size_hint().exact()
 }
 
 /// Who calls, and whether they may call this cluster.
@@ -328,10 +368,12 @@ async fn exchange(
     shared: &Arc<Shared>,
     plan: &Plan,
     body: Incoming,
+    room: Option<Room>,
 ) -> Result<(Answer, LiveExchange), ProxyError> {
     let limits = &shared.config.limits;
     let pace = (!plan.kind.long_running).then_some(shared.config.timeouts.slow_body);
-    let mut body = (plan.body != BodyKind::NONE).then(|| ClientBody::new(body, limits.replay_bytes.0, pace));
+    let mut body =
+        (plan.body != BodyKind::NONE).then(|| ClientBody::new(body, limits.replay_bytes.0, pace, room));
     let deadline = plan.deadline.map(|deadline| tokio::time::Instant::now() + deadline);
     let mut tried: Vec<SessionId> = Vec::new();
     let mut first_error = None;
@@ -371,6 +413,10 @@ fn not_opened(shared: &Shared, plan: &Plan, error: AcquireError) -> ProxyError {
         }
         AcquireError::NotConnected(presence) => ProxyError::NotConnected { cluster: plan.name(), presence },
         AcquireError::StreamsMax => ProxyError::Limit(Limit::Streams, "requests to this cluster at a time"),
+        AcquireError::Memory if shared.memory.is_full(&plan.cluster.uid) => ProxyError::Limit(
+            Limit::TunnelMemoryPerCluster,
+            "requests for this cluster's share of the gateway's memory",
+        ),
         AcquireError::Memory => ProxyError::Limit(Limit::TunnelMemory, "requests for the gateway's memory"),
     }
 }

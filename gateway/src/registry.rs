@@ -414,11 +414,8 @@ impl Registry {
 
     /// Has a session replaced whose stream ids run out: its agent makes a new one before this one ends.
     fn rotate(&self, live: &Live) {
-        if live.session.streams_left().1 < self.spare_ids && !live.retiring.is_cancelled() {
-            live.retiring.cancel();
-            tracing::info!(session = live.id.0, "a session's stream ids run out: its agent makes a new one");
-            let drain_ms = u32::try_from(ROTATE_DRAIN.as_millis()).unwrap_or(u32::MAX);
-            live.session.drain(GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 0, drain_ms });
+        if live.session.streams_left().1 < self.spare_ids {
+            retire(live.id, &live.session, &live.retiring, "its stream ids run out");
         }
     }
 
@@ -747,7 +744,22 @@ impl Rank {
     }
 }
 
+/// Has an agent make a new session in place of this one.
+fn retire(id: SessionId, session: &Session, retiring: &CancellationToken, why: &str) {
+    if !retiring.is_cancelled() {
+        retiring.cancel();
+        tracing::info!(session = id.0, why, "a session is replaced: its agent makes a new one");
+        let drain_ms = u32::try_from(ROTATE_DRAIN.as_millis()).unwrap_or(u32::MAX);
+        session.drain(GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 0, drain_ms });
+    }
+}
+
 impl Registration {
+    /// Has the session replaced: its agent makes a new one before this one ends.
+    pub(crate) fn retire(&self, session: &Session, why: &str) {
+        retire(self.id, session, &self.retiring, why);
+    }
+
     /// Waits until the session is being replaced, nothing runs in it any more, and another one takes what comes. Cancel
     /// safe.
     pub(crate) async fn replaced(&self, session: &Session) {

@@ -8,6 +8,7 @@ use crate::config::{Cluster, ConfigError, GatewayConfig};
 use crate::fleet::{Fleet, NotAdmitted, ShownCertificate, Time, lastseen};
 use crate::join::Joins;
 use crate::log::Sparing;
+use crate::memory::Shares;
 use crate::metrics::Metrics;
 use crate::per_key::{PerKey, Sizes};
 use crate::registry::{HoldLimits, Registry};
@@ -37,7 +38,7 @@ use towline_certs::{
     SpkiPin, Strictness,
 };
 use towline_proto::join::{CERTIFICATES_MAX, Trust};
-use towline_proto::mux::Budget;
+use towline_proto::mux::{Budget, WINDOW_START};
 
 /// What a state directory brings along.
 #[derive(Debug)]
@@ -232,6 +233,8 @@ impl Problems {
     }
 }
 
+/// Sessions without memory that may hear at the same time why they end.
+const LAST_WORDS: usize = 64;
 /// What a gateway can open in one session: every second number of 32 bits.
 const STREAM_IDS: u32 = 1 << 31;
 
@@ -255,8 +258,11 @@ pub(crate) struct Shared {
     pub(crate) feed: Option<Arc<Feed>>,
     pub(crate) running: Arc<Running>,
     pub(crate) metrics: Arc<Metrics>,
-    /// Receive memory of all sessions.
-    pub(crate) budget: Budget,
+    /// Receive memory of all sessions, and of those that begin only to hear why they end.
+    pub(crate) memory: Arc<Shares<ClusterUid>>,
+    pub(crate) last_words: Budget,
+    /// What may be unread of clients' bodies over HTTP/2.
+    pub(crate) uploads: Arc<Shares<String>>,
     /// Tells this process from another one, in the hello.
     pub(crate) boot_id: [u8; 16],
     pub(crate) started: Time,
@@ -265,6 +271,9 @@ pub(crate) struct Shared {
     /// Where tasks run.
     pub(crate) shards: Shards,
     pub(crate) principals: Arc<PerKey<String>>,
+    /// Requests of one principal to one cluster: those that last, and the others.
+    pub(crate) long_places: Arc<PerKey<(String, ClusterUid)>>,
+    pub(crate) places: Arc<PerKey<(String, ClusterUid)>>,
     pub(crate) self_checks: SelfChecks,
     /// For lines about handshakes that anybody can make fail.
     pub(crate) refusals: Sparing,
@@ -339,6 +348,7 @@ pub(crate) struct Tasks {
 impl Shared {
     pub(crate) fn new(live: Live, shards: Shards, metrics: Arc<Metrics>, memory: Option<Memory>) -> Self {
         let config = live.config.clone();
+        let limits = &config.limits;
         let (fleet, authorities) = memory.map(|memory| (memory.fleet, memory.authorities)).unzip();
         let hold = HoldLimits { time: config.timeouts.hold, requests: config.limits.held_per_cluster };
         let registry = Registry::new(Arc::clone(&metrics), hold, config.limits.sessions_per_cluster)
@@ -352,8 +362,16 @@ impl Shared {
             joins: Joins::default(),
             trust: Arc::default(),
             running: Arc::default(),
-            budget: Budget::new(config.limits.tunnel_memory.0),
             principals: PerKey::new(Sizes::of_each(config.limits.requests_per_principal)),
+            memory: Shares::new(limits.tunnel_memory.0, limits.tunnel_memory_per_cluster.0),
+            last_words: Budget::new(LAST_WORDS * WINDOW_START),
+            uploads: Shares::new(limits.upload_memory.0, limits.upload_memory_per_principal.0),
+            long_places: PerKey::new(Sizes::of_each(limits.long_requests_per_principal_and_cluster)),
+            places: PerKey::new(Sizes {
+                waiting: usize::MAX,
+                waiting_share: limits.requests_per_principal_and_cluster,
+                ..Sizes::of_each(limits.requests_per_principal_and_cluster)
+            }),
             config,
             live: ArcSwap::from_pointee(live),
             reloads: watch::Sender::new(()),

@@ -13,8 +13,10 @@ use common::{
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 use towline_loadtest::client::{Client, Version, pattern};
+use towline_loadtest::shim::{Profile, Shim};
 use towline_loadtest::stack::Mode;
 
 /// What each end may hold for its tunnel.
@@ -29,7 +31,7 @@ const BULK: Duration = Duration::from_secs(600);
 async fn bench(transport: &str) -> Bench {
     let limits = json!({"tunnelMemory": "32MiB", "sessionMemory": "32MiB"});
     let agent = json!({
-        "sessionMemory": "32MiB", "processMemory": "32MiB", "streamsPerSession": 256, "initialCredit": "64KiB",
+        "sessionMemory": "32MiB", "processMemory": "40MiB", "streamsPerSession": 256, "initialCredit": "64KiB",
     });
     Setup::new(Mode::Restricted)
         .gateway(json!({"limits": limits}))
@@ -167,6 +169,30 @@ async fn readers_that_stop_stall_nobody_else() {
             && bench.agent_metric("exchanges_running").await == 0.0
     })
     .await;
+    bench.end().await;
+}
+
+/// What a client uploads over a long line, one body and sixteen in one HTTP/2 connection, with the windows that the gateway
+/// offers: the figures of `docs/performance.md`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement; docs/performance.md has the command"]
+async fn uploads_over_a_long_line() {
+    let bench = Setup::new(Mode::Restricted).start().await;
+    let mut target = bench.front();
+    let line = Profile::wan(Duration::from_millis(50), 1_000_000_000);
+    let shim = Shim::start(target.address, line, 7).await.unwrap();
+    target.address = shim.address;
+    let client = target.connect(Version::Http2).await.unwrap();
+    for (bodies, length) in [(1, 32 * MIB), (16, 16 * MIB), (1, 32 * MIB), (16, 16 * MIB)] {
+        let started = Instant::now();
+        let mut uploads = JoinSet::new();
+        for _ in 0..bodies {
+            let mut client = client.another().unwrap();
+            uploads.spawn(async move { upload(&mut client, length).await });
+        }
+        uploads.join_all().await;
+        eprintln!("{bodies} at a time: {}", rate(bodies * length, started.elapsed()));
+    }
     bench.end().await;
 }
 

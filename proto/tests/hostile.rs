@@ -129,7 +129,8 @@ impl World {
 
         let endpoint = quinn::Endpoint::client(local).unwrap();
         let dialled = endpoint.connect_with(client, address, "gateway").unwrap().await.unwrap();
-        let (agent, driver) = Session::over_quic(dialled, session(Role::Agent, Budget::new(1 << 30))).unwrap();
+        let (agent, driver) =
+            Session::over_quic(dialled, session(Role::Agent, Budget::new(1 << 30))).unwrap();
         tasks.spawn(async move { drop(driver.run().await) });
         let gateway: Session = sessions.recv().await.unwrap();
         gateway.ready().await.unwrap();

@@ -126,6 +126,8 @@ impl GatewayConfig {
             ("limits.handshakes", limits.handshakes),
             ("limits.handshakesPerAddress", limits.handshakes_per_address),
             ("limits.requestsPerPrincipal", limits.requests_per_principal),
+            ("limits.longRequestsPerPrincipalAndCluster", limits.long_requests_per_principal_and_cluster),
+            ("limits.requestsPerPrincipalAndCluster", limits.requests_per_principal_and_cluster),
             ("limits.sessionsPerCluster", limits.sessions_per_cluster),
             ("limits.http2Streams", limits.http2_streams as usize),
         ];
@@ -167,6 +169,19 @@ impl GatewayConfig {
             limits.session_memory <= limits.tunnel_memory,
             "limits.sessionMemory",
             "must be at most tunnelMemory",
+        );
+        let memories = [
+            ("limits.tunnelMemoryPerCluster", limits.tunnel_memory_per_cluster),
+            ("limits.uploadMemory", limits.upload_memory),
+            ("limits.uploadMemoryPerPrincipal", limits.upload_memory_per_principal),
+        ];
+        for (key, memory) in memories {
+            problems.unless(memory.0 >= 1 << 20, key, "must be at least 1MiB");
+        }
+        problems.unless(
+            limits.upload_memory_per_principal <= limits.upload_memory,
+            "limits.uploadMemoryPerPrincipal",
+            "must be at most uploadMemory",
         );
         let quic = &self.listen.quic;
         for (key, bytes) in [("receiveBuffer", quic.receive_buffer), ("sendBuffer", quic.send_buffer)] {

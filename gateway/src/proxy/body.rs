@@ -3,6 +3,7 @@
 
 use super::cancelled;
 use crate::front::Stalled;
+use crate::uploads::Room;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -39,12 +40,17 @@ pub(super) struct ClientBody {
     /// The answer has come: nothing will be sent again.
     settled: Arc<AtomicBool>,
     pace: Option<Pace>,
+    /// For what may be unread, until all was read; and how much that is, if it is known.
+    room: Option<Room>,
+    left: Option<u64>,
 }
 
 /// Whether the client sends fast enough. Only time in which we wait for the client counts.
 struct Pace {
     limit: Duration,
     since: Option<Pin<Box<Sleep>>>,
+    /// Since when we do not wait, while `since` stands.
+    paused: Option<Instant>,
     bytes: usize,
 }
 
@@ -65,10 +71,11 @@ impl fmt::Display for ClientBodyError {
 }
 
 impl ClientBody {
-    pub(super) fn new(source: Incoming, hold_max: usize, pace: Option<Duration>) -> Self {
-        let pace = pace.map(|limit| Pace { limit, since: None, bytes: 0 });
-        let settled = Arc::default();
-        Self { source, held: Vec::new(), held_bytes: 0, hold_max, sent: 0, replayable: true, settled, pace }
+    pub(super) fn new(source: Incoming, hold_max: usize, pace: Option<Duration>, room: Option<Room>) -> Self {
+        let pace = pace.map(Pace::new);
+        let (settled, left) = (Arc::default(), source.size_hint().exact());
+        let (held, held_bytes, sent, replayable) = (Vec::new(), 0, 0, true);
+        Self { source, held, held_bytes, hold_max, sent, replayable, settled, pace, room, left }
     }
 
     /// Set once the body will not be sent again.
@@ -80,6 +87,14 @@ impl ClientBody {
     pub(super) fn rewind(&mut self) -> bool {
         self.sent = 0;
         self.replayable
+    }
+
+    /// Counts what was read; when that is all, nothing can be unread any more.
+    fn on_read(&mut self, bytes: usize) {
+        self.left = self.left.map(|left| left.saturating_sub(bytes as u64));
+        if self.left == Some(0) {
+            self.room = None;
+        }
     }
 
     fn keep(&mut self, bytes: &Bytes) {
@@ -96,17 +111,28 @@ impl ClientBody {
 }
 
 impl Pace {
+    const fn new(limit: Duration) -> Self {
+        Self { limit, since: None, paused: None, bytes: 0 }
+    }
+
     fn on_bytes(&mut self, bytes: usize) {
         self.bytes += bytes;
         if self.bytes >= SLOW_BYTES {
             self.bytes = 0;
             self.since = None;
         }
+        // Until we ask again the client may wait for us.
+        self.paused = self.since.is_some().then(Instant::now);
     }
 
     fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let limit = self.limit;
-        self.since.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit))).as_mut().poll(cx)
+        let since = self.since.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        if let Some(paused) = self.paused.take() {
+            let deadline = since.deadline() + paused.elapsed();
+            since.as_mut().reset(deadline);
+        }
+        since.as_mut().poll(cx)
     }
 }
 
@@ -127,6 +153,7 @@ impl Body for ClientBody {
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(bytes) = frame.data_ref() {
                     this.keep(bytes);
+                    this.on_read(bytes.len());
                     if let Some(pace) = &mut this.pace {
                         pace.on_bytes(bytes.len());
                     }
@@ -134,7 +161,10 @@ impl Body for ClientBody {
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(ClientBodyError::Broken(error)))),
-            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Ready(None) => {
+                this.room = None;
+                Poll::Ready(None)
+            }
             Poll::Pending => match &mut this.pace {
                 Some(pace) => {
                     ready!(pace.poll_too_slow(cx));

@@ -318,6 +318,19 @@ impl Client {
         }
     }
 
+    /// Begins a request on an HTTP/2 connection, without waiting for its answer.
+    pub fn start(
+        &self,
+        request: Request<ClientBody>,
+    ) -> impl Future<Output = hyper::Result<Response<Incoming>>> + Send + 'static {
+        let Sender::H2(sender) = &self.sender else { panic!("not HTTP/2") };
+        let mut sender = sender.clone();
+        async move {
+            sender.ready().await?;
+            sender.send_request(request).await
+        }
+    }
+
     /// Sends a request for this path; fills in host and scheme as the protocol wants them.
     pub async fn ask(
         &mut self,

@@ -258,8 +258,8 @@ impl Ground {
         stack::merge(&mut options.agent, &self.agent);
         if name == "towline-cores" {
             let cores = std::thread::available_parallelism().map_or(1, usize::from).min(SESSIONS_MAX);
-            // A session's streams may have 64 MiB, and while one is replaced there is one more.
-            let memory = format!("{}MiB", 64 * (cores + 1).max(4));
+            // A session's streams may have 64 MiB, QUIC's window above it is 80, and while one is replaced there is one more.
+            let memory = format!("{}MiB", 80 * (cores + 1).max(4));
             stack::merge(&mut options.gateway, &json!({"threads": cores}));
             stack::merge(
                 &mut options.agent,

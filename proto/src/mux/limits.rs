@@ -94,6 +94,12 @@ impl Limits {
         self.streams_max as usize * self.initial_credit as usize
     }
 
+    /// The same over QUIC, with the window of a connection in which that fits.
+    #[must_use]
+    pub const fn reserved_over_quic(&self) -> usize {
+        super::window::window_over(self.reserved_for_accepted())
+    }
+
     /// Checks the relations between the limits.
     ///
     /// # Errors
@@ -324,7 +330,8 @@ mod tests {
     fn a2_a_share_takes_no_more_than_is_its_own() {
         let whole = Budget::new(1 << 20);
         let greedy: Vec<Budget> = (0..8).map(|_| whole.share(1 << 18)).collect();
-        let fill = |budget: &Budget, share| (0..).take_while(|_| budget.try_take(1 << 10, share)).count() << 10;
+        let fill =
+            |budget: &Budget, share| (0..).take_while(|_| budget.try_take(1 << 10, share)).count() << 10;
         assert_eq!(fill(&greedy[0], Share::All), 1 << 18);
         assert!(greedy[0].is_pressed() && !greedy[1].is_pressed());
         assert_eq!(fill(&greedy[1], Share::Growth), 3 << 16, "growth leaves a quarter of the share");

@@ -24,7 +24,6 @@ pub use chunks::{CHUNK_MAX, COPY_MAX};
 pub use error::{CloseReason, OpenError, Violation, WriteError};
 pub use ledger::{Ledger, LedgerEvent};
 pub use limits::{Budget, Held, Limits};
-pub(crate) use window::window_over;
 pub use window::WINDOW_START;
 
 use crate::code::Code;

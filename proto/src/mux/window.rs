@@ -21,7 +21,7 @@ const KEPT: Duration = Duration::from_secs(1);
 /// The window in which this much credit, and the slack, always fit. Quinn announces a window again only once an eighth of it
 /// was read, so that the peer may know of seven eighths only. A writer that had credit and no window would wait for its own
 /// reader, in front of all others and of the control stream. Windows come in steps, so that not every stream moves it.
-pub(crate) const fn window_over(credit: usize) -> usize {
+pub(super) const fn window_over(credit: usize) -> usize {
     let least = (credit + SLACK).div_ceil(7) * 8;
     // Between a sixteenth and an eighth of it.
     let step = (least / 16).next_power_of_two();

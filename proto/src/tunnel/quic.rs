@@ -9,7 +9,7 @@ use super::congestion::BoundedBbr;
 use super::gate::Gate;
 use super::{SessionState, Settle, buffer};
 use crate::code::Code;
-use crate::mux::{CloseReason, Event, Ledger, LedgerEvent, Limits, Role, window_over};
+use crate::mux::{CloseReason, Event, Ledger, LedgerEvent, Limits, Role};
 use crate::time::Instant;
 use crate::wire::StreamId;
 use bytes::{Bytes, BytesMut};
@@ -75,7 +75,7 @@ pub fn transport_config(role: Role, limits: &Limits, segmentation_offload: bool)
         .max_concurrent_bidi_streams(VarInt::from(limits.streams_max.min(STREAMS_START) + 1))
         .max_concurrent_uni_streams(VarInt::from(0u8))
         .stream_receive_window(window(window_above(u64::from(limits.credit_max))))
-        .receive_window(window(window_over(limits.reserved_for_accepted()) as u64))
+        .receive_window(window(limits.reserved_over_quic() as u64))
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .max_idle_timeout(quinn::IdleTimeout::try_from(IDLE_TIMEOUT).ok())

@@ -1,0 +1,130 @@
+//! Who may take how much of a memory that all share? Each cluster has a share of what agents may send, and each principal one of
+//! what clients may upload: what one holds with idle or stalled requests is never the others'. The last quarter is for those
+//! who hold little, so that however many take all they may, others still connect and still get through.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use towline_proto::mux::Budget;
+
+/// A memory, and the shares of those who hold some of it.
+#[derive(Debug)]
+pub(crate) struct Shares<K> {
+    whole: Budget,
+    share: usize,
+    holders: Mutex<HashMap<K, Holder>>,
+}
+
+#[derive(Debug)]
+struct Holder {
+    budget: Budget,
+    users: usize,
+}
+
+/// The share of one holder, which exists as long as anything uses it.
+#[derive(Debug)]
+pub(crate) struct Part<K: Eq + Hash> {
+    owner: Arc<Shares<K>>,
+    key: K,
+    budget: Budget,
+}
+
+impl<K: Clone + Eq + Hash> Shares<K> {
+    /// Of `whole` bytes, of which each holder may have `share`.
+    pub(crate) fn new(whole: usize, share: usize) -> Arc<Self> {
+        Arc::new(Self { whole: Budget::new(whole), share: share.min(whole), holders: Mutex::default() })
+    }
+
+    /// The share of a holder, for one more user of it.
+    pub(crate) fn of(self: &Arc<Self>, key: &K) -> Part<K> {
+        let mut holders = self.lock();
+        let holder = holders
+            .entry(key.clone())
+            .or_insert_with(|| Holder { budget: self.whole.share(self.share), users: 0 });
+        holder.users += 1;
+        Part { owner: Arc::clone(self), key: key.clone(), budget: holder.budget.clone() }
+    }
+}
+
+impl<K: Eq + Hash> Shares<K> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, Holder>> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a holder has so much of its share that it gets no more.
+    pub(crate) fn is_full(&self, key: &K) -> bool {
+        self.lock().get(key).is_some_and(|holder| self.is_nearly_all(&holder.budget))
+    }
+
+    const fn nearly_all(&self) -> usize {
+        self.share / 16 * 15
+    }
+
+    fn is_nearly_all(&self, budget: &Budget) -> bool {
+        budget.used() > self.nearly_all()
+    }
+
+    /// Bytes that are held.
+    pub(crate) fn used(&self) -> usize {
+        self.whole.used()
+    }
+
+    /// Whether so much is held that whoever needs it little should give some back.
+    pub(crate) fn is_short(&self) -> bool {
+        self.whole.used() > self.whole.limit() / 2
+    }
+}
+
+impl<K: Eq + Hash> Part<K> {
+    pub(crate) fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    /// Whether so much of the share is held that there is no more.
+    pub(crate) fn is_full(&self) -> bool {
+        self.owner.is_nearly_all(&self.budget)
+    }
+}
+
+impl<K: Eq + Hash> Drop for Part<K> {
+    fn drop(&mut self) {
+        let mut holders = self.owner.lock();
+        if let Some(holder) = holders.get_mut(&self.key) {
+            holder.users -= 1;
+            if holder.users == 0 {
+                holders.remove(&self.key);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Limits;
+    use towline_proto::mux::WINDOW_START;
+
+    /// Goal: A1, A2: ten thousand agents that do nothing fit the memory that there is by default, with room for their requests;
+    /// and a cluster with two sessions and some requests is one of those for whom the last quarter is.
+    #[test]
+    fn a1_ten_thousand_idle_agents_fit() {
+        let whole = Limits::default().tunnel_memory.0;
+        assert!(10_000 * WINDOW_START <= whole / 2, "half of it is for their requests");
+        assert!(2 * WINDOW_START + 16 * (128 << 10) <= whole / 256);
+    }
+
+    #[test]
+    fn a2_a_share_lives_as_long_as_its_users() {
+        let memory = Shares::new(1 << 20, 1 << 18);
+        let (first, second) = (memory.of(&"prod"), memory.of(&"prod"));
+        drop(first);
+        assert_eq!(memory.lock().len(), 1);
+        assert_eq!(second.budget().limit(), 1 << 18);
+        let held = second.budget().hold(1 << 18).unwrap();
+        assert!(second.is_full() && memory.is_full(&"prod") && !memory.is_full(&"test"));
+        assert!(second.budget().hold(1).is_none() && memory.of(&"test").budget().hold(1).is_some());
+        drop((held, second));
+        assert!(memory.lock().is_empty());
+        assert_eq!(memory.used(), 0);
+    }
+}
