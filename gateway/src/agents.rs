@@ -11,6 +11,7 @@ use crate::fleet::{Fleet, ShownCertificate, Time};
 use crate::join;
 use crate::memory::Part;
 use crate::metrics::{Limit, Surface, TlCode};
+use crate::per_key::KeyPermit;
 use crate::registry::{InsertError, Registration, SessionId, Visitor};
 use crate::state::{Shared, random};
 use rustls::ServerConfig;
@@ -231,6 +232,8 @@ struct Admitted {
     /// Whether the certificate was on record when the session began.
     on_record: bool,
     hello: Hello,
+    /// Among the connections of the cluster's agents.
+    _place: KeyPermit<ClusterUid>,
 }
 
 /// Decides whether a session may be; `Err(None)` if it ended by itself.
@@ -253,6 +256,15 @@ async fn admit(
         shared.turned_back(&identity.cluster, address.ip(), &why, true);
         certificate(why)
     })?;
+    // Before the session's first round trip, which an agent can keep us waiting for.
+    let place = shared.gate.agent_of(&identity.cluster).map_err(|_| {
+        shared.metrics.limit_reached(Limit::ConnectionsPerCluster);
+        refuse(
+            TlCode::Limit,
+            Code::Limit,
+            "the cluster's agents have as many connections as they may".to_owned(),
+        )
+    })?;
     let on_record =
         shared.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
     drop(live);
@@ -273,7 +285,7 @@ async fn admit(
     }
     let registration = register(shared, session, &identity, &hello, address).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
-    Ok((Admitted { cluster, identity, not_after, serial, on_record, hello }, registration))
+    Ok((Admitted { cluster, identity, not_after, serial, on_record, hello, _place: place }, registration))
 }
 
 async fn register(

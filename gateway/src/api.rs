@@ -21,7 +21,7 @@ use crate::config::PublicAddress;
 use crate::fleet::Fleet;
 use crate::metrics::{Counted, Limit, Surface};
 use crate::per_key::KeyPermit;
-use crate::proxy::{AnswerBody, Peer, ProxyError, cancelled, identify, printable};
+use crate::proxy::{AnswerBody, Peer, ProxyError, Working, cancelled, identify, printable};
 use crate::routing::percent_decode;
 use crate::running::Run;
 use crate::state::Shared;
@@ -62,6 +62,7 @@ pub(crate) struct Call {
 struct Guards {
     _run: Option<Run>,
     _request: Counted,
+    _working: Working,
     _principal: KeyPermit<String>,
 }
 
@@ -89,7 +90,8 @@ pub(crate) async fn answer(
         return Ok(ApiError::no_such_path().into_response());
     };
     let revoked = run.as_ref().map(|run| run.revoked.clone());
-    let guards = Guards { _run: run, _request: shared.metrics.request(), _principal: permit };
+    let (request, working) = (shared.metrics.request(), peer.work.begin());
+    let guards = Guards { _run: run, _request: request, _working: working, _principal: permit };
     let guards = Mutex::new(Some(guards));
     let call = Call { shared: Arc::clone(shared), fleet, feed, parts, caller, revoked, guards };
     let answered = call.answer(body).await;

@@ -308,11 +308,21 @@ impl Default for Join {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Limits {
-    /// Connections to the public port.
+    /// Connections to the public port whose ClientHello has come. Of these, those that only agents get.
     pub connections: usize,
-    /// Handshakes in flight, all together and per address (IPv6: per /64).
+    pub reserved_connections: usize,
+    /// Connections of clients of one address (IPv6: of one /64), those of whom no request has said yet who calls, and of one
+    /// principal.
+    pub connections_per_address: usize,
+    pub unauthenticated_per_address: usize,
+    pub connections_per_principal: usize,
+    /// Handshakes in flight, on TCP and on QUIC each: all together, those that only addresses without one get, and per address.
     pub handshakes: usize,
+    pub reserved_handshakes: usize,
     pub handshakes_per_address: usize,
+    /// Connections that wait for a handshake of their address to end: all together, and per address.
+    pub parked: usize,
+    pub parked_per_address: usize,
     /// Requests of one principal at a time.
     pub requests_per_principal: usize,
     /// The same to one cluster: those that last, such as watches, and those that end soon.
@@ -422,8 +432,15 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 16_384,
+            reserved_connections: 4096,
+            connections_per_address: 2048,
+            unauthenticated_per_address: 256,
+            connections_per_principal: 1024,
             handshakes: 1024,
+            reserved_handshakes: 128,
             handshakes_per_address: 128,
+            parked: 4096,
+            parked_per_address: 1024,
             requests_per_principal: 4096,
             long_requests_per_principal_and_cluster: 512,
             requests_per_principal_and_cluster: 384,

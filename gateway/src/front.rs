@@ -5,8 +5,9 @@ mod framing;
 mod idle;
 
 use crate::authn::Certificate;
+use crate::gate::Standing;
 use crate::metrics::{Limit, Surface, TlCode};
-use crate::proxy::{self, AnswerBody, Basis, Peer};
+use crate::proxy::{self, AnswerBody, Basis, Peer, Refusals, Work};
 use crate::state::Shared;
 use crate::uploads;
 use arc_swap::ArcSwap;
@@ -22,10 +23,12 @@ pub(crate) use idle::Stalled;
 use idle::{Activity, Counted};
 use std::cell::Cell;
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::oneshot;
@@ -49,6 +52,10 @@ const H2_OWN_RESETS: usize = 200;
 /// HTTP/2: a silent connection is asked for a sign of life, and closed without one.
 const H2_PING_IDLE: Duration = Duration::from_secs(30);
 const H2_PING_DEAD: Duration = Duration::from_secs(15);
+/// A connection that is to finish, because its client was refused or the gateway drains, and carries nothing that was admitted:
+/// how long its client has to take the last answer and to go. Without it a client that takes nothing, or does not acknowledge
+/// HTTP/2's last ping, would stay for ever.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// HTTP/2: how long an answer has to end by itself, when what it rests on was revoked.
 const RECALL_AFTER: Duration = Duration::from_millis(500);
 
@@ -83,7 +90,7 @@ impl Arrival {
 }
 
 /// Serves one client connection to its end. A large `io` comes in a box: what follows moves it.
-pub(crate) async fn serve<IO>(shared: Arc<Shared>, io: IO, arrival: Arrival)
+pub(crate) async fn serve<IO>(shared: Arc<Shared>, io: IO, arrival: Arrival, standing: Standing)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -99,9 +106,11 @@ where
         address,
         certificate: ArcSwap::from_pointee(judge()),
         sni,
-        known: AtomicBool::new(false),
+        standing,
+        work: Work::default(),
         finish: CancellationToken::new(),
         unread: Arc::default(),
+        refusals: Refusals::default(),
     });
     let rejudge = Aside::new(async {
         while reloads.changed().await.is_ok() {
@@ -181,7 +190,8 @@ where
                 () = shared.stages.abort.cancelled() => false,
             };
             if !goes_on {
-                drop(parked.shutdown().await);
+                // Even the last word of TLS can wait for somebody who takes nothing.
+                drop(tokio::time::timeout(LAST_WORDS, parked.shutdown()).await);
                 return Ok(());
             }
             io = parked;
@@ -285,6 +295,11 @@ where
     }
 }
 
+/// Waits for what there is, if there is anything.
+async fn until<F: Future>(mut waits: Pin<&mut Option<F>>) -> F::Output {
+    poll_fn(|cx| waits.as_mut().as_pin_mut().map_or(Poll::Pending, |waits| waits.poll(cx))).await
+}
+
 /// Why a connection is not driven any further.
 enum Driven {
     Ended,
@@ -331,6 +346,7 @@ where
     let (mut abort, mut finished, mut silent, mut idle) =
         (pin!(abort), pin!(finished), pin!(silent), pin!(idle));
     let mut finishing = false;
+    let mut last_words = pin!(None);
     loop {
         tokio::select! {
             // A request that is here already goes before whatever ends the connection.
@@ -344,6 +360,16 @@ where
             () = &mut finished, if !finishing => {
                 finishing = true;
                 finish(connection.as_mut());
+                last_words.set(Some(Aside::new(async {
+                    tokio::select! {
+                        () = peer.work.rests_for(LAST_WORDS) => Limit::LastWords,
+                        () = peer.refusals.overrun() => Limit::Refusals,
+                    }
+                })));
+            }
+            limit = until(last_words.as_mut()) => {
+                shared.metrics.limit_reached(limit);
+                return Ok(Driven::Ended);
             }
             () = &mut abort => return Ok(Driven::Ended),
         }

@@ -6,6 +6,7 @@
 //! | on which threads does it run? | [`runtime`] |
 //! | how does a connection get in? | `listener`, `quic` |
 //! | who is the client behind a balancer? | `proxy_protocol` |
+//! | what must a connection pass, and whose is it? | `gate` |
 //! | how is a limit divided? | `per_key` |
 //! | how are clients served? | `front` |
 //! | which cluster does a request name? | [`routing`], [`kube`] |
@@ -40,6 +41,7 @@ pub mod commands;
 pub mod config;
 pub mod fleet;
 mod front;
+mod gate;
 pub mod headers;
 pub mod join;
 pub mod kube;
@@ -145,19 +147,18 @@ impl Gateway {
         let (listener, quic, public) = bind_public(&shared).await?;
         let (admin_listener, admin_address) = bind("admin.address", config.admin.address).await?;
         let house = &shared.tasks.house;
-        let gate = listener::Gate::new(&config.limits);
         let mut quic_address = None;
         if let Some(quic) = quic {
             quic_address = quic.local_addr().ok();
-            house.spawn(quic.run(Arc::clone(&shared), Arc::clone(&gate)));
+            house.spawn(quic.run(Arc::clone(&shared)));
         }
         let mut plaintext_address = None;
         if let Some(plaintext) = &config.listen.plaintext {
             let (listener, address) = bind("listen.plaintext.address", plaintext.address).await?;
             plaintext_address = Some(address);
-            house.spawn(listener::run(Arc::clone(&shared), Arc::clone(&gate), listener, Speaks::Http));
+            house.spawn(listener::run(Arc::clone(&shared), listener, Speaks::Http));
         }
-        house.spawn(listener::run(Arc::clone(&shared), gate, listener, Speaks::Tls));
+        house.spawn(listener::run(Arc::clone(&shared), listener, Speaks::Tls));
         house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
         if let Some(fleet) = shared.fleet.clone() {
             if fleet.count(Kind::Cluster) == 0 {

@@ -1,14 +1,15 @@
 //! How does a connection get in? A loop that can only accept; everything else happens in the connection's own task, under
-//! one deadline, inside limits on handshakes in flight. The ClientHello's ALPN decides what the connection is for.
+//! one deadline, once the [`crate::gate`] lets it. The ClientHello's ALPN decides what the connection is for.
 //!
 //! Until its handshake has ended a peer can make us read [`HANDSHAKE_BYTES`] and no more.
 
 use crate::agents;
-use crate::config::{Limits, ProxyProtocol};
+use crate::config::ProxyProtocol;
 use crate::front::{self, Arrival};
+use crate::gate::{Pass, Place, Standing};
 use crate::join;
-use crate::metrics::{Counted, Handshake, Limit, ProxyHeader, Surface, TlCode};
-use crate::per_key::{KeyPermit, PerKey, Sizes, network};
+use crate::metrics::{Handshake, Limit, ProxyHeader, Surface, TlCode};
+use crate::per_key::network;
 use crate::proxy_protocol::{self, Header, HeaderError};
 use crate::state::Shared;
 use std::io;
@@ -19,7 +20,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
@@ -33,6 +33,8 @@ pub(crate) const HANDSHAKE_BYTES: usize = 32 * 1024;
 const HANDSHAKE_READ: usize = 4 * 1024;
 /// Bytes that tell a PROXY protocol header from TLS: as many as TLS reads before it gives up on what is none.
 const FIRST_BYTES: usize = 5;
+/// How long a ClientHello may take in a place of the reserve.
+const HURRY: Duration = Duration::from_secs(2);
 /// How a client without TLS says that it speaks HTTP/2: no method of HTTP/1.1 begins so.
 const H2_BEGINS: &[u8; 4] = b"PRI ";
 /// Pause after a failure to accept that is not the peer's, such as too many open files.
@@ -49,7 +51,7 @@ pub(crate) enum Speaks {
 }
 
 /// Accepts connections until the gateway drains.
-pub(crate) async fn run(shared: Arc<Shared>, gate: Arc<Gate>, listener: TcpListener, speaks: Speaks) {
+pub(crate) async fn run(shared: Arc<Shared>, listener: TcpListener, speaks: Speaks) {
     let mut backoff = BACKOFF;
     loop {
         let accepted = tokio::select! {
@@ -59,7 +61,7 @@ pub(crate) async fn run(shared: Arc<Shared>, gate: Arc<Gate>, listener: TcpListe
         match accepted {
             Ok((socket, address)) => {
                 backoff = BACKOFF;
-                admit(&shared, &gate, socket, address, speaks);
+                admit(&shared, socket, address, speaks);
             }
             Err(error) if is_the_peers(&error) => {}
             Err(error) => {
@@ -72,95 +74,19 @@ pub(crate) async fn run(shared: Arc<Shared>, gate: Arc<Gate>, listener: TcpListe
     }
 }
 
-/// The limits that a new connection must pass, on TCP and on UDP.
-#[derive(Debug)]
-pub(crate) struct Gate {
-    connections: Arc<Semaphore>,
-    handshakes: Arc<Semaphore>,
-    handshakes_max: usize,
-    addresses: Arc<PerKey<IpAddr>>,
-}
-
-impl Gate {
-    pub(crate) fn new(limits: &Limits) -> Arc<Self> {
-        Arc::new(Self {
-            connections: Arc::new(Semaphore::new(limits.connections)),
-            handshakes: Arc::new(Semaphore::new(limits.handshakes)),
-            handshakes_max: limits.handshakes,
-            addresses: PerKey::new(Sizes::of_each(limits.handshakes_per_address)),
-        })
-    }
-
-    /// Whether this address may connect at all.
-    pub(crate) fn allows(&self, shared: &Shared, address: IpAddr) -> bool {
-        shared.live().config.listen.allows(address)
-    }
-
-    /// Whether half of the handshakes, of all or of this address, are in flight.
-    pub(crate) fn is_loaded(&self, address: IpAddr) -> bool {
-        self.handshakes.available_permits() <= self.handshakes_max / 2
-            || self.addresses.is_half_taken(&network(address))
-    }
-
-    /// Room for one more connection and its handshake; counts the limit that leaves none.
-    pub(crate) fn pass(&self, shared: &Shared, address: IpAddr) -> Option<(Place, Pass)> {
-        let passed = self.try_pass(shared, address);
-        passed.map_err(|limit| shared.metrics.limit_reached(limit)).ok()
-    }
-
-    fn try_pass(&self, shared: &Shared, address: IpAddr) -> Result<(Place, Pass), Limit> {
-        let connection = Arc::clone(&self.connections).try_acquire_owned().map_err(|_| Limit::Connections)?;
-        let handshake = Arc::clone(&self.handshakes).try_acquire_owned().map_err(|_| Limit::Handshakes)?;
-        // A balancer brings many clients; they are counted once they are known.
-        let exempt = shared.live().config.listen.trusts(address);
-        let addresses = Arc::clone(&self.addresses);
-        let mut pass = Pass { _handshake: handshake, addresses, counted: None };
-        if !exempt && !pass.count(address) {
-            return Err(Limit::HandshakesPerAddress);
-        }
-        let place = Place { _connection: connection, _counted: shared.metrics.connection() };
-        Ok((place, pass))
-    }
-}
-
-/// What a handshake in flight holds.
-pub(crate) struct Pass {
-    _handshake: OwnedSemaphorePermit,
-    addresses: Arc<PerKey<IpAddr>>,
-    counted: Option<KeyPermit<IpAddr>>,
-}
-
-impl Pass {
-    /// Counts this handshake as one of the address's, unless that has as many as it may.
-    fn count(&mut self, address: IpAddr) -> bool {
-        self.counted = self.addresses.take(&network(address)).ok();
-        self.counted.is_some()
-    }
-}
-
-/// What a connection holds until its end.
-pub(crate) struct Place {
-    _connection: OwnedSemaphorePermit,
-    _counted: Counted,
-}
-
-/// Lets a connection in or closes it at once; never waits.
-fn admit(shared: &Arc<Shared>, gate: &Gate, socket: TcpStream, address: SocketAddr, speaks: Speaks) {
+/// Gives a connection a task of its own, unless its address may not connect; never waits.
+fn admit(shared: &Arc<Shared>, socket: TcpStream, address: SocketAddr, speaks: Speaks) {
     let own = shared.self_checks.is_own(address);
     let expects =
         if own { ProxyProtocol::Off } else { shared.live().config.listen.proxy_protocol_of(address.ip()) };
     // Behind a trusted proxy the client is known only after the header.
-    if !own && expects == ProxyProtocol::Off && !gate.allows(shared, address.ip()) {
+    if !own && expects == ProxyProtocol::Off && !shared.live().config.listen.allows(address.ip()) {
         shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
         return;
     }
-    let Some((place, pass)) = gate.pass(shared, address.ip()) else {
-        shared.metrics.rejected(Surface::Listener, TlCode::Limit);
-        return;
-    };
     let incoming = Incoming { address, own, expects, speaks };
     let Some(shard) = shared.shards.next() else {
-        return spawn(shared, &shared.tasks.front, serve(Arc::clone(shared), socket, incoming, pass, place));
+        return spawn(shared, &shared.tasks.front, serve(Arc::clone(shared), socket, incoming));
     };
     // A socket belongs to the runtime that it was registered with.
     let socket = socket.into_std();
@@ -168,7 +94,7 @@ fn admit(shared: &Arc<Shared>, gate: &Gate, socket: TcpStream, address: SocketAd
         let shared = Arc::clone(shared);
         async move {
             match socket.and_then(TcpStream::from_std) {
-                Ok(socket) => serve(shared, socket, incoming, pass, place).await,
+                Ok(socket) => serve(shared, socket, incoming).await,
                 Err(error) => {
                     shared.metrics.accept_error();
                     tracing::warn!(%error, "a connection was accepted and cannot be used");
@@ -214,27 +140,32 @@ type Tls = TlsStream<Limited<TcpStream>>;
 
 /// What a connection has turned out to be.
 enum Opened {
-    Front(Box<Tls>),
-    Join(Box<Tls>),
+    Front(Box<Tls>, Standing),
+    Join(Box<Tls>, Standing),
     /// An agent, and the configuration that found its certificate good.
     Tunnel(Box<Tls>, Arc<rustls::ServerConfig>),
     /// HTTP/2 or HTTP/1.1.
-    Http(TcpStream, bool),
+    Http(TcpStream, bool, Standing),
 }
 
-async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut pass: Pass, place: Place) {
+async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming) {
+    let counted = shared.metrics.connection();
     let Incoming { mut address, own, expects, speaks } = incoming;
     if let Err(error) = socket::tune(&socket) {
         tracing::debug!(%error, "socket options");
     }
     let deadline = shared.config.timeouts.handshake;
+    let mut parked = true;
     let opening = async {
+        let mut pass = if own { Pass::own() } else { pass(&shared, address).await? };
+        parked = false;
         let mut socket = Limited::new(socket);
         identify(&shared, &mut socket, expects, &mut address, &mut pass).await?;
+        let from = if own { From::Own } else { From::Network(divided_by(&shared, address)) };
         match speaks {
             // What it takes to shake hands is not kept for the life of the connection.
-            Speaks::Tls => Box::pin(handshake(&shared, socket)).await,
-            Speaks::Http => prior_knowledge(socket.io).await,
+            Speaks::Tls => Box::pin(handshake(&shared, socket, from, &pass)).await,
+            Speaks::Http => prior_knowledge(&shared, socket.io, from, &pass).await,
         }
     };
     let handshake = tokio::time::timeout(deadline, opening);
@@ -243,35 +174,80 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming, mut p
         // A client of TLS 1.3 is through before we are: its first request may be on its way.
         () = shared.stages.over_for_newcomers() => return,
     };
-    drop(pass);
-    match result {
-        Err(error) => refuse(&shared, address, own, &error),
-        Ok(Opened::Http(socket, h2)) => {
-            shared.metrics.handshake(Handshake::Plaintext);
-            Box::pin(front::serve(shared, socket, Arrival::plaintext(address, h2))).await;
-            drop(place);
+    let (opened, place) = match result {
+        Ok(opened) => opened,
+        Err(HandshakeError::Timeout) if parked => {
+            return refuse(&shared, address, own, &HandshakeError::Limit(Limit::Parked));
         }
-        Ok(Opened::Front(tls)) => {
+        Err(error) => return refuse(&shared, address, own, &error),
+    };
+    match opened {
+        Opened::Http(socket, h2, standing) => {
+            shared.metrics.handshake(Handshake::Plaintext);
+            Box::pin(front::serve(shared, socket, Arrival::plaintext(address, h2), standing)).await;
+            drop((place, counted));
+        }
+        Opened::Front(tls, standing) => {
             shared.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
             let arrival = Arrival::over_tls(&tls, address);
-            Box::pin(front::serve(shared, tls, arrival)).await;
-            drop(place);
+            Box::pin(front::serve(shared, tls, arrival, standing)).await;
+            drop((place, counted));
         }
-        Ok(Opened::Join(tls)) => {
+        Opened::Join(tls, standing) => {
             shared.metrics.handshake(Handshake::Join);
             Box::pin(join::serve(shared, tls, address)).await;
-            drop(place);
+            // Nobody who joins is known before that.
+            drop((place, standing, counted));
         }
-        Ok(Opened::Tunnel(tls, judge)) => {
+        Opened::Tunnel(tls, judge) => {
             shared.metrics.handshake(Handshake::Tunnel);
             // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
             let session = agents::serve(Arc::clone(&shared), tls, judge, address);
             spawn(&shared, &shared.tasks.tunnel, async move {
                 session.await;
-                drop(place);
+                drop((place, counted));
             });
         }
     }
+}
+
+/// By what the places of a connection are divided.
+#[derive(Clone, Copy)]
+enum From {
+    /// The gateway itself.
+    Own,
+    /// A network; none is a trusted proxy.
+    Network(Option<IpAddr>),
+}
+
+/// The network that an address is counted as, unless it is a trusted proxy's.
+pub(crate) fn divided_by(shared: &Shared, address: SocketAddr) -> Option<IpAddr> {
+    (!shared.live().config.listen.trusts(address.ip())).then(|| network(address.ip()))
+}
+
+/// Waits for a place for a handshake.
+async fn pass(shared: &Shared, address: SocketAddr) -> Result<Pass, HandshakeError> {
+    let passed = shared.gate.pass(&shared.metrics, divided_by(shared, address)).await;
+    passed.map_err(HandshakeError::Limit)
+}
+
+/// A place for the connection of somebody who is not known yet.
+async fn stranger(shared: &Shared, from: From) -> Result<(Place, Standing), HandshakeError> {
+    match from {
+        From::Own => Ok((Place::own(), Standing::own())),
+        From::Network(network) => {
+            let placed = shared.gate.stranger(&shared.metrics, network).await;
+            placed.map_err(HandshakeError::Limit)
+        }
+    }
+}
+
+/// What opens a connection, within the time that a place of the reserve leaves for it.
+async fn hurried<T>(pass: &Pass, opening: impl Future<Output = T>) -> Result<T, HandshakeError> {
+    if !pass.hurried {
+        return Ok(opening.await);
+    }
+    tokio::time::timeout(HURRY, opening).await.map_err(|_| HandshakeError::Timeout)
 }
 
 /// Why a handshake failed.
@@ -285,9 +261,10 @@ enum HandshakeError {
     Header(HeaderError),
     /// A PROXY protocol header from somebody who is not asked for one.
     UnexpectedHeader,
-    /// The client behind a trusted proxy may not connect, or has as many handshakes in flight as it may.
+    /// The client behind a trusted proxy may not connect.
     Forbidden,
-    Limit,
+    /// There is no place.
+    Limit(Limit),
     Alpn(String),
     Tls {
         error: io::Error,
@@ -302,7 +279,7 @@ async fn identify(
     socket: &mut Limited<TcpStream>,
     expects: ProxyProtocol,
     address: &mut SocketAddr,
-    pass: &mut Pass,
+    held: &mut Pass,
 ) -> Result<(), HandshakeError> {
     let has_header = match expects {
         ProxyProtocol::Off => return Ok(()),
@@ -339,32 +316,48 @@ async fn identify(
     if !live.config.listen.allows(address.ip()) {
         return Err(HandshakeError::Forbidden);
     }
-    if !live.config.listen.trusts(address.ip()) && !pass.count(address.ip()) {
-        return Err(HandshakeError::Limit);
-    }
+    drop(live);
+    // Its place among those of the proxy goes back first: who is parked is not in the way of others.
+    *held = Pass::own();
+    *held = pass(shared, *address).await?;
     Ok(())
 }
 
 /// Whether a client without TLS begins with HTTP/2 (RFC 9113 section 3.3) or with HTTP/1.1. Nothing is taken from the socket.
-async fn prior_knowledge(socket: TcpStream) -> Result<Opened, HandshakeError> {
-    let mut first = [0; H2_BEGINS.len()];
-    loop {
-        let peeked = socket.peek(&mut first).await.unwrap_or(0);
-        if peeked == 0 {
-            return Err(HandshakeError::Probe);
+async fn prior_knowledge(
+    shared: &Shared,
+    socket: TcpStream,
+    from: From,
+    pass: &Pass,
+) -> Result<(Opened, Place), HandshakeError> {
+    let begins = async {
+        let mut first = [0; H2_BEGINS.len()];
+        loop {
+            let peeked = socket.peek(&mut first).await.unwrap_or(0);
+            if peeked == 0 {
+                return Err(HandshakeError::Probe);
+            }
+            if peeked == first.len() || !H2_BEGINS.starts_with(&first[..peeked]) {
+                return Ok(first == *H2_BEGINS);
+            }
+            // A byte or two: peek cannot wait for more.
+            tokio::time::sleep(BACKOFF).await;
         }
-        if peeked == first.len() || !H2_BEGINS.starts_with(&first[..peeked]) {
-            return Ok(Opened::Http(socket, first == *H2_BEGINS));
-        }
-        // A byte or two: peek cannot wait for more.
-        tokio::time::sleep(BACKOFF).await;
-    }
+    };
+    let h2 = hurried(pass, begins).await??;
+    let (place, standing) = stranger(shared, from).await?;
+    Ok((Opened::Http(socket, h2, standing), place))
 }
 
-async fn handshake(shared: &Shared, mut socket: Limited<TcpStream>) -> Result<Opened, HandshakeError> {
+async fn handshake(
+    shared: &Shared,
+    mut socket: Limited<TcpStream>,
+    from: From,
+    pass: &Pass,
+) -> Result<(Opened, Place), HandshakeError> {
     let before = socket.begin();
     let mut acceptor = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), socket);
-    let started = match (&mut acceptor).await {
+    let started = match hurried(pass, &mut acceptor).await? {
         Ok(started) => started,
         Err(error) => {
             let io = acceptor.take_io();
@@ -375,22 +368,32 @@ async fn handshake(shared: &Shared, mut socket: Limited<TcpStream>) -> Result<Op
     let hello = started.client_hello();
     let offered = hello.alpn().into_iter().flatten();
     let listener = route_by_alpn(offered).map_err(|refused| HandshakeError::Alpn(refused.to_string()))?;
+    // Before anything is computed for it.
+    let (place, standing) = match listener {
+        Listener::Tunnel => (shared.gate.agent().map_err(HandshakeError::Limit)?, None),
+        Listener::Front | Listener::Join => {
+            let (place, standing) = stranger(shared, from).await?;
+            (place, Some(standing))
+        }
+    };
     let live = shared.live();
     let config = match listener {
         Listener::Front => Arc::clone(&live.front_tls),
         Listener::Tunnel => Arc::clone(&live.tunnel_tls),
         Listener::Join => Arc::clone(&live.join_tls),
     };
+    drop(live);
     let mut accept = started.into_stream(Arc::clone(&config)).into_fallible();
     match (&mut accept).await {
         Ok(mut tls) => {
             tls.get_mut().0.lift();
             let tls = Box::new(tls);
-            Ok(match listener {
-                Listener::Front => Opened::Front(tls),
-                Listener::Join => Opened::Join(tls),
-                Listener::Tunnel => Opened::Tunnel(tls, config),
-            })
+            let opened = match (listener, standing) {
+                (Listener::Front, Some(standing)) => Opened::Front(tls, standing),
+                (Listener::Join, Some(standing)) => Opened::Join(tls, standing),
+                (Listener::Tunnel, _) | (_, None) => Opened::Tunnel(tls, config),
+            };
+            Ok((opened, place))
         }
         Err((error, io)) => Err(failed(error, Some(&io), false, listener == Listener::Tunnel)),
     }
@@ -449,10 +452,10 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
             tracing::debug!(client = %address, "not among listen.allowedSources");
         }
-        HandshakeError::Limit => {
+        HandshakeError::Limit(limit) => {
             shared.metrics.rejected(Surface::Listener, TlCode::Limit);
-            shared.metrics.limit_reached(Limit::HandshakesPerAddress);
-            tracing::debug!(client = %address, "has as many handshakes in flight as it may");
+            shared.metrics.limit_reached(*limit);
+            tracing::debug!(client = %address, limit = limit.label(), "there is no place for its connection");
         }
         HandshakeError::Alpn(why) => {
             reject(Handshake::Alpn, Surface::Listener, TlCode::Proto);

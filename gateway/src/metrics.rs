@@ -106,11 +106,18 @@ label!(
     /// A limit of the table in `docs/operations.md` that somebody has reached.
     Limit {
         Connections = "connections",
+        ConnectionsPerAddress = "connections_per_address",
+        UnauthenticatedPerAddress = "unauthenticated_per_address",
+        ConnectionsPerPrincipal = "connections_per_principal",
+        ConnectionsPerCluster = "connections_per_cluster",
         Handshakes = "handshakes",
         HandshakesPerAddress = "handshakes_per_address",
+        Parked = "parked",
         HandshakeBytes = "handshake_bytes",
         HandshakeTime = "handshake_time",
         FirstRequest = "first_request",
+        LastWords = "last_words",
+        Refusals = "refusals",
         Idle = "idle",
         Head = "head",
         RequestsPerPrincipal = "requests_per_principal",
@@ -162,6 +169,8 @@ pub struct Metrics {
     handshakes: IntCounterVec,
     proxy_headers: IntCounterVec,
     connections: IntGauge,
+    parked: IntGauge,
+    unauthenticated: IntGauge,
     accept_errors: IntCounter,
     sessions: IntGaugeVec,
     udp_buffers: IntGaugeVec,
@@ -244,7 +253,17 @@ impl Metrics {
             connections: gauge(
                 r,
                 "towline_gateway_connections",
-                "Connections to the public port, handshakes included.",
+                "Connections to the public port, handshakes and those that wait for one included.",
+            ),
+            parked: gauge(
+                r,
+                "towline_gateway_connections_parked",
+                "Connections that wait for a handshake of their address to end.",
+            ),
+            unauthenticated: gauge(
+                r,
+                "towline_gateway_connections_unauthenticated",
+                "Connections of clients of which no request has said yet who calls.",
             ),
             accept_errors: counter(
                 r,
@@ -517,6 +536,16 @@ impl Metrics {
     #[must_use]
     pub fn connection(&self) -> Counted {
         Counted::new(&self.connections)
+    }
+
+    #[must_use]
+    pub fn parked(&self) -> Counted {
+        Counted::new(&self.parked)
+    }
+
+    #[must_use]
+    pub fn unauthenticated(&self) -> Counted {
+        Counted::new(&self.unauthenticated)
     }
 
     #[must_use]

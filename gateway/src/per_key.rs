@@ -10,8 +10,6 @@
 //!   pool itself is short. So a key over its share waits for its own places, and never before anybody else's.
 //! - A key is remembered only while something is held or waits under it: keys are never more than places.
 
-#![allow(dead_code, reason = "what waits and what reserves is taken into use by the next change of the gate")]
-
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};

@@ -15,14 +15,17 @@ mod body;
 mod error;
 pub(crate) mod farewell;
 mod upgrade;
+pub(crate) mod work;
 
 pub(crate) use body::{AnswerBody, Basis};
 pub(crate) use error::{CHALLENGE, ProxyError, printable, warning};
+pub(crate) use work::{Refusals, Work, Working};
 
 use crate::api;
 use crate::authn::{self, AuthnError, Caller, Certificate, Known, Principal};
 use crate::authz::{AccessRules, Decision};
 use crate::config::{Cluster, Mode};
+use crate::gate::Standing;
 use crate::headers::{self, HeadersError, Upstream};
 use crate::kube::RequestKind;
 use crate::metrics::{Counted, Limit, Surface};
@@ -63,12 +66,16 @@ pub(crate) struct Peer {
     pub(crate) certificate: ArcSwap<Certificate>,
     /// The name in the ClientHello.
     pub(crate) sni: Option<String>,
-    /// Whether any request on the connection said who calls.
-    pub(crate) known: AtomicBool,
+    /// Whose the connection is.
+    pub(crate) standing: Standing,
+    /// The requests on the connection that were let in.
+    pub(crate) work: Work,
     /// Cancelled to end the connection after the answers that are due.
     pub(crate) finish: CancellationToken,
     /// What may be unread of the bodies of an HTTP/2 connection.
     pub(crate) unread: Arc<Unread>,
+    /// Those that it was finished by, and those that came after.
+    pub(crate) refusals: Refusals,
 }
 
 /// Answers one request.
@@ -90,8 +97,9 @@ pub(crate) async fn serve(
         }
         tracing::debug!(audit_id, client = %peer.address, ?error, "answered by the gateway");
         // Who is nobody does not keep a connection: they would soon hold all there may be.
-        if !peer.known.load(Ordering::Relaxed) || matches!(error, ProxyError::Authn(_)) {
+        if !peer.standing.is_known() || matches!(error, ProxyError::Authn(_)) {
             peer.finish.cancel();
+            peer.refusals.another();
         }
         error.into_response(&audit_id)
     });
@@ -187,6 +195,7 @@ struct Guards {
     /// Among the requests of this principal to this cluster.
     place: Option<KeyPermit<(String, ClusterUid)>>,
     _request: Counted,
+    _working: Working,
     _principal: KeyPermit<String>,
 }
 
@@ -272,7 +281,8 @@ fn plan(
     };
     let open = encode_head(&open, open::HEAD_MAX_BYTES).map_err(|_| ProxyError::HeadTooLarge)?;
     let prefix = route.by_path.then(|| format!("{}{}", routing::PREFIX, route.name));
-    let guards = Guards { run, place: None, _request: shared.metrics.request(), _principal: permit };
+    let (request, working) = (shared.metrics.request(), peer.work.begin());
+    let guards = Guards { run, place: None, _request: request, _working: working, _principal: permit };
     let method = parts.method.clone();
     Ok(Plan { cluster, principal, method, kind, body, upgrade, open, deadline, prefix, guards })
 }
@@ -338,7 +348,8 @@ pub(crate) fn identify(
 ) -> Result<(Caller, Option<Run>), ProxyError> {
     let known = Known { tokens: &live.tokens, fleet: shared.fleet.as_ref() };
     let caller = authn::authenticate(&parts.headers, &peer.certificate.load(), known, SystemTime::now())?;
-    peer.known.store(true, Ordering::Relaxed);
+    let too_many = ProxyError::Limit(Limit::ConnectionsPerPrincipal, "connections of yours at a time");
+    peer.standing.becomes(&shared.gate, &caller.principal.name).map_err(|_| too_many)?;
     let run = shared.fleet.as_ref().map(|_| shared.running.begin(caller.credential.clone()));
     if run.is_some() && !known.counts(&caller.credential) {
         return Err(AuthnError::Revoked.into());

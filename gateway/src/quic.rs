@@ -2,15 +2,17 @@
 //! after the handshake the same admission as over TCP (`agents`).
 //!
 //! - An address that has not shown that it receives what we send is asked to (Retry) once half of the handshakes in
-//!   flight, of all or of its address, are taken: nobody can use them up in somebody else's name.
+//!   flight, of all or of its address, are taken: nobody can use them up in somebody else's name. Whose share is used up then
+//!   hears nothing: it asks again by itself, and gets in when there is a place. To be refused would end its attempt.
 //! - Migration is on: an agent behind a NAT whose binding changed goes on. Its identity belongs to the connection, whose
 //!   keys only it has, and not to the address; the address is for logs and limits of handshakes.
 //! - A reset of a connection that a crash forgot is recognised, because its key comes from the tunnel's private key.
 
 use crate::agents::{self, Presented};
 use crate::config::Quic;
-use crate::listener::{Gate, HANDSHAKE_BYTES, Place, spawn};
-use crate::metrics::{Handshake, Limit, Surface, TlCode};
+use crate::gate::Place;
+use crate::listener::{HANDSHAKE_BYTES, divided_by, spawn};
+use crate::metrics::{Counted, Handshake, Limit, Surface, TlCode};
 use crate::state::{Live, Shared, random};
 use aws_lc_rs::hmac;
 use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
@@ -88,7 +90,7 @@ impl QuicListener {
     }
 
     /// Lets agents in until the gateway drains; ends when the gateway does.
-    pub(crate) async fn run(mut self, shared: Arc<Shared>, gate: Arc<Gate>) {
+    pub(crate) async fn run(mut self, shared: Arc<Shared>) {
         loop {
             let incoming = tokio::select! {
                 () = shared.stages.draining.cancelled() => break,
@@ -96,7 +98,7 @@ impl QuicListener {
             };
             let Some(incoming) = incoming else { break };
             self.renew(&shared.live());
-            self.admit(&shared, &gate, incoming);
+            self.admit(&shared, incoming);
         }
         // Whoever still knocks is told nothing; sessions go on until the gateway ends them.
         self.endpoint.set_server_config(None);
@@ -120,26 +122,33 @@ impl QuicListener {
         }
     }
 
-    /// Lets a connection in or turns it away; never waits.
-    fn admit(&self, shared: &Arc<Shared>, gate: &Gate, incoming: Incoming) {
+    /// Lets a connection in, asks where it is, or says nothing; never waits.
+    fn admit(&self, shared: &Arc<Shared>, incoming: Incoming) {
         let address = incoming.remote_address();
-        if !gate.allows(shared, address.ip()) {
+        if !shared.live().config.listen.allows(address.ip()) {
             shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
             // Nothing goes back: the source may not be the sender.
             incoming.ignore();
             return;
         }
-        if !incoming.remote_address_validated() && incoming.may_retry() && gate.is_loaded(address.ip()) {
+        let network = divided_by(shared, address);
+        let is_loaded = || shared.gate.is_quic_loaded(&network.unwrap_or_else(|| address.ip()));
+        if !incoming.remote_address_validated() && incoming.may_retry() && is_loaded() {
             shared.metrics.handshake(Handshake::Retry);
             // Fails only if it may not, which was asked.
             drop(incoming.retry());
             return;
         }
-        let Some((place, pass)) = gate.pass(shared, address.ip()) else {
-            shared.metrics.rejected(Surface::Listener, TlCode::Limit);
-            incoming.refuse();
-            return;
+        let (pass, place) = match shared.gate.pass_quic(network) {
+            Ok(passed) => passed,
+            Err(limit) => {
+                shared.metrics.rejected(Surface::Listener, TlCode::Limit);
+                shared.metrics.limit_reached(limit);
+                incoming.ignore();
+                return;
+            }
         };
+        let counted = shared.metrics.connection();
         let (shared, server, deadline) = (Arc::clone(shared), Arc::new(self.server.clone()), self.deadline);
         let judge = Arc::clone(&self.tls);
         let task = {
@@ -153,7 +162,7 @@ impl QuicListener {
                 };
                 drop(pass);
                 match result {
-                    Ok(conn) => welcome(&shared, conn, judge, place),
+                    Ok(conn) => welcome(&shared, conn, judge, (place, counted)),
                     Err(error) => refuse(&shared, address, &error),
                 }
             }
@@ -163,7 +172,12 @@ impl QuicListener {
 }
 
 /// Hands an authenticated connection to the tunnel side.
-fn welcome(shared: &Arc<Shared>, conn: quinn::Connection, judge: Arc<rustls::ServerConfig>, place: Place) {
+fn welcome(
+    shared: &Arc<Shared>,
+    conn: quinn::Connection,
+    judge: Arc<rustls::ServerConfig>,
+    place: (Place, Counted),
+) {
     shared.metrics.handshake(Handshake::Tunnel);
     let address = conn.remote_address();
     let presented = Presented { chain: chain(&conn), judge };

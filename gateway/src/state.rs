@@ -6,6 +6,7 @@ use crate::authority::{Authorities, Authority, AuthorityError};
 use crate::authz::AccessRules;
 use crate::config::{Cluster, ConfigError, GatewayConfig};
 use crate::fleet::{Fleet, NotAdmitted, ShownCertificate, Time, lastseen};
+use crate::gate::Gate;
 use crate::join::Joins;
 use crate::log::Sparing;
 use crate::memory::Shares;
@@ -274,6 +275,8 @@ pub(crate) struct Shared {
     /// Requests of one principal to one cluster: those that last, and the others.
     pub(crate) long_places: Arc<PerKey<(String, ClusterUid)>>,
     pub(crate) places: Arc<PerKey<(String, ClusterUid)>>,
+    /// Who may connect, and how often.
+    pub(crate) gate: Gate,
     pub(crate) self_checks: SelfChecks,
     /// For lines about handshakes that anybody can make fail.
     pub(crate) refusals: Sparing,
@@ -362,6 +365,7 @@ impl Shared {
             joins: Joins::default(),
             trust: Arc::default(),
             running: Arc::default(),
+            gate: Gate::new(&config.limits),
             principals: PerKey::new(Sizes::of_each(config.limits.requests_per_principal)),
             memory: Shares::new(limits.tunnel_memory.0, limits.tunnel_memory_per_cluster.0),
             last_words: Budget::new(LAST_WORDS * WINDOW_START),

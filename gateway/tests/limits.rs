@@ -50,21 +50,24 @@ async fn leaves(world: &World) -> Agent {
     agent
 }
 
-/// Goal: connections, handshakes and handshakes per address: the one too many is closed, under the name of its limit, and
-/// no other limit is blamed.
+/// Goal: handshakes and handshakes per address: the one too many is parked, under the name of its limit, and no other limit is
+/// blamed; and closed where nobody may be parked.
 #[tokio::test]
-async fn connections_and_handshakes() {
+async fn handshakes() {
     type Change = fn(&mut GatewayConfig);
-    let cases: [(&str, Change); 3] = [
-        ("connections", |config| {
+    let cases: [(&str, Change); 2] = [
+        ("handshakes", |config| {
             let limits = &mut config.limits;
-            (limits.connections, limits.handshakes, limits.handshakes_per_address) = (4, 4, 4);
+            (limits.handshakes, limits.reserved_handshakes, limits.handshakes_per_address) = (4, 1, 4);
         }),
-        ("handshakes", |config| (config.limits.handshakes, config.limits.handshakes_per_address) = (4, 4)),
         ("handshakes_per_address", |config| config.limits.handshakes_per_address = 4),
     ];
     for (name, change) in cases {
-        let world = World::with(change).await;
+        let world = World::with(|config| {
+            change(config);
+            (config.limits.parked, config.limits.parked_per_address) = (1, 1);
+        })
+        .await;
         assert_eq!(limit(&world, name), 0.0);
         let mut open = Vec::new();
         for _ in 0..8 {
@@ -75,6 +78,7 @@ async fn connections_and_handshakes() {
             assert!(other == name || limit(&world, other) == 0.0, "{other} instead of {name}");
         }
         closed(open.pop().unwrap()).await;
+        reached(&world, "parked").await;
         assert!(world.series("towline_rejected_total{code=\"TL_LIMIT\",surface=\"listener\"}") >= 1.0);
         drop(open);
         // Room again, once they have gone.

@@ -13,6 +13,7 @@ mod common;
 use common::{Agent, TOKEN, World, full, in_time, text};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
+use tokio::net::TcpSocket;
 use towline_gateway::config::ProxyProtocol;
 use towline_proto::Code;
 use towline_proto::open::BodyKind;
@@ -66,6 +67,7 @@ async fn every_family_moves_and_is_documented() {
         config.listen.trusted_proxies = vec!["127.0.0.1/32".parse().unwrap()];
         config.listen.proxy_protocol = Some(ProxyProtocol::Optional);
         config.limits.header_count = 20;
+        config.limits.handshakes_per_address = 1;
         // Long enough to be seen waiting, also on a machine that stands still for a while.
         config.timeouts.hold = Duration::from_secs(3);
     })
@@ -73,6 +75,19 @@ async fn every_family_moves_and_is_documented() {
     let mut seen = Seen::default();
     let bearer = format!("Bearer {TOKEN}");
     let headers = [("authorization", bearer.as_str())];
+
+    // Somebody who says nothing behind a handshake, and then the same without one, too often at once.
+    let from = async |source: u8| {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, source], 0).into()).unwrap();
+        socket.connect(world.gateway.public_addr()).await.unwrap()
+    };
+    let silent = world.tls_over(from(2).await, None, b"http/1.1", "localhost").await.unwrap();
+    let half_open = [from(2).await, from(2).await];
+    world.counts("towline_gateway_connections_parked", 1.0).await;
+    world.counts("towline_gateway_connections_unauthenticated", 1.0).await;
+    seen.look(&world);
+    drop((silent, half_open));
 
     // Sessions of both transports, requests, and one that is refused and sent again.
     let serving = Agent::connect_quic(&world, "prod", [7; 16]).await;

@@ -125,6 +125,10 @@ impl GatewayConfig {
             ("limits.connections", limits.connections),
             ("limits.handshakes", limits.handshakes),
             ("limits.handshakesPerAddress", limits.handshakes_per_address),
+            ("limits.unauthenticatedPerAddress", limits.unauthenticated_per_address),
+            ("limits.connectionsPerPrincipal", limits.connections_per_principal),
+            ("limits.reservedConnections", limits.reserved_connections),
+            ("limits.reservedHandshakes", limits.reserved_handshakes),
             ("limits.requestsPerPrincipal", limits.requests_per_principal),
             ("limits.longRequestsPerPrincipalAndCluster", limits.long_requests_per_principal_and_cluster),
             ("limits.requestsPerPrincipalAndCluster", limits.requests_per_principal_and_cluster),
@@ -138,6 +142,32 @@ impl GatewayConfig {
             limits.handshakes_per_address <= limits.handshakes && limits.handshakes <= limits.connections,
             "limits",
             "handshakesPerAddress ≤ handshakes ≤ connections must hold",
+        );
+        for (reserve, of, total) in [
+            ("limits.reservedConnections", limits.reserved_connections, limits.connections),
+            ("limits.reservedHandshakes", limits.reserved_handshakes, limits.handshakes),
+        ] {
+            problems.unless(
+                of < total,
+                reserve,
+                format_args!("is {of} of {total} places, and leaves nobody else one; reserve fewer"),
+            );
+        }
+        problems.unless(
+            limits.unauthenticated_per_address <= limits.connections_per_address
+                && limits.connections_per_address <= limits.connections,
+            "limits",
+            "unauthenticatedPerAddress ≤ connectionsPerAddress ≤ connections must hold",
+        );
+        problems.unless(
+            limits.connections_per_principal <= limits.connections,
+            "limits.connectionsPerPrincipal",
+            "must be at most connections",
+        );
+        problems.unless(
+            limits.parked_per_address <= limits.parked,
+            "limits.parkedPerAddress",
+            "must be at most parked",
         );
         // One less than an agent takes: x-forwarded-for is ours.
         problems.unless(
@@ -346,6 +376,16 @@ drain:
                 "headerBytes: 32KiB",
                 "sessionMemory: 2GiB",
                 "limits.sessionMemory: must be at most tunnelMemory",
+            ),
+            ("headerBytes: 32KiB", "connections: 2000", "limits.reservedConnections: is 4096 of 2000 places"),
+            ("headerBytes: 32KiB", "reservedHandshakes: 1024", "limits.reservedHandshakes: is 1024 of 1024"),
+            ("headerBytes: 32KiB", "connectionsPerAddress: 100", "unauthenticatedPerAddress ≤"),
+            ("headerBytes: 32KiB", "connectionsPerPrincipal: 20000", "limits.connectionsPerPrincipal: "),
+            ("headerBytes: 32KiB", "parked: 10", "limits.parkedPerAddress: must be at most parked"),
+            (
+                "headerBytes: 32KiB",
+                "reservedConnections: 0",
+                "limits.reservedConnections: must be at least 1",
             ),
             ("clusters: ['*']", "clusters: [prdo]", "no cluster is named \"prdo\""),
         ] {

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tempfile::TempDir;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -170,8 +170,19 @@ impl World {
 
     pub async fn connect(&self, client: Option<&str>, alpn: &[u8], name: &str) -> TlsStream<TcpStream> {
         let socket = TcpStream::connect(self.gateway.public_addr()).await.unwrap();
+        self.tls_over(socket, client, alpn, name).await.unwrap()
+    }
+
+    /// TLS over a connection that there is already.
+    pub async fn tls_over(
+        &self,
+        socket: TcpStream,
+        client: Option<&str>,
+        alpn: &[u8],
+        name: &str,
+    ) -> std::io::Result<TlsStream<TcpStream>> {
         let name = ServerName::try_from(name.to_owned()).unwrap();
-        TlsConnector::from(self.client_tls(client, alpn)).connect(name, socket).await.unwrap()
+        TlsConnector::from(self.client_tls(client, alpn)).connect(name, socket).await
     }
 
     /// An HTTP/1.1 client.
@@ -180,20 +191,12 @@ impl World {
     }
 
     pub async fn h1_for(&self, client: Option<&str>, name: &str) -> Client {
-        let io = TokioIo::new(self.connect(client, b"http/1.1", name).await);
-        let (sender, connection) = http1::handshake(io).await.unwrap();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move { drop(connection.with_upgrades().await) });
-        Client { sender: Sender::H1(sender), tasks }
+        Client::h1(self.connect(client, b"http/1.1", name).await).await.unwrap()
     }
 
     /// An HTTP/2 client.
     pub async fn h2(&self, client: Option<&str>) -> Client {
-        let io = TokioIo::new(self.connect(client, b"h2", "localhost").await);
-        let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.unwrap();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move { drop(connection.await) });
-        Client { sender: Sender::H2(sender), tasks }
+        Client::h2(self.connect(client, b"h2", "localhost").await).await.unwrap()
     }
 
     /// A client without TLS on the plaintext listener, with prior knowledge of HTTP/2 or not.
@@ -305,6 +308,28 @@ enum Sender {
 }
 
 impl Client {
+    /// HTTP/1.1 over a connection that there is already.
+    pub async fn h1(io: TlsStream<TcpStream>) -> hyper::Result<Self> {
+        let (sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(connection.with_upgrades().await) });
+        Ok(Self { sender: Sender::H1(sender), tasks })
+    }
+
+    /// HTTP/2 over a connection that there is already.
+    pub async fn h2(io: TlsStream<TcpStream>) -> hyper::Result<Self> {
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(io)).await?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move { drop(connection.await) });
+        Ok(Self { sender: Sender::H2(sender), tasks })
+    }
+
+    /// The same HTTP/2 connection, for another request at the same time; it lasts as long as the first.
+    pub fn another(&self) -> Self {
+        let Sender::H2(sender) = &self.sender else { panic!("HTTP/1.1 has one request at a time") };
+        Self { sender: Sender::H2(sender.clone()), tasks: JoinSet::new() }
+    }
+
     pub async fn send(&mut self, request: Request<ClientBody>) -> hyper::Result<Response<Incoming>> {
         match &mut self.sender {
             Sender::H1(sender) => {
@@ -363,6 +388,11 @@ impl Client {
         request.body(body).unwrap()
     }
 
+    /// Waits until the connection has ended, however long that takes.
+    pub async fn ended(&mut self) {
+        self.tasks.join_next().await;
+    }
+
     /// Waits until the gateway has closed the connection.
     pub async fn closed(&mut self) {
         in_time("the connection is closed", self.tasks.join_next()).await;
@@ -416,6 +446,23 @@ pub async fn quic_from(
     endpoint.connect_with(config, to, "localhost").unwrap().await
 }
 
+/// Begins a QUIC handshake from 127.0.0.`source` and leaves it at that. The address has been shown to be the sender's only as far as
+/// the gateway takes its word.
+pub async fn quic_half_open(world: &World, source: u8) -> UdpSocket {
+    let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
+    let tls = tls::agent_client(&roots, &world.credential("agent-prod")).unwrap();
+    let nobody = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = quinn::Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let mut datagram = vec![0; 2048];
+    let length = tokio::select! {
+        result = quic_from(&endpoint, nobody.local_addr().unwrap(), tls) => panic!("nobody answers: {result:?}"),
+        received = nobody.recv(&mut datagram) => received.unwrap(),
+    };
+    let socket = UdpSocket::bind(SocketAddr::from(([127, 0, 0, source], 0))).await.unwrap();
+    socket.send_to(&datagram[..length], world.gateway.quic_addr().unwrap()).await.unwrap();
+    socket
+}
+
 /// An agent made of the protocol alone.
 pub struct Agent {
     pub session: Session,
@@ -437,11 +484,22 @@ impl Agent {
 
     /// The same with limits of its own.
     pub async fn connect_with(world: &World, cluster: &str, boot_id: [u8; 16], limits: Limits) -> Self {
+        Self::over_tls(Self::tls_from(world, [127, 0, 0, 1], cluster).await, boot_id, limits)
+    }
+
+    /// The TLS connection of an agent that has said nothing yet, from this address.
+    pub async fn tls_from(world: &World, source: [u8; 4], cluster: &str) -> TlsStream<TcpStream> {
         let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
         let config = tls::agent_client(&roots, &world.credential(&format!("agent-{cluster}"))).unwrap();
-        let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from((source, 0))).unwrap();
+        let socket = socket.connect(world.gateway.public_addr()).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
-        let io = TlsConnector::from(config).connect(name, socket).await.unwrap();
+        TlsConnector::from(config).connect(name, socket).await.unwrap()
+    }
+
+    /// An agent over a TLS connection that there is already.
+    pub fn over_tls(io: TlsStream<TcpStream>, boot_id: [u8; 16], limits: Limits) -> Self {
         let introduction = Introduction {
             boot_id: boot_id.to_vec(),
             software: "fake-agent".to_owned(),

@@ -1,0 +1,242 @@
+//! What must a connection pass, and whose is it? Every pool of connections and handshakes, each with shares and a reserve
+//! ([`crate::per_key`]), so that nobody takes it from the others:
+//!
+//! 1. A handshake needs a place of its network. A network over its share is parked: accepted, held unread, let on when one of
+//!    its own places is free. A network that has none may take one of the reserve when strangers hold all others. TCP and QUIC
+//!    have pools of their own: neither is filled through the other.
+//! 2. The ClientHello tells what the connection is for. Clients and joins get a place of their network; agents get one also of
+//!    the reserve, and are divided by cluster as soon as their certificate has told it.
+//! 3. Until a request says who calls, a client's connection is a stranger's, of which a network has few. Then it is its first
+//!    caller's, whether that caller may do anything or not.
+//!
+//! The gateway's own check needs no place. A trusted proxy has no share: it brings many clients, who are counted where it names
+//! them (PROXY protocol).
+
+use crate::config::Limits;
+use crate::metrics::{Counted, Limit, Metrics};
+use crate::per_key::{Claim, Full, KeyPermit, PerKey, Sizes};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use towline_certs::ClusterUid;
+
+/// Connections of one cluster's agents for each of its sessions: sessions that come while dead ones are not known to be dead.
+const AGENTS_PER_SESSION: usize = 2;
+
+/// The pools.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    /// Handshakes in flight.
+    tcp: Arc<PerKey<IpAddr>>,
+    quic: Arc<PerKey<IpAddr>>,
+    connections: Arc<PerKey<IpAddr>>,
+    strangers: Arc<PerKey<IpAddr>>,
+    callers: Arc<PerKey<String>>,
+    agents: Arc<PerKey<ClusterUid>>,
+}
+
+impl Gate {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let (handshakes, reserve) = (limits.handshakes, limits.reserved_handshakes);
+        let handshakes = Sizes::of_all(handshakes, reserve, limits.handshakes_per_address);
+        let (connections, reserve) = (limits.connections, limits.reserved_connections);
+        Self {
+            tcp: PerKey::new(Sizes {
+                waiting: limits.parked,
+                waiting_share: limits.parked_per_address,
+                ..handshakes
+            }),
+            quic: PerKey::new(handshakes),
+            connections: PerKey::new(Sizes::of_all(connections, reserve, limits.connections_per_address)),
+            // Who waits here has a place for a handshake, and waits no longer than that may last.
+            strangers: PerKey::new(Sizes {
+                waiting: usize::MAX,
+                waiting_share: usize::MAX,
+                ..Sizes::of_each(limits.unauthenticated_per_address)
+            }),
+            callers: PerKey::new(Sizes::of_each(limits.connections_per_principal)),
+            agents: PerKey::new(Sizes::of_each(AGENTS_PER_SESSION * limits.sessions_per_cluster)),
+        }
+    }
+
+    /// A place for a handshake over TCP, of this network or of a trusted proxy: at once, or when its turn comes. Cancel safe.
+    ///
+    /// # Errors
+    /// The limit that leaves no place.
+    pub(crate) async fn pass(&self, metrics: &Metrics, network: Option<IpAddr>) -> Result<Pass, Limit> {
+        let Some(network) = network else {
+            let place = self.tcp.take_as(None, Claim::Ordinary).map_err(|_| Limit::Handshakes)?;
+            return Ok(Pass { _place: Some(place), hurried: false });
+        };
+        match try_pass(&self.tcp, &network) {
+            Ok(pass) => return Ok(pass),
+            Err(full) => metrics.limit_reached(of_handshakes(full)),
+        }
+        let _parked = metrics.parked();
+        let place = self.tcp.wait(&network).await.map_err(|_| Limit::Parked)?;
+        Ok(Pass { _place: Some(place), hurried: false })
+    }
+
+    /// A place for a handshake over QUIC, where nobody waits: who is not answered asks again.
+    ///
+    /// # Errors
+    /// The limit that leaves no place.
+    pub(crate) fn pass_quic(&self, network: Option<IpAddr>) -> Result<(Pass, Place), Limit> {
+        let pass = match network {
+            None => {
+                let place = self.quic.take_as(None, Claim::Ordinary).map_err(|_| Limit::Handshakes)?;
+                Pass { _place: Some(place), hurried: false }
+            }
+            Some(network) => try_pass(&self.quic, &network).map_err(of_handshakes)?,
+        };
+        Ok((pass, self.agent()?))
+    }
+
+    /// Whether half of the handshakes over QUIC, of all or of this network, are in flight.
+    pub(crate) fn is_quic_loaded(&self, network: &IpAddr) -> bool {
+        self.quic.is_half_taken(network)
+    }
+
+    /// A place for an agent's connection; also of the reserve.
+    ///
+    /// # Errors
+    /// All are taken.
+    pub(crate) fn agent(&self) -> Result<Place, Limit> {
+        let place = self.connections.take_as(None, Claim::Reserved);
+        place.map(|place| Place { _place: Some(place) }).map_err(|_| Limit::Connections)
+    }
+
+    /// A place among the connections of this cluster's agents.
+    ///
+    /// # Errors
+    /// The cluster has as many as it may.
+    pub(crate) fn agent_of(&self, cluster: &ClusterUid) -> Result<KeyPermit<ClusterUid>, Full> {
+        self.agents.take(cluster)
+    }
+
+    /// A place for the connection of a stranger of this network, or of a trusted proxy. Waits while the network has as many
+    /// strangers as it may: they say who they are, or are closed. Cancel safe.
+    ///
+    /// # Errors
+    /// The limit that leaves no place.
+    pub(crate) async fn stranger(
+        &self,
+        metrics: &Metrics,
+        network: Option<IpAddr>,
+    ) -> Result<(Place, Standing), Limit> {
+        let counted = match network {
+            None => None,
+            Some(network) => {
+                let place = match self.strangers.take(&network) {
+                    Ok(place) => place,
+                    Err(_) => {
+                        metrics.limit_reached(Limit::UnauthenticatedPerAddress);
+                        let waits = self.strangers.wait(&network).await;
+                        waits.map_err(|_| Limit::UnauthenticatedPerAddress)?
+                    }
+                };
+                Some(Stands::Stranger(place, metrics.unauthenticated()))
+            }
+        };
+        let place = self.connections.take_as(network.as_ref(), Claim::Ordinary);
+        let place = place.map_err(|full| match full {
+            Full::Share => Limit::ConnectionsPerAddress,
+            Full::Pool | Full::Waiting => Limit::Connections,
+        })?;
+        let standing = Standing { known: AtomicBool::new(false), counted: Mutex::new(counted) };
+        Ok((Place { _place: Some(place) }, standing))
+    }
+}
+
+/// A place at once, of the reserve too if this network has none.
+fn try_pass(pool: &Arc<PerKey<IpAddr>>, network: &IpAddr) -> Result<Pass, Full> {
+    match pool.take(network) {
+        Ok(place) => Ok(Pass { _place: Some(place), hurried: false }),
+        Err(Full::Pool) if pool.held_by(network) == 0 => {
+            let place = pool.take_as(Some(network), Claim::Reserved)?;
+            Ok(Pass { _place: Some(place), hurried: true })
+        }
+        Err(full) => Err(full),
+    }
+}
+
+const fn of_handshakes(full: Full) -> Limit {
+    match full {
+        Full::Share => Limit::HandshakesPerAddress,
+        Full::Pool | Full::Waiting => Limit::Handshakes,
+    }
+}
+
+/// What a handshake in flight holds.
+#[derive(Debug)]
+pub(crate) struct Pass {
+    _place: Option<KeyPermit<IpAddr>>,
+    /// It is of the reserve, which many share: who says nothing does not keep it.
+    pub(crate) hurried: bool,
+}
+
+impl Pass {
+    /// Of the gateway's own check, which makes one handshake at a time.
+    pub(crate) const fn own() -> Self {
+        Self { _place: None, hurried: false }
+    }
+}
+
+/// What a connection holds until its end.
+#[derive(Debug)]
+pub(crate) struct Place {
+    _place: Option<KeyPermit<IpAddr>>,
+}
+
+impl Place {
+    /// Of the gateway's own check.
+    pub(crate) const fn own() -> Self {
+        Self { _place: None }
+    }
+}
+
+/// Whose is a client's connection?
+#[derive(Debug)]
+pub(crate) struct Standing {
+    known: AtomicBool,
+    counted: Mutex<Option<Stands>>,
+}
+
+/// What counts as long as the connection is somebody's.
+#[derive(Debug)]
+enum Stands {
+    Stranger(
+        #[expect(dead_code, reason = "it counts until it is dropped")] KeyPermit<IpAddr>,
+        #[expect(dead_code, reason = "as above")] Counted,
+    ),
+    Caller(#[expect(dead_code, reason = "as above")] KeyPermit<String>),
+}
+
+impl Standing {
+    /// Of a connection that nobody counts.
+    pub(crate) const fn own() -> Self {
+        Self { known: AtomicBool::new(false), counted: Mutex::new(None) }
+    }
+
+    /// Whether any request on the connection has said who calls.
+    pub(crate) fn is_known(&self) -> bool {
+        self.known.load(Ordering::Relaxed)
+    }
+
+    /// A request has said who calls. The connection is the first caller's from then on; one that comes through a trusted proxy
+    /// may carry many callers, and is nobody's.
+    ///
+    /// # Errors
+    /// The caller has as many connections as one may. The connection stays a stranger's.
+    pub(crate) fn becomes(&self, gate: &Gate, caller: &String) -> Result<(), Full> {
+        if self.is_known() {
+            return Ok(());
+        }
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*counted, Some(Stands::Stranger(..))) {
+            *counted = Some(Stands::Caller(gate.callers.take(caller)?));
+        }
+        self.known.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}

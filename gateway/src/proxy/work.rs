@@ -1,0 +1,106 @@
+//! What goes on in a client's connection that is to end? Requests that were let in keep it, and refusals do not: a stranger, or
+//! somebody whose credential counts no more, must not stay by what it asks in vain.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+/// Requests of one connection that are answered with a refusal after the first one has ended it: as many as a client may have
+/// had under way.
+const REFUSALS_MAX: u32 = 256;
+
+/// The requests of a connection that were let in.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    running: TaskTracker,
+    begun: AtomicU64,
+}
+
+/// A request that was let in, until it has been answered to the end.
+#[derive(Debug)]
+pub(crate) struct Working(#[expect(dead_code, reason = "it counts until it is dropped")] TaskTrackerToken);
+
+impl Work {
+    pub(crate) fn begin(&self) -> Working {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        Working(self.running.token())
+    }
+
+    /// Waits until nothing has run for so long. Cancel safe.
+    pub(crate) async fn rests_for(&self, time: Duration) {
+        // Or it would wait for ever. What begins later counts all the same.
+        self.running.close();
+        loop {
+            self.running.wait().await;
+            let begun = self.begun.load(Ordering::Relaxed);
+            tokio::time::sleep(time).await;
+            if self.running.is_empty() && self.begun.load(Ordering::Relaxed) == begun {
+                return;
+            }
+        }
+    }
+}
+
+/// The refusals that a connection ends by.
+#[derive(Debug, Default)]
+pub(crate) struct Refusals {
+    count: AtomicU32,
+    overrun: Arc<Notify>,
+}
+
+impl Refusals {
+    pub(crate) fn another(&self) {
+        if self.count.fetch_add(1, Ordering::Relaxed) >= REFUSALS_MAX {
+            self.overrun.notify_one();
+        }
+    }
+
+    /// Waits until there are more than a connection gets. Cancel safe.
+    pub(crate) async fn overrun(&self) {
+        self.overrun.notified().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::Instant;
+
+    /// What runs keeps a connection, and what has ended a moment ago leaves its client all of the time.
+    #[tokio::test(start_paused = true)]
+    async fn s2_what_was_let_in_keeps_a_connection() {
+        const REST: Duration = Duration::from_secs(5);
+        let work = Work::default();
+        let began = Instant::now();
+        work.rests_for(REST).await;
+        assert_eq!(began.elapsed(), REST);
+        let first = work.begin();
+        let began = Instant::now();
+        let beside = async {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            drop(first);
+            // One that crosses the GOAWAY: shorter than the rest, and in the middle of it.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let late = work.begin();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            drop(late);
+        };
+        tokio::join!(work.rests_for(REST), beside);
+        assert!(began.elapsed() >= Duration::from_secs(64) + REST, "{:?}", began.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn s2_refusals_have_an_end() {
+        let refusals = Refusals::default();
+        for _ in 0..REFUSALS_MAX {
+            refusals.another();
+        }
+        let overrun = tokio::time::timeout(Duration::from_secs(1), refusals.overrun());
+        assert!(overrun.await.is_err(), "as many as a client may have under way are answered");
+        refusals.another();
+        refusals.overrun().await;
+    }
+}
