@@ -23,7 +23,7 @@ use crate::upstream::server_name;
 
 /// Why an attempt failed.
 #[derive(Debug, Error)]
-#[error("agent → gateway {address}: {cause}")]
+#[error("agent -> gateway {address}: {cause}")]
 pub(crate) struct DialError {
     address: String,
     cause: DialCause,

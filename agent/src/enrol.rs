@@ -25,6 +25,7 @@ use towline_proto::join::{
     Admitted, CERTIFICATES_MAX, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof,
     RefusalCode, Refused, ServiceAccount, Token,
 };
+use towline_proto::text::Printable;
 use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
 
 use crate::address::{Address, Host};
@@ -55,7 +56,7 @@ pub enum EnrolError {
     Lost,
     #[error("a key cannot be made: {0}")]
     Key(#[from] IssueError),
-    #[error("agent → gateway {address} (joining): {cause}")]
+    #[error("agent -> gateway {address} (joining): {cause}")]
     Attempt { address: String, cause: AttemptError },
 }
 
@@ -74,7 +75,7 @@ pub enum AttemptError {
     Message(#[from] MessageError),
     #[error("TLS stands, but no answer came within {0:?}")]
     NoAnswer(Duration),
-    #[error("refused ({}): {}", code.label(), text.escape_debug())]
+    #[error("refused ({}): {}", code.label(), Printable(text))]
     Refused { code: RefusalCode, text: String, retry_after: Duration },
     #[error("the gateway's answer cannot be used: {0}")]
     Answer(#[from] AnswerError),
@@ -214,6 +215,20 @@ struct Try<'a> {
     key: &'a AgentKey,
 }
 
+/// Tells of a proof that did not count, where another is tried next. The first time an agent comes its ServiceAccount is not known
+/// yet, and nothing is wrong with that.
+fn tell(error: &EnrolError, with: &str, is_new: bool) {
+    let is_unknown = matches!(
+        error,
+        EnrolError::Attempt { cause: AttemptError::Refused { code: RefusalCode::NoIssuer, .. }, .. }
+    );
+    if is_new && is_unknown {
+        tracing::info!("the gateway does not know this ServiceAccount yet; joining with the join token");
+    } else {
+        tracing::info!(%error, with, "not admitted");
+    }
+}
+
 impl Enroller {
     /// Tries every proof once. `fresh` is the key for an identity that begins anew. Tells whether the gateway knows the key that
     /// signed the ServiceAccount token: it listens to what is said about the issuer only where a join token vouches for it.
@@ -263,7 +278,8 @@ impl Enroller {
             return Err(if token.is_none() { failure } else { EnrolError::NoPins });
         }
         let addresses = self.addresses(token.as_ref());
-        for Try { what, proof, key } in tries {
+        let last = tries.len();
+        for (number, Try { what, proof, key }) in (1..).zip(tries) {
             let told = match &proof {
                 Proof::Token(_) => issuer.is_some(),
                 Proof::ServiceAccount(_) => true,
@@ -279,7 +295,10 @@ impl Enroller {
             match self.try_all(live, &addresses, &pins, &request, key).await {
                 Ok(held) => return Ok((held, told)),
                 Err(error) => {
-                    tracing::info!(%error, with = what, "not admitted");
+                    // The last one is told by the caller.
+                    if number < last {
+                        tell(&error, what, old.is_none());
+                    }
                     failure = error;
                 }
             }

@@ -19,9 +19,11 @@ use std::time::SystemTime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Duration, Instant, sleep, sleep_until};
 use towline_certs::AgentKey;
+use towline_certs::facts::human;
 use towline_certs::load::{FileBytes, LoadCause, LoadError, LoadPolicy, parse_credential, parse_roots};
 use towline_certs::save::{SaveError, chain_pem, create_private_directory, key_pem, write_private};
 use towline_proto::join::{Notice, Renew, Renewal, Renewed, Trust, TrustAck};
+use towline_proto::text::Printable;
 use towline_proto::tunnel::Session;
 use zeroize::Zeroizing;
 
@@ -220,7 +222,7 @@ impl Keeper {
         let (mut held, mut joined) = match self.found.held.take() {
             Some(held) if !held.left().is_zero() => {
                 self.publish(&held);
-                tracing::info!(identity = %held.identity, left = ?held.left(), "identity found");
+                tracing::info!(identity = %held.identity, left = human(held.left()), "identity found");
                 (held, None)
             }
             old => (self.join(old).await, Some(Instant::now())),
@@ -309,7 +311,7 @@ impl Keeper {
         self.metrics.joins.with_label_values(&[outcome]).inc();
         match joined {
             Ok(held) => {
-                tracing::info!(identity = %held.identity, life = ?life(&held), "joined");
+                tracing::info!(identity = %held.identity, life = human(life(&held)), "joined");
                 self.keep(&held).await.unwrap_or_else(|error| {
                     tracing::error!(%error, "the identity is lost with this process");
                 });
@@ -401,7 +403,7 @@ impl Keeper {
             Some(Renewal::Certificate(certificate)) => certificate.chain,
             Some(Renewal::Refused(refused)) => {
                 count("refused");
-                tracing::warn!(why = %refused.text.escape_debug(), "the certificate was not renewed");
+                tracing::warn!(why = %Printable(&refused.text), "the certificate was not renewed");
                 let after = Duration::from_millis(refused.retry_after_ms.into());
                 return Err(after.min(RETRY_AFTER_MAX));
             }
@@ -422,7 +424,7 @@ impl Keeper {
                 }
                 self.publish(&new);
                 count("ok");
-                tracing::info!(identity = %new.identity, life = ?life(&new), "certificate renewed");
+                tracing::info!(identity = %new.identity, life = human(life(&new)), "certificate renewed");
                 Ok(new)
             }
             Err(error) => {

@@ -51,7 +51,7 @@ pub(crate) struct Resources {
 /// One upstream.
 #[derive(Debug)]
 pub(crate) struct Upstream {
-    /// `agent → API server https://10.0.0.1:6443`.
+    /// `agent -> API server https://10.0.0.1:6443`.
     pub(crate) hop: String,
     /// The `Host` of requests to it.
     pub(crate) authority: HeaderValue,
@@ -79,7 +79,7 @@ impl Upstream {
     /// The API server. Blocks for as long as its CA file takes to read.
     pub(crate) fn api_server(config: &AgentConfig, resources: &Resources) -> Result<Self, UpstreamError> {
         let ApiServerConfig { url, ca, server_name } = &config.api_server;
-        let hop = format!("agent → API server {url}");
+        let hop = format!("agent -> API server {url}");
         let tls =
             url.tls.then(|| Tls::new(&hop, ca.as_deref(), server_name.as_ref().unwrap_or(&url.address.host)));
         // Whatever the owner names as the API server is meant: a control plane may well be on this machine.
@@ -88,7 +88,7 @@ impl Upstream {
 
     /// A target. Blocks for as long as its CA file takes to read.
     pub(crate) fn target(target: &TargetConfig, resources: &Resources) -> Result<Self, UpstreamError> {
-        let hop = format!("agent → target {} ({})", target.name, target.address);
+        let hop = format!("agent -> target {} ({})", target.name, target.address);
         let tls = target.tls.as_ref().map(|tls| {
             Tls::new(&hop, tls.ca.as_deref(), tls.server_name.as_ref().unwrap_or(&target.address.host))
         });

@@ -197,7 +197,7 @@ async fn an_upstream_that_speaks_nonsense_is_an_error() {
         let failure = call.failure().await;
         assert_eq!((failure.code, failure.untouched), (Code::UpstreamBody.to_u32(), false), "{failure:?}");
         assert!(failure.message.contains(part), "{failure:?}");
-        assert!(failure.message.starts_with(&format!("agent → API server https://{}", rig.upstream.at)));
+        assert!(failure.message.starts_with(&format!("agent -> API server https://{}", rig.upstream.at)));
         upstream.closed().await;
     }
 }

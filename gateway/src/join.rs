@@ -160,6 +160,8 @@ struct Refusal {
     cause: String,
     /// Which cluster's status says so, in which words.
     told: Option<Told>,
+    /// Whether it is how every first join begins.
+    expected: bool,
 }
 
 /// What a cluster's status says about an agent that was turned away.
@@ -174,7 +176,14 @@ struct Told {
 
 impl Refusal {
     fn new(code: RefusalCode, text: impl Into<String>) -> Self {
-        Self { code, text: text.into(), retry_after: Duration::ZERO, cause: String::new(), told: None }
+        Self {
+            code,
+            text: text.into(),
+            retry_after: Duration::ZERO,
+            cause: String::new(),
+            told: None,
+            expected: false,
+        }
     }
 
     fn because(self, cause: impl Into<String>) -> Self {
@@ -308,10 +317,12 @@ fn refused(shared: &Shared, refusal: &Refusal, address: SocketAddr, exempt: bool
         shared.joins.failed(address.ip());
     }
     let (code, why) = (refusal.code.label(), crate::proxy::printable(&refusal.text));
-    if shared.refusals.is_due() {
-        tracing::warn!(agent = %address, code, why, cause = refusal.cause, "join refused");
-    } else {
+    if !shared.refusals.is_due() {
         tracing::debug!(agent = %address, code, why, cause = refusal.cause, "join refused");
+    } else if refusal.expected {
+        tracing::info!(agent = %address, "an agent's ServiceAccount is not known yet: it joins with its join token");
+    } else {
+        tracing::warn!(agent = %address, code, why, cause = refusal.cause, "join refused");
     }
 }
 
@@ -430,7 +441,11 @@ async fn by_account(
     let unknown = |cause: &str| Refusal::new(RefusalCode::NoIssuer, NO_ISSUER).because(cause);
     let route =
         fleet.cluster_named(cluster).ok_or_else(|| unknown("no cluster of that name is registered"))?;
-    let issuer = fleet.issuer(&route.uid).ok_or_else(|| unknown("its issuer is not on record"))?;
+    // An agent that comes for the first time shows this before its join token: it cannot know that nobody has vouched for it yet.
+    let is_new = || fleet.standing(&route.uid).is_some_and(|standing| !standing.was_let_in);
+    let issuer = fleet
+        .issuer(&route.uid)
+        .ok_or_else(|| Refusal { expected: is_new(), ..unknown("its issuer is not on record") })?;
     let told = |why: String, proven| Told { cluster: route.uid.clone(), why, proven, returns: true };
     let subject = account::verify(token, &issuer, SystemTime::now()).map_err(|error| {
         let why = format!("its ServiceAccount token does not count: {error}");

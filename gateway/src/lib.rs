@@ -188,7 +188,8 @@ impl Gateway {
             });
         }
         house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
-        tracing::info!(%public, plaintext = ?plaintext_address, quic = ?quic_address, admin = %admin_address, "gateway started");
+        let shown = |address: Option<SocketAddr>| address.map(tracing::field::display);
+        tracing::info!(%public, plaintext = shown(plaintext_address), quic = shown(quic_address), admin = %admin_address, "gateway started");
         let (plaintext, quic, admin) = (plaintext_address, quic_address, admin_address);
         Ok(Self { shared, public, plaintext, quic, admin, path })
     }

@@ -8,6 +8,7 @@
 //! - [`open`]: what a stream says first, and the answer.
 //! - [`join`]: how an agent gets an identity and keeps it.
 //! - [`mux`]: the multiplexer as a pure state machine: bytes and `now` in, bytes and events out.
+//! - [`text`]: what somebody else wrote, made safe to show.
 //! - [`time`]: the clock value that callers pass into the state machine.
 //! - [`tunnel`] (feature `tokio`): the runtime face: sessions and streams to await on.
 //!
@@ -22,6 +23,7 @@ pub mod hello;
 pub mod join;
 pub mod mux;
 pub mod open;
+pub mod text;
 pub mod time;
 #[cfg(feature = "tokio")]
 pub mod tunnel;

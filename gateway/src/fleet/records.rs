@@ -352,4 +352,22 @@ mod tests {
         assert_eq!(Time::parse("yesterday"), None);
         assert!(Time(i64::MAX).to_string().starts_with("9999-"));
     }
+
+    /// K7: what is said of a version has been so since it became so, whoever said it last, and in which session.
+    #[test]
+    fn k7_a_version_is_old_since_it_became_so() {
+        let at = |second: i64| Time(second);
+        let seen = |software: &str, second| AgentSeen::new(software, at(second));
+        let current = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));
+        let old = seen("towline-agent/0.0.9", 10).unwrap();
+        assert!(old.outdated && old.since == at(10));
+        let again = seen("towline-agent/0.0.8", 20).unwrap().after(Some(&old));
+        assert!(again.since == at(10) && again.version == "0.0.8");
+        let new = seen(current, 30).unwrap().after(Some(&again));
+        assert!(!new.outdated && new.since == at(30));
+        assert_eq!(seen(current, 40).unwrap().after(Some(&new)), new);
+        for none in ["", "towline-agent/", "towline-agent/dev", "curl/8.0.1"] {
+            assert_eq!(seen(none, 1), None, "{none}");
+        }
+    }
 }

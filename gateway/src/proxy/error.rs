@@ -14,12 +14,12 @@ use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Method, Response, StatusCode};
 use serde_json::json;
-use std::fmt::Write as _;
 use std::time::Duration;
 use towline_certs::facts::human;
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
 use towline_proto::open::Failure;
+use towline_proto::text::Printable;
 
 /// What a 401 asks for.
 pub(crate) const CHALLENGE: &str = "Bearer realm=\"towline\"";
@@ -329,7 +329,7 @@ fn route(error: &RouteError) -> Verdict {
         RouteError::ApiAtRoot => (
             StatusCode::NOT_FOUND,
             TlCode::BadPath,
-            "use https://GATEWAY/clusters/NAME/…; kubectl get --raw needs /clusters/NAME/… before the path, kubectl proxy needs --append-server-path",
+            "use https://GATEWAY/clusters/NAME/…; kubectl get --raw before 1.34 needs /clusters/NAME/… before the path, kubectl proxy needs --append-server-path",
         ),
         RouteError::Nothing => {
             (StatusCode::NOT_FOUND, TlCode::BadPath, "clusters are at https://GATEWAY/clusters/NAME/…")
@@ -440,24 +440,14 @@ fn reason(status: StatusCode) -> &'static str {
     }
 }
 
-/// Text that is safe in a terminal and a log: control characters and marks that turn the writing direction are escaped.
+/// Text that is safe in a terminal and a log.
 pub(crate) fn printable(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}');
-        if c.is_control() || turns {
-            // Writing to a string cannot fail.
-            write!(out, "\\u{{{:x}}}", u32::from(c)).unwrap_or_default();
-        } else {
-            out.push(c);
-        }
-    }
-    out
+    Printable(text).to_string()
 }
 
 /// The `Warning` header (RFC 7234 section 5.5): ASCII, quoted, at most 1 KiB.
 pub(crate) fn warning(message: &str) -> HeaderValue {
-    let ascii = message.replace(" — ", "; ").replace('…', "...");
+    let ascii = message.replace(" — ", "; ").replace('…', "...").replace('→', "->");
     let mut text = String::with_capacity(ascii.len() + 16);
     for c in ascii.chars().take(1024) {
         match c {
@@ -506,6 +496,13 @@ mod tests {
             head.headers()["warning"],
             "299 towline \"towline: cluster \\\"prod\\\" is not connected: last seen 4m 12s ago; check the towline-agent in that cluster and its log\""
         );
+    }
+
+    /// D17, K7: an arrow is two characters in the header, and nothing that the program itself writes becomes a question mark.
+    #[test]
+    fn d17_an_arrow_is_an_arrow() {
+        let header = warning("agent → API server https://x: refused — look at …");
+        assert_eq!(header, "299 towline \"agent -> API server https://x: refused; look at ...\"");
     }
 
     #[tokio::test]

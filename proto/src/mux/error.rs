@@ -2,6 +2,7 @@
 //! protocol.
 
 use crate::code::Code;
+use crate::text::Printable;
 use crate::wire::WireError;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -86,7 +87,7 @@ impl fmt::Display for CloseReason {
                 write!(f, "closed here: {text} ({})", Code::from_u32(*code).label())
             }
             Self::Peer { code, text } => {
-                write!(f, "closed by the peer: {} ({})", text.escape_debug(), Code::from_u32(*code).label())
+                write!(f, "closed by the peer: {} ({})", Printable(text), Code::from_u32(*code).label())
             }
             Self::Violation(violation) => write!(f, "the peer broke the protocol: {violation}"),
             Self::Dead(silence) => {
