@@ -43,6 +43,8 @@ const REPLACE_ROUNDS: usize = 3;
 const EXPIRY_CHECK: Duration = Duration::from_secs(60);
 /// How often a session is looked at that may hold more memory than it needs.
 const GIVE_BACK_CHECK: Duration = Duration::from_secs(30);
+/// And within how long, when somebody could not be given any.
+const GIVE_BACK_AT_ONCE: Duration = Duration::from_secs(2);
 pub(crate) const BOOT_ID_BYTES: usize = 16;
 /// What an agent may say about its cluster at once, and after how long once more. It asks every hour.
 const WORDS_BURST: f64 = 8.0;
@@ -154,6 +156,7 @@ async fn no_memory(
     };
     shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
     shared.metrics.limit_reached(limit);
+    shared.memory.wanted();
     tracing::warn!(agent = %address, "{text}; raise {key}");
     let Ok((session, driver)) = Session::over_quic(conn.clone(), session_config(shared, None)) else {
         conn.close(Code::Limit.to_u32().into(), text.as_bytes());
@@ -216,7 +219,7 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
         }
         reason = over => reason,
         reason = converse(shared, session, &admitted, address) => reason,
-        reason = give_back(shared, session, &registration) => reason,
+        reason = give_back(shared, session, &admitted, &registration) => reason,
     };
     drop((registration, counted));
     shared.metrics.session_ended(reason.label());
@@ -365,16 +368,26 @@ async fn any_alive(sessions: &[Session]) -> bool {
     false
 }
 
-/// While memory is short, has a session replaced that holds much more than it needs: over QUIC what the agent was once allowed to
+/// While memory is short, of all or of the cluster's share, has a session replaced that holds much more than it needs: over QUIC what the agent was once allowed to
 /// send cannot be taken back, only used up. A session in which nothing runs is replaced without anybody noticing.
-async fn give_back(shared: &Shared, session: &Session, registration: &Registration) -> CloseReason {
+async fn give_back(
+    shared: &Shared,
+    session: &Session,
+    admitted: &Admitted,
+    registration: &Registration,
+) -> CloseReason {
+    let cluster = &admitted.identity.cluster;
     loop {
         // Not all at the same time.
         let mut part = [0];
         random(&mut part);
-        tokio::time::sleep(GIVE_BACK_CHECK.mul_f64(1.0 + f64::from(part[0]) / 256.0)).await;
+        let part = f64::from(part[0]) / 256.0;
+        tokio::select! {
+            () = tokio::time::sleep(GIVE_BACK_CHECK.mul_f64(1.0 + part)) => {}
+            () = shared.memory.is_wanted() => tokio::time::sleep(GIVE_BACK_AT_ONCE.mul_f64(part)).await,
+        }
         let stats = session.stats();
-        if shared.memory.is_short() && stats.streams == 0 && stats.recv_reserved > 2 * WINDOW_START {
+        if shared.memory.is_short(cluster) && stats.streams == 0 && stats.recv_reserved > 2 * WINDOW_START {
             registration.retire(session, "it holds memory that it does not need, and memory is short");
         }
     }

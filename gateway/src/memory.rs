@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
 use towline_proto::mux::Budget;
 
 /// A memory, and the shares of those who hold some of it.
@@ -13,6 +14,7 @@ pub(crate) struct Shares<K> {
     whole: Budget,
     share: usize,
     holders: Mutex<HashMap<K, Holder>>,
+    wanted: Notify,
 }
 
 #[derive(Debug)]
@@ -32,7 +34,8 @@ pub(crate) struct Part<K: Eq + Hash> {
 impl<K: Clone + Eq + Hash> Shares<K> {
     /// Of `whole` bytes, of which each holder may have `share`.
     pub(crate) fn new(whole: usize, share: usize) -> Arc<Self> {
-        Arc::new(Self { whole: Budget::new(whole), share: share.min(whole), holders: Mutex::default() })
+        let (holders, wanted) = (Mutex::default(), Notify::new());
+        Arc::new(Self { whole: Budget::new(whole), share: share.min(whole), holders, wanted })
     }
 
     /// The share of a holder, for one more user of it.
@@ -57,7 +60,7 @@ impl<K: Eq + Hash> Shares<K> {
     }
 
     const fn nearly_all(&self) -> usize {
-        self.share / 16 * 15
+        self.share / 16 * 13
     }
 
     fn is_nearly_all(&self, budget: &Budget) -> bool {
@@ -69,9 +72,20 @@ impl<K: Eq + Hash> Shares<K> {
         self.whole.used()
     }
 
-    /// Whether so much is held that whoever needs it little should give some back.
-    pub(crate) fn is_short(&self) -> bool {
-        self.whole.used() > self.whole.limit() / 2
+    /// Whether so much is held, of all or of this holder's share, that what it needs little it should give back.
+    pub(crate) fn is_short(&self, key: &K) -> bool {
+        let share = self.lock().get(key).map_or(0, |holder| holder.budget.used());
+        share > self.share / 2 || self.whole.used() > self.whole.limit() / 2
+    }
+
+    /// Somebody got nothing.
+    pub(crate) fn wanted(&self) {
+        self.wanted.notify_waiters();
+    }
+
+    /// Waits until somebody gets nothing. Cancel safe.
+    pub(crate) async fn is_wanted(&self) {
+        self.wanted.notified().await;
     }
 }
 

@@ -131,7 +131,7 @@ async fn run(
         return Box::pin(api::answer(shared, peer, parts, body)).await;
     }
     let mut plan = plan(shared, peer, &parts, &body, audit_id)?;
-    plan.guards.place = Some(place(shared, &plan).await?);
+    // Before it waits for anything: what may be unread of its body counts from now on.
     let room = match plan.body != BodyKind::NONE && parts.version == Version::HTTP_2 {
         true => Some(
             Box::pin(uploads::room(&shared.uploads, &peer.unread, &plan.principal.name, length(&body)))
@@ -139,6 +139,7 @@ async fn run(
         ),
         false => None,
     };
+    plan.guards.place = Some(place(shared, &plan).await?);
     let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
     let (answer, live) = tokio::select! {
         biased;
@@ -424,11 +425,14 @@ fn not_opened(shared: &Shared, plan: &Plan, error: AcquireError) -> ProxyError {
         }
         AcquireError::NotConnected(presence) => ProxyError::NotConnected { cluster: plan.name(), presence },
         AcquireError::StreamsMax => ProxyError::Limit(Limit::Streams, "requests to this cluster at a time"),
-        AcquireError::Memory if shared.memory.is_full(&plan.cluster.uid) => ProxyError::Limit(
-            Limit::TunnelMemoryPerCluster,
-            "requests for this cluster's share of the gateway's memory",
-        ),
-        AcquireError::Memory => ProxyError::Limit(Limit::TunnelMemory, "requests for the gateway's memory"),
+        AcquireError::Memory => {
+            shared.memory.wanted();
+            if shared.memory.is_full(&plan.cluster.uid) {
+                let what = "requests for this cluster's share of the gateway's memory";
+                return ProxyError::Limit(Limit::TunnelMemoryPerCluster, what);
+            }
+            ProxyError::Limit(Limit::TunnelMemory, "requests for the gateway's memory")
+        }
     }
 }
 

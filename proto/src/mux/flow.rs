@@ -31,7 +31,7 @@ impl SessionBudget {
     pub(super) fn new(limits: &Limits, process: Budget, window: Option<Window>) -> Option<Self> {
         let used = limits.reserved_for_accepted();
         let held = window.as_ref().map_or(used, |window| window.held(used));
-        if used > limits.recv_budget || !process.try_take(held, Share::All) {
+        if used > limits.recv_budget || !process.try_take(held, Share::Begin) {
             return None;
         }
         Some(Self { limit: limits.recv_budget, used, process, shares: limits.streams_max, window })
@@ -162,7 +162,7 @@ impl RecvFlow {
 
     /// Credit for a stream that we open where the peer counts on the initial credit: that, or `None`.
     pub(super) fn opened_full(limits: &Limits, budget: &mut SessionBudget, now: Instant) -> Option<Self> {
-        let taken = budget.take(limits.initial_credit as usize, Share::All);
+        let taken = budget.take(limits.initial_credit as usize, Share::Initial);
         taken.then(|| Self::new(u64::from(limits.initial_credit), 0, now))
     }
 

@@ -125,7 +125,9 @@ impl Limits {
 /// What memory is taken for, which decides how much of a budget it must leave free.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Share {
-    /// What a stream or a session cannot be without.
+    /// What a session cannot begin without. It is little, and sessions have a limit of their own.
+    Begin,
+    /// What a stream cannot be without.
     All,
     /// The initial credit: a stream can begin with less.
     Initial,
@@ -137,7 +139,7 @@ impl Share {
     /// What must stay free of `limit`.
     pub(super) const fn keeps_free(self, limit: usize) -> usize {
         match self {
-            Self::All => 0,
+            Self::Begin | Self::All => 0,
             Self::Initial => limit / INITIAL_KEEPS_FREE,
             Self::Growth => limit / GROWTH_KEEPS_FREE,
         }
@@ -147,7 +149,7 @@ impl Share {
     /// however many hold all they may, others still begin.
     const fn keeps_free_of_divided(self, limit: usize, is_small: bool) -> usize {
         match (self, is_small) {
-            (Self::All, true) => 0,
+            (Self::Begin, _) | (Self::All, true) => 0,
             (Self::Initial, true) => limit / INITIAL_KEEPS_FREE,
             (Self::Growth, true) => limit / 8,
             (Self::All, false) => limit / RESERVE,
@@ -159,7 +161,7 @@ impl Share {
 
 /// Growth may not use the last quarter of a budget: it stays free for the first credit of new streams.
 const GROWTH_KEEPS_FREE: usize = 4;
-/// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor.
+/// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor, and for sessions.
 const INITIAL_KEEPS_FREE: usize = 16;
 /// The part of a divided budget that is for those who hold little, as a divisor.
 const RESERVE: usize = 4;
