@@ -16,14 +16,14 @@ mod selector;
 mod table;
 mod write;
 
-use crate::authn::{Caller, Known};
+use crate::authn::{AuthnError, Known, Principal};
 use crate::config::PublicAddress;
 use crate::fleet::Fleet;
-use crate::metrics::{Counted, Limit, Surface};
+use crate::metrics::{Counted, Ended, Limit, Surface};
 use crate::per_key::KeyPermit;
-use crate::proxy::{AnswerBody, Peer, ProxyError, Working, cancelled, identify, printable};
+use crate::proxy::{AnswerBody, Peer, ProxyError, Working, begin, identify, printable};
 use crate::routing::percent_decode;
-use crate::running::Run;
+use crate::running::{Run, Scope};
 use crate::state::Shared;
 use bytes::Bytes;
 use error::{ApiError, json_response};
@@ -36,8 +36,8 @@ use hyper::body::Incoming;
 use kinds::Resource;
 use serde_json::Value;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 use towline_certs::HostName;
 
 /// Members may do everything.
@@ -52,15 +52,16 @@ pub(crate) struct Call {
     fleet: Fleet,
     feed: Arc<Feed>,
     parts: Parts,
-    caller: Caller,
-    /// Cancelled when what let the caller in counts no more.
-    revoked: Option<CancellationToken>,
+    principal: Arc<Principal>,
+    /// When the caller's credential runs out, if it does.
+    until: Option<SystemTime>,
+    run: Arc<Run>,
     guards: Mutex<Option<Guards>>,
 }
 
 /// What counts for as long as the answer lasts.
 struct Guards {
-    _run: Option<Run>,
+    _run: Arc<Run>,
     _request: Counted,
     _working: Working,
     _principal: KeyPermit<String>,
@@ -81,19 +82,17 @@ pub(crate) async fn answer(
     parts: Parts,
     body: Incoming,
 ) -> Result<Response<AnswerBody>, ProxyError> {
-    let live = shared.live();
-    let (caller, run) = identify(shared, &live, peer, &parts)?;
-    drop(live);
+    let (principal, until, run) = admit(shared, peer, &parts)?;
     let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
-    let permit = shared.principals.take(&caller.principal.name).map_err(|_| too_many)?;
+    let permit = shared.principals.take(&principal.name).map_err(|_| too_many)?;
     let (Some(fleet), Some(feed)) = (shared.fleet.clone(), shared.feed.clone()) else {
         return Ok(ApiError::no_such_path().into_response());
     };
-    let revoked = run.as_ref().map(|run| run.revoked.clone());
     let (request, working) = (shared.metrics.request(), peer.work.begin());
-    let guards = Guards { _run: run, _request: request, _working: working, _principal: permit };
+    let guards =
+        Guards { _run: Arc::clone(&run), _request: request, _working: working, _principal: permit };
     let guards = Mutex::new(Some(guards));
-    let call = Call { shared: Arc::clone(shared), fleet, feed, parts, caller, revoked, guards };
+    let call = Call { shared: Arc::clone(shared), fleet, feed, parts, principal, until, run, guards };
     let answered = call.answer(body).await;
     Ok(answered.unwrap_or_else(|error| {
         if let Some(code) = error.code {
@@ -101,6 +100,29 @@ pub(crate) async fn answer(
         }
         error.into_response()
     }))
+}
+
+/// Who calls, and until when they are who they are.
+fn admit(
+    shared: &Shared,
+    peer: &Peer,
+    parts: &Parts,
+) -> Result<(Arc<Principal>, Option<SystemTime>, Arc<Run>), ProxyError> {
+    loop {
+        let live = shared.live();
+        let caller = identify(shared, &live, peer, parts)?;
+        let principal = Arc::clone(&caller.principal);
+        let known = Known { tokens: &live.tokens, fleet: shared.fleet.as_ref() };
+        let until = known.owner_of(&caller.credential, &principal).and_then(|(_, until)| until);
+        let scope = Scope::fleet(&principal);
+        let Some((run, judged)) = begin(shared, &live, peer, caller, scope, false) else { continue };
+        match judged {
+            Ok(()) => return Ok((principal, until, Arc::new(run))),
+            Err(why @ (Ended::Revoked | Ended::Expired)) => return Err(AuthnError::from(why).into()),
+            // No admin any more, since a moment ago: who they are now is asked again.
+            Err(Ended::Forbidden | Ended::Cluster) => {}
+        }
+    }
 }
 
 impl Call {
@@ -178,7 +200,7 @@ impl Call {
 
     /// Whether the caller may. Everybody may ask who they are, and turn what says so into a certificate.
     fn authorize(&self, resource: &Resource, name: Option<&str>) -> Result<(), ApiError> {
-        let principal = &self.caller.principal;
+        let principal = &self.principal;
         if resource.stored.is_none() || principal.groups.iter().any(|group| group == ADMINS) {
             return Ok(());
         }
@@ -215,13 +237,11 @@ impl Call {
         let read = timeout(self.shared.config.timeouts.slow_body, read);
         let read = tokio::select! {
             biased;
-            () = cancelled(self.revoked.as_ref()) => return Err(ApiError::revoked()),
+            () = self.run.ended().cancelled() => return Err(ApiError::ended(self.run.why())),
             read = read => read,
         };
         // The body may be faster than the review of what is running.
-        if !self.counts() {
-            return Err(ApiError::revoked());
-        }
+        self.run.judge(&self.shared, &self.shared.live()).map_err(ApiError::ended)?;
         let bytes = match read {
             Ok(Ok(body)) => body.to_bytes(),
             Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
@@ -234,13 +254,6 @@ impl Call {
         }
         serde_json::from_slice(&bytes)
             .map_err(|error| ApiError::bad_request(format!("the body cannot be read: {error}")))
-    }
-
-    /// Whether what let the caller in still counts.
-    fn counts(&self) -> bool {
-        let live = self.shared.live();
-        let known = Known { tokens: &live.tokens, fleet: Some(&self.fleet) };
-        known.counts(&self.caller.credential)
     }
 
     fn header(&self, name: &str) -> &str {
@@ -291,7 +304,7 @@ impl Call {
     }
 
     fn audit(&self, verb: &str, resource: &Resource, name: &str) {
-        let user = printable(&self.caller.principal.name);
+        let user = printable(&self.principal.name);
         tracing::info!(%user, verb, resource = resource.plural, name = %printable(name), "the fleet was changed");
     }
 }

@@ -15,6 +15,7 @@ pub mod tokens;
 
 use crate::config::Mode;
 use crate::fleet::Fleet;
+use crate::metrics::Ended;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine as _, alphabet};
 use http::header::{AUTHORIZATION, HeaderMap, HeaderName, SEC_WEBSOCKET_PROTOCOL};
@@ -86,7 +87,6 @@ pub enum Certificate {
     Unbelieved(String),
     Verified {
         principal: Arc<Principal>,
-        not_after: SystemTime,
         credential: Credential,
     },
 }
@@ -111,8 +111,9 @@ impl Certificate {
                     name: principal.name.as_str().into(),
                     serial: facts.serial.as_str().into(),
                     issued: if ours { facts.issued_at() } else { facts.not_before },
+                    until: facts.not_after,
                 };
-                Self::Verified { principal, not_after: facts.not_after, credential }
+                Self::Verified { principal, credential }
             }
             (Err(why), _) => Self::Unbelieved(why),
             (Ok(_), None) => Self::Unbelieved("it cannot be read".to_owned()),
@@ -137,6 +138,8 @@ pub enum AuthnError {
     CertificateRevoked,
     #[error("the credential was revoked while the request was running")]
     Revoked,
+    #[error("the credential has expired while the request was running")]
+    Expired,
     #[error("the bearer token is not known")]
     UnknownToken,
     /// No certificate, and a credential that is for somebody else.
@@ -156,6 +159,12 @@ pub enum AuthnError {
     Principal(#[from] PrincipalError),
 }
 
+impl From<Ended> for AuthnError {
+    fn from(why: Ended) -> Self {
+        if why == Ended::Expired { Self::Expired } else { Self::Revoked }
+    }
+}
+
 /// What a caller was believed for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Credential {
@@ -165,6 +174,8 @@ pub enum Credential {
         serial: Arc<str>,
         /// By the issuer's word.
         issued: SystemTime,
+        /// When it runs out.
+        until: SystemTime,
     },
     Token(tokens::Hash),
 }
@@ -183,8 +194,6 @@ impl fmt::Display for Credential {
 pub struct Caller {
     pub principal: Arc<Principal>,
     pub credential: Credential,
-    /// When the credential runs out, if it does.
-    pub until: Option<SystemTime>,
 }
 
 /// Who is known: the tokens of the configuration, and what is on record.
@@ -196,21 +205,40 @@ pub struct Known<'a> {
 
 impl Known<'_> {
     /// The file does not say when its tokens were issued: to be safe, before any revocation of their user.
-    fn owner(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
+    fn in_file(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
         let revoked = |user: &str| self.fleet.is_some_and(|fleet| fleet.has_revocation(user));
-        let in_file = self.tokens.find(hash).filter(|owner| !revoked(&owner.name));
-        in_file.or_else(|| self.fleet?.token(hash))
+        self.tokens.find(hash).filter(|owner| !revoked(&owner.name))
     }
 
-    /// Whether a credential that was believed once still is.
+    fn owner(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
+        self.in_file(hash).or_else(|| self.fleet?.token(hash))
+    }
+
+    /// Whose a credential is that was once believed to be `before`'s, and when it runs out, which it may have. None if it was
+    /// revoked.
     #[must_use]
-    pub fn counts(&self, credential: &Credential) -> bool {
+    pub fn owner_of(
+        &self,
+        credential: &Credential,
+        before: &Arc<Principal>,
+    ) -> Option<(Arc<Principal>, Option<SystemTime>)> {
         match credential {
-            Credential::Certificate { name, serial, issued } => {
-                !self.fleet.is_some_and(|fleet| fleet.is_client_revoked(name, serial, (*issued).into()))
+            Credential::Certificate { until, .. } => {
+                (!self.is_revoked(credential)).then(|| (Arc::clone(before), Some(*until)))
             }
-            Credential::Token(hash) => self.owner(hash).is_some(),
+            Credential::Token(hash) => match self.in_file(hash) {
+                Some(owner) => Some((owner, None)),
+                None => {
+                    let (owner, expires) = self.fleet?.token_owner(hash)?;
+                    Some((owner, expires.map(SystemTime::from)))
+                }
+            },
         }
+    }
+
+    fn is_revoked(&self, credential: &Credential) -> bool {
+        let Credential::Certificate { name, serial, issued, .. } = credential else { return false };
+        self.fleet.is_some_and(|fleet| fleet.is_client_revoked(name, serial, (*issued).into()))
     }
 }
 
@@ -226,15 +254,15 @@ pub fn authenticate(
 ) -> Result<Caller, AuthnError> {
     let authorization = authorization(headers)?;
     let certified = match certificate {
-        Certificate::Verified { not_after, .. } if now > *not_after => Err(AuthnError::CertificateExpired),
-        Certificate::Verified { credential, .. } if !known.counts(credential) => {
+        Certificate::Verified { credential: Credential::Certificate { until, .. }, .. } if now > *until => {
+            Err(AuthnError::CertificateExpired)
+        }
+        Certificate::Verified { credential, .. } if known.is_revoked(credential) => {
             return Err(AuthnError::CertificateRevoked);
         }
-        Certificate::Verified { principal, not_after, credential } => Ok(Caller {
-            principal: Arc::clone(principal),
-            credential: credential.clone(),
-            until: Some(*not_after),
-        }),
+        Certificate::Verified { principal, credential } => {
+            Ok(Caller { principal: Arc::clone(principal), credential: credential.clone() })
+        }
         Certificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
         Certificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
         Certificate::Absent => Err(AuthnError::NoCredential),
@@ -247,8 +275,7 @@ pub fn authenticate(
             Some(token) => {
                 let hash = tokens::hash(&token).ok_or(AuthnError::UnknownToken)?;
                 let principal = known.owner(&hash).ok_or(AuthnError::UnknownToken)?;
-                let until = known.fleet.and_then(|fleet| fleet.token_expires(&hash)).map(SystemTime::from);
-                Caller { principal, credential: Credential::Token(hash), until }
+                Caller { principal, credential: Credential::Token(hash) }
             }
             None => return Err(error),
         },
@@ -363,10 +390,10 @@ mod tests {
 
     fn cert(name: &str, groups: &[&str]) -> Certificate {
         let groups = groups.iter().map(ToString::to_string).collect();
-        let not_after = SystemTime::now() + Duration::from_secs(60);
-        let credential =
-            Credential::Certificate { name: name.into(), serial: "01".into(), issued: SystemTime::now() };
-        Certificate::Verified { principal: Arc::new(Principal::new(name, groups)), not_after, credential }
+        let issued = SystemTime::now();
+        let until = issued + Duration::from_secs(60);
+        let credential = Credential::Certificate { name: name.into(), serial: "01".into(), issued, until };
+        Certificate::Verified { principal: Arc::new(Principal::new(name, groups)), credential }
     }
 
     fn ask(mode: Mode, certificate: &Certificate, lines: &[(&str, &str)]) -> Result<String, AuthnError> {
@@ -463,9 +490,11 @@ mod tests {
             Err(AuthnError::UnknownToken)
         );
         assert_eq!(ask(Mode::Impersonate, &Certificate::Absent, &[]), Err(AuthnError::NoCredential));
-        let Certificate::Verified { principal, credential, .. } = cert("jane", &[]) else { unreachable!() };
-        let not_after = SystemTime::now() - Duration::from_secs(1);
-        let expired = Certificate::Verified { principal, not_after, credential };
+        let Certificate::Verified { principal, credential } = cert("jane", &[]) else { unreachable!() };
+        let Credential::Certificate { name, serial, issued, .. } = credential else { unreachable!() };
+        let until = SystemTime::now() - Duration::from_secs(1);
+        let credential = Credential::Certificate { name, serial, issued, until };
+        let expired = Certificate::Verified { principal, credential };
         assert_eq!(ask(Mode::Impersonate, &expired, &[]), Err(AuthnError::CertificateExpired));
     }
 }

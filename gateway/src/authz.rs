@@ -5,10 +5,24 @@
 use crate::authn::Principal;
 use crate::config::{AccessRule, Effect};
 use crate::routing::ClusterName;
+use std::collections::{HashMap, HashSet};
 
-/// The rules in force.
+/// The rules in force, found by whom they are for: a request, and each look at what is running, asks the rules of one
+/// principal and not all there are.
 #[derive(Clone, Debug, Default)]
-pub struct AccessRules(Vec<AccessRule>);
+pub struct AccessRules {
+    rules: Vec<Rule>,
+    users: HashMap<String, Vec<usize>>,
+    groups: HashMap<String, Vec<usize>>,
+    everybody: Vec<usize>,
+}
+
+#[derive(Clone, Debug)]
+struct Rule {
+    effect: Effect,
+    every_cluster: bool,
+    clusters: HashSet<String>,
+}
 
 /// The answer, and which rule gave it: for the debug log, never for the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +38,19 @@ pub enum Decision {
 impl AccessRules {
     #[must_use]
     pub fn new(rules: Vec<AccessRule>) -> Self {
-        Self(rules)
+        let mut all = Self::default();
+        for (index, rule) in rules.into_iter().enumerate() {
+            let AccessRule { effect, users, groups, clusters } = rule;
+            if users.iter().chain(&groups).any(|name| name == ANY) {
+                all.everybody.push(index);
+            } else {
+                users.into_iter().for_each(|user| all.users.entry(user).or_default().push(index));
+                groups.into_iter().for_each(|group| all.groups.entry(group).or_default().push(index));
+            }
+            let every_cluster = clusters.iter().any(|cluster| cluster == ANY);
+            all.rules.push(Rule { effect, every_cluster, clusters: clusters.into_iter().collect() });
+        }
+        all
     }
 
     /// As [`Self::decide`], by the rules of several lists together.
@@ -43,23 +69,28 @@ impl AccessRules {
     /// may call every cluster can tell it from a forbidden one.
     #[must_use]
     pub fn decide(&self, principal: &Principal, cluster: &ClusterName) -> Decision {
-        let matching = |effect: Effect| {
-            self.0.iter().position(|rule| rule.effect == effect && matches(rule, principal, cluster))
-        };
-        match (matching(Effect::Deny), matching(Effect::Allow)) {
-            (Some(index), _) => Decision::Denied(index),
-            (None, Some(index)) => Decision::Allowed(index),
-            (None, None) => Decision::NoRule,
+        let of_groups = principal.groups.iter().filter_map(|group| self.groups.get(group));
+        let lists = self.users.get(&principal.name).into_iter().chain(of_groups).chain([&self.everybody]);
+        let mut decision = Decision::NoRule;
+        for index in lists.flatten().copied() {
+            let Some(rule) = self.rules.get(index) else { continue };
+            if !rule.every_cluster && !rule.clusters.contains(cluster.as_str()) {
+                continue;
+            }
+            decision = match (decision, rule.effect) {
+                (Decision::Denied(first), Effect::Deny) => Decision::Denied(first.min(index)),
+                (_, Effect::Deny) => Decision::Denied(index),
+                (Decision::Allowed(first), Effect::Allow) => Decision::Allowed(first.min(index)),
+                (Decision::NoRule, Effect::Allow) => Decision::Allowed(index),
+                (denied @ Decision::Denied(_), Effect::Allow) => denied,
+            };
         }
+        decision
     }
 }
 
-fn matches(rule: &AccessRule, principal: &Principal, cluster: &ClusterName) -> bool {
-    let named = |list: &[String], name: &str| list.iter().any(|entry| entry == "*" || entry == name);
-    let in_group = rule.groups.iter().any(|group| group == "*")
-        || principal.groups.iter().any(|group| named(&rule.groups, group));
-    (named(&rule.users, &principal.name) || in_group) && named(&rule.clusters, cluster.as_str())
-}
+/// Stands for every user, every group or every cluster.
+const ANY: &str = "*";
 
 #[cfg(test)]
 mod tests {
@@ -104,6 +135,27 @@ mod tests {
             assert!(matches!(decide(&rules, "jane", &["interns"], "prod"), Decision::Denied(_)));
             assert!(matches!(decide(&rules, "jane", &["interns"], "dev"), Decision::Allowed(_)));
             assert!(matches!(decide(&rules, "jane", &["staff"], "prod"), Decision::Allowed(_)));
+        }
+    }
+
+    /// S4: each look at what is running asks for every principal and cluster; the rules of others cost it nothing.
+    #[test]
+    fn s4_ten_thousand_callers_are_judged_by_twenty_thousand_rules() {
+        let names: Vec<String> = (0..10_000).map(|n| format!("cluster-{n}")).collect();
+        let mut rules =
+            vec![AccessRule { clusters: names.clone(), ..rule(Effect::Allow, &[], &["ops"], &[]) }];
+        rules.extend((0..20_000).map(|n| {
+            let effect = if n % 2 == 0 { Effect::Allow } else { Effect::Deny };
+            rule(effect, &[&format!("user-{n}")], &[], &["*"])
+        }));
+        let rules = AccessRules::new(rules);
+        for (n, name) in names.iter().enumerate() {
+            let principal = Principal::new(&format!("user-{n}"), vec!["ops".to_owned()]);
+            let decision = rules.decide(&principal, &ClusterName::new(name).unwrap());
+            assert_eq!(matches!(decision, Decision::Allowed(0)), n % 2 == 0, "{decision:?}");
+            let asked =
+                rules.users[&principal.name].len() + rules.groups["ops"].len() + rules.everybody.len();
+            assert_eq!(asked, 2);
         }
     }
 }

@@ -64,6 +64,9 @@ pub struct GatewayConfig {
     /// Who may call which cluster. Nobody, unless a rule allows it.
     #[serde(default)]
     pub access: Vec<AccessRule>,
+    /// What is ended when the credential runs out that it was let in by.
+    #[serde(default)]
+    pub ends_with_credential: EndsWithCredential,
     #[serde(default)]
     pub join: Join,
     #[serde(default)]
@@ -253,6 +256,17 @@ pub struct Cluster {
     pub mode: Mode,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub account: Option<String>,
+}
+
+/// What does not outlive the credential of its caller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum EndsWithCredential {
+    /// Exec, attach and port-forward. Watches and transfers go on to their end.
+    #[default]
+    Interactive,
+    /// All that runs, watches included.
+    Everything,
 }
 
 /// How requests authenticate to a cluster.
@@ -513,6 +527,7 @@ impl GatewayConfig {
             clusters: Vec::new(),
             token_file: None,
             access: Vec::new(),
+            ends_with_credential: EndsWithCredential::default(),
             join: Join::default(),
             limits: Limits::default(),
             drain: Drain::default(),

@@ -361,10 +361,10 @@ impl Fleet {
         self.read().token(hash, Time::now())
     }
 
-    /// When the token of this hash runs out, if it does.
+    /// Whose token has this hash, and when it runs out, which it may have. None if it was revoked.
     #[must_use]
-    pub fn token_expires(&self, hash: &Hash) -> Option<Time> {
-        self.read().access_token(hash)?.expires
+    pub fn token_owner(&self, hash: &Hash) -> Option<(Arc<Principal>, Option<Time>)> {
+        self.read().token_owner(hash)
     }
 
     /// The rules on record.

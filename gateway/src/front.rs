@@ -4,13 +4,12 @@
 mod framing;
 mod idle;
 
-use crate::authn::Certificate;
 use crate::gate::Standing;
 use crate::metrics::{Limit, Surface, TlCode};
-use crate::proxy::{self, AnswerBody, Basis, Peer, Refusals, Work};
+use crate::proxy::{self, AnswerBody, Basis, Peer};
+use crate::running::Chain;
 use crate::state::Shared;
 use crate::uploads;
-use arc_swap::ArcSwap;
 use framing::Judged;
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response, StatusCode};
@@ -29,14 +28,13 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::oneshot;
 use tokio::task_local;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use towline_certs::CertificateDer;
 use towline_certs::tls::ALPN_H2;
 use towline_proto::tunnel::aside::Aside;
 
@@ -64,7 +62,7 @@ const RECALL_AFTER: Duration = Duration::from_millis(500);
 pub(crate) struct Arrival {
     pub(crate) address: SocketAddr,
     /// The certificates that it presented in TLS; not yet judged.
-    chain: Vec<CertificateDer<'static>>,
+    chain: Option<Chain>,
     /// The name in the ClientHello.
     sni: Option<String>,
     h2: bool,
@@ -74,10 +72,10 @@ impl Arrival {
     /// Over TLS that the gateway has ended itself.
     pub(crate) fn over_tls<IO>(tls: &TlsStream<IO>, address: SocketAddr) -> Self {
         let (_, session) = tls.get_ref();
-        let chain = session.peer_certificates().unwrap_or_default();
+        let chain = session.peer_certificates().filter(|chain| !chain.is_empty());
         Self {
             address,
-            chain: chain.iter().map(|leaf| leaf.clone().into_owned()).collect(),
+            chain: chain.map(|chain| chain.iter().map(|leaf| leaf.clone().into_owned()).collect()),
             sni: session.server_name().map(ToOwned::to_owned),
             h2: session.alpn_protocol() == Some(ALPN_H2),
         }
@@ -85,7 +83,7 @@ impl Arrival {
 
     /// In plaintext, from whoever has ended TLS: nobody has presented a certificate to us.
     pub(crate) const fn plaintext(address: SocketAddr, h2: bool) -> Self {
-        Self { address, chain: Vec::new(), sni: None, h2 }
+        Self { address, chain: None, sni: None, h2 }
     }
 }
 
@@ -95,28 +93,7 @@ where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Arrival { address, chain, sni, h2 } = arrival;
-    let mut reloads = shared.reloads();
-    let judge = || {
-        let chain = (!chain.is_empty()).then_some(&chain[..]);
-        let live = shared.live();
-        let own = shared.authorities.as_ref().map_or(&[][..], |own| &own.client_issuers);
-        Certificate::judge(chain, live.client_ca.as_ref(), own, SystemTime::now())
-    };
-    let peer = Arc::new(Peer {
-        address,
-        certificate: ArcSwap::from_pointee(judge()),
-        sni,
-        standing,
-        work: Work::default(),
-        finish: CancellationToken::new(),
-        unread: Arc::default(),
-        refusals: Refusals::default(),
-    });
-    let rejudge = Aside::new(async {
-        while reloads.changed().await.is_ok() {
-            peer.certificate.store(Arc::new(judge()));
-        }
-    });
+    let peer = Arc::new(Peer::new(&shared, address, chain, sni, standing));
     let asked = Arc::new(AtomicBool::new(false));
     let service = {
         let (shared, peer, asked) = (Arc::clone(&shared), Arc::clone(&peer), Arc::clone(&asked));
@@ -197,14 +174,7 @@ where
             io = parked;
         }
     };
-    let result = tokio::select! {
-        // A request that came after a reload must not be judged by what was believed before it.
-        biased;
-        // It ends only with the gateway.
-        () = rejudge => return,
-        result = served => result,
-    };
-    if let Err(error) = result {
+    if let Err(error) = served.await {
         // Over HTTP/2 it is a client that does not answer a ping.
         if !h2 && error.is_timeout() {
             shared.metrics.limit_reached(Limit::Idle);

@@ -10,6 +10,8 @@ pub struct RequestKind {
     pub long_running: bool,
     /// A watch of a collection, if it is a GET: it may end between two events at any time, and clients begin it anew.
     pub watch: bool,
+    /// A person's hand in the cluster: exec, attach, port-forward.
+    pub interactive: bool,
     /// Carries somebody else's HTTP: `pods/proxy`, `services/proxy`, `nodes/proxy`.
     pub proxy: bool,
 }
@@ -48,6 +50,7 @@ impl RequestKind {
         Self {
             long_running: proxy || watch || follow || stream,
             watch: watch && !proxy && rest.len() == 1,
+            interactive: stream && !old_proxy,
             proxy,
         }
     }
@@ -92,7 +95,9 @@ mod tests {
             ("/", false, false, false),
         ] {
             let (path, query) = target.split_once('?').unwrap_or((target, ""));
-            let expected = RequestKind { long_running: long, watch, proxy };
+            let interactive = ["/exec", "%2Fexec", "/portforward"];
+            let interactive = long && interactive.iter().any(|end| path.ends_with(end));
+            let expected = RequestKind { long_running: long, watch, interactive, proxy };
             assert_eq!(RequestKind::of(path, query), expected, "{target}");
         }
     }

@@ -13,7 +13,7 @@
 //! | who calls, and may they? | [`authn`], [`authz`] |
 //! | which header fields go where? | [`headers`] |
 //! | what does the gateway sign with? | [`authority`] |
-//! | what ends with a credential that is revoked? | `running` |
+//! | what ends with a credential or a rule that lets nobody in any more? | `running` |
 //! | how does one exchange run, and why this status? | `proxy` |
 //! | how does an agent get in? | `agents` |
 //! | how does one join, and renew its certificate? | [`join`] |
@@ -179,7 +179,6 @@ impl Gateway {
                     tokio::select! {
                         () = fleet.follow() => {}
                         () = fleet.store().tend() => {}
-                        () = running::review(&shared) => {}
                         () = fleet::purge::tend(&shared) => {}
                         () = api::feed::follow(&shared) => {}
                     }
@@ -187,6 +186,8 @@ impl Gateway {
                 shared.stages.live_by(work).await;
             });
         }
+        let reviewed = Arc::clone(&shared);
+        house.spawn(async move { reviewed.stages.live_by(running::review(&reviewed)).await });
         house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
         let shown = |address: Option<SocketAddr>| address.map(tracing::field::display);
         tracing::info!(%public, plaintext = shown(plaintext_address), quic = shown(quic_address), admin = %admin_address, "gateway started");

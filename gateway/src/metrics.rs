@@ -53,6 +53,10 @@ label!(
     }
 );
 label!(
+    /// Why a request that was let in may not go on.
+    Ended { Revoked = "revoked", Expired = "expired", Forbidden = "forbidden", Cluster = "cluster" }
+);
+label!(
     /// What a trusted proxy sent before the ClientHello, and what others sent that looks like it.
     ProxyHeader {
         Client = "client",
@@ -186,6 +190,7 @@ pub struct Metrics {
     upgraded: IntGauge,
     aborted: IntCounter,
     retries: IntCounter,
+    ended: IntCounterVec,
     holds: IntCounterVec,
     holds_waiting: IntGauge,
     reloads: IntCounterVec,
@@ -340,6 +345,12 @@ impl Metrics {
                 "towline_gateway_retries_total",
                 "Requests sent again because nothing had been done.",
             ),
+            ended: counters(
+                r,
+                "towline_gateway_requests_ended_total",
+                "Running requests ended because what let them in was taken away or has run out.",
+                &["why"],
+            ),
             holds: counters(
                 r,
                 "towline_gateway_holds_total",
@@ -402,6 +413,7 @@ impl Metrics {
         let touch = |vector: &IntCounterVec, labels: &[&str]| drop(vector.with_label_values(labels));
         Handshake::ALL.iter().for_each(|outcome| touch(&self.handshakes, &[outcome.label()]));
         ProxyHeader::ALL.iter().for_each(|outcome| touch(&self.proxy_headers, &[outcome.label()]));
+        Ended::ALL.iter().for_each(|why| touch(&self.ended, &[why.label()]));
         HoldOutcome::ALL.iter().for_each(|outcome| touch(&self.holds, &[outcome.label()]));
         SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
         Limit::ALL.iter().for_each(|limit| touch(&self.limits_reached, &[limit.label()]));
@@ -489,6 +501,10 @@ impl Metrics {
 
     pub fn retried(&self) {
         self.retries.inc();
+    }
+
+    pub fn ended(&self, why: Ended, requests: usize) {
+        self.ended.with_label_values(&[why.label()]).inc_by(requests as u64);
     }
 
     pub fn hold(&self, outcome: HoldOutcome) {

@@ -22,17 +22,18 @@ pub(crate) use error::{CHALLENGE, ProxyError, printable, warning};
 pub(crate) use work::{Refusals, Work, Working};
 
 use crate::api;
-use crate::authn::{self, AuthnError, Caller, Certificate, Known, Principal};
-use crate::authz::{AccessRules, Decision};
+use crate::authn::{self, Caller, Certificate, Credential, Known, Principal};
+use crate::authz::Decision;
 use crate::config::{Cluster, Mode};
+use crate::fleet::Fleet;
 use crate::gate::Standing;
 use crate::headers::{self, HeadersError, Upstream};
 use crate::kube::RequestKind;
-use crate::metrics::{Counted, Limit, Surface};
+use crate::metrics::{Counted, Ended, Limit, Surface};
 use crate::per_key::KeyPermit;
 use crate::registry::{AcquireError, SessionId};
-use crate::routing::{self, RouteError};
-use crate::running::Run;
+use crate::routing::{self, ClusterName, RouteError};
+use crate::running::{self, Chain, Grant, Run, Scope};
 use crate::state::{Live, Shared, random};
 use crate::uploads::{self, Room, Unread};
 use arc_swap::ArcSwap;
@@ -50,7 +51,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use towline_certs::ClusterUid;
+use towline_certs::{CertificateDer, ClusterUid};
 use towline_proto::Code;
 use towline_proto::open::{self, Answer, BodyKind, Open, Outcome, Want};
 use towline_proto::tunnel::exchange::{
@@ -62,8 +63,10 @@ use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
-    /// Judged anew when the CA may have changed.
-    pub(crate) certificate: ArcSwap<Certificate>,
+    /// The certificates that it has shown in TLS, if any.
+    chain: Option<Chain>,
+    /// What they are worth.
+    judged: ArcSwap<Judged>,
     /// The name in the ClientHello.
     pub(crate) sni: Option<String>,
     /// Whose the connection is.
@@ -76,6 +79,47 @@ pub(crate) struct Peer {
     pub(crate) unread: Arc<Unread>,
     /// Those that it was finished by, and those that came after.
     pub(crate) refusals: Refusals,
+}
+
+/// What a client's certificates are worth by what is live in this generation.
+#[derive(Debug)]
+struct Judged {
+    generation: u64,
+    certificate: Certificate,
+}
+
+impl Peer {
+    pub(crate) fn new(
+        shared: &Shared,
+        address: SocketAddr,
+        chain: Option<Chain>,
+        sni: Option<String>,
+        standing: Standing,
+    ) -> Self {
+        let judged = ArcSwap::from_pointee(Judged::now(shared, &shared.live(), chain.as_deref()));
+        let (work, finish) = (Work::default(), CancellationToken::new());
+        let (unread, refusals) = (Arc::default(), Refusals::default());
+        Self { address, chain, judged, sni, standing, work, finish, unread, refusals }
+    }
+
+    /// What the client's certificates are worth. Judged anew after a reload: the CA may have changed.
+    fn judged(&self, shared: &Shared, live: &Live) -> Arc<Judged> {
+        let judged = self.judged.load_full();
+        if judged.generation == live.generation {
+            return judged;
+        }
+        let judged = Arc::new(Judged::now(shared, live, self.chain.as_deref()));
+        self.judged.store(Arc::clone(&judged));
+        judged
+    }
+}
+
+impl Judged {
+    fn now(shared: &Shared, live: &Live, chain: Option<&[CertificateDer<'_>]>) -> Self {
+        let own = shared.authorities.as_ref().map_or(&[][..], |own| &own.client_issuers);
+        let certificate = Certificate::judge(chain, live.client_ca.as_ref(), own, SystemTime::now());
+        Self { generation: live.generation, certificate }
+    }
 }
 
 /// Answers one request.
@@ -131,20 +175,27 @@ async fn run(
         return Box::pin(api::answer(shared, peer, parts, body)).await;
     }
     let mut plan = plan(shared, peer, &parts, &body, audit_id)?;
-    // Before it waits for anything: what may be unread of its body counts from now on.
-    let room = match plan.body != BodyKind::NONE && parts.version == Version::HTTP_2 {
-        true => Some(
-            Box::pin(uploads::room(&shared.uploads, &peer.unread, &plan.principal.name, length(&body)))
-                .await?,
-        ),
-        false => None,
+    let ended = plan.guards.run.ended().clone();
+    let exchanged = async {
+        // Before it waits for anything: what may be unread of its body counts from now on.
+        let room = match plan.body != BodyKind::NONE && parts.version == Version::HTTP_2 {
+            true => Some(
+                Box::pin(uploads::room(&shared.uploads, &peer.unread, &plan.principal.name, length(&body)))
+                    .await?,
+            ),
+            false => None,
+        };
+        plan.guards.place = Some(place(shared, &plan).await?);
+        exchange(shared, &plan, body, room).await
     };
-    plan.guards.place = Some(place(shared, &plan).await?);
-    let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
-    let (answer, live) = tokio::select! {
+    let exchanged = tokio::select! {
         biased;
-        done = exchange(shared, &plan, body, room) => done?,
-        () = cancelled(revoked.as_ref()) => return Err(AuthnError::Revoked.into()),
+        // Before anything leaves, too: it may have waited for its place.
+        () = ended.cancelled() => None,
+        done = exchanged => Some(done?),
+    };
+    let Some((answer, live)) = exchanged else {
+        return Err(ProxyError::ended(plan.guards.run.why(), &plan.cluster.name));
     };
     let response = match answer.outcome {
         Some(Outcome::Response(response)) if response.headers.len() > open::FIELDS_MAX => {
@@ -191,8 +242,7 @@ struct Plan {
 
 /// What counts for as long as the exchange lasts.
 struct Guards {
-    /// Only where credentials can be revoked.
-    run: Option<Run>,
+    run: Run,
     /// Among the requests of this principal to this cluster.
     place: Option<KeyPermit<(String, ClusterUid)>>,
     _request: Counted,
@@ -239,12 +289,11 @@ fn plan(
         return Err(ProxyError::HeadTooLarge);
     }
     let route = routing::route(parts, live.config.host_domain.as_deref(), peer.sni.as_deref())?;
-    let (caller, cluster, run) = admit(shared, &live, peer, parts, &route.name)?;
-    let principal = caller.principal;
+    let kind = RequestKind::of(route.path(), route.query());
+    let (principal, cluster, run) = admit(shared, peer, parts, &route.name, kind)?;
     let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
     let permit = shared.principals.take(&principal.name).map_err(|_| too_many)?;
 
-    let kind = RequestKind::of(route.path(), route.query());
     let upgrade = upgrade::wanted(parts, !body.is_end_stream())?;
     let upstream = Upstream { mode: cluster.mode, proxy: kind.proxy, client: peer.address.ip() };
     if authn::query_carries_own_credential(route.query()) {
@@ -315,55 +364,67 @@ fn length(body: &Incoming) -> Option<u64> {
 /// Who calls, and whether they may call this cluster.
 fn admit(
     shared: &Shared,
-    live: &Live,
     peer: &Peer,
     parts: &Parts,
-    name: &routing::ClusterName,
-) -> Result<(Caller, Arc<Cluster>, Option<Run>), ProxyError> {
-    let (caller, run) = identify(shared, live, peer, parts)?;
-    let principal = &caller.principal;
-    let decision = match &shared.fleet {
-        None => live.access.decide(principal, name),
-        Some(fleet) => AccessRules::decide_by_all(&[&live.access, &fleet.rules()], principal, name),
-    };
-    tracing::debug!(user = %printable(&principal.name), cluster = %name, ?decision, "access decided");
-    // Nothing before this depends on the cluster: neither nobody nor who may not call it learns anything of it.
-    match (decision, shared.cluster_named(live, name.as_str())) {
-        (Decision::Allowed(_), Some(cluster)) => {
-            authn::suits(&parts.headers, cluster.mode)?;
-            Ok((caller, cluster, run))
-        }
-        (Decision::Allowed(_), None) => Err(ProxyError::NoSuchCluster { cluster: name.to_string() }),
-        (Decision::Denied(_) | Decision::NoRule, _) => {
-            Err(ProxyError::Forbidden { cluster: name.to_string() })
-        }
+    name: &ClusterName,
+    kind: RequestKind,
+) -> Result<(Arc<Principal>, Arc<Cluster>, Run), ProxyError> {
+    loop {
+        let live = shared.live();
+        let caller = identify(shared, &live, peer, parts)?;
+        let Some(cluster) = shared.cluster_named(&live, name.as_str()) else {
+            let rules = shared.fleet.as_ref().map(Fleet::rules);
+            // An unknown name is judged like any other: who may not call it learns nothing of it.
+            return Err(match running::decide(&live, rules.as_deref(), &caller.principal, name) {
+                Decision::Allowed(_) => ProxyError::NoSuchCluster { cluster: name.to_string() },
+                Decision::Denied(_) | Decision::NoRule => ProxyError::Forbidden { cluster: name.to_string() },
+            });
+        };
+        let scope = Scope::Cluster(Arc::clone(&cluster));
+        let principal = Arc::clone(&caller.principal);
+        let Some((run, judged)) = begin(shared, &live, peer, caller, scope, kind.interactive) else {
+            continue;
+        };
+        tracing::debug!(user = %printable(&principal.name), cluster = %name, ?judged, "access decided");
+        judged.map_err(|why| ProxyError::ended(why, name))?;
+        authn::suits(&parts.headers, cluster.mode)?;
+        return Ok((principal, cluster, run));
     }
 }
 
-/// Who calls. What runs with a credential that can be revoked is on the list before it is judged, so that none slips through.
+/// Who calls.
 pub(crate) fn identify(
     shared: &Shared,
     live: &Live,
     peer: &Peer,
     parts: &Parts,
-) -> Result<(Caller, Option<Run>), ProxyError> {
+) -> Result<Caller, ProxyError> {
     let known = Known { tokens: &live.tokens, fleet: shared.fleet.as_ref() };
-    let caller = authn::authenticate(&parts.headers, &peer.certificate.load(), known, SystemTime::now())?;
+    let judged = peer.judged(shared, live);
+    let caller = authn::authenticate(&parts.headers, &judged.certificate, known, SystemTime::now())?;
     let too_many = ProxyError::Limit(Limit::ConnectionsPerPrincipal, "connections of yours at a time");
     peer.standing.becomes(&shared.gate, &caller.principal.name).map_err(|_| too_many)?;
-    let run = shared.fleet.as_ref().map(|_| shared.running.begin(caller.credential.clone()));
-    if run.is_some() && !known.counts(&caller.credential) {
-        return Err(AuthnError::Revoked.into());
-    }
-    Ok((caller, run))
+    Ok(caller)
 }
 
-/// Waits until what let a caller in counts no more.
-pub(crate) async fn cancelled(revoked: Option<&CancellationToken>) {
-    match revoked {
-        Some(revoked) => revoked.cancelled().await,
-        None => std::future::pending().await,
+/// Puts a request on the list of what is running, and judges it after that, so that nothing that is taken away slips through
+/// between the two. None if what the caller was known by is not in force any more: then from the beginning.
+pub(crate) fn begin(
+    shared: &Shared,
+    live: &Live,
+    peer: &Peer,
+    caller: Caller,
+    scope: Scope,
+    interactive: bool,
+) -> Option<(Run, Result<(), Ended>)> {
+    let Caller { principal, credential } = caller;
+    let chain = peer.chain.clone().filter(|_| matches!(credential, Credential::Certificate { .. }));
+    let run = shared.running.begin(Grant { credential, principal, scope, interactive }, chain);
+    if !shared.is_live(live) {
+        return None;
     }
+    let judged = run.judge(shared, live);
+    Some((run, judged))
 }
 
 // ---- 2. exchange ----
@@ -665,7 +726,7 @@ fn answer_with(
     let metrics = Arc::clone(&shared.metrics);
     let cluster = plan.cluster.name.clone();
     let told = AtomicBool::new(false);
-    let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
+    let ended = plan.guards.run.ended().clone();
     let keep = Keep {
         upload,
         on_abort: Arc::new(move |error| {
@@ -677,7 +738,7 @@ fn answer_with(
         }),
         guards: Box::new(plan.guards),
     };
-    let mut answer = Response::new(AnswerBody::tunnel(recv, end, keep, revoked));
+    let mut answer = Response::new(AnswerBody::tunnel(recv, end, keep, ended));
     *answer.status_mut() = status;
     *answer.headers_mut() = head;
     Ok(answer)
@@ -705,8 +766,9 @@ fn switch(
     *head = headers::client_head(&response.headers, &plan.method, status, None);
     head.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     head.insert(header::UPGRADE, HeaderValue::from_static(token));
-    let revoked = plan.guards.run.as_ref().map(|run| run.revoked.clone());
-    upgrade::carry(shared, token, on_upgrade, (send, live.recv), revoked, plan.guards);
+    let Guards { run, place, _request: request, _working: working, _principal: principal } = plan.guards;
+    let guards = (place, request, working, principal);
+    upgrade::carry(shared, token, on_upgrade, (send, live.recv), run, guards);
     Ok(answer)
 }
 

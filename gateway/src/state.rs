@@ -80,6 +80,8 @@ pub enum MemoryError {
 /// What a reload replaces as a whole.
 #[derive(Debug)]
 pub(crate) struct Live {
+    /// Rises with each that is put in force.
+    pub(crate) generation: u64,
     pub(crate) config: GatewayConfig,
     pub(crate) by_name: HashMap<String, Arc<Cluster>>,
     pub(crate) by_uid: HashMap<ClusterUid, Arc<Cluster>>,
@@ -189,6 +191,7 @@ impl Live {
         let by_uid = clusters.iter().map(|cluster| (cluster.uid.clone(), Arc::clone(cluster))).collect();
         let access = AccessRules::new(config.access.clone());
         Ok(Self {
+            generation: 0,
             config,
             by_name,
             by_uid,
@@ -493,10 +496,17 @@ impl Shared {
         self.live.load_full()
     }
 
-    pub(crate) fn publish(&self, live: Live) {
+    /// Puts it in force. Called by one at a time: see `reloading`.
+    pub(crate) fn publish(&self, mut live: Live) {
+        live.generation = self.live.load().generation + 1;
         self.live.store(Arc::new(live));
         self.reserve_names();
         self.reloads.send_replace(());
+    }
+
+    /// Whether this is in force.
+    pub(crate) fn is_live(&self, live: &Live) -> bool {
+        self.live.load().generation == live.generation
     }
 
     /// Changes after [`Self::live`] has. Who is let in by what is live subscribes first and looks then.

@@ -22,7 +22,7 @@ const LIFE_MOST: u64 = 86_400;
 
 /// Whom the gateway takes the caller for.
 pub(super) fn review(call: &Call, resource: &Resource) -> Response<AnswerBody> {
-    let principal = &call.caller.principal;
+    let principal = &call.principal;
     let info = json!({"username": principal.name, "groups": principal.groups});
     let answer = json!({
         "kind": resource.kind, "apiVersion": API_VERSION, "metadata": {}, "status": {"userInfo": info},
@@ -49,11 +49,11 @@ pub(super) fn issue(
     let pem = STANDARD.decode(request).map_err(|_| refuse("spec.request", "must be PEM in base64"))?;
     let csr = CertificateSigningRequestDer::from_pem_slice(&pem)
         .map_err(|_| refuse("spec.request", "must be one certificate request in PEM"))?;
-    let principal = &call.caller.principal;
+    let principal = &call.principal;
     let identity = ClientIdentity::new(&principal.name, &principal.groups)
         .map_err(|error| refuse("metadata", &error.to_string()))?;
     let now = SystemTime::now();
-    let left = call.caller.until.map(|until| until.duration_since(now).unwrap_or_default());
+    let left = call.until.map(|until| until.duration_since(now).unwrap_or_default());
     let granted = left.unwrap_or(Duration::MAX).min(Duration::from_secs(life));
     let issued = authorities.clients.ca.issue_client_from_csr(&csr, &identity, granted, now);
     let issued = issued.map_err(|error| refuse("spec.request", &error.to_string()))?;

@@ -4,7 +4,7 @@
 use super::kinds::{GROUP, Resource};
 use crate::authn::AuthnError;
 use crate::fleet::WriteError;
-use crate::metrics::TlCode;
+use crate::metrics::{Ended, TlCode};
 use crate::proxy::{AnswerBody, CHALLENGE, printable, warning};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
@@ -108,9 +108,13 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message).counted(TlCode::Timeout)
     }
 
-    /// What let the caller in counts no more.
-    pub(super) fn revoked() -> Self {
-        let message = format!("{} — get a new credential for this gateway", AuthnError::Revoked);
+    /// What let the caller in does so no more.
+    pub(super) fn ended(why: Ended) -> Self {
+        if matches!(why, Ended::Forbidden | Ended::Cluster) {
+            let message = "you are no member of towline:admins any more — ask the fleet's operator";
+            return Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden);
+        }
+        let message = format!("{} — get a new credential for this gateway", AuthnError::from(why));
         Self::new(StatusCode::UNAUTHORIZED, "Unauthorized", message).counted(TlCode::Unauthenticated)
     }
 

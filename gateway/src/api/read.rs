@@ -5,7 +5,7 @@ use super::feed::{Feed, Version};
 use super::kinds::{API_VERSION, Resource};
 use super::selector::Selector;
 use super::{Call, table};
-use crate::proxy::{AnswerBody, Basis, cancelled};
+use crate::proxy::{AnswerBody, Basis};
 use crate::state::random;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -183,8 +183,8 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
         bookmarks,
     };
     let shared = Arc::clone(&call.shared);
-    let revoked = call.revoked.clone();
-    let basis = Basis::own(revoked.clone());
+    let ended = call.run.ended().clone();
+    let basis = Basis::own(ended.clone());
     let mut part = [0];
     random(&mut part);
     let spread = shared.config.drain.deadline.mul_f64(0.8 * f64::from(part[0]) / 255.0);
@@ -195,7 +195,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
     };
     shared.tasks.front.spawn(async move {
         tokio::select! {
-            () = cancelled(revoked.as_ref()) => {}
+            () = ended.cancelled() => {}
             () = abort.cancelled() => {}
             () = drained => {}
             // The client is gone, the time is over, or the history has moved on.

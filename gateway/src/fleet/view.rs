@@ -385,10 +385,16 @@ impl View {
     }
 
     pub(super) fn token(&self, hash: &Hash, now: Time) -> Option<Arc<Principal>> {
+        let (principal, expires) = self.token_owner(hash)?;
+        expires.is_none_or(|expires| now < expires).then_some(principal)
+    }
+
+    /// Whose a token is, and when it runs out, which it may have; none if it was revoked.
+    pub(super) fn token_owner(&self, hash: &Hash) -> Option<(Arc<Principal>, Option<Time>)> {
         let (_, principal) = self.tokens.get(hash)?;
         let token = self.access_token(hash)?;
-        let valid = token.expires.is_none_or(|expires| now < expires);
-        (valid && !self.is_user_revoked(&token.user, token.meta.created)).then(|| Arc::clone(principal))
+        (!self.is_user_revoked(&token.user, token.meta.created))
+            .then(|| (Arc::clone(principal), token.expires))
     }
 
     pub(super) fn rules(&self) -> Arc<AccessRules> {
@@ -488,7 +494,9 @@ fn loses(before: Option<&Object>, after: Option<&Object>) -> bool {
         (None, Some(_)) => false,
         (Some(_), None) => true,
         (Some(Object::Cluster(before)), Some(Object::Cluster(after))) => {
-            before.admission != after.admission || before.meta.uid != after.meta.uid
+            before.admission != after.admission
+                || before.meta.uid != after.meta.uid
+                || before.mode != after.mode
         }
         (Some(Object::Instance(before)), Some(Object::Instance(after))) => {
             before.admission != after.admission

@@ -1,7 +1,6 @@
 //! What bodies does an exchange have? The client's, which may be sent again while little of it was read; and the answer's,
 //! which holds all that the exchange holds until its end.
 
-use super::cancelled;
 use crate::front::Stalled;
 use crate::uploads::Room;
 use bytes::Bytes;
@@ -195,18 +194,18 @@ pub(crate) struct AnswerBody {
 /// Told why an answer breaks off.
 pub(super) type OnAbort = Arc<dyn Fn(&BodyError) + Send + Sync>;
 
-/// What an answer rests on: the caller's credential, and the session that it comes through.
+/// What an answer rests on: what let the caller in, and the session that it comes through.
 pub(crate) struct Basis {
-    /// Rings when the credential counts no more. Only where credentials can be revoked.
-    credential: Option<CancellationToken>,
+    /// Rings when what let the caller in does so no more.
+    ended: CancellationToken,
     session: Option<watch::Receiver<SessionState>>,
     on_abort: Option<OnAbort>,
 }
 
 impl Basis {
     /// Of an answer that the gateway gives by itself.
-    pub(crate) const fn own(credential: Option<CancellationToken>) -> Self {
-        Self { credential, session: None, on_abort: None }
+    pub(crate) const fn own(ended: CancellationToken) -> Self {
+        Self { ended, session: None, on_abort: None }
     }
 
     /// Counts that the answer was cut, for whoever does so without its body.
@@ -227,7 +226,7 @@ impl Basis {
             }
         };
         tokio::select! {
-            () = cancelled(self.credential.as_ref()) => {}
+            () = self.ended.cancelled() => {}
             () = session => {}
         }
     }
@@ -251,7 +250,7 @@ struct Tunnel {
     recv: RecvBody,
     end: Option<WatchEnd>,
     keep: Keep,
-    revoked: Option<Aside<WaitForCancellationFutureOwned>>,
+    ended: Aside<WaitForCancellationFutureOwned>,
     stalled: Option<Stalled>,
     /// Why the answer ends early; told one poll late.
     failed: Option<BodyError>,
@@ -311,20 +310,20 @@ impl AnswerBody {
         Self { inner: Inner::Stream(Box::new(Stream { source, guards })), basis: Some(basis) }
     }
 
-    /// What comes through a tunnel; `revoked` rings when the caller's credential counts no more.
+    /// What comes through a tunnel; `ended` rings when what let the caller in does so no more.
     pub(super) fn tunnel(
         recv: RecvBody,
         end: Option<WatchEnd>,
         keep: Keep,
-        revoked: Option<CancellationToken>,
+        ended: CancellationToken,
     ) -> Self {
         let basis = Basis {
-            credential: revoked.clone(),
+            ended: ended.clone(),
             session: recv.session(),
             on_abort: Some(Arc::clone(&keep.on_abort)),
         };
-        let revoked = revoked.map(|revoked| Aside::new(revoked.cancelled_owned()));
-        let tunnel = Tunnel { recv, end, keep, revoked, stalled: None, failed: None };
+        let ended = Aside::new(ended.cancelled_owned());
+        let tunnel = Tunnel { recv, end, keep, ended, stalled: None, failed: None };
         Self { inner: Inner::Tunnel(Box::new(tunnel)), basis: Some(basis) }
     }
 
@@ -375,9 +374,7 @@ impl Body for AnswerBody {
                     self.inner = Inner::Full(None);
                     return Poll::Ready(None);
                 }
-                if let Some(revoked) = &mut tunnel.revoked
-                    && Pin::new(revoked).poll(cx).is_ready()
-                {
+                if Pin::new(&mut tunnel.ended).poll(cx).is_ready() {
                     return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
                 }
                 if tunnel.stalled.as_ref().is_some_and(Stalled::now) {

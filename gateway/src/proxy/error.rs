@@ -7,9 +7,9 @@ use super::body::AnswerBody;
 use super::upgrade::UpgradeError;
 use crate::authn::AuthnError;
 use crate::headers::HeadersError;
-use crate::metrics::{Limit, TlCode};
+use crate::metrics::{Ended, Limit, TlCode};
 use crate::registry::Presence;
-use crate::routing::RouteError;
+use crate::routing::{ClusterName, RouteError};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Method, Response, StatusCode};
@@ -34,6 +34,10 @@ pub(crate) enum ProxyError {
         cluster: String,
     },
     NoSuchCluster {
+        cluster: String,
+    },
+    /// The cluster that was called is not the same any more.
+    ClusterChanged {
         cluster: String,
     },
     Method(Method),
@@ -135,6 +139,13 @@ impl ProxyError {
                 TlCode::NoSuchCluster,
                 format!("there is no cluster {cluster:?} — check the name in the server's address"),
             ),
+            Self::ClusterChanged { cluster } => verdict(
+                StatusCode::SERVICE_UNAVAILABLE,
+                TlCode::NoSuchCluster,
+                format!(
+                    "cluster {cluster:?} was deleted, or its mode was changed, while the request was running — look whether it was carried out, then ask again"
+                ),
+            ),
             Self::Method(method) => verdict(
                 StatusCode::METHOD_NOT_ALLOWED,
                 TlCode::BadFraming,
@@ -229,6 +240,16 @@ impl ProxyError {
         }
     }
 
+    /// What a request to this cluster is answered whose caller may not go on.
+    pub(crate) fn ended(why: Ended, cluster: &ClusterName) -> Self {
+        let cluster = cluster.to_string();
+        match why {
+            Ended::Revoked | Ended::Expired => Self::Authn(why.into()),
+            Ended::Forbidden => Self::Forbidden { cluster },
+            Ended::Cluster => Self::ClusterChanged { cluster },
+        }
+    }
+
     /// The limit that was reached, for the metric.
     pub(crate) const fn limit(&self) -> Option<Limit> {
         match self {
@@ -297,6 +318,7 @@ impl ProxyError {
         match self {
             Self::Forbidden { cluster }
             | Self::NoSuchCluster { cluster }
+            | Self::ClusterChanged { cluster }
             | Self::NotConnected { cluster, .. }
             | Self::Draining { cluster }
             | Self::Agent { cluster, .. }
@@ -351,7 +373,8 @@ fn authn(error: &AuthnError) -> Verdict {
         AuthnError::CertificateUnbelieved(_)
         | AuthnError::CertificateExpired
         | AuthnError::CertificateRevoked
-        | AuthnError::Revoked => {
+        | AuthnError::Revoked
+        | AuthnError::Expired => {
             (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, "get a new credential for this gateway")
         }
         AuthnError::ForeignCredential => (

@@ -3,6 +3,7 @@
 //! nothing. WebSocket gets a Close frame (RFC 6455 section 5.5.1), SPDY/3.1 a GOAWAY. Within a frame there is no place for
 //! words: then only TLS ends.
 
+use crate::metrics::Ended;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -12,6 +13,8 @@ use tokio::time::timeout;
 
 /// How long a client has to take the last word and to close its end.
 pub(crate) const FAREWELL: Duration = Duration::from_millis(1500);
+/// The same for one that must be gone within a second.
+const ENDED: Duration = Duration::from_millis(500);
 
 /// Why a raw connection is ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,14 +23,25 @@ pub(super) enum Cause {
     Drained,
     /// The session with the agent is gone.
     TunnelLost,
+    /// What let it in does so no more.
+    Ended(Ended),
 }
 
 impl Cause {
-    /// The status code of a Close frame: "going away", "internal error".
+    /// How long a client has to take the last word and to close its end.
+    const fn patience(self) -> Duration {
+        match self {
+            Self::Drained | Self::TunnelLost => FAREWELL,
+            Self::Ended(_) => ENDED,
+        }
+    }
+
+    /// The status code of a Close frame: "going away", "internal error", "policy violation".
     const fn code(self) -> u16 {
         match self {
             Self::Drained => 1001,
             Self::TunnelLost => 1011,
+            Self::Ended(_) => 1008,
         }
     }
 
@@ -36,6 +50,16 @@ impl Cause {
         match self {
             Self::Drained => "towline: this gateway stops, and its time to finish is over; start again",
             Self::TunnelLost => "towline: the tunnel to the cluster was lost; start again",
+            Self::Ended(Ended::Revoked) => "towline: your credential was revoked; get a new one",
+            Self::Ended(Ended::Expired) => {
+                "towline: your credential has expired; log in again, then start again"
+            }
+            Self::Ended(Ended::Forbidden) => {
+                "towline: you may not call this cluster any more; ask the fleet's operator"
+            }
+            Self::Ended(Ended::Cluster) => {
+                "towline: the cluster was deleted, or its mode was changed; start again"
+            }
         }
     }
 }
@@ -55,7 +79,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Framed<IO> {
     }
 
     /// Says why and ends the connection; waits for the client's end, so that what it still sends does not reset the
-    /// connection under the last word. No longer than [`FAREWELL`].
+    /// connection under the last word. No longer than [`FAREWELL`], or [`ENDED`].
     pub(super) async fn say_farewell(mut self, cause: Cause) {
         let word = self.frames.farewell(cause);
         let io = &mut self.io;
@@ -67,7 +91,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Framed<IO> {
             io::Result::Ok(())
         };
         // A client that does not listen is not waited for.
-        if !matches!(timeout(FAREWELL, said).await, Ok(Ok(()))) {
+        if !matches!(timeout(cause.patience(), said).await, Ok(Ok(()))) {
             tracing::debug!(?cause, "a client left before its connection was ended");
         }
     }
@@ -251,7 +275,10 @@ mod tests {
     /// Goal: what is said is a frame of the protocol, and it is said once.
     #[test]
     fn the_last_word_is_a_frame_and_the_only_one() {
-        for cause in [Cause::Drained, Cause::TunnelLost] {
+        for cause in [Cause::Drained, Cause::TunnelLost]
+            .into_iter()
+            .chain(Ended::ALL.iter().copied().map(Cause::Ended))
+        {
             for token in ["websocket", "SPDY/3.1"] {
                 let mut following = frames(token);
                 let word = following.farewell(cause);

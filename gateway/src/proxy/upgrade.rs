@@ -1,8 +1,8 @@
 //! May a connection switch protocols, and what happens after it has? Two tokens are known; raw bytes flow only after the
 //! cluster's matching 101.
 
-use super::cancelled;
 use super::farewell::{Cause, Framed};
+use crate::running::Run;
 use crate::state::Shared;
 use http::header::{self, HeaderMap};
 use http::request::Parts;
@@ -11,7 +11,6 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
 use thiserror::Error;
-use tokio_util::sync::CancellationToken;
 use towline_proto::tunnel::splice::{SpliceError, splice};
 use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 
@@ -69,19 +68,28 @@ pub(super) fn carry(
     token: &'static str,
     on_upgrade: OnUpgrade,
     (send, recv): (SendStream, RecvStream),
-    revoked: Option<CancellationToken>,
+    run: Run,
     guards: impl Send + 'static,
 ) {
     let (overdue, abort) = (shared.stages.overdue.clone(), shared.stages.abort.clone());
     let counted = shared.metrics.upgraded();
     shared.tasks.front.spawn(async move {
-        let carried = async move {
+        let ended = run.ended();
+        let carried = async {
             // Fails if the client went away before the 101 was written; dropping the stream tells the agent.
-            let Ok(upgraded) = on_upgrade.await else { return };
+            let upgraded = tokio::select! {
+                upgraded = on_upgrade => upgraded,
+                () = ended.cancelled() => return,
+            };
+            let Ok(upgraded) = upgraded else { return };
             let mut io = Framed::new(TokioIo::new(upgraded), token);
             let spliced = tokio::select! {
                 spliced = splice(&mut io, send, recv) => spliced,
                 () = overdue.cancelled() => return io.say_farewell(Cause::Drained).await,
+                () = ended.cancelled() => {
+                    tracing::debug!(why = run.why().label(), "raw connection ended: what let it in does so no more");
+                    return io.say_farewell(Cause::Ended(run.why())).await;
+                }
             };
             match spliced {
                 Ok(spliced) => {
@@ -98,9 +106,8 @@ pub(super) fn carry(
         tokio::select! {
             () = carried => {}
             () = abort.cancelled() => {}
-            () = cancelled(revoked.as_ref()) => tracing::debug!("raw connection ended: its credential was revoked"),
         }
-        drop((guards, counted));
+        drop((run, guards, counted));
     });
 }
 
