@@ -19,11 +19,11 @@ use towline_certs::load::{FileBytes, LoadError};
 use towline_certs::tls::{self, ALPN_JOIN, WrongAlpn, negotiated};
 use towline_certs::{
     AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, IssueError, JoinToken, JoinTokenError,
-    ProfileError, SpkiPin, TlsError, TrustError, VerifyError,
+    ProfileError, SpkiPin, TlsError, TrustError, VerifyError, leads_back,
 };
 use towline_proto::join::{
     Admitted, CERTIFICATES_MAX, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof,
-    RefusalCode, Refused, ServiceAccount, Token,
+    RefusalCode, Refused, ServiceAccount, Token, Trust,
 };
 use towline_proto::text::Printable;
 use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
@@ -98,6 +98,14 @@ pub enum AnswerError {
     Trust(#[from] TrustError),
     #[error("the certificate does not lead to the CA bundle that came with it: {0}")]
     Chain(#[from] VerifyError),
+    #[error(
+        "none of the roots in it is believed already, nor signed by one that is. If the gateway has a new CA, join anew with a new token"
+    )]
+    Unrelated,
+    #[error(
+        "none of the roots in it has a pin of identity.pins, nor is signed by one that has. If the gateway has a new CA, add its pin there"
+    )]
+    NotPinned,
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -134,6 +142,8 @@ impl EnrolError {
 pub(crate) struct Held {
     pub(crate) credential: Credential,
     pub(crate) roots: Vec<CertificateDer<'static>>,
+    /// Which of them nothing has signed that was believed, and since when: they vouch for no others for a while.
+    pub(crate) unsigned: Vec<(SpkiPin, SystemTime)>,
     pub(crate) facts: CertificateFacts,
     pub(crate) identity: AgentIdentity,
     /// TLS towards the gateway.
@@ -145,6 +155,7 @@ impl Held {
     pub(crate) fn new(
         chain: &[Bytes],
         roots: Vec<CertificateDer<'static>>,
+        unsigned: Vec<(SpkiPin, SystemTime)>,
         key: &AgentKey,
     ) -> Result<Self, AnswerError> {
         if chain.len() > CERTIFICATES_MAX {
@@ -155,7 +166,7 @@ impl Held {
         }
         let credential = Credential::new(certificates(chain), key.private_key(), Path::new("the answer"))
             .map_err(|_| AnswerError::OtherKey)?;
-        let held = Self::kept(credential, roots)?;
+        let held = Self::kept(credential, roots, unsigned)?;
         // At the time of its issue: this machine's clock may be off, and nothing but the fit is in question.
         let agents = AgentCa::new(&held.roots, held.identity.trust_domain.clone())?;
         agents.verify(held.credential.chain(), held.facts.issued_at())?;
@@ -166,6 +177,7 @@ impl Held {
     pub(crate) fn kept(
         credential: Credential,
         roots: Vec<CertificateDer<'static>>,
+        unsigned: Vec<(SpkiPin, SystemTime)>,
     ) -> Result<Self, AnswerError> {
         if roots.len() > CERTIFICATES_MAX {
             return Err(AnswerError::TooMany);
@@ -173,17 +185,26 @@ impl Held {
         let facts = CertificateFacts::of(credential.leaf())?;
         let identity = AgentIdentity::from_verified_certificate(credential.leaf())?;
         let tls = tls::agent_client(&roots, &credential)?;
-        Ok(Self { credential, roots, facts, identity, tls })
+        Ok(Self { credential, roots, unsigned, facts, identity, tls })
     }
 
-    /// The same identity that believes other roots.
-    pub(crate) fn with_roots(&self, roots: &[Bytes]) -> Result<Self, AnswerError> {
-        if roots.len() > CERTIFICATES_MAX {
-            return Err(AnswerError::TooMany);
-        }
-        let roots = certificates(roots);
+    /// The same identity that believes other roots. `pins` are the owner's.
+    pub(crate) fn with_roots(&self, trust: &Trust, pins: &[SpkiPin]) -> Result<Self, AnswerError> {
+        let (roots, unsigned) = accept(trust, Some(self), pins, pins, SystemTime::now())?;
         let tls = tls::agent_client(&roots, &self.credential)?;
-        Ok(Self { roots, tls, ..self.clone() })
+        Ok(Self { roots, unsigned, tls, ..self.clone() })
+    }
+
+    /// The roots that may vouch for others. One that was only announced may not yet: else a gateway that was somebody else's for
+    /// a moment could announce its own beside the old one, and then its own alone.
+    fn anchors(&self, now: SystemTime) -> Vec<CertificateDer<'static>> {
+        let is_young = |root: &CertificateDer<'_>| {
+            let pin = SpkiPin::of(root).ok();
+            self.unsigned.iter().any(|(known, since)| {
+                Some(*known) == pin && now.duration_since(*since).unwrap_or_default() < UNSIGNED_FOR
+            })
+        };
+        self.roots.iter().filter(|root| !is_young(root)).cloned().collect()
     }
 
     /// How much of its life is left by this machine's clock.
@@ -191,6 +212,38 @@ impl Held {
         self.facts.not_after.duration_since(SystemTime::now()).unwrap_or_default()
     }
 }
+
+/// The roots of a set that leads back to what is believed: to roots that were kept, or to `pins`. Where the owner lists pins, to
+/// one of those in any case.
+fn accept(
+    trust: &Trust,
+    old: Option<&Held>,
+    pins: &[SpkiPin],
+    owners: &[SpkiPin],
+    now: SystemTime,
+) -> Result<(Vec<CertificateDer<'static>>, Vec<(SpkiPin, SystemTime)>), AnswerError> {
+    if trust.roots.len() > CERTIFICATES_MAX || trust.vouchers.len() > CERTIFICATES_MAX {
+        return Err(AnswerError::TooMany);
+    }
+    let (roots, vouchers) = (certificates(&trust.roots), certificates(&trust.vouchers));
+    let anchors = old.map(|old| old.anchors(now)).unwrap_or_default();
+    let leads = leads_back(&roots, &vouchers, &anchors, pins);
+    if !leads.contains(&true) {
+        return Err(AnswerError::Unrelated);
+    }
+    if !owners.is_empty() && !leads_back(&roots, &vouchers, &[], owners).contains(&true) {
+        return Err(AnswerError::NotPinned);
+    }
+    let known = |pin: SpkiPin| old?.unsigned.iter().find(|(known, _)| *known == pin).map(|(_, since)| *since);
+    let unsigned = roots.iter().zip(&leads).filter(|(_, leads)| !**leads);
+    let unsigned = unsigned.filter_map(|(root, _)| SpkiPin::of(root).ok());
+    let unsigned = unsigned.map(|pin| (pin, known(pin).unwrap_or(now))).collect();
+    Ok((roots, unsigned))
+}
+
+/// How long a root that was announced and not signed vouches for no others: longer than somebody else's gateway goes unnoticed,
+/// and as long as a step of a change of CA takes.
+const UNSIGNED_FOR: Duration = Duration::from_secs(86_400);
 
 fn certificates(der: &[Bytes]) -> Vec<CertificateDer<'static>> {
     der.iter().map(|der| CertificateDer::from(der.to_vec())).collect()
@@ -279,6 +332,8 @@ impl Enroller {
         }
         let addresses = self.addresses(token.as_ref());
         let last = tries.len();
+        let mut given = self.config.pins.clone();
+        given.extend(token.iter().flat_map(|token| &token.pins));
         for (number, Try { what, proof, key }) in (1..).zip(tries) {
             let told = match &proof {
                 Proof::Token(_) => issuer.is_some(),
@@ -292,7 +347,7 @@ impl Enroller {
                 boot_id: self.boot_id.clone().into(),
                 issuer: issuer.clone(),
             };
-            match self.try_all(live, &addresses, &pins, &request, key).await {
+            match self.try_all(live, &addresses, &pins, (old, &given), &request, key).await {
                 Ok(held) => return Ok((held, told)),
                 Err(error) => {
                     // The last one is told by the caller.
@@ -331,12 +386,13 @@ impl Enroller {
         live: &Live,
         addresses: &[Address],
         pins: &[SpkiPin],
+        believed: (Option<&Held>, &[SpkiPin]),
         request: &JoinRequest,
         key: &AgentKey,
     ) -> Result<Held, EnrolError> {
         let mut failure = EnrolError::NoProof;
         for address in addresses {
-            match self.attempt(live, address, pins, request, key).await {
+            match self.attempt(live, address, pins, believed, request, key).await {
                 Ok(held) => return Ok(held),
                 Err(cause) => {
                     let answered = matches!(cause, AttemptError::Refused { .. });
@@ -355,6 +411,7 @@ impl Enroller {
         live: &Live,
         address: &Address,
         pins: &[SpkiPin],
+        (old, given): (Option<&Held>, &[SpkiPin]),
         request: &JoinRequest,
         key: &AgentKey,
     ) -> Result<Held, AttemptError> {
@@ -373,10 +430,8 @@ impl Enroller {
             timeout(self.timeout, exchange).await.map_err(|_| AttemptError::NoAnswer(self.timeout))??;
         match answer.outcome {
             Some(Joined::Admitted(Admitted { certificate, trust, .. })) => {
-                if trust.roots.len() > CERTIFICATES_MAX {
-                    return Err(AnswerError::TooMany.into());
-                }
-                Ok(Held::new(&certificate.chain, certificates(&trust.roots), key)?)
+                let (roots, unsigned) = accept(&trust, old, given, &self.config.pins, SystemTime::now())?;
+                Ok(Held::new(&certificate.chain, roots, unsigned, key)?)
             }
             Some(Joined::Refused(Refused { code, text, retry_after_ms })) => Err(AttemptError::Refused {
                 code: RefusalCode::try_from(code).unwrap_or(RefusalCode::Unknown),

@@ -8,7 +8,7 @@
 //! | it could not be renewed and has run out | it joins: with the old certificate, with the cluster's own token, with the join token |
 //! | gateway and agent do not recognise each other, and no session stands | the same, at most every 15 s: record or CA may be others |
 //! | the gateway does not know the key that signs the cluster's tokens | an early renewal, which tells of it |
-//! | the gateway announces other roots | they are written, used for new connections and acknowledged |
+//! | the gateway announces other roots | if they lead back to what is believed, they are written, used for new connections and acknowledged |
 //!
 //! An identity made elsewhere (files) is not touched: an announcement is acknowledged if the file holds the roots.
 
@@ -70,6 +70,10 @@ impl Place {
         text.push_str(&key_pem(held.credential.key()));
         text.push_str(&chain_pem(held.credential.chain()));
         text.push_str(ROOTS);
+        for (pin, since) in &held.unsigned {
+            let since = since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+            text.push_str(&format!("{UNSIGNED}{pin} {since}\n"));
+        }
         text.push_str(&chain_pem(&held.roots));
         write_private(&directory.join(IDENTITY), text.as_bytes())?;
         // It has done its work, and the next join is another one.
@@ -108,8 +112,15 @@ fn read_identity(path: &Path) -> Result<Held, LoadError> {
         }
         cause => LoadError { cause, ..error },
     })?;
-    let roots = parse_roots(&part(&bytes[at + ROOTS.len()..]))?;
-    Held::kept(loaded.value, roots).map_err(|_| damaged())
+    let rest = &bytes[at + ROOTS.len()..];
+    let roots = parse_roots(&part(rest))?;
+    let rest = String::from_utf8_lossy(rest);
+    let unsigned = rest.lines().filter_map(|line| line.strip_prefix(UNSIGNED)).map(|line| {
+        let (pin, since) = line.split_once(' ')?;
+        Some((pin.parse().ok()?, SystemTime::UNIX_EPOCH + Duration::from_secs(since.parse().ok()?)))
+    });
+    let unsigned = unsigned.collect::<Option<_>>().ok_or_else(damaged)?;
+    Held::kept(loaded.value, roots, unsigned).map_err(|_| damaged())
 }
 
 fn read_key(path: &Path) -> Result<AgentKey, LoadError> {
@@ -413,7 +424,7 @@ impl Keeper {
                 return Err(Duration::ZERO);
             }
         };
-        let new = Held::new(&chain, held.roots.clone(), key).and_then(|new| {
+        let new = Held::new(&chain, held.roots.clone(), held.unsigned.clone(), key).and_then(|new| {
             // R-ID-12: what comes for another identity is not ours.
             if new.identity == held.identity { Ok(new) } else { Err(AnswerError::OtherKey) }
         });
@@ -459,7 +470,8 @@ impl Keeper {
         if same {
             return Ok(false);
         }
-        let new = held.with_roots(&trust.roots).map_err(|error| error.to_string())?;
+        let pins = &self.enroller.config.pins;
+        let new = held.with_roots(trust, pins).map_err(|error| error.to_string())?;
         // Written before it is acknowledged: the operator goes on to the next phase by that.
         self.keep(&new).await.map_err(|error| error.to_string())?;
         self.publish(&new);
@@ -523,6 +535,8 @@ const IDENTITY: &str = "identity.pem";
 const JOIN_KEY: &str = "join.key";
 /// Between the chain and the CA in it.
 const ROOTS: &str = "# The tunnel CA:\n";
+/// Before the pin of a root in it that was announced only, and the time of that in UNIX seconds.
+const UNSIGNED: &str = "# announced, not signed: ";
 /// Part of the time until the renewal that chance takes away.
 const RENEW_JITTER: f64 = 0.1;
 /// The shortest wait after a renewal that failed.

@@ -44,6 +44,7 @@ enum Answer {
 struct State {
     ca: CertificateAuthority,
     roots: Vec<CertificateDer<'static>>,
+    vouchers: Vec<CertificateDer<'static>>,
     server: Credential,
     lifetime: Duration,
     identity: AgentIdentity,
@@ -94,7 +95,10 @@ impl State {
     }
 
     fn trust(&self, version: u64) -> Trust {
-        Trust { version, roots: self.roots.iter().map(|root| Bytes::copy_from_slice(root)).collect() }
+        let copied = |certificates: &[CertificateDer<'_>]| {
+            certificates.iter().map(|certificate| Bytes::copy_from_slice(certificate)).collect()
+        };
+        Trust { version, roots: copied(&self.roots), vouchers: copied(&self.vouchers) }
     }
 }
 
@@ -103,6 +107,7 @@ impl Gateway {
         let ca = new_ca();
         let state = State {
             roots: vec![ca.root_der().clone()],
+            vouchers: Vec::new(),
             server: server_of(&ca),
             ca,
             lifetime,
@@ -472,6 +477,80 @@ async fn a_change_of_ca_is_followed() {
     gateway.session().await;
     assert_eq!(gateway.with(|state| state.requests.len()), 1);
     assert_eq!(metric(&agent, "towline_agent_trust_changes_total{result=\"kept\"}").await, 0.0);
+    agent.shutdown().await;
+}
+
+/// S7: a gateway that was somebody else's for a moment cannot make the agent believe that one's roots alone, not in two steps
+/// either, and not after a restart; the CA that the agent believes can, by its signature.
+#[tokio::test]
+async fn s7_roots_that_lead_back_to_nothing_are_refused() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
+    let kept = scratch.path().join("kept");
+    let config = config(gateway.at, &format!("directory: {}, joinTokenFile: {token_file}", kept.display()));
+    let agent = Agent::start(config.clone()).await.unwrap();
+    let (session, _) = gateway.session().await;
+    let (evil, new) = (new_ca(), new_ca());
+    let old = gateway.with(|state| state.roots[0].clone());
+    let announce =
+        async |gateway: &Gateway, session: &Session, version, roots: &[&CertificateDer<'static>]| {
+            gateway.with(|state| state.roots = roots.iter().map(|root| (*root).clone()).collect());
+            gateway.announce(session, version).await.problem
+        };
+    let refused = announce(&gateway, &session, 2, &[evil.root_der()]).await;
+    assert!(refused.contains("none of the roots in it is believed already"), "{refused}");
+    assert_eq!(announce(&gateway, &session, 3, &[&old, evil.root_der()]).await, "");
+    assert_ne!(announce(&gateway, &session, 4, &[evil.root_der()]).await, "", "in two steps");
+    agent.shutdown().await;
+    let agent = Agent::start(config).await.unwrap();
+    let (session, _) = gateway.session().await;
+    assert_ne!(announce(&gateway, &session, 5, &[evil.root_der()]).await, "", "after a restart");
+    assert_ne!(announce(&gateway, &session, 6, &[new.root_der()]).await, "");
+    gateway.with(|state| {
+        state.vouchers = vec![state.ca.cross_sign(&new, SystemTime::now()).unwrap()];
+    });
+    assert_eq!(announce(&gateway, &session, 7, &[new.root_der()]).await, "", "for who was away meanwhile");
+    assert_ne!(announce(&gateway, &session, 8, &[&old]).await, "", "what was dropped is believed no more");
+    agent.shutdown().await;
+}
+
+/// S7: pins that the owner lists hold for as long as they are there: no set without a link to one of them is taken, neither in a
+/// session nor by a join.
+#[tokio::test]
+async fn s7_the_owners_pins_hold_always() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 5).line());
+    let (new, next) = (new_ca(), new_ca());
+    let old = gateway.with(|state| state.roots[0].clone());
+    let pinned = |pin: SpkiPin| format!("joinTokenFile: {token_file}, pins: ['{pin}']");
+    // The token recognises the gateway, the owner does not.
+    let other =
+        Agent::start(config(gateway.at, &pinned(SpkiPin::of(new.root_der()).unwrap()))).await.unwrap();
+    reaches(&other, "towline_agent_joins_total{outcome=\"answer\"}", 1.0).await;
+    other.shutdown().await;
+    let agent = Agent::start(config(gateway.at, &pinned(SpkiPin::of(&old).unwrap()))).await.unwrap();
+    let (session, _) = gateway.session().await;
+    let announce =
+        async |version, roots: &[&CertificateDer<'static>], vouchers: &[CertificateDer<'static>]| {
+            gateway.with(|state| {
+                state.roots = roots.iter().map(|root| (*root).clone()).collect();
+                state.vouchers = vouchers.to_vec();
+            });
+            gateway.announce(&session, version).await.problem
+        };
+    let cross = gateway.with(|state| state.ca.cross_sign(&new, SystemTime::now()).unwrap());
+    assert_eq!(announce(2, &[&old, new.root_der()], &[cross.clone()]).await, "");
+    assert_eq!(
+        announce(3, &[new.root_der()], &[cross, old.clone()]).await,
+        "",
+        "the pinned one has signed it"
+    );
+    // The second change: what the owner pinned has not signed it.
+    let cross = new.cross_sign(&next, SystemTime::now()).unwrap();
+    let refused = announce(4, &[new.root_der(), next.root_der()], &[cross, new.root_der().clone()]).await;
+    assert!(refused.contains("identity.pins"), "{refused}");
     agent.shutdown().await;
 }
 

@@ -52,4 +52,4 @@ pub use profile::ProfileError;
 pub use reload::{Reload, Watched};
 pub use rustls_pki_types::{CertificateDer, ServerName};
 pub use tls::{Listener, Refused, TlsError, UpstreamProtocol, route_by_alpn};
-pub use trust::{AgentCa, ClientCa, TrustError, VerifyError};
+pub use trust::{AgentCa, ClientCa, TrustError, VerifyError, leads_back};

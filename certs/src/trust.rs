@@ -16,6 +16,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
 use thiserror::Error;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::ca::{CaKind, kind_of, may_sign_certificates};
 use crate::explain::explain;
@@ -62,6 +63,44 @@ pub enum VerifyError {
     /// The chain verifies, the certificate is not of the profile.
     #[error("the certificate was refused: {0}")]
     Profile(#[from] ProfileError),
+}
+
+/// Which of these roots lead back to what is believed already: to `believed` by being one of them, to the key of a pin, or by
+/// the signature of either, on the root itself or on one of the `vouchers`, cross-signed certificates of its name and key.
+/// Whether any of them has run out is not asked: nobody else could have signed it.
+#[must_use]
+pub fn leads_back(
+    roots: &[CertificateDer<'_>],
+    vouchers: &[CertificateDer<'_>],
+    believed: &[CertificateDer<'_>],
+    pins: &[SpkiPin],
+) -> Vec<bool> {
+    let read = |certificate| X509Certificate::from_der(certificate).ok().map(|(_, parsed)| parsed);
+    let signed = |by: &X509Certificate<'_>, what: &X509Certificate<'_>| {
+        what.issuer().as_raw() == by.subject().as_raw()
+            && what.verify_signature(Some(by.public_key())).is_ok()
+    };
+    // Anybody can write a pinned key under another name: only its holder can sign with it.
+    let is_pinned = |root: &X509Certificate<'_>| {
+        pins.contains(&SpkiPin::of_spki(root.public_key().raw)) && root.is_ca() && signed(root, root)
+    };
+    let shown: Vec<X509Certificate<'_>> =
+        roots.iter().chain(vouchers).filter_map(|certificate| read(certificate)).collect();
+    let mut anchors: Vec<X509Certificate<'_>> =
+        believed.iter().filter_map(|certificate| read(certificate)).collect();
+    anchors.extend(shown.iter().filter(|certificate| is_pinned(certificate)).cloned());
+    let leads = |root: &CertificateDer<'_>| {
+        let Some(parsed) = read(root) else { return false };
+        believed.iter().any(|known| known.as_ref() == root.as_ref())
+            || is_pinned(&parsed)
+            || shown.iter().any(|voucher| {
+                voucher.is_ca()
+                    && voucher.subject().as_raw() == parsed.subject().as_raw()
+                    && voucher.public_key().raw == parsed.public_key().raw
+                    && anchors.iter().any(|anchor| signed(anchor, voucher))
+            })
+    };
+    roots.iter().map(leads).collect()
 }
 
 /// The roots that agents come from.
@@ -432,6 +471,34 @@ mod tests {
         );
         assert!(matches!(ClientCa::new(&[tunnel]).unwrap_err(), TrustError::OtherKind { .. }));
         assert_eq!(ClientCa::new(&[client, leaf]).unwrap_err(), TrustError::NotACa(2));
+    }
+
+    /// S7: what a root has to show to be believed by who believes another.
+    #[test]
+    fn s7_only_what_was_believed_vouches_for_a_root() {
+        let now = testing::now();
+        let ca = || Set::new(now).tunnel_ca;
+        let (old, new, evil) = (ca(), ca(), ca());
+        let root = |ca: &crate::CertificateAuthority| ca.root_der().clone();
+        let believed = [root(&old)];
+        let pin = [SpkiPin::of(old.root_der()).unwrap()];
+        let leads = |roots: &[CertificateDer<'_>], vouchers: &[CertificateDer<'_>]| {
+            leads_back(roots, vouchers, &believed, &[])
+        };
+        assert_eq!(leads(&[root(&old), root(&new)], &[]), [true, false]);
+        let cross = old.cross_sign(&new, now).unwrap();
+        assert_eq!(leads(&[root(&new)], std::slice::from_ref(&cross)), [true]);
+        assert_eq!(leads(&[root(&evil)], &[cross.clone(), root(&old)]), [false]);
+        assert_eq!(leads(&[root(&evil)], &[evil.cross_sign(&new, now).unwrap()]), [false]);
+        assert_eq!(leads(&[root(&new)], &[new.cross_sign(&old, now).unwrap()]), [false]);
+        assert_eq!(leads(&[CertificateDer::from(vec![1, 2, 3])], &[]), [false]);
+        // By a pin alone: the key's own certificate, and what it has signed.
+        assert_eq!(leads_back(&[root(&old), root(&evil)], &[], &[], &pin), [true, false]);
+        assert_eq!(leads_back(&[root(&new)], &[cross.clone(), root(&old)], &[], &pin), [true]);
+        assert_eq!(leads_back(&[root(&new)], &[cross], &[], &pin), [false], "the pinned one is not there");
+        // Somebody else's certificate of the pinned key.
+        let forged = evil.cross_sign(&old, now).unwrap();
+        assert_eq!(leads_back(&[forged, root(&evil)], &[], &[], &pin), [false, false]);
     }
 
     #[test]

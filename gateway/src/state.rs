@@ -152,7 +152,8 @@ impl Live {
             front.and_then(|front| front.client_ca.as_ref()),
             own.map(|own| &own.clients),
         );
-        let trust = trust_of(agent_roots.as_deref().unwrap_or_default());
+        let bridge = own.map_or(&[][..], |own| &own.tunnel.bridge);
+        let trust = trust_of(agent_roots.as_deref().unwrap_or_default(), bridge);
         let own_tls = agent_roots
             .as_ref()
             .and_then(|roots| problems.note("tls.tunnel.agentCA", http_client(roots, None)));
@@ -211,8 +212,9 @@ impl Live {
     }
 }
 
-/// The roots as they are announced. Named by their content, so that replicas and the next process agree.
-fn trust_of(roots: &[CertificateDer<'_>]) -> Trust {
+/// The roots as they are announced, with what leads to them from an older one. Named by the roots' content, so that replicas and
+/// the next process agree.
+fn trust_of(roots: &[CertificateDer<'_>], bridge: &[CertificateDer<'_>]) -> Trust {
     let mut context = digest::Context::new(&digest::SHA256);
     for root in roots {
         context.update(&root.len().to_be_bytes());
@@ -220,8 +222,11 @@ fn trust_of(roots: &[CertificateDer<'_>]) -> Trust {
     }
     let mut version = [0; 8];
     version.copy_from_slice(&context.finish().as_ref()[..8]);
-    let roots = roots.iter().take(CERTIFICATES_MAX).map(|root| Bytes::copy_from_slice(root)).collect();
-    Trust { version: u64::from_be_bytes(version), roots }
+    let copied = |certificates: &[CertificateDer<'_>]| {
+        certificates.iter().take(CERTIFICATES_MAX).map(|der| Bytes::copy_from_slice(der)).collect()
+    };
+    let (roots, vouchers) = (copied(roots), copied(bridge));
+    Trust { version: u64::from_be_bytes(version), roots, vouchers }
 }
 
 #[derive(Default)]

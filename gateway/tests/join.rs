@@ -751,7 +751,7 @@ async fn a_change_of_ca_cuts_nothing() {
     let only_old = Agent::connect(&world, &offline, &away, 2).await.unwrap();
     assert_eq!(only_old.trust().await.roots.len(), 2);
     drop(only_old);
-    let new = Trust { version: 0, roots: vec![renewed.chain[1].clone()] };
+    let new = Trust { version: 0, roots: vec![renewed.chain[1].clone()], vouchers: Vec::new() };
     drop(Agent::show(&world, &renewed, &new, &mine, 1).await.unwrap());
 
     take(Step::Back).await;

@@ -272,6 +272,10 @@ pub struct Trust {
     /// DER, at most [`CERTIFICATES_MAX`]. All of them are believed, and no others.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     pub roots: Vec<Bytes>,
+    /// DER, at most [`CERTIFICATES_MAX`]: what leads from an older root to one of these. An agent believes no set that does not
+    /// lead back to what it believes already.
+    #[prost(bytes = "bytes", repeated, tag = "3")]
+    pub vouchers: Vec<Bytes>,
 }
 
 /// The answer to [`Trust`].

@@ -267,7 +267,11 @@ mod tests {
                     1 => Notice::TrustAck(TrustAck { version: rng.below(3), problem: String::new() }),
                     2 => Notice::Renewed(Renewed::default()),
                     3 => Notice::About(About { kubernetes_version: "v1".to_owned() }),
-                    _ => Notice::Trust(Trust { version: 1, roots: vec!["ca".into(); rng.index(20)] }),
+                    _ => Notice::Trust(Trust {
+                        version: 1,
+                        roots: vec!["ca".into(); rng.index(20)],
+                        vouchers: vec!["x".into(); rng.index(3)],
+                    }),
                 }),
                 _ => {
                     let len = rng.index(3000) / (1 + rng.index(100));

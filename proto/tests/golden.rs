@@ -68,7 +68,11 @@ fn golden() -> Vec<(&'static str, &'static str, Frame)> {
             "9100000b 00000000 1209 0803 12026e6f 18e807",
             Frame::Notice(Notice::Renewed(Renewed { outcome: Some(Renewal::Refused(refused())) })),
         ),
-        ("trust", "9200000d 00000000 08ac02 12036f6e65 120374776f", Frame::Notice(Notice::Trust(trust()))),
+        (
+            "trust",
+            "92000013 00000000 08ac02 12036f6e65 120374776f 1a047468656e",
+            Frame::Notice(Notice::Trust(trust())),
+        ),
         (
             "trust_ack",
             "93000002 00000000 0807",
@@ -100,7 +104,7 @@ fn refused() -> Refused {
 }
 
 fn trust() -> Trust {
-    Trust { version: 300, roots: vec!["one".into(), "two".into()] }
+    Trust { version: 300, roots: vec!["one".into(), "two".into()], vouchers: vec!["then".into()] }
 }
 
 /// What is said while joining, byte for byte.
@@ -138,7 +142,7 @@ fn every_join_message_has_its_golden_bytes() {
     };
     check(
         &JoinAnswer { outcome: Some(Joined::Admitted(admitted)), ..JoinAnswer::default() },
-        "0a2d 0a0b0a046c6561660a03636121 120d08ac0212036f6e65120374776f 1a0470726f64 22027531 2a026131 320164",
+        "0a33 0a0b0a046c6561660a03636121 121308ac0212036f6e65120374776f1a047468656e 1a0470726f64 22027531 2a026131 320164",
     );
     let outcome = Some(Joined::Refused(refused()));
     check(&JoinAnswer { outcome, padding: vec![0; 3].into() }, "1209 0803 12026e6f 18e807 1a03000000");

@@ -28,7 +28,7 @@ fn renewed() -> Notice {
 }
 
 fn trust(version: u64) -> Notice {
-    Notice::Trust(Trust { version, roots: vec!["root".into()] })
+    Notice::Trust(Trust { version, roots: vec!["root".into()], vouchers: Vec::new() })
 }
 
 fn ack(version: u64) -> Notice {
@@ -208,7 +208,10 @@ fn sizes_are_bounded() {
     lone.frame(&Frame::Notice(renew(NOTICE_MAX - 4)));
     lone.assert_open();
     let roots = vec![Bytes::from(vec![1; 2000]); 9];
-    assert_eq!(lone.conn.say(Notice::Trust(Trust { version: 1, roots })), Err(SayError::TooLarge));
+    assert_eq!(
+        lone.conn.say(Notice::Trust(Trust { version: 1, roots, vouchers: Vec::new() })),
+        Err(SayError::TooLarge)
+    );
     lone.conn.say(trust(1)).unwrap();
 }
 
