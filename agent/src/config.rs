@@ -103,7 +103,7 @@ pub struct JoinConfig {
 pub struct ServiceAccountConfig {
     /// The cluster's name at the gateway.
     pub cluster: String,
-    /// A projected ServiceAccount token of the audience `towline`, replaced by the kubelet.
+    /// A projected ServiceAccount token of the audience `towline:TRUSTDOMAIN`, replaced by the kubelet.
     pub token_file: PathBuf,
     /// The keys that sign such tokens (what the API server shows at /openid/v1/jwks). None = the API server is asked.
     pub jwks_file: Option<PathBuf>,

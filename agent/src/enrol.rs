@@ -18,8 +18,8 @@ use towline_certs::facts::CertificateFacts;
 use towline_certs::load::{FileBytes, LoadError};
 use towline_certs::tls::{self, ALPN_JOIN, WrongAlpn, negotiated};
 use towline_certs::{
-    AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, IssueError, JoinToken, JoinTokenError,
-    ProfileError, SpkiPin, TlsError, TrustError, VerifyError, leads_back,
+    AUDIENCE_PREFIX, AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, IssueError, JoinToken,
+    JoinTokenError, ProfileError, SpkiPin, TlsError, TrustDomain, TrustError, VerifyError, leads_back,
 };
 use towline_proto::join::{
     Admitted, CERTIFICATES_MAX, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof,
@@ -32,6 +32,7 @@ use crate::address::{Address, Host};
 use crate::config::JoinConfig;
 use crate::connect::{self, ConnectError};
 use crate::dial::{self, ReachError};
+use crate::issuer;
 use crate::live::Live;
 use crate::upstream::server_name;
 
@@ -54,6 +55,10 @@ pub enum EnrolError {
         "the identity would be lost with this process and could not be got again: it is kept in memory only, and the join token admits one key. Set identity.directory to a volume, or identity.serviceAccount, or use a token that may be used more often"
     )]
     Lost,
+    #[error(
+        "the ServiceAccount token in {path} is for {found}, not for the gateways of {wanted}: it stays here. Project one of the audience towline:TRUSTDOMAIN, as the manifest does"
+    )]
+    Audience { path: PathBuf, found: String, wanted: String },
     #[error("a key cannot be made: {0}")]
     Key(#[from] IssueError),
     #[error("agent -> gateway {address} (joining): {cause}")]
@@ -116,7 +121,12 @@ impl EnrolError {
     /// The value of the metric label `outcome`.
     pub(crate) const fn label(&self) -> &'static str {
         match self {
-            Self::Token { .. } | Self::Load(_) | Self::NoProof | Self::NoPins | Self::Lost => "config",
+            Self::Token { .. }
+            | Self::Load(_)
+            | Self::NoProof
+            | Self::NoPins
+            | Self::Lost
+            | Self::Audience { .. } => "config",
             Self::Key(_) => "key",
             Self::Attempt { cause, .. } => match cause {
                 AttemptError::Refused { code, .. } => code.label(),
@@ -293,9 +303,12 @@ impl Enroller {
         issuer: Option<Issuer>,
     ) -> Result<(Held, bool), EnrolError> {
         let token = self.config.token_file.as_deref().map(read_token);
+        let domain = token.as_ref().and_then(|token| Some(&token.as_ref().ok()?.trust_domain));
+        let domain = domain.or(old.map(|old| &old.identity.trust_domain));
         let account = self.config.service_account.as_ref().map(|account| {
             let token = read_line(&account.token_file)?;
-            Ok::<_, LoadError>(ServiceAccount { cluster: account.cluster.clone(), token })
+            check_audience(&account.token_file, &token, domain)?;
+            Ok::<_, EnrolError>(ServiceAccount { cluster: account.cluster.clone(), token })
         });
         let old_key = old.map(|old| AgentKey::from_private_key(old.credential.key())).transpose()?;
         let mut tries = Vec::new();
@@ -311,7 +324,10 @@ impl Enroller {
                 let proof = Proof::ServiceAccount(account);
                 tries.push(Try { what: "the cluster's ServiceAccount token", proof, key: fresh });
             }
-            Err(error) => failure = error.into(),
+            Err(error) => {
+                tracing::warn!(%error, "the cluster's ServiceAccount token cannot be used");
+                failure = error;
+            }
         }
         let token = match token {
             None => None,
@@ -456,6 +472,22 @@ impl From<ReachError> for AttemptError {
             ReachError::Proxy(error) => Self::Reach(error.to_string()),
         }
     }
+}
+
+/// A token that somebody else takes as well is no proof for a gateway, which could use it there: it is not sent. `domain` is
+/// whose gateways it should be for, where that is known.
+fn check_audience(path: &Path, token: &str, domain: Option<&TrustDomain>) -> Result<(), EnrolError> {
+    let audiences = issuer::audiences_of(token);
+    let is_ours = |audience: &String| match domain {
+        Some(domain) => *audience == domain.audience(),
+        None => audience.starts_with(AUDIENCE_PREFIX),
+    };
+    if !audiences.is_empty() && audiences.iter().all(is_ours) {
+        return Ok(());
+    }
+    let found = if audiences.is_empty() { "nobody in particular".to_owned() } else { audiences.join(", ") };
+    let wanted = domain.map_or_else(|| "a trust domain alone".to_owned(), ToString::to_string);
+    Err(EnrolError::Audience { path: path.to_owned(), found, wanted })
 }
 
 /// Reads a join token.

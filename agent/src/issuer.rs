@@ -90,6 +90,19 @@ fn claims_of(token: &str) -> Option<(String, String)> {
     Some((text("iss")?, text("sub")?))
 }
 
+/// For whom a token is.
+pub(crate) fn audiences_of(token: &str) -> Vec<String> {
+    let payload = token.split('.').nth(1).and_then(|payload| URL_SAFE_NO_PAD.decode(payload).ok());
+    let claims: serde_json::Value =
+        payload.and_then(|payload| serde_json::from_slice(&payload).ok()).unwrap_or_default();
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or("something else").to_owned();
+    match &claims["aud"] {
+        serde_json::Value::Null => Vec::new(),
+        serde_json::Value::Array(several) => several.iter().map(text).collect(),
+        one => vec![text(one)],
+    }
+}
+
 /// Asks the API server for its keys, with the agent's own token if it has one.
 async fn ask(live: &Live) -> Option<Bytes> {
     let credential = live.token.as_ref().map(TokenFile::authorization);

@@ -144,7 +144,7 @@ impl Gateway {
     fn token(&self, pins: Vec<SpkiPin>, uses: u32) -> JoinToken {
         let addresses = vec![self.at.to_string().parse().unwrap()];
         let secret = JoinSecret::generate().unwrap();
-        JoinToken { addresses, pins, id: "t1".to_owned(), uses, secret }
+        JoinToken { addresses, pins, trust_domain: domain(), id: "t1".to_owned(), uses, secret }
     }
 
     fn pins(&self) -> Vec<SpkiPin> {
@@ -554,6 +554,32 @@ async fn s7_the_owners_pins_hold_always() {
     agent.shutdown().await;
 }
 
+/// A ServiceAccount token for somebody.
+fn projected(audience: &str) -> String {
+    let claims = serde_json::json!({"iss": "https://k8s", "sub": "sa", "aud": [audience]}).to_string();
+    let claims = base64::Engine::encode(&base64::engine::general_purpose::URL_SAFE_NO_PAD, claims);
+    format!("e30.{claims}.c2ln\n")
+}
+
+/// S8: a token that the API server or another gateway takes does not leave the pod.
+#[tokio::test]
+async fn s8_a_token_for_somebody_else_is_not_sent() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 5).line());
+    for audience in ["https://kubernetes.default.svc", "towline", "towline:other.test"] {
+        let projected = write(&scratch, "projected", &projected(audience));
+        let account = format!("serviceAccount: {{ cluster: east, tokenFile: {projected} }}");
+        let agent = Agent::start(config(gateway.at, &format!("joinTokenFile: {token_file}, {account}")))
+            .await
+            .unwrap();
+        gateway.session().await;
+        let requests = gateway.with(|state| std::mem::take(&mut state.requests));
+        assert!(matches!(&requests[..], [only] if matches!(only.proof, Some(Proof::Token(_)))), "{audience}");
+        agent.shutdown().await;
+    }
+}
+
 /// The cluster's own token: tried first, so that a join token is not used up; the issuer in it is told to the gateway with the
 /// keys from the mounted file; after NO_ISSUER the join token admits.
 #[tokio::test]
@@ -561,8 +587,7 @@ async fn a_pod_comes_back_with_its_own_token() {
     let mut gateway = Gateway::start(LONG).await;
     let scratch = tempfile::tempdir().unwrap();
     let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
-    // {"iss":"https://k8s","sub":"sa"}
-    let projected = write(&scratch, "projected", "e30.eyJpc3MiOiJodHRwczovL2s4cyIsInN1YiI6InNhIn0.c2ln\n");
+    let projected = write(&scratch, "projected", &projected("towline:fleet.test"));
     let jwks = write(&scratch, "jwks", r#"{"keys":[]}"#);
     gateway.with(|state| state.answers = vec![Answer::Refuse(RefusalCode::NoIssuer)]);
     let config = config(

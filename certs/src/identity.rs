@@ -97,6 +97,17 @@ macro_rules! name_type {
     };
 }
 
+impl TrustDomain {
+    /// The audience of a ServiceAccount token that is a proof for the gateways of this trust domain, and for nobody else.
+    #[must_use]
+    pub fn audience(&self) -> String {
+        format!("{AUDIENCE_PREFIX}{self}")
+    }
+}
+
+/// What the audience of every ServiceAccount token for a gateway begins with.
+pub const AUDIENCE_PREFIX: &str = "towline:";
+
 name_type!(
     /// The identifier of a cluster: 1 to 63 of `a-z 0-9 -`, first and last not `-`. A UUID is one.
     ClusterUid, "a cluster uid", 63, |c| c == b'-', "a-z, 0-9 and, between them, -"

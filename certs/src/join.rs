@@ -2,10 +2,10 @@
 //! why it should let the agent in.
 //!
 //! ```text
-//! tljt1/ADDRESS[,ADDRESS…]/PIN[,PIN…]/ID/USES/SECRET
+//! tljt1/ADDRESS[,ADDRESS…]/PIN[,PIN…]/TRUSTDOMAIN/ID/USES/SECRET
 //! ```
 //!
-//! Addresses are `HOST:PORT` in the order in which they are tried, private before public; a pin is the 64 hexadecimal digits of
+//! The trust domain says for which gateways the agent's ServiceAccount token is ([`TrustDomain::audience`]). Addresses are `HOST:PORT` in the order in which they are tried, private before public; a pin is the 64 hexadecimal digits of
 //! [`SpkiPin`], of the tunnel CA's root, and of the next one too while the CA changes; the secret is 128 bits in 32
 //! hexadecimal digits, so that a token that was cut off is noticed before anything is sent. No character needs quoting in a
 //! shell but the brackets of an IPv6 address.
@@ -19,6 +19,7 @@ use thiserror::Error;
 use zeroize::Zeroize;
 
 use crate::facts::hex;
+use crate::identity::TrustDomain;
 use crate::issue::{HostName, IssueError};
 use crate::pin::SpkiPin;
 
@@ -29,6 +30,8 @@ pub struct JoinToken {
     pub addresses: Vec<JoinAddress>,
     /// By what the gateway is recognised: 1 to 8.
     pub pins: Vec<SpkiPin>,
+    /// Whose agent it makes.
+    pub trust_domain: TrustDomain,
     /// Which token it is: 1 to 63 of a-z, 0-9 and, between them, -. No secret.
     pub id: String,
     /// How many keys it admits, 1 or more. For the agent: the gateway's own record decides.
@@ -59,13 +62,15 @@ pub enum JoinTokenError {
     #[error("is a join token of another version than this program reads; use the same release on both sides")]
     Version,
     #[error(
-        "has {0} of the 6 parts of a join token; it was probably cut off or broken into lines. Copy it again, whole"
+        "has {0} of the 7 parts of a join token; it was probably cut off or broken into lines. Copy it again, whole"
     )]
     Parts(usize),
     #[error("address {0} of the join token is not HOST:PORT. Copy the token again, whole")]
     Address(usize),
     #[error("pin {0} of the join token is not 64 hexadecimal digits. Copy the token again, whole")]
     Pin(usize),
+    #[error("the trust domain of the join token is malformed. Copy the token again, whole")]
+    Domain,
     #[error("the id of the join token is malformed. Copy the token again, whole")]
     Id,
     #[error("the number of uses in the join token is malformed. Copy the token again, whole")]
@@ -106,9 +111,9 @@ impl JoinToken {
     pub fn line(&self) -> String {
         let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
         let pins: Vec<_> = self.pins.iter().map(|pin| hex(pin.as_bytes())).collect();
-        let Self { id, uses, secret, .. } = self;
+        let Self { trust_domain, id, uses, secret, .. } = self;
         let (addresses, pins, secret) = (addresses.join(","), pins.join(","), hex(&secret.0));
-        format!("{VERSION}{addresses}/{pins}/{id}/{uses}/{secret}")
+        format!("{VERSION}{addresses}/{pins}/{trust_domain}/{id}/{uses}/{secret}")
     }
 
     /// The pins of a tunnel CA's roots, for a new token.
@@ -131,7 +136,7 @@ impl FromStr for JoinToken {
             return Err(JoinTokenError::Form);
         }
         let parts: Vec<&str> = rest.split('/').collect();
-        let [addresses, pins, id, uses, secret] = parts[..] else {
+        let [addresses, pins, domain, id, uses, secret] = parts[..] else {
             return Err(JoinTokenError::Parts(parts.len() + 1));
         };
         let number = |(index, item): (usize, _)| (index + 1, item);
@@ -156,12 +161,13 @@ impl FromStr for JoinToken {
         if pins.len() > PINS_MAX {
             return Err(JoinTokenError::Pin(PINS_MAX + 1));
         }
+        let trust_domain = TrustDomain::new(domain).map_err(|_| JoinTokenError::Domain)?;
         if !is_id(id) {
             return Err(JoinTokenError::Id);
         }
         let uses = uses.parse().ok().filter(|uses| *uses > 0).ok_or(JoinTokenError::Uses)?;
         let secret = unhex(secret).ok_or(JoinTokenError::Secret)?;
-        Ok(Self { addresses, pins, id: id.to_owned(), uses, secret: JoinSecret(secret) })
+        Ok(Self { addresses, pins, trust_domain, id: id.to_owned(), uses, secret: JoinSecret(secret) })
     }
 }
 
@@ -170,6 +176,7 @@ impl fmt::Debug for JoinToken {
         f.debug_struct("JoinToken")
             .field("addresses", &self.addresses)
             .field("pins", &self.pins)
+            .field("trust_domain", &self.trust_domain)
             .field("id", &self.id)
             .field("uses", &self.uses)
             .finish_non_exhaustive()
@@ -259,7 +266,7 @@ mod tests {
 
     fn line() -> String {
         format!(
-            "tljt1/10.0.0.1:8443,gw.example.com:443,[fd00::1]:1/{},{}/t-1/3/{}",
+            "tljt1/10.0.0.1:8443,gw.example.com:443,[fd00::1]:1/{},{}/fleet.test/t-1/3/{}",
             pin('a'),
             pin('b'),
             SECRET
@@ -291,8 +298,9 @@ mod tests {
             (whole.replace("/t-1/", "/t-1 /"), JoinTokenError::Form),
             (whole.replace("/t-1/", "/t-1\n/"), JoinTokenError::Form),
             (whole.replace("/t-1/", "/T/"), JoinTokenError::Id),
-            (whole.replace("/t-1/", "/"), JoinTokenError::Parts(5)),
-            (format!("{whole}/x"), JoinTokenError::Parts(7)),
+            (whole.replace("/t-1/", "/"), JoinTokenError::Parts(6)),
+            (format!("{whole}/x"), JoinTokenError::Parts(8)),
+            (whole.replace("fleet.test", "Fleet"), JoinTokenError::Domain),
             (whole.replace("/3/", "/0/"), JoinTokenError::Uses),
             (whole.replace(":443,", ","), JoinTokenError::Address(2)),
             (whole.replace("gw.example.com", "*.example.com"), JoinTokenError::Address(2)),

@@ -43,7 +43,9 @@ pub use ca::{CaError, CaKind, CertificateAuthority};
 pub use explain::{explain, tls_error};
 pub use facts::CertificateFacts;
 pub use foreign::ForeignIssuer;
-pub use identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain};
+pub use identity::{
+    AUDIENCE_PREFIX, AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain,
+};
 pub use issue::{AgentKey, HostName, IssueError, IssuedCertificate};
 pub use join::{JoinAddress, JoinSecret, JoinToken, JoinTokenError};
 pub use load::{Credential, FileBytes, LoadCause, LoadError, LoadPolicy, Loaded, PrivateKey, Strictness};

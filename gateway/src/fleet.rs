@@ -118,6 +118,8 @@ pub enum JoinRefused {
     Revoked,
     #[error("the cluster has as many agents as spec.maxAgents allows; stop one, or raise it")]
     Full,
+    #[error("the one place that it may have is another's, or is gone")]
+    Taken,
     #[error("the cluster is not registered any more")]
     NoCluster,
     #[error(transparent)]

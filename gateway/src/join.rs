@@ -9,6 +9,7 @@
 
 pub mod account;
 mod places;
+mod uses;
 
 use crate::agents::BOOT_ID_BYTES;
 use crate::authority::Authorities;
@@ -18,7 +19,7 @@ use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::per_key::network;
 use crate::state::Shared;
 use crate::store::Kind;
-use account::AccountError;
+use account::{AccountError, Vouched};
 use bytes::Bytes;
 use places::{Places, Seeker};
 use std::collections::HashMap;
@@ -36,6 +37,7 @@ use towline_proto::join::{
     Refused, Renew, Renewal, Renewed,
 };
 use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
+use uses::{Claim, Uses};
 
 /// Joins under way, all together.
 const IN_FLIGHT_MAX: usize = 64;
@@ -64,7 +66,8 @@ const RETRY_LIMIT: Duration = Duration::from_secs(10);
 const ADOPT_ATTEMPTS: usize = 4;
 const UNKNOWN: &str = "the join token does not count: it is not known here, or not whole, or has expired. Make a new one: towline token create CLUSTER";
 const PLACE_TAKEN: &str = "another process holds this agent's place: it is connected and alive, or was let in a moment ago. Stop it, or give this agent an identity of its own";
-const NO_ISSUER: &str = "the ServiceAccount token does not count: the cluster or its issuer is not on record, or the token is not for this purpose (audience towline, the agent's own ServiceAccount, keys as last reported). Join with a token: towline token create CLUSTER";
+const TOKEN_USED: &str = "the ServiceAccount token has let in another process, which is there or whose place is gone. A pod's token is for that pod; it is replaced within minutes";
+const NO_ISSUER: &str = "the ServiceAccount token does not count: the cluster or its issuer is not on record, or the token is not for this purpose (audience towline:TRUSTDOMAIN alone, the agent's own ServiceAccount, keys as last reported). Join with a token: towline token create CLUSTER";
 
 /// Who has failed of late: not yet forgiven, and since when it is that.
 #[derive(Debug, Default)]
@@ -81,6 +84,7 @@ pub(crate) struct Joins {
     failures: Mutex<Failures>,
     renewals: Mutex<HashMap<InstanceId, (f64, Instant)>>,
     pub(crate) places: Places,
+    uses: Uses,
 }
 
 impl Default for Joins {
@@ -90,6 +94,7 @@ impl Default for Joins {
             failures: Mutex::default(),
             renewals: Mutex::default(),
             places: Places::default(),
+            uses: Uses::default(),
         }
     }
 }
@@ -221,7 +226,7 @@ impl From<JoinRefused> for Refusal {
             // What only the holder of the right secret is told tells nobody else anything.
             JoinRefused::Expired | JoinRefused::Used => Self::new(RefusalCode::Proof, refused.to_string()),
             JoinRefused::Unknown => Self::new(RefusalCode::Proof, UNKNOWN),
-            JoinRefused::Revoked | JoinRefused::Full | JoinRefused::NoCluster => {
+            JoinRefused::Revoked | JoinRefused::Full | JoinRefused::Taken | JoinRefused::NoCluster => {
                 Self::new(RefusalCode::Denied, refused.to_string())
             }
             JoinRefused::Store(error) => unavailable(&error),
@@ -447,16 +452,34 @@ async fn by_account(
         .issuer(&route.uid)
         .ok_or_else(|| Refusal { expected: is_new(), ..unknown("its issuer is not on record") })?;
     let told = |why: String, proven| Told { cluster: route.uid.clone(), why, proven, returns: true };
-    let subject = account::verify(token, &issuer, SystemTime::now()).map_err(|error| {
-        let why = format!("its ServiceAccount token does not count: {error}");
-        Refusal::from(error).told(told(why, false))
-    })?;
+    let (audience, now) = (shared.config.trust_domain.audience(), SystemTime::now());
+    let Vouched { subject, id, until } =
+        account::verify(token, &issuer, &audience, now).map_err(|error| {
+            let why = format!("its ServiceAccount token does not count: {error}");
+            Refusal::from(error).told(told(why, false))
+        })?;
+    let uses = &shared.joins.uses;
+    let used = || {
+        let why = "its ServiceAccount token has let in another process".to_owned();
+        Refusal::later(RefusalCode::Denied, TOKEN_USED, RETRY_LIMIT).told(told(why, true))
+    };
+    let only = match uses.claim(&route.uid, id, boot_id, (now, until)) {
+        Claim::Own => None,
+        Claim::Others(place) => Some(place),
+        Claim::Busy => return Err(used()),
+    };
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &route.uid, boot_id).await;
-    let admission = fleet.rejoin(&route.uid, &subject, |instance| seeker.take(instance)).await;
+    let admission =
+        fleet.rejoin(&route.uid, &subject, only.as_ref(), |instance| seeker.take(instance)).await;
     let admission = admission.map_err(|error| {
+        uses.release(&route.uid, id, boot_id);
+        if matches!(error, JoinRefused::Taken) {
+            return used();
+        }
         let why = error.to_string();
         Refusal::from(error).told(told(why, true))
     })?;
+    uses.used(&route.uid, id, boot_id, &admission.instance, until);
     seeker.replace(&admission.instance);
     Ok(Decision { admission, with: format!("ServiceAccount {subject}"), vouched: false })
 }

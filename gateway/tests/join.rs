@@ -545,6 +545,8 @@ async fn an_expired_certificate_leads_back_by_its_key() {
 struct Cluster(EcdsaKeyPair);
 
 const SUBJECT: &str = "system:serviceaccount:towline:agent";
+/// Of the trust domain that the gateways of these tests have.
+const AUDIENCE: &str = "towline:example.org";
 
 impl Cluster {
     fn new() -> Self {
@@ -560,8 +562,12 @@ impl Cluster {
     }
 
     fn token(&self, kid: &str, subject: &str) -> Proof {
+        self.token_for(kid, subject, AUDIENCE)
+    }
+
+    fn token_for(&self, kid: &str, subject: &str, audience: &str) -> Proof {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims = json!({ "iss": "https://k8s", "sub": subject, "aud": ["towline"], "exp": now + 600, "iat": now, "nbf": now });
+        let claims = json!({ "iss": "https://k8s", "sub": subject, "aud": [audience], "exp": now + 600, "iat": now, "nbf": now });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": kid })), part(&claims));
         let signature = self.0.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
@@ -628,6 +634,48 @@ async fn a_pod_comes_back_by_its_clusters_word() {
     while !matches!(agent.hear().await, Notice::Renewed(_)) {}
     let back = ask(&world, &with_boot(rotated.token("2", SUBJECT), 21)).await;
     assert!(back.is_ok(), "{back:?}");
+}
+
+/// S8: a token that a gateway of another trust domain was given is no proof here; and one that was given to this gateway is one
+/// process's. Whoever has a copy gets no place beside it, and after it no other than its own.
+#[tokio::test]
+async fn s8_a_token_lets_one_process_in() {
+    let world = world().await;
+    register(&world, "east").await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let cluster = Cluster::new();
+    let with_boot = |proof: Proof, key: &AgentKey, boot: u8| JoinRequest {
+        boot_id: vec![boot; 16].into(),
+        issuer: Some(cluster.issuer("1")),
+        ..request(proof, key)
+    };
+    ask(&world, &with_boot(Proof::Token(token), &key(), 1)).await.unwrap();
+    for audience in ["towline", "towline:other.org"] {
+        let elsewhere = cluster.token_for("1", SUBJECT, audience);
+        let refused = ask(&world, &with_boot(elsewhere, &key(), 2)).await.unwrap_err();
+        assert_eq!(code(&refused), RefusalCode::NoIssuer, "{audience}");
+    }
+    let (proof, mine) = (cluster.token("1", SUBJECT), key());
+    let admitted = ask(&world, &with_boot(proof.clone(), &mine, 2)).await.unwrap();
+    let again = ask(&world, &with_boot(proof.clone(), &mine, 2)).await.unwrap();
+    assert_eq!(again.instance, admitted.instance, "the same process may ask again");
+    let agent = Agent::connect(&world, &again, &mine, 2).await.unwrap();
+    let thief = ask(&world, &with_boot(proof.clone(), &key(), 3)).await.unwrap_err();
+    assert_eq!(code(&thief), RefusalCode::Denied, "{}", thief.text);
+    assert!(thief.text.contains("has let in another process"), "{}", thief.text);
+    // A container that crashed: the kubelet gives it the same token.
+    agent.session.close(towline_proto::Code::Draining, "crashed");
+    world.connected("east", 0).await;
+    let restarted = ask(&world, &with_boot(proof.clone(), &key(), 4)).await.unwrap();
+    assert_eq!(restarted.instance, admitted.instance);
+    let uid = ClusterUid::new(&restarted.cluster_uid).unwrap();
+    let fleet = world.gateway.fleet().unwrap();
+    assert_eq!(fleet.instances(uid.as_str()).len(), 2, "the one with the join token, and the one by its own");
+    // The place is revoked: the token leads nowhere any more.
+    let serial = serial(&restarted.certificate.chain);
+    fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
+    let refused = ask(&world, &with_boot(proof, &key(), 5)).await.unwrap_err();
+    assert_eq!(code(&refused), RefusalCode::Denied, "{}", refused.text);
 }
 
 /// Many pods of one Deployment at the same moment, one of them with the join token that tells of the cluster's issuer: none is

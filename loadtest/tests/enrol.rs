@@ -180,15 +180,21 @@ impl World {
         let id = new_uid();
         fleet.put(&id, &record, None).await.unwrap();
         let addresses = vec![self.gateway.public_addr().to_string().parse().unwrap()];
-        let token = JoinToken { addresses, pins: self.gateway.tunnel_pins(), id, uses: 1, secret };
+        let token = JoinToken {
+            addresses,
+            pins: self.gateway.tunnel_pins(),
+            trust_domain: TrustDomain::new("fleet.test").unwrap(),
+            id,
+            uses: 1,
+            secret,
+        };
         self.file(&format!("join-token-{cluster}"), &token.line())
     }
 
     /// A projected ServiceAccount token.
     fn projected(&self) -> String {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims =
-            json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline"], "iat": now, "exp": now + 600 });
+        let claims = json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline:fleet.test"], "iat": now, "exp": now + 600 });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": "1" })), part(&claims));
         let signature = self.issuer.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();

@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
-use towline_certs::{InstanceId, SpkiPin};
+use towline_certs::{InstanceId, SpkiPin, TrustDomain};
 
 /// Longest text of labels and annotations together, as in Kubernetes.
 const ANNOTATIONS_MAX: usize = 256 << 10;
@@ -410,14 +410,16 @@ impl Input {
 pub(super) struct Own<'a> {
     pub(super) addresses: &'a [PublicAddress],
     pub(super) pins: Vec<SpkiPin>,
+    pub(super) trust_domain: &'a TrustDomain,
 }
 
 impl Own<'_> {
-    /// The whole token, one line: `tljt1/ADDRESSES/PINS/ID/USES/SECRET`.
+    /// The whole token, one line: `tljt1/ADDRESSES/PINS/TRUSTDOMAIN/ID/USES/SECRET`.
     fn token_line(&self, id: &str, uses: u32, secret: &[u8]) -> String {
         let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
         let pins: Vec<_> = self.pins.iter().map(|pin| hex(pin.as_bytes())).collect();
-        format!("tljt1/{}/{}/{id}/{uses}/{}", addresses.join(","), pins.join(","), hex(secret))
+        let (addresses, pins, domain) = (addresses.join(","), pins.join(","), self.trust_domain);
+        format!("tljt1/{addresses}/{pins}/{domain}/{id}/{uses}/{}", hex(secret))
     }
 }
 

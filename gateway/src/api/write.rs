@@ -32,7 +32,11 @@ pub(super) async fn create(
         let why = "must not be set on an object that is created";
         return Err(ApiError::invalid(resource, &input.name, "metadata.resourceVersion", why));
     }
-    let own = Own { addresses: &call.addresses(), pins: call.shared.tunnel_pins() };
+    let own = Own {
+        addresses: &call.addresses(),
+        pins: call.shared.tunnel_pins(),
+        trust_domain: &call.shared.config.trust_domain,
+    };
     let New { parsed, secrets } = input.create(resource, &call.fleet, &own)?;
     let name = input.name.clone();
     let dry = dry_run(call, &Value::Null)?;

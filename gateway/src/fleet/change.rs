@@ -205,8 +205,8 @@ impl Fleet {
     }
 
     /// Lets an agent in whose cluster's issuer vouches for it. It gets the first place of that subject that it can `take`, and only
-    /// if there is none it is a new instance, which it takes too. So what comes back is who it was. Places are taken while
-    /// nobody else joins.
+    /// if there is none it is a new instance, which it takes too. So what comes back is who it was. Where there is `only` one
+    /// place for it, it gets that or none. Places are taken while nobody else joins.
     ///
     /// # Errors
     /// Why it may not join.
@@ -214,6 +214,7 @@ impl Fleet {
         &self,
         cluster_uid: &ClusterUid,
         subject: &str,
+        only: Option<&InstanceId>,
         take: impl Fn(&InstanceId) -> bool,
     ) -> Result<Admission, JoinRefused> {
         let _one_at_a_time = self.0.joining.lock().await;
@@ -229,9 +230,13 @@ impl Fleet {
                     .iter()
                     .filter(|(_, known)| known.admission == cluster.admission && known.origin == origin)
                     .filter_map(|(name, _)| InstanceId::new(name).ok())
+                    .filter(|instance| only.is_none_or(|only| only == instance))
                     .find(&take);
                 if let Some(instance) = free {
                     return Ok(Admission { cluster: route, instance, admission: cluster.admission });
+                }
+                if only.is_some() {
+                    return Err(JoinRefused::Taken);
                 }
                 let key = Key::new(Kind::Cluster, route.name.as_str());
                 let (admission, transaction) = view.new_instance(route, cluster, origin, Time::now())?;

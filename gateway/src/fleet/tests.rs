@@ -222,7 +222,7 @@ async fn revocations_hold_across_restarts() {
 async fn a_revoked_cluster_forgets_its_issuer() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     let uid = ClusterUid::new(&register(&fleet, "prod").await).unwrap();
-    let agent = fleet.rejoin(&uid, "system:serviceaccount:towline:agent", |_| true).await.unwrap();
+    let agent = fleet.rejoin(&uid, "system:serviceaccount:towline:agent", None, |_| true).await.unwrap();
     let keys = serde_json::json!({"keys": [{"kid": "1"}]});
     fleet.record_issuer(&uid, &agent.instance, "https://kubernetes.default", &keys).await.unwrap();
     assert!(fleet.issuer(&uid).is_some());
@@ -274,13 +274,13 @@ async fn who_comes_back_is_who_it_was() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     let uid = ClusterUid::new(&register(&fleet, "prod").await).unwrap();
     let subject = "system:serviceaccount:towline:agent";
-    let first = fleet.rejoin(&uid, subject, |_| true).await.unwrap();
+    let first = fleet.rejoin(&uid, subject, None, |_| true).await.unwrap();
     for _ in 0..20 {
-        assert_eq!(fleet.rejoin(&uid, subject, |_| true).await.unwrap(), first);
+        assert_eq!(fleet.rejoin(&uid, subject, None, |_| true).await.unwrap(), first);
     }
-    let second = fleet.rejoin(&uid, subject, |instance| *instance != first.instance).await.unwrap();
+    let second = fleet.rejoin(&uid, subject, None, |instance| *instance != first.instance).await.unwrap();
     assert_ne!(second.instance, first.instance);
-    let other = fleet.rejoin(&uid, "system:serviceaccount:towline:other", |_| true).await.unwrap();
+    let other = fleet.rejoin(&uid, "system:serviceaccount:towline:other", None, |_| true).await.unwrap();
     assert_eq!(fleet.instances(uid.as_str()).len(), 3);
     assert_ne!(other.instance, first.instance);
     let keys = serde_json::json!({"keys": [{"kid": "1"}]});

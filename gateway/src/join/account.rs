@@ -6,6 +6,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use aws_lc_rs::digest;
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_FIXED, RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents, UnparsedPublicKey,
 };
@@ -19,8 +20,6 @@ use towline_proto::join::Issuer;
 
 use crate::fleet::TokenIssuer;
 
-/// The audience that a token must be for: one for the API server is no proof here, and one for us none there.
-pub const AUDIENCE: &str = "towline";
 /// How far clocks may differ.
 const SKEW: Duration = Duration::from_secs(60);
 /// Longest life that a token may have been given, from `iat` to `exp`. Projected ones live for minutes, hours where somebody
@@ -49,7 +48,7 @@ pub enum AccountError {
     Signature,
     #[error("it is of another issuer than the cluster's")]
     Issuer,
-    #[error("it is not for the audience {AUDIENCE}")]
+    #[error("it is not for the audience of this gateway's trust domain alone")]
     Audience,
     #[error("it has expired")]
     Expired,
@@ -89,6 +88,18 @@ struct Claims {
     iat: u64,
     #[serde(default)]
     nbf: Option<u64>,
+    #[serde(default)]
+    jti: Option<String>,
+}
+
+/// What a token that counts says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vouched {
+    pub subject: String,
+    /// Names the token: the same for each use of it.
+    pub id: [u8; 32],
+    /// When it counts no more.
+    pub until: SystemTime,
 }
 
 #[derive(Deserialize)]
@@ -98,11 +109,17 @@ enum Audiences {
     Several(Vec<String>),
 }
 
-/// The subject of a token that counts.
+/// What a token says that counts. It must be for `audience` and for nobody else: one for the API server is no proof here, and one
+/// for another gateway is not either, which could present it here.
 ///
 /// # Errors
-/// Why it does not.
-pub fn verify(token: &str, issuer: &TokenIssuer, now: SystemTime) -> Result<String, AccountError> {
+/// Why it does not count.
+pub fn verify(
+    token: &str,
+    issuer: &TokenIssuer,
+    audience: &str,
+    now: SystemTime,
+) -> Result<Vouched, AccountError> {
     if token.len() > TOKEN_MAX {
         return Err(AccountError::Malformed);
     }
@@ -119,8 +136,8 @@ pub fn verify(token: &str, issuer: &TokenIssuer, now: SystemTime) -> Result<Stri
         return Err(AccountError::Issuer);
     }
     let is_ours = match &claims.aud {
-        Audiences::One(audience) => audience == AUDIENCE,
-        Audiences::Several(audiences) => audiences.iter().any(|audience| audience == AUDIENCE),
+        Audiences::One(said) => said == audience,
+        Audiences::Several(said) => !said.is_empty() && said.iter().all(|said| said == audience),
     };
     if !is_ours {
         return Err(AccountError::Audience);
@@ -141,7 +158,12 @@ pub fn verify(token: &str, issuer: &TokenIssuer, now: SystemTime) -> Result<Stri
     if recorded != Some(&*claims.sub) || !claims.sub.starts_with(SUBJECT_PREFIX) {
         return Err(AccountError::Subject);
     }
-    Ok(claims.sub)
+    // API servers name each token since 1.32; what an older one's says is as good a name.
+    let name = claims.jti.as_deref().unwrap_or(signed);
+    let mut id = [0; 32];
+    id.copy_from_slice(digest::digest(&digest::SHA256, name.as_bytes()).as_ref());
+    let until = SystemTime::UNIX_EPOCH + Duration::from_secs(claims.exp).min(LIFE_MAX + now) + SKEW;
+    Ok(Vouched { subject: claims.sub, id, until })
 }
 
 /// What goes on record of an issuer that an agent has told of: the keys that can be used, and the agent's own subject.
@@ -226,7 +248,17 @@ mod tests {
     use aws_lc_rs::rand::SystemRandom;
     use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 
+    const AUDIENCE: &str = "towline:fleet.test";
     const SA: &str = "system:serviceaccount:towline:agent";
+
+    fn verify(
+        token: &str,
+        issuer: &TokenIssuer,
+        audience: &str,
+        now: SystemTime,
+    ) -> Result<String, AccountError> {
+        super::verify(token, issuer, audience, now).map(|vouched| vouched.subject)
+    }
 
     struct Signer(EcdsaKeyPair);
 
@@ -269,13 +301,13 @@ mod tests {
         let (one, two) = (Signer::new(), Signer::new());
         let issuer = recorded(&[one.jwk("1"), two.jwk("2")]);
         let head = |kid: &str| json!({ "alg": "ES256", "kid": kid });
-        assert_eq!(verify(&one.sign(&head("1"), &claims()), &issuer, now()), Ok(SA.to_owned()));
-        assert_eq!(verify(&two.sign(&head("2"), &claims()), &issuer, now()), Ok(SA.to_owned()));
-        assert!(verify(&two.sign(&json!({ "alg": "ES256" }), &claims()), &issuer, now()).is_ok());
+        assert_eq!(verify(&one.sign(&head("1"), &claims()), &issuer, AUDIENCE, now()), Ok(SA.to_owned()));
+        assert_eq!(verify(&two.sign(&head("2"), &claims()), &issuer, AUDIENCE, now()), Ok(SA.to_owned()));
+        assert!(verify(&two.sign(&json!({ "alg": "ES256" }), &claims()), &issuer, AUDIENCE, now()).is_ok());
         let mut single = claims();
         single["aud"] = json!(AUDIENCE);
         single.as_object_mut().unwrap().remove("nbf");
-        assert!(verify(&one.sign(&head("1"), &single), &issuer, now()).is_ok());
+        assert!(verify(&one.sign(&head("1"), &single), &issuer, AUDIENCE, now()).is_ok());
     }
 
     #[test]
@@ -286,22 +318,26 @@ mod tests {
         let with = |name: &str, value: Value| {
             let mut changed = claims();
             changed[name] = value;
-            verify(&ours.sign(&head, &changed), &issuer, now())
+            verify(&ours.sign(&head, &changed), &issuer, AUDIENCE, now())
         };
         let without = |name: &str| {
             let mut changed = claims();
             changed.as_object_mut().unwrap().remove(name);
-            verify(&ours.sign(&head, &changed), &issuer, now())
+            verify(&ours.sign(&head, &changed), &issuer, AUDIENCE, now())
         };
         assert_eq!(with("iss", json!("https://other")), Err(AccountError::Issuer));
         assert_eq!(with("aud", json!(["https://kubernetes.default.svc"])), Err(AccountError::Audience));
         assert_eq!(with("aud", json!([])), Err(AccountError::Audience));
+        // S8: what another gateway can present here as well, and what was for every gateway once.
+        for aud in [json!("towline"), json!("towline:fleet"), json!([AUDIENCE, "towline:other.test"])] {
+            assert_eq!(with("aud", aud.clone()), Err(AccountError::Audience), "{aud}");
+        }
         let older = |exp: u64| {
             let mut changed = claims();
             for (name, value) in [("iat", exp - 600), ("nbf", exp - 600), ("exp", exp)] {
                 changed[name] = json!(value);
             }
-            verify(&ours.sign(&head, &changed), &issuer, now())
+            verify(&ours.sign(&head, &changed), &issuer, AUDIENCE, now())
         };
         assert_eq!(older(1_800_000_000 - 60), Err(AccountError::Expired));
         assert!(older(1_800_000_000 - 59).is_ok(), "clocks differ a little");
@@ -314,7 +350,8 @@ mod tests {
         for name in ["iss", "sub", "aud", "exp", "iat"] {
             assert_eq!(without(name), Err(AccountError::Malformed), "{name}");
         }
-        let signed = |head: Value, signer: &Signer| verify(&signer.sign(&head, &claims()), &issuer, now());
+        let signed =
+            |head: Value, signer: &Signer| verify(&signer.sign(&head, &claims()), &issuer, AUDIENCE, now());
         assert_eq!(signed(head.clone(), &other), Err(AccountError::Signature));
         assert_eq!(signed(json!({ "alg": "ES256", "kid": "2" }), &ours), Err(AccountError::UnknownKey));
         for alg in ["none", "HS256", "RS256", "es256", ""] {
@@ -338,7 +375,7 @@ mod tests {
             changed["iat"] = json!(iat);
             changed["nbf"] = json!(nbf.unwrap_or(iat));
             changed["exp"] = json!(exp);
-            verify(&ours.sign(&head, &changed), &issuer, now())
+            verify(&ours.sign(&head, &changed), &issuer, AUDIENCE, now())
         };
         let (start, day) = (1_800_000_000, LIFE_MAX.as_secs());
         assert!(living(start, None, start + day).is_ok());
@@ -360,7 +397,7 @@ mod tests {
         for crit in [json!(["exp"]), json!(["b64"]), json!([]), json!("x"), Value::Null] {
             let head = json!({ "alg": "ES256", "kid": "1", "crit": crit, "b64": true });
             assert_eq!(
-                verify(&ours.sign(&head, &claims()), &issuer, now()),
+                verify(&ours.sign(&head, &claims()), &issuer, AUDIENCE, now()),
                 Err(AccountError::Critical),
                 "{crit}"
             );
@@ -373,18 +410,18 @@ mod tests {
         let issuer = recorded(&[ours.jwk("1")]);
         let whole = ours.sign(&json!({ "alg": "ES256", "kid": "1" }), &claims());
         for end in 0..whole.len() {
-            assert!(verify(&whole[..end], &issuer, now()).is_err());
+            assert!(verify(&whole[..end], &issuer, AUDIENCE, now()).is_err());
         }
         let mut changed = whole.clone().into_bytes();
         for index in 0..changed.len() {
             let before = std::mem::replace(&mut changed[index], b'A');
             if before != b'A' {
                 let text = String::from_utf8(changed.clone()).unwrap();
-                assert!(verify(&text, &issuer, now()).is_err(), "byte {index}");
+                assert!(verify(&text, &issuer, AUDIENCE, now()).is_err(), "byte {index}");
             }
             changed[index] = before;
         }
-        assert_eq!(verify(&"a.".repeat(TOKEN_MAX), &issuer, now()), Err(AccountError::Malformed));
+        assert_eq!(verify(&"a.".repeat(TOKEN_MAX), &issuer, AUDIENCE, now()), Err(AccountError::Malformed));
     }
 
     #[test]
@@ -407,7 +444,7 @@ mod tests {
         let padding = &aws_lc_rs::signature::RSA_PKCS1_SHA256;
         pair.sign(padding, &SystemRandom::new(), signed.as_bytes(), &mut signature).unwrap();
         let token = format!("{signed}.{}", part(&signature));
-        assert_eq!(verify(&token, &issuer, now()), Ok(SA.to_owned()));
+        assert_eq!(verify(&token, &issuer, AUDIENCE, now()), Ok(SA.to_owned()));
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct AgentManifest {
     pub addresses: Vec<JoinAddress>,
     /// By what it is recognised when the join token is no longer there.
     pub pins: Vec<SpkiPin>,
+    /// For whom the agent's ServiceAccount token is: the gateways of the join token's trust domain.
+    pub audience: String,
     /// Where the agent gets the cluster's public keys, in restricted mode.
     pub keys: IssuerKeys,
     /// Which rights the callers get in the cluster, in impersonate mode.
@@ -81,6 +83,7 @@ impl AgentManifest {
             replicas: 1,
             addresses: token.map(|token| token.addresses.clone()).unwrap_or_default(),
             pins: token.map(|token| token.pins.clone()).unwrap_or_default(),
+            audience: token.map(|token| token.trust_domain.audience()).unwrap_or_default(),
             keys: IssuerKeys::Public,
             grants: Vec::new(),
             network_policy: false,
@@ -411,6 +414,7 @@ stringData:
 
     fn deployment(&self) -> String {
         let (metadata, replicas, image) = (self.metadata(NAME), self.replicas, quoted(&self.image));
+        let audience = quoted(&self.audience);
         let mut parts = self.config();
         if let IssuerKeys::Given(keys) = &self.keys {
             parts.push_str(keys);
@@ -513,9 +517,9 @@ kind: Deployment
         projected:
           defaultMode: 288 # 0440
           sources:
-          - serviceAccountToken: # says who the agent is; only the gateway takes it
+          - serviceAccountToken: # says who the agent is; only the gateways of this trust domain take it
               path: {TOKEN_FILE}
-              audience: {AUDIENCE}
+              audience: {audience}
               expirationSeconds: 600{api_token}
           - configMap: # by which the API server is recognised
               name: kube-root-ca.crt
@@ -605,8 +609,6 @@ pub const NAMESPACE: &str = "towline";
 /// Of the ServiceAccount, the Deployment and what goes with them.
 const NAME: &str = "towline-agent";
 const SECRET: &str = "towline-agent-join";
-/// Of the ServiceAccount token that is for the gateway.
-const AUDIENCE: &str = "towline";
 /// Lets its holder read the public keys of the cluster's ServiceAccount tokens (Kubernetes 1.20 and later).
 const DISCOVERY_ROLE: &str = "system:service-account-issuer-discovery";
 const CONFIG_DIRECTORY: &str = "/etc/towline";

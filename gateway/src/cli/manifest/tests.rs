@@ -9,7 +9,7 @@ use super::*;
 use crate::config::{GatewayConfig, Mode};
 use crate::routing::ClusterName;
 
-const LINE: &str = "tljt1/gateway.example.com:8443/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef/prod/1/00112233445566778899aabbccddeeff";
+const LINE: &str = "tljt1/gateway.example.com:8443/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef/towline.local/prod/1/00112233445566778899aabbccddeeff";
 
 fn agent(mode: Mode) -> AgentManifest {
     let token: JoinToken = LINE.parse().unwrap();
@@ -49,7 +49,10 @@ fn a_restricted_agent_holds_no_right() {
         .flat_map(|volume| volume["projected"]["sources"].as_array().into_iter().flatten())
         .filter_map(|source| source.get("serviceAccountToken"))
         .collect();
-    assert_eq!(tokens, [&json!({ "path": "token", "audience": "towline", "expirationSeconds": 600 })]);
+    assert_eq!(
+        tokens,
+        [&json!({ "path": "token", "audience": "towline:towline.local", "expirationSeconds": 600 })]
+    );
 }
 
 /// Goal: an impersonating agent holds exactly the right to impersonate users and groups, and what the callers may do is said.
@@ -240,7 +243,8 @@ fn the_files_in_deploy_are_what_is_printed() {
         };
         format!(
             "# An example: what `towline agent manifest prod-eu-1{flags} --replicas 2 --network-policy` prints, but for the join token
-# (REPLACE-ME) and the pins, which are part of it. The cluster's name, the gateway's address and the image are yours.
+# (REPLACE-ME) and the pins, which are part of it. The cluster's name, the gateway's address and trust domain (in audience) and the
+# image are yours.
 #
 {}",
             manifest.render(token).unwrap()
