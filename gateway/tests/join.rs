@@ -567,7 +567,7 @@ impl Cluster {
 
     fn token_for(&self, kid: &str, subject: &str, audience: &str) -> Proof {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims = json!({ "iss": "https://k8s", "sub": subject, "aud": [audience], "exp": now + 600, "iat": now, "nbf": now });
+        let claims = json!({ "iss": "https://k8s", "sub": subject, "aud": [audience], "exp": now + 600, "iat": now, "nbf": now, "jti": new_uid() });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": kid })), part(&claims));
         let signature = self.0.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
@@ -672,7 +672,7 @@ async fn s8_a_token_lets_one_process_in() {
     let fleet = world.gateway.fleet().unwrap();
     assert_eq!(fleet.instances(uid.as_str()).len(), 2, "the one with the join token, and the one by its own");
     // The place is revoked: the token leads nowhere any more.
-    let serial = serial(&restarted.certificate.chain);
+    let serial = CertificateFacts::of(&der(&restarted.certificate)[0]).unwrap().serial;
     fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
     let refused = ask(&world, &with_boot(proof, &key(), 5)).await.unwrap_err();
     assert_eq!(code(&refused), RefusalCode::Denied, "{}", refused.text);

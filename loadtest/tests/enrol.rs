@@ -194,7 +194,7 @@ impl World {
     /// A projected ServiceAccount token.
     fn projected(&self) -> String {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims = json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline:fleet.test"], "iat": now, "exp": now + 600 });
+        let claims = json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline:fleet.test"], "iat": now, "exp": now + 600, "jti": new_uid() });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": "1" })), part(&claims));
         let signature = self.issuer.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
