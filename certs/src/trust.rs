@@ -75,7 +75,9 @@ pub fn leads_back(
     believed: &[CertificateDer<'_>],
     pins: &[SpkiPin],
 ) -> Vec<bool> {
-    let read = |certificate| X509Certificate::from_der(certificate).ok().map(|(_, parsed)| parsed);
+    fn read<'a>(certificate: &'a CertificateDer<'_>) -> Option<X509Certificate<'a>> {
+        X509Certificate::from_der(certificate).ok().map(|(_, parsed)| parsed)
+    }
     let signed = |by: &X509Certificate<'_>, what: &X509Certificate<'_>| {
         what.issuer().as_raw() == by.subject().as_raw()
             && what.verify_signature(Some(by.public_key())).is_ok()
@@ -84,10 +86,8 @@ pub fn leads_back(
     let is_pinned = |root: &X509Certificate<'_>| {
         pins.contains(&SpkiPin::of_spki(root.public_key().raw)) && root.is_ca() && signed(root, root)
     };
-    let shown: Vec<X509Certificate<'_>> =
-        roots.iter().chain(vouchers).filter_map(|certificate| read(certificate)).collect();
-    let mut anchors: Vec<X509Certificate<'_>> =
-        believed.iter().filter_map(|certificate| read(certificate)).collect();
+    let shown: Vec<X509Certificate<'_>> = roots.iter().chain(vouchers).filter_map(read).collect();
+    let mut anchors: Vec<X509Certificate<'_>> = believed.iter().filter_map(read).collect();
     anchors.extend(shown.iter().filter(|certificate| is_pinned(certificate)).cloned());
     let leads = |root: &CertificateDer<'_>| {
         let Some(parsed) = read(root) else { return false };
