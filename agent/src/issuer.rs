@@ -30,10 +30,14 @@ pub(crate) struct Current {
 }
 
 impl IssuerSource {
-    /// The name of the key that signed the agent's token; empty if the token names none.
-    pub(crate) async fn signed_by(&self) -> Option<String> {
+    /// The agent's token, and the name of the key that signed it; empty if the token names none.
+    pub(crate) async fn token(&self) -> Option<(String, String)> {
         let path = self.0.as_ref()?.token_file.clone();
-        let read = tokio::task::spawn_blocking(move || key_of(&read_line(&path).ok()?));
+        let read = tokio::task::spawn_blocking(move || {
+            let token = read_line(&path).ok()?;
+            let key = key_of(&token)?;
+            Some((token, key))
+        });
         read.await.ok()?
     }
 

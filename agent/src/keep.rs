@@ -213,6 +213,8 @@ pub(crate) struct Told {
     known: Option<String>,
     /// The same in a renewal that has no answer yet.
     asked: Option<String>,
+    /// The last token that a key has signed which the gateway knows: it vouches for the next keys.
+    token: String,
     /// Attempts in a row that told nothing; and whether that has been said.
     failures: u32,
     warned: bool,
@@ -365,8 +367,16 @@ impl Keeper {
 
     /// Whether the agent's token is signed by a key that the gateway was not told of.
     async fn is_news(&mut self) -> bool {
-        let signed_by = self.issuer.signed_by().await;
-        signed_by.is_some() && signed_by != self.told.known
+        let Some((token, key)) = self.issuer.token().await else { return false };
+        if self.told.known.as_ref() == Some(&key) {
+            self.told.token = token;
+            return false;
+        }
+        if self.told.token.is_empty() {
+            // Since this process began there was no other; the gateway may know its key all the same.
+            self.told.token = token;
+        }
+        true
     }
 
     /// Asks for a new certificate in order to tell of the issuer, if there is something to tell.
@@ -396,7 +406,9 @@ impl Keeper {
         let csr = key.csr_der().ok()?;
         let (issuer, signed_by) = current.map(|current| (current.issuer, current.signed_by)).unzip();
         self.told.asked = signed_by.flatten();
-        let renew = Notice::Renew(Renew { csr: csr.into(), issuer });
+        let token = Some(self.told.token.clone()).filter(|token| token.len() <= VOUCHER_MAX);
+        let token = token.unwrap_or_default();
+        let renew = Notice::Renew(Renew { csr: csr.into(), issuer, token });
         let mut sessions = self.links.sessions().into_iter();
         let asked = sessions.find(|session| session.say(renew.clone()).is_ok());
         if asked.is_none() {
@@ -507,7 +519,8 @@ impl Told {
     /// What was told has been heard.
     fn take(&mut self) {
         if let Some(known) = self.asked.take() {
-            *self = Self { known: Some(known), ..Self::default() };
+            let token = std::mem::take(&mut self.token);
+            *self = Self { known: Some(known), token, ..Self::default() };
         }
     }
 
@@ -551,6 +564,8 @@ const TELL_LOOK: Duration = Duration::from_secs(10);
 const TELL_LOOK_MAX: Duration = Duration::from_secs(600);
 /// Attempts that tell nothing before it is said.
 const TELL_WARN: u32 = 3;
+/// A longer token does not fit the notice beside the keys; none is.
+const VOUCHER_MAX: usize = 3 * 1024;
 /// A gateway cannot keep the agent away for longer.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 /// What the sessions may tell the keeper before it has looked.

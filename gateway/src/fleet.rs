@@ -11,14 +11,16 @@
 //! somebody signs with a CA's key that was stolen, or is being replaced, is nobody's.
 
 mod change;
+mod issuer;
 pub(crate) mod lastseen;
 pub(crate) mod purge;
 mod records;
 mod view;
 
+pub use issuer::{Heard, Issuers, Told, Word};
 pub use records::{
     AccessRule, AccessToken, AgentSeen, Certificate, Cluster, Ended, GatewayLife, Instance, JoinToken,
-    LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, TOKEN_USES_MOST, Time,
+    LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, SUBJECT, TOKEN_USES_MOST, Time,
     TokenIssuer, TokenUse,
 };
 pub use view::{Object, Shown};
@@ -482,8 +484,8 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
         Kind::JoinToken => return Ok(None),
         Kind::Cluster | Kind::Instance if record.key.kind == Kind::Cluster || keep_agents => {
             data["admission"] = Value::from(data["admission"].as_u64().unwrap_or_default() + 1);
-            if !keep_agents && let Some(cluster) = data.as_object_mut() {
-                cluster.remove("issuer");
+            if !keep_agents && let Some(issuers) = data["issuers"].as_object_mut() {
+                issuers.retain(|by, _| by == "given");
             }
             if record.key.kind == Kind::Instance {
                 data["restored"] = serde_json::to_value(Time::now()).unwrap_or_default();

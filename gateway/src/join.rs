@@ -14,7 +14,9 @@ mod uses;
 use crate::agents::BOOT_ID_BYTES;
 use crate::authority::Authorities;
 use crate::config;
-use crate::fleet::{self, Admission, Fleet, JoinRefused, NotAdmitted, Object, Time, WhenFull, WriteError};
+use crate::fleet::{
+    self, Admission, Fleet, Heard, JoinRefused, NotAdmitted, Object, Time, WhenFull, Word, WriteError,
+};
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::per_key::network;
 use crate::state::Shared;
@@ -62,6 +64,8 @@ const RENEWALS_PER_LIFE: u32 = 4;
 /// What is asked again after a store that did not answer, and after too many failures.
 const RETRY_STORE: Duration = Duration::from_secs(5);
 const RETRY_LIMIT: Duration = Duration::from_secs(10);
+/// How long after its join an agent may say for the first time who issues its cluster's tokens.
+const FIRST_WORD: Duration = Duration::from_secs(3600);
 /// Times that a record is read again because somebody else was faster.
 const ADOPT_ATTEMPTS: usize = 4;
 const UNKNOWN: &str = "the join token does not count: it is not known here, or not whole, or has expired. Make a new one: towline token create CLUSTER";
@@ -335,8 +339,8 @@ fn refused(shared: &Shared, refusal: &Refusal, address: SocketAddr, exempt: bool
 struct Decision {
     admission: Admission,
     with: String,
-    /// Whether what the request says about the cluster's issuer goes on record.
-    vouched: bool,
+    /// What stands behind what the request says about the cluster's issuer; nothing is heard without it.
+    word: Option<Word>,
 }
 
 async fn decide(
@@ -363,7 +367,7 @@ async fn decide(
             let admission = admission.map_err(|error| of_token(fleet, &token.id, error))?;
             // Before the record says that it may come back by its ServiceAccount, and others look for such a place.
             shared.joins.places.give(&admission.instance, &request.boot_id);
-            Decision { admission, with: format!("token {:?}", token.id), vouched: true }
+            Decision { admission, with: format!("token {:?}", token.id), word: Some(Word::JoinToken) }
         }
         Some(Proof::ServiceAccount(account)) => {
             by_account(shared, fleet, &account.cluster, &account.token, &request.boot_id).await?
@@ -376,9 +380,9 @@ async fn decide(
             return Err(Refusal::new(RefusalCode::Request, text));
         }
     };
-    let Decision { admission, with, vouched } = decision;
-    if let (true, Some(issuer)) = (vouched, &request.issuer)
-        && record_issuer(fleet, &admission.cluster.uid, &admission.instance, issuer).await
+    let Decision { admission, with, word } = decision;
+    if let (Some(word), Some(issuer)) = (word, &request.issuer)
+        && record_issuer(fleet, &admission.cluster.uid, &admission.instance, issuer, word).await
     {
         adopt(fleet, &admission.instance, &issuer.subject).await;
     }
@@ -407,7 +411,7 @@ fn of_token(fleet: &Fleet, id: &str, error: JoinRefused) -> Refusal {
         JoinRefused::Unknown | JoinRefused::NoCluster | JoinRefused::Store(_) => None,
         JoinRefused::Expired => Some(format!("the join token {id} has expired")),
         JoinRefused::Used => Some(format!("the join token {id} was already used")),
-        JoinRefused::Revoked | JoinRefused::Full => Some(error.to_string()),
+        JoinRefused::Revoked | JoinRefused::Full | JoinRefused::Taken => Some(error.to_string()),
     };
     let told = why.zip(fleet.cluster_of_join_token(id));
     let refusal = Refusal::from(error);
@@ -481,7 +485,7 @@ async fn by_account(
     })?;
     uses.used(&route.uid, id, boot_id, &admission.instance, until);
     seeker.replace(&admission.instance);
-    Ok(Decision { admission, with: format!("ServiceAccount {subject}"), vouched: false })
+    Ok(Decision { admission, with: format!("ServiceAccount {subject}"), word: Some(Word::OldKey) })
 }
 
 /// An agent whose certificate has run out: the record knows it, and the request is signed by its key. The chain is not looked
@@ -531,7 +535,7 @@ async fn by_record(
         return Err(Refusal::later(RefusalCode::Denied, PLACE_TAKEN, RETRY_LIMIT));
     }
     let admission = Admission { cluster, instance: identity.instance, admission: record.admission };
-    Ok(Decision { admission, with: format!("certificate {}", facts.serial), vouched: false })
+    Ok(Decision { admission, with: format!("certificate {}", facts.serial), word: None })
 }
 
 /// The record of an instance.
@@ -580,16 +584,49 @@ async fn issue(
 }
 
 /// Puts a cluster's issuer on record; tells whether it is.
-async fn record_issuer(fleet: &Fleet, cluster: &ClusterUid, agent: &InstanceId, issuer: &Issuer) -> bool {
-    let Some(jwks) = account::recordable(issuer) else {
+async fn record_issuer(
+    fleet: &Fleet,
+    cluster: &ClusterUid,
+    agent: &InstanceId,
+    issuer: &Issuer,
+    word: Word,
+) -> bool {
+    let Some(said) = account::recordable(issuer) else {
         tracing::warn!(%cluster, "what the agent says about its cluster's token issuer cannot be used");
         return false;
     };
-    let recorded = fleet.record_issuer(cluster, agent, &issuer.issuer, &jwks).await;
-    if let Err(error) = &recorded {
-        tracing::warn!(%cluster, %error, "the cluster's token issuer is not on record");
+    match fleet.record_issuer(cluster, agent, &said, word).await {
+        Ok(Heard::Counts) => true,
+        Ok(Heard::Pending) => {
+            let issuer = crate::proxy::printable(&said.issuer);
+            tracing::warn!(%cluster, instance = %agent, issuer, "issuer keys changed; what the agent says counts for nothing without a join token or spec.issuer");
+            false
+        }
+        Ok(Heard::Ignored) => {
+            tracing::warn!(%cluster, instance = %agent, "the agent says another token issuer than spec.issuer, which counts");
+            false
+        }
+        Err(error) => {
+            tracing::warn!(%cluster, %error, "the cluster's token issuer is not on record");
+            false
+        }
     }
-    recorded.is_ok()
+}
+
+/// What stands behind the word of an agent that renews: its ServiceAccount's token, if a key on record has signed it; or the
+/// join token by which it was let in a moment ago, when it could not ask for the keys yet.
+fn word(shared: &Shared, fleet: &Fleet, identity: &AgentIdentity, token: &str) -> Word {
+    let Some(known) = fleet.issuer(&identity.cluster) else {
+        let joined = instance(fleet, &identity.instance);
+        let lately = joined.is_some_and(|joined| {
+            matches!(joined.origin, fleet::Origin::Token { .. })
+                && Time::now().since(joined.created) <= FIRST_WORD
+        });
+        return if lately { Word::JoinToken } else { Word::Nothing };
+    };
+    let audience = shared.config.trust_domain.audience();
+    let vouched = account::verify(token, &known, &audience, SystemTime::now());
+    if vouched.is_ok() { Word::OldKey } else { Word::Nothing }
 }
 
 /// Who joined with a token and can come back by its ServiceAccount is to be the same then.
@@ -655,10 +692,11 @@ async fn try_renew(
         return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
     }
     // First what the agent tells: it is how the agent comes back, if there is no room for another certificate.
-    if let Some(issuer) = &renew.issuer
-        && record_issuer(fleet, &identity.cluster, &identity.instance, issuer).await
-    {
-        adopt(fleet, &identity.instance, &issuer.subject).await;
+    if let Some(issuer) = &renew.issuer {
+        let word = word(shared, fleet, identity, &renew.token);
+        if record_issuer(fleet, &identity.cluster, &identity.instance, issuer, word).await {
+            adopt(fleet, &identity.instance, &issuer.subject).await;
+        }
     }
     issue(fleet, own, &live.config.join, identity, &renew.csr, WhenFull::Refuse).await
 }

@@ -315,7 +315,7 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
                 ended += requests;
                 shared.metrics.ended(why, requests);
                 // Set once: an entry is ended here and nowhere else.
-                drop(entry.why.set(why));
+                entry.why.get_or_init(|| why);
                 entry.ended.cancel();
             }
         }

@@ -70,7 +70,7 @@ async fn register(world: &World, name: &str) -> String {
         deletion_protection: false,
         max_agents: 4,
         admission: 1,
-        issuer: None,
+        issuers: fleet::Issuers::default(),
     };
     world.gateway.fleet().unwrap().put(name, &cluster, None).await.unwrap();
     cluster.meta.uid
@@ -203,7 +203,7 @@ impl Agent {
 
     async fn renew(&self, key: &AgentKey) -> Result<Certificate, Refused> {
         let csr = key.csr_der().unwrap().into();
-        self.session.say(Notice::Renew(Renew { csr, issuer: None })).unwrap();
+        self.session.say(Notice::Renew(Renew { csr, issuer: None, token: String::new() })).unwrap();
         loop {
             match self.hear().await {
                 Notice::Renewed(renewed) => match renewed.outcome.unwrap() {
@@ -622,18 +622,135 @@ async fn a_pod_comes_back_by_its_clusters_word() {
     let stranger = Cluster::new();
     let refused = ask(&world, &with_boot(stranger.token("1", SUBJECT), 30)).await;
     assert_eq!(code(&refused.unwrap_err()), RefusalCode::NoIssuer);
+}
 
-    // The keys rotate while an agent is connected.
+/// S5: whoever has one agent's certificate does not put his own keys on record with it, alone or beside the cluster's own, nor
+/// another subject; the cluster's own rotation is followed, because a token of the old key comes with it. What an agent has said
+/// goes with its certificate.
+#[tokio::test]
+async fn s5_keys_need_the_word_of_somebody_believed() {
+    let world = world().await;
+    let uid = ClusterUid::new(&register(&world, "east").await).unwrap();
+    let token = token(&world, "east", 1, HOUR).await;
+    let (cluster, rotated, evil) = (Cluster::new(), Cluster::new(), Cluster::new());
+    let with_boot = |proof: Proof, key: &AgentKey, boot: u8| JoinRequest {
+        boot_id: vec![boot; 16].into(),
+        issuer: Some(cluster.issuer("1")),
+        ..request(proof, key)
+    };
+    ask(&world, &with_boot(Proof::Token(token), &key(), 1)).await.unwrap();
     let mine = key();
-    let csr: Bytes = mine.csr_der().unwrap().into();
-    let again = JoinRequest { csr: csr.clone(), ..with_boot(cluster.token("1", SUBJECT), 21) };
-    let admitted = ask(&world, &again).await.unwrap();
-    let agent = Agent::connect(&world, &admitted, &mine, 21).await.unwrap();
-    let rotated = Cluster::new();
-    agent.session.say(Notice::Renew(Renew { csr, issuer: Some(rotated.issuer("2")) })).unwrap();
-    while !matches!(agent.hear().await, Notice::Renewed(_)) {}
-    let back = ask(&world, &with_boot(rotated.token("2", SUBJECT), 21)).await;
-    assert!(back.is_ok(), "{back:?}");
+    let admitted = ask(&world, &with_boot(cluster.token("1", SUBJECT), &mine, 2)).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 2).await.unwrap();
+    let jwt = |proof: Proof| match proof {
+        Proof::ServiceAccount(account) => account.token,
+        other => panic!("{other:?}"),
+    };
+    let say = async |issuer: Issuer, token: String| {
+        let csr = mine.csr_der().unwrap().into();
+        agent.session.say(Notice::Renew(Renew { csr, issuer: Some(issuer), token })).unwrap();
+        while !matches!(agent.hear().await, Notice::Renewed(_)) {}
+    };
+    let joins = async |proof: Proof, boot: u8| ask(&world, &with_boot(proof, &key(), boot)).await;
+    let issuers = || {
+        let Object::Cluster(cluster) =
+            world.gateway.fleet().unwrap().object(Kind::Cluster, "east").unwrap().object
+        else {
+            panic!()
+        };
+        cluster.issuers.clone()
+    };
+    let both = |one: &Issuer, two: &Issuer| {
+        let keys = [one, two].map(|issuer| {
+            let set: Value = serde_json::from_slice(&issuer.jwks).unwrap();
+            set["keys"][0].clone()
+        });
+        Issuer { jwks: json!({ "keys": keys }).to_string().into_bytes().into(), ..one.clone() }
+    };
+    let moved = Issuer { subject: "system:serviceaccount:evil:pod".to_owned(), ..cluster.issuer("1") };
+    for (issuer, token) in [
+        (evil.issuer("2"), String::new()),
+        (both(&cluster.issuer("1"), &evil.issuer("2")), String::new()),
+        (evil.issuer("2"), jwt(evil.token("2", SUBJECT))),
+        (evil.issuer("2"), jwt(cluster.token_for("1", SUBJECT, "https://kubernetes.default.svc"))),
+        (moved, jwt(cluster.token("1", SUBJECT))),
+    ] {
+        say(issuer.clone(), token).await;
+        assert!(issuers().pending.is_some(), "{issuer:?}");
+        let refused = joins(evil.token("2", SUBJECT), 30).await.unwrap_err();
+        assert_eq!(code(&refused), RefusalCode::NoIssuer, "{issuer:?}");
+    }
+    assert_eq!(issuers().in_force().unwrap().subject(), Some(SUBJECT));
+
+    // The cluster rotates: both keys are served, the token is still the old one's; then the old one goes.
+    say(both(&cluster.issuer("1"), &rotated.issuer("2")), jwt(cluster.token("1", SUBJECT))).await;
+    assert_eq!(issuers().pending, None, "what is vouched for takes the place of what waits");
+    say(rotated.issuer("2"), jwt(rotated.token("2", SUBJECT))).await;
+    joins(rotated.token("2", SUBJECT), 31).await.unwrap();
+    let refused = joins(cluster.token("1", SUBJECT), 32).await.unwrap_err();
+    assert_eq!(code(&refused), RefusalCode::NoIssuer);
+
+    // With the token of a pod beside its certificate it works, until the certificate is revoked.
+    say(evil.issuer("3"), jwt(rotated.token("2", SUBJECT))).await;
+    joins(evil.token("3", SUBJECT), 33).await.unwrap();
+    let serial = CertificateFacts::of(&der(&admitted.certificate)[0]).unwrap().serial;
+    let fleet = world.gateway.fleet().unwrap();
+    fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
+    let refused = joins(evil.token("3", SUBJECT), 34).await.unwrap_err();
+    assert_eq!(code(&refused), RefusalCode::NoIssuer);
+    let said = fleet.issuer(&uid).unwrap();
+    assert!(
+        said.says(&towline_gateway::join::account::recordable(&cluster.issuer("1")).unwrap()),
+        "{said:?}"
+    );
+}
+
+/// S5: what the operator gives counts, whatever agents say; it is shown, and nonsense is refused.
+#[tokio::test]
+async fn s5_the_operators_word_counts() {
+    let world = world().await;
+    register(&world, "east").await;
+    give_admin_token(&world).await;
+    let (cluster, rotated) = (Cluster::new(), Cluster::new());
+    let with = |proof: Proof, issuer: Issuer, boot: u8| JoinRequest {
+        boot_id: vec![boot; 16].into(),
+        issuer: Some(issuer),
+        ..request(proof, &key())
+    };
+    let first = token(&world, "east", 2, HOUR).await;
+    ask(&world, &with(Proof::Token(first.clone()), cluster.issuer("1"), 1)).await.unwrap();
+    let condition = |shown: &Value| {
+        let mut conditions = shown["status"]["conditions"].as_array().unwrap().iter();
+        conditions.find(|condition| condition["type"] == "IssuerCurrent").unwrap()["reason"].clone()
+    };
+    until(&world, "east", |shown| condition(shown) == "Told").await;
+    let mut client = world.h1(None).await;
+    let mut patch = async |issuer: Value| {
+        let headers =
+            [("authorization", "Bearer tlat_root"), ("content-type", "application/merge-patch+json")];
+        let body = json!({"spec": {"issuer": issuer}}).to_string();
+        let path = "/apis/towline.io/v1alpha1/clusters/east";
+        client.ask("PATCH", path, &headers, common::full(body)).await.status().as_u16()
+    };
+    let jwks: Value = serde_json::from_slice(&rotated.issuer("2").jwks).unwrap();
+    for nonsense in [
+        json!({"url": "https://k8s", "subject": SUBJECT, "jwks": {"keys": []}}),
+        json!({"url": "https://k8s", "subject": "jane", "jwks": jwks}),
+        json!({"url": "https://k8s", "jwks": jwks}),
+    ] {
+        assert_eq!(patch(nonsense.clone()).await, 422, "{nonsense}");
+    }
+    assert_eq!(patch(json!({"url": "https://k8s", "subject": SUBJECT, "jwks": jwks})).await, 200);
+    let shown = until(&world, "east", |shown| condition(shown) == "Given").await;
+    assert_eq!(shown["status"]["issuer"]["keys"], json!(["2"]));
+    // A join token admits, and says nothing.
+    ask(&world, &with(Proof::Token(first), cluster.issuer("1"), 2)).await.unwrap();
+    ask(&world, &with(rotated.token("2", SUBJECT), rotated.issuer("2"), 3)).await.unwrap();
+    let refused = ask(&world, &with(cluster.token("1", SUBJECT), cluster.issuer("1"), 4)).await.unwrap_err();
+    assert_eq!(code(&refused), RefusalCode::NoIssuer);
+    assert_eq!(patch(Value::Null).await, 200);
+    until(&world, "east", |shown| condition(shown) == "Told").await;
+    ask(&world, &with(cluster.token("1", SUBJECT), cluster.issuer("1"), 4)).await.unwrap();
 }
 
 /// S8: a token that a gateway of another trust domain was given is no proof here; and one that was given to this gateway is one

@@ -149,7 +149,7 @@ impl World {
             deletion_protection: false,
             max_agents: 4,
             admission: 1,
-            issuer: None,
+            issuers: fleet::Issuers::default(),
         };
         self.gateway.fleet().unwrap().put(cluster, &record, None).await.unwrap();
     }

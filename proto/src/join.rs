@@ -84,6 +84,12 @@ impl fmt::Debug for Token {
     }
 }
 
+impl fmt::Debug for Renew {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Renew({:?}, ..)", self.issuer)
+    }
+}
+
 impl fmt::Debug for ServiceAccount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ServiceAccount({:?}, ..)", self.cluster)
@@ -238,13 +244,18 @@ pub enum Notice {
 
 /// Asks for a new certificate of the identity that the session has.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+#[prost(skip_debug)]
 pub struct Renew {
     /// As in [`JoinRequest::csr`].
     #[prost(bytes = "bytes", tag = "1")]
     pub csr: Bytes,
-    /// As in [`JoinRequest::issuer`]: put on record, so that a rotation of the cluster's keys is followed.
+    /// As in [`JoinRequest::issuer`]: put on record if the token vouches for it, so that a rotation of the cluster's keys is
+    /// followed.
     #[prost(message, optional, tag = "2")]
     pub issuer: Option<Issuer>,
+    /// A ServiceAccount token of the agent, as in [`ServiceAccount::token`], that a key has signed which the gateway knows.
+    #[prost(string, tag = "3")]
+    pub token: String,
 }
 
 /// The answer to [`Renew`].

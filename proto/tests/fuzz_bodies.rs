@@ -263,7 +263,7 @@ mod tests {
                 9 if rng.below(4) == 0 => Frame::Close { code, text: "why".to_owned() },
                 9 if rng.below(4) == 0 => Frame::Hello(hello()),
                 9 if rng.below(2) == 0 => Frame::Notice(match rng.below(5) {
-                    0 => Notice::Renew(Renew { csr: "csr".into(), issuer: None }),
+                    0 => Notice::Renew(Renew { csr: "csr".into(), issuer: None, token: "t".to_owned() }),
                     1 => Notice::TrustAck(TrustAck { version: rng.below(3), problem: String::new() }),
                     2 => Notice::Renewed(Renewed::default()),
                     3 => Notice::About(About { kubernetes_version: "v1".to_owned() }),

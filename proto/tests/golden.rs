@@ -55,8 +55,12 @@ fn golden() -> Vec<(&'static str, &'static str, Frame)> {
         ("close without text", "15000004 00000000 00000000", Frame::Close { code: 0, text: String::new() }),
         (
             "renew",
-            "90000015 00000000 0a03637372 120e 0a03697373 12036b6579 1a027361",
-            Frame::Notice(Notice::Renew(Renew { csr: "csr".into(), issuer: Some(issuer()) })),
+            "90000018 00000000 0a03637372 120e 0a03697373 12036b6579 1a027361 1a0174",
+            Frame::Notice(Notice::Renew(Renew {
+                csr: "csr".into(),
+                issuer: Some(issuer()),
+                token: "t".to_owned(),
+            })),
         ),
         (
             "renewed",

@@ -19,7 +19,7 @@ use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::{Frame, Item, NOTICE_MAX};
 
 fn renew(len: usize) -> Notice {
-    Notice::Renew(Renew { csr: vec![1; len].into(), issuer: None })
+    Notice::Renew(Renew { csr: vec![1; len].into(), issuer: None, token: String::new() })
 }
 
 fn renewed() -> Notice {

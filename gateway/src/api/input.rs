@@ -8,9 +8,10 @@ use crate::authn::Principal;
 use crate::authn::tokens;
 use crate::config::{Effect, Mode, PublicAddress};
 use crate::fleet::{
-    AccessRule, AccessToken, Cluster, Fleet, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Object,
+    AccessRule, AccessToken, Cluster, Fleet, Issuers, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Object,
     Revocation, Revoked, TOKEN_USES_MOST, Time, hex, new_uid,
 };
+use crate::join::account;
 use crate::routing::ClusterName;
 use crate::state::random;
 use aws_lc_rs::digest;
@@ -21,6 +22,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use towline_certs::{InstanceId, SpkiPin, TrustDomain};
+use towline_proto::join::Issuer;
 
 /// Longest text of labels and annotations together, as in Kubernetes.
 const ANNOTATIONS_MAX: usize = 256 << 10;
@@ -199,7 +201,7 @@ impl Input {
                     deletion_protection: false,
                     max_agents: MAX_AGENTS,
                     admission: 1,
-                    issuer: None,
+                    issuers: Issuers::default(),
                 };
                 self.fill_cluster(resource, &mut cluster)?;
                 Parsed::Cluster(cluster)
@@ -332,6 +334,22 @@ impl Input {
         if !(1..=MAX_AGENTS_MOST).contains(&max_agents) {
             return refuse("spec.maxAgents", "must be 1 to 256");
         }
+        let given = match spec.issuer {
+            None => None,
+            Some(IssuerSpec { url, subject, jwks }) => {
+                let said = Issuer { issuer: url, jwks: jwks.to_string().into(), subject };
+                let Some(given) = account::recordable(&said) else {
+                    return refuse(
+                        "spec.issuer",
+                        "needs url, the iss of the cluster's ServiceAccount tokens; subject, system:serviceaccount:NAMESPACE:NAME of the agent; and jwks, its key set (kubectl get --raw /openid/v1/jwks) with an RS256 or ES256 key",
+                    );
+                };
+                // The same again is no change, whenever it was said.
+                let known = cluster.issuers.given.clone();
+                Some(known.filter(|known| known.says(&given)).unwrap_or(given))
+            }
+        };
+        cluster.issuers.give(given);
         cluster.account = spec.account;
         cluster.mode = spec.mode;
         cluster.description = spec.description;
@@ -478,6 +496,15 @@ struct ClusterSpec {
     description: String,
     deletion_protection: bool,
     max_agents: Option<u32>,
+    issuer: Option<IssuerSpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct IssuerSpec {
+    url: String,
+    subject: String,
+    jwks: Value,
 }
 
 #[derive(Deserialize)]

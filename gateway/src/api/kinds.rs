@@ -105,6 +105,11 @@ pub(super) const RESOURCES: &[Resource] = &[
             ("description", Text, "For people."),
             ("deletionProtection", Flag, "While true it cannot be deleted."),
             ("maxAgents", Number, "Agents with a valid certificate at a time; 16 unless set, 256 at most."),
+            (
+                "issuer",
+                Object,
+                "Who issues the cluster's ServiceAccount tokens: url, subject (the agent's ServiceAccount) and jwks. While it is set, what agents say of it counts for nothing.",
+            ),
         ],
         status: &[
             ("uid", Text, "Its identity in agents' certificates."),
@@ -112,7 +117,12 @@ pub(super) const RESOURCES: &[Resource] = &[
             (
                 "conditions",
                 Objects,
-                "Connected, CertificateCurrent, TrustCurrent, AgentOutdated, Joined; Revoked and JoinRefused where that has happened.",
+                "Connected, CertificateCurrent, TrustCurrent, AgentOutdated, Joined, IssuerCurrent; Revoked and JoinRefused where that has happened.",
+            ),
+            (
+                "issuer",
+                Object,
+                "Whose ServiceAccount tokens let its agents come back: url, subject, keys, source, and what waits.",
             ),
             ("since", Time, "Since when it has been connected."),
             ("lastSeen", Time, "When its last session ended, if none is live."),

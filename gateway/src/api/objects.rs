@@ -2,7 +2,10 @@
 
 use super::kinds::{API_VERSION, Resource};
 use crate::config;
-use crate::fleet::{AccessRule, AgentSeen, Certificate, Ended, Instance, Object, Revoked, Standing, Time};
+use crate::fleet::{
+    AccessRule, AgentSeen, Certificate, Cluster, Ended, Instance, Issuers, Object, Revoked, Standing, Time,
+    TokenIssuer,
+};
 use crate::registry::Connection;
 use crate::trust::TrustState;
 use serde_json::{Value, json};
@@ -40,12 +43,22 @@ pub(super) fn render(
                 facts.map_or_else(|| (json!({}), None), |facts| cluster_status(name, facts));
             status["uid"] = cluster.meta.uid.clone().into();
             status["source"] = "registered".into();
+            if let Some(conditions) = status["conditions"].as_array_mut() {
+                conditions.push(issuer_condition(cluster));
+            }
+            if let Some(issuer) = issuer_status(&cluster.issuers) {
+                status["issuer"] = issuer;
+            }
             let mut spec = json!({
                 "mode": cluster.mode, "deletionProtection": cluster.deletion_protection,
                 "maxAgents": cluster.max_agents,
             });
             if let Some(account) = &cluster.account {
                 spec["account"] = account.clone().into();
+            }
+            if let Some(given) = &cluster.issuers.given {
+                let keys = json!({"keys": given.jwks["keys"]});
+                spec["issuer"] = json!({"url": given.issuer, "subject": given.subject(), "jwks": keys});
             }
             if !cluster.description.is_empty() {
                 spec["description"] = cluster.description.clone().into();
@@ -319,6 +332,54 @@ fn refused_condition(connection: &Connection, now: Time) -> Option<(Value, Due)>
     } else {
         (condition(KIND, "False", ends, "NotRefused", "no agent is turned away"), None)
     })
+}
+
+/// Whether agents that keep nothing find their way back, and by whose word.
+fn issuer_condition(cluster: &Cluster) -> Value {
+    const KIND: &str = "IssuerCurrent";
+    let Issuers { given, told, pending, .. } = &cluster.issuers;
+    match (pending, given, told) {
+        (Some(pending), ..) => {
+            let message = "issuer keys changed; needs a join token or spec.issuer: an agent says others, and nothing vouches for it";
+            condition(KIND, "False", pending.issuer.updated, "KeysChanged", message)
+        }
+        (None, Some(given), _) => condition(
+            KIND,
+            "True",
+            given.updated,
+            "Given",
+            "spec.issuer says whose tokens let agents come back",
+        ),
+        (None, None, Some(told)) => {
+            let message = "agents that were let in have said whose tokens let them come back";
+            condition(KIND, "True", told.issuer.updated, "Told", message)
+        }
+        (None, None, None) => {
+            let message =
+                "nobody has said whose tokens let agents come back; those that keep their identity need none";
+            condition(KIND, "Unknown", cluster.meta.created, "NotTold", message)
+        }
+    }
+}
+
+fn issuer_status(issuers: &Issuers) -> Option<Value> {
+    let shown = |issuer: &TokenIssuer| {
+        let keys = issuer.jwks["keys"].as_array().into_iter().flatten();
+        let keys: Vec<_> = keys.map(|key| key["kid"].as_str().unwrap_or_default()).collect();
+        json!({"url": issuer.issuer, "subject": issuer.subject(), "keys": keys, "updated": issuer.updated})
+    };
+    let mut status = shown(issuers.in_force().or(issuers.pending.as_ref().map(|pending| &pending.issuer))?);
+    let source = match (&issuers.given, &issuers.told) {
+        (Some(_), _) => "spec",
+        (None, Some(_)) => "agents",
+        (None, None) => "none",
+    };
+    status["source"] = source.into();
+    if let Some(pending) = &issuers.pending {
+        status["pending"] = shown(&pending.issuer);
+        status["pending"]["agents"] = json!(pending.by);
+    }
+    Some(status)
 }
 
 fn outdated_condition(connection: &Connection, registered: Time) -> Value {

@@ -2,13 +2,12 @@
 //! on the view, and its transaction says on which records.
 
 use super::{
-    Admission, CERTIFICATES_MAX, Certificate, Cluster, Fleet, Instance, JoinRefused, JoinToken, Meta, Object,
-    Origin, Revocation, Revoked, Time, TokenIssuer, TokenUse, WhenFull, WriteError, hex,
+    Admission, CERTIFICATES_MAX, Certificate, Cluster, Fleet, Heard, Instance, JoinRefused, JoinToken, Meta,
+    Object, Origin, Revocation, Revoked, Time, TokenIssuer, TokenUse, WhenFull, Word, WriteError, hex,
 };
 use crate::metrics::Limit;
 use crate::store::{CommitError, Key, Kind, StoreError, Stored, Transaction};
 use aws_lc_rs::digest;
-use serde_json::Value;
 use std::collections::HashSet;
 use std::sync::PoisonError;
 use subtle::ConstantTimeEq as _;
@@ -94,6 +93,23 @@ impl Fleet {
                     Revoked::Certificate { serial } => {
                         if let Some((holder, revision, end)) = view.holder_of(serial) {
                             not_after = Some(end);
+                            // What it alone has said of the cluster's issuer would let it in again.
+                            let cluster = view
+                                .instance(&holder.name)
+                                .and_then(|instance| {
+                                    view.route_of(&ClusterUid::new(&instance.cluster_uid).ok()?)
+                                })
+                                .and_then(|route| view.cluster_at(route.name.as_str()).map(|at| (route, at)));
+                            if let Some((route, (cluster, at))) = cluster {
+                                let mut next = Cluster::clone(cluster);
+                                next.issuers.forget(&holder.name);
+                                if next != **cluster {
+                                    let name = route.name.as_str();
+                                    transaction = transaction
+                                        .unchanged(Key::new(Kind::Cluster, name), at)
+                                        .put(name, &next);
+                                }
+                            }
                             transaction = transaction.unchanged(holder.clone(), revision).delete(holder);
                         }
                     }
@@ -116,7 +132,7 @@ impl Fleet {
                         let mut next = Cluster::clone(cluster);
                         next.admission += 1;
                         // The issuer was an agent's word, and would let in whoever it vouches for.
-                        next.issuer = None;
+                        next.issuers.forget_all();
                         uid.clone_from(&next.meta.uid);
                         *admission = next.admission;
                         transaction =
@@ -277,8 +293,8 @@ impl Fleet {
         .await
     }
 
-    /// Puts on record who issues a cluster's ServiceAccount tokens, as one of its agents says. One that has been revoked
-    /// since must not: what it says would let it back in.
+    /// Puts on record who issues a cluster's ServiceAccount tokens, as one of its agents says, and with what behind its word. One
+    /// that has been revoked since must not: what it says would let it back in.
     ///
     /// # Errors
     /// The cluster or the agent is not on record any more, or the store does not answer.
@@ -286,11 +302,11 @@ impl Fleet {
         &self,
         cluster_uid: &ClusterUid,
         agent: &InstanceId,
-        issuer: &str,
-        jwks: &Value,
-    ) -> Result<(), WriteError> {
+        said: &TokenIssuer,
+        word: Word,
+    ) -> Result<Heard, WriteError> {
         for _ in 0..ATTEMPTS {
-            let (name, next, revision) = {
+            let (name, next, revision, heard) = {
                 let view = self.read();
                 let route = view.route_of(cluster_uid).ok_or(WriteError::NotFound)?;
                 let (cluster, revision) = view.cluster_at(route.name.as_str()).ok_or(WriteError::NotFound)?;
@@ -298,16 +314,15 @@ impl Fleet {
                     .filter(|agent| agent.cluster_uid == cluster.meta.uid)
                     .filter(|agent| agent.admission == cluster.admission)
                     .ok_or(WriteError::NotFound)?;
-                let same = |known: &TokenIssuer| known.issuer == issuer && known.jwks == *jwks;
-                if cluster.issuer.as_ref().is_some_and(same) {
-                    return Ok(());
+                let mut next = Cluster::clone(cluster);
+                let heard = next.issuers.tell(agent.as_str(), said.clone(), word);
+                if next == **cluster {
+                    return Ok(heard);
                 }
-                let (issuer, jwks) = (issuer.to_owned(), jwks.clone());
-                let issuer = Some(TokenIssuer { issuer, jwks, updated: Time::now() });
-                (route.name.clone(), Cluster { issuer, ..Cluster::clone(cluster) }, revision)
+                (route.name.clone(), next, revision, heard)
             };
             match self.put(name.as_str(), &next, Some(revision)).await {
-                Ok(_) => return Ok(()),
+                Ok(_) => return Ok(heard),
                 Err(WriteError::Conflict) => {}
                 Err(error) => return Err(error),
             }
@@ -318,7 +333,7 @@ impl Fleet {
     /// Who issues a cluster's ServiceAccount tokens, as far as is known.
     #[must_use]
     pub fn issuer(&self, cluster_uid: &ClusterUid) -> Option<TokenIssuer> {
-        self.read().cluster_of(cluster_uid.as_str()).and_then(|cluster| cluster.issuer.clone())
+        self.read().cluster_of(cluster_uid.as_str()).and_then(|cluster| cluster.issuers.in_force().cloned())
     }
 
     async fn change_instance(

@@ -3,6 +3,7 @@
 //! A change that an older version would misread raises `SCHEMA`: then it skips the record, with an alarm, and a record
 //! that is skipped lets nobody in. What restricts somebody must not be skipped quietly: see [`Revocation`].
 
+use super::issuer::Issuers;
 use crate::authn::Principal;
 use crate::config::{Effect, Mode};
 use crate::store::{Kind, Stored};
@@ -111,9 +112,9 @@ pub struct Cluster {
     /// Instances of another generation are nobody. Rises when all agents of the cluster are revoked, or a backup is
     /// restored.
     pub admission: u64,
-    /// Who issues the cluster's ServiceAccount tokens, if an agent has said so.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub issuer: Option<TokenIssuer>,
+    /// Who issues the cluster's ServiceAccount tokens, and who says so.
+    #[serde(default, skip_serializing_if = "Issuers::is_empty")]
+    pub issuers: Issuers,
 }
 
 /// Agents of a cluster unless it says otherwise: a few replicas, and those that replace them.
@@ -130,6 +131,17 @@ pub struct TokenIssuer {
     pub jwks: Value,
     pub updated: Time,
 }
+
+impl TokenIssuer {
+    /// The one ServiceAccount that may come back by its token. A member of the key set, which others ignore (RFC 7517 section 5).
+    #[must_use]
+    pub fn subject(&self) -> Option<&str> {
+        self.jwks.get(SUBJECT)?.as_str()
+    }
+}
+
+/// The member of a recorded key set that names the subject.
+pub const SUBJECT: &str = "towline.io/subject";
 
 /// The right to join a cluster; its record's name is the token's id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -55,7 +55,7 @@ fn cluster() -> Cluster {
         deletion_protection: false,
         max_agents: 4,
         admission: 1,
-        issuer: None,
+        issuers: Issuers::default(),
     }
 }
 
@@ -223,14 +223,15 @@ async fn a_revoked_cluster_forgets_its_issuer() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     let uid = ClusterUid::new(&register(&fleet, "prod").await).unwrap();
     let agent = fleet.rejoin(&uid, "system:serviceaccount:towline:agent", None, |_| true).await.unwrap();
-    let keys = serde_json::json!({"keys": [{"kid": "1"}]});
-    fleet.record_issuer(&uid, &agent.instance, "https://kubernetes.default", &keys).await.unwrap();
+    let said = said_issuer();
+    let heard = fleet.record_issuer(&uid, &agent.instance, &said, Word::JoinToken).await;
+    assert_eq!(heard.unwrap(), Heard::Counts);
     assert!(fleet.issuer(&uid).is_some());
     let all = Revoked::Cluster { name: "prod".to_owned(), uid: String::new(), admission: 0 };
     fleet.revoke(&all, &meta()).await.unwrap();
     assert_eq!(fleet.issuer(&uid), None);
     // A renewal that was under way.
-    let late = fleet.record_issuer(&uid, &agent.instance, "https://kubernetes.default", &keys).await;
+    let late = fleet.record_issuer(&uid, &agent.instance, &said, Word::JoinToken).await;
     assert!(matches!(late, Err(WriteError::NotFound)), "{late:?}");
     assert_eq!(fleet.issuer(&uid), None);
 }
@@ -283,12 +284,17 @@ async fn who_comes_back_is_who_it_was() {
     let other = fleet.rejoin(&uid, "system:serviceaccount:towline:other", None, |_| true).await.unwrap();
     assert_eq!(fleet.instances(uid.as_str()).len(), 3);
     assert_ne!(other.instance, first.instance);
-    let keys = serde_json::json!({"keys": [{"kid": "1"}]});
-    fleet.record_issuer(&uid, &first.instance, "https://kubernetes.default", &keys).await.unwrap();
+    let said = said_issuer();
+    fleet.record_issuer(&uid, &first.instance, &said, Word::JoinToken).await.unwrap();
     let revision = fleet.store().revision();
-    fleet.record_issuer(&uid, &first.instance, "https://kubernetes.default", &keys).await.unwrap();
+    fleet.record_issuer(&uid, &first.instance, &said_issuer(), Word::Nothing).await.unwrap();
     assert_eq!(fleet.store().revision(), revision, "the same again is no write");
-    assert_eq!(fleet.issuer(&uid).unwrap().jwks, keys);
+    assert_eq!(fleet.issuer(&uid).unwrap(), said);
+}
+
+fn said_issuer() -> TokenIssuer {
+    let jwks = serde_json::json!({"keys": [{"kid": "1"}]});
+    TokenIssuer { issuer: "https://kubernetes.default".to_owned(), jwks, updated: Time::now() }
 }
 
 /// Names in the configuration are taken, what is protected stays, and who changes what has changed is told so.
@@ -357,8 +363,8 @@ async fn a_backup_lets_nobody_in_again() {
     let uid = register(&world.fleet, "prod").await;
     world.fleet.put("t1", &token("prod", &uid, 2), None).await.unwrap();
     let agent = identity(&world.fleet.use_token("t1", b"secret", pin(1)).await.unwrap());
-    let keys = serde_json::json!({"keys": [{"kid": "1"}]});
-    world.fleet.record_issuer(&agent.cluster, &agent.instance, "https://k8s", &keys).await.unwrap();
+    let word = Word::JoinToken;
+    world.fleet.record_issuer(&agent.cluster, &agent.instance, &said_issuer(), word).await.unwrap();
     let World { directory, fleet, mut _following } = world;
     _following.shutdown().await;
     drop(fleet);

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use towline_proto::join::Issuer;
 
-use crate::fleet::TokenIssuer;
+use crate::fleet::{SUBJECT, Time, TokenIssuer};
 
 /// How far clocks may differ.
 const SKEW: Duration = Duration::from_secs(60);
@@ -31,8 +31,6 @@ const TOKEN_MAX: usize = 16 * 1024;
 const KEYS_MAX: usize = 16;
 /// Longest issuer, subject and key id.
 const TEXT_MAX: usize = 512;
-/// The member of the recorded key set that names the one subject (RFC 7517 section 5: others ignore it).
-const SUBJECT: &str = "towline.io/subject";
 const SUBJECT_PREFIX: &str = "system:serviceaccount:";
 
 /// Why a token vouches for nobody. For the log: whoever asks is not told.
@@ -154,8 +152,7 @@ pub fn verify(
     if life.is_zero() || life > LIFE_MAX || claims.exp <= begins {
         return Err(AccountError::Life);
     }
-    let recorded = issuer.jwks.get(SUBJECT).and_then(Value::as_str);
-    if recorded != Some(&*claims.sub) || !claims.sub.starts_with(SUBJECT_PREFIX) {
+    if issuer.subject() != Some(&*claims.sub) || !claims.sub.starts_with(SUBJECT_PREFIX) {
         return Err(AccountError::Subject);
     }
     // API servers name each token since 1.32; what an older one's says is as good a name.
@@ -168,7 +165,7 @@ pub fn verify(
 
 /// What goes on record of an issuer that an agent has told of: the keys that can be used, and the agent's own subject.
 #[must_use]
-pub fn recordable(issuer: &Issuer) -> Option<Value> {
+pub fn recordable(issuer: &Issuer) -> Option<TokenIssuer> {
     let fits = |text: &str| (1..=TEXT_MAX).contains(&text.len());
     if !fits(&issuer.issuer) || !fits(&issuer.subject) || !issuer.subject.starts_with(SUBJECT_PREFIX) {
         return None;
@@ -180,7 +177,7 @@ pub fn recordable(issuer: &Issuer) -> Option<Value> {
     }
     let mut set = json!({ "keys": keys });
     set[SUBJECT] = Value::from(issuer.subject.clone());
-    Some(set)
+    Some(TokenIssuer { issuer: issuer.issuer.clone(), jwks: set, updated: Time::now() })
 }
 
 /// The members of a key that are looked at; `None` for one of a kind that is not, or that says it is for something else.
@@ -244,7 +241,6 @@ fn parse<T: for<'de> Deserialize<'de>>(part: &str) -> Result<T, AccountError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::Time;
     use aws_lc_rs::rand::SystemRandom;
     use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 
@@ -292,8 +288,7 @@ mod tests {
     fn recorded(keys: &[Value]) -> TokenIssuer {
         let jwks = json!({ "keys": keys }).to_string().into_bytes().into();
         let issuer = Issuer { issuer: "https://k8s".to_owned(), jwks, subject: SA.to_owned() };
-        let jwks = recordable(&issuer).unwrap();
-        TokenIssuer { issuer: issuer.issuer, jwks, updated: Time::now() }
+        recordable(&issuer).unwrap()
     }
 
     #[test]
@@ -470,6 +465,6 @@ mod tests {
         (said["use"], said["alg"]) = (json!("sig"), json!("ES256"));
         assert!(recordable(&issuer(&keys(vec![said]), SA)).is_some());
         let many = recordable(&issuer(&keys(vec![key; 100]), SA)).unwrap();
-        assert_eq!(many["keys"].as_array().unwrap().len(), KEYS_MAX);
+        assert_eq!(many.jwks["keys"].as_array().unwrap().len(), KEYS_MAX);
     }
 }

@@ -136,7 +136,7 @@ impl Live {
     pub(crate) async fn renew_with(&self, csr: Vec<u8>) -> anyhow::Result<Result<Certificate, Refused>> {
         let csr = csr.into();
         self.session
-            .say(Notice::Renew(Renew { csr, issuer: None }))
+            .say(Notice::Renew(Renew { csr, issuer: None, token: String::new() }))
             .map_err(|error| anyhow::anyhow!("{error}"))?;
         let hearing = async {
             loop {

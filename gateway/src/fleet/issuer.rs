@@ -1,0 +1,232 @@
+//! Who issues a cluster's ServiceAccount tokens, and by whose word? Whoever the record names can let agents in by its tokens, so
+//! the record changes only by the word of somebody who was believed before.
+//!
+//! | who says it | with what | what becomes of it |
+//! |---|---|---|
+//! | the operator (`spec.issuer`) | | it counts, and what agents say does not |
+//! | an agent | a join token, now or within the last hour | it takes the place of what was there |
+//! | an agent | a token of its ServiceAccount, signed with a key on record | its keys do, if URL and subject are the same |
+//! | an agent | nothing but its certificate | it waits, and counts for nothing |
+//!
+//! That the new keys hold an old one proves nothing: public keys are public.
+
+use super::TokenIssuer;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+
+/// Agents that are remembered as having said the same.
+const SAYERS_MAX: usize = 256;
+
+/// What was said about a cluster's issuer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Issuers {
+    /// By the operator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given: Option<TokenIssuer>,
+    /// By agents that were believed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub told: Option<Told>,
+    /// What was told before that by others than the agent that changed it: it counts again should that one be revoked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Told>,
+    /// By an agent that was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending: Option<Told>,
+}
+
+/// An issuer by the word of agents.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Told {
+    pub issuer: TokenIssuer,
+    /// The instances that have said the same.
+    pub by: BTreeSet<String>,
+}
+
+/// What stands behind the word of an agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    JoinToken,
+    /// A token of the agent's ServiceAccount that a key on record has signed.
+    OldKey,
+    Nothing,
+}
+
+/// What becomes of what an agent has said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// It counts.
+    Counts,
+    /// It waits for a join token, or for the operator.
+    Pending,
+    /// The operator has said something else.
+    Ignored,
+}
+
+impl Issuers {
+    pub(super) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// By which agents are let in.
+    #[must_use]
+    pub fn in_force(&self) -> Option<&TokenIssuer> {
+        self.given.as_ref().or(self.told.as_ref().map(|told| &told.issuer))
+    }
+
+    /// Takes what an agent says.
+    pub(super) fn tell(&mut self, agent: &str, said: TokenIssuer, word: Word) -> Heard {
+        if let Some(given) = &self.given {
+            return if given.is_same_as(&said) { Heard::Counts } else { Heard::Ignored };
+        }
+        let now = Told { by: [agent.to_owned()].into(), issuer: said };
+        if let Some(told) = self.told.as_mut().filter(|told| told.issuer.says(&now.issuer)) {
+            if told.by.len() < SAYERS_MAX {
+                told.by.insert(agent.to_owned());
+            }
+            self.pending = self.pending.take().filter(|pending| !pending.by.contains(agent));
+            return Heard::Counts;
+        }
+        let follows = self.told.as_ref().is_some_and(|told| told.issuer.is_same_as(&now.issuer));
+        if word == Word::Nothing || (word == Word::OldKey && !follows) {
+            if !self.pending.as_ref().is_some_and(|pending| pending.issuer.says(&now.issuer)) {
+                self.pending = Some(now);
+            }
+            return Heard::Pending;
+        }
+        if let Some(old) = self.told.replace(now).filter(|old| old.by.iter().any(|by| by != agent)) {
+            self.before = Some(old);
+        }
+        self.pending = None;
+        Heard::Counts
+    }
+
+    /// The operator gives one, or none: what agents have told counts again then.
+    pub fn give(&mut self, given: Option<TokenIssuer>) {
+        if given.is_some() {
+            self.pending = None;
+        }
+        self.given = given;
+    }
+
+    /// An agent is revoked: nothing counts any more that it alone has said.
+    pub(super) fn forget(&mut self, agent: &str) {
+        let without = |told: Option<Told>| {
+            let mut told = told?;
+            told.by.remove(agent);
+            (!told.by.is_empty()).then_some(told)
+        };
+        self.pending = without(self.pending.take());
+        self.before = without(self.before.take());
+        self.told = without(self.told.take()).or_else(|| self.before.take());
+    }
+
+    /// All agents are: what they have said counts no more.
+    pub(super) fn forget_all(&mut self) {
+        *self = Self { given: self.given.take(), ..Self::default() };
+    }
+}
+
+impl TokenIssuer {
+    /// Whether it is the same issuer and subject, whatever the keys.
+    fn is_same_as(&self, other: &Self) -> bool {
+        self.issuer == other.issuer && self.subject() == other.subject()
+    }
+
+    /// Whether it is the same, keys included.
+    #[must_use]
+    pub fn says(&self, other: &Self) -> bool {
+        self.issuer == other.issuer && self.jwks == other.jwks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Time;
+    use super::*;
+    use serde_json::json;
+
+    fn issuer(url: &str, subject: &str, keys: &[&str]) -> TokenIssuer {
+        let keys: Vec<_> = keys.iter().map(|kid| json!({"kid": kid})).collect();
+        let jwks = json!({"keys": keys, "towline.io/subject": subject});
+        TokenIssuer { issuer: url.to_owned(), jwks, updated: Time::now() }
+    }
+
+    fn keys(issuers: &Issuers) -> String {
+        let keys =
+            issuers.in_force().map(|issuer| issuer.jwks["keys"].as_array().cloned().unwrap_or_default());
+        keys.map_or_else(String::new, |keys| {
+            keys.iter().filter_map(|key| key["kid"].as_str()).collect::<Vec<_>>().join("+")
+        })
+    }
+
+    const URL: &str = "https://k8s";
+    const SA: &str = "system:serviceaccount:towline:agent";
+
+    #[test]
+    fn s5_only_the_word_of_somebody_believed_changes_an_issuer() {
+        let mut issuers = Issuers::default();
+        let set = |keys: &[&str]| issuer(URL, SA, keys);
+        assert_eq!(issuers.tell("a", set(&["evil"]), Word::Nothing), Heard::Pending);
+        assert_eq!((keys(&issuers).as_str(), issuers.in_force()), ("", None), "also where there was none");
+        assert_eq!(issuers.tell("a", set(&["one"]), Word::JoinToken), Heard::Counts);
+        assert_eq!(issuers.pending, None);
+        // A brand-new set, and one that holds the old key, which everybody knows.
+        for evil in [set(&["evil"]), set(&["one", "evil"])] {
+            assert_eq!(issuers.tell("a", evil, Word::Nothing), Heard::Pending);
+            assert_eq!(keys(&issuers), "one");
+        }
+        // The cluster's own rotation, step by step.
+        for step in [&["one", "two"][..], &["two"], &["two", "three"]] {
+            assert_eq!(issuers.tell("a", set(step), Word::OldKey), Heard::Counts);
+            assert_eq!(keys(&issuers), step.join("+"));
+        }
+        assert_eq!(issuers.pending, None, "what is vouched for takes the place of what waits");
+        // Another issuer or subject needs more than a key.
+        for other in
+            [issuer("https://other", SA, &["two"]), issuer(URL, "system:serviceaccount:x:y", &["two"])]
+        {
+            assert_eq!(issuers.tell("a", other.clone(), Word::OldKey), Heard::Pending);
+            assert_eq!(keys(&issuers), "two+three");
+            let mut moved = issuers.clone();
+            assert_eq!(moved.tell("a", other.clone(), Word::JoinToken), Heard::Counts);
+            assert_eq!(moved.in_force(), Some(&other));
+        }
+    }
+
+    #[test]
+    fn s5_no_agent_changes_what_the_operator_gives() {
+        let mut issuers = Issuers::default();
+        issuers.tell("a", issuer(URL, SA, &["one"]), Word::JoinToken);
+        issuers.tell("a", issuer(URL, SA, &["two"]), Word::Nothing);
+        issuers.give(Some(issuer(URL, SA, &["two"])));
+        assert_eq!((keys(&issuers).as_str(), &issuers.pending), ("two", &None));
+        for word in [Word::JoinToken, Word::OldKey, Word::Nothing] {
+            assert_eq!(issuers.tell("a", issuer("https://evil", SA, &["evil"]), word), Heard::Ignored);
+        }
+        issuers.forget("a");
+        issuers.forget_all();
+        assert_eq!(keys(&issuers), "two");
+        issuers.give(None);
+        assert_eq!(issuers.in_force(), None, "what the revoked one had said is gone too");
+    }
+
+    #[test]
+    fn s5_a_revoked_agent_takes_its_word_along() {
+        let set = |keys: &[&str]| issuer(URL, SA, keys);
+        let mut issuers = Issuers::default();
+        issuers.tell("a", set(&["one"]), Word::JoinToken);
+        issuers.tell("b", set(&["one"]), Word::OldKey);
+        // Somebody has the token of a pod and its key, and says that another key counts.
+        assert_eq!(issuers.tell("b", set(&["evil"]), Word::OldKey), Heard::Counts);
+        assert_eq!(issuers.tell("b", set(&["evil", "more"]), Word::OldKey), Heard::Counts);
+        issuers.tell("b", set(&["most"]), Word::Nothing);
+        issuers.forget("b");
+        assert_eq!((keys(&issuers).as_str(), &issuers.pending), ("one", &None), "the honest ones' way back");
+        issuers.forget("b");
+        assert_eq!(keys(&issuers), "one");
+        issuers.forget("a");
+        assert_eq!(issuers.in_force(), None);
+    }
+}
