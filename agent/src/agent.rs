@@ -225,6 +225,7 @@ impl Agent {
         let service = Arc::new(Service {
             live: Arc::clone(&self.live),
             mode: config.mode.clone(),
+            allow_anonymous: config.allow_anonymous,
             metrics: metrics.clone(),
             exchanges: Arc::new(Semaphore::new(config.limits.exchanges as usize)),
             head_max: config.limits.head_max(),

@@ -29,6 +29,8 @@ pub struct AgentConfig {
     pub proxy: Option<ProxyConfig>,
     pub identity: IdentityConfig,
     pub mode: AgentMode,
+    /// In restricted mode: whether a request without a credential goes to the API server, as anonymous.
+    pub allow_anonymous: bool,
     pub api_server: ApiServerConfig,
     pub targets: Vec<TargetConfig>,
     pub transport: TransportMode,
@@ -299,6 +301,7 @@ impl AgentConfig {
         let quic = read_quic(root);
         let identity = read_identity(root);
         let mode = read_mode(root);
+        let allow_anonymous = root.flag("allowAnonymous");
         let api_server = read_api_server(root);
         let targets = read_targets(root);
         let limits = read_limits(root);
@@ -329,6 +332,7 @@ impl AgentConfig {
             proxy,
             identity: identity?,
             mode: mode?,
+            allow_anonymous,
             api_server: api_server?,
             targets,
             transport,
@@ -391,6 +395,7 @@ impl AgentConfig {
         });
         out["proxy"] = self.proxy.as_ref().map_or_else(|| json!({ "url": "none" }), ProxyConfig::effective);
         out["mode"] = json!(self.mode.to_string());
+        out["allowAnonymous"] = json!(self.allow_anonymous);
         if let AgentMode::Impersonate(impersonate) = &self.mode {
             out["impersonate"] = json!({
                 "tokenFile": impersonate.token_file,

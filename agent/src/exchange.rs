@@ -194,7 +194,7 @@ fn prepare(
     request: &Request,
 ) -> Result<(Arc<Upstream>, RequestHead), Failed> {
     let upstream = service.live.upstream(&request.target)?;
-    let plan = identity::decide(&service.mode, request)
+    let plan = identity::decide(&service.mode, service.allow_anonymous, request)
         .map_err(|refusal| Failed::before(Code::Denied, refusal.to_string()))?;
     let authorization = match plan {
         Plan::Impersonate(_) => {

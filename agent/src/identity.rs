@@ -2,10 +2,13 @@
 //!
 //! | agent | request | to the API server | to a target |
 //! |---|---|---|---|
-//! | restricted | restricted | as it came | as it came |
+//! | restricted | restricted | as it came if it brings a credential (or `allowAnonymous`), else refused | as it came |
 //! | restricted | impersonate | refused | refused |
 //! | impersonate | restricted | as it came if it brings a credential, else refused | as it came |
 //! | impersonate | impersonate | as the principal, and nobody else | without any identity |
+//!
+//! A credential is what an API server looks at: `Authorization: Bearer`, and in a WebSocket handshake the subprotocol that
+//! carries a token. Whatever else a request brings, it is anonymous there.
 //!
 //! The agent's own token goes to the API server in the name of a principal, and nowhere else.
 
@@ -26,6 +29,10 @@ pub(crate) enum Refusal {
         "the request brings no credential of its own, and the agent (mode: impersonate) lends its own only in the name of a principal"
     )]
     NoCredential,
+    #[error(
+        "the request brings no credential that the API server looks at (Authorization: Bearer, or the WebSocket subprotocol), so it would be anonymous there. Send one, or let the cluster's owner set allowAnonymous: true"
+    )]
+    Anonymous,
     #[error("the request names no principal to impersonate")]
     NoPrincipal,
     #[error(
@@ -74,14 +81,21 @@ pub(crate) enum Admitted {
 }
 
 /// Decides on the identity of a request.
-pub(crate) fn decide(agent: &AgentMode, request: &Request) -> Result<Plan, Refusal> {
+pub(crate) fn decide(agent: &AgentMode, allow_anonymous: bool, request: &Request) -> Result<Plan, Refusal> {
     let to_api_server = request.target.is_empty();
+    let brings_one = || request.headers.iter().any(|header| brings_credential(header, &request.upgrade));
     match (agent, Mode::try_from(request.mode).map_err(|_| Refusal::UnknownMode)?) {
-        (AgentMode::Restricted, Mode::Restricted) => Ok(Plan::AsItCame),
+        (AgentMode::Restricted, Mode::Restricted) => {
+            let may = !to_api_server || allow_anonymous || brings_one();
+            if may { Ok(Plan::AsItCame) } else { Err(Refusal::Anonymous) }
+        }
         (AgentMode::Restricted, Mode::Impersonate) => Err(Refusal::Restricted),
         (AgentMode::Impersonate(_), Mode::Restricted) => {
-            let brings_one = request.headers.iter().any(brings_credential);
-            if brings_one || !to_api_server { Ok(Plan::AsItCame) } else { Err(Refusal::NoCredential) }
+            if !to_api_server || brings_one() {
+                Ok(Plan::AsItCame)
+            } else {
+                Err(Refusal::NoCredential)
+            }
         }
         (AgentMode::Impersonate(_), Mode::Impersonate) if !to_api_server => Ok(Plan::Nobody),
         (AgentMode::Impersonate(config), Mode::Impersonate) => {
@@ -117,10 +131,15 @@ fn is_system(name: &str) -> bool {
     name.get(..SYSTEM.len()).is_some_and(|start| start.eq_ignore_ascii_case(SYSTEM))
 }
 
-fn brings_credential(header: &Header) -> bool {
-    header.name.eq_ignore_ascii_case(b"authorization") && !header.value.trim_ascii().is_empty()
-        || header.name.eq_ignore_ascii_case(b"sec-websocket-protocol")
-            && without_bearer_protocol(&header.value) != Admitted::Whole
+fn brings_credential(header: &Header, upgrade: &str) -> bool {
+    if header.name.eq_ignore_ascii_case(b"authorization") {
+        let value = header.value.trim_ascii();
+        let scheme = value.get(..BEARER.len()).is_some_and(|start| start.eq_ignore_ascii_case(BEARER));
+        return scheme && value.len() > BEARER.len();
+    }
+    upgrade.eq_ignore_ascii_case("websocket")
+        && header.name.eq_ignore_ascii_case(b"sec-websocket-protocol")
+        && without_bearer_protocol(&header.value) != Admitted::Whole
 }
 
 /// Whether a header says who the caller is, to any software that is known to look at it (R-IMP-2, R-IMP-4). `_` counts
@@ -148,6 +167,7 @@ fn without_bearer_protocol(value: &[u8]) -> Admitted {
     if kept.is_empty() { Admitted::Nothing } else { Admitted::Part(kept.join(&b", "[..])) }
 }
 
+const BEARER: &[u8] = b"bearer ";
 const SYSTEM: &str = "system:";
 const CARRIERS: &[&[u8]] = &[b"authorization", b"proxy-authorization", b"x-forwarded-client-cert"];
 const CARRIER_PREFIXES: &[&[u8]] = &[b"impersonate-", b"x-remote-"];
@@ -187,9 +207,9 @@ mod tests {
     }
 
     #[test]
-    fn the_agents_configuration_has_the_last_word() {
+    fn s17_the_agents_configuration_has_the_last_word() {
         let alice = Some(("alice", &["dev"][..]));
-        let refusal = |agent: &AgentMode, request: &Request| decide(agent, request).unwrap_err();
+        let refusal = |agent: &AgentMode, request: &Request| decide(agent, false, request).unwrap_err();
         assert_eq!(
             refusal(&AgentMode::Restricted, &request(Mode::Impersonate, &[], alice)),
             Refusal::Restricted
@@ -202,11 +222,29 @@ mod tests {
         );
         assert_eq!(refusal(&agent, &request(Mode::Impersonate, &[], None)), Refusal::NoPrincipal);
         let own = request(Mode::Restricted, &[("AUTHORIZATION", "Bearer x")], alice);
-        assert!(matches!(decide(&agent, &own), Ok(Plan::AsItCame)));
-        assert!(matches!(
-            decide(&AgentMode::Restricted, &request(Mode::Restricted, &[], None)),
-            Ok(Plan::AsItCame)
-        ));
+        assert!(matches!(decide(&agent, false, &own), Ok(Plan::AsItCame)));
+        // S17: a request that would be anonymous goes through only where the owner says so.
+        let (bearer, protocol) =
+            (("authorization", "Bearer x"), format!("v5, base64url.bearer.authorization.k8s.io.YQ"));
+        let shell = ("Sec-WebSocket-Protocol", &*protocol);
+        for (headers, upgrade, counts) in [
+            (&[][..], "", false),
+            (&[bearer], "", true),
+            (&[("authorization", "Bearer ")], "", false),
+            (&[("authorization", "Basic YTpi")], "", false),
+            (&[("authorization", "x")], "", false),
+            (&[shell], "websocket", true),
+            (&[shell], "", false),
+            (&[("sec-websocket-protocol", "v5.channel.k8s.io")], "websocket", false),
+        ] {
+            let asked = Request { upgrade: upgrade.to_owned(), ..request(Mode::Restricted, headers, None) };
+            let decided = decide(&AgentMode::Restricted, false, &asked);
+            assert_eq!(decided.is_ok(), counts, "{headers:?} {upgrade}");
+            assert!(counts || matches!(decided, Err(Refusal::Anonymous)));
+            assert!(matches!(decide(&AgentMode::Restricted, true, &asked), Ok(Plan::AsItCame)));
+            let to_target = Request { target: "prom".to_owned(), ..asked };
+            assert!(decide(&AgentMode::Restricted, false, &to_target).is_ok(), "its own affair");
+        }
         let unknown = Request { mode: 7, ..Request::default() };
         assert_eq!(refusal(&agent, &unknown), Refusal::UnknownMode);
     }
@@ -216,15 +254,15 @@ mod tests {
     fn targets_are_never_impersonated() {
         let mut to_target = request(Mode::Impersonate, &[], Some(("alice", &[])));
         to_target.target = "prom".to_owned();
-        assert!(matches!(decide(&impersonating(&[]), &to_target), Ok(Plan::Nobody)));
-        assert!(decide(&AgentMode::Restricted, &to_target).is_err());
+        assert!(matches!(decide(&impersonating(&[]), false, &to_target), Ok(Plan::Nobody)));
+        assert!(decide(&AgentMode::Restricted, false, &to_target).is_err());
     }
 
     #[test]
     fn a_principal_is_written_whole_or_not_at_all() {
         let agent = impersonating(&["system:masters"]);
         let plan = |name: &str, groups: &[&str]| {
-            decide(&agent, &request(Mode::Impersonate, &[], Some((name, groups))))
+            decide(&agent, false, &request(Mode::Impersonate, &[], Some((name, groups))))
         };
         let Ok(Plan::Impersonate(headers)) = plan("älice@x", &["dev", "system:masters", "dev:a b"]) else {
             panic!("refused")

@@ -24,6 +24,7 @@ use crate::metrics::{Counted, Metrics};
 pub(crate) struct Service {
     pub(crate) live: Arc<Live>,
     pub(crate) mode: AgentMode,
+    pub(crate) allow_anonymous: bool,
     pub(crate) metrics: Metrics,
     /// One permit per exchange.
     pub(crate) exchanges: Arc<Semaphore>,

@@ -7,7 +7,8 @@
 //! 4. names and groups that begin with `system:` are refused. `?token=` is never a credential.
 //! 5. Only who may call the cluster learns what it wants beside: in restricted mode the caller's `Authorization` is meant
 //!    for the cluster and goes through unread; it must be there, and be none of ours, which a cluster must never see. So
-//!    there only the certificate can say who calls.
+//!    there only the certificate can say who calls. What counts is what an API server looks at: the scheme `Bearer`, and in
+//!    a WebSocket handshake the subprotocol. With anything else the caller would be anonymous there.
 //!
 //! OIDC gets its room beside [`tokens`].
 
@@ -18,7 +19,9 @@ use crate::fleet::Fleet;
 use crate::metrics::Ended;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine as _, alphabet};
-use http::header::{AUTHORIZATION, HeaderMap, HeaderName, SEC_WEBSOCKET_PROTOCOL};
+use http::header::{
+    AUTHORIZATION, CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_PROTOCOL, UPGRADE,
+};
 use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -296,10 +299,20 @@ pub fn suits(headers: &HeaderMap, mode: Mode) -> Result<(), AuthnError> {
     if authorization.is_some_and(is_own) || subprotocol.as_deref().is_some_and(is_own) {
         return Err(AuthnError::OwnCredential);
     }
-    match (authorization, subprotocol) {
-        (None, None) => Err(AuthnError::ClusterCredentialNeeded),
-        _ => Ok(()),
-    }
+    // What an API server does not look at makes the request anonymous there.
+    let counts = authorization.is_some_and(|line| bearer(line).is_some())
+        || (subprotocol.is_some() && asks_for_websocket(headers));
+    if counts { Ok(()) } else { Err(AuthnError::ClusterCredentialNeeded) }
+}
+
+/// Only there an API server looks for a token among the subprotocols.
+fn asks_for_websocket(headers: &HeaderMap) -> bool {
+    let words = |name| {
+        let lines = headers.get_all(name).iter().filter_map(|line: &HeaderValue| line.to_str().ok());
+        lines.flat_map(|line| line.split(',')).map(str::trim)
+    };
+    words(UPGRADE).any(|word| word.eq_ignore_ascii_case("websocket"))
+        && words(CONNECTION).any(|word| word.eq_ignore_ascii_case("upgrade"))
 }
 
 /// The one Authorization header.
@@ -405,14 +418,26 @@ mod tests {
     }
 
     #[test]
-    fn restricted_mode_knows_callers_by_certificate_only() {
+    fn s17_restricted_mode_knows_callers_by_certificate_and_is_never_anonymous() {
         let jane = cert("jane", &[]);
         let ask =
             |certificate: &Certificate, lines: &[(&str, &str)]| ask(Mode::Restricted, certificate, lines);
         assert_eq!(ask(&jane, &[("authorization", "Bearer abc")]), Ok("jane".to_owned()));
-        assert_eq!(ask(&jane, &[("authorization", "Basic YTpi")]), Ok("jane".to_owned()));
         let protocol = format!("v5.channel.k8s.io, {BEARER_SUBPROTOCOL}YWJj");
-        assert_eq!(ask(&jane, &[("sec-websocket-protocol", &protocol)]), Ok("jane".to_owned()));
+        let upgrade = [("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")];
+        let shell = [upgrade[0], upgrade[1], ("sec-websocket-protocol", &protocol)];
+        assert_eq!(ask(&jane, &shell), Ok("jane".to_owned()));
+        // S17: what an API server does not look at is no credential.
+        for anonymous in [
+            &[("authorization", "Basic YTpi")][..],
+            &[("authorization", "Negotiate abc")],
+            &[("authorization", "Token abc")],
+            &shell[1..],
+            &shell[2..],
+            &upgrade,
+        ] {
+            assert_eq!(ask(&jane, anonymous), Err(AuthnError::ClusterCredentialNeeded), "{anonymous:?}");
+        }
         assert_eq!(ask(&jane, &[]), Err(AuthnError::ClusterCredentialNeeded));
         assert_eq!(
             ask(&Certificate::Absent, &[("authorization", "Bearer abc")]),
@@ -445,7 +470,8 @@ mod tests {
         }
         // A token of the cluster that has the same five letters inside, as one in a million has.
         for other in ["Bearer eyJhbGciOi.JSUztlat_NiIs.kid", "Bearer x.tlat_x", "Basic dGxhdDpfeA=="] {
-            assert_eq!(ask(Mode::Restricted, &jane, &[("authorization", other)]), Ok("jane".to_owned()));
+            let asked = ask(Mode::Restricted, &jane, &[("authorization", other)]);
+            assert_ne!(asked, Err(AuthnError::OwnCredential), "{other}");
             assert!(!carries_own_credential(&AUTHORIZATION, other.as_bytes()), "{other}");
         }
         assert!(query_carries_own_credential("a=b&token=tlat%5Fx"));

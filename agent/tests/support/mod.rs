@@ -94,7 +94,7 @@ impl World {
         let transport = if more.contains("transport:") { "" } else { "transport: tcp\n" };
         let gateways: Vec<String> = gateways.iter().map(|at| format!("\"{at}\"")).collect();
         format!(
-            "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: [{}] }}\nidentity: {{ certificate: {}, key: {}, ca: {} }}\napiServer: {{ url: 'https://{upstream}', ca: {} }}\nadmin: {{ address: '127.0.0.1:0' }}\n{transport}{more}",
+            "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: [{}] }}\nidentity: {{ certificate: {}, key: {}, ca: {} }}\napiServer: {{ url: 'https://{upstream}', ca: {} }}\nadmin: {{ address: '127.0.0.1:0' }}\nallowAnonymous: true\n{transport}{more}",
             gateways.join(", "),
             self.file("agent-east.crt"),
             self.file("agent-east.key"),
