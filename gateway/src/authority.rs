@@ -68,7 +68,8 @@ pub(crate) struct Authorities {
 impl Authorities {
     /// Loads the CAs of a state directory; makes those that are not there. Blocks.
     pub(crate) fn open(directory: &Path, now: SystemTime) -> Result<Self, AuthorityError> {
-        let open = |stem, kind| authority(directory, stem, kind, now);
+        let first = !Self::exist(directory);
+        let open = |stem, kind| authority(directory, stem, kind, first, now);
         let tunnel = open(STEMS[0], CaKind::Tunnel)?;
         let clients = open(STEMS[1], CaKind::FrontClients)?;
         let front = open(STEMS[2], CaKind::FrontServer)?;
@@ -156,6 +157,7 @@ fn authority(
     directory: &Path,
     stem: &str,
     kind: CaKind,
+    first: bool,
     now: SystemTime,
 ) -> Result<Authority, AuthorityError> {
     let path = |ending: &str| directory.join(format!("{stem}.{ending}"));
@@ -167,7 +169,11 @@ fn authority(
         (false, false) => {
             create_private_directory(directory)?;
             CertificateAuthority::create(kind, CA_LIFETIME, now)?.save(&root, &key)?;
-            tracing::info!(ca = %kind, path = %root.display(), "a new CA was made; keep a backup of its key");
+            if first {
+                tracing::info!(ca = %kind, path = %root.display(), "a new CA was made; keep a backup of its key");
+            } else {
+                tracing::warn!(ca = %kind, path = %root.display(), "the CA was gone, and a new one was made: what the old one had issued counts no more. Bring both its files back from the backup, or hand out new kubeconfigs");
+            }
         }
     }
     let key_file = FileBytes::read(&key)?;

@@ -6,6 +6,7 @@ use crate::api::ADMINS;
 use crate::authority::{Authorities, AuthorityError};
 use crate::config::{GatewayConfig, PublicAddress};
 use crate::fleet;
+use crate::metrics::Metrics;
 use crate::rotation::{self, Phase, RotationError, Step};
 use crate::store::backup::{self, Dump, Report, RestoreError};
 use crate::store::{Store, StoreError};
@@ -14,6 +15,7 @@ use base64::engine::general_purpose::STANDARD;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use towline_certs::facts::human;
@@ -29,6 +31,10 @@ pub enum CommandError {
     NoState,
     #[error("{} holds no CA yet. Start the gateway once, then try again", .0.display())]
     Fresh(PathBuf),
+    #[error(
+        "--new-ca: {} is there; start without it. To replace a CA that agents believe: tunnel-ca trust-new", .0.display()
+    )]
+    CaExists(PathBuf),
     #[error(transparent)]
     Authority(#[from] AuthorityError),
     #[error(transparent)]
@@ -61,6 +67,21 @@ pub enum CommandError {
 
 fn directory(config: &GatewayConfig) -> Result<&Path, CommandError> {
     config.state_directory.as_deref().ok_or(CommandError::NoState)
+}
+
+/// Makes a new tunnel CA in a state directory whose CA is gone. Blocks.
+///
+/// # Errors
+/// There is a CA, a gateway uses the directory, or it cannot be written.
+pub fn new_ca(config: &GatewayConfig, now: SystemTime) -> Result<(), CommandError> {
+    let place = directory(config)?;
+    if rotation::exists(place) {
+        return Err(CommandError::CaExists(place.join(rotation::ROOTS)));
+    }
+    // Nobody else makes one at the same time.
+    let _store = Store::open(place, Arc::new(Metrics::new()))?;
+    Authorities::open(place, now)?;
+    Ok(())
 }
 
 /// A kubeconfig whose user is an admin of the fleet for 24 hours.

@@ -35,6 +35,9 @@ struct Arguments {
     /// error, warn, info, debug, trace, or a list such as info,towline_gateway=debug.
     #[arg(long, value_name = "LEVEL", default_value = "info", env = "TOWLINE_LOG_LEVEL")]
     log_level: String,
+    /// The tunnel CA is gone for good: make a new one, then start. Every agent has to join anew with a new token.
+    #[arg(long)]
+    new_ca: bool,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -118,6 +121,9 @@ fn start(arguments: &Arguments) -> anyhow::Result<()> {
         towline_gateway::check(&config)?;
         print(&config.to_yaml());
         return Ok(());
+    }
+    if arguments.new_ca {
+        commands::new_ca(&config, SystemTime::now())?;
     }
     runtime::build()?.block_on(run(config, path.clone()))
 }

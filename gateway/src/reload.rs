@@ -70,6 +70,7 @@ pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigE
     let _one_at_a_time = shared.reloading.lock().unwrap_or_else(PoisonError::into_inner);
     let result = path
         .map_or_else(|| Ok(shared.live().config.clone()), GatewayConfig::load)
+        .and_then(|config| same_trust_domain(shared, config))
         .and_then(|config| Live::load(config, authorities(shared)?));
     let live = match result {
         Ok(live) => live,
@@ -86,6 +87,16 @@ pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigE
     shared.metrics.reloaded(ReloadOutcome::Applied);
     tracing::info!("configuration, certificates and tokens were read again");
     Ok(())
+}
+
+/// Everybody on record is of the trust domain that the gateway has started with.
+fn same_trust_domain(shared: &Shared, new: GatewayConfig) -> Result<GatewayConfig, ConfigError> {
+    let (running, configured) = (&shared.config.trust_domain, &new.trust_domain);
+    if running == configured {
+        return Ok(new);
+    }
+    let problem = format!("trustDomain: is {running} while the gateway runs, not {configured}");
+    Err(ConfigError { problems: vec![problem] })
 }
 
 /// The gateway's own CAs as they are now. A state directory that is not there is no reason to make new ones.

@@ -106,6 +106,12 @@ pub fn phase(directory: &Path) -> Result<Phase, RotationError> {
     phase_of(directory, &load_roots(&directory.join(ROOTS))?)
 }
 
+/// Whether any file of the tunnel CA is there.
+#[must_use]
+pub fn exists(directory: &Path) -> bool {
+    [ROOTS, KEY].iter().any(|file| directory.join(file).exists())
+}
+
 /// Since when the CA issues that does now.
 ///
 /// # Errors

@@ -13,9 +13,10 @@ use crate::memory::Shares;
 use crate::metrics::Metrics;
 use crate::per_key::{PerKey, Sizes};
 use crate::registry::{HoldLimits, Registry};
+use crate::rotation;
 use crate::running::Running;
 use crate::runtime::Shards;
-use crate::store::{Store, StoreError};
+use crate::store::{Kind, Store, StoreError};
 use crate::trust::TrustBoard;
 use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
@@ -55,15 +56,28 @@ impl Memory {
         metrics: &Arc<Metrics>,
     ) -> Result<Option<Self>, MemoryError> {
         let Some(directory) = config.state_directory.clone() else { return Ok(None) };
-        let for_store = Arc::clone(metrics);
+        let (for_store, place) = (Arc::clone(metrics), directory.clone());
+        let configured = config.trust_domain.to_string();
         let opened = tokio::task::spawn_blocking(move || {
-            create_private_directory(&directory).map_err(AuthorityError::Save)?;
+            create_private_directory(&place).map_err(AuthorityError::Save)?;
             // First the store, whose lock keeps a second gateway from making CAs at the same time.
-            let store = Store::open(&directory, for_store)?;
-            Ok::<_, MemoryError>((store, Authorities::open(&directory, SystemTime::now())?))
+            let store = Store::open(&place, for_store)?;
+            let known = store.trust_domain(&configured)?;
+            if known != configured {
+                return Err(MemoryError::TrustDomain { directory: place, known, configured });
+            }
+            Ok(store)
         });
-        let (store, authorities) = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
+        let store = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
         let fleet = Fleet::load(store, Arc::clone(metrics), config.limits.objects).await?;
+        let agents = fleet.count(Kind::Instance);
+        let opened = tokio::task::spawn_blocking(move || {
+            if agents > 0 && !rotation::exists(&directory) {
+                return Err(MemoryError::NoCa { directory, agents });
+            }
+            Ok(Authorities::open(&directory, SystemTime::now())?)
+        });
+        let authorities = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
         Ok(Some(Self { fleet, authorities: Arc::new(authorities) }))
     }
 }
@@ -75,6 +89,14 @@ pub enum MemoryError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Authority(#[from] AuthorityError),
+    #[error(
+        "{} is of the trust domain {known}, and trustDomain says {configured}: each of its agents would be nobody. Set trustDomain: {known}; another trust domain needs a state directory of its own", directory.display()
+    )]
+    TrustDomain { directory: PathBuf, known: String, configured: String },
+    #[error(
+        "the CA of {agents} agents on record is missing; bring back tunnel-ca.crt and tunnel-ca.key in {} from the backup, or start with --new-ca: then every agent has to join anew with a new token", directory.display()
+    )]
+    NoCa { directory: PathBuf, agents: usize },
 }
 
 /// What a reload replaces as a whole.

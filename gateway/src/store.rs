@@ -318,6 +318,15 @@ impl Store {
         Embedded::open(directory, metrics).map(|embedded| Self::Embedded(Arc::new(embedded)))
     }
 
+    /// The trust domain that the store is of: this one from now on, if there was none. Blocks.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub fn trust_domain(&self, first: &str) -> Result<String, StoreError> {
+        let Self::Embedded(engine) = self;
+        engine.trust_domain(first)
+    }
+
     /// Whether another process has the store in this directory. Blocks.
     ///
     /// # Errors

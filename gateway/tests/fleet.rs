@@ -18,13 +18,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinSet;
-use towline_certs::{AgentKey, CertificateDer, CertificateFacts};
-use towline_gateway::Gateway;
+use towline_certs::{AgentKey, CertificateDer, CertificateFacts, TrustDomain};
 use towline_gateway::config::{GatewayConfig, Mode};
 use towline_gateway::fleet::{
-    AccessToken, Cluster, Ended, Fleet, GatewayLife, LastSeen, Meta, Object, Revoked, Time, hex, new_uid,
+    AccessToken, Cluster, Ended, Fleet, GatewayLife, Instance, LastSeen, Meta, Object, Origin, Revoked, Time,
+    hex, new_uid, restored,
 };
-use towline_gateway::store::Kind;
+use towline_gateway::store::{Kind, backup};
+use towline_gateway::{Gateway, commands};
 use towline_proto::open::BodyKind;
 
 const ADMIN: &str = "root";
@@ -168,6 +169,81 @@ async fn a_revoked_user_who_takes_nothing_has_nothing_running() {
         }
     }
     world.gateway.shutdown().await;
+}
+
+/// D23: a state directory is of one trust domain, at a start and at a reload.
+#[tokio::test]
+async fn d23_another_trust_domain_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = common::config(directory.path());
+    config.state_directory = Some(directory.path().join("state"));
+    let file = directory.path().join("gateway.yaml");
+    let write =
+        |config: &GatewayConfig| std::fs::write(&file, serde_json::to_string(config).unwrap()).unwrap();
+    let mut other = config.clone();
+    other.trust_domain = TrustDomain::new("example.com").unwrap();
+    let gateway = Gateway::start_from(config.clone(), Some(file.clone())).await.unwrap();
+    write(&other);
+    let error = gateway.reload().await.unwrap_err().to_string();
+    assert!(error.contains("trustDomain: is example.org"), "{error}");
+    gateway.shutdown().await;
+    drop(gateway);
+    let error = Gateway::start(other.clone()).await.unwrap_err().to_string();
+    assert!(error.contains("is of the trust domain example.org"), "{error}");
+    let error = Gateway::start(other).await.unwrap_err().to_string();
+    assert!(error.contains("Set trustDomain: example.org"), "refused once more, not taken over: {error}");
+    // A backup is of it too.
+    let dump = backup::dump(&directory.path().join("state")).unwrap();
+    assert_eq!(dump.trust_domain.as_deref(), Some("example.org"));
+    let elsewhere = directory.path().join("restored");
+    std::fs::create_dir(&elsewhere).unwrap();
+    backup::restore(&elsewhere, dump, |record| restored(record, true)).unwrap();
+    assert_eq!(backup::dump(&elsewhere).unwrap().trust_domain.as_deref(), Some("example.org"));
+    Gateway::start(config).await.unwrap().shutdown().await;
+}
+
+/// D24: a tunnel CA that is gone with agents on record is not replaced without a word; without any, or asked for, it is.
+#[tokio::test]
+async fn d24_a_ca_that_is_gone_is_asked_about() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = common::config(directory.path());
+    let state = directory.path().join("state");
+    config.state_directory = Some(state.clone());
+    let lose = || {
+        for file in ["tunnel-ca.crt", "tunnel-ca.key"] {
+            std::fs::remove_file(state.join(file)).unwrap();
+        }
+    };
+    Gateway::start(config.clone()).await.unwrap().shutdown().await;
+    lose();
+    let gateway = Gateway::start(config.clone()).await.unwrap();
+    let fleet = gateway.fleet().unwrap();
+    for name in ["a", "b"] {
+        let agent = Instance {
+            cluster_uid: "u".to_owned(),
+            admission: 1,
+            created: Time::now(),
+            origin: Origin::Token { token: "t".to_owned() },
+            certificates: Vec::new(),
+            restored: None,
+        };
+        fleet.put(name, &agent, None).await.unwrap();
+    }
+    gateway.shutdown().await;
+    drop(gateway);
+    lose();
+    for _ in 0..2 {
+        let error = Gateway::start(config.clone()).await.unwrap_err().to_string();
+        assert!(
+            error.contains("the CA of 2 agents on record is missing; bring back tunnel-ca.crt"),
+            "{error}"
+        );
+        assert!(error.contains("--new-ca"), "{error}");
+    }
+    commands::new_ca(&config, SystemTime::now()).unwrap();
+    let again = commands::new_ca(&config, SystemTime::now()).unwrap_err().to_string();
+    assert!(again.contains("start without it"), "{again}");
+    Gateway::start(config).await.unwrap().shutdown().await;
 }
 
 /// The same for watches of the gateway's own API.

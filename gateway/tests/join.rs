@@ -653,7 +653,7 @@ async fn s5_keys_need_the_word_of_somebody_believed() {
     };
     let joins = async |proof: Proof, boot: u8| ask(&world, &with_boot(proof, &key(), boot)).await;
     let issuers = || {
-        let Object::Cluster(cluster) =
+        let fleet::Object::Cluster(cluster) =
             world.gateway.fleet().unwrap().object(Kind::Cluster, "east").unwrap().object
         else {
             panic!()

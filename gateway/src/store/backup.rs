@@ -23,6 +23,9 @@ pub struct Dump {
     pub kind: String,
     pub epoch: u64,
     pub revision: u64,
+    /// Whose agents are on record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust_domain: Option<String>,
     pub records: Vec<DumpedRecord>,
     /// Records that could not be read, and so are not in here.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -79,6 +82,7 @@ pub fn dump(directory: &Path) -> Result<Dump, StoreError> {
         kind: KIND.to_owned(),
         epoch: revision.epoch,
         revision: revision.number,
+        trust_domain: store.known_trust_domain()?,
         records,
         unreadable,
     })
@@ -113,7 +117,10 @@ pub fn restore(
         records.push((key, schema, data));
     }
     let kept = records.len();
-    embedded::restore(directory, &Contents { epoch: dump.epoch + 1, revision, records })?;
+    embedded::restore(
+        directory,
+        &Contents { epoch: dump.epoch + 1, revision, trust_domain: dump.trust_domain, records },
+    )?;
     Ok((kept, total - kept))
 }
 

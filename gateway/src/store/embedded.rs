@@ -15,7 +15,7 @@ use crate::metrics::Metrics;
 use redb::backends::FileBackend;
 use redb::{
     Builder, Database, DatabaseError, Durability, ReadableDatabase as _, ReadableTable as _, StorageBackend,
-    TableDefinition, WriteTransaction,
+    TableDefinition, TableError, WriteTransaction,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -35,6 +35,9 @@ const NEW_FILE: &str = "store.redb.new";
 
 const RECORDS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("records");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+/// What this store is of, as text.
+const NAMES: TableDefinition<'_, &str, &str> = TableDefinition::new("names");
+const NAME_TRUST_DOMAIN: &str = "trustDomain";
 const META_FORMAT: &str = "format";
 const META_REVISION: &str = "revision";
 const META_EPOCH: &str = "epoch";
@@ -191,6 +194,28 @@ impl Embedded {
         }
         self.history.append(number, events);
         Ok(number)
+    }
+
+    /// The trust domain that the store is of: this one from now on, if there was none.
+    pub(super) fn trust_domain(&self, first: &str) -> Result<String, StoreError> {
+        match self.known_trust_domain()? {
+            Some(known) => Ok(known),
+            None => self.with_file(|file| {
+                let writing = file.begin_write()?;
+                writing.open_table(NAMES)?.insert(NAME_TRUST_DOMAIN, first)?;
+                writing.commit()?;
+                Ok(first.to_owned())
+            }),
+        }
+    }
+
+    /// The same, where it is known.
+    pub(super) fn known_trust_domain(&self) -> Result<Option<String>, StoreError> {
+        self.with_file(|file| match file.begin_read()?.open_table(NAMES) {
+            Ok(names) => Ok(names.get(NAME_TRUST_DOMAIN)?.map(|name| name.value().to_owned())),
+            Err(TableError::TableDoesNotExist(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        })
     }
 
     /// Every record as it stands in the file, those that cannot be read included.
@@ -376,6 +401,7 @@ fn host_name() -> String {
 #[derive(Default)]
 pub(super) struct Contents {
     pub(super) epoch: u64,
+    pub(super) trust_domain: Option<String>,
     pub(super) revision: u64,
     pub(super) records: Vec<(Key, u32, Value)>,
 }
@@ -420,6 +446,9 @@ fn create(directory: &Path, contents: &Contents) -> Result<(), StoreError> {
                 metas.insert(META_FORMAT, FORMAT)?;
                 metas.insert(META_REVISION, contents.revision)?;
                 metas.insert(META_EPOCH, contents.epoch)?;
+                if let Some(domain) = &contents.trust_domain {
+                    writing.open_table(NAMES)?.insert(NAME_TRUST_DOMAIN, domain.as_str())?;
+                }
             }
             writing.commit()?;
             Ok(())
