@@ -565,7 +565,7 @@ const TELL_LOOK_MAX: Duration = Duration::from_secs(600);
 /// Attempts that tell nothing before it is said.
 const TELL_WARN: u32 = 3;
 /// A longer token does not fit the notice beside the keys; none is.
-const VOUCHER_MAX: usize = 3 * 1024;
+const VOUCHER_MAX: usize = 2 * 1024;
 /// A gateway cannot keep the agent away for longer.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 /// What the sessions may tell the keeper before it has looked.
