@@ -503,6 +503,7 @@ async fn s7_roots_that_lead_back_to_nothing_are_refused() {
     assert_eq!(announce(&gateway, &session, 3, &[&old, evil.root_der()]).await, "");
     assert_ne!(announce(&gateway, &session, 4, &[evil.root_der()]).await, "", "in two steps");
     agent.shutdown().await;
+    gateway.with(|state| state.roots = vec![old.clone()]);
     let agent = Agent::start(config).await.unwrap();
     let (session, _) = gateway.session().await;
     assert_ne!(announce(&gateway, &session, 5, &[evil.root_der()]).await, "", "after a restart");

@@ -7,7 +7,7 @@
 mod common;
 
 use bytes::Bytes;
-use common::{Agent, Client, Exchange, TOKEN, World, config, full, in_time, text};
+use common::{Agent, Client, Exchange, TOKEN, World, config, full, in_time};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::upgrade::Upgraded;
@@ -384,6 +384,5 @@ async fn s4_an_admin_who_is_none_any_more_watches_nothing() {
     }
     let refused = world.h1(None).await.get_as(CLUSTERS, JANE).await;
     assert_eq!(refused.status(), 403);
-    assert!(text(refused).await.contains("forbidden"));
     world.gateway.shutdown().await;
 }
