@@ -484,7 +484,8 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
         Kind::JoinToken => return Ok(None),
         Kind::Cluster | Kind::Instance if record.key.kind == Kind::Cluster || keep_agents => {
             data["admission"] = Value::from(data["admission"].as_u64().unwrap_or_default() + 1);
-            if !keep_agents && let Some(issuers) = data["issuers"].as_object_mut() {
+            // Only the operator's word comes back.
+            if !keep_agents && let Some(Value::Object(issuers)) = data.get_mut("issuers") {
                 issuers.retain(|by, _| by == "given");
             }
             if record.key.kind == Kind::Instance {

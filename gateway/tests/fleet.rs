@@ -21,8 +21,8 @@ use tokio::task::JoinSet;
 use towline_certs::{AgentKey, CertificateDer, CertificateFacts, TrustDomain};
 use towline_gateway::config::{GatewayConfig, Mode};
 use towline_gateway::fleet::{
-    AccessToken, Cluster, Ended, Fleet, GatewayLife, Instance, LastSeen, Meta, Object, Origin, Revoked, Time,
-    hex, new_uid, restored,
+    AccessToken, Cluster, Ended, Fleet, GatewayLife, Instance, Issuers, LastSeen, Meta, Object, Origin,
+    Revoked, Time, hex, new_uid, restored,
 };
 use towline_gateway::store::{Kind, backup};
 use towline_gateway::{Gateway, commands};
@@ -644,7 +644,7 @@ async fn register(fleet: &Fleet, name: &str, created: Time) -> String {
         deletion_protection: false,
         max_agents: 4,
         admission: 1,
-        issuer: None,
+        issuers: Issuers::default(),
     };
     fleet.put(name, &cluster, None).await.unwrap();
     cluster.meta.uid
