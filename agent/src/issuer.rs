@@ -27,6 +27,8 @@ pub(crate) struct Current {
     pub(crate) issuer: Issuer,
     /// The name of the key that signed the agent's token, if that key is among the issuer's.
     pub(crate) signed_by: Option<String>,
+    /// That token.
+    pub(crate) token: String,
 }
 
 impl IssuerSource {
@@ -48,9 +50,9 @@ impl IssuerSource {
         let read = tokio::task::spawn_blocking(move || {
             let token = read_line(&token).ok()?;
             let jwks = file.map(|file| FileBytes::read(&file).map(|file| file.bytes().to_vec()));
-            Some((claims_of(&token)?, key_of(&token)?, jwks))
+            Some((claims_of(&token)?, key_of(&token)?, jwks, token))
         });
-        let ((issuer, subject), key, jwks) = read.await.ok()??;
+        let ((issuer, subject), key, jwks, token) = read.await.ok()??;
         let jwks = match jwks {
             Some(Ok(jwks)) => Bytes::from(jwks),
             Some(Err(error)) => {
@@ -69,7 +71,7 @@ impl IssuerSource {
             return None;
         }
         let signed_by = holds(&jwks, &key).then_some(key);
-        Some(Current { issuer: Issuer { issuer, jwks, subject }, signed_by })
+        Some(Current { issuer: Issuer { issuer, jwks, subject }, signed_by, token })
     }
 }
 

@@ -355,12 +355,14 @@ impl Keeper {
             }
         };
         let current = self.issuer.read(&self.live).await;
-        let (issuer, signed_by) = current.map(|current| (current.issuer, current.signed_by)).unzip();
+        let (issuer, with) =
+            current.map(|current| (current.issuer, (current.signed_by, current.token))).unzip();
         let joined = self.enroller.join(&self.live, old, &key, issuer).await;
         self.found.key = Some(key);
         let (held, told) = joined?;
         // Not what the issuer says now but what the gateway was told: the token may have been replaced in between.
-        self.told = Told { asked: signed_by.flatten().filter(|_| told), ..Told::default() };
+        let (signed_by, token) = with.filter(|_| told).unwrap_or_default();
+        self.told = Told { asked: signed_by, token, ..Told::default() };
         self.told.take();
         Ok(held)
     }
