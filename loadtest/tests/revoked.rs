@@ -37,6 +37,8 @@ enum What {
     Cluster,
     /// The cluster is deleted.
     Deletion,
+    /// Nothing of the agent's: its caller may not call the cluster any more.
+    Rule,
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -53,6 +55,12 @@ async fn a_revoked_cluster_ends_a_hundred_streams_and_an_exec() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deleted_cluster_ends_a_hundred_streams_and_an_exec() {
     everything_ends(What::Deletion, "tcp").await;
+}
+
+/// S4: so does a Deny, and the agent stays where it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s4_a_deny_ends_a_hundred_streams_and_an_exec() {
+    everything_ends(What::Rule, "quic").await;
 }
 
 async fn everything_ends(what: What, transport: &str) {
@@ -120,6 +128,11 @@ async fn everything_ends(what: What, transport: &str) {
             api.ask(Method::POST, REVOCATIONS, &spec).await.unwrap()
         }
         What::Deletion => api.ask(Method::DELETE, &format!("{CLUSTERS}/prod"), &Value::Null).await.unwrap(),
+        What::Rule => {
+            let spec = json!({"effect": "Deny", "users": ["admin"], "clusters": ["prod"]});
+            let rule = object("AccessRule", json!({"name": "not-admin"}), spec);
+            api.ask(Method::POST, "/apis/towline.io/v1alpha1/accessrules", &rule).await.unwrap()
+        }
     };
     assert!(status == 200 || status == 201, "{answer}");
     let ends = async {
@@ -142,6 +155,13 @@ async fn everything_ends(what: What, transport: &str) {
     assert!(broken(without_credit.into_body()).await, "an answer that was cut is whole");
     until("the process in the pod is gone", PATIENCE, async || fake.processes() == 0).await;
 
+    if matches!(what, What::Rule) {
+        assert_eq!(asked(&target(&fleet)).await, 403);
+        assert!(fleet.connected("prod").await, "the agent has done nothing");
+        agent.kill().await.unwrap();
+        fake.shutdown().await;
+        return fleet.end().await;
+    }
     // The agent goes on trying, with all that it has; so does one that was started anew, and so after a crash.
     stays_out(&fleet, &mut agent, what).await;
     if matches!(what, What::Deletion) {
