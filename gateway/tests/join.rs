@@ -721,12 +721,12 @@ async fn s5_the_operators_word_counts() {
     };
     let first = token(&world, "east", 2, HOUR).await;
     ask(&world, &with(Proof::Token(first.clone()), cluster.issuer("1"), 1)).await.unwrap();
-    let condition = |shown: &Value| {
-        let mut conditions = shown["status"]["conditions"].as_array().into_iter().flatten();
+    let condition = |status: &Value| {
+        let mut conditions = status["conditions"].as_array().into_iter().flatten();
         let condition = conditions.find(|condition| condition["type"] == "IssuerCurrent");
         condition.map(|condition| condition["reason"].clone()).unwrap_or_default()
     };
-    until(&world, "east", |shown| condition(shown) == "Told").await;
+    until(&world, "east", |status| condition(status) == "Told").await;
     let mut client = world.h1(None).await;
     let mut patch = async |issuer: Value| {
         let headers =
@@ -744,7 +744,7 @@ async fn s5_the_operators_word_counts() {
         assert_eq!(patch(nonsense.clone()).await, 422, "{nonsense}");
     }
     assert_eq!(patch(json!({"url": "https://k8s", "subject": SUBJECT, "jwks": jwks})).await, 200);
-    let shown = until(&world, "east", |shown| condition(shown) == "Given").await;
+    let shown = until(&world, "east", |status| condition(status) == "Given").await;
     assert_eq!(shown["status"]["issuer"]["keys"], json!(["2"]));
     // A join token admits, and says nothing.
     ask(&world, &with(Proof::Token(first), cluster.issuer("1"), 2)).await.unwrap();
@@ -752,7 +752,7 @@ async fn s5_the_operators_word_counts() {
     let refused = ask(&world, &with(cluster.token("1", SUBJECT), cluster.issuer("1"), 4)).await.unwrap_err();
     assert_eq!(code(&refused), RefusalCode::NoIssuer);
     assert_eq!(patch(Value::Null).await, 200);
-    until(&world, "east", |shown| condition(shown) == "Told").await;
+    until(&world, "east", |status| condition(status) == "Told").await;
     ask(&world, &with(cluster.token("1", SUBJECT), cluster.issuer("1"), 4)).await.unwrap();
 }
 
