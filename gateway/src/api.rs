@@ -89,8 +89,7 @@ pub(crate) async fn answer(
         return Ok(ApiError::no_such_path().into_response());
     };
     let (request, working) = (shared.metrics.request(), peer.work.begin());
-    let guards =
-        Guards { _run: Arc::clone(&run), _request: request, _working: working, _principal: permit };
+    let guards = Guards { _run: Arc::clone(&run), _request: request, _working: working, _principal: permit };
     let guards = Mutex::new(Some(guards));
     let call = Call { shared: Arc::clone(shared), fleet, feed, parts, principal, until, run, guards };
     let answered = call.answer(body).await;

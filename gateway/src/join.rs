@@ -473,8 +473,7 @@ async fn by_account(
         Claim::Busy => return Err(used()),
     };
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &route.uid, boot_id).await;
-    let admission =
-        fleet.rejoin(&route.uid, &subject, only.as_ref(), |instance| seeker.take(instance)).await;
+    let admission = fleet.rejoin(&route.uid, &subject, only.as_ref(), |instance| seeker.take(instance)).await;
     let admission = admission.map_err(|error| {
         uses.release(&route.uid, id, boot_id);
         if matches!(error, JoinRefused::Taken) {
