@@ -1,39 +1,48 @@
 //! What does the gateway's operator get to know of this cluster? The version of its API server, which that shows to everybody
 //! unless its owner has forbidden it: the agent asks without a credential, so that it needs no right. A refusal is an answer,
-//! and nothing is told then.
+//! and nothing is told then. Beside it: whether the API server can be used (`reach`), and the agent's mode.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use http::header::HeaderValue;
-use http::{Request, header};
-use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper_util::rt::TokioIo;
-use tokio::sync::{Notify, watch};
-use tokio::time::{Duration, sleep, timeout};
-use towline_proto::join::{About, CAPABILITY_ABOUT, Notice};
+use tokio::sync::watch;
+use tokio::time::{Duration, sleep};
+use towline_proto::join::{About, AgentMode, ApiServer, CAPABILITY_ABOUT, Notice};
 use towline_proto::tunnel::Session;
 
+use crate::ask;
 use crate::backoff::random_fraction;
 use crate::live::Live;
-use crate::upstream::Upstream;
+use crate::reach::{self, State};
 
 /// What is known of the cluster.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
     version: watch::Sender<Option<String>>,
-    /// A gateway wants to know.
-    wanted: Notify,
+    /// Whether a gateway wants to know.
+    wanted: watch::Sender<bool>,
+}
+
+impl Known {
+    async fn wait_wanted(&self) {
+        // The sender lives in `self`, so the wait cannot fail.
+        drop(self.wanted.subscribe().wait_for(|wanted| *wanted).await);
+    }
+}
+
+/// Looks whether the API server can be used, from the moment on that a gateway wants to know. Runs until it is dropped.
+pub(crate) async fn look(live: Arc<Live>, known: Arc<Known>) {
+    known.wait_wanted().await;
+    reach::keep(live).await;
 }
 
 /// Asks the API server for its version again and again, from the moment on that a gateway wants to know. Runs until it is dropped.
 pub(crate) async fn ask(live: Arc<Live>, known: Arc<Known>) {
-    known.wanted.notified().await;
+    known.wait_wanted().await;
     // Not all agents of a fleet at once.
     sleep(FIRST.mul_f64(random_fraction())).await;
     let mut retry = RETRY_MIN;
     loop {
-        let answer = timeout(TIMEOUT, get(&live, PATH, None, BODY_MAX)).await.ok().flatten();
+        let answer = ask::get(&live, PATH, None, BODY_MAX).await;
         let found = answer.as_deref().and_then(version_of);
         let wait = if let Some(found) = found {
             retry = RETRY_MIN;
@@ -55,53 +64,33 @@ pub(crate) async fn ask(live: Arc<Live>, known: Arc<Known>) {
 
 /// Tells the gateway over one session what is known, and whenever that changes, until the session ends; one that does not understand
 /// it is told nothing.
-pub(crate) async fn tell(session: Session, known: Arc<Known>) {
+pub(crate) async fn tell(session: Session, live: Arc<Live>, known: Arc<Known>) {
     let Ok(hello) = session.ready().await else { return };
     if !hello.capabilities.iter().any(|name| name == CAPABILITY_ABOUT) {
         return;
     }
-    known.wanted.notify_one();
-    let mut version = known.version.subscribe();
+    known.wanted.send_if_modified(|wanted| !std::mem::replace(wanted, true));
+    let (mut version, mut state) = (known.version.subscribe(), live.reach.state());
+    let mode = if live.token.is_some() { AgentMode::Impersonate } else { AgentMode::Restricted };
     loop {
-        let now = version.borrow_and_update().clone();
-        if let Some(kubernetes_version) = now
-            && let Err(error) = session.say(Notice::About(About { kubernetes_version }))
-        {
-            tracing::debug!(%error, "the gateway is not told the API server's version");
+        let kubernetes_version = version.borrow_and_update().clone().unwrap_or_default();
+        let api_server = state.borrow_and_update().as_ref().map(told);
+        let about = About { kubernetes_version, api_server, mode: mode.into() };
+        if let Err(error) = session.say(Notice::About(about)) {
+            tracing::debug!(%error, "the gateway is not told what is known of the cluster");
             return;
         }
         tokio::select! {
-            // The sender lives as long as `known`.
+            // The senders live as long as `known` and `live`.
             changed = version.changed() => drop(changed),
+            changed = state.changed() => drop(changed),
             _ = session.wait_for(|state| state.closed.is_some()) => return,
         }
     }
 }
 
-/// Asks the API server for something small, over a connection of its own; `None` unless it answers with 200 and no more than `max` bytes.
-pub(crate) async fn get(
-    live: &Live,
-    path: &str,
-    credential: Option<HeaderValue>,
-    max: usize,
-) -> Option<Bytes> {
-    let upstream: Arc<Upstream> = live.upstream("").ok()?;
-    let io = upstream.connect_aside().await.ok()?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.ok()?;
-    let mut request = Request::get(path).header(header::HOST, upstream.authority.clone());
-    if let Some(credential) = credential {
-        request = request.header(header::AUTHORIZATION, credential);
-    }
-    let request = request.body(Empty::<Bytes>::new()).ok()?;
-    let asking = async {
-        let response = sender.send_request(request).await.ok().filter(|response| response.status() == 200)?;
-        let body = Limited::new(response.into_body(), max).collect().await.ok()?;
-        Some(body.to_bytes())
-    };
-    tokio::select! {
-        answer = asking => answer,
-        _ = connection => None,
-    }
+fn told(State { kind, text, since }: &State) -> ApiServer {
+    ApiServer::new(*kind, text, u32::try_from(since.elapsed().as_secs()).unwrap_or(u32::MAX))
 }
 
 /// The `gitVersion` in the answer, if it is one that fits.
@@ -112,7 +101,6 @@ fn version_of(answer: &[u8]) -> Option<String> {
 }
 
 const PATH: &str = "/version";
-const TIMEOUT: Duration = Duration::from_secs(5);
 /// The answer has about 400 bytes.
 const BODY_MAX: usize = 16 * 1024;
 /// The gateway shows no longer one.

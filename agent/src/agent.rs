@@ -235,6 +235,7 @@ impl Agent {
         });
         let known = Arc::<Known>::default();
         self.spawn(about::ask(Arc::clone(&self.live), Arc::clone(&known)));
+        self.spawn(about::look(Arc::clone(&self.live), Arc::clone(&known)));
         for number in 0..config.sessions as usize {
             let (service, links) = (Arc::clone(&service), self.links.clone());
             let (keeper, known) = (keeper.clone(), Arc::clone(&known));
@@ -338,7 +339,7 @@ fn begin_on(
             let registered = links.register(session.clone(), address, why);
             let heard = keep::listen(session.clone(), keeper.clone());
             service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(heard));
-            let told = about::tell(session.clone(), Arc::clone(known));
+            let told = about::tell(session.clone(), Arc::clone(&service.live), Arc::clone(known));
             service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(told));
             let served = serve::serve(Arc::clone(service), session);
             let task = async move {

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use towline_certs::ServerName;
-use towline_certs::explain::{explain_naming, tls_error};
+use towline_certs::explain::{Fault, explain_naming, fault, tls_error};
 
 use crate::address::{Address, Host, Reach, special};
 
@@ -33,8 +33,8 @@ pub(crate) enum ConnectError {
     Connect { at: Option<SocketAddr>, cause: io::Error },
     #[error("no answer in time while {0}. A firewall that drops packets looks like this")]
     Deadline(Stage),
-    #[error("TLS: {0}")]
-    Tls(String),
+    #[error("TLS: {text}")]
+    Tls { fault: Fault, text: String },
 }
 
 /// How far an attempt had come.
@@ -64,7 +64,7 @@ impl ConnectError {
             Self::Denied { .. } => "denied",
             Self::Connect { .. } => "connect",
             Self::Deadline(_) => "deadline",
-            Self::Tls(_) => "tls",
+            Self::Tls { .. } => "tls",
         }
     }
 
@@ -80,9 +80,8 @@ impl ConnectError {
                     | io::ErrorKind::AddrNotAvailable
                     | io::ErrorKind::TimedOut
             ),
-            Self::NoAddress(_) | Self::Denied { .. } | Self::Deadline(Stage::Handshaking) | Self::Tls(_) => {
-                false
-            }
+            Self::NoAddress(_) | Self::Denied { .. } => false,
+            Self::Deadline(Stage::Handshaking) | Self::Tls { .. } => false,
         }
     }
 }
@@ -142,10 +141,13 @@ pub(crate) async fn handshake<IO: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<TlsStream<IO>, ConnectError> {
     match timeout_at(deadline, TlsConnector::from(config).connect(name, io)).await {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err(ConnectError::Tls(match tls_error(&error) {
-            Some(cause) => explain_naming(cause, bundle),
-            None => describe(&error),
-        })),
+        Ok(Err(error)) => {
+            let text = match tls_error(&error) {
+                Some(cause) => explain_naming(cause, bundle),
+                None => describe(&error),
+            };
+            Err(ConnectError::Tls { fault: fault(&error), text })
+        }
         Err(_) => Err(ConnectError::Deadline(Stage::Handshaking)),
     }
 }
@@ -195,7 +197,7 @@ mod tests {
         let somebody = [
             ConnectError::Deadline(Stage::Handshaking),
             ConnectError::NoAddress(String::new()),
-            ConnectError::Tls(String::new()),
+            ConnectError::Tls { fault: Fault::Other, text: String::new() },
             connect(io::ErrorKind::ConnectionRefused),
             connect(io::ErrorKind::ConnectionReset),
         ];

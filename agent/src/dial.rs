@@ -9,7 +9,8 @@ use thiserror::Error;
 use tokio::time::{Duration, Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use towline_certs::tls::{ALPN_TUNNEL, WrongAlpn, negotiated};
+use towline_certs::explain::Fault;
+use towline_certs::tls::{ALPN_TUNNEL, WrongAlpn, asking_client, negotiated};
 use towline_proto::Code;
 use towline_proto::mux::{CloseReason, OpenError};
 use towline_proto::tunnel::{Session, SessionConfig, Transport, socket};
@@ -41,6 +42,11 @@ enum DialCause {
     Quic(#[from] QuicError),
     #[error(transparent)]
     Alpn(#[from] WrongAlpn),
+    /// What went wrong, and its label.
+    #[error(
+        "{0}. What answers there does not speak the tunnel protocol. Check the address (gateway.addresses)"
+    )]
+    Stranger(String, &'static str),
     #[error("the agent has no identity yet: it has not joined")]
     NoIdentity,
     #[error("{0:?}: the receive memory of this process is used up (limits.processMemory)")]
@@ -51,11 +57,33 @@ enum DialCause {
     NotReady(Duration),
 }
 
+/// Who was met at an address where no session came about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Met {
+    /// Nobody, or nobody that says anything of identity.
+    Nobody,
+    /// A gateway: it has agreed on the tunnel protocol. One of the two may not have recognised the other. A gateway that does not take the
+    /// certificate says so after the handshake, as TLS 1.3 has it.
+    Gateway,
+    /// Somebody who does not speak the tunnel protocol.
+    Stranger,
+    /// One or the other: it was not recognised before it said what it speaks.
+    Somebody,
+}
+
 impl DialCause {
-    /// Whether one of the two may not have recognised the other. A gateway that does not take the certificate says so after the
-    /// handshake, as TLS 1.3 has it.
-    const fn is_about_identity(&self) -> bool {
-        matches!(self, Self::Ended(_) | Self::Connect(ConnectError::Tls(_)))
+    const fn met(&self) -> Met {
+        match self {
+            Self::Ended(_) => Met::Gateway,
+            Self::Alpn(_) | Self::Stranger(..) => Met::Stranger,
+            Self::Connect(ConnectError::Tls { fault, .. }) => match fault {
+                Fault::Protocol => Met::Stranger,
+                Fault::Issuer | Fault::NotTls | Fault::Refused | Fault::Other => Met::Somebody,
+                Fault::Name | Fault::Cut => Met::Nobody,
+            },
+            Self::Name(_) | Self::Connect(_) | Self::Proxy(_) | Self::Quic(_) => Met::Nobody,
+            Self::NoIdentity | Self::Memory(_) | Self::NotReady(_) => Met::Nobody,
+        }
     }
 }
 
@@ -69,6 +97,7 @@ impl DialError {
             DialCause::Proxy(_) => "proxy",
             DialCause::Quic(error) => error.label(),
             DialCause::Alpn(_) => "alpn",
+            DialCause::Stranger(_, label) => label,
             DialCause::Memory(_) => "memory",
             DialCause::Ended(_) | DialCause::NotReady(_) => "hello",
         }
@@ -82,8 +111,19 @@ impl DialError {
             DialCause::Quic(error) => error.reached_nobody(),
             DialCause::Proxy(error) => error.reached_nobody(),
             DialCause::Ended(_) | DialCause::NotReady(_) => false,
-            DialCause::Name(_) | DialCause::Alpn(_) | DialCause::Memory(_) | DialCause::NoIdentity => false,
+            DialCause::Name(_) | DialCause::Alpn(_) | DialCause::Stranger(..) => false,
+            DialCause::Memory(_) | DialCause::NoIdentity => false,
         }
+    }
+
+    /// Of two attempts at one address, over two transports, which failed with more to say: one that came to somebody who is no gateway
+    /// (then the address is wrong), or else to anybody at all.
+    pub(crate) fn says_more_than(&self, other: &Self) -> bool {
+        let rank = |error: &Self| match error.cause.met() {
+            Met::Stranger => 2,
+            _ => u8::from(!error.reached_nobody()),
+        };
+        rank(self) > rank(other)
     }
 
     #[cfg(test)]
@@ -114,11 +154,41 @@ pub(crate) struct Dialler {
 impl Dialler {
     /// Makes a session that may carry streams. Dropping the future abandons the attempt.
     pub(crate) async fn dial(&self, address: &Address, transport: Transport) -> Result<Session, DialError> {
-        let dialled = self.dial_once(address, transport).await;
-        if dialled.as_ref().is_err_and(|error| error.cause.is_about_identity()) {
-            self.live.rejected.notify_one();
+        let mut dialled = self.dial_once(address, transport).await;
+        if let Err(error) = &mut dialled {
+            let is_gateway = match error.cause.met() {
+                Met::Nobody | Met::Stranger => false,
+                Met::Gateway => true,
+                Met::Somebody => {
+                    let is_gateway = self.is_gateway(address).await;
+                    if !is_gateway {
+                        error.cause = DialCause::Stranger(error.cause.to_string(), error.label());
+                    }
+                    is_gateway
+                }
+            };
+            // It joins by what it holds only while it is a gateway that it does not get on with: elsewhere, where the join token leads
+            // to, a gateway may well say that it is used up.
+            if is_gateway {
+                self.live.rejected.notify_one();
+            }
         }
         dialled
+    }
+
+    /// Whether what answers at an address speaks the tunnel protocol, whoever it is. Where nothing can be found out, it counts as one
+    /// that does.
+    async fn is_gateway(&self, address: &Address) -> bool {
+        let deadline = Instant::now() + self.dial_timeout;
+        let host = self.server_name.as_ref().unwrap_or(&address.host);
+        let (Some(name), Ok(tls)) = (server_name(host), asking_client()) else { return true };
+        let Ok(stream) = reach(&self.live, address, deadline).await else { return true };
+        match connect::handshake(stream, tls, name, &self.bundle, deadline).await {
+            Ok(stream) => negotiated(stream.get_ref().1.alpn_protocol(), ALPN_TUNNEL).is_ok(),
+            // With a client that takes every certificate a gateway's handshake goes well.
+            Err(ConnectError::Tls { fault, .. }) => fault == Fault::Cut,
+            Err(_) => true,
+        }
     }
 
     async fn dial_once(&self, address: &Address, transport: Transport) -> Result<Session, DialError> {

@@ -15,17 +15,19 @@ use http_body::Body as _;
 use hyper::Response;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use tokio::time::{Duration, Instant, timeout_at};
+use tokio::time::{Duration, Instant, timeout, timeout_at};
 use towline_proto::Code;
 use towline_proto::open::{Answer, Open, Outcome, Request};
 use towline_proto::tunnel::exchange::{HeadError, RecvBody, SendBodyError, failure, send_body, send_head};
 use towline_proto::tunnel::splice::{SpliceError, splice};
 use towline_proto::tunnel::{RecvStream, SendStream};
 
+use crate::blame::{self, Blame, Read};
 use crate::head::{self, RequestHead};
-use crate::identity::{self, Plan};
+use crate::identity::{self, Plan, Refusal};
 use crate::metrics::Metrics;
 use crate::pool::{CheckoutError, Connection, RequestBody, Touched};
+use crate::reach;
 use crate::serve::Service;
 use crate::upstream::Upstream;
 
@@ -71,6 +73,11 @@ impl Failed {
         Self::before(code, format!("{}: {error}", upstream.hop))
     }
 
+    /// Whether the upstream, or the way to it, is to blame.
+    const fn is_upstreams(&self) -> bool {
+        matches!(self.code, Code::UpstreamConnect | Code::UpstreamBody | Code::Deadline)
+    }
+
     /// Tells the gateway, and ends the answer.
     pub(crate) async fn send(self, send: &mut SendStream, head_max: usize) -> Ended {
         tracing::debug!(code = self.code.label(), message = ?self.message, "no answer");
@@ -95,10 +102,12 @@ pub(crate) async fn run(
 ) -> Ended {
     let arrived = Instant::now();
     let head_max = service.head_max;
-    let (upstream, head) = match prepare(service, &open, &request) {
+    let Prepared { upstream, head, acts } = match prepare(service, &open, &request) {
         Ok(prepared) => prepared,
         Err(failed) => return failed.send(&mut send, head_max).await,
     };
+    // What becomes of it says something of the API server.
+    let reach = request.target.is_empty().then_some(&service.live.reach);
     // The body of an upgrade is what follows the 101; without one there is none, and its FIN is no news.
     let (body, raw) = if head.upgrade {
         (None, Some(recv))
@@ -133,13 +142,33 @@ pub(crate) async fn run(
     };
     let (mut response, connection) = match answered {
         Ok(answered) => answered,
-        Err(failed) => return failed.send(&mut send, head_max).await,
+        Err(failed) => {
+            if let Some(reach) = reach.filter(|_| failed.is_upstreams()) {
+                reach.doubt();
+            }
+            return failed.send(&mut send, head_max).await;
+        }
     };
     service.metrics.answer_seconds.observe(arrived.elapsed().as_secs_f64());
-
     let upgraded = hyper::upgrade::on(&mut response);
     let (parts, body) = response.into_parts();
     let length = body.size_hint().exact();
+    let coming = if acts && blame::is_doubtful(parts.status) {
+        let judged = Box::pin(judge(service, &upstream, &head, &request, &parts, body, &mut send)).await;
+        match judged {
+            Ok(body) => body,
+            Err(Some(failed)) => return failed.send(&mut send, head_max).await,
+            Err(None) => return Ended::ClientGone,
+        }
+    } else {
+        if let Some(reach) = reach {
+            // What is in front of the API server's own authentication says nothing of the agent's right.
+            let status = parts.status;
+            let counts = acts && !status.is_server_error() && status != http::StatusCode::TOO_MANY_REQUESTS;
+            reach.answered(request.principal.as_ref().filter(|_| counts));
+        }
+        Coming::Whole(body)
+    };
     let sent = match head::response(&parts, length, &head) {
         Ok(answer) => {
             let kind = answer.body;
@@ -173,7 +202,11 @@ pub(crate) async fn run(
             ended
         }
         raw => {
-            let ended = body_sent(send_body(body, kind, &mut send, Code::UpstreamBody).await);
+            let sent = match coming {
+                Coming::Whole(body) => send_body(body, kind, &mut send, Code::UpstreamBody).await,
+                Coming::Read(body) => Box::pin(send_body(body, kind, &mut send, Code::UpstreamBody)).await,
+            };
+            let ended = body_sent(sent);
             if ended == Ended::Well {
                 // The answer is complete: what is still coming of the request is of no use to anybody.
                 if let Some(mut raw) = raw {
@@ -187,15 +220,79 @@ pub(crate) async fn run(
     }
 }
 
-/// Everything that is decided before a connection is needed.
-fn prepare(
+/// The body of an answer.
+enum Coming {
+    Whole(Incoming),
+    /// Its beginning has been read.
+    Read(Box<Read>),
+}
+
+/// Looks whom a refusal of the API server means: the caller, whose it is then, or the agent. `None` = the gateway gave up.
+async fn judge(
     service: &Service,
-    open: &Open,
+    upstream: &Upstream,
+    head: &RequestHead,
     request: &Request,
-) -> Result<(Arc<Upstream>, RequestHead), Failed> {
+    parts: &http::response::Parts,
+    body: Incoming,
+    send: &mut SendStream,
+) -> Result<Coming, Option<Failed>> {
+    let (reach, hop) = (&service.live.reach, &upstream.hop);
+    let failed = |message: String| Some(Failed { code: Code::UpstreamBody, message, untouched: false });
+    let blamed = tokio::select! {
+        blamed = timeout(REFUSAL_TIMEOUT, blame::of(parts, &head.method, head.path(), body)) => blamed,
+        _ = send.stopped() => return Err(None),
+    };
+    match blamed {
+        Ok(Ok(Blame::Caller(body))) => {
+            reach.answered(request.principal.as_ref());
+            Ok(Coming::Read(Box::new(body)))
+        }
+        Ok(Ok(Blame::Nobody(body))) => {
+            reach.answered(None);
+            reach.doubt_rights();
+            Ok(Coming::Read(Box::new(body)))
+        }
+        Ok(Ok(Blame::Token)) => {
+            reach.doubt_rights();
+            Err(failed(format!("{hop}: {}", reach::TOKEN_REFUSED)))
+        }
+        Ok(Ok(Blame::Impersonation(said))) => {
+            reach.doubt_rights();
+            let said: String = said.chars().take(SAID_MAX).collect();
+            Err(failed(format!(
+                "{hop}: the agent may not act in the caller's name (403 {said}). {}",
+                reach::BIND
+            )))
+        }
+        Ok(Err(error)) => {
+            reach.doubt();
+            Err(failed(format!("{hop}: the answer broke off ({})", root_cause(&error))))
+        }
+        Err(_) => {
+            reach.doubt();
+            Err(failed(format!("{hop}: no whole answer within {REFUSAL_TIMEOUT:?}")))
+        }
+    }
+}
+
+/// What is decided before a connection is needed.
+struct Prepared {
+    upstream: Arc<Upstream>,
+    head: RequestHead,
+    /// Whether the agent's own token goes with it, in somebody's name.
+    acts: bool,
+}
+
+/// Everything that is decided before a connection is needed.
+fn prepare(service: &Service, open: &Open, request: &Request) -> Result<Prepared, Failed> {
     let upstream = service.live.upstream(&request.target)?;
-    let plan = identity::decide(&service.mode, service.allow_anonymous, request)
-        .map_err(|refusal| Failed::before(Code::Denied, refusal.to_string()))?;
+    let plan = identity::decide(&service.mode, service.allow_anonymous, request).map_err(|refusal| {
+        if refusal == Refusal::Restricted {
+            service.live.reach.mismatched();
+        }
+        Failed::before(Code::Denied, refusal.to_string())
+    })?;
     let authorization = match plan {
         Plan::Impersonate(_) => {
             let token = service.live.token.as_ref().ok_or_else(|| {
@@ -209,7 +306,7 @@ fn prepare(
         RequestHead::new(open, request, &upstream.authority, &plan, authorization).map_err(|problem| {
             Failed::before(Code::Proto, format!("the agent cannot send this request: {problem}"))
         })?;
-    Ok((upstream, head))
+    Ok(Prepared { upstream, head, acts: matches!(plan, Plan::Impersonate(_)) })
 }
 
 /// Sends the request and waits for the head of the answer. Dropping the future destroys the connection.
@@ -331,3 +428,7 @@ pub(crate) fn spliced(result: Result<(), SpliceError>) -> Ended {
 pub(crate) fn count(metrics: &Metrics, kind: &'static str, ended: Ended) {
     metrics.exchanges.with_label_values(&[kind, ended.label()]).inc();
 }
+
+/// How long the body of a refusal may take that could mean the agent, and how much of what it says is passed on.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+const SAID_MAX: usize = 512;

@@ -110,6 +110,11 @@ impl RequestHead {
         Ok(Self { method, uri, headers, body: request.body, upgrade })
     }
 
+    /// The path, without the query.
+    pub(crate) fn path(&self) -> &str {
+        self.uri.path()
+    }
+
     /// Whether there is a body to send.
     pub(crate) fn has_body(&self) -> bool {
         self.body.exact_bytes() != Some(0)

@@ -11,7 +11,7 @@ use tokio::time::{Duration, timeout};
 use towline_certs::load::FileBytes;
 use towline_proto::join::Issuer;
 
-use crate::about;
+use crate::ask;
 use crate::config::ServiceAccountConfig;
 use crate::enrol::read_line;
 use crate::live::Live;
@@ -112,7 +112,7 @@ pub(crate) fn audiences_of(token: &str) -> Vec<String> {
 /// Asks the API server for its keys, with the agent's own token if it has one.
 async fn ask(live: &Live) -> Option<Bytes> {
     let credential = live.token.as_ref().map(TokenFile::authorization);
-    about::get(live, JWKS_PATH, credential, JWKS_MAX).await
+    ask::get(live, JWKS_PATH, credential, JWKS_MAX).await
 }
 
 const JWKS_PATH: &str = "/openid/v1/jwks";

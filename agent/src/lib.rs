@@ -17,6 +17,8 @@
 //! | which connection carries a request? | `pool`, `socket` |
 //! | what changes while it runs? | `live` |
 //! | is it well? | `admin`, `links`, `metrics` |
+//! | can it use the API server, and what is the gateway told of it? | `reach`, `about`, `ask` |
+//! | whom does a refusal of the API server mean? | `blame` |
 //! | how does it log, and on which runtime does it run? | [`log`], [`runtime`] |
 //!
 //! ```no_run
@@ -33,7 +35,9 @@ mod about;
 pub mod address;
 mod admin;
 pub mod agent;
+mod ask;
 mod backoff;
+mod blame;
 pub mod config;
 mod connect;
 mod dial;
@@ -50,6 +54,7 @@ mod metrics;
 mod pool;
 pub mod proxy;
 mod quic;
+mod reach;
 pub mod runtime;
 mod serve;
 mod socket;

@@ -22,6 +22,7 @@ use crate::exchange::Failed;
 use crate::keep::{Found, Place};
 use crate::metrics::Metrics;
 use crate::proxy::{AccessFiles, Proxy};
+use crate::reach::Reach;
 use crate::targets::Targets;
 use crate::token::{TokenError, TokenFile};
 use crate::upstream::{Resources, Upstream, UpstreamError};
@@ -52,6 +53,8 @@ pub(crate) struct Live {
     pub(crate) proxy: Option<Proxy>,
     /// The agent's own credential, if it may have one.
     pub(crate) token: Option<TokenFile>,
+    /// Whether the API server can be used.
+    pub(crate) reach: Reach,
     /// Counts the identities that somebody else made: a session of an older one should be replaced.
     identity: watch::Sender<u64>,
     /// Whether there is an identity.
@@ -158,6 +161,7 @@ pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live,
         targets: ArcSwap::from_pointee(targets),
         proxy,
         token,
+        reach: Reach::default(),
         identity: watch::Sender::new(0),
         known: watch::Sender::new(tunnel.is_some()),
         rejected: Notify::new(),
@@ -238,6 +242,7 @@ impl Files {
             Some(Reload::Changed(upstream)) => {
                 tracing::info!("new CA bundle of the API server");
                 live.api_server.store(upstream);
+                live.reach.doubt();
                 report("api_server", "ok");
             }
             Some(Reload::Kept { error, repeated }) => {
@@ -252,6 +257,7 @@ impl Files {
                 Ok(false) => {}
                 Ok(true) => {
                     tracing::info!("new ServiceAccount token");
+                    live.reach.doubt_rights();
                     report("token", "ok");
                 }
                 Err(error) => {

@@ -376,12 +376,14 @@ impl<S: Fn(Begin)> Slot<S> {
         F: Future<Output = Result<Session, DialError>>,
     {
         let mut quic = Some(Box::pin(connect(address.clone(), Transport::Quic)));
+        let mut first: Option<DialError> = None;
         let early = timeout(head_start, pending(&mut quic)).await;
         match early.map(|tried| self.count(Transport::Quic, tried)) {
             Ok(Ok(session)) => return Ok(Up::new(session, address)),
             Ok(Err(error)) => {
                 tracing::info!(%error, "no session over QUIC");
                 quic = None;
+                first = Some(error);
             }
             Err(_) => {}
         }
@@ -401,9 +403,10 @@ impl<S: Fn(Begin)> Slot<S> {
             };
             *failed = None;
             if quic.is_none() && tcp.is_none() {
-                return Err(error);
+                return Err(first.take_if(|first| first.says_more_than(&error)).unwrap_or(error));
             }
             tracing::info!(%error, "the other transport is still being tried");
+            first = Some(error);
         }
     }
 

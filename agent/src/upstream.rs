@@ -116,8 +116,8 @@ impl Upstream {
     }
 
     /// As [`Self::connect`] for what the agent asks on its own account, which counts as nobody's exchange.
-    pub(crate) async fn connect_aside(&self) -> Result<Io, ConnectError> {
-        self.connect_by(Instant::now() + self.resources.timeouts.upstream_connect).await
+    pub(crate) async fn connect_aside(&self, within: Duration) -> Result<Io, ConnectError> {
+        self.connect_by(Instant::now() + within).await
     }
 
     async fn connect_by(&self, deadline: Instant) -> Result<Io, ConnectError> {

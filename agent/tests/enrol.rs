@@ -282,6 +282,45 @@ async fn a_directory_outlives_the_process() {
     agent.shutdown().await;
 }
 
+/// D14: an agent with an identity whose configuration leads it to somebody who is no gateway does not join anew: the join token would
+/// lead it to the right gateway, which has nothing to do with that.
+#[tokio::test]
+async fn d14_nobody_joins_because_of_a_stranger() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 9).line());
+    let identity =
+        format!("directory: {}, joinTokenFile: {token_file}", scratch.path().join("kept").display());
+    let agent = Agent::start(config(gateway.at, &identity)).await.unwrap();
+    gateway.session().await;
+    agent.shutdown().await;
+    assert_eq!(gateway.with(|state| state.requests.len()), 1);
+
+    // It has a certificate of another CA, and agrees on any protocol that is offered, or on none.
+    let stranger = new_ca();
+    for protocols in [vec![b"http/1.1".to_vec()], Vec::new()] {
+        let mut server = rustls::ServerConfig::clone(&tls::join_server(&server_of(&stranger)).unwrap());
+        server.alpn_protocols = protocols;
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let agent = Agent::start(config(at, &identity)).await.unwrap();
+        let serve = async {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                drop(acceptor.accept(stream).await);
+            }
+        };
+        let tries = async {
+            reaches(&agent, "towline_agent_dials_total{outcome=", 4.0).await;
+        };
+        tokio::select! { () = serve => {}, () = tries => {} }
+        assert_eq!(metric(&agent, "towline_agent_joins_total").await, 0.0);
+        agent.shutdown().await;
+    }
+    assert_eq!(gateway.with(|state| state.requests.len()), 1, "nobody has joined");
+}
+
 /// EN-10: where none of the presented CA certificates has a pin of the token, nothing is sent.
 #[tokio::test]
 async fn a_stranger_is_not_told_the_token() {

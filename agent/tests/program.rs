@@ -119,3 +119,45 @@ async fn a_signal_drains_and_no_log_line_holds_a_secret() {
         assert!(line.starts_with('{') && line.ends_with('}'), "{line}");
     }
 }
+
+/// D14: at an address where something else answers, the warning says so, whichever transport failed last.
+#[tokio::test]
+async fn d14_a_wrong_address_is_called_that() {
+    let world = World::new();
+    // TLS servers of another CA, with protocols of their own and with none; and a port that speaks no TLS.
+    let strangers = [
+        (Upstream::start(&world).await, "NoApplicationProtocol"),
+        (Upstream::stranger(&world).await, "was issued by"),
+        (Upstream::plain().await, "did not speak TLS"),
+    ];
+    for (stranger, also) in strangers {
+        let at = stranger.at;
+        let yaml = world.yaml(&[at], self::at(), "transport: auto\ntimeouts: { dial: 2s }\n");
+        let mut command = agent(&world, &yaml);
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+        let serve = async {
+            loop {
+                stranger.met().await;
+            }
+        };
+        let warned = tokio::task::spawn_blocking(move || {
+            lines
+                .find(|line| {
+                    line.as_ref().is_ok_and(|line| line.contains("\"WARN\"") && line.contains("no session"))
+                })
+                .unwrap()
+                .unwrap()
+        });
+        let warned = tokio::select! {
+            warned = soon("a warning", warned) => warned.unwrap(),
+            () = serve => unreachable!("it serves for ever"),
+        };
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(
+            warned.contains("does not speak the tunnel protocol. Check the address") && warned.contains(also),
+            "{warned}"
+        );
+    }
+}

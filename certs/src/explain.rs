@@ -19,6 +19,52 @@ pub fn tls_error(error: &io::Error) -> Option<&Error> {
     error.get_ref().and_then(|inner| inner.downcast_ref())
 }
 
+/// What a handshake that failed shows about the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fault {
+    /// Its certificate was not issued by the CA expected. A CA of the same name and another key looks like a wrong signature.
+    Issuer,
+    /// Its certificate is for another name.
+    Name,
+    /// It agrees on no protocol that was offered (ALPN).
+    Protocol,
+    /// It does not speak TLS.
+    NotTls,
+    /// It ended the connection without a word.
+    Cut,
+    /// It refused our certificate.
+    Refused,
+    Other,
+}
+
+/// What a handshake that failed shows about the other end.
+#[must_use]
+pub fn fault(error: &io::Error) -> Fault {
+    use AlertDescription as A;
+    use CertificateError as C;
+    let Some(error) = tls_error(error) else { return Fault::Cut };
+    match error {
+        Error::InvalidCertificate(C::UnknownIssuer | C::BadSignature) => Fault::Issuer,
+        Error::InvalidCertificate(C::Other(other)) if other.0.downcast_ref::<ForeignIssuer>().is_some() => {
+            Fault::Issuer
+        }
+        Error::InvalidCertificate(C::NotValidForName | C::NotValidForNameContext { .. }) => Fault::Name,
+        Error::NoApplicationProtocol | Error::AlertReceived(A::NoApplicationProtocol) => Fault::Protocol,
+        Error::InvalidMessage(_) => Fault::NotTls,
+        Error::AlertReceived(
+            A::CertificateRequired
+            | A::CertificateExpired
+            | A::CertificateRevoked
+            | A::CertificateUnknown
+            | A::UnknownCA
+            | A::UnsupportedCertificate
+            | A::BadCertificate
+            | A::AccessDenied,
+        ) => Fault::Refused,
+        _ => Fault::Other,
+    }
+}
+
 /// Cause and remedy of a failed handshake. "the CA" is whatever bundle this end was configured with;
 /// [`explain_naming`] names it.
 #[must_use]
@@ -79,7 +125,7 @@ fn certificate(cause: &CertificateError, bundle: &str) -> String {
         ),
         C::NotValidForName => "certificate is not for the name that was dialled".to_owned(),
         C::BadSignature => {
-            "a signature does not belong to the presented certificate: wrong key, or altered on the way".to_owned()
+            format!("a signature does not fit the presented certificate: it belongs to another installation, whose CA has the same name as the one in {bundle}; or it was altered on the way")
         }
         C::BadEncoding => "the presented certificate is malformed".to_owned(),
         C::UnhandledCriticalExtension => {
@@ -195,6 +241,26 @@ mod tests {
         }
         let named = explain_naming(&CertificateError::UnknownIssuer.into(), "/etc/towline/ca.crt");
         assert!(named.contains("/etc/towline/ca.crt") && named.contains("TLS-intercepting proxy"));
+    }
+
+    #[test]
+    fn a_failed_handshake_shows_whose_fault_it_looks_like() {
+        let of = |error: Error| fault(&io::Error::new(io::ErrorKind::InvalidData, error));
+        let foreign = ForeignIssuer { issuer: "x".to_owned(), expected: Vec::new() };
+        for (error, expected) in [
+            (CertificateError::UnknownIssuer.into(), Fault::Issuer),
+            (CertificateError::BadSignature.into(), Fault::Issuer),
+            (CertificateError::Other(OtherError(Arc::new(foreign))).into(), Fault::Issuer),
+            (CertificateError::NotValidForName.into(), Fault::Name),
+            (CertificateError::Expired.into(), Fault::Other),
+            (Error::AlertReceived(AlertDescription::NoApplicationProtocol), Fault::Protocol),
+            (Error::AlertReceived(AlertDescription::CertificateUnknown), Fault::Refused),
+            (Error::AlertReceived(AlertDescription::HandshakeFailure), Fault::Other),
+            (Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType), Fault::NotTls),
+        ] {
+            assert_eq!(of(error.clone()), expected, "{error}");
+        }
+        assert_eq!(fault(&io::ErrorKind::UnexpectedEof.into()), Fault::Cut);
     }
 
     #[test]

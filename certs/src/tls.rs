@@ -228,6 +228,17 @@ pub fn join_client(pins: &[SpkiPin]) -> Result<Arc<ClientConfig>, TlsError> {
     Ok(finish(builder.with_no_client_auth(), &[ALPN_JOIN]))
 }
 
+/// An agent that only asks whether a tunnel gateway is there, because it did not recognise the server. It believes whoever answers
+/// and proves nothing: nothing may be sent over it, and nothing follows from it but which error is told.
+///
+/// # Errors
+/// When the crypto provider has no TLS 1.3.
+pub fn asking_client() -> Result<Arc<ClientConfig>, TlsError> {
+    let verifier = Anybody { provider: provider() };
+    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+    Ok(finish(builder.with_no_client_auth(), &[ALPN_TUNNEL]))
+}
+
 /// An agent towards the API server or a target of its cluster.
 ///
 /// # Errors
@@ -379,6 +390,47 @@ impl ResolvesServerCert for BySni {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("none of the presented CA certificates has a pin of the join token ({}). Either the token is of another gateway, or something between here and the gateway answers in its place; nothing was sent", .0.iter().map(SpkiPin::to_string).collect::<Vec<_>>().join(", "))]
 pub struct PinMismatch(pub Vec<SpkiPin>);
+
+/// Believes every certificate, and checks that the peer has its key.
+#[derive(Debug)]
+struct Anybody {
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
 
 #[derive(Debug)]
 struct PinnedRoot {

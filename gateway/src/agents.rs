@@ -12,7 +12,7 @@ use crate::join;
 use crate::memory::Part;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::per_key::KeyPermit;
-use crate::registry::{InsertError, Registration, SessionId, Visitor};
+use crate::registry::{ApiServer, InsertError, Registration, SessionId, Visitor, Word};
 use crate::state::{Shared, random};
 use rustls::ServerConfig;
 use std::collections::HashSet;
@@ -26,7 +26,10 @@ use towline_certs::facts::{CertificateFacts, human};
 use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, SpkiPin};
 use towline_proto::Code;
 use towline_proto::hello::Hello;
-use towline_proto::join::{About, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice, SayError, TrustAck};
+use towline_proto::join::{
+    API_SERVER_TEXT_MAX, About, AgentMode, ApiServerState, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice,
+    SayError, TrustAck,
+};
 use towline_proto::mux::{CloseReason, Introduction, Limits, Role, WINDOW_START};
 use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::{Session, SessionConfig};
@@ -46,9 +49,10 @@ const GIVE_BACK_CHECK: Duration = Duration::from_secs(30);
 /// And within how long, when somebody could not be given any.
 const GIVE_BACK_AT_ONCE: Duration = Duration::from_secs(2);
 pub(crate) const BOOT_ID_BYTES: usize = 16;
-/// What an agent may say about its cluster at once, and after how long once more. It asks every hour.
+/// What an agent may say about its cluster at once, and after how long once more: it tells of an API server that it cannot use,
+/// which is to be known within 15 s, and of one that comes and goes not each time.
 const WORDS_BURST: f64 = 8.0;
-const WORDS_INTERVAL: Duration = Duration::from_secs(60);
+const WORDS_INTERVAL: Duration = Duration::from_secs(10);
 /// Longest version of an API server that is shown.
 const VERSION_MAX: usize = 64;
 
@@ -218,7 +222,7 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
             session.wait_for(|state| state.closed.is_some()).await.closed.unwrap_or(CloseReason::HelloTimeout)
         }
         reason = over => reason,
-        reason = converse(shared, session, &admitted, address) => reason,
+        reason = converse(shared, session, &registration, &admitted, address) => reason,
         reason = give_back(shared, session, &admitted, &registration) => reason,
     };
     drop((registration, counted));
@@ -460,6 +464,26 @@ impl Words {
     }
 }
 
+/// Shows what an agent has said of its cluster; what cannot be shown is not.
+fn show(shared: &Shared, registration: &Registration, uid: &ClusterUid, about: About) {
+    if is_version(&about.kubernetes_version) {
+        shared.registry.learned(uid, &about.kubernetes_version);
+    }
+    let at = SystemTime::now();
+    let api_server = about.api_server.and_then(|said| {
+        let state = ApiServerState::try_from(said.state).unwrap_or(ApiServerState::Unknown);
+        let since = at.checked_sub(Duration::from_secs(said.since_seconds.into())).unwrap_or(at);
+        let text: String = said.text.chars().take(API_SERVER_TEXT_MAX).collect();
+        (state != ApiServerState::Unknown).then(|| ApiServer {
+            state,
+            text: crate::proxy::printable(&text),
+            since,
+        })
+    });
+    let mode = AgentMode::try_from(about.mode).unwrap_or(AgentMode::Unknown);
+    registration.told(Word { mode, api_server, at });
+}
+
 /// Whether this can be shown as the version of an API server: `v1.31.4`, with whatever a distribution adds.
 fn is_version(text: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'+' | b'_' | b'~');
@@ -471,6 +495,7 @@ fn is_version(text: &str) -> bool {
 async fn converse(
     shared: &Arc<Shared>,
     session: &Session,
+    registration: &Registration,
     admitted: &Admitted,
     address: SocketAddr,
 ) -> CloseReason {
@@ -478,7 +503,14 @@ async fn converse(
     let (mut reloads, mut words) = (shared.reloads(), Words::new());
     // What has been announced, and whether it was answered.
     let (mut announced, mut answered) = (None, true);
+    // What the agent has said of its cluster, and is not shown yet.
+    let mut said: Option<About> = None;
     loop {
+        if said.is_some() && words.admit() {
+            said.take()
+                .into_iter()
+                .for_each(|about| show(shared, registration, &admitted.cluster.uid, about));
+        }
         let trust = shared.live().trust.clone();
         if announced != Some(trust.version) && answered {
             let version = trust.version;
@@ -501,6 +533,7 @@ async fn converse(
                 drop(changed);
                 continue;
             }
+            () = tokio::time::sleep(WORDS_INTERVAL), if said.is_some() => continue,
         };
         match notice {
             Err(reason) => return reason,
@@ -514,11 +547,8 @@ async fn converse(
                 board.answered(version, &problem);
                 shared.registry.touch(&admitted.cluster.uid);
             }
-            Ok(Notice::About(About { kubernetes_version })) => {
-                if words.admit() && is_version(&kubernetes_version) {
-                    shared.registry.learned(&admitted.cluster.uid, &kubernetes_version);
-                }
-            }
+            // Of several that are too soon the last counts, a little later.
+            Ok(Notice::About(about)) => said = Some(about),
             Ok(Notice::Renew(asked)) => {
                 let renewed =
                     join::renew(shared, &admitted.identity, &admitted.serial, address, &asked).await;
@@ -596,7 +626,7 @@ mod tests {
             heard += u32::from(words.admit());
             tokio::time::advance(Duration::from_micros(62_500)).await;
         }
-        assert!((17..=18).contains(&heard), "{heard} in ten minutes");
+        assert!((67..=68).contains(&heard), "{heard} in ten minutes");
         tokio::time::advance(WORDS_INTERVAL).await;
         assert!(words.admit());
     }

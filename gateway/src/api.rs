@@ -11,6 +11,7 @@ pub(crate) mod feed;
 mod input;
 mod kinds;
 mod objects;
+mod reach;
 mod read;
 mod selector;
 mod table;

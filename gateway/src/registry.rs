@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use towline_certs::{ClusterUid, InstanceId};
 use towline_proto::Code;
+use towline_proto::join::{AgentMode, ApiServerState};
 use towline_proto::mux::{CloseReason, OpenError};
 use towline_proto::tunnel::{Session, Stream, Traffic, Transport};
 use towline_proto::wire::GoAway;
@@ -121,6 +122,27 @@ struct Live {
     retiring: CancellationToken,
     /// Tunnel bytes that the metrics have seen.
     counted: Traffic,
+    /// What its agent says of itself and of the API server.
+    word: Option<Word>,
+}
+
+/// What an agent says of itself and of the API server, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Word {
+    pub mode: AgentMode,
+    /// Absent = it does not know yet.
+    pub api_server: Option<ApiServer>,
+    /// When it said so.
+    pub at: SystemTime,
+}
+
+/// Whether an agent can use the API server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiServer {
+    pub state: ApiServerState,
+    /// What is wrong and what to do; printable.
+    pub text: String,
+    pub since: SystemTime,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -165,6 +187,8 @@ pub struct Connection {
     pub visits: Vec<AgentSession>,
     /// The API server's version, as an agent says.
     pub kubernetes: Option<String>,
+    /// What each connected agent says, in the newest of its sessions that has said anything, by instance.
+    pub words: Vec<(InstanceId, Word)>,
 }
 
 /// An agent that was turned away while its cluster was not connected.
@@ -319,6 +343,7 @@ impl Registry {
             shard: thread::current().id(),
             retiring: retiring.clone(),
             counted: Traffic::default(),
+            word: None,
         });
         tunnel.changed.notify_waiters();
         drop(clusters);
@@ -486,6 +511,7 @@ impl Registry {
             turned_away: tunnel.turned_away.clone(),
             visits: tunnel.sessions.iter().map(Live::told).collect(),
             kubernetes: tunnel.kubernetes.clone(),
+            words: tunnel.words(),
         }
     }
 
@@ -532,6 +558,19 @@ impl Registry {
         let why = printable(why).chars().take(WHY_MAX).collect::<String>();
         let why = format!("{why} (from {from})");
         tunnel.turned_away = Some(TurnedAway { at: now, why, proven, over: None });
+        drop(clusters);
+        self.touch(uid);
+    }
+
+    /// What the agent of one session says of itself and of the API server.
+    fn told(&self, uid: &ClusterUid, id: SessionId, word: Word) {
+        let mut clusters = self.lock();
+        let sessions = clusters.by_uid.get_mut(uid).map(|tunnel| tunnel.sessions.iter_mut());
+        let Some(live) = sessions.into_iter().flatten().find(|live| live.id == id) else { return };
+        if live.word.as_ref().is_some_and(|known| known.says_the_same(&word)) {
+            return;
+        }
+        live.word = Some(word);
         drop(clusters);
         self.touch(uid);
     }
@@ -681,7 +720,30 @@ fn how(reason: Option<&CloseReason>) -> String {
     printable(&text).chars().take(WHY_MAX).collect()
 }
 
+impl Word {
+    /// Times apart, which are reckoned anew each time that it says so.
+    fn says_the_same(&self, other: &Self) -> bool {
+        let essence =
+            |word: &Self| word.api_server.as_ref().map(|server| (server.state, server.text.clone()));
+        self.mode == other.mode && essence(self) == essence(other)
+    }
+}
+
+impl Registration {
+    /// What the session's agent says of itself and of the API server.
+    pub fn told(&self, word: Word) {
+        self.registry.told(&self.uid, self.id, word);
+    }
+}
+
 impl Tunnel {
+    fn words(&self) -> Vec<(InstanceId, Word)> {
+        let mut said: Vec<&Live> = self.sessions.iter().filter(|live| live.word.is_some()).collect();
+        said.sort_by(|a, b| a.instance.as_str().cmp(b.instance.as_str()).then(b.id.0.cmp(&a.id.0)));
+        said.dedup_by(|later, earlier| later.instance == earlier.instance);
+        said.into_iter().filter_map(|live| Some((live.instance.clone(), live.word.clone()?))).collect()
+    }
+
     fn is_expected_back(&self) -> bool {
         // A session that said GoAway and still finishes its streams counts as leaving now; and so does one that has ended and
         // whose owner, on another thread, has not taken it off the list yet.

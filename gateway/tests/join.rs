@@ -34,9 +34,9 @@ use towline_gateway::fleet::{self, Meta, Revoked, Time, WhenFull, new_uid};
 use towline_gateway::rotation::{self, Step};
 use towline_gateway::store::Kind;
 use towline_proto::join::{
-    About, Admitted, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer,
-    JoinRequest, Joined, Notice, Proof, RefusalCode, Refused, Renew, Renewal, ServiceAccount, Token, Trust,
-    TrustAck,
+    About, Admitted, ApiServer, ApiServerState, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Certificate, Issuer,
+    JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Notice, Proof, RefusalCode, Refused, Renew, Renewal,
+    ServiceAccount, Token, Trust, TrustAck,
 };
 use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, Role};
 use towline_proto::tunnel::message::{recv_message, send_message};
@@ -1058,7 +1058,7 @@ async fn the_version_of_a_cluster_is_shown() {
     let revision = || world.gateway.fleet().unwrap().object(Kind::Cluster, "east").unwrap().revision;
     let written = revision();
     let tell = |version: &str| {
-        let about = About { kubernetes_version: version.to_owned() };
+        let about = About { kubernetes_version: version.to_owned(), ..About::default() };
         agent.session.say(Notice::About(about)).unwrap();
     };
     tell("v1.30.2+k3s1");
@@ -1071,6 +1071,47 @@ async fn the_version_of_a_cluster_is_shown() {
     drop(agent);
     let gone = until(&world, "east", |status| status["sessions"] == 0).await;
     assert_eq!(gone["status"]["kubernetesVersion"], "v1.31.0");
+}
+
+/// D4. What an agent says of its API server is a condition at once, in words that no terminal follows, and no write; an agent that talks
+/// without end is shown in the end as it is.
+#[tokio::test]
+async fn d4_what_an_agent_says_of_its_api_server_is_shown() {
+    let world = world().await;
+    register(&world, "east").await;
+    give_admin_token(&world).await;
+    let token = token(&world, "east", 1, HOUR).await;
+    let mine = key();
+    let admitted = join(&world, &token, &mine).await.unwrap();
+    let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
+    let condition = |status: &Value| {
+        let conditions = status["conditions"].as_array().unwrap();
+        conditions.iter().find(|condition| condition["type"] == "APIServerReachable").unwrap().clone()
+    };
+    let reason = async |wanted: &str| {
+        let shown = until(&world, "east", |status| condition(status)["reason"] == wanted).await;
+        condition(&shown["status"])
+    };
+    assert_eq!(reason("NotSaid").await["status"], "Unknown");
+    let revision = world.gateway.fleet().unwrap().store().revision();
+    let tell = |state: ApiServerState, text: &str| {
+        let api_server = Some(ApiServer { since_seconds: 3600, ..ApiServer::new(state, text, 0) });
+        agent.session.say(Notice::About(About { api_server, ..About::default() })).unwrap();
+    };
+    tell(ApiServerState::CaMismatch, "no\u{1b}[31m\nway");
+    let shown = reason("CAMismatch").await;
+    assert_eq!((&shown["status"], &shown["message"]), (&"False".into(), &"no\\u{1b}[31m\\u{a}way".into()));
+    let hour = Time::now().since(Time::parse(shown["lastTransitionTime"].as_str().unwrap()).unwrap());
+    assert!((3500..3900).contains(&hour.as_secs()), "{hour:?}");
+    for _ in 0..12 {
+        tell(ApiServerState::Refused, "x");
+        tell(ApiServerState::Dns, "x");
+    }
+    tell(ApiServerState::Reachable, "");
+    assert_eq!(reason("Reachable").await["status"], "True");
+    assert_eq!(world.gateway.fleet().unwrap().store().revision(), revision, "nothing was written");
+    drop(agent);
+    reason("NoSession").await;
 }
 
 /// What `certificate` says, of another key, signed by the CA's: the serial number is a copy.

@@ -172,6 +172,55 @@ impl World {
     }
 }
 
+/// K3, D4. Goal: a cluster whose API server is gone, or stands still, is connected and of no use: `status` says why, a check fails,
+/// kubectl's column shows it; and all of that ends with it. Within 15 s.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k3_a_dead_api_server_is_seen() {
+    let world = World::start().await;
+    let agent = world.connected("prod").await;
+    let becomes = async |reason: &str| {
+        let started = Instant::now();
+        until(reason, PATIENCE, async || {
+            let shown = world.json(&["cluster", "get", "prod", "-o", "json"]).await;
+            let conditions = shown["status"]["conditions"].as_array().unwrap();
+            let found =
+                conditions.iter().find(|condition| condition["type"] == "APIServerReachable").unwrap();
+            found["reason"] == reason
+        })
+        .await;
+        let took = started.elapsed();
+        assert!(took <= common::bound(Duration::from_secs(15), PATIENCE), "{reason} after {took:?}");
+    };
+    becomes("Reachable").await;
+    assert_eq!(world.run(&["status", "--check"]).await.code, 0);
+    assert!(world.ok(&["cluster", "list"]).await.contains("API SERVER"));
+
+    world.api.refuse_new(true);
+    world.api.kill_connections();
+    becomes("Refused").await;
+    let status = world.run(&["status"]).await;
+    assert!(
+        status.out.contains("Refused: agent") && status.out.contains("connection refused"),
+        "{}",
+        status.out
+    );
+    assert!(status.err.contains("1 connected, 0 not; 1 whose API server cannot be used"), "{}", status.err);
+    world.run(&["status", "--check"]).await.failed(1, &["1 cluster without an API server: prod"]);
+    let list = world.ok(&["cluster", "list"]).await;
+    assert!(list.lines().nth(1).unwrap().contains("Refused"), "{list}");
+    let told = world.ok(&["cluster", "describe", "prod"]).await;
+    assert!(told.contains("APIServerReachable") && told.contains("connection refused"), "{told}");
+
+    world.api.refuse_new(false);
+    becomes("Reachable").await;
+    assert_eq!(world.run(&["status", "--check"]).await.code, 0);
+    world.api.freeze(true);
+    becomes("Timeout").await;
+    world.api.freeze(false);
+    becomes("Reachable").await;
+    agent.shutdown().await;
+}
+
 /// Goal: from a new cluster to its end, every command of the day, and what each says and does not say.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_operator_runs_the_fleet() {

@@ -22,6 +22,8 @@ pub const CAPABILITY_IDENTITY: &str = "identity/1";
 pub const CAPABILITY_ABOUT: &str = "about/1";
 /// Longest text of a refusal, in bytes.
 pub const REFUSAL_TEXT_MAX: usize = 512;
+/// Longest text of an [`ApiServer`], in bytes.
+pub const API_SERVER_TEXT_MAX: usize = 512;
 
 /// What an agent without a certificate asks for: one, for a key that it holds.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -306,6 +308,98 @@ pub struct About {
     /// What the API server says of its version (`gitVersion`); empty = not known.
     #[prost(string, tag = "1")]
     pub kubernetes_version: String,
+    /// Whether the agent can use the API server; absent = not known yet.
+    #[prost(message, optional, tag = "2")]
+    pub api_server: Option<ApiServer>,
+    /// What the agent's configuration says, a number of [`AgentMode`].
+    #[prost(enumeration = "AgentMode", tag = "3")]
+    pub mode: i32,
+}
+
+/// Whether the agent can use the API server.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct ApiServer {
+    /// A number of [`ApiServerState`].
+    #[prost(enumeration = "ApiServerState", tag = "1")]
+    pub state: i32,
+    /// What is wrong and what to do, for people: at most [`API_SERVER_TEXT_MAX`] bytes; empty if nothing is.
+    #[prost(string, tag = "2")]
+    pub text: String,
+    /// How long it has been so.
+    #[prost(uint32, tag = "3")]
+    pub since_seconds: u32,
+}
+
+/// As whom an agent lets requests reach the API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum AgentMode {
+    /// It has not said, or a number that this version does not know.
+    Unknown = 0,
+    Restricted = 1,
+    Impersonate = 2,
+}
+
+/// What stands between an agent and the use of the API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum ApiServerState {
+    /// A number that this version does not know.
+    Unknown = 0,
+    Reachable = 1,
+    /// Its certificate is not of the CA that the agent was given.
+    CaMismatch = 2,
+    /// Its certificate is for another name.
+    NameMismatch = 3,
+    /// TLS fails otherwise.
+    TlsFailed = 4,
+    /// Nothing listens there.
+    Refused = 5,
+    /// It does not answer.
+    Timeout = 6,
+    /// Its name does not resolve.
+    Dns = 7,
+    /// There is no way to it, or the connection is cut.
+    Unreachable = 8,
+    /// It answers that it cannot serve.
+    Unhealthy = 9,
+    /// It does not take the agent's own token.
+    AgentTokenRefused = 10,
+    /// The agent may not act in somebody's name.
+    ImpersonationForbidden = 11,
+}
+
+impl ApiServerState {
+    /// The reason of a condition, and the word in logs.
+    #[must_use]
+    pub const fn reason(self) -> &'static str {
+        match self {
+            Self::Unknown => "Unknown",
+            Self::Reachable => "Reachable",
+            Self::CaMismatch => "CAMismatch",
+            Self::NameMismatch => "NameMismatch",
+            Self::TlsFailed => "TLSFailed",
+            Self::Refused => "Refused",
+            Self::Timeout => "Timeout",
+            Self::Dns => "DNS",
+            Self::Unreachable => "Unreachable",
+            Self::Unhealthy => "Unhealthy",
+            Self::AgentTokenRefused => "AgentTokenRefused",
+            Self::ImpersonationForbidden => "ImpersonationForbidden",
+        }
+    }
+}
+
+impl ApiServer {
+    /// A state whose text is cut to what a receiver accepts.
+    #[must_use]
+    pub fn new(state: ApiServerState, text: &str, since_seconds: u32) -> Self {
+        Self {
+            state: state.into(),
+            text: crate::wire::truncate(text, API_SERVER_TEXT_MAX).into(),
+            since_seconds,
+        }
+    }
 }
 
 /// Why a notice was not sent.

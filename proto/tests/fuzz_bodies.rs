@@ -227,7 +227,9 @@ mod tests {
     use super::common::{Rng, data, encode, hello};
     use super::*;
     use std::time::Instant as Clock;
-    use towline_proto::join::{About, Joined, Proof, RefusalCode, Refused, Renew, Token, TrustAck};
+    use towline_proto::join::{
+        About, ApiServer, ApiServerState, Joined, Proof, RefusalCode, Refused, Renew, Token, TrustAck,
+    };
     use towline_proto::open::{BodyKind, Header, Outcome, Principal, Request, Response, Want};
     use towline_proto::wire::{GoAway, StreamId};
 
@@ -266,7 +268,11 @@ mod tests {
                     0 => Notice::Renew(Renew { csr: "csr".into(), issuer: None, token: "t".to_owned() }),
                     1 => Notice::TrustAck(TrustAck { version: rng.below(3), problem: String::new() }),
                     2 => Notice::Renewed(Renewed::default()),
-                    3 => Notice::About(About { kubernetes_version: "v1".to_owned() }),
+                    3 => Notice::About(About {
+                        kubernetes_version: "v1".to_owned(),
+                        api_server: Some(ApiServer::new(ApiServerState::Dns, "no", 1)),
+                        mode: 2,
+                    }),
                     _ => Notice::Trust(Trust {
                         version: 1,
                         roots: vec!["ca".into(); rng.index(20)],

@@ -5,8 +5,9 @@ use bytes::{Bytes, BytesMut};
 use std::fmt::Write as _;
 use towline_proto::hello::{Hello, HelloLimits};
 use towline_proto::join::{
-    self, About, Admitted, CERTIFICATES_MAX, Certificate, Issuer, JoinAnswer, JoinRequest, Joined, Notice,
-    Proof, RefusalCode, Refused, Renew, Renewal, Renewed, ServiceAccount, Trust, TrustAck,
+    self, About, Admitted, AgentMode, ApiServer, ApiServerState, CERTIFICATES_MAX, Certificate, Issuer,
+    JoinAnswer, JoinRequest, Joined, Notice, Proof, RefusalCode, Refused, Renew, Renewal, Renewed,
+    ServiceAccount, Trust, TrustAck,
 };
 use towline_proto::wire::{
     CLOSE_TEXT_MAX, DATA_MAX, Decoder, FLAG_FIN, FRAME_MAX, Frame, GoAway, HELLO_MAX, Item, LIMIT_MAX,
@@ -90,7 +91,19 @@ fn golden() -> Vec<(&'static str, &'static str, Frame)> {
         (
             "about",
             "94000009 00000000 0a0776312e33302e31",
-            Frame::Notice(Notice::About(About { kubernetes_version: "v1.30.1".to_owned() })),
+            Frame::Notice(Notice::About(About {
+                kubernetes_version: "v1.30.1".to_owned(),
+                ..About::default()
+            })),
+        ),
+        (
+            "about an API server",
+            "9400000d 00000000 1209 0805 12026e6f 18ac02 1802",
+            Frame::Notice(Notice::About(About {
+                api_server: Some(ApiServer::new(ApiServerState::Refused, "no", 300)),
+                mode: AgentMode::Impersonate.into(),
+                ..About::default()
+            })),
         ),
     ]
 }

@@ -145,7 +145,7 @@ fn an_old_peer_is_not_broken() {
 }
 
 fn about(version: &str) -> Notice {
-    Notice::About(About { kubernetes_version: version.to_owned() })
+    Notice::About(About { kubernetes_version: version.to_owned(), ..About::default() })
 }
 
 /// A statement needs no question and gets no answer, in between whatever else is said; of several that wait only the last is kept. It has

@@ -190,6 +190,14 @@ impl Upstream {
         Self { at: listener.local_addr().unwrap(), listener, tls: Some(TlsAcceptor::from(tls)) }
     }
 
+    /// One that agrees on no protocol (ALPN).
+    pub async fn stranger(world: &World) -> Self {
+        let tls = tls::front_server(&FrontCertificates::new(world.credential("front-server")), None).unwrap();
+        let mut tls = rustls::ServerConfig::clone(&tls);
+        tls.alpn_protocols.clear();
+        Self { tls: Some(TlsAcceptor::from(Arc::new(tls))), ..Self::start(world).await }
+    }
+
     /// One that speaks no TLS.
     pub async fn plain() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -209,6 +217,31 @@ impl Upstream {
             Connection { io, buffer: Vec::new() }
         })
         .await
+    }
+
+    /// The connection on which this request comes, and its head; what the agent does besides is left without an answer.
+    pub async fn asked(&self, line: &str) -> (Connection, Head) {
+        loop {
+            let mut connection = self.accept().await;
+            if let Some(head) = connection.try_head().await
+                && head.line == line
+            {
+                return (connection, head);
+            }
+        }
+    }
+
+    /// Shakes hands with whoever comes next, or greets them otherwise, however that ends.
+    pub async fn met(&self) {
+        let (mut stream, _) = self.listener.accept().await.unwrap();
+        match &self.tls {
+            Some(tls) => drop(tls.accept(stream).await),
+            None => {
+                let mut hello = [0; 5];
+                drop(stream.read_exact(&mut hello).await);
+                drop(stream.write_all(b"SSH-2.0-x\r\n").await);
+            }
+        }
     }
 
     /// Waits for a connection whose handshake the agent breaks off.
@@ -261,6 +294,11 @@ impl Connection {
 
     /// Reads a request head.
     pub async fn head(&mut self) -> Head {
+        self.try_head().await.unwrap_or_else(|| panic!("the agent closed inside a head"))
+    }
+
+    /// The same; none if the agent closes instead.
+    pub async fn try_head(&mut self) -> Option<Head> {
         soon("a request head", async {
             loop {
                 if let Some(end) = self.buffer.windows(4).position(|part| part == b"\r\n\r\n") {
@@ -272,9 +310,11 @@ impl Connection {
                         let (name, value) = line.split_once(':').unwrap();
                         (name.to_ascii_lowercase(), value.trim().to_owned())
                     };
-                    return Head { line, headers: lines.map(field).collect() };
+                    return Some(Head { line, headers: lines.map(field).collect() });
                 }
-                assert!(self.fill().await.unwrap() > 0, "the agent closed inside a head");
+                if self.fill().await.unwrap_or(0) == 0 {
+                    return None;
+                }
             }
         })
         .await

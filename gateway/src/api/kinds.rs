@@ -117,7 +117,7 @@ pub(super) const RESOURCES: &[Resource] = &[
             (
                 "conditions",
                 Objects,
-                "Connected, CertificateCurrent, TrustCurrent, AgentOutdated, Joined, IssuerCurrent; Revoked and JoinRefused where that has happened.",
+                "Connected, APIServerReachable, CertificateCurrent, TrustCurrent, AgentOutdated, Joined, IssuerCurrent; Revoked and JoinRefused where that has happened.",
             ),
             (
                 "issuer",

@@ -1,7 +1,8 @@
 //! How does a record look as an object of the API? Each kind, and what is true of a cluster beside its record.
 
 use super::kinds::{API_VERSION, Resource};
-use crate::config;
+use super::reach;
+use crate::config::{self, Mode};
 use crate::fleet::{
     AccessRule, AgentSeen, Certificate, Cluster, Ended, Instance, Issuers, Object, Revoked, Standing, Time,
     TokenIssuer,
@@ -40,7 +41,7 @@ pub(super) fn render(
     let (meta, spec, status, due) = match object {
         Object::Cluster(cluster) => {
             let (mut status, due) =
-                facts.map_or_else(|| (json!({}), None), |facts| cluster_status(name, facts));
+                facts.map_or_else(|| (json!({}), None), |facts| cluster_status(name, facts, cluster.mode));
             status["uid"] = cluster.meta.uid.clone().into();
             status["source"] = "registered".into();
             if let Some(conditions) = status["conditions"].as_array_mut() {
@@ -119,7 +120,7 @@ pub(super) fn render(
 
 /// A cluster that stands in the configuration.
 pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Due) {
-    let (mut status, due) = cluster_status(cluster.name.as_str(), facts);
+    let (mut status, due) = cluster_status(cluster.name.as_str(), facts, cluster.mode);
     status["uid"] = cluster.uid.as_str().into();
     status["source"] = "configuration".into();
     let mut spec = json!({"mode": cluster.mode});
@@ -136,13 +137,14 @@ pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Du
     (shown, due)
 }
 
-fn cluster_status(name: &str, facts: &Facts) -> (Value, Due) {
+fn cluster_status(name: &str, facts: &Facts, mode: Mode) -> (Value, Due) {
     let Facts { connection, trust, instances, standing, registered, now } = facts;
     let (certificate, certificate_due) = certificate_condition(instances, *registered, *now);
     let (joined, joined_due) = joined_condition(name, facts);
     let (refused, refused_due) = refused_condition(connection, *now).unzip();
     let conditions = [
         Some(connected_condition(connection, *registered)),
+        Some(reach::condition_of(connection, mode, *registered)),
         Some(certificate),
         Some(trust_condition(trust, connection.ended.as_ref().map_or(*registered, |ended| ended.at))),
         Some(outdated_condition(connection, *registered)),
@@ -203,7 +205,7 @@ fn told_instances(connection: &Connection, instances: &[(Arc<str>, Arc<Instance>
     named.collect()
 }
 
-fn condition(kind: &str, status: &str, since: Time, reason: &str, message: &str) -> Value {
+pub(super) fn condition(kind: &str, status: &str, since: Time, reason: &str, message: &str) -> Value {
     json!({"type": kind, "status": status, "lastTransitionTime": since, "reason": reason, "message": message})
 }
 

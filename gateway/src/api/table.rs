@@ -36,6 +36,7 @@ type Column = (&'static str, bool, &'static str);
 /// Values that are not simply somewhere in the object.
 const AGE: &str = "age";
 const CONNECTED: &str = "connected";
+const REACHABLE: &str = "reachable";
 const TRUST_CURRENT: &str = "trust";
 const WHAT: &str = "what";
 
@@ -44,6 +45,7 @@ fn columns(resource: &Resource) -> &'static [Column] {
         "Cluster" => &[
             ("Name", false, "/metadata/name"),
             ("Connected", false, CONNECTED),
+            ("API server", false, REACHABLE),
             ("Mode", false, "/spec/mode"),
             ("Agent", false, "/status/agentVersion"),
             ("Age", false, AGE),
@@ -111,6 +113,7 @@ fn cell(place: &str, object: &Value) -> Value {
     match place {
         AGE => age(object["metadata"]["creationTimestamp"].as_str().unwrap_or_default()).into(),
         CONNECTED => condition(object, "Connected").into(),
+        REACHABLE => reachable(object).into(),
         TRUST_CURRENT => condition(object, "TrustCurrent").into(),
         WHAT => ["certificate", "user", "cluster"]
             .iter()
@@ -130,9 +133,19 @@ fn cell(place: &str, object: &Value) -> Value {
 }
 
 fn condition<'a>(object: &'a Value, wanted: &str) -> &'a str {
-    let conditions = object["status"]["conditions"].as_array().into_iter().flatten();
-    let mut matching = conditions.filter(|condition| condition["type"] == wanted);
-    matching.next().and_then(|condition| condition["status"].as_str()).unwrap_or("Unknown")
+    find(object, wanted).and_then(|condition| condition["status"].as_str()).unwrap_or("Unknown")
+}
+
+/// `True`, `Unknown`, or why not.
+fn reachable(object: &Value) -> &str {
+    let condition = find(object, "APIServerReachable");
+    let field = |name: &str| condition.and_then(|condition| condition[name].as_str()).unwrap_or("Unknown");
+    if field("status") == "False" { field("reason") } else { field("status") }
+}
+
+fn find<'a>(object: &'a Value, wanted: &str) -> Option<&'a Value> {
+    let mut conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+    conditions.find(|condition| condition["type"] == wanted)
 }
 
 fn age(created: &str) -> String {

@@ -25,8 +25,8 @@ pub(crate) struct Status {
     /// Go on with a line for each change.
     #[arg(short, long, conflicts_with = "check")]
     watch: bool,
-    /// Exit code 1 if a cluster is not connected, unless no agent has ever joined it; without this the code only tells whether the
-    /// gateway could be asked.
+    /// Exit code 1 if a cluster is not connected or its API server cannot be used, unless no agent has ever joined it; without this the
+    /// code only tells whether the gateway could be asked.
     #[arg(long)]
     check: bool,
     #[command(flatten)]
@@ -37,6 +37,8 @@ pub(crate) struct Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Health {
     Down,
+    /// Connected, and no agent can use the API server.
+    Unusable,
     Overdue,
     Outdated,
     /// Registered, and no agent has joined yet.
@@ -51,6 +53,8 @@ impl Health {
             let joined = condition(cluster, "Joined");
             let is_pending = joined["status"] == "False" && joined["reason"] == "Pending";
             if is_pending && !is("JoinRefused", "True") { Self::Pending } else { Self::Down }
+        } else if is("APIServerReachable", "False") {
+            Self::Unusable
         } else if is("CertificateCurrent", "False") {
             Self::Overdue
         } else if is("AgentOutdated", "True") {
@@ -68,6 +72,7 @@ impl Health {
     fn reason(self, cluster: &Value) -> Option<&'static str> {
         match self {
             Self::Down => Some(why_down(cluster)),
+            Self::Unusable => Some("APIServerReachable"),
             Self::Pending => Some("Joined"),
             Self::Overdue => Some("CertificateCurrent"),
             Self::Outdated => Some("AgentOutdated"),
@@ -112,22 +117,10 @@ impl Status {
         }
         let list = client.list("clusters", &select).await?;
         self.print(&list, &mut Table::default())?;
-        let down: Vec<String> = items(&list)
-            .iter()
-            .filter(|cluster| Health::of(cluster) == Health::Down)
-            .map(|cluster| text(&cluster["metadata"]["name"]))
-            .collect();
-        if self.check && !down.is_empty() {
-            let many = down.len().try_into().unwrap_or(u64::MAX);
-            return Err(Failure::failed(format!(
-                "{} not connected: {}. Why: {} cluster describe {}",
-                show::count(many, "cluster"),
-                down.join(", "),
-                name(),
-                down[0]
-            )));
+        match failing(items(&list)) {
+            Some(failing) if self.check => Err(Failure::failed(failing)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     async fn follow(&self, client: &Client, select: &Select) -> Outcome {
@@ -136,10 +129,11 @@ impl Status {
         let mut told: BTreeMap<String, Vec<Value>> = BTreeMap::new();
         let essence = |cluster: &Value| {
             let status = &cluster["status"];
-            let mut parts: Vec<Value> = ["Connected", "CertificateCurrent", "AgentOutdated"]
-                .iter()
-                .map(|kind| condition(cluster, kind)["reason"].clone())
-                .collect();
+            let mut parts: Vec<Value> =
+                ["Connected", "APIServerReachable", "CertificateCurrent", "AgentOutdated"]
+                    .iter()
+                    .map(|kind| condition(cluster, kind)["reason"].clone())
+                    .collect();
             let health = Health::of(cluster);
             if !health.is_connected() {
                 let why = health.reason(cluster).map(|kind| condition(cluster, kind));
@@ -243,6 +237,26 @@ fn items(list: &Value) -> &[Value] {
     list["items"].as_array().map_or(&[], Vec::as_slice)
 }
 
+/// What `--check` fails with, if there is a cluster of which nobody gets anything.
+fn failing(clusters: &[Value]) -> Option<String> {
+    let mut parts = Vec::new();
+    let mut first = None;
+    for (health, what) in [(Health::Down, "not connected"), (Health::Unusable, "without an API server")] {
+        let names: Vec<String> = clusters
+            .iter()
+            .filter(|cluster| Health::of(cluster) == health)
+            .map(|cluster| text(&cluster["metadata"]["name"]))
+            .collect();
+        if names.is_empty() {
+            continue;
+        }
+        let many = names.len().try_into().unwrap_or(u64::MAX);
+        parts.push(format!("{} {what}: {}", show::count(many, "cluster"), names.join(", ")));
+        first = first.or_else(|| names.into_iter().next());
+    }
+    Some(format!("{}. Why: {} cluster describe {}", parts.join("; "), name(), first?))
+}
+
 fn summary(clusters: &[Value]) -> String {
     let of = |health: Health| clusters.iter().filter(|cluster| Health::of(cluster) == health).count();
     let total = clusters.len().try_into().unwrap_or(u64::MAX);
@@ -253,6 +267,7 @@ fn summary(clusters: &[Value]) -> String {
         (of(Health::Down), clusters.iter().filter(|cluster| Health::of(cluster).is_connected()));
     let mut text = format!("{}: {} connected, {down} not", show::count(total, "cluster"), connected.count());
     for (health, words) in [
+        (Health::Unusable, "whose API server cannot be used"),
         (Health::Pending, "never joined"),
         (Health::Overdue, "with a certificate that was not renewed"),
         (Health::Outdated, "with an agent to upgrade"),
@@ -269,6 +284,40 @@ fn summary(clusters: &[Value]) -> String {
 mod tests {
     use super::*;
     use crate::fleet::Time;
+
+    fn unusable(name: &str) -> Value {
+        let mut cluster = cluster(name, "True", "True", "False");
+        let unusable = json!({"type": "APIServerReachable", "status": "False", "reason": "Refused", "message": "nothing listens"});
+        cluster["status"]["conditions"].as_array_mut().unwrap().push(unusable);
+        cluster
+    }
+
+    /// D4, K3: a cluster that is connected and of no use says why, and fails a check; one whose agent has not said does not.
+    #[test]
+    fn k3_a_cluster_without_an_api_server_fails_the_check() {
+        let well = cluster("a", "True", "True", "False");
+        assert_eq!(failing(std::slice::from_ref(&well)), None);
+        let said = failing(&[well.clone(), unusable("b"), cluster("c", "False", "True", "False")]).unwrap();
+        assert!(
+            said.starts_with("1 cluster not connected: c; 1 cluster without an API server: b. Why: ")
+                && said.ends_with("describe c"),
+            "{said}"
+        );
+        let status = Status {
+            selector: String::new(),
+            watch: false,
+            check: true,
+            output: Output { output: Format::Table },
+        };
+        let row = status.row(&unusable("b"));
+        assert_eq!((&*row[1], &*row[7]), ("yes", "Refused: nothing listens"));
+        assert!(Health::of(&unusable("b")) < Health::of(&well));
+        assert!(
+            summary(&[unusable("b")]).contains("1 connected, 0 not; 1 whose API server"),
+            "{}",
+            summary(&[unusable("b")])
+        );
+    }
 
     fn cluster(name: &str, connected: &str, certificate: &str, outdated: &str) -> Value {
         let one = |kind: &str, status: &str| json!({"type": kind, "status": status, "reason": "R", "message": format!("m-{kind}"), "lastTransitionTime": "2026-01-01T00:00:00Z"});

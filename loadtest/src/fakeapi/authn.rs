@@ -60,14 +60,11 @@ pub(super) fn impersonate(
             "requested impersonation of groups, uid or extra without impersonating a user",
         ));
     }
-    let may = if shared.options.rbac {
-        let named = groups.iter().map(|group| ("groups", group)).chain([("users", &user)]);
-        let mut named = named.map(|(resource, name)| rbac::Action::impersonate(resource, name));
+    let may = {
+        let mut named = groups.iter().map(|group| ("groups", group)).chain([("users", &user)]);
         // No rule of the cluster's is about uids and extra fields.
-        uid.is_none() && extra.is_empty() && named.all(|action| rbac::allows(&shared.store, caller, &action))
-    } else {
-        caller.groups.iter().any(|group| group == "system:masters")
-            || shared.options.impersonators.contains(&caller.user)
+        let of_rules = !shared.options.rbac || uid.is_none() && extra.is_empty();
+        of_rules && named.all(|(resource, name)| may_impersonate(shared, caller, resource, name))
     };
     if !may {
         return Err(ApiError::forbidden(format!(
@@ -85,6 +82,15 @@ pub(super) fn impersonate(
     identity.uid = uid;
     identity.extra = extra;
     Ok(identity)
+}
+
+/// Whether this identity may act in the name of a user or a group; an empty name stands for all of them.
+pub(super) fn may_impersonate(shared: &Shared, caller: &Identity, resource: &str, name: &str) -> bool {
+    if shared.options.rbac {
+        return rbac::allows(&shared.store, caller, &rbac::Action::impersonate(resource, name));
+    }
+    caller.groups.iter().any(|group| group == "system:masters")
+        || shared.options.impersonators.contains(&caller.user)
 }
 
 /// Whether this identity may do anything with this path; else 403.

@@ -84,11 +84,14 @@ impl RequestRecord {
         String::from_utf8_lossy(&self.target).into_owned()
     }
 
-    /// Whether the agent asks for itself: for the version, with no header but the one that HTTP wants. A request of a client
-    /// comes with those that the gateway adds.
+    /// Whether the agent asks for itself: for the version, for the server's health, for its own right. A request of a client has more
+    /// headers: those of its program, or those that the gateway adds.
     fn is_agents_own(&self) -> bool {
-        self.target == b"/version"
-            && matches!(&self.headers[..], [(name, _)] if name.eq_ignore_ascii_case("host"))
+        const TARGETS: [&[u8]; 3] =
+            [b"/version", b"/livez", b"/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"];
+        const HEADERS: [&str; 5] = ["host", "content-type", "accept", "content-length", "authorization"];
+        let is_own = |name: &str| HEADERS.iter().any(|own| name.eq_ignore_ascii_case(own));
+        TARGETS.contains(&&self.target[..]) && self.headers.iter().all(|(name, _)| is_own(name))
     }
 
     pub(super) fn set_body(&self, body: BodyRecord) {
@@ -127,7 +130,7 @@ pub struct ConnectionRecord {
     pub open: bool,
 }
 
-/// Everything the server saw but the agent's own question for the version, oldest first, bounded by `FakeApiOptions::requests_kept`.
+/// Everything the server saw but the agent's own questions, oldest first, bounded by `FakeApiOptions::requests_kept`.
 #[derive(Debug, Default)]
 pub struct Recorder {
     requests_kept: usize,

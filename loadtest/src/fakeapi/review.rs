@@ -3,6 +3,7 @@
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
+use super::authn::may_impersonate;
 use super::body::Response;
 use super::call::Call;
 use super::kinds::REVIEWS;
@@ -35,6 +36,12 @@ pub(super) async fn answer(call: &mut Call) -> Result<Option<Response>, ApiError
                 }
                 None => json!({"authenticated": false, "error": "invalid bearer token"}),
             }
+        }
+        "SelfSubjectAccessReview" if object["spec"]["resourceAttributes"]["verb"] == "impersonate" => {
+            let attributes = &object["spec"]["resourceAttributes"];
+            let text = |field: &str| attributes[field].as_str().unwrap_or_default();
+            let allowed = may_impersonate(&call.shared, &identity, text("resource"), text("name"));
+            json!({"allowed": allowed, "reason": ""})
         }
         _ => {
             let asked = object["spec"]["user"].as_str().unwrap_or(&identity.user);
