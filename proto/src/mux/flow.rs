@@ -47,25 +47,40 @@ impl SessionBudget {
         if used + share.keeps_free(self.limit) > self.limit {
             return false;
         }
-        let more = self.window.as_ref().map_or(bytes, |window| window.held(used) - window.held(self.used));
-        if more > 0 && !self.process.try_take(more, share) {
-            return false;
+        let taken = match &self.window {
+            None => self.process.try_take(bytes, share),
+            Some(_) => self.take_window(used, share),
+        };
+        if taken {
+            self.used = used;
         }
-        self.used = used;
-        if let Some(window) = &mut self.window {
+        taken
+    }
+
+    /// Takes what the transport's window needs in which this much credit fits. Out of line, as is the next: on the mux there is none.
+    #[inline(never)]
+    fn take_window(&mut self, used: usize, share: Share) -> bool {
+        let Some(window) = &mut self.window else { return true };
+        let more = window.held(used) - window.held(self.used);
+        let taken = more == 0 || self.process.try_take(more, share);
+        if taken {
             window.on_credit(used);
         }
-        true
+        taken
+    }
+
+    /// What is held less when credit falls to `used`.
+    #[inline(never)]
+    fn less_window(&self, used: usize) -> usize {
+        self.window.as_ref().map_or(0, |window| window.held(self.used) - window.held(used))
     }
 
     fn give(&mut self, bytes: usize) {
         debug_assert!(bytes <= self.used, "no more is given back than was taken");
-        let before = self.held();
-        self.used -= bytes;
-        let less = before - self.held();
-        if less > 0 {
-            self.process.give(less);
-        }
+        let used = self.used - bytes;
+        let less = if self.window.is_none() { bytes } else { self.less_window(used) };
+        self.used = used;
+        self.process.give(less);
     }
 
     /// Counts bytes that the transport has handed over: what it lets the peer send may fall by them.

@@ -180,6 +180,13 @@ struct BudgetInner {
     whole: Option<Budget>,
 }
 
+impl BudgetInner {
+    fn give(&self, bytes: usize) {
+        let before = self.used.fetch_sub(bytes, Ordering::Relaxed);
+        debug_assert!(before >= bytes, "no more is given back than was taken");
+    }
+}
+
 impl Budget {
     /// A budget of `limit` bytes.
     #[must_use]
@@ -201,7 +208,7 @@ impl Budget {
         let is_small = after <= whole.0.limit / LITTLE;
         let taken = whole.admit(bytes, share.keeps_free_of_divided(whole.0.limit, is_small)).is_some();
         if !taken {
-            self.0.used.fetch_sub(bytes, Ordering::Relaxed);
+            self.0.give(bytes);
         }
         taken
     }
@@ -224,10 +231,9 @@ impl Budget {
 
     /// Gives back `bytes` that were taken before.
     pub(super) fn give(&self, bytes: usize) {
-        let before = self.0.used.fetch_sub(bytes, Ordering::Relaxed);
-        debug_assert!(before >= bytes, "no more is given back than was taken");
+        self.0.give(bytes);
         if let Some(whole) = &self.0.whole {
-            whole.give(bytes);
+            whole.0.give(bytes);
         }
     }
 
