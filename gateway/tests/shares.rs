@@ -20,8 +20,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
 use towline_gateway::config::{ByteSize, GatewayConfig};
 use towline_proto::Code;
-use towline_proto::mux::WINDOW_START;
-use towline_proto::open::BodyKind;
+use towline_proto::mux::{Limits, WINDOW_START};
+use towline_proto::open::{BodyKind, Request};
 
 const OTHER: &str = "tlat_fedcba9876543210";
 
@@ -352,26 +352,41 @@ async fn fr_03_one_principal_s_uploads_leave_the_others_theirs() {
 /// cluster then takes nothing for longer than `timeouts.slowBody`, is not the client's fault.
 #[tokio::test]
 async fn fr_03_who_waits_for_us_is_not_slow() {
-    let slow = Duration::from_secs(2);
+    let slow = Duration::from_secs(3);
     let world = world(|config| config.timeouts.slow_body = slow).await;
-    let agent = world.agent("prod").await;
+    // The request's head takes the credit.
+    let limits = Limits { initial_credit: 4096, ..Limits::default() };
+    let agent = Agent::connect_with(&world, "prod", [7; 16], limits).await;
+    world.connected("prod", 1).await;
     let mut client = world.h2(None).await;
-    let mut bodies = JoinSet::new();
-    let body = endless(&mut bodies);
-    let path = "/clusters/prod/api/v1/namespaces/a/configmaps";
-    let headers = [("authorization", &bearer(TOKEN)[..])];
-    let answer = async { client.ask("POST", path, &headers, body).await };
-    let stalls = async {
-        let exchange = agent.next().await;
-        tokio::time::sleep(2 * slow).await;
-        let mut exchange = exchange;
-        assert!(exchange.recv.read_chunk(1024).await.unwrap().is_some());
-        exchange.head(200, &[], BodyKind::exact(2)).await;
-        exchange.write("ok").await;
-        exchange.send.finish();
-        exchange.recv.stop(Code::Cancelled);
+    let (mut sender, body) = Channel::<Bytes, std::io::Error>::new(1);
+    let authorization = bearer(TOKEN);
+    let headers = [("authorization", &authorization[..])];
+    let path = format!("/clusters/prod/api/v1/namespaces/a/configmaps?fieldManager={}", "x".repeat(5000));
+    let answer = client.ask("POST", &path, &headers, body.boxed());
+    let (resumed, goes_on) = tokio::sync::oneshot::channel();
+    let sends = async {
+        for _ in 0..2 {
+            // The gateway waits for it: its clock runs.
+            tokio::time::sleep(slow / 10).await;
+            sender.send_data(Bytes::from(vec![7; 300])).await.unwrap();
+        }
+        goes_on.await.unwrap();
+        tokio::time::sleep(slow / 10).await;
+        sender.send_data(Bytes::from(vec![7; 300])).await.unwrap();
+        drop(sender);
     };
-    let (answer, ()) = tokio::join!(answer, stalls);
+    let takes = async {
+        let (send, mut recv) = agent.session.accept().await.unwrap();
+        // Nothing is read, not even the head, for longer than a body may be slow.
+        tokio::time::sleep(2 * slow).await;
+        let open = towline_proto::tunnel::exchange::recv_head(&mut recv, common::HEAD_MAX).await.unwrap();
+        let mut exchange = Exchange { open, request: Request::default(), send, recv };
+        resumed.send(()).unwrap();
+        assert_eq!(exchange.read_all().await.len(), 900);
+        exchange.answer(200, &[], "").await;
+    };
+    let (answer, (), ()) = tokio::join!(answer, sends, takes);
     assert_eq!(answer.status(), 200);
 }
 
@@ -497,7 +512,7 @@ async fn a2_a_hostile_tenant_takes_nothing_from_the_others() {
                 streams.spawn(async move {
                     let open = towline_proto::tunnel::exchange::recv_head(&mut recv, common::HEAD_MAX).await;
                     let Ok(open) = open else { return };
-                    let request = towline_proto::open::Request::default();
+                    let request = Request::default();
                     let mut exchange = Exchange { open, request, send, recv };
                     exchange.head(200, &[], BodyKind::STREAM).await;
                     while exchange.send.write_chunk(Bytes::from(vec![7; 16 << 10])).await.is_ok() {}

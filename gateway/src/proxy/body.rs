@@ -124,14 +124,17 @@ impl Pace {
         self.paused = self.since.is_some().then(Instant::now);
     }
 
-    fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let limit = self.limit;
-        let since = self.since.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
-        if let Some(paused) = self.paused.take() {
+    /// We ask for bytes again: what passed since the last ones does not count.
+    fn resume(&mut self) {
+        if let (Some(paused), Some(since)) = (self.paused.take(), &mut self.since) {
             let deadline = since.deadline() + paused.elapsed();
             since.as_mut().reset(deadline);
         }
-        since.as_mut().poll(cx)
+    }
+
+    fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let limit = self.limit;
+        self.since.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit))).as_mut().poll(cx)
     }
 }
 
@@ -147,6 +150,9 @@ impl Body for ClientBody {
         if let Some(bytes) = this.held.get(this.sent) {
             this.sent += 1;
             return Poll::Ready(Some(Ok(Frame::data(bytes.clone()))));
+        }
+        if let Some(pace) = &mut this.pace {
+            pace.resume();
         }
         match Pin::new(&mut this.source).poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
