@@ -2,10 +2,16 @@
 //!
 //! Liveness never looks at the gateway: restarting an agent does not heal a gateway. Readiness is a round trip on some
 //! session within the last 15 seconds.
+//!
+//! A connection is one request. It waits in one room until its head is there, and in another one while it is answered;
+//! probes have a room of their own. So neither silence nor scrapes delay a probe.
+
+mod room;
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_TYPE};
@@ -16,26 +22,48 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::links::Links;
 use crate::metrics::Metrics;
+use room::{Place, Room};
 
 /// What the health port knows.
 #[derive(Debug)]
 pub(crate) struct Admin {
     pub(crate) links: Links,
     pub(crate) metrics: Metrics,
-    pub(crate) draining: AtomicBool,
+    draining: AtomicBool,
+    silent: Arc<Room>,
+    probes: Arc<Room>,
+    scrapes: Arc<Room>,
 }
 
 impl Admin {
+    pub(crate) fn new(links: Links, metrics: Metrics) -> Self {
+        let room = |(places, per_address)| Room::new(places, per_address);
+        let (silent, probes, scrapes) = (room(SILENT_MAX), room(PROBES_MAX), room(SCRAPES_MAX));
+        Self { links, metrics, draining: AtomicBool::new(false), silent, probes, scrapes }
+    }
+
     /// Whether a request would find its way.
     pub(crate) fn is_ready(&self) -> bool {
         !self.is_draining() && self.links.silence().is_some_and(|silence| silence <= SILENCE_MAX)
+    }
+
+    /// From now on it is not ready.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    fn enter(&self, room: &Arc<Room>, address: IpAddr, leave: &CancellationToken) -> Place {
+        let (place, displaced) = room.enter(address, leave.clone());
+        if displaced {
+            self.metrics.refused.with_label_values(&["admin_connections"]).inc();
+        }
+        place
     }
 
     fn is_draining(&self) -> bool {
@@ -102,16 +130,16 @@ pub(crate) async fn serve(
     tracker: TaskTracker,
     stop: CancellationToken,
 ) {
-    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
-                let admin = Arc::clone(&admin);
-                tracker.spawn(stop.clone().run_until_cancelled_owned(async move {
+            Ok((stream, peer)) => {
+                let (admin, leave) = (Arc::clone(&admin), stop.child_token());
+                let place = admin.enter(&admin.silent, peer.ip(), &leave);
+                tracker.spawn(leave.clone().run_until_cancelled_owned(async move {
                     // A connection is one scrape or probe: none is worth more than this.
-                    drop(timeout(CONNECTION_TIMEOUT, connection(admin, stream)).await);
-                    drop(permit);
+                    drop(
+                        timeout(CONNECTION_TIMEOUT, connection(admin, stream, peer.ip(), place, leave)).await,
+                    );
                 }));
             }
             Err(error) => {
@@ -123,8 +151,18 @@ pub(crate) async fn serve(
     }
 }
 
-async fn connection(admin: Arc<Admin>, stream: TcpStream) {
-    let service = service_fn(move |request| {
+/// Answers one request. `place` is given up for one in another room when its head is there.
+async fn connection(
+    admin: Arc<Admin>,
+    stream: TcpStream,
+    peer: IpAddr,
+    place: Place,
+    leave: CancellationToken,
+) {
+    let place = Mutex::new(place);
+    let service = service_fn(move |request: Request<Incoming>| {
+        let room = if request.uri().path() == "/metrics" { &admin.scrapes } else { &admin.probes };
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = admin.enter(room, peer, &leave);
         let response = admin.answer(&request);
         std::future::ready(Ok::<_, Infallible>(response))
     });
@@ -142,8 +180,13 @@ async fn connection(admin: Arc<Admin>, stream: TcpStream) {
 
 /// The mux declares a silent session dead after 12 s; this is the second opinion.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
-const CONNECTIONS_MAX: usize = 32;
+/// Connections whose request is not there yet, probes that are being answered, and scrapes that are: in all, and of one
+/// address. Beyond it the oldest gives way.
+const SILENT_MAX: (usize, usize) = (32, 16);
+const PROBES_MAX: (usize, usize) = (32, 16);
+const SCRAPES_MAX: (usize, usize) = (8, 4);
+/// For the whole connection, and for a request's head.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
-const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const BUFFER_BYTES: usize = 16 * 1024;

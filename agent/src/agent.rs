@@ -3,7 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -113,11 +112,7 @@ impl Agent {
         let listener = TcpListener::bind(config.admin_address).await.map_err(refused)?;
         let admin_address = listener.local_addr().map_err(refused)?;
         let links = Links::new(metrics.clone());
-        let admin = Arc::new(Admin {
-            links: links.clone(),
-            metrics: metrics.clone(),
-            draining: AtomicBool::new(false),
-        });
+        let admin = Arc::new(Admin::new(links.clone(), metrics.clone()));
         let agent = Self {
             admin_address,
             admin: Arc::clone(&admin),
@@ -291,7 +286,7 @@ impl Agent {
     /// Stops taking streams and lets the open ones finish, no longer than the configured deadline. Ends when there are
     /// none. Whatever happens then, [`Agent::shutdown`] is next.
     pub async fn drain(&self) {
-        self.admin.draining.store(true, Ordering::Relaxed);
+        self.admin.drain();
         self.stop_dialling.cancel();
         let deadline = self.drain_deadline;
         let ends = TaskTracker::new();

@@ -121,7 +121,7 @@ impl Metrics {
                 &["kind", "result"],
             ),
             answer_seconds: add(&registry, answer_seconds()),
-            refused: counters(&registry, "refused_total", "Streams that a limit refused", &["limit"]),
+            refused: counters(&registry, "refused_total", "What a limit refused", &["limit"]),
             connections: add(
                 &registry,
                 gauges("upstream_connections", "Connections to upstreams", &["state"]),

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use support::{Call, Gateway, Rig, Upstream, World, becomes, health, reaches, refusing, request, soon};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
 use towline_agent::Agent;
 use towline_proto::Code;
 use towline_proto::join::{CAPABILITY_ABOUT, Notice};
@@ -242,4 +244,26 @@ async fn a_version_that_is_not_told_is_none() {
         connection.write(OK).await;
         assert_eq!(call.whole().await.0, 200);
     }
+}
+
+/// A4: whoever opens connections to the health port and says nothing delays no probe: the oldest of them give way.
+#[tokio::test]
+async fn a4_silent_connections_delay_no_probe() {
+    let rig = Rig::start("").await;
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(TcpStream::connect(rig.agent.admin_addr()).await.unwrap());
+    }
+    // With an order of arrival they would take their deadline, a few at a time.
+    for probe in ["/livez", "/readyz"] {
+        let answer = tokio::time::timeout(Duration::from_secs(4), health(&rig.agent, probe)).await;
+        assert_eq!(answer.unwrap().0, 200, "{probe}");
+    }
+    let mut rest = Vec::new();
+    drop(soon("the oldest has given way", silent.remove(0).read_to_end(&mut rest)).await);
+    // 16 are the share of one address.
+    reaches(&rig.agent, "towline_agent_refused_total{limit=\"admin_connections\"}", 200.0 - 16.0).await;
+    // What stays says nothing in time, and goes for that.
+    drop(soon("the newest is closed", silent.pop().unwrap().read_to_end(&mut rest)).await);
+    assert!(rest.is_empty());
 }

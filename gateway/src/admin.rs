@@ -2,9 +2,14 @@
 //!
 //! Ready means: this process can serve. It accepts, its own TLS handshake succeeds, and it is not about to stop. Agents do
 //! not matter: a fleet that is away is no reason to restart its gateway.
+//!
+//! A connection is one request. It waits in one room until its head is there, and in another one while it is answered;
+//! probes have a room of their own. So neither silence nor scrapes delay a probe.
+
+mod room;
 
 use crate::config::Cluster;
-use crate::metrics::{Metrics, Surface, TlCode};
+use crate::metrics::{Limit, Metrics, Surface, TlCode};
 use crate::state::Shared;
 use crate::trust::TrustState;
 use bytes::Bytes;
@@ -15,21 +20,30 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use room::{Place, Room};
 use rustls::CertificateError;
 use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Mutex, Semaphore};
-use tokio::time::Instant;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
 use towline_certs::{ServerName, tls_error};
 
-/// Connections at a time; more wait in the kernel.
-const CONNECTIONS_MAX: usize = 64;
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections whose request is not there yet, probes that are being answered, and everything else that is: in all, and of
+/// one address. Beyond it the oldest gives way.
+const SILENT_MAX: (usize, usize) = (64, 16);
+const PROBES_MAX: (usize, usize) = (64, 16);
+const SCRAPES_MAX: (usize, usize) = (8, 4);
+/// For a request's head, and for the whole connection.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The own handshake: how long it may take, and how long its result stands.
 const SELF_CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 const SELF_CHECK_FRESH: Duration = Duration::from_secs(5);
@@ -40,33 +54,36 @@ pub(crate) struct Admin {
     shared: Arc<Shared>,
     public: SocketAddr,
     last: Mutex<Option<(Instant, Result<(), String>)>>,
+    silent: Arc<Room>,
+    probes: Arc<Room>,
+    scrapes: Arc<Room>,
+    /// One at a time makes the text of the metrics.
+    rendering: Arc<Semaphore>,
 }
 
 impl Admin {
     pub(crate) fn new(shared: Arc<Shared>, public: SocketAddr) -> Arc<Self> {
-        Arc::new(Self { shared, public, last: Mutex::new(None) })
+        let room = |(places, per_address)| Room::new(places, per_address);
+        let (silent, probes, scrapes) = (room(SILENT_MAX), room(PROBES_MAX), room(SCRAPES_MAX));
+        let rendering = Arc::new(Semaphore::new(1));
+        Arc::new(Self { shared, public, last: Mutex::new(None), silent, probes, scrapes, rendering })
     }
 
     /// Serves until the gateway has stopped.
     pub(crate) async fn run(self: Arc<Self>, listener: TcpListener) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let tracker = self.shared.tasks.house.clone();
         let abort = self.shared.stages.abort.clone();
         let accept = async {
             loop {
-                let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
                 match listener.accept().await {
-                    Ok((socket, _)) => {
-                        let (this, abort) = (Arc::clone(&self), abort.clone());
-                        tracker.spawn(async move {
-                            tokio::select! {
-                                () = this.serve(socket) => {}
-                                () = abort.cancelled() => {}
-                            }
-                            drop(place);
-                        });
+                    Ok((socket, peer)) => {
+                        let (this, leave) = (Arc::clone(&self), abort.child_token());
+                        let place = this.enter(&this.silent, peer.ip(), &leave);
+                        tracker.spawn(leave.clone().run_until_cancelled_owned(async move {
+                            drop(timeout(CONNECTION_TIMEOUT, this.serve(socket, peer, place, leave)).await);
+                        }));
                     }
-                    Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                    Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
                 }
             }
         };
@@ -76,15 +93,35 @@ impl Admin {
         }
     }
 
-    async fn serve(self: &Arc<Self>, socket: TcpStream) {
+    fn enter(&self, room: &Arc<Room>, address: IpAddr, leave: &CancellationToken) -> Place {
+        let (place, displaced) = room.enter(address, leave.clone());
+        if displaced {
+            self.shared.metrics.limit_reached(Limit::AdminConnections);
+        }
+        place
+    }
+
+    /// Answers one request. `place` is given up for one in another room when its head is there.
+    async fn serve(
+        self: &Arc<Self>,
+        socket: TcpStream,
+        peer: SocketAddr,
+        place: Place,
+        leave: CancellationToken,
+    ) {
         let local = socket.local_addr().ok();
+        let place = Arc::new(std::sync::Mutex::new(place));
         let service = service_fn(|request: Request<Incoming>| {
+            let is_probe = request.uri().path() != "/metrics" && request.uri().path() != "/tunnel-ca";
+            let room = if is_probe { &self.probes } else { &self.scrapes };
+            *place.lock().unwrap_or_else(PoisonError::into_inner) = self.enter(room, peer.ip(), &leave);
             let this = Arc::clone(self);
             async move { Ok::<_, Infallible>(this.answer(&request, local).await) }
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_TIMEOUT)
+            .header_read_timeout(HEAD_TIMEOUT)
+            .keep_alive(false)
             .max_headers(64)
             .max_buf_size(16 * 1024)
             .serve_connection(TokioIo::new(socket), service);
@@ -115,22 +152,33 @@ impl Admin {
         }
         match path {
             "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
-            "/metrics" => self.metrics(),
+            "/metrics" => self.metrics().await,
             "/tunnel-ca" => text(StatusCode::OK, self.tunnel_ca()),
             "/readyz" => self.ready(request.uri().query().unwrap_or_default()).await,
             path => self.ready_one(path.trim_start_matches("/readyz/")).await,
         }
     }
 
-    fn metrics(&self) -> Response<Full<Bytes>> {
-        let shared = &self.shared;
-        shared.registry.count_bytes();
-        shared.metrics.memory(shared.memory.used(), shared.uploads.used());
-        let live = shared.live();
-        let connected = |uid| shared.registry.presence(uid).sessions > 0;
-        let clusters = shared.clusters(&live);
-        shared.metrics.clusters(clusters.iter().map(|c| (c.name.as_str(), connected(&c.uid))));
-        let mut response = text(StatusCode::OK, shared.metrics.render());
+    /// On a thread of its own: with ten thousand clusters it takes longer than a probe should wait.
+    async fn metrics(&self) -> Response<Full<Bytes>> {
+        let Ok(turn) = Arc::clone(&self.rendering).acquire_owned().await else {
+            return text(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops\n");
+        };
+        let shared = Arc::clone(&self.shared);
+        let rendered = spawn_blocking(move || {
+            let _turn = turn;
+            shared.registry.count_bytes();
+            shared.metrics.memory(shared.memory.used(), shared.uploads.used());
+            let live = shared.live();
+            let connected = |uid| shared.registry.presence(uid).sessions > 0;
+            let clusters = shared.clusters(&live);
+            shared.metrics.clusters(clusters.iter().map(|c| (c.name.as_str(), connected(&c.uid))));
+            shared.metrics.render()
+        });
+        let Ok(rendered) = rendered.await else {
+            return text(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be rendered\n");
+        };
+        let mut response = text(StatusCode::OK, rendered);
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(Metrics::MEDIA_TYPE));
         response
     }
@@ -219,7 +267,7 @@ impl Admin {
         {
             return result.clone();
         }
-        let result = tokio::time::timeout(SELF_CHECK_TIMEOUT, self.shake_hands()).await;
+        let result = timeout(SELF_CHECK_TIMEOUT, self.shake_hands()).await;
         let result = result.unwrap_or_else(|_| Err("the own TLS handshake took longer than 2 s".to_owned()));
         *last = Some((Instant::now(), result.clone()));
         result

@@ -141,6 +141,7 @@ label!(
         JoinFailures = "join_failures",
         Renewals = "renewals",
         Objects = "objects",
+        AdminConnections = "admin_connections",
     }
 );
 label!(

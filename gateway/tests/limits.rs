@@ -191,6 +191,28 @@ async fn broken_heads_are_counted() {
     assert_eq!(world.series(refused), 1.0);
 }
 
+/// A4: whoever opens connections to the private port and says nothing delays no probe: the oldest of them give way.
+#[tokio::test]
+async fn a4_silent_connections_delay_no_probe() {
+    let world = World::start().await;
+    let mut silent = Vec::new();
+    for _ in 0..300 {
+        silent.push(TcpStream::connect(world.gateway.admin_addr()).await.unwrap());
+    }
+    // With an order of arrival they would take their deadline, a few at a time.
+    for probe in ["/livez", "/readyz"] {
+        assert_eq!(tokio::time::timeout(SHORT, world.admin(probe)).await.unwrap(), (200, "ok".to_owned()));
+    }
+    closed(silent.remove(0)).await;
+    let metrics = world.admin("/metrics").await.1;
+    let displaced = "towline_gateway_limits_reached_total{limit=\"admin_connections\"} ";
+    let displaced = metrics.lines().find_map(|line| line.strip_prefix(displaced)).unwrap();
+    // 16 are the share of one address.
+    assert!(displaced.parse::<usize>().unwrap() >= 300 - 16, "{displaced}");
+    // What stays says nothing in time, and goes for that.
+    closed(silent.pop().unwrap()).await;
+}
+
 /// Goal: requests of one principal, streams of all sessions: 429, and the name of the limit.
 #[tokio::test]
 async fn requests_at_a_time() {

@@ -260,6 +260,9 @@ pub(crate) struct OwnManifest {
     /// Size of the volume.
     #[arg(long)]
     storage: Option<String>,
+    /// Add a NetworkPolicy: in only to the gateway's port, not to the health port; nothing out.
+    #[arg(long)]
+    network_policy: bool,
 }
 
 impl OwnManifest {
@@ -267,6 +270,7 @@ impl OwnManifest {
         let domain =
             TrustDomain::new(&self.trust_domain).map_err(|error| Failure::usage(error.to_string()))?;
         let mut manifest = GatewayManifest::new(self.addresses.clone(), domain);
+        manifest.network_policy = self.network_policy;
         for (place, given) in [
             (&mut manifest.namespace, &self.namespace),
             (&mut manifest.image, &self.image),

@@ -17,6 +17,8 @@ pub struct GatewayManifest {
     pub trust_domain: TrustDomain,
     /// Size of the volume.
     pub storage: String,
+    /// With a NetworkPolicy.
+    pub network_policy: bool,
 }
 
 impl GatewayManifest {
@@ -29,6 +31,7 @@ impl GatewayManifest {
             addresses,
             trust_domain,
             storage: "1Gi".to_owned(),
+            network_policy: false,
         }
     }
 
@@ -43,7 +46,11 @@ impl GatewayManifest {
         if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
             return Err(ManifestError::Size(self.storage.clone()));
         }
-        Ok([self.preface(), self.access(), self.config_map(), self.service(), self.set()].join("---\n"))
+        let mut parts = vec![self.preface(), self.access(), self.config_map(), self.service(), self.set()];
+        if self.network_policy {
+            parts.push(self.policy());
+        }
+        Ok(parts.join("---\n"))
     }
 
     fn preface(&self) -> String {
@@ -217,7 +224,7 @@ kind: StatefulSet
             port: health
           periodSeconds: 2
           timeoutSeconds: 5
-          failureThreshold: 1
+          failureThreshold: 2 # one slow answer does not count; together within drain.delay
         volumeMounts:
         - name: config
           mountPath: /etc/towline
@@ -238,6 +245,30 @@ kind: StatefulSet
           storage: {storage}
 ",
             DELAY + DEADLINE + SPARE
+        )
+    }
+
+    fn policy(&self) -> String {
+        format!(
+            "# Everybody reaches the one port; the health port only a node's own probes, which always do. The gateway dials nobody.
+# For a Prometheus in this cluster add its pods:
+#   - from: [{{ namespaceSelector: {{ matchLabels: {{ kubernetes.io/metadata.name: monitoring }} }} }}]
+#     ports: [{{ protocol: TCP, port: {HEALTH_PORT} }}]
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+{}spec:
+  podSelector:
+    matchLabels:
+      app.kubernetes.io/name: {NAME}
+  policyTypes: [Ingress, Egress]
+  ingress:
+  - ports:
+    - protocol: TCP
+      port: {PORT}
+    - protocol: UDP
+      port: {PORT}
+",
+            self.metadata()
         )
     }
 }

@@ -229,6 +229,21 @@ fn the_service_listens_where_it_is_said_to() {
     }
 }
 
+/// A4: with a NetworkPolicy nobody but a node reaches the private port, and one slow answer takes no gateway out of service.
+#[test]
+fn a4_the_private_port_of_a_gateway_is_closed_to_pods() {
+    let documents = documents(&GatewayManifest { network_policy: true, ..gateway() }.render().unwrap());
+    let [policy] = of(&documents, "NetworkPolicy")[..] else { panic!("one NetworkPolicy") };
+    let pod = &of(&documents, "StatefulSet")[0]["spec"]["template"];
+    assert_eq!(policy["spec"]["podSelector"]["matchLabels"], pod["metadata"]["labels"]);
+    let open =
+        json!([{ "ports": [{ "protocol": "TCP", "port": 8443 }, { "protocol": "UDP", "port": 8443 }] }]);
+    assert_eq!(policy["spec"]["ingress"], open);
+    assert_eq!(policy["spec"]["policyTypes"], json!(["Ingress", "Egress"]));
+    let probe = &pod["spec"]["containers"][0]["readinessProbe"];
+    assert!(probe["failureThreshold"].as_u64().unwrap() > 1);
+}
+
 /// Goal: deploy/manifests is what this program prints. `TOWLINE_WRITE=1` writes it anew.
 #[test]
 fn the_files_in_deploy_are_what_is_printed() {
@@ -251,10 +266,10 @@ fn the_files_in_deploy_are_what_is_printed() {
         )
     };
     let gateway = format!(
-        "# An example: what `towline gateway manifest gateway.example.com:8443` prints. Address and image are yours.
+        "# An example: what `towline gateway manifest gateway.example.com:8443 --network-policy` prints. Address and image are yours.
 #
 {}",
-        gateway().render().unwrap()
+        GatewayManifest { network_policy: true, ..gateway() }.render().unwrap()
     );
     let files = [
         ("agent.yaml", agent(Mode::Restricted)),
