@@ -185,6 +185,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(15);
 const SILENT_MAX: (usize, usize) = (32, 16);
 const PROBES_MAX: (usize, usize) = (32, 16);
 const SCRAPES_MAX: (usize, usize) = (8, 4);
+/// All of them.
+pub(crate) const CONNECTIONS_MOST: u64 = (SILENT_MAX.0 + PROBES_MAX.0 + SCRAPES_MAX.0) as u64;
 /// For the whole connection, and for a request's head.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(2);

@@ -16,6 +16,7 @@ use towline_certs::ServerName;
 use towline_certs::explain::{Fault, explain_naming, fault, tls_error};
 
 use crate::address::{Address, Host, Reach, special};
+use crate::descriptors::is_exhausted;
 
 /// Why there is no connection. The text says the cause and the remedy; the hop is for the caller to name.
 #[derive(Debug, Error)]
@@ -28,6 +29,10 @@ pub(crate) enum ConnectError {
         "{ip} is a {class} address, which no target may have unless its entry in the agent's configuration says allowLocal: true"
     )]
     Denied { ip: IpAddr, class: &'static str },
+    #[error(
+        "this process or machine has no file descriptor left ({0}). Raise LimitNOFILE in its systemd unit, or ulimit -n, or lower limits.upstreamConnections in the agent's configuration"
+    )]
+    Descriptors(io::Error),
     /// `at` is one of the addresses of a name; an address that was given stands in the hop already.
     #[error("{}{}", at.map(|at| format!("{at}: ")).unwrap_or_default(), describe(cause))]
     Connect { at: Option<SocketAddr>, cause: io::Error },
@@ -62,6 +67,7 @@ impl ConnectError {
         match self {
             Self::Resolve { .. } | Self::NoAddress(_) => "resolve",
             Self::Denied { .. } => "denied",
+            Self::Descriptors(_) => "descriptors",
             Self::Connect { .. } => "connect",
             Self::Deadline(_) => "deadline",
             Self::Tls { .. } => "tls",
@@ -80,7 +86,7 @@ impl ConnectError {
                     | io::ErrorKind::AddrNotAvailable
                     | io::ErrorKind::TimedOut
             ),
-            Self::NoAddress(_) | Self::Denied { .. } => false,
+            Self::NoAddress(_) | Self::Denied { .. } | Self::Descriptors(_) => false,
             Self::Deadline(Stage::Handshaking) | Self::Tls { .. } => false,
         }
     }
@@ -108,6 +114,7 @@ pub(crate) async fn connect(
         left = left.saturating_sub(1);
         match timeout_at(share, TcpStream::connect(at)).await {
             Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(cause)) if is_exhausted(&cause) => return Err(ConnectError::Descriptors(cause)),
             Ok(Err(cause)) => {
                 let at = matches!(address.host, Host::Name(_)).then_some(at);
                 failure = Some(ConnectError::Connect { at, cause });
@@ -127,7 +134,10 @@ pub(crate) async fn resolve(address: &Address, deadline: Instant) -> Result<Vec<
     let lookup = timeout_at(deadline, lookup_host((&**name, address.port))).await;
     let found = lookup
         .map_err(|_| ConnectError::Deadline(Stage::Resolving))?
-        .map_err(|cause| ConnectError::Resolve { name: name.to_string(), cause })?;
+        .map_err(|cause| match is_exhausted(&cause) {
+            true => ConnectError::Descriptors(cause),
+            false => ConnectError::Resolve { name: name.to_string(), cause },
+        })?;
     Ok(found.take(ADDRESSES_MAX).collect())
 }
 

@@ -23,6 +23,7 @@ use towline_proto::tunnel::splice::{SpliceError, splice};
 use towline_proto::tunnel::{RecvStream, SendStream};
 
 use crate::blame::{self, Blame, Read};
+use crate::connect::ConnectError;
 use crate::head::{self, RequestHead};
 use crate::identity::{self, Plan, Refusal};
 use crate::metrics::Metrics;
@@ -67,7 +68,11 @@ impl Failed {
     pub(crate) fn checkout(upstream: &Upstream, error: &CheckoutError) -> Self {
         let code = match error {
             CheckoutError::Limit(_) => Code::Limit,
-            CheckoutError::Connect(crate::connect::ConnectError::Denied { .. }) => Code::Denied,
+            CheckoutError::Connect(ConnectError::Descriptors(_)) => {
+                upstream.resources.metrics.refused.with_label_values(&["descriptors"]).inc();
+                Code::Limit
+            }
+            CheckoutError::Connect(ConnectError::Denied { .. }) => Code::Denied,
             CheckoutError::Connect(_) | CheckoutError::Http(_) => Code::UpstreamConnect,
         };
         Self::before(code, format!("{}: {error}", upstream.hop))

@@ -19,7 +19,7 @@
 //! | is it well? | `admin`, `links`, `metrics` |
 //! | can it use the API server, and what is the gateway told of it? | `reach`, `about`, `ask` |
 //! | whom does a refusal of the API server mean? | `blame` |
-//! | how does it log, and on which runtime does it run? | [`log`], [`runtime`] |
+//! | how does it log, on which runtime does it run, and how many descriptors may it have? | [`log`], [`runtime`], [`descriptors`] |
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -40,6 +40,7 @@ mod backoff;
 mod blame;
 pub mod config;
 mod connect;
+pub mod descriptors;
 mod dial;
 mod enrol;
 mod exchange;

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_agent::log::{self, LogFormat};
-use towline_agent::{Agent, AgentConfig, check, runtime};
+use towline_agent::{Agent, AgentConfig, check, descriptors, runtime};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -73,6 +73,7 @@ async fn run(config: AgentConfig) -> anyhow::Result<ExitCode> {
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
+    descriptors::raise(&config);
     let agent = match Agent::start(config).await {
         Ok(agent) => agent,
         Err(error) => return Ok(complain(&error)),

@@ -8,6 +8,9 @@ use std::process::{Command, Output, Stdio};
 use std::thread::JoinHandle;
 
 use support::{Call, Gateway, Upstream, World, impersonated, request, soon};
+use tokio::task::JoinSet;
+use towline_proto::Code;
+use towline_proto::open::Outcome;
 
 const SECRET: &str = "canary-3f9d1c";
 
@@ -160,4 +163,70 @@ async fn d14_a_wrong_address_is_called_that() {
             "{warned}"
         );
     }
+}
+
+/// As [`agent`], with a limit on file descriptors that `ulimit` sets.
+fn limited(world: &World, yaml: &str, ulimit: &str) -> Command {
+    let program = agent(world, yaml);
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("ulimit {ulimit} && exec \"$0\""), env!("CARGO_BIN_EXE_towline-agent")]);
+    command.env_clear().envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+/// FR-16: a low soft limit is no limit, as for any Go program: it is raised to the hard one, and where that is enough nothing is
+/// said.
+#[tokio::test]
+async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
+    let world = World::new();
+    let mut gateway = Gateway::start(&world).await;
+    let upstream = Upstream::start(&world).await;
+    let yaml = world.yaml(&[gateway.at], upstream.at, "limits: { upstreamConnections: 64, exchanges: 64 }\n");
+    let mut child = limited(&world, &yaml, "-Hn 512 && ulimit -Sn 40").spawn().unwrap();
+    let error = read_on(child.stderr.take().unwrap());
+    let session = gateway.session().await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["512", "512"]);
+    // More at a time than the soft limit was.
+    let mut held = Vec::new();
+    for _ in 0..48 {
+        let call = Call::get(&session, "/").await;
+        let mut connection = upstream.accept().await;
+        connection.head().await;
+        held.push((call, connection));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let error = error.join().unwrap();
+    assert!(!error.contains("descriptors"), "{error}");
+}
+
+/// FR-16: where the hard limit is too low the start says how many are needed and what to set, and a request that finds none left
+/// is refused for that, by name, as any limit is.
+#[tokio::test]
+async fn fr_16_too_few_descriptors_are_a_limit_with_a_name() {
+    let world = World::new();
+    let mut gateway = Gateway::start(&world).await;
+    let upstream = Upstream::start(&world).await;
+    let yaml = world.yaml(&[gateway.at], upstream.at, "");
+    let mut child = limited(&world, &yaml, "-n 48").spawn().unwrap();
+    let error = read_on(child.stderr.take().unwrap());
+    let session = gateway.session().await;
+    let mut calls = JoinSet::new();
+    for _ in 0..64 {
+        let mut call = Call::get(&session, "/").await;
+        calls.spawn(async move { call.outcome().await });
+    }
+    // Nobody answers the others.
+    let ended = soon("a refusal", calls.join_next()).await.unwrap().unwrap();
+    let Outcome::Failure(failure) = ended else { panic!("{ended:?}") };
+    assert_eq!(Code::from_u32(failure.code), Code::Limit, "{}", failure.message);
+    assert!(failure.message.contains("no file descriptor left") && failure.untouched, "{}", failure.message);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let error = error.join().unwrap();
+    let said = error.lines().find(|line| line.contains("LimitNOFILE=")).unwrap();
+    assert!(said.contains("\"have\":48") && said.contains("limits.upstreamConnections"), "{said}");
 }

@@ -119,7 +119,7 @@ async fn a_dropped_agent_is_gone() {
     drop(rig.agent);
     soon("the end of the session", rig.session.wait_for(|state| state.closed.is_some())).await;
     soon("a closed port", async {
-        while tokio::net::TcpStream::connect(admin).await.is_ok() {
+        while TcpStream::connect(admin).await.is_ok() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     })

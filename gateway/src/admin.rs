@@ -40,6 +40,8 @@ use towline_certs::{ServerName, tls_error};
 const SILENT_MAX: (usize, usize) = (64, 16);
 const PROBES_MAX: (usize, usize) = (64, 16);
 const SCRAPES_MAX: (usize, usize) = (8, 4);
+/// All of them.
+pub(crate) const CONNECTIONS_MOST: usize = SILENT_MAX.0 + PROBES_MAX.0 + SCRAPES_MAX.0;
 /// For a request's head, and for the whole connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);

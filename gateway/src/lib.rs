@@ -4,6 +4,7 @@
 //! |---|---|
 //! | what can be configured? | [`config`] |
 //! | on which threads does it run? | [`runtime`] |
+//! | how many file descriptors may it have? | [`descriptors`] |
 //! | how does a connection get in? | `listener`, `quic` |
 //! | who is the client behind a balancer? | `proxy_protocol` |
 //! | what must a connection pass, and whose is it? | `gate` |
@@ -39,6 +40,7 @@ pub mod authz;
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod descriptors;
 pub mod fleet;
 mod front;
 mod gate;

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use towline_certs::save::write_private;
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::rotation::{Phase, Step};
-use towline_gateway::{Gateway, StartError, commands, log, runtime};
+use towline_gateway::{Gateway, StartError, commands, descriptors, log, runtime};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -181,6 +181,7 @@ fn say_next(phase: Phase) {
 async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
+    descriptors::raise(&config);
     let gateway = Gateway::start_from(config, Some(path)).await?;
     loop {
         tokio::select! {

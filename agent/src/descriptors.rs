@@ -1,0 +1,55 @@
+//! How many file descriptors may the agent have? As many as the system lets it, which the start sees to; whether that is
+//! enough for its limits; and how to tell that there are none left.
+
+use std::io;
+
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::config::AgentConfig;
+
+/// Raises the soft limit of this process to the hard one, and says so if the configuration needs more than that. The usual
+/// soft limit, 1,024, protects programs that call select(2) from themselves; this is none.
+pub fn raise(config: &AgentConfig) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+    {
+        tracing::warn!(%error, "the soft limit on file descriptors stays as it is");
+    }
+    let needed = needed(config);
+    if let Some(have) = getrlimit(Resource::Nofile).current.filter(|have| *have < needed) {
+        tracing::warn!(
+            have,
+            needed,
+            "the agent may have fewer file descriptors than its limits need: requests will be refused with 429 before limits.upstreamConnections is reached. Set LimitNOFILE={needed} in its systemd unit, or ulimit -Hn {needed} before it starts, or lower limits.upstreamConnections"
+        );
+    }
+}
+
+/// Descriptors that the agent has when it has reached its limits.
+fn needed(config: &AgentConfig) -> u64 {
+    // A session over TCP has one, and its successor another.
+    let sessions = 2 * u64::from(config.sessions);
+    u64::from(config.limits.upstream_connections) + sessions + crate::admin::CONNECTIONS_MOST + SPARE
+}
+
+/// Whether an operation failed because this process, or this machine, has no descriptor left.
+pub(crate) fn is_exhausted(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
+}
+
+/// For standard streams, the event queue, the UDP socket, name resolution, and files that are read again.
+const SPARE: u64 = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_lack_of_descriptors_is_one() {
+        let error = |errno: Errno| io::Error::from(errno);
+        assert!(is_exhausted(&error(Errno::MFILE)) && is_exhausted(&error(Errno::NFILE)));
+        assert!(!is_exhausted(&error(Errno::CONNREFUSED)) && !is_exhausted(&io::ErrorKind::Other.into()));
+    }
+}

@@ -1,0 +1,38 @@
+//! How many file descriptors may the gateway have? As many as the system lets it, which the start sees to, and whether that
+//! is enough for its limits.
+
+use crate::config::GatewayConfig;
+use crate::{admin, runtime};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::num::NonZeroUsize;
+
+/// For standard streams, listeners, the store, its lock, and files that are read again.
+const SPARE: usize = 64;
+/// The event queue of a shard, and what wakes it.
+const PER_SHARD: usize = 4;
+
+/// Raises the soft limit of this process to the hard one, and says so if the configuration needs more than that. The usual
+/// soft limit, 1,024, protects programs that call select(2) from themselves; this is none.
+pub fn raise(config: &GatewayConfig) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+    {
+        tracing::warn!(%error, "the soft limit on file descriptors stays as it is");
+    }
+    let needed = needed(config);
+    if let Some(have) = getrlimit(Resource::Nofile).current.filter(|have| *have < needed) {
+        tracing::warn!(
+            have,
+            needed,
+            "the gateway may have fewer file descriptors than its limits need: it will accept nobody before limits.connections is reached, agents and probes included. Set LimitNOFILE={needed} in its systemd unit, or ulimit -Hn {needed} before it starts, or lower limits.connections"
+        );
+    }
+}
+
+/// Descriptors that the gateway has when it has reached its limits.
+fn needed(config: &GatewayConfig) -> u64 {
+    let shards = config.threads.map_or_else(runtime::cores, NonZeroUsize::get);
+    let needed = config.limits.connections.saturating_add(admin::CONNECTIONS_MOST + PER_SHARD * shards + SPARE);
+    u64::try_from(needed).unwrap_or(u64::MAX)
+}

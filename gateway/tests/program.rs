@@ -1,0 +1,69 @@
+//! The program: what it makes of the limit on file descriptors that it is started with.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
+
+mod common;
+
+use common::eventually;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+/// A gateway as a program, started with this `ulimit`.
+struct Program {
+    child: Child,
+    lines: Arc<Mutex<Vec<String>>>,
+    _directory: tempfile::TempDir,
+}
+
+impl Program {
+    async fn start(ulimit: &str, connections: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = common::config(directory.path());
+        config.limits.connections = connections;
+        config.limits.handshakes = connections;
+        let path = directory.path().join("gateway.yaml");
+        std::fs::write(&path, config.to_yaml()).unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit {ulimit} && exec \"$0\"")]);
+        command.arg(env!("CARGO_BIN_EXE_towline-gateway")).env_clear();
+        command.env("TOWLINE_CONFIG", &path).env("TOWLINE_LOG_FORMAT", "json");
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
+        let (read, stderr) = (Arc::clone(&lines), child.stderr.take().unwrap());
+        std::thread::spawn(move || {
+            BufReader::new(stderr).lines().map_while(Result::ok).for_each(|line| read.lock().unwrap().push(line));
+        });
+        let program = Self { child, lines, _directory: directory };
+        eventually("the gateway has started", || program.said("gateway started").is_some(), |seen| *seen).await;
+        program
+    }
+
+    fn said(&self, part: &str) -> Option<String> {
+        self.lines.lock().unwrap().iter().find(|line| line.contains(part)).cloned()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// FR-16: a low soft limit is no limit, as for any Go program: it is raised to the hard one.
+#[tokio::test]
+async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
+    let program = Program::start("-Hn 1000 && ulimit -Sn 64", 256).await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", program.child.id())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["1000", "1000"]);
+    assert_eq!(program.said("descriptors"), None);
+}
+
+/// FR-16: where the hard limit is too low the start says how many are needed and what to set.
+#[tokio::test]
+async fn fr_16_too_few_descriptors_are_said_at_the_start() {
+    let program = Program::start("-n 256", 16_384).await;
+    let said = program.said("LimitNOFILE=").unwrap();
+    assert!(said.contains("\"have\":256") && said.contains("limits.connections"), "{said}");
+}
