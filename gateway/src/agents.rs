@@ -185,6 +185,9 @@ async fn run(
     // agent above all, seldom is anything to the rest.
     let life = Aside::new(live(&shared, &session, presented, address));
     let (reason, ()) = tokio::join!(driver, life);
+    if matches!(reason, CloseReason::Violation(_)) {
+        shared.metrics.rejected(Surface::Tunnel, TlCode::Proto);
+    }
     tracing::debug!(agent = %address, %reason, "connection of an agent ended");
 }
 

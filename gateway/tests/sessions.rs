@@ -9,15 +9,18 @@
 
 mod common;
 
+use bytes::BytesMut;
 use common::{Agent, TOKEN, World, error_of, eventually, full, in_time, text};
 use http_body_util::BodyExt as _;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
+use tokio_rustls::client::TlsStream;
+use towline_proto::hello::Hello;
 use towline_proto::mux::CloseReason;
 use towline_proto::open::BodyKind;
-use towline_proto::wire::GoAway;
+use towline_proto::wire::{Frame, GoAway};
 
 #[tokio::test]
 async fn an_agent_that_is_not_listed_is_told_so() {
@@ -45,17 +48,67 @@ async fn a_second_process_is_refused_while_the_first_lives() {
     assert!(sibling.session.is_open());
 }
 
+/// TLS to the gateway as the agent of `prod`.
+async fn bare(world: &World) -> TlsStream<TcpStream> {
+    let roots = towline_certs::load::load_roots(&world.path("tunnel-ca.crt")).unwrap();
+    let config = towline_certs::tls::agent_client(&roots, &world.credential("agent-prod")).unwrap();
+    let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    let name = towline_certs::ServerName::try_from("localhost").unwrap();
+    tokio_rustls::TlsConnector::from(config).connect(name, socket).await.unwrap()
+}
+
+/// A7: what an agent does wrong on the tunnel is counted as refused, whether the session was ready or not: no hello, one of
+/// another version, a frame that there is not.
+#[tokio::test]
+async fn a7_what_breaks_the_protocol_is_counted_as_refused() {
+    const PING: u8 = 0x11;
+    const PONG: u8 = 0x12;
+    const UNKNOWN: [u8; 8] = [6, 0, 0, 0, 0, 0, 0, 0];
+    let world = World::start().await;
+    let refused = "towline_rejected_total{code=\"TL_PROTO\",surface=\"tunnel\"}";
+    let hello = |version| {
+        let hello = Hello { versions: vec![version], boot_id: vec![1; 16], ..Hello::default() };
+        let mut bytes = BytesMut::new();
+        Frame::Hello(hello).encode(&mut bytes);
+        bytes
+    };
+    let mut counted = 0.0;
+    for first in [&[0xff; 9][..], &hello(999), &UNKNOWN] {
+        let mut io = bare(&world).await;
+        io.write_all(first).await.unwrap();
+        counted += 1.0;
+        world.counts(refused, counted).await;
+    }
+    // In a session that is ready.
+    let mut io = bare(&world).await;
+    io.write_all(&hello(1)).await.unwrap();
+    loop {
+        let mut header = [0; 8];
+        io.read_exact(&mut header).await.unwrap();
+        let mut payload = vec![0; usize::from(u16::from_be_bytes([header[2], header[3]]))];
+        io.read_exact(&mut payload).await.unwrap();
+        if header[0] == PING {
+            header[0] = PONG;
+            io.write_all(&[&header[..], &payload].concat()).await.unwrap();
+            break;
+        }
+    }
+    world.connected("prod", 1).await;
+    assert_eq!(world.series(refused), counted);
+    io.write_all(&UNKNOWN).await.unwrap();
+    world.counts(refused, counted + 1.0).await;
+    world.counts("towline_gateway_sessions_ended_total{reason=\"violation\"}", 1.0).await;
+    // Who leaves without a word has broken nothing.
+    drop(bare(&world).await);
+    world.settled().await;
+    assert_eq!(world.series(refused), counted + 1.0);
+}
+
 /// A restart after a crash: the first process hangs and answers nothing.
 #[tokio::test]
 async fn a_second_process_replaces_one_that_is_dead() {
     let world = World::start().await;
-    let io = {
-        let roots = towline_certs::load::load_roots(&world.path("tunnel-ca.crt")).unwrap();
-        let config = towline_certs::tls::agent_client(&roots, &world.credential("agent-prod")).unwrap();
-        let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
-        let name = towline_certs::ServerName::try_from("localhost").unwrap();
-        tokio_rustls::TlsConnector::from(config).connect(name, socket).await.unwrap()
-    };
+    let io = bare(&world).await;
     let introduction = towline_proto::mux::Introduction { boot_id: vec![1; 16], ..Default::default() };
     let config = towline_proto::tunnel::SessionConfig {
         role: towline_proto::mux::Role::Agent,
