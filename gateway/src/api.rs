@@ -151,7 +151,7 @@ impl Call {
         }
         self.authorize(resource, name)?;
         match (self.parts.method.clone(), name, resource.stored.is_some()) {
-            (Method::GET | Method::HEAD, None, true) if self.flag("watch") => read::watch(self, resource),
+            (Method::GET, None, true) if self.flag("watch") => read::watch(self, resource),
             (Method::GET | Method::HEAD, None, true) => read::list(self, resource),
             (Method::GET | Method::HEAD, Some(name), true) => read::get(self, resource, name),
             (Method::POST, None, true) => write::create(self, resource, self.json(body).await?).await,
@@ -205,7 +205,7 @@ impl Call {
             return Ok(());
         }
         let verb = match (self.parts.method.as_str(), name) {
-            ("GET" | "HEAD", None) if self.flag("watch") => "watch",
+            ("GET", None) if self.flag("watch") => "watch",
             ("GET" | "HEAD", None) => "list",
             ("GET" | "HEAD", Some(_)) => "get",
             ("POST", _) => "create",

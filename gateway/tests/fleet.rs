@@ -285,6 +285,34 @@ async fn a_revoked_admin_who_takes_nothing_watches_nothing() {
     world.gateway.shutdown().await;
 }
 
+/// A5: a watch of the gateway's own API ends when its client leaves, also if there is never any news of its kind; and a HEAD is
+/// no watch.
+#[tokio::test]
+async fn a5_a_watch_ends_with_its_client() {
+    const QUIET: &str = "/apis/towline.io/v1alpha1/revocations?watch=true";
+    let world = World::with(|config| {
+        let front = config.tls.front.as_ref().unwrap();
+        config.state_directory = Some(front.certificate.with_file_name("state"));
+        // A drain lets watches end within four fifths of it.
+        config.drain.deadline = Duration::from_secs(600);
+    })
+    .await;
+    give_token(world.gateway.fleet().unwrap(), ADMIN, "tlat_root").await;
+    for _ in 0..10 {
+        let mut client = world.h2(None).await;
+        for _ in 0..10 {
+            let watch = client.get_as(QUIET, "tlat_root").await;
+            assert_eq!(watch.status(), 200);
+        }
+        let headers = [("authorization", "Bearer tlat_root")];
+        // A watch would be refused.
+        let head = client.ask("HEAD", &format!("{QUIET}&timeoutSeconds=x"), &headers, full("")).await;
+        assert_eq!(head.status(), 200);
+    }
+    world.counts("towline_gateway_requests_in_flight", 0.0).await;
+    in_time("nothing is left to wait for", world.gateway.drain()).await;
+}
+
 /// Tokens of the file are cut like others: by a revocation of their user, and when they are not in the file any more.
 #[tokio::test]
 async fn a_token_of_the_file_is_cut_too() {

@@ -261,6 +261,8 @@ impl Watch {
             reached = number;
             tokio::select! {
                 changed = news.changed() => changed.ok()?,
+                // A kind of which there is no news would keep the watch for as long as it may run.
+                () = self.events.closed() => return None,
                 _ = bookmark_due.tick(), if self.bookmarks => self.bookmark(reached, false).await?,
                 () = sleep_until(deadline) => {
                     if self.bookmarks {
