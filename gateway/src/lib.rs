@@ -175,17 +175,20 @@ impl Gateway {
                     () = seen.stages.abort.cancelled() => {}
                 }
             });
-            let shared = Arc::clone(&shared);
+            // Apart from the rest, as is the review below: whoever is revoked does not stay for as long as it takes to show thousands
+            // of clusters.
+            let (following, own) = (Arc::clone(&shared), fleet.clone());
+            house.spawn(async move { following.stages.live_by(own.follow()).await });
+            let showing = Arc::clone(&shared);
             house.spawn(async move {
                 let work = async {
                     tokio::select! {
-                        () = fleet.follow() => {}
                         () = fleet.store().tend() => {}
-                        () = fleet::purge::tend(&shared) => {}
-                        () = api::feed::follow(&shared) => {}
+                        () = fleet::purge::tend(&showing) => {}
+                        () = api::feed::follow(&showing) => {}
                     }
                 };
-                shared.stages.live_by(work).await;
+                showing.stages.live_by(work).await;
             });
         }
         let reviewed = Arc::clone(&shared);

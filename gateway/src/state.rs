@@ -513,6 +513,19 @@ impl Shared {
         roots.filter_map(|root| SpkiPin::of(&root).ok()).collect()
     }
 
+    /// What a gateway shares that keeps its state in this directory, and whose configuration is changed like this.
+    #[cfg(test)]
+    pub(crate) async fn for_test(directory: &std::path::Path, change: impl FnOnce(&mut GatewayConfig)) -> Self {
+        let domain = towline_certs::TrustDomain::new("example.org").unwrap();
+        let mut config = GatewayConfig::new(domain, crate::config::Tls::default());
+        config.state_directory = Some(directory.join("state"));
+        change(&mut config);
+        let metrics = Arc::new(Metrics::new());
+        let memory = Memory::open(&config, &metrics).await.unwrap();
+        let own = memory.as_ref().map(|memory| Arc::clone(&memory.authorities));
+        Self::new(Live::load(config, own).unwrap(), Shards::start(1).unwrap(), metrics, memory)
+    }
+
     fn reserve_names(&self) {
         if let Some(fleet) = &self.fleet {
             fleet.reserve(self.live().by_name.keys().cloned().collect());

@@ -24,6 +24,8 @@ use towline_certs::ClusterUid;
 const HISTORY_MAX: usize = 16_384;
 /// Bits of a version that count events; the others are the epoch.
 const NUMBER_BITS: u32 = 34;
+/// Objects that are shown before everybody else on this thread has a turn: a revocation above all.
+const SHOWN_PER_TURN: usize = 64;
 /// The longest between two looks at what time alone changes.
 const SWEEP: Duration = Duration::from_secs(10);
 
@@ -117,7 +119,10 @@ impl Feed {
                 touched.extend(cluster.map(|cluster| (Kind::Cluster, cluster.name.as_str().into())));
             }
             touched.extend(self.take_due().into_iter().map(|name| (Kind::Cluster, name)));
-            for (kind, name) in touched {
+            for (number, (kind, name)) in touched.into_iter().enumerate() {
+                if number % SHOWN_PER_TURN == SHOWN_PER_TURN - 1 {
+                    tokio::task::yield_now().await;
+                }
                 self.show(shared, &live, fleet, kind, &name);
             }
             drop(live);
@@ -322,4 +327,41 @@ fn same(shown: &Value, next: &Value) -> bool {
     shown.len() == next.len()
         && shown.iter().all(|(name, value)| name == "metadata" || next.get(name) == Some(value))
         && plain(shown) == plain(next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{self, GatewayConfig, Mode};
+    use towline_certs::ClusterUid;
+
+    /// S14: while a batch of clusters is shown, whoever else is on this thread has turns: the review of a revocation above all.
+    #[tokio::test]
+    async fn s14_a_large_batch_leaves_turns_to_others() {
+        const CLUSTERS: usize = 2000;
+        let directory = tempfile::tempdir().unwrap();
+        let cluster = |number| config::Cluster {
+            name: format!("c-{number}").parse().unwrap(),
+            uid: ClusterUid::new(&format!("uid-{number}")).unwrap(),
+            mode: Mode::Restricted,
+            account: None,
+        };
+        let many = |config: &mut GatewayConfig| config.clusters = (0..CLUSTERS).map(cluster).collect();
+        let shared = Shared::for_test(directory.path(), many).await;
+        let clusters = kinds::of(Kind::Cluster).unwrap();
+        let feed = shared.feed.clone().unwrap();
+        let mut turns = 0;
+        let beside = async {
+            while feed.objects(clusters, None).0.len() < CLUSTERS {
+                turns += 1;
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = feed.run(&shared) => panic!("it goes on"),
+            () = beside => {}
+        }
+        assert!(turns >= CLUSTERS / SHOWN_PER_TURN, "{turns} turns");
+    }
 }
