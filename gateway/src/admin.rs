@@ -118,7 +118,7 @@ impl Admin {
             let room = if is_probe { &self.probes } else { &self.scrapes };
             *place.lock().unwrap_or_else(PoisonError::into_inner) = self.enter(room, peer.ip(), &leave);
             let this = Arc::clone(self);
-            async move { Ok::<_, Infallible>(this.answer(&request, local).await) }
+            async move { Ok::<_, Infallible>(this.answer(&request, local, peer).await) }
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -132,7 +132,12 @@ impl Admin {
         }
     }
 
-    async fn answer(&self, request: &Request<Incoming>, local: Option<SocketAddr>) -> Response<Full<Bytes>> {
+    async fn answer<B>(
+        &self,
+        request: &Request<B>,
+        local: Option<SocketAddr>,
+        peer: SocketAddr,
+    ) -> Response<Full<Bytes>> {
         if let Err(why) = is_for_us(request.headers(), local) {
             self.shared.metrics.rejected(Surface::Admin, TlCode::Forbidden);
             return text(StatusCode::FORBIDDEN, why);
@@ -154,15 +159,26 @@ impl Admin {
         }
         match path {
             "/livez" | "/healthz" => text(StatusCode::OK, "ok"),
-            "/metrics" => self.metrics().await,
+            "/metrics" => self.metrics(self.names_clusters_to(local, peer)).await,
+            "/tunnel-ca" if !self.names_clusters_to(local, peer) => text(
+                StatusCode::FORBIDDEN,
+                "names of clusters are for this machine only: ask from it, or set admin.clusterNames\n",
+            ),
             "/tunnel-ca" => text(StatusCode::OK, self.tunnel_ca()),
             "/readyz" => self.ready(request.uri().query().unwrap_or_default()).await,
             path => self.ready_one(path.trim_start_matches("/readyz/")).await,
         }
     }
 
+    /// Whether the caller is told the names of clusters: who is on this machine has other ways to learn them, a pod that reaches
+    /// the port does not.
+    fn names_clusters_to(&self, local: Option<SocketAddr>, peer: SocketAddr) -> bool {
+        let is_own = peer.ip().to_canonical().is_loopback() || local.is_some_and(|at| at.ip() == peer.ip());
+        is_own || self.shared.config.admin.cluster_names
+    }
+
     /// On a thread of its own: with ten thousand clusters it takes longer than a probe should wait.
-    async fn metrics(&self) -> Response<Full<Bytes>> {
+    async fn metrics(&self, named: bool) -> Response<Full<Bytes>> {
         let Ok(turn) = Arc::clone(&self.rendering).acquire_owned().await else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops\n");
         };
@@ -175,7 +191,7 @@ impl Admin {
             let connected = |uid| shared.registry.presence(uid).sessions > 0;
             let clusters = shared.clusters(&live);
             shared.metrics.clusters(clusters.iter().map(|c| (c.name.as_str(), connected(&c.uid))));
-            shared.metrics.render()
+            if named { shared.metrics.render() } else { shared.metrics.render_unnamed() }
         });
         let Ok(rendered) = rendered.await else {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be rendered\n");
@@ -381,6 +397,43 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// S15: an address is no credential: names of clusters are for this machine, unless the operator has decided otherwise.
+    #[tokio::test]
+    async fn s15_names_of_clusters_stay_on_the_machine() {
+        let directory = tempfile::tempdir().unwrap();
+        let (pod, own, stranger) = ("10.1.2.3:9180", "10.1.2.3:40000", "10.1.2.4:40000");
+        for cluster_names in [false, true] {
+            let state = directory.path().join(cluster_names.to_string());
+            let cluster = crate::config::Cluster {
+                name: "secret-customer".parse().unwrap(),
+                uid: towline_certs::ClusterUid::new("u").unwrap(),
+                mode: crate::config::Mode::Restricted,
+                account: None,
+            };
+            let shared = Shared::for_test(&state, |config| {
+                config.admin.cluster_names = cluster_names;
+                config.clusters = vec![cluster];
+            });
+            let admin = Admin::new(Arc::new(shared.await), "127.0.0.1:1".parse().unwrap());
+            let ask = async |path: &str, peer: &str| {
+                let request = Request::get(path).header("host", pod).body(()).unwrap();
+                let answer = admin.answer(&request, Some(pod.parse().unwrap()), peer.parse().unwrap()).await;
+                let body = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap().to_bytes();
+                String::from_utf8(body.to_vec()).unwrap()
+            };
+            for path in ["/metrics", "/tunnel-ca", "/readyz?verbose"] {
+                let told = ask(path, stranger).await.contains("secret-customer");
+                assert_eq!(told, cluster_names && !path.starts_with("/readyz"), "{path}");
+            }
+            for neighbour in ["127.0.0.1:40000", own] {
+                assert!(ask("/metrics", neighbour).await.contains("{cluster=\"secret-customer\"} 0"));
+                assert!(ask("/tunnel-ca", neighbour).await.contains("secret-customer not connected"));
+            }
+            // How many there are is no secret: it is what an alert needs.
+            assert!(ask("/metrics", stranger).await.contains("towline_gateway_clusters{connected=\"false\"} 1"));
+        }
+    }
 
     /// AD-02.
     #[test]

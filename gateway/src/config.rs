@@ -170,6 +170,8 @@ impl Listen {
 pub struct Admin {
     #[serde(with = "units")]
     pub address: SocketAddr,
+    /// Whether everybody who reaches the port is told the names of clusters, and not only this machine.
+    pub cluster_names: bool,
 }
 
 /// The certificates. With a state directory a part that is missing is issued by the gateway's own CAs, which are believed
@@ -438,7 +440,7 @@ impl Default for Quic {
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { address: SocketAddr::from((Ipv4Addr::LOCALHOST, 9180)) }
+        Self { address: SocketAddr::from((Ipv4Addr::LOCALHOST, 9180)), cluster_names: false }
     }
 }
 

@@ -180,6 +180,7 @@ pub struct Metrics {
     sessions: IntGaugeVec,
     udp_buffers: IntGaugeVec,
     sessions_ended: IntCounterVec,
+    clusters: IntGaugeVec,
     cluster_connected: IntGaugeVec,
     tunnel_received: IntCounter,
     tunnel_sent: IntCounter,
@@ -213,6 +214,8 @@ impl fmt::Debug for Metrics {
 /// From 1 ms, what a request inside one region takes, to the deadline of an answer.
 const FIRST_BYTE_BUCKETS: [f64; 13] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
+/// The one family that names clusters.
+const CLUSTER_CONNECTED: &str = "towline_gateway_cluster_connected";
 const CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "other"];
 
 impl Metrics {
@@ -294,9 +297,15 @@ impl Metrics {
                 "Sessions that ended, and why.",
                 &["reason"],
             ),
+            clusters: gauges(
+                r,
+                "towline_gateway_clusters",
+                "Clusters, by whether they have a session.",
+                &["connected"],
+            ),
             cluster_connected: gauges(
                 r,
-                "towline_gateway_cluster_connected",
+                CLUSTER_CONNECTED,
                 "Whether a cluster has a session.",
                 &["cluster"],
             ),
@@ -424,6 +433,9 @@ impl Metrics {
             touch(&self.renewals, &[outcome.label()]);
         });
         Skipped::ALL.iter().for_each(|reason| touch(&self.records_skipped, &[reason.label()]));
+        for connected in ["false", "true"] {
+            drop(self.clusters.with_label_values(&[connected]));
+        }
         for transport in [Transport::Tcp, Transport::Quic] {
             drop(self.sessions.with_label_values(&[transport.label()]));
         }
@@ -435,9 +447,21 @@ impl Metrics {
     /// The text format, version 0.0.4.
     #[must_use]
     pub fn render(&self) -> Vec<u8> {
+        self.render_some(|_| true)
+    }
+
+    /// As [`Self::render`], without the names of clusters.
+    #[must_use]
+    pub fn render_unnamed(&self) -> Vec<u8> {
+        self.render_some(|name| name != CLUSTER_CONNECTED)
+    }
+
+    fn render_some(&self, wanted: impl Fn(&str) -> bool) -> Vec<u8> {
+        let mut families = self.registry.gather();
+        families.retain(|family| wanted(family.name()));
         let mut out = Vec::new();
         // Writing to a vector fails only on a metric without a name.
-        if TextEncoder::new().encode(&self.registry.gather(), &mut out).is_err() {
+        if TextEncoder::new().encode(&families, &mut out).is_err() {
             out.clear();
         }
         out
@@ -471,11 +495,16 @@ impl Metrics {
         self.sessions_ended.with_label_values(&[reason.map_or("local", |reason| reason.label())]).inc();
     }
 
-    /// Replaces the set of clusters that the gauge knows.
+    /// Replaces the set of clusters that the gauges know.
     pub fn clusters<'a>(&self, connected: impl Iterator<Item = (&'a str, bool)>) {
         self.cluster_connected.reset();
+        let mut counts = [0, 0];
         for (name, connected) in connected {
             self.cluster_connected.with_label_values(&[name]).set(i64::from(connected));
+            counts[usize::from(connected)] += 1;
+        }
+        for (label, count) in ["false", "true"].into_iter().zip(counts) {
+            self.clusters.with_label_values(&[label]).set(count);
         }
     }
 
