@@ -183,7 +183,7 @@ async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
     let mut gateway = Gateway::start(&world).await;
     let upstream = Upstream::start(&world).await;
     let yaml = world.yaml(&[gateway.at], upstream.at, "limits: { upstreamConnections: 64, exchanges: 64 }\n");
-    let mut child = limited(&world, &yaml, "-Hn 512 && ulimit -Sn 40").spawn().unwrap();
+    let mut child = limited(&world, &yaml, "-Sn 40 && ulimit -Hn 512").spawn().unwrap();
     let error = read_on(child.stderr.take().unwrap());
     let session = gateway.session().await;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();

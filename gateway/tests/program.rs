@@ -53,7 +53,7 @@ impl Drop for Program {
 /// FR-16: a low soft limit is no limit, as for any Go program: it is raised to the hard one.
 #[tokio::test]
 async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
-    let program = Program::start("-Hn 1000 && ulimit -Sn 64", 256).await;
+    let program = Program::start("-Sn 64 && ulimit -Hn 1000", 256).await;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", program.child.id())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["1000", "1000"]);
