@@ -132,9 +132,10 @@ pub(crate) async fn resolve(address: &Address, deadline: Instant) -> Result<Vec<
         Host::Name(name) => name,
     };
     let lookup = timeout_at(deadline, lookup_host((&**name, address.port))).await;
-    let found = lookup
-        .map_err(|_| ConnectError::Deadline(Stage::Resolving))?
-        .map_err(|cause| match is_exhausted(&cause) {
+    let found =
+        lookup.map_err(|_| ConnectError::Deadline(Stage::Resolving))?.map_err(|cause| match is_exhausted(
+            &cause,
+        ) {
             true => ConnectError::Descriptors(cause),
             false => ConnectError::Resolve { name: name.to_string(), cause },
         })?;

@@ -405,7 +405,7 @@ mod tests {
         let (pod, own, stranger) = ("10.1.2.3:9180", "10.1.2.3:40000", "10.1.2.4:40000");
         for cluster_names in [false, true] {
             let state = directory.path().join(cluster_names.to_string());
-            let cluster = crate::config::Cluster {
+            let cluster = Cluster {
                 name: "secret-customer".parse().unwrap(),
                 uid: towline_certs::ClusterUid::new("u").unwrap(),
                 mode: crate::config::Mode::Restricted,
@@ -431,7 +431,9 @@ mod tests {
                 assert!(ask("/tunnel-ca", neighbour).await.contains("secret-customer not connected"));
             }
             // How many there are is no secret: it is what an alert needs.
-            assert!(ask("/metrics", stranger).await.contains("towline_gateway_clusters{connected=\"false\"} 1"));
+            assert!(
+                ask("/metrics", stranger).await.contains("towline_gateway_clusters{connected=\"false\"} 1")
+            );
         }
     }
 

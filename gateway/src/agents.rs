@@ -9,6 +9,7 @@
 use crate::config::{Cluster, GatewayConfig};
 use crate::fleet::{Fleet, ShownCertificate, Time};
 use crate::join;
+use crate::log::sparing;
 use crate::memory::Part;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::per_key::KeyPermit;
@@ -193,20 +194,25 @@ async fn run(
 
 /// What happens beside the driver, until the session has ended.
 async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, address: SocketAddr) {
-    let admitted = admit(shared, session, presented.chain.first(), address).await;
+    let mut presented_by = None;
+    let admitted = admit(shared, session, presented.chain.first(), address, &mut presented_by).await;
     let (admitted, registration) = match admitted {
         Ok(admitted) => admitted,
         Err(Some(refusal)) => {
             shared.metrics.rejected(Surface::Tunnel, refusal.tl);
-            tracing::warn!(agent = %address, why = refusal.text, "agent refused");
+            let cluster = presented_by.as_ref();
+            let due = cluster.map_or_else(|| shared.refusals.due(&()), |cluster| shared.lines.due(cluster));
+            sparing!(due, warn, agent = %address, cluster = cluster.map(ClusterUid::as_str), why = refusal.text,
+                "agent refused");
             session.close(refusal.code, &refusal.text);
             return;
         }
         Err(None) => return,
     };
     let counted = shared.metrics.session(session.transport());
-    tracing::info!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, agent = %address,
-        transport = session.transport().label(), software = %crate::proxy::printable(&admitted.hello.software), "agent connected");
+    sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
+        instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
+        software = %crate::proxy::printable(&admitted.hello.software), "agent connected");
     // A drain may have begun since the handshake.
     if shared.stages.unready.is_cancelled() {
         say_goaway(shared, session);
@@ -230,8 +236,9 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
     };
     drop((registration, counted));
     shared.metrics.session_ended(reason.label());
-    tracing::info!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, agent = %address,
-        transport = session.transport().label(), reason = %crate::proxy::printable(&reason.to_string()), "agent disconnected");
+    sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
+        instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
+        reason = %crate::proxy::printable(&reason.to_string()), "agent disconnected");
 }
 
 struct Admitted {
@@ -246,18 +253,21 @@ struct Admitted {
     _place: KeyPermit<ClusterUid>,
 }
 
-/// Decides whether a session may be; `Err(None)` if it ended by itself.
+/// Decides whether a session may be; `Err(None)` if it ended by itself. Whose agent it is stands in `cluster` as soon as a
+/// certificate says so.
 async fn admit(
     shared: &Arc<Shared>,
     session: &Session,
     leaf: Option<&CertificateDer<'static>>,
     address: SocketAddr,
+    cluster: &mut Option<ClusterUid>,
 ) -> Result<(Admitted, Registration), Option<Refusal>> {
     let refuse = |tl, code, text: String| Some(Refusal { tl, code, text });
     let certificate = |text: String| refuse(TlCode::Cert, Code::Denied, text);
     let live = shared.live();
     let leaf = leaf.ok_or_else(|| certificate("no certificate was presented".to_owned()))?;
     let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
+    cluster.replace(identity.cluster.clone());
     let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
     let pin = SpkiPin::of(leaf).map_err(|error| certificate(error.to_string()))?;
     let issued = Time::from(facts.issued_at());

@@ -33,6 +33,7 @@ pub fn raise(config: &GatewayConfig) {
 /// Descriptors that the gateway has when it has reached its limits.
 fn needed(config: &GatewayConfig) -> u64 {
     let shards = config.threads.map_or_else(runtime::cores, NonZeroUsize::get);
-    let needed = config.limits.connections.saturating_add(admin::CONNECTIONS_MOST + PER_SHARD * shards + SPARE);
+    let needed =
+        config.limits.connections.saturating_add(admin::CONNECTIONS_MOST + PER_SHARD * shards + SPARE);
     u64::try_from(needed).unwrap_or(u64::MAX)
 }

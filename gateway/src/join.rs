@@ -1,8 +1,10 @@
 //! How does an agent get a certificate here, and the next one? Joining is a connection of its own, renewal a notice inside a
 //! session; both end in `issue`, the one place that signs.
 //!
-//! 1. Is there room? So many at a time, and an address whose attempts fail is slowed down: others are not (EN-03).
-//! 2. Who is it? A join token, the cluster's own ServiceAccount token, or a certificate that has run out and is on record.
+//! 1. Who is it? A join token, the cluster's own ServiceAccount token, or a certificate that has run out and is on record. An
+//!    address whose attempts fail is slowed down: others are not (EN-03).
+//! 2. Is there room? Each cluster has its share of places and of joins, and waits for nobody else's. Whoever is asked for a
+//!    sign of life meanwhile costs no place: a cluster's own agents may be slow to answer, or hostile.
 //! 3. What may it be? An instance of that cluster, from the record: nothing in the request says who it becomes (R-ID-1).
 //! 4. The certificate is on record before it leaves. A refusal leaves at a fixed time after the request, at a fixed size
 //!    (EN-02).
@@ -13,12 +15,14 @@ mod uses;
 
 use crate::agents::BOOT_ID_BYTES;
 use crate::authority::Authorities;
+use crate::buckets::{Buckets, Rate};
 use crate::config;
 use crate::fleet::{
     self, Admission, Fleet, Heard, JoinRefused, NotAdmitted, Object, Time, WhenFull, Word, WriteError,
 };
+use crate::log::sparing;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
-use crate::per_key::network;
+use crate::per_key::{KeyPermit, PerKey, Sizes, network};
 use crate::state::Shared;
 use crate::store::Kind;
 use account::{AccountError, Vouched};
@@ -29,7 +33,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until, timeout};
 use towline_certs::facts::CertificateFacts;
 use towline_certs::issue::csr_pin;
@@ -41,8 +44,8 @@ use towline_proto::join::{
 use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
 use uses::{Claim, Uses};
 
-/// Joins under way, all together.
-const IN_FLIGHT_MAX: usize = 64;
+/// Joins under way, all together and of one cluster; and those that wait for such a place.
+const ROOM: Sizes = Sizes { total: 64, reserve: 0, share: 4, waiting: 1024, waiting_share: 64 };
 /// How long one waits for room.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
 /// For the request to be there, and for the answer to be taken.
@@ -56,8 +59,10 @@ const FAILURES_BURST: f64 = 20.0;
 const FAILURES_PER_SECOND: f64 = 1.0;
 /// Addresses whose failures are remembered.
 const FAILURES_MAX: usize = 16_384;
+/// Joins of one cluster, whatever comes of them: by join tokens, and by what its agents have of their own. Each is a signature
+/// and commits to the disk that everybody waits for.
+const JOINS: Rate = Rate { burst: 32.0, interval: Duration::from_secs(1) };
 /// Renewals of one instance at once, and after how long one of them is forgiven; sooner where certificates live for seconds only.
-/// Each is a signature and a commit to the disk that every instance waits for.
 const RENEWALS_BURST: f64 = 8.0;
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
 const RENEWALS_PER_LIFE: u32 = 4;
@@ -84,9 +89,10 @@ struct Failures {
 /// What joins share.
 #[derive(Debug)]
 pub(crate) struct Joins {
-    room: Arc<Semaphore>,
+    room: Arc<PerKey<ClusterUid>>,
+    of_cluster: Buckets<(ClusterUid, Way)>,
     failures: Mutex<Failures>,
-    renewals: Mutex<HashMap<InstanceId, (f64, Instant)>>,
+    renewals: Buckets<InstanceId>,
     pub(crate) places: Places,
     uses: Uses,
 }
@@ -94,9 +100,10 @@ pub(crate) struct Joins {
 impl Default for Joins {
     fn default() -> Self {
         Self {
-            room: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
+            room: PerKey::new(ROOM),
+            of_cluster: Buckets::default(),
             failures: Mutex::default(),
-            renewals: Mutex::default(),
+            renewals: Buckets::default(),
             places: Places::default(),
             uses: Uses::default(),
         }
@@ -134,20 +141,10 @@ impl Joins {
         *entry = (level(*entry) + 1.0, now);
     }
 
-    /// Whether an instance may renew its certificate once more, which counts then. Entries are as few as instances that have
-    /// renewed of late: what is forgiven makes room before the map grows.
+    /// Whether an instance may renew its certificate once more, which counts then.
     fn may_renew(&self, instance: &InstanceId, life: Duration) -> bool {
-        let per_second = 1.0 / renewal_interval(life).as_secs_f64();
-        let mut renewals = self.renewals.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = renewals.get(instance).map_or(0.0, |entry| level(*entry, per_second));
-        let may = held + 1.0 <= RENEWALS_BURST;
-        if may {
-            if renewals.len() == renewals.capacity() {
-                renewals.retain(|_, entry| level(*entry, per_second) > 0.0);
-            }
-            renewals.insert(instance.clone(), (held + 1.0, Instant::now()));
-        }
-        may
+        let rate = Rate { burst: RENEWALS_BURST, interval: renewal_interval(life) };
+        self.renewals.admit(instance, rate).is_some()
     }
 }
 
@@ -158,6 +155,15 @@ fn level((level, at): (f64, Instant), per_second: f64) -> f64 {
 
 fn renewal_interval(life: Duration) -> Duration {
     RENEWAL_INTERVAL.min(life / RENEWALS_PER_LIFE)
+}
+
+/// By what an agent joins. Each way has joins of its own: a loop of the one does not lock the other out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Way {
+    /// A join token.
+    Token,
+    /// Its cluster's word, or a certificate that has run out.
+    Own,
 }
 
 /// Why an agent gets nothing: what it is told, and what the log says beside it.
@@ -275,8 +281,9 @@ where
     let received = timeout(MESSAGE_TIMEOUT, recv_message::<JoinRequest, _>(&mut io, JOIN_MAX_BYTES)).await;
     let began = Instant::now();
     let exempt = shared.live().config.listen.trusts(address.ip());
+    let mut cluster = None;
     let decided = match received {
-        Ok(Ok(request)) => decide(&shared, request, address, exempt).await,
+        Ok(Ok(request)) => decide(&shared, request, address, exempt, &mut cluster).await,
         Ok(Err(error @ (MessageError::TooLarge { .. } | MessageError::Malformed))) => {
             Err(Refusal::new(RefusalCode::Request, error.to_string()))
         }
@@ -296,7 +303,7 @@ where
                 let tell = if *returns { Shared::turned_back } else { Shared::turned_away };
                 tell(&shared, cluster, address.ip(), why, *proven);
             }
-            refused(&shared, &refusal, address, exempt);
+            refused(&shared, &refusal, cluster.as_ref(), address, exempt);
             sleep_until(began + REFUSE_AFTER).await;
             JoinAnswer::refused(refusal.message(), REFUSAL_BYTES)
         }
@@ -310,7 +317,14 @@ where
     }
 }
 
-fn refused(shared: &Shared, refusal: &Refusal, address: SocketAddr, exempt: bool) {
+/// `cluster` is whose agent it is, if that is known.
+fn refused(
+    shared: &Shared,
+    refusal: &Refusal,
+    cluster: Option<&ClusterUid>,
+    address: SocketAddr,
+    exempt: bool,
+) {
     shared.metrics.joined(refusal.outcome());
     shared.metrics.rejected(
         Surface::Join,
@@ -326,12 +340,13 @@ fn refused(shared: &Shared, refusal: &Refusal, address: SocketAddr, exempt: bool
         shared.joins.failed(address.ip());
     }
     let (code, why) = (refusal.code.label(), crate::proxy::printable(&refusal.text));
-    if !shared.refusals.is_due() {
-        tracing::debug!(agent = %address, code, why, cause = refusal.cause, "join refused");
-    } else if refusal.expected {
-        tracing::info!(agent = %address, "an agent's ServiceAccount is not known yet: it joins with its join token");
+    let due = cluster.map_or_else(|| shared.refusals.due(&()), |cluster| shared.lines.due(cluster));
+    let cluster = cluster.map(ClusterUid::as_str);
+    if refusal.expected {
+        sparing!(due, info, agent = %address, cluster,
+            "an agent's ServiceAccount is not known yet: it joins with its join token");
     } else {
-        tracing::warn!(agent = %address, code, why, cause = refusal.cause, "join refused");
+        sparing!(due, warn, agent = %address, cluster, code, why, cause = refusal.cause, "join refused");
     }
 }
 
@@ -341,6 +356,8 @@ struct Decision {
     with: String,
     /// What stands behind what the request says about the cluster's issuer; nothing is heard without it.
     word: Option<Word>,
+    /// Until the certificate is on record.
+    room: KeyPermit<ClusterUid>,
 }
 
 async fn decide(
@@ -348,8 +365,13 @@ async fn decide(
     request: JoinRequest,
     address: SocketAddr,
     exempt: bool,
+    known: &mut Option<ClusterUid>,
 ) -> Result<Admitted, Refusal> {
-    let _room = room(shared, address, exempt).await?;
+    if !exempt && shared.joins.is_slowed(address.ip()) {
+        shared.metrics.limit_reached(Limit::JoinFailures);
+        let text = "too many attempts from this address have failed; wait a little";
+        return Err(Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT));
+    }
     let live = shared.live();
     let (Some(own), Some(fleet)) = (&live.joins, shared.fleet.as_ref()) else {
         let text = "agents cannot join through this gateway: it keeps no record of a fleet; its operator sets stateDirectory";
@@ -363,24 +385,28 @@ async fn decide(
     }
     let decision = match &request.proof {
         Some(Proof::Token(token)) => {
+            let cluster = fleet.cluster_of_token(&token.id, &token.secret);
+            let cluster = known.insert(cluster.map_err(|error| of_token(fleet, &token.id, error))?);
+            may_join(shared, cluster, Way::Token)?;
+            let room = room(shared, cluster).await?;
             let admission = fleet.use_token(&token.id, &token.secret, pin).await;
             let admission = admission.map_err(|error| of_token(fleet, &token.id, error))?;
             // Before the record says that it may come back by its ServiceAccount, and others look for such a place.
             shared.joins.places.give(&admission.instance, &request.boot_id);
-            Decision { admission, with: format!("token {:?}", token.id), word: Some(Word::JoinToken) }
+            Decision { admission, with: format!("token {:?}", token.id), word: Some(Word::JoinToken), room }
         }
         Some(Proof::ServiceAccount(account)) => {
-            by_account(shared, fleet, &account.cluster, &account.token, &request.boot_id).await?
+            by_account(shared, fleet, &account.cluster, &account.token, &request.boot_id, known).await?
         }
         Some(Proof::Expired(certificate)) => {
-            by_record(shared, fleet, certificate, pin, &request.boot_id).await?
+            by_record(shared, fleet, certificate, pin, &request.boot_id, known).await?
         }
         None => {
             let text = "the request brings no proof that this gateway knows; update the gateway first";
             return Err(Refusal::new(RefusalCode::Request, text));
         }
     };
-    let Decision { admission, with, word } = decision;
+    let Decision { admission, with, word, room } = decision;
     if let (Some(word), Some(issuer)) = (word, &request.issuer)
         && record_issuer(fleet, &admission.cluster.uid, &admission.instance, issuer, word).await
     {
@@ -389,12 +415,14 @@ async fn decide(
     let domain = live.config.trust_domain.clone();
     let identity = AgentIdentity::new(domain, admission.cluster.uid.clone(), admission.instance.clone());
     let issued = issue(fleet, own, &live.config.join, &identity, &request.csr, WhenFull::Forget).await?;
+    drop(room);
     // The time to connect begins now. A disk that took longer than that may have cost it the place.
     if !shared.joins.places.take(&admission.instance, &request.boot_id) {
         return Err(Refusal::later(RefusalCode::Unavailable, PLACE_TAKEN, RETRY_LIMIT));
     }
-    tracing::info!(cluster = %admission.cluster.name, instance = %admission.instance, agent = %address, with,
-        serial = issued.serial, software = %crate::proxy::printable(&request.software), "agent joined");
+    sparing!(shared.lines.due(&admission.cluster.uid), info, cluster = %admission.cluster.name,
+        instance = %admission.instance, agent = %address, with, serial = issued.serial,
+        software = %crate::proxy::printable(&request.software), "agent joined");
     Ok(Admitted {
         certificate: issued.certificate,
         trust: live.trust.clone(),
@@ -421,21 +449,25 @@ fn of_token(fleet: &Fleet, id: &str, error: JoinRefused) -> Refusal {
     }
 }
 
-async fn room(shared: &Shared, address: SocketAddr, exempt: bool) -> Result<OwnedSemaphorePermit, Refusal> {
-    let limit = |limit, text: &str| {
-        shared.metrics.limit_reached(limit);
+/// Counts one more join of a cluster, unless there were too many of late. Whoever asks has shown that it is the cluster's.
+fn may_join(shared: &Shared, cluster: &ClusterUid, way: Way) -> Result<(), Refusal> {
+    let may = shared.joins.of_cluster.admit(&(cluster.clone(), way), JOINS);
+    may.map(drop).ok_or_else(|| {
+        shared.metrics.limit_reached(Limit::ClusterJoins);
+        let text = "agents of this cluster have joined too often of late; wait a little";
         Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT)
-    };
-    if !exempt && shared.joins.is_slowed(address.ip()) {
-        return Err(limit(
-            Limit::JoinFailures,
-            "too many attempts from this address have failed; wait a little",
-        ));
-    }
-    let room = Arc::clone(&shared.joins.room).acquire_owned();
-    match timeout(ROOM_TIMEOUT, room).await {
+    })
+}
+
+/// A place among the joins under way.
+async fn room(shared: &Shared, cluster: &ClusterUid) -> Result<KeyPermit<ClusterUid>, Refusal> {
+    match timeout(ROOM_TIMEOUT, shared.joins.room.wait(cluster)).await {
         Ok(Ok(permit)) => Ok(permit),
-        _ => Err(limit(Limit::Joins, "as many agents join at this moment as may; wait a little")),
+        _ => {
+            shared.metrics.limit_reached(Limit::Joins);
+            let text = "as many agents of this cluster, or of all, join at this moment as may; wait a little";
+            Err(Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT))
+        }
     }
 }
 
@@ -446,6 +478,7 @@ async fn by_account(
     cluster: &str,
     token: &str,
     boot_id: &Bytes,
+    known: &mut Option<ClusterUid>,
 ) -> Result<Decision, Refusal> {
     let unknown = |cause: &str| Refusal::new(RefusalCode::NoIssuer, NO_ISSUER).because(cause);
     let route =
@@ -462,6 +495,7 @@ async fn by_account(
             let why = format!("its ServiceAccount token does not count: {error}");
             Refusal::from(error).told(told(why, false))
         })?;
+    may_join(shared, known.insert(route.uid.clone()), Way::Own)?;
     let uses = &shared.joins.uses;
     let used = || {
         let why = "its ServiceAccount token has let in another process".to_owned();
@@ -473,6 +507,7 @@ async fn by_account(
         Claim::Busy => return Err(used()),
     };
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &route.uid, boot_id).await;
+    let room = room(shared, &route.uid).await.inspect_err(|_| uses.release(&route.uid, id, boot_id))?;
     let admission = fleet.rejoin(&route.uid, &subject, only.as_ref(), |instance| seeker.take(instance)).await;
     let admission = admission.map_err(|error| {
         uses.release(&route.uid, id, boot_id);
@@ -484,7 +519,7 @@ async fn by_account(
     })?;
     uses.used(&route.uid, id, boot_id, &admission.instance, until);
     seeker.replace(&admission.instance);
-    Ok(Decision { admission, with: format!("ServiceAccount {subject}"), word: Some(Word::OldKey) })
+    Ok(Decision { admission, with: format!("ServiceAccount {subject}"), word: Some(Word::OldKey), room })
 }
 
 /// An agent whose certificate has run out: the record knows it, and the request is signed by its key. The chain is not looked
@@ -495,6 +530,7 @@ async fn by_record(
     certificate: &Certificate,
     pin: SpkiPin,
     boot_id: &Bytes,
+    known_cluster: &mut Option<ClusterUid>,
 ) -> Result<Decision, Refusal> {
     let unknown = |cause: &str| {
         let text = "the certificate that was kept leads nowhere any more: it is not on record, or ran out too long ago. Join with a token: towline token create CLUSTER";
@@ -528,13 +564,15 @@ async fn by_record(
         return Err(unknown("it is revoked"));
     }
     let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster is gone"))?;
+    may_join(shared, known_cluster.insert(identity.cluster.clone()), Way::Own)?;
     // A copy of what was kept, or a pod that was given the place of this one while it was away.
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &identity.cluster, boot_id).await;
+    let room = room(shared, &identity.cluster).await?;
     if !seeker.take(&identity.instance) {
         return Err(Refusal::later(RefusalCode::Denied, PLACE_TAKEN, RETRY_LIMIT));
     }
     let admission = Admission { cluster, instance: identity.instance, admission: record.admission };
-    Ok(Decision { admission, with: format!("certificate {}", facts.serial), word: None })
+    Ok(Decision { admission, with: format!("certificate {}", facts.serial), word: None, room })
 }
 
 /// The record of an instance.
@@ -774,11 +812,5 @@ mod tests {
             assert!(joins.may_renew(&honest, Duration::from_secs(3)));
             tokio::time::advance(Duration::from_secs(1)).await;
         }
-        // Those who have renewed long ago are forgotten.
-        for n in 0..100_000 {
-            joins.may_renew(&InstanceId::new(&format!("i{n}")).unwrap(), day);
-            tokio::time::advance(Duration::from_millis(10)).await;
-        }
-        assert!(joins.renewals.lock().unwrap().len() < 4096);
     }
 }

@@ -8,7 +8,7 @@
 //! | how does a connection get in? | `listener`, `quic` |
 //! | who is the client behind a balancer? | `proxy_protocol` |
 //! | what must a connection pass, and whose is it? | `gate` |
-//! | how is a limit divided? | `per_key` |
+//! | how is a limit divided? | `per_key`; what may be done how often? `buckets` |
 //! | how are clients served? | `front` |
 //! | which cluster does a request name? | [`routing`], [`kube`] |
 //! | who calls, and may they? | [`authn`], [`authz`] |
@@ -37,6 +37,7 @@ pub mod api;
 pub mod authn;
 pub mod authority;
 pub mod authz;
+mod buckets;
 pub mod cli;
 pub mod commands;
 pub mod config;

@@ -8,6 +8,7 @@ use crate::config::ProxyProtocol;
 use crate::front::{self, Arrival};
 use crate::gate::{Pass, Place, Standing};
 use crate::join;
+use crate::log::sparing;
 use crate::metrics::{Handshake, Limit, ProxyHeader, Surface, TlCode};
 use crate::per_key::network;
 use crate::proxy_protocol::{self, Header, HeaderError};
@@ -467,10 +468,10 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             let why = tls_error(error).map_or_else(|| error.to_string(), explain);
             let why = crate::proxy::printable(&why);
             // A refused agent is what its operator looks for in this log; a refused client sees it itself.
-            if *tunnel && shared.refusals.is_due() {
-                tracing::info!(client = %address, why, "agent refused");
+            if *tunnel {
+                sparing!(shared.refusals.due(&()), info, client = %address, why, "agent refused");
             } else {
-                tracing::debug!(client = %address, tunnel, why, "TLS handshake failed");
+                tracing::debug!(client = %address, why, "TLS handshake failed");
             }
         }
     }

@@ -138,6 +138,7 @@ label!(
         TunnelMemory = "tunnel_memory",
         TunnelMemoryPerCluster = "tunnel_memory_per_cluster",
         Joins = "joins",
+        ClusterJoins = "cluster_joins",
         JoinFailures = "join_failures",
         Renewals = "renewals",
         Objects = "objects",
@@ -303,12 +304,7 @@ impl Metrics {
                 "Clusters, by whether they have a session.",
                 &["connected"],
             ),
-            cluster_connected: gauges(
-                r,
-                CLUSTER_CONNECTED,
-                "Whether a cluster has a session.",
-                &["cluster"],
-            ),
+            cluster_connected: gauges(r, CLUSTER_CONNECTED, "Whether a cluster has a session.", &["cluster"]),
             tunnel_received: counter(
                 r,
                 "towline_gateway_tunnel_received_bytes_total",

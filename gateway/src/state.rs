@@ -266,6 +266,10 @@ impl Problems {
 
 /// Sessions without memory that may hear at the same time why they end.
 const LAST_WORDS: usize = 64;
+
+/// Lines about one cluster's agents at once: as many as all of its sessions make that come and go, and joins beside them.
+const CLUSTER_LINES: u32 = 64;
+
 /// What a gateway can open in one session: every second number of 32 bits.
 const STREAM_IDS: u32 = 1 << 31;
 
@@ -308,8 +312,9 @@ pub(crate) struct Shared {
     /// Who may connect, and how often.
     pub(crate) gate: Gate,
     pub(crate) self_checks: SelfChecks,
-    /// For lines about handshakes that anybody can make fail.
+    /// For lines about handshakes that anybody can make fail, and about each cluster's agents.
     pub(crate) refusals: Sparing,
+    pub(crate) lines: Sparing<ClusterUid>,
 }
 
 /// The steps of stopping; each is cancelled when it begins.
@@ -418,7 +423,8 @@ impl Shared {
             tasks: Tasks::default(),
             shards,
             self_checks: SelfChecks::default(),
-            refusals: Sparing::default(),
+            refusals: Sparing::new(1),
+            lines: Sparing::new(CLUSTER_LINES),
         };
         shared.reserve_names();
         lastseen::restore(&shared);
@@ -515,7 +521,10 @@ impl Shared {
 
     /// What a gateway shares that keeps its state in this directory, and whose configuration is changed like this.
     #[cfg(test)]
-    pub(crate) async fn for_test(directory: &std::path::Path, change: impl FnOnce(&mut GatewayConfig)) -> Self {
+    pub(crate) async fn for_test(
+        directory: &std::path::Path,
+        change: impl FnOnce(&mut GatewayConfig),
+    ) -> Self {
         let domain = towline_certs::TrustDomain::new("example.org").unwrap();
         let mut config = GatewayConfig::new(domain, crate::config::Tls::default());
         config.state_directory = Some(directory.join("state"));

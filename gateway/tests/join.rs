@@ -62,13 +62,18 @@ fn meta() -> Meta {
 }
 
 async fn register(world: &World, name: &str) -> String {
+    register_for(world, name, 4).await
+}
+
+/// Registers a cluster of so many agents.
+async fn register_for(world: &World, name: &str, max_agents: u32) -> String {
     let cluster = fleet::Cluster {
         meta: meta(),
         account: None,
         mode: towline_gateway::config::Mode::Restricted,
         description: String::new(),
         deletion_protection: false,
-        max_agents: 4,
+        max_agents,
         admission: 1,
         issuers: fleet::Issuers::default(),
     };
@@ -1354,4 +1359,97 @@ async fn d5_an_agent_that_is_nobody_any_more_says_so() {
     };
     let status = until(&world, "east", turned_away).await["status"].clone();
     assert_eq!(condition(&status, "Joined").unwrap().1, "JoinAnew");
+}
+
+/// A cluster `east` that has told of its issuer, and an agent of it that has joined.
+async fn vouched(world: &World, max_agents: u32) -> (Cluster, Agent) {
+    register_for(world, "east", max_agents).await;
+    let (token, cluster, key) = (token(world, "east", 1, HOUR).await, Cluster::new(), key());
+    let issuer = Some(cluster.issuer("1"));
+    let admitted = ask(world, &JoinRequest { issuer, ..request(Proof::Token(token), &key) }).await.unwrap();
+    let agent = Agent::connect(world, &admitted, &key, 1).await.unwrap();
+    world.connected("east", 1).await;
+    (cluster, agent)
+}
+
+/// As many processes as that, which all join by their cluster's word at once.
+fn crowd(
+    world: &Arc<World>,
+    cluster: &Cluster,
+    boots: std::ops::Range<u8>,
+) -> JoinSet<Result<Admitted, RefusalCode>> {
+    let mut crowd = JoinSet::new();
+    for boot in boots {
+        let (world, proof) = (Arc::clone(world), cluster.token("1", SUBJECT));
+        let request = JoinRequest { boot_id: vec![boot; 16].into(), ..request(proof, &key()) };
+        crowd.spawn(async move { ask(&world, &request).await.map_err(|refused| code(&refused)) });
+    }
+    crowd
+}
+
+/// S9: a cluster that joins without end, and whose own session gives no sign of life, fills its own share: agents of other clusters
+/// join beside it.
+#[tokio::test]
+async fn s9_joins_of_one_cluster_leave_the_others_alone() {
+    let world = world_with(|config| config.limits.handshakes_per_address = 1024).await;
+    let world = Arc::new(world);
+    let (east, agent) = vouched(&world, 16).await;
+    register(&world, "west").await;
+    let west = token(&world, "west", 2, HOUR).await;
+    agent.freeze.notify_one();
+    // Three times what all clusters together may do at once: two and a half seconds each, if they held places for it.
+    let crowd = crowd(&world, &east, 2..200);
+    let limited = || world.series("towline_gateway_limits_reached_total{limit=\"cluster_joins\"}");
+    eventually("the cluster is told to wait", limited, |seen| *seen >= 100.0).await;
+    for _ in 0..2 {
+        in_time("another cluster's agent joins", join(&world, &west, &key())).await.unwrap();
+    }
+    assert_eq!(world.series("towline_gateway_limits_reached_total{limit=\"joins\"}"), 0.0);
+    let answers = crowd.join_all().await;
+    // One is forgiven in each second.
+    let judged = answers.iter().filter(|answer| !matches!(answer, Err(RefusalCode::Limit))).count();
+    assert!((1..64).contains(&judged), "{judged} of {}", answers.len());
+}
+
+/// S9: nobody holds a place while a sibling is asked for a sign of life: a dozen pods that come back at once beside a session that
+/// gives none are all let in.
+#[tokio::test]
+async fn s9_a_place_is_given_back_while_a_sibling_is_asked() {
+    let world = Arc::new(world().await);
+    let (east, agent) = vouched(&world, 16).await;
+    agent.freeze.notify_one();
+    let answers = crowd(&world, &east, 2..14).join_all().await;
+    let refused: Vec<_> = answers.iter().filter_map(|answer| answer.as_ref().err()).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+}
+
+/// S9: whatever comes of them, joins of a cluster are counted against it: those that it is denied, and those that succeed with a
+/// token that one key uses again and again.
+#[tokio::test]
+async fn s9_denied_and_repeated_joins_count_against_their_cluster() {
+    let world = Arc::new(world().await);
+    let (east, _agent) = vouched(&world, 1).await;
+    let began = tokio::time::Instant::now();
+    let answers = crowd(&world, &east, 2..82).join_all().await;
+    let of =
+        |wanted: RefusalCode| answers.iter().filter(|answer| answer.as_ref().err() == Some(&wanted)).count();
+    let (denied, limited) = (of(RefusalCode::Denied), of(RefusalCode::Limit));
+    let most = 32 + began.elapsed().as_secs() as usize;
+    assert!((32..=most).contains(&denied), "{denied} of at most {most}");
+    assert_eq!(denied + limited, answers.len(), "{answers:?}");
+
+    register(&world, "west").await;
+    let (token, key) = (token(&world, "west", 1, HOUR).await, key());
+    let repeated = request(Proof::Token(token), &key);
+    let (began, mut crowd) = (tokio::time::Instant::now(), JoinSet::new());
+    for _ in 0..80 {
+        let (world, request) = (Arc::clone(&world), repeated.clone());
+        crowd.spawn(async move { ask(&world, &request).await.map_err(|refused| code(&refused)) });
+    }
+    let answers = crowd.join_all().await;
+    let admitted = answers.iter().filter(|answer| answer.is_ok()).count();
+    let most = 32 + began.elapsed().as_secs() as usize;
+    assert!((32..=most).contains(&admitted), "{admitted} of at most {most}");
+    let instances: HashSet<_> = answers.into_iter().flatten().map(|admitted| admitted.instance).collect();
+    assert_eq!(instances.len(), 1, "one key is one agent");
 }

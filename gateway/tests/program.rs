@@ -31,10 +31,14 @@ impl Program {
         let lines: Arc<Mutex<Vec<String>>> = Arc::default();
         let (read, stderr) = (Arc::clone(&lines), child.stderr.take().unwrap());
         std::thread::spawn(move || {
-            BufReader::new(stderr).lines().map_while(Result::ok).for_each(|line| read.lock().unwrap().push(line));
+            BufReader::new(stderr)
+                .lines()
+                .map_while(Result::ok)
+                .for_each(|line| read.lock().unwrap().push(line));
         });
         let program = Self { child, lines, _directory: directory };
-        eventually("the gateway has started", || program.said("gateway started").is_some(), |seen| *seen).await;
+        eventually("the gateway has started", || program.said("gateway started").is_some(), |seen| *seen)
+            .await;
         program
     }
 

@@ -7,13 +7,14 @@
 
 use super::kinds::{self, Resource};
 use super::objects::{self, Due};
+use crate::buckets::{Buckets, Rate};
 use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, Time, WriteError};
 use crate::registry::Connection;
 use crate::state::{Live, Shared};
 use crate::store::Kind;
 use crate::trust::TrustState;
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -26,6 +27,8 @@ const HISTORY_MAX: usize = 16_384;
 const NUMBER_BITS: u32 = 34;
 /// Objects that are shown before everybody else on this thread has a turn: a revocation above all.
 const SHOWN_PER_TURN: usize = 64;
+/// How often the connection of one cluster is news. One that comes and goes without end is shown as it is then.
+const CONNECTION_NEWS: Rate = Rate { burst: 16.0, interval: Duration::from_secs(1) };
 /// The longest between two looks at what time alone changes.
 const SWEEP: Duration = Duration::from_secs(10);
 
@@ -103,7 +106,7 @@ impl Feed {
         let Some(fleet) = &shared.fleet else { return };
         let (mut changes, mut reloads) = (fleet.changes(), shared.reloads());
         let mut configured: BTreeSet<Arc<str>> = BTreeSet::new();
-        let mut connected = std::collections::HashSet::new();
+        let (mut connected, news) = (HashSet::new(), Buckets::default());
         loop {
             changes.borrow_and_update();
             reloads.borrow_and_update();
@@ -114,7 +117,10 @@ impl Feed {
             let now: BTreeSet<Arc<str>> = live.by_name.keys().map(|name| name.as_str().into()).collect();
             touched.extend(configured.union(&now).map(|name| (Kind::Cluster, Arc::clone(name))));
             configured = now;
-            for uid in std::mem::take(&mut connected) {
+            let due = |uid: &ClusterUid| news.admit(uid, CONNECTION_NEWS).is_some();
+            let (due, later): (HashSet<_>, HashSet<_>) = connected.into_iter().partition(due);
+            connected = later;
+            for uid in due {
                 let cluster = live.by_uid.get(&uid).cloned().or_else(|| fleet.cluster_of(&uid));
                 touched.extend(cluster.map(|cluster| (Kind::Cluster, cluster.name.as_str().into())));
             }
@@ -130,7 +136,8 @@ impl Feed {
             tokio::select! {
                 _ = changes.changed() => {}
                 _ = reloads.changed() => {}
-                uids = shared.registry.next_changes() => connected = uids,
+                uids = shared.registry.next_changes() => connected.extend(uids),
+                () = tokio::time::sleep(CONNECTION_NEWS.interval), if !connected.is_empty() => {}
                 () = tokio::time::sleep(SWEEP) => {}
             }
         }
@@ -333,19 +340,56 @@ fn same(shown: &Value, next: &Value) -> bool {
 mod tests {
     use super::*;
     use crate::config::{self, GatewayConfig, Mode};
-    use towline_certs::ClusterUid;
+
+    fn cluster(number: usize) -> config::Cluster {
+        config::Cluster {
+            name: format!("c-{number}").parse().unwrap(),
+            uid: ClusterUid::new(&format!("uid-{number}")).unwrap(),
+            mode: Mode::Restricted,
+            account: None,
+        }
+    }
+
+    /// S20: a cluster whose agent comes and goes without end makes few events, and is shown as it is at last.
+    #[tokio::test]
+    async fn s20_a_connection_that_flaps_makes_few_events() {
+        let directory = tempfile::tempdir().unwrap();
+        let one = |config: &mut GatewayConfig| config.clusters = vec![cluster(0)];
+        let shared = Shared::for_test(directory.path(), one).await;
+        let (uid, clusters) = (ClusterUid::new("uid-0").unwrap(), kinds::of(Kind::Cluster).unwrap());
+        let feed = shared.feed.clone().unwrap();
+        let mut board = shared.trust.join(&uid, &shared.metrics);
+        // The store has a thread of its own, for which virtual time does not wait.
+        tokio::time::pause();
+        let flapping = async {
+            // Something else twenty times a second, for a minute.
+            for number in 0..1200 {
+                board.answered(1, &format!("trouble {number};"));
+                shared.registry.touch(&uid);
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            while !feed
+                .objects(clusters, None)
+                .0
+                .iter()
+                .any(|shown| shown.to_string().contains("trouble 1199;"))
+            {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::select! {
+            () = feed.run(&shared) => panic!("it goes on"),
+            () = flapping => {}
+        }
+        let events = feed.events(clusters, 0).unwrap().0.len();
+        assert!((16..=80).contains(&events), "{events} events in a minute");
+    }
 
     /// S14: while a batch of clusters is shown, whoever else is on this thread has turns: the review of a revocation above all.
     #[tokio::test]
     async fn s14_a_large_batch_leaves_turns_to_others() {
         const CLUSTERS: usize = 2000;
         let directory = tempfile::tempdir().unwrap();
-        let cluster = |number| config::Cluster {
-            name: format!("c-{number}").parse().unwrap(),
-            uid: ClusterUid::new(&format!("uid-{number}")).unwrap(),
-            mode: Mode::Restricted,
-            account: None,
-        };
         let many = |config: &mut GatewayConfig| config.clusters = (0..CLUSTERS).map(cluster).collect();
         let shared = Shared::for_test(directory.path(), many).await;
         let clusters = kinds::of(Kind::Cluster).unwrap();

@@ -1,6 +1,7 @@
 //! What changes the fleet? Objects are written and deleted, credentials revoked, agents let in and certified. Each operation decides
 //! on the view, and its transaction says on which records.
 
+use super::view::View;
 use super::{
     Admission, CERTIFICATES_MAX, Certificate, Cluster, Fleet, Heard, Instance, JoinRefused, JoinToken, Meta,
     Object, Origin, Revocation, Revoked, Time, TokenIssuer, TokenUse, WhenFull, Word, WriteError, hex,
@@ -9,7 +10,7 @@ use crate::metrics::Limit;
 use crate::store::{CommitError, Key, Kind, StoreError, Stored, Transaction};
 use aws_lc_rs::digest;
 use std::collections::HashSet;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use subtle::ConstantTimeEq as _;
 use towline_certs::{ClusterUid, InstanceId, SpkiPin};
 
@@ -163,6 +164,18 @@ impl Fleet {
         Err(WriteError::Conflict)
     }
 
+    /// The cluster that this join token is for: what somebody with its secret may know before the token is used.
+    ///
+    /// # Errors
+    /// There is no such token, or its cluster is gone.
+    pub fn cluster_of_token(&self, id: &str, secret: &[u8]) -> Result<ClusterUid, JoinRefused> {
+        let hash = hex(digest::digest(&digest::SHA256, secret).as_ref());
+        let view = self.read();
+        let (token, _) = known_token(&view, id, &hash)?;
+        let route = view.route_named(&token.cluster).filter(|route| route.uid.as_str() == token.cluster_uid);
+        route.map(|route| route.uid.clone()).ok_or(JoinRefused::NoCluster)
+    }
+
     /// Lets an agent in that has a join token and this key. Of many keys with a token for one, exactly one gets in; the same
     /// key may come again, and is the same instance then.
     ///
@@ -176,11 +189,7 @@ impl Fleet {
             let now = Time::now();
             let (admission, transaction) = {
                 let view = self.read();
-                let token = view.join_token(id);
-                let known = token.as_ref().map_or(&*hash, |(token, _)| &*token.sha256);
-                // The same work for a token that is not there.
-                let same = bool::from(hash.as_bytes().ct_eq(known.as_bytes()));
-                let (token, revision) = token.filter(|_| same).ok_or(JoinRefused::Unknown)?;
+                let (token, revision) = known_token(&view, id, &hash)?;
                 if now >= token.expires {
                     return Err(JoinRefused::Expired);
                 }
@@ -377,4 +386,13 @@ impl Fleet {
             Err(CommitError::Store(error)) => Err(WriteError::Store(error)),
         }
     }
+}
+
+/// The join token of this id, if its secret has this hash.
+fn known_token<'a>(view: &'a View, id: &str, hash: &str) -> Result<(&'a Arc<JoinToken>, u64), JoinRefused> {
+    let token = view.join_token(id);
+    let known = token.map_or(hash, |(token, _)| &*token.sha256);
+    // The same work for a token that is not there.
+    let same = bool::from(hash.as_bytes().ct_eq(known.as_bytes()));
+    token.filter(|_| same).ok_or(JoinRefused::Unknown)
 }

@@ -62,7 +62,8 @@ pub(super) struct Seeker<'a> {
     registry: &'a Arc<Registry>,
     cluster: &'a ClusterUid,
     boot_id: &'a Bytes,
-    /// Sessions of other processes that have been asked for a sign of life, and gave none.
+    /// When sessions of other processes were asked for a sign of life, and which gave none.
+    asked: Instant,
     silent: Vec<(InstanceId, Session)>,
 }
 
@@ -77,26 +78,31 @@ impl<'a> Seeker<'a> {
     ) -> Self {
         let others = registry.sessions_of(cluster).into_iter().filter(|(_, other, _)| other != boot_id);
         let others: Vec<_> = others.map(|(instance, _, session)| (instance, session)).collect();
+        let asked = Instant::now();
         let alive = alive_among(others.clone()).await;
         let silent = others.into_iter().filter(|(instance, _)| !alive.contains(instance)).collect();
-        Self { places, registry, cluster, boot_id, silent }
+        Self { places, registry, cluster, boot_id, asked, silent }
     }
 
-    /// Takes a place if nobody else has it. A session that has come since the look counts.
+    /// Takes a place if nobody else has it. A session that has come since the look counts, and one that has given a sign of life
+    /// since.
     pub(super) fn take(&self, instance: &InstanceId) -> bool {
         if !self.places.take(instance, self.boot_id) {
             return false;
         }
         let sessions = self.registry.sessions_of(self.cluster);
         let is_held = sessions.iter().any(|(held, other, session)| {
-            held == instance
-                && other != self.boot_id
-                && !self.silent.iter().any(|(_, silent)| silent.is_same(session))
+            held == instance && other != self.boot_id && !self.is_silent(session)
         });
         if is_held {
             self.places.leave(instance, self.boot_id);
         }
         !is_held
+    }
+
+    fn is_silent(&self, session: &Session) -> bool {
+        self.silent.iter().any(|(_, silent)| silent.is_same(session))
+            && session.silence() >= self.asked.elapsed()
     }
 
     /// Ends the sessions of a place that gave no sign of life: they would only keep requests waiting, and their successor.

@@ -1,0 +1,105 @@
+//! How often of late? A bucket for each key: what the key does fills it, time empties it, and while it is full the key may not.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How much a bucket holds, and after how long one of it is forgiven.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rate {
+    pub(crate) burst: f64,
+    pub(crate) interval: Duration,
+}
+
+/// One bucket for each key that has done something of late.
+#[derive(Debug)]
+pub(crate) struct Buckets<K>(Mutex<HashMap<K, Bucket>>);
+
+#[derive(Debug)]
+struct Bucket {
+    level: f64,
+    at: Instant,
+    /// Times that the key might not since it last might.
+    refused: u64,
+}
+
+impl Bucket {
+    /// What is not forgiven yet.
+    fn level(&self, rate: Rate) -> f64 {
+        (self.level - self.at.elapsed().as_secs_f64() / rate.interval.as_secs_f64()).max(0.0)
+    }
+}
+
+impl<K> Default for Buckets<K> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Clone + Eq + Hash> Buckets<K> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, Bucket>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a key may once more, which counts then; and how often it might not since it last might. All calls say the same
+    /// `rate`. Entries are as few as keys with something in their bucket: what is forgiven makes room before the map grows.
+    pub(crate) fn admit(&self, key: &K, rate: Rate) -> Option<u64> {
+        let mut buckets = self.lock();
+        if let Some(bucket) = buckets.get_mut(key) {
+            let level = bucket.level(rate);
+            if level + 1.0 > rate.burst {
+                bucket.refused += 1;
+                return None;
+            }
+            let refused = bucket.refused;
+            *bucket = Bucket { level: level + 1.0, at: Instant::now(), refused: 0 };
+            return Some(refused);
+        }
+        if buckets.len() == buckets.capacity() {
+            buckets.retain(|_, bucket| bucket.level(rate) > 0.0);
+        }
+        buckets.insert(key.clone(), Bucket { level: 1.0, at: Instant::now(), refused: 0 });
+        Some(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATE: Rate = Rate { burst: 8.0, interval: Duration::from_secs(10) };
+
+    /// A key gets its burst and then what is forgiven, for all that it asks; others are not slowed down by it, and what was
+    /// refused is told once.
+    #[tokio::test(start_paused = true)]
+    async fn a_key_has_its_burst_and_its_rate() {
+        let buckets = Buckets::default();
+        let (mut admitted, mut refused) = (0, 0);
+        // Sixteen a second for a minute.
+        for _ in 0..16 * 60 {
+            if let Some(before) = buckets.admit(&"greedy", RATE) {
+                admitted += 1;
+                refused += before;
+            }
+            tokio::time::advance(Duration::from_micros(62_500)).await;
+        }
+        assert!((13..=14).contains(&admitted), "{admitted} in a minute");
+        assert_eq!(buckets.admit(&"honest", RATE), Some(0));
+        tokio::time::advance(RATE.interval).await;
+        refused += buckets.admit(&"greedy", RATE).unwrap();
+        assert_eq!(refused + admitted, 16 * 60, "each is admitted or told");
+    }
+
+    /// Those who have done something long ago are forgotten.
+    #[tokio::test(start_paused = true)]
+    async fn who_was_forgiven_is_forgotten() {
+        let buckets = Buckets::default();
+        for n in 0..100_000 {
+            buckets.admit(&n, RATE);
+            tokio::time::advance(Duration::from_millis(10)).await;
+        }
+        assert!(buckets.lock().len() < 4096);
+    }
+}
