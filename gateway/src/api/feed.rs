@@ -107,16 +107,21 @@ impl Feed {
         let (mut changes, mut reloads) = (fleet.changes(), shared.reloads());
         let mut configured: BTreeSet<Arc<str>> = BTreeSet::new();
         let (mut connected, news) = (HashSet::new(), Buckets::default());
+        // Of what is configured, connections alone say by themselves that they have changed.
+        let mut is_stale = true;
         loop {
             changes.borrow_and_update();
+            is_stale |= reloads.has_changed().unwrap_or_default();
             reloads.borrow_and_update();
             let live = shared.live();
             let (revision, keys) = fleet.take_changes();
             let mut touched: BTreeSet<(Kind, Arc<str>)> =
                 keys.into_iter().map(|key| (key.kind, key.name)).collect();
-            let now: BTreeSet<Arc<str>> = live.by_name.keys().map(|name| name.as_str().into()).collect();
-            touched.extend(configured.union(&now).map(|name| (Kind::Cluster, Arc::clone(name))));
-            configured = now;
+            if std::mem::take(&mut is_stale) || !touched.is_empty() {
+                let now: BTreeSet<Arc<str>> = live.by_name.keys().map(|name| name.as_str().into()).collect();
+                touched.extend(configured.union(&now).map(|name| (Kind::Cluster, Arc::clone(name))));
+                configured = now;
+            }
             let due = |uid: &ClusterUid| news.admit(uid, CONNECTION_NEWS).is_some();
             let (due, later): (HashSet<_>, HashSet<_>) = connected.into_iter().partition(due);
             connected = later;
