@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::task::{Context, Poll, ready};
 use std::time::SystemTime;
@@ -88,11 +88,7 @@ async fn idle(mode: TransportMode) {
     let transport = if mode == TransportMode::Tcp { Transport::Tcp } else { Transport::Quic };
     let session = Arc::clone(&world).connect("a:443".parse().unwrap(), transport).await.unwrap();
     let metrics = Metrics::new();
-    let admin = Admin {
-        links: Links::new(metrics.clone()),
-        metrics: metrics.clone(),
-        draining: AtomicBool::new(false),
-    };
+    let admin = Admin::new(Links::new(metrics.clone()), metrics.clone());
     let registered = admin.links.register(session.clone(), "a:443".to_owned(), Reason::Preferred);
     let received = || metrics.tunnel_bytes.with_label_values(&["received"]).get();
     let sent = || metrics.tunnel_bytes.with_label_values(&["sent"]).get();
