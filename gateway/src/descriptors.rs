@@ -25,7 +25,7 @@ pub fn raise(config: &GatewayConfig) {
         tracing::warn!(
             have,
             needed,
-            "the gateway may have fewer file descriptors than its limits need: it will accept nobody before limits.connections is reached, agents and probes included. Set LimitNOFILE={needed} in its systemd unit, or ulimit -Hn {needed} before it starts, or lower limits.connections"
+            "the gateway may have fewer file descriptors than its limits need: it will accept nobody before limits.connections is reached, agents and probes included. Set LimitNOFILE={needed} in its systemd unit, or ulimit -Hn {needed} before it starts, or lower limits.connections and limits.parked"
         );
     }
 }
@@ -33,7 +33,9 @@ pub fn raise(config: &GatewayConfig) {
 /// Descriptors that the gateway has when it has reached its limits.
 fn needed(config: &GatewayConfig) -> u64 {
     let shards = config.threads.map_or_else(runtime::cores, NonZeroUsize::get);
-    let needed =
-        config.limits.connections.saturating_add(admin::CONNECTIONS_MOST + PER_SHARD * shards + SPARE);
+    let limits = &config.limits;
+    let public = [limits.connections, limits.handshakes, limits.parked];
+    let own = [admin::CONNECTIONS_MOST, PER_SHARD * shards, SPARE];
+    let needed = public.into_iter().chain(own).fold(0, usize::saturating_add);
     u64::try_from(needed).unwrap_or(u64::MAX)
 }

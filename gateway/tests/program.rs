@@ -16,11 +16,10 @@ struct Program {
 }
 
 impl Program {
-    async fn start(ulimit: &str, connections: usize) -> Self {
+    async fn start(ulimit: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut config = common::config(directory.path());
-        config.limits.connections = connections;
-        config.limits.handshakes = connections;
+        (config.limits.connections, config.limits.parked) = (8192, 1024);
         let path = directory.path().join("gateway.yaml");
         std::fs::write(&path, config.to_yaml()).unwrap();
         let mut command = Command::new("sh");
@@ -57,17 +56,17 @@ impl Drop for Program {
 /// FR-16: a low soft limit is no limit, as for any Go program: it is raised to the hard one.
 #[tokio::test]
 async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
-    let program = Program::start("-Sn 64 && ulimit -Hn 1000", 256).await;
+    let program = Program::start("-Sn 64 && ulimit -Hn 12000").await;
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", program.child.id())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
-    assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["1000", "1000"]);
+    assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["12000", "12000"]);
     assert_eq!(program.said("descriptors"), None);
 }
 
 /// FR-16: where the hard limit is too low the start says how many are needed and what to set.
 #[tokio::test]
 async fn fr_16_too_few_descriptors_are_said_at_the_start() {
-    let program = Program::start("-n 256", 16_384).await;
+    let program = Program::start("-n 256").await;
     let said = program.said("LimitNOFILE=").unwrap();
     assert!(said.contains("\"have\":256") && said.contains("limits.connections"), "{said}");
 }
