@@ -397,7 +397,7 @@ impl Trouble {
                 io::ErrorKind::TimedOut => ApiServerState::Timeout,
                 _ => ApiServerState::Unreachable,
             },
-            ConnectError::Denied { .. } => ApiServerState::Unreachable,
+            ConnectError::Denied { .. } | ConnectError::Descriptors(_) => ApiServerState::Unreachable,
             ConnectError::Tls { fault, .. } => match fault {
                 Fault::Issuer => ApiServerState::CaMismatch,
                 Fault::Name => ApiServerState::NameMismatch,
