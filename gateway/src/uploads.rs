@@ -15,9 +15,10 @@ use towline_proto::mux::Held;
 
 /// What a client may send of one body before it is read: 256 KiB in a round trip.
 pub(crate) const STREAM_WINDOW: u32 = 256 * 1024;
-/// The same of all bodies of one connection. Also h2's measure for frames that are smaller than what it takes to keep them:
-/// of half of this, each that nobody has read takes 256 bytes at least, so that 16,000 frames of a byte may come at once.
-pub(crate) const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
+/// The same of all bodies of one connection: room for a hundred uploads at once. Also h2's measure for frames that are smaller
+/// than what it takes to keep them: of half of this, each that nobody has read takes 256 bytes at least, so that 60,000
+/// frames of a byte may come at once.
+pub(crate) const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
 /// Of a connection's window, what bodies may have that are not small: the rest is for those that wait, and for small ones.
 const LARGE_MAX: u32 = CONNECTION_WINDOW / 4 * 3;
 /// What those have together who wait for room, and who have it; more are refused at once.

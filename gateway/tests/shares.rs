@@ -272,12 +272,12 @@ async fn fr_03_stalled_uploads_stop_nobody_else() {
     let (mut bodies, mut uploads) = (JoinSet::new(), JoinSet::new());
     let mut held: Vec<Exchange> = Vec::new();
     let authorization = bearer(TOKEN);
-    for count in 1..=24 {
+    for count in 1..=96 {
         let body = endless(&mut bodies);
         let request = client.request("POST", UPLOAD, &[("authorization", &authorization)], body);
         uploads.spawn(client.start(request));
         held.push(agent.next().await);
-        if count == 6 || count == 24 {
+        if count == 6 || count == 96 {
             // Everything that may be sent of them is.
             tokio::time::sleep(Duration::from_millis(300)).await;
             for path in ["/clusters/far/api/v1/namespaces/a/configmaps", "/clusters/far/proxy"] {
@@ -292,7 +292,7 @@ async fn fr_03_stalled_uploads_stop_nobody_else() {
         }
     }
     let unread = gauge(&world, "towline_gateway_upload_memory_bytes").await;
-    assert_eq!(unread, 24 * (256 << 10));
+    assert_eq!(unread, 96 * (256 << 10));
     let request = client.request("POST", UPLOAD, &[("authorization", &authorization)], endless(&mut bodies));
     let refused = in_time("one more", client.start(request)).await.unwrap();
     let (status, _, message) = error_of(refused).await;
@@ -393,7 +393,7 @@ async fn fr_03_who_waits_for_us_is_not_slow() {
 /// Goal: A6: many tiny frames at once are legal HTTP/2: the connection goes on, and so do other requests on it.
 #[tokio::test]
 async fn a6_a_burst_of_tiny_frames_is_legal() {
-    const FRAMES: usize = 16_000;
+    const FRAMES: usize = 60_000;
     const DATA: u8 = 0;
     const HEADERS: u8 = 1;
     const PING: u8 = 6;
