@@ -21,7 +21,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::client::TlsStream;
-use towline_gateway::config::{GatewayConfig, Limits};
+use towline_gateway::config::{GatewayConfig, Limits, ProxyProtocol};
 use towline_proto::mux;
 
 const PATH: &str = "/clusters/prod/api";
@@ -439,6 +439,70 @@ async fn a3_connections_of_one_clusters_agents() {
     closed(one_more).await;
     let other = Agent::connect(&world, "far", [8; 16]).await;
     other.session.ready().await.unwrap();
+}
+
+/// Goal: behind a trusted balancer that names its clients each has its own share, of handshakes and of connections; a balancer that
+/// does not has no share by address, and its connections, which carry many callers, none by principal.
+#[tokio::test]
+async fn s3_behind_a_balancer() {
+    const BALANCER: u8 = 1;
+    let world = World::with(|config| {
+        config.listen.trusted_proxies = vec!["127.0.0.1/32".parse().unwrap()];
+        config.listen.proxy_protocol = Some(ProxyProtocol::Optional);
+        let limits = &mut config.limits;
+        (limits.handshakes_per_address, limits.unauthenticated_per_address) = (1, 1);
+        (limits.connections_per_address, limits.connections_per_principal) = (2, 4);
+    })
+    .await;
+    let mut agent = Agent::over_tls(
+        Agent::tls_from(&world, [127, 0, 0, HONEST], "prod").await,
+        [7; 16],
+        mux::Limits::default(),
+    );
+    agent.session.ready().await.unwrap();
+    world.connected("prod", 1).await;
+    agent.echo();
+    let through = async |client: Option<u8>| {
+        let mut socket = socket(&world, BALANCER).await;
+        if let Some(client) = client {
+            let header = [
+                &b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02"[..],
+                &[client, 10, 0, 0, 1, 0xd4, 0x31, 0x20, 0xfb],
+            ];
+            socket.write_all(&header.concat()).await.unwrap();
+        }
+        socket
+    };
+    let ask = async |client: Option<u8>| {
+        let io = world.tls_over(through(client).await, None, b"http/1.1", "localhost").await.ok()?;
+        let mut client = Client::h1(io).await.ok()?;
+        let answer = client.get_as(PATH, TOKEN).await.status().as_u16();
+        Some((client, answer))
+    };
+    // One client's half-open handshake is in its own way alone.
+    let half_open = through(Some(7)).await;
+    world.counts("towline_gateway_proxy_headers_total{outcome=\"client\"}", 1.0).await;
+    let waits = ask(Some(7));
+    let goes_on = async {
+        world.counts("towline_gateway_connections_parked", 1.0).await;
+        assert_eq!(ask(Some(8)).await.unwrap().1, 200);
+        drop(half_open);
+    };
+    let (first, ()) = tokio::join!(waits, goes_on);
+    let (_first, status) = first.unwrap();
+    assert_eq!(status, 200);
+    let (_second, status) = ask(Some(7)).await.unwrap();
+    assert_eq!(status, 200);
+    assert!(in_time("an end", ask(Some(7))).await.is_none());
+    assert_eq!(limit(&world, "connections_per_address"), 1.0);
+    assert_eq!(ask(Some(8)).await.unwrap().1, 200);
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        let (client, status) = ask(None).await.unwrap();
+        assert_eq!(status, 200);
+        held.push((client, through(None).await));
+    }
+    assert_eq!(limit(&world, "connections_per_principal"), 0.0);
 }
 
 // ---- K5, FR-20: who is over its share waits ----
