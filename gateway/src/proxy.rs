@@ -143,7 +143,7 @@ pub(crate) async fn serve(
         // Who is nobody does not keep a connection: they would soon hold all there may be.
         if !peer.standing.is_known() || matches!(error, ProxyError::Authn(_)) {
             peer.finish.cancel();
-            peer.refusals.another();
+            peer.refusals.another(&peer.work);
         }
         error.into_response(&audit_id)
     });

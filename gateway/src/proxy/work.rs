@@ -1,7 +1,6 @@
 //! What goes on in a client's connection that is to end? Requests that were let in keep it, and refusals do not: a stranger, or
 //! somebody whose credential counts no more, must not stay by what it asks in vain.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -48,12 +47,13 @@ impl Work {
 #[derive(Debug, Default)]
 pub(crate) struct Refusals {
     count: AtomicU32,
-    overrun: Arc<Notify>,
+    overrun: Notify,
 }
 
 impl Refusals {
-    pub(crate) fn another(&self) {
-        if self.count.fetch_add(1, Ordering::Relaxed) >= REFUSALS_MAX {
+    /// One more. What was let in on the same connection, which a proxy may share among many callers, does not end by it.
+    pub(crate) fn another(&self, work: &Work) {
+        if self.count.fetch_add(1, Ordering::Relaxed) >= REFUSALS_MAX && work.running.is_empty() {
             self.overrun.notify_one();
         }
     }
@@ -94,13 +94,17 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn s2_refusals_have_an_end() {
-        let refusals = Refusals::default();
+        let (work, refusals) = (Work::default(), Refusals::default());
+        let is_over = async || tokio::time::timeout(Duration::from_secs(1), refusals.overrun()).await.is_ok();
         for _ in 0..REFUSALS_MAX {
-            refusals.another();
+            refusals.another(&work);
         }
-        let overrun = tokio::time::timeout(Duration::from_secs(1), refusals.overrun());
-        assert!(overrun.await.is_err(), "as many as a client may have under way are answered");
-        refusals.another();
-        refusals.overrun().await;
+        assert!(!is_over().await, "as many as a client may have under way are answered");
+        let runs = work.begin();
+        refusals.another(&work);
+        assert!(!is_over().await, "what was let in goes on");
+        drop(runs);
+        refusals.another(&work);
+        assert!(is_over().await);
     }
 }
