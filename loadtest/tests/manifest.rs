@@ -482,7 +482,7 @@ async fn keys_are_rotated_and_records_restored() {
     assert_eq!(pod.delete().await, Some(0));
     rotate(&mut world, "three");
     let mut pod = world.start_pod(&objects);
-    until_said(&pod, "ServiceAccount token does not count").await;
+    until_said(&pod, "the gateway does not know this ServiceAccount yet").await;
     assert!(!pod.probe("readinessProbe").await.unwrap(), "offline: the new keys are not known");
     // And no reason to restart it.
     world.until_alive(&pod).await;
