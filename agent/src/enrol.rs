@@ -223,6 +223,9 @@ impl Held {
     }
 }
 
+/// Roots that are believed now, and which of them may vouch for no others yet, since when.
+type Accepted = (Vec<CertificateDer<'static>>, Vec<(SpkiPin, SystemTime)>);
+
 /// The roots of a set that leads back to what is believed: to roots that were kept, or to `pins`. Where the owner lists pins, to
 /// one of those in any case.
 fn accept(
@@ -231,7 +234,7 @@ fn accept(
     pins: &[SpkiPin],
     owners: &[SpkiPin],
     now: SystemTime,
-) -> Result<(Vec<CertificateDer<'static>>, Vec<(SpkiPin, SystemTime)>), AnswerError> {
+) -> Result<Accepted, AnswerError> {
     if trust.roots.len() > CERTIFICATES_MAX || trust.vouchers.len() > CERTIFICATES_MAX {
         return Err(AnswerError::TooMany);
     }
@@ -304,7 +307,7 @@ impl Enroller {
     ) -> Result<(Held, bool), EnrolError> {
         let token = self.config.token_file.as_deref().map(read_token);
         let domain = token.as_ref().and_then(|token| Some(&token.as_ref().ok()?.trust_domain));
-        let domain = domain.or(old.map(|old| &old.identity.trust_domain));
+        let domain = domain.or_else(|| old.map(|old| &old.identity.trust_domain));
         let account = self.config.service_account.as_ref().map(|account| {
             let token = read_line(&account.token_file)?;
             check_audience(&account.token_file, &token, domain)?;

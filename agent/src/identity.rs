@@ -225,8 +225,8 @@ mod tests {
         assert!(matches!(decide(&agent, false, &own), Ok(Plan::AsItCame)));
         // S17: a request that would be anonymous goes through only where the owner says so.
         let (bearer, protocol) =
-            (("authorization", "Bearer x"), format!("v5, base64url.bearer.authorization.k8s.io.YQ"));
-        let shell = ("Sec-WebSocket-Protocol", &*protocol);
+            (("authorization", "Bearer x"), "v5, base64url.bearer.authorization.k8s.io.YQ");
+        let shell = ("Sec-WebSocket-Protocol", protocol);
         for (headers, upgrade, counts) in [
             (&[][..], "", false),
             (&[bearer], "", true),

@@ -581,7 +581,7 @@ async fn s7_the_owners_pins_hold_always() {
             gateway.announce(&session, version).await.problem
         };
     let cross = gateway.with(|state| state.ca.cross_sign(&new, SystemTime::now()).unwrap());
-    assert_eq!(announce(2, &[&old, new.root_der()], &[cross.clone()]).await, "");
+    assert_eq!(announce(2, &[&old, new.root_der()], std::slice::from_ref(&cross)).await, "");
     assert_eq!(
         announce(3, &[new.root_der()], &[cross, old.clone()]).await,
         "",

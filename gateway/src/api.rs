@@ -102,12 +102,11 @@ pub(crate) async fn answer(
     }))
 }
 
+/// Who calls, until when they are who they are, and the place of what they ask for among what runs.
+type Admitted = (Arc<Principal>, Option<SystemTime>, Arc<Run>);
+
 /// Who calls, and until when they are who they are.
-fn admit(
-    shared: &Shared,
-    peer: &Peer,
-    parts: &Parts,
-) -> Result<(Arc<Principal>, Option<SystemTime>, Arc<Run>), ProxyError> {
+fn admit(shared: &Shared, peer: &Peer, parts: &Parts) -> Result<Admitted, ProxyError> {
     loop {
         let live = shared.live();
         let caller = identify(shared, &live, peer, parts)?;

@@ -324,7 +324,7 @@ impl Registry {
         tunnel.agent = AgentSeen::new(visitor.software, now.into()).map(|agent| agent.after(before.as_ref()));
         let has_moved = is_new || tunnel.agent != before;
         if let Some(turned_away) = &mut tunnel.turned_away {
-            turned_away.over.get_or_insert(now.into());
+            turned_away.over.get_or_insert_with(|| now.into());
         }
         if is_new {
             tunnel.last_seen = Some(LastPeriod { since: now.into(), ended: None });

@@ -48,7 +48,7 @@ pub(super) struct Input {
 
 /// What becomes of it.
 pub(super) enum Parsed {
-    Cluster(Cluster),
+    Cluster(Box<Cluster>),
     JoinToken(JoinToken),
     AccessRule(AccessRule),
     AccessToken(AccessToken),
@@ -204,7 +204,7 @@ impl Input {
                     issuers: Issuers::default(),
                 };
                 self.fill_cluster(resource, &mut cluster)?;
-                Parsed::Cluster(cluster)
+                Parsed::Cluster(Box::new(cluster))
             }
             "JoinToken" => {
                 let spec: TokenSpec = self.spec(resource)?;
@@ -287,7 +287,7 @@ impl Input {
                 }
                 let unchanged = Cluster { meta: cluster.meta.clone(), ..Cluster::clone(before) } == cluster;
                 cluster.meta.generation += u64::from(!unchanged);
-                Parsed::Cluster(cluster)
+                Parsed::Cluster(Box::new(cluster))
             }
             Object::AccessRule(before) => {
                 let mut rule = self.rule(resource, next(&before.meta))?;
@@ -566,7 +566,7 @@ impl Parsed {
     /// The record as an object.
     pub(super) fn object(&self) -> Object {
         match self {
-            Self::Cluster(record) => Object::Cluster(Arc::new(record.clone())),
+            Self::Cluster(record) => Object::Cluster(Arc::new(Cluster::clone(record))),
             Self::JoinToken(record) => Object::JoinToken(Arc::new(record.clone())),
             Self::AccessRule(record) => Object::AccessRule(Arc::new(record.clone())),
             Self::AccessToken(record) => Object::AccessToken(Arc::new(record.clone())),

@@ -370,7 +370,8 @@ fn issuer_status(issuers: &Issuers) -> Option<Value> {
         let keys: Vec<_> = keys.map(|key| key["kid"].as_str().unwrap_or_default()).collect();
         json!({"url": issuer.issuer, "subject": issuer.subject(), "keys": keys, "updated": issuer.updated})
     };
-    let mut status = shown(issuers.in_force().or(issuers.pending.as_ref().map(|pending| &pending.issuer))?);
+    let mut status =
+        shown(issuers.in_force().or_else(|| issuers.pending.as_ref().map(|pending| &pending.issuer))?);
     let source = match (&issuers.given, &issuers.told) {
         (Some(_), _) => "spec",
         (None, Some(_)) => "agents",

@@ -159,7 +159,7 @@ fn preview(resource: &Resource, name: &str, parsed: &Parsed, before: &Value) -> 
 
 fn same(parsed: &Parsed, before: &Object) -> bool {
     match (parsed, before) {
-        (Parsed::Cluster(next), Object::Cluster(before)) => *next == **before,
+        (Parsed::Cluster(next), Object::Cluster(before)) => **next == **before,
         (Parsed::JoinToken(next), Object::JoinToken(before)) => *next == **before,
         (Parsed::AccessRule(next), Object::AccessRule(before)) => *next == **before,
         (Parsed::AccessToken(next), Object::AccessToken(before)) => *next == **before,
@@ -235,7 +235,7 @@ async fn basis(call: &Call, resource: &Resource, name: &str) -> Result<Basis, Ap
 async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) -> Result<u64, WriteError> {
     let fleet = &call.fleet;
     match parsed {
-        Parsed::Cluster(record) => fleet.put(name, record, replaces).await,
+        Parsed::Cluster(record) => fleet.put(name, &**record, replaces).await,
         Parsed::JoinToken(record) => fleet.put(name, record, replaces).await,
         Parsed::AccessRule(record) => fleet.put(name, record, replaces).await,
         Parsed::AccessToken(record) => fleet.put(name, record, replaces).await,

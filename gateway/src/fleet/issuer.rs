@@ -72,7 +72,7 @@ impl Issuers {
     /// By which agents are let in.
     #[must_use]
     pub fn in_force(&self) -> Option<&TokenIssuer> {
-        self.given.as_ref().or(self.told.as_ref().map(|told| &told.issuer))
+        self.given.as_ref().or_else(|| self.told.as_ref().map(|told| &told.issuer))
     }
 
     /// Takes what an agent says.
