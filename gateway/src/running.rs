@@ -345,6 +345,7 @@ fn is_believed(
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
 mod tests {
     use super::*;
 

@@ -2,6 +2,7 @@
 //! a group; and a credential that runs out. Watches, answers that nobody takes, and an exec end, on both versions of HTTP; those
 //! who still may go on untouched. S4, R-ID-9.
 
+#![allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
 
 mod common;

@@ -1,6 +1,7 @@
 //! Goal: nobody takes a memory or the streams of a cluster from the others: whoever takes all it may is refused under the name
 //! of its limit, and everybody else goes on as before.
 
+#![allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

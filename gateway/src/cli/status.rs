@@ -349,7 +349,7 @@ mod tests {
         let ends = Time::now().after(std::time::Duration::from_secs(48 * 60 + 30));
         let pending = gone("Pending", &format!("never joined; token a is unused, ends {ends}"));
         assert_eq!(
-            said(&[joined.clone()]),
+            said(std::slice::from_ref(&joined)),
             (Health::Down, "NoSession: the last session has ended".to_owned())
         );
         let (health, text) = said(&[joined.clone(), refused("True", 3)]);
@@ -360,7 +360,7 @@ mod tests {
         assert_eq!(text, "Revoked 30s ago: towline token create prod");
         assert!(said(&[anew, revoked, refused("True", 3)]).1.starts_with("JoinRefused"), "the later one");
         assert!(said(&[gone("JoinAnew", "m")]) == (Health::Down, "JoinAnew: m".to_owned()));
-        let (health, text) = said(&[pending.clone()]);
+        let (health, text) = said(std::slice::from_ref(&pending));
         assert!(
             health == Health::Pending
                 && text.starts_with("Pending: never joined; token a is unused, ends in 48m"),
