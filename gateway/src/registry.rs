@@ -477,8 +477,11 @@ impl Registry {
         let clusters = self.lock();
         let Some(tunnel) = clusters.by_uid.get(uid) else { return Presence::default() };
         let sessions = tunnel.sessions.iter().filter(|live| live.session.is_open()).count();
-        let before = || Some(Time::now().since(tunnel.last_seen.as_ref()?.ended.as_ref()?.at));
-        let gone = tunnel.last_end.map(|end| end.at.elapsed()).or_else(before).filter(|_| sessions == 0);
+        // The one is of this process, the other may be of an earlier one.
+        let ended = tunnel.last_seen.as_ref().and_then(|last| last.ended.as_ref());
+        let gone =
+            tunnel.last_end.map(|end| end.at.elapsed()).max(ended.map(|ended| Time::now().since(ended.at)));
+        let gone = gone.filter(|_| sessions == 0);
         Presence {
             sessions,
             connected_for: tunnel.since.filter(|_| sessions > 0).map(|since| since.elapsed()),
@@ -639,6 +642,11 @@ impl Registry {
             AgentSeen::new(&software, Time::now()).map(|agent| agent.after(Some(before)))
         });
         let has_moved = record.ended.is_none() || tunnel.agent != record.agent;
+        // It was told to come back, or has noticed that it must; if nobody has seen the end, that was a moment ago.
+        let gone = record.ended.as_ref().map_or(Duration::ZERO, |ended| Time::now().since(ended.at));
+        if let Some(at) = Instant::now().checked_sub(gone) {
+            tunnel.last_end = Some(LastEnd { at, goaway: true });
+        }
         drop(clusters);
         if has_moved {
             self.has_moved(uid);
@@ -1055,6 +1063,25 @@ mod tests {
         assert!(registry.presence(&uid()).connected_for.is_some());
         drop(second);
         assert_eq!(registry.presence(&uid()).sessions, 0);
+    }
+
+    /// R3, K4: after a gateway's restart a request waits for a cluster that was connected until then, as it does when its session has
+    /// just ended, and for no other.
+    #[tokio::test(start_paused = true)]
+    async fn r3_a_restart_is_waited_out() {
+        // The clock of a machine that has been up for longer than anybody was away.
+        tokio::time::advance(Duration::from_secs(7200)).await;
+        let ended = |seconds| Some(Ended { at: ended_at(seconds), why: "the gateway stopped".to_owned() });
+        for (ended, waited) in [(ended(2), 3), (None, 3), (ended(3600), 0)] {
+            let registry = registry();
+            let record = LastSeen { gateway: "g".to_owned(), since: ended_at(3600), ended, agent: None };
+            registry.restore(&uid(), &record, || Ended { at: ended_at(60), why: String::new() });
+            assert_eq!(waits(&registry).await, Duration::from_secs(waited), "{record:?}");
+        }
+    }
+
+    fn ended_at(seconds: u64) -> Time {
+        Time::from(SystemTime::now() - Duration::from_secs(seconds))
     }
 
     /// D5: one refusal is remembered for each cluster; whoever has no proof covers nobody who has, and what is in an agent's own

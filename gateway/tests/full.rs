@@ -127,6 +127,11 @@ async fn on_a_small_disk() {
         assert_eq!(api(&mut client, "GET", &format!("{CLUSTERS}/before"), &Value::Null).await.0, 200);
     }
     assert!(agent.session.is_open());
+    // D6: who comes and goes meanwhile is not on record, and is served all the same.
+    drop(agent);
+    world.connected("prod", 0).await;
+    let agent = world.agent("prod").await;
+    is_served(&mut client, &agent).await;
     let metrics = world.admin("/metrics").await.1;
     let failures = metrics.lines().find_map(|line| line.strip_prefix("towline_gateway_store_errors_total "));
     assert!(failures.unwrap().parse::<f64>().unwrap() >= 4.0, "{failures:?}");

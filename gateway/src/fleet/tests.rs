@@ -385,6 +385,44 @@ async fn a_backup_lets_nobody_in_again() {
     }
 }
 
+/// D6: what is on record of when a cluster was connected comes back with a backup, and goes when its cluster is gone.
+#[tokio::test]
+async fn d6_last_seen_goes_with_its_cluster() {
+    let World { directory, fleet, mut _following } = World::new().await;
+    let uid = register(&fleet, "prod").await;
+    let ended = Some(Ended { at: Time::now(), why: "the gateway stopped".to_owned() });
+    let record = LastSeen { gateway: "g".to_owned(), since: Time::now(), ended, agent: None };
+    for name in [&*uid, "configured", "gone"] {
+        fleet.put(name, &record, None).await.unwrap();
+    }
+    _following.shutdown().await;
+    drop(fleet);
+    let dump = backup::dump(directory.path()).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    backup::restore(elsewhere.path(), dump, |record| restored(record, false)).unwrap();
+    let (fleet, _following) = open(elsewhere.path()).await;
+    let names = || {
+        let mut names: Vec<_> = fleet.all_last_seen().into_iter().map(|(name, _)| name).collect();
+        names.sort();
+        names
+    };
+    let sorted = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    let known = sorted(vec!["configured".to_owned(), uid.clone()]);
+    assert_eq!(names(), sorted(vec!["configured".to_owned(), "gone".to_owned(), uid.clone()]));
+    let configured = ["configured".to_owned()].into();
+    assert_eq!(fleet.purge_last_seen(&configured).await.unwrap(), 1);
+    fleet.shows(fleet.store().revision().number).await.unwrap();
+    assert_eq!((names(), fleet.purge_last_seen(&configured).await.unwrap()), (known, 0));
+    // Nobody loses anything by it, so that nobody's requests are looked at for it.
+    let losses = fleet.losses();
+    fleet.purge_last_seen(&HashSet::new()).await.unwrap();
+    fleet.shows(fleet.store().revision().number).await.unwrap();
+    assert!(names() == [uid] && !losses.has_changed().unwrap());
+}
+
 /// R-ID-3: a session begins with a certificate that is on record, by serial number and key, of that very instance.
 #[tokio::test]
 async fn only_certificates_on_record_begin_a_session() {
