@@ -184,14 +184,6 @@ pub struct Standing {
     pub tokens: Vec<(Arc<str>, Time)>,
 }
 
-impl Standing {
-    /// When its agents were revoked, if none has joined since.
-    #[must_use]
-    pub fn is_revoked(&self) -> Option<Time> {
-        self.revoked.filter(|_| self.joined.is_none())
-    }
-}
-
 impl Fleet {
     /// Loads the view from the store. [`Self::follow`] keeps it up to date.
     ///

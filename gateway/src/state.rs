@@ -503,11 +503,11 @@ impl Shared {
         }
     }
 
-    /// The same of one that says it was let in before. Of a cluster whose agents were revoked it is no news, and of one that
-    /// waits for its first agent it is not true.
+    /// The same of one that says it was let in before. It is not true of a cluster that waits for its first agent, and no
+    /// news of one whose agents were revoked: neither has a trace of one on record.
     pub(crate) fn turned_back(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
         let standing = self.fleet.as_ref().and_then(|fleet| fleet.standing(uid));
-        if standing.is_none_or(|standing| standing.was_let_in && standing.is_revoked().is_none()) {
+        if standing.is_none_or(|standing| standing.was_let_in) {
             self.turned_away(uid, from, why, proven);
         }
     }
