@@ -6,6 +6,7 @@
 
 use crate::authn::{BEARER_SUBPROTOCOL, carries_own_credential};
 use crate::config::Mode;
+use crate::location::{Astray, Place};
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, StatusCode};
@@ -108,21 +109,43 @@ pub fn traceparent(client: &HeaderMap) -> Option<String> {
     }
 }
 
-/// Builds the header fields of an answer for the client. `prefix` is put before paths in `Location`.
-#[must_use]
+/// Why an answer's redirect is not passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum RedirectError {
+    #[error("its Location {0}")]
+    Astray(Astray),
+    #[error("it has several Locations")]
+    Several,
+    /// The API itself redirects nothing that changes something, and a client that follows repeats method and body.
+    #[error("only GET and HEAD may be redirected here")]
+    Method,
+}
+
+/// What is known of the request that an answer belongs to.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    pub method: &'a Method,
+    /// As in [`Upstream`].
+    pub proxy: bool,
+    pub place: Place<'a>,
+}
+
+/// Builds the header fields of an answer for the client. Paths in `Location` and `Content-Location` are as the client sees them.
+///
+/// # Errors
+/// It redirects the client where it must not go.
 pub fn client_head(
     answer: &[Header],
-    method: &Method,
     status: StatusCode,
-    prefix: Option<&str>,
-) -> HeaderMap {
+    asked: Asked<'_>,
+) -> Result<HeaderMap, RedirectError> {
     let mut head = HeaderMap::with_capacity(answer.len() + 3);
     let connection = answer.iter().filter(|line| line.name.eq_ignore_ascii_case(b"connection"));
     let named: Vec<String> = connection
         .filter_map(|line| HeaderValue::from_maybe_shared(line.value.clone()).ok())
         .flat_map(|value| tokens(&value))
         .collect();
-    let length_means_something = *method == Method::HEAD || status == StatusCode::NOT_MODIFIED;
+    let length_means_something = *asked.method == Method::HEAD || status == StatusCode::NOT_MODIFIED;
     for line in answer {
         let name = HeaderName::from_bytes(&line.name);
         let value = HeaderValue::from_maybe_shared(line.value.clone());
@@ -130,21 +153,48 @@ pub fn client_head(
         let dropped = is_hop_by_hop_answer(&name) || named.iter().any(|token| token == name.as_str());
         let length = name == header::CONTENT_LENGTH;
         if dropped
-            || is_about_our_origin(&name)
+            || is_about_our_origin(name.as_str())
             || (length && (!length_means_something || head.contains_key(&name)))
         {
             continue;
         }
-        let value = match prefix {
-            Some(prefix) if name == header::LOCATION => prefixed(&value, prefix),
-            _ => value,
-        };
+        if name == header::LOCATION || name == header::CONTENT_LOCATION {
+            led(&mut head, name, &value, status, asked)?;
+            continue;
+        }
         head.append(name, value);
     }
     // All clusters share this origin: no answer may run as a page of it.
     head.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     head.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox; frame-ancestors 'none'"));
-    head
+    Ok(head)
+}
+
+/// Takes over a field that says where something is, as the client sees it. Where a client would follow it, it may lead to nowhere
+/// else; where it only informs, as that of a 201 does, it is left out instead.
+fn led(
+    head: &mut HeaderMap,
+    name: HeaderName,
+    value: &HeaderValue,
+    status: StatusCode,
+    asked: Asked<'_>,
+) -> Result<(), RedirectError> {
+    let followed = name == header::LOCATION && status.is_redirection() && status != StatusCode::NOT_MODIFIED;
+    let place = match asked.place.lead(value.as_bytes()) {
+        Ok(Some(place)) => place,
+        Err(astray) if followed => return Err(RedirectError::Astray(astray)),
+        Ok(None) | Err(_) => return Ok(()),
+    };
+    if followed && !asked.proxy && !matches!(*asked.method, Method::GET | Method::HEAD) {
+        return Err(RedirectError::Method);
+    }
+    if followed && head.contains_key(&name) {
+        return Err(RedirectError::Several);
+    }
+    if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(place)) {
+        head.append(name, value);
+    }
+    Ok(())
 }
 
 /// The names in `Connection`, lower case.
@@ -244,21 +294,54 @@ fn is_api_header(name: &HeaderName) -> bool {
     fixed.contains(&name) || name.starts_with("if-") || name.starts_with("sec-websocket-")
 }
 
-/// Fields of an answer that would set state for the origin that all clusters share.
-fn is_about_our_origin(name: &HeaderName) -> bool {
-    let listed = [
-        "alt-svc",
-        "audit-id",
-        "clear-site-data",
-        "content-security-policy",
-        "public-key-pins",
-        "service-worker-allowed",
-        "set-cookie",
-        "set-cookie2",
-        "strict-transport-security",
-        "x-content-type-options",
-    ];
-    listed.contains(&name.as_str())
+/// Fields of an answer that would set state for the origin that all clusters share, send a browser elsewhere, or let pages of other
+/// origins in. The list is of what clients act on beyond the one answer; the rest is the application's.
+fn is_about_our_origin(name: &str) -> bool {
+    match name {
+        // Ours on every answer.
+        "audit-id" | "content-security-policy" | "x-content-type-options" => true,
+        // Kept for the origin: cookies, transport, reports about everybody's requests, hints, storage.
+        "accept-ch"
+        | "activate-storage-access"
+        | "alt-svc"
+        | "clear-site-data"
+        | "content-security-policy-report-only"
+        | "critical-ch"
+        | "document-policy"
+        | "document-policy-report-only"
+        | "expect-ct"
+        | "integrity-policy"
+        | "integrity-policy-report-only"
+        | "nel"
+        | "observe-browsing-topics"
+        | "origin-agent-cluster"
+        | "permissions-policy"
+        | "permissions-policy-report-only"
+        | "public-key-pins"
+        | "public-key-pins-report-only"
+        | "report-to"
+        | "reporting-endpoints"
+        | "service-worker-allowed"
+        | "set-cookie"
+        | "set-cookie2"
+        | "set-login"
+        | "speculation-rules"
+        | "strict-transport-security"
+        | "supports-loading-mode"
+        | "use-as-dictionary" => true,
+        // A redirect that needs no status; only browsers know it.
+        "refresh" => true,
+        // A browser asks its user for a password of the whole origin, or gives one that it has, and clients of registries take a token from
+        // wherever a challenge leads. An API server sends none with its 401, and no client of it looks for one.
+        "www-authenticate" => true,
+        // Whether pages of other origins may read an answer. None may: who calls needs a credential of the gateway's.
+        "timing-allow-origin" => true,
+        _ => {
+            ["access-control-", "attribution-reporting-", "cross-origin-", "sec-session-", "secure-session-"]
+                .iter()
+                .any(|prefix| name.starts_with(prefix))
+        }
+    }
 }
 
 /// The subprotocols without the credential among them.
@@ -270,16 +353,6 @@ fn without_bearer(value: &HeaderValue) -> Option<HeaderValue> {
     let rest: Vec<&str> =
         text.split(',').map(str::trim).filter(|p| !p.starts_with(BEARER_SUBPROTOCOL)).collect();
     HeaderValue::from_str(&rest.join(", ")).ok().filter(|value| !value.is_empty())
-}
-
-/// A path in `Location` as the client sees it; anything else is left as it is.
-fn prefixed(value: &HeaderValue, prefix: &str) -> HeaderValue {
-    match value.to_str() {
-        Ok(path) if path.starts_with('/') && !path.starts_with("//") => {
-            HeaderValue::from_str(&format!("{prefix}{path}")).unwrap_or_else(|_| value.clone())
-        }
-        _ => value.clone(),
-    }
 }
 
 fn field(name: &str, value: &[u8]) -> Header {
@@ -457,9 +530,21 @@ mod tests {
         assert_eq!(traceparent(&headers(&[("traceparent", good), ("traceparent", good)])), None);
     }
 
-    fn answer(method: &Method, status: u16, lines: &[(&str, &str)]) -> HeaderMap {
+    const PLACE: Place<'static> =
+        Place { authority: "gw.example", prefix: Some("/clusters/a"), path: "/clusters/a/api", query: None };
+
+    fn redirected(
+        method: &Method,
+        proxy: bool,
+        status: u16,
+        lines: &[(&str, &str)],
+    ) -> Result<HeaderMap, RedirectError> {
         let lines: Vec<_> = lines.iter().map(|(name, value)| field(name, value.as_bytes())).collect();
-        client_head(&lines, method, StatusCode::from_u16(status).unwrap(), Some("/clusters/a"))
+        client_head(&lines, StatusCode::from_u16(status).unwrap(), Asked { method, proxy, place: PLACE })
+    }
+
+    fn answer(method: &Method, status: u16, lines: &[(&str, &str)]) -> HeaderMap {
+        redirected(method, false, status, lines).unwrap()
     }
 
     #[test]
@@ -489,11 +574,92 @@ mod tests {
         assert_eq!(head.get_all("warning").iter().count(), 2);
         assert_eq!(head["location"], "/clusters/a/api/v1/x");
         assert_eq!(head["content-security-policy"], "sandbox; frame-ancestors 'none'");
-        assert_eq!(
-            answer(&Method::GET, 302, &[("location", "https://x.example/y")])["location"],
-            "https://x.example/y"
-        );
-        assert_eq!(answer(&Method::GET, 302, &[("location", "//x.example/y")])["location"], "//x.example/y");
+    }
+
+    /// S1: which answers may redirect, and what becomes of a place that leads away.
+    #[test]
+    fn s1_a_redirect_passes_only_within_the_cluster() {
+        let away = [("location", "https://x.example/y")];
+        let within = [("location", "/y")];
+        let astray = Err(RedirectError::Astray(Astray::Elsewhere));
+        for status in [300, 301, 302, 303, 305, 307, 308] {
+            for method in [Method::GET, Method::HEAD] {
+                assert_eq!(redirected(&method, false, status, &away), astray);
+                assert_eq!(answer(&method, status, &within)["location"], "/clusters/a/y");
+            }
+            for method in [Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS] {
+                assert_eq!(redirected(&method, false, status, &within), Err(RedirectError::Method));
+                assert_eq!(redirected(&method, true, status, &away), astray);
+                assert_eq!(redirected(&method, true, status, &within).unwrap()["location"], "/clusters/a/y");
+            }
+            let several = [("location", "/y"), ("location", "/z")];
+            assert_eq!(redirected(&Method::GET, false, status, &several), Err(RedirectError::Several));
+            // Nothing to follow.
+            for nothing in [&[][..], &[("location", "")]] {
+                assert!(!answer(&Method::GET, status, nothing).contains_key("location"));
+            }
+        }
+        for status in [200, 201, 202, 304, 404, 503] {
+            for method in [Method::GET, Method::POST] {
+                assert!(!answer(&method, status, &away).contains_key("location"), "{status}");
+                assert_eq!(answer(&method, status, &within)["location"], "/clusters/a/y");
+            }
+        }
+        for status in [200, 302] {
+            let lines = [("content-location", "https://x.example/y"), ("refresh", "0;url=//x")];
+            let head = answer(&Method::GET, status, &lines);
+            assert!(!head.contains_key("content-location") && !head.contains_key("refresh"));
+            let head = answer(&Method::GET, status, &[("content-location", "/y")]);
+            assert_eq!(head["content-location"], "/clusters/a/y");
+        }
+    }
+
+    /// S18: what would stick to the origin that all clusters share.
+    #[test]
+    fn s18_nothing_sticks_to_the_shared_origin() {
+        for name in [
+            "NEL",
+            "Report-To",
+            "Reporting-Endpoints",
+            "Accept-CH",
+            "Critical-CH",
+            "Alt-Svc",
+            "Clear-Site-Data",
+            "WWW-Authenticate",
+            "Refresh",
+            "Access-Control-Allow-Origin",
+            "Access-Control-Allow-Credentials",
+            "Access-Control-Max-Age",
+            "Cross-Origin-Resource-Policy",
+            "Cross-Origin-Opener-Policy-Report-Only",
+            "Timing-Allow-Origin",
+            "Permissions-Policy",
+            "Content-Security-Policy-Report-Only",
+            "Service-Worker-Allowed",
+            "Speculation-Rules",
+            "Set-Cookie",
+            "Set-Cookie2",
+            "Set-Login",
+        ] {
+            for status in [200, 401, 404] {
+                let head =
+                    answer(&Method::GET, status, &[(name, "x"), ("X-Kubernetes-Pf-Flowschema-Uid", "y")]);
+                assert!(!head.contains_key(name), "{name}");
+                assert!(head.contains_key("x-kubernetes-pf-flowschema-uid"));
+            }
+        }
+        for name in [
+            "ETag",
+            "Cache-Control",
+            "Vary",
+            "Warning",
+            "Content-Disposition",
+            "Retry-After",
+            "Link",
+            "Access",
+        ] {
+            assert!(answer(&Method::GET, 200, &[(name, "x")]).contains_key(name), "{name}");
+        }
     }
 
     #[test]

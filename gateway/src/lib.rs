@@ -12,7 +12,7 @@
 //! | how are clients served? | `front` |
 //! | which cluster does a request name? | [`routing`], [`kube`] |
 //! | who calls, and may they? | [`authn`], [`authz`] |
-//! | which header fields go where? | [`headers`] |
+//! | which header fields go where, and where may an answer lead? | [`headers`], [`location`] |
 //! | what does the gateway sign with? | [`authority`] |
 //! | what ends with a credential or a rule that lets nobody in any more? | `running` |
 //! | how does one exchange run, and why this status? | `proxy` |
@@ -49,6 +49,7 @@ pub mod headers;
 pub mod join;
 pub mod kube;
 mod listener;
+pub mod location;
 pub mod log;
 mod memory;
 pub mod metrics;

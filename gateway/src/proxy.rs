@@ -27,8 +27,9 @@ use crate::authz::Decision;
 use crate::config::{Cluster, Mode};
 use crate::fleet::Fleet;
 use crate::gate::Standing;
-use crate::headers::{self, HeadersError, Upstream};
+use crate::headers::{self, Asked, HeadersError, Upstream};
 use crate::kube::RequestKind;
+use crate::location::Place;
 use crate::metrics::{Counted, Ended, Limit, Surface};
 use crate::per_key::KeyPermit;
 use crate::registry::{AcquireError, SessionId};
@@ -39,7 +40,7 @@ use crate::uploads::{self, Room, Unread};
 use arc_swap::ArcSwap;
 use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
-use http::header::{self, HeaderValue};
+use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
@@ -206,13 +207,13 @@ async fn run(
         _ => return Err(plan.bad_answer("it is no response to a request")),
     };
     match (plan.upgrade, response.status) {
-        (Some(token), 101) => switch(shared, plan, token, on_upgrade, &response, live),
+        (Some(token), 101) => switch(shared, plan, &parts, token, on_upgrade, &response, live),
         (None, 101) => Err(plan.bad_answer("it switches protocols without being asked")),
         (Some(_), status @ 200..=399) => Err(ProxyError::UpgradeAnswered {
             cluster: plan.name(),
             status: u16::try_from(status).unwrap_or_default(),
         }),
-        (_, 200..=599) => answer_with(shared, plan, &response, live),
+        (_, 200..=599) => answer_with(shared, plan, &parts, &response, live),
         _ => Err(plan.bad_answer("its status is none")),
     }
 }
@@ -235,7 +236,7 @@ struct Plan {
     open: Bytes,
     /// From now to the answer's head.
     deadline: Option<Duration>,
-    /// Put before paths in `Location`.
+    /// What of the path named the cluster.
     prefix: Option<String>,
     guards: Guards,
 }
@@ -268,6 +269,21 @@ impl Plan {
 
     fn bad_answer(&self, what: &'static str) -> ProxyError {
         ProxyError::BadAnswer { cluster: self.name(), what }
+    }
+
+    /// The answer's status, and its head for the client.
+    fn head_of(
+        &self,
+        parts: &Parts,
+        response: &open::Response,
+    ) -> Result<(StatusCode, HeaderMap), ProxyError> {
+        let status = u16::try_from(response.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
+        let status = status.ok_or_else(|| self.bad_answer("its status is none"))?;
+        let place = Place::of(parts, self.prefix.as_deref());
+        let asked = Asked { method: &self.method, proxy: self.kind.proxy, place };
+        let head = headers::client_head(&response.headers, status, asked)
+            .map_err(|why| ProxyError::Redirect { cluster: self.name(), status: status.as_u16(), why })?;
+        Ok((status, head))
     }
 }
 
@@ -700,11 +716,11 @@ fn no_answer(plan: &Plan, error: HeadError) -> NoAnswer {
 fn answer_with(
     shared: &Arc<Shared>,
     plan: Plan,
+    parts: &Parts,
     response: &open::Response,
     live: LiveExchange,
 ) -> Result<Response<AnswerBody>, ProxyError> {
-    let status = status_of(&plan, response)?;
-    let head = headers::client_head(&response.headers, &plan.method, status, plan.prefix.as_deref());
+    let (status, head) = plan.head_of(parts, response)?;
     let bodiless =
         plan.method == Method::HEAD || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     let LiveExchange { recv, send, upload } = live;
@@ -747,6 +763,7 @@ fn answer_with(
 fn switch(
     shared: &Arc<Shared>,
     plan: Plan,
+    parts: &Parts,
     token: &'static str,
     on_upgrade: Option<hyper::upgrade::OnUpgrade>,
     response: &open::Response,
@@ -759,22 +776,16 @@ fn switch(
     let (Some(on_upgrade), Some(send)) = (on_upgrade, live.send) else {
         return Err(plan.bad_answer("it switches protocols without being asked"));
     };
-    let status = StatusCode::SWITCHING_PROTOCOLS;
+    let (status, mut head) = plan.head_of(parts, response)?;
     let mut answer = Response::new(AnswerBody::full(Bytes::new()));
     *answer.status_mut() = status;
-    let head = answer.headers_mut();
-    *head = headers::client_head(&response.headers, &plan.method, status, None);
     head.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
     head.insert(header::UPGRADE, HeaderValue::from_static(token));
+    *answer.headers_mut() = head;
     let Guards { run, place, _request: request, _working: working, _principal: principal } = plan.guards;
     let guards = (place, request, working, principal);
     upgrade::carry(shared, token, on_upgrade, (send, live.recv), run, guards);
     Ok(answer)
-}
-
-fn status_of(plan: &Plan, response: &open::Response) -> Result<StatusCode, ProxyError> {
-    let status = u16::try_from(response.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
-    status.ok_or_else(|| plan.bad_answer("its status is none"))
 }
 
 /// A random UUID (RFC 9562, version 4). It names a request and protects nothing, so random bytes are fetched for many at once.

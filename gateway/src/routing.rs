@@ -154,7 +154,7 @@ fn by_path(target: &str) -> Result<Route, RouteError> {
 }
 
 /// Whether dot segments lead out of the path, read as leniently as any server may read them.
-fn climbs(path: &str) -> bool {
+pub(crate) fn climbs(path: &str) -> bool {
     let mut depth = 0_i32;
     for segment in percent_decode(path).split(|byte| matches!(byte, b'/' | b'\\')).skip(1) {
         match segment {

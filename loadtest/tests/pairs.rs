@@ -105,6 +105,7 @@ fn kept(headers: &HeaderMap, head: bool) -> Vec<String> {
         "content-security-policy",
         "set-cookie",
         "strict-transport-security",
+        "www-authenticate",
     ];
     let mut lines: Vec<_> = Vec::new();
     for name in headers.keys() {
@@ -145,11 +146,8 @@ fn table() -> Vec<Case> {
         Case::get("an object", "/api/v1/namespaces/default/pods/web"),
         Case::get("an object that is not there", "/api/v1/namespaces/default/pods/nobody"),
         Case::get("a path that is not there", "/no/such/path"),
-        Case::get("a relative redirect", "/towline-test/redirect?code=307&to=/api/v1/pods"),
-        Case::get(
-            "a redirect elsewhere (AG-02)",
-            "/towline-test/redirect?code=302&to=https://elsewhere.test/x",
-        ),
+        Case::get("a redirect by path", "/towline-test/redirect?code=307&to=/api/v1/pods"),
+        Case::get("a document that has changed", "/openapi/v3/api/v1?hash=STALE"),
         Case::get("early hints are dropped", "/towline-test/hints"),
         Case::get("trailers are dropped", "/towline-test/raw?case=trailers"),
         Case::get("a body until the end of the connection", "/towline-test/raw?case=until-close"),
@@ -243,6 +241,145 @@ async fn what_a_gateway_must_change() {
         let answer = get(&mut client, "/towline-test/bytes?n=10").await;
         assert_eq!(answer.headers()["content-length"], "10", "a known length stays known");
     }
+    bench.end().await;
+}
+
+/// What a cluster says in `Location`: `GW` stands for the gateway, `API` for its own API server.
+const AWAY: &[&str] = &[
+    "http://elsewhere.test/x",
+    "https://elsewhere.test/x",
+    "//elsewhere.test/x",
+    "https://GW/clusters/other/api/v1/x",
+    "//GW/clusters/other/api/v1/x",
+    "https://GW/",
+    "https://GW:1/clusters/demo/x",
+    "/../other/api/v1/x",
+    "/%2e%2e/other",
+    "/%2E./other",
+    "../../../../../other",
+    "..%2f..%2f..%2f../other",
+    "/\\elsewhere.test/x",
+    "\\\\elsewhere.test/x",
+    "/\t/elsewhere.test/x",
+    "https:elsewhere.test",
+    "javascript:alert(1)",
+    "https://API//elsewhere.test/x",
+];
+const WITHIN: &[(&str, &str)] = &[
+    ("/api/v1/pods?x=%2F", "/clusters/demo/api/v1/pods?x=%2F"),
+    ("echo", "/clusters/demo/towline-test/echo"),
+    ("../api", "/clusters/demo/api"),
+    ("?to=x", "/clusters/demo/towline-test/redirect?to=x"),
+    ("https://GW/clusters/demo/x", "/clusters/demo/x"),
+    ("//GW/clusters/demo/x", "/clusters/demo/x"),
+    // A14
+    ("https://API/api/v1/inner", "/clusters/demo/api/v1/inner"),
+];
+
+/// Goal (S1, A14): whatever a hostile cluster answers, through real sockets, its client stays with it: a redirect out of the cluster
+/// is 502, a place that only informs is left out, and what is on the API server itself can be followed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s1_a_cluster_leads_nobody_elsewhere() {
+    let bench = bench().await;
+    let spelled = |to: &str| {
+        let to = to
+            .replace("GW", &bench.front().host)
+            .replace("API", bench.fake.base_url().trim_start_matches("https://"));
+        to.bytes().map(|byte| format!("%{byte:02X}")).collect::<String>()
+    };
+    for version in VERSIONS {
+        let mut client = bench.connect(version).await;
+        let mut ask = async |method: Method, code: u16, to: &str| {
+            let path = format!("/towline-test/redirect?code={code}&to={}", spelled(to));
+            let answer = send(&mut client, method.clone(), &path, empty()).await;
+            let (head, body) = answer.into_parts();
+            let answer = http::Response::from_parts(head, body.collect().await.unwrap().to_bytes());
+            let place = answer.headers().get("location").map(|place| place.to_str().unwrap().to_owned());
+            if answer.status() == 502 {
+                let refusal = common::Refusal::from(&answer);
+                assert_eq!(refusal.code, "TL_BAD_UPSTREAM", "{to}: {refusal:?}");
+                assert!(
+                    refusal.message.contains("redirect") && !refusal.message.contains("elsewhere"),
+                    "{refusal:?}"
+                );
+            }
+            (answer.status().as_u16(), place)
+        };
+        for to in AWAY {
+            for (method, code) in [(Method::GET, 301), (Method::GET, 302), (Method::POST, 307)] {
+                assert_eq!(ask(method, code, to).await, (502, None), "{to}, {version:?}");
+            }
+            assert_eq!(ask(Method::POST, 201, to).await, (201, None), "{to}, {version:?}");
+            assert_eq!(ask(Method::GET, 304, to).await, (304, None), "{to}, {version:?}");
+        }
+        for (to, place) in WITHIN {
+            let place = Some((*place).to_owned());
+            for code in [301, 307] {
+                assert_eq!(ask(Method::GET, code, to).await, (code, place.clone()), "{to}, {version:?}");
+                for method in [Method::POST, Method::PUT, Method::PATCH, Method::DELETE] {
+                    assert_eq!(ask(method, code, to).await, (502, None), "{to}, {version:?}");
+                }
+            }
+            assert_eq!(ask(Method::POST, 201, to).await, (201, place), "{to}, {version:?}");
+        }
+        assert_eq!(ask(Method::GET, 307, "").await, (307, None));
+    }
+    bench.end().await;
+}
+
+/// Goal (S1): clients that nobody here wrote follow a legal redirect through the tunnel, that of a stale OpenAPI hash among them,
+/// and a hostile one leads them nowhere: curl, and client-go in the shape of every kubectl.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s1_real_clients_follow_within_the_cluster() {
+    let bench = bench().await;
+    // Whoever comes here was led astray.
+    let trap = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let astray = format!("http://{}/clusters/demo/api", trap.local_addr().unwrap());
+    let hostile = format!("/towline-test/redirect?code=302&to={astray}");
+    let legal = ["/openapi/v3/api/v1?hash=STALE", "/towline-test/redirect?code=307&to=/openapi/v3/api/v1"];
+    let base = format!("https://127.0.0.1:{}{PREFIX}", bench.stack.front.port());
+    let file = |name: &str| bench.stack.path("certs").join(name).display().to_string();
+    let token = format!("Authorization: Bearer {}", bench.stack.upstream.client_token);
+    let curl = async |path: &str| {
+        let url = format!("{base}{path}");
+        let (ca, certificate, key) =
+            (file("front-ca.crt"), file("client-alice.crt"), file("client-alice.key"));
+        let words = ["-sS", "-L", "--max-redirs", "3", "--location-trusted", "-H", &token, "--cacert", &ca];
+        let mut command = tokio::process::Command::new("curl");
+        command.args(words).args(["--cert", &certificate, "--key", &key, "-w", "\n%{http_code}", &url]);
+        let output = within(path, PATIENCE, command.kill_on_drop(true).output()).await;
+        output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    match curl("/version").await {
+        Ok(_) => {
+            for path in legal {
+                let said = curl(path).await.unwrap();
+                assert!(said.contains("\"openapi\"") && said.ends_with("\n200"), "{path}: {said}");
+            }
+            let said = curl(&hostile).await.unwrap();
+            assert!(said.contains("TL_BAD_UPSTREAM") && said.ends_with("\n502"), "{said}");
+        }
+        Err(error) => towline_loadtest::skip(format_args!(
+            "s1_real_clients_follow_within_the_cluster: no curl: {error}"
+        )),
+    }
+    let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());
+    let kubectls = towline_loadtest::kubectl::find();
+    if kubectls.is_empty() {
+        towline_loadtest::skip(format_args!("s1_real_clients_follow_within_the_cluster: no kubectl"));
+    }
+    for kubectl in [kubectls.first(), kubectls.last()].into_iter().flatten() {
+        let run = towline_loadtest::kubectl::Run::new(kubectl, &kubeconfig).unwrap();
+        for path in legal {
+            let said = run.ok(&["get", "--raw", &format!("{PREFIX}{path}")]).await.unwrap();
+            assert!(said.contains("\"openapi\""), "{kubectl}, {path}: {said}");
+        }
+        let refused = run.run(&["get", "--raw", &format!("{PREFIX}{hostile}")], b"").await.unwrap();
+        assert_ne!(refused.code, Some(0), "{kubectl}");
+        assert!(refused.stderr.contains("redirect"), "{kubectl}: {}", refused.stderr);
+    }
+    let led = tokio::time::timeout(std::time::Duration::from_millis(1), trap.accept()).await;
+    assert!(led.is_err(), "a client came where the cluster led it");
     bench.end().await;
 }
 

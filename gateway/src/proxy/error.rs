@@ -6,7 +6,7 @@
 use super::body::AnswerBody;
 use super::upgrade::UpgradeError;
 use crate::authn::AuthnError;
-use crate::headers::HeadersError;
+use crate::headers::{HeadersError, RedirectError};
 use crate::metrics::{Ended, Limit, TlCode};
 use crate::registry::Presence;
 use crate::routing::{ClusterName, RouteError};
@@ -83,6 +83,12 @@ pub(crate) enum ProxyError {
     UpgradeAnswered {
         cluster: String,
         status: u16,
+    },
+    /// The answer would send the client where the cluster is not.
+    Redirect {
+        cluster: String,
+        status: u16,
+        why: RedirectError,
     },
     Deadline {
         cluster: String,
@@ -232,6 +238,13 @@ impl ProxyError {
                     "cluster {cluster:?} answered {status} to a request to switch protocols — check what its API server's address leads to"
                 ),
             ),
+            Self::Redirect { cluster, status, why } => verdict(
+                StatusCode::BAD_GATEWAY,
+                TlCode::BadUpstream,
+                format!(
+                    "cluster {cluster:?} answered {status}, and that redirect is not passed on: {why} — a cluster may redirect only within its own address here; check what its API server's address leads to"
+                ),
+            ),
             Self::Deadline { cluster, after } => verdict(
                 StatusCode::GATEWAY_TIMEOUT,
                 TlCode::Timeout,
@@ -326,6 +339,7 @@ impl ProxyError {
             | Self::Reset { cluster, .. }
             | Self::BadAnswer { cluster, .. }
             | Self::UpgradeAnswered { cluster, .. }
+            | Self::Redirect { cluster, .. }
             | Self::Deadline { cluster, .. } => Some(cluster),
             _ => None,
         }
@@ -559,6 +573,11 @@ mod tests {
             (failure(Code::Deadline), 504, "TL_TIMEOUT"),
             (failure(Code::Cancelled), 502, "TL_BAD_UPSTREAM"),
             (failure(Code::Refused), 503, "TL_CLUSTER_OFFLINE"),
+            (
+                ProxyError::Redirect { cluster: "a".to_owned(), status: 307, why: RedirectError::Method },
+                502,
+                "TL_BAD_UPSTREAM",
+            ),
             (
                 ProxyError::SessionLost { cluster: "a".to_owned(), reason: CloseReason::HelloTimeout },
                 502,

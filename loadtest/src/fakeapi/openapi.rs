@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use super::body::{Response, full};
 use super::call::Call;
 use super::kinds::{KINDS, Kind};
+use super::router::empty;
 use super::status::{ApiError, json_response};
 
 /// `/openapi/v2`, `/openapi/v3` and the documents below it.
@@ -35,7 +36,7 @@ pub(super) fn answer(call: &Call) -> Result<Response, ApiError> {
             let mut paths = Map::new();
             for kind in KINDS {
                 let path = root(kind);
-                let url = format!("/openapi/v3/{path}?hash=FAKE");
+                let url = format!("/openapi/v3/{path}?hash={HASH}");
                 paths.insert(path, json!({"serverRelativeURL": url}));
             }
             Ok(json_response(StatusCode::OK, &json!({"paths": paths})))
@@ -45,6 +46,11 @@ pub(super) fn answer(call: &Call) -> Result<Response, ApiError> {
             let kinds: Vec<&Kind> = KINDS.iter().filter(|kind| root(kind) == wanted).collect();
             if kinds.is_empty() {
                 return Err(ApiError::no_such_path());
+            }
+            // As a real server does for a document that has changed since.
+            if call.query.has("hash") && call.query.text("hash") != HASH {
+                let to = format!("{path}?hash={HASH}");
+                return Ok(empty(StatusCode::MOVED_PERMANENTLY, &[("location", &to)]));
             }
             Ok(json_response(StatusCode::OK, &v3_document(&kinds)))
         }
@@ -110,5 +116,7 @@ fn v2_protobuf() -> Vec<u8> {
     [field(1, b"2.0"), field(2, &info), field(8, b"")].concat()
 }
 
+/// Names the version of a document.
+const HASH: &str = "FAKE";
 const TITLE: &str = "Kubernetes";
 const VERSION: &str = "v1.30.0";
