@@ -3,8 +3,8 @@
 
 use bytes::Bytes;
 use http::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
-    UPGRADE,
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_LOCATION, HOST, HeaderMap, HeaderName, HeaderValue,
+    LOCATION, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{Method, StatusCode, Uri, Version, response};
 use thiserror::Error;
@@ -222,10 +222,34 @@ pub(crate) fn response(
         .filter(|(name, _)| keep(name))
         .map(|(name, value)| Header {
             name: Bytes::copy_from_slice(name.as_str().as_bytes()),
-            value: Bytes::copy_from_slice(value.as_bytes()),
+            value: match *name {
+                LOCATION | CONTENT_LOCATION => as_a_path(value.as_bytes(), &asked.headers[HOST]),
+                _ => Bytes::copy_from_slice(value.as_bytes()),
+            },
         })
         .collect();
     Ok(open::Response { status: head.status.as_u16().into(), headers, body })
+}
+
+/// A URL at the upstream's own address as a path there: nobody but the agent knows that address, and to nobody else is it of use.
+/// Anything else stays as it is, for the gateway to judge.
+fn as_a_path(url: &[u8], authority: &HeaderValue) -> Bytes {
+    let path = |(scheme, port): (&str, &str)| {
+        let (start, rest) = url.split_at_checked(scheme.len())?;
+        let at = rest.iter().position(|byte| matches!(byte, b'/' | b'?' | b'#')).unwrap_or(rest.len());
+        let (named, path) = rest.split_at(at);
+        let named = named.strip_suffix(port.as_bytes()).unwrap_or(named);
+        let authority = authority.as_bytes();
+        let authority = authority.strip_suffix(port.as_bytes()).unwrap_or(authority);
+        let same = start.eq_ignore_ascii_case(scheme.as_bytes()) && named.eq_ignore_ascii_case(authority);
+        // `//x` as a path alone would name another host.
+        (same && !path.starts_with(b"//")).then_some(path)
+    };
+    match [("https://", ":443"), ("http://", ":80")].into_iter().find_map(path) {
+        Some(path) if path.starts_with(b"/") => Bytes::copy_from_slice(path),
+        Some(rest) => [b"/", rest].concat().into(),
+        None => Bytes::copy_from_slice(url),
+    }
 }
 
 fn upgrades_match(asked: &HeaderMap, answered: &HeaderMap) -> bool {
@@ -459,6 +483,36 @@ mod tests {
         }
         let response = answer(200, &[("transfer-encoding", "chunked")], None, &plain).unwrap();
         assert_eq!((names(&response).len(), response.body), (0, BodyKind::STREAM));
+    }
+
+    /// A14: where something is at the API server, as a path of it.
+    #[test]
+    fn a14_a_url_at_the_upstream_becomes_a_path() {
+        for (url, place) in [
+            ("https://10.0.0.1:6443/api/v1/x?y#z", "/api/v1/x?y#z"),
+            ("HTTPS://10.0.0.1:6443", "/"),
+            ("https://10.0.0.1:6443?y", "/?y"),
+            ("http://10.0.0.1:6443/x", "/x"),
+            ("/x", "/x"),
+            ("x", "x"),
+            ("", ""),
+            ("//10.0.0.1:6443/x", "//10.0.0.1:6443/x"),
+            ("https://10.0.0.1:6443//elsewhere/x", "https://10.0.0.1:6443//elsewhere/x"),
+            ("https://10.0.0.1/x", "https://10.0.0.1/x"),
+            ("https://10.0.0.1:64430/x", "https://10.0.0.1:64430/x"),
+            ("https://10.0.0.1:6443@elsewhere/x", "https://10.0.0.1:6443@elsewhere/x"),
+            ("https://elsewhere/x", "https://elsewhere/x"),
+        ] {
+            for name in ["location", "content-location"] {
+                let response = answer(201, &[(name, url), ("x-url", url)], None, &get("/", &[])).unwrap();
+                let values: Vec<_> = response.headers.iter().map(|header| &header.value[..]).collect();
+                assert_eq!(values, [place.as_bytes(), url.as_bytes()], "{url}");
+            }
+        }
+        let at = |authority| as_a_path(b"https://api.example:443/x", &HeaderValue::from_static(authority));
+        assert_eq!(at("api.example"), "/x");
+        assert_eq!(at("API.example:443"), "/x");
+        assert_eq!(at("api.example:80"), "https://api.example:443/x");
     }
 
     #[test]
