@@ -351,6 +351,9 @@ pub struct Limits {
     pub upload_memory_per_principal: ByteSize,
     /// Requests of one cluster that wait for its agent to come back.
     pub held_per_cluster: usize,
+    /// The same for watches that go on from a version: of one cluster, and all together.
+    pub held_watches_per_cluster: usize,
+    pub held_watches: usize,
     /// Live sessions of one cluster.
     pub sessions_per_cluster: usize,
     /// Requests that one session carries before its agent makes a new one in its place.
@@ -411,6 +414,9 @@ pub struct Timeouts {
     /// How long a request waits for an agent that has just gone.
     #[serde(with = "units")]
     pub hold: Duration,
+    /// How long a watch that goes on from a version waits for an agent, however long that has been gone.
+    #[serde(with = "units")]
+    pub watch_hold: Duration,
 }
 
 impl Default for Listen {
@@ -463,6 +469,8 @@ impl Default for Limits {
             upload_memory: ByteSize(256 << 20),
             upload_memory_per_principal: ByteSize(64 << 20),
             held_per_cluster: 100,
+            held_watches_per_cluster: 1000,
+            held_watches: 10_000,
             sessions_per_cluster: 16,
             header_count: 100,
             header_bytes: ByteSize(64 << 10),
@@ -493,6 +501,7 @@ impl Default for Timeouts {
             answer: s(60),
             slow_body: s(20),
             hold: s(3),
+            watch_hold: s(30),
         }
     }
 }

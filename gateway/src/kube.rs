@@ -56,6 +56,17 @@ impl RequestKind {
     }
 }
 
+/// Whether the query of a watch says from which version it goes on: its client has seen what was before. Version 0 stands for any.
+#[must_use]
+pub fn resumes(query: &str) -> bool {
+    let from = |pair: &str| {
+        let (key, value) = pair.split_once('=')?;
+        (percent_decode(key) == b"resourceVersion").then(|| !matches!(value, "" | "0"))
+    };
+    // The API server reads the first of several.
+    query.split('&').find_map(from).unwrap_or_default()
+}
+
 /// Whether a query sets a boolean parameter, read as the API server reads it: anything but false counts.
 fn flag(query: &str, name: &str) -> bool {
     let set = |pair: &str| {
@@ -69,6 +80,22 @@ fn flag(query: &str, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_watch_goes_on_from_a_version() {
+        for (query, expected) in [
+            ("watch=1&resourceVersion=4711&allowWatchBookmarks=true", true),
+            ("resource%56ersion=4711", true),
+            ("watch=1", false),
+            ("resourceVersion=", false),
+            ("resourceVersion=0", false),
+            ("resourceVersion", false),
+            ("resourceVersionMatch=NotOlderThan", false),
+            ("resourceVersion=0&resourceVersion=1", false),
+        ] {
+            assert_eq!(resumes(query), expected, "{query}");
+        }
+    }
 
     #[test]
     fn requests_are_resolved_as_the_api_server_does() {

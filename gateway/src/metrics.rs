@@ -74,6 +74,10 @@ label!(
     HoldOutcome { Served = "served", TimedOut = "timed_out", Abandoned = "abandoned", Full = "full" }
 );
 label!(
+    /// Why a watch ended before the API server ended it: its gateway or its session drained, or what it came through broke.
+    WatchEnded { Drained = "drained", Lost = "lost" }
+);
+label!(
     /// Why a session ended; the values of `CloseReason::label` and our own.
     SessionEnd {
         Local = "local",
@@ -192,6 +196,7 @@ pub struct Metrics {
     first_byte: Histogram,
     upgraded: IntGauge,
     aborted: IntCounter,
+    watches_ended: IntCounterVec,
     retries: IntCounter,
     ended: IntCounterVec,
     holds: IntCounterVec,
@@ -346,6 +351,12 @@ impl Metrics {
                 "towline_gateway_answers_aborted_total",
                 "Answers that broke off after their head.",
             ),
+            watches_ended: counters(
+                r,
+                "towline_gateway_watches_ended_total",
+                "Watches that ended between two events before the API server ended them.",
+                &["cause"],
+            ),
             retries: counter(
                 r,
                 "towline_gateway_retries_total",
@@ -420,6 +431,7 @@ impl Metrics {
         Handshake::ALL.iter().for_each(|outcome| touch(&self.handshakes, &[outcome.label()]));
         ProxyHeader::ALL.iter().for_each(|outcome| touch(&self.proxy_headers, &[outcome.label()]));
         Ended::ALL.iter().for_each(|why| touch(&self.ended, &[why.label()]));
+        WatchEnded::ALL.iter().for_each(|why| touch(&self.watches_ended, &[why.label()]));
         HoldOutcome::ALL.iter().for_each(|outcome| touch(&self.holds, &[outcome.label()]));
         SessionEnd::ALL.iter().for_each(|reason| touch(&self.sessions_ended, &[reason.label()]));
         Limit::ALL.iter().for_each(|limit| touch(&self.limits_reached, &[limit.label()]));
@@ -523,6 +535,10 @@ impl Metrics {
 
     pub fn aborted(&self) {
         self.aborted.inc();
+    }
+
+    pub fn watch_ended(&self, why: WatchEnded) {
+        self.watches_ended.with_label_values(&[why.label()]).inc();
     }
 
     pub fn retried(&self) {

@@ -13,6 +13,7 @@
 
 mod body;
 mod error;
+mod events;
 pub(crate) mod farewell;
 mod upgrade;
 pub(crate) mod work;
@@ -28,11 +29,11 @@ use crate::config::{Cluster, Mode};
 use crate::fleet::Fleet;
 use crate::gate::Standing;
 use crate::headers::{self, Asked, HeadersError, Upstream};
-use crate::kube::RequestKind;
+use crate::kube::{self, RequestKind};
 use crate::location::Place;
 use crate::metrics::{Counted, Ended, Limit, Surface};
 use crate::per_key::KeyPermit;
-use crate::registry::{AcquireError, SessionId};
+use crate::registry::{AcquireError, Patience, SessionId};
 use crate::routing::{self, ClusterName, RouteError};
 use crate::running::{self, Chain, Grant, Run, Scope};
 use crate::state::{Live, Shared, random};
@@ -40,6 +41,7 @@ use crate::uploads::{self, Room, Unread};
 use arc_swap::ArcSwap;
 use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
+use events::Events;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version};
@@ -175,7 +177,20 @@ async fn run(
         // In a box, as is what else is rare: every request would be larger by it.
         return Box::pin(api::answer(shared, peer, parts, body)).await;
     }
-    let mut plan = plan(shared, peer, &parts, &body, audit_id)?;
+    let plan = plan(shared, peer, &parts, &body, audit_id)?;
+    let resumes = plan.resumes;
+    let answered = carry_out(shared, peer, plan, &parts, body, on_upgrade).await;
+    answered.map_err(|error| if resumes { error.for_a_resumed_watch() } else { error })
+}
+
+async fn carry_out(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    mut plan: Plan,
+    parts: &Parts,
+    body: Incoming,
+    on_upgrade: Option<hyper::upgrade::OnUpgrade>,
+) -> Result<Response<AnswerBody>, ProxyError> {
     let ended = plan.guards.run.ended().clone();
     let exchanged = async {
         // Before it waits for anything: what may be unread of its body counts from now on.
@@ -207,13 +222,13 @@ async fn run(
         _ => return Err(plan.bad_answer("it is no response to a request")),
     };
     match (plan.upgrade, response.status) {
-        (Some(token), 101) => switch(shared, plan, &parts, token, on_upgrade, &response, live),
+        (Some(token), 101) => switch(shared, plan, parts, token, on_upgrade, &response, live),
         (None, 101) => Err(plan.bad_answer("it switches protocols without being asked")),
         (Some(_), status @ 200..=399) => Err(ProxyError::UpgradeAnswered {
             cluster: plan.name(),
             status: u16::try_from(status).unwrap_or_default(),
         }),
-        (_, 200..=599) => answer_with(shared, plan, &parts, &response, live),
+        (_, 200..=599) => answer_with(shared, plan, parts, &response, live),
         _ => Err(plan.bad_answer("its status is none")),
     }
 }
@@ -231,6 +246,8 @@ struct Plan {
     principal: Arc<Principal>,
     method: Method,
     kind: RequestKind,
+    /// A watch that goes on from a version.
+    resumes: bool,
     body: BodyKind,
     upgrade: Option<&'static str>,
     open: Bytes,
@@ -311,6 +328,8 @@ fn plan(
     let permit = shared.principals.take(&principal.name).map_err(|_| too_many)?;
 
     let upgrade = upgrade::wanted(parts, !body.is_end_stream())?;
+    let resumes =
+        kind.watch && parts.method == Method::GET && upgrade.is_none() && kube::resumes(route.query());
     let upstream = Upstream { mode: cluster.mode, proxy: kind.proxy, client: peer.address.ip() };
     if authn::query_carries_own_credential(route.query()) {
         return Err(HeadersError::OwnCredential.into());
@@ -350,7 +369,7 @@ fn plan(
     let (request, working) = (shared.metrics.request(), peer.work.begin());
     let guards = Guards { run, place: None, _request: request, _working: working, _principal: permit };
     let method = parts.method.clone();
-    Ok(Plan { cluster, principal, method, kind, body, upgrade, open, deadline, prefix, guards })
+    Ok(Plan { cluster, principal, method, kind, resumes, body, upgrade, open, deadline, prefix, guards })
 }
 
 /// A place among the requests of this principal to this cluster, so that nobody alone takes all streams that a cluster has. What
@@ -470,11 +489,18 @@ async fn exchange(
         let (registry, uid) = (&shared.registry, &plan.cluster.uid);
         let opened = match &first_error {
             // Another session helps only if it is there: what cannot be reached now is no better in three seconds.
-            Some(ProxyError::Agent { .. } | ProxyError::SessionLost { .. }) => {
-                registry.open_now(uid, &tried).await
-            }
+            Some(ProxyError::Agent { .. }) => registry.open_now(uid, &tried).await,
+            Some(ProxyError::SessionLost { .. }) if !plan.resumes => registry.open_now(uid, &tried).await,
+            _ if plan.resumes => tokio::select! {
+                biased;
+                opened = registry.open(uid, &tried, Patience::Watch) => opened,
+                // It goes on elsewhere.
+                () = shared.stages.draining.cancelled() => {
+                    Err(AcquireError::NotConnected(registry.presence(uid)))
+                }
+            },
             // A session that refuses is on its way out, and its successor on its way in.
-            _ => registry.open(uid, &tried).await,
+            _ => registry.open(uid, &tried, Patience::Moment).await,
         };
         let (id, stream) = match opened {
             Ok(opened) => opened,
@@ -729,15 +755,16 @@ fn answer_with(
     if let Some(send) = send {
         recv = recv.holding(send);
     }
-    let json =
-        head.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/json"));
-    let watch = plan.kind.watch && plan.method == Method::GET && status == StatusCode::OK;
-    let end = (watch && json).then(|| {
+    let is_watch = plan.kind.watch
+        && plan.method == Method::GET
+        && status == StatusCode::OK
+        && response.body.exact_bytes().is_none();
+    let end = is_watch.then(|| Events::of(&head)).flatten().map(|events| {
         let mut part = [0];
         random(&mut part);
-        // Spread over the first four fifths of the time there is, so that clients do not all come back at once.
-        let after = shared.config.drain.deadline.mul_f64(0.8 * f64::from(part[0]) / 255.0);
-        WatchEnd::new(shared.stages.draining.clone().cancelled_owned(), after)
+        let drain = (shared.stages.draining.clone(), shared.config.drain.deadline);
+        let part = f64::from(part[0]) / 255.0;
+        WatchEnd::new(events, drain, recv.session(), part, Arc::clone(&shared.metrics))
     });
     let metrics = Arc::clone(&shared.metrics);
     let cluster = plan.cluster.name.clone();

@@ -2,7 +2,8 @@
 //!
 //! A session is here from its first round trip until its task ends; the guard that put it in takes out that one and no
 //! other. When a cluster has no session, a request waits for one only if the last left with a GoAway or a moment ago:
-//! then its agent is on its way back. Otherwise the answer is due at once.
+//! then its agent is on its way back. Otherwise the answer is due at once. A watch that goes on from a version waits longer and in any
+//! case: told that there is no session its client would list everything again.
 
 use crate::fleet::{AgentSeen, Ended, LastSeen, Time};
 use crate::metrics::{Counted, HoldOutcome, Metrics};
@@ -55,7 +56,21 @@ pub struct SessionId(u64);
 #[derive(Clone, Copy, Debug)]
 pub struct HoldLimits {
     pub time: Duration,
+    /// Of one cluster.
     pub requests: usize,
+    /// The same for watches that go on from a version, and how many of those there may be of all clusters.
+    pub watch_time: Duration,
+    pub watches_per_cluster: usize,
+    pub watches: usize,
+}
+
+/// How long a request waits for a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// A moment, where an agent is expected back.
+    Moment,
+    /// As long as a watch that goes on from a version does.
+    Watch,
 }
 
 /// The live sessions of all clusters.
@@ -79,6 +94,7 @@ pub struct Registry {
 struct Clusters {
     by_uid: HashMap<ClusterUid, Tunnel>,
     next_id: u64,
+    held_watches: usize,
 }
 
 /// All sessions of one cluster.
@@ -99,6 +115,7 @@ struct Tunnel {
     kubernetes: Option<String>,
     last_end: Option<LastEnd>,
     held: usize,
+    held_watches: usize,
     changed: Arc<Notify>,
 }
 
@@ -365,9 +382,14 @@ impl Registry {
         &self,
         uid: &ClusterUid,
         except: &[SessionId],
+        patience: Patience,
     ) -> Result<(SessionId, Stream), AcquireError> {
         let mut held: Option<Held<'_>> = None;
-        let deadline = Instant::now() + self.hold.time;
+        let time = match patience {
+            Patience::Moment => self.hold.time,
+            Patience::Watch => self.hold.watch_time,
+        };
+        let deadline = Instant::now() + time;
         loop {
             // Registered before the look, so that no change in between is missed.
             let changed = Arc::clone(&self.lock().by_uid.entry(uid.clone()).or_default().changed);
@@ -383,7 +405,7 @@ impl Registry {
                 }
             }
             if held.is_none() {
-                held = self.hold(uid);
+                held = self.hold(uid, patience);
             }
             let waited = match &held {
                 None => Err(None),
@@ -451,21 +473,40 @@ impl Registry {
         sessions.iter().any(|live| live.id != id && !live.retiring.is_cancelled() && live.session.is_open())
     }
 
-    /// Takes a place among the waiting requests, if waiting is promising.
-    fn hold(&self, uid: &ClusterUid) -> Option<Held<'_>> {
+    /// Takes a place among those that wait: a request if that is promising, a watch in any case.
+    fn hold(&self, uid: &ClusterUid, patience: Patience) -> Option<Held<'_>> {
         let mut clusters = self.lock();
-        let tunnel = clusters.by_uid.get_mut(uid)?;
-        if self.hold.time.is_zero() || !tunnel.is_expected_back() {
+        let Clusters { by_uid, held_watches, .. } = &mut *clusters;
+        let tunnel = by_uid.get_mut(uid)?;
+        let limits = &self.hold;
+        let (waits, full) = match patience {
+            Patience::Moment => {
+                (!limits.time.is_zero() && tunnel.is_expected_back(), tunnel.held >= limits.requests)
+            }
+            Patience::Watch => {
+                let full =
+                    tunnel.held_watches >= limits.watches_per_cluster || *held_watches >= limits.watches;
+                (!limits.watch_time.is_zero(), full)
+            }
+        };
+        if !waits {
             return None;
         }
-        if tunnel.held >= self.hold.requests {
+        if full {
             self.metrics.hold(HoldOutcome::Full);
             return None;
         }
-        tunnel.held += 1;
+        match patience {
+            Patience::Moment => tunnel.held += 1,
+            Patience::Watch => {
+                tunnel.held_watches += 1;
+                *held_watches += 1;
+            }
+        }
         Some(Held {
             registry: self,
             uid: uid.clone(),
+            patience,
             outcome: HoldOutcome::Abandoned,
             _waiting: self.metrics.waiting(),
         })
@@ -857,6 +898,7 @@ impl Drop for Registration {
 struct Held<'a> {
     registry: &'a Registry,
     uid: ClusterUid,
+    patience: Patience,
     outcome: HoldOutcome,
     _waiting: Counted,
 }
@@ -869,9 +911,16 @@ impl Held<'_> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        if let Some(tunnel) = self.registry.lock().by_uid.get_mut(&self.uid) {
-            tunnel.held -= 1;
+        let mut clusters = self.registry.lock();
+        let tunnel = clusters.by_uid.get_mut(&self.uid);
+        match self.patience {
+            Patience::Moment => tunnel.into_iter().for_each(|tunnel| tunnel.held -= 1),
+            Patience::Watch => {
+                tunnel.into_iter().for_each(|tunnel| tunnel.held_watches -= 1);
+                clusters.held_watches -= 1;
+            }
         }
+        drop(clusters);
         self.registry.metrics.hold(self.outcome);
     }
 }
@@ -909,7 +958,13 @@ mod tests {
     }
 
     fn registry() -> Arc<Registry> {
-        let hold = HoldLimits { time: Duration::from_secs(3), requests: 2 };
+        let hold = HoldLimits {
+            time: Duration::from_secs(3),
+            requests: 2,
+            watch_time: Duration::from_secs(30),
+            watches_per_cluster: 2,
+            watches: 3,
+        };
         Arc::new(Registry::new(Arc::default(), hold, 4))
     }
 
@@ -929,7 +984,10 @@ mod tests {
     /// How long a request waits in vain.
     async fn waits(registry: &Registry) -> Duration {
         let start = Instant::now();
-        assert!(matches!(registry.open(&uid(), &[]).await, Err(AcquireError::NotConnected(_))));
+        assert!(matches!(
+            registry.open(&uid(), &[], Patience::Moment).await,
+            Err(AcquireError::NotConnected(_))
+        ));
         start.elapsed()
     }
 
@@ -968,7 +1026,8 @@ mod tests {
         let mut waiting = JoinSet::new();
         for _ in 0..2 {
             let registry = Arc::clone(&registry);
-            waiting.spawn(async move { registry.open(&uid(), &[]).await.map(|(id, _)| id) });
+            waiting
+                .spawn(async move { registry.open(&uid(), &[], Patience::Moment).await.map(|(id, _)| id) });
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
         assert_eq!(waits(&registry).await, Duration::ZERO, "two wait already");
@@ -981,9 +1040,48 @@ mod tests {
         drop(registration);
         second.gateway.close(Code::Internal, "crash");
         let uid = uid();
-        let mut gone = std::pin::pin!(registry.open(&uid, &[]));
+        let mut gone = std::pin::pin!(registry.open(&uid, &[], Patience::Moment));
         assert!(timeout(Duration::from_millis(1), &mut gone).await.is_err());
         assert_eq!(registry.lock().by_uid[&uid].held, 1);
+    }
+
+    /// K1, K2: a watch that goes on waits for an agent whenever the last one went, as long as there is room for it.
+    #[tokio::test(start_paused = true)]
+    async fn k1_a_resumed_watch_waits_for_its_agent() {
+        let registry = registry();
+        let watch = |uid: &str| {
+            let (registry, uid) = (Arc::clone(&registry), ClusterUid::new(uid).unwrap());
+            async move {
+                let start = Instant::now();
+                let opened = registry.open(&uid, &[], Patience::Watch).await.map(|(id, _)| id);
+                (opened, start.elapsed())
+            }
+        };
+        let in_vain = |(opened, waited)| {
+            assert!(matches!(opened, Err(AcquireError::NotConnected(_))));
+            waited
+        };
+        let all = Duration::from_secs(30);
+        assert_eq!(in_vain(watch("prod").await), all, "never seen: the gateway has just started");
+        let mut waiting = JoinSet::new();
+        waiting.spawn(watch("prod"));
+        waiting.spawn(watch("prod"));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert_eq!(in_vain(watch("prod").await), Duration::ZERO, "as many of this cluster as may be");
+        let mut other = JoinSet::new();
+        other.spawn(watch("other"));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert_eq!(in_vain(watch("third").await), Duration::ZERO, "as many as may be");
+        // Requests have places of their own.
+        assert_eq!(waits(&registry).await, Duration::ZERO, "never seen");
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        let pair = pair().await;
+        let registration = insert(&registry, &pair, 1).unwrap();
+        while let Some(result) = waiting.join_next().await {
+            assert_eq!(result.unwrap().0.unwrap(), registration.id());
+        }
+        assert_eq!(in_vain(other.join_next().await.unwrap().unwrap()), all);
+        assert_eq!(registry.lock().held_watches, 0);
     }
 
     #[tokio::test(start_paused = true)]
@@ -992,11 +1090,11 @@ mod tests {
         let (old, new) = (pair().await, pair().await);
         let first = insert(&registry, &old, 1).unwrap();
         let second = insert(&registry, &new, 1).unwrap();
-        let (id, _stream) = registry.open(&uid(), &[]).await.unwrap();
+        let (id, _stream) = registry.open(&uid(), &[], Patience::Moment).await.unwrap();
         assert_eq!(id, second.id());
-        let (id, _other) = registry.open(&uid(), &[]).await.unwrap();
+        let (id, _other) = registry.open(&uid(), &[], Patience::Moment).await.unwrap();
         assert_eq!(id, first.id());
-        let (id, _third) = registry.open(&uid(), &[second.id()]).await.unwrap();
+        let (id, _third) = registry.open(&uid(), &[second.id()], Patience::Moment).await.unwrap();
         assert_eq!(id, first.id());
     }
 
@@ -1010,12 +1108,12 @@ mod tests {
             thread::scope(|scope| scope.spawn(|| insert(&registry, &far, 1).unwrap()).join().unwrap());
         let (mut streams, mut picked) = (Vec::new(), HashMap::<SessionId, u32>::new());
         for _ in 0..ELSEWHERE {
-            let (id, stream) = registry.open(&uid(), &[]).await.unwrap();
+            let (id, stream) = registry.open(&uid(), &[], Patience::Moment).await.unwrap();
             streams.push(stream);
             assert_eq!(id, here.id());
         }
         for _ in 0..90 {
-            let (id, stream) = registry.open(&uid(), &[]).await.unwrap();
+            let (id, stream) = registry.open(&uid(), &[], Patience::Moment).await.unwrap();
             streams.push(stream);
             *picked.entry(id).or_default() += 1;
         }
@@ -1031,16 +1129,16 @@ mod tests {
         let old = pair().await;
         let first = insert(&registry, &old, 1).unwrap();
         for _ in 0..3 {
-            drop(registry.open(&uid(), &[]).await.unwrap());
+            drop(registry.open(&uid(), &[], Patience::Moment).await.unwrap());
         }
         assert!(old.agent.state().borrow().goaway.is_none());
-        let (_, stream) = registry.open(&uid(), &[]).await.unwrap();
+        let (_, stream) = registry.open(&uid(), &[], Patience::Moment).await.unwrap();
         old.agent.wait_for(|state| state.goaway.is_some()).await;
         // Until there is another one it still serves.
-        assert_eq!(registry.open(&uid(), &[]).await.unwrap().0, first.id());
+        assert_eq!(registry.open(&uid(), &[], Patience::Moment).await.unwrap().0, first.id());
         let new = pair().await;
         let second = insert(&registry, &new, 1).unwrap();
-        assert_eq!(registry.open(&uid(), &[]).await.unwrap().0, second.id());
+        assert_eq!(registry.open(&uid(), &[], Patience::Moment).await.unwrap().0, second.id());
         let mut replaced = std::pin::pin!(first.replaced(&old.gateway));
         let early = timeout(Duration::from_secs(9), &mut replaced).await;
         assert!(early.is_err(), "a stream still runs in it");

@@ -388,7 +388,13 @@ impl Shared {
         let config = live.config.clone();
         let limits = &config.limits;
         let (fleet, authorities) = memory.map(|memory| (memory.fleet, memory.authorities)).unzip();
-        let hold = HoldLimits { time: config.timeouts.hold, requests: config.limits.held_per_cluster };
+        let hold = HoldLimits {
+            time: config.timeouts.hold,
+            requests: config.limits.held_per_cluster,
+            watch_time: config.timeouts.watch_hold,
+            watches_per_cluster: config.limits.held_watches_per_cluster,
+            watches: config.limits.held_watches,
+        };
         let registry = Registry::new(Arc::clone(&metrics), hold, config.limits.sessions_per_cluster)
             .with_spare_ids(STREAM_IDS - config.limits.session_streams);
         let mut boot_id = [0; 16];

@@ -240,6 +240,12 @@ impl GatewayConfig {
         );
         problems.unless(timeouts.handshake.as_secs() <= 10, "timeouts.handshake", "must be at most 10s");
         problems.unless(timeouts.hold.as_secs() <= 3, "timeouts.hold", "must be at most 3s");
+        problems.unless(timeouts.watch_hold.as_secs() <= 300, "timeouts.watchHold", "must be at most 5m");
+        problems.unless(
+            limits.held_watches_per_cluster <= limits.held_watches,
+            "limits.heldWatchesPerCluster",
+            "must be at most heldWatches",
+        );
         problems.unless(limits.held_per_cluster <= 100, "limits.heldPerCluster", "must be at most 100");
         problems.unless(
             self.drain.delay <= self.drain.deadline,

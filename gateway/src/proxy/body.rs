@@ -1,13 +1,15 @@
 //! What bodies does an exchange have? The client's, which may be sent again while little of it was read; and the answer's,
 //! which holds all that the exchange holds until its end.
 
+use super::events::Events;
 use crate::front::Stalled;
+use crate::metrics::{Metrics, WatchEnded};
 use crate::uploads::Room;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use std::fmt;
-use std::future::Future as _;
+use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -285,24 +287,109 @@ impl Tunnel {
     }
 }
 
-/// A watch that ends between two events when the gateway drains, each at another time.
+/// Ends a watch between two events: when its gateway or its session drains, at a moment of its own, and when what it comes through
+/// breaks. A client whose watch ends there goes on from the last event; one whose watch is cut elsewhere lists everything again.
 pub(super) struct WatchEnd {
-    draining: Pin<Box<WaitForCancellationFutureOwned>>,
-    after: Duration,
-    timer: Option<Pin<Box<Sleep>>>,
-    at_boundary: bool,
+    events: Events,
+    began: Instant,
+    /// Ends when the watch is due to end.
+    drained: Aside<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+    metrics: Arc<Metrics>,
+    why: Option<WatchEnded>,
+    /// The rest of the last piece was left out.
+    is_cut: bool,
+    old_enough: Option<Pin<Box<Sleep>>>,
 }
 
+/// A watch without an event that ends earlier makes client-go list again, as one that ends by an error does. The client counts from before
+/// its request left, so that it sees more.
+const YOUNG: Duration = Duration::from_millis(1100);
+/// Watches end within this part of the time that a drain has, so that clients do not all come back at once, and none is cut.
+const DRAIN_PART: f64 = 0.8;
+
 impl WatchEnd {
-    pub(super) fn new(draining: WaitForCancellationFutureOwned, after: Duration) -> Self {
-        Self { draining: Box::pin(draining), after, timer: None, at_boundary: true }
+    /// Of a watch that has begun. `part`, from 0 to 1, says when in a drain it ends: in that of the gateway, which takes up to
+    /// `deadline` from when `draining` is cancelled, or in that of the session.
+    pub(super) fn new(
+        events: Events,
+        (draining, deadline): (CancellationToken, Duration),
+        session: Option<watch::Receiver<SessionState>>,
+        part: f64,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let wait = move |time: Duration| tokio::time::sleep(time.mul_f64(DRAIN_PART * part));
+        let drained = Box::pin(async move {
+            let gateway = async {
+                draining.cancelled().await;
+                wait(deadline).await;
+            };
+            let session = async {
+                let Some(mut session) = session else { return std::future::pending().await };
+                let goaway = session.wait_for(|state| state.goaway.is_some()).await;
+                // A session that is gone without one has broken, which the body hears by itself.
+                let goaway = goaway.ok().and_then(|state| state.goaway);
+                let Some(goaway) = goaway else { return std::future::pending().await };
+                wait(Duration::from_millis(goaway.drain_ms.into())).await;
+            };
+            tokio::select! {
+                () = gateway => {}
+                () = session => {}
+            }
+        });
+        let drained = Aside::new(drained as Pin<Box<dyn Future<Output = ()> + Send + Sync>>);
+        Self { events, began: Instant::now(), drained, metrics, why: None, is_cut: false, old_enough: None }
     }
 
-    fn poll_due(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.timer.is_none() && self.draining.as_mut().poll(cx).is_ready() {
-            self.timer = Some(Box::pin(tokio::time::sleep_until(Instant::now() + self.after)));
+    /// Takes what comes next of the watch; gives what is to be sent of it.
+    fn pass(&mut self, bytes: Bytes) -> Bytes {
+        let whole = self.events.take(&bytes);
+        match whole {
+            Some(whole) if self.why.is_some() && whole < bytes.len() => {
+                self.is_cut = true;
+                bytes.slice(..whole)
+            }
+            _ => bytes,
         }
-        self.at_boundary && self.timer.as_mut().is_some_and(|timer| timer.as_mut().poll(cx).is_ready())
+    }
+
+    /// What the watch comes through has broken. Says whether it can end as if the API server had ended it.
+    fn outlasts(&mut self, error: &BodyError) -> bool {
+        let taken_away = match error {
+            BodyError::Read(ReadError::Reset(code)) => *code == Code::Denied,
+            BodyError::Read(ReadError::Closed(reason)) => reason.code() == Code::Denied.to_u32(),
+            BodyError::Short(_) | BodyError::Long => true,
+        };
+        let outlasts = !taken_away && self.is_between_events();
+        if outlasts {
+            self.why.get_or_insert(WatchEnded::Lost);
+        }
+        outlasts
+    }
+
+    fn is_between_events(&self) -> bool {
+        self.is_cut || self.events.at_boundary()
+    }
+
+    /// Whether the watch ends now.
+    fn poll_over(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.why.is_none() && Pin::new(&mut self.drained).poll(cx).is_ready() {
+            self.why = Some(WatchEnded::Drained);
+        }
+        let (Some(why), true) = (self.why, self.is_between_events()) else { return false };
+        if !self.events.any() {
+            let due = self.began + YOUNG;
+            let timer = self.old_enough.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+            if timer.as_mut().poll(cx).is_pending() {
+                return false;
+            }
+        }
+        self.metrics.watch_ended(why);
+        true
+    }
+
+    /// Whether nothing more comes.
+    fn is_lost(&self) -> bool {
+        self.is_cut || self.why == Some(WatchEnded::Lost)
     }
 }
 
@@ -376,23 +463,28 @@ impl Body for AnswerBody {
                     self.inner = Inner::Full(None);
                     return Poll::Ready(Some(Err(error)));
                 }
-                if tunnel.end.as_mut().is_some_and(|end| end.poll_due(cx)) {
+                if tunnel.end.as_mut().is_some_and(|end| end.poll_over(cx)) {
                     self.inner = Inner::Full(None);
                     return Poll::Ready(None);
                 }
                 if Pin::new(&mut tunnel.ended).poll(cx).is_ready() {
                     return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
                 }
-                if tunnel.stalled.as_ref().is_some_and(Stalled::now) {
+                let is_lost = tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
+                if is_lost || tunnel.stalled.as_ref().is_some_and(Stalled::now) {
                     return Poll::Pending;
                 }
                 let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
                 match frame {
-                    Some(Ok(frame)) => {
-                        if let (Some(end), Some(bytes)) = (&mut tunnel.end, frame.data_ref()) {
-                            end.at_boundary = bytes.last() == Some(&b'\n');
-                        }
-                        Poll::Ready(Some(Ok(frame)))
+                    Some(Ok(frame)) => Poll::Ready(Some(Ok(match &mut tunnel.end {
+                        Some(end) => frame.map_data(|bytes| end.pass(bytes)),
+                        None => frame,
+                    }))),
+                    Some(Err(error)) if tunnel.end.as_mut().is_some_and(|end| end.outlasts(&error)) => {
+                        tracing::debug!(%error, "a watch ends between two events, since it broke off there");
+                        // At the next poll, or a moment later if it is young.
+                        cx.waker().wake_by_ref();
+                        Poll::Pending
                     }
                     Some(Err(error)) => tunnel.fail(error, cx),
                     None => {
@@ -409,7 +501,9 @@ impl Body for AnswerBody {
             Inner::Full(bytes) => bytes.is_none(),
             Inner::Stream(_) => false,
             Inner::Tunnel(tunnel) => {
-                tunnel.failed.is_none() && (tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0))
+                // A watch that broke off says itself when it ends.
+                let open = tunnel.failed.is_some() || tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
+                !open && (tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0))
             }
         }
     }

@@ -94,6 +94,8 @@ pub(crate) enum ProxyError {
         cluster: String,
         after: Duration,
     },
+    /// The same for a watch that goes on from a version.
+    Later(Box<ProxyError>),
 }
 
 /// What the client gets to see.
@@ -128,6 +130,26 @@ impl From<UpgradeError> for ProxyError {
 }
 
 impl ProxyError {
+    /// What a watch that goes on from a version is told. Its client lists everything again after 502, 503 and 504, which costs
+    /// the cluster the most when it has just come back; after 429 it waits for longer and longer and goes on where it was
+    /// (client-go, tools/cache/reflector.go, `isWatchErrorRetriable`). So what may be over by then is 429.
+    pub(crate) fn for_a_resumed_watch(self) -> Self {
+        let may_be_over = matches!(
+            self,
+            Self::NotConnected { .. }
+                | Self::Draining { .. }
+                | Self::Agent { .. }
+                | Self::SessionLost { .. }
+                | Self::Reset { .. }
+                | Self::Deadline { .. }
+        );
+        if may_be_over && self.verdict().status.is_server_error() {
+            Self::Later(Box::new(self))
+        } else {
+            self
+        }
+    }
+
     fn verdict(&self) -> Verdict {
         let verdict = |status, code, message: String| Verdict { status, code, message };
         match self {
@@ -238,6 +260,7 @@ impl ProxyError {
                     "cluster {cluster:?} answered {status} to a request to switch protocols — check what its API server's address leads to"
                 ),
             ),
+            Self::Later(error) => Verdict { status: StatusCode::TOO_MANY_REQUESTS, ..error.verdict() },
             Self::Redirect { cluster, status, why } => verdict(
                 StatusCode::BAD_GATEWAY,
                 TlCode::BadUpstream,
@@ -264,8 +287,9 @@ impl ProxyError {
     }
 
     /// The limit that was reached, for the metric.
-    pub(crate) const fn limit(&self) -> Option<Limit> {
+    pub(crate) fn limit(&self) -> Option<Limit> {
         match self {
+            Self::Later(error) => error.limit(),
             Self::Limit(limit, _) => Some(*limit),
             Self::HeadTooLarge => Some(Limit::Head),
             Self::SlowBody => Some(Limit::SlowBody),
@@ -312,8 +336,9 @@ impl ProxyError {
             StatusCode::UNAUTHORIZED => {
                 head.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(CHALLENGE));
             }
-            // Clients wait as long as this says; on 503 it would cost kubectl 50 s.
-            StatusCode::TOO_MANY_REQUESTS => {
+            // Clients wait as long as this says; on 503 it would cost kubectl 50 s. A watch's client has a back-off of its own, up to
+            // half a minute, and with this it would come ten times before it begins with that.
+            StatusCode::TOO_MANY_REQUESTS if !matches!(self, Self::Later(_)) => {
                 head.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
             }
             StatusCode::METHOD_NOT_ALLOWED => {
@@ -329,6 +354,7 @@ impl ProxyError {
 
     fn cluster(&self) -> Option<&str> {
         match self {
+            Self::Later(error) => error.cluster(),
             Self::Forbidden { cluster }
             | Self::NoSuchCluster { cluster }
             | Self::ClusterChanged { cluster }
@@ -540,6 +566,46 @@ mod tests {
     fn d17_an_arrow_is_an_arrow() {
         let header = warning("agent → API server https://x: refused — look at …");
         assert_eq!(header, "299 towline \"agent -> API server https://x: refused; look at ...\"");
+    }
+
+    /// K1, K2: the client of a watch that goes on does not list again for what may be over soon.
+    #[tokio::test]
+    async fn k1_a_resumed_watch_is_told_to_come_later() {
+        let cluster = || "a".to_owned();
+        let failure = |code: Code| {
+            let failure = Failure { code: code.to_u32(), message: "down".to_owned(), untouched: true };
+            ProxyError::Agent { cluster: cluster(), failure }
+        };
+        let silence = CloseReason::Dead(Duration::from_secs(3));
+        for (error, code) in [
+            (
+                ProxyError::NotConnected { cluster: cluster(), presence: Presence::default() },
+                "TL_CLUSTER_OFFLINE",
+            ),
+            (ProxyError::Draining { cluster: cluster() }, "TL_DRAINING"),
+            (ProxyError::SessionLost { cluster: cluster(), reason: silence }, "TL_TIMEOUT"),
+            (ProxyError::Reset { cluster: cluster(), code: Code::Refused }, "TL_CLUSTER_OFFLINE"),
+            (failure(Code::UpstreamConnect), "TL_BAD_UPSTREAM"),
+            (failure(Code::UpstreamBody), "TL_BAD_UPSTREAM"),
+            (failure(Code::Draining), "TL_DRAINING"),
+        ] {
+            let (head, body) = render(error.for_a_resumed_watch()).await;
+            assert_eq!((head.status().as_u16(), &body["reason"]), (429, &json!("TooManyRequests")));
+            assert_eq!(body["details"]["causes"][0]["reason"], code);
+            assert_eq!(body["details"]["name"], "a");
+            assert!(!head.headers().contains_key("retry-after"));
+        }
+        let bad = |what| ProxyError::BadAnswer { cluster: cluster(), what };
+        for (error, status) in [
+            (failure(Code::Denied), 403),
+            (ProxyError::Forbidden { cluster: cluster() }, 403),
+            (ProxyError::Authn(AuthnError::Revoked), 401),
+            (bad("its status is none"), 502),
+        ] {
+            assert_eq!(render(error.for_a_resumed_watch()).await.0.status().as_u16(), status);
+        }
+        let limit = ProxyError::Limit(Limit::Streams, "requests").for_a_resumed_watch();
+        assert!(render(limit).await.0.headers().contains_key("retry-after"));
     }
 
     #[tokio::test]
