@@ -9,6 +9,7 @@ use crate::config::Mode;
 use crate::location::{Astray, Place};
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
 use http::{Method, StatusCode};
 use std::net::IpAddr;
 use thiserror::Error;
@@ -127,7 +128,9 @@ pub struct Asked<'a> {
     pub method: &'a Method,
     /// As in [`Upstream`].
     pub proxy: bool,
-    pub place: Place<'a>,
+    pub parts: &'a Parts,
+    /// What of the path named the cluster.
+    pub prefix: Option<&'a str>,
 }
 
 /// Builds the header fields of an answer for the client. Paths in `Location` and `Content-Location` are as the client sees them.
@@ -180,7 +183,7 @@ fn led(
     asked: Asked<'_>,
 ) -> Result<(), RedirectError> {
     let followed = name == header::LOCATION && status.is_redirection() && status != StatusCode::NOT_MODIFIED;
-    let place = match asked.place.lead(value.as_bytes()) {
+    let place = match Place::of(asked.parts, asked.prefix).lead(value.as_bytes()) {
         Ok(Some(place)) => place,
         Err(astray) if followed => return Err(RedirectError::Astray(astray)),
         Ok(None) | Err(_) => return Ok(()),
@@ -530,9 +533,6 @@ mod tests {
         assert_eq!(traceparent(&headers(&[("traceparent", good), ("traceparent", good)])), None);
     }
 
-    const PLACE: Place<'static> =
-        Place { authority: "gw.example", prefix: Some("/clusters/a"), path: "/clusters/a/api", query: None };
-
     fn redirected(
         method: &Method,
         proxy: bool,
@@ -540,7 +540,9 @@ mod tests {
         lines: &[(&str, &str)],
     ) -> Result<HeaderMap, RedirectError> {
         let lines: Vec<_> = lines.iter().map(|(name, value)| field(name, value.as_bytes())).collect();
-        client_head(&lines, StatusCode::from_u16(status).unwrap(), Asked { method, proxy, place: PLACE })
+        let request = http::Request::get("/clusters/a/api").header("host", "gw.example").body(()).unwrap();
+        let (parts, prefix) = (&request.into_parts().0, Some("/clusters/a"));
+        client_head(&lines, StatusCode::from_u16(status).unwrap(), Asked { method, proxy, parts, prefix })
     }
 
     fn answer(method: &Method, status: u16, lines: &[(&str, &str)]) -> HeaderMap {

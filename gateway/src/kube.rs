@@ -61,7 +61,7 @@ impl RequestKind {
 pub fn resumes(query: &str) -> bool {
     let from = |pair: &str| {
         let (key, value) = pair.split_once('=')?;
-        (percent_decode(key) == b"resourceVersion").then(|| !matches!(value, "" | "0"))
+        (percent_decode(key) == b"resourceVersion").then_some(!matches!(value, "" | "0"))
     };
     // The API server reads the first of several.
     query.split('&').find_map(from).unwrap_or_default()

@@ -30,7 +30,6 @@ use crate::fleet::Fleet;
 use crate::gate::Standing;
 use crate::headers::{self, Asked, HeadersError, Upstream};
 use crate::kube::{self, RequestKind};
-use crate::location::Place;
 use crate::metrics::{Counted, Ended, Limit, Surface};
 use crate::per_key::KeyPermit;
 use crate::registry::{AcquireError, Patience, SessionId};
@@ -296,8 +295,8 @@ impl Plan {
     ) -> Result<(StatusCode, HeaderMap), ProxyError> {
         let status = u16::try_from(response.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
         let status = status.ok_or_else(|| self.bad_answer("its status is none"))?;
-        let place = Place::of(parts, self.prefix.as_deref());
-        let asked = Asked { method: &self.method, proxy: self.kind.proxy, place };
+        let prefix = self.prefix.as_deref();
+        let asked = Asked { method: &self.method, proxy: self.kind.proxy, parts, prefix };
         let head = headers::client_head(&response.headers, status, asked)
             .map_err(|why| ProxyError::Redirect { cluster: self.name(), status: status.as_u16(), why })?;
         Ok((status, head))

@@ -617,7 +617,7 @@ async fn a_refused_upgrade_ends_the_connection() {
         let text = String::from_utf8(bytes).unwrap();
         assert!(text.starts_with(&format!("HTTP/1.1 {expected} ")), "{text}");
         assert_eq!(text.matches("HTTP/1.1 ").count(), 1, "{text}");
-        assert_eq!(text.contains("elsewhere.example"), answered != 301 && answered != 200, "{text}");
+        assert!(!text.contains("elsewhere.example"), "{text}");
         let smuggled = tokio::time::timeout(Duration::from_millis(50), agent.session.accept()).await;
         assert!(smuggled.is_err(), "no second request reaches the cluster");
     }

@@ -359,6 +359,43 @@ async fn held_requests() {
     assert_eq!(world.series("towline_gateway_holds_total{outcome=\"timed_out\"}"), 1.0);
 }
 
+/// Goal (K1, K2): a watch that goes on from a version waits for its agent, apart from requests; one too many, and one whose time is up,
+/// are told to come later, and not 503; so is one whose gateway is about to stop.
+#[tokio::test]
+async fn k1_held_watches() {
+    const WATCH: &str = "/clusters/prod/api/v1/pods?watch=1&resourceVersion=7";
+    let world = World::with(|config| {
+        config.limits.held_per_cluster = 0;
+        config.limits.held_watches_per_cluster = 1;
+        config.timeouts.watch_hold = SHORT;
+    })
+    .await;
+    // No agent was ever there, as after a start of the gateway.
+    let (mut first, mut second) = (world.h1(None).await, world.h2(None).await);
+    let beside = async {
+        world.counts("towline_gateway_holds_waiting", 1.0).await;
+        assert_eq!(second.get_as("/clusters/prod/api/v1/pods?watch=1", TOKEN).await.status(), 503);
+        let answer = second.get_as(WATCH, TOKEN).await;
+        assert!(!answer.headers().contains_key("retry-after"));
+        assert_eq!(error_of(answer).await.0, 429);
+    };
+    let (answer, ()) = tokio::join!(first.get_as(WATCH, TOKEN), beside);
+    let (status, code, message) = error_of(answer).await;
+    assert_eq!((status, code.as_str()), (429, "TL_CLUSTER_OFFLINE"), "{message}");
+    assert_eq!(world.series("towline_gateway_holds_total{outcome=\"full\"}"), 1.0);
+    assert_eq!(world.series("towline_gateway_holds_total{outcome=\"timed_out\"}"), 1.0);
+
+    let world = World::start().await;
+    let mut client = world.h1(None).await;
+    let stop = async {
+        world.counts("towline_gateway_holds_waiting", 1.0).await;
+        world.gateway.drain().await;
+    };
+    let (answer, ()) = tokio::join!(client.get_as(WATCH, TOKEN), stop);
+    let (status, code, message) = error_of(answer).await;
+    assert_eq!((status, code.as_str()), (429, "TL_DRAINING"), "{message}");
+}
+
 /// Goal: a request whose agent has left a gateway that is about to stop is told so, and not that its cluster is offline.
 #[tokio::test]
 async fn a_draining_gateway_says_so() {

@@ -162,9 +162,25 @@ async fn every_family_moves_and_is_documented() {
     world.admin("/metrics").await;
     seen.look(&world);
 
+    // A watch between two events when its agent goes.
+    let mut watcher = world.h2(None).await;
+    let path = "/clusters/prod/api/v1/pods?watch=1";
+    let server = async {
+        let mut exchange = serving.next().await;
+        exchange.head(200, &[("content-type", "application/json")], BodyKind::STREAM).await;
+        exchange.write("{}\n").await;
+        exchange
+    };
+    let (watch, _watched) = tokio::join!(watcher.ask("GET", path, &headers, full("")), server);
+    let mut watch = watch.into_body();
+    let event = in_time("an event", http_body_util::BodyExt::frame(&mut watch)).await;
+    assert_eq!(event.unwrap().unwrap().into_data().unwrap(), "{}\n");
+
     // A request that waits for an agent that has left, and a gateway that stops meanwhile.
     serving.session.close(Code::Internal, "crash");
     world.connected("prod", 0).await;
+    let rest = in_time("the watch ends", http_body_util::BodyExt::collect(watch)).await;
+    assert!(rest.unwrap().to_bytes().is_empty());
     let mut client = world.h1(None).await;
     let waits = async {
         while seen.0["towline_gateway_holds_waiting"] == 0.0 {

@@ -357,23 +357,102 @@ async fn write_events(target: Target, stop: Arc<AtomicBool>) {
 }
 
 /// Reads a watch to its end, which must be a clean one between two events; tells how many there were, and when it ended.
-async fn watch_to_its_end(mut body: Incoming) -> (usize, Instant) {
-    let mut text = Vec::new();
+async fn watch_to_its_end(body: Incoming) -> (usize, Instant) {
+    let seen = watched(LINES, body).await;
+    (seen.numbers.len(), seen.ended)
+}
+
+const LINES: &str = "application/json";
+/// How a test asks for a watch, and the encoding of the answer.
+const ENCODINGS: [&str; 3] =
+    [LINES, "application/vnd.kubernetes.protobuf;stream=watch", "application/cbor-seq"];
+
+/// What a watch has brought when it was over.
+struct Watched {
+    numbers: Vec<usize>,
+    /// Of the last event.
+    version: String,
+    ended: Instant,
+}
+
+/// Reads a watch to its end, which must be a clean one between two events; none of them may be missing.
+async fn watched(encoding: &str, mut body: Incoming) -> Watched {
+    let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
-        let frame = frame.unwrap_or_else(|error| panic!("a watch broke off: {error:?}"));
-        text.extend_from_slice(&frame.into_data().unwrap_or_default());
+        let frame = frame.unwrap_or_else(|error| panic!("a watch of {encoding} broke off: {error:?}"));
+        bytes.extend_from_slice(&frame.into_data().unwrap_or_default());
     }
     let ended = Instant::now();
-    assert!(text.is_empty() || text.ends_with(b"\n"), "a watch ended within an event");
-    let mut numbers = Vec::new();
-    for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-        let event: Value = serde_json::from_slice(line).unwrap();
+    let (mut numbers, mut version) = (Vec::new(), String::new());
+    for event in events(encoding, &bytes) {
         let number = event["object"]["data"]["number"].as_str().unwrap();
         numbers.push(number.parse::<usize>().unwrap());
+        version = event["object"]["metadata"]["resourceVersion"].as_str().unwrap().to_owned();
     }
     let first = numbers.first().copied().unwrap_or_default();
     assert!(numbers.iter().copied().eq(first..first + numbers.len()), "events are missing: {numbers:?}");
-    (numbers.len(), ended)
+    Watched { numbers, version, ended }
+}
+
+/// The events of a whole watch; one that ends within an event is none.
+fn events(encoding: &str, mut bytes: &[u8]) -> Vec<Value> {
+    let mut events = Vec::new();
+    while !bytes.is_empty() {
+        let (event, rest) = next_event(encoding, bytes).expect("a watch ended within an event");
+        events.push(event);
+        bytes = rest;
+    }
+    events
+}
+
+/// The next event of a watch, and what is behind it, once it is whole.
+fn next_event<'a>(encoding: &str, bytes: &'a [u8]) -> Option<(Value, &'a [u8])> {
+    let (event, rest) = if encoding == LINES {
+        let end = bytes.iter().position(|byte| *byte == b'\n')?;
+        (&bytes[..end], &bytes[end + 1..])
+    } else {
+        let bytes = if encoding == ENCODINGS[2] { bytes.strip_prefix(&[0x5a])? } else { bytes };
+        let (length, rest) = bytes.split_first_chunk()?;
+        rest.split_at_checked(u32::from_be_bytes(*length) as usize)?
+    };
+    Some((serde_json::from_slice(event).unwrap(), rest))
+}
+
+/// Begins a watch in this encoding, from a version if there is one.
+async fn watch(client: &mut Client, encoding: &str, version: &str) -> http::Response<Incoming> {
+    let from = if version.is_empty() { String::new() } else { format!("&resourceVersion={version}") };
+    let path = format!("/api/v1/namespaces/default/configmaps?watch=1&labelSelector=drain%3D1{from}");
+    let mut request = client.request(Method::GET, &path, empty()).unwrap();
+    request.headers_mut().insert(header::ACCEPT, encoding.parse().unwrap());
+    within("a watch's head", PATIENCE, client.send(request)).await.unwrap()
+}
+
+/// Watches of both versions and every encoding, until all of them are over; some see events all the time, and some nothing.
+struct Watches(JoinSet<(&'static str, Version, Watched)>);
+
+impl Watches {
+    async fn start(bench: &Bench, of_each: usize) -> Self {
+        let mut watches = JoinSet::new();
+        for version in VERSIONS {
+            for encoding in ENCODINGS {
+                for _ in 0..of_each {
+                    let mut client = bench.connect(version).await;
+                    let answer = watch(&mut client, encoding, "").await;
+                    assert_eq!(answer.headers()["content-type"], encoding);
+                    watches.spawn(async move {
+                        let seen = watched(encoding, answer.into_body()).await;
+                        drop(client);
+                        (encoding, version, seen)
+                    });
+                }
+            }
+        }
+        Self(watches)
+    }
+
+    async fn over(self) -> Vec<(&'static str, Version, Watched)> {
+        within("the watches", PATIENCE, self.0.join_all()).await
+    }
 }
 
 /// What a client of a raw connection has seen of it when it was over.
@@ -628,6 +707,153 @@ async fn sibling(bench: &Bench) -> (SocketAddr, Process) {
     let process = start("towline-agent", &config, &bench.stack.path("agent-2.log"));
     ready(admin).await;
     (admin, process)
+}
+
+/// Goal (FR-05): when a gateway drains, watches of every encoding end between two events, none is cut, and nothing keeps the gateway
+/// until its deadline.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fr_05_a_drain_ends_watches_of_every_encoding() {
+    let drain = json!({"drain": {"spread": "1s", "deadline": "20s"}});
+    let mut bench = Setup::new(Mode::Restricted).gateway(drain).start().await;
+    let quiet = Arc::new(AtomicBool::new(false));
+    let writer = spawn(write_events(bench.direct(), Arc::clone(&quiet)));
+    let watches = Watches::start(&bench, 3).await;
+    sleep(Duration::from_secs(2)).await;
+    let told = Instant::now();
+    let gateway = bench.stack.gateway.take().unwrap();
+    let exit = spawn(async move { gateway.terminate(END).await.unwrap() });
+    let over = watches.over().await;
+    let last = over.iter().map(|(_, _, seen)| seen.ended).max().unwrap().duration_since(told);
+    for (encoding, version, seen) in &over {
+        assert!(seen.numbers.len() > 2, "{encoding}, {version:?}: {:?}", seen.numbers);
+    }
+    assert_eq!(within("the gateway", END, exit).await.unwrap(), Some(0));
+    eprintln!("{} watches ended within {last:?}", over.len());
+    quiet.store(true, Ordering::Relaxed);
+    writer.await.unwrap();
+    bench.end().await;
+}
+
+/// Goal (K1): when one of two agents goes as planned, the watches that it carries end between two events, spread over its deadline and
+/// before it, in every encoding; each goes on from its last event through the other agent, and misses nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k1_a_leaving_agent_ends_watches_between_events() {
+    for transport in ["tcp", "quic"] {
+        let agent = json!({"transport": transport, "drain": {"deadline": "20s"}});
+        let mut bench = Setup::new(Mode::Restricted).agent(agent).start().await;
+        let quiet = Arc::new(AtomicBool::new(false));
+        let writer = spawn(write_events(bench.direct(), Arc::clone(&quiet)));
+        let watches = Watches::start(&bench, 3).await;
+        let (_, second) = sibling(&bench).await;
+        until("both agents are there", PATIENCE, async || bench.gateway_metric("sessions").await == 2.0)
+            .await;
+        let told = Instant::now();
+        let first = bench.stack.agent.take().unwrap();
+        let exit = spawn(async move { (first.terminate(END).await.unwrap(), Instant::now()) });
+        let over = watches.over().await;
+        let (code, exited) = within("the agent", END, exit).await.unwrap();
+        assert_eq!(code, Some(0));
+        let ends: Vec<_> = over.iter().map(|(_, _, seen)| seen.ended.duration_since(told)).collect();
+        let (soonest, latest) = (ends.iter().min().unwrap(), ends.iter().max().unwrap());
+        assert!(*latest - *soonest > Duration::from_secs(2), "they are spread over time: {ends:?}");
+        assert_eq!(bench.gateway_metric("answers_aborted_total").await as u64, 0);
+        let ended = bench.gateway_metric("watches_ended_total{cause=\"drained\"}").await as usize;
+        assert_eq!(ended, over.len());
+        for (encoding, version, seen) in over {
+            let mut client = bench.connect(version).await;
+            let answer = watch(&mut client, encoding, &seen.version).await;
+            assert_eq!(answer.status(), 200);
+            let mut body = answer.into_body();
+            let mut bytes = Vec::new();
+            let next = loop {
+                let frame = within("the next event", PATIENCE, body.frame()).await.unwrap().unwrap();
+                bytes.extend_from_slice(&frame.into_data().unwrap());
+                if let Some((event, _)) = next_event(encoding, &bytes) {
+                    break event["object"]["data"]["number"].as_str().unwrap().parse::<usize>().unwrap();
+                }
+            };
+            assert_eq!(Some(next), seen.numbers.last().map(|last| last + 1), "{encoding}, {version:?}");
+        }
+        eprintln!(
+            "{transport}: watches ended from {soonest:?} to {latest:?}, the agent after {:?}",
+            exited.duration_since(told)
+        );
+        quiet.store(true, Ordering::Relaxed);
+        writer.await.unwrap();
+        assert_eq!(second.terminate(END).await.unwrap(), Some(0));
+        bench.end().await;
+    }
+}
+
+/// Goal (K2): when the API server or the only agent dies, watches that are between two events end there as if the API server had ended
+/// them, over both versions and in every encoding; what is not a watch is cut as ever. One that goes on is never told 502 or
+/// 503: it waits for the agent, and is told to come later by one whose API server is down.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k2_a_watch_outlasts_its_api_server_and_its_agent() {
+    let mut setup = Setup::new(Mode::Restricted);
+    setup.fake.listen = free_port().unwrap();
+    let mut bench = setup.start().await;
+    let event = async |number: usize| {
+        let metadata =
+            json!({"name": format!("event-{number}"), "namespace": "default", "labels": {"drain": "1"}});
+        let data = json!({"number": number.to_string()});
+        let object = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data});
+        let mut client = bench.direct().connect(Version::Http1).await.unwrap();
+        let made = client.post("/api/v1/namespaces/default/configmaps", object.to_string()).await.unwrap();
+        assert_eq!(made.status(), 201);
+    };
+    event(0).await;
+    for dies in ["the API server", "the agent"] {
+        let watches = Watches::start(&bench, 1).await;
+        // One that has no event yet, and is young: it ends when it is a second old, or its client would list again.
+        let mut client = bench.connect(Version::Http2).await;
+        let young = client.get("/api/v1/namespaces/default/configmaps").await.unwrap();
+        let version: Value = serde_json::from_slice(young.body()).unwrap();
+        let version = version["metadata"]["resourceVersion"].as_str().unwrap().to_owned();
+        let mut followed = bench.connect(Version::Http2).await;
+        let lines = head(&mut followed, "/towline-test/lines?n=100000&ms=100").await.into_body();
+        let began = Instant::now();
+        let young = watch(&mut client, LINES, &version).await.into_body();
+        if dies == "the agent" {
+            common::kill(&mut bench.stack.agent).await;
+        } else {
+            bench.fake.refuse_new(true);
+            bench.fake.kill_connections();
+        }
+        let (over, young) = tokio::join!(watches.over(), watched(LINES, young));
+        assert!(over.iter().all(|(_, _, seen)| seen.numbers == [0]));
+        assert!(young.numbers.is_empty() && young.ended - began >= Duration::from_secs(1));
+        let lines = within("the lines", PATIENCE, common::read(lines)).await;
+        assert!(!lines.clean, "what is no watch is cut");
+        let ended = bench.gateway_metric("watches_ended_total{cause=\"lost\"}").await as usize;
+        assert_eq!(ended, if dies == "the agent" { 14 } else { 7 });
+
+        let mut client = bench.connect(Version::Http2).await;
+        if dies == "the API server" {
+            until("the port is closed", PATIENCE, async || {
+                tokio::net::TcpStream::connect(bench.fake.addr()).await.is_err()
+            })
+            .await;
+            let answer = watch(&mut client, LINES, &version).await;
+            assert_eq!(answer.status(), 429);
+            assert!(!answer.headers().contains_key("retry-after"));
+            assert_eq!(get(&mut client, "/version").await.status(), 502);
+            bench.fake.refuse_new(false);
+            until("the API server is back", PATIENCE, async || {
+                let mut client = bench.connect(Version::Http2).await;
+                watch(&mut client, LINES, &version).await.status() == 200
+            })
+            .await;
+        } else {
+            until("the session is gone", PATIENCE, async || bench.gateway_metric("sessions").await == 0.0)
+                .await;
+            let waits = spawn(async move { watch(&mut client, LINES, &version).await.status() });
+            until("it waits", PATIENCE, async || bench.gateway_metric("holds_waiting").await == 1.0).await;
+            bench.stack.start_agent().await.unwrap();
+            assert_eq!(within("the watch", PATIENCE, waits).await.unwrap(), 200);
+        }
+    }
+    bench.end().await;
 }
 
 /// Goal: of two agents of a cluster one stops, comes back, and then the other stops: no request fails.

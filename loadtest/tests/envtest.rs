@@ -27,7 +27,9 @@ use rcgen::{
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use towline_certs::load::load_roots;
 use towline_certs::tls;
 use towline_loadtest::client::{Client, Target, Version, full};
@@ -55,13 +57,7 @@ async fn flows_against_a_real_api_server() {
     plane.takes_the_manifests(&kubectl).await;
     for mode in Mode::ALL {
         let directory = tempfile::tempdir().unwrap();
-        let upstream = Upstream {
-            url: format!("https://{}", plane.address),
-            ca_pem: plane.ca_pem.clone(),
-            agent_token: AGENT.to_owned(),
-            client_token: USER.to_owned(),
-        };
-        let stack = Stack::start(Options::new(directory.path(), mode), upstream).await.unwrap();
+        let stack = Stack::start(Options::new(directory.path(), mode), plane.upstream()).await.unwrap();
         let kubeconfig = directory.path().join("kubeconfig");
         std::fs::write(&kubeconfig, stack.kubeconfig(None).unwrap()).unwrap();
         let run = Run::new(&kubectl, &kubeconfig).unwrap();
@@ -79,6 +75,152 @@ async fn flows_against_a_real_api_server() {
         );
     }
     plane.end().await;
+}
+
+/// Goal (K1, K2, FR-05): watches through a tunnel whose only agent is replaced as planned, twice, and killed once, go on from where they
+/// were. The API server's audit log says so: each informer has listed once, when it began.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k1_replacing_the_agent_makes_nobody_list_again() {
+    let Some((assets, _)) = tools() else { return };
+    let _alone = ALONE.lock().await;
+    let plane = ControlPlane::start(&assets, Ipv4Addr::LOCALHOST).await;
+    plane.seed().await;
+    let directory = tempfile::tempdir().unwrap();
+    let mut options = Options::new(directory.path(), Mode::Restricted);
+    options.agent = json!({"drain": {"deadline": "6s"}});
+    let mut stack = Stack::start(options, plane.upstream()).await.unwrap();
+    let mut informers = JoinSet::new();
+    let (seen, stop) = (tokio::sync::watch::Sender::new([0; 6]), CancellationToken::new());
+    for number in 0..6 {
+        let version = [Version::Http1, Version::Http2][number % 2];
+        let informer = inform(stack.target(Some(CLIENT)).unwrap(), version, number, seen.clone());
+        informers.spawn(stop.clone().run_until_cancelled_owned(informer));
+    }
+    let mut admin = plane.admin().connect(Version::Http1).await.unwrap();
+    let mut made = 0;
+    let mut all_see = async |count: usize| {
+        for _ in 0..count {
+            made += 1;
+            let map =
+                json!({"metadata": {"name": format!("event-{made}")}, "data": {"number": made.to_string()}});
+            create(&mut admin, CONFIGMAPS, map).await;
+        }
+        let mut seen = seen.subscribe();
+        let all = seen.wait_for(|seen| seen.iter().all(|seen| *seen >= made));
+        timeout(START, all).await.unwrap_or_else(|_| panic!("not all see {made}")).unwrap();
+    };
+    all_see(5).await;
+    for replacement in ["planned", "planned", "killed"] {
+        let agent = stack.agent.take().unwrap();
+        if replacement == "planned" {
+            assert_eq!(agent.terminate(common::END).await.unwrap(), Some(0));
+        } else {
+            agent.kill().await.unwrap();
+        }
+        stack.start_agent().await.unwrap();
+        all_see(5).await;
+    }
+    stop.cancel();
+    informers.join_all().await;
+    let asked = plane.audited();
+    let count = |verb: &str| {
+        let of_alice = |event: &&Value| event["user"]["username"] == CLIENT && event["verb"] == verb;
+        asked.iter().filter(of_alice).filter(|event| event["objectRef"]["resource"] == "configmaps").count()
+    };
+    eprintln!("the API server's audit log: {} lists, {} watches", count("list"), count("watch"));
+    assert_eq!(count("list"), 6, "each informer lists once");
+    assert!(count("watch") >= 6 * 4, "each has watched anew after each replacement: {}", count("watch"));
+    plane.end().await;
+}
+
+/// Goal (S1): what a real API server answers to a stale hash of its description is followed through the tunnel, by path and with the newest
+/// kubectl.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s1_a_stale_openapi_hash_is_followed() {
+    let Some((assets, kubectl)) = tools() else { return };
+    let _alone = ALONE.lock().await;
+    let plane = ControlPlane::start(&assets, Ipv4Addr::LOCALHOST).await;
+    plane.seed().await;
+    let directory = tempfile::tempdir().unwrap();
+    let stack =
+        Stack::start(Options::new(directory.path(), Mode::Restricted), plane.upstream()).await.unwrap();
+    let target = stack.target(Some(CLIENT)).unwrap();
+    let mut client = target.connect(Version::Http2).await.unwrap();
+    let stale = "/openapi/v3/api/v1?hash=STALE";
+    let answer = client.get(stale).await.unwrap();
+    assert_eq!(answer.status(), 301);
+    let place = answer.headers()["location"].to_str().unwrap();
+    let place = place.strip_prefix(&target.prefix).unwrap_or_else(|| panic!("{place} has no prefix"));
+    assert!(place.starts_with("/openapi/v3/api/v1?hash="), "{place}");
+    assert_eq!(client.get(place).await.unwrap().status(), 200);
+    let kubeconfig = directory.path().join("kubeconfig");
+    std::fs::write(&kubeconfig, stack.kubeconfig(None).unwrap()).unwrap();
+    let run = Run::new(&kubectl, &kubeconfig).unwrap();
+    let said = run.ok(&["get", "--raw", &format!("{}{stale}", target.prefix)]).await.unwrap();
+    assert!(said.contains("\"openapi\""), "{kubectl}: {}", said.get(..200).unwrap_or(&said));
+    plane.end().await;
+}
+
+const CONFIGMAPS: &str = "/api/v1/namespaces/default/configmaps";
+
+/// What client-go's reflector does (tools/cache/reflector.go): it lists, and watches from there. When a watch ends well after a second or an
+/// event it watches on from the last version; so it does a moment after 429, or when nobody is there. After anything else it lists again.
+/// Tells the highest number that it has seen.
+async fn inform(target: Target, http: Version, number: usize, seen: tokio::sync::watch::Sender<[usize; 6]>) {
+    loop {
+        let (status, list) = get(&target, Some(USER), CONFIGMAPS, &[]).await;
+        if status != 200 {
+            sleep(Duration::from_millis(800)).await;
+            continue;
+        }
+        let mut version = list["metadata"]["resourceVersion"].as_str().unwrap().to_owned();
+        while let Some(next) = watch_on(&target, http, number, &seen, version.clone()).await {
+            version = next;
+        }
+    }
+}
+
+/// One watch; the version from which the next one goes on, unless there has to be a list.
+async fn watch_on(
+    target: &Target,
+    http: Version,
+    number: usize,
+    seen: &tokio::sync::watch::Sender<[usize; 6]>,
+    mut version: String,
+) -> Option<String> {
+    let began = Instant::now();
+    let path = format!("{CONFIGMAPS}?watch=true&allowWatchBookmarks=true&resourceVersion={version}");
+    let mut client = target.connect(http).await.ok()?;
+    let request = client.request(Method::GET, &path, full(String::new())).unwrap();
+    let answer = client.send(request).await.ok()?;
+    if answer.status() == 429 {
+        sleep(Duration::from_millis(800)).await;
+        return Some(version);
+    }
+    if answer.status() != 200 {
+        return None;
+    }
+    let (mut body, mut text, mut events) = (answer.into_body(), Vec::new(), 0);
+    while let Some(frame) = body.frame().await {
+        let frame = match frame {
+            Ok(frame) => frame,
+            // Of an end that came too early, over HTTP/1.1, a reflector hears nothing.
+            Err(_) if http == Version::Http1 => break,
+            Err(_) => return None,
+        };
+        text.extend_from_slice(&frame.into_data().unwrap_or_default());
+        while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
+            let event: Value = serde_json::from_slice(&text[..end]).unwrap();
+            text.drain(..=end);
+            events += 1;
+            let object = &event["object"];
+            object["metadata"]["resourceVersion"].as_str()?.clone_into(&mut version);
+            if let Some(now) = object["data"]["number"].as_str().and_then(|number| number.parse().ok()) {
+                seen.send_modify(|seen| seen[number] = seen[number].max(now));
+            }
+        }
+    }
+    (began.elapsed() >= Duration::from_secs(1) || events > 0).then_some(version)
 }
 
 /// A manifest for a cluster, and what it is to give.
@@ -289,6 +431,9 @@ impl ControlPlane {
             "{ADMIN},admin,admin,\"system:masters\"\n{AGENT},towline-agent,towline-agent\n{USER},{CLIENT},{CLIENT}\n"
         );
         std::fs::write(file("tokens.csv"), tokens).unwrap();
+        let policy =
+            json!({"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": [{"level": "Metadata"}]});
+        std::fs::write(file("audit.json"), policy.to_string()).unwrap();
 
         let [client, peer, mut address] = [(); 3].map(|()| free_port().unwrap());
         address.set_ip(at.into());
@@ -320,6 +465,8 @@ impl ControlPlane {
             "--service-cluster-ip-range=10.0.0.0/24".to_owned(),
             "--disable-admission-plugins=ServiceAccount".to_owned(),
             "--allow-privileged=true".to_owned(),
+            format!("--audit-policy-file={}", file("audit.json")),
+            format!("--audit-log-path={}", file("audit.log")),
         ];
         let api_server =
             spawn(&assets.join("kube-apiserver"), &api_server, &directory.path().join("kube-apiserver.log"));
@@ -348,6 +495,23 @@ impl ControlPlane {
             }
             sleep(Duration::from_millis(100)).await;
         }
+    }
+
+    /// What an agent forwards to.
+    fn upstream(&self) -> Upstream {
+        Upstream {
+            url: format!("https://{}", self.address),
+            ca_pem: self.ca_pem.clone(),
+            agent_token: AGENT.to_owned(),
+            client_token: USER.to_owned(),
+        }
+    }
+
+    /// Every request that has come, as the audit log has it.
+    fn audited(&self) -> Vec<Value> {
+        let text = log(&self.directory.path().join("audit.log"));
+        let events = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        events.filter(|event| event["stage"] == "RequestReceived").collect()
     }
 
     /// Straight to it, as its admin.

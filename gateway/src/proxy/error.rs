@@ -95,7 +95,7 @@ pub(crate) enum ProxyError {
         after: Duration,
     },
     /// The same for a watch that goes on from a version.
-    Later(Box<ProxyError>),
+    Later(Box<Self>),
 }
 
 /// What the client gets to see.

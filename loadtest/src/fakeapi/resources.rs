@@ -43,7 +43,8 @@ pub(super) async fn answer(mut call: Call) -> Result<Response, ApiError> {
         _ => return Err(ApiError::no_such_path()),
     }
     let accept = call.header("accept").to_owned();
-    if !accept.is_empty() && !accept.contains("application/json") && !accept.contains("*/*") {
+    let framed = watch::is_framed(&accept);
+    if !accept.is_empty() && !accept.contains("application/json") && !accept.contains("*/*") && !framed {
         return Err(ApiError::new(
             StatusCode::NOT_ACCEPTABLE,
             "NotAcceptable",

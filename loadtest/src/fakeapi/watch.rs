@@ -37,7 +37,9 @@ pub(super) fn answer(call: &Call, target: &Target) -> Result<Response, ApiError>
     }
     let seconds = query.number("timeoutSeconds").unwrap_or(WATCH_SECONDS);
     let (events, body) = channel(1);
+    let encoding = Encoding::asked(call.header("accept"));
     let watch = Watch {
+        encoding,
         shared: Arc::clone(&call.shared),
         kind: target.kind,
         namespace: target.namespace.clone(),
@@ -66,8 +68,48 @@ pub(super) fn answer(call: &Call, target: &Target) -> Result<Response, ApiError>
         }
     });
     let mut answer = http::Response::new(body);
-    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(encoding.media()));
     Ok(answer)
+}
+
+/// How events follow each other. What is in one is JSON in any case: these are the frames that a real server puts around its own
+/// encodings, for tests that ask for exactly one of them, as no Kubernetes client does.
+#[derive(Clone, Copy)]
+enum Encoding {
+    Lines,
+    /// Behind its length, as protobuf is.
+    Framed,
+    /// As a sequence of CBOR byte strings.
+    Cbor,
+}
+
+/// Whether a client asks for frames of an encoding that is not this server's own.
+pub(super) fn is_framed(accept: &str) -> bool {
+    !matches!(Encoding::asked(accept), Encoding::Lines)
+}
+
+impl Encoding {
+    fn asked(accept: &str) -> Self {
+        let all = [Self::Framed, Self::Cbor];
+        all.into_iter().find(|encoding| encoding.media() == accept).unwrap_or(Self::Lines)
+    }
+
+    const fn media(self) -> &'static str {
+        match self {
+            Self::Lines => "application/json",
+            Self::Framed => "application/vnd.kubernetes.protobuf;stream=watch",
+            Self::Cbor => "application/cbor-seq",
+        }
+    }
+
+    fn frame(self, event: &str) -> Bytes {
+        let length = u32::try_from(event.len()).unwrap_or(u32::MAX).to_be_bytes();
+        match self {
+            Self::Lines => [event.as_bytes(), b"\n"].concat().into(),
+            Self::Framed => [&length[..], event.as_bytes()].concat().into(),
+            Self::Cbor => [&[0x5a], &length[..], event.as_bytes()].concat().into(),
+        }
+    }
 }
 
 enum Start {
@@ -77,6 +119,7 @@ enum Start {
 }
 
 struct Watch {
+    encoding: Encoding,
     shared: Arc<Shared>,
     kind: &'static Kind,
     namespace: String,
@@ -176,9 +219,8 @@ impl Watch {
     }
 
     async fn frame(&self, event: &str, object: &Value) -> Option<()> {
-        let mut line = json!({"type": event, "object": object}).to_string();
-        line.push('\n');
-        self.events.send(Bytes::from(line)).await.ok()
+        let event = json!({"type": event, "object": object}).to_string();
+        self.events.send(self.encoding.frame(&event)).await.ok()
     }
 }
 
