@@ -67,19 +67,40 @@ pub fn resumes(query: &str) -> bool {
     query.split('&').find_map(from).unwrap_or_default()
 }
 
-/// Whether a query sets a boolean parameter, read as the API server reads it: anything but false counts.
+/// Whether a query sets a boolean parameter, read as the API server reads it: the first of several, and anything but `false` and
+/// `0` counts.
 fn flag(query: &str, name: &str) -> bool {
     let set = |pair: &str| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        percent_decode(key) == name.as_bytes()
-            && !matches!(value.to_ascii_lowercase().as_str(), "false" | "0" | "f")
+        let value = percent_decode(value);
+        (percent_decode(key) == name.as_bytes())
+            .then(|| !(value == b"0" || value.eq_ignore_ascii_case(b"false")))
     };
-    query.split('&').any(set)
+    query.split('&').find_map(set).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// FR-05: what the API server takes for a list is none of the watches, which may end between two events.
+    #[test]
+    fn fr_05_a_list_is_no_watch() {
+        for (query, expected) in [
+            ("watch", true),
+            ("watch=", true),
+            ("watch=1", true),
+            ("watch=f", true),
+            ("w%61tch=true&watch=false", true),
+            ("watch=0", false),
+            ("watch=%30", false),
+            ("watch=False", false),
+            ("watch=false&watch=true", false),
+            ("allowWatchBookmarks=true", false),
+        ] {
+            assert_eq!(flag(query, "watch"), expected, "{query}");
+        }
+    }
 
     #[test]
     fn a_watch_goes_on_from_a_version() {

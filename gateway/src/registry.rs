@@ -741,10 +741,13 @@ impl Registry {
     /// Forgets a cluster that is not known any more.
     pub(crate) fn forget(&self, uid: &ClusterUid) {
         let mut clusters = self.lock();
-        let is_idle = |tunnel: &Tunnel| tunnel.sessions.is_empty() && tunnel.held == 0;
-        if clusters.by_uid.get(uid).is_some_and(is_idle) {
-            clusters.by_uid.remove(uid);
+        let is_used =
+            |tunnel: &Tunnel| !tunnel.sessions.is_empty() || tunnel.held > 0 || tunnel.held_watches > 0;
+        if clusters.by_uid.get(uid).is_some_and(is_used) {
+            // It is forgotten when it is looked at next.
+            return;
         }
+        clusters.by_uid.remove(uid);
         drop(clusters);
         self.recorded(uid, None);
     }

@@ -361,7 +361,8 @@ impl WatchEnd {
         };
         let outlasts = !taken_away && self.is_between_events();
         if outlasts {
-            self.why.get_or_insert(WatchEnded::Lost);
+            // Also of one that was to end anyway, and is too young to: nothing more comes.
+            self.why = Some(WatchEnded::Lost);
         }
         outlasts
     }

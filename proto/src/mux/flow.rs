@@ -99,6 +99,13 @@ impl SessionBudget {
         self.window.as_mut()?.poll()
     }
 
+    /// The transport has ended, and lets nothing in any more.
+    pub(super) fn close_window(&mut self) {
+        let held = self.held();
+        self.window = None;
+        self.process.give(held - self.used);
+    }
+
     /// Gives back all but `bytes`, and sets nothing aside any more.
     pub(super) fn shrink_to(&mut self, bytes: usize) {
         self.shares = 0;
@@ -385,6 +392,23 @@ mod tests {
         let process = Budget::new(recv_budget);
         let budget = SessionBudget::new(&limits, process.clone(), None).unwrap();
         (limits, budget, process)
+    }
+
+    /// Goal: A1: a session that has ended holds what its streams still hold, and nothing for a transport that lets nothing in.
+    #[test]
+    fn a1_a_session_that_has_ended_holds_no_window() {
+        let limits = Limits { streams_max: 0, ..Limits::default() };
+        let process = Budget::new(limits.recv_budget);
+        let mut budget = SessionBudget::new(&limits, process.clone(), Some(Window::new(0, at(0)))).unwrap();
+        assert!(budget.take(1 << 20, Share::All));
+        budget.give((1 << 20) - 4096);
+        assert!(process.used() > 1 << 20, "the window is still open");
+        budget.close_window();
+        assert_eq!(process.used(), 4096);
+        budget.give(4096);
+        assert_eq!(process.used(), 0);
+        drop(budget);
+        assert_eq!(process.used(), 0);
     }
 
     /// A stream that is read as fast as its window allows doubles it each round trip, up to the limit.

@@ -436,6 +436,8 @@ impl Ledger {
             return reason.clone();
         }
         self.grants.clear();
+        // What the streams hold can still be read, and is given back with it.
+        self.budget.close_window();
         for (&id, entry) in &mut self.streams {
             entry.grant = None;
             self.events.push_back(LedgerEvent::Writable(id));
