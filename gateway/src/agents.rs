@@ -162,7 +162,7 @@ async fn no_memory(
     shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
     shared.metrics.limit_reached(limit);
     shared.memory.wanted();
-    tracing::warn!(agent = %address, "{text}; raise {key}");
+    sparing!(shared.refusals.due(&()), warn, agent = %address, "{text}; raise {key}");
     let Ok((session, driver)) = Session::over_quic(conn.clone(), session_config(shared, None)) else {
         conn.close(Code::Limit.to_u32().into(), text.as_bytes());
         return;
@@ -554,8 +554,8 @@ async fn converse(
                 answered = true;
                 let problem = crate::proxy::printable(&problem).to_string();
                 if !problem.is_empty() {
-                    tracing::warn!(cluster = %admitted.cluster.name, instance = %admitted.identity.instance, problem,
-                        "an agent does not keep the tunnel CA's roots");
+                    sparing!(shared.lines.due(&admitted.identity.cluster), warn, cluster = %admitted.cluster.name,
+                        instance = %admitted.identity.instance, problem, "an agent does not keep the tunnel CA's roots");
                 }
                 board.answered(version, &problem);
                 shared.registry.touch(&admitted.cluster.uid);

@@ -4,8 +4,8 @@
 mod framing;
 mod idle;
 
-use crate::gate::Standing;
-use crate::metrics::{Limit, Surface, TlCode};
+use crate::gate::{Place, Standing};
+use crate::metrics::{self, Limit, Surface, TlCode};
 use crate::proxy::{self, AnswerBody, Basis, Peer};
 use crate::running::Chain;
 use crate::state::Shared;
@@ -88,12 +88,17 @@ impl Arrival {
 }
 
 /// Serves one client connection to its end. A large `io` comes in a box: what follows moves it.
-pub(crate) async fn serve<IO>(shared: Arc<Shared>, io: IO, arrival: Arrival, standing: Standing)
-where
+pub(crate) async fn serve<IO>(
+    shared: Arc<Shared>,
+    io: IO,
+    arrival: Arrival,
+    standing: Standing,
+    place: (Place, metrics::Counted),
+) where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Arrival { address, chain, sni, h2 } = arrival;
-    let peer = Arc::new(Peer::new(&shared, address, chain, sni, standing));
+    let peer = Arc::new(Peer::new(&shared, address, chain, sni, standing, place));
     let asked = Arc::new(AtomicBool::new(false));
     let service = {
         let (shared, peer, asked) = (Arc::clone(&shared), Arc::clone(&peer), Arc::clone(&asked));

@@ -18,7 +18,11 @@ use crate::per_key::{Claim, Full, KeyPermit, PerKey, Sizes};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use towline_certs::ClusterUid;
+
+/// How long a handshake may take in a place of the reserve, which many share.
+const HURRY: Duration = Duration::from_secs(2);
 
 /// Connections of one cluster's agents for each of its sessions: sessions that come while dead ones are not known to be dead.
 const AGENTS_PER_SESSION: usize = 2;
@@ -171,11 +175,16 @@ const fn of_handshakes(full: Full) -> Limit {
 #[derive(Debug)]
 pub(crate) struct Pass {
     _place: Option<KeyPermit<IpAddr>>,
-    /// It is of the reserve, which many share: who says nothing does not keep it.
-    pub(crate) hurried: bool,
+    /// It is of the reserve.
+    hurried: bool,
 }
 
 impl Pass {
+    /// How long the handshake may take, where that is less than it may take otherwise.
+    pub(crate) fn hurry(&self) -> Option<Duration> {
+        self.hurried.then_some(HURRY)
+    }
+
     /// Of the gateway's own check, which makes one handshake at a time.
     pub(crate) const fn own() -> Self {
         Self { _place: None, hurried: false }

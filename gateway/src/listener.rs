@@ -34,8 +34,6 @@ pub(crate) const HANDSHAKE_BYTES: usize = 32 * 1024;
 const HANDSHAKE_READ: usize = 4 * 1024;
 /// Bytes that tell a PROXY protocol header from TLS: as many as TLS reads before it gives up on what is none.
 const FIRST_BYTES: usize = 5;
-/// How long a ClientHello may take in a place of the reserve.
-const HURRY: Duration = Duration::from_secs(2);
 /// How a client without TLS says that it speaks HTTP/2: no method of HTTP/1.1 begins so.
 const H2_BEGINS: &[u8; 4] = b"PRI ";
 /// Pause after a failure to accept that is not the peer's, such as too many open files.
@@ -163,10 +161,16 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming) {
         let mut socket = Limited::new(socket);
         identify(&shared, &mut socket, expects, &mut address, &mut pass).await?;
         let from = if own { From::Own } else { From::Network(divided_by(&shared, address)) };
-        match speaks {
-            // What it takes to shake hands is not kept for the life of the connection.
-            Speaks::Tls => Box::pin(handshake(&shared, socket, from, &pass)).await,
-            Speaks::Http => prior_knowledge(&shared, socket.io, from, &pass).await,
+        // What it takes to shake hands is not kept for the life of the connection.
+        let opened = Box::pin(async {
+            match speaks {
+                Speaks::Tls => handshake(&shared, socket, from).await,
+                Speaks::Http => prior_knowledge(&shared, socket.io, from).await,
+            }
+        });
+        match pass.hurry() {
+            None => opened.await,
+            Some(most) => tokio::time::timeout(most, opened).await.unwrap_or(Err(HandshakeError::Timeout)),
         }
     };
     let handshake = tokio::time::timeout(deadline, opening);
@@ -185,14 +189,19 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming) {
     match opened {
         Opened::Http(socket, h2, standing) => {
             shared.metrics.handshake(Handshake::Plaintext);
-            Box::pin(front::serve(shared, socket, Arrival::plaintext(address, h2), standing)).await;
-            drop((place, counted));
+            Box::pin(front::serve(
+                shared,
+                socket,
+                Arrival::plaintext(address, h2),
+                standing,
+                (place, counted),
+            ))
+            .await;
         }
         Opened::Front(tls, standing) => {
             shared.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
             let arrival = Arrival::over_tls(&tls, address);
-            Box::pin(front::serve(shared, tls, arrival, standing)).await;
-            drop((place, counted));
+            Box::pin(front::serve(shared, tls, arrival, standing, (place, counted))).await;
         }
         Opened::Join(tls, standing) => {
             shared.metrics.handshake(Handshake::Join);
@@ -241,14 +250,6 @@ async fn stranger(shared: &Shared, from: From) -> Result<(Place, Standing), Hand
             placed.map_err(HandshakeError::Limit)
         }
     }
-}
-
-/// What opens a connection, within the time that a place of the reserve leaves for it.
-async fn hurried<T>(pass: &Pass, opening: impl Future<Output = T>) -> Result<T, HandshakeError> {
-    if !pass.hurried {
-        return Ok(opening.await);
-    }
-    tokio::time::timeout(HURRY, opening).await.map_err(|_| HandshakeError::Timeout)
 }
 
 /// Why a handshake failed.
@@ -329,7 +330,6 @@ async fn prior_knowledge(
     shared: &Shared,
     socket: TcpStream,
     from: From,
-    pass: &Pass,
 ) -> Result<(Opened, Place), HandshakeError> {
     let begins = async {
         let mut first = [0; H2_BEGINS.len()];
@@ -345,7 +345,7 @@ async fn prior_knowledge(
             tokio::time::sleep(BACKOFF).await;
         }
     };
-    let h2 = hurried(pass, begins).await??;
+    let h2 = begins.await?;
     let (place, standing) = stranger(shared, from).await?;
     Ok((Opened::Http(socket, h2, standing), place))
 }
@@ -354,11 +354,10 @@ async fn handshake(
     shared: &Shared,
     mut socket: Limited<TcpStream>,
     from: From,
-    pass: &Pass,
 ) -> Result<(Opened, Place), HandshakeError> {
     let before = socket.begin();
     let mut acceptor = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), socket);
-    let started = match hurried(pass, &mut acceptor).await? {
+    let started = match (&mut acceptor).await {
         Ok(started) => started,
         Err(error) => {
             let io = acceptor.take_io();
@@ -447,7 +446,7 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             shared.metrics.proxy_header(ProxyHeader::Unexpected);
             reject(Handshake::ProxyHeader, Surface::Listener, TlCode::Proto);
             let why = "a PROXY protocol header came, and none is expected from this address. If it is a balancer's, name it in listen.trustedProxies; listen.proxyProtocol must not be off";
-            tracing::info!(client = %address, why, "connection refused");
+            sparing!(shared.refusals.due(&()), info, client = %address, why, "connection refused");
         }
         HandshakeError::Forbidden => {
             shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);

@@ -27,7 +27,7 @@ use crate::authn::{self, Caller, Certificate, Credential, Known, Principal};
 use crate::authz::Decision;
 use crate::config::{Cluster, Mode};
 use crate::fleet::Fleet;
-use crate::gate::Standing;
+use crate::gate::{Place, Standing};
 use crate::headers::{self, Asked, HeadersError, Upstream};
 use crate::kube::{self, RequestKind};
 use crate::metrics::{Counted, Ended, Limit, Surface};
@@ -81,6 +81,8 @@ pub(crate) struct Peer {
     pub(crate) unread: Arc<Unread>,
     /// Those that it was finished by, and those that came after.
     pub(crate) refusals: Refusals,
+    /// Its place among the connections. An upgraded connection outlives the HTTP on it, and keeps it by keeping this.
+    _place: (Place, Counted),
 }
 
 /// What a client's certificates are worth by what is live in this generation.
@@ -97,11 +99,12 @@ impl Peer {
         chain: Option<Chain>,
         sni: Option<String>,
         standing: Standing,
+        place: (Place, Counted),
     ) -> Self {
         let judged = ArcSwap::from_pointee(Judged::now(shared, &shared.live(), chain.as_deref()));
         let (work, finish) = (Work::default(), CancellationToken::new());
         let (unread, refusals) = (Arc::default(), Refusals::default());
-        Self { address, chain, judged, sni, standing, work, finish, unread, refusals }
+        Self { address, chain, judged, sni, standing, work, finish, unread, refusals, _place: place }
     }
 
     /// What the client's certificates are worth. Judged anew after a reload: the CA may have changed.
@@ -165,7 +168,7 @@ pub(crate) async fn serve(
 
 async fn run(
     shared: &Arc<Shared>,
-    peer: &Peer,
+    peer: &Arc<Peer>,
     mut request: Request<Incoming>,
     audit_id: &str,
 ) -> Result<Response<AnswerBody>, ProxyError> {
@@ -184,7 +187,7 @@ async fn run(
 
 async fn carry_out(
     shared: &Arc<Shared>,
-    peer: &Peer,
+    peer: &Arc<Peer>,
     mut plan: Plan,
     parts: &Parts,
     body: Incoming,
@@ -221,7 +224,7 @@ async fn carry_out(
         _ => return Err(plan.bad_answer("it is no response to a request")),
     };
     match (plan.upgrade, response.status) {
-        (Some(token), 101) => switch(shared, plan, parts, token, on_upgrade, &response, live),
+        (Some(token), 101) => switch(shared, peer, plan, parts, token, on_upgrade, &response, live),
         (None, 101) => Err(plan.bad_answer("it switches protocols without being asked")),
         (Some(_), status @ 200..=399) => Err(ProxyError::UpgradeAnswered {
             cluster: plan.name(),
@@ -786,8 +789,10 @@ fn answer_with(
     Ok(answer)
 }
 
+#[expect(clippy::too_many_arguments, reason = "what a request, its answer and their two ends are")]
 fn switch(
     shared: &Arc<Shared>,
+    peer: &Arc<Peer>,
     plan: Plan,
     parts: &Parts,
     token: &'static str,
@@ -809,7 +814,7 @@ fn switch(
     head.insert(header::UPGRADE, HeaderValue::from_static(token));
     *answer.headers_mut() = head;
     let Guards { run, place, _request: request, _working: working, _principal: principal } = plan.guards;
-    let guards = (place, request, working, principal);
+    let guards = (place, request, working, principal, Arc::clone(peer));
     upgrade::carry(shared, token, on_upgrade, (send, live.recv), run, guards);
     Ok(answer)
 }

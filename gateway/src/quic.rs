@@ -12,6 +12,7 @@ use crate::agents::{self, Presented};
 use crate::config::Quic;
 use crate::gate::Place;
 use crate::listener::{HANDSHAKE_BYTES, divided_by, spawn};
+use crate::log::sparing;
 use crate::metrics::{Counted, Handshake, Limit, Surface, TlCode};
 use crate::state::{Live, Shared, random};
 use aws_lc_rs::hmac;
@@ -149,7 +150,8 @@ impl QuicListener {
             }
         };
         let counted = shared.metrics.connection();
-        let (shared, server, deadline) = (Arc::clone(shared), Arc::new(self.server.clone()), self.deadline);
+        let (shared, server) = (Arc::clone(shared), Arc::new(self.server.clone()));
+        let deadline = pass.hurry().map_or(self.deadline, |most| most.min(self.deadline));
         let judge = Arc::clone(&self.tls);
         let task = {
             let shared = Arc::clone(&shared);
@@ -235,7 +237,8 @@ fn refuse(shared: &Shared, address: SocketAddr, error: &HandshakeError) {
     if outcome == Handshake::Timeout {
         shared.metrics.limit_reached(Limit::HandshakeTime);
     }
-    tracing::info!(client = %address, why = %crate::proxy::printable(&why), "agent refused (QUIC)");
+    let why = crate::proxy::printable(&why);
+    sparing!(shared.refusals.due(&()), info, client = %address, why = %why, "agent refused (QUIC)");
 }
 
 fn crypto(live: &Live) -> io::Result<Arc<QuicServerConfig>> {

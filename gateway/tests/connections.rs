@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::client::TlsStream;
 use towline_gateway::config::{GatewayConfig, Limits, ProxyProtocol};
 use towline_proto::mux;
+use towline_proto::open::BodyKind;
 
 const PATH: &str = "/clusters/prod/api";
 /// Who takes what there is, and who is disturbed by it.
@@ -424,6 +425,33 @@ async fn a3_connections_of_one_caller() {
     while again().await != 403 {
         assert!(began.elapsed() < PATIENCE);
     }
+}
+
+/// Goal: S3: a raw connection after a 101 is still one of its caller's connections, until it ends.
+#[tokio::test]
+async fn s3_an_upgraded_connection_keeps_its_place() {
+    let world = world(|limits| limits.connections_per_principal = 2).await;
+    let agent = world.agent("prod").await;
+    let mut raw = Vec::new();
+    for _ in 0..2 {
+        let mut client = Client::h1(tls(&world, HOSTILE, None, b"http/1.1").await.unwrap()).await.unwrap();
+        let bearer = format!("Bearer {TOKEN}");
+        let headers =
+            [("authorization", bearer.as_str()), ("connection", "Upgrade"), ("upgrade", "websocket")];
+        let path = "/clusters/prod/api/v1/namespaces/x/pods/y/exec?command=sh";
+        let server = async {
+            let mut exchange = agent.next().await;
+            exchange.head(101, &[("upgrade", "websocket")], BodyKind::NONE).await;
+            exchange
+        };
+        let (answer, exchange) = tokio::join!(client.ask("GET", path, &headers, full("")), server);
+        assert_eq!(answer.status(), 101);
+        raw.push((hyper::upgrade::on(answer).await.unwrap(), exchange, client));
+    }
+    assert_eq!(asked(&world, HOSTILE, None, Some(TOKEN)).await.unwrap().1, 429);
+    world.counts("towline_gateway_connections", 3.0).await;
+    drop(raw.pop());
+    world.counts("towline_gateway_connections", 2.0).await;
 }
 
 /// Goal: the agents of one cluster have twice as many connections as sessions, so that no certificate takes the reserve.

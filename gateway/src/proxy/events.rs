@@ -280,9 +280,9 @@ mod tests {
         Number(u64),
         Bytes(Vec<u8>),
         Parts(Vec<Vec<u8>>),
-        Array(Vec<Item>, bool),
-        Map(Vec<(Item, Item)>, bool),
-        Tagged(u64, Box<Item>),
+        Array(Vec<Self>, bool),
+        Map(Vec<(Self, Self)>, bool),
+        Tagged(u64, Box<Self>),
         Simple(u8),
         Float(f64),
     }
@@ -347,7 +347,7 @@ mod tests {
                 head(6, *tag, out);
                 encode(item, out);
             }
-            Item::Simple(value) => out.push(0xe0 | value % 24),
+            Item::Simple(value) => out.push(0xe0 | (value % 24)),
             Item::Float(value) => {
                 out.push(0xfb);
                 out.extend(value.to_be_bytes());
