@@ -355,7 +355,7 @@ async fn fr_03_one_principal_s_uploads_leave_the_others_theirs() {
 async fn fr_03_who_waits_for_us_is_not_slow() {
     let slow = Duration::from_secs(3);
     let world = world(|config| config.timeouts.slow_body = slow).await;
-    // The request's head takes the credit.
+    // The request's head takes nearly all credit, so that it is the body that waits.
     let limits = Limits { initial_credit: 4096, ..Limits::default() };
     let agent = Agent::connect_with(&world, "prod", [7; 16], limits).await;
     world.connected("prod", 1).await;
@@ -363,7 +363,7 @@ async fn fr_03_who_waits_for_us_is_not_slow() {
     let (mut sender, body) = Channel::<Bytes, std::io::Error>::new(1);
     let authorization = bearer(TOKEN);
     let headers = [("authorization", &authorization[..])];
-    let path = format!("/clusters/prod/api/v1/namespaces/a/configmaps?fieldManager={}", "x".repeat(5000));
+    let path = format!("/clusters/prod/api/v1/namespaces/a/configmaps?fieldManager={}", "x".repeat(3500));
     let answer = client.ask("POST", &path, &headers, body.boxed());
     let (resumed, goes_on) = tokio::sync::oneshot::channel();
     let sends = async {
