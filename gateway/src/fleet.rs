@@ -477,8 +477,12 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
         Kind::Cluster | Kind::Instance if record.key.kind == Kind::Cluster || keep_agents => {
             data["admission"] = Value::from(data["admission"].as_u64().unwrap_or_default() + 1);
             // Only the operator's word comes back.
-            if !keep_agents && let Some(Value::Object(issuers)) = data.get_mut("issuers") {
-                issuers.retain(|by, _| by == "given");
+            if !keep_agents && let Some(cluster) = data.as_object_mut() {
+                // By its older name it was an agent's.
+                cluster.remove("issuer");
+                if let Some(Value::Object(issuers)) = cluster.get_mut("issuers") {
+                    issuers.retain(|by, _| by == "given");
+                }
             }
             if record.key.kind == Kind::Instance {
                 data["restored"] = serde_json::to_value(Time::now()).unwrap_or_default();

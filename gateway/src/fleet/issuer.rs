@@ -11,7 +11,9 @@
 //! That the new keys hold an old one proves nothing: public keys are public.
 
 use super::TokenIssuer;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 use std::collections::BTreeSet;
 
 /// Agents that are remembered as having said the same.
@@ -65,6 +67,21 @@ pub enum Heard {
 }
 
 impl Issuers {
+    /// Older records have one issuer: what some agent had said last. It counts on; since nobody knows who that was, the first
+    /// agent that is revoked takes it along, unless others have said the same since.
+    pub(super) fn of_any_version<'de, D: Deserializer<'de>>(data: D) -> Result<Self, D::Error> {
+        let data = Value::deserialize(data)?;
+        let read = if data.get("jwks").is_some() {
+            TokenIssuer::deserialize(data).map(|issuer| {
+                let told = Told { issuer, by: BTreeSet::new() };
+                Self { told: Some(told), ..Self::default() }
+            })
+        } else {
+            Self::deserialize(data)
+        };
+        read.map_err(D::Error::custom)
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -210,6 +227,30 @@ mod tests {
         assert_eq!(keys(&issuers), "two");
         issuers.give(None);
         assert_eq!(issuers.in_force(), None, "what the revoked one had said is gone too");
+    }
+
+    /// What an older record says counts on, by nobody's word but those that say the same from then on.
+    #[test]
+    fn s5_an_older_record_counts_until_somebody_is_revoked() {
+        let said = issuer(URL, SA, &["one"]);
+        let old = json!({"issuer": URL, "jwks": said.jwks, "updated": "2026-11-26T23:00:00Z"});
+        let read = Issuers::of_any_version(&old).unwrap();
+        assert_eq!((keys(&read).as_str(), read.in_force().and_then(TokenIssuer::subject)), ("one", Some(SA)));
+        let now = serde_json::to_value(&read).unwrap();
+        assert_eq!(Issuers::of_any_version(&now).unwrap(), read);
+        let mut vouched = read.clone();
+        assert_eq!(vouched.tell("b", said, Word::Nothing), Heard::Counts);
+        vouched.forget("a");
+        assert_eq!(keys(&vouched), "one");
+        let mut forgotten = read;
+        forgotten.forget("a");
+        assert_eq!(forgotten.in_force(), None);
+        for broken in [
+            json!({"jwks": {}}),
+            json!({"issuer": URL, "jwks": {}, "updated": "2026-11-26T23:00:00Z", "x": 1}),
+        ] {
+            assert!(Issuers::of_any_version(&broken).is_err(), "{broken}");
+        }
     }
 
     #[test]

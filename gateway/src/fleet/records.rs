@@ -113,7 +113,12 @@ pub struct Cluster {
     /// restored.
     pub admission: u64,
     /// Who issues the cluster's ServiceAccount tokens, and who says so.
-    #[serde(default, skip_serializing_if = "Issuers::is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "Issuers::is_empty",
+        alias = "issuer",
+        deserialize_with = "Issuers::of_any_version"
+    )]
     pub issuers: Issuers,
 }
 

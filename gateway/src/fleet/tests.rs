@@ -297,6 +297,52 @@ fn said_issuer() -> TokenIssuer {
     TokenIssuer { issuer: "https://kubernetes.default".to_owned(), jwks, updated: Time::now() }
 }
 
+/// A cluster's record of before `issuers`, with the word of an agent, as it stands in stores and dumps.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct OlderCluster(Value);
+
+impl Stored for OlderCluster {
+    const KIND: Kind = Kind::Cluster;
+    const SCHEMA: u32 = 1;
+}
+
+const OLDER_CLUSTER: &str = r#"{
+    "meta": {"uid": "0b6d9bb4-7c1e-4f50-8b0a-0d5f8a3c1e21", "created": "2026-11-26T23:00:00Z", "generation": 1},
+    "mode": "restricted", "deletionProtection": false, "maxAgents": 16, "admission": 1,
+    "issuer": {
+        "issuer": "https://kubernetes.default.svc",
+        "jwks": {"keys": [{"kty": "EC", "kid": "1", "crv": "P-256", "x": "x", "y": "y"}],
+            "towline.io/subject": "system:serviceaccount:towline:towline-agent"},
+        "updated": "2026-11-26T23:01:00Z"
+    }
+}"#;
+
+/// S5: a cluster whose record is of before is there after the upgrade, whoever joins by its issuer's word still does, and its
+/// dump can be restored; only there, if its agents are not to be kept, the word of an agent is gone.
+#[tokio::test]
+async fn s5_an_older_record_is_read_and_restored() {
+    let World { directory, fleet, mut _following } = World::new().await;
+    let older = OlderCluster(serde_json::from_str(OLDER_CLUSTER).unwrap());
+    fleet.store().commit(Transaction::new().put("prod", &older)).await.unwrap();
+    _following.shutdown().await;
+    drop(fleet);
+    let uid = ClusterUid::new("0b6d9bb4-7c1e-4f50-8b0a-0d5f8a3c1e21").unwrap();
+    let (fleet, mut following) = open(directory.path()).await;
+    assert_eq!(fleet.cluster_named("prod").map(|route| route.uid.clone()), Some(uid.clone()));
+    let issuer = fleet.issuer(&uid).unwrap();
+    assert_eq!(issuer.subject(), Some("system:serviceaccount:towline:towline-agent"));
+    following.shutdown().await;
+    drop(fleet);
+    let dump = backup::dump(directory.path()).unwrap();
+    for keep in [false, true] {
+        let elsewhere = tempfile::tempdir().unwrap();
+        backup::restore(elsewhere.path(), dump.clone(), |record| restored(record, keep)).unwrap();
+        let (fleet, _following) = open(elsewhere.path()).await;
+        assert!(fleet.cluster_of(&uid).is_some(), "keep {keep}");
+        assert_eq!(fleet.issuer(&uid), keep.then(|| issuer.clone()));
+    }
+}
+
 /// Names in the configuration are taken, what is protected stays, and who changes what has changed is told so.
 #[tokio::test]
 async fn writes_are_refused_for_a_reason() {
