@@ -640,7 +640,7 @@ async fn record_issuer(
             false
         }
         Ok(Heard::Ignored) => {
-            tracing::warn!(%cluster, instance = %agent, "the agent says another token issuer than spec.issuer, which counts");
+            tracing::warn!(%cluster, instance = %agent, "the agent says another token issuer, or other keys, than spec.issuer, which counts");
             false
         }
         Err(error) => {

@@ -751,8 +751,11 @@ async fn s5_the_operators_word_counts() {
     assert_eq!(patch(json!({"url": "https://k8s", "subject": SUBJECT, "jwks": jwks})).await, 200);
     let shown = until(&world, "east", |status| condition(status) == "Given").await;
     assert_eq!(shown["status"]["issuer"]["keys"], json!(["2"]));
-    // A join token admits, and says nothing.
+    // A join token admits, and changes nothing; but that the agent knows other keys is to be seen.
     ask(&world, &with(Proof::Token(first), cluster.issuer("1"), 2)).await.unwrap();
+    let shown = until(&world, "east", |status| condition(status) == "KeysChanged").await;
+    let issuer = &shown["status"]["issuer"];
+    assert!(issuer["keys"] == json!(["2"]) && issuer["pending"]["keys"] == json!(["1"]), "{issuer}");
     ask(&world, &with(rotated.token("2", SUBJECT), rotated.issuer("2"), 3)).await.unwrap();
     let refused = ask(&world, &with(cluster.token("1", SUBJECT), cluster.issuer("1"), 4)).await.unwrap_err();
     assert_eq!(code(&refused), RefusalCode::NoIssuer);

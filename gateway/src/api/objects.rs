@@ -341,7 +341,11 @@ fn issuer_condition(cluster: &Cluster) -> Value {
     const KIND: &str = "IssuerCurrent";
     let Issuers { given, told, pending, .. } = &cluster.issuers;
     match (pending, given, told) {
-        (Some(pending), ..) => {
+        (Some(pending), Some(_), _) => {
+            let message = "an agent says other keys than spec.issuer, which count for nothing; if the cluster's keys have changed, give spec.issuer the new ones";
+            condition(KIND, "False", pending.issuer.updated, "KeysChanged", message)
+        }
+        (Some(pending), None, _) => {
             let message = "issuer keys changed; needs a join token or spec.issuer: an agent says others, and nothing vouches for it";
             condition(KIND, "False", pending.issuer.updated, "KeysChanged", message)
         }

@@ -3,7 +3,7 @@
 //!
 //! | who says it | with what | what becomes of it |
 //! |---|---|---|
-//! | the operator (`spec.issuer`) | | it counts, and what agents say does not |
+//! | the operator (`spec.issuer`) | | it counts, and what agents say does not; other keys of the same issuer wait, to be seen |
 //! | an agent | a join token, now or within the last hour | it takes the place of what was there |
 //! | an agent | a token of its ServiceAccount, signed with a key on record | its keys do, if URL and subject are the same |
 //! | an agent | nothing but its certificate | it waits, and counts for nothing |
@@ -62,7 +62,7 @@ pub enum Heard {
     Counts,
     /// It waits for a join token, or for the operator.
     Pending,
-    /// The operator has said something else.
+    /// The operator has said something else; other keys of the same issuer are shown all the same.
     Ignored,
 }
 
@@ -95,7 +95,15 @@ impl Issuers {
     /// Takes what an agent says.
     pub(super) fn tell(&mut self, agent: &str, said: TokenIssuer, word: Word) -> Heard {
         if let Some(given) = &self.given {
-            return if given.is_same_as(&said) { Heard::Counts } else { Heard::Ignored };
+            if given.covers(&said) {
+                self.pending = self.pending.take().filter(|pending| !pending.by.contains(agent));
+                return Heard::Counts;
+            }
+            let is_known = self.pending.as_ref().is_some_and(|pending| pending.issuer.says(&said));
+            if given.is_same_as(&said) && !is_known {
+                self.pending = Some(Told { by: [agent.to_owned()].into(), issuer: said });
+            }
+            return Heard::Ignored;
         }
         let now = Told { by: [agent.to_owned()].into(), issuer: said };
         if let Some(told) = self.told.as_mut().filter(|told| told.issuer.says(&now.issuer)) {
@@ -119,9 +127,9 @@ impl Issuers {
         Heard::Counts
     }
 
-    /// The operator gives one, or none: what agents have told counts again then.
+    /// The operator gives one, or none: what agents have told counts again then. The same as before decides nothing anew.
     pub fn give(&mut self, given: Option<TokenIssuer>) {
-        if given.is_some() {
+        if given != self.given {
             self.pending = None;
         }
         self.given = given;
@@ -149,6 +157,13 @@ impl TokenIssuer {
     /// Whether it is the same issuer and subject, whatever the keys.
     fn is_same_as(&self, other: &Self) -> bool {
         self.issuer == other.issuer && self.subject() == other.subject()
+    }
+
+    /// Whether it is the same, and the other has no key that it has not.
+    fn covers(&self, other: &Self) -> bool {
+        let keys = |of: &Self| of.jwks["keys"].as_array().cloned().unwrap_or_default();
+        let known = keys(self);
+        self.is_same_as(other) && keys(other).iter().all(|key| known.contains(key))
     }
 
     /// Whether it is the same, keys included.
@@ -222,11 +237,42 @@ mod tests {
         for word in [Word::JoinToken, Word::OldKey, Word::Nothing] {
             assert_eq!(issuers.tell("a", issuer("https://evil", SA, &["evil"]), word), Heard::Ignored);
         }
+        assert_eq!(issuers.pending, None);
         issuers.forget("a");
         issuers.forget_all();
         assert_eq!(keys(&issuers), "two");
         issuers.give(None);
         assert_eq!(issuers.in_force(), None, "what the revoked one had said is gone too");
+    }
+
+    /// Keys that the operator gave are stale: what the cluster signs with now waits, and is seen, until the operator knows it too.
+    #[test]
+    fn s5_keys_that_the_operator_does_not_know_are_seen() {
+        let set = |keys: &[&str]| issuer(URL, SA, keys);
+        let mut issuers = Issuers::default();
+        issuers.give(Some(set(&["one", "two"])));
+        for word in [Word::JoinToken, Word::OldKey, Word::Nothing] {
+            assert_eq!(
+                issuers.tell("a", set(&["two"]), word),
+                Heard::Counts,
+                "the next key is known already"
+            );
+            assert_eq!((keys(&issuers).as_str(), &issuers.pending), ("one+two", &None));
+        }
+        for step in [&["two", "three"][..], &["three"]] {
+            assert_eq!(issuers.tell("a", set(step), Word::OldKey), Heard::Ignored);
+            assert_eq!(issuers.pending.as_ref().map(|pending| &pending.issuer.jwks), Some(&set(step).jwks));
+        }
+        let seen = issuers.pending.clone();
+        issuers.give(issuers.given.clone());
+        assert_eq!((keys(&issuers).as_str(), &issuers.pending), ("one+two", &seen), "nothing new was given");
+        assert_eq!(issuers.tell("b", set(&["one", "two"]), Word::OldKey), Heard::Counts);
+        assert_eq!(issuers.pending, seen, "another agent's word");
+        let mut back = issuers.clone();
+        assert_eq!(back.tell("a", set(&["two"]), Word::OldKey), Heard::Counts);
+        assert_eq!(back.pending, None);
+        issuers.give(Some(set(&["three"])));
+        assert_eq!((keys(&issuers).as_str(), &issuers.pending), ("three", &None));
     }
 
     /// What an older record says counts on, by nobody's word but those that say the same from then on.
