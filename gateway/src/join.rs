@@ -492,8 +492,11 @@ async fn by_account(
     let (audience, now) = (shared.config.trust_domain.audience(), SystemTime::now());
     let Vouched { subject, id, until } =
         account::verify(token, &issuer, &audience, now).map_err(|error| {
-            let why = format!("its ServiceAccount token does not count: {error}");
-            Refusal::from(error).told(told(why, false))
+            let refusal = Refusal::from(error);
+            if !error.is_signed() {
+                return refusal;
+            }
+            refusal.told(told(format!("its ServiceAccount token does not count: {error}"), false))
         })?;
     may_join(shared, known.insert(route.uid.clone()), Way::Own)?;
     let uses = &shared.joins.uses;

@@ -1364,6 +1364,45 @@ async fn d5_an_agent_that_is_nobody_any_more_says_so() {
     assert_eq!(condition(&status, "Joined").unwrap().1, "JoinAnew");
 }
 
+/// D5: what no key on record has signed may be anybody's, and covers in nobody's status why the last session ended.
+#[tokio::test]
+async fn d5_what_nobody_has_signed_says_nothing() {
+    let world = world().await;
+    give_admin_token(&world).await;
+    let (east, agent) = vouched(&world, 4).await;
+    agent.session.close(towline_proto::Code::Draining, "gone");
+    world.connected("east", 0).await;
+    let unsigned = |token: &str| {
+        Proof::ServiceAccount(ServiceAccount { cluster: "east".to_owned(), token: token.to_owned() })
+    };
+    let stranger = Cluster::new();
+    for proof in [
+        unsigned("x"),
+        unsigned("a.b.c"),
+        unsigned("eyJhbGciOiJub25lIiwia2lkIjoiMSJ9.e30.AA"),
+        unsigned("eyJhbGciOiJFUzI1NiIsImNyaXQiOltdfQ.e30.AA"),
+        stranger.token("1", SUBJECT),
+        stranger.token("2", SUBJECT),
+    ] {
+        let refused = ask(&world, &request(proof.clone(), &key())).await.unwrap_err();
+        assert_eq!(code(&refused), RefusalCode::NoIssuer);
+        let status = until(&world, "east", |_| true).await["status"].clone();
+        assert!(
+            condition(&status, "JoinRefused").is_none_or(|(status, ..)| status == "False"),
+            "{proof:?}: {status}"
+        );
+    }
+    // Another pod of the cluster.
+    let other = east.token("1", "system:serviceaccount:other:pod");
+    assert!(ask(&world, &request(other, &key())).await.is_err());
+    let why = "its ServiceAccount token does not count: it is another ServiceAccount's";
+    let turned_away = |status: &Value| {
+        condition(status, "JoinRefused")
+            .is_some_and(|(status, _, said)| status == "True" && said.starts_with(why))
+    };
+    until(&world, "east", turned_away).await;
+}
+
 /// A cluster `east` that has told of its issuer, and an agent of it that has joined.
 async fn vouched(world: &World, max_agents: u32) -> (Cluster, Agent) {
     register_for(world, "east", max_agents).await;

@@ -62,6 +62,16 @@ pub enum AccountError {
     Critical,
 }
 
+impl AccountError {
+    /// Whether a key on record has signed it all the same: it comes from the cluster, and not from whoever knows its name.
+    pub(super) const fn is_signed(self) -> bool {
+        match self {
+            Self::Issuer | Self::Audience | Self::Expired | Self::NotYet | Self::Life | Self::Subject => true,
+            Self::Malformed | Self::Algorithm | Self::UnknownKey | Self::Signature | Self::Critical => false,
+        }
+    }
+}
+
 #[derive(Deserialize)]
 struct Head {
     alg: String,
