@@ -177,6 +177,8 @@ struct Refusal {
     told: Option<Told>,
     /// Whether it is how every first join begins.
     expected: bool,
+    /// Whether the address pays for it.
+    counts: bool,
 }
 
 /// What a cluster's status says about an agent that was turned away.
@@ -198,6 +200,7 @@ impl Refusal {
             cause: String::new(),
             told: None,
             expected: false,
+            counts: matches!(code, RefusalCode::Proof | RefusalCode::NoIssuer | RefusalCode::Request),
         }
     }
 
@@ -335,8 +338,7 @@ fn refused(
             _ => TlCode::Token,
         },
     );
-    let counts = matches!(refusal.code, RefusalCode::Proof | RefusalCode::NoIssuer | RefusalCode::Request);
-    if counts && !exempt {
+    if refusal.counts && !exempt {
         shared.joins.failed(address.ip());
     }
     let (code, why) = (refusal.code.label(), crate::proxy::printable(&refusal.text));
@@ -385,8 +387,12 @@ async fn decide(
     }
     let decision = match &request.proof {
         Some(Proof::Token(token)) => {
-            let cluster = fleet.cluster_of_token(&token.id, &token.secret);
-            let cluster = known.insert(cluster.map_err(|error| of_token(fleet, &token.id, error))?);
+            let cluster = fleet.cluster_of_token(&token.id, &token.secret, pin).map_err(|error| {
+                let refusal = of_token(fleet, &token.id, error);
+                *known = refusal.told.as_ref().map(|told| told.cluster.clone());
+                refusal
+            })?;
+            let cluster = known.insert(cluster);
             may_join(shared, cluster, Way::Token)?;
             let room = room(shared, cluster).await?;
             let admission = fleet.use_token(&token.id, &token.secret, pin).await;
@@ -449,13 +455,14 @@ fn of_token(fleet: &Fleet, id: &str, error: JoinRefused) -> Refusal {
     }
 }
 
-/// Counts one more join of a cluster, unless there were too many of late. Whoever asks has shown that it is the cluster's.
+/// Counts one more join of a cluster, unless there were too many of late. Whoever asks has shown that it is the cluster's; but a
+/// join token may have come into other hands, which are stopped by what their address pays.
 fn may_join(shared: &Shared, cluster: &ClusterUid, way: Way) -> Result<(), Refusal> {
     let may = shared.joins.of_cluster.admit(&(cluster.clone(), way), JOINS);
     may.map(drop).ok_or_else(|| {
         shared.metrics.limit_reached(Limit::ClusterJoins);
         let text = "agents of this cluster have joined too often of late; wait a little";
-        Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT)
+        Refusal { counts: way == Way::Token, ..Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT) }
     })
 }
 

@@ -16,10 +16,11 @@ use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use std::collections::HashSet;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
@@ -101,8 +102,14 @@ async fn token(world: &World, cluster: &str, uses: u32, life: Duration) -> Token
 }
 
 async fn connect(world: &World) -> TlsStream<TcpStream> {
+    connect_from(world, [127, 0, 0, 1]).await
+}
+
+async fn connect_from(world: &World, address: [u8; 4]) -> TlsStream<TcpStream> {
     let config = tls::join_client(&world.gateway.tunnel_pins()).unwrap();
-    let socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((Ipv4Addr::from(address), 0).into()).unwrap();
+    let socket = socket.connect(world.gateway.public_addr()).await.unwrap();
     TlsConnector::from(config).connect(ServerName::try_from("localhost").unwrap(), socket).await.unwrap()
 }
 
@@ -1494,4 +1501,48 @@ async fn s9_denied_and_repeated_joins_count_against_their_cluster() {
     assert!((32..=most).contains(&admitted), "{admitted} of at most {most}");
     let instances: HashSet<_> = answers.into_iter().flatten().map(|admitted| admitted.instance).collect();
     assert_eq!(instances.len(), 1, "one key is one agent");
+
+    // The token may be in other hands: their address pays.
+    let slowed = || world.series("towline_gateway_limits_reached_total{limit=\"join_failures\"}") > 0.0;
+    let repeating = async {
+        while !slowed() {
+            let asks = (0..40).map(|_| {
+                let (world, request) = (Arc::clone(&world), repeated.clone());
+                async move { ask(&world, &request).await.map(drop).map_err(drop) }
+            });
+            let _ = asks.collect::<JoinSet<_>>().join_all().await;
+        }
+    };
+    in_time("the address is slowed", repeating).await;
+}
+
+/// S9: whoever has a join token that lets nobody else in, spent or expired, costs its cluster no join: the next one has its turn.
+#[tokio::test]
+async fn s9_tokens_of_no_use_cost_their_cluster_nothing() {
+    let world = Arc::new(world().await);
+    register(&world, "east").await;
+    let (spent, expired) =
+        (token(&world, "east", 1, HOUR).await, token(&world, "east", 1, Duration::ZERO).await);
+    let (mine, next) = (key(), token(&world, "east", 1, HOUR).await);
+    let admitted = join(&world, &spent, &mine).await.unwrap();
+    // From several addresses, none of which fails often enough to be slowed down: twice what the cluster may do at once.
+    let mut crowd = JoinSet::new();
+    for number in 0..64u8 {
+        let (world, token) =
+            (Arc::clone(&world), if number % 2 == 0 { spent.clone() } else { expired.clone() });
+        crowd.spawn(async move {
+            let io = connect_from(&world, [127, 0, 0, 10 + number / 16]).await;
+            ask_over(io, &request(Proof::Token(token), &key()))
+                .await
+                .map(drop)
+                .map_err(|refused| code(&refused))
+        });
+    }
+    for refused in crowd.join_all().await {
+        assert_eq!(refused, Err(RefusalCode::Proof));
+    }
+    assert_eq!(world.series("towline_gateway_limits_reached_total{limit=\"cluster_joins\"}"), 0.0);
+    join(&world, &next, &key()).await.unwrap();
+    let again = join(&world, &spent, &mine).await.unwrap();
+    assert_eq!(again.instance, admitted.instance, "whose key has used it may come again");
 }

@@ -164,14 +164,16 @@ impl Fleet {
         Err(WriteError::Conflict)
     }
 
-    /// The cluster that this join token is for: what somebody with its secret may know before the token is used.
+    /// The cluster that this join token is for: what somebody with its secret may know before the token is used. Whose key it
+    /// would not let in is told so here, and costs the cluster nothing.
     ///
     /// # Errors
-    /// There is no such token, or its cluster is gone.
-    pub fn cluster_of_token(&self, id: &str, secret: &[u8]) -> Result<ClusterUid, JoinRefused> {
+    /// There is no such token, it lets this key in no more, or its cluster is gone.
+    pub fn cluster_of_token(&self, id: &str, secret: &[u8], key: SpkiPin) -> Result<ClusterUid, JoinRefused> {
         let hash = hex(digest::digest(&digest::SHA256, secret).as_ref());
         let view = self.read();
         let (token, _) = known_token(&view, id, &hash)?;
+        earlier_use(token, &key.to_string(), Time::now())?;
         let route = view.route_named(&token.cluster).filter(|route| route.uid.as_str() == token.cluster_uid);
         route.map(|route| route.uid.clone()).ok_or(JoinRefused::NoCluster)
     }
@@ -190,24 +192,19 @@ impl Fleet {
             let (admission, transaction) = {
                 let view = self.read();
                 let (token, revision) = known_token(&view, id, &hash)?;
-                if now >= token.expires {
-                    return Err(JoinRefused::Expired);
-                }
+                let earlier = earlier_use(token, &pin, now)?;
                 let (cluster, cluster_revision) = view
                     .cluster_at(&token.cluster)
                     .filter(|(cluster, _)| cluster.meta.uid == token.cluster_uid)
                     .ok_or(JoinRefused::NoCluster)?;
                 let route = view.route_named(&token.cluster).ok_or(JoinRefused::NoCluster)?;
-                if let Some(earlier) = token.uses.iter().find(|earlier| earlier.pin == pin) {
+                if let Some(earlier) = earlier {
                     return view
                         .instance(&earlier.instance)
                         .filter(|instance| instance.admission == cluster.admission)
                         .and_then(|_| InstanceId::new(&earlier.instance).ok())
                         .map(|instance| Admission { cluster: route, instance, admission: cluster.admission })
                         .ok_or(JoinRefused::Revoked);
-                }
-                if token.uses.len() >= usize::try_from(token.max_uses).unwrap_or(usize::MAX) {
-                    return Err(JoinRefused::Used);
                 }
                 let origin = Origin::Token { token: id.to_owned() };
                 let (admission, transaction) = view.new_instance(route, cluster, origin, now)?;
@@ -395,4 +392,14 @@ fn known_token<'a>(view: &'a View, id: &str, hash: &str) -> Result<(&'a Arc<Join
     // The same work for a token that is not there.
     let same = bool::from(hash.as_bytes().ct_eq(known.as_bytes()));
     token.filter(|_| same).ok_or(JoinRefused::Unknown)
+}
+
+/// The use that this key has made of a token; none if it may be its first.
+fn earlier_use<'a>(token: &'a JoinToken, pin: &str, now: Time) -> Result<Option<&'a TokenUse>, JoinRefused> {
+    if now >= token.expires {
+        return Err(JoinRefused::Expired);
+    }
+    let earlier = token.uses.iter().find(|earlier| earlier.pin == pin);
+    let is_spent = token.uses.len() >= usize::try_from(token.max_uses).unwrap_or(usize::MAX);
+    if earlier.is_none() && is_spent { Err(JoinRefused::Used) } else { Ok(earlier) }
 }
