@@ -59,7 +59,9 @@ pub enum JoinTokenError {
         "is no join token: one begins with tljt1/ and is one line without spaces. Make one with: towline token create CLUSTER"
     )]
     Form,
-    #[error("is a join token of another version than this program reads; use the same release on both sides")]
+    #[error(
+        "is a join token of another version than this program reads; use the same release on both sides, and a token that it makes: towline token create CLUSTER"
+    )]
     Version,
     #[error(
         "has {0} of the 7 parts of a join token; it was probably cut off or broken into lines. Copy it again, whole"
@@ -136,6 +138,14 @@ impl FromStr for JoinToken {
             return Err(JoinTokenError::Form);
         }
         let parts: Vec<&str> = rest.split('/').collect();
+        // Whole, but without a trust domain: from before a token had one.
+        if let [_, _, id, uses, secret] = parts[..]
+            && is_id(id)
+            && uses.parse::<u32>().is_ok()
+            && unhex(secret).is_some()
+        {
+            return Err(JoinTokenError::Version);
+        }
         let [addresses, pins, domain, id, uses, secret] = parts[..] else {
             return Err(JoinTokenError::Parts(parts.len() + 1));
         };
@@ -294,6 +304,8 @@ mod tests {
         }
         for (changed, expected) in [
             (whole.replace("tljt1", "tljt2"), JoinTokenError::Version),
+            (whole.replace("/fleet.test/", "/"), JoinTokenError::Version),
+            (whole.replace("/fleet.test/", "/").replace("0eff", "0ef"), JoinTokenError::Parts(6)),
             (whole.replace("tljt1", "tlat_"), JoinTokenError::Form),
             (whole.replace("/t-1/", "/t-1 /"), JoinTokenError::Form),
             (whole.replace("/t-1/", "/t-1\n/"), JoinTokenError::Form),
