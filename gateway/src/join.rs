@@ -511,7 +511,9 @@ async fn by_account(
         let why = "its ServiceAccount token has let in another process".to_owned();
         Refusal::later(RefusalCode::Denied, TOKEN_USED, RETRY_LIMIT).told(told(why, true))
     };
-    let only = match uses.claim(&route.uid, id, boot_id, (now, until)) {
+    let sessions = shared.registry.sessions_of(&route.uid);
+    let is_there = |place: &InstanceId| sessions.iter().any(|(held, ..)| held == place);
+    let only = match uses.claim(&route.uid, id, boot_id, (now, until), is_there) {
         Claim::Own => None,
         Claim::Others(place) => Some(place),
         Claim::Busy => return Err(used()),

@@ -578,10 +578,24 @@ impl Cluster {
     }
 
     fn token_for(&self, kid: &str, subject: &str, audience: &str) -> Proof {
+        self.sign(kid, &Self::claims(subject, audience))
+    }
+
+    fn claims(subject: &str, audience: &str) -> Value {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims = json!({ "iss": "https://k8s", "sub": subject, "aud": [audience], "exp": now + 600, "iat": now, "nbf": now, "jti": new_uid() });
+        json!({ "iss": "https://k8s", "sub": subject, "aud": [audience], "exp": now + 600, "iat": now, "nbf": now, "jti": new_uid() })
+    }
+
+    /// A new token of this pod.
+    fn token_of_pod(&self, uid: &str) -> Proof {
+        let mut claims = Self::claims(SUBJECT, AUDIENCE);
+        claims["kubernetes.io"] = json!({ "namespace": "towline", "pod": { "name": "agent-0", "uid": uid } });
+        self.sign("1", &claims)
+    }
+
+    fn sign(&self, kid: &str, claims: &Value) -> Proof {
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
-        let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": kid })), part(&claims));
+        let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": kid })), part(claims));
         let signature = self.0.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();
         let token = format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature));
         Proof::ServiceAccount(ServiceAccount { cluster: "east".to_owned(), token })
@@ -811,6 +825,32 @@ async fn s8_a_token_lets_one_process_in() {
     fleet.revoke(&Revoked::Certificate { serial }, &meta()).await.unwrap();
     let refused = ask(&world, &with_boot(proof, &key(), 5)).await.unwrap_err();
     assert_eq!(code(&refused), RefusalCode::Denied, "{}", refused.text);
+}
+
+/// S8: the tokens that the kubelet writes for a pod later, and that its process has not used, are that process's too.
+#[tokio::test]
+async fn s8_a_pods_next_token_lets_nobody_in_beside_it() {
+    let world = world().await;
+    let (east, _first) = vouched(&world, 8).await;
+    let with_boot = |proof: Proof, key: &AgentKey, boot: u8| JoinRequest {
+        boot_id: vec![boot; 16].into(),
+        ..request(proof, key)
+    };
+    let mine = key();
+    let admitted = ask(&world, &with_boot(east.token_of_pod("a"), &mine, 2)).await.unwrap();
+    let again = ask(&world, &with_boot(east.token_of_pod("a"), &mine, 2)).await.unwrap();
+    let agent = Agent::connect(&world, &again, &mine, 2).await.unwrap();
+    world.connected("east", 2).await;
+    let thief = ask(&world, &with_boot(east.token_of_pod("a"), &key(), 3)).await.unwrap_err();
+    assert_eq!(code(&thief), RefusalCode::Denied, "{}", thief.text);
+    assert!(thief.text.contains("has let in another process"), "{}", thief.text);
+    let sibling = ask(&world, &with_boot(east.token_of_pod("b"), &key(), 4)).await.unwrap();
+    assert!(again.instance == admitted.instance && sibling.instance != admitted.instance);
+    // Its container has crashed.
+    agent.session.close(towline_proto::Code::Draining, "crashed");
+    world.connected("east", 1).await;
+    let restarted = ask(&world, &with_boot(east.token_of_pod("a"), &key(), 5)).await.unwrap();
+    assert_eq!(restarted.instance, admitted.instance);
 }
 
 /// Many pods of one Deployment at the same moment, one of them with the join token that tells of the cluster's issuer: none is

@@ -98,13 +98,27 @@ struct Claims {
     nbf: Option<u64>,
     #[serde(default)]
     jti: Option<String>,
+    /// To what the token is bound (Kubernetes, "Bound ServiceAccount tokens").
+    #[serde(default, rename = "kubernetes.io")]
+    bound: Option<Bound>,
+}
+
+#[derive(Deserialize)]
+struct Bound {
+    #[serde(default)]
+    pod: Option<Pod>,
+}
+
+#[derive(Deserialize)]
+struct Pod {
+    uid: String,
 }
 
 /// What a token that counts says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vouched {
     pub subject: String,
-    /// Names the token: the same for each use of it.
+    /// Names the pod that the token is for, so that all its tokens are one; or the token itself, where it is bound to no pod.
     pub id: [u8; 32],
     /// When it counts no more.
     pub until: SystemTime,
@@ -165,8 +179,11 @@ pub fn verify(
     if issuer.subject() != Some(&*claims.sub) || !claims.sub.starts_with(SUBJECT_PREFIX) {
         return Err(AccountError::Subject);
     }
-    // API servers name each token since 1.32; what an older one's says is as good a name.
-    let name = claims.jti.as_deref().unwrap_or(signed);
+    let name = match claims.bound.and_then(|bound| bound.pod) {
+        Some(pod) => format!("pod {}", pod.uid),
+        // API servers name each token since 1.32; what an older one's says is as good a name.
+        None => format!("token {}", claims.jti.as_deref().unwrap_or(signed)),
+    };
     let mut id = [0; 32];
     id.copy_from_slice(digest::digest(&digest::SHA256, name.as_bytes()).as_ref());
     let until = SystemTime::UNIX_EPOCH + Duration::from_secs(claims.exp).min(LIFE_MAX + now) + SKEW;
@@ -313,6 +330,34 @@ mod tests {
         single["aud"] = json!(AUDIENCE);
         single.as_object_mut().unwrap().remove("nbf");
         assert!(verify(&one.sign(&head("1"), &single), &issuer, AUDIENCE, now()).is_ok());
+    }
+
+    /// S8: tokens of one pod are one name, and those of another, or of none, are others.
+    #[test]
+    fn s8_all_tokens_of_a_pod_are_one() {
+        let ours = Signer::new();
+        let issuer = recorded(&[ours.jwk("1")]);
+        let read = |jti: Option<&str>, bound: Value| {
+            let mut claims = claims();
+            if let Some(jti) = jti {
+                claims["jti"] = json!(jti);
+            }
+            claims["kubernetes.io"] = bound;
+            let token = ours.sign(&json!({ "alg": "ES256", "kid": "1" }), &claims);
+            super::verify(&token, &issuer, AUDIENCE, now()).map(|vouched| vouched.id)
+        };
+        let pod = |uid: &str| json!({ "namespace": "towline", "pod": { "name": "agent-0", "uid": uid } });
+        let id = |jti: &str, bound: Value| read(Some(jti), bound).unwrap();
+        assert_eq!(id("1", pod("a")), id("2", pod("a")));
+        assert_eq!(read(None, pod("a")), Ok(id("1", pod("a"))));
+        assert_ne!(id("1", pod("a")), id("1", pod("b")));
+        for none in [Value::Null, json!({}), json!({ "namespace": "towline", "pod": null })] {
+            assert_ne!(id("1", none.clone()), id("2", none.clone()), "{none}");
+            assert_ne!(id("pod a", none.clone()), id("1", pod("a")), "{none}");
+        }
+        for nonsense in [json!("a"), json!({ "pod": {} }), json!({ "pod": { "uid": 1 } })] {
+            assert_eq!(read(Some("1"), nonsense.clone()), Err(AccountError::Malformed), "{nonsense}");
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Which process has used which ServiceAccount token? A token is one process's proof while that lives: whoever else has a copy
-//! gets nothing by it.
+//! Which process has used which ServiceAccount token? A token is one process's proof while that lives, and so are all the tokens of
+//! its pod, which the kubelet replaces every few minutes: whoever else has a copy of one gets nothing by it.
 //!
 //! Another process may use it again for the same place only, and only when nothing is left of the first: the kubelet hands the
 //! token of a pod to its container again when that has crashed.
@@ -15,7 +15,7 @@ use towline_certs::{ClusterUid, InstanceId};
 const OF_A_CLUSTER_MAX: usize = 1024;
 const ALL_MAX: usize = 65_536;
 
-/// The tokens that were used and have not expired.
+/// The tokens that were used and have not expired, or whose process is there; by their pod, or by their own name.
 #[derive(Debug, Default)]
 pub(crate) struct Uses(Mutex<HashMap<ClusterUid, HashMap<[u8; 32], Use>>>);
 
@@ -43,13 +43,14 @@ impl Uses {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A process shows a token that counts until then.
+    /// A process shows a token that counts until then. `is_there` tells of a place whether its process has a session.
     pub(super) fn claim(
         &self,
         cluster: &ClusterUid,
         token: [u8; 32],
         boot_id: &Bytes,
         (now, until): (SystemTime, SystemTime),
+        is_there: impl Fn(&InstanceId) -> bool,
     ) -> Claim {
         let mut clusters = self.lock();
         if clusters.values().map(HashMap::len).sum::<usize>() >= ALL_MAX {
@@ -63,7 +64,8 @@ impl Uses {
             }
         }
         let tokens = clusters.entry(cluster.clone()).or_default();
-        if let Some(used) = tokens.get(&token).filter(|used| used.until > now && used.boot_id != *boot_id) {
+        let counts = |used: &Use| used.until > now || used.place.as_ref().is_some_and(&is_there);
+        if let Some(used) = tokens.get(&token).filter(|used| used.boot_id != *boot_id && counts(used)) {
             return used.place.clone().map_or(Claim::Busy, Claim::Others);
         }
         if tokens.len() >= OF_A_CLUSTER_MAX && !tokens.contains_key(&token) {
@@ -124,7 +126,7 @@ mod tests {
     fn s8_a_token_is_one_processs() {
         let (uses, east) = (Uses::default(), ClusterUid::new("east").unwrap());
         let place = InstanceId::new("a").unwrap();
-        let claim = |boot: &Bytes, now| uses.claim(&east, [1; 32], boot, (at(now), at(600)));
+        let claim = |boot: &Bytes, now| uses.claim(&east, [1; 32], boot, (at(now), at(600)), |_| false);
         assert_eq!(claim(&ONE, 0), Claim::Own);
         assert_eq!((claim(&TWO, 0), claim(&ONE, 1)), (Claim::Busy, Claim::Own));
         uses.release(&east, [1; 32], &TWO);
@@ -135,11 +137,17 @@ mod tests {
         assert_eq!(claim(&TWO, 3), Claim::Others(place), "what was used is not forgotten");
         let other = ClusterUid::new("west").unwrap();
         assert_eq!(
-            uses.claim(&other, [1; 32], &TWO, (at(3), at(600))),
+            uses.claim(&other, [1; 32], &TWO, (at(3), at(600)), |_| false),
             Claim::Own,
             "another cluster's names"
         );
-        assert_eq!(claim(&TWO, 600), Claim::Own, "it has expired, and is refused elsewhere");
+        let next = |is_there: bool| {
+            let of_the_place = |asked: &InstanceId| is_there && *asked == InstanceId::new("a").unwrap();
+            uses.claim(&east, [1; 32], &TWO, (at(600), at(1200)), of_the_place)
+        };
+        let place = InstanceId::new("a").unwrap();
+        assert_eq!(next(true), Claim::Others(place), "the pod's next token, while its process is there");
+        assert_eq!(next(false), Claim::Own, "it has expired, and is refused elsewhere");
     }
 
     /// A cluster that makes tokens without end forgets its own, and nobody else's.
@@ -151,16 +159,16 @@ mod tests {
             name[..8].copy_from_slice(&n.to_be_bytes());
             name
         };
-        uses.claim(&east, name(0), &ONE, (at(0), at(600)));
+        uses.claim(&east, name(0), &ONE, (at(0), at(600)), |_| false);
         for cluster in 0..70 {
             let cluster = ClusterUid::new(&format!("c{cluster}")).unwrap();
             for n in 0..1100 {
-                uses.claim(&cluster, name(n), &ONE, (at(0), at(600 + n)));
+                uses.claim(&cluster, name(n), &ONE, (at(0), at(600 + n)), |_| false);
             }
         }
         let held: usize = uses.lock().values().map(HashMap::len).sum();
         assert!(held <= ALL_MAX, "{held}");
         assert!(uses.lock().values().all(|tokens| tokens.len() <= OF_A_CLUSTER_MAX));
-        assert_eq!(uses.claim(&east, name(0), &TWO, (at(1), at(600))), Claim::Busy);
+        assert_eq!(uses.claim(&east, name(0), &TWO, (at(1), at(600)), |_| false), Claim::Busy);
     }
 }
