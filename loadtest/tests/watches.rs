@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Bench, PATIENCE, head, long, until, within};
+use common::{PATIENCE, Setup, head, long, until, within};
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -24,7 +24,9 @@ const PATH: &str = "/api/v1/namespaces/default/configmaps";
 /// each, and unary requests beside them are served meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_watches_get_their_event() {
-    let bench = Bench::start(Mode::Impersonate).await;
+    // They are one principal's, which has a share of half of them by default (S10).
+    let limits = json!({"limits": {"longRequestsPerPrincipalAndCluster": WATCHES}});
+    let bench = Setup::new(Mode::Impersonate).gateway(limits).start().await;
     let (mut clients, mut tasks) = (Vec::new(), JoinSet::new());
     let permits = Arc::new(Semaphore::new(64));
     let opened = Instant::now();
