@@ -33,6 +33,7 @@
 
 use crate::hello::Hello;
 use crate::join::{About, CERTIFICATES_MAX, Notice, Renew, Renewed, Trust, TrustAck};
+use alloc::boxed::Box;
 use alloc::string::String;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use core::fmt;
@@ -101,17 +102,35 @@ pub struct GoAway {
 /// One frame other than DATA.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Frame {
-    Open { id: StreamId, limit: u64 },
-    Credit { id: StreamId, limit: u64 },
-    Reset { id: StreamId, code: u32 },
-    Stop { id: StreamId, code: u32 },
+    Open {
+        id: StreamId,
+        limit: u64,
+    },
+    Credit {
+        id: StreamId,
+        limit: u64,
+    },
+    Reset {
+        id: StreamId,
+        code: u32,
+    },
+    Stop {
+        id: StreamId,
+        code: u32,
+    },
     Hello(Hello),
     Ping(u64),
     Pong(u64),
     GoAway(GoAway),
-    GoAwayAck { last_opened: u32 },
-    Close { code: u32, text: String },
-    Notice(Notice),
+    GoAwayAck {
+        last_opened: u32,
+    },
+    Close {
+        code: u32,
+        text: String,
+    },
+    /// In a box: it is rare and large, and every frame would be moved as if it were one.
+    Notice(Box<Notice>),
 }
 
 impl Frame {
@@ -419,7 +438,9 @@ impl Header {
                 let text = core::str::from_utf8(&payload).map_err(|_| WireError::BadText)?;
                 Frame::Close { code, text: text.into() }
             }
-            RENEW | RENEWED | TRUST | TRUST_ACK | ABOUT => Frame::Notice(self.parse_notice(payload)?),
+            RENEW | RENEWED | TRUST | TRUST_ACK | ABOUT => {
+                Frame::Notice(Box::new(self.parse_notice(payload)?))
+            }
             kind => return Err(WireError::UnknownType(kind)),
         })
     }

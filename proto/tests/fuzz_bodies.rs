@@ -264,21 +264,24 @@ mod tests {
                 9 if rng.below(4) == 0 => Frame::GoAwayAck { last_opened: id },
                 9 if rng.below(4) == 0 => Frame::Close { code, text: "why".to_owned() },
                 9 if rng.below(4) == 0 => Frame::Hello(hello()),
-                9 if rng.below(2) == 0 => Frame::Notice(match rng.below(5) {
-                    0 => Notice::Renew(Renew { csr: "csr".into(), issuer: None, token: "t".to_owned() }),
-                    1 => Notice::TrustAck(TrustAck { version: rng.below(3), problem: String::new() }),
-                    2 => Notice::Renewed(Renewed::default()),
-                    3 => Notice::About(About {
-                        kubernetes_version: "v1".to_owned(),
-                        api_server: Some(ApiServer::new(ApiServerState::Dns, "no", 1)),
-                        mode: 2,
-                    }),
-                    _ => Notice::Trust(Trust {
-                        version: 1,
-                        roots: vec!["ca".into(); rng.index(20)],
-                        vouchers: vec!["x".into(); rng.index(3)],
-                    }),
-                }),
+                9 if rng.below(2) == 0 => Frame::Notice(
+                    match rng.below(5) {
+                        0 => Notice::Renew(Renew { csr: "csr".into(), issuer: None, token: "t".to_owned() }),
+                        1 => Notice::TrustAck(TrustAck { version: rng.below(3), problem: String::new() }),
+                        2 => Notice::Renewed(Renewed::default()),
+                        3 => Notice::About(About {
+                            kubernetes_version: "v1".to_owned(),
+                            api_server: Some(ApiServer::new(ApiServerState::Dns, "no", 1)),
+                            mode: 2,
+                        }),
+                        _ => Notice::Trust(Trust {
+                            version: 1,
+                            roots: vec!["ca".into(); rng.index(20)],
+                            vouchers: vec!["x".into(); rng.index(3)],
+                        }),
+                    }
+                    .into(),
+                ),
                 _ => {
                     let len = rng.index(3000) / (1 + rng.index(100));
                     bytes.extend(data(id.max(1), &vec![3; len], len == 0 || rng.below(4) == 0));

@@ -57,53 +57,56 @@ fn golden() -> Vec<(&'static str, &'static str, Frame)> {
         (
             "renew",
             "90000018 00000000 0a03637372 120e 0a03697373 12036b6579 1a027361 1a0174",
-            Frame::Notice(Notice::Renew(Renew {
-                csr: "csr".into(),
-                issuer: Some(issuer()),
-                token: "t".to_owned(),
-            })),
+            Frame::Notice(
+                Notice::Renew(Renew { csr: "csr".into(), issuer: Some(issuer()), token: "t".to_owned() })
+                    .into(),
+            ),
         ),
         (
             "renewed",
             "9100000d 00000000 0a0b 0a046c656166 0a03636121",
-            Frame::Notice(Notice::Renewed(Renewed { outcome: Some(Renewal::Certificate(certificate())) })),
+            Frame::Notice(
+                Notice::Renewed(Renewed { outcome: Some(Renewal::Certificate(certificate())) }).into(),
+            ),
         ),
         (
             "renewal refused",
             "9100000b 00000000 1209 0803 12026e6f 18e807",
-            Frame::Notice(Notice::Renewed(Renewed { outcome: Some(Renewal::Refused(refused())) })),
+            Frame::Notice(Notice::Renewed(Renewed { outcome: Some(Renewal::Refused(refused())) }).into()),
         ),
         (
             "trust",
             "92000013 00000000 08ac02 12036f6e65 120374776f 1a047468656e",
-            Frame::Notice(Notice::Trust(trust())),
+            Frame::Notice(Notice::Trust(trust()).into()),
         ),
         (
             "trust_ack",
             "93000002 00000000 0807",
-            Frame::Notice(Notice::TrustAck(TrustAck { version: 7, problem: String::new() })),
+            Frame::Notice(Notice::TrustAck(TrustAck { version: 7, problem: String::new() }).into()),
         ),
         (
             "trust not kept",
             "93000008 00000000 0807 120466756c6c",
-            Frame::Notice(Notice::TrustAck(TrustAck { version: 7, problem: "full".to_owned() })),
+            Frame::Notice(Notice::TrustAck(TrustAck { version: 7, problem: "full".to_owned() }).into()),
         ),
         (
             "about",
             "94000009 00000000 0a0776312e33302e31",
-            Frame::Notice(Notice::About(About {
-                kubernetes_version: "v1.30.1".to_owned(),
-                ..About::default()
-            })),
+            Frame::Notice(
+                Notice::About(About { kubernetes_version: "v1.30.1".to_owned(), ..About::default() }).into(),
+            ),
         ),
         (
             "about an API server",
             "9400000d 00000000 1209 0805 12026e6f 18ac02 1802",
-            Frame::Notice(Notice::About(About {
-                api_server: Some(ApiServer::new(ApiServerState::Refused, "no", 300)),
-                mode: AgentMode::Impersonate.into(),
-                ..About::default()
-            })),
+            Frame::Notice(
+                Notice::About(About {
+                    api_server: Some(ApiServer::new(ApiServerState::Refused, "no", 300)),
+                    mode: AgentMode::Impersonate.into(),
+                    ..About::default()
+                })
+                .into(),
+            ),
         ),
     ]
 }

@@ -54,7 +54,7 @@ fn gateway(hello: Hello) -> Lone {
 
 fn said(lone: &mut Lone) -> Vec<Notice> {
     let notice = |item| match item {
-        Item::Frame(Frame::Notice(notice)) => Some(notice),
+        Item::Frame(Frame::Notice(notice)) => Some(*notice),
         _ => None,
     };
     lone.output().into_iter().filter_map(notice).collect()
@@ -66,7 +66,7 @@ fn questions_and_answers_alternate() {
     let mut lone = gateway(capable());
     assert_eq!(lone.conn.say(renewed()), Err(SayError::Unasked));
     assert_eq!(lone.conn.say(renew(1)), Err(SayError::Unasked), "an agent's word");
-    lone.frame(&Frame::Notice(renew(200)));
+    lone.frame(&Frame::Notice(renew(200).into()));
     assert_eq!(lone.take_events(), [Event::Heard]);
     assert_eq!((lone.conn.hear(), lone.conn.hear()), (Some(renew(200)), None));
     // Its own question does not wait for the answer it owes.
@@ -76,8 +76,8 @@ fn questions_and_answers_alternate() {
     assert_eq!(lone.conn.say(renewed()), Err(SayError::Unasked));
     assert_eq!(said(&mut lone), [trust(1), renewed()]);
     assert_eq!(lone.conn.say(trust(2)), Err(SayError::Busy), "until it is answered, not until it is sent");
-    lone.frame(&Frame::Notice(ack(1)));
-    lone.frame(&Frame::Notice(renew(3)));
+    lone.frame(&Frame::Notice(ack(1).into()));
+    lone.frame(&Frame::Notice(renew(3).into()));
     assert_eq!(lone.conn.hear(), Some(ack(1)));
     assert_eq!(lone.conn.hear(), Some(renew(3)));
     lone.conn.say(trust(2)).unwrap();
@@ -95,22 +95,22 @@ fn abuse_is_named() {
     ];
     for (expected, notices) in cases {
         let mut lone = gateway(capable());
-        notices.into_iter().for_each(|notice| lone.frame(&Frame::Notice(notice)));
+        notices.into_iter().for_each(|notice| lone.frame(&Frame::Notice(notice.into())));
         assert_eq!(lone.violation(), expected);
     }
     let mut lone = gateway(capable());
     for _ in 0..lone.limits.notices_per_second {
-        lone.frame(&Frame::Notice(renew(1)));
+        lone.frame(&Frame::Notice(renew(1).into()));
         lone.assert_open();
         lone.conn.hear().unwrap();
         lone.conn.say(renewed()).unwrap();
     }
-    lone.frame(&Frame::Notice(renew(1)));
+    lone.frame(&Frame::Notice(renew(1).into()));
     assert_eq!(lone.violation(), "limit: too many notices");
     // At a moderate pace it goes on for ever.
     let mut lone = gateway(capable());
     for _ in 0..100 {
-        lone.frame(&Frame::Notice(renew(1)));
+        lone.frame(&Frame::Notice(renew(1).into()));
         lone.conn.say(renewed()).unwrap();
         assert!(lone.conn.hear().is_some());
         said(&mut lone);
@@ -124,7 +124,7 @@ fn abuse_is_named() {
 fn nothing_is_said_before_the_session_stands() {
     let mut lone = Lone::introduced(Limits::default(), introduction());
     assert_eq!(lone.conn.say(trust(1)), Err(SayError::NotReady));
-    lone.frame(&Frame::Notice(renew(1)));
+    lone.frame(&Frame::Notice(renew(1).into()));
     assert_eq!(lone.violation(), "proto: a frame before the hello");
     assert_eq!(lone.conn.say(trust(1)), Err(SayError::Closed));
 }
@@ -138,7 +138,7 @@ fn an_old_peer_is_not_broken() {
     // The old end: it skips the frames, as it would if it did not know their type.
     let mut old = Lone::ready(Limits::default());
     for notice in [renew(5), renew(5), ack(9), trust(1)] {
-        old.frame(&Frame::Notice(notice));
+        old.frame(&Frame::Notice(notice.into()));
     }
     old.assert_open();
     assert!(old.take_events().is_empty() && old.conn.hear().is_none());
@@ -161,16 +161,16 @@ fn a_statement_stands_alone() {
     lone.pong();
     lone.take_events();
     assert_eq!(lone.conn.say(about("v1")), Err(SayError::Unasked), "an agent's word");
-    lone.frame(&Frame::Notice(renew(1)));
+    lone.frame(&Frame::Notice(renew(1).into()));
     for version in ["v1.30.0", "v1.31.0", "v1.32.0"] {
-        lone.frame(&Frame::Notice(about(version)));
+        lone.frame(&Frame::Notice(about(version).into()));
     }
     let heard: Vec<_> = std::iter::from_fn(|| lone.conn.hear()).collect();
     assert_eq!(heard, [renew(1), about("v1.32.0")]);
     lone.conn.say(renewed()).unwrap();
     lone.assert_open();
     for _ in 0..lone.limits.notices_per_second {
-        lone.frame(&Frame::Notice(about("v1.30.0")));
+        lone.frame(&Frame::Notice(about("v1.30.0").into()));
     }
     assert_eq!(lone.violation(), "limit: too many notices");
 
@@ -185,7 +185,7 @@ fn a_statement_stands_alone() {
     agent.conn.say(about("v1.31.0")).unwrap();
     assert_eq!(said(&mut agent), [renew(1), about("v1.31.0")]);
     assert_eq!(agent.conn.say(about(&"v".repeat(5000))), Err(SayError::TooLarge));
-    agent.frame(&Frame::Notice(about("v1")));
+    agent.frame(&Frame::Notice(about("v1").into()));
     assert_eq!(agent.violation(), "proto: a notice of this end's own that was not asked for");
 
     // Either end is of before.
@@ -195,7 +195,7 @@ fn a_statement_stands_alone() {
     assert_eq!(old.conn.say(about("v1")), Err(SayError::Unsupported));
     old.conn.say(renew(1)).unwrap();
     let mut old = gateway(capable());
-    old.frame(&Frame::Notice(about("v1")));
+    old.frame(&Frame::Notice(about("v1").into()));
     assert!(old.conn.hear().is_none());
     old.assert_open();
 }
@@ -205,7 +205,7 @@ fn a_statement_stands_alone() {
 fn sizes_are_bounded() {
     let mut lone = gateway(capable());
     // Tag and length take four bytes.
-    lone.frame(&Frame::Notice(renew(NOTICE_MAX - 4)));
+    lone.frame(&Frame::Notice(renew(NOTICE_MAX - 4).into()));
     lone.assert_open();
     let roots = vec![Bytes::from(vec![1; 2000]); 9];
     assert_eq!(
@@ -219,7 +219,7 @@ fn sizes_are_bounded() {
 #[test]
 fn the_end_silences() {
     let mut lone = gateway(capable());
-    lone.frame(&Frame::Notice(renew(1)));
+    lone.frame(&Frame::Notice(renew(1).into()));
     lone.conn.say(trust(1)).unwrap();
     lone.conn.close(Code::Denied, "revoked");
     assert!(said(&mut lone).is_empty());

@@ -8,6 +8,7 @@ use crate::hello::{Hello, HelloLimits, VERSIONS};
 use crate::join::{CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice, SayError};
 use crate::time::Instant;
 use crate::wire::{ABOUT_MAX, Frame, GoAway, NOTICE_MAX};
+use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use core::time::Duration;
@@ -310,7 +311,7 @@ impl Control {
                 }
                 self.drain = Drain::Confirmed { last_opened };
             }
-            Frame::Notice(notice) => return self.notices.handle(now, notice),
+            Frame::Notice(notice) => return self.notices.handle(now, *notice),
             Frame::Open { id, .. }
             | Frame::Credit { id, .. }
             | Frame::Reset { id, .. }
@@ -398,7 +399,7 @@ impl Control {
             put(&Frame::GoAway(goaway));
         }
         for notice in self.notices.said.drain(..) {
-            put(&Frame::Notice(notice));
+            put(&Frame::Notice(Box::new(notice)));
         }
         if let Some((code, text)) = output.close.take() {
             put(&Frame::Close { code, text });
