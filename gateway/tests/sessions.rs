@@ -69,7 +69,7 @@ async fn a7_what_breaks_the_protocol_is_counted_as_refused() {
     let hello = |version| {
         let hello = Hello { versions: vec![version], boot_id: vec![1; 16], ..Hello::default() };
         let mut bytes = BytesMut::new();
-        Frame::Hello(hello).encode(&mut bytes);
+        Frame::Hello(Box::new(hello)).encode(&mut bytes);
         bytes
     };
     let mut counted = 0.0;

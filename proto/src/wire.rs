@@ -118,7 +118,8 @@ pub enum Frame {
         id: StreamId,
         code: u32,
     },
-    Hello(Hello),
+    /// In a box, as notices are: both are rare and large, and every frame would be moved as if it were one.
+    Hello(Box<Hello>),
     Ping(u64),
     Pong(u64),
     GoAway(GoAway),
@@ -129,7 +130,6 @@ pub enum Frame {
         code: u32,
         text: String,
     },
-    /// In a box: it is rare and large, and every frame would be moved as if it were one.
     Notice(Box<Notice>),
 }
 
@@ -304,7 +304,8 @@ impl Decoder {
                         return Ok(None);
                     }
                     let take = (HEADER_LEN - *have).min(input.len());
-                    input.split_to(take).copy_to_slice(&mut bytes[*have..*have + take]);
+                    bytes[*have..*have + take].copy_from_slice(&input[..take]);
+                    input.advance(take);
                     *have += take;
                     if *have < HEADER_LEN {
                         return Ok(None);
@@ -326,22 +327,24 @@ impl Decoder {
                 }
                 State::Payload { header, have } => {
                     let len = usize::from(header.len);
-                    let header = *header;
-                    let payload = if have.is_empty() && input.len() >= len {
-                        input.split_to(len)
+                    let frame = if have.is_empty() && input.len() >= len {
+                        let frame = header.parse_payload(&input[..len]);
+                        input.advance(len);
+                        frame
                     } else {
                         if input.is_empty() {
                             return Ok(None);
                         }
                         let take = (len - have.len()).min(input.len());
-                        have.put(input.split_to(take));
+                        have.put_slice(&input[..take]);
+                        input.advance(take);
                         if have.len() < len {
                             return Ok(None);
                         }
-                        have.split().freeze()
+                        header.parse_payload(have)
                     };
                     self.state = State::default();
-                    return header.parse_payload(payload).map(|frame| Some(Item::Frame(frame)));
+                    return frame.map(|frame| Some(Item::Frame(frame)));
                 }
                 State::Skip { left } => {
                     if *left > 0 && input.is_empty() {
@@ -417,14 +420,14 @@ impl Header {
     }
 
     /// Parses a payload whose length [`Self::check`] has admitted.
-    fn parse_payload(self, mut payload: Bytes) -> Result<Frame, WireError> {
+    fn parse_payload(self, mut payload: &[u8]) -> Result<Frame, WireError> {
         let id = StreamId(self.id);
         Ok(match self.kind {
             OPEN => Frame::Open { id, limit: get_limit(&mut payload)? },
             CREDIT => Frame::Credit { id, limit: get_limit(&mut payload)? },
             RESET => Frame::Reset { id, code: payload.get_u32() },
             STOP => Frame::Stop { id, code: payload.get_u32() },
-            HELLO => Frame::Hello(Hello::decode(payload).map_err(|_| WireError::BadHello)?),
+            HELLO => Frame::Hello(Box::new(Hello::decode(payload).map_err(|_| WireError::BadHello)?)),
             PING => Frame::Ping(payload.get_u64()),
             PONG => Frame::Pong(payload.get_u64()),
             GOAWAY => Frame::GoAway(GoAway {
@@ -435,7 +438,7 @@ impl Header {
             GOAWAY_ACK => Frame::GoAwayAck { last_opened: payload.get_u32() },
             CLOSE => {
                 let code = payload.get_u32();
-                let text = core::str::from_utf8(&payload).map_err(|_| WireError::BadText)?;
+                let text = core::str::from_utf8(payload).map_err(|_| WireError::BadText)?;
                 Frame::Close { code, text: text.into() }
             }
             RENEW | RENEWED | TRUST | TRUST_ACK | ABOUT => {
@@ -447,7 +450,7 @@ impl Header {
 }
 
 impl Header {
-    fn parse_notice(self, payload: Bytes) -> Result<Notice, WireError> {
+    fn parse_notice(self, payload: &[u8]) -> Result<Notice, WireError> {
         let kind = self.kind;
         let parsed = match kind {
             RENEW => Renew::decode(payload).map(Notice::Renew),
@@ -464,7 +467,7 @@ impl Header {
     }
 }
 
-fn get_limit(payload: &mut Bytes) -> Result<u64, WireError> {
+fn get_limit(payload: &mut &[u8]) -> Result<u64, WireError> {
     match payload.get_u64() {
         limit if limit <= LIMIT_MAX => Ok(limit),
         _ => Err(WireError::BadLimit),

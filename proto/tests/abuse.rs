@@ -628,7 +628,7 @@ fn mx_13_a_flood_of_goaways() {
 #[test]
 fn mx_13_never_a_pong() {
     let mut lone = Lone::new(small());
-    lone.frame(&Frame::Hello(hello()));
+    lone.frame(&Frame::Hello(Box::new(hello())));
     for nonce in 0..30 {
         lone.output();
         lone.frame(&Frame::Ping(nonce));
@@ -660,7 +660,7 @@ fn the_hello_comes_first_and_once() {
         assert_eq!(lone.violation(), "proto: a frame before the hello");
     }
     let mut lone = Lone::ready(small());
-    lone.frame(&Frame::Hello(hello()));
+    lone.frame(&Frame::Hello(Box::new(hello())));
     assert_eq!(lone.violation(), "proto: a second hello");
     // A peer may say why it will not talk before it says hello.
     let mut lone = Lone::new(small());
@@ -671,7 +671,7 @@ fn the_hello_comes_first_and_once() {
 #[test]
 fn versions_without_overlap_are_named() {
     let mut lone = Lone::new(small());
-    lone.frame(&Frame::Hello(Hello { versions: vec![999, 1000], ..hello() }));
+    lone.frame(&Frame::Hello(Box::new(Hello { versions: vec![999, 1000], ..hello() })));
     let text = "proto: no common protocol version: offered [999, 1000], supported [1]";
     assert_eq!(lone.violation(), text);
     assert!(lone.output().iter().any(|item| matches!(item, Item::Frame(Frame::Close { code: 9, .. }))));

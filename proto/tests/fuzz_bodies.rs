@@ -102,7 +102,7 @@ pub fn input(input: &[u8]) {
         let limits = HelloLimits { streams_max: 8, initial_credit_bytes: 1000, head_max_bytes: 0 };
         let hello = Hello { versions: VERSIONS.to_vec(), limits, capabilities, ..Hello::default() };
         let mut bytes = BytesMut::new();
-        Frame::Hello(hello).encode(&mut bytes);
+        Frame::Hello(Box::new(hello)).encode(&mut bytes);
         Frame::Pong(1).encode(&mut bytes);
         let (hello, pong) = (bytes.split_to(bytes.len() - 16), bytes);
         conn.handle_input(now, hello.freeze());
@@ -263,7 +263,7 @@ mod tests {
                 9 if rng.below(4) == 0 => Frame::GoAway(GoAway { code, reconnect_after_ms: 1, drain_ms: 2 }),
                 9 if rng.below(4) == 0 => Frame::GoAwayAck { last_opened: id },
                 9 if rng.below(4) == 0 => Frame::Close { code, text: "why".to_owned() },
-                9 if rng.below(4) == 0 => Frame::Hello(hello()),
+                9 if rng.below(4) == 0 => Frame::Hello(Box::new(hello())),
                 9 if rng.below(2) == 0 => Frame::Notice(
                     match rng.below(5) {
                         0 => Notice::Renew(Renew { csr: "csr".into(), issuer: None, token: "t".to_owned() }),

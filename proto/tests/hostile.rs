@@ -155,7 +155,7 @@ impl World {
     async fn intruder(&self, number: u8) -> Raw {
         let mut raw = Raw::connect(self.address, Arc::clone(&self.tls), number).await;
         let mut frames = Vec::new();
-        stream(&mut frames, 0, 0, &encode(&Frame::Hello(hello())));
+        stream(&mut frames, 0, 0, &encode(&Frame::Hello(Box::new(hello()))));
         raw.send(&frames).await;
         raw
     }

@@ -46,7 +46,7 @@ fn capable() -> Hello {
 /// A gateway that understands notices, with this agent.
 fn gateway(hello: Hello) -> Lone {
     let mut lone = Lone::introduced(Limits::default(), introduction());
-    lone.frame(&Frame::Hello(hello));
+    lone.frame(&Frame::Hello(Box::new(hello)));
     lone.pong();
     assert!(lone.take_events().contains(&Event::Ready));
     lone
@@ -157,7 +157,7 @@ fn a_statement_stands_alone() {
         ..Introduction::default()
     };
     let mut lone = Lone::introduced(Limits::default(), both());
-    lone.frame(&Frame::Hello(Hello { capabilities: both().capabilities, ..hello() }));
+    lone.frame(&Frame::Hello(Box::new(Hello { capabilities: both().capabilities, ..hello() })));
     lone.pong();
     lone.take_events();
     assert_eq!(lone.conn.say(about("v1")), Err(SayError::Unasked), "an agent's word");
@@ -177,7 +177,7 @@ fn a_statement_stands_alone() {
     // An agent's end: what waits to be sent is the latest.
     let mut agent = Lone::agent(Limits::default(), both());
     assert_eq!(agent.conn.say(about("v1")), Err(SayError::NotReady));
-    agent.frame(&Frame::Hello(Hello { capabilities: both().capabilities, ..hello() }));
+    agent.frame(&Frame::Hello(Box::new(Hello { capabilities: both().capabilities, ..hello() })));
     agent.pong();
     said(&mut agent);
     agent.conn.say(about("v1.30.0")).unwrap();
@@ -190,7 +190,7 @@ fn a_statement_stands_alone() {
 
     // Either end is of before.
     let mut old = Lone::agent(Limits::default(), both());
-    old.frame(&Frame::Hello(capable()));
+    old.frame(&Frame::Hello(Box::new(capable())));
     old.pong();
     assert_eq!(old.conn.say(about("v1")), Err(SayError::Unsupported));
     old.conn.say(renew(1)).unwrap();

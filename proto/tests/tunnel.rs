@@ -319,7 +319,7 @@ async fn nonsense_ends_the_session() {
     let (session, driver) = session(io, Role::Gateway, LIMITS, Budget::new(1 << 30));
     let mut drivers = JoinSet::new();
     drivers.spawn(driver.run());
-    peer.write_all(&encode(&wire::Frame::Hello(hello()))).await.unwrap();
+    peer.write_all(&encode(&wire::Frame::Hello(Box::new(hello())))).await.unwrap();
     peer.write_all(&data(2, b"x", false)).await.unwrap();
     let reason = drivers.join_next().await.unwrap().unwrap();
     assert_eq!(reason.label(), "violation");
@@ -336,7 +336,7 @@ async fn a_truncated_transport_is_an_abort() {
     let (session, driver) = session(io, Role::Gateway, LIMITS, Budget::new(1 << 30));
     let mut drivers = JoinSet::new();
     drivers.spawn(driver.run());
-    peer.write_all(&encode(&wire::Frame::Hello(hello()))).await.unwrap();
+    peer.write_all(&encode(&wire::Frame::Hello(Box::new(hello())))).await.unwrap();
     let open = wire::Frame::Open { id: wire::StreamId(1), limit: 100 };
     peer.write_all(&encode(&open)).await.unwrap();
     let frame = data(1, b"0123456789", true);

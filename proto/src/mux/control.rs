@@ -282,7 +282,7 @@ impl Control {
                 if hello.common_version(VERSIONS).is_none() {
                     return Err(Violation::Version { offered: hello.versions });
                 }
-                self.peer = Some(hello);
+                self.peer = Some(*hello);
                 self.phase = Phase::Confirming;
                 self.output.ping = Some(self.liveness.probe(now));
             }
@@ -386,7 +386,7 @@ impl Control {
         }
         let output = &mut self.output;
         if let Some(hello) = output.hello.take() {
-            put(&Frame::Hello(hello));
+            put(&Frame::Hello(Box::new(hello)));
         }
         if let Some(nonce) = output.pong.take() {
             put(&Frame::Pong(nonce));

@@ -100,7 +100,7 @@ impl Lone {
 
     pub fn ready_with(limits: Limits, hello: Hello) -> Self {
         let mut lone = Self::new(limits);
-        lone.frame(&Frame::Hello(hello));
+        lone.frame(&Frame::Hello(Box::new(hello)));
         lone.pong();
         assert!(lone.take_events().contains(&Event::Ready), "the session is ready");
         lone
