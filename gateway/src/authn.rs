@@ -113,6 +113,7 @@ impl Certificate {
                 let credential = Credential::Certificate {
                     name: principal.name.as_str().into(),
                     serial: facts.serial.as_str().into(),
+                    leaf: facts.fingerprint.as_str().into(),
                     issued: if ours { facts.issued_at() } else { facts.not_before },
                     until: facts.not_after,
                 };
@@ -175,6 +176,8 @@ pub enum Credential {
         name: Arc<str>,
         /// Lower-case hex.
         serial: Arc<str>,
+        /// SHA-256 of the certificate, lower-case hex: two CAs may issue the same name, serial and dates.
+        leaf: Arc<str>,
         /// By the issuer's word.
         issued: SystemTime,
         /// When it runs out.
@@ -405,7 +408,8 @@ mod tests {
         let groups = groups.iter().map(ToString::to_string).collect();
         let issued = SystemTime::now();
         let until = issued + Duration::from_secs(60);
-        let credential = Credential::Certificate { name: name.into(), serial: "01".into(), issued, until };
+        let (name_is, serial, leaf) = (name.into(), "01".into(), "f0".into());
+        let credential = Credential::Certificate { name: name_is, serial, leaf, issued, until };
         Certificate::Verified { principal: Arc::new(Principal::new(name, groups)), credential }
     }
 
@@ -517,9 +521,9 @@ mod tests {
         );
         assert_eq!(ask(Mode::Impersonate, &Certificate::Absent, &[]), Err(AuthnError::NoCredential));
         let Certificate::Verified { principal, credential } = cert("jane", &[]) else { unreachable!() };
-        let Credential::Certificate { name, serial, issued, .. } = credential else { unreachable!() };
+        let Credential::Certificate { name, serial, leaf, issued, .. } = credential else { unreachable!() };
         let until = SystemTime::now() - Duration::from_secs(1);
-        let credential = Credential::Certificate { name, serial, issued, until };
+        let credential = Credential::Certificate { name, serial, leaf, issued, until };
         let expired = Certificate::Verified { principal, credential };
         assert_eq!(ask(Mode::Impersonate, &expired, &[]), Err(AuthnError::CertificateExpired));
     }

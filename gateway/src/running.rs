@@ -349,10 +349,11 @@ fn is_believed(
 mod tests {
     use super::*;
 
-    fn grant(serial: &str, interactive: bool) -> Grant {
+    fn grant(leaf: &str, interactive: bool) -> Grant {
         let credential = Credential::Certificate {
             name: "jane".into(),
-            serial: serial.into(),
+            serial: "01".into(),
+            leaf: leaf.into(),
             issued: SystemTime::UNIX_EPOCH,
             until: SystemTime::UNIX_EPOCH,
         };
@@ -360,6 +361,7 @@ mod tests {
         Grant { credential, principal, scope: Scope::Fleet { admin: false }, interactive }
     }
 
+    /// Goal: S4: the second one here has the first one's name, serial and dates, as another CA may issue them, and is its own.
     #[test]
     fn s4_requests_share_an_entry_until_it_ends() {
         let running = Arc::<Running>::default();
