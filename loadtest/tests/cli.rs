@@ -205,7 +205,7 @@ async fn k3_a_dead_api_server_is_seen() {
         status.out
     );
     assert!(status.err.contains("1 connected, 0 not; 1 whose API server cannot be used"), "{}", status.err);
-    world.run(&["status", "--check"]).await.failed(1, &["1 cluster without an API server: prod"]);
+    world.run(&["status", "--check"]).await.failed(1, &["1 cluster whose API server cannot be used: prod"]);
     let list = world.ok(&["cluster", "list"]).await;
     assert!(list.lines().nth(1).unwrap().contains("Refused"), "{list}");
     let told = world.ok(&["cluster", "describe", "prod"]).await;

@@ -25,8 +25,8 @@ pub(crate) struct Status {
     /// Go on with a line for each change.
     #[arg(short, long, conflicts_with = "check")]
     watch: bool,
-    /// Exit code 1 if a cluster is not connected or its API server cannot be used, unless no agent has ever joined it; without this the
-    /// code only tells whether the gateway could be asked.
+    /// Exit code 1 if something is wrong with a cluster; not for one that no agent has joined yet, and not for an agent that is
+    /// only older than the gateway. Without this the code only tells whether the gateway could be asked.
     #[arg(long)]
     check: bool,
     #[command(flatten)]
@@ -40,6 +40,8 @@ enum Health {
     /// Connected, and no agent can use the API server.
     Unusable,
     Overdue,
+    /// Connected, and agents that restart may not find their way back.
+    Unissued,
     Outdated,
     /// Registered, and no agent has joined yet.
     Pending,
@@ -57,6 +59,8 @@ impl Health {
             Self::Unusable
         } else if is("CertificateCurrent", "False") {
             Self::Overdue
+        } else if is("IssuerCurrent", "False") {
+            Self::Unissued
         } else if is("AgentOutdated", "True") {
             Self::Outdated
         } else {
@@ -75,6 +79,7 @@ impl Health {
             Self::Unusable => Some("APIServerReachable"),
             Self::Pending => Some("Joined"),
             Self::Overdue => Some("CertificateCurrent"),
+            Self::Unissued => Some("IssuerCurrent"),
             Self::Outdated => Some("AgentOutdated"),
             Self::Well => None,
         }
@@ -130,7 +135,7 @@ impl Status {
         let essence = |cluster: &Value| {
             let status = &cluster["status"];
             let mut parts: Vec<Value> =
-                ["Connected", "APIServerReachable", "CertificateCurrent", "AgentOutdated"]
+                ["Connected", "APIServerReachable", "CertificateCurrent", "IssuerCurrent", "AgentOutdated"]
                     .iter()
                     .map(|kind| condition(cluster, kind)["reason"].clone())
                     .collect();
@@ -237,11 +242,26 @@ fn items(list: &Value) -> &[Value] {
     list["items"].as_array().map_or(&[], Vec::as_slice)
 }
 
-/// What `--check` fails with, if there is a cluster of which nobody gets anything.
+/// What is said of clusters that are so; nothing of those that are well.
+const fn words(health: Health) -> &'static str {
+    match health {
+        Health::Down => "not connected",
+        Health::Unusable => "whose API server cannot be used",
+        Health::Overdue => "with a certificate that was not renewed",
+        Health::Unissued => "whose issuer's keys nobody vouches for",
+        Health::Outdated => "with an agent to upgrade",
+        Health::Pending => "never joined",
+        Health::Well => "",
+    }
+}
+
+/// What `--check` fails with: whatever needs somebody's hand soon. Not clusters that only wait for their first agent, and not agents
+/// older than the gateway: they work, and after each upgrade of the gateway all of them are.
 fn failing(clusters: &[Value]) -> Option<String> {
     let mut parts = Vec::new();
     let mut first = None;
-    for (health, what) in [(Health::Down, "not connected"), (Health::Unusable, "without an API server")] {
+    for health in [Health::Down, Health::Unusable, Health::Overdue, Health::Unissued] {
+        let what = words(health);
         let names: Vec<String> = clusters
             .iter()
             .filter(|cluster| Health::of(cluster) == health)
@@ -266,15 +286,10 @@ fn summary(clusters: &[Value]) -> String {
     let (down, connected) =
         (of(Health::Down), clusters.iter().filter(|cluster| Health::of(cluster).is_connected()));
     let mut text = format!("{}: {} connected, {down} not", show::count(total, "cluster"), connected.count());
-    for (health, words) in [
-        (Health::Unusable, "whose API server cannot be used"),
-        (Health::Pending, "never joined"),
-        (Health::Overdue, "with a certificate that was not renewed"),
-        (Health::Outdated, "with an agent to upgrade"),
-    ] {
+    for health in [Health::Unusable, Health::Pending, Health::Overdue, Health::Unissued, Health::Outdated] {
         match of(health) {
             0 => {}
-            many => text.push_str(&format!("; {many} {words}")),
+            many => text.push_str(&format!("; {many} {}", words(health))),
         }
     }
     text
@@ -299,8 +314,9 @@ mod tests {
         assert_eq!(failing(std::slice::from_ref(&well)), None);
         let said = failing(&[well.clone(), unusable("b"), cluster("c", "False", "True", "False")]).unwrap();
         assert!(
-            said.starts_with("1 cluster not connected: c; 1 cluster without an API server: b. Why: ")
-                && said.ends_with("describe c"),
+            said.starts_with(
+                "1 cluster not connected: c; 1 cluster whose API server cannot be used: b. Why: "
+            ) && said.ends_with("describe c"),
             "{said}"
         );
         let status = Status {
@@ -317,6 +333,36 @@ mod tests {
             "{}",
             summary(&[unusable("b")])
         );
+    }
+
+    /// Goal: D5, S5: a check fails for whatever needs somebody's hand, and not for a cluster that waits for its first agent or can be upgraded.
+    #[test]
+    fn d5_a_check_fails_for_what_needs_a_hand() {
+        let with = |kind: &str, status: &str, reason: &str| {
+            let mut cluster = cluster("a", if kind == "Joined" { "False" } else { "True" }, "True", "False");
+            let more = json!({"type": kind, "status": status, "reason": reason, "message": "m"});
+            let conditions = cluster["status"]["conditions"].as_array_mut().unwrap();
+            conditions.retain(|condition| condition["type"] != kind);
+            conditions.push(more);
+            cluster
+        };
+        for (kind, status, what) in [
+            ("Connected", "False", "1 cluster not connected: a"),
+            ("APIServerReachable", "False", "1 cluster whose API server cannot be used: a"),
+            ("CertificateCurrent", "False", "1 cluster with a certificate that was not renewed: a"),
+            ("IssuerCurrent", "False", "1 cluster whose issuer's keys nobody vouches for: a"),
+        ] {
+            let said = failing(&[with(kind, status, "R")]).unwrap_or_default();
+            assert!(said.starts_with(what), "{kind}: {said}");
+            assert!(why(&with(kind, status, "R")).starts_with("R: m"), "{kind}");
+        }
+        for (kind, status, reason) in [
+            ("Joined", "False", "Pending"),
+            ("IssuerCurrent", "Unknown", "NotTold"),
+            ("APIServerReachable", "Unknown", "R"),
+        ] {
+            assert_eq!(failing(&[with(kind, status, reason)]), None, "{kind}");
+        }
     }
 
     fn cluster(name: &str, connected: &str, certificate: &str, outdated: &str) -> Value {
