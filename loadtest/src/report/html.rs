@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use super::json::{Better, Metric, Profile, Record, Spread};
 use super::svg::{self, Group, Line};
 use super::{escape, number};
-use crate::load::targets::{self, Verdict};
+use crate::load::targets::{self, Outcome, Verdict};
 
 /// The whole page.
 #[must_use]
@@ -68,50 +68,66 @@ fn foreign(record: &Record) -> Option<f64> {
     Spread::of(values).map(|spread| spread.median)
 }
 
+/// The page's answer: how many targets are met, and each with its verdict in front.
 fn verdicts(body: &mut String, record: &Record) {
     let outcomes = targets::judge(record);
-    if outcomes.iter().all(|outcome| outcome.verdict == Verdict::Unmeasured) {
+    let count =
+        |wanted: &[Verdict]| outcomes.iter().filter(|outcome| wanted.contains(&outcome.verdict)).count();
+    let (met, missed) = (count(&[Verdict::Met, Verdict::Stretch]), count(&[Verdict::Missed]));
+    let unmeasured = count(&[Verdict::Unmeasured]);
+    if unmeasured == outcomes.len() {
         return;
     }
-    body.push_str(
-        "<h2>Targets</h2>\n<table><thead><tr><th>target</th><th>figure</th><th>must</th><th>stretch</th>",
-    );
-    body.push_str("<th>measured</th><th>spread</th><th>own figure</th><th>p50 / p99 / p99.9 ms</th><th>verdict</th></tr></thead>\n<tbody>\n");
-    for outcome in outcomes {
-        let check = outcome.check;
-        let title =
-            targets::TITLES.iter().find(|(target, _)| *target == check.target).map_or("", |(_, title)| title);
-        let latencies = record
-            .profile(check.profile)
-            .and_then(|profile| profile.row(check.scenario, check.arm))
-            .map(|row| {
-                [Metric::P50Ms, Metric::P99Ms, Metric::P999Ms].map(|metric| {
-                    row.spread(metric).map_or_else(|| "-".to_owned(), |spread| number(spread.median))
-                })
-            })
-            .filter(|texts| texts.iter().any(|text| text != "-"))
-            .map_or_else(String::new, |texts| texts.join(" / "));
-        let class = match outcome.verdict {
-            Verdict::Missed => "missed",
-            Verdict::Met | Verdict::Stretch => "met",
-            Verdict::Short | Verdict::Unmeasured => "quiet",
-        };
-        writeln!(
-            body,
-            "<tr><td title=\"{}\">{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{latencies}</td><td class=\"{class}\">{}</td></tr>",
-            escape(title),
-            check.target,
-            escape(&check.describe()),
-            check.bound(check.must),
-            check.bound(check.stretch),
-            outcome.measured.map_or_else(|| "-".to_owned(), |spread| number(spread.median)),
-            outcome.measured.map_or_else(|| "-".to_owned(), range),
-            outcome.own.map_or_else(|| "-".to_owned(), number),
-            outcome.verdict.word()
-        )
-        .ok();
+    let class = if missed == 0 { "met" } else { "missed" };
+    write!(body, "<h2>Targets</h2>\n<p><b class=\"{class}\">{met} of {} musts met</b>", met + missed).ok();
+    write!(body, "; {} reach the stretch", count(&[Verdict::Stretch])).ok();
+    if unmeasured > 0 {
+        write!(body, "; {unmeasured} not measured in this run").ok();
     }
-    body.push_str("</tbody></table>\n");
+    body.push_str(".</p>\n<table><thead><tr><th>verdict</th><th>figure</th><th>measured</th><th>must</th><th>stretch</th>");
+    body.push_str("<th>spread</th><th>own figure</th><th>p50 / p99 / p99.9 ms</th></tr></thead>\n");
+    for group in outcomes.chunk_by(|a, b| a.check.target == b.check.target) {
+        let target = group.first().map_or("", |outcome| outcome.check.target);
+        let title = targets::TITLES.iter().find(|(name, _)| *name == target).map_or("", |(_, title)| title);
+        writeln!(body, "<tbody><tr class=\"target\"><th colspan=\"8\">{target}: {}</th></tr>", escape(title))
+            .ok();
+        for outcome in group {
+            verdict(body, record, outcome);
+        }
+        body.push_str("</tbody>\n");
+    }
+    body.push_str("</table>\n");
+}
+
+fn verdict(body: &mut String, record: &Record, outcome: &Outcome) {
+    let check = outcome.check;
+    let latencies = record
+        .profile(check.profile)
+        .and_then(|profile| profile.row(check.scenario, check.arm))
+        .map(|row| {
+            [Metric::P50Ms, Metric::P99Ms, Metric::P999Ms].map(|metric| {
+                row.spread(metric).map_or_else(|| "-".to_owned(), |spread| number(spread.median))
+            })
+        })
+        .filter(|texts| texts.iter().any(|text| text != "-"))
+        .map_or_else(String::new, |texts| texts.join(" / "));
+    let class = match outcome.verdict {
+        Verdict::Missed => "missed",
+        Verdict::Met | Verdict::Stretch => "met",
+        Verdict::Short | Verdict::Unmeasured => "quiet",
+    };
+    writeln!(
+        body,
+        "<tr><td class=\"{class}\">{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{latencies}</td></tr>",
+        outcome.verdict.word(),
+        escape(&check.describe()),
+        outcome.measured.map_or_else(|| "-".to_owned(), |spread| number(spread.median)),
+        check.bound(check.must),
+        check.bound(check.stretch),
+        outcome.measured.map_or_else(|| "-".to_owned(), range),
+        outcome.own.map_or_else(|| "-".to_owned(), number),
+    )
+    .ok();
 }
 
 fn range(spread: Spread) -> String {
@@ -128,18 +144,19 @@ fn section(body: &mut String, profile: &Profile) {
             writeln!(body, "<p class=\"missed\">{} was skipped: {}</p>", escape(&arm.name), escape(why)).ok();
         }
     }
+    body.push_str("<p class=\"quiet\">A bar is the median of the rounds, the thin line their spread; \u{25b8} marks Towline.</p>\n");
     body.push_str("<div class=\"charts\">\n");
     for (title, metrics, log) in CHARTS {
         for metric in *metrics {
             let groups = groups(profile, *metric);
             if !groups.is_empty() {
-                let (name, unit, _) = metric.facts();
+                let (name, unit, better) = metric.facts();
                 let title = if title.is_empty() {
                     format!("{name}, {unit}")
                 } else {
                     format!("{title}: {name}, {unit}")
                 };
-                body.push_str(&svg::bars(&title, &groups, *log));
+                body.push_str(&svg::bars(&title, better.words(), &groups, *log));
                 body.push('\n');
             }
         }
@@ -208,8 +225,8 @@ fn growth(body: &mut String, profile: &Profile) {
             });
             let lines: Vec<Line> = lines.collect();
             if !lines.is_empty() {
-                let (what, unit, _) = metric.facts();
-                body.push_str(&svg::lines(&format!("Growth: {what}, {unit}"), name, &lines));
+                let (what, unit, better) = metric.facts();
+                body.push_str(&svg::lines(&format!("Growth: {what}, {unit}"), better.words(), name, &lines));
                 body.push('\n');
             }
         }
@@ -282,11 +299,12 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px; margin: 1rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: 3px 10px; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+.target th { padding-top: 0.8rem; }
 .quiet, .quiet td { color: var(--quiet); } .met { color: var(--good); } .missed { color: var(--bad); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1.5rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
 svg text { fill: var(--text); font: 11px system-ui, sans-serif; } svg .group { font-weight: 600; }
-svg .arm { text-anchor: end; } svg .tick { text-anchor: middle; } svg .spread { stroke: var(--text); stroke-width: 1; }
+svg .arm { text-anchor: end; } svg .ours { font-weight: 700; } svg .other { opacity: 0.55; } svg .tick { text-anchor: middle; } svg .spread { stroke: var(--text); stroke-width: 1; }
 svg .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; }
 .c0 { fill: var(--k0); } .c1 { fill: var(--k1); } .c2 { fill: var(--k2); } .c3 { fill: var(--k3); } .c4 { fill: var(--k4); }
 .c5 { fill: var(--k5); } .c6 { fill: var(--k6); } .c7 { fill: var(--k7); }
@@ -329,6 +347,25 @@ mod tests {
         }
         assert!(html.contains("prefers-color-scheme: dark") && html.contains("<svg"));
         assert!(balanced("<a><b></a></b>").is_err(), "the check itself can fail");
+    }
+
+    /// Goal: P1: the page's answer comes first and is counted, every figure says which way is better, and Towline is told apart.
+    #[test]
+    fn p1_the_answer_comes_first() {
+        let record = crate::report::tests::record();
+        let html = render(&record);
+        let outcomes = targets::judge(&record);
+        let of = |verdict| outcomes.iter().filter(|outcome| outcome.verdict == verdict).count();
+        let met = of(Verdict::Met) + of(Verdict::Stretch);
+        assert!(met > 0 && of(Verdict::Unmeasured) > 0, "the record has both");
+        let summary = format!(">{met} of {} musts met</b>", met + of(Verdict::Missed));
+        let place = |what: &str| html.find(what).unwrap_or_else(|| panic!("{what}"));
+        assert!(place(&summary) < place("<table>") && place("<th>verdict</th>") < place("<th>figure</th>"));
+        for (target, title) in targets::TITLES {
+            assert!(html.contains(&format!("{target}: {}</th>", escape(title))), "{target}");
+        }
+        assert!(html.contains("(more is better") && html.contains("(less is better"));
+        assert!(html.contains("\u{25b8} towline-tcp") && html.contains("class=\"c0 other\""));
     }
 
     /// Goal: what others wrote (errors, versions) is text and never markup.

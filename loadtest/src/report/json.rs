@@ -173,6 +173,18 @@ pub enum Better {
     Neither,
 }
 
+impl Better {
+    /// In a chart's title; nothing where it is neither.
+    #[must_use]
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Higher => "more is better",
+            Self::Lower => "less is better",
+            Self::Neither => "",
+        }
+    }
+}
+
 impl Metric {
     /// What it is called in tables, its unit, and what is good.
     #[must_use]

@@ -33,9 +33,16 @@ const WIDTH: f64 = 560.0;
 const BAR: f64 = 13.0;
 const STEP: f64 = 17.0;
 
-/// A chart of horizontal bars; a thin line shows the spread of the rounds. With `log` each decade is as long as the other.
+/// Whether the arm is Towline, and its label.
+fn label(arm: &str) -> (bool, String) {
+    let is_ours = arm.starts_with("towline");
+    (is_ours, if is_ours { format!("\u{25b8} {}", escape(arm)) } else { escape(arm) })
+}
+
+/// A chart of horizontal bars, Towline's in full colour and marked; a thin line shows the spread of the rounds. `note` says which way
+/// is better. With `log` each decade is as long as the other.
 #[must_use]
-pub fn bars(title: &str, groups: &[Group], log: bool) -> String {
+pub fn bars(title: &str, note: &str, groups: &[Group], log: bool) -> String {
     let values =
         || groups.iter().flat_map(|group| &group.bars).flat_map(|(_, _, value)| [value.median, value.max]);
     let most = values().fold(0.0, f64::max);
@@ -61,11 +68,13 @@ pub fn bars(title: &str, groups: &[Group], log: bool) -> String {
         for (colour, arm, value) in &group.bars {
             let (end, middle) = (place(value.median), y + BAR / 2.0);
             let base = y + BAR - 2.5;
-            write!(body, r#"<text class="arm" x="{:.0}" y="{base:.1}">{}</text>"#, LEFT - 6.0, escape(arm))
+            let (is_ours, name) = label(arm);
+            let (of_name, of_bar) = if is_ours { (" ours", "") } else { ("", " other") };
+            write!(body, r#"<text class="arm{of_name}" x="{:.0}" y="{base:.1}">{name}</text>"#, LEFT - 6.0)
                 .ok();
             write!(
                 body,
-                r#"<rect class="c{colour}" x="{LEFT:.0}" y="{y:.0}" width="{:.1}" height="{BAR:.0}"/>"#,
+                r#"<rect class="c{colour}{of_bar}" x="{LEFT:.0}" y="{y:.0}" width="{:.1}" height="{BAR:.0}"/>"#,
                 (end - LEFT).max(1.0)
             )
             .ok();
@@ -86,12 +95,14 @@ pub fn bars(title: &str, groups: &[Group], log: bool) -> String {
             y += STEP;
         }
     }
-    figure(title, WIDTH, y + 4.0, &body, if log { "logarithmic" } else { "" })
+    let notes: Vec<&str> =
+        [note, if log { "logarithmic" } else { "" }].into_iter().filter(|note| !note.is_empty()).collect();
+    figure(title, WIDTH, y + 4.0, &body, &notes.join(", "))
 }
 
-/// A chart of lines over a logarithmic x.
+/// A chart of lines over a logarithmic x; `note` says which way is better.
 #[must_use]
-pub fn lines(title: &str, x_name: &str, lines: &[Line]) -> String {
+pub fn lines(title: &str, note: &str, x_name: &str, lines: &[Line]) -> String {
     const HEIGHT: f64 = 260.0;
     let points = || lines.iter().flat_map(|line| line.points.iter().copied()).filter(|point| point.0 > 0.0);
     let (least, most) =
@@ -133,9 +144,9 @@ pub fn lines(title: &str, x_name: &str, lines: &[Line]) -> String {
         let y = 24.0 + 16.0 * index as f64;
         write!(body, r#"<rect class="c{}" x="452" y="{:.0}" width="10" height="10"/>"#, line.colour, y - 9.0)
             .ok();
-        write!(body, r#"<text class="value" x="466" y="{y:.0}">{}</text>"#, escape(&line.label)).ok();
+        write!(body, r#"<text class="value" x="466" y="{y:.0}">{}</text>"#, label(&line.label).1).ok();
     }
-    figure(title, WIDTH, HEIGHT, &body, "")
+    figure(title, WIDTH, HEIGHT, &body, note)
 }
 
 fn figure(title: &str, width: f64, height: f64, body: &str, note: &str) -> String {
