@@ -127,6 +127,16 @@ pub struct ImpersonateConfig {
     pub token_file: PathBuf,
     /// The names and groups beginning with `system:` that may be impersonated all the same.
     pub allow_system_names: Vec<String>,
+    /// The groups that are named; others of the caller are left out, as they may give rights here. `None` is every group.
+    pub groups: Option<Vec<String>>,
+}
+
+impl ImpersonateConfig {
+    /// Whether a group of the caller's is named to the API server.
+    #[must_use]
+    pub fn names_group(&self, group: &str) -> bool {
+        self.groups.as_ref().is_none_or(|groups| groups.iter().any(|named| named == group))
+    }
 }
 
 /// The API server.
@@ -401,6 +411,9 @@ impl AgentConfig {
                 "tokenFile": impersonate.token_file,
                 "allowSystemNames": impersonate.allow_system_names,
             });
+            if let Some(groups) = &impersonate.groups {
+                out["impersonate"]["groups"] = json!(groups);
+            }
         }
         out
     }
@@ -564,6 +577,17 @@ fn read_mode(root: &Section<'_>) -> Option<AgentMode> {
             format_args!("{name:?} does not begin with system:, so nothing refuses it"),
         );
     }
+    let groups: Option<Vec<String>> =
+        section.has("groups").then(|| section.texts("groups").into_iter().map(Into::into).collect());
+    let refused = |name: &&String| name.starts_with("system:") && !allow_system_names.contains(name);
+    if let Some(name) = groups.iter().flatten().find(refused) {
+        section.problem(
+            "groups",
+            format_args!(
+                "{name:?} begins with system:, and is refused unless allowSystemNames lists it, too"
+            ),
+        );
+    }
     match root.text("mode") {
         None | Some("restricted") => {
             if root.has("impersonate") {
@@ -575,7 +599,7 @@ fn read_mode(root: &Section<'_>) -> Option<AgentMode> {
             Some(AgentMode::Restricted)
         }
         Some("impersonate") => {
-            Some(AgentMode::Impersonate(ImpersonateConfig { token_file, allow_system_names }))
+            Some(AgentMode::Impersonate(ImpersonateConfig { token_file, allow_system_names, groups }))
         }
         Some(other) => {
             root.problem("mode", format_args!("must be restricted or impersonate, not {other:?}"));
@@ -778,7 +802,7 @@ apiServer: { url: 'https://10.0.0.1:6443' }
     #[test]
     fn the_effective_configuration_reads_as_itself() {
         let text = format!(
-            "{SMALL}mode: impersonate\nimpersonate: {{ tokenFile: t, allowSystemNames: ['system:masters'] }}\ntargets:\n- {{ name: prom, address: 'prom.monitoring:9090', tls: {{ ca: x }} }}\n- {{ name: local, address: '127.0.0.1:1', allowLocal: true }}\n"
+            "{SMALL}mode: impersonate\nimpersonate: {{ tokenFile: t, allowSystemNames: ['system:masters'], groups: [dev, 'system:masters'] }}\ntargets:\n- {{ name: prom, address: 'prom.monitoring:9090', tls: {{ ca: x }} }}\n- {{ name: local, address: '127.0.0.1:1', allowLocal: true }}\n"
         );
         let config = AgentConfig::parse("f", text.as_bytes()).unwrap();
         let printed = serde_saphyr::to_string(&config.effective()).unwrap();

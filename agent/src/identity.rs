@@ -16,7 +16,7 @@ use http::HeaderValue;
 use thiserror::Error;
 use towline_proto::open::{Header, Mode, Principal, Request};
 
-use crate::config::AgentMode;
+use crate::config::{AgentMode, ImpersonateConfig};
 
 /// Why a request is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -100,18 +100,18 @@ pub(crate) fn decide(agent: &AgentMode, allow_anonymous: bool, request: &Request
         (AgentMode::Impersonate(_), Mode::Impersonate) if !to_api_server => Ok(Plan::Nobody),
         (AgentMode::Impersonate(config), Mode::Impersonate) => {
             let principal = request.principal.as_ref().ok_or(Refusal::NoPrincipal)?;
-            Ok(Plan::Impersonate(impersonation(principal, &config.allow_system_names)?))
+            Ok(Plan::Impersonate(impersonation(principal, config)?))
         }
     }
 }
 
-/// The headers of a principal: all of it, or a refusal.
+/// The headers of a principal, or a refusal. Groups that the configuration does not name are left out: fewer groups are fewer rights.
 fn impersonation(
     principal: &Principal,
-    allowed: &[String],
+    config: &ImpersonateConfig,
 ) -> Result<Vec<(&'static str, HeaderValue)>, Refusal> {
     let value = |text: &str, what: &'static str| {
-        if is_system(text) && !allowed.iter().any(|name| name == text) {
+        if is_system(text) && !config.allow_system_names.iter().any(|name| name == text) {
             return Err(Refusal::System(what));
         }
         // Surrounding white space would be trimmed, and an empty value not count, on the other side.
@@ -122,7 +122,10 @@ fn impersonation(
     };
     let mut headers = vec![("impersonate-user", value(&principal.name, "name")?)];
     for group in &principal.groups {
-        headers.push(("impersonate-group", value(group, "group")?));
+        let value = value(group, "group")?;
+        if config.names_group(group) {
+            headers.push(("impersonate-group", value));
+        }
     }
     Ok(headers)
 }
@@ -178,12 +181,11 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::config::ImpersonateConfig;
-
     fn impersonating(allowed: &[&str]) -> AgentMode {
         AgentMode::Impersonate(ImpersonateConfig {
             token_file: "t".into(),
             allow_system_names: allowed.iter().map(ToString::to_string).collect(),
+            groups: None,
         })
     }
 
@@ -285,6 +287,26 @@ mod tests {
         for name in ["", " ", " a", "a ", "a\r\nb", "a\u{7f}b", "a\u{85}b"] {
             assert_eq!(plan(name, &[]).unwrap_err(), Refusal::Unwritable("name"), "{name:?}");
         }
+    }
+
+    /// Goal: S6: the agent names the groups that its configuration names, and no other of the caller's; what it refuses, it refuses
+    /// all the same.
+    #[test]
+    fn s6_groups_that_are_not_named_are_left_out() {
+        let plan = |groups: Option<&[&str]>, callers: &[&str]| {
+            let AgentMode::Impersonate(config) = impersonating(&[]) else { unreachable!() };
+            let groups = groups.map(|groups| groups.iter().map(ToString::to_string).collect());
+            let agent = AgentMode::Impersonate(ImpersonateConfig { groups, ..config });
+            let plan = decide(&agent, false, &request(Mode::Impersonate, &[], Some(("alice", callers))))?;
+            let Plan::Impersonate(headers) = plan else { panic!("{plan:?}") };
+            let named = headers.into_iter().filter(|(name, _)| *name == "impersonate-group");
+            Ok(named.map(|(_, value)| value.to_str().unwrap().to_owned()).collect::<Vec<_>>())
+        };
+        let callers = ["dev", "towline:admins", "Dev", "dev2"];
+        assert_eq!(plan(None, &callers), Ok(callers.map(ToOwned::to_owned).to_vec()));
+        assert_eq!(plan(Some(&["dev", "ops"]), &callers), Ok(vec!["dev".to_owned()]));
+        assert_eq!(plan(Some(&[]), &callers), Ok(Vec::new()));
+        assert_eq!(plan(Some(&["dev"]), &["dev", "system:masters"]), Err(Refusal::System("group")));
     }
 
     /// R-IMP-2, -4, -6, AU-02, AU-04: by prefix and without regard to case, also those that do not exist yet.

@@ -26,6 +26,7 @@ use towline_proto::join::ApiServerState;
 use towline_proto::open::Principal;
 
 use crate::ask::{AskError, ask};
+use crate::config::{AgentMode, ImpersonateConfig};
 use crate::connect::{ConnectError, Stage};
 use crate::live::Live;
 use crate::upstream::Upstream;
@@ -46,6 +47,8 @@ pub(crate) struct Reach {
     /// In whose name it went well, once that is wanted.
     wants_name: AtomicBool,
     name: Mutex<Option<Acted>>,
+    /// Whom the agent acts for, if it does.
+    impersonate: Option<ImpersonateConfig>,
     state: watch::Sender<Option<State>>,
 }
 
@@ -72,8 +75,12 @@ struct Trouble {
     text: String,
 }
 
-impl Default for Reach {
-    fn default() -> Self {
+impl Reach {
+    pub(crate) fn new(mode: &AgentMode) -> Self {
+        let impersonate = match mode {
+            AgentMode::Restricted => None,
+            AgentMode::Impersonate(config) => Some(config.clone()),
+        };
         Self {
             answered: AtomicBool::default(),
             acted: AtomicBool::default(),
@@ -83,12 +90,11 @@ impl Default for Reach {
             wake: Notify::new(),
             wants_name: AtomicBool::new(true),
             name: Mutex::default(),
+            impersonate,
             state: watch::Sender::new(None),
         }
     }
-}
 
-impl Reach {
     /// The API server has answered an exchange; as `principal`, if that was in somebody's name.
     pub(crate) fn answered(&self, principal: Option<&Principal>) {
         self.answered.store(true, Ordering::Relaxed);
@@ -96,7 +102,10 @@ impl Reach {
         self.acted.store(true, Ordering::Relaxed);
         if self.wants_name.load(Ordering::Relaxed) {
             self.wants_name.store(false, Ordering::Relaxed);
-            let acted = Acted { user: principal.name.clone(), group: principal.groups.first().cloned() };
+            let named =
+                |group: &&String| self.impersonate.as_ref().is_none_or(|config| config.names_group(group));
+            let group = principal.groups.iter().find(named).cloned();
+            let acted = Acted { user: principal.name.clone(), group };
             *self.name.lock().unwrap_or_else(PoisonError::into_inner) = Some(acted);
         }
     }
@@ -122,6 +131,12 @@ impl Reach {
     /// What is known, now and later.
     pub(crate) fn state(&self) -> watch::Receiver<Option<State>> {
         self.state.subscribe()
+    }
+
+    /// The first of the groups that the agent may name at all; none in it if it may name no group.
+    fn first_group(&self) -> Option<Option<&str>> {
+        let groups = self.impersonate.as_ref()?.groups.as_ref()?;
+        Some(groups.first().map(String::as_str))
     }
 
     fn name(&self) -> Option<Acted> {
@@ -324,7 +339,14 @@ async fn may_act(live: &Live) -> Found {
     let acted = live.reach.name();
     let mut questions = Vec::new();
     match &acted {
-        None => questions.extend([("users", None), ("groups", None)]),
+        None => {
+            questions.push(("users", None));
+            match live.reach.first_group() {
+                // The right is asked for as it is used: it may be one for these groups only.
+                Some(group) => questions.extend(group.map(|group| ("groups", Some(group)))),
+                None => questions.push(("groups", None)),
+            }
+        }
         Some(Acted { user, group }) => {
             questions.push(("users", Some(user.as_str())));
             questions.extend(group.as_deref().map(|group| ("groups", Some(group))));

@@ -633,7 +633,10 @@ impl ControlPlane {
         let user = ("impersonate-user", "bob");
         for (headers, allowed) in [
             (vec![user], impersonates),
-            (vec![user, ("impersonate-group", "dev")], impersonates),
+            (vec![user, ("impersonate-group", "towline:admins")], impersonates),
+            // S6: only the groups that something is granted to.
+            (vec![user, ("impersonate-group", "dev")], false),
+            (vec![user, ("impersonate-group", "system:masters")], false),
             (vec![user, ("impersonate-uid", "1")], false),
             (vec![user, ("impersonate-extra-scopes", "all")], false),
             (vec![("impersonate-user", "system:serviceaccount:kube-system:default")], false),

@@ -29,6 +29,10 @@ pub enum ManifestError {
     #[error("{0:?} is not GROUP=CLUSTERROLE, the role as kubectl get clusterroles shows it")]
     Grant(String),
     #[error(
+        "no caller is in the group {0:?}: groups that begin with system: are Kubernetes' own, and the gateway and the agent let nobody be in them. Name a group that the gateway gives"
+    )]
+    GrantToSystem(String),
+    #[error(
         "a grant gives rights to those whom the agent impersonates, and in restricted mode it impersonates nobody: leave the grant away, or use --mode impersonate"
     )]
     GrantInVain,

@@ -1,5 +1,6 @@
 //! The agent in a cluster: which objects it consists of, and why.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::str::FromStr;
 use std::time::Duration;
@@ -65,6 +66,9 @@ impl FromStr for Grant {
         let role_fits = fits(role) && !role.contains(['/', '%']) && role != "." && role != "..";
         if !fits(group) || !role_fits {
             return Err(wrong());
+        }
+        if group.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("system:")) {
+            return Err(ManifestError::GrantToSystem(group.to_owned()));
         }
         Ok(Self { group: group.to_owned(), role: role.to_owned() })
     }
@@ -180,8 +184,19 @@ impl AgentManifest {
                 "# - carry requests to this cluster's API server in the name of the user and the groups that the gateway has authenticated:
 #   the one right of its ServiceAccount is to impersonate users and groups. What they may do is decided by this
 #   cluster's own RBAC. The agent refuses every name and group that begins with system:.
-# - nothing else. Its token of the API server never leaves this cluster. Whoever gets hold of it can be anybody here, cluster
-#   admins included, unless the ClusterRole below is narrowed.
+# - nothing else. Its token of the API server never leaves this cluster.
+"
+            }
+        });
+        out.push_str(match (self.mode, self.grants.is_empty()) {
+            (Mode::Restricted, _) => "",
+            (Mode::Impersonate, true) => {
+                "#   Whoever gets hold of it can be anybody here, cluster admins included, unless the ClusterRole below is narrowed, as
+#   --grant does for groups.
+"
+            }
+            (Mode::Impersonate, false) => {
+                "#   Whoever gets hold of it can be any user here, and in the groups below, but in no other group.
 "
             }
         });
@@ -267,8 +282,14 @@ subjects:
 
     fn impersonator(&self) -> String {
         let (name, namespace) = (self.wide_name(), quoted(&self.namespace));
+        let (also, groups) = match self.granted_groups() {
+            None => (" or some groups", String::new()),
+            Some(groups) => {
+                ("", format!("  resourceNames: {groups} # as impersonate.groups of the ConfigMap says\n"))
+            }
+        };
         format!(
-            "# The one right of the agent. To narrow it to some users or some groups, name them in their rule: resourceNames: [alice].
+            "# The one right of the agent. To narrow it to some users{also}, name them in their rule: resourceNames: [alice].
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
@@ -279,7 +300,7 @@ rules:
   verbs: [impersonate]
 - apiGroups: [\"\"]
   resources: [groups]
-  verbs: [impersonate]
+{groups}  verbs: [impersonate]
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -295,6 +316,13 @@ subjects:
   namespace: {namespace}
 "
         )
+    }
+
+    /// The groups that something is granted to, as a list of YAML. Without a grant, who gets which rights is decided elsewhere,
+    /// and for which groups is not known here.
+    fn granted_groups(&self) -> Option<String> {
+        let groups: BTreeSet<&str> = self.grants.iter().map(|grant| grant.group.as_str()).collect();
+        (!groups.is_empty()).then(|| quoted_list(&groups.into_iter().collect::<Vec<_>>()))
     }
 
     /// The same grant has the same name again; two never share one.
@@ -350,7 +378,13 @@ subjects:
         let impersonate = match self.mode {
             Mode::Restricted => String::new(),
             Mode::Impersonate => {
-                format!("\nimpersonate:\n  tokenFile: {PROJECTED_DIRECTORY}/{API_TOKEN_FILE}")
+                let groups = self.granted_groups().map(|groups| {
+                    format!(
+                        "\n  # A caller's other groups are left out: the ClusterRole does not let the agent name them.\n  groups: {groups}"
+                    )
+                });
+                let groups = groups.unwrap_or_default();
+                format!("\nimpersonate:\n  tokenFile: {PROJECTED_DIRECTORY}/{API_TOKEN_FILE}{groups}")
             }
         };
         format!(

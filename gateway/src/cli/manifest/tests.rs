@@ -55,9 +55,26 @@ fn a_restricted_agent_holds_no_right() {
     );
 }
 
-/// Goal: an impersonating agent holds exactly the right to impersonate users and groups, and what the callers may do is said.
+/// Goal: S6: an impersonating agent holds exactly the right to impersonate users, and the groups that something is granted to; those
+/// are what it names of a caller's groups; and what the callers may do is said.
 #[test]
-fn an_impersonating_agent_holds_one_right() {
+fn s6_an_impersonating_agent_holds_one_right() {
+    let unnarrowed = agent(Mode::Impersonate).render(LINE).unwrap();
+    assert!(unnarrowed.contains("can be anybody here") && !unnarrowed.contains("resourceNames: [\""));
+    let grants = ["towline:admins=cluster-admin", "dev=view", "towline:admins=edit"];
+    let all = AgentManifest {
+        grants: grants.map(|grant| grant.parse().unwrap()).to_vec(),
+        ..agent(Mode::Impersonate)
+    };
+    let documents_of_all = documents(&all.render(LINE).unwrap());
+    assert_eq!(
+        of(&documents_of_all, "ClusterRole")[0]["rules"][1]["resourceNames"],
+        json!(["dev", "towline:admins"])
+    );
+    for masters in ["system:masters=cluster-admin", "System:x=view"] {
+        assert!(matches!(masters.parse::<Grant>(), Err(ManifestError::GrantToSystem(_))), "{masters}");
+    }
+
     let grants = vec!["towline:admins=cluster-admin".parse().unwrap()];
     let manifest = AgentManifest { grants, ..agent(Mode::Impersonate) };
     let text = manifest.render(LINE).unwrap();
@@ -65,7 +82,12 @@ fn an_impersonating_agent_holds_one_right() {
     let [role] = of(&documents, "ClusterRole")[..] else { panic!("one ClusterRole") };
     // Two rules, so that each can be narrowed by itself.
     let rule = |what: &str| json!({ "apiGroups": [""], "resources": [what], "verbs": ["impersonate"] });
-    assert_eq!(role["rules"], json!([rule("users"), rule("groups")]));
+    let mut groups = rule("groups");
+    groups["resourceNames"] = json!(["towline:admins"]);
+    assert_eq!(role["rules"], json!([rule("users"), groups]));
+    let config = of(&documents, "ConfigMap")[0]["data"]["agent.yaml"].as_str().unwrap();
+    let config: Value = serde_saphyr::from_str(config).unwrap();
+    assert_eq!(config["impersonate"]["groups"], json!(["towline:admins"]));
     let [binding, grant] = of(&documents, "ClusterRoleBinding")[..] else {
         panic!("two ClusterRoleBindings")
     };
