@@ -106,7 +106,7 @@ struct Tunnel {
     since_wall: Option<SystemTime>,
     /// When it was connected last, or is; also from before this process.
     last_seen: Option<LastPeriod>,
-    /// The version of its newest agent; also from before this process.
+    /// The version of an agent that is older than the gateway, if there is one, else of its newest; also from before this process.
     agent: Option<AgentSeen>,
     turned_away: Option<TurnedAway>,
     /// What the newest session's agent has said of itself.
@@ -337,9 +337,6 @@ impl Registry {
         let now = SystemTime::now();
         let is_new = tunnel.since_wall.is_none();
         tunnel.since_wall.get_or_insert(now);
-        let before = tunnel.agent.take();
-        tunnel.agent = AgentSeen::new(visitor.software, now.into()).map(|agent| agent.after(before.as_ref()));
-        let has_moved = is_new || tunnel.agent != before;
         if let Some(turned_away) = &mut tunnel.turned_away {
             turned_away.over.get_or_insert_with(|| now.into());
         }
@@ -362,6 +359,7 @@ impl Registry {
             counted: Traffic::default(),
             word: None,
         });
+        let has_moved = tunnel.look_at_versions(now.into()) || is_new;
         tunnel.changed.notify_waiters();
         drop(clusters);
         if has_moved {
@@ -653,6 +651,7 @@ impl Registry {
         let goaway = live.session.state().borrow().goaway.is_some();
         tunnel.last_end = Some(LastEnd { at: Instant::now(), goaway });
         let has_gone = tunnel.sessions.is_empty();
+        let has_moved = tunnel.look_at_versions(Time::now()) || has_gone;
         if has_gone {
             (tunnel.since, tunnel.since_wall) = (None, None);
             if let Some(last) = &mut tunnel.last_seen {
@@ -662,7 +661,7 @@ impl Registry {
         }
         tunnel.changed.notify_waiters();
         drop(clusters);
-        if has_gone {
+        if has_moved {
             self.has_moved(uid);
         }
         self.touch(uid);
@@ -789,6 +788,24 @@ impl Registration {
 }
 
 impl Tunnel {
+    /// Finds out whose version is told while somebody is connected; whether it is another one than before.
+    fn look_at_versions(&mut self, now: Time) -> bool {
+        if self.sessions.is_empty() {
+            return false;
+        }
+        let before = self.agent.take();
+        let newest = self.sessions.iter().max_by_key(|live| live.id.0).map(|live| live.id);
+        let told = self
+            .sessions
+            .iter()
+            .filter_map(|live| Some((live.id, AgentSeen::new(&live.visit.software, now)?)));
+        self.agent = told
+            .filter(|(id, agent)| agent.outdated || Some(*id) == newest)
+            .max_by_key(|(_, agent)| agent.outdated)
+            .map(|(_, agent)| agent.after(before.as_ref()));
+        self.agent != before
+    }
+
     fn words(&self) -> Vec<(InstanceId, Word)> {
         let mut said: Vec<&Live> = self.sessions.iter().filter(|live| live.word.is_some()).collect();
         said.sort_by(|a, b| a.instance.as_str().cmp(b.instance.as_str()).then(b.id.0.cmp(&a.id.0)));
@@ -1201,6 +1218,28 @@ mod tests {
             registry.turned_away(&uid(), from, &number.to_string(), false);
         }
         assert_eq!(why().unwrap(), proven);
+    }
+
+    /// Goal: K7: a cluster has an agent to upgrade while one of its agents is older, whoever connected last, and no longer.
+    #[tokio::test]
+    async fn k7_the_oldest_agent_counts() {
+        let registry = registry();
+        let (old, new) = (pair().await, pair().await);
+        let current = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));
+        let join = |pair: &Pair, name: &str, software: &str| {
+            let visitor = Visitor { software, ..VISITOR };
+            let instance = InstanceId::new(name).unwrap();
+            registry.insert(&uid(), &instance, &[1; 16], &pair.gateway, &[], visitor).unwrap()
+        };
+        let outdated = || registry.connection(&uid()).agent.map(|agent| agent.outdated);
+        let first = join(&old, "a", "towline-agent/0.0.9");
+        assert_eq!(outdated(), Some(true));
+        let second = join(&new, "b", current);
+        assert_eq!(outdated(), Some(true), "the newer one has not replaced it");
+        drop(first);
+        assert_eq!(outdated(), Some(false));
+        drop(second);
+        assert_eq!(outdated(), Some(false), "what it was last");
     }
 
     /// D6: what is to be written stays so until it is, also if it has changed meanwhile.
