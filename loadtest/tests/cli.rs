@@ -556,7 +556,7 @@ printf '{{"apiVersion":"%s","kind":"ExecCredential","status":{{"token":"{USER_TO
             let pods = run.ok(&["get", "pods", "-A"]).await.unwrap();
             assert!(pods.contains("NAMESPACE"), "{kubectl}: {pods}");
         }
-        let logs = run.run(&["get", "--raw", "/clusters/prod/version"], b"").await.unwrap();
+        let logs = run.run(&["get", "--raw", &kubectl.raw("/clusters/prod", "/version")], b"").await.unwrap();
         assert_eq!(logs.code, Some(0), "{kubectl}: {}", logs.stderr);
         let requests = world.api.recorder().requests();
         assert!(requests.len() > 2, "{kubectl}");

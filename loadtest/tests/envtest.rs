@@ -156,7 +156,7 @@ async fn s1_a_stale_openapi_hash_is_followed() {
     let kubeconfig = directory.path().join("kubeconfig");
     std::fs::write(&kubeconfig, stack.kubeconfig(None).unwrap()).unwrap();
     let run = Run::new(&kubectl, &kubeconfig).unwrap();
-    let said = run.ok(&["get", "--raw", &format!("{}{stale}", target.prefix)]).await.unwrap();
+    let said = run.ok(&["get", "--raw", &kubectl.raw(&target.prefix, stale)]).await.unwrap();
     assert!(said.contains("\"openapi\""), "{kubectl}: {}", said.get(..200).unwrap_or(&said));
     plane.end().await;
 }

@@ -371,10 +371,10 @@ async fn s1_real_clients_follow_within_the_cluster() {
     for kubectl in [kubectls.first(), kubectls.last()].into_iter().flatten() {
         let run = towline_loadtest::kubectl::Run::new(kubectl, &kubeconfig).unwrap();
         for path in legal {
-            let said = run.ok(&["get", "--raw", &format!("{PREFIX}{path}")]).await.unwrap();
+            let said = run.ok(&["get", "--raw", &kubectl.raw(PREFIX, path)]).await.unwrap();
             assert!(said.contains("\"openapi\""), "{kubectl}, {path}: {said}");
         }
-        let refused = run.run(&["get", "--raw", &format!("{PREFIX}{hostile}")], b"").await.unwrap();
+        let refused = run.run(&["get", "--raw", &kubectl.raw(PREFIX, &hostile)], b"").await.unwrap();
         assert_ne!(refused.code, Some(0), "{kubectl}");
         assert!(refused.stderr.contains("redirect"), "{kubectl}: {}", refused.stderr);
     }

@@ -19,6 +19,14 @@ pub struct Kubectl {
     pub minor: u32,
 }
 
+impl Kubectl {
+    /// What `--raw` has to be told for a path of a server whose URL ends in `prefix`: from 1.34 on it puts that before by itself.
+    #[must_use]
+    pub fn raw(&self, prefix: &str, path: &str) -> String {
+        if self.minor < 34 { format!("{prefix}{path}") } else { path.to_owned() }
+    }
+}
+
 impl fmt::Display for Kubectl {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "kubectl {}", self.version)
