@@ -13,6 +13,7 @@ use towline_certs::explain::Fault;
 use towline_certs::tls::{ALPN_TUNNEL, WrongAlpn, asking_client, negotiated};
 use towline_proto::Code;
 use towline_proto::mux::{CloseReason, OpenError};
+use towline_proto::text::{Lasting, Printable};
 use towline_proto::tunnel::{Session, SessionConfig, Transport, socket};
 
 use crate::address::{Address, Host, Reach};
@@ -49,11 +50,11 @@ enum DialCause {
     Stranger(String, &'static str),
     #[error("the agent has no identity yet: it has not joined")]
     NoIdentity,
-    #[error("{0:?}: the receive memory of this process is used up (limits.processMemory)")]
+    #[error("the receive memory of this process is used up (limits.processMemory)")]
     Memory(OpenError),
     #[error("the session ended before it was ready: {0}")]
     Ended(CloseReason),
-    #[error("TLS stands, but the gateway's hello and a round trip took more than {0:?}")]
+    #[error("TLS stands, but the gateway's hello and a round trip took more than {}", Lasting(*.0))]
     NotReady(Duration),
 }
 
@@ -251,7 +252,7 @@ impl Dialler {
         match timeout(self.ready_timeout, session.ready()).await {
             Ok(Ok(hello)) => {
                 std::mem::forget(unready);
-                tracing::debug!(%address, transport = session.transport().label(), software = ?hello.software, "session ready");
+                tracing::debug!(%address, transport = session.transport().label(), software = %Printable(&hello.software), "session ready");
                 Ok(session)
             }
             Ok(Err(reason)) => Err(DialCause::Ended(reason)),

@@ -25,7 +25,7 @@ use towline_proto::join::{
     Admitted, CERTIFICATES_MAX, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof,
     RefusalCode, Refused, ServiceAccount, Token, Trust,
 };
-use towline_proto::text::Printable;
+use towline_proto::text::{Lasting, Printable};
 use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
 
 use crate::address::{Address, Host};
@@ -78,7 +78,7 @@ pub enum AttemptError {
     Alpn(#[from] WrongAlpn),
     #[error("{0}. A gateway that does not let agents join ends the connection so")]
     Message(#[from] MessageError),
-    #[error("TLS stands, but no answer came within {0:?}")]
+    #[error("TLS stands, but no answer came within {}", Lasting(*.0))]
     NoAnswer(Duration),
     #[error("refused ({}): {}", code.label(), Printable(text))]
     Refused { code: RefusalCode, text: String, retry_after: Duration },

@@ -10,6 +10,7 @@ use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_agent::log::{self, LogFormat};
 use towline_agent::{Agent, AgentConfig, check, descriptors, runtime};
+use towline_certs::explain::once;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -52,7 +53,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            complain(&format_args!("{error:#}"));
+            complain(&once(error.as_ref()));
             ExitCode::FAILURE
         }
     }

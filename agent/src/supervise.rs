@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::time::{Duration, Instant, sleep, sleep_until, timeout};
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
+use towline_proto::text::Lasting;
 use towline_proto::tunnel::{Session, Transport};
 use towline_proto::wire::GoAway;
 
@@ -138,7 +139,7 @@ impl<S: Fn(Begin)> Slot<S> {
                     }
                     let wait = self.wait(matches!(reason, CloseReason::Dead(_)));
                     let transport = session.transport().label();
-                    tracing::warn!(%address, transport, %reason, ?wait, "session lost");
+                    tracing::warn!(%address, transport, %reason, wait = %Lasting(wait), "session lost");
                     sleep(wait).await;
                     continue;
                 }
@@ -149,7 +150,7 @@ impl<S: Fn(Begin)> Slot<S> {
                     let wait = if since.elapsed() < LIVED { asked.max(self.backoff.next()) } else { asked };
                     tracing::info!(
                         %address,
-                        ?wait,
+                        wait = %Lasting(wait),
                         "the gateway drains: connecting anew beside the old session"
                     );
                     let deadline = Duration::from_millis(goaway.drain_ms.into()) + DRAIN_GRACE;
@@ -279,7 +280,7 @@ impl<S: Fn(Begin)> Slot<S> {
                 Silence::Standby => {
                     stalled_at = now;
                     if standby.is_none() && dialling.is_none() && dial_at <= now {
-                        tracing::warn!(%address, ?silence, "QUIC does not answer: connecting over TCP beside it");
+                        tracing::warn!(%address, silence = %Lasting(silence), "QUIC does not answer: connecting over TCP beside it");
                         dialling = Some(Box::pin(connect(address.clone(), Transport::Tcp)));
                     }
                     STANDBY_LOOK
@@ -349,7 +350,7 @@ impl<S: Fn(Begin)> Slot<S> {
                     failures += 1;
                     let round_over = failures % self.addresses.len() == 0;
                     let wait = if round_over { self.wait(error.reached_nobody()) } else { Duration::ZERO };
-                    tracing::warn!(%error, ?wait, "no session");
+                    tracing::warn!(%error, wait = %Lasting(wait), "no session");
                     // Another identity may be let in where this one was not.
                     drop(timeout(wait, self.identity.changed()).await);
                 }
@@ -497,7 +498,7 @@ impl Retired {
         }
         let over = session.wait_for(|state| state.closed.is_some() || ask && state.drained);
         if timeout(deadline, over).await.is_err() {
-            tracing::warn!(?deadline, "a drained session still had streams at its deadline");
+            tracing::warn!(deadline = %Lasting(deadline), "a drained session still had streams at its deadline");
         }
         session.close(Code::Draining, "drained");
     }

@@ -13,6 +13,21 @@ use crate::foreign::ForeignIssuer;
 use crate::tls::PinMismatch;
 use crate::trust::VerifyError;
 
+/// An error with its causes, for one line. Many an error tells its cause itself; that is not told again.
+#[must_use]
+pub fn once(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut told = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !told.contains(&text) {
+            told = format!("{told}: {text}");
+        }
+        next = cause.source();
+    }
+    told
+}
+
 /// The TLS error inside an I/O error, as tokio-rustls and hyper hand it out.
 #[must_use]
 pub fn tls_error(error: &io::Error) -> Option<&Error> {
@@ -206,6 +221,19 @@ mod tests {
     use rustls::OtherError;
 
     use super::*;
+
+    /// Goal: D16: an error that tells its cause is followed by no other that says the same.
+    #[test]
+    fn d16_each_cause_is_told_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("stateDirectory: {0}")]
+        struct Outer(#[from] Inner);
+        #[derive(Debug, thiserror::Error)]
+        #[error("it is in use")]
+        struct Inner(#[source] io::Error);
+        let error = Outer(Inner(io::Error::other("process 7 has it")));
+        assert_eq!(once(&error), "stateDirectory: it is in use: process 7 has it");
+    }
 
     #[test]
     fn every_cause_has_a_text_of_its_own_and_a_remedy() {

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use towline_certs::devset::{DevCluster, DevSet, parse_client};
+use towline_certs::explain::once;
 use towline_certs::facts::{Validity, host_names, human, rfc3339};
 use towline_certs::load::{FileBytes, parse_certificates};
 use towline_certs::{
@@ -75,7 +76,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("towline-certs: {error:#}");
+            eprintln!("towline-certs: {}", once(error.as_ref()));
             ExitCode::FAILURE
         }
     }

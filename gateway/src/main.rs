@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::{self, ExitCode};
 use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
+use towline_certs::explain::once;
 use towline_certs::save::write_private;
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::rotation::{Phase, Step};
@@ -92,7 +93,7 @@ fn main() -> ExitCode {
     match start(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&format!("{error:#}"));
+            report(&once(error.as_ref()));
             let configuration =
                 error.is::<StartError>() || error.is::<towline_gateway::config::ConfigError>();
             if configuration { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::FAILURE }
@@ -111,7 +112,7 @@ fn set_up_allocator() {
 }
 
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
-    log::start(arguments.log_format, &arguments.log_level)?;
+    log::start(arguments.log_format, &arguments.log_level).context("--log-level")?;
     let path = arguments.config.as_ref().context("--config FILE is needed, or TOWLINE_CONFIG")?;
     let config = GatewayConfig::load(path)?;
     if let Some(command) = &arguments.command {
@@ -182,7 +183,12 @@ async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
     descriptors::raise(&config);
-    let gateway = Gateway::start_from(config, Some(path)).await?;
+    let gateway = tokio::select! {
+        gateway = Gateway::start_from(config, Some(path)) => gateway?,
+        // It may have to wait for its store.
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     loop {
         tokio::select! {
             _ = terminate.recv() => break,

@@ -13,9 +13,11 @@ use crate::authz::{AccessRules, Decision};
 use crate::config::{Cluster, EndsWithCredential, Mode};
 use crate::fleet::Fleet;
 use crate::metrics::Ended;
+use crate::proxy::printable;
 use crate::routing::ClusterName;
 use crate::state::{Live, Shared};
 use std::collections::HashMap;
+use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -52,6 +54,16 @@ pub(crate) enum Scope {
 impl Scope {
     pub(crate) fn fleet(principal: &Principal) -> Self {
         Self::Fleet { admin: is_admin(principal) }
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cluster(cluster) => write!(f, "cluster {}", cluster.name),
+            Self::Fleet { admin: true } => f.write_str("the fleet's API, as an admin"),
+            Self::Fleet { admin: false } => f.write_str("the fleet's API"),
+        }
     }
 }
 
@@ -311,7 +323,7 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
             Ok(until) => next = next.into_iter().chain(until).min(),
             Err(why) => {
                 let requests = entry.requests.load(Ordering::Relaxed);
-                tracing::debug!(credential = %grant.credential, user = ?grant.principal.name, scope = ?grant.scope, requests, why = why.label(), "what runs by it ends");
+                tracing::debug!(credential = %grant.credential, user = %printable(&grant.principal.name), scope = %grant.scope, requests, why = why.label(), "what runs by it ends");
                 ended += requests;
                 shared.metrics.ended(why, requests);
                 // Set once: an entry is ended here and nowhere else.

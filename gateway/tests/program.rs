@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 struct Program {
     child: Child,
     lines: Arc<Mutex<Vec<String>>>,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Program {
@@ -20,6 +20,7 @@ impl Program {
         let directory = tempfile::tempdir().unwrap();
         let mut config = common::config(directory.path());
         (config.limits.connections, config.limits.parked) = (8192, 1024);
+        config.state_directory = Some(directory.path().join("state"));
         let path = directory.path().join("gateway.yaml");
         std::fs::write(&path, config.to_yaml()).unwrap();
         let mut command = Command::new("sh");
@@ -35,7 +36,7 @@ impl Program {
                 .map_while(Result::ok)
                 .for_each(|line| read.lock().unwrap().push(line));
         });
-        let program = Self { child, lines, _directory: directory };
+        let program = Self { child, lines, directory };
         eventually("the gateway has started", || program.said("gateway started").is_some(), |seen| *seen)
             .await;
         program
@@ -51,6 +52,34 @@ impl Drop for Program {
         drop(self.child.kill());
         drop(self.child.wait());
     }
+}
+
+/// Goal: D16, D33, K7: what the program says at its start and when it cannot start is for people: each thing once, and nothing of how
+/// Rust writes a value.
+#[tokio::test]
+async fn d16_what_is_wrong_is_said_once() {
+    let program = Program::start("-Sn 64").await;
+    let started = program.said("gateway started").unwrap();
+    assert!(started.contains("\"public\":\"127.0.0.1:") && !started.contains("plaintext"), "{started}");
+    for line in program.lines.lock().unwrap().iter() {
+        for debug in ["Some(", "None", "Ok(", "\\\\", " { "] {
+            assert!(!line.contains(debug), "{debug}: {line}");
+        }
+    }
+    let path = program.directory.path().join("gateway.yaml");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_towline-gateway"));
+        let output = command.args(arguments).arg("--config").arg(&path).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let beside = run(&[]);
+    assert_eq!(beside.matches("is in use by process").count(), 1, "{beside}");
+    assert_eq!(beside.matches("Stop that one first").count(), 1, "{beside}");
+    let dump = run(&["store", "dump"]);
+    assert_eq!(dump.matches("is in use by process").count(), 1, "{dump}");
+    let level = run(&["--log-level", "nonsense=nonsense"]);
+    assert!(level.contains("--log-level") && level.lines().count() == 1, "{level}");
 }
 
 /// FR-16: a low soft limit is no limit, as for any Go program: it is raised to the hard one.

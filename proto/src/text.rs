@@ -1,6 +1,7 @@
 //! How is text shown that somebody else wrote? In logs, errors and terminals.
 
 use core::fmt::{self, Write as _};
+use core::time::Duration;
 
 /// Text that is safe in a terminal and a log: control characters and marks that turn the writing direction are escaped, and
 /// nothing else is, so that whoever escapes once more, as JSON does, shows it as it was.
@@ -21,10 +22,41 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
+/// A time that something takes, for people who read a log: `427 ms`, `2.5 s`, `75 s`.
+#[derive(Clone, Copy, Debug)]
+pub struct Lasting(pub Duration);
+
+impl fmt::Display for Lasting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_millis() {
+            0 if !self.0.is_zero() => f.write_str("less than 1 ms"),
+            millis @ 0..1000 => write!(f, "{millis} ms"),
+            millis @ 1000..10_000 => write!(f, "{}.{} s", millis / 1000, millis / 100 % 10),
+            millis => write!(f, "{} s", millis / 1000),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use alloc::string::ToString as _;
+
+    /// Goal: D33: a time is read at a glance.
+    #[test]
+    fn d33_times_are_readable() {
+        let shown = |micros| Lasting(Duration::from_micros(micros)).to_string();
+        for (micros, text) in [
+            (0, "0 ms"),
+            (7, "less than 1 ms"),
+            (427_951, "427 ms"),
+            (2_549_999, "2.5 s"),
+            (9_999_999, "9.9 s"),
+            (75_900_000, "75 s"),
+        ] {
+            assert_eq!(shown(micros), text);
+        }
+    }
 
     /// K7: a quote is no danger, and stays one.
     #[test]

@@ -28,6 +28,14 @@ pub(super) enum Cause {
 }
 
 impl Cause {
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Drained => "drained",
+            Self::TunnelLost => "tunnel_lost",
+            Self::Ended(why) => why.label(),
+        }
+    }
+
     /// How long a client has to take the last word and to close its end.
     const fn patience(self) -> Duration {
         match self {
@@ -92,7 +100,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Framed<IO> {
         };
         // A client that does not listen is not waited for.
         if !matches!(timeout(cause.patience(), said).await, Ok(Ok(()))) {
-            tracing::debug!(?cause, "a client left before its connection was ended");
+            tracing::debug!(cause = cause.label(), "a client left before its connection was ended");
         }
     }
 }
