@@ -6,9 +6,12 @@ use std::convert::Infallible;
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, header};
 use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use thiserror::Error;
 use tokio::time::{Duration, Instant, timeout_at};
+use towline_proto::open::FIELDS_MAX;
+use towline_proto::text::Lasting;
 
 use crate::connect::ConnectError;
 use crate::live::Live;
@@ -19,7 +22,7 @@ use crate::upstream::Upstream;
 pub(crate) enum AskError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("takes requests and answers none within {0:?}")]
+    #[error("takes requests and answers none within {}", Lasting(*.0))]
     Deadline(Duration),
     #[error("closed the connection without an answer that can be used")]
     Broken,
@@ -41,7 +44,8 @@ pub(crate) async fn ask(
         headers.insert(header::AUTHORIZATION, credential);
     }
     let exchange = async {
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await?;
+        let (mut sender, connection) =
+            http1::Builder::new().max_headers(FIELDS_MAX).handshake(TokioIo::new(io)).await?;
         let asking = async {
             let (head, body) = sender.send_request(request).await?.into_parts();
             let body = Limited::new(body, body_max).collect().await;

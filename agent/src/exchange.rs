@@ -17,7 +17,8 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::time::{Duration, Instant, timeout, timeout_at};
 use towline_proto::Code;
-use towline_proto::open::{Answer, Open, Outcome, Request};
+use towline_proto::open::{Answer, FIELDS_MAX, Open, Outcome, Request};
+use towline_proto::text::{Lasting, Printable};
 use towline_proto::tunnel::exchange::{HeadError, RecvBody, SendBodyError, failure, send_body, send_head};
 use towline_proto::tunnel::splice::{SpliceError, splice};
 use towline_proto::tunnel::{RecvStream, SendStream};
@@ -85,7 +86,7 @@ impl Failed {
 
     /// Tells the gateway, and ends the answer.
     pub(crate) async fn send(self, send: &mut SendStream, head_max: usize) -> Ended {
-        tracing::debug!(code = self.code.label(), message = ?self.message, "no answer");
+        tracing::debug!(code = self.code.label(), message = %Printable(&self.message), "no answer");
         let answer = failure(self.code, &self.message, self.untouched);
         match send_head(send, &answer, head_max).await {
             Ok(()) => {
@@ -134,7 +135,11 @@ pub(crate) async fn run(
                 let deadline = arrived + Duration::from_millis(millis.into());
                 let Ok(answer) = timeout_at(deadline, answer).await else {
                     let untouched = !is_touched(&touched);
-                    let message = format!("{}: no answer within {millis} ms", upstream.hop);
+                    let message = format!(
+                        "{}: no answer within {}",
+                        upstream.hop,
+                        Lasting(Duration::from_millis(millis.into()))
+                    );
                     return Err(Failed { code: Code::Deadline, message, untouched });
                 };
                 answer
@@ -276,7 +281,7 @@ async fn judge(
         }
         Err(_) => {
             reach.doubt();
-            Err(failed(format!("{hop}: no whole answer within {REFUSAL_TIMEOUT:?}")))
+            Err(failed(format!("{hop}: no whole answer within {}", Lasting(REFUSAL_TIMEOUT))))
         }
     }
 }
@@ -367,7 +372,9 @@ fn send_failed(upstream: &Upstream, head: &RequestHead, error: &hyper::Error, un
         return Failed { code: Code::Cancelled, message, untouched };
     }
     let cause = if error.is_parse_too_large() {
-        format!("answered with a head of more than {} bytes", upstream.resources.head_max)
+        // hyper does not say which.
+        let bytes = upstream.resources.head_max;
+        format!("answered with a head of more than {bytes} bytes (limits.head) or {FIELDS_MAX} fields")
     } else if error.is_parse() {
         "did not answer with valid HTTP/1.1".to_owned()
     } else {

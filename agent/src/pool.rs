@@ -19,6 +19,7 @@ use thiserror::Error;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Duration, Instant, timeout};
 use tokio_util::sync::DropGuard;
+use towline_proto::open::FIELDS_MAX;
 use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 
@@ -156,6 +157,7 @@ impl Upstream {
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(self.resources.head_max)
             .max_header_size(self.resources.head_max)
+            .max_headers(FIELDS_MAX)
             .handshake(TokioIo::new(io))
             .await?;
         let token = self.resources.stop.child_token();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use support::{Call, HEAD_MAX, Rig, all, becomes, idle_connections, metric, request, soon};
 use towline_proto::Code;
-use towline_proto::open::{BodyKind, Open};
+use towline_proto::open::{BodyKind, FIELDS_MAX, Open};
 use towline_proto::tunnel::exchange::BodyError;
 use towline_proto::tunnel::{ReadError, WriteError};
 
@@ -240,8 +240,36 @@ async fn a_deadline_is_kept() {
     upstream.head().await;
     let failure = call.failure().await;
     assert_eq!((failure.code, failure.untouched), (Code::Deadline.to_u32(), false));
-    assert!(failure.message.contains("no answer within 4000 ms"), "{failure:?}");
+    assert!(failure.message.contains("no answer within 4.0 s"), "{failure:?}");
     upstream.closed().await;
+}
+
+/// Goal: FR-02: as many fields of an answer as the protocol carries come through; what has more is called that, and nobody is told that
+/// nothing was done.
+#[tokio::test]
+async fn fr_02_an_answer_may_have_hundreds_of_fields() {
+    let rig = Rig::start("").await;
+    for (count, fits) in [(500, true), (FIELDS_MAX - 2, true), (FIELDS_MAX - 1, false)] {
+        let mut call = Call::open(&rig.session, request_with("POST", BodyKind::NONE)).await;
+        let mut upstream = rig.upstream.accept().await;
+        upstream.head().await;
+        let warnings = "Warning: 299 - \"unknown field\"\r\n".repeat(count);
+        upstream
+            .write(format!(
+                "HTTP/1.1 201 Created\r\n{warnings}Content-Length: 0\r\nConnection: close\r\n\r\n"
+            ))
+            .await;
+        if fits {
+            assert_eq!(all(&call.response().await, "warning").len(), count);
+        } else {
+            let failure = call.failure().await;
+            assert_eq!((failure.code, failure.untouched), (Code::UpstreamBody.to_u32(), false));
+            assert!(
+                failure.message.contains("more than 65536 bytes (limits.head) or 1280 fields"),
+                "{failure:?}"
+            );
+        }
+    }
 }
 
 /// A stream that says nothing is given up, and one that talks nonsense at once.

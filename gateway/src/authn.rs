@@ -28,6 +28,7 @@ use std::time::SystemTime;
 use thiserror::Error;
 use tokens::Tokens;
 use towline_certs::facts::CertificateFacts;
+use towline_certs::identity::GROUPS_MAX;
 use towline_certs::{CertificateDer, ClientCa};
 
 /// The WebSocket subprotocol that carries a bearer token (Kubernetes).
@@ -47,8 +48,36 @@ pub enum PrincipalError {
     SystemName(String),
     #[error("the group {0:?} begins with system:, which belongs to Kubernetes itself")]
     SystemGroup(String),
-    #[error("a name or group is empty, too long or holds control characters")]
-    Malformed,
+    #[error("the name {0}")]
+    Name(TextError),
+    /// Which of the groups, from 1 on.
+    #[error("group {0} {1}")]
+    Group(usize, TextError),
+    #[error("there are {0} groups, and at most {GROUPS_MAX} are allowed")]
+    TooManyGroups(usize),
+}
+
+/// Why a text is no name of a caller or group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum TextError {
+    #[error("is empty")]
+    Empty,
+    #[error("has {0} bytes, and at most {TEXT_MAX} are allowed")]
+    TooLong(usize),
+    #[error("holds control characters")]
+    Control,
+}
+
+/// Longest name of a caller or group, in bytes.
+const TEXT_MAX: usize = 256;
+
+fn check_text(text: &str) -> Result<(), TextError> {
+    match text.len() {
+        0 => Err(TextError::Empty),
+        length if length > TEXT_MAX => Err(TextError::TooLong(length)),
+        _ if text.chars().any(char::is_control) => Err(TextError::Control),
+        _ => Ok(()),
+    }
 }
 
 impl Principal {
@@ -62,14 +91,13 @@ impl Principal {
     /// # Errors
     /// Why not.
     pub fn check(&self) -> Result<(), PrincipalError> {
-        let well_formed =
-            |text: &str| !text.is_empty() && text.len() <= 256 && !text.chars().any(char::is_control);
         let system = |text: &str| text.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("system:"));
-        if !well_formed(&self.name)
-            || self.groups.len() > 64
-            || !self.groups.iter().all(|group| well_formed(group))
-        {
-            return Err(PrincipalError::Malformed);
+        check_text(&self.name).map_err(PrincipalError::Name)?;
+        if self.groups.len() > GROUPS_MAX {
+            return Err(PrincipalError::TooManyGroups(self.groups.len()));
+        }
+        for (number, group) in (1..).zip(&self.groups) {
+            check_text(group).map_err(|error| PrincipalError::Group(number, error))?;
         }
         if system(&self.name) {
             return Err(PrincipalError::SystemName(self.name.clone()));
@@ -480,6 +508,26 @@ mod tests {
         }
         assert!(query_carries_own_credential("a=b&token=tlat%5Fx"));
         assert!(!query_carries_own_credential("labelSelector=a%3Dtlat_x"));
+    }
+
+    /// Goal: FR-09, AU-11: who is in hundreds of groups is a caller; each thing that makes nobody of a name is told as what it is.
+    #[test]
+    fn fr_09_hundreds_of_groups_are_a_caller() {
+        let groups = |count: usize| (0..count).map(|number| format!("g{number}")).collect::<Vec<_>>();
+        let check = |name: &str, groups: Vec<String>| Principal::new(name, groups).check();
+        assert_eq!(check("jane", groups(GROUPS_MAX)), Ok(()));
+        let told = |name: &str, groups| check(name, groups).unwrap_err().to_string();
+        for (name, groups, text) in [
+            ("jane", groups(GROUPS_MAX + 1), "there are 1025 groups, and at most 1024 are allowed"),
+            ("", groups(1), "the name is empty"),
+            ("a\nb", groups(1), "the name holds control characters"),
+            (&"x".repeat(257), groups(1), "the name has 257 bytes, and at most 256 are allowed"),
+            ("jane", vec!["a".to_owned(), String::new()], "group 2 is empty"),
+            ("jane", vec!["x".repeat(300)], "group 1 has 300 bytes, and at most 256 are allowed"),
+            ("jane", vec!["a\u{7}".to_owned()], "group 1 holds control characters"),
+        ] {
+            assert_eq!(told(name, groups), text);
+        }
     }
 
     #[test]

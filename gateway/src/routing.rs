@@ -13,8 +13,6 @@ use thiserror::Error;
 
 /// The prefix of every path that names a cluster.
 pub const PREFIX: &str = "/clusters/";
-/// Longest path and query.
-const TARGET_MAX: usize = 16 * 1024;
 
 /// The name of a cluster: 1 to 63 of `a-z 0-9 -`, first and last not `-`, no `xn--` label.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -97,11 +95,12 @@ pub enum RouteError {
     Misdirected,
     #[error("the path is ambiguous: {0}")]
     BadPath(&'static str),
-    #[error("the request target is longer than {TARGET_MAX} bytes")]
-    TooLong,
     /// A path of the Kubernetes API without a cluster.
     #[error("no cluster in the path")]
     ApiAtRoot,
+    /// The cluster's own path begins with its prefix again, which no API server serves.
+    #[error("the path has /clusters/{0} twice")]
+    Doubled(ClusterName),
     #[error("nothing is served at this path")]
     Nothing,
 }
@@ -112,17 +111,16 @@ pub enum RouteError {
 /// Why there is none.
 pub fn route(parts: &Parts, host_domain: Option<&str>, sni: Option<&str>) -> Result<Route, RouteError> {
     let host = host(parts)?;
-    if let (Some(sni), Host::Name(name)) = (sni, &host)
-        && !sni.trim_end_matches('.').eq_ignore_ascii_case(name)
-    {
-        return Err(RouteError::Misdirected);
+    if let (Some(sni), Host::Name(name), Some(domain)) = (sni, &host, host_domain) {
+        let sni = sni.trim_end_matches('.').to_ascii_lowercase();
+        // Only a cluster's own name leads anywhere: with others `tls-server-name` may say what it likes.
+        if sni != *name && (is_below(&sni, domain) || is_below(name, domain)) {
+            return Err(RouteError::Misdirected);
+        }
     }
     let target = parts.uri.path_and_query().ok_or(RouteError::BadPath("there is none"))?.as_str();
-    if target.len() > TARGET_MAX {
-        return Err(RouteError::TooLong);
-    }
     if let (Host::Name(name), Some(domain)) = (&host, host_domain)
-        && let Some(label) = name.strip_suffix(domain).and_then(|rest| rest.strip_suffix('.'))
+        && let Some(label) = below(name, domain)
     {
         let name =
             ClusterName::new(label).map_err(|_| RouteError::BadHost("its first label is no cluster name"))?;
@@ -132,6 +130,15 @@ pub fn route(parts: &Parts, host_domain: Option<&str>, sni: Option<&str>) -> Res
         return Ok(Route { name, path_and_query: target.to_owned(), by_path: false });
     }
     by_path(target)
+}
+
+/// What of a name is below a domain, both in lower case.
+fn below<'a>(name: &'a str, domain: &str) -> Option<&'a str> {
+    name.strip_suffix(domain).and_then(|rest| rest.strip_suffix('.'))
+}
+
+fn is_below(name: &str, domain: &str) -> bool {
+    below(name, domain).is_some()
 }
 
 fn by_path(target: &str) -> Result<Route, RouteError> {
@@ -147,6 +154,10 @@ fn by_path(target: &str) -> Result<Route, RouteError> {
         .map_err(|_| RouteError::BadPath("what follows /clusters/ is no cluster name"))?;
     let rest = &rest[end..];
     let path_and_query = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
+    let again = path_and_query.strip_prefix(PREFIX).and_then(|again| again.strip_prefix(name.as_str()));
+    if again.is_some_and(|after| after.is_empty() || after.starts_with(['/', '?'])) {
+        return Err(RouteError::Doubled(name));
+    }
     if climbs(path_and_query.split('?').next().unwrap_or_default()) {
         return Err(RouteError::BadPath("it leaves the cluster's prefix"));
     }
@@ -340,7 +351,54 @@ mod tests {
         for uri in ["/api", "/api/v1/pods", "/apis", "/version", "/openapi/v2?timeout=32s", "//api"] {
             assert_eq!(path(uri), Err(RouteError::ApiAtRoot), "{uri}");
         }
-        assert_eq!(path(&format!("/clusters/a/{}", "x".repeat(TARGET_MAX))), Err(RouteError::TooLong));
+    }
+
+    /// Goal: FR-30: a prefix that somebody wrote before one that kubectl from 1.34 on adds is told, and nothing that an application may
+    /// have is taken for it.
+    #[test]
+    fn fr_30_a_doubled_prefix_is_recognised() {
+        let doubled = Err(RouteError::Doubled(ClusterName::new("a").unwrap()));
+        for uri in ["/clusters/a/clusters/a/readyz", "/clusters/a/clusters/a", "/clusters/a/clusters/a?x=/"] {
+            assert_eq!(path(uri), doubled, "{uri}");
+        }
+        for rest in ["/clusters/b/readyz", "/clusters/ab", "/api/clusters/a", "/clusters"] {
+            assert_eq!(path(&format!("/clusters/a{rest}")), Ok(("a".to_owned(), rest.to_owned())));
+        }
+    }
+
+    /// Goal: FR-18: the path and the query may be as long as a head may be.
+    #[test]
+    fn fr_18_a_target_has_no_limit_of_its_own() {
+        let long = format!("/clusters/a/api?labelSelector={}", "x".repeat(60_000));
+        assert_eq!(path(&long).unwrap().1.len(), long.len() - "/clusters/a".len());
+    }
+
+    /// Goal: FR-06: `tls-server-name` of a kubeconfig may be any name of the gateway's, as at an API server; only where the name is a
+    /// cluster's have both to agree.
+    #[test]
+    fn fr_06_only_a_clusters_name_must_be_the_one_in_tls() {
+        let at = |domain: Option<&str>, host: &str, sni: &str| {
+            let route = route(&parts("/clusters/dev/api", &[host]), domain, Some(sni))?;
+            Ok((route.name.to_string(), route.path_and_query))
+        };
+        let dev = || Ok(("dev".to_owned(), "/api".to_owned()));
+        let domain = Some("clusters.example");
+        for (host, sni) in
+            [("vm:8443", "localhost"), ("gw.internal", "GW.example."), ("clusters.example", "gw.example")]
+        {
+            assert_eq!(at(None, host, sni), dev(), "{host} {sni}");
+            assert_eq!(at(domain, host, sni), dev(), "{host} {sni}");
+        }
+        let misdirected = Err(RouteError::Misdirected);
+        for (host, sni) in [
+            ("gw.example", "prod.clusters.example"),
+            ("gw.example", "PROD.clusters.EXAMPLE."),
+            ("prod.clusters.example", "gw.example"),
+            ("prod.clusters.example", "dev.clusters.example"),
+        ] {
+            assert_eq!(at(domain, host, sni), misdirected, "{host} {sni}");
+        }
+        assert_eq!(at(None, "gw.example", "prod.clusters.example"), dev());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderValue};
+use http::header::{CONTENT_TYPE, HeaderValue, WARNING};
 use http::{Method, StatusCode, Version};
 use http_body_util::BodyExt;
 use serde_json::json;
@@ -31,6 +31,7 @@ pub(super) async fn answer(mut call: Call) -> Response {
         "counter" => counter(call).await,
         "duplex" => duplex(call),
         "lines" => lines(&call),
+        "warnings" => warnings(&call),
         "slowhead" => {
             sleep(Duration::from_millis(call.query.number("ms").unwrap_or(1000))).await;
             empty(StatusCode::NO_CONTENT, &[])
@@ -143,6 +144,18 @@ fn lines(call: &Call) -> Response {
         }
     });
     http::Response::new(body)
+}
+
+/// `warnings?n=`: an answer that warns of many fields, each in a line of its own.
+fn warnings(call: &Call) -> Response {
+    let mut answer = json_response(StatusCode::CREATED, &json!({}));
+    for field in 0..number(call, "n", 100) {
+        let text = format!("299 - \"unknown field \\\"f{field}\\\"\"");
+        if let Ok(text) = HeaderValue::try_from(text) {
+            answer.headers_mut().append(WARNING, text);
+        }
+    }
+    answer
 }
 
 /// A helper path that does not exist.

@@ -185,7 +185,8 @@ async fn serve(shared: Arc<Shared>, stream: TcpStream, acceptor: TlsAcceptor) {
         }
     }
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(None);
+    // An API server counts bytes, and no fields.
+    builder.timer(TokioTimer::new()).header_read_timeout(None).max_headers(8192);
     let mut http = pin!(builder.serve_connection(io, service).with_upgrades());
     let mut closing = false;
     loop {
