@@ -13,7 +13,7 @@ use crate::metrics::{Limit, Metrics, Surface, TlCode};
 use crate::state::Shared;
 use crate::trust::TrustState;
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -33,6 +33,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
+use towline_certs::facts::human;
 use towline_certs::{ServerName, tls_error};
 
 /// Connections whose request is not there yet, probes that are being answered, and everything else that is: in all, and of
@@ -218,7 +219,9 @@ impl Admin {
         };
         let mut lines: Vec<String> = shared.clusters(&live).iter().map(line).collect();
         lines.sort();
-        lines.insert(0, format!("{} roots are believed\n", live.trust.roots.len()));
+        let roots = live.trust.roots.len();
+        let believed = if roots == 1 { "root is" } else { "roots are" };
+        lines.insert(0, format!("{roots} {believed} believed\n"));
         lines.concat()
     }
 
@@ -245,6 +248,13 @@ impl Admin {
             };
             out.push_str(&line);
         }
+        if let Some(store) = self.store() {
+            let line = match store {
+                Ok(()) => "[+]store ok\n".to_owned(),
+                Err(why) => format!("[!]store (does not count): {why}\n"),
+            };
+            out.push_str(&line);
+        }
         let verdict = if ready { "passed" } else { "failed" };
         writeln!(out, "readyz check {verdict}").unwrap_or_default();
         match (ready, verbose) {
@@ -254,7 +264,27 @@ impl Admin {
         }
     }
 
+    /// Whether the store answers, if there is one. What is known goes on serving without it, so that this is no reason to send
+    /// clients elsewhere or to start anew.
+    fn store(&self) -> Option<Result<(), String>> {
+        let fleet = self.shared.fleet.as_ref()?;
+        Some(match fleet.store().trouble() {
+            None => Ok(()),
+            Some((error, time)) => {
+                Err(format!("has not answered for {}: changes are refused meanwhile. {error}", human(time)))
+            }
+        })
+    }
+
     async fn ready_one(&self, name: &str) -> Response<Full<Bytes>> {
+        if name == "store"
+            && let Some(store) = self.store()
+        {
+            return match store {
+                Ok(()) => text(StatusCode::OK, "ok"),
+                Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("store failed: {why}\n")),
+            };
+        }
         match Check::ALL.iter().find(|check| check.name() == name) {
             None => text(StatusCode::NOT_FOUND, "no such check\n"),
             Some(check) => match self.check(*check).await {
@@ -359,12 +389,21 @@ fn reachable(listening: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listening.port())
 }
 
-/// No page of a browser gets through: neither one that says so (Origin), nor one that had its name point here (a Host
-/// that is a name; DNS rebinding).
+/// No page of a browser gets through: neither one that says so, nor one that had its name point here (DNS rebinding). What a browser
+/// sends with everything, and a page cannot leave out, no probe and no scraper sends. So those may come by any name, as a cluster's
+/// domain, an ingress or a service's name may be; but nobody comes to loopback by another one than localhost.
 fn is_for_us(headers: &HeaderMap, local: Option<SocketAddr>) -> Result<(), &'static str> {
     if headers.contains_key(header::ORIGIN) || headers.contains_key("sec-fetch-site") {
         return Err("requests from web pages are refused\n");
     }
+    let of_a_browser = |name: &HeaderName| {
+        [header::ORIGIN, header::REFERER, header::ACCEPT_LANGUAGE, header::UPGRADE_INSECURE_REQUESTS]
+            .contains(name)
+            || name.as_str().starts_with("sec-fetch-")
+            || name.as_str().starts_with("sec-ch-")
+    };
+    let agent = headers.get(header::USER_AGENT).map(HeaderValue::as_bytes).unwrap_or_default();
+    let is_a_browser = headers.keys().any(of_a_browser) || agent.starts_with(b"Mozilla/");
     let mut hosts = headers.get_all(header::HOST).iter();
     let (Some(host), None) = (hosts.next(), hosts.next()) else { return Err("exactly one Host is needed\n") };
     let host = host.to_str().unwrap_or_default();
@@ -373,15 +412,16 @@ fn is_for_us(headers: &HeaderMap, local: Option<SocketAddr>) -> Result<(), &'sta
         _ => host,
     };
     let name = name.trim_start_matches('[').trim_end_matches(']');
-    let address = name.parse::<IpAddr>().is_ok();
-    // Inside a cluster, scrapers use the names of services and pods.
-    let internal = !name.contains('.') || name.ends_with(".svc") || name.ends_with(".cluster.local");
-    let on_loopback = local.is_none_or(|local| local.ip().is_loopback());
-    if address || name == "localhost" || (internal && !on_loopback) {
-        Ok(())
-    } else {
-        Err("the Host is not this listener's\n")
+    if name.parse::<IpAddr>().is_ok() || name == "localhost" {
+        return Ok(());
     }
+    if local.is_none_or(|local| local.ip().to_canonical().is_loopback()) {
+        return Err("the Host is not this listener's: on loopback use localhost, or an address\n");
+    }
+    if is_a_browser || name.is_empty() {
+        return Err("a browser gets here by an address only: a page could have a name point anywhere\n");
+    }
+    Ok(())
 }
 
 fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -437,6 +477,29 @@ mod tests {
         }
     }
 
+    /// Goal: FR-15: probes and scrapers come by whatever name leads here, where a web page cannot.
+    #[test]
+    fn fr_15_scrapers_come_by_any_name() {
+        let ask = |lines: &[(&'static str, &'static str)]| {
+            let lines = lines.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
+            is_for_us(&lines.collect(), Some("10.1.2.3:9180".parse().unwrap())).is_ok()
+        };
+        for host in [
+            "gw.example.com:9180",
+            "gw.towline.svc.corp.internal",
+            "gw.towline.svc.cluster.local:9180",
+            "towline-gateway.towline.svc",
+            "gw",
+        ] {
+            assert!(
+                ask(&[("host", host), ("user-agent", "Prometheus/3.1"), ("accept", "text/plain")]),
+                "{host}"
+            );
+            assert!(ask(&[("host", host), ("user-agent", "kube-probe/1.34"), ("accept", "*/*")]), "{host}");
+            assert!(!ask(&[("host", host), ("user-agent", "Mozilla/5.0")]), "{host}");
+        }
+    }
+
     /// AD-02.
     #[test]
     fn web_pages_do_not_get_through() {
@@ -454,7 +517,19 @@ mod tests {
         for host in ["evil.example", "evil.example:9180", "gateway", "localhost.evil.example", ""] {
             assert!(!ask(&[("host", host)], here), "{host}");
         }
-        assert!(ask(&[("host", "towline-gateway.towline.svc:9180")], "10.1.2.3:9180"));
+        let browsers: [(&str, &str); 5] = [
+            ("accept-language", ""),
+            ("user-agent", "Mozilla/5.0 (X11; Linux x86_64)"),
+            ("sec-ch-ua", "x"),
+            ("sec-fetch-mode", "cors"),
+            ("upgrade-insecure-requests", "1"),
+        ];
+        for sign in browsers {
+            assert!(!ask(&[("host", "evil.example:9180"), sign], "10.1.2.3:9180"), "{sign:?}");
+            // A page cannot have an address point elsewhere: it would be of another origin.
+            assert!(ask(&[("host", "10.1.2.3:9180"), sign], "10.1.2.3:9180"), "{sign:?}");
+        }
+        assert!(!ask(&[("host", "10.1.2.3"), ("sec-fetch-site", "cross-site")], "10.1.2.3:9180"));
         assert!(!ask(&[("host", "localhost"), ("origin", "null")], here));
         assert!(!ask(&[], here));
         assert!(!ask(&[("host", "localhost"), ("host", "localhost")], here));

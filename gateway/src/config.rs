@@ -349,8 +349,9 @@ pub struct Limits {
     pub upload_memory: ByteSize,
     #[serde(with = "units")]
     pub upload_memory_per_principal: ByteSize,
-    /// Requests of one cluster that wait for its agent to come back.
+    /// Requests that wait for an agent to come back: of one cluster, and all together.
     pub held_per_cluster: usize,
+    pub held: usize,
     /// The same for watches that go on from a version: of one cluster, and all together.
     pub held_watches_per_cluster: usize,
     pub held_watches: usize,
@@ -399,10 +400,10 @@ pub struct Timeouts {
     /// From the connection to the end of its TLS handshake.
     #[serde(with = "units")]
     pub handshake: Duration,
-    /// From the handshake to the end of the first request's head.
+    /// From the handshake to the end of the first request's head; of a later one over HTTP/1.1 from its first byte, and up to 2 s.
     #[serde(with = "units")]
     pub first_request: Duration,
-    /// Between two requests on a connection, the second one's head included.
+    /// Between two requests on a connection of HTTP/1.1.
     #[serde(with = "units")]
     pub idle: Duration,
     /// From the request to the head of its answer, the 101 of an upgrade included; not for other long-running requests.
@@ -411,7 +412,7 @@ pub struct Timeouts {
     /// A request body must bring at least 1 KiB in each such time.
     #[serde(with = "units")]
     pub slow_body: Duration,
-    /// How long a request waits for an agent that has just gone.
+    /// How long a request waits for an agent that has just gone, or is on record when the gateway has just started.
     #[serde(with = "units")]
     pub hold: Duration,
     /// How long a watch that goes on from a version waits for an agent, however long that has been gone.
@@ -469,10 +470,11 @@ impl Default for Limits {
             upload_memory: ByteSize(256 << 20),
             upload_memory_per_principal: ByteSize(64 << 20),
             held_per_cluster: 100,
+            held: 4096,
             held_watches_per_cluster: 1000,
             held_watches: 10_000,
             sessions_per_cluster: 16,
-            header_count: 100,
+            header_count: 1200,
             header_bytes: ByteSize(64 << 10),
             session_streams: SESSION_STREAMS_MAX,
             http2_streams: 250,

@@ -402,6 +402,11 @@ impl Fleet {
         self.read().count(kind)
     }
 
+    /// The uids of clusters that have agents on record.
+    pub(crate) fn joined(&self) -> Vec<String> {
+        self.read().joined()
+    }
+
     /// The instances of a cluster.
     #[must_use]
     pub fn instances(&self, cluster_uid: &str) -> Vec<(Arc<str>, Arc<Instance>)> {

@@ -296,6 +296,9 @@ impl Gateway {
         );
         shared.metrics.draining();
         stages.unready.cancel();
+        if let Some(Err(error)) = shared.fleet.as_ref().map(|fleet| fleet.store().says_draining()) {
+            tracing::debug!(%error, "who starts meanwhile is not told to wait for the store");
+        }
         // At once: agents are to be elsewhere when the balancers have noticed and clients arrive there.
         shared.registry.sessions().iter().for_each(|session| agents::say_goaway(shared, session));
         tokio::time::sleep(config.delay).await;

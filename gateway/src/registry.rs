@@ -1,8 +1,8 @@
 //! Which sessions are live, and which one carries the next request? By cluster uid.
 //!
 //! A session is here from its first round trip until its task ends; the guard that put it in takes out that one and no
-//! other. When a cluster has no session, a request waits for one only if the last left with a GoAway or a moment ago:
-//! then its agent is on its way back. Otherwise the answer is due at once. A watch that goes on from a version waits longer and in any
+//! other. When a cluster has no session, a request waits for one only if the last left with a GoAway or a moment ago, or the gateway
+//! has just started and the cluster has agents on record: then an agent is on its way. Otherwise the answer is due at once. A watch that goes on from a version waits longer and in any
 //! case: told that there is no session its client would list everything again.
 
 use crate::fleet::{AgentSeen, Ended, LastSeen, Time};
@@ -23,7 +23,7 @@ use towline_proto::mux::{CloseReason, OpenError};
 use towline_proto::tunnel::{Session, Stream, Traffic, Transport};
 use towline_proto::wire::GoAway;
 
-/// After this long a session that broke is not expected back any moment now.
+/// After this long a session that broke is not expected back any moment now, nor is one from before the gateway's start.
 const RECENT: Duration = Duration::from_secs(15);
 /// As [`RECENT`], for one that said GoAway: a replacement may still have to start.
 const RECENT_GOAWAY: Duration = Duration::from_secs(60);
@@ -56,7 +56,8 @@ pub struct SessionId(u64);
 #[derive(Clone, Copy, Debug)]
 pub struct HoldLimits {
     pub time: Duration,
-    /// Of one cluster.
+    /// Of one cluster, and of all of them.
+    pub requests_per_cluster: usize,
     pub requests: usize,
     /// The same for watches that go on from a version, and how many of those there may be of all clusters.
     pub watch_time: Duration,
@@ -94,6 +95,7 @@ pub struct Registry {
 struct Clusters {
     by_uid: HashMap<ClusterUid, Tunnel>,
     next_id: u64,
+    held: usize,
     held_watches: usize,
 }
 
@@ -114,6 +116,8 @@ struct Tunnel {
     /// What an agent has said last of the API server's version.
     kubernetes: Option<String>,
     last_end: Option<LastEnd>,
+    /// Until when one of its agents, which are on record, is expected: the gateway has just started.
+    expected_until: Option<Instant>,
     held: usize,
     held_watches: usize,
     changed: Arc<Notify>,
@@ -474,12 +478,13 @@ impl Registry {
     /// Takes a place among those that wait: a request if that is promising, a watch in any case.
     fn hold(&self, uid: &ClusterUid, patience: Patience) -> Option<Held<'_>> {
         let mut clusters = self.lock();
-        let Clusters { by_uid, held_watches, .. } = &mut *clusters;
+        let Clusters { by_uid, held, held_watches, .. } = &mut *clusters;
         let tunnel = by_uid.get_mut(uid)?;
         let limits = &self.hold;
         let (waits, full) = match patience {
             Patience::Moment => {
-                (!limits.time.is_zero() && tunnel.is_expected_back(), tunnel.held >= limits.requests)
+                let full = tunnel.held >= limits.requests_per_cluster || *held >= limits.requests;
+                (!limits.time.is_zero() && tunnel.is_expected_back(), full)
             }
             Patience::Watch => {
                 let full =
@@ -495,7 +500,10 @@ impl Registry {
             return None;
         }
         match patience {
-            Patience::Moment => tunnel.held += 1,
+            Patience::Moment => {
+                tunnel.held += 1;
+                *held += 1;
+            }
             Patience::Watch => {
                 tunnel.held_watches += 1;
                 *held_watches += 1;
@@ -682,15 +690,16 @@ impl Registry {
             AgentSeen::new(&software, Time::now()).map(|agent| agent.after(Some(before)))
         });
         let has_moved = record.ended.is_none() || tunnel.agent != record.agent;
-        // It was told to come back, or has noticed that it must; if nobody has seen the end, that was a moment ago.
-        let gone = record.ended.as_ref().map_or(Duration::ZERO, |ended| Time::now().since(ended.at));
-        if let Some(at) = Instant::now().checked_sub(gone) {
-            tunnel.last_end = Some(LastEnd { at, goaway: true });
-        }
         drop(clusters);
         if has_moved {
             self.has_moved(uid);
         }
+    }
+
+    /// The gateway has just started, and this cluster has agents on record: they are on their way.
+    pub(crate) fn expect(&self, uid: &ClusterUid) {
+        let until = Some(Instant::now() + RECENT);
+        self.lock().by_uid.entry(uid.clone()).or_default().expected_until = until;
     }
 
     fn has_moved(&self, uid: &ClusterUid) {
@@ -822,6 +831,7 @@ impl Tunnel {
             state.goaway.is_some() || state.closed.is_some()
         });
         leaving
+            || self.expected_until.is_some_and(|until| Instant::now() < until)
             || self
                 .last_end
                 .is_some_and(|end| end.at.elapsed() < if end.goaway { RECENT_GOAWAY } else { RECENT })
@@ -934,7 +944,10 @@ impl Drop for Held<'_> {
         let mut clusters = self.registry.lock();
         let tunnel = clusters.by_uid.get_mut(&self.uid);
         match self.patience {
-            Patience::Moment => tunnel.into_iter().for_each(|tunnel| tunnel.held -= 1),
+            Patience::Moment => {
+                tunnel.into_iter().for_each(|tunnel| tunnel.held -= 1);
+                clusters.held -= 1;
+            }
             Patience::Watch => {
                 tunnel.into_iter().for_each(|tunnel| tunnel.held_watches -= 1);
                 clusters.held_watches -= 1;
@@ -980,7 +993,8 @@ mod tests {
     fn registry() -> Arc<Registry> {
         let hold = HoldLimits {
             time: Duration::from_secs(3),
-            requests: 2,
+            requests_per_cluster: 2,
+            requests: 3,
             watch_time: Duration::from_secs(30),
             watches_per_cluster: 2,
             watches: 3,
@@ -1183,23 +1197,45 @@ mod tests {
         assert_eq!(registry.presence(&uid()).sessions, 0);
     }
 
-    /// R3, K4: after a gateway's restart a request waits for a cluster that was connected until then, as it does when its session has
-    /// just ended, and for no other.
+    /// Goal: R3, K4: for 15 s after a gateway's start a request waits for a cluster that has agents on record, as it does when its session
+    /// has just ended, and for no other.
     #[tokio::test(start_paused = true)]
     async fn r3_a_restart_is_waited_out() {
-        // The clock of a machine that has been up for longer than anybody was away.
-        tokio::time::advance(Duration::from_secs(7200)).await;
-        let ended = |seconds| Some(Ended { at: ended_at(seconds), why: "the gateway stopped".to_owned() });
-        for (ended, waited) in [(ended(2), 3), (None, 3), (ended(3600), 0)] {
-            let registry = registry();
-            let record = LastSeen { gateway: "g".to_owned(), since: ended_at(3600), ended, agent: None };
-            registry.restore(&uid(), &record, || Ended { at: ended_at(60), why: String::new() });
-            assert_eq!(waits(&registry).await, Duration::from_secs(waited), "{record:?}");
+        let (registry, hold) = (registry(), Duration::from_secs(3));
+        assert_eq!(waits(&registry).await, Duration::ZERO, "nobody has ever joined");
+        registry.expect(&uid());
+        for _ in 0..5 {
+            assert_eq!(waits(&registry).await, hold);
         }
+        assert_eq!(waits(&registry).await, Duration::ZERO, "15 s are over");
     }
 
-    fn ended_at(seconds: u64) -> Time {
-        Time::from(SystemTime::now() - Duration::from_secs(seconds))
+    /// Goal: R3, K4: those that wait are few, of each cluster and of all of them.
+    #[tokio::test(start_paused = true)]
+    async fn r3_held_requests_have_a_limit_in_all() {
+        let registry = registry();
+        let uids = ["a", "b", "c"].map(|uid| ClusterUid::new(uid).unwrap());
+        uids.iter().for_each(|uid| registry.expect(uid));
+        let wait = |uid: &ClusterUid| {
+            let (registry, uid) = (Arc::clone(&registry), uid.clone());
+            async move {
+                let start = Instant::now();
+                drop(registry.open(&uid, &[], Patience::Moment).await);
+                start.elapsed()
+            }
+        };
+        let mut waiting = JoinSet::new();
+        waiting.spawn(wait(&uids[0]));
+        waiting.spawn(wait(&uids[0]));
+        waiting.spawn(wait(&uids[1]));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert_eq!(wait(&uids[1]).await, Duration::ZERO, "three wait, which is all there may be");
+        assert_eq!(wait(&uids[2]).await, Duration::ZERO);
+        while let Some(waited) = waiting.join_next().await {
+            assert_eq!(waited.unwrap(), Duration::from_secs(3));
+        }
+        assert_eq!(wait(&uids[2]).await, Duration::from_secs(3), "their places are free again");
+        assert_eq!(registry.lock().held, 0);
     }
 
     /// D5: one refusal is remembered for each cluster; whoever has no proof covers nobody who has, and what is in an agent's own

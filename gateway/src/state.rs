@@ -24,14 +24,16 @@ use bytes::Bytes;
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use towline_certs::facts::human;
 use towline_certs::load::load_credential;
 use towline_certs::save::create_private_directory;
 use towline_certs::tls::{FrontCertificates, front_server, http_client, join_server, tunnel_server};
@@ -56,12 +58,11 @@ impl Memory {
         metrics: &Arc<Metrics>,
     ) -> Result<Option<Self>, MemoryError> {
         let Some(directory) = config.state_directory.clone() else { return Ok(None) };
-        let (for_store, place) = (Arc::clone(metrics), directory.clone());
+        let place = directory.clone();
         let configured = config.trust_domain.to_string();
+        // First the store, whose lock keeps a second gateway from making CAs at the same time.
+        let store = open_store(&directory, metrics, config.drain.deadline + DRAINER_SLACK).await?;
         let opened = tokio::task::spawn_blocking(move || {
-            create_private_directory(&place).map_err(AuthorityError::Save)?;
-            // First the store, whose lock keeps a second gateway from making CAs at the same time.
-            let store = Store::open(&place, for_store)?;
             let known = store.trust_domain(&configured)?;
             if known != configured {
                 return Err(MemoryError::TrustDomain { directory: place, known, configured });
@@ -81,6 +82,34 @@ impl Memory {
         Ok(Some(Self { fleet, authorities: Arc::new(authorities) }))
     }
 }
+
+/// Opens the store; waits for as long as another gateway drains that has it, and no longer than this.
+async fn open_store(place: &Path, metrics: &Arc<Metrics>, patience: Duration) -> Result<Store, MemoryError> {
+    let until = Instant::now() + patience;
+    let mut told = false;
+    loop {
+        let (place, metrics) = (place.to_owned(), Arc::clone(metrics));
+        let opened = tokio::task::spawn_blocking(move || {
+            create_private_directory(&place).map_err(AuthorityError::Save)?;
+            Ok(Store::open(&place, metrics)?)
+        });
+        match opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed))) {
+            Err(MemoryError::Store(error)) if error.passes() && Instant::now() < until => {
+                if !std::mem::replace(&mut told, true) {
+                    let at_most = human(patience);
+                    tracing::warn!(why = %error, at_most, "the gateway waits for its store");
+                }
+                tokio::time::sleep(STORE_PAUSE).await;
+            }
+            opened => return opened,
+        }
+    }
+}
+
+/// What a gateway that drains may need beside its deadline, if it has the same one.
+const DRAINER_SLACK: Duration = Duration::from_secs(10);
+/// How often a store is looked at that somebody has.
+const STORE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why the state directory cannot be used.
 #[derive(Debug, Error)]
@@ -390,7 +419,8 @@ impl Shared {
         let (fleet, authorities) = memory.map(|memory| (memory.fleet, memory.authorities)).unzip();
         let hold = HoldLimits {
             time: config.timeouts.hold,
-            requests: config.limits.held_per_cluster,
+            requests_per_cluster: config.limits.held_per_cluster,
+            requests: config.limits.held,
             watch_time: config.timeouts.watch_hold,
             watches_per_cluster: config.limits.held_watches_per_cluster,
             watches: config.limits.held_watches,
@@ -527,10 +557,7 @@ impl Shared {
 
     /// What a gateway shares that keeps its state in this directory, and whose configuration is changed like this.
     #[cfg(test)]
-    pub(crate) async fn for_test(
-        directory: &std::path::Path,
-        change: impl FnOnce(&mut GatewayConfig),
-    ) -> Self {
+    pub(crate) async fn for_test(directory: &Path, change: impl FnOnce(&mut GatewayConfig)) -> Self {
         let domain = towline_certs::TrustDomain::new("example.org").unwrap();
         let mut config = GatewayConfig::new(domain, crate::config::Tls::default());
         config.state_directory = Some(directory.join("state"));

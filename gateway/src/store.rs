@@ -288,8 +288,18 @@ pub enum StoreError {
     NewerFormat { path: PathBuf, found: u64 },
     #[error("{}: {error}. Check that the disk is mounted, writable and not full", path.display())]
     Disk { path: PathBuf, error: io::Error },
+    #[error("{} is there already: move it away first", path.display())]
+    Exists { path: PathBuf },
     #[error("the gateway stops")]
     Closed,
+}
+
+impl StoreError {
+    /// Whether another process has the store that is about to go.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        matches!(self, Self::Held { holder, .. } if embedded::drains(holder))
+    }
 }
 
 /// Some records of a kind, in the order of their names.
@@ -333,6 +343,22 @@ impl Store {
     /// Its lock cannot be looked at.
     pub fn is_in_use(directory: &Path) -> Result<bool, StoreError> {
         embedded::is_held(directory)
+    }
+
+    /// Tells whoever wants the store next that this process drains, and how it is to be had. Blocks.
+    ///
+    /// # Errors
+    /// It could not be written.
+    pub fn says_draining(&self) -> io::Result<()> {
+        let Self::Embedded(engine) = self;
+        engine.says_draining()
+    }
+
+    /// Why the store does not answer, and for how long it has not; none if it does.
+    #[must_use]
+    pub fn trouble(&self) -> Option<(String, Duration)> {
+        let Self::Embedded(engine) = self;
+        engine.trouble().map(|trouble| (trouble.error, trouble.since.elapsed()))
     }
 
     /// Where the store stands now.

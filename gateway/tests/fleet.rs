@@ -459,6 +459,30 @@ async fn two_gateways_do_not_share_a_state_directory() {
     Gateway::start(config).await.unwrap().shutdown().await;
 }
 
+/// Goal: M17: a gateway that is started while another one drains waits for its store, and serves when that has gone.
+#[tokio::test]
+async fn m17_a_start_beside_a_drain_waits_for_the_store() {
+    let state = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = common::config(directory.path());
+    config.state_directory = Some(state.path().to_owned());
+    config.drain.delay = Duration::from_secs(1);
+    let first = Gateway::start(config.clone()).await.unwrap();
+    let goes = async {
+        first.drain().await;
+        drop(first);
+        Instant::now()
+    };
+    let comes = async {
+        // The drain has begun when this is polled.
+        let second = Gateway::start(config).await.unwrap();
+        (second, Instant::now())
+    };
+    let (gone, (second, came)) = tokio::join!(biased; goes, comes);
+    assert!(came >= gone, "two at a time");
+    second.shutdown().await;
+}
+
 /// Sixteen admins label one cluster at once, many times each: whoever was told that it is done finds it done.
 #[tokio::test]
 async fn no_patch_is_lost() {
@@ -558,6 +582,32 @@ fn time_of(condition: &Value) -> Time {
 
 fn ago(seconds: u64) -> Time {
     Time::from(SystemTime::now() - Duration::from_secs(seconds))
+}
+
+/// Goal: R3, K4: after a restart a request waits for a cluster whose agents are on record until one is there; for one that never had any
+/// the answer is due at once.
+#[tokio::test]
+async fn r3_a_request_waits_for_the_agents_on_record_after_a_restart() {
+    let (world, config) = lasting_world().await;
+    let agent = world.agent("prod").await;
+    let mut client = world.h1(None).await;
+    conditioned(&mut client, "prod", "Connected", |seen| seen["status"] == "True").await;
+    let World { directory, gateway } = world;
+    gateway.shutdown().await;
+    drop((gateway, agent, client));
+    let world = start_again(directory, &config).await;
+    let (mut client, mut other) = (world.h1(None).await, world.h1(None).await);
+    let beside = async {
+        world.counts("towline_gateway_holds_waiting", 1.0).await;
+        assert_eq!(other.get_as("/clusters/far/version", TOKEN).await.status(), 503);
+        let agent = world.agent("prod").await;
+        agent.next().await.answer(200, &[], "back").await;
+        agent
+    };
+    let (answer, _agent) = tokio::join!(client.get_as("/clusters/prod/version", TOKEN), beside);
+    assert_eq!(text(answer).await, "back");
+    assert_eq!(world.series("towline_gateway_holds_total{outcome=\"served\"}"), 1.0);
+    world.gateway.shutdown().await;
 }
 
 /// D6, K7: when a cluster was last seen, and how that ended, is known after a restart; one that was never seen is so since it was

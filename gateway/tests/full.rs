@@ -127,6 +127,11 @@ async fn on_a_small_disk() {
         assert_eq!(api(&mut client, "GET", &format!("{CLUSTERS}/before"), &Value::Null).await.0, 200);
     }
     assert!(agent.session.is_open());
+    // D34: the gateway is ready all the same, and says what is wrong.
+    let (status, told) = world.admin("/readyz?verbose").await;
+    assert!(status == 200 && told.contains("[!]store (does not count): has not answered for"), "{told}");
+    assert!(told.contains("No space left"), "{told}");
+    assert_eq!(world.admin("/readyz/store").await.0, 503);
     // D6: who comes and goes meanwhile is not on record, and is served all the same.
     drop(agent);
     world.connected("prod", 0).await;
@@ -138,6 +143,7 @@ async fn on_a_small_disk() {
     // There is room again, and nothing to restart.
     std::fs::remove_file(disk.join("filler")).unwrap();
     assert_eq!(create(&mut client, "after", "").await.0, 201);
+    assert!(world.admin("/readyz?verbose").await.1.contains("[+]store ok"));
     let (status, _, list) = api(&mut client, "GET", CLUSTERS, &Value::Null).await;
     let registered = |item: &&Value| item["status"]["source"] == "registered";
     let items = list["items"].as_array().unwrap().iter().filter(registered).count();

@@ -248,6 +248,11 @@ impl GatewayConfig {
         );
         problems.unless(limits.held_per_cluster <= 100, "limits.heldPerCluster", "must be at most 100");
         problems.unless(
+            limits.held_per_cluster <= limits.held,
+            "limits.heldPerCluster",
+            "must be at most held",
+        );
+        problems.unless(
             self.drain.delay <= self.drain.deadline,
             "drain.delay",
             "must be at most drain.deadline",

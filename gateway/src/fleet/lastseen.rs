@@ -25,7 +25,7 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 /// What is told of a session that nobody saw the end of.
 const DIED: &str = "the gateway died with it";
 
-/// Tells the registry what is on record from before.
+/// Tells the registry what is on record from before, and whose agents are on their way.
 pub(crate) fn restore(shared: &Shared) {
     let Some(fleet) = &shared.fleet else { return };
     for (uid, record) in fleet.all_last_seen() {
@@ -34,6 +34,10 @@ pub(crate) fn restore(shared: &Shared) {
             let last_minute = fleet.life(&record.gateway).map(|life| life.seen);
             Ended { at: last_minute.unwrap_or(record.since).max(record.since), why: DIED.to_owned() }
         });
+        shared.registry.expect(&uid);
+    }
+    for uid in fleet.joined().iter().filter_map(|uid| ClusterUid::new(uid).ok()) {
+        shared.registry.expect(&uid);
     }
 }
 

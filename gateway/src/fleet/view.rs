@@ -332,6 +332,11 @@ impl View {
         names.filter_map(|name| Some((Arc::clone(name), Arc::clone(self.instance(name)?)))).collect()
     }
 
+    /// The uids of clusters that have instances.
+    pub(super) fn joined(&self) -> Vec<String> {
+        self.instances.keys().cloned().collect()
+    }
+
     /// How a registered cluster stands towards joining.
     pub(super) fn standing(&self, uid: &str, now: Time) -> Option<Standing> {
         let name = self.names.get(uid)?;

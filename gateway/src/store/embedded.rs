@@ -25,7 +25,8 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use towline_certs::facts::human;
 
 /// The store's file, and the one that names its holder.
 pub(super) const FILE: &str = "store.redb";
@@ -72,7 +73,17 @@ pub struct Embedded {
     leases: Leases,
     writers: Arc<tokio::sync::Mutex<()>>,
     metrics: Arc<Metrics>,
-    _lock: File,
+    lock: File,
+    trouble: Mutex<Option<Trouble>>,
+}
+
+/// Since when the disk fails.
+#[derive(Clone, Debug)]
+pub(super) struct Trouble {
+    pub(super) since: Instant,
+    pub(super) error: String,
+    /// Reading may work all the same.
+    writing: bool,
 }
 
 impl std::fmt::Debug for Embedded {
@@ -112,7 +123,8 @@ impl Embedded {
             leases: Leases::default(),
             writers: Arc::default(),
             metrics,
-            _lock: lock,
+            lock,
+            trouble: Mutex::default(),
         })
     }
 
@@ -128,8 +140,42 @@ impl Embedded {
         &self.writers
     }
 
+    /// Tells whoever wants the store next that it has to wait.
+    pub(super) fn says_draining(&self) -> io::Result<()> {
+        say_holder(&self.lock, DRAINS)
+    }
+
+    /// Why the store does not answer, if it does not.
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The disk fails. Each error is told once, however often it is met.
+    fn fails(&self, error: &StoreError, writing: bool) {
+        self.metrics.store_failed();
+        let text = error.to_string();
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = trouble.take();
+        if known.as_ref().is_some_and(|known| known.error == text) {
+            tracing::debug!(%error, "the store still does not answer");
+        } else {
+            tracing::error!(%error, "the store does not answer");
+        }
+        let since = known.as_ref().map_or_else(Instant::now, |known| known.since);
+        let writing = writing || known.is_some_and(|known| known.writing);
+        *trouble = Some(Trouble { since, error: text, writing });
+    }
+
+    /// The disk works again: somebody has written, or read where reading had failed.
+    fn works(&self, written: bool) {
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(over) = trouble.take_if(|trouble| written || !trouble.writing) {
+            tracing::warn!(path = %self.path.display(), after = human(over.since.elapsed()), "the store answers again");
+        }
+    }
+
     pub(super) fn get(&self, key: &Key) -> Result<Option<Record>, StoreError> {
-        self.with_file(|file| {
+        self.with_file(false, |file| {
             let table = file.begin_read()?.open_table(RECORDS)?;
             let bytes = table.get((key.kind.name(), &*key.name))?;
             Ok(bytes.and_then(|bytes| self.decode(key, bytes.value())))
@@ -137,7 +183,7 @@ impl Embedded {
     }
 
     pub(super) fn list(&self, kind: Kind, from: Option<&str>, limit: usize) -> Result<Page, StoreError> {
-        self.with_file(|file| {
+        self.with_file(false, |file| {
             let transaction = file.begin_read()?;
             let number = meta(&transaction.open_table(META)?, META_REVISION)?;
             let table = transaction.open_table(RECORDS)?;
@@ -167,7 +213,7 @@ impl Embedded {
                 return Err(CommitError::LeaseEnded);
             }
         }
-        let outcome = self.with_file(|file| {
+        let outcome = self.with_file(true, |file| {
             let mut writing = file.begin_write()?;
             writing.set_durability(Durability::Immediate).map_err(other)?;
             // Flushed before it counts and once more after, so that a crash between the two cannot bring an older state back.
@@ -186,6 +232,7 @@ impl Embedded {
         if events.is_empty() {
             return Ok(number - 1);
         }
+        self.works(true);
         for change in &transaction.changes {
             match change {
                 Change::Put { key, lease, .. } => self.leases.written(key, *lease),
@@ -200,7 +247,7 @@ impl Embedded {
     pub(super) fn trust_domain(&self, first: &str) -> Result<String, StoreError> {
         match self.known_trust_domain()? {
             Some(known) => Ok(known),
-            None => self.with_file(|file| {
+            None => self.with_file(true, |file| {
                 let writing = file.begin_write()?;
                 writing.open_table(NAMES)?.insert(NAME_TRUST_DOMAIN, first)?;
                 writing.commit()?;
@@ -211,7 +258,7 @@ impl Embedded {
 
     /// The same, where it is known.
     pub(super) fn known_trust_domain(&self) -> Result<Option<String>, StoreError> {
-        self.with_file(|file| match file.begin_read()?.open_table(NAMES) {
+        self.with_file(false, |file| match file.begin_read()?.open_table(NAMES) {
             Ok(names) => Ok(names.get(NAME_TRUST_DOMAIN)?.map(|name| name.value().to_owned())),
             Err(TableError::TableDoesNotExist(_)) => Ok(None),
             Err(error) => Err(error.into()),
@@ -220,7 +267,7 @@ impl Embedded {
 
     /// Every record as it stands in the file, those that cannot be read included.
     pub(super) fn raw(&self) -> Result<Vec<RawRecord>, StoreError> {
-        self.with_file(|file| {
+        self.with_file(false, |file| {
             let table = file.begin_read()?.open_table(RECORDS)?;
             let mut records = Vec::new();
             for entry in table.iter()? {
@@ -235,21 +282,27 @@ impl Embedded {
     }
 
     /// Runs `work` on the file, opening it anew if the disk has failed before.
-    fn with_file<T>(&self, work: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, StoreError> {
+    fn with_file<T>(
+        &self,
+        writing: bool,
+        work: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
         let mut slot = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         if slot.is_none() {
-            let file = open_file(&self.path, &self.backend)?;
+            let opened = open_file(&self.path, &self.backend)
+                .and_then(|file| read_meta(&self.path, &file).map(|(_, number)| (file, number)));
+            let (file, number) = opened.inspect_err(|error| self.fails(error, writing))?;
             // What the failed transaction has come to is known now.
-            let (_, number) = read_meta(&self.path, &file)?;
             self.history.restart(number);
-            tracing::warn!(path = %self.path.display(), "the store answers again");
             *slot = Some(file);
         }
         let Some(file) = slot.as_ref() else { return Err(StoreError::Closed) };
         let result = catch(&self.path, || work(file).map_err(|error| translate(&self.path, error)));
+        if !writing && result.is_ok() {
+            self.works(false);
+        }
         if let Err(error) = &result {
-            tracing::error!(%error, "the store does not answer");
-            self.metrics.store_failed();
+            self.fails(error, writing);
             // Closing may fail as well; there is nothing more to lose.
             let closing = slot.take();
             drop(catch(&self.path, move || {
@@ -371,7 +424,7 @@ fn take_lock(directory: &Path) -> Result<File, StoreError> {
     let fail = |error| disk(&path, error);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let mut file = options.open(&path).map_err(fail)?;
+    let file = options.open(&path).map_err(fail)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -384,10 +437,24 @@ fn take_lock(directory: &Path) -> Result<File, StoreError> {
         }
         Err(TryLockError::Error(error)) => return Err(fail(error)),
     }
-    file.set_len(0).map_err(fail)?;
-    file.rewind().map_err(fail)?;
-    writeln!(file, "process {} on host {}", std::process::id(), host_name()).map_err(fail)?;
+    say_holder(&file, "").map_err(fail)?;
     Ok(file)
+}
+
+/// What follows the holder's name while it drains.
+const DRAINS: &str = ", which drains";
+
+/// Whether a holder, as it says itself, is about to go.
+pub(super) fn drains(holder: &str) -> bool {
+    holder.ends_with(DRAINS)
+}
+
+fn say_holder(mut file: &File, state: &str) -> io::Result<()> {
+    let text = format!("process {} on host {}{state}\n", std::process::id(), host_name());
+    // Never empty: somebody may be reading it.
+    file.rewind()?;
+    file.write_all(text.as_bytes())?;
+    file.set_len(text.len() as u64)
 }
 
 /// For people who look for the holder.
@@ -411,9 +478,7 @@ pub(super) fn restore(directory: &Path, contents: &Contents) -> Result<(), Store
     let path = directory.join(FILE);
     let _lock = take_lock(directory)?;
     if path.try_exists().map_err(|error| disk(&path, error))? {
-        let error =
-            io::Error::new(io::ErrorKind::AlreadyExists, "there is a store already; move it away first");
-        return Err(disk(&path, error));
+        return Err(StoreError::Exists { path });
     }
     create(directory, contents)
 }

@@ -140,7 +140,7 @@ async fn newer_and_broken_records_are_skipped_with_an_alarm() {
     store.commit(put("fine", 1)).await.unwrap();
     let Store::Embedded(engine) = &store;
     engine
-        .with_file(|file| {
+        .with_file(true, |file| {
             let writing = file.begin_write()?;
             {
                 let mut records = writing.open_table(RECORDS)?;
@@ -271,8 +271,13 @@ async fn a_full_disk_loses_nothing_that_was_acknowledged() {
                 Err(error) => panic!("{error}"),
             }
         }
+        // D34: that reading works does not mean that the disk does.
+        drop(store.list(Kind::Cluster, None, 1000).await);
+        let trouble = store.trouble();
+        assert_eq!(trouble.is_some(), unsure.is_some(), "{trouble:?}");
         left.store(i64::MAX, Ordering::SeqCst);
         store.commit(put("after", 99)).await.unwrap();
+        assert_eq!(store.trouble(), None);
         oracle.insert("after".to_owned(), 99);
         let page = store.list(Kind::Cluster, None, 1000).await.unwrap();
         let mut found: BTreeMap<String, u64> = page
@@ -336,7 +341,8 @@ async fn a_dump_comes_back_as_another_life() {
         Ok((number != 2).then(|| serde_json::json!({ "number": number + 10 })))
     };
     let error = backup::restore(directory.path(), again, keep).unwrap_err();
-    assert!(error.to_string().contains("move it away"), "{error}");
+    // D35: nothing is wrong with the disk.
+    assert!(error.to_string().ends_with("store.redb is there already: move it away first"), "{error}");
     let elsewhere = tempfile::tempdir().unwrap();
     assert_eq!(backup::restore(elsewhere.path(), dump.clone(), keep).unwrap(), (1, 1));
     let store = open(elsewhere.path());
