@@ -36,6 +36,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::tls::ALPN_H2;
+use towline_proto::open::FIELDS_MAX;
 use towline_proto::tunnel::aside::Aside;
 
 /// HTTP/1.1: bytes read ahead and bytes waiting to be written, per connection. What waits here has left the tunnel's budget, and
@@ -160,7 +161,9 @@ pub(crate) async fn serve<IO>(
             }
             let Some(mut parked) = idle::park(connection) else { return Ok(()) };
             let next = async { matches!(idle::next_request(&mut parked).await, Ok(true)) };
-            let next = tokio::time::timeout(shared.config.timeouts.idle, next);
+            // It has been idle for a while.
+            let next =
+                tokio::time::timeout(shared.config.timeouts.idle.saturating_sub(idle::PARKED_BY), next);
             let goes_on = tokio::select! {
                 biased;
                 next = next => next.unwrap_or_else(|_| {
@@ -182,7 +185,7 @@ pub(crate) async fn serve<IO>(
     if let Err(error) = served.await {
         // Over HTTP/2 it is a client that does not answer a ping.
         if !h2 && error.is_timeout() {
-            shared.metrics.limit_reached(Limit::Idle);
+            shared.metrics.limit_reached(Limit::FirstRequest);
         }
         // hyper has answered 400, 414 or 431 by itself, where there was somebody to answer.
         if error.is_parse_too_large() {
@@ -202,10 +205,11 @@ fn http1_builder(shared: &Shared) -> http1::Builder {
         .timer(TokioTimer::new())
         .half_close(false)
         .keep_alive(true)
-        // Also the time that a connection may be idle between two requests: hyper has one clock for both. The first
-        // request has a stricter one, in `drive`.
-        .header_read_timeout(timeouts.idle)
-        .max_headers(limits.header_count)
+        // From the end of the request before: who is idle is parked by then, and who has begun is not. The first request has a
+        // stricter clock, in `drive`.
+        .header_read_timeout(timeouts.first_request + idle::PARKED_BY)
+        // More than may be: who sends those few too many is told so in words, see `proxy::plan`.
+        .max_headers(FIELDS_MAX)
         .max_header_size(limits.header_bytes.0)
         .max_buf_size(H1_BUFFER.max(limits.header_bytes.0));
     builder

@@ -578,6 +578,20 @@ mod tests {
         assert_eq!(head["content-security-policy"], "sandbox; frame-ancestors 'none'");
     }
 
+    /// Goal: FR-47: a web page behind a proxy path keeps no cookie, in either direction and whatever the mode: it would be every cluster's. And
+    /// it runs in a sandbox, where it has no origin. docs/operations.md says what to use instead.
+    #[test]
+    fn fr_47_pages_behind_a_proxy_have_no_cookies() {
+        let lines = [("Cookie", "session=1"), ("Accept", "text/html")];
+        for mode in [Mode::Restricted, Mode::Impersonate] {
+            assert_eq!(kept(mode, true, &lines), ["accept"]);
+        }
+        let lines = [("Set-Cookie", "session=1; Path=/"), ("Content-Type", "text/html")];
+        let head = redirected(&Method::POST, true, 200, &lines).unwrap();
+        assert!(!head.contains_key("set-cookie") && head["content-type"] == "text/html");
+        assert!(head["content-security-policy"].to_str().unwrap().starts_with("sandbox;"));
+    }
+
     /// S1: which answers may redirect, and what becomes of a place that leads away.
     #[test]
     fn s1_a_redirect_passes_only_within_the_cluster() {

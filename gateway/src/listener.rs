@@ -19,7 +19,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -36,6 +36,10 @@ const HANDSHAKE_READ: usize = 4 * 1024;
 const FIRST_BYTES: usize = 5;
 /// How a client without TLS says that it speaks HTTP/2: no method of HTTP/1.1 begins so.
 const H2_BEGINS: &[u8; 4] = b"PRI ";
+/// How requests begin.
+const METHODS: [&[u8; 4]; 9] =
+    [b"GET ", b"HEAD", b"POST", b"PUT ", b"PATC", b"DELE", b"OPTI", b"CONN", H2_BEGINS];
+const PLAIN_ANSWER: &[u8] = b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\nClient sent an HTTP request to an HTTPS server: use https://\n";
 /// Pause after a failure to accept that is not the peer's, such as too many open files.
 const BACKOFF: Duration = Duration::from_millis(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -268,6 +272,8 @@ enum HandshakeError {
     /// There is no place.
     Limit(Limit),
     Alpn(String),
+    /// HTTP where TLS should be.
+    Plain,
     Tls {
         error: io::Error,
         tunnel: bool,
@@ -360,7 +366,13 @@ async fn handshake(
     let started = match (&mut acceptor).await {
         Ok(started) => started,
         Err(error) => {
-            let io = acceptor.take_io();
+            let mut io = acceptor.take_io();
+            if let Some(io) = io.as_mut().filter(|io| io.plain) {
+                // As API servers do it: nobody reads an alert of TLS here.
+                drop(io.write_all(PLAIN_ANSWER).await);
+                drop(io.shutdown().await);
+                return Err(HandshakeError::Plain);
+            }
             let silent = io.as_ref().is_some_and(|io| io.left == before);
             return Err(failed(error, io.as_ref(), silent, false));
         }
@@ -457,6 +469,10 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             shared.metrics.limit_reached(*limit);
             tracing::debug!(client = %address, limit = limit.label(), "there is no place for its connection");
         }
+        HandshakeError::Plain => {
+            reject(Handshake::Tls, Surface::Listener, TlCode::BadFraming);
+            tracing::debug!(client = %address, "HTTP where TLS should be");
+        }
         HandshakeError::Alpn(why) => {
             reject(Handshake::Alpn, Surface::Listener, TlCode::Proto);
             tracing::debug!(client = %address, why, "connection refused");
@@ -489,6 +505,8 @@ pub(crate) struct Limited<IO> {
     io: IO,
     left: usize,
     exceeded: bool,
+    /// It begins as HTTP does without TLS; nothing more is read.
+    plain: bool,
     /// The first bytes since [`Limited::begin`], and how many of them there are.
     first: [u8; FIRST_BYTES],
     first_len: usize,
@@ -496,7 +514,14 @@ pub(crate) struct Limited<IO> {
 
 impl<IO> Limited<IO> {
     fn new(io: IO) -> Self {
-        Self { io, left: HANDSHAKE_BYTES, exceeded: false, first: [0; FIRST_BYTES], first_len: 0 }
+        Self {
+            io,
+            left: HANDSHAKE_BYTES,
+            exceeded: false,
+            plain: false,
+            first: [0; FIRST_BYTES],
+            first_len: 0,
+        }
     }
 
     /// From here on the first bytes count as the first; tells how many may still come.
@@ -542,6 +567,10 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Limited<IO> {
             this.first_len += 1;
         }
         buf.put_slice(part.filled());
+        if METHODS.iter().any(|method| this.first[..this.first_len].starts_with(*method)) {
+            this.plain = true;
+            return Poll::Ready(Err(io::Error::other("HTTP without TLS")));
+        }
         result
     }
 }
@@ -575,7 +604,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Limited<IO> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+    use tokio::io::{AsyncReadExt as _, duplex};
 
     #[tokio::test]
     async fn a_peer_cannot_make_us_read_more_than_a_handshake() {

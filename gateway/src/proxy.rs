@@ -19,6 +19,7 @@ mod upgrade;
 pub(crate) mod work;
 
 pub(crate) use body::{AnswerBody, Basis};
+use error::HeadTooLarge;
 pub(crate) use error::{CHALLENGE, ProxyError, printable, warning};
 pub(crate) use work::{Refusals, Work, Working};
 
@@ -147,7 +148,7 @@ pub(crate) async fn serve(
         if let Some(limit) = error.limit() {
             shared.metrics.limit_reached(limit);
         }
-        tracing::debug!(audit_id, client = %peer.address, ?error, "answered by the gateway");
+        tracing::debug!(audit_id, client = %peer.address, code = error.code().label(), why = %printable(&error.message()), "answered by the gateway");
         // Who is nobody does not keep a connection: they would soon hold all there may be.
         if !peer.standing.is_known() || matches!(error, ProxyError::Authn(_)) {
             peer.finish.cancel();
@@ -220,7 +221,7 @@ async fn carry_out(
     };
     let response = match answer.outcome {
         Some(Outcome::Response(response)) if response.headers.len() > open::FIELDS_MAX => {
-            return Err(plan.bad_answer("its head has more than 256 fields"));
+            return Err(plan.bad_answer("its head has more fields than the protocol allows"));
         }
         Some(Outcome::Response(response)) => response,
         Some(Outcome::Failure(failure)) => return Err(ProxyError::Agent { cluster: plan.name(), failure }),
@@ -319,12 +320,13 @@ fn plan(
     audit_id: &str,
 ) -> Result<Plan, ProxyError> {
     let live = shared.live();
-    if matches!(parts.method, Method::CONNECT | Method::TRACE) || parts.method.as_str().len() > 32 {
+    if !is_carried(&parts.method) {
         return Err(ProxyError::Method(parts.method.clone()));
     }
-    // hyper counts the lines of HTTP/1.1 only.
-    if parts.headers.len() > live.config.limits.header_count {
-        return Err(ProxyError::HeadTooLarge);
+    // hyper counts the lines of HTTP/1.1 only, and has no words for who sends too many.
+    let fields_max = live.config.limits.header_count;
+    if parts.headers.len() > fields_max {
+        return Err(HeadTooLarge::Fields { max: fields_max }.into());
     }
     let route = routing::route(parts, live.config.host_domain.as_deref(), peer.sni.as_deref())?;
     let kind = RequestKind::of(route.path(), route.query());
@@ -369,12 +371,27 @@ fn plan(
         traceparent: headers::traceparent(&parts.headers).unwrap_or_default(),
         timeout_ms: deadline.map_or(0, |deadline| u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX)),
     };
-    let open = encode_head(&open, open::HEAD_MAX_BYTES).map_err(|_| ProxyError::HeadTooLarge)?;
+    let open =
+        encode_head(&open, open::HEAD_MAX_BYTES).map_err(|_| HeadTooLarge::of(&route.path_and_query))?;
     let prefix = route.by_path.then(|| format!("{}{}", routing::PREFIX, route.name));
     let (request, working) = (shared.metrics.request(), peer.work.begin());
     let guards = Guards { run, place: None, _request: request, _working: working, _principal: permit };
     let method = parts.method.clone();
     Ok(Plan { cluster, principal, method, kind, resumes, body, upgrade, open, deadline, prefix, guards })
+}
+
+/// Those that an API server serves anywhere: for what is behind its proxies, too, it takes no others.
+const fn is_carried(method: &Method) -> bool {
+    matches!(
+        *method,
+        Method::GET
+            | Method::HEAD
+            | Method::POST
+            | Method::PUT
+            | Method::PATCH
+            | Method::DELETE
+            | Method::OPTIONS
+    )
 }
 
 /// A place among the requests of this principal to this cluster, so that nobody alone takes all streams that a cluster has. What
@@ -430,7 +447,7 @@ fn admit(
         let Some((run, judged)) = begin(shared, &live, peer, caller, scope, kind.interactive) else {
             continue;
         };
-        tracing::debug!(user = %printable(&principal.name), cluster = %name, ?judged, "access decided");
+        tracing::debug!(user = %printable(&principal.name), cluster = %name, allowed = judged.is_ok(), why = judged.as_ref().err().map(|why| why.label()), "access decided");
         judged.map_err(|why| ProxyError::ended(why, name))?;
         authn::suits(&parts.headers, cluster.mode)?;
         return Ok((principal, cluster, run));
@@ -588,6 +605,28 @@ impl Sending {
             self.is_over = true;
         }
     }
+
+    /// What the client did wrong with its body, as far as that is known.
+    fn clients_fault(&self) -> Option<ProxyError> {
+        match &self.ended {
+            Some((_, Err(SendBodyError::Source(ClientBodyError::Slow)))) => Some(ProxyError::SlowBody),
+            Some((_, Err(SendBodyError::Source(ClientBodyError::Broken(_)) | SendBodyError::Length))) => {
+                Some(ProxyError::ClientBody)
+            }
+            // All sent, or the agent wants no more.
+            Some((_, Ok(_) | Err(SendBodyError::Write(_)))) | None => None,
+        }
+    }
+
+    /// The same when there is no answer: an agent that says that the body broke off is told so by us, and may be quicker than we are.
+    async fn fault_behind(&mut self, says_so: bool) -> Option<ProxyError> {
+        if says_so {
+            drop(tokio::time::timeout(RECLAIM, self.over()).await);
+        } else if self.task.is_finished() {
+            self.over().await;
+        }
+        self.clients_fault()
+    }
 }
 
 async fn attempt(
@@ -624,7 +663,19 @@ async fn attempt(
             kept_send = Some(send);
         }
     }
-    let waited = wait(plan, &mut recv, upload.as_mut(), deadline).await;
+    let mut waited = wait(plan, &mut recv, upload.as_mut(), deadline).await;
+    let says_so = match &waited {
+        Ok(Answer { outcome: Some(Outcome::Failure(failure)) }) => {
+            Some(Code::from_u32(failure.code) == Code::Cancelled)
+        }
+        Ok(_) => None,
+        Err(end) => Some(matches!(end.error, ProxyError::Reset { code: Code::Cancelled, .. })),
+    };
+    if let (Some(says_so), Some(sending)) = (says_so, upload.as_mut())
+        && let Some(error) = sending.fault_behind(says_so).await
+    {
+        waited = Err(NoAnswer { error, repeatable: false });
+    }
     match waited {
         Ok(answer) if !is_untouched(&answer) => {
             if let Some(settled) = settled {
@@ -700,14 +751,9 @@ async fn wait(
             biased;
             answer = &mut head => return answer.map_err(|error| no_answer(plan, error)),
             () = over(upload.as_deref_mut()) => {
-                let ended = upload.take().and_then(|sending| sending.ended.as_ref());
-                match ended {
-                    Some((_, Err(SendBodyError::Source(ClientBodyError::Slow)))) => return give_up(ProxyError::SlowBody),
-                    Some((_, Err(SendBodyError::Source(ClientBodyError::Broken(_)) | SendBodyError::Length))) => {
-                        return give_up(ProxyError::ClientBody);
-                    }
-                    // All sent, or the agent wants no more: either way the answer is due.
-                    Some((_, Ok(_) | Err(SendBodyError::Write(_)))) | None => {}
+                // Otherwise the answer is due.
+                if let Some(fault) = upload.take().and_then(|sending| sending.clients_fault()) {
+                    return give_up(fault);
                 }
             }
             () = passed(deadline) => return give_up(plan.too_late()),

@@ -5,7 +5,8 @@
 //!   flight, of all or of its address, are taken: nobody can use them up in somebody else's name. Whose share is used up then
 //!   hears nothing: it asks again by itself, and gets in when there is a place. To be refused would end its attempt.
 //! - Migration is on: an agent behind a NAT whose binding changed goes on. Its identity belongs to the connection, whose
-//!   keys only it has, and not to the address; the address is for logs and limits of handshakes.
+//!   keys only it has, and not to the address; the address is for logs, limits of handshakes and `listen.allowedSources`, which is
+//!   asked again within seconds of a move.
 //! - A reset of a connection that a crash forgot is recognised, because its key comes from the tunnel's private key.
 
 use crate::agents::{self, Presented};
@@ -31,6 +32,8 @@ use towline_proto::tunnel::{quic, socket};
 
 /// Bytes of all peers whose handshake we have not begun yet.
 const WAITING_BYTES: u64 = 8 << 20;
+/// How often it is looked whether an agent has moved, where not everybody may connect: QUIC tells nobody.
+const SOURCE_LOOK: Duration = Duration::from_secs(5);
 /// How long the last packets of closed connections may take to leave.
 const LAST_PACKETS: Duration = Duration::from_millis(200);
 
@@ -183,11 +186,39 @@ fn welcome(
     shared.metrics.handshake(Handshake::Tunnel);
     let address = conn.remote_address();
     let presented = Presented { chain: chain(&conn), judge };
+    let strayed = strayed(Arc::clone(shared), conn.clone());
     let session = agents::serve_quic(Arc::clone(shared), conn, presented, address);
     spawn(shared, &shared.tasks.tunnel, async move {
-        session.await;
+        tokio::select! {
+            biased;
+            () = session => {}
+            () = strayed => {}
+        }
         drop(place);
     });
+}
+
+/// Ends a connection that has moved to an address that may not connect.
+async fn strayed(shared: Arc<Shared>, conn: quinn::Connection) {
+    let first = conn.remote_address();
+    if shared.live().config.listen.allowed_sources.is_empty() {
+        return std::future::pending().await;
+    }
+    loop {
+        tokio::time::sleep(SOURCE_LOOK).await;
+        let now = conn.remote_address();
+        if now.ip() != first.ip() && !shared.live().config.listen.allows(now.ip()) {
+            shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+            let (was, is) = (first, now);
+            sparing!(shared.refusals.due(&()), info, %was, %is, "agent refused (QUIC): it has moved to an address that is not among listen.allowedSources");
+            conn.close(
+                VarInt::from(Code::Denied.to_u32()),
+                b"this address may not connect (listen.allowedSources)",
+            );
+            // The session sees to its own end.
+            return std::future::pending().await;
+        }
+    }
 }
 
 /// The chain that the agent presented, leaf first.

@@ -282,6 +282,28 @@ async fn s2_refusals_on_one_connection_have_an_end() {
     assert_eq!(limit(&world, "refusals") + limit(&world, "last_words"), 1.0);
 }
 
+/// Goal: D40, H1-20: HTTP on the TLS port is answered with a sentence, as API servers do it, and closed.
+#[tokio::test]
+async fn d40_http_on_the_tls_port_is_told_so() {
+    let world = world(|_| {}).await;
+    let refused = "towline_rejected_total{code=\"TL_BAD_FRAMING\",surface=\"listener\"}";
+    for (number, request) in (1..).zip([
+        "GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "POST /api HTTP/1.1\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ]) {
+        let mut io = socket(&world, 1).await;
+        io.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        // What is left unread of the request may end it with a reset.
+        drop(in_time("it is closed", io.read_to_end(&mut answer)).await);
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.0 400 Bad Request\r\n"), "{request:?}: {answer:?}");
+        assert!(answer.contains("Client sent an HTTP request to an HTTPS server"), "{answer}");
+        world.counts(refused, f64::from(number)).await;
+    }
+}
+
 // ---- S3, A3: shares of connections ----
 
 /// Goal: one address has as many connections as its share, whoever calls on them; other addresses, agents of the same address and

@@ -22,7 +22,7 @@ use tokio_rustls::TlsConnector;
 use towline_certs::ServerName;
 use towline_gateway::config;
 use towline_proto::Code;
-use towline_proto::open::BodyKind;
+use towline_proto::open::{BodyKind, FIELDS_MAX};
 use towline_proto::tunnel::exchange::{failure, send_head};
 
 /// How long an agent or a client is waited for here before the gateway gives up on it: longer than a busy machine stands still.
@@ -466,13 +466,106 @@ async fn failures_before_the_answer_name_the_hop() {
     assert_eq!(error_of(answer).await.0, 502);
 }
 
+/// Goal: A8, H1-10: what is wrong with the client's own chunks is the client's, also where the agent says first that the body broke off.
+#[tokio::test]
+async fn a8_a_broken_chunk_is_the_clients() {
+    let world = World::start().await;
+    let agent = world.agent("prod").await;
+    let refuses = async {
+        loop {
+            let (mut send, mut recv) = agent.session.accept().await.unwrap();
+            while let Ok(Some(_)) = recv.read_chunk(65536).await {}
+            let said = failure(Code::Cancelled, "API server: the body of the request broke off", false);
+            drop(send_head(&mut send, &said, 65536).await);
+            send.finish();
+        }
+    };
+    let asks = async {
+        for _ in 0..60 {
+            for chunk in ["-1\r\nhello\r\n", "5\r\nhelloX", "0x5\r\nhello\r\n"] {
+                let mut raw = world.connect(None, b"http/1.1", "localhost").await;
+                let request = format!(
+                    "POST /clusters/prod/api HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n{chunk}0\r\n\r\n"
+                );
+                raw.write_all(request.as_bytes()).await.unwrap();
+                let mut answer = Vec::new();
+                drop(in_time("it is closed", raw.read_to_end(&mut answer)).await);
+                let answer = String::from_utf8(answer).unwrap();
+                assert!(answer.starts_with("HTTP/1.1 400 "), "{chunk:?}: {answer}");
+                assert!(answer.contains("TL_BAD_FRAMING"), "{answer}");
+            }
+        }
+    };
+    tokio::select! {
+        () = refuses => {}
+        () = asks => {}
+    }
+}
+
+/// Goal: A16, S21, H1-18: a method that no API server serves goes nowhere.
+#[tokio::test]
+async fn a16_methods_that_no_api_server_serves_go_nowhere() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    let auth = [("authorization", &*format!("Bearer {TOKEN}"))];
+    let path = "/clusters/prod/api/v1/namespaces/x/services/y/proxy/";
+    for h2 in [false, true] {
+        for (method, status) in [("FOO", 501), ("PROPFIND", 501), ("get", 501), ("TRACE", 405)] {
+            // Who is not known yet does not keep a connection after a refusal.
+            let mut client = if h2 { world.h2(None).await } else { world.h1(None).await };
+            let (got, code, _) = error_of(client.ask(method, path, &auth, full("")).await).await;
+            assert_eq!((got, code.as_str()), (status, "TL_BAD_FRAMING"), "{method}");
+        }
+        let mut client = if h2 { world.h2(None).await } else { world.h1(None).await };
+        for method in ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"] {
+            assert_eq!(client.ask(method, path, &auth, full("")).await.status(), 200, "{method}");
+        }
+    }
+}
+
+/// Goal: A9, A15: what two servers could read in two ways is 400, closed, and reaches nobody; what stands in a chunk's extension is read by
+/// nobody and goes no further.
+#[tokio::test]
+async fn a15_what_is_ambiguous_is_refused_before_it_is_passed_on() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    let auth = format!("Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n");
+    let first = "POST /clusters/prod/api HTTP/1.1\r\n";
+    let said = async |text: String| {
+        let mut raw = world.connect(None, b"http/1.1", "localhost").await;
+        raw.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        drop(in_time("it is closed", raw.read_to_end(&mut answer)).await);
+        String::from_utf8(answer).unwrap()
+    };
+    for text in [
+        format!("{first}{auth}Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"),
+        format!("{first}{auth}Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n"),
+        format!("{first}{auth}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+        format!("POST /clusters/prod/api HTTP/1.1\n{auth}\r\n"),
+        format!("{first}{auth}X-A: b\nContent-Length: 0\r\n\r\n"),
+        format!("{}{first}{auth}\r\n", "\r\n".repeat(1000)),
+    ] {
+        let answer = said(text.clone()).await;
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{text:?}: {answer}");
+        assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{answer}");
+    }
+    let chunk = "5;a=\0b\r\nhello\r\n0\r\nX-Trailer: t\r\n\r\nGET /clusters/prod/second HTTP/1.1\r\n";
+    let answer = said(format!("\r\n{first}{auth}Transfer-Encoding: chunked\r\n\r\n{chunk}{auth}\r\n")).await;
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(r#""body":"hello""#), "{answer}");
+    assert!(!answer.contains("trailer") && answer.matches("HTTP/1.1 ").count() == 1, "{answer}");
+}
+
 /// A hostile agent's head: 64 KiB hold 32 thousand fields, more than a map of headers can.
 #[tokio::test]
 async fn a_head_of_too_many_fields_is_no_answer() {
     let world = World::start().await;
     let agent = world.agent("prod").await;
     let mut client = world.h1(None).await;
-    let (good, one_more) = (vec![("a", "b"); 90], vec![("a", "b"); 257]);
+    let (good, one_more) = (vec![("a", "b"); FIELDS_MAX], vec![("a", "b"); FIELDS_MAX + 1]);
+    // Most of what 64 KiB hold.
     for (fields, status) in [(good, 200), (one_more, 502), (vec![("", ""); 32_760], 502)] {
         let server = async {
             let mut exchange = agent.next().await;
@@ -621,12 +714,59 @@ async fn a_refused_upgrade_ends_the_connection() {
         let smuggled = tokio::time::timeout(Duration::from_millis(50), agent.session.accept()).await;
         assert!(smuggled.is_err(), "no second request reaches the cluster");
     }
-    for token in ["h2c", "websocket, h2c"] {
-        let mut client = world.h1(None).await;
-        let headers = [("authorization", &*auth), ("connection", "upgrade"), ("upgrade", token)];
-        let (status, code, _) = error_of(client.ask("GET", path, &headers, full("")).await).await;
-        assert_eq!((status, code.as_str()), (400, "TL_UPGRADE_REFUSED"), "{token}");
+    let mut client = world.h1(None).await;
+    let headers = [("authorization", &*auth), ("connection", "upgrade"), ("upgrade", "websocket")];
+    let (status, code, _) = error_of(client.ask("PUT", path, &headers, full("")).await).await;
+    assert_eq!((status, code.as_str()), (400, "TL_UPGRADE_REFUSED"));
+}
+
+/// Goal: FR-13, UP-04: an offer that is not carried, such as the `h2c` of Java's clients and curl's, is ignored on both listeners; where
+/// one of several is carried, that one is asked for, and nothing flows without its 101.
+#[tokio::test]
+async fn fr_13_an_offer_that_is_not_carried_is_ignored() {
+    let world = World::with(|config| {
+        config.listen.plaintext = Some(config::Plaintext { address: "127.0.0.1:0".parse().unwrap() });
+    })
+    .await;
+    let agent = world.agent("prod").await;
+    let auth = format!("Bearer {TOKEN}");
+    let path = "/clusters/prod/api/v1/namespaces/x/configmaps";
+    for plaintext in [true, false] {
+        for token in ["h2c", "TLS/1.2", "foo"] {
+            let mut client = if plaintext { world.plaintext(false).await } else { world.h1(None).await };
+            let headers = [
+                ("authorization", &*auth),
+                ("connection", "Upgrade, HTTP2-Settings"),
+                ("upgrade", token),
+                ("http2-settings", "AAEAAEAAAAIAAAAB"),
+            ];
+            let server = async {
+                let mut exchange = agent.next().await;
+                assert_eq!(exchange.read_all().await, b"{}");
+                assert_eq!(exchange.request.upgrade, "");
+                let names = exchange.request.headers.iter().map(|header| show(&header.name));
+                assert!(!names.into_iter().any(|name| name == "upgrade" || name == "http2-settings"));
+                exchange.answer(201, &[], "made").await;
+            };
+            let (answer, ()) = tokio::join!(client.ask("POST", path, &headers, full("{}")), server);
+            assert_eq!(
+                (answer.status().as_u16(), &answer.headers()["connection"]),
+                (201, &"close".parse().unwrap())
+            );
+            assert_eq!(text(answer).await, "made", "{token}");
+        }
     }
+    let mut raw = world.connect(None, b"http/1.1", "localhost").await;
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {auth}\r\nConnection: Upgrade\r\nUpgrade: h2c, websocket\r\n\r\n"
+    );
+    raw.write_all(request.as_bytes()).await.unwrap();
+    let exchange = agent.next().await;
+    assert_eq!(exchange.request.upgrade, "websocket");
+    exchange.answer(403, &[], "no").await;
+    let mut bytes = Vec::new();
+    drop(in_time("the connection is closed", raw.read_to_end(&mut bytes)).await);
+    assert!(bytes.starts_with(b"HTTP/1.1 403 "));
 }
 
 #[tokio::test]

@@ -165,8 +165,34 @@ async fn heads() {
     let mut fields = vec![("authorization", bearer.as_str())];
     fields.extend([("x-one-of-many", "x"); 12]);
     let answer = client.ask("GET", PATH, &fields, full("")).await;
-    assert_eq!(error_of(answer).await.0, 431);
+    let (status, _, message) = error_of(answer).await;
+    assert!(status == 431 && message.contains("more than 10 header fields"), "{message}");
     reached(&world, "head").await;
+    let answer = world.h1(None).await.ask("GET", PATH, &fields, full("")).await;
+    assert!(error_of(answer).await.2.contains("limits.headerCount"));
+}
+
+/// Goal: S21, H1-15: the head of a later request on a connection has no more time than that of the first, however its bytes are spread.
+#[tokio::test]
+async fn s21_a_later_head_has_no_more_time_than_the_first() {
+    let world = World::with(|config| config.timeouts.first_request = Duration::from_secs(1)).await;
+    let mut io = world.connect(None, b"http/1.1", "localhost").await;
+    io.write_all(b"GET /clusters/far/api HTTP/1.1\r\nHost: localhost\r\n").await.unwrap();
+    io.write_all(format!("Authorization: Bearer {TOKEN}\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = [0; 1024];
+    let read = in_time("an answer", io.read(&mut answer)).await.unwrap();
+    assert!(answer[..read].starts_with(b"HTTP/1.1 503 "));
+    let slowly = async {
+        for byte in b"GET /clusters/far/api HTTP/1.1\r\n".iter().cycle() {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            if io.write_all(&[*byte]).await.is_err() {
+                return;
+            }
+        }
+    };
+    in_time("it is closed", slowly).await;
+    reached(&world, "first_request").await;
+    assert_eq!(limit(&world, "idle"), 0.0);
 }
 
 /// Goal: a head that hyper itself answers with 400 is counted as refused, once.

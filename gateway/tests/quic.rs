@@ -231,3 +231,35 @@ async fn a_drain_ends_quic_sessions() {
     let closed = agent.closed().await;
     assert!(matches!(closed, CloseReason::Peer { .. }), "{closed}");
 }
+
+/// Goal: S22: who may connect is asked again when a connection has moved: an agent that turns up at an address that may not is sent away.
+#[tokio::test]
+async fn s22_an_agent_that_moves_to_a_forbidden_address_is_sent_away() {
+    let world = World::with(|config| {
+        config.listen.allowed_sources =
+            vec!["127.0.0.1/32".parse().unwrap(), "127.0.0.2/32".parse().unwrap()];
+    })
+    .await;
+    let endpoint = quinn::Endpoint::client(([127, 0, 0, 1], 0).into()).unwrap();
+    let to = world.gateway.quic_addr().unwrap();
+    let conn = quic_from(&endpoint, to, Arc::new(agent_tls(&world, "prod"))).await.unwrap();
+    let agent = Agent::over_quic(conn, [7; 16]);
+    agent.session.ready().await.unwrap();
+    let moves = |address: [u8; 4]| {
+        endpoint
+            .rebind(std::net::UdpSocket::bind(std::net::SocketAddr::from((address, 0))).unwrap())
+            .unwrap();
+        agent.session.probe();
+    };
+    world.connected("prod", 1).await;
+    moves([127, 0, 0, 2]);
+    let mut client = world.h1(None).await;
+    let (answer, ()) = tokio::join!(client.get_as(PATH, TOKEN), async {
+        agent.next().await.answer(200, &[], "from there").await;
+    });
+    assert_eq!(text(answer).await, "from there");
+    moves([127, 0, 0, 3]);
+    in_time("it is sent away", agent.session.wait_for(|state| state.closed.is_some())).await;
+    world.connected("prod", 0).await;
+    assert!(world.series("towline_rejected_total{code=\"TL_FORBIDDEN\",surface=\"listener\"}") >= 1.0);
+}

@@ -1,8 +1,10 @@
-//! Is a request's length said once? Two lengths in one head (RFC 9112 section 6.3) let two servers disagree where the next
-//! request begins. hyper takes such a head, and its headers no longer show it; so it is looked for where it is read.
+//! Is it beyond doubt where a request ends? Two lengths in one head (RFC 9112 section 6.3), a transfer coding besides `chunked`, or
+//! lines that end without CR let two servers disagree where the next request begins. hyper takes such a head, and its headers no
+//! longer show it; so it is looked for where it is read.
 //!
 //! The reader follows the heads of one HTTP/1.1 connection line by line. The colon of the field that says the length for the
-//! second time is made unreadable, before anybody has seen it: hyper answers 400 and closes, as for any broken head.
+//! second time, the first byte by which a coding is another than `chunked`, and the end of a line without CR are made unreadable,
+//! before anybody has seen them: hyper answers 400 and closes, as for any broken head.
 //! Bodies of known length are skipped. Behind anything else (chunks, an upgrade, what is not understood) nothing is read as
 //! a head; for soundness the connection then ends with the answer, see [`Framing::is_lost`].
 
@@ -16,6 +18,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Longest field name that is kept: that of `transfer-encoding`, and one more.
 const NAME_MAX: usize = 18;
+/// The one transfer coding.
+const CHUNKED: &[u8] = b"chunked";
+/// Bytes of empty lines before a request: one line, as some clients write behind a body (RFC 9112 section 2.2).
+const EMPTY_MAX: usize = 2;
 
 /// Whether the reader of a connection still knows where heads begin.
 #[derive(Clone, Debug, Default)]
@@ -38,13 +44,15 @@ pub(super) struct Judged<IO> {
     activity: Arc<Activity>,
     /// Read and judged, and to be read again.
     put_back: Vec<u8>,
+    /// The byte before those that are looked at.
+    last: u8,
 }
 
 /// Where in the stream of bytes the reader is.
 #[derive(Debug)]
 enum Place {
-    /// Before a request, where empty lines are allowed.
-    Start,
+    /// Before a request, behind so many bytes of empty lines.
+    Start(usize),
     RequestLine,
     /// In a field's name, lower case so far; or in the empty line that ends the head.
     Name(Name),
@@ -81,14 +89,17 @@ struct Head {
     /// After the first digit came something else.
     digits_over: bool,
     chunked: bool,
+    /// Bytes of the coding's name so far, and whether something is behind them.
+    coding: usize,
+    coding_over: bool,
     upgrade: bool,
 }
 
 impl<IO> Judged<IO> {
     pub(super) fn new(io: IO, activity: Arc<Activity>) -> (Self, Framing) {
         let framing = Framing::default();
-        let (place, head, put_back) = (Place::Start, Head::default(), Vec::new());
-        (Self { io, place, head, framing: framing.clone(), activity, put_back }, framing)
+        let (place, head, put_back) = (Place::Start(0), Head::default(), Vec::new());
+        (Self { io, place, head, framing: framing.clone(), activity, put_back, last: 0 }, framing)
     }
 
     /// Lets bytes that were read here be read once more.
@@ -109,23 +120,27 @@ impl<IO> Judged<IO> {
                     let used = usize::try_from(*left).unwrap_or(usize::MAX).min(bytes.len());
                     *left -= used as u64;
                     if *left == 0 {
-                        self.place = Place::Start;
+                        self.place = Place::Start(0);
                     }
                     used
                 }
                 // Nothing in these lines matters but their end.
-                Place::RequestLine | Place::Value(Field::Coding | Field::Upgrade | Field::Other) => {
-                    let end = bytes.iter().position(|byte| *byte == b'\n');
-                    if end.is_some() {
-                        self.place = Place::Name(Name::default());
+                Place::RequestLine | Place::Value(Field::Upgrade | Field::Other) => {
+                    match bytes.iter().position(|byte| *byte == b'\n') {
+                        Some(end) => {
+                            self.last = if end == 0 { self.last } else { bytes[end - 1] };
+                            self.end_line(&mut bytes[end]);
+                            end + 1
+                        }
+                        None => bytes.len(),
                     }
-                    end.map_or(bytes.len(), |end| end + 1)
                 }
                 _ => {
                     self.step(&mut bytes[0]);
                     1
                 }
             };
+            self.last = bytes[used - 1];
             bytes = &mut bytes[used..];
         }
     }
@@ -133,10 +148,18 @@ impl<IO> Judged<IO> {
     /// One byte of a head.
     fn step(&mut self, byte: &mut u8) {
         match (&mut self.place, *byte) {
-            (Place::Start, b'\r' | b'\n') | (Place::Name(_), b'\r') => {}
-            (Place::Start, _) => self.place = Place::RequestLine,
-            (Place::Value(_), b'\n') => self.place = Place::Name(Name::default()),
-            (Place::Name(name), b'\n') if name.len == 0 => self.end_head(),
+            (Place::Start(empty), b'\r' | b'\n') => {
+                *empty += 1;
+                if *empty > EMPTY_MAX || (*byte == b'\n' && self.last != b'\r') {
+                    *byte = 0;
+                }
+            }
+            (Place::Name(_), b'\r') => {}
+            (Place::Start(_), _) => self.place = Place::RequestLine,
+            (Place::Value(Field::Coding), byte_of) if self.head.is_other_coding(byte_of) => *byte = 0,
+            (Place::Value(_), b'\n') => self.end_line(byte),
+            (Place::Name(name), b'\n') if name.len == 0 && self.last == b'\r' => self.end_head(),
+            (Place::Name(name), b'\n') if name.len == 0 => *byte = 0,
             (Place::Name(name), b':') => {
                 let field = match &name.bytes[..name.len] {
                     b"content-length" => Field::Length,
@@ -160,6 +183,15 @@ impl<IO> Judged<IO> {
         }
     }
 
+    /// The end of a line that is not empty. One without CR is made unreadable, and what follows is of the same line then.
+    fn end_line(&mut self, end: &mut u8) {
+        if self.last == b'\r' {
+            self.place = Place::Name(Name::default());
+        } else {
+            *end = 0;
+        }
+    }
+
     fn end_head(&mut self) {
         let head = std::mem::take(&mut self.head);
         self.place = match head.length {
@@ -167,7 +199,7 @@ impl<IO> Judged<IO> {
                 self.framing.0.store(true, Ordering::Relaxed);
                 Place::Lost
             }
-            0 => Place::Start,
+            0 => Place::Start(0),
             length => Place::Body(length),
         };
     }
@@ -180,6 +212,22 @@ impl Head {
         self.chunked |= field == Field::Coding;
         self.upgrade |= field == Field::Upgrade;
         self.lengths <= 1
+    }
+
+    /// Whether this byte of a coding's name makes it another than `chunked`: its end too, where the name is not complete.
+    fn is_other_coding(&mut self, byte: u8) -> bool {
+        let is_end = matches!(byte, b'\r' | b'\n');
+        if matches!(byte, b' ' | b'\t') {
+            self.coding_over |= self.coding > 0;
+            return false;
+        }
+        if is_end {
+            return self.coding < CHUNKED.len();
+        }
+        let fits = !self.coding_over
+            && CHUNKED.get(self.coding).is_some_and(|expected| byte.eq_ignore_ascii_case(expected));
+        self.coding += 1;
+        !fits
     }
 
     fn digit(&mut self, byte: u8) {
@@ -211,6 +259,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Judged<IO> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
         self.look(&mut buf.filled_mut()[before..]);
+        self.activity.in_head(!matches!(self.place, Place::Start(0) | Place::Body(_) | Place::Lost));
         Poll::Ready(Ok(()))
     }
 }
@@ -266,12 +315,12 @@ mod tests {
         for (fields, broken) in [
             ("Content-Length: 5\r\nContent-Length: 5\r\n", "Content-Length: 5\r\nContent-Length\0 5\r\n"),
             (
-                "content-length:5\nTransfer-Encoding: chunked\n",
-                "content-length:5\nTransfer-Encoding\0 chunked\n",
+                "content-length:5\r\nTransfer-Encoding: chunked\r\n",
+                "content-length:5\r\nTransfer-Encoding\0 chunked\r\n",
             ),
             (
-                "TRANSFER-ENCODING: x\r\nContent-Length: 1\r\n",
-                "TRANSFER-ENCODING: x\r\nContent-Length\0 1\r\n",
+                "TRANSFER-ENCODING:Chunked \r\nContent-Length: 1\r\n",
+                "TRANSFER-ENCODING:Chunked \r\nContent-Length\0 1\r\n",
             ),
         ] {
             for first in [
@@ -283,6 +332,63 @@ mod tests {
                 let text = |fields| format!("{first}{body}POST /x HTTP/1.1\r\nA: b\r\n{fields}\r\n");
                 for size in [1, 2, 7, 4096] {
                     assert_eq!(seen(&text(fields), size).0, text(broken), "pieces of {size}");
+                }
+            }
+        }
+    }
+
+    /// Goal: A9, H1-04: the coding of a body is `chunked`, or nobody reads the head.
+    #[test]
+    fn a9_another_coding_than_chunked_breaks_the_head() {
+        for (value, broken) in [
+            (" chunked, chunked", Some(" chunked\0 chunked")),
+            (" chunked chunked", Some(" chunked \0hunked")),
+            (",chunked", Some("\0chunked")),
+            (" gzip, chunked", Some(" \0zip, chunked")),
+            ("identity", Some("\0dentity")),
+            ("xchunked", Some("\0chunked")),
+            ("chunkedx", Some("chunked\0")),
+            ("chunke", Some("chunke")),
+            ("", Some("")),
+            (" \t ", Some(" \t ")),
+            ("chunked", None),
+            ("\t CHUNKED \t", None),
+        ] {
+            let text = format!("POST / HTTP/1.1\r\nTransfer-Encoding:{value}\r\nHost: a\r\n\r\n");
+            for size in [1, 3, 4096] {
+                let (seen, lost) = seen(&text, size);
+                match broken {
+                    None => assert!(seen == text && lost, "{value:?}"),
+                    Some(broken) => {
+                        // What follows may be unreadable, too.
+                        let broken = broken.split_inclusive('\0').next().unwrap_or_default();
+                        let start = format!("POST / HTTP/1.1\r\nTransfer-Encoding:{broken}");
+                        assert!(seen.starts_with(&start) && seen.contains('\0'), "{value:?}: {seen:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Goal: A15, H1-06: lines end with CR and LF, and before a request there may be one that is empty.
+    #[test]
+    fn a15_lines_end_as_they_should() {
+        for (text, broken) in [
+            ("GET / HTTP/1.1\nHost: a\r\n\r\n", "GET / HTTP/1.1\0Host: a\r\n\r\n"),
+            ("GET / HTTP/1.1\r\nHost: a\n\r\n", "GET / HTTP/1.1\r\nHost: a\0\r\n"),
+            ("GET / HTTP/1.1\r\nContent-Length: 1\n\r\n", "GET / HTTP/1.1\r\nContent-Length: 1\0\r\n"),
+            ("GET / HTTP/1.1\r\nHost: a\r\n\n", "GET / HTTP/1.1\r\nHost: a\r\n\0"),
+            ("\nGET / HTTP/1.1\r\n\r\n", "\0GET / HTTP/1.1\r\n\r\n"),
+            ("\r\n\r\nGET / HTTP/1.1\r\n\r\n", "\r\n\0\0GET / HTTP/1.1\r\n\r\n"),
+            ("\r\nGET / HTTP/1.1\r\n\r\n", "\r\nGET / HTTP/1.1\r\n\r\n"),
+        ] {
+            for first in ["", "POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n\r\n", "GET / HTTP/1.1\r\n\r\n"] {
+                for size in [1, 2, 3, 4096] {
+                    assert_eq!(
+                        seen(&format!("{first}{text}"), size).0,
+                        format!("{first}{broken}"),
+                        "{text:?}"
+                    );
                 }
             }
         }

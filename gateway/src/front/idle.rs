@@ -18,7 +18,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 
 /// A connection without a request for so long, or up to twice as long, is parked.
-pub(super) const PARK_AFTER: Duration = Duration::from_secs(1);
+const PARK_AFTER: Duration = Duration::from_secs(1);
+pub(super) const PARKED_BY: Duration = Duration::from_secs(2);
 /// Bytes read at once from a parked connection.
 const FIRST_BYTES: usize = 64;
 
@@ -31,6 +32,8 @@ pub(super) struct Activity {
     running: AtomicU64,
     /// Everything that hyper has written is with the kernel.
     flushed: AtomicBool,
+    /// A request has begun whose head is not complete.
+    in_head: AtomicBool,
     stalled: Stalled,
     /// What ends the answer that is being written.
     recall: Mutex<Recall>,
@@ -91,6 +94,10 @@ impl Activity {
         self.flushed.store(flushed, Ordering::Relaxed);
     }
 
+    pub(super) fn in_head(&self, in_head: bool) {
+        self.in_head.store(in_head, Ordering::Relaxed);
+    }
+
     /// An answer begins, with what it rests on; or it has ended.
     pub(super) fn answer(&self, basis: Option<Basis>) {
         *self.recall.lock().unwrap_or_else(PoisonError::into_inner) = basis.map_or(Recall::Never, Recall::On);
@@ -119,12 +126,14 @@ impl Activity {
         self.requests.load(Ordering::Relaxed)
     }
 
-    /// Whether no request runs and nothing waits to be written.
+    /// Whether no request runs or begins, and nothing waits to be written.
     fn is_idle(&self) -> bool {
-        self.running.load(Ordering::Relaxed) == 0 && self.flushed.load(Ordering::Relaxed)
+        self.running.load(Ordering::Relaxed) == 0
+            && self.flushed.load(Ordering::Relaxed)
+            && !self.in_head.load(Ordering::Relaxed)
     }
 
-    /// Waits until the connection has been idle for [`PARK_AFTER`]. Cancel safe.
+    /// Waits until the connection has been idle for [`PARK_AFTER`], which it finds out by [`PARKED_BY`]. Cancel safe.
     pub(super) async fn idle(&self) {
         let mut seen = None;
         loop {

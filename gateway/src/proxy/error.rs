@@ -18,7 +18,7 @@ use std::time::Duration;
 use towline_certs::facts::human;
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
-use towline_proto::open::Failure;
+use towline_proto::open::{Failure, HEAD_MAX_BYTES};
 use towline_proto::text::Printable;
 
 /// What a 401 asks for.
@@ -53,8 +53,7 @@ pub(crate) enum ProxyError {
     Draining {
         cluster: String,
     },
-    /// The head is larger than the agent accepts.
-    HeadTooLarge,
+    HeadTooLarge(HeadTooLarge),
     /// The client's body broke off or was malformed.
     ClientBody,
     /// The client's body comes too slowly.
@@ -98,11 +97,35 @@ pub(crate) enum ProxyError {
     Later(Box<Self>),
 }
 
+/// In what a request's head is larger than what carries it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HeadTooLarge {
+    Fields {
+        max: usize,
+    },
+    /// In the tunnel: most of it is the target, or it is not.
+    Target,
+    Bytes,
+}
+
+impl HeadTooLarge {
+    /// Of a head with this target that the tunnel does not carry.
+    pub(super) const fn of(target: &str) -> Self {
+        if target.len() > HEAD_MAX_BYTES / 2 { Self::Target } else { Self::Bytes }
+    }
+}
+
 /// What the client gets to see.
 struct Verdict {
     status: StatusCode,
     code: TlCode,
     message: String,
+}
+
+impl From<HeadTooLarge> for ProxyError {
+    fn from(error: HeadTooLarge) -> Self {
+        Self::HeadTooLarge(error)
+    }
 }
 
 impl From<RouteError> for ProxyError {
@@ -175,7 +198,11 @@ impl ProxyError {
                 ),
             ),
             Self::Method(method) => verdict(
-                StatusCode::METHOD_NOT_ALLOWED,
+                if matches!(*method, Method::CONNECT | Method::TRACE) {
+                    StatusCode::METHOD_NOT_ALLOWED
+                } else {
+                    StatusCode::NOT_IMPLEMENTED
+                },
                 TlCode::BadFraming,
                 format!(
                     "the method {} is not served here — use an HTTP method of the Kubernetes API",
@@ -211,10 +238,23 @@ impl ProxyError {
                 TlCode::Limit,
                 format!("too many {what} — wait for some to end, then try again"),
             ),
-            Self::HeadTooLarge => verdict(
+            Self::HeadTooLarge(HeadTooLarge::Fields { max }) => verdict(
                 StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                 TlCode::Limit,
-                "the request's head is larger than the tunnel carries — send fewer or shorter header fields"
+                format!(
+                    "the request has more than {max} header fields — send fewer, or ask the fleet's operator for more (limits.headerCount)"
+                ),
+            ),
+            Self::HeadTooLarge(HeadTooLarge::Bytes) => verdict(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                TlCode::Limit,
+                "the request's header fields are larger than the 64 KiB that the tunnel carries — send fewer or shorter ones"
+                    .to_owned(),
+            ),
+            Self::HeadTooLarge(HeadTooLarge::Target) => verdict(
+                StatusCode::URI_TOO_LONG,
+                TlCode::Limit,
+                "the request's path and query, with its header fields, are larger than the 64 KiB that the tunnel carries — shorten the query"
                     .to_owned(),
             ),
             Self::ClientBody => verdict(
@@ -291,7 +331,7 @@ impl ProxyError {
         match self {
             Self::Later(error) => error.limit(),
             Self::Limit(limit, _) => Some(*limit),
-            Self::HeadTooLarge => Some(Limit::Head),
+            Self::HeadTooLarge(_) => Some(Limit::Head),
             Self::SlowBody => Some(Limit::SlowBody),
             Self::Deadline { .. } => Some(Limit::Answer),
             _ => None,
@@ -301,6 +341,11 @@ impl ProxyError {
     /// The code, for the metric.
     pub(crate) fn code(&self) -> TlCode {
         self.verdict().code
+    }
+
+    /// What the client is told.
+    pub(crate) fn message(&self) -> String {
+        self.verdict().message
     }
 
     /// The answer to the client.
@@ -379,15 +424,21 @@ fn route(error: &RouteError) -> Verdict {
             TlCode::BadFraming,
             "send exactly one Host header with the gateway's name",
         ),
-        RouteError::Misdirected => {
-            (StatusCode::MISDIRECTED_REQUEST, TlCode::BadPath, "make a new connection for this host")
-        }
+        RouteError::Misdirected => (
+            StatusCode::MISDIRECTED_REQUEST,
+            TlCode::BadPath,
+            "make a new connection for this host; tls-server-name of a kubeconfig must be the server's own name here",
+        ),
         RouteError::BadPath(_) => (
             StatusCode::BAD_REQUEST,
             TlCode::BadPath,
             "use https://GATEWAY/clusters/NAME/… with a plain cluster name",
         ),
-        RouteError::TooLong => (StatusCode::URI_TOO_LONG, TlCode::BadPath, "shorten the query"),
+        RouteError::Doubled(_) => (
+            StatusCode::NOT_FOUND,
+            TlCode::BadPath,
+            "leave it out: kubectl get --raw from 1.34 on adds the path of the server's address by itself",
+        ),
         RouteError::ApiAtRoot => (
             StatusCode::NOT_FOUND,
             TlCode::BadPath,
@@ -496,6 +547,7 @@ fn reason(status: StatusCode) -> &'static str {
         421 => "MisdirectedRequest",
         429 => "TooManyRequests",
         431 => "RequestHeaderFieldsTooLarge",
+        501 => "NotImplemented",
         502 => "BadGateway",
         503 => "ServiceUnavailable",
         504 => "Timeout",
@@ -634,6 +686,11 @@ mod tests {
             (ProxyError::Draining { cluster: "a".to_owned() }, 503, "TL_DRAINING"),
             (failure(Code::Draining), 503, "TL_DRAINING"),
             (ProxyError::Method(Method::TRACE), 405, "TL_BAD_FRAMING"),
+            (ProxyError::Method(Method::from_bytes(b"FOO").unwrap()), 501, "TL_BAD_FRAMING"),
+            (HeadTooLarge::Fields { max: 10 }.into(), 431, "TL_LIMIT"),
+            (HeadTooLarge::Bytes.into(), 431, "TL_LIMIT"),
+            (HeadTooLarge::Target.into(), 414, "TL_LIMIT"),
+            (ProxyError::Route(RouteError::Doubled("a".parse().unwrap())), 404, "TL_BAD_PATH"),
             (failure(Code::UpstreamConnect), 502, "TL_BAD_UPSTREAM"),
             (failure(Code::Denied), 403, "TL_TARGET_DENIED"),
             (failure(Code::Deadline), 504, "TL_TIMEOUT"),

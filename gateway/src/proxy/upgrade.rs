@@ -1,10 +1,10 @@
-//! May a connection switch protocols, and what happens after it has? Two tokens are known; raw bytes flow only after the
-//! cluster's matching 101.
+//! May a connection switch protocols, and what happens after it has? Two tokens are known, others ignored; raw bytes flow only after
+//! the cluster's matching 101.
 
 use super::farewell::{Cause, Framed};
 use crate::running::Run;
 use crate::state::Shared;
-use http::header::{self, HeaderMap};
+use http::header::{self, HeaderMap, HeaderName};
 use http::request::Parts;
 use http::{Method, Version};
 use hyper::upgrade::OnUpgrade;
@@ -17,36 +17,28 @@ use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 /// Why a request to switch protocols is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub(crate) enum UpgradeError {
-    #[error(
-        "the protocol in Upgrade is not carried here — use websocket or SPDY/3.1, and exactly one of them"
-    )]
-    Token,
-    #[error("only HTTP/1.1 can switch protocols — let the client use HTTP/1.1 for this")]
-    Version,
     #[error("only GET and POST can switch protocols — use one of them")]
     Method,
     #[error("a request that switches protocols has no body — leave it out")]
     Body,
 }
 
-/// The protocol a request wants to switch to, as it is written upstream; none if it wants none.
+/// What may be switched to. Where a client offers both it is the first: only with that is its subprotocol looked at
+/// ([`crate::authn::suits`]).
+const CARRIED: [&str; 2] = ["websocket", "SPDY/3.1"];
+
+/// The protocol a request wants to switch to, as it is written upstream; none if it wants none. Whatever else it offers counts as not
+/// said (RFC 9110 section 7.8), such as the `h2c` of Java's clients, and goes no further: the answer is HTTP/1.1's.
 ///
 /// # Errors
-/// It wants something that is not carried.
+/// It wants to switch in a way that nobody does.
 pub(super) fn wanted(parts: &Parts, has_body: bool) -> Result<Option<&'static str>, UpgradeError> {
-    let mut lines = parts.headers.get_all(header::UPGRADE).iter();
-    let Some(line) = lines.next() else { return Ok(None) };
-    // Without `Connection: upgrade` the field is nobody's (RFC 9110 section 7.8), and it goes no further.
-    if !names_upgrade(&parts.headers) {
+    // Without `Connection: upgrade`, and in any other version, the field is nobody's (RFC 9110 section 7.8).
+    if parts.version != Version::HTTP_11 || !lists(&parts.headers, &header::CONNECTION, "upgrade") {
         return Ok(None);
     }
-    let known = ["websocket", "SPDY/3.1"]
-        .into_iter()
-        .find(|known| known.as_bytes().eq_ignore_ascii_case(line.as_bytes().trim_ascii()));
-    let (Some(token), None) = (known, lines.next()) else { return Err(UpgradeError::Token) };
-    if parts.version != Version::HTTP_11 {
-        return Err(UpgradeError::Version);
-    }
+    let carried = CARRIED.into_iter().find(|token| lists(&parts.headers, &header::UPGRADE, token));
+    let Some(token) = carried else { return Ok(None) };
     if parts.method != Method::GET && parts.method != Method::POST {
         return Err(UpgradeError::Method);
     }
@@ -56,9 +48,10 @@ pub(super) fn wanted(parts: &Parts, has_body: bool) -> Result<Option<&'static st
     Ok(Some(token))
 }
 
-fn names_upgrade(headers: &HeaderMap) -> bool {
-    let lines = headers.get_all(header::CONNECTION).iter().filter_map(|line| line.to_str().ok());
-    lines.flat_map(|line| line.split(',')).any(|token| token.trim().eq_ignore_ascii_case("upgrade"))
+/// Whether a list in a field names this.
+fn lists(headers: &HeaderMap, field: &HeaderName, word: &str) -> bool {
+    let lines = headers.get_all(field).iter().filter_map(|line| line.to_str().ok());
+    lines.flat_map(|line| line.split(',')).any(|token| token.trim().eq_ignore_ascii_case(word))
 }
 
 /// Carries raw bytes between the client's connection and the stream, from the moment the 101 has left, as a task of the
@@ -133,18 +126,26 @@ mod tests {
         wanted(&request.body(()).unwrap().into_parts().0, body)
     }
 
+    /// Goal: FR-13, UP-04: two tokens are carried; what else a client offers counts as not said, and the request is answered in HTTP/1.1.
     #[test]
-    fn two_tokens_are_carried() {
+    fn fr_13_two_tokens_are_carried_and_others_ignored() {
         let connection = ("Connection", "keep-alive, Upgrade");
         let get = |token: &str| ask("GET", Version::HTTP_11, &[connection, ("Upgrade", token)], false);
         assert_eq!(get("websocket"), Ok(Some("websocket")));
         assert_eq!(get("WebSocket"), Ok(Some("websocket")));
         assert_eq!(get("spdy/3.1"), Ok(Some("SPDY/3.1")));
-        for token in ["h2c", "TLS/1.0", "foo", "websocket, h2c", "", "websocket/13"] {
-            assert_eq!(get(token), Err(UpgradeError::Token), "{token}");
+        for token in ["h2c", "TLS/1.0", "foo", "", "websocket/13", "SPDY/3.1.1"] {
+            assert_eq!(get(token), Ok(None), "{token}");
         }
-        let two = [connection, ("Upgrade", "websocket"), ("Upgrade", "websocket")];
-        assert_eq!(ask("GET", Version::HTTP_11, &two, false), Err(UpgradeError::Token));
+        // Bytes flow only after the cluster's 101 for the one that was picked.
+        for offers in ["websocket, h2c", "h2c,WebSocket", "SPDY/3.1, websocket"] {
+            assert_eq!(get(offers), Ok(Some("websocket")), "{offers}");
+        }
+        let two = [connection, ("Upgrade", "foo"), ("Upgrade", "spdy/3.1")];
+        assert_eq!(ask("GET", Version::HTTP_11, &two, false), Ok(Some("SPDY/3.1")));
+        // A body belongs to a request that is no upgrade.
+        let h2c = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")];
+        assert_eq!(ask("PUT", Version::HTTP_11, &h2c, true), Ok(None));
     }
 
     /// UP-05.
@@ -152,7 +153,7 @@ mod tests {
     fn everything_else_about_the_request_must_fit() {
         let lines = [("Connection", "Upgrade"), ("Upgrade", "websocket")];
         assert_eq!(ask("GET", Version::HTTP_11, &lines[1..], false), Ok(None));
-        assert_eq!(ask("GET", Version::HTTP_10, &lines, false), Err(UpgradeError::Version));
+        assert_eq!(ask("GET", Version::HTTP_10, &lines, false), Ok(None));
         assert_eq!(ask("PUT", Version::HTTP_11, &lines, false), Err(UpgradeError::Method));
         assert_eq!(ask("POST", Version::HTTP_11, &lines, true), Err(UpgradeError::Body));
         assert_eq!(ask("POST", Version::HTTP_11, &lines, false), Ok(Some("websocket")));

@@ -209,7 +209,7 @@ impl World {
             tasks.spawn(async move { drop(connection.await) });
             Sender::H2(sender)
         } else {
-            let (sender, connection) = http1::handshake(io).await.unwrap();
+            let (sender, connection) = h1_builder().handshake(io).await.unwrap();
             tasks.spawn(async move { drop(connection.with_upgrades().await) });
             Sender::H1(sender)
         };
@@ -296,6 +296,13 @@ pub fn full(bytes: impl Into<Bytes>) -> ClientBody {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed()
 }
 
+/// As other clients do it counts no fields of an answer.
+fn h1_builder() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.max_headers(8192);
+    builder
+}
+
 /// One connection of a client.
 pub struct Client {
     sender: Sender,
@@ -310,7 +317,7 @@ enum Sender {
 impl Client {
     /// HTTP/1.1 over a connection that there is already.
     pub async fn h1(io: TlsStream<TcpStream>) -> hyper::Result<Self> {
-        let (sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+        let (sender, connection) = h1_builder().handshake(TokioIo::new(io)).await?;
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { drop(connection.with_upgrades().await) });
         Ok(Self { sender: Sender::H1(sender), tasks })
