@@ -3,6 +3,7 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
+use prost::Message as _;
 
 /// The protocol versions that this build speaks, newest first. See "Versions" in `docs/protocol.md`.
 pub const VERSIONS: &[u32] = &[1];
@@ -42,7 +43,21 @@ pub struct HelloLimits {
     pub head_max_bytes: u32,
 }
 
+/// Whether the limits are there: prost takes a message without a required field, and zeros in its place.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct Required {
+    #[prost(message, optional, tag = "3")]
+    limits: Option<HelloLimits>,
+}
+
 impl Hello {
+    /// Decodes a hello; none if this is none, or the limits are not in it.
+    #[must_use]
+    pub fn read(bytes: &[u8]) -> Option<Self> {
+        Required::decode(bytes).ok()?.limits?;
+        Self::decode(bytes).ok()
+    }
+
     /// The highest version that both ends speak.
     #[must_use]
     pub fn common_version(&self, ours: &[u32]) -> Option<u32> {
@@ -56,6 +71,19 @@ mod tests {
 
     fn offering(versions: &[u32]) -> Hello {
         Hello { versions: versions.to_vec(), ..Hello::default() }
+    }
+
+    /// Goal: A17: a hello without its limits is none; one that says zeros says so.
+    #[test]
+    fn a17_a_hello_has_limits() {
+        let whole = Hello { boot_id: alloc::vec![7; 16], ..offering(&[1]) };
+        let bytes = whole.encode_to_vec();
+        assert_eq!(Hello::read(&bytes), Some(whole));
+        // Its last fields but the limits: versions, and the boot id.
+        let at = bytes.windows(2).position(|field| field == [0x1a, 0]).unwrap();
+        let without = [&bytes[..at], &bytes[at + 2..]].concat();
+        assert!(Hello::decode(&without[..]).is_ok() && Hello::read(&without).is_none());
+        assert!(Hello::read(&[]).is_none());
     }
 
     #[test]

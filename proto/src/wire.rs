@@ -242,7 +242,7 @@ impl fmt::Display for WireError {
             Self::BadLength { kind, len } => write!(f, "frame type {kind:#04x} with {len} bytes of payload"),
             Self::BadStreamId { kind, id } => write!(f, "frame type {kind:#04x} on stream {id}"),
             Self::EmptyData => f.write_str("empty DATA frame without FIN"),
-            Self::BadHello => f.write_str("hello is not valid protobuf"),
+            Self::BadHello => f.write_str("hello is not valid protobuf, or its limits are missing"),
             Self::BadNotice { kind } => write!(f, "frame type {kind:#04x} whose message is not valid"),
             Self::BadText => f.write_str("text of CLOSE is not UTF-8"),
             Self::BadLimit => f.write_str("credit limit out of range"),
@@ -427,7 +427,7 @@ impl Header {
             CREDIT => Frame::Credit { id, limit: get_limit(&mut payload)? },
             RESET => Frame::Reset { id, code: payload.get_u32() },
             STOP => Frame::Stop { id, code: payload.get_u32() },
-            HELLO => Frame::Hello(Box::new(Hello::decode(payload).map_err(|_| WireError::BadHello)?)),
+            HELLO => Frame::Hello(Box::new(Hello::read(payload).ok_or(WireError::BadHello)?)),
             PING => Frame::Ping(payload.get_u64()),
             PONG => Frame::Pong(payload.get_u64()),
             GOAWAY => Frame::GoAway(GoAway {

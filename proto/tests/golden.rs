@@ -323,6 +323,8 @@ fn every_wire_error() {
         (unhex("03000008 00000003 ffffffffffffffff"), WireError::BadLimit),
         (unhex("10000001 00000000 ff"), WireError::BadHello),
         (unhex("10000002 00000000 1aff"), WireError::BadHello),
+        // A17: versions, and no limits.
+        (unhex("10000003 00000000 0a0101"), WireError::BadHello),
         (unhex("15000005 00000000 00000001 ff"), WireError::BadText),
         (unhex("90000001 00000000 ff"), WireError::BadNotice { kind: 0x90 }),
         (unhex("91000002 00000000 0aff"), WireError::BadNotice { kind: 0x91 }),

@@ -13,10 +13,12 @@ use towline_proto::join::{
     About, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Certificate, Notice, Renew, Renewal, Renewed, SayError,
     Trust, TrustAck,
 };
-use towline_proto::mux::{Budget, CloseReason, Event, Introduction, Ledger, LedgerEvent, Limits, Role};
+use towline_proto::mux::{
+    Budget, CloseReason, Event, Introduction, Ledger, LedgerEvent, Limits, Role, Violation,
+};
 use towline_proto::time::Instant;
 use towline_proto::tunnel::{Session, SessionConfig};
-use towline_proto::wire::{Frame, Item, NOTICE_MAX};
+use towline_proto::wire::{Frame, Item, NOTICE_MAX, StreamId};
 
 fn renew(len: usize) -> Notice {
     Notice::Renew(Renew { csr: vec![1; len].into(), issuer: None, token: String::new() })
@@ -261,6 +263,52 @@ fn the_ledger_does_the_same() {
     agent.say(renew(1)).unwrap();
     carry(&mut agent, &mut gateway);
     assert!(agent.say(renew(1)).is_err());
+}
+
+/// Goal: A17: over QUIC, too, credit for a stream that was never opened is a violation, and so is credit for the control stream; for one
+/// that has ended it is ignored.
+#[test]
+fn a17_credit_for_a_stream_that_was_never_opened() {
+    let now = Instant::default();
+    for (role, opened, accepted) in [(Role::Gateway, 2, 3), (Role::Agent, 3, 2)] {
+        let pair = || {
+            let new = |role| {
+                Ledger::new(role, Limits::default(), Budget::new(1 << 30), introduction(), now).unwrap()
+            };
+            let other = if role == Role::Gateway { Role::Agent } else { Role::Gateway };
+            let (mut ledger, mut peer) = (new(role), new(other));
+            let mut bytes = BytesMut::new();
+            for _ in 0..4 {
+                peer.poll_output(now, &mut bytes);
+                ledger.handle_input(now, bytes.split().freeze());
+                ledger.poll_output(now, &mut bytes);
+                peer.handle_input(now, bytes.split().freeze());
+            }
+            ledger.on_opened(now, StreamId(opened)).unwrap();
+            assert!(ledger.on_accepted(now, StreamId(accepted)).unwrap());
+            ledger
+        };
+        let credit = |ledger: &mut Ledger, id| {
+            let mut bytes = BytesMut::new();
+            Frame::Credit { id: StreamId(id), limit: 1 << 20 }.encode(&mut bytes);
+            ledger.handle_input(now, bytes.freeze());
+        };
+        for id in [1, 4, 5, 6, 7, 1 << 20] {
+            let mut ledger = pair();
+            credit(&mut ledger, id);
+            let closed = ledger.closed().cloned();
+            assert_eq!(closed, Some(CloseReason::Violation(Violation::UnknownStream(id))), "{role:?} {id}");
+        }
+        let mut ledger = pair();
+        for id in [opened, accepted] {
+            credit(&mut ledger, id);
+            ledger.on_send_ended(StreamId(id));
+            credit(&mut ledger, id);
+            ledger.on_recv_ended(StreamId(id));
+            credit(&mut ledger, id);
+        }
+        assert_eq!(ledger.closed(), None);
+    }
 }
 
 /// Who waits to hear is woken by a notice and by the end.

@@ -21,6 +21,9 @@ use bytes::{Bytes, BytesMut};
 use core::time::Duration;
 use hashbrown::HashMap;
 
+/// The stream that carries the frames about the session.
+const CONTROL: StreamId = StreamId(1);
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum LedgerEvent {
@@ -347,6 +350,7 @@ impl Ledger {
     fn handle_frame(&mut self, now: Instant, frame: Frame) -> Result<(), Violation> {
         match frame {
             Frame::Credit { .. } if self.peer().is_none() => Err(Violation::HelloMissing),
+            Frame::Credit { id, .. } if self.was_never_opened(id) => Err(Violation::UnknownStream(id.0)),
             Frame::Credit { id, limit } => {
                 let Some(Entry { send: Some(send), starved, .. }) = self.streams.get_mut(&id) else {
                     return Ok(());
@@ -374,6 +378,13 @@ impl Ledger {
                 Ok(())
             }
         }
+    }
+
+    /// Whether credit for this stream can be no answer to anything. Who gives credit has read something on the stream, or has opened
+    /// it and been answered: it cannot overtake the stream's beginning. The control stream has none.
+    fn was_never_opened(&self, id: StreamId) -> bool {
+        let last = if self.role.opens(id) { self.last_opened } else { self.last_accepted };
+        id == CONTROL || id.0 > last
     }
 
     /// Streams that overtook the hello learn what it grants them.
