@@ -746,6 +746,17 @@ impl Registry {
         self.lock().by_uid.values().any(|tunnel| tunnel.since_wall.is_some())
     }
 
+    /// A cluster is not shown any more. Whoever writes down when it was seen last forgets it, once nothing of it is left.
+    pub(crate) fn is_gone(&self, uid: &ClusterUid) {
+        self.has_moved(uid);
+    }
+
+    /// Forgets the clusters that are not known any more and of which nothing is left.
+    pub(crate) fn forget_unknown(&self, is_known: impl Fn(&ClusterUid) -> bool) {
+        let uids: Vec<ClusterUid> = self.lock().by_uid.keys().cloned().collect();
+        uids.iter().filter(|uid| !is_known(uid)).for_each(|uid| self.forget(uid));
+    }
+
     /// Forgets a cluster that is not known any more.
     pub(crate) fn forget(&self, uid: &ClusterUid) {
         let mut clusters = self.lock();
@@ -1276,6 +1287,27 @@ mod tests {
         assert_eq!(outdated(), Some(false));
         drop(second);
         assert_eq!(outdated(), Some(false), "what it was last");
+    }
+
+    /// Goal: S23: of a cluster that is not known any more nothing stays; one that is known, or is connected, stays.
+    #[tokio::test]
+    async fn s23_an_unknown_cluster_is_forgotten() {
+        let registry = registry();
+        let entries = || registry.lock().by_uid.len();
+        registry.turned_away(&uid(), IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), "a stranger", false);
+        registry.forget_unknown(|known| *known == uid());
+        assert_eq!(entries(), 1);
+        let pair = pair().await;
+        let registration = insert(&registry, &pair, 1).unwrap();
+        registry.forget_unknown(|_| false);
+        assert_eq!(entries(), 1);
+        drop(registration);
+        registry.forget_unknown(|_| false);
+        assert_eq!(entries(), 0);
+        assert!(registry.all_moved().is_empty());
+        // One that was never connected, and is deleted: whoever writes down what was seen last looks at it, and forgets it.
+        registry.is_gone(&uid());
+        assert_eq!(registry.all_moved(), [uid()]);
     }
 
     /// D6: what is to be written stays so until it is, also if it has changed meanwhile.

@@ -583,6 +583,11 @@ impl Shared {
         live.generation = self.live.load().generation + 1;
         self.live.store(Arc::new(live));
         self.reserve_names();
+        let live = self.live();
+        self.registry.forget_unknown(|uid| {
+            let on_record = || self.fleet.as_ref().is_some_and(|fleet| fleet.cluster_of(uid).is_some());
+            live.by_uid.contains_key(uid) || on_record()
+        });
         self.reloads.send_replace(());
     }
 

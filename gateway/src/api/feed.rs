@@ -180,10 +180,19 @@ impl Feed {
             }
             (None, None) => None,
         };
-        self.put(kind, name, rendered);
+        let ended = self.put(kind, name, rendered);
+        let uid = ended
+            .as_ref()
+            .filter(|_| kind == Kind::Cluster)
+            .and_then(|ended| ended["status"]["uid"].as_str());
+        if let Some(Ok(uid)) = uid.map(ClusterUid::new) {
+            shared.registry.is_gone(&uid);
+        }
     }
 
-    fn put(&self, kind: Kind, name: &Arc<str>, rendered: Option<(Value, Due)>) {
+    /// Shows an object, or shows it no more; returns the one that has ended with that.
+    fn put(&self, kind: Kind, name: &Arc<str>, rendered: Option<(Value, Due)>) -> Option<Arc<Value>> {
+        let mut ended = None;
         let mut state = self.lock();
         let before = state.objects.get(&kind).and_then(|objects| objects.get(name)).cloned();
         if let Some(time) = before.as_ref().and_then(|entry| entry.due) {
@@ -194,16 +203,20 @@ impl Feed {
         }
         match (before, rendered) {
             (None, None) => {}
-            (Some(before), None) => self.end(&mut state, kind, name, before.shown),
+            (Some(before), None) => {
+                self.end(&mut state, kind, name, Arc::clone(&before.shown));
+                ended = Some(before.shown);
+            }
             (Some(before), Some((after, due))) => {
                 if same(&before.shown, &after) {
                     state.objects.entry(kind).or_default().insert(Arc::clone(name), Entry { due, ..before });
-                    return;
+                    return None;
                 }
                 // Another one under the same name: the old one has ended, whoever saw what of it.
                 let another = before.shown["metadata"]["uid"] != after["metadata"]["uid"];
                 if another {
-                    self.end(&mut state, kind, name, before.shown);
+                    self.end(&mut state, kind, name, Arc::clone(&before.shown));
+                    ended = Some(before.shown);
                     self.begin(&mut state, kind, name, None, after, due);
                 } else {
                     self.begin(&mut state, kind, name, Some(before.shown), after, due);
@@ -219,6 +232,7 @@ impl Feed {
         let head = state.head;
         drop(state);
         self.head.send_replace(head);
+        ended
     }
 
     fn begin(
@@ -388,6 +402,23 @@ mod tests {
         }
         let events = feed.events(clusters, 0).unwrap().0.len();
         assert!((16..=80).contains(&events), "{events} events in a minute");
+    }
+
+    /// Goal: S23: a cluster that leaves the configuration, or is deleted, leaves nothing behind in the registry.
+    #[tokio::test]
+    async fn s23_a_cluster_that_is_gone_is_to_be_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let one = |config: &mut GatewayConfig| config.clusters = vec![cluster(0)];
+        let shared = Shared::for_test(directory.path(), one).await;
+        let (feed, fleet) = (shared.feed.clone().unwrap(), shared.fleet.clone().unwrap());
+        let show = |live: &Live| feed.show(&shared, live, &fleet, Kind::Cluster, &"c-0".into());
+        let live = shared.live();
+        show(&live);
+        assert!(shared.registry.all_moved().is_empty());
+        let mut config = live.config.clone();
+        config.clusters.clear();
+        show(&Live::load(config, shared.authorities.clone()).unwrap());
+        assert_eq!(shared.registry.all_moved(), [ClusterUid::new("uid-0").unwrap()]);
     }
 
     /// S14: while a batch of clusters is shown, whoever else is on this thread has turns: the review of a revocation above all.
