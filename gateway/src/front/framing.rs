@@ -4,7 +4,8 @@
 //!
 //! The reader follows the heads of one HTTP/1.1 connection line by line. The colon of the field that says the length for the
 //! second time, the first byte by which a coding is another than `chunked`, and the end of a line without CR are made unreadable,
-//! before anybody has seen them: hyper answers 400 and closes, as for any broken head.
+//! before anybody has seen them: hyper answers 400 and closes, as for any broken head. So is a fragment in a request's target, which
+//! hyper cuts off: what is in front of the gateway may have read the target whole.
 //! Bodies of known length are skipped. Behind anything else (chunks, an upgrade, what is not understood) nothing is read as
 //! a head; for soundness the connection then ends with the answer, see [`Framing::is_lost`].
 
@@ -124,9 +125,17 @@ impl<IO> Judged<IO> {
                     }
                     used
                 }
-                // Nothing in these lines matters but their end.
+                // Nothing in these lines matters but their end, and a fragment in a request's target: it is no part of one (RFC 9112
+                // section 3.2).
                 Place::RequestLine | Place::Value(Field::Upgrade | Field::Other) => {
-                    match bytes.iter().position(|byte| *byte == b'\n') {
+                    let end = bytes.iter().position(|byte| *byte == b'\n');
+                    let length = end.unwrap_or(bytes.len());
+                    if matches!(self.place, Place::RequestLine)
+                        && let Some(fragment) = bytes[..length].iter_mut().find(|byte| **byte == b'#')
+                    {
+                        *fragment = 0;
+                    }
+                    match end {
                         Some(end) => {
                             self.last = if end == 0 { self.last } else { bytes[end - 1] };
                             self.end_line(&mut bytes[end]);
@@ -391,6 +400,19 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    /// Goal: A13: a fragment in a request's target breaks the request, and anywhere else it is a character.
+    #[test]
+    fn a13_a_fragment_breaks_the_request() {
+        let rest = " HTTP/1.1\r\nX: #a\r\nContent-Length: 2\r\n\r\n##";
+        for size in [1, 2, 7, 4096] {
+            let both = format!("GET /clusters/a#/../b{rest}POST /#{rest}");
+            let broken = format!("GET /clusters/a\0/../b{rest}POST /\0{rest}");
+            assert_eq!(seen(&both, size).0, broken, "pieces of {size}");
+            let fine = format!("GET /clusters/a?b%23{rest}");
+            assert_eq!(seen(&fine, size).0, fine, "pieces of {size}");
         }
     }
 
