@@ -227,7 +227,7 @@ impl FromStr for DevCluster {
 }
 
 /// A client as `CN` or `CN:GROUP,GROUP`. The first colon divides, so that a group may hold one
-/// (`admin:towline:admins`).
+/// (`admin:platform:admins`).
 ///
 /// # Errors
 /// When name or a group is empty or has control characters.
@@ -317,7 +317,7 @@ mod tests {
             directory: directory.join("set"),
             gateway_hosts: testing::names(),
             clusters: ["east", "west=6f1e2c3a-0000"].map(|text| text.parse().unwrap()).to_vec(),
-            clients: ["admin:towline:admins", "alice:dev,ops"]
+            clients: ["admin:platform:admins", "alice:dev,ops"]
                 .map(|text| parse_client(text).unwrap())
                 .to_vec(),
             trust_domain: TrustDomain::new("fleet.test").unwrap(),
@@ -354,7 +354,7 @@ mod tests {
         assert_eq!(west.uri(), "spiffe://fleet.test/cluster/6f1e2c3a-0000/agent/dev");
         let roots = crate::load::load_roots(&set.directory.join("front-client-ca.crt")).unwrap();
         let clients = ClientCa::new(&roots).unwrap();
-        assert_eq!(clients.verify(load("client-admin").chain(), now).unwrap().groups, ["towline:admins"]);
+        assert_eq!(clients.verify(load("client-admin").chain(), now).unwrap().groups, ["platform:admins"]);
     }
 
     #[test]

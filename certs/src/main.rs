@@ -27,7 +27,7 @@ const EXAMPLES: &str = "\
 Examples:
   A set for one machine: two clusters, an administrator and a developer
     towline-certs dev --out dev --gateway-host localhost --gateway-host 127.0.0.1 \\
-      --cluster east --cluster west --client admin:towline:admins --client alice:dev,ops
+      --cluster east --cluster west --client admin:platform:admins --client alice:dev,ops
 
   Who is this certificate, until when, and what is its pin?
     towline-certs show dev/agent-east.crt";

@@ -10,10 +10,13 @@ mod error;
 pub(crate) mod feed;
 mod input;
 mod kinds;
+mod kubernetes;
 mod objects;
+mod query;
 mod reach;
 mod read;
 mod selector;
+mod strict;
 mod table;
 mod write;
 
@@ -29,12 +32,13 @@ use crate::state::Shared;
 use bytes::Bytes;
 use error::{ApiError, json_response};
 use feed::Feed;
-use http::header::{self, HeaderValue};
+use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Response, StatusCode};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
 use kinds::Resource;
+use query::Query;
 use serde_json::Value;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
@@ -53,6 +57,7 @@ pub(crate) struct Call {
     fleet: Fleet,
     feed: Arc<Feed>,
     parts: Parts,
+    query: Query,
     principal: Arc<Principal>,
     /// When the caller's credential runs out, if it does.
     until: Option<SystemTime>,
@@ -68,8 +73,17 @@ struct Guards {
     _principal: KeyPermit<String>,
 }
 
-/// Whether a path at the root is the API's.
-pub(crate) fn serves(path: &str) -> bool {
+/// Whether a request at the root is the API's.
+pub(crate) fn serves(parts: &Parts) -> bool {
+    is_own_path(parts.uri.path()) || kubernetes::serves(parts)
+}
+
+/// Whether a path would be the API's, if the gateway had one.
+pub(crate) fn is_of_the_fleet(path: &str) -> bool {
+    path.strip_prefix("/apis/").and_then(|rest| rest.strip_prefix(kinds::GROUP)).is_some()
+}
+
+fn is_own_path(path: &str) -> bool {
     matches!(path, "/api" | "/apis" | "/apis/towline.io" | "/apis/towline.io/v1alpha1" | "/openapi/v2")
         || path.starts_with(PREFIX)
         || path == "/openapi/v3"
@@ -92,14 +106,25 @@ pub(crate) async fn answer(
     let (request, working) = (shared.metrics.request(), peer.work.begin());
     let guards = Guards { _run: Arc::clone(&run), _request: request, _working: working, _principal: permit };
     let guards = Mutex::new(Some(guards));
-    let call = Call { shared: Arc::clone(shared), fleet, feed, parts, principal, until, run, guards };
-    let answered = call.answer(body).await;
+    let query = Query::parse(parts.uri.query().unwrap_or_default());
+    let answered = match query {
+        Ok(query) => {
+            let shared = Arc::clone(shared);
+            Call { shared, fleet, feed, parts, query, principal, until, run, guards }.answer(body).await
+        }
+        Err(error) => Err(error),
+    };
     Ok(answered.unwrap_or_else(|error| {
         if let Some(code) = error.code {
             shared.metrics.rejected(Surface::Front, code);
         }
         error.into_response()
     }))
+}
+
+/// Whether somebody may do everything.
+pub(crate) fn is_admin(principal: &Principal) -> bool {
+    principal.groups.iter().any(|group| group == ADMINS)
 }
 
 /// Who calls, until when they are who they are, and the place of what they ask for among what runs.
@@ -131,9 +156,17 @@ impl Call {
         if headers.contains_key(header::ORIGIN) || site.is_some_and(|site| site != b"none") {
             return Err(ApiError::cross_site());
         }
+        // `_` for those who take it for `-`.
+        let acts = |name: &&str| name.replace('_', "-").starts_with("impersonate-");
+        if let Some(name) = headers.keys().map(HeaderName::as_str).find(acts) {
+            return Err(ApiError::impersonation(name));
+        }
         let path = self.parts.uri.path();
         let get = matches!(self.parts.method, Method::GET | Method::HEAD);
         let Some(rest) = path.strip_prefix(PREFIX) else {
+            if kubernetes::serves(&self.parts) {
+                return kubernetes::answer(self, body).await;
+            }
             if !get {
                 return Err(ApiError::method_not_allowed());
             }
@@ -150,7 +183,7 @@ impl Call {
         }
         self.authorize(resource, name)?;
         match (self.parts.method.clone(), name, resource.stored.is_some()) {
-            (Method::GET, None, true) if self.flag("watch") => read::watch(self, resource),
+            (Method::GET, None, true) if self.query.flag("watch") => read::watch(self, resource),
             (Method::GET | Method::HEAD, None, true) => read::list(self, resource),
             (Method::GET | Method::HEAD, Some(name), true) => read::get(self, resource, name),
             (Method::POST, None, true) => write::create(self, resource, self.json(body).await?).await,
@@ -200,11 +233,11 @@ impl Call {
     /// Whether the caller may. Everybody may ask who they are, and turn what says so into a certificate.
     fn authorize(&self, resource: &Resource, name: Option<&str>) -> Result<(), ApiError> {
         let principal = &self.principal;
-        if resource.stored.is_none() || principal.groups.iter().any(|group| group == ADMINS) {
+        if resource.stored.is_none() || is_admin(principal) {
             return Ok(());
         }
         let verb = match (self.parts.method.as_str(), name) {
-            ("GET", None) if self.flag("watch") => "watch",
+            ("GET", None) if self.query.flag("watch") => "watch",
             ("GET" | "HEAD", None) => "list",
             ("GET" | "HEAD", Some(_)) => "get",
             ("POST", _) => "create",
@@ -251,7 +284,7 @@ impl Call {
         if bytes.is_empty() {
             return Ok(Value::Null);
         }
-        serde_json::from_slice(&bytes)
+        strict::from_slice(&bytes)
             .map_err(|error| ApiError::bad_request(format!("the body cannot be read: {error}")))
     }
 
@@ -261,24 +294,6 @@ impl Call {
 
     fn accept(&self) -> &str {
         self.header("accept")
-    }
-
-    /// A parameter of the query; nothing if it is not there.
-    fn query(&self, name: &str) -> String {
-        let query = self.parts.uri.query().unwrap_or_default();
-        let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-        let value = pairs.find(|(key, _)| percent_decode(key) == name.as_bytes()).map(|(_, value)| value);
-        let value = value.unwrap_or_default().replace('+', " ");
-        String::from_utf8(percent_decode(&value)).unwrap_or_default()
-    }
-
-    /// A parameter that is said and not false.
-    fn flag(&self, name: &str) -> bool {
-        let query = self.parts.uri.query().unwrap_or_default();
-        let said = query
-            .split('&')
-            .any(|pair| percent_decode(pair.split_once('=').map_or(pair, |(key, _)| key)) == name.as_bytes());
-        said && !matches!(self.query(name).to_ascii_lowercase().as_str(), "false" | "0" | "f")
     }
 
     fn take_guards(&self) -> Option<Guards> {

@@ -4,7 +4,8 @@
 //! 1. one credential per carrier: several `Authorization` lines, or a list inside one, are refused;
 //! 2. a verified client certificate decides; one that is not believed counts as absent;
 //! 3. else a token of ours (`tlat_…`) does, as `Authorization: Bearer` or as the WebSocket subprotocol that browsers use;
-//! 4. names and groups that begin with `system:` are refused. `?token=` is never a credential.
+//! 4. names and groups that begin with `system:` are refused, and groups that begin with `towline:` unless the gateway's own CA or
+//!    its records say so. `?token=` is never a credential.
 //! 5. Only who may call the cluster learns what it wants beside: in restricted mode the caller's `Authorization` is meant
 //!    for the cluster and goes through unread; it must be there, and be none of ours, which a cluster must never see. So
 //!    there only the certificate can say who calls. What counts is what an API server looks at: the scheme `Bearer`, and in
@@ -17,6 +18,7 @@ pub mod tokens;
 use crate::config::Mode;
 use crate::fleet::Fleet;
 use crate::metrics::Ended;
+use crate::routing::percent_decode;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine as _, alphabet};
 use http::header::{
@@ -48,6 +50,10 @@ pub enum PrincipalError {
     SystemName(String),
     #[error("the group {0:?} begins with system:, which belongs to Kubernetes itself")]
     SystemGroup(String),
+    #[error(
+        "the group {0:?} begins with towline:, which belongs to the gateway itself: only its own CA and its records may say it"
+    )]
+    OwnGroup(String),
     #[error("the name {0}")]
     Name(TextError),
     /// Which of the groups, from 1 on.
@@ -91,7 +97,6 @@ impl Principal {
     /// # Errors
     /// Why not.
     pub fn check(&self) -> Result<(), PrincipalError> {
-        let system = |text: &str| text.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("system:"));
         check_text(&self.name).map_err(PrincipalError::Name)?;
         if self.groups.len() > GROUPS_MAX {
             return Err(PrincipalError::TooManyGroups(self.groups.len()));
@@ -99,14 +104,34 @@ impl Principal {
         for (number, group) in (1..).zip(&self.groups) {
             check_text(group).map_err(|error| PrincipalError::Group(number, error))?;
         }
-        if system(&self.name) {
+        if begins_with(&self.name, SYSTEM) {
             return Err(PrincipalError::SystemName(self.name.clone()));
         }
-        match self.groups.iter().find(|group| system(group)) {
+        match self.groups.iter().find(|group| begins_with(group, SYSTEM)) {
             Some(group) => Err(PrincipalError::SystemGroup(group.clone())),
             None => Ok(()),
         }
     }
+
+    /// As [`Self::check`], of somebody of whom a CA or a file says so that is not the gateway's own.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_foreign(&self) -> Result<(), PrincipalError> {
+        self.check()?;
+        match self.groups.iter().find(|group| begins_with(group, OWN)) {
+            Some(group) => Err(PrincipalError::OwnGroup(group.clone())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What names begin with that belong to Kubernetes, and groups that belong to the gateway.
+const SYSTEM: &str = "system:";
+const OWN: &str = "towline:";
+
+fn begins_with(text: &str, prefix: &str) -> bool {
+    text.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
 }
 
 /// What a connection's client certificate is worth; judged once, after the handshake.
@@ -123,21 +148,29 @@ pub enum Certificate {
 }
 
 impl Certificate {
-    /// Judges what a client presented, leaf first. `own_issuers` are ours: their certificates begin before they are issued.
+    /// Judges what a client presented, leaf first. `own` is ours among `ca`: its certificates begin before they are issued, and
+    /// no other may say who is in a group of ours.
     #[must_use]
     pub fn judge(
         chain: Option<&[CertificateDer<'_>]>,
         ca: Option<&ClientCa>,
-        own_issuers: &[String],
+        own: Option<&ClientCa>,
         now: SystemTime,
     ) -> Self {
         let (Some(chain), Some(ca)) = (chain, ca) else { return Self::Absent };
-        let verified = ca.verify(chain, now).map_err(|error| error.to_string());
+        let by_own = own.and_then(|own| own.verify(chain, now).ok());
+        let ours = by_own.is_some();
+        let verified = match by_own {
+            Some(client) => Ok(client),
+            None => ca.verify(chain, now).map_err(|error| error.to_string()),
+        };
         let facts = chain.first().and_then(|leaf| CertificateFacts::of(leaf).ok());
         match (verified, facts) {
             (Ok(client), Some(facts)) => {
                 let principal = Arc::new(Principal::new(&client.name, client.groups));
-                let ours = own_issuers.contains(&facts.issuer);
+                if !ours && let Err(why @ PrincipalError::OwnGroup(_)) = principal.check_foreign() {
+                    return Self::Unbelieved(why.to_string());
+                }
                 let credential = Credential::Certificate {
                     name: principal.name.as_str().into(),
                     serial: facts.serial.as_str().into(),
@@ -402,10 +435,13 @@ pub(crate) fn carries_own_credential(name: &HeaderName, value: &[u8]) -> bool {
     wrapped || holds_own(value)
 }
 
-/// As [`carries_own_credential`] for a query: some clients put tokens there.
+/// As [`carries_own_credential`] for a query: some clients put tokens there. Anywhere in it, with a key or without, escaped once or
+/// twice, as an application behind the cluster might read it.
 pub(crate) fn query_carries_own_credential(query: &str) -> bool {
-    let value = |pair: &str| pair.split_once('=').map(|(_, value)| crate::routing::percent_decode(value));
-    query.split('&').filter_map(value).any(|value| value.starts_with(tokens::PREFIX.as_bytes()))
+    let spaced =
+        |text: &[u8]| text.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect::<Vec<u8>>();
+    let once = percent_decode(spaced(query.as_bytes()));
+    holds_own(&once) || holds_own(&percent_decode(&spaced(&once)))
 }
 
 /// Whether a token of ours begins anywhere in `bytes`. Where it would begin inside a longer word it is none: among the
@@ -430,6 +466,34 @@ mod tests {
             headers.append(HeaderName::from_bytes(name.as_bytes()).unwrap(), value.parse().unwrap());
         }
         headers
+    }
+
+    /// Goal: A10, AU-12: a token of ours goes to no cluster, wherever in the query it stands; a word that merely holds its letters is
+    /// none.
+    #[test]
+    fn a10_own_tokens_are_found_anywhere_in_a_query() {
+        for query in [
+            "token=tlat_0123",
+            "watch=1&token=tlat_0123",
+            "access_token=Bearer%20tlat_0123",
+            "authorization=Bearer+tlat_0123",
+            "authorization=Bearer%2btlat_0123",
+            "tlat_0123",
+            "tlat_0123=1",
+            "a=b&tlat_0123",
+            "a=%22tlat_0123%22",
+            "a=%74lat_0123",
+            "a=%2574lat_0123",
+            "a={\"token\":\"tlat_0123\"}",
+            "url=https%3A%2F%2Fx%3Ftoken%3Dtlat_0123",
+        ] {
+            assert!(query_carries_own_credential(query), "{query}");
+        }
+        for query in
+            ["", "a=b", "fieldSelector=metadata.name%3Dplatlat_x", "a=xtlat_0123", "tlat=1", "a=b-tlat_x"]
+        {
+            assert!(!query_carries_own_credential(query), "{query}");
+        }
     }
 
     fn cert(name: &str, groups: &[&str]) -> Certificate {
@@ -507,7 +571,8 @@ mod tests {
             assert!(!carries_own_credential(&AUTHORIZATION, other.as_bytes()), "{other}");
         }
         assert!(query_carries_own_credential("a=b&token=tlat%5Fx"));
-        assert!(!query_carries_own_credential("labelSelector=a%3Dtlat_x"));
+        // Nobody can tell it from a token.
+        assert!(query_carries_own_credential("labelSelector=a%3Dtlat_x"));
     }
 
     /// Goal: FR-09, AU-11: who is in hundreds of groups is a caller; each thing that makes nobody of a name is told as what it is.

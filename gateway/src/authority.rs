@@ -22,7 +22,7 @@ use towline_certs::issue::SERVER_LIFETIME;
 use towline_certs::load::{LoadCause, load_roots, parse_key};
 use towline_certs::save::{SaveError, create_private_directory};
 use towline_certs::{
-    CaError, CaKind, CertificateAuthority, CertificateDer, CertificateFacts, Credential, FileBytes, HostName,
+    CaError, CaKind, CertificateAuthority, CertificateDer, ClientCa, Credential, FileBytes, HostName,
     IssueError, LoadError, SpkiPin,
 };
 
@@ -59,8 +59,8 @@ pub(crate) struct Authorities {
     pub(crate) tunnel: Authority,
     pub(crate) clients: Authority,
     pub(crate) front: Authority,
-    /// Subjects of the roots that clients' certificates of ours name as their issuer.
-    pub(crate) client_issuers: Vec<String>,
+    /// By which clients' certificates of ours are recognised, whoever else's are believed beside them.
+    pub(crate) own_clients: Option<ClientCa>,
     /// Derived from the tunnel CA's key: the same as long as that is.
     pub(crate) seed: [u8; 32],
 }
@@ -105,12 +105,12 @@ impl Authorities {
     }
 
     fn assemble(tunnel: Authority, clients: Authority, front: Authority, key: &[u8]) -> Self {
-        let issuers = clients.roots.iter().filter_map(|root| CertificateFacts::of(root).ok());
-        let client_issuers = issuers.map(|facts| facts.subject).collect();
+        // What is wrong with the roots is told where they are put in force.
+        let own_clients = ClientCa::new(&clients.roots).ok();
         let mut seed = [0; 32];
         let secret = hmac::Key::new(hmac::HMAC_SHA256, key);
         seed.copy_from_slice(hmac::sign(&secret, b"towline seed").as_ref());
-        Self { tunnel, clients, front, client_issuers, seed }
+        Self { tunnel, clients, front, own_clients, seed }
     }
 
     /// The gateway's certificate towards agents: of this CA, for these names; a new key each time.

@@ -3,7 +3,7 @@
 //! A later store brings richer rules; the question asked here stays the same.
 
 use crate::authn::Principal;
-use crate::config::{AccessRule, Effect};
+use crate::config::{ANY, AccessRule, Effect};
 use crate::routing::ClusterName;
 use std::collections::{HashMap, HashSet};
 
@@ -88,9 +88,6 @@ impl AccessRules {
         decision
     }
 }
-
-/// Stands for every user, every group or every cluster.
-const ANY: &str = "*";
 
 #[cfg(test)]
 mod tests {

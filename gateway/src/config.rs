@@ -8,6 +8,7 @@ mod units;
 
 pub use units::ByteSize;
 
+use crate::origin::Origin;
 use crate::rotation;
 use crate::routing::ClusterName;
 use ipnet::IpNet;
@@ -55,6 +56,9 @@ pub struct GatewayConfig {
     /// Requests for `NAME.<hostDomain>` go to cluster NAME. Without it only paths route.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_domain: Option<String>,
+    /// Origins of web pages that may change something in clusters and open raw connections to them; see [`crate::origin`].
+    #[serde(default, with = "units::list", skip_serializing_if = "Vec::is_empty")]
+    pub allowed_origins: Vec<Origin>,
     /// The clusters that may connect: the allow-list of admission.
     #[serde(default)]
     pub clusters: Vec<Cluster>,
@@ -293,6 +297,54 @@ pub struct AccessRule {
     #[serde(default)]
     pub groups: Vec<String>,
     pub clusters: Vec<String>,
+}
+
+impl AccessRule {
+    /// What in it cannot be meant: the list, and why. A rule that matches nobody, or no cluster, allows less than its author
+    /// thinks, or forbids less.
+    #[must_use]
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        if self.users.is_empty() && self.groups.is_empty() {
+            problems.push(("users", "names neither users nor groups; write \"*\" for everybody".to_owned()));
+        }
+        if self.clusters.is_empty() {
+            problems.push(("clusters", "names no clusters; write \"*\" for every one".to_owned()));
+        }
+        for (list, names) in [("users", &self.users), ("groups", &self.groups)] {
+            let named = names.iter().filter(|name| *name != ANY);
+            problems.extend(named.filter_map(|name| Some((list, nobody(name)?))));
+        }
+        for name in self.clusters.iter().filter(|name| *name != ANY && ClusterName::new(name).is_err()) {
+            let why = match name.contains(['*', '?', '[']) {
+                true => "patterns are not supported",
+                false => "a name is 1 to 63 of a-z, 0-9 and, between them, -",
+            };
+            let text =
+                format!("{name:?} is no name of a cluster; write \"*\" for every one, or a name; {why}");
+            problems.push(("clusters", text));
+        }
+        problems
+    }
+}
+
+/// Stands for every user, every group or every cluster.
+pub(crate) const ANY: &str = "*";
+
+/// Why nobody has this name, or is in a group of this name.
+fn nobody(name: &str) -> Option<String> {
+    let why = if name.is_empty() || name.len() > 256 || name.chars().any(char::is_control) {
+        "must be 1 to 256 bytes on one line"
+    } else if name.contains('*') {
+        "holds *, and patterns are not supported; write \"*\" for everybody, or a name"
+    } else if name.trim() != name {
+        "begins or ends with a space"
+    } else if name.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("system:")) {
+        "begins with system:, and nobody whom the gateway lets in does; write \"*\" for everybody, or a name"
+    } else {
+        return None;
+    };
+    Some(format!("{name:?} {why}"))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -537,6 +589,7 @@ impl GatewayConfig {
             tls,
             trust_domain,
             host_domain: None,
+            allowed_origins: Vec::new(),
             clusters: Vec::new(),
             token_file: None,
             access: Vec::new(),

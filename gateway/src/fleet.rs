@@ -390,6 +390,14 @@ impl Fleet {
 
     // ---- what the API asks ----
 
+    /// Names of the access rules that were for an earlier cluster of this name, and do not count for another.
+    #[must_use]
+    pub fn rules_of_an_earlier(&self, cluster: &str) -> Vec<Arc<str>> {
+        let rules = self.read().rules_naming(cluster);
+        let ended = rules.into_iter().filter(|(_, rule, _)| rule.ended.contains(cluster));
+        ended.map(|(key, ..)| key.name).collect()
+    }
+
     /// The object of this kind and name.
     #[must_use]
     pub fn object(&self, kind: Kind, name: &str) -> Option<Shown> {

@@ -34,6 +34,11 @@ pub enum HeadersError {
     /// A page of another site made a browser send this.
     #[error("a request that another web site made a browser send")]
     CrossSite,
+    /// A page of an origin that is not listed wants to change something, or a raw connection.
+    #[error(
+        "the request comes from a web page of another origin ({0:?}), and such a page may change nothing here and open no raw connection"
+    )]
+    ForeignOrigin(String),
     /// See [`crate::authn::AuthnError::OwnCredential`].
     #[error("a token of the gateway was sent where it would be passed on to the cluster")]
     OwnCredential,
@@ -55,9 +60,6 @@ pub struct Upstream {
 /// What the client must not send.
 pub fn upstream_head(client: &HeaderMap, upstream: Upstream) -> Result<Vec<Header>, HeadersError> {
     let named = connection_tokens(client)?;
-    if client.get("sec-fetch-site").is_some_and(|site| site.as_bytes().eq_ignore_ascii_case(b"cross-site")) {
-        return Err(HeadersError::CrossSite);
-    }
     let mut head = Vec::with_capacity(client.len() + 1);
     for (name, value) in client {
         let text = name.as_str();
@@ -490,8 +492,6 @@ mod tests {
             let result = build(Mode::Restricted, false, &[(name, "1")]);
             assert_eq!(result, Err(HeadersError::Underscore(name.to_ascii_lowercase())));
         }
-        let cross = build(Mode::Impersonate, false, &[("Sec-Fetch-Site", "Cross-Site")]);
-        assert_eq!(cross, Err(HeadersError::CrossSite));
     }
 
     /// exec breaks when these are joined.

@@ -53,6 +53,7 @@ pub mod location;
 pub mod log;
 mod memory;
 pub mod metrics;
+pub mod origin;
 mod per_key;
 mod proxy;
 mod proxy_protocol;

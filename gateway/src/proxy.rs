@@ -32,6 +32,7 @@ use crate::gate::{Place, Standing};
 use crate::headers::{self, Asked, HeadersError, Upstream};
 use crate::kube::{self, RequestKind};
 use crate::metrics::{Counted, Ended, Limit, Surface};
+use crate::origin;
 use crate::per_key::KeyPermit;
 use crate::registry::{AcquireError, Patience, SessionId};
 use crate::routing::{self, ClusterName, RouteError};
@@ -125,7 +126,7 @@ impl Peer {
 
 impl Judged {
     fn now(shared: &Shared, live: &Live, chain: Option<&[CertificateDer<'_>]>) -> Self {
-        let own = shared.authorities.as_ref().map_or(&[][..], |own| &own.client_issuers);
+        let own = shared.authorities.as_ref().and_then(|own| own.own_clients.as_ref());
         let certificate = Certificate::judge(chain, live.client_ca.as_ref(), own, SystemTime::now());
         Self { generation: live.generation, certificate }
     }
@@ -179,9 +180,15 @@ async fn run(
     let on_upgrade =
         request.headers().contains_key(header::UPGRADE).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
-    if shared.fleet.is_some() && api::serves(parts.uri.path()) && is_at_root(shared, peer, &parts) {
+    match shared.fleet {
         // In a box, as is what else is rare: every request would be larger by it.
-        return Box::pin(api::answer(shared, peer, parts, body)).await;
+        Some(_) if api::serves(&parts) && is_at_root(shared, peer, &parts) => {
+            return Box::pin(api::answer(shared, peer, parts, body)).await;
+        }
+        None if api::is_of_the_fleet(parts.uri.path()) && is_at_root(shared, peer, &parts) => {
+            return Err(RouteError::NoFleet.into());
+        }
+        _ => {}
     }
     let plan = plan(shared, peer, &parts, &body, audit_id)?;
     let resumes = plan.resumes;
@@ -338,6 +345,7 @@ fn plan(
     let resumes =
         kind.watch && parts.method == Method::GET && upgrade.is_none() && kube::resumes(route.query());
     let upstream = Upstream { mode: cluster.mode, proxy: kind.proxy, client: peer.address.ip() };
+    origin::check(parts, upgrade.is_some(), &live.config.allowed_origins)?;
     if authn::query_carries_own_credential(route.query()) {
         return Err(HeadersError::OwnCredential.into());
     }

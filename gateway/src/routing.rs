@@ -101,6 +101,9 @@ pub enum RouteError {
     /// The cluster's own path begins with its prefix again, which no API server serves.
     #[error("the path has /clusters/{0} twice")]
     Doubled(ClusterName),
+    /// The fleet's API, where there is none.
+    #[error("this gateway has no fleet API: it runs from files alone (no stateDirectory)")]
+    NoFleet,
     #[error("nothing is served at this path")]
     Nothing,
 }
@@ -181,8 +184,8 @@ pub(crate) fn climbs(path: &str) -> bool {
 }
 
 /// Decodes `%XX` once; what is no escape stays.
-pub(crate) fn percent_decode(text: &str) -> Vec<u8> {
-    let bytes = text.as_bytes();
+pub(crate) fn percent_decode(text: impl AsRef<[u8]>) -> Vec<u8> {
+    let bytes = text.as_ref();
     let mut out = Vec::with_capacity(bytes.len());
     let mut at = 0;
     while let Some(&byte) = bytes.get(at) {

@@ -7,7 +7,7 @@
 //! 3. `review` looks at every entry anew when somebody may have lost something, on record or in the files; and when a
 //!    credential runs out whose end ends what runs.
 
-use crate::api;
+use crate::api::is_admin;
 use crate::authn::{Certificate, Credential, Known, Principal};
 use crate::authz::{AccessRules, Decision};
 use crate::config::{Cluster, EndsWithCredential, Mode};
@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
-use towline_certs::CertificateDer;
+use towline_certs::{CertificateDer, ClientCa};
 
 /// Entries that are judged between two looks at what else there is to do.
 const JUDGED_AT_ONCE: usize = 256;
@@ -253,10 +253,6 @@ pub(crate) fn decide(
     }
 }
 
-fn is_admin(principal: &Principal) -> bool {
-    principal.groups.iter().any(|group| group == api::ADMINS)
-}
-
 /// Whether somebody is not all any more that they were.
 fn has_lost(before: &Arc<Principal>, now: &Arc<Principal>) -> bool {
     before != now
@@ -297,7 +293,7 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
         state.entries.iter().map(|(grant, entry)| (grant.clone(), Arc::clone(entry))).collect()
     };
     let rules = shared.fleet.as_ref().map(Fleet::rules);
-    let own = shared.authorities.as_ref().map_or(&[][..], |own| &own.client_issuers);
+    let own = shared.authorities.as_ref().and_then(|own| own.own_clients.as_ref());
     let mut believed: HashMap<Credential, bool> = HashMap::new();
     let mut next: Option<SystemTime> = None;
     let mut ended = 0;
@@ -344,7 +340,7 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
 fn is_believed(
     chain: &[CertificateDer<'_>],
     live: &Live,
-    own: &[String],
+    own: Option<&ClientCa>,
     credential: &Credential,
     now: SystemTime,
 ) -> bool {

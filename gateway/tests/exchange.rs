@@ -265,6 +265,64 @@ async fn two_lengths_are_refused() {
     }
 }
 
+/// Goal: A13: a fragment in a request's target is refused, and neither cut off nor passed on; escaped it is a character.
+#[tokio::test]
+async fn a13_a_fragment_is_refused() {
+    let world = World::start().await;
+    let mut agent = world.agent("prod").await;
+    agent.echo();
+    for (target, expected) in [
+        ("/clusters/prod/api#/../b", "400"),
+        ("/clusters/prod#", "400"),
+        ("/clusters/prod/api?a=b#c", "400"),
+        ("#", "400"),
+        ("https://localhost/clusters/prod/api#a", "400"),
+        ("/clusters/prod/api?a=%23", "200"),
+    ] {
+        let mut client = world.connect(Some("jane"), b"http/1.1", "localhost").await;
+        let text = format!(
+            "POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\nX: #\r\n\r\n"
+        );
+        client.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        drop(client.read_to_end(&mut answer).await);
+        assert_eq!(show(&answer).get(9..12), Some(expected), "{target}: {}", show(&answer));
+    }
+}
+
+/// Goal: S11: a page of another origin opens no raw connection: it would run a command as whoever's browser it is. kubectl sends no
+/// Origin; what the configuration lists passes.
+#[tokio::test]
+async fn s11_a_foreign_page_opens_no_shell() {
+    let world = World::with(|config| {
+        config.allowed_origins = vec!["https://dash.example.com".parse().unwrap()];
+    })
+    .await;
+    let bearer = format!("Bearer {TOKEN}");
+    let shell = [
+        ("authorization", bearer.as_str()),
+        ("connection", "Upgrade"),
+        ("upgrade", "websocket"),
+        ("sec-websocket-version", "13"),
+        ("sec-websocket-key", "AAAAAAAAAAAAAAAAAAAAAA=="),
+    ];
+    let path = "/clusters/far/api/v1/namespaces/x/pods/y/exec?command=sh";
+    for (origin, expected) in [
+        (Some("https://evil.example"), 403),
+        (Some("null"), 403),
+        (Some("https://dash.example.com:8443"), 403),
+        (Some("https://dash.example.com"), 503),
+        (Some("https://localhost"), 503),
+        (None, 503),
+    ] {
+        let headers = shell.into_iter().chain(origin.map(|origin| ("origin", origin))).collect::<Vec<_>>();
+        let mut client = world.h1(None).await;
+        let (status, _, message) = error_of(client.ask("GET", path, &headers, full("")).await).await;
+        assert_eq!(status, expected, "{origin:?}: {message}");
+        assert_eq!(message.contains("allowedOrigins"), status == 403, "{message}");
+    }
+}
+
 #[tokio::test]
 async fn errors_have_their_shape() {
     let world = World::start().await;
@@ -286,6 +344,13 @@ async fn errors_have_their_shape() {
         ("GET", "/clusters/far/api", &[good[0], ("sec-fetch-site", "cross-site")], 403, "TL_FORBIDDEN"),
         ("GET", "/clusters/far/api", &[good[0], good[0]], 400, "TL_BAD_FRAMING"),
         ("GET", "/clusters/far/api?token=tlat_x", &good, 401, "TL_UNAUTHENTICATED"),
+        // A10, AU-12: wherever in the query.
+        ("GET", "/clusters/far/api?access_token=Bearer%20tlat_x", &good, 401, "TL_UNAUTHENTICATED"),
+        ("GET", "/clusters/far/api?authorization=Bearer+tlat_x", &good, 401, "TL_UNAUTHENTICATED"),
+        ("GET", "/clusters/far/api?watch=1&tlat_x", &good, 401, "TL_UNAUTHENTICATED"),
+        // S11
+        ("POST", "/clusters/far/api", &[good[0], ("origin", "https://evil.example")], 403, "TL_FORBIDDEN"),
+        ("DELETE", "/clusters/far/api", &[good[0], ("origin", "null")], 403, "TL_FORBIDDEN"),
     ] {
         for mut client in [world.h1(None).await, world.h2(None).await] {
             let (got, reason, message) = error_of(client.ask(method, path, headers, full("")).await).await;

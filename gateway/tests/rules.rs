@@ -78,7 +78,7 @@ fn rule_in_file(user: &str) -> gateway_config::AccessRule {
 
 fn rule(effect: Effect, user: &str) -> AccessRule {
     let gateway_config::AccessRule { users, groups, clusters, .. } = rule_in_file(user);
-    AccessRule { meta: meta(), effect, users, groups, clusters }
+    AccessRule { meta: meta(), effect, users, groups, clusters, ended: Default::default() }
 }
 
 fn meta() -> Meta {

@@ -3,6 +3,7 @@
 use super::Call;
 use super::error::{ApiError, json_response};
 use super::kinds::{API_VERSION, Resource};
+use super::write;
 use crate::fleet::Time;
 use crate::proxy::AnswerBody;
 use base64::Engine as _;
@@ -55,13 +56,20 @@ pub(super) fn issue(
     let now = SystemTime::now();
     let left = call.until.map(|until| until.duration_since(now).unwrap_or_default());
     let granted = left.unwrap_or(Duration::MAX).min(Duration::from_secs(life));
+    let asked = json!({"request": request, "expirationSeconds": life});
+    if write::dry_run(call, &write::DeleteOptions::default())? {
+        let answer = json!({
+            "kind": resource.kind, "apiVersion": API_VERSION, "metadata": {}, "spec": asked, "status": {},
+        });
+        return Ok(json_response(StatusCode::OK, &answer));
+    }
     let issued = authorities.clients.ca.issue_client_from_csr(&csr, &identity, granted, now);
     let issued = issued.map_err(|error| refuse("spec.request", &error.to_string()))?;
     let chain = chain_pem(&[issued.certificate, issued.root]);
     tracing::info!(user = %crate::proxy::printable(&principal.name), serial = issued.serial, "client certificate issued");
     let answer = json!({
         "kind": resource.kind, "apiVersion": API_VERSION, "metadata": {},
-        "spec": {"request": request, "expirationSeconds": life},
+        "spec": asked,
         "status": {"certificate": STANDARD.encode(chain), "expires": Time::from(issued.not_after)},
     });
     Ok(json_response(StatusCode::CREATED, &answer))

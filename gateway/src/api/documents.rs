@@ -3,6 +3,7 @@
 //! without definitions, which older ones read as "not validated here".
 
 use super::kinds::{API_VERSION, GROUP, RESOURCES, Resource, VERSION};
+use crate::store::Kind;
 use serde_json::{Map, Value, json};
 
 /// The media type of the version 2 document.
@@ -37,8 +38,13 @@ fn resource(resource: &Resource) -> Value {
     if !resource.short.is_empty() {
         described["shortNames"] = json!(resource.short);
     }
-    if resource.stored.is_some() {
-        described["categories"] = json!(["towline"]);
+    match resource.stored {
+        // What a thoughtless `kubectl delete all --all` takes away only narrows: no Deny, and no revocation, is among it.
+        Some(Kind::Cluster | Kind::JoinToken | Kind::AccessToken) => {
+            described["categories"] = json!(["all", "towline"]);
+        }
+        Some(_) => described["categories"] = json!(["towline"]),
+        None => {}
     }
     described
 }

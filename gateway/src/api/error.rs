@@ -53,9 +53,22 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden)
     }
 
+    /// A caller who wants to be somebody else: what they ask for may be meant to be refused.
+    pub(super) fn impersonation(header: &str) -> Self {
+        let message = format!(
+            "the fleet's API lets nobody act as somebody else, and the request has the header {header:?} — leave out --as, --as-group and --as-uid, or use a credential of that user"
+        );
+        Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::HeaderForbidden)
+    }
+
     pub(super) fn no_such_path() -> Self {
         let message = "nothing is served at this path — clusters are at https://GATEWAY/clusters/NAME/…";
         Self::new(StatusCode::NOT_FOUND, "NotFound", message).counted(TlCode::BadPath)
+    }
+
+    /// Not worth a warning: `kubectl describe` asks by itself, and goes on without.
+    pub(super) fn no_events() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "NotFound", "the fleet's objects have no events")
     }
 
     pub(super) fn not_found(resource: &Resource, name: &str) -> Self {

@@ -6,7 +6,7 @@ use super::kinds::{API_VERSION, Resource};
 use super::objects::render;
 use crate::authn::Principal;
 use crate::authn::tokens;
-use crate::config::{Effect, Mode, PublicAddress};
+use crate::config::{self, Mode, PublicAddress};
 use crate::fleet::{
     AccessRule, AccessToken, Cluster, Fleet, Issuers, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Object,
     Revocation, Revoked, TOKEN_USES_MOST, Time, hex, new_uid,
@@ -18,7 +18,7 @@ use aws_lc_rs::digest;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use towline_certs::{InstanceId, SpkiPin, TrustDomain};
@@ -291,6 +291,11 @@ impl Input {
             }
             Object::AccessRule(before) => {
                 let mut rule = self.rule(resource, next(&before.meta))?;
+                // A name that stays is for the cluster that it was for. Whoever writes it anew means the one that has it.
+                if rule.effect == before.effect {
+                    let stays = |name: &&String| rule.clusters.contains(*name);
+                    rule.ended = before.ended.iter().filter(stays).cloned().collect();
+                }
                 let unchanged = AccessRule { meta: rule.meta.clone(), ..AccessRule::clone(before) } == rule;
                 rule.meta.generation += u64::from(!unchanged);
                 Parsed::AccessRule(rule)
@@ -359,22 +364,21 @@ impl Input {
     }
 
     fn rule(&self, resource: &Resource, meta: Meta) -> Result<AccessRule, ApiError> {
-        let RuleSpec { effect, users, groups, clusters } = self.spec(resource)?;
-        let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
-        if users.is_empty() && groups.is_empty() {
-            return refuse("spec", "names neither users nor groups; write \"*\" for everybody");
-        }
-        if clusters.is_empty() {
-            return refuse("spec.clusters", "names no clusters; write \"*\" for every one");
-        }
-        for (field, list) in [("users", &users), ("groups", &groups), ("clusters", &clusters)] {
-            let plain =
-                |text: &String| !text.is_empty() && text.len() <= 256 && !text.chars().any(char::is_control);
-            if list.len() > LIST_MAX || !list.iter().all(plain) {
-                return refuse(&format!("spec.{field}"), "must be at most 256 names of at most 256 bytes");
+        let rule: config::AccessRule = self.spec(resource)?;
+        let refuse = |field: &str, why: &str| {
+            Err(ApiError::invalid(resource, &self.name, &format!("spec.{field}"), why))
+        };
+        for (field, list) in [("users", &rule.users), ("groups", &rule.groups), ("clusters", &rule.clusters)]
+        {
+            if list.len() > LIST_MAX {
+                return refuse(field, "must be at most 256 names");
             }
         }
-        Ok(AccessRule { meta, effect, users, groups, clusters })
+        if let Some((field, why)) = rule.problems().first() {
+            return refuse(field, why);
+        }
+        let config::AccessRule { effect, users, groups, clusters } = rule;
+        Ok(AccessRule { meta, effect, users, groups, clusters, ended: BTreeSet::new() })
     }
 
     fn revoked(&self, resource: &Resource, now: Time) -> Result<Revoked, ApiError> {
@@ -466,14 +470,14 @@ fn serial(text: &str) -> Option<String> {
     Some(format!("{number:0>width$}"))
 }
 
-fn is_label_part(text: &str) -> bool {
+pub(super) fn is_label_part(text: &str) -> bool {
     let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
     let inside = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     let bytes = text.as_bytes();
     (1..=63).contains(&text.len()) && edge(bytes.first()) && edge(bytes.last()) && text.bytes().all(inside)
 }
 
-fn is_label_key(key: &str) -> bool {
+pub(super) fn is_label_key(key: &str) -> bool {
     match key.split_once('/') {
         Some((prefix, name)) => is_subdomain(prefix) && is_label_part(name),
         None => is_label_part(key),
@@ -513,17 +517,6 @@ struct TokenSpec {
     cluster: String,
     expiration_seconds: Option<u64>,
     uses: Option<u32>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RuleSpec {
-    effect: Effect,
-    #[serde(default)]
-    users: Vec<String>,
-    #[serde(default)]
-    groups: Vec<String>,
-    clusters: Vec<String>,
 }
 
 #[derive(Deserialize)]

@@ -172,7 +172,11 @@ pub(super) const RESOURCES: &[Resource] = &[
             ("groups", Texts, "Groups of callers; * is everybody."),
             ("clusters", Texts, "Names of clusters; * is every one."),
         ],
-        status: &[],
+        status: &[(
+            "ended",
+            Texts,
+            "Names whose cluster was deleted since the rule was written: an Allow does not count for another cluster of that name.",
+        )],
     },
     Resource {
         kind: "AccessToken",

@@ -76,9 +76,10 @@ pub(super) fn render(
             (&token.meta, spec, Some(status), None)
         }
         Object::AccessRule(rule) => {
-            let AccessRule { meta, effect, users, groups, clusters } = &**rule;
+            let AccessRule { meta, effect, users, groups, clusters, ended } = &**rule;
             let spec = json!({"effect": effect, "users": users, "groups": groups, "clusters": clusters});
-            (meta, spec, None, None)
+            let status = (!ended.is_empty()).then(|| json!({"ended": ended}));
+            (meta, spec, status, None)
         }
         Object::AccessToken(token) => {
             let mut spec = json!({"user": token.user, "groups": token.groups});

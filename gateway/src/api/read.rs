@@ -3,6 +3,7 @@
 use super::error::{ApiError, json_response};
 use super::feed::{Feed, Version};
 use super::kinds::{API_VERSION, Resource};
+use super::query::{Included, Options};
 use super::selector::Selector;
 use super::{Call, table};
 use crate::proxy::{AnswerBody, Basis};
@@ -31,6 +32,10 @@ pub(super) fn get(
     resource: &'static Resource,
     name: &str,
 ) -> Result<Response<AnswerBody>, ApiError> {
+    let text = call.query.get("resourceVersion");
+    if let Some(version @ Version::Future) = asked(call, text)? {
+        return Err(gone(version, text));
+    }
     let object = call.feed.object(resource, name).ok_or_else(|| ApiError::not_found(resource, name))?;
     Ok(shown(call, resource, StatusCode::OK, &object))
 }
@@ -46,13 +51,12 @@ pub(super) fn shown(
         return json_response(status, object);
     }
     let metadata = json!({"resourceVersion": object["metadata"]["resourceVersion"]});
-    let include = call.query("includeObject");
-    json_response(status, &table::table(resource, &[object], metadata, true, &include))
+    json_response(status, &table::table(resource, &[object], metadata, true, call.query.include))
 }
 
-/// The version that the query asks for: none, any, or one.
-fn asked(call: &Call) -> Result<Option<Version>, ApiError> {
-    match call.query("resourceVersion").as_str() {
+/// The version that this text asks for: none, any, or one.
+fn asked(call: &Call, text: &str) -> Result<Option<Version>, ApiError> {
+    match text {
         "" | "0" => Ok(None),
         text => match call.feed.version(text) {
             None => Err(ApiError::bad_request(format!("resourceVersion {text:?} cannot be read"))),
@@ -71,36 +75,31 @@ fn gone(version: Version, text: &str) -> ApiError {
 
 /// A page of a collection. Pages are cut from the objects of now; a first page that is forgotten is noticed.
 pub(super) fn list(call: &Call, resource: &'static Resource) -> Result<Response<AnswerBody>, ApiError> {
-    let selector = Selector::parse(&call.query("labelSelector"), &call.query("fieldSelector"))?;
-    let token = call.query("continue");
-    let text = call.query("resourceVersion");
-    let (first, after) = if token.is_empty() {
-        if let Some(version) = asked(call)? {
-            let exact = call.query("resourceVersionMatch") == "Exact";
+    let options = Options::read(&call.query, false)?;
+    let text = options.version.as_str();
+    let (first, after) = if options.from.is_empty() {
+        if let Some(version) = asked(call, text)? {
             match version {
-                Version::Future => return Err(gone(version, &text)),
-                _ if exact && text != call.feed.text(call.feed.objects(resource, None).1) => {
-                    return Err(gone(Version::Past, &text));
+                Version::Future => return Err(gone(version, text)),
+                _ if options.exact && text != call.feed.text(call.feed.objects(resource, None).1) => {
+                    return Err(gone(Version::Past, text));
                 }
                 _ => {}
             }
         }
         (None, None)
     } else {
-        let (first, after) = read_continue(&token)?;
+        let (first, after) = read_continue(&options.from)?;
         match call.feed.version(&first) {
             Some(Version::Known(_)) => (Some(first), Some(after)),
             _ => return Err(ApiError::expired("the continue token is too old: list again from the start")),
         }
     };
     let (mut objects, version) = call.feed.objects(resource, after.as_deref());
-    objects.retain(|object| selector.matches(object));
+    objects.retain(|object| options.selector.matches(object));
     let version = first.unwrap_or_else(|| call.feed.text(version));
     let mut metadata = json!({"resourceVersion": version});
-    let limit = match call.query("limit").as_str() {
-        "" => 0,
-        limit => limit.parse().map_err(|_| ApiError::bad_request("limit is no number"))?,
-    };
+    let limit = options.limit;
     if limit > 0 && objects.len() > limit {
         metadata["remainingItemCount"] = (objects.len() - limit).into();
         objects.truncate(limit);
@@ -110,7 +109,7 @@ pub(super) fn list(call: &Call, resource: &'static Resource) -> Result<Response<
     }
     let objects: Vec<&Value> = objects.iter().map(AsRef::as_ref).collect();
     let answer = if table::is_asked(call.accept()) {
-        table::table(resource, &objects, metadata, true, &call.query("includeObject"))
+        table::table(resource, &objects, metadata, true, call.query.include)
     } else {
         let kind = format!("{}List", resource.kind);
         json!({"kind": kind, "apiVersion": API_VERSION, "metadata": metadata, "items": objects})
@@ -134,25 +133,9 @@ enum Start {
 
 /// Begins a watch: the head of the answer goes out at once, then each event in a line.
 pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response<AnswerBody>, ApiError> {
-    let selector = Selector::parse(&call.query("labelSelector"), &call.query("fieldSelector"))?;
-    let bookmarks = call.flag("allowWatchBookmarks");
-    let initial = call.query("sendInitialEvents");
-    let matching = call.query("resourceVersionMatch");
-    if initial.is_empty() && !matching.is_empty() {
-        let why = "is forbidden for a watch without sendInitialEvents";
-        return Err(ApiError::invalid_options("resourceVersionMatch", why));
-    }
-    if !initial.is_empty() && matching != "NotOlderThan" {
-        let why = "sendInitialEvents requires resourceVersionMatch to be NotOlderThan";
-        return Err(ApiError::invalid_options("resourceVersionMatch", why));
-    }
-    let initial = (!initial.is_empty()).then(|| call.flag("sendInitialEvents"));
-    if initial == Some(true) && !bookmarks {
-        let why = "sendInitialEvents requires allowWatchBookmarks: the bookmark says where they end";
-        return Err(ApiError::invalid_options("allowWatchBookmarks", why));
-    }
-    let text = call.query("resourceVersion");
-    let start = match (initial, asked(call)?) {
+    let Options { selector, bookmarks, initial, version: text, timeout_seconds, .. } =
+        Options::read(&call.query, true)?;
+    let start = match (initial, asked(call, &text)?) {
         (_, Some(version @ Version::Future)) => return Err(gone(version, &text)),
         // The state as it is now is not older than any that has been.
         (Some(true), _) => Start::Listed(true),
@@ -161,14 +144,14 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
         (Some(false), None) => Start::After(call.feed.objects(resource, None).1),
         (None, None) => Start::Listed(false),
     };
-    let seconds = match call.query("timeoutSeconds").as_str() {
-        "" | "0" => {
+    let seconds = match timeout_seconds {
+        0 => {
             let mut part = [0];
             random(&mut part);
             // So that clients do not all come back at once.
             WATCH_SECONDS + u64::from(part[0]) * 7
         }
-        text => text.parse().map_err(|_| ApiError::bad_request("timeoutSeconds is no number"))?,
+        seconds => seconds,
     };
     let deadline = Instant::now() + Duration::from_secs(seconds.min(WATCH_SECONDS_MOST));
     let (events, body) = mpsc::channel(EVENTS_WAITING);
@@ -178,7 +161,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
         selector,
         events,
         table: table::is_asked(call.accept()),
-        include: call.query("includeObject"),
+        include: call.query.include,
         columns_sent: false,
         bookmarks,
     };
@@ -216,7 +199,7 @@ struct Watch {
     selector: Selector,
     events: mpsc::Sender<Bytes>,
     table: bool,
-    include: String,
+    include: Included,
     columns_sent: bool,
     bookmarks: bool,
 }
@@ -280,7 +263,7 @@ impl Watch {
         }
         let metadata = json!({"resourceVersion": object["metadata"]["resourceVersion"]});
         let columns = !std::mem::replace(&mut self.columns_sent, true);
-        let table = table::table(self.resource, &[object], metadata, columns, &self.include);
+        let table = table::table(self.resource, &[object], metadata, columns, self.include);
         self.frame(what, &table).await
     }
 
@@ -291,7 +274,7 @@ impl Watch {
         }
         if self.table {
             let columns = !std::mem::replace(&mut self.columns_sent, true);
-            let mut table = table::table(self.resource, &[], metadata.clone(), columns, &self.include);
+            let mut table = table::table(self.resource, &[], metadata.clone(), columns, self.include);
             let object = json!({
                 "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": metadata,
             });

@@ -1,6 +1,10 @@
 //! Which objects does a list or a watch select? By labels, with every operator of Kubernetes, and by name.
+//!
+//! Labels are read as `labels.Parse` of k8s.io/apimachinery reads them, token by token, so that what it refuses is refused here: a
+//! selector that is read more generously selects what nobody has meant, and `kubectl delete -l` deletes that.
 
 use super::error::ApiError;
+use super::input::{is_label_key, is_label_part};
 use serde_json::Value;
 
 /// A parsed `labelSelector` and `fieldSelector`.
@@ -17,19 +21,24 @@ enum Requirement {
     NotIn(String, Vec<String>),
     Exists(String),
     Missing(String),
+    /// The label is a number, and more than this; or less.
+    More(String, i64),
+    Less(String, i64),
 }
 
 impl Selector {
+    /// Reads the two; each selects everything if it is empty.
+    ///
+    /// # Errors
+    /// 400, as the API server answers, and where it reads something generously, that too.
     pub(super) fn parse(labels: &str, fields: &str) -> Result<Self, ApiError> {
-        let labels = split_outside_brackets(labels).into_iter().map(requirement).collect::<Result<_, _>>()?;
+        let labels = Labels { rest: labels }
+            .requirements()
+            .map_err(|why| ApiError::bad_request(format!("unable to parse requirement: {why}")))?;
         let mut names = Vec::new();
-        for field in fields.split(',').filter(|field| !field.is_empty()) {
-            match comparison(field) {
-                Some(("metadata.name", equal, name)) => names.push((equal, name.to_owned())),
-                _ => {
-                    let message = format!("field selector {field:?}: only metadata.name is supported");
-                    return Err(ApiError::bad_request(message));
-                }
+        if !fields.is_empty() {
+            for term in fields.split(',') {
+                names.push(field(term)?);
             }
         }
         Ok(Self { labels, names })
@@ -38,6 +47,7 @@ impl Selector {
     pub(super) fn matches(&self, object: &Value) -> bool {
         let label = |name: &str| object["metadata"]["labels"][name].as_str();
         let among = |values: &[String], label: &str| values.iter().any(|value| value == label);
+        let number = |key: &str| label(key).and_then(|label| label.parse::<i64>().ok());
         let name = object["metadata"]["name"].as_str().unwrap_or_default();
         self.names.iter().all(|(equal, wanted)| (wanted == name) == *equal)
             && self.labels.iter().all(|requirement| match requirement {
@@ -45,54 +55,192 @@ impl Selector {
                 Requirement::NotIn(key, values) => label(key).is_none_or(|label| !among(values, label)),
                 Requirement::Exists(key) => label(key).is_some(),
                 Requirement::Missing(key) => label(key).is_none(),
+                Requirement::More(key, least) => number(key).is_some_and(|number| number > *least),
+                Requirement::Less(key, most) => number(key).is_some_and(|number| number < *most),
             })
     }
 }
 
-fn requirement(text: &str) -> Result<Requirement, ApiError> {
-    let text = text.trim();
-    if let Some((key, values)) = text.split_once(" notin ") {
-        return Ok(Requirement::NotIn(key.trim().to_owned(), set(values)));
+/// One comparison of a field selector. No name that is selected by has a character that would have to be escaped.
+fn field(term: &str) -> Result<(bool, String), ApiError> {
+    let refuse = |why: &str| ApiError::bad_request(format!("invalid field selector {term:?}: {why}"));
+    let (field, equal, name) = match (term.split_once("!="), term.split_once('=')) {
+        (Some((field, name)), _) => (field, false, name),
+        (None, Some((field, name))) => (field, true, name.strip_prefix('=').unwrap_or(name)),
+        (None, None) => return Err(refuse("it compares nothing")),
+    };
+    if field != "metadata.name" {
+        return Err(refuse("only metadata.name is supported"));
     }
-    if let Some((key, values)) = text.split_once(" in ") {
-        return Ok(Requirement::In(key.trim().to_owned(), set(values)));
+    if name.contains(['=', '!', '\\']) {
+        return Err(refuse("it compares with what is no name"));
     }
-    if let Some((key, equal, value)) = comparison(text) {
-        let (key, values) = (key.to_owned(), vec![value.to_owned()]);
-        return Ok(if equal { Requirement::In(key, values) } else { Requirement::NotIn(key, values) });
-    }
-    let (key, missing) = text.strip_prefix('!').map_or((text, false), |key| (key.trim(), true));
-    if key.is_empty() || key.contains(['(', ')', ' ', '!']) {
-        return Err(ApiError::bad_request(format!("label selector {text:?} cannot be read")));
-    }
-    let key = key.to_owned();
-    Ok(if missing { Requirement::Missing(key) } else { Requirement::Exists(key) })
+    Ok((equal, name.to_owned()))
 }
 
-fn comparison(text: &str) -> Option<(&str, bool, &str)> {
-    if let Some((key, value)) = text.split_once("!=") {
-        return Some((key.trim(), false, value.trim()));
-    }
-    let (key, value) = text.split_once("==").or_else(|| text.split_once('='))?;
-    Some((key.trim(), true, value.trim()))
+/// A token of a label selector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token<'a> {
+    End,
+    Not,
+    NotEqual,
+    Equal,
+    Open,
+    Close,
+    Comma,
+    More,
+    Less,
+    /// `in` and `notin` too: they are operators only where one is expected.
+    Word(&'a str),
 }
 
-fn set(values: &str) -> Vec<String> {
-    let inner = values.trim().trim_start_matches('(').trim_end_matches(')');
-    inner.split(',').map(|value| value.trim().to_owned()).collect()
-}
-
-fn split_outside_brackets(text: &str) -> Vec<&str> {
-    let mut depth = 0_usize;
-    let parts = text.split(|c| {
-        match c {
-            '(' => depth += 1,
-            ')' => depth = depth.saturating_sub(1),
-            _ => {}
+impl<'a> Token<'a> {
+    const fn text(self) -> &'a str {
+        match self {
+            Self::End => "",
+            Self::Not => "!",
+            Self::NotEqual => "!=",
+            Self::Equal => "=",
+            Self::Open => "(",
+            Self::Close => ")",
+            Self::Comma => ",",
+            Self::More => ">",
+            Self::Less => "<",
+            Self::Word(word) => word,
         }
-        c == ',' && depth == 0
-    });
-    parts.filter(|part| !part.trim().is_empty()).collect()
+    }
+
+    fn unexpected<T>(self, expected: &str) -> Result<T, String> {
+        Err(format!("found '{}', expected: {expected}", self.text()))
+    }
+}
+
+/// The rest of a label selector that is being read.
+struct Labels<'a> {
+    rest: &'a str,
+}
+
+impl<'a> Labels<'a> {
+    fn requirements(mut self) -> Result<Vec<Requirement>, String> {
+        let mut all = Vec::new();
+        if self.peek() == Token::End {
+            return Ok(all);
+        }
+        loop {
+            all.push(self.requirement()?);
+            match self.next() {
+                Token::End => return Ok(all),
+                Token::Comma => {}
+                other => return other.unexpected("',' or 'end of string'"),
+            }
+        }
+    }
+
+    fn requirement(&mut self) -> Result<Requirement, String> {
+        let mut token = self.next();
+        let missing = token == Token::Not;
+        if missing {
+            token = self.next();
+        }
+        let Token::Word(key) = token else { return token.unexpected("!, identifier, or 'end of string'") };
+        if !is_label_key(key) {
+            return Err(format!("{key:?} is no key of a label"));
+        }
+        let key = key.to_owned();
+        if missing {
+            return Ok(Requirement::Missing(key));
+        }
+        if matches!(self.peek(), Token::End | Token::Comma) {
+            return Ok(Requirement::Exists(key));
+        }
+        Ok(match self.next() {
+            Token::Word("in") => Requirement::In(key, self.set()?),
+            Token::Word("notin") => Requirement::NotIn(key, self.set()?),
+            Token::Equal => Requirement::In(key, vec![self.value()?]),
+            Token::NotEqual => Requirement::NotIn(key, vec![self.value()?]),
+            Token::More => Requirement::More(key, self.number()?),
+            Token::Less => Requirement::Less(key, self.number()?),
+            other => return other.unexpected("in, notin, =, ==, !=, gt, lt"),
+        })
+    }
+
+    /// The values in brackets; nothing between two commas is the empty value.
+    fn set(&mut self) -> Result<Vec<String>, String> {
+        let open = self.next();
+        if open != Token::Open {
+            return open.unexpected("'('");
+        }
+        let mut values = Vec::new();
+        if self.peek() == Token::Close {
+            return Err("for 'in', 'notin' operators, values set can't be empty".to_owned());
+        }
+        loop {
+            let value = match self.peek() {
+                Token::Word(word) => {
+                    self.next();
+                    word
+                }
+                _ => "",
+            };
+            values.push(checked(value)?);
+            match self.next() {
+                Token::Comma => {}
+                Token::Close => return Ok(values),
+                other => return other.unexpected("',', ')' or identifier"),
+            }
+        }
+    }
+
+    /// The one value behind an operator, which may be the empty one.
+    fn value(&mut self) -> Result<String, String> {
+        match self.peek() {
+            Token::End | Token::Comma => Ok(String::new()),
+            Token::Word(word) => {
+                self.next();
+                checked(word)
+            }
+            other => other.unexpected("identifier"),
+        }
+    }
+
+    fn number(&mut self) -> Result<i64, String> {
+        let value = self.value()?;
+        value.parse().map_err(|_| format!("for 'gt', 'lt' operators, {value:?} has to be an integer"))
+    }
+
+    fn peek(&self) -> Token<'a> {
+        Labels { rest: self.rest }.next()
+    }
+
+    fn next(&mut self) -> Token<'a> {
+        let blank = [' ', '\t', '\r', '\n'];
+        self.rest = self.rest.trim_start_matches(blank);
+        let (token, length) = match self.rest.as_bytes() {
+            [] => (Token::End, 0),
+            [b'!', b'=', ..] => (Token::NotEqual, 2),
+            [b'!', ..] => (Token::Not, 1),
+            [b'=', b'=', ..] => (Token::Equal, 2),
+            [b'=', ..] => (Token::Equal, 1),
+            [b'(', ..] => (Token::Open, 1),
+            [b')', ..] => (Token::Close, 1),
+            [b',', ..] => (Token::Comma, 1),
+            [b'>', ..] => (Token::More, 1),
+            [b'<', ..] => (Token::Less, 1),
+            _ => {
+                let ends =
+                    |c: char| blank.contains(&c) || matches!(c, '!' | '=' | '(' | ')' | ',' | '>' | '<');
+                let end = self.rest.find(ends).unwrap_or(self.rest.len());
+                (Token::Word(&self.rest[..end]), end)
+            }
+        };
+        self.rest = &self.rest[length..];
+        token
+    }
+}
+
+fn checked(value: &str) -> Result<String, String> {
+    let fits = value.is_empty() || is_label_part(value);
+    if fits { Ok(value.to_owned()) } else { Err(format!("{value:?} is no value of a label")) }
 }
 
 #[cfg(test)]
@@ -102,12 +250,116 @@ mod tests {
 
     #[test]
     fn every_operator_selects() {
-        let object = json!({"metadata": {"name": "web", "labels": {"app": "web", "tier": "front"}}});
+        let labels = json!({"app": "web", "tier": "front", "in": "x", "size": "12", "none": ""});
+        let object = json!({"metadata": {"name": "web", "labels": labels}});
         let matches = |labels: &str, fields: &str| Selector::parse(labels, fields).unwrap().matches(&object);
-        assert!(matches("", "") && matches("app=web,tier in (front, back)", "metadata.name=web"));
-        assert!(matches("app==web,!gone,tier,other notin (x),app!=box", "metadata.name!=box"));
-        assert!(!matches("app!=web", "") && !matches("tier in (back)", "") && !matches("gone", ""));
-        assert!(!matches("", "metadata.name=box"));
-        assert!(Selector::parse("", "spec.mode=restricted").is_err() && Selector::parse("a b", "").is_err());
+        for all in [
+            "",
+            "  ",
+            "app=web,tier in (front, back)",
+            "app==web,!gone,tier,other notin (x),app!=box",
+            " app = web , tier in ( front ) ",
+            "in in (in,x)",
+            "in=x,in notin (in)",
+            "none=,none in (,a),none in (a,)",
+            "none in (a,,b)",
+            "tier in(front)",
+            "size>11,size<13",
+            "gone!=x",
+            "towline.io/team notin (a),!example.com/b",
+        ] {
+            assert!(matches(all, ""), "{all}");
+        }
+        assert!(matches("", "metadata.name=web") && matches("", "metadata.name==web,metadata.name!=box"));
+        for none in [
+            "app!=web",
+            "tier in (back)",
+            "gone",
+            "!app",
+            "gone=",
+            "size>12",
+            "size<12",
+            "app>1",
+            "none in (a)",
+        ] {
+            assert!(!matches(none, ""), "{none}");
+        }
+        assert!(!matches("", "metadata.name=box") && !matches("", "metadata.name="));
+    }
+
+    /// Goal: D1, A12: what the API server cannot read is refused, and selects neither everything nor something else.
+    #[test]
+    fn d1_a12_a_malformed_selector_is_refused() {
+        for labels in [
+            ",,",
+            ",",
+            "a,",
+            ",a",
+            "a,,b",
+            "env in (prod",
+            "env in prod)",
+            "env in prod",
+            "env in ((prod))",
+            "env in (prod))",
+            "env in ()",
+            "env in",
+            "env notin (a",
+            "a in (",
+            "a=b=c",
+            "a!=b=c",
+            "a==b==c",
+            "!a=b",
+            "!!a",
+            "!",
+            "bad key=x",
+            "env=a b",
+            "a b",
+            "=b",
+            "(a)",
+            "a=(b)",
+            "a=!b",
+            "a>b",
+            "a>",
+            "a<1.5",
+            "a>1,b>",
+            "a/b/c=d",
+            "/b=c",
+            "A.B/=c",
+            "-a=b",
+            "a=-b",
+            "a=b_",
+            "!\0",
+            "a=\0",
+            "a=b;c=d",
+            "a=ü",
+            "a\u{a0}=b",
+            "*",
+            "a=*",
+            "{}",
+        ] {
+            let refused = Selector::parse(labels, "").unwrap_err().object();
+            assert_eq!(refused["code"], 400, "{labels:?}");
+            let message = refused["message"].as_str().unwrap();
+            assert!(message.starts_with("unable to parse requirement: "), "{labels:?}: {message}");
+        }
+        let long = "a".repeat(64);
+        assert!(Selector::parse(&long, "").is_err() && Selector::parse(&format!("a={long}"), "").is_err());
+        for fields in [
+            ",",
+            ",,",
+            "metadata.name=a,",
+            "metadata.name",
+            "metadata.name=a=b",
+            "metadata.name!==a",
+            "metadata.name=!a",
+            "metadata.name=a\\,b",
+            "spec.mode=restricted",
+            " metadata.name=a",
+            "=a",
+            "metadata.name>a",
+        ] {
+            let refused = Selector::parse("", fields).unwrap_err().object();
+            assert_eq!(refused["code"], 400, "{fields:?}");
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What does `kubectl get` print? The table of a list, of an object or of an event.
 
 use super::kinds::Resource;
+use super::query::Included;
 use crate::fleet::Time;
 use serde_json::{Value, json};
 
@@ -14,13 +15,13 @@ pub(super) fn is_asked(accept: &str) -> bool {
     })
 }
 
-/// A table of these objects; `include` is the query's `includeObject`.
+/// A table of these objects.
 pub(super) fn table(
     resource: &Resource,
     objects: &[&Value],
     metadata: Value,
     columns: bool,
-    include: &str,
+    include: Included,
 ) -> Value {
     let rows: Vec<Value> = objects.iter().map(|object| row(resource, object, include)).collect();
     let definitions: Vec<Value> = if columns { definitions(resource) } else { Vec::new() };
@@ -95,12 +96,12 @@ fn definitions(resource: &Resource) -> Vec<Value> {
     columns(resource).iter().map(column).collect()
 }
 
-fn row(resource: &Resource, object: &Value, include: &str) -> Value {
+fn row(resource: &Resource, object: &Value, include: Included) -> Value {
     let cells: Vec<Value> = columns(resource).iter().map(|(_, _, place)| cell(place, object)).collect();
     match include {
-        "None" => json!({"cells": cells}),
-        "Object" => json!({"cells": cells, "object": object}),
-        _ => json!({
+        Included::Nothing => json!({"cells": cells}),
+        Included::Object => json!({"cells": cells, "object": object}),
+        Included::Metadata => json!({
             "cells": cells,
             "object": {
                 "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"],

@@ -7,11 +7,13 @@ use super::input::{Input, New, Own, Parsed};
 use super::kinds::{GROUP, Resource};
 use super::objects;
 use super::read::shown;
+use crate::config::ANY;
 use crate::fleet::{Object, Shown, WriteError};
 use crate::proxy::{AnswerBody, printable, warning};
 use crate::store::Kind;
 use http::header::WARNING;
 use http::{Response, StatusCode};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
@@ -38,8 +40,9 @@ pub(super) async fn create(
         trust_domain: &call.shared.config.trust_domain,
     };
     let New { parsed, secrets } = input.create(resource, &call.fleet, &own)?;
+    let warnings = [warnings, told_of_names(call, &input.name, &parsed)].concat();
     let name = input.name.clone();
-    let dry = dry_run(call, &Value::Null)?;
+    let dry = dry_run(call, &DeleteOptions::default())?;
     let fail = |error: WriteError| ApiError::write(resource, &name, &error);
     if call.is_configured(resource, &name) {
         return Err(fail(WriteError::Reserved));
@@ -107,6 +110,7 @@ async fn change(
     next: impl Fn(&Value) -> Result<Value, ApiError>,
 ) -> Result<Response<AnswerBody>, ApiError> {
     let fail = |error: WriteError| ApiError::write(resource, name, &error);
+    let dry = dry_run(call, &DeleteOptions::default())?;
     for _ in 0..ATTEMPTS {
         let Basis { record, before } = basis(call, resource, name).await?;
         let input = Input::read(resource, next(&before)?)?;
@@ -127,8 +131,9 @@ async fn change(
             ));
         }
         let parsed = input.update(resource, &record.object)?;
+        let warnings = [warnings, told_of_names(call, name, &parsed)].concat();
         let unchanged = same(&parsed, &record.object);
-        if unchanged || dry_run(call, &Value::Null)? {
+        if unchanged || dry {
             let object =
                 if unchanged { Value::clone(&before) } else { preview(resource, name, &parsed, &before) };
             return Ok(warned(shown(call, resource, StatusCode::OK, &object), &warnings));
@@ -175,12 +180,14 @@ pub(super) async fn delete(
     options: &Value,
 ) -> Result<Response<AnswerBody>, ApiError> {
     let fail = |error: WriteError| ApiError::write(resource, name, &error);
-    let dry = dry_run(call, options)?;
+    let options = DeleteOptions::read(options)?;
+    let dry = dry_run(call, &options)?;
+    let wanted = options.preconditions.unwrap_or_default();
+    let wanted = [("uid", wanted.uid), ("resourceVersion", wanted.resource_version)];
     for _ in 0..ATTEMPTS {
         let Basis { record, before } = basis(call, resource, name).await?;
-        for field in ["uid", "resourceVersion"] {
-            let wanted = &options["preconditions"][field];
-            if !wanted.is_null() && *wanted != before["metadata"][field] {
+        for (field, wanted) in &wanted {
+            if wanted.as_deref().is_some_and(|wanted| before["metadata"][field] != *wanted) {
                 let why = format!("the {field} in the precondition is not the object's");
                 return Err(ApiError::conflict(resource, name, &why));
             }
@@ -250,21 +257,66 @@ async fn written(call: &Call, resource: &Resource, name: &str, revision: u64) ->
     object.map(|object| Value::clone(&object)).ok_or_else(|| ApiError::not_found(resource, name))
 }
 
-/// Whether nothing is to be changed.
-fn dry_run(call: &Call, options: &Value) -> Result<bool, ApiError> {
-    let listed = options["dryRun"].as_array().into_iter().flatten().filter_map(Value::as_str);
-    let mut asked: Vec<String> = listed.map(ToOwned::to_owned).collect();
-    asked.extend(Some(call.query("dryRun")).filter(|text| !text.is_empty()));
-    match asked.iter().find(|text| *text != "All") {
+/// Whether nothing is to be changed. `options` are those of a deletion.
+pub(super) fn dry_run(call: &Call, options: &DeleteOptions) -> Result<bool, ApiError> {
+    let mut asked =
+        options.dry_run.iter().flatten().map(String::as_str).chain(call.query.dry_runs()).peekable();
+    let dry = asked.peek().is_some();
+    match asked.find(|text| *text != "All") {
         Some(text) => Err(ApiError::bad_request(format!("dryRun: {text:?} is not supported; All is"))),
-        None => Ok(!asked.is_empty()),
+        None => Ok(dry),
+    }
+}
+
+/// `DeleteOptions` of Kubernetes. What it would not understand might be what was to keep the object.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct DeleteOptions {
+    kind: Option<String>,
+    #[serde(rename = "apiVersion")]
+    _api_version: Option<String>,
+    /// What hangs on an object of the fleet goes with it, and at once.
+    #[serde(rename = "gracePeriodSeconds")]
+    _grace_period_seconds: Option<i64>,
+    #[serde(rename = "orphanDependents")]
+    _orphan_dependents: Option<bool>,
+    #[serde(rename = "propagationPolicy")]
+    _propagation_policy: Option<String>,
+    preconditions: Option<Preconditions>,
+    dry_run: Option<Vec<String>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Preconditions {
+    uid: Option<String>,
+    resource_version: Option<String>,
+}
+
+impl DeleteOptions {
+    /// Reads the body of a deletion, which may be empty.
+    fn read(body: &Value) -> Result<Self, ApiError> {
+        if body.is_null() {
+            return Ok(Self::default());
+        }
+        let refuse = |why: &str| ApiError::bad_request(format!("the body is no DeleteOptions: {why}"));
+        // A list would be read as fields in their order.
+        let is_object = |value: &Value| value.is_object() || value.is_null();
+        if !is_object(body) || !is_object(&body["preconditions"]) {
+            return Err(refuse("it is no object, or the preconditions are none"));
+        }
+        let options: Self = Self::deserialize(body).map_err(|error| refuse(&error.to_string()))?;
+        match options.kind.as_deref() {
+            None | Some("DeleteOptions") => Ok(options),
+            Some(other) => Err(refuse(&format!("its kind is {other:?}"))),
+        }
     }
 }
 
 /// What is said of fields that are not known: refused, told, or nothing, as the query asks.
 fn validate_fields(call: &Call, resource: &Resource, input: &Input) -> Result<Vec<String>, ApiError> {
     let told = |field: &String| format!("unknown field \"{field}\"");
-    match call.query("fieldValidation").as_str() {
+    match call.query.get("fieldValidation") {
         "Strict" if !input.unknown.is_empty() => {
             let fields: Vec<_> = input.unknown.iter().map(told).collect();
             let message = format!(
@@ -281,6 +333,40 @@ fn validate_fields(call: &Call, resource: &Resource, input: &Input) -> Result<Ve
             Err(ApiError::bad_request(format!("fieldValidation: {other:?} is none of Strict, Warn, Ignore")))
         }
     }
+}
+
+/// What is said of clusters that a rule names and that are not there, and of rules that name a cluster and are not for it.
+fn told_of_names(call: &Call, name: &str, parsed: &Parsed) -> Vec<String> {
+    let told = match parsed {
+        Parsed::AccessRule(rule) => {
+            let is_there = |name: &String| {
+                call.shared.live().by_name.contains_key(name)
+                    || call.fleet.object(Kind::Cluster, name).is_some()
+            };
+            let about = |name: &String| {
+                if rule.ended.contains(name) {
+                    return Some(format!(
+                        "the cluster {name:?} that this rule was for was deleted: it does not count for another of that name; to let it count, take the name out and write it anew"
+                    ));
+                }
+                (name != ANY && !is_there(name)).then(|| {
+                    format!("no cluster is named {name:?}; the rule counts for the one that is registered under that name")
+                })
+            };
+            rule.clusters.iter().filter_map(about).collect()
+        }
+        Parsed::Cluster(_) => {
+            let rules = call.fleet.rules_of_an_earlier(name);
+            let about = |rule: &Arc<str>| {
+                format!(
+                    "the access rule {rule:?} was for an earlier cluster {name:?}, and does not count for this one"
+                )
+            };
+            rules.iter().map(about).collect()
+        }
+        _ => Vec::new(),
+    };
+    told.into_iter().take(WARNINGS_MAX).collect::<Vec<String>>()
 }
 
 fn warned(mut response: Response<AnswerBody>, warnings: &[String]) -> Response<AnswerBody> {

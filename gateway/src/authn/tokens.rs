@@ -87,7 +87,7 @@ impl Tokens {
                 continue;
             };
             let principal = Principal::new(&entry.user, entry.groups);
-            if let Err(what) = principal.check() {
+            if let Err(what) = principal.check_foreign() {
                 problems.push(fail(&what.to_string()));
                 continue;
             }
@@ -169,6 +169,15 @@ mod tests {
         );
         let problems = Tokens::parse(&text, "tokens.yaml").unwrap_err();
         assert_eq!(problems.len(), 3, "{problems:#?}");
+        // Goal: S12: nobody is an admin of the fleet because a file says so.
+        for group in ["towline:admins", "Towline:x"] {
+            let text = format!("tokens:\n- {{sha256: {hash}, user: a, groups: [ops, '{group}']}}\n");
+            let problems = Tokens::parse(&text, "tokens.yaml").unwrap_err();
+            assert!(
+                problems.len() == 1 && problems[0].contains("only its own CA and its records"),
+                "{problems:?}"
+            );
+        }
         let broken = format!("tokens:\n- {{sha256: {hash}, usr: a}}\n");
         let structural = Tokens::parse(&broken, "tokens.yaml").unwrap_err();
         for problem in problems.iter().chain(&structural) {

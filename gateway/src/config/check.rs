@@ -2,6 +2,7 @@
 
 use super::{API_VERSION, Effect, GatewayConfig, KIND, ProxyProtocol};
 use crate::fleet::OBJECTS_MAX;
+use crate::routing::ClusterName;
 use std::collections::HashSet;
 use std::fmt::Display;
 use towline_certs::HostName;
@@ -102,11 +103,11 @@ impl GatewayConfig {
     fn check_access(&self, problems: &mut Problems) {
         for (index, rule) in self.access.iter().enumerate() {
             let key = format!("access[{index}]");
-            let subjects = rule.users.len() + rule.groups.len();
-            problems.unless(subjects > 0, &key, "names neither users nor groups; write \"*\" for everybody");
-            problems.unless(!rule.clusters.is_empty(), &key, "names no clusters; write \"*\" for every one");
-            for name in &rule.clusters {
-                let known = name == "*" || self.clusters.iter().any(|cluster| cluster.name.as_str() == name);
+            for (list, why) in rule.problems() {
+                problems.unless(false, &format!("{key}.{list}"), why);
+            }
+            for name in rule.clusters.iter().filter(|name| ClusterName::new(name).is_ok()) {
+                let known = self.clusters.iter().any(|cluster| cluster.name.as_str() == name);
                 // A Deny for a cluster that is yet to come is sensible, an Allow is more often a misspelling, unless clusters
                 // can be registered.
                 let fine = known || rule.effect == Effect::Deny || self.state_directory.is_some();
@@ -353,7 +354,7 @@ drain:
             problems.iter().any(|p| p.starts_with("gw.yaml:12:13: name: \"PROD\" is no cluster name")),
             "{problems:#?}"
         );
-        assert!(problems.iter().any(|p| p.contains("access[0]: names neither")), "{problems:#?}");
+        assert!(problems.iter().any(|p| p.contains("access[0].users: names neither")), "{problems:#?}");
     }
 
     #[test]
@@ -399,6 +400,24 @@ drain:
                 "limits.reservedConnections: must be at least 1",
             ),
             ("clusters: ['*']", "clusters: [prdo]", "no cluster is named \"prdo\""),
+            // Goal: D2: what is no name of a cluster is refused, also in a Deny, and what nobody can be.
+            (
+                "clusters: ['*']",
+                "clusters: ['prod-*']",
+                "access[0].clusters: \"prod-*\" is no name of a cluster",
+            ),
+            (
+                "Allow, groups: [ops], clusters: ['*']",
+                "Deny, groups: [ops], clusters: ['no such cluster!']",
+                "access[0].clusters: \"no such cluster!\" is no name of a cluster",
+            ),
+            ("groups: [ops]", "groups: ['ops-*']", "access[0].groups: \"ops-*\" holds *"),
+            (
+                "groups: [ops]",
+                "users: ['system:admin']",
+                "access[0].users: \"system:admin\" begins with system:",
+            ),
+            ("groups: [ops]", "users: [' joe']", "access[0].users: \" joe\" begins or ends with a space"),
         ] {
             let problems = problems(&GOOD.replace(from, to));
             assert!(problems.iter().any(|problem| problem.contains(expected)), "{expected}: {problems:#?}");

@@ -198,6 +198,11 @@ by_from_str!(
     "trust domain",
     Self::new("invalid").expect("a word of lower-case letters is a trust domain")
 );
+by_from_str!(
+    crate::origin::Origin,
+    "origin",
+    "https://invalid".parse().expect("a word of lower-case letters is a host")
+);
 by_from_str!(ClusterUid, "cluster uid", Self::new("invalid").expect("a word of lower-case letters is a uid"));
 by_from_str!(
     crate::routing::ClusterName,

@@ -58,7 +58,7 @@ impl Fleet {
         })
     }
 
-    /// Deletes an object of this revision. With a cluster go its agents and its join tokens.
+    /// Deletes an object of this revision. With a cluster go its agents and its join tokens, and every Allow ends that names it.
     ///
     /// # Errors
     /// Why nothing was deleted.
@@ -75,6 +75,11 @@ impl Fleet {
                 transaction = transaction.delete(key);
             }
             transaction = transaction.delete(Key::new(Kind::LastSeen, &cluster.meta.uid));
+            for (key, rule, at) in view.rules_naming(name) {
+                if let Some(next) = rule.after_deletion(name) {
+                    transaction = transaction.unchanged(key.clone(), at).put(&key.name, &next);
+                }
+            }
         }
         self.commit(transaction).await
     }

@@ -5,12 +5,12 @@
 
 use super::issuer::Issuers;
 use crate::authn::Principal;
-use crate::config::{Effect, Mode};
+use crate::config::{self, Effect, Mode};
 use crate::store::{Kind, Stored};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -228,6 +228,32 @@ pub struct AccessRule {
     pub users: Vec<String>,
     pub groups: Vec<String>,
     pub clusters: Vec<String>,
+    /// Names among `clusters` whose cluster was deleted since the rule was written. An Allow was for that cluster, and not for
+    /// another that gets its name; a Deny is for whoever has it.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub ended: BTreeSet<String>,
+}
+
+impl AccessRule {
+    /// What it says as a rule: of whom, and for which clusters still.
+    #[must_use]
+    pub fn in_force(&self) -> config::AccessRule {
+        let for_it = |name: &&String| self.effect == Effect::Deny || !self.ended.contains(*name);
+        config::AccessRule {
+            effect: self.effect,
+            users: self.users.clone(),
+            groups: self.groups.clone(),
+            clusters: self.clusters.iter().filter(for_it).cloned().collect(),
+        }
+    }
+
+    /// The rule after the cluster of this name was deleted, if that changes it.
+    #[must_use]
+    pub fn after_deletion(&self, cluster: &str) -> Option<Self> {
+        let names_it = self.effect == Effect::Allow && self.clusters.iter().any(|name| name == cluster);
+        let mut next = self.clone();
+        (names_it && next.ended.insert(cluster.to_owned())).then_some(next)
+    }
 }
 
 /// A bearer token for clusters in impersonate mode and for the API; its record's name is the token's id.

@@ -4,6 +4,7 @@ use super::*;
 use crate::config::Mode;
 use crate::store::{Revision, Stored, Transaction, backup};
 use aws_lc_rs::digest;
+use std::collections::BTreeSet;
 use std::path::Path;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -373,6 +374,7 @@ async fn the_view_is_what_a_fresh_list_is() {
         users: vec![format!("user-{number}")],
         groups: Vec::new(),
         clusters: vec!["*".to_owned()],
+        ended: BTreeSet::new(),
     };
     for round in 0..18 {
         let many = (0..1000).fold(Transaction::new(), |all, number| {
@@ -520,6 +522,7 @@ fn rules_are_rebuilt_once_per_batch() {
         users: vec!["jane".to_owned()],
         groups: vec!["ops".to_owned()],
         clusters: vec!["*".to_owned()],
+        ended: BTreeSet::new(),
     };
     let data = Arc::new(serde_json::to_value(&rule).unwrap());
     let record = |number: u64| Record {

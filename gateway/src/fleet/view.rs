@@ -252,12 +252,7 @@ impl View {
         }
         let rules = self.objects.get(&Kind::AccessRule).into_iter().flatten().filter_map(|(_, shown)| {
             let Object::AccessRule(rule) = &shown.object else { return None };
-            Some(config::AccessRule {
-                effect: rule.effect,
-                users: rule.users.clone(),
-                groups: rule.groups.clone(),
-                clusters: rule.clusters.clone(),
-            })
+            Some(rule.in_force())
         });
         self.rules = Arc::new(AccessRules::new(rules.collect()));
     }
@@ -420,6 +415,19 @@ impl View {
 
     pub(super) fn clusters_among(&self, names: &HashSet<String>) -> Vec<Arc<str>> {
         self.routes.keys().filter(|name| names.contains(&***name)).cloned().collect()
+    }
+
+    /// The access rules that name a cluster, with their revisions.
+    pub(super) fn rules_naming(&self, cluster: &str) -> Vec<(Key, Arc<AccessRule>, u64)> {
+        let rules = self.objects.get(&Kind::AccessRule).into_iter().flatten();
+        let rules = rules.filter_map(|(name, shown)| match &shown.object {
+            Object::AccessRule(rule) if rule.clusters.iter().any(|named| named == cluster) => {
+                let key = Key { kind: Kind::AccessRule, name: Arc::clone(name) };
+                Some((key, Arc::clone(rule), shown.revision))
+            }
+            _ => None,
+        });
+        rules.collect()
     }
 
     /// What goes when a cluster goes, or all its agents do.

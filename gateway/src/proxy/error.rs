@@ -444,6 +444,11 @@ fn route(error: &RouteError) -> Verdict {
             TlCode::BadPath,
             "use https://GATEWAY/clusters/NAME/…; kubectl get --raw before 1.34 needs /clusters/NAME/… before the path, kubectl proxy needs --append-server-path",
         ),
+        RouteError::NoFleet => (
+            StatusCode::NOT_FOUND,
+            TlCode::BadPath,
+            "kubectl works with the clusters of its configuration; towline and the fleet's objects need a stateDirectory",
+        ),
         RouteError::Nothing => {
             (StatusCode::NOT_FOUND, TlCode::BadPath, "clusters are at https://GATEWAY/clusters/NAME/…")
         }
@@ -502,6 +507,11 @@ fn headers(error: &HeadersError) -> Verdict {
             TlCode::Forbidden,
             "call the gateway from its own origin or without a browser",
         ),
+        HeadersError::ForeignOrigin(_) => (
+            StatusCode::FORBIDDEN,
+            TlCode::Forbidden,
+            "call the gateway without a browser, or list the origin in allowedOrigins of the gateway's configuration",
+        ),
         HeadersError::OwnCredential => return authn(&AuthnError::OwnCredential),
     };
     Verdict { status, code, message: format!("{error} — {remedy}") }
@@ -530,8 +540,15 @@ fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
             (TlCode::BadUpstream, "check the agent's log and the cluster's API server")
         }
     };
-    Verdict { status, code: tl, message: format!("cluster {cluster:?}: {said} — {remedy}") }
+    // The cluster's own words: a sentence or two, and not a page in the gateway's name.
+    let said = printable(said);
+    let shown: String = said.chars().take(SAID_MAX).collect();
+    let more = if shown.len() < said.len() { "…" } else { "" };
+    Verdict { status, code: tl, message: format!("cluster {cluster:?}: {shown}{more} — {remedy}") }
 }
+
+/// Most characters of what an agent says that a client is told.
+const SAID_MAX: usize = 512;
 
 /// The reason of a Kubernetes `Status`.
 fn reason(status: StatusCode) -> &'static str {
@@ -589,6 +606,21 @@ mod tests {
         let (head, body) = error.into_response("audit-1").into_parts();
         let bytes = body.collect().await.unwrap().to_bytes();
         (Response::from_parts(head, ()), serde_json::from_slice(&bytes).unwrap())
+    }
+
+    /// Goal: S19: an agent's words are clipped in the Status as in the Warning, and what is the gateway's own stands behind them.
+    #[tokio::test]
+    async fn s19_what_an_agent_says_is_clipped() {
+        for message in ["x".repeat(60_000), "ä\u{1b}[2J\r\n".repeat(9000)] {
+            let failure = Failure { code: Code::UpstreamConnect.to_u32(), message, ..Failure::default() };
+            let (response, body) = render(ProxyError::Agent { cluster: "prod".to_owned(), failure }).await;
+            let message = body["message"].as_str().unwrap();
+            assert!(message.len() < 2048 && message.contains("… — check the agent's log"), "{message}");
+            assert!(!message.contains(['\u{1b}', '\r', '\n']), "{message}");
+            let warning = response.headers()[header::WARNING].to_str().unwrap();
+            assert!(warning.len() < 2048 && warning.contains("check the agent's log"), "{warning}");
+            assert_eq!(body["details"]["causes"][0]["message"], message);
+        }
     }
 
     #[tokio::test]

@@ -82,6 +82,7 @@ pub fn config(directory: &Path) -> GatewayConfig {
             ClientIdentity::new("jane", ["ops"]).unwrap(),
             ClientIdentity::new("joe", [""; 0]).unwrap(),
             ClientIdentity::new("system:admin", [""; 0]).unwrap(),
+            ClientIdentity::new("mallory", ["ops", "towline:admins"]).unwrap(),
         ],
         trust_domain: TrustDomain::new("example.org").unwrap(),
         leaf_lifetime: Duration::from_secs(3600),
