@@ -391,12 +391,12 @@ fn a_long_close_text_is_cut() {
     assert_eq!(text.len(), CLOSE_TEXT_MAX - 1);
 }
 
-/// A hello may have fields that this version does not know, and may lack those it does.
+/// A hello may have fields that this version does not know, and may lack those it does, but for the limits (A17).
 #[test]
 fn hellos_of_other_versions() {
-    let (items, _) = decode([&unhex("10000009 00000000 0801 0802 fa0602aabb")[..]]);
+    let (items, _) = decode([&unhex("1000000b 00000000 0801 0802 1a00 fa0602aabb")[..]]);
     let Ok([Item::Frame(Frame::Hello(hello))]) = items.as_deref() else { panic!("{items:?}") };
     assert_eq!(hello.versions, [1, 2]);
-    let (items, _) = decode([&unhex("10000000 00000000")[..]]);
+    let (items, _) = decode([&unhex("10000002 00000000 1a00")[..]]);
     assert_eq!(items, Ok(vec![Item::Frame(Frame::Hello(Box::default()))]));
 }
