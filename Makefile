@@ -1,11 +1,11 @@
 # The verbs of daily work. CI calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench fuzz load tools clean
+.PHONY: help demo test test-cluster lint bench fuzz load tools clean
 
 CARGO ?= cargo
 
 help: ## what the verbs are
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: ## a gateway, an agent and an API server on loopback, and real requests through the tunnel (ONCE=1: run and exit; REAL=1: the current kubeconfig's cluster)
 	$(CARGO) build --workspace --bins
@@ -13,6 +13,9 @@ demo: ## a gateway, an agent and an API server on loopback, and real requests th
 
 test: tools ## every test; says loudly what it skips
 	$(CARGO) test --workspace --no-fail-fast
+
+test-cluster: ## a real one-node cluster without Docker, a gateway and agents in it: root on Linux, and Go to build Kubernetes, once (CHECKS="an_eviction_is_not_noticed": only that)
+	CARGO=$(CARGO) loadtest/cluster/run $(CHECKS)
 
 lint: ## format, clippy, documentation, and the proof that the core is pure
 	$(CARGO) fmt --all --check
