@@ -90,70 +90,84 @@ mask() {
         -e 's/-[0-9a-f]{8,10}-[a-z0-9]{5}\b/-POD/g' -e 's/node-debugger-onenode-[a-z0-9]{5}/DEBUGGER/g' -e 's/\r//g' -e '/^Handling connection$/d'
 }
 
-# K1, K2, FR-05: while all agents are replaced, three times, informers of client-go's see everything and list nothing again, `kubectl wait`
-# goes on, and no request fails.
-rollouts_make_nobody_list() {
+# K1, FR-05: while all agents are replaced, three times, no request fails and no watch has to list.
+rollouts_are_not_noticed() {
     local cluster
-    for cluster in closed open; do rollouts $cluster; done
+    for cluster in closed open; do
+        traffic_starts $cluster
+        for _ in $(seq $ROLLOUTS); do
+            kubectl_direct -n $cluster rollout restart deployment/towline-agent >/dev/null
+            kubectl_direct -n $cluster rollout status deployment/towline-agent --timeout=120s >/dev/null
+            # Those that are replaced finish what they have, watches too.
+            until_ok 60 agents_ready $cluster 2
+            announce
+        done
+        traffic_ends "$cluster: $ROLLOUTS rollouts"
+    done
 }
 
-rollouts() { # CLUSTER
-    local cluster=$1 user token before after made=0
+# traffic_starts CLUSTER [get]: requests without a pause, of four clients with a connection each, GETs alone or with POSTs; informers of
+# client-go's; and `kubectl wait`. Until
+# traffic_ends WHAT: no request has failed; all that watched saw everything; and by the API server's audit log none has listed again (K1, K2).
+traffic_starts() {
+    local cluster=$1 token
     kubectl_direct create namespace watched >/dev/null
     kubectl_direct -n watched create secret generic awaited >/dev/null
-    # The audit log of the API server tells who asks: nobody else does so in this namespace, under this name.
+    # Nobody else asks in this namespace under this name.
     case $cluster in
     closed)
-        user=system:serviceaccount:kube-system:informer
+        WATCHER=system:serviceaccount:kube-system:informer
         token=$(service_account informer --clusterrole=cluster-admin)
         sed "s/token: '[^']*'/token: '$token'/" "$RUN/closed.through.yaml" >"$RUN/informer.yaml"
         ;;
     open)
-        user=$(kubectl --kubeconfig "$RUN/open.through.yaml" auth whoami -o 'jsonpath={.status.userInfo.username}')
+        WATCHER=$(kubectl --kubeconfig "$RUN/open.through.yaml" auth whoami -o 'jsonpath={.status.userInfo.username}')
         cp "$RUN/open.through.yaml" "$RUN/informer.yaml"
         ;;
     esac
-    : >"$RUN/informer.log"
-    : >"$RUN/waiter.log"
+    truncate -s 0 "$RUN"/{informer,waiter,load,audit}.log
     beside informer client watch "$RUN/informer.yaml" watched
     beside waiter kubectl --kubeconfig "$RUN/informer.yaml" -n watched wait --for=delete secret/awaited --timeout=300s
+    MADE=0
     announce
-    until_ok 20 have_listed "$user"
-    before=$(audited "$user" list)
-    load_starts "$cluster"
-    for _ in $(seq $ROLLOUTS); do
-        kubectl_direct -n "$cluster" rollout restart deployment/towline-agent >/dev/null
-        kubectl_direct -n "$cluster" rollout status deployment/towline-agent --timeout=120s >/dev/null
-        # Those that are replaced finish what they have, watches too.
-        until_ok 60 agents_ready "$cluster" 2
-        announce
-    done
-    load_ends "$cluster: $ROLLOUTS rollouts"
+    until_ok 20 have_listed
+    LISTS=$(audited list)
+    WATCHES=$(audited watch)
+    beside load client load "$RUN/$cluster.through.yaml" "${2:-get-and-post}"
+    sleep 2
+}
+
+traffic_ends() {
+    local what=$1 lists
+    announce
+    end load
     kubectl_direct -n watched delete secret awaited >/dev/null
     until_ok 20 ended_well waiter
-    after=$(audited "$user" list)
-    say "$cluster: lists before and after: $before, $after; watches: $(audited "$user" watch)"
     end informer
+    lists=$(($(audited list) - LISTS))
+    say "$what: $(head -n 1 "$RUN/load.log"); watches begun anew: $(($(audited watch) - WATCHES)), lists: $lists"
     kubectl_direct delete namespace watched >/dev/null
-    [ "$before" = "$after" ] || fail "$cluster: rollouts of the agents made informers list again"
+    grep -q ' 0 failed' "$RUN/load.log" || fail "$what: $(cat "$RUN/load.log")"
+    [ "$lists" = 0 ] || fail "$what: informers have listed again"
 }
 
 # Another ConfigMap, which both informers have to see.
 announce() {
-    made=$((made + 1))
-    kubectl_direct -n watched create configmap "event-$made" >/dev/null
-    for kind in protobuf json; do until_ok 60 grep -qx "$kind event-$made" "$RUN/informer.log"; done
+    local kind
+    MADE=$((MADE + 1))
+    kubectl_direct -n watched create configmap "event-$MADE" >/dev/null
+    for kind in protobuf json; do until_ok 60 grep -qx "$kind event-$MADE" "$RUN/informer.log"; done
 }
 
 # Two informers and `kubectl wait`.
-have_listed() { [ "$(audited "$1" list)" -ge 3 ] && [ "$(audited "$1" watch)" -ge 3 ]; }
+have_listed() { [ "$(audited list)" -ge 3 ] && [ "$(audited watch)" -ge 3 ]; }
 
-audited() { # USER list|watch: how many requests in the namespace `watched`
-    python3 - "$RUN/audit.log" "$@" <<'PY'
+audited() { # list|watch: how many requests of $WATCHER's in the namespace `watched`
+    python3 - "$RUN/audit.log" "$WATCHER" "$1" <<'PY'
 import json, sys
 path, user, verb = sys.argv[1:]
 stage = {"list": "ResponseComplete", "watch": "ResponseStarted"}[verb]
-events = map(json.loads, open(path))
+events = (json.loads(line) for line in open(path) if line.endswith("\n"))
 print(sum(event["verb"] == verb and event["stage"] == stage and event.get("objectRef", {}).get("namespace") == "watched"
           and event.get("impersonatedUser", event["user"])["username"] == user for event in events))
 PY
@@ -163,30 +177,16 @@ ended_well() { # NAME: `kubectl wait` has
     ! pid_of "$1" && grep -q 'condition met' "$RUN/$1.log"
 }
 
-# Requests without a pause, of four clients with a connection each, until load_ends.
-load_starts() { # CLUSTER [get]
-    : >"$RUN/load.log"
-    beside load client load "$RUN/$1.through.yaml" "${2:-get-and-post}"
-    sleep 2
-}
-
-load_ends() { # WHAT
-    sleep 2
-    end load
-    say "$1: $(head -n 1 "$RUN/load.log")"
-    grep -q ' 0 failed' "$RUN/load.log" || fail "$1: $(cat "$RUN/load.log")"
-}
-
 # An agent whose pod is evicted has finished what it carried before it ends.
 an_eviction_is_not_noticed() {
     local cluster pod
     for cluster in closed open; do
-        load_starts $cluster
+        traffic_starts $cluster
         pod=$(kubectl_direct -n $cluster get pods -o 'jsonpath={.items[0].metadata.name}')
         evict $cluster "$pod" || fail "$cluster: the eviction of a ready agent beside another was refused"
         until_ok 60 kubectl_direct -n $cluster wait --for=delete "pod/$pod" --timeout=1s
         until_ok 60 agents_ready $cluster 2
-        load_ends "$cluster: an eviction"
+        traffic_ends "$cluster: an eviction"
     done
 }
 
@@ -202,11 +202,11 @@ a_drain_is_not_noticed() {
     agent_outside closed
     replicas 1
     until_ok 20 connected closed 2
-    load_starts closed
+    traffic_starts closed
     drain
     uncordon
     until_ok 60 agents_ready closed 1
-    load_ends "closed: a drain of the node, one agent elsewhere"
+    traffic_ends "closed: a drain of the node, one agent elsewhere"
     end agent
     replicas 2
 }
@@ -253,13 +253,13 @@ a_reboot_is_waited_out() {
     agent_outside closed
     until_ok 20 connected closed 3
     agents=$(towline cluster get closed -o json | json_of status.agents)
-    load_starts closed get
+    traffic_starts closed get
     power_off
     until_ok 30 connected closed 1
     power_on
     until_ok 120 connected closed 3
     [ "$(towline cluster get closed -o json | json_of status.agents)" = "$agents" ] || fail "closed: an agent came back as a new one"
-    load_ends "closed: the node loses power and comes back, one agent elsewhere"
+    traffic_ends "closed: the node loses power and comes back, one agent elsewhere"
     end agent
     for cluster in open closed; do until_ok 90 agents_ready $cluster 2; done
     until_ok 20 connected open 2
