@@ -5,6 +5,7 @@ use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
+use tokio::runtime::Handle;
 use towline_proto::tunnel::Transport;
 
 use crate::transport::Reason;
@@ -51,6 +52,8 @@ pub(crate) struct Metrics {
     pub(crate) trust: IntCounterVec,
     /// When the certificate that the agent joined with or renewed runs out.
     pub(crate) certificate_ends: IntGauge,
+    /// Tasks that have been spawned and have not ended.
+    tasks: IntGauge,
 }
 
 /// Counts up now and down when it is dropped.
@@ -159,6 +162,7 @@ impl Metrics {
                     "When the certificate that the agent got by joining runs out; 0 = it has none",
                 ),
             ),
+            tasks: add(&registry, gauge("tasks", "Tasks that run")),
             registry,
         };
         metrics.preset();
@@ -208,6 +212,9 @@ impl Metrics {
 
     /// The metrics in Prometheus' text format, with its content type.
     pub(crate) fn text(&self) -> (String, Vec<u8>) {
+        if let Ok(runtime) = Handle::try_current() {
+            self.tasks.set(i64::try_from(runtime.metrics().num_alive_tasks()).unwrap_or(i64::MAX));
+        }
         let encoder = TextEncoder::new();
         let mut out = Vec::new();
         if let Err(error) = encoder.encode(&self.registry.gather(), &mut out) {
@@ -294,6 +301,7 @@ mod tests {
             renewals,
             trust,
             certificate_ends: _,
+            tasks: _,
         } = Metrics::new();
         // A family without a series is not printed.
         for vector in [&fallbacks, &sessions_ended, &tunnel_bytes, &refused, &connects, &stale] {

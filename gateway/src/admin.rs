@@ -188,6 +188,7 @@ impl Admin {
             let _turn = turn;
             shared.registry.count_bytes();
             shared.metrics.memory(shared.memory.used(), shared.uploads.used());
+            shared.metrics.tasks(shared.shards.tasks());
             let live = shared.live();
             let connected = |uid| shared.registry.presence(uid).sessions > 0;
             let clusters = shared.clusters(&live);

@@ -203,6 +203,7 @@ pub struct Metrics {
     holds_waiting: IntGauge,
     reloads: IntCounterVec,
     draining: IntGauge,
+    tasks: IntGauge,
     records_skipped: IntCounterVec,
     revocations_purged: IntCounter,
     store_errors: IntCounter,
@@ -386,6 +387,7 @@ impl Metrics {
                 &["outcome"],
             ),
             draining: gauge(r, "towline_gateway_draining", "Whether the gateway is about to stop."),
+            tasks: gauge(r, "towline_gateway_tasks", "Tasks that run, of all threads."),
             revocations_purged: counter(
                 r,
                 "towline_gateway_revocations_purged_total",
@@ -520,6 +522,11 @@ impl Metrics {
     pub fn memory(&self, tunnel: usize, uploads: usize) {
         self.tunnel_memory.set(i64::try_from(tunnel).unwrap_or(i64::MAX));
         self.upload_memory.set(i64::try_from(uploads).unwrap_or(i64::MAX));
+    }
+
+    /// Tasks that have not ended.
+    pub fn tasks(&self, count: usize) {
+        self.tasks.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     pub fn tunnel_bytes(&self, received: u64, sent: u64) {

@@ -29,6 +29,8 @@ pub(crate) fn cores() -> usize {
 /// The shards of one gateway. Dropping it ends all but the first, with whatever still runs on them.
 #[derive(Debug)]
 pub(crate) struct Shards {
+    /// The runtime of whoever started them; none only outside of any.
+    first: Option<Handle>,
     /// All but the first.
     others: Vec<Handle>,
     next: AtomicUsize,
@@ -51,7 +53,13 @@ impl Shards {
                 .name(format!("towline-gateway-{number}"))
                 .spawn(move || runtime.block_on(stop.cancelled_owned()))?;
         }
-        Ok(Self { others, next: AtomicUsize::new(0), _stop: stop.drop_guard() })
+        let first = Handle::try_current().ok();
+        Ok(Self { first, others, next: AtomicUsize::new(0), _stop: stop.drop_guard() })
+    }
+
+    /// Tasks that have been spawned and have not ended, of all shards.
+    pub(crate) fn tasks(&self) -> usize {
+        self.first.iter().chain(&self.others).map(|shard| shard.metrics().num_alive_tasks()).sum()
     }
 
     /// The shard whose turn it is to get a connection; `None` = the first, which accepts.
