@@ -1,6 +1,7 @@
 //! How are clients served? HTTP/1.1 or HTTP/2 as ALPN agreed, with every limit of hyper stated, until the client leaves or
 //! the gateway drains.
 
+mod frames;
 mod framing;
 mod idle;
 
@@ -10,6 +11,7 @@ use crate::proxy::{self, AnswerBody, Basis, Peer};
 use crate::running::Chain;
 use crate::state::Shared;
 use crate::uploads;
+use frames::Followed;
 use framing::Judged;
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response, StatusCode};
@@ -55,6 +57,8 @@ const H2_PING_DEAD: Duration = Duration::from_secs(15);
 /// how long its client has to take the last answer and to go. Without it a client that takes nothing, or does not acknowledge
 /// HTTP/2's last ping, would stay for ever.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// HTTP/1.1: the answer to the beginning of a request. As hyper's answers to a broken one, it has no body.
+const TOO_LATE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 /// HTTP/2: how long an answer has to end by itself, when what it rests on was revoked.
 const RECALL_AFTER: Duration = Duration::from_millis(500);
 
@@ -126,11 +130,20 @@ pub(crate) async fn serve<IO>(
                     Ok::<_, Infallible>(response)
                 }
             });
+            let (io, over) = Followed::new(io, shared.config.limits.header_bytes.0, H2_FRAME as usize);
             let connection = http2_builder(&shared).serve_connection(TokioIo::new(io), service);
             let mut connection = pin!(connection);
             let finish = |connection: Pin<&mut _>| http2::Connection::graceful_shutdown(connection);
-            let ended = drive(&shared, &peer, &asked, connection.as_mut(), finish, std::future::pending());
-            return ended.await.map(drop);
+            // Who floods may not even take the word that it is over.
+            let flooded = async {
+                over.cancelled().await;
+                tokio::time::sleep(LAST_WORDS).await;
+            };
+            let ended = drive(&shared, &peer, &asked, connection.as_mut(), finish, flooded).await;
+            if over.is_cancelled() {
+                shared.metrics.limit_reached(Limit::Flood);
+            }
+            return ended.map(drop);
         }
         let activity = Arc::<Activity>::default();
         let (mut io, framing) = Judged::new(io, Arc::clone(&activity));
@@ -157,6 +170,20 @@ pub(crate) async fn serve<IO>(
                 |connection: Pin<&mut _>| http1::UpgradeableConnection::graceful_shutdown(connection);
             match drive(&shared, &peer, &asked, Pin::new(&mut connection), finish, activity.idle()).await? {
                 Driven::Ended => return Ok(()),
+                Driven::Silent => {
+                    // Only where a request has begun is there anybody to answer.
+                    if let Some(mut io) = idle::park(connection)
+                        && io.is_in_head()
+                    {
+                        shared.metrics.rejected(Surface::Front, TlCode::Timeout);
+                        let answer = async {
+                            io.write_all(TOO_LATE).await?;
+                            io.shutdown().await
+                        };
+                        drop(tokio::time::timeout(LAST_WORDS, answer).await);
+                    }
+                    return Ok(());
+                }
                 Driven::Idle => {}
             }
             let Some(mut parked) = idle::park(connection) else { return Ok(()) };
@@ -282,7 +309,9 @@ async fn until<F: Future>(mut waits: Pin<&mut Option<F>>) -> F::Output {
 /// Why a connection is not driven any further.
 enum Driven {
     Ended,
-    /// Nobody asks for anything.
+    /// There was no whole request in time.
+    Silent,
+    /// Nobody asks for anything, or too much of nothing.
     Idle,
 }
 
@@ -333,7 +362,7 @@ where
             result = &mut connection => return result.map(|()| Driven::Ended),
             () = &mut silent => {
                 shared.metrics.limit_reached(Limit::FirstRequest);
-                return Ok(Driven::Ended);
+                return Ok(Driven::Silent);
             }
             () = &mut idle, if !finishing => return Ok(Driven::Idle),
             () = &mut finished, if !finishing => {

@@ -126,6 +126,7 @@ label!(
         FirstRequest = "first_request",
         LastWords = "last_words",
         Refusals = "refusals",
+        Flood = "flood",
         Idle = "idle",
         Head = "head",
         RequestsPerPrincipal = "requests_per_principal",

@@ -31,7 +31,7 @@ use crate::fleet::Fleet;
 use crate::gate::{Place, Standing};
 use crate::headers::{self, Asked, HeadersError, Upstream};
 use crate::kube::{self, RequestKind};
-use crate::metrics::{Counted, Ended, Limit, Surface};
+use crate::metrics::{Counted, Ended, Limit, Surface, TlCode};
 use crate::origin;
 use crate::per_key::KeyPermit;
 use crate::registry::{AcquireError, Patience, SessionId};
@@ -141,11 +141,14 @@ pub(crate) async fn serve(
     let start = Instant::now();
     let audit_id = audit_id();
     let method = request.method().clone();
+    let http1 = request.version() <= Version::HTTP_11;
     let wants_upgrade =
         request.version() == Version::HTTP_11 && request.headers().contains_key(header::UPGRADE);
     let result = run(&shared, &peer, request, &audit_id).await;
+    let mut ambiguous = false;
     let mut response = result.unwrap_or_else(|error| {
         shared.metrics.rejected(Surface::Front, error.code());
+        ambiguous = error.code() == TlCode::BadFraming;
         if let Some(limit) = error.limit() {
             shared.metrics.limit_reached(limit);
         }
@@ -160,7 +163,7 @@ pub(crate) async fn serve(
     if method == Method::HEAD && response.body().size_hint().exact() != Some(0) {
         *response.body_mut() = AnswerBody::full(Bytes::new());
     }
-    if wants_upgrade && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+    if http1 && ambiguous || wants_upgrade && response.status() != StatusCode::SWITCHING_PROTOCOLS {
         // What the client has sent behind its request must not become another one.
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }

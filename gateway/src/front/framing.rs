@@ -108,6 +108,11 @@ impl<IO> Judged<IO> {
         self.put_back.extend_from_slice(bytes);
     }
 
+    /// Whether a request has begun whose head has not ended.
+    pub(super) const fn is_in_head(&self) -> bool {
+        matches!(self.place, Place::RequestLine | Place::Name(_) | Place::Value(_))
+    }
+
     pub(super) const fn has_put_back(&self) -> bool {
         !self.put_back.is_empty()
     }
