@@ -589,6 +589,7 @@ mod tests {
         assert!(matches!(cause, LoadCause::LeafNotFirst { number: 2, .. }), "{cause:?}");
     }
 
+    /// CF-03, of its mode; the rest of that row is in the tests beside this one.
     #[test]
     fn an_exposed_key_is_refused_or_warned_about() {
         let files = Files::new();

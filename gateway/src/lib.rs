@@ -56,7 +56,7 @@ pub mod metrics;
 pub mod origin;
 mod per_key;
 mod proxy;
-mod proxy_protocol;
+pub mod proxy_protocol;
 mod quic;
 pub mod registry;
 mod reload;

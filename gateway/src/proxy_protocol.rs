@@ -20,7 +20,7 @@ const REST_MAX: usize = 520;
 
 /// What a header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Header {
+pub enum Header {
     /// The proxy speaks for itself: a health check.
     Local,
     /// The proxy speaks for a client whose address is no IP address, or that it does not tell.
@@ -30,7 +30,7 @@ pub(crate) enum Header {
 
 /// Why a connection of a trusted proxy is closed.
 #[derive(Debug, Error)]
-pub(crate) enum HeaderError {
+pub enum HeaderError {
     /// Nothing was sent: a probe.
     #[error("connected and left without a word")]
     Silent,
@@ -48,8 +48,11 @@ pub(crate) enum HeaderError {
     BrokeOff,
 }
 
-/// Reads a header from the front of `io`, and nothing behind it. The caller has the deadline.
-pub(crate) async fn read<IO: AsyncRead + Unpin>(io: &mut IO) -> Result<Header, HeaderError> {
+/// Reads a header from the front of `io`, and nothing behind it: at most 536 bytes. The caller has the deadline.
+///
+/// # Errors
+/// Why the connection is to be closed.
+pub async fn read<IO: AsyncRead + Unpin>(io: &mut IO) -> Result<Header, HeaderError> {
     let mut fixed = [0; FIXED];
     let mut have = 0;
     while have < FIXED {

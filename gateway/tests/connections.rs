@@ -10,6 +10,10 @@
 
 mod common;
 
+use common::frames::{
+    ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, SETTINGS, SHUTDOWN, fields, frame, next_frame,
+    preface,
+};
 use common::{
     Agent, Client, PATIENCE, TOKEN, World, error_of, eventually, full, in_time, quic_half_open, text,
 };
@@ -94,41 +98,18 @@ async fn with_agent(world: &World) -> Agent {
 
 // ---- HTTP/2 by hand ----
 
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-const ACK: u8 = 1;
-/// What the gateway's last ping carries: everything else is a keep-alive.
-const SHUTDOWN: [u8; 8] = [0x0b, 0x7b, 0xa2, 0xf0, 0x8b, 0x9b, 0xfe, 0x54];
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
-}
-
-/// The preface, and settings with this window for each answer.
-fn preface(window: u32) -> Vec<u8> {
-    let settings = [&[0, 4][..], &window.to_be_bytes()].concat();
-    [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(SETTINGS, 0, 0, &settings)].concat()
-}
-
-/// A GET; nothing of it goes into the table of header fields (RFC 7541).
+/// A GET.
 fn get(stream: u32, bearer: Option<&str>) -> Vec<u8> {
-    let mut head = vec![0x82, 0x87];
-    let mut field = |index: &[u8], value: &str| {
-        head.extend_from_slice(index);
-        head.push(u8::try_from(value.len()).unwrap());
-        head.extend_from_slice(value.as_bytes());
-    };
-    field(&[0x04], PATH);
-    field(&[0x01], "localhost");
-    if let Some(token) = bearer {
-        field(&[0x0f, 0x08], &format!("Bearer {token}"));
-    }
-    // END_STREAM and END_HEADERS.
-    frame(HEADERS, 5, stream, &head)
+    let bearer = bearer.map(|token| format!("Bearer {token}"));
+    let head: [(&str, &[u8]); 4] = [
+        (":method", b"GET"),
+        (":scheme", b"https"),
+        (":path", PATH.as_bytes()),
+        (":authority", b"localhost"),
+    ];
+    let bearer = bearer.iter().map(|bearer| ("authorization", bearer.as_bytes()));
+    let head: Vec<_> = head.into_iter().chain(bearer).collect();
+    frame(HEADERS, END_STREAM | END_HEADERS, stream, &fields(&head))
 }
 
 /// What a client by hand has seen until its connection ended.
@@ -139,20 +120,10 @@ struct Seen {
     goaway: bool,
 }
 
-/// The next frame: kind, flags, payload; `None` at the end.
-async fn next_frame(io: &mut TlsStream<TcpStream>) -> Option<(u8, u8, Vec<u8>)> {
-    let mut header = [0; 9];
-    io.read_exact(&mut header).await.ok()?;
-    let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
-    let mut payload = vec![0; usize::try_from(length).unwrap()];
-    io.read_exact(&mut payload).await.ok()?;
-    Some((header[3], header[4], payload))
-}
-
 /// Reads to the end, acknowledges settings and pings, of the last one only if so wanted, and gives no credit.
 async fn until_the_end(io: &mut TlsStream<TcpStream>, acknowledges_the_last: bool) -> Seen {
     let mut seen = Seen::default();
-    while let Some((kind, flags, payload)) = next_frame(io).await {
+    while let Some((kind, flags, _, payload)) = next_frame(io).await {
         let answer = match (kind, flags) {
             (SETTINGS, 0) => frame(SETTINGS, ACK, 0, b""),
             (PING, 0) if acknowledges_the_last || payload != SHUTDOWN => frame(PING, ACK, 0, &payload),

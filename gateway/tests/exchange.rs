@@ -623,7 +623,8 @@ async fn a15_what_is_ambiguous_is_refused_before_it_is_passed_on() {
     assert!(!answer.contains("trailer") && answer.matches("HTTP/1.1 ").count() == 1, "{answer}");
 }
 
-/// A hostile agent's head: 64 KiB hold 32 thousand fields, more than a map of headers can.
+/// Goal: MX-10: a hostile agent's head: 64 KiB hold 32 thousand fields, more than a map of headers can. It is refused on its stream, and
+/// the next request on the same session is answered.
 #[tokio::test]
 async fn a_head_of_too_many_fields_is_no_answer() {
     let world = World::start().await;

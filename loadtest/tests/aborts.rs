@@ -4,21 +4,16 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use common::canaries::{Paced, Trickle};
 use common::wire::Client as Wire;
-use common::{
-    Bench, Footprint, PATIENCE, Setup, VERSIONS, bound, get, head, read, settled, spawn, until, within,
-};
+use common::{Bench, Footprint, PATIENCE, Setup, VERSIONS, bound, get, head, read, settled, until, within};
 use http::Method;
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
-use towline_loadtest::client::{Client, Target, Version, empty};
+use towline_loadtest::client::{Client, Version, empty};
 use towline_loadtest::stack::Mode;
 
 /// Aborts at each of the four points; `TOWLINE_ABORTS` says another number.
@@ -80,120 +75,6 @@ async fn a_body_that_breaks_off_never_ends_cleanly() {
     bench.end().await;
 }
 
-/// Requests at a steady pace on a connection of their own.
-struct Sibling {
-    stop: Arc<AtomicBool>,
-    task: tokio_util::task::AbortOnDropHandle<(u64, Duration)>,
-}
-
-impl Sibling {
-    fn start(target: Target) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let task = spawn(async move {
-            let mut client = target.connect(Version::Http2).await.unwrap();
-            let mut pace = interval(Duration::from_millis(20));
-            pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            let (mut requests, mut slowest) = (0, Duration::ZERO);
-            while !stopped.load(Ordering::Relaxed) {
-                pace.tick().await;
-                let started = Instant::now();
-                let answer = timeout(PATIENCE, client.get("/towline-test/bytes?n=2000&seed=1")).await;
-                let answer = answer.expect("a sibling hangs").expect("a sibling fails");
-                assert_eq!((answer.status().as_u16(), answer.body().len()), (200, 2000));
-                slowest = slowest.max(started.elapsed());
-                requests += 1;
-            }
-            (requests, slowest)
-        });
-        Self { stop, task }
-    }
-
-    async fn stop(self) -> (u64, Duration) {
-        self.stop.store(true, Ordering::Relaxed);
-        within("the sibling", PATIENCE, self.task).await.unwrap()
-    }
-}
-
-/// Watches of config maps that must see every one of them, once and in order.
-struct Trickle {
-    stop: Arc<AtomicBool>,
-    made: Arc<AtomicU64>,
-    writer: tokio_util::task::AbortOnDropHandle<()>,
-    watches: Vec<tokio_util::task::AbortOnDropHandle<Vec<u64>>>,
-}
-
-impl Trickle {
-    async fn start(bench: &Bench) -> Self {
-        let (stop, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let mut watches = Vec::new();
-        for version in [Version::Http1, Version::Http2, Version::Http1, Version::Http2] {
-            let mut client = bench.connect(version).await;
-            let path = "/api/v1/namespaces/default/configmaps?watch=1&labelSelector=trickle%3D1";
-            let mut body = head(&mut client, path).await.into_body();
-            watches.push(spawn(async move {
-                let (mut seen, mut rest, _client) = (Vec::new(), Vec::new(), client);
-                while let Some(line) = next_line(&mut body, &mut rest).await {
-                    let event: Value = serde_json::from_slice(&line).unwrap();
-                    assert_eq!(event["type"], "ADDED", "{event}");
-                    let number = event["object"]["data"]["number"].as_str().unwrap();
-                    if number == "last" {
-                        return seen;
-                    }
-                    seen.push(number.parse().unwrap());
-                }
-                panic!("a watch ended after {} events", seen.len())
-            }));
-        }
-        let (stopped, count, target) = (Arc::clone(&stop), Arc::clone(&made), bench.front());
-        let writer = spawn(async move {
-            let mut client = target.connect(Version::Http1).await.unwrap();
-            loop {
-                let last = stopped.load(Ordering::Relaxed);
-                let number = count.load(Ordering::Relaxed);
-                let data = if last { "last".to_owned() } else { number.to_string() };
-                let object = config_map(&format!("trickle-{data}"), &data);
-                let answer = client.post("/api/v1/namespaces/default/configmaps", object).await.unwrap();
-                assert_eq!(answer.status(), 201);
-                if last {
-                    return;
-                }
-                count.fetch_add(1, Ordering::Relaxed);
-                sleep(Duration::from_millis(100)).await;
-            }
-        });
-        Self { stop, made, writer, watches }
-    }
-
-    /// Makes the last one, and checks that every watch saw them all.
-    async fn stop(self) -> u64 {
-        self.stop.store(true, Ordering::Relaxed);
-        within("the writer", PATIENCE, self.writer).await.unwrap();
-        let made = self.made.load(Ordering::Relaxed);
-        for watch in self.watches {
-            let seen = within("a watch", PATIENCE, watch).await.unwrap();
-            assert!(seen.iter().copied().eq(0..made), "{made} made, seen {seen:?}");
-        }
-        made
-    }
-}
-
-fn config_map(name: &str, number: &str) -> Vec<u8> {
-    let metadata = json!({"name": name, "namespace": "default", "labels": {"trickle": "1"}});
-    let object =
-        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"number": number}});
-    object.to_string().into_bytes()
-}
-
-async fn next_line(body: &mut Incoming, rest: &mut Vec<u8>) -> Option<Vec<u8>> {
-    loop {
-        if let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
-            return Some(rest.drain(..=end).collect());
-        }
-        rest.extend_from_slice(&body.frame().await?.ok()?.into_data().ok()?);
-    }
-}
-
 /// Goal (RG29, UP-08): 10,000 aborts at four points of an exchange: paced requests beside them see no error, watches on
 /// the same tunnel lose nothing, and ten seconds later nothing is left of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -210,8 +91,8 @@ async fn aborts_leave_nothing_behind() {
     let before = Footprint::of(&bench).await;
 
     let started = Instant::now();
-    let sibling = Sibling::start(bench.front());
-    let trickle = Trickle::start(&bench).await;
+    let sibling = Paced::start(&bench.front()).await;
+    let trickle = Trickle::start(&bench.front(), 4).await;
     let mut times = Vec::new();
     for (name, point) in [
         ("before the head is sent", Point::Head),

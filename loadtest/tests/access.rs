@@ -135,6 +135,7 @@ async fn refusals_of_both_modes() {
             unknown.message,
             "a stranger learns which clusters exist"
         );
+        // PA-05
         refused(&alice, "/clusters/nowhere/version", own, 404, "TL_NO_SUCH_CLUSTER").await;
         // PA-06
         let away = refused(&alice, "/clusters/away/version", own, 503, "TL_CLUSTER_OFFLINE").await;

@@ -791,6 +791,29 @@ async fn a_splice_passes_each_end_on() {
     pair.end().await;
 }
 
+/// Goal: UP-09: an exec at which nobody types for an hour is there when somebody does. Nothing but the session's own pings runs meanwhile:
+/// gateway and agent set no clock for a raw connection.
+#[tokio::test(start_paused = true)]
+async fn up_09_an_hour_of_silence_ends_nothing() {
+    let pair = pair(512).await;
+    let (mut client, mut server, mut tasks) = spliced(&pair).await;
+    for words in [b"before", b"behind"] {
+        let mut heard = [0; 6];
+        client.write_all(words).await.unwrap();
+        soon(server.read_exact(&mut heard)).await.unwrap();
+        assert_eq!(&heard, words);
+        server.write_all(words).await.unwrap();
+        soon(client.read_exact(&mut heard)).await.unwrap();
+        assert_eq!(&heard, words);
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+    }
+    drop((client, server));
+    while let Some(done) = soon(tasks.join_next()).await {
+        drop(done.unwrap());
+    }
+    pair.end().await;
+}
+
 /// A connection that fails ends both directions, at both ends.
 #[tokio::test(start_paused = true)]
 async fn a_splice_passes_failures_on() {

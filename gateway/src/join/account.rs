@@ -360,6 +360,8 @@ mod tests {
         }
     }
 
+    /// Goal: AU-10: each cause by its name, and none of them with the token's text. Of these tokens only agents have some; callers' own
+    /// are opaque, or go through to the API server, which judges them.
     #[test]
     fn every_check_is_made() {
         let (ours, other) = (Signer::new(), Signer::new());
@@ -404,6 +406,7 @@ mod tests {
             |head: Value, signer: &Signer| verify(&signer.sign(&head, &claims()), &issuer, AUDIENCE, now());
         assert_eq!(signed(head.clone(), &other), Err(AccountError::Signature));
         assert_eq!(signed(json!({ "alg": "ES256", "kid": "2" }), &ours), Err(AccountError::UnknownKey));
+        // AU-09: the key says which algorithm it is for, so that a public key never serves as a secret.
         for alg in ["none", "HS256", "RS256", "es256", ""] {
             assert_eq!(
                 signed(json!({ "alg": alg, "kid": "1" }), &ours),
@@ -480,11 +483,11 @@ mod tests {
         let public = pair.public_key();
         let part = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
         let (n, e) = (
-            public.modulus().big_endian_without_leading_zero(),
-            public.exponent().big_endian_without_leading_zero(),
+            public.modulus().big_endian_without_leading_zero().to_vec(),
+            public.exponent().big_endian_without_leading_zero().to_vec(),
         );
         let issuer =
-            recorded(&[json!({ "kty": "RSA", "kid": "r", "use": "sig", "n": part(n), "e": part(e) })]);
+            recorded(&[json!({ "kty": "RSA", "kid": "r", "use": "sig", "n": part(&n), "e": part(&e) })]);
         let signed = format!(
             "{}.{}",
             part(json!({ "alg": "RS256", "kid": "r" }).to_string().as_bytes()),
@@ -495,6 +498,17 @@ mod tests {
         pair.sign(padding, &SystemRandom::new(), signed.as_bytes(), &mut signature).unwrap();
         let token = format!("{signed}.{}", part(&signature));
         assert_eq!(verify(&token, &issuer, AUDIENCE, now()), Ok(SA.to_owned()));
+        // AU-09: HS256 with the public key as the secret, in each form that it is passed around in.
+        for secret in [n.clone(), public.as_ref().to_vec()] {
+            let signed = format!(
+                "{}.{}",
+                part(json!({ "alg": "HS256", "kid": "r" }).to_string().as_bytes()),
+                part(claims().to_string().as_bytes())
+            );
+            let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &secret);
+            let token = format!("{signed}.{}", part(aws_lc_rs::hmac::sign(&key, signed.as_bytes()).as_ref()));
+            assert_eq!(verify(&token, &issuer, AUDIENCE, now()), Err(AccountError::Algorithm));
+        }
     }
 
     #[test]

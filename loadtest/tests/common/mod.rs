@@ -3,7 +3,10 @@
 #![allow(dead_code, reason = "each test file is a program of its own and uses its part of this")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
 
+pub(crate) mod canaries;
 pub(crate) mod fleet;
+#[path = "../../../gateway/tests/common/frames.rs"]
+pub(crate) mod frames;
 pub(crate) mod joining;
 pub(crate) mod wire;
 
@@ -310,6 +313,8 @@ pub(crate) fn rate(bytes: u64, elapsed: Duration) -> String {
 pub(crate) struct Footprint {
     pub(crate) gateway_fds: usize,
     pub(crate) agent_fds: usize,
+    pub(crate) gateway_tasks: f64,
+    pub(crate) agent_tasks: f64,
     pub(crate) upstream_connections: usize,
     pub(crate) requests: f64,
     pub(crate) upgraded: f64,
@@ -324,6 +329,8 @@ impl Footprint {
         Self {
             gateway_fds: bench.stack.gateway().fds().unwrap(),
             agent_fds: bench.stack.agent().fds().unwrap(),
+            gateway_tasks: bench.gateway_metric("tasks").await,
+            agent_tasks: bench.agent_metric("tasks").await,
             upstream_connections: bench.fake.connections(),
             requests: bench.gateway_metric("requests_in_flight").await,
             upgraded: bench.gateway_metric("upgraded_connections").await,
@@ -334,10 +341,29 @@ impl Footprint {
         }
     }
 
+    /// Of each the larger one.
+    pub(crate) fn or_more(self, other: Self) -> Self {
+        Self {
+            gateway_fds: self.gateway_fds.max(other.gateway_fds),
+            agent_fds: self.agent_fds.max(other.agent_fds),
+            gateway_tasks: self.gateway_tasks.max(other.gateway_tasks),
+            agent_tasks: self.agent_tasks.max(other.agent_tasks),
+            upstream_connections: self.upstream_connections.max(other.upstream_connections),
+            requests: self.requests.max(other.requests),
+            upgraded: self.upgraded.max(other.upgraded),
+            front_connections: self.front_connections.max(other.front_connections),
+            exchanges: self.exchanges.max(other.exchanges),
+            sessions: self.sessions.max(other.sessions),
+            processes: self.processes.max(other.processes),
+        }
+    }
+
     /// Whether nothing is more than it was.
     pub(crate) fn is_back_to(&self, before: &Self) -> bool {
         self.gateway_fds <= before.gateway_fds
             && self.agent_fds <= before.agent_fds
+            && self.gateway_tasks <= before.gateway_tasks
+            && self.agent_tasks <= before.agent_tasks
             && self.upstream_connections <= before.upstream_connections
             && self.requests <= before.requests
             && self.upgraded <= before.upgraded
