@@ -1,9 +1,9 @@
 #!/bin/sh
-# Runs every fuzz target for SECONDS each: proto/fuzz/run.sh [SECONDS]. Ends with the first finding; the input that shows
-# it is in proto/fuzz/artifacts.
+# Runs every fuzz target for SECONDS each: proto/fuzz/run.sh [SECONDS]. First what the core reads, then what the two programs
+# do (loadtest/fuzz). Ends with the first finding; the input that shows it is in the folder's artifacts.
 set -eu
 seconds="${1:-60}"
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 missing=""
 cargo fuzz --version >/dev/null 2>&1 || missing="cargo-fuzz"
@@ -13,7 +13,9 @@ if [ -n "$missing" ]; then
     exit 0
 fi
 
-for target in decode input ops heads; do
-    echo "== fuzz $target for $seconds s"
-    cargo +nightly fuzz run "$target" -- -max_total_time="$seconds" -max_len=16384 -rss_limit_mb=1024 -timeout=10
-done
+run() {
+    echo "== fuzz $2 for $seconds s"
+    (cd "$1" && cargo +nightly fuzz run "$2" -- -max_total_time="$seconds" -max_len=16384 -rss_limit_mb=1024 -timeout=10)
+}
+for target in decode input ops heads; do run proto "$target"; done
+for target in routing headers identity account configuration records proxy_header; do run loadtest "$target"; done
