@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use towline_certs::load::{self, LoadError};
+use towline_certs::load::{self, LoadError, Loaded};
 use towline_certs::{ServerName, TlsError, UpstreamProtocol, tls};
 use towline_proto::tunnel::socket;
 
@@ -142,10 +142,14 @@ impl Upstream {
 impl Tls {
     fn new(hop: &str, ca: Option<&Path>, host: &Host) -> Result<Self, UpstreamError> {
         let roots = match ca {
-            Some(path) => load::load_roots(path),
-            None => load::system_roots(),
+            Some(path) => load::load_bundle(path),
+            None => load::system_roots().map(|value| Loaded { value, warnings: Vec::new() }),
         };
-        let roots = roots.map_err(|cause| UpstreamError::Load { hop: hop.to_owned(), cause })?;
+        let Loaded { value: roots, warnings } =
+            roots.map_err(|cause| UpstreamError::Load { hop: hop.to_owned(), cause })?;
+        for warning in warnings {
+            tracing::warn!(hop, "{warning}");
+        }
         let config = tls::upstream_client(&roots, None, UpstreamProtocol::Http1)
             .map_err(|cause| UpstreamError::Tls { hop: hop.to_owned(), cause })?;
         let name = server_name(host)

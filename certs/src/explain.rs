@@ -128,7 +128,7 @@ fn certificate(cause: &CertificateError, bundle: &str) -> String {
         ),
         C::NotValidYet => "certificate not valid yet. Compare both machines' clocks".to_owned(),
         C::UnknownIssuer => format!(
-            "presented certificate was not issued by the CA in {bundle}. Either it belongs to another installation, or a TLS-intercepting proxy shows its own: exempt this address there"
+            "presented certificate was not issued by the CA in {bundle}. Either that bundle is another server's, or a TLS-intercepting proxy shows its own certificate: exempt this address there"
         ),
         C::InvalidPurposeContext { .. } | C::InvalidPurpose => {
             "certificate has the wrong purpose (extended key usage): clientAuth is for the side that dials, serverAuth for the side that listens. Present the other certificate".to_owned()
@@ -144,7 +144,7 @@ fn certificate(cause: &CertificateError, bundle: &str) -> String {
         }
         C::BadEncoding => "the presented certificate is malformed".to_owned(),
         C::UnhandledCriticalExtension => {
-            "certificate has a critical extension that is not understood. Use a certificate that the gateway issued".to_owned()
+            "certificate has a critical extension that is not understood. Let that side present one without it".to_owned()
         }
         C::Other(other) => {
             if let Some(refusal) = other.0.downcast_ref::<VerifyError>() {
@@ -160,11 +160,11 @@ fn certificate(cause: &CertificateError, bundle: &str) -> String {
                 );
             }
             match other.0.downcast_ref::<webpki::Error>() {
-                Some(webpki::Error::CaUsedAsEndEntity) => {
-                    "the presented certificate is a CA's, not a leaf. Present the certificate that the CA issued".to_owned()
-                }
+                Some(webpki::Error::CaUsedAsEndEntity) => format!(
+                    "the presented certificate is a CA's own, such as a self-signed one. Let that side present one that the CA issued; an API server's or a target's own may also stand in {bundle}, as it is"
+                ),
                 Some(webpki::Error::UnsupportedCriticalExtension) => {
-                    "certificate has a critical extension that is not understood. Use a certificate that the gateway issued".to_owned()
+                    "certificate has a critical extension that is not understood. Let that side present one without it".to_owned()
                 }
                 _ => format!("certificate refused: {}", other.0),
             }

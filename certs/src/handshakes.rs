@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use rustls::client::Resumption;
-use rustls::version::TLS12;
+use rustls::version::{TLS12, TLS13};
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, HandshakeKind,
     PeerIncompatible, ServerConfig, ServerConnection,
@@ -217,11 +218,11 @@ fn the_tunnel_refuses_by_distinct_causes() {
     assert!(matches!(&error, Error::InvalidCertificate(CertificateError::InvalidPurposeContext { .. })));
 
     let ca_leaf = forge(&set.tunnel_ca, |params| {
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages.push(rcgen::KeyUsagePurpose::KeyCertSign);
     });
     let error = against(&ca_leaf).refused_by_server();
-    assert!(explain(&error).contains("is a CA's, not a leaf"), "{error:?}");
+    assert!(explain(&error).contains("is a CA's own"), "{error:?}");
 
     let no_san = forge(&set.tunnel_ca, |params| params.subject_alt_names.clear());
     assert_eq!(against(&no_san).profile_cause(), ProfileError::NoSan);
@@ -378,6 +379,29 @@ fn our_own_clients_never_offer_to_resume() {
     }
 }
 
+/// Goal: FR-11: with a self-signed API server whose own certificate is the bundle, the handshake goes well in both versions of TLS,
+/// and the server has to have the key.
+#[test]
+fn fr11_a_self_signed_server_is_believed_by_its_own_certificate() {
+    let own_key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(vec![NAME.to_owned()]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let certificate = params.self_signed(&own_key).unwrap().der().clone();
+    let client =
+        tls::upstream_client(std::slice::from_ref(&certificate), None, UpstreamProtocol::Http1).unwrap();
+    for version in [&[&TLS13], &[&TLS12]] {
+        let server = ServerConfig::builder_with_provider(tls::provider()).with_protocol_versions(version);
+        let key = own_key.serialize_der().try_into().unwrap();
+        let mut server =
+            server.unwrap().with_no_client_auth().with_single_cert(vec![certificate.clone()], key).unwrap();
+        server.alpn_protocols = vec![ALPN_HTTP1.to_vec()];
+        let server = Arc::new(server);
+        meet(&client, &server, NAME).ok();
+        let elsewhere = meet(&client, &server, "other.test").client_error;
+        assert!(matches!(elsewhere, Some(Error::InvalidCertificate(_))), "{elsewhere:?}");
+    }
+}
+
 fn old_browser(set: &Set) -> Arc<ClientConfig> {
     let roots = crate::trust::root_store(&[set.front_ca.root_der().clone()]).unwrap();
     let builder =
@@ -417,7 +441,7 @@ fn the_front_requires_proof_of_the_clients_key() {
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(stolen.key().der()).unwrap();
     let shown = rustls::sign::CertifiedKey::new(stolen.chain().to_vec(), key);
     let roots = crate::trust::root_store(&[set.front_ca.root_der().clone()]).unwrap();
-    for versions in [&[&rustls::version::TLS13][..], &[&TLS12]] {
+    for versions in [&[&TLS13][..], &[&TLS12]] {
         let thief = ClientConfig::builder_with_provider(tls::provider())
             .with_protocol_versions(versions)
             .unwrap()

@@ -5,7 +5,7 @@
 //! | which names exist, and how are they written? | [`identity`] |
 //! | which certificate counts as which identity? | [`profile`] |
 //! | whose certificates are believed? | [`trust`] |
-//! | which TLS versions, ALPN and verifiers? | [`tls`] |
+//! | which TLS versions, ALPN and verifiers? | [`tls`], and `bundle` for servers as Go believes them |
 //! | what is a CA, and what does it issue? | [`ca`], [`issue`] |
 //! | what is a new agent told? | [`join`] |
 //! | how are files read, written, watched? | [`load`], [`save`], [`reload`] |
@@ -17,6 +17,7 @@
 //! issued is never a client, one that the front clients' CA issued is never an agent. And there is no insecure
 //! variant: no function here makes a configuration that skips a check.
 
+mod bundle;
 pub mod ca;
 mod der;
 pub mod devset;

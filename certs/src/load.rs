@@ -64,6 +64,24 @@ pub enum LoadCause {
     /// A trust bundle with a certificate that is no CA.
     #[error("certificate number {0} in it is no CA certificate. A trust bundle holds CA certificates only")]
     NotACa(usize),
+    /// A bundle for servers with certificates that are no CA's beside some that are.
+    #[error(
+        "certificate number {number} in it ({subject}) is no CA's{}. It counts for the server that shows exactly this certificate, and for nothing when that is renewed; the CAs beside it count as ever. Take it out if it is not meant",
+        more(*others)
+    )]
+    LeafInBundle {
+        /// One-based.
+        number: usize,
+        /// For people.
+        subject: String,
+        /// How many more there are.
+        others: usize,
+    },
+    /// A bundle for servers without a CA.
+    #[error(
+        "no certificate in it is a CA's: only a server that shows exactly one of them is believed, and no longer when that is renewed. Name the CA that issued it, where there is one"
+    )]
+    NoCaInBundle,
     /// PEM without a private key.
     #[error("holds no private key. Are certificate and key file swapped?")]
     NoKey,
@@ -370,6 +388,33 @@ pub fn parse_roots(file: &FileBytes) -> Result<Vec<CertificateDer<'static>>, Loa
     }
 }
 
+/// Loads a bundle that servers are checked against, as Go takes it: CAs, and certificates that servers show themselves, of which a
+/// warning tells.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn load_bundle(path: &Path) -> Result<Loaded<Vec<CertificateDer<'static>>>, LoadError> {
+    parse_bundle(&FileBytes::read(path)?)
+}
+
+/// [`load_bundle`] on a file that is already read.
+///
+/// # Errors
+/// As [`load_bundle`].
+pub fn parse_bundle(file: &FileBytes) -> Result<Loaded<Vec<CertificateDer<'static>>>, LoadError> {
+    let value = parse_certificates(file)?;
+    let leaves = || value.iter().enumerate().filter(|(_, one)| !may_sign_certificates(one));
+    let warning = leaves().next().map(|(index, leaf)| {
+        let others = leaves().count() - 1;
+        if others + 1 == value.len() {
+            return file.fail(LoadCause::NoCaInBundle);
+        }
+        let subject = CertificateFacts::of(leaf).map(|facts| printable(&facts.subject)).unwrap_or_default();
+        file.fail(LoadCause::LeafInBundle { number: index + 1, subject, others })
+    });
+    Ok(Loaded { warnings: warning.into_iter().collect(), value })
+}
+
 /// The system's trust store, for public server certificates. Entries that cannot be used are left out.
 ///
 /// # Errors
@@ -463,6 +508,17 @@ fn check_pair(
         None => Err(fail(LoadCause::OtherKey { certificate })),
     }
 }
+
+fn more(others: usize) -> String {
+    if others == 0 { String::new() } else { format!(", nor are {others} more") }
+}
+
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(SUBJECT_SHOWN).collect()
+}
+
+/// Letters of a subject that a warning shows.
+const SUBJECT_SHOWN: usize = 128;
 
 fn readers(mode: u32) -> &'static str {
     if mode & 0o007 == 0 { "its group" } else { "everybody" }
@@ -636,6 +692,27 @@ mod tests {
         let inline = FileBytes::from_memory("kubeconfig".as_ref(), chain_pem(&roots).into_bytes());
         assert_eq!(parse_roots(&inline).unwrap(), roots);
         assert_eq!(load_roots(&files.path("crt")).unwrap_err().cause, LoadCause::NotACa(1));
+    }
+
+    /// Goal: D7: a leaf in a bundle for servers is told of and takes no CA away; the bundles by which others are let in hold CAs only.
+    #[test]
+    fn d7_a_leaf_in_a_bundle_is_a_warning() {
+        let files = Files::new();
+        let (leaf, ca) = (files.set.front_server.leaf().clone(), files.set.front_ca.root_der().clone());
+        let bundle = |certificates: &[CertificateDer<'static>]| {
+            let file = FileBytes::from_memory("ca.crt".as_ref(), chain_pem(certificates).into_bytes());
+            let loaded = parse_bundle(&file).unwrap();
+            assert_eq!(loaded.value, certificates);
+            assert_eq!(parse_roots(&file).is_ok(), loaded.warnings.is_empty());
+            loaded.warnings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+        };
+        assert_eq!(bundle(std::slice::from_ref(&ca)), "");
+        let told = bundle(&[leaf.clone(), ca.clone()]);
+        assert!(told.contains("ca.crt: certificate number 1 in it") && !told.contains("more"), "{told}");
+        let told = bundle(&[ca, leaf.clone(), leaf.clone()]);
+        assert!(told.contains("number 2") && told.contains("nor are 1 more"), "{told}");
+        let told = bundle(&[leaf]);
+        assert!(told.contains("no certificate in it is a CA's"), "{told}");
     }
 
     #[test]

@@ -29,6 +29,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use thiserror::Error;
 
+use crate::bundle::BundleVerifier;
 use crate::ca::may_sign_certificates;
 use crate::foreign::NamingVerifier;
 use crate::issue::HostName;
@@ -239,7 +240,7 @@ pub fn asking_client() -> Result<Arc<ClientConfig>, TlsError> {
     Ok(finish(builder.with_no_client_auth(), &[ALPN_TUNNEL]))
 }
 
-/// An agent towards the API server or a target of its cluster.
+/// An agent towards the API server or a target of its cluster. Of `roots` one may be the server's own certificate, as Go has it.
 ///
 /// # Errors
 /// When the roots are unusable, or certificate and key do not fit.
@@ -258,7 +259,7 @@ pub fn upstream_client(
     )
 }
 
-/// A client of the front, for the command line and for tests.
+/// A client of the front, for the command line and for tests. Of `roots` one may be the server's own certificate, as Go has it.
 ///
 /// # Errors
 /// When the roots are unusable, or certificate and key do not fit.
@@ -329,7 +330,8 @@ fn web_client(
     credential: Option<&Credential>,
     alpn: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    let builder = client(&[&TLS13, &TLS12])?.with_root_certificates(root_store(roots)?);
+    let verifier = Arc::new(BundleVerifier::new(roots)?);
+    let builder = client(&[&TLS13, &TLS12])?.dangerous().with_custom_certificate_verifier(verifier);
     let config = match credential {
         Some(credential) => builder.with_client_cert_resolver(single(credential)?),
         None => builder.with_no_client_auth(),

@@ -10,7 +10,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use towline_certs::FileBytes;
-use towline_certs::load::{LoadPolicy, parse_credential, parse_roots, system_roots};
+use towline_certs::load::{LoadPolicy, parse_bundle, parse_credential, system_roots};
 use towline_certs::tls::http_client;
 
 use super::client::Target;
@@ -97,7 +97,7 @@ pub fn target(path: &Path, context: Option<&str>) -> anyhow::Result<Target> {
     let tls = if tls {
         let roots = match file(&cluster.certificate_authority_data, &cluster.certificate_authority, "the CA")?
         {
-            Some(roots) => parse_roots(&roots)?,
+            Some(roots) => parse_bundle(&roots)?.value,
             None => system_roots()?,
         };
         let certificate = file(&user.client_certificate_data, &user.client_certificate, "the certificate")?;
