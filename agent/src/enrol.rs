@@ -59,6 +59,10 @@ pub enum EnrolError {
         "the ServiceAccount token in {path} is for {found}, not for the gateways of {wanted}: it stays here. Project one of the audience towline:TRUSTDOMAIN, as the manifest does"
     )]
     Audience { path: PathBuf, found: String, wanted: String },
+    #[error(
+        "the join token in {path} is for the cluster {found}, and identity.serviceAccount.cluster is {wanted}. Make one for this cluster: towline token create {wanted}"
+    )]
+    Cluster { path: PathBuf, found: String, wanted: String },
     #[error("a key cannot be made: {0}")]
     Key(#[from] IssueError),
     #[error("agent -> gateway {address} (joining): {cause}")]
@@ -126,7 +130,8 @@ impl EnrolError {
             | Self::NoProof
             | Self::NoPins
             | Self::Lost
-            | Self::Audience { .. } => "config",
+            | Self::Audience { .. }
+            | Self::Cluster { .. } => "config",
             Self::Key(_) => "key",
             Self::Attempt { cause, .. } => match cause {
                 AttemptError::Refused { code, .. } => code.label(),
@@ -305,7 +310,8 @@ impl Enroller {
         fresh: &AgentKey,
         issuer: Option<Issuer>,
     ) -> Result<(Held, bool), EnrolError> {
-        let token = self.config.token_file.as_deref().map(read_token);
+        let cluster = self.config.service_account.as_ref().map(|account| account.cluster.as_str());
+        let token = self.config.token_file.as_deref().map(|path| read_token(path, cluster));
         let domain = token.as_ref().and_then(|token| Some(&token.as_ref().ok()?.trust_domain));
         let domain = domain.or_else(|| old.map(|old| &old.identity.trust_domain));
         let account = self.config.service_account.as_ref().map(|account| {
@@ -341,6 +347,7 @@ impl Enroller {
                 Some(token)
             }
             Some(Err(error)) => {
+                tracing::warn!(%error, "the join token cannot be used");
                 failure = error;
                 None
             }
@@ -415,7 +422,7 @@ impl Enroller {
                 Ok(held) => return Ok(held),
                 Err(cause) => {
                     let answered = matches!(cause, AttemptError::Refused { .. });
-                    failure = EnrolError::Attempt { address: address.to_string(), cause };
+                    failure = EnrolError::Attempt { address: dial::hop(live, address), cause };
                     if answered {
                         break;
                     }
@@ -493,10 +500,18 @@ fn check_audience(path: &Path, token: &str, domain: Option<&TrustDomain>) -> Res
     Err(EnrolError::Audience { path: path.to_owned(), found, wanted })
 }
 
-/// Reads a join token.
-pub(crate) fn read_token(path: &Path) -> Result<JoinToken, EnrolError> {
-    let line = read_line(path)?;
-    line.parse().map_err(|cause| EnrolError::Token { path: path.to_owned(), cause })
+/// Reads a join token, which is for this cluster where it is known which one that is.
+pub(crate) fn read_token(path: &Path, cluster: Option<&str>) -> Result<JoinToken, EnrolError> {
+    let path = path.to_owned();
+    match read_line(&path)?.parse::<JoinToken>() {
+        Err(cause) => Err(EnrolError::Token { path, cause }),
+        Ok(token) => match cluster.filter(|wanted| *wanted != token.cluster) {
+            None => Ok(token),
+            Some(wanted) => {
+                Err(EnrolError::Cluster { path, found: token.cluster, wanted: wanted.to_owned() })
+            }
+        },
+    }
 }
 
 /// Reads a file that holds one word.

@@ -187,7 +187,8 @@ fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, LiveErro
 /// What the agent has kept; and whether it could come back if it kept nothing.
 fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
     let found = Place::of(join).open()?;
-    let token = join.token_file.as_deref().map(enrol::read_token).transpose();
+    let cluster = join.service_account.as_ref().map(|account| account.cluster.as_str());
+    let token = join.token_file.as_deref().map(|path| enrol::read_token(path, cluster)).transpose();
     if found.held.is_some() || join.service_account.is_some() {
         // The token has done its work, or another way may do it; what is wrong with it is told when it is needed.
         return Ok(found);

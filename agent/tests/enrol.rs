@@ -144,7 +144,8 @@ impl Gateway {
     fn token(&self, pins: Vec<SpkiPin>, uses: u32) -> JoinToken {
         let addresses = vec![self.at.to_string().parse().unwrap()];
         let secret = JoinSecret::generate().unwrap();
-        JoinToken { addresses, pins, trust_domain: domain(), id: "t1".to_owned(), uses, secret }
+        let cluster = "east".to_owned();
+        JoinToken { addresses, pins, trust_domain: domain(), cluster, id: "t1".to_owned(), uses, secret }
     }
 
     fn pins(&self) -> Vec<SpkiPin> {
@@ -250,6 +251,47 @@ fn pin_of(request: &JoinRequest) -> SpkiPin {
 }
 
 const LONG: Duration = Duration::from_secs(3600);
+
+/// Goal: D38: of two agents with one directory the second does not start, and says who is in; when that one is gone it does.
+#[tokio::test]
+async fn d38_a_directory_has_one_agent() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
+    let directory = scratch.path().join("agent");
+    let config =
+        config(gateway.at, &format!("directory: '{}', joinTokenFile: '{token}'", directory.display()));
+    let first = Agent::start(config.clone()).await.unwrap();
+    gateway.session().await;
+    let text = Agent::start(config.clone()).await.unwrap_err().to_string();
+    let named =
+        format!("{} is in use by another agent (process {})", directory.display(), std::process::id());
+    assert!(text.contains(&named), "{text}");
+    check(&config).await.unwrap();
+    first.shutdown().await;
+    let second = Agent::start(config).await.unwrap();
+    gateway.session().await;
+    second.shutdown().await;
+}
+
+/// Goal: D12: an agent of one cluster does not join with a token of another: not even a secret leaves.
+#[tokio::test]
+async fn d12_an_agent_does_not_join_another_cluster() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let token = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
+    let account = write(&scratch, "account", "not-looked-at");
+    let identity = |cluster: &str| {
+        format!("joinTokenFile: '{token}', serviceAccount: {{ cluster: {cluster}, tokenFile: '{account}' }}")
+    };
+    let agent = Agent::start(config(gateway.at, &identity("west"))).await.unwrap();
+    reaches(&agent, "towline_agent_joins_total{outcome=\"config\"}", 2.0).await;
+    assert!(gateway.with(|state| state.requests.is_empty()), "nothing was sent");
+    agent.shutdown().await;
+    let agent = Agent::start(config(gateway.at, &identity("east"))).await.unwrap();
+    gateway.session().await;
+    agent.shutdown().await;
+}
 
 /// A directory outlives the process: the token is needed once, the file is the owner's alone, and holds all that is needed.
 #[tokio::test]

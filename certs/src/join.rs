@@ -2,10 +2,11 @@
 //! why it should let the agent in.
 //!
 //! ```text
-//! tljt1/ADDRESS[,ADDRESS…]/PIN[,PIN…]/TRUSTDOMAIN/ID/USES/SECRET
+//! tljt1/ADDRESS[,ADDRESS…]/PIN[,PIN…]/TRUSTDOMAIN/CLUSTER/ID/USES/SECRET
 //! ```
 //!
-//! The trust domain says for which gateways the agent's ServiceAccount token is ([`TrustDomain::audience`]). Addresses are `HOST:PORT` in the order in which they are tried, private before public; a pin is the 64 hexadecimal digits of
+//! The trust domain says for which gateways the agent's ServiceAccount token is ([`TrustDomain::audience`]), the cluster for whose agent the token is:
+//! what is meant for another is noticed before anything is sent. Addresses are `HOST:PORT` in the order in which they are tried, private before public; a pin is the 64 hexadecimal digits of
 //! [`SpkiPin`], of the tunnel CA's root, and of the next one too while the CA changes; the secret is 128 bits in 32
 //! hexadecimal digits, so that a token that was cut off is noticed before anything is sent. No character needs quoting in a
 //! shell but the brackets of an IPv6 address.
@@ -32,6 +33,9 @@ pub struct JoinToken {
     pub pins: Vec<SpkiPin>,
     /// Whose agent it makes.
     pub trust_domain: TrustDomain,
+    /// The name of the cluster that it is for: 1 to 63 of a-z, 0-9 and, between them, -. For the agent: the gateway's own record
+    /// decides.
+    pub cluster: String,
     /// Which token it is: 1 to 63 of a-z, 0-9 and, between them, -. No secret.
     pub id: String,
     /// How many keys it admits, 1 or more. For the agent: the gateway's own record decides.
@@ -64,7 +68,7 @@ pub enum JoinTokenError {
     )]
     Version,
     #[error(
-        "has {0} of the 7 parts of a join token; it was probably cut off or broken into lines. Copy it again, whole"
+        "has {0} of the 8 parts of a join token; it was probably cut off or broken into lines. Copy it again, whole"
     )]
     Parts(usize),
     #[error("address {0} of the join token is not HOST:PORT. Copy the token again, whole")]
@@ -73,6 +77,8 @@ pub enum JoinTokenError {
     Pin(usize),
     #[error("the trust domain of the join token is malformed. Copy the token again, whole")]
     Domain,
+    #[error("the cluster's name in the join token is malformed. Copy the token again, whole")]
+    Cluster,
     #[error("the id of the join token is malformed. Copy the token again, whole")]
     Id,
     #[error("the number of uses in the join token is malformed. Copy the token again, whole")]
@@ -113,9 +119,9 @@ impl JoinToken {
     pub fn line(&self) -> String {
         let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
         let pins: Vec<_> = self.pins.iter().map(|pin| hex(pin.as_bytes())).collect();
-        let Self { trust_domain, id, uses, secret, .. } = self;
+        let Self { trust_domain, cluster, id, uses, secret, .. } = self;
         let (addresses, pins, secret) = (addresses.join(","), pins.join(","), hex(&secret.0));
-        format!("{VERSION}{addresses}/{pins}/{trust_domain}/{id}/{uses}/{secret}")
+        format!("{VERSION}{addresses}/{pins}/{trust_domain}/{cluster}/{id}/{uses}/{secret}")
     }
 
     /// The pins of a tunnel CA's roots, for a new token.
@@ -138,15 +144,15 @@ impl FromStr for JoinToken {
             return Err(JoinTokenError::Form);
         }
         let parts: Vec<&str> = rest.split('/').collect();
-        // Whole, but without a trust domain: from before a token had one.
-        if let [_, _, id, uses, secret] = parts[..]
+        // Whole, but without a cluster, or a trust domain either: from before a token had them.
+        if let [_, _, id, uses, secret] | [_, _, _, id, uses, secret] = parts[..]
             && is_id(id)
             && uses.parse::<u32>().is_ok()
             && unhex(secret).is_some()
         {
             return Err(JoinTokenError::Version);
         }
-        let [addresses, pins, domain, id, uses, secret] = parts[..] else {
+        let [addresses, pins, domain, cluster, id, uses, secret] = parts[..] else {
             return Err(JoinTokenError::Parts(parts.len() + 1));
         };
         let number = |(index, item): (usize, _)| (index + 1, item);
@@ -172,12 +178,16 @@ impl FromStr for JoinToken {
             return Err(JoinTokenError::Pin(PINS_MAX + 1));
         }
         let trust_domain = TrustDomain::new(domain).map_err(|_| JoinTokenError::Domain)?;
+        if !is_id(cluster) {
+            return Err(JoinTokenError::Cluster);
+        }
         if !is_id(id) {
             return Err(JoinTokenError::Id);
         }
+        let (cluster, id) = (cluster.to_owned(), id.to_owned());
         let uses = uses.parse().ok().filter(|uses| *uses > 0).ok_or(JoinTokenError::Uses)?;
         let secret = unhex(secret).ok_or(JoinTokenError::Secret)?;
-        Ok(Self { addresses, pins, trust_domain, id: id.to_owned(), uses, secret: JoinSecret(secret) })
+        Ok(Self { addresses, pins, trust_domain, cluster, id, uses, secret: JoinSecret(secret) })
     }
 }
 
@@ -187,6 +197,7 @@ impl fmt::Debug for JoinToken {
             .field("addresses", &self.addresses)
             .field("pins", &self.pins)
             .field("trust_domain", &self.trust_domain)
+            .field("cluster", &self.cluster)
             .field("id", &self.id)
             .field("uses", &self.uses)
             .finish_non_exhaustive()
@@ -276,7 +287,7 @@ mod tests {
 
     fn line() -> String {
         format!(
-            "tljt1/10.0.0.1:8443,gw.example.com:443,[fd00::1]:1/{},{}/fleet.test/t-1/3/{}",
+            "tljt1/10.0.0.1:8443,gw.example.com:443,[fd00::1]:1/{},{}/fleet.test/prod/t-1/3/{}",
             pin('a'),
             pin('b'),
             SECRET
@@ -289,7 +300,8 @@ mod tests {
     fn a_line_reads_as_it_was_written() {
         let token: JoinToken = line().parse().unwrap();
         assert_eq!(token.line(), line());
-        assert_eq!((token.id.as_str(), token.uses, token.pins.len()), ("t-1", 3, 2));
+        assert_eq!((token.cluster.as_str(), token.id.as_str()), ("prod", "t-1"));
+        assert_eq!((token.uses, token.pins.len()), (3, 2));
         assert_eq!(token.secret.as_bytes()[15], 0xff);
         assert_eq!(format!("\n  {}\r\n", line()).parse::<JoinToken>().unwrap(), token);
     }
@@ -304,14 +316,16 @@ mod tests {
         }
         for (changed, expected) in [
             (whole.replace("tljt1", "tljt2"), JoinTokenError::Version),
-            (whole.replace("/fleet.test/", "/"), JoinTokenError::Version),
-            (whole.replace("/fleet.test/", "/").replace("0eff", "0ef"), JoinTokenError::Parts(6)),
+            (whole.replace("/prod/", "/"), JoinTokenError::Version),
+            (whole.replace("/fleet.test/prod/", "/"), JoinTokenError::Version),
+            (whole.replace("/prod/", "/").replace("0eff", "0ef"), JoinTokenError::Parts(7)),
+            (whole.replace("/prod/", "/Prod/"), JoinTokenError::Cluster),
             (whole.replace("tljt1", "tlat_"), JoinTokenError::Form),
             (whole.replace("/t-1/", "/t-1 /"), JoinTokenError::Form),
             (whole.replace("/t-1/", "/t-1\n/"), JoinTokenError::Form),
             (whole.replace("/t-1/", "/T/"), JoinTokenError::Id),
-            (whole.replace("/t-1/", "/"), JoinTokenError::Parts(6)),
-            (format!("{whole}/x"), JoinTokenError::Parts(8)),
+            (whole.replace("/t-1/3/", "/3/").replace("0eff", "0ef"), JoinTokenError::Parts(7)),
+            (format!("{whole}/x"), JoinTokenError::Parts(9)),
             (whole.replace("fleet.test", "Fleet"), JoinTokenError::Domain),
             (whole.replace("/3/", "/0/"), JoinTokenError::Uses),
             (whole.replace(":443,", ","), JoinTokenError::Address(2)),

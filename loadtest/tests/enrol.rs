@@ -184,6 +184,7 @@ impl World {
             addresses,
             pins: self.gateway.tunnel_pins(),
             trust_domain: TrustDomain::new("fleet.test").unwrap(),
+            cluster: cluster.to_owned(),
             id,
             uses: 1,
             secret,

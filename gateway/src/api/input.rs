@@ -204,6 +204,8 @@ impl Input {
                     issuers: Issuers::default(),
                 };
                 self.fill_cluster(resource, &mut cluster)?;
+                let addresses: Vec<_> = own.addresses.iter().map(ToString::to_string).collect();
+                secrets.insert("addresses".to_owned(), addresses.into());
                 Parsed::Cluster(Box::new(cluster))
             }
             "JoinToken" => {
@@ -224,7 +226,8 @@ impl Input {
                 let mut secret = [0; 16];
                 random(&mut secret);
                 secrets.insert("secret".to_owned(), hex(&secret).into());
-                secrets.insert("token".to_owned(), own.token_line(&self.name, uses, &secret).into());
+                let line = own.token_line(&spec.cluster, &self.name, uses, &secret);
+                secrets.insert("token".to_owned(), line.into());
                 Parsed::JoinToken(JoinToken {
                     meta,
                     cluster_uid: cluster.meta.uid.clone(),
@@ -436,12 +439,12 @@ pub(super) struct Own<'a> {
 }
 
 impl Own<'_> {
-    /// The whole token, one line: `tljt1/ADDRESSES/PINS/TRUSTDOMAIN/ID/USES/SECRET`.
-    fn token_line(&self, id: &str, uses: u32, secret: &[u8]) -> String {
+    /// The whole token, one line: `tljt1/ADDRESSES/PINS/TRUSTDOMAIN/CLUSTER/ID/USES/SECRET`.
+    fn token_line(&self, cluster: &str, id: &str, uses: u32, secret: &[u8]) -> String {
         let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
         let pins: Vec<_> = self.pins.iter().map(|pin| hex(pin.as_bytes())).collect();
         let (addresses, pins, domain) = (addresses.join(","), pins.join(","), self.trust_domain);
-        format!("tljt1/{addresses}/{pins}/{domain}/{id}/{uses}/{}", hex(secret))
+        format!("tljt1/{addresses}/{pins}/{domain}/{cluster}/{id}/{uses}/{}", hex(secret))
     }
 }
 

@@ -129,6 +129,7 @@ pub(super) const RESOURCES: &[Resource] = &[
             ("transport", Text, "quic or tcp."),
             ("sessions", Number, "Live sessions."),
             ("agents", Number, "Agents on record."),
+            ("addresses", Texts, "Where agents reach the gateway; in the answer to its creation only."),
             ("agentVersion", Text, "What its newest agent says of itself."),
             ("kubernetesVersion", Text, "What its API server says of itself, as an agent tells."),
             ("certificateExpires", Time, "When the newest certificate of its agents ends."),
