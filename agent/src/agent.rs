@@ -1,5 +1,6 @@
 //! What does a running agent consist of, and how does it end? Every task is on one tracker and ends with one token.
 
+use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use crate::about::{self, Known};
 use crate::admin::{self, Admin};
 use crate::backoff::{Backoff, random_fraction};
 use crate::config::{AgentConfig, IdentityConfig};
-use crate::dial::Dialler;
+use crate::dial::{self, Dialler};
 use crate::enrol::Enroller;
 use crate::issuer::IssuerSource;
 use crate::keep::{self, Found, Keeper, Place, Said};
@@ -39,6 +40,9 @@ pub enum StartError {
     /// A file cannot be used.
     #[error(transparent)]
     Files(#[from] LiveError),
+    /// Another agent uses the same directory.
+    #[error(transparent)]
+    InUse(#[from] keep::InUse),
     /// The health port cannot be opened.
     #[error("the health port {address} cannot be opened: {cause}. Set admin.address to a free one")]
     Admin { address: SocketAddr, cause: io::Error },
@@ -64,6 +68,8 @@ pub struct Agent {
     /// Ends everything.
     stop: CancellationToken,
     drain_deadline: Duration,
+    /// Of the directory with the identity.
+    _lock: Option<File>,
 }
 
 /// Reads every file that `config` names, as a start would.
@@ -102,6 +108,10 @@ impl Agent {
         let metrics = Metrics::new();
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();
+        let lock = match &config.identity {
+            IdentityConfig::Join(join) => Place::of(join).lock()?,
+            IdentityConfig::Files(_) => None,
+        };
         let (live, mut files) = open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
         let found = std::mem::take(&mut files.found);
         let live = Arc::new(live);
@@ -123,6 +133,7 @@ impl Agent {
             stop_dialling: stop.child_token(),
             stop,
             drain_deadline: config.drain_deadline,
+            _lock: lock,
         };
         agent.spawn(admin::serve(admin, listener, tracker.clone(), agent.stop.clone()));
         agent.spawn(live::watch(Arc::clone(&live), files, metrics.clone(), tracker));
@@ -234,9 +245,11 @@ impl Agent {
         for number in 0..config.sessions as usize {
             let (service, links) = (Arc::clone(&service), self.links.clone());
             let (keeper, known) = (keeper.clone(), Arc::clone(&known));
+            let way = Arc::clone(&self.live);
             let slot = Slot {
                 number,
                 addresses: config.gateway.addresses.clone(),
+                hop: Box::new(move |address| dial::hop(&way, address)),
                 backoff: Backoff::new(
                     config.timeouts.backoff_min,
                     config.timeouts.backoff_max,

@@ -246,13 +246,18 @@ impl FromStr for Url {
 
     fn from_str(text: &str) -> Result<Self, &'static str> {
         const FORM: &str = "is not https://HOST or https://HOST:PORT";
+        const PATH: &str = "has a path, and the agent keeps the paths of requests as they are: name https://HOST:PORT alone. What is reached under a path, such as a cluster behind another gateway, cannot be reached so";
         let (scheme, rest) = text.split_once("://").ok_or(FORM)?;
-        let (tls, port) = match scheme {
+        // RFC 3986 section 3.1: in any case.
+        let (tls, port) = match scheme.to_ascii_lowercase().as_str() {
             "https" => (true, 443),
             "http" => (false, 80),
             _ => return Err(FORM),
         };
         let rest = rest.strip_suffix('/').unwrap_or(rest);
+        if rest.split_once(['/', '?', '#']).is_some_and(|(host, _)| !host.is_empty()) {
+            return Err(PATH);
+        }
         let address = match rest.parse::<Address>() {
             Ok(address) => address,
             Err(_) => Address { host: rest.parse().map_err(|_| FORM)?, port },
@@ -929,5 +934,20 @@ apiServer: { url: 'https://10.0.0.1:6443' }
     fn too_many_targets_are_refused() {
         let list: String = (0..10_000).map(|n| format!("- {{ name: t{n}, address: 'h{n}:1' }}\n")).collect();
         assert!(problems(&format!("{SMALL}targets:\n{list}")).contains("at most 1000"));
+    }
+
+    /// Goal: FR-48: an API server below a path is refused with what is wrong, and a scheme counts in any case.
+    #[test]
+    fn fr48_a_path_is_what_is_wrong() {
+        for url in
+            ["https://rancher.example/k8s/clusters/c-abc", "https://gw:8443/clusters/prod/", "https://h/?x"]
+        {
+            let why = url.parse::<Url>().unwrap_err();
+            assert!(why.starts_with("has a path"), "{url}: {why}");
+        }
+        for url in ["HTTPS://Host.Example", "Https://host.example:443/"] {
+            assert_eq!(url.parse::<Url>().unwrap().to_string(), "https://host.example:443", "{url}");
+        }
+        assert!(!"https:///x".parse::<Url>().unwrap_err().starts_with("has a path"), "there is no host");
     }
 }

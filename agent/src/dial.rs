@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::time::{Duration, Instant, timeout};
+use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::explain::Fault;
@@ -194,11 +195,10 @@ impl Dialler {
 
     async fn dial_once(&self, address: &Address, transport: Transport) -> Result<Session, DialError> {
         match transport {
-            Transport::Tcp => self.attempt(address).await.map_err(|cause| {
-                let proxy = proxy(&self.live, address);
-                let through = proxy.map_or_else(String::new, |proxy| format!(" through {proxy}"));
-                DialError { address: format!("{address}{through}"), cause }
-            }),
+            Transport::Tcp => {
+                let attempt = self.attempt(address).await;
+                attempt.map_err(|cause| DialError { address: hop(&self.live, address), cause })
+            }
             Transport::Quic => self
                 .attempt_quic(address)
                 .await
@@ -277,7 +277,12 @@ pub(crate) async fn reach(live: &Live, address: &Address, deadline: Instant) -> 
     if let Err(error) = socket::tune(&stream) {
         tracing::debug!(%address, %error, "a socket option was refused");
     }
-    Ok(Leg::direct(stream))
+    Ok(Leg::direct(Either::Left(stream)))
+}
+
+/// Where to and how, as errors call it: an address, and the proxy on the way to it.
+pub(crate) fn hop(live: &Live, address: &Address) -> String {
+    proxy(live, address).map_or_else(|| address.to_string(), |proxy| format!("{address} through {proxy}"))
 }
 
 fn proxy<'a>(live: &'a Live, address: &Address) -> Option<&'a Proxy> {

@@ -12,10 +12,14 @@
 //!
 //! An identity made elsewhere (files) is not touched: an announcement is acknowledged if the file holds the roots.
 
+use std::fs::{File, TryLockError};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Duration, Instant, sleep, sleep_until};
 use towline_certs::AgentKey;
@@ -50,9 +54,62 @@ pub(crate) struct Found {
     pub(crate) key: Option<AgentKey>,
 }
 
+/// Another agent keeps its identity where this one would.
+#[derive(Debug, Error)]
+#[error(
+    "identity.directory: {} is in use by another agent{}. Stop that one, or give this one a directory of its own",
+    directory.display(),
+    process.map(|process| format!(" (process {process})")).unwrap_or_default()
+)]
+pub struct InUse {
+    pub directory: PathBuf,
+    /// As it says itself, if it can be read.
+    pub process: Option<u32>,
+}
+
 impl Place {
     pub(crate) fn of(config: &JoinConfig) -> Self {
         config.directory.clone().map_or(Self::Memory, Self::Directory)
+    }
+
+    /// Keeps other agents out for as long as the file is open: two would take turns for ever, each replacing the other's session.
+    /// Where the file system has no locks nobody is kept out. Blocks.
+    ///
+    /// # Errors
+    /// Another agent is in.
+    pub(crate) fn lock(&self) -> Result<Option<File>, InUse> {
+        let Self::Directory(directory) = self else { return Ok(None) };
+        let path = directory.join(LOCK);
+        let opened = create_private_directory(directory).map_err(|error| error.to_string()).and_then(|()| {
+            let mut options = File::options();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            options.open(&path).map_err(|error| error.to_string())
+        });
+        let mut file = match opened {
+            Ok(file) => file,
+            // It is told when something is to be kept there.
+            Err(error) => {
+                tracing::debug!(path = %path.display(), error, "no lock");
+                return Ok(None);
+            }
+        };
+        match file.try_lock() {
+            Ok(()) => {
+                let written = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+                written.unwrap_or_default();
+                Ok(Some(file))
+            }
+            Err(TryLockError::WouldBlock) => {
+                let mut process = String::new();
+                drop((&mut file).take(20).read_to_string(&mut process));
+                let process = process.trim().parse().ok();
+                Err(InUse { directory: directory.clone(), process })
+            }
+            Err(TryLockError::Error(error)) => {
+                tracing::debug!(path = %path.display(), %error, "no lock");
+                Ok(Some(file))
+            }
+        }
     }
 
     /// Reads what was kept. Blocks.
@@ -545,6 +602,8 @@ fn life(held: &Held) -> Duration {
     held.facts.not_after.duration_since(held.facts.issued_at()).unwrap_or_default()
 }
 
+/// Held for as long as an agent runs.
+const LOCK: &str = "lock";
 /// Key, chain and CA in one file; and the key of a join under way.
 const IDENTITY: &str = "identity.pem";
 const JOIN_KEY: &str = "join.key";

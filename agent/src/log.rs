@@ -17,10 +17,19 @@ pub enum LogFormat {
 /// Why logging cannot begin.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    #[error("--log-level: {0}")]
-    Level(#[from] tracing_subscriber::filter::ParseError),
+    #[error(
+        "--log-level: {0:?} is no level: error, warn, info, debug or trace, or a list such as info,towline_agent=debug"
+    )]
+    Level(String),
     #[error("logging is already set up: {0}")]
     Twice(#[from] tracing_subscriber::util::TryInitError),
+}
+
+/// Whether each word alone is a level: the filter would take any other for the name of a module, all of whose lines are meant, and
+/// leave out the rest.
+fn says_levels(text: &str) -> bool {
+    let is_level = |word: &str| word.eq_ignore_ascii_case("off") || word.parse::<tracing::Level>().is_ok();
+    text.split(',').map(str::trim).all(|word| word.contains(['=', '[']) || is_level(word))
 }
 
 /// Sets up logging for the process.
@@ -30,8 +39,9 @@ pub enum LogError {
 pub fn init(format: LogFormat, level: &str) -> Result<(), LogError> {
     use tracing_subscriber::util::SubscriberInitExt as _;
     let terminal = io::stderr().is_terminal();
+    let filter = EnvFilter::from_str(level).ok().filter(|_| says_levels(level));
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::from_str(level)?)
+        .with_env_filter(filter.ok_or_else(|| LogError::Level(level.to_owned()))?)
         .with_writer(io::stderr)
         .with_ansi(terminal);
     let json = match format {
@@ -51,4 +61,21 @@ pub fn init(format: LogFormat, level: &str) -> Result<(), LogError> {
         builder.finish().try_init()?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: D37: what is no level is refused, and the flag is named.
+    #[test]
+    fn d37_nonsense_is_no_level() {
+        for level in ["nonsense", "info,nonsense", "", "=", "info;debug"] {
+            let text = init(LogFormat::Json, level).unwrap_err().to_string();
+            assert!(text.contains("--log-level") && text.contains("towline_agent=debug"), "{level}: {text}");
+        }
+        for level in ["info", "WARN", "off", "info,towline_agent=debug", "towline_agent[span]=trace"] {
+            assert!(says_levels(level), "{level}");
+        }
+    }
 }

@@ -33,6 +33,8 @@ use crate::transport::{Plan, Policy, Reason, Silence};
 pub(crate) struct Slot<S> {
     pub(crate) number: usize,
     pub(crate) addresses: Vec<Address>,
+    /// How errors over TCP call the way to an address.
+    pub(crate) hop: Box<dyn Fn(&Address) -> String + Send + Sync>,
     pub(crate) backoff: Backoff,
     pub(crate) metrics: Metrics,
     /// Changes when sessions should show a new certificate.
@@ -138,8 +140,12 @@ impl<S: Fn(Begin)> Slot<S> {
                         continue;
                     }
                     let wait = self.wait(matches!(reason, CloseReason::Dead(_)));
-                    let transport = session.transport().label();
-                    tracing::warn!(%address, transport, %reason, wait = %Lasting(wait), "session lost");
+                    let transport = session.transport();
+                    let address = match transport {
+                        Transport::Tcp => (self.hop)(&address),
+                        Transport::Quic => address.to_string(),
+                    };
+                    tracing::warn!(address, transport = transport.label(), %reason, wait = %Lasting(wait), "session lost");
                     sleep(wait).await;
                     continue;
                 }
@@ -627,6 +633,7 @@ mod tests {
             let slot = Slot {
                 number: 0,
                 addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+                hop: Box::new(ToString::to_string),
                 backoff: Backoff::new(Duration::from_millis(250), Duration::from_secs(30), || 1.0),
                 metrics: Metrics::new(),
                 identity: world.identity.subscribe(),

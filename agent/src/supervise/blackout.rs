@@ -130,6 +130,7 @@ async fn round(mode: TransportMode, seed: u64) -> Duration {
     let slot = Slot {
         number: 0,
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+        hop: Box::new(ToString::to_string),
         backoff: Backoff::new(Duration::from_millis(250), Duration::from_secs(30), move || random.fraction()),
         metrics: Metrics::new(),
         identity: receiver,

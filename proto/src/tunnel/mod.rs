@@ -3,8 +3,10 @@
 //! A [`Session`] is one live authenticated connection between an agent and a gateway. [`Session::over`] runs the mux over
 //! any reliable byte stream, in practice TLS 1.3 on TCP; [`Session::over_quic`] runs on a QUIC connection.
 //! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session (`gate` says who writes next there), [`stream`] is what one stream can do, [`exchange`] frames the heads of an HTTP
-//! exchange, [`message`] is one message where there is no session, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket.
+//! exchange, [`message`] is one message where there is no session, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket,
+//! [`address`] is what is dialled, and [`proxy`] how that goes through an HTTP proxy.
 
+pub mod address;
 pub mod aside;
 mod buffer;
 mod congestion;
@@ -12,6 +14,7 @@ pub mod driver;
 pub mod exchange;
 mod gate;
 pub mod message;
+pub mod proxy;
 pub mod quic;
 pub mod socket;
 pub mod splice;
