@@ -3,6 +3,7 @@
 //! does is asked before a step that its agents have to be prepared for.
 
 use crate::api::ADMINS;
+use crate::authn::{Principal, PrincipalError};
 use crate::authority::{Authorities, AuthorityError};
 use crate::config::{GatewayConfig, PublicAddress};
 use crate::fleet;
@@ -22,7 +23,9 @@ use towline_certs::facts::human;
 use towline_certs::issue::LEAF_LIFETIME;
 use towline_certs::load::{LoadPolicy, load_credential, load_roots};
 use towline_certs::save::{chain_pem, key_pem};
-use towline_certs::{CertificateFacts, ClientIdentity, HostName, IssueError, LoadError, NameError};
+use towline_certs::{
+    CertificateDer, CertificateFacts, ClientIdentity, Credential, HostName, IssueError, LoadError, NameError,
+};
 
 /// Why a command did nothing.
 #[derive(Debug, Error)]
@@ -43,6 +46,8 @@ pub enum CommandError {
     Load(#[from] LoadError),
     #[error("the name of the admin: {0}")]
     Name(#[from] NameError),
+    #[error("--name: {0}, so that the gateway would not take the kubeconfig. Choose another name")]
+    Reserved(PrincipalError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -96,6 +101,7 @@ pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> 
     }
     let authorities = Authorities::open(place, now)?;
     let identity = ClientIdentity::new(name, [ADMINS])?;
+    Principal::new(name, Vec::new()).check().map_err(CommandError::Reserved)?;
     let credential = authorities.clients.ca.issue_client(&identity, LEAF_LIFETIME, now)?;
     let server = match config.public_addresses.first() {
         Some(address) => address.clone(),
@@ -109,10 +115,7 @@ pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> 
         Some(front) => {
             let policy = LoadPolicy::LENIENT;
             let chain = load_credential(&front.certificate, &front.key, policy, now)?.value;
-            let root = chain.chain().last().filter(|last| {
-                CertificateFacts::of(last).is_ok_and(|facts| facts.is_ca && facts.subject == facts.issuer)
-            });
-            root.map(|root| vec![root.clone()])
+            own_root(&chain).map(|root| vec![root.clone()])
         }
     };
     // A text of JSON is one of YAML too; nothing else in here needs quotes.
@@ -124,13 +127,41 @@ pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> 
     if let Some(roots) = ca {
         text.push_str(&format!("    certificate-authority-data: {}\n", STANDARD.encode(chain_pem(&roots))));
     }
-    let name = quoted(name);
+    // Files are merged by these names, and `admin` is somebody in many of them.
+    let name = quoted(&format!("towline-{name}"));
     let certificate = STANDARD.encode(chain_pem(credential.chain()));
     let key = STANDARD.encode(key_pem(credential.key()).as_bytes());
     text.push_str(&format!(
         "contexts:\n- name: towline\n  context: {{ cluster: towline, user: {name} }}\nusers:\n- name: {name}\n  user:\n    client-certificate-data: {certificate}\n    client-key-data: {key}\n"
     ));
     Ok(text)
+}
+
+/// The certificate at the end of a front's chain that says whom to believe, if there is one: a root, or the front's own, self-signed.
+fn own_root(chain: &Credential) -> Option<&CertificateDer<'static>> {
+    let is_its_own = |last: &&CertificateDer<'static>| {
+        CertificateFacts::of(last).is_ok_and(|facts| facts.subject == facts.issuer)
+    };
+    chain.chain().last().filter(is_its_own)
+}
+
+/// What there is to know of an admin's kubeconfig: nothing, unless whoever uses it has to know by himself whom to believe.
+///
+/// # Errors
+/// The front's certificate cannot be read.
+pub fn admin_advice(config: &GatewayConfig, now: SystemTime) -> Result<Option<String>, CommandError> {
+    let Some(front) = &config.tls.front else { return Ok(None) };
+    let chain = load_credential(&front.certificate, &front.key, LoadPolicy::LENIENT, now)?.value;
+    if own_root(&chain).is_some() {
+        return Ok(None);
+    }
+    let issuer =
+        chain.chain().last().and_then(|last| CertificateFacts::of(last).ok()).map(|facts| facts.issuer);
+    Ok(Some(format!(
+        "the front's certificate (tls.front) comes from elsewhere, and the kubeconfig names no CA: it works where the system's trust store has {}. Is that a private CA, add it: kubectl config set-cluster towline --kubeconfig FILE --certificate-authority ca.crt --embed-certs; or append its root to {}",
+        issuer.unwrap_or_default(),
+        front.certificate.display()
+    )))
 }
 
 /// Takes a step of a change of the tunnel CA; without one, only looks. Returns how far the change has come. Blocks.
@@ -255,6 +286,8 @@ pub fn check_store(config: &GatewayConfig) -> Result<Report, CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::FrontTls;
+    use towline_certs::{CaKind, CertificateAuthority, TrustDomain};
 
     #[test]
     fn what_the_private_port_says_is_understood() {
@@ -265,7 +298,50 @@ mod tests {
         let many: Vec<String> = (0..12).map(|n| format!("c{n} pending")).collect();
         let text = CommandError::NotAcknowledged(many).to_string();
         assert!(text.starts_with("12 cluster(s)") && text.contains("c9 pending; and 2 more. See"), "{text}");
+        // M16.
+        assert!(pending(&answer("1 root is believed\na current (1 of 1 sessions)\n"), 1).unwrap().is_empty());
         assert!(pending(&answer(""), 1).is_err() && pending("", 1).is_err());
         assert!(pending("HTTP/1.0 403 Forbidden\r\n\r\n1 roots", 1).unwrap_err().contains("403"));
+    }
+
+    /// Goal: FR-46: who has to know by himself whom to believe is told so, and which CA it is; a chain that says it, or a certificate
+    /// that is its own, is in the kubeconfig.
+    #[test]
+    fn fr46_a_front_from_elsewhere_is_told_of() {
+        let (directory, now) = (tempfile::tempdir().unwrap(), SystemTime::now());
+        let ca = CertificateAuthority::create(CaKind::FrontServer, LEAF_LIFETIME, now).unwrap();
+        let credential = ca.issue_front_server(&["gw.test".parse().unwrap()], LEAF_LIFETIME, now).unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let key = key_pem(credential.key());
+        towline_certs::save::write_private(&at("key"), key.as_bytes()).unwrap();
+        let leaf = credential.leaf().clone();
+        let mut config =
+            GatewayConfig::new(TrustDomain::new("fleet.test").unwrap(), crate::config::Tls::default());
+        assert_eq!(admin_advice(&config, now).unwrap(), None, "the gateway's own");
+        config.tls.front = Some(FrontTls { certificate: at("crt"), key: at("key"), client_ca: None });
+        let advice = |chain: &[CertificateDer<'static>]| {
+            std::fs::write(at("crt"), chain_pem(chain)).unwrap();
+            admin_advice(&config, now).unwrap()
+        };
+        let issuer = CertificateFacts::of(&leaf).unwrap().issuer;
+        let told = advice(std::slice::from_ref(&leaf)).unwrap();
+        assert!(told.contains(&issuer) && told.contains("--certificate-authority"), "{told}");
+        assert_eq!(advice(&[leaf, ca.root_der().clone()]), None);
+    }
+
+    /// Goal: D36: no kubeconfig is made that the gateway would refuse.
+    #[test]
+    fn d36_a_reserved_name_is_no_admins() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config =
+            GatewayConfig::new(TrustDomain::new("fleet.test").unwrap(), crate::config::Tls::default());
+        config.state_directory = Some(directory.path().join("state"));
+        towline_certs::save::create_private_directory(&directory.path().join("state")).unwrap();
+        let now = SystemTime::now();
+        Authorities::open(&directory.path().join("state"), now).unwrap();
+        let refused = admin_kubeconfig(&config, "system:masters", now).unwrap_err().to_string();
+        assert!(refused.starts_with("--name: ") && refused.contains("system:"), "{refused}");
+        let text = admin_kubeconfig(&config, "alice", now).unwrap();
+        assert!(text.contains("user: \"towline-alice\""), "no other file's entry has this name");
     }
 }

@@ -28,7 +28,7 @@ pub enum HeadersError {
     MalformedConnection,
     /// A client's own impersonation where the gateway impersonates.
     #[error(
-        "the header {0:?} is not allowed here: this cluster is in impersonating mode, where the gateway says who you are"
+        "the header {0:?} is not allowed here: this cluster is in the mode impersonate, where the gateway says who you are"
     )]
     Impersonation(String),
     /// A page of another site made a browser send this.

@@ -8,7 +8,6 @@ use std::io::IsTerminal as _;
 use std::str::FromStr;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::ParseError;
 
 /// The form of a line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,12 +72,27 @@ macro_rules! sparing {
 }
 pub(crate) use sparing;
 
+/// What was given to `--log-level` is none.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "--log-level: {0:?} is no level: error, warn, info, debug or trace, or a list such as info,towline_gateway=debug"
+)]
+pub struct LevelError(String);
+
+/// Whether each word alone is a level: the filter would take any other for the name of a module, all of whose lines are meant, and
+/// leave out the rest.
+fn says_levels(text: &str) -> bool {
+    let is_level = |word: &str| word.eq_ignore_ascii_case("off") || word.parse::<tracing::Level>().is_ok();
+    text.split(',').map(str::trim).all(|word| word.contains(['=', '[']) || is_level(word))
+}
+
 /// Starts logging for the process. `level` is a level, or a list of `target=level`.
 ///
 /// # Errors
 /// The level cannot be read.
-pub fn start(format: Format, level: &str) -> Result<(), ParseError> {
-    let filter = EnvFilter::builder().parse(level)?;
+pub fn start(format: Format, level: &str) -> Result<(), LevelError> {
+    let filter = EnvFilter::builder().parse(level).ok().filter(|_| says_levels(level));
+    let filter = filter.ok_or_else(|| LevelError(level.to_owned()))?;
     let terminal = std::io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A logger that is there already, as in tests, is as good.
@@ -100,6 +114,16 @@ pub fn start(format: Format, level: &str) -> Result<(), ParseError> {
 mod tests {
     use super::*;
     use std::time::Instant;
+
+    /// Goal: D37: what is no level is refused, and the flag is named.
+    #[test]
+    fn d37_nonsense_is_no_level() {
+        for level in ["nonsense", "info,nonsense", "", "="] {
+            let text = start(Format::Json, level).unwrap_err().to_string();
+            assert!(text.contains("--log-level"), "{level}: {text}");
+        }
+        assert!(["info", "WARN", "off", "info,towline_gateway=debug"].into_iter().all(says_levels));
+    }
 
     #[test]
     fn a_flood_leaves_one_line() {

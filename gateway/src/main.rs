@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{self, ExitCode};
@@ -60,7 +61,7 @@ enum Command {
         /// The admin's name.
         #[arg(long, default_value = "admin")]
         name: String,
-        /// Write it into this file, which only its owner can read, and not to the terminal.
+        /// Write it into this file, which only its owner can read; a terminal gets no private key.
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
@@ -139,10 +140,17 @@ fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> 
             say_next(commands::tunnel_ca(config, *step, *force, SystemTime::now())?);
         }
         Command::AdminKubeconfig { name, output } => {
+            ensure!(
+                output.is_some() || !std::io::stdout().is_terminal(),
+                "a private key would stand on the terminal: write it into a file with --output FILE, or send it on with a pipe"
+            );
             let text = commands::admin_kubeconfig(config, name, SystemTime::now())?;
             match output {
                 Some(file) => write_private(file, text.as_bytes())?,
                 None => print(&text),
+            }
+            if let Some(advice) = commands::admin_advice(config, SystemTime::now())? {
+                report(&advice);
             }
         }
         Command::Store(StoreCommand::Dump) => {

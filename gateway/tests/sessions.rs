@@ -231,6 +231,7 @@ async fn an_idle_gateway_drains_at_once() {
     agent.closed().await;
 }
 
+/// R4: also of a log that is followed: a clean end would say that it is whole.
 #[tokio::test]
 async fn a_drain_cuts_off_at_its_deadline() {
     let world = World::with(|config| config.drain.deadline = Duration::from_millis(500)).await;

@@ -3,7 +3,10 @@
 use super::Connection;
 use super::client::{API_VERSION, Client};
 use super::failure::{Failure, Outcome};
-use super::manifest::{AgentManifest, GatewayManifest, Grant, IssuerKeys, ManifestError};
+use super::manifest::{
+    AgentManifest, AgentProxy, GatewayManifest, Grant, IssuerKeys, Label, ManifestError, Password,
+    PodOptions, Resources, Toleration, Transport,
+};
 use super::output;
 use crate::config::{Mode, PublicAddress};
 use crate::routing::ClusterName;
@@ -11,7 +14,8 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use towline_certs::{JoinToken, TrustDomain};
+use towline_certs::{JoinAddress, JoinToken, TrustDomain};
+use towline_proto::tunnel::proxy::ProxyUrl;
 
 /// The agent of a cluster.
 #[derive(Debug, Subcommand)]
@@ -47,15 +51,18 @@ impl GatewayCommand {
 
 const AGENT: &str = "Examples:
   towline agent manifest prod | kubectl --context prod-admin apply -f -
-  towline agent manifest prod --register --mode impersonate --grant towline:admins=view | kubectl apply -f -
-  towline agent manifest prod --replicas 2 --image registry.example.com/towline-agent:1.0 > agent.yaml
-  towline agent manifest prod --join-token-file join-token    asks no gateway
+  towline agent manifest prod --register --mode impersonate --grant towline:admins=view > agent.yaml
+  towline agent manifest prod --replicas 2 --image registry.example.com/towline-agent:1.0
+  towline agent manifest prod --no-secret > agent.yaml                     to be committed
+  towline agent manifest prod --proxy-url http://joe@proxy:3128 --proxy-password-file password
+  towline agent manifest prod --mode restricted --join-token-file token    asks no gateway
 ";
 
 #[derive(Args, Debug)]
 #[command(before_help = AGENT)]
 pub(crate) struct Manifest {
     /// The cluster's name at the gateway.
+    #[arg(value_parser = super::show::cluster_name)]
     cluster: String,
     /// Register the cluster first, if it is not.
     #[arg(long, conflicts_with = "join_token_file")]
@@ -70,21 +77,116 @@ pub(crate) struct Manifest {
     /// The namespace, which the manifest makes.
     #[arg(long, default_value = super::manifest::AGENT_NAMESPACE)]
     namespace: String,
-    /// The image, by a name under which the cluster's nodes get it.
-    #[arg(long)]
-    image: Option<String>,
     /// How many agents; with 2 the cluster stays connected while a node is drained.
     #[arg(long, default_value_t = 1)]
     replicas: u32,
-    /// Use this join token, - for stdin, instead of a new one. No gateway is asked then.
-    #[arg(long, value_name = "FILE")]
+    /// Use this join token, - for stdin, instead of a new one. No gateway is asked then, so that --mode has to be said.
+    #[arg(long, value_name = "FILE", requires = "mode")]
     join_token_file: Option<PathBuf>,
+    /// Print no Secret, and make no join token: for a repository. The Secrets are made by hand, as the text says.
+    #[arg(long)]
+    no_secret: bool,
     /// In restricted mode: the cluster's public keys (kubectl get --raw /openid/v1/jwks), instead of showing them to everybody.
     #[arg(long, value_name = "FILE")]
     issuer_keys: Option<PathBuf>,
-    /// Add a NetworkPolicy: nothing in; out only to names, the gateway and the API server.
+    /// Add a NetworkPolicy: nothing in; out only to names, the gateway, the proxy and the API server.
     #[arg(long)]
     network_policy: bool,
+    #[command(flatten)]
+    way: Way,
+    #[command(flatten)]
+    pod: PodFlags,
+}
+
+/// How the agent reaches the gateway.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "The way to the gateway")]
+struct Way {
+    /// Where the gateway is reached from this cluster, instead of the addresses that the gateway says. May be repeated.
+    #[arg(long, value_name = "HOST:PORT", value_parser = address)]
+    gateway: Vec<JoinAddress>,
+    /// Where the same gateway is reached over UDP, if elsewhere: one for each address, in the same order.
+    #[arg(long, value_name = "HOST:PORT", value_parser = address)]
+    quic_address: Vec<JoinAddress>,
+    /// Over QUIC, over TCP, or as it goes.
+    #[arg(long, value_enum, default_value_t)]
+    transport: TransportWord,
+    /// An HTTP proxy on the way: http://HOST:PORT or http://USER@HOST:PORT (or https://).
+    #[arg(long, value_name = "URL")]
+    proxy_url: Option<ProxyUrl>,
+    /// The password of its user, one line.
+    #[arg(long, value_name = "FILE", requires = "proxy_url")]
+    proxy_password_file: Option<PathBuf>,
+    /// The CA of an https:// proxy, if it is not one that every machine knows.
+    #[arg(long, value_name = "FILE", requires = "proxy_url")]
+    proxy_ca: Option<PathBuf>,
+}
+
+/// What a cluster asks of its pods.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "The pod")]
+struct PodFlags {
+    /// The image, by a name under which the cluster's nodes get it.
+    #[arg(long)]
+    image: Option<String>,
+    /// A Secret in the namespace by which the image is pulled. May be repeated, as all that follow.
+    #[arg(long, value_name = "NAME")]
+    image_pull_secret: Vec<String>,
+    /// Run only on nodes with this label.
+    #[arg(long, value_name = "KEY=VALUE")]
+    node_selector: Vec<Label>,
+    /// Run on nodes with this taint too; * is every one.
+    #[arg(long, value_name = "KEY[=VALUE][:EFFECT]")]
+    toleration: Vec<Toleration>,
+    /// A label for the namespace, all that is in it, and the pods.
+    #[arg(long, value_name = "KEY=VALUE")]
+    label: Vec<Label>,
+    /// The pods' PriorityClass.
+    #[arg(long, value_name = "NAME")]
+    priority_class: Option<String>,
+    /// Such as requests.cpu=100m,requests.memory=128Mi,limits.memory=1Gi.
+    #[arg(long, value_name = "LIST")]
+    resources: Option<Resources>,
+    /// Leave user and groups to the platform, as OpenShift wants it, instead of 65532.
+    #[arg(long)]
+    platform_uid: bool,
+}
+
+impl PodFlags {
+    fn options(&self) -> PodOptions {
+        PodOptions {
+            pull_secrets: self.image_pull_secret.clone(),
+            node_selector: self.node_selector.clone(),
+            tolerations: self.toleration.clone(),
+            priority_class: self.priority_class.clone(),
+            labels: self.label.clone(),
+            resources: self.resources.clone().unwrap_or_default(),
+            platform_uid: self.platform_uid,
+        }
+    }
+}
+
+fn address(text: &str) -> Result<JoinAddress, &'static str> {
+    text.parse().map_err(|()| "not HOST:PORT, where an IPv6 address stands in brackets")
+}
+
+/// As [`Transport`], on the command line.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum TransportWord {
+    #[default]
+    Auto,
+    Quic,
+    Tcp,
+}
+
+impl From<TransportWord> for Transport {
+    fn from(word: TransportWord) -> Self {
+        match word {
+            TransportWord::Auto => Self::Auto,
+            TransportWord::Quic => Self::Quic,
+            TransportWord::Tcp => Self::Tcp,
+        }
+    }
 }
 
 /// As [`Mode`], on the command line.
@@ -109,44 +211,111 @@ impl From<ManifestError> for Failure {
     }
 }
 
+/// What has been made at the gateway, to be taken back if the manifest is not printed.
+type Made = Vec<(&'static str, Value)>;
+
 impl Manifest {
     async fn run(&self, connection: &Connection) -> Outcome {
         let cluster = ClusterName::new(&self.cluster).map_err(|error| Failure::usage(error.to_string()))?;
-        let (mode, line) = match &self.join_token_file {
-            Some(file) => {
-                let mode = self.mode.map_or(Mode::Restricted, Mode::from);
-                self.manifest(&cluster, mode, None)?.check()?;
-                (mode, read(file)?)
+        let Some(file) = &self.join_token_file else {
+            let client = Client::new(connection)?;
+            let mut made = Made::new();
+            let outcome = self.of_gateway(&client, &cluster, &mut made).await;
+            if outcome.is_err() {
+                take_back(&client, made).await;
             }
-            None => {
-                let client = Client::new(connection)?;
-                let mode = self.registered(&client).await?;
-                // Before there is a token: one that nobody gets to see would stay until it expires.
-                self.manifest(&cluster, mode, None)?.check()?;
-                (mode, self.new_token(&client).await?)
-            }
+            return outcome;
         };
-        let token: JoinToken = line.parse().map_err(|error| match &self.join_token_file {
-            Some(file) => Failure::usage(format!("the join token in {} {error}", file.display())),
-            None => Failure::failed(format!("the gateway's answer {error}")),
-        })?;
-        let text = self.manifest(&cluster, mode, Some(&token))?.render(&token.line())?;
-        output::bytes(text.as_bytes())
+        let mode = self.mode.map_or(Mode::Restricted, Mode::from);
+        let line = read(file)?;
+        let token: JoinToken = line
+            .parse()
+            .map_err(|error| Failure::usage(format!("the join token in {} {error}", file.display())))?;
+        if token.cluster != cluster.as_str() {
+            return Err(Failure::usage(format!(
+                "the join token in {} is for the cluster {}, not for {cluster}. Make one for this cluster: {} token create {cluster}",
+                file.display(),
+                token.cluster,
+                super::name()
+            )));
+        }
+        self.print(&self.manifest(cluster, mode, Some(&token))?, &token)
+    }
+
+    /// As the gateway has the cluster. Everything is checked before anything is made there: in dry runs the gateway says what it
+    /// would put into a join token.
+    async fn of_gateway(&self, client: &Client, cluster: &ClusterName, made: &mut Made) -> Outcome {
+        let found = self.look(client).await?;
+        let mode = match &found {
+            Some(found) => self.mode_of(found)?,
+            None => self.mode.map_or(Mode::Restricted, Mode::from),
+        };
+        if found.is_none() {
+            let asked = json!({"apiVersion": API_VERSION, "kind": "Cluster",
+                "metadata": {"name": self.cluster}, "spec": {"mode": mode}});
+            let would = client.would_create("clusters", &asked).await?;
+            let mut manifest = self.manifest(cluster.clone(), mode, None)?;
+            if manifest.addresses.is_empty() {
+                let told = would["status"]["addresses"].as_array().into_iter().flatten();
+                manifest.addresses = told.filter_map(|address| address.as_str()?.parse().ok()).collect();
+            }
+            manifest.check()?;
+            let registered = client.create("clusters", &asked).await?;
+            output::note(&format!("cluster {} registered, mode {}", self.cluster, shown(&registered)));
+            made.push(("clusters", registered));
+        }
+        let would = parsed(&client.would_create("jointokens", &self.token()).await?)?;
+        let manifest = self.manifest(cluster.clone(), mode, Some(&would))?;
+        manifest.check()?;
+        if self.no_secret {
+            return self.print(&manifest, &would);
+        }
+        // Another one may have been put in between: its own addresses and pins count.
+        let token = client.create("jointokens", &self.token()).await?;
+        made.push(("jointokens", token.clone()));
+        output::note(&format!(
+            "join token {} made, to be used until {}",
+            output::text(&token["metadata"]["name"]),
+            output::text(&token["status"]["expires"])
+        ));
+        let token = parsed(&token)?;
+        self.print(&self.manifest(cluster.clone(), mode, Some(&token))?, &token)
+    }
+
+    fn print(&self, manifest: &AgentManifest, token: &JoinToken) -> Outcome {
+        let line = token.line();
+        output::bytes(manifest.render((!self.no_secret).then_some(line.as_str()))?.as_bytes())
     }
 
     fn manifest(
         &self,
-        cluster: &ClusterName,
+        cluster: ClusterName,
         mode: Mode,
         token: Option<&JoinToken>,
     ) -> Outcome<AgentManifest> {
-        let mut manifest = AgentManifest::new(cluster.clone(), mode, token);
+        let mut manifest = AgentManifest::new(cluster, mode, token);
         manifest.namespace.clone_from(&self.namespace);
         manifest.replicas = self.replicas;
         manifest.grants.clone_from(&self.grant);
         manifest.network_policy = self.network_policy;
-        if let Some(image) = &self.image {
+        manifest.pod = self.pod.options();
+        if let Some(image) = &self.pod.image {
             manifest.image.clone_from(image);
+        }
+        let Way { gateway, quic_address, transport, proxy_url, proxy_password_file, proxy_ca } = &self.way;
+        if !gateway.is_empty() {
+            manifest.addresses.clone_from(gateway);
+        }
+        manifest.quic_addresses.clone_from(quic_address);
+        manifest.transport = (*transport).into();
+        if let Some(url) = proxy_url {
+            let password = match proxy_password_file {
+                None => Password::None,
+                Some(_) if self.no_secret => Password::Elsewhere,
+                Some(file) => Password::Printed(read(file)?.trim_end_matches(['\r', '\n']).to_owned()),
+            };
+            let ca = proxy_ca.as_deref().map(read).transpose()?;
+            manifest.proxy = Some(AgentProxy { url: url.clone(), password, ca });
         }
         if let Some(file) = &self.issuer_keys {
             if mode == Mode::Impersonate {
@@ -159,17 +328,10 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The mode in which the cluster is registered; registers it if that is wanted.
-    async fn registered(&self, client: &Client) -> Outcome<Mode> {
+    /// The cluster as it is registered; none where it is to be.
+    async fn look(&self, client: &Client) -> Outcome<Option<Value>> {
         let cluster = match client.get("clusters", &self.cluster).await {
-            Err(failure) if failure.is_not_found() && self.register => {
-                let mode = self.mode.map_or(Mode::Restricted, Mode::from);
-                let asked = json!({"apiVersion": API_VERSION, "kind": "Cluster",
-                    "metadata": {"name": self.cluster}, "spec": {"mode": mode}});
-                let made = client.create("clusters", &asked).await?;
-                output::note(&format!("cluster {} registered, mode {}", self.cluster, shown(&made)));
-                made
-            }
+            Err(failure) if failure.is_not_found() && self.register => return Ok(None),
             Err(failure) if failure.is_not_found() => {
                 let next = format!(
                     "cluster {} is not registered. Once more with --register, or: {} cluster register {}",
@@ -188,6 +350,11 @@ impl Manifest {
             );
             return Err(Failure::failed(text));
         }
+        Ok(Some(cluster))
+    }
+
+    /// The mode in which a cluster is registered, which is the one that is asked for, if one is.
+    fn mode_of(&self, cluster: &Value) -> Outcome<Mode> {
         let mode: Mode = serde_json::from_value(cluster["spec"]["mode"].clone()).map_err(|_| {
             Failure::failed("the gateway says a mode that this program does not know; update it")
         })?;
@@ -195,7 +362,7 @@ impl Manifest {
             let text = format!(
                 "cluster {} is registered in mode {}. Leave --mode away, or change it first: kubectl patch cluster {} --type=merge -p '{{\"spec\":{{\"mode\":\"…\"}}}}'",
                 self.cluster,
-                shown(&cluster),
+                shown(cluster),
                 self.cluster
             );
             return Err(Failure::failed(text));
@@ -204,20 +371,33 @@ impl Manifest {
     }
 
     /// A token with a use for each replica: they may all come before the gateway knows the cluster's keys.
-    async fn new_token(&self, client: &Client) -> Outcome<String> {
-        let asked = json!({"apiVersion": API_VERSION, "kind": "JoinToken",
+    fn token(&self) -> Value {
+        json!({"apiVersion": API_VERSION, "kind": "JoinToken",
             "metadata": {"generateName": format!("{}-", self.cluster.chars().take(48).collect::<String>().trim_end_matches('-'))},
-            "spec": {"cluster": self.cluster, "uses": self.replicas}});
-        let made = client.create("jointokens", &asked).await?;
-        let line = made["status"]["token"].as_str();
-        let line = line.ok_or_else(|| Failure::failed("the gateway's answer holds no join token"))?;
-        output::note(&format!(
-            "join token {} made, to be used until {}",
-            output::text(&made["metadata"]["name"]),
-            output::text(&made["status"]["expires"])
-        ));
-        Ok(line.to_owned())
+            "spec": {"cluster": self.cluster, "uses": self.replicas}})
     }
+}
+
+/// Takes back what was made for a manifest that nobody got. What cannot be taken back is told, and how to do it.
+async fn take_back(client: &Client, made: Made) {
+    for (plural, object) in made.into_iter().rev() {
+        let name = output::text(&object["metadata"]["name"]);
+        let what = if plural == "clusters" { "the registration of cluster" } else { "join token" };
+        match client.delete(plural, &object).await {
+            Ok(_) => output::note(&format!("{what} {name} was taken back: the manifest was not printed")),
+            Err(failure) => output::note(&format!(
+                "{what} {name} stays, which nobody needs: {}",
+                failure.text().unwrap_or_default()
+            )),
+        }
+    }
+}
+
+/// The join token in the answer to its creation.
+fn parsed(answer: &Value) -> Outcome<JoinToken> {
+    let line = answer["status"]["token"].as_str();
+    let line = line.ok_or_else(|| Failure::failed("the gateway's answer holds no join token"))?;
+    line.parse().map_err(|error| Failure::failed(format!("the gateway's answer {error}")))
 }
 
 fn shown(cluster: &Value) -> String {
@@ -251,9 +431,6 @@ pub(crate) struct OwnManifest {
     /// The namespace, which the manifest makes.
     #[arg(long)]
     namespace: Option<String>,
-    /// The image, by a name under which the cluster's nodes get it.
-    #[arg(long)]
-    image: Option<String>,
     /// In agents' certificates; it cannot be changed later.
     #[arg(long, default_value = "towline.local")]
     trust_domain: String,
@@ -263,6 +440,8 @@ pub(crate) struct OwnManifest {
     /// Add a NetworkPolicy: in only to the gateway's port, not to the health port; nothing out.
     #[arg(long)]
     network_policy: bool,
+    #[command(flatten)]
+    pod: PodFlags,
 }
 
 impl OwnManifest {
@@ -271,9 +450,10 @@ impl OwnManifest {
             TrustDomain::new(&self.trust_domain).map_err(|error| Failure::usage(error.to_string()))?;
         let mut manifest = GatewayManifest::new(self.addresses.clone(), domain);
         manifest.network_policy = self.network_policy;
+        manifest.pod = self.pod.options();
         for (place, given) in [
             (&mut manifest.namespace, &self.namespace),
-            (&mut manifest.image, &self.image),
+            (&mut manifest.image, &self.pod.image),
             (&mut manifest.storage, &self.storage),
         ] {
             if let Some(given) = given {

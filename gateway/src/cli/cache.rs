@@ -116,8 +116,9 @@ mod tests {
         Context {
             name: "c".to_owned(),
             gateway: "https://gw".to_owned(),
-            host: "gw".to_owned(),
-            port: 443,
+            address: "gw:443".parse().unwrap(),
+            proxy: None,
+            proxy_url: None,
             ca: None,
             server_name: None,
             user: User::Token(token.to_owned()),

@@ -3,6 +3,8 @@
 use super::Connection;
 use super::failure::{Failure, Outcome, Refusal};
 use super::kubeconfig::{Bundle, Context, Kubeconfig, User};
+use super::output;
+use super::proxy::dial;
 use bytes::Bytes;
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
 use http::{Method, Request, Response};
@@ -14,14 +16,16 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tokio_util::either::Either;
 use towline_certs::explain::explain_naming;
-use towline_certs::load::{LoadPolicy, parse_credential, parse_roots, system_roots};
-use towline_certs::{Credential, FileBytes, ServerName, tls, tls_error};
+use towline_certs::load::{LoadPolicy, Loaded, parse_bundle, parse_credential, system_roots};
+use towline_certs::{Credential, FileBytes, ServerName, UpstreamProtocol, tls, tls_error};
+use towline_proto::tunnel::address::Host;
+use towline_proto::tunnel::proxy::Leg;
 
 /// Group and version of everything here.
 pub(crate) const API_VERSION: &str = "towline.io/v1alpha1";
@@ -44,6 +48,8 @@ const JSON: &str = "application/json";
 pub(crate) struct Client {
     pub(crate) context: Context,
     tls: Arc<rustls::ClientConfig>,
+    /// For a proxy that speaks TLS.
+    proxy_tls: Option<Arc<rustls::ClientConfig>>,
     token: Option<HeaderValue>,
     kept: Mutex<Option<Wire>>,
 }
@@ -74,13 +80,19 @@ impl Client {
     pub(crate) fn of(context: Context) -> Outcome<Self> {
         let (credential, token) = credential(&context)?;
         let roots = match &context.ca {
-            Some(bundle) => parse_roots(&bundle.file()),
-            None => system_roots(),
+            Some(bundle) => parse_bundle(&bundle.file()),
+            None => system_roots().map(|value| Loaded { value, warnings: Vec::new() }),
         };
-        let roots = roots
+        let Loaded { value: roots, warnings } = roots
             .map_err(|error| Failure::usage(format!("the CA of context {:?}: {error}", context.name)))?;
-        let config = tls::http_client(&roots, credential.as_ref())
-            .map_err(|error| Failure::usage(format!("context {:?}: {error}", context.name)))?;
+        for warning in warnings {
+            output::note(&format!("warning: {warning}"));
+        }
+        let unusable = |error| Failure::usage(format!("context {:?}: {error}", context.name));
+        let config = tls::http_client(&roots, credential.as_ref()).map_err(unusable)?;
+        let through_tls = context.proxy.as_ref().is_some_and(|proxy| proxy.speaks_tls());
+        let proxy_tls = through_tls.then(|| tls::upstream_client(&roots, None, UpstreamProtocol::Http1));
+        let proxy_tls = proxy_tls.transpose().map_err(unusable)?;
         let mut config = rustls::ClientConfig::clone(&config);
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let bearer = token.map(|token| HeaderValue::from_str(&format!("Bearer {token}"))).transpose();
@@ -90,12 +102,17 @@ impl Client {
         if let Some(token) = &mut token {
             token.set_sensitive(true);
         }
-        Ok(Self { context, tls: Arc::new(config), token, kept: Mutex::new(None) })
+        Ok(Self { context, tls: Arc::new(config), proxy_tls, token, kept: Mutex::new(None) })
     }
 
     /// One object.
     pub(crate) async fn get(&self, plural: &str, name: &str) -> Outcome<Value> {
         self.json(Method::GET, &path(plural, Some(name)), JSON, None).await
+    }
+
+    /// What the gateway says of its version.
+    pub(crate) async fn version(&self) -> Outcome<Value> {
+        self.json(Method::GET, "/version", JSON, None).await
     }
 
     /// All objects of a kind that are meant, as a list.
@@ -112,6 +129,11 @@ impl Client {
     /// Makes an object: its answer is the only one that holds secrets.
     pub(crate) async fn create(&self, plural: &str, object: &Value) -> Outcome<Value> {
         self.json(Method::POST, &path(plural, None), JSON, Some(object)).await
+    }
+
+    /// What a creation would make: the gateway checks all of it and makes nothing.
+    pub(crate) async fn would_create(&self, plural: &str, object: &Value) -> Outcome<Value> {
+        self.json(Method::POST, &format!("{}?dryRun=All", path(plural, None)), JSON, Some(object)).await
     }
 
     /// Merges a patch (RFC 7386) into an object.
@@ -216,7 +238,7 @@ impl Client {
         let body = timeout(ANSWER, Limited::new(answer.into_body(), most).collect());
         let body = body.await.map_err(|_| self.silent())?;
         let body = body.map_err(|error| {
-            Failure::failed(format!("the answer of {} broke off: {error}. Try again", self.context.gateway))
+            Failure::failed(format!("the answer of {} broke off: {error}. Try again", self.way()))
         })?;
         Ok(body.to_bytes())
     }
@@ -224,17 +246,16 @@ impl Client {
     async fn refused(&self, answer: Response<Incoming>) -> Failure {
         let status = answer.status().as_u16();
         match self.body(answer, REFUSAL_MAX).await {
-            Ok(body) => Failure::Refused(Refusal::new(status, &body)),
+            Ok(body) => {
+                let with_token = self.token.is_some();
+                Failure::Refused(Refusal { with_token, ..Refusal::new(status, &body) })
+            }
             Err(failure) => failure,
         }
     }
 
     fn silent(&self) -> Failure {
-        Failure::failed(format!(
-            "{} has not answered for {} s. Try again",
-            self.context.gateway,
-            ANSWER.as_secs()
-        ))
+        Failure::failed(format!("{} has not answered for {} s. Try again", self.way(), ANSWER.as_secs()))
     }
 
     fn broken(&self, error: &hyper::Error) -> Failure {
@@ -246,37 +267,56 @@ impl Client {
             }
             source = cause.source();
         }
-        Failure::failed(format!("the connection to {} broke: {error}. Try again", self.context.gateway))
+        Failure::failed(format!("the connection to {} broke: {error}. Try again", self.way()))
+    }
+
+    /// The gateway, and the proxy through which it is reached.
+    fn way(&self) -> String {
+        let Context { gateway, proxy, .. } = &self.context;
+        proxy.as_ref().map_or_else(|| gateway.clone(), |proxy| format!("{gateway} through {proxy}"))
     }
 
     fn explain(&self, error: &rustls::Error) -> String {
+        explain_naming(error, &self.bundle())
+    }
+
+    /// What errors call the CA bundle.
+    fn bundle(&self) -> String {
         let from = self.context.ca.as_ref().map(|ca| ca.from.display().to_string());
-        explain_naming(error, from.as_deref().unwrap_or("the system's trust store"))
+        from.unwrap_or_else(|| "the system's trust store".to_owned())
     }
 
     fn unreachable(&self, why: &str) -> Failure {
-        let Context { gateway, name, .. } = &self.context;
+        let (way, Context { name, .. }) = (self.way(), &self.context);
         Failure::failed(format!(
-            "{gateway} (context {name:?}) cannot be reached: {why}.\nCheck that the gateway runs and that this machine reaches it, or choose another with --context NAME"
+            "{way} (context {name:?}) cannot be reached: {why}.\nCheck that the gateway runs and that this machine reaches it, or choose another with --context NAME"
         ))
     }
 
     async fn connect(&self) -> Outcome<Wire> {
-        let Context { host, port, server_name, .. } = &self.context;
-        let name = server_name.as_ref().unwrap_or(host);
-        let name = ServerName::try_from(name.clone())
-            .map_err(|_| Failure::usage(format!("{name:?} is no name of a host")))?;
+        let Context { address, proxy, server_name, .. } = &self.context;
+        let name = match (server_name, &address.host) {
+            (Some(name), _) => ServerName::try_from(name.clone()).ok(),
+            (None, Host::Ip(ip)) => Some(ServerName::from(*ip)),
+            (None, Host::Name(name)) => ServerName::try_from(name.to_string()).ok(),
+        };
+        let name = name.ok_or_else(|| {
+            let text = server_name.clone().unwrap_or_else(|| address.host.to_string());
+            Failure::usage(format!("{text:?} is no name of a host"))
+        })?;
         let attempt = timeout(CONNECT, async {
-            let socket = TcpStream::connect((host.as_str(), *port)).await?;
-            socket.set_nodelay(true)?;
-            TlsConnector::from(Arc::clone(&self.tls)).connect(name, socket).await
+            let leg = match proxy {
+                None => Leg::direct(Either::Left(dial(address).await.map_err(|error| error.to_string())?)),
+                Some(proxy) => proxy.connect(address, self.proxy_tls.as_ref(), &self.bundle()).await?,
+            };
+            let shaken = TlsConnector::from(Arc::clone(&self.tls)).connect(name, leg).await;
+            shaken.map_err(|error| {
+                tls_error(&error).map_or_else(|| error.to_string(), |error| self.explain(error))
+            })
         });
         let io = match attempt.await {
             Err(_) => return Err(self.unreachable(&format!("no answer within {} s", CONNECT.as_secs()))),
-            Ok(Err(error)) => {
-                let why = tls_error(&error).map_or_else(|| error.to_string(), |error| self.explain(error));
-                return Err(self.unreachable(&why));
-            }
+            Ok(Err(why)) => return Err(self.unreachable(&why)),
             Ok(Ok(io)) => io,
         };
         let (sender, connection) =

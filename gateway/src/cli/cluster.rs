@@ -35,7 +35,7 @@ pub(crate) enum Cluster {
     #[command(before_help = "Examples:\n  towline cluster describe prod\n")]
     Describe {
         /// The cluster.
-        #[arg(value_name = "CLUSTER")]
+        #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
         name: String,
     },
     /// Set or remove labels.
@@ -47,7 +47,7 @@ pub(crate) enum Cluster {
     )]
     Protect {
         /// The cluster.
-        #[arg(value_name = "CLUSTER")]
+        #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
         name: String,
         /// Lift the protection.
         #[arg(long)]
@@ -59,7 +59,7 @@ pub(crate) enum Cluster {
     )]
     Revoke {
         /// The cluster.
-        #[arg(value_name = "CLUSTER")]
+        #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
         name: String,
     },
     /// Forget clusters, with their agents and join tokens.
@@ -68,7 +68,7 @@ pub(crate) enum Cluster {
     )]
     Delete {
         /// The clusters.
-        #[arg(value_name = "CLUSTER", required = true)]
+        #[arg(value_name = "CLUSTER", required = true, value_parser = show::cluster_name)]
         names: Vec<String>,
     },
 }
@@ -148,7 +148,7 @@ pub(crate) struct List {
 #[derive(Args, Debug)]
 pub(crate) struct Get {
     /// The cluster.
-    #[arg(value_name = "CLUSTER")]
+    #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
     name: String,
     /// Go on with every change.
     #[arg(short, long)]
@@ -160,7 +160,7 @@ pub(crate) struct Get {
 #[derive(Args, Debug)]
 pub(crate) struct Label {
     /// The cluster.
-    #[arg(value_name = "CLUSTER")]
+    #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
     name: String,
     /// KEY=VALUE to set one, KEY- to remove one.
     #[arg(value_name = "KEY=VALUE|KEY-", required = true)]

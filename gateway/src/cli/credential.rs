@@ -113,12 +113,44 @@ impl Source {
     }
 }
 
+/// Certificate and token together.
+pub(crate) struct Both {
+    certificate: Certificate,
+    token: Option<Token>,
+}
+
+impl Both {
+    /// When the first of them ends.
+    pub(crate) fn expires(&self) -> Time {
+        let token = self.token.as_ref().and_then(|token| token.expires);
+        token.map_or(self.certificate.expires, |token| token.min(self.certificate.expires))
+    }
+
+    /// As a user of a kubeconfig.
+    pub(crate) fn user(&self) -> Value {
+        let Certificate { chain, key, .. } = &self.certificate;
+        let mut user = json!({"client-certificate-data": STANDARD.encode(chain), "client-key-data": STANDARD.encode(key)});
+        if let Some(token) = &self.token {
+            user["token"] = token.token.clone().into();
+        }
+        user
+    }
+}
+
+impl Source {
+    /// Both credentials, as they are now.
+    pub(crate) async fn both(&self, client: &Client, life: Duration) -> Outcome<Both> {
+        let token = self.token()?;
+        Ok(Both { certificate: request(client, life).await?, token })
+    }
+}
+
 impl Credential {
     pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
         let version = asked_version(std::env::var(EXEC_INFO).ok().as_deref())?;
         let certificate = self.certificate(connection).await?;
-        let token = self.source.token()?;
-        output::line(&answer(&version, &certificate, token.as_ref()).to_string())
+        let both = Both { certificate, token: self.source.token()? };
+        output::line(&answer(&version, &both).to_string())
     }
 
     async fn certificate(&self, connection: &Connection) -> Outcome<Certificate> {
@@ -194,12 +226,12 @@ fn asked_version(info: Option<&str>) -> Outcome<String> {
 }
 
 /// Both credentials, good until the first of them ends.
-fn answer(version: &str, certificate: &Certificate, token: Option<&Token>) -> Value {
-    let Certificate { chain, key, expires, .. } = certificate;
-    let ends = token.and_then(|token| token.expires).map_or(*expires, |token| token.min(*expires));
-    let mut status =
-        json!({"clientCertificateData": chain, "clientKeyData": key, "expirationTimestamp": ends});
-    if let Some(token) = token {
+fn answer(version: &str, both: &Both) -> Value {
+    let Certificate { chain, key, .. } = &both.certificate;
+    let mut status = json!({
+        "clientCertificateData": chain, "clientKeyData": key, "expirationTimestamp": both.expires(),
+    });
+    if let Some(token) = &both.token {
         status["token"] = token.token.clone().into();
     }
     json!({"apiVersion": version, "kind": "ExecCredential", "status": status})
@@ -225,26 +257,29 @@ mod tests {
     /// Goal: both credentials come from one source, and are asked for again when the first of them ends.
     #[test]
     fn an_answer_holds_both_and_ends_with_the_first() {
-        let certificate = Certificate {
-            chain: "CHAIN".to_owned(),
-            key: "KEY".to_owned(),
-            issued: time("2030-01-01T00:00:00Z"),
-            expires: time("2030-01-01T01:00:00Z"),
+        let both = |token: Option<Token>| Both {
+            certificate: Certificate {
+                chain: "CHAIN".to_owned(),
+                key: "KEY".to_owned(),
+                issued: time("2030-01-01T00:00:00Z"),
+                expires: time("2030-01-01T01:00:00Z"),
+            },
+            token,
         };
         for (token_ends, ends) in [
             (Some("2030-01-01T00:15:00Z"), "2030-01-01T00:15:00Z"),
             (Some("2030-01-01T02:00:00Z"), "2030-01-01T01:00:00Z"),
             (None, "2030-01-01T01:00:00Z"),
         ] {
-            let token = Token { token: "T".to_owned(), expires: token_ends.map(time) };
-            let told = answer("client.authentication.k8s.io/v1beta1", &certificate, Some(&token));
+            let both = both(Some(Token { token: "T".to_owned(), expires: token_ends.map(time) }));
+            let told = answer("client.authentication.k8s.io/v1beta1", &both);
             assert_eq!(told["apiVersion"], "client.authentication.k8s.io/v1beta1");
             let status = json!({
                 "clientCertificateData": "CHAIN", "clientKeyData": "KEY", "token": "T", "expirationTimestamp": ends,
             });
             assert_eq!(told["status"], status);
         }
-        assert!(answer("v", &certificate, None)["status"].get("token").is_none());
+        assert!(answer("v", &both(None))["status"].get("token").is_none());
     }
 
     #[test]

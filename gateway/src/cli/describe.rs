@@ -4,7 +4,7 @@ use super::client::{Client, Select};
 use super::cluster::tokens_of;
 use super::failure::Outcome;
 use super::output::{self, Table, text};
-use super::show::{self, ago, relative, until};
+use super::show::{self, ago, or_none, relative, until};
 use serde_json::Value;
 use std::fmt::Write as _;
 
@@ -23,10 +23,6 @@ fn page(cluster: &Value, tokens: &[Value], revoked: Option<&Value>) -> String {
     let mut line = |name: &str, value: String| {
         // Writing to a text cannot fail.
         writeln!(page, "{:<20}{value}", format!("{name}:")).ok();
-    };
-    let or_none = |value: &Value| match text(value) {
-        empty if empty.is_empty() => "<none>".to_owned(),
-        text => text,
     };
     line("Name", text(&metadata["name"]));
     line("UID", or_none(&status["uid"]));
@@ -110,20 +106,17 @@ fn agents(status: &Value) -> String {
     for instance in instances {
         let ends = &instance["certificateExpires"];
         let none = [Value::Null];
-        let sessions = instance["sessions"].as_array().map_or(&none[..], Vec::as_slice);
+        let sessions = instance["sessions"].as_array().filter(|sessions| !sessions.is_empty());
+        let sessions = sessions.map_or(&none[..], Vec::as_slice);
         for session in sessions {
-            let or_dash = |value: &Value| match text(value) {
-                empty if empty.is_empty() => "-".to_owned(),
-                text => text,
-            };
             let since = &session["since"];
             rows.push(vec![
                 format!("  {}", text(&instance["name"])),
-                or_dash(&session["address"]),
-                or_dash(&session["transport"]),
-                or_dash(&session["version"]),
+                or_none(&session["address"]),
+                or_none(&session["transport"]),
+                or_none(&session["version"]),
                 if since.is_string() { format!("for {}", ago(since)) } else { "no".to_owned() },
-                if ends.is_string() { until(ends) } else { "-".to_owned() },
+                until(ends),
             ]);
         }
     }
@@ -141,4 +134,28 @@ fn moment(time: &Value) -> String {
 
 fn when(time: &Value) -> String {
     format!("{} ({})", text(time), until(time))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Goal: D31: each agent is shown, with where it comes from, how, since when, and when its certificate ends; also one that is away.
+    #[test]
+    fn d31_each_agent_is_shown() {
+        let session = json!({"address": "203.0.113.7:4000", "transport": "quic", "version": "0.1.0",
+            "since": "2026-01-01T00:00:00Z"});
+        let status = json!({"instances": [
+            {"name": "a1", "certificateExpires": "2026-01-01T00:00:00Z", "sessions": [session]},
+            {"name": "a2", "sessions": []},
+        ]});
+        let text = agents(&status);
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[1].contains("INSTANCE") && lines[1].contains("CERTIFICATE"), "{text}");
+        for part in ["a1", "203.0.113.7:4000", "quic", "0.1.0", "for ", " ago"] {
+            assert!(lines[2].contains(part), "{part}: {text}");
+        }
+        assert!(lines[3].contains("a2") && lines[3].contains("no") && lines[3].contains("<none>"), "{text}");
+    }
 }

@@ -6,13 +6,15 @@ use super::exec::GROUP;
 use super::failure::{Failure, Outcome};
 use super::kubeconfig::{self, Context, Kubeconfig, User};
 use super::kubefile::{self, Entry, Origin};
+use super::token::duration;
 use super::{Connection, name, output, show};
+use crate::fleet::Time;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use towline_certs::CertificateFacts;
 use towline_certs::facts::human;
 use towline_certs::load::parse_certificates;
@@ -22,6 +24,7 @@ const EXAMPLES: &str = "Examples:
   towline kubeconfig prod --wrap -- aws eks get-token --cluster-name prod
   towline kubeconfig --all --output fleet.yaml
   towline kubeconfig prod --output - > prod.yaml
+  towline kubeconfig prod --static --token-file token    for Python and Ansible
 ";
 
 const ABOUT: &str = "The entries are written into --output, or else --kubeconfig, the first file of $KUBECONFIG, or ~/.kube/config (not $TOWLINE_KUBECONFIG, which kubectl does not read), under kubectl's lock; comments in the \
@@ -29,14 +32,17 @@ file are lost, everything else stays. An entry of the same name that is not of t
 
 kubectl then runs `towline credential`, which asks the gateway for a certificate as the user of the gateway's context. In \
 restricted mode the cluster wants a credential of its own besides: --wrap runs its exec plugin and returns both, --token-file \
-reads a token. A certificate never lives longer than what asked for it: with an admin's kubeconfig, a day.";
+reads a token. A certificate never lives longer than what asked for it: with an admin's kubeconfig, a day.
+
+--static writes certificate and token themselves, and no plugin: for clients that take only one of the two from a plugin, as Python's \
+`kubernetes` and so Ansible does, and for machines without this program. They end when they end; run it again.";
 
 /// Write kubeconfig entries for clusters behind the gateway.
 #[derive(Args, Debug)]
 #[command(before_help = EXAMPLES, after_help = ABOUT)]
 pub(crate) struct Entries {
     /// The cluster.
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    #[arg(required_unless_present = "all", conflicts_with = "all", value_parser = show::cluster_name)]
     cluster: Option<String>,
     /// All clusters of the fleet.
     #[arg(long)]
@@ -69,6 +75,12 @@ pub(crate) struct Entries {
     /// The version of the exec API in the entry: kubectl before 1.22 knows v1beta1 only.
     #[arg(long, value_enum, default_value_t)]
     exec_api: ExecApi,
+    /// Write the certificate and the token themselves, and no plugin that asks for them. The file is a secret then.
+    #[arg(long = "static", conflicts_with_all = ["all", "exec_api"])]
+    fixed: bool,
+    /// With --static: how long a certificate to ask for, 1m to 24h.
+    #[arg(long, value_name = "TIME", requires = "fixed", default_value = "24h", value_parser = duration)]
+    expires: Duration,
     #[command(flatten)]
     source: Source,
 }
@@ -97,8 +109,13 @@ impl Entries {
                 name()
             )));
         }
+        let both = if self.fixed { Some(self.source.both(&client, self.expires).await?) } else { None };
+        let user = match &both {
+            Some(both) => both.user(),
+            None => self.plugin(&client.context),
+        };
         let entries: Vec<Entry> =
-            clusters.iter().map(|cluster| self.entry(&client.context, &cluster.name)).collect();
+            clusters.iter().map(|cluster| self.entry(&client.context, &cluster.name, &user)).collect();
         let to_stdout = self.output.as_deref() == Some(Path::new("-"));
         let current = (self.set_current || (to_stdout && !self.all)).then(|| entries[0].name.as_str());
         if to_stdout {
@@ -116,6 +133,12 @@ impl Entries {
             ));
         }
         self.advise(&client.context, &clusters);
+        if let Some(both) = both {
+            output::note(&format!(
+                "It is a secret, and ends in {}. Run this again then",
+                human(both.expires().since(Time::now()))
+            ));
+        }
         Ok(())
     }
 
@@ -137,15 +160,16 @@ impl Entries {
                 first.name
             ));
         }
-        if let User::Certificate { chain, .. } = &context.user
+        if !self.fixed
+            && let User::Certificate { chain, .. } = &context.user
             && let Ok(certificates) = parse_certificates(&chain.file())
             && let Some(facts) = certificates.first().and_then(|leaf| CertificateFacts::of(leaf).ok())
         {
             let left = facts.not_after.duration_since(SystemTime::now()).unwrap_or_default();
             output::note(&format!(
-                "The certificate of context {:?} ends in {}, and what it gives ends with it. An accesstoken lasts as long as you say",
-                context.name,
-                human(left)
+                "This access ends in {}, with the certificate of context {:?}. For longer: an AccessToken (docs/cli.md#longer-than-a-day)",
+                human(left),
+                context.name
             ));
         }
     }
@@ -175,7 +199,7 @@ impl Entries {
         }
     }
 
-    fn entry(&self, context: &Context, cluster: &str) -> Entry {
+    fn entry(&self, context: &Context, cluster: &str, user: &Value) -> Entry {
         let mut server = json!({"server": format!("{}/clusters/{cluster}", context.gateway)});
         if let Some(ca) = &context.ca {
             server["certificate-authority-data"] = STANDARD.encode(&ca.pem).into();
@@ -183,6 +207,25 @@ impl Entries {
         if let Some(server_name) = &context.server_name {
             server["tls-server-name"] = server_name.clone().into();
         }
+        if let Some(proxy_url) = &context.proxy_url {
+            server["proxy-url"] = proxy_url.clone().into();
+        }
+        Entry {
+            name: self.name.clone().unwrap_or_else(|| format!("{}{cluster}", self.prefix)),
+            cluster: server,
+            user: user.clone(),
+            namespace: self.namespace.clone(),
+            origin: Origin {
+                gateway: context.gateway.clone(),
+                cluster: cluster.to_owned(),
+                context: context.name.clone(),
+                files: context.files.clone(),
+            },
+        }
+    }
+
+    /// A user whose credentials this program gets when kubectl asks.
+    fn plugin(&self, context: &Context) -> Value {
         let mut arguments = vec!["credential".to_owned()];
         for file in &context.files {
             arguments.extend(["--kubeconfig".to_owned(), file.display().to_string()]);
@@ -193,27 +236,18 @@ impl Entries {
             ExecApi::V1 => "v1",
             ExecApi::V1beta1 => "v1beta1",
         };
-        let exec = json!({
+        json!({"exec": {
             "apiVersion": format!("{GROUP}/{version}"),
             "command": command(),
             "args": arguments,
             // Only a plugin that is wrapped may have something to ask.
             "interactiveMode": if self.source.is_plugin() { "IfAvailable" } else { "Never" },
             "provideClusterInfo": false,
-            "installHint": "towline, of the gateway's release, has to be in $PATH",
-        });
-        Entry {
-            name: self.name.clone().unwrap_or_else(|| format!("{}{cluster}", self.prefix)),
-            cluster: server,
-            user: json!({"exec": exec}),
-            namespace: self.namespace.clone(),
-            origin: Origin {
-                gateway: context.gateway.clone(),
-                cluster: cluster.to_owned(),
-                context: context.name.clone(),
-                files: context.files.clone(),
-            },
-        }
+            "installHint": concat!(
+                "Install the program towline, version ", env!("CARGO_PKG_VERSION"),
+                " as the gateway's, and put it in $PATH (docs/cli.md). Without it: towline kubeconfig --static"
+            ),
+        }})
     }
 
     /// The file to write into.

@@ -24,6 +24,8 @@ pub(crate) struct Refusal {
     /// As in a `metav1.Status`: `NotFound`, `AlreadyExists` …
     pub(crate) reason: String,
     pub(crate) message: String,
+    /// Whether a token was shown, and no certificate.
+    pub(crate) with_token: bool,
 }
 
 pub(crate) type Outcome<T = ()> = Result<T, Failure>;
@@ -75,13 +77,14 @@ impl Refusal {
             let words: String = text.chars().take(200).collect();
             format!("the server answered {status} and no Kubernetes Status: {words:?}")
         });
-        Self { status, reason: field("reason").unwrap_or_default(), message }
+        Self { status, reason: field("reason").unwrap_or_default(), message, with_token: false }
     }
 
     fn text(&self) -> String {
-        let Self { status, reason, message } = self;
+        let Self { status, reason, message, with_token } = self;
         let kind = if reason.is_empty() { status.to_string() } else { reason.clone() };
         let next = match status {
+            401 if *with_token => "\nYour token is not known to the gateway, or has ended. Ask the fleet's operator for a new one.".to_owned(),
             401 => "\nThe kubeconfig's user is not known to the gateway, or counts no more. Who has the gateway's state directory makes a new admin:\n  towline-gateway --config FILE admin-kubeconfig --output admin.yaml".to_owned(),
             403 if message.contains("may not") => format!("\nWho am I: {} whoami", name()),
             404 if reason.is_empty() || message.contains("nothing is served") => {
@@ -100,5 +103,20 @@ impl From<io::Error> for Failure {
             io::ErrorKind::BrokenPipe => Self::Closed,
             _ => Self::Failed(format!("cannot write the output: {error}")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: M15: whoever has a token is told what can be done about it: nobody with a token has the gateway's state directory.
+    #[test]
+    fn m15_a_token_that_counts_no_more_sends_nobody_to_the_state_directory() {
+        let body = br#"{"reason":"Unauthorized","message":"m"}"#;
+        let certificate = Refusal::new(401, body);
+        assert!(certificate.text().contains("admin-kubeconfig"));
+        let token = Refusal { with_token: true, ..certificate }.text();
+        assert!(token.contains("Your token") && !token.contains("state directory"), "{token}");
     }
 }

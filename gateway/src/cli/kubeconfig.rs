@@ -3,11 +3,13 @@
 use super::Connection;
 use super::exec::Plugin;
 use super::failure::{Failure, Outcome};
+use super::proxy::Proxy;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use towline_certs::FileBytes;
+use towline_proto::tunnel::address::Address;
 
 /// The name of the extension that marks the entries which this program has written.
 pub(crate) const MARK: &str = "towline.io";
@@ -38,8 +40,12 @@ pub(crate) struct Context {
     pub(crate) name: String,
     /// `https://HOST:PORT`, without a path.
     pub(crate) gateway: String,
-    pub(crate) host: String,
-    pub(crate) port: u16,
+    /// Host and port of it.
+    pub(crate) address: Address,
+    /// Through which proxy it is reached.
+    pub(crate) proxy: Option<Proxy>,
+    /// `proxy-url`, for entries that are written from this one.
+    pub(crate) proxy_url: Option<String>,
     /// The CA bundle as PEM; the system's where there is none.
     pub(crate) ca: Option<Bundle>,
     /// The name in the gateway's certificate, where it is not the host.
@@ -190,7 +196,7 @@ impl Kubeconfig {
             Some(_) => part("users", "user")?.user(&name)?,
         };
         let server = cluster.content["server"].as_str().unwrap_or_default();
-        let (gateway, host, port) = gateway(server).ok_or_else(|| {
+        let (gateway, address) = gateway(server).ok_or_else(|| {
             Failure::usage(format!("context {name:?} leads to {server:?}, which is no https://GATEWAY: choose a gateway's context with --context NAME"))
         })?;
         if cluster.content["insecure-skip-tls-verify"] == true {
@@ -198,18 +204,15 @@ impl Kubeconfig {
                 "context {name:?} asks not to check whom it talks to (insecure-skip-tls-verify); towline always does. Name the gateway's CA instead"
             )));
         }
-        if cluster.content["proxy-url"].as_str().is_some_and(|proxy| !proxy.is_empty()) {
-            return Err(Failure::usage(format!(
-                "context {name:?} goes through a proxy (proxy-url), which towline cannot use yet. Reach the gateway directly, or use kubectl for its API"
-            )));
-        }
+        let proxy_url = cluster.content["proxy-url"].as_str().filter(|proxy| !proxy.is_empty());
         let ca = cluster.bundle("certificate-authority")?;
         let server_name = cluster.content["tls-server-name"].as_str().filter(|name| !name.is_empty());
         Ok(Context {
             server_name: server_name.map(ToOwned::to_owned),
+            proxy: Proxy::find(proxy_url, &address)?,
+            proxy_url: proxy_url.map(ToOwned::to_owned),
             gateway,
-            host,
-            port,
+            address,
             ca,
             user,
             files: self.files.iter().map(|file| file.path.clone()).collect(),
@@ -307,8 +310,8 @@ impl Entry<'_> {
     }
 }
 
-/// The gateway of a server's URL, which may go on to a cluster: its URL, host and port.
-fn gateway(server: &str) -> Option<(String, String, u16)> {
+/// The gateway of a server's URL, which may go on to a cluster: its URL, and its host and port.
+fn gateway(server: &str) -> Option<(String, Address)> {
     let url: http::Uri = server.parse().ok()?;
     if url.scheme_str() != Some("https") {
         return None;
@@ -327,7 +330,7 @@ fn gateway(server: &str) -> Option<(String, String, u16)> {
         Some(port) => format!("https://{host}:{port}"),
         None => format!("https://{host}"),
     };
-    Some((written, host.trim_matches(['[', ']']).to_owned(), port.unwrap_or(443)))
+    Some((written, Address { host: host.parse().ok()?, port: port.unwrap_or(443) }))
 }
 
 #[cfg(test)]
@@ -349,10 +352,10 @@ mod tests {
     #[test]
     fn the_gateway_of_a_cluster_is_its_server_without_the_path() {
         for (server, wanted) in [
-            ("https://gw", Some(("https://gw", "gw", 443))),
-            ("https://gw:8443/", Some(("https://gw:8443", "gw", 8443))),
-            ("https://gw/clusters/prod", Some(("https://gw", "gw", 443))),
-            ("https://[::1]:1/clusters/prod/", Some(("https://[::1]:1", "::1", 1))),
+            ("https://gw", Some(("https://gw", "gw:443"))),
+            ("https://gw:8443/", Some(("https://gw:8443", "gw:8443"))),
+            ("https://gw/clusters/prod", Some(("https://gw", "gw:443"))),
+            ("https://[::1]:1/clusters/prod/", Some(("https://[::1]:1", "[::1]:1"))),
             ("https://gw/api", None),
             ("https://gw/clusters/a/b", None),
             ("http://gw", None),
@@ -360,8 +363,8 @@ mod tests {
             ("gw", None),
         ] {
             let found = gateway(server);
-            let found = found.as_ref().map(|(url, host, port)| (url.as_str(), host.as_str(), *port));
-            assert_eq!(found, wanted, "{server}");
+            let found = found.as_ref().map(|(url, address)| (url.as_str(), address.to_string()));
+            assert_eq!(found, wanted.map(|(url, address)| (url, address.to_owned())), "{server}");
         }
     }
 

@@ -144,6 +144,7 @@ fn put(content: &mut Value, entries: &[Entry], current: Option<&str>, file: &str
             };
             part["extensions"] = entry.origin.extensions();
             if inner == "user"
+                && part["exec"].is_object()
                 && let Some(known) = &known
             {
                 keep_source(&mut part["exec"], &known[inner]["exec"]);

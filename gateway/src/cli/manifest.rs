@@ -4,10 +4,15 @@
 //! Pure: a description in, a text out. The join token is in the agent's Secret and nowhere else.
 
 mod agent;
+mod agent_config;
+mod agent_pods;
 mod gateway;
+mod pod;
 
 pub use agent::{AgentManifest, Grant, IssuerKeys, NAMESPACE as AGENT_NAMESPACE};
+pub use agent_config::{AgentProxy, Password, Transport};
 pub use gateway::GatewayManifest;
+pub use pod::{Label, PodOptions, Resources, Toleration};
 
 use serde_json::Value;
 use thiserror::Error;
@@ -37,9 +42,33 @@ pub enum ManifestError {
     )]
     GrantInVain,
     #[error(
-        "{0} is no address of the gateway for an agent in a pod: there it is the pod itself. Set publicAddresses at the gateway, and make a new token"
+        "{0} is no address of the gateway for an agent in a pod: there it is the pod itself. Give --gateway HOST:PORT (for a kind or k3d cluster on the gateway's machine the host is host.docker.internal), or set publicAddresses at the gateway. Nothing was registered and no token made"
     )]
     Loopback(String),
+    #[error(
+        "there are {0} addresses for QUIC and {1} of the gateway: each needs the one at which the same gateway is reached over UDP, in the same order"
+    )]
+    QuicAddresses(usize, usize),
+    #[error("the proxy: {0}")]
+    Proxy(&'static str),
+    #[error("{0:?} is not KEY=VALUE as Kubernetes writes labels")]
+    Label(String),
+    #[error("the label {0} is the manifest's own: by it the pods are found")]
+    OwnLabel(String),
+    #[error(
+        "{0:?} is not KEY[=VALUE][:EFFECT] as kubectl taint writes it; the effect is NoSchedule, PreferNoSchedule or NoExecute, and * stands for every key"
+    )]
+    Toleration(String),
+    #[error(
+        "{0:?} is not a list such as requests.cpu=100m,requests.memory=128Mi,limits.memory=1Gi; there is limits.cpu, too"
+    )]
+    Resources(String),
+    #[error(
+        "limits.memory={given} is not enough: it has to be {least}Mi at least, half of which is what the streams may hold"
+    )]
+    Memory { given: String, least: u64 },
+    #[error("requests.memory is more than limits.memory")]
+    MoreThanLimit,
     #[error(
         "the keys of the cluster are not a JSON Web Key Set: {0}. Get them with: kubectl get --raw /openid/v1/jwks"
     )]
@@ -53,18 +82,22 @@ fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-/// Name, namespace and label of an object; `app` is the program that it belongs to.
-fn metadata(name: &str, namespace: &str, app: &str) -> String {
+/// Name, namespace and labels of an object; `app` is the program that it belongs to.
+fn metadata(name: &str, namespace: &str, app: &str, pod: &PodOptions) -> String {
     format!(
         "metadata:
   name: {name}
   namespace: {}
   labels:
-    app.kubernetes.io/name: {app}
-",
-        quoted(namespace)
+    {NAME_LABEL}: {app}
+{}",
+        quoted(namespace),
+        pod.label_lines(4)
     )
 }
+
+/// By which the pods are found.
+const NAME_LABEL: &str = "app.kubernetes.io/name";
 
 fn quoted_list<T: ToString>(items: &[T]) -> String {
     let items: Vec<_> = items.iter().map(|item| quoted(&item.to_string())).collect();

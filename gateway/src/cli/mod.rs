@@ -3,13 +3,14 @@
 //! | question | file |
 //! |---|---|
 //! | which gateway, and as whom? | `kubeconfig` |
-//! | how is its API asked? | `client` |
+//! | how is its API asked, and on which way? | `client`, `proxy` |
 //! | `towline cluster`, `token`, `status` … | the file of that name |
 //! | how are objects shown and followed? | `show`, `describe` |
 //! | what stands in a kubeconfig, and how does it get there? | `entries`, `kubefile` |
 //! | how does kubectl log in? | `credential`, `cache`, `exec` |
 //! | why did it fail, with which exit code? | `failure` |
 //! | what is printed, and how? | `output`, `yaml` |
+//! | what can come next on the command line? | `complete` |
 //! | what does a cluster's owner apply? | `agent`, [`manifest`] |
 //!
 //! Data goes to stdout, words to stderr.
@@ -18,6 +19,7 @@ mod agent;
 mod cache;
 mod client;
 mod cluster;
+mod complete;
 mod credential;
 mod describe;
 mod entries;
@@ -27,14 +29,15 @@ mod kubeconfig;
 mod kubefile;
 pub mod manifest;
 mod output;
+mod proxy;
 mod show;
 mod status;
 mod token;
 mod whoami;
 mod yaml;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
-use clap_complete::Shell;
 use failure::{Failure, Outcome};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,12 +67,22 @@ struct Arguments {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Connection {
     /// Kubeconfig to use instead of $TOWLINE_KUBECONFIG, $KUBECONFIG and ~/.kube/config; more than one are merged.
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = CONNECTION)]
     kubeconfig: Vec<PathBuf>,
     /// Context to use instead of the current one. One of a single cluster leads to its gateway, too.
-    #[arg(long, global = true, value_name = "NAME", env = "TOWLINE_CONTEXT", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "NAME",
+        env = "TOWLINE_CONTEXT",
+        hide_env_values = true,
+        help_heading = CONNECTION
+    )]
     context: Option<String>,
 }
+
+/// What all commands have in common stands apart from what each has.
+const CONNECTION: &str = "Connection";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -92,11 +105,11 @@ enum Command {
     Whoami(whoami::Whoami),
     /// The version of this program, and whether the gateway answers.
     Version(whoami::Version),
-    /// Print the completion script of a shell.
+    /// Print the completion script of a shell, or of kubectl.
     #[command(before_help = COMPLETION)]
     Completion {
-        /// bash, zsh or fish.
-        #[arg(value_parser = ["bash", "zsh", "fish"])]
+        /// bash, zsh or fish; kubectl for what is called kubectl_complete-towline.
+        #[arg(value_parser = ["bash", "zsh", "fish", "kubectl"])]
         shell: String,
     },
 }
@@ -105,6 +118,7 @@ const COMPLETION: &str = "Examples:
   source <(towline completion bash)
   towline completion zsh > \"${fpath[1]}/_towline\"
   towline completion fish > ~/.config/fish/completions/towline.fish
+  towline completion kubectl > /usr/local/bin/kubectl_complete-towline    chmod +x it
 ";
 
 /// What this program was called as.
@@ -117,12 +131,18 @@ pub(crate) fn name() -> &'static str {
 /// Runs the program.
 #[must_use]
 pub fn main() -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some(complete::WORD) {
+        // A line that is being typed is none that could be understood as a whole.
+        let asked = block_on(complete::run(&words.collect::<Vec<_>>(), Arguments::command()));
+        return asked.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let outcome = match command().try_get_matches() {
         Ok(matches) => match Arguments::from_arg_matches(&matches) {
             Ok(arguments) => run(&arguments),
-            Err(error) => return said(&error),
+            Err(error) => return said(error),
         },
-        Err(error) => return said(&error),
+        Err(error) => return said(error),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -135,11 +155,48 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What clap has to say: help on stdout, mistakes on stderr.
-fn said(error: &clap::Error) -> ExitCode {
+/// What clap has to say: help on stdout, mistakes on stderr. A word that is a command elsewhere is told where.
+fn said(mut error: clap::Error) -> ExitCode {
+    let word = match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(word)) => word.clone(),
+        _ => String::new(),
+    };
+    let meant = elsewhere(&word);
+    if !meant.is_empty() {
+        error.remove(ContextKind::SuggestedSubcommand);
+    }
     let told = error.print().is_ok();
+    if !meant.is_empty() {
+        eprintln!("Did you mean: {}", meant.join(", or: "));
+    }
     if error.use_stderr() || !told { ExitCode::from(2) } else { ExitCode::SUCCESS }
 }
+
+/// The commands that are called so further down, and those that do what the word asks for.
+fn elsewhere(word: &str) -> Vec<String> {
+    let mut found: Vec<String> = MEANT
+        .iter()
+        .filter(|(other, _)| *other == word)
+        .map(|(_, command)| format!("{} {command}", name()))
+        .collect();
+    for group in Arguments::command().get_subcommands().filter(|group| group.has_subcommands()) {
+        if group.get_subcommands().any(|command| command.get_name() == word) {
+            found.push(format!("{} {} {word}", name(), group.get_name()));
+        }
+    }
+    found
+}
+
+/// What people type, and the command that does it.
+const MEANT: [(&str, &str); 7] = [
+    ("login", "kubeconfig CLUSTER"),
+    ("doctor", "status"),
+    ("join", "agent manifest CLUSTER"),
+    ("install", "agent manifest CLUSTER"),
+    ("get", "cluster list"),
+    ("clusters", "cluster list"),
+    ("tokens", "token list"),
+];
 
 /// The definition of the command line, by the name that was called.
 fn command() -> clap::Command {
@@ -158,28 +215,25 @@ fn named(command: clap::Command) -> clap::Command {
 }
 
 fn run(arguments: &Arguments) -> Outcome {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Failure::failed(format!("cannot start: {error}")))?;
     let connection = &arguments.connection;
     match &arguments.command {
-        Command::Agent(command) => runtime.block_on(command.run(connection)),
+        Command::Agent(command) => block_on(command.run(connection)),
         Command::Gateway(command) => command.run(),
-        Command::Cluster(cluster) => runtime.block_on(cluster.run(connection)),
-        Command::Token(token) => runtime.block_on(token.run(connection)),
-        Command::Kubeconfig(entries) => runtime.block_on(entries.run(connection)),
-        Command::Credential(credential) => runtime.block_on(credential.run(connection)),
-        Command::Status(status) => runtime.block_on(status.run(connection)),
-        Command::Whoami(whoami) => runtime.block_on(whoami.run(connection)),
-        Command::Version(version) => runtime.block_on(version.run(connection)),
-        Command::Completion { shell } => complete(shell),
+        Command::Cluster(cluster) => block_on(cluster.run(connection)),
+        Command::Token(token) => block_on(token.run(connection)),
+        Command::Kubeconfig(entries) => block_on(entries.run(connection)),
+        Command::Credential(credential) => block_on(credential.run(connection)),
+        Command::Status(status) => block_on(status.run(connection)),
+        Command::Whoami(whoami) => block_on(whoami.run(connection)),
+        Command::Version(version) => block_on(version.run(connection)),
+        Command::Completion { shell } => output::bytes(complete::script(shell).as_bytes()),
     }
 }
 
-fn complete(shell: &str) -> Outcome {
-    let shell: Shell = shell.parse().map_err(Failure::usage)?;
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Arguments::command(), "towline", &mut script);
-    output::bytes(&script)
+/// Runs what is asked on a runtime of its own.
+fn block_on(work: impl Future<Output = Outcome>) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| Failure::failed(format!("cannot start: {error}")))?.block_on(work)
 }
 
 #[cfg(test)]
@@ -202,6 +256,33 @@ mod tests {
         let line = line.split("   ").next().unwrap();
         let line = [" > ", " | ", " || "].iter().fold(line, |line, end| line.split(end).next().unwrap());
         line.split_whitespace().map(|word| word.trim_matches('\'').to_owned()).collect()
+    }
+
+    /// Goal: P3: a word that is a command further down, or that other tools have, is told where it is.
+    #[test]
+    fn p3_a_command_of_another_place_is_told() {
+        assert_eq!(elsewhere("register"), ["towline cluster register"]);
+        assert_eq!(elsewhere("revoke"), ["towline cluster revoke", "towline token revoke"]);
+        assert_eq!(elsewhere("doctor"), ["towline status"]);
+        assert!(elsewhere("nonsense").is_empty() && elsewhere("").is_empty());
+        let definition = Arguments::command();
+        for (_, command) in MEANT {
+            let words = std::iter::once("towline").chain(command.split(' '));
+            assert!(definition.clone().try_get_matches_from(words).is_ok(), "{command}");
+        }
+    }
+
+    /// Goal: P3: no line of an example is broken in the middle: they fit the 100 columns that help has at most.
+    #[test]
+    fn p3_examples_are_not_broken() {
+        fn check(command: &clap::Command) {
+            let help = command.get_before_help().map(ToString::to_string).unwrap_or_default();
+            for line in help.lines() {
+                assert!(line.chars().count() <= 100, "{line}");
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Arguments::command());
     }
 
     /// Goal: the first screen of every help is examples, and each of them is understood.

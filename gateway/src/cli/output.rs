@@ -4,7 +4,7 @@ use super::failure::Outcome;
 use super::yaml;
 use clap::{Args, ValueEnum};
 use serde_json::Value;
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 
 /// How objects are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -78,18 +78,106 @@ pub(crate) fn name(object: &Value) -> String {
     format!("{kind}{group}/{}", text(&object["metadata"]["name"]))
 }
 
+/// A colour of a word in a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Colour {
+    Red,
+    Yellow,
+    Green,
+}
+
+/// What the output is written to, as far as people see it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Screen {
+    /// Its width in characters; none where no person looks, or everything is wanted.
+    pub(crate) width: Option<usize>,
+    /// Its height in lines.
+    pub(crate) height: Option<usize>,
+    pub(crate) colours: bool,
+}
+
+impl Screen {
+    /// What stdout is. `plain` is a wish for no colours, beside `$NO_COLOR` (no-color.org).
+    pub(crate) fn of_stdout(plain: bool) -> Self {
+        if !io::stdout().is_terminal() {
+            return Self::default();
+        }
+        let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let size = rustix::termios::tcgetwinsize(io::stdout()).ok();
+        let size =
+            |of: fn(rustix::termios::Winsize) -> u16| size.map(of).filter(|size| *size > 0).map(usize::from);
+        let is_dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+        Self {
+            width: size(|size| size.ws_col),
+            height: size(|size| size.ws_row),
+            colours: !plain && !is_dumb && !set("NO_COLOR"),
+        }
+    }
+
+    /// A word in a colour, if there are any.
+    pub(crate) fn paint(self, word: &str, colour: Colour) -> String {
+        let code = match colour {
+            Colour::Red => 31,
+            Colour::Green => 32,
+            Colour::Yellow => 33,
+        };
+        if self.colours { format!("\u{1b}[{code}m{word}\u{1b}[0m") } else { word.to_owned() }
+    }
+
+    /// A line that fits, its end cut off if it has to be.
+    fn cut(self, line: &str) -> String {
+        let Some(width) = self.width.filter(|width| shown(line) > *width) else { return line.to_owned() };
+        let (mut out, mut seen, mut code) = (String::new(), 0, false);
+        for c in line.chars() {
+            code |= c == '\u{1b}';
+            if code {
+                // Codes end with their letter; one that was begun is ended.
+                out.push(c);
+                code = c != 'm';
+            } else if seen + 3 < width {
+                out.push(c);
+                seen += 1;
+            }
+        }
+        out.trim_end().to_owned() + "..."
+    }
+}
+
+/// How many characters of a cell are seen.
+fn shown(cell: &str) -> usize {
+    let mut code = false;
+    let seen = cell.chars().filter(|c| {
+        code |= *c == '\u{1b}';
+        let is_seen = !code;
+        code &= *c != 'm';
+        is_seen
+    });
+    seen.count()
+}
+
 /// Rows in columns three spaces apart, the first of them in upper case if they are headings.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     widths: Vec<usize>,
+    screen: Screen,
 }
 
 impl Table {
+    /// Whether so many lines are more than the screen shows at once.
+    pub(crate) fn is_longer_than_screen(&self, lines: usize) -> bool {
+        self.screen.height.is_some_and(|height| lines > height)
+    }
+
+    /// For a screen, which lines are cut to.
+    pub(crate) fn on(screen: Screen) -> Self {
+        Self { screen, ..Self::default() }
+    }
+
     /// The rows as lines. Widths only grow, so that rows that come later stand below those before.
     pub(crate) fn lines(&mut self, rows: &[Vec<String>]) -> String {
         for row in rows {
             for (column, cell) in row.iter().enumerate() {
-                let width = cell.chars().count();
+                let width = shown(cell);
                 match self.widths.get_mut(column) {
                     Some(known) => *known = width.max(*known),
                     None => self.widths.push(width),
@@ -100,9 +188,10 @@ impl Table {
         for row in rows {
             let mut line = String::new();
             for (cell, width) in row.iter().zip(&self.widths) {
-                line.push_str(&format!("{cell:width$}   "));
+                line.push_str(cell);
+                line.push_str(&" ".repeat(width.saturating_sub(shown(cell)) + 3));
             }
-            text.push_str(line.trim_end());
+            text.push_str(&self.screen.cut(line.trim_end()));
             text.push('\n');
         }
         text
@@ -152,6 +241,20 @@ mod tests {
         let narrow = Table::default().lines(&rows(&table, false, true));
         assert_eq!(narrow, "NAME       AGE\nprod?[2J   3d\na          5\n");
         assert!(Table::default().lines(&rows(&table, true, true)).contains("UID"));
+    }
+
+    /// Goal: D28, P2: a line fits the terminal, whatever is coloured in it; a pipe gets all of it, without a colour.
+    #[test]
+    fn d28_lines_fit_the_screen() {
+        let screen = Screen { width: Some(12), height: Some(24), colours: true };
+        let row =
+            |screen: Screen| vec!["prod".to_owned(), screen.paint("no", Colour::Red), "because".to_owned()];
+        let text = Table::on(screen).lines(&[row(screen)]);
+        assert_eq!(text, "prod   \u{1b}[31mno\u{1b}[0m...\n");
+        assert_eq!(shown(text.trim_end()), 12);
+        assert_eq!(Table::default().lines(&[row(Screen::default())]), "prod   no   because\n");
+        let wide = Screen { width: Some(19), ..screen };
+        assert!(Table::on(wide).lines(&[row(wide)]).ends_with("because\n"));
     }
 
     #[test]

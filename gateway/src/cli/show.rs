@@ -133,6 +133,24 @@ pub(crate) async fn print(
     print(Seen::List(&listed(client, plural, select, as_table).await?))
 }
 
+/// The name of a cluster, also as `-o name` prints it.
+pub(crate) fn cluster_name(text: &str) -> Result<String, std::convert::Infallible> {
+    Ok(plain(text, "cluster"))
+}
+
+/// The name of a join token, also as `-o name` prints it.
+pub(crate) fn token_name(text: &str) -> Result<String, std::convert::Infallible> {
+    Ok(plain(text, "jointoken"))
+}
+
+/// Without `cluster.towline.io/`, `cluster/` or `clusters/` in front: a name has no slash.
+fn plain(text: &str, kind: &str) -> String {
+    let Some((before, name)) = text.split_once('/') else { return text.to_owned() };
+    let word = before.strip_suffix(".towline.io").unwrap_or(before);
+    let is_kind = word == kind || word.strip_suffix('s') == Some(kind);
+    if is_kind { name.to_owned() } else { text.to_owned() }
+}
+
 /// One object; where there is none of this name, those that are alike are named.
 pub(crate) async fn find(client: &Client, plural: &str, name: &str) -> Outcome<Value> {
     match client.get(plural, name).await {
@@ -213,6 +231,14 @@ pub(crate) fn relative(text: &str) -> String {
     text.split(' ').map(told).collect::<Vec<_>>().join(" ")
 }
 
+/// A value as a cell: `<none>` where there is none, as kubectl has it.
+pub(crate) fn or_none(value: &Value) -> String {
+    match output::text(value) {
+        empty if empty.is_empty() => "<none>".to_owned(),
+        text => text,
+    }
+}
+
 fn parsed(time: &Value) -> Option<Time> {
     Time::parse(time.as_str()?)
 }
@@ -240,6 +266,20 @@ mod tests {
             "token t-Z; ends in 1h; and more"
         );
         assert_eq!(relative("a  b Z 2026-01-01"), "a  b Z 2026-01-01");
+    }
+
+    /// Goal: D30: what `-o name` prints is taken wherever a name is, as kubectl takes what it prints.
+    #[test]
+    fn d30_printed_names_are_taken() {
+        for text in
+            ["prod", "cluster.towline.io/prod", "cluster/prod", "clusters/prod", "clusters.towline.io/prod"]
+        {
+            assert_eq!(cluster_name(text), Ok("prod".to_owned()), "{text}");
+        }
+        assert_eq!(token_name("jointoken.towline.io/t1"), Ok("t1".to_owned()));
+        for text in ["jointoken/t", "pod/x", "cluster.example.com/x"] {
+            assert_eq!(cluster_name(text), Ok(text.to_owned()));
+        }
     }
 
     #[test]

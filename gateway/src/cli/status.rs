@@ -2,9 +2,10 @@
 
 use super::client::{Client, Select};
 use super::failure::{Failure, Outcome};
-use super::output::{self, Format, Output, Table, text};
-use super::show::{self, Seen, ago, condition, relative, until};
+use super::output::{self, Colour, Format, Output, Screen, Table, text};
+use super::show::{self, Seen, ago, condition, or_none, relative, until};
 use super::{Connection, name};
+use crate::fleet::Time;
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -29,6 +30,9 @@ pub(crate) struct Status {
     /// only older than the gateway. Without this the code only tells whether the gateway could be asked.
     #[arg(long)]
     check: bool,
+    /// No colours on a terminal, as with $NO_COLOR.
+    #[arg(long)]
+    no_color: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -70,6 +74,17 @@ impl Health {
 
     const fn is_connected(self) -> bool {
         !matches!(self, Self::Down | Self::Pending)
+    }
+
+    /// Whether it is connected, in a word and a colour.
+    const fn word(self) -> (&'static str, Colour) {
+        match self {
+            Self::Down => ("no", Colour::Red),
+            Self::Pending => ("never", Colour::Yellow),
+            Self::Unusable => ("yes", Colour::Red),
+            Self::Overdue | Self::Unissued | Self::Outdated => ("yes", Colour::Yellow),
+            Self::Well => ("yes", Colour::Green),
+        }
     }
 
     /// The condition that says why.
@@ -121,15 +136,21 @@ impl Status {
             return self.follow(&client, &select).await;
         }
         let list = client.list("clusters", &select).await?;
-        self.print(&list, &mut Table::default())?;
+        self.print(&list, &mut Table::on(self.screen()))?;
         match failing(items(&list)) {
             Some(failing) if self.check => Err(Failure::failed(failing)),
             _ => Ok(()),
         }
     }
 
+    /// With -o wide everything is wanted, whatever the terminal's width.
+    fn screen(&self) -> Screen {
+        let screen = Screen::of_stdout(self.no_color);
+        if self.output.output == Format::Wide { Screen { width: None, ..screen } } else { screen }
+    }
+
     async fn follow(&self, client: &Client, select: &Select) -> Outcome {
-        let mut table = Table::default();
+        let mut table = Table::on(self.screen());
         // What was last told of each: times that pass are no change.
         let mut told: BTreeMap<String, Vec<Value>> = BTreeMap::new();
         let essence = |cluster: &Value| {
@@ -184,6 +205,7 @@ impl Status {
     fn print(&self, list: &Value, table: &mut Table) -> Outcome {
         let mut clusters = items(list).to_vec();
         clusters.sort_by_key(|cluster| (Health::of(cluster), text(&cluster["metadata"]["name"])));
+        let mut is_told = false;
         match self.output.output {
             Format::Table | Format::Wide if clusters.is_empty() => {}
             Format::Table | Format::Wide => {
@@ -193,6 +215,14 @@ impl Status {
                 let mut headings: Vec<String> = headings.map(ToOwned::to_owned).to_vec();
                 if wide {
                     headings.splice(7..7, ["KUBERNETES", "MODE", "ACCOUNT"].map(ToOwned::to_owned));
+                }
+                if self.watch {
+                    headings.insert(0, "TIME".to_owned());
+                }
+                // What is long is read from its end on; the worst, which stands first, has scrolled away by then.
+                if table.is_longer_than_screen(clusters.len() + 2) {
+                    output::note(&summary(&clusters));
+                    is_told = true;
                 }
                 let rows: Vec<_> = std::iter::once(headings)
                     .chain(clusters.iter().map(|cluster| self.row(cluster)))
@@ -205,7 +235,9 @@ impl Status {
                 output::object(format, &sorted)?;
             }
         }
-        output::note(&summary(&clusters));
+        if !is_told {
+            output::note(&summary(&clusters));
+        }
         Ok(())
     }
 
@@ -215,24 +247,26 @@ impl Status {
         let health = Health::of(cluster);
         let up = health.is_connected();
         let since = if up { &status["since"] } else { &connected["lastTransitionTime"] };
-        let or_dash = |value: &Value| match text(value) {
-            empty if empty.is_empty() => "-".to_owned(),
-            text => text,
-        };
+        let (word, colour) = health.word();
         let certificate = &status["certificateExpires"];
         let mut row = vec![
             text(&cluster["metadata"]["name"]),
-            if up { "yes" } else { "no" }.to_owned(),
+            self.screen().paint(word, colour),
             ago(since),
-            or_dash(&status["transport"]),
-            or_dash(&status["sessions"]),
-            or_dash(&status["agentVersion"]),
-            if certificate.is_string() { until(certificate) } else { "-".to_owned() },
+            or_none(&status["transport"]),
+            or_none(&status["sessions"]),
+            or_none(&status["agentVersion"]),
+            until(certificate),
             why(cluster),
         ];
         if self.output.output == Format::Wide {
             let wide = [&status["kubernetesVersion"], &cluster["spec"]["mode"], &cluster["spec"]["account"]];
-            row.splice(7..7, wide.map(or_dash));
+            row.splice(7..7, wide.map(or_none));
+        }
+        if self.watch {
+            // Of the day: who watches knows which one it is.
+            let now = Time::now().to_string();
+            row.insert(0, now.split_once('T').map_or(now.clone(), |(_, time)| time.to_owned()));
         }
         row
     }
@@ -298,7 +332,6 @@ fn summary(clusters: &[Value]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::Time;
 
     fn unusable(name: &str) -> Value {
         let mut cluster = cluster(name, "True", "True", "False");
@@ -323,6 +356,7 @@ mod tests {
             selector: String::new(),
             watch: false,
             check: true,
+            no_color: true,
             output: Output { output: Format::Table },
         };
         let row = status.row(&unusable("b"));
@@ -415,6 +449,28 @@ mod tests {
         assert_eq!(said(&[pending, refused("True", 3)]).0, Health::Down);
     }
 
+    /// Goal: D28, D29: who has never joined looks another way than who was lost, what is watched has a time, and there is one word for
+    /// nothing, kubectl's.
+    #[test]
+    fn d28_a_line_tells_what_it_is() {
+        let pending = json!({"metadata": {"name": "p"}, "status": {"conditions": [
+            {"type": "Connected", "status": "False"}, {"type": "Joined", "status": "False", "reason": "Pending"},
+        ]}});
+        let mut status = Status {
+            selector: String::new(),
+            watch: false,
+            check: false,
+            no_color: true,
+            output: Output { output: Format::Table },
+        };
+        let row = status.row(&pending);
+        assert_eq!((&*row[1], &*row[3], &*row[6]), ("never", "<none>", "<none>"));
+        assert_eq!(status.row(&cluster("d", "False", "True", "False"))[1], "no");
+        status.watch = true;
+        let row = status.row(&pending);
+        assert!(row[0].len() == 9 && row[0].ends_with('Z') && row[1] == "p", "{row:?}");
+    }
+
     #[test]
     fn what_is_broken_comes_first_and_says_why() {
         let mut clusters = vec![
@@ -430,6 +486,7 @@ mod tests {
             selector: String::new(),
             watch: false,
             check: false,
+            no_color: true,
             output: Output { output: Format::Table },
         };
         let why: Vec<_> = clusters.iter().map(|cluster| status.row(cluster)[7].clone()).collect();

@@ -35,7 +35,7 @@ pub(crate) enum Token {
     #[command(before_help = "Examples:\n  towline token revoke 3f9a0c12be\n")]
     Revoke {
         /// The names of the tokens.
-        #[arg(value_name = "TOKEN", required = true)]
+        #[arg(value_name = "TOKEN", required = true, value_parser = show::token_name)]
         names: Vec<String>,
     },
 }
@@ -49,12 +49,13 @@ const CREATE: &str = "Examples:
 #[derive(Args, Debug)]
 pub(crate) struct Create {
     /// The cluster that it lets agents join.
+    #[arg(value_parser = show::cluster_name)]
     cluster: String,
     /// How many agents it lets in, 1 to 256. One that comes back with its key costs nothing.
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     uses: u32,
     /// How long it is good, such as 90s, 30m, 24h or 7d; 30 days at most.
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = life)]
     expires: Duration,
     /// Its name [default: made up].
     #[arg(long)]
@@ -66,6 +67,7 @@ pub(crate) struct Create {
 #[derive(Args, Debug)]
 pub(crate) struct List {
     /// Only those of this cluster.
+    #[arg(value_parser = show::cluster_name)]
     cluster: Option<String>,
     /// Only those with these labels.
     #[arg(short = 'l', long, value_name = "SELECTOR", default_value = "", hide_default_value = true)]
@@ -91,6 +93,17 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
     number.checked_mul(seconds).filter(|seconds| *seconds > 0).map(Duration::from_secs).ok_or_else(wrong)
 }
+
+/// How long a join token is good: [`duration`], and what the gateway takes.
+fn life(text: &str) -> Result<Duration, String> {
+    let life = duration(text)?;
+    if life > LIFE_MOST {
+        return Err(format!("{text} is longer than a join token lasts: 30d at most"));
+    }
+    Ok(life)
+}
+
+const LIFE_MOST: Duration = Duration::from_secs(30 * 86_400);
 
 impl Token {
     pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
@@ -185,6 +198,14 @@ async fn revoke(client: &Client, token: &str) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: D39: what is too long is refused in the words of the command line.
+    #[test]
+    fn d39_a_join_token_lasts_30_days_at_most() {
+        assert_eq!(life("30d"), Ok(LIFE_MOST));
+        let text = life("31d").unwrap_err();
+        assert!(text.contains("30d at most") && !text.contains("2592000"), "{text}");
+    }
 
     #[test]
     fn times_have_a_unit() {

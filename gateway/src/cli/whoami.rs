@@ -2,7 +2,7 @@
 
 use super::Connection;
 use super::client::{API_VERSION, Client};
-use super::failure::Outcome;
+use super::failure::{Failure, Outcome};
 use super::output::{self, Format, Output};
 use clap::Args;
 use serde_json::{Value, json};
@@ -49,6 +49,21 @@ async fn review(client: &Client) -> Outcome<Value> {
     client.create("selfsubjectreviews", &asked).await
 }
 
+/// The gateway's version; none of one that answers, and says none.
+async fn version(client: &Client) -> Outcome<Option<String>> {
+    match client.version().await {
+        Ok(told) => Ok(own(&told)),
+        Err(Failure::Refused(refusal)) if refusal.status == 404 => review(client).await.map(|_| None),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// The version in what a gateway answers: `v1.2.3+towline`. Of an API server it would be another one's.
+fn own(told: &Value) -> Option<String> {
+    let version = told["gitVersion"].as_str()?.strip_suffix("+towline")?;
+    Some(output::text(&version.trim_start_matches('v').into()))
+}
+
 const VERSION: &str = "Examples:
   towline version
   towline version --client
@@ -69,22 +84,21 @@ impl Version {
         let mut told = json!({"clientVersion": env!("CARGO_PKG_VERSION")});
         let mut lines = format!("Client: {}\n", env!("CARGO_PKG_VERSION"));
         if !self.client {
-            // The gateway's version stands in its metric build_info, which is on its private port; here it only shows that it is there.
             let (gateway, answers) = match Client::new(connection) {
-                Ok(client) => {
-                    let answers = review(&client).await;
-                    (client.context.gateway.clone(), answers)
-                }
+                Ok(client) => (client.context.gateway.clone(), version(&client).await),
                 Err(failure) => (String::new(), Err(failure)),
             };
+            told["gateway"] = json!({"url": gateway, "answers": answers.is_ok()});
             match answers {
-                Ok(_) => {
-                    lines.push_str(&format!("Gateway: {gateway} answers (it tells its version on its private port only: towline_gateway_build_info)\n"));
-                    told["gateway"] = json!({"url": gateway, "answers": true});
+                Ok(Some(version)) => {
+                    lines.push_str(&format!("Gateway: {version} at {gateway}\n"));
+                    told["gateway"]["version"] = version.into();
+                }
+                Ok(None) => {
+                    lines.push_str(&format!("Gateway: {gateway} answers, and does not tell its version\n"))
                 }
                 Err(failure) => {
                     output::note(&format!("the gateway: {}", failure.text().unwrap_or_default()));
-                    told["gateway"] = json!({"url": gateway, "answers": false});
                 }
             }
         }
@@ -92,5 +106,18 @@ impl Version {
             Format::Json | Format::Yaml => output::object(self.output.output, &told),
             _ => output::bytes(lines.as_bytes()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: D32, M13: the version is the gateway's own, and no API server's.
+    #[test]
+    fn d32_the_version_is_the_gateways() {
+        assert_eq!(own(&json!({"gitVersion": "v1.2.3+towline"})).as_deref(), Some("1.2.3"));
+        assert_eq!(own(&json!({"gitVersion": "v1.34.2"})), None);
+        assert_eq!(own(&json!({})), None);
     }
 }

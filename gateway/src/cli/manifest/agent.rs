@@ -9,9 +9,13 @@ use aws_lc_rs::digest;
 use serde_json::Value;
 use towline_certs::{HostName, JoinAddress, JoinToken, SpkiPin};
 
-use super::{ManifestError, USER, check_image, check_namespace, indented, metadata, quoted, quoted_list};
+use super::agent_config::{AgentProxy, Password, Transport};
+use super::pod::{Defaults, PodOptions};
+use super::{ManifestError, check_image, check_namespace, metadata, quoted, quoted_list};
 use crate::config::Mode;
 use crate::routing::ClusterName;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 
 /// An agent, described.
 #[derive(Clone, Debug)]
@@ -34,6 +38,12 @@ pub struct AgentManifest {
     /// Which rights the callers get in the cluster, in impersonate mode.
     pub grants: Vec<Grant>,
     pub network_policy: bool,
+    /// Where the same gateways are reached over UDP, one for each of `addresses`; none = there.
+    pub quic_addresses: Vec<JoinAddress>,
+    pub transport: Transport,
+    /// Through which HTTP proxy the gateway is reached.
+    pub proxy: Option<AgentProxy>,
+    pub pod: PodOptions,
 }
 
 /// How an agent without a right gets to know the public keys that sign this cluster's ServiceAccount tokens. The gateway needs
@@ -91,16 +101,20 @@ impl AgentManifest {
             keys: IssuerKeys::Public,
             grants: Vec::new(),
             network_policy: false,
+            quic_addresses: Vec::new(),
+            transport: Transport::Auto,
+            proxy: None,
+            pod: PodOptions::default(),
         }
     }
 
-    /// The YAML, with the join token's line in the Secret.
+    /// The YAML, with the join token's line in a Secret, or without any Secret.
     ///
     /// # Errors
     /// A part cannot be what it is meant to be.
-    pub fn render(&self, join_token: &str) -> Result<String, ManifestError> {
+    pub fn render(&self, join_token: Option<&str>) -> Result<String, ManifestError> {
         self.check()?;
-        let mut out = self.preface();
+        let mut out = self.preface(join_token.is_some());
         let mut add = |document: String| {
             out.push_str("---\n");
             out.push_str(&document);
@@ -114,7 +128,17 @@ impl AgentManifest {
         }
         self.grants.iter().for_each(|grant| add(self.grant(grant)));
         add(self.config_map());
-        add(self.secret(join_token));
+        if let Some(line) = join_token {
+            add(self.secret(
+                SECRET,
+                JOIN_TOKEN,
+                line,
+                "# Lets the agent in for the first time. May be deleted when it has joined.",
+            ));
+            if let Some(AgentProxy { password: Password::Printed(password), .. }) = &self.proxy {
+                add(self.secret(PROXY_SECRET, PASSWORD, password, "# The password for the proxy."));
+            }
+        }
         add(self.deployment());
         if self.replicas > 1 {
             add(self.disruption_budget());
@@ -138,21 +162,41 @@ impl AgentManifest {
         if self.mode == Mode::Restricted && !self.grants.is_empty() {
             return Err(ManifestError::GrantInVain);
         }
+        self.pod.check(&self.defaults())?;
+        if let Some(proxy) = &self.proxy {
+            proxy.check()?;
+        }
+        if !self.quic_addresses.is_empty() && self.quic_addresses.len() != self.addresses.len() {
+            return Err(ManifestError::QuicAddresses(self.quic_addresses.len(), self.addresses.len()));
+        }
         let loops = |host: &HostName| match host {
             HostName::Ip(ip) => ip.is_loopback(),
             HostName::Dns(name) => name == "localhost",
         };
-        if let Some(own) = self.addresses.iter().find(|address| loops(&address.host)) {
+        let addresses = self.addresses.iter().chain(&self.quic_addresses);
+        if let Some(own) = addresses.into_iter().find(|address| loops(&address.host)) {
             return Err(ManifestError::Loopback(own.to_string()));
         }
         if let IssuerKeys::Given(keys) = &self.keys {
             let set: Value =
                 serde_json::from_str(keys).map_err(|error| ManifestError::Keys(error.to_string()))?;
-            if !set["keys"].is_array() {
+            let Some(keys) = set["keys"].as_array() else {
                 return Err(ManifestError::Keys("there is no list \"keys\"".to_owned()));
+            };
+            // By what signs ServiceAccount tokens: the agent could not come back by anything else.
+            let signs = |key: &Value| matches!(key["kty"].as_str(), Some("RSA" | "EC"));
+            if !keys.iter().any(signs) {
+                let why = "the list \"keys\" holds no RSA or EC key, and the agent could not come back after a restart";
+                return Err(ManifestError::Keys(why.to_owned()));
             }
         }
         Ok(())
+    }
+
+    pub(super) fn defaults(&self) -> Defaults {
+        // A session reserves a quarter of the default, and one more that replaces it as much; with two addresses there are two.
+        let memory_least = if self.addresses.len() > 1 { 480 } else { 320 };
+        Defaults { cpu: "50m", memory: "64Mi", memory_limit: 512, key: "limits.processMemory", memory_least }
     }
 
     /// Cluster-wide objects have no namespace to tell two agents apart.
@@ -160,18 +204,41 @@ impl AgentManifest {
         if self.namespace == NAMESPACE { NAME.to_owned() } else { format!("{NAME}-{}", self.namespace) }
     }
 
-    fn preface(&self) -> String {
+    /// The Secrets that are not printed, and how they are made.
+    pub fn secrets(&self, token: &str) -> String {
+        let namespace = &self.namespace;
+        let mut out =
+            format!("kubectl -n {namespace} create secret generic {SECRET} --from-file={JOIN_TOKEN}={token}");
+        if self.proxy.as_ref().is_some_and(|proxy| proxy.password != Password::None) {
+            write!(
+                out,
+                "\nkubectl -n {namespace} create secret generic {PROXY_SECRET} --from-file={PASSWORD}=FILE"
+            )
+            .unwrap_or_default();
+        }
+        out
+    }
+
+    fn preface(&self, with_secrets: bool) -> String {
         let Self { cluster, namespace, .. } = self;
         let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
         let mode = word(self.mode);
         let mut out = format!(
             "# The agent that connects this cluster, {cluster}, to a Towline gateway:  kubectl apply -f -
-# The join token below is a password until it is used up or has expired. Do not commit this text.
-#
+{}#
 # What the agent may do (mode {mode}):
-# - dial out to {}, over TCP and UDP. It listens nowhere but on its health port.
+# - dial out to {}{}. It listens nowhere but on its health port.
 ",
+            if with_secrets {
+                "# The join token below is a password until it is used up or has expired. Do not commit this text.\n".to_owned()
+            } else {
+                let secrets = self.secrets("/dev/stdin").replace('\n', "\n#   ");
+                format!(
+                    "# It holds no secret. Before the first start:\n#   towline token create {cluster} | {secrets}\n"
+                )
+            },
             addresses.join(" and "),
+            self.way(),
         );
         out.push_str(match self.mode {
             Mode::Restricted => {
@@ -227,6 +294,19 @@ impl AgentManifest {
         out
     }
 
+    /// Over what, as the preface says it.
+    fn way(&self) -> String {
+        let over = match self.transport {
+            Transport::Auto => ", over TCP and UDP",
+            Transport::Quic => ", over UDP",
+            Transport::Tcp => ", over TCP",
+        };
+        match &self.proxy {
+            Some(proxy) => format!("{over}, TCP through the proxy {}", proxy.url),
+            None => over.to_owned(),
+        }
+    }
+
     fn namespace(&self) -> String {
         format!(
             "apiVersion: v1
@@ -236,14 +316,15 @@ metadata:
   labels:
     # The strictest of Kubernetes' own rules for pods holds here.
     pod-security.kubernetes.io/enforce: restricted
-",
-            quoted(&self.namespace)
+{}",
+            quoted(&self.namespace),
+            self.pod.label_lines(4)
         )
     }
 
     /// Name, namespace and label of an object in the agent's namespace.
-    fn metadata(&self, name: &str) -> String {
-        metadata(name, &self.namespace, NAME)
+    pub(super) fn metadata(&self, name: &str) -> String {
+        metadata(name, &self.namespace, NAME, &self.pod)
     }
 
     fn service_account(&self) -> String {
@@ -320,7 +401,7 @@ subjects:
 
     /// The groups that something is granted to, as a list of YAML. Without a grant, who gets which rights is decided elsewhere,
     /// and for which groups is not known here.
-    fn granted_groups(&self) -> Option<String> {
+    pub(super) fn granted_groups(&self) -> Option<String> {
         let groups: BTreeSet<&str> = self.grants.iter().map(|grant| grant.group.as_str()).collect();
         (!groups.is_empty()).then(|| quoted_list(&groups.into_iter().collect::<Vec<_>>()))
     }
@@ -356,263 +437,18 @@ subjects:
         )
     }
 
-    /// The agent's own configuration file.
-    fn config(&self) -> String {
-        let Self { cluster, mode, .. } = self;
-        let cluster = quoted(cluster.as_str());
-        let (addresses, mode) = (quoted_list(&self.addresses), word(*mode));
-        let jwks = match (&self.keys, self.mode) {
-            (IssuerKeys::Given(_), Mode::Restricted) => {
-                format!("\n    jwksFile: {CONFIG_DIRECTORY}/{KEYS_FILE}")
-            }
-            _ => String::new(),
-        };
-        let pins = if self.pins.is_empty() {
-            String::new()
-        } else {
-            format!(
-                "\n  # How the gateway is recognised, when the join token is gone.\n  pins: {}",
-                quoted_list(&self.pins)
-            )
-        };
-        let impersonate = match self.mode {
-            Mode::Restricted => String::new(),
-            Mode::Impersonate => {
-                let groups = self.granted_groups().map(|groups| {
-                    format!(
-                        "\n  # A caller's other groups are left out: the ClusterRole does not let the agent name them.\n  groups: {groups}"
-                    )
-                });
-                let groups = groups.unwrap_or_default();
-                format!("\nimpersonate:\n  tokenFile: {PROJECTED_DIRECTORY}/{API_TOKEN_FILE}{groups}")
-            }
-        };
+    /// With `data`: kubectl calls an object with `stringData` changed each time it is applied.
+    fn secret(&self, name: &str, key: &str, text: &str, why: &str) -> String {
+        let metadata = self.metadata(name);
         format!(
-            "apiVersion: towline.io/v1alpha1
-kind: AgentConfiguration
-gateway:
-  addresses: {addresses}
-identity: # keeps nothing: a pod that is replaced comes back by its ServiceAccount token
-  serviceAccount:
-    cluster: {cluster}
-    tokenFile: {PROJECTED_DIRECTORY}/{TOKEN_FILE}{jwks}
-  joinTokenFile: {PROJECTED_DIRECTORY}/{JOIN_TOKEN_FILE} # for the first time{pins}
-# The last word is here, whatever the gateway asks.
-mode: {mode}{impersonate}
-targets: [] # what may be reached beside the API server
-apiServer: # at the address that every pod is told
-  ca: {PROJECTED_DIRECTORY}/{CA_FILE}
-admin:
-  address: \"0.0.0.0:{HEALTH_PORT}\" # \"[::]:{HEALTH_PORT}\" where pods have IPv6 only
-drain:
-  deadline: {}s
-",
-            DRAIN.as_secs()
-        )
-    }
-
-    fn config_map(&self) -> String {
-        let (metadata, config) = (self.metadata(NAME), indented(&self.config(), 4));
-        let keys = match (&self.keys, self.mode) {
-            (IssuerKeys::Given(keys), Mode::Restricted) => {
-                format!(
-                    "  # The cluster's public keys. When they change: the same again with the new ones.\n  {KEYS_FILE}: {}\n",
-                    quoted(keys.trim())
-                )
-            }
-            _ => String::new(),
-        };
-        format!(
-            "apiVersion: v1
-kind: ConfigMap
-{metadata}data:
-  {CONFIG_FILE}: |
-    {config}
-{keys}"
-        )
-    }
-
-    fn secret(&self, join_token: &str) -> String {
-        let metadata = self.metadata(SECRET);
-        format!(
-            "# Lets the agent in for the first time. May be deleted when it has joined.
+            "{why}
 apiVersion: v1
 kind: Secret
 {metadata}type: Opaque
-stringData:
-  token: {}
+data:
+  {key}: {} # base64
 ",
-            quoted(join_token.trim())
-        )
-    }
-
-    fn deployment(&self) -> String {
-        let (metadata, replicas, image) = (self.metadata(NAME), self.replicas, quoted(&self.image));
-        let audience = quoted(&self.audience);
-        let mut parts = self.config();
-        if let IssuerKeys::Given(keys) = &self.keys {
-            parts.push_str(keys);
-        }
-        let checksum = hex_sha256(&parts);
-        let api_token = match self.mode {
-            Mode::Restricted => String::new(),
-            Mode::Impersonate => format!(
-                "
-          - serviceAccountToken: # the API server takes this one: with it the agent impersonates
-              path: {API_TOKEN_FILE}
-              expirationSeconds: 3600"
-            ),
-        };
-        format!(
-            "apiVersion: apps/v1
-kind: Deployment
-{metadata}spec:
-  replicas: {replicas}
-  strategy: # a new pod has to have reached the gateway before an old one ends
-    type: RollingUpdate
-    rollingUpdate:
-      maxSurge: 1
-      maxUnavailable: 0
-  selector:
-    matchLabels:
-      app.kubernetes.io/name: {NAME}
-  template:
-    metadata:
-      labels:
-        app.kubernetes.io/name: {NAME}
-      annotations: # another configuration makes other pods
-        towline.io/config-sha256: \"{checksum}\"
-    spec:
-      serviceAccountName: {NAME}
-      automountServiceAccountToken: false
-      enableServiceLinks: false
-      terminationGracePeriodSeconds: {} # what runs may finish: drain.deadline, and some seconds
-      securityContext:
-        runAsNonRoot: true
-        runAsUser: {USER}
-        runAsGroup: {USER}
-        fsGroup: {USER}
-        seccompProfile:
-          type: RuntimeDefault
-      affinity: # not all on one node, where there is a choice
-        podAntiAffinity:
-          preferredDuringSchedulingIgnoredDuringExecution:
-          - weight: 100
-            podAffinityTerm:
-              topologyKey: kubernetes.io/hostname
-              labelSelector:
-                matchLabels:
-                  app.kubernetes.io/name: {NAME}
-      containers:
-      - name: agent
-        image: {image} # where this cluster can get it
-        command: [towline-agent]
-        args: [--config={CONFIG_DIRECTORY}/{CONFIG_FILE}]
-        ports:
-        - name: health
-          containerPort: {HEALTH_PORT}
-        securityContext:
-          allowPrivilegeEscalation: false
-          readOnlyRootFilesystem: true
-          capabilities:
-            drop: [ALL]
-        resources:
-          requests:
-            cpu: 50m
-            memory: 64Mi
-          limits:
-            memory: 512Mi # limits.processMemory of the configuration, 256MiB, and as much again
-        livenessProbe: # the process itself: a gateway that cannot be reached is no reason to restart
-          httpGet:
-            path: /livez
-            port: health
-          periodSeconds: 10
-          timeoutSeconds: 5
-          failureThreshold: 6
-        readinessProbe: # a round trip to the gateway
-          httpGet:
-            path: /readyz
-            port: health
-          periodSeconds: 5
-          timeoutSeconds: 5
-          failureThreshold: 2
-        volumeMounts:
-        - name: config
-          mountPath: {CONFIG_DIRECTORY}
-          readOnly: true
-        - name: given
-          mountPath: {PROJECTED_DIRECTORY}
-          readOnly: true
-      volumes:
-      - name: config
-        configMap:
-          name: {NAME}
-      - name: given # everything that the agent is given
-        projected:
-          defaultMode: 288 # 0440
-          sources:
-          - serviceAccountToken: # says who the agent is; only the gateways of this trust domain take it
-              path: {TOKEN_FILE}
-              audience: {audience}
-              expirationSeconds: 600{api_token}
-          - configMap: # by which the API server is recognised
-              name: kube-root-ca.crt
-              items:
-              - key: ca.crt
-                path: {CA_FILE}
-          - secret:
-              name: {SECRET}
-              optional: true
-              items:
-              - key: token
-                path: {JOIN_TOKEN_FILE}
-",
-            (DRAIN + DRAIN_SPARE).as_secs()
-        )
-    }
-
-    fn disruption_budget(&self) -> String {
-        let metadata = self.metadata(NAME);
-        format!(
-            "# Nodes are drained one agent at a time; agents that are not ready, such as all of them while the gateway is away, hold up no
-# drain. unhealthyPodEvictionPolicy is of
-# Kubernetes 1.26: take it out for older ones.
-apiVersion: policy/v1
-kind: PodDisruptionBudget
-{metadata}spec:
-  maxUnavailable: 1
-  unhealthyPodEvictionPolicy: AlwaysAllow
-  selector:
-    matchLabels:
-      app.kubernetes.io/name: {NAME}
-"
-        )
-    }
-
-    fn policy(&self) -> String {
-        let metadata = self.metadata(NAME);
-        let mut ports: Vec<u16> = self.addresses.iter().map(|address| address.port).collect();
-        ports.sort_unstable();
-        ports.dedup();
-        let rule = |protocol: &str, port: u16| format!("    - protocol: {protocol}\n      port: {port}\n");
-        let gateway: String = ports.iter().map(|port| rule("TCP", *port) + &rule("UDP", *port)).collect();
-        let dns = rule("UDP", 53) + &rule("TCP", 53);
-        let api: String = [443, 6443].map(|port| rule("TCP", port)).concat();
-        format!(
-            "# Nothing comes in (a node's own probes always do); out go names, the gateway and the API server. By port: addresses of the
-# latter two are not the same for ever. Behind a proxy, or with an API server on another port: add that port.
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-{metadata}spec:
-  podSelector:
-    matchLabels:
-      app.kubernetes.io/name: {NAME}
-  policyTypes: [Ingress, Egress]
-  egress:
-  - ports: # DNS
-{dns}  - ports: # the gateway
-{gateway}  - ports: # the API server
-{api}"
+            STANDARD.encode(text.trim())
         )
     }
 }
@@ -623,14 +459,14 @@ fn default_image() -> String {
 }
 
 /// The word in configurations.
-const fn word(mode: Mode) -> &'static str {
+pub(super) const fn word(mode: Mode) -> &'static str {
     match mode {
         Mode::Restricted => "restricted",
         Mode::Impersonate => "impersonate",
     }
 }
 
-fn hex_sha256(text: &str) -> String {
+pub(super) fn hex_sha256(text: &str) -> String {
     let hash = digest::digest(&digest::SHA256, text.as_bytes());
     hash.as_ref().iter().fold(String::with_capacity(64), |mut out, byte| {
         write!(out, "{byte:02x}").unwrap_or_default();
@@ -641,21 +477,28 @@ fn hex_sha256(text: &str) -> String {
 /// The default namespace.
 pub const NAMESPACE: &str = "towline";
 /// Of the ServiceAccount, the Deployment and what goes with them.
-const NAME: &str = "towline-agent";
-const SECRET: &str = "towline-agent-join";
+pub(super) const NAME: &str = "towline-agent";
+pub(super) const SECRET: &str = "towline-agent-join";
+/// Its key.
+pub(super) const JOIN_TOKEN: &str = "token";
+pub(super) const PROXY_SECRET: &str = "towline-agent-proxy";
+/// Its key.
+pub(super) const PASSWORD: &str = "password";
 /// Lets its holder read the public keys of the cluster's ServiceAccount tokens (Kubernetes 1.20 and later).
 const DISCOVERY_ROLE: &str = "system:service-account-issuer-discovery";
-const CONFIG_DIRECTORY: &str = "/etc/towline";
-const CONFIG_FILE: &str = "agent.yaml";
-const KEYS_FILE: &str = "jwks.json";
-const PROJECTED_DIRECTORY: &str = "/var/run/secrets/towline";
-const TOKEN_FILE: &str = "token";
-const API_TOKEN_FILE: &str = "api-token";
-const CA_FILE: &str = "ca.crt";
-const JOIN_TOKEN_FILE: &str = "join-token";
-const HEALTH_PORT: u16 = 9465;
+pub(super) const CONFIG_DIRECTORY: &str = "/etc/towline";
+pub(super) const CONFIG_FILE: &str = "agent.yaml";
+pub(super) const KEYS_FILE: &str = "jwks.json";
+pub(super) const PROJECTED_DIRECTORY: &str = "/var/run/secrets/towline";
+pub(super) const TOKEN_FILE: &str = "token";
+pub(super) const API_TOKEN_FILE: &str = "api-token";
+pub(super) const CA_FILE: &str = "ca.crt";
+pub(super) const JOIN_TOKEN_FILE: &str = "join-token";
+pub(super) const PASSWORD_FILE: &str = "proxy-password";
+pub(super) const PROXY_CA_FILE: &str = "proxy-ca.crt";
+pub(super) const HEALTH_PORT: u16 = 9465;
 /// How long open streams may take after SIGTERM, and what ending takes beside it.
-const DRAIN: Duration = Duration::from_secs(25);
-const DRAIN_SPARE: Duration = Duration::from_secs(10);
+pub(super) const DRAIN: Duration = Duration::from_secs(25);
+pub(super) const DRAIN_SPARE: Duration = Duration::from_secs(10);
 /// More make a cluster's tunnel no better, and a rolled Deployment has to stay below `maxAgents` (16).
 pub(super) const REPLICAS_MAX: u32 = 8;

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use towline_certs::TrustDomain;
 
-use super::{ManifestError, USER, check_image, check_namespace, indented, metadata, quoted, quoted_list};
+use super::pod::{Defaults, PodOptions};
+use super::{ManifestError, check_image, check_namespace, indented, metadata, quoted, quoted_list};
 use crate::api::ADMINS;
 use crate::config::PublicAddress;
 
@@ -19,6 +20,7 @@ pub struct GatewayManifest {
     pub storage: String,
     /// With a NetworkPolicy.
     pub network_policy: bool,
+    pub pod: PodOptions,
 }
 
 impl GatewayManifest {
@@ -32,6 +34,7 @@ impl GatewayManifest {
             trust_domain,
             storage: "1Gi".to_owned(),
             network_policy: false,
+            pod: PodOptions::default(),
         }
     }
 
@@ -42,6 +45,7 @@ impl GatewayManifest {
     pub fn render(&self) -> Result<String, ManifestError> {
         check_namespace(&self.namespace)?;
         check_image(&self.image)?;
+        self.pod.check(&DEFAULTS)?;
         let digits = self.storage.trim_end_matches(|c: char| c.is_ascii_alphabetic());
         if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
             return Err(ManifestError::Size(self.storage.clone()));
@@ -75,22 +79,26 @@ metadata:
   name: {namespace}
   labels:
     pod-security.kubernetes.io/enforce: restricted
----
+{}---
 # Without any right, and its token is not mounted.
 apiVersion: v1
 kind: ServiceAccount
 {}automountServiceAccountToken: false
 ",
+            self.pod.label_lines(4),
             self.metadata()
         )
     }
 
     fn metadata(&self) -> String {
-        metadata(NAME, &self.namespace, NAME)
+        metadata(NAME, &self.namespace, NAME, &self.pod)
     }
 
     fn config_map(&self) -> String {
         let (addresses, domain) = (quoted_list(&self.addresses), quoted(self.trust_domain.as_str()));
+        let limits = self.pod.own_memory().map_or_else(String::new, |own| {
+            format!("limits:\n  tunnelMemory: {own}MiB # half of what the pod may have\n")
+        });
         let config = format!(
             "apiVersion: towline.io/v1alpha1
 kind: GatewayConfiguration
@@ -107,7 +115,7 @@ access:
 - effect: Allow
   groups: [\"{ADMINS}\"]
   clusters: [\"*\"]
-drain:
+{limits}drain:
   delay: {DELAY}s # until a balancer has noticed
   deadline: {DEADLINE}s
 "
@@ -159,6 +167,8 @@ kind: Service
 
     fn set(&self) -> String {
         let (metadata, image, storage) = (self.metadata(), quoted(&self.image), quoted(&self.storage));
+        let (labels, pod, user) = (self.pod.label_lines(8), self.pod.spec(), self.pod.user());
+        let resources = self.pod.resources(&DEFAULTS);
         format!(
             "apiVersion: apps/v1
 kind: StatefulSet
@@ -172,17 +182,14 @@ kind: StatefulSet
     metadata:
       labels:
         app.kubernetes.io/name: {NAME}
-    spec:
+{labels}    spec:
       serviceAccountName: {NAME}
       automountServiceAccountToken: false
       enableServiceLinks: false
       terminationGracePeriodSeconds: {} # drain.delay, drain.deadline, and some seconds
-      securityContext:
+{pod}      securityContext:
         runAsNonRoot: true
-        runAsUser: {USER}
-        runAsGroup: {USER}
-        fsGroup: {USER}
-        # Keys stay readable by the gateway alone: without this the kubelet opens them to the group at every start.
+{user}        # Keys stay readable by the gateway alone: without this the kubelet opens them to the group at every start.
         fsGroupChangePolicy: OnRootMismatch
         seccompProfile:
           type: RuntimeDefault
@@ -205,12 +212,14 @@ kind: StatefulSet
           readOnlyRootFilesystem: true
           capabilities:
             drop: [ALL]
-        resources:
-          requests:
-            cpu: 250m
-            memory: 256Mi
-          limits:
-            memory: 2Gi # limits.tunnelMemory of the configuration, 1GiB, and as much again
+{resources}        startupProbe: # the others begin after it: by then the records are read
+          httpGet:
+            path: /livez
+            port: health
+          initialDelaySeconds: 1
+          periodSeconds: 1
+          timeoutSeconds: 5
+          failureThreshold: 60
         livenessProbe:
           httpGet:
             path: /livez
@@ -273,6 +282,13 @@ kind: NetworkPolicy
     }
 }
 
+const DEFAULTS: Defaults = Defaults {
+    cpu: "250m",
+    memory: "256Mi",
+    memory_limit: 2048,
+    key: "limits.tunnelMemory",
+    memory_least: 512,
+};
 const NAME: &str = "towline-gateway";
 const CONFIG_FILE: &str = "/etc/towline/gateway.yaml";
 /// The gateway makes its state directory inside it, readable by itself only.

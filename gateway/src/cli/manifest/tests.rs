@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use towline_certs::{JoinToken, TrustDomain};
 
@@ -9,7 +11,7 @@ use super::*;
 use crate::config::{GatewayConfig, Mode};
 use crate::routing::ClusterName;
 
-const LINE: &str = "tljt1/gateway.example.com:8443/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef/towline.local/prod/1/00112233445566778899aabbccddeeff";
+const LINE: &str = "tljt1/gateway.example.com:8443/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef/towline.local/prod-eu-1/first/1/00112233445566778899aabbccddeeff";
 
 fn agent(mode: Mode) -> AgentManifest {
     let token: JoinToken = LINE.parse().unwrap();
@@ -28,7 +30,7 @@ fn of<'a>(documents: &'a [Value], kind: &str) -> Vec<&'a Value> {
 /// its pod (EN-03).
 #[test]
 fn a_restricted_agent_holds_no_right() {
-    let documents = documents(&agent(Mode::Restricted).render(LINE).unwrap());
+    let documents = documents(&agent(Mode::Restricted).render(Some(LINE)).unwrap());
     assert!(of(&documents, "ClusterRole").is_empty() && of(&documents, "Role").is_empty());
     for binding in of(&documents, "ClusterRoleBinding") {
         assert_eq!(binding["roleRef"]["name"], "system:service-account-issuer-discovery");
@@ -59,14 +61,14 @@ fn a_restricted_agent_holds_no_right() {
 /// are what it names of a caller's groups; and what the callers may do is said.
 #[test]
 fn s6_an_impersonating_agent_holds_one_right() {
-    let unnarrowed = agent(Mode::Impersonate).render(LINE).unwrap();
+    let unnarrowed = agent(Mode::Impersonate).render(Some(LINE)).unwrap();
     assert!(unnarrowed.contains("can be anybody here") && !unnarrowed.contains("resourceNames: [\""));
     let grants = ["towline:admins=cluster-admin", "dev=view", "towline:admins=edit"];
     let all = AgentManifest {
         grants: grants.map(|grant| grant.parse().unwrap()).to_vec(),
         ..agent(Mode::Impersonate)
     };
-    let documents_of_all = documents(&all.render(LINE).unwrap());
+    let documents_of_all = documents(&all.render(Some(LINE)).unwrap());
     assert_eq!(
         of(&documents_of_all, "ClusterRole")[0]["rules"][1]["resourceNames"],
         json!(["dev", "towline:admins"])
@@ -77,7 +79,7 @@ fn s6_an_impersonating_agent_holds_one_right() {
 
     let grants = vec!["towline:admins=cluster-admin".parse().unwrap()];
     let manifest = AgentManifest { grants, ..agent(Mode::Impersonate) };
-    let text = manifest.render(LINE).unwrap();
+    let text = manifest.render(Some(LINE)).unwrap();
     let documents = documents(&text);
     let [role] = of(&documents, "ClusterRole")[..] else { panic!("one ClusterRole") };
     // Two rules, so that each can be narrowed by itself.
@@ -103,19 +105,20 @@ fn s6_an_impersonating_agent_holds_one_right() {
         assert!(head.contains(&format!("clusterrolebinding/{name}")), "how to take it away: {head}");
     }
     let restricted = AgentManifest { grants: manifest.grants, ..agent(Mode::Restricted) };
-    assert_eq!(restricted.render(LINE), Err(ManifestError::GrantInVain));
+    assert_eq!(restricted.render(Some(LINE)), Err(ManifestError::GrantInVain));
 }
 
 /// Goal: the join token is in the Secret and nowhere else; the same agent with another token is the same Deployment.
 #[test]
 fn the_join_token_is_in_the_secret_only() {
     for mode in [Mode::Restricted, Mode::Impersonate] {
-        let text = agent(mode).render(LINE).unwrap();
+        let text = agent(mode).render(Some(LINE)).unwrap();
         let secret = LINE.rsplit_once('/').unwrap().1;
-        assert_eq!(text.matches(secret).count(), 1);
+        assert_eq!(text.matches(secret).count(), 0, "it is base64");
         let documents = documents(&text);
-        assert_eq!(of(&documents, "Secret")[0]["stringData"]["token"], LINE);
-        let other = agent(mode).render(&LINE.replace("/prod/", "/other/")).unwrap();
+        let data = of(&documents, "Secret")[0]["data"]["token"].as_str().unwrap();
+        assert_eq!((STANDARD.decode(data).unwrap(), text.matches(data).count()), (LINE.into(), 1));
+        let other = agent(mode).render(Some(&LINE.replace("/first/", "/other/"))).unwrap();
         let other: Vec<Value> = serde_saphyr::from_multiple(&other).unwrap();
         for (one, other) in documents.iter().zip(&other) {
             assert_eq!(one == other, one["kind"] != "Secret", "{}", one["kind"]);
@@ -128,7 +131,7 @@ fn the_join_token_is_in_the_secret_only() {
 fn pods_are_restricted_and_replaced_make_before_break() {
     for replicas in [1, 2] {
         let manifest = AgentManifest { replicas, network_policy: true, ..agent(Mode::Restricted) };
-        let documents = documents(&manifest.render(LINE).unwrap());
+        let documents = documents(&manifest.render(Some(LINE)).unwrap());
         let spec = &of(&documents, "Deployment")[0]["spec"];
         assert_eq!(spec["strategy"]["rollingUpdate"], json!({ "maxSurge": 1, "maxUnavailable": 0 }));
         let pod = &spec["template"]["spec"];
@@ -149,7 +152,7 @@ fn pods_are_restricted_and_replaced_make_before_break() {
     }
     for replicas in [0, 9] {
         let manifest = AgentManifest { replicas, ..agent(Mode::Restricted) };
-        assert_eq!(manifest.render(LINE), Err(ManifestError::Replicas(replicas)));
+        assert_eq!(manifest.render(Some(LINE)), Err(ManifestError::Replicas(replicas)));
     }
 }
 
@@ -159,7 +162,7 @@ fn odd_parts_are_quoted_or_refused() {
     let with = |change: &dyn Fn(&mut AgentManifest)| {
         let mut manifest = agent(Mode::Restricted);
         change(&mut manifest);
-        manifest.render(LINE)
+        manifest.render(Some(LINE))
     };
     for name in ["on", "123", "1e3", "null"] {
         let text = with(&|manifest| {
@@ -180,10 +183,6 @@ fn odd_parts_are_quoted_or_refused() {
         let result = with(&|m| m.addresses = vec![address.parse().unwrap()]);
         assert!(result.unwrap_err().to_string().contains("publicAddresses"), "{address}");
     }
-    for keys in ["", "{}", "{\"keys\": 1}"] {
-        let result = with(&|m| m.keys = IssuerKeys::Given(keys.to_owned()));
-        assert!(matches!(result, Err(ManifestError::Keys(_))), "{keys}");
-    }
     for grant in ["", "a", "a b=view", "=a", "a=", "a=b/c", "a=.."] {
         assert!(grant.parse::<Grant>().is_err(), "{grant}");
     }
@@ -191,12 +190,251 @@ fn odd_parts_are_quoted_or_refused() {
     assert_eq!((dotted.group.as_str(), dotted.role.as_str()), ("a=b", "system:node"));
 }
 
+fn pod(options: &PodOptions) -> Value {
+    let manifest = AgentManifest { pod: options.clone(), ..agent(Mode::Restricted) };
+    let documents = documents(&manifest.render(Some(LINE)).unwrap());
+    of(&documents, "Deployment")[0]["spec"]["template"].clone()
+}
+
+/// Goal: D10, FR-54: what a cluster asks of its pods is asked for, the same of the agent and of the gateway; what Kubernetes would
+/// refuse, or the program could not start with, is refused here.
+#[test]
+fn d10_pods_are_scheduled_pulled_and_marked_as_the_cluster_wants() {
+    let options = PodOptions {
+        pull_secrets: vec!["registry".to_owned()],
+        node_selector: vec!["kubernetes.io/os=linux".parse().unwrap()],
+        tolerations: ["dedicated=infra:NoSchedule", "edge", "*:NoExecute"]
+            .map(|taint| taint.parse().unwrap())
+            .to_vec(),
+        priority_class: Some("system-cluster-critical".to_owned()),
+        labels: vec!["team=net".parse().unwrap(), "example.com/on=true".parse().unwrap()],
+        resources: "requests.cpu=1,limits.cpu=1500m,limits.memory=1Gi".parse().unwrap(),
+        platform_uid: false,
+    };
+    let gateway = GatewayManifest { pod: options.clone(), ..gateway() };
+    let gateways = documents(&gateway.render().unwrap());
+    let agent = AgentManifest { pod: options, ..agent(Mode::Restricted) };
+    let agents = documents(&agent.render(Some(LINE)).unwrap());
+    let pods = [of(&agents, "Deployment")[0], of(&gateways, "StatefulSet")[0]];
+    for template in pods.map(|set| &set["spec"]["template"]) {
+        let pod = &template["spec"];
+        assert_eq!(pod["imagePullSecrets"], json!([{"name": "registry"}]));
+        assert_eq!(pod["nodeSelector"], json!({"kubernetes.io/os": "linux"}));
+        let tolerations = json!([
+            {"operator": "Equal", "key": "dedicated", "value": "infra", "effect": "NoSchedule"},
+            {"operator": "Exists", "key": "edge"},
+            {"operator": "Exists", "effect": "NoExecute"},
+        ]);
+        assert_eq!(pod["tolerations"], tolerations);
+        assert_eq!(pod["priorityClassName"], "system-cluster-critical");
+        let resources = &pod["containers"][0]["resources"];
+        assert_eq!(resources["requests"]["cpu"], 1);
+        assert_eq!(resources["limits"], json!({"cpu": "1500m", "memory": "1Gi"}));
+    }
+    for object in agents.iter().chain(&gateways) {
+        if !object["metadata"]["namespace"].is_null() || object["kind"] == "Namespace" {
+            let labels = &object["metadata"]["labels"];
+            assert_eq!((&labels["team"], &labels["example.com/on"]), (&json!("net"), &json!("true")));
+        }
+    }
+    let config = of(&agents, "ConfigMap")[0]["data"]["agent.yaml"].as_str().unwrap();
+    assert!(
+        config.contains(
+            "processMemory: 512MiB
+  sessionMemory: 128MiB"
+        ),
+        "{config}"
+    );
+    let config = of(&gateways, "ConfigMap")[0]["data"]["gateway.yaml"].as_str().unwrap();
+    assert_eq!(GatewayConfig::parse(config, "gateway.yaml").unwrap().limits.tunnel_memory.0, 512 << 20);
+    for text in [
+        "", "a", "a=b=c", "a b=c", "a/b/c=d", "-a=b", "a=b
+c",
+    ] {
+        assert!(text.parse::<Label>().is_err(), "{text}");
+    }
+    for text in ["", "a:b", "a=b c", "*=b", ":NoSchedule"] {
+        assert!(text.parse::<Toleration>().is_err(), "{text}");
+    }
+    for text in
+        ["", "cpu=1", "limits.cpu=0", "limits.memory=1GiB", "limits.memory=0", "limits.cpu=1,limits.cpu=2"]
+    {
+        assert!(text.parse::<Resources>().is_err(), "{text}");
+    }
+    let refused = |change: &dyn Fn(&mut PodOptions)| {
+        let mut pod = PodOptions::default();
+        change(&mut pod);
+        AgentManifest { pod, ..self::agent(Mode::Restricted) }.check().unwrap_err()
+    };
+    let own = refused(&|pod| pod.labels = vec!["app.kubernetes.io/name=x".parse().unwrap()]);
+    assert!(matches!(own, ManifestError::OwnLabel(_)));
+    let little = refused(&|pod| pod.resources = "limits.memory=100Mi".parse().unwrap());
+    assert!(little.to_string().contains("320Mi at least"), "{little}");
+    let more = refused(&|pod| pod.resources = "requests.memory=1Gi".parse().unwrap());
+    assert_eq!(more, ManifestError::MoreThanLimit);
+    assert!(matches!(refused(&|pod| pod.pull_secrets = vec!["A b".to_owned()]), ManifestError::Name { .. }));
+}
+
+/// Goal: D10, FR-54: an agent behind a proxy is configured with it, its password is in a Secret and nowhere else, and its CA beside
+/// the configuration.
+#[test]
+fn d10_an_agent_behind_a_proxy_is_told_of_it() {
+    let proxy = |url: &str, password, ca| AgentProxy { url: url.parse().unwrap(), password, ca };
+    let ca = "-----BEGIN CERTIFICATE-----
+MA==
+-----END CERTIFICATE-----
+"
+    .to_owned();
+    let given =
+        proxy("https://joe@proxy.corp:3129", Password::Printed("s3cret:x".to_owned()), Some(ca.clone()));
+    let manifest = AgentManifest {
+        proxy: Some(given),
+        transport: Transport::Tcp,
+        quic_addresses: vec!["udp.example.com:443".parse().unwrap()],
+        network_policy: true,
+        ..agent(Mode::Restricted)
+    };
+    let text = manifest.render(Some(LINE)).unwrap();
+    assert!(!text.contains("s3cret") && !format!("{manifest:?}").contains("s3cret"));
+    let documents = documents(&text);
+    let data = &of(&documents, "ConfigMap")[0]["data"];
+    let config: Value = serde_saphyr::from_str(data["agent.yaml"].as_str().unwrap()).unwrap();
+    let wanted = json!({"url": "https://joe@proxy.corp:3129", "ca": "/etc/towline/proxy-ca.crt",
+        "passwordFile": "/var/run/secrets/towline/proxy-password"});
+    assert_eq!((&config["proxy"], &config["transport"]), (&wanted, &json!("tcp")));
+    assert_eq!(config["gateway"]["quicAddresses"], json!(["udp.example.com:443"]));
+    assert_eq!(data["proxy-ca.crt"], ca);
+    let [_, secret] = of(&documents, "Secret")[..] else { panic!("two Secrets") };
+    assert_eq!(secret["data"]["password"], STANDARD.encode("s3cret:x"));
+    let pod = &of(&documents, "Deployment")[0]["spec"]["template"]["spec"];
+    let sources = pod["volumes"][1]["projected"]["sources"].as_array().unwrap();
+    let mounted =
+        json!({"name": secret["metadata"]["name"], "items": [{"key": "password", "path": "proxy-password"}]});
+    assert!(sources.iter().any(|source| source["secret"] == mounted), "{sources:?}");
+    let egress = of(&documents, "NetworkPolicy")[0]["spec"]["egress"].as_array().unwrap();
+    assert!(
+        egress.iter().any(|rule| rule["ports"] == json!([{"protocol": "TCP", "port": 3129}])),
+        "{egress:?}"
+    );
+    for (proxy, why) in [
+        (proxy("http://joe:x@p:1", Password::None, None), "--proxy-password-file"),
+        (proxy("http://p:1", Password::Elsewhere, None), "names no user"),
+        (
+            proxy(
+                "http://joe@p:1",
+                Password::Printed(
+                    "a
+b"
+                    .to_owned(),
+                ),
+                None,
+            ),
+            "one line",
+        ),
+        (proxy("http://p:1", Password::None, Some(ca)), "nothing would be checked"),
+        (proxy("https://p:1", Password::None, Some("x".to_owned())), "no certificate"),
+    ] {
+        let error = AgentManifest { proxy: Some(proxy), ..agent(Mode::Restricted) }.check().unwrap_err();
+        assert!(error.to_string().contains(why) && !error.to_string().contains("joe:x"), "{error}");
+    }
+    let two = AgentManifest { quic_addresses: vec!["a:1".parse().unwrap(); 2], ..agent(Mode::Restricted) };
+    assert_eq!(two.check(), Err(ManifestError::QuicAddresses(2, 1)));
+}
+
+/// Goal: D10: a text for a repository holds no secret, and says how those are made that it leaves out.
+#[test]
+fn d10_a_manifest_for_a_repository_holds_no_secret() {
+    let url = "http://joe@proxy.corp:3128".parse().unwrap();
+    let proxy = Some(AgentProxy { url, password: Password::Elsewhere, ca: None });
+    let manifest = AgentManifest { proxy, ..agent(Mode::Restricted) };
+    let text = manifest.render(None).unwrap();
+    let documents = documents(&text);
+    assert!(of(&documents, "Secret").is_empty() && !text.contains(LINE.rsplit_once('/').unwrap().1));
+    for line in [
+        "towline token create prod-eu-1 | kubectl -n towline create secret generic towline-agent-join --from-file=token=/dev/stdin",
+        "kubectl -n towline create secret generic towline-agent-proxy --from-file=password=FILE",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    assert!(!text.contains("Do not commit"));
+    let config = of(&documents, "ConfigMap")[0]["data"]["agent.yaml"].as_str().unwrap();
+    assert!(config.contains("passwordFile"), "{config}");
+}
+
+/// Goal: FR-53: a platform that chooses users and groups finds none chosen, and whoever it takes can read what it is given.
+#[test]
+fn fr53_user_and_groups_can_be_left_to_the_platform() {
+    let chosen = pod(&PodOptions::default());
+    assert_eq!(chosen["spec"]["securityContext"]["runAsUser"], 65_532);
+    assert_eq!(chosen["spec"]["volumes"][1]["projected"]["defaultMode"], 0o440);
+    let platform = PodOptions { platform_uid: true, ..PodOptions::default() };
+    let own = documents(&GatewayManifest { pod: platform.clone(), ..gateway() }.render().unwrap());
+    let own = of(&own, "StatefulSet")[0]["spec"]["template"].clone();
+    let left = pod(&platform);
+    for pod in [&left, &own] {
+        let context = pod["spec"]["securityContext"].as_object().unwrap();
+        assert!(
+            !["runAsUser", "runAsGroup", "fsGroup"].iter().any(|key| context.contains_key(*key)),
+            "{context:?}"
+        );
+        assert_eq!(context["runAsNonRoot"], true);
+    }
+    assert_eq!(left["spec"]["volumes"][1]["projected"]["defaultMode"], 0o444);
+}
+
+/// Goal: FR-52: DNS is reached where a Service's port is 53 and the pods' is 5353, as on OpenShift: a policy counts the pods'.
+#[test]
+fn fr52_dns_may_listen_on_5353() {
+    let manifest = AgentManifest { network_policy: true, ..agent(Mode::Restricted) };
+    let documents = documents(&manifest.render(Some(LINE)).unwrap());
+    let rule = |protocol: &str, port: u16| json!({"protocol": protocol, "port": port});
+    let dns = json!([rule("UDP", 53), rule("TCP", 53), rule("UDP", 5353), rule("TCP", 5353)]);
+    assert_eq!(of(&documents, "NetworkPolicy")[0]["spec"]["egress"][0]["ports"], dns);
+}
+
+/// Goal: R4: nobody asks an agent whether it is ready before it can be, so that a start leaves no warning behind; and what is applied
+/// again is unchanged, for which a Secret has `data`.
+#[test]
+fn r4_a_start_leaves_no_warning_and_nothing_changes_by_itself() {
+    let agents = documents(&agent(Mode::Restricted).render(Some(LINE)).unwrap());
+    let gateways = documents(&gateway().render().unwrap());
+    assert!(of(&agents, "Secret")[0].get("stringData").is_none());
+    for set in [of(&agents, "Deployment")[0], of(&gateways, "StatefulSet")[0]] {
+        let probe = &set["spec"]["template"]["spec"]["containers"][0]["startupProbe"];
+        assert_eq!(probe["httpGet"]["path"], "/livez", "ready it may be later");
+        let wait = |field: &str| probe[field].as_u64().unwrap();
+        assert!(wait("initialDelaySeconds") > 0 && wait("periodSeconds") * wait("failureThreshold") >= 60);
+    }
+}
+
+/// Goal: M12: who is told that an address is a pod's own is told what to give instead, also for clusters on this machine.
+#[test]
+fn m12_a_loopback_address_is_refused_with_what_to_give() {
+    let manifest =
+        AgentManifest { addresses: vec!["127.0.0.1:1".parse().unwrap()], ..agent(Mode::Restricted) };
+    let text = manifest.check().unwrap_err().to_string();
+    for part in ["127.0.0.1:1", "--gateway HOST:PORT", "host.docker.internal", "Nothing was registered"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+/// Goal: D13: keys by which an agent could not come back are refused: none at all, or none that signs ServiceAccount tokens.
+#[test]
+fn d13_keys_that_let_nobody_back_are_refused() {
+    for keys in
+        ["", "{}", "{\"keys\": 1}", "{\"keys\":[]}", "{\"keys\":[{}]}", "{\"keys\":[{\"kty\":\"oct\"}]}"]
+    {
+        let manifest = AgentManifest { keys: IssuerKeys::Given(keys.to_owned()), ..agent(Mode::Restricted) };
+        assert!(matches!(manifest.check(), Err(ManifestError::Keys(_))), "{keys}");
+    }
+}
+
 /// Goal: keys that are given go with the configuration, and nothing in the cluster changes for them.
 #[test]
 fn keys_can_be_given() {
     let keys = "{\"keys\": [{\"kty\": \"EC\", \"kid\": \"1\"}]}\n";
     let manifest = AgentManifest { keys: IssuerKeys::Given(keys.to_owned()), ..agent(Mode::Restricted) };
-    let documents = documents(&manifest.render(LINE).unwrap());
+    let documents = documents(&manifest.render(Some(LINE)).unwrap());
     assert!(of(&documents, "ClusterRoleBinding").is_empty());
     let data = &of(&documents, "ConfigMap")[0]["data"];
     assert_eq!(data["jwks.json"], keys.trim());
@@ -273,18 +511,16 @@ fn the_files_in_deploy_are_what_is_printed() {
     let agent = |mode| {
         let pins = Vec::new();
         let manifest = AgentManifest { pins, replicas: 2, network_policy: true, ..agent(mode) };
-        let token = "REPLACE-ME: the line that towline token create prod-eu-1 prints";
         let flags = match mode {
             Mode::Restricted => "",
             Mode::Impersonate => " --mode impersonate",
         };
         format!(
-            "# An example: what `towline agent manifest prod-eu-1{flags} --replicas 2 --network-policy` prints, but for the join token
-# (REPLACE-ME) and the pins, which are part of it. The cluster's name, the gateway's address and trust domain (in audience) and the
-# image are yours.
+            "# An example: what `towline agent manifest prod-eu-1{flags} --replicas 2 --network-policy --no-secret` prints, but for the pins. The
+# cluster's name, the gateway's address and trust domain (in audience) and the image are yours.
 #
 {}",
-            manifest.render(token).unwrap()
+            manifest.render(None).unwrap()
         )
     };
     let gateway = format!(

@@ -1,0 +1,259 @@
+//! What can come next on the command line? For shells and for kubectl, which all ask the same way: `towline __complete WORDS…` prints what
+//! the last word may become, with what it is, and then what the shell may add, in the words of Cobra, which kubectl and Helm speak.
+
+use super::client::{Client, Select};
+use super::failure::{Failure, Outcome};
+use super::{Connection, output};
+use clap::{Arg, ArgAction, Command};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The word that asks.
+pub(crate) const WORD: &str = "__complete";
+
+/// What may stand at a place of the command line.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    /// One of these words, each with what it is.
+    Words(Vec<(String, String)>),
+    Files,
+    Clusters,
+    Tokens,
+}
+
+/// Prints what the last of the words, which come after the program's name, may become.
+pub(crate) async fn run(words: &[String], definition: Command) -> Outcome {
+    let (before, typed) = match words.split_last() {
+        Some((typed, before)) => (before, typed.as_str()),
+        None => (&[][..], ""),
+    };
+    let (place, connection) = place(definition, before, typed);
+    let mut directive = NO_FILES;
+    let words = match place {
+        Place::Words(words) => words,
+        Place::Files => {
+            directive = FILES;
+            Vec::new()
+        }
+        Place::Clusters => names(&connection, "clusters").await,
+        Place::Tokens => names(&connection, "jointokens").await,
+    };
+    let mut text = String::new();
+    for (word, about) in words.iter().filter(|(word, _)| word.starts_with(typed)) {
+        let about = about.lines().next().unwrap_or_default();
+        text.push_str(&if about.is_empty() { format!("{word}\n") } else { format!("{word}\t{about}\n") });
+    }
+    output::bytes(format!("{text}:{directive}\n").as_bytes())
+}
+
+/// The names of objects; none if the gateway cannot be asked, or not at once: who types waits for this.
+async fn names(connection: &Connection, plural: &str) -> Vec<(String, String)> {
+    let list = async { Client::new(connection)?.list(plural, &Select::default()).await };
+    let list = tokio::time::timeout(PATIENCE, list).await;
+    let list = list.unwrap_or_else(|_| Err(Failure::failed("late"))).unwrap_or_default();
+    let about = |item: &serde_json::Value| match plural {
+        "clusters" => output::text(&item["spec"]["description"]),
+        _ => output::text(&item["spec"]["cluster"]),
+    };
+    let items = list["items"].as_array().into_iter().flatten();
+    items.map(|item| (output::text(&item["metadata"]["name"]), about(item))).collect()
+}
+
+/// What may stand after these words, and which gateway they mean.
+fn place(mut definition: Command, before: &[String], typed: &str) -> (Place, Connection) {
+    definition.build();
+    let mut command = &definition;
+    let mut connection = Connection { kubeconfig: Vec::new(), context: None };
+    let (mut given, mut words, mut open) = (0, before.iter(), None);
+    while let Some(word) = words.next() {
+        if word == "--" {
+            // A plugin and its arguments.
+            return (Place::Files, connection);
+        }
+        if let Some(flag) = flag(command, word) {
+            let inline = word.split_once('=').map(|(_, value)| value.to_owned());
+            if !takes_value(flag) {
+                continue;
+            }
+            let Some(value) = inline.or_else(|| words.next().cloned()) else {
+                open = Some(flag);
+                break;
+            };
+            match flag.get_id().as_str() {
+                "kubeconfig" => connection.kubeconfig.push(PathBuf::from(value)),
+                "context" => connection.context = Some(value),
+                _ => {}
+            }
+        } else if let Some(next) = command.find_subcommand(word) {
+            command = next;
+        } else {
+            given += 1;
+        }
+    }
+    (open.map_or_else(|| after(command, given, typed), values), connection)
+}
+
+/// What may follow where no flag waits for its value.
+fn after(command: &Command, given: usize, typed: &str) -> Place {
+    let about = |text: Option<&clap::builder::StyledStr>| text.map(ToString::to_string).unwrap_or_default();
+    if typed.starts_with('-') {
+        let flags = command.get_arguments().filter(|arg| !arg.is_hide_set());
+        let flags = flags.filter_map(|arg| Some((format!("--{}", arg.get_long()?), about(arg.get_help()))));
+        return Place::Words(flags.collect());
+    }
+    if command.has_subcommands() {
+        let commands = command.get_subcommands().filter(|command| !command.is_hide_set());
+        let named = commands.map(|command| (command.get_name().to_owned(), about(command.get_about())));
+        return Place::Words(named.collect());
+    }
+    let positional: Vec<_> = command.get_positionals().filter(|arg| !arg.is_last_set()).collect();
+    // The last one may be repeated.
+    let repeats = |arg: &&&Arg| matches!(arg.get_action(), ArgAction::Append);
+    let arg = positional.get(given).or_else(|| positional.last().filter(repeats));
+    arg.map_or_else(|| Place::Words(Vec::new()), |arg| values(arg))
+}
+
+/// What an argument may be.
+fn values(arg: &Arg) -> Place {
+    let possible = arg.get_possible_values();
+    if !possible.is_empty() {
+        let about = |value: &clap::builder::PossibleValue| {
+            value.get_help().map(ToString::to_string).unwrap_or_default()
+        };
+        return Place::Words(
+            possible.iter().map(|value| (value.get_name().to_owned(), about(value))).collect(),
+        );
+    }
+    let name = arg.get_value_names().and_then(<[_]>::first).map(ToString::to_string).unwrap_or_default();
+    match name.to_ascii_uppercase().as_str() {
+        "CLUSTER" => Place::Clusters,
+        "TOKEN" => Place::Tokens,
+        "FILE" => Place::Files,
+        _ => Place::Words(Vec::new()),
+    }
+}
+
+fn flag<'a>(command: &'a Command, word: &str) -> Option<&'a Arg> {
+    let name = word.split_once('=').map_or(word, |(name, _)| name);
+    let mut flags = command.get_arguments();
+    match name.strip_prefix("--") {
+        Some(long) => flags.find(|arg| arg.get_long() == Some(long)),
+        None => {
+            let letter = name.strip_prefix('-')?.chars().next()?;
+            flags.find(|arg| arg.get_short() == Some(letter))
+        }
+    }
+}
+
+fn takes_value(arg: &Arg) -> bool {
+    matches!(arg.get_action(), ArgAction::Set | ArgAction::Append)
+}
+
+/// How long a gateway is waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Cobra's directives: nothing beside the words, and files.
+const NO_FILES: u8 = 4;
+const FILES: u8 = 0;
+
+/// The script of a shell, or what kubectl runs as `kubectl_complete-towline`.
+pub(crate) fn script(shell: &str) -> &'static str {
+    match shell {
+        "bash" => BASH,
+        "zsh" => ZSH,
+        "fish" => FISH,
+        _ => KUBECTL,
+    }
+}
+
+const BASH: &str = r#"# bash completion of towline
+_towline() {
+    local out directive word
+    out=$(towline __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null) || return
+    directive=${out##*:}
+    COMPREPLY=()
+    while IFS=$'\t' read -r word _; do
+        if [[ -n $word && $word != :* ]]; then COMPREPLY+=("$word"); fi
+    done <<<"$out"
+    if [[ $directive == 0 ]]; then compopt -o default; fi
+}
+complete -F _towline towline
+"#;
+
+const ZSH: &str = r#"#compdef towline
+# zsh completion of towline
+_towline() {
+    local -a found
+    local out line
+    out=$(towline __complete "${(@)words[2,CURRENT]}" 2>/dev/null) || return
+    for line in ${(f)out}; do
+        if [[ $line != :* ]]; then found+=("${${line//:/\\:}/$'\t'/:}"); fi
+    done
+    if [[ ${out##*:} == 0 ]]; then _files; else _describe towline found; fi
+}
+compdef _towline towline
+"#;
+
+const FISH: &str = r"# fish completion of towline
+function __towline_complete
+    set -l words (commandline -opc)[2..] (commandline -ct)
+    towline __complete $words 2>/dev/null | string match -rv '^:\d+$'
+end
+function __towline_files
+    set -l words (commandline -opc)[2..] (commandline -ct)
+    towline __complete $words 2>/dev/null | string match -q ':0'
+end
+complete -c towline -f -a '(__towline_complete)'
+complete -c towline -F -n __towline_files
+";
+
+const KUBECTL: &str = r#"#!/bin/sh
+# kubectl runs this for "kubectl towline": in $PATH as kubectl_complete-towline, executable.
+exec towline __complete "$@"
+"#;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    fn at(words: &[&str]) -> Place {
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        let (typed, before) = words.split_last().unwrap();
+        place(super::super::Arguments::command(), before, typed).0
+    }
+
+    fn words(place: Place) -> Vec<String> {
+        let Place::Words(words) = place else { panic!("{place:?}") };
+        words.into_iter().map(|(word, _)| word).collect()
+    }
+
+    /// Goal: D43: a shell completes commands, flags and their values, and the names of clusters and tokens wherever one is wanted.
+    #[test]
+    fn d43_names_are_completed_where_they_are_wanted() {
+        for line in [
+            &["cluster", "describe", ""][..],
+            &["--context", "x", "cluster", "delete", "one", "t"],
+            &["kubeconfig", "--name", "n", "p"],
+            &["agent", "manifest", "p"],
+            &["token", "create", "--uses=3", ""],
+        ] {
+            assert_eq!(at(line), Place::Clusters, "{line:?}");
+        }
+        assert_eq!(at(&["token", "revoke", ""]), Place::Tokens);
+        assert_eq!(at(&["--kubeconfig", ""]), Place::Files);
+        assert_eq!(at(&["kubeconfig", "prod", "--wrap", "--", "aw"]), Place::Files);
+        assert_eq!(words(at(&["agent", "manifest", "p", "--mode", ""])), ["restricted", "impersonate"]);
+        assert!(words(at(&["cluster", "describe", "one", ""])).is_empty(), "it takes one");
+        let top = words(at(&[""]));
+        assert!(
+            top.contains(&"status".to_owned()) && !top.iter().any(|word| word.starts_with('_')),
+            "{top:?}"
+        );
+        assert!(words(at(&["status", "--"])).contains(&"--check".to_owned()));
+        let line: Vec<String> = ["--context", "x", "cluster", "get"].map(ToOwned::to_owned).to_vec();
+        assert_eq!(place(super::super::Arguments::command(), &line, "").1.context.as_deref(), Some("x"));
+        for shell in ["bash", "zsh", "fish", "kubectl"] {
+            assert!(script(shell).contains("towline __complete"), "{shell}");
+        }
+    }
+}
