@@ -4,16 +4,17 @@
 
 use crate::authn::Principal;
 use crate::config::{ANY, AccessRule, Effect};
+use crate::map::Map;
 use crate::routing::ClusterName;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 /// The rules in force, found by whom they are for: a request, and each look at what is running, asks the rules of one
 /// principal and not all there are.
 #[derive(Clone, Debug, Default)]
 pub struct AccessRules {
     rules: Vec<Rule>,
-    users: HashMap<String, Vec<usize>>,
-    groups: HashMap<String, Vec<usize>>,
+    users: Map<String, Vec<usize>>,
+    groups: Map<String, Vec<usize>>,
     everybody: Vec<usize>,
 }
 

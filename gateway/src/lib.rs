@@ -51,6 +51,7 @@ pub mod kube;
 mod listener;
 pub mod location;
 pub mod log;
+mod map;
 mod memory;
 pub mod metrics;
 pub mod origin;

@@ -2,7 +2,7 @@
 //! what clients may upload: what one holds with idle or stalled requests is never the others'. The last quarter is for those
 //! who hold little, so that however many take all they may, others still connect and still get through.
 
-use std::collections::HashMap;
+use crate::map::Map;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
@@ -13,7 +13,7 @@ use towline_proto::mux::Budget;
 pub(crate) struct Shares<K> {
     whole: Budget,
     share: usize,
-    holders: Mutex<HashMap<K, Holder>>,
+    holders: Mutex<Map<K, Holder>>,
     wanted: Notify,
 }
 
@@ -50,7 +50,7 @@ impl<K: Clone + Eq + Hash> Shares<K> {
 }
 
 impl<K: Eq + Hash> Shares<K> {
-    fn lock(&self) -> MutexGuard<'_, HashMap<K, Holder>> {
+    fn lock(&self) -> MutexGuard<'_, Map<K, Holder>> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

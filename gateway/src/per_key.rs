@@ -10,7 +10,8 @@
 //!   pool itself is short. So a key over its share waits for its own places, and never before anybody else's.
 //! - A key is remembered only while something is held or waits under it: keys are never more than places.
 
-use std::collections::{HashMap, VecDeque};
+use crate::map::Map;
+use std::collections::VecDeque;
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -88,7 +89,7 @@ struct State<K: Key> {
     held: usize,
     ordinary: usize,
     waiting: usize,
-    keys: HashMap<K, Entry<K>>,
+    keys: Map<K, Entry<K>>,
     /// Keys below their share for which somebody waits, in the order in which they get what becomes free.
     turns: VecDeque<K>,
 }
@@ -125,7 +126,7 @@ impl<K: Key> Drop for KeyPermit<K> {
 
 impl<K: Key> PerKey<K> {
     pub(crate) fn new(sizes: Sizes) -> Arc<Self> {
-        let state = State { held: 0, ordinary: 0, waiting: 0, keys: HashMap::new(), turns: VecDeque::new() };
+        let state = State { held: 0, ordinary: 0, waiting: 0, keys: Map::default(), turns: VecDeque::new() };
         Arc::new(Self { sizes, state: Mutex::new(state) })
     }
 
@@ -252,12 +253,15 @@ impl<K: Key> State<K> {
     ) -> Option<(K, oneshot::Sender<KeyPermit<K>>)> {
         self.held -= 1;
         self.ordinary -= usize::from(claim == Claim::Ordinary);
-        if let Some(key) = key {
-            if let Some(entry) = self.keys.get_mut(key) {
-                entry.held -= 1;
+        if let Some(key) = key
+            && let Some(entry) = self.keys.get_mut(key)
+        {
+            entry.held -= 1;
+            if entry.waiting > 0 {
+                self.line_up(sizes, key);
+            } else if entry.held == 0 {
+                self.forget_if_empty(key);
             }
-            self.line_up(sizes, key);
-            self.forget_if_empty(key);
         }
         // One place became free, so one more may have it; whoever could have had a place before has it already.
         while self.has_room(sizes, Claim::Ordinary) {

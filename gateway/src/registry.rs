@@ -6,9 +6,10 @@
 //! case: told that there is no session its client would list everything again.
 
 use crate::fleet::{AgentSeen, Ended, LastSeen, Time};
+use crate::map::Map;
 use crate::metrics::{Counted, HoldOutcome, Metrics};
 use crate::proxy::printable;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
@@ -93,7 +94,7 @@ pub struct Registry {
 
 #[derive(Debug, Default)]
 struct Clusters {
-    by_uid: HashMap<ClusterUid, Tunnel>,
+    by_uid: Map<ClusterUid, Tunnel>,
     next_id: u64,
     held: usize,
     held_watches: usize,
@@ -972,6 +973,7 @@ impl Drop for Held<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashMap;
     use tokio::io::duplex;
     use tokio::task::JoinSet;
     use towline_proto::mux::{Budget, Introduction, Limits, Role};

@@ -12,6 +12,7 @@ use crate::authn::{Certificate, Credential, Known, Principal};
 use crate::authz::{AccessRules, Decision};
 use crate::config::{Cluster, EndsWithCredential, Mode};
 use crate::fleet::Fleet;
+use crate::map::Map;
 use crate::metrics::Ended;
 use crate::proxy::printable;
 use crate::routing::ClusterName;
@@ -91,7 +92,7 @@ pub(crate) struct Running {
 
 #[derive(Debug, Default)]
 struct State {
-    entries: HashMap<Grant, Arc<Entry>>,
+    entries: Map<Grant, Arc<Entry>>,
     /// When the review looks next for credentials that have run out.
     due: Option<SystemTime>,
 }

@@ -9,6 +9,7 @@ use crate::fleet::{Fleet, NotAdmitted, ShownCertificate, Time, lastseen};
 use crate::gate::Gate;
 use crate::join::Joins;
 use crate::log::Sparing;
+use crate::map::Map;
 use crate::memory::Shares;
 use crate::metrics::Metrics;
 use crate::per_key::{PerKey, Sizes};
@@ -22,7 +23,7 @@ use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
 use bytes::Bytes;
 use rustls::{ClientConfig, ServerConfig};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -134,8 +135,8 @@ pub(crate) struct Live {
     /// Rises with each that is put in force.
     pub(crate) generation: u64,
     pub(crate) config: GatewayConfig,
-    pub(crate) by_name: HashMap<String, Arc<Cluster>>,
-    pub(crate) by_uid: HashMap<ClusterUid, Arc<Cluster>>,
+    pub(crate) by_name: Map<String, Arc<Cluster>>,
+    pub(crate) by_uid: Map<ClusterUid, Arc<Cluster>>,
     pub(crate) access: AccessRules,
     pub(crate) tokens: Tokens,
     pub(crate) client_ca: Option<ClientCa>,

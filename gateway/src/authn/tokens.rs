@@ -9,9 +9,9 @@
 
 use super::Principal;
 use crate::config::{FILE_MAX, read_text};
+use crate::map::Map;
 use aws_lc_rs::digest;
 use serde::Deserialize;
-use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub type Hash = [u8; 32];
 #[derive(Clone, Default)]
 pub struct Tokens {
     /// By the first two bytes of the hash; the rest is compared in constant time.
-    buckets: HashMap<[u8; 2], Vec<Token>>,
+    buckets: Map<[u8; 2], Vec<Token>>,
 }
 
 #[derive(Clone)]

@@ -9,6 +9,7 @@ use crate::authn::Principal;
 use crate::authn::tokens::{Hash, decode_hash};
 use crate::authz::AccessRules;
 use crate::config;
+use crate::map::Map;
 use crate::metrics::Metrics;
 use crate::routing::ClusterName;
 use crate::store::{self, Event, Key, Kind, Record, Transaction, Unreadable};
@@ -57,15 +58,15 @@ pub(super) struct View {
     revision: u64,
     objects: BTreeMap<Kind, BTreeMap<Arc<str>, Shown>>,
     /// By name.
-    routes: HashMap<Arc<str>, Arc<config::Cluster>>,
+    routes: Map<Arc<str>, Arc<config::Cluster>>,
     names: HashMap<String, Arc<str>>,
     instances: HashMap<String, BTreeSet<Arc<str>>>,
     join_tokens: HashMap<String, BTreeSet<Arc<str>>>,
-    tokens: HashMap<Hash, (Arc<str>, Arc<Principal>)>,
+    tokens: Map<Hash, (Arc<str>, Arc<Principal>)>,
     rules: Arc<AccessRules>,
     revoked_serials: HashSet<String>,
     /// Everything issued before; the end of time if the record cannot be read.
-    revoked_users: HashMap<String, Time>,
+    revoked_users: Map<String, Time>,
     /// What could not be read.
     unreadable: BTreeSet<Key>,
     changes: BTreeSet<Key>,
