@@ -128,7 +128,7 @@ agent_outside() { # CLUSTER
 # sides CLUSTER: two kubeconfigs for the same caller, a ServiceAccount with all rights: CLUSTER.direct.yaml and CLUSTER.through.yaml. In
 # impersonate mode through the gateway comes the fleet's admin, who has them too.
 sides() {
-    local cluster=$1 token ca
+    local cluster=$1 token ca part certificate
     token=$(service_account sides --clusterrole=cluster-admin)
     side "$cluster.direct" "$API" "$RUN/ca.crt" "{token: '$token'}"
     ca=$RUN/front.ca.crt
@@ -138,7 +138,7 @@ sides() {
         kubectl --kubeconfig "$RUN/admin.yaml" config view --raw -o "jsonpath={.users[0].user.$part-data}" |
             base64 -d >"$RUN/fleet.$part"
     done
-    local certificate="client-certificate: $RUN/fleet.client-certificate, client-key: $RUN/fleet.client-key"
+    certificate="client-certificate: $RUN/fleet.client-certificate, client-key: $RUN/fleet.client-key"
     case $2 in
     restricted) side "$cluster.through" "https://$GATEWAY/clusters/$cluster" "$ca" "{$certificate, token: '$token'}" ;;
     impersonate) side "$cluster.through" "https://$GATEWAY/clusters/$cluster" "$ca" "{$certificate}" ;;
