@@ -168,7 +168,17 @@ pub(crate) async fn serve<IO>(
             let mut connection = connection.with_upgrades();
             let finish =
                 |connection: Pin<&mut _>| http1::UpgradeableConnection::graceful_shutdown(connection);
-            match drive(&shared, &peer, &asked, Pin::new(&mut connection), finish, activity.idle()).await? {
+            let driven =
+                drive(&shared, &peer, &asked, Pin::new(&mut connection), finish, activity.idle()).await;
+            let driven = match driven {
+                // hyper's clock, for a head that is not the connection's first.
+                Err(error) if error.is_timeout() => {
+                    shared.metrics.limit_reached(Limit::FirstRequest);
+                    Driven::Silent
+                }
+                driven => driven?,
+            };
+            match driven {
                 Driven::Ended => return Ok(()),
                 Driven::Silent => {
                     // Only where a request has begun is there anybody to answer.
@@ -210,10 +220,6 @@ pub(crate) async fn serve<IO>(
         }
     };
     if let Err(error) = served.await {
-        // Over HTTP/2 it is a client that does not answer a ping.
-        if !h2 && error.is_timeout() {
-            shared.metrics.limit_reached(Limit::FirstRequest);
-        }
         // hyper has answered 400, 414 or 431 by itself, where there was somebody to answer.
         if error.is_parse_too_large() {
             shared.metrics.limit_reached(Limit::Head);

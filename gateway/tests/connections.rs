@@ -253,6 +253,54 @@ async fn s2_refusals_on_one_connection_have_an_end() {
     assert_eq!(limit(&world, "refusals") + limit(&world, "last_words"), 1.0);
 }
 
+/// Goal: A15, H2-15, H2-16: where h2 is more lenient than the catalogue, or its code a more general one, nothing comes of it: trailers reach
+/// nobody, a pseudo-header among them included, and a PING of 7 bytes ends the connection.
+#[tokio::test]
+async fn a15_what_http2_is_lenient_in_reaches_nobody() {
+    let world = World::start().await;
+    let _agent = with_agent(&world).await;
+    let mut io = tls(&world, HONEST, None, b"h2").await.unwrap();
+    let bearer = format!("Bearer {TOKEN}");
+    let head = fields(&[
+        (":method", b"POST"),
+        (":scheme", b"https"),
+        (":path", PATH.as_bytes()),
+        (":authority", b"localhost"),
+        ("authorization", bearer.as_bytes()),
+    ]);
+    let trailers = fields(&[(":path", b"/clusters/prod/elsewhere"), ("x-trailer", b"t")]);
+    let sent = [
+        preface(65_535),
+        frame(HEADERS, END_HEADERS, 1, &head),
+        frame(DATA, 0, 1, b"hello"),
+        frame(HEADERS, END_HEADERS | END_STREAM, 1, &trailers),
+    ];
+    io.write_all(&sent.concat()).await.unwrap();
+    let mut told = Vec::new();
+    let reading = async {
+        loop {
+            match next_frame(&mut io).await.expect("the connection goes on") {
+                (DATA, flags, 1, payload) => {
+                    told.extend(payload);
+                    if flags & END_STREAM != 0 {
+                        return;
+                    }
+                }
+                // It is malformed, and may be called that.
+                (RST_STREAM, _, 1, _) => return,
+                _ => {}
+            }
+        }
+    };
+    in_time("an answer", reading).await;
+    let told = String::from_utf8(told).unwrap();
+    assert!(!told.contains("elsewhere") && !told.contains("trailer"), "{told}");
+    assert!(told.is_empty() || told.contains(r#""body":"hello""#), "{told}");
+    io.write_all(&frame(PING, 0, 0, &[0; 7])).await.unwrap();
+    let seen = in_time("the connection ends", until_the_end(&mut io, true)).await;
+    assert!(seen.goaway, "{seen:?}");
+}
+
 /// Goal: D40, H1-20: HTTP on the TLS port is answered with a sentence, as API servers do it, and closed.
 #[tokio::test]
 async fn d40_http_on_the_tls_port_is_told_so() {

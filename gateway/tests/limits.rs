@@ -182,15 +182,19 @@ async fn s21_a_later_head_has_no_more_time_than_the_first() {
     let mut answer = [0; 1024];
     let read = in_time("an answer", io.read(&mut answer)).await.unwrap();
     assert!(answer[..read].starts_with(b"HTTP/1.1 503 "));
+    let (mut said, mut io) = tokio::io::split(io);
     let slowly = async {
         for byte in b"GET /clusters/far/api HTTP/1.1\r\n".iter().cycle() {
             tokio::time::sleep(Duration::from_millis(200)).await;
-            if io.write_all(&[*byte]).await.is_err() {
-                return;
-            }
+            drop(io.write_all(&[*byte]).await);
         }
     };
-    in_time("it is closed", slowly).await;
+    let mut told = Vec::new();
+    tokio::select! {
+        read = in_time("it is closed", said.read_to_end(&mut told)) => drop(read),
+        () = slowly => {}
+    }
+    assert!(told.starts_with(b"HTTP/1.1 408 "), "{}", String::from_utf8_lossy(&told));
     reached(&world, "first_request").await;
     assert_eq!(limit(&world, "idle"), 0.0);
 }
