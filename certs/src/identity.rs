@@ -40,14 +40,16 @@ pub enum NameError {
         max: usize,
     },
     /// A character outside the allowed set, or an allowed one at the edge where it is not.
-    #[error("{what} may hold only {allowed}; position {position} differs")]
+    #[error("{what} may hold only {allowed}; its character {} is {found:?}", position + 1)]
     Character {
         /// Which name was meant.
         what: &'static str,
         /// What is allowed.
         allowed: &'static str,
-        /// Zero-based byte position of the first offender.
+        /// How many characters stand before the first offender.
         position: usize,
+        /// The offender.
+        found: char,
     },
     /// Not `spiffe://<trust-domain>/cluster/<uid>/agent/<instance>`.
     #[error("not of the form spiffe://<trust-domain>/cluster/<uid>/agent/<instance>")]
@@ -242,15 +244,12 @@ fn check(
     if text.len() > max {
         return Err(NameError::TooLong { what, length: text.len(), max });
     }
-    let last = text.len() - 1;
-    let wrong = text.bytes().enumerate().find(|&(position, byte)| {
-        let plain = byte.is_ascii_lowercase() || byte.is_ascii_digit();
-        !(plain || (middle(byte) && position != 0 && position != last))
-    });
-    match wrong {
-        Some((position, _)) => Err(NameError::Character { what, allowed, position }),
-        None => Ok(()),
-    }
+    let is_fine = |at: usize, found: char| {
+        let is_inside = at != 0 && at + found.len_utf8() != text.len();
+        let may_be_inside = u8::try_from(found).is_ok_and(|byte| byte.is_ascii() && middle(byte));
+        found.is_ascii_lowercase() || found.is_ascii_digit() || (may_be_inside && is_inside)
+    };
+    offender(text, |at, found| !is_fine(at, found), what, allowed)
 }
 
 fn check_free_text(text: &str, what: &'static str) -> Result<(), NameError> {
@@ -260,10 +259,18 @@ fn check_free_text(text: &str, what: &'static str) -> Result<(), NameError> {
     if text.len() > FREE_TEXT_MAX_BYTES {
         return Err(NameError::TooLong { what, length: text.len(), max: FREE_TEXT_MAX_BYTES });
     }
-    match text.char_indices().find(|(_, c)| c.is_control()) {
-        Some((position, _)) => {
-            Err(NameError::Character { what, allowed: "text without control characters", position })
-        }
+    offender(text, |_, found| found.is_control(), what, "text without control characters")
+}
+
+/// Refuses a text by the first of its characters for which this is so; it is given the byte position, too.
+fn offender(
+    text: &str,
+    is_wrong: impl Fn(usize, char) -> bool,
+    what: &'static str,
+    allowed: &'static str,
+) -> Result<(), NameError> {
+    match text.char_indices().enumerate().find(|&(_, (at, found))| is_wrong(at, found)) {
+        Some((position, (_, found))) => Err(NameError::Character { what, allowed, position, found }),
         None => Ok(()),
     }
 }
@@ -275,6 +282,17 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
+
+    /// Goal: M8: the character that is wrong is named, and a letter of several bytes counts as one.
+    #[test]
+    fn m8_the_character_that_is_wrong_is_named() {
+        let why = |text: &str| ClusterUid::new(text).unwrap_err().to_string();
+        let says = "a cluster uid may hold only a-z, 0-9 and, between them, -; its character";
+        assert_eq!(why("B"), format!("{says} 1 is 'B'"));
+        assert_eq!(why("prod-"), format!("{says} 5 is '-'"));
+        assert_eq!(why("a\u{e4}\n"), format!("{says} 2 is '\u{e4}'"));
+        assert_eq!(why("ab\n"), format!("{says} 3 is '\\n'"));
+    }
 
     #[test]
     fn uri_round_trips() {
@@ -361,6 +379,6 @@ mod tests {
         assert!(ClientIdentity::new("a", [""]).is_err());
         assert!(ClientIdentity::new("a\r\nb", ["a"]).is_err());
         assert!(ClientIdentity::new(&"a".repeat(257), ["a"]).is_err());
-        assert!(ClientIdentity::new("a", (0..65).map(|n| n.to_string())).is_err());
+        assert!(ClientIdentity::new("a", (0..=GROUPS_MAX).map(|n| n.to_string())).is_err());
     }
 }
