@@ -27,8 +27,8 @@ bench: ## what the core costs without I/O, and whether its instruction counts ha
 	$(CARGO) bench -p towline-proto --bench core
 	.ci/instructions
 
-fuzz: ## every fuzz target for FUZZ_SECONDS (60)
-	proto/fuzz/run.sh $(or $(FUZZ_SECONDS),60)
+fuzz: ## every fuzz target for FUZZ_SECONDS (60); FUZZ=core: only those of the core
+	proto/fuzz/run.sh $(or $(FUZZ_SECONDS),60) $(FUZZ)
 
 load: ## the load test: Towline beside no tunnel, bare copy loops and its peers (LOAD="http --rounds 1": a part of it)
 	.ci/tools load
