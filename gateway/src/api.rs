@@ -12,6 +12,8 @@ mod input;
 mod kinds;
 mod kubernetes;
 mod objects;
+mod openapi_v2;
+mod protobuf;
 mod query;
 mod reach;
 mod read;
@@ -220,8 +222,8 @@ impl Call {
             if !accept.contains("protobuf") && !accept.contains("*/*") {
                 return Err(ApiError::not_acceptable());
             }
-            let mut response = Response::new(AnswerBody::full(Bytes::from_static(documents::V2)));
-            let media = HeaderValue::from_static(documents::V2_MEDIA);
+            let mut response = Response::new(AnswerBody::full(openapi_v2::document()));
+            let media = HeaderValue::from_static(openapi_v2::MEDIA);
             response.headers_mut().insert(header::CONTENT_TYPE, media);
             return Ok(response);
         }
@@ -256,6 +258,15 @@ impl Call {
     /// nothing. What follows decides at once: a revocation finds nothing that waits for its caller, while a caller's own is
     /// answered.
     async fn typed(&self, body: Incoming, accepted: &[&str]) -> Result<Value, ApiError> {
+        let bytes = self.read(body, accepted).await?;
+        if bytes.is_empty() {
+            return Ok(Value::Null);
+        }
+        strict::from_slice(&bytes)
+            .map_err(|error| ApiError::bad_request(format!("the body cannot be read: {error}")))
+    }
+
+    async fn read(&self, body: Incoming, accepted: &[&str]) -> Result<Bytes, ApiError> {
         let media = self.header("content-type").split(';').next().unwrap_or_default().trim();
         if !accepted.contains(&media) {
             let named: Vec<&str> = accepted.iter().copied().filter(|media| !media.is_empty()).collect();
@@ -274,18 +285,13 @@ impl Call {
         };
         // The body may be faster than the review of what is running.
         self.run.judge(&self.shared, &self.shared.live()).map_err(ApiError::ended)?;
-        let bytes = match read {
-            Ok(Ok(body)) => body.to_bytes(),
+        match read {
+            Ok(Ok(body)) => Ok(body.to_bytes()),
             Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
-                return Err(ApiError::too_large(BODY_MAX));
+                Err(ApiError::too_large(BODY_MAX))
             }
-            Ok(Err(_)) | Err(_) => return Err(ApiError::slow()),
-        };
-        if bytes.is_empty() {
-            return Ok(Value::Null);
+            Ok(Err(_)) | Err(_) => Err(ApiError::slow()),
         }
-        strict::from_slice(&bytes)
-            .map_err(|error| ApiError::bad_request(format!("the body cannot be read: {error}")))
     }
 
     fn header(&self, name: &str) -> &str {

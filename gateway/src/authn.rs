@@ -441,7 +441,7 @@ pub(crate) fn query_carries_own_credential(query: &str) -> bool {
     let spaced =
         |text: &[u8]| text.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect::<Vec<u8>>();
     let once = percent_decode(spaced(query.as_bytes()));
-    holds_own(&once) || holds_own(&percent_decode(&spaced(&once)))
+    holds_own(&once) || holds_own(&percent_decode(spaced(&once)))
 }
 
 /// Whether a token of ours begins anywhere in `bytes`. Where it would begin inside a longer word it is none: among the

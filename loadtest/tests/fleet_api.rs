@@ -275,7 +275,8 @@ async fn every_kubectl_manages_the_fleet() {
         text(&["annotate", "cluster", &name, "who=me"], "").await;
         let silver = text(&["get", "clusters", "-l", "tier=silver", "-o", "name"], "").await;
         assert!(silver.contains(&name), "{silver}");
-        if kubectl.minor >= 27 {
+        // K7: also those that know OpenAPI version 2 only.
+        {
             let dry = manifest.replace(&name, "never");
             let out = text(&["apply", "--dry-run=server", "-f", "-"], &dry).await;
             assert!(out.contains("server dry run"), "{kubectl}: {out}");
@@ -285,8 +286,51 @@ async fn every_kubectl_manages_the_fleet() {
             assert!(explained.contains("256 at most"), "{kubectl}: {explained}");
             let unknown = manifest.replace("mode: impersonate", "moed: impersonate");
             let refused = run.run(&["apply", "-f", "-"], unknown.as_bytes()).await.unwrap();
-            assert!(refused.code != Some(0) && refused.stderr.contains("spec.moed"), "{}", refused.stderr);
+            assert!(refused.code != Some(0) && refused.stderr.contains("moed"), "{}", refused.stderr);
         }
+        // D19: what kubectl asks by itself.
+        let version = run.run(&["version"], b"").await.unwrap();
+        let shown = String::from_utf8_lossy(&version.stdout);
+        assert!(
+            version.code == Some(0) && shown.contains("+towline"),
+            "{kubectl}: {shown}{}",
+            version.stderr
+        );
+        assert_eq!(text(&["auth", "can-i", "delete", "clusters"], "").await.trim(), "yes", "{kubectl}");
+        let may = run.run(&["auth", "can-i", "list", "pods"], b"").await.unwrap();
+        assert!(may.code == Some(1) && may.stdout.starts_with(b"no"), "{kubectl}: {}", may.stderr);
+        if kubectl.minor >= 28 {
+            let who = text(&["auth", "whoami"], "").await;
+            assert!(who.contains("root") && who.contains("towline:admins"), "{kubectl}: {who}");
+        }
+        assert!(text(&["get", "all"], "").await.contains(&name), "{kubectl}");
+        let described = run.run(&["describe", "cluster", &name], b"").await.unwrap();
+        assert_eq!((described.code, described.stderr.as_str()), (Some(0), ""), "{kubectl}");
+        // FR-08
+        let other = run.run(&["get", "clusters", "--as", "nobody"], b"").await.unwrap();
+        assert!(
+            other.code != Some(0) && other.stderr.contains("leave out --as"),
+            "{kubectl}: {}",
+            other.stderr
+        );
+        // D1
+        for selector in [",,", "tier in (gold"] {
+            let done = run.run(&["delete", "clusters", "-l", selector], b"").await.unwrap();
+            assert!(done.code != Some(0), "{kubectl}: {}", done.stderr);
+        }
+        // D2
+        let rule = object(
+            "AccessRule",
+            json!({"name": "r"}),
+            json!({"effect": "Allow", "groups": ["ops"], "clusters": ["nowhere"]}),
+        );
+        let done = run.run(&["apply", "-f", "-"], rule.to_string().as_bytes()).await.unwrap();
+        assert!(
+            done.code == Some(0) && done.stderr.contains("no cluster is named"),
+            "{kubectl}: {}",
+            done.stderr
+        );
+        text(&["delete", "accessrule", "r"], "").await;
         // A watch sees the agent come, and wait ends when it has.
         let token = object("JoinToken", json!({"generateName": "t-"}), json!({"cluster": name}));
         let created = text(&["create", "-f", "-", "-o", "json"], &token.to_string()).await;

@@ -1,13 +1,9 @@
-//! What does the API say of itself? Discovery in its old form, and OpenAPI: version 3 as JSON, which names the parameters
-//! that kubectl asks for before it leaves validation and dry runs to the server; version 2 as a constant protobuf document
-//! without definitions, which older ones read as "not validated here".
+//! What does the API say of itself? Discovery in its old form, and OpenAPI version 3 as JSON, which names the parameters that kubectl
+//! asks for before it leaves validation and dry runs to the server.
 
 use super::kinds::{API_VERSION, GROUP, RESOURCES, Resource, VERSION};
 use crate::store::Kind;
 use serde_json::{Map, Value, json};
-
-/// The media type of the version 2 document.
-pub(super) const V2_MEDIA: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
 
 /// The discovery document at this path.
 pub(super) fn discovery(path: &str) -> Option<Value> {
@@ -109,24 +105,9 @@ fn v3_document() -> Value {
     })
 }
 
-/// The smallest valid document: `swagger` = 1, `info` = 2 {`title` = 1, `version` = 2}, `paths` = 8, all length-delimited.
-pub(super) const V2: &[u8] = b"\x0a\x032.0\x12\x0b\x0a\x07Towline\x12\x00\x42\x00";
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// The lengths inside the constant are right: it is a sequence of fields to its last byte.
-    #[test]
-    fn the_protobuf_document_is_whole() {
-        let mut rest = V2;
-        let mut numbers = Vec::new();
-        while let [tag, length, tail @ ..] = rest {
-            numbers.push(tag >> 3);
-            rest = &tail[usize::from(*length)..];
-        }
-        assert_eq!((numbers, rest.len()), (vec![1, 2, 8], 0));
-    }
 
     #[test]
     fn every_kind_is_in_every_document() {

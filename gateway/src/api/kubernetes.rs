@@ -4,7 +4,7 @@
 
 use super::error::{ApiError, json_response};
 use super::kinds::{self, GROUP, RESOURCES, Resource};
-use super::{Call, is_admin};
+use super::{Call, is_admin, protobuf};
 use crate::proxy::AnswerBody;
 use crate::routing::percent_decode;
 use http::request::Parts;
@@ -77,7 +77,11 @@ fn object(kind: &str, version: &str, spec: Value, status: Value) -> Value {
 }
 
 async fn read(call: &Call, body: Incoming, kind: &str, version: &str) -> Result<Value, ApiError> {
-    let body = call.json(body).await?;
+    let media = call.header("content-type").split(';').next().unwrap_or_default().trim();
+    let body = match media {
+        protobuf::MEDIA => protobuf::review(&call.read(body, &[protobuf::MEDIA]).await?)?,
+        _ => call.json(body).await?,
+    };
     if body["kind"] != kind || body["apiVersion"] != version {
         return Err(ApiError::bad_request(format!("the body is no {kind} of {version}")));
     }

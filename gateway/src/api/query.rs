@@ -54,7 +54,7 @@ impl Query {
     /// `includeObject` is nothing that is known.
     pub(super) fn parse(query: &str) -> Result<Self, ApiError> {
         let decode = |text: &str| {
-            String::from_utf8(percent_decode(&text.replace('+', " ")))
+            String::from_utf8(percent_decode(text.replace('+', " ")))
                 .map_err(|_| ApiError::bad_request("the query is no UTF-8"))
         };
         let mut pairs: Vec<(String, String)> = Vec::new();

@@ -21,7 +21,7 @@ const PLACE_MAX: usize = 256;
 
 /// The value at a place. It is put into words only for an error.
 #[derive(Clone, Copy)]
-struct At<'a>(Option<(&'a At<'a>, Step<'a>)>);
+struct At<'a>(Option<(&'a Self, Step<'a>)>);
 
 #[derive(Clone, Copy)]
 enum Step<'a> {
