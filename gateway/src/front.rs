@@ -142,6 +142,7 @@ pub(crate) async fn serve<IO>(
             let ended = drive(&shared, &peer, &asked, connection.as_mut(), finish, flooded).await;
             if over.is_cancelled() {
                 shared.metrics.limit_reached(Limit::Flood);
+                shared.metrics.rejected(Surface::Front, TlCode::Limit);
             }
             return ended.map(drop);
         }

@@ -12,6 +12,8 @@ mod common;
 mod configuration;
 #[path = "strangers/group.rs"]
 mod group;
+#[path = "strangers/hand.rs"]
+mod hand;
 #[path = "strangers/http1.rs"]
 mod http1;
 #[path = "strangers/http2.rs"]

@@ -2,18 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::net::TcpStream;
+use tokio::io::AsyncWriteExt;
 use tokio::time::{sleep, timeout};
-use tokio_rustls::client::TlsStream;
 use towline_loadtest::client::Version;
 
 use crate::common::frames::{
-    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PRIORITY, RST_STREAM, SETTINGS,
-    WINDOW_UPDATE, fields, frame, next_frame, preface, string,
+    CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PRIORITY, RST_STREAM, SETTINGS,
+    fields, frame, next_frame, preface, string,
 };
 use crate::common::{MIB, PATIENCE, bound, until, within};
 use crate::group::Group;
+use crate::hand::{Field, Hand, Seen, credit, get, headers, post, request, reset, stream};
 
 const ECHO: &str = "/clusters/demo/towline-test/echo?stranger";
 const SINK: &str = "/clusters/demo/towline-test/sink?stranger";
@@ -33,165 +32,6 @@ const ENHANCE_YOUR_CALM: u32 = 11;
 const NOTHING_MAX: u64 = 2000;
 const FORGIVEN_PER_SECOND: u64 = 200;
 
-/// A connection by hand.
-struct Hand {
-    reader: ReadHalf<TlsStream<TcpStream>>,
-    writer: WriteHalf<TlsStream<TcpStream>>,
-}
-
-/// What came of a connection.
-#[derive(Debug, Default)]
-struct Seen {
-    /// The status of each answer, by its stream; and which streams were reset, with what.
-    answers: Vec<(u32, u16)>,
-    resets: Vec<(u32, u32)>,
-    data: Vec<u8>,
-    /// Code of the last GOAWAY.
-    goaway: Option<u32>,
-    ended: bool,
-}
-
-impl Hand {
-    async fn open(group: &Group) -> Self {
-        let (reader, writer) = tokio::io::split(group.stranger.open(Version::Http2).await.unwrap());
-        let mut hand = Self { reader, writer };
-        hand.send(&preface(65_535)).await;
-        hand
-    }
-
-    /// Writes, unless the gateway has closed.
-    async fn send(&mut self, bytes: &[u8]) -> bool {
-        self.writer.write_all(bytes).await.is_ok() && self.writer.flush().await.is_ok()
-    }
-
-    /// Reads until `is_enough`, the end or a moment without anything.
-    async fn hear(&mut self, seen: &mut Seen, quiet: Duration, is_enough: impl Fn(&Seen) -> bool) {
-        while !is_enough(seen) {
-            let Ok(next) = timeout(quiet, next_frame(&mut self.reader)).await else { return };
-            let Some((kind, flags, stream, payload)) = next else {
-                seen.ended = true;
-                return;
-            };
-            let code = |at: usize| u32::from_be_bytes(payload[at..at + 4].try_into().unwrap());
-            match kind {
-                HEADERS => seen.answers.push((stream, status(&payload))),
-                RST_STREAM => seen.resets.push((stream, code(0))),
-                GOAWAY => seen.goaway = Some(code(4)),
-                DATA => seen.data.extend_from_slice(&payload),
-                PING if flags & ACK == 0 => drop(self.send(&frame(PING, ACK, 0, &payload)).await),
-                SETTINGS if flags & ACK == 0 => drop(self.send(&frame(SETTINGS, ACK, 0, b"")).await),
-                _ => {}
-            }
-        }
-    }
-
-    /// Reads to the end; that none comes is a failure.
-    async fn rest(&mut self, what: &str) -> Seen {
-        let mut seen = Seen::default();
-        within(what, PATIENCE, self.hear(&mut seen, PATIENCE, |_| false)).await;
-        assert!(seen.ended, "{what}: {seen:?}");
-        seen
-    }
-
-    /// Writes one piece of bytes after the other until the gateway takes no more, and reads meanwhile.
-    async fn flood(mut self, what: &str, mut next: impl FnMut() -> Option<Vec<u8>>) -> Seen {
-        let mut seen = Seen::default();
-        let write = async {
-            while let Some(bytes) = next() {
-                if self.writer.write_all(&bytes).await.is_err() {
-                    break;
-                }
-            }
-            drop(self.writer.flush().await);
-            std::future::pending::<()>().await;
-        };
-        let read = async {
-            while let Some((kind, _, stream, payload)) = next_frame(&mut self.reader).await {
-                match kind {
-                    RST_STREAM => {
-                        seen.resets.push((stream, u32::from_be_bytes(payload[..4].try_into().unwrap())))
-                    }
-                    GOAWAY => seen.goaway = Some(u32::from_be_bytes(payload[4..8].try_into().unwrap())),
-                    HEADERS => seen.answers.push((stream, status(&payload))),
-                    _ => {}
-                }
-            }
-        };
-        within(what, PATIENCE, async {
-            tokio::select! {
-                () = read => {}
-                () = write => {}
-            }
-        })
-        .await;
-        seen.ended = true;
-        seen
-    }
-}
-
-/// The status of an answer, of its first field: hyper sends it from the static table (RFC 7541, appendix A), or as a literal with
-/// the name from there.
-fn status(block: &[u8]) -> u16 {
-    match block {
-        [0x88, ..] => 200,
-        [0x89, ..] => 204,
-        [0x8c, ..] => 400,
-        [0x8d, ..] => 404,
-        [0x8e, ..] => 500,
-        [0x08 | 0x48, 3, a, b, c, ..] => {
-            u16::from(a - b'0') * 100 + u16::from(b - b'0') * 10 + u16::from(c - b'0')
-        }
-        // Huffman; digits have five or six bits there.
-        _ => huffman(block),
-    }
-}
-
-fn huffman(block: &[u8]) -> u16 {
-    let [0x08 | 0x48, length, rest @ ..] = block else { return 0 };
-    let bits: String = rest[..usize::from(length & 0x7f)].iter().map(|byte| format!("{byte:08b}")).collect();
-    let (mut bits, mut status) = (&bits[..], 0);
-    const DIGITS: [&str; 10] =
-        ["00000", "00001", "00010", "011001", "011010", "011011", "011100", "011101", "011110", "011111"];
-    while let Some(digit) = DIGITS.iter().position(|code| bits.starts_with(code)) {
-        status = status * 10 + u16::try_from(digit).unwrap();
-        bits = &bits[DIGITS[digit].len()..];
-    }
-    status
-}
-
-type Field<'a> = (&'a str, &'a [u8]);
-
-/// The fields of a request for a path.
-fn request<'a>(method: &'a str, path: &'a str) -> Vec<Field<'a>> {
-    let (method, path) = (method.as_bytes(), path.as_bytes());
-    vec![(":method", method), (":scheme", b"https"), (":path", path), (":authority", b"localhost")]
-}
-
-/// A HEADERS frame that is a whole block.
-fn headers(stream: u32, flags: u8, head: &[Field<'_>]) -> Vec<u8> {
-    frame(HEADERS, END_HEADERS | flags, stream, &fields(head))
-}
-
-fn get(stream: u32, path: &str) -> Vec<u8> {
-    headers(stream, END_STREAM, &request("GET", path))
-}
-
-fn post(stream: u32, path: &str) -> Vec<u8> {
-    headers(stream, 0, &request("POST", path))
-}
-
-fn reset(stream: u32) -> Vec<u8> {
-    frame(RST_STREAM, 0, stream, &8_u32.to_be_bytes())
-}
-
-fn credit(stream: u32, more: u32) -> Vec<u8> {
-    frame(WINDOW_UPDATE, 0, stream, &more.to_be_bytes())
-}
-
-fn stream(number: u32) -> u32 {
-    2 * number + 1
-}
-
 /// H2-01, H2-02: requests that are reset, by the client or by us because of it, as fast as they go, and each only after the API
 /// server has it.
 async fn resets(group: &mut Group) {
@@ -209,7 +49,7 @@ async fn resets(group: &mut Group) {
     let (began, before) = (Instant::now(), group.bench.fake.recorder().requests_total());
     let mut hand = Hand::open(group).await;
     let (mut seen, mut first) = (Seen::default(), 0);
-    while seen.goaway.is_none() && !seen.ended && first < 100_000 {
+    while seen.goaway.is_none() && !seen.ended && first < 10_000 {
         let arrived = group.arrived().len();
         let batch: Vec<u8> = (first..first + 50).flat_map(|number| get(stream(number), LATE)).collect();
         hand.send(&batch).await;
@@ -300,7 +140,7 @@ async fn nothing(group: &mut Group) {
         ("H2-17 PRIORITY_UPDATE", &update),
     ] {
         let began = Instant::now();
-        let reached = group.limit("flood").await;
+        let (reached, refused) = (group.limit("flood").await, group.refused("TL_LIMIT").await);
         let mut hand = Hand::open(group).await;
         hand.send(&post(1, SINK)).await;
         let mut number = 0;
@@ -315,6 +155,7 @@ async fn nothing(group: &mut Group) {
         group.row_ends(id, 1).await;
         let counted = u64::from(!id.starts_with("H2-07"));
         assert_eq!(group.limit("flood").await, reached + counted, "{id}");
+        assert_eq!(group.refused("TL_LIMIT").await, refused + counted, "{id}");
 
         // Nobody reads: what the gateway has to say stays with it, bounded, and then the connection is closed.
         let mut hand = Hand::open(group).await;
@@ -535,6 +376,8 @@ fn rows() -> Vec<Row> {
         connection(&[PROTOCOL_ERROR]),
         0,
     );
+    let short = Outcome::Connection(&[PROTOCOL_ERROR, FRAME_SIZE_ERROR]);
+    add("H2-16", "a ping of 7 bytes", frame(PING, 0, 0, &[0; 7]), short, 0);
     let head = fields(&request("GET", ECHO));
     let broken = [frame(HEADERS, END_STREAM, 1, &head), frame(PING, 0, 0, &[0; 8])].concat();
     add("H2-16", "a ping inside a block", broken, connection(&[PROTOCOL_ERROR]), 0);
@@ -579,6 +422,29 @@ async fn one_piece(group: &mut Group, row: &Row) {
     }
     drop(hand);
     group.row_ends(&name, row.most).await;
+}
+
+/// H2-15, in trailers: they are dropped, whatever their names (docs/operations.md, "What is taken for HTTP").
+async fn trailers(group: &mut Group) {
+    for trailer in [(":path", &b"/clusters/other/api?stranger"[..]), ("x-remote-user", b"stranger")] {
+        let mut hand = Hand::open(group).await;
+        let body = frame(DATA, 0, 1, b"hello");
+        hand.send(&[post(1, SINK), body, headers(1, END_STREAM, &[trailer])].concat()).await;
+        let mut seen = Seen::default();
+        let is_enough = |seen: &Seen| {
+            seen.goaway.is_some()
+                || !seen.resets.is_empty()
+                || seen.data.windows(6).any(|part| part == b"sha256")
+        };
+        within("H2-15", PATIENCE, hand.hear(&mut seen, PATIENCE, is_enough)).await;
+        drop(hand);
+        for record in group.arrived() {
+            let is_its_target = record.target_text().ends_with("/sink?stranger");
+            assert!(is_its_target && record.values("x-remote-user").is_empty(), "H2-15 {trailer:?}");
+            assert!(record.body().length <= 5, "H2-15 {trailer:?}: {:?}", record.body());
+        }
+        group.row_ends("H2-15 in trailers", 1).await;
+    }
 }
 
 /// H2-10: the last stream there can be is served; there is none behind it.
@@ -678,6 +544,7 @@ async fn strangers_over_http2() {
     for row in rows() {
         one_piece(&mut group, &row).await;
     }
+    trailers(&mut group).await;
     last_stream(&mut group).await;
     streams(&mut group).await;
     unread(&mut group).await;
