@@ -6,7 +6,9 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig};
-use quinn::{ClientConfig, ConnectError, ConnectionError, Endpoint, EndpointConfig, TokioRuntime};
+use quinn::{
+    ClientConfig, ConnectError, ConnectionError, Endpoint, EndpointConfig, TokioRuntime, TransportErrorCode,
+};
 use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use towline_certs::tls::ALPN_TUNNEL;
@@ -29,7 +31,7 @@ pub(crate) enum QuicError {
     Resolve(#[from] ResolveError),
     #[error("{at}: no answer over UDP in time. A firewall that drops UDP looks like this")]
     Deadline { at: SocketAddr },
-    #[error("{at}: QUIC: {cause}")]
+    #[error("{at}: QUIC: {}", told(cause))]
     Failed { at: SocketAddr, cause: ConnectionError },
     #[error("{at}: the gateway agreed on another protocol than towline/1")]
     Alpn { at: SocketAddr },
@@ -58,6 +60,19 @@ impl QuicError {
         }
     }
 }
+
+/// The cause for people. Of a certificate's time QUIC tells seconds since 1970, and nothing but the text and the alert (RFC 8446, 6.2).
+fn told(cause: &ConnectionError) -> String {
+    match cause {
+        ConnectionError::TransportError(error) if error.code == TransportErrorCode::crypto(CERTIFICATE_EXPIRED) => {
+            "the gateway's certificate has expired, or is not valid yet by this machine's clock. Compare both machines' clocks"
+                .to_owned()
+        }
+        cause => cause.to_string(),
+    }
+}
+
+const CERTIFICATE_EXPIRED: u8 = 45;
 
 /// The QUIC side of the agent.
 pub(crate) struct Quic {
@@ -158,5 +173,26 @@ impl Quic {
         let mut endpoint = EndpointConfig::default();
         quic::receive_large(&mut endpoint);
         Endpoint::new(endpoint, None, udp.socket, Arc::new(TokioRuntime))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: D33: a clock that is off is told in words, not in seconds since 1970.
+    #[test]
+    fn d33_a_clock_that_is_off_is_told_in_words() {
+        let mut cause =
+            ConnectionError::TransportError(TransportErrorCode::crypto(CERTIFICATE_EXPIRED).into());
+        if let ConnectionError::TransportError(error) = &mut cause {
+            error.reason = "certificate expired: verification time 1800010800 (UNIX)".to_owned();
+        }
+        let error = QuicError::Failed { at: "192.0.2.1:8443".parse().unwrap(), cause };
+        let told = error.to_string();
+        assert!(told.contains("Compare both machines' clocks") && !told.contains("UNIX"), "{told}");
+        let other =
+            QuicError::Failed { at: "192.0.2.1:8443".parse().unwrap(), cause: ConnectionError::Reset };
+        assert_eq!(other.to_string(), format!("192.0.2.1:8443: QUIC: {}", ConnectionError::Reset));
     }
 }

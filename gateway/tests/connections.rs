@@ -11,8 +11,8 @@
 mod common;
 
 use common::frames::{
-    ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, SETTINGS, SHUTDOWN, fields, frame, next_frame,
-    preface,
+    ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS, SHUTDOWN, fields, frame,
+    next_frame, preface,
 };
 use common::{
     Agent, Client, PATIENCE, TOKEN, World, error_of, eventually, full, in_time, quic_half_open, text,
