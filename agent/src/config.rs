@@ -516,9 +516,8 @@ fn read_gateway(root: &Section<'_>) -> Option<GatewayConfig> {
 
 fn read_quic(root: &Section<'_>) -> QuicConfig {
     let section = root.section("quic");
-    let buffer = |key| {
-        usize::try_from(section.size(key, UDP_BUFFER, 64 << 10..=256 << 20)).unwrap_or(UDP_BUFFER as usize)
-    };
+    let buffer =
+        |key| usize::try_from(section.size(key, UDP_BUFFER, 64 << 10..=256 << 20)).unwrap_or(usize::MAX);
     QuicConfig {
         retry_interval: section.duration("retryInterval", secs(30), Duration::from_millis(100)..=secs(30)),
         segmentation_offload: !section.has("segmentationOffload") || section.flag("segmentationOffload"),

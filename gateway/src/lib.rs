@@ -31,6 +31,20 @@
 //!
 //! Every task belongs to one of three trackers, and every tracker is waited for.
 
+// Beyond the workspace's lints, for what meets peers: no number is cut off, and no Result hides a panic (S24).
+#![cfg_attr(
+    not(test),
+    warn(
+        clippy::cast_possible_truncation,
+        clippy::cast_possible_wrap,
+        clippy::cast_sign_loss,
+        clippy::get_unwrap,
+        clippy::panic_in_result_fn,
+        clippy::unwrap_in_result,
+        clippy::verbose_file_reads
+    )
+)]
+
 mod admin;
 mod agents;
 pub mod api;
