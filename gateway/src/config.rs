@@ -313,7 +313,8 @@ impl AccessRule {
         }
         for (list, names) in [("users", &self.users), ("groups", &self.groups)] {
             let named = names.iter().filter(|name| *name != ANY);
-            problems.extend(named.filter_map(|name| Some((list, nobody(name)?))));
+            let told = |name: &String| Some((list, format!("{}, or \"*\" for everybody", nobody(name)?)));
+            problems.extend(named.filter_map(told));
         }
         for name in self.clusters.iter().filter(|name| *name != ANY && ClusterName::new(name).is_err()) {
             let why = match name.contains(['*', '?', '[']) {
@@ -332,15 +333,15 @@ impl AccessRule {
 pub(crate) const ANY: &str = "*";
 
 /// Why nobody has this name, or is in a group of this name.
-fn nobody(name: &str) -> Option<String> {
+pub(crate) fn nobody(name: &str) -> Option<String> {
     let why = if name.is_empty() || name.len() > 256 || name.chars().any(char::is_control) {
-        "must be 1 to 256 bytes on one line"
+        "is not 1 to 256 bytes on one line; write a name"
     } else if name.contains('*') {
-        "holds *, and patterns are not supported; write \"*\" for everybody, or a name"
+        "holds *, and patterns are not supported here; write a name"
     } else if name.trim() != name {
-        "begins or ends with a space"
+        "begins or ends with a space; write a name"
     } else if name.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("system:")) {
-        "begins with system:, and nobody whom the gateway lets in does; write \"*\" for everybody, or a name"
+        "begins with system:, and nobody whom the gateway lets in does; write a name that somebody has"
     } else {
         return None;
     };

@@ -393,8 +393,9 @@ impl Input {
                 None => refuse("spec.certificate.serial", "must be hexadecimal digits"),
             },
             (None, Some(user), None) => {
-                if user.name.is_empty() || user.name.len() > 256 || user.name.chars().any(char::is_control) {
-                    return refuse("spec.user.name", "must be the name of a user");
+                // Nobody would be revoked.
+                if let Some(why) = config::nobody(&user.name) {
+                    return refuse("spec.user.name", &why);
                 }
                 // Times are to the second: what was issued in this one is covered too.
                 let issued_before = match user.issued_before {

@@ -216,6 +216,12 @@ async fn d2_a_rule_names_what_can_be() {
             assert!(told.message().contains(expected), "{effect} {clusters:?}: {}", told.message());
         }
     }
+    // A revocation of whoever is not there would take nothing away.
+    for name in ["*", "jo*", "system:admin", " joe", ""] {
+        let body = json!({"kind": "Revocation", "apiVersion": "towline.io/v1alpha1", "spec": {"user": {"name": name}}});
+        let told = fleet.ask("POST", "/apis/towline.io/v1alpha1/revocations", &body).await;
+        assert_eq!(told.status, 422, "{name:?}: {}", told.object);
+    }
     let told = fleet.ask("POST", RULES, &rule("r", "Deny", ("groups", "*"), &["*", "c-1", "prod"])).await;
     assert_eq!((told.status, told.warnings.len()), (201, 0), "{:?}", told.warnings);
     let told = fleet.ask("POST", RULES, &rule("s", "Allow", ("groups", "ops"), &["c-1", "c-2", "c-3"])).await;
