@@ -29,7 +29,7 @@ impl ProxyUrl {
     #[must_use]
     pub fn authorization(&self, password: Option<&str>) -> Option<Zeroizing<String>> {
         let user = self.user.as_ref()?;
-        let password = password.or(self.password.as_deref().map(String::as_str)).unwrap_or_default();
+        let password = password.or_else(|| self.password.as_deref().map(String::as_str)).unwrap_or_default();
         let pair = Zeroizing::new(format!("{user}:{password}"));
         Some(Zeroizing::new(format!("Basic {}", STANDARD.encode(pair.as_bytes()))))
     }
