@@ -151,6 +151,16 @@ fn admit(shared: &Shared, peer: &Peer, parts: &Parts) -> Result<Admitted, ProxyE
     }
 }
 
+/// What a path names, behind the API's prefix: a resource, and one object of it.
+fn named(rest: &str) -> Result<(&'static Resource, Option<String>), ApiError> {
+    let decoded =
+        String::from_utf8(percent_decode(rest)).map_err(|_| ApiError::bad_request("the path is no UTF-8"))?;
+    let mut segments = decoded.trim_end_matches('/').split('/');
+    let (plural, name, more) = (segments.next().unwrap_or_default(), segments.next(), segments.next());
+    let resource = kinds::find(plural).filter(|_| more.is_none()).ok_or_else(ApiError::no_such_path)?;
+    Ok((resource, name.map(ToOwned::to_owned)))
+}
+
 impl Call {
     async fn answer(&self, body: Incoming) -> Result<Response<AnswerBody>, ApiError> {
         let headers = &self.parts.headers;
@@ -174,11 +184,8 @@ impl Call {
             }
             return self.document(path);
         };
-        let decoded = String::from_utf8(percent_decode(rest))
-            .map_err(|_| ApiError::bad_request("the path is no UTF-8"))?;
-        let mut segments = decoded.trim_end_matches('/').split('/');
-        let (plural, name, more) = (segments.next().unwrap_or_default(), segments.next(), segments.next());
-        let resource = kinds::find(plural).filter(|_| more.is_none()).ok_or_else(ApiError::no_such_path)?;
+        let (resource, name) = named(rest)?;
+        let name = name.as_deref();
         let accept = self.accept();
         if !(accept.is_empty() || accept.contains("application/json") || accept.contains("*/*")) {
             return Err(ApiError::not_acceptable());

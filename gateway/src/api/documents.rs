@@ -35,8 +35,9 @@ fn resource(resource: &Resource) -> Value {
         described["shortNames"] = json!(resource.short);
     }
     match resource.stored {
-        // What a thoughtless `kubectl delete all --all` takes away only narrows: no Deny, and no revocation, is among it.
-        Some(Kind::Cluster | Kind::JoinToken | Kind::AccessToken) => {
+        // What a thoughtless `kubectl delete all --all` takes away only narrows, and is made anew in a line: no Deny and no revocation
+        // is among it, and no cluster, whose agents would have to join anew.
+        Some(Kind::JoinToken | Kind::AccessToken) => {
             described["categories"] = json!(["all", "towline"]);
         }
         Some(_) => described["categories"] = json!(["towline"]),

@@ -4,7 +4,7 @@
 
 use super::error::{ApiError, json_response};
 use super::kinds::{self, GROUP, RESOURCES, Resource};
-use super::{Call, is_admin, protobuf};
+use super::{Call, documents, is_admin, protobuf};
 use crate::proxy::AnswerBody;
 use crate::routing::percent_decode;
 use http::request::Parts;
@@ -104,7 +104,7 @@ fn access(call: &Call, spec: &Value) -> Result<Value, ApiError> {
     let admin = is_admin(&call.principal);
     let refused = match (resource.is_object(), path.is_object()) {
         (true, false) => on_resource(resource, admin),
-        (false, true) => on_path(path),
+        (false, true) => on_path(path, admin),
         _ => {
             let why = "exactly one of resourceAttributes and nonResourceAttributes has to be there";
             return Err(ApiError::bad_request(format!("spec: {why}")));
@@ -142,19 +142,36 @@ fn on_resource(asked: &Value, admin: bool) -> Option<String> {
     if !resources.iter().any(|resource| has_verb(resource)) {
         return Some(format!("{resource} of the fleet's API have no verb {verb:?}"));
     }
-    let everybodys = known.is_some_and(|known| known.stored.is_none());
-    if admin || everybodys {
-        return None;
-    }
-    Some(format!("only members of {} may; ask one of them", super::ADMINS))
+    // Everything is more than what everybody may.
+    let everybodys = known.is_some_and(|known| known.stored.is_none()) && verb != "*" && group != "*";
+    if admin || everybodys { None } else { Some(only_admins()) }
 }
 
-/// Why a path may not be read.
-fn on_path(asked: &Value) -> Option<String> {
+/// Why a path may not be read: as [`Call::answer`] would say.
+fn on_path(asked: &Value, admin: bool) -> Option<String> {
+    let nothing = || Some("nothing is served there, or not in this way".to_owned());
     let (path, verb) = (asked["path"].as_str().unwrap_or_default(), asked["verb"].as_str());
-    let served = super::is_own_path(path) || matches!(path, "/version" | "/version/");
-    (!served || !matches!(verb, Some("get" | "head")))
-        .then(|| "nothing is served there, or not in this way".to_owned())
+    if path == "*" || verb == Some("*") {
+        return if admin { None } else { Some(only_admins()) };
+    }
+    if !matches!(verb, Some("get" | "head")) {
+        return nothing();
+    }
+    if let Some(rest) = path.strip_prefix(super::PREFIX) {
+        return match super::named(rest) {
+            Ok((resource, _)) if resource.stored.is_none() => nothing(),
+            Ok(_) if admin => None,
+            Ok(_) => Some(only_admins()),
+            Err(_) => nothing(),
+        };
+    }
+    let is_document = || documents::discovery(path).or_else(|| documents::openapi_v3(path)).is_some();
+    let served = matches!(path, "/version" | "/version/" | "/openapi/v2") || is_document();
+    if served { None } else { nothing() }
+}
+
+fn only_admins() -> String {
+    format!("only members of {} may; ask one of them", super::ADMINS)
 }
 
 /// Whether events are looked for that an object of ours might have.
@@ -232,12 +249,33 @@ mod tests {
             ("list", "", "clusters", false, false),
             ("list", "apps", "deployments", false, false),
             ("", GROUP, "clusters", false, false),
+            ("*", GROUP, "credentialrequests", true, false),
+            ("create", "*", "credentialrequests", true, false),
         ] {
             assert_eq!(may(true, verb, group, resource), admins, "{verb} {resource}.{group}");
             assert_eq!(may(false, verb, group, resource), others, "{verb} {resource}.{group}");
         }
-        let path = |path: &str, verb: &str| on_path(&json!({"path": path, "verb": verb})).is_none();
-        assert!(path("/version", "get") && path("/apis", "get"));
-        assert!(!path("/version", "post") && !path("/healthz", "get") && !path("", "get"));
+        for (path, verb, admins, others) in [
+            ("/version", "get", true, true),
+            ("/apis", "get", true, true),
+            ("/apis/towline.io/v1alpha1", "head", true, true),
+            ("/openapi/v2", "get", true, true),
+            ("/openapi/v3/apis/towline.io/v1alpha1", "get", true, true),
+            ("/openapi/v3/apis/towline.io/v1", "get", false, false),
+            ("/apis/towline.io/v1alpha1/clusters", "get", true, false),
+            ("/apis/towline.io/v1alpha1/clusters/a", "get", true, false),
+            ("/apis/towline.io/v1alpha1/clusters/a/status", "get", false, false),
+            ("/apis/towline.io/v1alpha1/nothing", "get", false, false),
+            ("/apis/towline.io/v1alpha1/credentialrequests", "get", false, false),
+            ("/apis/towline.io/v1alpha1/clusters", "post", false, false),
+            ("*", "get", true, false),
+            ("/version", "*", true, false),
+            ("/version", "post", false, false),
+            ("/healthz", "get", false, false),
+            ("", "get", false, false),
+        ] {
+            let may = |admin| on_path(&json!({"path": path, "verb": verb}), admin).is_none();
+            assert_eq!((may(true), may(false)), (admins, others), "{verb} {path}");
+        }
     }
 }

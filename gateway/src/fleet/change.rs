@@ -81,7 +81,26 @@ impl Fleet {
                 }
             }
         }
-        self.commit(transaction).await
+        let deleted = self.commit(transaction).await?;
+        if kind == Kind::Cluster {
+            self.end_allows(name, deleted).await?;
+        }
+        Ok(deleted)
+    }
+
+    /// Ends the Allows that name a cluster and were written before its deletion, but not seen by that. What was written later is for
+    /// whoever has the name next.
+    pub(super) async fn end_allows(&self, cluster: &str, deleted: u64) -> Result<(), WriteError> {
+        let rules = self.read().rules_naming(cluster);
+        for (key, rule, at) in rules.into_iter().filter(|(.., at)| *at < deleted) {
+            let Some(next) = rule.after_deletion(cluster) else { continue };
+            match self.put(&key.name, &next, Some(at)).await {
+                // Whoever was faster has written it after the deletion, or has taken it away.
+                Ok(_) | Err(WriteError::Conflict) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Takes away what let somebody in. Live sessions and requests end within a second. Returns the record's name.

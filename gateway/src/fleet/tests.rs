@@ -625,3 +625,34 @@ async fn a_full_list_takes_what_replaces() {
     assert!(matches!(fleet.revoke(&user("jack"), &meta()).await, Err(WriteError::Full(2))));
     fleet.revoke(&user("jane"), &meta()).await.unwrap();
 }
+
+/// Goal: S16: an Allow that is written while its cluster is being deleted ends with it, too; one that is written after that is for the next.
+#[tokio::test]
+async fn s16_an_allow_written_beside_a_deletion_ends() {
+    let world = World::new().await;
+    let fleet = &world.fleet;
+    let rule = AccessRule {
+        meta: meta(),
+        effect: config::Effect::Allow,
+        users: vec!["jane".to_owned()],
+        groups: Vec::new(),
+        clusters: vec!["a".to_owned()],
+        ended: BTreeSet::new(),
+    };
+    let has_ended = |name: &str| match fleet.object(Kind::AccessRule, name).unwrap().object {
+        Object::AccessRule(rule) => rule.ended.contains("a"),
+        _ => false,
+    };
+    let before = fleet.put("before", &rule, None).await.unwrap();
+    let after = fleet.put("after", &rule, None).await.unwrap();
+    assert!(before < after);
+    fleet.end_allows("a", after).await.unwrap();
+    assert_eq!((has_ended("before"), has_ended("after")), (true, false));
+    for round in 0..20 {
+        let name = format!("beside-{round}");
+        let at = fleet.put("a", &cluster(), None).await.unwrap();
+        let (deleted, written) =
+            tokio::join!(fleet.delete(Kind::Cluster, "a", at), fleet.put(&name, &rule, None));
+        assert_eq!(has_ended(&name), written.unwrap() < deleted.unwrap(), "{name}");
+    }
+}

@@ -337,12 +337,16 @@ async fn d19_kubectls_own_questions_are_answered() {
         assert_eq!((told.status, told.warnings.len()), (404, 1), "{lost}");
     }
     let told = fleet.ask("GET", "/apis/towline.io/v1alpha1", &Value::Null).await;
-    let all = |kind: &str| {
+    let is_of = |category: &str, kind: &str| {
         let resources = told.object["resources"].as_array().unwrap();
         let resource = resources.iter().find(|resource| resource["kind"] == kind).unwrap();
-        resource["categories"].as_array().is_some_and(|categories| categories.contains(&json!("all")))
+        resource["categories"].as_array().is_some_and(|categories| categories.contains(&json!(category)))
     };
-    assert!(all("Cluster") && !all("AccessRule") && !all("Revocation"));
+    // `kubectl delete all --all` is a thoughtless one.
+    for (kind, all) in [("JoinToken", true), ("Cluster", false), ("AccessRule", false), ("Revocation", false)]
+    {
+        assert!(is_of("all", kind) == all && is_of("towline", kind), "{kind}");
+    }
     fleet.world.gateway.shutdown().await;
 }
 
