@@ -235,6 +235,7 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
         reason = give_back(shared, session, &admitted, &registration) => reason,
     };
     drop((registration, counted));
+    shared.forget_if_unknown(&admitted.identity.cluster);
     shared.metrics.session_ended(reason.label());
     sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
         instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),

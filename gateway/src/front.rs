@@ -8,6 +8,7 @@ mod idle;
 use crate::gate::{Place, Standing};
 use crate::metrics::{self, Limit, Surface, TlCode};
 use crate::proxy::{self, AnswerBody, Basis, Peer};
+use crate::routing;
 use crate::running::Chain;
 use crate::state::Shared;
 use crate::uploads;
@@ -68,7 +69,7 @@ pub(crate) struct Arrival {
     pub(crate) address: SocketAddr,
     /// The certificates that it presented in TLS; not yet judged.
     chain: Option<Chain>,
-    /// The name in the ClientHello.
+    /// The name in the ClientHello, as [`routing::route`] wants it.
     sni: Option<String>,
     h2: bool,
 }
@@ -81,7 +82,7 @@ impl Arrival {
         Self {
             address,
             chain: chain.map(|chain| chain.iter().map(|leaf| leaf.clone().into_owned()).collect()),
-            sni: session.server_name().map(ToOwned::to_owned),
+            sni: session.server_name().map(routing::lowered),
             h2: session.alpn_protocol() == Some(ALPN_H2),
         }
     }
@@ -130,7 +131,7 @@ pub(crate) async fn serve<IO>(
                     Ok::<_, Infallible>(response)
                 }
             });
-            let (io, over) = Followed::new(io, shared.config.limits.header_bytes.0, H2_FRAME as usize);
+            let (io, over) = Followed::new(io, h2_header_list(&shared), H2_FRAME as usize);
             let connection = http2_builder(&shared).serve_connection(TokioIo::new(io), service);
             let mut connection = pin!(connection);
             let finish = |connection: Pin<&mut _>| http2::Connection::graceful_shutdown(connection);
@@ -249,6 +250,13 @@ fn http1_builder(shared: &Shared) -> http1::Builder {
     builder
 }
 
+/// Bytes of a head over HTTP/2, which counts 32 more for each field (RFC 9113, section 6.5.2): so many fields as may be are not the
+/// fewer for it.
+fn h2_header_list(shared: &Shared) -> usize {
+    let limits = &shared.config.limits;
+    limits.header_bytes.0 + 32 * limits.header_count
+}
+
 fn http2_builder(shared: &Shared) -> http2::Builder<Tracked> {
     let limits = &shared.config.limits;
     let mut builder = http2::Builder::new(Tracked {
@@ -263,7 +271,7 @@ fn http2_builder(shared: &Shared) -> http2::Builder<Tracked> {
         .adaptive_window(false)
         .max_frame_size(H2_FRAME)
         .max_send_buf_size(H2_SEND_BUFFER)
-        .max_header_list_size(u32::try_from(limits.header_bytes.0).unwrap_or(u32::MAX))
+        .max_header_list_size(u32::try_from(h2_header_list(shared)).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(H2_PENDING_RESETS)
         .max_local_error_reset_streams(H2_OWN_RESETS)
         .keep_alive_interval(H2_PING_IDLE)

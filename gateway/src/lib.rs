@@ -114,6 +114,8 @@ use trust::TrustState;
 
 /// How long sessions that carry nothing any more may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
+/// How long the disk has to take the word that this gateway drains.
+const SAY_DRAINING: Duration = Duration::from_secs(1);
 
 /// Free ports of TCP that are tried for one that is free on UDP too.
 const ANY_PORT_ATTEMPTS: usize = 20;
@@ -312,12 +314,9 @@ impl Gateway {
         );
         shared.metrics.draining();
         stages.unready.cancel();
-        if let Some(Err(error)) = shared.fleet.as_ref().map(|fleet| fleet.store().says_draining()) {
-            tracing::debug!(%error, "who starts meanwhile is not told to wait for the store");
-        }
         // At once: agents are to be elsewhere when the balancers have noticed and clients arrive there.
         shared.registry.sessions().iter().for_each(|session| agents::say_goaway(shared, session));
-        tokio::time::sleep(config.delay).await;
+        tokio::join!(tokio::time::sleep(config.delay), self.say_draining());
         let deadline = Instant::now() + config.deadline;
         stages.draining.cancel();
         tasks.front.close();
@@ -331,6 +330,19 @@ impl Gateway {
         self.end_sessions(deadline.min(Instant::now() + GOODBYE)).await;
         self.shutdown().await;
         tracing::info!("drained");
+    }
+
+    /// Lets whoever starts meanwhile wait for the store. A disk that hangs holds up no drain.
+    async fn say_draining(&self) {
+        let Some(fleet) = self.shared.fleet.clone() else { return };
+        let said = tokio::task::spawn_blocking(move || fleet.store().says_draining());
+        let why = match timeout(SAY_DRAINING, said).await {
+            Ok(Ok(Ok(()))) => return,
+            Ok(Ok(Err(error))) => error.to_string(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "the disk does not answer".to_owned(),
+        };
+        tracing::debug!(why, "who starts meanwhile is not told to wait for the store");
     }
 
     /// Ends the sessions, which carry nothing any more, once their agents have understood that they are to go.

@@ -201,12 +201,10 @@ fn welcome(
 /// Ends a connection that has moved to an address that may not connect.
 async fn strayed(shared: Arc<Shared>, conn: quinn::Connection) {
     let first = conn.remote_address();
-    if shared.live().config.listen.allowed_sources.is_empty() {
-        return std::future::pending().await;
-    }
     loop {
         tokio::time::sleep(SOURCE_LOOK).await;
         let now = conn.remote_address();
+        // As it is live now: a reload may have set it since the agent connected.
         if now.ip() != first.ip() && !shared.live().config.listen.allows(now.ip()) {
             shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
             let (was, is) = (first, now);

@@ -108,16 +108,21 @@ pub enum RouteError {
     Nothing,
 }
 
-/// Finds the cluster that a request names. `sni` is the name in the ClientHello.
+/// A host's name in lower case and without the final dot.
+#[must_use]
+pub fn lowered(name: &str) -> String {
+    name.trim_end_matches('.').to_ascii_lowercase()
+}
+
+/// Finds the cluster that a request names. `sni` is the name in the ClientHello, [`lowered`].
 ///
 /// # Errors
 /// Why there is none.
 pub fn route(parts: &Parts, host_domain: Option<&str>, sni: Option<&str>) -> Result<Route, RouteError> {
     let host = host(parts)?;
     if let (Some(sni), Host::Name(name), Some(domain)) = (sni, &host, host_domain) {
-        let sni = sni.trim_end_matches('.').to_ascii_lowercase();
         // Only a cluster's own name leads anywhere: with others `tls-server-name` may say what it likes.
-        if sni != *name && (is_below(&sni, domain) || is_below(name, domain)) {
+        if sni != name.as_str() && (is_below(sni, domain) || is_below(name, domain)) {
             return Err(RouteError::Misdirected);
         }
     }
@@ -381,7 +386,7 @@ mod tests {
     #[test]
     fn fr_06_only_a_clusters_name_must_be_the_one_in_tls() {
         let at = |domain: Option<&str>, host: &str, sni: &str| {
-            let route = route(&parts("/clusters/dev/api", &[host]), domain, Some(sni))?;
+            let route = route(&parts("/clusters/dev/api", &[host]), domain, Some(&lowered(sni)))?;
             Ok((route.name.to_string(), route.path_and_query))
         };
         let dev = || Ok(("dev".to_owned(), "/api".to_owned()));

@@ -4,7 +4,7 @@ use crate::api::feed::Feed;
 use crate::authn::tokens::Tokens;
 use crate::authority::{Authorities, Authority, AuthorityError};
 use crate::authz::AccessRules;
-use crate::config::{Cluster, ConfigError, GatewayConfig};
+use crate::config::{Cluster, ConfigError, Drain, GatewayConfig};
 use crate::fleet::{Fleet, NotAdmitted, ShownCertificate, Time, lastseen};
 use crate::gate::Gate;
 use crate::join::Joins;
@@ -62,7 +62,7 @@ impl Memory {
         let place = directory.clone();
         let configured = config.trust_domain.to_string();
         // First the store, whose lock keeps a second gateway from making CAs at the same time.
-        let store = open_store(&directory, metrics, config.drain.deadline + DRAINER_SLACK).await?;
+        let store = open_store(&directory, metrics, patience(&config.drain)).await?;
         let opened = tokio::task::spawn_blocking(move || {
             let known = store.trust_domain(&configured)?;
             if known != configured {
@@ -107,7 +107,12 @@ async fn open_store(place: &Path, metrics: &Arc<Metrics>, patience: Duration) ->
     }
 }
 
-/// What a gateway that drains may need beside its deadline, if it has the same one.
+/// How long a gateway that drains may take, if it has the same configuration.
+fn patience(drain: &Drain) -> Duration {
+    drain.delay + drain.deadline + DRAINER_SLACK
+}
+
+/// What it may need beside that: last words, goodbyes, its last records.
 const DRAINER_SLACK: Duration = Duration::from_secs(10);
 /// How often a store is looked at that somebody has.
 const STORE_PAUSE: Duration = Duration::from_millis(100);
@@ -585,11 +590,21 @@ impl Shared {
         self.live.store(Arc::new(live));
         self.reserve_names();
         let live = self.live();
-        self.registry.forget_unknown(|uid| {
-            let on_record = || self.fleet.as_ref().is_some_and(|fleet| fleet.cluster_of(uid).is_some());
-            live.by_uid.contains_key(uid) || on_record()
-        });
+        self.registry.forget_unknown(|uid| self.knows(&live, uid));
         self.reloads.send_replace(());
+    }
+
+    /// Whether there is a cluster of this uid, in the configuration or on record.
+    fn knows(&self, live: &Live, uid: &ClusterUid) -> bool {
+        let on_record = || self.fleet.as_ref().is_some_and(|fleet| fleet.cluster_of(uid).is_some());
+        live.by_uid.contains_key(uid) || on_record()
+    }
+
+    /// Forgets a cluster whose last session ends because it is not there any more.
+    pub(crate) fn forget_if_unknown(&self, uid: &ClusterUid) {
+        if !self.knows(&self.live(), uid) {
+            self.registry.forget(uid);
+        }
     }
 
     /// Whether this is in force.
@@ -632,6 +647,18 @@ impl SelfChecks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proxy::farewell::FAREWELL;
+
+    /// Goal: M17: a start waits for its store for as long as the drain of a gateway like it can last: the delay, the deadline, the last
+    /// words, and twice the goodbyes of sessions.
+    #[test]
+    fn m17_a_start_waits_for_a_whole_drain() {
+        for seconds in [0, 5, 30] {
+            let (delay, deadline) = (Duration::from_secs(seconds), Duration::from_secs(30));
+            let drain = Drain { delay, deadline, ..Drain::default() };
+            assert!(patience(&drain) > delay + deadline + FAREWELL + 2 * crate::GOODBYE);
+        }
+    }
 
     /// Without what the gateway lives by it ends, however that ends; and what ends with the gateway is no failure.
     #[tokio::test]

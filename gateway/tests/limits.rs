@@ -11,7 +11,7 @@
 mod common;
 
 use bytes::Bytes;
-use common::{Agent, TOKEN, World, error_of, eventually, full, in_time};
+use common::{Agent, TOKEN, World, error_of, eventually, full, in_time, text};
 use http_body_util::{BodyExt as _, channel::Channel};
 use std::path::Path;
 use std::time::Duration;
@@ -172,10 +172,25 @@ async fn heads() {
     assert!(error_of(answer).await.2.contains("limits.headerCount"));
 }
 
+/// Goal: FR-02, FR-09: as many fields as may be pass over HTTP/2, too, which counts 32 B more for each.
+#[tokio::test]
+async fn fr_02_fr_09_http2_takes_as_many_fields() {
+    let world = World::start().await;
+    let mut agent = world.agent("strict").await;
+    agent.echo();
+    let names: Vec<_> = (0..1000).map(|number| format!("x-one-of-a-thousand-fields-{number:04}")).collect();
+    let own = ("authorization", "Bearer cluster-token");
+    let fields: Vec<_> = names.iter().map(|name| (name.as_str(), "value")).chain([own]).collect();
+    let mut client = world.h2(Some("jane")).await;
+    let answer = client.ask("GET", "/clusters/strict/api", &fields, full("")).await;
+    assert_eq!(answer.status(), 200);
+    assert_eq!(text(answer).await.matches("x-one-of-a-thousand-fields-").count(), 1000);
+}
+
 /// Goal: S21, H1-15: the head of a later request on a connection has no more time than that of the first, however its bytes are spread.
 #[tokio::test]
 async fn s21_a_later_head_has_no_more_time_than_the_first() {
-    let world = World::with(|config| config.timeouts.first_request = Duration::from_secs(1)).await;
+    let world = World::with(|config| config.timeouts.first_request = SHORT).await;
     let mut io = world.connect(None, b"http/1.1", "localhost").await;
     io.write_all(b"GET /clusters/far/api HTTP/1.1\r\nHost: localhost\r\n").await.unwrap();
     io.write_all(format!("Authorization: Bearer {TOKEN}\r\n\r\n").as_bytes()).await.unwrap();
@@ -197,6 +212,25 @@ async fn s21_a_later_head_has_no_more_time_than_the_first() {
     assert!(told.starts_with(b"HTTP/1.1 408 "), "{}", String::from_utf8_lossy(&told));
     reached(&world, "first_request").await;
     assert_eq!(limit(&world, "idle"), 0.0);
+}
+
+/// Goal: S21: an empty line behind a request, as some clients write, begins none: the connection is idle, and is closed as such.
+#[tokio::test]
+async fn s21_an_empty_line_is_no_head() {
+    let world = World::with(|config| config.timeouts.idle = SHORT).await;
+    let mut io = world.connect(None, b"http/1.1", "localhost").await;
+    for empty in ["\r\n", "\r"] {
+        let head = "GET /clusters/far/api HTTP/1.1\r\nHost: localhost\r\n";
+        io.write_all(format!("{head}Authorization: Bearer {TOKEN}\r\n\r\n{empty}").as_bytes()).await.unwrap();
+        let mut answer = [0; 2048];
+        let read = in_time("an answer", io.read(&mut answer)).await.unwrap();
+        assert!(answer[..read].starts_with(b"HTTP/1.1 503 "), "{empty:?}");
+    }
+    let mut rest = Vec::new();
+    drop(in_time("it is closed", io.read_to_end(&mut rest)).await);
+    assert!(!rest.windows(4).any(|bytes| bytes == b"HTTP"), "{}", String::from_utf8_lossy(&rest));
+    reached(&world, "idle").await;
+    assert_eq!(limit(&world, "first_request"), 0.0);
 }
 
 /// Goal: a head that hyper itself answers with 400 is counted as refused, once.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use towline_certs::load::load_roots;
 use towline_certs::tls;
+use towline_gateway::Gateway;
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
 
@@ -232,14 +233,15 @@ async fn a_drain_ends_quic_sessions() {
     assert!(matches!(closed, CloseReason::Peer { .. }), "{closed}");
 }
 
-/// Goal: S22: who may connect is asked again when a connection has moved: an agent that turns up at an address that may not is sent away.
+/// Goal: S22: who may connect is asked again when a connection has moved: an agent that turns up at an address that may not is sent away,
+/// also where anybody might when it connected.
 #[tokio::test]
 async fn s22_an_agent_that_moves_to_a_forbidden_address_is_sent_away() {
-    let world = World::with(|config| {
-        config.listen.allowed_sources =
-            vec!["127.0.0.1/32".parse().unwrap(), "127.0.0.2/32".parse().unwrap()];
-    })
-    .await;
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = common::config(directory.path());
+    let file = directory.path().join("gateway.yaml");
+    let gateway = Gateway::start_from(config.clone(), Some(file.clone())).await.unwrap();
+    let world = World { directory, gateway };
     let endpoint = quinn::Endpoint::client(([127, 0, 0, 1], 0).into()).unwrap();
     let to = world.gateway.quic_addr().unwrap();
     let conn = quic_from(&endpoint, to, Arc::new(agent_tls(&world, "prod"))).await.unwrap();
@@ -252,6 +254,9 @@ async fn s22_an_agent_that_moves_to_a_forbidden_address_is_sent_away() {
         agent.session.probe();
     };
     world.connected("prod", 1).await;
+    config.listen.allowed_sources = vec!["127.0.0.1/32".parse().unwrap(), "127.0.0.2/32".parse().unwrap()];
+    std::fs::write(&file, serde_json::to_string(&config).unwrap()).unwrap();
+    world.gateway.reload().await.unwrap();
     moves([127, 0, 0, 2]);
     let mut client = world.h1(None).await;
     let (answer, ()) = tokio::join!(client.get_as(PATH, TOKEN), async {

@@ -8,7 +8,7 @@
 mod common;
 
 use bytes::Bytes;
-use common::{Agent, Client, Exchange, TOKEN, World, config, full, in_time};
+use common::{Agent, Client, Exchange, TOKEN, World, config, eventually, full, in_time};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::upgrade::Upgraded;
@@ -22,6 +22,7 @@ use tokio::task::JoinSet;
 use towline_gateway::Gateway;
 use towline_gateway::config::{self as gateway_config, Effect, EndsWithCredential, GatewayConfig, Mode};
 use towline_gateway::fleet::{AccessRule, AccessToken, Fleet, Meta, Time, hex, new_uid};
+use towline_gateway::registry::Presence;
 use towline_gateway::store::Kind;
 use towline_proto::open::BodyKind;
 
@@ -300,6 +301,28 @@ async fn s4_those_who_still_may_go_on() {
     let (mut body, mut exchange) = watch(&mut client, &agent, Some(JANE)).await;
     still_comes(&mut body, &mut exchange).await;
     assert_eq!(world.series("towline_gateway_requests_ended_total{why=\"forbidden\"}"), 1.0);
+    world.gateway.shutdown().await;
+}
+
+/// Goal: S23: nor does a gateway from files alone keep anything of a cluster that leaves its file while an agent is connected: one that
+/// comes back under that uid was never seen.
+#[tokio::test]
+async fn s23_from_files_alone_a_cluster_that_is_gone_is_forgotten() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = config(directory.path());
+    config.access = vec![];
+    write(directory.path(), &config);
+    let clusters = config.clusters.clone();
+    let gateway = Gateway::start_from(config, Some(directory.path().join("gateway.yaml"))).await.unwrap();
+    let world = World { directory, gateway };
+    let agent = world.agent("prod").await;
+    reload(&world, |config| config.clusters.retain(|cluster| cluster.name.as_str() != "prod")).await;
+    agent.closed().await;
+    let sessions = || world.series("towline_gateway_sessions{transport=\"tcp\"}");
+    eventually("its session has ended", sessions, |sessions| *sessions == 0.0).await;
+    reload(&world, |config| config.clusters = clusters).await;
+    let presence = || world.gateway.presence("prod");
+    eventually("nothing is known of it", presence, |presence| *presence == Presence::default()).await;
     world.gateway.shutdown().await;
 }
 

@@ -108,7 +108,7 @@ impl<IO> Judged<IO> {
         self.put_back.extend_from_slice(bytes);
     }
 
-    /// Whether a request has begun whose head has not ended.
+    /// Whether a request has begun whose head has not ended. Empty lines before it, such as some clients write behind a body, begin none.
     pub(super) const fn is_in_head(&self) -> bool {
         matches!(self.place, Place::RequestLine | Place::Name(_) | Place::Value(_))
     }
@@ -273,7 +273,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Judged<IO> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
         self.look(&mut buf.filled_mut()[before..]);
-        self.activity.in_head(!matches!(self.place, Place::Start(0) | Place::Body(_) | Place::Lost));
+        self.activity.in_head(self.is_in_head());
         Poll::Ready(Ok(()))
     }
 }

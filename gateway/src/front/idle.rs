@@ -203,7 +203,9 @@ where
 {
     let Parts { io, read_buf, .. } = connection.into_parts()?;
     let mut io = io.into_inner();
-    io.put_back(&read_buf);
+    // Empty lines before the next request, if any: put back, they would be its first bytes.
+    let empty = read_buf.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+    io.put_back(&read_buf[if io.is_in_head() { 0 } else { empty }..]);
     Some(io)
 }
 
