@@ -1,5 +1,6 @@
 //! What is the agent told? One YAML file; this is its shape, its defaults and what it refuses.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::fmt;
 use std::net::SocketAddr;
@@ -14,6 +15,7 @@ use towline_proto::mux::Limits;
 use towline_proto::open::HEAD_MAX_BYTES;
 
 use crate::address::{Address, Host, special};
+use crate::identity::is_system;
 use crate::proxy::ProxyConfig;
 use crate::transport::TransportMode;
 pub use crate::yaml::Problems;
@@ -128,14 +130,14 @@ pub struct ImpersonateConfig {
     /// The names and groups beginning with `system:` that may be impersonated all the same.
     pub allow_system_names: Vec<String>,
     /// The groups that are named; others of the caller are left out, as they may give rights here. `None` is every group.
-    pub groups: Option<Vec<String>>,
+    pub groups: Option<BTreeSet<String>>,
 }
 
 impl ImpersonateConfig {
     /// Whether a group of the caller's is named to the API server.
     #[must_use]
     pub fn names_group(&self, group: &str) -> bool {
-        self.groups.as_ref().is_none_or(|groups| groups.iter().any(|named| named == group))
+        self.groups.as_ref().is_none_or(|groups| groups.contains(group))
     }
 }
 
@@ -575,15 +577,15 @@ fn read_mode(root: &Section<'_>) -> Option<AgentMode> {
     let token_file = section.path("tokenFile").unwrap_or_else(|| IN_CLUSTER_TOKEN.into());
     let allow_system_names: Vec<String> =
         section.texts("allowSystemNames").into_iter().map(Into::into).collect();
-    if let Some(name) = allow_system_names.iter().find(|name| !name.starts_with("system:")) {
+    if let Some(name) = allow_system_names.iter().find(|name| !is_system(name)) {
         section.problem(
             "allowSystemNames",
             format_args!("{name:?} does not begin with system:, so nothing refuses it"),
         );
     }
-    let groups: Option<Vec<String>> =
+    let groups: Option<BTreeSet<String>> =
         section.has("groups").then(|| section.texts("groups").into_iter().map(Into::into).collect());
-    let refused = |name: &&String| name.starts_with("system:") && !allow_system_names.contains(name);
+    let refused = |name: &&String| is_system(name) && !allow_system_names.contains(name);
     if let Some(name) = groups.iter().flatten().find(refused) {
         section.problem(
             "groups",

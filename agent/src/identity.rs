@@ -105,12 +105,13 @@ pub(crate) fn decide(agent: &AgentMode, allow_anonymous: bool, request: &Request
     }
 }
 
-/// The headers of a principal, or a refusal. Groups that the configuration does not name are left out: fewer groups are fewer rights.
+/// The headers of a principal, or a refusal. Groups that the configuration does not name are left out: RBAC gives
+/// fewer groups fewer rights. (What denies by group, an admission policy or an authorization webhook, does not see them.)
 fn impersonation(
     principal: &Principal,
     config: &ImpersonateConfig,
 ) -> Result<Vec<(&'static str, HeaderValue)>, Refusal> {
-    let value = |text: &str, what: &'static str| {
+    let check = |text: &str, what: &'static str| {
         if is_system(text) && !config.allow_system_names.iter().any(|name| name == text) {
             return Err(Refusal::System(what));
         }
@@ -118,19 +119,26 @@ fn impersonation(
         if text.is_empty() || text.trim() != text || text.chars().any(char::is_control) {
             return Err(Refusal::Unwritable(what));
         }
-        HeaderValue::from_bytes(text.as_bytes()).map_err(|_| Refusal::Unwritable(what))
+        Ok(())
     };
-    let mut headers = vec![("impersonate-user", value(&principal.name, "name")?)];
+    check(&principal.name, "name")?;
+    let name = HeaderValue::from_str(&principal.name).map_err(|_| Refusal::Unwritable("name"))?;
+    let mut headers = vec![("impersonate-user", name)];
     for group in &principal.groups {
-        let value = value(group, "group")?;
-        if config.names_group(group) {
+        let unwritable = Refusal::Unwritable("group");
+        let Ok(text) = std::str::from_utf8(group) else { return Err(unwritable) };
+        check(text, "group")?;
+        if config.names_group(text) {
+            // No copy: it is a part of the head that has come.
+            let value = HeaderValue::from_maybe_shared(group.clone()).map_err(|_| unwritable)?;
             headers.push(("impersonate-group", value));
         }
     }
     Ok(headers)
 }
 
-fn is_system(name: &str) -> bool {
+/// Whether a name or a group is one of Kubernetes' own.
+pub(crate) fn is_system(name: &str) -> bool {
     name.get(..SYSTEM.len()).is_some_and(|start| start.eq_ignore_ascii_case(SYSTEM))
 }
 
@@ -195,7 +203,7 @@ mod tests {
             headers: headers.iter().map(|(name, value)| header(name, value)).collect(),
             principal: principal.map(|(name, groups)| Principal {
                 name: name.to_owned(),
-                groups: groups.iter().map(ToString::to_string).collect(),
+                groups: groups.iter().map(|group| Bytes::copy_from_slice(group.as_bytes())).collect(),
             }),
             ..Request::default()
         }
@@ -284,6 +292,9 @@ mod tests {
         assert_eq!(plan("SYSTEM:admin", &[]).unwrap_err(), Refusal::System("name"));
         assert_eq!(plan("alice", &["system:nodes"]).unwrap_err(), Refusal::System("group"));
         assert_eq!(plan("alice", &["dev", "a\nb"]).unwrap_err(), Refusal::Unwritable("group"));
+        let mut broken = request(Mode::Impersonate, &[], Some(("alice", &["dev"])));
+        broken.principal.as_mut().unwrap().groups.push(Bytes::from_static(b"\xff"));
+        assert_eq!(decide(&agent, false, &broken).unwrap_err(), Refusal::Unwritable("group"));
         for name in ["", " ", " a", "a ", "a\r\nb", "a\u{7f}b", "a\u{85}b"] {
             assert_eq!(plan(name, &[]).unwrap_err(), Refusal::Unwritable("name"), "{name:?}");
         }

@@ -103,8 +103,9 @@ impl Reach {
         if self.wants_name.load(Ordering::Relaxed) {
             self.wants_name.store(false, Ordering::Relaxed);
             let named =
-                |group: &&String| self.impersonate.as_ref().is_none_or(|config| config.names_group(group));
-            let group = principal.groups.iter().find(named).cloned();
+                |group: &&str| self.impersonate.as_ref().is_none_or(|config| config.names_group(group));
+            let mut groups = principal.groups.iter().filter_map(|group| std::str::from_utf8(group).ok());
+            let group = groups.find(named).map(ToOwned::to_owned);
             let acted = Acted { user: principal.name.clone(), group };
             *self.name.lock().unwrap_or_else(PoisonError::into_inner) = Some(acted);
         }

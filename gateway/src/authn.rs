@@ -21,27 +21,42 @@ use crate::metrics::Ended;
 use crate::routing::percent_decode;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine as _, alphabet};
+use bytes::Bytes;
 use http::header::{
     AUTHORIZATION, CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_PROTOCOL, UPGRADE,
 };
+use std::borrow::Cow;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 use thiserror::Error;
 use tokens::Tokens;
 use towline_certs::facts::CertificateFacts;
 use towline_certs::identity::GROUPS_MAX;
 use towline_certs::{CertificateDer, ClientCa};
+use towline_proto::open;
 
 /// The WebSocket subprotocol that carries a bearer token (Kubernetes).
 pub(crate) const BEARER_SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
 
-/// The authenticated caller: a name and groups, nothing else.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// The authenticated caller: a name and groups, nothing else. What a request needs of them is found out once: there may be a thousand
+/// groups.
+#[derive(Clone, Debug)]
 pub struct Principal {
     pub name: String,
     pub groups: Vec<String>,
+    checked: Result<(), PrincipalError>,
+    /// As agents are told, once one is.
+    told: OnceLock<open::Principal>,
 }
+
+impl PartialEq for Principal {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.groups == other.groups
+    }
+}
+
+impl Eq for Principal {}
 
 /// Why a name cannot be a caller's.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -77,7 +92,11 @@ pub enum TextError {
 /// Longest name of a caller or group, in bytes.
 const TEXT_MAX: usize = 256;
 
-fn check_text(text: &str) -> Result<(), TextError> {
+/// Whether a name or a group can have this text.
+///
+/// # Errors
+/// Why not.
+pub(crate) fn check_text(text: &str) -> Result<(), TextError> {
     match text.len() {
         0 => Err(TextError::Empty),
         length if length > TEXT_MAX => Err(TextError::TooLong(length)),
@@ -89,7 +108,8 @@ fn check_text(text: &str) -> Result<(), TextError> {
 impl Principal {
     #[must_use]
     pub fn new(name: &str, groups: Vec<String>) -> Self {
-        Self { name: name.to_owned(), groups }
+        let checked = check(name, &groups);
+        Self { name: name.to_owned(), groups, checked, told: OnceLock::new() }
     }
 
     /// Whether the gateway lets anybody be this.
@@ -97,20 +117,15 @@ impl Principal {
     /// # Errors
     /// Why not.
     pub fn check(&self) -> Result<(), PrincipalError> {
-        check_text(&self.name).map_err(PrincipalError::Name)?;
-        if self.groups.len() > GROUPS_MAX {
-            return Err(PrincipalError::TooManyGroups(self.groups.len()));
-        }
-        for (number, group) in (1..).zip(&self.groups) {
-            check_text(group).map_err(|error| PrincipalError::Group(number, error))?;
-        }
-        if begins_with(&self.name, SYSTEM) {
-            return Err(PrincipalError::SystemName(self.name.clone()));
-        }
-        match self.groups.iter().find(|group| begins_with(group, SYSTEM)) {
-            Some(group) => Err(PrincipalError::SystemGroup(group.clone())),
-            None => Ok(()),
-        }
+        self.checked.clone()
+    }
+
+    /// As an agent is told. A clone of it copies no group.
+    pub(crate) fn told(&self) -> &open::Principal {
+        self.told.get_or_init(|| open::Principal {
+            name: self.name.clone(),
+            groups: self.groups.iter().map(|group| Bytes::copy_from_slice(group.as_bytes())).collect(),
+        })
     }
 
     /// As [`Self::check`], of somebody of whom a CA or a file says so that is not the gateway's own.
@@ -126,9 +141,31 @@ impl Principal {
     }
 }
 
+fn check(name: &str, groups: &[String]) -> Result<(), PrincipalError> {
+    check_text(name).map_err(PrincipalError::Name)?;
+    if groups.len() > GROUPS_MAX {
+        return Err(PrincipalError::TooManyGroups(groups.len()));
+    }
+    for (number, group) in (1..).zip(groups) {
+        check_text(group).map_err(|error| PrincipalError::Group(number, error))?;
+    }
+    if is_system(name) {
+        return Err(PrincipalError::SystemName(name.to_owned()));
+    }
+    match groups.iter().find(|group| is_system(group)) {
+        Some(group) => Err(PrincipalError::SystemGroup(group.clone())),
+        None => Ok(()),
+    }
+}
+
 /// What names begin with that belong to Kubernetes, and groups that belong to the gateway.
 const SYSTEM: &str = "system:";
 const OWN: &str = "towline:";
+
+/// Whether a name or a group is one of Kubernetes' own.
+pub(crate) fn is_system(name: &str) -> bool {
+    begins_with(name, SYSTEM)
+}
 
 fn begins_with(text: &str, prefix: &str) -> bool {
     text.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
@@ -435,14 +472,34 @@ pub(crate) fn carries_own_credential(name: &HeaderName, value: &[u8]) -> bool {
     wrapped || holds_own(value)
 }
 
-/// As [`carries_own_credential`] for a query: some clients put tokens there. Anywhere in it, with a key or without, escaped once or
-/// twice, as an application behind the cluster might read it.
-pub(crate) fn query_carries_own_credential(query: &str) -> bool {
-    let spaced =
-        |text: &[u8]| text.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect::<Vec<u8>>();
-    let once = percent_decode(spaced(query.as_bytes()));
-    holds_own(&once) || holds_own(&percent_decode(spaced(&once)))
+/// As [`carries_own_credential`] for a path and its query: some clients put tokens there. Anywhere, with a key or without, escaped once
+/// or twice, as an application behind the cluster might read it. What is shorter than a token is none, but somebody's word.
+pub(crate) fn target_carries_own_credential(target: &str) -> bool {
+    let mut text = Cow::Borrowed(target.as_bytes());
+    for _ in 0..2 {
+        if holds_whole(&text) {
+            return true;
+        }
+        if !text.contains(&b'%') {
+            return false;
+        }
+        text = Cow::Owned(percent_decode(&*text));
+    }
+    holds_whole(&text)
 }
+
+/// Whether a token of ours, or its first 16 characters, stand in `bytes`, whatever is before it.
+fn holds_whole(bytes: &[u8]) -> bool {
+    let prefix = tokens::PREFIX.as_bytes();
+    let is_of_one = |byte: &&u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'~');
+    let is_whole =
+        |at: usize| bytes.iter().skip(at).take(TOKEN_LEAST).filter(is_of_one).count() == TOKEN_LEAST;
+    let begins = |(at, window): (usize, &[u8])| window == prefix && is_whole(at + prefix.len());
+    bytes.windows(prefix.len()).enumerate().any(begins)
+}
+
+/// Characters behind a token's prefix by which it is one: half of those of the shortest that the gateway makes.
+const TOKEN_LEAST: usize = 16;
 
 /// Whether a token of ours begins anywhere in `bytes`. Where it would begin inside a longer word it is none: among the
 /// letters of other people's tokens, ours come up by chance.
@@ -468,31 +525,45 @@ mod tests {
         headers
     }
 
-    /// Goal: A10, AU-12: a token of ours goes to no cluster, wherever in the query it stands; a word that merely holds its letters is
-    /// none.
+    /// Goal: A10, AU-12: a token of ours goes to no cluster, wherever in path and query it stands; what merely begins like one is none.
     #[test]
-    fn a10_own_tokens_are_found_anywhere_in_a_query() {
-        for query in [
-            "token=tlat_0123",
-            "watch=1&token=tlat_0123",
-            "access_token=Bearer%20tlat_0123",
-            "authorization=Bearer+tlat_0123",
-            "authorization=Bearer%2btlat_0123",
-            "tlat_0123",
-            "tlat_0123=1",
-            "a=b&tlat_0123",
-            "a=%22tlat_0123%22",
-            "a=%74lat_0123",
-            "a=%2574lat_0123",
-            "a={\"token\":\"tlat_0123\"}",
-            "url=https%3A%2F%2Fx%3Ftoken%3Dtlat_0123",
+    fn a10_own_tokens_are_found_anywhere_in_a_target() {
+        for target in [
+            "/api?token=TOKEN",
+            "/api?watch=1&token=TOKEN",
+            "/api?access_token=Bearer%20TOKEN",
+            "/api?authorization=Bearer+TOKEN",
+            "/api?authorization=Bearer%2bTOKEN",
+            "/api?TOKEN",
+            "/api?TOKEN=1",
+            "/api?a=b&TOKEN",
+            "/api?a=%22TOKEN%22",
+            "/api?a=%74lat_0123456789abcdef",
+            "/api?a=%2574lat_0123456789abcdef",
+            "/api?a={\"token\":\"TOKEN\"}",
+            "/api?url=https%3A%2F%2Fx%3Ftoken%3DTOKEN",
+            "/api?a=xTOKEN",
+            "/api?a=b-TOKEN",
+            "/api?a=b_TOKEN.more",
+            "/api/v1/namespaces/x/services/y/proxy/TOKEN",
+            "/api/v1/namespaces/x/services/y/proxy/hook-TOKEN/z",
+            "/proxy/t%6cat_0123456789%61bcdef",
         ] {
-            assert!(query_carries_own_credential(query), "{query}");
+            let target = target.replace("TOKEN", "tlat_0123456789abcdef");
+            assert!(target_carries_own_credential(&target), "{target}");
         }
-        for query in
-            ["", "a=b", "fieldSelector=metadata.name%3Dplatlat_x", "a=xtlat_0123", "tlat=1", "a=b-tlat_x"]
-        {
-            assert!(!query_carries_own_credential(query), "{query}");
+        for target in [
+            "/",
+            "/api?a=b",
+            "/api?fieldSelector=metadata.name%3Dplatlat_x",
+            "/api?labelSelector=team%3Dtlat_ops",
+            "/api?labelSelector=team=tlat_ops,tier=0123456789abcdef",
+            "/api?a=tlat_0123456789abcde",
+            "/namespaces/tlat_ops/pods/a-name-that-is-long",
+            "/api?tlat=1",
+            "/api?a=%",
+        ] {
+            assert!(!target_carries_own_credential(target), "{target}");
         }
     }
 
@@ -570,9 +641,6 @@ mod tests {
             assert_ne!(asked, Err(AuthnError::OwnCredential), "{other}");
             assert!(!carries_own_credential(&AUTHORIZATION, other.as_bytes()), "{other}");
         }
-        assert!(query_carries_own_credential("a=b&token=tlat%5Fx"));
-        // Nobody can tell it from a token.
-        assert!(query_carries_own_credential("labelSelector=a%3Dtlat_x"));
     }
 
     /// Goal: FR-09, AU-11: who is in hundreds of groups is a caller; each thing that makes nobody of a name is told as what it is.

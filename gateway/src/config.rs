@@ -8,6 +8,7 @@ mod units;
 
 pub use units::ByteSize;
 
+use crate::authn;
 use crate::origin::Origin;
 use crate::rotation;
 use crate::routing::ClusterName;
@@ -334,13 +335,13 @@ pub(crate) const ANY: &str = "*";
 
 /// Why nobody has this name, or is in a group of this name.
 pub(crate) fn nobody(name: &str) -> Option<String> {
-    let why = if name.is_empty() || name.len() > 256 || name.chars().any(char::is_control) {
+    let why = if authn::check_text(name).is_err() {
         "is not 1 to 256 bytes on one line; write a name"
     } else if name.contains('*') {
         "holds *, and patterns are not supported here; write a name"
     } else if name.trim() != name {
         "begins or ends with a space; write a name"
-    } else if name.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("system:")) {
+    } else if authn::is_system(name) {
         "begins with system:, and nobody whom the gateway lets in does; write a name that somebody has"
     } else {
         return None;

@@ -3,8 +3,11 @@
 //! libraries of WebSocket, which name the gateway itself.
 //!
 //! A page of another origin may read what it can (it sees no answer, since none allows it to), and change nothing: a method that
-//! changes something and a raw connection are refused unless the configuration lists the origin (`allowedOrigins`).
+//! changes something and a raw connection are refused unless the configuration lists the origin (`allowedOrigins`). So it is where a
+//! certificate has said who calls. A token no browser adds by itself: who has it means it, such as a web page's own server that
+//! passes on what a browser has sent.
 
+use crate::authn::Credential;
 use crate::headers::HeadersError;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
@@ -70,11 +73,12 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Whether a request to a cluster may come from where it says that it comes from. `raw` is one that switches protocols.
+/// Whether a request to a cluster may come from where it says that it comes from. `raw` is one that switches protocols, `by` says who
+/// calls.
 ///
 /// # Errors
 /// It may not.
-pub fn check(parts: &Parts, raw: bool, allowed: &[Origin]) -> Result<(), HeadersError> {
+pub fn check(parts: &Parts, raw: bool, by: &Credential, allowed: &[Origin]) -> Result<(), HeadersError> {
     let cross_site = |headers: &HeaderMap| {
         let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
         site.is_some_and(|site| site.eq_ignore_ascii_case(b"cross-site"))
@@ -82,7 +86,8 @@ pub fn check(parts: &Parts, raw: bool, allowed: &[Origin]) -> Result<(), Headers
     let mut lines = parts.headers.get_all(header::ORIGIN).iter();
     let first = lines.next();
     // Not one origin is none that could be listed, and so is `null`.
-    let origin = first.filter(|_| lines.next().is_none()).and_then(|line| line.to_str().ok()?.parse().ok());
+    let origin: Option<Origin> =
+        first.filter(|_| lines.next().is_none()).and_then(|line| line.to_str().ok()?.parse().ok());
     if origin.as_ref().is_some_and(|origin| allowed.contains(origin)) {
         return Ok(());
     }
@@ -91,24 +96,40 @@ pub fn check(parts: &Parts, raw: bool, allowed: &[Origin]) -> Result<(), Headers
     }
     let changes = raw || !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
     match first {
-        Some(line) if changes && (origin.is_none() || origin != own(parts)) => {
+        Some(line)
+            if changes
+                && matches!(by, Credential::Certificate { .. })
+                && !origin.is_some_and(|origin| is_own(&origin, parts)) =>
+        {
             Err(HeadersError::ForeignOrigin(String::from_utf8_lossy(line.as_bytes()).into_owned()))
         }
         _ => Ok(()),
     }
 }
 
-/// The gateway's own origin, as the client has reached it: always over TLS, even if something in front has ended that.
-fn own(parts: &Parts) -> Option<Origin> {
-    match parts.uri.authority() {
-        Some(authority) => Origin::of(true, authority.as_str()),
-        None => Origin::of(true, parts.headers.get(header::HOST)?.to_str().ok()?),
-    }
+/// Whether this is the gateway's own origin, as the client has reached it: over TLS, since a certificate was shown. Python's library of
+/// WebSocket (websocket-client before 1.3, which the Kubernetes client and Ansible use) writes `http://` before what it writes in `Host`
+/// over TLS, too; so does no browser on a page that the gateway has served.
+fn is_own(origin: &Origin, parts: &Parts) -> bool {
+    let authority = match parts.uri.authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => parts.headers.get(header::HOST).and_then(|host| host.to_str().ok()),
+    };
+    let is_as_reached = authority.and_then(|host| Origin::of(origin.secure, host)).as_ref() == Some(origin);
+    is_as_reached && (origin.secure || !is_browser(&parts.headers))
+}
+
+/// Whether a browser has sent this: they say so, and no page can keep them from it. Not each that says whose request it is
+/// (`Sec-Fetch-Site`) says it of a WebSocket.
+fn is_browser(headers: &HeaderMap) -> bool {
+    let agent = headers.get(header::USER_AGENT).map(HeaderValue::as_bytes).unwrap_or_default();
+    agent.starts_with(b"Mozilla/") || headers.keys().any(|name| name.as_str().starts_with("sec-fetch-"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::UNIX_EPOCH;
 
     #[test]
     fn origins_are_read_as_browsers_write_them() {
@@ -144,6 +165,65 @@ mod tests {
         }
     }
 
+    fn certificate() -> Credential {
+        let (name, serial, leaf) = ("jane".into(), "01".into(), "f0".into());
+        Credential::Certificate { name, serial, leaf, issued: UNIX_EPOCH, until: UNIX_EPOCH }
+    }
+
+    /// Goal: S11: Python's exec, attach and port-forward pass. Its library names the gateway as in `Host`, with `http://` before it; a
+    /// browser that says the same is on a page that somebody else has made.
+    #[test]
+    fn s11_a_library_that_writes_http_for_https_is_no_page() {
+        let ask = |host: &str, lines: &[(&str, &str)]| {
+            let mut request = http::Request::builder().uri("/clusters/a/api").header("host", host);
+            for (name, value) in lines {
+                request = request.header(*name, *value);
+            }
+            check(&request.body(()).unwrap().into_parts().0, true, &certificate(), &[])
+        };
+        for (host, origin, fine) in [
+            ("gw.example.com:8443", "http://gw.example.com:8443", true),
+            ("gw.example.com", "http://gw.example.com", true),
+            ("[2001:db8::1]:8443", "http://[2001:db8::1]:8443", true),
+            ("gw.example.com", "http://gw.example.com:8443", false),
+            ("gw.example.com:8443", "http://gw.example.com", false),
+            ("gw.example.com", "http://gw.example.com:443", false),
+            ("gw.example.com:8443", "http://evil.example:8443", false),
+        ] {
+            assert_eq!(ask(host, &[("origin", origin)]).is_ok(), fine, "{host} {origin}");
+            for browser in [
+                ("sec-fetch-site", "same-site"),
+                ("sec-fetch-mode", "websocket"),
+                ("user-agent", "Mozilla/5.0 (X11; Linux x86_64)"),
+            ] {
+                assert!(ask(host, &[("origin", origin), browser]).is_err(), "{host} {origin} {browser:?}");
+            }
+        }
+        // As Python's client names itself.
+        let python = [("origin", "http://gw:8443"), ("user-agent", "OpenAPI-Generator/29.0.0/python")];
+        assert_eq!(ask("gw:8443", &python), Ok(()));
+    }
+
+    /// Goal: S11: what no browser adds by itself, no page has made it send: a web page's own server passes on the browser's `Origin` with
+    /// a token of its own.
+    #[test]
+    fn s11_a_token_is_sent_by_who_means_it() {
+        let ask = |lines: &[(&str, &str)]| {
+            let mut request = http::Request::post("/clusters/a/api").header("host", "gw.example.com");
+            for (name, value) in lines {
+                request = request.header(*name, *value);
+            }
+            check(&request.body(()).unwrap().into_parts().0, false, &Credential::Token([0; 32]), &[])
+        };
+        for origin in ["https://dash.example.com", "http://localhost:8001", "null"] {
+            assert_eq!(ask(&[("origin", origin)]), Ok(()));
+            assert_eq!(
+                ask(&[("origin", origin), ("sec-fetch-site", "cross-site")]),
+                Err(HeadersError::CrossSite)
+            );
+        }
+    }
+
     /// Goal: S11: a page of another origin changes nothing and opens no raw connection, unless it is listed; kubectl, which sends no
     /// Origin, and libraries that send the gateway's own do as ever.
     #[test]
@@ -155,7 +235,7 @@ mod tests {
             for (name, value) in lines {
                 request = request.header(*name, *value);
             }
-            check(&request.body(()).unwrap().into_parts().0, raw, &allowed)
+            check(&request.body(()).unwrap().into_parts().0, raw, &certificate(), &allowed)
         };
         let site = |value| ("sec-fetch-site", value);
         for (method, raw) in [
@@ -172,7 +252,7 @@ mod tests {
                 "null",
                 "",
                 "https://gw.example.com",
-                "http://gw.example.com:8443",
+                "http://gw.example.com",
                 "https://gw.example.com:8443.evil.example",
                 "https://dash.example.com.evil.example",
                 "http://dash.example.com",

@@ -74,7 +74,7 @@ pub(crate) struct Peer {
     chain: Option<Chain>,
     /// What they are worth.
     judged: ArcSwap<Judged>,
-    /// The name in the ClientHello.
+    /// The name in the ClientHello, as [`routing::route`] wants it.
     pub(crate) sni: Option<String>,
     /// Whose the connection is.
     pub(crate) standing: Standing,
@@ -348,8 +348,8 @@ fn plan(
     let resumes =
         kind.watch && parts.method == Method::GET && upgrade.is_none() && kube::resumes(route.query());
     let upstream = Upstream { mode: cluster.mode, proxy: kind.proxy, client: peer.address.ip() };
-    origin::check(parts, upgrade.is_some(), &live.config.allowed_origins)?;
-    if authn::query_carries_own_credential(route.query()) {
+    origin::check(parts, upgrade.is_some(), run.credential(), &live.config.allowed_origins)?;
+    if authn::target_carries_own_credential(&route.path_and_query) {
         return Err(HeadersError::OwnCredential.into());
     }
     let headers = headers::upstream_head(&parts.headers, upstream)?;
@@ -366,8 +366,7 @@ fn plan(
         method: parts.method.to_string(),
         path_and_query: Bytes::copy_from_slice(route.path_and_query.as_bytes()),
         headers,
-        principal: (cluster.mode == Mode::Impersonate)
-            .then(|| open::Principal { name: principal.name.clone(), groups: principal.groups.clone() }),
+        principal: (cluster.mode == Mode::Impersonate).then(|| principal.told().clone()),
         body,
         upgrade: upgrade.unwrap_or_default().to_owned(),
         mode: match cluster.mode {
@@ -382,8 +381,9 @@ fn plan(
         traceparent: headers::traceparent(&parts.headers).unwrap_or_default(),
         timeout_ms: deadline.map_or(0, |deadline| u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX)),
     };
-    let open =
-        encode_head(&open, open::HEAD_MAX_BYTES).map_err(|_| HeadTooLarge::of(&route.path_and_query))?;
+    let told = (cluster.mode == Mode::Impersonate).then_some(&*principal);
+    let open = encode_head(&open, open::HEAD_MAX_BYTES)
+        .map_err(|_| HeadTooLarge::of(&route.path_and_query, told))?;
     let prefix = route.by_path.then(|| format!("{}{}", routing::PREFIX, route.name));
     let (request, working) = (shared.metrics.request(), peer.work.begin());
     let guards = Guards { run, place: None, _request: request, _working: working, _principal: permit };

@@ -181,6 +181,11 @@ impl Run {
         Ok(())
     }
 
+    /// What says who calls.
+    pub(crate) const fn credential(&self) -> &Credential {
+        &self.grant.credential
+    }
+
     /// Cancelled when what let it in does so no more.
     pub(crate) fn ended(&self) -> &CancellationToken {
         &self.entry.ended

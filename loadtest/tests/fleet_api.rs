@@ -303,7 +303,8 @@ async fn every_kubectl_manages_the_fleet() {
             let who = text(&["auth", "whoami"], "").await;
             assert!(who.contains("root") && who.contains("towline:admins"), "{kubectl}: {who}");
         }
-        assert!(text(&["get", "all"], "").await.contains(&name), "{kubectl}");
+        assert!(!text(&["get", "all"], "").await.contains(&name), "{kubectl}");
+        assert!(text(&["get", "towline"], "").await.contains(&name), "{kubectl}");
         let described = run.run(&["describe", "cluster", &name], b"").await.unwrap();
         assert_eq!((described.code, described.stderr.as_str()), (Some(0), ""), "{kubectl}");
         // FR-08

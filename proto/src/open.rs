@@ -103,8 +103,9 @@ pub struct Header {
 pub struct Principal {
     #[prost(string, tag = "1")]
     pub name: String,
-    #[prost(string, repeated, tag = "2")]
-    pub groups: Vec<String>,
+    /// UTF-8. Shared: there may be a thousand, with each request.
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    pub groups: Vec<Bytes>,
 }
 
 /// How the end of a body is known. In every kind, FIN on the stream is the only clean end.

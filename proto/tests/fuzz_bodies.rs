@@ -301,7 +301,7 @@ mod tests {
 
     fn open() -> Open {
         let header = || Header { name: Bytes::from_static(b"x-a"), value: Bytes::from_static(b"\xff") };
-        let principal = Principal { name: "ada".to_owned(), groups: vec!["g".to_owned(); 3] };
+        let principal = Principal { name: "ada".to_owned(), groups: vec![Bytes::from_static(b"g"); 3] };
         let request = Request {
             method: "POST".to_owned(),
             headers: vec![header(), header()],

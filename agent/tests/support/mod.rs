@@ -388,7 +388,7 @@ pub fn request(method: &str, path: &str, headers: &[(&str, &str)]) -> Request {
 /// The request in the name of a principal.
 pub fn impersonated(mut request: Request, name: &str, groups: &[&str]) -> Request {
     request.mode = Mode::Impersonate.into();
-    let groups = groups.iter().map(ToString::to_string).collect();
+    let groups = groups.iter().map(|group| Bytes::copy_from_slice(group.as_bytes())).collect();
     request.principal = Some(Principal { name: name.to_owned(), groups });
     request
 }

@@ -256,7 +256,7 @@ impl Input {
                 let sha256 = hex(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
                 secrets.insert("token".to_owned(), token.into());
                 let expires = spec.expiration_seconds.map(|life| created.after(Duration::from_secs(life)));
-                let Principal { name: user, groups } = principal;
+                let Principal { name: user, groups, .. } = principal;
                 Parsed::AccessToken(AccessToken { meta, sha256, user, groups, expires })
             }
             _ => {

@@ -5,7 +5,7 @@
 
 use super::body::AnswerBody;
 use super::upgrade::UpgradeError;
-use crate::authn::AuthnError;
+use crate::authn::{AuthnError, Principal};
 use crate::headers::{HeadersError, RedirectError};
 use crate::metrics::{Ended, Limit, TlCode};
 use crate::registry::Presence;
@@ -103,15 +103,25 @@ pub(crate) enum HeadTooLarge {
     Fields {
         max: usize,
     },
-    /// In the tunnel: most of it is the target, or it is not.
+    /// In the tunnel: most of it is the target, or the caller's groups, or neither.
     Target,
+    Groups {
+        count: usize,
+        bytes: usize,
+    },
     Bytes,
 }
 
 impl HeadTooLarge {
-    /// Of a head with this target that the tunnel does not carry.
-    pub(super) const fn of(target: &str) -> Self {
-        if target.len() > HEAD_MAX_BYTES / 2 { Self::Target } else { Self::Bytes }
+    /// Of a head with this target that the tunnel does not carry, and in which the agent is told of this caller.
+    pub(super) fn of(target: &str, told: Option<&Principal>) -> Self {
+        let groups = told.map(|caller| &*caller.groups).unwrap_or_default();
+        let bytes = groups.iter().map(String::len).sum();
+        match HEAD_MAX_BYTES / 2 {
+            half if target.len() > half => Self::Target,
+            half if bytes > half => Self::Groups { count: groups.len(), bytes },
+            _ => Self::Bytes,
+        }
     }
 }
 
@@ -206,7 +216,7 @@ impl ProxyError {
                 TlCode::BadFraming,
                 format!(
                     "the method {} is not served here — use an HTTP method of the Kubernetes API",
-                    clip(method.as_str())
+                    clip(method.as_str(), 32)
                 ),
             ),
             Self::Headers(error) => headers(error),
@@ -250,6 +260,13 @@ impl ProxyError {
                 TlCode::Limit,
                 "the request's header fields are larger than the 64 KiB that the tunnel carries — send fewer or shorter ones"
                     .to_owned(),
+            ),
+            Self::HeadTooLarge(HeadTooLarge::Groups { count, bytes }) => verdict(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                TlCode::Limit,
+                format!(
+                    "your {count} groups ({bytes} B) and the request's header fields are together larger than the 64 KiB that the tunnel carries — use a certificate or token with fewer groups, or with shorter names of them"
+                ),
             ),
             Self::HeadTooLarge(HeadTooLarge::Target) => verdict(
                 StatusCode::URI_TOO_LONG,
@@ -514,6 +531,8 @@ fn headers(error: &HeadersError) -> Verdict {
         ),
         HeadersError::OwnCredential => return authn(&AuthnError::OwnCredential),
     };
+    // The field's own text may be as long as a head.
+    let error = clip(&error.to_string(), SAID_MAX);
     Verdict { status, code, message: format!("{error} — {remedy}") }
 }
 
@@ -541,13 +560,11 @@ fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
         }
     };
     // The cluster's own words: a sentence or two, and not a page in the gateway's name.
-    let said = printable(said);
-    let shown: String = said.chars().take(SAID_MAX).collect();
-    let more = if shown.len() < said.len() { "…" } else { "" };
-    Verdict { status, code: tl, message: format!("cluster {cluster:?}: {shown}{more} — {remedy}") }
+    let said = clip(&printable(said), SAID_MAX);
+    Verdict { status, code: tl, message: format!("cluster {cluster:?}: {said} — {remedy}") }
 }
 
-/// Most characters of what an agent says that a client is told.
+/// Most characters of what an agent says, or of a header field, that a client is told.
 const SAID_MAX: usize = 512;
 
 /// The reason of a Kubernetes `Status`.
@@ -592,8 +609,10 @@ pub(crate) fn warning(message: &str) -> HeaderValue {
         .unwrap_or_else(|_| HeaderValue::from_static("299 towline \"error\""))
 }
 
-fn clip(text: &str) -> String {
-    text.chars().take(32).collect()
+/// The beginning of a text, and whether there is more.
+fn clip(text: &str, characters: usize) -> String {
+    let shown: String = text.chars().take(characters).collect();
+    if shown.len() < text.len() { shown + "…" } else { shown }
 }
 
 #[cfg(test)]
@@ -620,6 +639,34 @@ mod tests {
             let warning = response.headers()[header::WARNING].to_str().unwrap();
             assert!(warning.len() < 2048 && warning.contains("check the agent's log"), "{warning}");
             assert_eq!(body["details"]["causes"][0]["message"], message);
+        }
+    }
+
+    /// Goal: FR-09: who is in more groups than the tunnel carries is told that, and not to send fewer fields.
+    #[test]
+    fn fr_09_too_much_of_groups_is_told_as_such() {
+        let (few, many) = (Principal::new("jane", vec!["ops".to_owned()]), vec!["x".repeat(250); 300]);
+        let many = Principal::new("jane", many);
+        assert_eq!(HeadTooLarge::of("/api", Some(&many)), HeadTooLarge::Groups { count: 300, bytes: 75_000 });
+        assert_eq!(HeadTooLarge::of("/api", Some(&few)), HeadTooLarge::Bytes);
+        assert_eq!(HeadTooLarge::of("/api", None), HeadTooLarge::Bytes);
+        assert_eq!(HeadTooLarge::of(&"x".repeat(40_000), Some(&many)), HeadTooLarge::Target);
+    }
+
+    /// Goal: S11, S19: nor is a header field told whole.
+    #[tokio::test]
+    async fn s11_an_origin_is_clipped() {
+        let long = || "x".repeat(60_000);
+        for error in [
+            HeadersError::ForeignOrigin(long()),
+            HeadersError::Underscore(long()),
+            HeadersError::ProtectedConnection(long()),
+            HeadersError::Impersonation(long()),
+        ] {
+            let (response, body) = render(ProxyError::Headers(error)).await;
+            let message = body["message"].as_str().unwrap();
+            assert!(message.len() < 1024 && message.contains("xx… — "), "{message}");
+            assert!(response.headers()[header::WARNING].len() < 1024);
         }
     }
 
@@ -722,6 +769,7 @@ mod tests {
             (HeadTooLarge::Fields { max: 10 }.into(), 431, "TL_LIMIT"),
             (HeadTooLarge::Bytes.into(), 431, "TL_LIMIT"),
             (HeadTooLarge::Target.into(), 414, "TL_LIMIT"),
+            (HeadTooLarge::Groups { count: 400, bytes: 70_000 }.into(), 431, "TL_LIMIT"),
             (ProxyError::Route(RouteError::Doubled("a".parse().unwrap())), 404, "TL_BAD_PATH"),
             (failure(Code::UpstreamConnect), 502, "TL_BAD_UPSTREAM"),
             (failure(Code::Denied), 403, "TL_TARGET_DENIED"),

@@ -580,7 +580,9 @@ impl Agent {
                         "path": show(&request.path_and_query),
                         "headers": headers,
                         "user": request.principal.as_ref().map(|principal| &principal.name),
-                        "groups": request.principal.as_ref().map(|principal| &principal.groups),
+                        "groups": request.principal.as_ref().map(|principal| {
+                            principal.groups.iter().map(|group| show(group)).collect::<Vec<_>>()
+                        }),
                         "mode": request.mode,
                         "audit": exchange.open.audit_id,
                         "body": show(&body),

@@ -12,6 +12,7 @@ use towline_certs::{HostName, JoinAddress, JoinToken, SpkiPin};
 use super::agent_config::{AgentProxy, Password, Transport};
 use super::pod::{Defaults, PodOptions};
 use super::{ManifestError, check_image, check_namespace, metadata, quoted, quoted_list};
+use crate::authn::is_system;
 use crate::config::Mode;
 use crate::routing::ClusterName;
 use base64::Engine as _;
@@ -77,7 +78,7 @@ impl FromStr for Grant {
         if !fits(group) || !role_fits {
             return Err(wrong());
         }
-        if group.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("system:")) {
+        if is_system(group) {
             return Err(ManifestError::GrantToSystem(group.to_owned()));
         }
         Ok(Self { group: group.to_owned(), role: role.to_owned() })
@@ -264,6 +265,8 @@ impl AgentManifest {
             }
             (Mode::Impersonate, false) => {
                 "#   Whoever gets hold of it can be any user here, and in the groups below, but in no other group.
+#   A caller's other groups are left out. RBAC gives them nothing then; an admission policy or an authorization webhook that
+#   denies by group does not see them either: name such a group in impersonate.groups and in the ClusterRole, too.
 "
             }
         });
