@@ -88,10 +88,10 @@ const CONNECTION: &str = "Connection";
 enum Command {
     /// The agent of a cluster.
     #[command(subcommand)]
-    Agent(agent::AgentCommand),
+    Agent(Box<agent::AgentCommand>),
     /// A gateway in a cluster.
     #[command(subcommand)]
-    Gateway(agent::GatewayCommand),
+    Gateway(Box<agent::GatewayCommand>),
     /// Register clusters, look at them, cut them off.
     #[command(subcommand)]
     Cluster(cluster::Cluster),

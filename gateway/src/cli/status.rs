@@ -266,7 +266,7 @@ impl Status {
         if self.watch {
             // Of the day: who watches knows which one it is.
             let now = Time::now().to_string();
-            row.insert(0, now.split_once('T').map_or(now.clone(), |(_, time)| time.to_owned()));
+            row.insert(0, now.split_once('T').map_or(&*now, |(_, time)| time).to_owned());
         }
         row
     }

@@ -113,7 +113,7 @@ impl AgentManifest {
         };
         let mut ways = String::new();
         if !self.quic_addresses.is_empty() {
-            write!(ways, "  quicAddresses: {}\n", quoted_list(&self.quic_addresses)).unwrap_or_default();
+            writeln!(ways, "  quicAddresses: {}", quoted_list(&self.quic_addresses)).unwrap_or_default();
         }
         match self.transport {
             Transport::Auto => {}
