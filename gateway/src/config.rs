@@ -334,7 +334,7 @@ impl AccessRule {
 pub(crate) const ANY: &str = "*";
 
 /// Why nobody has this name, or is in a group of this name.
-pub(crate) fn nobody(name: &str) -> Option<String> {
+fn nobody(name: &str) -> Option<String> {
     let why = if authn::check_text(name).is_err() {
         "is not 1 to 256 bytes on one line; write a name"
     } else if name.contains('*') {

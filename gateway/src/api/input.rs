@@ -393,9 +393,12 @@ impl Input {
                 None => refuse("spec.certificate.serial", "must be hexadecimal digits"),
             },
             (None, Some(user), None) => {
-                // Nobody would be revoked.
-                if let Some(why) = config::nobody(&user.name) {
-                    return refuse("spec.user.name", &why);
+                // Nobody would be revoked. A name that no rule can say may still be somebody's: `*.ci` of a foreign CA.
+                if user.name == config::ANY {
+                    return refuse("spec.user.name", "\"*\" is nobody; a revocation is for one name");
+                }
+                if let Err(why) = Principal::new(&user.name, Vec::new()).check() {
+                    return refuse("spec.user.name", &why.to_string());
                 }
                 // Times are to the second: what was issued in this one is covered too.
                 let issued_before = match user.issued_before {
