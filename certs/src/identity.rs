@@ -292,6 +292,8 @@ mod tests {
         assert_eq!(why("prod-"), format!("{says} 5 is '-'"));
         assert_eq!(why("a\u{e4}\n"), format!("{says} 2 is '\u{e4}'"));
         assert_eq!(why("ab\n"), format!("{says} 3 is '\\n'"));
+        let of_people = ClientIdentity::new("j\u{f6}\n", [""; 0]).unwrap_err().to_string();
+        assert!(of_people.ends_with("its character 3 is '\\n'"), "{of_people}");
     }
 
     #[test]
