@@ -53,8 +53,10 @@ pub enum ManifestError {
     Proxy(&'static str),
     #[error("{0:?} is not KEY=VALUE as Kubernetes writes labels")]
     Label(String),
-    #[error("the label {0} is the manifest's own: by it the pods are found")]
+    #[error("the label {0} is the manifest's own: leave it away")]
     OwnLabel(String),
+    #[error("the label {0} is given twice, and a key has one value")]
+    TwiceLabel(String),
     #[error(
         "{0:?} is not KEY[=VALUE][:EFFECT] as kubectl taint writes it; the effect is NoSchedule, PreferNoSchedule or NoExecute, and * stands for every key"
     )]
@@ -96,6 +98,8 @@ fn metadata(name: &str, namespace: &str, app: &str, pod: &PodOptions) -> String 
     )
 }
 
+/// Which rules hold for the pods of a namespace.
+const SECURITY_LABEL: &str = "pod-security.kubernetes.io/enforce";
 /// By which the pods are found.
 const NAME_LABEL: &str = "app.kubernetes.io/name";
 

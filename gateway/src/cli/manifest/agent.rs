@@ -197,7 +197,14 @@ impl AgentManifest {
     pub(super) fn defaults(&self) -> Defaults {
         // A session reserves a quarter of the default, and one more that replaces it as much; with two addresses there are two.
         let memory_least = if self.addresses.len() > 1 { 480 } else { 320 };
-        Defaults { cpu: "50m", memory: "64Mi", memory_limit: 512, key: "limits.processMemory", memory_least }
+        Defaults {
+            cpu: "50m",
+            memory: "64Mi",
+            memory_limit: 512,
+            what: "limits.processMemory",
+            own_memory: 256,
+            memory_least,
+        }
     }
 
     /// Cluster-wide objects have no namespace to tell two agents apart.
@@ -205,11 +212,15 @@ impl AgentManifest {
         if self.namespace == NAMESPACE { NAME.to_owned() } else { format!("{NAME}-{}", self.namespace) }
     }
 
-    /// The Secrets that are not printed, and how they are made.
-    pub fn secrets(&self, token: &str) -> String {
-        let namespace = &self.namespace;
-        let mut out =
-            format!("kubectl -n {namespace} create secret generic {SECRET} --from-file={JOIN_TOKEN}={token}");
+    /// How the Secrets are made that are not printed, and the namespace for them. A token has a use for each replica, as a printed
+    /// one has.
+    fn secrets(&self) -> String {
+        let Self { cluster, namespace, .. } = self;
+        let uses = if self.replicas > 1 { format!(" --uses {}", self.replicas) } else { String::new() };
+        let mut out = format!(
+            "kubectl create namespace {namespace}
+towline token create {cluster}{uses} | kubectl -n {namespace} create secret generic {SECRET} --from-file={JOIN_TOKEN}=/dev/stdin"
+        );
         if self.proxy.as_ref().is_some_and(|proxy| proxy.password != Password::None) {
             write!(
                 out,
@@ -233,10 +244,8 @@ impl AgentManifest {
             if with_secrets {
                 "# The join token below is a password until it is used up or has expired. Do not commit this text.\n".to_owned()
             } else {
-                let secrets = self.secrets("/dev/stdin").replace('\n', "\n#   ");
-                format!(
-                    "# It holds no secret. Before the first start:\n#   towline token create {cluster} | {secrets}\n"
-                )
+                let secrets = self.secrets().replace('\n', "\n#   ");
+                format!("# It holds no secret. Before the first start:\n#   {secrets}\n")
             },
             addresses.join(" and "),
             self.way(),

@@ -97,7 +97,18 @@ kind: ServiceAccount
     fn config_map(&self) -> String {
         let (addresses, domain) = (quoted_list(&self.addresses), quoted(self.trust_domain.as_str()));
         let limits = self.pod.own_memory().map_or_else(String::new, |own| {
-            format!("limits:\n  tunnelMemory: {own}MiB # half of what the pod may have\n")
+            // A quarter of it for what clients upload; of each a quarter for one cluster and one principal, as the defaults are.
+            let (uploads, tunnel) = (own / 4, own - own / 4);
+            format!(
+                "limits: # together half of what the pod may have
+  tunnelMemory: {tunnel}MiB
+  tunnelMemoryPerCluster: {}MiB
+  uploadMemory: {uploads}MiB
+  uploadMemoryPerPrincipal: {}MiB
+",
+                tunnel / 4,
+                uploads / 4
+            )
         });
         let config = format!(
             "apiVersion: towline.io/v1alpha1
@@ -286,7 +297,8 @@ const DEFAULTS: Defaults = Defaults {
     cpu: "250m",
     memory: "256Mi",
     memory_limit: 2048,
-    key: "limits.tunnelMemory",
+    what: "limits.tunnelMemory and uploadMemory",
+    own_memory: 1280,
     memory_least: 512,
 };
 const NAME: &str = "towline-gateway";

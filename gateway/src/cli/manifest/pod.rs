@@ -1,6 +1,7 @@
 //! What is said of a pod beside what its program needs? Where its image comes from, where it may run, what it may use, how it is
 //! marked: the same words for the agent and for the gateway.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::str::FromStr;
 
@@ -55,8 +56,9 @@ pub(super) struct Defaults {
     pub(super) memory: &'static str,
     /// In MiB.
     pub(super) memory_limit: u64,
-    /// The key of its configuration that half of the limit is for.
-    pub(super) key: &'static str,
+    /// The keys of its configuration that share half of a limit that is given, and what they come to without one, in MiB.
+    pub(super) what: &'static str,
+    pub(super) own_memory: u64,
     /// The least that the program runs with, in MiB.
     pub(super) memory_least: u64,
 }
@@ -129,8 +131,15 @@ impl PodOptions {
                 }
             }
         }
-        if let Some(own) = self.labels.iter().find(|label| label.key == super::NAME_LABEL) {
+        let own = [super::NAME_LABEL, super::SECURITY_LABEL];
+        if let Some(own) = self.labels.iter().find(|label| own.contains(&label.key.as_str())) {
             return Err(ManifestError::OwnLabel(own.key.clone()));
+        }
+        for labels in [&self.labels, &self.node_selector] {
+            let mut seen = BTreeSet::new();
+            if let Some(twice) = labels.iter().find(|label| !seen.insert(&label.key)) {
+                return Err(ManifestError::TwiceLabel(twice.key.clone()));
+            }
         }
         let limit = self.memory_limit(defaults);
         if limit < defaults.memory_least << 20 {
@@ -218,12 +227,12 @@ impl PodOptions {
             add(&mut out, format_args!("            cpu: {cpu}"));
         }
         let limit = plain(memory_limit, &shown(defaults.memory_limit));
-        let half = shown(self.own_memory().unwrap_or(defaults.memory_limit / 2));
+        let own = shown(self.own_memory().unwrap_or(defaults.own_memory));
         add(
             &mut out,
             format_args!(
-                "            memory: {limit} # {} of the configuration, {half}B, and as much again",
-                defaults.key
+                "            memory: {limit} # {} of the configuration, {own}B, and room for the rest",
+                defaults.what
             ),
         );
         out

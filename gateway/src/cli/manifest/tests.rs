@@ -246,7 +246,22 @@ fn d10_pods_are_scheduled_pulled_and_marked_as_the_cluster_wants() {
         "{config}"
     );
     let config = of(&gateways, "ConfigMap")[0]["data"]["gateway.yaml"].as_str().unwrap();
-    assert_eq!(GatewayConfig::parse(config, "gateway.yaml").unwrap().limits.tunnel_memory.0, 512 << 20);
+    let limits = GatewayConfig::parse(config, "gateway.yaml").unwrap().limits;
+    let memories = [
+        limits.tunnel_memory,
+        limits.tunnel_memory_per_cluster,
+        limits.upload_memory,
+        limits.upload_memory_per_principal,
+    ];
+    assert_eq!(
+        memories.map(|memory| memory.0 >> 20),
+        [384, 96, 128, 32],
+        "half of the pod's, and a quarter of each"
+    );
+    let least = PodOptions { resources: "limits.memory=512Mi".parse().unwrap(), ..PodOptions::default() };
+    let least = documents(&GatewayManifest { pod: least, ..self::gateway() }.render().unwrap());
+    let config = of(&least, "ConfigMap")[0]["data"]["gateway.yaml"].as_str().unwrap();
+    assert_eq!(GatewayConfig::parse(config, "gateway.yaml").unwrap().limits.tunnel_memory.0, 192 << 20);
     for text in [
         "", "a", "a=b=c", "a b=c", "a/b/c=d", "-a=b", "a=b
 c",
@@ -266,8 +281,14 @@ c",
         change(&mut pod);
         AgentManifest { pod, ..self::agent(Mode::Restricted) }.check().unwrap_err()
     };
-    let own = refused(&|pod| pod.labels = vec!["app.kubernetes.io/name=x".parse().unwrap()]);
-    assert!(matches!(own, ManifestError::OwnLabel(_)));
+    for own in ["app.kubernetes.io/name=x", "pod-security.kubernetes.io/enforce=baseline"] {
+        let own = refused(&|pod| pod.labels = vec![own.parse().unwrap()]);
+        assert!(matches!(own, ManifestError::OwnLabel(_)));
+    }
+    let twice = || vec!["team=a".parse().unwrap(), "x=y".parse().unwrap(), "team=b".parse().unwrap()];
+    let wanted = ManifestError::TwiceLabel("team".to_owned());
+    assert_eq!(refused(&|pod| pod.labels = twice()), wanted);
+    assert_eq!(refused(&|pod| pod.node_selector = twice()), wanted);
     let little = refused(&|pod| pod.resources = "limits.memory=100Mi".parse().unwrap());
     assert!(little.to_string().contains("320Mi at least"), "{little}");
     let more = refused(&|pod| pod.resources = "requests.memory=1Gi".parse().unwrap());
@@ -350,6 +371,10 @@ fn d10_a_manifest_for_a_repository_holds_no_secret() {
     let text = manifest.render(None).unwrap();
     let documents = documents(&text);
     assert!(of(&documents, "Secret").is_empty() && !text.contains(LINE.rsplit_once('/').unwrap().1));
+    let two = AgentManifest { replicas: 2, ..manifest }.render(None).unwrap();
+    assert!(two.contains("towline token create prod-eu-1 --uses 2 | "), "{two}");
+    let (namespace, secret) = (text.find("kubectl create namespace towline\n"), text.find("create secret"));
+    assert!(namespace.is_some() && namespace < secret, "a Secret needs its namespace: {text}");
     for line in [
         "towline token create prod-eu-1 | kubectl -n towline create secret generic towline-agent-join --from-file=token=/dev/stdin",
         "kubectl -n towline create secret generic towline-agent-proxy --from-file=password=FILE",
