@@ -15,7 +15,7 @@ use rustls::ClientConfig;
 use thiserror::Error;
 use tokio::time::{Duration, Instant, timeout};
 use towline_certs::facts::CertificateFacts;
-use towline_certs::load::{FileBytes, LoadError};
+use towline_certs::load::{FileBytes, LoadCause, LoadError};
 use towline_certs::tls::{self, ALPN_JOIN, WrongAlpn, negotiated};
 use towline_certs::{
     AUDIENCE_PREFIX, AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, IssueError, JoinToken,
@@ -122,6 +122,11 @@ pub enum AnswerError {
 }
 
 impl EnrolError {
+    /// Whether a file is not there.
+    const fn is_missing(&self) -> bool {
+        matches!(self, Self::Load(LoadError { cause: LoadCause::Missing, .. }))
+    }
+
     /// The value of the metric label `outcome`.
     pub(crate) const fn label(&self) -> &'static str {
         match self {
@@ -326,7 +331,7 @@ impl Enroller {
             let proof = Proof::Expired(Certificate { chain });
             tries.push(Try { what: "the certificate that was kept", proof, key });
         }
-        let mut failure = EnrolError::NoProof;
+        let (mut failure, mut unusable) = (EnrolError::NoProof, None);
         match account.transpose() {
             Ok(None) => {}
             Ok(Some(account)) => {
@@ -347,14 +352,13 @@ impl Enroller {
                 Some(token)
             }
             Some(Err(error)) => {
-                tracing::warn!(%error, "the join token cannot be used");
-                failure = error;
+                unusable = Some(error);
                 None
             }
         };
         let pins = self.pins(token.as_ref(), old);
         if pins.is_empty() {
-            return Err(if token.is_none() { failure } else { EnrolError::NoPins });
+            return Err(if token.is_none() { unusable.unwrap_or(failure) } else { EnrolError::NoPins });
         }
         let addresses = self.addresses(token.as_ref());
         let last = tries.len();
@@ -374,7 +378,12 @@ impl Enroller {
                 issuer: issuer.clone(),
             };
             match self.try_all(live, &addresses, &pins, (old, &given), &request, key).await {
-                Ok(held) => return Ok((held, told)),
+                Ok(held) => {
+                    if let Some(error) = unusable {
+                        tracing::debug!(%error, "the join token cannot be used, and is not needed");
+                    }
+                    return Ok((held, told));
+                }
                 Err(error) => {
                     // The last one is told by the caller.
                     if number < last {
@@ -383,6 +392,17 @@ impl Enroller {
                     failure = error;
                 }
             }
+        }
+        let Some(error) = unusable else { return Err(failure) };
+        if last == 0 {
+            return Err(error);
+        }
+        // Its Secret may be deleted when the agent has joined. Where no gateway answers, that is not why.
+        let refused = matches!(failure, EnrolError::Attempt { cause: AttemptError::Refused { .. }, .. });
+        if refused || !error.is_missing() {
+            tracing::warn!(%error, "the join token cannot be used");
+        } else {
+            tracing::debug!(%error, "the join token cannot be used");
         }
         Err(failure)
     }

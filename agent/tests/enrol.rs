@@ -701,3 +701,59 @@ async fn a_pod_comes_back_with_its_own_token() {
     assert_eq!(issuer.subject, "sa");
     agent.shutdown().await;
 }
+
+/// Goal: D10: an agent that its ServiceAccount token lets in says nothing of a join token that is gone or cut; who is refused learns
+/// what else could not be used.
+#[tokio::test]
+async fn d10_a_join_token_that_is_not_needed_may_be_gone() {
+    let mut gateway = Gateway::start(LONG).await;
+    let scratch = tempfile::tempdir().unwrap();
+    let line = gateway.token(gateway.pins(), 1).line();
+    let cut = write(&scratch, "cut", &line[..line.len() - 3]);
+    let gone = scratch.path().join("gone").display().to_string();
+    let account = write(&scratch, "projected", &projected("towline:fleet.test"));
+    for (token_file, refused, wanted) in [(&gone, false, 0), (&cut, false, 0), (&gone, true, 1)] {
+        let pins: Vec<_> = gateway.pins().iter().map(ToString::to_string).collect();
+        let text = format!(
+            "joinTokenFile: {token_file}, pins: [{}], serviceAccount: {{ cluster: east, tokenFile: {account} }}",
+            pins.join(", ")
+        );
+        if refused {
+            gateway.with(|state| state.answers = vec![Answer::Refuse(RefusalCode::NoIssuer)]);
+        }
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::INFO)
+            .with_writer(move || writer.clone())
+            .finish();
+        let guard = tracing::subscriber::set_default(subscriber);
+        let agent = Agent::start(config(gateway.at, &text)).await.unwrap();
+        gateway.session().await;
+        drop(guard);
+        let said = lines.text();
+        assert_eq!(said.matches("the join token cannot be used").count(), wanted, "{said}");
+        agent.shutdown().await;
+    }
+}
+
+/// What is logged.
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl Lines {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+}
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
