@@ -32,7 +32,8 @@ impl ProxyConfig {
         }
         if !root.has("proxy") {
             let (source, url, no_proxy) = Source::environment()?;
-            let url = url.parse().map_err(|problem| root.problem(&source.to_string(), problem)).ok()?;
+            let url = ProxyUrl::as_go_reads(&url);
+            let url = url.map_err(|problem| root.problem(&source.to_string(), problem)).ok()?;
             return Some(Self { url, password_file: None, ca: None, no_proxy, source });
         }
         let url = section.required("url")?;

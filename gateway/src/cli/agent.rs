@@ -113,13 +113,21 @@ struct Way {
     transport: TransportWord,
     /// An HTTP proxy on the way: http://HOST:PORT or http://USER@HOST:PORT (or https://).
     #[arg(long, value_name = "URL")]
-    proxy_url: Option<ProxyUrl>,
+    proxy_url: Option<String>,
     /// The password of its user, one line.
     #[arg(long, value_name = "FILE", requires = "proxy_url")]
     proxy_password_file: Option<PathBuf>,
     /// The CA of an https:// proxy, if it is not one that every machine knows.
     #[arg(long, value_name = "FILE", requires = "proxy_url")]
     proxy_ca: Option<PathBuf>,
+}
+
+impl Way {
+    /// The proxy. Not for clap to read: what it refuses it quotes, and there may be a password in it.
+    fn proxy_url(&self) -> Outcome<Option<ProxyUrl>> {
+        let url = self.proxy_url.as_deref().map(str::parse).transpose();
+        url.map_err(|error| Failure::usage(format!("--proxy-url {error}")))
+    }
 }
 
 /// What a cluster asks of its pods.
@@ -217,6 +225,8 @@ type Made = Vec<(&'static str, Value)>;
 impl Manifest {
     async fn run(&self, connection: &Connection) -> Outcome {
         let cluster = ClusterName::new(&self.cluster).map_err(|error| Failure::usage(error.to_string()))?;
+        // Before anything is asked.
+        self.way.proxy_url()?;
         let Some(file) = &self.join_token_file else {
             let client = Client::new(connection)?;
             let mut made = Made::new();
@@ -302,20 +312,20 @@ impl Manifest {
         if let Some(image) = &self.pod.image {
             manifest.image.clone_from(image);
         }
-        let Way { gateway, quic_address, transport, proxy_url, proxy_password_file, proxy_ca } = &self.way;
+        let Way { gateway, quic_address, transport, proxy_password_file, proxy_ca, .. } = &self.way;
         if !gateway.is_empty() {
             manifest.addresses.clone_from(gateway);
         }
         manifest.quic_addresses.clone_from(quic_address);
         manifest.transport = (*transport).into();
-        if let Some(url) = proxy_url {
+        if let Some(url) = self.way.proxy_url()? {
             let password = match proxy_password_file {
                 None => Password::None,
                 Some(_) if self.no_secret => Password::Elsewhere,
                 Some(file) => Password::Printed(read(file)?.trim_end_matches(['\r', '\n']).to_owned()),
             };
             let ca = proxy_ca.as_deref().map(read).transpose()?;
-            manifest.proxy = Some(AgentProxy { url: url.clone(), password, ca });
+            manifest.proxy = Some(AgentProxy { url, password, ca });
         }
         if let Some(file) = &self.issuer_keys {
             if mode == Mode::Impersonate {
@@ -461,5 +471,24 @@ impl OwnManifest {
             }
         }
         output::bytes(manifest.render()?.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::FromArgMatches as _;
+
+    /// Goal: D10: a proxy's URL that cannot be read is refused without a word of it, which may be a password.
+    #[test]
+    fn d10_a_password_in_a_proxy_s_url_is_not_told() {
+        for url in ["http://joe:s3cret@", "socks5://joe:s3cret@p:1", "http://joe:s3cret@p:1/path"] {
+            let command = Way::augment_args(clap::Command::new("towline"));
+            let matches = command.try_get_matches_from(["towline", "--proxy-url", url]).unwrap();
+            let failure = Way::from_arg_matches(&matches).unwrap().proxy_url().unwrap_err();
+            let text = failure.text().unwrap();
+            assert!(text.contains("--proxy-url") && !text.contains("s3cret"), "{text}");
+            assert_eq!(failure.code(), 2);
+        }
     }
 }

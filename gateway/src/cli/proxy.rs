@@ -41,7 +41,8 @@ impl Proxy {
                 _ => return Ok(None),
             },
         };
-        let url = text.parse().map_err(|error| Failure::usage(format!("{source} {error}")))?;
+        let url =
+            ProxyUrl::as_go_reads(&text).map_err(|error| Failure::usage(format!("{source} {error}")))?;
         Ok(Some(Self { url, source }))
     }
 

@@ -25,6 +25,17 @@ impl ProxyUrl {
         self.password.is_some()
     }
 
+    /// As kubectl and other programs in Go read a proxy of theirs: what follows host and port does not count.
+    ///
+    /// # Errors
+    /// It is no proxy's URL. The error never quotes the text: there may be a password in it.
+    pub fn as_go_reads(text: &str) -> Result<Self, &'static str> {
+        let scheme = text.find("://").map_or(0, |at| at + 3);
+        let host = text[scheme..].rfind('@').map_or(scheme, |at| scheme + at + 1);
+        let end = text[host..].find(['/', '?', '#']).map_or(text.len(), |at| host + at);
+        text[..end].parse()
+    }
+
     /// The value of `Proxy-Authorization` for the user, with this password or else the URL's own. None without a user.
     #[must_use]
     pub fn authorization(&self, password: Option<&str>) -> Option<Zeroizing<String>> {
@@ -60,9 +71,11 @@ impl FromStr for ProxyUrl {
     fn from_str(text: &str) -> Result<Self, &'static str> {
         const FORM: &str = "is not http://HOST:PORT or http://USER@HOST:PORT (or https://)";
         let (tls, rest) = match text.split_once("://") {
-            Some(("http", rest)) => (false, rest),
-            Some(("https", rest)) => (true, rest),
-            Some(_) => return Err("names a kind of proxy that is not spoken: use http:// or https://"),
+            Some((scheme, rest)) => match scheme.to_ascii_lowercase().as_str() {
+                "http" => (false, rest),
+                "https" => (true, rest),
+                _ => return Err("names a kind of proxy that is not spoken: use http:// or https://"),
+            },
             // As curl reads it.
             None => (false, text),
         };
@@ -146,11 +159,23 @@ mod tests {
             ("http://joe:secret@p:1", "http://joe:***@p:1"),
             ("http://DOM%5Cjoe:s%40c%3Aret@p:1", "http://DOM%5Cjoe:***@p:1"),
             ("http://joe:p@ss@p:1", "http://joe:***@p:1"),
+            ("HTTP://proxy:3128", "http://proxy:3128"),
+            ("Https://proxy", "https://proxy:443"),
         ] {
             let url: ProxyUrl = text.parse().unwrap();
             assert_eq!(url.to_string(), shown);
             assert_eq!(format!("{url:?}"), shown);
+            assert_eq!(ProxyUrl::as_go_reads(text).as_ref(), Ok(&url));
         }
+        for (text, shown) in [
+            ("http://proxy:3128/path?x#y", "http://proxy:3128"),
+            ("proxy:3128/path", "http://proxy:3128"),
+            ("http://joe:a/b@p:1/path", "http://joe:***@p:1"),
+            ("https://[fd00::1]?x", "https://[fd00::1]:443"),
+        ] {
+            assert_eq!(ProxyUrl::as_go_reads(text).unwrap().to_string(), shown);
+        }
+        assert!(ProxyUrl::as_go_reads("http:///path").is_err() && ProxyUrl::as_go_reads("/").is_err());
         for text in [
             "",
             "socks5://p:1",
