@@ -3,6 +3,7 @@
 
 use super::client::{Client, Select};
 use super::failure::{Failure, Outcome};
+use super::kubeconfig::{Kubeconfig, User};
 use super::{Connection, output};
 use clap::{Arg, ArgAction, Command};
 use std::path::PathBuf;
@@ -48,7 +49,14 @@ pub(crate) async fn run(words: &[String], definition: Command) -> Outcome {
 
 /// The names of objects; none if the gateway cannot be asked, or not at once: who types waits for this.
 async fn names(connection: &Connection, plural: &str) -> Vec<(String, String)> {
-    let list = async { Client::new(connection)?.list(plural, &Select::default()).await };
+    let list = async {
+        let context = Kubeconfig::gateways(connection)?;
+        // It may ask a person for a password, or open a browser: nobody has asked for that yet.
+        if matches!(context.user, User::Plugin(_)) {
+            return Err(Failure::failed("a plugin is not run here"));
+        }
+        Client::of(context)?.list(plural, &Select::default()).await
+    };
     let list = tokio::time::timeout(PATIENCE, list).await;
     let list = list.unwrap_or_else(|_| Err(Failure::failed("late"))).unwrap_or_default();
     let about = |item: &serde_json::Value| match plural {
@@ -255,5 +263,21 @@ mod tests {
         for shell in ["bash", "zsh", "fish", "kubectl"] {
             assert!(script(shell).contains("towline __complete"), "{shell}");
         }
+    }
+
+    /// Goal: D43: who types is not asked to log in: no plugin of a kubeconfig is run for names.
+    #[tokio::test]
+    async fn d43_completion_runs_no_plugin() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, mark) = (directory.path().join("config"), directory.path().join("mark"));
+        let config = serde_json::json!({
+            "clusters": [{"name": "gw", "cluster": {"server": "https://127.0.0.1:1"}}],
+            "users": [{"name": "u", "user": {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "touch", "args": [mark]}}}],
+            "contexts": [{"name": "gw", "context": {"cluster": "gw", "user": "u"}}],
+            "current-context": "gw",
+        });
+        std::fs::write(&file, config.to_string()).unwrap();
+        let connection = Connection { kubeconfig: vec![file], context: None };
+        assert!(names(&connection, "clusters").await.is_empty() && !mark.exists());
     }
 }

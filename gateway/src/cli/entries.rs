@@ -13,6 +13,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
+use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use towline_certs::CertificateFacts;
@@ -94,14 +95,9 @@ enum ExecApi {
 
 impl Entries {
     pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
-        let kubeconfig = Kubeconfig::load(connection)?;
-        let context = kubeconfig.context(connection)?;
+        self.check(std::io::stdout().is_terminal())?;
         // An entry that was written from a gateway's context is not what others should be written from.
-        let context = match kubeconfig.origin(&context.name) {
-            Some(origin) => Kubeconfig::load(&origin)?.context(&origin)?,
-            None => context,
-        };
-        let client = Client::of(context)?;
+        let client = Client::of(Kubeconfig::gateways(connection)?)?;
         let clusters = self.clusters(&client).await?;
         if clusters.is_empty() {
             return Err(Failure::failed(format!(
@@ -116,7 +112,7 @@ impl Entries {
         };
         let entries: Vec<Entry> =
             clusters.iter().map(|cluster| self.entry(&client.context, &cluster.name, &user)).collect();
-        let to_stdout = self.output.as_deref() == Some(Path::new("-"));
+        let to_stdout = self.to_stdout();
         let current = (self.set_current || (to_stdout && !self.all)).then(|| entries[0].name.as_str());
         if to_stdout {
             output::bytes(kubefile::alone(&entries, current)?.as_bytes())?;
@@ -137,6 +133,20 @@ impl Entries {
             output::note(&format!(
                 "It is a secret, and ends in {}. Run this again then",
                 human(both.expires().since(Time::now()))
+            ));
+        }
+        Ok(())
+    }
+
+    fn to_stdout(&self) -> bool {
+        self.output.as_deref() == Some(Path::new("-"))
+    }
+
+    /// Before anything is asked for.
+    fn check(&self, terminal: bool) -> Outcome {
+        if self.fixed && self.to_stdout() && terminal {
+            return Err(Failure::usage(
+                "a private key would stand on the terminal: write it into a file with --output FILE, or send it on with a pipe",
             ));
         }
         Ok(())
@@ -281,5 +291,31 @@ fn command() -> String {
     match found.next() {
         Some(first) if whole(&first).is_some() && whole(&first) == whole(&here) => "towline".to_owned(),
         _ => here.display().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::FromArgMatches as _;
+
+    /// Goal: D43: a private key is written onto no terminal; what holds no secret may be.
+    #[test]
+    fn d43_no_private_key_on_a_terminal() {
+        let of = |words: &[&str]| {
+            let command = Entries::augment_args(clap::Command::new("towline"));
+            let words = ["towline", "prod"].iter().chain(words);
+            Entries::from_arg_matches(&command.try_get_matches_from(words).unwrap()).unwrap()
+        };
+        let fixed = of(&["--static", "--output", "-"]);
+        assert_eq!(fixed.check(true).unwrap_err().code(), 2);
+        for (entries, terminal) in [
+            (fixed, false),
+            (of(&["--static", "--output", "file"]), true),
+            (of(&["--static"]), true),
+            (of(&["--output", "-"]), true),
+        ] {
+            assert!(entries.check(terminal).is_ok(), "{entries:?}");
+        }
     }
 }

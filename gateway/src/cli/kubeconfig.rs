@@ -167,6 +167,16 @@ impl Kubeconfig {
         Ok(Self { files })
     }
 
+    /// The gateway's context: the one that is meant, or that from which this program wrote it.
+    pub(crate) fn gateways(connection: &Connection) -> Outcome<Context> {
+        let kubeconfig = Self::load(connection)?;
+        let context = kubeconfig.context(connection)?;
+        match kubeconfig.origin(&context.name) {
+            Some(origin) => Self::load(&origin)?.context(&origin),
+            None => Ok(context),
+        }
+    }
+
     /// What the context of the flags, or else the current one, leads to.
     pub(crate) fn context(&self, connection: &Connection) -> Outcome<Context> {
         let current = || {
@@ -326,6 +336,8 @@ fn gateway(server: &str) -> Option<(String, Address)> {
         return None;
     }
     let (host, port) = (authority.host(), authority.port_u16());
+    // A whole name in DNS, which no certificate writes so.
+    let host = host.strip_suffix('.').unwrap_or(host);
     let written = match port {
         Some(port) => format!("https://{host}:{port}"),
         None => format!("https://{host}"),
@@ -356,6 +368,9 @@ mod tests {
             ("https://gw:8443/", Some(("https://gw:8443", "gw:8443"))),
             ("https://gw/clusters/prod", Some(("https://gw", "gw:443"))),
             ("https://[::1]:1/clusters/prod/", Some(("https://[::1]:1", "[::1]:1"))),
+            ("https://gw.example.com.:8443", Some(("https://gw.example.com:8443", "gw.example.com:8443"))),
+            ("https://gw..", None),
+            ("https://./", None),
             ("https://gw/api", None),
             ("https://gw/clusters/a/b", None),
             ("http://gw", None),
