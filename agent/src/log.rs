@@ -14,6 +14,9 @@ pub enum LogFormat {
     Json,
 }
 
+/// What is logged where nothing is said.
+pub const LEVEL: &str = "info";
+
 /// Why logging cannot begin.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
@@ -29,7 +32,13 @@ pub enum LogError {
 /// leave out the rest.
 fn says_levels(text: &str) -> bool {
     let is_level = |word: &str| word.eq_ignore_ascii_case("off") || word.parse::<tracing::Level>().is_ok();
-    text.split(',').map(str::trim).all(|word| word.contains(['=', '[']) || is_level(word))
+    text.split(',').all(|word| word.contains(['=', '[']) || is_level(word))
+}
+
+/// The list without empty items, as a template leaves them; what is logged by itself if nothing is left.
+fn items(text: &str) -> String {
+    let items: Vec<_> = text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect();
+    if items.is_empty() { LEVEL.to_owned() } else { items.join(",") }
 }
 
 /// Sets up logging for the process.
@@ -39,7 +48,8 @@ fn says_levels(text: &str) -> bool {
 pub fn init(format: LogFormat, level: &str) -> Result<(), LogError> {
     use tracing_subscriber::util::SubscriberInitExt as _;
     let terminal = io::stderr().is_terminal();
-    let filter = EnvFilter::from_str(level).ok().filter(|_| says_levels(level));
+    let items = items(level);
+    let filter = EnvFilter::from_str(&items).ok().filter(|_| says_levels(&items));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter.ok_or_else(|| LogError::Level(level.to_owned()))?)
         .with_writer(io::stderr)
@@ -70,12 +80,18 @@ mod tests {
     /// Goal: D37: what is no level is refused, and the flag is named.
     #[test]
     fn d37_nonsense_is_no_level() {
-        for level in ["nonsense", "info,nonsense", "", "=", "info;debug"] {
+        for level in ["nonsense", "info,nonsense", "=", "info;debug"] {
             let text = init(LogFormat::Json, level).unwrap_err().to_string();
             assert!(text.contains("--log-level") && text.contains("towline_agent=debug"), "{level}: {text}");
         }
         for level in ["info", "WARN", "off", "info,towline_agent=debug", "towline_agent[span]=trace"] {
             assert!(says_levels(level), "{level}");
+        }
+        for (text, meant) in
+            [("", "info"), (" , ", "info"), ("warn,", "warn"), ("warn, ,a=debug", "warn,a=debug")]
+        {
+            assert_eq!(items(text), meant, "{text:?}");
+            assert!(EnvFilter::from_str(&items(text)).is_ok() && says_levels(&items(text)), "{text:?}");
         }
     }
 }

@@ -33,7 +33,7 @@ struct Flags {
     #[arg(long, env = "TOWLINE_LOG_FORMAT", value_enum, default_value = "auto")]
     log_format: LogFormat,
     /// What is logged: a level, or a filter such as info,towline_agent=debug.
-    #[arg(long, env = "TOWLINE_LOG_LEVEL", default_value = "info", value_name = "LEVEL")]
+    #[arg(long, env = "TOWLINE_LOG_LEVEL", default_value = log::LEVEL, value_name = "LEVEL")]
     log_level: String,
 }
 

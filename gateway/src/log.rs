@@ -72,6 +72,9 @@ macro_rules! sparing {
 }
 pub(crate) use sparing;
 
+/// What is logged where nothing is said.
+pub const LEVEL: &str = "info";
+
 /// What was given to `--log-level` is none.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -83,7 +86,13 @@ pub struct LevelError(String);
 /// leave out the rest.
 fn says_levels(text: &str) -> bool {
     let is_level = |word: &str| word.eq_ignore_ascii_case("off") || word.parse::<tracing::Level>().is_ok();
-    text.split(',').map(str::trim).all(|word| word.contains(['=', '[']) || is_level(word))
+    text.split(',').all(|word| word.contains(['=', '[']) || is_level(word))
+}
+
+/// The list without empty items, as a template leaves them; what is logged by itself if nothing is left.
+fn items(text: &str) -> String {
+    let items: Vec<_> = text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect();
+    if items.is_empty() { LEVEL.to_owned() } else { items.join(",") }
 }
 
 /// Starts logging for the process. `level` is a level, or a list of `target=level`.
@@ -91,7 +100,8 @@ fn says_levels(text: &str) -> bool {
 /// # Errors
 /// The level cannot be read.
 pub fn start(format: Format, level: &str) -> Result<(), LevelError> {
-    let filter = EnvFilter::builder().parse(level).ok().filter(|_| says_levels(level));
+    let items = items(level);
+    let filter = EnvFilter::builder().parse(&items).ok().filter(|_| says_levels(&items));
     let filter = filter.ok_or_else(|| LevelError(level.to_owned()))?;
     let terminal = std::io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
@@ -118,11 +128,17 @@ mod tests {
     /// Goal: D37: what is no level is refused, and the flag is named.
     #[test]
     fn d37_nonsense_is_no_level() {
-        for level in ["nonsense", "info,nonsense", "", "="] {
+        for level in ["nonsense", "info,nonsense", "="] {
             let text = start(Format::Json, level).unwrap_err().to_string();
             assert!(text.contains("--log-level"), "{level}: {text}");
         }
         assert!(["info", "WARN", "off", "info,towline_gateway=debug"].into_iter().all(says_levels));
+        for (text, meant) in
+            [("", "info"), (" , ", "info"), ("warn,", "warn"), ("warn, ,a=debug", "warn,a=debug")]
+        {
+            assert_eq!(items(text), meant, "{text:?}");
+            assert!(EnvFilter::builder().parse(items(text)).is_ok() && says_levels(&items(text)), "{text:?}");
+        }
     }
 
     #[test]

@@ -35,7 +35,7 @@ struct Arguments {
     #[arg(long, default_value_t, env = "TOWLINE_LOG_FORMAT")]
     log_format: log::Format,
     /// error, warn, info, debug, trace, or a list such as info,towline_gateway=debug.
-    #[arg(long, value_name = "LEVEL", default_value = "info", env = "TOWLINE_LOG_LEVEL")]
+    #[arg(long, value_name = "LEVEL", default_value = log::LEVEL, env = "TOWLINE_LOG_LEVEL")]
     log_level: String,
     /// The tunnel CA is gone for good: make a new one, then start. Every agent has to join anew with a new token.
     #[arg(long)]
