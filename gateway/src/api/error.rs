@@ -77,9 +77,19 @@ impl ApiError {
     }
 
     pub(super) fn invalid(resource: &Resource, name: &str, field: &str, why: &str) -> Self {
-        let message = format!("{}.{GROUP} {name:?} is invalid: {field}: {why}", resource.kind);
+        Self::invalid_fields(resource, name, &[(field.to_owned(), why.to_owned())])
+    }
+
+    /// All that is wrong with an object at once: fields, and why. Several stand in brackets, as the API server writes them.
+    pub(super) fn invalid_fields(resource: &Resource, name: &str, problems: &[(String, String)]) -> Self {
+        let told: Vec<String> = problems.iter().map(|(field, why)| format!("{field}: {why}")).collect();
+        let told = if told.len() == 1 { told.concat() } else { format!("[{}]", told.join(", ")) };
+        let message = format!("{}.{GROUP} {name:?} is invalid: {told}", resource.kind);
         let mut error = Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message).about(resource, name);
-        error.details["causes"] = json!([{"reason": "FieldValueInvalid", "message": why, "field": field}]);
+        let causes = problems
+            .iter()
+            .map(|(field, why)| json!({"reason": "FieldValueInvalid", "message": why, "field": field}));
+        error.details["causes"] = causes.collect();
         error
     }
 

@@ -2,7 +2,7 @@
 //! is there.
 
 use super::error::ApiError;
-use super::kinds::{API_VERSION, Resource};
+use super::kinds::{API_VERSION, Resource, Type};
 use super::objects::render;
 use crate::authn::Principal;
 use crate::authn::tokens;
@@ -28,6 +28,8 @@ use towline_proto::join::Issuer;
 const ANNOTATIONS_MAX: usize = 256 << 10;
 const DESCRIPTION_MAX: usize = 1024;
 const LIST_MAX: usize = 256;
+/// Characters of a wrong value that are told.
+const VALUE_SHOWN: usize = 64;
 const TOKEN_LIFE: u64 = 3600;
 const TOKEN_LIFE_MOST: u64 = 30 * 86_400;
 /// Longer than anybody plans.
@@ -167,7 +169,18 @@ impl Input {
         Ok(input)
     }
 
+    /// The specification as the types of its kind say it is: all that is wrong with those is told at once.
     fn spec<T: DeserializeOwned>(&self, resource: &Resource) -> Result<T, ApiError> {
+        let problem = |(field, kind, _): &(&str, Type, &str)| {
+            let value = self.spec.get(field)?;
+            let must = kind.must(value)?;
+            let shown: String = value.to_string().chars().take(VALUE_SHOWN).collect();
+            Some((format!("spec.{field}"), format!("Invalid value: {shown}: must be {must}")))
+        };
+        let problems: Vec<(String, String)> = resource.spec.iter().filter_map(problem).collect();
+        if !problems.is_empty() {
+            return Err(ApiError::invalid_fields(resource, &self.name, &problems));
+        }
         serde_json::from_value(self.spec.clone())
             .map_err(|error| ApiError::invalid(resource, &self.name, "spec", &error.to_string()))
     }

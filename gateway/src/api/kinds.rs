@@ -29,6 +29,8 @@ pub(super) type Field = (&'static str, Type, &'static str);
 pub(super) enum Type {
     Text,
     Number,
+    /// A whole number from the first to the last of these.
+    Count(u64, u64),
     Flag,
     Texts,
     Time,
@@ -42,12 +44,33 @@ impl Type {
         match self {
             Self::Text => json!({"type": "string"}),
             Self::Number => json!({"type": "integer", "format": "int64"}),
+            Self::Count(least, most) => {
+                json!({"type": "integer", "format": "int64", "minimum": least, "maximum": most})
+            }
             Self::Flag => json!({"type": "boolean"}),
             Self::Texts => json!({"type": "array", "items": {"type": "string"}}),
             Self::Time => json!({"type": "string", "format": "date-time"}),
             Self::Object => json!({"type": "object"}),
             Self::Objects => json!({"type": "array", "items": {"type": "object"}}),
         }
+    }
+
+    /// What a value must be that is none of this type; nothing if it is.
+    pub(super) fn must(self, value: &Value) -> Option<String> {
+        let list_of = |is: fn(&Value) -> bool| value.as_array().is_some_and(|items| items.iter().all(is));
+        let (is_fine, what) = match self {
+            Self::Text | Self::Time => (value.is_string(), "a string"),
+            Self::Number => (value.is_u64(), "a whole number"),
+            Self::Count(least, most) => {
+                let is_fine = value.as_u64().is_some_and(|count| (least..=most).contains(&count));
+                return (!is_fine).then(|| format!("{least} to {most}"));
+            }
+            Self::Flag => (value.is_boolean(), "true or false"),
+            Self::Texts => (list_of(Value::is_string), "a list of strings"),
+            Self::Object => (value.is_object(), "an object"),
+            Self::Objects => (list_of(Value::is_object), "a list of objects"),
+        };
+        (!is_fine).then(|| what.to_owned())
     }
 }
 
@@ -85,7 +108,7 @@ pub(super) fn of(kind: Kind) -> Option<&'static Resource> {
     RESOURCES.iter().find(|resource| resource.stored == Some(kind))
 }
 
-use Type::{Flag, Number, Object, Objects, Text, Texts, Time};
+use Type::{Count, Flag, Number, Object, Objects, Text, Texts, Time};
 
 pub(super) const RESOURCES: &[Resource] = &[
     Resource {
@@ -104,7 +127,11 @@ pub(super) const RESOURCES: &[Resource] = &[
             ),
             ("description", Text, "For people."),
             ("deletionProtection", Flag, "While true it cannot be deleted."),
-            ("maxAgents", Number, "Agents with a valid certificate at a time; 16 unless set, 256 at most."),
+            (
+                "maxAgents",
+                Count(1, 256),
+                "Agents with a valid certificate at a time; 16 unless set, 256 at most.",
+            ),
             (
                 "issuer",
                 Object,
@@ -149,8 +176,12 @@ pub(super) const RESOURCES: &[Resource] = &[
         about: "The right to join a cluster. Its secret is shown once, in the answer to its creation.",
         spec: &[
             ("cluster", Text, "The cluster it lets agents join."),
-            ("expirationSeconds", Number, "How long it is valid: 3600 unless set, 2592000 at most."),
-            ("uses", Number, "Different keys that it lets in: 1 unless set, 256 at most."),
+            (
+                "expirationSeconds",
+                Count(1, 2_592_000),
+                "How long it is valid: 3600 unless set, 2592000 at most.",
+            ),
+            ("uses", Count(1, 256), "Different keys that it lets in: 1 unless set, 256 at most."),
         ],
         status: &[
             ("expires", Time, "When it ends."),

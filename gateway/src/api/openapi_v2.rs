@@ -125,7 +125,7 @@ fn schema(form: Type, about: &str) -> Message {
     let schema = match form {
         Type::Text => typed("string"),
         Type::Time => typed("string").text(2, "date-time"),
-        Type::Number => typed("integer").text(2, "int64"),
+        Type::Number | Type::Count(..) => typed("integer").text(2, "int64"),
         Type::Flag => typed("boolean"),
         Type::Object => typed("object"),
         Type::Texts => list("string"),

@@ -190,6 +190,32 @@ async fn fr08_nobody_acts_as_somebody_else() {
     fleet.world.gateway.shutdown().await;
 }
 
+/// Goal: M9: what is wrong with the fields of an object is told at once, each with its value and what it must be.
+#[tokio::test]
+async fn m9_all_mistakes_are_told_with_their_values() {
+    let mut fleet = Fleet::new().await;
+    let clusters = "/apis/towline.io/v1alpha1/clusters";
+    let spec = json!({"maxAgents": -1, "deletionProtection": "yes", "description": 5, "mode": "restricted"});
+    let told = fleet.ask("POST", clusters, &object("Cluster", "c-1", spec)).await;
+    assert_eq!(told.status, 422, "{}", told.object);
+    for part in [
+        "spec.maxAgents: Invalid value: -1: must be 1 to 256",
+        "spec.deletionProtection: Invalid value: \"yes\": must be true or false",
+        "spec.description: Invalid value: 5: must be a string",
+    ] {
+        assert!(told.message().contains(part), "{part}: {}", told.message());
+    }
+    assert_eq!(told.object["details"]["causes"].as_array().map(Vec::len), Some(3), "{}", told.object);
+    let told = fleet.ask("POST", clusters, &object("Cluster", "c-1", json!({"maxAgents": 257}))).await;
+    assert!(
+        told.message().contains("spec.maxAgents: Invalid value: 257: must be 1 to 256"),
+        "{}",
+        told.message()
+    );
+    let told = fleet.ask("POST", clusters, &object("Cluster", "c-1", json!({"maxAgents": 256}))).await;
+    assert_eq!(told.status, 201, "{}", told.object);
+}
+
 /// Goal: D2: a rule that can match nothing is refused, an Allow and a Deny alike; one for a cluster that is not there is told so.
 #[tokio::test]
 async fn d2_a_rule_names_what_can_be() {
