@@ -9,10 +9,10 @@ use tokio::time::{Duration, sleep};
 use towline_proto::join::{About, AgentMode, ApiServer, CAPABILITY_ABOUT, Notice};
 use towline_proto::tunnel::Session;
 
-use crate::ask;
-use crate::backoff::random_fraction;
-use crate::live::Live;
-use crate::reach::{self, State};
+use crate::reload::Live;
+use crate::sessions::backoff::random_fraction;
+use crate::upstream::ask;
+use crate::upstream::reach::{self, State};
 
 /// What is known of the cluster.
 #[derive(Debug, Default)]

@@ -26,8 +26,8 @@ use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::links::Links;
 use crate::metrics::Metrics;
+use crate::sessions::links::Links;
 use room::{Place, Room};
 
 /// What the health port knows.

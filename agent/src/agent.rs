@@ -18,19 +18,19 @@ use towline_proto::tunnel::SessionConfig;
 
 use crate::about::{self, Known};
 use crate::admin::{self, Admin};
-use crate::backoff::{Backoff, random_fraction};
 use crate::config::{AgentConfig, IdentityConfig};
+use crate::dial::quic::Quic;
 use crate::dial::{self, Dialler};
-use crate::enrol::Enroller;
-use crate::issuer::IssuerSource;
-use crate::keep::{self, Found, Keeper, Place, Said};
-use crate::links::Links;
-use crate::live::{self, Live, LiveError};
+use crate::identity::enrol::Enroller;
+use crate::identity::issuer::IssuerSource;
+use crate::identity::keep::{self, Found, Keeper, Place, Said};
 use crate::metrics::Metrics;
-use crate::quic::Quic;
+use crate::reload::{self, Live, LiveError};
 use crate::serve::{self, Service};
-use crate::supervise::{Begin, Retired, Slot};
-use crate::transport::{Policy, Settings};
+use crate::sessions::backoff::{Backoff, random_fraction};
+use crate::sessions::links::Links;
+use crate::sessions::supervise::{Begin, Retired, Slot};
+use crate::sessions::transport::{Policy, Settings};
 use crate::upstream::Resources;
 
 /// Why an agent cannot start.
@@ -85,7 +85,7 @@ async fn open(
     metrics: Metrics,
     tracker: TaskTracker,
     stop: CancellationToken,
-) -> Result<(Live, live::Files), StartError> {
+) -> Result<(Live, reload::Files), StartError> {
     let resources = Resources {
         metrics,
         tracker: tracker.clone(),
@@ -96,7 +96,7 @@ async fn open(
         head_max: config.limits.head_max(),
     };
     let config = config.clone();
-    Ok(tracker.spawn_blocking(move || live::open(&config, &resources)).await??)
+    Ok(tracker.spawn_blocking(move || reload::open(&config, &resources)).await??)
 }
 
 impl Agent {
@@ -136,7 +136,7 @@ impl Agent {
             _lock: lock,
         };
         agent.spawn(admin::serve(admin, listener, tracker.clone(), agent.stop.clone()));
-        agent.spawn(live::watch(Arc::clone(&live), files, metrics.clone(), tracker));
+        agent.spawn(reload::watch(Arc::clone(&live), files, metrics.clone(), tracker));
         agent.spawn(look(links.clone(), LOOK_INTERVAL));
         let shortest = config.timeouts.upstream_idle.min(config.timeouts.upstream_age);
         agent.spawn(reap(Arc::clone(&live), (shortest / 4).min(REAP_INTERVAL)));

@@ -1,5 +1,8 @@
 //! What is the agent told? One YAML file; this is its shape, its defaults and what it refuses.
 
+pub mod address;
+pub(crate) mod yaml;
+
 use std::collections::BTreeSet;
 use std::env;
 use std::fmt;
@@ -14,12 +17,12 @@ use towline_certs::load::FileBytes;
 use towline_proto::mux::Limits;
 use towline_proto::open::HEAD_MAX_BYTES;
 
-use crate::address::{Address, Host, special};
-use crate::identity::is_system;
-use crate::proxy::ProxyConfig;
-use crate::transport::TransportMode;
-pub use crate::yaml::Problems;
-use crate::yaml::{Document, Section};
+use crate::config::address::{Address, Host, special};
+pub use crate::config::yaml::Problems;
+use crate::config::yaml::{Document, Section};
+use crate::dial::proxy::ProxyConfig;
+use crate::serve::impersonate::is_system;
+use crate::sessions::transport::TransportMode;
 
 /// The agent's configuration, complete and free of contradictions.
 #[derive(Clone, Debug)]

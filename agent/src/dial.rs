@@ -2,6 +2,10 @@
 //! and an error that names the hop, the cause and the remedy. One attempt, one transport: TLS 1.3 on TCP, or
 //! QUIC.
 
+pub(crate) mod connect;
+pub mod proxy;
+pub(crate) mod quic;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -17,11 +21,11 @@ use towline_proto::mux::{CloseReason, OpenError};
 use towline_proto::text::{Lasting, Printable};
 use towline_proto::tunnel::{Session, SessionConfig, Transport, socket};
 
-use crate::address::{Address, Host, Reach};
-use crate::connect::{self, ConnectError};
-use crate::live::Live;
-use crate::proxy::{Leg, Proxy, ProxyError};
-use crate::quic::{Quic, QuicError};
+use crate::config::address::{Address, Host, Reach};
+use crate::dial::connect::ConnectError;
+use crate::dial::proxy::{Leg, Proxy, ProxyError};
+use crate::dial::quic::{Quic, QuicError};
+use crate::reload::Live;
 use crate::upstream::server_name;
 
 /// Why an attempt failed.

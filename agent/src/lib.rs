@@ -2,23 +2,17 @@
 //! cluster's API server and to the targets that its own configuration allows. It listens on nothing but a private
 //! health port.
 //!
-//! | question | file |
+//! | question | room |
 //! |---|---|
-//! | what is it told, and what does it refuse? | [`config`], `yaml` |
+//! | what is it told, and what does it refuse? | [`config`] |
 //! | what does it consist of, and how does it end? | [`agent`] |
-//! | how does one attempt to reach the gateway go? | `dial`, over `connect` and `quic` |
-//! | through which proxy does it go? | [`proxy`] |
-//! | how does it stay connected, and over which transport? | `supervise`, `backoff`, `transport` |
-//! | what happens to the streams of a session? | `serve` |
-//! | how does one request become one answer? | `exchange`, `head` |
-//! | how does it get an identity, and keep it? | `enrol`, `keep`, `issuer` |
-//! | as whom does a request reach the upstream? | `identity`, `token` |
-//! | which upstreams may a stream name, and how are they reached? | `targets`, `upstream`, [`address`] |
-//! | which connection carries a request? | `pool`, `socket` |
-//! | what changes while it runs? | `live` |
-//! | is it well? | `admin`, `links`, `metrics` |
-//! | can it use the API server, and what is the gateway told of it? | `reach`, `about`, `ask` |
-//! | whom does a refusal of the API server mean? | `blame` |
+//! | how does one attempt to reach the gateway go, and through which proxy? | [`dial`] |
+//! | how does it stay connected, and over which transport? | `sessions` |
+//! | how does it get an identity, and keep it? | `identity` |
+//! | how does one request become one answer, and as whom does it reach the upstream? | `serve` |
+//! | which upstreams may a stream name, how are they reached, and are they well? | `upstream` |
+//! | what changes while it runs? | `reload` |
+//! | is it well, and what is the gateway told of it? | `admin`, `about`, `metrics` |
 //! | how does it log, on which runtime does it run, and how many descriptors may it have? | [`log`], [`runtime`], [`descriptors`] |
 //!
 //! ```no_run
@@ -46,42 +40,22 @@
 )]
 
 mod about;
-pub mod address;
 mod admin;
 pub mod agent;
-mod ask;
-mod backoff;
-mod blame;
 pub mod config;
-mod connect;
 pub mod descriptors;
-mod dial;
-mod enrol;
-mod exchange;
-mod head;
+pub mod dial;
 mod identity;
-mod issuer;
-mod keep;
-mod links;
-mod live;
 pub mod log;
 mod metrics;
-mod pool;
-pub mod proxy;
-mod quic;
-mod reach;
+mod reload;
 pub mod runtime;
 mod serve;
-mod socket;
-mod supervise;
-mod targets;
-mod token;
-mod transport;
+mod sessions;
 mod upstream;
-mod yaml;
 
 pub use agent::{Agent, StartError, check};
 pub use config::{AgentConfig, AgentMode, IdentityConfig, Problems};
-pub use enrol::{AnswerError, AttemptError, EnrolError};
-pub use live::LiveError;
-pub use transport::TransportMode;
+pub use identity::enrol::{AnswerError, AttemptError, EnrolError};
+pub use reload::LiveError;
+pub use sessions::transport::TransportMode;

@@ -8,7 +8,7 @@ use prometheus::{
 use tokio::runtime::Handle;
 use towline_proto::tunnel::Transport;
 
-use crate::transport::Reason;
+use crate::sessions::transport::Reason;
 
 /// Handles of all metrics.
 #[derive(Clone, Debug)]

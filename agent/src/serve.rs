@@ -1,6 +1,11 @@
 //! What happens to the streams of a session? One task each, up to a limit; above it a stream is refused before anything
 //! is done with it.
 
+pub(crate) mod blame;
+pub(crate) mod exchange;
+pub(crate) mod head;
+pub(crate) mod impersonate;
+
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
@@ -15,9 +20,9 @@ use towline_proto::tunnel::splice::splice;
 use towline_proto::tunnel::{RecvStream, SendStream, Session};
 
 use crate::config::AgentMode;
-use crate::exchange::{self, Ended, Failed};
-use crate::live::Live;
 use crate::metrics::{Counted, Metrics};
+use crate::reload::Live;
+use crate::serve::exchange::{Ended, Failed};
 
 /// What every stream needs.
 #[derive(Debug)]

@@ -1,6 +1,13 @@
 //! What does the agent forward to, and how is it reached? The API server, or an allowed target: an address, a TLS
 //! configuration, and the name that errors call it by.
 
+pub(crate) mod ask;
+pub(crate) mod pool;
+pub(crate) mod reach;
+pub(crate) mod socket;
+pub(crate) mod targets;
+pub(crate) mod token;
+
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,14 +21,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_certs::load::{self, LoadError, Loaded};
 use towline_certs::{ServerName, TlsError, UpstreamProtocol, tls};
-use towline_proto::tunnel::socket;
+use towline_proto::tunnel::socket as tcp;
 
-use crate::address::{Address, Host, Reach};
+use crate::config::address::{Address, Host, Reach};
 use crate::config::{AgentConfig, ApiServerConfig, TargetConfig, TimeoutsConfig};
-use crate::connect::{self, ConnectError};
+use crate::dial::connect::{self, ConnectError};
 use crate::metrics::Metrics;
-use crate::pool::Pool;
-use crate::socket::{Io, Tcp};
+use crate::upstream::pool::Pool;
+use crate::upstream::socket::{Io, Tcp};
 
 /// Why an upstream cannot be set up.
 #[derive(Debug, Error)]
@@ -122,7 +129,7 @@ impl Upstream {
 
     async fn connect_by(&self, deadline: Instant) -> Result<Io, ConnectError> {
         let stream = connect::connect(&self.address, self.reach, deadline).await?;
-        if let Err(error) = socket::tune(&stream) {
+        if let Err(error) = tcp::tune(&stream) {
             tracing::debug!(hop = self.hop, %error, "a socket option was refused");
         }
         let tcp = Tcp::new(stream);
@@ -135,7 +142,7 @@ impl Upstream {
     /// How long a new connection may live: the configured age ± a tenth, so that those made at once do not end at once.
     pub(crate) fn age(&self) -> Duration {
         let age = self.resources.timeouts.upstream_age;
-        age.mul_f64(0.9 + 0.2 * crate::backoff::random_fraction())
+        age.mul_f64(0.9 + 0.2 * crate::sessions::backoff::random_fraction())
     }
 }
 

@@ -8,10 +8,10 @@ mod units;
 
 pub use units::ByteSize;
 
-use crate::authn;
-use crate::origin::Origin;
-use crate::rotation;
-use crate::routing::ClusterName;
+use crate::access::authn;
+use crate::access::origin::Origin;
+use crate::ca::rotation;
+use crate::web::routing::ClusterName;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -57,13 +57,13 @@ pub struct GatewayConfig {
     /// Requests for `NAME.<hostDomain>` go to cluster NAME. Without it only paths route.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_domain: Option<String>,
-    /// Origins of web pages that may change something in clusters and open raw connections to them; see [`crate::origin`].
+    /// Origins of web pages that may change something in clusters and open raw connections to them; see [`crate::access::origin`].
     #[serde(default, with = "units::list", skip_serializing_if = "Vec::is_empty")]
     pub allowed_origins: Vec<Origin>,
     /// The clusters that may connect: the allow-list of admission.
     #[serde(default)]
     pub clusters: Vec<Cluster>,
-    /// Bearer tokens, stored as hashes; see [`crate::authn::tokens`].
+    /// Bearer tokens, stored as hashes; see [`crate::access::authn::tokens`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
     /// Who may call which cluster. Nobody, unless a rule allows it.

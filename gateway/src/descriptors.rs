@@ -2,7 +2,8 @@
 //! is enough for its limits.
 
 use crate::config::GatewayConfig;
-use crate::{admin, runtime};
+use crate::ops::admin;
+use crate::runtime;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::num::NonZeroUsize;
 

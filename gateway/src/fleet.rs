@@ -25,12 +25,12 @@ pub use records::{
 };
 pub use view::{Object, Shown};
 
-use crate::authn::Principal;
-use crate::authn::tokens::Hash;
-use crate::authz::AccessRules;
+use crate::access::authn::Principal;
+use crate::access::authn::tokens::Hash;
 use crate::config;
+use crate::context::random;
 use crate::metrics::Metrics;
-use crate::state::random;
+use crate::rules::AccessRules;
 use crate::store::{Key, Kind, Record, Store, StoreError, Unreadable, Watch};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashSet};

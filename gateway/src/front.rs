@@ -5,13 +5,13 @@ mod frames;
 mod framing;
 mod idle;
 
-use crate::gate::{Place, Standing};
+use crate::access::running::Chain;
+use crate::context::Shared;
+use crate::exchange::uploads;
+use crate::exchange::{self, AnswerBody, Basis, Peer};
+use crate::listener::gate::{Place, Standing};
 use crate::metrics::{self, Limit, Surface, TlCode};
-use crate::proxy::{self, AnswerBody, Basis, Peer};
-use crate::routing;
-use crate::running::Chain;
-use crate::state::Shared;
-use crate::uploads;
+use crate::web::routing;
 use frames::Followed;
 use framing::Judged;
 use http::header::{CONNECTION, HeaderValue};
@@ -112,7 +112,7 @@ pub(crate) async fn serve<IO>(
             asked.store(true, Ordering::Relaxed);
             let (shared, peer) = (Arc::clone(&shared), Arc::clone(&peer));
             // In a box: hyper moves what it is given several times before it runs.
-            let answer = Box::pin(proxy::serve(shared, peer, request));
+            let answer = Box::pin(exchange::serve(shared, peer, request));
             async move { Ok::<Response<AnswerBody>, Infallible>(answer.await) }
         })
     };
@@ -229,7 +229,7 @@ pub(crate) async fn serve<IO>(
         } else if error.is_parse() {
             shared.metrics.rejected(Surface::Front, TlCode::BadFraming);
         }
-        tracing::debug!(client = %address, error = %proxy::printable(&error.to_string()), "client connection ended");
+        tracing::debug!(client = %address, error = %exchange::printable(&error.to_string()), "client connection ended");
     }
 }
 
@@ -243,7 +243,7 @@ fn http1_builder(shared: &Shared) -> http1::Builder {
         // From the end of the request before: who is idle is parked by then, and who has begun is not. The first request has a
         // stricter clock, in `drive`.
         .header_read_timeout(timeouts.first_request + idle::PARKED_BY)
-        // More than may be: who sends those few too many is told so in words, see `proxy::plan`.
+        // More than may be: who sends those few too many is told so in words, see `exchange::plan`.
         .max_headers(FIELDS_MAX)
         .max_header_size(limits.header_bytes.0)
         .max_buf_size(H1_BUFFER.max(limits.header_bytes.0));

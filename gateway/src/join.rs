@@ -13,18 +13,18 @@ pub mod account;
 mod places;
 mod uses;
 
-use crate::agents::BOOT_ID_BYTES;
-use crate::authority::Authorities;
 use crate::buckets::{Buckets, Rate};
+use crate::ca::authority::Authorities;
 use crate::config;
+use crate::context::Shared;
 use crate::fleet::{
     self, Admission, Fleet, Heard, JoinRefused, NotAdmitted, Object, Time, WhenFull, Word, WriteError,
 };
 use crate::log::sparing;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::per_key::{KeyPermit, PerKey, Sizes, network};
-use crate::state::Shared;
 use crate::store::Kind;
+use crate::tunnel::session::BOOT_ID_BYTES;
 use account::{AccountError, Vouched};
 use bytes::Bytes;
 use places::{Places, Seeker};
@@ -341,7 +341,7 @@ fn refused(
     if refusal.counts && !exempt {
         shared.joins.failed(address.ip());
     }
-    let (code, why) = (refusal.code.label(), crate::proxy::printable(&refusal.text));
+    let (code, why) = (refusal.code.label(), crate::exchange::printable(&refusal.text));
     let due = cluster.map_or_else(|| shared.refusals.due(&()), |cluster| shared.lines.due(cluster));
     let cluster = cluster.map(ClusterUid::as_str);
     if refusal.expected {
@@ -428,7 +428,7 @@ async fn decide(
     }
     sparing!(shared.lines.due(&admission.cluster.uid), info, cluster = %admission.cluster.name,
         instance = %admission.instance, agent = %address, with, serial = issued.serial,
-        software = %crate::proxy::printable(&request.software), "agent joined");
+        software = %crate::exchange::printable(&request.software), "agent joined");
     Ok(Admitted {
         certificate: issued.certificate,
         trust: live.trust.clone(),
@@ -647,7 +647,7 @@ async fn record_issuer(
     match fleet.record_issuer(cluster, agent, &said, word).await {
         Ok(Heard::Counts) => true,
         Ok(Heard::Pending) => {
-            let issuer = crate::proxy::printable(&said.issuer);
+            let issuer = crate::exchange::printable(&said.issuer);
             tracing::warn!(%cluster, instance = %agent, issuer, "issuer keys changed; what the agent says counts for nothing without a join token or spec.issuer");
             false
         }

@@ -1,18 +1,22 @@
 //! How does a connection get in? A loop that can only accept; everything else happens in the connection's own task, under
-//! one deadline, once the [`crate::gate`] lets it. The ClientHello's ALPN decides what the connection is for.
+//! one deadline, once the [`crate::listener::gate`] lets it. The ClientHello's ALPN decides what the connection is for.
 //!
 //! Until its handshake has ended a peer can make us read [`HANDSHAKE_BYTES`] and no more.
 
-use crate::agents;
+pub(crate) mod gate;
+pub mod proxy_protocol;
+pub(crate) mod quic;
+
 use crate::config::ProxyProtocol;
+use crate::context::Shared;
 use crate::front::{self, Arrival};
-use crate::gate::{Pass, Place, Standing};
 use crate::join;
+use crate::listener::gate::{Pass, Place, Standing};
+use crate::listener::proxy_protocol::{Header, HeaderError};
 use crate::log::sparing;
 use crate::metrics::{Handshake, Limit, ProxyHeader, Surface, TlCode};
 use crate::per_key::network;
-use crate::proxy_protocol::{self, Header, HeaderError};
-use crate::state::Shared;
+use crate::tunnel::session;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -216,7 +220,7 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming) {
         Opened::Tunnel(tls, judge) => {
             shared.metrics.handshake(Handshake::Tunnel);
             // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
-            let session = agents::serve(Arc::clone(&shared), tls, judge, address);
+            let session = session::serve(Arc::clone(&shared), tls, judge, address);
             spawn(&shared, &shared.tasks.tunnel, async move {
                 session.await;
                 drop((place, counted));
@@ -481,7 +485,7 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             let surface = if *tunnel { Surface::Tunnel } else { Surface::Listener };
             reject(Handshake::Tls, surface, TlCode::Cert);
             let why = tls_error(error).map_or_else(|| error.to_string(), explain);
-            let why = crate::proxy::printable(&why);
+            let why = crate::exchange::printable(&why);
             // A refused agent is what its operator looks for in this log; a refused client sees it itself.
             if *tunnel {
                 sparing!(shared.refusals.due(&()), info, client = %address, why, "agent refused");

@@ -10,9 +10,10 @@ use std::time::SystemTime;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_certs::explain::once;
 use towline_certs::save::write_private;
+use towline_gateway::ca::rotation::{Phase, Step};
 use towline_gateway::config::GatewayConfig;
-use towline_gateway::rotation::{Phase, Step};
-use towline_gateway::{Gateway, StartError, commands, descriptors, log, runtime};
+use towline_gateway::ops::commands;
+use towline_gateway::{Gateway, StartError, descriptors, log, runtime};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

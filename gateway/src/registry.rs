@@ -5,10 +5,12 @@
 //! has just started and the cluster has agents on record: then an agent is on its way. Otherwise the answer is due at once. A watch that goes on from a version waits longer and in any
 //! case: told that there is no session its client would list everything again.
 
+pub mod trust;
+
+use crate::exchange::printable;
 use crate::fleet::{AgentSeen, Ended, LastSeen, Time};
 use crate::map::Map;
 use crate::metrics::{Counted, HoldOutcome, Metrics};
-use crate::proxy::printable;
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -21,13 +21,14 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinSet;
 use towline_certs::{AgentKey, CertificateDer, CertificateFacts, TrustDomain};
+use towline_gateway::Gateway;
 use towline_gateway::config::{GatewayConfig, Mode};
 use towline_gateway::fleet::{
     AccessToken, Cluster, Ended, Fleet, GatewayLife, Instance, Issuers, LastSeen, Meta, Object, Origin,
     Revoked, Time, hex, new_uid, restored,
 };
+use towline_gateway::ops::commands;
 use towline_gateway::store::{Kind, backup};
-use towline_gateway::{Gateway, commands};
 use towline_proto::mux::Limits;
 use towline_proto::open::BodyKind;
 

@@ -30,9 +30,9 @@ use towline_certs::{
     AgentCa, AgentIdentity, AgentKey, CertificateDer, ClusterUid, Credential, InstanceId, JoinSecret,
     ServerName, TrustDomain, tls,
 };
-use towline_gateway::commands;
+use towline_gateway::ca::rotation::{self, Step};
 use towline_gateway::fleet::{self, Meta, Revoked, Time, WhenFull, new_uid};
-use towline_gateway::rotation::{self, Step};
+use towline_gateway::ops::commands;
 use towline_gateway::store::Kind;
 use towline_proto::join::{
     About, Admitted, ApiServer, ApiServerState, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Certificate, Issuer,

@@ -34,9 +34,9 @@ use towline_certs::{
     CaKind, CertificateAuthority, ClientIdentity, JoinSecret, JoinToken, ServerName, TrustDomain, tls,
 };
 use towline_gateway::Gateway;
+use towline_gateway::ca::rotation::{self, Step};
 use towline_gateway::config::{AccessRule, Effect, GatewayConfig, Mode, Tls};
 use towline_gateway::fleet::{self, Meta, Time, new_uid};
-use towline_gateway::rotation::{self, Step};
 use towline_gateway::store::Kind;
 
 /// Longer than anything takes that comes at all, on a machine that is ten times slower than others and stands still now and then.

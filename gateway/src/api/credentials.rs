@@ -4,8 +4,8 @@ use super::Call;
 use super::error::{ApiError, json_response};
 use super::kinds::{API_VERSION, Resource};
 use super::write;
+use crate::exchange::AnswerBody;
 use crate::fleet::Time;
-use crate::proxy::AnswerBody;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::{Response, StatusCode};
@@ -66,7 +66,7 @@ pub(super) fn issue(
     let issued = authorities.clients.ca.issue_client_from_csr(&csr, &identity, granted, now);
     let issued = issued.map_err(|error| refuse("spec.request", &error.to_string()))?;
     let chain = chain_pem(&[issued.certificate, issued.root]);
-    tracing::info!(user = %crate::proxy::printable(&principal.name), serial = issued.serial, "client certificate issued");
+    tracing::info!(user = %crate::exchange::printable(&principal.name), serial = issued.serial, "client certificate issued");
     let answer = json!({
         "kind": resource.kind, "apiVersion": API_VERSION, "metadata": {},
         "spec": asked,

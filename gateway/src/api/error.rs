@@ -2,10 +2,10 @@
 //! and where nothing answers at all, the same text stands in a `Warning` too; on an object it shows the message itself.
 
 use super::kinds::{GROUP, Resource};
-use crate::authn::AuthnError;
+use crate::access::authn::AuthnError;
+use crate::exchange::{AnswerBody, CHALLENGE, printable, warning};
 use crate::fleet::WriteError;
 use crate::metrics::{Ended, TlCode};
-use crate::proxy::{AnswerBody, CHALLENGE, printable, warning};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};

@@ -8,11 +8,11 @@
 use super::kinds::{self, Resource};
 use super::objects::{self, Due};
 use crate::buckets::{Buckets, Rate};
+use crate::context::{Live, Shared};
 use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, Time, WriteError};
 use crate::registry::Connection;
-use crate::state::{Live, Shared};
+use crate::registry::trust::TrustState;
 use crate::store::Kind;
-use crate::trust::TrustState;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

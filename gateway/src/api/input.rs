@@ -4,16 +4,16 @@
 use super::error::ApiError;
 use super::kinds::{API_VERSION, Resource, Type};
 use super::objects::render;
-use crate::authn::Principal;
-use crate::authn::tokens;
+use crate::access::authn::Principal;
+use crate::access::authn::tokens;
 use crate::config::{self, Mode, PublicAddress};
+use crate::context::random;
 use crate::fleet::{
     AccessRule, AccessToken, Cluster, Fleet, Issuers, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Object,
     Revocation, Revoked, TOKEN_USES_MOST, Time, hex, new_uid,
 };
 use crate::join::account;
-use crate::routing::ClusterName;
-use crate::state::random;
+use crate::web::routing::ClusterName;
 use aws_lc_rs::digest;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;

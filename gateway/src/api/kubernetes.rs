@@ -5,8 +5,8 @@
 use super::error::{ApiError, json_response};
 use super::kinds::{self, GROUP, RESOURCES, Resource};
 use super::{Call, documents, is_admin, protobuf};
-use crate::proxy::AnswerBody;
-use crate::routing::percent_decode;
+use crate::exchange::AnswerBody;
+use crate::web::routing::percent_decode;
 use http::request::Parts;
 use http::{Method, Response, StatusCode};
 use hyper::body::Incoming;

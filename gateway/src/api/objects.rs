@@ -8,7 +8,7 @@ use crate::fleet::{
     TokenIssuer,
 };
 use crate::registry::Connection;
-use crate::trust::TrustState;
+use crate::registry::trust::TrustState;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;

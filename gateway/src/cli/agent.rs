@@ -9,7 +9,7 @@ use super::manifest::{
 };
 use super::output;
 use crate::config::{Mode, PublicAddress};
-use crate::routing::ClusterName;
+use crate::web::routing::ClusterName;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use std::io::Read as _;

@@ -278,7 +278,7 @@ struct Meant {
 
 /// Whether it can be part of a URL as it is.
 fn is_name(cluster: &str) -> bool {
-    crate::routing::ClusterName::new(cluster).is_ok()
+    crate::web::routing::ClusterName::new(cluster).is_ok()
 }
 
 /// How kubectl finds this program: by its name where that leads here, else by its path.

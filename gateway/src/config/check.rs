@@ -2,7 +2,7 @@
 
 use super::{API_VERSION, Effect, GatewayConfig, KIND, ProxyProtocol};
 use crate::fleet::OBJECTS_MAX;
-use crate::routing::ClusterName;
+use crate::web::routing::ClusterName;
 use std::collections::HashSet;
 use std::fmt::Display;
 use towline_certs::HostName;
@@ -192,7 +192,7 @@ impl GatewayConfig {
             format_args!("must be 1 to {OBJECTS_MAX}"),
         );
         problems.unless(limits.replay_bytes.0 <= 64 << 10, "limits.replayBytes", "must be at most 64KiB");
-        let mux = crate::agents::session_limits(self);
+        let mux = crate::tunnel::session::session_limits(self);
         if let Err(error) = mux.validate() {
             problems.unless(false, "limits.sessionMemory", error);
         }

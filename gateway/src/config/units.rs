@@ -199,13 +199,13 @@ by_from_str!(
     Self::new("invalid").expect("a word of lower-case letters is a trust domain")
 );
 by_from_str!(
-    crate::origin::Origin,
+    crate::access::origin::Origin,
     "origin",
     "https://invalid".parse().expect("a word of lower-case letters is a host")
 );
 by_from_str!(ClusterUid, "cluster uid", Self::new("invalid").expect("a word of lower-case letters is a uid"));
 by_from_str!(
-    crate::routing::ClusterName,
+    crate::web::routing::ClusterName,
     "cluster name",
     Self::new("invalid").expect("a word of lower-case letters is a cluster name")
 );

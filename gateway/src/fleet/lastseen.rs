@@ -5,7 +5,7 @@
 //! Nothing waits for any of this: with the store away it is written later, and until then it is known in memory.
 
 use super::{Ended, Fleet, GatewayLife, LastSeen, Object, Time, hex};
-use crate::state::Shared;
+use crate::context::Shared;
 use crate::store::{CommitError, Key, Kind, Transaction};
 use std::collections::HashSet;
 use std::time::Duration;

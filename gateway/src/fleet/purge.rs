@@ -12,7 +12,7 @@
 
 use super::view::View;
 use super::{Fleet, Object, Revocation, Revoked, Time, WriteError};
-use crate::state::Shared;
+use crate::context::Shared;
 use crate::store::{Key, Kind, Transaction};
 use std::time::{Duration, SystemTime};
 use tokio::time::Instant;

@@ -4,7 +4,7 @@
 //! that is skipped lets nobody in. What restricts somebody must not be skipped quietly: see [`Revocation`].
 
 use super::issuer::Issuers;
-use crate::authn::Principal;
+use crate::access::authn::Principal;
 use crate::config::{self, Effect, Mode};
 use crate::store::{Kind, Stored};
 use serde::de::Error as _;

@@ -5,14 +5,14 @@ use super::{
     Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation, Revoked, Standing, Time,
     new_instance_id,
 };
-use crate::authn::Principal;
-use crate::authn::tokens::{Hash, decode_hash};
-use crate::authz::AccessRules;
+use crate::access::authn::Principal;
+use crate::access::authn::tokens::{Hash, decode_hash};
 use crate::config;
 use crate::map::Map;
 use crate::metrics::Metrics;
-use crate::routing::ClusterName;
+use crate::rules::AccessRules;
 use crate::store::{self, Event, Key, Kind, Record, Transaction, Unreadable};
+use crate::web::routing::ClusterName;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use towline_certs::ClusterUid;

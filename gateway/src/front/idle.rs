@@ -3,7 +3,7 @@
 //! bytes of the next request.
 
 use super::framing::Judged;
-use crate::proxy::Basis;
+use crate::exchange::Basis;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::server::conn::http1::{Parts, UpgradeableConnection};

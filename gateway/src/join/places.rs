@@ -14,8 +14,8 @@ use towline_certs::{ClusterUid, InstanceId};
 use towline_proto::Code;
 use towline_proto::tunnel::Session;
 
-use crate::agents::alive_among;
 use crate::registry::Registry;
+use crate::tunnel::session::alive_among;
 
 /// A place that was given to a process is kept for it so long. Once it has a session, that tells whether it lives.
 const ASSIGNED_FOR: Duration = Duration::from_secs(15);

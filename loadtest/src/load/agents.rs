@@ -43,7 +43,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// What the kernel is asked for, for the one UDP socket of all agents.
 const UDP_BUFFER: usize = 8 << 20;
 /// An agent on QUIC asks a silent gateway for a sign of life after so long, where TCP's ping waits longer (`PROBE_IDLE` in
-/// `agent/src/transport.rs`).
+/// `agent/src/sessions/transport.rs`).
 const QUIC_SILENCE: Duration = Duration::from_secs(2);
 /// The trust domain of [`crate::stack`].
 const TRUST_DOMAIN: &str = "towline.test";

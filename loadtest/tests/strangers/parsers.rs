@@ -24,14 +24,14 @@ use towline_certs::ca::{CA_LIFETIME, CaKind, CertificateAuthority};
 use towline_certs::facts::{CertificateFacts, host_names};
 use towline_certs::identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, TrustDomain};
 use towline_gateway::config::{GatewayConfig, Mode};
+use towline_gateway::exchange::headers::{Upstream, upstream_head};
 use towline_gateway::fleet::{
     AccessRule, AccessToken, Cluster, GatewayLife, Instance, JoinToken, LastSeen, Revocation, TokenIssuer,
 };
-use towline_gateway::headers::{Upstream, upstream_head};
 use towline_gateway::join::account;
-use towline_gateway::proxy_protocol;
-use towline_gateway::routing::{ClusterName, route};
+use towline_gateway::listener::proxy_protocol;
 use towline_gateway::store::{Key, Record, Stored, Unreadable};
+use towline_gateway::web::routing::{ClusterName, route};
 use towline_proto::join::Issuer;
 
 /// The lines of an input.

@@ -1,0 +1,633 @@
+//! How does the agent keep the identity that it joined with? In a directory or in memory; renewed over a session that stands,
+//! at two thirds of its life; its CA bundle as the gateway announces it. No session is replaced for any of that.
+//!
+//! | what happens | what follows |
+//! |---|---|
+//! | nothing was kept | it joins, again and again with the back-off of the sessions |
+//! | two thirds of its life are over | a new key, and a certificate for it over any session; new connections show it |
+//! | it could not be renewed and has run out | it joins: with the old certificate, with the cluster's own token, with the join token |
+//! | gateway and agent do not recognise each other, and no session stands | the same, at most every 15 s: record or CA may be others |
+//! | the gateway does not know the key that signs the cluster's tokens | an early renewal, which tells of it |
+//! | the gateway announces other roots | if they lead back to what is believed, they are written, used for new connections and acknowledged |
+//!
+//! An identity made elsewhere (files) is not touched: an announcement is acknowledged if the file holds the roots.
+
+use std::fs::{File, TryLockError};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use thiserror::Error;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Duration, Instant, sleep, sleep_until};
+use towline_certs::AgentKey;
+use towline_certs::facts::human;
+use towline_certs::load::{FileBytes, LoadCause, LoadError, LoadPolicy, parse_credential, parse_roots};
+use towline_certs::save::{SaveError, chain_pem, create_private_directory, key_pem, write_private};
+use towline_proto::join::{Notice, Renew, Renewal, Renewed, Trust, TrustAck};
+use towline_proto::text::Printable;
+use towline_proto::tunnel::Session;
+use zeroize::Zeroizing;
+
+use crate::config::JoinConfig;
+use crate::identity::enrol::{AnswerError, EnrolError, Enroller, Held};
+use crate::identity::issuer::{Current, IssuerSource};
+use crate::metrics::Metrics;
+use crate::reload::Live;
+use crate::sessions::backoff::Backoff;
+use crate::sessions::links::Links;
+
+/// Where an identity is kept.
+#[derive(Clone, Debug)]
+pub(crate) enum Place {
+    Memory,
+    Directory(PathBuf),
+}
+
+/// What was found there.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) held: Option<Held>,
+    /// The key of a join that may have been cut off: asked for again, it costs no further use of a token.
+    pub(crate) key: Option<AgentKey>,
+}
+
+/// Another agent keeps its identity where this one would.
+#[derive(Debug, Error)]
+#[error(
+    "identity.directory: {} is in use by another agent{}. Stop that one, or give this one a directory of its own",
+    directory.display(),
+    process.map(|process| format!(" (process {process})")).unwrap_or_default()
+)]
+pub struct InUse {
+    pub directory: PathBuf,
+    /// As it says itself, if it can be read.
+    pub process: Option<u32>,
+}
+
+impl Place {
+    pub(crate) fn of(config: &JoinConfig) -> Self {
+        config.directory.clone().map_or(Self::Memory, Self::Directory)
+    }
+
+    /// Keeps other agents out for as long as the file is open: two would take turns for ever, each replacing the other's session.
+    /// Where the file system has no locks nobody is kept out. Blocks.
+    ///
+    /// # Errors
+    /// Another agent is in.
+    pub(crate) fn lock(&self) -> Result<Option<File>, InUse> {
+        let Self::Directory(directory) = self else { return Ok(None) };
+        let path = directory.join(LOCK);
+        let opened = create_private_directory(directory).map_err(|error| error.to_string()).and_then(|()| {
+            let mut options = File::options();
+            options.read(true).write(true).create(true).truncate(false).mode(0o600);
+            options.open(&path).map_err(|error| error.to_string())
+        });
+        let mut file = match opened {
+            Ok(file) => file,
+            // It is told when something is to be kept there.
+            Err(error) => {
+                tracing::debug!(path = %path.display(), error, "no lock");
+                return Ok(None);
+            }
+        };
+        match file.try_lock() {
+            Ok(()) => {
+                let written = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+                written.unwrap_or_default();
+                Ok(Some(file))
+            }
+            Err(TryLockError::WouldBlock) => {
+                let mut process = String::new();
+                drop((&mut file).take(20).read_to_string(&mut process));
+                let process = process.trim().parse().ok();
+                Err(InUse { directory: directory.clone(), process })
+            }
+            Err(TryLockError::Error(error)) => {
+                tracing::debug!(path = %path.display(), %error, "no lock");
+                Ok(Some(file))
+            }
+        }
+    }
+
+    /// Reads what was kept. Blocks.
+    pub(crate) fn open(&self) -> Result<Found, LoadError> {
+        let Self::Directory(directory) = self else { return Ok(Found::default()) };
+        let held = missing_is_none(read_identity(&directory.join(IDENTITY)))?;
+        let key = missing_is_none(read_key(&directory.join(JOIN_KEY)))?;
+        Ok(Found { held, key })
+    }
+
+    /// Keeps an identity: key, chain and CA in one file, so that no crash leaves parts of two. Blocks.
+    fn save(&self, held: &Held) -> Result<(), SaveError> {
+        let Self::Directory(directory) = self else { return Ok(()) };
+        let mut text = Zeroizing::new(String::with_capacity(16 * 1024));
+        text.push_str(&key_pem(held.credential.key()));
+        text.push_str(&chain_pem(held.credential.chain()));
+        text.push_str(ROOTS);
+        for (pin, since) in &held.unsigned {
+            let since = since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+            text.push_str(&format!("{UNSIGNED}{pin} {since}\n"));
+        }
+        text.push_str(&chain_pem(&held.roots));
+        write_private(&directory.join(IDENTITY), text.as_bytes())?;
+        // It has done its work, and the next join is another one.
+        drop(std::fs::remove_file(directory.join(JOIN_KEY)));
+        Ok(())
+    }
+
+    fn save_key(&self, key: &AgentKey) -> Result<(), SaveError> {
+        let Self::Directory(directory) = self else { return Ok(()) };
+        create_private_directory(directory)?;
+        write_private(&directory.join(JOIN_KEY), key_pem(&key.private_key()).as_bytes())
+    }
+}
+
+fn missing_is_none<T>(read: Result<T, LoadError>) -> Result<Option<T>, LoadError> {
+    match read {
+        Ok(value) => Ok(Some(value)),
+        Err(LoadError { cause: LoadCause::Missing, .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn read_identity(path: &Path) -> Result<Held, LoadError> {
+    let file = FileBytes::read(path)?;
+    let broken = |why| LoadError { path: path.to_owned(), cause: LoadCause::BrokenPem(why) };
+    let damaged = || broken("the part with the CA is missing; remove the file to join anew");
+    let bytes = file.bytes();
+    let at = bytes.windows(ROOTS.len()).position(|window| window == ROOTS.as_bytes()).ok_or_else(damaged)?;
+    let part = |bytes: &[u8]| FileBytes::from_memory(path, bytes.to_vec());
+    let pair = part(&bytes[..at]);
+    let loaded = parse_credential(&pair, &pair, LoadPolicy::LENIENT, SystemTime::now());
+    let loaded = loaded.map_err(|error| match error.cause {
+        // R-ID-12. Nobody issues this file: there is nothing else to take it from.
+        LoadCause::OtherKey { .. } => {
+            broken("its key and its certificate do not belong together; remove the file to join anew")
+        }
+        cause => LoadError { cause, ..error },
+    })?;
+    let rest = &bytes[at + ROOTS.len()..];
+    let roots = parse_roots(&part(rest))?;
+    let rest = String::from_utf8_lossy(rest);
+    let unsigned = rest.lines().filter_map(|line| line.strip_prefix(UNSIGNED)).map(|line| {
+        let (pin, since) = line.split_once(' ')?;
+        Some((pin.parse().ok()?, SystemTime::UNIX_EPOCH + Duration::from_secs(since.parse().ok()?)))
+    });
+    let unsigned = unsigned.collect::<Option<_>>().ok_or_else(damaged)?;
+    Held::kept(loaded.value, roots, unsigned).map_err(|_| damaged())
+}
+
+fn read_key(path: &Path) -> Result<AgentKey, LoadError> {
+    let file = FileBytes::read(path)?;
+    let key = towline_certs::load::parse_key(&file)?;
+    let unsupported = |_| LoadError { path: path.to_owned(), cause: LoadCause::UnsupportedKey };
+    AgentKey::from_private_key(&key).map_err(unsupported)
+}
+
+/// What a session said, for the keeper; the answer goes back the same way.
+#[derive(Debug)]
+pub(crate) enum Said {
+    Renewed(Session, Renewed),
+    Trust(Trust, oneshot::Sender<Result<(), String>>),
+}
+
+/// Hears what the gateway says about identity in one session, until that ends.
+pub(crate) async fn listen(session: Session, keeper: mpsc::Sender<Said>) {
+    while let Ok(notice) = session.hear().await {
+        match notice {
+            Notice::Renewed(renewed) => {
+                if keeper.send(Said::Renewed(session.clone(), renewed)).await.is_err() {
+                    return;
+                }
+            }
+            Notice::Trust(trust) => {
+                let version = trust.version;
+                let (sender, kept) = oneshot::channel();
+                if keeper.send(Said::Trust(trust, sender)).await.is_err() {
+                    return;
+                }
+                let problem = match kept.await {
+                    Ok(Ok(())) => String::new(),
+                    Ok(Err(problem)) => problem,
+                    Err(_) => "the agent ends".to_owned(),
+                };
+                // It fails only if the session has ended.
+                session.say(Notice::TrustAck(TrustAck { version, problem })).unwrap_or_default();
+            }
+            // The mux lets none of them through to an agent.
+            Notice::Renew(_) | Notice::TrustAck(_) | Notice::About(_) => {}
+        }
+    }
+}
+
+/// Answers announcements for an identity that is made elsewhere.
+pub(crate) async fn watch_files(ca: PathBuf, mut said: mpsc::Receiver<Said>, metrics: Metrics) {
+    while let Some(said) = said.recv().await {
+        let Said::Trust(trust, reply) = said else { continue };
+        let ca = ca.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let roots = FileBytes::read(&ca).and_then(|file| parse_roots(&file));
+            roots.map_err(|error| error.to_string()).map(|roots| (ca, roots))
+        });
+        let answer = match read.await {
+            Ok(Ok((ca, roots))) => {
+                let known = |root: &bytes::Bytes| roots.iter().any(|known| known.as_ref() == root.as_ref());
+                if trust.roots.iter().all(known) {
+                    Ok(())
+                } else {
+                    Err(format!("{} lacks a root; its owner replaces that file", ca.display()))
+                }
+            }
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err("the CA bundle cannot be read".to_owned()),
+        };
+        metrics.trust.with_label_values(&[if answer.is_ok() { "kept" } else { "failed" }]).inc();
+        drop(reply.send(answer));
+    }
+}
+
+/// Gets the identity and keeps it.
+pub(crate) struct Keeper {
+    pub(crate) place: Place,
+    pub(crate) enroller: Enroller,
+    pub(crate) issuer: IssuerSource,
+    pub(crate) live: Arc<Live>,
+    pub(crate) links: Links,
+    pub(crate) metrics: Metrics,
+    pub(crate) backoff: Backoff,
+    pub(crate) said: mpsc::Receiver<Said>,
+    pub(crate) found: Found,
+    pub(crate) told: Told,
+}
+
+/// What the gateway knows of the keys that sign the cluster's ServiceAccount tokens.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    /// The one that signed the agent's token when the gateway was told.
+    known: Option<String>,
+    /// The same in a renewal that has no answer yet.
+    asked: Option<String>,
+    /// The last token that a key has signed which the gateway knows: it vouches for the next keys.
+    token: String,
+    /// Attempts in a row that told nothing; and whether that has been said.
+    failures: u32,
+    warned: bool,
+}
+
+/// When what is held has to be looked at again.
+struct Schedule {
+    renew_at: Instant,
+    ends_at: Instant,
+    /// A renewal that has no answer yet.
+    asked: Option<(Session, AgentKey)>,
+    failures: u32,
+}
+
+impl Keeper {
+    /// Runs until it is dropped.
+    pub(crate) async fn run(mut self) {
+        let (mut held, mut joined) = match self.found.held.take() {
+            Some(held) if !held.left().is_zero() => {
+                self.publish(&held);
+                tracing::info!(identity = %held.identity, left = human(held.left()), "identity found");
+                (held, None)
+            }
+            old => (self.join(old).await, Some(Instant::now())),
+        };
+        let mut schedule = self.schedule(&held, held.left());
+        let mut look_at = Instant::now() + TELL_FIRST;
+        loop {
+            tokio::select! {
+                () = sleep_until(look_at), if self.issuer.0.is_some() => {
+                    let idle = schedule.asked.is_none() && !self.links.sessions().is_empty();
+                    if idle && self.is_news().await {
+                        schedule.asked = self.tell().await;
+                        if schedule.asked.is_some() {
+                            schedule.renew_at = (Instant::now() + ANSWER_TIMEOUT).min(schedule.ends_at);
+                        }
+                    }
+                    look_at = Instant::now() + self.told.pause();
+                }
+                said = self.said.recv() => match said {
+                    None => return,
+                    Some(Said::Trust(trust, reply)) => {
+                        let kept = self.trust(&mut held, &trust).await;
+                        drop(reply.send(kept));
+                    }
+                    Some(Said::Renewed(session, renewed)) => {
+                        let asked = schedule.asked.take_if(|(asked, _)| asked.is_same(&session));
+                        let Some((_, key)) = asked else { continue };
+                        match self.renewed(&held, renewed, &key).await {
+                            Ok(new) => {
+                                held = new;
+                                schedule = self.schedule(&held, life(&held));
+                                self.told.take();
+                            }
+                            Err(after) => {
+                                schedule.failures += 1;
+                                schedule.renew_at = Instant::now() + after.max(schedule.pause());
+                            }
+                        }
+                    }
+                },
+                () = sleep_until(schedule.renew_at) => {
+                    if Instant::now() >= schedule.ends_at {
+                        tracing::warn!(identity = %held.identity, "the certificate has run out: joining");
+                        held = self.join(Some(held)).await;
+                        schedule = self.schedule(&held, life(&held));
+                        joined = Some(Instant::now());
+                        continue;
+                    }
+                    schedule.asked = self.ask().await;
+                    let wait = if schedule.asked.is_some() { ANSWER_TIMEOUT } else { schedule.pause() };
+                    schedule.failures += 1;
+                    schedule.renew_at = (Instant::now() + wait).min(schedule.ends_at);
+                }
+                () = self.live.rejected.notified() => {
+                    // What was kept may have been replaced while this agent was away: that is no reason to wait.
+                    let lately = joined.is_some_and(|at| at.elapsed() < REJOIN_PAUSE);
+                    if lately || !self.links.sessions().is_empty() {
+                        continue;
+                    }
+                    joined = Some(Instant::now());
+                    tracing::info!(identity = %held.identity, "the gateway does not take the certificate, or shows a strange one: trying to join");
+                    if let Some(new) = self.join_once(Some(&held)).await {
+                        held = new;
+                        schedule = self.schedule(&held, life(&held));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Joins until there is an identity.
+    async fn join(&mut self, old: Option<Held>) -> Held {
+        loop {
+            if let Some(held) = self.join_once(old.as_ref()).await {
+                self.backoff.reset();
+                return held;
+            }
+            sleep(self.backoff.next()).await;
+        }
+    }
+
+    /// One attempt; what it got is in force.
+    async fn join_once(&mut self, old: Option<&Held>) -> Option<Held> {
+        let joined = self.try_join(old).await;
+        let outcome = joined.as_ref().map_or_else(EnrolError::label, |_| "ok");
+        self.metrics.joins.with_label_values(&[outcome]).inc();
+        match joined {
+            Ok(held) => {
+                tracing::info!(identity = %held.identity, life = human(life(&held)), "joined");
+                self.keep(&held).await.unwrap_or_else(|error| {
+                    tracing::error!(%error, "the identity is lost with this process");
+                });
+                self.publish(&held);
+                self.live.announce_identity();
+                self.found.key = None;
+                Some(held)
+            }
+            Err(error) => {
+                let wait = error.retry_after().min(RETRY_AFTER_MAX);
+                tracing::warn!(%error, "not joined");
+                sleep(wait).await;
+                None
+            }
+        }
+    }
+
+    async fn try_join(&mut self, old: Option<&Held>) -> Result<Held, EnrolError> {
+        let key = match self.found.key.take() {
+            Some(key) => key,
+            None => {
+                let key = AgentKey::generate()?;
+                // Before it is used: an agent that is killed in between asks again with the same key.
+                if let Err(error) = self.place.save_key(&key) {
+                    tracing::error!(%error, "a join that is cut off cannot be repeated");
+                }
+                key
+            }
+        };
+        let current = self.issuer.read(&self.live).await;
+        let (issuer, with) =
+            current.map(|current| (current.issuer, (current.signed_by, current.token))).unzip();
+        let joined = self.enroller.join(&self.live, old, &key, issuer).await;
+        self.found.key = Some(key);
+        let (held, told) = joined?;
+        // Not what the issuer says now but what the gateway was told: the token may have been replaced in between.
+        let (signed_by, token) = with.filter(|_| told).unwrap_or_default();
+        self.told = Told { asked: signed_by, token, ..Told::default() };
+        self.told.take();
+        Ok(held)
+    }
+
+    /// Whether the agent's token is signed by a key that the gateway was not told of.
+    async fn is_news(&mut self) -> bool {
+        let Some((token, key)) = self.issuer.token().await else { return false };
+        if self.told.known.as_ref() == Some(&key) {
+            self.told.token = token;
+            return false;
+        }
+        if self.told.token.is_empty() {
+            // Since this process began there was no other; the gateway may know its key all the same.
+            self.told.token = token;
+        }
+        true
+    }
+
+    /// Asks for a new certificate in order to tell of the issuer, if there is something to tell.
+    async fn tell(&mut self) -> Option<(Session, AgentKey)> {
+        self.told.failures = self.told.failures.saturating_add(1);
+        let current = self.issuer.read(&self.live).await.filter(|current| current.signed_by.is_some());
+        if current.is_none() {
+            if self.told.failures >= TELL_WARN && !self.told.warned {
+                self.told.warned = true;
+                tracing::warn!(
+                    "the gateway does not know the key that signs this agent's ServiceAccount token, since the API server does not show it: after a restart the agent needs a new join token. Bind the ClusterRole system:service-account-issuer-discovery to the group system:unauthenticated, as the manifest does, or mount the keys (identity.serviceAccount.jwksFile)"
+                );
+            }
+            return None;
+        }
+        self.ask_with(current).await
+    }
+
+    /// Asks for a new certificate over any session that can.
+    async fn ask(&mut self) -> Option<(Session, AgentKey)> {
+        let current = self.issuer.read(&self.live).await;
+        self.ask_with(current).await
+    }
+
+    async fn ask_with(&mut self, current: Option<Current>) -> Option<(Session, AgentKey)> {
+        let key = AgentKey::generate().ok()?;
+        let csr = key.csr_der().ok()?;
+        let (issuer, signed_by) = current.map(|current| (current.issuer, current.signed_by)).unzip();
+        self.told.asked = signed_by.flatten();
+        let token = Some(self.told.token.clone()).filter(|token| token.len() <= VOUCHER_MAX);
+        let token = token.unwrap_or_default();
+        let renew = Notice::Renew(Renew { csr: csr.into(), issuer, token });
+        let mut sessions = self.links.sessions().into_iter();
+        let asked = sessions.find(|session| session.say(renew.clone()).is_ok());
+        if asked.is_none() {
+            self.metrics.renewals.with_label_values(&["no_session"]).inc();
+            tracing::debug!("no session to renew the certificate over");
+        }
+        asked.map(|session| (session, key))
+    }
+
+    /// Takes the answer to a renewal; the error is the time that the gateway asked for.
+    async fn renewed(&mut self, held: &Held, renewed: Renewed, key: &AgentKey) -> Result<Held, Duration> {
+        let renewals = self.metrics.renewals.clone();
+        let count = |outcome: &str| renewals.with_label_values(&[outcome]).inc();
+        let chain = match renewed.outcome {
+            Some(Renewal::Certificate(certificate)) => certificate.chain,
+            Some(Renewal::Refused(refused)) => {
+                count("refused");
+                tracing::warn!(why = %Printable(&refused.text), "the certificate was not renewed");
+                let after = Duration::from_millis(refused.retry_after_ms.into());
+                return Err(after.min(RETRY_AFTER_MAX));
+            }
+            None => {
+                count("answer");
+                tracing::warn!("the gateway's answer to a renewal is unknown to this agent; update it");
+                return Err(Duration::ZERO);
+            }
+        };
+        let new = Held::new(&chain, held.roots.clone(), held.unsigned.clone(), key).and_then(|new| {
+            // R-ID-12: what comes for another identity is not ours.
+            if new.identity == held.identity { Ok(new) } else { Err(AnswerError::OtherKey) }
+        });
+        match new {
+            Ok(new) => {
+                if let Err(error) = self.keep(&new).await {
+                    tracing::error!(%error, "the new certificate is lost with this process");
+                }
+                self.publish(&new);
+                count("ok");
+                tracing::info!(identity = %new.identity, life = human(life(&new)), "certificate renewed");
+                Ok(new)
+            }
+            Err(error) => {
+                count("answer");
+                tracing::warn!(%error, "the new certificate cannot be used");
+                Err(Duration::ZERO)
+            }
+        }
+    }
+
+    /// Believes other roots from now on.
+    async fn trust(&mut self, held: &mut Held, trust: &Trust) -> Result<(), String> {
+        let result = self.try_trust(held, trust).await;
+        let label = if result.is_ok() { "kept" } else { "failed" };
+        self.metrics.trust.with_label_values(&[label]).inc();
+        match &result {
+            Ok(true) => {
+                tracing::info!(version = trust.version, roots = trust.roots.len(), "new tunnel CA roots");
+            }
+            Ok(false) => {}
+            Err(problem) => {
+                tracing::error!(version = trust.version, problem, "the tunnel CA's roots are not kept");
+            }
+        }
+        result.map(drop)
+    }
+
+    /// Tells whether anything changed.
+    async fn try_trust(&mut self, held: &mut Held, trust: &Trust) -> Result<bool, String> {
+        let same = trust.roots.len() == held.roots.len()
+            && trust.roots.iter().zip(&held.roots).all(|(new, old)| new.as_ref() == old.as_ref());
+        if same {
+            return Ok(false);
+        }
+        let pins = &self.enroller.config.pins;
+        let new = held.with_roots(trust, pins).map_err(|error| error.to_string())?;
+        // Written before it is acknowledged: the operator goes on to the next phase by that.
+        self.keep(&new).await.map_err(|error| error.to_string())?;
+        self.publish(&new);
+        *held = new;
+        Ok(true)
+    }
+
+    async fn keep(&mut self, held: &Held) -> Result<(), SaveError> {
+        let (place, held) = (self.place.clone(), held.clone());
+        let saved = tokio::task::spawn_blocking(move || place.save(&held)).await;
+        // Only a panic, which has been reported, takes the result.
+        saved.unwrap_or(Ok(()))
+    }
+
+    fn publish(&self, held: &Held) {
+        self.live.put_identity(Arc::clone(&held.tls));
+        let ends = held.facts.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.metrics.certificate_ends.set(i64::try_from(ends.as_secs()).unwrap_or(i64::MAX));
+    }
+
+    /// What is held lives for so long from now, by a clock that nobody sets.
+    fn schedule(&mut self, held: &Held, left: Duration) -> Schedule {
+        let now = Instant::now();
+        let life = life(held);
+        let passed = life.saturating_sub(left);
+        let wait = held.facts.renew_after().mul_f64(1.0 - RENEW_JITTER * self.backoff.fraction());
+        let renew_at = now + wait.saturating_sub(passed);
+        Schedule { renew_at, ends_at: now + left, asked: None, failures: 0 }
+    }
+}
+
+impl Told {
+    /// What was told has been heard.
+    fn take(&mut self) {
+        if let Some(known) = self.asked.take() {
+            let token = std::mem::take(&mut self.token);
+            *self = Self { known: Some(known), token, ..Self::default() };
+        }
+    }
+
+    /// Before the next look.
+    fn pause(&self) -> Duration {
+        (TELL_LOOK * 2_u32.saturating_pow(self.failures.min(8))).min(TELL_LOOK_MAX)
+    }
+}
+
+impl Schedule {
+    /// Before the next attempt: longer after each failure, and never so long that the end is missed.
+    fn pause(&self) -> Duration {
+        let left = self.ends_at.saturating_duration_since(Instant::now());
+        let pause = RENEW_PAUSE * 2_u32.saturating_pow(self.failures.min(8));
+        pause.min(left / 4).max(RENEW_PAUSE)
+    }
+}
+
+fn life(held: &Held) -> Duration {
+    held.facts.not_after.duration_since(held.facts.issued_at()).unwrap_or_default()
+}
+
+/// Held for as long as an agent runs.
+const LOCK: &str = "lock";
+/// Key, chain and CA in one file; and the key of a join under way.
+const IDENTITY: &str = "identity.pem";
+const JOIN_KEY: &str = "join.key";
+/// Between the chain and the CA in it.
+const ROOTS: &str = "# The tunnel CA:\n";
+/// Before the pin of a root in it that was announced only, and the time of that in UNIX seconds.
+const UNSIGNED: &str = "# announced, not signed: ";
+/// Part of the time until the renewal that chance takes away.
+const RENEW_JITTER: f64 = 0.1;
+/// The shortest wait after a renewal that failed.
+const RENEW_PAUSE: Duration = Duration::from_secs(1);
+/// A renewal that is not answered is asked for again, over another session if there is one.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// Between two attempts to join because the gateway ends every session at once.
+const REJOIN_PAUSE: Duration = Duration::from_secs(15);
+/// How often the agent looks whether its token is signed by another key; longer after each time that the API server did not show it.
+const TELL_FIRST: Duration = Duration::from_secs(2);
+const TELL_LOOK: Duration = Duration::from_secs(10);
+const TELL_LOOK_MAX: Duration = Duration::from_secs(600);
+/// Attempts that tell nothing before it is said.
+const TELL_WARN: u32 = 3;
+/// A longer token does not fit the notice beside the keys; none is.
+const VOUCHER_MAX: usize = 2 * 1024;
+/// A gateway cannot keep the agent away for longer.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
+/// What the sessions may tell the keeper before it has looked.
+pub(crate) const SAID_MAX: usize = 16;

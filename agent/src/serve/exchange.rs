@@ -1,0 +1,446 @@
+//! How does one request become one answer? From the open of a stream to the end of both bodies.
+//!
+//! 1. The agent's configuration decides on the identity; the head is built ([`crate::serve::impersonate`], [`crate::serve::head`]).
+//! 2. A connection is taken, the request sent; a request that has not left goes to another connection, one that may have
+//!    left is never sent twice unless that is harmless.
+//! 3. The head of the answer goes into the tunnel, then its body; or the stream and an upgraded connection are joined.
+//! 4. The connection goes back to the pool if both messages are complete; else it is destroyed.
+//!
+//! The gateway may give up at any time, which ends the exchange and its connection.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use http_body::Body as _;
+use hyper::Response;
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use tokio::time::{Duration, Instant, timeout, timeout_at};
+use towline_proto::Code;
+use towline_proto::open::{Answer, FIELDS_MAX, Open, Outcome, Request};
+use towline_proto::text::{Lasting, Printable};
+use towline_proto::tunnel::exchange::{HeadError, RecvBody, SendBodyError, failure, send_body, send_head};
+use towline_proto::tunnel::splice::{SpliceError, splice};
+use towline_proto::tunnel::{RecvStream, SendStream};
+
+use crate::dial::connect::ConnectError;
+use crate::metrics::Metrics;
+use crate::serve::Service;
+use crate::serve::blame::{self, Blame, Read};
+use crate::serve::head::{self, RequestHead};
+use crate::serve::impersonate::{self, Plan, Refusal};
+use crate::upstream::Upstream;
+use crate::upstream::pool::{CheckoutError, Connection, RequestBody, Touched};
+use crate::upstream::reach;
+
+/// How an exchange ended, for the metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    Well,
+    /// The gateway gave up, or its session ended.
+    ClientGone,
+    Failed(Code),
+}
+
+impl Ended {
+    pub(crate) const fn label(self) -> &'static str {
+        match self {
+            Self::Well => "ok",
+            Self::ClientGone => "client_gone",
+            Self::Failed(code) => code.label(),
+        }
+    }
+}
+
+/// Why there is no answer from the upstream.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    pub(crate) code: Code,
+    pub(crate) message: String,
+    /// Whether no byte of the request can have reached the upstream.
+    pub(crate) untouched: bool,
+}
+
+impl Failed {
+    pub(crate) fn before(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), untouched: true }
+    }
+
+    pub(crate) fn checkout(upstream: &Upstream, error: &CheckoutError) -> Self {
+        let code = match error {
+            CheckoutError::Limit(_) => Code::Limit,
+            CheckoutError::Connect(ConnectError::Descriptors(_)) => {
+                upstream.resources.metrics.refused.with_label_values(&["descriptors"]).inc();
+                Code::Limit
+            }
+            CheckoutError::Connect(ConnectError::Denied { .. }) => Code::Denied,
+            CheckoutError::Connect(_) | CheckoutError::Http(_) => Code::UpstreamConnect,
+        };
+        Self::before(code, format!("{}: {error}", upstream.hop))
+    }
+
+    /// Whether the upstream, or the way to it, is to blame.
+    const fn is_upstreams(&self) -> bool {
+        matches!(self.code, Code::UpstreamConnect | Code::UpstreamBody | Code::Deadline)
+    }
+
+    /// Tells the gateway, and ends the answer.
+    pub(crate) async fn send(self, send: &mut SendStream, head_max: usize) -> Ended {
+        tracing::debug!(code = self.code.label(), message = %Printable(&self.message), "no answer");
+        let answer = failure(self.code, &self.message, self.untouched);
+        match send_head(send, &answer, head_max).await {
+            Ok(()) => {
+                send.finish();
+                Ended::Failed(self.code)
+            }
+            Err(_) => Ended::ClientGone,
+        }
+    }
+}
+
+/// Carries out one request.
+pub(crate) async fn run(
+    service: &Service,
+    open: Open,
+    request: Request,
+    mut send: SendStream,
+    mut recv: RecvStream,
+) -> Ended {
+    let arrived = Instant::now();
+    let head_max = service.head_max;
+    let Prepared { upstream, head, acts } = match prepare(service, &open, &request) {
+        Ok(prepared) => prepared,
+        Err(failed) => return failed.send(&mut send, head_max).await,
+    };
+    // What becomes of it says something of the API server.
+    let reach = request.target.is_empty().then_some(&service.live.reach);
+    // The body of an upgrade is what follows the 101; without one there is none, and its FIN is no news.
+    let (body, raw) = if head.upgrade {
+        (None, Some(recv))
+    } else if head.has_body() {
+        (Some(RecvBody::new(recv, head.body)), None)
+    } else {
+        recv.ignore_rest();
+        drop(recv);
+        (None, None)
+    };
+    let (body, whole) = RequestBody::new(body);
+    let touched = Mutex::new(None);
+    let answered = async {
+        // In a box, which is gone when the answer begins: a watch would hold the place for as long as it lives.
+        let answer = Box::pin(answer_head(&upstream, &head, body, &touched));
+        match open.timeout_ms {
+            0 => answer.await,
+            millis => {
+                let deadline = arrived + Duration::from_millis(millis.into());
+                let Ok(answer) = timeout_at(deadline, answer).await else {
+                    let untouched = !is_touched(&touched);
+                    let message = format!(
+                        "{}: no answer within {}",
+                        upstream.hop,
+                        Lasting(Duration::from_millis(millis.into()))
+                    );
+                    return Err(Failed { code: Code::Deadline, message, untouched });
+                };
+                answer
+            }
+        }
+    };
+    let answered = tokio::select! {
+        answered = answered => answered,
+        _ = send.stopped() => return Ended::ClientGone,
+    };
+    let (mut response, connection) = match answered {
+        Ok(answered) => answered,
+        Err(failed) => {
+            if let Some(reach) = reach.filter(|_| failed.is_upstreams()) {
+                reach.doubt();
+            }
+            return failed.send(&mut send, head_max).await;
+        }
+    };
+    service.metrics.answer_seconds.observe(arrived.elapsed().as_secs_f64());
+    let upgraded = hyper::upgrade::on(&mut response);
+    let (parts, body) = response.into_parts();
+    let length = body.size_hint().exact();
+    let coming = if acts && blame::is_doubtful(parts.status) {
+        let judged = Box::pin(judge(service, &upstream, &head, &request, &parts, body, &mut send)).await;
+        match judged {
+            Ok(body) => body,
+            Err(Some(failed)) => return failed.send(&mut send, head_max).await,
+            Err(None) => return Ended::ClientGone,
+        }
+    } else {
+        if let Some(reach) = reach {
+            // What is in front of the API server's own authentication says nothing of the agent's right.
+            let status = parts.status;
+            let counts = acts && !status.is_server_error() && status != http::StatusCode::TOO_MANY_REQUESTS;
+            reach.answered(request.principal.as_ref().filter(|_| counts));
+        }
+        Coming::Whole(body)
+    };
+    let sent = match head::response(&parts, length, &head) {
+        Ok(answer) => {
+            let kind = answer.body;
+            let answer = Answer { outcome: Some(Outcome::Response(answer)) };
+            send_head(&mut send, &answer, head_max).await.map(|()| kind)
+        }
+        Err(problem) => {
+            let message = format!("{}: {problem}", upstream.hop);
+            let failed = Failed { code: Code::UpstreamBody, message, untouched: false };
+            return failed.send(&mut send, head_max).await;
+        }
+    };
+    let kind = match sent {
+        Ok(kind) => kind,
+        Err(HeadError::TooLarge { bytes, max }) => {
+            let message =
+                format!("{}: answered with a head of {bytes} bytes, the limit is {max}", upstream.hop);
+            let failed = Failed { code: Code::UpstreamBody, message, untouched: false };
+            return failed.send(&mut send, head_max).await;
+        }
+        Err(_) => return Ended::ClientGone,
+    };
+    match raw {
+        Some(recv) if parts.status == http::StatusCode::SWITCHING_PROTOCOLS => {
+            let Ok(io) = upgraded.await else {
+                send.reset(Code::UpstreamBody);
+                return Ended::Failed(Code::UpstreamBody);
+            };
+            let ended = spliced(splice(&mut TokioIo::new(io), send, recv).await.map(|_| ()));
+            drop(connection);
+            ended
+        }
+        raw => {
+            let sent = match coming {
+                Coming::Whole(body) => send_body(body, kind, &mut send, Code::UpstreamBody).await,
+                Coming::Read(body) => Box::pin(send_body(body, kind, &mut send, Code::UpstreamBody)).await,
+            };
+            let ended = body_sent(sent);
+            if ended == Ended::Well {
+                // The answer is complete: what is still coming of the request is of no use to anybody.
+                if let Some(mut raw) = raw {
+                    raw.stop(Code::Cancelled);
+                }
+                drop(send);
+                settle(&upstream, connection, &head, &whole).await;
+            }
+            ended
+        }
+    }
+}
+
+/// The body of an answer.
+enum Coming {
+    Whole(Incoming),
+    /// Its beginning has been read.
+    Read(Box<Read>),
+}
+
+/// Looks whom a refusal of the API server means: the caller, whose it is then, or the agent. `None` = the gateway gave up.
+async fn judge(
+    service: &Service,
+    upstream: &Upstream,
+    head: &RequestHead,
+    request: &Request,
+    parts: &http::response::Parts,
+    body: Incoming,
+    send: &mut SendStream,
+) -> Result<Coming, Option<Failed>> {
+    let (reach, hop) = (&service.live.reach, &upstream.hop);
+    let failed = |message: String| Some(Failed { code: Code::UpstreamBody, message, untouched: false });
+    let blamed = tokio::select! {
+        blamed = timeout(REFUSAL_TIMEOUT, blame::of(parts, &head.method, head.path(), body)) => blamed,
+        _ = send.stopped() => return Err(None),
+    };
+    match blamed {
+        Ok(Ok(Blame::Caller(body))) => {
+            reach.answered(request.principal.as_ref());
+            Ok(Coming::Read(Box::new(body)))
+        }
+        Ok(Ok(Blame::Nobody(body))) => {
+            reach.answered(None);
+            reach.doubt_rights();
+            Ok(Coming::Read(Box::new(body)))
+        }
+        Ok(Ok(Blame::Token)) => {
+            reach.doubt_rights();
+            Err(failed(format!("{hop}: {}", reach::TOKEN_REFUSED)))
+        }
+        Ok(Ok(Blame::Impersonation(said))) => {
+            reach.doubt_rights();
+            let said: String = said.chars().take(SAID_MAX).collect();
+            Err(failed(format!(
+                "{hop}: the agent may not act in the caller's name (403 {said}). {}",
+                reach::BIND
+            )))
+        }
+        Ok(Err(error)) => {
+            reach.doubt();
+            Err(failed(format!("{hop}: the answer broke off ({})", root_cause(&error))))
+        }
+        Err(_) => {
+            reach.doubt();
+            Err(failed(format!("{hop}: no whole answer within {}", Lasting(REFUSAL_TIMEOUT))))
+        }
+    }
+}
+
+/// What is decided before a connection is needed.
+struct Prepared {
+    upstream: Arc<Upstream>,
+    head: RequestHead,
+    /// Whether the agent's own token goes with it, in somebody's name.
+    acts: bool,
+}
+
+/// Everything that is decided before a connection is needed.
+fn prepare(service: &Service, open: &Open, request: &Request) -> Result<Prepared, Failed> {
+    let upstream = service.live.upstream(&request.target)?;
+    let plan = impersonate::decide(&service.mode, service.allow_anonymous, request).map_err(|refusal| {
+        if refusal == Refusal::Restricted {
+            service.live.reach.mismatched();
+        }
+        Failed::before(Code::Denied, refusal.to_string())
+    })?;
+    let authorization = match plan {
+        Plan::Impersonate(_) => {
+            let token = service.live.token.as_ref().ok_or_else(|| {
+                Failed::before(Code::Internal, "the agent impersonates but has read no token")
+            })?;
+            Some(token.authorization())
+        }
+        Plan::AsItCame | Plan::Nobody => None,
+    };
+    let head =
+        RequestHead::new(open, request, &upstream.authority, &plan, authorization).map_err(|problem| {
+            Failed::before(Code::Proto, format!("the agent cannot send this request: {problem}"))
+        })?;
+    Ok(Prepared { upstream, head, acts: matches!(plan, Plan::Impersonate(_)) })
+}
+
+/// Sends the request and waits for the head of the answer. Dropping the future destroys the connection.
+async fn answer_head(
+    upstream: &Upstream,
+    head: &RequestHead,
+    body: RequestBody,
+    touched: &Mutex<Option<Touched>>,
+) -> Result<(Response<Incoming>, Connection), Failed> {
+    let mut request = head.request(body);
+    let mut fresh = head.upgrade;
+    let stale = &upstream.resources.metrics.stale;
+    loop {
+        let checkout = upstream.checkout(fresh).await;
+        let mut connection = checkout.map_err(|error| Failed::checkout(upstream, &error))?;
+        let watch = connection.watch();
+        *touched.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch.clone());
+        let mut error = match connection.sender.try_send_request(request).await {
+            Ok(response) => return Ok((response, connection)),
+            Err(error) => error,
+        };
+        let unsent = error.take_message();
+        let error = error.into_error();
+        // On a fresh connection there is no reason to hope that the next one fares better.
+        match unsent {
+            Some(unsent) if connection.reused => {
+                stale.with_label_values(&["unsent"]).inc();
+                request = unsent;
+            }
+            None if connection.reused && head.is_replayable() && broke_off(&error) => {
+                stale.with_label_values(&["replayed"]).inc();
+                request = head.request(RequestBody::new(None).0);
+            }
+            unsent => {
+                let untouched = unsent.is_some() || !watch.is_touched();
+                return Err(send_failed(upstream, head, &error, untouched));
+            }
+        }
+        fresh = true;
+    }
+}
+
+/// Whether the connection ended without an answer, as one does that was closed while it was idle.
+fn broke_off(error: &hyper::Error) -> bool {
+    !error.is_user() && !error.is_parse() && !error.is_timeout()
+}
+
+fn send_failed(upstream: &Upstream, head: &RequestHead, error: &hyper::Error, untouched: bool) -> Failed {
+    let hop = &upstream.hop;
+    if error.is_user() {
+        // The body of the request broke off, which the gateway knows best.
+        let message = format!("{hop}: the body of the request broke off on its way to the agent");
+        return Failed { code: Code::Cancelled, message, untouched };
+    }
+    let cause = if error.is_parse_too_large() {
+        // hyper does not say which.
+        let bytes = upstream.resources.head_max;
+        format!("answered with a head of more than {bytes} bytes (limits.head) or {FIELDS_MAX} fields")
+    } else if error.is_parse() {
+        "did not answer with valid HTTP/1.1".to_owned()
+    } else {
+        format!("closed the connection without an answer ({})", root_cause(error))
+    };
+    let consequence = if untouched {
+        "; nothing of the request was sent"
+    } else if head.method.is_safe() {
+        ""
+    } else {
+        "; the request may or may not have been carried out, so it was not sent again"
+    };
+    let code = if untouched { Code::UpstreamConnect } else { Code::UpstreamBody };
+    Failed { code, message: format!("{hop}: {cause}{consequence}"), untouched }
+}
+
+fn root_cause(error: &hyper::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    match cause.downcast_ref::<std::io::Error>() {
+        Some(error) => crate::dial::connect::describe(error),
+        None => cause.to_string(),
+    }
+}
+
+fn is_touched(touched: &Mutex<Option<Touched>>) -> bool {
+    touched.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(Touched::is_touched)
+}
+
+/// Gives the connection back if nothing of this exchange is left on it.
+async fn settle(upstream: &Upstream, connection: Connection, head: &RequestHead, whole: &AtomicBool) {
+    if whole.load(Ordering::Acquire) && !head.upgrade {
+        upstream.give_back(connection).await;
+    }
+}
+
+fn body_sent(result: Result<u64, SendBodyError<hyper::Error>>) -> Ended {
+    match result {
+        Ok(_) => Ended::Well,
+        Err(SendBodyError::Write(_)) => Ended::ClientGone,
+        Err(SendBodyError::Source(error)) => {
+            tracing::debug!(%error, "the upstream broke off inside a body");
+            Ended::Failed(Code::UpstreamBody)
+        }
+        Err(SendBodyError::Length) => Ended::Failed(Code::UpstreamBody),
+    }
+}
+
+pub(crate) fn spliced(result: Result<(), SpliceError>) -> Ended {
+    match result {
+        Ok(()) => Ended::Well,
+        Err(SpliceError::Io(error)) => {
+            tracing::debug!(%error, "the upstream broke off");
+            Ended::Failed(Code::UpstreamBody)
+        }
+        Err(SpliceError::Read(_) | SpliceError::Write(_)) => Ended::ClientGone,
+    }
+}
+
+/// Counts one exchange from its start to its end.
+pub(crate) fn count(metrics: &Metrics, kind: &'static str, ended: Ended) {
+    metrics.exchanges.with_label_values(&[kind, ended.label()]).inc();
+}
+
+/// How long the body of a refusal may take that could mean the agent, and how much of what it says is passed on.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+const SAID_MAX: usize = 512;

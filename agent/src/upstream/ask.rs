@@ -1,0 +1,85 @@
+//! How does the agent ask the API server something on its own account? Over a connection of its own, within a time, and an answer
+//! of a bounded size: nobody's exchange waits for it or is counted by it.
+
+use std::convert::Infallible;
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use thiserror::Error;
+use tokio::time::{Duration, Instant, timeout_at};
+use towline_proto::open::FIELDS_MAX;
+use towline_proto::text::Lasting;
+
+use crate::dial::connect::ConnectError;
+use crate::reload::Live;
+use crate::upstream::Upstream;
+
+/// Why there is no answer.
+#[derive(Debug, Error)]
+pub(crate) enum AskError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("takes requests and answers none within {}", Lasting(*.0))]
+    Deadline(Duration),
+    #[error("closed the connection without an answer that can be used")]
+    Broken,
+}
+
+/// Sends a request and takes its whole answer. Dropping the future closes the connection.
+pub(crate) async fn ask(
+    upstream: &Upstream,
+    mut request: Request<Full<Bytes>>,
+    credential: Option<HeaderValue>,
+    within: Duration,
+    body_max: usize,
+) -> Result<Response<Bytes>, AskError> {
+    let deadline = Instant::now() + within;
+    let io = upstream.connect_aside(within).await?;
+    let headers = request.headers_mut();
+    headers.insert(header::HOST, upstream.authority.clone());
+    if let Some(credential) = credential {
+        headers.insert(header::AUTHORIZATION, credential);
+    }
+    let exchange = async {
+        let (mut sender, connection) =
+            http1::Builder::new().max_headers(FIELDS_MAX).handshake(TokioIo::new(io)).await?;
+        let asking = async {
+            let (head, body) = sender.send_request(request).await?.into_parts();
+            let body = Limited::new(body, body_max).collect().await;
+            Ok::<_, hyper::Error>(body.ok().map(|body| Response::from_parts(head, body.to_bytes())))
+        };
+        // A server may close behind its answer, and does so behind a 401: what has come by then is still to be taken, and what has
+        // not is an error of the request.
+        let driven = async {
+            drop(connection.await);
+            std::future::pending::<Infallible>().await
+        };
+        tokio::select! {
+            answer = asking => answer,
+            never = driven => match never {},
+        }
+    };
+    match timeout_at(deadline, exchange).await {
+        Ok(Ok(Some(answer))) => Ok(answer),
+        Ok(Ok(None) | Err(_)) => Err(AskError::Broken),
+        Err(_) => Err(AskError::Deadline(within)),
+    }
+}
+
+/// The body of an answer of 200 to a GET; `None` for anything else.
+pub(crate) async fn get(
+    live: &Live,
+    path: &str,
+    credential: Option<HeaderValue>,
+    body_max: usize,
+) -> Option<Bytes> {
+    let upstream = live.upstream("").ok()?;
+    let request = Request::get(path).body(Full::default()).ok()?;
+    let answer = ask(&upstream, request, credential, TIMEOUT, body_max).await.ok()?;
+    (answer.status() == 200).then(|| answer.into_body())
+}
+
+const TIMEOUT: Duration = Duration::from_secs(5);

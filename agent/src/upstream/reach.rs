@@ -1,0 +1,596 @@
+//! Does the API server answer, and does it take what the agent brings? What the gateway shows as `APIServerReachable`.
+//!
+//! 1. Every exchange tells, at the price of a flag: an answer counts as one, a failure asks for a look.
+//! 2. While nothing has answered for 5 s the agent looks: a connection and a TLS handshake, no request, so that nothing is in
+//!    anybody's audit log.
+//! 3. About once a minute it asks what needs a request, unless an exchange has just shown it. Restricted: `/livez` without a
+//!    credential. Impersonating: whether its own token may act in somebody's name (SelfSubjectAccessReview).
+//! 4. What is wrong counts once a second look has found it too, so that one odd exchange or lost packet changes nothing; one
+//!    answer ends it. Then it is told: to the log, and again each minute while it lasts, and to the gateway.
+//!
+//! No look begins before a gateway wants to know, and the agent's own readiness does not follow from any of it: another pod
+//! would find the same API server.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use http::{Request, StatusCode, header};
+use http_body_util::Full;
+use tokio::io::AsyncWriteExt as _;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Duration, Instant, sleep_until, timeout};
+use towline_certs::explain::Fault;
+use towline_proto::join::ApiServerState;
+use towline_proto::open::Principal;
+
+use crate::config::{AgentMode, ImpersonateConfig};
+use crate::dial::connect::{ConnectError, Stage};
+use crate::reload::Live;
+use crate::upstream::Upstream;
+use crate::upstream::ask::{AskError, ask};
+
+/// What the exchanges have shown, and what follows from that and from the looks.
+#[derive(Debug)]
+pub(crate) struct Reach {
+    /// Since the last look at these: the API server has answered; it has let the agent act in somebody's name.
+    answered: AtomicBool,
+    acted: AtomicBool,
+    /// Something speaks against one of the two.
+    doubted: AtomicBool,
+    doubted_rights: AtomicBool,
+    /// A gateway wanted the agent to act in somebody's name, which its configuration does not allow.
+    mismatched: AtomicBool,
+    /// It is time to look.
+    wake: Notify,
+    /// In whose name it went well, once that is wanted.
+    wants_name: AtomicBool,
+    name: Mutex<Option<Acted>>,
+    /// Whom the agent acts for, if it does.
+    impersonate: Option<ImpersonateConfig>,
+    state: watch::Sender<Option<State>>,
+}
+
+/// What is known of the API server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct State {
+    pub(crate) kind: ApiServerState,
+    /// What is wrong and what to do; empty if nothing is.
+    pub(crate) text: String,
+    pub(crate) since: Instant,
+}
+
+/// A user and one of its groups in whose name an exchange went well.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Acted {
+    user: String,
+    group: Option<String>,
+}
+
+/// Something that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Trouble {
+    kind: ApiServerState,
+    text: String,
+}
+
+impl Reach {
+    pub(crate) fn new(mode: &AgentMode) -> Self {
+        let impersonate = match mode {
+            AgentMode::Restricted => None,
+            AgentMode::Impersonate(config) => Some(config.clone()),
+        };
+        Self {
+            answered: AtomicBool::default(),
+            acted: AtomicBool::default(),
+            doubted: AtomicBool::default(),
+            doubted_rights: AtomicBool::default(),
+            mismatched: AtomicBool::default(),
+            wake: Notify::new(),
+            wants_name: AtomicBool::new(true),
+            name: Mutex::default(),
+            impersonate,
+            state: watch::Sender::new(None),
+        }
+    }
+
+    /// The API server has answered an exchange; as `principal`, if that was in somebody's name.
+    pub(crate) fn answered(&self, principal: Option<&Principal>) {
+        self.answered.store(true, Ordering::Relaxed);
+        let Some(principal) = principal else { return };
+        self.acted.store(true, Ordering::Relaxed);
+        if self.wants_name.load(Ordering::Relaxed) {
+            self.wants_name.store(false, Ordering::Relaxed);
+            let named =
+                |group: &&str| self.impersonate.as_ref().is_none_or(|config| config.names_group(group));
+            let mut groups = principal.groups.iter().filter_map(|group| std::str::from_utf8(group).ok());
+            let group = groups.find(named).map(ToOwned::to_owned);
+            let acted = Acted { user: principal.name.clone(), group };
+            *self.name.lock().unwrap_or_else(PoisonError::into_inner) = Some(acted);
+        }
+    }
+
+    /// An exchange has failed on its way to the API server, or the way has changed.
+    pub(crate) fn doubt(&self) {
+        self.doubted.store(true, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
+    /// The API server has refused the agent itself, or the agent's token has changed.
+    pub(crate) fn doubt_rights(&self) {
+        self.doubted_rights.store(true, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
+    /// A gateway wanted what the agent's mode does not allow.
+    pub(crate) fn mismatched(&self) {
+        self.mismatched.store(true, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
+    /// What is known, now and later.
+    pub(crate) fn state(&self) -> watch::Receiver<Option<State>> {
+        self.state.subscribe()
+    }
+
+    /// The first of the groups that the agent may name at all; none in it if it may name no group.
+    fn first_group(&self) -> Option<Option<&str>> {
+        let groups = self.impersonate.as_ref()?.groups.as_ref()?;
+        Some(groups.first().map(String::as_str))
+    }
+
+    fn name(&self) -> Option<Acted> {
+        self.name.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Looks again and again. Runs until it is dropped.
+pub(crate) async fn keep(live: Arc<Live>) {
+    let reach = &live.reach;
+    let acts = live.token.is_some();
+    let now = Instant::now();
+    let mut judge =
+        Judge { line: Side::new(now, IDLE), rights: Side::new(now, RIGHTS), told: None, mismatch_told: None };
+    loop {
+        let now = Instant::now();
+        let (answered, acted) = (take(&reach.answered), take(&reach.acted));
+        judge.line.hear(now, answered, take(&reach.doubted));
+        judge.rights.hear(now, if acts { acted } else { answered }, take(&reach.doubted_rights));
+        if take(&reach.mismatched) {
+            judge.tell_mismatch(now);
+        }
+        if now >= judge.line.due {
+            let found = look(&live).await;
+            judge.line.handle(Instant::now(), found);
+        }
+        // Where there is no way, nothing can be asked.
+        if judge.line.is_good() && Instant::now() >= judge.rights.due {
+            let found = if acts { may_act(&live).await } else { is_live(&live).await };
+            judge.rights.handle(Instant::now(), found);
+        }
+        let now = Instant::now();
+        judge.publish(now, &reach.state);
+        tokio::select! {
+            () = sleep_until(judge.next(now)) => {}
+            () = reach.wake.notified() => {}
+        }
+    }
+}
+
+fn take(flag: &AtomicBool) -> bool {
+    flag.load(Ordering::Relaxed) && flag.swap(false, Ordering::Relaxed)
+}
+
+/// What follows from what was found; no I/O, so that a test needs no API server.
+#[derive(Debug)]
+struct Judge {
+    /// Whether there is a way to the API server.
+    line: Side,
+    /// Whether it takes what the agent brings.
+    rights: Side,
+    /// When the log was told last that something is wrong, if that lasts.
+    told: Option<Instant>,
+    mismatch_told: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Side {
+    /// Without a good sign for so long it is time to look.
+    idle: Duration,
+    due: Instant,
+    looked: Option<Instant>,
+    /// Whether anything is known.
+    known: bool,
+    /// A look has found something wrong, and no other has confirmed it.
+    suspected: bool,
+    trouble: Option<Trouble>,
+}
+
+/// What a look has found.
+#[derive(Debug)]
+enum Found {
+    Good,
+    Bad(Trouble),
+    /// Nothing that counts.
+    Nothing,
+}
+
+impl Side {
+    const fn new(now: Instant, idle: Duration) -> Self {
+        Self { idle, due: now, looked: None, known: false, suspected: false, trouble: None }
+    }
+
+    const fn is_good(&self) -> bool {
+        self.known && self.trouble.is_none() && !self.suspected
+    }
+
+    /// What the exchanges have shown since the last time.
+    fn hear(&mut self, now: Instant, good: bool, doubt: bool) {
+        if good {
+            self.handle_good(now);
+        }
+        if doubt && self.trouble.is_none() {
+            let soonest = self.looked.map_or(now, |at| now.max(at + CONFIRM));
+            self.due = self.due.min(soonest);
+        }
+    }
+
+    fn handle(&mut self, now: Instant, found: Found) {
+        self.looked = Some(now);
+        match found {
+            Found::Good => self.handle_good(now),
+            Found::Bad(trouble) if self.suspected || self.trouble.is_some() => {
+                (self.known, self.suspected, self.trouble) = (true, false, Some(trouble));
+                self.due = now + AGAIN;
+            }
+            Found::Bad(_) => {
+                self.suspected = true;
+                self.due = now + CONFIRM;
+            }
+            Found::Nothing => self.due = now + AGAIN,
+        }
+    }
+
+    fn handle_good(&mut self, now: Instant) {
+        (self.known, self.suspected, self.trouble) = (true, false, None);
+        self.due = now + self.idle;
+    }
+}
+
+impl Judge {
+    fn next(&self, now: Instant) -> Instant {
+        // The flags say that something happened, and not when.
+        (now + TICK).min(self.line.due).max(now + PAUSE)
+    }
+
+    fn trouble(&self) -> Option<&Trouble> {
+        self.line.trouble.as_ref().or(self.rights.trouble.as_ref())
+    }
+
+    /// Tells what is new.
+    fn publish(&mut self, now: Instant, state: &watch::Sender<Option<State>>) {
+        let (kind, text) = match self.trouble() {
+            Some(Trouble { kind, text }) => (*kind, text.clone()),
+            None if self.line.known && self.rights.known => (ApiServerState::Reachable, String::new()),
+            None => return,
+        };
+        if kind == ApiServerState::Reachable {
+            if self.told.take().is_some() {
+                tracing::info!("the API server can be used again");
+            }
+        } else if self.told.is_none_or(|at| now.duration_since(at) >= TELL_AGAIN) {
+            self.told = Some(now);
+            match kind {
+                ApiServerState::AgentTokenRefused => {
+                    tracing::error!(reason = kind.reason(), "the API server cannot be used: {text}");
+                }
+                _ => tracing::warn!(reason = kind.reason(), "the API server cannot be used: {text}"),
+            }
+        }
+        state.send_if_modified(|known| {
+            let since = match known {
+                Some(known) if known.kind == kind && known.text == text => return false,
+                Some(known) if known.kind == kind => known.since,
+                _ => now,
+            };
+            *known = Some(State { kind, text, since });
+            true
+        });
+    }
+
+    fn tell_mismatch(&mut self, now: Instant) {
+        if self.mismatch_told.is_none_or(|at| now.duration_since(at) >= TELL_AGAIN) {
+            self.mismatch_told = Some(now);
+            tracing::warn!(
+                "the gateway wants this agent to act in its callers' names (mode: impersonate), and this agent's configuration says mode: restricted. Change one of the two"
+            );
+        }
+    }
+}
+
+/// Whether there is a way to the API server: everything but a request.
+async fn look(live: &Live) -> Found {
+    let Ok(upstream) = live.upstream("") else { return Found::Nothing };
+    match upstream.connect_aside(LOOK_TIMEOUT).await {
+        Ok(mut io) => {
+            // A clean end: API servers log a handshake that breaks off, and no connection that ends after it.
+            drop(timeout(END_TIMEOUT, io.shutdown()).await);
+            Found::Good
+        }
+        Err(error) => Found::Bad(Trouble::connecting(&upstream, &error)),
+    }
+}
+
+/// Whether the API server answers somebody without a credential, with whatever that may see.
+async fn is_live(live: &Live) -> Found {
+    let Ok(upstream) = live.upstream("") else { return Found::Nothing };
+    let Ok(request) = Request::get("/livez").body(Full::default()) else { return Found::Nothing };
+    match ask(&upstream, request, None, ASK_TIMEOUT, ANSWER_MAX).await {
+        Ok(answer) if answer.status().is_server_error() => {
+            Found::Bad(Trouble::unhealthy(&upstream, answer.status()))
+        }
+        Ok(_) => Found::Good,
+        Err(error) => unanswered(&upstream, &error),
+    }
+}
+
+/// Whether the agent's own token may act in somebody's name: in the last one that it has acted in, or else in everybody's.
+async fn may_act(live: &Live) -> Found {
+    let acted = live.reach.name();
+    let mut questions = Vec::new();
+    match &acted {
+        None => {
+            questions.push(("users", None));
+            match live.reach.first_group() {
+                // The right is asked for as it is used: it may be one for these groups only.
+                Some(group) => questions.extend(group.map(|group| ("groups", Some(group)))),
+                None => questions.push(("groups", None)),
+            }
+        }
+        Some(Acted { user, group }) => {
+            questions.push(("users", Some(user.as_str())));
+            questions.extend(group.as_deref().map(|group| ("groups", Some(group))));
+        }
+    }
+    for (resource, name) in questions {
+        match review(live, resource, name).await {
+            Found::Good => {}
+            found => {
+                // Whoever it goes well for next is asked about from then on.
+                live.reach.wants_name.store(true, Ordering::Relaxed);
+                return found;
+            }
+        }
+    }
+    Found::Good
+}
+
+async fn review(live: &Live, resource: &str, name: Option<&str>) -> Found {
+    let (Ok(upstream), Some(token)) = (live.upstream(""), &live.token) else { return Found::Nothing };
+    let mut attributes = serde_json::json!({"verb": "impersonate", "resource": resource});
+    if let Some(name) = name {
+        attributes["name"] = name.into();
+    }
+    let review = serde_json::json!({
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": attributes},
+    });
+    let request = Request::post("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews")
+        .header(header::CONTENT_TYPE, "application/json")
+        .header(header::ACCEPT, "application/json")
+        .body(Full::new(Bytes::from(review.to_string())));
+    let Ok(request) = request else { return Found::Nothing };
+    let answer = match ask(&upstream, request, Some(token.authorization()), ASK_TIMEOUT, ANSWER_MAX).await {
+        Ok(answer) => answer,
+        Err(error) => return unanswered(&upstream, &error),
+    };
+    if answer.status() == StatusCode::UNAUTHORIZED {
+        return Found::Bad(Trouble::token(&upstream));
+    }
+    if answer.status().is_server_error() {
+        return Found::Bad(Trouble::unhealthy(&upstream, answer.status()));
+    }
+    let answer: serde_json::Value = serde_json::from_slice(answer.body()).unwrap_or_default();
+    match answer["status"]["allowed"].as_bool() {
+        Some(false) => Found::Bad(Trouble::rights(&upstream, resource)),
+        // Also where the question itself is not allowed: then only the exchanges can tell.
+        Some(true) | None => Found::Good,
+    }
+}
+
+fn unanswered(upstream: &Upstream, error: &AskError) -> Found {
+    let kind = match error {
+        // The next look at the way itself says more.
+        AskError::Connect(_) => return Found::Nothing,
+        AskError::Deadline(_) => ApiServerState::Timeout,
+        AskError::Broken => ApiServerState::Unreachable,
+    };
+    Found::Bad(Trouble { kind, text: format!("{}: {error}", upstream.hop) })
+}
+
+impl Trouble {
+    fn connecting(upstream: &Upstream, error: &ConnectError) -> Self {
+        let kind = match error {
+            ConnectError::Resolve { .. } | ConnectError::NoAddress(_) => ApiServerState::Dns,
+            ConnectError::Deadline(Stage::Resolving) => ApiServerState::Dns,
+            ConnectError::Deadline(_) => ApiServerState::Timeout,
+            ConnectError::Connect { cause, .. } => match cause.kind() {
+                io::ErrorKind::ConnectionRefused => ApiServerState::Refused,
+                io::ErrorKind::TimedOut => ApiServerState::Timeout,
+                _ => ApiServerState::Unreachable,
+            },
+            ConnectError::Denied { .. } | ConnectError::Descriptors(_) => ApiServerState::Unreachable,
+            ConnectError::Tls { fault, .. } => match fault {
+                Fault::Issuer => ApiServerState::CaMismatch,
+                Fault::Name => ApiServerState::NameMismatch,
+                Fault::Cut => ApiServerState::Unreachable,
+                Fault::Protocol | Fault::NotTls | Fault::Refused | Fault::Other => ApiServerState::TlsFailed,
+            },
+        };
+        Self { kind, text: format!("{}: {error}", upstream.hop) }
+    }
+
+    fn token(upstream: &Upstream) -> Self {
+        Self { kind: ApiServerState::AgentTokenRefused, text: format!("{}: {TOKEN_REFUSED}", upstream.hop) }
+    }
+
+    fn rights(upstream: &Upstream, resource: &str) -> Self {
+        let text = format!("{}: the agent's own token may not impersonate {resource}. {BIND}", upstream.hop);
+        Self { kind: ApiServerState::ImpersonationForbidden, text }
+    }
+
+    fn unhealthy(upstream: &Upstream, status: StatusCode) -> Self {
+        let text = format!("{}: answers with {status}. Look at the control plane", upstream.hop);
+        Self { kind: ApiServerState::Unhealthy, text }
+    }
+}
+
+/// For errors: what is wrong and what to do.
+pub(crate) const TOKEN_REFUSED: &str =
+    "the API server does not take the agent's own token (401); check impersonate.tokenFile";
+pub(crate) const BIND: &str =
+    "Bind its ServiceAccount to a ClusterRole with the verb impersonate on users and groups";
+
+/// Without a sign for so long the way is looked at, and the right asked for: well within the minute that it may take to show.
+const IDLE: Duration = Duration::from_secs(5);
+const RIGHTS: Duration = Duration::from_secs(45);
+/// From a look that found something wrong to the one that confirms it, and at least between two looks that exchanges ask for.
+const CONFIRM: Duration = Duration::from_secs(1);
+/// Between two looks while something is wrong.
+const AGAIN: Duration = Duration::from_secs(5);
+/// Two of them, what lies before, and what lies between are less than the 15 s after which the truth must be known.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
+const ASK_TIMEOUT: Duration = Duration::from_secs(4);
+const END_TIMEOUT: Duration = Duration::from_millis(500);
+/// The answer to a review has about 1 KiB.
+const ANSWER_MAX: usize = 64 * 1024;
+const TICK: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(10);
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bad(kind: ApiServerState) -> Found {
+        Found::Bad(Trouble { kind, text: "x".to_owned() })
+    }
+
+    struct World {
+        judge: Judge,
+        now: Instant,
+        state: watch::Sender<Option<State>>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let now = Instant::now();
+            let (line, rights) = (Side::new(now, IDLE), Side::new(now, RIGHTS));
+            let judge = Judge { line, rights, told: None, mismatch_told: None };
+            Self { judge, now, state: watch::Sender::new(None) }
+        }
+
+        fn pass(&mut self, seconds: u64) {
+            self.now += Duration::from_secs(seconds);
+        }
+
+        fn line(&mut self, found: Found) -> Option<ApiServerState> {
+            self.judge.line.handle(self.now, found);
+            self.kind()
+        }
+
+        fn rights(&mut self, found: Found) -> Option<ApiServerState> {
+            self.judge.rights.handle(self.now, found);
+            self.kind()
+        }
+
+        fn kind(&mut self) -> Option<ApiServerState> {
+            self.judge.publish(self.now, &self.state);
+            self.state.borrow().as_ref().map(|state| state.kind)
+        }
+    }
+
+    /// The longest that anything may stay unknown: from the last good sign, which counts up to a tick later, over two looks.
+    #[test]
+    fn d4_the_truth_is_known_in_time() {
+        assert!(TICK + IDLE + LOOK_TIMEOUT + CONFIRM + LOOK_TIMEOUT <= Duration::from_secs(14));
+        assert!(RIGHTS + ASK_TIMEOUT + CONFIRM + TICK + ASK_TIMEOUT <= Duration::from_secs(58));
+    }
+
+    /// One look that finds something wrong, one exchange that fails: nothing is told. Two looks: it is; one answer: it is over.
+    #[test]
+    fn d4_nothing_flaps() {
+        use ApiServerState::{CaMismatch, Reachable, Refused};
+        let mut world = World::new();
+        assert_eq!(world.line(Found::Good), None, "the other half is not known yet");
+        assert_eq!(world.rights(Found::Good), Some(Reachable));
+        for _ in 0..10 {
+            world.pass(5);
+            assert_eq!(world.line(bad(Refused)), Some(Reachable));
+            assert_eq!(world.judge.line.due, world.now + CONFIRM);
+            world.pass(1);
+            assert_eq!(world.line(Found::Good), Some(Reachable));
+        }
+        // Doubt is looked into, at most once a second, and proves nothing.
+        world.pass(3);
+        world.judge.line.hear(world.now, false, true);
+        assert_eq!(world.judge.line.due, world.now);
+        assert_eq!(world.line(Found::Good), Some(Reachable));
+        world.judge.line.hear(world.now, true, true);
+        assert_eq!(world.judge.line.due, world.now + CONFIRM);
+
+        world.pass(5);
+        world.line(bad(Refused));
+        world.pass(1);
+        assert_eq!(world.line(bad(Refused)), Some(Refused));
+        let since = world.state.borrow().as_ref().map(|state| state.since);
+        assert_eq!(since, Some(world.now));
+        world.pass(5);
+        assert_eq!(world.line(bad(CaMismatch)), Some(CaMismatch), "what is wrong may change");
+        world.judge.line.hear(world.now, true, false);
+        assert_eq!(world.kind(), Some(Reachable));
+    }
+
+    /// A handshake says nothing of a right, and an exchange that was let through says everything.
+    #[test]
+    fn d3_a_right_is_another_matter_than_the_way() {
+        use ApiServerState::{AgentTokenRefused, Reachable, Timeout};
+        let mut world = World::new();
+        world.line(Found::Good);
+        world.rights(bad(AgentTokenRefused));
+        world.pass(1);
+        assert_eq!(world.rights(bad(AgentTokenRefused)), Some(AgentTokenRefused));
+        world.pass(5);
+        assert_eq!(world.line(Found::Good), Some(AgentTokenRefused));
+        world.line(bad(Timeout));
+        world.pass(1);
+        assert_eq!(world.line(bad(Timeout)), Some(Timeout), "what comes first on the way");
+        assert_eq!(world.line(Found::Good), Some(AgentTokenRefused));
+        assert_eq!(world.rights(Found::Nothing), Some(AgentTokenRefused));
+        world.judge.rights.hear(world.now, true, false);
+        assert_eq!(world.kind(), Some(Reachable));
+    }
+
+    /// The log is told once a minute, whatever happens in between.
+    #[test]
+    fn d4_the_log_is_told_once_a_minute() {
+        let mut world = World::new();
+        world.line(Found::Good);
+        world.rights(Found::Good);
+        world.line(bad(ApiServerState::Dns));
+        world.line(bad(ApiServerState::Dns));
+        let first = world.judge.told;
+        assert_eq!(first, Some(world.now));
+        for _ in 0..11 {
+            world.pass(5);
+            world.line(bad(ApiServerState::Dns));
+            assert_eq!(world.judge.told, first);
+        }
+        world.pass(5);
+        world.line(bad(ApiServerState::Dns));
+        assert_eq!(world.judge.told, Some(world.now));
+        world.line(Found::Good);
+        assert_eq!(world.judge.told, None);
+    }
+}

@@ -1,0 +1,711 @@
+//! Who is calling? A client certificate or one of our own tokens says so; nothing else does.
+//!
+//! The rules, in order:
+//! 1. one credential per carrier: several `Authorization` lines, or a list inside one, are refused;
+//! 2. a verified client certificate decides; one that is not believed counts as absent;
+//! 3. else a token of ours (`tlat_…`) does, as `Authorization: Bearer` or as the WebSocket subprotocol that browsers use;
+//! 4. names and groups that begin with `system:` are refused, and groups that begin with `towline:` unless the gateway's own CA or
+//!    its records say so. `?token=` is never a credential.
+//! 5. Only who may call the cluster learns what it wants beside: in restricted mode the caller's `Authorization` is meant
+//!    for the cluster and goes through unread; it must be there, and be none of ours, which a cluster must never see. So
+//!    there only the certificate can say who calls. What counts is what an API server looks at: the scheme `Bearer`, and in
+//!    a WebSocket handshake the subprotocol. With anything else the caller would be anonymous there.
+//!
+//! OIDC gets its room beside [`tokens`].
+
+pub mod tokens;
+
+use crate::config::Mode;
+use crate::fleet::Fleet;
+use crate::metrics::Ended;
+use crate::web::routing::percent_decode;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use base64::{Engine as _, alphabet};
+use bytes::Bytes;
+use http::header::{
+    AUTHORIZATION, CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_PROTOCOL, UPGRADE,
+};
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+use thiserror::Error;
+use tokens::Tokens;
+use towline_certs::facts::CertificateFacts;
+use towline_certs::identity::GROUPS_MAX;
+use towline_certs::{CertificateDer, ClientCa};
+use towline_proto::open;
+
+/// The WebSocket subprotocol that carries a bearer token (Kubernetes).
+pub(crate) const BEARER_SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
+
+/// The authenticated caller: a name and groups, nothing else. What a request needs of them is found out once: there may be a thousand
+/// groups.
+#[derive(Clone, Debug)]
+pub struct Principal {
+    pub name: String,
+    pub groups: Vec<String>,
+    checked: Result<(), PrincipalError>,
+    /// As agents are told, once one is.
+    told: OnceLock<open::Principal>,
+}
+
+impl PartialEq for Principal {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.groups == other.groups
+    }
+}
+
+impl Eq for Principal {}
+
+/// Why a name cannot be a caller's.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PrincipalError {
+    #[error("the name {0:?} begins with system:, which belongs to Kubernetes itself")]
+    SystemName(String),
+    #[error("the group {0:?} begins with system:, which belongs to Kubernetes itself")]
+    SystemGroup(String),
+    #[error(
+        "the group {0:?} begins with towline:, which belongs to the gateway itself: only its own CA and its records may say it"
+    )]
+    OwnGroup(String),
+    #[error("the name {0}")]
+    Name(TextError),
+    /// Which of the groups, from 1 on.
+    #[error("group {0} {1}")]
+    Group(usize, TextError),
+    #[error("there are {0} groups, and at most {GROUPS_MAX} are allowed")]
+    TooManyGroups(usize),
+}
+
+/// Why a text is no name of a caller or group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum TextError {
+    #[error("is empty")]
+    Empty,
+    #[error("has {0} bytes, and at most {TEXT_MAX} are allowed")]
+    TooLong(usize),
+    #[error("holds control characters")]
+    Control,
+}
+
+/// Longest name of a caller or group, in bytes.
+const TEXT_MAX: usize = 256;
+
+/// Whether a name or a group can have this text.
+///
+/// # Errors
+/// Why not.
+pub(crate) fn check_text(text: &str) -> Result<(), TextError> {
+    match text.len() {
+        0 => Err(TextError::Empty),
+        length if length > TEXT_MAX => Err(TextError::TooLong(length)),
+        _ if text.chars().any(char::is_control) => Err(TextError::Control),
+        _ => Ok(()),
+    }
+}
+
+impl Principal {
+    #[must_use]
+    pub fn new(name: &str, groups: Vec<String>) -> Self {
+        let checked = check(name, &groups);
+        Self { name: name.to_owned(), groups, checked, told: OnceLock::new() }
+    }
+
+    /// Whether the gateway lets anybody be this.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<(), PrincipalError> {
+        self.checked.clone()
+    }
+
+    /// As an agent is told. A clone of it copies no group.
+    pub(crate) fn told(&self) -> &open::Principal {
+        self.told.get_or_init(|| open::Principal {
+            name: self.name.clone(),
+            groups: self.groups.iter().map(|group| Bytes::copy_from_slice(group.as_bytes())).collect(),
+        })
+    }
+
+    /// As [`Self::check`], of somebody of whom a CA or a file says so that is not the gateway's own.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_foreign(&self) -> Result<(), PrincipalError> {
+        self.check()?;
+        match self.groups.iter().find(|group| begins_with(group, OWN)) {
+            Some(group) => Err(PrincipalError::OwnGroup(group.clone())),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check(name: &str, groups: &[String]) -> Result<(), PrincipalError> {
+    check_text(name).map_err(PrincipalError::Name)?;
+    if groups.len() > GROUPS_MAX {
+        return Err(PrincipalError::TooManyGroups(groups.len()));
+    }
+    for (number, group) in (1..).zip(groups) {
+        check_text(group).map_err(|error| PrincipalError::Group(number, error))?;
+    }
+    if is_system(name) {
+        return Err(PrincipalError::SystemName(name.to_owned()));
+    }
+    match groups.iter().find(|group| is_system(group)) {
+        Some(group) => Err(PrincipalError::SystemGroup(group.clone())),
+        None => Ok(()),
+    }
+}
+
+/// What names begin with that belong to Kubernetes, and groups that belong to the gateway.
+const SYSTEM: &str = "system:";
+const OWN: &str = "towline:";
+
+/// Whether a name or a group is one of Kubernetes' own.
+pub(crate) fn is_system(name: &str) -> bool {
+    begins_with(name, SYSTEM)
+}
+
+fn begins_with(text: &str, prefix: &str) -> bool {
+    text.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
+}
+
+/// What a connection's client certificate is worth; judged once, after the handshake.
+#[derive(Clone, Debug, Default)]
+pub enum Certificate {
+    #[default]
+    Absent,
+    /// Presented and not believed; the text says why.
+    Unbelieved(String),
+    Verified {
+        principal: Arc<Principal>,
+        credential: Credential,
+    },
+}
+
+impl Certificate {
+    /// Judges what a client presented, leaf first. `own` is ours among `ca`: its certificates begin before they are issued, and
+    /// no other may say who is in a group of ours.
+    #[must_use]
+    pub fn judge(
+        chain: Option<&[CertificateDer<'_>]>,
+        ca: Option<&ClientCa>,
+        own: Option<&ClientCa>,
+        now: SystemTime,
+    ) -> Self {
+        let (Some(chain), Some(ca)) = (chain, ca) else { return Self::Absent };
+        let by_own = own.and_then(|own| own.verify(chain, now).ok());
+        let ours = by_own.is_some();
+        let verified = match by_own {
+            Some(client) => Ok(client),
+            None => ca.verify(chain, now).map_err(|error| error.to_string()),
+        };
+        let facts = chain.first().and_then(|leaf| CertificateFacts::of(leaf).ok());
+        match (verified, facts) {
+            (Ok(client), Some(facts)) => {
+                let principal = Arc::new(Principal::new(&client.name, client.groups));
+                if !ours && let Err(why @ PrincipalError::OwnGroup(_)) = principal.check_foreign() {
+                    return Self::Unbelieved(why.to_string());
+                }
+                let credential = Credential::Certificate {
+                    name: principal.name.as_str().into(),
+                    serial: facts.serial.as_str().into(),
+                    leaf: facts.fingerprint.as_str().into(),
+                    issued: if ours { facts.issued_at() } else { facts.not_before },
+                    until: facts.not_after,
+                };
+                Self::Verified { principal, credential }
+            }
+            (Err(why), _) => Self::Unbelieved(why),
+            (Ok(_), None) => Self::Unbelieved("it cannot be read".to_owned()),
+        }
+    }
+}
+
+/// Why a caller is nobody.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum AuthnError {
+    #[error("there are several Authorization headers")]
+    SeveralAuthorizations,
+    #[error("the Authorization header is malformed")]
+    MalformedAuthorization,
+    #[error("no credential was presented")]
+    NoCredential,
+    #[error("the client certificate was not accepted: {0}")]
+    CertificateUnbelieved(String),
+    #[error("the client certificate has expired")]
+    CertificateExpired,
+    #[error("the client certificate was revoked")]
+    CertificateRevoked,
+    #[error("the credential was revoked while the request was running")]
+    Revoked,
+    #[error("the credential has expired while the request was running")]
+    Expired,
+    #[error("the bearer token is not known")]
+    UnknownToken,
+    /// No certificate, and a credential that is for somebody else.
+    #[error(
+        "no client certificate was presented, and the credential in the request is none of this gateway's"
+    )]
+    ForeignCredential,
+    /// Restricted mode: a certificate, and nothing for the cluster.
+    #[error(
+        "this cluster is in restricted mode: the client certificate is good for the gateway, and the cluster needs a credential of its own"
+    )]
+    ClusterCredentialNeeded,
+    /// A credential of ours where it would reach a cluster.
+    #[error("a token of the gateway was sent where it would be passed on to the cluster")]
+    OwnCredential,
+    #[error(transparent)]
+    Principal(#[from] PrincipalError),
+}
+
+impl From<Ended> for AuthnError {
+    fn from(why: Ended) -> Self {
+        if why == Ended::Expired { Self::Expired } else { Self::Revoked }
+    }
+}
+
+/// What a caller was believed for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Credential {
+    Certificate {
+        name: Arc<str>,
+        /// Lower-case hex.
+        serial: Arc<str>,
+        /// SHA-256 of the certificate, lower-case hex: two CAs may issue the same name, serial and dates.
+        leaf: Arc<str>,
+        /// By the issuer's word.
+        issued: SystemTime,
+        /// When it runs out.
+        until: SystemTime,
+    },
+    Token(tokens::Hash),
+}
+
+impl fmt::Display for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Certificate { name, serial, .. } => write!(f, "certificate {serial} of {name:?}"),
+            Self::Token(_) => f.write_str("a token"),
+        }
+    }
+}
+
+/// Who calls, and what says so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    pub principal: Arc<Principal>,
+    pub credential: Credential,
+}
+
+/// Who is known: the tokens of the configuration, and what is on record.
+#[derive(Clone, Copy, Debug)]
+pub struct Known<'a> {
+    pub tokens: &'a Tokens,
+    pub fleet: Option<&'a Fleet>,
+}
+
+impl Known<'_> {
+    /// The file does not say when its tokens were issued: to be safe, before any revocation of their user.
+    fn in_file(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
+        let revoked = |user: &str| self.fleet.is_some_and(|fleet| fleet.has_revocation(user));
+        self.tokens.find(hash).filter(|owner| !revoked(&owner.name))
+    }
+
+    fn owner(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
+        self.in_file(hash).or_else(|| self.fleet?.token(hash))
+    }
+
+    /// Whose a credential is that was once believed to be `before`'s, and when it runs out, which it may have. None if it was
+    /// revoked.
+    #[must_use]
+    pub fn owner_of(
+        &self,
+        credential: &Credential,
+        before: &Arc<Principal>,
+    ) -> Option<(Arc<Principal>, Option<SystemTime>)> {
+        match credential {
+            Credential::Certificate { until, .. } => {
+                (!self.is_revoked(credential)).then(|| (Arc::clone(before), Some(*until)))
+            }
+            Credential::Token(hash) => match self.in_file(hash) {
+                Some(owner) => Some((owner, None)),
+                None => {
+                    let (owner, expires) = self.fleet?.token_owner(hash)?;
+                    Some((owner, expires.map(SystemTime::from)))
+                }
+            },
+        }
+    }
+
+    fn is_revoked(&self, credential: &Credential) -> bool {
+        let Credential::Certificate { name, serial, issued, .. } = credential else { return false };
+        self.fleet.is_some_and(|fleet| fleet.is_client_revoked(name, serial, (*issued).into()))
+    }
+}
+
+/// Finds out who calls, whatever they call: the answer to nobody is the same for every cluster, and for none.
+///
+/// # Errors
+/// Why it is nobody.
+pub fn authenticate(
+    headers: &HeaderMap,
+    certificate: &Certificate,
+    known: Known<'_>,
+    now: SystemTime,
+) -> Result<Caller, AuthnError> {
+    let authorization = authorization(headers)?;
+    let certified = match certificate {
+        Certificate::Verified { credential: Credential::Certificate { until, .. }, .. } if now > *until => {
+            Err(AuthnError::CertificateExpired)
+        }
+        Certificate::Verified { credential, .. } if known.is_revoked(credential) => {
+            return Err(AuthnError::CertificateRevoked);
+        }
+        Certificate::Verified { principal, credential } => {
+            Ok(Caller { principal: Arc::clone(principal), credential: credential.clone() })
+        }
+        Certificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
+        Certificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
+        Certificate::Absent => Err(AuthnError::NoCredential),
+    };
+    let bearer =
+        || authorization.and_then(bearer).map(ToOwned::to_owned).or_else(|| subprotocol_token(headers));
+    let caller = match certified {
+        Ok(caller) => caller,
+        Err(error) => match bearer().filter(|token| token.starts_with(tokens::PREFIX)) {
+            Some(token) => {
+                let hash = tokens::hash(&token).ok_or(AuthnError::UnknownToken)?;
+                let principal = known.owner(&hash).ok_or(AuthnError::UnknownToken)?;
+                Caller { principal, credential: Credential::Token(hash) }
+            }
+            None => return Err(error),
+        },
+    };
+    caller.principal.check()?;
+    Ok(caller)
+}
+
+/// Checks that the request brings what a cluster of this mode wants. For callers that may call the cluster.
+///
+/// # Errors
+/// What is missing, or must not be there.
+pub fn suits(headers: &HeaderMap, mode: Mode) -> Result<(), AuthnError> {
+    if mode == Mode::Impersonate {
+        return Ok(());
+    }
+    let (authorization, subprotocol) = (authorization(headers)?, subprotocol_token(headers));
+    if authorization.is_some_and(is_own) || subprotocol.as_deref().is_some_and(is_own) {
+        return Err(AuthnError::OwnCredential);
+    }
+    // What an API server does not look at makes the request anonymous there.
+    let counts = authorization.is_some_and(|line| bearer(line).is_some())
+        || (subprotocol.is_some() && asks_for_websocket(headers));
+    if counts { Ok(()) } else { Err(AuthnError::ClusterCredentialNeeded) }
+}
+
+/// Only there an API server looks for a token among the subprotocols.
+fn asks_for_websocket(headers: &HeaderMap) -> bool {
+    let words = |name| {
+        let lines = headers.get_all(name).iter().filter_map(|line: &HeaderValue| line.to_str().ok());
+        lines.flat_map(|line| line.split(',')).map(str::trim)
+    };
+    words(UPGRADE).any(|word| word.eq_ignore_ascii_case("websocket"))
+        && words(CONNECTION).any(|word| word.eq_ignore_ascii_case("upgrade"))
+}
+
+/// The one Authorization header.
+fn authorization(headers: &HeaderMap) -> Result<Option<&str>, AuthnError> {
+    let mut lines = headers.get_all(AUTHORIZATION).iter();
+    let Some(line) = lines.next() else { return Ok(None) };
+    if lines.next().is_some() {
+        return Err(AuthnError::SeveralAuthorizations);
+    }
+    let text = line.to_str().map_err(|_| AuthnError::MalformedAuthorization)?.trim();
+    let (scheme, credential) = text.split_once(' ').unwrap_or((text, ""));
+    let listed = scheme.eq_ignore_ascii_case("bearer") && credential.trim().contains([',', ' ']);
+    if listed || scheme.is_empty() || credential.trim().is_empty() {
+        return Err(AuthnError::MalformedAuthorization);
+    }
+    Ok(Some(text))
+}
+
+fn bearer(authorization: &str) -> Option<&str> {
+    let (scheme, token) = authorization.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+/// The token in the WebSocket subprotocol list.
+fn subprotocol_token(headers: &HeaderMap) -> Option<String> {
+    let lines = headers.get_all(SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|line| line.to_str().ok());
+    let mut carried =
+        lines.flat_map(|line| line.split(',')).filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL));
+    let bytes = decode(carried.next()?)?;
+    String::from_utf8(bytes).ok()
+}
+
+/// Whether a credential, in any of its wrappings, holds a token of ours.
+fn is_own(credential: &str) -> bool {
+    let encoded = credential.split(' ').next_back().unwrap_or_default();
+    holds_own(credential.as_bytes()) || decode(encoded).is_some_and(|decoded| holds_own(&decoded))
+}
+
+/// Base64 in either alphabet, padded or not.
+fn decode(text: &str) -> Option<Vec<u8>> {
+    let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    let with = |alphabet| GeneralPurpose::new(alphabet, config).decode(text).ok();
+    with(&alphabet::STANDARD).or_else(|| with(&alphabet::URL_SAFE))
+}
+
+/// Whether anything that is about to leave for a cluster holds a token of ours: the last look before it is sent.
+pub(crate) fn carries_own_credential(name: &HeaderName, value: &[u8]) -> bool {
+    let text = std::str::from_utf8(value).unwrap_or_default();
+    let wrapped = match *name {
+        AUTHORIZATION => is_own(text),
+        SEC_WEBSOCKET_PROTOCOL => {
+            text.split(',').filter_map(|p| p.trim().strip_prefix(BEARER_SUBPROTOCOL)).any(is_own)
+        }
+        _ => false,
+    };
+    wrapped || holds_own(value)
+}
+
+/// As [`carries_own_credential`] for a path and its query: some clients put tokens there. Anywhere, with a key or without, escaped once
+/// or twice, as an application behind the cluster might read it. What is shorter than a token is none, but somebody's word.
+pub(crate) fn target_carries_own_credential(target: &str) -> bool {
+    let mut text = Cow::Borrowed(target.as_bytes());
+    for _ in 0..2 {
+        if holds_whole(&text) {
+            return true;
+        }
+        if !text.contains(&b'%') {
+            return false;
+        }
+        text = Cow::Owned(percent_decode(&*text));
+    }
+    holds_whole(&text)
+}
+
+/// Whether a token of ours, or its first 16 characters, stand in `bytes`, whatever is before it.
+fn holds_whole(bytes: &[u8]) -> bool {
+    let prefix = tokens::PREFIX.as_bytes();
+    let is_of_one = |byte: &&u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'~');
+    let is_whole =
+        |at: usize| bytes.iter().skip(at).take(TOKEN_LEAST).filter(is_of_one).count() == TOKEN_LEAST;
+    let begins = |(at, window): (usize, &[u8])| window == prefix && is_whole(at + prefix.len());
+    bytes.windows(prefix.len()).enumerate().any(begins)
+}
+
+/// Characters behind a token's prefix by which it is one: half of those of the shortest that the gateway makes.
+const TOKEN_LEAST: usize = 16;
+
+/// Whether a token of ours begins anywhere in `bytes`. Where it would begin inside a longer word it is none: among the
+/// letters of other people's tokens, ours come up by chance.
+fn holds_own(bytes: &[u8]) -> bool {
+    let prefix = tokens::PREFIX.as_bytes();
+    let in_a_word =
+        |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'/' | b'+');
+    let begins =
+        |at: usize| at.checked_sub(1).and_then(|before| bytes.get(before)).is_none_or(|b| !in_a_word(b));
+    bytes.windows(prefix.len()).enumerate().any(|(at, window)| window == prefix && begins(at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn headers(lines: &[(&str, &str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in lines {
+            headers.append(HeaderName::from_bytes(name.as_bytes()).unwrap(), value.parse().unwrap());
+        }
+        headers
+    }
+
+    /// Goal: A10, AU-12: a token of ours goes to no cluster, wherever in path and query it stands; what merely begins like one is none.
+    #[test]
+    fn a10_own_tokens_are_found_anywhere_in_a_target() {
+        for target in [
+            "/api?token=TOKEN",
+            "/api?watch=1&token=TOKEN",
+            "/api?access_token=Bearer%20TOKEN",
+            "/api?authorization=Bearer+TOKEN",
+            "/api?authorization=Bearer%2bTOKEN",
+            "/api?TOKEN",
+            "/api?TOKEN=1",
+            "/api?a=b&TOKEN",
+            "/api?a=%22TOKEN%22",
+            "/api?a=%74lat_0123456789abcdef",
+            "/api?a=%2574lat_0123456789abcdef",
+            "/api?a={\"token\":\"TOKEN\"}",
+            "/api?url=https%3A%2F%2Fx%3Ftoken%3DTOKEN",
+            "/api?a=xTOKEN",
+            "/api?a=b-TOKEN",
+            "/api?a=b_TOKEN.more",
+            "/api/v1/namespaces/x/services/y/proxy/TOKEN",
+            "/api/v1/namespaces/x/services/y/proxy/hook-TOKEN/z",
+            "/proxy/t%6cat_0123456789%61bcdef",
+        ] {
+            let target = target.replace("TOKEN", "tlat_0123456789abcdef");
+            assert!(target_carries_own_credential(&target), "{target}");
+        }
+        for target in [
+            "/",
+            "/api?a=b",
+            "/api?fieldSelector=metadata.name%3Dplatlat_x",
+            "/api?labelSelector=team%3Dtlat_ops",
+            "/api?labelSelector=team=tlat_ops,tier=0123456789abcdef",
+            "/api?a=tlat_0123456789abcde",
+            "/namespaces/tlat_ops/pods/a-name-that-is-long",
+            "/api?tlat=1",
+            "/api?a=%",
+        ] {
+            assert!(!target_carries_own_credential(target), "{target}");
+        }
+    }
+
+    fn cert(name: &str, groups: &[&str]) -> Certificate {
+        let groups = groups.iter().map(ToString::to_string).collect();
+        let issued = SystemTime::now();
+        let until = issued + Duration::from_secs(60);
+        let (name_is, serial, leaf) = (name.into(), "01".into(), "f0".into());
+        let credential = Credential::Certificate { name: name_is, serial, leaf, issued, until };
+        Certificate::Verified { principal: Arc::new(Principal::new(name, groups)), credential }
+    }
+
+    fn ask(mode: Mode, certificate: &Certificate, lines: &[(&str, &str)]) -> Result<String, AuthnError> {
+        let lines = headers(lines);
+        let known = Known { tokens: &Tokens::default(), fleet: None };
+        let caller = authenticate(&lines, certificate, known, SystemTime::now())?;
+        suits(&lines, mode)?;
+        Ok(caller.principal.name.clone())
+    }
+
+    #[test]
+    fn s17_restricted_mode_knows_callers_by_certificate_and_is_never_anonymous() {
+        let jane = cert("jane", &[]);
+        let ask =
+            |certificate: &Certificate, lines: &[(&str, &str)]| ask(Mode::Restricted, certificate, lines);
+        assert_eq!(ask(&jane, &[("authorization", "Bearer abc")]), Ok("jane".to_owned()));
+        let protocol = format!("v5.channel.k8s.io, {BEARER_SUBPROTOCOL}YWJj");
+        let upgrade = [("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")];
+        let shell = [upgrade[0], upgrade[1], ("sec-websocket-protocol", &protocol)];
+        assert_eq!(ask(&jane, &shell), Ok("jane".to_owned()));
+        // S17: what an API server does not look at is no credential.
+        for anonymous in [
+            &[("authorization", "Basic YTpi")][..],
+            &[("authorization", "Negotiate abc")],
+            &[("authorization", "Token abc")],
+            &shell[1..],
+            &shell[2..],
+            &upgrade,
+        ] {
+            assert_eq!(ask(&jane, anonymous), Err(AuthnError::ClusterCredentialNeeded), "{anonymous:?}");
+        }
+        assert_eq!(ask(&jane, &[]), Err(AuthnError::ClusterCredentialNeeded));
+        assert_eq!(
+            ask(&Certificate::Absent, &[("authorization", "Bearer abc")]),
+            Err(AuthnError::ForeignCredential)
+        );
+        assert_eq!(ask(&Certificate::Absent, &[]), Err(AuthnError::NoCredential));
+    }
+
+    /// A hostile cluster must not harvest our tokens, however they are wrapped.
+    #[test]
+    fn restricted_mode_never_forwards_our_tokens() {
+        let jane = cert("jane", &[]);
+        let own = [
+            ("authorization", "Bearer tlat_x".to_owned()),
+            ("authorization", "bearer  tlat_x".to_owned()),
+            ("authorization", "Token tlat_x".to_owned()),
+            ("authorization", "Basic amFuZTp0bGF0X3g=".to_owned()),
+            ("authorization", "Basic amFuZTp0bGF0X3g".to_owned()),
+            ("authorization", "Digest username=\"tlat_x\"".to_owned()),
+            ("sec-websocket-protocol", format!("{BEARER_SUBPROTOCOL}dGxhdF94")),
+        ];
+        for (name, value) in &own {
+            assert_eq!(
+                ask(Mode::Restricted, &jane, &[(name, value)]),
+                Err(AuthnError::OwnCredential),
+                "{value}"
+            );
+            let name = HeaderName::from_bytes(name.as_bytes()).unwrap();
+            assert!(carries_own_credential(&name, value.as_bytes()), "{value}");
+        }
+        // A token of the cluster that has the same five letters inside, as one in a million has.
+        for other in ["Bearer eyJhbGciOi.JSUztlat_NiIs.kid", "Bearer x.tlat_x", "Basic dGxhdDpfeA=="] {
+            let asked = ask(Mode::Restricted, &jane, &[("authorization", other)]);
+            assert_ne!(asked, Err(AuthnError::OwnCredential), "{other}");
+            assert!(!carries_own_credential(&AUTHORIZATION, other.as_bytes()), "{other}");
+        }
+    }
+
+    /// Goal: FR-09, AU-11: who is in hundreds of groups is a caller; each thing that makes nobody of a name is told as what it is.
+    #[test]
+    fn fr_09_hundreds_of_groups_are_a_caller() {
+        let groups = |count: usize| (0..count).map(|number| format!("g{number}")).collect::<Vec<_>>();
+        let check = |name: &str, groups: Vec<String>| Principal::new(name, groups).check();
+        assert_eq!(check("jane", groups(GROUPS_MAX)), Ok(()));
+        let told = |name: &str, groups| check(name, groups).unwrap_err().to_string();
+        for (name, groups, text) in [
+            ("jane", groups(GROUPS_MAX + 1), "there are 1025 groups, and at most 1024 are allowed"),
+            ("", groups(1), "the name is empty"),
+            ("a\nb", groups(1), "the name holds control characters"),
+            (&"x".repeat(257), groups(1), "the name has 257 bytes, and at most 256 are allowed"),
+            ("jane", vec!["a".to_owned(), String::new()], "group 2 is empty"),
+            ("jane", vec!["x".repeat(300)], "group 1 has 300 bytes, and at most 256 are allowed"),
+            ("jane", vec!["a\u{7}".to_owned()], "group 1 holds control characters"),
+        ] {
+            assert_eq!(told(name, groups), text);
+        }
+    }
+
+    #[test]
+    fn ambiguous_authorizations_are_refused() {
+        for mode in [Mode::Restricted, Mode::Impersonate] {
+            let ask = |lines: &[(&str, &str)]| ask(mode, &cert("jane", &[]), lines);
+            let two = [("authorization", "Bearer a"), ("authorization", "Bearer b")];
+            assert_eq!(ask(&two), Err(AuthnError::SeveralAuthorizations));
+            for value in ["Bearer a, Bearer b", "Bearer", "Bearer ", ""] {
+                assert_eq!(
+                    ask(&[("authorization", value)]),
+                    Err(AuthnError::MalformedAuthorization),
+                    "{value:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn system_names_belong_to_kubernetes() {
+        let lines = [("authorization", "Bearer x")];
+        for (name, groups) in
+            [("system:admin", &[][..]), ("SYSTEM:x", &[]), ("jane", &["ops", "system:masters"])]
+        {
+            let result = ask(Mode::Restricted, &cert(name, groups), &lines);
+            assert!(matches!(result, Err(AuthnError::Principal(_))), "{name}: {result:?}");
+        }
+        assert_eq!(ask(Mode::Restricted, &cert("systemic", &["system"]), &lines), Ok("systemic".to_owned()));
+    }
+
+    #[test]
+    fn an_unbelieved_certificate_counts_as_absent_and_says_why() {
+        let bad = Certificate::Unbelieved("expired 3h ago".to_owned());
+        let result = ask(Mode::Impersonate, &bad, &[]);
+        assert_eq!(result, Err(AuthnError::CertificateUnbelieved("expired 3h ago".to_owned())));
+        assert_eq!(
+            ask(Mode::Impersonate, &bad, &[("authorization", "Bearer tlat_x")]),
+            Err(AuthnError::UnknownToken)
+        );
+        assert_eq!(ask(Mode::Impersonate, &Certificate::Absent, &[]), Err(AuthnError::NoCredential));
+        let Certificate::Verified { principal, credential } = cert("jane", &[]) else { unreachable!() };
+        let Credential::Certificate { name, serial, leaf, issued, .. } = credential else { unreachable!() };
+        let until = SystemTime::now() - Duration::from_secs(1);
+        let credential = Credential::Certificate { name, serial, leaf, issued, until };
+        let expired = Certificate::Verified { principal, credential };
+        assert_eq!(ask(Mode::Impersonate, &expired, &[]), Err(AuthnError::CertificateExpired));
+    }
+}

@@ -1,0 +1,289 @@
+//! May a web page ask this? A browser sends what it has for the gateway, a client certificate above all, with whatever any page asks;
+//! it says whose page it is in `Origin`, and browsers of late in `Sec-Fetch-Site`. Clients that are no browsers send neither, but for
+//! libraries of WebSocket, which name the gateway itself.
+//!
+//! A page of another origin may read what it can (it sees no answer, since none allows it to), and change nothing: a method that
+//! changes something and a raw connection are refused unless the configuration lists the origin (`allowedOrigins`). So it is where a
+//! certificate has said who calls. A token no browser adds by itself: who has it means it, such as a web page's own server that
+//! passes on what a browser has sent.
+
+use crate::access::authn::Credential;
+use crate::exchange::headers::HeadersError;
+use http::header::{self, HeaderMap, HeaderValue};
+use http::request::Parts;
+use http::{Method, uri::Authority};
+use std::fmt;
+use std::net::Ipv6Addr;
+use std::str::FromStr;
+use thiserror::Error;
+
+/// Who a page is of: `https://HOST` or `https://HOST:PORT`, or the same with `http`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    secure: bool,
+    /// Lower case, an address of version 6 in brackets.
+    host: String,
+    port: u16,
+}
+
+/// Why a text is no [`Origin`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("write https://HOST or https://HOST:PORT as browsers send it, without a path")]
+pub struct OriginError;
+
+impl FromStr for Origin {
+    type Err = OriginError;
+
+    fn from_str(text: &str) -> Result<Self, OriginError> {
+        let (secure, authority) = match (text.strip_prefix("https://"), text.strip_prefix("http://")) {
+            (Some(rest), _) => (true, rest),
+            (None, Some(rest)) => (false, rest),
+            (None, None) => return Err(OriginError),
+        };
+        Self::of(secure, authority).ok_or(OriginError)
+    }
+}
+
+impl Origin {
+    fn of(secure: bool, authority: &str) -> Option<Self> {
+        if authority.contains('@') {
+            return None;
+        }
+        let authority: Authority = authority.parse().ok()?;
+        let host = authority.host().trim_end_matches('.').to_ascii_lowercase();
+        let port = match authority.as_str().get(authority.host().len()..) {
+            None | Some("") => Self::default_port(secure),
+            Some(port) => port.strip_prefix(':')?.parse().ok()?,
+        };
+        let address = host.strip_prefix('[').map(|rest| rest.trim_end_matches(']').parse::<Ipv6Addr>());
+        let is_host = !host.is_empty() && !host.contains('*') && !matches!(address, Some(Err(_)));
+        is_host.then_some(Self { secure, host, port })
+    }
+
+    const fn default_port(secure: bool) -> u16 {
+        if secure { 443 } else { 80 }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.secure { "https" } else { "http" };
+        write!(f, "{scheme}://{}", self.host)?;
+        if self.port == Self::default_port(self.secure) { Ok(()) } else { write!(f, ":{}", self.port) }
+    }
+}
+
+/// Whether a request to a cluster may come from where it says that it comes from. `raw` is one that switches protocols, `by` says who
+/// calls.
+///
+/// # Errors
+/// It may not.
+pub fn check(parts: &Parts, raw: bool, by: &Credential, allowed: &[Origin]) -> Result<(), HeadersError> {
+    let cross_site = |headers: &HeaderMap| {
+        let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+        site.is_some_and(|site| site.eq_ignore_ascii_case(b"cross-site"))
+    };
+    let mut lines = parts.headers.get_all(header::ORIGIN).iter();
+    let first = lines.next();
+    // Not one origin is none that could be listed, and so is `null`.
+    let origin: Option<Origin> =
+        first.filter(|_| lines.next().is_none()).and_then(|line| line.to_str().ok()?.parse().ok());
+    if origin.as_ref().is_some_and(|origin| allowed.contains(origin)) {
+        return Ok(());
+    }
+    if cross_site(&parts.headers) {
+        return Err(HeadersError::CrossSite);
+    }
+    let changes = raw || !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
+    match first {
+        Some(line)
+            if changes
+                && matches!(by, Credential::Certificate { .. })
+                && !origin.is_some_and(|origin| is_own(&origin, parts)) =>
+        {
+            Err(HeadersError::ForeignOrigin(String::from_utf8_lossy(line.as_bytes()).into_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether this is the gateway's own origin, as the client has reached it: over TLS, since a certificate was shown. Python's library of
+/// WebSocket (websocket-client before 1.3, which the Kubernetes client and Ansible use) writes `http://` before what it writes in `Host`
+/// over TLS, too; so does no browser on a page that the gateway has served.
+fn is_own(origin: &Origin, parts: &Parts) -> bool {
+    let authority = match parts.uri.authority() {
+        Some(authority) => Some(authority.as_str()),
+        None => parts.headers.get(header::HOST).and_then(|host| host.to_str().ok()),
+    };
+    let is_as_reached = authority.and_then(|host| Origin::of(origin.secure, host)).as_ref() == Some(origin);
+    is_as_reached && (origin.secure || !is_browser(&parts.headers))
+}
+
+/// Whether a browser has sent this: they say so, and no page can keep them from it. Not each that says whose request it is
+/// (`Sec-Fetch-Site`) says it of a WebSocket.
+fn is_browser(headers: &HeaderMap) -> bool {
+    let agent = headers.get(header::USER_AGENT).map(HeaderValue::as_bytes).unwrap_or_default();
+    agent.starts_with(b"Mozilla/") || headers.keys().any(|name| name.as_str().starts_with("sec-fetch-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::UNIX_EPOCH;
+
+    #[test]
+    fn origins_are_read_as_browsers_write_them() {
+        for (text, printed) in [
+            ("https://dash.example.com", "https://dash.example.com"),
+            ("https://Dash.Example.com:443", "https://dash.example.com"),
+            ("http://127.0.0.1:8001", "http://127.0.0.1:8001"),
+            ("https://[::1]:8443", "https://[::1]:8443"),
+            ("http://[2001:db8::1]", "http://[2001:db8::1]"),
+        ] {
+            assert_eq!(text.parse::<Origin>().unwrap().to_string(), printed, "{text}");
+        }
+        for wrong in [
+            "",
+            "null",
+            "*",
+            "https://",
+            "https://*",
+            "https://*.example.com",
+            "dash.example.com",
+            "https://a/",
+            "https://a/b",
+            "https://u@a",
+            "https://a:b",
+            "https://a:99999",
+            "https://a:",
+            "ftp://a",
+            "https://a b",
+            "https://a,https://b",
+            "https://[x]",
+        ] {
+            assert_eq!(wrong.parse::<Origin>(), Err(OriginError), "{wrong}");
+        }
+    }
+
+    fn certificate() -> Credential {
+        let (name, serial, leaf) = ("jane".into(), "01".into(), "f0".into());
+        Credential::Certificate { name, serial, leaf, issued: UNIX_EPOCH, until: UNIX_EPOCH }
+    }
+
+    /// Goal: S11: Python's exec, attach and port-forward pass. Its library names the gateway as in `Host`, with `http://` before it; a
+    /// browser that says the same is on a page that somebody else has made.
+    #[test]
+    fn s11_a_library_that_writes_http_for_https_is_no_page() {
+        let ask = |host: &str, lines: &[(&str, &str)]| {
+            let mut request = http::Request::builder().uri("/clusters/a/api").header("host", host);
+            for (name, value) in lines {
+                request = request.header(*name, *value);
+            }
+            check(&request.body(()).unwrap().into_parts().0, true, &certificate(), &[])
+        };
+        for (host, origin, fine) in [
+            ("gw.example.com:8443", "http://gw.example.com:8443", true),
+            ("gw.example.com", "http://gw.example.com", true),
+            ("[2001:db8::1]:8443", "http://[2001:db8::1]:8443", true),
+            ("gw.example.com", "http://gw.example.com:8443", false),
+            ("gw.example.com:8443", "http://gw.example.com", false),
+            ("gw.example.com", "http://gw.example.com:443", false),
+            ("gw.example.com:8443", "http://evil.example:8443", false),
+        ] {
+            assert_eq!(ask(host, &[("origin", origin)]).is_ok(), fine, "{host} {origin}");
+            for browser in [
+                ("sec-fetch-site", "same-site"),
+                ("sec-fetch-mode", "websocket"),
+                ("user-agent", "Mozilla/5.0 (X11; Linux x86_64)"),
+            ] {
+                assert!(ask(host, &[("origin", origin), browser]).is_err(), "{host} {origin} {browser:?}");
+            }
+        }
+        // As Python's client names itself.
+        let python = [("origin", "http://gw:8443"), ("user-agent", "OpenAPI-Generator/29.0.0/python")];
+        assert_eq!(ask("gw:8443", &python), Ok(()));
+    }
+
+    /// Goal: S11: what no browser adds by itself, no page has made it send: a web page's own server passes on the browser's `Origin` with
+    /// a token of its own.
+    #[test]
+    fn s11_a_token_is_sent_by_who_means_it() {
+        let ask = |lines: &[(&str, &str)]| {
+            let mut request = http::Request::post("/clusters/a/api").header("host", "gw.example.com");
+            for (name, value) in lines {
+                request = request.header(*name, *value);
+            }
+            check(&request.body(()).unwrap().into_parts().0, false, &Credential::Token([0; 32]), &[])
+        };
+        for origin in ["https://dash.example.com", "http://localhost:8001", "null"] {
+            assert_eq!(ask(&[("origin", origin)]), Ok(()));
+            assert_eq!(
+                ask(&[("origin", origin), ("sec-fetch-site", "cross-site")]),
+                Err(HeadersError::CrossSite)
+            );
+        }
+    }
+
+    /// Goal: S11: a page of another origin changes nothing and opens no raw connection, unless it is listed; kubectl, which sends no
+    /// Origin, and libraries that send the gateway's own do as ever.
+    #[test]
+    fn s11_pages_of_other_origins_change_nothing() {
+        let allowed = ["https://dash.example.com".parse().unwrap()];
+        let ask = |method: &str, raw: bool, lines: &[(&str, &str)]| {
+            let mut request = http::Request::builder().method(method).uri("/clusters/a/api");
+            request = request.header("host", "gw.example.com:8443");
+            for (name, value) in lines {
+                request = request.header(*name, *value);
+            }
+            check(&request.body(()).unwrap().into_parts().0, raw, &certificate(), &allowed)
+        };
+        let site = |value| ("sec-fetch-site", value);
+        for (method, raw) in [
+            ("GET", true),
+            ("POST", false),
+            ("POST", true),
+            ("PUT", false),
+            ("PATCH", false),
+            ("DELETE", false),
+            ("FOO", false),
+        ] {
+            for origin in [
+                "https://evil.example",
+                "null",
+                "",
+                "https://gw.example.com",
+                "http://gw.example.com",
+                "https://gw.example.com:8443.evil.example",
+                "https://dash.example.com.evil.example",
+                "http://dash.example.com",
+            ] {
+                let foreign = ask(method, raw, &[("origin", origin)]);
+                assert_eq!(
+                    foreign,
+                    Err(HeadersError::ForeignOrigin(origin.to_owned())),
+                    "{method} {raw} {origin}"
+                );
+            }
+            let two = [("origin", "https://dash.example.com"), ("origin", "https://dash.example.com")];
+            assert!(ask(method, raw, &two).is_err());
+            assert_eq!(
+                ask(method, raw, &[("origin", "https://evil.example"), site("cross-site")]),
+                Err(HeadersError::CrossSite)
+            );
+            assert_eq!(ask(method, raw, &[site("Cross-Site")]), Err(HeadersError::CrossSite));
+            for fine in [
+                &[][..],
+                &[("origin", "https://gw.example.com:8443")],
+                &[("origin", "https://GW.example.com.:8443"), site("same-origin")],
+                &[("origin", "https://dash.example.com")],
+                &[("origin", "https://dash.example.com"), site("cross-site")],
+                &[site("none")],
+            ] {
+                assert_eq!(ask(method, raw, fine), Ok(()), "{method} {raw} {fine:?}");
+            }
+        }
+        for method in ["GET", "HEAD", "OPTIONS"] {
+            assert_eq!(ask(method, false, &[("origin", "https://evil.example")]), Ok(()), "{method}");
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! Whose requests are running, and does what let them in still? One entry for what was let in by the same word: credential,
+//! principal, and the cluster or the fleet's API. So whoever loses something ends all that it let in, at one look.
+//!
+//! 1. `begin` puts a request on the list *before* it is judged: whatever is taken away from there on is noticed by the
+//!    review, whatever was before by the judgement.
+//! 2. `judge` decides, for a request that begins and at each review alike.
+//! 3. `review` looks at every entry anew when somebody may have lost something, on record or in the files; and when a
+//!    credential runs out whose end ends what runs.
+
+use crate::access::authn::{Certificate, Credential, Known, Principal};
+use crate::api::is_admin;
+use crate::config::{Cluster, EndsWithCredential, Mode};
+use crate::context::{Live, Shared};
+use crate::exchange::printable;
+use crate::fleet::Fleet;
+use crate::map::Map;
+use crate::metrics::Ended;
+use crate::rules::{AccessRules, Decision};
+use crate::web::routing::ClusterName;
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime};
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+use towline_certs::{CertificateDer, ClientCa};
+
+/// Entries that are judged between two looks at what else there is to do.
+const JUDGED_AT_ONCE: usize = 256;
+/// Between two looks at which credentials have run out; credentials that end together cost one look.
+const EXPIRY_INTERVAL: Duration = Duration::from_millis(100);
+/// The longest between two such looks: the clock may be set meanwhile.
+const EXPIRY_INTERVAL_MOST: Duration = Duration::from_secs(60);
+
+/// What a request was let in by, and for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Grant {
+    pub(crate) credential: Credential,
+    pub(crate) principal: Arc<Principal>,
+    pub(crate) scope: Scope,
+    /// An exec, attach or port-forward: it ends with its credential in any case.
+    pub(crate) interactive: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// A cluster, as it was then.
+    Cluster(Arc<Cluster>),
+    /// The fleet's API, as one of the admins or as anybody.
+    Fleet { admin: bool },
+}
+
+impl Scope {
+    pub(crate) fn fleet(principal: &Principal) -> Self {
+        Self::Fleet { admin: is_admin(principal) }
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cluster(cluster) => write!(f, "cluster {}", cluster.name),
+            Self::Fleet { admin: true } => f.write_str("the fleet's API, as an admin"),
+            Self::Fleet { admin: false } => f.write_str("the fleet's API"),
+        }
+    }
+}
+
+/// Only what is cheap to hash and tells most of them apart.
+impl Hash for Grant {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.credential.hash(state);
+        if let Scope::Cluster(cluster) = &self.scope {
+            cluster.uid.hash(state);
+        }
+        self.interactive.hash(state);
+    }
+}
+
+/// Certificates as a client has shown them, leaf first.
+pub(crate) type Chain = Arc<[CertificateDer<'static>]>;
+
+/// What is running.
+#[derive(Debug, Default)]
+pub(crate) struct Running {
+    state: Mutex<State>,
+    /// A credential runs out earlier than the review knows.
+    sooner: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    entries: Map<Grant, Arc<Entry>>,
+    /// When the review looks next for credentials that have run out.
+    due: Option<SystemTime>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    requests: AtomicUsize,
+    chain: Option<Chain>,
+    ended: CancellationToken,
+    why: OnceLock<Ended>,
+}
+
+/// One request's place among the running, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Run {
+    owner: Arc<Running>,
+    grant: Grant,
+    entry: Arc<Entry>,
+}
+
+impl Running {
+    /// One more that was let in by this. The caller has it judged after this.
+    pub(crate) fn begin(self: &Arc<Self>, grant: Grant, chain: Option<Chain>) -> Run {
+        let mut state = self.lock();
+        let entry = match state.entries.get(&grant) {
+            // One that has ended takes no other along: what was lost may have been given back.
+            Some(entry) if !entry.ended.is_cancelled() => Arc::clone(entry),
+            _ => {
+                let entry = Arc::new(Entry {
+                    requests: AtomicUsize::new(0),
+                    chain,
+                    ended: CancellationToken::new(),
+                    why: OnceLock::new(),
+                });
+                state.entries.insert(grant.clone(), Arc::clone(&entry));
+                entry
+            }
+        };
+        entry.requests.fetch_add(1, Ordering::Relaxed);
+        Run { owner: Arc::clone(self), grant, entry }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing that runs under the lock leaves it half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The review is to look at this time, or earlier.
+    fn look_at(&self, at: SystemTime) {
+        let mut state = self.lock();
+        if state.due.is_none_or(|due| at < due) {
+            state.due = Some(at);
+            self.sooner.notify_one();
+        }
+    }
+
+    /// When to look next. Cancel safe.
+    async fn due(&self) {
+        loop {
+            let due = self.lock().due;
+            let look = async {
+                match due.map(|due| due.duration_since(SystemTime::now()).unwrap_or_default()) {
+                    Some(left) => tokio::time::sleep(left.clamp(EXPIRY_INTERVAL, EXPIRY_INTERVAL_MOST)).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = look => return,
+                () = self.sooner.notified() => {}
+            }
+        }
+    }
+}
+
+impl Run {
+    /// Whether what let it in still does; for one that begins, and for one that is about to change something.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn judge(&self, shared: &Shared, live: &Live) -> Result<(), Ended> {
+        let rules = shared.fleet.as_ref().map(Fleet::rules);
+        let due = judge(shared, live, rules.as_deref(), &self.grant, SystemTime::now())?;
+        if let Some(due) = due {
+            self.owner.look_at(due);
+        }
+        Ok(())
+    }
+
+    /// What says who calls.
+    pub(crate) const fn credential(&self) -> &Credential {
+        &self.grant.credential
+    }
+
+    /// Cancelled when what let it in does so no more.
+    pub(crate) fn ended(&self) -> &CancellationToken {
+        &self.entry.ended
+    }
+
+    /// Why it was ended.
+    pub(crate) fn why(&self) -> Ended {
+        self.entry.why.get().copied().unwrap_or(Ended::Revoked)
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let mut state = self.owner.lock();
+        let last = self.entry.requests.fetch_sub(1, Ordering::Relaxed) == 1;
+        if last && state.entries.get(&self.grant).is_some_and(|entry| Arc::ptr_eq(entry, &self.entry)) {
+            state.entries.remove(&self.grant);
+        }
+    }
+}
+
+/// Whether what let a request in lets it in now; and when its credential ends it.
+fn judge(
+    shared: &Shared,
+    live: &Live,
+    rules: Option<&AccessRules>,
+    grant: &Grant,
+    now: SystemTime,
+) -> Result<Option<SystemTime>, Ended> {
+    let known = Known { tokens: &live.tokens, fleet: shared.fleet.as_ref() };
+    let (principal, until) = known.owner_of(&grant.credential, &grant.principal).ok_or(Ended::Revoked)?;
+    let follows = grant.interactive || live.config.ends_with_credential == EndsWithCredential::Everything;
+    let until = until.filter(|_| follows);
+    if until.is_some_and(|until| until <= now) {
+        return Err(Ended::Expired);
+    }
+    match &grant.scope {
+        Scope::Fleet { admin } => {
+            if *admin && !is_admin(&principal) {
+                return Err(Ended::Forbidden);
+            }
+        }
+        Scope::Cluster(cluster) => {
+            let decision = decide(live, rules, &principal, &cluster.name);
+            if !matches!(decision, Decision::Allowed(_)) {
+                return Err(Ended::Forbidden);
+            }
+            let now = shared.cluster_named(live, cluster.name.as_str());
+            if now.is_none_or(|now| now.uid != cluster.uid || now.mode != cluster.mode) {
+                return Err(Ended::Cluster);
+            }
+            // The cluster was told who calls: it goes on only as long as all of that is true.
+            if cluster.mode == Mode::Impersonate && has_lost(&grant.principal, &principal) {
+                return Err(Ended::Forbidden);
+            }
+        }
+    }
+    Ok(until)
+}
+
+/// What the rules of the file and those on record say together.
+pub(crate) fn decide(
+    live: &Live,
+    on_record: Option<&AccessRules>,
+    principal: &Principal,
+    cluster: &ClusterName,
+) -> Decision {
+    match on_record {
+        None => live.access.decide(principal, cluster),
+        Some(on_record) => AccessRules::decide_by_all(&[&live.access, on_record], principal, cluster),
+    }
+}
+
+/// Whether somebody is not all any more that they were.
+fn has_lost(before: &Arc<Principal>, now: &Arc<Principal>) -> bool {
+    before != now
+        && (before.name != now.name || before.groups.iter().any(|group| !now.groups.contains(group)))
+}
+
+/// Reviews what is running whenever somebody may have lost what let them in, on record or in the files, and when a credential
+/// runs out, for as long as it is polled.
+pub(crate) async fn review(shared: &Shared) {
+    let (mut losses, mut reloads) = (shared.fleet.as_ref().map(Fleet::losses), shared.reloads());
+    let mut generation = shared.live().generation;
+    loop {
+        // The senders live as long as `shared`.
+        tokio::select! {
+            () = changed(losses.as_mut()) => {}
+            _ = reloads.changed() => {}
+            () = shared.running.due() => {}
+        }
+        let live = shared.live();
+        let reloaded = std::mem::replace(&mut generation, live.generation) != live.generation;
+        look(shared, &live, reloaded).await;
+    }
+}
+
+async fn changed(losses: Option<&mut watch::Receiver<u64>>) {
+    match losses {
+        Some(losses) => drop(losses.changed().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Judges everything that is running. What begins meanwhile is judged by what is true now, or later. The lock is not held:
+/// requests come and go as ever.
+async fn look(shared: &Shared, live: &Live, reloaded: bool) {
+    let entries: Vec<(Grant, Arc<Entry>)> = {
+        let mut state = shared.running.lock();
+        state.due = None;
+        state.entries.iter().map(|(grant, entry)| (grant.clone(), Arc::clone(entry))).collect()
+    };
+    let rules = shared.fleet.as_ref().map(Fleet::rules);
+    let own = shared.authorities.as_ref().and_then(|own| own.own_clients.as_ref());
+    let mut believed: HashMap<Credential, bool> = HashMap::new();
+    let mut next: Option<SystemTime> = None;
+    let mut ended = 0;
+    for (at, (grant, entry)) in entries.iter().enumerate() {
+        if at % JUDGED_AT_ONCE == JUDGED_AT_ONCE - 1 {
+            tokio::task::yield_now().await;
+        }
+        if entry.ended.is_cancelled() {
+            continue;
+        }
+        let now = SystemTime::now();
+        let mut judged = judge(shared, live, rules.as_deref(), grant, now);
+        if reloaded
+            && judged.is_ok()
+            && let Some(chain) = &entry.chain
+            && !*believed
+                .entry(grant.credential.clone())
+                .or_insert_with(|| is_believed(chain, live, own, &grant.credential, now))
+        {
+            judged = Err(Ended::Revoked);
+        }
+        match judged {
+            Ok(until) => next = next.into_iter().chain(until).min(),
+            Err(why) => {
+                let requests = entry.requests.load(Ordering::Relaxed);
+                tracing::debug!(credential = %grant.credential, user = %printable(&grant.principal.name), scope = %grant.scope, requests, why = why.label(), "what runs by it ends");
+                ended += requests;
+                shared.metrics.ended(why, requests);
+                // Set once: an entry is ended here and nowhere else.
+                entry.why.get_or_init(|| why);
+                entry.ended.cancel();
+            }
+        }
+    }
+    if ended > 0 {
+        tracing::info!(requests = ended, "requests end: what let them in was taken away or has run out");
+    }
+    if let Some(next) = next {
+        shared.running.look_at(next);
+    }
+}
+
+/// Whether the certificate is one of a CA that is believed now. That it has run out is another question.
+fn is_believed(
+    chain: &[CertificateDer<'_>],
+    live: &Live,
+    own: Option<&ClientCa>,
+    credential: &Credential,
+    now: SystemTime,
+) -> bool {
+    let Credential::Certificate { until, .. } = credential else { return true };
+    let then = now.min(*until - Duration::from_secs(1));
+    matches!(
+        Certificate::judge(Some(chain), live.client_ca.as_ref(), own, then),
+        Certificate::Verified { credential: now, .. } if now == *credential
+    )
+}
+
+#[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
+mod tests {
+    use super::*;
+
+    fn grant(leaf: &str, interactive: bool) -> Grant {
+        let credential = Credential::Certificate {
+            name: "jane".into(),
+            serial: "01".into(),
+            leaf: leaf.into(),
+            issued: SystemTime::UNIX_EPOCH,
+            until: SystemTime::UNIX_EPOCH,
+        };
+        let principal = Arc::new(Principal::new("jane", Vec::new()));
+        Grant { credential, principal, scope: Scope::Fleet { admin: false }, interactive }
+    }
+
+    /// Goal: S4: the second one here has the first one's name, serial and dates, as another CA may issue them, and is its own.
+    #[test]
+    fn s4_requests_share_an_entry_until_it_ends() {
+        let running = Arc::<Running>::default();
+        let (first, second) =
+            (running.begin(grant("01", false), None), running.begin(grant("01", false), None));
+        let other = running.begin(grant("02", false), None);
+        assert!(Arc::ptr_eq(&first.entry, &second.entry));
+        assert_eq!(running.lock().entries.len(), 2);
+        first.entry.ended.cancel();
+        assert!(second.ended().is_cancelled() && !other.ended().is_cancelled());
+        // Let in again, while what had ended is still on its way out: that takes nothing of it along.
+        let again = running.begin(grant("01", false), None);
+        assert!(!again.ended().is_cancelled());
+        drop((first, second));
+        assert!(running.lock().entries.contains_key(&grant("01", false)));
+        drop((again, other));
+        assert!(running.lock().entries.is_empty());
+    }
+
+    /// A credential that ends earlier than what the review waits for wakes it.
+    #[tokio::test(start_paused = true)]
+    async fn s4_the_review_looks_when_the_first_credential_ends() {
+        let running = Arc::<Running>::default();
+        let in_s = |seconds| SystemTime::now() + Duration::from_secs(seconds);
+        running.look_at(in_s(50));
+        let began = tokio::time::Instant::now();
+        let look = {
+            let running = Arc::clone(&running);
+            tokio::spawn(async move {
+                running.due().await;
+                began.elapsed()
+            })
+        };
+        tokio::task::yield_now().await;
+        running.look_at(in_s(5));
+        running.look_at(in_s(20));
+        let after = look.await.unwrap();
+        assert!((4..=6).contains(&after.as_secs()), "{after:?}");
+    }
+}

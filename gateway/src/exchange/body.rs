@@ -1,0 +1,519 @@
+//! What bodies does an exchange have? The client's, which may be sent again while little of it was read; and the answer's,
+//! which holds all that the exchange holds until its end.
+
+use super::events::Events;
+use crate::exchange::uploads::Room;
+use crate::front::Stalled;
+use crate::metrics::{Metrics, WatchEnded};
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use towline_proto::Code;
+use towline_proto::mux::CloseReason;
+use towline_proto::tunnel::aside::Aside;
+use towline_proto::tunnel::exchange::{BodyError, RecvBody};
+use towline_proto::tunnel::{ReadError, SessionState};
+
+/// A body that comes more slowly than this much per time limit is given up.
+const SLOW_BYTES: usize = 1024;
+
+/// The client's body. What was read of it is kept while it is little, so that it can be sent again.
+pub(super) struct ClientBody {
+    source: Incoming,
+    held: Vec<Bytes>,
+    held_bytes: usize,
+    hold_max: usize,
+    /// How much of `held` has been sent in this attempt; beyond it the source goes on.
+    sent: usize,
+    /// False once more was read than is kept.
+    replayable: bool,
+    /// The answer has come: nothing will be sent again.
+    settled: Arc<AtomicBool>,
+    pace: Option<Pace>,
+    /// For what may be unread, until all was read; and how much that is, if it is known.
+    room: Option<Room>,
+    left: Option<u64>,
+}
+
+/// Whether the client sends fast enough. Only time in which we wait for the client counts.
+struct Pace {
+    limit: Duration,
+    since: Option<Pin<Box<Sleep>>>,
+    /// Since when we do not wait, while `since` stands.
+    paused: Option<Instant>,
+    bytes: usize,
+}
+
+/// Why the client's body ended early.
+#[derive(Debug)]
+pub(super) enum ClientBodyError {
+    Broken(hyper::Error),
+    Slow,
+}
+
+impl fmt::Display for ClientBodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Broken(error) => error.fmt(f),
+            Self::Slow => f.write_str("the body comes too slowly"),
+        }
+    }
+}
+
+impl ClientBody {
+    pub(super) fn new(source: Incoming, hold_max: usize, pace: Option<Duration>, room: Option<Room>) -> Self {
+        let pace = pace.map(Pace::new);
+        let (settled, left) = (Arc::default(), source.size_hint().exact());
+        let (held, held_bytes, sent, replayable) = (Vec::new(), 0, 0, true);
+        Self { source, held, held_bytes, hold_max, sent, replayable, settled, pace, room, left }
+    }
+
+    /// Set once the body will not be sent again.
+    pub(super) fn settled(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.settled)
+    }
+
+    /// Starts from the beginning, if that is still there.
+    pub(super) fn rewind(&mut self) -> bool {
+        self.sent = 0;
+        self.replayable
+    }
+
+    /// Counts what was read; when that is all, nothing can be unread any more.
+    fn on_read(&mut self, bytes: usize) {
+        self.left = self.left.map(|left| left.saturating_sub(bytes as u64));
+        if self.left == Some(0) {
+            self.room = None;
+        }
+    }
+
+    fn keep(&mut self, bytes: &Bytes) {
+        if self.settled.load(Ordering::Relaxed) || self.held_bytes + bytes.len() > self.hold_max {
+            self.replayable = false;
+            self.held = Vec::new();
+        }
+        if self.replayable {
+            self.held_bytes += bytes.len();
+            self.held.push(bytes.clone());
+            self.sent = self.held.len();
+        }
+    }
+}
+
+impl Pace {
+    const fn new(limit: Duration) -> Self {
+        Self { limit, since: None, paused: None, bytes: 0 }
+    }
+
+    fn on_bytes(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        if self.bytes >= SLOW_BYTES {
+            self.bytes = 0;
+            self.since = None;
+        }
+        // Until we ask again the client may wait for us.
+        self.paused = self.since.is_some().then(Instant::now);
+    }
+
+    /// We ask for bytes again: what passed since the last ones does not count.
+    fn resume(&mut self) {
+        if let (Some(paused), Some(since)) = (self.paused.take(), &mut self.since) {
+            let deadline = since.deadline() + paused.elapsed();
+            since.as_mut().reset(deadline);
+        }
+    }
+
+    fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let limit = self.limit;
+        self.since.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit))).as_mut().poll(cx)
+    }
+}
+
+impl Body for ClientBody {
+    type Data = Bytes;
+    type Error = ClientBodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ClientBodyError>>> {
+        let this = &mut *self;
+        if let Some(bytes) = this.held.get(this.sent) {
+            this.sent += 1;
+            return Poll::Ready(Some(Ok(Frame::data(bytes.clone()))));
+        }
+        if let Some(pace) = &mut this.pace {
+            pace.resume();
+        }
+        match Pin::new(&mut this.source).poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Some(bytes) = frame.data_ref() {
+                    this.keep(bytes);
+                    this.on_read(bytes.len());
+                    if let Some(pace) = &mut this.pace {
+                        pace.on_bytes(bytes.len());
+                    }
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(ClientBodyError::Broken(error)))),
+            Poll::Ready(None) => {
+                this.room = None;
+                Poll::Ready(None)
+            }
+            Poll::Pending => match &mut this.pace {
+                Some(pace) => {
+                    ready!(pace.poll_too_slow(cx));
+                    Poll::Ready(Some(Err(ClientBodyError::Slow)))
+                }
+                None => Poll::Pending,
+            },
+        }
+    }
+}
+
+/// Aborts the task that sends the client's body when the exchange ends.
+#[derive(Debug)]
+pub(super) struct Upload(pub(super) AbortHandle);
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The body of an answer. Dropping it before its end resets and stops the stream.
+pub(crate) struct AnswerBody {
+    inner: Inner,
+    basis: Option<Basis>,
+}
+
+/// Told why an answer breaks off.
+pub(super) type OnAbort = Arc<dyn Fn(&BodyError) + Send + Sync>;
+
+/// What an answer rests on: what let the caller in, and the session that it comes through.
+pub(crate) struct Basis {
+    /// Rings when what let the caller in does so no more.
+    ended: CancellationToken,
+    session: Option<watch::Receiver<SessionState>>,
+    on_abort: Option<OnAbort>,
+}
+
+impl Basis {
+    /// Of an answer that the gateway gives by itself.
+    pub(crate) const fn own(ended: CancellationToken) -> Self {
+        Self { ended, session: None, on_abort: None }
+    }
+
+    /// Counts that the answer was cut, for whoever does so without its body.
+    pub(crate) fn cut(&self) {
+        if let Some(on_abort) = &self.on_abort {
+            on_abort(&BodyError::Read(ReadError::Reset(Code::Denied)));
+        }
+    }
+
+    /// Waits until either was revoked. A session that ends otherwise leaves what it has brought. Cancel safe.
+    pub(crate) async fn revoked(&mut self) {
+        let session = async {
+            let is_denied = |reason: &CloseReason| reason.code() == Code::Denied.to_u32();
+            let denied = |state: &SessionState| state.closed.as_ref().is_some_and(is_denied);
+            let Some(session) = &mut self.session else { return std::future::pending().await };
+            if session.wait_for(denied).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = self.ended.cancelled() => {}
+            () = session => {}
+        }
+    }
+}
+
+enum Inner {
+    Full(Option<Bytes>),
+    Tunnel(Box<Tunnel>),
+    /// What another task makes, until it ends.
+    Stream(Box<Stream>),
+}
+
+struct Stream {
+    source: mpsc::Receiver<Bytes>,
+    #[expect(dead_code, reason = "counts as long as it lives")]
+    guards: Box<dyn Send + Sync>,
+}
+
+/// An answer that arrives through a tunnel, and everything that must live as long as it does.
+struct Tunnel {
+    recv: RecvBody,
+    end: Option<WatchEnd>,
+    keep: Keep,
+    ended: Aside<WaitForCancellationFutureOwned>,
+    stalled: Option<Stalled>,
+    /// Why the answer ends early; told one poll late.
+    failed: Option<BodyError>,
+}
+
+/// What an exchange holds until its end.
+pub(super) struct Keep {
+    /// The task that sends the client's body.
+    pub(super) upload: Option<Upload>,
+    pub(super) on_abort: OnAbort,
+    /// Permits and gauges.
+    #[expect(dead_code, reason = "counts as long as it lives")]
+    pub(super) guards: Box<dyn Send + Sync>,
+}
+
+impl Tunnel {
+    /// Ends the exchange. The body's error is told at the next poll, not at this one: hyper closes an HTTP/1.1 connection on it
+    /// without writing what it still holds, and writes that only when the body has nothing for it. A client would see its
+    /// connection end without the head of an answer that did begin.
+    fn fail(&mut self, error: BodyError, cx: &Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        (self.keep.on_abort)(&error);
+        self.keep.upload = None;
+        self.failed = Some(error);
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+/// Ends a watch between two events: when its gateway or its session drains, at a moment of its own, and when what it comes through
+/// breaks. A client whose watch ends there goes on from the last event; one whose watch is cut elsewhere lists everything again.
+pub(super) struct WatchEnd {
+    events: Events,
+    began: Instant,
+    /// Ends when the watch is due to end.
+    drained: Aside<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+    metrics: Arc<Metrics>,
+    why: Option<WatchEnded>,
+    /// The rest of the last piece was left out.
+    is_cut: bool,
+    old_enough: Option<Pin<Box<Sleep>>>,
+}
+
+/// A watch without an event that ends earlier makes client-go list again, as one that ends by an error does. The client counts from before
+/// its request left, so that it sees more.
+const YOUNG: Duration = Duration::from_millis(1100);
+/// Watches end within this part of the time that a drain has, so that clients do not all come back at once, and none is cut.
+const DRAIN_PART: f64 = 0.8;
+
+impl WatchEnd {
+    /// Of a watch that has begun. `part`, from 0 to 1, says when in a drain it ends: in that of the gateway, which takes up to
+    /// `deadline` from when `draining` is cancelled, or in that of the session.
+    pub(super) fn new(
+        events: Events,
+        (draining, deadline): (CancellationToken, Duration),
+        session: Option<watch::Receiver<SessionState>>,
+        part: f64,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let wait = move |time: Duration| tokio::time::sleep(time.mul_f64(DRAIN_PART * part));
+        let drained = Box::pin(async move {
+            let gateway = async {
+                draining.cancelled().await;
+                wait(deadline).await;
+            };
+            let session = async {
+                let Some(mut session) = session else { return std::future::pending().await };
+                let goaway = session.wait_for(|state| state.goaway.is_some()).await;
+                // A session that is gone without one has broken, which the body hears by itself.
+                let goaway = goaway.ok().and_then(|state| state.goaway);
+                let Some(goaway) = goaway else { return std::future::pending().await };
+                wait(Duration::from_millis(goaway.drain_ms.into())).await;
+            };
+            tokio::select! {
+                () = gateway => {}
+                () = session => {}
+            }
+        });
+        let drained = Aside::new(drained as Pin<Box<dyn Future<Output = ()> + Send + Sync>>);
+        Self { events, began: Instant::now(), drained, metrics, why: None, is_cut: false, old_enough: None }
+    }
+
+    /// Takes what comes next of the watch; gives what is to be sent of it.
+    fn pass(&mut self, bytes: Bytes) -> Bytes {
+        let whole = self.events.take(&bytes);
+        match whole {
+            Some(whole) if self.why.is_some() && whole < bytes.len() => {
+                self.is_cut = true;
+                bytes.slice(..whole)
+            }
+            _ => bytes,
+        }
+    }
+
+    /// What the watch comes through has broken. Says whether it can end as if the API server had ended it.
+    fn outlasts(&mut self, error: &BodyError) -> bool {
+        let taken_away = match error {
+            BodyError::Read(ReadError::Reset(code)) => *code == Code::Denied,
+            BodyError::Read(ReadError::Closed(reason)) => reason.code() == Code::Denied.to_u32(),
+            BodyError::Short(_) | BodyError::Long => true,
+        };
+        let outlasts = !taken_away && self.is_between_events();
+        if outlasts {
+            // Also of one that was to end anyway, and is too young to: nothing more comes.
+            self.why = Some(WatchEnded::Lost);
+        }
+        outlasts
+    }
+
+    fn is_between_events(&self) -> bool {
+        self.is_cut || self.events.at_boundary()
+    }
+
+    /// Whether the watch ends now.
+    fn poll_over(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.why.is_none() && Pin::new(&mut self.drained).poll(cx).is_ready() {
+            self.why = Some(WatchEnded::Drained);
+        }
+        let (Some(why), true) = (self.why, self.is_between_events()) else { return false };
+        if !self.events.any() {
+            let due = self.began + YOUNG;
+            let timer = self.old_enough.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+            if timer.as_mut().poll(cx).is_pending() {
+                return false;
+            }
+        }
+        self.metrics.watch_ended(why);
+        true
+    }
+
+    /// Whether nothing more comes.
+    fn is_lost(&self) -> bool {
+        self.is_cut || self.why == Some(WatchEnded::Lost)
+    }
+}
+
+impl AnswerBody {
+    pub(crate) fn full(bytes: Bytes) -> Self {
+        Self { inner: Inner::Full(Some(bytes).filter(|bytes| !bytes.is_empty())), basis: None }
+    }
+
+    /// What comes out of a channel, whose other end looks after the caller's credential; `guards` live as long.
+    pub(crate) fn stream(source: mpsc::Receiver<Bytes>, guards: Box<dyn Send + Sync>, basis: Basis) -> Self {
+        Self { inner: Inner::Stream(Box::new(Stream { source, guards })), basis: Some(basis) }
+    }
+
+    /// What comes through a tunnel; `ended` rings when what let the caller in does so no more.
+    pub(super) fn tunnel(
+        recv: RecvBody,
+        end: Option<WatchEnd>,
+        keep: Keep,
+        ended: CancellationToken,
+    ) -> Self {
+        let basis = Basis {
+            ended: ended.clone(),
+            session: recv.session(),
+            on_abort: Some(Arc::clone(&keep.on_abort)),
+        };
+        let ended = Aside::new(ended.cancelled_owned());
+        let tunnel = Tunnel { recv, end, keep, ended, stalled: None, failed: None };
+        Self { inner: Inner::Tunnel(Box::new(tunnel)), basis: Some(basis) }
+    }
+
+    /// What the answer rests on, for whoever writes it: a body is not asked while its client takes nothing.
+    pub(crate) fn take_basis(&mut self) -> Option<Basis> {
+        self.basis.take()
+    }
+
+    /// Takes nothing out of the tunnel while the client is stalled. Whoever writes to the client polls the body again when the
+    /// client has taken what waited.
+    pub(crate) fn unless(mut self, stalled: Stalled) -> Self {
+        if let Inner::Tunnel(tunnel) = &mut self.inner {
+            tunnel.stalled = Some(stalled);
+        }
+        self
+    }
+}
+
+impl fmt::Debug for AnswerBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AnswerBody").finish_non_exhaustive()
+    }
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.inner {
+            Inner::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Inner::Stream(stream) => {
+                let next = ready!(stream.source.poll_recv(cx));
+                if next.is_none() {
+                    self.inner = Inner::Full(None);
+                }
+                Poll::Ready(next.map(|bytes| Ok(Frame::data(bytes))))
+            }
+            Inner::Tunnel(tunnel) => {
+                if let Some(error) = tunnel.failed.take() {
+                    self.inner = Inner::Full(None);
+                    return Poll::Ready(Some(Err(error)));
+                }
+                if tunnel.end.as_mut().is_some_and(|end| end.poll_over(cx)) {
+                    self.inner = Inner::Full(None);
+                    return Poll::Ready(None);
+                }
+                if Pin::new(&mut tunnel.ended).poll(cx).is_ready() {
+                    return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
+                }
+                let is_lost = tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
+                if is_lost || tunnel.stalled.as_ref().is_some_and(Stalled::now) {
+                    return Poll::Pending;
+                }
+                let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
+                match frame {
+                    Some(Ok(frame)) => Poll::Ready(Some(Ok(match &mut tunnel.end {
+                        Some(end) => frame.map_data(|bytes| end.pass(bytes)),
+                        None => frame,
+                    }))),
+                    Some(Err(error)) if tunnel.end.as_mut().is_some_and(|end| end.outlasts(&error)) => {
+                        tracing::debug!(%error, "a watch ends between two events, since it broke off there");
+                        // At the next poll, or a moment later if it is young.
+                        cx.waker().wake_by_ref();
+                        Poll::Pending
+                    }
+                    Some(Err(error)) => tunnel.fail(error, cx),
+                    None => {
+                        self.inner = Inner::Full(None);
+                        Poll::Ready(None)
+                    }
+                }
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.inner {
+            Inner::Full(bytes) => bytes.is_none(),
+            Inner::Stream(_) => false,
+            Inner::Tunnel(tunnel) => {
+                // A watch that broke off says itself when it ends.
+                let open = tunnel.failed.is_some() || tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
+                !open && (tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0))
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.inner {
+            Inner::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Inner::Stream(_) => SizeHint::default(),
+            Inner::Tunnel(tunnel) => tunnel.recv.size_hint(),
+        }
+    }
+}

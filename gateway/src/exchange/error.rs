@@ -1,0 +1,811 @@
+//! Why did a client get this status? The one place where status, reason, code and words of our own answers are chosen.
+//!
+//! An answer of ours is a Kubernetes `Status` and a `Warning` header with the same text: kubectl drops the message
+//! during discovery and never drops the warning. The text says what happened, since when, and what to do.
+
+use super::body::AnswerBody;
+use super::upgrade::UpgradeError;
+use crate::access::authn::{AuthnError, Principal};
+use crate::exchange::headers::{HeadersError, RedirectError};
+use crate::metrics::{Ended, Limit, TlCode};
+use crate::registry::Presence;
+use crate::web::routing::{ClusterName, RouteError};
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::{Method, Response, StatusCode};
+use serde_json::json;
+use std::time::Duration;
+use towline_certs::facts::human;
+use towline_proto::Code;
+use towline_proto::mux::CloseReason;
+use towline_proto::open::{Failure, HEAD_MAX_BYTES};
+use towline_proto::text::Printable;
+
+/// What a 401 asks for.
+pub(crate) const CHALLENGE: &str = "Bearer realm=\"towline\"";
+
+/// Why the gateway answers itself.
+#[derive(Debug)]
+pub(crate) enum ProxyError {
+    Route(RouteError),
+    Authn(AuthnError),
+    /// Forbidden, or unknown to somebody who may not know.
+    Forbidden {
+        cluster: String,
+    },
+    NoSuchCluster {
+        cluster: String,
+    },
+    /// The cluster that was called is not the same any more.
+    ClusterChanged {
+        cluster: String,
+    },
+    Method(Method),
+    Headers(HeadersError),
+    Upgrade(UpgradeError),
+    NotConnected {
+        cluster: String,
+        presence: Presence,
+    },
+    /// A limit, and what there is too much of.
+    Limit(Limit, &'static str),
+    /// This gateway is about to stop, and the cluster's agent has left it already.
+    Draining {
+        cluster: String,
+    },
+    HeadTooLarge(HeadTooLarge),
+    /// The client's body broke off or was malformed.
+    ClientBody,
+    /// The client's body comes too slowly.
+    SlowBody,
+    /// The agent says why there is no answer.
+    Agent {
+        cluster: String,
+        failure: Failure,
+    },
+    /// The session ended before the answer began.
+    SessionLost {
+        cluster: String,
+        reason: CloseReason,
+    },
+    /// The agent gave up the stream before the answer began.
+    Reset {
+        cluster: String,
+        code: Code,
+    },
+    /// What the agent sent is no answer; says what is wrong with it.
+    BadAnswer {
+        cluster: String,
+        what: &'static str,
+    },
+    /// An upgrade was answered with neither 101 nor an error.
+    UpgradeAnswered {
+        cluster: String,
+        status: u16,
+    },
+    /// The answer would send the client where the cluster is not.
+    Redirect {
+        cluster: String,
+        status: u16,
+        why: RedirectError,
+    },
+    Deadline {
+        cluster: String,
+        after: Duration,
+    },
+    /// The same for a watch that goes on from a version.
+    Later(Box<Self>),
+}
+
+/// In what a request's head is larger than what carries it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HeadTooLarge {
+    Fields {
+        max: usize,
+    },
+    /// In the tunnel: most of it is the target, or the caller's groups, or neither.
+    Target,
+    Groups {
+        count: usize,
+        bytes: usize,
+    },
+    Bytes,
+}
+
+impl HeadTooLarge {
+    /// Of a head with this target that the tunnel does not carry, and in which the agent is told of this caller.
+    pub(super) fn of(target: &str, told: Option<&Principal>) -> Self {
+        let groups = told.map(|caller| &*caller.groups).unwrap_or_default();
+        let bytes = groups.iter().map(String::len).sum();
+        match HEAD_MAX_BYTES / 2 {
+            half if target.len() > half => Self::Target,
+            half if bytes > half => Self::Groups { count: groups.len(), bytes },
+            _ => Self::Bytes,
+        }
+    }
+}
+
+/// What the client gets to see.
+struct Verdict {
+    status: StatusCode,
+    code: TlCode,
+    message: String,
+}
+
+impl From<HeadTooLarge> for ProxyError {
+    fn from(error: HeadTooLarge) -> Self {
+        Self::HeadTooLarge(error)
+    }
+}
+
+impl From<RouteError> for ProxyError {
+    fn from(error: RouteError) -> Self {
+        Self::Route(error)
+    }
+}
+
+impl From<AuthnError> for ProxyError {
+    fn from(error: AuthnError) -> Self {
+        Self::Authn(error)
+    }
+}
+
+impl From<HeadersError> for ProxyError {
+    fn from(error: HeadersError) -> Self {
+        Self::Headers(error)
+    }
+}
+
+impl From<UpgradeError> for ProxyError {
+    fn from(error: UpgradeError) -> Self {
+        Self::Upgrade(error)
+    }
+}
+
+impl ProxyError {
+    /// What a watch that goes on from a version is told. Its client lists everything again after 502, 503 and 504, which costs
+    /// the cluster the most when it has just come back; after 429 it waits for longer and longer and goes on where it was
+    /// (client-go, tools/cache/reflector.go, `isWatchErrorRetriable`). So what may be over by then is 429.
+    pub(crate) fn for_a_resumed_watch(self) -> Self {
+        let may_be_over = matches!(
+            self,
+            Self::NotConnected { .. }
+                | Self::Draining { .. }
+                | Self::Agent { .. }
+                | Self::SessionLost { .. }
+                | Self::Reset { .. }
+                | Self::Deadline { .. }
+        );
+        if may_be_over && self.verdict().status.is_server_error() {
+            Self::Later(Box::new(self))
+        } else {
+            self
+        }
+    }
+
+    fn verdict(&self) -> Verdict {
+        let verdict = |status, code, message: String| Verdict { status, code, message };
+        match self {
+            Self::Route(error) => route(error),
+            Self::Authn(error) => authn(error),
+            Self::Forbidden { cluster } => verdict(
+                StatusCode::FORBIDDEN,
+                TlCode::Forbidden,
+                format!(
+                    "you may not call cluster {cluster:?}, or there is none of that name — ask the fleet's operator for an access rule"
+                ),
+            ),
+            Self::NoSuchCluster { cluster } => verdict(
+                StatusCode::NOT_FOUND,
+                TlCode::NoSuchCluster,
+                format!("there is no cluster {cluster:?} — check the name in the server's address"),
+            ),
+            Self::ClusterChanged { cluster } => verdict(
+                StatusCode::SERVICE_UNAVAILABLE,
+                TlCode::NoSuchCluster,
+                format!(
+                    "cluster {cluster:?} was deleted, or its mode was changed, while the request was running — look whether it was carried out, then ask again"
+                ),
+            ),
+            Self::Method(method) => verdict(
+                if matches!(*method, Method::CONNECT | Method::TRACE) {
+                    StatusCode::METHOD_NOT_ALLOWED
+                } else {
+                    StatusCode::NOT_IMPLEMENTED
+                },
+                TlCode::BadFraming,
+                format!(
+                    "the method {} is not served here — use an HTTP method of the Kubernetes API",
+                    clip(method.as_str(), 32)
+                ),
+            ),
+            Self::Headers(error) => headers(error),
+            Self::Upgrade(error) => {
+                verdict(StatusCode::BAD_REQUEST, TlCode::UpgradeRefused, error.to_string())
+            }
+            Self::NotConnected { cluster, presence } => {
+                let seen = match presence.gone_for {
+                    Some(gone) => format!("last seen {} ago", human(gone)),
+                    None => "not seen since this gateway started".to_owned(),
+                };
+                verdict(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    TlCode::ClusterOffline,
+                    format!(
+                        "cluster {cluster:?} is not connected: {seen} — check the towline-agent in that cluster and its log"
+                    ),
+                )
+            }
+            Self::Draining { cluster } => verdict(
+                StatusCode::SERVICE_UNAVAILABLE,
+                TlCode::Draining,
+                format!(
+                    "this gateway is about to stop, and the agent of cluster {cluster:?} has left it — try again on a new connection"
+                ),
+            ),
+            Self::Limit(_, what) => verdict(
+                StatusCode::TOO_MANY_REQUESTS,
+                TlCode::Limit,
+                format!("too many {what} — wait for some to end, then try again"),
+            ),
+            Self::HeadTooLarge(HeadTooLarge::Fields { max }) => verdict(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                TlCode::Limit,
+                format!(
+                    "the request has more than {max} header fields — send fewer, or ask the fleet's operator for more (limits.headerCount)"
+                ),
+            ),
+            Self::HeadTooLarge(HeadTooLarge::Bytes) => verdict(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                TlCode::Limit,
+                "the request's header fields are larger than the 64 KiB that the tunnel carries — send fewer or shorter ones"
+                    .to_owned(),
+            ),
+            Self::HeadTooLarge(HeadTooLarge::Groups { count, bytes }) => verdict(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                TlCode::Limit,
+                format!(
+                    "your {count} groups ({bytes} B) and the request's header fields are together larger than the 64 KiB that the tunnel carries — use a certificate or token with fewer groups, or with shorter names of them"
+                ),
+            ),
+            Self::HeadTooLarge(HeadTooLarge::Target) => verdict(
+                StatusCode::URI_TOO_LONG,
+                TlCode::Limit,
+                "the request's path and query, with its header fields, are larger than the 64 KiB that the tunnel carries — shorten the query"
+                    .to_owned(),
+            ),
+            Self::ClientBody => verdict(
+                StatusCode::BAD_REQUEST,
+                TlCode::BadFraming,
+                "the request's body broke off or has another length than announced — send it again"
+                    .to_owned(),
+            ),
+            Self::SlowBody => verdict(
+                StatusCode::REQUEST_TIMEOUT,
+                TlCode::Timeout,
+                "the request's body came too slowly — check the network, then send it again".to_owned(),
+            ),
+            Self::Agent { cluster, failure } => agent(cluster, failure),
+            Self::SessionLost { cluster, reason: CloseReason::Dead(silent) } => verdict(
+                StatusCode::GATEWAY_TIMEOUT,
+                TlCode::Timeout,
+                format!(
+                    "the agent of cluster {cluster:?} fell silent for {} — the request may or may not have been carried out; look before you repeat it",
+                    human(*silent)
+                ),
+            ),
+            Self::SessionLost { cluster, reason } => verdict(
+                StatusCode::BAD_GATEWAY,
+                TlCode::BadUpstream,
+                format!(
+                    "the tunnel to cluster {cluster:?} broke before the answer ({}) — the request may or may not have been carried out; look before you repeat it",
+                    reason.label()
+                ),
+            ),
+            Self::Reset { cluster, code } => agent_code(cluster, *code, code.text()),
+            Self::BadAnswer { cluster, what } => verdict(
+                StatusCode::BAD_GATEWAY,
+                TlCode::BadUpstream,
+                format!(
+                    "the agent of cluster {cluster:?} answered something unusable: {what} — compare the versions of agent and gateway"
+                ),
+            ),
+            Self::UpgradeAnswered { cluster, status } => verdict(
+                StatusCode::BAD_GATEWAY,
+                TlCode::BadUpstream,
+                format!(
+                    "cluster {cluster:?} answered {status} to a request to switch protocols — check what its API server's address leads to"
+                ),
+            ),
+            Self::Later(error) => Verdict { status: StatusCode::TOO_MANY_REQUESTS, ..error.verdict() },
+            Self::Redirect { cluster, status, why } => verdict(
+                StatusCode::BAD_GATEWAY,
+                TlCode::BadUpstream,
+                format!(
+                    "cluster {cluster:?} answered {status}, and that redirect is not passed on: {why} — a cluster may redirect only within its own address here; check what its API server's address leads to"
+                ),
+            ),
+            Self::Deadline { cluster, after } => verdict(
+                StatusCode::GATEWAY_TIMEOUT,
+                TlCode::Timeout,
+                format!("cluster {cluster:?} did not answer within {} — check its API server", human(*after)),
+            ),
+        }
+    }
+
+    /// What a request to this cluster is answered whose caller may not go on.
+    pub(crate) fn ended(why: Ended, cluster: &ClusterName) -> Self {
+        let cluster = cluster.to_string();
+        match why {
+            Ended::Revoked | Ended::Expired => Self::Authn(why.into()),
+            Ended::Forbidden => Self::Forbidden { cluster },
+            Ended::Cluster => Self::ClusterChanged { cluster },
+        }
+    }
+
+    /// The limit that was reached, for the metric.
+    pub(crate) fn limit(&self) -> Option<Limit> {
+        match self {
+            Self::Later(error) => error.limit(),
+            Self::Limit(limit, _) => Some(*limit),
+            Self::HeadTooLarge(_) => Some(Limit::Head),
+            Self::SlowBody => Some(Limit::SlowBody),
+            Self::Deadline { .. } => Some(Limit::Answer),
+            _ => None,
+        }
+    }
+
+    /// The code, for the metric.
+    pub(crate) fn code(&self) -> TlCode {
+        self.verdict().code
+    }
+
+    /// What the client is told.
+    pub(crate) fn message(&self) -> String {
+        self.verdict().message
+    }
+
+    /// The answer to the client.
+    pub(crate) fn into_response(self, audit_id: &str) -> Response<AnswerBody> {
+        let Verdict { status, code, message } = self.verdict();
+        let message = printable(&format!("towline: {message}"));
+        let mut status_object = json!({
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "message": message,
+            "reason": reason(status),
+            "details": {
+                "group": "towline.io",
+                "kind": "clusters",
+                "uid": audit_id,
+                "causes": [{ "reason": code.label(), "message": message }],
+            },
+            "code": status.as_u16(),
+        });
+        if let Some(name) = self.cluster() {
+            status_object["details"]["name"] = printable(name).into();
+        }
+        let mut response = Response::new(AnswerBody::full(Bytes::from(status_object.to_string())));
+        *response.status_mut() = status;
+        let head = response.headers_mut();
+        head.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        head.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        head.insert(header::WARNING, warning(&message));
+        match status {
+            StatusCode::UNAUTHORIZED => {
+                head.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(CHALLENGE));
+            }
+            // Clients wait as long as this says; on 503 it would cost kubectl 50 s. A watch's client has a back-off of its own, up to
+            // half a minute, and with this it would come ten times before it begins with that.
+            StatusCode::TOO_MANY_REQUESTS if !matches!(self, Self::Later(_)) => {
+                head.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            StatusCode::METHOD_NOT_ALLOWED => {
+                head.insert(
+                    header::ALLOW,
+                    HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+                );
+            }
+            _ => {}
+        }
+        response
+    }
+
+    fn cluster(&self) -> Option<&str> {
+        match self {
+            Self::Later(error) => error.cluster(),
+            Self::Forbidden { cluster }
+            | Self::NoSuchCluster { cluster }
+            | Self::ClusterChanged { cluster }
+            | Self::NotConnected { cluster, .. }
+            | Self::Draining { cluster }
+            | Self::Agent { cluster, .. }
+            | Self::SessionLost { cluster, .. }
+            | Self::Reset { cluster, .. }
+            | Self::BadAnswer { cluster, .. }
+            | Self::UpgradeAnswered { cluster, .. }
+            | Self::Redirect { cluster, .. }
+            | Self::Deadline { cluster, .. } => Some(cluster),
+            _ => None,
+        }
+    }
+}
+
+fn route(error: &RouteError) -> Verdict {
+    let (status, code, remedy) = match error {
+        RouteError::BadHost(_) => (
+            StatusCode::BAD_REQUEST,
+            TlCode::BadFraming,
+            "send exactly one Host header with the gateway's name",
+        ),
+        RouteError::Misdirected => (
+            StatusCode::MISDIRECTED_REQUEST,
+            TlCode::BadPath,
+            "make a new connection for this host; tls-server-name of a kubeconfig must be the server's own name here",
+        ),
+        RouteError::BadPath(_) => (
+            StatusCode::BAD_REQUEST,
+            TlCode::BadPath,
+            "use https://GATEWAY/clusters/NAME/… with a plain cluster name",
+        ),
+        RouteError::Doubled(_) => (
+            StatusCode::NOT_FOUND,
+            TlCode::BadPath,
+            "leave it out: kubectl get --raw from 1.34 on adds the path of the server's address by itself",
+        ),
+        RouteError::ApiAtRoot => (
+            StatusCode::NOT_FOUND,
+            TlCode::BadPath,
+            "use https://GATEWAY/clusters/NAME/…; kubectl get --raw before 1.34 needs /clusters/NAME/… before the path, kubectl proxy needs --append-server-path",
+        ),
+        RouteError::NoFleet => (
+            StatusCode::NOT_FOUND,
+            TlCode::BadPath,
+            "kubectl works with the clusters of its configuration; towline and the fleet's objects need a stateDirectory",
+        ),
+        RouteError::Nothing => {
+            (StatusCode::NOT_FOUND, TlCode::BadPath, "clusters are at https://GATEWAY/clusters/NAME/…")
+        }
+    };
+    Verdict { status, code, message: format!("{error} — {remedy}") }
+}
+
+fn authn(error: &AuthnError) -> Verdict {
+    let token =
+        "use a client certificate or a token of this gateway, and check which one your kubeconfig sends";
+    let (status, code, remedy) = match error {
+        AuthnError::SeveralAuthorizations | AuthnError::MalformedAuthorization => {
+            (StatusCode::BAD_REQUEST, TlCode::BadFraming, "send one Authorization header with one credential")
+        }
+        AuthnError::NoCredential | AuthnError::UnknownToken => {
+            (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, token)
+        }
+        AuthnError::CertificateUnbelieved(_)
+        | AuthnError::CertificateExpired
+        | AuthnError::CertificateRevoked
+        | AuthnError::Revoked
+        | AuthnError::Expired => {
+            (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, "get a new credential for this gateway")
+        }
+        AuthnError::ForeignCredential => (
+            StatusCode::UNAUTHORIZED,
+            TlCode::Unauthenticated,
+            "set client-certificate and client-key for the gateway in your kubeconfig, beside a token for the cluster if it wants one",
+        ),
+        AuthnError::ClusterCredentialNeeded => (
+            StatusCode::UNAUTHORIZED,
+            TlCode::Unauthenticated,
+            "add a token of that cluster (such as a ServiceAccount token) to the same user of your kubeconfig",
+        ),
+        AuthnError::OwnCredential => (
+            StatusCode::UNAUTHORIZED,
+            TlCode::Unauthenticated,
+            "send a credential of the cluster instead; it was not passed on",
+        ),
+        AuthnError::Principal(_) => (StatusCode::FORBIDDEN, TlCode::Forbidden, "use an identity of your own"),
+    };
+    Verdict { status, code, message: format!("{error} — {remedy}") }
+}
+
+fn headers(error: &HeadersError) -> Verdict {
+    let (status, code, remedy) = match error {
+        HeadersError::Underscore(_) => (StatusCode::BAD_REQUEST, TlCode::HeaderForbidden, "leave it out"),
+        HeadersError::ProtectedConnection(_) | HeadersError::MalformedConnection => {
+            (StatusCode::BAD_REQUEST, TlCode::HeaderForbidden, "name only hop-by-hop fields there")
+        }
+        HeadersError::Impersonation(_) => {
+            (StatusCode::FORBIDDEN, TlCode::HeaderForbidden, "leave out --as and --as-group")
+        }
+        HeadersError::CrossSite => (
+            StatusCode::FORBIDDEN,
+            TlCode::Forbidden,
+            "call the gateway from its own origin or without a browser",
+        ),
+        HeadersError::ForeignOrigin(_) => (
+            StatusCode::FORBIDDEN,
+            TlCode::Forbidden,
+            "call the gateway without a browser, or list the origin in allowedOrigins of the gateway's configuration",
+        ),
+        HeadersError::OwnCredential => return authn(&AuthnError::OwnCredential),
+    };
+    // The field's own text may be as long as a head.
+    let error = clip(&error.to_string(), SAID_MAX);
+    Verdict { status, code, message: format!("{error} — {remedy}") }
+}
+
+fn agent(cluster: &str, failure: &Failure) -> Verdict {
+    let code = Code::from_u32(failure.code);
+    let said = if failure.message.is_empty() { code.text() } else { &failure.message };
+    agent_code(cluster, code, said)
+}
+
+fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
+    let status = match code {
+        // The client is still here, so it was not the client that lost interest.
+        Code::Cancelled | Code::Internal => StatusCode::BAD_GATEWAY,
+        code => StatusCode::from_u16(code.status()).unwrap_or(StatusCode::BAD_GATEWAY),
+    };
+    let (tl, remedy) = match code {
+        Code::Denied => (TlCode::TargetDenied, "the cluster's owner decides in the agent's configuration"),
+        Code::Limit => (TlCode::Limit, "wait for some requests to end, then try again"),
+        Code::Deadline => (TlCode::Timeout, "check the cluster's API server"),
+        Code::Refused => (TlCode::ClusterOffline, "try again"),
+        Code::Draining => (TlCode::Draining, "try again"),
+        Code::Flow | Code::Proto => (TlCode::Proto, "compare the versions of agent and gateway"),
+        Code::Cancelled | Code::UpstreamConnect | Code::UpstreamBody | Code::Internal => {
+            (TlCode::BadUpstream, "check the agent's log and the cluster's API server")
+        }
+    };
+    // The cluster's own words: a sentence or two, and not a page in the gateway's name.
+    let said = clip(&printable(said), SAID_MAX);
+    Verdict { status, code: tl, message: format!("cluster {cluster:?}: {said} — {remedy}") }
+}
+
+/// Most characters of what an agent says, or of a header field, that a client is told.
+const SAID_MAX: usize = 512;
+
+/// The reason of a Kubernetes `Status`.
+fn reason(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        400 => "BadRequest",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "NotFound",
+        405 => "MethodNotAllowed",
+        408 => "RequestTimeout",
+        413 => "RequestEntityTooLarge",
+        414 => "URITooLong",
+        421 => "MisdirectedRequest",
+        429 => "TooManyRequests",
+        431 => "RequestHeaderFieldsTooLarge",
+        501 => "NotImplemented",
+        502 => "BadGateway",
+        503 => "ServiceUnavailable",
+        504 => "Timeout",
+        _ => "InternalError",
+    }
+}
+
+/// Text that is safe in a terminal and a log.
+pub(crate) fn printable(text: &str) -> String {
+    Printable(text).to_string()
+}
+
+/// The `Warning` header (RFC 7234 section 5.5): ASCII, quoted, at most 1 KiB.
+pub(crate) fn warning(message: &str) -> HeaderValue {
+    let ascii = message.replace(" — ", "; ").replace('…', "...").replace('→', "->");
+    let mut text = String::with_capacity(ascii.len() + 16);
+    for c in ascii.chars().take(1024) {
+        match c {
+            '"' | '\\' => text.extend(['\\', c]),
+            ' '..='~' => text.push(c),
+            _ => text.push('?'),
+        }
+    }
+    HeaderValue::from_str(&format!("299 towline \"{text}\""))
+        .unwrap_or_else(|_| HeaderValue::from_static("299 towline \"error\""))
+}
+
+/// The beginning of a text, and whether there is more.
+fn clip(text: &str, characters: usize) -> String {
+    let shown: String = text.chars().take(characters).collect();
+    if shown.len() < text.len() { shown + "…" } else { shown }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::BodyExt as _;
+    use serde_json::Value;
+
+    async fn render(error: ProxyError) -> (Response<()>, Value) {
+        let (head, body) = error.into_response("audit-1").into_parts();
+        let bytes = body.collect().await.unwrap().to_bytes();
+        (Response::from_parts(head, ()), serde_json::from_slice(&bytes).unwrap())
+    }
+
+    /// Goal: S19: an agent's words are clipped in the Status as in the Warning, and what is the gateway's own stands behind them.
+    #[tokio::test]
+    async fn s19_what_an_agent_says_is_clipped() {
+        for message in ["x".repeat(60_000), "ä\u{1b}[2J\r\n".repeat(9000)] {
+            let failure = Failure { code: Code::UpstreamConnect.to_u32(), message, ..Failure::default() };
+            let (response, body) = render(ProxyError::Agent { cluster: "prod".to_owned(), failure }).await;
+            let message = body["message"].as_str().unwrap();
+            assert!(message.len() < 2048 && message.contains("… — check the agent's log"), "{message}");
+            assert!(!message.contains(['\u{1b}', '\r', '\n']), "{message}");
+            let warning = response.headers()[header::WARNING].to_str().unwrap();
+            assert!(warning.len() < 2048 && warning.contains("check the agent's log"), "{warning}");
+            assert_eq!(body["details"]["causes"][0]["message"], message);
+        }
+    }
+
+    /// Goal: FR-09: who is in more groups than the tunnel carries is told that, and not to send fewer fields.
+    #[test]
+    fn fr_09_too_much_of_groups_is_told_as_such() {
+        let (few, many) = (Principal::new("jane", vec!["ops".to_owned()]), vec!["x".repeat(250); 300]);
+        let many = Principal::new("jane", many);
+        assert_eq!(HeadTooLarge::of("/api", Some(&many)), HeadTooLarge::Groups { count: 300, bytes: 75_000 });
+        assert_eq!(HeadTooLarge::of("/api", Some(&few)), HeadTooLarge::Bytes);
+        assert_eq!(HeadTooLarge::of("/api", None), HeadTooLarge::Bytes);
+        assert_eq!(HeadTooLarge::of(&"x".repeat(40_000), Some(&many)), HeadTooLarge::Target);
+    }
+
+    /// Goal: S11, S19: nor is a header field told whole.
+    #[tokio::test]
+    async fn s11_an_origin_is_clipped() {
+        let long = || "x".repeat(60_000);
+        for error in [
+            HeadersError::ForeignOrigin(long()),
+            HeadersError::Underscore(long()),
+            HeadersError::ProtectedConnection(long()),
+            HeadersError::Impersonation(long()),
+        ] {
+            let (response, body) = render(ProxyError::Headers(error)).await;
+            let message = body["message"].as_str().unwrap();
+            assert!(message.len() < 1024 && message.contains("xx… — "), "{message}");
+            assert!(response.headers()[header::WARNING].len() < 1024);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_error_is_a_status_and_a_warning() {
+        let presence = Presence { gone_for: Some(Duration::from_secs(252)), ..Presence::default() };
+        let (head, status) = render(ProxyError::NotConnected { cluster: "prod".to_owned(), presence }).await;
+        assert_eq!(head.status(), 503);
+        assert!(!head.headers().contains_key("retry-after"));
+        let message = "towline: cluster \"prod\" is not connected: last seen 4m 12s ago — check the towline-agent in that cluster and its log";
+        let expected = json!({
+            "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+            "message": message, "reason": "ServiceUnavailable", "code": 503,
+            "details": {
+                "name": "prod", "group": "towline.io", "kind": "clusters", "uid": "audit-1",
+                "causes": [{ "reason": "TL_CLUSTER_OFFLINE", "message": message }],
+            },
+        });
+        assert_eq!(status, expected);
+        assert_eq!(
+            head.headers()["warning"],
+            "299 towline \"towline: cluster \\\"prod\\\" is not connected: last seen 4m 12s ago; check the towline-agent in that cluster and its log\""
+        );
+    }
+
+    /// D17, K7: an arrow is two characters in the header, and nothing that the program itself writes becomes a question mark.
+    #[test]
+    fn d17_an_arrow_is_an_arrow() {
+        let header = warning("agent → API server https://x: refused — look at …");
+        assert_eq!(header, "299 towline \"agent -> API server https://x: refused; look at ...\"");
+    }
+
+    /// K1, K2: the client of a watch that goes on does not list again for what may be over soon.
+    #[tokio::test]
+    async fn k1_a_resumed_watch_is_told_to_come_later() {
+        let cluster = || "a".to_owned();
+        let failure = |code: Code| {
+            let failure = Failure { code: code.to_u32(), message: "down".to_owned(), untouched: true };
+            ProxyError::Agent { cluster: cluster(), failure }
+        };
+        let silence = CloseReason::Dead(Duration::from_secs(3));
+        for (error, code) in [
+            (
+                ProxyError::NotConnected { cluster: cluster(), presence: Presence::default() },
+                "TL_CLUSTER_OFFLINE",
+            ),
+            (ProxyError::Draining { cluster: cluster() }, "TL_DRAINING"),
+            (ProxyError::SessionLost { cluster: cluster(), reason: silence }, "TL_TIMEOUT"),
+            (ProxyError::Reset { cluster: cluster(), code: Code::Refused }, "TL_CLUSTER_OFFLINE"),
+            (failure(Code::UpstreamConnect), "TL_BAD_UPSTREAM"),
+            (failure(Code::UpstreamBody), "TL_BAD_UPSTREAM"),
+            (failure(Code::Draining), "TL_DRAINING"),
+        ] {
+            let (head, body) = render(error.for_a_resumed_watch()).await;
+            assert_eq!((head.status().as_u16(), &body["reason"]), (429, &json!("TooManyRequests")));
+            assert_eq!(body["details"]["causes"][0]["reason"], code);
+            assert_eq!(body["details"]["name"], "a");
+            assert!(!head.headers().contains_key("retry-after"));
+        }
+        let bad = |what| ProxyError::BadAnswer { cluster: cluster(), what };
+        for (error, status) in [
+            (failure(Code::Denied), 403),
+            (ProxyError::Forbidden { cluster: cluster() }, 403),
+            (ProxyError::Authn(AuthnError::Revoked), 401),
+            (bad("its status is none"), 502),
+        ] {
+            assert_eq!(render(error.for_a_resumed_watch()).await.0.status().as_u16(), status);
+        }
+        let limit = ProxyError::Limit(Limit::Streams, "requests").for_a_resumed_watch();
+        assert!(render(limit).await.0.headers().contains_key("retry-after"));
+    }
+
+    #[tokio::test]
+    async fn every_kind_has_its_status() {
+        let failure = |code: Code| ProxyError::Agent {
+            cluster: "a".to_owned(),
+            failure: Failure {
+                code: code.to_u32(),
+                message: "x\u{1b}[31m\n\u{202e}".to_owned(),
+                untouched: false,
+            },
+        };
+        for (error, status, code) in [
+            (ProxyError::Route(RouteError::Misdirected), 421, "TL_BAD_PATH"),
+            (ProxyError::Route(RouteError::ApiAtRoot), 404, "TL_BAD_PATH"),
+            (ProxyError::Authn(AuthnError::NoCredential), 401, "TL_UNAUTHENTICATED"),
+            (ProxyError::Authn(AuthnError::OwnCredential), 401, "TL_UNAUTHENTICATED"),
+            (ProxyError::Authn(AuthnError::SeveralAuthorizations), 400, "TL_BAD_FRAMING"),
+            (ProxyError::Forbidden { cluster: "a".to_owned() }, 403, "TL_FORBIDDEN"),
+            (
+                ProxyError::Headers(HeadersError::Impersonation("impersonate-uid".to_owned())),
+                403,
+                "TL_HEADER_FORBIDDEN",
+            ),
+            (ProxyError::Limit(Limit::Streams, "requests"), 429, "TL_LIMIT"),
+            (ProxyError::Draining { cluster: "a".to_owned() }, 503, "TL_DRAINING"),
+            (failure(Code::Draining), 503, "TL_DRAINING"),
+            (ProxyError::Method(Method::TRACE), 405, "TL_BAD_FRAMING"),
+            (ProxyError::Method(Method::from_bytes(b"FOO").unwrap()), 501, "TL_BAD_FRAMING"),
+            (HeadTooLarge::Fields { max: 10 }.into(), 431, "TL_LIMIT"),
+            (HeadTooLarge::Bytes.into(), 431, "TL_LIMIT"),
+            (HeadTooLarge::Target.into(), 414, "TL_LIMIT"),
+            (HeadTooLarge::Groups { count: 400, bytes: 70_000 }.into(), 431, "TL_LIMIT"),
+            (ProxyError::Route(RouteError::Doubled("a".parse().unwrap())), 404, "TL_BAD_PATH"),
+            (failure(Code::UpstreamConnect), 502, "TL_BAD_UPSTREAM"),
+            (failure(Code::Denied), 403, "TL_TARGET_DENIED"),
+            (failure(Code::Deadline), 504, "TL_TIMEOUT"),
+            (failure(Code::Cancelled), 502, "TL_BAD_UPSTREAM"),
+            (failure(Code::Refused), 503, "TL_CLUSTER_OFFLINE"),
+            (
+                ProxyError::Redirect { cluster: "a".to_owned(), status: 307, why: RedirectError::Method },
+                502,
+                "TL_BAD_UPSTREAM",
+            ),
+            (
+                ProxyError::SessionLost { cluster: "a".to_owned(), reason: CloseReason::HelloTimeout },
+                502,
+                "TL_BAD_UPSTREAM",
+            ),
+            (
+                ProxyError::SessionLost {
+                    cluster: "a".to_owned(),
+                    reason: CloseReason::Dead(Duration::from_secs(3)),
+                },
+                504,
+                "TL_TIMEOUT",
+            ),
+        ] {
+            let (head, body) = render(error).await;
+            assert_eq!(head.status().as_u16(), status, "{body}");
+            assert_eq!(body["details"]["causes"][0]["reason"], code, "{body}");
+            let text = body["message"].as_str().unwrap();
+            assert!(
+                text.starts_with("towline: ") && text.contains(" — ") && !text.chars().any(char::is_control),
+                "{text}"
+            );
+            assert!(!text.contains('\u{202e}'));
+            assert_eq!(head.headers().contains_key("www-authenticate"), status == 401);
+            assert_eq!(head.headers().contains_key("retry-after"), status == 429);
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! May a connection switch protocols, and what happens after it has? Two tokens are known, others ignored; raw bytes flow only after
+//! the cluster's matching 101.
+
+use super::farewell::{Cause, Framed};
+use crate::access::running::Run;
+use crate::context::Shared;
+use http::header::{self, HeaderMap, HeaderName};
+use http::request::Parts;
+use http::{Method, Version};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use std::sync::Arc;
+use thiserror::Error;
+use towline_proto::tunnel::splice::{SpliceError, splice};
+use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
+
+/// Why a request to switch protocols is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub(crate) enum UpgradeError {
+    #[error("only GET and POST can switch protocols — use one of them")]
+    Method,
+    #[error("a request that switches protocols has no body — leave it out")]
+    Body,
+}
+
+/// What may be switched to. Where a client offers both it is the first: only with that is its subprotocol looked at
+/// ([`crate::access::authn::suits`]).
+const CARRIED: [&str; 2] = ["websocket", "SPDY/3.1"];
+
+/// The protocol a request wants to switch to, as it is written upstream; none if it wants none. Whatever else it offers counts as not
+/// said (RFC 9110 section 7.8), such as the `h2c` of Java's clients, and goes no further: the answer is HTTP/1.1's.
+///
+/// # Errors
+/// It wants to switch in a way that nobody does.
+pub(super) fn wanted(parts: &Parts, has_body: bool) -> Result<Option<&'static str>, UpgradeError> {
+    // Without `Connection: upgrade`, and in any other version, the field is nobody's (RFC 9110 section 7.8).
+    if parts.version != Version::HTTP_11 || !lists(&parts.headers, &header::CONNECTION, "upgrade") {
+        return Ok(None);
+    }
+    let carried = CARRIED.into_iter().find(|token| lists(&parts.headers, &header::UPGRADE, token));
+    let Some(token) = carried else { return Ok(None) };
+    if parts.method != Method::GET && parts.method != Method::POST {
+        return Err(UpgradeError::Method);
+    }
+    if has_body {
+        return Err(UpgradeError::Body);
+    }
+    Ok(Some(token))
+}
+
+/// Whether a list in a field names this.
+fn lists(headers: &HeaderMap, field: &HeaderName, word: &str) -> bool {
+    let lines = headers.get_all(field).iter().filter_map(|line| line.to_str().ok());
+    lines.flat_map(|line| line.split(',')).any(|token| token.trim().eq_ignore_ascii_case(word))
+}
+
+/// Carries raw bytes between the client's connection and the stream, from the moment the 101 has left, as a task of the
+/// gateway: a drain waits for it. If the gateway has to end it, the client hears why.
+pub(super) fn carry(
+    shared: &Arc<Shared>,
+    token: &'static str,
+    on_upgrade: OnUpgrade,
+    (send, recv): (SendStream, RecvStream),
+    run: Run,
+    guards: impl Send + 'static,
+) {
+    let (overdue, abort) = (shared.stages.overdue.clone(), shared.stages.abort.clone());
+    let counted = shared.metrics.upgraded();
+    shared.tasks.front.spawn(async move {
+        let ended = run.ended();
+        let carried = async {
+            // Fails if the client went away before the 101 was written; dropping the stream tells the agent.
+            let upgraded = tokio::select! {
+                upgraded = on_upgrade => upgraded,
+                () = ended.cancelled() => return,
+            };
+            let Ok(upgraded) = upgraded else { return };
+            let mut io = Framed::new(TokioIo::new(upgraded), token);
+            let spliced = tokio::select! {
+                spliced = splice(&mut io, send, recv) => spliced,
+                () = overdue.cancelled() => return io.say_farewell(Cause::Drained).await,
+                () = ended.cancelled() => {
+                    tracing::debug!(why = run.why().label(), "raw connection ended: what let it in does so no more");
+                    return io.say_farewell(Cause::Ended(run.why())).await;
+                }
+            };
+            match spliced {
+                Ok(spliced) => {
+                    tracing::debug!(sent = spliced.sent, received = spliced.received, "raw connection ended")
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "raw connection broke off");
+                    if is_session_lost(&error) {
+                        io.say_farewell(Cause::TunnelLost).await;
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = carried => {}
+            () = abort.cancelled() => {}
+        }
+        drop((run, guards, counted));
+    });
+}
+
+/// Whether the session ended under the stream. A reset of the stream alone is the upstream's, and stays a cut connection.
+const fn is_session_lost(error: &SpliceError) -> bool {
+    matches!(error, SpliceError::Read(ReadError::Closed(_)) | SpliceError::Write(WriteError::Closed(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(
+        method: &str,
+        version: Version,
+        lines: &[(&str, &str)],
+        body: bool,
+    ) -> Result<Option<&'static str>, UpgradeError> {
+        let mut request = http::Request::builder().method(method).version(version).uri("/");
+        for (name, value) in lines {
+            request = request.header(*name, *value);
+        }
+        wanted(&request.body(()).unwrap().into_parts().0, body)
+    }
+
+    /// Goal: FR-13, UP-04: two tokens are carried; what else a client offers counts as not said, and the request is answered in HTTP/1.1.
+    #[test]
+    fn fr_13_two_tokens_are_carried_and_others_ignored() {
+        let connection = ("Connection", "keep-alive, Upgrade");
+        let get = |token: &str| ask("GET", Version::HTTP_11, &[connection, ("Upgrade", token)], false);
+        assert_eq!(get("websocket"), Ok(Some("websocket")));
+        assert_eq!(get("WebSocket"), Ok(Some("websocket")));
+        assert_eq!(get("spdy/3.1"), Ok(Some("SPDY/3.1")));
+        for token in ["h2c", "TLS/1.0", "foo", "", "websocket/13", "SPDY/3.1.1"] {
+            assert_eq!(get(token), Ok(None), "{token}");
+        }
+        // Bytes flow only after the cluster's 101 for the one that was picked.
+        for offers in ["websocket, h2c", "h2c,WebSocket", "SPDY/3.1, websocket"] {
+            assert_eq!(get(offers), Ok(Some("websocket")), "{offers}");
+        }
+        let two = [connection, ("Upgrade", "foo"), ("Upgrade", "spdy/3.1")];
+        assert_eq!(ask("GET", Version::HTTP_11, &two, false), Ok(Some("SPDY/3.1")));
+        // A body belongs to a request that is no upgrade.
+        let h2c = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")];
+        assert_eq!(ask("PUT", Version::HTTP_11, &h2c, true), Ok(None));
+    }
+
+    /// UP-05.
+    #[test]
+    fn everything_else_about_the_request_must_fit() {
+        let lines = [("Connection", "Upgrade"), ("Upgrade", "websocket")];
+        assert_eq!(ask("GET", Version::HTTP_11, &lines[1..], false), Ok(None));
+        assert_eq!(ask("GET", Version::HTTP_10, &lines, false), Ok(None));
+        assert_eq!(ask("PUT", Version::HTTP_11, &lines, false), Err(UpgradeError::Method));
+        assert_eq!(ask("POST", Version::HTTP_11, &lines, true), Err(UpgradeError::Body));
+        assert_eq!(ask("POST", Version::HTTP_11, &lines, false), Ok(Some("websocket")));
+    }
+}

@@ -1,0 +1,180 @@
+//! What may clients send that nobody has read? Over HTTP/2 a client may send as much of each body as the window of its stream says,
+//! and of all bodies of a connection as much as the connection's window says, whether the cluster behind takes it or not. When
+//! stalled uploads fill the connection's window, nobody else's body on it gets through, to whichever cluster. So a body
+//! first gets room for what may be unread of it: in its connection, of its principal's share and of what there is for all.
+//! The sum of it stays below the connection's window, which therefore is never what anybody waits for.
+
+use crate::exchange::ProxyError;
+use crate::memory::{Part, Shares};
+use crate::metrics::Limit;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use tokio::time::Instant;
+use towline_proto::mux::Held;
+
+/// What a client may send of one body before it is read: 256 KiB in a round trip.
+pub(crate) const STREAM_WINDOW: u32 = 256 * 1024;
+/// The same of all bodies of one connection: room for a hundred uploads at once. Also h2's measure for frames that are smaller
+/// than what it takes to keep them: of half of this, each that nobody has read takes 256 bytes at least, so that 60,000
+/// frames of a byte may come at once.
+pub(crate) const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
+/// Of a connection's window, what bodies may have that are not small: the rest is for those that wait, and for small ones.
+const LARGE_MAX: u32 = CONNECTION_WINDOW / 4 * 3;
+/// What those have together who wait for room, and who have it; more are refused at once.
+const WAITING_MAX: u32 = CONNECTION_WINDOW - 8 * SMALL;
+/// A body that is announced to be no longer is small: it gets room while large ones do not.
+const SMALL: u32 = 64 * 1024;
+/// How long a body waits for room. Meanwhile what was sent of it stays where it is.
+const PATIENCE: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(25);
+
+/// What may be unread of all bodies of one connection.
+#[derive(Debug, Default)]
+pub(crate) struct Unread(AtomicU32);
+
+/// Room in a connection, given back when it is dropped.
+#[derive(Debug)]
+struct Place(Arc<Unread>, u32);
+
+impl Unread {
+    fn take(self: &Arc<Self>, bytes: u32, max: u32) -> Option<Place> {
+        let admit = |used: u32| used.checked_add(bytes).filter(|&after| after <= max);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, admit).ok()?;
+        Some(Place(Arc::clone(self), bytes))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
+/// Room for what may be unread of one body.
+#[derive(Debug)]
+pub(crate) struct Room {
+    _place: Place,
+    _held: Held,
+    _share: Part<String>,
+}
+
+/// Finds room for a body of this length, or of one that nobody knows. Cancel safe.
+///
+/// # Errors
+/// Which limit was in the way all the time.
+pub(crate) async fn room(
+    uploads: &Arc<Shares<String>>,
+    connection: &Arc<Unread>,
+    principal: &str,
+    length: Option<u64>,
+) -> Result<Room, ProxyError> {
+    let bytes = length
+        .and_then(|length| u32::try_from(length).ok())
+        .map_or(STREAM_WINDOW, |length| length.min(STREAM_WINDOW));
+    let max = if bytes <= SMALL { CONNECTION_WINDOW } else { LARGE_MAX };
+    let try_take = || {
+        let place = connection.take(bytes, max).ok_or(Limit::UploadsPerConnection)?;
+        let share = uploads.of(&principal.to_owned());
+        match share.budget().hold(bytes as usize) {
+            Some(held) => Ok(Room { _place: place, _held: held, _share: share }),
+            None if share.is_full() => Err(Limit::UploadMemoryPerPrincipal),
+            None => Err(Limit::UploadMemory),
+        }
+    };
+    let mut refused = match try_take() {
+        Ok(room) => return Ok(room),
+        Err(limit) => limit,
+    };
+    // What it has sent counts while it waits.
+    if let Some(_waiting) = connection.take(bytes, WAITING_MAX) {
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            tokio::time::sleep(LOOK).await;
+            match try_take() {
+                Ok(room) => return Ok(room),
+                Err(limit) => refused = limit,
+            }
+        }
+    }
+    let what = match refused {
+        Limit::UploadsPerConnection => "uploads that nobody reads in this connection",
+        Limit::UploadMemoryPerPrincipal => "uploads of yours that nobody reads",
+        _ => "uploads for the gateway's memory",
+    };
+    Err(ProxyError::Limit(refused, what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    /// Goal: FR-03: what is unread in one connection stays below its window, whatever its uploads do, and small bodies get room beside
+    /// as many large ones as there may be.
+    #[tokio::test(start_paused = true)]
+    async fn fr_03_unread_bytes_stay_below_the_window_of_the_connection() {
+        let uploads = Shares::new(64 * MIB, 32 * MIB);
+        let connection = Arc::<Unread>::default();
+        let mut rooms = Vec::new();
+        while let Ok(room) = room(&uploads, &connection, "one", None).await {
+            rooms.push(room);
+        }
+        assert_eq!(rooms.len(), (LARGE_MAX / STREAM_WINDOW) as usize);
+        let began = Instant::now();
+        let refused = room(&uploads, &connection, "one", Some(1 << 30)).await.unwrap_err();
+        assert!(matches!(refused, ProxyError::Limit(Limit::UploadsPerConnection, _)), "{refused:?}");
+        assert!(began.elapsed() >= PATIENCE, "it waits");
+        // Those who wait count, and those who find as many waiting do not wait.
+        let many = futures_of(&uploads, &connection, 100).await;
+        assert!(many.iter().all(Result::is_err));
+        for _ in 0..8 {
+            rooms.push(room(&uploads, &connection, "one", Some(SMALL.into())).await.unwrap());
+        }
+        assert!(connection.0.load(Ordering::Relaxed) <= CONNECTION_WINDOW);
+        let other = Arc::<Unread>::default();
+        assert!(room(&uploads, &other, "one", None).await.is_ok(), "another connection");
+        rooms.clear();
+        assert!(room(&uploads, &connection, "one", None).await.is_ok());
+        assert_eq!((connection.0.load(Ordering::Relaxed), uploads.used()), (0, 0));
+    }
+
+    async fn futures_of(
+        uploads: &Arc<Shares<String>>,
+        connection: &Arc<Unread>,
+        count: usize,
+    ) -> Vec<Result<Room, ProxyError>> {
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..count {
+            let (uploads, connection) = (Arc::clone(uploads), Arc::clone(connection));
+            tasks.spawn(async move { room(&uploads, &connection, "one", None).await });
+        }
+        tokio::time::sleep(PATIENCE / 2).await;
+        let unread = connection.0.load(Ordering::Relaxed);
+        assert!(unread <= WAITING_MAX && unread > LARGE_MAX, "{unread}");
+        tasks.join_all().await
+    }
+
+    /// Goal: FR-03: one principal's uploads leave the others theirs, and a place that is given back is taken by who waits.
+    #[tokio::test(start_paused = true)]
+    async fn fr_03_one_principal_leaves_the_others_room() {
+        let uploads = Shares::new(64 * MIB, 4 * MIB);
+        let mut rooms = Vec::new();
+        for _ in 0..4 {
+            let connection = Arc::<Unread>::default();
+            for _ in 0..4 {
+                rooms.push(room(&uploads, &connection, "greedy", None).await.unwrap());
+            }
+        }
+        let connection = Arc::<Unread>::default();
+        let refused = room(&uploads, &connection, "greedy", None).await.unwrap_err();
+        assert!(matches!(refused, ProxyError::Limit(Limit::UploadMemoryPerPrincipal, _)), "{refused:?}");
+        let _other = room(&uploads, &connection, "other", None).await.unwrap();
+        let (waited, ()) = tokio::join!(room(&uploads, &connection, "greedy", None), async {
+            tokio::time::sleep(PATIENCE / 2).await;
+            rooms.pop();
+        });
+        assert!(waited.is_ok(), "it waits for a moment rather than to be refused");
+    }
+}

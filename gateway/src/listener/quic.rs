@@ -1,0 +1,313 @@
+//! How does an agent get in over QUIC? On the public port's number, on UDP: the same limits, the same certificate checks, and
+//! after the handshake the same admission as over TCP (`agents`).
+//!
+//! - An address that has not shown that it receives what we send is asked to (Retry) once half of the handshakes in
+//!   flight, of all or of its address, are taken: nobody can use them up in somebody else's name. Whose share is used up then
+//!   hears nothing: it asks again by itself, and gets in when there is a place. To be refused would end its attempt.
+//! - Migration is on: an agent behind a NAT whose binding changed goes on. Its identity belongs to the connection, whose
+//!   keys only it has, and not to the address; the address is for logs, limits of handshakes and `listen.allowedSources`, which is
+//!   asked again within seconds of a move.
+//! - A reset of a connection that a crash forgot is recognised, because its key comes from the tunnel's private key.
+
+use crate::config::Quic;
+use crate::context::{Live, Shared, random};
+use crate::listener::gate::Place;
+use crate::listener::{HANDSHAKE_BYTES, divided_by, spawn};
+use crate::log::sparing;
+use crate::metrics::{Counted, Handshake, Limit, Surface, TlCode};
+use crate::tunnel::session::{self, Presented};
+use aws_lc_rs::hmac;
+use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
+use quinn::{ConnectionError, Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
+use rustls::pki_types::CertificateDer;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use towline_certs::tls::ALPN_TUNNEL;
+use towline_proto::Code;
+use towline_proto::mux::Role;
+use towline_proto::tunnel::{quic, socket};
+
+/// Bytes of all peers whose handshake we have not begun yet.
+const WAITING_BYTES: u64 = 8 << 20;
+/// How often it is looked whether an agent has moved, where not everybody may connect: QUIC tells nobody.
+const SOURCE_LOOK: Duration = Duration::from_secs(5);
+/// How long the last packets of closed connections may take to leave.
+const LAST_PACKETS: Duration = Duration::from_millis(200);
+
+/// The QUIC side of the public port.
+pub(crate) struct QuicListener {
+    endpoint: Endpoint,
+    server: ServerConfig,
+    /// What `server` was made from.
+    tls: Arc<rustls::ServerConfig>,
+    /// Of the deadline of a handshake.
+    deadline: Duration,
+}
+
+impl std::fmt::Debug for QuicListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QuicListener").finish_non_exhaustive()
+    }
+}
+
+impl QuicListener {
+    /// Opens the UDP port.
+    ///
+    /// # Errors
+    /// The address is taken.
+    pub(crate) fn bind(shared: &Shared, address: SocketAddr) -> io::Result<Self> {
+        let config = &shared.config;
+        let options = &config.listen.quic;
+        let socket = open(shared, options, address)?;
+        let live = shared.live();
+        let mut server = ServerConfig::with_crypto(crypto(&live)?);
+        let handshakes = config.limits.handshakes;
+        server
+            .transport_config(Arc::new(quic::transport_config(
+                Role::Gateway,
+                &session::session_limits(config),
+                options.segmentation_offload,
+            )))
+            .migration(true)
+            .max_incoming(handshakes)
+            .incoming_buffer_size(HANDSHAKE_BYTES as u64)
+            .incoming_buffer_size_total(WAITING_BYTES.max(HANDSHAKE_BYTES as u64));
+        let secret = secret(shared);
+        let mut endpoint = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &secret[..24])));
+        quic::receive_large(&mut endpoint);
+        // Also the ids of connections must be known again, or nothing is answered to them.
+        let mut ids = [0; 8];
+        ids.copy_from_slice(&secret[24..]);
+        let ids = u64::from_be_bytes(ids);
+        endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+        let endpoint = Endpoint::new(endpoint, Some(server.clone()), socket, Arc::new(TokioRuntime))?;
+        let tls = Arc::clone(&live.tunnel_tls);
+        Ok(Self { endpoint, server, tls, deadline: config.timeouts.handshake })
+    }
+
+    /// Where it listens.
+    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// Lets agents in until the gateway drains; ends when the gateway does.
+    pub(crate) async fn run(mut self, shared: Arc<Shared>) {
+        loop {
+            let incoming = tokio::select! {
+                () = shared.stages.draining.cancelled() => break,
+                incoming = self.endpoint.accept() => incoming,
+            };
+            let Some(incoming) = incoming else { break };
+            self.renew(&shared.live());
+            self.admit(&shared, incoming);
+        }
+        // Whoever still knocks is told nothing; sessions go on until the gateway ends them.
+        self.endpoint.set_server_config(None);
+        shared.stages.abort.cancelled().await;
+        self.endpoint.close(VarInt::from(Code::Draining.to_u32()), b"the gateway stops");
+        drop(tokio::time::timeout(LAST_PACKETS, self.endpoint.wait_idle()).await);
+    }
+
+    /// Uses the certificates in force. Sessions keep what they were made with.
+    fn renew(&mut self, live: &Live) {
+        if Arc::ptr_eq(&self.tls, &live.tunnel_tls) {
+            return;
+        }
+        match crypto(live) {
+            Ok(crypto) => {
+                self.server.crypto = crypto;
+                self.endpoint.set_server_config(Some(self.server.clone()));
+                self.tls = Arc::clone(&live.tunnel_tls);
+            }
+            Err(error) => tracing::error!(%error, "the certificate of the QUIC listener stays"),
+        }
+    }
+
+    /// Lets a connection in, asks where it is, or says nothing; never waits.
+    fn admit(&self, shared: &Arc<Shared>, incoming: Incoming) {
+        let address = incoming.remote_address();
+        if !shared.live().config.listen.allows(address.ip()) {
+            shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+            // Nothing goes back: the source may not be the sender.
+            incoming.ignore();
+            return;
+        }
+        let network = divided_by(shared, address);
+        let is_loaded = || shared.gate.is_quic_loaded(&network.unwrap_or_else(|| address.ip()));
+        if !incoming.remote_address_validated() && incoming.may_retry() && is_loaded() {
+            shared.metrics.handshake(Handshake::Retry);
+            // Fails only if it may not, which was asked.
+            drop(incoming.retry());
+            return;
+        }
+        let (pass, place) = match shared.gate.pass_quic(network) {
+            Ok(passed) => passed,
+            Err(limit) => {
+                shared.metrics.rejected(Surface::Listener, TlCode::Limit);
+                shared.metrics.limit_reached(limit);
+                incoming.ignore();
+                return;
+            }
+        };
+        let counted = shared.metrics.connection();
+        let (shared, server) = (Arc::clone(shared), Arc::new(self.server.clone()));
+        let deadline = pass.hurry().map_or(self.deadline, |most| most.min(self.deadline));
+        let judge = Arc::clone(&self.tls);
+        let task = {
+            let shared = Arc::clone(&shared);
+            async move {
+                let handshake = handshake(incoming, server, deadline);
+                let result = tokio::select! {
+                    result = handshake => result,
+                    // Nobody has been promised anything yet.
+                    () = shared.stages.draining.cancelled() => return,
+                };
+                drop(pass);
+                match result {
+                    Ok(conn) => welcome(&shared, conn, judge, (place, counted)),
+                    Err(error) => refuse(&shared, address, &error),
+                }
+            }
+        };
+        spawn(&shared, &shared.tasks.front, task);
+    }
+}
+
+/// Hands an authenticated connection to the tunnel side.
+fn welcome(
+    shared: &Arc<Shared>,
+    conn: quinn::Connection,
+    judge: Arc<rustls::ServerConfig>,
+    place: (Place, Counted),
+) {
+    shared.metrics.handshake(Handshake::Tunnel);
+    let address = conn.remote_address();
+    let presented = Presented { chain: chain(&conn), judge };
+    let strayed = strayed(Arc::clone(shared), conn.clone());
+    let session = session::serve_quic(Arc::clone(shared), conn, presented, address);
+    spawn(shared, &shared.tasks.tunnel, async move {
+        tokio::select! {
+            biased;
+            () = session => {}
+            () = strayed => {}
+        }
+        drop(place);
+    });
+}
+
+/// Ends a connection that has moved to an address that may not connect.
+async fn strayed(shared: Arc<Shared>, conn: quinn::Connection) {
+    let first = conn.remote_address();
+    loop {
+        tokio::time::sleep(SOURCE_LOOK).await;
+        let now = conn.remote_address();
+        // As it is live now: a reload may have set it since the agent connected.
+        if now.ip() != first.ip() && !shared.live().config.listen.allows(now.ip()) {
+            shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+            let (was, is) = (first, now);
+            sparing!(shared.refusals.due(&()), info, %was, %is, "agent refused (QUIC): it has moved to an address that is not among listen.allowedSources");
+            conn.close(
+                VarInt::from(Code::Denied.to_u32()),
+                b"this address may not connect (listen.allowedSources)",
+            );
+            // The session sees to its own end.
+            return std::future::pending().await;
+        }
+    }
+}
+
+/// The chain that the agent presented, leaf first.
+fn chain(conn: &quinn::Connection) -> Vec<CertificateDer<'static>> {
+    let identity = conn.peer_identity();
+    let chain = identity.and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
+    chain.map(|chain| *chain).unwrap_or_default()
+}
+
+/// Why a handshake failed.
+enum HandshakeError {
+    Timeout,
+    Alpn,
+    Failed(ConnectionError),
+}
+
+async fn handshake(
+    incoming: Incoming,
+    server: Arc<ServerConfig>,
+    deadline: Duration,
+) -> Result<quinn::Connection, HandshakeError> {
+    let connecting = incoming.accept_with(server).map_err(HandshakeError::Failed)?;
+    let conn = match tokio::time::timeout(deadline, connecting).await {
+        Ok(result) => result.map_err(HandshakeError::Failed)?,
+        Err(_) => return Err(HandshakeError::Timeout),
+    };
+    // TLS has seen to it; a session must never depend on that alone.
+    let data = conn.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
+    if data.and_then(|data| data.protocol).as_deref() == Some(ALPN_TUNNEL) {
+        Ok(conn)
+    } else {
+        conn.close(VarInt::from(Code::Proto.to_u32()), b"ALPN");
+        Err(HandshakeError::Alpn)
+    }
+}
+
+fn refuse(shared: &Shared, address: SocketAddr, error: &HandshakeError) {
+    let (outcome, code, why) = match error {
+        HandshakeError::Timeout | HandshakeError::Failed(ConnectionError::TimedOut) => {
+            (Handshake::Timeout, TlCode::Timeout, "the QUIC handshake took too long".to_owned())
+        }
+        HandshakeError::Alpn => (Handshake::Alpn, TlCode::Proto, "the ALPN is not towline/1".to_owned()),
+        HandshakeError::Failed(error) => (Handshake::Tls, TlCode::Cert, error.to_string()),
+    };
+    shared.metrics.handshake(outcome);
+    shared.metrics.rejected(Surface::Tunnel, code);
+    if outcome == Handshake::Timeout {
+        shared.metrics.limit_reached(Limit::HandshakeTime);
+    }
+    let why = crate::exchange::printable(&why);
+    sparing!(shared.refusals.due(&()), info, client = %address, why = %why, "agent refused (QUIC)");
+}
+
+fn crypto(live: &Live) -> io::Result<Arc<QuicServerConfig>> {
+    // Fails only without TLS 1.3's mandatory cipher suite.
+    QuicServerConfig::try_from(Arc::clone(&live.tunnel_tls)).map(Arc::new).map_err(io::Error::other)
+}
+
+fn open(shared: &Shared, options: &Quic, address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let (receive, send) = (options.receive_buffer.0, options.send_buffer.0);
+    let udp = socket::udp(address, receive, send)?;
+    shared.metrics.udp_buffers(udp.receive_buffer, udp.send_buffer);
+    if udp.receive_buffer < receive || udp.send_buffer < send {
+        tracing::warn!(
+            receive_bytes = udp.receive_buffer,
+            send_bytes = udp.send_buffer,
+            "the kernel grants small UDP buffers, so that QUIC loses datagrams under load; raise net.core.rmem_max and net.core.wmem_max to {}, or set listen.quic.receiveBuffer and sendBuffer to what is granted",
+            receive.max(send)
+        );
+    }
+    Ok(udp.socket)
+}
+
+/// What stateless resets are made with: the same after a restart, so that agents of a gateway that crashed notice at once.
+fn secret(shared: &Shared) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    let Some(tunnel) = &shared.config.tls.tunnel else {
+        // The gateway's own CA is as old as its agents' trust.
+        match &shared.authorities {
+            Some(authorities) => bytes.copy_from_slice(&authorities.seed),
+            None => random(&mut bytes),
+        }
+        return bytes;
+    };
+    match towline_certs::FileBytes::read(&tunnel.key) {
+        Ok(file) => {
+            let tunnel = hmac::Key::new(hmac::HMAC_SHA256, file.bytes());
+            bytes.copy_from_slice(hmac::sign(&tunnel, b"towline quic reset").as_ref());
+        }
+        // The certificates have been loaded from there a moment ago; a key of this process alone does it too.
+        Err(_) => random(&mut bytes),
+    }
+    bytes
+}

@@ -1,0 +1,149 @@
+//! Have the files changed? Configuration, certificates, tokens: read again on SIGHUP and when their content changes. What is
+//! bad keeps the last good state and is reported once.
+
+use crate::ca::authority::Authorities;
+use crate::ca::rotation;
+use crate::config::{ConfigError, GatewayConfig};
+use crate::context::{Live, Shared};
+use crate::metrics::ReloadOutcome;
+use aws_lc_rs::digest;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, SystemTime};
+
+/// Between two looks at the files. By content, not by time stamp: mounted secrets change by a swapped link.
+const POLL: Duration = Duration::from_secs(10);
+
+/// Watches the files of one gateway.
+#[derive(Debug)]
+pub(crate) struct Reloader {
+    /// The configuration file; without one only the files it would name are read again.
+    path: Option<PathBuf>,
+    seen: Vec<u8>,
+}
+
+impl Reloader {
+    pub(crate) fn new(path: Option<PathBuf>, config: &GatewayConfig) -> Self {
+        let seen = fingerprint(path.as_deref(), config);
+        Self { path, seen }
+    }
+
+    /// Looks now and then until the gateway drains.
+    pub(crate) async fn run(self, shared: Arc<Shared>) {
+        let mut this = self;
+        loop {
+            tokio::select! {
+                () = shared.stages.draining.cancelled() => return,
+                () = tokio::time::sleep(POLL) => {}
+            }
+            let shared = Arc::clone(&shared);
+            let looked = tokio::task::spawn_blocking(move || {
+                this.poll(&shared);
+                this
+            });
+            match looked.await {
+                Ok(back) => this = back,
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn poll(&mut self, shared: &Shared) {
+        let seen = fingerprint(self.path.as_deref(), &shared.live().config);
+        let renew = shared.live().renew_at.is_some_and(|at| SystemTime::now() >= at);
+        if seen == self.seen && !renew {
+            return;
+        }
+        // As it was before they were read: what changes meanwhile is seen at the next look.
+        self.seen = seen;
+        if let Err(error) = reload(shared, self.path.as_deref()) {
+            tracing::error!("reload refused, the last good state stays in force:\n{error}");
+        }
+    }
+}
+
+/// Reads everything anew and puts it in force. Blocks.
+///
+/// # Errors
+/// Everything that is wrong; nothing has changed then.
+pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigError> {
+    let _one_at_a_time = shared.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+    let result = path
+        .map_or_else(|| Ok(shared.live().config.clone()), GatewayConfig::load)
+        .and_then(|config| same_trust_domain(shared, config))
+        .and_then(|config| Live::load(config, authorities(shared)?));
+    let live = match result {
+        Ok(live) => live,
+        Err(error) => {
+            shared.metrics.reloaded(ReloadOutcome::Refused);
+            return Err(error);
+        }
+    };
+    for key in needs_restart(&shared.config, &live.config) {
+        tracing::warn!(key, "changed in the file; takes effect at the next start");
+    }
+    live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    shared.publish(live);
+    shared.metrics.reloaded(ReloadOutcome::Applied);
+    tracing::info!("configuration, certificates and tokens were read again");
+    Ok(())
+}
+
+/// Everybody on record is of the trust domain that the gateway has started with.
+fn same_trust_domain(shared: &Shared, new: GatewayConfig) -> Result<GatewayConfig, ConfigError> {
+    let (running, configured) = (&shared.config.trust_domain, &new.trust_domain);
+    if running == configured {
+        return Ok(new);
+    }
+    let problem = format!("trustDomain: is {running} while the gateway runs, not {configured}");
+    Err(ConfigError { problems: vec![problem] })
+}
+
+/// The gateway's own CAs as they are now. A state directory that is not there is no reason to make new ones.
+fn authorities(shared: &Shared) -> Result<Option<Arc<Authorities>>, ConfigError> {
+    let Some(directory) = &shared.config.state_directory else { return Ok(None) };
+    if !directory.join(rotation::ROOTS).exists() {
+        return Ok(shared.live().joins.clone());
+    }
+    let opened = Authorities::open(directory, SystemTime::now());
+    let problem = |error| ConfigError { problems: vec![format!("stateDirectory: {error}")] };
+    opened.map(|own| Some(Arc::new(own))).map_err(problem)
+}
+
+/// Sections that a running gateway does not change.
+fn needs_restart(running: &GatewayConfig, new: &GatewayConfig) -> Vec<&'static str> {
+    let differs = |a: &dyn std::fmt::Debug, b: &dyn std::fmt::Debug| format!("{a:?}") != format!("{b:?}");
+    let mut keys = Vec::new();
+    for (key, changed) in [
+        ("listen.address", running.listen.address != new.listen.address),
+        ("listen.quic", differs(&running.listen.quic, &new.listen.quic)),
+        ("stateDirectory", running.state_directory != new.state_directory),
+        ("admin", differs(&running.admin, &new.admin)),
+        ("limits", differs(&running.limits, &new.limits)),
+        ("drain", differs(&running.drain, &new.drain)),
+        ("timeouts", differs(&running.timeouts, &new.timeouts)),
+    ] {
+        if changed {
+            keys.push(key);
+        }
+    }
+    keys
+}
+
+/// A hash of the content of all files; what cannot be read counts as its name.
+fn fingerprint(path: Option<&Path>, config: &GatewayConfig) -> Vec<u8> {
+    let mut context = digest::Context::new(&digest::SHA256);
+    let files = path.map(Path::to_owned).into_iter().chain(config.files());
+    for file in files {
+        let bytes = towline_certs::FileBytes::read(&file);
+        context.update(file.as_os_str().as_encoded_bytes());
+        match &bytes {
+            Ok(bytes) => {
+                context.update(&bytes.bytes().len().to_be_bytes());
+                context.update(bytes.bytes());
+            }
+            Err(error) => context.update(error.to_string().as_bytes()),
+        }
+    }
+    context.finish().as_ref().to_vec()
+}

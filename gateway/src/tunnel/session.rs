@@ -1,0 +1,659 @@
+//! How does an agent get in, and how does its session live? In order: identity from the verified certificate, admission
+//! against the allow-list, the session's first round trip, a place in the registry; then until the session ends, its
+//! certificate runs out or the gateway stops.
+//!
+//! A second process with the same certificate is told by its boot id. The first is asked for a sign of life: if it gives
+//! one the newcomer is refused, else it is replaced. So a restart after a crash gets in, and a stolen certificate neither
+//! takes over nor makes the route flap.
+
+use crate::config::{Cluster, GatewayConfig};
+use crate::context::{Shared, random};
+use crate::fleet::{Fleet, ShownCertificate, Time};
+use crate::join;
+use crate::log::sparing;
+use crate::memory::Part;
+use crate::metrics::{Limit, Surface, TlCode};
+use crate::per_key::KeyPermit;
+use crate::registry::{ApiServer, InsertError, Registration, SessionId, Visitor, Word};
+use rustls::ServerConfig;
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
+use towline_certs::facts::{CertificateFacts, human};
+use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, SpkiPin};
+use towline_proto::Code;
+use towline_proto::hello::Hello;
+use towline_proto::join::{
+    API_SERVER_TEXT_MAX, About, AgentMode, ApiServerState, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice,
+    SayError, TrustAck,
+};
+use towline_proto::mux::{CloseReason, Introduction, Limits, Role, WINDOW_START};
+use towline_proto::tunnel::aside::Aside;
+use towline_proto::tunnel::{Session, SessionConfig};
+use towline_proto::wire::GoAway;
+
+/// From the end of the handshake to the hello and one round trip.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an older process has to show that it lives, and how often we look.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
+const PROBE_INTERVAL: Duration = Duration::from_millis(25);
+/// Processes with one certificate that a newcomer may outlive; a fight over it ends by refusing.
+const REPLACE_ROUNDS: usize = 3;
+/// A certificate's end is looked at again at least this often: the wall clock can jump, timers cannot.
+const EXPIRY_CHECK: Duration = Duration::from_secs(60);
+/// How often a session is looked at that may hold more memory than it needs.
+const GIVE_BACK_CHECK: Duration = Duration::from_secs(30);
+/// And within how long, when somebody could not be given any.
+const GIVE_BACK_AT_ONCE: Duration = Duration::from_secs(2);
+pub(crate) const BOOT_ID_BYTES: usize = 16;
+/// What an agent may say about its cluster at once, and after how long once more: it tells of an API server that it cannot use,
+/// which is to be known within 15 s, and of one that comes and goes not each time.
+const WORDS_BURST: f64 = 8.0;
+const WORDS_INTERVAL: Duration = Duration::from_secs(10);
+/// Longest version of an API server that is shown.
+const VERSION_MAX: usize = 64;
+
+/// The limits of a session, from the configuration.
+pub(crate) fn session_limits(config: &GatewayConfig) -> Limits {
+    let (defaults, recv_budget) = (Limits::default(), config.limits.session_memory.0);
+    Limits {
+        // Agents open no streams, so that an idle one is promised nothing.
+        streams_max: 0,
+        recv_budget,
+        credit_max: defaults.credit_max.min(u32::try_from(recv_budget).unwrap_or(u32::MAX)),
+        ..defaults
+    }
+}
+
+/// What becomes of a session that may not be.
+struct Refusal {
+    tl: TlCode,
+    code: Code,
+    text: String,
+}
+
+/// What an agent presented in its handshake, and the configuration that found it good.
+pub(crate) struct Presented {
+    /// Leaf first.
+    pub(crate) chain: Vec<CertificateDer<'static>>,
+    pub(crate) judge: Arc<ServerConfig>,
+}
+
+/// Runs one agent's TLS connection to its end. What is large stays in boxes: the state of an async function keeps a place for
+/// each name that a value had on its way, and ten thousand idle agents are ten thousand such states.
+pub(crate) async fn serve<IO>(
+    shared: Arc<Shared>,
+    tls: Box<TlsStream<IO>>,
+    judge: Arc<ServerConfig>,
+    address: SocketAddr,
+) where
+    IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let chain: Vec<_> = tls
+        .get_ref()
+        .1
+        .peer_certificates()
+        .unwrap_or_default()
+        .iter()
+        .map(|certificate| certificate.clone().into_owned())
+        .collect();
+    let presented = Presented { chain, judge };
+    let memory = memory_of(&shared, &presented);
+    let config = session_config(&shared, memory.as_ref());
+    // It begins without any memory: over the mux credit is all that the agent may send.
+    if let Ok((session, driver)) = Session::over(tls, config) {
+        run(shared, session, Box::pin(driver.run()), presented, address).await;
+    }
+}
+
+/// Runs one agent's QUIC connection to its end.
+pub(crate) async fn serve_quic(
+    shared: Arc<Shared>,
+    conn: quinn::Connection,
+    presented: Presented,
+    address: SocketAddr,
+) {
+    let memory = memory_of(&shared, &presented);
+    match Session::over_quic(conn.clone(), session_config(&shared, memory.as_ref())) {
+        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), presented, address).await,
+        Err(_) => no_memory(&shared, conn, memory.as_ref(), address).await,
+    }
+}
+
+/// The memory of the cluster that an agent says it speaks for. Whether it may is found out in the session; who does not
+/// say any is told there that it may not.
+fn memory_of(shared: &Shared, presented: &Presented) -> Option<Part<ClusterUid>> {
+    let identity = shared.live().agent_ca.identity_of(presented.chain.first()?).ok()?;
+    Some(shared.memory.of(&identity.cluster))
+}
+
+fn session_config(shared: &Shared, memory: Option<&Part<ClusterUid>>) -> SessionConfig {
+    SessionConfig {
+        role: Role::Gateway,
+        limits: session_limits(&shared.config),
+        budget: memory.map_or(&shared.last_words, Part::budget).clone(),
+        introduction: Introduction {
+            capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
+            boot_id: shared.boot_id.to_vec(),
+            software: format!("towline-gateway/{}", env!("CARGO_PKG_VERSION")),
+        },
+    }
+}
+
+/// Tells an agent that there is no memory for its session.
+async fn no_memory(
+    shared: &Shared,
+    conn: quinn::Connection,
+    memory: Option<&Part<ClusterUid>>,
+    address: SocketAddr,
+) {
+    let (limit, key, text) = match memory {
+        Some(memory) if memory.is_full() => (
+            Limit::TunnelMemoryPerCluster,
+            "limits.tunnelMemoryPerCluster",
+            "the sessions of this cluster hold all the memory that the gateway has for it",
+        ),
+        _ => (Limit::TunnelMemory, "limits.tunnelMemory", "the gateway has no memory for another session"),
+    };
+    shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
+    shared.metrics.limit_reached(limit);
+    shared.memory.wanted();
+    sparing!(shared.refusals.due(&()), warn, agent = %address, "{text}; raise {key}");
+    let Ok((session, driver)) = Session::over_quic(conn.clone(), session_config(shared, None)) else {
+        conn.close(Code::Limit.to_u32().into(), text.as_bytes());
+        return;
+    };
+    let say = async {
+        drop(tokio::time::timeout(READY_TIMEOUT, session.ready()).await);
+        session.close(Code::Limit, text);
+    };
+    tokio::join!(driver.run(), say);
+}
+
+/// What both transports have in common: everything but the way the bytes take.
+async fn run(
+    shared: Arc<Shared>,
+    session: Session,
+    driver: impl Future<Output = CloseReason>,
+    presented: Presented,
+    address: SocketAddr,
+) {
+    // One task: when this future is dropped, so is the driver, and with it the session. What wakes the driver, a ping of an idle
+    // agent above all, seldom is anything to the rest.
+    let life = Aside::new(live(&shared, &session, presented, address));
+    let (reason, ()) = tokio::join!(driver, life);
+    if matches!(reason, CloseReason::Violation(_)) {
+        shared.metrics.rejected(Surface::Tunnel, TlCode::Proto);
+    }
+    tracing::debug!(agent = %address, %reason, "connection of an agent ended");
+}
+
+/// What happens beside the driver, until the session has ended.
+async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, address: SocketAddr) {
+    let mut presented_by = None;
+    let admitted = admit(shared, session, presented.chain.first(), address, &mut presented_by).await;
+    let (admitted, registration) = match admitted {
+        Ok(admitted) => admitted,
+        Err(Some(refusal)) => {
+            shared.metrics.rejected(Surface::Tunnel, refusal.tl);
+            let cluster = presented_by.as_ref();
+            let due = cluster.map_or_else(|| shared.refusals.due(&()), |cluster| shared.lines.due(cluster));
+            sparing!(due, warn, agent = %address, cluster = cluster.map(ClusterUid::as_str), why = refusal.text,
+                "agent refused");
+            session.close(refusal.code, &refusal.text);
+            return;
+        }
+        Err(None) => return,
+    };
+    let counted = shared.metrics.session(session.transport());
+    sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
+        instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
+        software = %crate::exchange::printable(&admitted.hello.software), "agent connected");
+    // A drain may have begun since the handshake.
+    if shared.stages.unready.is_cancelled() {
+        say_goaway(shared, session);
+    }
+    let over = async {
+        tokio::select! {
+            () = expire(shared, session, &admitted) => {}
+            () = revoke(shared, session, presented, &admitted) => {}
+        }
+        session.closed().unwrap_or(CloseReason::HelloTimeout)
+    };
+    let reason = tokio::select! {
+        reason = refuse_streams(session) => reason,
+        () = registration.replaced(session) => {
+            session.close(Code::Draining, "replaced: its stream ids ran out");
+            session.wait_for(|state| state.closed.is_some()).await.closed.unwrap_or(CloseReason::HelloTimeout)
+        }
+        reason = over => reason,
+        reason = converse(shared, session, &registration, &admitted, address) => reason,
+        reason = give_back(shared, session, &admitted, &registration) => reason,
+    };
+    drop((registration, counted));
+    shared.forget_if_unknown(&admitted.identity.cluster);
+    shared.metrics.session_ended(reason.label());
+    sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
+        instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
+        reason = %crate::exchange::printable(&reason.to_string()), "agent disconnected");
+}
+
+struct Admitted {
+    cluster: Arc<Cluster>,
+    identity: AgentIdentity,
+    not_after: SystemTime,
+    serial: String,
+    /// Whether the certificate was on record when the session began.
+    on_record: bool,
+    hello: Hello,
+    /// Among the connections of the cluster's agents.
+    _place: KeyPermit<ClusterUid>,
+}
+
+/// Decides whether a session may be; `Err(None)` if it ended by itself. Whose agent it is stands in `cluster` as soon as a
+/// certificate says so.
+async fn admit(
+    shared: &Arc<Shared>,
+    session: &Session,
+    leaf: Option<&CertificateDer<'static>>,
+    address: SocketAddr,
+    cluster: &mut Option<ClusterUid>,
+) -> Result<(Admitted, Registration), Option<Refusal>> {
+    let refuse = |tl, code, text: String| Some(Refusal { tl, code, text });
+    let certificate = |text: String| refuse(TlCode::Cert, Code::Denied, text);
+    let live = shared.live();
+    let leaf = leaf.ok_or_else(|| certificate("no certificate was presented".to_owned()))?;
+    let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
+    cluster.replace(identity.cluster.clone());
+    let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let pin = SpkiPin::of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let issued = Time::from(facts.issued_at());
+    let shown = ShownCertificate { serial: &facts.serial, pin, issued };
+    let cluster = shared.admits_with(&live, &identity, &shown).map_err(|why| {
+        shared.turned_back(&identity.cluster, address.ip(), &why, true);
+        certificate(why)
+    })?;
+    // Before the session's first round trip, which an agent can keep us waiting for.
+    let place = shared.gate.agent_of(&identity.cluster).map_err(|_| {
+        shared.metrics.limit_reached(Limit::ConnectionsPerCluster);
+        refuse(
+            TlCode::Limit,
+            Code::Limit,
+            "the cluster's agents have as many connections as they may".to_owned(),
+        )
+    })?;
+    let on_record =
+        shared.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
+    drop(live);
+    let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
+        Ok(Ok(hello)) => hello,
+        Ok(Err(_ended)) => return Err(None),
+        Err(_) => {
+            return Err(refuse(
+                TlCode::Timeout,
+                Code::Deadline,
+                "the session did not get ready in time".to_owned(),
+            ));
+        }
+    };
+    if hello.boot_id.len() != BOOT_ID_BYTES {
+        let text = format!("the boot id has {} bytes, not {BOOT_ID_BYTES}", hello.boot_id.len());
+        return Err(refuse(TlCode::Proto, Code::Proto, text));
+    }
+    let registration = register(shared, session, &identity, &hello, address).await?;
+    let CertificateFacts { not_after, serial, .. } = facts;
+    Ok((Admitted { cluster, identity, not_after, serial, on_record, hello, _place: place }, registration))
+}
+
+async fn register(
+    shared: &Arc<Shared>,
+    session: &Session,
+    identity: &AgentIdentity,
+    hello: &Hello,
+    address: SocketAddr,
+) -> Result<Registration, Option<Refusal>> {
+    let refuse = |tl, code, text: &str| Some(Refusal { tl, code, text: text.to_owned() });
+    let mut replaced: Vec<SessionId> = Vec::new();
+    for _ in 0..REPLACE_ROUNDS {
+        let AgentIdentity { cluster, instance, .. } = identity;
+        let software = crate::exchange::printable(&hello.software);
+        let visitor = Visitor { software: &software, address };
+        match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, visitor) {
+            Ok(registration) => {
+                shared.joins.places.leave(instance, &hello.boot_id);
+                return Ok(registration);
+            }
+            Err(InsertError::SessionsMax) => {
+                shared.metrics.limit_reached(Limit::SessionsPerCluster);
+                return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has as many sessions as it may"));
+            }
+            Err(InsertError::OtherProcess(others)) => {
+                let sessions: Vec<_> = others.iter().map(|(_, session)| session.clone()).collect();
+                if any_alive(&sessions).await {
+                    break;
+                }
+                for (id, dead) in others {
+                    dead.close(Code::Cancelled, "replaced by another process with the same certificate");
+                    replaced.push(id);
+                }
+                if session.closed().is_some() {
+                    return Err(None);
+                }
+            }
+        }
+    }
+    let text = "already connected: another process with the same certificate is connected and alive. Stop it, or give this agent a certificate of its own";
+    Err(refuse(TlCode::Cert, Code::Denied, text))
+}
+
+/// Which of these instances have a session that hears from its peer.
+pub(crate) async fn alive_among(sessions: Vec<(InstanceId, Session)>) -> HashSet<InstanceId> {
+    let asked = Instant::now();
+    sessions.iter().for_each(|(_, session)| session.probe());
+    let mut waiting = sessions;
+    let mut alive = HashSet::new();
+    while !waiting.is_empty() && asked.elapsed() < PROBE_TIMEOUT {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+        waiting.retain(|(instance, session)| {
+            let heard = session.closed().is_none() && session.silence() < asked.elapsed();
+            if heard {
+                alive.insert(instance.clone());
+            }
+            !heard && session.closed().is_none()
+        });
+    }
+    alive
+}
+
+/// Whether any of these sessions hears from its peer within the time that a dead one does not deserve.
+async fn any_alive(sessions: &[Session]) -> bool {
+    let asked = Instant::now();
+    sessions.iter().for_each(Session::probe);
+    while asked.elapsed() < PROBE_TIMEOUT {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+        let open = || sessions.iter().filter(|session| session.closed().is_none());
+        if open().any(|session| session.silence() < asked.elapsed()) {
+            return true;
+        }
+        if open().next().is_none() {
+            return false;
+        }
+    }
+    false
+}
+
+/// While memory is short, of all or of the cluster's share, has a session replaced that holds much more than it needs: over QUIC what the agent was once allowed to
+/// send cannot be taken back, only used up. A session in which nothing runs is replaced without anybody noticing.
+async fn give_back(
+    shared: &Shared,
+    session: &Session,
+    admitted: &Admitted,
+    registration: &Registration,
+) -> CloseReason {
+    let cluster = &admitted.identity.cluster;
+    loop {
+        // Not all at the same time.
+        let mut part = [0];
+        random(&mut part);
+        let part = f64::from(part[0]) / 256.0;
+        tokio::select! {
+            () = tokio::time::sleep(GIVE_BACK_CHECK.mul_f64(1.0 + part)) => {}
+            () = shared.memory.is_wanted() => tokio::time::sleep(GIVE_BACK_AT_ONCE.mul_f64(part)).await,
+        }
+        let stats = session.stats();
+        if shared.memory.is_short(cluster) && stats.streams == 0 && stats.recv_reserved > 2 * WINDOW_START {
+            registration.retire(session, "it holds memory that it does not need, and memory is short");
+        }
+    }
+}
+
+/// Refuses what an agent opens, until the session ends.
+async fn refuse_streams(session: &Session) -> CloseReason {
+    loop {
+        match session.accept().await {
+            Ok((mut send, mut recv)) => {
+                send.reset(Code::Refused);
+                recv.stop(Code::Refused);
+            }
+            Err(reason) => return reason,
+        }
+    }
+}
+
+/// Ends the session when the newest certificate of its instance does: a renewal moves the end of every session.
+async fn expire(shared: &Shared, session: &Session, admitted: &Admitted) {
+    loop {
+        let own = admitted.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+        let left = if own.is_zero() { newest(shared, &admitted.identity) } else { own };
+        if left.is_zero() {
+            break;
+        }
+        tokio::time::sleep(left.min(EXPIRY_CHECK) + Duration::from_millis(1)).await;
+    }
+    let late = SystemTime::now().duration_since(admitted.not_after).unwrap_or_default();
+    session.close(Code::Denied, &format!("the agent's certificate expired {} ago; renew it", human(late)));
+}
+
+/// What is left of the newest certificate that an instance has on record.
+fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    let now = Time::now();
+    let left = record.iter().flat_map(|record| &record.certificates).map(|known| known.not_after.since(now));
+    left.max().unwrap_or_default()
+}
+
+/// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One from between a backup
+/// and its restore is not on record, and one of a configured cluster never is.
+fn was_renewed(shared: &Shared, admitted: &Admitted) -> bool {
+    let Admitted { identity, serial, on_record, .. } = admitted;
+    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    let newest = record.as_ref().and_then(|record| record.certificates.last());
+    *on_record && newest.is_some_and(|newest| newest.serial != *serial)
+}
+
+/// How often an agent's word about its cluster is news: each is an event for everybody who watches the fleet.
+struct Words {
+    left: f64,
+    at: Instant,
+}
+
+impl Words {
+    fn new() -> Self {
+        Self { left: WORDS_BURST, at: Instant::now() }
+    }
+
+    fn admit(&mut self) -> bool {
+        let more = self.at.elapsed().as_secs_f64() / WORDS_INTERVAL.as_secs_f64();
+        self.left = (self.left + more).min(WORDS_BURST);
+        self.at = Instant::now();
+        let admitted = self.left >= 1.0;
+        if admitted {
+            self.left -= 1.0;
+        }
+        admitted
+    }
+}
+
+/// Shows what an agent has said of its cluster; what cannot be shown is not.
+fn show(shared: &Shared, registration: &Registration, uid: &ClusterUid, about: About) {
+    if is_version(&about.kubernetes_version) {
+        shared.registry.learned(uid, &about.kubernetes_version);
+    }
+    let at = SystemTime::now();
+    let api_server = about.api_server.and_then(|said| {
+        let state = ApiServerState::try_from(said.state).unwrap_or(ApiServerState::Unknown);
+        let since = at.checked_sub(Duration::from_secs(said.since_seconds.into())).unwrap_or(at);
+        let text: String = said.text.chars().take(API_SERVER_TEXT_MAX).collect();
+        (state != ApiServerState::Unknown).then(|| ApiServer {
+            state,
+            text: crate::exchange::printable(&text),
+            since,
+        })
+    });
+    let mode = AgentMode::try_from(about.mode).unwrap_or(AgentMode::Unknown);
+    registration.told(Word { mode, api_server, at });
+}
+
+/// Whether this can be shown as the version of an API server: `v1.31.4`, with whatever a distribution adds.
+fn is_version(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'+' | b'_' | b'~');
+    let digit = |at: usize| text.as_bytes().get(at).is_some_and(u8::is_ascii_digit);
+    text.len() <= VERSION_MAX && text.starts_with('v') && digit(1) && text.bytes().all(plain)
+}
+
+/// Talks with the agent about its certificate, the CA and the cluster, until the session ends.
+async fn converse(
+    shared: &Arc<Shared>,
+    session: &Session,
+    registration: &Registration,
+    admitted: &Admitted,
+    address: SocketAddr,
+) -> CloseReason {
+    let mut board = shared.trust.join(&admitted.cluster.uid, &shared.metrics);
+    let (mut reloads, mut words) = (shared.reloads(), Words::new());
+    // What has been announced, and whether it was answered.
+    let (mut announced, mut answered) = (None, true);
+    // What the agent has said of its cluster, and is not shown yet.
+    let mut said: Option<About> = None;
+    loop {
+        if said.is_some() && words.admit() {
+            said.take()
+                .into_iter()
+                .for_each(|about| show(shared, registration, &admitted.cluster.uid, about));
+        }
+        let trust = shared.live().trust.clone();
+        if announced != Some(trust.version) && answered {
+            let version = trust.version;
+            match session.say(Notice::Trust(trust)) {
+                Ok(()) => {
+                    board.announced();
+                    (announced, answered) = (Some(version), false);
+                }
+                Err(SayError::Unsupported) => {
+                    board.unsupported();
+                    announced = Some(version);
+                }
+                Err(_) => announced = Some(version),
+            }
+            shared.registry.touch(&admitted.cluster.uid);
+        }
+        let notice = tokio::select! {
+            notice = session.hear() => notice,
+            changed = reloads.changed() => {
+                drop(changed);
+                continue;
+            }
+            () = tokio::time::sleep(WORDS_INTERVAL), if said.is_some() => continue,
+        };
+        match notice {
+            Err(reason) => return reason,
+            Ok(Notice::TrustAck(TrustAck { version, problem })) => {
+                answered = true;
+                let problem = crate::exchange::printable(&problem).to_string();
+                if !problem.is_empty() {
+                    sparing!(shared.lines.due(&admitted.identity.cluster), warn, cluster = %admitted.cluster.name,
+                        instance = %admitted.identity.instance, problem, "an agent does not keep the tunnel CA's roots");
+                }
+                board.answered(version, &problem);
+                shared.registry.touch(&admitted.cluster.uid);
+            }
+            // Of several that are too soon the last counts, a little later.
+            Ok(Notice::About(about)) => said = Some(about),
+            Ok(Notice::Renew(asked)) => {
+                let renewed =
+                    join::renew(shared, &admitted.identity, &admitted.serial, address, &asked).await;
+                // It fails only if the session has ended.
+                session.say(Notice::Renewed(renewed)).unwrap_or_default();
+            }
+            // The mux lets neither through to a gateway.
+            Ok(Notice::Renewed(_) | Notice::Trust(_)) => {}
+        }
+    }
+}
+
+/// Ends the session when a reload or a revocation takes away what let it in: its place on the list, or its CA.
+async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitted: &Admitted) {
+    let Presented { chain, judge } = presented;
+    let mut judge = Some(judge);
+    let mut reloads = shared.reloads();
+    let mut losses = shared.fleet.as_ref().map(Fleet::losses);
+    loop {
+        // Also at first: admission may have begun before the last reload.
+        let live = shared.live();
+        if let Err(why) = shared.admits(&live, &admitted.identity, &admitted.serial) {
+            return session.close(Code::Denied, &format!("the agent is not admitted any more: {why}"));
+        }
+        // A session outlives the certificate that it showed, and the CA of that, once it has a newer one.
+        let at = SystemTime::now().min(admitted.not_after);
+        // What the handshake has just found is not asked again while the same roots are in force: signatures are what a storm
+        // of agents costs most.
+        let just_judged = judge.take().is_some_and(|judge| Arc::ptr_eq(&judge, &live.tunnel_tls));
+        if !just_judged
+            && let Err(error) = live.agent_ca.verify(&chain, at)
+            && !was_renewed(shared, admitted)
+        {
+            return session.close(Code::Denied, &format!("the agent's certificate counts no more: {error}"));
+        }
+        drop(live);
+        let lost = async {
+            match &mut losses {
+                Some(losses) => losses.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        // The senders live as long as `shared`.
+        tokio::select! {
+            changed = reloads.changed() => drop(changed),
+            changed = lost => drop(changed),
+        }
+    }
+}
+
+/// Tells an agent to go elsewhere, at a moment of its own.
+pub(crate) fn say_goaway(shared: &Shared, session: &Session) {
+    let drain = &shared.config.drain;
+    let mut part = [0; 2];
+    random(&mut part);
+    let after = drain.spread.mul_f64(f64::from(u16::from_be_bytes(part)) / f64::from(u16::MAX));
+    let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+    session.drain(GoAway {
+        code: Code::Draining.to_u32(),
+        reconnect_after_ms: millis(after),
+        drain_ms: millis(drain.delay + drain.deadline),
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An agent that talks without end makes few events.
+    #[tokio::test(start_paused = true)]
+    async fn words_are_few() {
+        let mut words = Words::new();
+        let mut heard = 0;
+        for _ in 0..16 * 600 {
+            heard += u32::from(words.admit());
+            tokio::time::advance(Duration::from_micros(62_500)).await;
+        }
+        assert!((67..=68).contains(&heard), "{heard} in ten minutes");
+        tokio::time::advance(WORDS_INTERVAL).await;
+        assert!(words.admit());
+    }
+
+    /// What stands in tables and lists is a version and nothing else.
+    #[test]
+    fn versions_are_versions() {
+        for good in ["v1.20.15", "v1.31.4+k3s1", "v1.29.3-gke.1282000", "v1.27.3+vmware.1-fips.1", "v2"] {
+            assert!(is_version(good), "{good}");
+        }
+        let long = format!("v1.{}", "0".repeat(VERSION_MAX));
+        for bad in ["", "v", "1.31.4", "vx", "v1 2", "v1\u{1b}[31m", "v1\n", "v1/2", "v1é", &long] {
+            assert!(!is_version(bad), "{bad:?}");
+        }
+    }
+}
