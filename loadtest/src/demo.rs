@@ -8,10 +8,10 @@ use anyhow::{Context, ensure};
 use base64::Engine;
 use tokio::process::Command;
 
-use crate::client::{Version, full};
-use crate::fakeapi::{FakeApi, FakeApiOptions};
-use crate::kubectl;
-use crate::stack::{CLIENT, CLUSTER, Mode, Options, STRANGER, Stack, Upstream};
+use towline_fakeapi::{FakeApi, FakeApiOptions};
+use towline_testkit::client::{Version, full};
+use towline_testkit::kubectl;
+use towline_testkit::stack::{CLIENT, CLUSTER, Mode, Options, STRANGER, Stack, Upstream};
 
 /// Bytes of the large body.
 const BULK: usize = 64 << 20;

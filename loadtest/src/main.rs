@@ -6,14 +6,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
+use towline_fakeapi::{FakeApi, FakeApiOptions};
 use towline_loadtest::demo::Behind;
-use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
 use towline_loadtest::load::agents::{Fleet, Over};
 use towline_loadtest::load::relay::{Congestion, End, Relay, Transport};
 use towline_loadtest::load::scenario::{Link, Plan, STANDARD};
 use towline_loadtest::load::{kubeconfig, product, run, upstream};
 use towline_loadtest::report;
-use towline_loadtest::shim::Shim;
+use towline_testkit::shim::Shim;
 use tracing_subscriber::EnvFilter;
 
 /// What the product's programs have: an arm that is this program should cost what they do.

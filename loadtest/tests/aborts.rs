@@ -13,8 +13,8 @@ use http::Method;
 use http_body_util::BodyExt;
 use serde_json::json;
 use tokio::task::JoinSet;
-use towline_loadtest::client::{Client, Version, empty};
-use towline_loadtest::stack::Mode;
+use towline_testkit::client::{Client, Version, empty};
+use towline_testkit::stack::Mode;
 
 /// Aborts at each of the four points; `TOWLINE_ABORTS` says another number.
 const ABORTS: u64 = 2500;

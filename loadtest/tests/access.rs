@@ -11,9 +11,9 @@ use common::wire::{Answer, Client as Wire};
 use common::{Bench, PATIENCE, Refusal, Setup, log, until, within};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use towline_loadtest::client::{Target, Version};
-use towline_loadtest::fakeapi::{AGENT_TOKEN, RequestRecord, USER_TOKEN, hex};
-use towline_loadtest::stack::{CLIENT, Mode, STRANGER, plain_get};
+use towline_fakeapi::{AGENT_TOKEN, RequestRecord, USER_TOKEN, hex};
+use towline_testkit::client::{Target, Version};
+use towline_testkit::stack::{CLIENT, Mode, STRANGER, plain_get};
 
 /// A token of the gateway; nothing but its hash is in a file.
 const OWN_TOKEN: &str = "tlat_canary-of-the-gateway-0123456789";

@@ -15,9 +15,9 @@ use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
-use towline_loadtest::client::{Client, Version, pattern};
-use towline_loadtest::shim::{Profile, Shim};
-use towline_loadtest::stack::Mode;
+use towline_testkit::client::{Client, Version, pattern};
+use towline_testkit::shim::{Profile, Shim};
+use towline_testkit::stack::Mode;
 
 /// What each end may hold for its tunnel.
 const BUDGET: u64 = 32 * MIB;

@@ -20,12 +20,12 @@ use tokio::process::Command;
 use tokio::time::timeout;
 use towline_agent::{Agent, AgentConfig};
 use towline_certs::TrustDomain;
+use towline_fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};
 use towline_gateway::Gateway;
 use towline_gateway::config::{AccessRule, Effect, GatewayConfig, Tls};
 use towline_gateway::ops::commands;
-use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};
-use towline_loadtest::kubectl::{self, Run};
-use towline_loadtest::stack::{binary, free_port};
+use towline_testkit::kubectl::{self, Run};
+use towline_testkit::stack::{binary, free_port};
 
 /// A gateway with a state directory, its first admin's kubeconfig, and an API server somewhere behind it.
 struct World {
@@ -527,7 +527,7 @@ async fn access_token(world: &World, user: &str, groups: &[&str]) -> String {
 async fn kubectl_reaches_a_cluster_by_its_kubeconfig() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "kubectl_reaches_a_cluster_by_its_kubeconfig: no kubectl on PATH or in $KUBECTLS"
         ));
         return;
@@ -753,7 +753,7 @@ async fn a_watch_goes_on_after_a_restart() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_is_a_plugin_of_kubectl() {
     let Some(kubectl) = kubectl::find().pop() else {
-        towline_loadtest::skip(format_args!("it_is_a_plugin_of_kubectl: no kubectl on PATH or in $KUBECTLS"));
+        towline_testkit::skip(format_args!("it_is_a_plugin_of_kubectl: no kubectl on PATH or in $KUBECTLS"));
         return;
     };
     let world = World::start().await;

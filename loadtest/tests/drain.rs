@@ -27,10 +27,10 @@ use towline_certs::save::write_credential;
 use towline_certs::{
     AgentIdentity, CaKind, CertificateAuthority, ClusterUid, InstanceId, LoadPolicy, TrustDomain,
 };
-use towline_loadtest::client::{Client, Target, Version, empty};
-use towline_loadtest::fakeapi::Recorder;
-use towline_loadtest::kubectl::{self, Finished, Run};
-use towline_loadtest::stack::{CLUSTER, Mode, Process, free_port, metric, plain_get};
+use towline_fakeapi::Recorder;
+use towline_testkit::client::{Client, Target, Version, empty};
+use towline_testkit::kubectl::{self, Finished, Run};
+use towline_testkit::stack::{CLUSTER, Mode, Process, free_port, metric, plain_get};
 
 /// Requests per second, in an open loop: as many, or fewer if this machine is not up to them (see [`rate`]).
 const RATE: u64 = 200;
@@ -490,7 +490,7 @@ const SPDY_PING: &[u8] = &[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1];
 /// Two execs of the newest kubectl, over WebSocket and over SPDY; none if there is no kubectl that knows both.
 async fn kubectl_execs(bench: &Bench) -> Vec<AbortOnDropHandle<(&'static str, Finished, Instant)>> {
     let Some(kubectl) = kubectl::find().pop().filter(|kubectl| kubectl.minor >= 31) else {
-        towline_loadtest::skip(format_args!("execs of kubectl: none of 1.31 or newer is here"));
+        towline_testkit::skip(format_args!("execs of kubectl: none of 1.31 or newer is here"));
         return Vec::new();
     };
     let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());

@@ -341,7 +341,7 @@ async fn until_renewed(agent: &Agent, times: f64) {
 }
 
 async fn metric(at: SocketAddr, start: &str) -> f64 {
-    let (_, text) = towline_loadtest::stack::plain_get(at, "/metrics").await.unwrap();
+    let (_, text) = towline_testkit::stack::plain_get(at, "/metrics").await.unwrap();
     let line = text.lines().find(|line| line.starts_with(start)).map(ToOwned::to_owned);
     line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
 }

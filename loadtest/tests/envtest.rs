@@ -32,10 +32,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use towline_certs::load::load_roots;
 use towline_certs::tls;
-use towline_loadtest::client::{Client, Target, Version, full};
-use towline_loadtest::kubectl::{self, FLOWS, Kubectl, Run};
-use towline_loadtest::kubelet::{Given, Node, Objects, Pod};
-use towline_loadtest::stack::{CLIENT, Mode, Options, Stack, Upstream, binary, free_port};
+use towline_testkit::client::{Client, Target, Version, full};
+use towline_testkit::kubectl::{self, FLOWS, Kubectl, Run};
+use towline_testkit::kubelet::{Given, Node, Objects, Pod};
+use towline_testkit::stack::{CLIENT, Mode, Options, Stack, Upstream, binary, free_port};
 
 const ADMIN: &str = "envtest-admin-token";
 const AGENT: &str = "envtest-agent-token";
@@ -259,7 +259,7 @@ const CASES: &[Case] = &[
 async fn a_manifest_is_all_that_a_real_cluster_needs() {
     let Some((assets, kubectl)) = tools() else { return };
     if let Some(why) = Node::missing() {
-        towline_loadtest::skip(format_args!("envtest: {why}"));
+        towline_testkit::skip(format_args!("envtest: {why}"));
         return;
     }
     let _alone = ALONE.lock().await;
@@ -402,11 +402,11 @@ fn tools() -> Option<(PathBuf, Kubectl)> {
     let usual = || PathBuf::from("/usr/local/kubebuilder/bin");
     let directory = std::env::var_os("KUBEBUILDER_ASSETS").map_or_else(usual, PathBuf::from);
     if !["etcd", "kube-apiserver"].iter().all(|name| directory.join(name).is_file()) {
-        towline_loadtest::skip(format_args!("envtest: set KUBEBUILDER_ASSETS"));
+        towline_testkit::skip(format_args!("envtest: set KUBEBUILDER_ASSETS"));
         return None;
     }
     let Some(kubectl) = kubectl::find().into_iter().next_back() else {
-        towline_loadtest::skip(format_args!("envtest: no kubectl on PATH or in $KUBECTLS"));
+        towline_testkit::skip(format_args!("envtest: no kubectl on PATH or in $KUBECTLS"));
         return None;
     };
     Some((directory, kubectl))

@@ -15,8 +15,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
-use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions, RawEnd, hex, pattern_chunk};
-use towline_loadtest::stack::free_port;
+use towline_fakeapi::{FakeApi, FakeApiOptions, RawEnd, hex, pattern_chunk};
+use towline_testkit::stack::free_port;
 
 async fn start() -> FakeApi {
     FakeApi::start(FakeApiOptions::default()).await.unwrap()

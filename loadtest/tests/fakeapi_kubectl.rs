@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
-use towline_loadtest::kubectl::{self, FLOWS, Kubectl, Run};
+use towline_fakeapi::{FakeApi, FakeApiOptions};
+use towline_testkit::kubectl::{self, FLOWS, Kubectl, Run};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_flow_with_every_kubectl() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "every_flow_with_every_kubectl: no kubectl on PATH or in $KUBECTLS"
         ));
         return;
@@ -55,7 +55,7 @@ async fn every_flow_with_every_kubectl() {
 async fn processes_end_with_their_clients() {
     let kubectls = kubectl::find();
     let Some(kubectl) = kubectls.last() else {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "processes_end_with_their_clients: no kubectl on PATH or in $KUBECTLS"
         ));
         return;

@@ -26,10 +26,10 @@ use towline_gateway::Gateway;
 use towline_gateway::config::{GatewayConfig, Tls};
 use towline_gateway::fleet::{Certificate, Time, WhenFull};
 use towline_gateway::ops::commands;
-use towline_loadtest::kubectl::{self, Kubectl, Run};
-use towline_loadtest::stack::free_port;
 use towline_proto::mux::{Budget, Introduction, Limits, Role};
 use towline_proto::tunnel::{Session, SessionConfig};
+use towline_testkit::kubectl::{self, Kubectl, Run};
+use towline_testkit::stack::free_port;
 
 const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
 
@@ -236,7 +236,7 @@ fn connected(object: &Value) -> &str {
 async fn every_kubectl_manages_the_fleet() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "every_kubectl_manages_the_fleet: no kubectl on PATH or in $KUBECTLS"
         ));
         return;

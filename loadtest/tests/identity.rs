@@ -27,11 +27,11 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use towline_certs::AgentKey;
 use towline_certs::facts::CertificateFacts;
-use towline_loadtest::client::{Target, Version, empty};
-use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};
-use towline_loadtest::stack::metric;
+use towline_fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};
 use towline_proto::join::{CAPABILITY_IDENTITY, Certificate};
 use towline_proto::mux::Introduction;
+use towline_testkit::client::{Target, Version, empty};
+use towline_testkit::stack::metric;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 async fn gateway() -> Fleet {
@@ -294,7 +294,7 @@ async fn half_open_handshakes_take_nobodys_place() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clocks_may_be_ten_minutes_off() {
     let Some(library) = faketime() else {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "clocks_may_be_ten_minutes_off: no libfaketime on this machine or in target/tools (make tools)"
         ));
         return;

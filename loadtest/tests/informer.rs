@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 use towline_certs::AgentKey;
-use towline_loadtest::kubectl::{self, Kubectl, Run};
+use towline_testkit::kubectl::{self, Kubectl, Run};
 
 /// From what happens to whoever watches: silence is noticed within 12 s.
 const NOTICED: Duration = Duration::from_secs(15);
@@ -239,7 +239,7 @@ async fn commotion(fleet: &Fleet, round: &str) -> Vec<Live> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn informers_hold_what_is_there() {
     let Some(python) = python() else {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "informers_hold_what_is_there: no Python client in target/tools/python (make tools)"
         ));
         return;
@@ -417,7 +417,7 @@ fn nobody() -> Value {
 async fn kubectl_watches_tell_the_truth() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "kubectl_watches_tell_the_truth: no kubectl on PATH or in $KUBECTLS"
         ));
         return;

@@ -19,8 +19,8 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 use towline_certs::{AgentKey, JoinToken};
-use towline_loadtest::client::Target;
 use towline_proto::join::{Admitted, Certificate, RefusalCode};
+use towline_testkit::client::Target;
 
 /// Registered clusters that are not deleted or revoked; older ones go.
 const CLUSTERS_KEPT: usize = 4;

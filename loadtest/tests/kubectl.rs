@@ -13,10 +13,10 @@ use common::{Bench, PATIENCE, Setup, until};
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use towline_loadtest::connect_relay::ConnectRelay;
-use towline_loadtest::fakeapi::{AGENT_TOKEN, RequestRecord};
-use towline_loadtest::kubectl::{self, FLOWS, Flow, Kubectl, Run};
-use towline_loadtest::stack::{CLIENT, CLUSTER, HOST_DOMAIN, Mode};
+use towline_fakeapi::{AGENT_TOKEN, RequestRecord};
+use towline_testkit::connect_relay::ConnectRelay;
+use towline_testkit::kubectl::{self, FLOWS, Flow, Kubectl, Run};
+use towline_testkit::stack::{CLIENT, CLUSTER, HOST_DOMAIN, Mode};
 
 /// Flows at a time: a kubectl waits more than it works.
 const PARALLEL: usize = 4;
@@ -138,7 +138,7 @@ enum Choice {
 fn found(test: &str, choice: Choice) -> Vec<Kubectl> {
     let mut kubectls = kubectl::find();
     if kubectls.is_empty() {
-        towline_loadtest::skip(format_args!("{test}: no kubectl on PATH or in $KUBECTLS"));
+        towline_testkit::skip(format_args!("{test}: no kubectl on PATH or in $KUBECTLS"));
     }
     let (last, middle) = (kubectls.len().saturating_sub(1), kubectls.len() / 2);
     if choice != Choice::All && !common::long() {

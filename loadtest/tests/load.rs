@@ -62,7 +62,7 @@ fn plausible(profile: &Profile, needed: &[&str]) {
         assert_eq!(arm.skipped, None, "{name}");
     }
     for arm in profile.arms.iter().filter(|arm| arm.skipped.is_some()) {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "{} in {}: {}",
             arm.name,
             profile.name,
@@ -210,7 +210,7 @@ fn elsewhere() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let _server = runtime.block_on(async {
         let program = Path::new(env!("CARGO_BIN_EXE_towline-loadtest"));
-        let mut server = towline_loadtest::stack::Process::start_program(program, &arguments, &log).unwrap();
+        let mut server = towline_testkit::stack::Process::start_program(program, &arguments, &log).unwrap();
         server.says("listening on ").await.unwrap();
         server
     });

@@ -28,11 +28,11 @@ use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 use towline_certs::load::{FileBytes, parse_certificates, parse_key};
 use towline_certs::{Credential, tls};
-use towline_loadtest::client::{Client, Target, Version};
-use towline_loadtest::fakeapi::{ADMIN_TOKEN, AGENT_TOKEN, FakeApi, FakeApiOptions};
-use towline_loadtest::kubectl::{self, Kubectl, Run};
-use towline_loadtest::kubelet::{Given, Node, Objects, Pod};
-use towline_loadtest::stack::{Process, binary, free_port, metric, plain_get};
+use towline_fakeapi::{ADMIN_TOKEN, AGENT_TOKEN, FakeApi, FakeApiOptions};
+use towline_testkit::client::{Client, Target, Version};
+use towline_testkit::kubectl::{self, Kubectl, Run};
+use towline_testkit::kubelet::{Given, Node, Objects, Pod};
+use towline_testkit::stack::{Process, binary, free_port, metric, plain_get};
 
 const CLUSTER: &str = "prod-eu-1";
 /// An agent that was started is connected by then, on a machine that does much else.
@@ -87,11 +87,11 @@ impl World {
     /// `None`, and a word, where it cannot be.
     async fn start() -> Option<Self> {
         if let Some(why) = Node::missing() {
-            towline_loadtest::skip(format_args!("manifest: {why}"));
+            towline_testkit::skip(format_args!("manifest: {why}"));
             return None;
         }
         let Some(kubectl) = kubectl::find().into_iter().next_back() else {
-            towline_loadtest::skip(format_args!("manifest: no kubectl on PATH or in $KUBECTLS"));
+            towline_testkit::skip(format_args!("manifest: no kubectl on PATH or in $KUBECTLS"));
             return None;
         };
         let directory = tempfile::Builder::new().prefix("towline-manifest-").tempdir().unwrap();
@@ -519,7 +519,7 @@ async fn keys_are_rotated_and_records_restored() {
 async fn every_kubectl_takes_the_files() {
     let found = kubectl::find();
     if found.is_empty() {
-        towline_loadtest::skip(format_args!("manifest: no kubectl on PATH or in $KUBECTLS"));
+        towline_testkit::skip(format_args!("manifest: no kubectl on PATH or in $KUBECTLS"));
     }
     let fake = FakeApi::start(FakeApiOptions::default()).await.unwrap();
     let directory = tempfile::tempdir().unwrap();

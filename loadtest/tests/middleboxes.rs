@@ -27,9 +27,9 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tokio_util::task::AbortOnDropHandle;
-use towline_loadtest::client::Version;
-use towline_loadtest::connect_relay::ConnectRelay;
-use towline_loadtest::stack::{CLIENT, Mode, free_port};
+use towline_testkit::client::Version;
+use towline_testkit::connect_relay::ConnectRelay;
+use towline_testkit::stack::{CLIENT, Mode, free_port};
 
 /// Longer than two idle limits of the boxes.
 const IDLE: Duration = Duration::from_secs(21);
@@ -89,7 +89,7 @@ async fn through_squid_with_a_password() {
         there("usr/share/squid-langpack/templates"),
         there("usr/share/squid/mime.conf"),
     ) else {
-        return towline_loadtest::skip(format_args!(
+        return towline_testkit::skip(format_args!(
             "through_squid_with_a_password: squid's own files are incomplete (make tools)"
         ));
     };
@@ -326,7 +326,7 @@ async fn behind_nginx() {
     let module = tools().join("usr/lib/nginx/modules/ngx_stream_module.so");
     let modules = [Path::new("/usr/lib/nginx/modules/ngx_stream_module.so"), &module];
     let Some(module) = modules.into_iter().find(|path| path.is_file()) else {
-        return towline_loadtest::skip(format_args!(
+        return towline_testkit::skip(format_args!(
             "behind_nginx: nginx has no stream module (libnginx-mod-stream)"
         ));
     };
@@ -509,7 +509,7 @@ fn find(name: &str, test: &str) -> Option<PathBuf> {
         command.status().is_ok_and(|status| status.success())
     });
     if found.is_none() {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "{test}: no {name} on PATH, in /usr/sbin or target/tools (make tools)"
         ));
     }

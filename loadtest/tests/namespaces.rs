@@ -22,10 +22,10 @@ use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use towline_certs::devset::{DevCluster, DevSet};
 use towline_certs::{HostName, TrustDomain};
-use towline_loadtest::client::{Target, Version, empty, full};
-use towline_loadtest::fakeapi::FakeApiOptions;
-use towline_loadtest::netns::{Forged, Network, forge};
-use towline_loadtest::stack::{CLUSTER, Mode, Process, metric, plain_get};
+use towline_fakeapi::FakeApiOptions;
+use towline_testkit::client::{Target, Version, empty, full};
+use towline_testkit::netns::{Forged, Network, forge};
+use towline_testkit::stack::{CLUSTER, Mode, Process, metric, plain_get};
 
 /// Longer than any answer, or refusal, may take: what is not there then hangs.
 const HANGS: Duration = PATIENCE;
@@ -77,7 +77,7 @@ impl World {
 
     async fn prepare(agent: Value, faults: &[&str]) -> Option<Self> {
         if let Some(why) = Network::missing() {
-            towline_loadtest::skip(format_args!("namespaces: {why}"));
+            towline_testkit::skip(format_args!("namespaces: {why}"));
             return None;
         }
         let network = Network::start().unwrap();
@@ -359,7 +359,7 @@ async fn large_datagrams_dropped_under_load() {
     // Upwards too: the body of a request.
     let started = Instant::now();
     let mut client = world.bench.connect(Version::Http1).await;
-    let body = towline_loadtest::client::pattern(4, length, true);
+    let body = towline_testkit::client::pattern(4, length, true);
     let sent = common::send(&mut client, Method::POST, "/towline-test/sink", body);
     let answer = within("the upload", 2 * PATIENCE, sent).await;
     let said: Value =
@@ -628,7 +628,7 @@ async fn add_neighbour(world: &mut World) -> Process {
 
     let text = std::fs::read_to_string(stack.path("agent.yaml")).unwrap();
     let mut config: Value = serde_json::from_str(&text).unwrap();
-    let admin = towline_loadtest::stack::free_port().unwrap();
+    let admin = towline_testkit::stack::free_port().unwrap();
     for (name, ending) in [("certificate", "crt"), ("key", "key")] {
         config["identity"][name] = json!(directory.join(format!("agent-{NEIGHBOUR}.{ending}")));
     }

@@ -16,9 +16,9 @@ use http_body_util::BodyExt;
 use serde_json::json;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
-use towline_loadtest::client::{Target, Version, empty, pattern};
-use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions};
-use towline_loadtest::stack::{CLUSTER, Mode, free_port};
+use towline_fakeapi::{FakeApi, FakeApiOptions};
+use towline_testkit::client::{Target, Version, empty, pattern};
+use towline_testkit::stack::{CLUSTER, Mode, free_port};
 
 /// How long a request may wait for an agent that has just gone; the default of the gateway.
 const HOLD: Duration = Duration::from_secs(3);

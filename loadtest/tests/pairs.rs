@@ -11,9 +11,9 @@ use common::{Bench, MIB, PATIENCE, Setup, VERSIONS, get, head, pattern_sum, read
 use http::{HeaderMap, Method, Request};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
-use towline_loadtest::client::{Body, Target, Version, empty, full, pattern};
-use towline_loadtest::fakeapi::{RequestRecord, hex};
-use towline_loadtest::stack::{CLUSTER, Mode};
+use towline_fakeapi::{RequestRecord, hex};
+use towline_testkit::client::{Body, Target, Version, empty, full, pattern};
+use towline_testkit::stack::{CLUSTER, Mode};
 
 const PREFIX: &str = "/clusters/demo";
 
@@ -359,17 +359,17 @@ async fn s1_real_clients_follow_within_the_cluster() {
             let said = curl(&hostile).await.unwrap();
             assert!(said.contains("TL_BAD_UPSTREAM") && said.ends_with("\n502"), "{said}");
         }
-        Err(error) => towline_loadtest::skip(format_args!(
-            "s1_real_clients_follow_within_the_cluster: no curl: {error}"
-        )),
+        Err(error) => {
+            towline_testkit::skip(format_args!("s1_real_clients_follow_within_the_cluster: no curl: {error}"))
+        }
     }
     let kubeconfig = bench.write("kubeconfig", &bench.stack.kubeconfig(None).unwrap());
-    let kubectls = towline_loadtest::kubectl::find();
+    let kubectls = towline_testkit::kubectl::find();
     if kubectls.is_empty() {
-        towline_loadtest::skip(format_args!("s1_real_clients_follow_within_the_cluster: no kubectl"));
+        towline_testkit::skip(format_args!("s1_real_clients_follow_within_the_cluster: no kubectl"));
     }
     for kubectl in [kubectls.first(), kubectls.last()].into_iter().flatten() {
-        let run = towline_loadtest::kubectl::Run::new(kubectl, &kubeconfig).unwrap();
+        let run = towline_testkit::kubectl::Run::new(kubectl, &kubeconfig).unwrap();
         for path in legal {
             let said = run.ok(&["get", "--raw", &kubectl.raw(PREFIX, path)]).await.unwrap();
             assert!(said.contains("\"openapi\""), "{kubectl}, {path}: {said}");

@@ -18,9 +18,9 @@ use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
-use towline_loadtest::client::{Target, Version, empty};
-use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};
-use towline_loadtest::stack::metric;
+use towline_fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};
+use towline_testkit::client::{Target, Version, empty};
+use towline_testkit::stack::metric;
 
 const STREAMS: usize = 100;
 /// Bytes of an answer of which its client takes the head: more than all between them hold.
@@ -184,7 +184,7 @@ async fn everything_ends(what: What, transport: &str) {
 }
 
 /// For two seconds, which are several attempts, the cluster has no agent.
-async fn stays_out(fleet: &Fleet, agent: &mut towline_loadtest::stack::Process, what: What) {
+async fn stays_out(fleet: &Fleet, agent: &mut towline_testkit::stack::Process, what: What) {
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(2) {
         assert_ne!(asked(&target(fleet)).await, 200, "{what:?}: it is back");

@@ -12,9 +12,9 @@ use common::{Bench, PATIENCE, Read, Setup, bound, head, pattern_sum, read, spawn
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
-use towline_loadtest::client::Version;
-use towline_loadtest::shim::{Profile, Shim};
-use towline_loadtest::stack::{Mode, free_port};
+use towline_testkit::client::Version;
+use towline_testkit::shim::{Profile, Shim};
+use towline_testkit::stack::{Mode, free_port};
 
 const BLOCKED: Profile = Profile {
     delay: Duration::ZERO,
@@ -103,7 +103,7 @@ async fn blocked_at_the_start_and_restored() {
     assert_eq!(link.sessions("tcp").await, 1.0);
     assert_eq!(link.fallbacks("start").await, 1.0);
     let (_, page) =
-        towline_loadtest::stack::plain_get(link.bench.stack.agent_admin, "/readyz?verbose").await.unwrap();
+        towline_testkit::stack::plain_get(link.bench.stack.agent_admin, "/readyz?verbose").await.unwrap();
     assert!(page.contains("over tcp (QUIC was not ready in time"), "{page}");
 
     let mut client = link.bench.connect(Version::Http1).await;
@@ -257,7 +257,7 @@ async fn bodies_are_whole_over_quic() {
         let down = started.elapsed();
         assert_eq!(got, Read { length, sha256: pattern_sum(3, length), clean: true });
         let started = Instant::now();
-        let body = towline_loadtest::client::pattern(4, length, true);
+        let body = towline_testkit::client::pattern(4, length, true);
         let sent = common::send(&mut client, http::Method::POST, "/towline-test/sink", body);
         let answer = within("the upload", 5 * PATIENCE, sent).await;
         let said: Value =

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
-use towline_loadtest::client::{Version, full};
-use towline_loadtest::stack::Mode;
+use towline_testkit::client::{Version, full};
+use towline_testkit::stack::Mode;
 
 const WATCHES: usize = 1000;
 /// On one HTTP/2 connection: the gateway allows 250.

@@ -45,7 +45,7 @@ const UDP_BUFFER: usize = 8 << 20;
 /// An agent on QUIC asks a silent gateway for a sign of life after so long, where TCP's ping waits longer (`PROBE_IDLE` in
 /// `agent/src/sessions/transport.rs`).
 const QUIC_SILENCE: Duration = Duration::from_secs(2);
-/// The trust domain of [`crate::stack`].
+/// The trust domain of [`towline_testkit::stack`].
 const TRUST_DOMAIN: &str = "towline.test";
 
 /// How agents reach their gateway.
@@ -386,7 +386,7 @@ impl Control {
         certificates: PathBuf,
         log: &Path,
     ) -> anyhow::Result<Self> {
-        let mut child = tokio::process::Command::new(crate::stack::binary("towline-loadtest")?)
+        let mut child = tokio::process::Command::new(towline_testkit::stack::binary("towline-loadtest")?)
             .args(["agents", &format!("--gateway={gateway}"), &format!("--over={over}"), "--certificates"])
             .arg(certificates)
             .stdin(std::process::Stdio::piped())

@@ -17,7 +17,7 @@ use super::pki;
 use super::sample::{Group, Memory, Watched};
 use super::scenario::{Link, Plan, Scheme};
 use super::tunnels::{Places, Tunnel};
-use crate::stack::{self, CLIENT, Mode, Options, Process, Stack, Upstream, free_port};
+use towline_testkit::stack::{self, CLIENT, Mode, Options, Process, Stack, Upstream, free_port};
 
 /// How long an arm may take until the first answer comes through it.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -286,7 +286,7 @@ impl Load<'_> {
     /// What the upstream has taken so far, if it is ours: uploads are counted where they arrive.
     async fn sunk(&self) -> anyhow::Result<Option<u64>> {
         let Some(address) = self.arm.counters else { return Ok(None) };
-        let (status, text) = crate::stack::plain_get(address, "/counters").await?;
+        let (status, text) = towline_testkit::stack::plain_get(address, "/counters").await?;
         ensure!(status == 200, "the upstream's counters: {status}");
         Ok(Some(text.trim().parse()?))
     }

@@ -84,7 +84,7 @@ pub enum Scheme {
     Https,
 }
 
-/// An emulated link; see [`crate::shim::Profile`].
+/// An emulated link; see [`towline_testkit::shim::Profile`].
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Link {
@@ -110,18 +110,18 @@ const fn ten() -> f64 {
 impl Link {
     /// For the relay.
     #[must_use]
-    pub fn profile(&self) -> crate::shim::Profile {
+    pub fn profile(&self) -> towline_testkit::shim::Profile {
         let ms = |value: f64| Duration::from_secs_f64(value / 1000.0);
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be positive")]
         let bandwidth = (self.mbit * 1e6 / 8.0) as u64;
-        crate::shim::Profile {
+        towline_testkit::shim::Profile {
             delay: ms(self.round_trip_ms / 2.0),
             jitter: ms(self.jitter_ms),
             bandwidth: Some(bandwidth),
             queue: ms(self.queue_ms),
             loss: self.loss,
             mtu: Some(ETHERNET),
-            ..crate::shim::Profile::default()
+            ..towline_testkit::shim::Profile::default()
         }
     }
 

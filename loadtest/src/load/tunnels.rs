@@ -27,7 +27,7 @@ use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 use tokio::net::TcpStream;
 
-use crate::stack::Process;
+use towline_testkit::stack::Process;
 
 /// The tunnels that come with the program.
 const KNOWN: [(&str, &str); 5] = [

@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 
 use super::json::{Better, Metric, Profile, Record, Spread};
 use super::svg::{self, Group, Line};
+use super::targets::{self, Outcome, Verdict};
 use super::{escape, number};
-use crate::load::targets::{self, Outcome, Verdict};
 
 /// The whole page.
 #[must_use]

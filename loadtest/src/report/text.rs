@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::json::{Metric, Profile, Record};
 use super::number;
-use crate::load::targets::{self, Outcome, Verdict};
+use super::targets::{self, Outcome, Verdict};
 
 /// Everything: where it ran, a table for each profile, memory, what was skipped.
 #[must_use]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use towline_loadtest::stack::Process;
+use towline_testkit::stack::Process;
 
 /// An HTTP proxy on loopback that leads everywhere to one address.
 struct Proxy {
@@ -323,7 +323,7 @@ async fn k6_python_reaches_a_restricted_cluster_by_a_static_kubeconfig() {
 
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/python/bin/python");
     if !python.is_file() {
-        towline_loadtest::skip(format_args!(
+        towline_testkit::skip(format_args!(
             "k6_python_reaches_a_restricted_cluster_by_a_static_kubeconfig: no Python client in target/tools/python (make tools)"
         ));
         return;

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
-use towline_loadtest::client::{Target, Version};
+use towline_testkit::client::{Target, Version};
 
 use super::wire::Client as Wire;
 use super::{PATIENCE, head, spawn, within};

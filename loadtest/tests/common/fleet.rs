@@ -18,8 +18,8 @@ use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 use towline_certs::load::{FileBytes, parse_certificates, parse_key};
 use towline_certs::{Credential, JoinToken, tls};
-use towline_loadtest::client::{Body, Client, Target, Version, empty, full};
-use towline_loadtest::stack::{Process, binary, free_port, plain_get};
+use towline_testkit::client::{Body, Client, Target, Version, empty, full};
+use towline_testkit::stack::{Process, binary, free_port, plain_get};
 
 use super::{END, PATIENCE, until};
 

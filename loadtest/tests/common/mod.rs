@@ -22,11 +22,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
+use towline_fakeapi::{FakeApi, FakeApiOptions, hex, pattern_chunk};
 use towline_gateway::Gateway;
 use towline_gateway::config::GatewayConfig;
-use towline_loadtest::client::{Body, Client, Target, Version, empty};
-use towline_loadtest::fakeapi::{FakeApi, FakeApiOptions, hex, pattern_chunk};
-use towline_loadtest::stack::{CLIENT, Mode, Options, Process, Stack, Upstream, metric};
+use towline_testkit::client::{Body, Client, Target, Version, empty};
+use towline_testkit::stack::{CLIENT, Mode, Options, Process, Stack, Upstream, metric};
 
 /// How long a process may take to end when it is asked to.
 pub(crate) const END: Duration = Duration::from_secs(60);

@@ -10,8 +10,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use towline_loadtest::client::{Target, Version};
-use towline_loadtest::fakeapi::{ClientCertificate, FakeApi};
+use towline_fakeapi::{ClientCertificate, FakeApi};
+use towline_testkit::client::{Target, Version};
 
 use super::{PATIENCE, Refusal};
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::process::Command;
-use towline_loadtest::stack::{CLIENT, Mode, binary, free_port};
+use towline_testkit::stack::{CLIENT, Mode, binary, free_port};
 
 use crate::common::{Bench, Footprint, PATIENCE, Setup, log, settled, until, within};
 
@@ -96,7 +96,7 @@ async fn cf_05_flag_then_variable_then_file() {
 async fn cf_07_a_thousand_reloads() {
     let bench = Setup::new(Mode::Impersonate).start().await;
     let front = bench.stack.target(Some(CLIENT)).unwrap();
-    let mut client = front.connect(towline_loadtest::client::Version::Http2).await.unwrap();
+    let mut client = front.connect(towline_testkit::client::Version::Http2).await.unwrap();
     assert_eq!(crate::common::get(&mut client, "/version").await.status(), 200);
     let before = Footprint::of(&bench).await;
     let path = bench.stack.path("gateway.yaml");
@@ -117,7 +117,7 @@ async fn cf_07_a_thousand_reloads() {
     hangup(250).await;
     until("the last file is in force", PATIENCE, async || {
         crate::common::get(
-            &mut front.connect(towline_loadtest::client::Version::Http1).await.unwrap(),
+            &mut front.connect(towline_testkit::client::Version::Http1).await.unwrap(),
             "/version",
         )
         .await
@@ -131,7 +131,7 @@ async fn cf_07_a_thousand_reloads() {
         bench.gateway_metric("reloads_total{outcome=\"refused\"}").await > 0.0
     })
     .await;
-    let mut another = front.connect(towline_loadtest::client::Version::Http1).await.unwrap();
+    let mut another = front.connect(towline_testkit::client::Version::Http1).await.unwrap();
     assert_eq!(crate::common::get(&mut another, "/version").await.status(), 403, "the last good one stays");
     drop(another);
     tokio::time::sleep(Duration::from_millis(200)).await;

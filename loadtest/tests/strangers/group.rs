@@ -11,9 +11,9 @@ use aws_lc_rs::digest;
 use http::HeaderMap;
 use http::header::{AUTHORIZATION, HeaderValue};
 use serde_json::json;
-use towline_loadtest::client::Target;
-use towline_loadtest::fakeapi::{RequestRecord, hex};
-use towline_loadtest::stack::{CLIENT, Mode, metric, plain_get};
+use towline_fakeapi::{RequestRecord, hex};
+use towline_testkit::client::Target;
+use towline_testkit::stack::{CLIENT, Mode, metric, plain_get};
 
 use crate::common::canaries::Canaries;
 use crate::common::{Bench, Footprint, MIB, PATIENCE, Rss, Setup, bound, log, settled};
@@ -64,7 +64,7 @@ impl Group {
         let canaries = Canaries::start(&target).await;
         let stranger = bench.stack.target(Some(CLIENT)).unwrap();
         // Once around: what is made at first use is no leak.
-        let mut warm = stranger.connect(towline_loadtest::client::Version::Http2).await.unwrap();
+        let mut warm = stranger.connect(towline_testkit::client::Version::Http2).await.unwrap();
         crate::common::get(&mut warm, "/version").await;
         drop(warm);
         tokio::time::sleep(Duration::from_secs(2)).await;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
-use towline_loadtest::client::Version;
+use towline_testkit::client::Version;
 
 use crate::common::wire::Answer;
 use crate::common::{PATIENCE, bound, until, within};

@@ -12,9 +12,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::sleep;
 use tokio_rustls::TlsConnector;
-use towline_loadtest::client::{Target, Version};
-use towline_loadtest::fakeapi::hex;
-use towline_loadtest::stack::{CLIENT, HOST_DOMAIN, Mode, STRANGER, plain_get};
+use towline_fakeapi::hex;
+use towline_testkit::client::{Target, Version};
+use towline_testkit::stack::{CLIENT, HOST_DOMAIN, Mode, STRANGER, plain_get};
 
 use crate::common::wire::{Answer, Client as Wire};
 use crate::common::{Bench, MIB, PATIENCE, Rss, Setup, log, long, within};
@@ -119,7 +119,7 @@ async fn pa_10_unknown_names_leave_nothing() {
             for number in (part..count).step_by(4) {
                 let request =
                     http::Request::get(format!("https://localhost/clusters/nobody-{number}/version"));
-                let request = request.body(towline_loadtest::client::empty()).unwrap();
+                let request = request.body(towline_testkit::client::empty()).unwrap();
                 assert_eq!(client.send(request).await.unwrap().status(), 403);
             }
         });
