@@ -1,5 +1,5 @@
-//! Which rows does the catalogue of bad inputs have, and is each of them held by something? The catalogue itself is not in this
-//! repository; its ids are, here, and wherever a test or a sentence of the documentation holds one.
+//! Is each row of the catalogue of bad inputs (docs/requirements.md) held by a test, or decided by a sentence of the documentation?
+//! `.ci/ids` checks the other direction, and every other id.
 
 use std::path::{Path, PathBuf};
 
@@ -18,10 +18,8 @@ const GROUPS: [(&str, u32); 12] = [
     ("ST", 7),
     ("AG", 9),
 ];
-/// Rows about what Towline does not have yet: mapped identities, and a store of several replicas.
-const LATER: [&str; 3] = ["AU-15", "ST-05", "ST-06"];
 
-/// Every text that can cite a row: sources, tests, and the documentation; not this file.
+/// Every text that can cite a row: sources, tests, and the documentation; not the catalogue itself.
 fn texts() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let mut folders: Vec<_> =
@@ -33,7 +31,8 @@ fn texts() -> Vec<PathBuf> {
             let name = path.file_name().unwrap().to_str().unwrap();
             if path.is_dir() && name != "target" {
                 folders.push(path);
-            } else if [".rs", ".py", ".md"].iter().any(|end| name.ends_with(end)) && name != "catalogue.rs" {
+            } else if [".rs", ".py", ".md"].iter().any(|end| name.ends_with(end)) && name != "requirements.md"
+            {
                 files.push(path);
             }
         }
@@ -45,9 +44,16 @@ fn texts() -> Vec<PathBuf> {
 #[test]
 fn every_row_of_the_catalogue_is_cited() {
     let text: String = texts().iter().map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    let catalogue =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/requirements.md"))
+            .unwrap();
+    // Rows about what Towline does not have yet, such as mapped identities, wait behind this heading.
+    let (now, later) = catalogue.split_once("## Not cited yet").unwrap();
     let rows =
         GROUPS.iter().flat_map(|(group, rows)| (1..=*rows).map(move |row| format!("{group}-{row:02}")));
-    let rows: Vec<String> = rows.filter(|row| !LATER.contains(&row.as_str())).collect();
+    let in_table = |table: &str, row: &String| table.contains(&format!("\n| {row} |"));
+    let (rows, waiting): (Vec<String>, Vec<String>) = rows.partition(|row| in_table(now, row));
+    assert!(waiting.iter().all(|row| in_table(later, row)), "no row for one of {waiting:?}");
     assert_eq!(rows.len(), 141);
     let is_cited = |row: &String| {
         let begins_a_name = format!("fn {}_", row.to_lowercase().replace('-', "_"));
