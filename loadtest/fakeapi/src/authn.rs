@@ -3,11 +3,11 @@
 use http::HeaderMap;
 
 use crate::call::decode;
-use crate::handle::Shared;
+use crate::connection::Connection;
 use crate::options::FakeApiOptions;
 use crate::rbac;
 use crate::recorder::Identity;
-use crate::serve::Connection;
+use crate::shared::Shared;
 use crate::status::ApiError;
 
 /// Whom the credential stands for; 401 if it stands for nobody.

@@ -8,10 +8,12 @@ use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
+use serde_json::Value;
 
-use crate::handle::Shared;
+use crate::connection::Connection;
+use crate::protobuf;
 use crate::recorder::{BodyDigest, BodyRecord, Identity, RequestRecord};
-use crate::serve::Connection;
+use crate::shared::Shared;
 use crate::status::ApiError;
 
 /// One request on its way through the server.
@@ -35,6 +37,11 @@ impl Call {
         self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("")
     }
 
+    /// A number of the query.
+    pub(crate) fn number(&self, name: &str, default: u64) -> u64 {
+        self.query.number(name).unwrap_or(default)
+    }
+
     /// Whether the client asked for this protocol by `Upgrade` and `Connection: upgrade`.
     pub(crate) fn asks_upgrade(&self, protocol: &str) -> bool {
         let tokens = |name: &str| {
@@ -44,6 +51,24 @@ impl Call {
         self.version == Version::HTTP_11
             && tokens("connection").any(|token| token == "upgrade")
             && tokens("upgrade").any(|token| token == protocol)
+    }
+}
+
+/// The object in the body, from JSON or protobuf.
+pub(crate) async fn decoded(call: &mut Call) -> Result<Value, ApiError> {
+    let media = call.header("content-type").split(';').next().unwrap_or_default().trim().to_owned();
+    let body = call.body.collect().await?;
+    let unknown = || {
+        ApiError::unsupported_media_type(format!(
+            "the body of the request was in an unknown format - accepted media types include: application/json; got {media}"
+        ))
+    };
+    match media.as_str() {
+        "" | "application/json" => serde_json::from_slice(&body).map_err(|error| {
+            ApiError::bad_request(format!("couldn't get version/kind; json parse error: {error}"))
+        }),
+        protobuf::MEDIA => protobuf::decode(&body).ok_or_else(unknown),
+        _ => Err(unknown()),
     }
 }
 

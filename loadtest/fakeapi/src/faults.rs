@@ -1,7 +1,7 @@
 //! Which faults can a test switch on? Refused, frozen and killed connections, silent closes, GOAWAY.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::recorder::lock;
+use crate::lock::lock;
 
 /// The switches; every one takes effect at once, on live connections too where that makes sense.
 #[derive(Debug)]
@@ -135,52 +135,4 @@ pub enum RawEnd {
     Reset,
     /// Nothing, until the client leaves or the idle timeout strikes.
     Stall,
-}
-
-/// The handle's part of the switches, in the words of a test.
-impl crate::FakeApi {
-    /// Resets every live connection (TCP RST), upgraded ones too.
-    pub fn kill_connections(&self) {
-        self.faults().kill_connections();
-    }
-
-    /// While set, the port is closed: connecting is refused. Live connections go on.
-    pub fn refuse_new(&self, refuse: bool) {
-        self.faults().refuse_new.send_replace(refuse);
-    }
-
-    /// While set, connections are accepted but no byte is read or written, on live ones neither.
-    pub fn freeze(&self, frozen: bool) {
-        self.faults().freeze(frozen);
-    }
-
-    /// Closes connections that had no request for this long, from now on and without a word.
-    pub fn close_idle_after(&self, timeout: Duration) {
-        self.faults().set_idle_timeout(timeout);
-    }
-
-    /// Closes one connection silently after it answered the next request: the trap for keep-alive pools.
-    pub fn close_after_next_request(&self) {
-        self.faults().close_after_requests(1);
-    }
-
-    /// HTTP/2: GOAWAY after every n-th request of a connection; 0 never.
-    pub fn goaway_every(&self, requests: u64) {
-        self.faults().set_goaway_every(requests);
-    }
-
-    /// From now on HTTP/1.1 requests whose path starts with `prefix` get exactly these bytes (HTTP/2: a reset).
-    /// A later call wins over an earlier one.
-    pub fn raw_responder(&self, prefix: &str, bytes: impl Into<Bytes>, end: RawEnd) {
-        self.faults().add_raw_responder(prefix, RawResponse { bytes: bytes.into(), end });
-    }
-
-    /// Forgets all raw responders.
-    pub fn clear_raw_responders(&self) {
-        self.faults().clear_raw_responders();
-    }
-
-    pub(crate) fn faults(&self) -> &Arc<Faults> {
-        &self.shared().faults
-    }
 }

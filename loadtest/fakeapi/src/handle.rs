@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -13,11 +13,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::faults::Faults;
+use crate::lock::lock;
 use crate::options::{ADMIN_TOKEN, FakeApiOptions};
-use crate::pods::PodHost;
+use crate::pods::host::PodHost;
 use crate::recorder::Recorder;
 use crate::seed;
 use crate::serve;
+use crate::shared::Shared;
 use crate::store::Store;
 use crate::tls::{Authority, ClientCertificate, TlsError};
 
@@ -25,28 +27,6 @@ use crate::tls::{Authority, ClientCertificate, TlsError};
 pub struct FakeApi {
     address: SocketAddr,
     shared: Arc<Shared>,
-}
-
-/// What all tasks of one server share.
-pub(crate) struct Shared {
-    pub(crate) options: FakeApiOptions,
-    pub(crate) authority: Authority,
-    pub(crate) faults: Arc<Faults>,
-    pub(crate) recorder: Arc<Recorder>,
-    pub(crate) store: Store,
-    pub(crate) pods: PodHost,
-    pub(crate) tasks: TaskTracker,
-    pub(crate) stop: CancellationToken,
-    pub(crate) live: AtomicUsize,
-    pub(crate) connections_total: AtomicU64,
-    /// What `/openid/v1/jwks` shows.
-    keys: Mutex<Value>,
-}
-
-impl Shared {
-    pub(crate) fn keys(&self) -> Value {
-        self.keys.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
 }
 
 /// The fake API server could not start.
@@ -136,7 +116,7 @@ impl FakeApi {
 
     /// The public keys of ServiceAccount tokens, as `/openid/v1/jwks` shows them from now on.
     pub fn set_keys(&self, keys: Value) {
-        *self.shared.keys.lock().unwrap_or_else(PoisonError::into_inner) = keys;
+        *lock(&self.shared.keys) = keys;
     }
 
     /// Forgets the watch history: a watch from an older version gets 410 Gone.

@@ -14,8 +14,8 @@ use tokio::time::sleep;
 use crate::body::{Ending, PatternBody, Response, channel};
 use crate::call::Call;
 use crate::oddities;
-use crate::router::empty;
-use crate::status::{ApiError, json_response};
+use crate::status::empty;
+use crate::status::json_response;
 
 /// Answers a helper path.
 pub(crate) async fn answer(mut call: Call) -> Response {
@@ -38,15 +38,11 @@ pub(crate) async fn answer(mut call: Call) -> Response {
         }
         "redirect" => {
             let to = if call.query.has("to") { call.query.text("to") } else { "/towline-test/echo" };
-            let code = number(&call, "code", 307) as u16;
+            let code = call.number("code", 307) as u16;
             empty(StatusCode::from_u16(code).unwrap_or(StatusCode::TEMPORARY_REDIRECT), &[("location", to)])
         }
         _ => oddities::answer(call, &helper).await,
     }
-}
-
-pub(crate) fn number(call: &Call, name: &str, default: u64) -> u64 {
-    call.query.number(name).unwrap_or(default)
 }
 
 /// JSON of what the server saw of this request.
@@ -71,14 +67,14 @@ pub(crate) async fn echo(mut call: Call) -> Response {
 
 /// `bytes?n=`, `stall?after=`, and `die?after=` on HTTP/2; `seed=`, `rate=` (bytes per second), `chunked=1`, `cl=`.
 fn pattern(call: &Call, helper: &str) -> Response {
-    let length = if helper == "bytes" { number(call, "n", 1024) } else { number(call, "after", 1024) };
+    let length = if helper == "bytes" { call.number("n", 1024) } else { call.number("after", 1024) };
     let (ending, declared) = match helper {
         "bytes" => (Ending::Clean, length),
-        "stall" => (Ending::Stall, number(call, "n", length + 1024)),
-        _ => (Ending::Break, number(call, "n", length + 1024)),
+        "stall" => (Ending::Stall, call.number("n", length + 1024)),
+        _ => (Ending::Break, call.number("n", length + 1024)),
     };
     let chunked = call.query.flag("chunked") || call.query.text("cl") == "0";
-    let body = PatternBody::new(length, number(call, "seed", 0), (!chunked).then_some(declared), ending)
+    let body = PatternBody::new(length, call.number("seed", 0), (!chunked).then_some(declared), ending)
         .with_rate(call.query.number("rate"));
     let mut answer = http::Response::new(body.boxed_unsync());
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
@@ -97,7 +93,7 @@ async fn counter(mut call: Call) -> Response {
     if let Err(error) = call.body.drain().await {
         return error.response();
     }
-    sleep(Duration::from_millis(number(&call, "ms", 0))).await;
+    sleep(Duration::from_millis(call.number("ms", 0))).await;
     json_response(StatusCode::OK, &json!({"key": key, "count": count}))
 }
 
@@ -123,7 +119,7 @@ fn duplex(mut call: Call) -> Response {
 
 /// `lines?n=&ms=`: a numbered line every so often, each its own chunk.
 fn lines(call: &Call) -> Response {
-    let (count, pause) = (number(call, "n", 10), Duration::from_millis(number(call, "ms", 100)));
+    let (count, pause) = (call.number("n", 10), Duration::from_millis(call.number("ms", 100)));
     let (sender, body) = channel(1);
     let stop = call.shared.stop.clone();
     call.shared.tasks.spawn(async move {
@@ -149,16 +145,11 @@ fn lines(call: &Call) -> Response {
 /// `warnings?n=`: an answer that warns of many fields, each in a line of its own.
 fn warnings(call: &Call) -> Response {
     let mut answer = json_response(StatusCode::CREATED, &json!({}));
-    for field in 0..number(call, "n", 100) {
+    for field in 0..call.number("n", 100) {
         let text = format!("299 - \"unknown field \\\"f{field}\\\"\"");
         if let Ok(text) = HeaderValue::try_from(text) {
             answer.headers_mut().append(WARNING, text);
         }
     }
     answer
-}
-
-/// A helper path that does not exist.
-pub(crate) fn unknown() -> Response {
-    ApiError::no_such_path().response()
 }

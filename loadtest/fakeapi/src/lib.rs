@@ -4,19 +4,23 @@
 //! `exec`, and records every request. Helper paths under `/towline-test/` and the fault switches of [`FakeApi`]
 //! misbehave on request.
 //!
-//! A connection's way through the files: `serve` accepts, `tap` sits between TLS and HTTP, `call` is one request,
+//! What all tasks share is in `shared`. A connection's way through the files: `serve` accepts, `tap` sits between TLS and HTTP,
+//! `connection` is what its requests know of it, `call` is one request,
 //! `authn` says who asks, `rbac` what they may, `router` says where it goes; `discovery`, `openapi`, `resources`, `watch`, `review`, `pods`
 //! and `helpers` answer; `spdy` and `websocket` carry `exec`, `attach` and `portforward`.
 
 mod authn;
 mod body;
 mod call;
+mod connection;
+mod controllers;
 mod discovery;
 mod faults;
 mod handle;
 mod helpers;
 mod kinds;
 mod list;
+mod lock;
 mod oddities;
 mod openapi;
 mod options;
@@ -31,11 +35,14 @@ mod router;
 mod seed;
 mod selector;
 mod serve;
+mod shared;
 mod spdy;
 mod status;
 mod store;
+mod switches;
 mod table;
 mod tap;
+mod target;
 mod tls;
 mod watch;
 mod websocket;
@@ -44,5 +51,6 @@ pub use body::pattern_chunk;
 pub use faults::{RawEnd, RawResponse};
 pub use handle::{FakeApi, StartError, kubeconfig};
 pub use options::{ADMIN_TOKEN, AGENT_TOKEN, FakeApiOptions, Token, USER_TOKEN};
-pub use recorder::{BodyRecord, ConnectionRecord, Identity, Recorder, RequestRecord, hex};
+pub use recorder::{BodyRecord, Identity, Recorder, RequestRecord, hex};
+pub use tap::ConnectionRecord;
 pub use tls::{ClientCertificate, TlsError};

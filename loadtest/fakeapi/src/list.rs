@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use crate::body::Response;
 use crate::call::Call;
-use crate::resources::Target;
 use crate::selector::Selector;
 use crate::status::{ApiError, json_response};
 use crate::table;
+use crate::target::Target;
 
 /// A GET of a collection. Pages are cut from the objects of today: a version that is gone is only noticed by 410.
 pub(crate) fn answer(call: &Call, target: &Target) -> Result<Response, ApiError> {

@@ -14,10 +14,9 @@ use tokio::time::sleep;
 use crate::body::{Ending, PatternBody, Response, pattern_chunk};
 use crate::call::Call;
 use crate::faults::{RawEnd, RawResponse};
-use crate::helpers::{number, unknown};
 use crate::recorder::hex;
-use crate::router::empty;
-use crate::status::json_response;
+use crate::status::empty;
+use crate::status::{ApiError, json_response};
 
 /// Puts raw bytes on the wire in place of an answer. On HTTP/2 there is no such place: the stream is reset.
 pub(crate) fn answer_raw(call: &Call, raw: RawResponse) -> Response {
@@ -36,7 +35,7 @@ pub(crate) async fn answer(call: Call, helper: &str) -> Response {
         "status" => status(&call),
         "early" => {
             // Answers without a look at the body.
-            let code = StatusCode::from_u16(number(&call, "code", 413) as u16);
+            let code = StatusCode::from_u16(call.number("code", 413) as u16);
             json_response(code.unwrap_or(StatusCode::PAYLOAD_TOO_LARGE), &json!({"early": true}))
         }
         "expect" => expect(call).await,
@@ -52,19 +51,19 @@ pub(crate) async fn answer(call: Call, helper: &str) -> Response {
         }
         "upgrade-wrong" => upgrade(call, "something-else"),
         "upgrade-200" => json_response(StatusCode::OK, &json!({"upgraded": false})),
-        "upgrade-403" => crate::status::ApiError::forbidden("no upgrade for you").response(),
+        "upgrade-403" => ApiError::forbidden("no upgrade for you").response(),
         "upgrade-301" => {
             empty(StatusCode::MOVED_PERMANENTLY, &[("location", "https://127.0.0.1:1/elsewhere")])
         }
         "upgrade-silence" => answer_raw(&call, raw(String::new(), RawEnd::Stall)),
         "upgrade-die" => answer_raw(&call, raw(String::new(), RawEnd::Reset)),
-        _ => unknown(),
+        _ => ApiError::no_such_path().response(),
     }
 }
 
 /// `die?after=N&cl=1|0&end=reset|close|truncate&n=DECLARED`: ends in the middle of the body.
 fn die(call: &Call) -> Response {
-    let after = number(call, "after", 1024);
+    let after = call.number("after", 1024);
     let mut bytes = b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n".to_vec();
     let body: Vec<u8> = {
         let mut body = Vec::new();
@@ -81,7 +80,7 @@ fn die(call: &Call) -> Response {
             bytes.extend_from_slice(b"\r\n");
         }
     } else {
-        let declared = number(call, "n", after + 1024);
+        let declared = call.number("n", after + 1024);
         bytes.extend_from_slice(format!("content-length: {declared}\r\n\r\n").as_bytes());
         bytes.extend_from_slice(&body);
     }
@@ -141,12 +140,12 @@ fn named(call: &Call) -> RawResponse {
 
 /// `status?code=204&cl=5&body=…`: any code with any Content-Length; without `cl` the length is the body's.
 fn status(call: &Call) -> Response {
-    let code = number(call, "code", 204);
+    let code = call.number("code", 204);
     let mut head = format!("HTTP/1.1 {code} Because\r\n");
     let body = call.query.text("body").replace(['\r', '\n'], " ");
     if call.query.has("cl") {
         // Writing to a String cannot fail.
-        write!(head, "content-length: {}\r\n", number(call, "cl", 0)).ok();
+        write!(head, "content-length: {}\r\n", call.number("cl", 0)).ok();
     } else if call.version == Version::HTTP_11 && code != 204 && code != 304 {
         write!(head, "content-length: {}\r\n", body.len()).ok();
     }
@@ -165,7 +164,7 @@ async fn expect(mut call: Call) -> Response {
     if call.query.flag("refuse") {
         return empty(StatusCode::EXPECTATION_FAILED, &[("connection", "close")]);
     }
-    sleep(Duration::from_millis(number(&call, "ms", 0))).await;
+    sleep(Duration::from_millis(call.number("ms", 0))).await;
     let expected = call.header("expect").to_owned();
     match call.body.drain().await {
         Ok(body) => json_response(StatusCode::OK, &json!({"length": body.length, "expect": expected})),
@@ -175,7 +174,7 @@ async fn expect(mut call: Call) -> Response {
 
 fn repeat(call: &Call) -> Response {
     let mut lines = vec![("x-first", "1".to_owned())];
-    for line in 0..number(call, "n", 3).min(1000) {
+    for line in 0..call.number("n", 3).min(1000) {
         lines.push(("x-repeat", format!("value {line}")));
     }
     lines.push(("set-cookie", "a=1".to_owned()));

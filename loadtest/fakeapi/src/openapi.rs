@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::body::{Response, full};
 use crate::call::Call;
 use crate::kinds::{KINDS, Kind};
-use crate::router::empty;
+use crate::status::empty;
 use crate::status::{ApiError, json_response};
 
 /// `/openapi/v2`, `/openapi/v3` and the documents below it.

@@ -3,9 +3,9 @@
 
 use serde_json::{Value, json};
 
+use crate::controllers::put;
 use crate::kinds::{self, Kind};
 use crate::recorder::Identity;
-use crate::seed::put;
 use crate::store::{Key, Store};
 
 /// What somebody wants to do.

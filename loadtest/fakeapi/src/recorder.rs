@@ -4,11 +4,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use aws_lc_rs::digest;
 use bytes::Bytes;
 use http::{Method, Version};
+
+use crate::lock::lock;
+use crate::tap::{ConnectionRecord, Tap};
 
 /// Who a request came from, as the server saw it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -111,32 +114,13 @@ pub(crate) struct Head {
     pub(crate) identity: Option<Identity>,
 }
 
-/// Traffic of one connection above TLS.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConnectionRecord {
-    /// The connection's number, counted from 1.
-    pub id: u64,
-    /// ALPN protocol that was agreed on.
-    pub alpn: String,
-    /// Plaintext bytes received.
-    pub received: u64,
-    /// Plaintext bytes sent.
-    pub sent: u64,
-    /// The first received bytes, as many as `FakeApiOptions::bytes_kept` says.
-    pub received_bytes: Vec<u8>,
-    /// The first sent bytes, as many as `FakeApiOptions::bytes_kept` says.
-    pub sent_bytes: Vec<u8>,
-    /// Whether the connection is still there.
-    pub open: bool,
-}
-
 /// Everything the server saw but the agent's own questions, oldest first, bounded by `FakeApiOptions::requests_kept`.
 #[derive(Debug, Default)]
 pub struct Recorder {
     requests_kept: usize,
     requests_total: AtomicU64,
     requests: Mutex<VecDeque<Arc<RequestRecord>>>,
-    connections: Mutex<VecDeque<Arc<crate::tap::Tap>>>,
+    connections: Mutex<VecDeque<Arc<Tap>>>,
     delivered: Mutex<HashMap<String, u64>>,
 }
 
@@ -218,7 +202,7 @@ impl Recorder {
         record
     }
 
-    pub(crate) fn add_connection(&self, tap: Arc<crate::tap::Tap>) {
+    pub(crate) fn add_connection(&self, tap: Arc<Tap>) {
         let mut connections = lock(&self.connections);
         if connections.len() == CONNECTIONS_KEPT {
             connections.pop_front();
@@ -266,10 +250,6 @@ impl BodyDigest {
 pub fn hex(bytes: &[u8]) -> String {
     let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('?');
     bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 const CONNECTIONS_KEPT: usize = 16_384;

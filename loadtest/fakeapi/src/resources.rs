@@ -8,27 +8,20 @@ use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::body::Response;
-use crate::call::{Call, decode};
+use crate::call::{Call, decoded};
 use crate::kinds::{self, Kind};
 use crate::selector::Selector;
 use crate::status::{ApiError, json_response};
 use crate::store::{Key, Store};
-use crate::{helpers, list, patch, pods, protobuf, review, seed, table, watch};
-
-/// Where a path leads: a kind, perhaps a namespace, a name and a subresource.
-pub(crate) struct Target {
-    pub(crate) kind: &'static Kind,
-    pub(crate) namespace: String,
-    pub(crate) name: String,
-    subresource: String,
-}
+use crate::target::Target;
+use crate::{controllers, helpers, list, patch, pods, review, table, watch};
 
 /// Everything under `/api/v1/` and `/apis/GROUP/VERSION/`.
 pub(crate) async fn answer(mut call: Call) -> Result<Response, ApiError> {
     if let Some(answer) = review::answer(&mut call).await? {
         return Ok(answer);
     }
-    let target = parse(&call.path)?;
+    let target = Target::parse(&call.path)?;
     match (target.kind.kind, target.subresource.as_str()) {
         (_, "") => {}
         ("Pod", "log" | "exec" | "attach" | "portforward") => {
@@ -68,33 +61,6 @@ pub(crate) async fn answer(mut call: Call) -> Result<Response, ApiError> {
     }
 }
 
-fn parse(path: &str) -> Result<Target, ApiError> {
-    let segments: Vec<String> = path.split('/').skip(1).map(decode).collect();
-    let segments: Vec<&str> = segments.iter().map(String::as_str).collect();
-    let (group, version, rest) = match segments.as_slice() {
-        ["api", version, rest @ ..] => ("", *version, rest),
-        ["apis", group, version, rest @ ..] => (*group, *version, rest),
-        _ => return Err(ApiError::no_such_path()),
-    };
-    let (namespace, plural, rest) = match rest {
-        ["namespaces", namespace, plural, rest @ ..] if *plural != "status" => (*namespace, *plural, rest),
-        [plural, rest @ ..] => ("", *plural, rest),
-        [] => return Err(ApiError::no_such_path()),
-    };
-    let kind = kinds::find(group, version, plural).ok_or_else(ApiError::no_such_path)?;
-    let (name, subresource) = match rest {
-        [] | [""] => ("", ""),
-        [name] => (*name, ""),
-        [name, subresource, ..] => (*name, *subresource),
-    };
-    let misplaced = kind.namespaced == namespace.is_empty() && (!name.is_empty() || !kind.namespaced);
-    if misplaced {
-        return Err(ApiError::no_such_path());
-    }
-    let (namespace, name) = (namespace.to_owned(), name.to_owned());
-    Ok(Target { kind, namespace, name, subresource: subresource.to_owned() })
-}
-
 fn key(target: &Target) -> Key {
     Key::new(target.kind, &target.namespace, &target.name)
 }
@@ -117,24 +83,6 @@ async fn read_object(call: &mut Call, target: &Target) -> Result<Value, ApiError
     let mut object = decoded(call).await?;
     check(call, target, &mut object)?;
     Ok(object)
-}
-
-/// The object in the body, from JSON or protobuf.
-pub(crate) async fn decoded(call: &mut Call) -> Result<Value, ApiError> {
-    let media = call.header("content-type").split(';').next().unwrap_or_default().trim().to_owned();
-    let body = call.body.collect().await?;
-    let unknown = || {
-        ApiError::unsupported_media_type(format!(
-            "the body of the request was in an unknown format - accepted media types include: application/json; got {media}"
-        ))
-    };
-    match media.as_str() {
-        "" | "application/json" => serde_json::from_slice(&body).map_err(|error| {
-            ApiError::bad_request(format!("couldn't get version/kind; json parse error: {error}"))
-        }),
-        protobuf::MEDIA => protobuf::decode(&body).ok_or_else(unknown),
-        _ => Err(unknown()),
-    }
 }
 
 fn check(call: &Call, target: &Target, object: &mut Value) -> Result<(), ApiError> {
@@ -223,14 +171,14 @@ fn insert(call: &Call, target: &Target, mut object: Value) -> Result<Arc<Value>,
         return Err(ApiError::invalid(kind.kind, &name, "metadata.name", &why));
     }
     move_string_data(&mut object);
-    seed::complete(kind, &mut object);
+    controllers::complete(kind, &mut object);
     let key = Key::new(kind, &target.namespace, &name);
     let stored = store.change(&key, call.query.has("dryRun"), |before| match before {
         Some(_) => Err(ApiError::already_exists(kind.group, kind.plural, &name)),
         None => Ok(Some(object)),
     })?;
     if kind.kind == "Namespace" && !call.query.has("dryRun") {
-        seed::publish_ca(store, &name, call.shared.authority.ca_pem());
+        controllers::publish_ca(store, &name, call.shared.authority.ca_pem());
     }
     Ok(stored)
 }
@@ -274,7 +222,7 @@ fn replace(target: &Target, before: &Value, mut object: Value) -> Result<Value, 
     }
     if target.kind.kind == "Deployment" && object["spec"] != before["spec"] {
         object["metadata"]["generation"] = before["metadata"]["generation"].clone();
-        seed::complete(target.kind, &mut object);
+        controllers::complete(target.kind, &mut object);
     }
     Ok(object)
 }

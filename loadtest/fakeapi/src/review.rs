@@ -5,10 +5,9 @@ use serde_json::{Value, json};
 
 use crate::authn::may_impersonate;
 use crate::body::Response;
-use crate::call::Call;
+use crate::call::{Call, decoded};
 use crate::kinds::REVIEWS;
 use crate::recorder::Identity;
-use crate::resources::decoded;
 use crate::status::{ApiError, json_response};
 
 /// Answers a review; `None` if the path is no review's.

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use http::header::CONNECTION;
-use http::{HeaderValue, Method, Request, StatusCode};
+use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
 use serde_json::json;
 
-use crate::body::{Response, full};
+use crate::body::Response;
 use crate::call::{Call, Query, RequestBody};
-use crate::handle::Shared;
+use crate::connection::Connection;
 use crate::recorder::{Head, RequestRecord};
-use crate::serve::Connection;
+use crate::shared::Shared;
 use crate::status::{ApiError, json_response, text_response};
 use crate::{authn, discovery, helpers, oddities, openapi, resources};
 
@@ -160,16 +160,4 @@ fn parse_head(raw: &[u8], request: &Request<Incoming>) -> Option<(Vec<u8>, Vec<(
         (String::from_utf8_lossy(&line[..colon]).into_owned(), value.to_vec())
     });
     Some((target.to_vec(), headers.collect()))
-}
-
-/// An answer without a body.
-pub(crate) fn empty(code: StatusCode, headers: &[(&'static str, &str)]) -> Response {
-    let mut answer = http::Response::new(full(""));
-    *answer.status_mut() = code;
-    for (name, value) in headers {
-        if let Ok(value) = HeaderValue::from_str(value) {
-            answer.headers_mut().append(*name, value);
-        }
-    }
-    answer
 }

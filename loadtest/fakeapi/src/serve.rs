@@ -24,45 +24,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::body::BodyError;
-use crate::handle::Shared;
-use crate::recorder::Identity;
+use crate::connection::Connection;
 use crate::router;
-use crate::tap::{Tap, TappedStream};
-
-/// One connection, as its requests see it.
-pub(crate) struct Connection {
-    pub(crate) id: u64,
-    pub(crate) tap: Arc<Tap>,
-    pub(crate) http2: bool,
-    pub(crate) client: Option<Identity>,
-    /// A certificate came, trusted or not.
-    pub(crate) client_certificate: bool,
-    pub(crate) killed: CancellationToken,
-    active: AtomicUsize,
-    requests: AtomicU64,
-    close_when_idle: AtomicBool,
-    close_now: AtomicBool,
-    changed: Notify,
-}
-
-impl Connection {
-    /// Counts a request on this connection; the first is 1.
-    pub(crate) fn count_request(&self) -> u64 {
-        self.requests.fetch_add(1, Ordering::Relaxed) + 1
-    }
-
-    /// No new request once the running ones are answered: GOAWAY, or the end of keep-alive.
-    pub(crate) fn close_gracefully(&self) {
-        self.close_now.store(true, Ordering::Relaxed);
-        self.changed.notify_one();
-    }
-
-    /// Closes without a word when the running answer is out.
-    pub(crate) fn close_when_idle(&self) {
-        self.close_when_idle.store(true, Ordering::Relaxed);
-        self.changed.notify_one();
-    }
-}
+use crate::shared::Shared;
+use crate::tap::Tap;
+use crate::tap::stream::TappedStream;
 
 /// Accepts until the server stops; while connections are refused the port is closed.
 pub(crate) async fn accept(shared: Arc<Shared>, listener: TcpListener, acceptor: TlsAcceptor) {

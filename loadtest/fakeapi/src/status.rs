@@ -123,6 +123,18 @@ pub(crate) fn text_response(code: StatusCode, text: impl Into<String>) -> Respon
     answer
 }
 
+/// An answer without a body.
+pub(crate) fn empty(code: StatusCode, headers: &[(&'static str, &str)]) -> Response {
+    let mut answer = http::Response::new(full(""));
+    *answer.status_mut() = code;
+    for (name, value) in headers {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            answer.headers_mut().append(*name, value);
+        }
+    }
+    answer
+}
+
 fn qualified(group: &str, plural: &str) -> String {
     if group.is_empty() { plural.to_owned() } else { format!("{plural}.{group}") }
 }

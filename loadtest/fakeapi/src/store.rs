@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::kinds::Kind;
-use crate::recorder::lock;
+use crate::lock::lock;
 use crate::status::ApiError;
 
 /// All objects of the fake cluster.

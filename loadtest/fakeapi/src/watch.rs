@@ -11,14 +11,14 @@ use tokio::time::{Instant, interval_at, sleep_until};
 
 use crate::body::{Response, channel};
 use crate::call::Call;
-use crate::handle::Shared;
 use crate::kinds::Kind;
 use crate::list::{revision_asked, too_large};
-use crate::resources::Target;
 use crate::selector::Selector;
+use crate::shared::Shared;
 use crate::status::ApiError;
 use crate::store::Change;
 use crate::table;
+use crate::target::Target;
 
 /// Starts a watch: the answer's head goes out at once, events follow one chunk each.
 pub(crate) fn answer(call: &Call, target: &Target) -> Result<Response, ApiError> {

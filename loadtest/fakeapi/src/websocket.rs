@@ -20,9 +20,9 @@ use tokio::time::timeout;
 use crate::body::Response;
 use crate::call::Call;
 use crate::pods::{Output, RemoteCommand};
-use crate::router::empty;
 use crate::spdy;
 use crate::status::ApiError;
+use crate::status::empty;
 
 /// Accepts an exec or attach.
 pub(crate) fn remote_command(call: Call, command: RemoteCommand) -> Result<Response, ApiError> {

@@ -16,7 +16,7 @@ use super::remote_command::{negotiate, refused, switching};
 use super::session::{FrameReader, Out, QUEUE, header, send, write_frames};
 use crate::body::Response;
 use crate::call::Call;
-use crate::handle::Shared;
+use crate::shared::Shared;
 use crate::status::ApiError;
 
 /// Accepts a port-forward.

@@ -17,8 +17,8 @@ use super::session::{FrameReader, LINGER, Out, QUEUE, header, send, write_frames
 use crate::body::Response;
 use crate::call::Call;
 use crate::pods::{Output, RemoteCommand};
-use crate::router::empty;
 use crate::status::ApiError;
+use crate::status::empty;
 
 /// Accepts an exec or attach: the first protocol that the client names and the server knows.
 pub(crate) fn remote_command(mut call: Call, command: RemoteCommand) -> Result<Response, ApiError> {
