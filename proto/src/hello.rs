@@ -8,6 +8,15 @@ use prost::Message as _;
 /// The protocol versions that this build speaks, newest first. See "Versions" in `docs/protocol.md`.
 pub const VERSIONS: &[u32] = &[1];
 
+/// Which end of the session this is. The roles differ in the stream ids they use, and in who asks first for a sign of life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Opens even streams.
+    Gateway,
+    /// Opens odd streams.
+    Agent,
+}
+
 /// The first message of a session, in both directions.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Hello {

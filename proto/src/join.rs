@@ -4,7 +4,7 @@
 //! The framing of the join messages is `u32 length ‖ message`, as for heads; that of the notices is in [`crate::wire`]. What
 //! each end must do with them is in sections 8 and 9 of `docs/protocol.md`.
 
-use crate::mux::Role;
+use crate::hello::Role;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -223,7 +223,7 @@ impl Refused {
     /// A refusal whose text is cut to what a receiver accepts.
     #[must_use]
     pub fn new(code: RefusalCode, text: &str) -> Self {
-        let text = crate::wire::truncate(text, REFUSAL_TEXT_MAX);
+        let text = crate::text::truncate(text, REFUSAL_TEXT_MAX);
         Self { code: code.into(), text: text.into(), retry_after_ms: 0 }
     }
 }
@@ -396,7 +396,7 @@ impl ApiServer {
     pub fn new(state: ApiServerState, text: &str, since_seconds: u32) -> Self {
         Self {
             state: state.into(),
-            text: crate::wire::truncate(text, API_SERVER_TEXT_MAX).into(),
+            text: crate::text::truncate(text, API_SERVER_TEXT_MAX).into(),
             since_seconds,
         }
     }

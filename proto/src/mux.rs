@@ -20,6 +20,7 @@ mod stream;
 mod timer;
 mod window;
 
+pub use crate::hello::Role;
 pub use chunks::{CHUNK_MAX, COPY_MAX};
 pub use error::{CloseReason, OpenError, Violation, WriteError};
 pub use ledger::{Ledger, LedgerEvent};
@@ -43,15 +44,7 @@ use limits::RateLimit;
 use schedule::Schedule;
 use stream::{RecvState, SendState, Slot, Stream};
 
-/// Which end of the session this is. The roles differ in the stream ids they use, and in who asks first for a sign of life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Opens even streams.
-    Gateway,
-    /// Opens odd streams.
-    Agent,
-}
-
+/// The ids of the streams that each end opens.
 impl Role {
     const fn first_id(self) -> u32 {
         match self {

@@ -37,6 +37,15 @@ impl fmt::Display for Lasting {
     }
 }
 
+/// The longest prefix of `text` that has at most `max` bytes and ends at a character boundary.
+pub(crate) fn truncate(text: &str, max: usize) -> &str {
+    let mut end = text.len().min(max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -155,7 +155,7 @@ impl Frame {
             }
             Self::GoAwayAck { last_opened } => fixed(out, GOAWAY_ACK, SESSION, &last_opened.to_be_bytes()),
             Self::Close { code, text } => {
-                let text = truncate(text, CLOSE_TEXT_MAX);
+                let text = crate::text::truncate(text, CLOSE_TEXT_MAX);
                 put_header(out, CLOSE, 0, 4 + text.len(), SESSION);
                 out.put_u32(*code);
                 out.put_slice(text.as_bytes());
@@ -198,15 +198,6 @@ fn put_header(out: &mut BytesMut, kind: u8, flags: u8, len: usize, id: StreamId)
     out.put_u8(flags);
     out.put_u16(len as u16);
     out.put_u32(id.0);
-}
-
-/// The longest prefix of `text` that has at most `max` bytes and ends at a character boundary.
-pub(crate) fn truncate(text: &str, max: usize) -> &str {
-    let mut end = text.len().min(max);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text[..end]
 }
 
 /// How a peer broke the framing. Every variant ends the session with [`crate::Code::Proto`].
