@@ -18,7 +18,7 @@
 //! | what does the gateway sign with, and how is its CA replaced? | [`ca`] |
 //! | is it well? what happens on SIGHUP? the first admin, and backups? | [`ops`] |
 //! | what does it count? | [`metrics`] |
-//! | how is a limit divided? what may be done how often? | `per_key`, `memory`; `buckets` |
+//! | how is a limit divided? what may be done how often? | `per_key`, `shares`; `buckets` |
 //! | on which threads does it run, with how many file descriptors, and how does it log? | [`runtime`], [`descriptors`], [`log`] |
 //! | the program `towline`? | [`cli`] |
 
@@ -52,13 +52,14 @@ pub mod join;
 pub mod listener;
 pub mod log;
 mod map;
-mod memory;
+
 pub mod metrics;
 pub mod ops;
 mod per_key;
 pub mod registry;
 pub mod rules;
 pub mod runtime;
+mod shares;
 pub mod store;
 mod tunnel;
 pub mod web;

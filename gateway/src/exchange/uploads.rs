@@ -5,8 +5,8 @@
 //! The sum of it stays below the connection's window, which therefore is never what anybody waits for.
 
 use crate::exchange::ProxyError;
-use crate::memory::{Part, Shares};
 use crate::metrics::Limit;
+use crate::shares::{Part, Shares};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
