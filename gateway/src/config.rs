@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use towline_certs::issue::LEAF_LIFETIME;
 use towline_certs::{ClusterUid, HostName, TrustDomain};
+use towline_proto::mux;
 
 /// The version of the format.
 pub const API_VERSION: &str = "towline.io/v1alpha1";
@@ -31,6 +32,9 @@ pub(crate) const FILE_MAX: u64 = 1 << 20;
 
 /// Most requests of one session. It has 2^31 stream ids to give; what is left serves while it is being replaced.
 pub(crate) const SESSION_STREAMS_MAX: u32 = (1 << 31) - (1 << 20);
+
+/// Most objects of a kind on record, unless the configuration says fewer (`limits.objects`).
+pub(crate) const OBJECTS_MAX: usize = 20_000;
 
 /// The whole configuration of a gateway.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -536,7 +540,7 @@ impl Default for Limits {
             tunnel_memory: ByteSize(1 << 30),
             tunnel_memory_per_cluster: ByteSize(256 << 20),
             session_memory: ByteSize(128 << 20),
-            objects: crate::fleet::OBJECTS_MAX,
+            objects: OBJECTS_MAX,
         }
     }
 }
@@ -578,6 +582,18 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 impl GatewayConfig {
+    /// The limits of a session with an agent.
+    pub(crate) fn session_limits(&self) -> mux::Limits {
+        let (defaults, recv_budget) = (mux::Limits::default(), self.limits.session_memory.0);
+        mux::Limits {
+            // Agents open no streams, so that an idle one is promised nothing.
+            streams_max: 0,
+            recv_budget,
+            credit_max: defaults.credit_max.min(u32::try_from(recv_budget).unwrap_or(u32::MAX)),
+            ..defaults
+        }
+    }
+
     /// A configuration with this identity and these files, and every other value at its default.
     #[must_use]
     pub fn new(trust_domain: TrustDomain, tls: Tls) -> Self {

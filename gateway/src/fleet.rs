@@ -42,8 +42,6 @@ use tokio::time::timeout;
 use towline_certs::{AgentIdentity, ClusterUid, InstanceId, SpkiPin};
 use view::View;
 
-/// Most objects of a kind, unless the configuration says fewer (`limits.objects`).
-pub const OBJECTS_MAX: usize = 20_000;
 /// Instances on record of one cluster; the one whose certificate ran out first makes room for the next.
 const INSTANCES_MAX: usize = 256;
 /// Valid certificates of one instance. An honest agent has two for a moment, and one more for each answer that did not arrive.

@@ -2,7 +2,7 @@
 
 use crate::ca::authority::Authorities;
 use crate::config::{ConfigError, GatewayConfig};
-use crate::context::{Live, Memory, Shared};
+use crate::context::Shared;
 use crate::exchange::farewell::FAREWELL;
 use crate::fleet::Fleet;
 use crate::listener::Speaks;
@@ -14,7 +14,8 @@ use crate::registry::Presence;
 use crate::runtime::Shards;
 use crate::store::Kind;
 
-use crate::context::MemoryError;
+use crate::live::Live;
+use crate::memory::{Memory, MemoryError};
 use crate::registry::trust::TrustState;
 use std::io;
 use std::net::SocketAddr;

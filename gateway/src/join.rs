@@ -24,7 +24,6 @@ use crate::log::sparing;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::per_key::{KeyPermit, PerKey, Sizes, network};
 use crate::store::Kind;
-use crate::tunnel::session::BOOT_ID_BYTES;
 use account::{AccountError, Vouched};
 use bytes::Bytes;
 use places::{Places, Seeker};
@@ -37,6 +36,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use towline_certs::facts::CertificateFacts;
 use towline_certs::issue::csr_pin;
 use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, IssueError, SpkiPin};
+use towline_proto::hello::BOOT_ID_BYTES;
 use towline_proto::join::{
     Admitted, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
     Refused, Renew, Renewal, Renewed,

@@ -18,6 +18,7 @@
 //! | what does the gateway sign with, and how is its CA replaced? | [`ca`] |
 //! | is it well? what happens on SIGHUP? the first admin, and backups? | [`ops`] |
 //! | what does it count? | [`metrics`] |
+//! | what does a reload replace? what does a state directory bring along? how does everything stop? | `live`, `memory`, `lifecycle` |
 //! | how is a limit divided? what may be done how often? | `per_key`, `shares`; `buckets` |
 //! | on which threads does it run, with how many file descriptors, and how does it log? | [`runtime`], [`descriptors`], [`log`] |
 //! | the program `towline`? | [`cli`] |
@@ -49,10 +50,12 @@ pub mod fleet;
 mod front;
 pub mod gateway;
 pub mod join;
+mod lifecycle;
 pub mod listener;
+mod live;
 pub mod log;
 mod map;
-
+mod memory;
 pub mod metrics;
 pub mod ops;
 mod per_key;
@@ -64,5 +67,5 @@ pub mod store;
 mod tunnel;
 pub mod web;
 
-pub use context::MemoryError;
 pub use gateway::{Gateway, StartError, check};
+pub use memory::MemoryError;

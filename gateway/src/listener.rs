@@ -6,6 +6,7 @@
 pub(crate) mod gate;
 pub mod proxy_protocol;
 pub(crate) mod quic;
+pub(crate) mod self_checks;
 
 use crate::config::ProxyProtocol;
 use crate::context::Shared;
@@ -27,9 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
-use tokio_util::task::TaskTracker;
 use towline_certs::{Listener, explain, route_by_alpn, tls_error};
-use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::socket;
 
 /// Bytes that a peer may send before its handshake has ended: room for the largest honest certificate chains.
@@ -93,7 +92,7 @@ fn admit(shared: &Arc<Shared>, socket: TcpStream, address: SocketAddr, speaks: S
     }
     let incoming = Incoming { address, own, expects, speaks };
     let Some(shard) = shared.shards.next() else {
-        return spawn(shared, &shared.tasks.front, serve(Arc::clone(shared), socket, incoming));
+        return shared.stages.spawn(&shared.tasks.front, serve(Arc::clone(shared), socket, incoming));
     };
     // A socket belongs to the runtime that it was registered with.
     let socket = socket.into_std();
@@ -109,29 +108,7 @@ fn admit(shared: &Arc<Shared>, socket: TcpStream, address: SocketAddr, speaks: S
             }
         }
     };
-    shared.tasks.front.spawn_on(until_abort(shared, task), shard);
-}
-
-/// Runs a task that ends when everything does, on the shard of the caller.
-pub(crate) fn spawn(shared: &Shared, tracker: &TaskTracker, task: impl Future<Output = ()> + Send + 'static) {
-    tracker.spawn(until_abort(shared, task));
-}
-
-fn until_abort(
-    shared: &Shared,
-    task: impl Future<Output = ()> + Send + 'static,
-) -> impl Future<Output = ()> + Send + 'static {
-    let abort = Aside::new(shared.stages.abort.clone().cancelled_owned());
-    // In a box: the state below has two places for it, before and after it was pinned.
-    let task = Box::pin(task);
-    async move {
-        tokio::select! {
-            // What has become of the task so far is its own to count before it is ended.
-            biased;
-            () = task => {}
-            () = abort => {}
-        }
-    }
+    shared.tasks.front.spawn_on(shared.stages.until_abort(task), shard);
 }
 
 /// A connection that was just accepted.
@@ -221,7 +198,7 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming) {
             shared.metrics.handshake(Handshake::Tunnel);
             // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
             let session = session::serve(Arc::clone(&shared), tls, judge, address);
-            spawn(&shared, &shared.tasks.tunnel, async move {
+            shared.stages.spawn(&shared.tasks.tunnel, async move {
                 session.await;
                 drop((place, counted));
             });

@@ -5,6 +5,7 @@
 //! has just started and the cluster has agents on record: then an agent is on its way. Otherwise the answer is due at once. A watch that goes on from a version waits longer and in any
 //! case: told that there is no session its client would list everything again.
 
+pub(crate) mod sign_of_life;
 pub mod trust;
 
 use crate::exchange::printable;

@@ -7,6 +7,8 @@ use prost::Message as _;
 
 /// The protocol versions that this build speaks, newest first. See "Versions" in `docs/protocol.md`.
 pub const VERSIONS: &[u32] = &[1];
+/// Bytes of a boot id.
+pub const BOOT_ID_BYTES: usize = 16;
 
 /// Which end of the session this is. The roles differ in the stream ids they use, and in who asks first for a sign of life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

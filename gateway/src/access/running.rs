@@ -10,9 +10,10 @@
 use crate::access::authn::{Certificate, Credential, Known, Principal};
 use crate::api::is_admin;
 use crate::config::{Cluster, EndsWithCredential, Mode};
-use crate::context::{Live, Shared};
+use crate::context::Shared;
 use crate::exchange::printable;
 use crate::fleet::Fleet;
+use crate::live::Live;
 use crate::map::Map;
 use crate::metrics::Ended;
 use crate::rules::{AccessRules, Decision};

@@ -8,8 +8,9 @@
 use super::kinds::{self, Resource};
 use super::objects::{self, Due};
 use crate::buckets::{Buckets, Rate};
-use crate::context::{Live, Shared};
+use crate::context::Shared;
 use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, Time, WriteError};
+use crate::live::Live;
 use crate::registry::Connection;
 use crate::registry::trust::TrustState;
 use crate::store::Kind;

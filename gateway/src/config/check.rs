@@ -1,7 +1,7 @@
 //! Which values contradict each other, and how is a mistake of the file's structure told?
 
+use super::OBJECTS_MAX;
 use super::{API_VERSION, Effect, GatewayConfig, KIND, ProxyProtocol};
-use crate::fleet::OBJECTS_MAX;
 use crate::web::routing::ClusterName;
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -192,7 +192,7 @@ impl GatewayConfig {
             format_args!("must be 1 to {OBJECTS_MAX}"),
         );
         problems.unless(limits.replay_bytes.0 <= 64 << 10, "limits.replayBytes", "must be at most 64KiB");
-        let mux = crate::tunnel::session::session_limits(self);
+        let mux = self.session_limits();
         if let Err(error) = mux.validate() {
             problems.unless(false, "limits.sessionMemory", error);
         }

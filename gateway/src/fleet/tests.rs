@@ -1,7 +1,7 @@
 //! Goal: who is on record is somebody and nobody else is, through races, restarts, deletions and backups.
 
 use super::*;
-use crate::config::Mode;
+use crate::config::{Mode, OBJECTS_MAX};
 use crate::store::{Revision, Stored, Transaction, backup};
 use aws_lc_rs::digest;
 use std::collections::BTreeSet;

@@ -15,7 +15,7 @@ use towline_proto::Code;
 use towline_proto::tunnel::Session;
 
 use crate::registry::Registry;
-use crate::tunnel::session::alive_among;
+use crate::registry::sign_of_life::alive_among;
 
 /// A place that was given to a process is kept for it so long. Once it has a session, that tells whether it lives.
 const ASSIGNED_FOR: Duration = Duration::from_secs(15);

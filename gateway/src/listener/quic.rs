@@ -10,9 +10,10 @@
 //! - A reset of a connection that a crash forgot is recognised, because its key comes from the tunnel's private key.
 
 use crate::config::Quic;
-use crate::context::{Live, Shared, random};
+use crate::context::{Shared, random};
 use crate::listener::gate::Place;
-use crate::listener::{HANDSHAKE_BYTES, divided_by, spawn};
+use crate::listener::{HANDSHAKE_BYTES, divided_by};
+use crate::live::Live;
 use crate::log::sparing;
 use crate::metrics::{Counted, Handshake, Limit, Surface, TlCode};
 use crate::tunnel::session::{self, Presented};
@@ -68,7 +69,7 @@ impl QuicListener {
         server
             .transport_config(Arc::new(quic::transport_config(
                 Role::Gateway,
-                &session::session_limits(config),
+                &config.session_limits(),
                 options.segmentation_offload,
             )))
             .migration(true)
@@ -172,7 +173,7 @@ impl QuicListener {
                 }
             }
         };
-        spawn(&shared, &shared.tasks.front, task);
+        shared.stages.spawn(&shared.tasks.front, task);
     }
 }
 
@@ -188,7 +189,7 @@ fn welcome(
     let presented = Presented { chain: chain(&conn), judge };
     let strayed = strayed(Arc::clone(shared), conn.clone());
     let session = session::serve_quic(Arc::clone(shared), conn, presented, address);
-    spawn(shared, &shared.tasks.tunnel, async move {
+    shared.stages.spawn(&shared.tasks.tunnel, async move {
         tokio::select! {
             biased;
             () = session => {}

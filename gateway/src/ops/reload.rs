@@ -4,7 +4,8 @@
 use crate::ca::authority::Authorities;
 use crate::ca::rotation;
 use crate::config::{ConfigError, GatewayConfig};
-use crate::context::{Live, Shared};
+use crate::context::Shared;
+use crate::live::Live;
 use crate::metrics::ReloadOutcome;
 use aws_lc_rs::digest;
 use std::path::{Path, PathBuf};

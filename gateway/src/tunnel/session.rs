@@ -6,17 +6,17 @@
 //! one the newcomer is refused, else it is replaced. So a restart after a crash gets in, and a stolen certificate neither
 //! takes over nor makes the route flap.
 
-use crate::config::{Cluster, GatewayConfig};
+use crate::config::Cluster;
 use crate::context::{Shared, random};
 use crate::fleet::{Fleet, ShownCertificate, Time};
 use crate::join;
 use crate::log::sparing;
 use crate::metrics::{Limit, Surface, TlCode};
 use crate::per_key::KeyPermit;
+use crate::registry::sign_of_life::any_alive;
 use crate::registry::{ApiServer, InsertError, Registration, SessionId, Visitor, Word};
 use crate::shares::Part;
 use rustls::ServerConfig;
-use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -24,23 +24,20 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 use towline_certs::facts::{CertificateFacts, human};
-use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, SpkiPin};
+use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, SpkiPin};
 use towline_proto::Code;
-use towline_proto::hello::Hello;
+use towline_proto::hello::{BOOT_ID_BYTES, Hello};
 use towline_proto::join::{
     API_SERVER_TEXT_MAX, About, AgentMode, ApiServerState, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice,
     SayError, TrustAck,
 };
-use towline_proto::mux::{CloseReason, Introduction, Limits, Role, WINDOW_START};
+use towline_proto::mux::{CloseReason, Introduction, Role, WINDOW_START};
 use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::GoAway;
 
 /// From the end of the handshake to the hello and one round trip.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long an older process has to show that it lives, and how often we look.
-const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
-const PROBE_INTERVAL: Duration = Duration::from_millis(25);
 /// Processes with one certificate that a newcomer may outlive; a fight over it ends by refusing.
 const REPLACE_ROUNDS: usize = 3;
 /// A certificate's end is looked at again at least this often: the wall clock can jump, timers cannot.
@@ -49,25 +46,12 @@ const EXPIRY_CHECK: Duration = Duration::from_secs(60);
 const GIVE_BACK_CHECK: Duration = Duration::from_secs(30);
 /// And within how long, when somebody could not be given any.
 const GIVE_BACK_AT_ONCE: Duration = Duration::from_secs(2);
-pub(crate) const BOOT_ID_BYTES: usize = 16;
 /// What an agent may say about its cluster at once, and after how long once more: it tells of an API server that it cannot use,
 /// which is to be known within 15 s, and of one that comes and goes not each time.
 const WORDS_BURST: f64 = 8.0;
 const WORDS_INTERVAL: Duration = Duration::from_secs(10);
 /// Longest version of an API server that is shown.
 const VERSION_MAX: usize = 64;
-
-/// The limits of a session, from the configuration.
-pub(crate) fn session_limits(config: &GatewayConfig) -> Limits {
-    let (defaults, recv_budget) = (Limits::default(), config.limits.session_memory.0);
-    Limits {
-        // Agents open no streams, so that an idle one is promised nothing.
-        streams_max: 0,
-        recv_budget,
-        credit_max: defaults.credit_max.min(u32::try_from(recv_budget).unwrap_or(u32::MAX)),
-        ..defaults
-    }
-}
 
 /// What becomes of a session that may not be.
 struct Refusal {
@@ -134,7 +118,7 @@ fn memory_of(shared: &Shared, presented: &Presented) -> Option<Part<ClusterUid>>
 fn session_config(shared: &Shared, memory: Option<&Part<ClusterUid>>) -> SessionConfig {
     SessionConfig {
         role: Role::Gateway,
-        limits: session_limits(&shared.config),
+        limits: shared.config.session_limits(),
         budget: memory.map_or(&shared.last_words, Part::budget).clone(),
         introduction: Introduction {
             capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
@@ -348,42 +332,6 @@ async fn register(
     }
     let text = "already connected: another process with the same certificate is connected and alive. Stop it, or give this agent a certificate of its own";
     Err(refuse(TlCode::Cert, Code::Denied, text))
-}
-
-/// Which of these instances have a session that hears from its peer.
-pub(crate) async fn alive_among(sessions: Vec<(InstanceId, Session)>) -> HashSet<InstanceId> {
-    let asked = Instant::now();
-    sessions.iter().for_each(|(_, session)| session.probe());
-    let mut waiting = sessions;
-    let mut alive = HashSet::new();
-    while !waiting.is_empty() && asked.elapsed() < PROBE_TIMEOUT {
-        tokio::time::sleep(PROBE_INTERVAL).await;
-        waiting.retain(|(instance, session)| {
-            let heard = session.closed().is_none() && session.silence() < asked.elapsed();
-            if heard {
-                alive.insert(instance.clone());
-            }
-            !heard && session.closed().is_none()
-        });
-    }
-    alive
-}
-
-/// Whether any of these sessions hears from its peer within the time that a dead one does not deserve.
-async fn any_alive(sessions: &[Session]) -> bool {
-    let asked = Instant::now();
-    sessions.iter().for_each(Session::probe);
-    while asked.elapsed() < PROBE_TIMEOUT {
-        tokio::time::sleep(PROBE_INTERVAL).await;
-        let open = || sessions.iter().filter(|session| session.closed().is_none());
-        if open().any(|session| session.silence() < asked.elapsed()) {
-            return true;
-        }
-        if open().next().is_none() {
-            return false;
-        }
-    }
-    false
 }
 
 /// While memory is short, of all or of the cluster's share, has a session replaced that holds much more than it needs: over QUIC what the agent was once allowed to

@@ -1,0 +1,27 @@
+//! Which connections are our own readiness checks? They need no place and count as nobody's.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// The local addresses of our own readiness checks, so that the listener knows them.
+#[derive(Debug, Default)]
+pub(crate) struct SelfChecks(Mutex<HashSet<SocketAddr>>, AtomicUsize);
+
+impl SelfChecks {
+    pub(crate) fn begin(&self, from: SocketAddr) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(from);
+        self.1.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn end(&self, from: SocketAddr) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&from);
+        self.1.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_own(&self, from: SocketAddr) -> bool {
+        self.1.load(Ordering::Relaxed) > 0
+            && self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&from)
+    }
+}

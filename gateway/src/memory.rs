@@ -1,0 +1,121 @@
+//! What does a state directory bring along? The fleet on record and the gateway's own CAs, opened once at the start.
+
+use crate::ca::authority::{Authorities, AuthorityError};
+use crate::ca::rotation;
+use crate::config::{Drain, GatewayConfig};
+use crate::fleet::Fleet;
+use crate::metrics::Metrics;
+use crate::store::{Kind, Store, StoreError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use thiserror::Error;
+use tokio::time::Instant;
+use towline_certs::facts::human;
+use towline_certs::save::create_private_directory;
+
+/// What a state directory brings along.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pub(crate) fleet: Fleet,
+    pub(crate) authorities: Arc<Authorities>,
+}
+
+impl Memory {
+    /// Opens what the configuration's state directory holds, if it names one.
+    pub(crate) async fn open(
+        config: &GatewayConfig,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Option<Self>, MemoryError> {
+        let Some(directory) = config.state_directory.clone() else { return Ok(None) };
+        let place = directory.clone();
+        let configured = config.trust_domain.to_string();
+        // First the store, whose lock keeps a second gateway from making CAs at the same time.
+        let store = open_store(&directory, metrics, patience(&config.drain)).await?;
+        let opened = tokio::task::spawn_blocking(move || {
+            let known = store.trust_domain(&configured)?;
+            if known != configured {
+                return Err(MemoryError::TrustDomain { directory: place, known, configured });
+            }
+            Ok(store)
+        });
+        let store = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
+        let fleet = Fleet::load(store, Arc::clone(metrics), config.limits.objects).await?;
+        let agents = fleet.count(Kind::Instance);
+        let opened = tokio::task::spawn_blocking(move || {
+            if agents > 0 && !rotation::exists(&directory) {
+                return Err(MemoryError::NoCa { directory, agents });
+            }
+            Ok(Authorities::open(&directory, SystemTime::now())?)
+        });
+        let authorities = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
+        Ok(Some(Self { fleet, authorities: Arc::new(authorities) }))
+    }
+}
+
+/// Opens the store; waits for as long as another gateway drains that has it, and no longer than this.
+async fn open_store(place: &Path, metrics: &Arc<Metrics>, patience: Duration) -> Result<Store, MemoryError> {
+    let until = Instant::now() + patience;
+    let mut told = false;
+    loop {
+        let (place, metrics) = (place.to_owned(), Arc::clone(metrics));
+        let opened = tokio::task::spawn_blocking(move || {
+            create_private_directory(&place).map_err(AuthorityError::Save)?;
+            Ok(Store::open(&place, metrics)?)
+        });
+        match opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed))) {
+            Err(MemoryError::Store(error)) if error.passes() && Instant::now() < until => {
+                if !std::mem::replace(&mut told, true) {
+                    let at_most = human(patience);
+                    tracing::warn!(why = %error, at_most, "the gateway waits for its store");
+                }
+                tokio::time::sleep(STORE_PAUSE).await;
+            }
+            opened => return opened,
+        }
+    }
+}
+
+/// How long a gateway that drains may take, if it has the same configuration.
+fn patience(drain: &Drain) -> Duration {
+    drain.delay + drain.deadline + DRAINER_SLACK
+}
+
+/// What it may need beside that: last words, goodbyes, its last records.
+const DRAINER_SLACK: Duration = Duration::from_secs(10);
+/// How often a store is looked at that somebody has.
+const STORE_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why the state directory cannot be used.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(
+        "{} is of the trust domain {known}, and trustDomain says {configured}: each of its agents would be nobody. Set trustDomain: {known}; another trust domain needs a state directory of its own", directory.display()
+    )]
+    TrustDomain { directory: PathBuf, known: String, configured: String },
+    #[error(
+        "the CA of {agents} agents on record is missing; bring back tunnel-ca.crt and tunnel-ca.key in {} from the backup, or start with --new-ca: then every agent has to join anew with a new token", directory.display()
+    )]
+    NoCa { directory: PathBuf, agents: usize },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exchange::farewell::FAREWELL;
+
+    /// Goal: M17: a start waits for its store for as long as the drain of a gateway like it can last: the delay, the deadline, the last
+    /// words, and twice the goodbyes of sessions.
+    #[test]
+    fn m17_a_start_waits_for_a_whole_drain() {
+        for seconds in [0, 5, 30] {
+            let (delay, deadline) = (Duration::from_secs(seconds), Duration::from_secs(30));
+            let drain = Drain { delay, deadline, ..Drain::default() };
+            assert!(patience(&drain) > delay + deadline + FAREWELL + 2 * crate::gateway::GOODBYE);
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Does a session's other end still live? It is asked, and has to be heard within the time that a dead one does not deserve.
+
+use std::collections::HashSet;
+use std::time::Duration;
+use tokio::time::Instant;
+use towline_certs::InstanceId;
+use towline_proto::tunnel::Session;
+
+/// How long an older process has to show that it lives, and how often we look.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
+const PROBE_INTERVAL: Duration = Duration::from_millis(25);
+
+/// Which of these instances have a session that hears from its peer.
+pub(crate) async fn alive_among(sessions: Vec<(InstanceId, Session)>) -> HashSet<InstanceId> {
+    let asked = Instant::now();
+    sessions.iter().for_each(|(_, session)| session.probe());
+    let mut waiting = sessions;
+    let mut alive = HashSet::new();
+    while !waiting.is_empty() && asked.elapsed() < PROBE_TIMEOUT {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+        waiting.retain(|(instance, session)| {
+            let heard = session.closed().is_none() && session.silence() < asked.elapsed();
+            if heard {
+                alive.insert(instance.clone());
+            }
+            !heard && session.closed().is_none()
+        });
+    }
+    alive
+}
+
+/// Whether any of these sessions hears from its peer within the time that a dead one does not deserve.
+pub(crate) async fn any_alive(sessions: &[Session]) -> bool {
+    let asked = Instant::now();
+    sessions.iter().for_each(Session::probe);
+    while asked.elapsed() < PROBE_TIMEOUT {
+        tokio::time::sleep(PROBE_INTERVAL).await;
+        let open = || sessions.iter().filter(|session| session.closed().is_none());
+        if open().any(|session| session.silence() < asked.elapsed()) {
+            return true;
+        }
+        if open().next().is_none() {
+            return false;
+        }
+    }
+    false
+}
