@@ -17,7 +17,7 @@ test: tools ## every test; says loudly what it skips
 test-cluster: ## a real one-node cluster without Docker, a gateway and agents in it: root on Linux, and Go to build Kubernetes, once (CHECKS="an_eviction_is_not_noticed": only that)
 	CARGO=$(CARGO) loadtest/cluster/run $(CHECKS)
 
-lint: ## format, clippy, documentation, the proof that the core is pure, who imports whom, and whether cited ids are in docs/requirements.md
+lint: ## format, clippy, documentation, and the rules of this tree: a pure core, who imports whom, ids in docs/requirements.md, what is linked
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
@@ -25,6 +25,7 @@ lint: ## format, clippy, documentation, the proof that the core is pure, who imp
 	.ci/layers --self-test
 	.ci/layers
 	.ci/ids
+	.ci/deny
 
 bench: ## what the core costs without I/O, and whether its instruction counts have grown
 	$(CARGO) bench -p towline-proto --bench core
