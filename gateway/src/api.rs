@@ -100,7 +100,7 @@ pub(crate) async fn answer(
     body: Incoming,
 ) -> Result<Response<AnswerBody>, ProxyError> {
     let (principal, until, run) = admit(shared, peer, &parts)?;
-    let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
+    let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at the same time");
     let permit = shared.principals.take(&principal.name).map_err(|_| too_many)?;
     let (Some(fleet), Some(feed)) = (shared.fleet.clone(), shared.feed.clone()) else {
         return Ok(ApiError::no_such_path().into_response());
@@ -153,8 +153,8 @@ fn admit(shared: &Shared, peer: &Peer, parts: &Parts) -> Result<Admitted, ProxyE
 
 /// What a path names, behind the API's prefix: a resource, and one object of it.
 fn named(rest: &str) -> Result<(&'static Resource, Option<String>), ApiError> {
-    let decoded =
-        String::from_utf8(percent_decode(rest)).map_err(|_| ApiError::bad_request("the path is no UTF-8"))?;
+    let decoded = String::from_utf8(percent_decode(rest))
+        .map_err(|_| ApiError::bad_request("the path is not valid UTF-8"))?;
     let mut segments = decoded.trim_end_matches('/').split('/');
     let (plural, name, more) = (segments.next().unwrap_or_default(), segments.next(), segments.next());
     let resource = kinds::find(plural).filter(|_| more.is_none()).ok_or_else(ApiError::no_such_path)?;
@@ -210,7 +210,7 @@ impl Call {
                 let body = self.json(body).await?;
                 let (kind, version) = (body["kind"].as_str(), body["apiVersion"].as_str());
                 if kind != Some(resource.kind) || version != Some(kinds::API_VERSION) {
-                    let message = format!("the body is no {} of {}", resource.kind, kinds::API_VERSION);
+                    let message = format!("the body is not a {} of {}", resource.kind, kinds::API_VERSION);
                     return Err(ApiError::bad_request(message));
                 }
                 match resource.kind {
@@ -332,6 +332,6 @@ impl Call {
 
     fn audit(&self, verb: &str, resource: &Resource, name: &str) {
         let user = printable(&self.principal.name);
-        tracing::info!(%user, verb, resource = resource.plural, name = %printable(name), "the fleet was changed");
+        tracing::info!(%user, verb, resource = resource.plural, name = %printable(name), "fleet changed");
     }
 }

@@ -187,13 +187,16 @@ impl Shared {
         }
         let Some(fleet) = &self.fleet else {
             return Err(format!(
-                "cluster uid {uid} is not on this gateway's list; add it there under clusters"
+                "cluster uid {uid} is not in this gateway's configuration; add it under clusters"
             ));
         };
         fleet.admits(identity, serial).map_err(|why| why.to_string())?;
         let cluster = fleet.cluster_of(uid).ok_or_else(|| NotAdmitted::UnknownCluster.to_string())?;
         if live.by_name.contains_key(cluster.name.as_str()) {
-            return Err(format!("a cluster {} stands in the configuration, with another uid", cluster.name));
+            return Err(format!(
+                "the gateway's configuration file defines cluster {} with another uid",
+                cluster.name
+            ));
         }
         Ok(cluster)
     }

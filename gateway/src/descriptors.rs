@@ -19,14 +19,14 @@ pub fn raise(config: &GatewayConfig) {
     if limit.current != limit.maximum
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
     {
-        tracing::warn!(%error, "the soft limit on file descriptors stays as it is");
+        tracing::warn!(%error, "cannot raise the soft limit on file descriptors");
     }
     let needed = needed(config);
     if let Some(have) = getrlimit(Resource::Nofile).current.filter(|have| *have < needed) {
         tracing::warn!(
             have,
             needed,
-            "the gateway may have fewer file descriptors than its limits need: it will accept nobody before limits.connections is reached, agents and probes included. Set LimitNOFILE={needed} in its systemd unit, or ulimit -Hn {needed} before it starts, or lower limits.connections and limits.parked"
+            "too few file descriptors for the configured limits: the gateway will stop accepting connections, agents and probes included, before limits.connections is reached. Set LimitNOFILE={needed} in the systemd unit, run ulimit -Hn {needed} before the start, or lower limits.connections and limits.parked"
         );
     }
 }

@@ -157,7 +157,7 @@ pub(crate) async fn serve(
         if let Some(limit) = error.limit() {
             shared.metrics.limit_reached(limit);
         }
-        tracing::debug!(audit_id, client = %peer.address, code = error.code().label(), why = %printable(&error.message()), "answered by the gateway");
+        tracing::debug!(audit_id, client = %peer.address, code = error.code().label(), why = %printable(&error.message()), "answered by the gateway itself");
         // Who is nobody does not keep a connection: they would soon hold all there may be.
         if !peer.standing.is_known() || matches!(error, ProxyError::Authn(_)) {
             peer.finish.cancel();
@@ -236,21 +236,21 @@ async fn carry_out(
     };
     let response = match answer.outcome {
         Some(Outcome::Response(response)) if response.headers.len() > open::FIELDS_MAX => {
-            return Err(plan.bad_answer("its head has more fields than the protocol allows"));
+            return Err(plan.bad_answer("its head has more header fields than the protocol allows"));
         }
         Some(Outcome::Response(response)) => response,
         Some(Outcome::Failure(failure)) => return Err(ProxyError::Agent { cluster: plan.name(), failure }),
-        _ => return Err(plan.bad_answer("it is no response to a request")),
+        _ => return Err(plan.bad_answer("not a response message")),
     };
     match (plan.upgrade, response.status) {
         (Some(token), 101) => switch(shared, peer, plan, parts, token, on_upgrade, &response, live),
-        (None, 101) => Err(plan.bad_answer("it switches protocols without being asked")),
+        (None, 101) => Err(plan.bad_answer("it switches protocols although the request did not ask for it")),
         (Some(_), status @ 200..=399) => Err(ProxyError::UpgradeAnswered {
             cluster: plan.name(),
             status: u16::try_from(status).unwrap_or_default(),
         }),
         (_, 200..=599) => answer_with(shared, plan, parts, &response, live),
-        _ => Err(plan.bad_answer("its status is none")),
+        _ => Err(plan.bad_answer("invalid status code")),
     }
 }
 
@@ -316,7 +316,7 @@ impl Plan {
         response: &open::Response,
     ) -> Result<(StatusCode, HeaderMap), ProxyError> {
         let status = u16::try_from(response.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
-        let status = status.ok_or_else(|| self.bad_answer("its status is none"))?;
+        let status = status.ok_or_else(|| self.bad_answer("invalid status code"))?;
         let prefix = self.prefix.as_deref();
         let asked = Asked { method: &self.method, proxy: self.kind.proxy, parts, prefix };
         let head = headers::client_head(&response.headers, status, asked)
@@ -346,7 +346,7 @@ fn plan(
     let route = routing::route(parts, live.config.host_domain.as_deref(), peer.sni.as_deref())?;
     let kind = RequestKind::of(route.path(), route.query());
     let (principal, cluster, run) = admit(shared, peer, parts, &route.name, kind)?;
-    let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at a time");
+    let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at the same time");
     let permit = shared.principals.take(&principal.name).map_err(|_| too_many)?;
 
     let upgrade = upgrade::wanted(parts, !body.is_end_stream())?;
@@ -415,7 +415,7 @@ const fn is_carried(method: &Method) -> bool {
 async fn place(shared: &Shared, plan: &Plan) -> Result<KeyPermit<(String, ClusterUid)>, ProxyError> {
     let key = (plan.principal.name.clone(), plan.cluster.uid.clone());
     if plan.kind.long_running {
-        let what = "requests of yours to this cluster at a time that last, such as watches";
+        let what = "long-running requests (such as watches) of yours to this cluster at the same time";
         let too_many = ProxyError::Limit(Limit::LongRequestsPerPrincipalAndCluster, what);
         return shared.long_places.take(&key).map_err(|_| too_many);
     }
@@ -426,7 +426,7 @@ async fn place(shared: &Shared, plan: &Plan) -> Result<KeyPermit<(String, Cluste
         Poll::Pending => tokio::time::timeout(PLACE_PATIENCE, turn).await.ok().and_then(Result::ok),
     };
     place.ok_or_else(|| {
-        let what = "requests of yours to this cluster at a time";
+        let what = "requests of yours to this cluster at the same time";
         ProxyError::Limit(Limit::RequestsPerPrincipalAndCluster, what)
     })
 }
@@ -480,7 +480,7 @@ pub(crate) fn identify(
     let known = Known { tokens: &live.tokens, fleet: shared.fleet.as_ref() };
     let judged = peer.judged(shared, live);
     let caller = authn::authenticate(&parts.headers, &judged.certificate, known, SystemTime::now())?;
-    let too_many = ProxyError::Limit(Limit::ConnectionsPerPrincipal, "connections of yours at a time");
+    let too_many = ProxyError::Limit(Limit::ConnectionsPerPrincipal, "connections of yours at the same time");
     peer.standing.becomes(&shared.gate, &caller.principal.name).map_err(|_| too_many)?;
     Ok(caller)
 }
@@ -570,7 +570,9 @@ fn not_opened(shared: &Shared, plan: &Plan, error: AcquireError) -> ProxyError {
             ProxyError::Draining { cluster: plan.name() }
         }
         AcquireError::NotConnected(presence) => ProxyError::NotConnected { cluster: plan.name(), presence },
-        AcquireError::StreamsMax => ProxyError::Limit(Limit::Streams, "requests to this cluster at a time"),
+        AcquireError::StreamsMax => {
+            ProxyError::Limit(Limit::Streams, "requests to this cluster at the same time")
+        }
         AcquireError::Memory => {
             shared.memory.wanted();
             if shared.memory.is_full(&plan.cluster.uid) {
@@ -705,7 +707,7 @@ async fn attempt(
                 Ok(Answer { outcome: Some(Outcome::Failure(failure)) }) => {
                     ProxyError::Agent { cluster: plan.name(), failure }
                 }
-                Ok(_) => plan.bad_answer("it is no answer"),
+                Ok(_) => plan.bad_answer("not a response message"),
                 Err(end) => end.error,
             };
             let body = if repeatable { Box::pin(reclaim(shared, recv, upload, unsent)).await } else { None };
@@ -802,10 +804,10 @@ fn no_answer(plan: &Plan, error: HeadError) -> NoAnswer {
             NoAnswer { error: ProxyError::SessionLost { cluster, reason }, repeatable: plan.may_repeat() }
         }
         HeadError::Truncated | HeadError::Write(WriteError::Finished) => {
-            touched(plan.bad_answer("it breaks off"))
+            touched(plan.bad_answer("truncated response"))
         }
         HeadError::TooLarge { .. } => touched(plan.bad_answer("its head is larger than 64 KiB")),
-        HeadError::Malformed => touched(plan.bad_answer("its head cannot be read")),
+        HeadError::Malformed => touched(plan.bad_answer("its head is malformed")),
     }
 }
 
@@ -848,7 +850,7 @@ fn answer_with(
             // Its body and whoever writes it may both find out.
             if !told.swap(true, Ordering::Relaxed) {
                 metrics.aborted();
-                tracing::debug!(%cluster, %error, "the answer broke off");
+                tracing::debug!(%cluster, %error, "response cut off");
             }
         }),
         guards: Box::new(plan.guards),
@@ -872,10 +874,10 @@ fn switch(
 ) -> Result<Response<AnswerBody>, ProxyError> {
     let named = response.headers.iter().filter(|header| header.name.eq_ignore_ascii_case(b"upgrade"));
     if named.into_iter().any(|header| !header.value.eq_ignore_ascii_case(token.as_bytes())) {
-        return Err(plan.bad_answer("it switches to another protocol than was asked for"));
+        return Err(plan.bad_answer("it switches to a protocol that the request did not ask for"));
     }
     let (Some(on_upgrade), Some(send)) = (on_upgrade, live.send) else {
-        return Err(plan.bad_answer("it switches protocols without being asked"));
+        return Err(plan.bad_answer("it switches protocols although the request did not ask for it"));
     };
     let (status, mut head) = plan.head_of(parts, response)?;
     let mut answer = Response::new(AnswerBody::full(Bytes::new()));

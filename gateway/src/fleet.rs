@@ -79,27 +79,27 @@ struct Inner {
 /// Why nothing was written.
 #[derive(Debug, Error)]
 pub enum WriteError {
-    #[error("there is one of that name already")]
+    #[error("an object of that name already exists")]
     Exists,
-    #[error("there is none of that name")]
+    #[error("no object of that name exists")]
     NotFound,
-    #[error("it has changed meanwhile; read it again and apply your change to that")]
+    #[error("the object has been modified; read the latest version and apply your change to it")]
     Conflict,
-    #[error("there are {0} of this kind, which is as many as there may be (limits.objects); delete some")]
+    #[error("the limit of {0} objects of this kind is reached (limits.objects); delete some")]
     Full(usize),
     #[error(
-        "a cluster of that name stands in the gateway's configuration; choose another name, or remove it there"
+        "the gateway's configuration file defines a cluster of that name; choose another name, or remove it from the file"
     )]
     Reserved,
-    #[error("it is protected against deletion; set spec.deletionProtection to false first")]
+    #[error("the cluster is protected against deletion; set spec.deletionProtection to false first")]
     Protected,
-    #[error("it is too large, or its name is too long")]
+    #[error("the object is too large, or its name is too long")]
     TooLarge,
     #[error(
-        "it has {CERTIFICATES_MAX} valid certificates, which is as many as it may have; wait until one runs out"
+        "the agent already holds the maximum of {CERTIFICATES_MAX} valid certificates; wait until one expires"
     )]
     Certificates,
-    #[error("it was written and does not take effect; read it again, and look at the gateway's log")]
+    #[error("the change was stored but is not in effect yet; re-read the object and check the gateway's log")]
     Unseen,
     #[error(transparent)]
     Store(StoreError),
@@ -108,19 +108,21 @@ pub enum WriteError {
 /// Why somebody may not join.
 #[derive(Debug, Error)]
 pub enum JoinRefused {
-    #[error("the join token is not known; make one with `towline token create CLUSTER`")]
+    #[error("unknown join token. Create a new one: towline token create CLUSTER")]
     Unknown,
-    #[error("the join token has expired; make a new one with `towline token create CLUSTER`")]
+    #[error("the join token has expired. Create a new one: towline token create CLUSTER")]
     Expired,
-    #[error("the join token was already used; make a new one with `towline token create CLUSTER`")]
+    #[error("the join token was already used. Create a new one: towline token create CLUSTER")]
     Used,
-    #[error("what let this agent in was revoked")]
+    #[error("the agent's join token or certificate was revoked; let it join again with a new token")]
     Revoked,
-    #[error("the cluster has as many agents as spec.maxAgents allows; stop one, or raise it")]
+    #[error(
+        "the cluster already has as many agents as spec.maxAgents allows. Stop an agent, or raise spec.maxAgents"
+    )]
     Full,
-    #[error("the one place that it may have is another's, or is gone")]
+    #[error("the agent's place on record is held by another process, or was removed")]
     Taken,
-    #[error("the cluster is not registered any more")]
+    #[error("the cluster is no longer registered")]
     NoCluster,
     #[error(transparent)]
     Store(StoreError),
@@ -129,15 +131,21 @@ pub enum JoinRefused {
 /// Why an agent is nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum NotAdmitted {
-    #[error("its cluster is not on record; register it, then let the agent join anew")]
+    #[error(
+        "the agent's cluster is not registered. Register the cluster, then let the agent join again with a new token"
+    )]
     UnknownCluster,
-    #[error("it is not on record as an agent of its cluster; let it join anew")]
+    #[error("the agent is not on record for its cluster; let it join again with a new token")]
     UnknownInstance,
-    #[error("the cluster's agents were revoked after it had joined; let it join anew with a new token")]
+    #[error(
+        "the cluster's agents were revoked after this one had joined; let it join again with a new token"
+    )]
     Superseded,
-    #[error("its certificate was revoked; to let it in again, let it join anew with a new token")]
+    #[error("the agent's certificate was revoked; to admit the agent again, let it join with a new token")]
     Revoked,
-    #[error("its certificate is not on record for this agent, whoever has signed it; let it join anew")]
+    #[error(
+        "the certificate is not on record for this agent, although a trusted CA signed it; let the agent join again with a new token"
+    )]
     UnknownCertificate,
 }
 
@@ -217,7 +225,7 @@ impl Fleet {
             }
             // The history does not reach back to what the view shows.
             while let Err(error) = self.list_all().await {
-                tracing::error!(%error, "the view of the fleet stays as it is for now");
+                tracing::error!(%error, "cannot read the fleet from the store; the view of the fleet is unchanged until the next attempt");
                 tokio::time::sleep(FOLLOW_RETRY).await;
             }
         }

@@ -44,7 +44,7 @@ pub enum StartError {
     Config(#[from] ConfigError),
     #[error("stateDirectory: {0}")]
     Memory(#[from] MemoryError),
-    #[error("the system gives no threads: {0}")]
+    #[error("cannot start a thread: {0}")]
     Threads(#[from] io::Error),
     #[error("cannot listen on {address} ({key}): {error}")]
     Listen { key: &'static str, address: SocketAddr, error: io::Error },
@@ -103,7 +103,7 @@ impl Gateway {
         if let Some(fleet) = shared.fleet.clone() {
             if fleet.count(Kind::Cluster) == 0 {
                 tracing::info!(
-                    "nothing is registered yet: towline-gateway --config FILE admin-kubeconfig --output admin.yaml, then kubectl --kubeconfig admin.yaml get clusters"
+                    "no cluster is registered yet. Create an admin kubeconfig: towline-gateway --config FILE admin-kubeconfig --output admin.yaml; then: kubectl --kubeconfig admin.yaml get clusters"
                 );
             }
             let seen = Arc::clone(&shared);
@@ -217,7 +217,7 @@ impl Gateway {
         let (shared, path) = (Arc::clone(&self.shared), self.path.clone());
         let done =
             tokio::task::spawn_blocking(move || crate::ops::reload::reload(&shared, path.as_deref())).await;
-        done.unwrap_or_else(|_| Err(ConfigError { problems: vec!["the reload was interrupted".to_owned()] }))
+        done.unwrap_or_else(|_| Err(ConfigError { problems: vec!["reload interrupted".to_owned()] }))
     }
 
     /// Stops politely: not ready, and agents are told to go elsewhere; after a delay nothing new is accepted; what runs is
@@ -246,7 +246,7 @@ impl Gateway {
         tasks.tunnel.close();
         tasks.house.close();
         if timeout_at(deadline, tasks.front.wait()).await.is_err() {
-            tracing::warn!("the drain's deadline has passed; what still runs is cut off");
+            tracing::warn!("drain deadline passed; cutting off what still runs");
             stages.overdue.cancel();
             drop(timeout(FAREWELL, tasks.front.wait()).await);
         }
@@ -263,9 +263,12 @@ impl Gateway {
             Ok(Ok(Ok(()))) => return,
             Ok(Ok(Err(error))) => error.to_string(),
             Ok(Err(error)) => error.to_string(),
-            Err(_) => "the disk does not answer".to_owned(),
+            Err(_) => "the disk did not answer in time".to_owned(),
         };
-        tracing::debug!(why, "who starts meanwhile is not told to wait for the store");
+        tracing::debug!(
+            why,
+            "cannot mark the store as draining; a gateway that starts now does not wait for it"
+        );
     }
 
     /// Ends the sessions, which carry nothing any more, once their agents have understood that they are to go.
@@ -273,8 +276,7 @@ impl Gateway {
         for session in self.shared.registry.sessions() {
             let understood = session.wait_for(|state| state.drained || state.closed.is_some());
             let in_time = timeout_at(deadline, understood).await.is_ok();
-            session
-                .close(Code::Draining, if in_time { "the gateway has drained" } else { "the gateway stops" });
+            session.close(Code::Draining, if in_time { "drained" } else { "the gateway is stopping" });
         }
         let deadline = Instant::now() + GOODBYE;
         drop(timeout_at(deadline, self.shared.tasks.tunnel.wait()).await);

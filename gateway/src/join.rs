@@ -73,10 +73,11 @@ const RETRY_LIMIT: Duration = Duration::from_secs(10);
 const FIRST_WORD: Duration = Duration::from_secs(3600);
 /// Times that a record is read again because somebody else was faster.
 const ADOPT_ATTEMPTS: usize = 4;
-const UNKNOWN: &str = "the join token does not count: it is not known here, or not whole, or has expired. Make a new one: towline token create CLUSTER";
-const PLACE_TAKEN: &str = "another process holds this agent's place: it is connected and alive, or was let in a moment ago. Stop it, or give this agent an identity of its own";
-const TOKEN_USED: &str = "the ServiceAccount token has let in another process, which is there or whose place is gone. A pod's token is for that pod; it is replaced within minutes";
-const NO_ISSUER: &str = "the ServiceAccount token does not count: the cluster or its issuer is not on record, or the token is not for this purpose (audience towline:TRUSTDOMAIN alone, the agent's own ServiceAccount, keys as last reported). Join with a token: towline token create CLUSTER";
+const UNKNOWN: &str =
+    "invalid join token: unknown, incomplete or expired. Create a new one: towline token create CLUSTER";
+const PLACE_TAKEN: &str = "another process already uses this agent's identity: it is connected, or was admitted a moment ago. Stop that process, or give this agent its own identity";
+const TOKEN_USED: &str = "another process has already joined with this ServiceAccount token, and it is still connected or its record was removed. Each pod needs its own token; Kubernetes replaces it within minutes";
+const NO_ISSUER: &str = "invalid ServiceAccount token: the cluster or its token issuer is not on record, or the token does not match (its only audience must be towline:TRUSTDOMAIN, its subject the agent's own ServiceAccount, its key one that was last reported). Join with a join token: towline token create CLUSTER";
 
 /// Who has failed of late: not yet forgiven, and since when it is that.
 #[derive(Debug, Default)]
@@ -272,7 +273,7 @@ impl From<AccountError> for Refusal {
 }
 
 fn unavailable(error: &dyn std::fmt::Display) -> Refusal {
-    let text = "the gateway cannot decide at the moment; this is tried again";
+    let text = "the gateway cannot decide now; the agent retries by itself";
     Refusal::later(RefusalCode::Unavailable, text, RETRY_STORE).because(error.to_string())
 }
 
@@ -292,7 +293,7 @@ where
         }
         Ok(Err(_)) | Err(_) => {
             shared.metrics.rejected(Surface::Join, TlCode::Timeout);
-            tracing::debug!(agent = %address, "connected to join and sent no request");
+            tracing::debug!(agent = %address, "join connection closed without a request");
             return;
         }
     };
@@ -316,7 +317,7 @@ where
         io.shutdown().await.map_err(MessageError::Io)
     };
     if !matches!(timeout(MESSAGE_TIMEOUT, answering).await, Ok(Ok(()))) {
-        tracing::debug!(agent = %address, "the answer to a join was not taken");
+        tracing::debug!(agent = %address, "agent left before it read the response to its join request");
     }
 }
 
@@ -346,7 +347,7 @@ fn refused(
     let cluster = cluster.map(ClusterUid::as_str);
     if refusal.expected {
         sparing!(due, info, agent = %address, cluster,
-            "an agent's ServiceAccount is not known yet: it joins with its join token");
+            "ServiceAccount of the agent is not on record yet; the agent joins with its join token");
     } else {
         sparing!(due, warn, agent = %address, cluster, code, why, cause = refusal.cause, "join refused");
     }
@@ -371,18 +372,18 @@ async fn decide(
 ) -> Result<Admitted, Refusal> {
     if !exempt && shared.joins.is_slowed(address.ip()) {
         shared.metrics.limit_reached(Limit::JoinFailures);
-        let text = "too many attempts from this address have failed; wait a little";
+        let text = "too many failed attempts from this address; wait before the next one";
         return Err(Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT));
     }
     let live = shared.live();
     let (Some(own), Some(fleet)) = (&live.joins, shared.fleet.as_ref()) else {
-        let text = "agents cannot join through this gateway: it keeps no record of a fleet; its operator sets stateDirectory";
+        let text = "agents cannot join this gateway, because it keeps no fleet records; its operator can set stateDirectory";
         return Err(Refusal::new(RefusalCode::Denied, text));
     };
     let pin = csr_pin(&request.csr)?;
     // Two processes without one would count as the same.
     if request.boot_id.len() != BOOT_ID_BYTES {
-        let text = format!("the boot id has {} bytes, not {BOOT_ID_BYTES}", request.boot_id.len());
+        let text = format!("the boot id is {} bytes long instead of {BOOT_ID_BYTES}", request.boot_id.len());
         return Err(Refusal::new(RefusalCode::Request, text));
     }
     let decision = match &request.proof {
@@ -408,7 +409,8 @@ async fn decide(
             by_record(shared, fleet, certificate, pin, &request.boot_id, known).await?
         }
         None => {
-            let text = "the request brings no proof that this gateway knows; update the gateway first";
+            let text =
+                "the request has no kind of proof that this gateway supports; upgrade the gateway first";
             return Err(Refusal::new(RefusalCode::Request, text));
         }
     };
@@ -461,7 +463,7 @@ fn may_join(shared: &Shared, cluster: &ClusterUid, way: Way) -> Result<(), Refus
     let may = shared.joins.of_cluster.admit(&(cluster.clone(), way), JOINS);
     may.map(drop).ok_or_else(|| {
         shared.metrics.limit_reached(Limit::ClusterJoins);
-        let text = "agents of this cluster have joined too often of late; wait a little";
+        let text = "agents of this cluster have joined too often recently; wait before the next attempt";
         Refusal { counts: way == Way::Token, ..Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT) }
     })
 }
@@ -472,7 +474,7 @@ async fn room(shared: &Shared, cluster: &ClusterUid) -> Result<KeyPermit<Cluster
         Ok(Ok(permit)) => Ok(permit),
         _ => {
             shared.metrics.limit_reached(Limit::Joins);
-            let text = "as many agents of this cluster, or of all, join at this moment as may; wait a little";
+            let text = "too many agents of this cluster, or in total, are joining at the same time; wait before the next attempt";
             Err(Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT))
         }
     }
@@ -488,13 +490,13 @@ async fn by_account(
     known: &mut Option<ClusterUid>,
 ) -> Result<Decision, Refusal> {
     let unknown = |cause: &str| Refusal::new(RefusalCode::NoIssuer, NO_ISSUER).because(cause);
-    let route =
-        fleet.cluster_named(cluster).ok_or_else(|| unknown("no cluster of that name is registered"))?;
+    let route = fleet.cluster_named(cluster).ok_or_else(|| unknown("no registered cluster has that name"))?;
     // An agent that comes for the first time shows this before its join token: it cannot know that nobody has vouched for it yet.
     let is_new = || fleet.standing(&route.uid).is_some_and(|standing| !standing.was_let_in);
-    let issuer = fleet
-        .issuer(&route.uid)
-        .ok_or_else(|| Refusal { expected: is_new(), ..unknown("its issuer is not on record") })?;
+    let issuer = fleet.issuer(&route.uid).ok_or_else(|| Refusal {
+        expected: is_new(),
+        ..unknown("cannot record the cluster's token issuer")
+    })?;
     let told = |why: String, proven| Told { cluster: route.uid.clone(), why, proven, returns: true };
     let (audience, now) = (shared.config.trust_domain.audience(), SystemTime::now());
     let Vouched { subject, id, until } =
@@ -503,12 +505,12 @@ async fn by_account(
             if !error.is_signed() {
                 return refusal;
             }
-            refusal.told(told(format!("its ServiceAccount token does not count: {error}"), false))
+            refusal.told(told(format!("its ServiceAccount token is invalid: {error}"), false))
         })?;
     may_join(shared, known.insert(route.uid.clone()), Way::Own)?;
     let uses = &shared.joins.uses;
     let used = || {
-        let why = "its ServiceAccount token has let in another process".to_owned();
+        let why = "another process has already joined with its ServiceAccount token".to_owned();
         Refusal::later(RefusalCode::Denied, TOKEN_USED, RETRY_LIMIT).told(told(why, true))
     };
     let sessions = shared.registry.sessions_of(&route.uid);
@@ -545,37 +547,36 @@ async fn by_record(
     known_cluster: &mut Option<ClusterUid>,
 ) -> Result<Decision, Refusal> {
     let unknown = |cause: &str| {
-        let text = "the certificate that was kept leads nowhere any more: it is not on record, or ran out too long ago. Join with a token: towline token create CLUSTER";
+        let text = "the agent's stored certificate can no longer be renewed: it is not on record, or expired too long ago. Join with a new token: towline token create CLUSTER";
         Refusal::new(RefusalCode::Proof, text).because(cause)
     };
     let leaf = certificate.chain.first().map(|der| CertificateDer::from(der.to_vec()));
-    let leaf = leaf.ok_or_else(|| unknown("there is no certificate"))?;
+    let leaf = leaf.ok_or_else(|| unknown("the request has no certificate"))?;
     let facts = CertificateFacts::of(&leaf).map_err(|error| unknown(&error.to_string()))?;
     let identity =
         AgentIdentity::from_verified_certificate(&leaf).map_err(|error| unknown(&error.to_string()))?;
-    let record =
-        instance(fleet, &identity.instance).ok_or_else(|| unknown("its instance is not on record"))?;
+    let record = instance(fleet, &identity.instance).ok_or_else(|| unknown("its agent is not on record"))?;
     let is_signed = SpkiPin::of(&leaf).is_ok_and(|of_leaf| of_leaf == pin);
     if !is_signed {
-        return Err(unknown("the request is signed by another key than the certificate's"));
+        return Err(unknown("the request is signed with a key that is not the certificate's"));
     }
     // By its key: if the answer to such a request is lost, the next one shows the same certificate, and its successor is on record.
     let pin = pin.to_string();
     let known = record.certificates.iter().rev().find(|known| known.pin == pin);
     let known = known.ok_or_else(|| unknown("its key is not on record"))?;
     let unknown = |cause: &str| {
-        let why = format!("its certificate leads nowhere any more: {cause}; let it join with a new token");
+        let why = format!("its certificate can no longer be renewed: {cause}; let it join with a new token");
         unknown(cause).told(Told { cluster: identity.cluster.clone(), why, proven: true, returns: true })
     };
     if Time::now().since(known.not_after) > shared.live().config.join.expired_for {
-        return Err(unknown("it ran out too long ago"));
+        return Err(unknown("it expired too long ago"));
     }
     fleet.admits(&identity, &known.serial).map_err(|error| unknown(&error.to_string()))?;
     // Also one that has left the record since may have been revoked.
     if fleet.is_revoked(&facts.serial) {
-        return Err(unknown("it is revoked"));
+        return Err(unknown("it was revoked"));
     }
-    let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster is gone"))?;
+    let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster was deleted"))?;
     may_join(shared, known_cluster.insert(identity.cluster.clone()), Way::Own)?;
     // A copy of what was kept, or a pod that was given the place of this one while it was away.
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &identity.cluster, boot_id).await;
@@ -641,22 +642,22 @@ async fn record_issuer(
     word: Word,
 ) -> bool {
     let Some(said) = account::recordable(issuer) else {
-        tracing::warn!(%cluster, "what the agent says about its cluster's token issuer cannot be used");
+        tracing::warn!(%cluster, "the token issuer that the agent reports for its cluster is unusable");
         return false;
     };
     match fleet.record_issuer(cluster, agent, &said, word).await {
         Ok(Heard::Counts) => true,
         Ok(Heard::Pending) => {
             let issuer = crate::exchange::printable(&said.issuer);
-            tracing::warn!(%cluster, instance = %agent, issuer, "issuer keys changed; what the agent says counts for nothing without a join token or spec.issuer");
+            tracing::warn!(%cluster, instance = %agent, issuer, "issuer keys changed; the agent's report is ignored until a join token or spec.issuer confirms it");
             false
         }
         Ok(Heard::Ignored) => {
-            tracing::warn!(%cluster, instance = %agent, "the agent says another token issuer, or other keys, than spec.issuer, which counts");
+            tracing::warn!(%cluster, instance = %agent, "the agent reports a token issuer or keys that differ from spec.issuer; spec.issuer takes precedence");
             false
         }
         Err(error) => {
-            tracing::warn!(%cluster, %error, "the cluster's token issuer is not on record");
+            tracing::warn!(%cluster, %error, "cannot record the cluster's token issuer");
             false
         }
     }
@@ -690,7 +691,9 @@ async fn adopt(fleet: &Fleet, instance: &InstanceId, subject: &str) {
         let next = fleet::Instance { origin: origin.clone(), ..fleet::Instance::clone(record) };
         match fleet.put(instance.as_str(), &next, Some(shown.revision)).await {
             Err(WriteError::Conflict) => {}
-            Err(error) => return tracing::warn!(%instance, %error, "it will come back as another instance"),
+            Err(error) => {
+                return tracing::warn!(%instance, %error, "cannot record the agent's ServiceAccount; the agent will rejoin as a new instance");
+            }
             Ok(_) => return,
         }
     }
@@ -730,14 +733,15 @@ async fn try_renew(
 ) -> Result<Issued, Refusal> {
     let live = shared.live();
     let (Some(own), Some(fleet)) = (&live.joins, shared.fleet.as_ref()) else {
-        let text = "this gateway issues no certificates; renew this one where it was made";
+        let text =
+            "this gateway does not issue certificates; renew the certificate with the CA that issued it";
         return Err(Refusal::new(RefusalCode::Denied, text));
     };
     fleet.admits(identity, serial)?;
     let life = live.config.join.certificate_lifetime;
     if !shared.joins.may_renew(&identity.instance, life) {
         shared.metrics.limit_reached(Limit::Renewals);
-        let text = "the certificate was renewed too often of late; wait a little";
+        let text = "the certificate was renewed too often recently; wait before the next attempt";
         return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
     }
     // First what the agent tells: it is how the agent comes back, if there is no room for another certificate.

@@ -52,9 +52,7 @@ struct Lifeline<'a>(&'a Stages);
 impl Drop for Lifeline<'_> {
     fn drop(&mut self) {
         if !self.0.abort.is_cancelled() {
-            tracing::error!(
-                "what keeps the view of the fleet up to date has ended; the gateway ends, start it again"
-            );
+            tracing::error!("fleet follower stopped unexpectedly; shutting down");
             self.0.end();
         }
     }

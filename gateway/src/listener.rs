@@ -72,7 +72,7 @@ pub(crate) async fn run(shared: Arc<Shared>, listener: TcpListener, speaks: Spea
             Err(error) if is_the_peers(&error) => {}
             Err(error) => {
                 shared.metrics.accept_error();
-                tracing::warn!(%error, "cannot accept connections for the moment");
+                tracing::warn!(%error, "cannot accept connections; retried in a moment");
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(BACKOFF_MAX);
             }
@@ -103,7 +103,7 @@ fn admit(shared: &Arc<Shared>, socket: TcpStream, address: SocketAddr, speaks: S
                 Ok(socket) => serve(shared, socket, incoming).await,
                 Err(error) => {
                     shared.metrics.accept_error();
-                    tracing::warn!(%error, "a connection was accepted and cannot be used");
+                    tracing::warn!(%error, "cannot set options of an accepted connection");
                 }
             }
         }
@@ -253,7 +253,7 @@ enum HandshakeError {
     /// There is no place.
     Limit(Limit),
     Alpn(String),
-    /// HTTP where TLS should be.
+    /// connection refused: plain HTTP on a TLS port.
     Plain,
     Tls {
         error: io::Error,
@@ -419,40 +419,40 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
     match error {
         HandshakeError::Probe => {
             shared.metrics.handshake(Handshake::Probe);
-            tracing::debug!(client = %address, "connected and left without a word");
+            tracing::debug!(client = %address, "connection closed before any data was received");
         }
         HandshakeError::Timeout => {
             reject(Handshake::Timeout, Surface::Listener, TlCode::Timeout);
             shared.metrics.limit_reached(Limit::HandshakeTime);
-            tracing::debug!(client = %address, "the TLS handshake took too long");
+            tracing::debug!(client = %address, "TLS handshake timed out");
         }
         HandshakeError::TooLarge => {
             reject(Handshake::TooLarge, Surface::Listener, TlCode::Limit);
             shared.metrics.limit_reached(Limit::HandshakeBytes);
-            tracing::debug!(client = %address, "the TLS handshake was larger than {HANDSHAKE_BYTES} bytes");
+            tracing::debug!(client = %address, "TLS handshake larger than {HANDSHAKE_BYTES} bytes");
         }
         HandshakeError::Header(error) => {
             reject(Handshake::ProxyHeader, Surface::Listener, TlCode::Proto);
-            tracing::info!(proxy = %address, why = %error, "connection of a trusted proxy refused");
+            tracing::info!(proxy = %address, why = %error, "connection from a trusted proxy refused");
         }
         HandshakeError::UnexpectedHeader => {
             shared.metrics.proxy_header(ProxyHeader::Unexpected);
             reject(Handshake::ProxyHeader, Surface::Listener, TlCode::Proto);
-            let why = "a PROXY protocol header came, and none is expected from this address. If it is a balancer's, name it in listen.trustedProxies; listen.proxyProtocol must not be off";
+            let why = "unexpected PROXY protocol header: this address is not a trusted proxy. If it is a load balancer, add it to listen.trustedProxies; listen.proxyProtocol must not be off";
             sparing!(shared.refusals.due(&()), info, client = %address, why, "connection refused");
         }
         HandshakeError::Forbidden => {
             shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
-            tracing::debug!(client = %address, "not among listen.allowedSources");
+            tracing::debug!(client = %address, "connection refused: address not in listen.allowedSources");
         }
         HandshakeError::Limit(limit) => {
             shared.metrics.rejected(Surface::Listener, TlCode::Limit);
             shared.metrics.limit_reached(*limit);
-            tracing::debug!(client = %address, limit = limit.label(), "there is no place for its connection");
+            tracing::debug!(client = %address, limit = limit.label(), "connection refused: limit reached");
         }
         HandshakeError::Plain => {
             reject(Handshake::Tls, Surface::Listener, TlCode::BadFraming);
-            tracing::debug!(client = %address, "HTTP where TLS should be");
+            tracing::debug!(client = %address, "connection refused: plain HTTP on a TLS port");
         }
         HandshakeError::Alpn(why) => {
             reject(Handshake::Alpn, Surface::Listener, TlCode::Proto);

@@ -106,7 +106,7 @@ impl Live {
         if let (Some(agents), Some(clients)) = (&agent_ca, &client_ca)
             && agents.shares_a_key_with(clients)
         {
-            problems.push("tls: agentCA and clientCA share a key, so that an agent could pass for a client; use two CAs");
+            problems.push("tls: agentCA and clientCA share a key, so an agent could authenticate as a client; use two different CAs");
         }
         let tokens = config.token_file.as_deref().map_or_else(|| Ok(Tokens::default()), Tokens::load);
         let tokens = tokens.unwrap_or_else(|errors| {

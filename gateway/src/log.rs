@@ -78,7 +78,7 @@ pub const LEVEL: &str = "info";
 /// What was given to `--log-level` is none.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "--log-level: {0:?} is no level: error, warn, info, debug or trace, or a list such as info,towline_gateway=debug"
+    "--log-level: {0:?} is not a log level: use error, warn, info, debug or trace, or a list such as info,towline_gateway=debug"
 )]
 pub struct LevelError(String);
 

@@ -136,14 +136,14 @@ fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> 
         Command::TunnelCa { step, force } => {
             ensure!(
                 config.state_directory.is_some(),
-                "stateDirectory is not set: the tunnel CA is in files of yours"
+                "stateDirectory is not set: this gateway uses the CA files of your configuration, and tunnel-ca cannot replace them"
             );
             say_next(commands::tunnel_ca(config, *step, *force, SystemTime::now())?);
         }
         Command::AdminKubeconfig { name, output } => {
             ensure!(
                 output.is_some() || !std::io::stdout().is_terminal(),
-                "a private key would stand on the terminal: write it into a file with --output FILE, or send it on with a pipe"
+                "refusing to print a private key on the terminal: write it to a file with --output FILE, or pipe it"
             );
             let text = commands::admin_kubeconfig(config, name, SystemTime::now())?;
             match output {
@@ -157,17 +157,19 @@ fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> 
         Command::Store(StoreCommand::Dump) => {
             let (text, dump) = commands::dump_store(config)?;
             print(&format!("{text}\n"));
-            dump.unreadable.iter().for_each(|record| report(&format!("not in the dump: {record} is broken")));
+            dump.unreadable
+                .iter()
+                .for_each(|record| report(&format!("skipped in the dump: {record} is unreadable")));
         }
         Command::Store(StoreCommand::Restore { file, keep_agents }) => {
             let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
             let (kept, void) = commands::restore_store(config, &text, *keep_agents)?;
-            report(&format!("{kept} records restored, {void} void"));
+            report(&format!("{kept} records restored, {void} dropped"));
         }
         Command::Store(StoreCommand::Check) => {
             let found = commands::check_store(config)?;
             found.problems.iter().for_each(|problem| report(problem));
-            ensure!(found.problems.is_empty(), "{} records cannot be read", found.problems.len());
+            ensure!(found.problems.is_empty(), "{} records are unreadable", found.problems.len());
             report(&format!("{} records, all readable", found.readable));
         }
     }
@@ -177,12 +179,12 @@ fn run_command(config: &GatewayConfig, command: &Command) -> anyhow::Result<()> 
 /// Says what comes next.
 fn say_next(phase: Phase) {
     let next = match phase {
-        Phase::Single => "one CA, which issues and is believed. To replace it: tunnel-ca trust-new",
+        Phase::Single => "one CA is trusted and issues certificates. To replace it: tunnel-ca trust-new",
         Phase::TrustsNew => {
-            "both CAs are believed, the old one issues. When `kubectl wait --for=condition=TrustCurrent clusters --all` is content, or only those are left that are not connected: tunnel-ca issue-new"
+            "both CAs are trusted; the old one issues certificates. Wait until `kubectl wait --for=condition=TrustCurrent clusters --all` succeeds or only disconnected clusters are left, then run: tunnel-ca issue-new"
         }
         Phase::IssuesNew => {
-            "both CAs are believed, the new one issues. When every certificate has been renewed (join.certificateLifetime): tunnel-ca drop-old"
+            "both CAs are trusted; the new one issues certificates. Wait until every certificate has been renewed (join.certificateLifetime), then run: tunnel-ca drop-old"
         }
     };
     print(&format!("{next}\n"));
@@ -204,11 +206,11 @@ async fn run(config: GatewayConfig, path: PathBuf) -> anyhow::Result<()> {
             _ = interrupt.recv() => break,
             () = gateway.failed() => {
                 gateway.shutdown().await;
-                bail!("the gateway cannot go on; the log says why");
+                bail!("the gateway has failed; see the log for the reason");
             }
             _ = hangup.recv() => {
                 if let Err(error) = gateway.reload().await {
-                    tracing::error!("reload refused, the last good state stays in force:\n{error}");
+                    tracing::error!("reload refused; the last valid configuration stays in effect:\n{error}");
                 }
             }
         }

@@ -67,7 +67,7 @@ async fn open_store(place: &Path, metrics: &Arc<Metrics>, patience: Duration) ->
             Err(MemoryError::Store(error)) if error.passes() && Instant::now() < until => {
                 if !std::mem::replace(&mut told, true) {
                     let at_most = human(patience);
-                    tracing::warn!(why = %error, at_most, "the gateway waits for its store");
+                    tracing::warn!(why = %error, at_most, "waiting for the store");
                 }
                 tokio::time::sleep(STORE_PAUSE).await;
             }
@@ -94,11 +94,11 @@ pub enum MemoryError {
     #[error(transparent)]
     Authority(#[from] AuthorityError),
     #[error(
-        "{} is of the trust domain {known}, and trustDomain says {configured}: each of its agents would be nobody. Set trustDomain: {known}; another trust domain needs a state directory of its own", directory.display()
+        "{} was created for the trust domain {known}, but trustDomain is {configured}: the gateway would refuse every agent on record. Set trustDomain: {known}, or use a new state directory for another trust domain", directory.display()
     )]
     TrustDomain { directory: PathBuf, known: String, configured: String },
     #[error(
-        "the CA of {agents} agents on record is missing; bring back tunnel-ca.crt and tunnel-ca.key in {} from the backup, or start with --new-ca: then every agent has to join anew with a new token", directory.display()
+        "the CA that issued the certificates of {agents} agents on record is missing. Restore tunnel-ca.crt and tunnel-ca.key in {} from the backup, or start with --new-ca; every agent must then join again with a new token", directory.display()
     )]
     NoCa { directory: PathBuf, agents: usize },
 }

@@ -246,13 +246,13 @@ impl Metrics {
             rejected: counters(
                 r,
                 "towline_rejected_total",
-                "What was refused, where, and why.",
+                "Refused requests and connections, by place and reason.",
                 &["surface", "code"],
             ),
             limits_reached: counters(
                 r,
                 "towline_gateway_limits_reached_total",
-                "How often a limit was reached, by its name.",
+                "Times that a limit was reached, by limit.",
                 &["limit"],
             ),
             handshakes: counters(
@@ -264,23 +264,23 @@ impl Metrics {
             proxy_headers: counters(
                 r,
                 "towline_gateway_proxy_headers_total",
-                "PROXY protocol headers of balancers, and their absence, by what became of it.",
+                "PROXY protocol headers, present or missing, by outcome.",
                 &["outcome"],
             ),
             connections: gauge(
                 r,
                 "towline_gateway_connections",
-                "Connections to the public port, handshakes and those that wait for one included.",
+                "Open connections to the public port, including those in or waiting for a handshake.",
             ),
             parked: gauge(
                 r,
                 "towline_gateway_connections_parked",
-                "Connections that wait for a handshake of their address to end.",
+                "Connections waiting for another handshake of the same address to end.",
             ),
             unauthenticated: gauge(
                 r,
                 "towline_gateway_connections_unauthenticated",
-                "Connections of clients of which no request has said yet who calls.",
+                "Client connections on which no request has been authenticated yet.",
             ),
             accept_errors: counter(
                 r,
@@ -302,7 +302,7 @@ impl Metrics {
             sessions_ended: counters(
                 r,
                 "towline_gateway_sessions_ended_total",
-                "Sessions that ended, and why.",
+                "Ended sessions, by reason.",
                 &["reason"],
             ),
             clusters: gauges(
@@ -325,79 +325,71 @@ impl Metrics {
             tunnel_memory: gauge(
                 r,
                 "towline_gateway_tunnel_memory_bytes",
-                "Receive memory that the sessions with agents hold: what agents may send and nobody has read yet.",
+                "Receive memory reserved for sessions with agents, in bytes: data that agents may send and that is not read yet.",
             ),
             upload_memory: gauge(
                 r,
                 "towline_gateway_upload_memory_bytes",
-                "What clients may send of request bodies over HTTP/2 and nobody has read yet.",
+                "Memory reserved for request bodies over HTTP/2, in bytes: data that clients may send and that is not read yet.",
             ),
             requests: CLASSES.map(|class| requests.with_label_values(&[class])),
-            requests_in_flight: gauge(
-                r,
-                "towline_gateway_requests_in_flight",
-                "Requests that have not ended.",
-            ),
+            requests_in_flight: gauge(r, "towline_gateway_requests_in_flight", "Running requests."),
             first_byte: histogram(
                 r,
                 "towline_gateway_request_first_byte_seconds",
-                "From a request's head to its answer's.",
+                "Time from a request's head to its response's head, in seconds.",
             ),
             upgraded: gauge(
                 r,
                 "towline_gateway_upgraded_connections",
-                "Connections that carry raw bytes after a 101.",
+                "Connections that carry raw bytes after a 101 response.",
             ),
             aborted: counter(
                 r,
                 "towline_gateway_answers_aborted_total",
-                "Answers that broke off after their head.",
+                "Responses cut off after their head.",
             ),
             watches_ended: counters(
                 r,
                 "towline_gateway_watches_ended_total",
-                "Watches that ended between two events before the API server ended them.",
+                "Watches that the gateway ended between two events, before the API server did.",
                 &["cause"],
             ),
             retries: counter(
                 r,
                 "towline_gateway_retries_total",
-                "Requests sent again because nothing had been done.",
+                "Requests sent again because the first attempt had no effect.",
             ),
             ended: counters(
                 r,
                 "towline_gateway_requests_ended_total",
-                "Running requests ended because what let them in was taken away or has run out.",
+                "Running requests cancelled because their credential or access was revoked or has expired.",
                 &["why"],
             ),
             holds: counters(
                 r,
                 "towline_gateway_holds_total",
-                "Requests that waited for an agent to come back.",
+                "Requests that waited for an agent to reconnect.",
                 &["outcome"],
             ),
-            holds_waiting: gauge(
-                r,
-                "towline_gateway_holds_waiting",
-                "Requests that wait for an agent right now.",
-            ),
+            holds_waiting: gauge(r, "towline_gateway_holds_waiting", "Requests waiting for an agent now."),
             reloads: counters(
                 r,
                 "towline_gateway_reloads_total",
                 "Reloads of configuration, certificates and tokens.",
                 &["outcome"],
             ),
-            draining: gauge(r, "towline_gateway_draining", "Whether the gateway is about to stop."),
-            tasks: gauge(r, "towline_gateway_tasks", "Tasks that run, of all threads."),
+            draining: gauge(r, "towline_gateway_draining", "Whether the gateway is shutting down."),
+            tasks: gauge(r, "towline_gateway_tasks", "Running tasks of all threads."),
             revocations_purged: counter(
                 r,
                 "towline_gateway_revocations_purged_total",
-                "Revocations that could matter no more.",
+                "Expired revocations that were purged.",
             ),
             records_skipped: counters(
                 r,
                 "towline_gateway_store_records_skipped_total",
-                "Records of the store that could not be read, by why.",
+                "Unreadable records of the store, by reason.",
                 &["reason"],
             ),
             store_errors: counter(
@@ -408,19 +400,19 @@ impl Metrics {
             joins: counters(
                 r,
                 "towline_gateway_joins_total",
-                "Requests of agents to join, by what became of them.",
+                "Join requests of agents, by outcome.",
                 &["outcome"],
             ),
             renewals: counters(
                 r,
                 "towline_gateway_renewals_total",
-                "Renewals of agents' certificates, by what became of them.",
+                "Renewals of agent certificates, by outcome.",
                 &["outcome"],
             ),
             trust_pending: gauge(
                 r,
                 "towline_gateway_trust_pending",
-                "Sessions whose agents have not acknowledged the tunnel CA's roots as they are now.",
+                "Sessions whose agents have not acknowledged the tunnel CA's current roots.",
             ),
             registry,
         };

@@ -143,7 +143,7 @@ struct Live {
     visit: Arc<Visit>,
     /// Where it runs.
     shard: ThreadId,
-    /// Cancelled when the session is being replaced because its stream ids run out.
+    /// Cancelled when the session is being replaced because its stream ids are nearly used up.
     retiring: CancellationToken,
     /// Tunnel bytes that the metrics have seen.
     counted: Traffic,
@@ -468,7 +468,7 @@ impl Registry {
     /// Has a session replaced whose stream ids run out: its agent makes a new one before this one ends.
     fn rotate(&self, live: &Live) {
         if live.session.streams_left().1 < self.spare_ids {
-            retire(live.id, &live.session, &live.retiring, "its stream ids run out");
+            retire(live.id, &live.session, &live.retiring, "its stream ids are nearly used up");
         }
     }
 
@@ -784,9 +784,9 @@ fn how(reason: Option<&CloseReason>) -> String {
             format!("the agent stopped: {text}")
         }
         Some(CloseReason::Peer { text, .. }) => format!("the agent closed it: {text}"),
-        Some(CloseReason::Violation(violation)) => format!("the agent broke the protocol: {violation}"),
+        Some(CloseReason::Violation(violation)) => format!("the agent violated the protocol: {violation}"),
         Some(CloseReason::Dead(silence)) => {
-            format!("the agent fell silent, for {:.0} s", silence.as_secs_f32())
+            format!("the agent sent nothing for {:.0} s", silence.as_secs_f32())
         }
         Some(CloseReason::Transport(text)) => format!("the connection failed: {text}"),
         Some(reason @ CloseReason::HelloTimeout) => reason.to_string(),
@@ -1171,7 +1171,7 @@ mod tests {
         assert!((58..=62).contains(&ours) && ours + theirs == 90, "{ours} {theirs}");
     }
 
-    /// MX-11: long before its stream ids run out a session gives way to a new one.
+    /// MX-11: long before its stream ids are nearly used up a session gives way to a new one.
     #[tokio::test(start_paused = true)]
     async fn a_session_whose_ids_run_out_is_replaced_before_it_ends() {
         let registry = Arc::try_unwrap(registry()).unwrap();

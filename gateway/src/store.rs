@@ -138,9 +138,11 @@ pub trait Stored: Serialize + DeserializeOwned {
 /// Why a record cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Unreadable {
-    #[error("it was written by a newer version; upgrade this gateway")]
+    #[error("the record was written by a newer version; upgrade this gateway")]
     Newer,
-    #[error("it is broken; look at it with `towline-gateway store check`, and delete or write it again")]
+    #[error(
+        "the record is unreadable; inspect it with `towline-gateway store check`, then delete or rewrite it"
+    )]
     Broken,
 }
 
@@ -263,11 +265,11 @@ impl Transaction {
 #[derive(Debug, Error)]
 pub enum CommitError {
     /// Somebody else was faster, or the caller remembers it wrongly: read again, then decide again.
-    #[error("{0} has changed meanwhile")]
+    #[error("{0} was modified by another writer")]
     Conflict(Key),
     #[error("{0} would be larger than {RECORD_MAX} bytes, or its name is empty or longer than {NAME_MAX}")]
     TooLarge(Key),
-    #[error("the lease has run out")]
+    #[error("the lease has expired")]
     LeaseEnded,
     /// Whether it happened is not known where the disk failed in the middle; watches tell.
     #[error(transparent)]
@@ -277,10 +279,10 @@ pub enum CommitError {
 /// Why the store does not answer, or does not open.
 #[derive(Debug, Error)]
 pub enum StoreError {
-    #[error("{} is in use by {holder}: one process at a time. Stop that one first", path.display())]
+    #[error("{} is in use by {holder}, and only one process may use it. Stop that process first", path.display())]
     Held { path: PathBuf, holder: String },
     #[error(
-        "{} is damaged ({what}). It was left as it is: move it away and restore a dump with `towline-gateway store restore`",
+        "{} is damaged ({what}) and was not changed. Move it away, then restore a dump with `towline-gateway store restore`",
         path.display()
     )]
     Damaged { path: PathBuf, what: String },
@@ -288,9 +290,9 @@ pub enum StoreError {
     NewerFormat { path: PathBuf, found: u64 },
     #[error("{}: {error}. Check that the disk is mounted, writable and not full", path.display())]
     Disk { path: PathBuf, error: io::Error },
-    #[error("{} is there already: move it away first", path.display())]
+    #[error("{} already exists: move it away first", path.display())]
     Exists { path: PathBuf },
-    #[error("the gateway stops")]
+    #[error("the gateway is stopping")]
     Closed,
 }
 
@@ -437,7 +439,7 @@ impl Store {
             let transaction =
                 keys.iter().cloned().fold(Transaction::new(), |transaction, key| transaction.delete(key));
             if let Err(error) = self.commit(transaction).await {
-                tracing::error!(%error, "records of an ended lease stay for now");
+                tracing::error!(%error, "cannot delete the records of an expired lease; retried later");
                 engine.leases().give_back(keys);
                 tokio::time::sleep(lease::RETRY).await;
             }

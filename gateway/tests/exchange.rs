@@ -172,9 +172,9 @@ async fn restricted_mode_passes_the_callers_own_credential_through() {
     assert!(!lines.contains("x-remote-user"), "{lines}");
 
     for (client, authorization, expected) in [
-        (Some("jane"), None, "needs a credential of its own"),
+        (Some("jane"), None, "no credential for the cluster"),
         (None, Some("Bearer cluster-token"), "set client-certificate"),
-        (Some("jane"), Some(&*format!("Bearer {TOKEN}")), "it was not passed on"),
+        (Some("jane"), Some(&*format!("Bearer {TOKEN}")), "did not forward the token"),
         (None, None, "no credential was presented"),
     ] {
         let mut client = world.h1(client).await;

@@ -811,7 +811,7 @@ async fn s8_a_token_lets_one_process_in() {
     let agent = Agent::connect(&world, &again, &mine, 2).await.unwrap();
     let thief = ask(&world, &with_boot(proof.clone(), &key(), 3)).await.unwrap_err();
     assert_eq!(code(&thief), RefusalCode::Denied, "{}", thief.text);
-    assert!(thief.text.contains("has let in another process"), "{}", thief.text);
+    assert!(thief.text.contains("another process has already joined"), "{}", thief.text);
     // A container that crashed: the kubelet gives it the same token.
     agent.session.close(towline_proto::Code::Draining, "crashed");
     world.connected("east", 0).await;
@@ -843,7 +843,7 @@ async fn s8_a_pods_next_token_lets_nobody_in_beside_it() {
     world.connected("east", 2).await;
     let thief = ask(&world, &with_boot(east.token_of_pod("a"), &key(), 3)).await.unwrap_err();
     assert_eq!(code(&thief), RefusalCode::Denied, "{}", thief.text);
-    assert!(thief.text.contains("has let in another process"), "{}", thief.text);
+    assert!(thief.text.contains("another process has already joined"), "{}", thief.text);
     let sibling = ask(&world, &with_boot(east.token_of_pod("b"), &key(), 4)).await.unwrap();
     assert!(again.instance == admitted.instance && sibling.instance != admitted.instance);
     // Its container has crashed.
@@ -1069,7 +1069,7 @@ async fn a_step_waits_for_those_who_are_connected() {
     take(Step::TrustNew, false).await.unwrap();
     let refused = take(Step::IssueNew, false).await.unwrap_err();
     if reloads() == before {
-        assert!(refused.contains("picked up the last step"), "what the gateway says is of before: {refused}");
+        assert!(refused.contains("loaded the last step"), "what the gateway says is of before: {refused}");
     }
     world.gateway.reload().await.unwrap();
     let refused = take(Step::IssueNew, false).await.unwrap_err();
@@ -1081,7 +1081,7 @@ async fn a_step_waits_for_those_who_are_connected() {
     world.gateway.reload().await.unwrap();
 
     let refused = take(Step::DropOld, false).await.unwrap_err();
-    assert!(refused.contains("certificates live for"), "{refused}");
+    assert!(refused.contains("certificates are valid for"), "{refused}");
     let late = SystemTime::now() + 25 * HOUR;
     let silent = Agent::connect(&world, &beside, &other, 2).await.unwrap();
     until(&world, "east", |status| trust_current(status) == "False").await;
@@ -1092,7 +1092,7 @@ async fn a_step_waits_for_those_who_are_connected() {
     deaf.admin.address = "127.0.0.1:1".parse().unwrap();
     let refused =
         tokio::task::spawn_blocking(move || commands::tunnel_ca(&deaf, Some(Step::DropOld), false, late));
-    assert!(refused.await.unwrap().unwrap_err().to_string().contains("cannot be asked"));
+    assert!(refused.await.unwrap().unwrap_err().to_string().contains("cannot ask the gateway"));
     assert_eq!(rotation::phase(&world.path("state")).unwrap(), rotation::Phase::IssuesNew);
     take(Step::DropOld, true).await.unwrap();
     drop(silent);
@@ -1327,9 +1327,12 @@ async fn d5_status_says_why_nobody_is_connected() {
     let joined = |status: &Value| condition(status, "Joined").unwrap().2.to_owned();
     let status = shown(&|_| true).await;
     assert_eq!(condition(&status, "Joined").unwrap().1, "Pending");
-    assert_eq!(joined(&status), "never joined; let one join: towline token create east");
+    assert_eq!(
+        joined(&status),
+        "no agent has joined yet; let an agent join with a new token: towline token create east"
+    );
     let good = token(&world, "east", 1, HOUR).await;
-    let text = format!("never joined; token {} is unused, ends 2", good.id);
+    let text = format!("no agent has joined yet; token {} is unused and expires 2", good.id);
     shown(&|status| joined(status).starts_with(&text)).await;
     // Whoever has no secret, or one of nobody's.
     let stranger = Token { secret: Bytes::from_static(&[7; 16]), ..good.clone() };
@@ -1373,7 +1376,7 @@ async fn d5_status_says_why_nobody_is_connected() {
     agent.closed().await;
     assert!(Agent::connect(&world, &admitted, &mine, 1).await.is_err());
     let status = shown(&|status| status["sessions"] == 0).await;
-    let text = "let an agent join anew: towline token create east";
+    let text = "let an agent join again with a new token: towline token create east";
     assert_eq!(condition(&status, "Revoked"), Some(("True", "Revoked", text)));
     assert!(
         condition(&status, "Joined").unwrap().1 == "Revoked" && refused(&status).unwrap().0 == "False",
@@ -1381,7 +1384,7 @@ async fn d5_status_says_why_nobody_is_connected() {
     );
     let gone = condition(&status, "Connected").unwrap();
     assert!(
-        gone.1 == "NoSession" && gone.2.contains("the gateway closed it: the agent is not admitted"),
+        gone.1 == "NoSession" && gone.2.contains("the gateway closed it: the agent is no longer admitted"),
         "{gone:?}"
     );
     assert!(status.get("instances").is_none(), "{status}");
@@ -1405,7 +1408,7 @@ async fn d5_an_agent_that_is_nobody_any_more_says_so() {
     assert!(Agent::connect(&world, &admitted, &mine, 1).await.is_err());
     let turned_away = |status: &Value| {
         condition(status, "JoinRefused")
-            .is_some_and(|(_, _, why)| why.contains("its certificate was revoked"))
+            .is_some_and(|(_, _, why)| why.contains("the agent's certificate was revoked"))
     };
     let status = until(&world, "east", turned_away).await["status"].clone();
     assert_eq!(condition(&status, "Joined").unwrap().1, "JoinAnew");
@@ -1442,7 +1445,7 @@ async fn d5_what_nobody_has_signed_says_nothing() {
     // Another pod of the cluster.
     let other = east.token("1", "system:serviceaccount:other:pod");
     assert!(ask(&world, &request(other, &key())).await.is_err());
-    let why = "its ServiceAccount token does not count: it is another ServiceAccount's";
+    let why = "its ServiceAccount token is invalid: its subject is not the agent's ServiceAccount";
     let turned_away = |status: &Value| {
         condition(status, "JoinRefused")
             .is_some_and(|(status, _, said)| status == "True" && said.starts_with(why))

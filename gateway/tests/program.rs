@@ -75,7 +75,7 @@ async fn d16_what_is_wrong_is_said_once() {
     };
     let beside = run(&[]);
     assert_eq!(beside.matches("is in use by process").count(), 1, "{beside}");
-    assert_eq!(beside.matches("Stop that one first").count(), 1, "{beside}");
+    assert_eq!(beside.matches("Stop that process first").count(), 1, "{beside}");
     let dump = run(&["store", "dump"]);
     assert_eq!(dump.matches("is in use by process").count(), 1, "{dump}");
     let level = run(&["--log-level", "nonsense=nonsense"]);

@@ -108,7 +108,7 @@ async fn only_admitted_agents_get_in() {
     let stranger = Agent::connect_quic(&world, "stranger", [1; 16]).await;
     let closed = stranger.closed().await;
     let CloseReason::Peer { text, .. } = closed else { panic!("{closed}") };
-    assert!(text.contains("stranger-uid is not on this gateway's list"), "{text}");
+    assert!(text.contains("stranger-uid is not in this gateway's configuration"), "{text}");
 
     let first = world.agent("prod").await;
     let second = Agent::connect_quic(&world, "prod", [9; 16]).await;

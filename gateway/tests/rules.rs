@@ -230,7 +230,7 @@ async fn takes_effect(what: What) {
     }
     in_time("nobody takes it any more", writers.join_all()).await;
     let said = last_words(raw).await;
-    let why = if stays == 0.0 { "mode was changed" } else { "may not call" };
+    let why = if stays == 0.0 { "mode was changed" } else { "no longer allowed to call" };
     // A cluster whose agent is not admitted any more loses its session, which may be faster.
     assert!(said.contains(why) || what == What::Cluster, "{what:?}: {said:?}");
     let status = waits.await.unwrap();

@@ -28,7 +28,7 @@ async fn an_agent_that_is_not_listed_is_told_so() {
     let stranger = Agent::connect(&world, "stranger", [1; 16]).await;
     let reason = stranger.closed().await;
     let CloseReason::Peer { text, .. } = reason else { panic!("{reason:?}") };
-    assert!(text.contains("stranger-uid is not on this gateway's list"), "{text}");
+    assert!(text.contains("stranger-uid is not in this gateway's configuration"), "{text}");
     assert_eq!(world.series("towline_rejected_total{code=\"TL_CERT\",surface=\"tunnel\"}"), 1.0);
 }
 

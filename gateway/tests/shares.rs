@@ -123,7 +123,7 @@ async fn a2_idle_requests_of_one_cluster_leave_the_others_theirs() {
             if let Some(reason) = another.session.closed() {
                 assert_eq!(reason.code(), Code::Limit.to_u32(), "{reason}");
                 assert!(
-                    reason.to_string().contains("all the memory that the gateway has for it"),
+                    reason.to_string().contains("all the memory that the gateway allows for it"),
                     "{reason}"
                 );
             }
@@ -297,7 +297,7 @@ async fn fr_03_stalled_uploads_stop_nobody_else() {
     let request = client.request("POST", UPLOAD, &[("authorization", &authorization)], endless(&mut bodies));
     let refused = in_time("one more", client.start(request)).await.unwrap();
     let (status, _, message) = error_of(refused).await;
-    assert!(status == 429 && message.contains("in this connection"), "{status} {message}");
+    assert!(status == 429 && message.contains("on this connection"), "{status} {message}");
     assert_eq!(limit(&world, "uploads_per_connection"), 1.0);
     // On another connection there is room.
     let another = world.h2(None).await;

@@ -314,7 +314,7 @@ async fn an_operator_runs_the_fleet() {
     let lines: Vec<&str> = status.out.lines().collect();
     assert!(
         lines[1].starts_with("lab")
-            && lines[1].contains("Pending: never joined; let one join: towline token create lab"),
+            && lines[1].contains("Pending: no agent has joined yet; let an agent join with a new token: towline token create lab"),
         "{}",
         status.out
     );
@@ -332,8 +332,11 @@ async fn an_operator_runs_the_fleet() {
     world.ok(&["token", "create", "lab", "--name", "for-lab"]).await;
     let pending = world.ok(&["status"]).await;
     // An hour from now, or a second less.
-    let ends =
-        |text| pending.contains(&format!("Pending: never joined; token for-lab is unused, ends in {text}"));
+    let ends = |text| {
+        pending.contains(&format!(
+            "Pending: no agent has joined yet; token for-lab is unused and expires in {text}"
+        ))
+    };
     assert!(ends("1h") || ends("59m"), "{pending}");
     let told = world.ok(&["cluster", "describe", "prod"]).await;
     for text in [
@@ -376,8 +379,8 @@ async fn an_operator_runs_the_fleet() {
         }
     });
     let line = line.await.expect("the watch tells of it");
-    let revoked =
-        line.contains("Revoked") && line.contains("let an agent join anew: towline token create prod");
+    let revoked = line.contains("Revoked")
+        && line.contains("let an agent join again with a new token: towline token create prod");
     let is_prod = line.split_whitespace().nth(1) == Some("prod");
     assert!(is_prod && revoked, "{line} after {:?}", since.elapsed());
     watching.kill().await.unwrap();

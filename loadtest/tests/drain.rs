@@ -625,7 +625,11 @@ async fn drains_into_its_successor(transport: &str) {
         assert!(since >= due && since < due + LATE, "{carrier}: the end came after {since:?}");
         if carrier == "WebSocket" {
             assert_ne!(finished.code, Some(0), "{carrier}");
-            assert!(finished.stderr.contains("this gateway stops"), "{carrier}: {}", finished.stderr);
+            assert!(
+                finished.stderr.contains("this gateway is shutting down"),
+                "{carrier}: {}",
+                finished.stderr
+            );
         }
     }
     eprintln!(

@@ -146,7 +146,7 @@ async fn yesterdays_certificate_is_nobody() {
     assert!(live.renew(&key).await.is_err());
     let again = Live::connect(fleet.front, &admitted.certificate, &admitted.trust, &key, 1).await;
     let refused = Live::refused(again).await;
-    assert!(refused.contains("not on record"), "{refused}");
+    assert!(refused.contains("not registered"), "{refused}");
     assert!(join(fleet.front, &token, &key).await.unwrap().is_err(), "the old token is void");
     assert!(!fleet.connected("prod").await);
     // The next one's own agent is let in beside all that.

@@ -363,7 +363,7 @@ async fn behind_nginx() {
     until_one(&bench, "version_1").await;
     until("the log names it", PATIENCE, async || {
         let log = common::log(&bench.stack.path("gateway.log"));
-        log.contains("header of version 1 came; only version 2 is spoken")
+        log.contains("PROXY protocol version 1 is not supported, only version 2")
     })
     .await;
 

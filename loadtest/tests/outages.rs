@@ -76,7 +76,7 @@ async fn agent_killed_and_back() {
         let answer = answer.unwrap();
         assert_eq!(answer.status(), 502);
         let refusal = Refusal::from(&answer);
-        assert!(refusal.message.contains("may or may not have been carried out"), "{refusal:?}");
+        assert!(refusal.message.contains("may or may not have taken effect"), "{refusal:?}");
     }
     let prompt = killed.elapsed();
     let half = async {

@@ -176,7 +176,7 @@ async fn everything_ends(what: What, transport: &str) {
     agent.kill().await.unwrap();
     let mut agent = fleet.begin_agent("prod");
     let said = || log(&fleet.path("prod.log"))[before..].to_owned();
-    until("the agent says what to do next", PATIENCE, async || said().contains("join anew")).await;
+    until("the agent says what to do next", PATIENCE, async || said().contains("with a new token")).await;
     stays_out(&fleet, &mut agent, what).await;
     drop(agent);
     fake.shutdown().await;

@@ -61,12 +61,12 @@ impl Eq for Principal {}
 /// Why a name cannot be a caller's.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PrincipalError {
-    #[error("the name {0:?} begins with system:, which belongs to Kubernetes itself")]
+    #[error("the name {0:?} begins with system:, which is reserved for Kubernetes")]
     SystemName(String),
-    #[error("the group {0:?} begins with system:, which belongs to Kubernetes itself")]
+    #[error("the group {0:?} begins with system:, which is reserved for Kubernetes")]
     SystemGroup(String),
     #[error(
-        "the group {0:?} begins with towline:, which belongs to the gateway itself: only its own CA and its records may say it"
+        "the group {0:?} begins with towline:, which is reserved for the gateway: only its own CA and its own tokens may carry it"
     )]
     OwnGroup(String),
     #[error("the name {0}")]
@@ -74,7 +74,7 @@ pub enum PrincipalError {
     /// Which of the groups, from 1 on.
     #[error("group {0} {1}")]
     Group(usize, TextError),
-    #[error("there are {0} groups, and at most {GROUPS_MAX} are allowed")]
+    #[error("{0} groups are too many: at most {GROUPS_MAX} are allowed")]
     TooManyGroups(usize),
 }
 
@@ -83,9 +83,9 @@ pub enum PrincipalError {
 pub enum TextError {
     #[error("is empty")]
     Empty,
-    #[error("has {0} bytes, and at most {TEXT_MAX} are allowed")]
+    #[error("is {0} bytes long: at most {TEXT_MAX} are allowed")]
     TooLong(usize),
-    #[error("holds control characters")]
+    #[error("contains control characters")]
     Control,
 }
 
@@ -218,7 +218,7 @@ impl Certificate {
                 Self::Verified { principal, credential }
             }
             (Err(why), _) => Self::Unbelieved(why),
-            (Ok(_), None) => Self::Unbelieved("it cannot be read".to_owned()),
+            (Ok(_), None) => Self::Unbelieved("it cannot be parsed".to_owned()),
         }
     }
 }
@@ -226,13 +226,13 @@ impl Certificate {
 /// Why a caller is nobody.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum AuthnError {
-    #[error("there are several Authorization headers")]
+    #[error("the request has more than one Authorization header")]
     SeveralAuthorizations,
     #[error("the Authorization header is malformed")]
     MalformedAuthorization,
     #[error("no credential was presented")]
     NoCredential,
-    #[error("the client certificate was not accepted: {0}")]
+    #[error("the client certificate is not accepted: {0}")]
     CertificateUnbelieved(String),
     #[error("the client certificate has expired")]
     CertificateExpired,
@@ -240,22 +240,20 @@ pub enum AuthnError {
     CertificateRevoked,
     #[error("the credential was revoked while the request was running")]
     Revoked,
-    #[error("the credential has expired while the request was running")]
+    #[error("the credential expired while the request was running")]
     Expired,
-    #[error("the bearer token is not known")]
+    #[error("unknown bearer token")]
     UnknownToken,
     /// No certificate, and a credential that is for somebody else.
-    #[error(
-        "no client certificate was presented, and the credential in the request is none of this gateway's"
-    )]
+    #[error("the request has no client certificate, and its credential was not issued by this gateway")]
     ForeignCredential,
     /// Restricted mode: a certificate, and nothing for the cluster.
     #[error(
-        "this cluster is in restricted mode: the client certificate is good for the gateway, and the cluster needs a credential of its own"
+        "this cluster is in restricted mode: the client certificate authenticates you to the gateway, but the request has no credential for the cluster"
     )]
     ClusterCredentialNeeded,
     /// A credential of ours where it would reach a cluster.
-    #[error("a token of the gateway was sent where it would be passed on to the cluster")]
+    #[error("the request carries a token of the gateway where it would be forwarded to the cluster")]
     OwnCredential,
     #[error(transparent)]
     Principal(#[from] PrincipalError),
@@ -651,13 +649,13 @@ mod tests {
         assert_eq!(check("jane", groups(GROUPS_MAX)), Ok(()));
         let told = |name: &str, groups| check(name, groups).unwrap_err().to_string();
         for (name, groups, text) in [
-            ("jane", groups(GROUPS_MAX + 1), "there are 1025 groups, and at most 1024 are allowed"),
+            ("jane", groups(GROUPS_MAX + 1), "1025 groups are too many: at most 1024 are allowed"),
             ("", groups(1), "the name is empty"),
-            ("a\nb", groups(1), "the name holds control characters"),
-            (&"x".repeat(257), groups(1), "the name has 257 bytes, and at most 256 are allowed"),
+            ("a\nb", groups(1), "the name contains control characters"),
+            (&"x".repeat(257), groups(1), "the name is 257 bytes long: at most 256 are allowed"),
             ("jane", vec!["a".to_owned(), String::new()], "group 2 is empty"),
-            ("jane", vec!["x".repeat(300)], "group 1 has 300 bytes, and at most 256 are allowed"),
-            ("jane", vec!["a\u{7}".to_owned()], "group 1 holds control characters"),
+            ("jane", vec!["x".repeat(300)], "group 1 is 300 bytes long: at most 256 are allowed"),
+            ("jane", vec!["a\u{7}".to_owned()], "group 1 contains control characters"),
         ] {
             assert_eq!(told(name, groups), text);
         }

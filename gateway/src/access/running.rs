@@ -326,7 +326,7 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
             Ok(until) => next = next.into_iter().chain(until).min(),
             Err(why) => {
                 let requests = entry.requests.load(Ordering::Relaxed);
-                tracing::debug!(credential = %grant.credential, user = %printable(&grant.principal.name), scope = %grant.scope, requests, why = why.label(), "what runs by it ends");
+                tracing::debug!(credential = %grant.credential, user = %printable(&grant.principal.name), scope = %grant.scope, requests, why = why.label(), "requests of a credential are cancelled");
                 ended += requests;
                 shared.metrics.ended(why, requests);
                 // Set once: an entry is ended here and nowhere else.
@@ -336,7 +336,10 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
         }
     }
     if ended > 0 {
-        tracing::info!(requests = ended, "requests end: what let them in was taken away or has run out");
+        tracing::info!(
+            requests = ended,
+            "running requests cancelled: their credential or access was revoked or has expired"
+        );
     }
     if let Some(next) = next {
         shared.running.look_at(next);

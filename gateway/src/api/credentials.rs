@@ -41,15 +41,14 @@ pub(super) fn issue(
     let Some(authorities) = &call.shared.authorities else { return Err(ApiError::no_such_path()) };
     let life = match &body["spec"]["expirationSeconds"] {
         Value::Null => LIFE,
-        value => value
-            .as_u64()
-            .filter(|life| (60..=LIFE_MOST).contains(life))
-            .ok_or_else(|| refuse("spec.expirationSeconds", "must be 60 to 86400"))?,
+        value => value.as_u64().filter(|life| (60..=LIFE_MOST).contains(life)).ok_or_else(|| {
+            refuse("spec.expirationSeconds", "must be an integer from 60 to 86400 (seconds)")
+        })?,
     };
     let request = body["spec"]["request"].as_str().unwrap_or_default();
-    let pem = STANDARD.decode(request).map_err(|_| refuse("spec.request", "must be PEM in base64"))?;
+    let pem = STANDARD.decode(request).map_err(|_| refuse("spec.request", "must be base64-encoded PEM"))?;
     let csr = CertificateSigningRequestDer::from_pem_slice(&pem)
-        .map_err(|_| refuse("spec.request", "must be one certificate request in PEM"))?;
+        .map_err(|_| refuse("spec.request", "must be exactly one certificate request in PEM"))?;
     let principal = &call.principal;
     let identity = ClientIdentity::new(&principal.name, &principal.groups)
         .map_err(|error| refuse("metadata", &error.to_string()))?;

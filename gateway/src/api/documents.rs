@@ -86,17 +86,17 @@ fn v3_document() -> Value {
         let mut schema = json!({
             "type": "object", "description": resource.about, "x-kubernetes-group-version-kind": [gvk],
             "properties": {
-                "apiVersion": {"type": "string", "description": "The version of this form."},
-                "kind": {"type": "string", "description": "What this is."},
-                "metadata": {"type": "object", "description": "Name, labels, annotations and so on."},
+                "apiVersion": {"type": "string", "description": "Version of this schema."},
+                "kind": {"type": "string", "description": "Kind of this object."},
+                "metadata": {"type": "object", "description": "Name, labels, annotations and other metadata."},
             },
         });
         if !resource.spec.is_empty() {
-            schema["properties"]["spec"] = Resource::schema(resource.spec, "What is wanted.");
+            schema["properties"]["spec"] = Resource::schema(resource.spec, "Desired state.");
         }
         if !resource.status.is_empty() {
             schema["properties"]["status"] =
-                Resource::schema(resource.status, "What is; the gateway writes it.");
+                Resource::schema(resource.status, "Observed state; written by the gateway.");
         }
         schemas.insert(name, schema);
     }

@@ -42,21 +42,21 @@ impl ApiError {
 
     pub(super) fn forbidden(user: &str, verb: &str, resource: &str) -> Self {
         let message = format!(
-            "user {user:?} may not {verb} {resource} of the fleet — ask somebody of the group {}",
+            "user {user:?} may not {verb} {resource} in the fleet's API — ask a member of the group {}",
             super::ADMINS
         );
         Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden)
     }
 
     pub(super) fn cross_site() -> Self {
-        let message = "the fleet's API is not for web pages — use kubectl or towline";
+        let message = "the fleet's API refuses requests from web pages — use kubectl or towline";
         Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden)
     }
 
     /// A caller who wants to be somebody else: what they ask for may be meant to be refused.
     pub(super) fn impersonation(header: &str) -> Self {
         let message = format!(
-            "the fleet's API lets nobody act as somebody else, and the request has the header {header:?} — leave out --as, --as-group and --as-uid, or use a credential of that user"
+            "the fleet's API does not support impersonation, and the request has the header {header:?} — leave out --as, --as-group and --as-uid, or use a credential of that user"
         );
         Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::HeaderForbidden)
     }
@@ -68,7 +68,7 @@ impl ApiError {
 
     /// Not worth a warning: `kubectl describe` asks by itself, and goes on without.
     pub(super) fn no_events() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "NotFound", "the fleet's objects have no events")
+        Self::new(StatusCode::NOT_FOUND, "NotFound", "the fleet's API has no events")
     }
 
     pub(super) fn not_found(resource: &Resource, name: &str) -> Self {
@@ -122,19 +122,19 @@ impl ApiError {
     }
 
     pub(super) fn too_large(bytes: usize) -> Self {
-        let message = format!("the body is larger than {bytes} bytes — send less");
+        let message = format!("the request body is larger than {bytes} bytes — send a smaller one");
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestEntityTooLarge", message).counted(TlCode::Limit)
     }
 
     pub(super) fn slow() -> Self {
-        let message = "the request's body came too slowly or broke off — send it again";
+        let message = "the request body arrived too slowly or was cut off — send it again";
         Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message).counted(TlCode::Timeout)
     }
 
     /// What let the caller in does so no more.
     pub(super) fn ended(why: Ended) -> Self {
         if matches!(why, Ended::Forbidden | Ended::Cluster) {
-            let message = "you are no member of towline:admins any more — ask the fleet's operator";
+            let message = "you are no longer a member of towline:admins — ask the fleet's operator";
             return Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden);
         }
         let message = format!("{} — get a new credential for this gateway", AuthnError::from(why));
@@ -166,7 +166,8 @@ impl ApiError {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "Timeout", message).counted(TlCode::Timeout)
             }
             WriteError::Store(error) => {
-                let message = format!("the store does not answer, and nothing can be changed: {error}");
+                let message =
+                    format!("the gateway's store does not answer, so nothing can be changed now: {error}");
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable", message)
                     .counted(TlCode::StoreUnavailable)
             }

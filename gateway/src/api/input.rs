@@ -90,7 +90,9 @@ impl Input {
             return Err(ApiError::bad_request(message));
         }
         let mut unknown = Vec::new();
-        let Some(fields) = object.as_object_mut() else { return Err(ApiError::bad_request("no object")) };
+        let Some(fields) = object.as_object_mut() else {
+            return Err(ApiError::bad_request("the body is not a JSON object"));
+        };
         for field in fields.keys() {
             if !matches!(field.as_str(), "kind" | "apiVersion" | "metadata" | "spec" | "status") {
                 unknown.push(field.clone());
@@ -99,7 +101,7 @@ impl Input {
         let metadata = fields.remove("metadata").unwrap_or_default();
         let mut spec = fields.remove("spec").filter(|spec| !spec.is_null()).unwrap_or_else(|| json!({}));
         let Some(spec_fields) = spec.as_object_mut() else {
-            return Err(ApiError::bad_request("spec is no object"));
+            return Err(ApiError::bad_request("spec is not an object"));
         };
         spec_fields.retain(|field, value| {
             let known = resource.spec.iter().any(|(known, ..)| known == field);
@@ -118,7 +120,7 @@ impl Input {
         let name = text("name").unwrap_or_default();
         let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &name, field, why));
         if text("namespace").is_some() {
-            return refuse("metadata.namespace", "the fleet's objects have no namespace");
+            return refuse("metadata.namespace", "must be empty: the fleet's objects have no namespace");
         }
         for field in ["finalizers", "ownerReferences"] {
             if metadata[field].as_array().is_some_and(|items| !items.is_empty()) {
@@ -129,28 +131,29 @@ impl Input {
             let value = &metadata[field];
             let entries = value.as_object().cloned().unwrap_or_default();
             if !value.is_null() && !value.is_object() {
-                return Err(ApiError::bad_request(format!("metadata.{field} is no map")));
+                return Err(ApiError::bad_request(format!("metadata.{field} is not a map")));
             }
             let text = |(key, value): (String, Value)| match value {
                 Value::String(value) => Ok((key, value)),
-                _ => Err(ApiError::bad_request(format!("metadata.{field}[{key:?}] is no string"))),
+                _ => Err(ApiError::bad_request(format!("metadata.{field}[{key:?}] is not a string"))),
             };
             entries.into_iter().map(text).collect()
         };
         let (labels, annotations) = (texts("labels")?, texts("annotations")?);
         for (key, value) in &labels {
             if !is_label_key(key) || !(value.is_empty() || is_label_part(value)) {
-                let why = format!("{key}={value} is no label: at most 63 letters, digits, -, _ and .");
+                let why =
+                    format!("{key}={value} is not a valid label: use at most 63 letters, digits, -, _ and .");
                 return refuse("metadata.labels", &why);
             }
         }
         if let Some((key, _)) = annotations.iter().find(|(key, _)| !is_label_key(key)) {
-            return refuse("metadata.annotations", &format!("{key:?} is no key of an annotation"));
+            return refuse("metadata.annotations", &format!("{key:?} is not a valid annotation key"));
         }
         let size =
             |texts: &BTreeMap<String, String>| texts.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>();
         if size(&labels) + size(&annotations) > ANNOTATIONS_MAX {
-            return refuse("metadata.annotations", "is larger than 256 KiB");
+            return refuse("metadata.annotations", "are larger than 256 KiB together with the labels");
         }
         let mut input = Self {
             version: text("resourceVersion"),
@@ -226,11 +229,14 @@ impl Input {
                 let refuse =
                     |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
                 let Some(cluster) = registered(fleet, &spec.cluster) else {
-                    return refuse("spec.cluster", "no cluster of that name is registered");
+                    return refuse("spec.cluster", "no registered cluster has that name");
                 };
                 let life = spec.expiration_seconds.unwrap_or(TOKEN_LIFE);
                 if !(1..=TOKEN_LIFE_MOST).contains(&life) {
-                    return refuse("spec.expirationSeconds", "must be 1 to 2592000");
+                    return refuse(
+                        "spec.expirationSeconds",
+                        "must be an integer from 1 to 2592000 (30 days, in seconds)",
+                    );
                 }
                 let uses = spec.uses.unwrap_or(1);
                 if !(1..=TOKEN_USES_MOST).contains(&uses) {
@@ -261,7 +267,10 @@ impl Input {
                     return refuse("spec.user", &why.to_string());
                 }
                 if spec.expiration_seconds.is_some_and(|life| !(1..=LIFE_MOST).contains(&life)) {
-                    return refuse("spec.expirationSeconds", "must be at least 1, and a century at most");
+                    return refuse(
+                        "spec.expirationSeconds",
+                        "must be an integer from 1 to a century (seconds)",
+                    );
                 }
                 let mut secret = [0; 16];
                 random(&mut secret);
@@ -276,7 +285,7 @@ impl Input {
                 let what = self.revoked(resource, created)?;
                 let name = what.record_name();
                 if !self.name.is_empty() && self.name != name {
-                    let why = format!("must be {name:?}, or not be said");
+                    let why = format!("must be {name:?} or be left out");
                     return Err(ApiError::invalid(resource, &self.name, "metadata.name", &why));
                 }
                 self.name = name;
@@ -292,14 +301,20 @@ impl Input {
         let (labels, annotations) = (self.labels.clone(), self.annotations.clone());
         let next =
             |meta: &Meta| Meta { labels: labels.clone(), annotations: annotations.clone(), ..meta.clone() };
-        let fixed =
-            || ApiError::invalid(resource, &self.name, "spec", "never changes; delete it and make another");
+        let fixed = || {
+            ApiError::invalid(
+                resource,
+                &self.name,
+                "spec",
+                "is immutable; delete the object and create another",
+            )
+        };
         Ok(match before {
             Object::Cluster(before) => {
                 let mut cluster = Cluster { meta: next(&before.meta), ..Cluster::clone(before) };
                 self.fill_cluster(resource, &mut cluster)?;
                 if cluster.account != before.account {
-                    return Err(ApiError::invalid(resource, &self.name, "spec.account", "never changes"));
+                    return Err(ApiError::invalid(resource, &self.name, "spec.account", "is immutable"));
                 }
                 let unchanged = Cluster { meta: cluster.meta.clone(), ..Cluster::clone(before) } == cluster;
                 cluster.meta.generation += u64::from(!unchanged);
@@ -346,7 +361,7 @@ impl Input {
         let spec: ClusterSpec = self.spec(resource)?;
         let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
         if spec.description.len() > DESCRIPTION_MAX || spec.description.chars().any(char::is_control) {
-            return refuse("spec.description", "must be at most 1024 bytes on one line");
+            return refuse("spec.description", "must be a single line of at most 1024 bytes");
         }
         if spec.account.as_deref().is_some_and(|account| !is_label_part(account)) {
             return refuse("spec.account", "must be 1 to 63 letters, digits, -, _ and .");
@@ -362,7 +377,7 @@ impl Input {
                 let Some(given) = account::recordable(&said) else {
                     return refuse(
                         "spec.issuer",
-                        "needs url, the iss of the cluster's ServiceAccount tokens; subject, system:serviceaccount:NAMESPACE:NAME of the agent; and jwks, its key set (kubectl get --raw /openid/v1/jwks) with an RS256 or ES256 key",
+                        "needs three fields: url (the iss of the cluster's ServiceAccount tokens), subject (the agent's system:serviceaccount:NAMESPACE:NAME) and jwks (the cluster's key set with an RS256 or ES256 key: kubectl get --raw /openid/v1/jwks)",
                     );
                 };
                 // The same again is no change, whenever it was said.
@@ -408,7 +423,7 @@ impl Input {
             (None, Some(user), None) => {
                 // Nobody would be revoked. A name that no rule can say may still be somebody's: `*.ci` of a foreign CA.
                 if user.name == config::ANY {
-                    return refuse("spec.user.name", "\"*\" is nobody; a revocation is for one name");
+                    return refuse("spec.user.name", "\"*\" is not a user: a revocation names exactly one");
                 }
                 if let Err(why) = Principal::new(&user.name, Vec::new()).check() {
                     return refuse("spec.user.name", &why.to_string());
@@ -418,7 +433,7 @@ impl Input {
                     None => now.after(Duration::from_secs(1)),
                     Some(text) => match Time::parse(&text) {
                         Some(time) => time,
-                        None => return refuse("spec.user.issuedBefore", "must be a time of RFC 3339"),
+                        None => return refuse("spec.user.issuedBefore", "must be an RFC 3339 timestamp"),
                     },
                 };
                 Ok(Revoked::User { name: user.name, issued_before })
@@ -426,7 +441,7 @@ impl Input {
             (None, None, Some(cluster)) => {
                 Ok(Revoked::Cluster { name: cluster.name, uid: String::new(), admission: 0 })
             }
-            _ => refuse("spec", "must have exactly one of certificate, user and cluster"),
+            _ => refuse("spec", "must set exactly one of certificate, user and cluster"),
         }
     }
 
@@ -434,13 +449,13 @@ impl Input {
         let name = &self.name;
         let why = match resource.kind {
             "Cluster" if ClusterName::new(name).is_err() => {
-                "must be 1 to 63 of a-z, 0-9 and, between them, -"
+                "must be 1-63 characters: a-z, 0-9 and inner hyphens"
             }
             "JoinToken" if InstanceId::new(name).is_err() => {
-                "must be 1 to 63 of a-z, 0-9 and, between them, -"
+                "must be 1-63 characters: a-z, 0-9 and inner hyphens"
             }
             "AccessRule" | "AccessToken" if !is_subdomain(name) => {
-                "must be 1 to 253 of a-z, 0-9 and, between them, - and ."
+                "must be 1-253 characters: a-z, 0-9, inner hyphens and dots"
             }
             _ => return Ok(()),
         };

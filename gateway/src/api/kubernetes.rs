@@ -83,7 +83,7 @@ async fn read(call: &Call, body: Incoming, kind: &str, version: &str) -> Result<
         _ => call.json(body).await?,
     };
     if body["kind"] != kind || body["apiVersion"] != version {
-        return Err(ApiError::bad_request(format!("the body is no {kind} of {version}")));
+        return Err(ApiError::bad_request(format!("the body is not a {kind} of {version}")));
     }
     Ok(body)
 }
@@ -106,7 +106,7 @@ fn access(call: &Call, spec: &Value) -> Result<Value, ApiError> {
         (true, false) => on_resource(resource, admin),
         (false, true) => on_path(path, admin),
         _ => {
-            let why = "exactly one of resourceAttributes and nonResourceAttributes has to be there";
+            let why = "must set exactly one of resourceAttributes and nonResourceAttributes";
             return Err(ApiError::bad_request(format!("spec: {why}")));
         }
     };
@@ -134,13 +134,13 @@ fn on_resource(asked: &Value, admin: bool) -> Option<String> {
         let what = [resource, text("subresource")].join("/");
         let what = what.trim_end_matches('/');
         return Some(format!(
-            "the fleet's API has no {what} of the group {group:?}; ask a cluster's at https://GATEWAY/clusters/NAME"
+            "the fleet's API has no {what} in the group {group:?}; for a cluster's resources ask https://GATEWAY/clusters/NAME"
         ));
     }
     let has_verb = |resource: &Resource| verb == "*" || resource.verbs().contains(&verb);
     let resources: Vec<&Resource> = known.map_or_else(|| RESOURCES.iter().collect(), |known| vec![known]);
     if !resources.iter().any(|resource| has_verb(resource)) {
-        return Some(format!("{resource} of the fleet's API have no verb {verb:?}"));
+        return Some(format!("{resource} in the fleet's API do not support the verb {verb:?}"));
     }
     // Everything is more than what everybody may.
     let everybodys = known.is_some_and(|known| known.stored.is_none()) && verb != "*" && group != "*";
@@ -149,7 +149,7 @@ fn on_resource(asked: &Value, admin: bool) -> Option<String> {
 
 /// Why a path may not be read: as [`Call::answer`] would say.
 fn on_path(asked: &Value, admin: bool) -> Option<String> {
-    let nothing = || Some("nothing is served there, or not in this way".to_owned());
+    let nothing = || Some("no such path, or the path does not support this verb".to_owned());
     let (path, verb) = (asked["path"].as_str().unwrap_or_default(), asked["verb"].as_str());
     if path == "*" || verb == Some("*") {
         return if admin { None } else { Some(only_admins()) };
@@ -171,7 +171,7 @@ fn on_path(asked: &Value, admin: bool) -> Option<String> {
 }
 
 fn only_admins() -> String {
-    format!("only members of {} may; ask one of them", super::ADMINS)
+    format!("only members of {} may do this; ask one of them", super::ADMINS)
 }
 
 /// Whether events are looked for that an object of ours might have.

@@ -216,7 +216,7 @@ fn connected_condition(connection: &Connection, registered: Time) -> Value {
     match (connection.since, &connection.ended) {
         (Some(since), _) => condition(KIND, "True", since.into(), "SessionLive", "an agent is connected"),
         (None, Some(Ended { at, why })) => {
-            condition(KIND, "False", *at, "NoSession", &format!("the last session has ended: {why}; {CHECK}"))
+            condition(KIND, "False", *at, "NoSession", &format!("the last session ended: {why}; {CHECK}"))
         }
         (None, None) => {
             let message = format!("no agent has connected yet; {CHECK}");
@@ -238,19 +238,28 @@ fn certificate_condition(
 ) -> (Value, Due) {
     const KIND: &str = "CertificateCurrent";
     let Some(certificate) = newest(instances) else {
-        let message = "no certificate of an agent of this cluster is on record";
+        let message = "no agent certificate is on record for this cluster";
         return (condition(KIND, "Unknown", registered, "NoCertificate", message), None);
     };
     let Certificate { issued, not_after, .. } = certificate;
     let overdue = issued.after(not_after.since(*issued).mul_f64(5.0 / 6.0));
     if now >= *not_after {
-        let message = "the newest certificate has run out: the agent must join anew";
+        let message = "the newest agent certificate has expired: the agent must join again with a new token";
         (condition(KIND, "False", *not_after, "Expired", message), None)
     } else if now >= overdue {
-        let message = "the newest certificate should have been renewed by now; check the agent's log";
+        let message = "the renewal of the newest agent certificate is overdue; check the agent's log";
         (condition(KIND, "False", overdue, "RenewalOverdue", message), Some(*not_after))
     } else {
-        (condition(KIND, "True", *issued, "Current", "the newest certificate is current"), Some(overdue))
+        (
+            condition(
+                KIND,
+                "True",
+                *issued,
+                "Current",
+                "the newest agent certificate is valid and not due for renewal",
+            ),
+            Some(overdue),
+        )
     }
 }
 
@@ -261,16 +270,20 @@ fn trust_condition(trust: &TrustState, gone: Time) -> Value {
     let since = changed.map_or(gone, Time::from);
     match (current, pending, problem) {
         (0, 0, _) => {
-            let message = "no agent is connected; one that comes is told the tunnel CA's roots";
+            let message =
+                "no agent is connected; an agent gets the tunnel CA's current roots when it connects";
             condition(KIND, "Unknown", since, "NoSession", message)
         }
         (_, 0, _) => {
-            let message = "every connected agent has kept the tunnel CA's roots as they are now";
+            let message = "every connected agent has stored the tunnel CA's current roots";
             condition(KIND, "True", since, "Acknowledged", message)
         }
         (_, _, Some(problem)) => condition(KIND, "False", since, "NotKept", problem),
         (current, pending, None) => {
-            let message = format!("{pending} of {} sessions have not acknowledged yet", current + pending);
+            let message = format!(
+                "{pending} of {} sessions have not acknowledged the tunnel CA's current roots yet",
+                current + pending
+            );
             condition(KIND, "False", since, "Pending", &message)
         }
     }
@@ -281,23 +294,31 @@ fn joined_condition(name: &str, facts: &Facts) -> (Value, Due) {
     const KIND: &str = "Joined";
     let Facts { connection, standing, registered, .. } = facts;
     let Some(standing) = standing else {
-        let message =
-            "it stands in the gateway's configuration, and its agents have certificates from elsewhere";
+        let message = "the cluster is defined in the gateway's configuration file, and its agents use certificates of another CA";
         return (condition(KIND, "True", *registered, "Configured", message), None);
     };
-    let anew = format!("let one join: towline token create {name}");
+    let anew = format!("let an agent join with a new token: towline token create {name}");
     if let Some(joined) = standing.joined {
         (condition(KIND, "True", joined, "AgentOnRecord", "an agent is on record"), None)
     } else if let Some(revoked) = standing.revoked {
-        (condition(KIND, "False", revoked, "Revoked", &format!("its agents were revoked; {anew}")), None)
+        (
+            condition(
+                KIND,
+                "False",
+                revoked,
+                "Revoked",
+                &format!("the cluster's agents were revoked; {anew}"),
+            ),
+            None,
+        )
     } else if standing.was_let_in || connection.since.is_some() || connection.ended.is_some() {
         let since = connection.ended.as_ref().map_or(*registered, |ended| ended.at);
-        let message = format!("no agent of it is on record any more; {anew}");
+        let message = format!("no agent of this cluster is on record any more; {anew}");
         (condition(KIND, "False", since, "JoinAnew", &message), None)
     } else {
-        let mut message = "never joined".to_owned();
+        let mut message = "no agent has joined yet".to_owned();
         for (token, expires) in standing.tokens.iter().take(TOKENS_NAMED) {
-            message.push_str(&format!("; token {token} is unused, ends {expires}"));
+            message.push_str(&format!("; token {token} is unused and expires {expires}"));
         }
         match standing.tokens.len() {
             0 => message.push_str(&format!("; {anew}")),
@@ -317,10 +338,12 @@ fn revoked_condition(name: &str, standing: &Standing) -> Option<Value> {
     let revoked = standing.revoked?;
     Some(match standing.joined {
         None => {
-            let message = format!("let an agent join anew: towline token create {name}");
+            let message = format!("let an agent join again with a new token: towline token create {name}");
             condition(KIND, "True", revoked, "Revoked", &message)
         }
-        Some(joined) => condition(KIND, "False", joined, "JoinedAnew", "an agent has joined since"),
+        Some(joined) => {
+            condition(KIND, "False", joined, "JoinedAnew", "an agent has joined since the revocation")
+        }
     })
 }
 
@@ -333,7 +356,7 @@ fn refused_condition(connection: &Connection, now: Time) -> Option<(Value, Due)>
     Some(if now < ends {
         (condition(KIND, "True", turned_away.at, "JoinRefused", &turned_away.why), Some(ends))
     } else {
-        (condition(KIND, "False", ends, "NotRefused", "no agent is turned away"), None)
+        (condition(KIND, "False", ends, "NotRefused", "no agent has been refused recently"), None)
     })
 }
 
@@ -343,11 +366,11 @@ fn issuer_condition(cluster: &Cluster) -> Value {
     let Issuers { given, told, pending, .. } = &cluster.issuers;
     match (pending, given, told) {
         (Some(pending), Some(_), _) => {
-            let message = "an agent says other keys than spec.issuer, which count for nothing; if the cluster's keys have changed, give spec.issuer the new ones";
+            let message = "an agent reports keys that differ from spec.issuer; the gateway ignores them. If the cluster's keys have changed, put the new ones into spec.issuer";
             condition(KIND, "False", pending.issuer.updated, "KeysChanged", message)
         }
         (Some(pending), None, _) => {
-            let message = "issuer keys changed; needs a join token or spec.issuer: an agent says others, and nothing vouches for it";
+            let message = "an agent reports new issuer keys, and the gateway cannot verify them. Confirm them with a new join token or with spec.issuer";
             condition(KIND, "False", pending.issuer.updated, "KeysChanged", message)
         }
         (None, Some(given), _) => condition(
@@ -355,15 +378,14 @@ fn issuer_condition(cluster: &Cluster) -> Value {
             "True",
             given.updated,
             "Given",
-            "spec.issuer says whose tokens let agents come back",
+            "spec.issuer defines which ServiceAccount tokens let agents rejoin",
         ),
         (None, None, Some(told)) => {
-            let message = "agents that were let in have said whose tokens let them come back";
+            let message = "admitted agents have reported which ServiceAccount tokens let them rejoin";
             condition(KIND, "True", told.issuer.updated, "Told", message)
         }
         (None, None, None) => {
-            let message =
-                "nobody has said whose tokens let agents come back; those that keep their identity need none";
+            let message = "the issuer of the cluster's ServiceAccount tokens is unknown; only agents that keep their identity on a volume can reconnect";
             condition(KIND, "Unknown", cluster.meta.created, "NotTold", message)
         }
     }
@@ -393,13 +415,13 @@ fn issuer_status(issuers: &Issuers) -> Option<Value> {
 fn outdated_condition(connection: &Connection, registered: Time) -> Value {
     const KIND: &str = "AgentOutdated";
     match &connection.agent {
-        None => condition(KIND, "Unknown", registered, "NoAgent", "no agent has said its version"),
+        None => condition(KIND, "Unknown", registered, "NoAgent", "no agent has reported its version"),
         Some(AgentSeen { outdated: true, since, .. }) => {
-            let message = "the agent is older than this gateway; upgrade it";
+            let message = "the agent is older than this gateway; upgrade the agent";
             condition(KIND, "True", *since, "OlderThanGateway", message)
         }
         Some(AgentSeen { since, .. }) => {
-            condition(KIND, "False", *since, "UpToDate", "the agent is as new as this gateway")
+            condition(KIND, "False", *since, "UpToDate", "the agent is not older than this gateway")
         }
     }
 }

@@ -90,15 +90,15 @@ fn path(resource: &Resource) -> Message {
 
 fn definition(resource: &Resource) -> Message {
     let mut properties = vec![
-        ("apiVersion", schema(Type::Text, "The version of this form.")),
-        ("kind", schema(Type::Text, "What this is.")),
-        ("metadata", schema(Type::Object, "Name, labels, annotations and so on.")),
+        ("apiVersion", schema(Type::Text, "Version of this schema.")),
+        ("kind", schema(Type::Text, "Kind of this object.")),
+        ("metadata", schema(Type::Object, "Name, labels, annotations and other metadata.")),
     ];
     if !resource.spec.is_empty() {
-        properties.push(("spec", part(resource.spec, "What is wanted.")));
+        properties.push(("spec", part(resource.spec, "Desired state.")));
     }
     if !resource.status.is_empty() {
-        properties.push(("status", part(resource.status, "What is; the gateway writes it.")));
+        properties.push(("status", part(resource.status, "Observed state; written by the gateway.")));
     }
     object(resource.about, &properties).message(31, &of_kind(resource, true))
 }

@@ -37,9 +37,7 @@ const REVIEW: &[(u64, Form)] = &[(2, Form::Message("spec", SPEC))];
 /// # Errors
 /// 400: it is none.
 pub(super) fn review(bytes: &[u8]) -> Result<Value, ApiError> {
-    read(bytes).ok_or_else(|| {
-        ApiError::bad_request("the body cannot be read: it is no object of Kubernetes in protobuf")
-    })
+    read(bytes).ok_or_else(|| ApiError::bad_request("the body is not a Kubernetes object in protobuf"))
 }
 
 fn read(bytes: &[u8]) -> Option<Value> {

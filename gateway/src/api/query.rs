@@ -55,7 +55,7 @@ impl Query {
     pub(super) fn parse(query: &str) -> Result<Self, ApiError> {
         let decode = |text: &str| {
             String::from_utf8(percent_decode(text.replace('+', " ")))
-                .map_err(|_| ApiError::bad_request("the query is no UTF-8"))
+                .map_err(|_| ApiError::bad_request("the query is not valid UTF-8"))
         };
         let mut pairs: Vec<(String, String)> = Vec::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -64,12 +64,13 @@ impl Query {
             match KNOWN.into_iter().find(|known| known.eq_ignore_ascii_case(&name)) {
                 None => continue,
                 Some(known) if known != name => {
-                    let message =
-                        format!("the parameter {name:?} of the query is not known; did you mean {known}?");
+                    let message = format!("unknown query parameter {name:?}; did you mean {known}?");
                     return Err(ApiError::bad_request(message));
                 }
                 Some(known) if known != DRY_RUN && pairs.iter().any(|(earlier, _)| *earlier == name) => {
-                    return Err(ApiError::bad_request(format!("{known} is in the query twice; say it once")));
+                    return Err(ApiError::bad_request(format!(
+                        "the query has the parameter {known} twice; give it once"
+                    )));
                 }
                 Some(_) => pairs.push((name, value)),
             }
@@ -80,7 +81,7 @@ impl Query {
             "None" => Included::Nothing,
             "Object" => Included::Object,
             other => {
-                let message = format!("includeObject: {other:?} is none of None, Metadata, Object");
+                let message = format!("includeObject: {other:?} is not one of None, Metadata, Object");
                 return Err(ApiError::bad_request(message));
             }
         };
@@ -131,9 +132,9 @@ impl Options {
     pub(super) fn read(query: &Query, watch: bool) -> Result<Self, ApiError> {
         let number = |name: &str| match query.get(name) {
             "" => Ok(0),
-            text => text
-                .parse()
-                .map_err(|_| ApiError::bad_request(format!("{name}: {text:?} is no number of at least 0"))),
+            text => text.parse().map_err(|_| {
+                ApiError::bad_request(format!("{name}: {text:?} is not an integer of at least 0"))
+            }),
         };
         let options = Self {
             selector: Selector::parse(query.get("labelSelector"), query.get("fieldSelector"))?,
@@ -156,7 +157,7 @@ impl Options {
             return refuse(MATCH, "sendInitialEvents requires resourceVersionMatch to be NotOlderThan");
         }
         if watch && self.initial == Some(true) && !self.bookmarks {
-            let why = "sendInitialEvents requires allowWatchBookmarks: the bookmark says where they end";
+            let why = "sendInitialEvents requires allowWatchBookmarks: a bookmark marks the end of the initial events";
             return refuse("allowWatchBookmarks", why);
         }
         if !watch && self.initial.is_some() {
@@ -170,8 +171,8 @@ impl Options {
             return Ok(());
         }
         if !matches!(matching, "NotOlderThan" | "Exact") || (watch && self.exact) {
-            let supported = if watch { "NotOlderThan" } else { "Exact and NotOlderThan" };
-            return refuse(MATCH, &format!("{matching:?} is not supported; {supported} is"));
+            let supported = if watch { "NotOlderThan" } else { "Exact or NotOlderThan" };
+            return refuse(MATCH, &format!("{matching:?} is not supported; use {supported}"));
         }
         if !self.from.is_empty() {
             return refuse(MATCH, "is forbidden when continue is provided");

@@ -30,7 +30,7 @@ struct Bad<'a> {
 pub(super) fn condition_of(connection: &Connection, mode: Mode, registered: Time) -> Value {
     if connection.sessions == 0 {
         let since = connection.ended.as_ref().map_or(registered, |ended| ended.at);
-        let message = "no agent is connected that could say";
+        let message = "no agent is connected, so the state of the API server is unknown";
         return condition(KIND, "Unknown", since, "NoSession", message);
     }
     let verdicts = || connection.words.iter().map(|(instance, word)| (instance.as_str(), judge(word, mode)));
@@ -70,7 +70,7 @@ pub(super) fn condition_of(connection: &Connection, mode: Mode, registered: Time
         }
         (None, None) => {
             let since = connection.since.map_or(registered, Time::from);
-            let message = "no connected agent has said yet whether it reaches the API server";
+            let message = "no connected agent has reported yet whether it reaches the API server";
             condition(KIND, "Unknown", since, "NotSaid", message)
         }
     }
@@ -93,13 +93,13 @@ fn judge(word: &Word, mode: Mode) -> Verdict<'_> {
 fn unequal(connection: &Connection, mode: Mode) -> &'static str {
     let impersonates = connection.words.iter().any(|(_, word)| word.mode == AgentMode::Impersonate);
     if mode == Mode::Restricted && impersonates {
-        "; it is set to mode: impersonate, and this cluster to restricted: callers bring a credential of the cluster's own"
+        "; the agent's configuration says mode: impersonate and the cluster's says restricted, so callers must send a credential of the cluster"
     } else {
         ""
     }
 }
 
-const MISMATCH: &str = "this cluster is in mode impersonate, and its agent's configuration says mode: restricted, so that it refuses every request. Change one of the two: the agent's mode, with `towline agent manifest`, or spec.mode here";
+const MISMATCH: &str = "the cluster is in mode impersonate, but its agent's configuration says mode: restricted, so the agent refuses every request. Change either the agent's mode (`towline agent manifest`) or the cluster's spec.mode";
 
 #[cfg(test)]
 mod tests {

@@ -59,7 +59,7 @@ fn asked(call: &Call, text: &str) -> Result<Option<Version>, ApiError> {
     match text {
         "" | "0" => Ok(None),
         text => match call.feed.version(text) {
-            None => Err(ApiError::bad_request(format!("resourceVersion {text:?} cannot be read"))),
+            None => Err(ApiError::bad_request(format!("resourceVersion {text:?} is malformed"))),
             version => Ok(version),
         },
     }
@@ -67,8 +67,8 @@ fn asked(call: &Call, text: &str) -> Result<Option<Version>, ApiError> {
 
 fn gone(version: Version, text: &str) -> ApiError {
     let why = match version {
-        Version::Future => "is from the future, or of another gateway",
-        Version::Past | Version::Known(_) => "is too old, or from before the gateway's last start",
+        Version::Future => "is newer than the current one, or comes from another gateway",
+        Version::Past | Version::Known(_) => "is too old, or was issued before the gateway's last start",
     };
     ApiError::expired(format!("resourceVersion {text} {why}: list again"))
 }
@@ -121,7 +121,7 @@ fn read_continue(token: &str) -> Result<(String, String), ApiError> {
     let text = URL_SAFE_NO_PAD.decode(token).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     let parts = text.as_deref().and_then(|text| text.split_once('\n'));
     let parts = parts.map(|(first, after)| (first.to_owned(), after.to_owned()));
-    parts.ok_or_else(|| ApiError::bad_request("the continue token cannot be read"))
+    parts.ok_or_else(|| ApiError::bad_request("the continue token is malformed"))
 }
 
 /// Where a watch begins.

@@ -67,13 +67,13 @@ fn field(term: &str) -> Result<(bool, String), ApiError> {
     let (field, equal, name) = match (term.split_once("!="), term.split_once('=')) {
         (Some((field, name)), _) => (field, false, name),
         (None, Some((field, name))) => (field, true, name.strip_prefix('=').unwrap_or(name)),
-        (None, None) => return Err(refuse("it compares nothing")),
+        (None, None) => return Err(refuse("it has no = or !=")),
     };
     if field != "metadata.name" {
         return Err(refuse("only metadata.name is supported"));
     }
     if name.contains(['=', '!', '\\']) {
-        return Err(refuse("it compares with what is no name"));
+        return Err(refuse("its value is not a name"));
     }
     Ok((equal, name.to_owned()))
 }
@@ -144,7 +144,7 @@ impl<'a> Labels<'a> {
         }
         let Token::Word(key) = token else { return token.unexpected("!, identifier, or 'end of string'") };
         if !is_label_key(key) {
-            return Err(format!("{key:?} is no key of a label"));
+            return Err(format!("{key:?} is not a valid label key"));
         }
         let key = key.to_owned();
         if missing {
@@ -240,7 +240,7 @@ impl<'a> Labels<'a> {
 
 fn checked(value: &str) -> Result<String, String> {
     let fits = value.is_empty() || is_label_part(value);
-    if fits { Ok(value.to_owned()) } else { Err(format!("{value:?} is no value of a label")) }
+    if fits { Ok(value.to_owned()) } else { Err(format!("{value:?} is not a valid label value")) }
 }
 
 #[cfg(test)]

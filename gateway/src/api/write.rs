@@ -88,7 +88,7 @@ pub(super) async fn patch(
     patch: &Value,
 ) -> Result<Response<AnswerBody>, ApiError> {
     if !patch.is_object() {
-        return Err(ApiError::bad_request("a merge patch is an object"));
+        return Err(ApiError::bad_request("the body of a merge patch must be a JSON object"));
     }
     change(call, resource, name, "patch", |before| {
         let mut object = before.clone();
@@ -116,8 +116,10 @@ async fn change(
         let input = Input::read(resource, next(&before)?)?;
         let warnings = validate_fields(call, resource, &input)?;
         if input.name != name {
-            let message =
-                format!("the name in the object ({}) is not the one in the URL ({name})", input.name);
+            let message = format!(
+                "the name of the object ({}) does not match the name on the URL ({name})",
+                input.name
+            );
             return Err(ApiError::bad_request(message));
         }
         if input.version.as_deref().is_some_and(|version| before["metadata"]["resourceVersion"] != version) {
@@ -127,7 +129,7 @@ async fn change(
             return Err(ApiError::conflict(
                 resource,
                 name,
-                "it is another one of that name: the uid differs",
+                "the uid differs: the object was deleted and another one of that name was created",
             ));
         }
         let parsed = input.update(resource, &record.object)?;
@@ -188,7 +190,7 @@ pub(super) async fn delete(
         let Basis { record, before } = basis(call, resource, name).await?;
         for (field, wanted) in &wanted {
             if wanted.as_deref().is_some_and(|wanted| before["metadata"][field] != *wanted) {
-                let why = format!("the {field} in the precondition is not the object's");
+                let why = format!("the {field} in the preconditions does not match the object's");
                 return Err(ApiError::conflict(resource, name, &why));
             }
         }
@@ -263,7 +265,7 @@ pub(super) fn dry_run(call: &Call, options: &DeleteOptions) -> Result<bool, ApiE
         options.dry_run.iter().flatten().map(String::as_str).chain(call.query.dry_runs()).peekable();
     let dry = asked.peek().is_some();
     match asked.find(|text| *text != "All") {
-        Some(text) => Err(ApiError::bad_request(format!("dryRun: {text:?} is not supported; All is"))),
+        Some(text) => Err(ApiError::bad_request(format!("dryRun: {text:?} is not supported; use All"))),
         None => Ok(dry),
     }
 }
@@ -299,11 +301,11 @@ impl DeleteOptions {
         if body.is_null() {
             return Ok(Self::default());
         }
-        let refuse = |why: &str| ApiError::bad_request(format!("the body is no DeleteOptions: {why}"));
+        let refuse = |why: &str| ApiError::bad_request(format!("the body is not a DeleteOptions: {why}"));
         // A list would be read as fields in their order.
         let is_object = |value: &Value| value.is_object() || value.is_null();
         if !is_object(body) || !is_object(&body["preconditions"]) {
-            return Err(refuse("it is no object, or the preconditions are none"));
+            return Err(refuse("it or its preconditions are not an object"));
         }
         let options: Self = Self::deserialize(body).map_err(|error| refuse(&error.to_string()))?;
         match options.kind.as_deref() {
@@ -329,9 +331,9 @@ fn validate_fields(call: &Call, resource: &Resource, input: &Input) -> Result<Ve
         }
         "Strict" | "Ignore" => Ok(Vec::new()),
         "" | "Warn" => Ok(input.unknown.iter().take(WARNINGS_MAX).map(told).collect()),
-        other => {
-            Err(ApiError::bad_request(format!("fieldValidation: {other:?} is none of Strict, Warn, Ignore")))
-        }
+        other => Err(ApiError::bad_request(format!(
+            "fieldValidation: {other:?} is not one of Strict, Warn, Ignore"
+        ))),
     }
 }
 
@@ -346,11 +348,11 @@ fn told_of_names(call: &Call, name: &str, parsed: &Parsed) -> Vec<String> {
             let about = |name: &String| {
                 if rule.ended.contains(name) {
                     return Some(format!(
-                        "the cluster {name:?} that this rule was for was deleted: it does not count for another of that name; to let it count, take the name out and write it anew"
+                        "the rule was written for a cluster {name:?} that was deleted, so it does not apply to another cluster of that name; to make it apply, remove the name from the rule and add it again"
                     ));
                 }
                 (name != ANY && !is_there(name)).then(|| {
-                    format!("no cluster is named {name:?}; the rule counts for the one that is registered under that name")
+                    format!("there is no cluster {name:?} yet; the rule will apply to the next cluster that is registered under that name")
                 })
             };
             rule.clusters.iter().filter_map(about).collect()
@@ -359,7 +361,7 @@ fn told_of_names(call: &Call, name: &str, parsed: &Parsed) -> Vec<String> {
             let rules = call.fleet.rules_of_an_earlier(name);
             let about = |rule: &Arc<str>| {
                 format!(
-                    "the access rule {rule:?} was for an earlier cluster {name:?}, and does not count for this one"
+                    "the access rule {rule:?} was written for an earlier cluster {name:?} and does not apply to this one"
                 )
             };
             rules.iter().map(about).collect()

@@ -39,7 +39,7 @@ pub enum AuthorityError {
     #[error(transparent)]
     Save(#[from] SaveError),
     #[error(
-        "{} exists and {} does not. Bring it back from a backup; if this was the gateway's very first start, delete the one that is there", present.display(), absent.display()
+        "{} exists, but {} is missing. Restore the missing file from a backup; if this was the gateway's very first start, delete the file that exists", present.display(), absent.display()
     )]
     Half { present: PathBuf, absent: PathBuf },
 }
@@ -170,9 +170,9 @@ fn authority(
             create_private_directory(directory)?;
             CertificateAuthority::create(kind, CA_LIFETIME, now)?.save(&root, &key)?;
             if first {
-                tracing::info!(ca = %kind, path = %root.display(), "a new CA was made; keep a backup of its key");
+                tracing::info!(ca = %kind, path = %root.display(), "created a new CA; back up its key");
             } else {
-                tracing::warn!(ca = %kind, path = %root.display(), "the CA was gone, and a new one was made: what the old one had issued counts no more. Bring both its files back from the backup, or hand out new kubeconfigs");
+                tracing::warn!(ca = %kind, path = %root.display(), "the CA was missing, and a new one was created: certificates of the old CA are no longer valid. Restore both files of the old CA from the backup, or hand out new kubeconfigs");
             }
         }
     }
@@ -185,7 +185,7 @@ fn authority(
         if !mended {
             return Err(LoadError { path: key, cause: LoadCause::Exposed { mode } }.into());
         }
-        tracing::warn!(path = %key.display(), "the key could be read by its group, and can no more");
+        tracing::warn!(path = %key.display(), "removed the group's read permission from a private key");
     }
     // One that has run out still says who is believed; what it would issue is refused where it is issued.
     let roots = load_roots(&root)?;

@@ -66,11 +66,11 @@ pub enum RotationError {
     Save(#[from] SaveError),
     #[error("cannot remove {path}: {error}")]
     Remove { path: PathBuf, error: io::Error },
-    #[error("cannot look at {path}: {error}")]
+    #[error("cannot read the state of {path}: {error}")]
     Look { path: PathBuf, error: io::Error },
-    #[error("this step is not due; what may come next: {next}", next = .phase.next())]
+    #[error("this step is out of order; possible next steps: {next}", next = .phase.next())]
     Order { step: Step, phase: Phase },
-    #[error("{0}: neither one root nor two; this change of CA was not made with this command")]
+    #[error("{0}: expected one or two root certificates; the file was not written by the tunnel-ca command")]
     Foreign(PathBuf),
 }
 

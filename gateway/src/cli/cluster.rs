@@ -107,7 +107,7 @@ pub(crate) struct Register {
     /// A label; may be repeated.
     #[arg(short, long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
-    /// For people.
+    /// Free-form description: one line of at most 1024 bytes.
     #[arg(long, value_name = "TEXT")]
     description: Option<String>,
     /// Agents with a valid certificate at a time, 1 to 256 [default: 16].

@@ -146,7 +146,7 @@ impl Entries {
     fn check(&self, terminal: bool) -> Outcome {
         if self.fixed && self.to_stdout() && terminal {
             return Err(Failure::usage(
-                "a private key would stand on the terminal: write it into a file with --output FILE, or send it on with a pipe",
+                "refusing to print a private key on the terminal: write it to a file with --output FILE, or pipe it",
             ));
         }
         Ok(())

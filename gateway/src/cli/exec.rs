@@ -122,7 +122,9 @@ impl Answer {
             |field: &str| status[field].as_str().filter(|text| !text.is_empty()).map(ToOwned::to_owned);
         let expires = match text("expirationTimestamp") {
             None => None,
-            Some(time) => Some(Time::parse(&time).ok_or("its expirationTimestamp is no time of RFC 3339")?),
+            Some(time) => {
+                Some(Time::parse(&time).ok_or("its expirationTimestamp is not an RFC 3339 timestamp")?)
+            }
         };
         let certificate = text("clientCertificateData").zip(text("clientKeyData"));
         let token = text("token");

@@ -413,8 +413,7 @@ mod tests {
             |seconds| Time::from(std::time::SystemTime::now() - std::time::Duration::from_secs(seconds));
         let one = |kind: &str, status: &str, reason: &str, message: &str, seconds: u64| json!({"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": ago(seconds)});
         let of = |more: &[Value]| {
-            let mut conditions =
-                vec![one("Connected", "False", "NoSession", "the last session has ended", 60)];
+            let mut conditions = vec![one("Connected", "False", "NoSession", "the last session ended", 60)];
             conditions.extend_from_slice(more);
             json!({"metadata": {"name": "prod"}, "status": {"conditions": conditions}})
         };
@@ -427,10 +426,11 @@ mod tests {
         let refused = |status: &str, seconds| one("JoinRefused", status, "JoinRefused", "too late", seconds);
         let revoked = one("Revoked", "True", "Revoked", "towline token create prod", 30);
         let ends = Time::now().after(std::time::Duration::from_secs(48 * 60 + 30));
-        let pending = gone("Pending", &format!("never joined; token a is unused, ends {ends}"));
+        let pending =
+            gone("Pending", &format!("no agent has joined yet; token a is unused and expires {ends}"));
         assert_eq!(
             said(std::slice::from_ref(&joined)),
-            (Health::Down, "NoSession: the last session has ended".to_owned())
+            (Health::Down, "NoSession: the last session ended".to_owned())
         );
         let (health, text) = said(&[joined.clone(), refused("True", 3)]);
         assert!(health == Health::Down && text.starts_with("JoinRefused 3s ago: too late"), "{text}");
@@ -443,7 +443,7 @@ mod tests {
         let (health, text) = said(std::slice::from_ref(&pending));
         assert!(
             health == Health::Pending
-                && text.starts_with("Pending: never joined; token a is unused, ends in 48m"),
+                && text.starts_with("Pending: no agent has joined yet; token a is unused and expires in 48m"),
             "{text}"
         );
         assert_eq!(said(&[pending, refused("True", 3)]).0, Health::Down);

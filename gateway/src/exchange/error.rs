@@ -192,19 +192,19 @@ impl ProxyError {
                 StatusCode::FORBIDDEN,
                 TlCode::Forbidden,
                 format!(
-                    "you may not call cluster {cluster:?}, or there is none of that name — ask the fleet's operator for an access rule"
+                    "you are not allowed to call cluster {cluster:?}, or it does not exist — ask the fleet's operator for an access rule"
                 ),
             ),
             Self::NoSuchCluster { cluster } => verdict(
                 StatusCode::NOT_FOUND,
                 TlCode::NoSuchCluster,
-                format!("there is no cluster {cluster:?} — check the name in the server's address"),
+                format!("cluster {cluster:?} does not exist — check its name in the server URL of your kubeconfig"),
             ),
             Self::ClusterChanged { cluster } => verdict(
                 StatusCode::SERVICE_UNAVAILABLE,
                 TlCode::NoSuchCluster,
                 format!(
-                    "cluster {cluster:?} was deleted, or its mode was changed, while the request was running — look whether it was carried out, then ask again"
+                    "cluster {cluster:?} was deleted, or its mode was changed, while the request was running — check whether the request took effect, then repeat it"
                 ),
             ),
             Self::Method(method) => verdict(
@@ -215,7 +215,7 @@ impl ProxyError {
                 },
                 TlCode::BadFraming,
                 format!(
-                    "the method {} is not served here — use an HTTP method of the Kubernetes API",
+                    "the method {} is not supported — use an HTTP method of the Kubernetes API",
                     clip(method.as_str(), 32)
                 ),
             ),
@@ -240,57 +240,57 @@ impl ProxyError {
                 StatusCode::SERVICE_UNAVAILABLE,
                 TlCode::Draining,
                 format!(
-                    "this gateway is about to stop, and the agent of cluster {cluster:?} has left it — try again on a new connection"
+                    "this gateway is shutting down, and the agent of cluster {cluster:?} has already left it — retry on a new connection"
                 ),
             ),
             Self::Limit(_, what) => verdict(
                 StatusCode::TOO_MANY_REQUESTS,
                 TlCode::Limit,
-                format!("too many {what} — wait for some to end, then try again"),
+                format!("too many {what} — wait for some of them to end, then retry"),
             ),
             Self::HeadTooLarge(HeadTooLarge::Fields { max }) => verdict(
                 StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                 TlCode::Limit,
                 format!(
-                    "the request has more than {max} header fields — send fewer, or ask the fleet's operator for more (limits.headerCount)"
+                    "the request has more than {max} header fields — send fewer, or ask the fleet's operator to raise limits.headerCount"
                 ),
             ),
             Self::HeadTooLarge(HeadTooLarge::Bytes) => verdict(
                 StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                 TlCode::Limit,
-                "the request's header fields are larger than the 64 KiB that the tunnel carries — send fewer or shorter ones"
+                "the request's header fields exceed the tunnel's limit of 64 KiB — send fewer or shorter ones"
                     .to_owned(),
             ),
             Self::HeadTooLarge(HeadTooLarge::Groups { count, bytes }) => verdict(
                 StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
                 TlCode::Limit,
                 format!(
-                    "your {count} groups ({bytes} B) and the request's header fields are together larger than the 64 KiB that the tunnel carries — use a certificate or token with fewer groups, or with shorter names of them"
+                    "your {count} groups ({bytes} B) and the request's header fields together exceed the tunnel's limit of 64 KiB — use a certificate or token with fewer groups or shorter group names"
                 ),
             ),
             Self::HeadTooLarge(HeadTooLarge::Target) => verdict(
                 StatusCode::URI_TOO_LONG,
                 TlCode::Limit,
-                "the request's path and query, with its header fields, are larger than the 64 KiB that the tunnel carries — shorten the query"
+                "the request's path, query and header fields together exceed the tunnel's limit of 64 KiB — shorten the query"
                     .to_owned(),
             ),
             Self::ClientBody => verdict(
                 StatusCode::BAD_REQUEST,
                 TlCode::BadFraming,
-                "the request's body broke off or has another length than announced — send it again"
+                "the request body was cut off, or its length differs from Content-Length — send the request again"
                     .to_owned(),
             ),
             Self::SlowBody => verdict(
                 StatusCode::REQUEST_TIMEOUT,
                 TlCode::Timeout,
-                "the request's body came too slowly — check the network, then send it again".to_owned(),
+                "the request body arrived too slowly — check the network, then send the request again".to_owned(),
             ),
             Self::Agent { cluster, failure } => agent(cluster, failure),
             Self::SessionLost { cluster, reason: CloseReason::Dead(silent) } => verdict(
                 StatusCode::GATEWAY_TIMEOUT,
                 TlCode::Timeout,
                 format!(
-                    "the agent of cluster {cluster:?} fell silent for {} — the request may or may not have been carried out; look before you repeat it",
+                    "the agent of cluster {cluster:?} has sent nothing for {} — the request may or may not have taken effect; check before you repeat it",
                     human(*silent)
                 ),
             ),
@@ -298,7 +298,7 @@ impl ProxyError {
                 StatusCode::BAD_GATEWAY,
                 TlCode::BadUpstream,
                 format!(
-                    "the tunnel to cluster {cluster:?} broke before the answer ({}) — the request may or may not have been carried out; look before you repeat it",
+                    "the tunnel to cluster {cluster:?} was lost before the response arrived ({}) — the request may or may not have taken effect; check before you repeat it",
                     reason.label()
                 ),
             ),
@@ -307,14 +307,14 @@ impl ProxyError {
                 StatusCode::BAD_GATEWAY,
                 TlCode::BadUpstream,
                 format!(
-                    "the agent of cluster {cluster:?} answered something unusable: {what} — compare the versions of agent and gateway"
+                    "the agent of cluster {cluster:?} sent an invalid response: {what} — check that the versions of agent and gateway are compatible"
                 ),
             ),
             Self::UpgradeAnswered { cluster, status } => verdict(
                 StatusCode::BAD_GATEWAY,
                 TlCode::BadUpstream,
                 format!(
-                    "cluster {cluster:?} answered {status} to a request to switch protocols — check what its API server's address leads to"
+                    "cluster {cluster:?} answered {status} to a request to switch protocols — check that the agent's API server address is an API server"
                 ),
             ),
             Self::Later(error) => Verdict { status: StatusCode::TOO_MANY_REQUESTS, ..error.verdict() },
@@ -322,7 +322,7 @@ impl ProxyError {
                 StatusCode::BAD_GATEWAY,
                 TlCode::BadUpstream,
                 format!(
-                    "cluster {cluster:?} answered {status}, and that redirect is not passed on: {why} — a cluster may redirect only within its own address here; check what its API server's address leads to"
+                    "cluster {cluster:?} answered {status}, and the gateway does not forward this redirect: {why} — a cluster may redirect only within its own path on the gateway; check that the agent's API server address is an API server"
                 ),
             ),
             Self::Deadline { cluster, after } => verdict(
@@ -439,12 +439,12 @@ fn route(error: &RouteError) -> Verdict {
         RouteError::BadHost(_) => (
             StatusCode::BAD_REQUEST,
             TlCode::BadFraming,
-            "send exactly one Host header with the gateway's name",
+            "send exactly one Host header with the gateway's host name",
         ),
         RouteError::Misdirected => (
             StatusCode::MISDIRECTED_REQUEST,
             TlCode::BadPath,
-            "make a new connection for this host; tls-server-name of a kubeconfig must be the server's own name here",
+            "open a new connection for this host; if your kubeconfig sets tls-server-name, set it to the host of the server URL",
         ),
         RouteError::BadPath(_) => (
             StatusCode::BAD_REQUEST,
@@ -454,7 +454,7 @@ fn route(error: &RouteError) -> Verdict {
         RouteError::Doubled(_) => (
             StatusCode::NOT_FOUND,
             TlCode::BadPath,
-            "leave it out: kubectl get --raw from 1.34 on adds the path of the server's address by itself",
+            "leave one out: kubectl 1.34 and later add the path of the server URL to get --raw themselves",
         ),
         RouteError::ApiAtRoot => (
             StatusCode::NOT_FOUND,
@@ -464,7 +464,7 @@ fn route(error: &RouteError) -> Verdict {
         RouteError::NoFleet => (
             StatusCode::NOT_FOUND,
             TlCode::BadPath,
-            "kubectl works with the clusters of its configuration; towline and the fleet's objects need a stateDirectory",
+            "kubectl works for the clusters in the gateway's configuration file; set stateDirectory to use towline and the fleet's API",
         ),
         RouteError::Nothing => {
             (StatusCode::NOT_FOUND, TlCode::BadPath, "clusters are at https://GATEWAY/clusters/NAME/…")
@@ -475,7 +475,7 @@ fn route(error: &RouteError) -> Verdict {
 
 fn authn(error: &AuthnError) -> Verdict {
     let token =
-        "use a client certificate or a token of this gateway, and check which one your kubeconfig sends";
+        "use a client certificate or a token of this gateway; check which credential your kubeconfig sends";
     let (status, code, remedy) = match error {
         AuthnError::SeveralAuthorizations | AuthnError::MalformedAuthorization => {
             (StatusCode::BAD_REQUEST, TlCode::BadFraming, "send one Authorization header with one credential")
@@ -493,7 +493,7 @@ fn authn(error: &AuthnError) -> Verdict {
         AuthnError::ForeignCredential => (
             StatusCode::UNAUTHORIZED,
             TlCode::Unauthenticated,
-            "set client-certificate and client-key for the gateway in your kubeconfig, beside a token for the cluster if it wants one",
+            "set client-certificate and client-key for the gateway in your kubeconfig, in addition to the cluster's own token if it needs one",
         ),
         AuthnError::ClusterCredentialNeeded => (
             StatusCode::UNAUTHORIZED,
@@ -503,9 +503,11 @@ fn authn(error: &AuthnError) -> Verdict {
         AuthnError::OwnCredential => (
             StatusCode::UNAUTHORIZED,
             TlCode::Unauthenticated,
-            "send a credential of the cluster instead; it was not passed on",
+            "send a credential of the cluster instead; the gateway did not forward the token",
         ),
-        AuthnError::Principal(_) => (StatusCode::FORBIDDEN, TlCode::Forbidden, "use an identity of your own"),
+        AuthnError::Principal(_) => {
+            (StatusCode::FORBIDDEN, TlCode::Forbidden, "use a user name and groups without a reserved prefix")
+        }
     };
     Verdict { status, code, message: format!("{error} — {remedy}") }
 }
@@ -514,7 +516,7 @@ fn headers(error: &HeadersError) -> Verdict {
     let (status, code, remedy) = match error {
         HeadersError::Underscore(_) => (StatusCode::BAD_REQUEST, TlCode::HeaderForbidden, "leave it out"),
         HeadersError::ProtectedConnection(_) | HeadersError::MalformedConnection => {
-            (StatusCode::BAD_REQUEST, TlCode::HeaderForbidden, "name only hop-by-hop fields there")
+            (StatusCode::BAD_REQUEST, TlCode::HeaderForbidden, "name only hop-by-hop header fields in it")
         }
         HeadersError::Impersonation(_) => {
             (StatusCode::FORBIDDEN, TlCode::HeaderForbidden, "leave out --as and --as-group")
@@ -527,7 +529,7 @@ fn headers(error: &HeadersError) -> Verdict {
         HeadersError::ForeignOrigin(_) => (
             StatusCode::FORBIDDEN,
             TlCode::Forbidden,
-            "call the gateway without a browser, or list the origin in allowedOrigins of the gateway's configuration",
+            "call the gateway without a browser, or add the origin to allowedOrigins in the gateway's configuration",
         ),
         HeadersError::OwnCredential => return authn(&AuthnError::OwnCredential),
     };
@@ -549,12 +551,16 @@ fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
         code => StatusCode::from_u16(code.status()).unwrap_or(StatusCode::BAD_GATEWAY),
     };
     let (tl, remedy) = match code {
-        Code::Denied => (TlCode::TargetDenied, "the cluster's owner decides in the agent's configuration"),
-        Code::Limit => (TlCode::Limit, "wait for some requests to end, then try again"),
+        Code::Denied => {
+            (TlCode::TargetDenied, "the cluster's owner can allow it in the agent's configuration")
+        }
+        Code::Limit => (TlCode::Limit, "wait for some requests to end, then retry"),
         Code::Deadline => (TlCode::Timeout, "check the cluster's API server"),
-        Code::Refused => (TlCode::ClusterOffline, "try again"),
-        Code::Draining => (TlCode::Draining, "try again"),
-        Code::Flow | Code::Proto => (TlCode::Proto, "compare the versions of agent and gateway"),
+        Code::Refused => (TlCode::ClusterOffline, "retry"),
+        Code::Draining => (TlCode::Draining, "retry"),
+        Code::Flow | Code::Proto => {
+            (TlCode::Proto, "check that the versions of agent and gateway are compatible")
+        }
         Code::Cancelled | Code::UpstreamConnect | Code::UpstreamBody | Code::Internal => {
             (TlCode::BadUpstream, "check the agent's log and the cluster's API server")
         }
@@ -731,7 +737,7 @@ mod tests {
             (failure(Code::Denied), 403),
             (ProxyError::Forbidden { cluster: cluster() }, 403),
             (ProxyError::Authn(AuthnError::Revoked), 401),
-            (bad("its status is none"), 502),
+            (bad("invalid status code"), 502),
         ] {
             assert_eq!(render(error.for_a_resumed_watch()).await.0.status().as_u16(), status);
         }

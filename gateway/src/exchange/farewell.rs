@@ -56,17 +56,19 @@ impl Cause {
     /// At most 123 bytes: a Close frame holds no more.
     const fn text(self) -> &'static str {
         match self {
-            Self::Drained => "towline: this gateway stops, and its time to finish is over; start again",
-            Self::TunnelLost => "towline: the tunnel to the cluster was lost; start again",
+            Self::Drained => {
+                "towline: this gateway is shutting down and its drain deadline has passed; reconnect"
+            }
+            Self::TunnelLost => "towline: the tunnel to the cluster was lost; reconnect",
             Self::Ended(Ended::Revoked) => "towline: your credential was revoked; get a new one",
             Self::Ended(Ended::Expired) => {
-                "towline: your credential has expired; log in again, then start again"
+                "towline: your credential has expired; log in again, then reconnect"
             }
             Self::Ended(Ended::Forbidden) => {
-                "towline: you may not call this cluster any more; ask the fleet's operator"
+                "towline: you are no longer allowed to call this cluster; ask the fleet's operator"
             }
             Self::Ended(Ended::Cluster) => {
-                "towline: the cluster was deleted, or its mode was changed; start again"
+                "towline: the cluster was deleted, or its mode was changed; reconnect"
             }
         }
     }
@@ -100,7 +102,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Framed<IO> {
         };
         // A client that does not listen is not waited for.
         if !matches!(timeout(cause.patience(), said).await, Ok(Ok(()))) {
-            tracing::debug!(cause = cause.label(), "a client left before its connection was ended");
+            tracing::debug!(cause = cause.label(), "client left before the gateway closed its connection");
         }
     }
 }

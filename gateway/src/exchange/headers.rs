@@ -19,7 +19,7 @@ use towline_proto::open::Header;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum HeadersError {
     /// `_` where some servers read `-`.
-    #[error("the header name {0:?} holds an underscore")]
+    #[error("the header name {0:?} contains an underscore")]
     Underscore(String),
     /// `Connection` names a field that must not be removed.
     #[error("the Connection header names {0:?}, which is not hop-by-hop")]
@@ -28,19 +28,19 @@ pub enum HeadersError {
     MalformedConnection,
     /// A client's own impersonation where the gateway impersonates.
     #[error(
-        "the header {0:?} is not allowed here: this cluster is in the mode impersonate, where the gateway says who you are"
+        "the header {0:?} is not allowed: this cluster is in impersonate mode, where the gateway sets the user"
     )]
     Impersonation(String),
     /// A page of another site made a browser send this.
-    #[error("a request that another web site made a browser send")]
+    #[error("a web page of another site made the browser send this request")]
     CrossSite,
     /// A page of an origin that is not listed wants to change something, or a raw connection.
     #[error(
-        "the request comes from a web page of another origin ({0:?}), and such a page may change nothing here and open no raw connection"
+        "the request comes from a web page of another origin ({0:?}), which may neither change anything nor open a raw connection"
     )]
     ForeignOrigin(String),
     /// See [`crate::access::authn::AuthnError::OwnCredential`].
-    #[error("a token of the gateway was sent where it would be passed on to the cluster")]
+    #[error("the request carries a token of the gateway where it would be forwarded to the cluster")]
     OwnCredential,
 }
 
@@ -117,10 +117,10 @@ pub fn traceparent(client: &HeaderMap) -> Option<String> {
 pub enum RedirectError {
     #[error("its Location {0}")]
     Astray(Astray),
-    #[error("it has several Locations")]
+    #[error("it has more than one Location header")]
     Several,
     /// The API itself redirects nothing that changes something, and a client that follows repeats method and body.
-    #[error("only GET and HEAD may be redirected here")]
+    #[error("only GET and HEAD requests may be redirected")]
     Method,
 }
 

@@ -26,11 +26,11 @@ pub struct Place<'a> {
 /// Why a reference is not passed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Astray {
-    #[error("leads to another address")]
+    #[error("leads to another host")]
     Elsewhere,
-    #[error("leads out of the cluster's own path")]
+    #[error("leads out of the cluster's path on the gateway")]
     Outside,
-    #[error("is no URL that all clients read alike")]
+    #[error("is not a URL that all clients parse alike")]
     Unclear,
 }
 

@@ -19,7 +19,7 @@ use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 pub(crate) enum UpgradeError {
     #[error("only GET and POST can switch protocols — use one of them")]
     Method,
-    #[error("a request that switches protocols has no body — leave it out")]
+    #[error("a request that switches protocols must not have a body — leave it out")]
     Body,
 }
 
@@ -80,7 +80,7 @@ pub(super) fn carry(
                 spliced = splice(&mut io, send, recv) => spliced,
                 () = overdue.cancelled() => return io.say_farewell(Cause::Drained).await,
                 () = ended.cancelled() => {
-                    tracing::debug!(why = run.why().label(), "raw connection ended: what let it in does so no more");
+                    tracing::debug!(why = run.why().label(), "raw connection cancelled: its credential or access was revoked or has expired");
                     return io.say_farewell(Cause::Ended(run.why())).await;
                 }
             };
@@ -89,7 +89,7 @@ pub(super) fn carry(
                     tracing::debug!(sent = spliced.sent, received = spliced.received, "raw connection ended")
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "raw connection broke off");
+                    tracing::debug!(%error, "raw connection cut off");
                     if is_session_lost(&error) {
                         io.say_farewell(Cause::TunnelLost).await;
                     }

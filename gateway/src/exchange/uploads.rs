@@ -98,9 +98,9 @@ pub(crate) async fn room(
         }
     }
     let what = match refused {
-        Limit::UploadsPerConnection => "uploads that nobody reads in this connection",
-        Limit::UploadMemoryPerPrincipal => "uploads of yours that nobody reads",
-        _ => "uploads for the gateway's memory",
+        Limit::UploadsPerConnection => "request bodies waiting to be read on this connection",
+        Limit::UploadMemoryPerPrincipal => "request bodies of yours waiting to be read",
+        _ => "request bodies for the gateway's memory",
     };
     Err(ProxyError::Limit(refused, what))
 }

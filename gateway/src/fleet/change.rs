@@ -24,7 +24,7 @@ impl Fleet {
         for name in registered {
             tracing::warn!(
                 cluster = %name,
-                "a cluster of this name is registered and stands in the configuration too: the configuration's counts"
+                "a registered cluster is also defined in the configuration file; the configuration file takes precedence"
             );
         }
         *self.0.reserved.write().unwrap_or_else(PoisonError::into_inner) = names;
@@ -86,7 +86,7 @@ impl Fleet {
             && let Err(error) = self.end_allows(name, deleted).await
         {
             // What was asked for is done.
-            tracing::warn!(%error, cluster = name, "the cluster is deleted; an Allow written meanwhile may name it still: look through the accessrules before the name is used again");
+            tracing::warn!(%error, cluster = name, "cluster deleted, but an Allow rule that was written meanwhile may still name it; check the accessrules before you reuse the name");
         }
         Ok(deleted)
     }

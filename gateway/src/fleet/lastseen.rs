@@ -23,7 +23,7 @@ const BATCH: usize = 256;
 /// What a gateway that stops waits for its last words.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 /// What is told of a session that nobody saw the end of.
-const DIED: &str = "the gateway died with it";
+const DIED: &str = "the gateway stopped unexpectedly";
 
 /// Tells the registry what is on record from before, and whose agents are on their way.
 pub(crate) fn restore(shared: &Shared) {
@@ -66,14 +66,14 @@ pub(crate) async fn keep(shared: &Shared) {
                 sleep(INTERVAL).await;
             }
             Err(error) => {
-                tracing::warn!(%error, "who is connected since when is not written down for now");
+                tracing::warn!(%error, "cannot store the clusters' connection times; retried later");
                 sleep(RETRY).await;
             }
         }
     }
 }
 
-/// Writes down what is to be known after the end, once the last session has ended.
+/// Writes down what is to be known after the end, once the last session ended.
 pub(crate) async fn close(shared: &Shared) {
     let Some(fleet) = &shared.fleet else { return };
     let closing = async {
@@ -86,9 +86,9 @@ pub(crate) async fn close(shared: &Shared) {
     };
     match timeout(LAST_WORDS, closing).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(%error, "when the clusters were last seen is not written down"),
+        Ok(Err(error)) => tracing::warn!(%error, "cannot store when the clusters were last seen"),
         Err(_) => {
-            tracing::warn!("when the clusters were last seen is not written down: the disk is too slow")
+            tracing::warn!("cannot store when the clusters were last seen: the disk is too slow")
         }
     }
 }

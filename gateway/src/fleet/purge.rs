@@ -32,18 +32,18 @@ pub(crate) async fn tend(shared: &Shared) {
         tokio::time::sleep(INTERVAL).await;
         if !clock.is_steady(SystemTime::now(), Instant::now()) {
             tracing::warn!(
-                "the system's clock was set; no revocation is purged until the gateway starts anew"
+                "the system clock jumped; expired revocations are not purged until the gateway restarts"
             );
             continue;
         }
         match fleet.purge(Time::now(), shared.live().config.join.expired_for).await {
             Ok(0) => {}
-            Ok(purged) => tracing::info!(purged, "revocations that can matter no more are gone"),
-            Err(error) => tracing::warn!(%error, "revocations that can matter no more stay for now"),
+            Ok(purged) => tracing::info!(purged, "purged expired revocations"),
+            Err(error) => tracing::warn!(%error, "cannot purge expired revocations; retried later"),
         }
         let configured = shared.live().by_uid.keys().map(ToString::to_string).collect();
         if let Err(error) = fleet.purge_last_seen(&configured).await {
-            tracing::warn!(%error, "what is on record of clusters that are gone stays for now");
+            tracing::warn!(%error, "cannot delete the records of deleted clusters; retried later");
         }
     }
 }

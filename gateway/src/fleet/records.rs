@@ -75,7 +75,7 @@ impl Serialize for Time {
 impl<'de> Deserialize<'de> for Time {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        Self::parse(&text).ok_or_else(|| D::Error::custom("no time of RFC 3339"))
+        Self::parse(&text).ok_or_else(|| D::Error::custom("not an RFC 3339 timestamp"))
     }
 }
 
@@ -312,7 +312,7 @@ pub struct LastSeen {
     pub gateway: String,
     /// Since when it is connected, or was.
     pub since: Time,
-    /// None while it is connected; and if the gateway died with it, whose last minute is then the end.
+    /// None while it is connected; and if the gateway stopped unexpectedly, whose last minute is then the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
     /// What its agent has said of itself.
@@ -325,7 +325,7 @@ pub struct LastSeen {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Ended {
     pub at: Time,
-    /// For people.
+    /// Free-form description: one line of at most 1024 bytes.
     pub why: String,
 }
 

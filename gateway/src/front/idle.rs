@@ -112,7 +112,7 @@ impl Activity {
         {
             return Poll::Ready(Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,
-                "what the answer rests on was revoked while it waited for the client",
+                "response cancelled while it waited for the client: its credential or access was revoked",
             )));
         }
         written

@@ -36,29 +36,29 @@ const SUBJECT_PREFIX: &str = "system:serviceaccount:";
 /// Why a token vouches for nobody. For the log: whoever asks is not told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum AccountError {
-    #[error("it is no JWT")]
+    #[error("it is not a JWT")]
     Malformed,
-    #[error("it is signed with another algorithm than RS256 or ES256, or than its key is for")]
+    #[error("its signature algorithm is neither RS256 nor ES256, or does not fit its key")]
     Algorithm,
     #[error("it is signed with a key that is not on record; the cluster's keys may have been rotated")]
     UnknownKey,
     #[error("its signature is wrong")]
     Signature,
-    #[error("it is of another issuer than the cluster's")]
+    #[error("its issuer is not the cluster's")]
     Issuer,
-    #[error("it is not for the audience of this gateway's trust domain alone")]
+    #[error("its only audience must be the one of this gateway's trust domain")]
     Audience,
     #[error("it has expired")]
     Expired,
     #[error("it is not valid yet")]
     NotYet,
     #[error(
-        "it was made to live for longer than {LIFE_MAX:?}, or for no time at all; project one with less expirationSeconds"
+        "its lifetime is zero or longer than {LIFE_MAX:?}; project a token with smaller expirationSeconds"
     )]
     Life,
-    #[error("it is another ServiceAccount's than the agent's")]
+    #[error("its subject is not the agent's ServiceAccount")]
     Subject,
-    #[error("it demands that extensions be understood (crit), and none is")]
+    #[error("it requires extensions (crit) that the gateway does not support")]
     Critical,
 }
 

@@ -32,19 +32,19 @@ pub enum Header {
 #[derive(Debug, Error)]
 pub enum HeaderError {
     /// Nothing was sent: a probe.
-    #[error("connected and left without a word")]
+    #[error("connection closed before any data was received")]
     Silent,
     #[error(
-        "no PROXY protocol header came, and listen.proxyProtocol requires one from this address. Switch it on at the balancer (version 2), or take the balancer out of listen.trustedProxies"
+        "missing PROXY protocol header: listen.proxyProtocol requires it from this address. Enable version 2 on the load balancer, or remove the load balancer from listen.trustedProxies"
     )]
     Missing,
     #[error(
-        "a PROXY protocol header of version 1 came; only version 2 is spoken. Say send-proxy-v2 (HAProxy), or version 2 in the balancer's settings"
+        "PROXY protocol version 1 is not supported, only version 2. Set send-proxy-v2 (HAProxy), or version 2 in the load balancer's settings"
     )]
     VersionOne,
-    #[error("the PROXY protocol header is malformed: {0}")]
+    #[error("malformed PROXY protocol header: {0}")]
     Malformed(&'static str),
-    #[error("the PROXY protocol header broke off")]
+    #[error("truncated PROXY protocol header")]
     BrokeOff,
 }
 
@@ -94,7 +94,7 @@ fn parse_fixed(fixed: &[u8; FIXED]) -> Result<(Command, u8, usize), HeaderError>
     let command = match version {
         0x20 => Command::Local,
         0x21 => Command::Proxy,
-        _ if version >> 4 == 2 => return Err(HeaderError::Malformed("it has an unknown command")),
+        _ if version >> 4 == 2 => return Err(HeaderError::Malformed("unknown command")),
         _ => return Err(HeaderError::Malformed("its version is not 2")),
     };
     let length = usize::from(u16::from_be_bytes([high, low]));

@@ -108,7 +108,7 @@ impl QuicListener {
         // Whoever still knocks is told nothing; sessions go on until the gateway ends them.
         self.endpoint.set_server_config(None);
         shared.stages.abort.cancelled().await;
-        self.endpoint.close(VarInt::from(Code::Draining.to_u32()), b"the gateway stops");
+        self.endpoint.close(VarInt::from(Code::Draining.to_u32()), b"the gateway is stopping");
         drop(tokio::time::timeout(LAST_PACKETS, self.endpoint.wait_idle()).await);
     }
 
@@ -123,7 +123,9 @@ impl QuicListener {
                 self.endpoint.set_server_config(Some(self.server.clone()));
                 self.tls = Arc::clone(&live.tunnel_tls);
             }
-            Err(error) => tracing::error!(%error, "the certificate of the QUIC listener stays"),
+            Err(error) => {
+                tracing::error!(%error, "cannot load the new certificate of the QUIC listener; the old one stays in use")
+            }
         }
     }
 
@@ -209,10 +211,10 @@ async fn strayed(shared: Arc<Shared>, conn: quinn::Connection) {
         if now.ip() != first.ip() && !shared.live().config.listen.allows(now.ip()) {
             shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
             let (was, is) = (first, now);
-            sparing!(shared.refusals.due(&()), info, %was, %is, "agent refused (QUIC): it has moved to an address that is not among listen.allowedSources");
+            sparing!(shared.refusals.due(&()), info, %was, %is, "agent disconnected (QUIC): it moved to an address that is not in listen.allowedSources");
             conn.close(
                 VarInt::from(Code::Denied.to_u32()),
-                b"this address may not connect (listen.allowedSources)",
+                b"the gateway does not allow connections from this address (listen.allowedSources)",
             );
             // The session sees to its own end.
             return std::future::pending().await;
@@ -257,7 +259,7 @@ async fn handshake(
 fn refuse(shared: &Shared, address: SocketAddr, error: &HandshakeError) {
     let (outcome, code, why) = match error {
         HandshakeError::Timeout | HandshakeError::Failed(ConnectionError::TimedOut) => {
-            (Handshake::Timeout, TlCode::Timeout, "the QUIC handshake took too long".to_owned())
+            (Handshake::Timeout, TlCode::Timeout, "QUIC handshake timed out".to_owned())
         }
         HandshakeError::Alpn => (Handshake::Alpn, TlCode::Proto, "the ALPN is not towline/1".to_owned()),
         HandshakeError::Failed(error) => (Handshake::Tls, TlCode::Cert, error.to_string()),
@@ -284,7 +286,7 @@ fn open(shared: &Shared, options: &Quic, address: SocketAddr) -> io::Result<std:
         tracing::warn!(
             receive_bytes = udp.receive_buffer,
             send_bytes = udp.send_buffer,
-            "the kernel grants small UDP buffers, so that QUIC loses datagrams under load; raise net.core.rmem_max and net.core.wmem_max to {}, or set listen.quic.receiveBuffer and sendBuffer to what is granted",
+            "the kernel's UDP buffers are smaller than configured, so QUIC loses datagrams under load; raise net.core.rmem_max and net.core.wmem_max to {}, or lower listen.quic.receiveBuffer and sendBuffer to the granted sizes",
             receive.max(send)
         );
     }

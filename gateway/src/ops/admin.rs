@@ -154,7 +154,7 @@ impl Admin {
         }
         if request.method() != Method::GET {
             self.shared.metrics.rejected(Surface::Admin, TlCode::BadFraming);
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n");
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is supported\n");
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
             return response;
         }
@@ -163,7 +163,7 @@ impl Admin {
             "/metrics" => self.metrics(self.names_clusters_to(local, peer)).await,
             "/tunnel-ca" if !self.names_clusters_to(local, peer) => text(
                 StatusCode::FORBIDDEN,
-                "names of clusters are for this machine only: ask from it, or set admin.clusterNames\n",
+                "cluster names are shown only to this machine: ask from it, or set admin.clusterNames\n",
             ),
             "/tunnel-ca" => text(StatusCode::OK, self.tunnel_ca()),
             "/readyz" => self.ready(request.uri().query().unwrap_or_default()).await,
@@ -196,7 +196,7 @@ impl Admin {
             if named { shared.metrics.render() } else { shared.metrics.render_unnamed() }
         });
         let Ok(rendered) = rendered.await else {
-            return text(StatusCode::INTERNAL_SERVER_ERROR, "the metrics cannot be rendered\n");
+            return text(StatusCode::INTERNAL_SERVER_ERROR, "cannot render the metrics\n");
         };
         let mut response = text(StatusCode::OK, rendered);
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(Metrics::MEDIA_TYPE));
@@ -252,7 +252,7 @@ impl Admin {
         if let Some(store) = self.store() {
             let line = match store {
                 Ok(()) => "[+]store ok\n".to_owned(),
-                Err(why) => format!("[!]store (does not count): {why}\n"),
+                Err(why) => format!("[!]store (not required): {why}\n"),
             };
             out.push_str(&line);
         }
@@ -271,9 +271,10 @@ impl Admin {
         let fleet = self.shared.fleet.as_ref()?;
         Some(match fleet.store().trouble() {
             None => Ok(()),
-            Some((error, time)) => {
-                Err(format!("has not answered for {}: changes are refused meanwhile. {error}", human(time)))
-            }
+            Some((error, time)) => Err(format!(
+                "no answer for {}; changes are refused until it answers again. {error}",
+                human(time)
+            )),
         })
     }
 
@@ -299,10 +300,10 @@ impl Admin {
         let stages = &self.shared.stages;
         match check {
             Check::Draining if stages.unready.is_cancelled() => {
-                Err("the gateway is about to stop".to_owned())
+                Err("the gateway is shutting down".to_owned())
             }
             Check::Draining => Ok(()),
-            Check::Listener if stages.draining.is_cancelled() => Err("accepts nothing new".to_owned()),
+            Check::Listener if stages.draining.is_cancelled() => Err("accepts no new connections".to_owned()),
             Check::Listener => Ok(()),
             Check::Handshake => self.handshake().await,
         }
@@ -317,7 +318,9 @@ impl Admin {
             return result.clone();
         }
         let result = timeout(SELF_CHECK_TIMEOUT, self.shake_hands()).await;
-        let result = result.unwrap_or_else(|_| Err("the own TLS handshake took longer than 2 s".to_owned()));
+        let result = result.unwrap_or_else(|_| {
+            Err("the TLS handshake with the gateway's own port took longer than 2 s".to_owned())
+        });
         *last = Some((Instant::now(), result.clone()));
         result
     }
@@ -348,7 +351,7 @@ impl Admin {
                 CertificateError::Expired | CertificateError::ExpiredContext { .. },
             )) => Err("the front's certificate has expired".to_owned()),
             Some(rustls::Error::InvalidCertificate(_)) => Ok(()),
-            _ => Err(format!("the own TLS handshake failed: {error}")),
+            _ => Err(format!("the TLS handshake with the gateway's own port failed: {error}")),
         }
     }
 }
@@ -406,7 +409,9 @@ fn is_for_us(headers: &HeaderMap, local: Option<SocketAddr>) -> Result<(), &'sta
     let agent = headers.get(header::USER_AGENT).map(HeaderValue::as_bytes).unwrap_or_default();
     let is_a_browser = headers.keys().any(of_a_browser) || agent.starts_with(b"Mozilla/");
     let mut hosts = headers.get_all(header::HOST).iter();
-    let (Some(host), None) = (hosts.next(), hosts.next()) else { return Err("exactly one Host is needed\n") };
+    let (Some(host), None) = (hosts.next(), hosts.next()) else {
+        return Err("exactly one Host header is needed\n");
+    };
     let host = host.to_str().unwrap_or_default();
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
@@ -417,10 +422,12 @@ fn is_for_us(headers: &HeaderMap, local: Option<SocketAddr>) -> Result<(), &'sta
         return Ok(());
     }
     if local.is_none_or(|local| local.ip().to_canonical().is_loopback()) {
-        return Err("the Host is not this listener's: on loopback use localhost, or an address\n");
+        return Err(
+            "the Host header does not name this listener: on loopback use localhost or an IP address\n",
+        );
     }
     if is_a_browser || name.is_empty() {
-        return Err("a browser gets here by an address only: a page could have a name point anywhere\n");
+        return Err("browsers must use an IP address: a web page could make a host name point here\n");
     }
     Ok(())
 }

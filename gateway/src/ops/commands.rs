@@ -30,12 +30,12 @@ use towline_certs::{
 /// Why a command did nothing.
 #[derive(Debug, Error)]
 pub enum CommandError {
-    #[error("the configuration names no stateDirectory, so that there is nothing to work on; add one")]
+    #[error("this command needs a stateDirectory; add it to the configuration")]
     NoState,
-    #[error("{} holds no CA yet. Start the gateway once, then try again", .0.display())]
+    #[error("{} has no CA yet. Start the gateway once, then retry", .0.display())]
     Fresh(PathBuf),
     #[error(
-        "--new-ca: {} is there; start without it. To replace a CA that agents believe: tunnel-ca trust-new", .0.display()
+        "--new-ca: {} exists; start without --new-ca. To replace a CA that agents trust: tunnel-ca trust-new", .0.display()
     )]
     CaExists(PathBuf),
     #[error(transparent)]
@@ -46,26 +46,26 @@ pub enum CommandError {
     Load(#[from] LoadError),
     #[error("the name of the admin: {0}")]
     Name(#[from] NameError),
-    #[error("--name: {0}, so that the gateway would not take the kubeconfig. Choose another name")]
+    #[error("--name: {0}, so the gateway would refuse the kubeconfig. Choose another name")]
     Reserved(PrincipalError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
     Restore(#[from] RestoreError),
-    #[error("the dump cannot be read: {0}")]
+    #[error("cannot parse the dump: {0}")]
     Dump(#[from] serde_json::Error),
     #[error(transparent)]
     Rotation(#[from] RotationError),
     #[error(
-        "{} cluster(s) have connected agents that have not acknowledged both roots: {}. See `kubectl get clusters -o wide` (condition TrustCurrent); stop those agents, or go on without them by --force: they would have to join anew", .0.len(), some_of(.0)
+        "{} cluster(s) have connected agents that have not acknowledged both roots: {}. See `kubectl get clusters -o wide` (condition TrustCurrent); stop those agents, or use --force to continue without them: they must then join again", .0.len(), some_of(.0)
     )]
     NotAcknowledged(Vec<String>),
     #[error(
-        "the gateway that runs on {} cannot be asked what its agents have acknowledged ({why}). Look at /tunnel-ca on its admin.address; go on without asking by --force", path.display()
+        "cannot ask the gateway that runs on {} what its agents have acknowledged ({why}). Check /tunnel-ca on its admin.address, or use --force to skip this check", path.display()
     )]
     NotAsked { path: PathBuf, why: String },
     #[error(
-        "issue-new was {ago} ago, and certificates live for {life}: agents that have not renewed yet would be cut off and have to join anew. Wait, or go on by --force"
+        "issue-new ran {ago} ago, and certificates are valid for {life}: agents that have not renewed yet would be cut off and must join again. Wait, or use --force to continue now"
     )]
     NotRenewed { ago: String, life: String },
 }
@@ -158,7 +158,7 @@ pub fn admin_advice(config: &GatewayConfig, now: SystemTime) -> Result<Option<St
     let issuer =
         chain.chain().last().and_then(|last| CertificateFacts::of(last).ok()).map(|facts| facts.issuer);
     Ok(Some(format!(
-        "the front's certificate (tls.front) comes from elsewhere, and the kubeconfig names no CA: it works where the system's trust store has {}. Is that a private CA, add it: kubectl config set-cluster towline --kubeconfig FILE --certificate-authority ca.crt --embed-certs; or append its root to {}",
+        "the kubeconfig names no CA, because the certificate of tls.front does not include its root: it works only where the system trusts {}. If that is a private CA, add it: kubectl config set-cluster towline --kubeconfig FILE --certificate-authority ca.crt --embed-certs; or append its root to {}",
         issuer.unwrap_or_default(),
         front.certificate.display()
     )))
@@ -223,14 +223,14 @@ fn ask_admin(mut address: SocketAddr) -> io::Result<String> {
 
 /// The lines about clusters whose agents have not acknowledged, if the answer is about so many roots.
 fn pending(answer: &str, roots: usize) -> Result<Vec<String>, String> {
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or("its answer is no HTTP")?;
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or("its response is not HTTP")?;
     if head.split(' ').nth(1) != Some("200") {
-        return Err(format!("it answers {}", head.lines().next().unwrap_or_default()));
+        return Err(format!("it answered {}", head.lines().next().unwrap_or_default()));
     }
     let mut lines = body.lines();
     let believed = lines.next().and_then(|line| line.split(' ').next()?.parse::<usize>().ok());
     if believed != Some(roots) {
-        return Err("it has not picked up the last step yet; wait ten seconds".to_owned());
+        return Err("it has not loaded the last step yet; wait ten seconds".to_owned());
     }
     let is_pending = |line: &&str| line.split(' ').nth(1) == Some("pending");
     Ok(lines.filter(is_pending).map(ToOwned::to_owned).collect())
@@ -294,7 +294,7 @@ mod tests {
         let answer = |body: &str| format!("HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\n{body}");
         let told = "2 roots are believed\na current (1 of 1 sessions)\nb pending (0 of 1 sessions): the disk is full\nc not connected (0 of 0 sessions)\n";
         assert_eq!(pending(&answer(told), 2).unwrap(), ["b pending (0 of 1 sessions): the disk is full"]);
-        assert!(pending(&answer(told), 1).unwrap_err().contains("picked up"));
+        assert!(pending(&answer(told), 1).unwrap_err().contains("loaded the last step"));
         let many: Vec<String> = (0..12).map(|n| format!("c{n} pending")).collect();
         let text = CommandError::NotAcknowledged(many).to_string();
         assert!(text.starts_with("12 cluster(s)") && text.contains("c9 pending; and 2 more. See"), "{text}");

@@ -58,7 +58,7 @@ impl Reloader {
         // As it was before they were read: what changes meanwhile is seen at the next look.
         self.seen = seen;
         if let Err(error) = reload(shared, self.path.as_deref()) {
-            tracing::error!("reload refused, the last good state stays in force:\n{error}");
+            tracing::error!("reload refused; the last valid configuration stays in effect:\n{error}");
         }
     }
 }
@@ -81,12 +81,12 @@ pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigE
         }
     };
     for key in needs_restart(&shared.config, &live.config) {
-        tracing::warn!(key, "changed in the file; takes effect at the next start");
+        tracing::warn!(key, "setting changed in the file; restart the gateway to apply it");
     }
     live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     shared.publish(live);
     shared.metrics.reloaded(ReloadOutcome::Applied);
-    tracing::info!("configuration, certificates and tokens were read again");
+    tracing::info!("configuration, certificates and tokens reloaded");
     Ok(())
 }
 
@@ -96,7 +96,7 @@ fn same_trust_domain(shared: &Shared, new: GatewayConfig) -> Result<GatewayConfi
     if running == configured {
         return Ok(new);
     }
-    let problem = format!("trustDomain: is {running} while the gateway runs, not {configured}");
+    let problem = format!("trustDomain: cannot change from {running} to {configured} while the gateway runs");
     Err(ConfigError { problems: vec![problem] })
 }
 

@@ -114,7 +114,7 @@ impl OnBoard {
 
     /// The agent is too old to be told.
     pub(crate) fn unsupported(&self) {
-        let problem = "the agent is too old to be told of a change of CA; update it, or replace its CA file";
+        let problem = "the agent is too old to receive a new CA; upgrade the agent, or replace its CA file";
         self.see(|seen| seen.problem = Some(problem.to_owned()));
     }
 }

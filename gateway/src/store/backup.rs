@@ -47,9 +47,9 @@ pub struct DumpedRecord {
 pub enum RestoreError {
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("this is no dump of a store: {0}")]
+    #[error("not a store dump: {0}")]
     NoDump(String),
-    #[error("record {0} of the dump: {1}. Nothing was restored")]
+    #[error("record {0} of the dump is invalid: {1}. Nothing was restored")]
     Record(String, String),
 }
 
@@ -99,14 +99,17 @@ pub fn restore(
     voided: impl Fn(&Record) -> Result<Option<Value>, Unreadable>,
 ) -> Result<(usize, usize), RestoreError> {
     if dump.kind != KIND || dump.api_version != crate::config::API_VERSION {
-        return Err(RestoreError::NoDump(format!("it is {} {}", dump.api_version, dump.kind)));
+        return Err(RestoreError::NoDump(format!(
+            "apiVersion and kind are {} {}",
+            dump.api_version, dump.kind
+        )));
     }
     // One more than the dump's, so that a revision of the old store is never one of the new.
     let revision = dump.revision + 1;
     let (mut records, total) = (Vec::new(), dump.records.len());
     for DumpedRecord { kind, name, schema, data } in dump.records {
         let fail = |what: String| RestoreError::Record(format!("{kind} {name:?}"), what);
-        let known = Kind::of_name(&kind).ok_or_else(|| fail("its kind is not known".to_owned()))?;
+        let known = Kind::of_name(&kind).ok_or_else(|| fail("unknown kind".to_owned()))?;
         let key = Key::new(known, &name);
         let record = Record { key: key.clone(), revision, schema, data: Arc::new(data) };
         let Some(data) = voided(&record).map_err(|error| fail(error.to_string()))? else { continue };

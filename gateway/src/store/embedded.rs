@@ -337,7 +337,7 @@ pub(super) struct RawRecord {
 /// Says that a record is skipped.
 pub(crate) fn alarm(metrics: &Metrics, key: &Key, why: Unreadable) {
     metrics.record_skipped(why);
-    tracing::error!(record = %key, "a record of the store is skipped: {why}");
+    tracing::error!(record = %key, "skipped an unreadable record of the store: {why}");
 }
 
 /// Does a transaction in an open one of redb: the new revision and what happened, or whose condition does not hold.
@@ -442,7 +442,7 @@ fn take_lock(directory: &Path) -> Result<File, StoreError> {
 }
 
 /// What follows the holder's name while it drains.
-const DRAINS: &str = ", which drains";
+const DRAINS: &str = ", which is draining";
 
 /// Whether a holder, as it says itself, is about to go.
 pub(super) fn drains(holder: &str) -> bool {
@@ -530,7 +530,7 @@ fn open_file(path: &Path, backend: &Backend) -> Result<Database, StoreError> {
     let _no_child = super::CHILDREN.read();
     let length = std::fs::metadata(path).map_err(|error| disk(path, error))?.len();
     if length == 0 {
-        return Err(damaged(path, "it is empty"));
+        return Err(damaged(path, "the file is empty"));
     }
     let backend = backend(path).map_err(|error| disk(path, error))?;
     let mut builder = Builder::new();
@@ -551,7 +551,7 @@ fn open_file(path: &Path, backend: &Backend) -> Result<Database, StoreError> {
     })?;
     match format {
         FORMAT => Ok(file),
-        0 => Err(damaged(path, "it is no store of a gateway")),
+        0 => Err(damaged(path, "it is not a gateway's store")),
         found => Err(StoreError::NewerFormat { path: path.to_owned(), found }),
     }
 }
@@ -628,10 +628,10 @@ fn damaged(path: &Path, what: &str) -> StoreError {
 fn translate(path: &Path, error: redb::Error) -> StoreError {
     match error {
         redb::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => {
-            damaged(path, &format!("it is no store: {error}"))
+            damaged(path, &format!("it is not a store: {error}"))
         }
         redb::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            damaged(path, "it is cut off")
+            damaged(path, "the file is truncated")
         }
         redb::Error::Io(error) => disk(path, error),
         redb::Error::PreviousIo => disk(path, io::Error::other("an earlier write failed")),
@@ -645,7 +645,7 @@ fn translate(path: &Path, error: redb::Error) -> StoreError {
 /// A damaged file must not take the process with it, whatever the library makes of it.
 fn catch<T>(path: &Path, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     catch_unwind(AssertUnwindSafe(work))
-        .unwrap_or_else(|_| Err(damaged(path, "its structure contradicts itself")))
+        .unwrap_or_else(|_| Err(damaged(path, "its structure is inconsistent")))
 }
 
 /// A backend behind a pointer is one too.

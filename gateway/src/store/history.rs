@@ -13,7 +13,7 @@ const BATCH_MAX: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum WatchEnd {
     /// The history begins later, or in a later life of the store: list, and watch from there.
-    #[error("the history goes back less far")]
+    #[error("the history does not go back that far")]
     Compacted,
     /// The store has not got there: the revision is another store's.
     #[error("the revision is from the future")]

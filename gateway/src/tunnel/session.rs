@@ -139,7 +139,7 @@ async fn no_memory(
         Some(memory) if memory.is_full() => (
             Limit::TunnelMemoryPerCluster,
             "limits.tunnelMemoryPerCluster",
-            "the sessions of this cluster hold all the memory that the gateway has for it",
+            "the sessions of this cluster use all the memory that the gateway allows for it",
         ),
         _ => (Limit::TunnelMemory, "limits.tunnelMemory", "the gateway has no memory for another session"),
     };
@@ -173,7 +173,7 @@ async fn run(
     if matches!(reason, CloseReason::Violation(_)) {
         shared.metrics.rejected(Surface::Tunnel, TlCode::Proto);
     }
-    tracing::debug!(agent = %address, %reason, "connection of an agent ended");
+    tracing::debug!(agent = %address, %reason, "agent connection ended");
 }
 
 /// What happens beside the driver, until the session has ended.
@@ -211,7 +211,7 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
     let reason = tokio::select! {
         reason = refuse_streams(session) => reason,
         () = registration.replaced(session) => {
-            session.close(Code::Draining, "replaced: its stream ids ran out");
+            session.close(Code::Draining, "replaced: its stream ids are used up");
             session.wait_for(|state| state.closed.is_some()).await.closed.unwrap_or(CloseReason::HelloTimeout)
         }
         reason = over => reason,
@@ -250,7 +250,7 @@ async fn admit(
     let refuse = |tl, code, text: String| Some(Refusal { tl, code, text });
     let certificate = |text: String| refuse(TlCode::Cert, Code::Denied, text);
     let live = shared.live();
-    let leaf = leaf.ok_or_else(|| certificate("no certificate was presented".to_owned()))?;
+    let leaf = leaf.ok_or_else(|| certificate("the agent presented no certificate".to_owned()))?;
     let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
     cluster.replace(identity.cluster.clone());
     let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
@@ -267,7 +267,7 @@ async fn admit(
         refuse(
             TlCode::Limit,
             Code::Limit,
-            "the cluster's agents have as many connections as they may".to_owned(),
+            "the cluster's agents have reached their connection limit".to_owned(),
         )
     })?;
     let on_record =
@@ -280,12 +280,12 @@ async fn admit(
             return Err(refuse(
                 TlCode::Timeout,
                 Code::Deadline,
-                "the session did not get ready in time".to_owned(),
+                "the agent did not complete the session's start in time".to_owned(),
             ));
         }
     };
     if hello.boot_id.len() != BOOT_ID_BYTES {
-        let text = format!("the boot id has {} bytes, not {BOOT_ID_BYTES}", hello.boot_id.len());
+        let text = format!("the boot id is {} bytes long instead of {BOOT_ID_BYTES}", hello.boot_id.len());
         return Err(refuse(TlCode::Proto, Code::Proto, text));
     }
     let registration = register(shared, session, &identity, &hello, address).await?;
@@ -313,7 +313,7 @@ async fn register(
             }
             Err(InsertError::SessionsMax) => {
                 shared.metrics.limit_reached(Limit::SessionsPerCluster);
-                return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has as many sessions as it may"));
+                return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has reached its session limit"));
             }
             Err(InsertError::OtherProcess(others)) => {
                 let sessions: Vec<_> = others.iter().map(|(_, session)| session.clone()).collect();
@@ -330,7 +330,7 @@ async fn register(
             }
         }
     }
-    let text = "already connected: another process with the same certificate is connected and alive. Stop it, or give this agent a certificate of its own";
+    let text = "already connected: another process with the same certificate is connected. Stop that process, or give this agent its own certificate";
     Err(refuse(TlCode::Cert, Code::Denied, text))
 }
 
@@ -354,7 +354,8 @@ async fn give_back(
         }
         let stats = session.stats();
         if shared.memory.is_short(cluster) && stats.streams == 0 && stats.recv_reserved > 2 * WINDOW_START {
-            registration.retire(session, "it holds memory that it does not need, and memory is short");
+            registration
+                .retire(session, "the gateway is short of memory, and this session holds more than it needs");
         }
     }
 }
@@ -504,7 +505,7 @@ async fn converse(
                 let problem = crate::exchange::printable(&problem).to_string();
                 if !problem.is_empty() {
                     sparing!(shared.lines.due(&admitted.identity.cluster), warn, cluster = %admitted.cluster.name,
-                        instance = %admitted.identity.instance, problem, "an agent does not keep the tunnel CA's roots");
+                        instance = %admitted.identity.instance, problem, "an agent could not store the tunnel CA's roots");
                 }
                 board.answered(version, &problem);
                 shared.registry.touch(&admitted.cluster.uid);
@@ -533,7 +534,7 @@ async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitt
         // Also at first: admission may have begun before the last reload.
         let live = shared.live();
         if let Err(why) = shared.admits(&live, &admitted.identity, &admitted.serial) {
-            return session.close(Code::Denied, &format!("the agent is not admitted any more: {why}"));
+            return session.close(Code::Denied, &format!("the agent is no longer admitted: {why}"));
         }
         // A session outlives the certificate that it showed, and the CA of that, once it has a newer one.
         let at = SystemTime::now().min(admitted.not_after);
@@ -544,7 +545,8 @@ async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitt
             && let Err(error) = live.agent_ca.verify(&chain, at)
             && !was_renewed(shared, admitted)
         {
-            return session.close(Code::Denied, &format!("the agent's certificate counts no more: {error}"));
+            return session
+                .close(Code::Denied, &format!("the agent's certificate is no longer valid: {error}"));
         }
         drop(live);
         let lost = async {

@@ -20,7 +20,7 @@ pub struct ClusterName(Arc<str>);
 
 /// Why a text is no [`ClusterName`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("a cluster name is 1 to 63 of a-z, 0-9 and, between them, -")]
+#[error("a cluster name is 1-63 characters: a-z, 0-9 and inner hyphens")]
 pub struct ClusterNameError;
 
 impl ClusterName {
@@ -89,20 +89,20 @@ impl Route {
 /// Why a request goes nowhere.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum RouteError {
-    #[error("the request has no usable Host: {0}")]
+    #[error("invalid Host header: {0}")]
     BadHost(&'static str),
-    #[error("the request is for another host than the TLS connection was made for")]
+    #[error("the Host header differs from the host name (SNI) of the TLS connection")]
     Misdirected,
-    #[error("the path is ambiguous: {0}")]
+    #[error("invalid path: {0}")]
     BadPath(&'static str),
     /// A path of the Kubernetes API without a cluster.
-    #[error("no cluster in the path")]
+    #[error("the path names no cluster")]
     ApiAtRoot,
     /// The cluster's own path begins with its prefix again, which no API server serves.
-    #[error("the path has /clusters/{0} twice")]
+    #[error("the path contains /clusters/{0} twice")]
     Doubled(ClusterName),
     /// The fleet's API, where there is none.
-    #[error("this gateway has no fleet API: it runs from files alone (no stateDirectory)")]
+    #[error("this gateway has no fleet API, because its configuration sets no stateDirectory")]
     NoFleet,
     #[error("nothing is served at this path")]
     Nothing,
@@ -126,14 +126,14 @@ pub fn route(parts: &Parts, host_domain: Option<&str>, sni: Option<&str>) -> Res
             return Err(RouteError::Misdirected);
         }
     }
-    let target = parts.uri.path_and_query().ok_or(RouteError::BadPath("there is none"))?.as_str();
+    let target = parts.uri.path_and_query().ok_or(RouteError::BadPath("the request has none"))?.as_str();
     if let (Host::Name(name), Some(domain)) = (&host, host_domain)
         && let Some(label) = below(name, domain)
     {
-        let name =
-            ClusterName::new(label).map_err(|_| RouteError::BadHost("its first label is no cluster name"))?;
+        let name = ClusterName::new(label)
+            .map_err(|_| RouteError::BadHost("its first label is not a cluster name"))?;
         if !target.starts_with('/') {
-            return Err(RouteError::BadPath("it does not begin with /"));
+            return Err(RouteError::BadPath("it must begin with /"));
         }
         return Ok(Route { name, path_and_query: target.to_owned(), by_path: false });
     }
@@ -159,7 +159,7 @@ fn by_path(target: &str) -> Result<Route, RouteError> {
         return Err(RouteError::Nothing);
     }
     let name = ClusterName::new(&rest[..end])
-        .map_err(|_| RouteError::BadPath("what follows /clusters/ is no cluster name"))?;
+        .map_err(|_| RouteError::BadPath("the part after /clusters/ is not a cluster name"))?;
     let rest = &rest[end..];
     let path_and_query = if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") };
     let again = path_and_query.strip_prefix(PREFIX).and_then(|again| again.strip_prefix(name.as_str()));
@@ -230,26 +230,26 @@ fn host(parts: &Parts) -> Result<Host, RouteError> {
     let mut lines = parts.headers.get_all(header::HOST).iter();
     let line = lines.next();
     if lines.next().is_some() {
-        return Err(RouteError::BadHost("there are several"));
+        return Err(RouteError::BadHost("the request has more than one"));
     }
     let line =
         line.map(|line| line.to_str().map_err(|_| RouteError::BadHost("it is not ASCII"))).transpose()?;
     let authority = parts.uri.authority().map(http::uri::Authority::as_str);
     let text = match (authority, line) {
         (Some(authority), Some(line)) if !authority.eq_ignore_ascii_case(line) => {
-            return Err(RouteError::BadHost("it differs from the request target's"));
+            return Err(RouteError::BadHost("it differs from the host of the request target"));
         }
         (Some(text), _) | (None, Some(text)) => text,
         (None, None) if parts.version == Version::HTTP_2 => {
-            return Err(RouteError::BadHost("there is no :authority"));
+            return Err(RouteError::BadHost("the request has no :authority"));
         }
-        (None, None) => return Err(RouteError::BadHost("there is none")),
+        (None, None) => return Err(RouteError::BadHost("the request has none")),
     };
     parse_host(text)
 }
 
 fn parse_host(text: &str) -> Result<Host, RouteError> {
-    let wrong = RouteError::BadHost("it is no host name with an optional port");
+    let wrong = RouteError::BadHost("it is not a host name with an optional port");
     let (name, port) = match text.strip_prefix('[') {
         Some(rest) => {
             let (address, after) = rest.split_once(']').ok_or_else(|| wrong.clone())?;

@@ -260,7 +260,7 @@ async fn d2_a_rule_names_what_can_be() {
     let told = fleet.ask("POST", RULES, &rule("s", "Allow", ("groups", "ops"), &["c-1", "c-2", "c-3"])).await;
     assert_eq!(told.status, 201);
     assert_eq!(told.warnings.len(), 2, "{:?}", told.warnings);
-    assert!(told.warnings[0].contains("no cluster is named \\\"c-2\\\""), "{:?}", told.warnings);
+    assert!(told.warnings[0].contains("there is no cluster \\\"c-2\\\" yet"), "{:?}", told.warnings);
     let patch = json!({"spec": {"clusters": ["c-9"]}});
     let told = fleet.ask("PATCH", &format!("{RULES}/s"), &patch).await;
     assert!(told.status == 200 && told.warnings.len() == 1, "{:?}", told.warnings);
@@ -394,6 +394,6 @@ async fn d18_a_gateway_without_a_fleet_says_so() {
         assert!(message.contains("no fleet API") && message.contains("stateDirectory"), "{message}");
     }
     let (_, _, message) = error_of(world.h1(Some("jane")).await.get("/api/v1/pods").await).await;
-    assert!(message.contains("no cluster in the path"), "{message}");
+    assert!(message.contains("the path names no cluster"), "{message}");
     world.gateway.shutdown().await;
 }

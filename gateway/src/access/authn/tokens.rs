@@ -93,7 +93,7 @@ impl Tokens {
             }
             let bucket = tokens.buckets.entry([hash[0], hash[1]]).or_default();
             if bucket.iter().any(|token| token.hash == hash) {
-                problems.push(fail("the same token stands above"));
+                problems.push(fail("duplicate: an earlier entry has the same token"));
                 continue;
             }
             bucket.push(Token { hash, principal: Arc::new(principal) });
@@ -174,7 +174,7 @@ mod tests {
             let text = format!("tokens:\n- {{sha256: {hash}, user: a, groups: [ops, '{group}']}}\n");
             let problems = Tokens::parse(&text, "tokens.yaml").unwrap_err();
             assert!(
-                problems.len() == 1 && problems[0].contains("only its own CA and its records"),
+                problems.len() == 1 && problems[0].contains("only its own CA and its own tokens"),
                 "{problems:?}"
             );
         }

@@ -342,7 +342,7 @@ async fn a_dump_comes_back_as_another_life() {
     };
     let error = backup::restore(directory.path(), again, keep).unwrap_err();
     // D35: nothing is wrong with the disk.
-    assert!(error.to_string().ends_with("store.redb is there already: move it away first"), "{error}");
+    assert!(error.to_string().ends_with("store.redb already exists: move it away first"), "{error}");
     let elsewhere = tempfile::tempdir().unwrap();
     assert_eq!(backup::restore(elsewhere.path(), dump.clone(), keep).unwrap(), (1, 1));
     let store = open(elsewhere.path());
