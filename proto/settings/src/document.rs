@@ -1,0 +1,269 @@
+//! How does a YAML file become a tree whose keys and values know their places? Scalars stay as they are written: what they mean
+//! is decided by whoever asks for them.
+
+use crate::findings::{At, Findings};
+use granit_parser::{Event, Parser, ScalarStyle, Span, options};
+use std::collections::HashMap;
+use std::io::Read as _;
+use std::path::Path;
+
+/// Largest file that is read, in bytes.
+pub const FILE_MAX: u64 = 1 << 20;
+/// Deepest nesting of sections and lists.
+const DEPTH_MAX: usize = 32;
+/// Most values of a file, those counted again that an alias repeats.
+const NODES_MAX: usize = 400_000;
+
+/// Reads a small text file.
+///
+/// # Errors
+/// One line that names the file and says what is wrong with it.
+pub fn read_text(path: &Path) -> Result<String, String> {
+    let fail = |what: String| format!("{}: {what}", path.display());
+    let file = std::fs::File::open(path).map_err(|error| fail(format!("cannot be opened: {error}")))?;
+    let mut text = String::new();
+    let read = file.take(FILE_MAX + 1).read_to_string(&mut text);
+    let bytes = read.map_err(|error| fail(format!("cannot be read as text: {error}")))?;
+    if bytes as u64 > FILE_MAX {
+        return Err(fail(format!(
+            "is larger than {FILE_MAX} bytes; it is probably another file than was meant"
+        )));
+    }
+    Ok(text)
+}
+
+/// A value, and where it begins.
+#[derive(Clone, Debug)]
+pub(crate) struct Node {
+    pub(crate) at: At,
+    pub(crate) value: Value,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Value {
+    /// The text, and whether it is without quotes.
+    Scalar(String, bool),
+    List(Vec<Node>),
+    Map(Vec<Entry>),
+}
+
+/// A key with its value.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) key: String,
+    /// Where the key begins.
+    pub(crate) at: At,
+    pub(crate) node: Node,
+    /// Whether it stands here itself, and does not come from elsewhere by `<<`.
+    own: bool,
+}
+
+impl Node {
+    /// Whether there is no value: `key:`, `~` or `null`.
+    pub(crate) fn is_null(&self) -> bool {
+        matches!(&self.value, Value::Scalar(text, true) if matches!(&**text, "" | "~" | "null" | "Null" | "NULL"))
+    }
+
+    /// What it is, for a sentence.
+    pub(crate) fn kind(&self) -> String {
+        match &self.value {
+            Value::Scalar(..) if self.is_null() => "nothing".to_owned(),
+            Value::Scalar(text, _) => format!("{:?}", clipped(text)),
+            Value::List(_) => "a list".to_owned(),
+            Value::Map(_) => "a section of keys".to_owned(),
+        }
+    }
+
+    fn size(&self) -> usize {
+        1 + match &self.value {
+            Value::Scalar(..) => 0,
+            Value::List(items) => items.iter().map(Self::size).sum(),
+            Value::Map(entries) => entries.iter().map(|entry| entry.node.size()).sum(),
+        }
+    }
+}
+
+/// Text of a file for a message: not all of a large value.
+pub(crate) fn clipped(text: &str) -> String {
+    const SHOWN_MAX: usize = 80;
+    match text.char_indices().nth(SHOWN_MAX) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
+    }
+}
+
+/// Parses the text of a file. Problems are noted; `None` if there is nothing to go on with.
+pub(crate) fn parse(text: &str, findings: &Findings) -> Option<Node> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    if text.trim().is_empty() {
+        findings.note("", "is empty");
+        return None;
+    }
+    let mut builder = Builder { findings, open: Vec::new(), anchors: HashMap::new(), done: None, nodes: 0 };
+    let options = options! { emit_comments: false };
+    for event in Parser::new_from_str_with_options(text, options) {
+        let step = match event {
+            Ok((event, span)) => builder.take(event, at(&span)),
+            Err(error) => {
+                let marker = error.marker();
+                Err((
+                    At { line: marker.line(), column: marker.col() + 1 },
+                    format!("is not valid YAML: {}", error.info()),
+                ))
+            }
+        };
+        if let Err((at, what)) = step {
+            findings.note_at(at, "", what);
+            return None;
+        }
+    }
+    if builder.done.is_none() {
+        findings.note("", "is empty");
+    }
+    builder.done
+}
+
+fn at(span: &Span) -> At {
+    At { line: span.start.line(), column: span.start.col() + 1 }
+}
+
+/// A list or section that has begun.
+struct Open {
+    at: At,
+    anchor: usize,
+    kind: OpenKind,
+}
+
+enum OpenKind {
+    List(Vec<Node>),
+    /// The entries, and the key whose value is next.
+    Map(Vec<Entry>, Option<(String, At)>),
+}
+
+struct Builder<'a> {
+    findings: &'a Findings,
+    open: Vec<Open>,
+    anchors: HashMap<usize, Node>,
+    done: Option<Node>,
+    nodes: usize,
+}
+
+type Fault = (At, String);
+
+impl Builder<'_> {
+    fn take(&mut self, event: Event<'_>, at: At) -> Result<(), Fault> {
+        match event {
+            Event::DocumentStart(..) if self.done.is_some() => {
+                Err((at, "a second document begins here; a file holds one".to_owned()))
+            }
+            Event::Scalar(text, style, anchor, _) => {
+                let plain = style == ScalarStyle::Plain;
+                self.end(Node { at, value: Value::Scalar(text.into_owned(), plain) }, anchor)
+            }
+            Event::SequenceStart(_, anchor, _) => self.begin(at, anchor, OpenKind::List(Vec::new())),
+            Event::MappingStart(_, anchor, _) => self.begin(at, anchor, OpenKind::Map(Vec::new(), None)),
+            Event::SequenceEnd | Event::MappingEnd => {
+                let Some(open) = self.open.pop() else { return Ok(()) };
+                let value = match open.kind {
+                    OpenKind::List(items) => Value::List(items),
+                    OpenKind::Map(entries, _) => Value::Map(self.unique(entries)),
+                };
+                self.end(Node { at: open.at, value }, open.anchor)
+            }
+            Event::Alias(anchor) => {
+                let node = self.anchors.get(&anchor).cloned();
+                let node =
+                    node.ok_or_else(|| (at, "repeats a value that holds this place itself".to_owned()))?;
+                self.nodes += node.size();
+                self.end(node, 0)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn begin(&mut self, at: At, anchor: usize, kind: OpenKind) -> Result<(), Fault> {
+        if self.open.len() >= DEPTH_MAX {
+            return Err((at, format!("is nested more than {DEPTH_MAX} deep")));
+        }
+        self.open.push(Open { at, anchor, kind });
+        Ok(())
+    }
+
+    fn end(&mut self, node: Node, anchor: usize) -> Result<(), Fault> {
+        self.nodes += 1;
+        if self.nodes > NODES_MAX {
+            return Err((node.at, format!("holds more than {NODES_MAX} values")));
+        }
+        if anchor != 0 {
+            self.anchors.insert(anchor, node.clone());
+        }
+        match self.open.last_mut().map(|open| &mut open.kind) {
+            None => self.done = Some(node),
+            Some(OpenKind::List(items)) => items.push(node),
+            Some(OpenKind::Map(entries, key)) => match key.take() {
+                Some((key, at)) => Self::entry(entries, key, at, node)?,
+                None => match node.value {
+                    Value::Scalar(text, _) => *key = Some((text, node.at)),
+                    Value::List(_) | Value::Map(_) => {
+                        return Err((node.at, "is not valid here: a key is a word".to_owned()));
+                    }
+                },
+            },
+        }
+        Ok(())
+    }
+
+    /// Adds an entry; `<<` adds those of the sections that it names.
+    fn entry(entries: &mut Vec<Entry>, key: String, at: At, node: Node) -> Result<(), Fault> {
+        if key != "<<" {
+            entries.push(Entry { key, at, node, own: true });
+            return Ok(());
+        }
+        let sources = match node.value {
+            Value::List(items) => items,
+            value => vec![Node { at: node.at, value }],
+        };
+        for source in sources {
+            let Value::Map(from) = source.value else {
+                return Err((source.at, "<< takes a section, or a list of sections".to_owned()));
+            };
+            entries.extend(from.into_iter().map(|entry| Entry { own: false, ..entry }));
+        }
+        Ok(())
+    }
+
+    /// One entry for each key; a key that stands there twice is noted. What comes by `<<` gives way, as does what comes later by it.
+    fn unique(&self, entries: Vec<Entry>) -> Vec<Entry> {
+        let mut first: HashMap<String, usize> = HashMap::new();
+        let mut kept: Vec<Entry> = Vec::new();
+        for entry in entries {
+            match first.get(&entry.key).and_then(|&index| kept.get_mut(index)) {
+                None => {
+                    first.insert(entry.key.clone(), kept.len());
+                    kept.push(entry);
+                }
+                Some(earlier) if earlier.own && entry.own => {
+                    let what = format!("stands here and in line {}; keep one", earlier.at.line);
+                    self.findings.note_at(entry.at, &self.path(&entry.key), what);
+                }
+                Some(earlier) if entry.own => *earlier = entry,
+                Some(_) => {}
+            }
+        }
+        kept
+    }
+
+    /// The path of a key of the section that has just ended.
+    fn path(&self, key: &str) -> String {
+        let mut path = String::new();
+        for open in &self.open {
+            match &open.kind {
+                OpenKind::List(items) => path.push_str(&format!("[{}]", items.len())),
+                OpenKind::Map(_, Some((key, _))) if path.is_empty() => path.push_str(key),
+                OpenKind::Map(_, Some((key, _))) => path.push_str(&format!(".{key}")),
+                OpenKind::Map(_, None) => {}
+            }
+        }
+        if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+    }
+}

@@ -1,0 +1,206 @@
+//! What is wrong with a configuration, and where? All of it is collected before anything is said.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// A line and a column of a file, both from 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct At {
+    pub(crate) line: usize,
+    pub(crate) column: usize,
+}
+
+/// One mistake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The file, and the line and column if the mistake has a place there.
+    place: String,
+    at: Option<At>,
+    /// The path of the key, such as `limits.connections`. Empty: the whole file.
+    pub key: String,
+    /// What is wrong, and what to do.
+    pub what: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.place)?;
+        if let Some(At { line, column }) = self.at {
+            write!(f, ":{line}:{column}")?;
+        }
+        for (before, part) in [(!self.place.is_empty(), &self.key), (true, &self.what)] {
+            if !part.is_empty() {
+                let colon = before && (!self.place.is_empty() || !self.key.is_empty());
+                write!(f, "{}{part}", if colon { ": " } else { "" })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Everything that is wrong with a configuration, in the order of the file; one line each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Problems(Vec<Problem>);
+
+impl Problems {
+    /// One problem that has no place in a file.
+    #[must_use]
+    pub fn one(what: impl Into<String>) -> Self {
+        Self(vec![Problem { place: String::new(), at: None, key: String::new(), what: what.into() }])
+    }
+
+    /// The mistakes.
+    #[must_use]
+    pub fn all(&self) -> &[Problem] {
+        &self.0
+    }
+
+    /// The mistakes as they are printed, one line each.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        self.0.iter().map(ToString::to_string).collect()
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.lines().join("\n"))
+    }
+}
+
+impl std::error::Error for Problems {}
+
+/// Where the keys of a configuration are written. What is checked after the file was read, such as the files it names, is told
+/// with the same places. A configuration that was made by a program has none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Places {
+    file: String,
+    keys: BTreeMap<String, At>,
+}
+
+impl Places {
+    /// The file's name, as it was given. Empty if there is no file.
+    #[must_use]
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
+    /// Whether this key is in the file.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    /// The place of a key, else of the nearest section around it that is written.
+    fn of(&self, key: &str) -> Option<At> {
+        let mut key = key;
+        loop {
+            if let Some(at) = self.keys.get(key) {
+                return Some(*at);
+            }
+            key = &key[..key.rfind(['.', '['])?];
+        }
+    }
+}
+
+/// Collects what is wrong.
+#[derive(Debug)]
+pub struct Findings {
+    places: RefCell<Places>,
+    problems: RefCell<Vec<Problem>>,
+    /// What relative paths are relative to.
+    base: PathBuf,
+}
+
+impl Findings {
+    /// For a configuration whose keys are in these places.
+    #[must_use]
+    pub fn new(places: Places) -> Self {
+        let base = Path::new(&places.file).parent().unwrap_or_else(|| Path::new("")).to_owned();
+        Self { places: RefCell::new(places), problems: RefCell::default(), base }
+    }
+
+    /// For a file of this name.
+    #[must_use]
+    pub fn of_file(file: &str) -> Self {
+        Self::new(Places { file: file.to_owned(), keys: BTreeMap::new() })
+    }
+
+    /// Notes a problem with the value of `key`.
+    pub fn note(&self, key: &str, what: impl fmt::Display) {
+        let at = self.places.borrow().of(key);
+        self.push(at, key, what);
+    }
+
+    /// Notes that several keys contradict each other, at the first of them that is in the file. Says nothing if one of them is
+    /// wrong by itself: the value that is checked is then not the one that was written.
+    pub fn contradiction(&self, keys: &[&str], what: impl fmt::Display) {
+        if keys.iter().any(|key| self.is_wrong(key)) {
+            return;
+        }
+        let written = {
+            let places = self.places.borrow();
+            keys.iter().copied().find(|key| places.has(key))
+        };
+        if let Some(key) = written.or_else(|| keys.first().copied()) {
+            self.note(key, what);
+        }
+    }
+
+    /// ` (default)` if this key is not in the file: for a sentence that names its value.
+    #[must_use]
+    pub fn default_mark(&self, key: &str) -> &'static str {
+        if self.places.borrow().has(key) { "" } else { " (default)" }
+    }
+
+    /// Notes the error of something that has to do with `key`.
+    pub fn keep<T, E: fmt::Display>(&self, key: &str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.note(key, error)).ok()
+    }
+
+    /// Whether a problem with this key was noted.
+    #[must_use]
+    pub fn is_wrong(&self, key: &str) -> bool {
+        self.problems.borrow().iter().any(|problem| problem.key == key)
+    }
+
+    /// Whether nothing was noted yet.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.problems.borrow().is_empty()
+    }
+
+    pub(crate) fn note_at(&self, at: At, key: &str, what: impl fmt::Display) {
+        self.push(Some(at), key, what);
+    }
+
+    fn push(&self, at: Option<At>, key: &str, what: impl fmt::Display) {
+        let what = what.to_string().lines().map(str::trim).collect::<Vec<_>>().join(" ");
+        let place = self.places.borrow().file.clone();
+        let problem = Problem { place, at, key: key.to_owned(), what };
+        let mut problems = self.problems.borrow_mut();
+        if !problems.contains(&problem) {
+            problems.push(problem);
+        }
+    }
+
+    pub(crate) fn place(&self, key: &str, at: At) {
+        self.places.borrow_mut().keys.insert(key.to_owned(), at);
+    }
+
+    pub(crate) fn base(&self) -> &Path {
+        &self.base
+    }
+
+    /// What was noted, in the order of the file.
+    ///
+    /// # Errors
+    /// Anything was noted.
+    pub fn finish(self) -> Result<Places, Problems> {
+        let mut problems = self.problems.into_inner();
+        problems.sort_by_key(|problem| problem.at);
+        if problems.is_empty() { Ok(self.places.into_inner()) } else { Err(Problems(problems)) }
+    }
+}
