@@ -11,6 +11,7 @@ pub mod aside;
 mod buffer;
 mod congestion;
 pub mod driver;
+mod error;
 pub mod exchange;
 mod gate;
 pub mod message;
@@ -27,6 +28,7 @@ use crate::mux::{Budget, CloseReason, Connection, Event, Introduction, Ledger, L
 use crate::time::Instant;
 use crate::wire::GoAway;
 use driver::{Driver, Shared};
+pub use error::{ReadError, WriteError};
 use quic::QuicDriver;
 use std::fmt;
 use std::future::poll_fn;
@@ -34,7 +36,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 use std::time::Duration;
-pub use stream::{ReadError, RecvStream, SendStream, Stream, WriteError};
+pub use stream::{RecvStream, SendStream, Stream};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 

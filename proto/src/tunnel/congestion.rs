@@ -5,13 +5,14 @@
 //! overflows, and whatever is small waits behind it. Here BBR says how much may be sent, and of that as much is taken as the
 //! path delivers: bytes acknowledged over whole round trips, the best of the last few.
 
-use super::quic::SEND_WINDOW;
 use quinn::congestion::{BbrConfig, Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 use std::any::Any;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Bytes that may be sent and not yet acknowledged: enough for 1 Gbit/s at 60 ms.
+pub(super) const SEND_WINDOW: u64 = 8 << 20;
 /// Shortest time over which a rate is measured: a shorter one measures how processes take turns.
 const ROUND_MIN: Duration = Duration::from_millis(10);
 /// Rounds whose best rate is the path's.

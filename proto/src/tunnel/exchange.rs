@@ -4,7 +4,8 @@
 //! as an error, so that an abort never looks like an end.
 
 use super::SessionState;
-use super::stream::{ReadError, RecvStream, SendStream, WriteError};
+use super::error::{ReadError, WriteError};
+use super::stream::{RecvStream, SendStream};
 use crate::code::Code;
 use crate::open::{Answer, BodyKind, Failure, Outcome};
 use bytes::{BufMut, Bytes, BytesMut};

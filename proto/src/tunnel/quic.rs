@@ -5,7 +5,8 @@
 //! ignores the credit. Its window of a stream is static, above any credit; that of the connection follows the credit
 //! (`mux::window`), so that what a peer can make us hold is in the budget.
 
-use super::congestion::BoundedBbr;
+use super::congestion::{BoundedBbr, SEND_WINDOW};
+use super::error::{ReadError, WriteError};
 use super::gate::Gate;
 use super::{SessionState, Settle, buffer};
 use crate::code::Code;
@@ -23,8 +24,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
-
-use super::stream::{ReadError, WriteError};
 
 /// Streams that the peer may open before any was used. QUIC reserves memory for every stream it allows, so the number is
 /// raised as streams are used.
@@ -44,8 +43,6 @@ pub const DATAGRAM_MAX: u16 = 3_228;
 pub const DATAGRAM_GATEWAY: u16 = 2_213;
 /// A datagram that is larger by less is not worth a probe, but for the largest itself.
 const DATAGRAM_STEP: u16 = 254;
-/// Bytes that may be sent and not yet acknowledged: enough for 1 Gbit/s at 60 ms.
-pub(super) const SEND_WINDOW: u64 = 8 << 20;
 /// QUIC gives a connection up after so long; the session's own pings find a dead peer sooner.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the last words of a session may take to leave.

@@ -1,7 +1,8 @@
 //! How does a raw connection run through a stream? Both directions at once, each with its own end.
 
 use super::buffer;
-use super::stream::{ReadError, RecvStream, SendStream, WriteError};
+use super::error::{ReadError, WriteError};
+use super::stream::{RecvStream, SendStream};
 use crate::code::Code;
 use bytes::{Buf, Bytes};
 use std::fmt;
