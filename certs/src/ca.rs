@@ -47,7 +47,7 @@ pub enum CaError {
     Save(#[from] save::SaveError),
     /// The root says that it is another CA.
     #[error(
-        "{path} is the {found}, but the {wanted} is wanted here. The two files are probably swapped in the configuration"
+        "{path} holds the {found}, but the {wanted} is expected here. The two files are probably swapped in the configuration"
     )]
     OtherKind {
         /// The root's file.
@@ -59,7 +59,7 @@ pub enum CaError {
     },
     /// The certificate is not a root that may sign certificates.
     #[error(
-        "{path} is not a CA certificate (basic constraints CA:TRUE and key usage keyCertSign). Name the CA's own certificate, not one that it issued"
+        "{path} is not a CA certificate (one has basic constraints CA:TRUE and key usage keyCertSign). Use the CA's own certificate, not one that it issued"
     )]
     NotACa {
         /// The root's file.
@@ -67,20 +67,20 @@ pub enum CaError {
     },
     /// Certificates issued with it would name another issuer than its subject.
     #[error(
-        "{path} has a subject that cannot be repeated exactly as an issuer (several values of one kind). Use a CA with a plain subject, such as one from `towline-certs dev`"
+        "{path} has a subject that cannot be copied exactly into the issuer field (an attribute has several values). Use a CA with a plain subject, for example one from `towline-certs dev`"
     )]
     Subject {
         /// The root's file.
         path: String,
     },
     /// None of the certificates is the key's.
-    #[error("{path} holds no certificate of its key. Bring both back from the same backup")]
+    #[error("no certificate in {path} belongs to the CA's key. Restore both files from the same backup")]
     NoRootOfKey {
         /// The root's file.
         path: String,
     },
     /// The issuing library refused.
-    #[error("the CA cannot be made: {0}")]
+    #[error("cannot create the CA: {0}")]
     Library(#[from] rcgen::Error),
     /// The system has no random bytes.
     #[error("the system's random source failed")]

@@ -80,7 +80,9 @@ pub enum DevSetError {
     #[error("{0}")]
     Save(#[from] SaveError),
     /// Half of a CA is there.
-    #[error("{present} exists and {absent} does not. Restore it, or use --force to start from new CAs")]
+    #[error(
+        "{present} exists but {absent} does not. Restore the missing file, or use --force to create new CAs"
+    )]
     HalfCa {
         /// The file there is.
         present: PathBuf,
@@ -91,10 +93,10 @@ pub enum DevSetError {
     #[error("two entries would both write {0}. Give them different names")]
     Duplicate(PathBuf),
     /// A client whose name gives no file name.
-    #[error("the client name {0:?} has no letter or digit to name a file after")]
+    #[error("the client name {0:?} has no letter or digit, so no file can be named after it. Add one")]
     FileName(String),
     /// No name for the gateway.
-    #[error("at least one --gateway-host is needed, such as --gateway-host localhost")]
+    #[error("at least one --gateway-host is required, for example --gateway-host localhost")]
     NoGatewayHost,
 }
 

@@ -93,20 +93,20 @@ pub fn explain_naming(error: &Error, bundle: &str) -> String {
     match error {
         Error::InvalidCertificate(cause) => certificate(cause, bundle),
         Error::NoCertificatesPresented => {
-            "the peer presented no certificate. An agent needs its client certificate here; a browser or kubectl belongs at the front".to_owned()
+            "the peer presented no certificate. An agent must present its client certificate here; a browser or kubectl must use the front".to_owned()
         }
         Error::AlertReceived(alert) => alert_received(*alert),
         Error::PeerIncompatible(PeerIncompatible::Tls13RequiredForQuic | PeerIncompatible::SupportedVersionsExtensionRequired | PeerIncompatible::Tls12NotOfferedOrEnabled) => {
-            "no TLS version in common: the tunnel speaks TLS 1.3 only. A proxy in between may be ending TLS".to_owned()
+            "no common TLS version: the tunnel requires TLS 1.3. A proxy on the path may be terminating TLS".to_owned()
         }
         Error::PeerIncompatible(cause) => {
-            format!("nothing in common with the peer ({cause:?}). Check its TLS library's age and any proxy in between")
+            format!("no common TLS parameters ({cause:?}). Check how old the peer's TLS library is, and any proxy on the path")
         }
         Error::NoApplicationProtocol => {
-            "the peer offered no protocol spoken here (ALPN). Check the address, and that no balancer in between ends TLS".to_owned()
+            "the peer offered no protocol that is served here (ALPN). Check the address, and that no load balancer on the path terminates TLS".to_owned()
         }
         Error::InvalidMessage(_) => {
-            "the peer did not speak TLS. Plain HTTP on a TLS port, or a proxy that answers in its place".to_owned()
+            "the peer did not speak TLS. Either it sent plain HTTP to a TLS port, or a proxy answers in place of the peer".to_owned()
         }
         other => format!("TLS failed: {other}"),
     }
@@ -122,29 +122,29 @@ fn certificate(cause: &CertificateError, bundle: &str) -> String {
         ),
         C::Expired => "certificate expired. Renew it, and compare both machines' clocks".to_owned(),
         C::NotValidYetContext { time, not_before } => format!(
-            "certificate valid only in {}, from {}. Compare both machines' clocks",
+            "certificate becomes valid in {}, at {}. Compare both machines' clocks",
             gap(*time, *not_before),
             moment(*not_before)
         ),
         C::NotValidYet => "certificate not valid yet. Compare both machines' clocks".to_owned(),
         C::UnknownIssuer => format!(
-            "presented certificate was not issued by the CA in {bundle}. Either that bundle is another server's, or a TLS-intercepting proxy shows its own certificate: exempt this address there"
+            "the presented certificate was not issued by the CA in {bundle}. Either that bundle is for another server, or a TLS-intercepting proxy presents its own certificate: exempt this address from interception"
         ),
         C::InvalidPurposeContext { .. } | C::InvalidPurpose => {
-            "certificate has the wrong purpose (extended key usage): clientAuth is for the side that dials, serverAuth for the side that listens. Present the other certificate".to_owned()
+            "certificate has the wrong purpose (extended key usage): the side that dials needs clientAuth, the side that listens needs serverAuth. Use the certificate that was issued for this side".to_owned()
         }
         C::NotValidForNameContext { expected, presented } => format!(
-            "certificate is for {}, not for {}. Dial one of those names, or issue the certificate for this one too",
+            "certificate is for {}, not for {}. Dial a name that is in the certificate, or issue one that includes this name",
             if presented.is_empty() { "no name".to_owned() } else { presented.join(", ") },
             expected.to_str()
         ),
-        C::NotValidForName => "certificate is not for the name that was dialled".to_owned(),
+        C::NotValidForName => "certificate is not for the dialled name. Dial a name that is in the certificate, or issue one that includes this name".to_owned(),
         C::BadSignature => {
-            format!("a signature does not fit the presented certificate: it belongs to another installation, whose CA has the same name as the one in {bundle}; or it was altered on the way")
+            format!("the signature on the presented certificate is wrong. Either another installation issued it with a CA of the same name as the one in {bundle}, or it was altered in transit. Check the address and that bundle")
         }
         C::BadEncoding => "the presented certificate is malformed".to_owned(),
         C::UnhandledCriticalExtension => {
-            "certificate has a critical extension that is not understood. Let that side present one without it".to_owned()
+            "certificate has an unsupported critical extension. Use a certificate without it on that side".to_owned()
         }
         C::Other(other) => {
             if let Some(refusal) = other.0.downcast_ref::<VerifyError>() {
@@ -155,16 +155,16 @@ fn certificate(cause: &CertificateError, bundle: &str) -> String {
             }
             if let Some(ForeignIssuer { issuer, expected }) = other.0.downcast_ref() {
                 return format!(
-                    "the certificate presented was issued by {issuer}, and one of the tunnel CA {} ({bundle}) was expected. Either a TLS-intercepting proxy or firewall answers in the gateway's place: exempt this address from interception there; or the address is another installation's"
+                    "the presented certificate was issued by {issuer}, but one issued by the tunnel CA {} ({bundle}) was expected. Either a TLS-intercepting proxy or firewall answers in place of the gateway: exempt this address from interception. Or the address belongs to another installation"
                     , expected.join(" or ")
                 );
             }
             match other.0.downcast_ref::<webpki::Error>() {
                 Some(webpki::Error::CaUsedAsEndEntity) => format!(
-                    "the presented certificate is a CA's own, such as a self-signed one. Let that side present one that the CA issued; an API server's or a target's own may also stand in {bundle}, as it is"
+                    "the presented certificate is a CA certificate, for example a self-signed one. Present a certificate that the CA issued. For an API server or a target, adding this very certificate to {bundle} works too"
                 ),
                 Some(webpki::Error::UnsupportedCriticalExtension) => {
-                    "certificate has a critical extension that is not understood. Let that side present one without it".to_owned()
+                    "certificate has an unsupported critical extension. Use a certificate without it on that side".to_owned()
                 }
                 _ => format!("certificate refused: {}", other.0),
             }
@@ -178,30 +178,30 @@ fn alert_received(alert: AlertDescription) -> String {
     use AlertDescription as A;
     let meaning = match alert {
         A::CertificateRequired => {
-            "it requires a client certificate and got none. Check this side's certificate and key"
+            "it requires a client certificate and received none. Check the certificate and key on this side"
         }
         A::CertificateExpired => {
-            "our certificate has expired, or is not valid yet by its clock. Renew it, compare clocks"
+            "our certificate has expired, or is not valid yet by the peer's clock. Renew it, and compare both machines' clocks"
         }
         A::CertificateRevoked => "our certificate is revoked. Join again with a new token",
         A::UnknownCA => {
-            "our certificate is not of its CA. It belongs to another installation, or its CA has changed: join again"
+            "our certificate was not issued by its CA. Either it belongs to another installation, or the CA has changed: join again"
         }
         A::UnsupportedCertificate => {
-            "our certificate has the wrong purpose. Use the one that was issued for this side"
+            "our certificate has the wrong purpose (extended key usage). Use the certificate that was issued for this side"
         }
-        A::CertificateUnknown => "it does not accept our certificate. Its log names the rule",
-        A::BadCertificate => "our certificate is malformed, or not for this name",
-        A::AccessDenied => "our certificate is valid, and not admitted",
+        A::CertificateUnknown => "it does not accept our certificate. The peer's log has the reason",
+        A::BadCertificate => "our certificate is malformed, or for another name",
+        A::AccessDenied => "our certificate is valid but not admitted",
         A::ProtocolVersion => {
-            "no TLS version in common: the tunnel speaks TLS 1.3 only. A proxy in between may be ending TLS"
+            "no common TLS version: the tunnel requires TLS 1.3. A proxy on the path may be terminating TLS"
         }
         A::NoApplicationProtocol => {
-            "it does not speak the tunnel protocol. Check the address, and that no balancer in between ends TLS"
+            "it does not speak the tunnel protocol. Check the address, and that no load balancer on the path terminates TLS"
         }
         A::UnrecognisedName => "it does not serve this name. Check the address",
-        A::HandshakeFailure => "nothing in common. Check any proxy in between",
-        _ => "see its log",
+        A::HandshakeFailure => "no common TLS parameters. Check any proxy on the path",
+        _ => "see the peer's log",
     };
     format!("the peer refused the handshake ({alert:?}): {meaning}")
 }
@@ -262,7 +262,7 @@ mod tests {
             texts[0],
             "certificate expired 3h ago, at 2027-01-15T08:00:00Z. Renew it, and compare both machines' clocks"
         );
-        assert!(texts[1].starts_with("certificate valid only in 1h"));
+        assert!(texts[1].starts_with("certificate becomes valid in 1h"));
         for (index, text) in texts.iter().enumerate() {
             assert!(!texts[..index].contains(text), "{text}");
             assert!(text.len() > 30, "{text}");

@@ -98,7 +98,7 @@ fn named(der: &CertificateDer<'_>, which: for<'a> fn(&'a X509Certificate<'a>) ->
     let first = name.iter_common_name().chain(name.iter_organization()).find_map(|part| part.as_str().ok());
     let text = first.map_or_else(|| name.to_string(), ToOwned::to_owned);
     let shown: String = text.chars().filter(|c| !c.is_control()).take(NAME_MAX).collect();
-    if shown.is_empty() { "somebody without a name".to_owned() } else { format!("\"{shown}\"") }
+    if shown.is_empty() { "an issuer without a name".to_owned() } else { format!("\"{shown}\"") }
 }
 
 /// Letters of a name that are shown.

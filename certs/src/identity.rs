@@ -40,7 +40,7 @@ pub enum NameError {
         max: usize,
     },
     /// A character outside the allowed set, or an allowed one at the edge where it is not.
-    #[error("{what} may hold only {allowed}; its character {} is {found:?}", position + 1)]
+    #[error("{what} may hold only {allowed}, but character {} is {found:?}", position + 1)]
     Character {
         /// Which name was meant.
         what: &'static str,
@@ -52,7 +52,7 @@ pub enum NameError {
         found: char,
     },
     /// Not `spiffe://<trust-domain>/cluster/<uid>/agent/<instance>`.
-    #[error("not of the form spiffe://<trust-domain>/cluster/<uid>/agent/<instance>")]
+    #[error("it does not have the form spiffe://<trust-domain>/cluster/<uid>/agent/<instance>")]
     Form,
 }
 
@@ -120,16 +120,16 @@ pub const AUDIENCE_PREFIX: &str = "towline:";
 
 name_type!(
     /// The identifier of a cluster: 1 to 63 of `a-z 0-9 -`, first and last not `-`. A UUID is one.
-    ClusterUid, "a cluster uid", 63, |c| c == b'-', "a-z, 0-9 and, between them, -"
+    ClusterUid, "a cluster uid", 63, |c| c == b'-', "a-z, 0-9 and inner hyphens"
 );
 name_type!(
     /// Which agent of a cluster, assigned by the gateway and kept across renewals; the rules of [`ClusterUid`].
-    InstanceId, "an agent instance", 63, |c| c == b'-', "a-z, 0-9 and, between them, -"
+    InstanceId, "an agent instance", 63, |c| c == b'-', "a-z, 0-9 and inner hyphens"
 );
 name_type!(
     /// The name under which one installation issues identities: 1 to 255 of `a-z 0-9 - . _`, first and last a
     /// letter or digit (SPIFFE ID, section 2.1).
-    TrustDomain, "a trust domain", 255, |c| matches!(c, b'-' | b'.' | b'_'), "a-z, 0-9 and, between them, - . _"
+    TrustDomain, "a trust domain", 255, |c| matches!(c, b'-' | b'.' | b'_'), "a-z, 0-9 and inner - . _"
 );
 
 /// Who an agent is. Only a verified certificate or the gateway's own record makes one.
@@ -285,15 +285,15 @@ mod tests {
 
     /// Goal: M8: the character that is wrong is named, and a letter of several bytes counts as one.
     #[test]
-    fn m8_the_character_that_is_wrong_is_named() {
+    fn m8_the_wrong_character_is_named() {
         let why = |text: &str| ClusterUid::new(text).unwrap_err().to_string();
-        let says = "a cluster uid may hold only a-z, 0-9 and, between them, -; its character";
+        let says = "a cluster uid may hold only a-z, 0-9 and inner hyphens, but character";
         assert_eq!(why("B"), format!("{says} 1 is 'B'"));
         assert_eq!(why("prod-"), format!("{says} 5 is '-'"));
         assert_eq!(why("a\u{e4}\n"), format!("{says} 2 is '\u{e4}'"));
         assert_eq!(why("ab\n"), format!("{says} 3 is '\\n'"));
         let of_people = ClientIdentity::new("j\u{f6}\n", [""; 0]).unwrap_err().to_string();
-        assert!(of_people.ends_with("its character 3 is '\\n'"), "{of_people}");
+        assert!(of_people.ends_with("but character 3 is '\\n'"), "{of_people}");
     }
 
     #[test]

@@ -51,31 +51,33 @@ pub enum IssueError {
     #[error("the {0} does not issue this kind of certificate")]
     WrongCa(CaKind),
     /// The CA's own certificate has expired.
-    #[error("the CA expired {0} ago. Make a new CA, add its root to the trust bundles, then issue from it")]
+    #[error("the CA expired {0} ago. Create a new CA, add its root to the trust bundles, then issue from it")]
     CaExpired(String),
     /// The lifetime is zero.
-    #[error("a certificate must live at least one second")]
+    #[error("the lifetime of a certificate must be at least one second")]
     NoLifetime,
     /// A server certificate for nothing.
     #[error("a server certificate needs at least one host name or IP address")]
     NoNames,
     /// More than [`CSR_MAX_BYTES`].
-    #[error("the certificate request has {0} bytes, more than {CSR_MAX_BYTES}")]
+    #[error("the certificate request has {0} bytes; the limit is {CSR_MAX_BYTES}")]
     CsrTooLarge(usize),
     /// Not DER, or bytes after it.
-    #[error("the certificate request is not exactly one DER structure of PKCS #10")]
+    #[error("the certificate request is not exactly one PKCS #10 structure in DER")]
     CsrMalformed,
     /// The sender does not hold the key.
-    #[error("the signature of the certificate request does not belong to its public key")]
+    #[error("the certificate request is not signed by its own key")]
     CsrSignature,
     /// A kind or size of key that is not accepted.
-    #[error("the request's key is not accepted: {0}. Use P-256, P-384, Ed25519, or RSA of 2048 to 4096 bits")]
+    #[error(
+        "the key in the certificate request is not accepted: {0}. Use P-256, P-384, Ed25519, or RSA of 2048 to 4096 bits"
+    )]
     CsrKey(&'static str),
     /// The random source failed.
     #[error("the system's random source failed")]
     Random,
     /// The issuing library refused.
-    #[error("the certificate cannot be made: {0}")]
+    #[error("cannot create the certificate: {0}")]
     Library(#[from] rcgen::Error),
 }
 
@@ -377,7 +379,7 @@ fn key_of_csr(csr_der: &[u8]) -> Result<SubjectPublicKeyInfo, IssueError> {
     let key = &csr.certification_request_info.subject_pki;
     check_key(key)?;
     csr.verify_signature().map_err(|_| IssueError::CsrSignature)?;
-    SubjectPublicKeyInfo::from_der(key.raw).map_err(|_| IssueError::CsrKey("its encoding is unusual"))
+    SubjectPublicKeyInfo::from_der(key.raw).map_err(|_| IssueError::CsrKey("unusual encoding"))
 }
 
 fn check_key(key: &ParsedKey<'_>) -> Result<(), IssueError> {
@@ -406,7 +408,7 @@ fn check_key(key: &ParsedKey<'_>) -> Result<(), IssueError> {
                 _ => Err(IssueError::CsrKey("RSA above 4096 bits")),
             }
         }
-        _ => Err(IssueError::CsrKey("the RSA key is malformed")),
+        _ => Err(IssueError::CsrKey("malformed RSA key")),
     }
 }
 

@@ -60,31 +60,31 @@ pub struct JoinSecret([u8; SECRET_BYTES]);
 #[non_exhaustive]
 pub enum JoinTokenError {
     #[error(
-        "is no join token: one begins with tljt1/ and is one line without spaces. Make one with: towline token create CLUSTER"
+        "is not a join token: a join token begins with tljt1/ and is one line without spaces. Create one with: towline token create CLUSTER"
     )]
     Form,
     #[error(
-        "is a join token of another version than this program reads; use the same release on both sides, and a token that it makes: towline token create CLUSTER"
+        "is a join token of a version that this program does not support. Use the same release on both sides, and create the token with it: towline token create CLUSTER"
     )]
     Version,
     #[error(
-        "has {0} of the 8 parts of a join token; it was probably cut off or broken into lines. Copy it again, whole"
+        "has {0} of the 8 parts of a join token. It was probably cut off or broken into lines: copy the whole token again"
     )]
     Parts(usize),
-    #[error("address {0} of the join token is not HOST:PORT. Copy the token again, whole")]
+    #[error("address {0} of the join token is not HOST:PORT. Copy the whole token again")]
     Address(usize),
-    #[error("pin {0} of the join token is not 64 hexadecimal digits. Copy the token again, whole")]
+    #[error("pin {0} of the join token is not 64 hexadecimal digits. Copy the whole token again")]
     Pin(usize),
-    #[error("the trust domain of the join token is malformed. Copy the token again, whole")]
+    #[error("the trust domain of the join token is malformed. Copy the whole token again")]
     Domain,
-    #[error("the cluster's name in the join token is malformed. Copy the token again, whole")]
+    #[error("the cluster's name in the join token is malformed. Copy the whole token again")]
     Cluster,
-    #[error("the id of the join token is malformed. Copy the token again, whole")]
+    #[error("the id of the join token is malformed. Copy the whole token again")]
     Id,
-    #[error("the number of uses in the join token is malformed. Copy the token again, whole")]
+    #[error("the number of uses in the join token is malformed. Copy the whole token again")]
     Uses,
     #[error(
-        "the secret of the join token is not 32 hexadecimal digits; it was probably cut off. Copy it again, whole"
+        "the secret of the join token is not 32 hexadecimal digits. It was probably cut off: copy the whole token again"
     )]
     Secret,
 }

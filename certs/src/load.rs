@@ -39,34 +39,38 @@ pub enum LoadCause {
     #[error("there is no such file. Check the path, and in a container the volume mount")]
     Missing,
     /// The system refused.
-    #[error("cannot be read ({0}). Check that the process's user may read it")]
+    #[error("cannot be read ({0}). Check that the user of this process may read it")]
     Unreadable(io::ErrorKind),
     /// More than [`FILE_MAX_BYTES`].
-    #[error("is larger than {FILE_MAX_BYTES} bytes. It is probably not the file that was meant")]
+    #[error("is larger than {FILE_MAX_BYTES} bytes. It is probably not the intended file")]
     TooLarge,
     /// Nothing inside.
-    #[error("is empty. It was probably still being written, or the secret has no such key")]
+    #[error("is empty. Either it was still being written, or the secret has no such key")]
     Empty,
     /// DER, or not PEM at all.
     #[error(
-        "is not PEM (no \"-----BEGIN\" line). A DER file converts with: openssl x509 -inform der -in FILE"
+        "is not PEM (no \"-----BEGIN\" line). Convert a DER file with: openssl x509 -inform der -in FILE"
     )]
     NotPem,
     /// PEM whose lines are broken.
     #[error("has a damaged PEM section ({0}). Copy the file again")]
     BrokenPem(&'static str),
     /// PEM without a certificate.
-    #[error("holds no certificate (\"-----BEGIN CERTIFICATE-----\"). Are certificate and key file swapped?")]
+    #[error(
+        "contains no certificate (\"-----BEGIN CERTIFICATE-----\"). Check whether the certificate and key files are swapped"
+    )]
     NoCertificate,
     /// A certificate section that is no certificate.
-    #[error("certificate number {0} in it cannot be read. Make the file again")]
+    #[error("its certificate number {0} is malformed. Create the file again")]
     BadCertificate(usize),
     /// A trust bundle with a certificate that is no CA.
-    #[error("certificate number {0} in it is no CA certificate. A trust bundle holds CA certificates only")]
+    #[error(
+        "its certificate number {0} is not a CA certificate. A trust bundle may contain only CA certificates"
+    )]
     NotACa(usize),
     /// A bundle for servers with certificates that are no CA's beside some that are.
     #[error(
-        "certificate number {number} in it ({subject}) is no CA's{}. It counts for the server that shows exactly this certificate, and for nothing when that is renewed; the CAs beside it count as ever. Take it out if it is not meant",
+        "its certificate number {number} ({subject}) is not a CA certificate{}. It is trusted only for a server that presents exactly this certificate, until that server renews it; the CAs in the file are not affected. Remove it if that is not intended",
         more(*others)
     )]
     LeafInBundle {
@@ -79,26 +83,26 @@ pub enum LoadCause {
     },
     /// A bundle for servers without a CA.
     #[error(
-        "no certificate in it is a CA's: only a server that shows exactly one of them is believed, and no longer when that is renewed. Name the CA that issued it, where there is one"
+        "contains no CA certificate: only a server that presents exactly one of its certificates is trusted, until that server renews it. Use the certificate of the issuing CA, if there is one"
     )]
     NoCaInBundle,
     /// PEM without a private key.
-    #[error("holds no private key. Are certificate and key file swapped?")]
+    #[error("contains no private key. Check whether the certificate and key files are swapped")]
     NoKey,
     /// A key behind a passphrase.
-    #[error("holds an encrypted key. Decrypt it with: openssl pkey -in FILE -out NEWFILE, mode 0600")]
+    #[error("contains an encrypted key. Decrypt it with: openssl pkey -in FILE -out NEWFILE, mode 0600")]
     EncryptedKey,
     /// More than one key.
-    #[error("holds {0} private keys. Keep exactly one")]
+    #[error("contains {0} private keys. Keep exactly one")]
     SeveralKeys(usize),
     /// A key that TLS cannot use.
     #[error(
-        "holds a key of a kind or size that is not supported. Use P-256, P-384, Ed25519 or RSA from 2048 bits"
+        "contains a key of an unsupported kind or size. Use P-256, P-384, Ed25519, or RSA with at least 2048 bits"
     )]
     UnsupportedKey,
     /// The key belongs to another certificate.
     #[error(
-        "is not the key of {certificate}. Take both from the same issue, or run the issuing command again"
+        "is not the key of {certificate}. Use certificate and key from the same issue, or issue both again"
     )]
     OtherKey {
         /// The certificate's file.
@@ -121,19 +125,21 @@ pub enum LoadCause {
         ago: String,
     },
     /// Before its start.
-    #[error("the certificate is valid only in {gap}. Check this machine's clock")]
+    #[error("the certificate becomes valid in {gap}. Check this machine's clock")]
     NotYetValid {
         /// For people.
         gap: String,
     },
     /// Others can read the key.
-    #[error("the key can be read by {} (mode {mode:04o}). Run: chmod 600 FILE; on a Kubernetes secret set defaultMode: 0400", readers(*mode))]
+    #[error("the key can be read by {} (mode {mode:04o}). Run: chmod 600 FILE; for a Kubernetes secret, set defaultMode: 0400", readers(*mode))]
     Exposed {
         /// The file's mode bits.
         mode: u32,
     },
     /// The system's trust store.
-    #[error("the system's trust store has no usable certificate. Install ca-certificates, or name a CA file")]
+    #[error(
+        "the system's trust store has no usable certificate. Install ca-certificates, or configure a CA file"
+    )]
     NoSystemRoots,
 }
 
@@ -481,8 +487,8 @@ fn check_pem(file: &FileBytes) -> Result<(), LoadError> {
 /// The library's errors quote lines of the file, which may be lines of a key; only their kind is kept.
 fn broken(error: &pem::Error) -> LoadCause {
     LoadCause::BrokenPem(match error {
-        pem::Error::MissingSectionEnd { .. } => "its END line is missing",
-        pem::Error::IllegalSectionStart { .. } => "a BEGIN line is malformed",
+        pem::Error::MissingSectionEnd { .. } => "no END line",
+        pem::Error::IllegalSectionStart { .. } => "malformed BEGIN line",
         pem::Error::Base64Decode(_) => "not base64",
         _ => "unusable",
     })
@@ -510,7 +516,7 @@ fn check_pair(
 }
 
 fn more(others: usize) -> String {
-    if others == 0 { String::new() } else { format!(", nor are {others} more") }
+    if others == 0 { String::new() } else { format!(", and neither are {others} more") }
 }
 
 fn printable(text: &str) -> String {
@@ -708,11 +714,11 @@ mod tests {
         };
         assert_eq!(bundle(std::slice::from_ref(&ca)), "");
         let told = bundle(&[leaf.clone(), ca.clone()]);
-        assert!(told.contains("ca.crt: certificate number 1 in it") && !told.contains("more"), "{told}");
+        assert!(told.contains("ca.crt: its certificate number 1") && !told.contains("more"), "{told}");
         let told = bundle(&[ca, leaf.clone(), leaf.clone()]);
-        assert!(told.contains("number 2") && told.contains("nor are 1 more"), "{told}");
+        assert!(told.contains("number 2") && told.contains("neither are 1 more"), "{told}");
         let told = bundle(&[leaf]);
-        assert!(told.contains("no certificate in it is a CA's"), "{told}");
+        assert!(told.contains("contains no CA certificate"), "{told}");
     }
 
     #[test]

@@ -94,7 +94,7 @@ fn write_set(dev: Dev) -> anyhow::Result<()> {
     };
     let files = set
         .write(SystemTime::now())
-        .with_context(|| format!("the development set in {} is not complete", set.directory.display()))?;
+        .with_context(|| format!("cannot complete the development set in {}", set.directory.display()))?;
     let mut out = io::stdout().lock();
     for file in &files {
         let state = if file.written { "wrote" } else { "kept " };

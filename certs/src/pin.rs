@@ -22,7 +22,9 @@ pub struct SpkiPin([u8; 32]);
 
 /// Why a text is not a pin.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("a pin is sha256: and 64 hexadecimal digits; `towline-certs show FILE` prints it")]
+#[error(
+    "a pin is sha256: and 64 hexadecimal digits; `towline-certs show FILE` prints the pin of a certificate"
+)]
 pub struct PinError;
 
 impl SpkiPin {

@@ -26,25 +26,25 @@ use crate::identity::{AgentIdentity, ClientIdentity, NameError, TrustDomain};
 #[non_exhaustive]
 pub enum ProfileError {
     /// Not a certificate, or bytes follow it.
-    #[error("not exactly one DER certificate")]
+    #[error("it is not exactly one DER certificate")]
     Malformed,
     /// Older than X.509 v3.
-    #[error("not an X.509 version 3 certificate")]
+    #[error("it is not an X.509 version 3 certificate")]
     Version,
     /// The same extension twice.
-    #[error("extension {oid} stands there twice")]
+    #[error("it contains extension {oid} twice")]
     DuplicateExtension {
         /// Dotted object identifier.
         oid: String,
     },
     /// A critical extension that no rule here knows.
-    #[error("critical extension {oid} is not understood")]
+    #[error("it has the unsupported critical extension {oid}")]
     UnknownCriticalExtension {
         /// Dotted object identifier.
         oid: String,
     },
     /// An extension that one of the rules needs cannot be read.
-    #[error("extension {oid} cannot be read")]
+    #[error("its extension {oid} is malformed")]
     UnreadableExtension {
         /// Dotted object identifier.
         oid: String,
@@ -56,28 +56,28 @@ pub enum ProfileError {
     #[error("its key usage must allow digital signatures and must not allow signing certificates")]
     KeyUsage,
     /// clientAuth is missing.
-    #[error("its extended key usage lacks clientAuth")]
+    #[error("its extended key usage does not include clientAuth")]
     NotForClientAuth,
     /// No subject alternative name.
-    #[error("it has no subject alternative name; an agent's has exactly one, a URI")]
+    #[error("it has no subject alternative name; an agent's certificate has exactly one, a URI")]
     NoSan,
     /// More than one subject alternative name.
-    #[error("it has {count} subject alternative names; an agent's has exactly one")]
+    #[error("it has {count} subject alternative names; an agent's certificate has exactly one")]
     SeveralSans {
         /// How many.
         count: usize,
     },
     /// A subject alternative name that is no URI.
-    #[error("its subject alternative name is of type {kind}; an agent's is a URI")]
+    #[error("its subject alternative name is of type {kind}; in an agent's certificate it is a URI")]
     SanKind {
         /// Which type it is.
         kind: &'static str,
     },
     /// The URI is not an agent identity.
-    #[error("its URI names no agent: {0}")]
+    #[error("its URI is not an agent's identity: {0}")]
     SanForm(NameError),
     /// An identity of another installation.
-    #[error("it belongs to the trust domain {found}, this one is {ours}")]
+    #[error("it belongs to the trust domain {found}, not to {ours}")]
     OtherTrustDomain {
         /// The certificate's trust domain.
         found: TrustDomain,
@@ -85,19 +85,19 @@ pub enum ProfileError {
         ours: TrustDomain,
     },
     /// A client certificate with an agent's identity inside.
-    #[error("it carries a spiffe:// URI, so it is no client's certificate")]
+    #[error("it contains a spiffe:// URI, so it is not a client's certificate")]
     WorkloadAsClient,
     /// The subject has no CN, or several.
-    #[error("its subject has {count} common names; a client's has exactly one")]
+    #[error("its subject has {count} common names; a client's certificate has exactly one")]
     CommonNames {
         /// How many.
         count: usize,
     },
     /// CN or O is not a text.
-    #[error("its subject holds a CN or O that is not a UTF-8 or printable string")]
+    #[error("its subject has a CN or O that is neither a UTF-8 nor a printable string")]
     SubjectEncoding,
     /// CN or O is empty, too long or has control characters.
-    #[error("its subject is not usable: {0}")]
+    #[error("its subject is invalid: {0}")]
     Subject(NameError),
 }
 

@@ -54,14 +54,14 @@ pub enum TlsError {
     #[error(transparent)]
     Trust(#[from] TrustError),
     /// The provider cannot use this key, or it belongs to another certificate.
-    #[error("certificate and key cannot be used together: {0}")]
+    #[error("cannot use this certificate with this key: {0}")]
     Credential(rustls::Error),
     /// The provider cannot do these versions.
-    #[error("the crypto provider does not support the TLS versions wanted: {0}")]
+    #[error("the crypto provider does not support the required TLS versions: {0}")]
     Provider(rustls::Error),
     /// The tunnel server's chain does not end in its root.
     #[error(
-        "the tunnel server's chain does not end in the tunnel CA's root, so no agent could check its pin. Append the root's certificate to the chain file"
+        "the tunnel server's chain does not end in the tunnel CA's root, so agents could not check its pin. Append the root certificate to the chain file"
     )]
     ChainWithoutRoot,
     /// Joining without a pin would trust anybody.
@@ -88,12 +88,12 @@ pub enum Listener {
 pub enum Refused {
     /// Protocols of two listeners in one offer.
     #[error(
-        "the ALPN offer mixes protocols of different listeners; offer towline/1, or towline-join/1, or HTTP's, alone"
+        "the ALPN offer mixes protocols of different listeners. Offer only towline/1, only towline-join/1, or only HTTP protocols"
     )]
     Mixed,
     /// A version of the tunnel or join protocol that this build does not speak.
     #[error(
-        "the ALPN offer holds no version of the tunnel or join protocol spoken here; these are towline/1 and towline-join/1"
+        "the ALPN offer contains no supported version of the tunnel or join protocol. Supported are towline/1 and towline-join/1"
     )]
     UnknownVersion,
 }
@@ -285,7 +285,7 @@ pub fn negotiated(agreed: Option<&[u8]>, wanted: &'static [u8]) -> Result<(), Wr
 /// A handshake succeeded with a peer that speaks something else.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error(
-    "the peer agreed on {agreed}, not {wanted}. The address is probably that of another service, or of a balancer that ends TLS itself: it must pass TCP through"
+    "the peer agreed on {agreed}, not {wanted}. The address probably belongs to another service, or to a load balancer that terminates TLS: it must pass TCP through"
 )]
 pub struct WrongAlpn {
     wanted: String,
@@ -390,7 +390,7 @@ impl ResolvesServerCert for BySni {
 
 /// No presented certificate has one of the expected pins.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("none of the presented CA certificates has a pin of the join token ({}). Either the token is of another gateway, or something between here and the gateway answers in its place; nothing was sent", .0.iter().map(SpkiPin::to_string).collect::<Vec<_>>().join(", "))]
+#[error("none of the presented CA certificates matches a pin of the join token ({}). Either the token is for another gateway, or a middlebox answers in place of the gateway; nothing was sent", .0.iter().map(SpkiPin::to_string).collect::<Vec<_>>().join(", "))]
 pub struct PinMismatch(pub Vec<SpkiPin>);
 
 /// Believes every certificate, and checks that the peer has its key.

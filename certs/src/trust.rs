@@ -31,14 +31,16 @@ use crate::tls::provider;
 pub enum TrustError {
     /// Without a root nobody could be verified.
     #[error(
-        "the trust bundle is empty: nobody could be verified. Name a file with at least one CA certificate"
+        "the trust bundle is empty, so no peer could be verified. Use a file with at least one CA certificate"
     )]
     Empty,
     /// A leaf, or not a certificate.
-    #[error("certificate number {0} of the trust bundle is no usable CA certificate")]
+    #[error("certificate number {0} in the trust bundle is not a usable CA certificate")]
     NotACa(usize),
     /// A root that this product made for another job.
-    #[error("the trust bundle holds the {found} where the {wanted} belongs. Two files are probably swapped")]
+    #[error(
+        "the trust bundle contains the {found}, but the {wanted} is expected. Two files are probably swapped"
+    )]
     OtherKind {
         /// What it says it is.
         found: CaKind,
@@ -55,7 +57,7 @@ pub enum VerifyError {
     #[error("no certificate was presented")]
     NoCertificate,
     /// More certificates than [`CHAIN_MAX`].
-    #[error("{0} certificates were presented, more than {CHAIN_MAX}")]
+    #[error("{0} certificates were presented; the limit is {CHAIN_MAX}")]
     TooLong(usize),
     /// The chain does not verify: other issuer, expired, wrong purpose, …
     #[error("{}", explain(.0))]

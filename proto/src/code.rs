@@ -48,11 +48,11 @@ codes! {
     /// The sender lost interest: its own caller went away.
     Cancelled = 1, "cancelled", 499, "the request was cancelled";
     /// Nothing was done with the stream: it may be tried again elsewhere.
-    Refused = 2, "refused", 503, "the agent refused the stream before doing anything with it";
+    Refused = 2, "refused", 503, "the agent refused the stream before it acted on it";
     /// The agent could not connect to the upstream.
     UpstreamConnect = 3, "upstream_connect", 502, "the agent could not connect to the upstream";
     /// The upstream broke off, or answered something that is not HTTP, after the agent had connected.
-    UpstreamBody = 4, "upstream_body", 502, "the upstream broke off";
+    UpstreamBody = 4, "upstream_body", 502, "the connection to the upstream broke";
     /// The agent's own configuration forbids what the stream asked for.
     Denied = 5, "denied", 403, "the agent's configuration forbids this";
     /// A limit was reached.

@@ -423,10 +423,10 @@ impl fmt::Display for SayError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::NotReady => "the session is not ready yet",
-            Self::Unsupported => "the other end is too old for it",
-            Self::Busy => "the last question has no answer yet",
-            Self::Unasked => "nothing was asked",
-            Self::TooLarge => "it does not fit a frame",
+            Self::Unsupported => "the other end is too old for this message",
+            Self::Busy => "the previous question is still unanswered",
+            Self::Unasked => "there is no question to answer",
+            Self::TooLarge => "the message does not fit into a frame",
             Self::Closed => "the session has ended",
         })
     }

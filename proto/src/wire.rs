@@ -234,7 +234,7 @@ impl fmt::Display for WireError {
             Self::BadStreamId { kind, id } => write!(f, "frame type {kind:#04x} on stream {id}"),
             Self::EmptyData => f.write_str("empty DATA frame without FIN"),
             Self::BadHello => f.write_str("hello is not valid protobuf, or its limits are missing"),
-            Self::BadNotice { kind } => write!(f, "frame type {kind:#04x} whose message is not valid"),
+            Self::BadNotice { kind } => write!(f, "frame type {kind:#04x} with an invalid message"),
             Self::BadText => f.write_str("text of CLOSE is not UTF-8"),
             Self::BadLimit => f.write_str("credit limit out of range"),
         }

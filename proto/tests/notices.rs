@@ -91,9 +91,9 @@ fn questions_and_answers_alternate() {
 fn abuse_is_named() {
     let cases: [(&str, Vec<Notice>); 4] = [
         ("limit: too many unanswered questions", vec![renew(1), renew(1)]),
-        ("proto: an answer that was not asked for", vec![ack(1)]),
-        ("proto: a notice of this end's own that was not asked for", vec![trust(1)]),
-        ("proto: a notice of this end's own that was not asked for", vec![renewed()]),
+        ("proto: an answer without a question", vec![ack(1)]),
+        ("proto: a notice in the wrong direction", vec![trust(1)]),
+        ("proto: a notice in the wrong direction", vec![renewed()]),
     ];
     for (expected, notices) in cases {
         let mut lone = gateway(capable());
@@ -188,7 +188,7 @@ fn a_statement_stands_alone() {
     assert_eq!(said(&mut agent), [renew(1), about("v1.31.0")]);
     assert_eq!(agent.conn.say(about(&"v".repeat(5000))), Err(SayError::TooLarge));
     agent.frame(&Frame::Notice(about("v1").into()));
-    assert_eq!(agent.violation(), "proto: a notice of this end's own that was not asked for");
+    assert_eq!(agent.violation(), "proto: a notice in the wrong direction");
 
     // Either end is of before.
     let mut old = Lone::agent(Limits::default(), both());

@@ -582,7 +582,7 @@ async fn bad_heads_are_named() {
         (&b""[..], true, "the stream ended inside a head"),
         (b"\0\0\0", true, "the stream ended inside a head"),
         (b"\0\0\0\x05abcd", true, "the stream ended inside a head"),
-        (b"\0\0\0\x02\xff\xff", false, "a head that is not valid protobuf"),
+        (b"\0\0\0\x02\xff\xff", false, "a head is not valid protobuf"),
         (b"\0\x01\0\x01", false, "a head of 65537 bytes, the limit is 65536"),
         (b"\xff\xff\xff\xff", false, "a head of 4294967295 bytes, the limit is 65536"),
     ] {

@@ -123,7 +123,7 @@ async fn d9_towline_goes_through_the_proxy_as_kubectl_does() {
         &["through the proxy http://127.0.0.1:1 (set by https_proxy)", "the proxy cannot be reached"],
     );
     let odd = run(&["whoami"], "admin.yaml", &[("HTTPS_PROXY", "socks5://joe:s3cret@p:1")]).await;
-    odd.failed(2, &["HTTPS_PROXY names a kind of proxy that is not spoken"]);
+    odd.failed(2, &["HTTPS_PROXY names a kind of proxy that is not supported"]);
     assert!(!odd.err.contains("s3cret"));
     world.gateway.shutdown().await;
 }

@@ -110,12 +110,12 @@ impl Notices {
         }
         let theirs = notice.sender() != self.role;
         match (notice.is_question(), self.asked, self.owed) {
-            _ if !theirs => return Err(Violation::Notice("a notice of this end's own")),
+            _ if !theirs => return Err(Violation::Notice("a notice in the wrong direction")),
             _ if notice.is_statement() => {}
             (true, _, true) => return Err(Violation::Limit("unanswered questions")),
             (true, _, false) => self.owed = true,
             (false, true, _) => self.asked = false,
-            (false, false, _) => return Err(Violation::Notice("an answer")),
+            (false, false, _) => return Err(Violation::Notice("an answer without a question")),
         }
         if !self.rate.admit(now) {
             return Err(Violation::Limit("notices"));

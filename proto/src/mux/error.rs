@@ -91,9 +91,9 @@ impl fmt::Display for CloseReason {
             }
             Self::Violation(violation) => write!(f, "the peer broke the protocol: {violation}"),
             Self::Dead(silence) => {
-                write!(f, "nothing heard from the peer for {:.1} s", silence.as_secs_f32())
+                write!(f, "the peer was silent for {:.1} s", silence.as_secs_f32())
             }
-            Self::HelloTimeout => f.write_str("the peer did not say hello and answer a ping in time"),
+            Self::HelloTimeout => f.write_str("the peer did not send its hello and answer a ping in time"),
             Self::Transport(text) => write!(f, "the connection failed: {text}"),
         }
     }
@@ -154,13 +154,13 @@ impl fmt::Display for Violation {
                     crate::hello::VERSIONS
                 )
             }
-            Self::StreamId(id) => write!(f, "stream id {id} is of the wrong parity or out of order"),
+            Self::StreamId(id) => write!(f, "stream id {id} has the wrong parity or is out of order"),
             Self::UnknownStream(id) => write!(f, "a frame for stream {id}, which was never opened"),
             Self::DataAfterEnd(id) => write!(f, "data after the end of stream {id}"),
             Self::Overrun(id) => write!(f, "data beyond the credit of stream {id}"),
             Self::OpenAfterGoAway(id) => write!(f, "stream {id} opened after the drain was confirmed"),
             Self::GoAwayAck(id) => write!(f, "unexpected confirmation of a drain, last stream {id}"),
-            Self::Notice(what) => write!(f, "{what} that was not asked for"),
+            Self::Notice(what) => f.write_str(what),
             Self::Limit(what) => write!(f, "too many {what}"),
         }
     }

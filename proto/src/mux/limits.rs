@@ -113,7 +113,7 @@ impl Limits {
         check(credit_max as usize <= recv_budget, "credit_max must be at most recv_budget")?;
         check(
             self.reserved_for_accepted() <= recv_budget,
-            "streams_max × initial_credit must fit recv_budget",
+            "streams_max × initial_credit must be at most recv_budget",
         )?;
         check(send_budget >= SEND_STREAM_MAX, "send_budget must be at least 128 KiB")?;
         check(self.head_max >= 1024, "head_max must be at least 1 KiB")?;
@@ -316,7 +316,7 @@ mod tests {
         let limits = Limits { streams_max: 4096, ..Limits::default() };
         assert_eq!(
             limits.validate().unwrap_err().to_string(),
-            "streams_max × initial_credit must fit recv_budget"
+            "streams_max × initial_credit must be at most recv_budget"
         );
     }
 

@@ -31,7 +31,7 @@ pub enum AddressError {
     Port,
     #[error("has a host that is neither a DNS name nor an IP address (IPv6 goes in brackets)")]
     Host,
-    #[error("has a host that ends in a number but is no IPv4 address of four decimal numbers")]
+    #[error("has a host that ends in a number but is not an IPv4 address of four decimal numbers")]
     OddNumber,
 }
 

@@ -244,7 +244,7 @@ impl<IO> std::fmt::Debug for Driver<IO> {
 impl<IO> Drop for Driver<IO> {
     fn drop(&mut self) {
         self.shared
-            .with(|core, _| core.conn.handle_transport_end("the session's task was dropped".to_owned()));
+            .with(|core, _| core.conn.handle_transport_end("the task of the session was dropped".to_owned()));
     }
 }
 
@@ -295,7 +295,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         match buffer::poll_read_chunk(&mut self.io, cx) {
             Poll::Pending => false,
             Poll::Ready(Ok(bytes)) if bytes.is_empty() => {
-                self.hung_up("the peer closed the connection without saying why");
+                self.hung_up("the peer closed the connection without giving a reason");
                 true
             }
             Poll::Ready(Ok(bytes)) => {

@@ -48,8 +48,8 @@ impl fmt::Display for HeadError {
             Self::Read(error) => error.fmt(f),
             Self::Write(error) => error.fmt(f),
             Self::Truncated => f.write_str("the stream ended inside a head"),
-            Self::TooLarge { bytes, max } => write!(f, "a head of {bytes} bytes, the limit is {max}"),
-            Self::Malformed => f.write_str("a head that is not valid protobuf"),
+            Self::TooLarge { bytes, max } => write!(f, "a head has {bytes} bytes; the limit is {max}"),
+            Self::Malformed => f.write_str("a head is not valid protobuf"),
         }
     }
 }
@@ -136,8 +136,8 @@ impl fmt::Display for BodyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Read(error) => error.fmt(f),
-            Self::Short(bytes) => write!(f, "the body ended {bytes} bytes early"),
-            Self::Long => f.write_str("the body is longer than promised"),
+            Self::Short(bytes) => write!(f, "the body ended {bytes} bytes too early"),
+            Self::Long => f.write_str("the body is longer than announced"),
         }
     }
 }

@@ -29,9 +29,9 @@ impl fmt::Display for MessageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Io(error) => error.fmt(f),
-            Self::Truncated => f.write_str("the connection ended before the whole message was there"),
-            Self::TooLarge { bytes, max } => write!(f, "a message of {bytes} bytes, the limit is {max}"),
-            Self::Malformed => f.write_str("a message that is not valid protobuf"),
+            Self::Truncated => f.write_str("the connection ended before the whole message arrived"),
+            Self::TooLarge { bytes, max } => write!(f, "the message has {bytes} bytes; the limit is {max}"),
+            Self::Malformed => f.write_str("the message is not valid protobuf"),
         }
     }
 }
@@ -106,11 +106,11 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_message_is_named() {
         for (bytes, expected) in [
-            (&[0, 0x10, 0, 0][..], "a message of 1048576 bytes, the limit is 65536"),
-            (&[0, 0, 0, 5, 1], "the connection ended before the whole message was there"),
-            (&[0, 0], "the connection ended before the whole message was there"),
-            (&[], "the connection ended before the whole message was there"),
-            (&[0, 0, 0, 2, 0xff, 0xff], "a message that is not valid protobuf"),
+            (&[0, 0x10, 0, 0][..], "the message has 1048576 bytes; the limit is 65536"),
+            (&[0, 0, 0, 5, 1], "the connection ended before the whole message arrived"),
+            (&[0, 0], "the connection ended before the whole message arrived"),
+            (&[], "the connection ended before the whole message arrived"),
+            (&[0, 0, 0, 2, 0xff, 0xff], "the message is not valid protobuf"),
         ] {
             let received = recv_message::<JoinRequest, _>(&mut &bytes[..], JOIN_MAX_BYTES).await;
             assert_eq!(received.unwrap_err().to_string(), expected);

@@ -64,10 +64,12 @@ impl Source {
                     .to_owned()
             }
             (source, true) => {
-                format!("Check both in {source}; signs in a password are percent-encoded there")
+                format!(
+                    "Check both in {source}; special characters in a password must be percent-encoded there"
+                )
             }
             (source, false) => {
-                format!("Write http://USER:PASSWORD@HOST:PORT there ({source}), percent-encoded")
+                format!("Set {source} to http://USER:PASSWORD@HOST:PORT, percent-encoded")
             }
         }
     }
@@ -86,12 +88,12 @@ pub enum ConnectRefused {
     #[error("the connection broke before it answered the CONNECT: {0}")]
     Io(#[from] io::Error),
     #[error(
-        "it closed the connection without an answer to the CONNECT. It may speak TLS (https://), or be no HTTP proxy"
+        "it closed the connection without an answer to the CONNECT. Either it expects TLS (use https://), or it is not an HTTP proxy"
     )]
     Closed,
-    #[error("what it answered is not HTTP. Check host and port of the proxy")]
+    #[error("its answer is not HTTP. Check the proxy's host and port")]
     NotHttp,
-    #[error("its answer has a head of more than {HEAD_MAX} bytes")]
+    #[error("the head of its answer is larger than {HEAD_MAX} bytes")]
     TooLarge,
     #[error("{}", unauthenticated(*code, *had_credentials, offered, *source_of_it))]
     Unauthenticated { code: u16, had_credentials: bool, offered: String, source_of_it: Source },
@@ -134,13 +136,13 @@ fn unauthenticated(code: u16, had_credentials: bool, offered: &str, source: Sour
     let basic = offered.is_empty() || offered.split(", ").any(|scheme| scheme.eq_ignore_ascii_case("basic"));
     if !basic {
         return format!(
-            "it requires authentication ({code}) by {offered}, and only Basic is spoken. Let the proxy accept Basic or no authentication for this destination"
+            "it requires authentication ({code}) by {offered}, but only Basic is supported. Configure the proxy to accept Basic or no authentication for this destination"
         );
     }
     let what = if had_credentials {
         format!("it does not accept the user and password ({code})")
     } else {
-        format!("it requires a user and a password ({code}), and none is configured")
+        format!("it requires a user and a password ({code}), but none is configured")
     };
     format!("{what}. {}", source.remedy(had_credentials))
 }
@@ -150,9 +152,9 @@ const fn remedy(code: u16) -> &'static str {
         403 | 405 => "Allow CONNECT to this host and port in the proxy's rules",
         400..500 => "See the proxy's log",
         502..=504 => {
-            "The proxy cannot reach the gateway: check the name, the port and the firewall behind the proxy"
+            "The proxy cannot reach the gateway: check the gateway's name and port, and the firewall behind the proxy"
         }
-        _ => "See the proxy's log; it may be no proxy at all",
+        _ => "See the proxy's log; it may not be a proxy at all",
     }
 }
 
@@ -355,7 +357,7 @@ mod tests {
         for (source, had, wanted) in [
             (Source::Configuration, false, "proxy.passwordFile"),
             (Source::Configuration, true, "proxy.passwordFile"),
-            (Source::Variable("HTTPS_PROXY"), false, "there (HTTPS_PROXY)"),
+            (Source::Variable("HTTPS_PROXY"), false, "Set HTTPS_PROXY to"),
             (Source::Variable("HTTPS_PROXY"), true, "both in HTTPS_PROXY"),
             (Source::Kubeconfig, false, "proxy-url in the kubeconfig"),
         ] {

@@ -236,8 +236,9 @@ impl fmt::Debug for QuicDriver {
 
 impl Drop for QuicDriver {
     fn drop(&mut self) {
-        self.shared
-            .with(|core, _| core.ledger.handle_transport_end("the session's task was dropped".to_owned()));
+        self.shared.with(|core, _| {
+            core.ledger.handle_transport_end("the task of the session was dropped".to_owned())
+        });
         let code = self.shared.closed().code();
         self.shared.conn.close(VarInt::from(code), b"");
     }

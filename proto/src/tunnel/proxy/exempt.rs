@@ -71,7 +71,7 @@ impl FromStr for NoProxyEntry {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || {
             format!(
-                "{text:?} is no host, .suffix, IP address, CIDR block or *, where hosts and addresses may have a :port"
+                "{text:?} is not a host, .suffix, IP address, CIDR block or *; a host or address may have a :port"
             )
         };
         if text == "*" {

@@ -74,7 +74,7 @@ impl FromStr for ProxyUrl {
             Some((scheme, rest)) => match scheme.to_ascii_lowercase().as_str() {
                 "http" => (false, rest),
                 "https" => (true, rest),
-                _ => return Err("names a kind of proxy that is not spoken: use http:// or https://"),
+                _ => return Err("names a kind of proxy that is not supported: use http:// or https://"),
             },
             // As curl reads it.
             None => (false, text),
@@ -82,24 +82,27 @@ impl FromStr for ProxyUrl {
         let rest = rest.strip_suffix('/').unwrap_or(rest);
         let (credentials, host) =
             rest.rsplit_once('@').map_or((None, rest), |(credentials, host)| (Some(credentials), host));
-        let (user, password) =
-            match credentials.map(|text| text.split_once(':').map_or((text, None), |(u, p)| (u, Some(p)))) {
-                None => (None, None),
-                Some((user, password)) => {
-                    const ODD: &str = "has a user or password that is not percent-encoded text";
-                    let user = decoded(user).ok_or(ODD)?;
-                    let password = password.map(|text| decoded(text).ok_or(ODD)).transpose()?;
-                    if user.is_empty() || user.contains(':') {
-                        return Err(
-                            "has credentials without a user, or a user with a colon, which Basic cannot say",
-                        );
-                    }
-                    if password.as_deref() == Some(MASK) {
-                        return Err("has the mask of a printed configuration in place of the password");
-                    }
-                    (Some(user), password.map(Zeroizing::new))
+        let (user, password) = match credentials
+            .map(|text| text.split_once(':').map_or((text, None), |(u, p)| (u, Some(p))))
+        {
+            None => (None, None),
+            Some((user, password)) => {
+                const ODD: &str = "has a user or password that is not percent-encoded text";
+                let user = decoded(user).ok_or(ODD)?;
+                let password = password.map(|text| decoded(text).ok_or(ODD)).transpose()?;
+                if user.is_empty() || user.contains(':') {
+                    return Err(
+                        "has credentials without a user, or a user with a colon, which Basic authentication does not allow",
+                    );
                 }
-            };
+                if password.as_deref() == Some(MASK) {
+                    return Err(
+                        "contains the mask that a printed configuration shows instead of the password",
+                    );
+                }
+                (Some(user), password.map(Zeroizing::new))
+            }
+        };
         let address = match host.parse::<Address>() {
             Ok(address) => address,
             Err(_) => Address { host: host.parse().map_err(|_| FORM)?, port: if tls { 443 } else { PORT } },
