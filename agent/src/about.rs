@@ -53,7 +53,7 @@ pub(crate) async fn ask(live: Arc<Live>, known: Arc<Known>) {
             });
             INTERVAL
         } else {
-            tracing::debug!("the API server does not tell its version");
+            tracing::debug!("the API server does not report its version");
             let wait = retry;
             retry = (2 * retry).min(INTERVAL);
             wait
@@ -77,7 +77,7 @@ pub(crate) async fn tell(session: Session, live: Arc<Live>, known: Arc<Known>) {
         let api_server = state.borrow_and_update().as_ref().map(told);
         let about = About { kubernetes_version, api_server, mode: mode.into() };
         if let Err(error) = session.say(Notice::About(about)) {
-            tracing::debug!(%error, "the gateway is not told what is known of the cluster");
+            tracing::debug!(%error, "cannot report the cluster's state to the gateway");
             return;
         }
         tokio::select! {

@@ -94,7 +94,10 @@ impl Admin {
                 }
                 response
             }
-            _ => text(StatusCode::NOT_FOUND, "there are /livez, /readyz?verbose and /metrics\n".to_owned()),
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "not found; the paths are /livez, /readyz?verbose and /metrics\n".to_owned(),
+            ),
         }
     }
 
@@ -144,7 +147,7 @@ pub(crate) async fn serve(
             }
             Err(error) => {
                 // Out of file descriptors, in general: they do not come back by asking at once.
-                tracing::warn!(%error, "the health port cannot accept");
+                tracing::warn!(%error, "cannot accept a connection on the health port");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -174,7 +177,7 @@ async fn connection(
         .serve_connection(TokioIo::new(stream), service)
         .await;
     if let Err(error) = served {
-        tracing::debug!(%error, "a connection of the health port broke off");
+        tracing::debug!(%error, "connection to the health port broke");
     }
 }
 

@@ -44,10 +44,10 @@ pub enum StartError {
     #[error(transparent)]
     InUse(#[from] keep::InUse),
     /// The health port cannot be opened.
-    #[error("the health port {address} cannot be opened: {cause}. Set admin.address to a free one")]
+    #[error("cannot listen on the health port {address}: {cause}. Set admin.address to a free address")]
     Admin { address: SocketAddr, cause: io::Error },
     /// The crypto provider gives no random bytes.
-    #[error("the system gives no random bytes")]
+    #[error("the system's random source failed")]
     Random,
     #[error("a task failed: {0}")]
     Task(#[from] JoinError),
@@ -116,7 +116,7 @@ impl Agent {
         let found = std::mem::take(&mut files.found);
         let live = Arc::new(live);
         if let Some(proxy) = &live.proxy {
-            tracing::info!("the gateway is dialled through {proxy}");
+            tracing::info!("dialling the gateway through {proxy}");
         }
         let refused = |cause| StartError::Admin { address: config.admin_address, cause };
         let listener = TcpListener::bind(config.admin_address).await.map_err(refused)?;
@@ -322,7 +322,10 @@ impl Agent {
         self.stop.cancel();
         self.tracker.close();
         if timeout(SHUTDOWN_TIMEOUT, self.tracker.wait()).await.is_err() {
-            tracing::warn!(tasks = self.tracker.len(), "some tasks did not end in time");
+            tracing::warn!(
+                tasks = self.tracker.len(),
+                "tasks still running at the end of the shutdown deadline"
+            );
         }
     }
 }

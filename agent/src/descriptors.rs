@@ -15,14 +15,14 @@ pub fn raise(config: &AgentConfig) {
     if limit.current != limit.maximum
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
     {
-        tracing::warn!(%error, "the soft limit on file descriptors stays as it is");
+        tracing::warn!(%error, "cannot raise the soft limit on file descriptors");
     }
     let needed = needed(config);
     if let Some(have) = getrlimit(Resource::Nofile).current.filter(|have| *have < needed) {
         tracing::warn!(
             have,
             needed,
-            "the agent may have fewer file descriptors than its limits need: requests will be refused with 429 before limits.upstreamConnections is reached. Set LimitNOFILE={needed} in its systemd unit, or ulimit -Hn {needed} before it starts, or lower limits.upstreamConnections"
+            "the file descriptor limit is too low for limits.upstreamConnections: the agent will refuse requests with 429 before it reaches that limit. Set LimitNOFILE={needed} in the systemd unit, or run ulimit -Hn {needed} before the start, or lower limits.upstreamConnections"
         );
     }
 }

@@ -38,7 +38,9 @@ pub(crate) struct DialError {
 
 #[derive(Debug, Error)]
 enum DialCause {
-    #[error("{0} cannot be the name of a certificate; set gateway.serverName")]
+    #[error(
+        "a certificate cannot be issued for the name {0}. Set gateway.serverName to the name in the gateway's certificate"
+    )]
     Name(Host),
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -50,16 +52,16 @@ enum DialCause {
     Alpn(#[from] WrongAlpn),
     /// What went wrong, and its label.
     #[error(
-        "{0}. What answers there does not speak the tunnel protocol. Check the address (gateway.addresses)"
+        "{0}. The server at this address does not speak the tunnel protocol. Check the address (gateway.addresses)"
     )]
     Stranger(String, &'static str),
-    #[error("the agent has no identity yet: it has not joined")]
+    #[error("the agent has no identity yet, because it has not joined")]
     NoIdentity,
-    #[error("the receive memory of this process is used up (limits.processMemory)")]
+    #[error("the receive memory of this process is exhausted. Raise limits.processMemory")]
     Memory(OpenError),
     #[error("the session ended before it was ready: {0}")]
     Ended(CloseReason),
-    #[error("TLS stands, but the gateway's hello and a round trip took more than {}", Lasting(*.0))]
+    #[error("TLS succeeded, but the gateway's hello and one round trip took longer than {}", Lasting(*.0))]
     NotReady(Duration),
 }
 

@@ -14,14 +14,14 @@ pub enum LogFormat {
     Json,
 }
 
-/// What is logged where nothing is said.
+/// The default log level.
 pub const LEVEL: &str = "info";
 
 /// Why logging cannot begin.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     #[error(
-        "--log-level: {0:?} is no level: error, warn, info, debug or trace, or a list such as info,towline_agent=debug"
+        "--log-level: {0:?} is not a level. Use error, warn, info, debug or trace, or a list such as info,towline_agent=debug"
     )]
     Level(String),
     #[error("logging is already set up: {0}")]

@@ -15,24 +15,27 @@ use towline_certs::explain::once;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Milliseconds after which the allocator gives free memory back to the system. Its default, a second, leaves what a burst took
-/// with an idle process for ever, since nothing happens there any more that would look at the time.
+/// Milliseconds after which the allocator returns free memory to the system. With its default of one second, an idle process keeps
+/// the memory of its last burst: the allocator checks the time only when it is called.
 const PURGE_DELAY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "100");
 
-/// Connects a Kubernetes cluster to a Towline gateway, from the inside out.
+/// Connect a Kubernetes cluster to a Towline gateway over an outbound tunnel.
+///
+/// Exit codes: 0 after a drain or a successful check, 1 for a failure while running, 2 if the command line, the
+/// configuration or a file is wrong. SIGTERM and SIGINT drain, a second one ends at once; SIGHUP reloads changed files.
 #[derive(Debug, Parser)]
 #[command(name = "towline-agent", version)]
 struct Flags {
-    /// The configuration file (kind: AgentConfiguration).
+    /// Configuration file (kind: AgentConfiguration).
     #[arg(long, env = "TOWLINE_CONFIG", default_value = "/etc/towline/agent.yaml", value_name = "FILE")]
     config: PathBuf,
-    /// Check the configuration and every file it names, print it with all defaults, and end.
+    /// Check the configuration and every file it names, print it with all defaults, and exit.
     #[arg(long, env = "TOWLINE_CHECK")]
     check: bool,
-    /// The form of log lines; auto is text on a terminal and JSON elsewhere.
+    /// Format of log lines: auto is text on a terminal and JSON elsewhere.
     #[arg(long, env = "TOWLINE_LOG_FORMAT", value_enum, default_value = "auto")]
     log_format: LogFormat,
-    /// What is logged: a level, or a filter such as info,towline_agent=debug.
+    /// Log level: error, warn, info, debug, trace or off, or a filter such as info,towline_agent=debug.
     #[arg(long, env = "TOWLINE_LOG_LEVEL", default_value = log::LEVEL, value_name = "LEVEL")]
     log_level: String,
 }
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(problems) => return complain(&problems),
     };
-    let result = runtime::build().context("no runtime").and_then(|runtime| {
+    let result = runtime::build().context("cannot start the runtime").and_then(|runtime| {
         if flags.check { runtime.block_on(print(&config)) } else { runtime.block_on(run(config)) }
     });
     match result {
@@ -59,7 +62,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Begins again with the allocator set up: it reads its environment before `main` runs. Where that fails it stays as it is.
+/// Executes this program again with the allocator configured, because the allocator reads its environment before `main` runs. If
+/// that fails, the program runs on with the allocator's default.
 fn set_up_allocator() {
     let (name, value) = PURGE_DELAY;
     if std::env::var_os(name).is_none()
@@ -69,7 +73,7 @@ fn set_up_allocator() {
     }
 }
 
-/// Runs the agent until a signal ends it.
+/// Runs the agent until a signal stops it.
 async fn run(config: AgentConfig) -> anyhow::Result<ExitCode> {
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
@@ -87,7 +91,9 @@ async fn run(config: AgentConfig) -> anyhow::Result<ExitCode> {
             _ = hangup.recv() => agent.reload(),
         }
     }
-    tracing::info!("draining: no new streams, open ones may finish; another signal ends them");
+    tracing::info!(
+        "draining: refusing new streams until the open ones finish; a second signal skips the drain"
+    );
     tokio::select! {
         () = agent.drain() => {}
         _ = terminate.recv() => {}
@@ -98,17 +104,17 @@ async fn run(config: AgentConfig) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints the configuration in force, if its files can be used. It names the files of secrets and shows none.
+/// Checks every file and prints the effective configuration. It contains the paths of secrets, never their contents.
 async fn print(config: &AgentConfig) -> anyhow::Result<ExitCode> {
     if let Err(error) = check(config).await {
         return Ok(complain(&error));
     }
-    let text = serde_saphyr::to_string(&config.effective()).context("the configuration cannot be printed")?;
+    let text = serde_saphyr::to_string(&config.effective()).context("cannot print the configuration")?;
     write!(io::stdout(), "{text}").context("standard output")?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says what is wrong with the configuration.
+/// Reports an error of the command line, the configuration or a file.
 fn complain(error: &dyn std::fmt::Display) -> ExitCode {
     // Nobody is left to tell if standard error is closed.
     drop(writeln!(io::stderr(), "towline-agent: {error}"));

@@ -86,19 +86,19 @@ impl Metrics {
         let metrics = Self {
             sessions: add(
                 &registry,
-                gauges("sessions", "Sessions to the gateway that may carry streams", &["transport"]),
+                gauges("sessions", "Sessions to the gateway that can carry streams", &["transport"]),
             ),
             fallbacks: counters(
                 &registry,
                 "fallbacks_total",
-                "Sessions over TCP that were made because QUIC did not serve",
+                "Sessions opened over TCP because QUIC did not work",
                 &["reason"],
             ),
             udp_buffers: add(
                 &registry,
                 gauges(
                     "udp_buffer_bytes",
-                    "Bytes of the QUIC socket's buffers that the kernel grants",
+                    "Size of the QUIC socket's buffers as granted by the kernel, in bytes",
                     &["direction"],
                 ),
             ),
@@ -112,19 +112,19 @@ impl Metrics {
             tunnel_bytes: counters(
                 &registry,
                 "tunnel_bytes_total",
-                "Bytes through the tunnel",
+                "Bytes sent and received through the tunnel",
                 &["direction"],
             ),
             streams: add(&registry, counter("streams_total", "Streams accepted from the gateway")),
-            exchanges_running: add(&registry, gauge("exchanges_running", "Exchanges that run")),
+            exchanges_running: add(&registry, gauge("exchanges_running", "Exchanges in progress")),
             exchanges: counters(
                 &registry,
                 "exchanges_total",
-                "Exchanges that ended: ok, client_gone, or the code they failed with",
+                "Finished exchanges by result: ok, client_gone, or the code of the failure",
                 &["kind", "result"],
             ),
             answer_seconds: add(&registry, answer_seconds()),
-            refused: counters(&registry, "refused_total", "What a limit refused", &["limit"]),
+            refused: counters(&registry, "refused_total", "Streams refused because of a limit", &["limit"]),
             connections: add(
                 &registry,
                 gauges("upstream_connections", "Connections to upstreams", &["state"]),
@@ -141,28 +141,28 @@ impl Metrics {
                 "Pooled connections found closed, and requests sent again on a fresh one",
                 &["found"],
             ),
-            reloads: counters(&registry, "reloads_total", "Changed files", &["what", "result"]),
+            reloads: counters(&registry, "reloads_total", "Reloads of changed files", &["what", "result"]),
             joins: counters(
                 &registry,
                 "joins_total",
-                "Attempts to join: ok, or what stood against it",
+                "Attempts to join by outcome: ok, or the cause of the failure",
                 &["outcome"],
             ),
             renewals: counters(&registry, "renewals_total", "Renewals of the certificate", &["outcome"]),
             trust: counters(
                 &registry,
                 "trust_changes_total",
-                "Announcements of the tunnel CA's roots",
+                "Announcements of tunnel CA roots by the gateway",
                 &["result"],
             ),
             certificate_ends: add(
                 &registry,
                 gauge(
                     "certificate_expiry_timestamp_seconds",
-                    "When the certificate that the agent got by joining runs out; 0 = it has none",
+                    "Expiry time of the certificate that the agent got by joining; 0 if it has none",
                 ),
             ),
-            tasks: add(&registry, gauge("tasks", "Tasks that run")),
+            tasks: add(&registry, gauge("tasks", "Running tasks")),
             registry,
         };
         metrics.preset();
@@ -218,7 +218,7 @@ impl Metrics {
         let encoder = TextEncoder::new();
         let mut out = Vec::new();
         if let Err(error) = encoder.encode(&self.registry.gather(), &mut out) {
-            tracing::error!(%error, "metrics cannot be encoded");
+            tracing::error!(%error, "cannot encode the metrics");
         }
         (encoder.format_type().to_owned(), out)
     }
@@ -254,7 +254,7 @@ fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Int
 fn answer_seconds() -> Histogram {
     let buckets =
         vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
-    let help = "From the head of a request to the head of its answer";
+    let help = "Time from the head of a request to the head of its response";
     Histogram::with_opts(HistogramOpts::from(options("answer_seconds", help)).buckets(buckets)).expect(VALID)
 }
 

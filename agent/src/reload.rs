@@ -111,7 +111,7 @@ impl Live {
     pub(crate) fn target(&self, name: &str) -> Result<Arc<Upstream>, Failed> {
         self.targets.load().find(name).cloned().ok_or_else(|| {
             let shown: String = name.chars().take(64).collect();
-            let message = format!("the agent's configuration allows no target named {shown:?} (targets)");
+            let message = format!("the agent's configuration has no target named {shown:?} (targets)");
             Failed::before(Code::Denied, message)
         })
     }
@@ -211,7 +211,9 @@ pub(crate) async fn watch(live: Arc<Live>, mut files: Files, metrics: Metrics, t
         });
         // Only a panic in it can end it early; then nothing is reloaded any more, and the rest goes on.
         let Ok(again) = polled.await else {
-            tracing::error!("reloading files has failed for good; restart the agent");
+            tracing::error!(
+                "the file watcher stopped unexpectedly: changed files are no longer reloaded. Restart the agent"
+            );
             return;
         };
         files = again;
@@ -226,14 +228,14 @@ impl Files {
         match self.tunnel.as_mut().map(Watched::poll) {
             None | Some(Reload::Unchanged) => {}
             Some(Reload::Changed(config)) => {
-                tracing::info!("new certificate or tunnel CA: sessions are replaced one by one");
+                tracing::info!("loaded a new certificate or tunnel CA; replacing the sessions one by one");
                 live.tunnel.store(Some(config));
                 live.identity.send_modify(|count| *count += 1);
                 report("identity", "ok");
             }
             Some(Reload::Kept { error, repeated }) => {
                 if !repeated {
-                    tracing::error!(%error, "the certificate in use stays");
+                    tracing::error!(%error, "cannot load the new certificate; keeping the current one");
                     report("identity", "failed");
                 }
             }
@@ -241,14 +243,14 @@ impl Files {
         match self.api_server.as_mut().map(Watched::poll) {
             None | Some(Reload::Unchanged) => {}
             Some(Reload::Changed(upstream)) => {
-                tracing::info!("new CA bundle of the API server");
+                tracing::info!("loaded a new CA bundle for the API server");
                 live.api_server.store(upstream);
                 live.reach.doubt();
                 report("api_server", "ok");
             }
             Some(Reload::Kept { error, repeated }) => {
                 if !repeated {
-                    tracing::error!(%error, "the CA bundle in use stays");
+                    tracing::error!(%error, "cannot load the new CA bundle for the API server; keeping the current one");
                     report("api_server", "failed");
                 }
             }
@@ -257,12 +259,12 @@ impl Files {
             match token.poll() {
                 Ok(false) => {}
                 Ok(true) => {
-                    tracing::info!("new ServiceAccount token");
+                    tracing::info!("loaded a new ServiceAccount token");
                     live.reach.doubt_rights();
                     report("token", "ok");
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "the token in use stays");
+                    tracing::warn!(%error, "cannot load the new ServiceAccount token; keeping the current one");
                     report("token", "failed");
                 }
             }
@@ -271,11 +273,11 @@ impl Files {
             match proxy.poll(files) {
                 None => {}
                 Some(Ok(())) => {
-                    tracing::info!("new password or CA bundle of the proxy");
+                    tracing::info!("loaded a new password or CA bundle for the proxy");
                     report("proxy", "ok");
                 }
                 Some(Err(error)) => {
-                    tracing::error!(%error, "the proxy's password and CA bundle in use stay");
+                    tracing::error!(%error, "cannot load the new password or CA bundle for the proxy; keeping the current ones");
                     report("proxy", "failed");
                 }
             }
@@ -285,12 +287,12 @@ impl Files {
         {
             match result {
                 Ok(targets) => {
-                    tracing::info!(count = targets.len(), "new targets");
+                    tracing::info!(count = targets.len(), "loaded new targets");
                     live.targets.store(Arc::new(targets));
                     report("targets", "ok");
                 }
                 Err(error) => {
-                    tracing::error!(%error, "the targets in use stay");
+                    tracing::error!(%error, "cannot load the new targets; keeping the current ones");
                     report("targets", "failed");
                 }
             }
@@ -322,7 +324,7 @@ impl TargetsFile {
             Err(LookError::Gone) if self.seen.is_none() => return None,
             Err(LookError::Gone) => {
                 self.seen = None;
-                tracing::error!(path = %self.path.display(), "the configuration file is gone: no target is allowed");
+                tracing::error!(path = %self.path.display(), "the configuration file is missing; denying all targets");
                 return Some(Ok(Targets::default()));
             }
             Err(LookError::Other(seen, error)) => {
@@ -336,7 +338,7 @@ impl TargetsFile {
         }
         self.seen = Some(seen);
         if rest(&config) != self.rest {
-            tracing::warn!(path = %self.path.display(), "the file differs in more than targets: the rest takes a restart");
+            tracing::warn!(path = %self.path.display(), "the configuration file changed in more than its targets; restart the agent to apply the other changes");
         }
         Some(Targets::new(&config.targets, &self.resources).map_err(Into::into))
     }

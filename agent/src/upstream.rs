@@ -37,7 +37,7 @@ pub enum UpstreamError {
     Load { hop: String, cause: LoadError },
     #[error("{hop}: {cause}")]
     Tls { hop: String, cause: TlsError },
-    #[error("{hop}: {host} cannot be the name of a certificate; set serverName")]
+    #[error("{hop}: a certificate cannot be issued for the name {host}. Set serverName")]
     Name { hop: String, host: String },
 }
 

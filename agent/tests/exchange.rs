@@ -187,7 +187,7 @@ async fn an_upstream_that_speaks_nonsense_is_an_error() {
         ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", "valid HTTP"),
         ("HTTP/1.1 200 OK\r\nA\0: b\r\n\r\n", "valid HTTP"),
         ("hello, I am an SSH server\r\n", "valid HTTP"),
-        ("HTTP/1.1 101 X\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", "asked for no upgrade"),
+        ("HTTP/1.1 101 X\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", "without an upgrade"),
         (long.as_str(), "answered with a head of more than 65536 bytes"),
     ] {
         let mut call = Call::get(&rig.session, "/").await;

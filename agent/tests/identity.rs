@@ -99,7 +99,7 @@ async fn a_restricted_agent_adds_and_removes_nothing() {
     let asked = impersonated(request("GET", "/", &own), "alice", &[]);
     let failure = Call::bodiless(&rig.session, asked).await.failure().await;
     assert_eq!((failure.code, failure.untouched), (Code::Denied.to_u32(), true));
-    assert!(failure.message.contains("the agent's configuration says mode: restricted"), "{failure:?}");
+    assert!(failure.message.contains("the agent is in mode restricted"), "{failure:?}");
 }
 
 /// AG-07.

@@ -182,7 +182,7 @@ async fn d4_abc_the_way_to_the_api_server() {
     let silent = async {
         let rig = rig(&world, config(&world, frozen_at, "")).await;
         let text = rig.text(ApiServerState::Timeout).await;
-        assert!(text.contains("no answer in time while shaking hands"), "{text}");
+        assert!(text.contains("no answer in time while in the TLS handshake"), "{text}");
     };
     let name = async {
         let other = world.yaml(&["127.0.0.1:1".parse().unwrap()], api.at, "");
@@ -228,7 +228,7 @@ async fn d4_d_au_14_an_agent_that_may_not_impersonate() {
         failure.message
     );
     let text = rig.text(ApiServerState::ImpersonationForbidden).await;
-    assert!(text.contains("may not impersonate users"), "{text}");
+    assert!(text.contains("is not allowed to impersonate users"), "{text}");
     // It asks about somebody for whom it went well: the right may be one for some names only.
     assert!(api.seen(REVIEWS).last().unwrap().contains(r#""name":"alice""#));
     // One exchange that goes well is worth more than a review.
@@ -271,9 +271,9 @@ async fn d3_d4_e_the_agents_own_token_is_refused() {
         let failure = Call::bodiless(&rig.session, call).await.failure().await;
         assert_eq!(failure.code, Code::UpstreamBody.to_u32());
         assert!(
-            failure.message.ends_with(
-                "the API server does not take the agent's own token (401); check impersonate.tokenFile"
-            ),
+            failure
+                .message
+                .ends_with("the API server rejects the agent's token (401). Check impersonate.tokenFile"),
             "{}",
             failure.message
         );

@@ -54,13 +54,13 @@ async fn an_upgrade_becomes_a_pipe_with_two_ends() {
 async fn a_success_that_is_no_upgrade_is_an_error() {
     let rig = Rig::start("").await;
     for (answer, part) in [
-        ("200 OK\r\nContent-Length: 2\r\n\r\nok", "answered 200 to an upgrade"),
+        ("200 OK\r\nContent-Length: 2\r\n\r\nok", "answered 200 to a request for an upgrade"),
         (
             "301 Moved\r\nLocation: https://elsewhere/\r\nContent-Length: 0\r\n\r\n",
-            "answered 301 to an upgrade",
+            "answered 301 to a request for an upgrade",
         ),
-        ("101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", "another upgrade"),
-        ("101 X\r\n\r\n", "another upgrade"),
+        ("101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", "an upgrade that was not requested"),
+        ("101 X\r\n\r\n", "an upgrade that was not requested"),
     ] {
         let mut call = Call::open(&rig.session, exec("SPDY/3.1")).await;
         let mut upstream = rig.upstream.accept().await;

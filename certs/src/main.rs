@@ -1,4 +1,4 @@
-//! `towline-certs`: makes development sets and shows certificates.
+//! `towline-certs`: creates development certificates and shows what a certificate contains.
 
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use towline_certs::{
     AgentIdentity, CertificateDer, CertificateFacts, ClientIdentity, HostName, TrustDomain, ca,
 };
 
-/// Certificates for Towline: development sets, and a look inside.
+/// Create development certificates for Towline, and show what a certificate contains.
 #[derive(Debug, Parser)]
 #[command(name = "towline-certs", version, before_help = EXAMPLES, arg_required_else_help = true)]
 struct Cli {
@@ -25,18 +25,18 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  A set for one machine: two clusters, an administrator and a developer
+  Create a set for one machine: two clusters, an administrator and a developer
     towline-certs dev --out dev --gateway-host localhost --gateway-host 127.0.0.1 \\
       --cluster east --cluster west --client admin:platform:admins --client alice:dev,ops
 
-  Who is this certificate, until when, and what is its pin?
+  Show the identity, validity and pin of a certificate
     towline-certs show dev/agent-east.crt";
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Makes or completes a development set of CAs and certificates
+    /// Create or complete a development set of CAs and certificates
     Dev(Dev),
-    /// Prints identity, validity and pin of each certificate in a PEM file
+    /// Print identity, validity and pin of each certificate in a PEM file
     Show {
         /// PEM file with one or more certificates
         file: PathBuf,
@@ -45,25 +45,25 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Dev {
-    /// Directory of the set; made when missing
+    /// Directory of the set; created if missing
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Name or address under which the gateway is reached; repeat for several
+    /// DNS name or IP address of the gateway; repeat for several
     #[arg(long, value_name = "HOST", required = true)]
     gateway_host: Vec<HostName>,
-    /// Cluster to make an agent certificate for; the uid is the name unless given
+    /// Cluster that gets an agent certificate; the uid defaults to the name; repeat for several
     #[arg(long, value_name = "NAME[=UID]")]
     cluster: Vec<DevCluster>,
-    /// Client to make a certificate for; the first colon divides name and groups
+    /// Client that gets a certificate; the first colon separates the name from its groups; repeat for several
     #[arg(long, value_name = "CN[:GROUP,GROUP]", value_parser = parse_client)]
     client: Vec<ClientIdentity>,
-    /// Trust domain that agents' identities carry
+    /// Trust domain in the agents' identities
     #[arg(long, value_name = "DOMAIN", default_value = "towline.local")]
     trust_domain: TrustDomain,
-    /// Life of agents' and clients' certificates in days
+    /// Lifetime of agent and client certificates in days, 1 to 3650
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3650))]
     days: u64,
-    /// Start from new CAs, and replace everything
+    /// Create new CAs and replace every file
     #[arg(long)]
     force: bool,
 }
@@ -132,7 +132,7 @@ fn show(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the certificate would count as, if the right CA issued it.
+/// The identity that the certificate would have if the right CA had issued it.
 fn identity(certificate: &CertificateDer<'_>, facts: &CertificateFacts) -> String {
     if facts.is_ca {
         let kind = ca::kind_of(certificate).map_or_else(|| "CA".to_owned(), |kind| kind.to_string());

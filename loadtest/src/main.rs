@@ -1,4 +1,4 @@
-//! The command line of the load test and its test doubles.
+//! `towline-loadtest`: the command line of the load test, the demo and the test doubles.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,12 +16,16 @@ use towline_loadtest::report;
 use towline_testkit::shim::Shim;
 use tracing_subscriber::EnvFilter;
 
-/// What the product's programs have: an arm that is this program should cost what they do.
+/// The allocator of the product's programs: an arm that runs in this program must cost the same as they do.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[derive(Debug, Parser)]
-#[command(name = "towline-loadtest", version, about = "Load tests and test doubles of Towline")]
+#[command(
+    name = "towline-loadtest",
+    version,
+    about = "Run load tests of Towline, its demo, and its test doubles"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -29,90 +33,90 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// A fake Kubernetes API server for kubectl and for tests.
+    /// Run a fake Kubernetes API server for kubectl and for tests.
     FakeApiserver(FakeApiserver),
-    /// A gateway, an agent and an API server on loopback, and real requests through the tunnel.
+    /// Start a gateway, an agent and an API server on loopback, and send requests through the tunnel.
     Demo(Demo),
-    /// Load tests: Towline beside no tunnel, bare copy loops and its peers.
+    /// Measure Towline together with no tunnel, bare copy loops and comparable programs.
     Load(Load),
-    /// Shows a record of `load` once more.
+    /// Show a record that `load` wrote, or compare two.
     Report(Report),
-    /// The server that answers the load.
+    /// Run the server that answers the load.
     #[command(hide = true)]
     Upstream(Upstream),
-    /// One end of a bare copy loop.
+    /// Run one end of a bare copy loop.
     #[command(hide = true)]
     Relay(RelayArguments),
-    /// Gateway and agent in one process.
+    /// Run gateway and agent in one process.
     #[command(hide = true)]
     Product(Product),
-    /// Many simulated agents with a session each.
+    /// Run many simulated agents with one session each.
     #[command(hide = true)]
     Agents(Agents),
-    /// A relay that behaves like a long line, for TCP and UDP.
+    /// Run a relay for TCP and UDP that behaves like a long-distance link.
     Shim(ShimArguments),
 }
 
 #[derive(Debug, clap::Args)]
 struct Load {
-    /// Standard profiles or files, one after the other; all standard ones if none is named.
+    /// Profiles to run, in order: standard names or files. Default: all standard profiles.
     profiles: Vec<String>,
-    /// Only this arm; may be repeated. `file:PATH` describes another tunnel.
+    /// Run only this arm; repeat for several. `file:PATH` names a file that describes another tunnel.
     #[arg(long = "arm")]
     arms: Vec<String>,
-    /// Only scenarios whose name contains this; may be repeated.
+    /// Run only scenarios whose name contains this text; repeat for several.
     #[arg(long)]
     only: Vec<String>,
-    /// Interleaved rounds, instead of the profile's.
+    /// Number of interleaved rounds. Default: the profile's.
     #[arg(long)]
     rounds: Option<usize>,
-    /// Seconds of each measurement, instead of the profile's.
+    /// Duration of each measurement in seconds. Default: the profile's.
     #[arg(long)]
     seconds: Option<f64>,
-    /// Seconds of warm-up before each measurement, instead of the profile's.
+    /// Warm-up before each measurement in seconds. Default: the profile's.
     #[arg(long)]
     warmup: Option<f64>,
-    /// Where to write the record; the page is put beside it as `.html`.
+    /// File for the record; the page gets the same name with `.html`.
     #[arg(long, default_value = "target/load/load.json")]
     output: PathBuf,
-    /// A record of another run: end with exit code 1 if a ratio got worse than the tolerance.
+    /// Record of an earlier run: exit with code 1 if a ratio got worse by more than the tolerance.
     #[arg(long)]
     compare: Option<PathBuf>,
-    /// How much worse a ratio may get: 0.25 is a quarter.
+    /// How much worse a ratio may get, as a fraction: 0.25 is a quarter.
     #[arg(long, default_value_t = 0.25)]
     tolerance: f64,
-    /// Instead of starting anything: the gateway of this kubeconfig, which must exist. Only what needs nothing but GETs.
+    /// Measure the running gateway of this kubeconfig instead of starting one. Only scenarios made of GETs run.
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
-    /// Its context; the current one if none is named.
+    /// Context in the kubeconfig. Default: the current context.
     #[arg(long, requires = "kubeconfig")]
     context: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]
 struct Report {
-    /// A record that `load` wrote.
+    /// Record that `load` wrote.
     record: PathBuf,
-    /// Where to write the page.
+    /// File for the page. Default: no page.
     #[arg(long)]
     html: Option<PathBuf>,
-    /// An older record to compare with: exit code 1 if a ratio got worse than the tolerance.
+    /// Older record: exit with code 1 if a ratio got worse by more than the tolerance.
     #[arg(long)]
     compare: Option<PathBuf>,
-    /// How much worse a ratio may get: 0.25 is a quarter.
+    /// How much worse a ratio may get, as a fraction: 0.25 is a quarter.
     #[arg(long, default_value_t = 0.25)]
     tolerance: f64,
 }
 
 #[derive(Debug, clap::Args)]
 struct Upstream {
-    /// Where to listen without TLS.
+    /// Address to listen on without TLS.
     #[arg(long)]
     plain: SocketAddr,
-    /// Where to listen with TLS.
+    /// Address to listen on with TLS.
     #[arg(long)]
     tls: SocketAddr,
-    /// Directory of the certificate.
+    /// Directory with the certificate and its key.
     #[arg(long)]
     certificates: PathBuf,
 }
@@ -121,84 +125,84 @@ struct Upstream {
 struct RelayArguments {
     transport: Transport,
     end: End,
-    /// Where to listen.
+    /// Address to listen on.
     #[arg(long)]
     listen: SocketAddr,
-    /// The other end, or the upstream.
+    /// Address of the other end, or of the upstream.
     #[arg(long)]
     to: SocketAddr,
-    /// Directory of the certificate.
+    /// Directory with the certificate and its key.
     #[arg(long)]
     certificates: PathBuf,
-    /// Of QUIC.
+    /// Congestion control of QUIC.
     #[arg(long, default_value = "cubic")]
     congestion: Congestion,
 }
 
 #[derive(Debug, clap::Args)]
 struct Product {
-    /// The gateway's configuration.
+    /// Configuration file of the gateway.
     #[arg(long)]
     gateway: PathBuf,
-    /// The agent's configuration.
+    /// Configuration file of the agent.
     #[arg(long)]
     agent: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
 struct Agents {
-    /// The gateway's public port.
+    /// Address of the gateway's public port.
     #[arg(long)]
     gateway: SocketAddr,
-    /// How they reach it.
+    /// Transport to the gateway.
     #[arg(long)]
     over: Over,
-    /// Directory of the tunnel CA with its key.
+    /// Directory with the tunnel CA and its key.
     #[arg(long)]
     certificates: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
 struct ShimArguments {
-    /// Where everything goes.
+    /// Address that everything is relayed to.
     #[arg(long)]
     to: SocketAddr,
-    /// There and back.
+    /// Round-trip time in milliseconds.
     #[arg(long, default_value_t = 50.0)]
     round_trip_ms: f64,
-    /// In each direction.
+    /// Bandwidth of each direction in Mbit/s.
     #[arg(long, default_value_t = 1000.0)]
     mbit: f64,
-    /// Added to each way, evenly from zero to this.
+    /// Largest jitter in milliseconds: each direction adds a random delay from zero to this.
     #[arg(long, default_value_t = 0.0)]
     jitter_ms: f64,
-    /// Part of datagrams, or segments, that are lost: 0 to 1.
+    /// Fraction of datagrams or segments that are lost, 0 to 1.
     #[arg(long, default_value_t = 0.0)]
     loss: f64,
-    /// How long bytes may wait in front of the line.
+    /// Longest wait of bytes in front of the link in milliseconds.
     #[arg(long, default_value_t = 10.0)]
     queue_ms: f64,
 }
 
 #[derive(Debug, clap::Args)]
 struct Demo {
-    /// End after the requests, with exit code 0 if they succeeded.
+    /// Exit after the requests, with code 0 if all succeeded.
     #[arg(long)]
     once: bool,
-    /// Put the cluster of the current kubeconfig behind the agent instead of a fake API server.
+    /// Use the cluster of the current kubeconfig instead of a fake API server.
     #[arg(long)]
     use_kubeconfig: bool,
 }
 
 #[derive(Debug, clap::Args)]
 struct FakeApiserver {
-    /// Where to listen; port 0 takes a free one.
+    /// Address to listen on; port 0 picks a free port.
     #[arg(long, env = "TOWLINE_FAKE_LISTEN", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
-    /// Where to write ca.crt and kubeconfig.
+    /// Directory for ca.crt and kubeconfig; created if missing.
     #[arg(long, env = "TOWLINE_FAKE_CERT_DIR")]
     cert_dir: PathBuf,
-    /// For load tests: record nothing.
+    /// Keep no record of requests, for load tests.
     #[arg(long)]
     load: bool,
 }
@@ -218,11 +222,11 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     if let Command::Product(Product { gateway, agent }) = arguments.command {
-        // It makes the threads and runtimes of the product, not the load test's.
+        // This arm creates its own threads and runtimes, as the product does.
         return product::run(&gateway, agent);
     }
     let runtime = match arguments.command {
-        // One thread: what shares the machine with what is measured has to be cheap.
+        // One thread: these commands share the machine with the measured programs, so they must be cheap.
         Command::Load(_)
         | Command::Upstream(_)
         | Command::Relay(_)
@@ -272,7 +276,7 @@ async fn load(arguments: Load) -> anyhow::Result<()> {
     };
     let plans = names.iter().map(plan).collect::<Result<_, _>>()?;
     if let Some(directory) = arguments.output.parent() {
-        std::fs::create_dir_all(directory).context("the directory of --output")?;
+        std::fs::create_dir_all(directory).context("cannot create the directory of --output")?;
     }
     let elsewhere = match &arguments.kubeconfig {
         Some(path) => Some(kubeconfig::target(path, arguments.context.as_deref())?),
@@ -292,7 +296,7 @@ async fn load(arguments: Load) -> anyhow::Result<()> {
     };
     let record = tokio::select! {
         record = run::run(&options) => record?,
-        // What it has started ends with it.
+        // Dropping the run ends every process that it started.
         stopped = told_to_stop() => bail!("stopped by {}", stopped?),
     };
     show(&record, Some(&page))?;
@@ -303,7 +307,7 @@ async fn load(arguments: Load) -> anyhow::Result<()> {
 fn show(record: &report::json::Record, page: Option<&Path>) -> anyhow::Result<()> {
     println!("{}", report::text::render(record));
     if let Some(page) = page {
-        std::fs::write(page, report::html::render(record)).context("the page")?;
+        std::fs::write(page, report::html::render(record)).context("cannot write the page")?;
         println!("The page: {}", page.display());
     }
     Ok(())
@@ -315,7 +319,7 @@ fn compare(record: &report::json::Record, old: Option<&Path>, tolerance: f64) ->
     let changes = report::compare::compare(&report::json::Record::read(old)?, record, tolerance);
     println!("{}", report::compare::render(&changes));
     let worse = changes.iter().filter(|change| change.worse).count();
-    anyhow::ensure!(!changes.is_empty(), "the two runs have no ratio in common");
+    anyhow::ensure!(!changes.is_empty(), "the two records have no ratio in common");
     anyhow::ensure!(worse == 0, "{worse} ratios got worse by more than {tolerance}");
     Ok(())
 }
@@ -338,7 +342,7 @@ async fn fake_apiserver(arguments: FakeApiserver) -> anyhow::Result<()> {
         options.bytes_kept = 0;
     }
     let server = FakeApi::start(options).await?;
-    std::fs::create_dir_all(&arguments.cert_dir).context("cannot make the directory of --cert-dir")?;
+    std::fs::create_dir_all(&arguments.cert_dir).context("cannot create the directory of --cert-dir")?;
     std::fs::write(arguments.cert_dir.join("ca.crt"), server.ca_pem()).context("cannot write ca.crt")?;
     std::fs::write(arguments.cert_dir.join("kubeconfig"), server.kubeconfig())
         .context("cannot write kubeconfig")?;
@@ -348,7 +352,7 @@ async fn fake_apiserver(arguments: FakeApiserver) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits for a signal that ends processes; yields its name.
+/// Waits for SIGINT or SIGTERM and returns its name.
 async fn told_to_stop() -> std::io::Result<&'static str> {
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tokio::select! {

@@ -641,7 +641,7 @@ async fn drains_into_its_successor(transport: &str) {
         ends[WATCHES - 1],
     );
     let text = log(&bench.stack.path("agent.log"));
-    assert!(text.contains("the gateway drains: connecting anew"), "{}", common::tail(&text));
+    assert!(text.contains("the gateway is draining; opening a new session"), "{}", common::tail(&text));
     bench.end().await;
     second.end().await;
 }

@@ -26,7 +26,7 @@ pub(crate) enum ConnectError {
     #[error("the name {0} has no address. Check the name, and the DNS of this pod or machine")]
     NoAddress(String),
     #[error(
-        "{ip} is a {class} address, which no target may have unless its entry in the agent's configuration says allowLocal: true"
+        "{ip} is a {class} address, which the agent does not allow for a target. Set allowLocal: true in the target's entry in the agent's configuration if it is intended"
     )]
     Denied { ip: IpAddr, class: &'static str },
     #[error(
@@ -55,7 +55,7 @@ impl std::fmt::Display for Stage {
         f.write_str(match self {
             Self::Resolving => "resolving the name",
             Self::Connecting => "connecting",
-            Self::Handshaking => "shaking hands over TLS",
+            Self::Handshaking => "in the TLS handshake",
         })
     }
 }
@@ -167,12 +167,12 @@ pub(crate) async fn handshake<IO: AsyncRead + AsyncWrite + Unpin>(
 pub(crate) fn describe(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => {
-            "connection refused. Nothing listens there: check address and port".to_owned()
+            "connection refused. Nothing listens there: check the address and port".to_owned()
         }
         io::ErrorKind::ConnectionReset => "connection reset by the other end".to_owned(),
-        io::ErrorKind::UnexpectedEof => "the other end closed the connection".to_owned(),
+        io::ErrorKind::UnexpectedEof => "connection closed by the other end".to_owned(),
         io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => {
-            "no route to it. Check routing and network policies".to_owned()
+            "no route to this address. Check routing and network policies".to_owned()
         }
         io::ErrorKind::TimedOut => "connection timed out".to_owned(),
         _ => error.to_string(),

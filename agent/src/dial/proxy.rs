@@ -152,10 +152,10 @@ fn password(path: &std::path::Path, bytes: &[u8]) -> Result<Zeroizing<String>, L
     let text = std::str::from_utf8(bytes).map_err(|_| wrong("is not text (UTF-8)"))?;
     let text = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
     if text.is_empty() {
-        return Err(wrong("is empty, and should hold the password for the proxy"));
+        return Err(wrong("is empty. Put the password for the proxy into it"));
     }
     if text.chars().any(char::is_control) || text.len() > PASSWORD_MAX {
-        return Err(wrong("is no password of one line. It is probably not the file that was meant"));
+        return Err(wrong("is not a password on one line. It is probably not the intended file"));
     }
     Ok(Zeroizing::new(text.to_owned()))
 }
@@ -165,9 +165,13 @@ fn password(path: &std::path::Path, bytes: &[u8]) -> Result<Zeroizing<String>, L
 pub(crate) enum ProxyError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("{0} cannot be the name of a certificate. Name the proxy as its certificate does")]
+    #[error(
+        "a certificate cannot be issued for the name {0}. Configure the proxy by the name in its certificate"
+    )]
     Name(Host),
-    #[error("it did not answer the CONNECT in time. It may be reaching for a gateway that it cannot reach")]
+    #[error(
+        "it did not answer the CONNECT in time. It is probably still trying to connect to the gateway: check that it can reach the gateway"
+    )]
     Deadline,
     #[error(transparent)]
     Refused(#[from] ConnectRefused),
@@ -240,7 +244,7 @@ mod tests {
             ("", "HTTP/1.1 301 Moved\r\n\r\n", &["with 301 Moved"]),
             ("", "SSH-2.0-x\r\n", &["not HTTP"]),
             ("", "", &["without an answer"]),
-            ("", endless.as_str(), &["more than 16384 bytes"]),
+            ("", endless.as_str(), &["larger than 16384 bytes"]),
         ] {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let at = listener.local_addr().unwrap();

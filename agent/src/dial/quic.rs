@@ -23,9 +23,9 @@ use crate::metrics::Metrics;
 /// Why there is no QUIC connection.
 #[derive(Debug, Error)]
 pub(crate) enum QuicError {
-    #[error("no UDP socket can be opened: {0}")]
+    #[error("cannot open a UDP socket: {0}")]
     Socket(io::Error),
-    #[error("QUIC cannot be set up: {0}")]
+    #[error("cannot set up QUIC: {0}")]
     Setup(String),
     #[error(transparent)]
     Resolve(#[from] ResolveError),
@@ -33,7 +33,7 @@ pub(crate) enum QuicError {
     Deadline { at: SocketAddr },
     #[error("{at}: QUIC: {}", told(cause))]
     Failed { at: SocketAddr, cause: ConnectionError },
-    #[error("{at}: the gateway agreed on another protocol than towline/1")]
+    #[error("{at}: the gateway agreed on a protocol other than towline/1")]
     Alpn { at: SocketAddr },
 }
 
@@ -166,7 +166,7 @@ impl Quic {
             tracing::warn!(
                 receive_bytes = udp.receive_buffer,
                 send_bytes = udp.send_buffer,
-                "the kernel grants small UDP buffers, so that QUIC loses datagrams under load; raise net.core.rmem_max and net.core.wmem_max to {} on the node, set quic.receiveBuffer and sendBuffer to what is granted, or set transport: tcp",
+                "the kernel grants smaller UDP buffers than configured, so QUIC loses datagrams under load. Raise net.core.rmem_max and net.core.wmem_max to {} on the node, or set quic.receiveBuffer and quic.sendBuffer to the granted sizes, or set transport: tcp",
                 receive.max(send)
             );
         }

@@ -44,26 +44,26 @@ pub enum EnrolError {
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(
-        "there is nothing to join with: no certificate was kept, and neither a join token (identity.joinTokenFile) nor identity.serviceAccount is there"
+        "there is nothing to join with: no certificate is stored, and neither identity.joinTokenFile nor identity.serviceAccount is set. Set one of the two"
     )]
     NoProof,
     #[error(
-        "nothing says how to recognise the gateway: give identity.joinTokenFile the whole join token, or list identity.pins"
+        "cannot recognise the gateway: there is no pin. Put the whole join token into identity.joinTokenFile, or set identity.pins"
     )]
     NoPins,
     #[error(
-        "the identity would be lost with this process and could not be got again: it is kept in memory only, and the join token admits one key. Set identity.directory to a volume, or identity.serviceAccount, or use a token that may be used more often"
+        "a restart would lose the identity for good: it is kept in memory only, and the join token admits a single key. Set identity.directory to a volume, or set identity.serviceAccount, or use a token with more uses"
     )]
     Lost,
     #[error(
-        "the ServiceAccount token in {path} is for {found}, not for the gateways of {wanted}: it stays here. Project one of the audience towline:TRUSTDOMAIN, as the manifest does"
+        "the ServiceAccount token in {path} has the audience {found} instead of only {wanted}, so it was not sent. Project a token with the audience {wanted}, as the manifest does"
     )]
     Audience { path: PathBuf, found: String, wanted: String },
     #[error(
-        "the join token in {path} is for the cluster {found}, and identity.serviceAccount.cluster is {wanted}. Make one for this cluster: towline token create {wanted}"
+        "the join token in {path} is for the cluster {found}, but identity.serviceAccount.cluster is {wanted}. Create a token for this cluster: towline token create {wanted}"
     )]
     Cluster { path: PathBuf, found: String, wanted: String },
-    #[error("a key cannot be made: {0}")]
+    #[error("cannot create a key: {0}")]
     Key(#[from] IssueError),
     #[error("agent -> gateway {address} (joining): {cause}")]
     Attempt { address: String, cause: AttemptError },
@@ -72,7 +72,9 @@ pub enum EnrolError {
 /// Why one attempt to join failed.
 #[derive(Debug, Error)]
 pub enum AttemptError {
-    #[error("{0} cannot be the name of a certificate; set gateway.serverName")]
+    #[error(
+        "a certificate cannot be issued for the name {0}. Set gateway.serverName to the name in the gateway's certificate"
+    )]
     Name(Host),
     #[error("{0}")]
     Reach(String),
@@ -80,20 +82,20 @@ pub enum AttemptError {
     Tls(#[from] TlsError),
     #[error(transparent)]
     Alpn(#[from] WrongAlpn),
-    #[error("{0}. A gateway that does not let agents join ends the connection so")]
+    #[error("{0}. A gateway that does not accept joins closes the connection like this")]
     Message(#[from] MessageError),
-    #[error("TLS stands, but no answer came within {}", Lasting(*.0))]
+    #[error("TLS succeeded, but the gateway did not answer within {}", Lasting(*.0))]
     NoAnswer(Duration),
     #[error("refused ({}): {}", code.label(), Printable(text))]
     Refused { code: RefusalCode, text: String, retry_after: Duration },
-    #[error("the gateway's answer cannot be used: {0}")]
+    #[error("the gateway's answer is invalid: {0}")]
     Answer(#[from] AnswerError),
 }
 
 /// Why an identity that came cannot be used.
 #[derive(Debug, Error)]
 pub enum AnswerError {
-    #[error("it neither admits nor refuses; update the agent")]
+    #[error("it neither admits nor refuses the agent. Update the agent")]
     Unknown,
     #[error("more than {CERTIFICATES_MAX} certificates")]
     TooMany,
@@ -103,16 +105,16 @@ pub enum AnswerError {
     OtherKey,
     #[error(transparent)]
     Profile(#[from] ProfileError),
-    #[error("the CA bundle: {0}")]
+    #[error("in its CA bundle: {0}")]
     Trust(#[from] TrustError),
-    #[error("the certificate does not lead to the CA bundle that came with it: {0}")]
+    #[error("the certificate was not issued by the CA bundle that came with it: {0}")]
     Chain(#[from] VerifyError),
     #[error(
-        "none of the roots in it is believed already, nor signed by one that is. If the gateway has a new CA, join anew with a new token"
+        "none of the announced roots is trusted already, or signed by a trusted root. If the gateway has a new CA, join again with a new token"
     )]
     Unrelated,
     #[error(
-        "none of the roots in it has a pin of identity.pins, nor is signed by one that has. If the gateway has a new CA, add its pin there"
+        "none of the announced roots matches a pin in identity.pins, or is signed by a root that does. If the gateway has a new CA, add its pin to identity.pins"
     )]
     NotPinned,
     #[error(transparent)]
@@ -329,7 +331,7 @@ impl Enroller {
         if let (Some(old), Some(key)) = (old, &old_key) {
             let chain = old.credential.chain().iter().map(|der| Bytes::copy_from_slice(der)).collect();
             let proof = Proof::Expired(Certificate { chain });
-            tries.push(Try { what: "the certificate that was kept", proof, key });
+            tries.push(Try { what: "the stored certificate", proof, key });
         }
         let (mut failure, mut unusable) = (EnrolError::NoProof, None);
         match account.transpose() {
@@ -339,7 +341,7 @@ impl Enroller {
                 tries.push(Try { what: "the cluster's ServiceAccount token", proof, key: fresh });
             }
             Err(error) => {
-                tracing::warn!(%error, "the cluster's ServiceAccount token cannot be used");
+                tracing::warn!(%error, "cannot use the cluster's ServiceAccount token");
                 failure = error;
             }
         }
@@ -380,7 +382,7 @@ impl Enroller {
             match self.try_all(live, &addresses, &pins, (old, &given), &request, key).await {
                 Ok(held) => {
                     if let Some(error) = unusable {
-                        tracing::debug!(%error, "the join token cannot be used, and is not needed");
+                        tracing::debug!(%error, "cannot use the join token, but it is not needed");
                     }
                     return Ok((held, told));
                 }
@@ -400,9 +402,9 @@ impl Enroller {
         // Its Secret may be deleted when the agent has joined. Where no gateway answers, that is not why.
         let refused = matches!(failure, EnrolError::Attempt { cause: AttemptError::Refused { .. }, .. });
         if refused || !error.is_missing() {
-            tracing::warn!(%error, "the join token cannot be used");
+            tracing::warn!(%error, "cannot use the join token");
         } else {
-            tracing::debug!(%error, "the join token cannot be used");
+            tracing::debug!(%error, "cannot use the join token");
         }
         Err(failure)
     }
@@ -515,8 +517,8 @@ fn check_audience(path: &Path, token: &str, domain: Option<&TrustDomain>) -> Res
     if !audiences.is_empty() && audiences.iter().all(is_ours) {
         return Ok(());
     }
-    let found = if audiences.is_empty() { "nobody in particular".to_owned() } else { audiences.join(", ") };
-    let wanted = domain.map_or_else(|| "a trust domain alone".to_owned(), ToString::to_string);
+    let found = if audiences.is_empty() { "(none)".to_owned() } else { audiences.join(", ") };
+    let wanted = domain.map_or_else(|| format!("{AUDIENCE_PREFIX}TRUSTDOMAIN"), TrustDomain::audience);
     Err(EnrolError::Audience { path: path.to_owned(), found, wanted })
 }
 

@@ -56,13 +56,13 @@ impl IssuerSource {
         let jwks = match jwks {
             Some(Ok(jwks)) => Bytes::from(jwks),
             Some(Err(error)) => {
-                tracing::warn!(%error, "the gateway is not told who issues this cluster's tokens");
+                tracing::warn!(%error, "cannot report the issuer of this cluster's tokens to the gateway");
                 return None;
             }
             None => match timeout(TIMEOUT, ask(live)).await {
                 Ok(Some(jwks)) => jwks,
                 Ok(None) | Err(_) => {
-                    tracing::debug!("the API server does not show its keys to this agent");
+                    tracing::debug!("the API server does not let this agent read its token keys");
                     return None;
                 }
             },

@@ -57,7 +57,7 @@ pub(crate) struct Found {
 /// Another agent keeps its identity where this one would.
 #[derive(Debug, Error)]
 #[error(
-    "identity.directory: {} is in use by another agent{}. Stop that one, or give this one a directory of its own",
+    "identity.directory: {} is in use by another agent{}. Stop that agent, or set another directory here",
     directory.display(),
     process.map(|process| format!(" (process {process})")).unwrap_or_default()
 )]
@@ -156,7 +156,7 @@ fn missing_is_none<T>(read: Result<T, LoadError>) -> Result<Option<T>, LoadError
 fn read_identity(path: &Path) -> Result<Held, LoadError> {
     let file = FileBytes::read(path)?;
     let broken = |why| LoadError { path: path.to_owned(), cause: LoadCause::BrokenPem(why) };
-    let damaged = || broken("the part with the CA is missing; remove the file to join anew");
+    let damaged = || broken("the part with the CA is missing; remove the file to join again");
     let bytes = file.bytes();
     let at = bytes.windows(ROOTS.len()).position(|window| window == ROOTS.as_bytes()).ok_or_else(damaged)?;
     let part = |bytes: &[u8]| FileBytes::from_memory(path, bytes.to_vec());
@@ -165,7 +165,7 @@ fn read_identity(path: &Path) -> Result<Held, LoadError> {
     let loaded = loaded.map_err(|error| match error.cause {
         // R-ID-12. Nobody issues this file: there is nothing else to take it from.
         LoadCause::OtherKey { .. } => {
-            broken("its key and its certificate do not belong together; remove the file to join anew")
+            broken("its key and its certificate do not belong together; remove the file to join again")
         }
         cause => LoadError { cause, ..error },
     })?;
@@ -238,11 +238,11 @@ pub(crate) async fn watch_files(ca: PathBuf, mut said: mpsc::Receiver<Said>, met
                 if trust.roots.iter().all(known) {
                     Ok(())
                 } else {
-                    Err(format!("{} lacks a root; its owner replaces that file", ca.display()))
+                    Err(format!("a root is missing in {}; the owner of that file must add it", ca.display()))
                 }
             }
             Ok(Err(error)) => Err(error),
-            Err(_) => Err("the CA bundle cannot be read".to_owned()),
+            Err(_) => Err("cannot read the CA bundle".to_owned()),
         };
         metrics.trust.with_label_values(&[if answer.is_ok() { "kept" } else { "failed" }]).inc();
         drop(reply.send(answer));
@@ -335,7 +335,7 @@ impl Keeper {
                 },
                 () = sleep_until(schedule.renew_at) => {
                     if Instant::now() >= schedule.ends_at {
-                        tracing::warn!(identity = %held.identity, "the certificate has run out: joining");
+                        tracing::warn!(identity = %held.identity, "the certificate has expired; joining again");
                         held = self.join(Some(held)).await;
                         schedule = self.schedule(&held, life(&held));
                         joined = Some(Instant::now());
@@ -353,7 +353,7 @@ impl Keeper {
                         continue;
                     }
                     joined = Some(Instant::now());
-                    tracing::info!(identity = %held.identity, "the gateway does not take the certificate, or shows a strange one: trying to join");
+                    tracing::info!(identity = %held.identity, "the gateway rejects this agent's certificate, or presents an unknown one; trying to join again");
                     if let Some(new) = self.join_once(Some(&held)).await {
                         held = new;
                         schedule = self.schedule(&held, life(&held));
@@ -383,7 +383,7 @@ impl Keeper {
             Ok(held) => {
                 tracing::info!(identity = %held.identity, life = human(life(&held)), "joined");
                 self.keep(&held).await.unwrap_or_else(|error| {
-                    tracing::error!(%error, "the identity is lost with this process");
+                    tracing::error!(%error, "cannot store the identity: a restart will lose it");
                 });
                 self.publish(&held);
                 self.live.announce_identity();
@@ -406,7 +406,7 @@ impl Keeper {
                 let key = AgentKey::generate()?;
                 // Before it is used: an agent that is killed in between asks again with the same key.
                 if let Err(error) = self.place.save_key(&key) {
-                    tracing::error!(%error, "a join that is cut off cannot be repeated");
+                    tracing::error!(%error, "cannot store the join key: an interrupted join cannot be repeated");
                 }
                 key
             }
@@ -446,7 +446,7 @@ impl Keeper {
             if self.told.failures >= TELL_WARN && !self.told.warned {
                 self.told.warned = true;
                 tracing::warn!(
-                    "the gateway does not know the key that signs this agent's ServiceAccount token, since the API server does not show it: after a restart the agent needs a new join token. Bind the ClusterRole system:service-account-issuer-discovery to the group system:unauthenticated, as the manifest does, or mount the keys (identity.serviceAccount.jwksFile)"
+                    "the gateway does not know the key that signs this agent's ServiceAccount token, because the API server does not let the agent read it. After a restart the agent will need a new join token. Bind the ClusterRole system:service-account-issuer-discovery to the group system:unauthenticated, as the manifest does, or mount the keys (identity.serviceAccount.jwksFile)"
                 );
             }
             return None;
@@ -472,7 +472,7 @@ impl Keeper {
         let asked = sessions.find(|session| session.say(renew.clone()).is_ok());
         if asked.is_none() {
             self.metrics.renewals.with_label_values(&["no_session"]).inc();
-            tracing::debug!("no session to renew the certificate over");
+            tracing::debug!("no session over which to renew the certificate");
         }
         asked.map(|session| (session, key))
     }
@@ -485,13 +485,15 @@ impl Keeper {
             Some(Renewal::Certificate(certificate)) => certificate.chain,
             Some(Renewal::Refused(refused)) => {
                 count("refused");
-                tracing::warn!(why = %Printable(&refused.text), "the certificate was not renewed");
+                tracing::warn!(why = %Printable(&refused.text), "the gateway refused to renew the certificate");
                 let after = Duration::from_millis(refused.retry_after_ms.into());
                 return Err(after.min(RETRY_AFTER_MAX));
             }
             None => {
                 count("answer");
-                tracing::warn!("the gateway's answer to a renewal is unknown to this agent; update it");
+                tracing::warn!(
+                    "the gateway answered a renewal in a way that this agent does not know. Update the agent"
+                );
                 return Err(Duration::ZERO);
             }
         };
@@ -502,7 +504,7 @@ impl Keeper {
         match new {
             Ok(new) => {
                 if let Err(error) = self.keep(&new).await {
-                    tracing::error!(%error, "the new certificate is lost with this process");
+                    tracing::error!(%error, "cannot store the new certificate: a restart will lose it");
                 }
                 self.publish(&new);
                 count("ok");
@@ -511,7 +513,7 @@ impl Keeper {
             }
             Err(error) => {
                 count("answer");
-                tracing::warn!(%error, "the new certificate cannot be used");
+                tracing::warn!(%error, "cannot use the new certificate");
                 Err(Duration::ZERO)
             }
         }
@@ -528,7 +530,11 @@ impl Keeper {
             }
             Ok(false) => {}
             Err(problem) => {
-                tracing::error!(version = trust.version, problem, "the tunnel CA's roots are not kept");
+                tracing::error!(
+                    version = trust.version,
+                    problem,
+                    "cannot take over the announced tunnel CA roots"
+                );
             }
         }
         result.map(drop)

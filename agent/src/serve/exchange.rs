@@ -195,7 +195,7 @@ pub(crate) async fn run(
         Ok(kind) => kind,
         Err(HeadError::TooLarge { bytes, max }) => {
             let message =
-                format!("{}: answered with a head of {bytes} bytes, the limit is {max}", upstream.hop);
+                format!("{}: answered with a head of {bytes} bytes; the limit is {max}", upstream.hop);
             let failed = Failed { code: Code::UpstreamBody, message, untouched: false };
             return failed.send(&mut send, head_max).await;
         }
@@ -271,17 +271,17 @@ async fn judge(
             reach.doubt_rights();
             let said: String = said.chars().take(SAID_MAX).collect();
             Err(failed(format!(
-                "{hop}: the agent may not act in the caller's name (403 {said}). {}",
+                "{hop}: the agent is not allowed to impersonate the caller (403 {said}). {}",
                 reach::BIND
             )))
         }
         Ok(Err(error)) => {
             reach.doubt();
-            Err(failed(format!("{hop}: the answer broke off ({})", root_cause(&error))))
+            Err(failed(format!("{hop}: the response was truncated ({})", root_cause(&error))))
         }
         Err(_) => {
             reach.doubt();
-            Err(failed(format!("{hop}: no whole answer within {}", Lasting(REFUSAL_TIMEOUT))))
+            Err(failed(format!("{hop}: the response was not complete within {}", Lasting(REFUSAL_TIMEOUT))))
         }
     }
 }
@@ -306,7 +306,7 @@ fn prepare(service: &Service, open: &Open, request: &Request) -> Result<Prepared
     let authorization = match plan {
         Plan::Impersonate(_) => {
             let token = service.live.token.as_ref().ok_or_else(|| {
-                Failed::before(Code::Internal, "the agent impersonates but has read no token")
+                Failed::before(Code::Internal, "the agent is in mode impersonate but has no token")
             })?;
             Some(token.authorization())
         }
@@ -368,7 +368,7 @@ fn send_failed(upstream: &Upstream, head: &RequestHead, error: &hyper::Error, un
     let hop = &upstream.hop;
     if error.is_user() {
         // The body of the request broke off, which the gateway knows best.
-        let message = format!("{hop}: the body of the request broke off on its way to the agent");
+        let message = format!("{hop}: the request body was truncated on its way to the agent");
         return Failed { code: Code::Cancelled, message, untouched };
     }
     let cause = if error.is_parse_too_large() {
@@ -376,12 +376,12 @@ fn send_failed(upstream: &Upstream, head: &RequestHead, error: &hyper::Error, un
         let bytes = upstream.resources.head_max;
         format!("answered with a head of more than {bytes} bytes (limits.head) or {FIELDS_MAX} fields")
     } else if error.is_parse() {
-        "did not answer with valid HTTP/1.1".to_owned()
+        "the response is not valid HTTP/1.1".to_owned()
     } else {
         format!("closed the connection without an answer ({})", root_cause(error))
     };
     let consequence = if untouched {
-        "; nothing of the request was sent"
+        "; no part of the request was sent"
     } else if head.method.is_safe() {
         ""
     } else {
@@ -418,7 +418,7 @@ fn body_sent(result: Result<u64, SendBodyError<hyper::Error>>) -> Ended {
         Ok(_) => Ended::Well,
         Err(SendBodyError::Write(_)) => Ended::ClientGone,
         Err(SendBodyError::Source(error)) => {
-            tracing::debug!(%error, "the upstream broke off inside a body");
+            tracing::debug!(%error, "the upstream broke the connection inside a response body");
             Ended::Failed(Code::UpstreamBody)
         }
         Err(SendBodyError::Length) => Ended::Failed(Code::UpstreamBody),
@@ -429,7 +429,7 @@ pub(crate) fn spliced(result: Result<(), SpliceError>) -> Ended {
     match result {
         Ok(()) => Ended::Well,
         Err(SpliceError::Io(error)) => {
-            tracing::debug!(%error, "the upstream broke off");
+            tracing::debug!(%error, "the upstream broke the upgraded connection");
             Ended::Failed(Code::UpstreamBody)
         }
         Err(SpliceError::Read(_) | SpliceError::Write(_)) => Ended::ClientGone,

@@ -15,7 +15,7 @@ use crate::serve::impersonate::{Admitted, Plan};
 /// Why a request cannot be sent upstream as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub(crate) enum RequestProblem {
-    #[error("its method is not one that is forwarded")]
+    #[error("its method is not forwarded")]
     Method,
     #[error("its path cannot be sent byte for byte")]
     Path,
@@ -23,9 +23,9 @@ pub(crate) enum RequestProblem {
     Header,
     #[error("it has more than {FIELDS_MAX} headers")]
     Headers,
-    #[error("it asks for an upgrade that is neither websocket nor SPDY/3.1")]
+    #[error("it requests an upgrade other than websocket or SPDY/3.1")]
     Upgrade,
-    #[error("it asks for an upgrade and has a body")]
+    #[error("it requests an upgrade and has a body")]
     UpgradeWithBody,
 }
 
@@ -173,11 +173,11 @@ pub(crate) enum ResponseProblem {
     TwoLengths,
     #[error("answered with a transfer coding other than chunked")]
     TransferCoding,
-    #[error("answered 101 to a request that asked for no upgrade")]
+    #[error("answered 101 to a request without an upgrade")]
     Unasked,
-    #[error("answered {0} to an upgrade")]
+    #[error("answered {0} to a request for an upgrade")]
     NoUpgrade(u16),
-    #[error("agreed to another upgrade than was asked for")]
+    #[error("agreed to an upgrade that was not requested")]
     OtherUpgrade,
 }
 

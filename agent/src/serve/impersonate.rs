@@ -22,26 +22,26 @@ use crate::config::{AgentMode, ImpersonateConfig};
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub(crate) enum Refusal {
     #[error(
-        "the agent's configuration says mode: restricted, so it impersonates nobody. Send the caller's own credential through, or let the cluster's owner set mode: impersonate"
+        "the agent is in mode restricted, so it does not impersonate callers. Send the caller's own credential through the gateway, or ask the cluster's owner to set mode: impersonate"
     )]
     Restricted,
     #[error(
-        "the request brings no credential of its own, and the agent (mode: impersonate) lends its own only in the name of a principal"
+        "the request has no credential of its own, and the agent (mode: impersonate) uses its own only on behalf of a principal"
     )]
     NoCredential,
     #[error(
-        "the request brings no credential that the API server looks at (Authorization: Bearer, or the WebSocket subprotocol), so it would be anonymous there. Send one, or let the cluster's owner set allowAnonymous: true"
+        "the request has no credential for the API server (Authorization: Bearer, or the WebSocket subprotocol), so it would be anonymous there. Send one, or ask the cluster's owner to set allowAnonymous: true"
     )]
     Anonymous,
-    #[error("the request names no principal to impersonate")]
+    #[error("the request has no principal to impersonate")]
     NoPrincipal,
     #[error(
-        "the agent impersonates no {0} beginning with system: unless its configuration lists it under impersonate.allowSystemNames"
+        "the agent does not impersonate a {0} that begins with system: unless its configuration lists it in impersonate.allowSystemNames"
     )]
     System(&'static str),
-    #[error("the principal has a {0} that cannot be written as a header without changing it")]
+    #[error("the principal has a {0} that cannot be sent unchanged as a header")]
     Unwritable(&'static str),
-    #[error("the request's mode is unknown to this agent; update it")]
+    #[error("this agent does not know the mode of the request. Update the agent")]
     UnknownMode,
 }
 

@@ -135,7 +135,7 @@ impl<S: Fn(Begin)> Slot<S> {
                         self.policy.handle_death(Instant::now());
                     }
                     if let Some(standby) = standby {
-                        tracing::warn!(%address, %reason, "QUIC session lost: TCP goes on");
+                        tracing::warn!(%address, %reason, "QUIC session lost; continuing over TCP");
                         ready = Some(Up { serving: true, ..Up::new(standby, address) });
                         continue;
                     }
@@ -157,7 +157,7 @@ impl<S: Fn(Begin)> Slot<S> {
                     tracing::info!(
                         %address,
                         wait = %Lasting(wait),
-                        "the gateway drains: connecting anew beside the old session"
+                        "the gateway is draining; opening a new session before the old one ends"
                     );
                     let deadline = Duration::from_millis(goaway.drain_ms.into()) + DRAIN_GRACE;
                     (self.start)(Begin::Retire(Retired { session, ask: false, deadline }));
@@ -172,13 +172,13 @@ impl<S: Fn(Begin)> Slot<S> {
                     outdated = Some(Retired { session, ask: true, deadline: self.drain });
                 }
                 End::Moved(quic) => {
-                    tracing::info!(%address, "QUIC works again: new streams move to it, open ones finish on TCP");
+                    tracing::info!(%address, "QUIC works again; new streams use it, open streams finish over TCP");
                     ready = Some(Up::new(quic, address));
                     outdated = Some(Retired { session, ask: true, deadline: MOVED_DRAIN });
                 }
                 End::Home(back) => {
                     let home = self.home();
-                    tracing::info!(%address, %home, "the slot's own address answers again: new streams move to it");
+                    tracing::info!(%address, %home, "the slot's own address answers again; new streams use it");
                     self.retire(standby);
                     next = self.number;
                     ready = Some(Up::new(back, home));
@@ -247,7 +247,7 @@ impl<S: Fn(Begin)> Slot<S> {
                         }
                         Err(error) => {
                             metrics.dialled(Transport::Quic, error.label());
-                            tracing::info!(%error, "QUIC does not work yet");
+                            tracing::info!(%error, "QUIC still does not work");
                             policy.handle_retry_failed(Instant::now(), backoff.fraction());
                         }
                     }
@@ -286,7 +286,7 @@ impl<S: Fn(Begin)> Slot<S> {
                 Silence::Standby => {
                     stalled_at = now;
                     if standby.is_none() && dialling.is_none() && dial_at <= now {
-                        tracing::warn!(%address, silence = %Lasting(silence), "QUIC does not answer: connecting over TCP beside it");
+                        tracing::warn!(%address, silence = %Lasting(silence), "QUIC is silent; opening a session over TCP in addition");
                         dialling = Some(Box::pin(connect(address.clone(), Transport::Tcp)));
                     }
                     STANDBY_LOOK
@@ -316,7 +316,7 @@ impl<S: Fn(Begin)> Slot<S> {
                         }
                         Err(error) => {
                             metrics.dialled(Transport::Tcp, error.label());
-                            tracing::warn!(%error, "no session over TCP either");
+                            tracing::warn!(%error, "cannot open a session over TCP either");
                             dial_at = Instant::now() + STANDBY_PAUSE;
                         }
                     }
@@ -388,7 +388,7 @@ impl<S: Fn(Begin)> Slot<S> {
         match early.map(|tried| self.count(Transport::Quic, tried)) {
             Ok(Ok(session)) => return Ok(Up::new(session, address)),
             Ok(Err(error)) => {
-                tracing::info!(%error, "no session over QUIC");
+                tracing::info!(%error, "cannot open a session over QUIC");
                 quic = None;
                 first = Some(error);
             }
@@ -412,7 +412,7 @@ impl<S: Fn(Begin)> Slot<S> {
             if quic.is_none() && tcp.is_none() {
                 return Err(first.take_if(|first| first.says_more_than(&error)).unwrap_or(error));
             }
-            tracing::info!(%error, "the other transport is still being tried");
+            tracing::info!(%error, "one transport failed; still trying the other");
             first = Some(error);
         }
     }

@@ -87,10 +87,10 @@ impl Reason {
         match self {
             Self::Configured => "as configured",
             Self::Preferred => "preferred",
-            Self::Start => "QUIC was not ready in time: is UDP blocked?",
+            Self::Start => "QUIC was not ready in time; UDP may be blocked",
             Self::Died => "the QUIC session died",
-            Self::Stalled => "the QUIC session does not answer",
-            Self::Flapping => "QUIC dies too often",
+            Self::Stalled => "the QUIC session is silent",
+            Self::Flapping => "QUIC sessions die too often",
         }
     }
 

@@ -22,9 +22,9 @@ use crate::upstream::Upstream;
 pub(crate) enum AskError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("takes requests and answers none within {}", Lasting(*.0))]
+    #[error("accepts requests but answers none within {}", Lasting(*.0))]
     Deadline(Duration),
-    #[error("closed the connection without an answer that can be used")]
+    #[error("closed the connection without a usable response")]
     Broken,
 }
 

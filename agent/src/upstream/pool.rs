@@ -35,7 +35,7 @@ pub(crate) enum CheckoutError {
     Limit(u32),
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("HTTP cannot be started on it: {0}")]
+    #[error("cannot start HTTP on the connection: {0}")]
     Http(hyper::Error),
 }
 

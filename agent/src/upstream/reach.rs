@@ -277,15 +277,15 @@ impl Judge {
         };
         if kind == ApiServerState::Reachable {
             if self.told.take().is_some() {
-                tracing::info!("the API server can be used again");
+                tracing::info!("the API server is usable again");
             }
         } else if self.told.is_none_or(|at| now.duration_since(at) >= TELL_AGAIN) {
             self.told = Some(now);
             match kind {
                 ApiServerState::AgentTokenRefused => {
-                    tracing::error!(reason = kind.reason(), "the API server cannot be used: {text}");
+                    tracing::error!(reason = kind.reason(), "cannot use the API server: {text}");
                 }
-                _ => tracing::warn!(reason = kind.reason(), "the API server cannot be used: {text}"),
+                _ => tracing::warn!(reason = kind.reason(), "cannot use the API server: {text}"),
             }
         }
         state.send_if_modified(|known| {
@@ -303,7 +303,7 @@ impl Judge {
         if self.mismatch_told.is_none_or(|at| now.duration_since(at) >= TELL_AGAIN) {
             self.mismatch_told = Some(now);
             tracing::warn!(
-                "the gateway wants this agent to act in its callers' names (mode: impersonate), and this agent's configuration says mode: restricted. Change one of the two"
+                "the gateway expects mode impersonate for this cluster, but this agent's configuration says mode: restricted. Change one of the two"
             );
         }
     }
@@ -436,19 +436,20 @@ impl Trouble {
     }
 
     fn rights(upstream: &Upstream, resource: &str) -> Self {
-        let text = format!("{}: the agent's own token may not impersonate {resource}. {BIND}", upstream.hop);
+        let text =
+            format!("{}: the agent's token is not allowed to impersonate {resource}. {BIND}", upstream.hop);
         Self { kind: ApiServerState::ImpersonationForbidden, text }
     }
 
     fn unhealthy(upstream: &Upstream, status: StatusCode) -> Self {
-        let text = format!("{}: answers with {status}. Look at the control plane", upstream.hop);
+        let text = format!("{}: answers with {status}. Check the control plane", upstream.hop);
         Self { kind: ApiServerState::Unhealthy, text }
     }
 }
 
 /// For errors: what is wrong and what to do.
 pub(crate) const TOKEN_REFUSED: &str =
-    "the API server does not take the agent's own token (401); check impersonate.tokenFile";
+    "the API server rejects the agent's token (401). Check impersonate.tokenFile";
 pub(crate) const BIND: &str =
     "Bind its ServiceAccount to a ClusterRole with the verb impersonate on users and groups";
 

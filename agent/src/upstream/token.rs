@@ -17,9 +17,9 @@ use zeroize::Zeroizing;
 pub enum TokenError {
     #[error(transparent)]
     Load(#[from] LoadError),
-    #[error("{0}: is empty. The kubelet is probably replacing it")]
+    #[error("{0}: is empty. The kubelet is probably replacing the file")]
     Empty(PathBuf),
-    #[error("{0}: holds characters that a token cannot have. It is probably not the file that was meant")]
+    #[error("{0}: contains characters that a token cannot have. It is probably not the intended file")]
     Characters(PathBuf),
 }
 
