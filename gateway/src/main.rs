@@ -22,23 +22,23 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// with an idle process for ever, since nothing happens there any more that would look at the time.
 const PURGE_DELAY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "100");
 
-/// The gateway of a Towline fleet: fleet services call it, agents connect to it.
+/// Run the gateway of a Towline fleet: clients send requests to it, and agents connect to it.
 #[derive(Debug, Parser)]
 #[command(name = "towline-gateway", version)]
 struct Arguments {
-    /// The configuration file (kind GatewayConfiguration).
+    /// Configuration file (kind GatewayConfiguration).
     #[arg(long, value_name = "FILE", env = "TOWLINE_CONFIG", global = true)]
     config: Option<PathBuf>,
-    /// Check the configuration and the files it names, print what is in effect, and stop.
+    /// Check the configuration and the files it names, print the effective configuration, and exit with 0 or 2.
     #[arg(long, env = "TOWLINE_CHECK")]
     check: bool,
-    /// auto (text on a terminal, else JSON), text or json.
+    /// Log format: auto (text on a terminal, else JSON), text or json.
     #[arg(long, default_value_t, env = "TOWLINE_LOG_FORMAT")]
     log_format: log::Format,
-    /// error, warn, info, debug, trace, or a list such as info,towline_gateway=debug.
+    /// Log level: error, warn, info, debug or trace, or a list such as info,towline_gateway=debug.
     #[arg(long, value_name = "LEVEL", default_value = log::LEVEL, env = "TOWLINE_LOG_LEVEL")]
     log_level: String,
-    /// The tunnel CA is gone for good: make a new one, then start. Every agent has to join anew with a new token.
+    /// Create a new tunnel CA because the old one is lost, then start. Every agent must join again with a new token.
     #[arg(long)]
     new_ca: bool,
     #[command(subcommand)]
@@ -48,25 +48,25 @@ struct Arguments {
 /// What to do instead of running a gateway.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Replace the tunnel CA in the state directory, step by step: trust-new, issue-new, drop-old; back takes one back. Without a
-    /// step: how far it has come. A running gateway picks each step up by itself.
+    /// Replace the tunnel CA in the state directory in steps: trust-new, issue-new, drop-old; back undoes the last step. Without
+    /// a step: show the current state. A running gateway applies each step by itself.
     TunnelCa {
-        /// trust-new, issue-new, drop-old or back.
+        /// Step to take: trust-new, issue-new, drop-old or back.
         step: Option<Step>,
-        /// Take it although agents are not prepared for it: those will have to join anew.
+        /// Take the step even if agents are not prepared for it; those agents must join again.
         #[arg(long)]
         force: bool,
     },
     /// Print a kubeconfig whose user is an admin of the fleet (group towline:admins) for 24 hours.
     AdminKubeconfig {
-        /// The admin's name.
+        /// User name of the admin.
         #[arg(long, default_value = "admin")]
         name: String,
-        /// Write it into this file, which only its owner can read; a terminal gets no private key.
+        /// File to write to, readable by its owner only. Without it the kubeconfig goes to stdout, unless that is a terminal.
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
-    /// The store in the state directory. Only while no gateway uses it.
+    /// Dump, restore or check the store in the state directory, while no gateway uses it.
     #[command(subcommand)]
     Store(StoreCommand),
 }
@@ -75,15 +75,15 @@ enum Command {
 enum StoreCommand {
     /// Print the whole store as JSON.
     Dump,
-    /// Make a store from a dump where there is none. Join tokens are void, and agents have to join anew.
+    /// Create a store from a dump; no store may exist yet. Join tokens become invalid, and agents must join again.
     Restore {
-        /// The dump.
+        /// File with the dump.
         file: PathBuf,
-        /// Agents on record stay: also those that were revoked after the dump was made.
+        /// Keep the agents on record, including those that were revoked after the dump was written.
         #[arg(long)]
         keep_agents: bool,
     },
-    /// Look at every page and every record.
+    /// Verify every page and every record of the store.
     Check,
 }
 
@@ -115,7 +115,7 @@ fn set_up_allocator() {
 
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
     log::start(arguments.log_format, &arguments.log_level).context("--log-level")?;
-    let path = arguments.config.as_ref().context("--config FILE is needed, or TOWLINE_CONFIG")?;
+    let path = arguments.config.as_ref().context("no configuration: set --config FILE or TOWLINE_CONFIG")?;
     let config = GatewayConfig::load(path)?;
     if let Some(command) = &arguments.command {
         return run_command(&config, command);

@@ -17,19 +17,19 @@ use std::path::{Path, PathBuf};
 use towline_certs::{JoinAddress, JoinToken, TrustDomain};
 use towline_proto::tunnel::proxy::ProxyUrl;
 
-/// The agent of a cluster.
+/// Print the manifest of a cluster's agent.
 #[derive(Debug, Subcommand)]
 #[command(before_help = AGENT)]
 pub(crate) enum AgentCommand {
-    /// Print what a cluster needs to join: YAML for kubectl apply, a new join token included.
+    /// Print the manifest of an agent, including a new join token: YAML for kubectl apply.
     Manifest(Manifest),
 }
 
-/// A gateway in a cluster.
+/// Print the manifest of a gateway.
 #[derive(Debug, Subcommand)]
 #[command(before_help = OWN)]
 pub(crate) enum GatewayCommand {
-    /// Print what runs a gateway in a cluster: YAML for kubectl apply.
+    /// Print the manifest of a gateway that runs in a cluster: YAML for kubectl apply.
     Manifest(OwnManifest),
 }
 
@@ -53,43 +53,43 @@ const AGENT: &str = "Examples:
   towline agent manifest prod | kubectl --context prod-admin apply -f -
   towline agent manifest prod --register --mode impersonate --grant towline:admins=view > agent.yaml
   towline agent manifest prod --replicas 2 --image registry.example.com/towline-agent:1.0
-  towline agent manifest prod --no-secret > agent.yaml                     to be committed
+  towline agent manifest prod --no-secret > agent.yaml                     safe to commit
   towline agent manifest prod --proxy-url http://joe@proxy:3128 --proxy-password-file password
-  towline agent manifest prod --mode restricted --join-token-file token    asks no gateway
+  towline agent manifest prod --mode restricted --join-token-file token    contacts no gateway
 ";
 
 #[derive(Args, Debug)]
 #[command(before_help = AGENT)]
 pub(crate) struct Manifest {
-    /// The cluster's name at the gateway.
+    /// Name of the cluster at the gateway.
     #[arg(value_parser = super::show::cluster_name)]
     cluster: String,
-    /// Register the cluster first, if it is not.
+    /// Register the cluster first if it is not registered.
     #[arg(long, conflicts_with = "join_token_file")]
     register: bool,
-    /// restricted: callers bring a credential of the cluster, the agent has no right. impersonate: the agent acts in the callers'
-    /// names. Default: as the cluster is registered.
+    /// restricted: callers send their own credential for the cluster; the agent has no permissions. impersonate: the agent
+    /// impersonates the callers. Default: the registered mode of the cluster.
     #[arg(long, value_enum)]
     mode: Option<ModeWord>,
-    /// In impersonate mode: bind a group of callers to a ClusterRole of the cluster. May be repeated.
+    /// In impersonate mode: bind a group of callers to a ClusterRole of the cluster; repeatable.
     #[arg(long, value_name = "GROUP=CLUSTERROLE")]
     grant: Vec<Grant>,
-    /// The namespace, which the manifest makes.
+    /// Namespace that the manifest creates.
     #[arg(long, default_value = super::manifest::AGENT_NAMESPACE)]
     namespace: String,
-    /// How many agents; with 2 the cluster stays connected while a node is drained.
+    /// Number of agents; with 2 the cluster stays connected while a node is drained.
     #[arg(long, default_value_t = 1)]
     replicas: u32,
-    /// Use this join token, - for stdin, instead of a new one. No gateway is asked then, so that --mode has to be said.
+    /// File with an existing join token (- for stdin), instead of creating one. No gateway is contacted, so --mode is required.
     #[arg(long, value_name = "FILE", requires = "mode")]
     join_token_file: Option<PathBuf>,
-    /// Print no Secret, and make no join token: for a repository. The Secrets are made by hand, as the text says.
+    /// Print no Secret and create no join token, for a manifest in a repository. The output says how to create the Secrets by hand.
     #[arg(long)]
     no_secret: bool,
-    /// In restricted mode: the cluster's public keys (kubectl get --raw /openid/v1/jwks), instead of showing them to everybody.
+    /// In restricted mode: file with the cluster's public keys (kubectl get --raw /openid/v1/jwks), instead of making them readable by everybody.
     #[arg(long, value_name = "FILE")]
     issuer_keys: Option<PathBuf>,
-    /// Add a NetworkPolicy: nothing in; out only to names, the gateway, the proxy and the API server.
+    /// Add a NetworkPolicy: no ingress; egress only to DNS, the gateway, the proxy and the API server.
     #[arg(long)]
     network_policy: bool,
     #[command(flatten)]
@@ -100,24 +100,24 @@ pub(crate) struct Manifest {
 
 /// How the agent reaches the gateway.
 #[derive(Args, Debug)]
-#[command(next_help_heading = "The way to the gateway")]
+#[command(next_help_heading = "Connection to the gateway")]
 struct Way {
-    /// Where the gateway is reached from this cluster, instead of the addresses that the gateway says. May be repeated.
+    /// Address of the gateway as seen from this cluster; repeatable. Default: the gateway's publicAddresses.
     #[arg(long, value_name = "HOST:PORT", value_parser = address)]
     gateway: Vec<JoinAddress>,
-    /// Where the same gateway is reached over UDP, if elsewhere: one for each address, in the same order.
+    /// Address of the same gateway over UDP, if it differs: one for each --gateway, in the same order.
     #[arg(long, value_name = "HOST:PORT", value_parser = address)]
     quic_address: Vec<JoinAddress>,
-    /// Over QUIC, over TCP, or as it goes.
+    /// Transport of the tunnel: QUIC, TCP, or whichever works.
     #[arg(long, value_enum, default_value_t)]
     transport: TransportWord,
-    /// An HTTP proxy on the way: http://HOST:PORT or http://USER@HOST:PORT (or https://).
+    /// HTTP proxy between agent and gateway: http://HOST:PORT or http://USER@HOST:PORT (or https://).
     #[arg(long, value_name = "URL")]
     proxy_url: Option<String>,
-    /// The password of its user, one line.
+    /// File with the password of the proxy's user, on one line.
     #[arg(long, value_name = "FILE", requires = "proxy_url")]
     proxy_password_file: Option<PathBuf>,
-    /// The CA of an https:// proxy, if it is not one that every machine knows.
+    /// File with the CA of an https:// proxy, if it is not a public CA.
     #[arg(long, value_name = "FILE", requires = "proxy_url")]
     proxy_ca: Option<PathBuf>,
 }
@@ -132,30 +132,30 @@ impl Way {
 
 /// What a cluster asks of its pods.
 #[derive(Args, Debug)]
-#[command(next_help_heading = "The pod")]
+#[command(next_help_heading = "Pod")]
 struct PodFlags {
-    /// The image, by a name under which the cluster's nodes get it.
+    /// Image reference that the cluster's nodes can pull.
     #[arg(long)]
     image: Option<String>,
-    /// A Secret in the namespace by which the image is pulled. May be repeated, as all that follow.
+    /// Pull secret in the namespace; repeatable, like the options below.
     #[arg(long, value_name = "NAME")]
     image_pull_secret: Vec<String>,
-    /// Run only on nodes with this label.
+    /// Node selector: run only on nodes with this label.
     #[arg(long, value_name = "KEY=VALUE")]
     node_selector: Vec<Label>,
-    /// Run on nodes with this taint too; * is every one.
+    /// Toleration: also run on nodes with this taint; * is every taint.
     #[arg(long, value_name = "KEY[=VALUE][:EFFECT]")]
     toleration: Vec<Toleration>,
-    /// A label for the namespace, all that is in it, and the pods.
+    /// Label for the namespace, its objects and the pods.
     #[arg(long, value_name = "KEY=VALUE")]
     label: Vec<Label>,
-    /// The pods' PriorityClass.
+    /// PriorityClass of the pods.
     #[arg(long, value_name = "NAME")]
     priority_class: Option<String>,
-    /// Such as requests.cpu=100m,requests.memory=128Mi,limits.memory=1Gi.
+    /// Resources, for example requests.cpu=100m,requests.memory=128Mi,limits.memory=1Gi.
     #[arg(long, value_name = "LIST")]
     resources: Option<Resources>,
-    /// Leave user and groups to the platform, as OpenShift wants it, instead of 65532.
+    /// Let the platform choose user and groups (OpenShift), instead of 65532.
     #[arg(long)]
     platform_uid: bool,
 }
@@ -175,7 +175,7 @@ impl PodFlags {
 }
 
 fn address(text: &str) -> Result<JoinAddress, &'static str> {
-    text.parse().map_err(|()| "not HOST:PORT, where an IPv6 address stands in brackets")
+    text.parse().map_err(|()| "is not HOST:PORT; write an IPv6 address in brackets")
 }
 
 /// As [`Transport`], on the command line.
@@ -243,7 +243,7 @@ impl Manifest {
             .map_err(|error| Failure::usage(format!("the join token in {} {error}", file.display())))?;
         if token.cluster != cluster.as_str() {
             return Err(Failure::usage(format!(
-                "the join token in {} is for the cluster {}, not for {cluster}. Make one for this cluster: {} token create {cluster}",
+                "the join token in {} is for cluster {}, not for {cluster}. Create one for this cluster: {} token create {cluster}",
                 file.display(),
                 token.cluster,
                 super::name()
@@ -284,7 +284,7 @@ impl Manifest {
         let token = client.create("jointokens", &self.token()).await?;
         made.push(("jointokens", token.clone()));
         output::note(&format!(
-            "join token {} made, to be used until {}",
+            "join token {} created, valid until {}",
             output::text(&token["metadata"]["name"]),
             output::text(&token["status"]["expires"])
         ));
@@ -330,7 +330,7 @@ impl Manifest {
         if let Some(file) = &self.issuer_keys {
             if mode == Mode::Impersonate {
                 return Err(Failure::usage(
-                    "--issuer-keys is for restricted mode: an agent that impersonates asks the API server itself",
+                    "--issuer-keys works in restricted mode only: in impersonate mode the agent reads the keys from the API server itself",
                 ));
             }
             manifest.keys = IssuerKeys::Given(read(file)?);
@@ -344,7 +344,7 @@ impl Manifest {
             Err(failure) if failure.is_not_found() && self.register => return Ok(None),
             Err(failure) if failure.is_not_found() => {
                 let next = format!(
-                    "cluster {} is not registered. Once more with --register, or: {} cluster register {}",
+                    "cluster {} is not registered. Repeat the command with --register, or run: {} cluster register {}",
                     self.cluster,
                     super::name(),
                     self.cluster
@@ -355,7 +355,7 @@ impl Manifest {
         };
         if cluster["status"]["source"] == "configuration" {
             let text = format!(
-                "cluster {} stands in the gateway's configuration, where agents have certificates of files and do not join",
+                "cluster {} is defined in the gateway's configuration file; its agents use certificate files and cannot join",
                 self.cluster
             );
             return Err(Failure::failed(text));
@@ -366,11 +366,11 @@ impl Manifest {
     /// The mode in which a cluster is registered, which is the one that is asked for, if one is.
     fn mode_of(&self, cluster: &Value) -> Outcome<Mode> {
         let mode: Mode = serde_json::from_value(cluster["spec"]["mode"].clone()).map_err(|_| {
-            Failure::failed("the gateway says a mode that this program does not know; update it")
+            Failure::failed("the gateway reports a mode that this program does not know; upgrade towline")
         })?;
         if self.mode.is_some_and(|wanted| Mode::from(wanted) != mode) {
             let text = format!(
-                "cluster {} is registered in mode {}. Leave --mode away, or change it first: kubectl patch cluster {} --type=merge -p '{{\"spec\":{{\"mode\":\"…\"}}}}'",
+                "cluster {} is registered in mode {}. Omit --mode, or change the cluster first: kubectl patch cluster {} --type=merge -p '{{\"spec\":{{\"mode\":\"…\"}}}}'",
                 self.cluster,
                 shown(cluster),
                 self.cluster
@@ -394,9 +394,11 @@ async fn take_back(client: &Client, made: Made) {
         let name = output::text(&object["metadata"]["name"]);
         let what = if plural == "clusters" { "the registration of cluster" } else { "join token" };
         match client.delete(plural, &object).await {
-            Ok(_) => output::note(&format!("{what} {name} was taken back: the manifest was not printed")),
+            Ok(_) => output::note(&format!(
+                "{what} {name} was removed again, because the manifest was not printed"
+            )),
             Err(failure) => output::note(&format!(
-                "{what} {name} stays, which nobody needs: {}",
+                "{what} {name} is left over; remove it: {}",
                 failure.text().unwrap_or_default()
             )),
         }
@@ -406,8 +408,8 @@ async fn take_back(client: &Client, made: Made) {
 /// The join token in the answer to its creation.
 fn parsed(answer: &Value) -> Outcome<JoinToken> {
     let line = answer["status"]["token"].as_str();
-    let line = line.ok_or_else(|| Failure::failed("the gateway's answer holds no join token"))?;
-    line.parse().map_err(|error| Failure::failed(format!("the gateway's answer {error}")))
+    let line = line.ok_or_else(|| Failure::failed("the gateway's response has no join token"))?;
+    line.parse().map_err(|error| Failure::failed(format!("the gateway's response {error}")))
 }
 
 fn shown(cluster: &Value) -> String {
@@ -435,19 +437,19 @@ const OWN: &str = "Examples:
 #[derive(Args, Debug)]
 #[command(before_help = OWN)]
 pub(crate) struct OwnManifest {
-    /// Where agents and clients reach the gateway.
+    /// Addresses at which agents and clients reach the gateway.
     #[arg(required = true, value_name = "HOST:PORT")]
     addresses: Vec<PublicAddress>,
-    /// The namespace, which the manifest makes.
+    /// Namespace that the manifest creates.
     #[arg(long)]
     namespace: Option<String>,
-    /// In agents' certificates; it cannot be changed later.
+    /// Trust domain in the agents' certificates; immutable.
     #[arg(long, default_value = "towline.local")]
     trust_domain: String,
     /// Size of the volume.
     #[arg(long)]
     storage: Option<String>,
-    /// Add a NetworkPolicy: in only to the gateway's port, not to the health port; nothing out.
+    /// Add a NetworkPolicy: ingress only to the gateway's port, not to the health port; no egress.
     #[arg(long)]
     network_policy: bool,
     #[command(flatten)]

@@ -97,7 +97,10 @@ impl Client {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let bearer = token.map(|token| HeaderValue::from_str(&format!("Bearer {token}"))).transpose();
         let mut token = bearer.map_err(|_| {
-            Failure::usage(format!("the token of context {:?} has characters no token has", context.name))
+            Failure::usage(format!(
+                "the token of context {:?} contains characters that are not allowed in a token",
+                context.name
+            ))
         })?;
         if let Some(token) = &mut token {
             token.set_sensitive(true);
@@ -180,7 +183,7 @@ impl Client {
         }
         let bytes = self.body(answer, ANSWER_MAX).await?;
         serde_json::from_slice(&bytes).map_err(|error| {
-            Failure::failed(format!("the answer of {} cannot be read: {error}", self.context.gateway))
+            Failure::failed(format!("cannot parse the response of {}: {error}", self.context.gateway))
         })
     }
 
@@ -231,14 +234,14 @@ impl Client {
         }
         request
             .body(Full::new(bytes))
-            .map_err(|error| Failure::usage(format!("no request can be made of this: {error}")))
+            .map_err(|error| Failure::usage(format!("cannot build a request: {error}")))
     }
 
     async fn body(&self, answer: Response<Incoming>, most: usize) -> Outcome<Bytes> {
         let body = timeout(ANSWER, Limited::new(answer.into_body(), most).collect());
         let body = body.await.map_err(|_| self.silent())?;
         let body = body.map_err(|error| {
-            Failure::failed(format!("the answer of {} broke off: {error}. Try again", self.way()))
+            Failure::failed(format!("the response of {} was cut off: {error}. Retry", self.way()))
         })?;
         Ok(body.to_bytes())
     }
@@ -255,7 +258,7 @@ impl Client {
     }
 
     fn silent(&self) -> Failure {
-        Failure::failed(format!("{} has not answered for {} s. Try again", self.way(), ANSWER.as_secs()))
+        Failure::failed(format!("{} did not answer within {} s. Retry", self.way(), ANSWER.as_secs()))
     }
 
     fn broken(&self, error: &hyper::Error) -> Failure {
@@ -267,7 +270,7 @@ impl Client {
             }
             source = cause.source();
         }
-        Failure::failed(format!("the connection to {} broke: {error}. Try again", self.way()))
+        Failure::failed(format!("the connection to {} was lost: {error}. Retry", self.way()))
     }
 
     /// The gateway, and the proxy through which it is reached.
@@ -289,7 +292,7 @@ impl Client {
     fn unreachable(&self, why: &str) -> Failure {
         let (way, Context { name, .. }) = (self.way(), &self.context);
         Failure::failed(format!(
-            "{way} (context {name:?}) cannot be reached: {why}.\nCheck that the gateway runs and that this machine reaches it, or choose another with --context NAME"
+            "cannot reach {way} (context {name:?}): {why}.\nCheck that the gateway runs and that this machine can connect to it, or choose another context with --context NAME"
         ))
     }
 
@@ -302,7 +305,7 @@ impl Client {
         };
         let name = name.ok_or_else(|| {
             let text = server_name.clone().unwrap_or_else(|| address.host.to_string());
-            Failure::usage(format!("{text:?} is no name of a host"))
+            Failure::usage(format!("{text:?} is not a host name"))
         })?;
         let attempt = timeout(CONNECT, async {
             let leg = match proxy {
@@ -334,7 +337,7 @@ fn credential(context: &Context) -> Outcome<(Option<Credential>, Option<String>)
         User::Certificate { chain, key } => Ok((Some(pair(name, chain, key)?), None)),
         User::Token(token) => Ok((None, Some(token.clone()))),
         User::Nobody => Err(Failure::usage(format!(
-            "context {name:?} has no user with a client certificate, a token or an exec plugin. A first admin's: towline-gateway --config FILE admin-kubeconfig --output admin.yaml"
+            "context {name:?} has no user with a client certificate, a token or an exec plugin. Create an admin kubeconfig: towline-gateway --config FILE admin-kubeconfig --output admin.yaml"
         ))),
         User::Plugin(plugin) => {
             let answer = plugin.run()?;
@@ -356,7 +359,7 @@ fn pair(context: &str, chain: &Bundle, key: &Bundle) -> Outcome<Credential> {
     let (chain, key): (FileBytes, FileBytes) = (chain.file(), key.file());
     let loaded = parse_credential(&chain, &key, policy, SystemTime::now()).map_err(|error| {
         Failure::usage(format!(
-            "the client certificate of context {context:?}: {error}.\nAn admin's certificate lives a day. A new one: towline-gateway --config FILE admin-kubeconfig --output admin.yaml"
+            "the client certificate of context {context:?}: {error}.\nAn admin certificate is valid for one day. Create a new one: towline-gateway --config FILE admin-kubeconfig --output admin.yaml"
         ))
     })?;
     Ok(loaded.value)
@@ -413,8 +416,9 @@ impl Watch {
         loop {
             if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.rest.drain(..=end).collect();
-                let event: Value = serde_json::from_slice(&line)
-                    .map_err(|error| Failure::failed(format!("an event cannot be read: {error}")))?;
+                let event: Value = serde_json::from_slice(&line).map_err(|error| {
+                    Failure::failed(format!("cannot parse an event of the watch: {error}"))
+                })?;
                 if event["type"] == "ERROR" {
                     let status = event["object"]["code"].as_u64().and_then(|code| u16::try_from(code).ok());
                     let body = event["object"].to_string();
@@ -423,7 +427,7 @@ impl Watch {
                 return Ok(Some(event));
             }
             if self.rest.len() > EVENT_MAX {
-                return Err(Failure::failed("an event is larger than any can be"));
+                return Err(Failure::failed("an event of the watch exceeds the size limit"));
             }
             match timeout(SILENCE, self.body.frame()).await {
                 Ok(Some(Ok(frame))) => {

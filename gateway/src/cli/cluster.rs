@@ -12,17 +12,17 @@ const CLUSTERS: &str = "clusters";
 const EXAMPLES: &str = "Examples:
   towline cluster register prod
   towline cluster list -l tier=gold -o wide
-  towline cluster describe prod                   what is wrong with it
+  towline cluster describe prod                   show what is wrong
   towline cluster label prod tier=silver --overwrite
-  towline cluster revoke prod                     its agents count no more; it stays registered
-  towline cluster delete prod                     it is forgotten
+  towline cluster revoke prod                     revoke its agents; it stays registered
+  towline cluster delete prod                     remove it from the fleet
 ";
 
-/// Register clusters, look at them, cut them off.
+/// Register, inspect, revoke and delete clusters.
 #[derive(Debug, Subcommand)]
 #[command(before_help = EXAMPLES)]
 pub(crate) enum Cluster {
-    /// Make a cluster known, so that its agents can join.
+    /// Register a cluster so that its agents can join.
     #[command(before_help = REGISTER)]
     Register(Register),
     /// List clusters.
@@ -31,43 +31,43 @@ pub(crate) enum Cluster {
     /// Show one cluster.
     #[command(before_help = GET)]
     Get(Get),
-    /// Tell everything about a cluster: conditions and since when, agents, join tokens, revocations.
+    /// Show the details of a cluster: conditions, agents, join tokens and revocations.
     #[command(before_help = "Examples:\n  towline cluster describe prod\n")]
     Describe {
-        /// The cluster.
+        /// Name of the cluster.
         #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
         name: String,
     },
     /// Set or remove labels.
     #[command(before_help = LABEL)]
     Label(Label),
-    /// Protect a cluster against deletion, or lift that.
+    /// Protect a cluster against deletion, or lift the protection.
     #[command(
         before_help = "Examples:\n  towline cluster protect prod\n  towline cluster protect prod --off\n"
     )]
     Protect {
-        /// The cluster.
+        /// Name of the cluster.
         #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
         name: String,
         /// Lift the protection.
         #[arg(long)]
         off: bool,
     },
-    /// End all that agents of a cluster may: sessions, certificates, join tokens. The cluster stays registered.
+    /// Revoke a cluster's agents: end their sessions, certificates and join tokens. The cluster stays registered.
     #[command(
-        before_help = "Examples:\n  towline cluster revoke prod\n  towline token create prod > join-token     to let it back in\n"
+        before_help = "Examples:\n  towline cluster revoke prod\n  towline token create prod > join-token     to readmit it\n"
     )]
     Revoke {
-        /// The cluster.
+        /// Name of the cluster.
         #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
         name: String,
     },
-    /// Forget clusters, with their agents and join tokens.
+    /// Delete clusters, with their agents and join tokens.
     #[command(
         before_help = "Examples:\n  towline cluster delete prod\n  towline cluster delete test-1 test-2\n"
     )]
     Delete {
-        /// The clusters.
+        /// Names of the clusters.
         #[arg(value_name = "CLUSTER", required = true, value_parser = show::cluster_name)]
         names: Vec<String>,
     },
@@ -76,7 +76,7 @@ pub(crate) enum Cluster {
 const REGISTER: &str = "Examples:
   towline cluster register prod
   towline cluster register prod --mode impersonate --label tier=gold --protect
-  towline cluster register prod --if-missing      no error if there is one
+  towline cluster register prod --if-missing      succeed if it exists
 ";
 const LIST: &str = "Examples:
   towline cluster list
@@ -95,28 +95,28 @@ const LABEL: &str = "Examples:
 
 #[derive(Args, Debug)]
 pub(crate) struct Register {
-    /// Its name, for ever: 1 to 63 of a-z, 0-9 and, between them, -.
+    /// Cluster name (immutable): 1-63 characters, a-z, 0-9 and inner hyphens.
     #[arg(value_name = "CLUSTER")]
     name: String,
-    /// How requests authenticate to it.
+    /// How callers are authenticated to the cluster.
     #[arg(long, value_enum, default_value_t)]
     mode: Mode,
-    /// To whom it belongs; never changes.
+    /// Owning account (immutable).
     #[arg(long)]
     account: Option<String>,
-    /// A label; may be repeated.
+    /// Label; repeatable.
     #[arg(short, long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
     /// Free-form description: one line of at most 1024 bytes.
     #[arg(long, value_name = "TEXT")]
     description: Option<String>,
-    /// Agents with a valid certificate at a time, 1 to 256 [default: 16].
+    /// Most agents that may hold a valid certificate at the same time, 1 to 256 [default: 16].
     #[arg(long, value_name = "NUMBER")]
     max_agents: Option<u32>,
-    /// Protect it against deletion.
+    /// Protect the cluster against deletion.
     #[arg(long)]
     protect: bool,
-    /// One that is registered already is left as it is, and is no error.
+    /// Do nothing if the cluster is already registered.
     #[arg(long)]
     if_missing: bool,
     #[command(flatten)]
@@ -126,19 +126,19 @@ pub(crate) struct Register {
 /// As in the specification of a cluster.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 enum Mode {
-    /// The caller's own credential goes through; the agent has no right.
+    /// The gateway forwards the caller's own credential for the cluster; the agent has no permissions.
     #[default]
     Restricted,
-    /// The agent acts in the caller's name.
+    /// The agent impersonates the caller.
     Impersonate,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct List {
-    /// Only those with these labels: tier=gold, tier!=gold, 'tier in (gold,silver)', tier, !tier.
+    /// Label selector: tier=gold, tier!=gold, 'tier in (gold,silver)', tier, !tier.
     #[arg(short = 'l', long, value_name = "SELECTOR", default_value = "", hide_default_value = true)]
     selector: String,
-    /// Go on with every change.
+    /// Keep running and print every change.
     #[arg(short, long)]
     watch: bool,
     #[command(flatten)]
@@ -147,10 +147,10 @@ pub(crate) struct List {
 
 #[derive(Args, Debug)]
 pub(crate) struct Get {
-    /// The cluster.
+    /// Name of the cluster.
     #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
     name: String,
-    /// Go on with every change.
+    /// Keep running and print every change.
     #[arg(short, long)]
     watch: bool,
     #[command(flatten)]
@@ -159,13 +159,13 @@ pub(crate) struct Get {
 
 #[derive(Args, Debug)]
 pub(crate) struct Label {
-    /// The cluster.
+    /// Name of the cluster.
     #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
     name: String,
-    /// KEY=VALUE to set one, KEY- to remove one.
+    /// KEY=VALUE to set a label, KEY- to remove it.
     #[arg(value_name = "KEY=VALUE|KEY-", required = true)]
     labels: Vec<String>,
-    /// Labels that have another value are changed.
+    /// Overwrite labels that have another value.
     #[arg(long)]
     overwrite: bool,
 }
@@ -180,7 +180,7 @@ impl Cluster {
                 let none = if selector.is_empty() {
                     format!("no cluster is registered. Register one: {} cluster register NAME", name())
                 } else {
-                    format!("no cluster has these labels: {selector}")
+                    format!("no cluster matches the label selector: {selector}")
                 };
                 show::print(&client, CLUSTERS, &select, (output.output, *watch), |_| true, &none).await
             }
@@ -195,7 +195,7 @@ impl Cluster {
                     &Select::one(name),
                     (output.output, *watch),
                     |_| true,
-                    "it is gone",
+                    "it was deleted",
                 )
                 .await
             }
@@ -226,7 +226,7 @@ impl Register {
         }
         let labels = self.labels.iter().map(|label| match label.split_once('=') {
             Some((key, value)) => Ok((key.to_owned(), Value::from(value))),
-            None => Err(Failure::usage(format!("--label {label:?}: write KEY=VALUE"))),
+            None => Err(Failure::usage(format!("--label {label:?} is not KEY=VALUE"))),
         });
         let labels: Map<String, Value> = labels.collect::<Outcome<_>>()?;
         let object = json!({
@@ -238,19 +238,19 @@ impl Register {
             Err(Failure::Refused(refusal)) if refusal.reason == "AlreadyExists" => {
                 if !self.if_missing {
                     return Err(Failure::failed(format!(
-                        "the cluster {0:?} is registered already (AlreadyExists).\nLook at it: {1} cluster describe {0}. With --if-missing it is left as it is, and is no error",
+                        "cluster {0:?} is already registered (AlreadyExists).\nShow it: {1} cluster describe {0}. To ignore this, use --if-missing",
                         self.name,
                         name()
                     )));
                 }
-                (client.get(CLUSTERS, &self.name).await?, "unchanged: it is registered already")
+                (client.get(CLUSTERS, &self.name).await?, "unchanged: already registered")
             }
             Err(failure) => return Err(failure),
         };
         self.print(&object, word)?;
         let (program, cluster) = (name(), &self.name);
         output::note(&format!(
-            "Next, let its agent join, see it connect, reach it:\n  {program} agent manifest {cluster} | kubectl --context ITS-OWN-CONTEXT apply -f -\n  {program} status -w\n  {program} kubeconfig {cluster}\n(an agent that is set up in another way joins with: {program} token create {cluster})"
+            "Next steps (start its agent, see it connect, use it):\n  {program} agent manifest {cluster} | kubectl --context ITS-OWN-CONTEXT apply -f -\n  {program} status -w\n  {program} kubeconfig {cluster}\n(for an agent that you install in another way, create a join token: {program} token create {cluster})"
         ));
         Ok(())
     }
@@ -273,7 +273,7 @@ impl Label {
                     let had = before["metadata"]["labels"][key].as_str();
                     if let Some(had) = had.filter(|had| *had != value && !self.overwrite) {
                         return Err(Failure::failed(format!(
-                            "{} has the label {key}={had} already; with --overwrite it becomes {value}",
+                            "{} already has the label {key}={had}; use --overwrite to change it to {value}",
                             self.name
                         )));
                     }
@@ -282,7 +282,11 @@ impl Label {
                 (None, Some(key)) if !key.is_empty() => {
                     labels.insert(key.to_owned(), Value::Null);
                 }
-                _ => return Err(Failure::usage(format!("{label:?}: write KEY=VALUE, or KEY- to remove it"))),
+                _ => {
+                    return Err(Failure::usage(format!(
+                        "{label:?} is neither KEY=VALUE nor KEY- (to remove the label)"
+                    )));
+                }
             }
         }
         // If somebody has changed it since, what was looked at above is not what would be overwritten.
@@ -298,7 +302,7 @@ impl Label {
 async fn protect(client: &Client, cluster: &str, off: bool) -> Outcome {
     show::find(client, CLUSTERS, cluster).await?;
     let after = client.patch(CLUSTERS, cluster, &json!({"spec": {"deletionProtection": !off}})).await?;
-    let word = if off { "can be deleted now" } else { "is protected against deletion" };
+    let word = if off { "is no longer protected against deletion" } else { "is protected against deletion" };
     output::line(&format!("{} {word}", output::name(&after)))
 }
 
@@ -311,7 +315,7 @@ async fn revoke(client: &Client, cluster: &str) -> Outcome {
         .await?;
     output::line(&format!("{} revoked", output::name(&before)))?;
     output::note(&format!(
-        "Ended: {}, the right of its ServiceAccount to join. It stays registered.\nTo let it back in: {} token create {cluster}",
+        "Ended: {}, and its ServiceAccount's permission to join. The cluster stays registered.\nTo readmit its agents: {} token create {cluster}",
         ended(&before, &tokens),
         name()
     ));
@@ -340,7 +344,7 @@ async fn delete_one(client: &Client, cluster: &str) -> Outcome {
         Ok(_) => {}
         Err(failure) if failure.is_forbidden() && before["spec"]["deletionProtection"] == true => {
             return Err(Failure::failed(format!(
-                "the cluster {cluster:?} is protected against deletion, and nothing was deleted.\nTo lift that: {} cluster protect {cluster} --off",
+                "cluster {cluster:?} is protected against deletion; nothing was deleted.\nTo lift the protection: {} cluster protect {cluster} --off",
                 name()
             )));
         }
@@ -348,7 +352,7 @@ async fn delete_one(client: &Client, cluster: &str) -> Outcome {
     }
     output::line(&format!("{} deleted", output::name(&before)))?;
     output::note(&format!(
-        "Ended with it: {}. One that is registered again under this name is another cluster: its agents join anew.",
+        "Ended with it: {}. A cluster that is registered under this name later is a new one: its agents must join again.",
         ended(&before, &tokens)
     ));
     Ok(())

@@ -20,15 +20,16 @@ use towline_certs::load::{LoadPolicy, parse_credential};
 use towline_certs::save::key_pem;
 use towline_certs::{AgentKey, FileBytes};
 
-const EXAMPLES: &str = "Examples (kubectl runs this; `towline kubeconfig` writes it into a kubeconfig):
+const EXAMPLES: &str =
+    "Examples (kubectl runs this command; `towline kubeconfig` writes it into a kubeconfig):
   towline credential --context towline
   towline credential --context towline --wrap -- aws eks get-token --cluster-name prod
   towline credential --context towline --token-file /var/run/secrets/tokens/prod
 ";
 
-const LIVES: &str = "The certificate says what the context's user is, and lives an hour unless --expires says otherwise, a day at most, and never \
-longer than the certificate or the token that the context has. So an admin's kubeconfig, which lives a day, is good for a day of \
-this; a token from an accesstoken is good until it ends. It is kept in $XDG_CACHE_HOME/towline or ~/.cache/towline.";
+const LIVES: &str = "The certificate identifies the context's user. It is valid for an hour unless --expires says otherwise, for a day at most, and never \
+longer than the context's own certificate or token. An admin kubeconfig, which is valid for a day, is therefore good for a day of \
+certificates; the token of an AccessToken is good until it expires. The certificate is cached in $XDG_CACHE_HOME/towline or ~/.cache/towline.";
 
 /// Print an ExecCredential for kubectl.
 #[derive(Args, Debug)]
@@ -36,10 +37,10 @@ this; a token from an accesstoken is good until it ends. It is kept in $XDG_CACH
 pub(crate) struct Credential {
     #[command(flatten)]
     source: Source,
-    /// How long a certificate to ask for, 1m to 24h.
+    /// Lifetime of the certificate to request, 1m to 24h.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
     expires: Duration,
-    /// Ask for a new certificate even if the one that is kept is good.
+    /// Request a new certificate even if the cached one is still valid.
     #[arg(long)]
     no_cache: bool,
 }
@@ -47,13 +48,13 @@ pub(crate) struct Credential {
 /// Where the cluster's own credential comes from.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct Source {
-    /// Run the exec plugin after --, and return its token together with the certificate.
+    /// Run the exec plugin given after --, and return its token together with the certificate.
     #[arg(long, requires = "plugin", conflicts_with = "token_file")]
     wrap: bool,
-    /// Read the token from a file each time, and return it together with the certificate.
+    /// Read the token from this file on every call, and return it together with the certificate.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// The plugin to wrap, with its arguments.
+    /// Exec plugin to wrap, with its arguments.
     #[arg(last = true, value_name = "PLUGIN", requires = "wrap")]
     plugin: Vec<String>,
 }
@@ -105,7 +106,7 @@ impl Source {
         let answer = plugin.run()?;
         let token = answer.token.ok_or_else(|| {
             Failure::failed(format!(
-                "the plugin {:?} returned a certificate and no token. The certificate towards the gateway is Towline's; only a token can go through to the cluster",
+                "the plugin {:?} returned a certificate instead of a token. The gateway forwards only a token to the cluster; the client certificate of the connection is Towline's own",
                 plugin.command
             ))
         })?;
@@ -166,9 +167,7 @@ impl Credential {
         if let Some(place) = &place
             && let Err(error) = cache::write(place, &certificate)
         {
-            output::note(&format!(
-                "the certificate is not kept, so that each call asks for another: {error}"
-            ));
+            output::note(&format!("cannot cache the certificate, so every call requests a new one: {error}"));
         }
         Ok(certificate)
     }
@@ -188,14 +187,15 @@ async fn request(client: &Client, life: Duration) -> Outcome<Certificate> {
     let chain = made["status"]["certificate"].as_str().and_then(|text| STANDARD.decode(text).ok());
     let chain = chain.ok_or_else(|| odd("without a certificate"))?;
     let expires = made["status"]["expires"].as_str().and_then(Time::parse);
-    let expires = expires.ok_or_else(|| odd("without saying when the certificate ends"))?;
+    let expires = expires.ok_or_else(|| odd("without the expiry of the certificate"))?;
     let key = key_pem(&key.private_key()).to_string();
     // What does not fit would only be found out by kubectl, which says less.
     let file = |name: &str, bytes: &[u8]| FileBytes::from_memory(Path::new(name), bytes.to_vec());
-    let (chain_file, key_file) = (file("the gateway's answer", &chain), file("the new key", key.as_bytes()));
+    let (chain_file, key_file) =
+        (file("the gateway's response", &chain), file("the new key", key.as_bytes()));
     parse_credential(&chain_file, &key_file, LoadPolicy::LENIENT, SystemTime::now())
-        .map_err(|error| odd(&format!("a certificate that is not for the key asked for: {error}")))?;
-    let chain = String::from_utf8(chain).map_err(|_| odd("a certificate that is no PEM"))?;
+        .map_err(|error| odd(&format!("a certificate for another key than the requested one: {error}")))?;
+    let chain = String::from_utf8(chain).map_err(|_| odd("a certificate that is not PEM"))?;
     Ok(Certificate { chain, key, issued, expires })
 }
 
@@ -215,11 +215,11 @@ fn asked_version(info: Option<&str>) -> Outcome<String> {
     let newest = format!("{GROUP}/v1");
     let Some(info) = info.filter(|info| !info.is_empty()) else { return Ok(newest) };
     let info: Value = serde_json::from_str(info)
-        .map_err(|error| Failure::usage(format!("{EXEC_INFO} cannot be read: {error}")))?;
+        .map_err(|error| Failure::usage(format!("cannot parse {EXEC_INFO}: {error}")))?;
     match info["apiVersion"].as_str() {
         Some(version) if version == newest || version == format!("{GROUP}/v1beta1") => Ok(version.to_owned()),
         other => Err(Failure::usage(format!(
-            "{EXEC_INFO} asks for {}; this plugin knows {GROUP}/v1 and v1beta1. Write the entry anew: towline kubeconfig CLUSTER",
+            "{EXEC_INFO} asks for {}, but this plugin supports {GROUP}/v1 and v1beta1. Write the kubeconfig entry again: towline kubeconfig CLUSTER",
             other.unwrap_or("no version")
         ))),
     }

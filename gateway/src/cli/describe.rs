@@ -54,7 +54,7 @@ fn page(cluster: &Value, tokens: &[Value], revoked: Option<&Value>) -> String {
     line("Agent version", or_none(&status["agentVersion"]));
     line("Kubernetes version", or_none(&status["kubernetesVersion"]));
     let certificate = match status["certificateExpires"].as_str() {
-        Some(_) => format!("the newest ends {}", when(&status["certificateExpires"])),
+        Some(_) => format!("the newest expires {}", when(&status["certificateExpires"])),
         None => "<none>".to_owned(),
     };
     line("Certificate", certificate);

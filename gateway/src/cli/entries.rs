@@ -28,24 +28,24 @@ const EXAMPLES: &str = "Examples:
   towline kubeconfig prod --static --token-file token    for Python and Ansible
 ";
 
-const ABOUT: &str = "The entries are written into --output, or else --kubeconfig, the first file of $KUBECONFIG, or ~/.kube/config (not $TOWLINE_KUBECONFIG, which kubectl does not read), under kubectl's lock; comments in the \
-file are lost, everything else stays. An entry of the same name that is not of this cluster and gateway is never overwritten.
+const ABOUT: &str = "The entries are written to --output, or else to --kubeconfig, the first file of $KUBECONFIG, or ~/.kube/config (not $TOWLINE_KUBECONFIG, which kubectl does not read), under kubectl's lock. Comments in the \
+file are lost; everything else is kept. An entry of the same name for another cluster or gateway is never overwritten.
 
-kubectl then runs `towline credential`, which asks the gateway for a certificate as the user of the gateway's context. In \
-restricted mode the cluster wants a credential of its own besides: --wrap runs its exec plugin and returns both, --token-file \
-reads a token. A certificate never lives longer than what asked for it: with an admin's kubeconfig, a day.
+kubectl then runs `towline credential`, which requests a certificate from the gateway as the user of the gateway's context. In \
+restricted mode the cluster needs its own credential in addition: --wrap runs its exec plugin and returns both, --token-file \
+reads a token. A certificate never outlives the credential that requested it: with an admin kubeconfig, a day.
 
---static writes certificate and token themselves, and no plugin: for clients that take only one of the two from a plugin, as Python's \
-`kubernetes` and so Ansible does, and for machines without this program. They end when they end; run it again.";
+--static writes the certificate and the token themselves instead of a plugin: for clients that take only one of the two from a plugin, such as Python's \
+`kubernetes` and therefore Ansible, and for machines without this program. Run the command again before they expire.";
 
 /// Write kubeconfig entries for clusters behind the gateway.
 #[derive(Args, Debug)]
 #[command(before_help = EXAMPLES, after_help = ABOUT)]
 pub(crate) struct Entries {
-    /// The cluster.
+    /// Name of the cluster.
     #[arg(required_unless_present = "all", conflicts_with = "all", value_parser = show::cluster_name)]
     cluster: Option<String>,
-    /// All clusters of the fleet.
+    /// Write entries for all clusters of the fleet.
     #[arg(long)]
     all: bool,
     /// With --all: only clusters with these labels.
@@ -58,28 +58,28 @@ pub(crate) struct Entries {
         hide_default_value = true
     )]
     selector: String,
-    /// The entry's name [default: the prefix and the cluster's name].
+    /// Name of the entry [default: prefix and cluster name].
     #[arg(long, conflicts_with = "all")]
     name: Option<String>,
-    /// What entries' names begin with.
+    /// Prefix of the entries' names.
     #[arg(long, default_value = "towline-")]
     prefix: String,
-    /// Write into this file; - for stdout, with nothing but the entries.
+    /// File to write to; - for stdout, with only the new entries.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Make it the current context.
+    /// Make the entry the current context.
     #[arg(long, conflicts_with = "all")]
     set_current: bool,
-    /// The context's namespace.
+    /// Namespace of the context.
     #[arg(long)]
     namespace: Option<String>,
-    /// The version of the exec API in the entry: kubectl before 1.22 knows v1beta1 only.
+    /// Version of the exec API in the entry; kubectl before 1.22 supports only v1beta1.
     #[arg(long, value_enum, default_value_t)]
     exec_api: ExecApi,
-    /// Write the certificate and the token themselves, and no plugin that asks for them. The file is a secret then.
+    /// Write the certificate and the token themselves instead of a plugin. The file is then a secret.
     #[arg(long = "static", conflicts_with_all = ["all", "exec_api"])]
     fixed: bool,
-    /// With --static: how long a certificate to ask for, 1m to 24h.
+    /// With --static: lifetime of the certificate to request, 1m to 24h.
     #[arg(long, value_name = "TIME", requires = "fixed", default_value = "24h", value_parser = duration)]
     expires: Duration,
     #[command(flatten)]
@@ -101,7 +101,7 @@ impl Entries {
         let clusters = self.clusters(&client).await?;
         if clusters.is_empty() {
             return Err(Failure::failed(format!(
-                "there is no cluster to write. Register one: {} cluster register NAME",
+                "no cluster to write. Register one: {} cluster register NAME",
                 name()
             )));
         }
@@ -131,7 +131,7 @@ impl Entries {
         self.advise(&client.context, &clusters);
         if let Some(both) = both {
             output::note(&format!(
-                "It is a secret, and ends in {}. Run this again then",
+                "The file is a secret, and its credentials expire in {}. Run this command again before that",
                 human(both.expires().since(Time::now()))
             ));
         }
@@ -160,7 +160,7 @@ impl Entries {
             && !self.source.is_something()
         {
             output::note(&format!(
-                "{} in restricted mode: the cluster also wants a credential of its own. With its exec plugin: {} kubeconfig {} --wrap -- PLUGIN ARGUMENTS…; with a token in a file: --token-file FILE",
+                "{} in restricted mode and also needs the cluster's own credential. With an exec plugin: {} kubeconfig {} --wrap -- PLUGIN ARGUMENTS…; with a token in a file: --token-file FILE",
                 if restricted.len() == 1 {
                     format!("{} is", first.name)
                 } else {
@@ -177,7 +177,7 @@ impl Entries {
         {
             let left = facts.not_after.duration_since(SystemTime::now()).unwrap_or_default();
             output::note(&format!(
-                "This access ends in {}, with the certificate of context {:?}. For longer: an AccessToken (docs/cli.md#longer-than-a-day)",
+                "This access expires in {}, with the certificate of context {:?}. For longer access use an AccessToken (docs/cli.md#longer-than-a-day)",
                 human(left),
                 context.name
             ));
@@ -201,7 +201,7 @@ impl Entries {
             // Who may use a cluster need not be one who may look at the fleet.
             Err(failure) if failure.is_forbidden() && is_name(cluster) => {
                 output::note(&format!(
-                    "you may not look at the fleet, so whether there is a cluster {cluster:?} is not known here"
+                    "cannot check whether cluster {cluster:?} exists: you are not allowed to list the fleet"
                 ));
                 Ok(vec![Meant { name: cluster.clone(), mode: None }])
             }
@@ -266,7 +266,7 @@ impl Entries {
             return Ok(file.clone());
         }
         let first = connection.kubeconfig.first().cloned().or_else(kubeconfig::kubectls);
-        first.ok_or_else(|| Failure::usage("there is no home directory; name a file with --output FILE"))
+        first.ok_or_else(|| Failure::usage("no home directory found; name a file with --output FILE"))
     }
 }
 

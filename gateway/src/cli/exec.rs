@@ -72,7 +72,7 @@ impl Plugin {
         let depth = std::env::var(DEPTH).ok().and_then(|depth| depth.parse::<u32>().ok()).unwrap_or(0);
         if depth >= DEPTH_MOST {
             return Err(Failure::usage(
-                "the contexts of the kubeconfig lead in a circle: each asks a plugin that asks another context. Name the gateway's own context with --context",
+                "the contexts of the kubeconfig form a loop: each runs a plugin that asks another context. Name the gateway's own context with --context",
             ));
         }
         let mut process = Command::new(command);
@@ -91,7 +91,7 @@ impl Plugin {
         let _child = crate::store::CHILDREN.write();
         let output = process.output().map_err(|error| {
             Failure::failed(format!(
-                "the plugin {command:?} cannot be run: {error}. Is it installed, and in $PATH?"
+                "cannot run the plugin {command:?}: {error}. Check that it is installed and in $PATH"
             ))
         })?;
         if !output.status.success() {
@@ -112,10 +112,10 @@ impl Answer {
     /// The error never shows the text, which may be a secret.
     fn parse(text: &[u8]) -> Result<Self, String> {
         let object: Value =
-            serde_json::from_slice(text).map_err(|error| format!("line {}: no JSON", error.line()))?;
+            serde_json::from_slice(text).map_err(|error| format!("line {} is not JSON", error.line()))?;
         let version = object["apiVersion"].as_str().unwrap_or_default();
         if object["kind"] != "ExecCredential" || version.split('/').next() != Some(GROUP) {
-            return Err(format!("its kind is not ExecCredential of {GROUP}"));
+            return Err(format!("it is not an ExecCredential of {GROUP}"));
         }
         let status = &object["status"];
         let text =

@@ -75,7 +75,7 @@ impl Refusal {
         let message = field("message").unwrap_or_else(|| {
             let text = String::from_utf8_lossy(body);
             let words: String = text.chars().take(200).collect();
-            format!("the server answered {status} and no Kubernetes Status: {words:?}")
+            format!("the server answered {status} without a Kubernetes Status: {words:?}")
         });
         Self { status, reason: field("reason").unwrap_or_default(), message, with_token: false }
     }
@@ -84,11 +84,11 @@ impl Refusal {
         let Self { status, reason, message, with_token } = self;
         let kind = if reason.is_empty() { status.to_string() } else { reason.clone() };
         let next = match status {
-            401 if *with_token => "\nYour token is not known to the gateway, or has ended. Ask the fleet's operator for a new one.".to_owned(),
-            401 => "\nThe kubeconfig's user is not known to the gateway, or counts no more. Who has the gateway's state directory makes a new admin:\n  towline-gateway --config FILE admin-kubeconfig --output admin.yaml".to_owned(),
-            403 if message.contains("may not") => format!("\nWho am I: {} whoami", name()),
+            401 if *with_token => "\nYour token is unknown to the gateway, or has expired. Ask the fleet's operator for a new one.".to_owned(),
+            401 => "\nThe gateway does not know the kubeconfig's user, or the credential is no longer valid. On the gateway's machine, create a new admin kubeconfig:\n  towline-gateway --config FILE admin-kubeconfig --output admin.yaml".to_owned(),
+            403 if message.contains("may not") => format!("\nShow your user and groups: {} whoami", name()),
             404 if reason.is_empty() || message.contains("nothing is served") => {
-                "\nIs this a Towline gateway with a stateDirectory? The context's server must be https://GATEWAY, or https://GATEWAY/clusters/NAME.".to_owned()
+                "\nCheck that the context's server is a Towline gateway with a stateDirectory: https://GATEWAY or https://GATEWAY/clusters/NAME.".to_owned()
             }
             _ => String::new(),
         };

@@ -133,12 +133,12 @@ pub(crate) fn parse(path: &Path, text: &str) -> Outcome<Value> {
     }
     // Without the lines around it, which may hold a token.
     let content: Value = serde_saphyr::from_str(text).map_err(|error| {
-        Failure::usage(format!("{} is no kubeconfig: {}", path.display(), error.without_snippet()))
+        Failure::usage(format!("{} is not a kubeconfig: {}", path.display(), error.without_snippet()))
     })?;
     match content {
         Value::Null => Ok(Value::Object(serde_json::Map::new())),
         Value::Object(_) => Ok(content),
-        _ => Err(Failure::usage(format!("{} is no kubeconfig: it holds no fields", path.display()))),
+        _ => Err(Failure::usage(format!("{} is not a kubeconfig: it has no fields", path.display()))),
     }
 }
 
@@ -160,7 +160,7 @@ impl Kubeconfig {
         if files.is_empty() {
             let looked: Vec<_> = places.iter().map(|path| path.display().to_string()).collect();
             return Err(Failure::usage(format!(
-                "there is no kubeconfig (looked for {}).\nWho has the gateway's state directory makes one for the first admin:\n  towline-gateway --config FILE admin-kubeconfig --output admin.yaml\n  export TOWLINE_KUBECONFIG=$PWD/admin.yaml",
+                "no kubeconfig found (looked for {}).\nOn the gateway's machine, create one for the first admin:\n  towline-gateway --config FILE admin-kubeconfig --output admin.yaml\n  export TOWLINE_KUBECONFIG=$PWD/admin.yaml",
                 if looked.is_empty() { "$KUBECONFIG and $HOME".to_owned() } else { looked.join(", ") }
             )));
         }
@@ -185,18 +185,18 @@ impl Kubeconfig {
         };
         let Some(name) = connection.context.clone().or_else(current) else {
             return Err(Failure::usage(format!(
-                "the kubeconfig has no current context; choose one with --context NAME. There are: {}",
+                "the kubeconfig has no current context; choose one with --context NAME. Available: {}",
                 self.names()
             )));
         };
         let context = self.entry("contexts", "context", &name).ok_or_else(|| {
-            Failure::usage(format!("the kubeconfig has no context {name:?}. There are: {}", self.names()))
+            Failure::usage(format!("the kubeconfig has no context {name:?}. Available: {}", self.names()))
         })?;
         let part = |list: &str, inner: &str| {
             let wanted = context.content[inner].as_str().unwrap_or_default();
             self.entry(list, inner, wanted).ok_or_else(|| {
                 Failure::usage(format!(
-                    "context {name:?} names the {inner} {wanted:?}, which the kubeconfig does not have"
+                    "context {name:?} refers to the {inner} {wanted:?}, which is not in the kubeconfig"
                 ))
             })
         };
@@ -207,11 +207,11 @@ impl Kubeconfig {
         };
         let server = cluster.content["server"].as_str().unwrap_or_default();
         let (gateway, address) = gateway(server).ok_or_else(|| {
-            Failure::usage(format!("context {name:?} leads to {server:?}, which is no https://GATEWAY: choose a gateway's context with --context NAME"))
+            Failure::usage(format!("the server {server:?} of context {name:?} is not https://GATEWAY; choose a gateway's context with --context NAME"))
         })?;
         if cluster.content["insecure-skip-tls-verify"] == true {
             return Err(Failure::usage(format!(
-                "context {name:?} asks not to check whom it talks to (insecure-skip-tls-verify); towline always does. Name the gateway's CA instead"
+                "context {name:?} sets insecure-skip-tls-verify, which towline does not support; set the gateway's CA (certificate-authority) instead"
             )));
         }
         let proxy_url = cluster.content["proxy-url"].as_str().filter(|proxy| !proxy.is_empty());
@@ -312,7 +312,7 @@ impl Entry<'_> {
             Some(token) => Ok(User::Token(token.to_owned())),
             None if self.content["username"].is_string() || self.content["auth-provider"].is_object() => {
                 Err(Failure::usage(format!(
-                    "the user of context {context:?} logs in by a password or an auth-provider; a gateway takes client certificates, tokens and what an exec plugin returns"
+                    "the user of context {context:?} has a password or an auth-provider; use a client certificate, a token or an exec plugin"
                 )))
             }
             None => Ok(User::Nobody),
@@ -354,7 +354,7 @@ mod tests {
     fn a_mistake_shows_no_secret() {
         let text = "users:\n- name: a\n  user:\n    token: CANARY-1\n    token: CANARY-2\n  bad: [\n";
         let told = format!("{:?}", parse(Path::new("config"), text).unwrap_err());
-        assert!(told.contains("config is no kubeconfig") && !told.contains("CANARY"), "{told}");
+        assert!(told.contains("config is not a kubeconfig") && !told.contains("CANARY"), "{told}");
     }
 
     fn connection(files: &[PathBuf], context: Option<&str>) -> Connection {
@@ -405,7 +405,7 @@ mod tests {
         assert_eq!(other.gateway, "https://first");
         let missing = kubeconfig.context(&connection(&[], Some("z"))).unwrap_err();
         assert!(
-            missing.code() == 2 && missing.text().unwrap().contains("There are: x, other"),
+            missing.code() == 2 && missing.text().unwrap().contains("Available: x, other"),
             "{missing:?}"
         );
     }

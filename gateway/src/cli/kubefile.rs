@@ -65,7 +65,7 @@ impl Lock {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     if started.elapsed() >= patience {
                         return Err(Failure::failed(format!(
-                            "{} is being changed by somebody else: {} is there. If no kubectl or towline runs, remove it",
+                            "another program is changing {}: its lock {} exists. If no kubectl or towline is running, remove the lock",
                             path.display(),
                             lock.display()
                         )));
@@ -126,14 +126,14 @@ fn put(content: &mut Value, entries: &[Entry], current: Option<&str>, file: &str
                 content[list] = json!([]);
             }
             let Some(items) = content[list].as_array_mut() else {
-                return Err(Failure::usage(format!("{file} is no kubeconfig: {list} is no list")));
+                return Err(Failure::usage(format!("{file} is not a kubeconfig: {list} is not a list")));
             };
             let known = items.iter_mut().find(|item| item["name"] == entry.name);
             if let Some(known) = &known
                 && !entry.origin.wrote(&known[inner])
             {
                 return Err(Failure::failed(format!(
-                    "{file} has {inner} {:?} already, which is not of cluster {:?} at {}; nothing was written.\nChoose another name with --name NAME or --prefix PREFIX",
+                    "{file} already has a {inner} {:?} that does not belong to cluster {:?} at {}; nothing was written.\nChoose another name with --name NAME or --prefix PREFIX",
                     entry.name, entry.origin.cluster, entry.origin.gateway
                 )));
             }

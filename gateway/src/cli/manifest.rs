@@ -21,61 +21,61 @@ use thiserror::Error;
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ManifestError {
-    #[error("{what} {text:?} is 1 to {most} of a-z, 0-9 and, between them, -")]
+    #[error("{what} {text:?} is invalid: use 1 to {most} characters, a-z, 0-9 and inner hyphens")]
     Name { what: &'static str, text: String, most: usize },
     #[error(
-        "the namespace {0:?} is everybody's, and the manifest makes one of its own, in which the strictest rules for pods hold: name another"
+        "the namespace {0:?} is shared, but the manifest creates its own namespace with the restricted pod security standard; choose another name"
     )]
     Shared(String),
-    #[error("the image {0:?} is not the name of one: REGISTRY/PATH:TAG, without spaces")]
+    #[error("{0:?} is not an image reference: write REGISTRY/PATH:TAG, without spaces")]
     Image(String),
-    #[error("{0} replicas: it has to be 1 to {most}", most = agent::REPLICAS_MAX)]
+    #[error("{0} replicas are out of range: use 1 to {most}", most = agent::REPLICAS_MAX)]
     Replicas(u32),
-    #[error("{0:?} is not GROUP=CLUSTERROLE, the role as kubectl get clusterroles shows it")]
+    #[error("{0:?} is not GROUP=CLUSTERROLE; kubectl get clusterroles lists the roles")]
     Grant(String),
     #[error(
-        "no caller is in the group {0:?}: groups that begin with system: are Kubernetes' own, and the gateway and the agent let nobody be in them. Name a group that the gateway gives"
+        "no caller can be in the group {0:?}: groups that begin with system: are reserved for Kubernetes, and the gateway and the agent refuse them. Name a group of the gateway's callers"
     )]
     GrantToSystem(String),
     #[error(
-        "a grant gives rights to those whom the agent impersonates, and in restricted mode it impersonates nobody: leave the grant away, or use --mode impersonate"
+        "--grant works in impersonate mode only: in restricted mode the agent impersonates nobody. Omit --grant, or use --mode impersonate"
     )]
     GrantInVain,
     #[error(
-        "{0} is no address of the gateway for an agent in a pod: there it is the pod itself. Give --gateway HOST:PORT (for a kind or k3d cluster on the gateway's machine the host is host.docker.internal), or set publicAddresses at the gateway. Nothing was registered and no token made"
+        "an agent in a pod cannot reach the gateway at {0}, which is the pod itself there. Set --gateway HOST:PORT (for a kind or k3d cluster on the gateway's machine the host is host.docker.internal), or set publicAddresses in the gateway's configuration. Nothing was registered and no token was created"
     )]
     Loopback(String),
     #[error(
-        "there are {0} addresses for QUIC and {1} of the gateway: each needs the one at which the same gateway is reached over UDP, in the same order"
+        "{0} QUIC addresses do not match {1} gateway addresses: give one QUIC address for each --gateway, in the same order"
     )]
     QuicAddresses(usize, usize),
     #[error("the proxy: {0}")]
     Proxy(&'static str),
-    #[error("{0:?} is not KEY=VALUE as Kubernetes writes labels")]
+    #[error("{0:?} is not a Kubernetes label KEY=VALUE")]
     Label(String),
-    #[error("the label {0} is the manifest's own: leave it away")]
+    #[error("the label {0} is reserved for the manifest itself; omit it")]
     OwnLabel(String),
-    #[error("the label {0} is given twice, and a key has one value")]
+    #[error("the label {0} is given twice; give each key once")]
     TwiceLabel(String),
     #[error(
-        "{0:?} is not KEY[=VALUE][:EFFECT] as kubectl taint writes it; the effect is NoSchedule, PreferNoSchedule or NoExecute, and * stands for every key"
+        "{0:?} is not a taint KEY[=VALUE][:EFFECT]; EFFECT is NoSchedule, PreferNoSchedule or NoExecute, and * matches every key"
     )]
     Toleration(String),
     #[error(
-        "{0:?} is not a list such as requests.cpu=100m,requests.memory=128Mi,limits.memory=1Gi; there is limits.cpu, too"
+        "{0:?} is not a list of resources, for example requests.cpu=100m,limits.cpu=1,requests.memory=128Mi,limits.memory=1Gi"
     )]
     Resources(String),
     #[error(
-        "limits.memory={given} is not enough: it has to be {least}Mi at least, half of which is what the streams may hold"
+        "limits.memory={given} is too small: use at least {least}Mi, half of which is reserved for the streams' buffers"
     )]
     Memory { given: String, least: u64 },
-    #[error("requests.memory is more than limits.memory")]
+    #[error("requests.memory is larger than limits.memory")]
     MoreThanLimit,
     #[error(
-        "the keys of the cluster are not a JSON Web Key Set: {0}. Get them with: kubectl get --raw /openid/v1/jwks"
+        "the file of --issuer-keys is not a JSON Web Key Set: {0}. Get it with: kubectl get --raw /openid/v1/jwks"
     )]
     Keys(String),
-    #[error("the size {0:?} of the volume is not a quantity such as 1Gi")]
+    #[error("the volume size {0:?} is not a quantity such as 1Gi")]
     Size(String),
 }
 

@@ -43,15 +43,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "Examples:
-  towline cluster register prod              make the cluster known
-  towline token create prod > join-token     let its agent join
-  towline status                             which clusters are connected, and why one is not
-  towline kubeconfig prod                    reach it with kubectl --context towline-prod
-  towline cluster revoke prod                cut it off within a second
+  towline cluster register prod              register the cluster
+  towline token create prod > join-token     create a join token for its agent
+  towline status                             show which clusters are connected, and why one is not
+  towline kubeconfig prod                    use it: kubectl --context towline-prod
+  towline cluster revoke prod                revoke its agents within a second
 ";
 
-const EXIT_CODES: &str = "Exit codes: 0 done; 1 the operation failed or was refused; 2 the command line or the kubeconfig is wrong.
-The gateway is that of the kubeconfig's context; a first one: towline-gateway --config FILE admin-kubeconfig --output admin.yaml";
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 the operation failed or was refused; 2 usage or kubeconfig error, no request was sent.
+The kubeconfig's context selects the gateway. To create a first kubeconfig: towline-gateway --config FILE admin-kubeconfig --output admin.yaml";
 
 /// Manage a fleet of Kubernetes clusters behind a Towline gateway.
 #[derive(Debug, Parser)]
@@ -66,10 +66,10 @@ struct Arguments {
 /// Which gateway, and as whom.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Connection {
-    /// Kubeconfig to use instead of $TOWLINE_KUBECONFIG, $KUBECONFIG and ~/.kube/config; more than one are merged.
+    /// Kubeconfig to use instead of $TOWLINE_KUBECONFIG, $KUBECONFIG and ~/.kube/config; several files are merged.
     #[arg(long, global = true, value_name = "FILE", help_heading = CONNECTION)]
     kubeconfig: Vec<PathBuf>,
-    /// Context to use instead of the current one. One of a single cluster leads to its gateway, too.
+    /// Context to use instead of the current one. The context of a cluster behind the gateway selects its gateway.
     #[arg(
         long,
         global = true,
@@ -86,29 +86,29 @@ const CONNECTION: &str = "Connection";
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The agent of a cluster.
+    /// Print the manifest of a cluster's agent.
     #[command(subcommand)]
     Agent(Box<agent::AgentCommand>),
-    /// A gateway in a cluster.
+    /// Print the manifest of a gateway.
     #[command(subcommand)]
     Gateway(Box<agent::GatewayCommand>),
-    /// Register clusters, look at them, cut them off.
+    /// Register, inspect, revoke and delete clusters.
     #[command(subcommand)]
     Cluster(cluster::Cluster),
-    /// Make, list and revoke join tokens.
+    /// Create, list and revoke join tokens.
     #[command(subcommand)]
     Token(token::Token),
     Kubeconfig(entries::Entries),
     Credential(credential::Credential),
     Status(status::Status),
-    /// Whom the gateway takes you for.
+    /// Show your user and groups as the gateway sees them.
     Whoami(whoami::Whoami),
-    /// The version of this program, and whether the gateway answers.
+    /// Show the versions of this program and of the gateway.
     Version(whoami::Version),
-    /// Print the completion script of a shell, or of kubectl.
+    /// Print the completion script of a shell or of kubectl.
     #[command(before_help = COMPLETION)]
     Completion {
-        /// bash, zsh or fish; kubectl for what is called kubectl_complete-towline.
+        /// bash, zsh or fish; kubectl for the script kubectl_complete-towline.
         #[arg(value_parser = ["bash", "zsh", "fish", "kubectl"])]
         shell: String,
     },

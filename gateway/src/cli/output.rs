@@ -15,14 +15,14 @@ pub(crate) enum Format {
     Wide,
     Json,
     Yaml,
-    /// KIND/NAME, one a line.
+    /// KIND/NAME, one per line.
     Name,
 }
 
 /// The flag of commands that print objects.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct Output {
-    /// How to print.
+    /// Output format.
     #[arg(short, long, value_enum, default_value_t, hide_default_value = true)]
     pub(crate) output: Format,
 }

@@ -59,14 +59,14 @@ impl Proxy {
         bundle: &str,
     ) -> Result<Leg<Road>, String> {
         let at = &self.url.address;
-        let socket = dial(at).await.map_err(|error| format!("the proxy cannot be reached: {error}"))?;
+        let socket = dial(at).await.map_err(|error| format!("cannot reach the proxy: {error}"))?;
         let road = match tls {
             None => Either::Left(socket),
             Some(tls) => {
                 let name = match &at.host {
                     Host::Ip(ip) => ServerName::from(*ip),
                     Host::Name(name) => ServerName::try_from(name.to_string())
-                        .map_err(|_| format!("the proxy: {name} is no name of a certificate"))?,
+                        .map_err(|_| format!("the proxy: {name} is not a valid server name"))?,
                 };
                 let stream = TlsConnector::from(Arc::clone(tls)).connect(name, socket).await;
                 Either::Right(Box::new(stream.map_err(|error| {

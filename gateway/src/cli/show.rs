@@ -54,7 +54,7 @@ pub(crate) async fn follow(
                 // The gateway has started anew: its versions have, too.
                 Some(Failure::Refused(refusal)) if refusal.status == 410 => break,
                 Some(Failure::Refused(refusal)) if refusal.status >= 500 => {}
-                Some(Failure::Failed(text)) => output::note(&format!("{text}\n(trying again)")),
+                Some(Failure::Failed(text)) => output::note(&format!("{text}\n(retrying)")),
                 Some(failure) => return Err(failure),
             }
             tokio::time::sleep(pause).await;
@@ -63,7 +63,7 @@ pub(crate) async fn follow(
         list = loop {
             match listed(client, plural, select, table).await {
                 Ok(list) => break list,
-                Err(Failure::Failed(text)) => output::note(&format!("{text}\n(trying again)")),
+                Err(Failure::Failed(text)) => output::note(&format!("{text}\n(retrying)")),
                 Err(failure) => return Err(failure),
             }
             tokio::time::sleep(pause).await;
@@ -170,11 +170,11 @@ async fn unknown(client: &Client, plural: &str, name: &str) -> Failure {
         .collect();
     let alike = nearest(name, &names);
     let next = if alike.is_empty() {
-        format!("All of them: {} {word} list", super::name())
+        format!("List them: {} {word} list", super::name())
     } else {
-        format!("Did you mean {}? All of them: {} {word} list", alike.join(", "), super::name())
+        format!("Did you mean {}? List them: {} {word} list", alike.join(", "), super::name())
     };
-    Failure::failed(format!("there is no {word} {name:?}. {next}"))
+    Failure::failed(format!("no {word} {name:?} found. {next}"))
 }
 
 /// Up to three names that differ in two letters (swapped ones are two) or a third of them, or begin alike, the nearest first.

@@ -16,21 +16,21 @@ const EXAMPLES: &str = "Examples:
   towline status --check || page-somebody
 ";
 
-/// Which clusters are connected, and why one is not: one line each, what is broken first.
+/// Show which clusters are connected, and why one is not: one line each, problems first.
 #[derive(Args, Debug)]
 #[command(before_help = EXAMPLES)]
 pub(crate) struct Status {
-    /// Only clusters with these labels.
+    /// Label selector: show only matching clusters.
     #[arg(short = 'l', long, value_name = "SELECTOR", default_value = "", hide_default_value = true)]
     selector: String,
-    /// Go on with a line for each change.
+    /// Keep running and print a line for each change.
     #[arg(short, long, conflicts_with = "check")]
     watch: bool,
     /// Exit code 1 if something is wrong with a cluster; not for one that no agent has joined yet, and not for an agent that is
     /// only older than the gateway. Without this the code only tells whether the gateway could be asked.
     #[arg(long)]
     check: bool,
-    /// No colours on a terminal, as with $NO_COLOR.
+    /// Do not colour the output, as with $NO_COLOR.
     #[arg(long)]
     no_color: bool,
     #[command(flatten)]
@@ -280,9 +280,9 @@ fn items(list: &Value) -> &[Value] {
 const fn words(health: Health) -> &'static str {
     match health {
         Health::Down => "not connected",
-        Health::Unusable => "whose API server cannot be used",
-        Health::Overdue => "with a certificate that was not renewed",
-        Health::Unissued => "whose issuer's keys nobody vouches for",
+        Health::Unusable => "with an unusable API server",
+        Health::Overdue => "with an overdue certificate renewal",
+        Health::Unissued => "with unverified issuer keys",
         Health::Outdated => "with an agent to upgrade",
         Health::Pending => "never joined",
         Health::Well => "",
@@ -347,9 +347,8 @@ mod tests {
         assert_eq!(failing(std::slice::from_ref(&well)), None);
         let said = failing(&[well.clone(), unusable("b"), cluster("c", "False", "True", "False")]).unwrap();
         assert!(
-            said.starts_with(
-                "1 cluster not connected: c; 1 cluster whose API server cannot be used: b. Why: "
-            ) && said.ends_with("describe c"),
+            said.starts_with("1 cluster not connected: c; 1 cluster with an unusable API server: b. Why: ")
+                && said.ends_with("describe c"),
             "{said}"
         );
         let status = Status {
@@ -363,7 +362,7 @@ mod tests {
         assert_eq!((&*row[1], &*row[7]), ("yes", "Refused: nothing listens"));
         assert!(Health::of(&unusable("b")) < Health::of(&well));
         assert!(
-            summary(&[unusable("b")]).contains("1 connected, 0 not; 1 whose API server"),
+            summary(&[unusable("b")]).contains("1 connected, 0 not; 1 with an unusable API server"),
             "{}",
             summary(&[unusable("b")])
         );
@@ -382,9 +381,9 @@ mod tests {
         };
         for (kind, status, what) in [
             ("Connected", "False", "1 cluster not connected: a"),
-            ("APIServerReachable", "False", "1 cluster whose API server cannot be used: a"),
-            ("CertificateCurrent", "False", "1 cluster with a certificate that was not renewed: a"),
-            ("IssuerCurrent", "False", "1 cluster whose issuer's keys nobody vouches for: a"),
+            ("APIServerReachable", "False", "1 cluster with an unusable API server: a"),
+            ("CertificateCurrent", "False", "1 cluster with an overdue certificate renewal: a"),
+            ("IssuerCurrent", "False", "1 cluster with unverified issuer keys: a"),
         ] {
             let said = failing(&[with(kind, status, "R")]).unwrap_or_default();
             assert!(said.starts_with(what), "{kind}: {said}");

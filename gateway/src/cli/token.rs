@@ -18,23 +18,23 @@ const EXAMPLES: &str = "Examples:
   towline token revoke 3f9a0c12be
 ";
 
-/// Make, list and revoke join tokens.
+/// Create, list and revoke join tokens.
 #[derive(Debug, Subcommand)]
 #[command(before_help = EXAMPLES)]
 pub(crate) enum Token {
-    /// Make a join token for a cluster, and print it: the only time that it is shown.
+    /// Create a join token for a cluster and print it. It is not shown again.
     #[command(before_help = CREATE)]
     Create(Create),
-    /// List join tokens. Their secrets are nowhere.
+    /// List join tokens, without their secrets.
     #[command(
         visible_alias = "ls",
         before_help = "Examples:\n  towline token list\n  towline token list prod -o wide\n"
     )]
     List(List),
-    /// End join tokens. Agents that they have let in stay.
+    /// Revoke join tokens. Agents that joined with them stay.
     #[command(before_help = "Examples:\n  towline token revoke 3f9a0c12be\n")]
     Revoke {
-        /// The names of the tokens.
+        /// Names of the tokens.
         #[arg(value_name = "TOKEN", required = true, value_parser = show::token_name)]
         names: Vec<String>,
     },
@@ -48,16 +48,16 @@ const CREATE: &str = "Examples:
 
 #[derive(Args, Debug)]
 pub(crate) struct Create {
-    /// The cluster that it lets agents join.
+    /// Cluster that agents join with the token.
     #[arg(value_parser = show::cluster_name)]
     cluster: String,
-    /// How many agents it lets in, 1 to 256. One that comes back with its key costs nothing.
+    /// Number of agents that may join with the token, 1 to 256. An agent that rejoins with the same key is not counted again.
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     uses: u32,
-    /// How long it is good, such as 90s, 30m, 24h or 7d; 30 days at most.
+    /// Lifetime, for example 90s, 30m, 24h or 7d; at most 30d.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = life)]
     expires: Duration,
-    /// Its name [default: made up].
+    /// Name of the token [default: generated].
     #[arg(long)]
     name: Option<String>,
     #[command(flatten)]
@@ -66,13 +66,13 @@ pub(crate) struct Create {
 
 #[derive(Args, Debug)]
 pub(crate) struct List {
-    /// Only those of this cluster.
+    /// Only tokens of this cluster.
     #[arg(value_parser = show::cluster_name)]
     cluster: Option<String>,
-    /// Only those with these labels.
+    /// Label selector: list only matching tokens.
     #[arg(short = 'l', long, value_name = "SELECTOR", default_value = "", hide_default_value = true)]
     selector: String,
-    /// Go on with every change.
+    /// Keep running and print every change.
     #[arg(short, long)]
     watch: bool,
     #[command(flatten)]
@@ -81,7 +81,8 @@ pub(crate) struct List {
 
 /// `90s`, `30m`, `24h`, `7d`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no time such as 90s, 30m, 24h or 7d");
+    let wrong =
+        || format!("{text:?} is not a duration: use an integer with a unit, for example 90s, 30m, 24h or 7d");
     let unit = text.chars().last().filter(char::is_ascii_alphabetic).ok_or_else(wrong)?;
     let seconds: u64 = match unit {
         's' => 1,
@@ -98,7 +99,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 fn life(text: &str) -> Result<Duration, String> {
     let life = duration(text)?;
     if life > LIFE_MOST {
-        return Err(format!("{text} is longer than a join token lasts: 30d at most"));
+        return Err(format!("{text} is too long: a join token is valid for at most 30d"));
     }
     Ok(life)
 }
@@ -119,7 +120,7 @@ impl Token {
                     list.cluster.as_ref().is_none_or(|cluster| token["spec"]["cluster"] == **cluster)
                 };
                 let cluster = list.cluster.as_deref().unwrap_or("CLUSTER");
-                let none = format!("there is no join token. Make one: {} token create {cluster}", name());
+                let none = format!("no join token found. Create one: {} token create {cluster}", name());
                 show::print(&client, TOKENS, &select, (list.output.output, list.watch), keep, &none).await
             }
             Self::Revoke { names } => {
@@ -142,7 +143,7 @@ impl Create {
         let cluster = show::find(client, "clusters", &self.cluster).await?;
         if cluster["status"]["source"] == "configuration" {
             return Err(Failure::failed(format!(
-                "the cluster {:?} stands in the gateway's configuration and has agents with certificates of files; join tokens are for registered clusters",
+                "cluster {:?} is defined in the gateway's configuration file, and its agents use certificate files; join tokens are for registered clusters",
                 self.cluster
             )));
         }
@@ -152,7 +153,7 @@ impl Create {
             format => output::object(format, &made)?,
         }
         output::note(&format!(
-            "The join token {} of cluster {} lets in {}, and ends {}. It is a secret, and is not shown again.\nGive it to the agent as the file that identity.joinTokenFile names; to end it: {} token revoke {}",
+            "The join token {} of cluster {} admits {} and expires {}. It is a secret and is not shown again.\nWrite it to the file that the agent's identity.joinTokenFile names. To revoke it: {} token revoke {}",
             output::text(&made["metadata"]["name"]),
             self.cluster,
             show::count(u64::from(self.uses), "agent"),
@@ -187,7 +188,7 @@ async fn revoke(client: &Client, token: &str) -> Outcome {
     let used = before["status"]["used"].as_u64().unwrap_or(0);
     let left = before["spec"]["uses"].as_u64().unwrap_or(0).saturating_sub(used);
     output::note(&format!(
-        "Ended: {} left for cluster {cluster}. It had let in {}, who stay; to end those too: {} cluster revoke {cluster}",
+        "Ended: {} left for cluster {cluster}. It had admitted {}, which stay connected; to revoke those too: {} cluster revoke {cluster}",
         show::count(left, "use"),
         show::count(used, "agent"),
         name()
@@ -204,7 +205,7 @@ mod tests {
     fn d39_a_join_token_lasts_30_days_at_most() {
         assert_eq!(life("30d"), Ok(LIFE_MOST));
         let text = life("31d").unwrap_err();
-        assert!(text.contains("30d at most") && !text.contains("2592000"), "{text}");
+        assert!(text.contains("at most 30d") && !text.contains("2592000"), "{text}");
     }
 
     #[test]

@@ -72,7 +72,7 @@ const VERSION: &str = "Examples:
 #[derive(Args, Debug)]
 #[command(before_help = VERSION)]
 pub(crate) struct Version {
-    /// Only of this program; asks nobody.
+    /// Show only the version of this program; contact no gateway.
     #[arg(long)]
     client: bool,
     #[command(flatten)]
@@ -95,7 +95,7 @@ impl Version {
                     told["gateway"]["version"] = version.into();
                 }
                 Ok(None) => {
-                    lines.push_str(&format!("Gateway: {gateway} answers, and does not tell its version\n"))
+                    lines.push_str(&format!("Gateway: {gateway} answers but does not report its version\n"))
                 }
                 Err(failure) => {
                     output::note(&format!("the gateway: {}", failure.text().unwrap_or_default()));

@@ -21,7 +21,7 @@ use base64::engine::general_purpose::STANDARD;
 /// An agent, described.
 #[derive(Clone, Debug)]
 pub struct AgentManifest {
-    /// The cluster's name at the gateway.
+    /// Name of the cluster at the gateway.
     pub cluster: ClusterName,
     pub mode: Mode,
     pub namespace: String,
@@ -182,12 +182,13 @@ impl AgentManifest {
             let set: Value =
                 serde_json::from_str(keys).map_err(|error| ManifestError::Keys(error.to_string()))?;
             let Some(keys) = set["keys"].as_array() else {
-                return Err(ManifestError::Keys("there is no list \"keys\"".to_owned()));
+                return Err(ManifestError::Keys("it has no list \"keys\"".to_owned()));
             };
             // By what signs ServiceAccount tokens: the agent could not come back by anything else.
             let signs = |key: &Value| matches!(key["kty"].as_str(), Some("RSA" | "EC"));
             if !keys.iter().any(signs) {
-                let why = "the list \"keys\" holds no RSA or EC key, and the agent could not come back after a restart";
+                let why =
+                    "the list \"keys\" has no RSA or EC key, so the agent could not rejoin after a restart";
                 return Err(ManifestError::Keys(why.to_owned()));
             }
         }

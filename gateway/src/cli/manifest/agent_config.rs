@@ -56,11 +56,11 @@ impl AgentProxy {
         let wrong = |why: &'static str| Err(ManifestError::Proxy(why));
         if self.url.has_password() {
             return wrong(
-                "its URL holds a password, which would stand in a ConfigMap: give --proxy-password-file",
+                "its URL contains a password, which would end up in a ConfigMap; use --proxy-password-file",
             );
         }
         if self.password != Password::None && self.url.user.is_none() {
-            return wrong("there is a password, and its URL names no user: http://USER@HOST:PORT");
+            return wrong("a password is given, but its URL names no user: http://USER@HOST:PORT");
         }
         if let Password::Printed(password) = &self.password
             && (password.is_empty() || password.chars().any(char::is_control))
@@ -69,10 +69,10 @@ impl AgentProxy {
         }
         match &self.ca {
             Some(_) if !self.url.tls => {
-                wrong("there is a CA, and its URL is http://: nothing would be checked against it")
+                wrong("a CA is given, but its URL is http://, so the CA would not be used")
             }
             Some(ca) if !ca.contains("-----BEGIN CERTIFICATE-----") => {
-                wrong("its CA file holds no certificate (PEM)")
+                wrong("its CA file has no certificate (PEM)")
             }
             _ => Ok(()),
         }

@@ -290,7 +290,7 @@ c",
     assert_eq!(refused(&|pod| pod.labels = twice()), wanted);
     assert_eq!(refused(&|pod| pod.node_selector = twice()), wanted);
     let little = refused(&|pod| pod.resources = "limits.memory=100Mi".parse().unwrap());
-    assert!(little.to_string().contains("320Mi at least"), "{little}");
+    assert!(little.to_string().contains("at least 320Mi"), "{little}");
     let more = refused(&|pod| pod.resources = "requests.memory=1Gi".parse().unwrap());
     assert_eq!(more, ManifestError::MoreThanLimit);
     assert!(matches!(refused(&|pod| pod.pull_secrets = vec!["A b".to_owned()]), ManifestError::Name { .. }));
@@ -352,7 +352,7 @@ b"
             ),
             "one line",
         ),
-        (proxy("http://p:1", Password::None, Some(ca)), "nothing would be checked"),
+        (proxy("http://p:1", Password::None, Some(ca)), "the CA would not be used"),
         (proxy("https://p:1", Password::None, Some("x".to_owned())), "no certificate"),
     ] {
         let error = AgentManifest { proxy: Some(proxy), ..agent(Mode::Restricted) }.check().unwrap_err();
