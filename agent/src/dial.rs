@@ -2,6 +2,8 @@
 //! and an error that names the hop, the cause and the remedy. One attempt, one transport: TLS 1.3 on TCP, or
 //! QUIC.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 pub(crate) mod connect;
 pub mod proxy;
 pub(crate) mod quic;

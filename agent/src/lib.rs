@@ -25,20 +25,6 @@
 //! # Ok(()) }
 //! ```
 
-// Beyond the workspace's lints, for what meets peers: no number is cut off, and no Result hides a panic (S24).
-#![cfg_attr(
-    not(test),
-    warn(
-        clippy::cast_possible_truncation,
-        clippy::cast_possible_wrap,
-        clippy::cast_sign_loss,
-        clippy::get_unwrap,
-        clippy::panic_in_result_fn,
-        clippy::unwrap_in_result,
-        clippy::verbose_file_reads
-    )
-)]
-
 mod about;
 mod admin;
 pub mod agent;

@@ -1,5 +1,7 @@
 //! What does the agent count? Every metric, its name and its labels; all label values come from closed sets.
 
+#![allow(clippy::expect_used, reason = "names and labels are constants, which a test registers")]
+
 use prometheus::core::{AtomicI64, Collector, GenericGauge};
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,

@@ -1,6 +1,8 @@
 //! What happens to the streams of a session? One task each, up to a limit; above it a stream is refused before anything
 //! is done with it.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 pub(crate) mod blame;
 pub(crate) mod exchange;
 pub(crate) mod head;

@@ -103,6 +103,7 @@ impl Upstream {
         Ok(Self::new(hop, target.address.clone(), reach, tls.transpose()?, resources))
     }
 
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     fn new(hop: String, address: Address, reach: Reach, tls: Option<Tls>, resources: &Resources) -> Self {
         let default_port = if tls.is_some() { 443 } else { 80 };
         let authority =

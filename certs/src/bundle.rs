@@ -144,6 +144,7 @@ mod tests {
         params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().clone()
     }
 
+    #[expect(clippy::unwrap_in_result, reason = "a helper of tests")]
     fn ask(bundle: &[CertificateDer<'_>], shown: &CertificateDer<'_>, name: &str) -> Result<(), Error> {
         let name = ServerName::try_from(name.to_owned()).unwrap();
         let now = unix_time(testing::now());

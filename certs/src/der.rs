@@ -71,6 +71,8 @@ fn split(bytes: &[u8]) -> Option<(Tlv<'_>, &[u8])> {
     Some((Tlv { whole, content: whole.get(header..)? }, rest))
 }
 
+#[expect(clippy::indexing_slicing, reason = "at most all digits are counted")]
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
     let digits = content.len().to_be_bytes();
     let digits = &digits[digits.iter().take_while(|digit| **digit == 0).count()..];

@@ -151,6 +151,7 @@ impl DevSet {
 
     /// The identity in a cluster's agent certificate: instance `dev`.
     #[must_use]
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub fn agent_identity(&self, cluster: &DevCluster) -> AgentIdentity {
         let instance = InstanceId::new("dev").expect("three lowercase letters are an instance");
         AgentIdentity::new(self.trust_domain.clone(), cluster.uid.clone(), instance)

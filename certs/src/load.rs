@@ -239,6 +239,7 @@ impl Credential {
 
     /// The first certificate.
     #[must_use]
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub fn leaf(&self) -> &CertificateDer<'static> {
         self.chain.first().expect("both constructors refuse or never make an empty chain")
     }

@@ -82,6 +82,7 @@ pub fn key_pem(key: &PrivateKey) -> Zeroizing<String> {
 }
 
 /// RFC 4648 base64 in lines of 64; written out here so that the text of a key exists in one buffer only.
+#[expect(clippy::indexing_slicing, reason = "six bits are one of 64 letters")]
 fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
     // Reserved in full: a buffer that grows leaves copies behind.
     let mut text = Zeroizing::new(String::with_capacity(der.len() * 2 + 2 * label.len() + 64));

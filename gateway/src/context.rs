@@ -284,6 +284,7 @@ impl Shared {
 }
 
 /// Fills `bytes` with random ones.
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 pub(crate) fn random(bytes: &mut [u8]) {
     aws_lc_rs::rand::fill(bytes).expect("the system's random number generator never fails once it is seeded");
 }

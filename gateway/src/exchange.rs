@@ -11,6 +11,8 @@
 //! Whoever drops the exchange, such as hyper when the client goes away, resets and stops its stream. What goes wrong
 //! before the answer's head becomes a [`ProxyError`]; after it the client sees an abort, never a clean end.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 mod body;
 mod error;
 mod events;
@@ -892,6 +894,8 @@ fn switch(
 }
 
 /// A random UUID (RFC 9562, version 4). It names a request and protects nothing, so random bytes are fetched for many at once.
+#[expect(clippy::indexing_slicing, reason = "the pool's length is a multiple of 16, and a digit is below 16")]
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 fn audit_id() -> String {
     thread_local! {
         static BYTES: RefCell<([u8; 1024], usize)> = const { RefCell::new(([0; 1024], 0)) };

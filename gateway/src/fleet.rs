@@ -537,6 +537,7 @@ pub fn new_uid() -> String {
     [&text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..]].join("-")
 }
 
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 fn new_instance_id() -> InstanceId {
     let mut bytes = [0; 8];
     random(&mut bytes);

@@ -1,6 +1,8 @@
 //! How are clients served? HTTP/1.1 or HTTP/2 as ALPN agreed, with every limit of hyper stated, until the client leaves or
 //! the gateway drains.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 mod frames;
 mod framing;
 mod idle;

@@ -9,6 +9,8 @@
 //! 4. The certificate is on record before it leaves. A refusal leaves at a fixed time after the request, at a fixed size
 //!    (EN-02).
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 pub mod account;
 mod places;
 mod uses;

@@ -23,20 +23,6 @@
 //! | on which threads does it run, with how many file descriptors, and how does it log? | [`runtime`], [`descriptors`], [`log`] |
 //! | the program `towline`? | [`cli`] |
 
-// Beyond the workspace's lints, for what meets peers: no number is cut off, and no Result hides a panic (S24).
-#![cfg_attr(
-    not(test),
-    warn(
-        clippy::cast_possible_truncation,
-        clippy::cast_possible_wrap,
-        clippy::cast_sign_loss,
-        clippy::get_unwrap,
-        clippy::panic_in_result_fn,
-        clippy::unwrap_in_result,
-        clippy::verbose_file_reads
-    )
-)]
-
 pub mod access;
 pub mod api;
 mod buckets;

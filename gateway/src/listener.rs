@@ -3,6 +3,8 @@
 //!
 //! Until its handshake has ended a peer can make us read [`HANDSHAKE_BYTES`] and no more.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 pub(crate) mod gate;
 pub mod proxy_protocol;
 pub(crate) mod quic;
@@ -263,6 +265,7 @@ enum HandshakeError {
 
 /// Learns from a trusted proxy who the client is, before anything of TLS is read, and applies to the client what depends
 /// on its address.
+#[expect(clippy::indexing_slicing, reason = "neither is empty")]
 async fn identify(
     shared: &Shared,
     socket: &mut Limited<TcpStream>,
@@ -313,6 +316,7 @@ async fn identify(
 }
 
 /// Whether a client without TLS begins with HTTP/2 (RFC 9113 section 3.3) or with HTTP/1.1. Nothing is taken from the socket.
+#[expect(clippy::indexing_slicing, reason = "no more is read than fits")]
 async fn prior_knowledge(
     shared: &Shared,
     socket: TcpStream,
@@ -512,6 +516,7 @@ impl<IO> Limited<IO> {
     }
 
     /// Whether the first bytes are those of a PROXY protocol header rather than of a TLS record.
+    #[expect(clippy::indexing_slicing, reason = "`first_len` stops at FIRST_BYTES")]
     fn looks_like_a_header(&self) -> bool {
         let first = &self.first[..self.first_len];
         [&proxy_protocol::SIGNATURE[..FIRST_BYTES], &proxy_protocol::SIGNATURE_V1[..FIRST_BYTES]]
@@ -524,6 +529,10 @@ impl<IO> Limited<IO> {
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Limited<IO> {
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`len` is the smallest of three, and `first_len` stops at FIRST_BYTES"
+    )]
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -4,6 +4,8 @@
 //! Gauges move through guards that count down when they are dropped. The label `cluster` exists only for clusters that
 //! are configured or registered, on the one gauge that an operator alerts on.
 
+#![allow(clippy::expect_used, reason = "names and labels are constants, which a test registers")]
+
 use crate::store::Unreadable;
 use prometheus::core::Collector;
 use prometheus::{

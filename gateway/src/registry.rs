@@ -5,6 +5,8 @@
 //! has just started and the cluster has agents on record: then an agent is on its way. Otherwise the answer is due at once. A watch that goes on from a version waits longer and in any
 //! case: told that there is no session its client would list everything again.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 pub(crate) mod sign_of_life;
 pub mod trust;
 
@@ -1027,6 +1029,7 @@ mod tests {
         ClusterUid::new("prod").unwrap()
     }
 
+    #[expect(clippy::unwrap_in_result, reason = "a helper of tests")]
     fn insert(registry: &Arc<Registry>, pair: &Pair, boot_id: u8) -> Result<Registration, InsertError> {
         registry.insert(&uid(), &InstanceId::new("a").unwrap(), &[boot_id; 16], &pair.gateway, &[], VISITOR)
     }

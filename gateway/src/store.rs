@@ -233,6 +233,7 @@ impl Transaction {
     /// # Panics
     /// Never: the types that are stored have text keys and finite numbers, and such always have a JSON form.
     #[must_use]
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub fn put<T: Stored>(self, name: &str, value: &T) -> Self {
         let data = serde_json::to_value(value).expect("stored types have a JSON form");
         self.change(Change::Put { key: Key::new(T::KIND, name), schema: T::SCHEMA, data, lease: None })
@@ -243,6 +244,7 @@ impl Transaction {
     /// # Panics
     /// As [`Self::put`].
     #[must_use]
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub fn put_leased<T: Stored>(self, name: &str, value: &T, lease: LeaseId) -> Self {
         let data = serde_json::to_value(value).expect("stored types have a JSON form");
         let (key, lease) = (Key::new(T::KIND, name), Some(lease));

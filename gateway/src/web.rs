@@ -1,3 +1,5 @@
 //! The words of HTTP that the exchange and the fleet API share.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 pub mod routing;

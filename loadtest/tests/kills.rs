@@ -3,6 +3,7 @@
 //!
 //! `TOWLINE_KILLS=200` asks for 200 rounds, `TOWLINE_KILLS_SEED` for another course.
 
+#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
 
 mod common;

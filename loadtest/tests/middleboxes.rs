@@ -3,6 +3,7 @@
 //!
 //! The programs come from PATH, /usr/sbin or target/tools (`make tools`); what is missing is skipped by name.
 
+#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
 
 mod common;

@@ -15,19 +15,8 @@
 //! Without the feature `tokio` this crate is `no_std`: it cannot name a runtime, a clock, a socket or TLS, and
 //! `make lint` builds it that way to keep it so.
 
-// Beyond the workspace's lints, for what meets peers: no number is cut off, and no Result hides a panic (S24).
-#![cfg_attr(
-    not(test),
-    warn(
-        clippy::cast_possible_truncation,
-        clippy::cast_possible_wrap,
-        clippy::cast_sign_loss,
-        clippy::get_unwrap,
-        clippy::panic_in_result_fn,
-        clippy::unwrap_in_result,
-        clippy::verbose_file_reads
-    )
-)]
+// SG17: what a peer sends never picks an index.
+#![warn(clippy::indexing_slicing)]
 #![cfg_attr(not(any(test, feature = "tokio")), no_std)]
 
 extern crate alloc;

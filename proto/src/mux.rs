@@ -506,6 +506,7 @@ impl Connection {
     }
 
     #[expect(clippy::cast_possible_truncation, reason = "limits bound the number of slots far below 2^32")]
+    #[expect(clippy::indexing_slicing, reason = "slots are never taken away")]
     fn insert(&mut self, stream: Stream) -> Key {
         let id = stream.id;
         let slot = self.free.pop().unwrap_or_else(|| {
@@ -625,6 +626,7 @@ impl Connection {
     }
 
     /// Ends the session: wakes everyone, keeps what finished streams have left to read, and forgets the rest.
+    #[expect(clippy::indexing_slicing, reason = "slots are never taken away")]
     fn end(&mut self, reason: CloseReason) {
         if self.closed().is_some() {
             return;

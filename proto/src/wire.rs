@@ -287,6 +287,7 @@ impl Decoder {
     ///
     /// # Errors
     /// The peer broke the framing; the session cannot go on.
+    #[expect(clippy::indexing_slicing, reason = "`take` and `len` are compared with what is there")]
     pub fn next(&mut self, input: &mut Bytes) -> Result<Option<Item>, WireError> {
         loop {
             match &mut self.state {

@@ -1,5 +1,7 @@
 //! What the fuzz targets do with their input. `cargo test` runs the same bodies on inputs from a seed, for a second each;
 //! `proto/fuzz/run.sh` runs them under the fuzzer.
+
+#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 #![allow(dead_code, reason = "each fuzz target uses its part")]
 

@@ -1,4 +1,6 @@
 //! What a hostile QUIC peer sends, packet by packet, while an honest session on the same endpoint goes on.
+
+#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![cfg(target_os = "linux")]
 #![allow(
     clippy::unwrap_used,

@@ -1,6 +1,8 @@
 //! Two peers on virtual time, driven by a seed through every fault we can think of, against a simple model.
 //!
 //! `TOWLINE_SIM_SEEDS=n` runs `n` seeds, `TOWLINE_SIM_SEED=s` replays one and prints its steps.
+
+#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

@@ -84,12 +84,14 @@ fn is_relayed(path: &str) -> bool {
     )
 }
 
+#[expect(clippy::indexing_slicing, reason = "a JSON value that lacks a name is null")]
 fn is_unauthorized(body: &[u8]) -> bool {
     let status: Value = serde_json::from_slice(body).unwrap_or_default();
     status["kind"] == "Status" && status["reason"] == "Unauthorized" && status["code"] == 401
 }
 
 /// What the API server says, if that is about the verb `impersonate`.
+#[expect(clippy::indexing_slicing, reason = "a JSON value that lacks a name is null")]
 fn impersonation(body: &[u8], json: bool) -> Option<String> {
     if !json {
         // Protobuf and CBOR hold the text as it is. Nothing else of the answer is needed.

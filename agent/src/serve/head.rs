@@ -182,6 +182,7 @@ pub(crate) enum ResponseProblem {
 }
 
 /// The head of an answer for the gateway. `length` is that of the body, if the upstream said it.
+#[expect(clippy::indexing_slicing, reason = "the request that was sent has a host")]
 pub(crate) fn response(
     head: &response::Parts,
     length: Option<u64>,
@@ -448,6 +449,7 @@ mod tests {
         );
     }
 
+    #[expect(clippy::unwrap_in_result, reason = "a helper of tests")]
     fn answer(
         status: u16,
         headers: &[(&str, &str)],

@@ -189,6 +189,7 @@ impl<S: Fn(Begin)> Slot<S> {
     }
 
     /// Where the slot belongs.
+    #[expect(clippy::indexing_slicing, reason = "the configuration has an address at least")]
     fn home(&self) -> Address {
         self.addresses[self.number % self.addresses.len()].clone()
     }
@@ -331,6 +332,7 @@ impl<S: Fn(Begin)> Slot<S> {
     }
 
     /// Tries until a session stands.
+    #[expect(clippy::indexing_slicing, reason = "the configuration has an address at least")]
     async fn establish<C, F>(&mut self, connect: &C, next: &mut usize) -> Up<F>
     where
         C: Fn(Address, Transport) -> F,

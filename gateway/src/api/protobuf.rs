@@ -2,6 +2,8 @@
 //!
 //! The numbers are those of `generated.proto` of k8s.io/apimachinery and k8s.io/api, which never change.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 use super::error::ApiError;
 use serde_json::{Map, Value, json};
 

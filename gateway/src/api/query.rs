@@ -1,6 +1,8 @@
 //! What does the query ask for? Read once, before anything is done: what is said twice, in other letters, or cannot be read is refused,
 //! where it would count for less than the caller has said.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 use super::error::ApiError;
 use super::selector::Selector;
 use crate::web::routing::percent_decode;

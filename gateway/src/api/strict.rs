@@ -1,6 +1,8 @@
 //! What does a body say? JSON in which no object has a key twice: which of the two its sender has meant is not known here, and who
 //! has read it before may have read the other.
 
+#![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
+
 use serde::de::{self, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 use std::fmt;

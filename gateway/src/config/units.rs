@@ -3,6 +3,8 @@
 //! A value that cannot be read is noted with its place, and reading goes on with a stand-in, so that one start names
 //! every mistake. The stand-ins never run: a noted mistake refuses the whole file.
 
+#![expect(clippy::expect_used, reason = "its messages say why it cannot fail")]
+
 use serde::{Deserialize as _, Deserializer, Serializer};
 use serde_saphyr::Spanned;
 use std::cell::RefCell;

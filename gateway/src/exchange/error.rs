@@ -366,6 +366,7 @@ impl ProxyError {
     }
 
     /// The answer to the client.
+    #[expect(clippy::indexing_slicing, reason = "a JSON value that lacks a name is null")]
     pub(crate) fn into_response(self, audit_id: &str) -> Response<AnswerBody> {
         let Verdict { status, code, message } = self.verdict();
         let message = printable(&format!("towline: {message}"));

@@ -128,6 +128,7 @@ struct Framed {
 }
 
 impl Framed {
+    #[expect(clippy::indexing_slicing, reason = "both numbers are compared with the lengths above")]
     fn take(&mut self, bytes: &[u8]) -> Option<usize> {
         let (mut at, mut last) = (0, None);
         while at < bytes.len() {
@@ -173,6 +174,7 @@ struct Head {
 const CBOR_DEPTH_MAX: usize = 64;
 
 impl Cbor {
+    #[expect(clippy::indexing_slicing, reason = "`at` is compared with the length above")]
     fn take(&mut self, bytes: &[u8]) -> Result<Option<usize>, Unclear> {
         let (mut at, mut last) = (0, None);
         while at < bytes.len() {

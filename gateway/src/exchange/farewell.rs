@@ -173,6 +173,7 @@ impl Frames {
     }
 
     /// What can be said here; nothing within a frame or behind the server's own last word.
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     fn farewell(&self, cause: Cause) -> Vec<u8> {
         if self.payload > 0 || !self.head.is_empty() || self.closed {
             return Vec::new();
@@ -209,6 +210,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Framed<IO> {
 }
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Framed<IO> {
+    #[expect(clippy::indexing_slicing, reason = "no more is written than there is")]
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         let written = Pin::new(&mut this.io).poll_write(cx, bytes);

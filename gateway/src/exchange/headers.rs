@@ -381,6 +381,7 @@ mod tests {
         Upstream { mode, proxy, client: "192.0.2.7".parse().unwrap() }
     }
 
+    #[expect(clippy::panic_in_result_fn, reason = "a helper of tests")]
     fn build(mode: Mode, proxy: bool, lines: &[(&str, &str)]) -> Result<Vec<(String, String)>, HeadersError> {
         let text = |bytes: &Bytes| String::from_utf8(bytes.to_vec()).unwrap();
         let head = upstream_head(&headers(lines), upstream(mode, proxy))?;
@@ -533,6 +534,7 @@ mod tests {
         assert_eq!(traceparent(&headers(&[("traceparent", good), ("traceparent", good)])), None);
     }
 
+    #[expect(clippy::unwrap_in_result, reason = "a helper of tests")]
     fn redirected(
         method: &Method,
         proxy: bool,

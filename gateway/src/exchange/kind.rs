@@ -18,6 +18,7 @@ pub struct RequestKind {
 
 impl RequestKind {
     #[must_use]
+    #[expect(clippy::indexing_slicing, reason = "the length is compared first")]
     pub fn of(path: &str, query: &str) -> Self {
         let decoded = percent_decode(path);
         let decoded = String::from_utf8_lossy(&decoded);

@@ -113,6 +113,7 @@ const fn is_session_lost(error: &SpliceError) -> bool {
 mod tests {
     use super::*;
 
+    #[expect(clippy::unwrap_in_result, reason = "a helper of tests")]
     fn ask(
         method: &str,
         version: Version,

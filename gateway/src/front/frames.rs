@@ -96,6 +96,7 @@ impl<IO> Followed<IO> {
     }
 
     /// Looks at bytes that were just read. How many of them count: not all, if too much came with them.
+    #[expect(clippy::indexing_slicing, reason = "`used` is the smaller of what is missing and what is there")]
     fn follow(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
         while at < bytes.len() {
@@ -142,6 +143,10 @@ const fn is_nothing(kind: u8) -> bool {
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Followed<IO> {
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`read` counts what was taken, and a reader fills at most its buffer"
+    )]
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

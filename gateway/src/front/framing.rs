@@ -118,6 +118,10 @@ impl<IO> Judged<IO> {
     }
 
     /// Looks at bytes that were just read, and breaks the head if it is ambiguous.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`bytes` is not empty, and a position in it is below its length"
+    )]
     fn look(&mut self, mut bytes: &mut [u8]) {
         while !bytes.is_empty() {
             let used = match &mut self.place {
@@ -160,6 +164,7 @@ impl<IO> Judged<IO> {
     }
 
     /// One byte of a head.
+    #[expect(clippy::indexing_slicing, reason = "`len` stops at NAME_MAX")]
     fn step(&mut self, byte: &mut u8) {
         match (&mut self.place, *byte) {
             (Place::Start(empty), b'\r' | b'\n') => {
@@ -259,6 +264,10 @@ impl Head {
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Judged<IO> {
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`length` is the smaller of both, and a reader only adds to its buffer"
+    )]
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

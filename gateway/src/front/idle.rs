@@ -192,6 +192,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Counted<B> {
 }
 
 /// Takes the socket of an idle connection out of hyper; `None` if it has been upgraded.
+#[expect(clippy::indexing_slicing, reason = "at most all bytes are counted")]
 pub(super) fn park<IO, S>(connection: UpgradeableConnection<TokioIo<Judged<IO>>, S>) -> Option<Judged<IO>>
 where
     S: HttpService<hyper::body::Incoming>,
@@ -210,6 +211,7 @@ where
 }
 
 /// Waits for the first bytes of the next request; false if the client has left. Cancel safe.
+#[expect(clippy::indexing_slicing, reason = "no more is read than fits")]
 pub(super) async fn next_request<IO: AsyncRead + Unpin>(io: &mut Judged<IO>) -> io::Result<bool> {
     if io.has_put_back() {
         return Ok(true);

@@ -192,6 +192,7 @@ pub fn verify(
 
 /// What goes on record of an issuer that an agent has told of: the keys that can be used, and the agent's own subject.
 #[must_use]
+#[expect(clippy::indexing_slicing, reason = "a JSON object takes any name")]
 pub fn recordable(issuer: &Issuer) -> Option<TokenIssuer> {
     let fits = |text: &str| (1..=TEXT_MAX).contains(&text.len());
     if !fits(&issuer.issuer) || !fits(&issuer.subject) || !issuer.subject.starts_with(SUBJECT_PREFIX) {
@@ -208,6 +209,7 @@ pub fn recordable(issuer: &Issuer) -> Option<TokenIssuer> {
 }
 
 /// The members of a key that are looked at; `None` for one of a kind that is not, or that says it is for something else.
+#[expect(clippy::indexing_slicing, reason = "a JSON object takes any name")]
 fn plain(key: &Value) -> Option<Value> {
     let (alg, names): (_, &[&str]) = match key.get("kty")?.as_str()? {
         "RSA" => ("RS256", &["kty", "kid", "n", "e"]),

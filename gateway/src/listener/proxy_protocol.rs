@@ -52,6 +52,10 @@ pub enum HeaderError {
 ///
 /// # Errors
 /// Why the connection is to be closed.
+#[expect(
+    clippy::indexing_slicing,
+    reason = "`have` is below FIXED, and `parse_fixed` checks the length against REST_MAX"
+)]
 pub async fn read<IO: AsyncRead + Unpin>(io: &mut IO) -> Result<Header, HeaderError> {
     let mut fixed = [0; FIXED];
     let mut have = 0;

@@ -9,6 +9,8 @@
 //! `authn` says who asks, `rbac` what they may, `router` says where it goes; `discovery`, `openapi`, `resources`, `watch`, `review`, `pods`
 //! and `helpers` answer; `spdy` and `websocket` carry `exec`, `attach` and `portforward`.
 
+#![allow(clippy::cast_possible_truncation, reason = "a stand-in for tests, which nobody hostile talks to")]
+
 mod authn;
 mod body;
 mod call;

@@ -194,6 +194,7 @@ fn ready() {
     println!("ready");
 }
 
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 fn name() -> ServerName<'static> {
     ServerName::try_from("localhost").expect("is a name")
 }

@@ -8,6 +8,12 @@
 //! - [`netns`]: a network of the kernel's whose packets are dropped, and forged.
 //! - [`kubelet`]: a pod as a manifest describes it, with namespaces of its own.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a stand-in for tests, which nobody hostile talks to"
+)]
+
 pub mod client;
 pub mod connect_relay;
 pub mod kubectl;

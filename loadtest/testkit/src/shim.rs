@@ -452,6 +452,7 @@ impl Datagrams {
     }
 
     /// What has come; nothing after an ICMP error of an earlier send, which is none of the relay's business.
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     async fn receive(&self, buffer: &mut [u8]) -> Vec<Burst> {
         let mut metas = [RecvMeta::default(); BURSTS];
         let received = self

@@ -476,6 +476,7 @@ impl Stack {
     /// # Panics
     /// If it is not running.
     #[must_use]
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub fn gateway(&self) -> &Process {
         self.gateway.as_ref().expect("the gateway runs")
     }
@@ -485,6 +486,7 @@ impl Stack {
     /// # Panics
     /// If it is not running.
     #[must_use]
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub fn agent(&self) -> &Process {
         self.agent.as_ref().expect("the agent runs")
     }

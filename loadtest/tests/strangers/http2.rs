@@ -1,5 +1,8 @@
 //! Rows H2-01 to H2-18: HTTP/2 in frames made by hand, and what an honest client may send.
 
+#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
+#![allow(clippy::cast_possible_truncation, reason = "the figures of a test are small")]
+
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;

@@ -1,6 +1,8 @@
 //! What the fuzz targets of whatever reads a stranger's bytes do with their input: routing, header fields, the identity in a certificate,
 //! a ServiceAccount's token, configuration, records of the store, the PROXY header. `cargo test` runs the same bodies on inputs from
 //! a seed, for a second each; `proto/fuzz/run.sh` runs them under the fuzzer.
+
+#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 #![allow(dead_code, unreachable_pub, reason = "each fuzz target uses its part")]
 

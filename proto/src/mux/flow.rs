@@ -335,6 +335,7 @@ impl RecvFlow {
     ///
     /// # Panics
     /// If an invariant does not hold.
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub(super) fn check(&self, buffered: usize) -> usize {
         assert!(
             self.consumed <= self.received && self.received <= self.granted,

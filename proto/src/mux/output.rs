@@ -61,6 +61,7 @@ impl Connection {
     }
 
     /// Puts the pending control frames of one stream.
+    #[expect(clippy::indexing_slicing, reason = "slots are never taken away")]
     fn put_controls(&mut self, slot: u32, batch: &mut Batch<'_>) {
         self.slots[slot as usize].controlled = false;
         let Some(stream) = &mut self.slots[slot as usize].stream else { return };
@@ -79,6 +80,7 @@ impl Connection {
     }
 
     /// Gives the stream in `slot` its turn: DATA frames until the batch has `max_bytes`.
+    #[expect(clippy::indexing_slicing, reason = "slots are never taken away")]
     fn put_turn(&mut self, now: Instant, slot: u32, max_bytes: usize, batch: &mut Batch<'_>) {
         self.slots[slot as usize].scheduled = false;
         let before = batch.bytes;
@@ -143,6 +145,7 @@ impl Batch<'_> {
     }
 
     /// Puts a DATA frame of `len` bytes that `pop` yields: small ones by copy, larger ones as the slices they are.
+    #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     fn data(&mut self, id: StreamId, len: usize, fin: bool, mut pop: impl FnMut(usize) -> Option<Bytes>) {
         let copy = len <= COPY_MAX;
         self.room(HEADER_LEN + if copy { len } else { 0 });

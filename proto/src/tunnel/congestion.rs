@@ -168,6 +168,7 @@ impl Delivery {
     }
 
     /// Ends the round if it is over. `limited`: there was little to send.
+    #[expect(clippy::indexing_slicing, reason = "`next` is a remainder")]
     fn on_end_acks(&mut self, now: Instant, limited: bool) {
         self.limited |= limited;
         // While a new path is being validated only packets of the old one are acknowledged, which count for nobody.

@@ -145,6 +145,7 @@ impl Shared {
 }
 
 impl Core {
+    #[expect(clippy::indexing_slicing, reason = "it is made above")]
     pub(super) fn waiters(&mut self, key: Key) -> &mut Waiters {
         let slot = key.slot as usize;
         if slot >= self.waiters.len() {
@@ -383,6 +384,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         }
     }
 
+    #[expect(clippy::indexing_slicing, reason = "at most all slices are counted")]
     fn write_batch(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.out.is_empty() {
             let mut slices = [IoSlice::new(&[]); SLICES];

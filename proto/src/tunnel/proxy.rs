@@ -231,6 +231,7 @@ struct Answer {
 }
 
 /// Takes one complete head off the front of `read`; `None` if it has not all come.
+#[expect(clippy::indexing_slicing, reason = "`known` is the smaller length, and `end` was found in `head`")]
 fn take_answer(read: &mut BytesMut) -> Result<Option<Answer>, ConnectRefused> {
     const START: &[u8] = b"HTTP/1.";
     let known = read.len().min(START.len());
@@ -263,6 +264,7 @@ fn printable(text: &str, letters: usize) -> String {
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Leg<IO> {
+    #[expect(clippy::indexing_slicing, reason = "`len` is the smaller of both")]
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -85,6 +85,7 @@ pub fn transport_config(role: Role, limits: &Limits, segmentation_offload: bool)
 ///
 /// # Panics
 /// Never: the size is one that QUIC allows.
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 pub fn receive_large(config: &mut EndpointConfig) {
     config.max_udp_payload_size(DATAGRAM_MAX).expect("is at least 1,200");
 }
@@ -352,6 +353,7 @@ impl QuicDriver {
     }
 
     /// Tells the peer why, if it listens, and closes.
+    #[expect(clippy::indexing_slicing, reason = "the smaller of both")]
     async fn last_words(&self, send: &mut quinn::SendStream, out: &[u8]) {
         let reason = self.shared.closed();
         let say = async {

@@ -2,6 +2,12 @@
 //!
 //! It is for loopback: nothing is sent again unless somebody asks for it, and one datagram holds at most one packet of ours.
 
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_in_result,
+    reason = "a test fails by panicking, in its helpers too"
+)]
+
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use rustls::quic::{ClientConnection, KeyChange, Keys, Secrets, Version};

@@ -4,6 +4,7 @@
 //! what was written; an end must have a cause; and once everything has come to rest, nothing is lost and nothing is kept.
 //! The peers read and write only when an event has told them to try again, so that a lost wakeup shows as a lost byte.
 
+#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![allow(unreachable_pub, missing_debug_implementations, reason = "shared by including the file")]
 
 use bytes::{Buf, Bytes, BytesMut};

@@ -112,6 +112,7 @@ impl FromStr for ProxyUrl {
 }
 
 /// Undoes percent-encoding; `None` if it is none, or hides what no user or password has.
+#[expect(clippy::indexing_slicing, reason = "two are split off")]
 fn decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
