@@ -1,4 +1,4 @@
-//! Who calls, and may they?
+//! Authentication and authorization of callers: who calls, and whether they may.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

@@ -1,8 +1,7 @@
-//! What does the gateway serve at its root? The fleet as a Kubernetes API: `/apis/towline.io/v1alpha1`, what kubectl asks before,
-//! and nothing else. In order: who calls, whether they may, the body, then what the verb does.
+//! The fleet's API: the fleet as Kubernetes objects at `/apis/towline.io/v1alpha1`, and the discovery requests of kubectl. A request is
+//! authenticated, authorized, its body is read, and then the verb runs.
 //!
-//! Kept small: merge patches only, no server-side apply, no finalizers, no subresources. What of Kubernetes is there behaves
-//! as it does there.
+//! The API is small: merge patches only, no server-side apply, no finalizers, no subresources. What it has behaves as in Kubernetes.
 
 mod credentials;
 mod documents;

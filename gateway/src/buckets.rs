@@ -1,4 +1,4 @@
-//! How often of late? A bucket for each key: what the key does fills it, time empties it, and while it is full the key may not.
+//! Rate limits by key: leaky buckets that actions fill and time empties. While a key's bucket is full, its actions are refused.
 
 use std::collections::HashMap;
 use std::hash::Hash;

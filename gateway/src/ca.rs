@@ -1,4 +1,4 @@
-//! What does the gateway sign with, and how is the tunnel CA replaced?
+//! The gateway's own CAs, and the replacement of the tunnel CA.
 
 pub mod authority;
 pub mod rotation;

@@ -1,5 +1,4 @@
-//! What can be configured, and what is wrong with a configuration? One YAML file; unknown keys are refused; every
-//! mistake is named at once, with its place.
+//! The gateway's configuration: one YAML file. Unknown keys are errors, and every mistake is reported at once with its place.
 //!
 //! Precedence: a flag, then its `TOWLINE_` variable, then the file, then the default here.
 

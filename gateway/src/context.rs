@@ -1,4 +1,4 @@
-//! What do the parts of one gateway share? The configuration in force, the registry, the metrics, and who owns the tasks.
+//! What the rooms of one gateway share: the effective configuration, the registry, the metrics and the task trackers.
 
 use crate::access::running::Running;
 use crate::api::feed::Feed;

@@ -1,5 +1,4 @@
-//! How many file descriptors may the gateway have? As many as the system lets it, which the start sees to, and whether that
-//! is enough for its limits.
+//! Raises the soft limit on file descriptors to the hard limit at the start, and warns if that is too little for the configured limits.
 
 use crate::config::GatewayConfig;
 use crate::ops::admin;

@@ -1,14 +1,13 @@
-//! Which clusters, tokens, rules and agents are there, and who may join? What the store remembers of the fleet, as one view in
-//! memory that follows the store, and the operations that change it.
+//! The fleet: clusters, tokens, rules and agents. It is a view in memory that follows the store, and the operations that change the store.
 //!
-//! The data path reads the view and never the store: with the store away, what is known goes on serving. An operation
-//! decides on the view, and its transaction says on which records it has decided; if one of them has changed meanwhile it
-//! decides again. It returns once the view shows what it did (`change.rs`).
+//! The data path reads the view and never the store, so known clusters work while the store is away. An operation decides on the view, and
+//! its transaction names the records on which it decided; if one of them has changed, it decides again. It returns when the view
+//! shows its change (`change.rs`).
 //!
-//! Admission is an allow-list: an agent is somebody if its cluster and its instance are on record, and the instance is of
-//! the cluster's present admission. So a cluster that is deleted and registered again under its name, with a new uid,
-//! knows none of the old one's agents. And a session begins with a certificate on record, key and serial number: what
-//! somebody signs with a CA's key that was stolen, or is being replaced, is nobody's.
+//! Admission is an allow-list: an agent is admitted if its cluster and its instance are on record and the instance belongs to the cluster's
+//! current admission. A cluster that is deleted and registered again under its name has a new uid, and admits none of the old agents.
+//! A session also needs a certificate on record, by key and serial number: a certificate that somebody signs with a stolen CA key, or with
+//! one that is being replaced, is refused.
 
 mod change;
 mod issuer;

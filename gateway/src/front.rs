@@ -1,5 +1,5 @@
-//! How are clients served? HTTP/1.1 or HTTP/2 as ALPN agreed, with every limit of hyper stated, until the client leaves or
-//! the gateway drains.
+//! Serves client connections over HTTP/1.1 or HTTP/2, as ALPN agreed, until the client leaves or the gateway drains. Every limit of hyper
+//! is set explicitly.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

@@ -1,4 +1,4 @@
-//! How does a gateway start, drain and end? Every task belongs to one of three trackers, and every tracker is waited for.
+//! Starts, drains and stops a gateway. Every task belongs to one of three trackers, and the gateway waits for each tracker.
 
 use crate::ca::authority::Authorities;
 use crate::config::{ConfigError, GatewayConfig};

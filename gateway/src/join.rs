@@ -1,12 +1,12 @@
-//! How does an agent get a certificate here, and the next one? Joining is a connection of its own, renewal a notice inside a
-//! session; both end in `issue`, the one place that signs.
+//! Issues agents' certificates: joining is a connection of its own, and renewal is a notice inside a session. Both end in `issue`, the only
+//! place that signs.
 //!
-//! 1. Who is it? A join token, the cluster's own ServiceAccount token, or a certificate that has run out and is on record. An
-//!    address whose attempts fail is slowed down: others are not (EN-03).
-//! 2. Is there room? Each cluster has its share of places and of joins, and waits for nobody else's. Whoever is asked for a
-//!    sign of life meanwhile costs no place: a cluster's own agents may be slow to answer, or hostile.
-//! 3. What may it be? An instance of that cluster, from the record: nothing in the request says who it becomes (R-ID-1).
-//! 4. The certificate is on record before it leaves. A refusal leaves at a fixed time after the request, at a fixed size
+//! 1. Who is it? The proof is a join token, a ServiceAccount token of the cluster, or an expired certificate that is on record. An
+//!    address with failed attempts is slowed down; other addresses are not (EN-03).
+//! 2. Is there room? Each cluster has its own share of places and of joins, and never waits for another cluster's. No place is
+//!    held while existing sessions are pinged, because a cluster's own agents may be slow or hostile.
+//! 3. What may it be? An instance of that cluster, from the record: nothing in the request chooses the identity (R-ID-1).
+//! 4. The certificate is recorded before it is sent. A refusal is sent at a fixed time after the request and has a fixed size
 //!    (EN-02).
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).

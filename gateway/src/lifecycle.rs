@@ -1,4 +1,4 @@
-//! How does a gateway stop? Its stages, the work that it cannot be without, and who owns its tasks.
+//! The life of the process: the stages of stopping, the task without which the gateway must not run, and the owners of all tasks.
 
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;

@@ -1,7 +1,7 @@
-//! How does a connection get in? A loop that can only accept; everything else happens in the connection's own task, under
-//! one deadline, once the [`crate::listener::gate`] lets it. The ClientHello's ALPN decides what the connection is for.
+//! Accepts connections on the public port. The loop only accepts; everything else happens in the connection's own task, under one
+//! deadline, after [`crate::listener::gate`] admits it. The ClientHello's ALPN decides whether it is an agent's, a join or a client's.
 //!
-//! Until its handshake has ended a peer can make us read [`HANDSHAKE_BYTES`] and no more.
+//! Until its handshake ends, a peer can make the gateway read at most [`HANDSHAKE_BYTES`].
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

@@ -1,4 +1,5 @@
-//! What does a reload replace? The configuration in force and every file that it names, read and checked as a whole.
+//! `Live`: the part of the state that a reload replaces, which is the effective configuration and the content of every file that it
+//! names, read and checked as a whole.
 
 use crate::access::authn::tokens::Tokens;
 use crate::ca::authority::{Authorities, Authority};

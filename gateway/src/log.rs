@@ -1,5 +1,5 @@
-//! What do logs look like? Lines on stderr: text for a terminal, JSON for a collector. Whatever comes from outside is
-//! escaped, so that an event is one line and moves no cursor.
+//! Logging to stderr: text for a terminal, JSON for a collector. Text from outside is escaped, so that an event is one line and cannot move
+//! the cursor.
 
 use crate::buckets::{Buckets, Rate};
 use std::fmt;

@@ -1,4 +1,4 @@
-//! The program `towline-gateway`: reads its configuration, runs a gateway, and stops it politely.
+//! The program `towline-gateway`: reads its configuration, runs a gateway, and drains it on a signal.
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{Parser, Subcommand};

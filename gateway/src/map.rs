@@ -1,7 +1,8 @@
-//! Which map is asked for each request? About fifteen are, for names and numbers of a few bytes, and hashing by the standard library's
-//! `SipHash` costs more than all the rest of a look-up. This one is seeded for each process, too: who does not see how keys
-//! fall cannot choose keys that collide. It is weaker against somebody who can measure that; who chooses keys here is either
-//! believed already, or holds a place for each of them.
+//! The hash map of the request path, with a fast hash that is seeded for each process. A request looks into about fifteen maps with keys of a few
+//! bytes, where the standard library's `SipHash` costs more than the rest of the look-up.
+//!
+//! Without observing collisions nobody can choose keys that collide. The hash is weaker than `SipHash` against somebody who can measure
+//! them; but whoever chooses keys here is either authenticated already, or holds a limited place for each key.
 
 /// A map on the path of a request.
 pub(crate) type Map<K, V> = hashbrown::HashMap<K, V>;

@@ -1,8 +1,8 @@
-//! What does the gateway count? The one file that knows prometheus: every metric, with its closed label sets, and the
-//! handles resolved once.
+//! The gateway's metrics: the only file that uses prometheus. It has every metric with its closed label sets, and handles that are resolved
+//! once.
 //!
-//! Gauges move through guards that count down when they are dropped. The label `cluster` exists only for clusters that
-//! are configured or registered, on the one gauge that an operator alerts on.
+//! Gauges change through guards that decrement when they are dropped. The label `cluster` exists only for configured or registered
+//! clusters, on the one gauge that an operator alerts on.
 
 #![allow(clippy::expect_used, reason = "names and labels are constants, which a test registers")]
 

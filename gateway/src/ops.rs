@@ -1,4 +1,4 @@
-//! What does the operator have: the private port, a reload, the first admin and backups.
+//! What operators use: the private port, reloads, the first admin and backups.
 
 pub(crate) mod admin;
 pub mod commands;

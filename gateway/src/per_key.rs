@@ -1,14 +1,14 @@
-//! How is a limit divided? A pool of equal places (connections, handshakes, requests, joins …) with a total, a share for each
-//! key (source network, principal, cluster …), and a reserve that ordinary takers cannot touch: "bounded" alone would let one
-//! tenant starve the rest.
+//! A limit that is divided by key: a pool of equal places (connections, handshakes, requests, joins …) with a total, a share for each
+//! key (source network, principal, cluster …), and a reserve that ordinary takers cannot use. A total alone would let one tenant starve the
+//! rest.
 //!
-//! - Ordinary takers hold at most `total - reserve` places together, and all takers at most `total`. So the first `reserve`
-//!   places of [`Claim::Reserved`] are always there, whatever strangers do.
-//! - A key holds at most `share` places, of either kind. What has no key (`None`) has no share: the gateway's own, or what is
-//!   divided elsewhere.
-//! - Who may wait ([`PerKey::wait`]) gets the next place of its key in the order of arrival, and keys take turns where the
-//!   pool itself is short. So a key over its share waits for its own places, and never before anybody else's.
-//! - A key is remembered only while something is held or waits under it: keys are never more than places.
+//! - Ordinary takers hold at most `total - reserve` places together, and all takers at most `total`. The `reserve` places of
+//!   [`Claim::Reserved`] are therefore always available, whatever other takers do.
+//! - A key holds at most `share` places of either kind. A taker without a key (`None`) has no share: the gateway itself, or a taker that
+//!   is limited elsewhere.
+//! - A taker that waits ([`PerKey::wait`]) gets the next place of its key in the order of arrival, and keys take turns if the pool
+//!   itself is short. A key over its share waits only for its own places, and never delays another key.
+//! - A key is remembered only while it holds or waits for a place: there are never more keys than places.
 
 use crate::map::Map;
 use std::collections::VecDeque;

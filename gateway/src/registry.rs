@@ -1,9 +1,9 @@
-//! Which sessions are live, and which one carries the next request? By cluster uid.
+//! The registry of live sessions, by cluster uid. It chooses the session for each request.
 //!
-//! A session is here from its first round trip until its task ends; the guard that put it in takes out that one and no
-//! other. When a cluster has no session, a request waits for one only if the last left with a GoAway or a moment ago, or the gateway
-//! has just started and the cluster has agents on record: then an agent is on its way. Otherwise the answer is due at once. A watch that goes on from a version waits longer and in any
-//! case: told that there is no session its client would list everything again.
+//! A session is registered from its first round trip until its task ends; the guard that registered it removes that session and no
+//! other. If a cluster has no session, a request waits for one only if an agent is probably on its way: the last session left with a
+//! GoAway or a moment ago, or the gateway has just started and the cluster has agents on record. Otherwise it fails at once. A watch that
+//! resumes from a version waits longer and in any case, because after an error its client would list everything again.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

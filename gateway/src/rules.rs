@@ -1,6 +1,6 @@
-//! Who may call which cluster? A list of rules: Deny wins, and what no rule allows is denied.
+//! Access rules: who may call which cluster. Deny wins, and without a matching Allow the request is denied.
 //!
-//! A later store brings richer rules; the question asked here stays the same.
+//! A later store brings richer rules; the question stays the same.
 
 use crate::access::authn::Principal;
 use crate::config::{ANY, AccessRule, Effect};

@@ -1,10 +1,9 @@
-//! On which threads does the gateway run? One current-thread runtime per core, here called a shard. A connection, of a client
-//! or of an agent, lives on one shard from its first byte to its last: its task, its timers and its socket never change
-//! threads, and nothing steals work. `docs/performance.md` has what that is worth against one multi-thread runtime.
+//! The gateway's threads: one current-thread runtime per core, called a shard. A connection, of a client or of an agent, stays on one
+//! shard from its first byte to its last: its task, its timers and its socket never change threads, and no work is stolen.
+//! `docs/performance.md` compares this with one multi-thread runtime.
 //!
-//! One shard accepts for all and hands sockets out in turn. Listeners of their own (`SO_REUSEPORT`) would save that hop, but
-//! balance few connections badly, drop what waits in a closed one's queue, and let a second gateway share the port
-//! unnoticed.
+//! One shard accepts for all and hands out sockets in turn. A listener for each shard (`SO_REUSEPORT`) would save that hop, but would
+//! balance few connections badly, drop what waits in a closed listener's queue, and let a second gateway share the port unnoticed.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};

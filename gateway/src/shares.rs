@@ -1,6 +1,6 @@
-//! Who may take how much of a memory that all share? Each cluster has a share of what agents may send, and each principal one of
-//! what clients may upload: what one holds with idle or stalled requests is never the others'. The last quarter is for those
-//! who hold little, so that however many take all they may, others still connect and still get through.
+//! Divides the memory that all share. Each cluster has a share of the memory for agents' data, and each principal a share of the memory
+//! for uploads, so that idle or stalled requests of one never use up the others' share. The last quarter is reserved for those who hold little:
+//! however many take their whole share, others can still connect and get through.
 
 use crate::map::Map;
 use std::hash::Hash;

@@ -1,13 +1,11 @@
-//! What does the gateway remember, and who is told of a change? Records under a kind and a name; a transaction changes some
-//! of them, all or none, and makes one revision.
+//! The store: records under a kind and a name, and notifications of their changes. A transaction changes some records, all or none, and
+//! creates one revision.
 //!
-//! Revisions rise by one with each transaction and outlive the process. Watches read a history that lives in memory and is
-//! bounded: who asks for what it no longer holds is told so, lists again and goes on from there. The epoch rises whenever
-//! the store is opened, so that a revision from before a restart, or from a store that was replaced by a backup, is known
-//! as such and never taken for one of ours.
+//! Revisions rise by one with each transaction and survive the process. Watches read a bounded history in memory: a reader that asks for a
+//! forgotten revision gets an error, lists again and continues from there. The epoch is raised whenever the store is opened, so that a
+//! revision from before a restart, or from a store that a backup replaced, is recognised and never mistaken for a current one.
 //!
-//! The bytes of a record are believed only as far as they can be read: one that is broken, or was written by a newer
-//! version, is skipped, counted and logged, and everything else goes on.
+//! A record that is damaged, or was written by a newer version, is skipped, counted and logged, and everything else works.
 
 pub mod backup;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! How does an agent's connection become a session, and what is said on it?
+//! The agents' side: turns an agent's connection into a session and talks with it.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

@@ -1,4 +1,4 @@
-//! The words of HTTP that the exchange and the fleet API share.
+//! HTTP vocabulary that the exchange and the fleet's API share.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

@@ -1,5 +1,5 @@
-//! Goal: nobody takes from the others what all share of connections and handshakes. Each limit is reached by one source or one
-//! caller, and beside it somebody else, an agent and the gateway's own checks go on. Sources are loopback addresses.
+//! Goal: no source can take shared connections and handshakes from the others. Each test reaches a limit from one source or one caller,
+//! while another source, an agent and the gateway's own checks keep working. Sources are loopback addresses.
 
 #![allow(
     clippy::unwrap_used,

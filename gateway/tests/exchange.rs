@@ -1,4 +1,4 @@
-//! One exchange over real sockets: what reaches the cluster, what reaches the client, and how it ends.
+//! Goal: one exchange over real sockets: what reaches the cluster, what reaches the client, and how it ends.
 
 #![allow(
     clippy::unwrap_used,

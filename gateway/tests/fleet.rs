@@ -1,5 +1,5 @@
-//! Goal: with a state directory beside a configuration everything configured works as before, and whatever counts no more
-//! ends at once, however much of it is running. R-ID-9.
+//! Goal: with a state directory, everything in the configuration works as before, and whatever is no longer valid ends at once, however
+//! much of it is running. R-ID-9.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
 

@@ -1,4 +1,4 @@
-//! Goal: a store that is full, by its limit or by its disk, refuses changes by name and cuts off nobody. ST-01, RG15.
+//! Goal: a full store, by its limit or by its disk, refuses changes with a named reason and cuts nobody off. ST-01, RG15.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
 

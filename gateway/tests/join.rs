@@ -1,5 +1,5 @@
-//! Goal: who has a proof gets the identity that the record gives it and nothing else; who has none learns nothing; what was
-//! issued can be renewed, revoked and replaced while it is in use. Rows 5.8 (EN-*) and 5.6 (TU-*) of the catalogue.
+//! Goal: an agent with a proof gets exactly the identity on record; one without a proof learns nothing; a certificate can be renewed,
+//! revoked and replaced while it is in use. Rows 5.8 (EN-*) and 5.6 (TU-*) of the catalogue.
 
 #![allow(clippy::cast_possible_truncation, reason = "the figures of a test are small")]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::large_futures, reason = "tests end like that")]

@@ -1,4 +1,4 @@
-//! The program: what it makes of the limit on file descriptors that it is started with.
+//! Goal: the program handles the file descriptor limit that it is started with.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
 
 mod common;

@@ -1,5 +1,5 @@
-//! Goal: what a balancer says before the ClientHello decides who the client is, and everything else in that place is
-//! refused and counted as what it is.
+//! Goal: a load balancer's PROXY header determines the client's address, and everything else before the ClientHello is refused and
+//! counted by its kind.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 mod common;

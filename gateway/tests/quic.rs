@@ -1,4 +1,4 @@
-//! Agents over QUIC: the same admission as over TCP, preferred where both are there; what comes in unasked changes nothing.
+//! Goal: agents over QUIC are admitted as over TCP, and preferred if both exist; unsolicited packets change nothing.
 
 #![allow(
     clippy::unwrap_used,

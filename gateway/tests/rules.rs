@@ -1,6 +1,6 @@
-//! Goal: what is taken away takes effect on what is running: a rule, a Deny, the file, a cluster's mode or the cluster, a CA,
-//! a group; and a credential that runs out. Watches, answers that nobody takes, and an exec end, on both versions of HTTP; those
-//! who still may go on untouched. S4, R-ID-9.
+//! Goal: revocations apply to running requests: of a rule, a Deny, the file, a cluster's mode or the cluster, a CA, a group; and the
+//! expiry of a credential. Watches, responses to clients that stopped reading, and an exec end, over HTTP/1.1 and HTTP/2; callers who keep
+//! access are not affected. S4, R-ID-9.
 
 #![allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]

@@ -1,4 +1,4 @@
-//! Sessions and the life of the gateway: admission, second processes, holds, drain, reload, health.
+//! Goal: sessions and the gateway's life work: admission, second processes, held requests, drain, reload, health.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,5 +1,5 @@
-//! Goal: nobody takes a memory or the streams of a cluster from the others: whoever takes all it may is refused under the name
-//! of its limit, and everybody else goes on as before.
+//! Goal: no caller can take shared memory or a cluster's streams from the others: one that uses up its share is refused with the name of
+//! its limit, and everybody else continues as before.
 
 #![allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
 #![allow(

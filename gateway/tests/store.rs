@@ -1,6 +1,6 @@
 //! Goal: a process that is killed at any moment loses nothing that its store has acknowledged. ST-02, R-ST-1, RG16.
 //!
-//! A program of its own: between fork and exec a child holds its parent's locks, which would disturb other tests.
+//! It is a program of its own, because between fork and exec a child holds its parent's locks, which would disturb other tests.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
 

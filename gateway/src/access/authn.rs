@@ -1,17 +1,18 @@
-//! Who is calling? A client certificate or one of our own tokens says so; nothing else does.
+//! Authenticates callers, by client certificate or by one of the gateway's own tokens.
 //!
 //! The rules, in order:
-//! 1. one credential per carrier: several `Authorization` lines, or a list inside one, are refused;
-//! 2. a verified client certificate decides; one that is not believed counts as absent;
-//! 3. else a token of ours (`tlat_…`) does, as `Authorization: Bearer` or as the WebSocket subprotocol that browsers use;
-//! 4. names and groups that begin with `system:` are refused, and groups that begin with `towline:` unless the gateway's own CA or
-//!    its records say so. `?token=` is never a credential.
-//! 5. Only who may call the cluster learns what it wants beside: in restricted mode the caller's `Authorization` is meant
-//!    for the cluster and goes through unread; it must be there, and be none of ours, which a cluster must never see. So
-//!    there only the certificate can say who calls. What counts is what an API server looks at: the scheme `Bearer`, and in
-//!    a WebSocket handshake the subprotocol. With anything else the caller would be anonymous there.
+//! 1. A request has at most one credential per carrier: several `Authorization` lines, or a list inside one, are refused.
+//! 2. A verified client certificate decides. A certificate that is not trusted is treated as absent.
+//! 3. Without a certificate, a token of the gateway (`tlat_…`) decides, as `Authorization: Bearer` or as the WebSocket subprotocol
+//!    that browsers use. `?token=` is never a credential.
+//! 4. Names and groups that begin with `system:` are refused. Groups that begin with `towline:` are refused unless the gateway's own
+//!    CA or its records assign them.
+//! 5. In restricted mode the caller's `Authorization` is for the cluster: it is forwarded unread, and the certificate alone
+//!    identifies the caller. The credential must be present, must not be a token of the gateway, and must be one that an API server
+//!    evaluates: the scheme `Bearer`, or the subprotocol of a WebSocket handshake. With anything else the caller would be
+//!    anonymous at the API server. Missing-credential details are returned only to callers who are authorized for the cluster.
 //!
-//! OIDC gets its room beside [`tokens`].
+//! OIDC will stand next to [`tokens`].
 
 pub mod tokens;
 

@@ -1,11 +1,12 @@
-//! May a web page ask this? A browser sends what it has for the gateway, a client certificate above all, with whatever any page asks;
-//! it says whose page it is in `Origin`, and browsers of late in `Sec-Fetch-Site`. Clients that are no browsers send neither, but for
-//! libraries of WebSocket, which name the gateway itself.
+//! Cross-origin protection: decides whether a request that a web page caused may pass.
 //!
-//! A page of another origin may read what it can (it sees no answer, since none allows it to), and change nothing: a method that
-//! changes something and a raw connection are refused unless the configuration lists the origin (`allowedOrigins`). So it is where a
-//! certificate has said who calls. A token no browser adds by itself: who has it means it, such as a web page's own server that
-//! passes on what a browser has sent.
+//! A browser attaches its client certificate to the requests of any page. It names the page's origin in `Origin`, and recent browsers
+//! also send `Sec-Fetch-Site`. Other clients send neither, except WebSocket libraries, which name the gateway itself.
+//!
+//! A page of another origin may send requests that read (the browser hides the response from it), but may not change anything: methods
+//! that change something and raw connections are refused unless `allowedOrigins` lists the origin. This applies when a certificate
+//! authenticates the caller. A browser never adds a token by itself, so whoever sends a token means it, such as a web page's own server that
+//! forwards a browser's request.
 
 use crate::access::authn::Credential;
 use crate::exchange::headers::HeadersError;

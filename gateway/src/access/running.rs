@@ -1,11 +1,11 @@
-//! Whose requests are running, and does what let them in still? One entry for what was let in by the same word: credential,
-//! principal, and the cluster or the fleet's API. So whoever loses something ends all that it let in, at one look.
+//! Tracks running requests by credential, so that revoking a credential cancels them. Requests with the same credential, principal and
+//! target (a cluster, or the fleet's API) share one entry, so one review decides for all of them.
 //!
-//! 1. `begin` puts a request on the list *before* it is judged: whatever is taken away from there on is noticed by the
-//!    review, whatever was before by the judgement.
-//! 2. `judge` decides, for a request that begins and at each review alike.
-//! 3. `review` looks at every entry anew when somebody may have lost something, on record or in the files; and when a
-//!    credential runs out whose end ends what runs.
+//! 1. `begin` puts a request on the list *before* it is judged: the review notices every later change, and the judgement every
+//!    earlier one.
+//! 2. `judge` decides, for a new request and at each review alike.
+//! 3. `review` judges every entry again when the records or the files may have taken something away, and when a credential expires
+//!    whose expiry ends running requests.
 
 use crate::access::authn::{Certificate, Credential, Known, Principal};
 use crate::api::is_admin;

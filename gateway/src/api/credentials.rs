@@ -1,4 +1,5 @@
-//! Who am I, and may I have a certificate that says so? The two kinds that are created and not kept.
+//! `SelfSubjectReview` and `CredentialRequest`: the two kinds that are created and not stored. The first returns the caller's identity;
+//! the second issues a client certificate for it.
 
 use super::Call;
 use super::error::{ApiError, json_response};

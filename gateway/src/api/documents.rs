@@ -1,5 +1,5 @@
-//! What does the API say of itself? Discovery in its old form, and OpenAPI version 3 as JSON, which names the parameters that kubectl
-//! asks for before it leaves validation and dry runs to the server.
+//! The API's self-description: discovery in its old form, and OpenAPI version 3 as JSON. kubectl looks in the latter for the parameters
+//! that let it leave validation and dry runs to the server.
 
 use super::kinds::{API_VERSION, GROUP, RESOURCES, Resource, VERSION};
 use crate::store::Kind;

@@ -1,5 +1,5 @@
-//! Why does the API refuse? A `metav1.Status`, as Kubernetes answers. Where kubectl would drop its message, during discovery
-//! and where nothing answers at all, the same text stands in a `Warning` too; on an object it shows the message itself.
+//! The API's errors, as `metav1.Status`. Where kubectl would drop the message (during discovery, and for paths that do not exist), the
+//! same text is also in a `Warning` header; for errors about an object kubectl shows the message itself.
 
 use super::kinds::{GROUP, Resource};
 use crate::access::authn::AuthnError;

@@ -1,9 +1,8 @@
-//! What do lists show, and what do watches tell? Every object as the API shows it, what stands in the store and what is true of
-//! the connection in one, and the events of late, in one order.
+//! The feed: the current objects for lists and the recent events for watches, in one order. An object combines its stored record with
+//! the state of its connection.
 //!
-//! A version is the store's epoch and a number that rises with each event. It is good for as long as this process lives:
-//! one of an earlier life, one that is forgotten and one that has not happened are told apart from those that are known,
-//! and never answered with silence.
+//! A version is the store's epoch and a number that rises with each event. It is valid while this process lives. A version of an earlier
+//! process, a forgotten one and a future one are distinguished from the known ones and always get an error.
 
 use super::kinds::{self, Resource};
 use super::objects::{self, Due};

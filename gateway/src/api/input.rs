@@ -1,5 +1,5 @@
-//! Which objects become records? What is sent is taken apart, checked, and made a record: a new one, or the next form of one that
-//! is there.
+//! Turns objects that clients send into records: it parses and validates an object, and builds a new record or the next version of an
+//! existing one.
 
 use super::error::ApiError;
 use super::kinds::{API_VERSION, Resource, Type};

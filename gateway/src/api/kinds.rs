@@ -1,4 +1,4 @@
-//! Which kinds does the API serve? One table, from which discovery, OpenAPI and routing are made.
+//! The table of the API's kinds and their fields. Discovery, OpenAPI and routing are generated from it.
 
 use crate::store::Kind;
 use serde_json::{Value, json};

@@ -1,6 +1,6 @@
-//! What of Kubernetes' own API does the fleet's answer? What kubectl asks by itself: which version this is, who the caller is, and
-//! whether they may do something (`kubectl version`, `auth whoami`, `auth can-i`). Nothing of `core/v1`: a request for a cluster
-//! whose prefix was lost has to fail, and never find something else.
+//! The part of Kubernetes' own API that kubectl asks for by itself: the version, the caller's identity, and whether the caller may do
+//! something (`kubectl version`, `auth whoami`, `auth can-i`). There is no `core/v1`, so that a request for a cluster whose prefix was lost
+//! fails instead of finding something else.
 
 use super::error::{ApiError, json_response};
 use super::kinds::{self, GROUP, RESOURCES, Resource};

@@ -1,4 +1,4 @@
-//! How does a record look as an object of the API? Each kind, and what is true of a cluster beside its record.
+//! Renders records as API objects, and computes a cluster's status and conditions.
 
 use super::kinds::{API_VERSION, Resource};
 use super::reach;

@@ -1,5 +1,5 @@
-//! What do kubectls before 1.27 read of the kinds? OpenAPI version 2, in protobuf, as they ask for it: definitions, by which they check
-//! what they send and explain it, and for each kind the one operation by which they see that the server knows a dry run.
+//! OpenAPI version 2 in protobuf, which kubectl before 1.27 needs: the definitions with which it validates and explains objects, and for
+//! each kind the one operation that shows it that the server supports dry runs.
 //!
 //! The numbers are those of `openapiv2/OpenAPIv2.proto` of google/gnostic-models.
 

@@ -1,4 +1,4 @@
-//! What does a review say in protobuf? From 1.32 on kubectl asks its own questions so. Answers are JSON, which it takes as well.
+//! Decodes reviews in protobuf, which kubectl sends from 1.32 on. The responses are JSON, which kubectl also accepts.
 //!
 //! The numbers are those of `generated.proto` of k8s.io/apimachinery and k8s.io/api, which never change.
 

@@ -1,5 +1,5 @@
-//! What does the query ask for? Read once, before anything is done: what is said twice, in other letters, or cannot be read is refused,
-//! where it would count for less than the caller has said.
+//! Parses the query of an API request, before anything else happens. Repeated parameters, known parameters in other letter case and
+//! invalid values are errors, because ignoring them would widen what the caller asked for.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

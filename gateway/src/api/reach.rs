@@ -1,8 +1,8 @@
-//! Can a cluster be used, and if not, why? The condition `APIServerReachable`: what the connected agents say of the API server, and
-//! whether their mode and the gateway's go together.
+//! The condition `APIServerReachable`: what the connected agents report about the cluster's API server, and whether the agents' mode
+//! matches the cluster's.
 //!
-//! One agent that can use it is enough for True; the message says of the others. Without a word it is Unknown: an agent has just
-//! connected, or none is.
+//! It is True if one agent can use the API server; the message mentions the others. It is Unknown while no agent is connected or none
+//! has reported.
 
 use super::objects::condition;
 use crate::config::Mode;

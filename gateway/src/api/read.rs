@@ -1,4 +1,4 @@
-//! What do GET, list and watch answer? Objects, pages and events, as JSON or as tables.
+//! GET, list and watch of the fleet's API: objects, pages and events, as JSON or as tables.
 
 use super::error::{ApiError, json_response};
 use super::feed::{Feed, Version};

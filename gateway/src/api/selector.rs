@@ -1,7 +1,7 @@
-//! Which objects does a list or a watch select? By labels, with every operator of Kubernetes, and by name.
+//! Label and field selectors of lists and watches: every label operator of Kubernetes, and the field `metadata.name`.
 //!
-//! Labels are read as `labels.Parse` of k8s.io/apimachinery reads them, token by token, so that what it refuses is refused here: a
-//! selector that is read more generously selects what nobody has meant, and `kubectl delete -l` deletes that.
+//! Label selectors are parsed token by token, like `labels.Parse` of k8s.io/apimachinery, and refuse what it refuses: a more lenient parser
+//! would select objects that nobody meant, and `kubectl delete -l` would delete them.
 
 use super::error::ApiError;
 use super::input::{is_label_key, is_label_part};

@@ -1,5 +1,5 @@
-//! What does a body say? JSON in which no object has a key twice: which of the two its sender has meant is not known here, and who
-//! has read it before may have read the other.
+//! A JSON parser that refuses duplicate keys: nobody knows which value the sender meant, and an earlier reader may have used the other
+//! one.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

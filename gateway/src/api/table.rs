@@ -1,4 +1,4 @@
-//! What does `kubectl get` print? The table of a list, of an object or of an event.
+//! The `Table` representation of lists, objects and events, which `kubectl get` prints.
 
 use super::kinds::Resource;
 use super::query::Included;

@@ -1,5 +1,5 @@
-//! What do create, update, patch and delete do? They decide on a record that lists show, write what the store takes only if it
-//! is still so, and answer once lists show it.
+//! Create, update, patch and delete of the fleet's API. Each decides on the record that lists show, writes only if that record is
+//! unchanged, and answers once lists show the result.
 
 use super::Call;
 use super::error::{ApiError, json_response};

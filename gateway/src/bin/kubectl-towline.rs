@@ -1,4 +1,4 @@
-//! The program `towline` as a plugin of kubectl: `kubectl towline …`.
+//! The kubectl plugin `kubectl towline …`: the program `towline` under another name.
 
 use std::process::ExitCode;
 

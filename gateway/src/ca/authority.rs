@@ -1,12 +1,12 @@
-//! What does the gateway sign with? Its own CAs, in the state directory: made at the first start, and used from then on.
+//! The gateway's own CAs, in the state directory. The first start creates them.
 //!
-//! | file | for |
+//! | file | signs certificates of |
 //! |---|---|
-//! | `tunnel-ca.crt`, `.key` | agents, and the gateway towards them |
+//! | `tunnel-ca.crt`, `.key` | agents, and the gateway for agents |
 //! | `front-client-ca.crt`, `.key` | clients |
-//! | `front-ca.crt`, `.key` | the gateway towards clients, where no other certificate is configured |
+//! | `front-ca.crt`, `.key` | the gateway for clients, if no other certificate is configured |
 //!
-//! The key says which certificate of a `.crt` file issues; all of them are believed, so that a CA can be replaced step by step
+//! All certificates of a `.crt` file are trusted; the key determines which of them issues. A CA can therefore be replaced step by step
 //! ([`crate::ca::rotation`]).
 
 use crate::config::{GatewayConfig, PublicAddress};

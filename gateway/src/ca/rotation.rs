@@ -1,19 +1,18 @@
-//! How is the tunnel CA replaced while agents are connected? In steps of the state directory, each of which a running gateway
-//! picks up by itself, and each of which can be taken back.
+//! Replaces the tunnel CA in steps while agents stay connected. Each step changes the state directory, a running gateway applies it by
+//! itself, and each step can be undone.
 //!
-//! | step | believed | issues | going on to the next step is safe when |
+//! | step | trusted | issues | the next step is safe when |
 //! |---|---|---|---|
 //! | (before) | old | old | |
-//! | trust-new | old, new | old | every cluster that is connected has acknowledged both roots |
+//! | trust-new | old, new | old | every connected cluster has acknowledged both roots |
 //! | issue-new | old, new | new | every certificate has been renewed: after 24 h |
 //! | drop-old | new | new | |
 //!
-//! The old CA vouches for the new one (`tunnel-ca-cross.crt`, shown to agents with the gateway's certificate from trust-new
-//! on): an agent that was offline for a step, or for all of them, still recognises the gateway, and is told the roots.
+//! The old CA cross-signs the new one (`tunnel-ca-cross.crt`, which the gateway shows to agents with its certificate from trust-new on).
+//! An agent that was offline during a step, or all of them, therefore still recognises the gateway and receives the roots.
 //!
-//! Each step turns on one file that is replaced as a whole: the bundle of roots, older first, or the key, which says which root
-//! issues. So a step that is cut off has happened or has not, whatever other files it has left behind: those are never asked
-//! how far the change has come.
+//! Each step depends on one file that is replaced atomically: the bundle of roots, older first, or the key, which determines the issuing
+//! root. An interrupted step has therefore either happened or not. Other files that it has left behind never determine the state.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;

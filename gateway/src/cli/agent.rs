@@ -1,4 +1,4 @@
-//! `towline agent` and `towline gateway`: what a cluster's owner applies, as text. Nothing is applied from here.
+//! `towline agent` and `towline gateway`: print the manifests that a cluster's owner applies. These commands apply nothing.
 
 use super::Connection;
 use super::client::{API_VERSION, Client};

@@ -1,4 +1,4 @@
-//! Where is a certificate kept until the next call? In a file of the person's own, named by who asked whom for it.
+//! The cache of client certificates between calls of `towline credential`: one file of the user for each gateway and context user.
 
 use super::kubeconfig::{Context, User};
 use crate::fleet::{Time, hex};

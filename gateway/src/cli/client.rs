@@ -1,4 +1,4 @@
-//! How is the gateway's API asked? One connection that is kept, one request at a time; watches have one of their own.
+//! The HTTP client of the fleet's API: one kept connection with one request at a time, and a separate connection for each watch.
 
 use super::Connection;
 use super::failure::{Failure, Outcome, Refusal};

@@ -1,4 +1,4 @@
-//! `towline cluster`: make clusters known, look at them, cut them off.
+//! `towline cluster`: register, inspect, revoke and delete clusters.
 
 use super::client::{API_VERSION, Client, Select};
 use super::failure::{Failure, Outcome};

@@ -1,5 +1,5 @@
-//! What can come next on the command line? For shells and for kubectl, which all ask the same way: `towline __complete WORDS…` prints what
-//! the last word may become, with what it is, and then what the shell may add, in the words of Cobra, which kubectl and Helm speak.
+//! Shell completion: `towline __complete WORDS…` prints the candidates for the last word with descriptions, and a directive for the
+//! shell. The format is that of Cobra, which kubectl and Helm use; kubectl asks in the same way as the shells.
 
 use super::client::{Client, Select};
 use super::failure::{Failure, Outcome};

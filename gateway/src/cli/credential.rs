@@ -1,5 +1,5 @@
-//! `towline credential`: the exec plugin of the kubeconfigs that `towline kubeconfig` writes. One answer with both credentials:
-//! the certificate that the gateway wants, and the token that the cluster wants, since kubectl takes all or nothing of a plugin.
+//! `towline credential`: the exec plugin in the kubeconfigs that `towline kubeconfig` writes. It returns both credentials at once, the
+//! certificate for the gateway and the token for the cluster, because kubectl takes a user's credentials from one source.
 
 use super::Connection;
 use super::cache::{self, Certificate};

@@ -1,4 +1,4 @@
-//! What is known of a cluster? Everything that the API tells, for somebody who asks what is wrong.
+//! `towline cluster describe`: everything that the API knows about a cluster, for finding out what is wrong.
 
 use super::client::{Client, Select};
 use super::cluster::tokens_of;

@@ -1,4 +1,4 @@
-//! `towline kubeconfig`: entries with which kubectl reaches clusters through the gateway.
+//! `towline kubeconfig`: writes the kubeconfig entries with which kubectl reaches clusters through the gateway.
 
 use super::client::{Client, Select};
 use super::credential::Source;

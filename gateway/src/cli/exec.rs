@@ -1,5 +1,4 @@
-//! What does an exec plugin answer? A program that prints an `ExecCredential`, as kubectl runs it: with the person's terminal and
-//! environment, and its answer read from its stdout only.
+//! Runs an exec plugin as kubectl does, with the user's terminal and environment, and parses the `ExecCredential` on its stdout.
 
 use super::failure::{Failure, Outcome};
 use crate::fleet::Time;

@@ -1,4 +1,4 @@
-//! Why did a command not do what it was asked for? What is said on stderr, and the exit code.
+//! Errors of `towline` commands: the message on stderr and the exit code.
 
 use super::name;
 use serde_json::Value;

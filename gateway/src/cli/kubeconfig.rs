@@ -1,4 +1,4 @@
-//! Which gateway, and as whom? The kubeconfig as kubectl finds and merges it, and what a context in it leads to.
+//! Reads the kubeconfig as kubectl finds and merges it, and resolves a context into a gateway and a user.
 
 use super::Connection;
 use super::exec::Plugin;

@@ -1,4 +1,4 @@
-//! How is somebody's kubeconfig changed? Under kubectl's lock, whole or not at all, nothing of others touched.
+//! Changes a kubeconfig file: under kubectl's lock, atomically, and without touching foreign entries.
 
 use super::failure::{Failure, Outcome};
 use super::kubeconfig::{MARK, mark, parse};

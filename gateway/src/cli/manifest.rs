@@ -1,7 +1,7 @@
-//! What does `kubectl apply` get, so that an agent or a gateway runs in a cluster? Plain YAML, written for the person who reads it
-//! before it is applied: what it may do stands at the top, and every choice beside it.
+//! The manifests of agent and gateway: plain YAML for `kubectl apply`, written for the person who reviews it. The first lines say what
+//! the program may do, and every choice has a comment.
 //!
-//! Pure: a description in, a text out. The join token is in the agent's Secret and nowhere else.
+//! The functions are pure: a description in, a text out. The join token is only in the agent's Secret.
 
 mod agent;
 mod agent_config;

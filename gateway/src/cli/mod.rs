@@ -1,19 +1,19 @@
-//! The program `towline`, also `kubectl towline`: what an operator of the fleet types.
+//! The program `towline`, also `kubectl towline`: the operator's command line for the fleet.
 //!
 //! | question | file |
 //! |---|---|
 //! | which gateway, and as whom? | `kubeconfig` |
-//! | how is its API asked, and on which way? | `client`, `proxy` |
+//! | how does it send requests, and through which proxy? | `client`, `proxy` |
 //! | `towline cluster`, `token`, `status` … | the file of that name |
-//! | how are objects shown and followed? | `show`, `describe` |
-//! | what stands in a kubeconfig, and how does it get there? | `entries`, `kubefile` |
+//! | how are objects printed and watched? | `show`, `describe` |
+//! | what is in a kubeconfig entry, and how is it written? | `entries`, `kubefile` |
 //! | how does kubectl log in? | `credential`, `cache`, `exec` |
 //! | why did it fail, with which exit code? | `failure` |
-//! | what is printed, and how? | `output`, `yaml` |
-//! | what can come next on the command line? | `complete` |
+//! | how is output formatted? | `output`, `yaml` |
+//! | how does shell completion work? | `complete` |
 //! | what does a cluster's owner apply? | `agent`, [`manifest`] |
 //!
-//! Data goes to stdout, words to stderr.
+//! Data goes to stdout, everything else to stderr.
 
 mod agent;
 mod cache;

@@ -1,4 +1,4 @@
-//! What is printed, and how? Tables as kubectl prints them, objects as JSON, YAML or names.
+//! Output formats: tables like kubectl's, and objects as JSON, YAML or names.
 
 use super::failure::Outcome;
 use super::yaml;

@@ -1,5 +1,5 @@
-//! Through which proxy is the gateway reached? The same as kubectl takes: `proxy-url` of the kubeconfig's cluster, or else the
-//! environment's, but for what `NO_PROXY` exempts. An `https://` proxy is checked against what the gateway is, as Go does.
+//! Chooses the HTTP proxy as kubectl does: `proxy-url` of the kubeconfig's cluster, or else the environment's proxy unless `NO_PROXY`
+//! exempts the gateway. An `https://` proxy is verified against the gateway's CA, as Go does.
 
 use super::failure::{Failure, Outcome};
 use rustls::ClientConfig;

@@ -1,4 +1,4 @@
-//! How are objects shown, once and while they change? As the server's own table, or as objects; and which name was meant.
+//! Prints objects once or while they change, as the server's table or as objects, and suggests names after a typing mistake.
 
 use super::client::{Client, Select};
 use super::failure::{Failure, Outcome};

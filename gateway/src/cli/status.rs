@@ -1,4 +1,4 @@
-//! `towline status`: the fleet at a glance, what is broken first.
+//! `towline status`: one line for each cluster, problems first.
 
 use super::client::{Client, Select};
 use super::failure::{Failure, Outcome};

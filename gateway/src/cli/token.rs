@@ -1,4 +1,4 @@
-//! `towline token`: what agents join with.
+//! `towline token`: create, list and revoke join tokens.
 
 use super::client::{API_VERSION, Client, Select};
 use super::failure::{Failure, Outcome};

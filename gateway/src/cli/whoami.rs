@@ -1,4 +1,4 @@
-//! Whom does the gateway take me for, and does it answer?
+//! `towline whoami` and `towline version`: the caller's identity at the gateway, and the versions of both programs.
 
 use super::Connection;
 use super::client::{API_VERSION, Client};

@@ -1,5 +1,5 @@
-//! How does an object look as YAML? In blocks, keys in order, and every text that any reader of YAML could take for something
-//! else in quotes: kubectl's takes `yes` for a truth value and `012` for a number.
+//! A YAML writer: block style, keys in order. It quotes every text that some YAML parser could read as another type, such as `yes`
+//! (a boolean for kubectl) and `012` (a number).
 
 use serde_json::Value;
 

@@ -1,7 +1,7 @@
-//! Why did a client get this status? The one place where status, reason, code and words of our own answers are chosen.
+//! The errors of an exchange: the one place that chooses status, reason, code and message of the gateway's own responses.
 //!
-//! An answer of ours is a Kubernetes `Status` and a `Warning` header with the same text: kubectl drops the message
-//! during discovery and never drops the warning. The text says what happened, since when, and what to do.
+//! Such a response is a Kubernetes `Status` and a `Warning` header with the same text, because kubectl drops the message during discovery
+//! but never the warning. The text says what happened, since when, and what to do.
 
 use super::body::AnswerBody;
 use super::upgrade::UpgradeError;

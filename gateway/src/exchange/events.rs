@@ -1,8 +1,8 @@
-//! Where does one event of a watch end and the next begin? A watch is a sequence of messages in one of three encodings; cut between
-//! two of them it is whole, and its client goes on from there.
+//! Finds the boundaries between the events of a watch. A watch is a sequence of messages in one of three encodings; if it ends between
+//! two of them, its client resumes from there.
 //!
-//! An [`Events`] is told every byte in order, in pieces of any size, and keeps a few words about the message that it is in; it
-//! keeps no byte. What is not the encoding it should be has no boundary any more.
+//! [`Events`] receives every byte in order, in pieces of any size, and stores a few words about the current message but none of its
+//! bytes. If the bytes do not match the expected encoding, it reports no further boundaries.
 
 use http::header::{self, HeaderMap};
 use std::mem;

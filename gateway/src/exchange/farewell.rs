@@ -1,7 +1,7 @@
-//! What does the client of a raw connection hear when the gateway has to end it? A word of its own protocol, put between
-//! two frames, and the end of TLS after it: exec and port-forward then say why they end, where a cut connection would say
-//! nothing. WebSocket gets a Close frame (RFC 6455 section 5.5.1), SPDY/3.1 a GOAWAY. Within a frame there is no place for
-//! words: then only TLS ends.
+//! The last message to the client of a raw connection that the gateway has to end. It is a message of the connection's own protocol,
+//! inserted between two frames and followed by the end of TLS, so exec and port-forward can show the reason.
+//!
+//! WebSocket gets a Close frame (RFC 6455 section 5.5.1), SPDY/3.1 a GOAWAY. Inside a frame no message is possible: then only TLS ends.
 
 use crate::metrics::Ended;
 use std::io;

@@ -1,8 +1,8 @@
-//! Which header fields of a request reach the cluster, and which fields of an answer reach the client?
+//! Chooses the header fields of a request that reach the cluster, and those of a response that reach the client.
 //!
-//! The upstream's head is built from nothing, never by editing the client's: validate, leave out what is hop-by-hop,
-//! take over what the cluster's mode allows, and only then set what is ours. Repeated fields stay separate lines in
-//! their order. Framing (length, encoding) is never taken over: it is ours on every hop.
+//! The upstream's head is built from empty, never by editing the client's: it validates, drops hop-by-hop fields, takes over what the
+//! cluster's mode allows, and sets the gateway's own fields last. Repeated fields stay separate lines in their order. Framing (length,
+//! encoding) is never taken over: each hop has its own.
 
 use crate::access::authn::{BEARER_SUBPROTOCOL, carries_own_credential};
 use crate::config::Mode;

@@ -1,5 +1,5 @@
-//! What kind of Kubernetes request is this? Long-running or not, and whether it passes through a `proxy` subresource,
-//! as the API server itself would resolve it: from the path decoded once.
+//! Classifies a Kubernetes request: long-running or not, and whether it passes through a `proxy` subresource. It resolves the path as the
+//! API server does: decoded once.
 
 use crate::web::routing::percent_decode;
 

@@ -1,9 +1,8 @@
-//! Where does an answer lead its client? A cluster never sends one elsewhere: a reference is resolved as clients resolve it,
-//! each in its own lenient way, and is passed on only if all of them stay where the cluster is, on the authority that the client
-//! addressed and under the cluster's prefix.
+//! Checks where a response's `Location` leads. A cluster must not send a client elsewhere: the reference is resolved in every lenient way
+//! that clients use, and passes only if all of them stay on the authority that the client called and under the cluster's prefix.
 //!
-//! What passes is written anew as a path without dot segments, so that nothing is left to resolve. What a client follows
-//! carries its credentials: client-go's bearer token, and on 307 and 308 method and body too.
+//! A reference that passes is rewritten as a path without dot segments, so that nothing is left to resolve. A client that follows it sends its
+//! credentials: client-go its bearer token, and on 307 and 308 method and body too.
 
 use crate::web::routing::{self, percent_decode};
 use http::header;

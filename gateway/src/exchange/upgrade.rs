@@ -1,5 +1,5 @@
-//! May a connection switch protocols, and what happens after it has? Two tokens are known, others ignored; raw bytes flow only after
-//! the cluster's matching 101.
+//! Protocol upgrades: whether a request may switch protocols, and the raw connection afterwards. Two tokens are supported and others
+//! ignored; raw bytes flow only after the cluster's matching 101.
 
 use super::farewell::{Cause, Framed};
 use crate::access::running::Run;

@@ -1,8 +1,9 @@
-//! What may clients send that nobody has read? Over HTTP/2 a client may send as much of each body as the window of its stream says,
-//! and of all bodies of a connection as much as the connection's window says, whether the cluster behind takes it or not. When
-//! stalled uploads fill the connection's window, nobody else's body on it gets through, to whichever cluster. So a body
-//! first gets room for what may be unread of it: in its connection, of its principal's share and of what there is for all.
-//! The sum of it stays below the connection's window, which therefore is never what anybody waits for.
+//! Memory for unread request bodies over HTTP/2. A body first reserves what may be unread of it: from its connection, from its
+//! principal's share and from the process.
+//!
+//! A client may send as much of each body as the stream's window allows, and of all bodies of a connection as much as the connection's
+//! window allows, whether the cluster behind reads it or not. If stalled uploads filled the connection's window, no other body on it would get
+//! through, to any cluster. The reservations of a connection stay below its window, so nobody ever waits for the window.
 
 use crate::exchange::ProxyError;
 use crate::metrics::Limit;

@@ -1,5 +1,5 @@
-//! What goes on in a client's connection that is to end? Requests that were let in keep it, and refusals do not: a stranger, or
-//! somebody whose credential counts no more, must not stay by what it asks in vain.
+//! Counts the work on a client connection that is being closed. Admitted requests keep it open and refusals do not: an unauthenticated
+//! client, or one whose credential is no longer valid, must not keep a connection by sending requests that are refused.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! What changes the fleet? Objects are written and deleted, credentials revoked, agents let in and certified. Each operation decides
-//! on the view, and its transaction says on which records.
+//! The operations that change the fleet: write and delete objects, revoke credentials, admit agents and record their certificates. Each
+//! decides on the view, and its transaction names the records on which it decided.
 
 use super::view::View;
 use super::{

@@ -1,14 +1,14 @@
-//! Who issues a cluster's ServiceAccount tokens, and by whose word? Whoever the record names can let agents in by its tokens, so
-//! the record changes only by the word of somebody who was believed before.
+//! The recorded issuer of a cluster's ServiceAccount tokens. Whoever is recorded can admit agents with its tokens, so the record changes
+//! only on the word of somebody who was trusted before.
 //!
-//! | who says it | with what | what becomes of it |
+//! | who reports it | with which credential | effect |
 //! |---|---|---|
-//! | the operator (`spec.issuer`) | | it counts, and what agents say does not; other keys of the same issuer wait, to be seen |
-//! | an agent | a join token, now or within the last hour | it takes the place of what was there |
-//! | an agent | a token of its ServiceAccount, signed with a key on record | its keys do, if URL and subject are the same |
-//! | an agent | nothing but its certificate | it waits, and counts for nothing |
+//! | the operator (`spec.issuer`) | | takes precedence over agents' reports; other keys of the same issuer are shown as pending |
+//! | an agent | a join token, now or within the last hour | replaces the record |
+//! | an agent | a token of its ServiceAccount, signed with a key on record | replaces the keys, if URL and subject are the same |
+//! | an agent | only its certificate | pending, without effect |
 //!
-//! That the new keys hold an old one proves nothing: public keys are public.
+//! A new key set that contains an old key proves nothing: public keys are public.
 
 use super::TokenIssuer;
 use serde::de::Error as _;

@@ -1,8 +1,8 @@
-//! When was each cluster connected last, also before this process? What outlives a restart of it, and a crash.
+//! Records when each cluster was last connected, so that it is known after a restart or a crash.
 //!
-//! A cluster's coming and going are written, and nothing in between: a gateway that dies leaves records of clusters that came
-//! and did not go. One record for each gateway, written each minute while anything is connected, says until when that was so.
-//! Nothing waits for any of this: with the store away it is written later, and until then it is known in memory.
+//! A cluster's connecting and disconnecting are written, and nothing in between. A gateway that dies leaves clusters that connected and
+//! never disconnected. For those, one record of each gateway, written every minute while anything is connected, says until when it lived.
+//! Nothing waits for these writes: while the store is away, the times are in memory and are written later.
 
 use super::{Ended, Fleet, GatewayLife, LastSeen, Object, Time, hex};
 use crate::context::Shared;

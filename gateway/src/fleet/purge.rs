@@ -1,14 +1,14 @@
-//! Which revocations can matter no more? They would pile up for ever, until there is no room for the next one.
+//! Deletes revocations that no longer have an effect. Otherwise they would accumulate until no new one fits.
 //!
-//! | revocation of | goes when | because |
+//! | revocation of | is deleted when | because |
 //! |---|---|---|
-//! | an agent's certificate | it has run out, and could not lead back by itself either (`join.expiredFor`) | TLS refuses it, and the agent went with it |
-//! | any other certificate | never | nobody knows when it runs out |
-//! | a user | never | a CA or a `tokenFile` of somebody else's may let clients in, today or once it stands in the file again, and nobody knows what they made. There is one for each user at most |
-//! | a cluster | it is not registered any more, and `join.expiredFor` has passed | its uid never comes back; that of a registered one would act again if a tool applied it again |
+//! | an agent's certificate | it has expired and can no longer be used to rejoin (`join.expiredFor`) | TLS refuses it, and the agent was deleted with it |
+//! | any other certificate | never | its expiry is unknown |
+//! | a user | never | a foreign CA or `tokenFile` may admit the user, now or after a later change, with unknown credentials. There is at most one for each user |
+//! | a cluster | it is no longer registered, and `join.expiredFor` has passed | its uid never comes back; the revocation of a registered cluster would act again if a tool applied it again |
 //!
-//! In doubt it stays: a revocation that is purged too soon lets somebody in. So a record that cannot be read keeps what it may
-//! bear on, and nothing is purged while the wall clock jumps.
+//! In doubt a revocation stays, because deleting one too soon admits somebody. An unreadable record keeps the revocations that may depend
+//! on it, and nothing is deleted while the wall clock jumps.
 
 use super::view::View;
 use super::{Fleet, Object, Revocation, Revoked, Time, WriteError};

@@ -1,7 +1,7 @@
-//! What does the fleet consist of? The records that the store keeps of it, as types; their serde form is what is on disk.
+//! The fleet's records as types. Their serde form is what is on disk.
 //!
-//! A change that an older version would misread raises `SCHEMA`: then it skips the record, with an alarm, and a record
-//! that is skipped lets nobody in. What restricts somebody must not be skipped quietly: see [`Revocation`].
+//! A change that an older version would misread raises `SCHEMA`. The older version then skips the record with an error, and a skipped record
+//! admits nobody. A record that restricts somebody must not be skipped silently: see [`Revocation`].
 
 use super::issuer::Issuers;
 use crate::access::authn::Principal;

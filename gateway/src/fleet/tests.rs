@@ -1,4 +1,4 @@
-//! Goal: who is on record is somebody and nobody else is, through races, restarts, deletions and backups.
+//! Goal: agents on record are admitted and all others are refused, through races, restarts, deletions and backups.
 
 use super::*;
 use crate::config::{Mode, OBJECTS_MAX};

@@ -1,4 +1,4 @@
-//! What does the fleet look like right now? The records of the store, decoded once, with the indices that the data path asks.
+//! The view: the fleet's records in memory, decoded once, with the indices that the data path needs.
 
 use super::{
     AccessRule, AccessToken, Admission, CERTIFICATES_MAX, Certificate, Cluster, GatewayLife, INSTANCES_MAX,

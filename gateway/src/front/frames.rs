@@ -1,10 +1,10 @@
-//! Does a client over HTTP/2 do anything? Resets, pings, settings, priorities and unknown frames cost work and bring nothing.
-//! h2 bounds what it keeps of them, not how many there are: a client that asks and resets as fast as the wire carries has every
-//! request of it sent to the cluster (CVE-2023-44487, and CVE-2019-9512 to 9518 for the rest).
+//! Limits HTTP/2 frames without effect: resets, pings, settings, priorities and unknown frames. h2 bounds what it stores for them but not
+//! their number, and a client that opens and resets streams at full speed would have every request sent to the cluster
+//! (CVE-2023-44487, and CVE-2019-9512 to 9518 for the rest).
 //!
-//! So frames are followed where they are read, by their heads alone. Each that does nothing fills a bucket, which time
-//! empties. When it is full nothing more of the client is read, and h2 reads the beginning of a header block in many pieces
-//! instead: it answers with GOAWAY and ENHANCE_YOUR_CALM, as it does to a client that really sends such a block.
+//! The frames are counted where they are read, by their headers alone. Each frame without effect fills a bucket that time empties. When
+//! the bucket is full, the gateway reads nothing more from the client and feeds h2 the beginning of a header block in many pieces: h2
+//! answers with GOAWAY and ENHANCE_YOUR_CALM, as it does to a client that really sends such a block.
 
 use std::io;
 use std::pin::Pin;

@@ -1,13 +1,14 @@
-//! Is it beyond doubt where a request ends? Two lengths in one head (RFC 9112 section 6.3), a transfer coding besides `chunked`, or
-//! lines that end without CR let two servers disagree where the next request begins. hyper takes such a head, and its headers no
-//! longer show it; so it is looked for where it is read.
+//! Refuses HTTP/1.1 heads that are ambiguous about the end of the request (request smuggling): two lengths in one head (RFC 9112
+//! section 6.3), a transfer coding other than `chunked`, or lines that end without CR. hyper accepts such heads, and its parsed headers
+//! no longer show the ambiguity, so the check happens where the bytes are read.
 //!
-//! The reader follows the heads of one HTTP/1.1 connection line by line. The colon of the field that says the length for the
-//! second time, the first byte by which a coding is another than `chunked`, and the end of a line without CR are made unreadable,
-//! before anybody has seen them: hyper answers 400 and closes, as for any broken head. So is a fragment in a request's target, which
-//! hyper cuts off: what is in front of the gateway may have read the target whole.
-//! Bodies of known length are skipped. Behind anything else (chunks, an upgrade, what is not understood) nothing is read as
-//! a head; for soundness the connection then ends with the answer, see [`Framing::is_lost`].
+//! The reader follows the heads of one connection line by line. It makes the decisive byte unreadable before anybody has seen it: the
+//! colon of the second length field, the first byte of another coding, or the line end without CR. hyper then answers 400 and closes, as
+//! for any malformed head. The same happens to a fragment in a request's target, which hyper would cut off although a proxy in front of the
+//! gateway may have read the whole target.
+//!
+//! Bodies of known length are skipped. After anything else (chunks, an upgrade, anything not understood) nothing is read as a head; for
+//! soundness the connection then ends with the response, see [`Framing::is_lost`].
 
 use super::idle::Activity;
 use std::io;

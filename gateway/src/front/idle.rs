@@ -1,6 +1,5 @@
-//! What does a client connection hold while nobody asks for anything? Its socket, and little else: hyper keeps 16 KiB of buffers
-//! and the place of a request per connection, so an idle HTTP/1.1 connection is taken out of hyper and put back with the first
-//! bytes of the next request.
+//! Keeps idle client connections cheap: an idle HTTP/1.1 connection holds its socket and little else. hyper would hold 16 KiB of buffers
+//! and space for a request, so the connection is taken out of hyper and put back with the first bytes of the next request.
 
 use super::framing::Judged;
 use crate::exchange::Basis;

@@ -1,8 +1,8 @@
-//! Does this ServiceAccount token vouch for an agent of this cluster? Judged against what is on record of the cluster's issuer:
-//! its keys, its name and the one ServiceAccount that may come back by its token.
+//! Verifies ServiceAccount tokens of agents against the recorded issuer of the cluster: its URL, its keys and the one ServiceAccount that
+//! may rejoin.
 //!
-//! RS256 and ES256, which is what API servers sign with (RFC 7518 sections 3.3 and 3.4); the key decides on the algorithm, and
-//! a token that names another is refused. Everything that is checked is required.
+//! It supports RS256 and ES256, with which API servers sign (RFC 7518 sections 3.3 and 3.4). The key determines the algorithm, and a
+//! token that names another is refused. Every claim that is checked is required.
 
 use std::time::{Duration, SystemTime};
 

@@ -1,9 +1,9 @@
-//! Which process has which place? An instance is one process: two with certificates of one would take each other's route.
+//! Places: which process holds which agent identity. An instance is one process; two processes with certificates of one instance would take
+//! over each other's route.
 //!
-//! A place is taken here and nowhere else, in one step, before anything is signed for it. Whoever has it keeps it for
-//! [`ASSIGNED_FOR`], which is long enough to connect; after that the process's session tells whether it lives. What has a
-//! session was taken first, and is let go of only once the session is registered: so to look here first and at the
-//! sessions then misses nobody.
+//! A place is taken only here, in one step, before anything is signed for it. Its process keeps it for [`ASSIGNED_FOR`], which is long enough
+//! to connect; after that the process's session shows whether it lives. A place is released only after its session is registered, so a
+//! lookup here first and in the sessions second misses no process.
 
 use bytes::Bytes;
 use std::collections::HashMap;

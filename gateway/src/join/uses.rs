@@ -1,8 +1,8 @@
-//! Which process has used which ServiceAccount token? A token is one process's proof while that lives, and so are all the tokens of
-//! its pod, which the kubelet replaces every few minutes: whoever else has a copy of one gets nothing by it.
+//! Remembers which process used which ServiceAccount token. A token, and every other token of the same pod, admits only one process while
+//! that process lives, so a copy of a token is useless to anybody else. The kubelet replaces the token every few minutes.
 //!
-//! Another process may use it again for the same place only, and only when nothing is left of the first: the kubelet hands the
-//! token of a pod to its container again when that has crashed.
+//! Another process may use it again only for the same place, and only when the first process is gone: the kubelet gives a pod's token to
+//! its container again after a crash.
 
 use bytes::Bytes;
 use std::collections::HashMap;

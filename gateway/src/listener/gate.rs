@@ -1,16 +1,16 @@
-//! What must a connection pass, and whose is it? Every pool of connections and handshakes, each with shares and a reserve
-//! ([`crate::per_key`]), so that nobody takes it from the others:
+//! The limits on connections and handshakes. Each limit has shares and a reserve ([`crate::per_key`]), so that no source can take it from
+//! the others:
 //!
-//! 1. A handshake needs a place of its network. A network over its share is parked: accepted, held unread, let on when one of
-//!    its own places is free. A network that has none may take one of the reserve when strangers hold all others. TCP and QUIC
-//!    have pools of their own: neither is filled through the other.
-//! 2. The ClientHello tells what the connection is for. Clients and joins get a place of their network; agents get one also of
-//!    the reserve, and are divided by cluster as soon as their certificate has told it.
-//! 3. Until a request says who calls, a client's connection is a stranger's, of which a network has few. Then it is its first
-//!    caller's, whether that caller may do anything or not.
+//! 1. A handshake needs a place for its network. A network over its share is parked: its connections are accepted and held unread until
+//!    one of its own places is free. A network without a place may use the reserve when others hold all the rest. TCP and
+//!    QUIC have separate limits, so neither is used up through the other.
+//! 2. The ClientHello tells what the connection is for. Clients and joins take a place of their network. Agents may also use the
+//!    reserve, and are divided by cluster as soon as their certificate names it.
+//! 3. Until a request is authenticated, a client's connection counts as unauthenticated, of which a network has few. After that it
+//!    counts for its first caller, whether that caller is allowed anything or not.
 //!
-//! The gateway's own check needs no place. A trusted proxy has no share: it brings many clients, who are counted where it names
-//! them (PROXY protocol).
+//! The gateway's own readiness check does not count. A trusted proxy has no share: it carries many clients, who count by themselves if it
+//! names them (PROXY protocol).
 
 use crate::config::Limits;
 use crate::metrics::{Counted, Limit, Metrics};

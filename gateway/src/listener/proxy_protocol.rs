@@ -1,7 +1,7 @@
-//! Who is the client behind a balancer that passes TCP through? The PROXY protocol, version 2, before the ClientHello:
-//! a fixed part of 16 bytes, then addresses and extensions, whose length the fixed part tells.
+//! Reads the PROXY protocol, version 2, which a TCP load balancer sends before the ClientHello to name the client: a fixed part of 16
+//! bytes, then addresses and extensions, whose length the fixed part tells.
 //!
-//! Only what a trusted proxy sends is read as a header. Version 1, which is text, is recognised and refused.
+//! Only bytes from a trusted proxy are read as a header. Version 1, which is text, is recognised and refused.
 //! (The PROXY protocol, versions 1 & 2, section 2.2, haproxy.org/download/2.8/doc/proxy-protocol.txt)
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -1,13 +1,12 @@
-//! How does an agent get in over QUIC? On the public port's number, on UDP: the same limits, the same certificate checks, and
-//! after the handshake the same admission as over TCP (`agents`).
+//! Accepts agents over QUIC, on the public port's number over UDP, with the same limits, certificate checks and admission as over TCP.
 //!
-//! - An address that has not shown that it receives what we send is asked to (Retry) once half of the handshakes in
-//!   flight, of all or of its address, are taken: nobody can use them up in somebody else's name. Whose share is used up then
-//!   hears nothing: it asks again by itself, and gets in when there is a place. To be refused would end its attempt.
-//! - Migration is on: an agent behind a NAT whose binding changed goes on. Its identity belongs to the connection, whose
-//!   keys only it has, and not to the address; the address is for logs, limits of handshakes and `listen.allowedSources`, which is
-//!   asked again within seconds of a move.
-//! - A reset of a connection that a crash forgot is recognised, because its key comes from the tunnel's private key.
+//! - Address validation (Retry) is required once half of the handshakes in flight, of all or of the address, are taken, so that nobody
+//!   can use them up with spoofed addresses. An address over its share then gets no answer: QUIC retries by itself and succeeds
+//!   when there is room, whereas a refusal would end its attempt.
+//! - Migration is on: an agent whose NAT binding changes keeps its session. Its identity belongs to the connection, whose keys only it
+//!   has. The address is used for logs, limits on handshakes and `listen.allowedSources`, which is checked again within seconds of
+//!   a move.
+//! - The stateless reset of a connection that a crash forgot is recognised, because its key is derived from the tunnel's private key.
 
 use crate::config::Quic;
 use crate::context::{Shared, random};

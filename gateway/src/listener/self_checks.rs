@@ -1,4 +1,4 @@
-//! Which connections are our own readiness checks? They need no place and count as nobody's.
+//! Recognises the gateway's own readiness checks among its connections. They take no place of any limit.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;

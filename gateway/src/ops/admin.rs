@@ -1,10 +1,10 @@
-//! Is the gateway well? A private plain-HTTP listener for probes and Prometheus; GET only, and not for browsers.
+//! The private port: a plain-HTTP listener for probes and Prometheus. It serves GET only, and refuses browsers.
 //!
-//! Ready means: this process can serve. It accepts, its own TLS handshake succeeds, and it is not about to stop. Agents do
-//! not matter: a fleet that is away is no reason to restart its gateway.
+//! Ready means that this process can serve: it accepts, a TLS handshake with its own port succeeds, and it is not draining. Readiness does
+//! not depend on agents: an absent fleet is no reason to restart its gateway.
 //!
-//! A connection is one request. It waits in one room until its head is there, and in another one while it is answered;
-//! probes have a room of their own. So neither silence nor scrapes delay a probe.
+//! A connection carries one request. It waits in one room until its head is complete and in another one while it is answered; probes
+//! have a room of their own. Neither silent connections nor scrapes therefore delay a probe.
 
 mod room;
 

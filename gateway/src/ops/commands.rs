@@ -1,6 +1,6 @@
-//! What can be done beside running a gateway? The first admin's kubeconfig, a step of a change of the tunnel CA, and the store as a
-//! file: saved, brought back and looked over. All of it needs the state directory, and none of it a gateway that runs; one that
-//! does is asked before a step that its agents have to be prepared for.
+//! The gateway program's commands: the first admin's kubeconfig, a step of replacing the tunnel CA, and dump, restore and check of the
+//! store. All need the state directory and none needs a running gateway; if one runs, it is asked before a step for which its agents
+//! must be prepared.
 
 use crate::access::authn::{Principal, PrincipalError};
 use crate::api::ADMINS;

@@ -1,5 +1,5 @@
-//! Have the files changed? Configuration, certificates, tokens: read again on SIGHUP and when their content changes. What is
-//! bad keeps the last good state and is reported once.
+//! Reloads configuration, certificates and tokens on SIGHUP and when a file's content changes. An invalid file keeps the last valid state
+//! and is reported once.
 
 use crate::ca::authority::Authorities;
 use crate::ca::rotation;

@@ -1,4 +1,4 @@
-//! Does a session's other end still live? It is asked, and has to be heard within the time that a dead one does not deserve.
+//! Asks a session's peer for a sign of life by a ping, and waits a short time for the answer.
 
 use std::collections::HashSet;
 use std::time::Duration;

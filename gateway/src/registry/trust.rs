@@ -1,5 +1,5 @@
-//! Do the agents know the tunnel CA's roots as they are now? What each session has acknowledged, so that an operator who
-//! changes the CA knows when the next phase may begin.
+//! Tracks which sessions have acknowledged the tunnel CA's current roots, so that an operator who replaces the CA knows when the next step
+//! is safe.
 
 use crate::metrics::{Counted, Metrics};
 use std::collections::HashMap;

@@ -1,7 +1,7 @@
-//! How is a store saved, brought back and looked over? As JSON, by a process that has the store for itself.
+//! Dump, restore and check of a store, as JSON, by a process that has the store for itself.
 //!
-//! A backup does not know what was revoked after it was made. So bringing one back voids what could let somebody in
-//! again: what `voided` drops and changes is the caller's to say, who knows the records' meaning.
+//! A dump does not contain what was revoked after it was written. A restore therefore voids what could admit somebody again; the caller, who
+//! knows the meaning of the records, provides `voided`, which drops or changes them.
 
 use super::embedded::{self, Contents, Embedded};
 use super::{Key, Kind, RECORD_MAX, Record, StoreError, Unreadable};

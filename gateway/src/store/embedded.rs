@@ -1,9 +1,8 @@
-//! How does one process keep its records in one file? With redb: a transaction is on disk, flushed twice, before it counts.
+//! The embedded store: one process, one file, with redb. A transaction is on disk, flushed twice, before it is acknowledged.
 //!
-//! The file is opened with a check of every page, which is cheap for a few megabytes. It is never repaired by starting
-//! over: what does not open stays as it is, and the error says what to do. When the disk fails in the middle of a
-//! transaction the file is closed, and opened again by whoever comes next: so the store is back by itself when the disk
-//! is. Until then what was read before goes on serving.
+//! Opening checks every page, which is cheap for a few megabytes. A file that does not open is never repaired by starting over: it is left
+//! unchanged, and the error says what to do. If the disk fails during a transaction, the file is closed and the next caller
+//! opens it again, so the store recovers by itself with the disk. Until then reads are served from memory.
 
 use super::history::History;
 use super::lease::Leases;

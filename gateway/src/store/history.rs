@@ -1,4 +1,4 @@
-//! What has happened lately, and who waits for what comes? The events of the last transactions, in memory.
+//! The store's history: the events of the last transactions, in memory, and the watches that wait for the next ones.
 
 use super::{Event, HISTORY_MAX, Kind, Revision};
 use std::collections::VecDeque;

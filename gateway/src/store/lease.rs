@@ -1,4 +1,4 @@
-//! Who is still there? Leases of the embedded store: they live in this process, and what hangs on them dies with it.
+//! Leases of the embedded store. They live in this process, and records that depend on a lease are deleted with it.
 
 use super::Key;
 use std::collections::{BTreeSet, HashMap};

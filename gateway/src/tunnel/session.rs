@@ -1,10 +1,9 @@
-//! How does an agent get in, and how does its session live? In order: identity from the verified certificate, admission
-//! against the allow-list, the session's first round trip, a place in the registry; then until the session ends, its
-//! certificate runs out or the gateway stops.
+//! The life of an agent's session. In order: identity from the verified certificate, admission against the allow-list, the session's first
+//! round trip, registration; then it lives until it ends, its certificate expires or the gateway stops.
 //!
-//! A second process with the same certificate is told by its boot id. The first is asked for a sign of life: if it gives
-//! one the newcomer is refused, else it is replaced. So a restart after a crash gets in, and a stolen certificate neither
-//! takes over nor makes the route flap.
+//! A second process with the same certificate is recognised by its boot id. The gateway pings the first process: if that answers, the
+//! second one is refused, else it replaces the first. A restart after a crash is therefore admitted, and a stolen certificate can neither take
+//! over the route nor make it flap.
 
 use crate::config::Cluster;
 use crate::context::{Shared, random};

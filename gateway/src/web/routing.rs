@@ -1,6 +1,6 @@
-//! Which cluster does a request name? `/clusters/NAME/…` does, or the host `NAME.<hostDomain>`; the host decides.
+//! Finds the cluster that a request names: by path, `/clusters/NAME/…`, or by host, `NAME.<hostDomain>`; the host takes precedence.
 //!
-//! Only the prefix is interpreted, and an ambiguous one is refused. What follows it goes upstream byte for byte.
+//! Only the prefix is interpreted, and an ambiguous prefix is an error. The rest of the path is forwarded byte for byte.
 
 use http::request::Parts;
 use http::{Version, header};

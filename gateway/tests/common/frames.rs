@@ -1,4 +1,4 @@
-//! HTTP/2 by hand: frames that no library would send. The end-to-end tests use this file, too.
+//! HTTP/2 frames written by hand, including those that no library would send. The end-to-end tests use this file, too.
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 

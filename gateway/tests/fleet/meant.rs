@@ -1,5 +1,5 @@
-//! Goal: what cannot be meant is refused with the reason, and never read as something wider: selectors, options, keys, names of
-//! clusters, other people's names, and groups that are the gateway's own.
+//! Goal: requests that are probably mistakes are refused with the reason, and never interpreted more broadly: selectors, options, keys,
+//! cluster names, foreign user names, and the gateway's own groups.
 
 use super::common::{Client, World, error_of, full, text};
 use super::{ADMIN, CLUSTERS, give_token, world};

@@ -1,4 +1,4 @@
-//! Which bearer tokens are ours, and whose are they? A YAML file that holds their SHA-256, never the tokens.
+//! The token file: the SHA-256 of each of the gateway's bearer tokens, with its user and groups. The tokens themselves are not in it.
 //!
 //! ```yaml
 //! tokens:

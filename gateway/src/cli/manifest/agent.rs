@@ -1,4 +1,4 @@
-//! The agent in a cluster: which objects it consists of, and why.
+//! The agent's manifest: its objects and why each is needed.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;

@@ -1,4 +1,4 @@
-//! The agent's configuration, and the files beside it: what `towline agent manifest` says of the way to the gateway.
+//! The agent's configuration in the manifest's ConfigMap, and the files next to it.
 
 use std::fmt::Write as _;
 

@@ -1,4 +1,4 @@
-//! The agent's pods: the Deployment, how its nodes are drained, and what they may reach.
+//! The agent's pods: Deployment, PodDisruptionBudget and NetworkPolicy.
 
 use super::agent::{
     API_TOKEN_FILE, AgentManifest, CA_FILE, CONFIG_DIRECTORY, CONFIG_FILE, DRAIN, DRAIN_SPARE, HEALTH_PORT,

@@ -1,4 +1,4 @@
-//! A gateway in a cluster: one pod with a volume for its records, and a Service in front of it.
+//! The gateway's manifest: one pod with a volume for its records, and a Service in front of it.
 
 use std::collections::BTreeSet;
 use towline_certs::TrustDomain;

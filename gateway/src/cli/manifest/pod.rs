@@ -1,5 +1,4 @@
-//! What is said of a pod beside what its program needs? Where its image comes from, where it may run, what it may use, how it is
-//! marked: the same words for the agent and for the gateway.
+//! Pod options that agent and gateway share: image, placement, resources and labels.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;

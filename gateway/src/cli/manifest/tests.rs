@@ -1,4 +1,4 @@
-//! What the manifests promise, read back from the YAML.
+//! Goal: the manifests keep what they promise; the tests parse the printed YAML.
 
 use std::path::PathBuf;
 

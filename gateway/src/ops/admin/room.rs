@@ -1,8 +1,7 @@
-//! Who waits at the private port? A room has few places and never turns anybody away: when it is full, whoever has been in
-//! it for longest gives way, and an address that has its share gives way to itself. So connections that say nothing delay
-//! nobody, however many there are.
+//! Limits connections to the private port without refusing any: a room has few places, and when it is full the oldest connection is closed.
+//! An address that has used up its share loses its own oldest one. Silent connections therefore delay nobody, however many there are.
 //!
-//! The agent has the same file: the programs share the protocol and nothing else.
+//! The agent has the same file, because the programs share only the protocol.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;

@@ -1,5 +1,5 @@
-//! Goal: the embedded store keeps the promises of every store, and those that only a file can break: it survives disks
-//! that fail, processes that are killed and files that are damaged, and says what is wrong.
+//! Goal: the embedded store keeps the promises of every store, and those that only a file can break: it survives failing disks, killed
+//! processes and damaged files, and says what is wrong.
 
 use super::super::conformance::{self, Probe, key, put, read};
 use super::super::{Store, WatchEnd, backup};
