@@ -132,8 +132,10 @@ pub fn rfc3339(time: SystemTime) -> String {
     jiff::Timestamp::from_second(seconds).map_or_else(|_| format!("@{seconds}"), |stamp| stamp.to_string())
 }
 
+/// Lower-case hexadecimal digits.
+#[must_use]
 #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
-pub(crate) fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         write!(text, "{byte:02x}").expect("writing to a String cannot fail");

@@ -45,7 +45,7 @@ mod testing;
 
 pub use ca::{CaError, CaKind, CertificateAuthority};
 pub use explain::{explain, tls_error};
-pub use facts::CertificateFacts;
+pub use facts::{CertificateFacts, hex};
 pub use foreign::ForeignIssuer;
 pub use identity::{
     AUDIENCE_PREFIX, AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain,

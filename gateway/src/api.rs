@@ -21,15 +21,13 @@ mod strict;
 mod table;
 mod write;
 
-use crate::access::authn::{AuthnError, Known, Principal};
+use crate::access::authn::{AuthnError, Known};
 use crate::access::running::{Run, Scope};
-use crate::config::PublicAddress;
 use crate::context::Shared;
-use crate::exchange::{AnswerBody, Peer, ProxyError, Working, begin, identify, printable};
+use crate::exchange::{AnswerBody, Peer, ProxyError, Working, begin, identify};
 use crate::fleet::Fleet;
 use crate::metrics::{Counted, Ended, Limit, Surface};
 use crate::per_key::KeyPermit;
-use crate::web::routing::percent_decode;
 use bytes::Bytes;
 use error::{ApiError, json_response};
 use feed::Feed;
@@ -45,9 +43,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 use tokio::time::timeout;
 use towline_certs::HostName;
+use towline_model::text::{percent_decode, printable};
+use towline_model::{ADMINS, Principal, PublicAddress};
 
-/// Members may do everything.
-pub const ADMINS: &str = "towline:admins";
 /// Largest body.
 const BODY_MAX: usize = 1 << 20;
 const PREFIX: &str = "/apis/towline.io/v1alpha1/";

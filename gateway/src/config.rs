@@ -7,10 +7,8 @@ mod units;
 
 pub use units::ByteSize;
 
-use crate::access::authn;
 use crate::access::origin::Origin;
 use crate::ca::rotation;
-use crate::web::routing::ClusterName;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -19,7 +17,8 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use towline_certs::issue::LEAF_LIFETIME;
-use towline_certs::{ClusterUid, HostName, TrustDomain};
+use towline_certs::{ClusterUid, TrustDomain};
+use towline_model::{AccessRule, ClusterName, Mode, PublicAddress};
 use towline_proto::mux;
 
 /// The version of the format.
@@ -215,43 +214,6 @@ pub struct TunnelTls {
     pub agent_ca: PathBuf,
 }
 
-/// A host name or address, and a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PublicAddress {
-    pub host: HostName,
-    pub port: u16,
-}
-
-/// Why a text is no [`PublicAddress`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "write HOST:PORT with a DNS name or an IP address, such as gw.example.org:8443 or [2001:db8::1]:8443"
-)]
-pub struct PublicAddressError;
-
-impl std::str::FromStr for PublicAddress {
-    type Err = PublicAddressError;
-
-    fn from_str(text: &str) -> Result<Self, PublicAddressError> {
-        let (host, port) = text.rsplit_once(':').ok_or(PublicAddressError)?;
-        // An address of version 6 without brackets ends in what looks like a port.
-        let bare = host.contains(':') && !host.starts_with('[');
-        match (host.parse(), port.parse()) {
-            (Ok(host), Ok(port @ 1..)) if !bare => Ok(Self { host, port }),
-            _ => Err(PublicAddressError),
-        }
-    }
-}
-
-impl fmt::Display for PublicAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            HostName::Ip(IpAddr::V6(address)) => write!(f, "[{address}]:{}", self.port),
-            host => write!(f, "{host}:{}", self.port),
-        }
-    }
-}
-
 /// One cluster of the fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -277,86 +239,6 @@ pub enum EndsWithCredential {
     Interactive,
     /// All that runs, watches included.
     Everything,
-}
-
-/// How requests authenticate to a cluster.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Mode {
-    /// The caller's own `Authorization` goes through untouched; the agent adds nothing.
-    #[default]
-    Restricted,
-    /// The agent impersonates the caller.
-    Impersonate,
-}
-
-/// One rule of the access list. It matches a caller named in `users` or in one of `groups`, for a cluster in
-/// `clusters`; `*` stands for every one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct AccessRule {
-    pub effect: Effect,
-    #[serde(default)]
-    pub users: Vec<String>,
-    #[serde(default)]
-    pub groups: Vec<String>,
-    pub clusters: Vec<String>,
-}
-
-impl AccessRule {
-    /// What in it cannot be meant: the list, and why. A rule that matches nobody, or no cluster, allows less than its author
-    /// thinks, or forbids less.
-    #[must_use]
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        if self.users.is_empty() && self.groups.is_empty() {
-            problems.push(("users", "names neither users nor groups; write \"*\" for everybody".to_owned()));
-        }
-        if self.clusters.is_empty() {
-            problems.push(("clusters", "names no clusters; write \"*\" for every one".to_owned()));
-        }
-        for (list, names) in [("users", &self.users), ("groups", &self.groups)] {
-            let named = names.iter().filter(|name| *name != ANY);
-            let told = |name: &String| Some((list, format!("{}, or \"*\" for everybody", nobody(name)?)));
-            problems.extend(named.filter_map(told));
-        }
-        for name in self.clusters.iter().filter(|name| *name != ANY && ClusterName::new(name).is_err()) {
-            let why = match name.contains(['*', '?', '[']) {
-                true => "patterns are not supported",
-                false => "a name is 1 to 63 of a-z, 0-9 and, between them, -",
-            };
-            let text =
-                format!("{name:?} is no name of a cluster; write \"*\" for every one, or a name; {why}");
-            problems.push(("clusters", text));
-        }
-        problems
-    }
-}
-
-/// Stands for every user, every group or every cluster.
-pub(crate) const ANY: &str = "*";
-
-/// Why nobody has this name, or is in a group of this name.
-fn nobody(name: &str) -> Option<String> {
-    let why = if authn::check_text(name).is_err() {
-        "is not 1 to 256 bytes on one line; write a name"
-    } else if name.contains('*') {
-        "holds *, and patterns are not supported here; write a name"
-    } else if name.trim() != name {
-        "begins or ends with a space; write a name"
-    } else if authn::is_system(name) {
-        "begins with system:, and nobody whom the gateway lets in does; write a name that somebody has"
-    } else {
-        return None;
-    };
-    Some(format!("{name:?} {why}"))
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Effect {
-    Allow,
-    /// Wins over every Allow.
-    Deny,
 }
 
 /// What agents get that join.

@@ -4,7 +4,7 @@ use crate::access::running::Running;
 use crate::api::feed::Feed;
 use crate::ca::authority::Authorities;
 use crate::config::{Cluster, GatewayConfig};
-use crate::fleet::{Fleet, NotAdmitted, ShownCertificate, Time, lastseen};
+use crate::fleet::{Fleet, NotAdmitted, ShownCertificate, lastseen};
 use crate::join::Joins;
 use crate::lifecycle::{Stages, Tasks};
 use crate::listener::gate::Gate;
@@ -25,6 +25,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, SpkiPin};
+use towline_model::Time;
+use towline_model::random::random;
 use towline_proto::mux::{Budget, WINDOW_START};
 
 /// Sessions without memory that may hear at the same time why they end.
@@ -281,10 +283,4 @@ impl Shared {
     pub(crate) fn reloads(&self) -> watch::Receiver<()> {
         self.reloads.subscribe()
     }
-}
-
-/// Fills `bytes` with random ones.
-#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
-pub(crate) fn random(bytes: &mut [u8]) {
-    aws_lc_rs::rand::fill(bytes).expect("the system's random number generator never fails once it is seeded");
 }

@@ -26,15 +26,15 @@ pub(crate) mod work;
 
 pub(crate) use body::{AnswerBody, Basis};
 use error::HeadTooLarge;
-pub(crate) use error::{CHALLENGE, ProxyError, printable, warning};
+pub(crate) use error::{CHALLENGE, ProxyError, warning};
 pub(crate) use work::{Refusals, Work, Working};
 
-use crate::access::authn::{self, Caller, Certificate, Credential, Known, Principal};
+use crate::access::authn::{self, Caller, Certificate, Credential, Known};
 use crate::access::origin;
 use crate::access::running::{self, Chain, Grant, Run, Scope};
 use crate::api;
-use crate::config::{Cluster, Mode};
-use crate::context::{Shared, random};
+use crate::config::Cluster;
+use crate::context::Shared;
 use crate::exchange::headers::{Asked, HeadersError, Upstream};
 use crate::exchange::kind::RequestKind;
 use crate::exchange::uploads::{Room, Unread};
@@ -45,7 +45,7 @@ use crate::metrics::{Counted, Ended, Limit, Surface, TlCode};
 use crate::per_key::KeyPermit;
 use crate::registry::{AcquireError, Patience, SessionId};
 use crate::rules::Decision;
-use crate::web::routing::{self, ClusterName, RouteError};
+use crate::web::routing::{self, RouteError};
 use arc_swap::ArcSwap;
 use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
@@ -55,7 +55,6 @@ use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use std::cell::RefCell;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -66,6 +65,9 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use towline_certs::{CertificateDer, ClusterUid};
+use towline_model::random::{random, uuid};
+use towline_model::text::printable;
+use towline_model::{ClusterName, Mode, Principal};
 use towline_proto::Code;
 use towline_proto::open::{self, Answer, BodyKind, Open, Outcome, Want};
 use towline_proto::tunnel::exchange::{
@@ -146,7 +148,7 @@ pub(crate) async fn serve(
     request: Request<Incoming>,
 ) -> Response<AnswerBody> {
     let start = Instant::now();
-    let audit_id = audit_id();
+    let audit_id = uuid();
     let method = request.method().clone();
     let http1 = request.version() <= Version::HTTP_11;
     let wants_upgrade =
@@ -891,51 +893,4 @@ fn switch(
     let guards = (place, request, working, principal, Arc::clone(peer));
     upgrade::carry(shared, token, on_upgrade, (send, live.recv), run, guards);
     Ok(answer)
-}
-
-/// A random UUID (RFC 9562, version 4). It names a request and protects nothing, so random bytes are fetched for many at once.
-#[expect(clippy::indexing_slicing, reason = "the pool's length is a multiple of 16, and a digit is below 16")]
-#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
-fn audit_id() -> String {
-    thread_local! {
-        static BYTES: RefCell<([u8; 1024], usize)> = const { RefCell::new(([0; 1024], 0)) };
-    }
-    let mut bytes = BYTES.with_borrow_mut(|(pool, left)| {
-        if *left == 0 {
-            random(pool);
-            *left = pool.len();
-        }
-        *left -= 16;
-        <[u8; 16]>::try_from(&pool[*left..*left + 16]).expect("sixteen bytes are taken at a time")
-    });
-    bytes[6] = bytes[6] & 0x0f | 0x40;
-    bytes[8] = bytes[8] & 0x3f | 0x80;
-    let mut text = String::with_capacity(36);
-    for (at, byte) in bytes.into_iter().enumerate() {
-        if matches!(at, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        for digit in [byte >> 4, byte & 0xf] {
-            text.push(char::from(b"0123456789abcdef"[usize::from(digit)]));
-        }
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::HashSet;
-
-    #[test]
-    fn audit_ids_are_uuids_and_never_the_same() {
-        let ids: HashSet<String> = (0..1000).map(|_| audit_id()).collect();
-        assert_eq!(ids.len(), 1000);
-        for id in ids {
-            let parts: Vec<&str> = id.split('-').collect();
-            assert_eq!(parts.iter().map(|part| part.len()).collect::<Vec<_>>(), [8, 4, 4, 4, 12]);
-            assert!(parts[2].starts_with('4') && "89ab".contains(&parts[3][..1]), "{id}");
-            assert!(id.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit()));
-        }
-    }
 }

@@ -19,15 +19,12 @@ mod view;
 pub use issuer::{Heard, Issuers, Told, Word};
 pub use records::{
     AccessRule, AccessToken, AgentSeen, Certificate, Cluster, Ended, GatewayLife, Instance, JoinToken,
-    LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, SUBJECT, TOKEN_USES_MOST, Time,
+    LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, SUBJECT, TOKEN_USES_MOST,
     TokenIssuer, TokenUse,
 };
 pub use view::{Object, Shown};
 
-use crate::access::authn::Principal;
-use crate::access::authn::tokens::Hash;
 use crate::config;
-use crate::context::random;
 use crate::metrics::Metrics;
 use crate::rules::AccessRules;
 use crate::store::{Key, Kind, Record, Store, StoreError, Unreadable, Watch};
@@ -38,7 +35,11 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
+use towline_certs::hex;
 use towline_certs::{AgentIdentity, ClusterUid, InstanceId, SpkiPin};
+use towline_model::random::random;
+use towline_model::token::Hash;
+use towline_model::{Principal, Time};
 use view::View;
 
 /// Instances on record of one cluster; the one whose certificate ran out first makes room for the next.
@@ -525,29 +526,11 @@ pub fn readable(record: &Record) -> Result<(), Unreadable> {
     Object::read(record).map(drop)
 }
 
-/// A new uid: a random UUID (RFC 9562, version 4).
-#[must_use]
-pub fn new_uid() -> String {
-    let mut bytes = [0; 16];
-    random(&mut bytes);
-    bytes[6] = bytes[6] & 0x0f | 0x40;
-    bytes[8] = bytes[8] & 0x3f | 0x80;
-    let text = hex(&bytes);
-    [&text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..]].join("-")
-}
-
 #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 fn new_instance_id() -> InstanceId {
     let mut bytes = [0; 8];
     random(&mut bytes);
     InstanceId::new(&hex(&bytes)).expect("sixteen hexadecimal digits are an instance id")
-}
-
-/// Lower-case hexadecimal digits.
-#[must_use]
-pub fn hex(bytes: &[u8]) -> String {
-    let digit = |value: u8| char::from(b"0123456789abcdef"[usize::from(value & 15)]);
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(*byte)]).collect()
 }
 
 #[cfg(test)]

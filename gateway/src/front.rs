@@ -231,7 +231,7 @@ pub(crate) async fn serve<IO>(
         } else if error.is_parse() {
             shared.metrics.rejected(Surface::Front, TlCode::BadFraming);
         }
-        tracing::debug!(client = %address, error = %exchange::printable(&error.to_string()), "client connection ended");
+        tracing::debug!(client = %address, error = %towline_model::text::printable(&error.to_string()), "client connection ended");
     }
 }
 

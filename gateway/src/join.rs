@@ -20,7 +20,7 @@ use crate::ca::authority::Authorities;
 use crate::config;
 use crate::context::Shared;
 use crate::fleet::{
-    self, Admission, Fleet, Heard, JoinRefused, NotAdmitted, Object, Time, WhenFull, Word, WriteError,
+    self, Admission, Fleet, Heard, JoinRefused, NotAdmitted, Object, WhenFull, Word, WriteError,
 };
 use crate::log::sparing;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
@@ -38,6 +38,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use towline_certs::facts::CertificateFacts;
 use towline_certs::issue::csr_pin;
 use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, IssueError, SpkiPin};
+use towline_model::Time;
 use towline_proto::hello::BOOT_ID_BYTES;
 use towline_proto::join::{
     Admitted, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
@@ -344,7 +345,7 @@ fn refused(
     if refusal.counts && !exempt {
         shared.joins.failed(address.ip());
     }
-    let (code, why) = (refusal.code.label(), crate::exchange::printable(&refusal.text));
+    let (code, why) = (refusal.code.label(), towline_model::text::printable(&refusal.text));
     let due = cluster.map_or_else(|| shared.refusals.due(&()), |cluster| shared.lines.due(cluster));
     let cluster = cluster.map(ClusterUid::as_str);
     if refusal.expected {
@@ -432,7 +433,7 @@ async fn decide(
     }
     sparing!(shared.lines.due(&admission.cluster.uid), info, cluster = %admission.cluster.name,
         instance = %admission.instance, agent = %address, with, serial = issued.serial,
-        software = %crate::exchange::printable(&request.software), "agent joined");
+        software = %towline_model::text::printable(&request.software), "agent joined");
     Ok(Admitted {
         certificate: issued.certificate,
         trust: live.trust.clone(),
@@ -650,7 +651,7 @@ async fn record_issuer(
     match fleet.record_issuer(cluster, agent, &said, word).await {
         Ok(Heard::Counts) => true,
         Ok(Heard::Pending) => {
-            let issuer = crate::exchange::printable(&said.issuer);
+            let issuer = towline_model::text::printable(&said.issuer);
             tracing::warn!(%cluster, instance = %agent, issuer, "issuer keys changed; the agent's report is ignored until a join token or spec.issuer confirms it");
             false
         }

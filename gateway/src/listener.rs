@@ -466,7 +466,7 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             let surface = if *tunnel { Surface::Tunnel } else { Surface::Listener };
             reject(Handshake::Tls, surface, TlCode::Cert);
             let why = tls_error(error).map_or_else(|| error.to_string(), explain);
-            let why = crate::exchange::printable(&why);
+            let why = towline_model::text::printable(&why);
             // A refused agent is what its operator looks for in this log; a refused client sees it itself.
             if *tunnel {
                 sparing!(shared.refusals.due(&()), info, client = %address, why, "agent refused");

@@ -10,8 +10,7 @@
 pub(crate) mod sign_of_life;
 pub mod trust;
 
-use crate::exchange::printable;
-use crate::fleet::{AgentSeen, Ended, LastSeen, Time};
+use crate::fleet::{AgentSeen, Ended, LastSeen};
 use crate::map::Map;
 use crate::metrics::{Counted, HoldOutcome, Metrics};
 use std::collections::HashSet;
@@ -23,6 +22,8 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use towline_certs::{ClusterUid, InstanceId};
+use towline_model::Time;
+use towline_model::text::printable;
 use towline_proto::Code;
 use towline_proto::join::{AgentMode, ApiServerState};
 use towline_proto::mux::{CloseReason, OpenError};

@@ -2,11 +2,9 @@
 //!
 //! A later store brings richer rules; the question stays the same.
 
-use crate::access::authn::Principal;
-use crate::config::{ANY, AccessRule, Effect};
 use crate::map::Map;
-use crate::web::routing::ClusterName;
 use std::collections::HashSet;
+use towline_model::{ANY, AccessRule, ClusterName, Effect, Principal};
 
 /// The rules in force, found by whom they are for: a request, and each look at what is running, asks the rules of one
 /// principal and not all there are.

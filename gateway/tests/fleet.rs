@@ -20,15 +20,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinSet;
+use towline_certs::hex;
 use towline_certs::{AgentKey, CertificateDer, CertificateFacts, TrustDomain};
 use towline_gateway::Gateway;
-use towline_gateway::config::{GatewayConfig, Mode};
+use towline_gateway::config::GatewayConfig;
 use towline_gateway::fleet::{
     AccessToken, Cluster, Ended, Fleet, GatewayLife, Instance, Issuers, LastSeen, Meta, Object, Origin,
-    Revoked, Time, hex, new_uid, restored,
+    Revoked, restored,
 };
 use towline_gateway::ops::commands;
 use towline_gateway::store::{Kind, backup};
+use towline_model::random::uuid;
+use towline_model::{Mode, Time};
 use towline_proto::mux::Limits;
 use towline_proto::open::BodyKind;
 
@@ -56,7 +59,7 @@ async fn world() -> World {
 
 fn meta() -> Meta {
     let (labels, annotations) = Default::default();
-    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels, annotations }
+    Meta { uid: uuid(), created: Time::now(), generation: 1, labels, annotations }
 }
 
 async fn give_token(fleet: &Fleet, user: &str, token: &str) {

@@ -10,8 +10,11 @@ use serde_json::{Value, json};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use towline_certs::hex;
 use towline_gateway::config::GatewayConfig;
-use towline_gateway::fleet::{AccessToken, Meta, Time, hex, new_uid};
+use towline_gateway::fleet::{AccessToken, Meta};
+use towline_model::Time;
+use towline_model::random::uuid;
 
 const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
 /// Where the process in a small file system finds that.
@@ -28,7 +31,7 @@ async fn world(change: impl FnOnce(&mut GatewayConfig)) -> (World, Agent, Client
     let sha256 = hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root").as_ref());
     let groups = vec!["towline:admins".to_owned()];
     let (labels, annotations) = Default::default();
-    let meta = Meta { uid: new_uid(), created: Time::now(), generation: 1, labels, annotations };
+    let meta = Meta { uid: uuid(), created: Time::now(), generation: 1, labels, annotations };
     let token = AccessToken { meta, sha256, user: "root".to_owned(), groups, expires: None };
     world.gateway.fleet().unwrap().put("root", &token, None).await.unwrap();
     let agent = world.agent("prod").await;

@@ -33,9 +33,11 @@ use towline_certs::{
     ServerName, TrustDomain, tls,
 };
 use towline_gateway::ca::rotation::{self, Step};
-use towline_gateway::fleet::{self, Meta, Revoked, Time, WhenFull, new_uid};
+use towline_gateway::fleet::{self, Meta, Revoked, WhenFull};
 use towline_gateway::ops::commands;
 use towline_gateway::store::Kind;
+use towline_model::Time;
+use towline_model::random::uuid;
 use towline_proto::join::{
     About, Admitted, ApiServer, ApiServerState, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Certificate, Issuer,
     JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Notice, Proof, RefusalCode, Refused, Renew, Renewal,
@@ -61,7 +63,7 @@ async fn world_with(change: impl FnOnce(&mut towline_gateway::config::GatewayCon
 }
 
 fn meta() -> Meta {
-    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
+    Meta { uid: uuid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
 }
 
 async fn register(world: &World, name: &str) -> String {
@@ -73,7 +75,7 @@ async fn register_for(world: &World, name: &str, max_agents: u32) -> String {
     let cluster = fleet::Cluster {
         meta: meta(),
         account: None,
-        mode: towline_gateway::config::Mode::Restricted,
+        mode: towline_model::Mode::Restricted,
         description: String::new(),
         deletion_protection: false,
         max_agents,
@@ -98,7 +100,7 @@ async fn token(world: &World, cluster: &str, uses: u32, life: Duration) -> Token
         max_uses: uses,
         uses: Vec::new(),
     };
-    let id = new_uid();
+    let id = uuid();
     fleet.put(&id, &record, None).await.unwrap();
     Token { id, secret: Bytes::copy_from_slice(secret.as_bytes()) }
 }
@@ -585,7 +587,7 @@ impl Cluster {
 
     fn claims(subject: &str, audience: &str) -> Value {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        json!({ "iss": "https://k8s", "sub": subject, "aud": [audience], "exp": now + 600, "iat": now, "nbf": now, "jti": new_uid() })
+        json!({ "iss": "https://k8s", "sub": subject, "aud": [audience], "exp": now + 600, "iat": now, "nbf": now, "jti": uuid() })
     }
 
     /// A new token of this pod.
@@ -1007,7 +1009,7 @@ async fn give_admin_token(world: &World) {
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root");
     let admin = fleet::AccessToken {
         meta: meta(),
-        sha256: fleet::hex(digest.as_ref()),
+        sha256: towline_certs::hex(digest.as_ref()),
         user: "root".to_owned(),
         groups: vec!["towline:admins".to_owned()],
         expires: None,

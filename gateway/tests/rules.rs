@@ -19,11 +19,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinSet;
+use towline_certs::hex;
 use towline_gateway::Gateway;
-use towline_gateway::config::{self as gateway_config, Effect, EndsWithCredential, GatewayConfig, Mode};
-use towline_gateway::fleet::{AccessRule, AccessToken, Fleet, Meta, Time, hex, new_uid};
+use towline_gateway::config::{EndsWithCredential, GatewayConfig};
+use towline_gateway::fleet::{AccessRule, AccessToken, Fleet, Meta};
 use towline_gateway::registry::Presence;
 use towline_gateway::store::Kind;
+use towline_model::random::uuid;
+use towline_model::{Effect, Mode, Time};
 use towline_proto::open::BodyKind;
 
 const JANE: &str = "tlat_jane";
@@ -72,19 +75,19 @@ async fn reload(world: &World, change: impl FnOnce(&mut GatewayConfig)) {
     world.gateway.reload().await.unwrap();
 }
 
-fn rule_in_file(user: &str) -> gateway_config::AccessRule {
+fn rule_in_file(user: &str) -> towline_model::AccessRule {
     let (users, clusters) = (vec![user.to_owned()], vec!["prod".to_owned()]);
-    gateway_config::AccessRule { effect: Effect::Allow, users, groups: Vec::new(), clusters }
+    towline_model::AccessRule { effect: Effect::Allow, users, groups: Vec::new(), clusters }
 }
 
 fn rule(effect: Effect, user: &str) -> AccessRule {
-    let gateway_config::AccessRule { users, groups, clusters, .. } = rule_in_file(user);
+    let towline_model::AccessRule { users, groups, clusters, .. } = rule_in_file(user);
     AccessRule { meta: meta(), effect, users, groups, clusters, ended: Default::default() }
 }
 
 fn meta() -> Meta {
     let (labels, annotations) = Default::default();
-    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels, annotations }
+    Meta { uid: uuid(), created: Time::now(), generation: 1, labels, annotations }
 }
 
 /// Jane's token, or what it is from now on.
@@ -158,7 +161,7 @@ async fn takes_effect(what: What) {
         }
         if what == What::Group {
             let by_group =
-                gateway_config::AccessRule { groups: vec!["ops".to_owned()], ..rule_in_file("nobody") };
+                towline_model::AccessRule { groups: vec!["ops".to_owned()], ..rule_in_file("nobody") };
             config.access.push(by_group);
         }
     })

@@ -23,8 +23,9 @@ use towline_agent::{Agent, AgentConfig};
 use towline_certs::TrustDomain;
 use towline_fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};
 use towline_gateway::Gateway;
-use towline_gateway::config::{AccessRule, Effect, GatewayConfig, Tls};
+use towline_gateway::config::{GatewayConfig, Tls};
 use towline_gateway::ops::commands;
+use towline_model::{AccessRule, Effect};
 use towline_testkit::kubectl::{self, Run};
 use towline_testkit::stack::{binary, free_port};
 

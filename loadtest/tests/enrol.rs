@@ -37,9 +37,11 @@ use towline_certs::{
 };
 use towline_gateway::Gateway;
 use towline_gateway::ca::rotation::{self, Step};
-use towline_gateway::config::{AccessRule, Effect, GatewayConfig, Mode, Tls};
-use towline_gateway::fleet::{self, Meta, Time, new_uid};
+use towline_gateway::config::{GatewayConfig, Tls};
+use towline_gateway::fleet::{self, Meta};
 use towline_gateway::store::Kind;
+use towline_model::random::uuid;
+use towline_model::{AccessRule, Effect, Mode, Time};
 
 /// Longer than anything takes that comes at all, on a machine that is ten times slower than others and stands still now and then.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -113,7 +115,7 @@ async fn api_server(jwks: String) -> (SocketAddr, JoinSet<()>) {
 }
 
 fn meta() -> Meta {
-    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
+    Meta { uid: uuid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
 }
 
 impl World {
@@ -179,7 +181,7 @@ impl World {
             max_uses: 1,
             uses: Vec::new(),
         };
-        let id = new_uid();
+        let id = uuid();
         fleet.put(&id, &record, None).await.unwrap();
         let addresses = vec![self.gateway.public_addr().to_string().parse().unwrap()];
         let token = JoinToken {
@@ -197,7 +199,7 @@ impl World {
     /// A projected ServiceAccount token.
     fn projected(&self) -> String {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let claims = json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline:fleet.test"], "iat": now, "exp": now + 600, "jti": new_uid() });
+        let claims = json!({ "iss": "https://k8s", "sub": SUBJECT, "aud": ["towline:fleet.test"], "iat": now, "exp": now + 600, "jti": uuid() });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": "1" })), part(&claims));
         let signature = self.issuer.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();

@@ -76,7 +76,7 @@ impl Issuer {
     fn mint(&self, subject: &str, audience: &str) -> String {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
         let claims = json!({ "iss": "https://kubernetes.default.svc", "sub": subject, "aud": [audience],
-            "iat": now, "nbf": now, "exp": now + 600, "jti": towline_gateway::fleet::new_uid() });
+            "iat": now, "nbf": now, "exp": now + 600, "jti": towline_model::random::uuid() });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(&json!({ "alg": "ES256", "kid": self.name })), part(&claims));
         let signature = self.key.sign(&SystemRandom::new(), signed.as_bytes()).unwrap();

@@ -16,161 +16,26 @@
 
 pub mod tokens;
 
-use crate::config::Mode;
 use crate::fleet::Fleet;
 use crate::metrics::Ended;
-use crate::web::routing::percent_decode;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine as _, alphabet};
-use bytes::Bytes;
 use http::header::{
     AUTHORIZATION, CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_PROTOCOL, UPGRADE,
 };
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::SystemTime;
 use thiserror::Error;
 use tokens::Tokens;
 use towline_certs::facts::CertificateFacts;
-use towline_certs::identity::GROUPS_MAX;
 use towline_certs::{CertificateDer, ClientCa};
-use towline_proto::open;
+use towline_model::text::percent_decode;
+use towline_model::{Mode, Principal, PrincipalError, token};
 
 /// The WebSocket subprotocol that carries a bearer token (Kubernetes).
 pub(crate) const BEARER_SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
-
-/// The authenticated caller: a name and groups, nothing else. What a request needs of them is found out once: there may be a thousand
-/// groups.
-#[derive(Clone, Debug)]
-pub struct Principal {
-    pub name: String,
-    pub groups: Vec<String>,
-    checked: Result<(), PrincipalError>,
-    /// As agents are told, once one is.
-    told: OnceLock<open::Principal>,
-}
-
-impl PartialEq for Principal {
-    fn eq(&self, other: &Self) -> bool {
-        self.name == other.name && self.groups == other.groups
-    }
-}
-
-impl Eq for Principal {}
-
-/// Why a name cannot be a caller's.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum PrincipalError {
-    #[error("the name {0:?} begins with system:, which is reserved for Kubernetes")]
-    SystemName(String),
-    #[error("the group {0:?} begins with system:, which is reserved for Kubernetes")]
-    SystemGroup(String),
-    #[error(
-        "the group {0:?} begins with towline:, which is reserved for the gateway: only its own CA and its own tokens may carry it"
-    )]
-    OwnGroup(String),
-    #[error("the name {0}")]
-    Name(TextError),
-    /// Which of the groups, from 1 on.
-    #[error("group {0} {1}")]
-    Group(usize, TextError),
-    #[error("{0} groups are too many: at most {GROUPS_MAX} are allowed")]
-    TooManyGroups(usize),
-}
-
-/// Why a text is no name of a caller or group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum TextError {
-    #[error("is empty")]
-    Empty,
-    #[error("is {0} bytes long: at most {TEXT_MAX} are allowed")]
-    TooLong(usize),
-    #[error("contains control characters")]
-    Control,
-}
-
-/// Longest name of a caller or group, in bytes.
-const TEXT_MAX: usize = 256;
-
-/// Whether a name or a group can have this text.
-///
-/// # Errors
-/// Why not.
-pub(crate) fn check_text(text: &str) -> Result<(), TextError> {
-    match text.len() {
-        0 => Err(TextError::Empty),
-        length if length > TEXT_MAX => Err(TextError::TooLong(length)),
-        _ if text.chars().any(char::is_control) => Err(TextError::Control),
-        _ => Ok(()),
-    }
-}
-
-impl Principal {
-    #[must_use]
-    pub fn new(name: &str, groups: Vec<String>) -> Self {
-        let checked = check(name, &groups);
-        Self { name: name.to_owned(), groups, checked, told: OnceLock::new() }
-    }
-
-    /// Whether the gateway lets anybody be this.
-    ///
-    /// # Errors
-    /// Why not.
-    pub fn check(&self) -> Result<(), PrincipalError> {
-        self.checked.clone()
-    }
-
-    /// As an agent is told. A clone of it copies no group.
-    pub(crate) fn told(&self) -> &open::Principal {
-        self.told.get_or_init(|| open::Principal {
-            name: self.name.clone(),
-            groups: self.groups.iter().map(|group| Bytes::copy_from_slice(group.as_bytes())).collect(),
-        })
-    }
-
-    /// As [`Self::check`], of somebody of whom a CA or a file says so that is not the gateway's own.
-    ///
-    /// # Errors
-    /// Why not.
-    pub fn check_foreign(&self) -> Result<(), PrincipalError> {
-        self.check()?;
-        match self.groups.iter().find(|group| begins_with(group, OWN)) {
-            Some(group) => Err(PrincipalError::OwnGroup(group.clone())),
-            None => Ok(()),
-        }
-    }
-}
-
-fn check(name: &str, groups: &[String]) -> Result<(), PrincipalError> {
-    check_text(name).map_err(PrincipalError::Name)?;
-    if groups.len() > GROUPS_MAX {
-        return Err(PrincipalError::TooManyGroups(groups.len()));
-    }
-    for (number, group) in (1..).zip(groups) {
-        check_text(group).map_err(|error| PrincipalError::Group(number, error))?;
-    }
-    if is_system(name) {
-        return Err(PrincipalError::SystemName(name.to_owned()));
-    }
-    match groups.iter().find(|group| is_system(group)) {
-        Some(group) => Err(PrincipalError::SystemGroup(group.clone())),
-        None => Ok(()),
-    }
-}
-
-/// What names begin with that belong to Kubernetes, and groups that belong to the gateway.
-const SYSTEM: &str = "system:";
-const OWN: &str = "towline:";
-
-/// Whether a name or a group is one of Kubernetes' own.
-pub(crate) fn is_system(name: &str) -> bool {
-    begins_with(name, SYSTEM)
-}
-
-fn begins_with(text: &str, prefix: &str) -> bool {
-    text.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
-}
 
 /// What a connection's client certificate is worth; judged once, after the handshake.
 #[derive(Clone, Debug, Default)]
@@ -280,7 +145,7 @@ pub enum Credential {
         /// When it runs out.
         until: SystemTime,
     },
-    Token(tokens::Hash),
+    Token(token::Hash),
 }
 
 impl fmt::Display for Credential {
@@ -308,12 +173,12 @@ pub struct Known<'a> {
 
 impl Known<'_> {
     /// The file does not say when its tokens were issued: to be safe, before any revocation of their user.
-    fn in_file(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
+    fn in_file(&self, hash: &token::Hash) -> Option<Arc<Principal>> {
         let revoked = |user: &str| self.fleet.is_some_and(|fleet| fleet.has_revocation(user));
         self.tokens.find(hash).filter(|owner| !revoked(&owner.name))
     }
 
-    fn owner(&self, hash: &tokens::Hash) -> Option<Arc<Principal>> {
+    fn owner(&self, hash: &token::Hash) -> Option<Arc<Principal>> {
         self.in_file(hash).or_else(|| self.fleet?.token(hash))
     }
 
@@ -374,9 +239,9 @@ pub fn authenticate(
         || authorization.and_then(bearer).map(ToOwned::to_owned).or_else(|| subprotocol_token(headers));
     let caller = match certified {
         Ok(caller) => caller,
-        Err(error) => match bearer().filter(|token| token.starts_with(tokens::PREFIX)) {
+        Err(error) => match bearer().filter(|token| token.starts_with(token::PREFIX)) {
             Some(token) => {
-                let hash = tokens::hash(&token).ok_or(AuthnError::UnknownToken)?;
+                let hash = token::hash(&token).ok_or(AuthnError::UnknownToken)?;
                 let principal = known.owner(&hash).ok_or(AuthnError::UnknownToken)?;
                 Caller { principal, credential: Credential::Token(hash) }
             }
@@ -489,7 +354,7 @@ pub(crate) fn target_carries_own_credential(target: &str) -> bool {
 
 /// Whether a token of ours, or its first 16 characters, stand in `bytes`, whatever is before it.
 fn holds_whole(bytes: &[u8]) -> bool {
-    let prefix = tokens::PREFIX.as_bytes();
+    let prefix = token::PREFIX.as_bytes();
     let is_of_one = |byte: &&u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'~');
     let is_whole =
         |at: usize| bytes.iter().skip(at).take(TOKEN_LEAST).filter(is_of_one).count() == TOKEN_LEAST;
@@ -503,7 +368,7 @@ const TOKEN_LEAST: usize = 16;
 /// Whether a token of ours begins anywhere in `bytes`. Where it would begin inside a longer word it is none: among the
 /// letters of other people's tokens, ours come up by chance.
 fn holds_own(bytes: &[u8]) -> bool {
-    let prefix = tokens::PREFIX.as_bytes();
+    let prefix = token::PREFIX.as_bytes();
     let in_a_word =
         |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'/' | b'+');
     let begins =
@@ -639,26 +504,6 @@ mod tests {
             let asked = ask(Mode::Restricted, &jane, &[("authorization", other)]);
             assert_ne!(asked, Err(AuthnError::OwnCredential), "{other}");
             assert!(!carries_own_credential(&AUTHORIZATION, other.as_bytes()), "{other}");
-        }
-    }
-
-    /// Goal: FR-09, AU-11: who is in hundreds of groups is a caller; each thing that makes nobody of a name is told as what it is.
-    #[test]
-    fn fr_09_hundreds_of_groups_are_a_caller() {
-        let groups = |count: usize| (0..count).map(|number| format!("g{number}")).collect::<Vec<_>>();
-        let check = |name: &str, groups: Vec<String>| Principal::new(name, groups).check();
-        assert_eq!(check("jane", groups(GROUPS_MAX)), Ok(()));
-        let told = |name: &str, groups| check(name, groups).unwrap_err().to_string();
-        for (name, groups, text) in [
-            ("jane", groups(GROUPS_MAX + 1), "1025 groups are too many: at most 1024 are allowed"),
-            ("", groups(1), "the name is empty"),
-            ("a\nb", groups(1), "the name contains control characters"),
-            (&"x".repeat(257), groups(1), "the name is 257 bytes long: at most 256 are allowed"),
-            ("jane", vec!["a".to_owned(), String::new()], "group 2 is empty"),
-            ("jane", vec!["x".repeat(300)], "group 1 is 300 bytes long: at most 256 are allowed"),
-            ("jane", vec!["a\u{7}".to_owned()], "group 1 contains control characters"),
-        ] {
-            assert_eq!(told(name, groups), text);
         }
     }
 

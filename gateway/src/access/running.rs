@@ -7,17 +7,15 @@
 //! 3. `review` judges every entry again when the records or the files may have taken something away, and when a credential expires
 //!    whose expiry ends running requests.
 
-use crate::access::authn::{Certificate, Credential, Known, Principal};
+use crate::access::authn::{Certificate, Credential, Known};
 use crate::api::is_admin;
-use crate::config::{Cluster, EndsWithCredential, Mode};
+use crate::config::{Cluster, EndsWithCredential};
 use crate::context::Shared;
-use crate::exchange::printable;
 use crate::fleet::Fleet;
 use crate::live::Live;
 use crate::map::Map;
 use crate::metrics::Ended;
 use crate::rules::{AccessRules, Decision};
-use crate::web::routing::ClusterName;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -27,6 +25,8 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use towline_certs::{CertificateDer, ClientCa};
+use towline_model::text::printable;
+use towline_model::{ClusterName, Mode, Principal};
 
 /// Entries that are judged between two looks at what else there is to do.
 const JUDGED_AT_ONCE: usize = 256;

@@ -6,7 +6,6 @@ use super::error::{ApiError, json_response};
 use super::kinds::{API_VERSION, Resource};
 use super::write;
 use crate::exchange::AnswerBody;
-use crate::fleet::Time;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::{Response, StatusCode};
@@ -16,6 +15,7 @@ use serde_json::{Value, json};
 use std::time::{Duration, SystemTime};
 use towline_certs::ClientIdentity;
 use towline_certs::save::chain_pem;
+use towline_model::Time;
 
 /// How long a certificate lives unless asked, and at most; never longer than what the caller asks with, or certificates would
 /// beget certificates without end. A token that is deleted does not take its certificates along.
@@ -66,7 +66,7 @@ pub(super) fn issue(
     let issued = authorities.clients.ca.issue_client_from_csr(&csr, &identity, granted, now);
     let issued = issued.map_err(|error| refuse("spec.request", &error.to_string()))?;
     let chain = chain_pem(&[issued.certificate, issued.root]);
-    tracing::info!(user = %crate::exchange::printable(&principal.name), serial = issued.serial, "client certificate issued");
+    tracing::info!(user = %towline_model::text::printable(&principal.name), serial = issued.serial, "client certificate issued");
     let answer = json!({
         "kind": resource.kind, "apiVersion": API_VERSION, "metadata": {},
         "spec": asked,

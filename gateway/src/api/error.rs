@@ -3,13 +3,14 @@
 
 use super::kinds::{GROUP, Resource};
 use crate::access::authn::AuthnError;
-use crate::exchange::{AnswerBody, CHALLENGE, printable, warning};
+use crate::exchange::{AnswerBody, CHALLENGE, warning};
 use crate::fleet::WriteError;
 use crate::metrics::{Ended, TlCode};
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};
 use serde_json::{Value, json};
+use towline_model::text::printable;
 
 /// An error answer.
 #[derive(Debug)]
@@ -43,7 +44,7 @@ impl ApiError {
     pub(super) fn forbidden(user: &str, verb: &str, resource: &str) -> Self {
         let message = format!(
             "user {user:?} may not {verb} {resource} in the fleet's API — ask a member of the group {}",
-            super::ADMINS
+            towline_model::ADMINS
         );
         Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden)
     }

@@ -8,7 +8,7 @@ use super::kinds::{self, Resource};
 use super::objects::{self, Due};
 use crate::buckets::{Buckets, Rate};
 use crate::context::Shared;
-use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, Time, WriteError};
+use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, WriteError};
 use crate::live::Live;
 use crate::registry::Connection;
 use crate::registry::trust::TrustState;
@@ -20,6 +20,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use towline_certs::ClusterUid;
+use towline_model::Time;
 
 /// Events that watches can go back by.
 const HISTORY_MAX: usize = 16_384;
@@ -358,7 +359,8 @@ fn same(shown: &Value, next: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{self, GatewayConfig, Mode};
+    use crate::config::{self, GatewayConfig};
+    use towline_model::Mode;
 
     fn cluster(number: usize) -> config::Cluster {
         config::Cluster {

@@ -4,16 +4,11 @@
 use super::error::ApiError;
 use super::kinds::{API_VERSION, Resource, Type};
 use super::objects::render;
-use crate::access::authn::Principal;
-use crate::access::authn::tokens;
-use crate::config::{self, Mode, PublicAddress};
-use crate::context::random;
 use crate::fleet::{
     AccessRule, AccessToken, Cluster, Fleet, Issuers, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Object,
-    Revocation, Revoked, TOKEN_USES_MOST, Time, hex, new_uid,
+    Revocation, Revoked, TOKEN_USES_MOST,
 };
 use crate::join::account;
-use crate::web::routing::ClusterName;
 use aws_lc_rs::digest;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -21,7 +16,10 @@ use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
+use towline_certs::hex;
 use towline_certs::{InstanceId, SpkiPin, TrustDomain};
+use towline_model::random::{random, uuid};
+use towline_model::{ClusterName, Mode, Principal, PublicAddress, Time, token};
 use towline_proto::join::Issuer;
 
 /// Longest text of labels and annotations together, as in Kubernetes.
@@ -200,7 +198,7 @@ impl Input {
         }
         let created = Time::now();
         let meta = Meta {
-            uid: new_uid(),
+            uid: uuid(),
             created,
             generation: 1,
             labels: self.labels.clone(),
@@ -274,7 +272,7 @@ impl Input {
                 }
                 let mut secret = [0; 16];
                 random(&mut secret);
-                let token = format!("{}{}", tokens::PREFIX, hex(&secret));
+                let token = format!("{}{}", token::PREFIX, hex(&secret));
                 let sha256 = hex(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
                 secrets.insert("token".to_owned(), token.into());
                 let expires = spec.expiration_seconds.map(|life| created.after(Duration::from_secs(life)));
@@ -395,7 +393,7 @@ impl Input {
     }
 
     fn rule(&self, resource: &Resource, meta: Meta) -> Result<AccessRule, ApiError> {
-        let rule: config::AccessRule = self.spec(resource)?;
+        let rule: towline_model::AccessRule = self.spec(resource)?;
         let refuse = |field: &str, why: &str| {
             Err(ApiError::invalid(resource, &self.name, &format!("spec.{field}"), why))
         };
@@ -408,7 +406,7 @@ impl Input {
         if let Some((field, why)) = rule.problems().first() {
             return refuse(field, why);
         }
-        let config::AccessRule { effect, users, groups, clusters } = rule;
+        let towline_model::AccessRule { effect, users, groups, clusters } = rule;
         Ok(AccessRule { meta, effect, users, groups, clusters, ended: BTreeSet::new() })
     }
 
@@ -422,7 +420,7 @@ impl Input {
             },
             (None, Some(user), None) => {
                 // Nobody would be revoked. A name that no rule can say may still be somebody's: `*.ci` of a foreign CA.
-                if user.name == config::ANY {
+                if user.name == towline_model::ANY {
                     return refuse("spec.user.name", "\"*\" is not a user: a revocation names exactly one");
                 }
                 if let Err(why) = Principal::new(&user.name, Vec::new()).check() {

@@ -6,11 +6,11 @@ use super::error::{ApiError, json_response};
 use super::kinds::{self, GROUP, RESOURCES, Resource};
 use super::{Call, documents, is_admin, protobuf};
 use crate::exchange::AnswerBody;
-use crate::web::routing::percent_decode;
 use http::request::Parts;
 use http::{Method, Response, StatusCode};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
+use towline_model::text::percent_decode;
 
 const REVIEWS: &str = "/selfsubjectreviews";
 const AUTHENTICATION: &str = "/apis/authentication.k8s.io/";
@@ -171,7 +171,7 @@ fn on_path(asked: &Value, admin: bool) -> Option<String> {
 }
 
 fn only_admins() -> String {
-    format!("only members of {} may do this; ask one of them", super::ADMINS)
+    format!("only members of {} may do this; ask one of them", towline_model::ADMINS)
 }
 
 /// Whether events are looked for that an object of ours might have.

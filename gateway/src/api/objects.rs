@@ -2,9 +2,9 @@
 
 use super::kinds::{API_VERSION, Resource};
 use super::reach;
-use crate::config::{self, Mode};
+use crate::config;
 use crate::fleet::{
-    AccessRule, AgentSeen, Certificate, Cluster, Ended, Instance, Issuers, Object, Revoked, Standing, Time,
+    AccessRule, AgentSeen, Certificate, Cluster, Ended, Instance, Issuers, Object, Revoked, Standing,
     TokenIssuer,
 };
 use crate::registry::Connection;
@@ -12,6 +12,7 @@ use crate::registry::trust::TrustState;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use towline_model::{Mode, Time};
 
 /// Join tokens that a cluster is shown with which waits for its first agent.
 const TOKENS_NAMED: usize = 3;

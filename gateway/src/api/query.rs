@@ -5,7 +5,7 @@
 
 use super::error::ApiError;
 use super::selector::Selector;
-use crate::web::routing::percent_decode;
+use towline_model::text::percent_decode;
 
 /// The parameters of Kubernetes' verbs. Others are left alone, as the API server leaves them: a newer client may send them.
 const KNOWN: [&str; 19] = [

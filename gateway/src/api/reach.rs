@@ -5,10 +5,9 @@
 //! has reported.
 
 use super::objects::condition;
-use crate::config::Mode;
-use crate::fleet::Time;
 use crate::registry::{ApiServer, Connection, Word};
 use serde_json::Value;
+use towline_model::{Mode, Time};
 use towline_proto::join::{AgentMode, ApiServerState};
 
 const KIND: &str = "APIServerReachable";

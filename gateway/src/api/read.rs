@@ -6,7 +6,6 @@ use super::kinds::{API_VERSION, Resource};
 use super::query::{Included, Options};
 use super::selector::Selector;
 use super::{Call, table};
-use crate::context::random;
 use crate::exchange::{AnswerBody, Basis};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -18,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, interval_at, sleep, sleep_until};
+use towline_model::random::random;
 
 /// Events that wait for a slow client; then the watch waits with it, and falls behind the history at worst.
 const EVENTS_WAITING: usize = 16;

@@ -2,8 +2,8 @@
 
 use super::kinds::Resource;
 use super::query::Included;
-use crate::fleet::Time;
 use serde_json::{Value, json};
+use towline_model::Time;
 
 /// Whether an `Accept` header asks for a table that can be made here.
 pub(super) fn is_asked(accept: &str) -> bool {

@@ -7,8 +7,7 @@ use super::input::{Input, New, Own, Parsed};
 use super::kinds::{GROUP, Resource};
 use super::objects;
 use super::read::shown;
-use crate::config::ANY;
-use crate::exchange::{AnswerBody, printable, warning};
+use crate::exchange::{AnswerBody, warning};
 use crate::fleet::{Object, Shown, WriteError};
 use crate::store::Kind;
 use http::header::WARNING;
@@ -16,6 +15,8 @@ use http::{Response, StatusCode};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
+use towline_model::ANY;
+use towline_model::text::printable;
 
 /// Times that a write decides anew because somebody else was faster.
 const ATTEMPTS: usize = 8;

@@ -9,7 +9,7 @@
 //! All certificates of a `.crt` file are trusted; the key determines which of them issues. A CA can therefore be replaced step by step
 //! ([`crate::ca::rotation`]).
 
-use crate::config::{GatewayConfig, PublicAddress};
+use crate::config::GatewayConfig;
 use aws_lc_rs::hmac;
 use std::fs;
 use std::net::IpAddr;
@@ -25,6 +25,7 @@ use towline_certs::{
     CaError, CaKind, CertificateAuthority, CertificateDer, ClientCa, Credential, FileBytes, HostName,
     IssueError, LoadError, SpkiPin,
 };
+use towline_model::PublicAddress;
 
 /// The files' names without their endings.
 const STEMS: [&str; 3] = ["tunnel-ca", "front-client-ca", "front-ca"];

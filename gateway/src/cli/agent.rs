@@ -8,13 +8,12 @@ use super::manifest::{
     PodOptions, Resources, Toleration, Transport,
 };
 use super::output;
-use crate::config::{Mode, PublicAddress};
-use crate::web::routing::ClusterName;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use towline_certs::{JoinAddress, JoinToken, TrustDomain};
+use towline_model::{ClusterName, Mode, PublicAddress};
 use towline_proto::tunnel::proxy::ProxyUrl;
 
 /// Print the manifest of a cluster's agent.

@@ -1,7 +1,6 @@
 //! The cache of client certificates between calls of `towline credential`: one file of the user for each gateway and context user.
 
 use super::kubeconfig::{Context, User};
-use crate::fleet::{Time, hex};
 use aws_lc_rs::digest::{Context as Digest, SHA256};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -9,7 +8,9 @@ use std::io;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use towline_certs::hex;
 use towline_certs::save::{create_private_directory, write_private};
+use towline_model::Time;
 
 /// A certificate is renewed when less than this is left, or than a third of its life.
 const MARGIN: Duration = Duration::from_secs(300);

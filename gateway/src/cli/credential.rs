@@ -9,7 +9,6 @@ use super::failure::{Failure, Outcome};
 use super::kubeconfig::Kubeconfig;
 use super::output;
 use super::token::duration;
-use crate::fleet::Time;
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use clap::Args;
@@ -19,6 +18,7 @@ use std::time::{Duration, SystemTime};
 use towline_certs::load::{LoadPolicy, parse_credential};
 use towline_certs::save::key_pem;
 use towline_certs::{AgentKey, FileBytes};
+use towline_model::Time;
 
 const EXAMPLES: &str =
     "Examples (kubectl runs this command; `towline kubeconfig` writes it into a kubeconfig):

@@ -8,7 +8,6 @@ use super::kubeconfig::{self, Context, Kubeconfig, User};
 use super::kubefile::{self, Entry, Origin};
 use super::token::duration;
 use super::{Connection, name, output, show};
-use crate::fleet::Time;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::{Args, ValueEnum};
@@ -19,6 +18,7 @@ use std::time::{Duration, SystemTime};
 use towline_certs::CertificateFacts;
 use towline_certs::facts::human;
 use towline_certs::load::parse_certificates;
+use towline_model::Time;
 
 const EXAMPLES: &str = "Examples:
   towline kubeconfig prod --set-current
@@ -278,7 +278,7 @@ struct Meant {
 
 /// Whether it can be part of a URL as it is.
 fn is_name(cluster: &str) -> bool {
-    crate::web::routing::ClusterName::new(cluster).is_ok()
+    towline_model::ClusterName::new(cluster).is_ok()
 }
 
 /// How kubectl finds this program: by its name where that leads here, else by its path.

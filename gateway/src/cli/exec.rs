@@ -1,10 +1,10 @@
 //! Runs an exec plugin as kubectl does, with the user's terminal and environment, and parses the `ExecCredential` on its stdout.
 
 use super::failure::{Failure, Outcome};
-use crate::fleet::Time;
 use serde_json::{Value, json};
 use std::io::IsTerminal as _;
 use std::process::{Command, Stdio};
+use towline_model::Time;
 
 /// The API group of exec plugins.
 pub(crate) const GROUP: &str = "client.authentication.k8s.io";

@@ -3,10 +3,10 @@
 use super::client::{Client, Select};
 use super::failure::{Failure, Outcome};
 use super::output::{self, Format, Table};
-use crate::fleet::Time;
 use serde_json::Value;
 use std::time::Duration;
 use towline_certs::facts::human;
+use towline_model::Time;
 
 /// What a follower sees.
 pub(crate) enum Seen<'a> {

@@ -5,10 +5,10 @@ use super::failure::{Failure, Outcome};
 use super::output::{self, Colour, Format, Output, Screen, Table, text};
 use super::show::{self, Seen, ago, condition, or_none, relative, until};
 use super::{Connection, name};
-use crate::fleet::Time;
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use towline_model::Time;
 
 const EXAMPLES: &str = "Examples:
   towline status

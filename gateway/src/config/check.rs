@@ -1,11 +1,11 @@
 //! Which values contradict each other, and how is a mistake of the file's structure told?
 
 use super::OBJECTS_MAX;
-use super::{API_VERSION, Effect, GatewayConfig, KIND, ProxyProtocol};
-use crate::web::routing::ClusterName;
+use super::{API_VERSION, GatewayConfig, KIND, ProxyProtocol};
 use std::collections::HashSet;
 use std::fmt::Display;
 use towline_certs::HostName;
+use towline_model::{ClusterName, Effect, Mode};
 use towline_proto::open::FIELDS_MAX;
 
 impl GatewayConfig {
@@ -90,7 +90,7 @@ impl GatewayConfig {
                 format!("the uid {} is used twice", cluster.uid),
             );
         }
-        let restricted = self.clusters.iter().any(|cluster| cluster.mode == super::Mode::Restricted);
+        let restricted = self.clusters.iter().any(|cluster| cluster.mode == Mode::Restricted);
         problems.unless(
             !restricted
                 || self.state_directory.is_some()
@@ -298,7 +298,8 @@ pub(super) fn structural(error: &serde_saphyr::Error, text: &str, origin: &str) 
 
 #[cfg(test)]
 mod tests {
-    use crate::config::{Effect, GatewayConfig, Mode};
+    use crate::config::GatewayConfig;
+    use towline_model::{Effect, Mode};
 
     const GOOD: &str = "\
 apiVersion: towline.io/v1alpha1

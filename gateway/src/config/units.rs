@@ -191,7 +191,7 @@ fn from_str<T: FromStr<Err: Display>>(text: &str, what: &str) -> Result<T, Strin
 by_from_str!(SocketAddr, "address and port", SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
 by_from_str!(ipnet::IpNet, "CIDR block", ipnet::IpNet::from(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST)));
 by_from_str!(
-    super::PublicAddress,
+    towline_model::PublicAddress,
     "public address",
     Self { host: towline_certs::HostName::Ip(Ipv4Addr::LOCALHOST.into()), port: 1 }
 );
@@ -207,7 +207,7 @@ by_from_str!(
 );
 by_from_str!(ClusterUid, "cluster uid", Self::new("invalid").expect("a word of lower-case letters is a uid"));
 by_from_str!(
-    crate::web::routing::ClusterName,
+    towline_model::ClusterName,
     "cluster name",
     Self::new("invalid").expect("a word of lower-case letters is a cluster name")
 );

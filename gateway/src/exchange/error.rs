@@ -5,21 +5,22 @@
 
 use super::body::AnswerBody;
 use super::upgrade::UpgradeError;
-use crate::access::authn::{AuthnError, Principal};
+use crate::access::authn::AuthnError;
 use crate::exchange::headers::{HeadersError, RedirectError};
 use crate::metrics::{Ended, Limit, TlCode};
 use crate::registry::Presence;
-use crate::web::routing::{ClusterName, RouteError};
+use crate::web::routing::RouteError;
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Method, Response, StatusCode};
 use serde_json::json;
 use std::time::Duration;
 use towline_certs::facts::human;
+use towline_model::text::{clip, printable};
+use towline_model::{ClusterName, Principal};
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
 use towline_proto::open::{Failure, HEAD_MAX_BYTES};
-use towline_proto::text::Printable;
 
 /// What a 401 asks for.
 pub(crate) const CHALLENGE: &str = "Bearer realm=\"towline\"";
@@ -596,11 +597,6 @@ fn reason(status: StatusCode) -> &'static str {
     }
 }
 
-/// Text that is safe in a terminal and a log.
-pub(crate) fn printable(text: &str) -> String {
-    Printable(text).to_string()
-}
-
 /// The `Warning` header (RFC 7234 section 5.5): ASCII, quoted, at most 1 KiB.
 pub(crate) fn warning(message: &str) -> HeaderValue {
     let ascii = message.replace(" — ", "; ").replace('…', "...").replace('→', "->");
@@ -614,12 +610,6 @@ pub(crate) fn warning(message: &str) -> HeaderValue {
     }
     HeaderValue::from_str(&format!("299 towline \"{text}\""))
         .unwrap_or_else(|_| HeaderValue::from_static("299 towline \"error\""))
-}
-
-/// The beginning of a text, and whether there is more.
-fn clip(text: &str, characters: usize) -> String {
-    let shown: String = text.chars().take(characters).collect();
-    if shown.len() < text.len() { shown + "…" } else { shown }
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@
 //! encoding) is never taken over: each hop has its own.
 
 use crate::access::authn::{BEARER_SUBPROTOCOL, carries_own_credential};
-use crate::config::Mode;
 use crate::exchange::location::{Astray, Place};
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -13,6 +12,7 @@ use http::request::Parts;
 use http::{Method, StatusCode};
 use std::net::IpAddr;
 use thiserror::Error;
+use towline_model::Mode;
 use towline_proto::open::Header;
 
 /// Why a request's header fields are refused.

@@ -1,7 +1,7 @@
 //! Classifies a Kubernetes request: long-running or not, and whether it passes through a `proxy` subresource. It resolves the path as the
 //! API server does: decoded once.
 
-use crate::web::routing::percent_decode;
+use towline_model::text::percent_decode;
 
 /// What the gateway needs to know of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -4,11 +4,12 @@
 //! A reference that passes is rewritten as a path without dot segments, so that nothing is left to resolve. A client that follows it sends its
 //! credentials: client-go its bearer token, and on 307 and 308 method and body too.
 
-use crate::web::routing::{self, percent_decode};
+use crate::web::routing;
 use http::header;
 use http::request::Parts;
 use std::fmt::Write as _;
 use thiserror::Error;
+use towline_model::text::percent_decode;
 
 /// What the client addressed.
 #[derive(Clone, Copy, Debug)]

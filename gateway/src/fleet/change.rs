@@ -4,7 +4,7 @@
 use super::view::View;
 use super::{
     Admission, CERTIFICATES_MAX, Certificate, Cluster, Fleet, Heard, Instance, JoinRefused, JoinToken, Meta,
-    Object, Origin, Revocation, Revoked, Time, TokenIssuer, TokenUse, WhenFull, Word, WriteError, hex,
+    Object, Origin, Revocation, Revoked, TokenIssuer, TokenUse, WhenFull, Word, WriteError,
 };
 use crate::metrics::Limit;
 use crate::store::{CommitError, Key, Kind, StoreError, Stored, Transaction};
@@ -12,7 +12,9 @@ use aws_lc_rs::digest;
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 use subtle::ConstantTimeEq as _;
+use towline_certs::hex;
 use towline_certs::{ClusterUid, InstanceId, SpkiPin};
+use towline_model::Time;
 
 /// Times that an operation decides anew because somebody else was faster.
 const ATTEMPTS: usize = 32;

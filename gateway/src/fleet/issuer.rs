@@ -175,9 +175,9 @@ impl TokenIssuer {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Time;
     use super::*;
     use serde_json::json;
+    use towline_model::Time;
 
     fn issuer(url: &str, subject: &str, keys: &[&str]) -> TokenIssuer {
         let keys: Vec<_> = keys.iter().map(|kid| json!({"kid": kid})).collect();

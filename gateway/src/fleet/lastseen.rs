@@ -4,13 +4,15 @@
 //! never disconnected. For those, one record of each gateway, written every minute while anything is connected, says until when it lived.
 //! Nothing waits for these writes: while the store is away, the times are in memory and are written later.
 
-use super::{Ended, Fleet, GatewayLife, LastSeen, Object, Time, hex};
+use super::{Ended, Fleet, GatewayLife, LastSeen, Object};
 use crate::context::Shared;
 use crate::store::{CommitError, Key, Kind, Transaction};
 use std::collections::HashSet;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use towline_certs::ClusterUid;
+use towline_certs::hex;
+use towline_model::Time;
 
 /// From one write to the next: a cluster that comes and goes all the time is written so often, as it is then.
 const INTERVAL: Duration = Duration::from_secs(5);

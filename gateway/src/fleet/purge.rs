@@ -11,11 +11,12 @@
 //! on it, and nothing is deleted while the wall clock jumps.
 
 use super::view::View;
-use super::{Fleet, Object, Revocation, Revoked, Time, WriteError};
+use super::{Fleet, Object, Revocation, Revoked, WriteError};
 use crate::context::Shared;
 use crate::store::{Key, Kind, Transaction};
 use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
+use towline_model::Time;
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_secs(3600);

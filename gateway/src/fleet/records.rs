@@ -4,80 +4,11 @@
 //! admits nobody. A record that restricts somebody must not be skipped silently: see [`Revocation`].
 
 use super::issuer::Issuers;
-use crate::access::authn::Principal;
-use crate::config::{self, Effect, Mode};
 use crate::store::{Kind, Stored};
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-/// A moment, to the second; written as in RFC 3339.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Time(i64);
-
-impl Time {
-    /// Later than any other.
-    pub(crate) const END: Self = Self(i64::MAX);
-
-    #[must_use]
-    pub fn now() -> Self {
-        Self::from(SystemTime::now())
-    }
-
-    #[must_use]
-    pub fn after(self, time: Duration) -> Self {
-        Self(self.0.saturating_add(i64::try_from(time.as_secs()).unwrap_or(i64::MAX)))
-    }
-
-    /// From `earlier` to this moment; nothing if it is not earlier.
-    #[must_use]
-    pub fn since(self, earlier: Self) -> Duration {
-        Duration::from_secs(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or_default())
-    }
-
-    /// A moment written as in RFC 3339.
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
-        text.parse().ok().map(|time: jiff::Timestamp| Self(time.as_second()))
-    }
-}
-
-impl From<SystemTime> for Time {
-    fn from(time: SystemTime) -> Self {
-        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self(i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
-    }
-}
-
-impl From<Time> for SystemTime {
-    fn from(time: Time) -> Self {
-        let since = Duration::from_secs(u64::try_from(time.0).unwrap_or_default());
-        UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH)
-    }
-}
-
-impl fmt::Display for Time {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let end = jiff::Timestamp::MAX.as_second();
-        jiff::Timestamp::from_second(self.0.clamp(0, end)).unwrap_or_default().fmt(f)
-    }
-}
-
-impl Serialize for Time {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Time {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Self::parse(&text).ok_or_else(|| D::Error::custom("not an RFC 3339 timestamp"))
-    }
-}
+use towline_model::{Effect, Mode, Principal, Time};
 
 /// What every object of the API has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -237,9 +168,9 @@ pub struct AccessRule {
 impl AccessRule {
     /// What it says as a rule: of whom, and for which clusters still.
     #[must_use]
-    pub fn in_force(&self) -> config::AccessRule {
+    pub fn in_force(&self) -> towline_model::AccessRule {
         let for_it = |name: &&String| self.effect == Effect::Deny || !self.ended.contains(*name);
-        config::AccessRule {
+        towline_model::AccessRule {
             effect: self.effect,
             users: self.users.clone(),
             groups: self.groups.clone(),
@@ -385,21 +316,12 @@ stored!(Cluster: 1, JoinToken: 1, Instance: 1, AccessRule: 1, AccessToken: 1, Re
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_are_written_to_the_second() {
-        let time = Time::parse("2026-11-25T23:00:00.9Z").unwrap();
-        assert_eq!(time.to_string(), "2026-11-25T23:00:00Z");
-        assert_eq!(time.after(Duration::from_secs(3600)).since(time), Duration::from_secs(3600));
-        assert_eq!(time.since(time.after(Duration::from_secs(1))), Duration::ZERO);
-        assert_eq!(Time::parse("yesterday"), None);
-        assert!(Time(i64::MAX).to_string().starts_with("9999-"));
-    }
+    use std::time::{Duration, UNIX_EPOCH};
 
     /// K7: what is said of a version has been so since it became so, whoever said it last, and in which session.
     #[test]
     fn k7_a_version_is_old_since_it_became_so() {
-        let at = |second: i64| Time(second);
+        let at = |second: u64| Time::from(UNIX_EPOCH + Duration::from_secs(second));
         let seen = |software: &str, second| AgentSeen::new(software, at(second));
         let current = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));
         let old = seen("towline-agent/0.0.9", 10).unwrap();

@@ -1,7 +1,7 @@
 //! Goal: agents on record are admitted and all others are refused, through races, restarts, deletions and backups.
 
 use super::*;
-use crate::config::{Mode, OBJECTS_MAX};
+use crate::config::OBJECTS_MAX;
 use crate::store::{Revision, Stored, Transaction, backup};
 use aws_lc_rs::digest;
 use std::collections::BTreeSet;
@@ -9,6 +9,9 @@ use std::path::Path;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 use towline_certs::TrustDomain;
+use towline_certs::hex;
+use towline_model::random::uuid;
+use towline_model::{Mode, Time};
 
 /// A fleet whose view is kept up to date.
 struct World {
@@ -44,7 +47,7 @@ impl World {
 }
 
 fn meta() -> Meta {
-    Meta { uid: new_uid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
+    Meta { uid: uuid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
 }
 
 fn cluster() -> Cluster {
@@ -370,7 +373,7 @@ async fn the_view_is_what_a_fresh_list_is() {
     // More than the history holds happens while nobody follows.
     let rule = |number: usize| AccessRule {
         meta: meta(),
-        effect: config::Effect::Allow,
+        effect: towline_model::Effect::Allow,
         users: vec![format!("user-{number}")],
         groups: Vec::new(),
         clusters: vec!["*".to_owned()],
@@ -496,10 +499,10 @@ async fn only_certificates_on_record_begin_a_session() {
 
 #[test]
 fn uids_are_uuids_and_cluster_uids() {
-    let uid = new_uid();
+    let uid = uuid();
     assert_eq!(uid.len(), 36);
     assert!(uid.as_bytes()[14] == b'4' && ClusterUid::new(&uid).is_ok(), "{uid}");
-    assert_ne!(uid, new_uid());
+    assert_ne!(uid, uuid());
 }
 
 /// A write that does not come to show is told as one, and nobody waits for ever.
@@ -518,7 +521,7 @@ async fn a_view_that_stands_still_is_told() {
 fn rules_are_rebuilt_once_per_batch() {
     let rule = AccessRule {
         meta: meta(),
-        effect: config::Effect::Allow,
+        effect: towline_model::Effect::Allow,
         users: vec!["jane".to_owned()],
         groups: vec!["ops".to_owned()],
         clusters: vec!["*".to_owned()],
@@ -633,7 +636,7 @@ async fn s16_an_allow_written_beside_a_deletion_ends() {
     let fleet = &world.fleet;
     let rule = AccessRule {
         meta: meta(),
-        effect: config::Effect::Allow,
+        effect: towline_model::Effect::Allow,
         users: vec!["jane".to_owned()],
         groups: Vec::new(),
         clusters: vec!["a".to_owned()],

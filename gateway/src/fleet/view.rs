@@ -2,20 +2,19 @@
 
 use super::{
     AccessRule, AccessToken, Admission, CERTIFICATES_MAX, Certificate, Cluster, GatewayLife, INSTANCES_MAX,
-    Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation, Revoked, Standing, Time,
+    Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation, Revoked, Standing,
     new_instance_id,
 };
-use crate::access::authn::Principal;
-use crate::access::authn::tokens::{Hash, decode_hash};
 use crate::config;
 use crate::map::Map;
 use crate::metrics::Metrics;
 use crate::rules::AccessRules;
 use crate::store::{self, Event, Key, Kind, Record, Transaction, Unreadable};
-use crate::web::routing::ClusterName;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use towline_certs::ClusterUid;
+use towline_model::token::{Hash, decode_hash};
+use towline_model::{ClusterName, Principal, Time};
 
 /// A record of any kind.
 #[derive(Clone, Debug)]

@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use towline_proto::join::Issuer;
 
-use crate::fleet::{SUBJECT, Time, TokenIssuer};
+use crate::fleet::{SUBJECT, TokenIssuer};
+use towline_model::Time;
 
 /// How far clocks may differ.
 const SKEW: Duration = Duration::from_secs(60);

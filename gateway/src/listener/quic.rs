@@ -9,7 +9,7 @@
 //! - The stateless reset of a connection that a crash forgot is recognised, because its key is derived from the tunnel's private key.
 
 use crate::config::Quic;
-use crate::context::{Shared, random};
+use crate::context::Shared;
 use crate::listener::gate::Place;
 use crate::listener::{HANDSHAKE_BYTES, divided_by};
 use crate::live::Live;
@@ -26,6 +26,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use towline_certs::tls::ALPN_TUNNEL;
+use towline_model::random::random;
 use towline_proto::Code;
 use towline_proto::mux::Role;
 use towline_proto::tunnel::{quic, socket};
@@ -268,7 +269,7 @@ fn refuse(shared: &Shared, address: SocketAddr, error: &HandshakeError) {
     if outcome == Handshake::Timeout {
         shared.metrics.limit_reached(Limit::HandshakeTime);
     }
-    let why = crate::exchange::printable(&why);
+    let why = towline_model::text::printable(&why);
     sparing!(shared.refusals.due(&()), info, client = %address, why = %why, "agent refused (QUIC)");
 }
 

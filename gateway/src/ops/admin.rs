@@ -456,7 +456,7 @@ mod tests {
             let cluster = Cluster {
                 name: "secret-customer".parse().unwrap(),
                 uid: towline_certs::ClusterUid::new("u").unwrap(),
-                mode: crate::config::Mode::Restricted,
+                mode: towline_model::Mode::Restricted,
                 account: None,
             };
             let shared = Shared::for_test(&state, |config| {

@@ -2,11 +2,9 @@
 //! store. All need the state directory and none needs a running gateway; if one runs, it is asked before a step for which its agents
 //! must be prepared.
 
-use crate::access::authn::{Principal, PrincipalError};
-use crate::api::ADMINS;
 use crate::ca::authority::{Authorities, AuthorityError};
 use crate::ca::rotation::{self, Phase, RotationError, Step};
-use crate::config::{GatewayConfig, PublicAddress};
+use crate::config::GatewayConfig;
 use crate::fleet;
 use crate::metrics::Metrics;
 use crate::store::backup::{self, Dump, Report, RestoreError};
@@ -26,6 +24,7 @@ use towline_certs::save::{chain_pem, key_pem};
 use towline_certs::{
     CertificateDer, CertificateFacts, ClientIdentity, Credential, HostName, IssueError, LoadError, NameError,
 };
+use towline_model::{ADMINS, Principal, PrincipalError, PublicAddress};
 
 /// Why a command did nothing.
 #[derive(Debug, Error)]

@@ -6,8 +6,8 @@
 //! over the route nor make it flap.
 
 use crate::config::Cluster;
-use crate::context::{Shared, random};
-use crate::fleet::{Fleet, ShownCertificate, Time};
+use crate::context::Shared;
+use crate::fleet::{Fleet, ShownCertificate};
 use crate::join;
 use crate::log::sparing;
 use crate::metrics::{Limit, Surface, TlCode};
@@ -24,6 +24,8 @@ use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 use towline_certs::facts::{CertificateFacts, human};
 use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, SpkiPin};
+use towline_model::Time;
+use towline_model::random::random;
 use towline_proto::Code;
 use towline_proto::hello::{BOOT_ID_BYTES, Hello};
 use towline_proto::join::{
@@ -195,7 +197,7 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
     let counted = shared.metrics.session(session.transport());
     sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
         instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
-        software = %crate::exchange::printable(&admitted.hello.software), "agent connected");
+        software = %towline_model::text::printable(&admitted.hello.software), "agent connected");
     // A drain may have begun since the handshake.
     if shared.stages.unready.is_cancelled() {
         say_goaway(shared, session);
@@ -222,7 +224,7 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
     shared.metrics.session_ended(reason.label());
     sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
         instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
-        reason = %crate::exchange::printable(&reason.to_string()), "agent disconnected");
+        reason = %towline_model::text::printable(&reason.to_string()), "agent disconnected");
 }
 
 struct Admitted {
@@ -303,7 +305,7 @@ async fn register(
     let mut replaced: Vec<SessionId> = Vec::new();
     for _ in 0..REPLACE_ROUNDS {
         let AgentIdentity { cluster, instance, .. } = identity;
-        let software = crate::exchange::printable(&hello.software);
+        let software = towline_model::text::printable(&hello.software);
         let visitor = Visitor { software: &software, address };
         match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, visitor) {
             Ok(registration) => {
@@ -438,7 +440,7 @@ fn show(shared: &Shared, registration: &Registration, uid: &ClusterUid, about: A
         let text: String = said.text.chars().take(API_SERVER_TEXT_MAX).collect();
         (state != ApiServerState::Unknown).then(|| ApiServer {
             state,
-            text: crate::exchange::printable(&text),
+            text: towline_model::text::printable(&text),
             since,
         })
     });
@@ -501,7 +503,7 @@ async fn converse(
             Err(reason) => return reason,
             Ok(Notice::TrustAck(TrustAck { version, problem })) => {
                 answered = true;
-                let problem = crate::exchange::printable(&problem).to_string();
+                let problem = towline_model::text::printable(&problem).to_string();
                 if !problem.is_empty() {
                     sparing!(shared.lines.due(&admitted.identity.cluster), warn, cluster = %admitted.cluster.name,
                         instance = %admitted.identity.instance, problem, "an agent could not store the tunnel CA's roots");

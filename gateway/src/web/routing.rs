@@ -4,63 +4,13 @@
 
 use http::request::Parts;
 use http::{Version, header};
-use std::borrow::Borrow;
-use std::fmt;
 use std::net::IpAddr;
-use std::str::FromStr;
-use std::sync::Arc;
 use thiserror::Error;
+use towline_model::ClusterName;
+use towline_model::text::percent_decode;
 
 /// The prefix of every path that names a cluster.
 pub const PREFIX: &str = "/clusters/";
-
-/// The name of a cluster: 1 to 63 of `a-z 0-9 -`, first and last not `-`, no `xn--` label.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ClusterName(Arc<str>);
-
-/// Why a text is no [`ClusterName`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("a cluster name is 1-63 characters: a-z, 0-9 and inner hyphens")]
-pub struct ClusterNameError;
-
-impl ClusterName {
-    /// Takes a text that follows the rules.
-    ///
-    /// # Errors
-    /// It does not.
-    pub fn new(text: &str) -> Result<Self, ClusterNameError> {
-        let bytes = text.as_bytes();
-        let plain = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-        let edges = bytes.first().is_some_and(plain) && bytes.last().is_some_and(plain);
-        let middle = bytes.iter().all(|byte| plain(byte) || *byte == b'-');
-        let valid = edges && middle && bytes.len() <= 63 && !text.starts_with("xn--");
-        if valid { Ok(Self(text.into())) } else { Err(ClusterNameError) }
-    }
-
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for ClusterName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for ClusterName {
-    type Err = ClusterNameError;
-    fn from_str(text: &str) -> Result<Self, ClusterNameError> {
-        Self::new(text)
-    }
-}
-
-impl Borrow<str> for ClusterName {
-    fn borrow(&self) -> &str {
-        &self.0
-    }
-}
 
 /// Where a request goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,27 +136,6 @@ pub(crate) fn climbs(path: &str) -> bool {
         }
     }
     false
-}
-
-/// Decodes `%XX` once; what is no escape stays.
-pub(crate) fn percent_decode(text: impl AsRef<[u8]>) -> Vec<u8> {
-    let bytes = text.as_ref();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while let Some(&byte) = bytes.get(at) {
-        let digit = |offset: usize| bytes.get(at + offset).and_then(|&byte| char::from(byte).to_digit(16));
-        match (byte, digit(1), digit(2)) {
-            (b'%', Some(high), Some(low)) => {
-                out.push(u8::try_from(high * 16 + low).unwrap_or_default());
-                at += 3;
-            }
-            _ => {
-                out.push(byte);
-                at += 1;
-            }
-        }
-    }
-    out
 }
 
 /// Whether a path belongs to the Kubernetes API, and so probably lost its prefix.

@@ -5,7 +5,7 @@ use super::common::{Client, World, error_of, full, text};
 use super::{ADMIN, CLUSTERS, give_token, world};
 use http::header::WARNING;
 use serde_json::{Value, json};
-use towline_gateway::config::Mode;
+use towline_model::Mode;
 
 const RULES: &str = "/apis/towline.io/v1alpha1/accessrules";
 

@@ -25,7 +25,7 @@ use towline_agent::AgentConfig;
 use towline_certs::ca::{CA_LIFETIME, CaKind, CertificateAuthority};
 use towline_certs::facts::{CertificateFacts, host_names};
 use towline_certs::identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, TrustDomain};
-use towline_gateway::config::{GatewayConfig, Mode};
+use towline_gateway::config::GatewayConfig;
 use towline_gateway::exchange::headers::{Upstream, upstream_head};
 use towline_gateway::fleet::{
     AccessRule, AccessToken, Cluster, GatewayLife, Instance, JoinToken, LastSeen, Revocation, TokenIssuer,
@@ -33,7 +33,8 @@ use towline_gateway::fleet::{
 use towline_gateway::join::account;
 use towline_gateway::listener::proxy_protocol;
 use towline_gateway::store::{Key, Record, Stored, Unreadable};
-use towline_gateway::web::routing::{ClusterName, route};
+use towline_gateway::web::routing::route;
+use towline_model::{ClusterName, Mode};
 use towline_proto::join::Issuer;
 
 /// The lines of an input.

@@ -12,11 +12,9 @@ use towline_certs::{HostName, JoinAddress, JoinToken, SpkiPin};
 use super::agent_config::{AgentProxy, Password, Transport};
 use super::pod::{Defaults, PodOptions};
 use super::{ManifestError, check_image, check_namespace, metadata, quoted, quoted_list};
-use crate::access::authn::is_system;
-use crate::config::Mode;
-use crate::web::routing::ClusterName;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use towline_model::{ClusterName, Mode, is_system};
 
 /// An agent, described.
 #[derive(Clone, Debug)]

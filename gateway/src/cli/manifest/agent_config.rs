@@ -9,7 +9,7 @@ use super::agent::{
     JOIN_TOKEN_FILE, KEYS_FILE, NAME, PASSWORD_FILE, PROJECTED_DIRECTORY, PROXY_CA_FILE, TOKEN_FILE, word,
 };
 use super::{ManifestError, indented, quoted, quoted_list};
-use crate::config::Mode;
+use towline_model::Mode;
 
 /// Over what the agent reaches the gateway: `transport` of its configuration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

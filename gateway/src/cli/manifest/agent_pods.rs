@@ -7,7 +7,7 @@ use super::agent::{
 };
 use super::agent_config::Password;
 use super::quoted;
-use crate::config::Mode;
+use towline_model::Mode;
 
 impl AgentManifest {
     pub(super) fn deployment(&self) -> String {

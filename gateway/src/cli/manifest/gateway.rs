@@ -5,8 +5,7 @@ use towline_certs::TrustDomain;
 
 use super::pod::{Defaults, PodOptions};
 use super::{ManifestError, check_image, check_namespace, indented, metadata, quoted, quoted_list};
-use crate::api::ADMINS;
-use crate::config::PublicAddress;
+use towline_model::{ADMINS, PublicAddress};
 
 /// A gateway, described.
 #[derive(Clone, Debug)]

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use towline_certs::{JoinToken, TrustDomain};
 
 use super::*;
-use crate::config::{GatewayConfig, Mode};
-use crate::web::routing::ClusterName;
+use crate::config::GatewayConfig;
+use towline_model::{ClusterName, Mode};
 
 const LINE: &str = "tljt1/gateway.example.com:8443/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef/towline.local/prod-eu-1/first/1/00112233445566778899aabbccddeeff";
 

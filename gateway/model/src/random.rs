@@ -1,0 +1,56 @@
+//! What is random?
+
+use std::cell::RefCell;
+
+/// Fills `bytes` with random ones.
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
+pub fn random(bytes: &mut [u8]) {
+    aws_lc_rs::rand::fill(bytes).expect("the system's random number generator never fails once it is seeded");
+}
+/// A random UUID (RFC 9562, version 4). It names something and protects nothing, so random bytes are fetched for many at once.
+#[must_use]
+#[expect(clippy::indexing_slicing, reason = "the pool's length is a multiple of 16, and a digit is below 16")]
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
+pub fn uuid() -> String {
+    thread_local! {
+        static BYTES: RefCell<([u8; 1024], usize)> = const { RefCell::new(([0; 1024], 0)) };
+    }
+    let mut bytes = BYTES.with_borrow_mut(|(pool, left)| {
+        if *left == 0 {
+            random(pool);
+            *left = pool.len();
+        }
+        *left -= 16;
+        <[u8; 16]>::try_from(&pool[*left..*left + 16]).expect("sixteen bytes are taken at a time")
+    });
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let mut text = String::with_capacity(36);
+    for (at, byte) in bytes.into_iter().enumerate() {
+        if matches!(at, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        for digit in [byte >> 4, byte & 0xf] {
+            text.push(char::from(b"0123456789abcdef"[usize::from(digit)]));
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn uuids_are_never_the_same() {
+        let ids: HashSet<String> = (0..1000).map(|_| uuid()).collect();
+        assert_eq!(ids.len(), 1000);
+        for id in ids {
+            let parts: Vec<&str> = id.split('-').collect();
+            assert_eq!(parts.iter().map(|part| part.len()).collect::<Vec<_>>(), [8, 4, 4, 4, 12]);
+            assert!(parts[2].starts_with('4') && "89ab".contains(&parts[3][..1]), "{id}");
+            assert!(id.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit()));
+        }
+    }
+}
