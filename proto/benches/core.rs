@@ -10,7 +10,7 @@
     reason = "a bench prints, and ends when something is wrong"
 )]
 
-#[path = "../tests/common/pair.rs"]
+#[path = "../tests/it/common/pair.rs"]
 mod pair;
 
 use bytes::Bytes;

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
 
-#[path = "common/pair.rs"]
+#[path = "it/common/pair.rs"]
 mod pair;
 
 use allocation_counter::measure;

@@ -10,6 +10,7 @@
     reason = "a test fails by panicking, in its helpers too"
 )]
 
+#[path = "it/common.rs"]
 mod common;
 #[path = "hostile/raw.rs"]
 mod raw;

@@ -1,6 +1,6 @@
 #![no_main]
 
-#[path = "../../tests/strangers/parsers.rs"]
+#[path = "../../tests/it/strangers/parsers.rs"]
 mod parsers;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| parsers::records(input));

@@ -1,6 +1,6 @@
 #![no_main]
 
-#[path = "../../tests/fuzz_bodies.rs"]
+#[path = "../../tests/it/fuzz_bodies.rs"]
 mod bodies;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| bodies::input(input));

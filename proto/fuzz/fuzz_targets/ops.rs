@@ -1,6 +1,6 @@
 #![no_main]
 
-#[path = "../../tests/fuzz_bodies.rs"]
+#[path = "../../tests/it/fuzz_bodies.rs"]
 mod bodies;
 
 use arbitrary::{Arbitrary, Result, Unstructured};

@@ -1,0 +1,99 @@
+//! Goal: the program handles the file descriptor limit that it is started with.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
+
+use crate::common::eventually;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+
+/// A gateway as a program, started with this `ulimit`.
+struct Program {
+    child: Child,
+    lines: Arc<Mutex<Vec<String>>>,
+    directory: tempfile::TempDir,
+}
+
+impl Program {
+    async fn start(ulimit: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = crate::common::config(directory.path());
+        (config.limits.connections, config.limits.parked) = (8192, 1024);
+        config.state_directory = Some(directory.path().join("state"));
+        let path = directory.path().join("gateway.yaml");
+        std::fs::write(&path, config.to_yaml()).unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit {ulimit} && exec \"$0\"")]);
+        command.arg(env!("CARGO_BIN_EXE_towline-gateway")).env_clear();
+        command.env("TOWLINE_CONFIG", &path).env("TOWLINE_LOG_FORMAT", "json");
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
+        let (read, stderr) = (Arc::clone(&lines), child.stderr.take().unwrap());
+        std::thread::spawn(move || {
+            BufReader::new(stderr)
+                .lines()
+                .map_while(Result::ok)
+                .for_each(|line| read.lock().unwrap().push(line));
+        });
+        let program = Self { child, lines, directory };
+        eventually("the gateway has started", || program.said("gateway started").is_some(), |seen| *seen)
+            .await;
+        program
+    }
+
+    fn said(&self, part: &str) -> Option<String> {
+        self.lines.lock().unwrap().iter().find(|line| line.contains(part)).cloned()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Goal: D16, D33, K7: what the program says at its start and when it cannot start is for people: each thing once, and nothing of how
+/// Rust writes a value.
+#[tokio::test]
+async fn d16_what_is_wrong_is_said_once() {
+    let program = Program::start("-Sn 64").await;
+    let started = program.said("gateway started").unwrap();
+    assert!(started.contains("\"public\":\"127.0.0.1:") && !started.contains("plaintext"), "{started}");
+    for line in program.lines.lock().unwrap().iter() {
+        for debug in ["Some(", "None", "Ok(", "\\\\", " { "] {
+            assert!(!line.contains(debug), "{debug}: {line}");
+        }
+    }
+    let path = program.directory.path().join("gateway.yaml");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_towline-gateway"));
+        let output = command.args(arguments).arg("--config").arg(&path).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let beside = run(&[]);
+    assert_eq!(beside.matches("is in use by process").count(), 1, "{beside}");
+    assert_eq!(beside.matches("Stop that process first").count(), 1, "{beside}");
+    let dump = run(&["store", "dump"]);
+    assert_eq!(dump.matches("is in use by process").count(), 1, "{dump}");
+    let level = run(&["--log-level", "nonsense=nonsense"]);
+    assert!(level.contains("--log-level") && level.lines().count() == 1, "{level}");
+}
+
+/// FR-16: a low soft limit is no limit, as for any Go program: it is raised to the hard one.
+#[tokio::test]
+async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
+    let program = Program::start("-Sn 64 && ulimit -Hn 12000").await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", program.child.id())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["12000", "12000"]);
+    assert_eq!(program.said("descriptors"), None);
+}
+
+/// FR-16: where the hard limit is too low the start says how many are needed and what to set.
+#[tokio::test]
+async fn fr_16_too_few_descriptors_are_said_at_the_start() {
+    let program = Program::start("-n 256").await;
+    let said = program.said("LimitNOFILE=").unwrap();
+    assert!(said.contains("\"have\":256") && said.contains("limits.connections"), "{said}");
+}

@@ -1,0 +1,29 @@
+//! The end-to-end tests, in one program, so that it is linked once: the real gateway and agent as processes or in this one, and real
+//! clients.
+
+mod aborts;
+mod access;
+mod bulk;
+mod cli;
+mod common;
+mod drain;
+mod enrol;
+mod envtest;
+mod fakeapi;
+mod fakeapi_kubectl;
+mod fleet_api;
+mod identity;
+mod informer;
+mod kills;
+mod kubectl;
+mod load;
+mod manifest;
+mod middleboxes;
+mod namespaces;
+mod outages;
+mod pairs;
+mod races;
+mod revoked;
+mod strangers;
+mod transport;
+mod watches;
