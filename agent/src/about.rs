@@ -1,6 +1,6 @@
-//! What does the gateway's operator get to know of this cluster? The version of its API server, which that shows to everybody
-//! unless its owner has forbidden it: the agent asks without a credential, so that it needs no right. A refusal is an answer,
-//! and nothing is told then. Beside it: whether the API server can be used (`reach`), and the agent's mode.
+//! Reports the cluster's state to the gateway: the API server's version, whether the API server is usable (`reach`), and
+//! the agent's mode. The agent asks for the version without a credential, so it needs no permission; if the API server
+//! refuses, the version stays unknown.
 
 use std::sync::Arc;
 

@@ -1,10 +1,10 @@
-//! Is the agent well? `/livez`, `/readyz` and `/metrics` on a private port, the only one that the agent listens on.
+//! The private health port, the only port that the agent listens on: `/livez`, `/readyz` and `/metrics`.
 //!
-//! Liveness never looks at the gateway: restarting an agent does not heal a gateway. Readiness is a round trip on some
-//! session within the last 15 seconds.
+//! Liveness never depends on the gateway, because restarting an agent does not repair a gateway. Readiness is a round trip
+//! on some session within the last 15 seconds.
 //!
-//! A connection is one request. It waits in one room until its head is there, and in another one while it is answered;
-//! probes have a room of their own. So neither silence nor scrapes delay a probe.
+//! A connection carries one request. It is in one room until its head has arrived, and in another one during the
+//! response; probes have their own room. So neither silent connections nor scrapes delay a probe.
 
 mod room;
 

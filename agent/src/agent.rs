@@ -1,4 +1,4 @@
-//! What does a running agent consist of, and how does it end? Every task is on one tracker and ends with one token.
+//! A running agent: starts its tasks, drains and stops them. Every task is on one tracker and ends with one token.
 
 use std::fs::File;
 use std::io;

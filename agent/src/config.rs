@@ -1,4 +1,4 @@
-//! What is the agent told? One YAML file; this is its shape, its defaults and what it refuses.
+//! The agent's configuration: one YAML file, with its shape, its defaults and the values that it rejects.
 
 pub mod address;
 pub(crate) mod yaml;

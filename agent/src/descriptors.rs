@@ -1,5 +1,5 @@
-//! How many file descriptors may the agent have? As many as the system lets it, which the start sees to; whether that is
-//! enough for its limits; and how to tell that there are none left.
+//! File descriptors of the process: raises the soft limit, checks it against the configured limits, and recognises errors
+//! that mean that none are left.
 
 use std::io;
 

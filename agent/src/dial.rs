@@ -1,6 +1,5 @@
-//! How does one attempt to reach the gateway go? Resolve, connect, TLS, hello, first round trip: each stage has a deadline
-//! and an error that names the hop, the cause and the remedy. One attempt, one transport: TLS 1.3 on TCP, or
-//! QUIC.
+//! One attempt to reach the gateway: resolve, connect, TLS, hello, first round trip. Each stage has a deadline and an error
+//! that names the hop, the cause and the remedy. One attempt uses one transport: TLS 1.3 on TCP, or QUIC.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

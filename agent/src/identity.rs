@@ -1,4 +1,4 @@
-//! How does the agent get an identity, and keep it?
+//! The agent's identity: how the agent gets a certificate, stores it and renews it.
 
 pub(crate) mod enrol;
 pub(crate) mod issuer;

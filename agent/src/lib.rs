@@ -1,19 +1,18 @@
-//! The Towline agent: it runs in a cluster, dials out to the gateway, and forwards what comes through the tunnel to the
-//! cluster's API server and to the targets that its own configuration allows. It listens on nothing but a private
-//! health port.
+//! The Towline agent. It runs in a cluster, dials out to the gateway, and forwards requests from the tunnel to the
+//! cluster's API server and to the targets that its own configuration allows. It listens only on a private health port.
 //!
-//! | question | room |
+//! | topic | room |
 //! |---|---|
-//! | what is it told, and what does it refuse? | [`config`] |
-//! | what does it consist of, and how does it end? | [`agent`] |
-//! | how does one attempt to reach the gateway go, and through which proxy? | [`dial`] |
-//! | how does it stay connected, and over which transport? | `sessions` |
-//! | how does it get an identity, and keep it? | `identity` |
-//! | how does one request become one answer, and as whom does it reach the upstream? | `serve` |
-//! | which upstreams may a stream name, how are they reached, and are they well? | `upstream` |
-//! | what changes while it runs? | `reload` |
-//! | is it well, and what is the gateway told of it? | `admin`, `about`, `metrics` |
-//! | how does it log, on which runtime does it run, and how many descriptors may it have? | [`log`], [`runtime`], [`descriptors`] |
+//! | the configuration | [`config`] |
+//! | start, drain and shutdown | [`agent`] |
+//! | one attempt to reach the gateway, and the proxy | [`dial`] |
+//! | keeping sessions up, and choosing the transport | `sessions` |
+//! | joining, storing and renewing the identity | `identity` |
+//! | one request and its response, and the identity that the upstream sees | `serve` |
+//! | the allowed upstreams, their connections and their health | `upstream` |
+//! | reloading files at runtime | `reload` |
+//! | health, metrics, and what the agent reports to the gateway | `admin`, `about`, `metrics` |
+//! | logging, the runtime, file descriptors | [`log`], [`runtime`], [`descriptors`] |
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,4 +1,4 @@
-//! How does the agent log? To standard error, as text or as one JSON object per line; control characters are escaped.
+//! Logging: to standard error, as text or as one JSON object per line. Control characters are escaped.
 
 use std::io::{self, IsTerminal as _};
 use std::str::FromStr;

@@ -1,4 +1,4 @@
-//! The agent as a program: flags, signals, exit codes. Everything else is in the library.
+//! The program `towline-agent`: flags, signals, exit codes. Everything else is in the library.
 
 use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;

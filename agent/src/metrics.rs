@@ -1,4 +1,4 @@
-//! What does the agent count? Every metric, its name and its labels; all label values come from closed sets.
+//! The agent's metrics, with their names and labels. All label values come from closed sets.
 
 #![allow(clippy::expect_used, reason = "names and labels are constants, which a test registers")]
 

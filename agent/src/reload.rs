@@ -1,6 +1,6 @@
-//! What of the agent changes while it runs, and how? Certificates, CA bundles, the token and the targets: looked at every
-//! ten seconds and on SIGHUP, by content. A bad file keeps the last good value; a configuration file that is gone
-//! denies every target.
+//! Reloads certificates, CA bundles, the token and the targets while the agent runs. The agent compares the content of the
+//! files every ten seconds and on SIGHUP. A bad file keeps the last good value; if the configuration file disappears, the
+//! agent denies all targets.
 
 use std::fmt;
 use std::path::PathBuf;

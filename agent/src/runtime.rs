@@ -1,6 +1,6 @@
-//! On which thread does the agent run? One, with a current-thread runtime: a session is one core's work, and what an agent
-//! carries beside it (connections to the API server) is cheaper done on the same core than handed to another.
-//! `docs/performance.md` has the measurement. A cluster that needs more than one core's worth runs more agents.
+//! The agent's runtime: one thread with a current-thread runtime. A session uses one core, and handling its API server
+//! connections on the same core is cheaper than moving them to another (`docs/performance.md`). A cluster that needs more
+//! than one core runs several agents.
 
 use std::io;
 

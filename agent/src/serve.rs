@@ -1,5 +1,5 @@
-//! What happens to the streams of a session? One task each, up to a limit; above it a stream is refused before anything
-//! is done with it.
+//! Accepts the streams of a session: one task each, up to a limit. Above the limit a stream is refused before the agent
+//! acts on it.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

@@ -1,4 +1,4 @@
-//! How does the agent stay connected, and over which transport?
+//! Keeps the agent connected, and chooses the transport.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

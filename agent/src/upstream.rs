@@ -1,5 +1,5 @@
-//! What does the agent forward to, and how is it reached? The API server, or an allowed target: an address, a TLS
-//! configuration, and the name that errors call it by.
+//! The servers that the agent forwards to: the API server or an allowed target, with an address, a TLS configuration and a
+//! name for errors.
 
 pub(crate) mod ask;
 pub(crate) mod pool;

@@ -1,9 +1,9 @@
-//! Whom does a CA bundle for servers stand for? As Go reads it, and so kubectl and every controller: for servers with a certificate
-//! that one of its CAs has issued, and for a server that shows a certificate of the bundle byte for byte, whoever has issued that
-//! and whether it is a CA's or not. Name, dates and purpose are checked in both cases.
+//! Verifies servers against a CA bundle as Go does, and therefore as kubectl and every controller do. A server is trusted
+//! if a CA in the bundle issued its certificate, or if the bundle contains exactly that certificate, whoever issued it.
+//! Name, dates and purpose are checked in both cases.
 //!
-//! webpki knows the first half only: kubeconfigs with the server's own self-signed certificate, or with a leaf before its CA, work
-//! with kubectl and would not work here.
+//! webpki supports only the first case. Kubeconfigs with the server's own self-signed certificate, or with a leaf before its CA,
+//! work with kubectl and would fail here without this file.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

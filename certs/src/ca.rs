@@ -1,8 +1,8 @@
-//! What is a CA of ours? Its key, its root certificate, and the one job it is for.
+//! The product's certificate authorities: a key, a root certificate, and the one kind of certificate that it issues.
 //!
-//! A root that this crate makes says its job in its subject (OU), so that two files mixed up in a configuration are
-//! an error at start and not two kinds of identity in one. A root from elsewhere has no such mark and is taken as
-//! the caller says.
+//! A root from this crate states its purpose in its subject (OU). Two swapped files in a configuration are therefore an error
+//! at the start instead of a mix of two kinds of identity. A root from elsewhere has no such mark; the caller decides what it is
+//! for.
 
 use std::fmt;
 use std::path::Path;

@@ -1,8 +1,8 @@
-//! How is a certificate given a subject that the issuing library cannot express?
+//! Replaces the subject of a certificate, for subjects that the issuing library cannot express.
 //!
-//! A client's groups are several O values; the library keeps one value per attribute type. So the library makes the
-//! certificate, and this file replaces the subject in the signed part (RFC 5280 section 4.1.2.6) and signs again.
-//! Only our own freshly made certificates come in here.
+//! A client's groups are several O values, and the library keeps one value per attribute type. So the library creates the
+//! certificate, and this file replaces the subject in the signed part (RFC 5280 section 4.1.2.6) and signs it again.
+//! The input is always a certificate that this crate has just created.
 
 use rcgen::SigningKey;
 use rustls_pki_types::CertificateDer;

@@ -1,4 +1,4 @@
-//! What does a development set consist of, and what is in one on disk?
+//! Development sets: which files a set consists of, and how an existing set is completed.
 //!
 //! | file | for |
 //! |---|---|
@@ -10,8 +10,8 @@
 //! | `agent-NAME.crt`, `.key` | the agent of cluster NAME |
 //! | `client-CN.crt`, `.key` | a client |
 //!
-//! What exists and still fits is kept, so a second run changes nothing; what has expired, or is for other names, is
-//! issued anew from the same CAs. `force` starts from new CAs.
+//! A second run keeps files that are still valid. It issues a certificate again, from the same CAs, if it has expired or is for
+//! other names. `force` creates new CAs.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;

@@ -1,4 +1,5 @@
-//! Why did a handshake fail, and what to do about it?
+//! Explains TLS errors: one sentence for the cause and one for the remedy, for logs. The error's type decides, never its
+//! text.
 //!
 //! One sentence for the cause and one for the remedy, for a log. Decided by the error's type, never by its text.
 

@@ -1,4 +1,4 @@
-//! What does a certificate say? Facts for logs, revocation and renewal; nothing here is a trust decision.
+//! Facts of a certificate for logs, revocation and renewal. Nothing here is a trust decision.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -1,5 +1,5 @@
-//! Whose certificate did a server show, if not one of the CA expected? The check is webpki's; this only adds the names, so
-//! that the error can say who stands in between.
+//! Adds names to an unknown-issuer error: who issued the presented certificate, and which CA was expected. webpki does the
+//! verification; the names let the error say who intercepts the connection.
 
 use std::sync::Arc;
 

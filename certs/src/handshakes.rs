@@ -1,4 +1,4 @@
-//! Do two ends with the configurations of [`crate::tls`] meet as they must? Handshakes in memory, no sockets.
+//! Tests of handshakes between two ends with the configurations of [`crate::tls`], in memory and without sockets.
 
 use std::sync::Arc;
 use std::time::Duration;

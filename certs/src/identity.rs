@@ -1,8 +1,8 @@
-//! Which names exist, and how are they written?
+//! Names of agents and clients, and their text forms.
 //!
 //! An agent is `spiffe://<trust-domain>/cluster/<uid>/agent/<instance>`; a client is a name and groups. Each part is
-//! a type of its own that can only hold a valid value, so a part is never empty and never contains a separator:
-//! two different identities cannot be written alike.
+//! a type of its own that can only hold a valid value. A part is therefore never empty and never contains a separator, so
+//! two different identities never have the same text.
 
 use std::borrow::Borrow;
 use std::fmt;

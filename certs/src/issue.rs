@@ -1,4 +1,4 @@
-//! What does a CA issue? Four fixed profiles; whoever asks chooses nothing but the values stated here.
+//! Issues certificates, in four fixed profiles. The requester chooses only the values named here.
 //!
 //! | profile | from | names | extended key usage |
 //! |---|---|---|---|
@@ -7,8 +7,8 @@
 //! | front server | front server CA | DNS and IP SANs | serverAuth |
 //! | client | front client CA | CN and O values | clientAuth |
 //!
-//! All: not a CA, digitalSignature only, 128-bit random serial, valid from [`BACKDATE`] before `now`, never longer
-//! than the CA. A CSR lends its public key and nothing else: subject, names, usages and CA bits in it are not read.
+//! All profiles: not a CA, digitalSignature only, 128-bit random serial, valid from [`BACKDATE`] before `now`, never longer
+//! than the CA. Only the public key of a CSR is used; its subject, names, usages and CA bits are ignored.
 
 use std::fmt;
 use std::net::IpAddr;

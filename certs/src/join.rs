@@ -1,15 +1,18 @@
-//! What does a new agent have to be told? The join token: one line that says where the gateway is, how to recognise it, and
-//! why it should let the agent in.
+//! The join token: one line that tells a new agent where the gateway is, how to recognise it, and why the gateway should
+//! admit the agent.
 //!
 //! ```text
 //! tljt1/ADDRESS[,ADDRESS…]/PIN[,PIN…]/TRUSTDOMAIN/CLUSTER/ID/USES/SECRET
 //! ```
 //!
-//! The trust domain says for which gateways the agent's ServiceAccount token is ([`TrustDomain::audience`]), the cluster for whose agent the token is:
-//! what is meant for another is noticed before anything is sent. Addresses are `HOST:PORT` in the order in which they are tried, private before public; a pin is the 64 hexadecimal digits of
-//! [`SpkiPin`], of the tunnel CA's root, and of the next one too while the CA changes; the secret is 128 bits in 32
-//! hexadecimal digits, so that a token that was cut off is noticed before anything is sent. No character needs quoting in a
-//! shell but the brackets of an IPv6 address.
+//! - ADDRESS is `HOST:PORT`. Addresses are in the order in which they are tried, private before public.
+//! - PIN is the 64 hexadecimal digits of an [`SpkiPin`]: that of the tunnel CA's root, and of the next root during a change of
+//!   CA.
+//! - TRUSTDOMAIN names the gateways that the agent's ServiceAccount token is for ([`TrustDomain::audience`]), and CLUSTER the
+//!   cluster of the agent. With them an agent detects a token for another one before it sends anything.
+//! - SECRET is 128 bits in 32 hexadecimal digits, so that an agent detects a truncated token before it sends anything.
+//!
+//! Only the brackets of an IPv6 address need quoting in a shell.
 
 use std::fmt;
 use std::str::FromStr;

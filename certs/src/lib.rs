@@ -1,21 +1,21 @@
-//! Identities and TLS policy: who may be whom, and what a handshake may look like. Nothing about tunnels.
+//! Identities and TLS policy: which certificates are which identities, and what a handshake requires. Nothing about tunnels.
 //!
-//! | question | file |
+//! | topic | file |
 //! |---|---|
-//! | which names exist, and how are they written? | [`identity`] |
-//! | which certificate counts as which identity? | [`profile`] |
-//! | whose certificates are believed? | [`trust`] |
-//! | which TLS versions, ALPN and verifiers? | [`tls`], and `bundle` for servers as Go believes them |
-//! | what is a CA, and what does it issue? | [`ca`], [`issue`] |
-//! | what is a new agent told? | [`join`] |
-//! | how are files read, written, watched? | [`load`], [`save`], [`reload`] |
-//! | what does a certificate say? | [`facts`], [`pin`] |
-//! | why did a handshake fail, and what now? | [`mod@explain`], [`foreign`] |
-//! | where does a development set come from? | [`devset`], and the program `towline-certs` |
+//! | names and their text forms | [`identity`] |
+//! | which certificate is which identity | [`profile`] |
+//! | which CAs are trusted | [`trust`] |
+//! | TLS versions, ALPN and verifiers | [`tls`], and `bundle` for servers as Go verifies them |
+//! | CAs, and what they issue | [`ca`], [`issue`] |
+//! | join tokens | [`join`] |
+//! | reading, writing and polling files | [`load`], [`save`], [`reload`] |
+//! | facts of a certificate | [`facts`], [`pin`] |
+//! | why a handshake failed, and the remedy | [`mod@explain`], [`foreign`] |
+//! | development sets | [`devset`], and the program `towline-certs` |
 //!
-//! Two rules hold everywhere. A certificate is judged against exactly one of the two CAs: one that the tunnel CA
-//! issued is never a client, one that the front clients' CA issued is never an agent. And there is no insecure
-//! variant: no function here makes a configuration that skips a check.
+//! Two rules hold everywhere. A certificate is verified against exactly one of the two CAs: a certificate of the tunnel CA
+//! is never a client, and one of the front clients' CA is never an agent. And there is no insecure variant: no function
+//! here builds a configuration that skips a check.
 
 // SG17: what a peer sends never picks an index.
 #![warn(clippy::indexing_slicing)]

@@ -1,7 +1,7 @@
-//! How do certificates and keys come out of files, and what is wrong when they do not?
+//! Loads certificates and keys from files.
 //!
-//! Every error names the file, the cause and the remedy, and never a byte of a key. A file is opened once: its mode
-//! is that of the very bytes that were read. What a [`LoadPolicy`] tolerates comes back as a warning.
+//! Every error names the file, the cause and the remedy, and never contains a byte of a key. A file is opened once, so its
+//! mode is that of the bytes that were read. What a [`LoadPolicy`] tolerates is returned as a warning.
 
 use std::fmt;
 use std::fs::File;

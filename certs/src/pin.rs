@@ -1,8 +1,8 @@
-//! Is one of the presented certificates the one I was told about? SHA-256 pins of public keys.
+//! SHA-256 pins of public keys: whether one of the presented certificates is the expected one.
 //!
 //! A pin is the SHA-256 of a certificate's `SubjectPublicKeyInfo` (RFC 7469 section 2.4), written `sha256:<64 hex>`.
-//! It survives a new certificate for the same key. A pin in the chain is only a hint where trust starts: the chain
-//! up to it still has to verify ([`crate::tls::join_client`] does both).
+//! It stays valid for a new certificate with the same key. A pin only names where trust starts: the chain up to that
+//! certificate must still verify ([`crate::tls::join_client`] checks both).
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,8 +1,8 @@
-//! Which certificate counts as which identity?
+//! Certificate profiles: which certificate is which identity.
 //!
-//! Input is a certificate whose chain is already verified (see [`crate::trust`]); a valid chain alone is not an
-//! identity. There is one profile for agents and one for clients; whatever differs is refused, and the refusal says
-//! which rule (RFC 5280 sections in parentheses):
+//! The input is a certificate whose chain is already verified (see [`crate::trust`]); a valid chain alone is not an
+//! identity. There is one profile for agents and one for clients. Any other certificate is refused, and the error names
+//! the broken rule (RFC 5280 sections in parentheses):
 //!
 //! 1. one X.509 v3 certificate and no bytes after it (4.1)
 //! 2. no extension twice, none unreadable, no critical one besides the four checked here (4.2)

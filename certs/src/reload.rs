@@ -1,8 +1,8 @@
-//! Have these files changed, and is the new content any good? Polling by content, without a runtime.
+//! Polls files for changes by content, and parses the new content. Needs no runtime.
 //!
-//! Content, not modification time: a mounted secret changes by a symlink swap that a file watcher on the path can miss.
-//! A bad file keeps the last good value. Two files that change one after the other are bad in between (the key is not
-//! the certificate's) and good at the next poll.
+//! It compares content, not modification times: a mounted secret changes by a symlink swap that a file watcher on the path can
+//! miss. A bad file keeps the last good value. If two files change one after the other, the pair is bad in between (the key
+//! does not belong to the certificate) and good at the next poll.
 
 use std::fmt;
 use std::path::PathBuf;

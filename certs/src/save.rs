@@ -1,8 +1,8 @@
-//! How do certificates and keys get into files? Whole or not at all, and keys for the owner's eyes only.
+//! Writes certificates and keys to files: completely or not at all, with keys readable only by their owner.
 //!
-//! A file is written beside its place, flushed to disk and moved there, so a reader sees the old file or the new one,
-//! never a part, also after a crash. Certificate and key in one file ([`write_credential`]) change together; in two
-//! files they cannot.
+//! A file is written to a temporary name in the same directory, flushed to disk and renamed. A reader therefore sees the old
+//! file or the new one and never a part, also after a crash. Certificate and key in one file ([`write_credential`]) change
+//! together; in two files they cannot.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};

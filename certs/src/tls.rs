@@ -1,17 +1,17 @@
-//! Which TLS versions, which ALPN, which checks? The one place that builds rustls configurations.
+//! TLS versions, ALPN and verifiers. Every rustls configuration is built here.
 //!
 //! | configuration | TLS | ALPN | peer's certificate |
 //! |---|---|---|---|
 //! | [`tunnel_server`] | 1.3 | towline/1 | required, an agent's |
-//! | [`join_server`] | 1.3 | towline-join/1 | not asked for |
-//! | [`front_server`] | 1.2, 1.3 | h2, http/1.1 | asked for, judged after the handshake |
+//! | [`join_server`] | 1.3 | towline-join/1 | not requested |
+//! | [`front_server`] | 1.2, 1.3 | h2, http/1.1 | requested, verified after the handshake |
 //! | [`agent_client`] | 1.3 | towline/1 | tunnel CA, name checked |
 //! | [`join_client`] | 1.3 | towline-join/1 | a pinned root in the chain, name checked |
 //! | [`upstream_client`] | 1.2, 1.3 | http/1.1 or h2 | CA bundle, name checked |
 //! | [`http_client`] | 1.2, 1.3 | h2, http/1.1 | CA bundle, name checked |
 //!
-//! Everywhere: the provider is passed in, never the process's default; no session is resumed and no early data is
-//! sent or taken, since a resumed session skips the certificate check, also after a revocation.
+//! All configurations: the crypto provider is passed in and never the process's default. No session is resumed and no early
+//! data is sent or accepted, because a resumed session skips the certificate check, also after a revocation.
 
 use std::sync::{Arc, OnceLock};
 

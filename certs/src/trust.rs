@@ -1,7 +1,7 @@
-//! Whose certificates are believed, and for what?
+//! Which CAs are trusted, and for which identities.
 //!
-//! Two types, so that one cannot stand in for the other: [`AgentCa`] turns a chain into an agent, [`ClientCa`] turns a
-//! chain into a client. Each holds its own roots and its own certificate profile; neither ever looks at the other's.
+//! There are two types, so that one cannot be used as the other: [`AgentCa`] turns a chain into an agent, [`ClientCa`] turns a
+//! chain into a client. Each has its own roots and its own certificate profile, and neither reads the other's.
 
 use std::fmt;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! What does Towline do? `make demo` shows it: a gateway, an agent that only dials out, an API server behind it, and real
-//! requests through the tunnel. Loopback only, free ports, everything in one scratch directory.
+//! The demo of `make demo`: a gateway, an agent that only dials out, an API server behind it, and real requests through the
+//! tunnel. It uses loopback, free ports and one scratch directory.
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -1,7 +1,7 @@
-//! The load test of Towline, and its demo. What its tests start and ask is in `towline-testkit`.
+//! The load test and the demo of Towline. `towline-testkit` has what tests start and ask.
 //!
-//! - [`load`]: the load test, beside the same without Towline and beside its peers; [`report`]: what it says.
-//! - [`demo`]: what `make demo` shows.
+//! - [`load`]: the load test, with and without Towline and with comparable programs; [`report`]: its report.
+//! - [`demo`]: the demo of `make demo`.
 
 pub mod demo;
 pub mod load;

@@ -1,16 +1,16 @@
-//! The load test: Towline beside no tunnel, bare copy loops and its peers, in one run on one machine.
+//! The load test: Towline, no tunnel, bare copy loops and comparable programs, in one run on one machine.
 //!
 //! - [`scenario`]: what is measured, as files.
 //! - [`arms`]: what is compared, and how each is started; [`tunnels`]: the peers, as files; [`relay`]: the bare copy loops.
-//! - [`client`]: the cheapest HTTP/1.1 client that can be; [`upstream`]: what answers.
-//! - [`drive`]: how each kind of load is made and timed; `live`: what lasts; `fleet` with [`agents`]: many agents;
+//! - [`client`]: an HTTP/1.1 client that costs as little as possible; [`upstream`]: the server.
+//! - [`drive`]: how each kind of load is made and timed; `live`: long-lived load; `fleet` with [`agents`]: many agents;
 //!   [`product`]: both ends in one process; [`sample`]: what the processes cost.
 //! - [`run`]: rounds, progress, and the record of the run, which [`crate::report`] judges.
 //! - [`kubeconfig`]: a gateway elsewhere.
 //! - [`pki`]: the certificates of everything that is not Towline.
 //!
 //! Figures compare only within one run. Rounds are interleaved (A B C, A B C), each scenario runs on all arms in turn, ratios
-//! are taken inside a round, and the median of the rounds is what counts.
+//! are computed inside a round, and the result is the median of the rounds.
 
 pub mod agents;
 mod arithmetic;

@@ -1,4 +1,4 @@
-//! What does a run say? Tables, charts and verdicts, all computed from one record.
+//! The report of a run: tables, charts and verdicts, all computed from one record.
 //!
 //! - [`json`]: the record itself.
 //! - [`text`]: tables for a terminal; [`html`]: a page, with the charts of [`svg`].

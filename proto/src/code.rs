@@ -1,4 +1,4 @@
-//! Why did a stream or a session end? One table of codes for reset, stop and close, on every transport.
+//! The codes with which streams and sessions end: one table for reset, stop and close, on every transport.
 //!
 //! Each code is mapped once: to the HTTP status that the client sees, to the words of the `Warning` header, and to the
 //! label that metrics carry. See "Codes" in `docs/protocol.md`.

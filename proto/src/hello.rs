@@ -1,5 +1,5 @@
-//! What do both ends say first? The hello: versions, capabilities, limits and the boot id. Each end sends it as its first
-//! frame without waiting for the other's. Identity is not in it: that comes from the verified certificate alone.
+//! The hello, the first message of each end: versions, capabilities, limits and the boot id. Each end sends it without
+//! waiting for the other. It contains no identity, which comes from the verified certificate alone.
 
 use alloc::string::String;
 use alloc::vec::Vec;

@@ -1,5 +1,5 @@
-//! How does an agent get an identity, and how does it keep it? Joining is one message each way on a connection of its own;
-//! renewal and the change of the tunnel CA are notices inside a session, the same on every transport.
+//! The messages by which an agent gets and keeps an identity. Joining is one message each way on its own connection;
+//! renewal and changes of the tunnel CA are notices inside a session, the same on every transport.
 //!
 //! The framing of the join messages is `u32 length ‖ message`, as for heads; that of the notices is in [`crate::wire`]. What
 //! each end must do with them is in sections 8 and 9 of `docs/protocol.md`.

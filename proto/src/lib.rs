@@ -1,16 +1,16 @@
-//! What both ends of a Towline tunnel must agree on.
+//! The protocol of the tunnel: everything that both ends must agree on.
 //!
 //! The map, from the wire upwards:
 //!
 //! - [`wire`]: every frame of a session, byte for byte.
 //! - [`code`]: the one table of codes for reset, stop and close.
 //! - [`hello`]: the first message of a session.
-//! - [`open`]: what a stream says first, and the answer.
-//! - [`join`]: how an agent gets an identity and keeps it.
+//! - [`open`]: the head of a stream, and its answer.
+//! - [`join`]: the messages by which an agent gets and renews an identity.
 //! - [`mux`]: the multiplexer as a pure state machine: bytes and `now` in, bytes and events out.
-//! - [`text`]: what somebody else wrote, made safe to show.
+//! - [`text`]: foreign text, made safe to show.
 //! - [`time`]: the clock value that callers pass into the state machine.
-//! - [`tunnel`] (feature `tokio`): the runtime face: sessions and streams to await on.
+//! - [`tunnel`] (feature `tokio`): the asynchronous interface: sessions and streams.
 //!
 //! Without the feature `tokio` this crate is `no_std`: it cannot name a runtime, a clock, a socket or TLS, and
 //! `make lint` builds it that way to keep it so.

@@ -1,4 +1,4 @@
-//! What does a stream say first, and what is the answer? The heads of an exchange, as protobuf messages.
+//! The heads of an exchange, as protobuf messages: how a stream begins, and its answer.
 //!
 //! On every transport a stream carries `u32 length ‖ Open ‖ body…` one way and `u32 length ‖ Answer ‖ body…` the other.
 //! The framing of these heads is in [`crate::tunnel::exchange`]; the field-by-field description in `docs/protocol.md`.

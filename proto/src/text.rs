@@ -1,4 +1,4 @@
-//! How is text shown that somebody else wrote? In logs, errors and terminals.
+//! Prepares foreign text for logs, errors and terminals.
 
 use core::fmt::{self, Write as _};
 use core::time::Duration;

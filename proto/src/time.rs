@@ -1,4 +1,4 @@
-//! What time is it? The caller says so: a clock value passed into the state machine, which never reads a clock.
+//! The clock value that the caller passes into the state machine, which never reads a clock.
 
 use core::ops::{Add, Sub};
 use core::time::Duration;

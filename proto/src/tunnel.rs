@@ -1,10 +1,10 @@
-//! Sessions and streams to await on: the runtime face of the tunnel.
+//! The asynchronous interface of the tunnel: sessions and streams.
 //!
 //! A [`Session`] is one live authenticated connection between an agent and a gateway. [`Session::over`] runs the mux over
 //! any reliable byte stream, in practice TLS 1.3 on TCP; [`Session::over_quic`] runs on a QUIC connection.
-//! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session (`gate` says who writes next there), [`stream`] is what one stream can do, [`exchange`] frames the heads of an HTTP
-//! exchange, [`message`] is one message where there is no session, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket,
-//! [`address`] is what is dialled, and [`proxy`] how that goes through an HTTP proxy.
+//! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session (`gate` orders its writers), [`stream`] is one stream, [`exchange`] frames the heads of an HTTP
+//! exchange, [`message`] sends one message without a session, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket,
+//! [`address`] parses addresses to dial, and [`proxy`] connects through an HTTP proxy.
 
 pub mod address;
 pub mod aside;

@@ -1,4 +1,4 @@
-//! What is on the wire? Every frame of a session: its number, its layout, how it is encoded and decoded.
+//! The wire format: every frame of a session, with its number, its layout, its encoding and decoding.
 //!
 //! A frame is an 8-byte header, big-endian, and a payload:
 //!

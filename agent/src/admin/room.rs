@@ -1,6 +1,5 @@
-//! Who waits at the private port? A room has few places and never turns anybody away: when it is full, whoever has been in
-//! it for longest gives way, and an address that has its share gives way to itself. So connections that say nothing delay
-//! nobody, however many there are.
+//! A bounded set of connections to the private port. A full room never refuses a connection: it closes the oldest one, and
+//! an address that has used its share closes its own oldest one. Silent connections therefore delay nobody.
 //!
 //! The gateway has the same file: the programs share the protocol and nothing else.
 

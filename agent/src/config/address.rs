@@ -1,4 +1,4 @@
-//! Where may the agent connect to? Every IP address that a name resolves to is looked at before a socket is opened.
+//! Addresses that the agent may connect to. Every IP address that a name resolves to is checked before a socket is opened.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

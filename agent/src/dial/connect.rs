@@ -1,5 +1,5 @@
-//! How is one connection made? Resolve, connect, TLS: each stage under the same deadline, each failure with its cause and
-//! what to do. Used towards the gateway and towards the upstreams.
+//! One connection: resolve, connect, TLS, all under one deadline. Each failure has its cause and its remedy. Used for the
+//! gateway and for upstreams.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};

@@ -1,5 +1,5 @@
-//! Through which proxy does the TCP leg to the gateway go? `settings.rs` reads through which; here are its files, the connection to it
-//! and, where it is an `https://` one, TLS with it. What is said to it is [`towline_proto::tunnel::proxy`]'s.
+//! The HTTP proxy on the TCP path to the gateway: its files, the connection to it, and TLS with an `https://` proxy.
+//! `settings.rs` decides which proxy is used; [`towline_proto::tunnel::proxy`] speaks CONNECT.
 
 mod settings;
 

@@ -1,5 +1,5 @@
-//! How is a QUIC connection to the gateway made? One socket for the whole agent, opened when it is first needed; the same
-//! TLS 1.3 as on TCP, carried by QUIC.
+//! QUIC connections to the gateway. The whole agent shares one UDP socket, opened at its first use; the TLS 1.3 settings
+//! are those of TCP.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

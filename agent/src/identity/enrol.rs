@@ -1,10 +1,10 @@
-//! How does an agent without a valid certificate get one? One TLS connection, one message each way. The gateway is recognised
-//! before anything is sent: by a pin, or by a root that was kept from before.
+//! Joining: gets a certificate for an agent that has no valid one, with one message each way over one TLS connection. The
+//! agent recognises the gateway before it sends anything, by a pin or by a stored root.
 //!
-//! 1. Which proofs are there? The certificate that has run out, the cluster's own token, the join token: in this order,
-//!    since the first costs nothing and the last may be used up.
-//! 2. Each is tried at each address until one is answered. A refusal moves on to the next proof.
-//! 3. What comes back is checked as a whole before it counts: our key, a chain to the roots, an agent's profile.
+//! 1. Collect the proofs: the expired certificate, the cluster's own token, the join token. In this order, because the
+//!    first costs nothing and the last may be used up.
+//! 2. Try each proof at each address until one address answers. A refusal moves on to the next proof.
+//! 3. Check the whole answer before using any of it: our key, a chain to the roots, an agent's profile.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

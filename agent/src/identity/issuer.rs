@@ -1,8 +1,8 @@
-//! Who signs the ServiceAccount tokens of this cluster? Told to the gateway when the agent joins with a token and at each
-//! renewal, so that the gateway can later recognise an agent that kept nothing. From a mounted file, or from the API server,
-//! where that shows its keys to this agent.
+//! The issuer of the cluster's ServiceAccount tokens. The agent reports it to the gateway when it joins with a token and at
+//! each renewal, so that the gateway can recognise an agent that stores nothing. The keys come from a mounted file, or from
+//! the API server if it lets the agent read them.
 //!
-//! The agent's own token says when there are other keys: it is signed by one that the gateway was not told of.
+//! The agent detects new keys by its own token: it is then signed by a key that the gateway does not know.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

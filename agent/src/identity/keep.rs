@@ -1,16 +1,17 @@
-//! How does the agent keep the identity that it joined with? In a directory or in memory; renewed over a session that stands,
-//! at two thirds of its life; its CA bundle as the gateway announces it. No session is replaced for any of that.
+//! Stores and renews the identity that the agent got by joining. It lives in a directory or in memory, is renewed over a
+//! running session at two thirds of its lifetime, and follows the CA bundle that the gateway announces. None of this
+//! replaces a session.
 //!
-//! | what happens | what follows |
+//! | event | reaction |
 //! |---|---|
-//! | nothing was kept | it joins, again and again with the back-off of the sessions |
-//! | two thirds of its life are over | a new key, and a certificate for it over any session; new connections show it |
-//! | it could not be renewed and has run out | it joins: with the old certificate, with the cluster's own token, with the join token |
-//! | gateway and agent do not recognise each other, and no session stands | the same, at most every 15 s: record or CA may be others |
-//! | the gateway does not know the key that signs the cluster's tokens | an early renewal, which tells of it |
-//! | the gateway announces other roots | if they lead back to what is believed, they are written, used for new connections and acknowledged |
+//! | no identity is stored | the agent joins, and retries with the back-off of the sessions |
+//! | two thirds of the lifetime have passed | a new key, and a certificate for it over any session; new connections present it |
+//! | the certificate expired before it was renewed | the agent joins: with the old certificate, the cluster's own token, or the join token |
+//! | gateway and agent do not recognise each other, and no session is up | the same, at most every 15 s: the gateway's record or CA may have changed |
+//! | the gateway does not know the key that signs the cluster's tokens | an early renewal, which reports the key |
+//! | the gateway announces other roots | if they lead back to trusted roots, the agent stores them, uses them for new connections and acknowledges them |
 //!
-//! An identity made elsewhere (files) is not touched: an announcement is acknowledged if the file holds the roots.
+//! The agent never changes an identity from files: it acknowledges an announcement if the file contains the roots.
 
 use std::fs::{File, TryLockError};
 use std::io::{Read as _, Write as _};

@@ -1,11 +1,11 @@
-//! Whom does a refusal of the API server mean: the caller, or the agent that acts in its name? A 401 to the agent's own token and a 403
-//! to its impersonation say nothing of the caller, who must not be told that they do.
+//! Decides whether a refusal of the API server means the caller or the agent that impersonates the caller. A 401 to the
+//! agent's own token and a 403 to its impersonation are not the caller's fault, and the caller must not see them as such.
 //!
-//! - A 401 means the agent: only its own token was there to be refused. Behind `…/proxy/` it may be the answer of the workload;
-//!   there it counts if it is the API server's own kind of answer.
+//! - A 401 means the agent, because the request had only the agent's token. Behind `…/proxy/` the workload may have answered; there a
+//!   401 means the agent only if it has the form of the API server's own responses.
 //! - A 403 means the agent if it is about the verb `impersonate`, which no request of a caller has (kube-apiserver,
 //!   `responsewriters.ForbiddenStatusError`: `User "…" cannot impersonate resource "users" in API group ""`). Names in it are
-//!   quoted with their quotes escaped, so that none can be mistaken for it.
+//!   quoted with their quotes escaped, so no name can imitate it.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};

@@ -1,12 +1,12 @@
-//! How does one request become one answer? From the open of a stream to the end of both bodies.
+//! One exchange: turns one request into one response, from the open of a stream to the end of both bodies.
 //!
-//! 1. The agent's configuration decides on the identity; the head is built ([`crate::serve::impersonate`], [`crate::serve::head`]).
-//! 2. A connection is taken, the request sent; a request that has not left goes to another connection, one that may have
-//!    left is never sent twice unless that is harmless.
-//! 3. The head of the answer goes into the tunnel, then its body; or the stream and an upgraded connection are joined.
-//! 4. The connection goes back to the pool if both messages are complete; else it is destroyed.
+//! 1. Choose the identity by the agent's configuration, and build the head ([`crate::serve::impersonate`], [`crate::serve::head`]).
+//! 2. Take a connection and send the request. A request that was not sent moves to another connection; one that may have
+//!    been sent is sent again only if that is harmless.
+//! 3. Send the head of the response into the tunnel, then its body; or splice the stream with an upgraded connection.
+//! 4. Return the connection to the pool if both messages are complete; otherwise destroy it.
 //!
-//! The gateway may give up at any time, which ends the exchange and its connection.
+//! The gateway may cancel at any time, which ends the exchange and its connection.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

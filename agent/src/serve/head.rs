@@ -1,5 +1,5 @@
-//! How does the head of a request become one for the upstream, and the upstream's answer one for the gateway? Both are
-//! built from empty; hop-by-hop fields and framing are always our own.
+//! Converts the head of a request for the upstream, and the head of the response for the gateway. Both are built from
+//! scratch; hop-by-hop fields and framing are always the agent's own.
 
 use bytes::Bytes;
 use http::header::{

@@ -1,16 +1,17 @@
-//! As whom does a request reach the upstream? Decided here, by the agent's own configuration: the gateway cannot widen it.
+//! Decides under which identity a request reaches the upstream. The agent's own configuration decides; the gateway cannot
+//! extend it.
 //!
 //! | agent | request | to the API server | to a target |
 //! |---|---|---|---|
-//! | restricted | restricted | as it came if it brings a credential (or `allowAnonymous`), else refused | as it came |
+//! | restricted | restricted | unchanged if it has a credential (or with `allowAnonymous`), else refused | unchanged |
 //! | restricted | impersonate | refused | refused |
-//! | impersonate | restricted | as it came if it brings a credential, else refused | as it came |
-//! | impersonate | impersonate | as the principal, and nobody else | without any identity |
+//! | impersonate | restricted | unchanged if it has a credential, else refused | unchanged |
+//! | impersonate | impersonate | as the principal and nobody else | without any identity |
 //!
-//! A credential is what an API server looks at: `Authorization: Bearer`, and in a WebSocket handshake the subprotocol that
-//! carries a token. Whatever else a request brings, it is anonymous there.
+//! A credential is what an API server evaluates: `Authorization: Bearer`, and in a WebSocket handshake the subprotocol that
+//! carries a token. A request with anything else is anonymous there.
 //!
-//! The agent's own token goes to the API server in the name of a principal, and nowhere else.
+//! The agent sends its own token only to the API server, and only on behalf of a principal.
 
 use http::HeaderValue;
 use thiserror::Error;

@@ -1,4 +1,4 @@
-//! How long does the agent wait before it tries again? Full-jitter exponential back-off, with its randomness passed in.
+//! Exponential back-off with full jitter between attempts. Its randomness is passed in.
 
 use std::fmt;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Which sessions stand, and when was each last heard from? What readiness, the metrics and the drain go by.
+//! The agent's sessions, and when each last heard its peer. Readiness, metrics and the drain use it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

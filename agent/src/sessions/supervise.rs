@@ -1,16 +1,16 @@
-//! How does the agent stay connected? Each slot keeps one session up, over the transport that `transport` decides on.
+//! Supervises sessions: each slot keeps one session up, over the transport that `transport` chooses.
 //!
-//! - A failed attempt moves on to the next address; after a round of all of them comes the back-off. It begins anew once
+//! - A failed attempt moves on to the next address. After a round of all addresses comes the back-off, which resets once
 //!   a session has lived for a minute.
-//! - A network that swallows packets is asked again about every second for some minutes after the last session: then
-//!   the cluster is back within seconds of the network, and nobody is overrun, for nobody was reached.
-//! - A session that the gateway drains (GoAway), or that shows an outdated certificate, is replaced first and ended
-//!   after: make before break. The old one serves its streams until it is empty or its time is over.
-//! - The same when QUIC works again for a slot on TCP: new streams move, the open ones finish where they are.
-//! - A slot that serves elsewhere than at its own address goes back there once that answers: otherwise, when replicas are
-//!   restarted one after the other, every session ends up with the one that was not, and none with the next to stop.
-//! - A QUIC session that does not answer gets a TCP session beside it; the gateway gives new streams to the one it hears.
-//! - A half-open connection is found by the mux, which ends the session.
+//! - On a silent network the slot retries about every second for some minutes after the last session. The cluster is then
+//!   back within seconds of the network, and no server is overloaded, because none was reached.
+//! - A session that the gateway drains (GoAway), or that has an outdated certificate, is replaced before it ends. The old
+//!   session serves its streams until it is empty or its deadline passes.
+//! - The same happens when QUIC works again for a slot on TCP: new streams use QUIC, open streams finish over TCP.
+//! - A slot that is connected to another address returns to its own once that answers. Otherwise, when replicas restart one
+//!   after the other, every session would end up at the replica that restarts last.
+//! - A silent QUIC session gets a TCP session in addition; the gateway opens new streams on the session that it hears.
+//! - The mux detects a half-open connection and ends the session.
 
 use std::future::Future;
 use std::pin::Pin;

@@ -1,15 +1,14 @@
-//! Which transport does a slot use next, and when does it change? Pure: events and the time go in, decisions come out.
+//! Chooses the transport of a slot, and decides when to change it. Pure: events and the time go in, decisions come out.
 //!
-//! - `auto` tries both at once at the start, TCP a moment later; whichever is ready first serves, and QUIC takes over
-//!   when it is ready after all.
-//! - On QUIC a silence is asked about early; when no answer comes, TCP is made ready beside it, so that new streams move
-//!   long before the session is found to be dead.
-//! - On TCP QUIC is tried again every [`Settings::retry`] at most.
+//! - At the start, `auto` tries both, TCP a moment later. The first that is ready serves; QUIC takes over when it becomes
+//!   ready later.
+//! - On QUIC, silence triggers an early ping. Without an answer the slot also connects over TCP, so that new streams move
+//!   long before the session is declared dead.
+//! - On TCP, QUIC is retried every [`Settings::retry`] at most.
 //! - Flap guard: after [`DEATHS_MAX`] mid-life deaths of QUIC within [`DEATHS_WINDOW`] the slot stays on TCP for twice as
 //!   long as usual, then four times, up to [`GUARD_MAX`].
 //!
-//! A death counts when TCP served next: a gateway that restarts takes every transport with it, which says nothing about
-//! UDP.
+//! A death counts only if TCP served next. A restart of the gateway ends every transport and says nothing about UDP.
 
 use std::collections::VecDeque;
 use std::str::FromStr;

@@ -1,5 +1,5 @@
-//! How does the agent ask the API server something on its own account? Over a connection of its own, within a time, and an answer
-//! of a bounded size: nobody's exchange waits for it or is counted by it.
+//! Requests that the agent sends to the API server for itself: on a connection of their own, with a deadline and a bounded
+//! response. Exchanges of callers neither wait for them nor include them in their counts.
 
 use std::convert::Infallible;
 

@@ -1,10 +1,10 @@
-//! Which connection carries a request? An idle one that is still good, or a fresh one; an exchange has its connection to
-//! itself from checkout to the end of its answer.
+//! Connections to an upstream: a request gets an idle one that is still usable, or a new one. An exchange owns its
+//! connection from checkout to the end of the response.
 //!
-//! 1. Checkout: the youngest idle connection that is not closed, not stale and not too old. API servers close at 90 s of
-//!    idleness; a connection with bytes or an end waiting has been closed or is out of step.
-//! 2. Give back: only after a complete answer to a complete request, once the HTTP client is ready for another.
-//! 3. Everything else destroys it: dropping a [`Connection`] closes it.
+//! 1. Checkout: the youngest idle connection that is not closed, not stale and not too old. API servers close a connection after 90 s
+//!    of idleness; an idle connection with unread bytes or an end is closed or out of step.
+//! 2. Return: only after a complete response to a complete request, once the HTTP client is ready for another.
+//! 3. Otherwise destroy: dropping a [`Connection`] closes it.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,15 +1,16 @@
-//! Does the API server answer, and does it take what the agent brings? What the gateway shows as `APIServerReachable`.
+//! Checks whether the API server is usable: whether it answers, and whether it accepts what the agent presents. The gateway
+//! shows the result as `APIServerReachable`.
 //!
-//! 1. Every exchange tells, at the price of a flag: an answer counts as one, a failure asks for a look.
-//! 2. While nothing has answered for 5 s the agent looks: a connection and a TLS handshake, no request, so that nothing is in
-//!    anybody's audit log.
-//! 3. About once a minute it asks what needs a request, unless an exchange has just shown it. Restricted: `/livez` without a
-//!    credential. Impersonating: whether its own token may act in somebody's name (SelfSubjectAccessReview).
-//! 4. What is wrong counts once a second look has found it too, so that one odd exchange or lost packet changes nothing; one
-//!    answer ends it. Then it is told: to the log, and again each minute while it lasts, and to the gateway.
+//! 1. Every exchange reports its result by setting a flag: a response proves that the API server answers, a failure triggers a check.
+//! 2. If nothing has answered for 5 s, the agent checks the path: a connection and a TLS handshake without a request, so that no audit
+//!    log has an entry.
+//! 3. About once a minute it checks what needs a request, unless an exchange has just shown it. Restricted: `/livez` without a
+//!    credential. Impersonating: whether its own token may impersonate (SelfSubjectAccessReview).
+//! 4. A problem is valid once a second check confirms it, so that one odd exchange or lost packet changes nothing; one response ends
+//!    it. The agent then reports it to the gateway and to the log, and repeats the log line each minute while the problem lasts.
 //!
-//! No look begins before a gateway wants to know, and the agent's own readiness does not follow from any of it: another pod
-//! would find the same API server.
+//! No check starts before a gateway asks for the state. The agent's own readiness does not depend on it, because another pod would
+//! find the same API server.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,5 +1,5 @@
-//! What does the agent see of an upstream's TCP connection from outside the HTTP client? Whether an idle one is stale,
-//! and whether anything of a request has left.
+//! Watches an upstream's TCP connection below the HTTP client: whether an idle connection is stale, and whether any byte of
+//! a request has left.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;

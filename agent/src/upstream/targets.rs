@@ -1,5 +1,5 @@
-//! Which upstreams may a stream name? The API server, and the targets of the agent's own configuration: by name, never
-//! by host and port. None by default.
+//! The upstreams that a stream may name: the API server, and the targets in the agent's configuration. A target is named,
+//! never given as host and port; by default there is none.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! What is the agent's own credential? The ServiceAccount token, read from the disk again and again, since the kubelet
-//! replaces it. It never leaves the cluster, and no log, error or debug output shows it.
+//! The agent's own credential, the ServiceAccount token. The agent reloads the file because the kubelet replaces it. The
+//! token never leaves the cluster, and no log, error or debug output contains it.
 
 use std::fmt;
 use std::path::{Path, PathBuf};

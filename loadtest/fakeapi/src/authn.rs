@@ -1,4 +1,4 @@
-//! Who asks, and as whom? Client certificate, then bearer token, then `Impersonate-*`.
+//! Authentication: client certificate, then bearer token, then `Impersonate-*`.
 
 use http::HeaderMap;
 

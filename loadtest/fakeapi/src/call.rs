@@ -1,4 +1,4 @@
-//! What does a handler know of a request? A [`Call`]: head, parsed query, body as it comes, identity, connection.
+//! One request as its handler sees it, a [`Call`]: head, parsed query, body as it arrives, identity, connection.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What do the requests of a connection know of it? A [`Connection`].
+//! What the requests of a connection know about it: a [`Connection`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

@@ -1,4 +1,4 @@
-//! What would controllers and kubelets do? They complete what is created, at once.
+//! The work of controllers and kubelets: completes created objects at once.
 
 use serde_json::{Value, json};
 

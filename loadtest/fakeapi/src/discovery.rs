@@ -1,4 +1,4 @@
-//! What does the server say it serves? Legacy discovery documents, made from the table of kinds.
+//! Legacy discovery documents, generated from the table of kinds.
 //!
 //! Aggregated discovery is asked for by `Accept` and may be answered with the legacy form, as an older server does.
 

@@ -1,4 +1,4 @@
-//! Which faults can a test switch on? Refused, frozen and killed connections, silent closes, GOAWAY.
+//! Faults that a test can switch on: refused, frozen and killed connections, silent closes, GOAWAY.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

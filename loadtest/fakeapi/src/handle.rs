@@ -1,4 +1,4 @@
-//! How does a test start, use and stop a fake API server? The [`FakeApi`] handle.
+//! The handle [`FakeApi`]: how a test starts, uses and stops a fake API server.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

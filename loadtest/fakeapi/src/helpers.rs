@@ -1,4 +1,4 @@
-//! What do the paths under `/towline-test/` do? Echo, bytes of any size, sinks, counters, delays.
+//! The paths under `/towline-test/`: echo, bytes of any size, sinks, counters, delays.
 //!
 //! They need no credential, so that a test sees what arrives even if it is nothing.
 

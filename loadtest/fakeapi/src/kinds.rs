@@ -1,4 +1,4 @@
-//! Which resources does the fake API server hold? One table; discovery, paths and validation follow from it.
+//! The table of resources. Discovery, paths and validation follow from it.
 
 /// One kind of object.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! What does a list answer? The selected objects, in pages, as JSON or as a Table.
+//! Lists: the selected objects, in pages, as JSON or as a Table.
 
 use std::sync::Arc;
 

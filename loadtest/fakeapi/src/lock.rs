@@ -1,4 +1,4 @@
-//! How is a mutex locked? A panic of another task does not make what it holds unreadable.
+//! Locks a mutex, also after a panic of another task.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -1,5 +1,5 @@
-//! Which broken and unusual answers does the server give on request? Those its HTTP library refuses to send go out
-//! raw, through the tap, and only on HTTP/1.1.
+//! Broken and unusual responses on request. Those that the HTTP library refuses to send go out raw through the tap, on
+//! HTTP/1.1 only.
 
 use std::fmt::Write;
 use std::time::Duration;

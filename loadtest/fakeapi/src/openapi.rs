@@ -1,4 +1,4 @@
-//! What does the server tell of its schemas? Just enough, and true: which parameters a write takes.
+//! OpenAPI documents with the minimum that kubectl needs, all of it true: which parameters a write accepts.
 //!
 //! kubectl up to 1.26 reads the version 2 document as protobuf; a kind that is not in it is not validated by the
 //! client, so a document without definitions is honest. Later ones look in the version 3 documents for the

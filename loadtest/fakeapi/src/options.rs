@@ -1,4 +1,4 @@
-//! How does a test configure the fake API server? Listen address, who may log in, and which limits apply.
+//! Options of the fake API server: listen address, users, and limits.
 
 use std::net::SocketAddr;
 use std::time::Duration;

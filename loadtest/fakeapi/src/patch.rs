@@ -1,4 +1,4 @@
-//! How does a PATCH change an object? JSON patch, merge patch, and a strategic merge that joins lists by name.
+//! PATCH: JSON patch, merge patch, and a strategic merge that joins lists by name.
 
 use serde_json::{Map, Value};
 

@@ -1,4 +1,4 @@
-//! What runs behind a pod? Logs, real processes for exec, an echo for attach, small servers for port-forward.
+//! What runs behind a pod: logs, real processes for exec, an echo for attach, small servers for port-forward.
 
 pub(crate) mod host;
 mod logs;

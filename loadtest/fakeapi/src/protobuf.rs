@@ -1,5 +1,5 @@
-//! How does a protobuf body become an object? kubectl 1.32 and later create built-in kinds as protobuf, and a real
-//! server has always taken it. Only the kinds and fields that kubectl sends by itself are known; the rest is 415.
+//! Protobuf bodies. kubectl 1.32 and later create built-in kinds as protobuf, and a real server has always accepted it.
+//! Only the kinds and fields that kubectl itself sends are known; the rest is 415.
 //!
 //! Wire form: `k8s\0`, then `Unknown { type_meta = 1 { api_version = 1, kind = 2 }, raw = 2 }`.
 

@@ -1,5 +1,4 @@
-//! May this identity do that? By ClusterRoles and ClusterRoleBindings as a real server reads them; namespaced roles do not exist
-//! here.
+//! Authorization by ClusterRoles and ClusterRoleBindings, as a real server reads them. Namespaced roles do not exist here.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,5 @@
-//! What did the API server see? Every request with its raw head, body digest, identity and connection; byte counts.
+//! Records what the API server receives: every request with its raw head, body digest, identity and connection, and byte
+//! counts.
 //!
 //! Credentials are recorded in clear on purpose: tests prove with them what a tunnel forwards and what it does not.
 

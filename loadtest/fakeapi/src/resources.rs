@@ -1,4 +1,4 @@
-//! What happens to an object request? Path to kind and key, verb to store, store to JSON or Table.
+//! Object requests: path to kind and key, verb to store, store to JSON or Table.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Which questions about identities does the server answer? Who am I, may I, and whose token is this.
+//! Reviews: SelfSubjectReview, access reviews and TokenReview.
 
 use http::{Method, StatusCode};
 use serde_json::{Value, json};

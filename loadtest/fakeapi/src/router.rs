@@ -1,4 +1,4 @@
-//! Where does a request go? Recorded, authenticated, then by its path.
+//! Routes a request: record it, authenticate it, then dispatch by its path.
 
 use std::sync::Arc;
 

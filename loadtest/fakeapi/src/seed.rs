@@ -1,4 +1,4 @@
-//! What is in a fresh fake cluster? Two namespaces, three nodes, three pods, and the usual small objects.
+//! Objects in a fresh fake cluster: two namespaces, three nodes, three pods, and the usual small objects.
 
 use serde_json::json;
 

@@ -1,4 +1,4 @@
-//! Which objects does a list or watch select? Label and field selectors.
+//! Label and field selectors of lists and watches.
 
 use serde_json::Value;
 

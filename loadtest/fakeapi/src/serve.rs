@@ -1,4 +1,4 @@
-//! How does a connection live? Accept, handshake, HTTP until it is idle, killed, told to close, or stopped.
+//! The life of a connection: accept, handshake, HTTP until it is idle, killed, told to close, or stopped.
 
 use std::convert::Infallible;
 use std::io;

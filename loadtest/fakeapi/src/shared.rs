@@ -1,4 +1,4 @@
-//! What do all tasks of one server share? The [`Shared`] state.
+//! The state that all tasks of one server share: [`Shared`].
 
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex};

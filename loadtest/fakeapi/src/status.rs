@@ -1,4 +1,4 @@
-//! What does an error of the fake API server look like? A `metav1.Status`, as a real one answers everywhere.
+//! Errors as a `metav1.Status`, as a real server answers everywhere.
 
 use http::StatusCode;
 use http::header::{CONNECTION, CONTENT_TYPE, HeaderValue};

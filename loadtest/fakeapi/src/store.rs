@@ -1,4 +1,4 @@
-//! Where do the objects live? In memory, with one revision counter and a bounded history for watches.
+//! The objects: in memory, with one revision counter and a bounded history for watches.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! Which switches does a test have? The handle's part of the faults.
+//! The switches for faults on the test's handle.
 
 use std::sync::Arc;
 use std::time::Duration;

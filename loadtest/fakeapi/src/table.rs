@@ -1,4 +1,4 @@
-//! What does `kubectl get` print? The server-side Table of a list, an object or a watch event.
+//! The server-side Table of a list, an object or a watch event, which `kubectl get` prints.
 
 use serde_json::{Value, json};
 

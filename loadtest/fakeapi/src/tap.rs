@@ -1,5 +1,5 @@
-//! What happens between TLS and HTTP? Bytes are counted, heads are kept raw, and a handler may put its own bytes on
-//! the wire in place of what the HTTP library wrote.
+//! Sits between TLS and HTTP: counts bytes, keeps raw heads, and lets a handler put its own bytes on the wire instead of
+//! those of the HTTP library.
 //!
 //! The library refuses to send what a hostile or broken server sends (204 with a length, bad chunks, a body that
 //! ends in the middle). So a handler hands a [`RawResponse`] to the tap and returns an empty placeholder: the tap

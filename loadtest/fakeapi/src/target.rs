@@ -1,4 +1,4 @@
-//! Where does the path of an object request lead? A [`Target`].
+//! The object or collection that a request's path names: a [`Target`].
 
 use crate::call::decode;
 use crate::kinds::{self, Kind};

@@ -1,4 +1,4 @@
-//! Which certificates does the fake API server show and accept? Its own CA, a leaf, and client certificates by the CA.
+//! Certificates of the fake API server: its own CA, a leaf, and client certificates by the CA.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

@@ -1,4 +1,4 @@
-//! What does a watch see? Every change once and in order, bookmarks, initial events, or 410 Gone.
+//! Watches: every change once and in order, bookmarks, initial events, or 410 Gone.
 
 use std::sync::Arc;
 use std::time::Duration;

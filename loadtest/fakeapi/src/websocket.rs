@@ -1,4 +1,4 @@
-//! How do exec, attach and port-forward travel over WebSocket? RFC 6455 with the channel protocols of Kubernetes.
+//! Exec, attach and port-forward over WebSocket: RFC 6455 with the channel protocols of Kubernetes.
 //!
 //! `v4.channel.k8s.io` and `v5.channel.k8s.io`: the first byte of a binary message is the channel, 0 stdin,
 //! 1 stdout, 2 stderr, 3 the final Status, 4 resize; in v5, 255 closes the channel that its second byte names.

@@ -1,14 +1,14 @@
-//! What is a fleet of agents that have nothing to do? A process with many sessions: each has a certificate, a TLS or QUIC
-//! connection, a hello and pings of its own, all by the product's protocol crate. It carries no stream.
+//! A simulated fleet: one process with many idle sessions. Each session has its own certificate, TLS or QUIC connection,
+//! hello and pings, all by the product's protocol crate. It carries no stream.
 //!
-//! It is told what to do by lines on its input and answers each with one line `done SESSIONS FAILED SECONDS`:
+//! It reads commands as lines on its input and answers each with one line `done SESSIONS FAILED SECONDS`:
 //!
 //! | line | what |
 //! |---|---|
 //! | `connect N` | connects until there are N sessions |
-//! | `storm` | loses all sessions, and connects them again at once |
-//! | `churn R S` | for S seconds: R sessions in a second are lost and come back |
-//! | `handshakes N` | shakes hands with itself, in memory; SECONDS is the server's share |
+//! | `storm` | drops all sessions and reconnects them at once |
+//! | `churn R S` | for S seconds, drops and reconnects R sessions per second |
+//! | `handshakes N` | runs N handshakes with itself, in memory; SECONDS is the server's share |
 
 use std::convert::Infallible;
 use std::net::SocketAddr;

@@ -1,5 +1,5 @@
-//! What does a handshake cost a server when there is no network, no runtime and nobody to talk to afterwards? The yardstick for a
-//! storm of agents: what a gateway needs above it is the gateway's own, and the machine's speed is in both.
+//! The server's cost of a handshake without network, runtime and later traffic. It is the yardstick for a storm of agents:
+//! what a gateway needs beyond it is the gateway's own, and the machine's speed is in both.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

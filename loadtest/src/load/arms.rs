@@ -1,5 +1,5 @@
-//! What is compared, and how is each started? An arm is one way from the client to the upstream: none at all (`direct`), Towline
-//! over TCP or QUIC, another tunnel (see [`super::tunnels`]).
+//! The compared arms, and how each is started. An arm is one path from the client to the upstream: none (`direct`), Towline
+//! over TCP or QUIC, or another tunnel (see [`super::tunnels`]).
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! How does the load generator speak HTTP? As cheaply as it can, because it shares the cores with what it measures: requests are
-//! bytes made beforehand, answers are read into one buffer and only their length is looked at.
+//! The load generator's HTTP client. It shares the cores with the measured programs, so it is as cheap as possible:
+//! requests are prepared bytes, and of a response only the length is checked.
 //!
 //! HTTP/1.1 is done here; HTTP/2 is hyper's.
 

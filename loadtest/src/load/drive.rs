@@ -1,8 +1,8 @@
-//! How is each kind of load made? Tasks on one thread make it; after a warm-up a window is opened in which answers, bytes and
-//! latencies count, and CPU is read at both of its ends.
+//! Generates each kind of load. Tasks on one thread do it; after a warm-up, a window counts responses, bytes and latencies,
+//! and CPU is read at both ends of the window.
 //!
-//! Closed loops ask again when the answer came. The probe is an open loop: each request has a time at which it is to be sent, and
-//! its latency counts from there, so that a stall is not hidden by the requests that were not sent during it.
+//! A closed loop sends the next request after the response. The probe is an open loop: each request is due at a fixed time, and its
+//! latency counts from then, so that a stall is not hidden by the requests that were not sent during it.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

@@ -1,5 +1,5 @@
-//! What does a fleet cost its gateway? Many simulated agents ([`super::agents`]) on one gateway: at rest, after a storm, and while
-//! some of them come and go.
+//! The cost of a fleet for its gateway: many simulated agents ([`super::agents`]) on one gateway, at rest, after a storm,
+//! and while some of them come and go.
 
 use anyhow::{Context, bail, ensure};
 

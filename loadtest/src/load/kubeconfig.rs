@@ -1,5 +1,4 @@
-//! How is a gateway loaded that somebody else runs? Through a kubeconfig, as its users reach it: address, CA, and a client
-//! certificate or a token.
+//! Loads a running gateway through a kubeconfig, as its users reach it: address, CA, and a client certificate or a token.
 
 use std::net::ToSocketAddrs as _;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! How is load made that lasts? Watches whose events are timed from when they were sent, interactive sessions whose keystrokes are
-//! timed from when they were to be typed, and what a fleet does all day.
+//! Long-lived load: watches whose events are timed from when they were sent, interactive sessions whose keystrokes are
+//! timed from when they were due, and the daily mix of a fleet.
 
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};

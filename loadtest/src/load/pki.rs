@@ -1,4 +1,4 @@
-//! Which certificates do the upstream and the relays use? One CA and one certificate for `localhost`, made anew for each run.
+//! Certificates of the upstream and the relays: one CA and one certificate for `localhost`, created for each run.
 
 use std::path::Path;
 use std::sync::Arc;

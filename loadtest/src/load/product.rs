@@ -1,5 +1,5 @@
-//! What does the product cost without its second process? Gateway and agent as the libraries they are, in one process, each on a
-//! thread of its own: one profile shows both, and what two processes cost more is the difference.
+//! Gateway and agent as libraries in one process, each on its own thread. One profile shows both, and the difference is the
+//! cost of the second process.
 
 use std::path::{Path, PathBuf};
 use std::thread;

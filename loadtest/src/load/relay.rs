@@ -1,5 +1,5 @@
-//! What does the transport alone cost? Two processes with a copy loop between sockets and nothing else: no HTTP, no
-//! authentication, no framing. The near end takes clients, the far end speaks to the upstream.
+//! The cost of the transport alone: two processes with a copy loop between sockets, without HTTP, authentication and
+//! framing. The near end accepts clients, the far end connects to the upstream.
 //!
 //! - `raw-tcp`, `raw-tls`: a connection between the ends for each client connection, copied in 64 KiB;
 //! - `raw-quic`: one QUIC connection, a stream for each client connection.

@@ -1,5 +1,5 @@
-//! How does a whole run go? Profile after profile; in each, all arms are started, and every round takes each scenario through all
-//! arms before the next scenario, so that what is compared is measured within seconds.
+//! A whole run: one profile after another. In each, all arms are started, and every round takes each scenario through all
+//! arms before the next scenario, so that compared figures are measured within seconds of each other.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

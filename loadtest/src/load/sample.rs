@@ -1,4 +1,4 @@
-//! What do the processes cost? CPU time and memory, read from `/proc`.
+//! CPU time and memory of the processes, read from `/proc`.
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! What is measured? A profile is a file: who speaks what, over which link, which arms, and a list of scenarios. The standard ones
-//! are part of the program; others are read from a file of the same shape.
+//! Profiles: who speaks what, over which link, which arms, and a list of scenarios. The standard profiles are part of the
+//! program; others are files of the same shape.
 
 use std::path::Path;
 use std::time::Duration;

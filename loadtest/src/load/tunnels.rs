@@ -1,5 +1,5 @@
-//! Which other tunnels is Towline compared with? Each is a small file: the commands of both ends, with placeholders for addresses
-//! and certificates. Ours are below `loadtest/tunnels`; `file:PATH` as the name of an arm takes any other.
+//! Other tunnels for comparison. Each is a small file: the commands of both ends, with placeholders for addresses and
+//! certificates. Ours are in `loadtest/tunnels`; `file:PATH` as the name of an arm takes any other.
 //!
 //! The *near* end takes clients, the *far* end speaks to the upstream. Placeholders, in commands and in files:
 //!

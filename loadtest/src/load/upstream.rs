@@ -1,4 +1,4 @@
-//! What answers the load? A lean HTTP/1.1 server in a process of its own: what it costs is taken from what it serves.
+//! The server that answers the load: a lean HTTP/1.1 server in its own process.
 //!
 //! | path | answer |
 //! |---|---|

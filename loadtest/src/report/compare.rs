@@ -1,6 +1,6 @@
-//! Did it get worse? Two runs on two days, or on two machines, are not comparable by their figures; the ratios to what ran beside
-//! Towline are. A ratio counts as worse if its median is beyond the tolerance and its best round is worse than the worst round
-//! of the other run.
+//! Compares two runs. Figures of two days or two machines are not comparable; the ratios to what ran together with Towline
+//! are. A ratio is worse if its median is beyond the tolerance and its best round is worse than the worst round of the
+//! other run.
 
 use super::json::{Better, Metric, Profile, Record, Spread};
 

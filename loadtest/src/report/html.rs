@@ -1,5 +1,5 @@
-//! How does a run look in a browser? One file without a script and without anything from elsewhere: verdicts on the targets, charts,
-//! and tables with the same numbers.
+//! The report as a page: one file without scripts and external resources, with verdicts on the targets, charts, and tables
+//! of the same numbers.
 
 use std::fmt::Write as _;
 

@@ -1,5 +1,5 @@
-//! What does a run leave behind? One record with every round's values, as JSON: tables, charts, the verdicts on the targets and
-//! comparisons are all computed from it, so a file of another day is as good as a fresh run.
+//! The record of a run: every round's values, as JSON. Tables, charts, verdicts and comparisons are computed from it, so a
+//! stored file is as good as a fresh run.
 
 use std::collections::BTreeMap;
 use std::path::Path;

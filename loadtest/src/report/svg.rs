@@ -1,5 +1,5 @@
-//! How are figures drawn? Bars for what arms did in the same scenario, lines for what grows; inline SVG that needs no script and
-//! takes its colours from the page, light or dark.
+//! Charts: bars for the arms in one scenario, lines for growth. Inline SVG without scripts, with the page's light or dark
+//! colours.
 
 use std::fmt::Write as _;
 

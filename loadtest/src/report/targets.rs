@@ -1,5 +1,5 @@
-//! What must Towline reach? Targets are ratios to others in the same run where that is possible, and absolute figures where there
-//! is nothing to compare with. Each verdict is computed from a record; what was not measured is said to be so.
+//! The targets. They are ratios to others in the same run where possible, and absolute figures where nothing is comparable.
+//! Each verdict is computed from a record, and a missing measurement is reported as missing.
 
 use crate::report::json::{Metric, Profile, Record, Spread};
 

@@ -1,4 +1,4 @@
-//! How does a run look in a terminal, or in a document? Markdown tables: a row for each figure, a column for each arm.
+//! The report as Markdown tables, for a terminal or a document: a row for each figure, a column for each arm.
 
 use std::fmt::Write as _;
 

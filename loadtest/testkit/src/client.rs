@@ -1,5 +1,5 @@
-//! How do tests and measurements speak HTTP? One connection at a time, HTTP/1.1 or HTTP/2 over TLS, nothing hidden: no pool,
-//! no retry, no redirect.
+//! An HTTP client for tests and measurements: one connection at a time, HTTP/1.1 or HTTP/2 over TLS, without pool, retry
+//! and redirect.
 
 use std::net::SocketAddr;
 use std::pin::Pin;

@@ -1,5 +1,5 @@
-//! How does a client reach a host that no name server knows? Through this: a forward proxy on loopback that takes
-//! `CONNECT HOST:PORT` for any host and leads every one to the same address. kubeconfigs name it in `proxy-url`.
+//! A forward proxy on loopback for hosts that no name server knows. It accepts `CONNECT HOST:PORT` for any host and
+//! connects each to the same address. kubeconfigs name it in `proxy-url`.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};

@@ -1,4 +1,4 @@
-//! Real `kubectl`s, and the flows that are run with them: against the fake API server, and through the gateway.
+//! Real `kubectl`s, and the flows that tests run with them, against the fake API server and through the gateway.
 
 mod find;
 mod flows;

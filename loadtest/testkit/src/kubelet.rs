@@ -1,6 +1,6 @@
-//! How does a program run exactly as its Deployment says, where there is no cluster? As a kubelet would start it: with the command,
-//! the arguments and the environment of the container; its volumes as files at their mount paths; as the user and with the
-//! rights of its security context, below a root that cannot be written; in a network of its own, where its probes reach it.
+//! Runs a program exactly as its Deployment describes, without a cluster, as a kubelet would: with the container's command,
+//! arguments and environment; its volumes as files at their mount paths; the user and rights of its security context, with
+//! a read-only root; and its own network, where its probes reach it.
 //!
 //! What is not done: seccomp, resource limits, images (the container's root has the machine's libraries and the one program).
 

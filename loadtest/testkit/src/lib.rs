@@ -1,12 +1,12 @@
-//! What the tests, the demo and the load test start, ask and break. Nothing here is linked into a product.
+//! Test doubles and helpers for the tests, the demo and the load test. Nothing here is linked into a product.
 //!
 //! - [`stack`]: the real gateway and agent as processes.
 //! - [`client`]: one HTTP connection at a time, for tests and measurements.
 //! - [`kubectl`]: real kubectls, and the flows that must work with each.
 //! - [`connect_relay`]: a forward proxy on loopback.
 //! - [`shim`]: a relay that behaves like a bad network.
-//! - [`netns`]: a network of the kernel's whose packets are dropped, and forged.
-//! - [`kubelet`]: a pod as a manifest describes it, with namespaces of its own.
+//! - [`netns`]: a kernel network that drops and forges packets.
+//! - [`kubelet`]: a pod as a manifest describes it, with its own namespaces.
 
 #![allow(
     clippy::cast_possible_truncation,

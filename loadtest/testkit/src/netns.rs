@@ -1,4 +1,4 @@
-//! How is a network made whose packets the kernel itself drops? Two network namespaces and three links, for one agent:
+//! A network whose packets the kernel itself drops: two network namespaces and three links, for one agent.
 //!
 //! ```text
 //!   agent ── router ── here     the tunnel: the gateway listens here; faults are rules in the router

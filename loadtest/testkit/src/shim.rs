@@ -1,5 +1,5 @@
-//! What does a bad network do? A relay for TCP and UDP between two loopback addresses with delay, jitter, a bandwidth, loss, a
-//! black hole, a cut and a slow reader; seeded, and changeable while traffic runs.
+//! A relay for TCP and UDP on loopback that behaves like a bad network: delay, jitter, limited bandwidth, loss, a black
+//! hole, a cut and a slow reader. It is seeded, and can be changed while traffic runs.
 //!
 //! It relays TCP at the level of its bytes, so it shows windows, queueing and silence; a lost segment is emulated by the
 //! delay that its retransmission would cost. UDP datagrams are lost for real. The bandwidth belongs to the link: all

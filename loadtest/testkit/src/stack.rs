@@ -1,5 +1,5 @@
-//! How are the real gateway and the real agent started for a test, the demo or a measurement? As processes, with
-//! certificates and configuration of their own in one directory, on free loopback ports.
+//! Starts the real gateway and the real agent for a test, the demo or a measurement: as processes, with their own
+//! certificates and configuration in one directory, on free loopback ports.
 
 use std::fs::File;
 use std::io;

@@ -1,4 +1,4 @@
-//! How are bytes held? A queue of slices that never holds much more memory than the bytes in it.
+//! A queue of byte slices that holds hardly more memory than its bytes.
 //!
 //! Large pieces are kept as the slices they came as (no copy); small ones are copied together, because a slice of a few
 //! bytes would pin the whole buffer it was cut from. How much the slices may pin is counted: see [`Chunks::push`].

@@ -1,5 +1,5 @@
-//! How do two ends keep a session? Hello, pings, drain and close: everything that is said about the session as a whole. It is
-//! the same on every transport; who owns the streams feeds it the frames that are not about one of them.
+//! Control of a session as a whole: hello, pings, drain and close, the same on every transport. The owner of the streams
+//! passes in the frames that are not about a stream.
 
 use super::limits::{Limits, RateLimit};
 use super::timer::{Due, Liveness};

@@ -1,5 +1,4 @@
-//! Why was something refused, and why did a session end? What the multiplexer says to its owner, and how a peer can break the
-//! protocol.
+//! Errors of the multiplexer: why it refuses a command, why a session ended, and how a peer can break the protocol.
 
 use crate::code::Code;
 use crate::text::Printable;

@@ -1,8 +1,8 @@
-//! Why did my stream stall? The arithmetic of credit: how far a sender may write, and how far a receiver lets it.
+//! Credit: how far a sender may write, and how far a receiver lets it. A stalled stream is explained here.
 //!
 //! A receiver reserves memory first and grants credit out of it, so what is held can never exceed what was reserved:
-//! `held ≤ granted − consumed ≤ reserved ≤ session budget ≤ process budget`. Credit that was granted cannot be revoked;
-//! under pressure it is merely not granted again.
+//! `held ≤ granted − consumed ≤ reserved ≤ session budget ≤ process budget`. Granted credit cannot be revoked; under pressure
+//! it is not granted again.
 
 use super::limits::{Budget, Limits, Share};
 use super::window::Window;

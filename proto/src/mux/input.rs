@@ -1,4 +1,4 @@
-//! What does a frame of the peer do? Bytes in, changes of streams and events out; the first violation ends the session.
+//! Handles the peer's frames: bytes go in, changes of streams and events come out. The first violation ends the session.
 
 use super::flow::RecvFlow;
 use super::stream::{RecvState, Stream};

@@ -1,9 +1,9 @@
-//! How is credit kept where the transport carries the streams itself? The same session control and the same credit as in the
-//! mux, for QUIC: the frames about them run on one stream of their own, the bytes on the transport's streams.
+//! Credit and session control where the transport itself carries the streams (QUIC). Both are those of the mux: their
+//! frames run on one stream of their own, the data on the transport's streams.
 //!
-//! The owner tells the ledger what it sent, read and ended; the ledger tells it how much it may send and when to look again.
-//! The transport's own flow control bounds a peer that ignores the credit: it stays a little above the credit ([`super::window`]),
-//! and the budget holds all of it.
+//! The owner reports to the ledger what it sent, read and ended; the ledger answers how much it may send and when to check again.
+//! The transport's own flow control bounds a peer that ignores the credit. It stays a little above the credit ([`super::window`]),
+//! and the budget includes all of it.
 
 use super::control::Control;
 use super::flow::{RecvFlow, SendFlow, SessionBudget};

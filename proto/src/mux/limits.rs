@@ -1,4 +1,4 @@
-//! What can a bad peer do? Every count and size that a peer can grow, with its limit; and the budgets that bound memory.
+//! Limits on everything that a peer can grow, and the budgets that bound memory.
 
 use alloc::sync::Arc;
 use core::fmt;

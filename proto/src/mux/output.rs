@@ -1,4 +1,4 @@
-//! What leaves next? Control frames, opens, then the turns of the streams, gathered into slices that are sent with one call.
+//! Selects the output: control frames, then opens, then the streams in turn, gathered into slices that one call sends.
 
 use super::chunks::COPY_MAX;
 use super::limits;

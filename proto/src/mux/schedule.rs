@@ -1,9 +1,9 @@
-//! Who sends next? New and quiet streams first, then the others in turn, a quantum of bytes each.
+//! The order of streams: new and quiet ones first, then the others in turn, a quantum of bytes each.
 //!
-//! A stream is *light* while it has sent little lately: a burst of [`BURST`] bytes, refilled at [`LIGHT_RATE`]. A small
+//! A stream is *light* while it has sent little recently: a burst of [`BURST`] bytes, refilled at [`LIGHT_RATE`]. A small
 //! request, a watch event or a keystroke therefore never waits behind bulk data, and a stream cannot stay light by
-//! sending its bulk in small pieces. Light streams take at most [`LIGHT_SHARE`] bytes before a bulk stream has a turn,
-//! so that many light streams cannot starve a bulk one either.
+//! sending bulk data in small pieces. Light streams send at most [`LIGHT_SHARE`] bytes before a bulk stream has a turn,
+//! so many light streams cannot starve a bulk stream.
 
 use crate::time::Instant;
 use crate::wire::FRAME_MAX;

@@ -1,4 +1,4 @@
-//! What is the state of one stream? Its two halves, each with the states it can be in, its queue and its credit.
+//! The state of one stream: two halves, each with its states, its queue and its credit.
 
 use super::chunks::Chunks;
 use super::flow::{RecvFlow, SendFlow};

@@ -1,10 +1,10 @@
-//! Is the peer alive, and how far away is it? Pings, the deadlines that follow from silence, and the round-trip time.
+//! Liveness of the peer, and its distance: pings, the deadlines after silence, and the round-trip time.
 //!
-//! Any byte from the peer is a sign of life. After a silence a ping asks for one; no byte at all after the ping means the
-//! peer is dead. While an opened stream waits for its first byte somebody is waiting, and both times are shorter.
+//! Any byte from the peer proves that it is alive. After a silence a ping asks for a byte; if none arrives, the peer is dead.
+//! While an opened stream waits for its first byte, a caller is waiting, so both times are shorter.
 //!
-//! The agent asks first. If both ends waited equally long they would ask each other at the same moment, and again after every
-//! answer, which doubles the price of an idle agent at the gateway.
+//! The agent pings first. If both ends waited equally long, they would ping each other at the same moment, and again after every
+//! answer, which doubles the cost of an idle agent at the gateway.
 
 use super::Role;
 use super::limits::Limits;

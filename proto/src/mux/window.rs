@@ -1,9 +1,9 @@
-//! How much may a QUIC peer send, whatever its credit says? Credit is checked when bytes are read, in order. A peer that
-//! withholds the first byte of a stream is never read, and only the transport's own window of the connection holds it back. So
-//! that window follows the credit, and the budget holds all of it.
+//! The window of a QUIC connection. Credit is checked when bytes are read, in order, so a peer that withholds the first
+//! byte of a stream is limited only by the connection's window. The window therefore follows the credit, and the budget
+//! includes all of it.
 //!
-//! A window of QUIC cannot be taken back: the peer is told an offset, and it moves only as bytes are read. To lower it is not
-//! to raise it for a while. Until then what it was lowered by is a debt, and as good as window.
+//! QUIC cannot revoke a window: the peer knows an offset, and the offset only moves as bytes are read. Lowering the window therefore
+//! means not raising it for a while. Until then the difference is a debt, and counts as window.
 
 use crate::time::Instant;
 use core::time::Duration;

@@ -1,5 +1,5 @@
-//! What is an address that is dialled? Addresses are parsed once, and what was parsed is what is dialled: an agent's way to a gateway, a
-//! proxy on it, an operator's way to the gateway.
+//! Addresses to dial: an agent's path to a gateway, a proxy on it, an operator's path to the gateway. An address is parsed
+//! once, and exactly the parsed value is dialled.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -1,4 +1,4 @@
-//! How does a task wait for something rare, beside its real work, without paying for it at every poll?
+//! Waits for a rare event next to a task's main work, without a cost at every poll.
 
 use std::future::Future;
 use std::pin::Pin;

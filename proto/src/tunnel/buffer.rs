@@ -1,4 +1,4 @@
-//! Where do reads go? Into buffers that belong to the thread, not to the connection: an idle connection holds none.
+//! Read buffers. They belong to the thread, not to the connection, so an idle connection holds none.
 
 use crate::mux::CHUNK_MAX;
 use bytes::{BufMut as _, Bytes, BytesMut};

@@ -1,9 +1,10 @@
-//! How much may be under way on QUIC? What the path has been seen to deliver in a round trip, and a little for its queue.
+//! Congestion control for QUIC: keeps in flight what the path has delivered in a round trip, and a little more for its
+//! queue.
 //!
-//! quinn's BBR takes the rate between two acknowledgements for the rate of the path. Acknowledgements come in bursts, so it believes
-//! in many times what there is, and then only the send window bounds what is under way: every queue in front of a slower link
-//! overflows, and whatever is small waits behind it. Here BBR says how much may be sent, and of that as much is taken as the
-//! path delivers: bytes acknowledged over whole round trips, the best of the last few.
+//! quinn's BBR takes the rate between two acknowledgements for the rate of the path. Acknowledgements arrive in bursts, so BBR
+//! estimates many times the real rate, and only the send window limits the data in flight: every queue in front of a slower link
+//! overflows, and small requests wait behind it. This file limits BBR's value to what the path delivers: bytes acknowledged over
+//! whole round trips, the best of the last few (`docs/performance.md`, T9).
 
 use quinn::congestion::{BbrConfig, Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;

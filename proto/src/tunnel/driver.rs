@@ -1,13 +1,13 @@
-//! How do bytes get from the transport into the mux and back? One task per session, which alone touches the transport.
+//! Moves bytes between the transport and the mux. One task per session, and only that task touches the transport.
 //!
 //! Each turn of the driver:
-//! 1. reads what is ready and feeds it to the mux (never waiting for a write: invariant 1);
-//! 2. lets the mux do what is due by the clock, after it has seen all input;
-//! 3. takes a batch of output, hands it to the transport, flushes, and only then takes the next: what the transport has
-//!    not accepted stays where the scheduler can still reorder it.
+//! 1. reads what is ready and passes it to the mux, without ever waiting for a write (invariant 1);
+//! 2. runs the mux's timers, after the mux has seen all input;
+//! 3. takes a batch of output, writes it to the transport, flushes, and only then takes the next: the scheduler can still
+//!    reorder what the transport has not accepted.
 //!
-//! Handles share the mux behind one short mutex under which only `Bytes` move; wakers are collected under it and woken
-//! after it. A panic while it is held ends this session and nothing else.
+//! Handles share the mux behind one short mutex under which only `Bytes` move. Wakers are collected under it and woken
+//! after it. A panic while it is held ends only this session.
 
 use super::buffer;
 use super::{SessionState, Settle};

@@ -1,4 +1,4 @@
-//! Why did a read or a write on a stream fail? The same on every transport.
+//! Errors of reads and writes on a stream, the same on every transport.
 
 use crate::code::Code;
 use crate::mux::CloseReason;

@@ -1,7 +1,7 @@
-//! How does an HTTP exchange look on a stream? `u32 length ‖ Open ‖ body` one way, `u32 length ‖ Answer ‖ body` the other.
+//! An HTTP exchange on a stream: `u32 length ‖ Open ‖ body` one way, `u32 length ‖ Answer ‖ body` the other.
 //!
-//! The end of a body is FIN, and only when the promised length was met; everything else is a reset, which the reader sees
-//! as an error, so that an abort never looks like an end.
+//! A body ends with FIN, and only if it has the announced length. Any other end is a reset, which the reader sees as an error,
+//! so an abort never looks like an end.
 
 use super::SessionState;
 use super::error::{ReadError, WriteError};

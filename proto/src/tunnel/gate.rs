@@ -1,6 +1,6 @@
-//! Who writes next when QUIC takes no more? Within a connection quinn wakes the writer first that was turned away last, so that
-//! among many a few go on and the others never do, the control stream among them. So only one stream at a time waits for quinn,
-//! the others wait here, in the order in which they came; and while control frames wait, no stream writes.
+//! The order of writers when QUIC accepts no more data. Inside a connection quinn wakes the latest blocked writer first, so
+//! among many writers a few progress and the others starve, the control stream included. Therefore only one stream waits
+//! for quinn; the others wait here in order of arrival. While control frames wait, no stream writes.
 
 use crate::wire::StreamId;
 use std::collections::{HashMap, HashSet, VecDeque};

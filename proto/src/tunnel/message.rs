@@ -1,5 +1,5 @@
-//! How is one message sent over a bare connection, where there is no session? `u32 length ‖ protobuf`, as for heads; joining
-//! is one each way.
+//! Single messages over a bare connection, outside a session: `u32 length ‖ protobuf`, as for heads. Joining uses one
+//! message each way.
 
 use super::exchange::{HeadError, encode_head};
 use bytes::BytesMut;

@@ -1,8 +1,10 @@
-//! How does a connection go through an HTTP proxy? CONNECT (RFC 9110 section 9.3.6), after which the proxy passes bytes and TLS begins
-//! inside. The agent reaches a gateway so, and an operator's `towline`: neither adds a check that the other lacks.
+//! Connections through an HTTP proxy: CONNECT (RFC 9110 section 9.3.6), after which the proxy passes bytes and TLS starts
+//! inside. An agent uses it to reach a gateway, and so does an operator's `towline`; neither adds a check that the other
+//! lacks.
 //!
-//! `url.rs` says which proxy, `exempt.rs` what is dialled without it. hyper-util has a matcher for such settings and a CONNECT: they go
-//! without a proxy, and without a word, where the URL is malformed, exempt no ports, and tell no 407 from a 403.
+//! `url.rs` parses the proxy's URL, `exempt.rs` the destinations without proxy. hyper-util has a matcher for such settings
+//! and a CONNECT. They silently connect without a proxy if the URL is malformed, exempt no ports, and do not distinguish a
+//! 407 from a 403.
 
 mod exempt;
 mod url;

@@ -1,9 +1,9 @@
-//! How does a session run over QUIC? The transport carries the streams; the session's control frames and all credit run on the
-//! first bidirectional stream that the agent opens.
+//! Sessions over QUIC. The transport carries the streams; the session's control frames and all credit run on the first
+//! bidirectional stream that the agent opens.
 //!
-//! The bytes of a stream are the same as on the mux, and so are the codes. QUIC's own flow control only bounds a peer that
-//! ignores the credit. Its window of a stream is static, above any credit; that of the connection follows the credit
-//! (`mux::window`), so that what a peer can make us hold is in the budget.
+//! The bytes of a stream and the codes are the same as on the mux. QUIC's own flow control only bounds a peer that ignores the
+//! credit. Its window of a stream is static and above any credit; that of the connection follows the credit (`mux::window`), so
+//! that the budget includes everything that a peer can make this end hold.
 
 use super::congestion::{BoundedBbr, SEND_WINDOW};
 use super::error::{ReadError, WriteError};

@@ -1,4 +1,4 @@
-//! Which options do our sockets have? TCP: the same on the tunnel and on the front, at both ends. UDP: buffers for QUIC.
+//! Socket options. TCP: the same on the tunnel and on the front, at both ends. UDP: buffers for QUIC.
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io;

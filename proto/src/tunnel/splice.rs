@@ -1,4 +1,4 @@
-//! How does a raw connection run through a stream? Both directions at once, each with its own end.
+//! Splices a raw connection with a stream: both directions at once, each with its own end.
 
 use super::buffer;
 use super::error::{ReadError, WriteError};

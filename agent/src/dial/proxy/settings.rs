@@ -1,4 +1,5 @@
-//! Which proxy is the agent told to use, and what does it reach without one? `proxy` in the configuration, else the environment.
+//! Proxy settings: which proxy the agent uses and which destinations it reaches directly, from `proxy` in the configuration
+//! or else from the environment.
 
 use std::path::PathBuf;
 use std::str::FromStr as _;

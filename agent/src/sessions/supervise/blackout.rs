@@ -1,9 +1,9 @@
-//! A path that is cut for 30 s without a word, in many rounds on virtual time: the agent's own supervision and back-off,
-//! with real sessions over the mux and over QUIC, on a network in memory.
+//! Simulates a path that silently drops everything for 30 s, in many rounds on virtual time. The agent's own supervision
+//! and back-off run with real sessions over the mux and over QUIC, on a network in memory.
 //!
-//! The network does what real ones do: a cut swallows what is on the way. A TCP connection that was there never gets
-//! another byte through (its retransmissions are a minute apart by then), and a new one is asked for as kernels do, after
-//! 1, 3 and 7 s. QUIC retransmits by itself.
+//! The network behaves like a real one: a cut drops everything in flight. An existing TCP connection never delivers another byte (its
+//! retransmissions are a minute apart by then), and new connections are retried as kernels do, after 1, 3 and 7 s. QUIC retransmits by
+//! itself.
 
 #![allow(clippy::disallowed_methods, reason = "the runtime of a round owns its tasks: they end with it")]
 

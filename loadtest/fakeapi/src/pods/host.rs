@@ -1,4 +1,4 @@
-//! Where do pods run? On a [`PodHost`]: a scratch directory, real processes and two small servers.
+//! The [`PodHost`] that pods run on: a scratch directory, real processes and two small servers.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! What does a container log? A few lines, more while followed, and tens of megabytes in the pod `biglog`.
+//! Logs of a container: a few lines, more while followed, and tens of megabytes in the pod `biglog`.
 
 use std::fmt::Write;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! How does a command in a container run? As a real process group in the pod's scratch directory, killed when the
-//! stream that asked for it goes away.
+//! Commands in a container: a real process group in the pod's scratch directory, killed when the stream that requested it
+//! ends.
 
 use std::io;
 use std::path::PathBuf;

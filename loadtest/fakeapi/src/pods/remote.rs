@@ -1,4 +1,4 @@
-//! What does a request for exec or attach ask for? The command and which of its streams.
+//! Requests for exec and attach: the command, and which of its streams.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! What listens in a pod? A web server that says hello, and a TCP echo.
+//! Servers in a pod: a web server that says hello, and a TCP echo.
 
 use std::convert::Infallible;
 use std::future::Future;

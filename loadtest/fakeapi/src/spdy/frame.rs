@@ -1,4 +1,4 @@
-//! What is on the wire? SPDY/3.1 frames: an 8-byte head, then flags and length, then a payload.
+//! SPDY/3.1 frames: an 8-byte head, then flags and length, then a payload.
 //!
 //! Control frame: `1 | version 15 | type 16 | flags 8 | length 24`. Data frame: `0 | stream 31 | flags 8 | length 24`.
 

@@ -1,4 +1,4 @@
-//! How are headers compressed? One zlib stream per direction, started with the dictionary of SPDY/3.
+//! SPDY header compression: one zlib stream per direction, started with the dictionary of SPDY/3.
 
 use std::io;
 

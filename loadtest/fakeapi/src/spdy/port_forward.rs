@@ -1,4 +1,4 @@
-//! How does port-forward run over SPDY? For each TCP connection a pair of streams, data and error, with one request id.
+//! Port-forward over SPDY: for each TCP connection a pair of streams, data and error, with one request id.
 
 use std::collections::HashMap;
 use std::io;

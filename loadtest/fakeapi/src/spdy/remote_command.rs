@@ -1,4 +1,4 @@
-//! How do exec and attach run over SPDY? One stream each for error, stdin, stdout, stderr and resize.
+//! Exec and attach over SPDY: one stream each for error, stdin, stdout, stderr and resize.
 
 use std::io;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! How does a SPDY session run? One reader of frames, one writer fed by a bounded queue.
+//! A SPDY session: one reader of frames, one writer fed by a bounded queue.
 //!
 //! There is no flow control: the clients of Kubernetes neither send nor expect WINDOW_UPDATE, so a slow consumer
 //! holds up its whole connection, as on a real server.

@@ -1,4 +1,4 @@
-//! How do bytes pass the tap? A [`TappedStream`] between TLS and the HTTP library.
+//! The stream between TLS and the HTTP library: a [`TappedStream`].
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;

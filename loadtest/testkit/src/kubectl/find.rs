@@ -1,4 +1,4 @@
-//! Which `kubectl`s does this machine have? Those in `$KUBECTLS`, on `$PATH`, in target/tools (`make tools`) and in a few usual
+//! Finds the `kubectl`s of this machine: in `$KUBECTLS`, on `$PATH`, in target/tools (`make tools`) and in a few usual
 //! places.
 
 use std::collections::BTreeMap;

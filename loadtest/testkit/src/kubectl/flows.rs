@@ -1,4 +1,4 @@
-//! Which flows must work with every `kubectl`? Each is a function that needs only the default objects of the fake.
+//! The flows that must work with every `kubectl`. Each is a function that needs only the default objects of the fake.
 
 use std::fmt;
 use std::pin::Pin;

@@ -1,4 +1,4 @@
-//! How is one `kubectl` run? With its own cache directory, a kubeconfig, a deadline, and nothing of the user's.
+//! Runs one `kubectl`, with its own cache directory, a kubeconfig, a deadline, and none of the user's files.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

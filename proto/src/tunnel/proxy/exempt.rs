@@ -1,4 +1,4 @@
-//! What is dialled without the proxy? `NO_PROXY` as Go and curl read it.
+//! Destinations that are dialled without the proxy: `NO_PROXY` as Go and curl read it.
 
 use std::fmt;
 use std::net::IpAddr;

@@ -1,4 +1,4 @@
-//! How is a proxy written? `http://USER:PASSWORD@HOST:PORT`, whose password is never shown.
+//! The URL of a proxy: `http://USER:PASSWORD@HOST:PORT`. Its password is never shown.
 
 use std::fmt;
 use std::str::FromStr;
