@@ -13,7 +13,7 @@ pub(crate) struct Rate {
     pub(crate) interval: Duration,
 }
 
-/// One bucket for each key that has done something of late.
+/// One bucket for each key that has done something recently.
 #[derive(Debug)]
 pub(crate) struct Buckets<K>(Mutex<HashMap<K, Bucket>>);
 
@@ -26,7 +26,7 @@ struct Bucket {
 }
 
 impl Bucket {
-    /// What is not forgiven yet.
+    /// The level that is not forgiven yet.
     fn level(&self, rate: Rate) -> f64 {
         (self.level - self.at.elapsed().as_secs_f64() / rate.interval.as_secs_f64()).max(0.0)
     }

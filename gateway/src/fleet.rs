@@ -42,17 +42,17 @@ use towline_model::token::Hash;
 use towline_model::{Principal, Time};
 use view::View;
 
-/// Instances on record of one cluster; the one whose certificate ran out first makes room for the next.
+/// Most instances on record of one cluster; the one whose certificate expired first makes room for the next.
 const INSTANCES_MAX: usize = 256;
-/// Valid certificates of one instance. An honest agent has two for a moment, and one more for each answer that did not arrive.
+/// Most valid certificates of one instance. An honest agent briefly has two, and one more for each response that was lost.
 const CERTIFICATES_MAX: usize = 16;
-/// For so long after a restore an instance may show a certificate that the backup could not know of: longer than any lives.
+/// For this long after a restore an instance may show a certificate that the dump could not contain: longer than any is valid.
 const RESTORED_FOR: Duration = Duration::from_secs(8 * 86_400);
 /// An instance that has no certificate yet counts as an agent for this long.
 const JOINING: Duration = Duration::from_secs(600);
-/// From a commit to a view that shows it. It takes milliseconds, unless what follows the store does not.
+/// Time limit from a commit until the view shows it. It takes milliseconds unless the follower of the store hangs.
 pub(crate) const SHOWS_TIMEOUT: Duration = Duration::from_secs(5);
-/// After the store did not answer.
+/// Wait after the store did not answer.
 const FOLLOW_RETRY: Duration = Duration::from_secs(1);
 
 /// The fleet on record. Cheap to clone.
@@ -68,11 +68,11 @@ struct Inner {
     view: RwLock<View>,
     /// The last revision that the view shows.
     shown: watch::Sender<u64>,
-    /// Changes when somebody may have lost what let them in.
+    /// Changes when somebody may have lost access or a credential.
     losses: watch::Sender<u64>,
-    /// Clusters of the configuration: their names are taken.
+    /// Names of the clusters in the configuration file: they cannot be registered.
     reserved: RwLock<HashSet<String>>,
-    /// Held while an agent joins, so that the count of a cluster's agents is right.
+    /// Held while an agent joins, so that the count of a cluster's agents is exact.
     joining: Mutex<()>,
 }
 
@@ -105,7 +105,7 @@ pub enum WriteError {
     Store(StoreError),
 }
 
-/// Why somebody may not join.
+/// Why an agent may not join.
 #[derive(Debug, Error)]
 pub enum JoinRefused {
     #[error("unknown join token. Create a new one: towline token create CLUSTER")]
@@ -128,7 +128,7 @@ pub enum JoinRefused {
     Store(StoreError),
 }
 
-/// Why an agent is nobody.
+/// Why an agent is not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum NotAdmitted {
     #[error(
@@ -155,38 +155,38 @@ pub struct ShownCertificate<'a> {
     pub serial: &'a str,
     /// The pin of its key.
     pub pin: SpkiPin,
-    /// When it says it was issued.
+    /// The time of issue in the certificate.
     pub issued: Time,
 }
 
-/// What becomes of an instance's certificates when one more does not fit.
+/// What to do when an instance has the maximum of certificates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenFull {
-    /// The oldest counts no more: for one that joins, whose earlier ones died with earlier processes.
+    /// Invalidate the oldest: for a join, because earlier certificates died with earlier processes.
     Forget,
-    /// There is no other: for one that renews, which may still have to show any of them.
+    /// Refuse another one: for a renewal, because the agent may still have to show any of them.
     Refuse,
 }
 
-/// Who an agent is from now on.
+/// The identity that an agent gets by joining.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admission {
     pub cluster: Arc<config::Cluster>,
     pub instance: InstanceId,
-    /// The cluster's admission that the instance is of.
+    /// The cluster's admission to which the instance belongs.
     pub admission: u64,
 }
 
-/// How a registered cluster stands towards joining.
+/// Whether a registered cluster's agents have joined.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Standing {
-    /// Since when an agent is on record.
+    /// Since when an agent has been on record.
     pub joined: Option<Time>,
-    /// When all its agents were revoked, if that was the last thing that happened to all of them.
+    /// When all agents of the cluster were revoked, if that was the last event for all of them.
     pub revoked: Option<Time>,
-    /// Whether there is a trace of an agent that was let in at any time.
+    /// Whether an agent was ever admitted.
     pub was_let_in: bool,
-    /// Join tokens with uses left, and when they end.
+    /// Join tokens with uses left, and their expiry.
     pub tokens: Vec<(Arc<str>, Time)>,
 }
 
@@ -216,14 +216,14 @@ impl Fleet {
         &self.0.store
     }
 
-    /// Keeps the view as the store is, for as long as it is polled.
+    /// Keeps the view up to date with the store, for as long as it is polled.
     pub async fn follow(&self) {
         loop {
             let after = crate::store::Revision { number: self.read().revision(), ..self.0.store.revision() };
             if let Ok(watch) = self.0.store.watch(None, after) {
                 self.follow_watch(watch).await;
             }
-            // The history does not reach back to what the view shows.
+            // The history does not reach back to the revision of the view.
             while let Err(error) = self.list_all().await {
                 tracing::error!(%error, "cannot read the fleet from the store; the view of the fleet is unchanged until the next attempt");
                 tokio::time::sleep(FOLLOW_RETRY).await;
@@ -241,7 +241,7 @@ impl Fleet {
         }
     }
 
-    /// Reads everything anew.
+    /// Reads everything again.
     async fn list_all(&self) -> Result<(), StoreError> {
         let mut records = Vec::new();
         let mut revision = None;
@@ -249,7 +249,7 @@ impl Fleet {
             let mut from = None;
             loop {
                 let page = self.0.store.list(kind, from.as_deref(), crate::store::PAGE_MAX).await?;
-                // What happens while pages are read comes once more, as events after the first of them.
+                // Changes during the listing appear again as events after the first page's revision.
                 revision.get_or_insert(page.revision.number);
                 records.extend(page.records);
                 from = page.next;
@@ -274,7 +274,7 @@ impl Fleet {
     }
 
     fn read(&self) -> RwLockReadGuard<'_, View> {
-        // Nothing that runs under the lock leaves it half changed.
+        // A panic under the lock leaves the state consistent, so poisoning is ignored.
         self.0.view.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -308,7 +308,7 @@ impl Fleet {
         self.read().is_revoked(serial)
     }
 
-    /// Whether a session of this agent may begin with this certificate: the fleet has issued it to that very instance.
+    /// Whether a session of this agent may begin with this certificate: the fleet issued it to that very instance.
     ///
     /// # Errors
     /// Why not.
@@ -336,13 +336,13 @@ impl Fleet {
         self.read().instance(instance.as_str()).is_some_and(|instance| is_one_of(instance, shown))
     }
 
-    /// Whether this agent is still somebody, whatever certificate its session began with, unless that one was revoked.
+    /// Whether this agent is still admitted, whatever certificate its session began with, unless that one was revoked.
     ///
     /// # Errors
     /// Why not.
     pub fn admits(&self, identity: &AgentIdentity, serial: &str) -> Result<(), NotAdmitted> {
         let view = self.read();
-        // First: of what a revoked certificate took along it is the better reason.
+        // First: for an agent that a revoked certificate took along this is the better reason.
         if view.is_revoked(serial) {
             return Err(NotAdmitted::Revoked);
         }
@@ -357,13 +357,13 @@ impl Fleet {
         Ok(())
     }
 
-    /// Whose token has this hash, if it is valid.
+    /// The owner of the token with this hash, if it is valid.
     #[must_use]
     pub fn token(&self, hash: &Hash) -> Option<Arc<Principal>> {
         self.read().token(hash, Time::now())
     }
 
-    /// Whose token has this hash, and when it runs out, which it may have. None if it was revoked.
+    /// The owner of the token with this hash, and its expiry, which may have passed. `None` if it was revoked.
     #[must_use]
     pub fn token_owner(&self, hash: &Hash) -> Option<(Arc<Principal>, Option<Time>)> {
         self.read().token_owner(hash)
@@ -375,20 +375,20 @@ impl Fleet {
         self.read().rules()
     }
 
-    /// Whether a client's certificate counts no more.
+    /// Whether a client's certificate is no longer valid.
     #[must_use]
     pub fn is_client_revoked(&self, user: &str, serial: &str, issued: Time) -> bool {
         let view = self.read();
         view.is_revoked(serial) || view.is_user_revoked(user, issued)
     }
 
-    /// Whether anything that this user was let in by was ever revoked.
+    /// Whether any credential of this user was ever revoked.
     #[must_use]
     pub fn has_revocation(&self, user: &str) -> bool {
         self.read().user_revoked_before(user).is_some()
     }
 
-    /// Changes when somebody may have lost what let them in: subscribe first, then ask.
+    /// Changes when somebody may have lost access or a credential: subscribe first, then check.
     #[must_use]
     pub fn losses(&self) -> watch::Receiver<u64> {
         self.0.losses.subscribe()
@@ -396,7 +396,7 @@ impl Fleet {
 
     // ---- what the API asks ----
 
-    /// Names of the access rules that were for an earlier cluster of this name, and do not count for another.
+    /// Names of the access rules that were written for an earlier cluster of this name and do not apply to a later one.
     #[must_use]
     pub fn rules_of_an_earlier(&self, cluster: &str) -> Vec<Arc<str>> {
         let rules = self.read().rules_naming(cluster);
@@ -410,7 +410,7 @@ impl Fleet {
         self.read().object(kind, name)
     }
 
-    /// How many there are of a kind.
+    /// The number of objects of a kind.
     #[must_use]
     pub fn count(&self, kind: Kind) -> usize {
         self.read().count(kind)
@@ -427,7 +427,7 @@ impl Fleet {
         self.read().instances_of(cluster_uid)
     }
 
-    /// How a registered cluster stands towards joining.
+    /// Whether a registered cluster's agents have joined.
     #[must_use]
     pub fn standing(&self, cluster_uid: &ClusterUid) -> Option<Standing> {
         self.read().standing(cluster_uid.as_str(), Time::now())
@@ -441,8 +441,8 @@ impl Fleet {
         view.cluster_of(uid).and_then(|cluster| ClusterUid::new(&cluster.meta.uid).ok())
     }
 
-    /// Which objects have changed since the last call, and the revision that shows all of it. Everything, after the view was
-    /// read anew.
+    /// The objects that have changed since the last call, and the revision that shows the changes. All objects after the view was
+    /// read again.
     pub fn take_changes(&self) -> (u64, BTreeSet<Key>) {
         self.write().take_changes()
     }
@@ -472,7 +472,7 @@ impl From<WriteError> for JoinRefused {
 }
 
 impl Revoked {
-    /// The name of its record, which says enough to revoke should the record be unreadable.
+    /// The name of the revocation's record. It contains enough to enforce the revocation if the record is unreadable.
     #[must_use]
     pub fn record_name(&self) -> String {
         match self {
@@ -483,8 +483,8 @@ impl Revoked {
     }
 }
 
-/// What becomes of a record when a backup is restored: join tokens are void, and every cluster's agents have to join anew,
-/// with a new token, unless they are to be kept: who was revoked since the backup was made is not in it.
+/// The record after a restore, or `None` to drop it: join tokens become void, and every cluster's agents must join again
+/// with a new token unless `keep_agents` is set, because the dump does not contain later revocations.
 ///
 /// # Errors
 /// The record cannot be read.
@@ -495,9 +495,9 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
         Kind::JoinToken => return Ok(None),
         Kind::Cluster | Kind::Instance if record.key.kind == Kind::Cluster || keep_agents => {
             data["admission"] = Value::from(data["admission"].as_u64().unwrap_or_default() + 1);
-            // Only the operator's word comes back.
+            // Only the issuer that the operator gave is restored.
             if !keep_agents && let Some(cluster) = data.as_object_mut() {
-                // By its older name it was an agent's.
+                // In older records this field is an agent's report.
                 cluster.remove("issuer");
                 if let Some(Value::Object(issuers)) = cluster.get_mut("issuers") {
                     issuers.retain(|by, _| by == "given");
@@ -512,7 +512,7 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
     Ok(Some(data))
 }
 
-/// Whoever has a CA's key writes any serial number they like, but the key on record is the agent's.
+/// Whoever has a CA's key can choose any serial number, but the key on record is the agent's.
 fn is_one_of(instance: &Instance, shown: &ShownCertificate<'_>) -> bool {
     let pin = shown.pin.to_string();
     instance.certificates.iter().any(|known| known.serial == shown.serial && known.pin == pin)

@@ -58,7 +58,7 @@ const H2_PING_IDLE: Duration = Duration::from_secs(30);
 const H2_PING_DEAD: Duration = Duration::from_secs(15);
 /// A connection that is to finish, because its client was refused or the gateway drains, and carries nothing that was admitted:
 /// how long its client has to take the last answer and to go. Without it a client that takes nothing, or does not acknowledge
-/// HTTP/2's last ping, would stay for ever.
+/// HTTP/2's last ping, would stay forever.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// HTTP/1.1: the answer to the beginning of a request. As hyper's answers to a broken one, it has no body.
 const TOO_LATE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
@@ -71,7 +71,7 @@ pub(crate) struct Arrival {
     pub(crate) address: SocketAddr,
     /// The certificates that it presented in TLS; not yet judged.
     chain: Option<Chain>,
-    /// The name in the ClientHello, as [`routing::route`] wants it.
+    /// The host name in the ClientHello (SNI), as [`routing::route`] takes it.
     sni: Option<String>,
     h2: bool,
 }
@@ -286,7 +286,7 @@ task_local! {
     static RECALL: Cell<Option<oneshot::Sender<Basis>>>;
 }
 
-/// Owns the tasks that hyper makes for the requests of an HTTP/2 connection, and ends those whose answer counts no more: hyper does
+/// Owns the tasks that hyper makes for the requests of an HTTP/2 connection, and ends those whose answer is no longer valid: hyper does
 /// not ask an answer's body while the client has given no credit for it.
 #[derive(Clone, Debug)]
 struct Tracked {

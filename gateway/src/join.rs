@@ -47,34 +47,34 @@ use towline_proto::join::{
 use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
 use uses::{Claim, Uses};
 
-/// Joins under way, all together and of one cluster; and those that wait for such a place.
+/// Concurrent joins, in total and for one cluster; and those that wait for a place.
 const ROOM: Sizes = Sizes { total: 64, reserve: 0, share: 4, waiting: 1024, waiting_share: 64 };
-/// How long one waits for room.
+/// How long a join waits for a place.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
-/// For the request to be there, and for the answer to be taken.
+/// Time limit for the request to arrive, and for the client to read the response.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
-/// From a request to a refusal, whatever was wrong with it.
+/// Time from a request to its refusal, whatever the reason.
 const REFUSE_AFTER: Duration = Duration::from_millis(300);
 /// Bytes of every refusal.
 const REFUSAL_BYTES: usize = 640;
-/// Failed attempts of one address at once, and how many of them are forgiven per second.
+/// Failed attempts that one address may have at once, and how many are forgiven per second.
 const FAILURES_BURST: f64 = 20.0;
 const FAILURES_PER_SECOND: f64 = 1.0;
-/// Addresses whose failures are remembered.
+/// Most addresses whose failures are remembered.
 const FAILURES_MAX: usize = 16_384;
-/// Joins of one cluster, whatever comes of them: by join tokens, and by what its agents have of their own. Each is a signature
-/// and commits to the disk that everybody waits for.
+/// Joins of one cluster, whatever their outcome: by join tokens, and by its agents' own credentials. Each costs a signature
+/// and commits to the disk, for which everybody waits.
 const JOINS: Rate = Rate { burst: 32.0, interval: Duration::from_secs(1) };
-/// Renewals of one instance at once, and after how long one of them is forgiven; sooner where certificates live for seconds only.
+/// Renewals that one instance may make at once, and after how long one is forgiven; sooner if certificates live only seconds.
 const RENEWALS_BURST: f64 = 8.0;
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
 const RENEWALS_PER_LIFE: u32 = 4;
-/// What is asked again after a store that did not answer, and after too many failures.
+/// Retry times for the agent, after a store that did not answer and after too many failures.
 const RETRY_STORE: Duration = Duration::from_secs(5);
 const RETRY_LIMIT: Duration = Duration::from_secs(10);
-/// How long after its join an agent may say for the first time who issues its cluster's tokens.
+/// How long after its join an agent may report its cluster's token issuer for the first time.
 const FIRST_WORD: Duration = Duration::from_secs(3600);
-/// Times that a record is read again because somebody else was faster.
+/// Attempts to update a record that another writer changed meanwhile.
 const ADOPT_ATTEMPTS: usize = 4;
 const UNKNOWN: &str =
     "invalid join token: unknown, incomplete or expired. Create a new one: towline token create CLUSTER";
@@ -82,15 +82,15 @@ const PLACE_TAKEN: &str = "another process already uses this agent's identity: i
 const TOKEN_USED: &str = "another process has already joined with this ServiceAccount token, and it is still connected or its record was removed. Each pod needs its own token; Kubernetes replaces it within minutes";
 const NO_ISSUER: &str = "invalid ServiceAccount token: the cluster or its token issuer is not on record, or the token does not match (its only audience must be towline:TRUSTDOMAIN, its subject the agent's own ServiceAccount, its key one that was last reported). Join with a join token: towline token create CLUSTER";
 
-/// Who has failed of late: not yet forgiven, and since when it is that.
+/// Recent failures by address: the number not yet forgiven, and its time.
 #[derive(Debug, Default)]
 struct Failures {
     networks: HashMap<IpAddr, (f64, Instant)>,
-    /// When all of them were last looked through for what is forgiven.
+    /// When forgiven entries were last removed.
     swept: Option<Instant>,
 }
 
-/// What joins share.
+/// The shared state of joins.
 #[derive(Debug)]
 pub(crate) struct Joins {
     room: Arc<PerKey<ClusterUid>>,
@@ -115,7 +115,7 @@ impl Default for Joins {
 }
 
 impl Joins {
-    /// Whether this address has failed too often of late.
+    /// Whether this address has failed too often recently.
     fn is_slowed(&self, address: IpAddr) -> bool {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let level = |entry| level(entry, FAILURES_PER_SECOND);
@@ -127,15 +127,15 @@ impl Joins {
         let now = Instant::now();
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let Failures { networks, swept } = &mut *failures;
-        // In less than a second nothing is forgiven that was not before: whoever fails from everywhere does not make each of
-        // its failures cost a look at all others.
+        // Within a second nothing more is forgiven. This bounds the cost: failures from many addresses must not cause a scan
+        // of all entries each.
         if networks.len() >= FAILURES_MAX
             && swept.is_none_or(|at| now.duration_since(at) >= Duration::from_secs(1))
         {
             networks.retain(|_, entry| level(*entry) >= 1.0);
             *swept = Some(now);
         }
-        // More addresses than that fail at once: to forget one of them is better than to slow down a newcomer.
+        // More addresses than the limit fail at once: forgetting one is better than slowing down a newcomer.
         if networks.len() >= FAILURES_MAX
             && let Some(any) = networks.keys().next().copied()
         {
@@ -145,14 +145,14 @@ impl Joins {
         *entry = (level(*entry) + 1.0, now);
     }
 
-    /// Whether an instance may renew its certificate once more, which counts then.
+    /// Whether an instance may renew its certificate now; counts the renewal if so.
     fn may_renew(&self, instance: &InstanceId, life: Duration) -> bool {
         let rate = Rate { burst: RENEWALS_BURST, interval: renewal_interval(life) };
         self.renewals.admit(instance, rate).is_some()
     }
 }
 
-/// What is not forgiven yet.
+/// The level that is not forgiven yet.
 fn level((level, at): (f64, Instant), per_second: f64) -> f64 {
     (level - at.elapsed().as_secs_f64() * per_second).max(0.0)
 }
@@ -161,37 +161,37 @@ fn renewal_interval(life: Duration) -> Duration {
     RENEWAL_INTERVAL.min(life / RENEWALS_PER_LIFE)
 }
 
-/// By what an agent joins. Each way has joins of its own: a loop of the one does not lock the other out.
+/// The credential by which an agent joins. Each way has its own limit, so that a loop of one does not lock out the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Way {
     /// A join token.
     Token,
-    /// Its cluster's word, or a certificate that has run out.
+    /// A ServiceAccount token, or an expired certificate.
     Own,
 }
 
-/// Why an agent gets nothing: what it is told, and what the log says beside it.
+/// A refusal: the text for the agent, and what only the log says.
 struct Refusal {
     code: RefusalCode,
     text: String,
     retry_after: Duration,
-    /// What only the operator learns.
+    /// The cause, for the operator only.
     cause: String,
-    /// Which cluster's status says so, in which words.
+    /// The cluster whose status shows the refusal, and the text.
     told: Option<Told>,
-    /// Whether it is how every first join begins.
+    /// Whether every first join begins with this refusal.
     expected: bool,
-    /// Whether the address pays for it.
+    /// Whether it counts as a failure of the address.
     counts: bool,
 }
 
-/// What a cluster's status says about an agent that was turned away.
+/// What a cluster's status shows about a refused agent.
 struct Told {
     cluster: ClusterUid,
     why: String,
-    /// Whether the agent has shown to be the cluster's.
+    /// Whether the agent has proven that it belongs to the cluster.
     proven: bool,
-    /// Whether it was let in before.
+    /// Whether the agent was admitted before.
     returns: bool,
 }
 
@@ -240,7 +240,7 @@ impl Refusal {
 impl From<JoinRefused> for Refusal {
     fn from(refused: JoinRefused) -> Self {
         match refused {
-            // What only the holder of the right secret is told tells nobody else anything.
+            // Only the holder of the right secret gets these texts, so they reveal nothing to others.
             JoinRefused::Expired | JoinRefused::Used => Self::new(RefusalCode::Proof, refused.to_string()),
             JoinRefused::Unknown => Self::new(RefusalCode::Proof, UNKNOWN),
             JoinRefused::Revoked | JoinRefused::Full | JoinRefused::Taken | JoinRefused::NoCluster => {
@@ -324,7 +324,7 @@ where
     }
 }
 
-/// `cluster` is whose agent it is, if that is known.
+/// `cluster` is the agent's cluster, if it is known.
 fn refused(
     shared: &Shared,
     refusal: &Refusal,
@@ -356,13 +356,13 @@ fn refused(
     }
 }
 
-/// Who an agent becomes, and what stands in the log about it.
+/// The identity that an agent gets, and how the log describes it.
 struct Decision {
     admission: Admission,
     with: String,
-    /// What stands behind what the request says about the cluster's issuer; nothing is heard without it.
+    /// What vouches for the agent's report about the cluster's issuer; without it the report is ignored.
     word: Option<Word>,
-    /// Until the certificate is on record.
+    /// The place among concurrent joins, held until the certificate is on record.
     room: KeyPermit<ClusterUid>,
 }
 
@@ -384,7 +384,7 @@ async fn decide(
         return Err(Refusal::new(RefusalCode::Denied, text));
     };
     let pin = csr_pin(&request.csr)?;
-    // Two processes without one would count as the same.
+    // Two processes without a boot id would be taken for the same.
     if request.boot_id.len() != BOOT_ID_BYTES {
         let text = format!("the boot id is {} bytes long instead of {BOOT_ID_BYTES}", request.boot_id.len());
         return Err(Refusal::new(RefusalCode::Request, text));
@@ -401,7 +401,7 @@ async fn decide(
             let room = room(shared, cluster).await?;
             let admission = fleet.use_token(&token.id, &token.secret, pin).await;
             let admission = admission.map_err(|error| of_token(fleet, &token.id, error))?;
-            // Before the record says that it may come back by its ServiceAccount, and others look for such a place.
+            // Before the record permits it to rejoin by ServiceAccount, which other processes may look for.
             shared.joins.places.give(&admission.instance, &request.boot_id);
             Decision { admission, with: format!("token {:?}", token.id), word: Some(Word::JoinToken), room }
         }
@@ -427,7 +427,7 @@ async fn decide(
     let identity = AgentIdentity::new(domain, admission.cluster.uid.clone(), admission.instance.clone());
     let issued = issue(fleet, own, &live.config.join, &identity, &request.csr, WhenFull::Forget).await?;
     drop(room);
-    // The time to connect begins now. A disk that took longer than that may have cost it the place.
+    // The time to connect begins now. If the disk took longer than that, the place may be lost.
     if !shared.joins.places.take(&admission.instance, &request.boot_id) {
         return Err(Refusal::later(RefusalCode::Unavailable, PLACE_TAKEN, RETRY_LIMIT));
     }
@@ -444,7 +444,7 @@ async fn decide(
     })
 }
 
-/// Why a join token lets nobody in; its cluster's status says so if the secret was the right one.
+/// The refusal for a join token; the cluster's status shows it if the secret was right.
 fn of_token(fleet: &Fleet, id: &str, error: JoinRefused) -> Refusal {
     let why = match &error {
         JoinRefused::Unknown | JoinRefused::NoCluster | JoinRefused::Store(_) => None,
@@ -460,8 +460,8 @@ fn of_token(fleet: &Fleet, id: &str, error: JoinRefused) -> Refusal {
     }
 }
 
-/// Counts one more join of a cluster, unless there were too many of late. Whoever asks has shown that it is the cluster's; but a
-/// join token may have come into other hands, which are stopped by what their address pays.
+/// Counts one more join of a cluster, unless there were too many recently. The caller has proven that it belongs to the cluster. A
+/// join token may be stolen; then the limit on failures of the thief's address stops it.
 fn may_join(shared: &Shared, cluster: &ClusterUid, way: Way) -> Result<(), Refusal> {
     let may = shared.joins.of_cluster.admit(&(cluster.clone(), way), JOINS);
     may.map(drop).ok_or_else(|| {
@@ -471,7 +471,7 @@ fn may_join(shared: &Shared, cluster: &ClusterUid, way: Way) -> Result<(), Refus
     })
 }
 
-/// A place among the joins under way.
+/// Takes a place among the concurrent joins.
 async fn room(shared: &Shared, cluster: &ClusterUid) -> Result<KeyPermit<ClusterUid>, Refusal> {
     match timeout(ROOM_TIMEOUT, shared.joins.room.wait(cluster)).await {
         Ok(Ok(permit)) => Ok(permit),
@@ -483,7 +483,7 @@ async fn room(shared: &Shared, cluster: &ClusterUid) -> Result<KeyPermit<Cluster
     }
 }
 
-/// An agent whose cluster's own issuer vouches for it. It gets its place back if nobody else holds it.
+/// Admits an agent by its ServiceAccount token. It gets its previous identity back if no other process holds it.
 async fn by_account(
     shared: &Shared,
     fleet: &Fleet,
@@ -494,7 +494,7 @@ async fn by_account(
 ) -> Result<Decision, Refusal> {
     let unknown = |cause: &str| Refusal::new(RefusalCode::NoIssuer, NO_ISSUER).because(cause);
     let route = fleet.cluster_named(cluster).ok_or_else(|| unknown("no registered cluster has that name"))?;
-    // An agent that comes for the first time shows this before its join token: it cannot know that nobody has vouched for it yet.
+    // A new agent shows its ServiceAccount token before its join token: it cannot know that its issuer is not on record yet.
     let is_new = || fleet.standing(&route.uid).is_some_and(|standing| !standing.was_let_in);
     let issuer = fleet.issuer(&route.uid).ok_or_else(|| Refusal {
         expected: is_new(),
@@ -539,8 +539,8 @@ async fn by_account(
     Ok(Decision { admission, with: format!("ServiceAccount {subject}"), word: Some(Word::OldKey), room })
 }
 
-/// An agent whose certificate has run out: the record knows it, and the request is signed by its key. The chain is not looked
-/// at: its CA may have been replaced meanwhile, and the record says more.
+/// Admits an agent by its expired certificate, which is on record and whose key signs the request. The chain is not
+/// verified: its CA may have been replaced meanwhile, and the record is stricter.
 async fn by_record(
     shared: &Shared,
     fleet: &Fleet,
@@ -563,7 +563,7 @@ async fn by_record(
     if !is_signed {
         return Err(unknown("the request is signed with a key that is not the certificate's"));
     }
-    // By its key: if the answer to such a request is lost, the next one shows the same certificate, and its successor is on record.
+    // By key: if the response to such a request is lost, the next request shows the same certificate, while its successor is on record.
     let pin = pin.to_string();
     let known = record.certificates.iter().rev().find(|known| known.pin == pin);
     let known = known.ok_or_else(|| unknown("its key is not on record"))?;
@@ -575,13 +575,13 @@ async fn by_record(
         return Err(unknown("it expired too long ago"));
     }
     fleet.admits(&identity, &known.serial).map_err(|error| unknown(&error.to_string()))?;
-    // Also one that has left the record since may have been revoked.
+    // A certificate that has left the record since may have been revoked, too.
     if fleet.is_revoked(&facts.serial) {
         return Err(unknown("it was revoked"));
     }
     let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster was deleted"))?;
     may_join(shared, known_cluster.insert(identity.cluster.clone()), Way::Own)?;
-    // A copy of what was kept, or a pod that was given the place of this one while it was away.
+    // Another process may have a copy of the kept identity, or a pod may have got this place while the agent was away.
     let seeker = Seeker::look(&shared.joins.places, &shared.registry, &identity.cluster, boot_id).await;
     let room = room(shared, &identity.cluster).await?;
     if !seeker.take(&identity.instance) {
@@ -599,13 +599,13 @@ pub(crate) fn instance(fleet: &Fleet, instance: &InstanceId) -> Option<Arc<fleet
     }
 }
 
-/// A certificate that is on record and may leave.
+/// A certificate that is on record and may be sent.
 struct Issued {
     certificate: Certificate,
     serial: String,
 }
 
-/// Signs, and puts on record what was signed.
+/// Signs a certificate and records it.
 async fn issue(
     fleet: &Fleet,
     own: &Authorities,
@@ -636,7 +636,7 @@ async fn issue(
     Ok(Issued { certificate: Certificate { chain }, serial: issued.serial })
 }
 
-/// Puts a cluster's issuer on record; tells whether it is.
+/// Records a cluster's issuer. Returns whether it is now on record.
 async fn record_issuer(
     fleet: &Fleet,
     cluster: &ClusterUid,
@@ -666,8 +666,8 @@ async fn record_issuer(
     }
 }
 
-/// What stands behind the word of an agent that renews: its ServiceAccount's token, if a key on record has signed it; or the
-/// join token by which it was let in a moment ago, when it could not ask for the keys yet.
+/// What vouches for the report of an agent that renews: its ServiceAccount token, if a key on record signed it; or the
+/// join token with which it joined recently, when it could not read the keys yet.
 fn word(shared: &Shared, fleet: &Fleet, identity: &AgentIdentity, token: &str) -> Word {
     let Some(known) = fleet.issuer(&identity.cluster) else {
         let joined = instance(fleet, &identity.instance);
@@ -682,7 +682,7 @@ fn word(shared: &Shared, fleet: &Fleet, identity: &AgentIdentity, token: &str) -
     if vouched.is_ok() { Word::OldKey } else { Word::Nothing }
 }
 
-/// Who joined with a token and can come back by its ServiceAccount is to be the same then.
+/// Records the ServiceAccount of an agent that joined with a token, so that it keeps its identity when it rejoins.
 async fn adopt(fleet: &Fleet, instance: &InstanceId, subject: &str) {
     let origin = fleet::Origin::ServiceAccount { subject: subject.to_owned() };
     for _ in 0..ADOPT_ATTEMPTS {
@@ -702,7 +702,7 @@ async fn adopt(fleet: &Fleet, instance: &InstanceId, subject: &str) {
     }
 }
 
-/// Answers a renewal for the identity that the session was authenticated with: whatever the request says, nobody else gets
+/// Answers a renewal for the session's authenticated identity: whatever the request says, no other identity gets
 /// anything (EN-07).
 pub(crate) async fn renew(
     shared: &Shared,
@@ -747,7 +747,7 @@ async fn try_renew(
         let text = "the certificate was renewed too often recently; wait before the next attempt";
         return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
     }
-    // First what the agent tells: it is how the agent comes back, if there is no room for another certificate.
+    // First the agent's report: it lets the agent rejoin even if there is no room for another certificate.
     if let Some(issuer) = &renew.issuer {
         let word = word(shared, fleet, identity, &renew.token);
         if record_issuer(fleet, &identity.cluster, &identity.instance, issuer, word).await {

@@ -54,7 +54,7 @@ impl Live {
         let mut problems = Problems::default();
         let now = SystemTime::now();
         let (front, tunnel) = (config.tls.front.as_ref(), config.tls.tunnel.as_ref());
-        // A certificate that has run out is still better than none: a restart must not make things worse.
+        // A certificate that has expired is still better than none: a restart must not make things worse.
         let policy = LoadPolicy { exposed_key: Strictness::Warn, outdated: Strictness::Warn };
         let mut warnings = Vec::new();
         let mut credential = |certificate, key| {

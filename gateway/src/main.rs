@@ -19,7 +19,7 @@ use towline_gateway::{Gateway, StartError, descriptors, log, runtime};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Milliseconds after which the allocator gives free memory back to the system. Its default, a second, leaves what a burst took
-/// with an idle process for ever, since nothing happens there any more that would look at the time.
+/// with an idle process forever, since nothing happens there any more that would look at the time.
 const PURGE_DELAY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "100");
 
 /// Run the gateway of a Towline fleet: clients send requests to it, and agents connect to it.

@@ -30,43 +30,43 @@ use towline_proto::mux::{CloseReason, OpenError};
 use towline_proto::tunnel::{Session, Stream, Traffic, Transport};
 use towline_proto::wire::GoAway;
 
-/// After this long a session that broke is not expected back any moment now, nor is one from before the gateway's start.
+/// How long after a failure a session is expected back soon; also, after the gateway's start, an agent from before it.
 const RECENT: Duration = Duration::from_secs(15);
-/// As [`RECENT`], for one that said GoAway: a replacement may still have to start.
+/// Like [`RECENT`], for a session that said GoAway: its replacement may still have to start.
 const RECENT_GOAWAY: Duration = Duration::from_secs(60);
 
-/// After this much silence a QUIC session is passed over, if there is another: an agent asks for a sign of life every
+/// After this much silence a QUIC session is skipped, if there is another one: an agent on QUIC sends a ping every
 /// two seconds.
 const SILENT: Duration = Duration::from_secs(3);
-/// Streams that a session on another thread than the caller's counts as loaded with when it has none, and each of its streams counts
-/// twice: every wake-up across threads costs more than the caller's own session does, until that one has most of the work.
+/// Load penalty for a session on another thread: it starts at 8 streams, and each of its streams counts double. Cross-thread
+/// wake-ups are expensive, so we leave the caller's own session only when it carries most of the load.
 const ELSEWHERE: u32 = 8;
-/// QUIC may make an opener wait until its peer allows another stream.
+/// How long opening a stream may take: QUIC may wait until the peer allows another stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long what runs in such a session may take.
+/// How long the streams of a replaced session may still run.
 const ROTATE_DRAIN: Duration = Duration::from_secs(24 * 3600);
 const REPLACED_INTERVAL: Duration = Duration::from_millis(100);
-/// Longest text about the end of a session, or about who was turned away, that is remembered.
+/// Longest text about the end of a session, or about a refusal, that is stored.
 const WHY_MAX: usize = 256;
-/// Of those who are turned away one in this time is news: each is an event for everybody who watches the fleet.
+/// Shortest time between two recorded refusals: each is an event for everybody who watches the fleet.
 const TURNED_AWAY_INTERVAL: Duration = Duration::from_secs(5);
-/// For so long one without a proof is no news after one with a proof.
+/// For this long a refusal without a proof does not replace one with a proof.
 const PROOF_COUNTS: Duration = Duration::from_secs(600);
-/// An agent tries again within a minute: what was not repeated for so long is not why a cluster is away.
+/// An agent retries within a minute: a refusal that was not repeated for this long is not why a cluster is away.
 const TURNED_AWAY_COUNTS: Duration = Duration::from_secs(3600);
 
-/// Names one registration.
+/// Identifies one registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SessionId(u64);
 
-/// The limits of waiting.
+/// Limits on held requests.
 #[derive(Clone, Copy, Debug)]
 pub struct HoldLimits {
     pub time: Duration,
-    /// Of one cluster, and of all of them.
+    /// For one cluster, and in total.
     pub requests_per_cluster: usize,
     pub requests: usize,
-    /// The same for watches that go on from a version, and how many of those there may be of all clusters.
+    /// The same for watches that resume from a version.
     pub watch_time: Duration,
     pub watches_per_cluster: usize,
     pub watches: usize,
@@ -75,9 +75,9 @@ pub struct HoldLimits {
 /// How long a request waits for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Patience {
-    /// A moment, where an agent is expected back.
+    /// Briefly, if an agent is expected back.
     Moment,
-    /// As long as a watch that goes on from a version does.
+    /// As long as a watch that resumes from a version.
     Watch,
 }
 
@@ -90,10 +90,10 @@ pub struct Registry {
     sessions_max: usize,
     /// A session with fewer stream ids left is replaced.
     spare_ids: u32,
-    /// Clusters whose connection has changed since somebody asked.
+    /// Clusters whose connection has changed since the last call of `next_changes`.
     changes: Mutex<HashSet<ClusterUid>>,
     changed: Notify,
-    /// Clusters that have come or gone, or whose agents have changed, since it was written down.
+    /// Clusters whose connection or agent has changed since it was last written to the store.
     moved: Mutex<HashSet<ClusterUid>>,
     moving: Notify,
 }
@@ -110,27 +110,27 @@ struct Clusters {
 #[derive(Debug, Default)]
 struct Tunnel {
     sessions: Vec<Live>,
-    /// Since when there has been at least one session, without a gap; and the same for people.
+    /// Start of the current time with at least one session; and the same as wall-clock time.
     since: Option<Instant>,
     since_wall: Option<SystemTime>,
-    /// When it was connected last, or is; also from before this process.
+    /// The last or current time of being connected; also from before this process.
     last_seen: Option<LastPeriod>,
-    /// The version of an agent that is older than the gateway, if there is one, else of its newest; also from before this process.
+    /// The version of an agent that is older than the gateway, if there is one, else of the newest agent; also from before this process.
     agent: Option<AgentSeen>,
     turned_away: Option<TurnedAway>,
-    /// What the newest session's agent has said of itself.
+    /// The software string of the newest session's agent.
     software: String,
-    /// What an agent has said last of the API server's version.
+    /// The API server's version, as an agent reported it last.
     kubernetes: Option<String>,
     last_end: Option<LastEnd>,
-    /// Until when one of its agents, which are on record, is expected: the gateway has just started.
+    /// Until when one of the cluster's recorded agents is expected after the gateway's start.
     expected_until: Option<Instant>,
     held: usize,
     held_watches: usize,
     changed: Arc<Notify>,
 }
 
-/// A time without a gap in which a cluster was connected.
+/// A period in which a cluster was connected without interruption.
 #[derive(Clone, Debug)]
 struct LastPeriod {
     since: Time,
@@ -144,23 +144,23 @@ struct Live {
     instance: InstanceId,
     boot_id: Vec<u8>,
     visit: Arc<Visit>,
-    /// Where it runs.
+    /// The thread that runs the session.
     shard: ThreadId,
     /// Cancelled when the session is being replaced because its stream ids are nearly used up.
     retiring: CancellationToken,
-    /// Tunnel bytes that the metrics have seen.
+    /// Tunnel bytes that are already counted in the metrics.
     counted: Traffic,
-    /// What its agent says of itself and of the API server.
+    /// What the agent reports about itself and the API server.
     word: Option<Word>,
 }
 
-/// What an agent says of itself and of the API server, for people.
+/// What an agent reports about itself and the API server, for display.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Word {
     pub mode: AgentMode,
-    /// Absent = it does not know yet.
+    /// `None` = the agent does not know yet.
     pub api_server: Option<ApiServer>,
-    /// When it said so.
+    /// Time of the report.
     pub at: SystemTime,
 }
 
@@ -168,7 +168,7 @@ pub struct Word {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiServer {
     pub state: ApiServerState,
-    /// What is wrong and what to do; printable.
+    /// The problem and the next step; printable.
     pub text: String,
     pub since: SystemTime,
 }
@@ -179,7 +179,7 @@ struct LastEnd {
     goaway: bool,
 }
 
-/// What is told of a session.
+/// The displayed facts of a session.
 #[derive(Debug)]
 struct Visit {
     software: String,
@@ -187,7 +187,7 @@ struct Visit {
     since: SystemTime,
 }
 
-/// What is known of a cluster's connection.
+/// The state of a cluster's connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Presence {
     pub sessions: usize,
@@ -197,7 +197,7 @@ pub struct Presence {
     pub gone_for: Option<Duration>,
 }
 
-/// What the API tells of a cluster's connection.
+/// What the API shows of a cluster's connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Connection {
     pub sessions: usize,
@@ -205,34 +205,34 @@ pub struct Connection {
     /// How the last session ended, if none is live.
     pub ended: Option<Ended>,
     pub quic: bool,
-    /// The newest agent's word, for people.
+    /// The newest agent's software string, for display.
     pub software: String,
-    /// What that says of its version, if none is live the last one's.
+    /// The version of that agent, or of the last one if no session is live.
     pub agent: Option<AgentSeen>,
-    /// Who was turned away last while it was not connected.
+    /// The last refusal while the cluster was not connected.
     pub turned_away: Option<TurnedAway>,
-    /// Its sessions, oldest first.
+    /// The cluster's sessions, oldest first.
     pub visits: Vec<AgentSession>,
-    /// The API server's version, as an agent says.
+    /// The API server's version, as an agent reports it.
     pub kubernetes: Option<String>,
-    /// What each connected agent says, in the newest of its sessions that has said anything, by instance.
+    /// The report of each connected agent, by instance: from the newest of its sessions that has one.
     pub words: Vec<(InstanceId, Word)>,
 }
 
-/// An agent that was turned away while its cluster was not connected.
+/// The refusal of an agent while its cluster was not connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TurnedAway {
     pub at: Time,
-    /// For people, the address included.
+    /// The reason with the address, for display.
     pub why: String,
-    /// Whether it had shown that it is the cluster's: anybody can say so.
+    /// Whether the agent had proven that it belongs to the cluster; anybody can claim that.
     proven: bool,
-    /// When the cluster was connected after all.
+    /// When the cluster was connected after the refusal.
     over: Option<Time>,
 }
 
 impl TurnedAway {
-    /// From when on it is not why the cluster is away.
+    /// When the refusal stops being the reason why the cluster is away.
     #[must_use]
     pub fn ends(&self) -> Time {
         let lapses = self.at.after(TURNED_AWAY_COUNTS);
@@ -240,7 +240,7 @@ impl TurnedAway {
     }
 }
 
-/// What the API tells of a session.
+/// What the API shows of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentSession {
     pub instance: InstanceId,
@@ -250,7 +250,7 @@ pub struct AgentSession {
     pub since: SystemTime,
 }
 
-/// Who begins a session, for people.
+/// The agent that begins a session, for display.
 #[derive(Clone, Copy, Debug)]
 pub struct Visitor<'a> {
     pub software: &'a str,
@@ -260,24 +260,24 @@ pub struct Visitor<'a> {
 /// Why there is no stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AcquireError {
-    /// No session, and none came while waiting.
+    /// No session, and none connected while waiting.
     NotConnected(Presence),
-    /// Every session carries as many streams as it may.
+    /// Every session has reached its stream limit.
     StreamsMax,
     /// The memory for streams is used up.
     Memory,
 }
 
-/// Why a session is not registered.
+/// Why a session was not registered.
 #[derive(Debug)]
 pub enum InsertError {
     /// Another process with the same certificate holds these sessions.
     OtherProcess(Vec<(SessionId, Session)>),
-    /// The cluster has as many sessions as it may.
+    /// The cluster has reached its session limit.
     SessionsMax,
 }
 
-/// A session's place in the registry; dropping it takes the session out.
+/// A session's registration; dropping it removes the session.
 #[derive(Debug)]
 pub struct Registration {
     registry: Arc<Registry>,
@@ -302,21 +302,21 @@ impl Registry {
         }
     }
 
-    /// The same with sessions that are replaced when they have fewer stream ids left; without it none is.
+    /// Sets the number of stream ids below which sessions are replaced; by default none is.
     #[must_use]
     pub fn with_spare_ids(self, spare_ids: u32) -> Self {
         Self { spare_ids, ..self }
     }
 
     fn lock(&self) -> MutexGuard<'_, Clusters> {
-        // Nothing that runs under the lock leaves it half changed.
+        // A panic under the lock leaves the state consistent, so poisoning is ignored.
         self.clusters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a session in that is ready; it must run on the calling thread. Sessions in `replaced` are known to be dead.
+    /// Registers a session that is ready and runs on the calling thread. Sessions in `replaced` are known to be dead.
     ///
     /// # Errors
-    /// Who is in the way.
+    /// Why it cannot be registered.
     pub fn insert(
         self: &Arc<Self>,
         uid: &ClusterUid,
@@ -380,13 +380,13 @@ impl Registry {
         Ok(Registration { registry: Arc::clone(self), uid: uid.clone(), id, retiring })
     }
 
-    /// Opens a stream to a cluster, on the session that ranks first (see `Rank`); waits for a session
-    /// where that is promising. Sessions in `except` are passed over.
+    /// Opens a stream to a cluster, on the session that ranks first (see `Rank`). Waits for a session if one is
+    /// expected. Sessions in `except` are skipped.
     ///
     /// Dropping the future gives up the place in the queue.
     ///
     /// # Errors
-    /// Why there is none; nothing has been sent then.
+    /// Why no stream was opened; nothing has been sent.
     pub async fn open(
         &self,
         uid: &ClusterUid,
@@ -400,7 +400,7 @@ impl Registry {
         };
         let deadline = Instant::now() + time;
         loop {
-            // Registered before the look, so that no change in between is missed.
+            // Subscribe before looking, so that no change in between is missed.
             let changed = Arc::clone(&self.lock().by_uid.entry(uid.clone()).or_default().changed);
             let mut notified = std::pin::pin!(changed.notified());
             notified.as_mut().enable();
@@ -429,10 +429,10 @@ impl Registry {
         }
     }
 
-    /// As [`Self::open`] without waiting.
+    /// Like [`Self::open`], without waiting.
     ///
     /// # Errors
-    /// Why there is none; nothing has been sent then.
+    /// Why no stream was opened; nothing has been sent.
     pub async fn open_now(
         &self,
         uid: &ClusterUid,
@@ -444,7 +444,7 @@ impl Registry {
             let usable = |live: &&Live| !except.contains(&live.id) && live.session.is_open();
             sessions.iter().filter(usable).map(|live| (Rank::default(), live.clone())).collect()
         };
-        // The sessions' own locks are not taken under ours.
+        // The sessions' own locks are not taken under the registry's.
         for (rank, live) in &mut candidates {
             *rank = Rank::of(live);
         }
@@ -459,7 +459,7 @@ impl Registry {
                 }
                 Err(OpenError::StreamsMax) => refusal = Some(AcquireError::StreamsMax),
                 Err(OpenError::Memory) => refusal = Some(AcquireError::Memory),
-                // It ended, or began to drain, since the look: as if it were not there.
+                // The session ended or began to drain since the lookup: treat it as absent.
                 Err(
                     OpenError::NotReady | OpenError::Draining | OpenError::IdsExhausted | OpenError::Closed,
                 ) => {}
@@ -468,7 +468,7 @@ impl Registry {
         Err(refusal.unwrap_or_else(|| AcquireError::NotConnected(self.presence(uid))))
     }
 
-    /// Has a session replaced whose stream ids run out: its agent makes a new one before this one ends.
+    /// Replaces a session whose stream ids are nearly used up: its agent opens a new one before this one ends.
     fn rotate(&self, live: &Live) {
         if live.session.streams_left().1 < self.spare_ids {
             retire(live.id, &live.session, &live.retiring, "its stream ids are nearly used up");
@@ -482,7 +482,7 @@ impl Registry {
         sessions.iter().any(|live| live.id != id && !live.retiring.is_cancelled() && live.session.is_open())
     }
 
-    /// Takes a place among those that wait: a request if that is promising, a watch in any case.
+    /// Takes a place among the held requests: a request only if an agent is expected, a watch in any case.
     fn hold(&self, uid: &ClusterUid, patience: Patience) -> Option<Held<'_>> {
         let mut clusters = self.lock();
         let Clusters { by_uid, held, held_watches, .. } = &mut *clusters;
@@ -525,13 +525,13 @@ impl Registry {
         })
     }
 
-    /// What is known of a cluster's connection.
+    /// The state of a cluster's connection.
     #[must_use]
     pub fn presence(&self, uid: &ClusterUid) -> Presence {
         let clusters = self.lock();
         let Some(tunnel) = clusters.by_uid.get(uid) else { return Presence::default() };
         let sessions = tunnel.sessions.iter().filter(|live| live.session.is_open()).count();
-        // The one is of this process, the other may be of an earlier one.
+        // The first is from this process, the second may be from an earlier one.
         let ended = tunnel.last_seen.as_ref().and_then(|last| last.ended.as_ref());
         let gone =
             tunnel.last_end.map(|end| end.at.elapsed()).max(ended.map(|ended| Time::now().since(ended.at)));
@@ -543,7 +543,7 @@ impl Registry {
         }
     }
 
-    /// The live sessions of a cluster: of which instance, and of which process.
+    /// The live sessions of a cluster, with instance and boot id.
     #[must_use]
     pub fn sessions_of(&self, uid: &ClusterUid) -> Vec<(InstanceId, Vec<u8>, Session)> {
         let clusters = self.lock();
@@ -552,7 +552,7 @@ impl Registry {
         open.map(|live| (live.instance.clone(), live.boot_id.clone(), live.session.clone())).collect()
     }
 
-    /// What the API tells of a cluster's connection.
+    /// What the API shows of a cluster's connection.
     #[must_use]
     pub fn connection(&self, uid: &ClusterUid) -> Connection {
         let clusters = self.lock();
@@ -584,7 +584,7 @@ impl Registry {
         }
     }
 
-    /// An agent has said which version its cluster's API server is of.
+    /// An agent reported the version of its cluster's API server.
     pub fn learned(&self, uid: &ClusterUid, kubernetes: &str) {
         let mut clusters = self.lock();
         let Some(tunnel) = clusters.by_uid.get_mut(uid) else { return };
@@ -595,8 +595,8 @@ impl Registry {
         }
     }
 
-    /// An agent of a cluster, which is known, was turned away. Only the newest counts, and only while no other is connected; and
-    /// who has not `proven` to be the cluster's covers nobody who has.
+    /// Records that an agent of a known cluster was refused. Only the newest refusal is kept, only while no agent is connected, and
+    /// a refusal that is not `proven` does not replace a proven one.
     pub(crate) fn turned_away(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
         let now = Time::now();
         let mut clusters = self.lock();
@@ -619,7 +619,7 @@ impl Registry {
         self.touch(uid);
     }
 
-    /// What the agent of one session says of itself and of the API server.
+    /// Records what the agent of one session reports about itself and the API server.
     fn told(&self, uid: &ClusterUid, id: SessionId, word: Word) {
         let mut clusters = self.lock();
         let sessions = clusters.by_uid.get_mut(uid).map(|tunnel| tunnel.sessions.iter_mut());
@@ -632,7 +632,7 @@ impl Registry {
         self.touch(uid);
     }
 
-    /// Something that is told of a cluster has changed.
+    /// Marks the displayed facts of a cluster as changed.
     pub(crate) fn touch(&self, uid: &ClusterUid) {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.clone());
         self.changed.notify_one();
@@ -648,7 +648,7 @@ impl Registry {
             .collect()
     }
 
-    /// Hands the tunnel bytes since the last call to the metrics.
+    /// Adds the tunnel bytes since the last call to the metrics.
     pub(crate) fn count_bytes(&self) {
         for tunnel in self.lock().by_uid.values_mut() {
             for live in &mut tunnel.sessions {
@@ -684,14 +684,14 @@ impl Registry {
 
     // ---- what is written down ----
 
-    /// What is on record of a cluster from before this process. `ended` is none if the gateway died with the session: then it is
-    /// told how by `or_ended`, and that is to be written down.
+    /// Restores a cluster's record from before this process. If the gateway died with the session, `ended` is `None`:
+    /// then `or_ended` provides it, and it has to be written.
     pub(crate) fn restore(&self, uid: &ClusterUid, record: &LastSeen, or_ended: impl FnOnce() -> Ended) {
         let mut clusters = self.lock();
         let tunnel = clusters.by_uid.entry(uid.clone()).or_default();
         let ended = Some(record.ended.clone().unwrap_or_else(or_ended));
         tunnel.last_seen = Some(LastPeriod { since: record.since, ended });
-        // This gateway may be newer than the one that has written it.
+        // This gateway may be newer than the one that wrote the record.
         tunnel.agent = record.agent.as_ref().and_then(|before| {
             let software = format!("towline-agent/{}", before.version);
             AgentSeen::new(&software, Time::now()).map(|agent| agent.after(Some(before)))
@@ -703,7 +703,7 @@ impl Registry {
         }
     }
 
-    /// The gateway has just started, and this cluster has agents on record: they are on their way.
+    /// Marks a cluster with agents on record as expected, after the gateway's start.
     pub(crate) fn expect(&self, uid: &ClusterUid) {
         let until = Some(Instant::now() + RECENT);
         self.lock().by_uid.entry(uid.clone()).or_default().expected_until = until;
@@ -714,7 +714,7 @@ impl Registry {
         self.moving.notify_one();
     }
 
-    /// Clusters whose record is not as they are; waits for one. Cancel safe.
+    /// Waits until a cluster's record is out of date. Cancel safe.
     pub(crate) async fn moved(&self) {
         loop {
             let moving = self.moving.notified();
@@ -725,12 +725,12 @@ impl Registry {
         }
     }
 
-    /// Clusters whose record is not as they are.
+    /// Clusters whose record is out of date.
     pub(crate) fn all_moved(&self) -> Vec<ClusterUid> {
         self.moved.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 
-    /// What belongs on record of a cluster, if there is anything.
+    /// The record that a cluster should have, if any.
     pub(crate) fn last_seen(&self, uid: &ClusterUid, gateway: &str) -> Option<LastSeen> {
         let clusters = self.lock();
         let tunnel = clusters.by_uid.get(uid)?;
@@ -738,7 +738,7 @@ impl Registry {
         Some(LastSeen { gateway: gateway.to_owned(), since, ended, agent: tunnel.agent.clone() })
     }
 
-    /// This stands on record of a cluster now; nothing, if nothing is to.
+    /// Notes what is on record of a cluster now; `None` if nothing is.
     pub(crate) fn recorded(&self, uid: &ClusterUid, record: Option<&LastSeen>) {
         let mut moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
         let is_as_it_is =
@@ -753,24 +753,24 @@ impl Registry {
         self.lock().by_uid.values().any(|tunnel| tunnel.since_wall.is_some())
     }
 
-    /// A cluster is not shown any more. Whoever writes down when it was seen last forgets it, once nothing of it is left.
+    /// Marks a cluster as deleted. The writer of the connection times forgets it when nothing of it is left.
     pub(crate) fn is_gone(&self, uid: &ClusterUid) {
         self.has_moved(uid);
     }
 
-    /// Forgets the clusters that are not known any more and of which nothing is left.
+    /// Forgets unknown clusters of which nothing is left.
     pub(crate) fn forget_unknown(&self, is_known: impl Fn(&ClusterUid) -> bool) {
         let uids: Vec<ClusterUid> = self.lock().by_uid.keys().cloned().collect();
         uids.iter().filter(|uid| !is_known(uid)).for_each(|uid| self.forget(uid));
     }
 
-    /// Forgets a cluster that is not known any more.
+    /// Forgets an unknown cluster.
     pub(crate) fn forget(&self, uid: &ClusterUid) {
         let mut clusters = self.lock();
         let is_used =
             |tunnel: &Tunnel| !tunnel.sessions.is_empty() || tunnel.held > 0 || tunnel.held_watches > 0;
         if clusters.by_uid.get(uid).is_some_and(is_used) {
-            // It is forgotten when it is looked at next.
+            // It is forgotten at the next check.
             return;
         }
         clusters.by_uid.remove(uid);
@@ -779,7 +779,7 @@ impl Registry {
     }
 }
 
-/// How a session ended, for people.
+/// How a session ended, for display.
 fn how(reason: Option<&CloseReason>) -> String {
     let text = match reason {
         Some(CloseReason::Local { text, .. }) => format!("the gateway closed it: {text}"),
@@ -799,7 +799,7 @@ fn how(reason: Option<&CloseReason>) -> String {
 }
 
 impl Word {
-    /// Times apart, which are reckoned anew each time that it says so.
+    /// Compares the reports without their times, which are computed again for each report.
     fn says_the_same(&self, other: &Self) -> bool {
         let essence =
             |word: &Self| word.api_server.as_ref().map(|server| (server.state, server.text.clone()));
@@ -815,7 +815,7 @@ impl Registration {
 }
 
 impl Tunnel {
-    /// Finds out whose version is told while somebody is connected; whether it is another one than before.
+    /// Chooses the agent whose version is shown while agents are connected. Returns whether the version changed.
     fn look_at_versions(&mut self, now: Time) -> bool {
         if self.sessions.is_empty() {
             return false;
@@ -841,8 +841,8 @@ impl Tunnel {
     }
 
     fn is_expected_back(&self) -> bool {
-        // A session that said GoAway and still finishes its streams counts as leaving now; and so does one that has ended and
-        // whose owner, on another thread, has not taken it off the list yet.
+        // A session that said GoAway and still finishes its streams counts as leaving now. So does an ended session
+        // that its owner, on another thread, has not removed yet.
         let leaving = self.sessions.iter().any(|live| {
             let state = live.session.state();
             let state = state.borrow();
@@ -876,9 +876,9 @@ impl Live {
     }
 }
 
-/// Which session carries the next stream: the least. Those that are being replaced come last, before them those that
-/// have gone silent (new streams must not wait until silence is found to be death); QUIC comes before TCP; then the
-/// lightest load, and of equals the newest.
+/// Orders sessions for the next stream; the least one carries it. Sessions that are being replaced come last. Before them come
+/// silent ones, because a new stream must not wait until silence turns out to be death. QUIC comes before TCP, then the
+/// lightest load, then the newest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     retiring: bool,
@@ -894,7 +894,7 @@ impl Rank {
         let (tcp, streams) = (session.transport() == Transport::Tcp, session.stats().streams);
         Self {
             retiring: live.retiring.is_cancelled(),
-            // An idle TCP session may be silent for longer; QUIC's agent never is.
+            // An idle TCP session may be silent for longer; an agent on QUIC never is.
             silent: !tcp && session.silence() > SILENT,
             tcp,
             load: if live.shard == thread::current().id() { streams } else { ELSEWHERE + 2 * streams },
@@ -903,7 +903,7 @@ impl Rank {
     }
 }
 
-/// Has an agent make a new session in place of this one.
+/// Asks an agent to open a new session in place of this one.
 fn retire(id: SessionId, session: &Session, retiring: &CancellationToken, why: &str) {
     if !retiring.is_cancelled() {
         retiring.cancel();
@@ -914,12 +914,12 @@ fn retire(id: SessionId, session: &Session, retiring: &CancellationToken, why: &
 }
 
 impl Registration {
-    /// Has the session replaced: its agent makes a new one before this one ends.
+    /// Replaces the session: its agent opens a new one before this one ends.
     pub(crate) fn retire(&self, session: &Session, why: &str) {
         retire(self.id, session, &self.retiring, why);
     }
 
-    /// Waits until the session is being replaced, nothing runs in it any more, and another one takes what comes. Cancel
+    /// Waits until the session is being replaced, nothing runs in it, and another session takes new streams. Cancel
     /// safe.
     pub(crate) async fn replaced(&self, session: &Session) {
         self.retiring.cancelled().await;

@@ -36,7 +36,7 @@ pub const NAME_MAX: usize = 512;
 pub const RECORD_MAX: usize = 512 * 1024;
 /// Most records of one page.
 pub const PAGE_MAX: usize = 1000;
-/// Events that watches can go back by.
+/// Events from which watches can resume.
 pub const HISTORY_MAX: usize = 16_384;
 
 /// What a record is about.
@@ -115,7 +115,7 @@ pub struct Revision {
     pub number: u64,
 }
 
-/// A record as it stands in the store.
+/// A record as it is in the store.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     pub key: Key,
@@ -425,13 +425,13 @@ impl Store {
     /// Keeps a lease for another of its lives.
     ///
     /// # Errors
-    /// It has run out.
+    /// It has expired.
     pub fn keep_alive(&self, lease: LeaseId) -> Result<(), CommitError> {
         let Self::Embedded(engine) = self;
         if engine.leases().keep_alive(lease) { Ok(()) } else { Err(CommitError::LeaseEnded) }
     }
 
-    /// Takes the records of leases that ran out away, for as long as it is polled.
+    /// Takes the records of leases that expired away, for as long as it is polled.
     pub async fn tend(&self) {
         let Self::Embedded(engine) = self;
         loop {

@@ -8,7 +8,7 @@ pub fn printable(text: &str) -> String {
     Printable(text).to_string()
 }
 
-/// The beginning of a text, and whether there is more.
+/// The beginning of a text, with an ellipsis if there is more.
 #[must_use]
 pub fn clip(text: &str, characters: usize) -> String {
     let shown: String = text.chars().take(characters).collect();

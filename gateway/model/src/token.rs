@@ -4,7 +4,7 @@ use aws_lc_rs::digest;
 
 /// What every token of ours begins with.
 pub const PREFIX: &str = "tlat_";
-/// Longest token that is looked at.
+/// Longest token that is parsed.
 const TOKEN_MAX: usize = 1024;
 
 /// The SHA-256 of a token.

@@ -17,12 +17,12 @@ use towline_certs::ClientIdentity;
 use towline_certs::save::chain_pem;
 use towline_model::Time;
 
-/// How long a certificate lives unless asked, and at most; never longer than what the caller asks with, or certificates would
-/// beget certificates without end. A token that is deleted does not take its certificates along.
+/// Default and longest lifetime of a certificate, in seconds. It never outlives the caller's credential, or certificates could
+/// renew themselves forever. Deleting a token does not invalidate its certificates.
 const LIFE: u64 = 3600;
 const LIFE_MOST: u64 = 86_400;
 
-/// Whom the gateway takes the caller for.
+/// Returns the caller's identity.
 pub(super) fn review(call: &Call, resource: &Resource) -> Response<AnswerBody> {
     let principal = &call.principal;
     let info = json!({"username": principal.name, "groups": principal.groups});
@@ -32,7 +32,7 @@ pub(super) fn review(call: &Call, resource: &Resource) -> Response<AnswerBody> {
     json_response(StatusCode::CREATED, &answer)
 }
 
-/// A client certificate for the caller's own name and groups, for the key in the request.
+/// Issues a client certificate for the caller's own name and groups, with the key of the request.
 pub(super) fn issue(
     call: &Call,
     resource: &Resource,

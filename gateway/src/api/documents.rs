@@ -35,8 +35,8 @@ fn resource(resource: &Resource) -> Value {
         described["shortNames"] = json!(resource.short);
     }
     match resource.stored {
-        // What a thoughtless `kubectl delete all --all` takes away only narrows, and is made anew in a line: no Deny and no revocation
-        // is among it, and no cluster, whose agents would have to join anew.
+        // A careless `kubectl delete all --all` must only remove what is easily created again: it includes no Deny, no revocation
+        // and no cluster, whose agents would have to join again.
         Some(Kind::JoinToken | Kind::AccessToken) => {
             described["categories"] = json!(["all", "towline"]);
         }

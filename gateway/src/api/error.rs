@@ -19,7 +19,7 @@ pub(super) struct ApiError {
     reason: &'static str,
     message: String,
     details: Value,
-    /// What it counts as, if it counts.
+    /// The code under which it is counted, if any.
     pub(super) code: Option<TlCode>,
 }
 
@@ -54,7 +54,7 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "Forbidden", message).counted(TlCode::Forbidden)
     }
 
-    /// A caller who wants to be somebody else: what they ask for may be meant to be refused.
+    /// The caller asks for impersonation, which may be meant to restrict the request; so it must not be ignored.
     pub(super) fn impersonation(header: &str) -> Self {
         let message = format!(
             "the fleet's API does not support impersonation, and the request has the header {header:?} — leave out --as, --as-group and --as-uid, or use a credential of that user"
@@ -67,7 +67,7 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "NotFound", message).counted(TlCode::BadPath)
     }
 
-    /// Not worth a warning: `kubectl describe` asks by itself, and goes on without.
+    /// Without a warning: `kubectl describe` asks for events by itself and continues without them.
     pub(super) fn no_events() -> Self {
         Self::new(StatusCode::NOT_FOUND, "NotFound", "the fleet's API has no events")
     }
@@ -81,7 +81,7 @@ impl ApiError {
         Self::invalid_fields(resource, name, &[(field.to_owned(), why.to_owned())])
     }
 
-    /// All that is wrong with an object at once: fields, and why. Several stand in brackets, as the API server writes them.
+    /// All invalid fields of an object at once, with reasons. Several are in brackets, as the API server formats them.
     pub(super) fn invalid_fields(resource: &Resource, name: &str, problems: &[(String, String)]) -> Self {
         let told: Vec<String> = problems.iter().map(|(field, why)| format!("{field}: {why}")).collect();
         let told = if told.len() == 1 { told.concat() } else { format!("[{}]", told.join(", ")) };
@@ -132,7 +132,7 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", message).counted(TlCode::Timeout)
     }
 
-    /// What let the caller in does so no more.
+    /// The caller's credential or access was revoked or has expired.
     pub(super) fn ended(why: Ended) -> Self {
         if matches!(why, Ended::Forbidden | Ended::Cluster) {
             let message = "you are no longer a member of towline:admins — ask the fleet's operator";

@@ -22,24 +22,24 @@ use tokio::time::timeout;
 use towline_certs::ClusterUid;
 use towline_model::Time;
 
-/// Events that watches can go back by.
+/// Events from which watches can resume.
 const HISTORY_MAX: usize = 16_384;
-/// Bits of a version that count events; the others are the epoch.
+/// Bits of a version for the event number; the others are the epoch.
 const NUMBER_BITS: u32 = 34;
-/// Objects that are shown before everybody else on this thread has a turn: a revocation above all.
+/// Objects to update before other tasks of this thread get a turn, above all a revocation.
 const SHOWN_PER_TURN: usize = 64;
-/// How often the connection of one cluster is news. One that comes and goes without end is shown as it is then.
+/// Rate of events about one cluster's connection. A connection that flaps is shown with its latest state.
 const CONNECTION_NEWS: Rate = Rate { burst: 16.0, interval: Duration::from_secs(1) };
-/// The longest between two looks at what time alone changes.
+/// Longest time between two checks of what changes with time alone.
 const SWEEP: Duration = Duration::from_secs(10);
 
-/// The objects and what happens to them.
+/// The objects and their events.
 #[derive(Debug)]
 pub(crate) struct Feed {
     epoch: u64,
     state: Mutex<State>,
     head: watch::Sender<u64>,
-    /// The last revision of the store that the objects show.
+    /// The store's last revision that the objects show.
     shown: watch::Sender<u64>,
 }
 
@@ -63,23 +63,23 @@ struct Entry {
 pub(super) struct Happened {
     pub(super) number: u64,
     kind: Kind,
-    /// As it was before, if it was.
+    /// The object before the event, if it existed.
     pub(super) before: Option<Arc<Value>>,
-    /// As it is now, if it is; a deleted one is told as it was last, with the version of its end.
+    /// The object after the event; a deleted object in its last state, with the version of the deletion.
     pub(super) after: Option<Arc<Value>>,
     pub(super) last: Arc<Value>,
 }
 
-/// Where a version stands.
+/// The meaning of a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Version {
-    /// This event, and all after it are known.
+    /// This event and all later ones are in the history.
     Known(u64),
     Past,
     Future,
 }
 
-/// Keeps the feed as fleet, registry and configuration are, for as long as it is polled.
+/// Keeps the feed up to date with fleet, registry and configuration, for as long as it is polled.
 pub(crate) async fn follow(shared: &Shared) {
     match &shared.feed {
         Some(feed) => feed.run(shared).await,
@@ -98,7 +98,7 @@ impl Feed {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing that runs under the lock leaves it half changed.
+        // A panic under the lock leaves the state consistent, so poisoning is ignored.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -108,7 +108,7 @@ impl Feed {
         let (mut changes, mut reloads) = (fleet.changes(), shared.reloads());
         let mut configured: BTreeSet<Arc<str>> = BTreeSet::new();
         let (mut connected, news) = (HashSet::new(), Buckets::default());
-        // Of what is configured, connections alone say by themselves that they have changed.
+        // For configured clusters only the connections notify about changes.
         let mut is_stale = true;
         loop {
             changes.borrow_and_update();
@@ -155,7 +155,7 @@ impl Feed {
         state.due.iter().take_while(|(time, _)| *time <= now).map(|(_, name)| Arc::clone(name)).collect()
     }
 
-    /// Shows an object as it is now, and tells if that is news.
+    /// Updates an object, with an event if it changed.
     fn show(&self, shared: &Shared, live: &Live, fleet: &Fleet, kind: Kind, name: &Arc<str>) {
         let Some(resource) = kinds::of(kind) else { return };
         let configured = (kind == Kind::Cluster).then(|| live.by_name.get(&**name)).flatten();
@@ -191,7 +191,7 @@ impl Feed {
         }
     }
 
-    /// Shows an object, or shows it no more; returns the one that has ended with that.
+    /// Updates or removes an object; returns the one that ended.
     fn put(&self, kind: Kind, name: &Arc<str>, rendered: Option<(Value, Due)>) -> Option<Arc<Value>> {
         let mut ended = None;
         let mut state = self.lock();
@@ -213,7 +213,7 @@ impl Feed {
                     state.objects.entry(kind).or_default().insert(Arc::clone(name), Entry { due, ..before });
                     return None;
                 }
-                // Another one under the same name: the old one has ended, whoever saw what of it.
+                // Another object under the same name: the old one has ended, for every watcher.
                 let another = before.shown["metadata"]["uid"] != after["metadata"]["uid"];
                 if another {
                     self.end(&mut state, kind, name, Arc::clone(&before.shown));

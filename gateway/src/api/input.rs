@@ -320,7 +320,7 @@ impl Input {
             }
             Object::AccessRule(before) => {
                 let mut rule = self.rule(resource, next(&before.meta))?;
-                // A name that stays is for the cluster that it was for. Whoever writes it anew means the one that has it.
+                // A name that stays is for the cluster that it was for. Whoever writes it again means the one that has it.
                 if rule.effect == before.effect {
                     let stays = |name: &&String| rule.clusters.contains(*name);
                     rule.ended = before.ended.iter().filter(stays).cloned().collect();

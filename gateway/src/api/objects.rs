@@ -120,7 +120,7 @@ pub(super) fn render(
     (shown, due)
 }
 
-/// A cluster that stands in the configuration.
+/// A cluster that is defined in the configuration file.
 pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Due) {
     let (mut status, due) = cluster_status(cluster.name.as_str(), facts, cluster.mode);
     status["uid"] = cluster.uid.as_str().into();
@@ -348,7 +348,7 @@ fn revoked_condition(name: &str, standing: &Standing) -> Option<Value> {
     })
 }
 
-/// Whether an agent is turned away while none is connected; of a cluster to which that has happened. The time is the newest
+/// Whether an agent is refused while none is connected; of a cluster to which that has happened. The time is the newest
 /// one's.
 fn refused_condition(connection: &Connection, now: Time) -> Option<(Value, Due)> {
     const KIND: &str = "JoinRefused";

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use towline_model::ANY;
 use towline_model::text::printable;
 
-/// Times that a write decides anew because somebody else was faster.
+/// Times that a write decides again because somebody else was faster.
 const ATTEMPTS: usize = 8;
 /// Fields that are not known, told at most.
 const WARNINGS_MAX: usize = 8;

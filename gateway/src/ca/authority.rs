@@ -188,7 +188,7 @@ fn authority(
         }
         tracing::warn!(path = %key.display(), "removed the group's read permission from a private key");
     }
-    // One that has run out still says who is believed; what it would issue is refused where it is issued.
+    // One that has expired still says who is believed; what it would issue is refused where it is issued.
     let roots = load_roots(&root)?;
     let ca = CertificateAuthority::choose(kind, &roots, &parse_key(&key_file)?, &root.display().to_string())?;
     let bridge = directory.join(format!("{stem}-cross.crt"));

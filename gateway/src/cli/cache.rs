@@ -87,7 +87,7 @@ pub(crate) fn read(path: &Path) -> Option<Certificate> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-/// Keeps it, and throws away what has run out.
+/// Keeps it, and throws away what has expired.
 pub(crate) fn write(path: &Path, certificate: &Certificate) -> io::Result<()> {
     let directory = path.parent().ok_or(io::ErrorKind::NotFound)?;
     create_private_directory(directory).map_err(io::Error::other)?;

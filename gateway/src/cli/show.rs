@@ -51,7 +51,7 @@ pub(crate) async fn follow(
             };
             match lost {
                 None => {}
-                // The gateway has started anew: its versions have, too.
+                // The gateway has restarted: its versions have, too.
                 Some(Failure::Refused(refusal)) if refusal.status == 410 => break,
                 Some(Failure::Refused(refusal)) if refusal.status >= 500 => {}
                 Some(Failure::Failed(text)) => output::note(&format!("{text}\n(retrying)")),

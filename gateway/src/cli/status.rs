@@ -101,7 +101,7 @@ impl Health {
     }
 }
 
-/// The condition that says best why a cluster is not connected: that an agent was turned away, or all were revoked, whichever was
+/// The condition that says best why a cluster is not connected: that an agent was refused, or all were revoked, whichever was
 /// later; then that it has none; then how the last session ended.
 fn why_down(cluster: &Value) -> &'static str {
     let when = |kind: &str| {

@@ -7,11 +7,11 @@
 use http::header::{self, HeaderMap};
 use std::mem;
 
-/// What has been read of a watch.
+/// The parser state of a watch.
 #[derive(Debug)]
 pub(super) struct Events {
     encoding: Encoding,
-    /// Whether the last byte ended a message; so it is before the first.
+    /// Whether the last byte ended a message; true before the first byte.
     at_boundary: bool,
     /// Whether any message has ended.
     any: bool,
@@ -22,12 +22,12 @@ enum Encoding {
     Json(Json),
     Framed(Framed),
     Cbor(Cbor),
-    /// Something else than was announced.
+    /// The bytes do not match the announced encoding.
     Unclear,
 }
 
 impl Events {
-    /// Of an answer with this head; none if it says no encoding whose boundaries are known.
+    /// The parser for a response with this head; `None` if its encoding is unknown.
     pub(super) fn of(head: &HeaderMap) -> Option<Self> {
         if head.contains_key(header::CONTENT_ENCODING) {
             return None;
@@ -48,7 +48,7 @@ impl Events {
         Some(Self { encoding, at_boundary: true, any: false })
     }
 
-    /// Takes the bytes that come next. Says how many of them there are up to the last end of a message among them, if there is one.
+    /// Takes the next bytes. Returns how many of them precede the last end of a message among them, if there is one.
     pub(super) fn take(&mut self, bytes: &[u8]) -> Option<usize> {
         if bytes.is_empty() {
             return None;
@@ -79,10 +79,10 @@ impl Events {
     }
 }
 
-/// The bytes are not what was announced.
+/// The bytes do not match the announced encoding.
 struct Unclear;
 
-/// Objects, each followed by a line end, which some clients wait for. Line ends within an object do not count.
+/// JSON objects, each followed by a line end, which some clients wait for. Line ends within an object are ignored.
 #[derive(Debug, Default)]
 struct Json {
     depth: u32,
@@ -117,7 +117,7 @@ impl Json {
     }
 }
 
-/// Messages with their length in front, in four bytes, big-endian.
+/// Messages that are preceded by their length in four bytes, big-endian.
 #[derive(Debug, Default)]
 struct Framed {
     /// The bytes of the length so far.
@@ -153,7 +153,7 @@ impl Framed {
 /// A sequence of CBOR items (RFC 8742), each a message.
 #[derive(Debug, Default)]
 struct Cbor {
-    /// What the item is inside of: how many items each still lacks; none if a break ends it.
+    /// The containers around the item: how many items each still lacks; `None` if a break ends it.
     around: Vec<Option<u64>>,
     /// The head that is being read.
     head: Head,
@@ -170,7 +170,7 @@ struct Head {
     left: u8,
 }
 
-/// An API server nests no deeper in what it writes.
+/// Deepest nesting; an API server's messages stay below it.
 const CBOR_DEPTH_MAX: usize = 64;
 
 impl Cbor {
@@ -201,7 +201,7 @@ impl Cbor {
         Ok(last)
     }
 
-    /// Goes into the item whose head is complete. Says whether the item is complete with it.
+    /// Enters the item whose head is complete. Returns whether the item is complete with its head.
     fn begin(&mut self) -> Result<bool, Unclear> {
         let Head { first, number, .. } = self.head;
         let indefinite = first & 0x1f == 0x1f;
@@ -214,9 +214,9 @@ impl Cbor {
             }
             4 => Some(number),
             5 => Some(number.checked_mul(2).ok_or(Unclear)?),
-            // What is tagged follows, and is the item.
+            // The tagged item follows.
             6 if !indefinite => return Ok(false),
-            // A break; only what lacks no certain number of items can have one.
+            // A break; only a container of indefinite length can have one.
             7 if indefinite => {
                 return self.around.pop().and_then(|lacks| lacks.is_none().then_some(true)).ok_or(Unclear);
             }
@@ -233,7 +233,7 @@ impl Cbor {
         Ok(false)
     }
 
-    /// An item is complete, and with it perhaps what it is inside of. Says whether that was the outermost one.
+    /// Completes an item and possibly its containers. Returns whether the outermost one is complete.
     fn end(&mut self) -> bool {
         while let Some(lacks) = self.around.last_mut() {
             match lacks {

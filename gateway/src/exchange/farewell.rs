@@ -11,9 +11,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::timeout;
 
-/// How long a client has to take the last word and to close its end.
+/// How long a client has to read the last message and to close its end.
 pub(crate) const FAREWELL: Duration = Duration::from_millis(1500);
-/// The same for one that must be gone within a second.
+/// The same for a connection that must end within a second.
 const ENDED: Duration = Duration::from_millis(500);
 
 /// Why a raw connection is ended.
@@ -23,7 +23,7 @@ pub(super) enum Cause {
     Drained,
     /// The session with the agent is gone.
     TunnelLost,
-    /// What let it in does so no more.
+    /// The credential or access was revoked or has expired.
     Ended(Ended),
 }
 
@@ -36,7 +36,7 @@ impl Cause {
         }
     }
 
-    /// How long a client has to take the last word and to close its end.
+    /// How long a client has to read the last message and to close its end.
     const fn patience(self) -> Duration {
         match self {
             Self::Drained | Self::TunnelLost => FAREWELL,
@@ -74,7 +74,7 @@ impl Cause {
     }
 }
 
-/// A connection that knows where the frames begin that go to the client.
+/// A connection that tracks the frame boundaries of the bytes to the client.
 #[derive(Debug)]
 pub(super) struct Framed<IO> {
     io: IO,
@@ -88,8 +88,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Framed<IO> {
         Self { io, frames: Frames { protocol, head: Vec::new(), payload: 0, closed: false } }
     }
 
-    /// Says why and ends the connection; waits for the client's end, so that what it still sends does not reset the
-    /// connection under the last word. No longer than [`FAREWELL`], or [`ENDED`].
+    /// Sends the reason and ends the connection. It waits for the client's end, so that bytes which the client still sends do not reset
+    /// the connection before it has read the last message, for at most [`FAREWELL`] or [`ENDED`].
     pub(super) async fn say_farewell(mut self, cause: Cause) {
         let word = self.frames.farewell(cause);
         let io = &mut self.io;
@@ -100,7 +100,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Framed<IO> {
             while io.read(&mut rest).await? > 0 {}
             io::Result::Ok(())
         };
-        // A client that does not listen is not waited for.
+        // Do not wait for a client that does not read.
         if !matches!(timeout(cause.patience(), said).await, Ok(Ok(()))) {
             tracing::debug!(cause = cause.label(), "client left before the gateway closed its connection");
         }
@@ -117,11 +117,11 @@ enum Protocol {
 #[derive(Debug)]
 struct Frames {
     protocol: Protocol,
-    /// What there is of the next frame's head: never whole, at most 13 bytes.
+    /// The partial head of the next frame: never complete, at most 13 bytes.
     head: Vec<u8>,
-    /// What is missing of the current frame's payload.
+    /// Bytes that are missing of the current frame's payload.
     payload: u64,
-    /// The server has said its last word itself.
+    /// The server has sent its own last message.
     closed: bool,
 }
 
@@ -172,7 +172,7 @@ impl Frames {
         }
     }
 
-    /// What can be said here; nothing within a frame or behind the server's own last word.
+    /// The last message at this position; `None` within a frame or after the server's own last message.
     #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     fn farewell(&self, cause: Cause) -> Vec<u8> {
         if self.payload > 0 || !self.head.is_empty() || self.closed {
@@ -190,7 +190,7 @@ impl Frames {
             Protocol::Spdy => {
                 word.extend(SPDY_GOAWAY);
                 word.extend([0, 0, 0, 8]);
-                // The client's streams were all taken; status 2 is INTERNAL_ERROR.
+                // All streams of the client were accepted; status 2 is INTERNAL_ERROR.
                 word.extend(0x7fff_ffff_u32.to_be_bytes());
                 word.extend(if cause == Cause::TunnelLost { 2_u32 } else { 0 }.to_be_bytes());
             }

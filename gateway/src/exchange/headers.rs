@@ -26,7 +26,7 @@ pub enum HeadersError {
     ProtectedConnection(String),
     #[error("the Connection header is malformed")]
     MalformedConnection,
-    /// A client's own impersonation where the gateway impersonates.
+    /// The client sends impersonation headers in impersonate mode.
     #[error(
         "the header {0:?} is not allowed: this cluster is in impersonate mode, where the gateway sets the user"
     )]
@@ -34,7 +34,7 @@ pub enum HeadersError {
     /// A page of another site made a browser send this.
     #[error("a web page of another site made the browser send this request")]
     CrossSite,
-    /// A page of an origin that is not listed wants to change something, or a raw connection.
+    /// A page of an unlisted origin tries to change something or to open a raw connection.
     #[error(
         "the request comes from a web page of another origin ({0:?}), which may neither change anything nor open a raw connection"
     )]
@@ -44,13 +44,13 @@ pub enum HeadersError {
     OwnCredential,
 }
 
-/// What the head is built with.
+/// Parameters of the upstream head.
 #[derive(Clone, Copy, Debug)]
 pub struct Upstream {
     pub mode: Mode,
     /// The request passes through a `proxy` subresource, to an application rather than to the API.
     pub proxy: bool,
-    /// The one client address that was verified.
+    /// The client's address, from the connection or a trusted proxy.
     pub client: IpAddr,
 }
 
@@ -112,33 +112,33 @@ pub fn traceparent(client: &HeaderMap) -> Option<String> {
     }
 }
 
-/// Why an answer's redirect is not passed on.
+/// Why a response's redirect is not forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum RedirectError {
     #[error("its Location {0}")]
     Astray(Astray),
     #[error("it has more than one Location header")]
     Several,
-    /// The API itself redirects nothing that changes something, and a client that follows repeats method and body.
+    /// The API server never redirects a request that changes something, and a client that follows repeats method and body.
     #[error("only GET and HEAD requests may be redirected")]
     Method,
 }
 
-/// What is known of the request that an answer belongs to.
+/// Facts about the request of a response.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
     pub method: &'a Method,
     /// As in [`Upstream`].
     pub proxy: bool,
     pub parts: &'a Parts,
-    /// What of the path named the cluster.
+    /// The part of the path that named the cluster.
     pub prefix: Option<&'a str>,
 }
 
-/// Builds the header fields of an answer for the client. Paths in `Location` and `Content-Location` are as the client sees them.
+/// Builds the header fields of a response for the client. Paths in `Location` and `Content-Location` become those that the client sees.
 ///
 /// # Errors
-/// It redirects the client where it must not go.
+/// The response redirects the client away from the cluster.
 pub fn client_head(
     answer: &[Header],
     status: StatusCode,
@@ -169,14 +169,14 @@ pub fn client_head(
         }
         head.append(name, value);
     }
-    // All clusters share this origin: no answer may run as a page of it.
+    // All clusters share this origin, so no response may run as a page of it.
     head.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     head.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox; frame-ancestors 'none'"));
     Ok(head)
 }
 
-/// Takes over a field that says where something is, as the client sees it. Where a client would follow it, it may lead to nowhere
-/// else; where it only informs, as that of a 201 does, it is left out instead.
+/// Copies a location field as the client sees it. If a client would follow it, it must not lead elsewhere;
+/// if it only informs, as in a 201, it is dropped instead.
 fn led(
     head: &mut HeaderMap,
     name: HeaderName,
@@ -222,7 +222,7 @@ fn tokens(line: &HeaderValue) -> Vec<String> {
     text.split(',').map(|token| token.trim().to_ascii_lowercase()).filter(|token| !token.is_empty()).collect()
 }
 
-/// Fields whose removal would change who asks, or for what.
+/// Fields whose removal would change the caller or the request's meaning.
 fn is_protected(name: &str) -> bool {
     let name = name.replace('_', "-");
     let fixed = [
@@ -244,7 +244,7 @@ fn is_protected(name: &str) -> bool {
     fixed.contains(&name.as_str()) || prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// Fields between two neighbours, and those that we make ourselves on every hop.
+/// Hop-by-hop fields, and those that the gateway sets itself on every hop.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     let listed = [
         "connection",
@@ -268,7 +268,7 @@ fn is_hop_by_hop_answer(name: &HeaderName) -> bool {
     is_hop_by_hop(name) && *name != header::CONTENT_LENGTH
 }
 
-/// Fields that say who is asking, or that the gateway sets itself; in both modes.
+/// Fields that identify the caller, or that the gateway sets itself; in both modes.
 fn is_ours(name: &HeaderName) -> bool {
     let name = name.as_str();
     let fixed = ["audit-id", "cookie", "forwarded", "traceparent", "x-real-ip"];
@@ -276,7 +276,7 @@ fn is_ours(name: &HeaderName) -> bool {
         || ["x-remote-", "x-forwarded-", "x-auth-request-"].iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// What the API server understands, and no more.
+/// Request fields that the API server uses.
 fn is_api_header(name: &HeaderName) -> bool {
     let name = name.as_str();
     let fixed = [
@@ -299,8 +299,8 @@ fn is_api_header(name: &HeaderName) -> bool {
     fixed.contains(&name) || name.starts_with("if-") || name.starts_with("sec-websocket-")
 }
 
-/// Fields of an answer that would set state for the origin that all clusters share, send a browser elsewhere, or let pages of other
-/// origins in. The list is of what clients act on beyond the one answer; the rest is the application's.
+/// Response fields that would set state for the origin that all clusters share, send a browser elsewhere, or admit pages of other
+/// origins. The list has fields on which clients act beyond the one response; all others belong to the application.
 fn is_about_our_origin(name: &str) -> bool {
     match name {
         // Ours on every answer.
@@ -334,12 +334,12 @@ fn is_about_our_origin(name: &str) -> bool {
         | "strict-transport-security"
         | "supports-loading-mode"
         | "use-as-dictionary" => true,
-        // A redirect that needs no status; only browsers know it.
+        // A redirect without a redirect status; only browsers support it.
         "refresh" => true,
-        // A browser asks its user for a password of the whole origin, or gives one that it has, and clients of registries take a token from
-        // wherever a challenge leads. An API server sends none with its 401, and no client of it looks for one.
+        // A browser would ask for a password for the whole origin, or send one that it has, and registry clients would fetch a token from
+        // wherever the challenge points. An API server sends no challenge with its 401, and its clients expect none.
         "www-authenticate" => true,
-        // Whether pages of other origins may read an answer. None may: who calls needs a credential of the gateway's.
+        // These let pages of other origins read a response. None may, because a caller needs a credential of the gateway.
         "timing-allow-origin" => true,
         _ => {
             ["access-control-", "attribution-reporting-", "cross-origin-", "sec-session-", "secure-session-"]
@@ -349,7 +349,7 @@ fn is_about_our_origin(name: &str) -> bool {
     }
 }
 
-/// The subprotocols without the credential among them.
+/// The subprotocols without the one that carries the credential.
 fn without_bearer(value: &HeaderValue) -> Option<HeaderValue> {
     let text = value.to_str().ok()?;
     if !text.contains(BEARER_SUBPROTOCOL) {

@@ -3,16 +3,16 @@
 
 use towline_model::text::percent_decode;
 
-/// What the gateway needs to know of a request.
+/// The gateway's classification of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RequestKind {
-    /// Has no deadline: watch, follow, exec, attach, port-forward, proxy.
+    /// No deadline applies: watch, follow, exec, attach, port-forward, proxy.
     pub long_running: bool,
-    /// A watch of a collection, if it is a GET: it may end between two events at any time, and clients begin it anew.
+    /// A watch of a collection, if it is a GET: it may end between two events at any time, and clients start it again.
     pub watch: bool,
-    /// A person's hand in the cluster: exec, attach, port-forward.
+    /// An interactive connection: exec, attach, port-forward.
     pub interactive: bool,
-    /// Carries somebody else's HTTP: `pods/proxy`, `services/proxy`, `nodes/proxy`.
+    /// Carries an application's HTTP: `pods/proxy`, `services/proxy`, `nodes/proxy`.
     pub proxy: bool,
 }
 

@@ -30,7 +30,7 @@ impl Work {
 
     /// Waits until nothing has run for so long. Cancel safe.
     pub(crate) async fn rests_for(&self, time: Duration) {
-        // Or it would wait for ever. What begins later counts all the same.
+        // Or it would wait forever. What begins later counts all the same.
         self.running.close();
         loop {
             self.running.wait().await;

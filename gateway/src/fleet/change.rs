@@ -16,11 +16,11 @@ use towline_certs::hex;
 use towline_certs::{ClusterUid, InstanceId, SpkiPin};
 use towline_model::Time;
 
-/// Times that an operation decides anew because somebody else was faster.
+/// Attempts of an operation whose records another writer changed meanwhile.
 const ATTEMPTS: usize = 32;
 
 impl Fleet {
-    /// Names of clusters in the configuration: nobody may register one.
+    /// Sets the names of the clusters in the configuration file: they cannot be registered.
     pub fn reserve(&self, names: HashSet<String>) {
         let registered = self.read().clusters_among(&names);
         for name in registered {
@@ -36,7 +36,7 @@ impl Fleet {
         self.0.reserved.read().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 
-    /// Writes an object: a new one, or the next form of the one that had this revision.
+    /// Writes an object: a new one, or the next version of the one that had this revision.
     ///
     /// # Errors
     /// Why nothing was written.
@@ -60,7 +60,7 @@ impl Fleet {
         })
     }
 
-    /// Deletes an object of this revision. With a cluster go its agents and its join tokens, and every Allow ends that names it.
+    /// Deletes an object of this revision. A cluster's agents and join tokens are deleted with it, and every Allow that names it ends.
     ///
     /// # Errors
     /// Why nothing was deleted.
@@ -87,20 +87,20 @@ impl Fleet {
         if kind == Kind::Cluster
             && let Err(error) = self.end_allows(name, deleted).await
         {
-            // What was asked for is done.
+            // The deletion itself is done.
             tracing::warn!(%error, cluster = name, "cluster deleted, but an Allow rule that was written meanwhile may still name it; check the accessrules before you reuse the name");
         }
         Ok(deleted)
     }
 
-    /// Ends the Allows that name a cluster and were written before its deletion, but not seen by that. What was written later is for
-    /// whoever has the name next.
+    /// Ends the Allow rules that name a cluster and were written before its deletion without being seen by it. A rule that was written later
+    /// applies to the next cluster of that name.
     pub(super) async fn end_allows(&self, cluster: &str, deleted: u64) -> Result<(), WriteError> {
         let rules = self.read().rules_naming(cluster);
         for (key, rule, at) in rules.into_iter().filter(|(.., at)| *at < deleted) {
             let Some(next) = rule.after_deletion(cluster) else { continue };
             match self.put(&key.name, &next, Some(at)).await {
-                // Whoever was faster has written it after the deletion, or has taken it away.
+                // The other writer changed the rule after the deletion, or removed it.
                 Ok(_) | Err(WriteError::Conflict) => {}
                 Err(error) => return Err(error),
             }
@@ -108,9 +108,9 @@ impl Fleet {
         Ok(())
     }
 
-    /// Takes away what let somebody in. Live sessions and requests end within a second. Returns the record's name.
+    /// Revokes a credential, a user or a cluster's agents. Live sessions and requests end within a second. Returns the record's name.
     ///
-    /// An agent's certificate takes the agent along: whoever has its key could have renewed it, and come back by it.
+    /// Revoking an agent's certificate deletes the agent: whoever has its key could have renewed it, and rejoined with that.
     ///
     /// # Errors
     /// Why nothing was revoked.
@@ -123,7 +123,7 @@ impl Fleet {
                     Revoked::Certificate { serial } => {
                         if let Some((holder, revision, end)) = view.holder_of(serial) {
                             not_after = Some(end);
-                            // What it alone has said of the cluster's issuer would let it in again.
+                            // The issuer that only this agent reported would admit it again.
                             let cluster = view
                                 .instance(&holder.name)
                                 .and_then(|instance| {
@@ -144,13 +144,13 @@ impl Fleet {
                         }
                     }
                     Revoked::User { name, issued_before } => {
-                        // A later moment covers an earlier one.
+                        // A later time includes an earlier one.
                         let known = view.user_revoked_before(name);
                         if let Some(known) = known {
                             *issued_before = known.max(*issued_before);
                         }
                         let key = Key::new(Kind::Revocation, &format!("user:{name}"));
-                        // A record that cannot be read covers all there is, and so does what takes its place.
+                        // An unreadable record covers everything, and so must its replacement.
                         transaction = match view.object(Kind::Revocation, &key.name) {
                             Some(shown) => transaction.unchanged(key, shown.revision),
                             None if known.is_some() => transaction,
@@ -161,7 +161,7 @@ impl Fleet {
                         let (cluster, revision) = view.cluster_at(name).ok_or(WriteError::NotFound)?;
                         let mut next = Cluster::clone(cluster);
                         next.admission += 1;
-                        // The issuer was an agent's word, and would let in whoever it vouches for.
+                        // The issuer was reported by an agent, and would admit anybody with its tokens.
                         next.issuers.forget_all();
                         uid.clone_from(&next.meta.uid);
                         *admission = next.admission;
@@ -172,12 +172,12 @@ impl Fleet {
                         }
                     }
                 }
-                // What replaces one that is there takes no room.
+                // Replacing an existing record needs no room.
                 let earlier = view.object(Kind::Revocation, &what.record_name());
                 if earlier.is_none() && view.count(Kind::Revocation) >= self.0.objects_max {
                     return Err(self.full());
                 }
-                // Once more the same certificate: its agent is gone, and when it ends is known from the first time.
+                // The same certificate again: its agent is deleted, and its expiry is known from the first revocation.
                 if let Some(Object::Revocation(earlier)) = earlier.map(|shown| shown.object) {
                     not_after = not_after.or(earlier.not_after);
                 }
@@ -193,11 +193,11 @@ impl Fleet {
         Err(WriteError::Conflict)
     }
 
-    /// The cluster that this join token is for: what somebody with its secret may know before the token is used. Whose key it
-    /// would not let in is told so here, and costs the cluster nothing.
+    /// The cluster of a join token, before the token is used; only for a caller with its secret. A key that it
+    /// would not admit is refused here, and does not count for the cluster's limits.
     ///
     /// # Errors
-    /// There is no such token, it lets this key in no more, or its cluster is gone.
+    /// The token is unknown, does not admit this key, or its cluster was deleted.
     pub fn cluster_of_token(&self, id: &str, secret: &[u8], key: SpkiPin) -> Result<ClusterUid, JoinRefused> {
         let hash = hex(digest::digest(&digest::SHA256, secret).as_ref());
         let view = self.read();
@@ -207,11 +207,11 @@ impl Fleet {
         route.map(|route| route.uid.clone()).ok_or(JoinRefused::NoCluster)
     }
 
-    /// Lets an agent in that has a join token and this key. Of many keys with a token for one, exactly one gets in; the same
-    /// key may come again, and is the same instance then.
+    /// Admits an agent with a join token and this key. Of several keys with a single-use token exactly one is admitted; the same
+    /// key may repeat the join, and is then the same instance.
     ///
     /// # Errors
-    /// Why it may not join.
+    /// Why the agent may not join.
     pub async fn use_token(&self, id: &str, secret: &[u8], key: SpkiPin) -> Result<Admission, JoinRefused> {
         let pin = key.to_string();
         let hash = hex(digest::digest(&digest::SHA256, secret).as_ref());
@@ -255,12 +255,12 @@ impl Fleet {
         Err(JoinRefused::Store(StoreError::Closed))
     }
 
-    /// Lets an agent in whose cluster's issuer vouches for it. It gets the first place of that subject that it can `take`, and only
-    /// if there is none it is a new instance, which it takes too. So what comes back is who it was. Where there is `only` one
-    /// place for it, it gets that or none. Places are taken while nobody else joins.
+    /// Admits an agent by its ServiceAccount token. It gets the first place of that subject that it can `take`, and
+    /// otherwise becomes a new instance, which it takes too. A returning agent thus keeps its identity. If `only` names one
+    /// place, it gets that one or none. Places are taken while no other agent joins.
     ///
     /// # Errors
-    /// Why it may not join.
+    /// Why the agent may not join.
     pub async fn rejoin(
         &self,
         cluster_uid: &ClusterUid,
@@ -294,7 +294,7 @@ impl Fleet {
                 (admission, transaction.unchanged(key, revision))
             };
             match self.commit(transaction).await {
-                // Nobody else can have it yet: its name is a moment old.
+                // Nobody else can have it yet: its name was just created.
                 Ok(_) if take(&admission.instance) => return Ok(admission),
                 Ok(_) => {}
                 Err(WriteError::Conflict) => {}
@@ -304,10 +304,10 @@ impl Fleet {
         Err(JoinRefused::Store(StoreError::Closed))
     }
 
-    /// Puts a certificate on record that an instance is about to get.
+    /// Records a certificate that an instance is about to receive.
     ///
     /// # Errors
-    /// The instance is not on record any more, it has as many as it may, or the store does not answer: then it must not get it.
+    /// The instance is no longer on record, it has the maximum of certificates, or the store does not answer: then it must not receive it.
     pub async fn record_certificate(
         &self,
         instance: &InstanceId,
@@ -328,11 +328,11 @@ impl Fleet {
         .await
     }
 
-    /// Puts on record who issues a cluster's ServiceAccount tokens, as one of its agents says, and with what behind its word. One
-    /// that has been revoked since must not: what it says would let it back in.
+    /// Records the issuer of a cluster's ServiceAccount tokens that an agent reports; `word` is what vouches for the report. A
+    /// revoked agent's report is refused, because it would readmit that agent.
     ///
     /// # Errors
-    /// The cluster or the agent is not on record any more, or the store does not answer.
+    /// The cluster or the agent is no longer on record, or the store does not answer.
     pub async fn record_issuer(
         &self,
         cluster_uid: &ClusterUid,
@@ -365,7 +365,7 @@ impl Fleet {
         Err(WriteError::Conflict)
     }
 
-    /// Who issues a cluster's ServiceAccount tokens, as far as is known.
+    /// The recorded issuer of a cluster's ServiceAccount tokens, if any.
     #[must_use]
     pub fn issuer(&self, cluster_uid: &ClusterUid) -> Option<TokenIssuer> {
         self.read().cluster_of(cluster_uid.as_str()).and_then(|cluster| cluster.issuers.in_force().cloned())
@@ -402,7 +402,7 @@ impl Fleet {
                 Ok(revision)
             }
             Err(CommitError::Conflict(key)) => {
-                // Whoever was faster is about to show in the view, on which the next attempt decides.
+                // Wait until the view shows the other writer's change, on which the next attempt decides.
                 self.shows(self.0.store.revision().number).await?;
                 tracing::debug!(%key, "somebody else was faster");
                 Err(WriteError::Conflict)
@@ -418,12 +418,12 @@ impl Fleet {
 fn known_token<'a>(view: &'a View, id: &str, hash: &str) -> Result<(&'a Arc<JoinToken>, u64), JoinRefused> {
     let token = view.join_token(id);
     let known = token.map_or(hash, |(token, _)| &*token.sha256);
-    // The same work for a token that is not there.
+    // An unknown token costs the same work.
     let same = bool::from(hash.as_bytes().ct_eq(known.as_bytes()));
     token.filter(|_| same).ok_or(JoinRefused::Unknown)
 }
 
-/// The use that this key has made of a token; none if it may be its first.
+/// The earlier use of a token by this key; `None` if it may be its first.
 fn earlier_use<'a>(token: &'a JoinToken, pin: &str, now: Time) -> Result<Option<&'a TokenUse>, JoinRefused> {
     if now >= token.expires {
         return Err(JoinRefused::Expired);

@@ -16,59 +16,59 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-/// Agents that are remembered as having said the same.
+/// Most agents that are remembered for the same report.
 const SAYERS_MAX: usize = 256;
 
-/// What was said about a cluster's issuer.
+/// The reports about a cluster's issuer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Issuers {
-    /// By the operator.
+    /// Given by the operator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given: Option<TokenIssuer>,
-    /// By agents that were believed.
+    /// Reported by trusted agents.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub told: Option<Told>,
-    /// What was told before that by others than the agent that changed it: it counts again should that one be revoked.
+    /// The previous report, by other agents than the one that changed it: it applies again if that agent is revoked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<Told>,
-    /// By an agent that was not.
+    /// Reported by an agent without a proof.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending: Option<Told>,
 }
 
-/// An issuer by the word of agents.
+/// An issuer that agents reported.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Told {
     pub issuer: TokenIssuer,
-    /// The instances that have said the same.
+    /// The instances with the same report.
     pub by: BTreeSet<String>,
 }
 
-/// What stands behind the word of an agent.
+/// What vouches for an agent's report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
     JoinToken,
-    /// A token of the agent's ServiceAccount that a key on record has signed.
+    /// A token of the agent's ServiceAccount that a key on record signed.
     OldKey,
     Nothing,
 }
 
-/// What becomes of what an agent has said.
+/// What happens to an agent's report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Heard {
-    /// It counts.
+    /// It is in effect.
     Counts,
-    /// It waits for a join token, or for the operator.
+    /// It is pending until a join token or the operator confirms it.
     Pending,
-    /// The operator has said something else; other keys of the same issuer are shown all the same.
+    /// The operator's value takes precedence; other keys of the same issuer are still shown.
     Ignored,
 }
 
 impl Issuers {
-    /// Older records have one issuer: what some agent had said last. It counts on; since nobody knows who that was, the first
-    /// agent that is revoked takes it along, unless others have said the same since.
+    /// Older records have one issuer: the last report of some agent. It stays in effect. Because that agent is unknown, the first
+    /// revoked agent removes it, unless others have reported the same since.
     pub(super) fn of_any_version<'de, D: Deserializer<'de>>(data: D) -> Result<Self, D::Error> {
         let data = Value::deserialize(data)?;
         let read = if data.get("jwks").is_some() {
@@ -86,13 +86,13 @@ impl Issuers {
         *self == Self::default()
     }
 
-    /// By which agents are let in.
+    /// The issuer by which agents are admitted.
     #[must_use]
     pub fn in_force(&self) -> Option<&TokenIssuer> {
         self.given.as_ref().or_else(|| self.told.as_ref().map(|told| &told.issuer))
     }
 
-    /// Takes what an agent says.
+    /// Applies an agent's report.
     pub(super) fn tell(&mut self, agent: &str, said: TokenIssuer, word: Word) -> Heard {
         if let Some(given) = &self.given {
             if given.covers(&said) {
@@ -127,7 +127,7 @@ impl Issuers {
         Heard::Counts
     }
 
-    /// The operator gives one, or none: what agents have told counts again then. The same as before decides nothing anew.
+    /// The operator sets an issuer, or none: then agents' reports are in effect again. Setting the same value changes nothing.
     pub fn give(&mut self, given: Option<TokenIssuer>) {
         if given != self.given {
             self.pending = None;
@@ -135,7 +135,7 @@ impl Issuers {
         self.given = given;
     }
 
-    /// An agent is revoked: nothing counts any more that it alone has said.
+    /// An agent is revoked: reports of this agent alone are dropped.
     pub(super) fn forget(&mut self, agent: &str) {
         let without = |told: Option<Told>| {
             let mut told = told?;
@@ -147,26 +147,26 @@ impl Issuers {
         self.told = without(self.told.take()).or_else(|| self.before.take());
     }
 
-    /// All agents are: what they have said counts no more.
+    /// All agents are revoked: all their reports are dropped.
     pub(super) fn forget_all(&mut self) {
         *self = Self { given: self.given.take(), ..Self::default() };
     }
 }
 
 impl TokenIssuer {
-    /// Whether it is the same issuer and subject, whatever the keys.
+    /// Whether issuer and subject are equal, whatever the keys.
     fn is_same_as(&self, other: &Self) -> bool {
         self.issuer == other.issuer && self.subject() == other.subject()
     }
 
-    /// Whether it is the same, and the other has no key that it has not.
+    /// Whether issuer and subject are equal and this one has every key of the other.
     fn covers(&self, other: &Self) -> bool {
         let keys = |of: &Self| of.jwks["keys"].as_array().cloned().unwrap_or_default();
         let known = keys(self);
         self.is_same_as(other) && keys(other).iter().all(|key| known.contains(key))
     }
 
-    /// Whether it is the same, keys included.
+    /// Whether issuer, subject and keys are equal.
     #[must_use]
     pub fn says(&self, other: &Self) -> bool {
         self.issuer == other.issuer && self.jwks == other.jwks

@@ -18,14 +18,14 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 use towline_model::Time;
 
-/// Between two looks.
+/// Time between two purges.
 const INTERVAL: Duration = Duration::from_secs(3600);
-/// How far the wall clock may move against the other since the start.
+/// How far the wall clock may move against the monotonic clock since the start.
 const CLOCK_SLACK: Duration = Duration::from_secs(60);
-/// Most that one transaction deletes.
+/// Most records that one transaction deletes.
 const BATCH: usize = 500;
 
-/// Purges now and then, for as long as it is polled.
+/// Purges periodically, for as long as it is polled.
 pub(crate) async fn tend(shared: &Shared) {
     let Some(fleet) = &shared.fleet else { return std::future::pending().await };
     let clock = Clock::new(SystemTime::now(), Instant::now());
@@ -49,7 +49,7 @@ pub(crate) async fn tend(shared: &Shared) {
     }
 }
 
-/// Whether the wall clock runs as the other does.
+/// Compares the wall clock with the monotonic clock.
 #[derive(Debug)]
 struct Clock {
     wall: SystemTime,
@@ -61,7 +61,7 @@ impl Clock {
         Self { wall, steady }
     }
 
-    /// Since the start: one that was set stays in doubt, since it may be set back.
+    /// Since the start: after a jump the clock stays in doubt, because it may jump back.
     fn is_steady(&self, wall: SystemTime, steady: Instant) -> bool {
         let passed = steady.duration_since(self.steady);
         let expected = self.wall + passed;
@@ -71,11 +71,11 @@ impl Clock {
 }
 
 impl Fleet {
-    /// Deletes the revocations that can matter no more at this moment, if a certificate leads back for `expired_for` after its end;
-    /// how many there were.
+    /// Deletes the revocations that no longer have an effect, if a certificate can be used to rejoin for `expired_for` after its expiry.
+    /// Returns their number.
     ///
     /// # Errors
-    /// The store does not answer, or somebody else was faster: the next look will find them.
+    /// The store does not answer, or another writer changed a record: the next purge will delete them.
     pub async fn purge(&self, now: Time, expired_for: Duration) -> Result<usize, WriteError> {
         let over = self.read().over(now, expired_for);
         for batch in over.chunks(BATCH) {

@@ -139,7 +139,7 @@ async fn tokens_are_judged_before_they_count() {
     }
     assert_eq!(instances.len(), 4);
     assert!(matches!(ask("many", b"secret", 4).await, Err(JoinRefused::Full)));
-    // One whose certificate has run out does not count.
+    // One whose certificate has expired does not count.
     let first = ask("many", b"secret", 0).await.unwrap().instance;
     let over = Certificate {
         serial: "1".to_owned(),
@@ -406,7 +406,7 @@ async fn the_view_is_what_a_fresh_list_is() {
     );
 }
 
-/// A backup does not bring back who was revoked after it was made: join tokens are void, agents join anew, unless they are
+/// A backup does not bring back who was revoked after it was made: join tokens are void, agents join again, unless they are
 /// to be kept.
 #[tokio::test]
 async fn a_backup_lets_nobody_in_again() {
@@ -505,7 +505,7 @@ fn uids_are_uuids_and_cluster_uids() {
     assert_ne!(uid, uuid());
 }
 
-/// A write that does not come to show is told as one, and nobody waits for ever.
+/// A write that does not come to show is told as one, and nobody waits forever.
 #[tokio::test]
 async fn a_view_that_stands_still_is_told() {
     let World { fleet, directory: _directory, mut _following } = World::new().await;

@@ -16,7 +16,7 @@ use towline_certs::ClusterUid;
 use towline_model::token::{Hash, decode_hash};
 use towline_model::{ClusterName, Principal, Time};
 
-/// A record of any kind.
+/// A record of any kind, decoded.
 #[derive(Clone, Debug)]
 pub enum Object {
     Cluster(Arc<Cluster>),
@@ -44,14 +44,14 @@ impl Object {
     }
 }
 
-/// An object, and the revision that wrote it last.
+/// An object and the revision of its last change.
 #[derive(Clone, Debug)]
 pub struct Shown {
     pub object: Object,
     pub revision: u64,
 }
 
-/// The records, and what is asked of them often.
+/// The records, with indices for frequent questions.
 #[derive(Debug, Default)]
 pub(super) struct View {
     revision: u64,
@@ -64,12 +64,12 @@ pub(super) struct View {
     tokens: Map<Hash, (Arc<str>, Arc<Principal>)>,
     rules: Arc<AccessRules>,
     revoked_serials: HashSet<String>,
-    /// Everything issued before; the end of time if the record cannot be read.
+    /// Everything issued before this time is revoked; the end of time if the record is unreadable.
     revoked_users: Map<String, Time>,
-    /// What could not be read.
+    /// Unreadable records.
     unreadable: BTreeSet<Key>,
     changes: BTreeSet<Key>,
-    /// How often the rules were made anew.
+    /// How often the rules were rebuilt.
     #[cfg(test)]
     pub(super) rebuilds: u32,
 }
@@ -87,7 +87,7 @@ impl View {
         (self.revision, std::mem::take(&mut self.changes))
     }
 
-    /// Everything anew. What was there and is no more counts as changed.
+    /// Replaces the whole view. Records that have disappeared count as changed.
     pub(super) fn replace(&mut self, revision: u64, records: Vec<Record>, metrics: &Metrics) {
         let mut changes = std::mem::take(&mut self.changes);
         for (kind, objects) in &self.objects {
@@ -97,14 +97,14 @@ impl View {
         self.apply(records.into_iter().map(Event::Put), metrics);
     }
 
-    /// Shows what has happened; whether somebody may have lost something by it.
+    /// Applies events. Returns whether somebody may have lost access or a credential.
     pub(super) fn apply(&mut self, events: impl IntoIterator<Item = Event>, metrics: &Metrics) -> bool {
         let (mut lost, mut rules) = (false, false);
         for event in events {
             rules |= event.key().kind == Kind::AccessRule;
             lost |= self.apply_one(event, metrics);
         }
-        // Once for all of them: it takes as long as there are rules, and the data path waits for it.
+        // Once for all events: it takes time in proportion to the rules, and the data path waits for it.
         if rules {
             self.rebuild_rules();
         }
@@ -114,7 +114,7 @@ impl View {
     fn apply_one(&mut self, event: Event, metrics: &Metrics) -> bool {
         let (key, revision) = (event.key().clone(), event.revision());
         let objects = self.objects.entry(key.kind).or_default();
-        // What a list has shown already.
+        // Already shown by the listing.
         if objects.get(&key.name).is_some_and(|shown| shown.revision > revision) {
             return false;
         }
@@ -149,7 +149,7 @@ impl View {
         lost
     }
 
-    /// A revocation that cannot be read revokes all that its name says.
+    /// An unreadable revocation revokes everything that its name says.
     fn suspect(&mut self, key: &Key) {
         match (key.kind, key.name.split_once(':')) {
             (Kind::Revocation, Some(("certificate", serial))) => {
@@ -177,7 +177,7 @@ impl View {
     fn remember(&mut self, name: &Arc<str>, object: &Object) {
         match object {
             Object::Cluster(cluster) => {
-                // Both were checked when they were written; what does not fit is nobody's.
+                // Both were validated when they were written; an invalid one admits nobody.
                 if let (Ok(route), Ok(uid)) = (ClusterName::new(name), ClusterUid::new(&cluster.meta.uid)) {
                     let account = cluster.account.clone();
                     let route = config::Cluster { name: route, uid, mode: cluster.mode, account };
@@ -233,12 +233,12 @@ impl View {
                 take_name(&mut self.join_tokens, &token.cluster_uid, name);
                 self.touch_cluster(&token.cluster_uid);
             }
-            // Told by the name: see `unsuspect`.
+            // Derived from the name: see `unsuspect`.
             Object::Revocation(_) | Object::AccessRule(_) | Object::LastSeen(_) | Object::GatewayLife(_) => {}
         }
     }
 
-    /// What is told of a cluster depends on its instances and join tokens.
+    /// Marks a cluster as changed, because its status depends on its instances and join tokens.
     fn touch_cluster(&mut self, uid: &str) {
         if let Some(name) = self.names.get(uid) {
             self.changes.insert(Key { kind: Kind::Cluster, name: Arc::clone(name) });
@@ -272,7 +272,7 @@ impl View {
         self.objects.get(&kind).into_iter().flatten()
     }
 
-    /// Whether there is a record of a kind that could not be read.
+    /// Whether a record of a kind is unreadable.
     pub(super) fn has_unreadable(&self, kind: Kind) -> bool {
         self.unreadable.iter().any(|key| key.kind == kind)
     }
@@ -332,7 +332,7 @@ impl View {
         self.instances.keys().cloned().collect()
     }
 
-    /// How a registered cluster stands towards joining.
+    /// Whether a registered cluster's agents have joined.
     pub(super) fn standing(&self, uid: &str, now: Time) -> Option<Standing> {
         let name = self.names.get(uid)?;
         let cluster = self.cluster(name)?;
@@ -366,7 +366,7 @@ impl View {
         Some(Standing { joined, revoked, was_let_in, tokens })
     }
 
-    /// The agent that has the certificate of this serial number, and its revision; and when the certificate runs out.
+    /// The agent with the certificate of this serial number, the agent's revision, and the certificate's expiry.
     pub(super) fn holder_of(&self, serial: &str) -> Option<(Key, u64, Time)> {
         self.all(Kind::Instance).find_map(|(name, shown)| {
             let Object::Instance(instance) = &shown.object else { return None };
@@ -389,7 +389,7 @@ impl View {
         expires.is_none_or(|expires| now < expires).then_some(principal)
     }
 
-    /// Whose a token is, and when it runs out, which it may have; none if it was revoked.
+    /// A token's owner and expiry, which may have passed; `None` if it was revoked.
     pub(super) fn token_owner(&self, hash: &Hash) -> Option<(Arc<Principal>, Option<Time>)> {
         let (_, principal) = self.tokens.get(hash)?;
         let token = self.access_token(hash)?;
@@ -430,7 +430,7 @@ impl View {
         rules.collect()
     }
 
-    /// What goes when a cluster goes, or all its agents do.
+    /// The records to delete with a cluster, or with all its agents.
     pub(super) fn hangs_on(&self, cluster: &str, uid: &str) -> Vec<Key> {
         let instances = self.instances.get(uid).into_iter().flatten();
         let instances = instances.map(|name| Key { kind: Kind::Instance, name: Arc::clone(name) });
@@ -443,7 +443,7 @@ impl View {
             .collect()
     }
 
-    /// The transaction that puts one more agent of a cluster on record.
+    /// The transaction that adds an agent of a cluster.
     pub(super) fn new_instance(
         &self,
         route: Arc<config::Cluster>,
@@ -484,7 +484,7 @@ impl View {
     }
 }
 
-/// Takes a name off the list of a cluster.
+/// Removes a name from the list of a cluster.
 fn take_name(lists: &mut HashMap<String, BTreeSet<Arc<str>>>, uid: &str, name: &str) {
     if let Some(names) = lists.get_mut(uid) {
         names.remove(name);
@@ -494,15 +494,15 @@ fn take_name(lists: &mut HashMap<String, BTreeSet<Arc<str>>>, uid: &str, name: &
     }
 }
 
-/// Whether somebody who was let in by the one may not be by the other.
+/// Whether the change from `before` to `after` may take access or a credential from somebody.
 fn loses(before: Option<&Object>, after: Option<&Object>) -> bool {
     match (before, after) {
         (None, None) => false,
-        // They let nobody in.
+        // These admit nobody.
         (before, after) if matches!(before.or(after), Some(Object::LastSeen(_) | Object::GatewayLife(_))) => {
             false
         }
-        // A Deny can take something away by being there.
+        // A new Deny can take access away.
         (before, after) if matches!(before.or(after), Some(Object::AccessRule(_))) => true,
         (None, Some(_)) => false,
         (Some(_), None) => true,

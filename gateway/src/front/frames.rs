@@ -61,7 +61,7 @@ impl Place {
     const HEAD: Self = Self::Head { bytes: [0; HEAD], have: 0 };
 }
 
-/// How much nothing came of late.
+/// How much nothing came recently.
 #[derive(Debug, Default)]
 struct Bucket {
     level: u32,

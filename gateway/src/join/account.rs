@@ -21,20 +21,20 @@ use towline_proto::join::Issuer;
 use crate::fleet::{SUBJECT, TokenIssuer};
 use towline_model::Time;
 
-/// How far clocks may differ.
+/// Largest tolerated clock difference.
 const SKEW: Duration = Duration::from_secs(60);
-/// Longest life that a token may have been given, from `iat` to `exp`. Projected ones live for minutes, hours where somebody
-/// has asked for more; one for a year is no proof of a pod that runs.
+/// Longest lifetime of a token, from `iat` to `exp`. Projected tokens live for minutes, or hours if
+/// configured; a token for a year does not prove that a pod is running.
 const LIFE_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Longest token that is looked at.
+/// Longest token that is parsed.
 const TOKEN_MAX: usize = 16 * 1024;
-/// Keys of an issuer that are kept: more than any rotation needs.
+/// Most keys of an issuer that are stored: more than any rotation needs.
 const KEYS_MAX: usize = 16;
 /// Longest issuer, subject and key id.
 const TEXT_MAX: usize = 512;
 const SUBJECT_PREFIX: &str = "system:serviceaccount:";
 
-/// Why a token vouches for nobody. For the log: whoever asks is not told.
+/// Why a token is invalid. It is for the log; the caller does not learn it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum AccountError {
     #[error("it is not a JWT")]
@@ -64,7 +64,7 @@ pub enum AccountError {
 }
 
 impl AccountError {
-    /// Whether a key on record has signed it all the same: it comes from the cluster, and not from whoever knows its name.
+    /// Whether a key on record signed the token anyway: then it comes from the cluster.
     pub(super) const fn is_signed(self) -> bool {
         match self {
             Self::Issuer | Self::Audience | Self::Expired | Self::NotYet | Self::Life | Self::Subject => true,
@@ -78,12 +78,12 @@ struct Head {
     alg: String,
     #[serde(default)]
     kid: Option<String>,
-    /// Whatever it lists has to be understood (RFC 7515 section 4.1.11).
+    /// Extensions that must be supported (RFC 7515 section 4.1.11).
     #[serde(default, deserialize_with = "is_there")]
     crit: bool,
 }
 
-/// Whatever it is, `null` included.
+/// True for any value, including `null`.
 fn is_there<'de, D: Deserializer<'de>>(value: D) -> Result<bool, D::Error> {
     IgnoredAny::deserialize(value).map(|IgnoredAny| true)
 }
@@ -99,7 +99,7 @@ struct Claims {
     nbf: Option<u64>,
     #[serde(default)]
     jti: Option<String>,
-    /// To what the token is bound (Kubernetes, "Bound ServiceAccount tokens").
+    /// The object to which the token is bound (Kubernetes, "Bound ServiceAccount tokens").
     #[serde(default, rename = "kubernetes.io")]
     bound: Option<Bound>,
 }
@@ -115,13 +115,13 @@ struct Pod {
     uid: String,
 }
 
-/// What a token that counts says.
+/// The claims of a valid token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vouched {
     pub subject: String,
-    /// Names the pod that the token is for, so that all its tokens are one; or the token itself, where it is bound to no pod.
+    /// Identifies the token's pod, so that all tokens of a pod are one; or the token itself, if it is not bound to a pod.
     pub id: [u8; 32],
-    /// When it counts no more.
+    /// Expiry.
     pub until: SystemTime,
 }
 
@@ -132,11 +132,11 @@ enum Audiences {
     Several(Vec<String>),
 }
 
-/// What a token says that counts. It must be for `audience` and for nobody else: one for the API server is no proof here, and one
-/// for another gateway is not either, which could present it here.
+/// Verifies a token and returns its claims. `audience` must be its only audience: a token for the API server is no proof here, and
+/// neither is one for another gateway, which could present it here.
 ///
 /// # Errors
-/// Why it does not count.
+/// Why the token is invalid.
 pub fn verify(
     token: &str,
     issuer: &TokenIssuer,
@@ -182,7 +182,7 @@ pub fn verify(
     }
     let name = match claims.bound.and_then(|bound| bound.pod) {
         Some(pod) => format!("pod {}", pod.uid),
-        // API servers name each token since 1.32; what an older one's says is as good a name.
+        // API servers set `jti` since 1.32; the signed part identifies an older token as well.
         None => format!("token {}", claims.jti.as_deref().unwrap_or(signed)),
     };
     let mut id = [0; 32];
@@ -191,7 +191,7 @@ pub fn verify(
     Ok(Vouched { subject: claims.sub, id, until })
 }
 
-/// What goes on record of an issuer that an agent has told of: the keys that can be used, and the agent's own subject.
+/// The part of an agent's report that is recorded: the usable keys and the agent's own subject.
 #[must_use]
 #[expect(clippy::indexing_slicing, reason = "a JSON object takes any name")]
 pub fn recordable(issuer: &Issuer) -> Option<TokenIssuer> {
@@ -209,7 +209,7 @@ pub fn recordable(issuer: &Issuer) -> Option<TokenIssuer> {
     Some(TokenIssuer { issuer: issuer.issuer.clone(), jwks: set, updated: Time::now() })
 }
 
-/// The members of a key that are looked at; `None` for one of a kind that is not, or that says it is for something else.
+/// The used members of a key; `None` for an unsupported kind of key, or a key for another purpose.
 #[expect(clippy::indexing_slicing, reason = "a JSON object takes any name")]
 fn plain(key: &Value) -> Option<Value> {
     let (alg, names): (_, &[&str]) = match key.get("kty")?.as_str()? {

@@ -17,10 +17,10 @@ use towline_proto::tunnel::Session;
 use crate::registry::Registry;
 use crate::registry::sign_of_life::alive_among;
 
-/// A place that was given to a process is kept for it so long. Once it has a session, that tells whether it lives.
+/// How long a place is kept for the process that got it. After that its session shows whether it lives.
 const ASSIGNED_FOR: Duration = Duration::from_secs(15);
 
-/// The places that were given lately, and to whom.
+/// The places that were given recently, and to which process.
 #[derive(Debug, Default)]
 pub(crate) struct Places(Mutex<HashMap<InstanceId, (Bytes, Instant)>>);
 
@@ -29,7 +29,7 @@ impl Places {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a place to a process, unless another was given it a moment ago. Of many that ask at once one gets it.
+    /// Gives a place to a process, unless another process got it a moment ago. Of concurrent callers exactly one gets it.
     #[must_use]
     pub(super) fn take(&self, instance: &InstanceId, boot_id: &Bytes) -> bool {
         let mut places = self.lock();
@@ -41,12 +41,12 @@ impl Places {
         free
     }
 
-    /// Gives a place to whoever has shown the key that it was made for: there is one such agent.
+    /// Gives a place to the process that has shown the key for which it was created: only one agent has it.
     pub(super) fn give(&self, instance: &InstanceId, boot_id: &Bytes) {
         self.lock().insert(instance.clone(), (boot_id.clone(), Instant::now()));
     }
 
-    /// The process lets go of it: its session, or somebody else's, says from now on whether it is there.
+    /// Releases a place: from now on the process's session, or another one's, shows whether it is in use.
     pub(crate) fn leave(&self, instance: &InstanceId, boot_id: &[u8]) {
         let mut places = self.lock();
         if places.get(instance).is_some_and(|(holder, _)| holder == boot_id) {
@@ -55,21 +55,21 @@ impl Places {
     }
 }
 
-/// A process that looks for a place among those of its cluster.
+/// A process that looks for a place in its cluster.
 #[derive(Debug)]
 pub(super) struct Seeker<'a> {
     places: &'a Places,
     registry: &'a Arc<Registry>,
     cluster: &'a ClusterUid,
     boot_id: &'a Bytes,
-    /// When sessions of other processes were asked for a sign of life, and which gave none.
+    /// When other processes' sessions were pinged, and which did not answer.
     asked: Instant,
     silent: Vec<(InstanceId, Session)>,
 }
 
 impl<'a> Seeker<'a> {
-    /// Asks the other processes of the cluster for a sign of life first: of a pod that was just deleted a session may stand that
-    /// hears nothing any more.
+    /// Pings the sessions of the cluster's other processes first: a pod that was just deleted may leave a session that
+    /// no longer receives anything.
     pub(super) async fn look(
         places: &'a Places,
         registry: &'a Arc<Registry>,
@@ -84,7 +84,7 @@ impl<'a> Seeker<'a> {
         Self { places, registry, cluster, boot_id, asked, silent }
     }
 
-    /// Takes a place if nobody else has it. A session that has come since the look counts, and one that has given a sign of life
+    /// Takes a place if no other process has it. A session that connected since the pings counts, and so does one that has answered
     /// since.
     pub(super) fn take(&self, instance: &InstanceId) -> bool {
         if !self.places.take(instance, self.boot_id) {
@@ -105,7 +105,7 @@ impl<'a> Seeker<'a> {
             && session.silence() >= self.asked.elapsed()
     }
 
-    /// Ends the sessions of a place that gave no sign of life: they would only keep requests waiting, and their successor.
+    /// Closes the sessions of a place that did not answer: they would only delay requests and their successor.
     pub(super) fn replace(&self, instance: &InstanceId) {
         for (_, dead) in self.silent.iter().filter(|(held, _)| held == instance) {
             dead.close(Code::Cancelled, "replaced by another process of the same ServiceAccount");

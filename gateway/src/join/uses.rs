@@ -10,31 +10,31 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 use towline_certs::{ClusterUid, InstanceId};
 
-/// Tokens that are remembered, of one cluster and of all. An honest cluster has one for each of its pods, and they are replaced
-/// after some minutes; one that makes too many forgets its own first.
+/// Most remembered tokens, of one cluster and in total. An honest cluster has one for each pod, replaced every few minutes.
+/// A cluster that has too many forgets its own first.
 const OF_A_CLUSTER_MAX: usize = 1024;
 const ALL_MAX: usize = 65_536;
 
-/// The tokens that were used and have not expired, or whose process is there; by their pod, or by their own name.
+/// The used tokens that have not expired or whose process is connected; by pod, or by the token itself.
 #[derive(Debug, Default)]
 pub(crate) struct Uses(Mutex<HashMap<ClusterUid, HashMap<[u8; 32], Use>>>);
 
 #[derive(Clone, Debug)]
 struct Use {
     boot_id: Bytes,
-    /// None until it is known.
+    /// `None` until the identity is known.
     place: Option<InstanceId>,
     until: SystemTime,
 }
 
-/// What a token is to the process that shows it.
+/// The relation of a token to the process that shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Claim {
-    /// Its own.
+    /// It is unused, or was used by this process.
     Own,
-    /// It was another process's, for this place.
+    /// Another process used it for this place.
     Others(InstanceId),
-    /// Another process is being let in by it at this moment.
+    /// Another process is joining with it at this moment.
     Busy,
 }
 
@@ -43,7 +43,7 @@ impl Uses {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A process shows a token that counts until then. `is_there` tells of a place whether its process has a session.
+    /// A process shows a token that is valid until `until`. `is_there` tells whether a place's process has a session.
     pub(super) fn claim(
         &self,
         cluster: &ClusterUid,
@@ -56,7 +56,7 @@ impl Uses {
         if clusters.values().map(HashMap::len).sum::<usize>() >= ALL_MAX {
             clusters.values_mut().for_each(|tokens| tokens.retain(|_, used| used.until > now));
             clusters.retain(|_, tokens| !tokens.is_empty());
-            // Whoever has most gives way.
+            // The cluster with the most gives way.
             if clusters.values().map(HashMap::len).sum::<usize>() >= ALL_MAX
                 && let Some(most) = clusters.values_mut().max_by_key(|tokens| tokens.len())
             {
@@ -80,7 +80,7 @@ impl Uses {
         Claim::Own
     }
 
-    /// The token has let a process in, at this place.
+    /// The token admitted a process, at this place.
     pub(super) fn used(
         &self,
         cluster: &ClusterUid,
@@ -93,7 +93,7 @@ impl Uses {
         self.lock().entry(cluster.clone()).or_default().insert(token, used);
     }
 
-    /// It has not, and is anybody's again who has it.
+    /// The token admitted nobody, and is unused again.
     pub(super) fn release(&self, cluster: &ClusterUid, token: [u8; 32], boot_id: &Bytes) {
         if let Some(tokens) = self.lock().get_mut(cluster)
             && tokens.get(&token).is_some_and(|used| used.place.is_none() && used.boot_id == *boot_id)

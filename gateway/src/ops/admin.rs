@@ -266,7 +266,7 @@ impl Admin {
     }
 
     /// Whether the store answers, if there is one. What is known goes on serving without it, so that this is no reason to send
-    /// clients elsewhere or to start anew.
+    /// clients elsewhere or to restart.
     fn store(&self) -> Option<Result<(), String>> {
         let fleet = self.shared.fleet.as_ref()?;
         Some(match fleet.store().trouble() {

@@ -63,7 +63,7 @@ impl Reloader {
     }
 }
 
-/// Reads everything anew and puts it in force. Blocks.
+/// Reads everything again and puts it in force. Blocks.
 ///
 /// # Errors
 /// Everything that is wrong; nothing has changed then.

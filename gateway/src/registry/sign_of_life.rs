@@ -6,11 +6,11 @@ use tokio::time::Instant;
 use towline_certs::InstanceId;
 use towline_proto::tunnel::Session;
 
-/// How long an older process has to show that it lives, and how often we look.
+/// How long an older process has to answer, and how often the gateway checks.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(2500);
 const PROBE_INTERVAL: Duration = Duration::from_millis(25);
 
-/// Which of these instances have a session that hears from its peer.
+/// The instances with a session whose peer answers a ping.
 pub(crate) async fn alive_among(sessions: Vec<(InstanceId, Session)>) -> HashSet<InstanceId> {
     let asked = Instant::now();
     sessions.iter().for_each(|(_, session)| session.probe());
@@ -29,7 +29,7 @@ pub(crate) async fn alive_among(sessions: Vec<(InstanceId, Session)>) -> HashSet
     alive
 }
 
-/// Whether any of these sessions hears from its peer within the time that a dead one does not deserve.
+/// Whether the peer of any of these sessions answers a ping in time.
 pub(crate) async fn any_alive(sessions: &[Session]) -> bool {
     let asked = Instant::now();
     sessions.iter().for_each(Session::probe);

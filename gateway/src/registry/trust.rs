@@ -7,19 +7,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 use towline_certs::ClusterUid;
 
-/// What is known of one cluster.
+/// The trust state of one cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TrustState {
-    /// Live sessions whose agents have kept the roots as they are now, and those whose agents have not, or not yet.
+    /// Live sessions whose agents have stored the current roots; and those whose agents have not, or not yet.
     pub current: usize,
     pub pending: usize,
-    /// Why one of them has not, in its own words.
+    /// The problem that one of the latter reported.
     pub problem: Option<String>,
-    /// When the last of this happened.
+    /// Time of the last change.
     pub changed: Option<SystemTime>,
 }
 
-/// What every session has acknowledged.
+/// What each session has acknowledged.
 #[derive(Debug, Default)]
 pub(crate) struct TrustBoard(Mutex<Board>);
 
@@ -42,7 +42,7 @@ impl Default for Seen {
     }
 }
 
-/// One session on the board, for as long as this lives.
+/// One session's entry, for as long as this value lives.
 #[derive(Debug)]
 pub(crate) struct OnBoard {
     board: Arc<TrustBoard>,
@@ -66,7 +66,7 @@ impl TrustBoard {
         OnBoard { board: Arc::clone(self), metrics: Arc::clone(metrics), uid: uid.clone(), key, pending }
     }
 
-    /// How a cluster stands towards the roots of this version.
+    /// The cluster's state for the roots of this version.
     pub(crate) fn state(&self, uid: &ClusterUid, version: u64) -> TrustState {
         let board = self.lock();
         let mut state = TrustState::default();
@@ -84,7 +84,7 @@ impl TrustBoard {
 }
 
 impl OnBoard {
-    /// Other roots are announced: they are not acknowledged yet.
+    /// New roots were announced and are not acknowledged yet.
     pub(crate) fn announced(&mut self) {
         self.pending.get_or_insert_with(|| self.metrics.trust_pending());
         self.see(|_| {});
@@ -98,7 +98,7 @@ impl OnBoard {
         seen.at = SystemTime::now();
     }
 
-    /// The agent's answer.
+    /// The agent acknowledged the roots, or reported a problem.
     pub(crate) fn answered(&mut self, version: u64, problem: &str) {
         let kept = problem.is_empty();
         self.see(|seen| {
@@ -112,7 +112,7 @@ impl OnBoard {
         }
     }
 
-    /// The agent is too old to be told.
+    /// The agent is too old to receive roots.
     pub(crate) fn unsupported(&self) {
         let problem = "the agent is too old to receive a new CA; upgrade the agent, or replace its CA file";
         self.see(|seen| seen.problem = Some(problem.to_owned()));

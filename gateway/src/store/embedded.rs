@@ -264,7 +264,7 @@ impl Embedded {
         })
     }
 
-    /// Every record as it stands in the file, those that cannot be read included.
+    /// Every record as it is in the file, those that cannot be read included.
     pub(super) fn raw(&self) -> Result<Vec<RawRecord>, StoreError> {
         self.with_file(false, |file| {
             let table = file.begin_read()?.open_table(RECORDS)?;
@@ -280,7 +280,7 @@ impl Embedded {
         })
     }
 
-    /// Runs `work` on the file, opening it anew if the disk has failed before.
+    /// Runs `work` on the file, opening it again if the disk has failed before.
     fn with_file<T>(
         &self,
         writing: bool,
@@ -325,7 +325,7 @@ impl Embedded {
     }
 }
 
-/// A record as it stands in the file.
+/// A record as it is in the file.
 pub(super) struct RawRecord {
     pub(super) kind: String,
     pub(super) name: String,

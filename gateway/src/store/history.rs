@@ -39,7 +39,7 @@ struct State {
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    // Nothing that runs under the lock leaves it half changed.
+    // A panic under the lock leaves the state consistent, so poisoning is ignored.
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -72,7 +72,7 @@ impl History {
         self.head.send_replace(number);
     }
 
-    /// The store was opened anew and stands here: what happened in between is not known.
+    /// The store was opened again and stands here: what happened in between is not known.
     pub(super) fn restart(&self, head: u64) {
         let mut state = lock(&self.state);
         if state.head == head {

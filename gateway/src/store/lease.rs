@@ -37,7 +37,7 @@ struct Lease {
 
 impl Leases {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing that runs under the lock leaves it half changed.
+        // A panic under the lock leaves the state consistent, so poisoning is ignored.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -85,7 +85,7 @@ impl Leases {
         self.changed.notify_one();
     }
 
-    /// The records of leases that ran out; waits for one. Cancel safe.
+    /// The records of leases that expired; waits for one. Cancel safe.
     pub(super) async fn next_ended(&self) -> Vec<Key> {
         loop {
             let changed = self.changed.notified();

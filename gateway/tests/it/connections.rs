@@ -223,7 +223,7 @@ async fn s2_a_drain_does_not_wait_for_who_does_not_leave() {
     assert_eq!(limit(&world, "last_words"), 1.0);
 }
 
-/// R-H2-1: a connection that was refused answers what its client may have had under way, and not for ever.
+/// R-H2-1: a connection that was refused answers what its client may have had under way, and not forever.
 #[tokio::test]
 async fn s2_refusals_on_one_connection_have_an_end() {
     let world = World::start().await;
@@ -456,7 +456,7 @@ async fn a3_connections_of_one_caller() {
     assert_eq!(asked(&world, HONEST, Some("joe"), None).await.unwrap().1, 429);
     assert!(is_served(&world, HOSTILE).await);
     world.ready().await;
-    // The connections that it has go on, and those that it gives up it may make anew.
+    // The connections that it has go on, and those that it gives up it may make again.
     assert_eq!(held[0].get(PATH).await.status(), 403);
     held.pop().unwrap();
     let again = async || asked(&world, HOSTILE, Some("joe"), None).await.unwrap().1;

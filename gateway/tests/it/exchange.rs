@@ -552,7 +552,7 @@ async fn failures_before_the_answer_name_the_hop() {
     assert_eq!(error_of(answer).await.0, 502);
 }
 
-/// Goal: A8, H1-10: what is wrong with the client's own chunks is the client's, also where the agent says first that the body broke off.
+/// Goal: A8, H1-10: what is wrong with the client's own chunks is the client's, also where the agent says first that the body was cut off.
 #[tokio::test]
 async fn a8_a_broken_chunk_is_the_clients() {
     let world = World::start().await;

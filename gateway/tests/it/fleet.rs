@@ -394,7 +394,7 @@ async fn a_revoked_caller_is_not_answered_by_the_api() {
     world.gateway.shutdown().await;
 }
 
-/// A certificate ends with what it was asked for with, however long it was to live: a token that runs out, or a certificate.
+/// A certificate ends with what it was asked for with, however long it was to live: a token that expires, or a certificate.
 #[tokio::test]
 async fn no_certificate_outlives_what_asked_for_it() {
     let world = world().await;

@@ -473,7 +473,7 @@ async fn a_renewal_moves_the_end_of_the_session() {
         agent.renew(&key).await.unwrap();
         assert!(agent.session.closed().is_none(), "longer than its first certificate's life");
     }
-    // A reload looks at everything anew: what was shown has run out, what is on record has not.
+    // A reload looks at everything again: what was shown has expired, what is on record has not.
     world.gateway.reload().await.unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(agent.session.closed().is_none());
@@ -482,7 +482,7 @@ async fn a_renewal_moves_the_end_of_the_session() {
 }
 
 /// R-ID-9: revoking any certificate of an agent ends its session, which began with another one, and leaves nothing to come
-/// back by: neither the renewed certificate, nor the one that has run out, nor the same key with the token that it used.
+/// back by: neither the renewed certificate, nor the one that has expired, nor the same key with the token that it used.
 #[tokio::test]
 async fn a_revoked_certificate_takes_the_agent_along() {
     let world = world().await;
@@ -987,7 +987,7 @@ async fn a_change_of_ca_cuts_nothing() {
     assert_eq!(agent.trust().await.roots.len(), 1);
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(agent.session.is_open(), "the session that began under the old CA goes on");
-    // Its certificate is of a CA that counts no more; the record and its key lead back, and the pin of the old root still holds.
+    // Its certificate is of a CA that is no longer valid; the record and its key lead back, and the pin of the old root still holds.
     assert!(Agent::connect(&world, &offline, &away, 2).await.is_err());
     let old_pin = towline_certs::JoinToken::pins_of(&roots(&offline.trust));
     let config = tls::join_client(&old_pin).unwrap();
@@ -1318,7 +1318,7 @@ fn condition<'a>(status: &'a Value, kind: &str) -> Option<(&'a str, &'a str, &'a
     Some((text("status"), text("reason"), text("message")))
 }
 
-/// D5: a cluster says what it waits for, who was turned away while none was connected and why, and that its agents were revoked.
+/// D5: a cluster says what it waits for, who was refused while none was connected and why, and that its agents were revoked.
 /// Strangers who have no proof say nothing of it.
 #[tokio::test]
 async fn d5_status_says_why_nobody_is_connected() {

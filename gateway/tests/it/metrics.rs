@@ -139,7 +139,7 @@ async fn every_family_moves_and_is_documented() {
     in_time("the upgraded connection is counted", up).await;
     drop((upgraded, exchange));
 
-    // An answer that breaks off, a stranger, a head of too many fields, a reload.
+    // An answer that is cut off, a stranger, a head of too many fields, a reload.
     let mut client = world.h1(None).await;
     let server = async {
         let mut exchange = serving.next().await;

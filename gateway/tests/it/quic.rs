@@ -201,7 +201,7 @@ async fn an_agent_whose_address_changes_goes_on() {
     assert!(agent.session.closed().is_none());
 }
 
-/// A reload puts the new certificate and CA in force for those who come, and ends sessions whose CA counts no more.
+/// A reload puts the new certificate and CA in force for those who come, and ends sessions whose CA is no longer valid.
 #[tokio::test]
 async fn certificates_are_reloaded() {
     let world = World::start().await;

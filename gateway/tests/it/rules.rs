@@ -356,7 +356,7 @@ async fn s4_files_alone_end_what_runs_too() {
     world.gateway.shutdown().await;
 }
 
-/// A token that runs out takes its exec along, and its watch only where the configuration says so.
+/// A token that expires takes its exec along, and its watch only where the configuration says so.
 #[tokio::test]
 async fn s4_a_credential_that_runs_out_ends_an_exec() {
     for ends in [EndsWithCredential::Interactive, EndsWithCredential::Everything] {
@@ -378,7 +378,7 @@ async fn s4_a_credential_that_runs_out_ends_an_exec() {
         if ends == EndsWithCredential::Everything {
             breaks_off(body).await;
         } else {
-            // Also when somebody else loses something, and all is judged anew.
+            // Also when somebody else loses something, and all is judged again.
             fleet.put("others", &rule(Effect::Deny, "joe"), None).await.unwrap();
             still_comes(&mut body, &mut exchange).await;
         }

@@ -250,7 +250,7 @@ async fn s10_one_principal_leaves_the_others_their_streams() {
     drop(held);
 }
 
-/// A body that goes on for ever.
+/// A body that goes on forever.
 fn endless(tasks: &mut JoinSet<()>) -> ClientBody {
     let (mut sender, body) = Channel::<Bytes, std::io::Error>::new(1);
     tasks.spawn(async move {

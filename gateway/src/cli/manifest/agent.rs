@@ -52,7 +52,7 @@ pub enum IssuerKeys {
     /// From the API server, which is told to show them to everybody.
     #[default]
     Public,
-    /// From the manifest. When the cluster's keys change, they have to be given anew.
+    /// From the manifest. When the cluster's keys change, they have to be given again.
     Given(String),
 }
 

@@ -529,7 +529,7 @@ fn a4_the_private_port_of_a_gateway_is_closed_to_pods() {
     assert!(probe["failureThreshold"].as_u64().unwrap() > 1);
 }
 
-/// Goal: deploy/manifests is what this program prints. `TOWLINE_WRITE=1` writes it anew.
+/// Goal: deploy/manifests is what this program prints. `TOWLINE_WRITE=1` writes it again.
 #[test]
 fn the_files_in_deploy_are_what_is_printed() {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/manifests");

@@ -93,7 +93,7 @@ mod tests {
         assert!(flood.iter().all(|(_, _, displaced)| *displaced) && !probe.1.is_cancelled());
         assert!(first.1.is_cancelled() && second.1.is_cancelled() && third.1.is_cancelled());
         assert_eq!(flood.iter().filter(|(_, leave, _)| !leave.is_cancelled()).count(), 3);
-        // From many addresses the oldest goes, and the newest is never turned away.
+        // From many addresses the oldest goes, and the newest is never refused.
         let newest = enter(IpAddr::from([10, 0, 0, 3]));
         assert!(newest.2 && probe.1.is_cancelled() && !newest.1.is_cancelled());
         // Those whose place was taken give none back.

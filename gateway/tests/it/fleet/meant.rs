@@ -270,7 +270,7 @@ async fn d2_a_rule_names_what_can_be() {
 }
 
 /// Goal: S16: an Allow by name is for the cluster that had the name, and ends with it; a Deny is for whoever has it. It is told, and
-/// who writes the rule anew means the new one.
+/// who writes the rule again means the new one.
 #[tokio::test]
 async fn s16_an_allow_ends_with_its_cluster() {
     let mut fleet = Fleet::new().await;
