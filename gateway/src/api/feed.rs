@@ -269,12 +269,12 @@ impl Feed {
 
     // ---- asked ----
 
-    /// A version as it is written.
+    /// A version in its text form.
     pub(super) fn text(&self, number: u64) -> String {
         (self.epoch << NUMBER_BITS | number).to_string()
     }
 
-    /// What a written version means; none if it is none.
+    /// Parses a version; `None` if it is malformed.
     pub(super) fn version(&self, text: &str) -> Option<Version> {
         let written: u64 = text.parse().ok()?;
         let (epoch, number) = (written >> NUMBER_BITS, written & ((1 << NUMBER_BITS) - 1));
@@ -302,7 +302,7 @@ impl Feed {
         Some(Arc::clone(&entry.shown))
     }
 
-    /// The objects of a kind after a name, and the version that they are of.
+    /// The objects of a kind after a name, and their version.
     pub(super) fn objects(&self, resource: &Resource, after: Option<&str>) -> (Vec<Arc<Value>>, u64) {
         use std::ops::Bound::{Excluded, Unbounded};
         let state = self.lock();
@@ -312,7 +312,7 @@ impl Feed {
         (listed.map(|(_, entry)| Arc::clone(&entry.shown)).collect(), state.head)
     }
 
-    /// What has happened to a kind after an event, and up to which; none if that is forgotten.
+    /// The events of a kind after an event, and the last event's number; `None` if they are forgotten.
     pub(super) fn events(&self, resource: &Resource, after: u64) -> Option<(Vec<Happened>, u64)> {
         let state = self.lock();
         if after < state.floor {
@@ -341,7 +341,7 @@ fn facts(
     objects::Facts { connection, trust, instances, standing, registered, now: Time::now() }
 }
 
-/// Whether two forms of an object differ in nothing but their version.
+/// Whether two versions of an object are equal except for the version itself.
 fn same(shown: &Value, next: &Value) -> bool {
     let (Some(shown), Some(next)) = (shown.as_object(), next.as_object()) else { return false };
     let plain = |fields: &serde_json::Map<String, Value>| {

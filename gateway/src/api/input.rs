@@ -26,27 +26,27 @@ use towline_proto::join::Issuer;
 const ANNOTATIONS_MAX: usize = 256 << 10;
 const DESCRIPTION_MAX: usize = 1024;
 const LIST_MAX: usize = 256;
-/// Characters of a wrong value that are told.
+/// Most characters of an invalid value that a message quotes.
 const VALUE_SHOWN: usize = 64;
 const TOKEN_LIFE: u64 = 3600;
 const TOKEN_LIFE_MOST: u64 = 30 * 86_400;
-/// Longer than anybody plans.
+/// Longest lifetime of an access token: a century.
 const LIFE_MOST: u64 = 100 * 365 * 86_400;
 
-/// An object on its way in: what is said of it, beside its kind.
+/// A parsed object from a client.
 pub(super) struct Input {
     pub(super) name: String,
-    /// The version that the sender has seen, if it says so.
+    /// The version that the sender has seen, if given.
     pub(super) version: Option<String>,
     pub(super) uid: Option<String>,
     labels: BTreeMap<String, String>,
     annotations: BTreeMap<String, String>,
     spec: Value,
-    /// Fields that are not known.
+    /// Unknown fields.
     pub(super) unknown: Vec<String>,
 }
 
-/// What becomes of it.
+/// The record that an object becomes.
 pub(super) enum Parsed {
     Cluster(Box<Cluster>),
     JoinToken(JoinToken),
@@ -55,7 +55,7 @@ pub(super) enum Parsed {
     Revoke(Revoked, Meta),
 }
 
-/// A record, and what only the answer to its creation says.
+/// A record, and the secrets that only the response to its creation contains.
 pub(super) struct New {
     pub(super) parsed: Parsed,
     pub(super) secrets: Map<String, Value>,
@@ -79,7 +79,7 @@ const METADATA: [&str; 14] = [
 ];
 
 impl Input {
-    /// Takes an object apart, and checks everything that does not depend on its kind.
+    /// Parses an object, and validates everything that does not depend on its kind.
     pub(super) fn read(resource: &Resource, mut object: Value) -> Result<Self, ApiError> {
         let kind = object["kind"].as_str().unwrap_or_default().to_owned();
         if kind != resource.kind || object["apiVersion"] != API_VERSION {
@@ -170,7 +170,7 @@ impl Input {
         Ok(input)
     }
 
-    /// The specification as the types of its kind say it is: all that is wrong with those is told at once.
+    /// Deserializes the spec by the types of its kind; reports all invalid fields at once.
     fn spec<T: DeserializeOwned>(&self, resource: &Resource) -> Result<T, ApiError> {
         let problem = |(field, kind, _): &(&str, Type, &str)| {
             let value = self.spec.get(field)?;
@@ -294,7 +294,7 @@ impl Input {
         Ok(New { parsed, secrets })
     }
 
-    /// The next form of an object that is there.
+    /// The next version of an existing object.
     pub(super) fn update(&self, resource: &Resource, before: &Object) -> Result<Parsed, ApiError> {
         let (labels, annotations) = (self.labels.clone(), self.annotations.clone());
         let next =
@@ -320,7 +320,7 @@ impl Input {
             }
             Object::AccessRule(before) => {
                 let mut rule = self.rule(resource, next(&before.meta))?;
-                // A name that stays is for the cluster that it was for. Whoever writes it again means the one that has it.
+                // An unchanged name stays for its original cluster. A name that is removed and added again is for the current cluster.
                 if rule.effect == before.effect {
                     let stays = |name: &&String| rule.clusters.contains(*name);
                     rule.ended = before.ended.iter().filter(stays).cloned().collect();
@@ -348,7 +348,7 @@ impl Input {
         })
     }
 
-    /// Whether everything in the specification is what is shown.
+    /// Whether every field of the spec equals the shown object's.
     fn says(&self, shown: &Value) -> bool {
         self.spec
             .as_object()
@@ -378,7 +378,7 @@ impl Input {
                         "needs three fields: url (the iss of the cluster's ServiceAccount tokens), subject (the agent's system:serviceaccount:NAMESPACE:NAME) and jwks (the cluster's key set with an RS256 or ES256 key: kubectl get --raw /openid/v1/jwks)",
                     );
                 };
-                // The same again is no change, whenever it was said.
+                // The same issuer again is not a change, whatever its time.
                 let known = cluster.issuers.given.clone();
                 Some(known.filter(|known| known.says(&given)).unwrap_or(given))
             }
@@ -419,14 +419,14 @@ impl Input {
                 None => refuse("spec.certificate.serial", "must be hexadecimal digits"),
             },
             (None, Some(user), None) => {
-                // Nobody would be revoked. A name that no rule can say may still be somebody's: `*.ci` of a foreign CA.
+                // It would revoke nobody. A name that no rule can contain may still exist: `*.ci` of a foreign CA.
                 if user.name == towline_model::ANY {
                     return refuse("spec.user.name", "\"*\" is not a user: a revocation names exactly one");
                 }
                 if let Err(why) = Principal::new(&user.name, Vec::new()).check() {
                     return refuse("spec.user.name", &why.to_string());
                 }
-                // Times are to the second: what was issued in this one is covered too.
+                // Times have a resolution of a second: credentials issued in the current second are included.
                 let issued_before = match user.issued_before {
                     None => now.after(Duration::from_secs(1)),
                     Some(text) => match Time::parse(&text) {
@@ -461,7 +461,7 @@ impl Input {
     }
 }
 
-/// What the gateway says of itself in a join token.
+/// The gateway's own data for a join token.
 pub(super) struct Own<'a> {
     pub(super) addresses: &'a [PublicAddress],
     pub(super) pins: Vec<SpkiPin>,
@@ -469,7 +469,7 @@ pub(super) struct Own<'a> {
 }
 
 impl Own<'_> {
-    /// The whole token, one line: `tljt1/ADDRESSES/PINS/TRUSTDOMAIN/CLUSTER/ID/USES/SECRET`.
+    /// The complete token, one line: `tljt1/ADDRESSES/PINS/TRUSTDOMAIN/CLUSTER/ID/USES/SECRET`.
     fn token_line(&self, cluster: &str, id: &str, uses: u32, secret: &[u8]) -> String {
         let addresses: Vec<_> = self.addresses.iter().map(ToString::to_string).collect();
         let pins: Vec<_> = self.pins.iter().map(|pin| hex(pin.as_bytes())).collect();
@@ -491,7 +491,7 @@ fn short_id() -> String {
     hex(&bytes)
 }
 
-/// A serial number as certificates show it: lower-case digits of whole bytes, none of them a zero in front.
+/// A serial number in the form of certificates: lower-case hex digits of whole bytes, without leading zero bytes.
 fn serial(text: &str) -> Option<String> {
     let digits: String = text.chars().filter(|c| *c != ':').collect();
     if !(1..=64).contains(&digits.len()) || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {

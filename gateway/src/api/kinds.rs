@@ -15,7 +15,7 @@ pub(super) struct Resource {
     pub(super) plural: &'static str,
     pub(super) singular: &'static str,
     pub(super) short: &'static [&'static str],
-    /// Where its objects are; those that are only created have no place.
+    /// The store's kind of its objects; `None` for kinds that are created and not stored.
     pub(super) stored: Option<Kind>,
     pub(super) about: &'static str,
     pub(super) spec: &'static [Field],
@@ -29,12 +29,12 @@ pub(super) type Field = (&'static str, Type, &'static str);
 pub(super) enum Type {
     Text,
     Number,
-    /// A whole number from the first to the last of these.
+    /// An integer from the first to the second value.
     Count(u64, u64),
     Flag,
     Texts,
     Time,
-    /// An object whose fields are told elsewhere.
+    /// An object whose fields are defined elsewhere.
     Object,
     Objects,
 }
@@ -55,7 +55,7 @@ impl Type {
         }
     }
 
-    /// What a value must be that is none of this type; nothing if it is.
+    /// For a value of another type: what it must be; `None` if the value is valid.
     pub(super) fn must(self, value: &Value) -> Option<String> {
         let list_of = |is: fn(&Value) -> bool| value.as_array().is_some_and(|items| items.iter().all(is));
         let (is_fine, what) = match self {

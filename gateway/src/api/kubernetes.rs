@@ -16,13 +16,13 @@ const REVIEWS: &str = "/selfsubjectreviews";
 const AUTHENTICATION: &str = "/apis/authentication.k8s.io/";
 const ACCESS_REVIEWS: &str = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
 
-/// A path of Kubernetes' own API that is answered.
+/// A supported path of Kubernetes' own API.
 enum Place {
     Version,
     /// In this version of `authentication.k8s.io`: kubectl before 1.28 knows older ones only.
     Review(&'static str),
     AccessReview,
-    /// Where `kubectl describe` looks for the events of one of our objects.
+    /// The path where `kubectl describe` looks for the events of an object of the fleet's API.
     Events,
 }
 
@@ -42,7 +42,7 @@ impl Place {
     }
 }
 
-/// Whether this is answered here.
+/// Whether this module answers the request.
 pub(super) fn serves(parts: &Parts) -> bool {
     Place::of(parts).is_some()
 }
@@ -88,7 +88,7 @@ async fn read(call: &Call, body: Incoming, kind: &str, version: &str) -> Result<
     Ok(body)
 }
 
-/// The gateway's own version. The suffix says that it is no cluster's, for whom the path's prefix was lost.
+/// The gateway's own version. The suffix shows that it is not a cluster's, to a client whose path lost its prefix.
 fn version() -> Value {
     json!({
         "major": env!("CARGO_PKG_VERSION_MAJOR"), "minor": env!("CARGO_PKG_VERSION_MINOR"),
@@ -98,7 +98,7 @@ fn version() -> Value {
     })
 }
 
-/// Whether the caller may do what they ask about.
+/// Whether the caller may perform the action of the review.
 fn access(call: &Call, spec: &Value) -> Result<Value, ApiError> {
     let (resource, path) = (&spec["resourceAttributes"], &spec["nonResourceAttributes"]);
     let admin = is_admin(&call.principal);
@@ -142,12 +142,12 @@ fn on_resource(asked: &Value, admin: bool) -> Option<String> {
     if !resources.iter().any(|resource| has_verb(resource)) {
         return Some(format!("{resource} in the fleet's API do not support the verb {verb:?}"));
     }
-    // Everything is more than what everybody may.
+    // `*` is more than what everybody may do.
     let everybodys = known.is_some_and(|known| known.stored.is_none()) && verb != "*" && group != "*";
     if admin || everybodys { None } else { Some(only_admins()) }
 }
 
-/// Why a path may not be read: as [`Call::answer`] would say.
+/// Why a path may not be read, as [`Call::answer`] would decide.
 fn on_path(asked: &Value, admin: bool) -> Option<String> {
     let nothing = || Some("no such path, or the path does not support this verb".to_owned());
     let (path, verb) = (asked["path"].as_str().unwrap_or_default(), asked["verb"].as_str());
@@ -174,7 +174,7 @@ fn only_admins() -> String {
     format!("only members of {} may do this; ask one of them", towline_model::ADMINS)
 }
 
-/// Whether events are looked for that an object of ours might have.
+/// Whether the request looks for events of an object of the fleet's API.
 fn are_events_of_ours(path: &str, query: &str) -> bool {
     let Some(rest) = path.strip_prefix("/api/v1/") else { return false };
     let namespaced = rest.strip_prefix("namespaces/").and_then(|rest| rest.split_once('/'));

@@ -14,20 +14,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use towline_model::{Mode, Time};
 
-/// Join tokens that a cluster is shown with which waits for its first agent.
+/// Most join tokens that the status of a cluster without agents names.
 const TOKENS_NAMED: usize = 3;
 
-/// When time alone will change what is shown.
+/// When the shown state changes with time alone.
 pub(super) type Due = Option<Time>;
 
-/// What is true of a cluster beside its record.
+/// The state of a cluster in addition to its record.
 pub(super) struct Facts {
     pub(super) connection: Connection,
     pub(super) trust: TrustState,
     pub(super) instances: Vec<(Arc<str>, Arc<Instance>)>,
-    /// Of one that is registered.
+    /// For a registered cluster.
     pub(super) standing: Option<Standing>,
-    /// When it was registered; for one of the configuration, when the gateway started.
+    /// Time of registration; for a cluster of the configuration file, the gateway's start.
     pub(super) registered: Time,
     pub(super) now: Time,
 }
@@ -101,7 +101,7 @@ pub(super) fn render(
             };
             (&revocation.meta, spec, None, None)
         }
-        // Never listed: they are told with their clusters.
+        // Never listed: they are shown with their clusters.
         Object::Instance(_) | Object::LastSeen(_) | Object::GatewayLife(_) => return (Value::Null, None),
     };
     let mut metadata = json!({
@@ -177,7 +177,7 @@ fn cluster_status(name: &str, facts: &Facts, mode: Mode) -> (Value, Due) {
     (status, due)
 }
 
-/// Every agent that is connected, or has a certificate with which it could be.
+/// Every agent that is connected or has a valid certificate.
 fn told_instances(connection: &Connection, instances: &[(Arc<str>, Arc<Instance>)], now: Time) -> Vec<Value> {
     let mut told: BTreeMap<&str, Value> = BTreeMap::new();
     for (name, instance) in instances {
@@ -231,7 +231,7 @@ fn newest(instances: &[(Arc<str>, Arc<Instance>)]) -> Option<&Certificate> {
     certificates.max_by_key(|certificate| certificate.not_after)
 }
 
-/// Agents renew at two thirds of a certificate's life; at five sixths something is wrong.
+/// Agents renew at two thirds of a certificate's lifetime; at five sixths the renewal is overdue.
 fn certificate_condition(
     instances: &[(Arc<str>, Arc<Instance>)],
     registered: Time,
@@ -264,7 +264,7 @@ fn certificate_condition(
     }
 }
 
-/// Whether the next step of a change of the tunnel CA would find this cluster's agents prepared.
+/// Whether this cluster's agents are prepared for the next step of replacing the tunnel CA.
 fn trust_condition(trust: &TrustState, gone: Time) -> Value {
     const KIND: &str = "TrustCurrent";
     let TrustState { current, pending, problem, changed } = trust;
@@ -290,7 +290,7 @@ fn trust_condition(trust: &TrustState, gone: Time) -> Value {
     }
 }
 
-/// Whether an agent is on record, and if none is, what it takes.
+/// Whether an agent is on record, and otherwise the next step.
 fn joined_condition(name: &str, facts: &Facts) -> (Value, Due) {
     const KIND: &str = "Joined";
     let Facts { connection, standing, registered, .. } = facts;
@@ -333,7 +333,7 @@ fn joined_condition(name: &str, facts: &Facts) -> (Value, Due) {
     }
 }
 
-/// Whether its agents were revoked and none has joined since; of a cluster to which that has happened.
+/// Whether the cluster's agents were revoked and none has joined since; only for a cluster with such a revocation.
 fn revoked_condition(name: &str, standing: &Standing) -> Option<Value> {
     const KIND: &str = "Revoked";
     let revoked = standing.revoked?;
@@ -348,7 +348,7 @@ fn revoked_condition(name: &str, standing: &Standing) -> Option<Value> {
     })
 }
 
-/// Whether an agent is refused while none is connected; of a cluster to which that has happened. The time is the newest
+/// Whether an agent is refused while none is connected; only for a cluster with a refusal. The time is the newest
 /// one's.
 fn refused_condition(connection: &Connection, now: Time) -> Option<(Value, Due)> {
     const KIND: &str = "JoinRefused";
@@ -361,7 +361,7 @@ fn refused_condition(connection: &Connection, now: Time) -> Option<(Value, Due)>
     })
 }
 
-/// Whether agents that keep nothing find their way back, and by whose word.
+/// Whether agents without a kept identity can rejoin, and who vouches for the issuer.
 fn issuer_condition(cluster: &Cluster) -> Value {
     const KIND: &str = "IssuerCurrent";
     let Issuers { given, told, pending, .. } = &cluster.issuers;

@@ -12,7 +12,7 @@ use towline_proto::join::{AgentMode, ApiServerState};
 
 const KIND: &str = "APIServerReachable";
 
-/// What one agent's word comes to.
+/// The verdict on one agent's report.
 enum Verdict<'a> {
     Good(Time),
     Bad(Bad<'a>),
@@ -25,7 +25,7 @@ struct Bad<'a> {
     since: Time,
 }
 
-/// The condition of a cluster that is used in this mode.
+/// The condition of a cluster in this mode.
 pub(super) fn condition_of(connection: &Connection, mode: Mode, registered: Time) -> Value {
     if connection.sessions == 0 {
         let since = connection.ended.as_ref().map_or(registered, |ended| ended.at);
@@ -88,7 +88,7 @@ fn judge(word: &Word, mode: Mode) -> Verdict<'_> {
     }
 }
 
-/// The other inequality harms nobody who brings a credential, as everybody has to in that mode.
+/// The opposite mismatch does not affect callers, who must send a credential in that mode.
 fn unequal(connection: &Connection, mode: Mode) -> &'static str {
     let impersonates = connection.words.iter().any(|(_, word)| word.mode == AgentMode::Impersonate);
     if mode == Mode::Restricted && impersonates {

@@ -19,10 +19,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, interval_at, sleep, sleep_until};
 use towline_model::random::random;
 
-/// Events that wait for a slow client; then the watch waits with it, and falls behind the history at worst.
+/// Events that are buffered for a slow client. After that the watch waits for the client, and may fall behind the history.
 const EVENTS_WAITING: usize = 16;
 const BOOKMARK_INTERVAL: Duration = Duration::from_secs(60);
-/// How long a watch lasts unless it says so, and at most.
+/// Default and longest duration of a watch.
 const WATCH_SECONDS: u64 = 1800;
 const WATCH_SECONDS_MOST: u64 = 3600;
 
@@ -54,7 +54,7 @@ pub(super) fn shown(
     json_response(status, &table::table(resource, &[object], metadata, true, call.query.include))
 }
 
-/// The version that this text asks for: none, any, or one.
+/// Parses the requested version: none, any, or a specific one.
 fn asked(call: &Call, text: &str) -> Result<Option<Version>, ApiError> {
     match text {
         "" | "0" => Ok(None),
@@ -73,7 +73,7 @@ fn gone(version: Version, text: &str) -> ApiError {
     ApiError::expired(format!("resourceVersion {text} {why}: list again"))
 }
 
-/// A page of a collection. Pages are cut from the objects of now; a first page that is forgotten is noticed.
+/// A page of a collection. Pages are taken from the current objects; a forgotten first page is detected.
 pub(super) fn list(call: &Call, resource: &'static Resource) -> Result<Response<AnswerBody>, ApiError> {
     let options = Options::read(&call.query, false)?;
     let text = options.version.as_str();
@@ -126,18 +126,18 @@ fn read_continue(token: &str) -> Result<(String, String), ApiError> {
 
 /// Where a watch begins.
 enum Start {
-    /// With the objects there are; and then, if so, a bookmark that says that this was all.
+    /// With the current objects, and then, if true, a bookmark that marks their end.
     Listed(bool),
     After(u64),
 }
 
-/// Begins a watch: the head of the answer goes out at once, then each event in a line.
+/// Starts a watch: the response's head is sent at once, then each event as a line.
 pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response<AnswerBody>, ApiError> {
     let Options { selector, bookmarks, initial, version: text, timeout_seconds, .. } =
         Options::read(&call.query, true)?;
     let start = match (initial, asked(call, &text)?) {
         (_, Some(version @ Version::Future)) => return Err(gone(version, &text)),
-        // The state as it is now is not older than any that has been.
+        // The current state is not older than any earlier one.
         (Some(true), _) => Start::Listed(true),
         (_, Some(version @ Version::Past)) => return Err(gone(version, &text)),
         (_, Some(Version::Known(number))) => Start::After(number),
@@ -148,7 +148,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
         0 => {
             let mut part = [0];
             random(&mut part);
-            // So that clients do not all come back at once.
+            // So that clients do not all return at once.
             WATCH_SECONDS + u64::from(part[0]) * 7
         }
         seconds => seconds,
@@ -181,7 +181,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
             () = ended.cancelled() => {}
             () = abort.cancelled() => {}
             () = drained => {}
-            // The client is gone, the time is over, or the history has moved on.
+            // The client left, the time is over, or the history has moved on.
             _ = watch.run(start, deadline) => {}
         }
     });
@@ -205,7 +205,7 @@ struct Watch {
 }
 
 impl Watch {
-    /// Runs until the client is gone (`None`) or the watch ends.
+    /// Runs until the client leaves (`None`) or the watch ends.
     async fn run(mut self, start: Start, deadline: Instant) -> Option<()> {
         let mut news = self.feed.news();
         let mut reached = match start {
@@ -244,7 +244,7 @@ impl Watch {
             reached = number;
             tokio::select! {
                 changed = news.changed() => changed.ok()?,
-                // A kind of which there is no news would keep the watch for as long as it may run.
+                // Without this, a kind without events would keep the watch of a client that left until its time is over.
                 () = self.events.closed() => return None,
                 _ = bookmark_due.tick(), if self.bookmarks => self.bookmark(reached, false).await?,
                 () = sleep_until(deadline) => {

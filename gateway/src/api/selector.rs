@@ -27,7 +27,7 @@ enum Requirement {
 }
 
 impl Selector {
-    /// Reads the two; each selects everything if it is empty.
+    /// Parses both; an empty selector selects everything.
     ///
     /// # Errors
     /// 400, as the API server answers, and where it reads something generously, that too.
@@ -61,7 +61,7 @@ impl Selector {
     }
 }
 
-/// One comparison of a field selector. No name that is selected by has a character that would have to be escaped.
+/// One comparison of a field selector. Names contain no character that would need escaping.
 fn field(term: &str) -> Result<(bool, String), ApiError> {
     let refuse = |why: &str| ApiError::bad_request(format!("invalid field selector {term:?}: {why}"));
     let (field, equal, name) = match (term.split_once("!="), term.split_once('=')) {
@@ -115,7 +115,7 @@ impl<'a> Token<'a> {
     }
 }
 
-/// The rest of a label selector that is being read.
+/// The unparsed rest of a label selector.
 struct Labels<'a> {
     rest: &'a str,
 }

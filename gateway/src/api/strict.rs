@@ -10,7 +10,7 @@ use std::fmt;
 /// Reads a body.
 ///
 /// # Errors
-/// It is no JSON, or an object in it has a key twice.
+/// It is not JSON, or an object in it has a duplicate key.
 pub(super) fn from_slice(bytes: &[u8]) -> Result<Value, serde_json::Error> {
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value = At(None).deserialize(&mut reader)?;
@@ -18,10 +18,10 @@ pub(super) fn from_slice(bytes: &[u8]) -> Result<Value, serde_json::Error> {
     Ok(value)
 }
 
-/// Most of a place that an error says.
+/// Longest path of a value in an error.
 const PLACE_MAX: usize = 256;
 
-/// The value at a place. It is put into words only for an error.
+/// The path of a value, formatted only for an error.
 #[derive(Clone, Copy)]
 struct At<'a>(Option<(&'a Self, Step<'a>)>);
 

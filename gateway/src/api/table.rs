@@ -31,10 +31,10 @@ pub(super) fn table(
     })
 }
 
-/// Name, whether only `-o wide` shows it, and where its value is.
+/// Name, whether only `-o wide` shows the column, and the path of its value.
 type Column = (&'static str, bool, &'static str);
 
-/// Values that are not simply somewhere in the object.
+/// A value that is computed instead of read from a path.
 const AGE: &str = "age";
 const CONNECTED: &str = "connected";
 const REACHABLE: &str = "reachable";
@@ -137,7 +137,7 @@ fn condition<'a>(object: &'a Value, wanted: &str) -> &'a str {
     find(object, wanted).and_then(|condition| condition["status"].as_str()).unwrap_or("Unknown")
 }
 
-/// `True`, `Unknown`, or why not.
+/// `True`, `Unknown`, or the reason.
 fn reachable(object: &Value) -> &str {
     let condition = find(object, "APIServerReachable");
     let field = |name: &str| condition.and_then(|condition| condition[name].as_str()).unwrap_or("Unknown");

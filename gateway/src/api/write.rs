@@ -20,7 +20,7 @@ use towline_model::text::printable;
 
 /// Times that a write decides again because somebody else was faster.
 const ATTEMPTS: usize = 8;
-/// Fields that are not known, told at most.
+/// Most unknown fields that a response names.
 const WARNINGS_MAX: usize = 8;
 
 /// Creates an object from the body.
@@ -64,7 +64,7 @@ pub(super) async fn create(
     Ok(warned(shown(call, resource, StatusCode::CREATED, &object), &warnings))
 }
 
-/// What only the answer to a creation says.
+/// Adds the secrets to the response to a creation.
 fn reveal(object: &mut Value, secrets: &Map<String, Value>) {
     for (field, secret) in secrets {
         object["status"][field] = secret.clone();
@@ -93,7 +93,7 @@ pub(super) async fn patch(
     }
     change(call, resource, name, "patch", |before| {
         let mut object = before.clone();
-        // What the sender has not said is not the sender's word on the version.
+        // A version that the sender has not given is not a precondition.
         if let Some(metadata) = object["metadata"].as_object_mut() {
             metadata.remove("resourceVersion");
         }
@@ -147,7 +147,7 @@ async fn change(
                 call.audit(verb, resource, name);
                 return Ok(warned(shown(call, resource, StatusCode::OK, &object), &warnings));
             }
-            // Whether the sender's version is still the one, the next look tells.
+            // The next attempt checks whether the sender's version is still current.
             Err(WriteError::Conflict) => {}
             Err(error) => return Err(fail(error)),
         }
@@ -155,7 +155,7 @@ async fn change(
     Err(fail(WriteError::Conflict))
 }
 
-/// What a dry run would have made, with the state that the object has.
+/// The result of a dry run, with the object's current status.
 fn preview(resource: &Resource, name: &str, parsed: &Parsed, before: &Value) -> Value {
     let (mut object, _) = objects::render(resource, name, &parsed.object(), None);
     object["metadata"]["resourceVersion"] = before["metadata"]["resourceVersion"].clone();
@@ -175,7 +175,7 @@ fn same(parsed: &Parsed, before: &Object) -> bool {
     }
 }
 
-/// Deletes an object, if it is the one that the options mean.
+/// Deletes an object, if it meets the options' preconditions.
 pub(super) async fn delete(
     call: &Call,
     resource: &'static Resource,
@@ -221,15 +221,15 @@ pub(super) async fn delete(
     Err(fail(WriteError::Conflict))
 }
 
-/// What a change is decided on.
+/// The state on which a change is decided.
 struct Basis {
     record: Shown,
-    /// As lists show it: of the record, or of a later one.
+    /// The object as lists show it: of this record, or of a later one.
     before: Arc<Value>,
 }
 
-/// The record first, then what lists show once they show it. If that is later than the record, the store refuses the change;
-/// were it earlier, the store would take a change of something that nobody has decided on.
+/// Reads the record first, then waits until lists show it. If the list is newer than the record, the store refuses the change;
+/// if it were older, the store would accept a change that was decided on another state.
 async fn basis(call: &Call, resource: &Resource, name: &str) -> Result<Basis, ApiError> {
     let fail = |error: WriteError| ApiError::write(resource, name, &error);
     if call.is_configured(resource, name) {
@@ -253,14 +253,14 @@ async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) ->
     }
 }
 
-/// The object once lists show what was written.
+/// The object, after lists show what was written.
 async fn written(call: &Call, resource: &Resource, name: &str, revision: u64) -> Result<Value, ApiError> {
     call.feed.shows(revision).await.map_err(|error| ApiError::write(resource, name, &error))?;
     let object = call.feed.object(resource, name);
     object.map(|object| Value::clone(&object)).ok_or_else(|| ApiError::not_found(resource, name))
 }
 
-/// Whether nothing is to be changed. `options` are those of a deletion.
+/// Whether it is a dry run. `options` are those of a deletion.
 pub(super) fn dry_run(call: &Call, options: &DeleteOptions) -> Result<bool, ApiError> {
     let mut asked =
         options.dry_run.iter().flatten().map(String::as_str).chain(call.query.dry_runs()).peekable();
@@ -271,14 +271,14 @@ pub(super) fn dry_run(call: &Call, options: &DeleteOptions) -> Result<bool, ApiE
     }
 }
 
-/// `DeleteOptions` of Kubernetes. What it would not understand might be what was to keep the object.
+/// Kubernetes' `DeleteOptions`. Unknown fields are errors, because one may be meant to keep the object.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(super) struct DeleteOptions {
     kind: Option<String>,
     #[serde(rename = "apiVersion")]
     _api_version: Option<String>,
-    /// What hangs on an object of the fleet goes with it, and at once.
+    /// Dependents of an object are always deleted with it, at once.
     #[serde(rename = "gracePeriodSeconds")]
     _grace_period_seconds: Option<i64>,
     #[serde(rename = "orphanDependents")]
@@ -303,7 +303,7 @@ impl DeleteOptions {
             return Ok(Self::default());
         }
         let refuse = |why: &str| ApiError::bad_request(format!("the body is not a DeleteOptions: {why}"));
-        // A list would be read as fields in their order.
+        // serde would read a list as the fields in their order.
         let is_object = |value: &Value| value.is_object() || value.is_null();
         if !is_object(body) || !is_object(&body["preconditions"]) {
             return Err(refuse("it or its preconditions are not an object"));
@@ -316,7 +316,7 @@ impl DeleteOptions {
     }
 }
 
-/// What is said of fields that are not known: refused, told, or nothing, as the query asks.
+/// Handles unknown fields as `fieldValidation` says: error, warning or nothing.
 fn validate_fields(call: &Call, resource: &Resource, input: &Input) -> Result<Vec<String>, ApiError> {
     let told = |field: &String| format!("unknown field \"{field}\"");
     match call.query.get("fieldValidation") {
@@ -338,7 +338,7 @@ fn validate_fields(call: &Call, resource: &Resource, input: &Input) -> Result<Ve
     }
 }
 
-/// What is said of clusters that a rule names and that are not there, and of rules that name a cluster and are not for it.
+/// Warnings about clusters that a rule names and that do not exist, and about rules that name a cluster and do not apply to it.
 fn told_of_names(call: &Call, name: &str, parsed: &Parsed) -> Vec<String> {
     let told = match parsed {
         Parsed::AccessRule(rule) => {

@@ -12,18 +12,18 @@ use tokio::io::{AsyncRead, AsyncReadExt as _};
 pub(crate) const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 /// The first bytes of a header of version 1.
 pub(crate) const SIGNATURE_V1: &[u8] = b"PROXY ";
-/// The part whose length is known.
+/// Length of the fixed part.
 const FIXED: usize = 16;
 /// Bytes of addresses and extensions: the addresses of IPv6 are 36, and extensions that pass names and ids stay far below.
 /// With the fixed part this fits one segment of the smallest network.
 const REST_MAX: usize = 520;
 
-/// What a header says.
+/// The content of a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Header {
-    /// The proxy speaks for itself: a health check.
+    /// The proxy's own connection: a health check.
     Local,
-    /// The proxy speaks for a client whose address is no IP address, or that it does not tell.
+    /// The client has no IP address, or the proxy does not tell it.
     Unknown,
     Client(SocketAddr),
 }
@@ -31,7 +31,7 @@ pub enum Header {
 /// Why a connection of a trusted proxy is closed.
 #[derive(Debug, Error)]
 pub enum HeaderError {
-    /// Nothing was sent: a probe.
+    /// No data was sent: a probe.
     #[error("connection closed before any data was received")]
     Silent,
     #[error(
@@ -48,7 +48,7 @@ pub enum HeaderError {
     BrokeOff,
 }
 
-/// Reads a header from the front of `io`, and nothing behind it: at most 536 bytes. The caller has the deadline.
+/// Reads a header from the front of `io`, and nothing after it: at most 536 bytes. The caller sets the deadline.
 ///
 /// # Errors
 /// Why the connection is to be closed.
@@ -65,7 +65,7 @@ pub async fn read<IO: AsyncRead + Unpin>(io: &mut IO) -> Result<Header, HeaderEr
             Ok(0) | Err(_) => return Err(HeaderError::BrokeOff),
             Ok(read) => have += read,
         }
-        // At once, so that a peer that waits for an answer to something else is told.
+        // At once, so that a peer that sent something else and waits for a response gets one.
         begins(&fixed[..have])?;
     }
     let (command, family, length) = parse_fixed(&fixed)?;
@@ -111,7 +111,7 @@ fn parse_fixed(fixed: &[u8; FIXED]) -> Result<(Command, u8, usize), HeaderError>
 /// Reads the addresses; what follows them are extensions, which are skipped.
 fn parse_rest(command: Command, family: u8, rest: &[u8]) -> Result<Header, HeaderError> {
     if command == Command::Local {
-        // Whatever stands there is to be ignored.
+        // The rest must be ignored.
         return Ok(Header::Local);
     }
     const SHORT: HeaderError = HeaderError::Malformed("it is too short for its addresses");

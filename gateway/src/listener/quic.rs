@@ -31,20 +31,20 @@ use towline_proto::Code;
 use towline_proto::mux::Role;
 use towline_proto::tunnel::{quic, socket};
 
-/// Bytes of all peers whose handshake we have not begun yet.
+/// Buffer for all peers whose handshake has not begun.
 const WAITING_BYTES: u64 = 8 << 20;
-/// How often it is looked whether an agent has moved, where not everybody may connect: QUIC tells nobody.
+/// How often to check for a changed address of an agent, if `allowedSources` is set: QUIC does not report migrations.
 const SOURCE_LOOK: Duration = Duration::from_secs(5);
-/// How long the last packets of closed connections may take to leave.
+/// How long to wait for the last packets of closed connections to be sent.
 const LAST_PACKETS: Duration = Duration::from_millis(200);
 
 /// The QUIC side of the public port.
 pub(crate) struct QuicListener {
     endpoint: Endpoint,
     server: ServerConfig,
-    /// What `server` was made from.
+    /// The TLS configuration from which `server` was built.
     tls: Arc<rustls::ServerConfig>,
-    /// Of the deadline of a handshake.
+    /// Time limit of a handshake.
     deadline: Duration,
 }
 
@@ -79,7 +79,7 @@ impl QuicListener {
         let secret = secret(shared);
         let mut endpoint = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &secret[..24])));
         quic::receive_large(&mut endpoint);
-        // Also the ids of connections must be known again, or nothing is answered to them.
+        // Connection ids must also be recognisable after a restart, or no stateless reset is sent for them.
         let mut ids = [0; 8];
         ids.copy_from_slice(&secret[24..]);
         let ids = u64::from_be_bytes(ids);
@@ -89,12 +89,12 @@ impl QuicListener {
         Ok(Self { endpoint, server, tls, deadline: config.timeouts.handshake })
     }
 
-    /// Where it listens.
+    /// The listening address.
     pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
         self.endpoint.local_addr()
     }
 
-    /// Lets agents in until the gateway drains; ends when the gateway does.
+    /// Accepts agents until the gateway drains; ends with the gateway.
     pub(crate) async fn run(mut self, shared: Arc<Shared>) {
         loop {
             let incoming = tokio::select! {
@@ -105,14 +105,14 @@ impl QuicListener {
             self.renew(&shared.live());
             self.admit(&shared, incoming);
         }
-        // Whoever still knocks is told nothing; sessions go on until the gateway ends them.
+        // New attempts get no answer; sessions continue until the gateway ends them.
         self.endpoint.set_server_config(None);
         shared.stages.abort.cancelled().await;
         self.endpoint.close(VarInt::from(Code::Draining.to_u32()), b"the gateway is stopping");
         drop(tokio::time::timeout(LAST_PACKETS, self.endpoint.wait_idle()).await);
     }
 
-    /// Uses the certificates in force. Sessions keep what they were made with.
+    /// Loads the current certificates. Existing sessions keep theirs.
     fn renew(&mut self, live: &Live) {
         if Arc::ptr_eq(&self.tls, &live.tunnel_tls) {
             return;
@@ -129,12 +129,12 @@ impl QuicListener {
         }
     }
 
-    /// Lets a connection in, asks where it is, or says nothing; never waits.
+    /// Accepts a connection, demands address validation (Retry), or ignores it; never waits.
     fn admit(&self, shared: &Arc<Shared>, incoming: Incoming) {
         let address = incoming.remote_address();
         if !shared.live().config.listen.allows(address.ip()) {
             shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
-            // Nothing goes back: the source may not be the sender.
+            // No answer: the source address may be spoofed.
             incoming.ignore();
             return;
         }
@@ -142,7 +142,7 @@ impl QuicListener {
         let is_loaded = || shared.gate.is_quic_loaded(&network.unwrap_or_else(|| address.ip()));
         if !incoming.remote_address_validated() && incoming.may_retry() && is_loaded() {
             shared.metrics.handshake(Handshake::Retry);
-            // Fails only if it may not, which was asked.
+            // It fails only if a Retry is not allowed, which was checked.
             drop(incoming.retry());
             return;
         }
@@ -165,7 +165,7 @@ impl QuicListener {
                 let handshake = handshake(incoming, server, deadline);
                 let result = tokio::select! {
                     result = handshake => result,
-                    // Nobody has been promised anything yet.
+                    // Nothing was accepted yet.
                     () = shared.stages.draining.cancelled() => return,
                 };
                 drop(pass);
@@ -201,13 +201,13 @@ fn welcome(
     });
 }
 
-/// Ends a connection that has moved to an address that may not connect.
+/// Ends a connection that has moved to an address that is not allowed.
 async fn strayed(shared: Arc<Shared>, conn: quinn::Connection) {
     let first = conn.remote_address();
     loop {
         tokio::time::sleep(SOURCE_LOOK).await;
         let now = conn.remote_address();
-        // As it is live now: a reload may have set it since the agent connected.
+        // With the current configuration: a reload may have set it since the agent connected.
         if now.ip() != first.ip() && !shared.live().config.listen.allows(now.ip()) {
             shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
             let (was, is) = (first, now);
@@ -216,7 +216,7 @@ async fn strayed(shared: Arc<Shared>, conn: quinn::Connection) {
                 VarInt::from(Code::Denied.to_u32()),
                 b"the gateway does not allow connections from this address (listen.allowedSources)",
             );
-            // The session sees to its own end.
+            // The session ends itself.
             return std::future::pending().await;
         }
     }
@@ -246,7 +246,7 @@ async fn handshake(
         Ok(result) => result.map_err(HandshakeError::Failed)?,
         Err(_) => return Err(HandshakeError::Timeout),
     };
-    // TLS has seen to it; a session must never depend on that alone.
+    // TLS has checked the ALPN; check again, because a session must not depend on that alone.
     let data = conn.handshake_data().and_then(|data| data.downcast::<HandshakeData>().ok());
     if data.and_then(|data| data.protocol).as_deref() == Some(ALPN_TUNNEL) {
         Ok(conn)
@@ -293,11 +293,11 @@ fn open(shared: &Shared, options: &Quic, address: SocketAddr) -> io::Result<std:
     Ok(udp.socket)
 }
 
-/// What stateless resets are made with: the same after a restart, so that agents of a gateway that crashed notice at once.
+/// The key of stateless resets: the same after a restart, so that agents notice a crash of the gateway at once.
 fn secret(shared: &Shared) -> [u8; 32] {
     let mut bytes = [0; 32];
     let Some(tunnel) = &shared.config.tls.tunnel else {
-        // The gateway's own CA is as old as its agents' trust.
+        // The gateway's own CA lives as long as its agents' trust.
         match &shared.authorities {
             Some(authorities) => bytes.copy_from_slice(&authorities.seed),
             None => random(&mut bytes),
@@ -309,7 +309,7 @@ fn secret(shared: &Shared) -> [u8; 32] {
             let tunnel = hmac::Key::new(hmac::HMAC_SHA256, file.bytes());
             bytes.copy_from_slice(hmac::sign(&tunnel, b"towline quic reset").as_ref());
         }
-        // The certificates have been loaded from there a moment ago; a key of this process alone does it too.
+        // Unlikely: the certificates were loaded from there a moment ago. A random key for this process works, too.
         Err(_) => random(&mut bytes),
     }
     bytes

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// The local addresses of our own readiness checks, so that the listener knows them.
+/// The local addresses of the gateway's own readiness checks, by which the listener recognises them.
 #[derive(Debug, Default)]
 pub(crate) struct SelfChecks(Mutex<HashSet<SocketAddr>>, AtomicUsize);
 

@@ -36,18 +36,18 @@ use tokio_util::sync::CancellationToken;
 use towline_certs::facts::human;
 use towline_certs::{ServerName, tls_error};
 
-/// Connections whose request is not there yet, probes that are being answered, and everything else that is: in all, and of
-/// one address. Beyond it the oldest gives way.
+/// Limits for connections without a complete request, for probes being answered, and for other requests: in total, and for
+/// one address. Beyond a limit the oldest connection is closed.
 const SILENT_MAX: (usize, usize) = (64, 16);
 const PROBES_MAX: (usize, usize) = (64, 16);
 const SCRAPES_MAX: (usize, usize) = (8, 4);
 /// All of them.
 pub(crate) const CONNECTIONS_MOST: usize = SILENT_MAX.0 + PROBES_MAX.0 + SCRAPES_MAX.0;
-/// For a request's head, and for the whole connection.
+/// Time limits for a request's head, and for the whole connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// The own handshake: how long it may take, and how long its result stands.
+/// The self-check handshake: its time limit, and how long its result is valid.
 const SELF_CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 const SELF_CHECK_FRESH: Duration = Duration::from_secs(5);
 
@@ -60,7 +60,7 @@ pub(crate) struct Admin {
     silent: Arc<Room>,
     probes: Arc<Room>,
     scrapes: Arc<Room>,
-    /// One at a time makes the text of the metrics.
+    /// Permits one rendering of the metrics at a time.
     rendering: Arc<Semaphore>,
 }
 
@@ -104,7 +104,7 @@ impl Admin {
         place
     }
 
-    /// Answers one request. `place` is given up for one in another room when its head is there.
+    /// Answers one request. When its head is complete, `place` is exchanged for one in another room.
     async fn serve(
         self: &Arc<Self>,
         socket: TcpStream,
@@ -171,14 +171,14 @@ impl Admin {
         }
     }
 
-    /// Whether the caller is told the names of clusters: who is on this machine has other ways to learn them, a pod that reaches
-    /// the port does not.
+    /// Whether the caller may see cluster names: a process on this machine can learn them in other ways, a pod that can connect to
+    /// the port cannot.
     fn names_clusters_to(&self, local: Option<SocketAddr>, peer: SocketAddr) -> bool {
         let is_own = peer.ip().to_canonical().is_loopback() || local.is_some_and(|at| at.ip() == peer.ip());
         is_own || self.shared.config.admin.cluster_names
     }
 
-    /// On a thread of its own: with ten thousand clusters it takes longer than a probe should wait.
+    /// Renders the metrics on a separate thread: with ten thousand clusters it takes longer than a probe should wait.
     async fn metrics(&self, named: bool) -> Response<Full<Bytes>> {
         let Ok(turn) = Arc::clone(&self.rendering).acquire_owned().await else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops\n");
@@ -203,7 +203,7 @@ impl Admin {
         response
     }
 
-    /// A line for each cluster: whether its agents have acknowledged the tunnel CA's roots as they are now.
+    /// A line for each cluster: whether its agents have acknowledged the tunnel CA's current roots.
     fn tunnel_ca(&self) -> String {
         let shared = &self.shared;
         let live = shared.live();
@@ -265,7 +265,7 @@ impl Admin {
         }
     }
 
-    /// Whether the store answers, if there is one. What is known goes on serving without it, so that this is no reason to send
+    /// Whether the store answers, if there is one. The gateway serves from memory without it, so this is no reason to send
     /// clients elsewhere or to restart.
     fn store(&self) -> Option<Result<(), String>> {
         let fleet = self.shared.fleet.as_ref()?;
@@ -309,7 +309,7 @@ impl Admin {
         }
     }
 
-    /// The result of the last handshake with ourselves, or of a new one. One at a time.
+    /// The result of the last self-check handshake, or of a new one. One at a time.
     async fn handshake(&self) -> Result<(), String> {
         let mut last = self.last.lock().await;
         if let Some((at, result)) = &*last
@@ -325,8 +325,8 @@ impl Admin {
         result
     }
 
-    /// Connects to the public listener as a client would. Whose certificate it shows is not the question here, only that
-    /// it shows one that has not run out: so a chain that we cannot judge is as good as one that we can.
+    /// Connects to the public listener as a client would. It checks that the listener shows a certificate that is not
+    /// expired, and not by whom it was issued.
     async fn shake_hands(&self) -> Result<(), String> {
         let to = reachable(self.public);
         let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
@@ -383,7 +383,7 @@ impl Check {
     }
 }
 
-/// Where a listener that listens everywhere can be reached from here.
+/// The address at which a listener on all addresses can be reached from this machine.
 fn reachable(listening: SocketAddr) -> SocketAddr {
     let ip = match listening.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -393,9 +393,9 @@ fn reachable(listening: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listening.port())
 }
 
-/// No page of a browser gets through: neither one that says so, nor one that had its name point here (DNS rebinding). What a browser
-/// sends with everything, and a page cannot leave out, no probe and no scraper sends. So those may come by any name, as a cluster's
-/// domain, an ingress or a service's name may be; but nobody comes to loopback by another one than localhost.
+/// Refuses requests of web pages, including those whose host name was made to point here (DNS rebinding). Headers that a browser
+/// always sends, and a page cannot omit, are not sent by probes and scrapers. Probes and scrapers may therefore use any name, such as
+/// a cluster domain, an ingress or a service name; but on loopback only `localhost` is accepted.
 fn is_for_us(headers: &HeaderMap, local: Option<SocketAddr>) -> Result<(), &'static str> {
     if headers.contains_key(header::ORIGIN) || headers.contains_key("sec-fetch-site") {
         return Err("requests from web pages are refused\n");

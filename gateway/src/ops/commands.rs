@@ -73,7 +73,7 @@ fn directory(config: &GatewayConfig) -> Result<&Path, CommandError> {
     config.state_directory.as_deref().ok_or(CommandError::NoState)
 }
 
-/// Makes a new tunnel CA in a state directory whose CA is gone. Blocks.
+/// Creates a new tunnel CA in a state directory whose CA is missing. Blocks.
 ///
 /// # Errors
 /// There is a CA, a gateway uses the directory, or it cannot be written.
@@ -94,7 +94,7 @@ pub fn new_ca(config: &GatewayConfig, now: SystemTime) -> Result<(), CommandErro
 /// There is no state directory, no CA in it yet, or it cannot be read.
 pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> Result<String, CommandError> {
     let place = directory(config)?;
-    // The gateway makes them, under the lock of its records; while it does they are not all there.
+    // The gateway creates them under the lock of its store; until then some are missing.
     if !Authorities::complete(place) {
         return Err(CommandError::Fresh(place.to_owned()));
     }
@@ -110,14 +110,14 @@ pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> 
     };
     let ca = match &config.tls.front {
         None => Some(authorities.front.roots.clone()),
-        // A chain that ends in its root says whom to believe; another is somebody's whom the system knows.
+        // A chain that includes its root provides the CA; any other chain must be one that the system trusts.
         Some(front) => {
             let policy = LoadPolicy::LENIENT;
             let chain = load_credential(&front.certificate, &front.key, policy, now)?.value;
             own_root(&chain).map(|root| vec![root.clone()])
         }
     };
-    // A text of JSON is one of YAML too; nothing else in here needs quotes.
+    // A JSON string is also a YAML string; nothing else here needs quotes.
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let mut text = format!(
         "apiVersion: v1\nkind: Config\ncurrent-context: towline\nclusters:\n- name: towline\n  cluster:\n    server: {}\n",
@@ -126,7 +126,7 @@ pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> 
     if let Some(roots) = ca {
         text.push_str(&format!("    certificate-authority-data: {}\n", STANDARD.encode(chain_pem(&roots))));
     }
-    // Files are merged by these names, and `admin` is somebody in many of them.
+    // Kubeconfig files are merged by these names, and many contain an `admin`.
     let name = quoted(&format!("towline-{name}"));
     let certificate = STANDARD.encode(chain_pem(credential.chain()));
     let key = STANDARD.encode(key_pem(credential.key()).as_bytes());
@@ -136,7 +136,7 @@ pub fn admin_kubeconfig(config: &GatewayConfig, name: &str, now: SystemTime) -> 
     Ok(text)
 }
 
-/// The certificate at the end of a front's chain that says whom to believe, if there is one: a root, or the front's own, self-signed.
+/// The certificate at the end of the front's chain that clients can trust as CA, if there is one: a root, or the self-signed front certificate.
 fn own_root(chain: &Credential) -> Option<&CertificateDer<'static>> {
     let is_its_own = |last: &&CertificateDer<'static>| {
         CertificateFacts::of(last).is_ok_and(|facts| facts.subject == facts.issuer)
@@ -144,7 +144,7 @@ fn own_root(chain: &Credential) -> Option<&CertificateDer<'static>> {
     chain.chain().last().filter(is_its_own)
 }
 
-/// What there is to know of an admin's kubeconfig: nothing, unless whoever uses it has to know by himself whom to believe.
+/// Advice about an admin kubeconfig: `None`, unless its user must add the CA.
 ///
 /// # Errors
 /// The front's certificate cannot be read.
@@ -163,7 +163,7 @@ pub fn admin_advice(config: &GatewayConfig, now: SystemTime) -> Result<Option<St
     )))
 }
 
-/// Takes a step of a change of the tunnel CA; without one, only looks. Returns how far the change has come. Blocks.
+/// Takes a step of replacing the tunnel CA; without a step, only reads the state. Returns the state. Blocks.
 ///
 /// A step that cuts off agents that are not prepared is refused unless `force` is set: where the running gateway has sessions that have
 /// not acknowledged both roots, and, for the last one, where certificates of the old CA may still be in use.
@@ -202,7 +202,7 @@ pub fn tunnel_ca(
     Ok(rotation::step(place, step, now)?)
 }
 
-/// What the running gateway says on its private port.
+/// Asks the running gateway on its private port.
 fn ask_admin(mut address: SocketAddr) -> io::Result<String> {
     if address.ip().is_unspecified() {
         address.set_ip(if address.is_ipv4() {
@@ -220,7 +220,7 @@ fn ask_admin(mut address: SocketAddr) -> io::Result<String> {
     Ok(answer)
 }
 
-/// The lines about clusters whose agents have not acknowledged, if the answer is about so many roots.
+/// The lines about clusters whose agents have not acknowledged, if the response is about that number of roots.
 fn pending(answer: &str, roots: usize) -> Result<Vec<String>, String> {
     let (head, body) = answer.split_once("\r\n\r\n").ok_or("its response is not HTTP")?;
     if head.split(' ').nth(1) != Some("200") {
@@ -235,7 +235,7 @@ fn pending(answer: &str, roots: usize) -> Result<Vec<String>, String> {
     Ok(lines.filter(is_pending).map(ToOwned::to_owned).collect())
 }
 
-/// The first of them, and how many there are more.
+/// The first of them, and the number of the others.
 fn some_of(pending: &[String]) -> String {
     let shown = pending[..pending.len().min(PENDING_SHOWN)].join("; ");
     match pending.len() - pending.len().min(PENDING_SHOWN) {
@@ -259,10 +259,10 @@ pub fn dump_store(config: &GatewayConfig) -> Result<(String, Dump), CommandError
     Ok((serde_json::to_string_pretty(&dump)?, dump))
 }
 
-/// Makes a store from a dump where there is none. Returns how many records were kept and how many were void. Blocks.
+/// Creates a store from a dump; no store may exist. Returns the numbers of kept and dropped records. Blocks.
 ///
 /// # Errors
-/// There is a store already, or this is no dump.
+/// A store exists already, or the text is not a dump.
 pub fn restore_store(
     config: &GatewayConfig,
     text: &str,
@@ -274,7 +274,7 @@ pub fn restore_store(
     Ok(backup::restore(place, dump, |record| fleet::restored(record, keep_agents))?)
 }
 
-/// Looks at every page and every record of the store. Blocks.
+/// Verifies every page and every record of the store. Blocks.
 ///
 /// # Errors
 /// There is none, it is in use, or it is damaged.

@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
-/// Between two looks at the files. By content, not by time stamp: mounted secrets change by a swapped link.
+/// Time between two checks of the files. They are compared by content, because mounted secrets change by a swapped link.
 const POLL: Duration = Duration::from_secs(10);
 
 /// Watches the files of one gateway.
 #[derive(Debug)]
 pub(crate) struct Reloader {
-    /// The configuration file; without one only the files it would name are read again.
+    /// The configuration file; without one only the files that the configuration names are read again.
     path: Option<PathBuf>,
     seen: Vec<u8>,
 }
@@ -29,7 +29,7 @@ impl Reloader {
         Self { path, seen }
     }
 
-    /// Looks now and then until the gateway drains.
+    /// Checks periodically until the gateway drains.
     pub(crate) async fn run(self, shared: Arc<Shared>) {
         let mut this = self;
         loop {
@@ -55,7 +55,7 @@ impl Reloader {
         if seen == self.seen && !renew {
             return;
         }
-        // As it was before they were read: what changes meanwhile is seen at the next look.
+        // The fingerprint from before the reading: a change in between is noticed at the next check.
         self.seen = seen;
         if let Err(error) = reload(shared, self.path.as_deref()) {
             tracing::error!("reload refused; the last valid configuration stays in effect:\n{error}");
@@ -63,10 +63,10 @@ impl Reloader {
     }
 }
 
-/// Reads everything again and puts it in force. Blocks.
+/// Reads everything again and makes it effective. Blocks.
 ///
 /// # Errors
-/// Everything that is wrong; nothing has changed then.
+/// Every mistake; nothing has changed then.
 pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigError> {
     let _one_at_a_time = shared.reloading.lock().unwrap_or_else(PoisonError::into_inner);
     let result = path
@@ -90,7 +90,7 @@ pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigE
     Ok(())
 }
 
-/// Everybody on record is of the trust domain that the gateway has started with.
+/// Refuses another trust domain: every agent on record belongs to the one with which the gateway started.
 fn same_trust_domain(shared: &Shared, new: GatewayConfig) -> Result<GatewayConfig, ConfigError> {
     let (running, configured) = (&shared.config.trust_domain, &new.trust_domain);
     if running == configured {
@@ -100,7 +100,7 @@ fn same_trust_domain(shared: &Shared, new: GatewayConfig) -> Result<GatewayConfi
     Err(ConfigError { problems: vec![problem] })
 }
 
-/// The gateway's own CAs as they are now. A state directory that is not there is no reason to make new ones.
+/// Reads the gateway's own CAs again. A missing state directory must not create new ones.
 fn authorities(shared: &Shared) -> Result<Option<Arc<Authorities>>, ConfigError> {
     let Some(directory) = &shared.config.state_directory else { return Ok(None) };
     if !directory.join(rotation::ROOTS).exists() {
@@ -131,7 +131,7 @@ fn needs_restart(running: &GatewayConfig, new: &GatewayConfig) -> Vec<&'static s
     keys
 }
 
-/// A hash of the content of all files; what cannot be read counts as its name.
+/// A hash of the content of all files; an unreadable file counts by its name.
 fn fingerprint(path: Option<&Path>, config: &GatewayConfig) -> Vec<u8> {
     let mut context = digest::Context::new(&digest::SHA256);
     let files = path.map(Path::to_owned).into_iter().chain(config.files());
