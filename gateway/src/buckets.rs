@@ -94,7 +94,7 @@ mod tests {
 
     /// Those who have done something long ago are forgotten.
     #[tokio::test(start_paused = true)]
-    async fn who_was_forgiven_is_forgotten() {
+    async fn forgiven_addresses_are_forgotten() {
         let buckets = Buckets::default();
         for n in 0..100_000 {
             buckets.admit(&n, RATE);

@@ -101,7 +101,7 @@ mod tests {
 
     /// Without what the gateway lives by it ends, however that ends; and what ends with the gateway is no failure.
     #[tokio::test]
-    async fn a_lifeline_that_ends_takes_all_with_it() {
+    async fn a_dying_follower_ends_the_gateway() {
         let panics = Arc::new(Stages::default());
         let stages = Arc::clone(&panics);
         let mut died = tokio::task::JoinSet::new();

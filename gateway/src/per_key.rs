@@ -394,7 +394,7 @@ mod tests {
 
     /// Who waits for its share is served in order, who waits for the pool by turns, and who has left is passed over.
     #[test]
-    fn who_waits_gets_its_turn() {
+    fn waiting_takers_get_their_turn() {
         let pool = PerKey::new(WAITING);
         let mut held = vec![pool.take(&1).unwrap(), pool.take(&1).unwrap()];
         let (mut first, mut second, mut third) = (attempt(&pool, 1), attempt(&pool, 1), attempt(&pool, 1));

@@ -1073,7 +1073,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn those_that_wait_are_few_and_are_served_when_a_session_comes() {
+    async fn held_requests_are_bounded_and_served_when_a_session_connects() {
         let registry = registry();
         let first = pair().await;
         drop(insert(&registry, &first, 1).unwrap());
@@ -1201,7 +1201,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_guard_takes_out_its_own_session_and_no_other() {
+    async fn a_guard_removes_only_its_own_session() {
         let registry = registry();
         let (old, new) = (pair().await, pair().await);
         let first = insert(&registry, &old, 1).unwrap();
@@ -1261,7 +1261,7 @@ mod tests {
     /// D5: one refusal is remembered for each cluster; whoever has no proof covers nobody who has, and what is in an agent's own
     /// words moves no cursor.
     #[test]
-    fn d5_strangers_cover_nobody() {
+    fn d5_an_unproven_refusal_does_not_replace_a_proven_one() {
         let registry = registry();
         let from = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
         let why = || registry.connection(&uid()).turned_away.map(|last| last.why);
@@ -1321,7 +1321,7 @@ mod tests {
 
     /// D6: what is to be written stays so until it is, also if it has changed meanwhile.
     #[tokio::test]
-    async fn d6_what_is_not_written_stays_to_be_written() {
+    async fn d6_a_changed_cluster_stays_due_until_it_is_written() {
         let registry = registry();
         let pair = pair().await;
         let registration = insert(&registry, &pair, 1).unwrap();

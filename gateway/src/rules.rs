@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_may_anything_without_a_rule() {
+    fn without_a_rule_nothing_is_allowed() {
         assert_eq!(decide(&[], "jane", &["ops"], "prod"), Decision::NoRule);
     }
 

@@ -536,7 +536,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unbelieved_certificate_counts_as_absent_and_says_why() {
+    fn an_untrusted_certificate_counts_as_absent_and_says_why() {
         let bad = Certificate::Unbelieved("expired 3h ago".to_owned());
         let result = ask(Mode::Impersonate, &bad, &[]);
         assert_eq!(result, Err(AuthnError::CertificateUnbelieved("expired 3h ago".to_owned())));

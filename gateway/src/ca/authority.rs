@@ -211,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cas_are_made_once_and_kept_to_their_owner() {
+    fn cas_are_created_once_and_readable_by_their_owner_only() {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path().join("state");
         let now = SystemTime::now();

@@ -354,7 +354,7 @@ mod tests {
 
     /// Two roots that this command has not put there are left alone.
     #[test]
-    fn a_change_of_another_hand_is_foreign() {
+    fn roots_that_tunnel_ca_did_not_write_are_refused() {
         let now = SystemTime::now();
         let (directory, old) = single(now);
         let place = directory.path();

@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn who_logs_in_as_another_has_another_file() {
+    fn another_user_has_another_cache_file() {
         let life = Duration::from_secs(3600);
         assert_eq!(key(&context("a"), life), key(&context("a"), life));
         assert_ne!(key(&context("a"), life), key(&context("b"), life));

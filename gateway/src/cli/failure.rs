@@ -112,7 +112,7 @@ mod tests {
 
     /// Goal: M15: whoever has a token is told what can be done about it: nobody with a token has the gateway's state directory.
     #[test]
-    fn m15_a_token_that_counts_no_more_sends_nobody_to_the_state_directory() {
+    fn m15_an_invalid_token_does_not_send_its_user_to_the_state_directory() {
         let body = br#"{"reason":"Unauthorized","message":"m"}"#;
         let certificate = Refusal::new(401, body);
         assert!(certificate.text().contains("admin-kubeconfig"));

@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kubeconfig_that_is_not_there_is_made_by_a_command() {
+    fn a_missing_kubeconfig_names_the_command_that_creates_one() {
         let gone = Kubeconfig::load(&connection(&["/nowhere/config".into()], None)).unwrap_err();
         assert!(gone.code() == 2 && gone.text().unwrap().contains("/nowhere/config"), "{gone:?}");
     }

@@ -217,7 +217,7 @@ mod tests {
 
     /// Goal: to write an entry again does not take the cluster's own credential out of it.
     #[test]
-    fn what_is_wrapped_stays_wrapped() {
+    fn an_entry_keeps_its_wrapped_plugin() {
         let with = |arguments: &[&str], environment: Value| {
             let mut entry = entry("towline-prod", "https://gw", "prod");
             entry.user = json!({"exec": {"command": "towline", "args": arguments}});
@@ -243,7 +243,7 @@ mod tests {
 
     /// Goal: everything that others have written stays, unknown keys included; the file is its owner's.
     #[test]
-    fn what_others_wrote_stays() {
+    fn foreign_entries_are_kept() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("config");
         fs::write(&path, THEIRS).unwrap();
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_stays_a_link_and_a_broken_file_stays_as_it_is() {
+    fn a_symlink_stays_one_and_a_broken_file_is_not_changed() {
         let directory = tempfile::tempdir().unwrap();
         let (real, link) = (directory.path().join("real"), directory.path().join("link"));
         fs::write(&real, THEIRS).unwrap();

@@ -260,7 +260,7 @@ mod tests {
 
     /// Goal: P3: a word that is a command further down, or that other tools have, is told where it is.
     #[test]
-    fn p3_a_command_of_another_place_is_told() {
+    fn p3_a_misplaced_command_gets_a_suggestion() {
         assert_eq!(elsewhere("register"), ["towline cluster register"]);
         assert_eq!(elsewhere("revoke"), ["towline cluster revoke", "towline token revoke"]);
         assert_eq!(elsewhere("doctor"), ["towline status"]);

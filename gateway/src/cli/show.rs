@@ -259,7 +259,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moments_are_told_from_now_on() {
+    fn relative_times_are_counted_from_now() {
         let later = Time::now().after(Duration::from_secs(3630));
         assert_eq!(
             relative(&format!("token t-Z; ends {later}; and more")),

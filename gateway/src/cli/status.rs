@@ -370,7 +370,7 @@ mod tests {
 
     /// Goal: D5, S5: a check fails for whatever needs somebody's hand, and not for a cluster that waits for its first agent or can be upgraded.
     #[test]
-    fn d5_a_check_fails_for_what_needs_a_hand() {
+    fn d5_a_check_fails_for_problems_that_need_action() {
         let with = |kind: &str, status: &str, reason: &str| {
             let mut cluster = cluster("a", if kind == "Joined" { "False" } else { "True" }, "True", "False");
             let more = json!({"type": kind, "status": status, "reason": reason, "message": "m"});
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_broken_comes_first_and_says_why() {
+    fn problems_come_first_with_their_reason() {
         let mut clusters = vec![
             cluster("a", "True", "True", "False"),
             cluster("b", "True", "Unknown", "True"),

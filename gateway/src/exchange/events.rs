@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_something_else_has_no_boundary() {
+    fn invalid_bytes_have_no_boundaries() {
         let deep = [vec![0x81; CBOR_DEPTH_MAX + 1], vec![0]].concat();
         let long = [&[0x9b][..], &[0xff; 8], &[0; 20]].concat();
         for (content_type, bytes) in [

@@ -260,7 +260,7 @@ mod tests {
 
     /// Goal: wherever the bytes are cut, words fit exactly between frames.
     #[test]
-    fn words_fit_between_frames_only() {
+    fn a_last_message_fits_only_between_frames() {
         let spdy: Vec<u8> =
             [vec![0x80, 3, 0, 1, 0, 0, 0, 10], vec![1; 10], vec![0, 0, 0, 1, 1, 0, 1, 0], vec![2; 256]]
                 .concat();

@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_goes_on_from_a_version() {
+    fn a_watch_resumes_from_a_version() {
         for (query, expected) in [
             ("watch=1&resourceVersion=4711&allowWatchBookmarks=true", true),
             ("resource%56ersion=4711", true),

@@ -197,7 +197,7 @@ mod tests {
     const SA: &str = "system:serviceaccount:towline:agent";
 
     #[test]
-    fn s5_only_the_word_of_somebody_believed_changes_an_issuer() {
+    fn s5_only_a_trusted_report_changes_an_issuer() {
         let mut issuers = Issuers::default();
         let set = |keys: &[&str]| issuer(URL, SA, keys);
         assert_eq!(issuers.tell("a", set(&["evil"]), Word::Nothing), Heard::Pending);
@@ -247,7 +247,7 @@ mod tests {
 
     /// Keys that the operator gave are stale: what the cluster signs with now waits, and is seen, until the operator knows it too.
     #[test]
-    fn s5_keys_that_the_operator_does_not_know_are_seen() {
+    fn s5_keys_that_differ_from_the_operators_are_shown() {
         let set = |keys: &[&str]| issuer(URL, SA, keys);
         let mut issuers = Issuers::default();
         issuers.give(Some(set(&["one", "two"])));
@@ -277,7 +277,7 @@ mod tests {
 
     /// What an older record says counts on, by nobody's word but those that say the same from then on.
     #[test]
-    fn s5_an_older_record_counts_until_somebody_is_revoked() {
+    fn s5_an_older_issuer_record_is_valid_until_a_revocation() {
         let said = issuer(URL, SA, &["one"]);
         let old = json!({"issuer": URL, "jwks": said.jwks, "updated": "2026-11-26T23:00:00Z"});
         let read = Issuers::of_any_version(&old).unwrap();
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn s5_a_revoked_agent_takes_its_word_along() {
+    fn s5_revoking_an_agent_drops_its_reports() {
         let set = |keys: &[&str]| issuer(URL, SA, keys);
         let mut issuers = Issuers::default();
         issuers.tell("a", set(&["one"]), Word::JoinToken);

@@ -121,7 +121,7 @@ mod tests {
 
     /// A clock that is set forward makes everything look old, also as it runs on from there; one that is right again is trusted.
     #[tokio::test(start_paused = true)]
-    async fn a_clock_that_jumps_is_not_believed() {
+    async fn a_jumping_clock_purges_no_revocation() {
         let (mut wall, start) = (SystemTime::now(), Instant::now());
         let clock = Clock::new(wall, start);
         let look = |wall, after: u32| clock.is_steady(wall, start + after * INTERVAL);

@@ -320,7 +320,7 @@ mod tests {
 
     /// K7: what is said of a version has been so since it became so, whoever said it last, and in which session.
     #[test]
-    fn k7_a_version_is_old_since_it_became_so() {
+    fn k7_an_outdated_version_keeps_its_time() {
         let at = |second: u64| Time::from(UNIX_EPOCH + Duration::from_secs(second));
         let seen = |software: &str, second| AgentSeen::new(software, at(second));
         let current = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));

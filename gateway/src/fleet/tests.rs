@@ -121,7 +121,7 @@ async fn of_a_thousand_keys_one_gets_in() {
 
 /// EN-02, and the count of a cluster's agents.
 #[tokio::test]
-async fn tokens_are_judged_before_they_count() {
+async fn tokens_are_verified_before_they_are_used() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     let uid = register(&fleet, "prod").await;
     fleet.put("many", &token("prod", &uid, 8), None).await.unwrap();
@@ -153,7 +153,7 @@ async fn tokens_are_judged_before_they_count() {
 
 /// Yesterday's certificate of a cluster that was deleted and registered again is nobody; so is one of another cluster.
 #[tokio::test]
-async fn a_name_is_no_identity() {
+async fn a_registered_name_gives_no_identity() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     let uid = register(&fleet, "prod").await;
     fleet.put("t1", &token("prod", &uid, 1), None).await.unwrap();
@@ -275,7 +275,7 @@ async fn unreadable_records_fail_closed() {
 
 /// What comes back with its cluster's word for it is who it was; only beside a living one it is a new instance.
 #[tokio::test]
-async fn who_comes_back_is_who_it_was() {
+async fn a_rejoining_agent_keeps_its_identity() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     let uid = ClusterUid::new(&register(&fleet, "prod").await).unwrap();
     let subject = "system:serviceaccount:towline:agent";
@@ -349,7 +349,7 @@ async fn s5_an_older_record_is_read_and_restored() {
 
 /// Names in the configuration are taken, what is protected stays, and who changes what has changed is told so.
 #[tokio::test]
-async fn writes_are_refused_for_a_reason() {
+async fn refused_writes_name_the_reason() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     fleet.reserve(["static".to_owned()].into());
     assert!(matches!(fleet.put("static", &cluster(), None).await, Err(WriteError::Reserved)));
@@ -409,7 +409,7 @@ async fn the_view_is_what_a_fresh_list_is() {
 /// A backup does not bring back who was revoked after it was made: join tokens are void, agents join again, unless they are
 /// to be kept.
 #[tokio::test]
-async fn a_backup_lets_nobody_in_again() {
+async fn a_restore_readmits_no_revoked_agent() {
     let world = World::new().await;
     let uid = register(&world.fleet, "prod").await;
     world.fleet.put("t1", &token("prod", &uid, 2), None).await.unwrap();
@@ -507,7 +507,7 @@ fn uids_are_uuids_and_cluster_uids() {
 
 /// A write that does not come to show is told as one, and nobody waits forever.
 #[tokio::test]
-async fn a_view_that_stands_still_is_told() {
+async fn a_write_that_the_view_does_not_show_is_reported() {
     let World { fleet, directory: _directory, mut _following } = World::new().await;
     _following.shutdown().await;
     let (name, cluster) = ("prod", cluster());
@@ -614,7 +614,7 @@ async fn revocations_go_when_they_can_matter_no_more() {
 
 /// More revocations than there may be are refused, and one that takes the place of another is none more.
 #[tokio::test]
-async fn a_full_list_takes_what_replaces() {
+async fn a_full_list_accepts_a_replacement() {
     let directory = tempfile::tempdir().unwrap();
     let metrics = Arc::new(Metrics::new());
     let store = Store::open(directory.path(), Arc::clone(&metrics)).unwrap();

@@ -221,7 +221,7 @@ mod tests {
     /// Goal: H2-01, H2-05, H2-06, H2-17: behind the frame that is too much nothing is read, however the bytes are cut, and what brings something
     /// does not count.
     #[tokio::test(start_paused = true)]
-    async fn what_does_nothing_is_counted() {
+    async fn frames_without_effect_are_counted() {
         let most = usize::try_from(NOTHING_MAX).unwrap();
         for nothing in [frame(RST_STREAM, 0, &[0, 0, 0, 8]), frame(PING, 0, &[0; 8]), frame(0x10, 0, b"0u=1")]
         {

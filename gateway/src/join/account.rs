@@ -422,7 +422,7 @@ mod tests {
     /// A token that would be a proof for longer than any pod's, one that begins in the future or ends before it begins, and one
     /// that demands what is not understood.
     #[test]
-    fn a_life_has_bounds_and_what_is_critical_is_understood() {
+    fn a_token_lifetime_is_bounded_and_critical_extensions_are_refused() {
         let ours = Signer::new();
         let issuer = recorded(&[ours.jwk("1")]);
         let head = json!({ "alg": "ES256", "kid": "1" });
@@ -515,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn what_goes_on_record_is_bounded_and_usable() {
+    fn a_recorded_issuer_is_bounded_and_usable() {
         let issuer = |jwks: &str, subject: &str| Issuer {
             issuer: "https://k8s".to_owned(),
             jwks: jwks.as_bytes().to_vec().into(),

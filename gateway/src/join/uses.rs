@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn s8_a_token_is_one_processs() {
+    fn s8_a_token_belongs_to_one_process() {
         let (uses, east) = (Uses::default(), ClusterUid::new("east").unwrap());
         let place = InstanceId::new("a").unwrap();
         let claim = |boot: &Bytes, now| uses.claim(&east, [1; 32], boot, (at(now), at(600)), |_| false);

@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_no_header_is_told_apart() {
+    async fn other_data_is_distinguished_from_a_proxy_header() {
         let long = header(0x21, 0x11, &vec![0; REST_MAX + 1]);
         for (bytes, wanted) in [
             (&b"\x16\x03\x01\x02\x00\x01\x00\x01"[..], "Missing"),

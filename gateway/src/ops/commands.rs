@@ -306,7 +306,7 @@ mod tests {
     /// Goal: FR-46: who has to know by himself whom to believe is told so, and which CA it is; a chain that says it, or a certificate
     /// that is its own, is in the kubeconfig.
     #[test]
-    fn fr46_a_front_from_elsewhere_is_told_of() {
+    fn fr46_a_front_certificate_without_its_root_causes_advice() {
         let (directory, now) = (tempfile::tempdir().unwrap(), SystemTime::now());
         let ca = CertificateAuthority::create(CaKind::FrontServer, LEAF_LIFETIME, now).unwrap();
         let credential = ca.issue_front_server(&["gw.test".parse().unwrap()], LEAF_LIFETIME, now).unwrap();
@@ -330,7 +330,7 @@ mod tests {
 
     /// Goal: D36: no kubeconfig is made that the gateway would refuse.
     #[test]
-    fn d36_a_reserved_name_is_no_admins() {
+    fn d36_a_reserved_name_is_refused_for_an_admin() {
         let directory = tempfile::tempdir().unwrap();
         let mut config =
             GatewayConfig::new(TrustDomain::new("fleet.test").unwrap(), crate::config::Tls::default());

@@ -584,7 +584,7 @@ mod tests {
 
     /// An agent that talks without end makes few events.
     #[tokio::test(start_paused = true)]
-    async fn words_are_few() {
+    async fn reports_of_an_agent_are_limited() {
         let mut words = Words::new();
         let mut heard = 0;
         for _ in 0..16 * 600 {

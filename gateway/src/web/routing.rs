@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_else_routes() {
+    fn other_paths_are_not_routed() {
         for uri in [
             "/",
             "/clusters",

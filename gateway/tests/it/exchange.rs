@@ -590,7 +590,7 @@ async fn a8_a_broken_chunk_is_the_clients() {
 
 /// Goal: A16, S21, H1-18: a method that no API server serves goes nowhere.
 #[tokio::test]
-async fn a16_methods_that_no_api_server_serves_go_nowhere() {
+async fn a16_unsupported_methods_are_refused() {
     let world = World::start().await;
     let mut agent = world.agent("prod").await;
     agent.echo();
@@ -685,7 +685,7 @@ async fn the_answer_has_a_deadline() {
 }
 
 #[tokio::test]
-async fn what_was_refused_is_sent_again_elsewhere_once() {
+async fn a_refused_request_is_retried_once_on_another_session() {
     // On one thread: of several, a session on the client's own would come first.
     let world = World::with(|config| config.threads = NonZeroUsize::new(1)).await;
     let refusing = world.agent("prod").await;
@@ -904,7 +904,7 @@ async fn a_body_that_stalls_is_given_up() {
 
 /// A session that ends before the answer: what does no harm twice is asked of another one, anything else may have been done.
 #[tokio::test]
-async fn a_lost_session_costs_only_what_may_not_be_repeated() {
+async fn a_lost_session_fails_only_requests_that_may_not_be_repeated() {
     let requests = [
         ("GET", "/clusters/prod/api/v1/pods", "", 200),
         ("HEAD", "/clusters/prod/api/v1/pods", "", 200),
@@ -936,7 +936,7 @@ async fn a_lost_session_costs_only_what_may_not_be_repeated() {
 
 /// With one session there is nowhere else to try: the answer comes at once.
 #[tokio::test]
-async fn what_cannot_be_tried_elsewhere_is_answered_at_once() {
+async fn without_another_session_a_failed_request_is_answered_at_once() {
     let world = World::start().await;
     let agent = world.agent("prod").await;
     let mut client = world.h1(None).await;

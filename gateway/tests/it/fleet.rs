@@ -136,7 +136,7 @@ async fn a_revoked_user_has_nothing_running() {
 
 /// The answers of clients that take nothing end with the revocation too, before those clients read on.
 #[tokio::test]
-async fn a_revoked_user_who_takes_nothing_has_nothing_running() {
+async fn a_revoked_user_who_stops_reading_has_nothing_running() {
     const BLOCK: &[u8] = &[b'x'; 64 * 1024];
     let world = world().await;
     let fleet = world.gateway.fleet().unwrap();
@@ -259,7 +259,7 @@ async fn d24_a_ca_that_is_gone_is_asked_about() {
 
 /// The same for watches of the gateway's own API.
 #[tokio::test]
-async fn a_revoked_admin_who_takes_nothing_watches_nothing() {
+async fn a_revoked_admin_who_stops_reading_loses_the_watch() {
     const CLUSTERS_MADE: usize = 128;
     const NOTE: usize = 100 * 1024;
     let world = world().await;
@@ -327,7 +327,7 @@ async fn a5_a_watch_ends_with_its_client() {
 
 /// Tokens of the file are cut like others: by a revocation of their user, and when they are not in the file any more.
 #[tokio::test]
-async fn a_token_of_the_file_is_cut_too() {
+async fn removing_a_token_from_the_file_ends_its_requests() {
     for revoked in [true, false] {
         let world = world().await;
         let agent = world.agent("prod").await;
@@ -396,7 +396,7 @@ async fn a_revoked_caller_is_not_answered_by_the_api() {
 
 /// A certificate ends with what it was asked for with, however long it was to live: a token that expires, or a certificate.
 #[tokio::test]
-async fn no_certificate_outlives_what_asked_for_it() {
+async fn no_certificate_outlives_the_credential_that_requested_it() {
     let world = world().await;
     let fleet = world.gateway.fleet().unwrap();
     give_token(fleet, "joe", "tlat_joe").await;
@@ -432,7 +432,7 @@ async fn no_certificate_outlives_what_asked_for_it() {
 
 /// The agent of a configured cluster is admitted as ever, and cut off when its certificate is revoked.
 #[tokio::test]
-async fn a_revoked_certificate_is_nobody_also_of_a_configured_cluster() {
+async fn a_revoked_certificate_is_refused_also_for_a_configured_cluster() {
     let world = world().await;
     let agent = world.agent("prod").await;
     let serial = CertificateFacts::of(world.credential("agent-prod").leaf()).unwrap().serial;

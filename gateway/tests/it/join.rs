@@ -459,7 +459,7 @@ async fn renewals_stay_in_the_family() {
 
 /// A session lives as long as the newest certificate of its instance: renewals move its end, and without one it ends.
 #[tokio::test]
-async fn a_renewal_moves_the_end_of_the_session() {
+async fn a_renewal_extends_the_session() {
     let world = world_with(|config| config.join.certificate_lifetime = Duration::from_secs(8)).await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
@@ -531,7 +531,7 @@ async fn renewing_is_limited() {
 
 /// The documented way back for an agent that was offline past the end of its certificate.
 #[tokio::test]
-async fn an_expired_certificate_leads_back_by_its_key() {
+async fn an_agent_rejoins_with_its_expired_certificate_and_key() {
     let world = world_with(|config| config.join.certificate_lifetime = Duration::from_secs(1)).await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
@@ -607,7 +607,7 @@ impl Cluster {
 /// A pod that keeps nothing: it comes back by its cluster's word, as who it was; a second replica beside it is another; a pod of
 /// another ServiceAccount is nobody; after a rotation of the cluster's keys the renewal has told of the new ones.
 #[tokio::test]
-async fn a_pod_comes_back_by_its_clusters_word() {
+async fn a_pod_rejoins_by_its_service_account() {
     let world = world().await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
@@ -656,7 +656,7 @@ async fn a_pod_comes_back_by_its_clusters_word() {
 /// another subject; the cluster's own rotation is followed, because a token of the old key comes with it. What an agent has said
 /// goes with its certificate.
 #[tokio::test]
-async fn s5_keys_need_the_word_of_somebody_believed() {
+async fn s5_new_keys_need_a_trusted_report() {
     let world = world().await;
     let uid = ClusterUid::new(&register(&world, "east").await).unwrap();
     let token = token(&world, "east", 1, HOUR).await;
@@ -737,7 +737,7 @@ async fn s5_keys_need_the_word_of_somebody_believed() {
 
 /// S5: what the operator gives counts, whatever agents say; it is shown, and nonsense is refused.
 #[tokio::test]
-async fn s5_the_operators_word_counts() {
+async fn s5_the_operators_issuer_takes_precedence() {
     let world = world().await;
     register(&world, "east").await;
     give_admin_token(&world).await;
@@ -790,7 +790,7 @@ async fn s5_the_operators_word_counts() {
 /// S8: a token that a gateway of another trust domain was given is no proof here; and one that was given to this gateway is one
 /// process's. Whoever has a copy gets no place beside it, and after it no other than its own.
 #[tokio::test]
-async fn s8_a_token_lets_one_process_in() {
+async fn s8_a_token_admits_one_process() {
     let world = world().await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
@@ -831,7 +831,7 @@ async fn s8_a_token_lets_one_process_in() {
 
 /// S8: the tokens that the kubelet writes for a pod later, and that its process has not used, are that process's too.
 #[tokio::test]
-async fn s8_a_pods_next_token_lets_nobody_in_beside_it() {
+async fn s8_a_pods_next_token_admits_no_second_process() {
     let world = world().await;
     let (east, _first) = vouched(&world, 8).await;
     let with_boot = |proof: Proof, key: &AgentKey, boot: u8| JoinRequest {
@@ -898,7 +898,7 @@ async fn pods_that_start_together_are_instances_of_their_own() {
 /// A pod that asks while another is just connecting is not given that one's place, however long the question for signs of life
 /// takes; the place of the one that gave none is free.
 #[tokio::test]
-async fn a_place_that_was_taken_meanwhile_is_taken() {
+async fn a_place_taken_during_the_pings_is_refused() {
     let world = world().await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
@@ -1041,7 +1041,7 @@ fn trust_current(status: &Value) -> &str {
 /// The operator sees which clusters have acknowledged a change of CA, and a step that somebody who is connected is not prepared for is
 /// not taken, unless that is meant.
 #[tokio::test]
-async fn a_step_waits_for_those_who_are_connected() {
+async fn a_step_waits_for_connected_agents() {
     let mut config = None;
     let world = world_with(|own| config = Some(own.clone())).await;
     let mut config = config.unwrap();
@@ -1201,7 +1201,7 @@ fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certifica
 /// R-ID-3, TU-03: whoever has the CA's key signs what they like, also with an agent's name and serial number. No session begins with
 /// it, in no phase of a change of CA, so that nothing can be renewed by it either; the agent whose name it bears goes on.
 #[tokio::test]
-async fn what_the_fleet_has_not_issued_is_nobodys() {
+async fn a_certificate_that_the_fleet_did_not_issue_is_refused() {
     let world = world().await;
     register(&world, "east").await;
     let token = token(&world, "east", 1, HOUR).await;
@@ -1418,7 +1418,7 @@ async fn d5_an_agent_that_is_nobody_any_more_says_so() {
 
 /// D5: what no key on record has signed may be anybody's, and covers in nobody's status why the last session ended.
 #[tokio::test]
-async fn d5_what_nobody_has_signed_says_nothing() {
+async fn d5_an_unsigned_token_is_not_attributed_to_the_cluster() {
     let world = world().await;
     give_admin_token(&world).await;
     let (east, agent) = vouched(&world, 4).await;
@@ -1563,7 +1563,7 @@ async fn s9_denied_and_repeated_joins_count_against_their_cluster() {
 
 /// S9: whoever has a join token that lets nobody else in, spent or expired, costs its cluster no join: the next one has its turn.
 #[tokio::test]
-async fn s9_tokens_of_no_use_cost_their_cluster_nothing() {
+async fn s9_invalid_tokens_do_not_count_for_their_cluster() {
     let world = Arc::new(world().await);
     register(&world, "east").await;
     let (spent, expired) =

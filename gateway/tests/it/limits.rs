@@ -277,7 +277,7 @@ async fn a4_silent_connections_delay_no_probe() {
 
 /// Goal: requests of one principal, streams of all sessions: 429, and the name of the limit.
 #[tokio::test]
-async fn requests_at_a_time() {
+async fn concurrent_requests_are_limited() {
     let world = World::with(|config| config.limits.requests_per_principal = 1).await;
     let agent = world.agent("prod").await;
     let (mut first, mut second) = (world.h1(None).await, world.h1(None).await);

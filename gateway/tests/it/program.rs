@@ -55,7 +55,7 @@ impl Drop for Program {
 /// Goal: D16, D33, K7: what the program says at its start and when it cannot start is for people: each thing once, and nothing of how
 /// Rust writes a value.
 #[tokio::test]
-async fn d16_what_is_wrong_is_said_once() {
+async fn d16_an_error_is_reported_once() {
     let program = Program::start("-Sn 64").await;
     let started = program.said("gateway started").unwrap();
     assert!(started.contains("\"public\":\"127.0.0.1:") && !started.contains("plaintext"), "{started}");

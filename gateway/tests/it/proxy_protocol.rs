@@ -92,7 +92,7 @@ async fn a_trusted_proxy_must_introduce_its_clients() {
 
 /// Half of a header, and then nothing: the one deadline holds.
 #[tokio::test]
-async fn a_header_that_does_not_come_has_the_deadline_of_a_handshake() {
+async fn a_missing_proxy_header_has_the_deadline_of_a_handshake() {
     let world = World::with(|config| {
         config.listen.trusted_proxies = vec!["127.0.0.1/32".parse().unwrap()];
         config.timeouts.handshake = Duration::from_millis(500);

@@ -179,7 +179,7 @@ async fn only_allowed_sources_are_answered() {
 
 /// TU-14: a NAT gives the agent another address, again and again: its session, and so its identity, stays the same.
 #[tokio::test]
-async fn an_agent_whose_address_changes_goes_on() {
+async fn an_agent_keeps_its_session_when_its_address_changes() {
     let world = World::start().await;
     let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
     let endpoint = quinn::Endpoint::client(local).unwrap();

@@ -248,39 +248,39 @@ async fn takes_effect(what: What) {
 }
 
 #[tokio::test]
-async fn s4_an_allow_that_is_deleted_ends_what_it_let_in() {
+async fn s4_deleting_an_allow_ends_its_requests() {
     takes_effect(What::Allow).await;
 }
 
 #[tokio::test]
-async fn s4_a_deny_that_is_made_ends_what_runs() {
+async fn s4_creating_a_deny_ends_running_requests() {
     takes_effect(What::Deny).await;
 }
 
 #[tokio::test]
-async fn s4_a_rule_that_leaves_the_file_ends_what_it_let_in() {
+async fn s4_removing_a_rule_from_the_file_ends_its_requests() {
     takes_effect(What::File).await;
 }
 
 #[tokio::test]
-async fn s4_a_group_that_is_taken_away_ends_what_it_let_in() {
+async fn s4_removing_a_group_ends_its_requests() {
     takes_effect(What::Group).await;
 }
 
 #[tokio::test]
-async fn s4_another_mode_ends_what_runs() {
+async fn s4_changing_the_mode_ends_running_requests() {
     takes_effect(What::Mode).await;
 }
 
 #[tokio::test]
-async fn s4_a_cluster_that_leaves_the_file_ends_what_runs() {
+async fn s4_removing_a_cluster_from_the_file_ends_its_requests() {
     takes_effect(What::Cluster).await;
 }
 
 /// A rule that is given back lets in again at once, while what it had let in is still on its way out; and an Allow more, or a
 /// reload that changes nothing, ends nothing.
 #[tokio::test]
-async fn s4_those_who_still_may_go_on() {
+async fn s4_callers_who_keep_access_are_not_affected() {
     let world = world(|_| {}).await;
     let fleet = world.gateway.fleet().unwrap();
     fleet.put("jane", &rule(Effect::Allow, "jane"), None).await.unwrap();
@@ -330,7 +330,7 @@ async fn s23_from_files_alone_a_cluster_that_is_gone_is_forgotten() {
 /// Without a state directory the file is all there is, and what leaves it ends as well; and a CA that leaves it ends what its
 /// certificates let in.
 #[tokio::test]
-async fn s4_files_alone_end_what_runs_too() {
+async fn s4_file_changes_end_running_requests_without_a_store() {
     let directory = tempfile::tempdir().unwrap();
     let mut config = config(directory.path());
     config.access = vec![rule_in_file("argo"), rule_in_file("jane")];
@@ -358,7 +358,7 @@ async fn s4_files_alone_end_what_runs_too() {
 
 /// A token that expires takes its exec along, and its watch only where the configuration says so.
 #[tokio::test]
-async fn s4_a_credential_that_runs_out_ends_an_exec() {
+async fn s4_an_expiring_credential_ends_an_exec() {
     for ends in [EndsWithCredential::Interactive, EndsWithCredential::Everything] {
         let world = world(|config| {
             config.access.push(rule_in_file("jane"));
@@ -390,7 +390,7 @@ async fn s4_a_credential_that_runs_out_ends_an_exec() {
 
 /// Who is no admin any more has no watch of the fleet's API.
 #[tokio::test]
-async fn s4_an_admin_who_is_none_any_more_watches_nothing() {
+async fn s4_a_former_admin_loses_the_watch() {
     const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters?watch=1";
     let world = world(|_| {}).await;
     let fleet = world.gateway.fleet().unwrap();

@@ -443,7 +443,7 @@ mod tests {
 
     /// Goal: an answer that is no success, ends early or has no length is an error.
     #[tokio::test]
-    async fn what_is_no_whole_success_is_an_error() {
+    async fn an_unsuccessful_or_incomplete_response_is_an_error() {
         for bad in [
             &b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"[..],
             b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhell",

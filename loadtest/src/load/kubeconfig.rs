@@ -145,7 +145,7 @@ users: [{name: u, user: {token: secret}}]
 
     /// Goal: address, prefix and credential of a context are those of the file; a context that is not there is named.
     #[test]
-    fn a_context_leads_somewhere() {
+    fn a_context_resolves_to_a_gateway() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("config");
         std::fs::write(&path, TEXT).unwrap();

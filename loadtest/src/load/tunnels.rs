@@ -305,7 +305,7 @@ mod tests {
 
     /// Goal: a program that is not there is named, with how to get it.
     #[test]
-    fn what_is_missing_is_named() {
+    fn a_missing_tunnel_program_is_named() {
         let mut tunnel = Tunnel::find("rathole-tls").unwrap();
         tunnel.near[0] = "no-such-program".to_owned();
         let error = tunnel.installed().unwrap_err().to_string();

@@ -719,7 +719,7 @@ async fn a_kubeconfig_of_the_fleet() {
 
 /// Goal: who watches the list misses nothing, also across a restart of the gateway, which knows no version from before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_watch_goes_on_after_a_restart() {
+async fn a_watch_resumes_after_a_restart() {
     let world = World::start().await;
     world.ok(&["cluster", "register", "first"]).await;
     let admin = world.path("admin.yaml");

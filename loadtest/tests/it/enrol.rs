@@ -519,7 +519,7 @@ async fn an_agent_that_missed_a_whole_change_of_ca_comes_back() {
 /// A pod without a right, a volume or a token of the API server: deleted and back, 5 times, by its projected token. The gateway
 /// learned the cluster's keys from the API server by way of the agent.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_that_keeps_nothing_comes_back() {
+async fn a_pod_without_a_volume_rejoins() {
     let world = World::new(Duration::from_secs(3600)).await;
     let token = world.token_file(CLUSTER).await;
     let projected = world.projected();

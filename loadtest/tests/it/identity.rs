@@ -77,7 +77,7 @@ fn check_profile(certificate: &Certificate, cluster: &str, instance: &str) {
 /// Goal: a request that asks for CA:TRUE, another cluster's name, privileged groups and ten years gets the fixed profile of its own
 /// cluster, when it joins and when it renews. R-ID-1, EN-04, EN-05, EN-07.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_lends_only_its_key() {
+async fn a_certificate_request_contributes_only_its_key() {
     let fleet = gateway().await;
     let (own, victim) = (fleet.register("own").await, fleet.register("victim").await);
     let token = fleet.token("own", 1).await;
@@ -102,7 +102,7 @@ async fn a_request_lends_only_its_key() {
 /// Goal: a hello has no field for an identity, and what stands in those that it has makes nobody another: the
 /// session is its certificate's. R-ID-7, TU-07.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hello_names_nobody() {
+async fn a_hello_cannot_choose_an_identity() {
     let fleet = gateway().await;
     fleet.register("own").await;
     let victim = fleet.register("victim").await;
@@ -127,7 +127,7 @@ async fn a_hello_names_nobody() {
 /// The certificates of a cluster that was deleted are nobody's in the next cluster of its name: neither for a session, nor for a
 /// renewal of the standing one, nor with the token. R-ID-3, PA-07.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn yesterdays_certificate_is_nobody() {
+async fn a_deleted_clusters_certificate_is_refused() {
     let fleet = gateway().await;
     let old = fleet.register("prod").await;
     let (token, key) = (fleet.token("prod", 1).await, AgentKey::generate().unwrap());
@@ -238,7 +238,7 @@ async fn two_clusters_never_mix() {
 /// Goal: handshakes that never end, 10,000 of them from one source, take nobody else's place: agents from elsewhere join and are
 /// connected within 2 s. TU-10, SG19.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn half_open_handshakes_take_nobodys_place() {
+async fn half_open_handshakes_take_no_ones_place() {
     const HALF_OPEN: usize = 10_000;
     let fleet = gateway().await;
     fleet.register("prod").await;

@@ -169,7 +169,7 @@ fn what_lasts() {
 
 /// Goal: bulk goes on beside readers that have stopped, on both transports.
 #[test]
-fn a_crowd_that_stalls() {
+fn a_crowd_of_stalled_readers() {
     let directory = tempfile::tempdir().unwrap();
     let changes = [
         ("stalled: 1000", "stalled: 60"),

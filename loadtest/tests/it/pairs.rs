@@ -216,7 +216,7 @@ fn clip(path: &str) -> &str {
 
 /// Goal: what must not be the same is not: lengths, cookies, transport policy, hop-by-hop fields, our own marks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_gateway_must_change() {
+async fn differences_that_the_gateway_must_make_are_made() {
     let bench = bench().await;
     for version in VERSIONS {
         let mut client = bench.connect(version).await;

@@ -40,18 +40,18 @@ enum What {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_revoked_certificate_ends_a_hundred_streams_and_an_exec() {
+async fn revoking_a_certificate_ends_a_hundred_streams_and_an_exec() {
     everything_ends(What::Certificate, "tcp").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_revoked_cluster_ends_a_hundred_streams_and_an_exec() {
+async fn revoking_a_cluster_ends_a_hundred_streams_and_an_exec() {
     everything_ends(What::Cluster, "quic").await;
 }
 
 /// PA-07: the next cluster of the name has nothing of the old one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deleted_cluster_ends_a_hundred_streams_and_an_exec() {
+async fn deleting_a_cluster_ends_a_hundred_streams_and_an_exec() {
     everything_ends(What::Deletion, "tcp").await;
 }
 

@@ -456,7 +456,7 @@ fn d13_keys_that_let_nobody_back_are_refused() {
 
 /// Goal: keys that are given go with the configuration, and nothing in the cluster changes for them.
 #[test]
-fn keys_can_be_given() {
+fn issuer_keys_can_be_given_as_a_file() {
     let keys = "{\"keys\": [{\"kty\": \"EC\", \"kid\": \"1\"}]}\n";
     let manifest = AgentManifest { keys: IssuerKeys::Given(keys.to_owned()), ..agent(Mode::Restricted) };
     let documents = documents(&manifest.render(Some(LINE)).unwrap());

@@ -28,7 +28,7 @@ async fn it_conforms() {
 
 /// Revisions go on, the epoch is another one, and what hung on a lease is gone.
 #[tokio::test]
-async fn a_restart_is_another_life() {
+async fn a_restart_starts_a_new_epoch() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path());
     store.commit(put("a", 1)).await.unwrap();
@@ -325,7 +325,7 @@ async fn a_full_disk_loses_nothing_that_was_acknowledged() {
 
 /// A dump brought back: tokens void, what the caller changes changed, the epoch another one; never over a store.
 #[tokio::test]
-async fn a_dump_comes_back_as_another_life() {
+async fn a_restored_dump_gets_a_new_epoch() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path());
     store.commit(put("a", 1)).await.unwrap();

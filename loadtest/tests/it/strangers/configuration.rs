@@ -37,7 +37,7 @@ fn changed(bench: &Bench, file: &str, pointer: &str, value: Value) -> String {
 
 /// Goal: CF-04: an address that cannot be had is named, with its key, and the program ends.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn cf_04_an_address_that_cannot_be_had_is_named() {
+async fn cf_04_an_unavailable_address_is_named() {
     let bench = Setup::new(Mode::Impersonate).prepare().await;
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = taken.local_addr().unwrap().to_string();

@@ -75,7 +75,7 @@ async fn au_11_groups_are_whole_or_refused() {
 /// Goal: PA-08: the name in the ClientHello only picks a certificate. One that is unknown, none at all, and an address are served by the
 /// default; what is asked for says the Host, and a name that is another's is 421.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pa_08_sni_decides_nothing() {
+async fn pa_08_sni_does_not_choose_the_cluster() {
     let bench = Bench::start(Mode::Impersonate).await;
     let target = bench.stack.target(Some(CLIENT)).unwrap();
     // An address is no SNI: the ClientHello has none.
