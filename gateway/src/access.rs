@@ -5,3 +5,5 @@
 pub mod authn;
 pub mod origin;
 pub(crate) mod running;
+pub(crate) mod uploads;
+pub(crate) mod work;

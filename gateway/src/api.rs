@@ -23,11 +23,13 @@ mod write;
 
 use crate::access::authn::{AuthnError, Known};
 use crate::access::running::{Run, Scope};
+use crate::access::work::Working;
 use crate::context::Shared;
-use crate::exchange::{AnswerBody, Peer, ProxyError, Working, begin, identify};
+use crate::exchange::{Peer, ProxyError, begin, identify};
 use crate::fleet::Fleet;
 use crate::metrics::{Counted, Ended, Limit, Surface};
 use crate::per_key::KeyPermit;
+use crate::web::body::AnswerBody;
 use bytes::Bytes;
 use error::{ApiError, json_response};
 use feed::Feed;

@@ -13,31 +13,26 @@
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
-mod body;
 mod error;
-mod events;
 pub(crate) mod farewell;
 pub mod headers;
 pub mod kind;
 pub mod location;
 mod upgrade;
-pub(crate) mod uploads;
-pub(crate) mod work;
 
-pub(crate) use body::{AnswerBody, Basis};
 use error::HeadTooLarge;
 pub(crate) use error::{CHALLENGE, ProxyError, warning};
-pub(crate) use work::{Refusals, Work, Working};
 
 use crate::access::authn::{self, Caller, Certificate, Credential, Known};
 use crate::access::origin;
 use crate::access::running::{self, Chain, Grant, Run, Scope};
+use crate::access::uploads::{self, Room, Unread};
+use crate::access::work::{Refusals, Work, Working};
 use crate::api;
 use crate::config::Cluster;
 use crate::context::Shared;
 use crate::exchange::headers::{Asked, HeadersError, Upstream};
 use crate::exchange::kind::RequestKind;
-use crate::exchange::uploads::{Room, Unread};
 use crate::fleet::Fleet;
 use crate::listener::gate::{Place, Standing};
 use crate::live::Live;
@@ -45,11 +40,11 @@ use crate::metrics::{Counted, Ended, Limit, Surface, TlCode};
 use crate::per_key::KeyPermit;
 use crate::registry::{AcquireError, Patience, SessionId};
 use crate::rules::Decision;
+use crate::web::body::{AnswerBody, ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
+use crate::web::events::Events;
 use crate::web::routing::{self, RouteError};
 use arc_swap::ArcSwap;
-use body::{ClientBody, ClientBodyError, Keep, Upload, WatchEnd};
 use bytes::Bytes;
-use events::Events;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, Response, StatusCode, Version};

@@ -8,11 +8,12 @@ mod framing;
 mod idle;
 
 use crate::access::running::Chain;
+use crate::access::uploads;
 use crate::context::Shared;
-use crate::exchange::uploads;
-use crate::exchange::{self, AnswerBody, Basis, Peer};
+use crate::exchange::{self, Peer};
 use crate::listener::gate::{Place, Standing};
 use crate::metrics::{self, Limit, Surface, TlCode};
+use crate::web::body::{AnswerBody, Basis};
 use crate::web::routing;
 use frames::Followed;
 use framing::Judged;

@@ -5,7 +5,7 @@ use super::Call;
 use super::error::{ApiError, json_response};
 use super::kinds::{API_VERSION, Resource};
 use super::write;
-use crate::exchange::AnswerBody;
+use crate::web::body::AnswerBody;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::{Response, StatusCode};

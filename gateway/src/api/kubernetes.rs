@@ -5,7 +5,7 @@
 use super::error::{ApiError, json_response};
 use super::kinds::{self, GROUP, RESOURCES, Resource};
 use super::{Call, documents, is_admin, protobuf};
-use crate::exchange::AnswerBody;
+use crate::web::body::AnswerBody;
 use http::request::Parts;
 use http::{Method, Response, StatusCode};
 use hyper::body::Incoming;

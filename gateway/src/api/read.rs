@@ -6,7 +6,7 @@ use super::kinds::{API_VERSION, Resource};
 use super::query::{Included, Options};
 use super::selector::Selector;
 use super::{Call, table};
-use crate::exchange::{AnswerBody, Basis};
+use crate::web::body::{AnswerBody, Basis};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;

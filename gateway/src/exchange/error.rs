@@ -3,12 +3,12 @@
 //! Such a response is a Kubernetes `Status` and a `Warning` header with the same text, because kubectl drops the message during discovery
 //! but never the warning. The text says what happened, since when, and what to do.
 
-use super::body::AnswerBody;
 use super::upgrade::UpgradeError;
 use crate::access::authn::AuthnError;
 use crate::exchange::headers::{HeadersError, RedirectError};
 use crate::metrics::{Ended, Limit, TlCode};
 use crate::registry::Presence;
+use crate::web::body::AnswerBody;
 use crate::web::routing::RouteError;
 use bytes::Bytes;
 use http::header::{self, HeaderValue};

@@ -2,7 +2,7 @@
 //! and space for a request, so the connection is taken out of hyper and put back with the first bytes of the next request.
 
 use super::framing::Judged;
-use crate::exchange::Basis;
+use crate::web::body::Basis;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::server::conn::http1::{Parts, UpgradeableConnection};

@@ -9,7 +9,7 @@ use std::mem;
 
 /// The parser state of a watch.
 #[derive(Debug)]
-pub(super) struct Events {
+pub(crate) struct Events {
     encoding: Encoding,
     /// Whether the last byte ended a message; true before the first byte.
     at_boundary: bool,
@@ -28,7 +28,7 @@ enum Encoding {
 
 impl Events {
     /// The parser for a response with this head; `None` if its encoding is unknown.
-    pub(super) fn of(head: &HeaderMap) -> Option<Self> {
+    pub(crate) fn of(head: &HeaderMap) -> Option<Self> {
         if head.contains_key(header::CONTENT_ENCODING) {
             return None;
         }
@@ -49,7 +49,7 @@ impl Events {
     }
 
     /// Takes the next bytes. Returns how many of them precede the last end of a message among them, if there is one.
-    pub(super) fn take(&mut self, bytes: &[u8]) -> Option<usize> {
+    pub(crate) fn take(&mut self, bytes: &[u8]) -> Option<usize> {
         if bytes.is_empty() {
             return None;
         }
@@ -69,12 +69,12 @@ impl Events {
     }
 
     /// Whether a message ends at the last byte that was taken.
-    pub(super) const fn at_boundary(&self) -> bool {
+    pub(crate) const fn at_boundary(&self) -> bool {
         self.at_boundary
     }
 
     /// Whether any message has ended.
-    pub(super) const fn any(&self) -> bool {
+    pub(crate) const fn any(&self) -> bool {
         self.any
     }
 }

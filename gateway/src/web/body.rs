@@ -2,7 +2,7 @@
 //! which holds all that the exchange holds until its end.
 
 use super::events::Events;
-use crate::exchange::uploads::Room;
+use crate::access::uploads::Room;
 use crate::front::Stalled;
 use crate::metrics::{Metrics, WatchEnded};
 use bytes::Bytes;
@@ -29,7 +29,7 @@ use towline_proto::tunnel::{ReadError, SessionState};
 const SLOW_BYTES: usize = 1024;
 
 /// The client's body. What was read of it is kept while it is little, so that it can be sent again.
-pub(super) struct ClientBody {
+pub(crate) struct ClientBody {
     source: Incoming,
     held: Vec<Bytes>,
     held_bytes: usize,
@@ -57,7 +57,7 @@ struct Pace {
 
 /// Why the client's body ended early.
 #[derive(Debug)]
-pub(super) enum ClientBodyError {
+pub(crate) enum ClientBodyError {
     Broken(hyper::Error),
     Slow,
 }
@@ -72,7 +72,7 @@ impl fmt::Display for ClientBodyError {
 }
 
 impl ClientBody {
-    pub(super) fn new(source: Incoming, hold_max: usize, pace: Option<Duration>, room: Option<Room>) -> Self {
+    pub(crate) fn new(source: Incoming, hold_max: usize, pace: Option<Duration>, room: Option<Room>) -> Self {
         let pace = pace.map(Pace::new);
         let (settled, left) = (Arc::default(), source.size_hint().exact());
         let (held, held_bytes, sent, replayable) = (Vec::new(), 0, 0, true);
@@ -80,12 +80,12 @@ impl ClientBody {
     }
 
     /// Set once the body will not be sent again.
-    pub(super) fn settled(&self) -> Arc<AtomicBool> {
+    pub(crate) fn settled(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.settled)
     }
 
     /// Starts from the beginning, if that is still there.
-    pub(super) fn rewind(&mut self) -> bool {
+    pub(crate) fn rewind(&mut self) -> bool {
         self.sent = 0;
         self.replayable
     }
@@ -185,7 +185,7 @@ impl Body for ClientBody {
 
 /// Aborts the task that sends the client's body when the exchange ends.
 #[derive(Debug)]
-pub(super) struct Upload(pub(super) AbortHandle);
+pub(crate) struct Upload(pub(crate) AbortHandle);
 
 impl Drop for Upload {
     fn drop(&mut self) {
@@ -200,7 +200,7 @@ pub(crate) struct AnswerBody {
 }
 
 /// Told why an answer breaks off.
-pub(super) type OnAbort = Arc<dyn Fn(&BodyError) + Send + Sync>;
+pub(crate) type OnAbort = Arc<dyn Fn(&BodyError) + Send + Sync>;
 
 /// What an answer rests on: what let the caller in, and the session that it comes through.
 pub(crate) struct Basis {
@@ -265,13 +265,13 @@ struct Tunnel {
 }
 
 /// What an exchange holds until its end.
-pub(super) struct Keep {
+pub(crate) struct Keep {
     /// The task that sends the client's body.
-    pub(super) upload: Option<Upload>,
-    pub(super) on_abort: OnAbort,
+    pub(crate) upload: Option<Upload>,
+    pub(crate) on_abort: OnAbort,
     /// Permits and gauges.
     #[expect(dead_code, reason = "counts as long as it lives")]
-    pub(super) guards: Box<dyn Send + Sync>,
+    pub(crate) guards: Box<dyn Send + Sync>,
 }
 
 impl Tunnel {
@@ -289,7 +289,7 @@ impl Tunnel {
 
 /// Ends a watch between two events: when its gateway or its session drains, at a moment of its own, and when what it comes through
 /// breaks. A client whose watch ends there goes on from the last event; one whose watch is cut elsewhere lists everything again.
-pub(super) struct WatchEnd {
+pub(crate) struct WatchEnd {
     events: Events,
     began: Instant,
     /// Ends when the watch is due to end.
@@ -310,7 +310,7 @@ const DRAIN_PART: f64 = 0.8;
 impl WatchEnd {
     /// Of a watch that has begun. `part`, from 0 to 1, says when in a drain it ends: in that of the gateway, which takes up to
     /// `deadline` from when `draining` is cancelled, or in that of the session.
-    pub(super) fn new(
+    pub(crate) fn new(
         events: Events,
         (draining, deadline): (CancellationToken, Duration),
         session: Option<watch::Receiver<SessionState>>,
@@ -405,7 +405,7 @@ impl AnswerBody {
     }
 
     /// What comes through a tunnel; `ended` rings when what let the caller in does so no more.
-    pub(super) fn tunnel(
+    pub(crate) fn tunnel(
         recv: RecvBody,
         end: Option<WatchEnd>,
         keep: Keep,
