@@ -1,9 +1,324 @@
-//! Authentication and authorization of callers: who calls, and whether they may.
+//! Authentication and authorization of callers: who calls, and whether they may. The front, the exchange and the API ask it.
+//!
+//! 1. [`Access::identify`]: the request's credential says who calls ([`authn`]).
+//! 2. [`Access::admit`] and [`Access::admit_to_fleet`]: the rules say whether they may; the request is put on the list of what is
+//!    running ([`running`]) before it is judged, so that nothing that is taken away slips through between the two.
+//! 3. [`Access::turn`], [`Access::place`] and [`Access::room`]: whether the caller has too much under way already.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
 pub mod authn;
+mod error;
 pub mod origin;
 pub(crate) mod running;
+pub(crate) mod standing;
 pub(crate) mod uploads;
 pub(crate) mod work;
+
+pub(crate) use error::AccessError;
+
+use crate::access::authn::{Caller, Certificate, Credential, Known};
+use crate::access::running::{Chain, Grant, Run, Running, Scope};
+use crate::access::standing::{Owners, Seat, Standing};
+use crate::access::uploads::{Room, Unread};
+use crate::access::work::{Refusals, Work};
+use crate::config::Cluster;
+use crate::context::Context;
+use crate::fleet::Fleet;
+use crate::live::Live;
+use crate::metrics::{Counted, Ended, Limit};
+use crate::per_key::{KeyPermit, PerKey, Sizes};
+use crate::rules::Decision;
+use crate::shares::Shares;
+use arc_swap::ArcSwap;
+use http::HeaderMap;
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, SystemTime};
+use tokio_util::sync::CancellationToken;
+use towline_certs::{CertificateDer, ClusterUid};
+use towline_model::text::printable;
+use towline_model::{ADMINS, ClusterName, Principal};
+
+/// Who is known, what of theirs is running, and how much one caller may have under way.
+#[derive(Debug)]
+pub(crate) struct Access {
+    context: Arc<Context>,
+    running: Arc<Running>,
+    /// Whose the clients' connections are.
+    pub(crate) owners: Owners,
+    requests: Arc<PerKey<String>>,
+    /// Requests of one principal to one cluster: those that last, and the others.
+    long_places: Arc<PerKey<(String, ClusterUid)>>,
+    places: Arc<PerKey<(String, ClusterUid)>>,
+    /// What may be unread of clients' bodies over HTTP/2.
+    uploads: Arc<Shares<String>>,
+}
+
+/// Who calls, as far as the connection tells; and what goes on in it. A caller without a connection has one that nobody counts:
+/// [`Standing::own`] and [`Seat::own`].
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) address: SocketAddr,
+    /// The certificates that it has shown in TLS, if any.
+    chain: Option<Chain>,
+    /// What they are worth.
+    judged: ArcSwap<Judged>,
+    /// The name in the ClientHello, as [`routing::route`] wants it.
+    pub(crate) sni: Option<String>,
+    /// Whose the connection is.
+    pub(crate) standing: Standing,
+    /// The requests on the connection that were let in.
+    pub(crate) work: Work,
+    /// Cancelled to end the connection after the answers that are due.
+    pub(crate) finish: CancellationToken,
+    /// What may be unread of the bodies of an HTTP/2 connection.
+    pub(crate) unread: Arc<Unread>,
+    /// Those that it was finished by, and those that came after.
+    pub(crate) refusals: Refusals,
+    /// Its seat among the connections. An upgraded connection outlives the HTTP on it, and keeps it by keeping this.
+    _seat: (Seat, Counted),
+}
+
+/// What a client's certificates are worth by what is live in this generation.
+#[derive(Debug)]
+struct Judged {
+    generation: u64,
+    certificate: Certificate,
+}
+
+/// A caller that was let in to a cluster.
+pub(crate) struct Admitted {
+    pub(crate) principal: Arc<Principal>,
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) run: Run,
+}
+
+/// A caller that was let in to the fleet's API, and until when their credential says who they are.
+pub(crate) struct Member {
+    pub(crate) principal: Arc<Principal>,
+    pub(crate) until: Option<SystemTime>,
+    pub(crate) run: Run,
+}
+
+impl Access {
+    pub(crate) fn new(context: &Arc<Context>) -> Arc<Self> {
+        let limits = &context.config.limits;
+        Arc::new(Self {
+            context: Arc::clone(context),
+            running: Arc::default(),
+            owners: Owners::new(limits),
+            requests: PerKey::new(Sizes::of_each(limits.requests_per_principal)),
+            long_places: PerKey::new(Sizes::of_each(limits.long_requests_per_principal_and_cluster)),
+            places: PerKey::new(Sizes {
+                waiting: usize::MAX,
+                waiting_share: limits.requests_per_principal_and_cluster,
+                ..Sizes::of_each(limits.requests_per_principal_and_cluster)
+            }),
+            uploads: Shares::new(limits.upload_memory.0, limits.upload_memory_per_principal.0),
+        })
+    }
+
+    /// Somebody who may call, of whom only the connection is known so far.
+    pub(crate) fn peer(
+        &self,
+        address: SocketAddr,
+        chain: Option<Chain>,
+        sni: Option<String>,
+        standing: Standing,
+        seat: (Seat, Counted),
+    ) -> Peer {
+        let judged = ArcSwap::from_pointee(self.judge_chain(&self.context.live(), chain.as_deref()));
+        let (work, finish) = (Work::default(), CancellationToken::new());
+        let (unread, refusals) = (Arc::default(), Refusals::default());
+        Peer { address, chain, judged, sni, standing, work, finish, unread, refusals, _seat: seat }
+    }
+
+    fn judge_chain(&self, live: &Live, chain: Option<&[CertificateDer<'_>]>) -> Judged {
+        let own = self.context.authorities.as_ref().and_then(|own| own.own_clients.as_ref());
+        let certificate = Certificate::judge(chain, live.client_ca.as_ref(), own, SystemTime::now());
+        Judged { generation: live.generation, certificate }
+    }
+
+    /// What the client's certificates are worth. Judged anew after a reload: the CA may have changed.
+    fn judged(&self, live: &Live, peer: &Peer) -> Arc<Judged> {
+        let judged = peer.judged.load_full();
+        if judged.generation == live.generation {
+            return judged;
+        }
+        let judged = Arc::new(self.judge_chain(live, peer.chain.as_deref()));
+        peer.judged.store(Arc::clone(&judged));
+        judged
+    }
+
+    /// Who calls.
+    fn identify(&self, live: &Live, peer: &Peer, headers: &HeaderMap) -> Result<Caller, AccessError> {
+        let known = Known { tokens: &live.tokens, fleet: self.context.fleet.as_ref() };
+        let judged = self.judged(live, peer);
+        let caller = authn::authenticate(headers, &judged.certificate, known, SystemTime::now())?;
+        let too_many =
+            AccessError::Limit(Limit::ConnectionsPerPrincipal, "connections of yours at the same time");
+        peer.standing.becomes(&self.owners, &caller.principal.name).map_err(|_| too_many)?;
+        Ok(caller)
+    }
+
+    /// Puts a request on the list of what is running, and judges it after that, so that nothing that is taken away slips through
+    /// between the two. None if what the caller was known by is not in force any more: then from the beginning.
+    fn begin(
+        &self,
+        live: &Live,
+        peer: &Peer,
+        caller: Caller,
+        scope: Scope,
+        interactive: bool,
+    ) -> Option<(Run, Result<(), Ended>)> {
+        let Caller { principal, credential } = caller;
+        let chain = peer.chain.clone().filter(|_| matches!(credential, Credential::Certificate { .. }));
+        let run = self.running.begin(Grant { credential, principal, scope, interactive }, chain);
+        if !self.context.is_live(live) {
+            return None;
+        }
+        let judged = run.judge(&self.context, live);
+        Some((run, judged))
+    }
+
+    /// Who calls, and whether they may call this cluster. An `interactive` request ends with its credential in any case.
+    ///
+    /// # Errors
+    /// Why they may not.
+    pub(crate) fn admit(
+        &self,
+        peer: &Peer,
+        headers: &HeaderMap,
+        name: &ClusterName,
+        interactive: bool,
+    ) -> Result<Admitted, AccessError> {
+        loop {
+            let live = self.context.live();
+            let caller = self.identify(&live, peer, headers)?;
+            let Some(cluster) = self.context.cluster_named(&live, name.as_str()) else {
+                let rules = self.context.fleet.as_ref().map(Fleet::rules);
+                // An unknown name is judged like any other: who may not call it learns nothing of it.
+                return Err(match running::decide(&live, rules.as_deref(), &caller.principal, name) {
+                    Decision::Allowed(_) => AccessError::NoSuchCluster { cluster: name.to_string() },
+                    Decision::Denied(_) | Decision::NoRule => {
+                        AccessError::Forbidden { cluster: name.to_string() }
+                    }
+                });
+            };
+            let scope = Scope::Cluster(Arc::clone(&cluster));
+            let principal = Arc::clone(&caller.principal);
+            let Some((run, judged)) = self.begin(&live, peer, caller, scope, interactive) else {
+                continue;
+            };
+            tracing::debug!(user = %printable(&principal.name), cluster = %name, allowed = judged.is_ok(), why = judged.as_ref().err().map(|why| why.label()), "access decided");
+            judged.map_err(|why| AccessError::ended(why, name))?;
+            authn::suits(headers, cluster.mode)?;
+            return Ok(Admitted { principal, cluster, run });
+        }
+    }
+
+    /// Who calls the fleet's API, which everybody may who is somebody.
+    ///
+    /// # Errors
+    /// Why they are nobody.
+    pub(crate) fn admit_to_fleet(&self, peer: &Peer, headers: &HeaderMap) -> Result<Member, AccessError> {
+        loop {
+            let live = self.context.live();
+            let caller = self.identify(&live, peer, headers)?;
+            let principal = Arc::clone(&caller.principal);
+            let known = Known { tokens: &live.tokens, fleet: self.context.fleet.as_ref() };
+            let until = known.owner_of(&caller.credential, &principal).and_then(|(_, until)| until);
+            let scope = Scope::fleet(&principal);
+            let Some((run, judged)) = self.begin(&live, peer, caller, scope, false) else { continue };
+            match judged {
+                Ok(()) => return Ok(Member { principal, until, run }),
+                Err(why @ (Ended::Revoked | Ended::Expired)) => {
+                    return Err(authn::AuthnError::from(why).into());
+                }
+                // No admin any more, since a moment ago: who they are now is asked again.
+                Err(Ended::Forbidden | Ended::Cluster) => {}
+            }
+        }
+    }
+
+    /// Whether what let a request in still does.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn judge(&self, run: &Run) -> Result<(), Ended> {
+        run.judge(&self.context, &self.context.live())
+    }
+
+    /// One more request of this principal.
+    ///
+    /// # Errors
+    /// There are as many as there may be.
+    pub(crate) fn turn(&self, principal: &Principal) -> Result<KeyPermit<String>, AccessError> {
+        let too_many = AccessError::Limit(Limit::RequestsPerPrincipal, "requests of yours at the same time");
+        self.requests.take(&principal.name).map_err(|_| too_many)
+    }
+
+    /// A place among the requests of this principal to this cluster, so that nobody alone takes all streams that a cluster has. What
+    /// ends soon waits for a moment: others of its kind are about to end.
+    ///
+    /// # Errors
+    /// There are as many as there may be.
+    pub(crate) async fn place(
+        &self,
+        principal: &Principal,
+        cluster: &ClusterUid,
+        long_running: bool,
+    ) -> Result<KeyPermit<(String, ClusterUid)>, AccessError> {
+        let key = (principal.name.clone(), cluster.clone());
+        if long_running {
+            let what = "long-running requests (such as watches) of yours to this cluster at the same time";
+            let too_many = AccessError::Limit(Limit::LongRequestsPerPrincipalAndCluster, what);
+            return self.long_places.take(&key).map_err(|_| too_many);
+        }
+        let mut turn = pin!(self.places.wait(&key));
+        let place = match poll_fn(|cx| Poll::Ready(turn.as_mut().poll(cx))).await {
+            // As almost always: no clock is read, and no timer made.
+            Poll::Ready(place) => place.ok(),
+            Poll::Pending => tokio::time::timeout(PLACE_PATIENCE, turn).await.ok().and_then(Result::ok),
+        };
+        place.ok_or_else(|| {
+            let what = "requests of yours to this cluster at the same time";
+            AccessError::Limit(Limit::RequestsPerPrincipalAndCluster, what)
+        })
+    }
+
+    /// Room for what may be unread of a body over HTTP/2, of this length or of one that nobody knows. Cancel safe.
+    ///
+    /// # Errors
+    /// Which limit was in the way all the time.
+    pub(crate) async fn room(
+        &self,
+        peer: &Peer,
+        principal: &Principal,
+        length: Option<u64>,
+    ) -> Result<Room, AccessError> {
+        uploads::room(&self.uploads, &peer.unread, &principal.name, length).await
+    }
+
+    /// Bytes of clients' bodies that are unread, or may be.
+    pub(crate) fn unread_bytes(&self) -> usize {
+        self.uploads.used()
+    }
+
+    /// Reviews what is running whenever somebody may have lost what let them in, for as long as it is polled.
+    pub(crate) async fn review(&self) {
+        running::review(&self.context, &self.running).await;
+    }
+}
+
+/// How long a request waits for others of its principal to the same cluster.
+const PLACE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Whether somebody may do everything in the fleet's API.
+pub(crate) fn is_admin(principal: &Principal) -> bool {
+    principal.groups.iter().any(|group| group == ADMINS)
+}

@@ -21,13 +21,12 @@ mod strict;
 mod table;
 mod write;
 
-use crate::access::authn::{AuthnError, Known};
-use crate::access::running::{Run, Scope};
+use crate::access::running::Run;
 use crate::access::work::Working;
-use crate::context::Shared;
-use crate::exchange::{Peer, ProxyError, begin, identify};
+use crate::access::{Access, AccessError, Member, Peer, is_admin};
+use crate::context::Context;
 use crate::fleet::Fleet;
-use crate::metrics::{Counted, Ended, Limit, Surface};
+use crate::metrics::{Counted, Surface};
 use crate::per_key::KeyPermit;
 use crate::web::body::AnswerBody;
 use bytes::Bytes;
@@ -36,8 +35,8 @@ use feed::Feed;
 use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Response, StatusCode};
+use http_body::Body;
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::Incoming;
 use kinds::Resource;
 use query::Query;
 use serde_json::Value;
@@ -46,17 +45,24 @@ use std::time::SystemTime;
 use tokio::time::timeout;
 use towline_certs::HostName;
 use towline_model::text::{percent_decode, printable};
-use towline_model::{ADMINS, Principal, PublicAddress};
+use towline_model::{Principal, PublicAddress};
 
 /// Largest body.
 const BODY_MAX: usize = 1 << 20;
 const PREFIX: &str = "/apis/towline.io/v1alpha1/";
 
-/// A request whose caller is known.
-pub(crate) struct Call {
-    shared: Arc<Shared>,
+/// Serves the fleet's API.
+#[derive(Debug)]
+pub(crate) struct Api {
+    context: Arc<Context>,
+    access: Arc<Access>,
     fleet: Fleet,
     feed: Arc<Feed>,
+}
+
+/// A request whose caller is known.
+pub(crate) struct Call {
+    api: Arc<Api>,
     parts: Parts,
     query: Query,
     principal: Arc<Principal>,
@@ -64,6 +70,17 @@ pub(crate) struct Call {
     until: Option<SystemTime>,
     run: Arc<Run>,
     guards: Mutex<Option<Guards>>,
+}
+
+/// The body of a request, whoever's it is.
+pub(crate) trait RequestBody:
+    Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send
+{
+}
+
+impl<B> RequestBody for B where
+    B: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send
+{
 }
 
 /// What counts for as long as the answer lasts.
@@ -91,62 +108,50 @@ fn is_own_path(path: &str) -> bool {
         || path.starts_with("/openapi/v3/apis/towline.io/")
 }
 
-/// Answers a request to the API.
-pub(crate) async fn answer(
-    shared: &Arc<Shared>,
-    peer: &Peer,
-    parts: Parts,
-    body: Incoming,
-) -> Result<Response<AnswerBody>, ProxyError> {
-    let (principal, until, run) = admit(shared, peer, &parts)?;
-    let too_many = ProxyError::Limit(Limit::RequestsPerPrincipal, "requests of yours at the same time");
-    let permit = shared.principals.take(&principal.name).map_err(|_| too_many)?;
-    let (Some(fleet), Some(feed)) = (shared.fleet.clone(), shared.feed.clone()) else {
-        return Ok(ApiError::no_such_path().into_response());
-    };
-    let (request, working) = (shared.metrics.request(), peer.work.begin());
-    let guards = Guards { _run: Arc::clone(&run), _request: request, _working: working, _principal: permit };
-    let guards = Mutex::new(Some(guards));
-    let query = Query::parse(parts.uri.query().unwrap_or_default());
-    let answered = match query {
-        Ok(query) => {
-            let shared = Arc::clone(shared);
-            Call { shared, fleet, feed, parts, query, principal, until, run, guards }.answer(body).await
-        }
-        Err(error) => Err(error),
-    };
-    Ok(answered.unwrap_or_else(|error| {
-        if let Some(code) = error.code {
-            shared.metrics.rejected(Surface::Front, code);
-        }
-        error.into_response()
-    }))
-}
+impl Api {
+    /// The API of this fleet, which shows what `feed` says.
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        access: &Arc<Access>,
+        fleet: Fleet,
+        feed: Arc<Feed>,
+    ) -> Arc<Self> {
+        Arc::new(Self { context: Arc::clone(context), access: Arc::clone(access), fleet, feed })
+    }
 
-/// Whether somebody may do everything.
-pub(crate) fn is_admin(principal: &Principal) -> bool {
-    principal.groups.iter().any(|group| group == ADMINS)
-}
-
-/// Who calls, until when they are who they are, and the place of what they ask for among what runs.
-type Admitted = (Arc<Principal>, Option<SystemTime>, Arc<Run>);
-
-/// Who calls, and until when they are who they are.
-fn admit(shared: &Shared, peer: &Peer, parts: &Parts) -> Result<Admitted, ProxyError> {
-    loop {
-        let live = shared.live();
-        let caller = identify(shared, &live, peer, parts)?;
-        let principal = Arc::clone(&caller.principal);
-        let known = Known { tokens: &live.tokens, fleet: shared.fleet.as_ref() };
-        let until = known.owner_of(&caller.credential, &principal).and_then(|(_, until)| until);
-        let scope = Scope::fleet(&principal);
-        let Some((run, judged)) = begin(shared, &live, peer, caller, scope, false) else { continue };
-        match judged {
-            Ok(()) => return Ok((principal, until, Arc::new(run))),
-            Err(why @ (Ended::Revoked | Ended::Expired)) => return Err(AuthnError::from(why).into()),
-            // No admin any more, since a moment ago: who they are now is asked again.
-            Err(Ended::Forbidden | Ended::Cluster) => {}
-        }
+    /// Answers a request to the API.
+    ///
+    /// # Errors
+    /// The caller is nobody, or has too much under way.
+    pub(crate) async fn answer<B>(
+        self: &Arc<Self>,
+        peer: &Peer,
+        parts: Parts,
+        body: B,
+    ) -> Result<Response<AnswerBody>, AccessError>
+    where
+        B: RequestBody,
+    {
+        let Member { principal, until, run } = self.access.admit_to_fleet(peer, &parts.headers)?;
+        let run = Arc::new(run);
+        let permit = self.access.turn(&principal)?;
+        let (request, working) = (self.context.metrics.request(), peer.work.begin());
+        let guards =
+            Guards { _run: Arc::clone(&run), _request: request, _working: working, _principal: permit };
+        let guards = Mutex::new(Some(guards));
+        let query = Query::parse(parts.uri.query().unwrap_or_default());
+        let answered = match query {
+            Ok(query) => {
+                Call { api: Arc::clone(self), parts, query, principal, until, run, guards }.answer(body).await
+            }
+            Err(error) => Err(error),
+        };
+        Ok(answered.unwrap_or_else(|error| {
+            if let Some(code) = error.code {
+                self.context.metrics.rejected(Surface::Front, code);
+            }
+            error.into_response()
+        }))
     }
 }
 
@@ -161,7 +166,7 @@ fn named(rest: &str) -> Result<(&'static Resource, Option<String>), ApiError> {
 }
 
 impl Call {
-    async fn answer(&self, body: Incoming) -> Result<Response<AnswerBody>, ApiError> {
+    async fn answer(&self, body: impl RequestBody) -> Result<Response<AnswerBody>, ApiError> {
         let headers = &self.parts.headers;
         let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
         if headers.contains_key(header::ORIGIN) || site.is_some_and(|site| site != b"none") {
@@ -256,14 +261,14 @@ impl Call {
         Err(ApiError::forbidden(&printable(&principal.name), verb, resource.plural))
     }
 
-    async fn json(&self, body: Incoming) -> Result<Value, ApiError> {
+    async fn json(&self, body: impl RequestBody) -> Result<Value, ApiError> {
         self.typed(body, &["", "application/json"]).await
     }
 
     /// The body, if it is of one of these types, and the caller still is who they were when it has come. An empty one is
     /// nothing. What follows decides at once: a revocation finds nothing that waits for its caller, while a caller's own is
     /// answered.
-    async fn typed(&self, body: Incoming, accepted: &[&str]) -> Result<Value, ApiError> {
+    async fn typed(&self, body: impl RequestBody, accepted: &[&str]) -> Result<Value, ApiError> {
         let bytes = self.read(body, accepted).await?;
         if bytes.is_empty() {
             return Ok(Value::Null);
@@ -272,7 +277,7 @@ impl Call {
             .map_err(|error| ApiError::bad_request(format!("the body cannot be read: {error}")))
     }
 
-    async fn read(&self, body: Incoming, accepted: &[&str]) -> Result<Bytes, ApiError> {
+    async fn read(&self, body: impl RequestBody, accepted: &[&str]) -> Result<Bytes, ApiError> {
         let media = self.header("content-type").split(';').next().unwrap_or_default().trim();
         if !accepted.contains(&media) {
             let named: Vec<&str> = accepted.iter().copied().filter(|media| !media.is_empty()).collect();
@@ -283,14 +288,14 @@ impl Call {
             return Err(ApiError::media_type(message));
         }
         let read = Limited::new(body, BODY_MAX).collect();
-        let read = timeout(self.shared.config.timeouts.slow_body, read);
+        let read = timeout(self.api.context.config.timeouts.slow_body, read);
         let read = tokio::select! {
             biased;
             () = self.run.ended().cancelled() => return Err(ApiError::ended(self.run.why())),
             read = read => read,
         };
         // The body may be faster than the review of what is running.
-        self.run.judge(&self.shared, &self.shared.live()).map_err(ApiError::ended)?;
+        self.api.access.judge(&self.run).map_err(ApiError::ended)?;
         match read {
             Ok(Ok(body)) => Ok(body.to_bytes()),
             Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
@@ -313,12 +318,12 @@ impl Call {
     }
 
     fn is_configured(&self, resource: &Resource, name: &str) -> bool {
-        resource.kind == "Cluster" && self.shared.live().by_name.contains_key(name)
+        resource.kind == "Cluster" && self.api.context.live().by_name.contains_key(name)
     }
 
     /// Under which addresses the gateway is reached.
     fn addresses(&self) -> Vec<PublicAddress> {
-        let live = self.shared.live();
+        let live = self.api.context.live();
         if !live.config.public_addresses.is_empty() {
             return live.config.public_addresses.clone();
         }

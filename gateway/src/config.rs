@@ -3,11 +3,13 @@
 //! Precedence: a flag, then its `TOWLINE_` variable, then the file, then the default here.
 
 mod check;
+mod origin;
+pub mod tokens;
 mod units;
 
+pub use origin::{Origin, OriginError};
 pub use units::ByteSize;
 
-use crate::access::origin::Origin;
 use crate::ca::rotation;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -65,7 +67,7 @@ pub struct GatewayConfig {
     /// The clusters that may connect: the allow-list of admission.
     #[serde(default)]
     pub clusters: Vec<Cluster>,
-    /// Bearer tokens, stored as hashes; see [`crate::access::authn::tokens`].
+    /// Bearer tokens, stored as hashes; see [`crate::config::tokens`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
     /// Who may call which cluster. Nobody, unless a rule allows it.

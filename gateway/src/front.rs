@@ -3,18 +3,22 @@
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
+mod dispatch;
 mod frames;
 mod framing;
 mod idle;
 
 use crate::access::running::Chain;
+use crate::access::standing::{Seat, Standing};
 use crate::access::uploads;
-use crate::context::Shared;
-use crate::exchange::{self, Peer};
-use crate::listener::gate::{Place, Standing};
+use crate::access::{Access, Peer};
+use crate::api::Api;
+use crate::context::Context;
+use crate::exchange::Exchange;
 use crate::metrics::{self, Limit, Surface, TlCode};
 use crate::web::body::{AnswerBody, Basis};
 use crate::web::routing;
+use dispatch::Dispatch;
 use frames::Followed;
 use framing::Judged;
 use http::header::{CONNECTION, HeaderValue};
@@ -24,7 +28,6 @@ use hyper::rt::Executor;
 use hyper::server::conn::{http1, http2};
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-pub(crate) use idle::Stalled;
 use idle::{Activity, Counted};
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -96,26 +99,47 @@ impl Arrival {
     }
 }
 
+/// Serves clients.
+#[derive(Debug)]
+pub(crate) struct Front {
+    context: Arc<Context>,
+    access: Arc<Access>,
+    dispatch: Dispatch,
+}
+
+impl Front {
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        access: &Arc<Access>,
+        exchange: Exchange,
+        api: Option<Arc<Api>>,
+    ) -> Arc<Self> {
+        let dispatch = Dispatch { context: Arc::clone(context), exchange, api };
+        Arc::new(Self { context: Arc::clone(context), access: Arc::clone(access), dispatch })
+    }
+}
+
 /// Serves one client connection to its end. A large `io` comes in a box: what follows moves it.
 pub(crate) async fn serve<IO>(
-    shared: Arc<Shared>,
+    front: Arc<Front>,
     io: IO,
     arrival: Arrival,
     standing: Standing,
-    place: (Place, metrics::Counted),
+    seat: (Seat, metrics::Counted),
 ) where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let context = &*front.context;
     let Arrival { address, chain, sni, h2 } = arrival;
-    let peer = Arc::new(Peer::new(&shared, address, chain, sni, standing, place));
+    let peer = Arc::new(front.access.peer(address, chain, sni, standing, seat));
     let asked = Arc::new(AtomicBool::new(false));
     let service = {
-        let (shared, peer, asked) = (Arc::clone(&shared), Arc::clone(&peer), Arc::clone(&asked));
+        let (front, peer, asked) = (Arc::clone(&front), Arc::clone(&peer), Arc::clone(&asked));
         service_fn(move |request: Request<Incoming>| {
             asked.store(true, Ordering::Relaxed);
-            let (shared, peer) = (Arc::clone(&shared), Arc::clone(&peer));
+            let (front, peer) = (Arc::clone(&front), Arc::clone(&peer));
             // In a box: hyper moves what it is given several times before it runs.
-            let answer = Box::pin(exchange::serve(shared, peer, request));
+            let answer = Box::pin(async move { front.dispatch.serve(&peer, request).await });
             async move { Ok::<Response<AnswerBody>, Infallible>(answer.await) }
         })
     };
@@ -134,8 +158,8 @@ pub(crate) async fn serve<IO>(
                     Ok::<_, Infallible>(response)
                 }
             });
-            let (io, over) = Followed::new(io, h2_header_list(&shared), H2_FRAME as usize);
-            let connection = http2_builder(&shared).serve_connection(TokioIo::new(io), service);
+            let (io, over) = Followed::new(io, h2_header_list(context), H2_FRAME as usize);
+            let connection = http2_builder(context).serve_connection(TokioIo::new(io), service);
             let mut connection = pin!(connection);
             let finish = |connection: Pin<&mut _>| http2::Connection::graceful_shutdown(connection);
             // Who floods may not even take the word that it is over.
@@ -143,16 +167,16 @@ pub(crate) async fn serve<IO>(
                 over.cancelled().await;
                 tokio::time::sleep(LAST_WORDS).await;
             };
-            let ended = drive(&shared, &peer, &asked, connection.as_mut(), finish, flooded).await;
+            let ended = drive(context, &peer, &asked, connection.as_mut(), finish, flooded).await;
             if over.is_cancelled() {
-                shared.metrics.limit_reached(Limit::Flood);
-                shared.metrics.rejected(Surface::Front, TlCode::Limit);
+                context.metrics.limit_reached(Limit::Flood);
+                context.metrics.rejected(Surface::Front, TlCode::Limit);
             }
             return ended.map(drop);
         }
         let activity = Arc::<Activity>::default();
         let (mut io, framing) = Judged::new(io, Arc::clone(&activity));
-        let unready = shared.stages.unready.clone();
+        let unready = context.stages.unready.clone();
         let service = service_fn(|request| {
             let (running, answer, framing) = (activity.request(), service.call(request), framing.clone());
             let (stalled, unready, activity) = (activity.stalled(), unready.clone(), Arc::clone(&activity));
@@ -169,16 +193,16 @@ pub(crate) async fn serve<IO>(
             }
         });
         loop {
-            let connection = http1_builder(&shared).serve_connection(TokioIo::new(io), &service);
+            let connection = http1_builder(context).serve_connection(TokioIo::new(io), &service);
             let mut connection = connection.with_upgrades();
             let finish =
                 |connection: Pin<&mut _>| http1::UpgradeableConnection::graceful_shutdown(connection);
             let driven =
-                drive(&shared, &peer, &asked, Pin::new(&mut connection), finish, activity.idle()).await;
+                drive(context, &peer, &asked, Pin::new(&mut connection), finish, activity.idle()).await;
             let driven = match driven {
                 // hyper's clock, for a head that is not the connection's first.
                 Err(error) if error.is_timeout() => {
-                    shared.metrics.limit_reached(Limit::FirstRequest);
+                    context.metrics.limit_reached(Limit::FirstRequest);
                     Driven::Silent
                 }
                 driven => driven?,
@@ -190,7 +214,7 @@ pub(crate) async fn serve<IO>(
                     if let Some(mut io) = idle::park(connection)
                         && io.is_in_head()
                     {
-                        shared.metrics.rejected(Surface::Front, TlCode::Timeout);
+                        context.metrics.rejected(Surface::Front, TlCode::Timeout);
                         let answer = async {
                             io.write_all(TOO_LATE).await?;
                             io.shutdown().await
@@ -205,16 +229,16 @@ pub(crate) async fn serve<IO>(
             let next = async { matches!(idle::next_request(&mut parked).await, Ok(true)) };
             // It has been idle for a while.
             let next =
-                tokio::time::timeout(shared.config.timeouts.idle.saturating_sub(idle::PARKED_BY), next);
+                tokio::time::timeout(context.config.timeouts.idle.saturating_sub(idle::PARKED_BY), next);
             let goes_on = tokio::select! {
                 biased;
                 next = next => next.unwrap_or_else(|_| {
-                    shared.metrics.limit_reached(Limit::Idle);
+                    context.metrics.limit_reached(Limit::Idle);
                     false
                 }),
-                () = shared.stages.draining.cancelled() => false,
+                () = context.stages.draining.cancelled() => false,
                 () = peer.finish.cancelled() => false,
-                () = shared.stages.abort.cancelled() => false,
+                () = context.stages.abort.cancelled() => false,
             };
             if !goes_on {
                 // Even the last word of TLS can wait for somebody who takes nothing.
@@ -227,17 +251,17 @@ pub(crate) async fn serve<IO>(
     if let Err(error) = served.await {
         // hyper has answered 400, 414 or 431 by itself, where there was somebody to answer.
         if error.is_parse_too_large() {
-            shared.metrics.limit_reached(Limit::Head);
-            shared.metrics.rejected(Surface::Front, TlCode::Limit);
+            context.metrics.limit_reached(Limit::Head);
+            context.metrics.rejected(Surface::Front, TlCode::Limit);
         } else if error.is_parse() {
-            shared.metrics.rejected(Surface::Front, TlCode::BadFraming);
+            context.metrics.rejected(Surface::Front, TlCode::BadFraming);
         }
         tracing::debug!(client = %address, error = %towline_model::text::printable(&error.to_string()), "client connection ended");
     }
 }
 
-fn http1_builder(shared: &Shared) -> http1::Builder {
-    let (limits, timeouts) = (&shared.config.limits, &shared.config.timeouts);
+fn http1_builder(context: &Context) -> http1::Builder {
+    let (limits, timeouts) = (&context.config.limits, &context.config.timeouts);
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
@@ -255,16 +279,16 @@ fn http1_builder(shared: &Shared) -> http1::Builder {
 
 /// Bytes of a head over HTTP/2, which counts 32 more for each field (RFC 9113, section 6.5.2): so many fields as may be are not the
 /// fewer for it.
-fn h2_header_list(shared: &Shared) -> usize {
-    let limits = &shared.config.limits;
+fn h2_header_list(context: &Context) -> usize {
+    let limits = &context.config.limits;
     limits.header_bytes.0 + 32 * limits.header_count
 }
 
-fn http2_builder(shared: &Shared) -> http2::Builder<Tracked> {
-    let limits = &shared.config.limits;
+fn http2_builder(context: &Context) -> http2::Builder<Tracked> {
+    let limits = &context.config.limits;
     let mut builder = http2::Builder::new(Tracked {
-        tracker: shared.tasks.front.clone(),
-        abort: shared.stages.abort.clone(),
+        tracker: context.tasks.front.clone(),
+        abort: context.stages.abort.clone(),
     });
     builder
         .timer(TokioTimer::new())
@@ -274,7 +298,7 @@ fn http2_builder(shared: &Shared) -> http2::Builder<Tracked> {
         .adaptive_window(false)
         .max_frame_size(H2_FRAME)
         .max_send_buf_size(H2_SEND_BUFFER)
-        .max_header_list_size(u32::try_from(h2_header_list(shared)).unwrap_or(u32::MAX))
+        .max_header_list_size(u32::try_from(h2_header_list(context)).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(H2_PENDING_RESETS)
         .max_local_error_reset_streams(H2_OWN_RESETS)
         .keep_alive_interval(H2_PING_IDLE)
@@ -336,7 +360,7 @@ enum Driven {
 /// Runs a connection until the client leaves, it is to finish, `idle` says that it is idle, or everything ends. `finish`
 /// answers what is due and takes nothing new.
 async fn drive<C>(
-    shared: &Shared,
+    context: &Context,
     peer: &Peer,
     asked: &AtomicBool,
     mut connection: Pin<&mut C>,
@@ -346,7 +370,7 @@ async fn drive<C>(
 where
     C: Future<Output = hyper::Result<()>>,
 {
-    let (stages, first_request) = (&shared.stages, shared.config.timeouts.first_request);
+    let (stages, first_request) = (&context.stages, context.config.timeouts.first_request);
     // What ends or changes a connection is rare, and polled only when it happens: see `Aside`.
     let abort = Aside::new(stages.abort.cancelled());
     let finished = Aside::new(async {
@@ -379,7 +403,7 @@ where
             biased;
             result = &mut connection => return result.map(|()| Driven::Ended),
             () = &mut silent => {
-                shared.metrics.limit_reached(Limit::FirstRequest);
+                context.metrics.limit_reached(Limit::FirstRequest);
                 return Ok(Driven::Silent);
             }
             () = &mut idle, if !finishing => return Ok(Driven::Idle),
@@ -394,7 +418,7 @@ where
                 })));
             }
             limit = until(last_words.as_mut()) => {
-                shared.metrics.limit_reached(limit);
+                context.metrics.limit_reached(limit);
                 return Ok(Driven::Ended);
             }
             () = &mut abort => return Ok(Driven::Ended),

@@ -1,22 +1,31 @@
 //! Starts, drains and stops a gateway. Every task belongs to one of three trackers, and the gateway waits for each tracker.
 
+use crate::access::Access;
+use crate::api::Api;
+use crate::api::feed::Feed;
 use crate::ca::authority::Authorities;
 use crate::config::{ConfigError, GatewayConfig};
-use crate::context::Shared;
+use crate::context::Context;
+use crate::exchange::Exchange;
 use crate::exchange::farewell::FAREWELL;
 use crate::fleet::Fleet;
-use crate::listener::Speaks;
+use crate::front::Front;
+use crate::join::Joins;
 use crate::listener::quic::QuicListener;
+use crate::listener::self_checks::SelfChecks;
+use crate::listener::{Listener, Speaks};
+use crate::live::Live;
+use crate::memory::{Memory, MemoryError};
 use crate::metrics::Metrics;
 use crate::ops::admin::Admin;
 use crate::ops::reload::Reloader;
-use crate::registry::Presence;
+use crate::registry::last_seen::{self, Recorder};
+use crate::registry::trust::{TrustBoard, TrustState};
+use crate::registry::{Presence, Registry};
 use crate::runtime::Shards;
+use crate::shares::Shares;
 use crate::store::Kind;
-
-use crate::live::Live;
-use crate::memory::{Memory, MemoryError};
-use crate::registry::trust::TrustState;
+use crate::tunnel::session::Tunnel;
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -26,7 +35,7 @@ use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout, timeout_at};
-use towline_certs::SpkiPin;
+use towline_certs::{ClusterUid, SpkiPin};
 use towline_proto::Code;
 
 /// How long sessions that carry nothing any more may take to say goodbye.
@@ -53,7 +62,11 @@ pub enum StartError {
 /// A running gateway. Dropping it ends everything at once; [`Gateway::drain`] is the polite way.
 #[derive(Debug)]
 pub struct Gateway {
-    shared: Arc<Shared>,
+    context: Arc<Context>,
+    registry: Arc<Registry>,
+    trust: Arc<TrustBoard>,
+    /// With a state directory.
+    recorder: Option<Arc<Recorder>>,
     public: SocketAddr,
     plaintext: Option<SocketAddr>,
     quic: Option<SocketAddr>,
@@ -82,60 +95,57 @@ impl Gateway {
         live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let shards =
             Shards::start(live.config.threads.map_or_else(crate::runtime::cores, NonZeroUsize::get))?;
-        let shared = Arc::new(Shared::new(live, shards, metrics, memory));
-        let config = &shared.config;
-        let (listener, quic, public) = bind_public(&shared).await?;
+        let context = Context::new(live, shards, metrics, memory);
+        let (config, fleet) = (&context.config, context.fleet.clone());
+        let registry = Arc::new(Registry::of(config, Arc::clone(&context.metrics)));
+        let recorder = fleet.clone().map(|fleet| {
+            last_seen::restore(&fleet, &registry);
+            let known = Arc::clone(&context);
+            let is_configured = move |uid: &ClusterUid| known.live().by_uid.contains_key(uid);
+            let (boot_id, started) = (&context.boot_id, context.started);
+            Arc::new(Recorder::new(fleet, Arc::clone(&registry), boot_id, started, is_configured))
+        });
+        let trust = Arc::<TrustBoard>::default();
+        let memory = Shares::new(config.limits.tunnel_memory.0, config.limits.tunnel_memory_per_cluster.0);
+        let access = Access::new(&context);
+        let feed = fleet.as_ref().map(|fleet| Feed::new(&context, fleet, &registry, &trust));
+        let api =
+            fleet.clone().zip(feed.clone()).map(|(fleet, feed)| Api::new(&context, &access, fleet, feed));
+        let exchange = Exchange::new(&context, &access, &registry, &memory);
+        let front = Front::new(&context, &access, exchange, api);
+        let joins = Joins::new(&context, &registry);
+        let tunnel = Tunnel::new(&context, &registry, &trust, &joins, &memory);
+        let self_checks = Arc::<SelfChecks>::default();
+        let door = Listener::new(&context, &access, front, &tunnel, &joins, &self_checks);
+
+        let (listener, quic, public) = bind_public(&context).await?;
         let (admin_listener, admin_address) = bind("admin.address", config.admin.address).await?;
-        let house = &shared.tasks.house;
+        let house = &context.tasks.house;
         let mut quic_address = None;
         if let Some(quic) = quic {
             quic_address = quic.local_addr().ok();
-            house.spawn(quic.run(Arc::clone(&shared)));
+            house.spawn(quic.run(Arc::clone(&door)));
         }
         let mut plaintext_address = None;
         if let Some(plaintext) = &config.listen.plaintext {
             let (listener, address) = bind("listen.plaintext.address", plaintext.address).await?;
             plaintext_address = Some(address);
-            house.spawn(crate::listener::run(Arc::clone(&shared), listener, Speaks::Http));
+            house.spawn(crate::listener::run(Arc::clone(&door), listener, Speaks::Http));
         }
-        house.spawn(crate::listener::run(Arc::clone(&shared), listener, Speaks::Tls));
-        house.spawn(Admin::new(Arc::clone(&shared), public).run(admin_listener));
-        if let Some(fleet) = shared.fleet.clone() {
-            if fleet.count(Kind::Cluster) == 0 {
-                tracing::info!(
-                    "no cluster is registered yet. Create an admin kubeconfig: towline-gateway --config FILE admin-kubeconfig --output admin.yaml; then: kubectl --kubeconfig admin.yaml get clusters"
-                );
-            }
-            let seen = Arc::clone(&shared);
-            house.spawn(async move {
-                tokio::select! {
-                    () = crate::fleet::lastseen::keep(&seen) => {}
-                    () = seen.stages.abort.cancelled() => {}
-                }
-            });
-            // Apart from the rest, as is the review below: whoever is revoked does not stay for as long as it takes to show thousands
-            // of clusters.
-            let (following, own) = (Arc::clone(&shared), fleet.clone());
-            house.spawn(async move { following.stages.live_by(own.follow()).await });
-            let showing = Arc::clone(&shared);
-            house.spawn(async move {
-                let work = async {
-                    tokio::select! {
-                        () = fleet.store().tend() => {}
-                        () = crate::fleet::purge::tend(&showing) => {}
-                        () = crate::api::feed::follow(&showing) => {}
-                    }
-                };
-                showing.stages.live_by(work).await;
-            });
+        house.spawn(crate::listener::run(door, listener, Speaks::Tls));
+        let admin = Admin::new(&context, &registry, &trust, &memory, &access, &self_checks, public);
+        house.spawn(admin.run(admin_listener));
+        if let (Some(fleet), Some(feed), Some(recorder)) = (fleet, feed, recorder.clone()) {
+            follow(&context, fleet, feed, recorder);
         }
-        let reviewed = Arc::clone(&shared);
-        house.spawn(async move { reviewed.stages.live_by(crate::access::running::review(&reviewed)).await });
-        house.spawn(Reloader::new(path.clone(), config).run(Arc::clone(&shared)));
+        let reviewed = Arc::clone(&context);
+        house.spawn(async move { reviewed.stages.live_by(access.review()).await });
+        let reloader = Reloader::new(path.clone(), config);
+        house.spawn(reloader.run(Arc::clone(&context), Arc::clone(&registry)));
         let shown = |address: Option<SocketAddr>| address.map(tracing::field::display);
         tracing::info!(%public, plaintext = shown(plaintext_address), quic = shown(quic_address), admin = %admin_address, "gateway started");
         let (plaintext, quic, admin) = (plaintext_address, quic_address, admin_address);
-        Ok(Self { shared, public, plaintext, quic, admin, path })
+        Ok(Self { context, registry, trust, recorder, public, plaintext, quic, admin, path })
     }
 
     /// Where clients and agents connect.
@@ -171,42 +181,42 @@ impl Gateway {
     /// What is known of a cluster's connection.
     #[must_use]
     pub fn presence(&self, cluster: &str) -> Presence {
-        let live = self.shared.live();
-        let cluster = self.shared.cluster_named(&live, cluster);
-        cluster.map(|cluster| self.shared.registry.presence(&cluster.uid)).unwrap_or_default()
+        let live = self.context.live();
+        let cluster = self.context.cluster_named(&live, cluster);
+        cluster.map(|cluster| self.registry.presence(&cluster.uid)).unwrap_or_default()
     }
 
     /// How a cluster's agents stand towards the tunnel CA's roots as they are now; of none if there is no such cluster.
     #[must_use]
     pub fn trust(&self, cluster: &str) -> TrustState {
-        let live = self.shared.live();
-        let cluster = self.shared.cluster_named(&live, cluster);
-        cluster.map(|cluster| self.shared.trust.state(&cluster.uid, live.trust.version)).unwrap_or_default()
+        let live = self.context.live();
+        let cluster = self.context.cluster_named(&live, cluster);
+        cluster.map(|cluster| self.trust.state(&cluster.uid, live.trust.version)).unwrap_or_default()
     }
 
     /// What an agent of this cluster has said last of its API server's version.
     #[must_use]
     pub fn kubernetes_version(&self, cluster: &str) -> Option<String> {
-        let live = self.shared.live();
-        let cluster = self.shared.cluster_named(&live, cluster)?;
-        self.shared.registry.connection(&cluster.uid).kubernetes
+        let live = self.context.live();
+        let cluster = self.context.cluster_named(&live, cluster)?;
+        self.registry.connection(&cluster.uid).kubernetes
     }
 
     /// The tunnel CA's roots, for the pins of a new join token.
     #[must_use]
     pub fn tunnel_pins(&self) -> Vec<SpkiPin> {
-        self.shared.tunnel_pins()
+        self.context.tunnel_pins()
     }
 
     /// What is on record, with a state directory.
     #[must_use]
     pub fn fleet(&self) -> Option<&Fleet> {
-        self.shared.fleet.as_ref()
+        self.context.fleet.as_ref()
     }
 
     #[must_use]
     pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.shared.metrics
+        &self.context.metrics
     }
 
     /// Reads configuration, certificates and tokens again.
@@ -214,9 +224,12 @@ impl Gateway {
     /// # Errors
     /// Everything that is wrong; the last good state stays in force.
     pub async fn reload(&self) -> Result<(), ConfigError> {
-        let (shared, path) = (Arc::clone(&self.shared), self.path.clone());
-        let done =
-            tokio::task::spawn_blocking(move || crate::ops::reload::reload(&shared, path.as_deref())).await;
+        let (context, registry, path) =
+            (Arc::clone(&self.context), Arc::clone(&self.registry), self.path.clone());
+        let done = tokio::task::spawn_blocking(move || {
+            crate::ops::reload::reload(&context, &registry, path.as_deref())
+        })
+        .await;
         done.unwrap_or_else(|_| Err(ConfigError { problems: vec!["reload interrupted".to_owned()] }))
     }
 
@@ -224,21 +237,18 @@ impl Gateway {
     /// finished, requests on open connections included; what is left at the deadline is cut off, raw connections with a
     /// last word. Returns when everything has ended, which may be at once. Called again it joins the drain under way.
     pub async fn drain(&self) {
-        let shared = &self.shared;
-        let (stages, tasks, config) = (&shared.stages, &shared.tasks, &shared.config.drain);
+        let context = &self.context;
+        let (stages, tasks, config) = (&context.stages, &context.tasks, &context.config.drain);
         tracing::info!(
             delay_s = config.delay.as_secs_f64(),
             deadline_s = config.deadline.as_secs_f64(),
             "draining"
         );
-        shared.metrics.draining();
+        context.metrics.draining();
         stages.unready.cancel();
         // At once: agents are to be elsewhere when the balancers have noticed and clients arrive there.
-        shared
-            .registry
-            .sessions()
-            .iter()
-            .for_each(|session| crate::tunnel::session::say_goaway(shared, session));
+        let sessions = self.registry.sessions();
+        sessions.iter().for_each(|session| crate::tunnel::session::say_goaway(config, session));
         tokio::join!(tokio::time::sleep(config.delay), self.say_draining());
         let deadline = Instant::now() + config.deadline;
         stages.draining.cancel();
@@ -257,7 +267,7 @@ impl Gateway {
 
     /// Lets whoever starts meanwhile wait for the store. A disk that hangs holds up no drain.
     async fn say_draining(&self) {
-        let Some(fleet) = self.shared.fleet.clone() else { return };
+        let Some(fleet) = self.context.fleet.clone() else { return };
         let said = tokio::task::spawn_blocking(move || fleet.store().says_draining());
         let why = match timeout(SAY_DRAINING, said).await {
             Ok(Ok(Ok(()))) => return,
@@ -273,30 +283,32 @@ impl Gateway {
 
     /// Ends the sessions, which carry nothing any more, once their agents have understood that they are to go.
     async fn end_sessions(&self, deadline: Instant) {
-        for session in self.shared.registry.sessions() {
+        for session in self.registry.sessions() {
             let understood = session.wait_for(|state| state.drained || state.closed.is_some());
             let in_time = timeout_at(deadline, understood).await.is_ok();
             session.close(Code::Draining, if in_time { "drained" } else { "the gateway is stopping" });
         }
         let deadline = Instant::now() + GOODBYE;
-        drop(timeout_at(deadline, self.shared.tasks.tunnel.wait()).await);
+        drop(timeout_at(deadline, self.context.tasks.tunnel.wait()).await);
     }
 
     /// Waits until everything ends without [`Self::shutdown`], because the gateway cannot do its work any more. What is left
     /// then is to shut down, and to let somebody start it again.
     pub async fn failed(&self) {
-        self.shared.stages.abort.cancelled().await;
+        self.context.stages.abort.cancelled().await;
     }
 
     /// Ends everything at once and waits until it has ended.
     pub async fn shutdown(&self) {
-        let (stages, tasks) = (&self.shared.stages, &self.shared.tasks);
+        let (stages, tasks) = (&self.context.stages, &self.context.tasks);
         stages.end();
         for tracker in [&tasks.front, &tasks.tunnel] {
             tracker.close();
             tracker.wait().await;
         }
-        crate::fleet::lastseen::close(&self.shared).await;
+        if let Some(recorder) = &self.recorder {
+            recorder.close().await;
+        }
         tasks.house.close();
         tasks.house.wait().await;
     }
@@ -304,7 +316,7 @@ impl Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        self.shared.stages.end();
+        self.context.stages.end();
     }
 }
 
@@ -321,9 +333,47 @@ pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
         .map(|live| live.warnings.iter().for_each(|warning| tracing::warn!("{warning}")))
 }
 
+/// Keeps what depends on the store as it is there, for as long as the gateway lives.
+fn follow(context: &Arc<Context>, fleet: Fleet, feed: Arc<Feed>, recorder: Arc<Recorder>) {
+    let house = &context.tasks.house;
+    if fleet.count(Kind::Cluster) == 0 {
+        tracing::info!(
+            "no cluster is registered yet. Create an admin kubeconfig: towline-gateway --config FILE admin-kubeconfig --output admin.yaml; then: kubectl --kubeconfig admin.yaml get clusters"
+        );
+    }
+    let seen = Arc::clone(context);
+    house.spawn(async move {
+        tokio::select! {
+            () = recorder.keep() => {}
+            () = seen.stages.abort.cancelled() => {}
+        }
+    });
+    // Apart from the rest, as is the review of what is running: whoever is revoked does not stay for as long as it takes to show
+    // thousands of clusters.
+    let (following, own) = (Arc::clone(context), fleet.clone());
+    house.spawn(async move { following.stages.live_by(own.follow()).await });
+    let showing = Arc::clone(context);
+    house.spawn(async move {
+        let configured = || {
+            let live = showing.live();
+            (live.by_uid.keys().map(ToString::to_string).collect(), live.config.join.expired_for)
+        };
+        let work = async {
+            tokio::select! {
+                () = fleet.store().tend() => {}
+                () = crate::fleet::purge::tend(&fleet, configured) => {}
+                () = feed.run() => {}
+            }
+        };
+        showing.stages.live_by(work).await;
+    });
+}
+
 /// Opens the public port, on TCP and on UDP.
-async fn bind_public(shared: &Shared) -> Result<(TcpListener, Option<QuicListener>, SocketAddr), StartError> {
-    let listen = &shared.config.listen;
+async fn bind_public(
+    context: &Context,
+) -> Result<(TcpListener, Option<QuicListener>, SocketAddr), StartError> {
+    let listen = &context.config.listen;
     let mut attempts = ANY_PORT_ATTEMPTS;
     loop {
         attempts -= 1;
@@ -332,7 +382,7 @@ async fn bind_public(shared: &Shared) -> Result<(TcpListener, Option<QuicListene
             return Ok((listener, None, public));
         }
         let address = listen.quic.address.unwrap_or(public);
-        match QuicListener::bind(shared, address) {
+        match QuicListener::bind(context, address) {
             Ok(quic) => return Ok((listener, Some(quic), public)),
             // Any free port was asked for, and this one is free on TCP only.
             Err(_) if listen.address.port() == 0 && listen.quic.address.is_none() && attempts > 0 => {}

@@ -18,13 +18,14 @@ mod uses;
 use crate::buckets::{Buckets, Rate};
 use crate::ca::authority::Authorities;
 use crate::config;
-use crate::context::Shared;
+use crate::context::Context;
 use crate::fleet::{
     self, Admission, Fleet, Heard, JoinRefused, NotAdmitted, Object, WhenFull, Word, WriteError,
 };
 use crate::log::sparing;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::per_key::{KeyPermit, PerKey, Sizes, network};
+use crate::registry::Registry;
 use crate::store::Kind;
 use account::{AccountError, Vouched};
 use bytes::Bytes;
@@ -93,15 +94,23 @@ struct Failures {
 /// The shared state of joins.
 #[derive(Debug)]
 pub(crate) struct Joins {
+    context: Arc<Context>,
+    registry: Arc<Registry>,
+    shares: Shares,
+}
+
+/// What joins share.
+#[derive(Debug)]
+struct Shares {
     room: Arc<PerKey<ClusterUid>>,
     of_cluster: Buckets<(ClusterUid, Way)>,
     failures: Mutex<Failures>,
     renewals: Buckets<InstanceId>,
-    pub(crate) places: Places,
+    places: Places,
     uses: Uses,
 }
 
-impl Default for Joins {
+impl Default for Shares {
     fn default() -> Self {
         Self {
             room: PerKey::new(ROOM),
@@ -114,7 +123,7 @@ impl Default for Joins {
     }
 }
 
-impl Joins {
+impl Shares {
     /// Whether this address has failed too often recently.
     fn is_slowed(&self, address: IpAddr) -> bool {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
@@ -149,6 +158,38 @@ impl Joins {
     fn may_renew(&self, instance: &InstanceId, life: Duration) -> bool {
         let rate = Rate { burst: RENEWALS_BURST, interval: renewal_interval(life) };
         self.renewals.admit(instance, rate).is_some()
+    }
+}
+
+impl Joins {
+    pub(crate) fn new(context: &Arc<Context>, registry: &Arc<Registry>) -> Arc<Self> {
+        Arc::new(Self {
+            context: Arc::clone(context),
+            registry: Arc::clone(registry),
+            shares: Shares::default(),
+        })
+    }
+
+    /// The process has a session, which says from now on whether it is there: its place is no longer kept for it.
+    pub(crate) fn arrived(&self, instance: &InstanceId, boot_id: &[u8]) {
+        self.shares.places.leave(instance, boot_id);
+    }
+
+    /// An agent of this cluster was turned away: what the cluster's status says while no other is connected. `proven` if it has
+    /// shown to be the cluster's.
+    pub(crate) fn turned_away(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
+        if self.context.knows(&self.context.live(), uid) {
+            self.registry.turned_away(uid, from, why, proven);
+        }
+    }
+
+    /// The same of one that says it was let in before. It is not true of a cluster that waits for its first agent, and no
+    /// news of one whose agents were revoked: neither has a trace of one on record.
+    pub(crate) fn turned_back(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
+        let standing = self.context.fleet.as_ref().and_then(|fleet| fleet.standing(uid));
+        if standing.is_none_or(|standing| standing.was_let_in) {
+            self.turned_away(uid, from, why, proven);
+        }
     }
 }
 
@@ -281,36 +322,36 @@ fn unavailable(error: &dyn std::fmt::Display) -> Refusal {
 }
 
 /// Serves one connection to join.
-pub(crate) async fn serve<IO>(shared: Arc<Shared>, mut io: IO, address: SocketAddr)
+pub(crate) async fn serve<IO>(joins: &Joins, mut io: IO, address: SocketAddr)
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let received = timeout(MESSAGE_TIMEOUT, recv_message::<JoinRequest, _>(&mut io, JOIN_MAX_BYTES)).await;
     let began = Instant::now();
-    let exempt = shared.live().config.listen.trusts(address.ip());
+    let exempt = joins.context.live().config.listen.trusts(address.ip());
     let mut cluster = None;
     let decided = match received {
-        Ok(Ok(request)) => decide(&shared, request, address, exempt, &mut cluster).await,
+        Ok(Ok(request)) => decide(joins, request, address, exempt, &mut cluster).await,
         Ok(Err(error @ (MessageError::TooLarge { .. } | MessageError::Malformed))) => {
             Err(Refusal::new(RefusalCode::Request, error.to_string()))
         }
         Ok(Err(_)) | Err(_) => {
-            shared.metrics.rejected(Surface::Join, TlCode::Timeout);
+            joins.context.metrics.rejected(Surface::Join, TlCode::Timeout);
             tracing::debug!(agent = %address, "join connection closed without a request");
             return;
         }
     };
     let answer = match decided {
         Ok(admitted) => {
-            shared.metrics.joined(JoinOutcome::Ok);
+            joins.context.metrics.joined(JoinOutcome::Ok);
             JoinAnswer { outcome: Some(Joined::Admitted(admitted)), ..JoinAnswer::default() }
         }
         Err(refusal) => {
             if let Some(Told { cluster, why, proven, returns }) = &refusal.told {
-                let tell = if *returns { Shared::turned_back } else { Shared::turned_away };
-                tell(&shared, cluster, address.ip(), why, *proven);
+                let tell = if *returns { Joins::turned_back } else { Joins::turned_away };
+                tell(joins, cluster, address.ip(), why, *proven);
             }
-            refused(&shared, &refusal, cluster.as_ref(), address, exempt);
+            refused(joins, &refusal, cluster.as_ref(), address, exempt);
             sleep_until(began + REFUSE_AFTER).await;
             JoinAnswer::refused(refusal.message(), REFUSAL_BYTES)
         }
@@ -326,14 +367,14 @@ where
 
 /// `cluster` is the agent's cluster, if it is known.
 fn refused(
-    shared: &Shared,
+    joins: &Joins,
     refusal: &Refusal,
     cluster: Option<&ClusterUid>,
     address: SocketAddr,
     exempt: bool,
 ) {
-    shared.metrics.joined(refusal.outcome());
-    shared.metrics.rejected(
+    joins.context.metrics.joined(refusal.outcome());
+    joins.context.metrics.rejected(
         Surface::Join,
         match refusal.code {
             RefusalCode::Limit => TlCode::Limit,
@@ -343,10 +384,11 @@ fn refused(
         },
     );
     if refusal.counts && !exempt {
-        shared.joins.failed(address.ip());
+        joins.shares.failed(address.ip());
     }
     let (code, why) = (refusal.code.label(), towline_model::text::printable(&refusal.text));
-    let due = cluster.map_or_else(|| shared.refusals.due(&()), |cluster| shared.lines.due(cluster));
+    let due =
+        cluster.map_or_else(|| joins.context.refusals.due(&()), |cluster| joins.context.lines.due(cluster));
     let cluster = cluster.map(ClusterUid::as_str);
     if refusal.expected {
         sparing!(due, info, agent = %address, cluster,
@@ -367,19 +409,19 @@ struct Decision {
 }
 
 async fn decide(
-    shared: &Arc<Shared>,
+    joins: &Joins,
     request: JoinRequest,
     address: SocketAddr,
     exempt: bool,
     known: &mut Option<ClusterUid>,
 ) -> Result<Admitted, Refusal> {
-    if !exempt && shared.joins.is_slowed(address.ip()) {
-        shared.metrics.limit_reached(Limit::JoinFailures);
+    if !exempt && joins.shares.is_slowed(address.ip()) {
+        joins.context.metrics.limit_reached(Limit::JoinFailures);
         let text = "too many failed attempts from this address; wait before the next one";
         return Err(Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT));
     }
-    let live = shared.live();
-    let (Some(own), Some(fleet)) = (&live.joins, shared.fleet.as_ref()) else {
+    let live = joins.context.live();
+    let (Some(own), Some(fleet)) = (&live.joins, joins.context.fleet.as_ref()) else {
         let text = "agents cannot join this gateway, because it keeps no fleet records; its operator can set stateDirectory";
         return Err(Refusal::new(RefusalCode::Denied, text));
     };
@@ -397,19 +439,19 @@ async fn decide(
                 refusal
             })?;
             let cluster = known.insert(cluster);
-            may_join(shared, cluster, Way::Token)?;
-            let room = room(shared, cluster).await?;
+            may_join(joins, cluster, Way::Token)?;
+            let room = room(joins, cluster).await?;
             let admission = fleet.use_token(&token.id, &token.secret, pin).await;
             let admission = admission.map_err(|error| of_token(fleet, &token.id, error))?;
             // Before the record permits it to rejoin by ServiceAccount, which other processes may look for.
-            shared.joins.places.give(&admission.instance, &request.boot_id);
+            joins.shares.places.give(&admission.instance, &request.boot_id);
             Decision { admission, with: format!("token {:?}", token.id), word: Some(Word::JoinToken), room }
         }
         Some(Proof::ServiceAccount(account)) => {
-            by_account(shared, fleet, &account.cluster, &account.token, &request.boot_id, known).await?
+            by_account(joins, fleet, &account.cluster, &account.token, &request.boot_id, known).await?
         }
         Some(Proof::Expired(certificate)) => {
-            by_record(shared, fleet, certificate, pin, &request.boot_id, known).await?
+            by_record(joins, fleet, certificate, pin, &request.boot_id, known).await?
         }
         None => {
             let text =
@@ -428,10 +470,10 @@ async fn decide(
     let issued = issue(fleet, own, &live.config.join, &identity, &request.csr, WhenFull::Forget).await?;
     drop(room);
     // The time to connect begins now. If the disk took longer than that, the place may be lost.
-    if !shared.joins.places.take(&admission.instance, &request.boot_id) {
+    if !joins.shares.places.take(&admission.instance, &request.boot_id) {
         return Err(Refusal::later(RefusalCode::Unavailable, PLACE_TAKEN, RETRY_LIMIT));
     }
-    sparing!(shared.lines.due(&admission.cluster.uid), info, cluster = %admission.cluster.name,
+    sparing!(joins.context.lines.due(&admission.cluster.uid), info, cluster = %admission.cluster.name,
         instance = %admission.instance, agent = %address, with, serial = issued.serial,
         software = %towline_model::text::printable(&request.software), "agent joined");
     Ok(Admitted {
@@ -462,21 +504,21 @@ fn of_token(fleet: &Fleet, id: &str, error: JoinRefused) -> Refusal {
 
 /// Counts one more join of a cluster, unless there were too many recently. The caller has proven that it belongs to the cluster. A
 /// join token may be stolen; then the limit on failures of the thief's address stops it.
-fn may_join(shared: &Shared, cluster: &ClusterUid, way: Way) -> Result<(), Refusal> {
-    let may = shared.joins.of_cluster.admit(&(cluster.clone(), way), JOINS);
+fn may_join(joins: &Joins, cluster: &ClusterUid, way: Way) -> Result<(), Refusal> {
+    let may = joins.shares.of_cluster.admit(&(cluster.clone(), way), JOINS);
     may.map(drop).ok_or_else(|| {
-        shared.metrics.limit_reached(Limit::ClusterJoins);
+        joins.context.metrics.limit_reached(Limit::ClusterJoins);
         let text = "agents of this cluster have joined too often recently; wait before the next attempt";
         Refusal { counts: way == Way::Token, ..Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT) }
     })
 }
 
 /// Takes a place among the concurrent joins.
-async fn room(shared: &Shared, cluster: &ClusterUid) -> Result<KeyPermit<ClusterUid>, Refusal> {
-    match timeout(ROOM_TIMEOUT, shared.joins.room.wait(cluster)).await {
+async fn room(joins: &Joins, cluster: &ClusterUid) -> Result<KeyPermit<ClusterUid>, Refusal> {
+    match timeout(ROOM_TIMEOUT, joins.shares.room.wait(cluster)).await {
         Ok(Ok(permit)) => Ok(permit),
         _ => {
-            shared.metrics.limit_reached(Limit::Joins);
+            joins.context.metrics.limit_reached(Limit::Joins);
             let text = "too many agents of this cluster, or in total, are joining at the same time; wait before the next attempt";
             Err(Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT))
         }
@@ -485,7 +527,7 @@ async fn room(shared: &Shared, cluster: &ClusterUid) -> Result<KeyPermit<Cluster
 
 /// Admits an agent by its ServiceAccount token. It gets its previous identity back if no other process holds it.
 async fn by_account(
-    shared: &Shared,
+    joins: &Joins,
     fleet: &Fleet,
     cluster: &str,
     token: &str,
@@ -501,7 +543,7 @@ async fn by_account(
         ..unknown("cannot record the cluster's token issuer")
     })?;
     let told = |why: String, proven| Told { cluster: route.uid.clone(), why, proven, returns: true };
-    let (audience, now) = (shared.config.trust_domain.audience(), SystemTime::now());
+    let (audience, now) = (joins.context.config.trust_domain.audience(), SystemTime::now());
     let Vouched { subject, id, until } =
         account::verify(token, &issuer, &audience, now).map_err(|error| {
             let refusal = Refusal::from(error);
@@ -510,21 +552,21 @@ async fn by_account(
             }
             refusal.told(told(format!("its ServiceAccount token is invalid: {error}"), false))
         })?;
-    may_join(shared, known.insert(route.uid.clone()), Way::Own)?;
-    let uses = &shared.joins.uses;
+    may_join(joins, known.insert(route.uid.clone()), Way::Own)?;
+    let uses = &joins.shares.uses;
     let used = || {
         let why = "another process has already joined with its ServiceAccount token".to_owned();
         Refusal::later(RefusalCode::Denied, TOKEN_USED, RETRY_LIMIT).told(told(why, true))
     };
-    let sessions = shared.registry.sessions_of(&route.uid);
+    let sessions = joins.registry.sessions_of(&route.uid);
     let is_there = |place: &InstanceId| sessions.iter().any(|(held, ..)| held == place);
     let only = match uses.claim(&route.uid, id, boot_id, (now, until), is_there) {
         Claim::Own => None,
         Claim::Others(place) => Some(place),
         Claim::Busy => return Err(used()),
     };
-    let seeker = Seeker::look(&shared.joins.places, &shared.registry, &route.uid, boot_id).await;
-    let room = room(shared, &route.uid).await.inspect_err(|_| uses.release(&route.uid, id, boot_id))?;
+    let seeker = Seeker::look(&joins.shares.places, &joins.registry, &route.uid, boot_id).await;
+    let room = room(joins, &route.uid).await.inspect_err(|_| uses.release(&route.uid, id, boot_id))?;
     let admission = fleet.rejoin(&route.uid, &subject, only.as_ref(), |instance| seeker.take(instance)).await;
     let admission = admission.map_err(|error| {
         uses.release(&route.uid, id, boot_id);
@@ -542,7 +584,7 @@ async fn by_account(
 /// Admits an agent by its expired certificate, which is on record and whose key signs the request. The chain is not
 /// verified: its CA may have been replaced meanwhile, and the record is stricter.
 async fn by_record(
-    shared: &Shared,
+    joins: &Joins,
     fleet: &Fleet,
     certificate: &Certificate,
     pin: SpkiPin,
@@ -571,7 +613,7 @@ async fn by_record(
         let why = format!("its certificate can no longer be renewed: {cause}; let it join with a new token");
         unknown(cause).told(Told { cluster: identity.cluster.clone(), why, proven: true, returns: true })
     };
-    if Time::now().since(known.not_after) > shared.live().config.join.expired_for {
+    if Time::now().since(known.not_after) > joins.context.live().config.join.expired_for {
         return Err(unknown("it expired too long ago"));
     }
     fleet.admits(&identity, &known.serial).map_err(|error| unknown(&error.to_string()))?;
@@ -580,10 +622,10 @@ async fn by_record(
         return Err(unknown("it was revoked"));
     }
     let cluster = fleet.cluster_of(&identity.cluster).ok_or_else(|| unknown("its cluster was deleted"))?;
-    may_join(shared, known_cluster.insert(identity.cluster.clone()), Way::Own)?;
+    may_join(joins, known_cluster.insert(identity.cluster.clone()), Way::Own)?;
     // Another process may have a copy of the kept identity, or a pod may have got this place while the agent was away.
-    let seeker = Seeker::look(&shared.joins.places, &shared.registry, &identity.cluster, boot_id).await;
-    let room = room(shared, &identity.cluster).await?;
+    let seeker = Seeker::look(&joins.shares.places, &joins.registry, &identity.cluster, boot_id).await;
+    let room = room(joins, &identity.cluster).await?;
     if !seeker.take(&identity.instance) {
         return Err(Refusal::later(RefusalCode::Denied, PLACE_TAKEN, RETRY_LIMIT));
     }
@@ -668,7 +710,7 @@ async fn record_issuer(
 
 /// What vouches for the report of an agent that renews: its ServiceAccount token, if a key on record signed it; or the
 /// join token with which it joined recently, when it could not read the keys yet.
-fn word(shared: &Shared, fleet: &Fleet, identity: &AgentIdentity, token: &str) -> Word {
+fn word(joins: &Joins, fleet: &Fleet, identity: &AgentIdentity, token: &str) -> Word {
     let Some(known) = fleet.issuer(&identity.cluster) else {
         let joined = instance(fleet, &identity.instance);
         let lately = joined.is_some_and(|joined| {
@@ -677,7 +719,7 @@ fn word(shared: &Shared, fleet: &Fleet, identity: &AgentIdentity, token: &str) -
         });
         return if lately { Word::JoinToken } else { Word::Nothing };
     };
-    let audience = shared.config.trust_domain.audience();
+    let audience = joins.context.config.trust_domain.audience();
     let vouched = account::verify(token, &known, &audience, SystemTime::now());
     if vouched.is_ok() { Word::OldKey } else { Word::Nothing }
 }
@@ -705,21 +747,21 @@ async fn adopt(fleet: &Fleet, instance: &InstanceId, subject: &str) {
 /// Answers a renewal for the session's authenticated identity: whatever the request says, no other identity gets
 /// anything (EN-07).
 pub(crate) async fn renew(
-    shared: &Shared,
+    joins: &Joins,
     identity: &AgentIdentity,
     serial: &str,
     address: SocketAddr,
     renew: &Renew,
 ) -> Renewed {
-    let renewal = match try_renew(shared, identity, serial, renew).await {
+    let renewal = match try_renew(joins, identity, serial, renew).await {
         Ok(issued) => {
-            shared.metrics.renewed(JoinOutcome::Ok);
+            joins.context.metrics.renewed(JoinOutcome::Ok);
             tracing::info!(cluster = %identity.cluster, instance = %identity.instance, agent = %address,
                 serial = issued.serial, "certificate renewed");
             Renewal::Certificate(issued.certificate)
         }
         Err(refusal) => {
-            shared.metrics.renewed(refusal.outcome());
+            joins.context.metrics.renewed(refusal.outcome());
             tracing::warn!(cluster = %identity.cluster, instance = %identity.instance, agent = %address,
                 why = refusal.text, cause = refusal.cause, "renewal refused");
             Renewal::Refused(refusal.message())
@@ -729,27 +771,27 @@ pub(crate) async fn renew(
 }
 
 async fn try_renew(
-    shared: &Shared,
+    joins: &Joins,
     identity: &AgentIdentity,
     serial: &str,
     renew: &Renew,
 ) -> Result<Issued, Refusal> {
-    let live = shared.live();
-    let (Some(own), Some(fleet)) = (&live.joins, shared.fleet.as_ref()) else {
+    let live = joins.context.live();
+    let (Some(own), Some(fleet)) = (&live.joins, joins.context.fleet.as_ref()) else {
         let text =
             "this gateway does not issue certificates; renew the certificate with the CA that issued it";
         return Err(Refusal::new(RefusalCode::Denied, text));
     };
     fleet.admits(identity, serial)?;
     let life = live.config.join.certificate_lifetime;
-    if !shared.joins.may_renew(&identity.instance, life) {
-        shared.metrics.limit_reached(Limit::Renewals);
+    if !joins.shares.may_renew(&identity.instance, life) {
+        joins.context.metrics.limit_reached(Limit::Renewals);
         let text = "the certificate was renewed too often recently; wait before the next attempt";
         return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
     }
     // First the agent's report: it lets the agent rejoin even if there is no room for another certificate.
     if let Some(issuer) = &renew.issuer {
-        let word = word(shared, fleet, identity, &renew.token);
+        let word = word(joins, fleet, identity, &renew.token);
         if record_issuer(fleet, &identity.cluster, &identity.instance, issuer, word).await {
             adopt(fleet, &identity.instance, &issuer.subject).await;
         }
@@ -787,7 +829,7 @@ mod tests {
     /// EN-03: an address that fails is slowed down, its neighbours are not, and it recovers.
     #[tokio::test(start_paused = true)]
     async fn guessing_is_slowed_down() {
-        let joins = Joins::default();
+        let joins = Shares::default();
         let (guesser, honest): (IpAddr, IpAddr) =
             ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
         let mut passed = 0;
@@ -813,7 +855,7 @@ mod tests {
     /// An instance renews as often as it needs to and no more, for all that it asks; others are not slowed down by it.
     #[tokio::test(start_paused = true)]
     async fn renewals_of_one_instance_are_few() {
-        let joins = Joins::default();
+        let joins = Shares::default();
         let (greedy, honest) = (InstanceId::new("a").unwrap(), InstanceId::new("b").unwrap());
         let day = Duration::from_secs(86_400);
         let mut renewed = 0;

@@ -1,4 +1,4 @@
-//! The life of the process: the stages of stopping, the task without which the gateway must not run, and the owners of all tasks.
+//! The stages of stopping a gateway, the work that it cannot live without, and the trackers that own its tasks.
 
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;

@@ -10,27 +10,30 @@ pub mod proxy_protocol;
 pub(crate) mod quic;
 pub(crate) mod self_checks;
 
+use crate::access::Access;
+use crate::access::standing::{Seat, Standing};
 use crate::config::ProxyProtocol;
-use crate::context::Shared;
-use crate::front::{self, Arrival};
-use crate::join;
-use crate::listener::gate::{Pass, Place, Standing};
+use crate::context::Context;
+use crate::front::{self, Arrival, Front};
+use crate::join::{self, Joins};
+use crate::listener::gate::{Gate, Pass};
 use crate::listener::proxy_protocol::{Header, HeaderError};
+use crate::listener::self_checks::SelfChecks;
 use crate::log::sparing;
 use crate::metrics::{Handshake, Limit, ProxyHeader, Surface, TlCode};
 use crate::per_key::network;
-use crate::tunnel::session;
+use crate::tunnel::session::{self, Tunnel};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{self, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
-use towline_certs::{Listener, explain, route_by_alpn, tls_error};
+use towline_certs::{Listener as Purpose, explain, route_by_alpn, tls_error};
 use towline_proto::tunnel::socket;
 
 /// Bytes that a peer may send before its handshake has ended: room for the largest honest certificate chains.
@@ -49,6 +52,40 @@ const PLAIN_ANSWER: &[u8] = b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/pla
 const BACKOFF: Duration = Duration::from_millis(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
+/// Lets connections in, and hands each to the room that it is for.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    context: Arc<Context>,
+    access: Arc<Access>,
+    /// Who may connect, and how often.
+    gate: Gate,
+    front: Arc<Front>,
+    tunnel: Arc<Tunnel>,
+    joins: Arc<Joins>,
+    self_checks: Arc<SelfChecks>,
+}
+
+impl Listener {
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        access: &Arc<Access>,
+        front: Arc<Front>,
+        tunnel: &Arc<Tunnel>,
+        joins: &Arc<Joins>,
+        self_checks: &Arc<SelfChecks>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            context: Arc::clone(context),
+            access: Arc::clone(access),
+            gate: Gate::new(&context.config.limits),
+            front,
+            tunnel: Arc::clone(tunnel),
+            joins: Arc::clone(joins),
+            self_checks: Arc::clone(self_checks),
+        })
+    }
+}
+
 /// What the connections of a listener speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Speaks {
@@ -59,21 +96,22 @@ pub(crate) enum Speaks {
 }
 
 /// Accepts connections until the gateway drains.
-pub(crate) async fn run(shared: Arc<Shared>, listener: TcpListener, speaks: Speaks) {
+pub(crate) async fn run(this: Arc<Listener>, listener: TcpListener, speaks: Speaks) {
+    let context = &*this.context;
     let mut backoff = BACKOFF;
     loop {
         let accepted = tokio::select! {
-            () = shared.stages.draining.cancelled() => return,
+            () = context.stages.draining.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((socket, address)) => {
                 backoff = BACKOFF;
-                admit(&shared, socket, address, speaks);
+                admit(&this, socket, address, speaks);
             }
             Err(error) if is_the_peers(&error) => {}
             Err(error) => {
-                shared.metrics.accept_error();
+                context.metrics.accept_error();
                 tracing::warn!(%error, "cannot accept connections; retried in a moment");
                 tokio::time::sleep(backoff).await;
                 backoff = (backoff * 2).min(BACKOFF_MAX);
@@ -83,34 +121,35 @@ pub(crate) async fn run(shared: Arc<Shared>, listener: TcpListener, speaks: Spea
 }
 
 /// Gives a connection a task of its own, unless its address may not connect; never waits.
-fn admit(shared: &Arc<Shared>, socket: TcpStream, address: SocketAddr, speaks: Speaks) {
-    let own = shared.self_checks.is_own(address);
+fn admit(this: &Arc<Listener>, socket: TcpStream, address: SocketAddr, speaks: Speaks) {
+    let context = &*this.context;
+    let own = this.self_checks.is_own(address);
     let expects =
-        if own { ProxyProtocol::Off } else { shared.live().config.listen.proxy_protocol_of(address.ip()) };
+        if own { ProxyProtocol::Off } else { context.live().config.listen.proxy_protocol_of(address.ip()) };
     // Behind a trusted proxy the client is known only after the header.
-    if !own && expects == ProxyProtocol::Off && !shared.live().config.listen.allows(address.ip()) {
-        shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+    if !own && expects == ProxyProtocol::Off && !context.live().config.listen.allows(address.ip()) {
+        context.metrics.rejected(Surface::Listener, TlCode::Forbidden);
         return;
     }
     let incoming = Incoming { address, own, expects, speaks };
-    let Some(shard) = shared.shards.next() else {
-        return shared.stages.spawn(&shared.tasks.front, serve(Arc::clone(shared), socket, incoming));
+    let Some(shard) = context.shards.next() else {
+        return context.stages.spawn(&context.tasks.front, serve(Arc::clone(this), socket, incoming));
     };
     // A socket belongs to the runtime that it was registered with.
     let socket = socket.into_std();
     let task = {
-        let shared = Arc::clone(shared);
+        let this = Arc::clone(this);
         async move {
             match socket.and_then(TcpStream::from_std) {
-                Ok(socket) => serve(shared, socket, incoming).await,
+                Ok(socket) => serve(this, socket, incoming).await,
                 Err(error) => {
-                    shared.metrics.accept_error();
+                    this.context.metrics.accept_error();
                     tracing::warn!(%error, "cannot set options of an accepted connection");
                 }
             }
         }
     };
-    shared.tasks.front.spawn_on(shared.stages.until_abort(task), shard);
+    context.tasks.front.spawn_on(context.stages.until_abort(task), shard);
 }
 
 /// A connection that was just accepted.
@@ -134,25 +173,26 @@ enum Opened {
     Http(TcpStream, bool, Standing),
 }
 
-async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming) {
-    let counted = shared.metrics.connection();
+async fn serve(this: Arc<Listener>, socket: TcpStream, incoming: Incoming) {
+    let context = &*this.context;
+    let counted = context.metrics.connection();
     let Incoming { mut address, own, expects, speaks } = incoming;
     if let Err(error) = socket::tune(&socket) {
         tracing::debug!(%error, "socket options");
     }
-    let deadline = shared.config.timeouts.handshake;
+    let deadline = context.config.timeouts.handshake;
     let mut parked = true;
     let opening = async {
-        let mut pass = if own { Pass::own() } else { pass(&shared, address).await? };
+        let mut pass = if own { Pass::own() } else { pass(&this, address).await? };
         parked = false;
         let mut socket = Limited::new(socket);
-        identify(&shared, &mut socket, expects, &mut address, &mut pass).await?;
-        let from = if own { From::Own } else { From::Network(divided_by(&shared, address)) };
+        identify(&this, &mut socket, expects, &mut address, &mut pass).await?;
+        let from = if own { From::Own } else { From::Network(divided_by(context, address)) };
         // What it takes to shake hands is not kept for the life of the connection.
         let opened = Box::pin(async {
             match speaks {
-                Speaks::Tls => handshake(&shared, socket, from).await,
-                Speaks::Http => prior_knowledge(&shared, socket.io, from).await,
+                Speaks::Tls => handshake(&this, socket, from).await,
+                Speaks::Http => prior_knowledge(&this, socket.io, from).await,
             }
         });
         match pass.hurry() {
@@ -164,45 +204,45 @@ async fn serve(shared: Arc<Shared>, socket: TcpStream, incoming: Incoming) {
     let result = tokio::select! {
         result = handshake => result.unwrap_or(Err(HandshakeError::Timeout)),
         // A client of TLS 1.3 is through before we are: its first request may be on its way.
-        () = shared.stages.over_for_newcomers() => return,
+        () = context.stages.over_for_newcomers() => return,
     };
-    let (opened, place) = match result {
+    let (opened, seat) = match result {
         Ok(opened) => opened,
         Err(HandshakeError::Timeout) if parked => {
-            return refuse(&shared, address, own, &HandshakeError::Limit(Limit::Parked));
+            return refuse(context, address, own, &HandshakeError::Limit(Limit::Parked));
         }
-        Err(error) => return refuse(&shared, address, own, &error),
+        Err(error) => return refuse(context, address, own, &error),
     };
     match opened {
         Opened::Http(socket, h2, standing) => {
-            shared.metrics.handshake(Handshake::Plaintext);
+            context.metrics.handshake(Handshake::Plaintext);
             Box::pin(front::serve(
-                shared,
+                Arc::clone(&this.front),
                 socket,
                 Arrival::plaintext(address, h2),
                 standing,
-                (place, counted),
+                (seat, counted),
             ))
             .await;
         }
         Opened::Front(tls, standing) => {
-            shared.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
+            context.metrics.handshake(if own { Handshake::SelfCheck } else { Handshake::Front });
             let arrival = Arrival::over_tls(&tls, address);
-            Box::pin(front::serve(shared, tls, arrival, standing, (place, counted))).await;
+            Box::pin(front::serve(Arc::clone(&this.front), tls, arrival, standing, (seat, counted))).await;
         }
         Opened::Join(tls, standing) => {
-            shared.metrics.handshake(Handshake::Join);
-            Box::pin(join::serve(shared, tls, address)).await;
+            context.metrics.handshake(Handshake::Join);
+            Box::pin(join::serve(&this.joins, tls, address)).await;
             // Nobody who joins is known before that.
-            drop((place, standing, counted));
+            drop((seat, standing, counted));
         }
         Opened::Tunnel(tls, judge) => {
-            shared.metrics.handshake(Handshake::Tunnel);
+            context.metrics.handshake(Handshake::Tunnel);
             // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
-            let session = session::serve(Arc::clone(&shared), tls, judge, address);
-            shared.stages.spawn(&shared.tasks.tunnel, async move {
+            let session = session::serve(Arc::clone(&this.tunnel), tls, judge, address);
+            context.stages.spawn(&context.tasks.tunnel, async move {
                 session.await;
-                drop((place, counted));
+                drop((seat, counted));
             });
         }
     }
@@ -218,23 +258,26 @@ enum From {
 }
 
 /// The network that an address is counted as, unless it is a trusted proxy's.
-pub(crate) fn divided_by(shared: &Shared, address: SocketAddr) -> Option<IpAddr> {
-    (!shared.live().config.listen.trusts(address.ip())).then(|| network(address.ip()))
+pub(crate) fn divided_by(context: &Context, address: SocketAddr) -> Option<IpAddr> {
+    (!context.live().config.listen.trusts(address.ip())).then(|| network(address.ip()))
 }
 
 /// Waits for a place for a handshake.
-async fn pass(shared: &Shared, address: SocketAddr) -> Result<Pass, HandshakeError> {
-    let passed = shared.gate.pass(&shared.metrics, divided_by(shared, address)).await;
+async fn pass(this: &Listener, address: SocketAddr) -> Result<Pass, HandshakeError> {
+    let context = &*this.context;
+    let passed = this.gate.pass(&context.metrics, divided_by(context, address)).await;
     passed.map_err(HandshakeError::Limit)
 }
 
 /// A place for the connection of somebody who is not known yet.
-async fn stranger(shared: &Shared, from: From) -> Result<(Place, Standing), HandshakeError> {
+async fn stranger(this: &Listener, from: From) -> Result<(Seat, Standing), HandshakeError> {
     match from {
-        From::Own => Ok((Place::own(), Standing::own())),
+        From::Own => Ok((Seat::own(), Standing::own())),
         From::Network(network) => {
-            let placed = shared.gate.stranger(&shared.metrics, network).await;
-            placed.map_err(HandshakeError::Limit)
+            let standing = this.access.owners.stranger(&this.context.metrics, network.as_ref()).await;
+            let standing = standing.map_err(HandshakeError::Limit)?;
+            let seat = this.gate.client(network.as_ref()).map_err(HandshakeError::Limit)?;
+            Ok((seat, standing))
         }
     }
 }
@@ -267,12 +310,13 @@ enum HandshakeError {
 /// on its address.
 #[expect(clippy::indexing_slicing, reason = "neither is empty")]
 async fn identify(
-    shared: &Shared,
+    this: &Listener,
     socket: &mut Limited<TcpStream>,
     expects: ProxyProtocol,
     address: &mut SocketAddr,
     held: &mut Pass,
 ) -> Result<(), HandshakeError> {
+    let context = &*this.context;
     let has_header = match expects {
         ProxyProtocol::Off => return Ok(()),
         ProxyProtocol::Required => true,
@@ -297,31 +341,31 @@ async fn identify(
         Some(Err(HeaderError::VersionOne)) => ProxyHeader::VersionOne,
         Some(Err(HeaderError::Malformed(_) | HeaderError::BrokeOff)) => ProxyHeader::Malformed,
     };
-    shared.metrics.proxy_header(counted);
+    context.metrics.proxy_header(counted);
     match header.transpose().map_err(HandshakeError::Header)? {
         // The proxy itself, which is trusted: its health checks need no place among the allowed sources.
         Some(Header::Local) => return Ok(()),
         Some(Header::Client(client)) => *address = client,
         Some(Header::Unknown) | None => {}
     }
-    let live = shared.live();
+    let live = context.live();
     if !live.config.listen.allows(address.ip()) {
         return Err(HandshakeError::Forbidden);
     }
     drop(live);
     // Its place among those of the proxy goes back first: who is parked is not in the way of others.
     *held = Pass::own();
-    *held = pass(shared, *address).await?;
+    *held = pass(this, *address).await?;
     Ok(())
 }
 
 /// Whether a client without TLS begins with HTTP/2 (RFC 9113 section 3.3) or with HTTP/1.1. Nothing is taken from the socket.
 #[expect(clippy::indexing_slicing, reason = "no more is read than fits")]
 async fn prior_knowledge(
-    shared: &Shared,
+    this: &Listener,
     socket: TcpStream,
     from: From,
-) -> Result<(Opened, Place), HandshakeError> {
+) -> Result<(Opened, Seat), HandshakeError> {
     let begins = async {
         let mut first = [0; H2_BEGINS.len()];
         loop {
@@ -337,15 +381,16 @@ async fn prior_knowledge(
         }
     };
     let h2 = begins.await?;
-    let (place, standing) = stranger(shared, from).await?;
-    Ok((Opened::Http(socket, h2, standing), place))
+    let (seat, standing) = stranger(this, from).await?;
+    Ok((Opened::Http(socket, h2, standing), seat))
 }
 
 async fn handshake(
-    shared: &Shared,
+    this: &Listener,
     mut socket: Limited<TcpStream>,
     from: From,
-) -> Result<(Opened, Place), HandshakeError> {
+) -> Result<(Opened, Seat), HandshakeError> {
+    let context = &*this.context;
     let before = socket.begin();
     let mut acceptor = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), socket);
     let started = match (&mut acceptor).await {
@@ -364,20 +409,20 @@ async fn handshake(
     };
     let hello = started.client_hello();
     let offered = hello.alpn().into_iter().flatten();
-    let listener = route_by_alpn(offered).map_err(|refused| HandshakeError::Alpn(refused.to_string()))?;
+    let purpose = route_by_alpn(offered).map_err(|refused| HandshakeError::Alpn(refused.to_string()))?;
     // Before anything is computed for it.
-    let (place, standing) = match listener {
-        Listener::Tunnel => (shared.gate.agent().map_err(HandshakeError::Limit)?, None),
-        Listener::Front | Listener::Join => {
-            let (place, standing) = stranger(shared, from).await?;
-            (place, Some(standing))
+    let (seat, standing) = match purpose {
+        Purpose::Tunnel => (this.gate.agent().map_err(HandshakeError::Limit)?, None),
+        Purpose::Front | Purpose::Join => {
+            let (seat, standing) = stranger(this, from).await?;
+            (seat, Some(standing))
         }
     };
-    let live = shared.live();
-    let config = match listener {
-        Listener::Front => Arc::clone(&live.front_tls),
-        Listener::Tunnel => Arc::clone(&live.tunnel_tls),
-        Listener::Join => Arc::clone(&live.join_tls),
+    let live = context.live();
+    let config = match purpose {
+        Purpose::Front => Arc::clone(&live.front_tls),
+        Purpose::Tunnel => Arc::clone(&live.tunnel_tls),
+        Purpose::Join => Arc::clone(&live.join_tls),
     };
     drop(live);
     let mut accept = started.into_stream(Arc::clone(&config)).into_fallible();
@@ -385,14 +430,14 @@ async fn handshake(
         Ok(mut tls) => {
             tls.get_mut().0.lift();
             let tls = Box::new(tls);
-            let opened = match (listener, standing) {
-                (Listener::Front, Some(standing)) => Opened::Front(tls, standing),
-                (Listener::Join, Some(standing)) => Opened::Join(tls, standing),
-                (Listener::Tunnel, _) | (_, None) => Opened::Tunnel(tls, config),
+            let opened = match (purpose, standing) {
+                (Purpose::Front, Some(standing)) => Opened::Front(tls, standing),
+                (Purpose::Join, Some(standing)) => Opened::Join(tls, standing),
+                (Purpose::Tunnel, _) | (_, None) => Opened::Tunnel(tls, config),
             };
-            Ok((opened, place))
+            Ok((opened, seat))
         }
-        Err((error, io)) => Err(failed(error, Some(&io), false, listener == Listener::Tunnel)),
+        Err((error, io)) => Err(failed(error, Some(&io), false, purpose == Purpose::Tunnel)),
     }
 }
 
@@ -410,29 +455,29 @@ fn failed(error: io::Error, io: Option<&Limited<TcpStream>>, silent: bool, tunne
     if silent && gone { HandshakeError::Probe } else { HandshakeError::Tls { error, tunnel } }
 }
 
-fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeError) {
+fn refuse(context: &Context, address: SocketAddr, own: bool, error: &HandshakeError) {
     if own {
         // Our own readiness check ends as soon as it has seen enough.
-        shared.metrics.handshake(Handshake::SelfCheck);
+        context.metrics.handshake(Handshake::SelfCheck);
         return;
     }
     let reject = |outcome, surface, code| {
-        shared.metrics.handshake(outcome);
-        shared.metrics.rejected(surface, code);
+        context.metrics.handshake(outcome);
+        context.metrics.rejected(surface, code);
     };
     match error {
         HandshakeError::Probe => {
-            shared.metrics.handshake(Handshake::Probe);
+            context.metrics.handshake(Handshake::Probe);
             tracing::debug!(client = %address, "connection closed before any data was received");
         }
         HandshakeError::Timeout => {
             reject(Handshake::Timeout, Surface::Listener, TlCode::Timeout);
-            shared.metrics.limit_reached(Limit::HandshakeTime);
+            context.metrics.limit_reached(Limit::HandshakeTime);
             tracing::debug!(client = %address, "TLS handshake timed out");
         }
         HandshakeError::TooLarge => {
             reject(Handshake::TooLarge, Surface::Listener, TlCode::Limit);
-            shared.metrics.limit_reached(Limit::HandshakeBytes);
+            context.metrics.limit_reached(Limit::HandshakeBytes);
             tracing::debug!(client = %address, "TLS handshake larger than {HANDSHAKE_BYTES} bytes");
         }
         HandshakeError::Header(error) => {
@@ -440,18 +485,18 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             tracing::info!(proxy = %address, why = %error, "connection from a trusted proxy refused");
         }
         HandshakeError::UnexpectedHeader => {
-            shared.metrics.proxy_header(ProxyHeader::Unexpected);
+            context.metrics.proxy_header(ProxyHeader::Unexpected);
             reject(Handshake::ProxyHeader, Surface::Listener, TlCode::Proto);
             let why = "unexpected PROXY protocol header: this address is not a trusted proxy. If it is a load balancer, add it to listen.trustedProxies; listen.proxyProtocol must not be off";
-            sparing!(shared.refusals.due(&()), info, client = %address, why, "connection refused");
+            sparing!(context.refusals.due(&()), info, client = %address, why, "connection refused");
         }
         HandshakeError::Forbidden => {
-            shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+            context.metrics.rejected(Surface::Listener, TlCode::Forbidden);
             tracing::debug!(client = %address, "connection refused: address not in listen.allowedSources");
         }
         HandshakeError::Limit(limit) => {
-            shared.metrics.rejected(Surface::Listener, TlCode::Limit);
-            shared.metrics.limit_reached(*limit);
+            context.metrics.rejected(Surface::Listener, TlCode::Limit);
+            context.metrics.limit_reached(*limit);
             tracing::debug!(client = %address, limit = limit.label(), "connection refused: limit reached");
         }
         HandshakeError::Plain => {
@@ -469,7 +514,7 @@ fn refuse(shared: &Shared, address: SocketAddr, own: bool, error: &HandshakeErro
             let why = towline_model::text::printable(&why);
             // A refused agent is what its operator looks for in this log; a refused client sees it itself.
             if *tunnel {
-                sparing!(shared.refusals.due(&()), info, client = %address, why, "agent refused");
+                sparing!(context.refusals.due(&()), info, client = %address, why, "agent refused");
             } else {
                 tracing::debug!(client = %address, why, "TLS handshake failed");
             }
@@ -535,7 +580,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Limited<IO> {
     )]
     fn poll_read(
         mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
+        cx: &mut task::Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
@@ -566,13 +611,17 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Limited<IO> {
 }
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Limited<IO> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
+        cx: &mut task::Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
@@ -582,11 +631,11 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Limited<IO> {
         self.io.is_write_vectored()
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_flush(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

@@ -1,8 +1,7 @@
-//! `Live`: the part of the state that a reload replaces, which is the effective configuration and the content of every file that it
-//! names, read and checked as a whole.
+//! The values that a reload replaces: the configuration in force and every file that it names, read and checked as a whole.
 
-use crate::access::authn::tokens::Tokens;
 use crate::ca::authority::{Authorities, Authority};
+use crate::config::tokens::Tokens;
 use crate::config::{Cluster, ConfigError, GatewayConfig};
 use crate::map::Map;
 use crate::rules::AccessRules;

@@ -1,4 +1,4 @@
-//! `Memory`: what the state directory contributes, which is the fleet on record and the gateway's own CAs, opened once at the start.
+//! The contents of a state directory: the fleet on record and the gateway's own CAs, opened once at the start.
 
 use crate::ca::authority::{Authorities, AuthorityError};
 use crate::ca::rotation;

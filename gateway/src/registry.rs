@@ -7,9 +7,11 @@
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
+pub(crate) mod last_seen;
 pub(crate) mod sign_of_life;
 pub mod trust;
 
+use crate::config::GatewayConfig;
 use crate::fleet::{AgentSeen, Ended, LastSeen};
 use crate::map::Map;
 use crate::metrics::{Counted, HoldOutcome, Metrics};
@@ -43,6 +45,8 @@ const SILENT: Duration = Duration::from_secs(3);
 const ELSEWHERE: u32 = 8;
 /// How long opening a stream may take: QUIC may wait until the peer allows another stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
+/// What a gateway can open in one session: every second number of 32 bits.
+const STREAM_IDS: u32 = 1 << 31;
 /// How long the streams of a replaced session may still run.
 const ROTATE_DRAIN: Duration = Duration::from_secs(24 * 3600);
 const REPLACED_INTERVAL: Duration = Duration::from_millis(100);
@@ -300,6 +304,22 @@ impl Registry {
             moved: Mutex::default(),
             moving: Notify::new(),
         }
+    }
+
+    /// The registry that a configuration asks for.
+    #[must_use]
+    pub fn of(config: &GatewayConfig, metrics: Arc<Metrics>) -> Self {
+        let (limits, timeouts) = (&config.limits, &config.timeouts);
+        let hold = HoldLimits {
+            time: timeouts.hold,
+            requests_per_cluster: limits.held_per_cluster,
+            requests: limits.held,
+            watch_time: timeouts.watch_hold,
+            watches_per_cluster: limits.held_watches_per_cluster,
+            watches: limits.held_watches,
+        };
+        Self::new(metrics, hold, limits.sessions_per_cluster)
+            .with_spare_ids(STREAM_IDS - limits.session_streams)
     }
 
     /// Sets the number of stream ids below which sessions are replaced; by default none is.

@@ -12,10 +12,9 @@
 //!    evaluates: the scheme `Bearer`, or the subprotocol of a WebSocket handshake. With anything else the caller would be
 //!    anonymous at the API server. Missing-credential details are returned only to callers who are authorized for the cluster.
 //!
-//! OIDC will stand next to [`tokens`].
+//! OIDC will stand next to the token file ([`crate::config::tokens`]).
 
-pub mod tokens;
-
+use crate::config::tokens::Tokens;
 use crate::fleet::Fleet;
 use crate::metrics::Ended;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
@@ -28,7 +27,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 use thiserror::Error;
-use tokens::Tokens;
 use towline_certs::facts::CertificateFacts;
 use towline_certs::{CertificateDer, ClientCa};
 use towline_model::text::percent_decode;

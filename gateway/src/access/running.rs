@@ -8,9 +8,9 @@
 //!    whose expiry ends running requests.
 
 use crate::access::authn::{Certificate, Credential, Known};
-use crate::api::is_admin;
+use crate::access::is_admin;
 use crate::config::{Cluster, EndsWithCredential};
-use crate::context::Shared;
+use crate::context::Context;
 use crate::fleet::Fleet;
 use crate::live::Live;
 use crate::map::Map;
@@ -173,9 +173,9 @@ impl Run {
     ///
     /// # Errors
     /// Why not.
-    pub(crate) fn judge(&self, shared: &Shared, live: &Live) -> Result<(), Ended> {
-        let rules = shared.fleet.as_ref().map(Fleet::rules);
-        let due = judge(shared, live, rules.as_deref(), &self.grant, SystemTime::now())?;
+    pub(super) fn judge(&self, context: &Context, live: &Live) -> Result<(), Ended> {
+        let rules = context.fleet.as_ref().map(Fleet::rules);
+        let due = judge(context, live, rules.as_deref(), &self.grant, SystemTime::now())?;
         if let Some(due) = due {
             self.owner.look_at(due);
         }
@@ -210,13 +210,13 @@ impl Drop for Run {
 
 /// Whether what let a request in lets it in now; and when its credential ends it.
 fn judge(
-    shared: &Shared,
+    context: &Context,
     live: &Live,
     rules: Option<&AccessRules>,
     grant: &Grant,
     now: SystemTime,
 ) -> Result<Option<SystemTime>, Ended> {
-    let known = Known { tokens: &live.tokens, fleet: shared.fleet.as_ref() };
+    let known = Known { tokens: &live.tokens, fleet: context.fleet.as_ref() };
     let (principal, until) = known.owner_of(&grant.credential, &grant.principal).ok_or(Ended::Revoked)?;
     let follows = grant.interactive || live.config.ends_with_credential == EndsWithCredential::Everything;
     let until = until.filter(|_| follows);
@@ -234,7 +234,7 @@ fn judge(
             if !matches!(decision, Decision::Allowed(_)) {
                 return Err(Ended::Forbidden);
             }
-            let now = shared.cluster_named(live, cluster.name.as_str());
+            let now = context.cluster_named(live, cluster.name.as_str());
             if now.is_none_or(|now| now.uid != cluster.uid || now.mode != cluster.mode) {
                 return Err(Ended::Cluster);
             }
@@ -268,19 +268,19 @@ fn has_lost(before: &Arc<Principal>, now: &Arc<Principal>) -> bool {
 
 /// Reviews what is running whenever somebody may have lost what let them in, on record or in the files, and when a credential
 /// runs out, for as long as it is polled.
-pub(crate) async fn review(shared: &Shared) {
-    let (mut losses, mut reloads) = (shared.fleet.as_ref().map(Fleet::losses), shared.reloads());
-    let mut generation = shared.live().generation;
+pub(super) async fn review(context: &Context, running: &Running) {
+    let (mut losses, mut reloads) = (context.fleet.as_ref().map(Fleet::losses), context.reloads());
+    let mut generation = context.live().generation;
     loop {
-        // The senders live as long as `shared`.
+        // The senders live as long as the context.
         tokio::select! {
             () = changed(losses.as_mut()) => {}
             _ = reloads.changed() => {}
-            () = shared.running.due() => {}
+            () = running.due() => {}
         }
-        let live = shared.live();
+        let live = context.live();
         let reloaded = std::mem::replace(&mut generation, live.generation) != live.generation;
-        look(shared, &live, reloaded).await;
+        look(context, running, &live, reloaded).await;
     }
 }
 
@@ -293,14 +293,14 @@ async fn changed(losses: Option<&mut watch::Receiver<u64>>) {
 
 /// Judges everything that is running. What begins meanwhile is judged by what is true now, or later. The lock is not held:
 /// requests come and go as ever.
-async fn look(shared: &Shared, live: &Live, reloaded: bool) {
+async fn look(context: &Context, running: &Running, live: &Live, reloaded: bool) {
     let entries: Vec<(Grant, Arc<Entry>)> = {
-        let mut state = shared.running.lock();
+        let mut state = running.lock();
         state.due = None;
         state.entries.iter().map(|(grant, entry)| (grant.clone(), Arc::clone(entry))).collect()
     };
-    let rules = shared.fleet.as_ref().map(Fleet::rules);
-    let own = shared.authorities.as_ref().and_then(|own| own.own_clients.as_ref());
+    let rules = context.fleet.as_ref().map(Fleet::rules);
+    let own = context.authorities.as_ref().and_then(|own| own.own_clients.as_ref());
     let mut believed: HashMap<Credential, bool> = HashMap::new();
     let mut next: Option<SystemTime> = None;
     let mut ended = 0;
@@ -312,7 +312,7 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
             continue;
         }
         let now = SystemTime::now();
-        let mut judged = judge(shared, live, rules.as_deref(), grant, now);
+        let mut judged = judge(context, live, rules.as_deref(), grant, now);
         if reloaded
             && judged.is_ok()
             && let Some(chain) = &entry.chain
@@ -328,7 +328,7 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
                 let requests = entry.requests.load(Ordering::Relaxed);
                 tracing::debug!(credential = %grant.credential, user = %printable(&grant.principal.name), scope = %grant.scope, requests, why = why.label(), "requests of a credential are cancelled");
                 ended += requests;
-                shared.metrics.ended(why, requests);
+                context.metrics.ended(why, requests);
                 // Set once: an entry is ended here and nowhere else.
                 entry.why.get_or_init(|| why);
                 entry.ended.cancel();
@@ -342,7 +342,7 @@ async fn look(shared: &Shared, live: &Live, reloaded: bool) {
         );
     }
     if let Some(next) = next {
-        shared.running.look_at(next);
+        running.look_at(next);
     }
 }
 

@@ -5,7 +5,7 @@
 //! window allows, whether the cluster behind reads it or not. If stalled uploads filled the connection's window, no other body on it would get
 //! through, to any cluster. The reservations of a connection stay below its window, so nobody ever waits for the window.
 
-use crate::exchange::ProxyError;
+use crate::access::AccessError;
 use crate::metrics::Limit;
 use crate::shares::{Part, Shares};
 use std::sync::Arc;
@@ -69,7 +69,7 @@ pub(crate) async fn room(
     connection: &Arc<Unread>,
     principal: &str,
     length: Option<u64>,
-) -> Result<Room, ProxyError> {
+) -> Result<Room, AccessError> {
     let bytes = length
         .and_then(|length| u32::try_from(length).ok())
         .map_or(STREAM_WINDOW, |length| length.min(STREAM_WINDOW));
@@ -103,7 +103,7 @@ pub(crate) async fn room(
         Limit::UploadMemoryPerPrincipal => "request bodies of yours waiting to be read",
         _ => "request bodies for the gateway's memory",
     };
-    Err(ProxyError::Limit(refused, what))
+    Err(AccessError::Limit(refused, what))
 }
 
 #[cfg(test)]
@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(rooms.len(), (LARGE_MAX / STREAM_WINDOW) as usize);
         let began = Instant::now();
         let refused = room(&uploads, &connection, "one", Some(1 << 30)).await.unwrap_err();
-        assert!(matches!(refused, ProxyError::Limit(Limit::UploadsPerConnection, _)), "{refused:?}");
+        assert!(matches!(refused, AccessError::Limit(Limit::UploadsPerConnection, _)), "{refused:?}");
         assert!(began.elapsed() >= PATIENCE, "it waits");
         // Those who wait count, and those who find as many waiting do not wait.
         let many = futures_of(&uploads, &connection, 100).await;
@@ -145,7 +145,7 @@ mod tests {
         uploads: &Arc<Shares<String>>,
         connection: &Arc<Unread>,
         count: usize,
-    ) -> Vec<Result<Room, ProxyError>> {
+    ) -> Vec<Result<Room, AccessError>> {
         let mut tasks = tokio::task::JoinSet::new();
         for _ in 0..count {
             let (uploads, connection) = (Arc::clone(uploads), Arc::clone(connection));
@@ -170,7 +170,7 @@ mod tests {
         }
         let connection = Arc::<Unread>::default();
         let refused = room(&uploads, &connection, "greedy", None).await.unwrap_err();
-        assert!(matches!(refused, ProxyError::Limit(Limit::UploadMemoryPerPrincipal, _)), "{refused:?}");
+        assert!(matches!(refused, AccessError::Limit(Limit::UploadMemoryPerPrincipal, _)), "{refused:?}");
         let _other = room(&uploads, &connection, "other", None).await.unwrap();
         let (waited, ()) = tokio::join!(room(&uploads, &connection, "greedy", None), async {
             tokio::time::sleep(PATIENCE / 2).await;

@@ -39,7 +39,7 @@ pub(super) fn issue(
     body: &Value,
 ) -> Result<Response<AnswerBody>, ApiError> {
     let refuse = |field: &str, why: &str| ApiError::invalid(resource, "", field, why);
-    let Some(authorities) = &call.shared.authorities else { return Err(ApiError::no_such_path()) };
+    let Some(authorities) = &call.api.context.authorities else { return Err(ApiError::no_such_path()) };
     let life = match &body["spec"]["expirationSeconds"] {
         Value::Null => LIFE,
         value => value.as_u64().filter(|life| (60..=LIFE_MOST).contains(life)).ok_or_else(|| {

@@ -3,9 +3,9 @@
 
 use super::kinds::{GROUP, Resource};
 use crate::access::authn::AuthnError;
-use crate::exchange::{CHALLENGE, warning};
 use crate::fleet::WriteError;
 use crate::metrics::{Ended, TlCode};
+use crate::web::answer::{CHALLENGE, warning};
 use crate::web::body::AnswerBody;
 use bytes::Bytes;
 use http::header::{self, HeaderValue};

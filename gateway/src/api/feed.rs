@@ -7,11 +7,11 @@
 use super::kinds::{self, Resource};
 use super::objects::{self, Due};
 use crate::buckets::{Buckets, Rate};
-use crate::context::Shared;
+use crate::context::Context;
 use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, WriteError};
 use crate::live::Live;
-use crate::registry::Connection;
-use crate::registry::trust::TrustState;
+use crate::registry::trust::{TrustBoard, TrustState};
+use crate::registry::{Connection, Registry};
 use crate::store::Kind;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
@@ -36,6 +36,11 @@ const SWEEP: Duration = Duration::from_secs(10);
 /// The objects and their events.
 #[derive(Debug)]
 pub(crate) struct Feed {
+    context: Arc<Context>,
+    fleet: Fleet,
+    registry: Arc<Registry>,
+    /// What agents have acknowledged.
+    trust: Arc<TrustBoard>,
     epoch: u64,
     state: Mutex<State>,
     head: watch::Sender<u64>,
@@ -79,17 +84,18 @@ pub(super) enum Version {
     Future,
 }
 
-/// Keeps the feed up to date with fleet, registry and configuration, for as long as it is polled.
-pub(crate) async fn follow(shared: &Shared) {
-    match &shared.feed {
-        Some(feed) => feed.run(shared).await,
-        None => std::future::pending().await,
-    }
-}
-
 impl Feed {
-    pub(crate) fn new(fleet: &Fleet) -> Arc<Self> {
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        fleet: &Fleet,
+        registry: &Arc<Registry>,
+        trust: &Arc<TrustBoard>,
+    ) -> Arc<Self> {
         Arc::new(Self {
+            context: Arc::clone(context),
+            fleet: fleet.clone(),
+            registry: Arc::clone(registry),
+            trust: Arc::clone(trust),
             epoch: fleet.store().revision().epoch,
             state: Mutex::default(),
             head: watch::Sender::new(0),
@@ -103,9 +109,9 @@ impl Feed {
     }
 
     /// Follows fleet, registry and configuration, for as long as it is polled.
-    pub(crate) async fn run(&self, shared: &Shared) {
-        let Some(fleet) = &shared.fleet else { return };
-        let (mut changes, mut reloads) = (fleet.changes(), shared.reloads());
+    pub(crate) async fn run(&self) {
+        let (context, fleet) = (&self.context, &self.fleet);
+        let (mut changes, mut reloads) = (fleet.changes(), context.reloads());
         let mut configured: BTreeSet<Arc<str>> = BTreeSet::new();
         let (mut connected, news) = (HashSet::new(), Buckets::default());
         // For configured clusters only the connections notify about changes.
@@ -114,7 +120,7 @@ impl Feed {
             changes.borrow_and_update();
             is_stale |= reloads.has_changed().unwrap_or_default();
             reloads.borrow_and_update();
-            let live = shared.live();
+            let live = context.live();
             let (revision, keys) = fleet.take_changes();
             let mut touched: BTreeSet<(Kind, Arc<str>)> =
                 keys.into_iter().map(|key| (key.kind, key.name)).collect();
@@ -135,14 +141,14 @@ impl Feed {
                 if number % SHOWN_PER_TURN == SHOWN_PER_TURN - 1 {
                     tokio::task::yield_now().await;
                 }
-                self.show(shared, &live, fleet, kind, &name);
+                self.show(&live, kind, &name);
             }
             drop(live);
             self.shown.send_replace(revision);
             tokio::select! {
                 _ = changes.changed() => {}
                 _ = reloads.changed() => {}
-                uids = shared.registry.next_changes() => connected.extend(uids),
+                uids = self.registry.next_changes() => connected.extend(uids),
                 () = tokio::time::sleep(CONNECTION_NEWS.interval), if !connected.is_empty() => {}
                 () = tokio::time::sleep(SWEEP) => {}
             }
@@ -156,14 +162,15 @@ impl Feed {
     }
 
     /// Updates an object, with an event if it changed.
-    fn show(&self, shared: &Shared, live: &Live, fleet: &Fleet, kind: Kind, name: &Arc<str>) {
+    fn show(&self, live: &Live, kind: Kind, name: &Arc<str>) {
+        let fleet = &self.fleet;
         let Some(resource) = kinds::of(kind) else { return };
         let configured = (kind == Kind::Cluster).then(|| live.by_name.get(&**name)).flatten();
         let rendered = match (configured, fleet.object(kind, name)) {
             (Some(cluster), _) => {
-                let connection = shared.registry.connection(&cluster.uid);
-                let trust = shared.trust.state(&cluster.uid, live.trust.version);
-                let facts = facts(connection, trust, fleet, &cluster.uid, shared.started);
+                let connection = self.registry.connection(&cluster.uid);
+                let trust = self.trust.state(&cluster.uid, live.trust.version);
+                let facts = facts(connection, trust, fleet, &cluster.uid, self.context.started);
                 Some(objects::configured(cluster, &facts))
             }
             (None, Some(shown)) => {
@@ -174,8 +181,8 @@ impl Feed {
                     _ => None,
                 };
                 let facts = registered.map(|(uid, cluster)| {
-                    let trust = shared.trust.state(&uid, live.trust.version);
-                    facts(shared.registry.connection(&uid), trust, fleet, &uid, cluster.meta.created)
+                    let trust = self.trust.state(&uid, live.trust.version);
+                    facts(self.registry.connection(&uid), trust, fleet, &uid, cluster.meta.created)
                 });
                 Some(objects::render(resource, name, &shown.object, facts.as_ref()))
             }
@@ -187,7 +194,7 @@ impl Feed {
             .filter(|_| kind == Kind::Cluster)
             .and_then(|ended| ended["status"]["uid"].as_str());
         if let Some(Ok(uid)) = uid.map(ClusterUid::new) {
-            shared.registry.is_gone(&uid);
+            self.registry.is_gone(&uid);
         }
     }
 
@@ -360,6 +367,7 @@ fn same(shown: &Value, next: &Value) -> bool {
 mod tests {
     use super::*;
     use crate::config::{self, GatewayConfig};
+    use std::path::Path;
     use towline_model::Mode;
 
     fn cluster(number: usize) -> config::Cluster {
@@ -371,22 +379,28 @@ mod tests {
         }
     }
 
+    async fn feed_of(directory: &Path, change: impl FnOnce(&mut GatewayConfig)) -> (Arc<Context>, Arc<Feed>) {
+        let context = Context::for_test(directory, change).await;
+        let registry = Arc::new(Registry::of(&context.config, Arc::clone(&context.metrics)));
+        let feed = Feed::new(&context, context.fleet.as_ref().unwrap(), &registry, &Arc::default());
+        (context, feed)
+    }
+
     /// S20: a cluster whose agent comes and goes without end makes few events, and is shown as it is at last.
     #[tokio::test]
     async fn s20_a_connection_that_flaps_makes_few_events() {
         let directory = tempfile::tempdir().unwrap();
         let one = |config: &mut GatewayConfig| config.clusters = vec![cluster(0)];
-        let shared = Shared::for_test(directory.path(), one).await;
+        let (context, feed) = feed_of(directory.path(), one).await;
         let (uid, clusters) = (ClusterUid::new("uid-0").unwrap(), kinds::of(Kind::Cluster).unwrap());
-        let feed = shared.feed.clone().unwrap();
-        let mut board = shared.trust.join(&uid, &shared.metrics);
+        let mut board = feed.trust.join(&uid, &context.metrics);
         // The store has a thread of its own, for which virtual time does not wait.
         tokio::time::pause();
         let flapping = async {
             // Something else twenty times a second, for a minute.
             for number in 0..1200 {
                 board.answered(1, &format!("trouble {number};"));
-                shared.registry.touch(&uid);
+                feed.registry.touch(&uid);
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             while !feed
@@ -399,7 +413,7 @@ mod tests {
             }
         };
         tokio::select! {
-            () = feed.run(&shared) => panic!("it goes on"),
+            () = feed.run() => panic!("it goes on"),
             () = flapping => {}
         }
         let events = feed.events(clusters, 0).unwrap().0.len();
@@ -411,16 +425,15 @@ mod tests {
     async fn s23_a_cluster_that_is_gone_is_to_be_forgotten() {
         let directory = tempfile::tempdir().unwrap();
         let one = |config: &mut GatewayConfig| config.clusters = vec![cluster(0)];
-        let shared = Shared::for_test(directory.path(), one).await;
-        let (feed, fleet) = (shared.feed.clone().unwrap(), shared.fleet.clone().unwrap());
-        let show = |live: &Live| feed.show(&shared, live, &fleet, Kind::Cluster, &"c-0".into());
-        let live = shared.live();
+        let (context, feed) = feed_of(directory.path(), one).await;
+        let show = |live: &Live| feed.show(live, Kind::Cluster, &"c-0".into());
+        let live = context.live();
         show(&live);
-        assert!(shared.registry.all_moved().is_empty());
+        assert!(feed.registry.all_moved().is_empty());
         let mut config = live.config.clone();
         config.clusters.clear();
-        show(&Live::load(config, shared.authorities.clone()).unwrap());
-        assert_eq!(shared.registry.all_moved(), [ClusterUid::new("uid-0").unwrap()]);
+        show(&Live::load(config, context.authorities.clone()).unwrap());
+        assert_eq!(feed.registry.all_moved(), [ClusterUid::new("uid-0").unwrap()]);
     }
 
     /// S14: while a batch of clusters is shown, whoever else is on this thread has turns: the review of a revocation above all.
@@ -429,9 +442,8 @@ mod tests {
         const CLUSTERS: usize = 2000;
         let directory = tempfile::tempdir().unwrap();
         let many = |config: &mut GatewayConfig| config.clusters = (0..CLUSTERS).map(cluster).collect();
-        let shared = Shared::for_test(directory.path(), many).await;
+        let (_context, feed) = feed_of(directory.path(), many).await;
         let clusters = kinds::of(Kind::Cluster).unwrap();
-        let feed = shared.feed.clone().unwrap();
         let mut turns = 0;
         let beside = async {
             while feed.objects(clusters, None).0.len() < CLUSTERS {
@@ -441,7 +453,7 @@ mod tests {
         };
         tokio::select! {
             biased;
-            () = feed.run(&shared) => panic!("it goes on"),
+            () = feed.run() => panic!("it goes on"),
             () = beside => {}
         }
         assert!(turns >= CLUSTERS / SHOWN_PER_TURN, "{turns} turns");

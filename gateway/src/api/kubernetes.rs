@@ -4,11 +4,11 @@
 
 use super::error::{ApiError, json_response};
 use super::kinds::{self, GROUP, RESOURCES, Resource};
-use super::{Call, documents, is_admin, protobuf};
+use super::{Call, documents, protobuf};
+use crate::access::is_admin;
 use crate::web::body::AnswerBody;
 use http::request::Parts;
 use http::{Method, Response, StatusCode};
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 use towline_model::text::percent_decode;
 
@@ -48,7 +48,10 @@ pub(super) fn serves(parts: &Parts) -> bool {
 }
 
 /// Answers it.
-pub(super) async fn answer(call: &Call, body: Incoming) -> Result<Response<AnswerBody>, ApiError> {
+pub(super) async fn answer(
+    call: &Call,
+    body: impl super::RequestBody,
+) -> Result<Response<AnswerBody>, ApiError> {
     let place = Place::of(&call.parts).ok_or_else(ApiError::no_such_path)?;
     let get = matches!(call.parts.method, Method::GET | Method::HEAD);
     let post = call.parts.method == Method::POST;
@@ -76,7 +79,12 @@ fn object(kind: &str, version: &str, spec: Value, status: Value) -> Value {
     json!({"kind": kind, "apiVersion": version, "metadata": {}, "spec": spec, "status": status})
 }
 
-async fn read(call: &Call, body: Incoming, kind: &str, version: &str) -> Result<Value, ApiError> {
+async fn read(
+    call: &Call,
+    body: impl super::RequestBody,
+    kind: &str,
+    version: &str,
+) -> Result<Value, ApiError> {
     let media = call.header("content-type").split(';').next().unwrap_or_default().trim();
     let body = match media {
         protobuf::MEDIA => protobuf::review(&call.read(body, &[protobuf::MEDIA]).await?)?,

@@ -36,7 +36,7 @@ pub(super) fn get(
     if let Some(version @ Version::Future) = asked(call, text)? {
         return Err(gone(version, text));
     }
-    let object = call.feed.object(resource, name).ok_or_else(|| ApiError::not_found(resource, name))?;
+    let object = call.api.feed.object(resource, name).ok_or_else(|| ApiError::not_found(resource, name))?;
     Ok(shown(call, resource, StatusCode::OK, &object))
 }
 
@@ -58,7 +58,7 @@ pub(super) fn shown(
 fn asked(call: &Call, text: &str) -> Result<Option<Version>, ApiError> {
     match text {
         "" | "0" => Ok(None),
-        text => match call.feed.version(text) {
+        text => match call.api.feed.version(text) {
             None => Err(ApiError::bad_request(format!("resourceVersion {text:?} is malformed"))),
             version => Ok(version),
         },
@@ -81,7 +81,7 @@ pub(super) fn list(call: &Call, resource: &'static Resource) -> Result<Response<
         if let Some(version) = asked(call, text)? {
             match version {
                 Version::Future => return Err(gone(version, text)),
-                _ if options.exact && text != call.feed.text(call.feed.objects(resource, None).1) => {
+                _ if options.exact && text != call.api.feed.text(call.api.feed.objects(resource, None).1) => {
                     return Err(gone(Version::Past, text));
                 }
                 _ => {}
@@ -90,14 +90,14 @@ pub(super) fn list(call: &Call, resource: &'static Resource) -> Result<Response<
         (None, None)
     } else {
         let (first, after) = read_continue(&options.from)?;
-        match call.feed.version(&first) {
+        match call.api.feed.version(&first) {
             Some(Version::Known(_)) => (Some(first), Some(after)),
             _ => return Err(ApiError::expired("the continue token is too old: list again from the start")),
         }
     };
-    let (mut objects, version) = call.feed.objects(resource, after.as_deref());
+    let (mut objects, version) = call.api.feed.objects(resource, after.as_deref());
     objects.retain(|object| options.selector.matches(object));
-    let version = first.unwrap_or_else(|| call.feed.text(version));
+    let version = first.unwrap_or_else(|| call.api.feed.text(version));
     let mut metadata = json!({"resourceVersion": version});
     let limit = options.limit;
     if limit > 0 && objects.len() > limit {
@@ -141,7 +141,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
         (Some(true), _) => Start::Listed(true),
         (_, Some(version @ Version::Past)) => return Err(gone(version, &text)),
         (_, Some(Version::Known(number))) => Start::After(number),
-        (Some(false), None) => Start::After(call.feed.objects(resource, None).1),
+        (Some(false), None) => Start::After(call.api.feed.objects(resource, None).1),
         (None, None) => Start::Listed(false),
     };
     let seconds = match timeout_seconds {
@@ -156,7 +156,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
     let deadline = Instant::now() + Duration::from_secs(seconds.min(WATCH_SECONDS_MOST));
     let (events, body) = mpsc::channel(EVENTS_WAITING);
     let watch = Watch {
-        feed: Arc::clone(&call.feed),
+        feed: Arc::clone(&call.api.feed),
         resource,
         selector,
         events,
@@ -165,18 +165,18 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
         columns_sent: false,
         bookmarks,
     };
-    let shared = Arc::clone(&call.shared);
+    let context = Arc::clone(&call.api.context);
     let ended = call.run.ended().clone();
     let basis = Basis::own(ended.clone());
     let mut part = [0];
     random(&mut part);
-    let spread = shared.config.drain.deadline.mul_f64(0.8 * f64::from(part[0]) / 255.0);
-    let (draining, abort) = (shared.stages.draining.clone(), shared.stages.abort.clone());
+    let spread = context.config.drain.deadline.mul_f64(0.8 * f64::from(part[0]) / 255.0);
+    let (draining, abort) = (context.stages.draining.clone(), context.stages.abort.clone());
     let drained = async move {
         draining.cancelled().await;
         sleep(spread).await;
     };
-    shared.tasks.front.spawn(async move {
+    context.tasks.front.spawn(async move {
         tokio::select! {
             () = ended.cancelled() => {}
             () = abort.cancelled() => {}

@@ -7,9 +7,9 @@ use super::input::{Input, New, Own, Parsed};
 use super::kinds::{GROUP, Resource};
 use super::objects;
 use super::read::shown;
-use crate::exchange::warning;
 use crate::fleet::{Object, Shown, WriteError};
 use crate::store::Kind;
+use crate::web::answer::warning;
 use crate::web::body::AnswerBody;
 use http::header::WARNING;
 use http::{Response, StatusCode};
@@ -38,10 +38,10 @@ pub(super) async fn create(
     }
     let own = Own {
         addresses: &call.addresses(),
-        pins: call.shared.tunnel_pins(),
-        trust_domain: &call.shared.config.trust_domain,
+        pins: call.api.context.tunnel_pins(),
+        trust_domain: &call.api.context.config.trust_domain,
     };
-    let New { parsed, secrets } = input.create(resource, &call.fleet, &own)?;
+    let New { parsed, secrets } = input.create(resource, &call.api.fleet, &own)?;
     let warnings = [warnings, told_of_names(call, &input.name, &parsed)].concat();
     let name = input.name.clone();
     let dry = dry_run(call, &DeleteOptions::default())?;
@@ -51,7 +51,7 @@ pub(super) async fn create(
     }
     if dry {
         let kind = resource.stored.unwrap_or(Kind::Cluster);
-        if call.fleet.object(kind, &name).is_some() && kind != Kind::Revocation {
+        if call.api.fleet.object(kind, &name).is_some() && kind != Kind::Revocation {
             return Err(fail(WriteError::Exists));
         }
         let (mut object, _) = objects::render(resource, &name, &parsed.object(), None);
@@ -199,11 +199,11 @@ pub(super) async fn delete(
         let done = match &record.object {
             Object::Cluster(cluster) if cluster.deletion_protection => Err(WriteError::Protected),
             _ if dry => Ok(0),
-            _ => call.fleet.delete(resource.stored.unwrap_or(Kind::Cluster), name, record.revision).await,
+            _ => call.api.fleet.delete(resource.stored.unwrap_or(Kind::Cluster), name, record.revision).await,
         };
         match done {
             Ok(revision) => {
-                call.feed.shows(revision).await.map_err(fail)?;
+                call.api.feed.shows(revision).await.map_err(fail)?;
                 if !dry {
                     call.audit("delete", resource, name);
                 }
@@ -237,14 +237,14 @@ async fn basis(call: &Call, resource: &Resource, name: &str) -> Result<Basis, Ap
         return Err(fail(WriteError::Reserved));
     }
     let not_found = || ApiError::not_found(resource, name);
-    let record = resource.stored.and_then(|kind| call.fleet.object(kind, name)).ok_or_else(not_found)?;
-    call.feed.shows(record.revision).await.map_err(fail)?;
-    let before = call.feed.object(resource, name).ok_or_else(not_found)?;
+    let record = resource.stored.and_then(|kind| call.api.fleet.object(kind, name)).ok_or_else(not_found)?;
+    call.api.feed.shows(record.revision).await.map_err(fail)?;
+    let before = call.api.feed.object(resource, name).ok_or_else(not_found)?;
     Ok(Basis { record, before })
 }
 
 async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) -> Result<u64, WriteError> {
-    let fleet = &call.fleet;
+    let fleet = &call.api.fleet;
     match parsed {
         Parsed::Cluster(record) => fleet.put(name, &**record, replaces).await,
         Parsed::JoinToken(record) => fleet.put(name, record, replaces).await,
@@ -256,8 +256,8 @@ async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) ->
 
 /// The object, after lists show what was written.
 async fn written(call: &Call, resource: &Resource, name: &str, revision: u64) -> Result<Value, ApiError> {
-    call.feed.shows(revision).await.map_err(|error| ApiError::write(resource, name, &error))?;
-    let object = call.feed.object(resource, name);
+    call.api.feed.shows(revision).await.map_err(|error| ApiError::write(resource, name, &error))?;
+    let object = call.api.feed.object(resource, name);
     object.map(|object| Value::clone(&object)).ok_or_else(|| ApiError::not_found(resource, name))
 }
 
@@ -344,8 +344,8 @@ fn told_of_names(call: &Call, name: &str, parsed: &Parsed) -> Vec<String> {
     let told = match parsed {
         Parsed::AccessRule(rule) => {
             let is_there = |name: &String| {
-                call.shared.live().by_name.contains_key(name)
-                    || call.fleet.object(Kind::Cluster, name).is_some()
+                call.api.context.live().by_name.contains_key(name)
+                    || call.api.fleet.object(Kind::Cluster, name).is_some()
             };
             let about = |name: &String| {
                 if rule.ended.contains(name) {
@@ -360,7 +360,7 @@ fn told_of_names(call: &Call, name: &str, parsed: &Parsed) -> Vec<String> {
             rule.clusters.iter().filter_map(about).collect()
         }
         Parsed::Cluster(_) => {
-            let rules = call.fleet.rules_of_an_earlier(name);
+            let rules = call.api.fleet.rules_of_an_earlier(name);
             let about = |rule: &Arc<str>| {
                 format!(
                     "the access rule {rule:?} was written for an earlier cluster {name:?} and does not apply to this one"

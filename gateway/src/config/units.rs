@@ -201,7 +201,7 @@ by_from_str!(
     Self::new("invalid").expect("a word of lower-case letters is a trust domain")
 );
 by_from_str!(
-    crate::access::origin::Origin,
+    super::Origin,
     "origin",
     "https://invalid".parse().expect("a word of lower-case letters is a host")
 );

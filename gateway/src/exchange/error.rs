@@ -1,46 +1,29 @@
-//! The errors of an exchange: the one place that chooses status, reason, code and message of the gateway's own responses.
-//!
-//! Such a response is a Kubernetes `Status` and a `Warning` header with the same text, because kubectl drops the message during discovery
-//! but never the warning. The text says what happened, since when, and what to do.
+//! The errors of an exchange: status, code and message of everything that goes wrong before the head of a response has arrived.
 
 use super::upgrade::UpgradeError;
+use crate::access::AccessError;
 use crate::access::authn::AuthnError;
 use crate::exchange::headers::{HeadersError, RedirectError};
-use crate::metrics::{Ended, Limit, TlCode};
+use crate::metrics::{Limit, TlCode};
 use crate::registry::Presence;
+use crate::web::answer::{SAID_MAX, Verdict};
 use crate::web::body::AnswerBody;
 use crate::web::routing::RouteError;
-use bytes::Bytes;
-use http::header::{self, HeaderValue};
 use http::{Method, Response, StatusCode};
-use serde_json::json;
 use std::time::Duration;
 use towline_certs::facts::human;
+use towline_model::Principal;
 use towline_model::text::{clip, printable};
-use towline_model::{ClusterName, Principal};
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
 use towline_proto::open::{Failure, HEAD_MAX_BYTES};
 
-/// What a 401 asks for.
-pub(crate) const CHALLENGE: &str = "Bearer realm=\"towline\"";
-
 /// Why the gateway answers itself.
 #[derive(Debug)]
-pub(crate) enum ProxyError {
+pub(crate) enum ExchangeError {
     Route(RouteError),
-    Authn(AuthnError),
-    /// Forbidden, or unknown to somebody who may not know.
-    Forbidden {
-        cluster: String,
-    },
-    NoSuchCluster {
-        cluster: String,
-    },
-    /// The cluster that was called is not the same any more.
-    ClusterChanged {
-        cluster: String,
-    },
+    /// The caller may not.
+    Access(AccessError),
     Method(Method),
     Headers(HeadersError),
     Upgrade(UpgradeError),
@@ -126,44 +109,37 @@ impl HeadTooLarge {
     }
 }
 
-/// What the client gets to see.
-struct Verdict {
-    status: StatusCode,
-    code: TlCode,
-    message: String,
-}
-
-impl From<HeadTooLarge> for ProxyError {
+impl From<HeadTooLarge> for ExchangeError {
     fn from(error: HeadTooLarge) -> Self {
         Self::HeadTooLarge(error)
     }
 }
 
-impl From<RouteError> for ProxyError {
+impl From<RouteError> for ExchangeError {
     fn from(error: RouteError) -> Self {
         Self::Route(error)
     }
 }
 
-impl From<AuthnError> for ProxyError {
-    fn from(error: AuthnError) -> Self {
-        Self::Authn(error)
+impl From<AccessError> for ExchangeError {
+    fn from(error: AccessError) -> Self {
+        Self::Access(error)
     }
 }
 
-impl From<HeadersError> for ProxyError {
+impl From<HeadersError> for ExchangeError {
     fn from(error: HeadersError) -> Self {
         Self::Headers(error)
     }
 }
 
-impl From<UpgradeError> for ProxyError {
+impl From<UpgradeError> for ExchangeError {
     fn from(error: UpgradeError) -> Self {
         Self::Upgrade(error)
     }
 }
 
-impl ProxyError {
+impl ExchangeError {
     /// What a watch that goes on from a version is told. Its client lists everything again after 502, 503 and 504, which costs
     /// the cluster the most when it has just come back; after 429 it waits for longer and longer and goes on where it was
     /// (client-go, tools/cache/reflector.go, `isWatchErrorRetriable`). So what may be over by then is 429.
@@ -187,27 +163,8 @@ impl ProxyError {
     fn verdict(&self) -> Verdict {
         let verdict = |status, code, message: String| Verdict { status, code, message };
         match self {
-            Self::Route(error) => route(error),
-            Self::Authn(error) => authn(error),
-            Self::Forbidden { cluster } => verdict(
-                StatusCode::FORBIDDEN,
-                TlCode::Forbidden,
-                format!(
-                    "you are not allowed to call cluster {cluster:?}, or it does not exist — ask the fleet's operator for an access rule"
-                ),
-            ),
-            Self::NoSuchCluster { cluster } => verdict(
-                StatusCode::NOT_FOUND,
-                TlCode::NoSuchCluster,
-                format!("cluster {cluster:?} does not exist — check its name in the server URL of your kubeconfig"),
-            ),
-            Self::ClusterChanged { cluster } => verdict(
-                StatusCode::SERVICE_UNAVAILABLE,
-                TlCode::NoSuchCluster,
-                format!(
-                    "cluster {cluster:?} was deleted, or its mode was changed, while the request was running — check whether the request took effect, then repeat it"
-                ),
-            ),
+            Self::Route(error) => error.into(),
+            Self::Access(error) => error.verdict(),
             Self::Method(method) => verdict(
                 if matches!(*method, Method::CONNECT | Method::TRACE) {
                     StatusCode::METHOD_NOT_ALLOWED
@@ -334,20 +291,11 @@ impl ProxyError {
         }
     }
 
-    /// What a request to this cluster is answered whose caller may not go on.
-    pub(crate) fn ended(why: Ended, cluster: &ClusterName) -> Self {
-        let cluster = cluster.to_string();
-        match why {
-            Ended::Revoked | Ended::Expired => Self::Authn(why.into()),
-            Ended::Forbidden => Self::Forbidden { cluster },
-            Ended::Cluster => Self::ClusterChanged { cluster },
-        }
-    }
-
     /// The limit that was reached, for the metric.
     pub(crate) fn limit(&self) -> Option<Limit> {
         match self {
             Self::Later(error) => error.limit(),
+            Self::Access(error) => error.limit(),
             Self::Limit(limit, _) => Some(*limit),
             Self::HeadTooLarge(_) => Some(Limit::Head),
             Self::SlowBody => Some(Limit::SlowBody),
@@ -369,60 +317,17 @@ impl ProxyError {
     /// The answer to the client.
     #[expect(clippy::indexing_slicing, reason = "a JSON value that lacks a name is null")]
     pub(crate) fn into_response(self, audit_id: &str) -> Response<AnswerBody> {
-        let Verdict { status, code, message } = self.verdict();
-        let message = printable(&format!("towline: {message}"));
-        let mut status_object = json!({
-            "kind": "Status",
-            "apiVersion": "v1",
-            "metadata": {},
-            "status": "Failure",
-            "message": message,
-            "reason": reason(status),
-            "details": {
-                "group": "towline.io",
-                "kind": "clusters",
-                "uid": audit_id,
-                "causes": [{ "reason": code.label(), "message": message }],
-            },
-            "code": status.as_u16(),
-        });
-        if let Some(name) = self.cluster() {
-            status_object["details"]["name"] = printable(name).into();
-        }
-        let mut response = Response::new(AnswerBody::full(Bytes::from(status_object.to_string())));
-        *response.status_mut() = status;
-        let head = response.headers_mut();
-        head.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        head.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        head.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-        head.insert(header::WARNING, warning(&message));
-        match status {
-            StatusCode::UNAUTHORIZED => {
-                head.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static(CHALLENGE));
-            }
-            // Clients wait as long as this says; on 503 it would cost kubectl 50 s. A watch's client has a back-off of its own, up to
-            // half a minute, and with this it would come ten times before it begins with that.
-            StatusCode::TOO_MANY_REQUESTS if !matches!(self, Self::Later(_)) => {
-                head.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-            }
-            StatusCode::METHOD_NOT_ALLOWED => {
-                head.insert(
-                    header::ALLOW,
-                    HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
-                );
-            }
-            _ => {}
-        }
-        response
+        // Clients wait as long as this says; on 503 it would cost kubectl 50 s. A watch's client has a back-off of its own, up to
+        // half a minute, and with this it would come ten times before it begins with that.
+        let retry_after = (!matches!(self, Self::Later(_))).then_some("1");
+        self.verdict().into_response(audit_id, self.cluster(), retry_after)
     }
 
     fn cluster(&self) -> Option<&str> {
         match self {
             Self::Later(error) => error.cluster(),
-            Self::Forbidden { cluster }
-            | Self::NoSuchCluster { cluster }
-            | Self::ClusterChanged { cluster }
-            | Self::NotConnected { cluster, .. }
+            Self::Access(error) => error.cluster(),
+            Self::NotConnected { cluster, .. }
             | Self::Draining { cluster }
             | Self::Agent { cluster, .. }
             | Self::SessionLost { cluster, .. }
@@ -436,84 +341,6 @@ impl ProxyError {
     }
 }
 
-fn route(error: &RouteError) -> Verdict {
-    let (status, code, remedy) = match error {
-        RouteError::BadHost(_) => (
-            StatusCode::BAD_REQUEST,
-            TlCode::BadFraming,
-            "send exactly one Host header with the gateway's host name",
-        ),
-        RouteError::Misdirected => (
-            StatusCode::MISDIRECTED_REQUEST,
-            TlCode::BadPath,
-            "open a new connection for this host; if your kubeconfig sets tls-server-name, set it to the host of the server URL",
-        ),
-        RouteError::BadPath(_) => (
-            StatusCode::BAD_REQUEST,
-            TlCode::BadPath,
-            "use https://GATEWAY/clusters/NAME/… with a plain cluster name",
-        ),
-        RouteError::Doubled(_) => (
-            StatusCode::NOT_FOUND,
-            TlCode::BadPath,
-            "leave one out: kubectl 1.34 and later add the path of the server URL to get --raw themselves",
-        ),
-        RouteError::ApiAtRoot => (
-            StatusCode::NOT_FOUND,
-            TlCode::BadPath,
-            "use https://GATEWAY/clusters/NAME/…; kubectl get --raw before 1.34 needs /clusters/NAME/… before the path, kubectl proxy needs --append-server-path",
-        ),
-        RouteError::NoFleet => (
-            StatusCode::NOT_FOUND,
-            TlCode::BadPath,
-            "kubectl works for the clusters in the gateway's configuration file; set stateDirectory to use towline and the fleet's API",
-        ),
-        RouteError::Nothing => {
-            (StatusCode::NOT_FOUND, TlCode::BadPath, "clusters are at https://GATEWAY/clusters/NAME/…")
-        }
-    };
-    Verdict { status, code, message: format!("{error} — {remedy}") }
-}
-
-fn authn(error: &AuthnError) -> Verdict {
-    let token =
-        "use a client certificate or a token of this gateway; check which credential your kubeconfig sends";
-    let (status, code, remedy) = match error {
-        AuthnError::SeveralAuthorizations | AuthnError::MalformedAuthorization => {
-            (StatusCode::BAD_REQUEST, TlCode::BadFraming, "send one Authorization header with one credential")
-        }
-        AuthnError::NoCredential | AuthnError::UnknownToken => {
-            (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, token)
-        }
-        AuthnError::CertificateUnbelieved(_)
-        | AuthnError::CertificateExpired
-        | AuthnError::CertificateRevoked
-        | AuthnError::Revoked
-        | AuthnError::Expired => {
-            (StatusCode::UNAUTHORIZED, TlCode::Unauthenticated, "get a new credential for this gateway")
-        }
-        AuthnError::ForeignCredential => (
-            StatusCode::UNAUTHORIZED,
-            TlCode::Unauthenticated,
-            "set client-certificate and client-key for the gateway in your kubeconfig, in addition to the cluster's own token if it needs one",
-        ),
-        AuthnError::ClusterCredentialNeeded => (
-            StatusCode::UNAUTHORIZED,
-            TlCode::Unauthenticated,
-            "add a token of that cluster (such as a ServiceAccount token) to the same user of your kubeconfig",
-        ),
-        AuthnError::OwnCredential => (
-            StatusCode::UNAUTHORIZED,
-            TlCode::Unauthenticated,
-            "send a credential of the cluster instead; the gateway did not forward the token",
-        ),
-        AuthnError::Principal(_) => {
-            (StatusCode::FORBIDDEN, TlCode::Forbidden, "use a user name and groups without a reserved prefix")
-        }
-    };
-    Verdict { status, code, message: format!("{error} — {remedy}") }
-}
-
 fn headers(error: &HeadersError) -> Verdict {
     let (status, code, remedy) = match error {
         HeadersError::Underscore(_) => (StatusCode::BAD_REQUEST, TlCode::HeaderForbidden, "leave it out"),
@@ -523,17 +350,7 @@ fn headers(error: &HeadersError) -> Verdict {
         HeadersError::Impersonation(_) => {
             (StatusCode::FORBIDDEN, TlCode::HeaderForbidden, "leave out --as and --as-group")
         }
-        HeadersError::CrossSite => (
-            StatusCode::FORBIDDEN,
-            TlCode::Forbidden,
-            "call the gateway from its own origin or without a browser",
-        ),
-        HeadersError::ForeignOrigin(_) => (
-            StatusCode::FORBIDDEN,
-            TlCode::Forbidden,
-            "call the gateway without a browser, or add the origin to allowedOrigins in the gateway's configuration",
-        ),
-        HeadersError::OwnCredential => return authn(&AuthnError::OwnCredential),
+        HeadersError::OwnCredential => return AccessError::from(AuthnError::OwnCredential).verdict(),
     };
     // The field's own text may be as long as a head.
     let error = clip(&error.to_string(), SAID_MAX);
@@ -572,53 +389,15 @@ fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
     Verdict { status, code: tl, message: format!("cluster {cluster:?}: {said} — {remedy}") }
 }
 
-/// Most characters of what an agent says, or of a header field, that a client is told.
-const SAID_MAX: usize = 512;
-
-/// The reason of a Kubernetes `Status`.
-fn reason(status: StatusCode) -> &'static str {
-    match status.as_u16() {
-        400 => "BadRequest",
-        401 => "Unauthorized",
-        403 => "Forbidden",
-        404 => "NotFound",
-        405 => "MethodNotAllowed",
-        408 => "RequestTimeout",
-        413 => "RequestEntityTooLarge",
-        414 => "URITooLong",
-        421 => "MisdirectedRequest",
-        429 => "TooManyRequests",
-        431 => "RequestHeaderFieldsTooLarge",
-        501 => "NotImplemented",
-        502 => "BadGateway",
-        503 => "ServiceUnavailable",
-        504 => "Timeout",
-        _ => "InternalError",
-    }
-}
-
-/// The `Warning` header (RFC 7234 section 5.5): ASCII, quoted, at most 1 KiB.
-pub(crate) fn warning(message: &str) -> HeaderValue {
-    let ascii = message.replace(" — ", "; ").replace('…', "...").replace('→', "->");
-    let mut text = String::with_capacity(ascii.len() + 16);
-    for c in ascii.chars().take(1024) {
-        match c {
-            '"' | '\\' => text.extend(['\\', c]),
-            ' '..='~' => text.push(c),
-            _ => text.push('?'),
-        }
-    }
-    HeaderValue::from_str(&format!("299 towline \"{text}\""))
-        .unwrap_or_else(|_| HeaderValue::from_static("299 towline \"error\""))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::origin::PageError;
+    use http::header;
     use http_body_util::BodyExt as _;
-    use serde_json::Value;
+    use serde_json::{Value, json};
 
-    async fn render(error: ProxyError) -> (Response<()>, Value) {
+    async fn render(error: ExchangeError) -> (Response<()>, Value) {
         let (head, body) = error.into_response("audit-1").into_parts();
         let bytes = body.collect().await.unwrap().to_bytes();
         (Response::from_parts(head, ()), serde_json::from_slice(&bytes).unwrap())
@@ -629,7 +408,7 @@ mod tests {
     async fn s19_what_an_agent_says_is_clipped() {
         for message in ["x".repeat(60_000), "ä\u{1b}[2J\r\n".repeat(9000)] {
             let failure = Failure { code: Code::UpstreamConnect.to_u32(), message, ..Failure::default() };
-            let (response, body) = render(ProxyError::Agent { cluster: "prod".to_owned(), failure }).await;
+            let (response, body) = render(ExchangeError::Agent { cluster: "prod".to_owned(), failure }).await;
             let message = body["message"].as_str().unwrap();
             assert!(message.len() < 2048 && message.contains("… — check the agent's log"), "{message}");
             assert!(!message.contains(['\u{1b}', '\r', '\n']), "{message}");
@@ -655,12 +434,12 @@ mod tests {
     async fn s11_an_origin_is_clipped() {
         let long = || "x".repeat(60_000);
         for error in [
-            HeadersError::ForeignOrigin(long()),
-            HeadersError::Underscore(long()),
-            HeadersError::ProtectedConnection(long()),
-            HeadersError::Impersonation(long()),
+            ExchangeError::Access(PageError::ForeignOrigin(long()).into()),
+            HeadersError::Underscore(long()).into(),
+            HeadersError::ProtectedConnection(long()).into(),
+            HeadersError::Impersonation(long()).into(),
         ] {
-            let (response, body) = render(ProxyError::Headers(error)).await;
+            let (response, body) = render(error).await;
             let message = body["message"].as_str().unwrap();
             assert!(message.len() < 1024 && message.contains("xx… — "), "{message}");
             assert!(response.headers()[header::WARNING].len() < 1024);
@@ -670,7 +449,8 @@ mod tests {
     #[tokio::test]
     async fn an_error_is_a_status_and_a_warning() {
         let presence = Presence { gone_for: Some(Duration::from_secs(252)), ..Presence::default() };
-        let (head, status) = render(ProxyError::NotConnected { cluster: "prod".to_owned(), presence }).await;
+        let (head, status) =
+            render(ExchangeError::NotConnected { cluster: "prod".to_owned(), presence }).await;
         assert_eq!(head.status(), 503);
         assert!(!head.headers().contains_key("retry-after"));
         let message = "towline: cluster \"prod\" is not connected: last seen 4m 12s ago — check the towline-agent in that cluster and its log";
@@ -689,30 +469,23 @@ mod tests {
         );
     }
 
-    /// D17, K7: an arrow is two characters in the header, and nothing that the program itself writes becomes a question mark.
-    #[test]
-    fn d17_an_arrow_is_an_arrow() {
-        let header = warning("agent → API server https://x: refused — look at …");
-        assert_eq!(header, "299 towline \"agent -> API server https://x: refused; look at ...\"");
-    }
-
     /// K1, K2: the client of a watch that goes on does not list again for what may be over soon.
     #[tokio::test]
     async fn k1_a_resumed_watch_is_told_to_come_later() {
         let cluster = || "a".to_owned();
         let failure = |code: Code| {
             let failure = Failure { code: code.to_u32(), message: "down".to_owned(), untouched: true };
-            ProxyError::Agent { cluster: cluster(), failure }
+            ExchangeError::Agent { cluster: cluster(), failure }
         };
         let silence = CloseReason::Dead(Duration::from_secs(3));
         for (error, code) in [
             (
-                ProxyError::NotConnected { cluster: cluster(), presence: Presence::default() },
+                ExchangeError::NotConnected { cluster: cluster(), presence: Presence::default() },
                 "TL_CLUSTER_OFFLINE",
             ),
-            (ProxyError::Draining { cluster: cluster() }, "TL_DRAINING"),
-            (ProxyError::SessionLost { cluster: cluster(), reason: silence }, "TL_TIMEOUT"),
-            (ProxyError::Reset { cluster: cluster(), code: Code::Refused }, "TL_CLUSTER_OFFLINE"),
+            (ExchangeError::Draining { cluster: cluster() }, "TL_DRAINING"),
+            (ExchangeError::SessionLost { cluster: cluster(), reason: silence }, "TL_TIMEOUT"),
+            (ExchangeError::Reset { cluster: cluster(), code: Code::Refused }, "TL_CLUSTER_OFFLINE"),
             (failure(Code::UpstreamConnect), "TL_BAD_UPSTREAM"),
             (failure(Code::UpstreamBody), "TL_BAD_UPSTREAM"),
             (failure(Code::Draining), "TL_DRAINING"),
@@ -723,22 +496,22 @@ mod tests {
             assert_eq!(body["details"]["name"], "a");
             assert!(!head.headers().contains_key("retry-after"));
         }
-        let bad = |what| ProxyError::BadAnswer { cluster: cluster(), what };
+        let bad = |what| ExchangeError::BadAnswer { cluster: cluster(), what };
         for (error, status) in [
             (failure(Code::Denied), 403),
-            (ProxyError::Forbidden { cluster: cluster() }, 403),
-            (ProxyError::Authn(AuthnError::Revoked), 401),
+            (AccessError::Forbidden { cluster: cluster() }.into(), 403),
+            (AccessError::Authn(AuthnError::Revoked).into(), 401),
             (bad("invalid status code"), 502),
         ] {
             assert_eq!(render(error.for_a_resumed_watch()).await.0.status().as_u16(), status);
         }
-        let limit = ProxyError::Limit(Limit::Streams, "requests").for_a_resumed_watch();
+        let limit = ExchangeError::Limit(Limit::Streams, "requests").for_a_resumed_watch();
         assert!(render(limit).await.0.headers().contains_key("retry-after"));
     }
 
     #[tokio::test]
     async fn every_kind_has_its_status() {
-        let failure = |code: Code| ProxyError::Agent {
+        let failure = |code: Code| ExchangeError::Agent {
             cluster: "a".to_owned(),
             failure: Failure {
                 code: code.to_u32(),
@@ -747,44 +520,44 @@ mod tests {
             },
         };
         for (error, status, code) in [
-            (ProxyError::Route(RouteError::Misdirected), 421, "TL_BAD_PATH"),
-            (ProxyError::Route(RouteError::ApiAtRoot), 404, "TL_BAD_PATH"),
-            (ProxyError::Authn(AuthnError::NoCredential), 401, "TL_UNAUTHENTICATED"),
-            (ProxyError::Authn(AuthnError::OwnCredential), 401, "TL_UNAUTHENTICATED"),
-            (ProxyError::Authn(AuthnError::SeveralAuthorizations), 400, "TL_BAD_FRAMING"),
-            (ProxyError::Forbidden { cluster: "a".to_owned() }, 403, "TL_FORBIDDEN"),
+            (ExchangeError::Route(RouteError::Misdirected), 421, "TL_BAD_PATH"),
+            (ExchangeError::Route(RouteError::ApiAtRoot), 404, "TL_BAD_PATH"),
+            (AccessError::Authn(AuthnError::NoCredential).into(), 401, "TL_UNAUTHENTICATED"),
+            (AccessError::Authn(AuthnError::OwnCredential).into(), 401, "TL_UNAUTHENTICATED"),
+            (AccessError::Authn(AuthnError::SeveralAuthorizations).into(), 400, "TL_BAD_FRAMING"),
+            (AccessError::Forbidden { cluster: "a".to_owned() }.into(), 403, "TL_FORBIDDEN"),
             (
-                ProxyError::Headers(HeadersError::Impersonation("impersonate-uid".to_owned())),
+                ExchangeError::Headers(HeadersError::Impersonation("impersonate-uid".to_owned())),
                 403,
                 "TL_HEADER_FORBIDDEN",
             ),
-            (ProxyError::Limit(Limit::Streams, "requests"), 429, "TL_LIMIT"),
-            (ProxyError::Draining { cluster: "a".to_owned() }, 503, "TL_DRAINING"),
+            (ExchangeError::Limit(Limit::Streams, "requests"), 429, "TL_LIMIT"),
+            (ExchangeError::Draining { cluster: "a".to_owned() }, 503, "TL_DRAINING"),
             (failure(Code::Draining), 503, "TL_DRAINING"),
-            (ProxyError::Method(Method::TRACE), 405, "TL_BAD_FRAMING"),
-            (ProxyError::Method(Method::from_bytes(b"FOO").unwrap()), 501, "TL_BAD_FRAMING"),
+            (ExchangeError::Method(Method::TRACE), 405, "TL_BAD_FRAMING"),
+            (ExchangeError::Method(Method::from_bytes(b"FOO").unwrap()), 501, "TL_BAD_FRAMING"),
             (HeadTooLarge::Fields { max: 10 }.into(), 431, "TL_LIMIT"),
             (HeadTooLarge::Bytes.into(), 431, "TL_LIMIT"),
             (HeadTooLarge::Target.into(), 414, "TL_LIMIT"),
             (HeadTooLarge::Groups { count: 400, bytes: 70_000 }.into(), 431, "TL_LIMIT"),
-            (ProxyError::Route(RouteError::Doubled("a".parse().unwrap())), 404, "TL_BAD_PATH"),
+            (ExchangeError::Route(RouteError::Doubled("a".parse().unwrap())), 404, "TL_BAD_PATH"),
             (failure(Code::UpstreamConnect), 502, "TL_BAD_UPSTREAM"),
             (failure(Code::Denied), 403, "TL_TARGET_DENIED"),
             (failure(Code::Deadline), 504, "TL_TIMEOUT"),
             (failure(Code::Cancelled), 502, "TL_BAD_UPSTREAM"),
             (failure(Code::Refused), 503, "TL_CLUSTER_OFFLINE"),
             (
-                ProxyError::Redirect { cluster: "a".to_owned(), status: 307, why: RedirectError::Method },
+                ExchangeError::Redirect { cluster: "a".to_owned(), status: 307, why: RedirectError::Method },
                 502,
                 "TL_BAD_UPSTREAM",
             ),
             (
-                ProxyError::SessionLost { cluster: "a".to_owned(), reason: CloseReason::HelloTimeout },
+                ExchangeError::SessionLost { cluster: "a".to_owned(), reason: CloseReason::HelloTimeout },
                 502,
                 "TL_BAD_UPSTREAM",
             ),
             (
-                ProxyError::SessionLost {
+                ExchangeError::SessionLost {
                     cluster: "a".to_owned(),
                     reason: CloseReason::Dead(Duration::from_secs(3)),
                 },

@@ -31,14 +31,6 @@ pub enum HeadersError {
         "the header {0:?} is not allowed: this cluster is in impersonate mode, where the gateway sets the user"
     )]
     Impersonation(String),
-    /// A page of another site made a browser send this.
-    #[error("a web page of another site made the browser send this request")]
-    CrossSite,
-    /// A page of an unlisted origin tries to change something or to open a raw connection.
-    #[error(
-        "the request comes from a web page of another origin ({0:?}), which may neither change anything nor open a raw connection"
-    )]
-    ForeignOrigin(String),
     /// See [`crate::access::authn::AuthnError::OwnCredential`].
     #[error("the request carries a token of the gateway where it would be forwarded to the cluster")]
     OwnCredential,

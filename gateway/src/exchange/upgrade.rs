@@ -1,18 +1,10 @@
-//! Protocol upgrades: whether a request may switch protocols, and the raw connection afterwards. Two tokens are supported and others
-//! ignored; raw bytes flow only after the cluster's matching 101.
+//! The requests to switch protocols: whether one is allowed, and to what. Two tokens are supported and others ignored; raw bytes flow
+//! only after the cluster's matching 101 ([`super::raw`]).
 
-use super::farewell::{Cause, Framed};
-use crate::access::running::Run;
-use crate::context::Shared;
 use http::header::{self, HeaderMap, HeaderName};
 use http::request::Parts;
 use http::{Method, Version};
-use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
-use std::sync::Arc;
 use thiserror::Error;
-use towline_proto::tunnel::splice::{SpliceError, splice};
-use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 
 /// Why a request to switch protocols is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -52,61 +44,6 @@ pub(super) fn wanted(parts: &Parts, has_body: bool) -> Result<Option<&'static st
 fn lists(headers: &HeaderMap, field: &HeaderName, word: &str) -> bool {
     let lines = headers.get_all(field).iter().filter_map(|line| line.to_str().ok());
     lines.flat_map(|line| line.split(',')).any(|token| token.trim().eq_ignore_ascii_case(word))
-}
-
-/// Carries raw bytes between the client's connection and the stream, from the moment the 101 has left, as a task of the
-/// gateway: a drain waits for it. If the gateway has to end it, the client hears why.
-pub(super) fn carry(
-    shared: &Arc<Shared>,
-    token: &'static str,
-    on_upgrade: OnUpgrade,
-    (send, recv): (SendStream, RecvStream),
-    run: Run,
-    guards: impl Send + 'static,
-) {
-    let (overdue, abort) = (shared.stages.overdue.clone(), shared.stages.abort.clone());
-    let counted = shared.metrics.upgraded();
-    shared.tasks.front.spawn(async move {
-        let ended = run.ended();
-        let carried = async {
-            // Fails if the client went away before the 101 was written; dropping the stream tells the agent.
-            let upgraded = tokio::select! {
-                upgraded = on_upgrade => upgraded,
-                () = ended.cancelled() => return,
-            };
-            let Ok(upgraded) = upgraded else { return };
-            let mut io = Framed::new(TokioIo::new(upgraded), token);
-            let spliced = tokio::select! {
-                spliced = splice(&mut io, send, recv) => spliced,
-                () = overdue.cancelled() => return io.say_farewell(Cause::Drained).await,
-                () = ended.cancelled() => {
-                    tracing::debug!(why = run.why().label(), "raw connection cancelled: its credential or access was revoked or has expired");
-                    return io.say_farewell(Cause::Ended(run.why())).await;
-                }
-            };
-            match spliced {
-                Ok(spliced) => {
-                    tracing::debug!(sent = spliced.sent, received = spliced.received, "raw connection ended")
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "raw connection cut off");
-                    if is_session_lost(&error) {
-                        io.say_farewell(Cause::TunnelLost).await;
-                    }
-                }
-            }
-        };
-        tokio::select! {
-            () = carried => {}
-            () = abort.cancelled() => {}
-        }
-        drop((run, guards, counted));
-    });
-}
-
-/// Whether the session ended under the stream. A reset of the stream alone is the upstream's, and stays a cut connection.
-const fn is_session_lost(error: &SpliceError) -> bool {
-    matches!(error, SpliceError::Read(ReadError::Closed(_)) | SpliceError::Write(WriteError::Closed(_)))
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@
 
 use super::view::View;
 use super::{Fleet, Object, Revocation, Revoked, WriteError};
-use crate::context::Shared;
 use crate::store::{Key, Kind, Transaction};
+use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 use towline_model::Time;
@@ -25,9 +25,9 @@ const CLOCK_SLACK: Duration = Duration::from_secs(60);
 /// Most records that one transaction deletes.
 const BATCH: usize = 500;
 
-/// Purges periodically, for as long as it is polled.
-pub(crate) async fn tend(shared: &Shared) {
-    let Some(fleet) = &shared.fleet else { return std::future::pending().await };
+/// Purges periodically, for as long as it is polled. `configured` returns the uids of the configured clusters and for how long a
+/// certificate remains useful after its end (`join.expiredFor`).
+pub(crate) async fn tend(fleet: &Fleet, configured: impl Fn() -> (HashSet<String>, Duration)) {
     let clock = Clock::new(SystemTime::now(), Instant::now());
     loop {
         tokio::time::sleep(INTERVAL).await;
@@ -37,13 +37,13 @@ pub(crate) async fn tend(shared: &Shared) {
             );
             continue;
         }
-        match fleet.purge(Time::now(), shared.live().config.join.expired_for).await {
+        let (clusters, expired_for) = configured();
+        match fleet.purge(Time::now(), expired_for).await {
             Ok(0) => {}
             Ok(purged) => tracing::info!(purged, "purged expired revocations"),
             Err(error) => tracing::warn!(%error, "cannot purge expired revocations; retried later"),
         }
-        let configured = shared.live().by_uid.keys().map(ToString::to_string).collect();
-        if let Err(error) = fleet.purge_last_seen(&configured).await {
+        if let Err(error) = fleet.purge_last_seen(&clusters).await {
             tracing::warn!(%error, "cannot delete the records of deleted clusters; retried later");
         }
     }

@@ -2,7 +2,7 @@
 //! and space for a request, so the connection is taken out of hyper and put back with the first bytes of the next request.
 
 use super::framing::Judged;
-use crate::web::body::Basis;
+use crate::web::body::{Basis, Stalled};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::server::conn::http1::{Parts, UpgradeableConnection};
@@ -70,17 +70,6 @@ impl std::fmt::Debug for Recall {
     }
 }
 
-/// Whether a client takes nothing at the moment, although something waits for it. What its answer brings then stays in the
-/// tunnel, where memory is shared out, and not with hyper, which would fill its buffer.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Stalled(Arc<AtomicBool>);
-
-impl Stalled {
-    pub(crate) fn now(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
 impl Activity {
     /// Counts a request; its answer's body takes the guard along.
     pub(super) fn request(self: &Arc<Self>) -> Running {
@@ -105,7 +94,7 @@ impl Activity {
     /// What came of a write or a flush: nothing for now, or anything else. Under TLS it is the flush that waits. While it
     /// waits hyper does not ask the answer's body, so whether the answer still counts is asked here.
     pub(super) fn wrote<T>(&self, written: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
-        self.stalled.0.store(written.is_pending(), Ordering::Relaxed);
+        self.stalled.set(written.is_pending());
         if written.is_pending()
             && self.recall.lock().unwrap_or_else(PoisonError::into_inner).poll(cx).is_ready()
         {

@@ -12,20 +12,16 @@
 //! The gateway's own readiness check does not count. A trusted proxy has no share: it carries many clients, who count by themselves if it
 //! names them (PROXY protocol).
 
+use crate::access::standing::Seat;
 use crate::config::Limits;
-use crate::metrics::{Counted, Limit, Metrics};
+use crate::metrics::{Limit, Metrics};
 use crate::per_key::{Claim, Full, KeyPermit, PerKey, Sizes};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
-use towline_certs::ClusterUid;
 
 /// How long a handshake may take in a place of the reserve, which many share.
 const HURRY: Duration = Duration::from_secs(2);
-
-/// Connections of one cluster's agents for each of its sessions: sessions that come while dead ones are not known to be dead.
-const AGENTS_PER_SESSION: usize = 2;
 
 /// The pools.
 #[derive(Debug)]
@@ -34,9 +30,6 @@ pub(crate) struct Gate {
     tcp: Arc<PerKey<IpAddr>>,
     quic: Arc<PerKey<IpAddr>>,
     connections: Arc<PerKey<IpAddr>>,
-    strangers: Arc<PerKey<IpAddr>>,
-    callers: Arc<PerKey<String>>,
-    agents: Arc<PerKey<ClusterUid>>,
 }
 
 impl Gate {
@@ -52,14 +45,6 @@ impl Gate {
             }),
             quic: PerKey::new(handshakes),
             connections: PerKey::new(Sizes::of_all(connections, reserve, limits.connections_per_address)),
-            // Who waits here has a place for a handshake, and waits no longer than that may last.
-            strangers: PerKey::new(Sizes {
-                waiting: usize::MAX,
-                waiting_share: usize::MAX,
-                ..Sizes::of_each(limits.unauthenticated_per_address)
-            }),
-            callers: PerKey::new(Sizes::of_each(limits.connections_per_principal)),
-            agents: PerKey::new(Sizes::of_each(AGENTS_PER_SESSION * limits.sessions_per_cluster)),
         }
     }
 
@@ -85,7 +70,7 @@ impl Gate {
     ///
     /// # Errors
     /// The limit that leaves no place.
-    pub(crate) fn pass_quic(&self, network: Option<IpAddr>) -> Result<(Pass, Place), Limit> {
+    pub(crate) fn pass_quic(&self, network: Option<IpAddr>) -> Result<(Pass, Seat), Limit> {
         let pass = match network {
             None => {
                 let place = self.quic.take_as(None, Claim::Ordinary).map_err(|_| Limit::Handshakes)?;
@@ -105,50 +90,21 @@ impl Gate {
     ///
     /// # Errors
     /// All are taken.
-    pub(crate) fn agent(&self) -> Result<Place, Limit> {
+    pub(crate) fn agent(&self) -> Result<Seat, Limit> {
         let place = self.connections.take_as(None, Claim::Reserved);
-        place.map(|place| Place { _place: Some(place) }).map_err(|_| Limit::Connections)
+        place.map(Seat::of).map_err(|_| Limit::Connections)
     }
 
-    /// A place among the connections of this cluster's agents.
-    ///
-    /// # Errors
-    /// The cluster has as many as it may.
-    pub(crate) fn agent_of(&self, cluster: &ClusterUid) -> Result<KeyPermit<ClusterUid>, Full> {
-        self.agents.take(cluster)
-    }
-
-    /// A place for the connection of a stranger of this network, or of a trusted proxy. Waits while the network has as many
-    /// strangers as it may: they say who they are, or are closed. Cancel safe.
+    /// A place for the connection of a client of this network, or of a trusted proxy.
     ///
     /// # Errors
     /// The limit that leaves no place.
-    pub(crate) async fn stranger(
-        &self,
-        metrics: &Metrics,
-        network: Option<IpAddr>,
-    ) -> Result<(Place, Standing), Limit> {
-        let counted = match network {
-            None => None,
-            Some(network) => {
-                let place = match self.strangers.take(&network) {
-                    Ok(place) => place,
-                    Err(_) => {
-                        metrics.limit_reached(Limit::UnauthenticatedPerAddress);
-                        let waits = self.strangers.wait(&network).await;
-                        waits.map_err(|_| Limit::UnauthenticatedPerAddress)?
-                    }
-                };
-                Some(Stands::Stranger(place, metrics.unauthenticated()))
-            }
-        };
-        let place = self.connections.take_as(network.as_ref(), Claim::Ordinary);
-        let place = place.map_err(|full| match full {
+    pub(crate) fn client(&self, network: Option<&IpAddr>) -> Result<Seat, Limit> {
+        let place = self.connections.take_as(network, Claim::Ordinary);
+        place.map(Seat::of).map_err(|full| match full {
             Full::Share => Limit::ConnectionsPerAddress,
             Full::Pool | Full::Waiting => Limit::Connections,
-        })?;
-        let standing = Standing { known: AtomicBool::new(false), counted: Mutex::new(counted) };
-        Ok((Place { _place: Some(place) }, standing))
+        })
     }
 }
 
@@ -188,64 +144,5 @@ impl Pass {
     /// Of the gateway's own check, which makes one handshake at a time.
     pub(crate) const fn own() -> Self {
         Self { _place: None, hurried: false }
-    }
-}
-
-/// What a connection holds until its end.
-#[derive(Debug)]
-pub(crate) struct Place {
-    _place: Option<KeyPermit<IpAddr>>,
-}
-
-impl Place {
-    /// Of the gateway's own check.
-    pub(crate) const fn own() -> Self {
-        Self { _place: None }
-    }
-}
-
-/// Whose is a client's connection?
-#[derive(Debug)]
-pub(crate) struct Standing {
-    known: AtomicBool,
-    counted: Mutex<Option<Stands>>,
-}
-
-/// What counts as long as the connection is somebody's.
-#[derive(Debug)]
-enum Stands {
-    Stranger(
-        #[expect(dead_code, reason = "it counts until it is dropped")] KeyPermit<IpAddr>,
-        #[expect(dead_code, reason = "as above")] Counted,
-    ),
-    Caller(#[expect(dead_code, reason = "as above")] KeyPermit<String>),
-}
-
-impl Standing {
-    /// Of a connection that nobody counts.
-    pub(crate) const fn own() -> Self {
-        Self { known: AtomicBool::new(false), counted: Mutex::new(None) }
-    }
-
-    /// Whether any request on the connection has said who calls.
-    pub(crate) fn is_known(&self) -> bool {
-        self.known.load(Ordering::Relaxed)
-    }
-
-    /// A request has said who calls. The connection is the first caller's from then on; one that comes through a trusted proxy
-    /// may carry many callers, and is nobody's.
-    ///
-    /// # Errors
-    /// The caller has as many connections as one may. The connection stays a stranger's.
-    pub(crate) fn becomes(&self, gate: &Gate, caller: &String) -> Result<(), Full> {
-        if self.is_known() {
-            return Ok(());
-        }
-        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*counted, Some(Stands::Stranger(..))) {
-            *counted = Some(Stands::Caller(gate.callers.take(caller)?));
-        }
-        self.known.store(true, Ordering::Relaxed);
-        Ok(())
     }
 }

@@ -8,10 +8,10 @@
 //!   a move.
 //! - The stateless reset of a connection that a crash forgot is recognised, because its key is derived from the tunnel's private key.
 
+use crate::access::standing::Seat;
 use crate::config::Quic;
-use crate::context::Shared;
-use crate::listener::gate::Place;
-use crate::listener::{HANDSHAKE_BYTES, divided_by};
+use crate::context::Context;
+use crate::listener::{HANDSHAKE_BYTES, Listener, divided_by};
 use crate::live::Live;
 use crate::log::sparing;
 use crate::metrics::{Counted, Handshake, Limit, Surface, TlCode};
@@ -59,11 +59,11 @@ impl QuicListener {
     ///
     /// # Errors
     /// The address is taken.
-    pub(crate) fn bind(shared: &Shared, address: SocketAddr) -> io::Result<Self> {
-        let config = &shared.config;
+    pub(crate) fn bind(context: &Context, address: SocketAddr) -> io::Result<Self> {
+        let config = &context.config;
         let options = &config.listen.quic;
-        let socket = open(shared, options, address)?;
-        let live = shared.live();
+        let socket = open(context, options, address)?;
+        let live = context.live();
         let mut server = ServerConfig::with_crypto(crypto(&live)?);
         let handshakes = config.limits.handshakes;
         server
@@ -76,7 +76,7 @@ impl QuicListener {
             .max_incoming(handshakes)
             .incoming_buffer_size(HANDSHAKE_BYTES as u64)
             .incoming_buffer_size_total(WAITING_BYTES.max(HANDSHAKE_BYTES as u64));
-        let secret = secret(shared);
+        let secret = secret(context);
         let mut endpoint = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &secret[..24])));
         quic::receive_large(&mut endpoint);
         // Connection ids must also be recognisable after a restart, or no stateless reset is sent for them.
@@ -95,19 +95,20 @@ impl QuicListener {
     }
 
     /// Accepts agents until the gateway drains; ends with the gateway.
-    pub(crate) async fn run(mut self, shared: Arc<Shared>) {
+    pub(crate) async fn run(mut self, listener: Arc<Listener>) {
+        let context = &*listener.context;
         loop {
             let incoming = tokio::select! {
-                () = shared.stages.draining.cancelled() => break,
+                () = context.stages.draining.cancelled() => break,
                 incoming = self.endpoint.accept() => incoming,
             };
             let Some(incoming) = incoming else { break };
-            self.renew(&shared.live());
-            self.admit(&shared, incoming);
+            self.renew(&context.live());
+            self.admit(&listener, incoming);
         }
         // New attempts get no answer; sessions continue until the gateway ends them.
         self.endpoint.set_server_config(None);
-        shared.stages.abort.cancelled().await;
+        context.stages.abort.cancelled().await;
         self.endpoint.close(VarInt::from(Code::Draining.to_u32()), b"the gateway is stopping");
         drop(tokio::time::timeout(LAST_PACKETS, self.endpoint.wait_idle()).await);
     }
@@ -130,88 +131,91 @@ impl QuicListener {
     }
 
     /// Accepts a connection, demands address validation (Retry), or ignores it; never waits.
-    fn admit(&self, shared: &Arc<Shared>, incoming: Incoming) {
+    fn admit(&self, listener: &Arc<Listener>, incoming: Incoming) {
+        let context = &*listener.context;
         let address = incoming.remote_address();
-        if !shared.live().config.listen.allows(address.ip()) {
-            shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+        if !context.live().config.listen.allows(address.ip()) {
+            context.metrics.rejected(Surface::Listener, TlCode::Forbidden);
             // No answer: the source address may be spoofed.
             incoming.ignore();
             return;
         }
-        let network = divided_by(shared, address);
-        let is_loaded = || shared.gate.is_quic_loaded(&network.unwrap_or_else(|| address.ip()));
+        let network = divided_by(context, address);
+        let is_loaded = || listener.gate.is_quic_loaded(&network.unwrap_or_else(|| address.ip()));
         if !incoming.remote_address_validated() && incoming.may_retry() && is_loaded() {
-            shared.metrics.handshake(Handshake::Retry);
+            context.metrics.handshake(Handshake::Retry);
             // It fails only if a Retry is not allowed, which was checked.
             drop(incoming.retry());
             return;
         }
-        let (pass, place) = match shared.gate.pass_quic(network) {
+        let (pass, seat) = match listener.gate.pass_quic(network) {
             Ok(passed) => passed,
             Err(limit) => {
-                shared.metrics.rejected(Surface::Listener, TlCode::Limit);
-                shared.metrics.limit_reached(limit);
+                context.metrics.rejected(Surface::Listener, TlCode::Limit);
+                context.metrics.limit_reached(limit);
                 incoming.ignore();
                 return;
             }
         };
-        let counted = shared.metrics.connection();
-        let (shared, server) = (Arc::clone(shared), Arc::new(self.server.clone()));
+        let counted = context.metrics.connection();
+        let server = Arc::new(self.server.clone());
         let deadline = pass.hurry().map_or(self.deadline, |most| most.min(self.deadline));
         let judge = Arc::clone(&self.tls);
         let task = {
-            let shared = Arc::clone(&shared);
+            let listener = Arc::clone(listener);
             async move {
+                let context = &*listener.context;
                 let handshake = handshake(incoming, server, deadline);
                 let result = tokio::select! {
                     result = handshake => result,
                     // Nothing was accepted yet.
-                    () = shared.stages.draining.cancelled() => return,
+                    () = context.stages.draining.cancelled() => return,
                 };
                 drop(pass);
                 match result {
-                    Ok(conn) => welcome(&shared, conn, judge, (place, counted)),
-                    Err(error) => refuse(&shared, address, &error),
+                    Ok(conn) => welcome(&listener, conn, judge, (seat, counted)),
+                    Err(error) => refuse(context, address, &error),
                 }
             }
         };
-        shared.stages.spawn(&shared.tasks.front, task);
+        context.stages.spawn(&context.tasks.front, task);
     }
 }
 
 /// Hands an authenticated connection to the tunnel side.
 fn welcome(
-    shared: &Arc<Shared>,
+    listener: &Listener,
     conn: quinn::Connection,
     judge: Arc<rustls::ServerConfig>,
-    place: (Place, Counted),
+    seat: (Seat, Counted),
 ) {
-    shared.metrics.handshake(Handshake::Tunnel);
+    let context = &listener.context;
+    context.metrics.handshake(Handshake::Tunnel);
     let address = conn.remote_address();
     let presented = Presented { chain: chain(&conn), judge };
-    let strayed = strayed(Arc::clone(shared), conn.clone());
-    let session = session::serve_quic(Arc::clone(shared), conn, presented, address);
-    shared.stages.spawn(&shared.tasks.tunnel, async move {
+    let strayed = strayed(Arc::clone(context), conn.clone());
+    let session = session::serve_quic(Arc::clone(&listener.tunnel), conn, presented, address);
+    context.stages.spawn(&context.tasks.tunnel, async move {
         tokio::select! {
             biased;
             () = session => {}
             () = strayed => {}
         }
-        drop(place);
+        drop(seat);
     });
 }
 
 /// Ends a connection that has moved to an address that is not allowed.
-async fn strayed(shared: Arc<Shared>, conn: quinn::Connection) {
+async fn strayed(context: Arc<Context>, conn: quinn::Connection) {
     let first = conn.remote_address();
     loop {
         tokio::time::sleep(SOURCE_LOOK).await;
         let now = conn.remote_address();
         // With the current configuration: a reload may have set it since the agent connected.
-        if now.ip() != first.ip() && !shared.live().config.listen.allows(now.ip()) {
-            shared.metrics.rejected(Surface::Listener, TlCode::Forbidden);
+        if now.ip() != first.ip() && !context.live().config.listen.allows(now.ip()) {
+            context.metrics.rejected(Surface::Listener, TlCode::Forbidden);
             let (was, is) = (first, now);
-            sparing!(shared.refusals.due(&()), info, %was, %is, "agent disconnected (QUIC): it moved to an address that is not in listen.allowedSources");
+            sparing!(context.refusals.due(&()), info, %was, %is, "agent disconnected (QUIC): it moved to an address that is not in listen.allowedSources");
             conn.close(
                 VarInt::from(Code::Denied.to_u32()),
                 b"the gateway does not allow connections from this address (listen.allowedSources)",
@@ -256,7 +260,7 @@ async fn handshake(
     }
 }
 
-fn refuse(shared: &Shared, address: SocketAddr, error: &HandshakeError) {
+fn refuse(context: &Context, address: SocketAddr, error: &HandshakeError) {
     let (outcome, code, why) = match error {
         HandshakeError::Timeout | HandshakeError::Failed(ConnectionError::TimedOut) => {
             (Handshake::Timeout, TlCode::Timeout, "QUIC handshake timed out".to_owned())
@@ -264,13 +268,13 @@ fn refuse(shared: &Shared, address: SocketAddr, error: &HandshakeError) {
         HandshakeError::Alpn => (Handshake::Alpn, TlCode::Proto, "the ALPN is not towline/1".to_owned()),
         HandshakeError::Failed(error) => (Handshake::Tls, TlCode::Cert, error.to_string()),
     };
-    shared.metrics.handshake(outcome);
-    shared.metrics.rejected(Surface::Tunnel, code);
+    context.metrics.handshake(outcome);
+    context.metrics.rejected(Surface::Tunnel, code);
     if outcome == Handshake::Timeout {
-        shared.metrics.limit_reached(Limit::HandshakeTime);
+        context.metrics.limit_reached(Limit::HandshakeTime);
     }
     let why = towline_model::text::printable(&why);
-    sparing!(shared.refusals.due(&()), info, client = %address, why = %why, "agent refused (QUIC)");
+    sparing!(context.refusals.due(&()), info, client = %address, why = %why, "agent refused (QUIC)");
 }
 
 fn crypto(live: &Live) -> io::Result<Arc<QuicServerConfig>> {
@@ -278,10 +282,10 @@ fn crypto(live: &Live) -> io::Result<Arc<QuicServerConfig>> {
     QuicServerConfig::try_from(Arc::clone(&live.tunnel_tls)).map(Arc::new).map_err(io::Error::other)
 }
 
-fn open(shared: &Shared, options: &Quic, address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+fn open(context: &Context, options: &Quic, address: SocketAddr) -> io::Result<std::net::UdpSocket> {
     let (receive, send) = (options.receive_buffer.0, options.send_buffer.0);
     let udp = socket::udp(address, receive, send)?;
-    shared.metrics.udp_buffers(udp.receive_buffer, udp.send_buffer);
+    context.metrics.udp_buffers(udp.receive_buffer, udp.send_buffer);
     if udp.receive_buffer < receive || udp.send_buffer < send {
         tracing::warn!(
             receive_bytes = udp.receive_buffer,
@@ -294,11 +298,11 @@ fn open(shared: &Shared, options: &Quic, address: SocketAddr) -> io::Result<std:
 }
 
 /// The key of stateless resets: the same after a restart, so that agents notice a crash of the gateway at once.
-fn secret(shared: &Shared) -> [u8; 32] {
+fn secret(context: &Context) -> [u8; 32] {
     let mut bytes = [0; 32];
-    let Some(tunnel) = &shared.config.tls.tunnel else {
+    let Some(tunnel) = &context.config.tls.tunnel else {
         // The gateway's own CA lives as long as its agents' trust.
-        match &shared.authorities {
+        match &context.authorities {
             Some(authorities) => bytes.copy_from_slice(&authorities.seed),
             None => random(&mut bytes),
         }

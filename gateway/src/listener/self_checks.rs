@@ -1,4 +1,4 @@
-//! Recognises the gateway's own readiness checks among its connections. They take no place of any limit.
+//! The addresses of the gateway's own readiness checks. They need no place and count as nobody's.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;

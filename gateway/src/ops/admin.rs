@@ -8,10 +8,14 @@
 
 mod room;
 
+use crate::access::Access;
 use crate::config::Cluster;
-use crate::context::Shared;
+use crate::context::Context;
+use crate::listener::self_checks::SelfChecks;
 use crate::metrics::{Limit, Metrics, Surface, TlCode};
-use crate::registry::trust::TrustState;
+use crate::registry::Registry;
+use crate::registry::trust::{TrustBoard, TrustState};
+use crate::shares::Shares;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
@@ -34,7 +38,7 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 use towline_certs::facts::human;
-use towline_certs::{ServerName, tls_error};
+use towline_certs::{ClusterUid, ServerName, tls_error};
 
 /// Limits for connections without a complete request, for probes being answered, and for other requests: in total, and for
 /// one address. Beyond a limit the oldest connection is closed.
@@ -54,7 +58,13 @@ const SELF_CHECK_FRESH: Duration = Duration::from_secs(5);
 /// What the admin listener needs.
 #[derive(Debug)]
 pub(crate) struct Admin {
-    shared: Arc<Shared>,
+    context: Arc<Context>,
+    registry: Arc<Registry>,
+    trust: Arc<TrustBoard>,
+    /// Receive memory of the sessions.
+    memory: Arc<Shares<ClusterUid>>,
+    access: Arc<Access>,
+    self_checks: Arc<SelfChecks>,
     public: SocketAddr,
     last: Mutex<Option<(Instant, Result<(), String>)>>,
     silent: Arc<Room>,
@@ -65,17 +75,38 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    pub(crate) fn new(shared: Arc<Shared>, public: SocketAddr) -> Arc<Self> {
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        registry: &Arc<Registry>,
+        trust: &Arc<TrustBoard>,
+        memory: &Arc<Shares<ClusterUid>>,
+        access: &Arc<Access>,
+        self_checks: &Arc<SelfChecks>,
+        public: SocketAddr,
+    ) -> Arc<Self> {
         let room = |(places, per_address)| Room::new(places, per_address);
         let (silent, probes, scrapes) = (room(SILENT_MAX), room(PROBES_MAX), room(SCRAPES_MAX));
         let rendering = Arc::new(Semaphore::new(1));
-        Arc::new(Self { shared, public, last: Mutex::new(None), silent, probes, scrapes, rendering })
+        Arc::new(Self {
+            context: Arc::clone(context),
+            registry: Arc::clone(registry),
+            trust: Arc::clone(trust),
+            memory: Arc::clone(memory),
+            access: Arc::clone(access),
+            self_checks: Arc::clone(self_checks),
+            public,
+            last: Mutex::new(None),
+            silent,
+            probes,
+            scrapes,
+            rendering,
+        })
     }
 
     /// Serves until the gateway has stopped.
     pub(crate) async fn run(self: Arc<Self>, listener: TcpListener) {
-        let tracker = self.shared.tasks.house.clone();
-        let abort = self.shared.stages.abort.clone();
+        let tracker = self.context.tasks.house.clone();
+        let abort = self.context.stages.abort.clone();
         let accept = async {
             loop {
                 match listener.accept().await {
@@ -99,7 +130,7 @@ impl Admin {
     fn enter(&self, room: &Arc<Room>, address: IpAddr, leave: &CancellationToken) -> Place {
         let (place, displaced) = room.enter(address, leave.clone());
         if displaced {
-            self.shared.metrics.limit_reached(Limit::AdminConnections);
+            self.context.metrics.limit_reached(Limit::AdminConnections);
         }
         place
     }
@@ -134,13 +165,13 @@ impl Admin {
     }
 
     async fn answer<B>(
-        &self,
+        self: &Arc<Self>,
         request: &Request<B>,
         local: Option<SocketAddr>,
         peer: SocketAddr,
     ) -> Response<Full<Bytes>> {
         if let Err(why) = is_for_us(request.headers(), local) {
-            self.shared.metrics.rejected(Surface::Admin, TlCode::Forbidden);
+            self.context.metrics.rejected(Surface::Admin, TlCode::Forbidden);
             return text(StatusCode::FORBIDDEN, why);
         }
         let path = request.uri().path();
@@ -153,7 +184,7 @@ impl Admin {
             );
         }
         if request.method() != Method::GET {
-            self.shared.metrics.rejected(Surface::Admin, TlCode::BadFraming);
+            self.context.metrics.rejected(Surface::Admin, TlCode::BadFraming);
             let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is supported\n");
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
             return response;
@@ -175,25 +206,26 @@ impl Admin {
     /// the port cannot.
     fn names_clusters_to(&self, local: Option<SocketAddr>, peer: SocketAddr) -> bool {
         let is_own = peer.ip().to_canonical().is_loopback() || local.is_some_and(|at| at.ip() == peer.ip());
-        is_own || self.shared.config.admin.cluster_names
+        is_own || self.context.config.admin.cluster_names
     }
 
     /// Renders the metrics on a separate thread: with ten thousand clusters it takes longer than a probe should wait.
-    async fn metrics(&self, named: bool) -> Response<Full<Bytes>> {
+    async fn metrics(self: &Arc<Self>, named: bool) -> Response<Full<Bytes>> {
         let Ok(turn) = Arc::clone(&self.rendering).acquire_owned().await else {
             return text(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops\n");
         };
-        let shared = Arc::clone(&self.shared);
+        let this = Arc::clone(self);
         let rendered = spawn_blocking(move || {
             let _turn = turn;
-            shared.registry.count_bytes();
-            shared.metrics.memory(shared.memory.used(), shared.uploads.used());
-            shared.metrics.tasks(shared.shards.tasks());
-            let live = shared.live();
-            let connected = |uid| shared.registry.presence(uid).sessions > 0;
-            let clusters = shared.clusters(&live);
-            shared.metrics.clusters(clusters.iter().map(|c| (c.name.as_str(), connected(&c.uid))));
-            if named { shared.metrics.render() } else { shared.metrics.render_unnamed() }
+            let Self { context, registry, memory, access, .. } = &*this;
+            registry.count_bytes();
+            context.metrics.memory(memory.used(), access.unread_bytes());
+            context.metrics.tasks(context.shards.tasks());
+            let live = context.live();
+            let connected = |uid| registry.presence(uid).sessions > 0;
+            let clusters = context.clusters(&live);
+            context.metrics.clusters(clusters.iter().map(|c| (c.name.as_str(), connected(&c.uid))));
+            if named { context.metrics.render() } else { context.metrics.render_unnamed() }
         });
         let Ok(rendered) = rendered.await else {
             return text(StatusCode::INTERNAL_SERVER_ERROR, "cannot render the metrics\n");
@@ -205,11 +237,10 @@ impl Admin {
 
     /// A line for each cluster: whether its agents have acknowledged the tunnel CA's current roots.
     fn tunnel_ca(&self) -> String {
-        let shared = &self.shared;
-        let live = shared.live();
+        let live = self.context.live();
         let line = |cluster: &Arc<Cluster>| {
             let TrustState { current, pending, problem, .. } =
-                shared.trust.state(&cluster.uid, live.trust.version);
+                self.trust.state(&cluster.uid, live.trust.version);
             let problem = problem.map_or_else(String::new, |problem| format!(": {problem}"));
             let state = match (current, pending) {
                 (0, 0) => "not connected",
@@ -218,7 +249,7 @@ impl Admin {
             };
             format!("{} {state} ({current} of {} sessions){problem}\n", cluster.name, current + pending)
         };
-        let mut lines: Vec<String> = shared.clusters(&live).iter().map(line).collect();
+        let mut lines: Vec<String> = self.context.clusters(&live).iter().map(line).collect();
         lines.sort();
         let roots = live.trust.roots.len();
         let believed = if roots == 1 { "root is" } else { "roots are" };
@@ -268,7 +299,7 @@ impl Admin {
     /// Whether the store answers, if there is one. The gateway serves from memory without it, so this is no reason to send
     /// clients elsewhere or to restart.
     fn store(&self) -> Option<Result<(), String>> {
-        let fleet = self.shared.fleet.as_ref()?;
+        let fleet = self.context.fleet.as_ref()?;
         Some(match fleet.store().trouble() {
             None => Ok(()),
             Some((error, time)) => Err(format!(
@@ -297,7 +328,7 @@ impl Admin {
     }
 
     async fn check(&self, check: Check) -> Result<(), String> {
-        let stages = &self.shared.stages;
+        let stages = &self.context.stages;
         match check {
             Check::Draining if stages.unready.is_cancelled() => {
                 Err("the gateway is shutting down".to_owned())
@@ -334,8 +365,8 @@ impl Admin {
             let socket = socket?;
             socket.bind(SocketAddr::new(to.ip(), 0))?;
             let from = socket.local_addr()?;
-            self.shared.self_checks.begin(from);
-            let _own = EndOfCheck(&self.shared, from);
+            self.self_checks.begin(from);
+            let _own = EndOfCheck(&self.self_checks, from);
             let stream = socket.connect(to).await?;
             Ok::<_, std::io::Error>(self.tls(stream).await)
         };
@@ -343,7 +374,7 @@ impl Admin {
     }
 
     async fn tls(&self, stream: TcpStream) -> Result<(), String> {
-        let config = Arc::clone(&self.shared.live().own_tls);
+        let config = Arc::clone(&self.context.live().own_tls);
         let name = ServerName::try_from("readyz.towline.invalid").map_err(|error| error.to_string())?;
         let Err(error) = TlsConnector::from(config).connect(name, stream).await else { return Ok(()) };
         match tls_error(&error) {
@@ -356,11 +387,11 @@ impl Admin {
     }
 }
 
-struct EndOfCheck<'a>(&'a Shared, SocketAddr);
+struct EndOfCheck<'a>(&'a SelfChecks, SocketAddr);
 
 impl Drop for EndOfCheck<'_> {
     fn drop(&mut self) {
-        self.0.self_checks.end(self.1);
+        self.0.end(self.1);
     }
 }
 
@@ -455,15 +486,19 @@ mod tests {
             let state = directory.path().join(cluster_names.to_string());
             let cluster = Cluster {
                 name: "secret-customer".parse().unwrap(),
-                uid: towline_certs::ClusterUid::new("u").unwrap(),
+                uid: ClusterUid::new("u").unwrap(),
                 mode: towline_model::Mode::Restricted,
                 account: None,
             };
-            let shared = Shared::for_test(&state, |config| {
+            let context = Context::for_test(&state, |config| {
                 config.admin.cluster_names = cluster_names;
                 config.clusters = vec![cluster];
             });
-            let admin = Admin::new(Arc::new(shared.await), "127.0.0.1:1".parse().unwrap());
+            let context = context.await;
+            let registry = Arc::new(Registry::of(&context.config, Arc::clone(&context.metrics)));
+            let (access, public) = (Access::new(&context), "127.0.0.1:1".parse().unwrap());
+            let (trust, memory) = (Arc::default(), Shares::new(0, 0));
+            let admin = Admin::new(&context, &registry, &trust, &memory, &access, &Arc::default(), public);
             let ask = async |path: &str, peer: &str| {
                 let request = Request::get(path).header("host", pod).body(()).unwrap();
                 let answer = admin.answer(&request, Some(pod.parse().unwrap()), peer.parse().unwrap()).await;

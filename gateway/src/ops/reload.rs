@@ -4,9 +4,10 @@
 use crate::ca::authority::Authorities;
 use crate::ca::rotation;
 use crate::config::{ConfigError, GatewayConfig};
-use crate::context::Shared;
+use crate::context::Context;
 use crate::live::Live;
 use crate::metrics::ReloadOutcome;
+use crate::registry::Registry;
 use aws_lc_rs::digest;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -30,16 +31,16 @@ impl Reloader {
     }
 
     /// Checks periodically until the gateway drains.
-    pub(crate) async fn run(self, shared: Arc<Shared>) {
+    pub(crate) async fn run(self, context: Arc<Context>, registry: Arc<Registry>) {
         let mut this = self;
         loop {
             tokio::select! {
-                () = shared.stages.draining.cancelled() => return,
+                () = context.stages.draining.cancelled() => return,
                 () = tokio::time::sleep(POLL) => {}
             }
-            let shared = Arc::clone(&shared);
+            let (context, registry) = (Arc::clone(&context), Arc::clone(&registry));
             let looked = tokio::task::spawn_blocking(move || {
-                this.poll(&shared);
+                this.poll(&context, &registry);
                 this
             });
             match looked.await {
@@ -49,15 +50,15 @@ impl Reloader {
         }
     }
 
-    fn poll(&mut self, shared: &Shared) {
-        let seen = fingerprint(self.path.as_deref(), &shared.live().config);
-        let renew = shared.live().renew_at.is_some_and(|at| SystemTime::now() >= at);
+    fn poll(&mut self, context: &Context, registry: &Registry) {
+        let seen = fingerprint(self.path.as_deref(), &context.live().config);
+        let renew = context.live().renew_at.is_some_and(|at| SystemTime::now() >= at);
         if seen == self.seen && !renew {
             return;
         }
         // The fingerprint from before the reading: a change in between is noticed at the next check.
         self.seen = seen;
-        if let Err(error) = reload(shared, self.path.as_deref()) {
+        if let Err(error) = reload(context, registry, self.path.as_deref()) {
             tracing::error!("reload refused; the last valid configuration stays in effect:\n{error}");
         }
     }
@@ -67,32 +68,34 @@ impl Reloader {
 ///
 /// # Errors
 /// Every mistake; nothing has changed then.
-pub(crate) fn reload(shared: &Shared, path: Option<&Path>) -> Result<(), ConfigError> {
-    let _one_at_a_time = shared.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+pub(crate) fn reload(context: &Context, registry: &Registry, path: Option<&Path>) -> Result<(), ConfigError> {
+    let _one_at_a_time = context.reloading.lock().unwrap_or_else(PoisonError::into_inner);
     let result = path
-        .map_or_else(|| Ok(shared.live().config.clone()), GatewayConfig::load)
-        .and_then(|config| same_trust_domain(shared, config))
-        .and_then(|config| Live::load(config, authorities(shared)?));
+        .map_or_else(|| Ok(context.live().config.clone()), GatewayConfig::load)
+        .and_then(|config| same_trust_domain(context, config))
+        .and_then(|config| Live::load(config, authorities(context)?));
     let live = match result {
         Ok(live) => live,
         Err(error) => {
-            shared.metrics.reloaded(ReloadOutcome::Refused);
+            context.metrics.reloaded(ReloadOutcome::Refused);
             return Err(error);
         }
     };
-    for key in needs_restart(&shared.config, &live.config) {
+    for key in needs_restart(&context.config, &live.config) {
         tracing::warn!(key, "setting changed in the file; restart the gateway to apply it");
     }
     live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    shared.publish(live);
-    shared.metrics.reloaded(ReloadOutcome::Applied);
+    context.publish(live);
+    let live = context.live();
+    registry.forget_unknown(|uid| context.knows(&live, uid));
+    context.metrics.reloaded(ReloadOutcome::Applied);
     tracing::info!("configuration, certificates and tokens reloaded");
     Ok(())
 }
 
 /// Refuses another trust domain: every agent on record belongs to the one with which the gateway started.
-fn same_trust_domain(shared: &Shared, new: GatewayConfig) -> Result<GatewayConfig, ConfigError> {
-    let (running, configured) = (&shared.config.trust_domain, &new.trust_domain);
+fn same_trust_domain(context: &Context, new: GatewayConfig) -> Result<GatewayConfig, ConfigError> {
+    let (running, configured) = (&context.config.trust_domain, &new.trust_domain);
     if running == configured {
         return Ok(new);
     }
@@ -101,10 +104,10 @@ fn same_trust_domain(shared: &Shared, new: GatewayConfig) -> Result<GatewayConfi
 }
 
 /// Reads the gateway's own CAs again. A missing state directory must not create new ones.
-fn authorities(shared: &Shared) -> Result<Option<Arc<Authorities>>, ConfigError> {
-    let Some(directory) = &shared.config.state_directory else { return Ok(None) };
+fn authorities(context: &Context) -> Result<Option<Arc<Authorities>>, ConfigError> {
+    let Some(directory) = &context.config.state_directory else { return Ok(None) };
     if !directory.join(rotation::ROOTS).exists() {
-        return Ok(shared.live().joins.clone());
+        return Ok(context.live().joins.clone());
     }
     let opened = Authorities::open(directory, SystemTime::now());
     let problem = |error| ConfigError { problems: vec![format!("stateDirectory: {error}")] };

@@ -1,4 +1,4 @@
-//! Asks a session's peer for a sign of life by a ping, and waits a short time for the answer.
+//! Probes whether the other end of a session still lives: it is asked, and has to be heard within a fixed time.
 
 use std::collections::HashSet;
 use std::time::Duration;

@@ -5,34 +5,37 @@
 //! second one is refused, else it replaces the first. A restart after a crash is therefore admitted, and a stolen certificate can neither take
 //! over the route nor make it flap.
 
-use crate::config::Cluster;
-use crate::context::Shared;
-use crate::fleet::{Fleet, ShownCertificate};
-use crate::join;
+use crate::config::{Cluster, Drain};
+use crate::context::Context;
+use crate::fleet::{Fleet, NotAdmitted, ShownCertificate};
+use crate::join::{self, Joins};
+use crate::live::Live;
 use crate::log::sparing;
 use crate::metrics::{Limit, Surface, TlCode};
-use crate::per_key::KeyPermit;
+use crate::per_key::{KeyPermit, PerKey, Sizes};
 use crate::registry::sign_of_life::any_alive;
-use crate::registry::{ApiServer, InsertError, Registration, SessionId, Visitor, Word};
-use crate::shares::Part;
+use crate::registry::trust::TrustBoard;
+use crate::registry::{ApiServer, InsertError, Registration, Registry, SessionId, Visitor, Word};
+use crate::shares::{Part, Shares};
 use rustls::ServerConfig;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_rustls::server::TlsStream;
 use towline_certs::facts::{CertificateFacts, human};
 use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, SpkiPin};
-use towline_model::Time;
 use towline_model::random::random;
+use towline_model::{ClusterName, Time};
 use towline_proto::Code;
 use towline_proto::hello::{BOOT_ID_BYTES, Hello};
 use towline_proto::join::{
     API_SERVER_TEXT_MAX, About, AgentMode, ApiServerState, CAPABILITY_ABOUT, CAPABILITY_IDENTITY, Notice,
     SayError, TrustAck,
 };
-use towline_proto::mux::{CloseReason, Introduction, Role, WINDOW_START};
+use towline_proto::mux::{Budget, CloseReason, Introduction, Role, WINDOW_START};
 use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::GoAway;
@@ -54,6 +57,11 @@ const WORDS_INTERVAL: Duration = Duration::from_secs(10);
 /// Longest version of an API server that is shown.
 const VERSION_MAX: usize = 64;
 
+/// Sessions without memory that may hear at the same time why they end.
+const LAST_WORDS: usize = 64;
+/// Connections of one cluster's agents for each of its sessions: sessions that come while dead ones are not known to be dead.
+const AGENTS_PER_SESSION: usize = 2;
+
 /// What becomes of a session that may not be.
 struct Refusal {
     tl: TlCode,
@@ -68,10 +76,99 @@ pub(crate) struct Presented {
     pub(crate) judge: Arc<ServerConfig>,
 }
 
+/// Serves the sessions with agents.
+#[derive(Debug)]
+pub(crate) struct Tunnel {
+    context: Arc<Context>,
+    registry: Arc<Registry>,
+    /// What agents have acknowledged.
+    trust: Arc<TrustBoard>,
+    joins: Arc<Joins>,
+    /// Receive memory of all sessions, and of those that begin only to hear why they end.
+    memory: Arc<Shares<ClusterUid>>,
+    last_words: Budget,
+    /// Connections of each cluster's agents.
+    agents: Arc<PerKey<ClusterUid>>,
+}
+
+/// Why an agent with a good certificate is not let in.
+#[derive(Debug, Error)]
+enum NotLetIn {
+    #[error("cluster uid {0} is not in this gateway's configuration; add it under clusters")]
+    NotListed(ClusterUid),
+    #[error("the gateway's configuration file defines cluster {0} with another uid")]
+    NameConfigured(ClusterName),
+    #[error(transparent)]
+    Fleet(#[from] NotAdmitted),
+}
+
+impl Tunnel {
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        registry: &Arc<Registry>,
+        trust: &Arc<TrustBoard>,
+        joins: &Arc<Joins>,
+        memory: &Arc<Shares<ClusterUid>>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            context: Arc::clone(context),
+            registry: Arc::clone(registry),
+            trust: Arc::clone(trust),
+            joins: Arc::clone(joins),
+            memory: Arc::clone(memory),
+            last_words: Budget::new(LAST_WORDS * WINDOW_START),
+            agents: PerKey::new(Sizes::of_each(
+                AGENTS_PER_SESSION * context.config.limits.sessions_per_cluster,
+            )),
+        })
+    }
+
+    /// The cluster that this agent speaks for, if a session of it may begin with this certificate.
+    ///
+    /// # Errors
+    /// Why not.
+    fn admits_with(
+        &self,
+        live: &Live,
+        identity: &AgentIdentity,
+        shown: &ShownCertificate<'_>,
+    ) -> Result<Arc<Cluster>, NotLetIn> {
+        let cluster = self.admits(live, identity, shown.serial)?;
+        // Agents of a configured cluster have certificates from elsewhere.
+        if !live.by_uid.contains_key(&identity.cluster)
+            && let Some(fleet) = &self.context.fleet
+        {
+            fleet.admits_with(identity, shown)?;
+        }
+        Ok(cluster)
+    }
+
+    /// The cluster that this agent speaks for, if it still may.
+    ///
+    /// # Errors
+    /// Why not.
+    fn admits(&self, live: &Live, identity: &AgentIdentity, serial: &str) -> Result<Arc<Cluster>, NotLetIn> {
+        let uid = &identity.cluster;
+        if let Some(cluster) = live.by_uid.get(uid) {
+            let revoked = self.context.fleet.as_ref().is_some_and(|fleet| fleet.is_revoked(serial));
+            return if revoked { Err(NotAdmitted::Revoked.into()) } else { Ok(Arc::clone(cluster)) };
+        }
+        let Some(fleet) = &self.context.fleet else {
+            return Err(NotLetIn::NotListed(uid.clone()));
+        };
+        fleet.admits(identity, serial)?;
+        let cluster = fleet.cluster_of(uid).ok_or(NotAdmitted::UnknownCluster)?;
+        if live.by_name.contains_key(cluster.name.as_str()) {
+            return Err(NotLetIn::NameConfigured(cluster.name.clone()));
+        }
+        Ok(cluster)
+    }
+}
+
 /// Runs one agent's TLS connection to its end. What is large stays in boxes: the state of an async function keeps a place for
 /// each name that a value had on its way, and ten thousand idle agents are ten thousand such states.
 pub(crate) async fn serve<IO>(
-    shared: Arc<Shared>,
+    tunnel: Arc<Tunnel>,
     tls: Box<TlsStream<IO>>,
     judge: Arc<ServerConfig>,
     address: SocketAddr,
@@ -87,43 +184,43 @@ pub(crate) async fn serve<IO>(
         .map(|certificate| certificate.clone().into_owned())
         .collect();
     let presented = Presented { chain, judge };
-    let memory = memory_of(&shared, &presented);
-    let config = session_config(&shared, memory.as_ref());
+    let memory = memory_of(&tunnel, &presented);
+    let config = session_config(&tunnel, memory.as_ref());
     // It begins without any memory: over the mux credit is all that the agent may send.
     if let Ok((session, driver)) = Session::over(tls, config) {
-        run(shared, session, Box::pin(driver.run()), presented, address).await;
+        run(tunnel, session, Box::pin(driver.run()), presented, address).await;
     }
 }
 
 /// Runs one agent's QUIC connection to its end.
 pub(crate) async fn serve_quic(
-    shared: Arc<Shared>,
+    tunnel: Arc<Tunnel>,
     conn: quinn::Connection,
     presented: Presented,
     address: SocketAddr,
 ) {
-    let memory = memory_of(&shared, &presented);
-    match Session::over_quic(conn.clone(), session_config(&shared, memory.as_ref())) {
-        Ok((session, driver)) => run(shared, session, Box::pin(driver.run()), presented, address).await,
-        Err(_) => no_memory(&shared, conn, memory.as_ref(), address).await,
+    let memory = memory_of(&tunnel, &presented);
+    match Session::over_quic(conn.clone(), session_config(&tunnel, memory.as_ref())) {
+        Ok((session, driver)) => run(tunnel, session, Box::pin(driver.run()), presented, address).await,
+        Err(_) => no_memory(&tunnel, conn, memory.as_ref(), address).await,
     }
 }
 
 /// The memory of the cluster that an agent says it speaks for. Whether it may is found out in the session; who does not
 /// say any is told there that it may not.
-fn memory_of(shared: &Shared, presented: &Presented) -> Option<Part<ClusterUid>> {
-    let identity = shared.live().agent_ca.identity_of(presented.chain.first()?).ok()?;
-    Some(shared.memory.of(&identity.cluster))
+fn memory_of(tunnel: &Tunnel, presented: &Presented) -> Option<Part<ClusterUid>> {
+    let identity = tunnel.context.live().agent_ca.identity_of(presented.chain.first()?).ok()?;
+    Some(tunnel.memory.of(&identity.cluster))
 }
 
-fn session_config(shared: &Shared, memory: Option<&Part<ClusterUid>>) -> SessionConfig {
+fn session_config(tunnel: &Tunnel, memory: Option<&Part<ClusterUid>>) -> SessionConfig {
     SessionConfig {
         role: Role::Gateway,
-        limits: shared.config.session_limits(),
-        budget: memory.map_or(&shared.last_words, Part::budget).clone(),
+        limits: tunnel.context.config.session_limits(),
+        budget: memory.map_or(&tunnel.last_words, Part::budget).clone(),
         introduction: Introduction {
             capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],
-            boot_id: shared.boot_id.to_vec(),
+            boot_id: tunnel.context.boot_id.to_vec(),
             software: format!("towline-gateway/{}", env!("CARGO_PKG_VERSION")),
         },
     }
@@ -131,7 +228,7 @@ fn session_config(shared: &Shared, memory: Option<&Part<ClusterUid>>) -> Session
 
 /// Tells an agent that there is no memory for its session.
 async fn no_memory(
-    shared: &Shared,
+    tunnel: &Tunnel,
     conn: quinn::Connection,
     memory: Option<&Part<ClusterUid>>,
     address: SocketAddr,
@@ -144,11 +241,11 @@ async fn no_memory(
         ),
         _ => (Limit::TunnelMemory, "limits.tunnelMemory", "the gateway has no memory for another session"),
     };
-    shared.metrics.rejected(Surface::Tunnel, TlCode::Limit);
-    shared.metrics.limit_reached(limit);
-    shared.memory.wanted();
-    sparing!(shared.refusals.due(&()), warn, agent = %address, "{text}; raise {key}");
-    let Ok((session, driver)) = Session::over_quic(conn.clone(), session_config(shared, None)) else {
+    tunnel.context.metrics.rejected(Surface::Tunnel, TlCode::Limit);
+    tunnel.context.metrics.limit_reached(limit);
+    tunnel.memory.wanted();
+    sparing!(tunnel.context.refusals.due(&()), warn, agent = %address, "{text}; raise {key}");
+    let Ok((session, driver)) = Session::over_quic(conn.clone(), session_config(tunnel, None)) else {
         conn.close(Code::Limit.to_u32().into(), text.as_bytes());
         return;
     };
@@ -161,7 +258,7 @@ async fn no_memory(
 
 /// What both transports have in common: everything but the way the bytes take.
 async fn run(
-    shared: Arc<Shared>,
+    tunnel: Arc<Tunnel>,
     session: Session,
     driver: impl Future<Output = CloseReason>,
     presented: Presented,
@@ -169,24 +266,27 @@ async fn run(
 ) {
     // One task: when this future is dropped, so is the driver, and with it the session. What wakes the driver, a ping of an idle
     // agent above all, seldom is anything to the rest.
-    let life = Aside::new(live(&shared, &session, presented, address));
+    let life = Aside::new(live(&tunnel, &session, presented, address));
     let (reason, ()) = tokio::join!(driver, life);
     if matches!(reason, CloseReason::Violation(_)) {
-        shared.metrics.rejected(Surface::Tunnel, TlCode::Proto);
+        tunnel.context.metrics.rejected(Surface::Tunnel, TlCode::Proto);
     }
     tracing::debug!(agent = %address, %reason, "agent connection ended");
 }
 
 /// What happens beside the driver, until the session has ended.
-async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, address: SocketAddr) {
+async fn live(tunnel: &Tunnel, session: &Session, presented: Presented, address: SocketAddr) {
     let mut presented_by = None;
-    let admitted = admit(shared, session, presented.chain.first(), address, &mut presented_by).await;
+    let admitted = admit(tunnel, session, presented.chain.first(), address, &mut presented_by).await;
     let (admitted, registration) = match admitted {
         Ok(admitted) => admitted,
         Err(Some(refusal)) => {
-            shared.metrics.rejected(Surface::Tunnel, refusal.tl);
+            tunnel.context.metrics.rejected(Surface::Tunnel, refusal.tl);
             let cluster = presented_by.as_ref();
-            let due = cluster.map_or_else(|| shared.refusals.due(&()), |cluster| shared.lines.due(cluster));
+            let due = cluster.map_or_else(
+                || tunnel.context.refusals.due(&()),
+                |cluster| tunnel.context.lines.due(cluster),
+            );
             sparing!(due, warn, agent = %address, cluster = cluster.map(ClusterUid::as_str), why = refusal.text,
                 "agent refused");
             session.close(refusal.code, &refusal.text);
@@ -194,18 +294,18 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
         }
         Err(None) => return,
     };
-    let counted = shared.metrics.session(session.transport());
-    sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
+    let counted = tunnel.context.metrics.session(session.transport());
+    sparing!(tunnel.context.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
         instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
         software = %towline_model::text::printable(&admitted.hello.software), "agent connected");
     // A drain may have begun since the handshake.
-    if shared.stages.unready.is_cancelled() {
-        say_goaway(shared, session);
+    if tunnel.context.stages.unready.is_cancelled() {
+        say_goaway(&tunnel.context.config.drain, session);
     }
     let over = async {
         tokio::select! {
-            () = expire(shared, session, &admitted) => {}
-            () = revoke(shared, session, presented, &admitted) => {}
+            () = expire(tunnel, session, &admitted) => {}
+            () = revoke(tunnel, session, presented, &admitted) => {}
         }
         session.closed().unwrap_or(CloseReason::HelloTimeout)
     };
@@ -216,13 +316,17 @@ async fn live(shared: &Arc<Shared>, session: &Session, presented: Presented, add
             session.wait_for(|state| state.closed.is_some()).await.closed.unwrap_or(CloseReason::HelloTimeout)
         }
         reason = over => reason,
-        reason = converse(shared, session, &registration, &admitted, address) => reason,
-        reason = give_back(shared, session, &admitted, &registration) => reason,
+        reason = converse(tunnel, session, &registration, &admitted, address) => reason,
+        reason = give_back(tunnel, session, &admitted, &registration) => reason,
     };
     drop((registration, counted));
-    shared.forget_if_unknown(&admitted.identity.cluster);
-    shared.metrics.session_ended(reason.label());
-    sparing!(shared.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
+    let cluster = &admitted.identity.cluster;
+    // The last session of a cluster that is not there any more takes its traces along.
+    if !tunnel.context.knows(&tunnel.context.live(), cluster) {
+        tunnel.registry.forget(cluster);
+    }
+    tunnel.context.metrics.session_ended(reason.label());
+    sparing!(tunnel.context.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
         instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
         reason = %towline_model::text::printable(&reason.to_string()), "agent disconnected");
 }
@@ -242,7 +346,7 @@ struct Admitted {
 /// Decides whether a session may be; `Err(None)` if it ended by itself. Whose agent it is stands in `cluster` as soon as a
 /// certificate says so.
 async fn admit(
-    shared: &Arc<Shared>,
+    tunnel: &Tunnel,
     session: &Session,
     leaf: Option<&CertificateDer<'static>>,
     address: SocketAddr,
@@ -250,7 +354,7 @@ async fn admit(
 ) -> Result<(Admitted, Registration), Option<Refusal>> {
     let refuse = |tl, code, text: String| Some(Refusal { tl, code, text });
     let certificate = |text: String| refuse(TlCode::Cert, Code::Denied, text);
-    let live = shared.live();
+    let live = tunnel.context.live();
     let leaf = leaf.ok_or_else(|| certificate("the agent presented no certificate".to_owned()))?;
     let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
     cluster.replace(identity.cluster.clone());
@@ -258,13 +362,13 @@ async fn admit(
     let pin = SpkiPin::of(leaf).map_err(|error| certificate(error.to_string()))?;
     let issued = Time::from(facts.issued_at());
     let shown = ShownCertificate { serial: &facts.serial, pin, issued };
-    let cluster = shared.admits_with(&live, &identity, &shown).map_err(|why| {
-        shared.turned_back(&identity.cluster, address.ip(), &why, true);
-        certificate(why)
+    let cluster = tunnel.admits_with(&live, &identity, &shown).map_err(|why| {
+        tunnel.joins.turned_back(&identity.cluster, address.ip(), &why.to_string(), true);
+        certificate(why.to_string())
     })?;
     // Before the session's first round trip, which an agent can keep us waiting for.
-    let place = shared.gate.agent_of(&identity.cluster).map_err(|_| {
-        shared.metrics.limit_reached(Limit::ConnectionsPerCluster);
+    let place = tunnel.agents.take(&identity.cluster).map_err(|_| {
+        tunnel.context.metrics.limit_reached(Limit::ConnectionsPerCluster);
         refuse(
             TlCode::Limit,
             Code::Limit,
@@ -272,7 +376,7 @@ async fn admit(
         )
     })?;
     let on_record =
-        shared.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
+        tunnel.context.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
     drop(live);
     let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
         Ok(Ok(hello)) => hello,
@@ -289,13 +393,13 @@ async fn admit(
         let text = format!("the boot id is {} bytes long instead of {BOOT_ID_BYTES}", hello.boot_id.len());
         return Err(refuse(TlCode::Proto, Code::Proto, text));
     }
-    let registration = register(shared, session, &identity, &hello, address).await?;
+    let registration = register(tunnel, session, &identity, &hello, address).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
     Ok((Admitted { cluster, identity, not_after, serial, on_record, hello, _place: place }, registration))
 }
 
 async fn register(
-    shared: &Arc<Shared>,
+    tunnel: &Tunnel,
     session: &Session,
     identity: &AgentIdentity,
     hello: &Hello,
@@ -307,13 +411,13 @@ async fn register(
         let AgentIdentity { cluster, instance, .. } = identity;
         let software = towline_model::text::printable(&hello.software);
         let visitor = Visitor { software: &software, address };
-        match shared.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, visitor) {
+        match tunnel.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, visitor) {
             Ok(registration) => {
-                shared.joins.places.leave(instance, &hello.boot_id);
+                tunnel.joins.arrived(instance, &hello.boot_id);
                 return Ok(registration);
             }
             Err(InsertError::SessionsMax) => {
-                shared.metrics.limit_reached(Limit::SessionsPerCluster);
+                tunnel.context.metrics.limit_reached(Limit::SessionsPerCluster);
                 return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has reached its session limit"));
             }
             Err(InsertError::OtherProcess(others)) => {
@@ -338,7 +442,7 @@ async fn register(
 /// While memory is short, of all or of the cluster's share, has a session replaced that holds much more than it needs: over QUIC what the agent was once allowed to
 /// send cannot be taken back, only used up. A session in which nothing runs is replaced without anybody noticing.
 async fn give_back(
-    shared: &Shared,
+    tunnel: &Tunnel,
     session: &Session,
     admitted: &Admitted,
     registration: &Registration,
@@ -351,10 +455,10 @@ async fn give_back(
         let part = f64::from(part[0]) / 256.0;
         tokio::select! {
             () = tokio::time::sleep(GIVE_BACK_CHECK.mul_f64(1.0 + part)) => {}
-            () = shared.memory.is_wanted() => tokio::time::sleep(GIVE_BACK_AT_ONCE.mul_f64(part)).await,
+            () = tunnel.memory.is_wanted() => tokio::time::sleep(GIVE_BACK_AT_ONCE.mul_f64(part)).await,
         }
         let stats = session.stats();
-        if shared.memory.is_short(cluster) && stats.streams == 0 && stats.recv_reserved > 2 * WINDOW_START {
+        if tunnel.memory.is_short(cluster) && stats.streams == 0 && stats.recv_reserved > 2 * WINDOW_START {
             registration
                 .retire(session, "the gateway is short of memory, and this session holds more than it needs");
         }
@@ -375,10 +479,10 @@ async fn refuse_streams(session: &Session) -> CloseReason {
 }
 
 /// Ends the session when the newest certificate of its instance does: a renewal moves the end of every session.
-async fn expire(shared: &Shared, session: &Session, admitted: &Admitted) {
+async fn expire(tunnel: &Tunnel, session: &Session, admitted: &Admitted) {
     loop {
         let own = admitted.not_after.duration_since(SystemTime::now()).unwrap_or_default();
-        let left = if own.is_zero() { newest(shared, &admitted.identity) } else { own };
+        let left = if own.is_zero() { newest(tunnel, &admitted.identity) } else { own };
         if left.is_zero() {
             break;
         }
@@ -389,8 +493,8 @@ async fn expire(shared: &Shared, session: &Session, admitted: &Admitted) {
 }
 
 /// What is left of the newest certificate that an instance has on record.
-fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
-    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+fn newest(tunnel: &Tunnel, identity: &AgentIdentity) -> Duration {
+    let record = tunnel.context.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
     let now = Time::now();
     let left = record.iter().flat_map(|record| &record.certificates).map(|known| known.not_after.since(now));
     left.max().unwrap_or_default()
@@ -398,9 +502,9 @@ fn newest(shared: &Shared, identity: &AgentIdentity) -> Duration {
 
 /// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One from between a backup
 /// and its restore is not on record, and one of a configured cluster never is.
-fn was_renewed(shared: &Shared, admitted: &Admitted) -> bool {
+fn was_renewed(tunnel: &Tunnel, admitted: &Admitted) -> bool {
     let Admitted { identity, serial, on_record, .. } = admitted;
-    let record = shared.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
+    let record = tunnel.context.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
     let newest = record.as_ref().and_then(|record| record.certificates.last());
     *on_record && newest.is_some_and(|newest| newest.serial != *serial)
 }
@@ -429,9 +533,9 @@ impl Words {
 }
 
 /// Shows what an agent has said of its cluster; what cannot be shown is not.
-fn show(shared: &Shared, registration: &Registration, uid: &ClusterUid, about: About) {
+fn show(tunnel: &Tunnel, registration: &Registration, uid: &ClusterUid, about: About) {
     if is_version(&about.kubernetes_version) {
-        shared.registry.learned(uid, &about.kubernetes_version);
+        tunnel.registry.learned(uid, &about.kubernetes_version);
     }
     let at = SystemTime::now();
     let api_server = about.api_server.and_then(|said| {
@@ -457,14 +561,14 @@ fn is_version(text: &str) -> bool {
 
 /// Talks with the agent about its certificate, the CA and the cluster, until the session ends.
 async fn converse(
-    shared: &Arc<Shared>,
+    tunnel: &Tunnel,
     session: &Session,
     registration: &Registration,
     admitted: &Admitted,
     address: SocketAddr,
 ) -> CloseReason {
-    let mut board = shared.trust.join(&admitted.cluster.uid, &shared.metrics);
-    let (mut reloads, mut words) = (shared.reloads(), Words::new());
+    let mut board = tunnel.trust.join(&admitted.cluster.uid, &tunnel.context.metrics);
+    let (mut reloads, mut words) = (tunnel.context.reloads(), Words::new());
     // What has been announced, and whether it was answered.
     let (mut announced, mut answered) = (None, true);
     // What the agent has said of its cluster, and is not shown yet.
@@ -473,9 +577,9 @@ async fn converse(
         if said.is_some() && words.admit() {
             said.take()
                 .into_iter()
-                .for_each(|about| show(shared, registration, &admitted.cluster.uid, about));
+                .for_each(|about| show(tunnel, registration, &admitted.cluster.uid, about));
         }
-        let trust = shared.live().trust.clone();
+        let trust = tunnel.context.live().trust.clone();
         if announced != Some(trust.version) && answered {
             let version = trust.version;
             match session.say(Notice::Trust(trust)) {
@@ -489,7 +593,7 @@ async fn converse(
                 }
                 Err(_) => announced = Some(version),
             }
-            shared.registry.touch(&admitted.cluster.uid);
+            tunnel.registry.touch(&admitted.cluster.uid);
         }
         let notice = tokio::select! {
             notice = session.hear() => notice,
@@ -505,17 +609,17 @@ async fn converse(
                 answered = true;
                 let problem = towline_model::text::printable(&problem).to_string();
                 if !problem.is_empty() {
-                    sparing!(shared.lines.due(&admitted.identity.cluster), warn, cluster = %admitted.cluster.name,
+                    sparing!(tunnel.context.lines.due(&admitted.identity.cluster), warn, cluster = %admitted.cluster.name,
                         instance = %admitted.identity.instance, problem, "an agent could not store the tunnel CA's roots");
                 }
                 board.answered(version, &problem);
-                shared.registry.touch(&admitted.cluster.uid);
+                tunnel.registry.touch(&admitted.cluster.uid);
             }
             // Of several that are too soon the last counts, a little later.
             Ok(Notice::About(about)) => said = Some(about),
             Ok(Notice::Renew(asked)) => {
                 let renewed =
-                    join::renew(shared, &admitted.identity, &admitted.serial, address, &asked).await;
+                    join::renew(&tunnel.joins, &admitted.identity, &admitted.serial, address, &asked).await;
                 // It fails only if the session has ended.
                 session.say(Notice::Renewed(renewed)).unwrap_or_default();
             }
@@ -526,15 +630,15 @@ async fn converse(
 }
 
 /// Ends the session when a reload or a revocation takes away what let it in: its place on the list, or its CA.
-async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitted: &Admitted) {
+async fn revoke(tunnel: &Tunnel, session: &Session, presented: Presented, admitted: &Admitted) {
     let Presented { chain, judge } = presented;
     let mut judge = Some(judge);
-    let mut reloads = shared.reloads();
-    let mut losses = shared.fleet.as_ref().map(Fleet::losses);
+    let mut reloads = tunnel.context.reloads();
+    let mut losses = tunnel.context.fleet.as_ref().map(Fleet::losses);
     loop {
         // Also at first: admission may have begun before the last reload.
-        let live = shared.live();
-        if let Err(why) = shared.admits(&live, &admitted.identity, &admitted.serial) {
+        let live = tunnel.context.live();
+        if let Err(why) = tunnel.admits(&live, &admitted.identity, &admitted.serial) {
             return session.close(Code::Denied, &format!("the agent is no longer admitted: {why}"));
         }
         // A session outlives the certificate that it showed, and the CA of that, once it has a newer one.
@@ -544,7 +648,7 @@ async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitt
         let just_judged = judge.take().is_some_and(|judge| Arc::ptr_eq(&judge, &live.tunnel_tls));
         if !just_judged
             && let Err(error) = live.agent_ca.verify(&chain, at)
-            && !was_renewed(shared, admitted)
+            && !was_renewed(tunnel, admitted)
         {
             return session
                 .close(Code::Denied, &format!("the agent's certificate is no longer valid: {error}"));
@@ -556,7 +660,7 @@ async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitt
                 None => std::future::pending().await,
             }
         };
-        // The senders live as long as `shared`.
+        // The senders live as long as `Context`.
         tokio::select! {
             changed = reloads.changed() => drop(changed),
             changed = lost => drop(changed),
@@ -565,8 +669,7 @@ async fn revoke(shared: &Shared, session: &Session, presented: Presented, admitt
 }
 
 /// Tells an agent to go elsewhere, at a moment of its own.
-pub(crate) fn say_goaway(shared: &Shared, session: &Session) {
-    let drain = &shared.config.drain;
+pub(crate) fn say_goaway(drain: &Drain, session: &Session) {
     let mut part = [0; 2];
     random(&mut part);
     let after = drain.spread.mul_f64(f64::from(u16::from_be_bytes(part)) / f64::from(u16::MAX));

@@ -1,13 +1,10 @@
-//! What bodies does an exchange have? The client's, which may be sent again while little of it was read; and the answer's,
-//! which holds all that the exchange holds until its end.
+//! The bodies of responses: one that is complete, one that another task makes, and one that arrives through a tunnel and holds everything
+//! that its exchange holds until its end.
 
 use super::events::Events;
-use crate::access::uploads::Room;
-use crate::front::Stalled;
 use crate::metrics::{Metrics, WatchEnded};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -24,164 +21,6 @@ use towline_proto::mux::CloseReason;
 use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 use towline_proto::tunnel::{ReadError, SessionState};
-
-/// A body that comes more slowly than this much per time limit is given up.
-const SLOW_BYTES: usize = 1024;
-
-/// The client's body. What was read of it is kept while it is little, so that it can be sent again.
-pub(crate) struct ClientBody {
-    source: Incoming,
-    held: Vec<Bytes>,
-    held_bytes: usize,
-    hold_max: usize,
-    /// How much of `held` has been sent in this attempt; beyond it the source goes on.
-    sent: usize,
-    /// False once more was read than is kept.
-    replayable: bool,
-    /// The answer has come: nothing will be sent again.
-    settled: Arc<AtomicBool>,
-    pace: Option<Pace>,
-    /// For what may be unread, until all was read; and how much that is, if it is known.
-    room: Option<Room>,
-    left: Option<u64>,
-}
-
-/// Whether the client sends fast enough. Only time in which we wait for the client counts.
-struct Pace {
-    limit: Duration,
-    since: Option<Pin<Box<Sleep>>>,
-    /// Since when we do not wait, while `since` stands.
-    paused: Option<Instant>,
-    bytes: usize,
-}
-
-/// Why the client's body ended early.
-#[derive(Debug)]
-pub(crate) enum ClientBodyError {
-    Broken(hyper::Error),
-    Slow,
-}
-
-impl fmt::Display for ClientBodyError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Broken(error) => error.fmt(f),
-            Self::Slow => f.write_str("the body comes too slowly"),
-        }
-    }
-}
-
-impl ClientBody {
-    pub(crate) fn new(source: Incoming, hold_max: usize, pace: Option<Duration>, room: Option<Room>) -> Self {
-        let pace = pace.map(Pace::new);
-        let (settled, left) = (Arc::default(), source.size_hint().exact());
-        let (held, held_bytes, sent, replayable) = (Vec::new(), 0, 0, true);
-        Self { source, held, held_bytes, hold_max, sent, replayable, settled, pace, room, left }
-    }
-
-    /// Set once the body will not be sent again.
-    pub(crate) fn settled(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.settled)
-    }
-
-    /// Starts from the beginning, if that is still there.
-    pub(crate) fn rewind(&mut self) -> bool {
-        self.sent = 0;
-        self.replayable
-    }
-
-    /// Counts what was read; when that is all, nothing can be unread any more.
-    fn on_read(&mut self, bytes: usize) {
-        self.left = self.left.map(|left| left.saturating_sub(bytes as u64));
-        if self.left == Some(0) {
-            self.room = None;
-        }
-    }
-
-    fn keep(&mut self, bytes: &Bytes) {
-        if self.settled.load(Ordering::Relaxed) || self.held_bytes + bytes.len() > self.hold_max {
-            self.replayable = false;
-            self.held = Vec::new();
-        }
-        if self.replayable {
-            self.held_bytes += bytes.len();
-            self.held.push(bytes.clone());
-            self.sent = self.held.len();
-        }
-    }
-}
-
-impl Pace {
-    const fn new(limit: Duration) -> Self {
-        Self { limit, since: None, paused: None, bytes: 0 }
-    }
-
-    fn on_bytes(&mut self, bytes: usize) {
-        self.bytes += bytes;
-        if self.bytes >= SLOW_BYTES {
-            self.bytes = 0;
-            self.since = None;
-        }
-        // Until we ask again the client may wait for us.
-        self.paused = self.since.is_some().then(Instant::now);
-    }
-
-    /// We ask for bytes again: what passed since the last ones does not count.
-    fn resume(&mut self) {
-        if let (Some(paused), Some(since)) = (self.paused.take(), &mut self.since) {
-            let deadline = since.deadline() + paused.elapsed();
-            since.as_mut().reset(deadline);
-        }
-    }
-
-    fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let limit = self.limit;
-        self.since.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit))).as_mut().poll(cx)
-    }
-}
-
-impl Body for ClientBody {
-    type Data = Bytes;
-    type Error = ClientBodyError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, ClientBodyError>>> {
-        let this = &mut *self;
-        if let Some(bytes) = this.held.get(this.sent) {
-            this.sent += 1;
-            return Poll::Ready(Some(Ok(Frame::data(bytes.clone()))));
-        }
-        if let Some(pace) = &mut this.pace {
-            pace.resume();
-        }
-        match Pin::new(&mut this.source).poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
-                if let Some(bytes) = frame.data_ref() {
-                    this.keep(bytes);
-                    this.on_read(bytes.len());
-                    if let Some(pace) = &mut this.pace {
-                        pace.on_bytes(bytes.len());
-                    }
-                }
-                Poll::Ready(Some(Ok(frame)))
-            }
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(ClientBodyError::Broken(error)))),
-            Poll::Ready(None) => {
-                this.room = None;
-                Poll::Ready(None)
-            }
-            Poll::Pending => match &mut this.pace {
-                Some(pace) => {
-                    ready!(pace.poll_too_slow(cx));
-                    Poll::Ready(Some(Err(ClientBodyError::Slow)))
-                }
-                None => Poll::Pending,
-            },
-        }
-    }
-}
 
 /// Aborts the task that sends the client's body when the exchange ends.
 #[derive(Debug)]
@@ -240,9 +79,24 @@ impl Basis {
     }
 }
 
+/// Whether a client takes nothing at the moment, although something waits for it. What its answer brings then stays in the
+/// tunnel, where memory is shared out, and not with hyper, which would fill its buffer.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stalled(Arc<AtomicBool>);
+
+impl Stalled {
+    pub(crate) fn now(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set(&self, stalled: bool) {
+        self.0.store(stalled, Ordering::Relaxed);
+    }
+}
+
 enum Inner {
     Full(Option<Bytes>),
-    Tunnel(Box<Tunnel>),
+    Tunnel(TunnelBody),
     /// What another task makes, until it ends.
     Stream(Box<Stream>),
 }
@@ -253,12 +107,16 @@ struct Stream {
     guards: Box<dyn Send + Sync>,
 }
 
+/// The body of an answer that arrives through a tunnel. Dropping it before its end resets and stops the stream.
+pub(crate) struct TunnelBody(Option<Box<Tunnel>>);
+
 /// An answer that arrives through a tunnel, and everything that must live as long as it does.
 struct Tunnel {
     recv: RecvBody,
     end: Option<WatchEnd>,
     keep: Keep,
     ended: Aside<WaitForCancellationFutureOwned>,
+    basis: Option<Basis>,
     stalled: Option<Stalled>,
     /// Why the answer ends early; told one poll late.
     failed: Option<BodyError>,
@@ -394,6 +252,87 @@ impl WatchEnd {
     }
 }
 
+impl TunnelBody {
+    /// What comes out of `recv`; `ended` rings when what let the caller in does so no more.
+    pub(crate) fn new(recv: RecvBody, end: Option<WatchEnd>, keep: Keep, ended: CancellationToken) -> Self {
+        let basis = Some(Basis {
+            ended: ended.clone(),
+            session: recv.session(),
+            on_abort: Some(Arc::clone(&keep.on_abort)),
+        });
+        let ended = Aside::new(ended.cancelled_owned());
+        Self(Some(Box::new(Tunnel { recv, end, keep, ended, basis, stalled: None, failed: None })))
+    }
+
+    /// What the answer rests on, for whoever looks after it: a body is not asked while nobody takes what it brings.
+    fn take_basis(&mut self) -> Option<Basis> {
+        self.0.as_mut()?.basis.take()
+    }
+}
+
+impl fmt::Debug for TunnelBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TunnelBody").finish_non_exhaustive()
+    }
+}
+
+impl Body for TunnelBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let Some(tunnel) = &mut self.0 else { return Poll::Ready(None) };
+        if let Some(error) = tunnel.failed.take() {
+            self.0 = None;
+            return Poll::Ready(Some(Err(error)));
+        }
+        if tunnel.end.as_mut().is_some_and(|end| end.poll_over(cx)) {
+            self.0 = None;
+            return Poll::Ready(None);
+        }
+        if Pin::new(&mut tunnel.ended).poll(cx).is_ready() {
+            return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
+        }
+        let is_lost = tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
+        if is_lost || tunnel.stalled.as_ref().is_some_and(Stalled::now) {
+            return Poll::Pending;
+        }
+        let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
+        match frame {
+            Some(Ok(frame)) => Poll::Ready(Some(Ok(match &mut tunnel.end {
+                Some(end) => frame.map_data(|bytes| end.pass(bytes)),
+                None => frame,
+            }))),
+            Some(Err(error)) if tunnel.end.as_mut().is_some_and(|end| end.outlasts(&error)) => {
+                tracing::debug!(%error, "a watch ends between two events, since it broke off there");
+                // At the next poll, or a moment later if it is young.
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Some(Err(error)) => tunnel.fail(error, cx),
+            None => {
+                self.0 = None;
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(|tunnel| {
+            // A watch that broke off says itself when it ends.
+            let open = tunnel.failed.is_some() || tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
+            !open && (tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0))
+        })
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), |tunnel| tunnel.recv.size_hint())
+    }
+}
+
 impl AnswerBody {
     pub(crate) fn full(bytes: Bytes) -> Self {
         Self { inner: Inner::Full(Some(bytes).filter(|bytes| !bytes.is_empty())), basis: None }
@@ -404,21 +343,10 @@ impl AnswerBody {
         Self { inner: Inner::Stream(Box::new(Stream { source, guards })), basis: Some(basis) }
     }
 
-    /// What comes through a tunnel; `ended` rings when what let the caller in does so no more.
-    pub(crate) fn tunnel(
-        recv: RecvBody,
-        end: Option<WatchEnd>,
-        keep: Keep,
-        ended: CancellationToken,
-    ) -> Self {
-        let basis = Basis {
-            ended: ended.clone(),
-            session: recv.session(),
-            on_abort: Some(Arc::clone(&keep.on_abort)),
-        };
-        let ended = Aside::new(ended.cancelled_owned());
-        let tunnel = Tunnel { recv, end, keep, ended, stalled: None, failed: None };
-        Self { inner: Inner::Tunnel(Box::new(tunnel)), basis: Some(basis) }
+    /// What comes through a tunnel.
+    pub(crate) fn tunnel(mut body: TunnelBody) -> Self {
+        let basis = body.take_basis();
+        Self { inner: Inner::Tunnel(body), basis }
     }
 
     /// What the answer rests on, for whoever writes it: a body is not asked while its client takes nothing.
@@ -429,7 +357,7 @@ impl AnswerBody {
     /// Takes nothing out of the tunnel while the client is stalled. Whoever writes to the client polls the body again when the
     /// client has taken what waited.
     pub(crate) fn unless(mut self, stalled: Stalled) -> Self {
-        if let Inner::Tunnel(tunnel) = &mut self.inner {
+        if let Inner::Tunnel(TunnelBody(Some(tunnel))) = &mut self.inner {
             tunnel.stalled = Some(stalled);
         }
         self
@@ -459,41 +387,7 @@ impl Body for AnswerBody {
                 }
                 Poll::Ready(next.map(|bytes| Ok(Frame::data(bytes))))
             }
-            Inner::Tunnel(tunnel) => {
-                if let Some(error) = tunnel.failed.take() {
-                    self.inner = Inner::Full(None);
-                    return Poll::Ready(Some(Err(error)));
-                }
-                if tunnel.end.as_mut().is_some_and(|end| end.poll_over(cx)) {
-                    self.inner = Inner::Full(None);
-                    return Poll::Ready(None);
-                }
-                if Pin::new(&mut tunnel.ended).poll(cx).is_ready() {
-                    return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
-                }
-                let is_lost = tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
-                if is_lost || tunnel.stalled.as_ref().is_some_and(Stalled::now) {
-                    return Poll::Pending;
-                }
-                let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
-                match frame {
-                    Some(Ok(frame)) => Poll::Ready(Some(Ok(match &mut tunnel.end {
-                        Some(end) => frame.map_data(|bytes| end.pass(bytes)),
-                        None => frame,
-                    }))),
-                    Some(Err(error)) if tunnel.end.as_mut().is_some_and(|end| end.outlasts(&error)) => {
-                        tracing::debug!(%error, "a watch ends between two events, since it broke off there");
-                        // At the next poll, or a moment later if it is young.
-                        cx.waker().wake_by_ref();
-                        Poll::Pending
-                    }
-                    Some(Err(error)) => tunnel.fail(error, cx),
-                    None => {
-                        self.inner = Inner::Full(None);
-                        Poll::Ready(None)
-                    }
-                }
-            }
+            Inner::Tunnel(body) => Pin::new(body).poll_frame(cx),
         }
     }
 
@@ -501,11 +395,7 @@ impl Body for AnswerBody {
         match &self.inner {
             Inner::Full(bytes) => bytes.is_none(),
             Inner::Stream(_) => false,
-            Inner::Tunnel(tunnel) => {
-                // A watch that broke off says itself when it ends.
-                let open = tunnel.failed.is_some() || tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
-                !open && (tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0))
-            }
+            Inner::Tunnel(body) => body.is_end_stream(),
         }
     }
 
@@ -513,7 +403,7 @@ impl Body for AnswerBody {
         match &self.inner {
             Inner::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Inner::Stream(_) => SizeHint::default(),
-            Inner::Tunnel(tunnel) => tunnel.recv.size_hint(),
+            Inner::Tunnel(body) => body.size_hint(),
         }
     }
 }

@@ -7,7 +7,7 @@
 //!     groups: [ops]
 //! ```
 
-use crate::config::{FILE_MAX, read_text};
+use super::{FILE_MAX, read_text};
 use crate::map::Map;
 use serde::Deserialize;
 use std::fmt;

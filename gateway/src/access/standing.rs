@@ -1,0 +1,120 @@
+//! The owners of the clients' connections. Until a request says who calls, a connection is a stranger's, of which a network has few.
+//! Then it belongs to its first caller, whether that caller may do anything or not.
+
+use crate::config::Limits;
+use crate::metrics::{Counted, Limit, Metrics};
+use crate::per_key::{Full, KeyPermit, PerKey, Sizes};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Connections of strangers, by network, and of callers.
+#[derive(Debug)]
+pub(crate) struct Owners {
+    strangers: Arc<PerKey<IpAddr>>,
+    callers: Arc<PerKey<String>>,
+}
+
+impl Owners {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        Self {
+            // Who waits here has a place for a handshake, and waits no longer than that may last.
+            strangers: PerKey::new(Sizes {
+                waiting: usize::MAX,
+                waiting_share: usize::MAX,
+                ..Sizes::of_each(limits.unauthenticated_per_address)
+            }),
+            callers: PerKey::new(Sizes::of_each(limits.connections_per_principal)),
+        }
+    }
+
+    /// The standing of a stranger of this network, or of one behind a trusted proxy. Waits while the network has as many strangers as
+    /// it may: they say who they are, or are closed. Cancel safe.
+    ///
+    /// # Errors
+    /// The limit that leaves no place.
+    pub(crate) async fn stranger(
+        &self,
+        metrics: &Metrics,
+        network: Option<&IpAddr>,
+    ) -> Result<Standing, Limit> {
+        let counted = match network {
+            None => None,
+            Some(network) => {
+                let place = match self.strangers.take(network) {
+                    Ok(place) => place,
+                    Err(_) => {
+                        metrics.limit_reached(Limit::UnauthenticatedPerAddress);
+                        let waits = self.strangers.wait(network).await;
+                        waits.map_err(|_| Limit::UnauthenticatedPerAddress)?
+                    }
+                };
+                Some(Stands::Stranger(place, metrics.unauthenticated()))
+            }
+        };
+        Ok(Standing { known: AtomicBool::new(false), counted: Mutex::new(counted) })
+    }
+}
+
+/// What a connection holds until its end.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    _place: Option<KeyPermit<IpAddr>>,
+}
+
+impl Seat {
+    pub(crate) const fn of(place: KeyPermit<IpAddr>) -> Self {
+        Self { _place: Some(place) }
+    }
+
+    /// That counts among none: of the gateway's own check.
+    pub(crate) const fn own() -> Self {
+        Self { _place: None }
+    }
+}
+
+/// Whose is a client's connection?
+#[derive(Debug)]
+pub(crate) struct Standing {
+    known: AtomicBool,
+    counted: Mutex<Option<Stands>>,
+}
+
+/// What counts as long as the connection is somebody's.
+#[derive(Debug)]
+enum Stands {
+    Stranger(
+        #[expect(dead_code, reason = "it counts until it is dropped")] KeyPermit<IpAddr>,
+        #[expect(dead_code, reason = "as above")] Counted,
+    ),
+    Caller(#[expect(dead_code, reason = "as above")] KeyPermit<String>),
+}
+
+impl Standing {
+    /// Of a connection that nobody counts.
+    pub(crate) const fn own() -> Self {
+        Self { known: AtomicBool::new(false), counted: Mutex::new(None) }
+    }
+
+    /// Whether any request on the connection has said who calls.
+    pub(crate) fn is_known(&self) -> bool {
+        self.known.load(Ordering::Relaxed)
+    }
+
+    /// A request has said who calls. The connection is the first caller's from then on; one that comes through a trusted proxy
+    /// may carry many callers, and is nobody's.
+    ///
+    /// # Errors
+    /// The caller has as many connections as one may. The connection stays a stranger's.
+    pub(crate) fn becomes(&self, owners: &Owners, caller: &String) -> Result<(), Full> {
+        if self.is_known() {
+            return Ok(());
+        }
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*counted, Some(Stands::Stranger(..))) {
+            *counted = Some(Stands::Caller(owners.callers.take(caller)?));
+        }
+        self.known.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
