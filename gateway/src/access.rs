@@ -63,27 +63,27 @@ pub(crate) struct Access {
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
-    /// The certificates that it has shown in TLS, if any.
+    /// The client's certificate chain from the TLS handshake, if any.
     chain: Option<Chain>,
-    /// What they are worth.
+    /// The result of verifying the chain.
     judged: ArcSwap<Judged>,
-    /// The name in the ClientHello, as [`routing::route`] wants it.
+    /// The host name in the ClientHello (SNI), as [`routing::route`] takes it.
     pub(crate) sni: Option<String>,
-    /// Whose the connection is.
+    /// Whom the connection counts for in the limits.
     pub(crate) standing: Standing,
-    /// The requests on the connection that were let in.
+    /// The admitted requests on the connection.
     pub(crate) work: Work,
-    /// Cancelled to end the connection after the answers that are due.
+    /// Cancelled to close the connection after the pending responses.
     pub(crate) finish: CancellationToken,
-    /// What may be unread of the bodies of an HTTP/2 connection.
+    /// Memory reserved for unread request bodies of an HTTP/2 connection.
     pub(crate) unread: Arc<Unread>,
-    /// Those that it was finished by, and those that came after.
+    /// Refusals on the connection: the one that closes it, and later ones.
     pub(crate) refusals: Refusals,
     /// Its seat among the connections. An upgraded connection outlives the HTTP on it, and keeps it by keeping this.
     _seat: (Seat, Counted),
 }
 
-/// What a client's certificates are worth by what is live in this generation.
+/// The result of verifying a client's certificates, for one generation of [`Live`].
 #[derive(Debug)]
 struct Judged {
     generation: u64,
@@ -143,7 +143,7 @@ impl Access {
         Judged { generation: live.generation, certificate }
     }
 
-    /// What the client's certificates are worth. Judged anew after a reload: the CA may have changed.
+    /// The result of verifying the client's certificates. It is computed again after a reload, because the CA may have changed.
     fn judged(&self, live: &Live, peer: &Peer) -> Arc<Judged> {
         let judged = peer.judged.load_full();
         if judged.generation == live.generation {
@@ -154,7 +154,7 @@ impl Access {
         judged
     }
 
-    /// Who calls.
+    /// Authenticates the caller.
     fn identify(&self, live: &Live, peer: &Peer, headers: &HeaderMap) -> Result<Caller, AccessError> {
         let known = Known { tokens: &live.tokens, fleet: self.context.fleet.as_ref() };
         let judged = self.judged(live, peer);
@@ -165,8 +165,8 @@ impl Access {
         Ok(caller)
     }
 
-    /// Puts a request on the list of what is running, and judges it after that, so that nothing that is taken away slips through
-    /// between the two. None if what the caller was known by is not in force any more: then from the beginning.
+    /// Adds a request to the list of running requests, and judges it after that, so that no revocation is missed between the two
+    /// steps. `None` if the state that identified the caller is no longer current: the caller must then start over.
     fn begin(
         &self,
         live: &Live,
@@ -201,7 +201,7 @@ impl Access {
             let caller = self.identify(&live, peer, headers)?;
             let Some(cluster) = self.context.cluster_named(&live, name.as_str()) else {
                 let rules = self.context.fleet.as_ref().map(Fleet::rules);
-                // An unknown name is judged like any other: who may not call it learns nothing of it.
+                // An unknown name is judged like any other, so a caller without a rule learns nothing about which clusters exist.
                 return Err(match running::decide(&live, rules.as_deref(), &caller.principal, name) {
                     Decision::Allowed(_) => AccessError::NoSuchCluster { cluster: name.to_string() },
                     Decision::Denied(_) | Decision::NoRule => {
@@ -239,7 +239,7 @@ impl Access {
                 Err(why @ (Ended::Revoked | Ended::Expired)) => {
                     return Err(authn::AuthnError::from(why).into());
                 }
-                // No admin any more, since a moment ago: who they are now is asked again.
+                // The caller stopped being an admin a moment ago: authenticate again.
                 Err(Ended::Forbidden | Ended::Cluster) => {}
             }
         }
@@ -262,8 +262,8 @@ impl Access {
         self.requests.take(&principal.name).map_err(|_| too_many)
     }
 
-    /// A place among the requests of this principal to this cluster, so that nobody alone takes all streams that a cluster has. What
-    /// ends soon waits for a moment: others of its kind are about to end.
+    /// Takes a place among the requests of this principal to this cluster, so that one principal cannot take all streams of a cluster.
+    /// A short request waits for a moment, because other short requests are about to end.
     ///
     /// # Errors
     /// There are as many as there may be.
@@ -281,7 +281,7 @@ impl Access {
         }
         let mut turn = pin!(self.places.wait(&key));
         let place = match poll_fn(|cx| Poll::Ready(turn.as_mut().poll(cx))).await {
-            // As almost always: no clock is read, and no timer made.
+            // The usual case: no clock is read and no timer is created.
             Poll::Ready(place) => place.ok(),
             Poll::Pending => tokio::time::timeout(PLACE_PATIENCE, turn).await.ok().and_then(Result::ok),
         };
@@ -315,7 +315,7 @@ impl Access {
     }
 }
 
-/// How long a request waits for others of its principal to the same cluster.
+/// How long a request waits for other requests of its principal to the same cluster.
 const PLACE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Whether somebody may do everything in the fleet's API.

@@ -60,13 +60,13 @@ pub(crate) struct Api {
     feed: Arc<Feed>,
 }
 
-/// A request whose caller is known.
+/// A request with an authenticated caller.
 pub(crate) struct Call {
     api: Arc<Api>,
     parts: Parts,
     query: Query,
     principal: Arc<Principal>,
-    /// When the caller's credential runs out, if it does.
+    /// Expiry of the caller's credential, if it has one.
     until: Option<SystemTime>,
     run: Arc<Run>,
     guards: Mutex<Option<Guards>>,
@@ -83,7 +83,7 @@ impl<B> RequestBody for B where
 {
 }
 
-/// What counts for as long as the answer lasts.
+/// Permits and gauges that are held until the response ends.
 struct Guards {
     _run: Arc<Run>,
     _request: Counted,
@@ -91,12 +91,12 @@ struct Guards {
     _principal: KeyPermit<String>,
 }
 
-/// Whether a request at the root is the API's.
+/// Whether a request at the root is for the API.
 pub(crate) fn serves(parts: &Parts) -> bool {
     is_own_path(parts.uri.path()) || kubernetes::serves(parts)
 }
 
-/// Whether a path would be the API's, if the gateway had one.
+/// Whether a path would be for the API, if the gateway had one.
 pub(crate) fn is_of_the_fleet(path: &str) -> bool {
     path.strip_prefix("/apis/").and_then(|rest| rest.strip_prefix(kinds::GROUP)).is_some()
 }
@@ -155,7 +155,7 @@ impl Api {
     }
 }
 
-/// What a path names, behind the API's prefix: a resource, and one object of it.
+/// Parses a path after the API's prefix: a resource, and one object of it.
 fn named(rest: &str) -> Result<(&'static Resource, Option<String>), ApiError> {
     let decoded = String::from_utf8(percent_decode(rest))
         .map_err(|_| ApiError::bad_request("the path is not valid UTF-8"))?;
@@ -172,7 +172,7 @@ impl Call {
         if headers.contains_key(header::ORIGIN) || site.is_some_and(|site| site != b"none") {
             return Err(ApiError::cross_site());
         }
-        // `_` for those who take it for `-`.
+        // Also with `_`, which some servers read as `-`.
         let acts = |name: &&str| name.replace('_', "-").starts_with("impersonate-");
         if let Some(name) = headers.keys().map(HeaderName::as_str).find(acts) {
             return Err(ApiError::impersonation(name));
@@ -243,7 +243,7 @@ impl Call {
         Ok(json_response(StatusCode::OK, &document))
     }
 
-    /// Whether the caller may. Everybody may ask who they are, and turn what says so into a certificate.
+    /// Authorizes the caller. Everybody may create a self review and a credential request.
     fn authorize(&self, resource: &Resource, name: Option<&str>) -> Result<(), ApiError> {
         let principal = &self.principal;
         if resource.stored.is_none() || is_admin(principal) {
@@ -265,9 +265,9 @@ impl Call {
         self.typed(body, &["", "application/json"]).await
     }
 
-    /// The body, if it is of one of these types, and the caller still is who they were when it has come. An empty one is
-    /// nothing. What follows decides at once: a revocation finds nothing that waits for its caller, while a caller's own is
-    /// answered.
+    /// Reads the body, if it has one of these types and the caller is still authorized when it has arrived. An empty body is
+    /// `None`. The steps after it do not wait, so that a caller who revokes their own older credentials still gets the response:
+    /// a revocation finds no request that waits for its caller.
     async fn typed(&self, body: impl RequestBody, accepted: &[&str]) -> Result<Value, ApiError> {
         let bytes = self.read(body, accepted).await?;
         if bytes.is_empty() {
@@ -294,7 +294,7 @@ impl Call {
             () = self.run.ended().cancelled() => return Err(ApiError::ended(self.run.why())),
             read = read => read,
         };
-        // The body may be faster than the review of what is running.
+        // The body may arrive before the review of the running requests.
         self.api.access.judge(&self.run).map_err(ApiError::ended)?;
         match read {
             Ok(Ok(body)) => Ok(body.to_bytes()),
@@ -321,7 +321,7 @@ impl Call {
         resource.kind == "Cluster" && self.api.context.live().by_name.contains_key(name)
     }
 
-    /// Under which addresses the gateway is reached.
+    /// The addresses at which clients reach the gateway.
     fn addresses(&self) -> Vec<PublicAddress> {
         let live = self.api.context.live();
         if !live.config.public_addresses.is_empty() {
@@ -329,7 +329,7 @@ impl Call {
         }
         let authority = self.parts.uri.authority().map(|authority| authority.as_str().to_owned());
         let asked = authority.unwrap_or_else(|| self.header("host").to_owned());
-        // As the caller has reached it.
+        // The address by which the caller reached it.
         let default = PublicAddress { host: HostName::Dns("localhost".to_owned()), port: 443 };
         vec![asked.parse().unwrap_or(default)]
     }

@@ -118,7 +118,7 @@ impl Exchange {
     {
         let ended = plan.guards.run.ended().clone();
         let exchanged = async {
-            // Before it waits for anything: what may be unread of its body counts from now on.
+            // Before any waiting: from now on the unread part of the body counts.
             let room = match plan.body != BodyKind::NONE && head.version == Version::HTTP_2 {
                 true => {
                     Some(Box::pin(self.access.room(peer, &plan.principal, body.size_hint().exact())).await?)
@@ -131,7 +131,7 @@ impl Exchange {
         };
         let exchanged = tokio::select! {
             biased;
-            // Before anything leaves, too: it may have waited for its place.
+            // Also before anything is sent: the request may have waited for its place.
             () = ended.cancelled() => None,
             done = exchanged => Some(done?),
         };
@@ -184,7 +184,7 @@ impl Exchange {
         loop {
             let (registry, uid) = (&self.registry, &plan.cluster.uid);
             let opened = match &first_error {
-                // Another session helps only if it is there: what cannot be reached now is no better in three seconds.
+                // Try another session only if one exists now: an unreachable API server is not better in three seconds.
                 Some(ExchangeError::Agent { .. }) => registry.open_now(uid, &tried).await,
                 Some(ExchangeError::SessionLost { .. }) if !plan.resumes => {
                     registry.open_now(uid, &tried).await
@@ -192,17 +192,17 @@ impl Exchange {
                 _ if plan.resumes => tokio::select! {
                     biased;
                     opened = registry.open(uid, &tried, Patience::Watch) => opened,
-                    // It goes on elsewhere.
+                    // The watch resumes elsewhere.
                     () = self.context.stages.draining.cancelled() => {
                         Err(AcquireError::NotConnected(registry.presence(uid)))
                     }
                 },
-                // A session that refuses is on its way out, and its successor on its way in.
+                // A session that refuses is closing, and its successor is about to connect.
                 _ => registry.open(uid, &tried, Patience::Moment).await,
             };
             let (id, stream) = match opened {
                 Ok(opened) => opened,
-                // There is no other session: what the first one said is the better answer.
+                // No other session: the first session's error is the better response.
                 Err(error) => return Err(first_error.unwrap_or_else(|| self.not_opened(plan, error))),
             };
             let failed = match attempt(&self.context, plan, stream, body.take(), deadline).await {
@@ -220,7 +220,7 @@ impl Exchange {
 
     fn not_opened(&self, plan: &Plan, error: AcquireError) -> ExchangeError {
         match error {
-            // The agent has gone where it was sent, and the request came too late for this gateway.
+            // The agent has moved to another gateway as asked, and the request came too late for this one.
             AcquireError::NotConnected(_) if self.context.stages.draining.is_cancelled() => {
                 ExchangeError::Draining { cluster: plan.name() }
             }
@@ -277,7 +277,7 @@ impl Exchange {
         let keep = Keep {
             upload,
             on_abort: Arc::new(move |error| {
-                // Its body and whoever writes it may both find out.
+                // Both the body and the task that writes it may notice this.
                 if !told.swap(true, Ordering::Relaxed) {
                     metrics.aborted();
                     tracing::debug!(%cluster, %error, "response cut off");

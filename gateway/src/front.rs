@@ -48,32 +48,32 @@ use towline_certs::tls::ALPN_H2;
 use towline_proto::open::FIELDS_MAX;
 use towline_proto::tunnel::aside::Aside;
 
-/// HTTP/1.1: bytes read ahead and bytes waiting to be written, per connection. What waits here has left the tunnel's budget, and
-/// pins the reads that it came in; but with half as much an upload costs a fifth more CPU, and more.
+/// HTTP/1.1: bytes read ahead and bytes waiting to be written, per connection. Waiting bytes have left the tunnel's memory budget and
+/// pin the buffers that they were read into; but with half of this, an upload costs at least a fifth more CPU.
 const H1_BUFFER: usize = 128 * 1024;
-/// HTTP/2: bytes of one answer that wait to be written.
+/// HTTP/2: most bytes of one response that wait to be written.
 const H2_SEND_BUFFER: usize = 128 * 1024;
 const H2_FRAME: u32 = 32 * 1024;
-/// HTTP/2: resets by the client of requests not yet looked at, and errors that make us reset.
+/// HTTP/2: most resets by the client of requests that were not processed yet, and errors that make us reset.
 const H2_PENDING_RESETS: usize = 50;
 const H2_OWN_RESETS: usize = 200;
-/// HTTP/2: a silent connection is asked for a sign of life, and closed without one.
+/// HTTP/2: a silent connection is pinged after this time, and closed without an answer.
 const H2_PING_IDLE: Duration = Duration::from_secs(30);
 const H2_PING_DEAD: Duration = Duration::from_secs(15);
-/// A connection that is to finish, because its client was refused or the gateway drains, and carries nothing that was admitted:
-/// how long its client has to take the last answer and to go. Without it a client that takes nothing, or does not acknowledge
+/// Time limit for a connection that is being closed, because its client was refused or the gateway drains, and carries no admitted
+/// request: the client reads the last response and leaves. Without it a client that stops reading, or does not acknowledge
 /// HTTP/2's last ping, would stay forever.
 const LAST_WORDS: Duration = Duration::from_secs(5);
-/// HTTP/1.1: the answer to the beginning of a request. As hyper's answers to a broken one, it has no body.
+/// HTTP/1.1: the response to an incomplete head. Like hyper's response to a malformed one, it has no body.
 const TOO_LATE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
-/// HTTP/2: how long an answer has to end by itself, when what it rests on was revoked.
+/// HTTP/2: how long a response may take to end by itself after its basis was revoked.
 const RECALL_AFTER: Duration = Duration::from_millis(500);
 
-/// What is known of a client before its first request.
+/// A client before its first request.
 #[derive(Debug)]
 pub(crate) struct Arrival {
     pub(crate) address: SocketAddr,
-    /// The certificates that it presented in TLS; not yet judged.
+    /// The client's certificate chain; not verified yet.
     chain: Option<Chain>,
     /// The host name in the ClientHello (SNI), as [`routing::route`] takes it.
     sni: Option<String>,
@@ -81,7 +81,7 @@ pub(crate) struct Arrival {
 }
 
 impl Arrival {
-    /// Over TLS that the gateway has ended itself.
+    /// For a client over TLS that ends at the gateway.
     pub(crate) fn over_tls<IO>(tls: &TlsStream<IO>, address: SocketAddr) -> Self {
         let (_, session) = tls.get_ref();
         let chain = session.peer_certificates().filter(|chain| !chain.is_empty());
@@ -93,7 +93,7 @@ impl Arrival {
         }
     }
 
-    /// In plaintext, from whoever has ended TLS: nobody has presented a certificate to us.
+    /// For a plaintext connection from a TLS-terminating proxy: there is no client certificate.
     pub(crate) const fn plaintext(address: SocketAddr, h2: bool) -> Self {
         Self { address, chain: None, sni: None, h2 }
     }
@@ -119,7 +119,7 @@ impl Front {
     }
 }
 
-/// Serves one client connection to its end. A large `io` comes in a box: what follows moves it.
+/// Serves one client connection to its end. A large `io` should be boxed, because it is moved several times.
 pub(crate) async fn serve<IO>(
     front: Arc<Front>,
     io: IO,
@@ -138,7 +138,7 @@ pub(crate) async fn serve<IO>(
         service_fn(move |request: Request<Incoming>| {
             asked.store(true, Ordering::Relaxed);
             let (front, peer) = (Arc::clone(&front), Arc::clone(&peer));
-            // In a box: hyper moves what it is given several times before it runs.
+            // Boxed: hyper moves the future several times before it runs.
             let answer = Box::pin(async move { front.dispatch.serve(&peer, request).await });
             async move { Ok::<Response<AnswerBody>, Infallible>(answer.await) }
         })
@@ -149,7 +149,7 @@ pub(crate) async fn serve<IO>(
                 let answer = service.call(request);
                 async move {
                     let mut response: Response<AnswerBody> = answer.await?;
-                    // It is told in the task that writes the answer, which is one of `Tracked`.
+                    // The task that writes the response, one of `Tracked`, receives it.
                     if let Some(basis) = response.body_mut().take_basis()
                         && let Ok(Some(recall)) = RECALL.try_with(Cell::take)
                     {
@@ -162,7 +162,7 @@ pub(crate) async fn serve<IO>(
             let connection = http2_builder(context).serve_connection(TokioIo::new(io), service);
             let mut connection = pin!(connection);
             let finish = |connection: Pin<&mut _>| http2::Connection::graceful_shutdown(connection);
-            // Who floods may not even take the word that it is over.
+            // A flooding client may not even read the GOAWAY.
             let flooded = async {
                 over.cancelled().await;
                 tokio::time::sleep(LAST_WORDS).await;
@@ -182,8 +182,8 @@ pub(crate) async fn serve<IO>(
             let (stalled, unready, activity) = (activity.stalled(), unready.clone(), Arc::clone(&activity));
             async move {
                 let mut response: Response<AnswerBody> = answer.await?;
-                // HTTP/1.1 has no GOAWAY: who goes on asking during the drain's delay is told with an answer, so
-                // that no request is on its way to a connection that closes after it.
+                // HTTP/1.1 has no GOAWAY: during the drain's delay a client learns from a response's header that the connection closes, so
+                // that it sends no request on a connection that is about to close.
                 let last = framing.is_lost() || unready.is_cancelled();
                 if last && response.status() != StatusCode::SWITCHING_PROTOCOLS {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -200,7 +200,7 @@ pub(crate) async fn serve<IO>(
             let driven =
                 drive(context, &peer, &asked, Pin::new(&mut connection), finish, activity.idle()).await;
             let driven = match driven {
-                // hyper's clock, for a head that is not the connection's first.
+                // hyper's timeout, for a head that is not the connection's first.
                 Err(error) if error.is_timeout() => {
                     context.metrics.limit_reached(Limit::FirstRequest);
                     Driven::Silent
@@ -210,7 +210,7 @@ pub(crate) async fn serve<IO>(
             match driven {
                 Driven::Ended => return Ok(()),
                 Driven::Silent => {
-                    // Only where a request has begun is there anybody to answer.
+                    // Answer only if a request has begun.
                     if let Some(mut io) = idle::park(connection)
                         && io.is_in_head()
                     {
@@ -227,7 +227,7 @@ pub(crate) async fn serve<IO>(
             }
             let Some(mut parked) = idle::park(connection) else { return Ok(()) };
             let next = async { matches!(idle::next_request(&mut parked).await, Ok(true)) };
-            // It has been idle for a while.
+            // The connection has been idle for a while.
             let next =
                 tokio::time::timeout(context.config.timeouts.idle.saturating_sub(idle::PARKED_BY), next);
             let goes_on = tokio::select! {
@@ -241,7 +241,7 @@ pub(crate) async fn serve<IO>(
                 () = context.stages.abort.cancelled() => false,
             };
             if !goes_on {
-                // Even the last word of TLS can wait for somebody who takes nothing.
+                // Even TLS' close message may block on a client that does not read.
                 drop(tokio::time::timeout(LAST_WORDS, parked.shutdown()).await);
                 return Ok(());
             }
@@ -249,7 +249,7 @@ pub(crate) async fn serve<IO>(
         }
     };
     if let Err(error) = served.await {
-        // hyper has answered 400, 414 or 431 by itself, where there was somebody to answer.
+        // hyper has answered 400, 414 or 431 by itself.
         if error.is_parse_too_large() {
             context.metrics.limit_reached(Limit::Head);
             context.metrics.rejected(Surface::Front, TlCode::Limit);
@@ -267,18 +267,18 @@ fn http1_builder(context: &Context) -> http1::Builder {
         .timer(TokioTimer::new())
         .half_close(false)
         .keep_alive(true)
-        // From the end of the request before: who is idle is parked by then, and who has begun is not. The first request has a
+        // Measured from the end of the previous request: an idle connection is parked by then, one with a partial head is not. The first request has a
         // stricter clock, in `drive`.
         .header_read_timeout(timeouts.first_request + idle::PARKED_BY)
-        // More than may be: who sends those few too many is told so in words, see `exchange::plan`.
+        // More than allowed: a client slightly above the limit gets a message, see `exchange::plan`.
         .max_headers(FIELDS_MAX)
         .max_header_size(limits.header_bytes.0)
         .max_buf_size(H1_BUFFER.max(limits.header_bytes.0));
     builder
 }
 
-/// Bytes of a head over HTTP/2, which counts 32 more for each field (RFC 9113, section 6.5.2): so many fields as may be are not the
-/// fewer for it.
+/// Bytes of a head over HTTP/2, which counts 32 more for each field (RFC 9113, section 6.5.2). The limit includes them, so that
+/// as many fields are allowed as over HTTP/1.1.
 fn h2_header_list(context: &Context) -> usize {
     let limits = &context.config.limits;
     limits.header_bytes.0 + 32 * limits.header_count
@@ -307,12 +307,12 @@ fn http2_builder(context: &Context) -> http2::Builder<Tracked> {
 }
 
 task_local! {
-    /// Where the task that writes an answer over HTTP/2 hears what ends it.
+    /// The channel on which the task that writes a response over HTTP/2 receives the response's basis.
     static RECALL: Cell<Option<oneshot::Sender<Basis>>>;
 }
 
-/// Owns the tasks that hyper makes for the requests of an HTTP/2 connection, and ends those whose answer is no longer valid: hyper does
-/// not ask an answer's body while the client has given no credit for it.
+/// Owns the tasks that hyper creates for the requests of an HTTP/2 connection, and cancels those whose response's basis is revoked: hyper does
+/// not poll a response's body while the client has granted no credit for it.
 #[derive(Clone, Debug)]
 struct Tracked {
     tracker: TaskTracker,
@@ -343,22 +343,22 @@ where
     }
 }
 
-/// Waits for what there is, if there is anything.
+/// Waits for the future, if there is one; otherwise forever.
 async fn until<F: Future>(mut waits: Pin<&mut Option<F>>) -> F::Output {
     poll_fn(|cx| waits.as_mut().as_pin_mut().map_or(Poll::Pending, |waits| waits.poll(cx))).await
 }
 
-/// Why a connection is not driven any further.
+/// Why driving a connection ended.
 enum Driven {
     Ended,
-    /// There was no whole request in time.
+    /// No complete request head arrived in time.
     Silent,
-    /// Nobody asks for anything, or too much of nothing.
+    /// The connection is idle, or flooded with frames without effect.
     Idle,
 }
 
-/// Runs a connection until the client leaves, it is to finish, `idle` says that it is idle, or everything ends. `finish`
-/// answers what is due and takes nothing new.
+/// Runs a connection until the client leaves, it must close, `idle` completes, or the gateway aborts. `finish`
+/// answers pending requests and accepts no new ones.
 async fn drive<C>(
     context: &Context,
     peer: &Peer,
@@ -371,12 +371,12 @@ where
     C: Future<Output = hyper::Result<()>>,
 {
     let (stages, first_request) = (&context.stages, context.config.timeouts.first_request);
-    // What ends or changes a connection is rare, and polled only when it happens: see `Aside`.
+    // Events that end or change a connection are rare, and polled only when they happen: see `Aside`.
     let abort = Aside::new(stages.abort.cancelled());
     let finished = Aside::new(async {
         let draining = async {
             stages.draining.cancelled().await;
-            // Who has been let in but not asked yet may be about to: hyper would close the connection under the request.
+            // An accepted connection without a request may be about to send one: hyper would close it during the request.
             if !asked.load(Ordering::Relaxed) {
                 stages.over_for_newcomers().await;
             }
@@ -399,7 +399,7 @@ where
     let mut last_words = pin!(None);
     loop {
         tokio::select! {
-            // A request that is here already goes before whatever ends the connection.
+            // A request that has already arrived is served before the connection ends.
             biased;
             result = &mut connection => return result.map(|()| Driven::Ended),
             () = &mut silent => {

@@ -178,7 +178,7 @@ impl Gateway {
         self.presence(cluster).sessions
     }
 
-    /// What is known of a cluster's connection.
+    /// The state of a cluster's connection.
     #[must_use]
     pub fn presence(&self, cluster: &str) -> Presence {
         let live = self.context.live();

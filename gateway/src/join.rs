@@ -99,7 +99,7 @@ pub(crate) struct Joins {
     shares: Shares,
 }
 
-/// What joins share.
+/// The shared state of joins.
 #[derive(Debug)]
 struct Shares {
     room: Arc<PerKey<ClusterUid>>,
@@ -175,7 +175,7 @@ impl Joins {
         self.shares.places.leave(instance, boot_id);
     }
 
-    /// An agent of this cluster was turned away: what the cluster's status says while no other is connected. `proven` if it has
+    /// An agent of this cluster was refused: what the cluster's status says while no other is connected. `proven` if it has
     /// shown to be the cluster's.
     pub(crate) fn turned_away(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
         if self.context.knows(&self.context.live(), uid) {

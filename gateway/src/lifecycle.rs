@@ -5,32 +5,32 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_proto::tunnel::aside::Aside;
 
-/// The steps of stopping; each is cancelled when it begins.
+/// The stages of stopping; each token is cancelled when its stage begins.
 #[derive(Debug, Default)]
 pub(crate) struct Stages {
-    /// Not ready any more.
+    /// The gateway is no longer ready.
     pub(crate) unready: CancellationToken,
-    /// Nothing new is accepted, connections finish what they have.
+    /// No new connections; existing ones finish their requests.
     pub(crate) draining: CancellationToken,
-    /// The time to finish is over: raw connections tell their clients why they end.
+    /// The drain deadline has passed: raw connections tell their clients why they end.
     pub(crate) overdue: CancellationToken,
-    /// Everything ends now.
+    /// Everything is aborted.
     pub(crate) abort: CancellationToken,
 }
 
-/// After the gateway began to drain, what a connection that was accepted before has to bring its first request.
+/// After the drain has begun, how long a connection without a request may take to send its first one.
 const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
 impl Stages {
-    /// Ends everything now.
+    /// Aborts everything.
     pub(crate) fn end(&self) {
         for stage in [&self.unready, &self.draining, &self.abort] {
             stage.cancel();
         }
     }
 
-    /// Does what the gateway cannot be without until everything ends. Should it end before that, by itself or in a panic,
-    /// everything ends with it: a gateway whose view of the fleet stands still goes on serving those who were revoked.
+    /// Runs a task without which the gateway must not run. If it ends early, by itself or by a panic,
+    /// the gateway is aborted: with a stale view of the fleet it would serve revoked callers.
     pub(crate) async fn live_by(&self, work: impl Future<Output = ()>) {
         let _lifeline = Lifeline(self);
         tokio::select! {
@@ -39,14 +39,14 @@ impl Stages {
         }
     }
 
-    /// Waits until a drain leaves no more time to those who have not asked for anything yet. Cancel safe.
+    /// Waits until a drain leaves no more time for connections without a request. Cancel safe.
     pub(crate) async fn over_for_newcomers(&self) {
         self.draining.cancelled().await;
         tokio::time::sleep(FIRST_REQUEST_GRACE).await;
     }
 }
 
-/// Ends everything when it is dropped before that has ended.
+/// Aborts the gateway when it is dropped early.
 struct Lifeline<'a>(&'a Stages);
 
 impl Drop for Lifeline<'_> {
@@ -58,10 +58,10 @@ impl Drop for Lifeline<'_> {
     }
 }
 
-/// Who owns the tasks.
+/// The owners of the tasks.
 #[derive(Debug, Default)]
 pub(crate) struct Tasks {
-    /// Connections of clients, handshakes, upgraded connections, request bodies on their way.
+    /// Client connections, handshakes, upgraded connections, request bodies being sent.
     pub(crate) front: TaskTracker,
     /// Sessions with agents.
     pub(crate) tunnel: TaskTracker,
@@ -70,12 +70,12 @@ pub(crate) struct Tasks {
 }
 
 impl Stages {
-    /// Runs a task that ends when everything does, on the shard of the caller.
+    /// Spawns a task on the caller's shard that ends when the gateway aborts.
     pub(crate) fn spawn(&self, tracker: &TaskTracker, task: impl Future<Output = ()> + Send + 'static) {
         tracker.spawn(self.until_abort(task));
     }
 
-    /// Does what the task does, until everything ends.
+    /// Runs the task until the gateway aborts.
     pub(crate) fn until_abort<F: Future<Output = ()> + Send + 'static>(
         &self,
         task: F,

@@ -40,15 +40,15 @@ use towline_proto::tunnel::socket;
 pub(crate) const HANDSHAKE_BYTES: usize = 32 * 1024;
 /// Bytes read at once until then.
 const HANDSHAKE_READ: usize = 4 * 1024;
-/// Bytes that tell a PROXY protocol header from TLS: as many as TLS reads before it gives up on what is none.
+/// Bytes that distinguish a PROXY protocol header from TLS: as many as TLS reads before it gives up on other data.
 const FIRST_BYTES: usize = 5;
-/// How a client without TLS says that it speaks HTTP/2: no method of HTTP/1.1 begins so.
+/// The first bytes of HTTP/2 without TLS; no method of HTTP/1.1 begins with them.
 const H2_BEGINS: &[u8; 4] = b"PRI ";
 /// How requests begin.
 const METHODS: [&[u8; 4]; 9] =
     [b"GET ", b"HEAD", b"POST", b"PUT ", b"PATC", b"DELE", b"OPTI", b"CONN", H2_BEGINS];
 const PLAIN_ANSWER: &[u8] = b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\nClient sent an HTTP request to an HTTPS server: use https://\n";
-/// Pause after a failure to accept that is not the peer's, such as too many open files.
+/// Pause after a failure to accept that the peer did not cause, such as too many open files.
 const BACKOFF: Duration = Duration::from_millis(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
@@ -89,9 +89,9 @@ impl Listener {
 /// What the connections of a listener speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Speaks {
-    /// TLS: agents and clients, told apart by ALPN.
+    /// TLS: agents and clients, distinguished by ALPN.
     Tls,
-    /// HTTP without TLS: clients whose TLS ended before the gateway (`listen.plaintext`).
+    /// HTTP without TLS: clients behind a TLS-terminating proxy (`listen.plaintext`).
     Http,
 }
 
@@ -120,7 +120,7 @@ pub(crate) async fn run(this: Arc<Listener>, listener: TcpListener, speaks: Spea
     }
 }
 
-/// Gives a connection a task of its own, unless its address may not connect; never waits.
+/// Spawns a task for a connection, unless its address is not allowed; never waits.
 fn admit(this: &Arc<Listener>, socket: TcpStream, address: SocketAddr, speaks: Speaks) {
     let context = &*this.context;
     let own = this.self_checks.is_own(address);
@@ -155,7 +155,7 @@ fn admit(this: &Arc<Listener>, socket: TcpStream, address: SocketAddr, speaks: S
 /// A connection that was just accepted.
 struct Incoming {
     address: SocketAddr,
-    /// Our own readiness check.
+    /// Whether it is the gateway's own readiness check.
     own: bool,
     expects: ProxyProtocol,
     speaks: Speaks,
@@ -163,11 +163,11 @@ struct Incoming {
 
 type Tls = TlsStream<Limited<TcpStream>>;
 
-/// What a connection has turned out to be.
+/// The kind of a connection after its handshake.
 enum Opened {
     Front(Box<Tls>, Standing),
     Join(Box<Tls>, Standing),
-    /// An agent, and the configuration that found its certificate good.
+    /// An agent, and the TLS configuration that verified its certificate.
     Tunnel(Box<Tls>, Arc<rustls::ServerConfig>),
     /// HTTP/2 or HTTP/1.1.
     Http(TcpStream, bool, Standing),
@@ -188,7 +188,7 @@ async fn serve(this: Arc<Listener>, socket: TcpStream, incoming: Incoming) {
         let mut socket = Limited::new(socket);
         identify(&this, &mut socket, expects, &mut address, &mut pass).await?;
         let from = if own { From::Own } else { From::Network(divided_by(context, address)) };
-        // What it takes to shake hands is not kept for the life of the connection.
+        // Boxed and dropped after the handshake, so that the connection's task does not keep its memory.
         let opened = Box::pin(async {
             match speaks {
                 Speaks::Tls => handshake(&this, socket, from).await,
@@ -203,7 +203,7 @@ async fn serve(this: Arc<Listener>, socket: TcpStream, incoming: Incoming) {
     let handshake = tokio::time::timeout(deadline, opening);
     let result = tokio::select! {
         result = handshake => result.unwrap_or(Err(HandshakeError::Timeout)),
-        // A client of TLS 1.3 is through before we are: its first request may be on its way.
+        // A TLS 1.3 client finishes the handshake before the server: its first request may be on its way.
         () = context.stages.over_for_newcomers() => return,
     };
     let (opened, seat) = match result {
@@ -233,12 +233,12 @@ async fn serve(this: Arc<Listener>, socket: TcpStream, incoming: Incoming) {
         Opened::Join(tls, standing) => {
             context.metrics.handshake(Handshake::Join);
             Box::pin(join::serve(&this.joins, tls, address)).await;
-            // Nobody who joins is known before that.
+            // A joining agent is not authenticated before that.
             drop((seat, standing, counted));
         }
         Opened::Tunnel(tls, judge) => {
             context.metrics.handshake(Handshake::Tunnel);
-            // A task of its own, owned by the tunnel: a drain waits for clients first and for agents after them.
+            // A separate task that the tunnel's tracker owns: a drain waits for clients first and for agents after them.
             let session = session::serve(Arc::clone(&this.tunnel), tls, judge, address);
             context.stages.spawn(&context.tasks.tunnel, async move {
                 session.await;
@@ -248,16 +248,16 @@ async fn serve(this: Arc<Listener>, socket: TcpStream, incoming: Incoming) {
     }
 }
 
-/// By what the places of a connection are divided.
+/// The key by which a connection's limits are divided.
 #[derive(Clone, Copy)]
 enum From {
     /// The gateway itself.
     Own,
-    /// A network; none is a trusted proxy.
+    /// A network; `None` for a trusted proxy.
     Network(Option<IpAddr>),
 }
 
-/// The network that an address is counted as, unless it is a trusted proxy's.
+/// The network of an address; `None` if it is a trusted proxy.
 pub(crate) fn divided_by(context: &Context, address: SocketAddr) -> Option<IpAddr> {
     (!context.live().config.listen.trusts(address.ip())).then(|| network(address.ip()))
 }
@@ -269,7 +269,7 @@ async fn pass(this: &Listener, address: SocketAddr) -> Result<Pass, HandshakeErr
     passed.map_err(HandshakeError::Limit)
 }
 
-/// A place for the connection of somebody who is not known yet.
+/// Takes a place for the connection of an unauthenticated client.
 async fn stranger(this: &Listener, from: From) -> Result<(Seat, Standing), HandshakeError> {
     match from {
         From::Own => Ok((Seat::own(), Standing::own())),
@@ -285,20 +285,20 @@ async fn stranger(this: &Listener, from: From) -> Result<(Seat, Standing), Hands
 /// Why a handshake failed.
 #[derive(Debug)]
 enum HandshakeError {
-    /// Nothing was sent: a balancer or a port scan looks whether somebody is home.
+    /// No data was sent: a load balancer's check or a port scan.
     Probe,
     Timeout,
     TooLarge,
-    /// A trusted proxy did not say who the client is as it should.
+    /// A trusted proxy sent no valid PROXY protocol header.
     Header(HeaderError),
-    /// A PROXY protocol header from somebody who is not asked for one.
+    /// A PROXY protocol header from an address that is not a trusted proxy.
     UnexpectedHeader,
     /// The client behind a trusted proxy may not connect.
     Forbidden,
-    /// There is no place.
+    /// A limit was reached.
     Limit(Limit),
     Alpn(String),
-    /// connection refused: plain HTTP on a TLS port.
+    /// Plain HTTP on the TLS port.
     Plain,
     Tls {
         error: io::Error,
@@ -306,8 +306,8 @@ enum HandshakeError {
     },
 }
 
-/// Learns from a trusted proxy who the client is, before anything of TLS is read, and applies to the client what depends
-/// on its address.
+/// Reads the client's address from a trusted proxy before any TLS byte, and applies the checks that depend
+/// on the address.
 #[expect(clippy::indexing_slicing, reason = "neither is empty")]
 async fn identify(
     this: &Listener,
@@ -326,7 +326,7 @@ async fn identify(
             if peeked == 0 {
                 return Err(HandshakeError::Probe);
             }
-            // No record of TLS begins with either.
+            // No TLS record begins with either.
             [proxy_protocol::SIGNATURE[0], proxy_protocol::SIGNATURE_V1[0]].contains(&first[0])
         }
     };
@@ -343,7 +343,7 @@ async fn identify(
     };
     context.metrics.proxy_header(counted);
     match header.transpose().map_err(HandshakeError::Header)? {
-        // The proxy itself, which is trusted: its health checks need no place among the allowed sources.
+        // The trusted proxy itself: its health checks need not be in the allowed sources.
         Some(Header::Local) => return Ok(()),
         Some(Header::Client(client)) => *address = client,
         Some(Header::Unknown) | None => {}
@@ -353,7 +353,7 @@ async fn identify(
         return Err(HandshakeError::Forbidden);
     }
     drop(live);
-    // Its place among those of the proxy goes back first: who is parked is not in the way of others.
+    // Release its place of the proxy first: a parked connection must not block others.
     *held = Pass::own();
     *held = pass(this, *address).await?;
     Ok(())
@@ -376,7 +376,7 @@ async fn prior_knowledge(
             if peeked == first.len() || !H2_BEGINS.starts_with(&first[..peeked]) {
                 return Ok(first == *H2_BEGINS);
             }
-            // A byte or two: peek cannot wait for more.
+            // Only a byte or two arrived: peek cannot wait for more.
             tokio::time::sleep(BACKOFF).await;
         }
     };
@@ -398,7 +398,7 @@ async fn handshake(
         Err(error) => {
             let mut io = acceptor.take_io();
             if let Some(io) = io.as_mut().filter(|io| io.plain) {
-                // As API servers do it: nobody reads an alert of TLS here.
+                // Like an API server: a client without TLS cannot read a TLS alert.
                 drop(io.write_all(PLAIN_ANSWER).await);
                 drop(io.shutdown().await);
                 return Err(HandshakeError::Plain);
@@ -410,7 +410,7 @@ async fn handshake(
     let hello = started.client_hello();
     let offered = hello.alpn().into_iter().flatten();
     let purpose = route_by_alpn(offered).map_err(|refused| HandshakeError::Alpn(refused.to_string()))?;
-    // Before anything is computed for it.
+    // Before any computation for it.
     let (seat, standing) = match purpose {
         Purpose::Tunnel => (this.gate.agent().map_err(HandshakeError::Limit)?, None),
         Purpose::Front | Purpose::Join => {
@@ -457,7 +457,7 @@ fn failed(error: io::Error, io: Option<&Limited<TcpStream>>, silent: bool, tunne
 
 fn refuse(context: &Context, address: SocketAddr, own: bool, error: &HandshakeError) {
     if own {
-        // Our own readiness check ends as soon as it has seen enough.
+        // The gateway's own readiness check ends as soon as it has seen the certificate.
         context.metrics.handshake(Handshake::SelfCheck);
         return;
     }
@@ -512,7 +512,7 @@ fn refuse(context: &Context, address: SocketAddr, own: bool, error: &HandshakeEr
             reject(Handshake::Tls, surface, TlCode::Cert);
             let why = tls_error(error).map_or_else(|| error.to_string(), explain);
             let why = towline_model::text::printable(&why);
-            // A refused agent is what its operator looks for in this log; a refused client sees it itself.
+            // An agent's operator looks for the refusal in this log; a client sees it itself.
             if *tunnel {
                 sparing!(context.refusals.due(&()), info, client = %address, why, "agent refused");
             } else {
@@ -529,13 +529,13 @@ fn is_the_peers(error: &io::Error) -> bool {
     )
 }
 
-/// A socket from which only so much can be read until the limit is lifted.
+/// A socket with a limit on the bytes that can be read, until the limit is lifted.
 #[derive(Debug)]
 pub(crate) struct Limited<IO> {
     io: IO,
     left: usize,
     exceeded: bool,
-    /// It begins as HTTP does without TLS; nothing more is read.
+    /// The first bytes are plain HTTP; nothing more is read.
     plain: bool,
     /// The first bytes since [`Limited::begin`], and how many of them there are.
     first: [u8; FIRST_BYTES],
@@ -554,7 +554,7 @@ impl<IO> Limited<IO> {
         }
     }
 
-    /// From here on the first bytes count as the first; tells how many may still come.
+    /// Starts counting the first bytes here; returns how many may still be read.
     fn begin(&mut self) -> usize {
         self.first_len = 0;
         self.left
@@ -591,7 +591,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Limited<IO> {
             this.exceeded = true;
             return Poll::Ready(Err(io::Error::other("more bytes than a handshake may have")));
         }
-        // Through a small buffer of our own: a part of `buf` cannot be handed on without knowing what it initialised.
+        // Through a separate small buffer: a part of `buf` cannot be passed on without knowing how much of it is initialised.
         let mut bytes = [0; HANDSHAKE_READ];
         let len = HANDSHAKE_READ.min(this.left).min(buf.remaining());
         let mut part = ReadBuf::new(&mut bytes[..len]);

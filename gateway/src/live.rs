@@ -21,7 +21,7 @@ use towline_proto::join::{CERTIFICATES_MAX, Trust};
 /// What a reload replaces as a whole.
 #[derive(Debug)]
 pub(crate) struct Live {
-    /// Rises with each that is put in force.
+    /// Rises with each reload.
     pub(crate) generation: u64,
     pub(crate) config: GatewayConfig,
     pub(crate) by_name: Map<String, Arc<Cluster>>,
@@ -33,27 +33,27 @@ pub(crate) struct Live {
     pub(crate) front_tls: Arc<ServerConfig>,
     pub(crate) tunnel_tls: Arc<ServerConfig>,
     pub(crate) join_tls: Arc<ServerConfig>,
-    /// What agents' certificates are issued with; without it none joins.
+    /// The CAs that issue agents' certificates; without them agents cannot join.
     pub(crate) joins: Option<Arc<Authorities>>,
-    /// Whom agents are to believe.
+    /// The roots that agents must trust.
     pub(crate) trust: Trust,
-    /// For the own readiness check.
+    /// TLS configuration of the gateway's own readiness check.
     pub(crate) own_tls: Arc<ClientConfig>,
-    /// When the certificates that the gateway has issued to itself are due.
+    /// When the gateway's self-issued certificates must be renewed.
     pub(crate) renew_at: Option<SystemTime>,
-    /// What was tolerated, to be logged.
+    /// Tolerated problems, for the log.
     pub(crate) warnings: Vec<String>,
 }
 
 impl Live {
-    /// Reads every file that the configuration names; `own` issues and believes what it does not name. Blocks.
+    /// Reads every file that the configuration names; the gateway's `own` CAs replace those that it does not name. Blocks.
     pub(crate) fn load(config: GatewayConfig, own: Option<Arc<Authorities>>) -> Result<Self, ConfigError> {
         let (joins, own) = (own.clone(), own.as_deref());
         config.validate()?;
         let mut problems = Problems::default();
         let now = SystemTime::now();
         let (front, tunnel) = (config.tls.front.as_ref(), config.tls.tunnel.as_ref());
-        // A certificate that has expired is still better than none: a restart must not make things worse.
+        // An expired certificate is still better than none: a restart must not make things worse.
         let policy = LoadPolicy { exposed_key: Strictness::Warn, outdated: Strictness::Warn };
         let mut warnings = Vec::new();
         let mut credential = |certificate, key| {
@@ -153,7 +153,7 @@ impl Live {
     }
 }
 
-/// The roots as they are announced, with what leads to them from an older one. Named by the roots' content, so that replicas and
+/// The announced roots, with cross-signed certificates from an older one. They are named by their content, so that replicas and
 /// the next process agree.
 fn trust_of(roots: &[CertificateDer<'_>], bridge: &[CertificateDer<'_>]) -> Trust {
     let mut context = digest::Context::new(&digest::SHA256);

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use towline_certs::facts::human;
 use towline_certs::save::create_private_directory;
 
-/// What a state directory brings along.
+/// What a state directory contributes.
 #[derive(Debug)]
 pub(crate) struct Memory {
     pub(crate) fleet: Fleet,
@@ -22,7 +22,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// Opens what the configuration's state directory holds, if it names one.
+    /// Opens the configuration's state directory, if it names one.
     pub(crate) async fn open(
         config: &GatewayConfig,
         metrics: &Arc<Metrics>,
@@ -30,7 +30,7 @@ impl Memory {
         let Some(directory) = config.state_directory.clone() else { return Ok(None) };
         let place = directory.clone();
         let configured = config.trust_domain.to_string();
-        // First the store, whose lock keeps a second gateway from making CAs at the same time.
+        // First the store, whose lock prevents a second gateway from creating CAs at the same time.
         let store = open_store(&directory, metrics, patience(&config.drain)).await?;
         let opened = tokio::task::spawn_blocking(move || {
             let known = store.trust_domain(&configured)?;
@@ -53,7 +53,7 @@ impl Memory {
     }
 }
 
-/// Opens the store; waits for as long as another gateway drains that has it, and no longer than this.
+/// Opens the store. While a draining gateway uses it, waits, but no longer than `patience`.
 async fn open_store(place: &Path, metrics: &Arc<Metrics>, patience: Duration) -> Result<Store, MemoryError> {
     let until = Instant::now() + patience;
     let mut told = false;
@@ -76,14 +76,14 @@ async fn open_store(place: &Path, metrics: &Arc<Metrics>, patience: Duration) ->
     }
 }
 
-/// How long a gateway that drains may take, if it has the same configuration.
+/// How long a draining gateway with the same configuration may take.
 fn patience(drain: &Drain) -> Duration {
     drain.delay + drain.deadline + DRAINER_SLACK
 }
 
-/// What it may need beside that: last words, goodbyes, its last records.
+/// Additional time for last messages and last records.
 const DRAINER_SLACK: Duration = Duration::from_secs(10);
-/// How often a store is looked at that somebody has.
+/// How often to check whether the store is free.
 const STORE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why the state directory cannot be used.

@@ -140,7 +140,7 @@ pub enum Credential {
         leaf: Arc<str>,
         /// By the issuer's word.
         issued: SystemTime,
-        /// When it runs out.
+        /// When it expires.
         until: SystemTime,
     },
     Token(token::Hash),
@@ -180,7 +180,7 @@ impl Known<'_> {
         self.in_file(hash).or_else(|| self.fleet?.token(hash))
     }
 
-    /// Whose a credential is that was once believed to be `before`'s, and when it runs out, which it may have. None if it was
+    /// Whose a credential is that was once believed to be `before`'s, and when it expires, which it may have. None if it was
     /// revoked.
     #[must_use]
     pub fn owner_of(

@@ -1,4 +1,4 @@
-//! The reasons why a caller is turned away, with the status and the words of each. [`crate::web::answer`] builds the response.
+//! The reasons why a caller is refused, with the status and the words of each. [`crate::web::answer`] builds the response.
 
 use super::authn::AuthnError;
 use super::origin::PageError;
@@ -14,14 +14,14 @@ pub(crate) enum AccessError {
     Authn(AuthnError),
     /// A web page asks, and may not.
     Page(PageError),
-    /// Forbidden, or unknown to somebody who may not know.
+    /// Forbidden, or unknown to a caller who may not learn that.
     Forbidden {
         cluster: String,
     },
     NoSuchCluster {
         cluster: String,
     },
-    /// The cluster that was called is not the same any more.
+    /// The cluster was deleted or its mode changed during the request.
     ClusterChanged {
         cluster: String,
     },
@@ -42,7 +42,7 @@ impl From<PageError> for AccessError {
 }
 
 impl AccessError {
-    /// What a request to this cluster is answered whose caller may not go on.
+    /// The error for a request to this cluster whose caller lost access.
     pub(crate) fn ended(why: Ended, cluster: &ClusterName) -> Self {
         let cluster = cluster.to_string();
         match why {
@@ -70,7 +70,7 @@ impl AccessError {
         }
     }
 
-    /// What the client gets to see.
+    /// What the client sees.
     pub(crate) fn verdict(&self) -> Verdict {
         let verdict = |status, code, message: String| Verdict { status, code, message };
         match self {

@@ -21,7 +21,7 @@ pub enum PageError {
     /// A page of another site made a browser send this.
     #[error("a web page of another site made the browser send this request")]
     CrossSite,
-    /// A page of an origin that is not listed wants to change something, or a raw connection.
+    /// A page of an unlisted origin tries to change something or to open a raw connection.
     #[error(
         "the request comes from a web page of another origin ({0:?}), which may neither change anything nor open a raw connection"
     )]

@@ -30,7 +30,7 @@ use towline_model::{ClusterName, Mode, Principal};
 
 /// Entries that are judged between two looks at what else there is to do.
 const JUDGED_AT_ONCE: usize = 256;
-/// Between two looks at which credentials have run out; credentials that end together cost one look.
+/// Between two looks at which credentials have expired; credentials that end together cost one look.
 const EXPIRY_INTERVAL: Duration = Duration::from_millis(100);
 /// The longest between two such looks: the clock may be set meanwhile.
 const EXPIRY_INTERVAL_MOST: Duration = Duration::from_secs(60);
@@ -87,14 +87,14 @@ pub(crate) type Chain = Arc<[CertificateDer<'static>]>;
 #[derive(Debug, Default)]
 pub(crate) struct Running {
     state: Mutex<State>,
-    /// A credential runs out earlier than the review knows.
+    /// A credential expires earlier than the review knows.
     sooner: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
     entries: Map<Grant, Arc<Entry>>,
-    /// When the review looks next for credentials that have run out.
+    /// When the review looks next for credentials that have expired.
     due: Option<SystemTime>,
 }
 
@@ -137,7 +137,7 @@ impl Running {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing that runs under the lock leaves it half changed.
+        // A panic under the lock leaves the state consistent, so poisoning is ignored.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -346,7 +346,7 @@ async fn look(context: &Context, running: &Running, live: &Live, reloaded: bool)
     }
 }
 
-/// Whether the certificate is one of a CA that is believed now. That it has run out is another question.
+/// Whether the certificate is one of a CA that is believed now. That it has expired is another question.
 fn is_believed(
     chain: &[CertificateDer<'_>],
     live: &Live,

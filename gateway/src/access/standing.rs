@@ -18,7 +18,7 @@ pub(crate) struct Owners {
 impl Owners {
     pub(crate) fn new(limits: &Limits) -> Self {
         Self {
-            // Who waits here has a place for a handshake, and waits no longer than that may last.
+            // A waiting connection has a place for a handshake, and waits no longer than a handshake may take.
             strangers: PerKey::new(Sizes {
                 waiting: usize::MAX,
                 waiting_share: usize::MAX,
@@ -32,7 +32,7 @@ impl Owners {
     /// it may: they say who they are, or are closed. Cancel safe.
     ///
     /// # Errors
-    /// The limit that leaves no place.
+    /// The limit that was reached.
     pub(crate) async fn stranger(
         &self,
         metrics: &Metrics,
@@ -56,7 +56,7 @@ impl Owners {
     }
 }
 
-/// What a connection holds until its end.
+/// The place of a connection, held until its end.
 #[derive(Debug)]
 pub(crate) struct Seat {
     _place: Option<KeyPermit<IpAddr>>,
@@ -73,14 +73,14 @@ impl Seat {
     }
 }
 
-/// Whose is a client's connection?
+/// Whom a client's connection counts for.
 #[derive(Debug)]
 pub(crate) struct Standing {
     known: AtomicBool,
     counted: Mutex<Option<Stands>>,
 }
 
-/// What counts as long as the connection is somebody's.
+/// The permits that the connection holds.
 #[derive(Debug)]
 enum Stands {
     Stranger(
@@ -91,21 +91,21 @@ enum Stands {
 }
 
 impl Standing {
-    /// Of a connection that nobody counts.
+    /// For a connection without limits.
     pub(crate) const fn own() -> Self {
         Self { known: AtomicBool::new(false), counted: Mutex::new(None) }
     }
 
-    /// Whether any request on the connection has said who calls.
+    /// Whether any request on the connection has been authenticated.
     pub(crate) fn is_known(&self) -> bool {
         self.known.load(Ordering::Relaxed)
     }
 
-    /// A request has said who calls. The connection is the first caller's from then on; one that comes through a trusted proxy
-    /// may carry many callers, and is nobody's.
+    /// A request was authenticated. The connection counts for its first caller from then on; one through a trusted proxy
+    /// may carry many callers, and counts for nobody.
     ///
     /// # Errors
-    /// The caller has as many connections as one may. The connection stays a stranger's.
+    /// The caller has reached its connection limit. The connection stays unauthenticated.
     pub(crate) fn becomes(&self, owners: &Owners, caller: &String) -> Result<(), Full> {
         if self.is_known() {
             return Ok(());

@@ -27,7 +27,7 @@ use towline_certs::{
 };
 use towline_model::PublicAddress;
 
-/// The files' names without their endings.
+/// The files' names without extensions.
 const STEMS: [&str; 3] = ["tunnel-ca", "front-client-ca", "front-ca"];
 
 /// Why there is no authority.
@@ -45,12 +45,12 @@ pub enum AuthorityError {
     Half { present: PathBuf, absent: PathBuf },
 }
 
-/// One CA, and all roots that are believed beside its own.
+/// One CA, and all roots that are trusted together with its own.
 #[derive(Debug)]
 pub(crate) struct Authority {
     pub(crate) ca: CertificateAuthority,
     pub(crate) roots: Vec<CertificateDer<'static>>,
-    /// What leads from an older root to this CA: shown with what it issues to the gateway.
+    /// The cross-signed certificates from an older root to this CA, shown with the gateway's certificate.
     pub(crate) bridge: Vec<CertificateDer<'static>>,
 }
 
@@ -60,14 +60,14 @@ pub(crate) struct Authorities {
     pub(crate) tunnel: Authority,
     pub(crate) clients: Authority,
     pub(crate) front: Authority,
-    /// By which clients' certificates of ours are recognised, whoever else's are believed beside them.
+    /// Recognises clients' certificates that the gateway's own CA issued, in addition to other trusted CAs.
     pub(crate) own_clients: Option<ClientCa>,
-    /// Derived from the tunnel CA's key: the same as long as that is.
+    /// A seed that is derived from the tunnel CA's key, and constant as long as the key is.
     pub(crate) seed: [u8; 32],
 }
 
 impl Authorities {
-    /// Loads the CAs of a state directory; makes those that are not there. Blocks.
+    /// Loads the CAs of a state directory and creates missing ones. Blocks.
     pub(crate) fn open(directory: &Path, now: SystemTime) -> Result<Self, AuthorityError> {
         let first = !Self::exist(directory);
         let open = |stem, kind| authority(directory, stem, kind, first, now);
@@ -78,21 +78,21 @@ impl Authorities {
         Ok(Self::assemble(tunnel, clients, front, key.bytes()))
     }
 
-    /// Whether all of the files are there: none is made then, and none is half made.
+    /// Whether all files exist, so that none has to be created and none is incomplete.
     pub(crate) fn complete(directory: &Path) -> bool {
         let exists =
             |stem: &&str| ["crt", "key"].iter().all(|end| directory.join(stem).with_extension(end).exists());
         STEMS.iter().all(exists)
     }
 
-    /// Whether any of the files is there.
+    /// Whether any of the files exists.
     pub(crate) fn exist(directory: &Path) -> bool {
         let exists =
             |stem: &&str| ["crt", "key"].iter().any(|end| directory.join(stem).with_extension(end).exists());
         STEMS.iter().any(exists)
     }
 
-    /// As [`Self::open`] without making any file: where there is no CA yet, one of this moment stands in.
+    /// Like [`Self::open`] without creating files: a temporary CA replaces a missing one.
     pub(crate) fn look(directory: &Path, now: SystemTime) -> Result<Self, AuthorityError> {
         if Self::exist(directory) {
             return Self::open(directory, now);
@@ -106,7 +106,7 @@ impl Authorities {
     }
 
     fn assemble(tunnel: Authority, clients: Authority, front: Authority, key: &[u8]) -> Self {
-        // What is wrong with the roots is told where they are put in force.
+        // Errors in the roots are reported when they are loaded for use.
         let own_clients = ClientCa::new(&clients.roots).ok();
         let mut seed = [0; 32];
         let secret = hmac::Key::new(hmac::HMAC_SHA256, key);
@@ -114,7 +114,7 @@ impl Authorities {
         Self { tunnel, clients, front, own_clients, seed }
     }
 
-    /// The gateway's certificate towards agents: of this CA, for these names; a new key each time.
+    /// The gateway's certificate for agents: issued by this CA, for these names, with a new key each time.
     pub(crate) fn tunnel_server(
         &self,
         config: &GatewayConfig,
@@ -126,7 +126,7 @@ impl Authorities {
         Ok(Credential::new(chain, issued.key().clone(), "the gateway's own".as_ref()).unwrap_or(issued))
     }
 
-    /// The gateway's certificate towards clients.
+    /// The gateway's certificate for clients.
     pub(crate) fn front_server(
         &self,
         config: &GatewayConfig,
@@ -136,7 +136,7 @@ impl Authorities {
     }
 }
 
-/// The names under which the gateway is reached: those of its public addresses, this machine's own, and every cluster's
+/// The names of the gateway: those of its public addresses, this machine's own, and every cluster's
 /// host.
 fn names(config: &GatewayConfig) -> Vec<HostName> {
     let mut names: Vec<HostName> =
@@ -180,7 +180,7 @@ fn authority(
     let key_file = FileBytes::read(&key)?;
     let mode = key.metadata().map(|metadata| metadata.permissions().mode() & 0o777).unwrap_or_default();
     if mode & 0o077 != 0 {
-        // A volume with an fsGroup is opened to that group, which is the gateway's own, whenever the kubelet thinks it has to.
+        // The kubelet may make a volume with an fsGroup readable by that group, which is the gateway's own.
         let mended =
             mode & 0o007 == 0 && fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).is_ok();
         if !mended {
@@ -188,7 +188,7 @@ fn authority(
         }
         tracing::warn!(path = %key.display(), "removed the group's read permission from a private key");
     }
-    // One that has expired still says who is believed; what it would issue is refused where it is issued.
+    // An expired CA still defines what is trusted; issuing with it fails later.
     let roots = load_roots(&root)?;
     let ca = CertificateAuthority::choose(kind, &roots, &parse_key(&key_file)?, &root.display().to_string())?;
     let bridge = directory.join(format!("{stem}-cross.crt"));
@@ -196,7 +196,7 @@ fn authority(
     Ok(Authority { ca, roots, bridge })
 }
 
-/// The certificates that lead from an older root to this CA, if that is what they do.
+/// The certificates from an older root to this CA, if they are valid as such.
 fn bridge_to(
     ca: &CertificateAuthority,
     bridge: Vec<CertificateDer<'static>>,

@@ -39,11 +39,11 @@ pub enum Step {
     TrustNew,
     IssueNew,
     DropOld,
-    /// Takes the last step back; not the drop, after which there is nothing to go back to.
+    /// Undoes the last step, except drop-old, after which the old CA is gone.
     Back,
 }
 
-/// How far a change has come.
+/// The state of a change of CA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// One root, and it issues.
@@ -97,24 +97,24 @@ impl FromStr for Step {
     }
 }
 
-/// How far the change in this state directory has come.
+/// The state of the change of CA in this state directory.
 ///
 /// # Errors
-/// Its files cannot be read, or were not made here.
+/// Its files are unreadable, or another program wrote them.
 pub fn phase(directory: &Path) -> Result<Phase, RotationError> {
     phase_of(directory, &load_roots(&directory.join(ROOTS))?)
 }
 
-/// Whether any file of the tunnel CA is there.
+/// Whether any file of the tunnel CA exists.
 #[must_use]
 pub fn exists(directory: &Path) -> bool {
     [ROOTS, KEY].iter().any(|file| directory.join(file).exists())
 }
 
-/// Since when the CA issues that does now.
+/// Since when the current CA has been issuing.
 ///
 /// # Errors
-/// Its key is not there.
+/// Its key is missing.
 pub fn issuing_since(directory: &Path) -> Result<SystemTime, RotationError> {
     let path = directory.join(KEY);
     let since = fs::metadata(&path).and_then(|metadata| metadata.modified());
@@ -160,7 +160,7 @@ pub fn step(directory: &Path, step: Step, now: SystemTime) -> Result<Phase, Rota
     match (step, phase) {
         (Step::TrustNew, Phase::Single) => {
             let old = ca(KEY)?;
-            // What a drop that was cut off has left: it is no way back from the change that begins.
+            // Left by an interrupted drop-old; it must not be used to undo the change that begins now.
             remove(&at(OLD_KEY))?;
             let new = CertificateAuthority::create(CaKind::Tunnel, CA_LIFETIME, now)?;
             write_private(&at(NEXT_KEY), key_pem(&new.private_key()).as_bytes())?;
@@ -181,7 +181,7 @@ pub fn step(directory: &Path, step: Step, now: SystemTime) -> Result<Phase, Rota
         (Step::DropOld, Phase::IssuesNew) => {
             write_roots(&at(ROOTS), &[ca(KEY)?.root_der().clone()])?;
             remove(&at(OLD_KEY))?;
-            // Left by an issue-new that was cut off.
+            // Left by an interrupted issue-new.
             remove(&at(NEXT_KEY))?;
             Ok(Phase::Single)
         }
@@ -196,7 +196,7 @@ pub fn step(directory: &Path, step: Step, now: SystemTime) -> Result<Phase, Rota
             write_roots(&at(ROOTS), &[ca(KEY)?.root_der().clone()])?;
             remove(&at(CROSS))?;
             remove(&at(NEXT_KEY))?;
-            // Left by an issue-new that was cut off.
+            // Left by an interrupted issue-new.
             remove(&at(OLD_KEY))?;
             Ok(Phase::Single)
         }

@@ -122,14 +122,14 @@ struct Way {
 }
 
 impl Way {
-    /// The proxy. Not for clap to read: what it refuses it quotes, and there may be a password in it.
+    /// The proxy. It is not parsed by clap, because clap's errors quote the value, which may contain a password.
     fn proxy_url(&self) -> Outcome<Option<ProxyUrl>> {
         let url = self.proxy_url.as_deref().map(str::parse).transpose();
         url.map_err(|error| Failure::usage(format!("--proxy-url {error}")))
     }
 }
 
-/// What a cluster asks of its pods.
+/// Pod options.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Pod")]
 struct PodFlags {
@@ -218,13 +218,13 @@ impl From<ManifestError> for Failure {
     }
 }
 
-/// What has been made at the gateway, to be taken back if the manifest is not printed.
+/// Objects created at the gateway, to be removed if the manifest cannot be printed.
 type Made = Vec<(&'static str, Value)>;
 
 impl Manifest {
     async fn run(&self, connection: &Connection) -> Outcome {
         let cluster = ClusterName::new(&self.cluster).map_err(|error| Failure::usage(error.to_string()))?;
-        // Before anything is asked.
+        // Before any request.
         self.way.proxy_url()?;
         let Some(file) = &self.join_token_file else {
             let client = Client::new(connection)?;
@@ -251,7 +251,7 @@ impl Manifest {
         self.print(&self.manifest(cluster, mode, Some(&token))?, &token)
     }
 
-    /// As the gateway has the cluster. Everything is checked before anything is made there: in dry runs the gateway says what it
+    /// Builds the manifest with the gateway's data about the cluster. Everything is checked first: in dry runs the gateway returns what it
     /// would put into a join token.
     async fn of_gateway(&self, client: &Client, cluster: &ClusterName, made: &mut Made) -> Outcome {
         let found = self.look(client).await?;
@@ -279,7 +279,7 @@ impl Manifest {
         if self.no_secret {
             return self.print(&manifest, &would);
         }
-        // Another one may have been put in between: its own addresses and pins count.
+        // A gateway restart in between may have changed addresses and pins: use those of the real response.
         let token = client.create("jointokens", &self.token()).await?;
         made.push(("jointokens", token.clone()));
         output::note(&format!(
@@ -337,7 +337,7 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The cluster as it is registered; none where it is to be.
+    /// The registered cluster; `None` if it has to be registered.
     async fn look(&self, client: &Client) -> Outcome<Option<Value>> {
         let cluster = match client.get("clusters", &self.cluster).await {
             Err(failure) if failure.is_not_found() && self.register => return Ok(None),
@@ -362,7 +362,7 @@ impl Manifest {
         Ok(Some(cluster))
     }
 
-    /// The mode in which a cluster is registered, which is the one that is asked for, if one is.
+    /// The registered mode of a cluster; an error if another mode was requested.
     fn mode_of(&self, cluster: &Value) -> Outcome<Mode> {
         let mode: Mode = serde_json::from_value(cluster["spec"]["mode"].clone()).map_err(|_| {
             Failure::failed("the gateway reports a mode that this program does not know; upgrade towline")
@@ -379,7 +379,7 @@ impl Manifest {
         Ok(mode)
     }
 
-    /// A token with a use for each replica: they may all come before the gateway knows the cluster's keys.
+    /// A token with one use per replica: all may join before the gateway knows the cluster's keys.
     fn token(&self) -> Value {
         json!({"apiVersion": API_VERSION, "kind": "JoinToken",
             "metadata": {"generateName": format!("{}-", self.cluster.chars().take(48).collect::<String>().trim_end_matches('-'))},
@@ -387,7 +387,7 @@ impl Manifest {
     }
 }
 
-/// Takes back what was made for a manifest that nobody got. What cannot be taken back is told, and how to do it.
+/// Removes what was created for a manifest that was not printed. Names what cannot be removed, and the command for it.
 async fn take_back(client: &Client, made: Made) {
     for (plural, object) in made.into_iter().rev() {
         let name = output::text(&object["metadata"]["name"]);
@@ -404,7 +404,7 @@ async fn take_back(client: &Client, made: Made) {
     }
 }
 
-/// The join token in the answer to its creation.
+/// The join token in the response to its creation.
 fn parsed(answer: &Value) -> Outcome<JoinToken> {
     let line = answer["status"]["token"].as_str();
     let line = line.ok_or_else(|| Failure::failed("the gateway's response has no join token"))?;

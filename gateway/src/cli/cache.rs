@@ -27,18 +27,18 @@ pub(crate) struct Certificate {
 }
 
 impl Certificate {
-    /// Whether enough is left of it.
+    /// Whether enough of its lifetime is left.
     pub(crate) fn is_fresh(&self, now: Time) -> bool {
         let margin = MARGIN.min(self.expires.since(self.issued) / 3);
-        // One of the future was made by a clock that has been set back since: then nothing is known of its end either.
+        // Issued in the future: the clock was set back since, so the expiry cannot be trusted either.
         self.issued <= now && self.expires.since(now) > margin
     }
 }
 
-/// The file for certificates of this context; none where there is no home, and none for whom a plugin logs in: who that is
+/// The cache file for certificates of this context. `None` without a home directory, and for users of an exec plugin, whose identity
 /// depends on more than its arguments.
 ///
-/// Whoever logs in as somebody else, or at another gateway, has another file: who one is must not come from the cache.
+/// Another user or another gateway has another file: the cache must never decide who the user is.
 pub(crate) fn place(context: &Context, life: Duration) -> Option<PathBuf> {
     if matches!(context.user, User::Plugin(_)) {
         return None;
@@ -76,7 +76,7 @@ fn key(context: &Context, life: Duration) -> String {
     hex(digest.finish().as_ref())
 }
 
-/// What is kept; nothing if it cannot be read, or if others could have.
+/// The cached certificate; `None` if it is unreadable, or readable by others.
 pub(crate) fn read(path: &Path) -> Option<Certificate> {
     let owner = fs::metadata(path.parent()?).ok()?;
     let file = fs::symlink_metadata(path).ok()?;
@@ -87,7 +87,7 @@ pub(crate) fn read(path: &Path) -> Option<Certificate> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-/// Keeps it, and throws away what has expired.
+/// Stores the certificate and deletes expired ones.
 pub(crate) fn write(path: &Path, certificate: &Certificate) -> io::Result<()> {
     let directory = path.parent().ok_or(io::ErrorKind::NotFound)?;
     create_private_directory(directory).map_err(io::Error::other)?;
@@ -97,7 +97,7 @@ pub(crate) fn write(path: &Path, certificate: &Certificate) -> io::Result<()> {
         let old = entry.path();
         let ours = old.extension().is_some_and(|ending| ending == "json");
         if ours && read(&old).is_some_and(|kept| kept.expires < now) {
-            // Somebody else may have done so.
+            // Another process may have deleted it already.
             fs::remove_file(&old).ok();
         }
     }

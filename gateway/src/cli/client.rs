@@ -36,14 +36,14 @@ const ANSWER: Duration = Duration::from_secs(60);
 const ANSWER_MAX: usize = 512 << 20;
 /// Largest event of a watch.
 const EVENT_MAX: usize = 16 << 20;
-/// A watch that hears nothing for so long is begun again: the gateway sends a bookmark every minute.
+/// A watch without data for this long is restarted: the gateway sends a bookmark every minute.
 const SILENCE: Duration = Duration::from_secs(150);
 /// Largest answer of an error.
 const REFUSAL_MAX: usize = 1 << 20;
 const TABLE: &str = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json";
 const JSON: &str = "application/json";
 
-/// A gateway, and who asks it.
+/// A gateway and the user's credential.
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) context: Context,
@@ -61,7 +61,7 @@ struct Wire {
     _tasks: JoinSet<()>,
 }
 
-/// Which objects of a kind are meant.
+/// A selection of objects of a kind.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Select {
     /// A label selector; all if empty.
@@ -71,12 +71,12 @@ pub(crate) struct Select {
 }
 
 impl Client {
-    /// Finds the gateway and the credential by the flags; runs the user's plugin if there is one. Connects to nothing yet.
+    /// Finds the gateway and the credential from the flags; runs the user's exec plugin if there is one. It does not connect yet.
     pub(crate) fn new(connection: &Connection) -> Outcome<Self> {
         Self::of(Kubeconfig::load(connection)?.context(connection)?)
     }
 
-    /// The same for a context that is known.
+    /// The same for a given context.
     pub(crate) fn of(context: Context) -> Outcome<Self> {
         let (credential, token) = credential(&context)?;
         let roots = match &context.ca {
@@ -113,28 +113,28 @@ impl Client {
         self.json(Method::GET, &path(plural, Some(name)), JSON, None).await
     }
 
-    /// What the gateway says of its version.
+    /// The gateway's version document.
     pub(crate) async fn version(&self) -> Outcome<Value> {
         self.json(Method::GET, "/version", JSON, None).await
     }
 
-    /// All objects of a kind that are meant, as a list.
+    /// The selected objects of a kind, as a list.
     pub(crate) async fn list(&self, plural: &str, select: &Select) -> Outcome<Value> {
         self.json(Method::GET, &format!("{}{}", path(plural, None), select.query('?')), JSON, None).await
     }
 
-    /// The same as the server's table, each row with its whole object.
+    /// The same as the server's table, each row with its complete object.
     pub(crate) async fn table(&self, plural: &str, select: &Select) -> Outcome<Value> {
         let query = format!("{}?includeObject=Object{}", path(plural, None), select.query('&'));
         self.json(Method::GET, &query, TABLE, None).await
     }
 
-    /// Makes an object: its answer is the only one that holds secrets.
+    /// Creates an object. Only this response contains secrets.
     pub(crate) async fn create(&self, plural: &str, object: &Value) -> Outcome<Value> {
         self.json(Method::POST, &path(plural, None), JSON, Some(object)).await
     }
 
-    /// What a creation would make: the gateway checks all of it and makes nothing.
+    /// A dry run of a creation: the gateway checks everything and creates nothing.
     pub(crate) async fn would_create(&self, plural: &str, object: &Value) -> Outcome<Value> {
         self.json(Method::POST, &format!("{}?dryRun=All", path(plural, None)), JSON, Some(object)).await
     }
@@ -144,14 +144,14 @@ impl Client {
         self.json(Method::PATCH, &path(plural, Some(name)), JSON, Some(patch)).await
     }
 
-    /// Deletes the object that has been looked at, and no other of its name.
+    /// Deletes exactly the object that was read before, and no later one of its name.
     pub(crate) async fn delete(&self, plural: &str, object: &Value) -> Outcome<Value> {
         let name = object["metadata"]["name"].as_str().unwrap_or_default();
         let options = json!({"preconditions": {"uid": object["metadata"]["uid"]}});
         self.json(Method::DELETE, &path(plural, Some(name)), JSON, Some(&options)).await
     }
 
-    /// Follows the objects that are meant from a version of a list on; events hold objects, or tables.
+    /// Watches the selected objects from the version of a list; events contain objects or tables.
     pub(crate) async fn watch(
         &self,
         plural: &str,
@@ -175,7 +175,7 @@ impl Client {
         Ok(Watch { body: answer.into_body(), rest: Vec::new(), _wire: wire })
     }
 
-    /// What the gateway answers, if it is no error.
+    /// The gateway's response, or its error.
     async fn json(&self, method: Method, path: &str, accept: &str, body: Option<&Value>) -> Outcome<Value> {
         let answer = self.ask(&method, path, accept, body).await?;
         if !answer.status().is_success() {
@@ -273,7 +273,7 @@ impl Client {
         Failure::failed(format!("the connection to {} was lost: {error}. Retry", self.way()))
     }
 
-    /// The gateway, and the proxy through which it is reached.
+    /// The gateway and its proxy, for messages.
     fn way(&self) -> String {
         let Context { gateway, proxy, .. } = &self.context;
         proxy.as_ref().map_or_else(|| gateway.clone(), |proxy| format!("{gateway} through {proxy}"))
@@ -283,7 +283,7 @@ impl Client {
         explain_naming(error, &self.bundle())
     }
 
-    /// What errors call the CA bundle.
+    /// The name of the CA bundle in errors.
     fn bundle(&self) -> String {
         let from = self.context.ca.as_ref().map(|ca| ca.from.display().to_string());
         from.unwrap_or_else(|| "the system's trust store".to_owned())
@@ -330,7 +330,7 @@ impl Client {
     }
 }
 
-/// Certificate or token of the context's user. With a certificate no token is sent: what a plugin adds is for a cluster.
+/// Certificate or token of the context's user. With a certificate no token is sent, because a plugin's token is for a cluster.
 fn credential(context: &Context) -> Outcome<(Option<Credential>, Option<String>)> {
     let Context { name, user, .. } = context;
     match user {
@@ -354,7 +354,7 @@ fn credential(context: &Context) -> Outcome<(Option<Credential>, Option<String>)
 }
 
 fn pair(context: &str, chain: &Bundle, key: &Bundle) -> Outcome<Credential> {
-    // In a kubeconfig the mode of the file is its owner's business; kubectl warns of it.
+    // The mode of a kubeconfig file is not checked here; kubectl warns about it.
     let policy = LoadPolicy::STRICT;
     let (chain, key): (FileBytes, FileBytes) = (chain.file(), key.file());
     let loaded = parse_credential(&chain, &key, policy, SystemTime::now()).map_err(|error| {
@@ -411,7 +411,7 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// The next event; none when the watch has ended, which is no failure: begin again.
+    /// The next event; `None` when the watch has ended, which is not a failure: start again.
     pub(crate) async fn next(&mut self) -> Outcome<Option<Value>> {
         loop {
             if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {

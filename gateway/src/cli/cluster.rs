@@ -289,7 +289,7 @@ impl Label {
                 }
             }
         }
-        // If somebody has changed it since, what was looked at above is not what would be overwritten.
+        // If the object was changed since, the labels checked above are not those that would be overwritten.
         let version = &before["metadata"]["resourceVersion"];
         let patch = json!({"metadata": {"labels": labels, "resourceVersion": version}});
         let after = client.patch(CLUSTERS, &self.name, &patch).await?;
@@ -326,7 +326,7 @@ async fn delete(client: &Client, names: &[String]) -> Outcome {
     let mut failed = None;
     for cluster in names {
         if let Err(failure) = delete_one(client, cluster).await {
-            // One that fails does not keep the others.
+            // A failure does not prevent the others.
             if let Some(before) = failed.replace(failure)
                 && let Some(text) = before.text()
             {
@@ -365,7 +365,7 @@ pub(crate) async fn tokens_of(client: &Client, cluster: &str) -> Outcome<Vec<Val
     Ok(tokens.into_iter().filter(|token| token["spec"]["cluster"] == cluster).collect())
 }
 
-/// What ended, by what was there before.
+/// What ended, from the state before.
 fn ended(cluster: &Value, tokens: &[Value]) -> String {
     let number = |field: &str| cluster["status"][field].as_u64().unwrap_or(0);
     let (sessions, agents) = (number("sessions"), number("agents"));

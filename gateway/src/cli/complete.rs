@@ -9,20 +9,20 @@ use clap::{Arg, ArgAction, Command};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The word that asks.
+/// The hidden command for completion.
 pub(crate) const WORD: &str = "__complete";
 
-/// What may stand at a place of the command line.
+/// What may be completed at a position of the command line.
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
-    /// One of these words, each with what it is.
+    /// One of these words, each with a description.
     Words(Vec<(String, String)>),
     Files,
     Clusters,
     Tokens,
 }
 
-/// Prints what the last of the words, which come after the program's name, may become.
+/// Prints the candidates for the last of the words after the program's name.
 pub(crate) async fn run(words: &[String], definition: Command) -> Outcome {
     let (before, typed) = match words.split_last() {
         Some((typed, before)) => (before, typed.as_str()),
@@ -47,11 +47,11 @@ pub(crate) async fn run(words: &[String], definition: Command) -> Outcome {
     output::bytes(format!("{text}:{directive}\n").as_bytes())
 }
 
-/// The names of objects; none if the gateway cannot be asked, or not at once: who types waits for this.
+/// The names of objects; empty if the gateway does not answer at once, because the user is waiting.
 async fn names(connection: &Connection, plural: &str) -> Vec<(String, String)> {
     let list = async {
         let context = Kubeconfig::gateways(connection)?;
-        // It may ask a person for a password, or open a browser: nobody has asked for that yet.
+        // An exec plugin may ask for a password or open a browser, which completion must not do.
         if matches!(context.user, User::Plugin(_)) {
             return Err(Failure::failed("a plugin is not run here"));
         }
@@ -67,7 +67,7 @@ async fn names(connection: &Connection, plural: &str) -> Vec<(String, String)> {
     items.map(|item| (output::text(&item["metadata"]["name"]), about(item))).collect()
 }
 
-/// What may stand after these words, and which gateway they mean.
+/// What may follow these words, and the gateway that they select.
 fn place(mut definition: Command, before: &[String], typed: &str) -> (Place, Connection) {
     definition.build();
     let mut command = &definition;
@@ -101,7 +101,7 @@ fn place(mut definition: Command, before: &[String], typed: &str) -> (Place, Con
     (open.map_or_else(|| after(command, given, typed), values), connection)
 }
 
-/// What may follow where no flag waits for its value.
+/// What may follow if no flag expects a value.
 fn after(command: &Command, given: usize, typed: &str) -> Place {
     let about = |text: Option<&clap::builder::StyledStr>| text.map(ToString::to_string).unwrap_or_default();
     if typed.starts_with('-') {
@@ -121,7 +121,7 @@ fn after(command: &Command, given: usize, typed: &str) -> Place {
     arg.map_or_else(|| Place::Words(Vec::new()), |arg| values(arg))
 }
 
-/// What an argument may be.
+/// The candidates for an argument.
 fn values(arg: &Arg) -> Place {
     let possible = arg.get_possible_values();
     if !possible.is_empty() {
@@ -157,9 +157,9 @@ fn takes_value(arg: &Arg) -> bool {
     matches!(arg.get_action(), ArgAction::Set | ArgAction::Append)
 }
 
-/// How long a gateway is waited for.
+/// How long to wait for the gateway.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Cobra's directives: nothing beside the words, and files.
+/// Cobra's directives: only these words, or files.
 const NO_FILES: u8 = 4;
 const FILES: u8 = 0;
 

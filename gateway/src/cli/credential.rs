@@ -66,7 +66,7 @@ struct Token {
 }
 
 impl Source {
-    /// As arguments of `towline credential`. Paths are written whole: kubectl runs it from anywhere.
+    /// The arguments of `towline credential`. Paths are absolute, because kubectl may run it from any directory.
     pub(crate) fn arguments(&self) -> Vec<String> {
         let whole =
             |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string();
@@ -82,12 +82,12 @@ impl Source {
         arguments
     }
 
-    /// Whether a person may be asked something.
+    /// Whether a plugin may ask the user something.
     pub(crate) const fn is_plugin(&self) -> bool {
         self.wrap
     }
 
-    /// Whether the cluster is given a credential of its own.
+    /// Whether the cluster gets its own credential.
     pub(crate) const fn is_something(&self) -> bool {
         self.wrap || self.token_file.is_some()
     }
@@ -127,7 +127,7 @@ impl Both {
         token.map_or(self.certificate.expires, |token| token.min(self.certificate.expires))
     }
 
-    /// As a user of a kubeconfig.
+    /// In the form of a kubeconfig user.
     pub(crate) fn user(&self) -> Value {
         let Certificate { chain, key, .. } = &self.certificate;
         let mut user = json!({"client-certificate-data": STANDARD.encode(chain), "client-key-data": STANDARD.encode(key)});
@@ -139,7 +139,7 @@ impl Both {
 }
 
 impl Source {
-    /// Both credentials, as they are now.
+    /// Obtains both credentials.
     pub(crate) async fn both(&self, client: &Client, life: Duration) -> Outcome<Both> {
         let token = self.token()?;
         Ok(Both { certificate: request(client, life).await?, token })
@@ -173,7 +173,7 @@ impl Credential {
     }
 }
 
-/// Asks the gateway for a certificate of a key that is made here.
+/// Requests a certificate from the gateway for a new key.
 async fn request(client: &Client, life: Duration) -> Outcome<Certificate> {
     let key = AgentKey::generate().map_err(|error| Failure::failed(error.to_string()))?;
     let request = key.csr_der().map_err(|error| Failure::failed(error.to_string()))?;
@@ -189,7 +189,7 @@ async fn request(client: &Client, life: Duration) -> Outcome<Certificate> {
     let expires = made["status"]["expires"].as_str().and_then(Time::parse);
     let expires = expires.ok_or_else(|| odd("without the expiry of the certificate"))?;
     let key = key_pem(&key.private_key()).to_string();
-    // What does not fit would only be found out by kubectl, which says less.
+    // Check that key and certificate match: kubectl's error would say less.
     let file = |name: &str, bytes: &[u8]| FileBytes::from_memory(Path::new(name), bytes.to_vec());
     let (chain_file, key_file) =
         (file("the gateway's response", &chain), file("the new key", key.as_bytes()));
@@ -210,7 +210,7 @@ fn pem_request(der: &[u8]) -> String {
     pem
 }
 
-/// The version in which kubectl wants the answer: the newest if nobody asks.
+/// The version that kubectl requests; the newest by default.
 fn asked_version(info: Option<&str>) -> Outcome<String> {
     let newest = format!("{GROUP}/v1");
     let Some(info) = info.filter(|info| !info.is_empty()) else { return Ok(newest) };
@@ -225,7 +225,7 @@ fn asked_version(info: Option<&str>) -> Outcome<String> {
     }
 }
 
-/// Both credentials, good until the first of them ends.
+/// Both credentials, valid until the earlier expiry.
 fn answer(version: &str, both: &Both) -> Value {
     let Certificate { chain, key, .. } = &both.certificate;
     let mut status = json!({
@@ -237,7 +237,7 @@ fn answer(version: &str, both: &Both) -> Value {
     json!({"apiVersion": version, "kind": "ExecCredential", "status": status})
 }
 
-/// When a JWT says that it ends; nothing of it is believed beyond that.
+/// The `exp` of a JWT; nothing else of it is used, and it is not verified.
 fn jwt_end(token: &str) -> Option<Time> {
     let mut parts = token.split('.');
     let (_, claims, _) = (parts.next()?, parts.next()?, parts.next()?);

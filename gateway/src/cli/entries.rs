@@ -96,7 +96,7 @@ enum ExecApi {
 impl Entries {
     pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
         self.check(std::io::stdout().is_terminal())?;
-        // An entry that was written from a gateway's context is not what others should be written from.
+        // Use the gateway's own context, not an entry that was written from it.
         let client = Client::of(Kubeconfig::gateways(connection)?)?;
         let clusters = self.clusters(&client).await?;
         if clusters.is_empty() {
@@ -152,7 +152,7 @@ impl Entries {
         Ok(())
     }
 
-    /// What there is to know beside.
+    /// Additional hints.
     fn advise(&self, context: &Context, clusters: &[Meant]) {
         let restricted: Vec<_> =
             clusters.iter().filter(|cluster| cluster.mode.as_deref() == Some("restricted")).collect();
@@ -198,7 +198,7 @@ impl Entries {
         };
         match show::find(client, "clusters", cluster).await {
             Ok(object) => Ok(vec![meant(&object)]),
-            // Who may use a cluster need not be one who may look at the fleet.
+            // A user of a cluster need not be allowed to list the fleet.
             Err(failure) if failure.is_forbidden() && is_name(cluster) => {
                 output::note(&format!(
                     "cannot check whether cluster {cluster:?} exists: you are not allowed to list the fleet"
@@ -234,7 +234,7 @@ impl Entries {
         }
     }
 
-    /// A user whose credentials this program gets when kubectl asks.
+    /// A kubeconfig user whose exec plugin is this program.
     fn plugin(&self, context: &Context) -> Value {
         let mut arguments = vec!["credential".to_owned()];
         for file in &context.files {
@@ -250,7 +250,7 @@ impl Entries {
             "apiVersion": format!("{GROUP}/{version}"),
             "command": command(),
             "args": arguments,
-            // Only a plugin that is wrapped may have something to ask.
+            // Only a wrapped plugin may need to ask the user.
             "interactiveMode": if self.source.is_plugin() { "IfAvailable" } else { "Never" },
             "provideClusterInfo": false,
             "installHint": concat!(
@@ -260,7 +260,7 @@ impl Entries {
         }})
     }
 
-    /// The file to write into.
+    /// The target file.
     fn place(&self, connection: &Connection) -> Outcome<PathBuf> {
         if let Some(file) = &self.output {
             return Ok(file.clone());
@@ -276,12 +276,12 @@ struct Meant {
     mode: Option<String>,
 }
 
-/// Whether it can be part of a URL as it is.
+/// Whether the name can be part of a URL unchanged.
 fn is_name(cluster: &str) -> bool {
     towline_model::ClusterName::new(cluster).is_ok()
 }
 
-/// How kubectl finds this program: by its name where that leads here, else by its path.
+/// The command for kubectl: this program's name if `$PATH` resolves to it, else its path.
 fn command() -> String {
     let Ok(here) = std::env::current_exe() else { return "towline".to_owned() };
     let places = std::env::var_os("PATH").unwrap_or_default();

@@ -8,12 +8,12 @@ use towline_model::Time;
 
 /// The API group of exec plugins.
 pub(crate) const GROUP: &str = "client.authentication.k8s.io";
-/// What the caller tells a plugin.
+/// The variable with the caller's information for a plugin.
 pub(crate) const EXEC_INFO: &str = "KUBERNETES_EXEC_INFO";
-/// How deep plugins of this kind have called each other.
+/// The variable that counts nested calls of this plugin.
 const DEPTH: &str = "TOWLINE_CREDENTIAL_DEPTH";
 
-/// A program and what it is told.
+/// A program with its arguments and environment.
 #[derive(Debug)]
 pub(crate) struct Plugin {
     pub(crate) command: String,
@@ -23,7 +23,7 @@ pub(crate) struct Plugin {
     version: String,
 }
 
-/// What it answered.
+/// The plugin's response.
 pub(crate) struct Answer {
     pub(crate) token: Option<String>,
     /// Chain and key, PEM.
@@ -54,7 +54,7 @@ impl Plugin {
         })
     }
 
-    /// A command line, whose program is told what its caller was told.
+    /// A command line whose program gets the caller's information unchanged.
     pub(crate) fn wrapped(words: &[String]) -> Option<Self> {
         let (command, arguments) = words.split_first()?;
         Some(Self {
@@ -78,7 +78,7 @@ impl Plugin {
         process.env(DEPTH, (depth + 1).to_string());
         process.args(arguments).stdin(Stdio::inherit()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         process.envs(environment.iter().map(|(name, value)| (name, value)));
-        // A wrapped plugin is told what kubectl has told us; one of a kubeconfig is asked in the version that stands there.
+        // A wrapped plugin gets kubectl's information; a kubeconfig's plugin is asked in the version of its entry.
         let told = std::env::var(EXEC_INFO).ok().filter(|text| version.is_empty() && !text.is_empty());
         if told.is_none() {
             let version = if version.is_empty() { format!("{GROUP}/v1") } else { version.clone() };
@@ -94,7 +94,7 @@ impl Plugin {
             ))
         })?;
         if !output.status.success() {
-            // What it had to say stands on stderr already.
+            // Its message is already on stderr.
             let how = output
                 .status
                 .code()
@@ -108,7 +108,7 @@ impl Plugin {
 }
 
 impl Answer {
-    /// The error never shows the text, which may be a secret.
+    /// The error never quotes the text, which may contain a secret.
     fn parse(text: &[u8]) -> Result<Self, String> {
         let object: Value =
             serde_json::from_slice(text).map_err(|error| format!("line {} is not JSON", error.line()))?;
@@ -134,7 +134,7 @@ impl Answer {
     }
 }
 
-/// A context whose user is its own plugin would never end.
+/// Prevents endless recursion of a context whose user is this plugin with the same context.
 const DEPTH_MOST: u32 = 4;
 
 #[cfg(test)]

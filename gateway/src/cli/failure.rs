@@ -4,7 +4,7 @@ use super::name;
 use serde_json::Value;
 use std::io;
 
-/// Why nothing more is done.
+/// Why a command failed.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The command line, or the kubeconfig that it names, is wrong: exit code 2.
@@ -13,18 +13,18 @@ pub(crate) enum Failure {
     Failed(String),
     /// The gateway's API refused: exit code 1.
     Refused(Refusal),
-    /// Who reads the output has gone, as `head` does: nothing is said, exit code 1.
+    /// The reader of the output has closed it, like `head`: no message, exit code 1.
     Closed,
 }
 
-/// An answer of the API that is an error.
+/// An error response of the API.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     pub(crate) status: u16,
-    /// As in a `metav1.Status`: `NotFound`, `AlreadyExists` …
+    /// The reason of the `metav1.Status`: `NotFound`, `AlreadyExists` …
     pub(crate) reason: String,
     pub(crate) message: String,
-    /// Whether a token was shown, and no certificate.
+    /// Whether the request had a token and no certificate.
     pub(crate) with_token: bool,
 }
 
@@ -46,7 +46,7 @@ impl Failure {
         }
     }
 
-    /// What to say; nothing where nobody listens.
+    /// The message; `None` if nobody reads it.
     pub(crate) fn text(&self) -> Option<String> {
         match self {
             Self::Usage(text) | Self::Failed(text) => Some(text.clone()),
@@ -55,7 +55,7 @@ impl Failure {
         }
     }
 
-    /// Whether the API says that this is not there.
+    /// Whether the object does not exist.
     pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused(refusal) if refusal.reason == "NotFound")
     }
@@ -66,10 +66,10 @@ impl Failure {
 }
 
 impl Refusal {
-    /// From an answer's status and body, which is a `metav1.Status` if it comes from a gateway.
+    /// From a response's status and body, which is a `metav1.Status` if a gateway sent it.
     pub(crate) fn new(status: u16, body: &[u8]) -> Self {
         let object: Value = serde_json::from_slice(body).unwrap_or_default();
-        // Whoever answers writes on the person's terminal: text, and nothing that moves a cursor.
+        // The server's text goes to the user's terminal: escape control characters.
         let plain = |text: &str| text.chars().filter(|c| *c == '\n' || !c.is_control()).collect::<String>();
         let field = |name: &str| object[name].as_str().map(plain);
         let message = field("message").unwrap_or_else(|| {
@@ -97,7 +97,7 @@ impl Refusal {
 }
 
 impl From<io::Error> for Failure {
-    /// Of writing to stdout; everything else says more.
+    /// An error of writing to stdout.
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::BrokenPipe => Self::Closed,

@@ -14,7 +14,7 @@ use towline_proto::tunnel::address::Address;
 /// The name of the extension that marks the entries which this program has written.
 pub(crate) const MARK: &str = "towline.io";
 
-/// The files, in the order in which they count.
+/// The files in order of precedence.
 #[derive(Debug)]
 pub(crate) struct Kubeconfig {
     files: Vec<File>,
@@ -34,21 +34,21 @@ struct Entry<'a> {
     file: &'a File,
 }
 
-/// A gateway and a way to be somebody there.
+/// A gateway and a credential for it.
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) name: String,
     /// `https://HOST:PORT`, without a path.
     pub(crate) gateway: String,
-    /// Host and port of it.
+    /// Its host and port.
     pub(crate) address: Address,
-    /// Through which proxy it is reached.
+    /// The proxy for connections to it.
     pub(crate) proxy: Option<Proxy>,
     /// `proxy-url`, for entries that are written from this one.
     pub(crate) proxy_url: Option<String>,
-    /// The CA bundle as PEM; the system's where there is none.
+    /// The CA bundle as PEM; `None` for the system's.
     pub(crate) ca: Option<Bundle>,
-    /// The name in the gateway's certificate, where it is not the host.
+    /// The name in the gateway's certificate, if it differs from the host.
     pub(crate) server_name: Option<String>,
     pub(crate) user: User,
     /// The files that were read.
@@ -74,7 +74,7 @@ impl Bundle {
     }
 }
 
-/// What a context's user has to show.
+/// The credential of a context's user.
 pub(crate) enum User {
     Certificate {
         chain: Bundle,
@@ -82,7 +82,7 @@ pub(crate) enum User {
     },
     Token(String),
     Plugin(Plugin),
-    /// Nothing at all.
+    /// No credential.
     Nobody,
 }
 
@@ -97,7 +97,7 @@ impl std::fmt::Debug for User {
     }
 }
 
-/// Where kubeconfigs are looked for, and whether they have to be there: what is named for this program has to.
+/// The candidate kubeconfig files, and whether they must exist: those named for this program must.
 pub(crate) fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
     if !connection.kubeconfig.is_empty() {
         return (connection.kubeconfig.clone(), true);
@@ -126,12 +126,12 @@ fn home_file() -> Option<PathBuf> {
     std::env::var_os("HOME").filter(|home| !home.is_empty()).map(|home| Path::new(&home).join(".kube/config"))
 }
 
-/// A kubeconfig's content; nothing for an empty file.
+/// A kubeconfig's content; `None` for an empty file.
 pub(crate) fn parse(path: &Path, text: &str) -> Outcome<Value> {
     if text.trim().is_empty() {
         return Ok(Value::Object(serde_json::Map::new()));
     }
-    // Without the lines around it, which may hold a token.
+    // Without the surrounding lines, which may contain a token.
     let content: Value = serde_saphyr::from_str(text).map_err(|error| {
         Failure::usage(format!("{} is not a kubeconfig: {}", path.display(), error.without_snippet()))
     })?;
@@ -167,7 +167,7 @@ impl Kubeconfig {
         Ok(Self { files })
     }
 
-    /// The gateway's context: the one that is meant, or that from which this program wrote it.
+    /// The gateway's context: the selected one, or the one from which this program wrote the selected entry.
     pub(crate) fn gateways(connection: &Connection) -> Outcome<Context> {
         let kubeconfig = Self::load(connection)?;
         let context = kubeconfig.context(connection)?;
@@ -177,7 +177,7 @@ impl Kubeconfig {
         }
     }
 
-    /// What the context of the flags, or else the current one, leads to.
+    /// Resolves the context of the flags, or else the current one.
     pub(crate) fn context(&self, connection: &Connection) -> Outcome<Context> {
         let current = || {
             let said = self.files.iter().filter_map(|file| file.content["current-context"].as_str());
@@ -230,7 +230,7 @@ impl Kubeconfig {
         })
     }
 
-    /// From which gateway's context a context of a single cluster was made, if this program made it.
+    /// The gateway context from which this program wrote a cluster's context, if it did.
     pub(crate) fn origin(&self, context: &str) -> Option<Connection> {
         let entry = self.entry("contexts", "context", context)?;
         let mark = mark(entry.content)?;
@@ -241,7 +241,7 @@ impl Kubeconfig {
         })
     }
 
-    /// The first entry of a name counts, as for kubectl.
+    /// The first entry of a name wins, as in kubectl.
     fn entry(&self, list: &str, inner: &str, name: &str) -> Option<Entry<'_>> {
         self.files.iter().find_map(|file| {
             let mut entries = file.content[list].as_array().into_iter().flatten();
@@ -257,14 +257,14 @@ impl Kubeconfig {
     }
 }
 
-/// What stands in the mark of an entry, if it has one.
+/// The content of an entry's mark, if it has one.
 pub(crate) fn mark(content: &Value) -> Option<&Value> {
     let extensions = content["extensions"].as_array()?;
     extensions.iter().find(|extension| extension["name"] == MARK).map(|extension| &extension["extension"])
 }
 
 impl Entry<'_> {
-    /// A file that the entry names or holds; what it holds wins, as for kubectl.
+    /// A file that the entry names or embeds; embedded data wins, as in kubectl.
     fn bundle(&self, field: &str) -> Outcome<Option<Bundle>> {
         let data = &self.content[format!("{field}-data").as_str()];
         if let Some(data) = data.as_str().filter(|data| !data.is_empty()) {
@@ -283,7 +283,7 @@ impl Entry<'_> {
         Ok(Some(Bundle { pem, from }))
     }
 
-    /// Paths start from the file that names them.
+    /// Paths are relative to the file that names them.
     fn resolve(&self, path: &str) -> PathBuf {
         self.file.path.parent().unwrap_or_else(|| Path::new(".")).join(path)
     }
@@ -293,7 +293,7 @@ impl Entry<'_> {
             let mut plugin = Plugin::from_kubeconfig(&self.content["exec"]).ok_or_else(|| {
                 Failure::usage(format!("the user of context {context:?} has an exec without a command"))
             })?;
-            // A name is looked for in $PATH; a path starts from the file.
+            // A plain name is searched in $PATH; a path is relative to the file.
             if plugin.command.contains('/') {
                 plugin.command = self.resolve(&plugin.command).display().to_string();
             }
@@ -336,7 +336,7 @@ fn gateway(server: &str) -> Option<(String, Address)> {
         return None;
     }
     let (host, port) = (authority.host(), authority.port_u16());
-    // A whole name in DNS, which no certificate writes so.
+    // A fully qualified name with a final dot, which certificates never have.
     let host = host.strip_suffix('.').unwrap_or(host);
     let written = match port {
         Some(port) => format!("https://{host}:{port}"),

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use towline_certs::save::{create_private_directory, write_private};
 
-/// How long somebody else's lock is waited for.
+/// How long to wait for another program's lock.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A cluster, its user and the context of both, under one name.
@@ -25,7 +25,7 @@ pub(crate) struct Entry {
     pub(crate) origin: Origin,
 }
 
-/// What marks an entry as one of this program.
+/// The mark of this program's entries.
 #[derive(Debug)]
 pub(crate) struct Origin {
     pub(crate) gateway: String,

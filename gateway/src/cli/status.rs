@@ -16,7 +16,7 @@ const EXAMPLES: &str = "Examples:
   towline status --check || page-somebody
 ";
 
-/// Show which clusters are connected, and why one is not: one line each, problems first.
+/// Show show which clusters are connected, and why one is not: one line each, problems first.
 #[derive(Args, Debug)]
 #[command(before_help = EXAMPLES)]
 pub(crate) struct Status {

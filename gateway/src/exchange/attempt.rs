@@ -18,32 +18,32 @@ use towline_proto::open::{self, Answer, Outcome};
 use towline_proto::tunnel::exchange::{HeadError, SendBodyError, recv_head, send_body};
 use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 
-/// The stream of an exchange whose answer has begun.
+/// The stream of an exchange whose response has begun.
 pub(super) struct Begun {
     pub(super) recv: RecvStream,
-    /// Ours to write to, where no body is on its way: the raw connection's.
+    /// The sending half, if no body is being sent: for a raw connection.
     pub(super) send: Option<SendStream>,
     pub(super) upload: Option<Upload>,
 }
 
-/// A try that failed.
+/// A failed attempt.
 pub(super) struct Failed<B> {
     pub(super) error: ExchangeError,
-    /// Nothing was done with the request, or doing it again does no harm.
+    /// Whether the request had no effect, or may be repeated.
     pub(super) repeatable: bool,
-    /// The client's body, rewound; absent if it cannot be sent again.
+    /// The client's body, rewound; `None` if it cannot be sent again.
     pub(super) body: Option<Replay<B>>,
 }
 
-/// What to send again: a body, or none because there is none.
+/// What to send again: the body, or nothing for a request without one.
 pub(super) struct Replay<B> {
     pub(super) body: Option<ClientBody<B>>,
 }
 
-/// How sending the client's body ended, and the body itself.
+/// The client's body and how sending it ended.
 type Sent<B> = (ClientBody<B>, Result<u64, SendBodyError<ClientBodyError>>);
 
-/// The task that sends the client's body, and its result once it has one.
+/// The task that sends the client's body, and its result when it has ended.
 struct Sending<B> {
     guard: Upload,
     task: JoinHandle<Sent<B>>,
@@ -64,19 +64,19 @@ impl<B> Sending<B> {
         }
     }
 
-    /// What the client did wrong with its body, as far as that is known.
+    /// The client's error in its body, if it is known.
     fn clients_fault(&self) -> Option<ExchangeError> {
         match &self.ended {
             Some((_, Err(SendBodyError::Source(ClientBodyError::Slow)))) => Some(ExchangeError::SlowBody),
             Some((_, Err(SendBodyError::Source(ClientBodyError::Broken) | SendBodyError::Length))) => {
                 Some(ExchangeError::ClientBody)
             }
-            // All sent, or the agent wants no more.
+            // Everything was sent, or the agent needs no more.
             Some((_, Ok(_) | Err(SendBodyError::Write(_)))) | None => None,
         }
     }
 
-    /// The same when there is no answer: an agent that says that the body broke off is told so by us, and may be quicker than we are.
+    /// The same when there is no response: the agent learns from us that the body was cut off, and may report it before we do.
     async fn fault_behind(&mut self, says_so: bool) -> Option<ExchangeError> {
         if says_so {
             drop(tokio::time::timeout(RECLAIM, self.over()).await);
@@ -99,7 +99,7 @@ where
     B::Error: Display,
 {
     let settled = body.as_ref().map(ClientBody::settled);
-    // If it fails, the answer says why. It waits while the tunnel is full, but not beyond the deadline.
+    // If sending fails, the response says why. It waits while the tunnel is full, but not beyond the deadline.
     let head_sent = tokio::select! {
         biased;
         sent = send.write_chunk(plan.open.clone()) => sent,
@@ -160,7 +160,7 @@ where
     }
 }
 
-/// Gets the client's body back, rewound, from a try with which nothing was done.
+/// Takes the client's body back, rewound, from an attempt that had no effect.
 async fn reclaim<B: Body>(
     context: &Context,
     recv: RecvStream,
@@ -177,7 +177,7 @@ async fn reclaim<B: Body>(
     let Some(mut sending) = upload else {
         return unsent.map_or(Some(Replay { body: None }), rewound);
     };
-    // The refusal stopped our half; an agent that forgot to say so is given a moment and no more.
+    // The refusal should have stopped our half; wait only a moment for an agent that did not say so.
     drop(recv);
     tokio::time::timeout(RECLAIM, sending.over()).await.ok()?;
     match sending.ended? {
@@ -192,14 +192,14 @@ fn is_untouched(answer: &Answer) -> bool {
     matches!(&answer.outcome, Some(Outcome::Failure(failure)) if failure.untouched || Code::from_u32(failure.code).is_retryable())
 }
 
-/// Why there is no answer.
+/// Why there is no response.
 struct NoAnswer {
     error: ExchangeError,
     /// As in [`Failed`].
     repeatable: bool,
 }
 
-/// Waits for the answer's head, and for trouble with the client's body meanwhile.
+/// Waits for the response's head, and meanwhile for an error in the client's body.
 async fn wait<B>(
     plan: &Plan,
     recv: &mut RecvStream,
@@ -213,7 +213,7 @@ async fn wait<B>(
             biased;
             answer = &mut head => return answer.map_err(|error| no_answer(plan, error)),
             () = over(upload.as_deref_mut()) => {
-                // Otherwise the answer is due.
+                // Otherwise keep waiting for the response.
                 if let Some(fault) = upload.take().and_then(|sending| sending.clients_fault()) {
                     return give_up(fault);
                 }

@@ -11,32 +11,32 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::time::{Instant, Sleep};
 
-/// A body that comes more slowly than this much per time limit is given up.
+/// Least bytes of a body per time limit; a slower body is an error.
 const SLOW_BYTES: usize = 1024;
 
-/// The client's body. What was read of it is kept while it is little, so that it can be sent again.
+/// The client's body. While little of it was read, the bytes are kept so that the body can be sent again.
 pub(super) struct ClientBody<B> {
     source: B,
     held: Vec<Bytes>,
     held_bytes: usize,
     hold_max: usize,
-    /// How much of `held` has been sent in this attempt; beyond it the source goes on.
+    /// Bytes of `held` that were sent in this attempt; after them the source continues.
     sent: usize,
-    /// False once more was read than is kept.
+    /// False when more was read than is kept.
     replayable: bool,
-    /// The answer has come: nothing will be sent again.
+    /// The response has arrived: nothing will be sent again.
     settled: Arc<AtomicBool>,
     pace: Option<Pace>,
-    /// For what may be unread, until all was read; and how much that is, if it is known.
+    /// Memory reserved for the unread part, until everything was read; and its length, if it is known.
     room: Option<Room>,
     left: Option<u64>,
 }
 
-/// Whether the client sends fast enough. Only time in which we wait for the client counts.
+/// Checks that the client sends fast enough. Only time during which the gateway waits for the client counts.
 struct Pace {
     limit: Duration,
     since: Option<Pin<Box<Sleep>>>,
-    /// Since when we do not wait, while `since` stands.
+    /// Start of a pause in which the gateway does not wait, while `since` is set.
     paused: Option<Instant>,
     bytes: usize,
 }
@@ -65,18 +65,18 @@ impl<B: Body> ClientBody<B> {
         Self { source, held, held_bytes, hold_max, sent, replayable, settled, pace, room, left }
     }
 
-    /// Set once the body will not be sent again.
+    /// Set when the body will not be sent again.
     pub(super) fn settled(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.settled)
     }
 
-    /// Starts from the beginning, if that is still there.
+    /// Rewinds to the beginning, if it is still kept.
     pub(super) fn rewind(&mut self) -> bool {
         self.sent = 0;
         self.replayable
     }
 
-    /// Counts what was read; when that is all, nothing can be unread any more.
+    /// Counts bytes that were read, and releases the reservation when everything was read.
     fn on_read(&mut self, bytes: usize) {
         self.left = self.left.map(|left| left.saturating_sub(bytes as u64));
         if self.left == Some(0) {
@@ -108,11 +108,11 @@ impl Pace {
             self.bytes = 0;
             self.since = None;
         }
-        // Until we ask again the client may wait for us.
+        // Until the gateway asks again, the client may be waiting for it.
         self.paused = self.since.is_some().then(Instant::now);
     }
 
-    /// We ask for bytes again: what passed since the last ones does not count.
+    /// The gateway asks for bytes again: the time since the last ones does not count.
     fn resume(&mut self) {
         if let (Some(paused), Some(since)) = (self.paused.take(), &mut self.since) {
             let deadline = since.deadline() + paused.elapsed();

@@ -18,7 +18,7 @@ use towline_proto::Code;
 use towline_proto::mux::CloseReason;
 use towline_proto::open::{Failure, HEAD_MAX_BYTES};
 
-/// Why the gateway answers itself.
+/// Why the gateway answers by itself.
 #[derive(Debug)]
 pub(crate) enum ExchangeError {
     Route(RouteError),
@@ -31,33 +31,33 @@ pub(crate) enum ExchangeError {
         cluster: String,
         presence: Presence,
     },
-    /// A limit, and what there is too much of.
+    /// The limit that was reached, and what there is too much of.
     Limit(Limit, &'static str),
-    /// This gateway is about to stop, and the cluster's agent has left it already.
+    /// This gateway is draining, and the cluster's agent has already left it.
     Draining {
         cluster: String,
     },
     HeadTooLarge(HeadTooLarge),
-    /// The client's body broke off or was malformed.
+    /// The client's body was cut off or malformed.
     ClientBody,
-    /// The client's body comes too slowly.
+    /// The client's body arrives too slowly.
     SlowBody,
-    /// The agent says why there is no answer.
+    /// The agent reported why there is no response.
     Agent {
         cluster: String,
         failure: Failure,
     },
-    /// The session ended before the answer began.
+    /// The session ended before the response began.
     SessionLost {
         cluster: String,
         reason: CloseReason,
     },
-    /// The agent gave up the stream before the answer began.
+    /// The agent reset the stream before the response began.
     Reset {
         cluster: String,
         code: Code,
     },
-    /// What the agent sent is no answer; says what is wrong with it.
+    /// The agent's response is invalid, and why.
     BadAnswer {
         cluster: String,
         what: &'static str,
@@ -67,7 +67,7 @@ pub(crate) enum ExchangeError {
         cluster: String,
         status: u16,
     },
-    /// The answer would send the client where the cluster is not.
+    /// The response would redirect the client away from the cluster.
     Redirect {
         cluster: String,
         status: u16,
@@ -77,17 +77,17 @@ pub(crate) enum ExchangeError {
         cluster: String,
         after: Duration,
     },
-    /// The same for a watch that goes on from a version.
+    /// The same error for a watch that resumes from a version.
     Later(Box<Self>),
 }
 
-/// In what a request's head is larger than what carries it.
+/// Which part of a request's head is too large.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum HeadTooLarge {
     Fields {
         max: usize,
     },
-    /// In the tunnel: most of it is the target, or the caller's groups, or neither.
+    /// Too large for the tunnel: mostly because of the target, of the caller's groups, or of neither.
     Target,
     Groups {
         count: usize,
@@ -97,7 +97,7 @@ pub(crate) enum HeadTooLarge {
 }
 
 impl HeadTooLarge {
-    /// Of a head with this target that the tunnel does not carry, and in which the agent is told of this caller.
+    /// Classifies a head that is too large for the tunnel, by its target and the caller's groups that go into it.
     pub(super) fn of(target: &str, told: Option<&Principal>) -> Self {
         let groups = told.map(|caller| &*caller.groups).unwrap_or_default();
         let bytes = groups.iter().map(String::len).sum();
@@ -140,9 +140,9 @@ impl From<UpgradeError> for ExchangeError {
 }
 
 impl ExchangeError {
-    /// What a watch that goes on from a version is told. Its client lists everything again after 502, 503 and 504, which costs
-    /// the cluster the most when it has just come back; after 429 it waits for longer and longer and goes on where it was
-    /// (client-go, tools/cache/reflector.go, `isWatchErrorRetriable`). So what may be over by then is 429.
+    /// The error for a watch that resumes from a version. Its client lists everything again after 502, 503 and 504, which costs
+    /// the cluster most when it has just come back; after 429 it backs off and resumes where it was
+    /// (client-go, tools/cache/reflector.go, `isWatchErrorRetriable`). Errors that may be over by then therefore become 429.
     pub(crate) fn for_a_resumed_watch(self) -> Self {
         let may_be_over = matches!(
             self,
@@ -309,7 +309,7 @@ impl ExchangeError {
         self.verdict().code
     }
 
-    /// What the client is told.
+    /// The message for the client.
     pub(crate) fn message(&self) -> String {
         self.verdict().message
     }
@@ -317,8 +317,8 @@ impl ExchangeError {
     /// The answer to the client.
     #[expect(clippy::indexing_slicing, reason = "a JSON value that lacks a name is null")]
     pub(crate) fn into_response(self, audit_id: &str) -> Response<AnswerBody> {
-        // Clients wait as long as this says; on 503 it would cost kubectl 50 s. A watch's client has a back-off of its own, up to
-        // half a minute, and with this it would come ten times before it begins with that.
+        // Clients wait as long as this says; on 503 it would cost kubectl 50 s. A watch's client has its own back-off, up to
+        // half a minute, and with this header it would retry ten times before it starts to back off.
         let retry_after = (!matches!(self, Self::Later(_))).then_some("1");
         self.verdict().into_response(audit_id, self.cluster(), retry_after)
     }
@@ -352,7 +352,7 @@ fn headers(error: &HeadersError) -> Verdict {
         }
         HeadersError::OwnCredential => return AccessError::from(AuthnError::OwnCredential).verdict(),
     };
-    // The field's own text may be as long as a head.
+    // The field's text may be as long as a whole head.
     let error = clip(&error.to_string(), SAID_MAX);
     Verdict { status, code, message: format!("{error} — {remedy}") }
 }
@@ -365,7 +365,7 @@ fn agent(cluster: &str, failure: &Failure) -> Verdict {
 
 fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
     let status = match code {
-        // The client is still here, so it was not the client that lost interest.
+        // The client is still connected, so it did not cancel.
         Code::Cancelled | Code::Internal => StatusCode::BAD_GATEWAY,
         code => StatusCode::from_u16(code.status()).unwrap_or(StatusCode::BAD_GATEWAY),
     };
@@ -384,7 +384,7 @@ fn agent_code(cluster: &str, code: Code, said: &str) -> Verdict {
             (TlCode::BadUpstream, "check the agent's log and the cluster's API server")
         }
     };
-    // The cluster's own words: a sentence or two, and not a page in the gateway's name.
+    // The agent's text: a sentence or two, not a page in the gateway's name.
     let said = clip(&printable(said), SAID_MAX);
     Verdict { status, code: tl, message: format!("cluster {cluster:?}: {said} — {remedy}") }
 }

@@ -28,22 +28,22 @@ pub(super) struct Plan {
     pub(super) principal: Arc<Principal>,
     pub(super) method: Method,
     pub(super) kind: RequestKind,
-    /// A watch that goes on from a version.
+    /// Whether it is a watch that resumes from a version.
     pub(super) resumes: bool,
     pub(super) body: BodyKind,
     pub(super) upgrade: Option<&'static str>,
     pub(super) open: Bytes,
-    /// From now to the answer's head.
+    /// Time until the response's head must have arrived.
     pub(super) deadline: Option<Duration>,
-    /// What of the path named the cluster.
+    /// The part of the path that named the cluster.
     pub(super) prefix: Option<String>,
     pub(super) guards: Guards,
 }
 
-/// What counts for as long as the exchange lasts.
+/// Permits and gauges that are held during the exchange.
 pub(super) struct Guards {
     pub(super) run: Run,
-    /// Among the requests of this principal to this cluster.
+    /// Its place among the requests of this principal to this cluster.
     pub(super) place: Option<KeyPermit<(String, ClusterUid)>>,
     _request: Counted,
     _working: Working,
@@ -55,8 +55,8 @@ impl Plan {
         self.cluster.name.to_string()
     }
 
-    /// Whether doing it twice does no harm: a method that changes nothing (RFC 9110, 9.2.1), and nothing to send with it.
-    /// An application behind a proxy path may not keep to that; the API server does.
+    /// Whether the request may be repeated: a safe method (RFC 9110, 9.2.1) without a body.
+    /// The API server obeys the safety of methods; an application behind a proxy path may not, so proxy paths are excluded.
     pub(super) fn may_repeat(&self) -> bool {
         let safe = matches!(self.method, Method::GET | Method::HEAD);
         safe && self.body == BodyKind::NONE && self.upgrade.is_none() && !self.kind.proxy
@@ -70,7 +70,7 @@ impl Plan {
         ExchangeError::BadAnswer { cluster: self.name(), what }
     }
 
-    /// The answer's status, and its head for the client.
+    /// The response's status and its head for the client.
     pub(super) fn head_of(
         &self,
         parts: &Parts,
@@ -92,7 +92,7 @@ impl Exchange {
     /// # Errors
     /// Why not.
     pub(crate) fn check(&self, parts: &Parts) -> Result<(), ExchangeError> {
-        // hyper counts the lines of HTTP/1.1 only, and has no words for who sends too many.
+        // hyper counts header lines of HTTP/1.1 only, and its error has no message for the client.
         let fields_max = self.context.config.limits.header_count;
         if parts.headers.len() > fields_max {
             return Err(HeadTooLarge::Fields { max: fields_max }.into());
@@ -130,8 +130,8 @@ impl Exchange {
             return Err(HeadersError::OwnCredential.into());
         }
         let headers = headers::upstream_head(&parts.headers, upstream)?;
-        // An upgrade lasts long after its 101, not before it; and a client that sent bytes behind its request and left is not
-        // noticed until then.
+        // An upgrade is long-running only after its 101. Before that a deadline applies, because a client that sent bytes after its
+        // request and left is not noticed until then.
         let deadline =
             (!kind.long_running || upgrade.is_some()).then_some(self.context.config.timeouts.answer);
         let body = match (body.is_end_stream(), body.size_hint().exact()) {
@@ -171,7 +171,7 @@ impl Exchange {
     }
 }
 
-/// Those that an API server serves anywhere: for what is behind its proxies, too, it takes no others.
+/// The methods that an API server accepts anywhere, including for applications behind its proxies.
 const fn is_carried(method: &Method) -> bool {
     matches!(
         *method,

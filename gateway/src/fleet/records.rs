@@ -103,7 +103,7 @@ pub const TOKEN_USES_MOST: u32 = 256;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TokenUse {
-    /// The key's pin. The same key may come again, so that a join that broke off is no dead end.
+    /// The key's pin. The same key may come again, so that a join that was cut off is no dead end.
     pub pin: String,
     pub instance: String,
     pub at: Time,
@@ -118,7 +118,7 @@ pub struct Instance {
     pub admission: u64,
     pub created: Time,
     pub origin: Origin,
-    /// The certificates that it has, oldest first; those that have run out are forgotten. No other lets it in.
+    /// The certificates that it has, oldest first; those that have expired are forgotten. No other lets it in.
     #[serde(default)]
     pub certificates: Vec<Certificate>,
     /// When it was restored from a backup, if it was: the backup cannot know of certificates from between the two, which let it
@@ -208,13 +208,13 @@ impl AccessToken {
     }
 }
 
-/// What counts no more. A revocation that cannot be read revokes everything of what its record's name says.
+/// What is no longer valid. A revocation that cannot be read revokes everything of what its record's name says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Revocation {
     pub meta: Meta,
     pub what: Revoked,
-    /// When the certificate runs out, where that is known: that of an agent on record.
+    /// When the certificate expires, where that is known: that of an agent on record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_after: Option<Time>,
 }

@@ -46,7 +46,7 @@ impl Dispatch {
                 self.context.metrics.limit_reached(limit);
             }
             tracing::debug!(audit_id, client = %peer.address, code = error.code().label(), why = %printable(&error.message()), "answered by the gateway itself");
-            // Who is nobody does not keep a connection: they would soon hold all there may be.
+            // Close connections of unauthenticated clients; otherwise they could exhaust the connection limit.
             if !peer.standing.is_known() || matches!(error, ExchangeError::Access(AccessError::Authn(_))) {
                 peer.finish.cancel();
                 peer.refusals.another(&peer.work);
@@ -57,7 +57,7 @@ impl Dispatch {
             *response.body_mut() = AnswerBody::full(Bytes::new());
         }
         if http1 && ambiguous || wants_upgrade && response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            // What the client has sent behind its request must not become another one.
+            // Bytes after the request must not be read as another request.
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         if let Ok(value) = HeaderValue::from_str(&audit_id) {
@@ -84,7 +84,7 @@ impl Dispatch {
             && !matches!(checked, Err(ExchangeError::HeadTooLarge(_)))
         {
             match &self.api {
-                // In a box, as is what else is rare: every request would be larger by it.
+                // Boxed, like everything rare: otherwise every request's future would be larger.
                 Some(api) if api::serves(&parts) => {
                     return Ok(Box::pin(api.answer(peer, parts, body)).await?);
                 }

@@ -14,13 +14,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Frames that do nothing: so many at once, and one more each time that [`FORGIVEN`] has passed. A client that ends all the requests
-/// of its connection at once, each with a ping as Go does, fills a quarter of it.
+/// Most frames without effect at once; one is forgiven each time that [`FORGIVEN`] has passed. A client that cancels all requests
+/// of its connection at once, each with a ping like Go, uses a quarter of it.
 const NOTHING_MAX: u32 = 2000;
 const FORGIVEN: Duration = Duration::from_millis(5);
-/// What a client says before its first frame.
+/// Length of the client's connection preface.
 const PREFACE: u32 = 24;
-/// The head of a frame.
+/// Length of a frame's header.
 const HEAD: usize = 9;
 
 mod kind {
@@ -30,30 +30,30 @@ mod kind {
     pub(super) const CONTINUATION: u8 = 9;
 }
 
-/// A connection of HTTP/2 whose frames are followed while they are read.
+/// An HTTP/2 connection whose frame headers are parsed while they are read.
 #[derive(Debug)]
 pub(super) struct Followed<IO> {
     io: IO,
     place: Place,
     bucket: Bucket,
-    /// What is read once too much has come.
+    /// The bytes that h2 reads after the limit was exceeded.
     last: Vec<u8>,
     over: CancellationToken,
 }
 
-/// Where in the stream of bytes the reader is.
+/// The parser's position in the byte stream.
 #[derive(Debug)]
 enum Place {
     Head {
         bytes: [u8; HEAD],
         have: usize,
     },
-    /// In the preface, or behind a frame's head.
+    /// In the preface or in a frame's payload.
     Rest {
         left: u32,
         is_nothing: bool,
     },
-    /// Nothing of the client is read any more; so much of `last` has been.
+    /// Nothing more is read from the client; this many bytes of `last` were read.
     Over(usize),
 }
 
@@ -61,16 +61,16 @@ impl Place {
     const HEAD: Self = Self::Head { bytes: [0; HEAD], have: 0 };
 }
 
-/// How much nothing came recently.
+/// The level of frames without effect.
 #[derive(Debug, Default)]
 struct Bucket {
     level: u32,
-    /// Up to when it has been emptied.
+    /// The time up to which the level is reduced.
     at: Option<Instant>,
 }
 
 impl Bucket {
-    /// One more; whether that is too much.
+    /// Adds one; returns whether that is too much.
     fn fill(&mut self) -> bool {
         let now = Instant::now();
         let at = *self.at.get_or_insert(now);
@@ -82,12 +82,12 @@ impl Bucket {
 }
 
 impl<IO> Followed<IO> {
-    /// `header_bytes` and `frame_bytes` are what h2 is told to take of one header block and of one frame. The token is cancelled
-    /// when too much has come that does nothing.
+    /// `header_bytes` and `frame_bytes` are h2's limits for one header block and one frame. The token is cancelled
+    /// when there were too many frames without effect.
     pub(super) fn new(io: IO, header_bytes: usize, frame_bytes: usize) -> (Self, CancellationToken) {
         let over = CancellationToken::new();
         let place = Place::Rest { left: PREFACE, is_nothing: false };
-        // h2 takes as many pieces as the block may need, and some more.
+        // h2 accepts as many pieces as a block may need, and some more.
         let pieces = 16 + 2 * (header_bytes / frame_bytes.max(1));
         let head = |kind| [0, 0, 0, kind, 0, 0, 0, 0, 1];
         let rest = std::iter::repeat_n(head(kind::CONTINUATION), pieces);
@@ -95,7 +95,7 @@ impl<IO> Followed<IO> {
         (Self { io, place, bucket: Bucket::default(), last, over: over.clone() }, over)
     }
 
-    /// Looks at bytes that were just read. How many of them count: not all, if too much came with them.
+    /// Parses bytes that were just read. Returns how many of them are valid: not all, if the limit was exceeded in them.
     #[expect(clippy::indexing_slicing, reason = "`used` is the smaller of what is missing and what is there")]
     fn follow(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;
@@ -125,7 +125,7 @@ impl<IO> Followed<IO> {
         at
     }
 
-    /// The frame ends, if nothing of it is left.
+    /// Ends the frame if nothing of it is left.
     fn end_frame(&mut self) {
         let Place::Rest { left: 0, is_nothing } = self.place else { return };
         self.place = Place::HEAD;
@@ -136,8 +136,8 @@ impl<IO> Followed<IO> {
     }
 }
 
-/// Whether a frame of this kind brings neither a request, nor anything of one, nor credit. Of blocks in pieces and of empty pieces of
-/// bodies h2 itself takes few, and of tiny ones as many as there may be unread.
+/// Whether a frame of this kind brings neither a part of a request nor credit. h2 itself limits header blocks in pieces and empty
+/// DATA frames to a few, and tiny ones by the unread bytes.
 const fn is_nothing(kind: u8) -> bool {
     !matches!(kind, kind::DATA | kind::HEADERS | kind::WINDOW_UPDATE | kind::CONTINUATION)
 }
@@ -158,7 +158,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Followed<IO> {
             let length = rest.len().min(buf.remaining());
             buf.put_slice(&rest[..length]);
             *read += length;
-            // Behind it the client's end.
+            // After it comes the client's end.
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();

@@ -18,25 +18,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Longest field name that is kept: that of `transfer-encoding`, and one more.
+/// Longest stored field name: `transfer-encoding`, plus one byte.
 const NAME_MAX: usize = 18;
-/// The one transfer coding.
+/// The only supported transfer coding.
 const CHUNKED: &[u8] = b"chunked";
-/// Bytes of empty lines before a request: one line, as some clients write behind a body (RFC 9112 section 2.2).
+/// Most bytes of empty lines before a request: one line, which some clients send after a body (RFC 9112 section 2.2).
 const EMPTY_MAX: usize = 2;
 
-/// Whether the reader of a connection still knows where heads begin.
+/// Whether the parser of a connection still knows where heads begin.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Framing(Arc<AtomicBool>);
 
 impl Framing {
-    /// What follows this request cannot be judged: no other may be taken from the connection.
+    /// Whether the bytes after this request cannot be parsed: no other request may be read from the connection.
     pub(super) fn is_lost(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// A connection whose requests' heads are judged while they are read.
+/// A connection whose request heads are checked while they are read.
 #[derive(Debug)]
 pub(super) struct Judged<IO> {
     io: IO,
@@ -44,16 +44,16 @@ pub(super) struct Judged<IO> {
     head: Head,
     framing: Framing,
     activity: Arc<Activity>,
-    /// Read and judged, and to be read again.
+    /// Bytes that were read and checked, and will be read again.
     put_back: Vec<u8>,
-    /// The byte before those that are looked at.
+    /// The previous byte.
     last: u8,
 }
 
-/// Where in the stream of bytes the reader is.
+/// The parser's position in the byte stream.
 #[derive(Debug)]
 enum Place {
-    /// Before a request, behind so many bytes of empty lines.
+    /// Before a request, after this many bytes of empty lines.
     Start(usize),
     RequestLine,
     /// In a field's name, lower case so far; or in the empty line that ends the head.
@@ -61,7 +61,7 @@ enum Place {
     /// In a field's value; of `Content-Length` the digits are kept.
     Value(Field),
     Body(u64),
-    /// Nothing is looked at any more.
+    /// Nothing more is checked.
     Lost,
 }
 
@@ -80,18 +80,18 @@ enum Field {
     Other,
 }
 
-/// What the head has said of the body so far.
+/// What the head has declared about the body so far.
 #[derive(Debug, Default)]
 struct Head {
-    /// Fields that say the length, of either kind.
+    /// Number of fields that declare the length, of either kind.
     lengths: u32,
     length: u64,
-    /// The length is nothing that this reader understands.
+    /// Whether the length is not understood.
     odd: bool,
-    /// After the first digit came something else.
+    /// Whether something else followed the digits.
     digits_over: bool,
     chunked: bool,
-    /// Bytes of the coding's name so far, and whether something is behind them.
+    /// Bytes of the coding's name so far, and whether something follows them.
     coding: usize,
     coding_over: bool,
     upgrade: bool,
@@ -104,12 +104,12 @@ impl<IO> Judged<IO> {
         (Self { io, place, head, framing: framing.clone(), activity, put_back, last: 0 }, framing)
     }
 
-    /// Lets bytes that were read here be read once more.
+    /// Makes bytes that were read be read again.
     pub(super) fn put_back(&mut self, bytes: &[u8]) {
         self.put_back.extend_from_slice(bytes);
     }
 
-    /// Whether a request has begun whose head has not ended. Empty lines before it, such as some clients write behind a body, begin none.
+    /// Whether a request's head has begun and not ended. Empty lines before it, which some clients send after a body, do not begin one.
     pub(super) const fn is_in_head(&self) -> bool {
         matches!(self.place, Place::RequestLine | Place::Name(_) | Place::Value(_))
     }
@@ -118,7 +118,7 @@ impl<IO> Judged<IO> {
         !self.put_back.is_empty()
     }
 
-    /// Looks at bytes that were just read, and breaks the head if it is ambiguous.
+    /// Checks bytes that were just read, and makes the head invalid if it is ambiguous.
     #[expect(
         clippy::indexing_slicing,
         reason = "`bytes` is not empty, and a position in it is below its length"
@@ -203,7 +203,7 @@ impl<IO> Judged<IO> {
         }
     }
 
-    /// The end of a line that is not empty. One without CR is made unreadable, and what follows is of the same line then.
+    /// Ends a line that is not empty. A line end without CR is made unreadable; the next bytes then belong to the same line.
     fn end_line(&mut self, end: &mut u8) {
         if self.last == b'\r' {
             self.place = Place::Name(Name::default());
@@ -226,7 +226,7 @@ impl<IO> Judged<IO> {
 }
 
 impl Head {
-    /// Whether the head may have this field beside those before it.
+    /// Whether the head may have this field in addition to the previous ones.
     fn admit(&mut self, field: Field) -> bool {
         self.lengths += u32::from(matches!(field, Field::Length | Field::Coding));
         self.chunked |= field == Field::Coding;
@@ -234,7 +234,7 @@ impl Head {
         self.lengths <= 1
     }
 
-    /// Whether this byte of a coding's name makes it another than `chunked`: its end too, where the name is not complete.
+    /// Whether this byte makes the coding's name differ from `chunked`; also its end, if the name is incomplete.
     fn is_other_coding(&mut self, byte: u8) -> bool {
         let is_end = matches!(byte, b'\r' | b'\n');
         if matches!(byte, b' ' | b'\t') {
@@ -310,7 +310,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // hyper flushes when it has handed over all that it had.
+        // hyper flushes after it has passed on everything that it had.
         let flushed = Pin::new(&mut self.io).poll_flush(cx);
         ready!(self.activity.wrote(flushed, cx))?;
         self.activity.flushed(true);

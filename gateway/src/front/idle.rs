@@ -16,34 +16,34 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 
-/// A connection without a request for so long, or up to twice as long, is parked.
+/// A connection is parked after this time, or up to twice this time, without a request.
 const PARK_AFTER: Duration = Duration::from_secs(1);
 pub(super) const PARKED_BY: Duration = Duration::from_secs(2);
-/// Bytes read at once from a parked connection.
+/// Most bytes read at once from a parked connection.
 const FIRST_BYTES: usize = 64;
 
-/// What goes on in an HTTP/1.1 connection.
+/// The state of an HTTP/1.1 connection.
 #[derive(Debug, Default)]
 pub(super) struct Activity {
     /// Requests so far.
     requests: AtomicU64,
-    /// Requests whose answers have not been written to the end.
+    /// Requests whose responses are not completely written.
     running: AtomicU64,
-    /// Everything that hyper has written is with the kernel.
+    /// Whether everything that hyper wrote has reached the kernel.
     flushed: AtomicBool,
-    /// A request has begun whose head is not complete.
+    /// Whether a request's head has begun and is not complete.
     in_head: AtomicBool,
     stalled: Stalled,
-    /// What ends the answer that is being written.
+    /// The basis of the response that is being written.
     recall: Mutex<Recall>,
 }
 
-/// What ends an answer that its client does not take.
+/// Watches the basis of a response whose client does not read.
 #[derive(Default)]
 enum Recall {
     #[default]
     Never,
-    /// Not waited for yet: most answers leave at once.
+    /// Not awaited yet: most responses are written at once.
     On(Basis),
     Awaited(Pin<Box<dyn Future<Output = ()> + Send>>),
 }
@@ -71,7 +71,7 @@ impl std::fmt::Debug for Recall {
 }
 
 impl Activity {
-    /// Counts a request; its answer's body takes the guard along.
+    /// Counts a request; its response's body holds the guard.
     pub(super) fn request(self: &Arc<Self>) -> Running {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.running.fetch_add(1, Ordering::Relaxed);
@@ -86,13 +86,13 @@ impl Activity {
         self.in_head.store(in_head, Ordering::Relaxed);
     }
 
-    /// An answer begins, with what it rests on; or it has ended.
+    /// A response begins, with its basis; or it has ended.
     pub(super) fn answer(&self, basis: Option<Basis>) {
         *self.recall.lock().unwrap_or_else(PoisonError::into_inner) = basis.map_or(Recall::Never, Recall::On);
     }
 
-    /// What came of a write or a flush: nothing for now, or anything else. Under TLS it is the flush that waits. While it
-    /// waits hyper does not ask the answer's body, so whether the answer still counts is asked here.
+    /// Handles the result of a write or flush. Under TLS it is the flush that blocks. While it
+    /// blocks, hyper does not poll the response's body, so the basis is checked here.
     pub(super) fn wrote<T>(&self, written: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         self.stalled.set(written.is_pending());
         if written.is_pending()
@@ -121,7 +121,7 @@ impl Activity {
             && !self.in_head.load(Ordering::Relaxed)
     }
 
-    /// Waits until the connection has been idle for [`PARK_AFTER`], which it finds out by [`PARKED_BY`]. Cancel safe.
+    /// Waits until the connection has been idle for [`PARK_AFTER`], which is noticed at the latest at [`PARKED_BY`]. Cancel safe.
     pub(super) async fn idle(&self) {
         let mut seen = None;
         loop {
@@ -135,7 +135,7 @@ impl Activity {
     }
 }
 
-/// A request that runs, until it is dropped.
+/// Guard of a running request.
 #[derive(Debug)]
 pub(super) struct Running(Arc<Activity>);
 
@@ -146,7 +146,7 @@ impl Drop for Running {
     }
 }
 
-/// The body of an answer, with the guard that says that it is being written.
+/// The body of a response, with the guard that counts it as being written.
 #[derive(Debug)]
 pub(super) struct Counted<B> {
     body: B,
@@ -192,7 +192,7 @@ where
 {
     let Parts { io, read_buf, .. } = connection.into_parts()?;
     let mut io = io.into_inner();
-    // Empty lines before the next request, if any: put back, they would be its first bytes.
+    // Drop empty lines before the next request: put back, they would become its first bytes.
     let empty = read_buf.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
     io.put_back(&read_buf[if io.is_in_head() { 0 } else { empty }..]);
     Some(io)

@@ -20,10 +20,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a handshake may take in a place of the reserve, which many share.
+/// Time limit of a handshake in a place of the reserve, which many share.
 const HURRY: Duration = Duration::from_secs(2);
 
-/// The pools.
+/// All limits on connections and handshakes.
 #[derive(Debug)]
 pub(crate) struct Gate {
     /// Handshakes in flight.
@@ -48,10 +48,10 @@ impl Gate {
         }
     }
 
-    /// A place for a handshake over TCP, of this network or of a trusted proxy: at once, or when its turn comes. Cancel safe.
+    /// Takes a place for a handshake over TCP for this network or a trusted proxy, at once or when its turn comes. Cancel safe.
     ///
     /// # Errors
-    /// The limit that leaves no place.
+    /// The limit that was reached.
     pub(crate) async fn pass(&self, metrics: &Metrics, network: Option<IpAddr>) -> Result<Pass, Limit> {
         let Some(network) = network else {
             let place = self.tcp.take_as(None, Claim::Ordinary).map_err(|_| Limit::Handshakes)?;
@@ -66,10 +66,10 @@ impl Gate {
         Ok(Pass { _place: Some(place), hurried: false })
     }
 
-    /// A place for a handshake over QUIC, where nobody waits: who is not answered asks again.
+    /// Takes a place for a handshake over QUIC without waiting: a client without an answer retries by itself.
     ///
     /// # Errors
-    /// The limit that leaves no place.
+    /// The limit that was reached.
     pub(crate) fn pass_quic(&self, network: Option<IpAddr>) -> Result<(Pass, Seat), Limit> {
         let pass = match network {
             None => {
@@ -86,10 +86,10 @@ impl Gate {
         self.quic.is_half_taken(network)
     }
 
-    /// A place for an agent's connection; also of the reserve.
+    /// Takes a place for an agent's connection, including the reserve.
     ///
     /// # Errors
-    /// All are taken.
+    /// All places are taken.
     pub(crate) fn agent(&self) -> Result<Seat, Limit> {
         let place = self.connections.take_as(None, Claim::Reserved);
         place.map(Seat::of).map_err(|_| Limit::Connections)
@@ -98,7 +98,7 @@ impl Gate {
     /// A place for the connection of a client of this network, or of a trusted proxy.
     ///
     /// # Errors
-    /// The limit that leaves no place.
+    /// The limit that was reached.
     pub(crate) fn client(&self, network: Option<&IpAddr>) -> Result<Seat, Limit> {
         let place = self.connections.take_as(network, Claim::Ordinary);
         place.map(Seat::of).map_err(|full| match full {
@@ -108,7 +108,7 @@ impl Gate {
     }
 }
 
-/// A place at once, of the reserve too if this network has none.
+/// Takes a place at once, of the reserve too if this network has none.
 fn try_pass(pool: &Arc<PerKey<IpAddr>>, network: &IpAddr) -> Result<Pass, Full> {
     match pool.take(network) {
         Ok(place) => Ok(Pass { _place: Some(place), hurried: false }),
@@ -127,21 +127,21 @@ const fn of_handshakes(full: Full) -> Limit {
     }
 }
 
-/// What a handshake in flight holds.
+/// The place of a handshake in flight.
 #[derive(Debug)]
 pub(crate) struct Pass {
     _place: Option<KeyPermit<IpAddr>>,
-    /// It is of the reserve.
+    /// Whether the place is of the reserve.
     hurried: bool,
 }
 
 impl Pass {
-    /// How long the handshake may take, where that is less than it may take otherwise.
+    /// A shorter time limit for the handshake, if one applies.
     pub(crate) fn hurry(&self) -> Option<Duration> {
         self.hurried.then_some(HURRY)
     }
 
-    /// Of the gateway's own check, which makes one handshake at a time.
+    /// For the gateway's own check, which makes one handshake at a time.
     pub(crate) const fn own() -> Self {
         Self { _place: None, hurried: false }
     }

@@ -20,7 +20,7 @@ use towline_model::Time;
 const INTERVAL: Duration = Duration::from_secs(5);
 /// How far back the end of a gateway that dies may be.
 const MINUTE: Duration = Duration::from_secs(60);
-/// After the store did not answer.
+/// Wait after the store did not answer.
 const RETRY: Duration = Duration::from_secs(60);
 /// What a gateway that stops waits for its last words.
 const LAST_WORDS: Duration = Duration::from_secs(3);

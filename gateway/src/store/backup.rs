@@ -23,11 +23,11 @@ pub struct Dump {
     pub kind: String,
     pub epoch: u64,
     pub revision: u64,
-    /// Whose agents are on record.
+    /// The trust domain of the agents on record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trust_domain: Option<String>,
     pub records: Vec<DumpedRecord>,
-    /// Records that could not be read, and so are not in here.
+    /// Unreadable records, which are not included.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unreadable: Vec<String>,
 }
@@ -42,7 +42,7 @@ pub struct DumpedRecord {
     pub data: Value,
 }
 
-/// Why a dump was not brought back.
+/// Why a dump was not restored.
 #[derive(Debug, Error)]
 pub enum RestoreError {
     #[error(transparent)]
@@ -53,11 +53,11 @@ pub enum RestoreError {
     Record(String, String),
 }
 
-/// What a look at every record has found.
+/// The result of checking every record.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
     pub readable: usize,
-    /// One line each.
+    /// One line for each problem.
     pub problems: Vec<String>,
 }
 
@@ -88,11 +88,11 @@ pub fn dump(directory: &Path) -> Result<Dump, StoreError> {
     })
 }
 
-/// Makes a store from a dump, where there is none. `voided` says what becomes of a record: `None` drops it. Returns how
+/// Creates a store from a dump; no store may exist. `voided` returns the restored record, or `None` to drop it. Returns how
 /// many records were kept and how many dropped. Blocks.
 ///
 /// # Errors
-/// There is a store already, or the dump is none. Nothing has changed then.
+/// A store exists already, or the dump is invalid. Nothing has changed then.
 pub fn restore(
     directory: &Path,
     dump: Dump,
@@ -104,7 +104,7 @@ pub fn restore(
             dump.api_version, dump.kind
         )));
     }
-    // One more than the dump's, so that a revision of the old store is never one of the new.
+    // One more than the dump's, so that a revision of the old store is never valid in the new one.
     let revision = dump.revision + 1;
     let (mut records, total) = (Vec::new(), dump.records.len());
     for DumpedRecord { kind, name, schema, data } in dump.records {
@@ -127,10 +127,10 @@ pub fn restore(
     Ok((kept, total - kept))
 }
 
-/// Looks at every page and every record; `readable` judges what a record means. Blocks.
+/// Verifies every page and every record; `readable` decides whether a record can be decoded. Blocks.
 ///
 /// # Errors
-/// The store does not open: its pages are damaged, or somebody else has it.
+/// The store does not open: its pages are damaged, or another process uses it.
 pub fn check(
     directory: &Path,
     readable: impl Fn(&Record) -> Result<(), Unreadable>,
@@ -156,7 +156,7 @@ pub fn check(
     Ok(report)
 }
 
-/// Opening would make a store where there is none, which is not what somebody means who looks for one.
+/// Opens an existing store. Plain opening would create a missing one, which these commands must not do.
 fn existing(directory: &Path) -> Result<Embedded, StoreError> {
     let path = directory.join(embedded::FILE);
     match std::fs::metadata(&path) {

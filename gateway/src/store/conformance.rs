@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// A record of no meaning.
+/// A record for tests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Probe {
@@ -70,7 +70,7 @@ async fn a_commit_is_one_revision(store: &Store) {
     let record = store.get(&key("a")).await.unwrap().unwrap();
     assert_eq!((record.revision, record.read::<Probe>().unwrap().number), (start.number + 2, 2));
     assert_eq!(store.revision(), Revision { number: start.number + 2, ..start });
-    // What changes nothing makes no revision.
+    // A transaction without changes creates no revision.
     assert_eq!(store.commit(Transaction::new().delete(key("none"))).await.unwrap(), start.number + 2);
     assert_eq!(store.commit(Transaction::new().delete(key("a"))).await.unwrap(), start.number + 3);
     assert_eq!(read(store, "a").await, None);
@@ -168,7 +168,7 @@ async fn watches_tell_everything_in_order(store: &Store) {
     }
     let events = instances.next().await.unwrap();
     assert_eq!((events.len(), events[0].key().kind), (1, Kind::Instance));
-    // From the middle on, and whoever waits is woken.
+    // A watch from the middle; waiting watches are woken.
     let middle = Revision { number: start.number + 10, ..start };
     assert_eq!(store.watch(None, middle).unwrap().next().await.unwrap().len(), 2);
     let waiting = early.next();
@@ -184,7 +184,7 @@ async fn watches_end_where_history_does(store: &Store) {
     assert_eq!(store.watch(None, later_life).unwrap_err(), WatchEnd::Future);
     let earlier_life = Revision { epoch: start.epoch - 1, ..start };
     assert_eq!(store.watch(None, earlier_life).unwrap_err(), WatchEnd::Compacted);
-    // More events than are kept: those who fell behind are told so, and nobody is given a part.
+    // More events than are kept: a watch that fell behind gets an error, and never a part of the events.
     let mut slow = store.watch(None, start).unwrap();
     let names: Vec<_> = (0..1000).map(|number| format!("n{number}")).collect();
     let mut written = 0;

@@ -27,34 +27,34 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use towline_certs::facts::human;
 
-/// The store's file, and the one that names its holder.
+/// The store's file, and the file that names the process that uses it.
 pub(super) const FILE: &str = "store.redb";
 const LOCK_FILE: &str = "store.lock";
-/// Where a new file grows until it is a store.
+/// The temporary name of a new store until it is complete.
 const NEW_FILE: &str = "store.redb.new";
 
 const RECORDS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("records");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
-/// What this store is of, as text.
+/// Properties of the store, as text.
 const NAMES: TableDefinition<'_, &str, &str> = TableDefinition::new("names");
 const NAME_TRUST_DOMAIN: &str = "trustDomain";
 const META_FORMAT: &str = "format";
 const META_REVISION: &str = "revision";
 const META_EPOCH: &str = "epoch";
-/// The form of the tables above.
+/// The version of the tables above.
 const FORMAT: u64 = 1;
-/// Pages that redb keeps in memory; the records are read once.
+/// redb's page cache; it can be small, because the records are read once.
 const CACHE_BYTES: usize = 8 << 20;
-/// Epochs are seconds since the year 2026, or one more than the last: so that also a restored backup gets a new one.
+/// An epoch is max(seconds since the year 2026, previous epoch + 1), so that a restored backup gets a new one, too.
 const EPOCH_ZERO: u64 = 1_767_225_600;
 
-/// What surrounds a record's data in the file.
+/// The envelope of a record's data in the file.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Envelope {
     schema: u32,
     revision: u64,
-    /// Hangs on a lease of the process that wrote it.
+    /// Depends on a lease of the process that wrote it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     leased: bool,
     data: Value,
@@ -66,7 +66,7 @@ type Backend = dyn Fn(&Path) -> io::Result<Box<dyn StorageBackend>> + Send + Syn
 pub struct Embedded {
     path: PathBuf,
     backend: Box<Backend>,
-    /// None after the disk has failed.
+    /// `None` after the disk has failed.
     file: Mutex<Option<Database>>,
     history: History,
     leases: Leases,
@@ -76,12 +76,12 @@ pub struct Embedded {
     trouble: Mutex<Option<Trouble>>,
 }
 
-/// Since when the disk fails.
+/// The current failure of the disk.
 #[derive(Clone, Debug)]
 pub(super) struct Trouble {
     pub(super) since: Instant,
     pub(super) error: String,
-    /// Reading may work all the same.
+    /// Whether writing failed; reading may still work.
     writing: bool,
 }
 
@@ -101,7 +101,7 @@ impl Embedded {
         Self::open_with(directory, metrics, Box::new(plain))
     }
 
-    /// As [`Self::open`], on whatever `backend` makes of the file.
+    /// Like [`Self::open`], on the storage that `backend` makes of the file.
     pub(super) fn open_with(
         directory: &Path,
         metrics: Arc<Metrics>,
@@ -139,7 +139,7 @@ impl Embedded {
         &self.writers
     }
 
-    /// Tells whoever wants the store next that it has to wait.
+    /// Tells the next process that wants the store to wait.
     pub(super) fn says_draining(&self) -> io::Result<()> {
         say_holder(&self.lock, DRAINS)
     }
@@ -149,7 +149,7 @@ impl Embedded {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The disk fails. Each error is told once, however often it is met.
+    /// Records a failure of the disk. Each error is logged once, however often it occurs.
     fn fails(&self, error: &StoreError, writing: bool) {
         self.metrics.store_failed();
         let text = error.to_string();
@@ -165,7 +165,7 @@ impl Embedded {
         *trouble = Some(Trouble { since, error: text, writing });
     }
 
-    /// The disk works again: somebody has written, or read where reading had failed.
+    /// Records that the disk works again: a write succeeded, or a read where reading had failed.
     fn works(&self, written: bool) {
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(over) = trouble.take_if(|trouble| written || !trouble.writing) {
@@ -215,7 +215,7 @@ impl Embedded {
         let outcome = self.with_file(true, |file| {
             let mut writing = file.begin_write()?;
             writing.set_durability(Durability::Immediate).map_err(other)?;
-            // Flushed before it counts and once more after, so that a crash between the two cannot bring an older state back.
+            // Flushed before and after it is committed, so that a crash between the two cannot bring an older state back.
             writing.set_two_phase_commit(true);
             let done = apply(&writing, transaction)?;
             if let Ok((_, events)) = &done
@@ -242,7 +242,7 @@ impl Embedded {
         Ok(number)
     }
 
-    /// The trust domain that the store is of: this one from now on, if there was none.
+    /// The trust domain of the store; `first` from now on, if it had none.
     pub(super) fn trust_domain(&self, first: &str) -> Result<String, StoreError> {
         match self.known_trust_domain()? {
             Some(known) => Ok(known),
@@ -255,7 +255,7 @@ impl Embedded {
         }
     }
 
-    /// The same, where it is known.
+    /// The same, if it is known.
     pub(super) fn known_trust_domain(&self) -> Result<Option<String>, StoreError> {
         self.with_file(false, |file| match file.begin_read()?.open_table(NAMES) {
             Ok(names) => Ok(names.get(NAME_TRUST_DOMAIN)?.map(|name| name.value().to_owned())),
@@ -264,7 +264,7 @@ impl Embedded {
         })
     }
 
-    /// Every record as it is in the file, those that cannot be read included.
+    /// Every record as it is in the file, including unreadable ones.
     pub(super) fn raw(&self) -> Result<Vec<RawRecord>, StoreError> {
         self.with_file(false, |file| {
             let table = file.begin_read()?.open_table(RECORDS)?;
@@ -291,7 +291,7 @@ impl Embedded {
             let opened = open_file(&self.path, &self.backend)
                 .and_then(|file| read_meta(&self.path, &file).map(|(_, number)| (file, number)));
             let (file, number) = opened.inspect_err(|error| self.fails(error, writing))?;
-            // What the failed transaction has come to is known now.
+            // Now it is known whether the failed transaction was committed.
             self.history.restart(number);
             *slot = Some(file);
         }
@@ -329,17 +329,17 @@ impl Embedded {
 pub(super) struct RawRecord {
     pub(super) kind: String,
     pub(super) name: String,
-    /// Schema and data, if they can be told.
+    /// Schema and data, if they are readable.
     pub(super) content: Option<(u32, Value)>,
 }
 
-/// Says that a record is skipped.
+/// Logs and counts a skipped record.
 pub(crate) fn alarm(metrics: &Metrics, key: &Key, why: Unreadable) {
     metrics.record_skipped(why);
     tracing::error!(record = %key, "skipped an unreadable record of the store: {why}");
 }
 
-/// Does a transaction in an open one of redb: the new revision and what happened, or whose condition does not hold.
+/// Applies a transaction inside one of redb's. Returns the new revision and the events, or the key whose condition fails.
 fn apply(
     writing: &WriteTransaction,
     transaction: &Transaction,
@@ -349,7 +349,7 @@ fn apply(
     for condition in &transaction.conditions {
         let (Condition::Absent(key) | Condition::At(key, _)) = condition;
         let found = records.get((key.kind.name(), &*key.name))?;
-        // One that cannot be read has no revision: nobody can have read it.
+        // An unreadable record has no revision, because nobody can have read it.
         let found = found.map(|bytes| {
             serde_json::from_slice::<Envelope>(bytes.value()).map_or(0, |envelope| envelope.revision)
         });
@@ -399,10 +399,10 @@ fn check_sizes(transaction: &Transaction) -> Result<(), CommitError> {
     Ok(())
 }
 
-/// Whether somebody has the store.
+/// Whether a process uses the store.
 pub(super) fn is_held(directory: &Path) -> Result<bool, StoreError> {
     let path = directory.join(LOCK_FILE);
-    // Only looks: a gateway that starts at this moment must not find the lock taken, nor a file that is not its own.
+    // Only a check: a gateway that starts at this moment must find neither the lock taken nor a foreign file.
     let file = match File::open(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -415,7 +415,7 @@ pub(super) fn is_held(directory: &Path) -> Result<bool, StoreError> {
     }
 }
 
-/// Makes sure that nobody else has the store, and says who has it now.
+/// Locks the store against other processes, and writes the name of this one.
 fn take_lock(directory: &Path) -> Result<File, StoreError> {
     #[cfg(test)]
     let _no_child = super::CHILDREN.read();
@@ -440,30 +440,30 @@ fn take_lock(directory: &Path) -> Result<File, StoreError> {
     Ok(file)
 }
 
-/// What follows the holder's name while it drains.
+/// The suffix of the holder's name while it drains.
 const DRAINS: &str = ", which is draining";
 
-/// Whether a holder, as it says itself, is about to go.
+/// Whether the holder's name says that it drains.
 pub(super) fn drains(holder: &str) -> bool {
     holder.ends_with(DRAINS)
 }
 
 fn say_holder(mut file: &File, state: &str) -> io::Result<()> {
     let text = format!("process {} on host {}{state}\n", std::process::id(), host_name());
-    // Never empty: somebody may be reading it.
+    // Never truncate to empty: another process may be reading it.
     file.rewind()?;
     file.write_all(text.as_bytes())?;
     file.set_len(text.len() as u64)
 }
 
-/// For people who look for the holder.
+/// The host's name, to help finding the holder.
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim();
     if name.is_empty() { "(unknown)".to_owned() } else { name.to_owned() }
 }
 
-/// What a new store begins with.
+/// The contents of a new store.
 #[derive(Default)]
 pub(super) struct Contents {
     pub(super) epoch: u64,
@@ -472,7 +472,7 @@ pub(super) struct Contents {
     pub(super) records: Vec<(Key, u32, Value)>,
 }
 
-/// Makes a store with these contents where there is none.
+/// Creates a store with these contents; no store may exist.
 pub(super) fn restore(directory: &Path, contents: &Contents) -> Result<(), StoreError> {
     let path = directory.join(FILE);
     let _lock = take_lock(directory)?;
@@ -482,7 +482,7 @@ pub(super) fn restore(directory: &Path, contents: &Contents) -> Result<(), Store
     create(directory, contents)
 }
 
-/// Makes a store beside its place and moves it there, so that a crash leaves none rather than half of one.
+/// Creates a store under a temporary name and renames it, so that a crash leaves none instead of half of one.
 fn create(directory: &Path, contents: &Contents) -> Result<(), StoreError> {
     let (new, path) = (directory.join(NEW_FILE), directory.join(FILE));
     let fail = |error| disk(&new, error);
@@ -555,7 +555,7 @@ fn open_file(path: &Path, backend: &Backend) -> Result<Database, StoreError> {
     }
 }
 
-/// Begins another life: a new epoch, and without the records that hung on the last one's leases.
+/// Begins a new epoch, and deletes the records that depended on leases of the last one.
 fn begin_epoch(path: &Path, file: &Database) -> Result<(u64, u64), StoreError> {
     catch(path, || {
         let begin = || -> Result<(u64, u64), redb::Error> {
@@ -641,13 +641,13 @@ fn translate(path: &Path, error: redb::Error) -> StoreError {
     }
 }
 
-/// A damaged file must not take the process with it, whatever the library makes of it.
+/// Turns a panic of the library on a damaged file into an error.
 fn catch<T>(path: &Path, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err(damaged(path, "its structure is inconsistent")))
 }
 
-/// A backend behind a pointer is one too.
+/// A boxed backend as a backend.
 #[derive(Debug)]
 struct Boxed(Box<dyn StorageBackend>);
 

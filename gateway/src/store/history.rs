@@ -6,16 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 use tokio::sync::watch;
 
-/// Events handed out at once.
+/// Most events that a watch returns at once.
 const BATCH_MAX: usize = 256;
 
 /// Why a watch ends, or does not begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum WatchEnd {
-    /// The history begins later, or in a later life of the store: list, and watch from there.
+    /// The history begins later, or in a later epoch: list, and watch from there.
     #[error("the history does not go back that far")]
     Compacted,
-    /// The store has not got there: the revision is another store's.
+    /// The store has not reached the revision: it is of another store.
     #[error("the revision is from the future")]
     Future,
     #[error("the store is closed")]
@@ -53,7 +53,7 @@ impl History {
         Revision { epoch: self.epoch, number: lock(&self.state).head }
     }
 
-    /// A transaction has happened.
+    /// Adds the events of a transaction.
     pub(super) fn append(&self, number: u64, events: impl IntoIterator<Item = Event>) {
         let mut state = lock(&self.state);
         debug_assert_eq!(number, state.head + 1, "revisions rise by one");
@@ -64,7 +64,7 @@ impl History {
         {
             state.floor = event.revision();
         }
-        // A transaction is remembered whole or not at all.
+        // A transaction is kept whole or not at all.
         while state.events.front().is_some_and(|event| event.revision() <= state.floor) {
             state.events.pop_front();
         }
@@ -72,7 +72,7 @@ impl History {
         self.head.send_replace(number);
     }
 
-    /// The store was opened again and stands here: what happened in between is not known.
+    /// The store was reopened at this revision; the events in between are unknown.
     pub(super) fn restart(&self, head: u64) {
         let mut state = lock(&self.state);
         if state.head == head {
@@ -95,7 +95,7 @@ impl History {
     }
 }
 
-/// Events as they happen.
+/// A watch: events as they happen.
 #[derive(Debug)]
 pub struct Watch {
     state: Arc<Mutex<State>>,

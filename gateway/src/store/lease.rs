@@ -7,10 +7,10 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-/// After a failure to take records away.
+/// Wait after a failure to delete records.
 pub(super) const RETRY: Duration = Duration::from_secs(1);
 
-/// Names one lease.
+/// Identifies one lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseId(u64);
 
@@ -24,7 +24,7 @@ pub(super) struct Leases {
 struct State {
     next: u64,
     live: HashMap<LeaseId, Lease>,
-    /// Of leases that have ended, and still there.
+    /// Remaining records of expired leases.
     ended: BTreeSet<Key>,
 }
 
@@ -67,7 +67,7 @@ impl Leases {
         self.lock().live.get(&id).is_some_and(|lease| lease.ends > Instant::now())
     }
 
-    /// A transaction has written this record, for a lease or for good.
+    /// Notes that a transaction wrote this record, with or without a lease.
     pub(super) fn written(&self, key: &Key, lease: Option<LeaseId>) {
         let mut state = self.lock();
         state.ended.remove(key);
@@ -75,7 +75,7 @@ impl Leases {
             lease.keys.remove(key);
         }
         let Some(id) = lease else { return };
-        // Without one: it ended while its transaction was being written.
+        // Without one, the lease expired while its transaction was being written.
         let keys = match state.live.get_mut(&id) {
             Some(lease) => &mut lease.keys,
             None => &mut state.ended,
@@ -114,7 +114,7 @@ impl Leases {
         }
     }
 
-    /// These could not be taken away.
+    /// Returns records that could not be deleted.
     pub(super) fn give_back(&self, keys: Vec<Key>) {
         self.lock().ended.extend(keys);
         self.changed.notify_one();

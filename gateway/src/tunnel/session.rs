@@ -40,18 +40,18 @@ use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::{Session, SessionConfig};
 use towline_proto::wire::GoAway;
 
-/// From the end of the handshake to the hello and one round trip.
+/// Time limit from the end of the handshake to the hello and one round trip.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Processes with one certificate that a newcomer may outlive; a fight over it ends by refusing.
+/// How many dead processes with the same certificate a new one may replace; after that it is refused.
 const REPLACE_ROUNDS: usize = 3;
-/// A certificate's end is looked at again at least this often: the wall clock can jump, timers cannot.
+/// A certificate's expiry is checked at least this often: the wall clock can jump, timers cannot.
 const EXPIRY_CHECK: Duration = Duration::from_secs(60);
-/// How often a session is looked at that may hold more memory than it needs.
+/// How often a session is checked for holding more memory than it needs.
 const GIVE_BACK_CHECK: Duration = Duration::from_secs(30);
-/// And within how long, when somebody could not be given any.
+/// The same while another session lacks memory.
 const GIVE_BACK_AT_ONCE: Duration = Duration::from_secs(2);
-/// What an agent may say about its cluster at once, and after how long once more: it tells of an API server that it cannot use,
-/// which is to be known within 15 s, and of one that comes and goes not each time.
+/// Burst and interval of an agent's reports about its cluster: a report about an unusable API server
+/// must arrive within 15 s, and an API server that flaps must not cause a report each time.
 const WORDS_BURST: f64 = 8.0;
 const WORDS_INTERVAL: Duration = Duration::from_secs(10);
 /// Longest version of an API server that is shown.
@@ -59,17 +59,17 @@ const VERSION_MAX: usize = 64;
 
 /// Sessions without memory that may hear at the same time why they end.
 const LAST_WORDS: usize = 64;
-/// Connections of one cluster's agents for each of its sessions: sessions that come while dead ones are not known to be dead.
+/// Connections of a cluster's agents for each of its sessions: a new session may connect while a dead one is not detected yet.
 const AGENTS_PER_SESSION: usize = 2;
 
-/// What becomes of a session that may not be.
+/// Why a session is not admitted.
 struct Refusal {
     tl: TlCode,
     code: Code,
     text: String,
 }
 
-/// What an agent presented in its handshake, and the configuration that found it good.
+/// The certificates that an agent presented in its handshake, and the TLS configuration that verified them.
 pub(crate) struct Presented {
     /// Leaf first.
     pub(crate) chain: Vec<CertificateDer<'static>>,
@@ -165,8 +165,8 @@ impl Tunnel {
     }
 }
 
-/// Runs one agent's TLS connection to its end. What is large stays in boxes: the state of an async function keeps a place for
-/// each name that a value had on its way, and ten thousand idle agents are ten thousand such states.
+/// Runs one agent's TLS connection to its end. Large values are boxed: the state of an async function reserves space for
+/// each variable that a value passes through, and ten thousand idle agents have ten thousand such states.
 pub(crate) async fn serve<IO>(
     tunnel: Arc<Tunnel>,
     tls: Box<TlsStream<IO>>,
@@ -186,7 +186,7 @@ pub(crate) async fn serve<IO>(
     let presented = Presented { chain, judge };
     let memory = memory_of(&tunnel, &presented);
     let config = session_config(&tunnel, memory.as_ref());
-    // It begins without any memory: over the mux credit is all that the agent may send.
+    // It begins without reserved memory: over the mux the agent may send only within its credit.
     if let Ok((session, driver)) = Session::over(tls, config) {
         run(tunnel, session, Box::pin(driver.run()), presented, address).await;
     }
@@ -206,8 +206,8 @@ pub(crate) async fn serve_quic(
     }
 }
 
-/// The memory of the cluster that an agent says it speaks for. Whether it may is found out in the session; who does not
-/// say any is told there that it may not.
+/// The memory share of the cluster that the agent's certificate names. The session checks whether it is admitted; an
+/// agent without a cluster is refused there.
 fn memory_of(tunnel: &Tunnel, presented: &Presented) -> Option<Part<ClusterUid>> {
     let identity = tunnel.context.live().agent_ca.identity_of(presented.chain.first()?).ok()?;
     Some(tunnel.memory.of(&identity.cluster))
@@ -256,7 +256,7 @@ async fn no_memory(
     tokio::join!(driver.run(), say);
 }
 
-/// What both transports have in common: everything but the way the bytes take.
+/// The part that both transports share.
 async fn run(
     tunnel: Arc<Tunnel>,
     session: Session,
@@ -264,8 +264,8 @@ async fn run(
     presented: Presented,
     address: SocketAddr,
 ) {
-    // One task: when this future is dropped, so is the driver, and with it the session. What wakes the driver, a ping of an idle
-    // agent above all, seldom is anything to the rest.
+    // One task: dropping this future drops the driver, and with it the session. Most wake-ups of the driver, such as a ping of
+    // an idle agent, do not concern the other future, hence `Aside`.
     let life = Aside::new(live(&tunnel, &session, presented, address));
     let (reason, ()) = tokio::join!(driver, life);
     if matches!(reason, CloseReason::Violation(_)) {
@@ -274,7 +274,7 @@ async fn run(
     tracing::debug!(agent = %address, %reason, "agent connection ended");
 }
 
-/// What happens beside the driver, until the session has ended.
+/// Everything except the driver, until the session has ended.
 async fn live(tunnel: &Tunnel, session: &Session, presented: Presented, address: SocketAddr) {
     let mut presented_by = None;
     let admitted = admit(tunnel, session, presented.chain.first(), address, &mut presented_by).await;
@@ -339,12 +339,12 @@ struct Admitted {
     /// Whether the certificate was on record when the session began.
     on_record: bool,
     hello: Hello,
-    /// Among the connections of the cluster's agents.
+    /// Its place among the connections of the cluster's agents.
     _place: KeyPermit<ClusterUid>,
 }
 
-/// Decides whether a session may be; `Err(None)` if it ended by itself. Whose agent it is stands in `cluster` as soon as a
-/// certificate says so.
+/// Decides whether to admit a session; `Err(None)` if it ended by itself. `cluster` is set as soon as the
+/// certificate names it.
 async fn admit(
     tunnel: &Tunnel,
     session: &Session,
@@ -366,7 +366,7 @@ async fn admit(
         tunnel.joins.turned_back(&identity.cluster, address.ip(), &why.to_string(), true);
         certificate(why.to_string())
     })?;
-    // Before the session's first round trip, which an agent can keep us waiting for.
+    // Before the session's first round trip, which an agent can delay.
     let place = tunnel.agents.take(&identity.cluster).map_err(|_| {
         tunnel.context.metrics.limit_reached(Limit::ConnectionsPerCluster);
         refuse(
@@ -439,8 +439,8 @@ async fn register(
     Err(refuse(TlCode::Cert, Code::Denied, text))
 }
 
-/// While memory is short, of all or of the cluster's share, has a session replaced that holds much more than it needs: over QUIC what the agent was once allowed to
-/// send cannot be taken back, only used up. A session in which nothing runs is replaced without anybody noticing.
+/// While memory is short, in total or of the cluster's share, replaces a session that holds much more than it needs: over QUIC, memory that was granted to the agent
+/// cannot be taken back, only used up. Replacing a session in which nothing runs has no visible effect.
 async fn give_back(
     tunnel: &Tunnel,
     session: &Session,
@@ -465,7 +465,7 @@ async fn give_back(
     }
 }
 
-/// Refuses what an agent opens, until the session ends.
+/// Refuses streams that an agent opens, until the session ends.
 async fn refuse_streams(session: &Session) -> CloseReason {
     loop {
         match session.accept().await {
@@ -478,7 +478,7 @@ async fn refuse_streams(session: &Session) -> CloseReason {
     }
 }
 
-/// Ends the session when the newest certificate of its instance does: a renewal moves the end of every session.
+/// Ends the session when the newest certificate of its instance expires: a renewal extends every session.
 async fn expire(tunnel: &Tunnel, session: &Session, admitted: &Admitted) {
     loop {
         let own = admitted.not_after.duration_since(SystemTime::now()).unwrap_or_default();
@@ -492,7 +492,7 @@ async fn expire(tunnel: &Tunnel, session: &Session, admitted: &Admitted) {
     session.close(Code::Denied, &format!("the agent's certificate expired {} ago; renew it", human(late)));
 }
 
-/// What is left of the newest certificate that an instance has on record.
+/// The remaining lifetime of the newest certificate on record of an instance.
 fn newest(tunnel: &Tunnel, identity: &AgentIdentity) -> Duration {
     let record = tunnel.context.fleet.as_ref().and_then(|fleet| join::instance(fleet, &identity.instance));
     let now = Time::now();
@@ -500,7 +500,7 @@ fn newest(tunnel: &Tunnel, identity: &AgentIdentity) -> Duration {
     left.max().unwrap_or_default()
 }
 
-/// Whether a session was let in by a certificate on record, and its instance has a newer one by now. One from between a backup
+/// Whether a session was admitted by a certificate on record and its instance has a newer one by now. A certificate from between a dump
 /// and its restore is not on record, and one of a configured cluster never is.
 fn was_renewed(tunnel: &Tunnel, admitted: &Admitted) -> bool {
     let Admitted { identity, serial, on_record, .. } = admitted;
@@ -509,7 +509,7 @@ fn was_renewed(tunnel: &Tunnel, admitted: &Admitted) -> bool {
     *on_record && newest.is_some_and(|newest| newest.serial != *serial)
 }
 
-/// How often an agent's word about its cluster is news: each is an event for everybody who watches the fleet.
+/// The rate limit of an agent's reports: each is an event for everybody who watches the fleet.
 struct Words {
     left: f64,
     at: Instant,
@@ -532,7 +532,7 @@ impl Words {
     }
 }
 
-/// Shows what an agent has said of its cluster; what cannot be shown is not.
+/// Publishes an agent's report about its cluster; invalid parts are dropped.
 fn show(tunnel: &Tunnel, registration: &Registration, uid: &ClusterUid, about: About) {
     if is_version(&about.kubernetes_version) {
         tunnel.registry.learned(uid, &about.kubernetes_version);
@@ -552,7 +552,7 @@ fn show(tunnel: &Tunnel, registration: &Registration, uid: &ClusterUid, about: A
     registration.told(Word { mode, api_server, at });
 }
 
-/// Whether this can be shown as the version of an API server: `v1.31.4`, with whatever a distribution adds.
+/// Whether the text is a valid API server version: `v1.31.4`, with a distribution's suffix.
 fn is_version(text: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'+' | b'_' | b'~');
     let digit = |at: usize| text.as_bytes().get(at).is_some_and(u8::is_ascii_digit);
@@ -569,9 +569,9 @@ async fn converse(
 ) -> CloseReason {
     let mut board = tunnel.trust.join(&admitted.cluster.uid, &tunnel.context.metrics);
     let (mut reloads, mut words) = (tunnel.context.reloads(), Words::new());
-    // What has been announced, and whether it was answered.
+    // The announced roots, and whether the agent has answered.
     let (mut announced, mut answered) = (None, true);
-    // What the agent has said of its cluster, and is not shown yet.
+    // The agent's report that is not published yet.
     let mut said: Option<About> = None;
     loop {
         if said.is_some() && words.admit() {
@@ -615,7 +615,7 @@ async fn converse(
                 board.answered(version, &problem);
                 tunnel.registry.touch(&admitted.cluster.uid);
             }
-            // Of several that are too soon the last counts, a little later.
+            // Of several early reports only the last is published, a little later.
             Ok(Notice::About(about)) => said = Some(about),
             Ok(Notice::Renew(asked)) => {
                 let renewed =
@@ -623,13 +623,13 @@ async fn converse(
                 // It fails only if the session has ended.
                 session.say(Notice::Renewed(renewed)).unwrap_or_default();
             }
-            // The mux lets neither through to a gateway.
+            // The mux never delivers these to a gateway.
             Ok(Notice::Renewed(_) | Notice::Trust(_)) => {}
         }
     }
 }
 
-/// Ends the session when a reload or a revocation takes away what let it in: its place on the list, or its CA.
+/// Ends the session when a reload or a revocation removes the reason for its admission: its record, or its CA.
 async fn revoke(tunnel: &Tunnel, session: &Session, presented: Presented, admitted: &Admitted) {
     let Presented { chain, judge } = presented;
     let mut judge = Some(judge);
@@ -641,10 +641,10 @@ async fn revoke(tunnel: &Tunnel, session: &Session, presented: Presented, admitt
         if let Err(why) = tunnel.admits(&live, &admitted.identity, &admitted.serial) {
             return session.close(Code::Denied, &format!("the agent is no longer admitted: {why}"));
         }
-        // A session outlives the certificate that it showed, and the CA of that, once it has a newer one.
+        // Once the agent has a newer certificate, its session outlives the one that it showed, and that one's CA.
         let at = SystemTime::now().min(admitted.not_after);
-        // What the handshake has just found is not asked again while the same roots are in force: signatures are what a storm
-        // of agents costs most.
+        // Do not repeat the handshake's verification while the roots are unchanged: signatures are the main cost of a storm of
+        // reconnecting agents.
         let just_judged = judge.take().is_some_and(|judge| Arc::ptr_eq(&judge, &live.tunnel_tls));
         if !just_judged
             && let Err(error) = live.agent_ca.verify(&chain, at)
@@ -668,7 +668,7 @@ async fn revoke(tunnel: &Tunnel, session: &Session, presented: Presented, admitt
     }
 }
 
-/// Tells an agent to go elsewhere, at a moment of its own.
+/// Sends an agent a GoAway, at a random moment.
 pub(crate) fn say_goaway(drain: &Drain, session: &Session) {
     let mut part = [0; 2];
     random(&mut part);

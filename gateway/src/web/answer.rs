@@ -11,9 +11,9 @@ use http::{Response, StatusCode};
 use serde_json::json;
 use towline_model::text::printable;
 
-/// What a 401 asks for.
+/// The challenge of a 401.
 pub(crate) const CHALLENGE: &str = "Bearer realm=\"towline\"";
-/// Most characters of what an agent says, or of a header field, that a client is told.
+/// Most characters of an agent's message, or of a header field, that a message quotes.
 pub(crate) const SAID_MAX: usize = 512;
 
 /// What a client gets to see of an error.

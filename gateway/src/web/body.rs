@@ -32,37 +32,37 @@ impl Drop for Upload {
     }
 }
 
-/// The body of an answer. Dropping it before its end resets and stops the stream.
+/// The body of a response. Dropping it before its end resets and stops the stream.
 pub(crate) struct AnswerBody {
     inner: Inner,
     basis: Option<Basis>,
 }
 
-/// Told why an answer breaks off.
+/// Called with the reason when a response is cut off.
 pub(crate) type OnAbort = Arc<dyn Fn(&BodyError) + Send + Sync>;
 
-/// What an answer rests on: what let the caller in, and the session that it comes through.
+/// What a response depends on: the caller's credential and access, and the session that it comes through.
 pub(crate) struct Basis {
-    /// Rings when what let the caller in does so no more.
+    /// Cancelled when the caller's credential or access is revoked or expires.
     ended: CancellationToken,
     session: Option<watch::Receiver<SessionState>>,
     on_abort: Option<OnAbort>,
 }
 
 impl Basis {
-    /// Of an answer that the gateway gives by itself.
+    /// For a response of the gateway itself.
     pub(crate) const fn own(ended: CancellationToken) -> Self {
         Self { ended, session: None, on_abort: None }
     }
 
-    /// Counts that the answer was cut, for whoever does so without its body.
+    /// Counts the response as cut off, for code that cuts it without its body.
     pub(crate) fn cut(&self) {
         if let Some(on_abort) = &self.on_abort {
             on_abort(&BodyError::Read(ReadError::Reset(Code::Denied)));
         }
     }
 
-    /// Waits until either was revoked. A session that ends otherwise leaves what it has brought. Cancel safe.
+    /// Waits until either was revoked. If the session ends otherwise, what it has delivered stays valid. Cancel safe.
     pub(crate) async fn revoked(&mut self) {
         let session = async {
             let is_denied = |reason: &CloseReason| reason.code() == Code::Denied.to_u32();
@@ -79,8 +79,8 @@ impl Basis {
     }
 }
 
-/// Whether a client takes nothing at the moment, although something waits for it. What its answer brings then stays in the
-/// tunnel, where memory is shared out, and not with hyper, which would fill its buffer.
+/// Whether a client currently does not read although data waits for it. The rest of the response then stays in the
+/// tunnel, where memory is limited by shares, instead of filling hyper's buffer.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stalled(Arc<AtomicBool>);
 
@@ -97,7 +97,7 @@ impl Stalled {
 enum Inner {
     Full(Option<Bytes>),
     Tunnel(TunnelBody),
-    /// What another task makes, until it ends.
+    /// Produced by another task, until that ends.
     Stream(Box<Stream>),
 }
 
@@ -110,7 +110,7 @@ struct Stream {
 /// The body of an answer that arrives through a tunnel. Dropping it before its end resets and stops the stream.
 pub(crate) struct TunnelBody(Option<Box<Tunnel>>);
 
-/// An answer that arrives through a tunnel, and everything that must live as long as it does.
+/// A response that arrives through a tunnel, and everything that must live as long as it does.
 struct Tunnel {
     recv: RecvBody,
     end: Option<WatchEnd>,
@@ -118,7 +118,7 @@ struct Tunnel {
     ended: Aside<WaitForCancellationFutureOwned>,
     basis: Option<Basis>,
     stalled: Option<Stalled>,
-    /// Why the answer ends early; told one poll late.
+    /// Why the response ends early; returned one poll later.
     failed: Option<BodyError>,
 }
 
@@ -133,9 +133,9 @@ pub(crate) struct Keep {
 }
 
 impl Tunnel {
-    /// Ends the exchange. The body's error is told at the next poll, not at this one: hyper closes an HTTP/1.1 connection on it
-    /// without writing what it still holds, and writes that only when the body has nothing for it. A client would see its
-    /// connection end without the head of an answer that did begin.
+    /// Ends the exchange. The body's error is returned at the next poll, not at this one: hyper closes an HTTP/1.1 connection on it
+    /// without writing what it has buffered, and writes its buffer only when the body returns nothing. A client would see its
+    /// connection end without the head of a response that had begun.
     fn fail(&mut self, error: BodyError, cx: &Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         (self.keep.on_abort)(&error);
         self.keep.upload = None;
@@ -145,28 +145,28 @@ impl Tunnel {
     }
 }
 
-/// Ends a watch between two events: when its gateway or its session drains, at a moment of its own, and when what it comes through
-/// breaks. A client whose watch ends there goes on from the last event; one whose watch is cut elsewhere lists everything again.
+/// Ends a watch between two events: at a random moment when its gateway or its session drains, and when its session or upstream
+/// fails. A client whose watch ends there resumes from the last event; if the watch is cut elsewhere, it lists everything again.
 pub(crate) struct WatchEnd {
     events: Events,
     began: Instant,
-    /// Ends when the watch is due to end.
+    /// Completes when the watch is due to end.
     drained: Aside<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
     metrics: Arc<Metrics>,
     why: Option<WatchEnded>,
-    /// The rest of the last piece was left out.
+    /// Whether the rest of the last piece was dropped.
     is_cut: bool,
     old_enough: Option<Pin<Box<Sleep>>>,
 }
 
-/// A watch without an event that ends earlier makes client-go list again, as one that ends by an error does. The client counts from before
-/// its request left, so that it sees more.
+/// Shortest life of a watch without an event. If it ends earlier, client-go lists again, as after an error. The client measures from
+/// before its request was sent, so it sees a longer time.
 const YOUNG: Duration = Duration::from_millis(1100);
-/// Watches end within this part of the time that a drain has, so that clients do not all come back at once, and none is cut.
+/// The part of a drain's time within which watches end, so that clients do not all return at once and no watch is cut.
 const DRAIN_PART: f64 = 0.8;
 
 impl WatchEnd {
-    /// Of a watch that has begun. `part`, from 0 to 1, says when in a drain it ends: in that of the gateway, which takes up to
+    /// For a watch that has begun. `part`, from 0 to 1, chooses the moment in a drain at which it ends: in the gateway's, which takes up to
     /// `deadline` from when `draining` is cancelled, or in that of the session.
     pub(crate) fn new(
         events: Events,
@@ -184,7 +184,7 @@ impl WatchEnd {
             let session = async {
                 let Some(mut session) = session else { return std::future::pending().await };
                 let goaway = session.wait_for(|state| state.goaway.is_some()).await;
-                // A session that is gone without one has broken, which the body hears by itself.
+                // A session that ends without a GoAway has failed, which the body notices by itself.
                 let goaway = goaway.ok().and_then(|state| state.goaway);
                 let Some(goaway) = goaway else { return std::future::pending().await };
                 wait(Duration::from_millis(goaway.drain_ms.into())).await;
@@ -198,7 +198,7 @@ impl WatchEnd {
         Self { events, began: Instant::now(), drained, metrics, why: None, is_cut: false, old_enough: None }
     }
 
-    /// Takes what comes next of the watch; gives what is to be sent of it.
+    /// Takes the next bytes of the watch and returns those to send.
     fn pass(&mut self, bytes: Bytes) -> Bytes {
         let whole = self.events.take(&bytes);
         match whole {
@@ -210,7 +210,7 @@ impl WatchEnd {
         }
     }
 
-    /// What the watch comes through has broken. Says whether it can end as if the API server had ended it.
+    /// Handles a failure of the session or upstream. Returns whether the watch can end as if the API server had ended it.
     fn outlasts(&mut self, error: &BodyError) -> bool {
         let taken_away = match error {
             BodyError::Read(ReadError::Reset(code)) => *code == Code::Denied,
@@ -219,7 +219,7 @@ impl WatchEnd {
         };
         let outlasts = !taken_away && self.is_between_events();
         if outlasts {
-            // Also of one that was to end anyway, and is too young to: nothing more comes.
+            // Also for a watch that was due to end but is too young: nothing more arrives.
             self.why = Some(WatchEnded::Lost);
         }
         outlasts
@@ -229,7 +229,7 @@ impl WatchEnd {
         self.is_cut || self.events.at_boundary()
     }
 
-    /// Whether the watch ends now.
+    /// Polls whether the watch ends now.
     fn poll_over(&mut self, cx: &mut Context<'_>) -> bool {
         if self.why.is_none() && Pin::new(&mut self.drained).poll(cx).is_ready() {
             self.why = Some(WatchEnded::Drained);
@@ -246,7 +246,7 @@ impl WatchEnd {
         true
     }
 
-    /// Whether nothing more comes.
+    /// Whether nothing more arrives.
     fn is_lost(&self) -> bool {
         self.is_cut || self.why == Some(WatchEnded::Lost)
     }
@@ -308,7 +308,7 @@ impl Body for TunnelBody {
             }))),
             Some(Err(error)) if tunnel.end.as_mut().is_some_and(|end| end.outlasts(&error)) => {
                 tracing::debug!(%error, "a watch ends between two events, since it broke off there");
-                // At the next poll, or a moment later if it is young.
+                // At the next poll, or a moment later if the watch is too young.
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
@@ -322,7 +322,7 @@ impl Body for TunnelBody {
 
     fn is_end_stream(&self) -> bool {
         self.0.as_ref().is_none_or(|tunnel| {
-            // A watch that broke off says itself when it ends.
+            // A watch that was cut off decides itself when it ends.
             let open = tunnel.failed.is_some() || tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
             !open && (tunnel.recv.is_end_stream() || tunnel.recv.left() == Some(0))
         })
@@ -338,7 +338,7 @@ impl AnswerBody {
         Self { inner: Inner::Full(Some(bytes).filter(|bytes| !bytes.is_empty())), basis: None }
     }
 
-    /// What comes out of a channel, whose other end looks after the caller's credential; `guards` live as long.
+    /// A body from a channel whose sender watches the caller's credential; `guards` live as long as the body.
     pub(crate) fn stream(source: mpsc::Receiver<Bytes>, guards: Box<dyn Send + Sync>, basis: Basis) -> Self {
         Self { inner: Inner::Stream(Box::new(Stream { source, guards })), basis: Some(basis) }
     }
@@ -349,13 +349,13 @@ impl AnswerBody {
         Self { inner: Inner::Tunnel(body), basis }
     }
 
-    /// What the answer rests on, for whoever writes it: a body is not asked while its client takes nothing.
+    /// What the response depends on, for the task that writes it: a body is not polled while its client does not read.
     pub(crate) fn take_basis(&mut self) -> Option<Basis> {
         self.basis.take()
     }
 
-    /// Takes nothing out of the tunnel while the client is stalled. Whoever writes to the client polls the body again when the
-    /// client has taken what waited.
+    /// Reads nothing from the tunnel while the client is stalled. The task that writes to the client polls the body again when the
+    /// client has read the pending bytes.
     pub(crate) fn unless(mut self, stalled: Stalled) -> Self {
         if let Inner::Tunnel(TunnelBody(Some(tunnel))) = &mut self.inner {
             tunnel.stalled = Some(stalled);
