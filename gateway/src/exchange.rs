@@ -316,3 +316,6 @@ impl Exchange {
         Ok(Exchanged::Switched(answer, raw))
     }
 }
+
+#[cfg(test)]
+mod tests;
