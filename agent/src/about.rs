@@ -14,7 +14,7 @@ use crate::sessions::backoff::random_fraction;
 use crate::upstream::ask;
 use crate::upstream::reach::{self, State};
 
-/// What is known of the cluster.
+/// What the agent knows about the cluster.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
     version: watch::Sender<Option<String>>,
@@ -62,8 +62,8 @@ pub(crate) async fn ask(live: Arc<Live>, known: Arc<Known>) {
     }
 }
 
-/// Tells the gateway over one session what is known, and whenever that changes, until the session ends; one that does not understand
-/// it is told nothing.
+/// Reports the cluster's state over one session, and again whenever it changes, until the session ends. A gateway without that
+/// capability gets no report.
 pub(crate) async fn tell(session: Session, live: Arc<Live>, known: Arc<Known>) {
     let Ok(hello) = session.ready().await else { return };
     if !hello.capabilities.iter().any(|name| name == CAPABILITY_ABOUT) {
@@ -93,7 +93,7 @@ fn told(State { kind, text, since }: &State) -> ApiServer {
     ApiServer::new(*kind, text, u32::try_from(since.elapsed().as_secs()).unwrap_or(u32::MAX))
 }
 
-/// The `gitVersion` in the answer, if it is one that fits.
+/// The `gitVersion` in the response, if it is short enough.
 fn version_of(answer: &[u8]) -> Option<String> {
     let answer: serde_json::Value = serde_json::from_slice(answer).ok()?;
     let version = answer.get("gitVersion")?.as_str()?;
@@ -107,7 +107,7 @@ const BODY_MAX: usize = 16 * 1024;
 const VERSION_MAX: usize = 64;
 /// The first question comes within this time.
 const FIRST: Duration = Duration::from_secs(1);
-/// Between two questions, of which chance takes a part away; a control plane is upgraded every few months.
+/// Between two requests for the version, less jitter: a control plane is upgraded every few months.
 const INTERVAL: Duration = Duration::from_secs(3600);
 const JITTER: f64 = 0.2;
 /// After the first that had no answer; twice as long each time.

@@ -30,7 +30,7 @@ use crate::metrics::Metrics;
 use crate::sessions::links::Links;
 use room::{Place, Room};
 
-/// What the health port knows.
+/// The state that the health port reports.
 #[derive(Debug)]
 pub(crate) struct Admin {
     pub(crate) links: Links,
@@ -183,8 +183,8 @@ async fn connection(
 
 /// The mux declares a silent session dead after 12 s; this is the second opinion.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
-/// Connections whose request is not there yet, probes that are being answered, and scrapes that are: in all, and of one
-/// address. Beyond it the oldest gives way.
+/// Limits of connections without a complete request, of probes in progress, and of scrapes in progress: in total, and per
+/// address. Beyond a limit the oldest connection is closed.
 const SILENT_MAX: (usize, usize) = (32, 16);
 const PROBES_MAX: (usize, usize) = (32, 16);
 const SCRAPES_MAX: (usize, usize) = (8, 4);

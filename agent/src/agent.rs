@@ -72,10 +72,10 @@ pub struct Agent {
     _lock: Option<File>,
 }
 
-/// Reads every file that `config` names, as a start would.
+/// Reads every file that `config` names, as [`Agent::start`] does.
 ///
 /// # Errors
-/// What is wrong with them.
+/// A file cannot be used.
 pub async fn check(config: &AgentConfig) -> Result<(), StartError> {
     open(config, Metrics::new(), TaskTracker::new(), CancellationToken::new()).await.map(|_| ())
 }
@@ -100,10 +100,10 @@ async fn open(
 }
 
 impl Agent {
-    /// Starts an agent: reads its files, opens its health port, and begins to keep sessions up.
+    /// Starts an agent: reads its files, opens its health port, and starts to connect.
     ///
     /// # Errors
-    /// Only what has to do with this machine; a gateway or API server that cannot be reached is no reason not to start.
+    /// Only errors of this machine. An unreachable gateway or API server does not prevent the start.
     pub async fn start(config: AgentConfig) -> Result<Self, StartError> {
         let metrics = Metrics::new();
         let tracker = TaskTracker::new();
@@ -147,7 +147,7 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Begins to keep the identity; what the sessions hear about it goes where this says.
+    /// Starts the task that gets and renews the identity. Returns the channel for the sessions' notices about it.
     fn keep_identity(
         &self,
         config: &AgentConfig,

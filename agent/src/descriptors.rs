@@ -8,8 +8,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::AgentConfig;
 
-/// Raises the soft limit of this process to the hard one, and says so if the configuration needs more than that. The usual
-/// soft limit, 1,024, protects programs that call select(2) from themselves; this is none.
+/// Raises the soft limit of this process to the hard limit, and logs a warning if the configuration needs more than that. The
+/// usual soft limit of 1,024 protects programs that call select(2); this program does not call it.
 pub fn raise(config: &AgentConfig) {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum

@@ -51,7 +51,7 @@ enum DialCause {
     Quic(#[from] QuicError),
     #[error(transparent)]
     Alpn(#[from] WrongAlpn),
-    /// What went wrong, and its label.
+    /// The failure, and its label.
     #[error(
         "{0}. The server at this address does not speak the tunnel protocol. Check the address (gateway.addresses)"
     )]
@@ -66,15 +66,15 @@ enum DialCause {
     NotReady(Duration),
 }
 
-/// Who was met at an address where no session came about.
+/// Which server answered at an address where no session came up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Met {
-    /// Nobody, or nobody that says anything of identity.
+    /// No server, or one that reveals nothing about its identity.
     Nobody,
-    /// A gateway: it has agreed on the tunnel protocol. One of the two may not have recognised the other. A gateway that does not take the
-    /// certificate says so after the handshake, as TLS 1.3 has it.
+    /// A gateway: it agreed on the tunnel protocol. One of the two may have rejected the other's certificate. In TLS 1.3 a gateway
+    /// reports that after the handshake.
     Gateway,
-    /// Somebody who does not speak the tunnel protocol.
+    /// A server that does not speak the tunnel protocol.
     Stranger,
     /// One or the other: it was not recognised before it said what it speaks.
     Somebody,
@@ -112,8 +112,8 @@ impl DialError {
         }
     }
 
-    /// Whether the attempt came to nobody who could have refused it: the network is to blame, and a gateway in trouble
-    /// is spared nothing by waiting.
+    /// Whether the attempt reached no server that could have refused it. The network caused the failure then, and a longer back-off
+    /// would spare no server.
     pub(crate) fn reached_nobody(&self) -> bool {
         match &self.cause {
             DialCause::Connect(error) => error.reached_nobody(),
@@ -125,8 +125,8 @@ impl DialError {
         }
     }
 
-    /// Of two attempts at one address, over two transports, which failed with more to say: one that came to somebody who is no gateway
-    /// (then the address is wrong), or else to anybody at all.
+    /// Whether this failure is more informative than `other`, of two attempts at one address over two transports: first one that reached
+    /// a server that is not a gateway (the address is wrong), then one that reached any server.
     pub(crate) fn says_more_than(&self, other: &Self) -> bool {
         let rank = |error: &Self| match error.cause.met() {
             Met::Stranger => 2,
@@ -142,7 +142,7 @@ impl DialError {
     }
 }
 
-/// What attempts need.
+/// Everything that an attempt needs.
 #[derive(Debug)]
 pub(crate) struct Dialler {
     pub(crate) live: Arc<Live>,
@@ -185,8 +185,8 @@ impl Dialler {
         dialled
     }
 
-    /// Whether what answers at an address speaks the tunnel protocol, whoever it is. Where nothing can be found out, it counts as one
-    /// that does.
+    /// Whether the server at an address speaks the tunnel protocol, whatever its identity. If that cannot be determined, the answer
+    /// is yes.
     async fn is_gateway(&self, address: &Address) -> bool {
         let deadline = Instant::now() + self.dial_timeout;
         let host = self.server_name.as_ref().unwrap_or(&address.host);
@@ -194,7 +194,7 @@ impl Dialler {
         let Ok(stream) = reach(&self.live, address, deadline).await else { return true };
         match connect::handshake(stream, tls, name, &self.bundle, deadline).await {
             Ok(stream) => negotiated(stream.get_ref().1.alpn_protocol(), ALPN_TUNNEL).is_ok(),
-            // With a client that takes every certificate a gateway's handshake goes well.
+            // A gateway completes the handshake with a client that accepts every certificate.
             Err(ConnectError::Tls { fault, .. }) => fault == Fault::Cut,
             Err(_) => true,
         }
@@ -213,7 +213,7 @@ impl Dialler {
         }
     }
 
-    /// QUIC never goes through a proxy: one that carries UDP has yet to be met.
+    /// QUIC never uses the proxy: no known HTTP proxy carries UDP.
     async fn attempt_quic(&self, address: &Address) -> Result<Session, DialCause> {
         let host = self.server_name.as_ref().unwrap_or(&address.host);
         let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
@@ -268,7 +268,7 @@ impl Dialler {
     }
 }
 
-/// Why there is no connection to the gateway's address.
+/// Why the agent cannot connect to the gateway's address.
 #[derive(Debug)]
 pub(crate) enum ReachError {
     Connect(ConnectError),
@@ -287,7 +287,7 @@ pub(crate) async fn reach(live: &Live, address: &Address, deadline: Instant) -> 
     Ok(Leg::direct(Either::Left(stream)))
 }
 
-/// Where to and how, as errors call it: an address, and the proxy on the way to it.
+/// The destination as errors name it: an address, and the proxy on the path to it.
 pub(crate) fn hop(live: &Live, address: &Address) -> String {
     proxy(live, address).map_or_else(|| address.to_string(), |proxy| format!("{address} through {proxy}"))
 }
@@ -296,7 +296,7 @@ fn proxy<'a>(live: &'a Live, address: &Address) -> Option<&'a Proxy> {
     live.proxy.as_ref().filter(|proxy| proxy.applies_to(address))
 }
 
-/// A session that is given up unless it becomes ready; its driver ends with it.
+/// Closes the session on drop, unless it became ready. Its driver ends with it.
 struct CloseOnDrop<'a>(&'a Session);
 
 impl Drop for CloseOnDrop<'_> {

@@ -28,8 +28,8 @@ pub enum LogError {
     Twice(#[from] tracing_subscriber::util::TryInitError),
 }
 
-/// Whether each word alone is a level: the filter would take any other for the name of a module, all of whose lines are meant, and
-/// leave out the rest.
+/// Whether each plain word is a level. The filter would take any other word as the name of a module, log every line of that module,
+/// and drop all other lines.
 fn says_levels(text: &str) -> bool {
     let is_level = |word: &str| word.eq_ignore_ascii_case("off") || word.parse::<tracing::Level>().is_ok();
     text.split(',').all(|word| word.contains(['=', '[']) || is_level(word))
@@ -44,7 +44,7 @@ fn items(text: &str) -> String {
 /// Sets up logging for the process.
 ///
 /// # Errors
-/// When `level` is no level and no filter such as `info,towline_agent=debug`.
+/// `level` is neither a level nor a filter such as `info,towline_agent=debug`.
 pub fn init(format: LogFormat, level: &str) -> Result<(), LogError> {
     use tracing_subscriber::util::SubscriberInitExt as _;
     let terminal = io::stderr().is_terminal();
@@ -77,7 +77,7 @@ pub fn init(format: LogFormat, level: &str) -> Result<(), LogError> {
 mod tests {
     use super::*;
 
-    /// Goal: D37: what is no level is refused, and the flag is named.
+    /// Goal: D37: an invalid level is refused, and the error names the flag.
     #[test]
     fn d37_nonsense_is_no_level() {
         for level in ["nonsense", "info,nonsense", "=", "info;debug"] {

@@ -116,7 +116,7 @@ async fn print(config: &AgentConfig) -> anyhow::Result<ExitCode> {
 
 /// Reports an error of the command line, the configuration or a file.
 fn complain(error: &dyn std::fmt::Display) -> ExitCode {
-    // Nobody is left to tell if standard error is closed.
+    // If standard error is closed, the error cannot be reported anywhere.
     drop(writeln!(io::stderr(), "towline-agent: {error}"));
     ExitCode::from(2)
 }

@@ -36,7 +36,7 @@ pub(crate) struct Metrics {
     pub(crate) exchanges: IntCounterVec,
     /// From the arrival of a request's head to the head of its answer.
     pub(crate) answer_seconds: Histogram,
-    /// What a limit refused.
+    /// Streams refused because of a limit.
     pub(crate) refused: IntCounterVec,
     /// Connections to upstreams, by state.
     connections: IntGaugeVec,
@@ -186,7 +186,7 @@ impl Metrics {
         self.dials.with_label_values(&[outcome, transport.label()]).inc();
     }
 
-    /// What the kernel grants the QUIC socket.
+    /// Buffer sizes that the kernel grants the QUIC socket.
     pub(crate) fn udp_buffers(&self, receive_bytes: usize, send_bytes: usize) {
         for (direction, bytes) in [("receive", receive_bytes), ("send", send_bytes)] {
             let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
@@ -194,7 +194,7 @@ impl Metrics {
         }
     }
 
-    /// Every series that says how the agent is connected exists from the start.
+    /// Creates every series about the agent's connection, so that it exists from the start.
     fn preset(&self) {
         for transport in [Transport::Tcp, Transport::Quic] {
             drop(self.sessions(transport));

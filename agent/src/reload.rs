@@ -59,9 +59,9 @@ pub(crate) struct Live {
     identity: watch::Sender<u64>,
     /// Whether there is an identity.
     known: watch::Sender<bool>,
-    /// An attempt failed in a way that may mean that gateway and agent do not recognise each other.
+    /// Notified when an attempt failed in a way that may mean that gateway and agent do not recognise each other.
     pub(crate) rejected: Notify,
-    /// Asks for a look at the files now.
+    /// Requests a check of the files now.
     pub(crate) reload: Notify,
 }
 
@@ -77,13 +77,13 @@ impl Live {
         self.tunnel.load_full()
     }
 
-    /// Shows another certificate from now on, or believes another CA. Sessions that stand go on.
+    /// Presents another certificate from now on, or trusts another CA. Existing sessions continue.
     pub(crate) fn put_identity(&self, tls: Arc<ClientConfig>) {
         self.tunnel.store(Some(tls));
         self.known.send_replace(true);
     }
 
-    /// The agent has become another one: whoever waits before the next attempt need not.
+    /// The agent has a new identity: slots that wait before the next attempt retry at once.
     pub(crate) fn announce_identity(&self) {
         self.identity.send_modify(|number| *number += 1);
     }
@@ -116,7 +116,7 @@ impl Live {
         })
     }
 
-    /// Closes idle connections whose time is over.
+    /// Closes idle connections that have expired.
     pub(crate) fn reap(&self) {
         self.api_server.load().reap();
         self.targets.load().all().for_each(|target| target.reap());
@@ -134,7 +134,7 @@ pub(crate) struct Files {
     proxy: Option<AccessFiles>,
 }
 
-/// Reads all files for the first time; blocks for as long as that takes.
+/// Reads all files for the first time. Blocks on file I/O.
 pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live, Files), LiveError> {
     let token = match &config.mode {
         AgentMode::Restricted => None,
@@ -184,13 +184,13 @@ fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, LiveErro
     })
 }
 
-/// What the agent has kept; and whether it could come back if it kept nothing.
+/// The stored identity. Without one, checks that a restart could get the identity again.
 fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
     let found = Place::of(join).open()?;
     let cluster = join.service_account.as_ref().map(|account| account.cluster.as_str());
     let token = join.token_file.as_deref().map(|path| enrol::read_token(path, cluster)).transpose();
     if found.held.is_some() || join.service_account.is_some() {
-        // The token has done its work, or another way may do it; what is wrong with it is told when it is needed.
+        // The token was used, or another proof may work. An error in it is reported when the token is needed.
         return Ok(found);
     }
     match token? {
@@ -200,7 +200,7 @@ fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
     }
 }
 
-/// Looks at the files again and again. Runs until it is dropped.
+/// Polls the files. Runs until it is dropped.
 pub(crate) async fn watch(live: Arc<Live>, mut files: Files, metrics: Metrics, tracker: TaskTracker) {
     loop {
         drop(tokio::time::timeout(POLL_INTERVAL, live.reload.notified()).await);
@@ -209,7 +209,7 @@ pub(crate) async fn watch(live: Arc<Live>, mut files: Files, metrics: Metrics, t
             files.poll(&live, &metrics);
             files
         });
-        // Only a panic in it can end it early; then nothing is reloaded any more, and the rest goes on.
+        // Only a panic ends the task early. Reloading stops then; everything else continues.
         let Ok(again) = polled.await else {
             tracing::error!(
                 "the file watcher stopped unexpectedly: changed files are no longer reloaded. Restart the agent"
@@ -300,13 +300,13 @@ impl Files {
     }
 }
 
-/// The configuration file, looked at for its targets only.
+/// Watches the configuration file for changed targets only.
 struct TargetsFile {
     path: PathBuf,
     resources: Resources,
-    /// What the file and the CA files it names held at the last look.
+    /// The content of the file and of its CA files at the last check.
     seen: Option<Vec<u8>>,
-    /// Everything but the targets, as it was at the start.
+    /// The configuration without the targets, as at the start.
     rest: serde_json::Value,
 }
 
@@ -317,7 +317,7 @@ impl TargetsFile {
         file
     }
 
-    /// New targets, or what is wrong with them; `None` if nothing changed since the last look.
+    /// New targets, or the error in them; `None` if nothing changed since the last check.
     fn poll(&mut self) -> Option<Result<Targets, LiveError>> {
         let (seen, config) = match self.look() {
             Ok(found) => found,

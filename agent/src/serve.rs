@@ -26,7 +26,7 @@ use crate::metrics::{Counted, Metrics};
 use crate::reload::Live;
 use crate::serve::exchange::{Ended, Failed};
 
-/// What every stream needs.
+/// Everything that a stream's task needs.
 #[derive(Debug)]
 pub(crate) struct Service {
     pub(crate) live: Arc<Live>,
@@ -42,7 +42,7 @@ pub(crate) struct Service {
     pub(crate) stop: CancellationToken,
 }
 
-/// Accepts the streams of `session` until it ends. Only accepts: whatever may wait does so in a task of its own.
+/// Accepts the streams of `session` until it ends. It only accepts; everything that may wait runs in a task of its own.
 pub(crate) async fn serve(service: Arc<Service>, session: Session) -> CloseReason {
     loop {
         let (mut send, mut recv) = match session.accept().await {

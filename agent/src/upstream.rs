@@ -41,7 +41,7 @@ pub enum UpstreamError {
     Name { hop: String, host: String },
 }
 
-/// What all upstreams share.
+/// Resources that all upstreams share.
 #[derive(Clone, Debug)]
 pub(crate) struct Resources {
     pub(crate) metrics: Metrics,
@@ -72,7 +72,7 @@ pub(crate) struct Upstream {
 struct Tls {
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
-    /// What errors call the CA bundle.
+    /// The name of the CA bundle in errors.
     bundle: String,
 }
 
@@ -83,17 +83,17 @@ impl fmt::Debug for Tls {
 }
 
 impl Upstream {
-    /// The API server. Blocks for as long as its CA file takes to read.
+    /// Creates the upstream for the API server. Blocks while it reads the CA file.
     pub(crate) fn api_server(config: &AgentConfig, resources: &Resources) -> Result<Self, UpstreamError> {
         let ApiServerConfig { url, ca, server_name } = &config.api_server;
         let hop = format!("agent -> API server {url}");
         let tls =
             url.tls.then(|| Tls::new(&hop, ca.as_deref(), server_name.as_ref().unwrap_or(&url.address.host)));
-        // Whatever the owner names as the API server is meant: a control plane may well be on this machine.
+        // The owner may name any address as the API server: a control plane can be on this machine.
         Ok(Self::new(hop, url.address.clone(), Reach::Anywhere, tls.transpose()?, resources))
     }
 
-    /// A target. Blocks for as long as its CA file takes to read.
+    /// Creates the upstream for a target. Blocks while it reads the CA file.
     pub(crate) fn target(target: &TargetConfig, resources: &Resources) -> Result<Self, UpstreamError> {
         let hop = format!("agent -> target {} ({})", target.name, target.address);
         let tls = target.tls.as_ref().map(|tls| {
@@ -123,7 +123,7 @@ impl Upstream {
         result
     }
 
-    /// As [`Self::connect`] for what the agent asks on its own account, which counts as nobody's exchange.
+    /// As [`Self::connect`], for the agent's own requests, which are not counted as exchanges.
     pub(crate) async fn connect_aside(&self, within: Duration) -> Result<Io, ConnectError> {
         self.connect_by(Instant::now() + within).await
     }

@@ -18,7 +18,7 @@ use towline_certs::explain::{Fault, explain_naming, fault, tls_error};
 use crate::config::address::{Address, Host, Reach, special};
 use crate::descriptors::is_exhausted;
 
-/// Why there is no connection. The text says the cause and the remedy; the hop is for the caller to name.
+/// Why a connection failed. The text has the cause and the remedy; the caller adds the hop.
 #[derive(Debug, Error)]
 pub(crate) enum ConnectError {
     #[error("the name {name} does not resolve ({cause}). Check the name, and the DNS of this pod or machine")]
@@ -33,7 +33,7 @@ pub(crate) enum ConnectError {
         "this process or machine has no file descriptor left ({0}). Raise LimitNOFILE in its systemd unit, or ulimit -n, or lower limits.upstreamConnections in the agent's configuration"
     )]
     Descriptors(io::Error),
-    /// `at` is one of the addresses of a name; an address that was given stands in the hop already.
+    /// `at` is one of the addresses of a name. It is `None` for a literal address, which the hop already contains.
     #[error("{}{}", at.map(|at| format!("{at}: ")).unwrap_or_default(), describe(cause))]
     Connect { at: Option<SocketAddr>, cause: io::Error },
     #[error("no answer in time while {0}. A firewall that drops packets looks like this")]
@@ -42,7 +42,7 @@ pub(crate) enum ConnectError {
     Tls { fault: Fault, text: String },
 }
 
-/// How far an attempt had come.
+/// The stage in which an attempt failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stage {
     Resolving,
@@ -163,7 +163,7 @@ pub(crate) async fn handshake<IO: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// An I/O error for people.
+/// Describes an I/O error, with a remedy if there is one.
 pub(crate) fn describe(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => {
@@ -194,7 +194,7 @@ mod tests {
         connect(&address.parse().unwrap(), reach, Instant::now() + Duration::from_secs(30)).await
     }
 
-    /// Who answers, even with a refusal, is spared; a network that answers nothing is not.
+    /// A server that answers, even with a refusal, gets the full back-off; a silent network does not.
     #[test]
     fn only_silence_and_missing_routes_reached_nobody() {
         let connect = |kind: io::ErrorKind| ConnectError::Connect { at: None, cause: kind.into() };
@@ -230,10 +230,10 @@ mod tests {
         attempt(&format!("127.0.0.1:{port}"), Reach::Anywhere).await.unwrap();
     }
 
-    /// K7: of a name, which of its addresses that was; an address that was given stands in the hop.
+    /// K7: an error names which address of a name failed; a literal address is already in the hop.
     #[tokio::test]
     async fn k7_a_refusal_names_the_address_once() {
-        // Bound, so that the port is nobody else's, and not listening.
+        // Bound but not listening, so that no other program gets the port.
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let at = socket.local_addr().unwrap();

@@ -39,7 +39,7 @@ pub(crate) struct Proxy {
     access: ArcSwap<Access>,
 }
 
-/// What is read from the files of a proxy.
+/// The content of the proxy's files.
 pub(crate) struct Access {
     authorization: Option<Zeroizing<String>>,
     tls: Option<Arc<ClientConfig>>,
@@ -62,7 +62,7 @@ impl fmt::Debug for Proxy {
 }
 
 impl Proxy {
-    /// Reads the files for the first time; blocks for as long as that takes.
+    /// Reads the files for the first time. Blocks on file I/O.
     pub(crate) fn open(config: &ProxyConfig) -> Result<(Self, Option<AccessFiles>), LiveError> {
         let paths: Vec<_> = config.password_file.iter().chain(&config.ca).cloned().collect();
         if paths.is_empty() {
@@ -160,7 +160,7 @@ fn password(path: &std::path::Path, bytes: &[u8]) -> Result<Zeroizing<String>, L
     Ok(Zeroizing::new(text.to_owned()))
 }
 
-/// Why the proxy gave no connection. The text is about "it": the proxy is for the caller to name.
+/// Why the proxy gave no connection. The text calls the proxy "it"; the caller names the proxy.
 #[derive(Debug, Error)]
 pub(crate) enum ProxyError {
     #[error(transparent)]
@@ -178,7 +178,7 @@ pub(crate) enum ProxyError {
 }
 
 impl ProxyError {
-    /// Whether the proxy was not reached, or does not reach the gateway.
+    /// Whether the proxy was not reached, or cannot reach the gateway.
     pub(crate) fn reached_nobody(&self) -> bool {
         match self {
             Self::Connect(error) => error.reached_nobody(),
@@ -208,8 +208,8 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(30);
 
-    /// The whole head of a request. A socket that is closed with a part of it unread ends in a reset, which takes along what the
-    /// client has not read yet.
+    /// Reads the whole head of a request. Closing a socket with unread data sends a reset, which discards data that the client has
+    /// not read yet.
     async fn head(socket: &mut TcpStream) -> String {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -218,7 +218,7 @@ mod tests {
         String::from_utf8(head).unwrap()
     }
 
-    /// Goal: every way in which a proxy says no has a text that names the proxy and a remedy, and never the password.
+    /// Goal: every refusal of a proxy has a text that names the proxy and a remedy, and never contains the password.
     #[tokio::test]
     async fn refusals_are_told_apart() {
         let endless = format!("HTTP/1.1 200 OK\r\nX: {}", "x".repeat(16 << 10));

@@ -61,7 +61,8 @@ impl QuicError {
     }
 }
 
-/// The cause for people. Of a certificate's time QUIC tells seconds since 1970, and nothing but the text and the alert (RFC 8446, 6.2).
+/// The cause as readable text. For a certificate outside its validity QUIC reports seconds since 1970, and only as text with an alert
+/// (RFC 8446, 6.2).
 fn told(cause: &ConnectionError) -> String {
     match cause {
         ConnectionError::TransportError(error) if error.code == TransportErrorCode::crypto(CERTIFICATE_EXPIRED) => {
@@ -159,7 +160,7 @@ impl Quic {
     fn open(&self) -> io::Result<Endpoint> {
         let (receive, send) = (self.config.receive_buffer, self.config.send_buffer);
         let open = |address| socket::udp(SocketAddr::new(address, 0), receive, send);
-        // Where there is no IPv6, there is IPv4.
+        // Fall back to IPv4 on a machine without IPv6.
         let udp = open(Ipv6Addr::UNSPECIFIED.into()).or_else(|_| open(Ipv4Addr::UNSPECIFIED.into()))?;
         self.metrics.udp_buffers(udp.receive_buffer, udp.send_buffer);
         if udp.receive_buffer < receive || udp.send_buffer < send {
@@ -180,7 +181,7 @@ impl Quic {
 mod tests {
     use super::*;
 
-    /// Goal: D33: a clock that is off is told in words, not in seconds since 1970.
+    /// Goal: D33: an error about a wrong clock is in words, not in seconds since 1970.
     #[test]
     fn d33_a_clock_that_is_off_is_told_in_words() {
         let mut cause =

@@ -36,7 +36,7 @@ use crate::identity::issuer;
 use crate::reload::Live;
 use crate::upstream::server_name;
 
-/// Why there is no identity.
+/// Why the agent has no identity.
 #[derive(Debug, Error)]
 pub enum EnrolError {
     #[error("the join token in {path} {cause}")]
@@ -150,7 +150,7 @@ impl EnrolError {
         }
     }
 
-    /// What the gateway asked for.
+    /// The wait that the gateway requested.
     pub(crate) const fn retry_after(&self) -> Duration {
         match self {
             Self::Attempt { cause: AttemptError::Refused { retry_after, .. }, .. } => *retry_after,
@@ -164,7 +164,7 @@ impl EnrolError {
 pub(crate) struct Held {
     pub(crate) credential: Credential,
     pub(crate) roots: Vec<CertificateDer<'static>>,
-    /// Which of them nothing has signed that was believed, and since when: they vouch for no others for a while.
+    /// The roots that no trusted root had signed, each with the time of its announcement. For a while they cannot vouch for others.
     pub(crate) unsigned: Vec<(SpkiPin, SystemTime)>,
     pub(crate) facts: CertificateFacts,
     pub(crate) identity: AgentIdentity,
@@ -195,7 +195,7 @@ impl Held {
         Ok(held)
     }
 
-    /// What was kept, and checked when it came. The roots may have changed since, and its own among them be gone.
+    /// A stored identity. It was checked when it arrived; its roots may have changed since, and no longer include the root that issued it.
     pub(crate) fn kept(
         credential: Credential,
         roots: Vec<CertificateDer<'static>>,
@@ -210,15 +210,15 @@ impl Held {
         Ok(Self { credential, roots, unsigned, facts, identity, tls })
     }
 
-    /// The same identity that believes other roots. `pins` are the owner's.
+    /// The same identity with other trusted roots. `pins` are the owner's.
     pub(crate) fn with_roots(&self, trust: &Trust, pins: &[SpkiPin]) -> Result<Self, AnswerError> {
         let (roots, unsigned) = accept(trust, Some(self), pins, pins, SystemTime::now())?;
         let tls = tls::agent_client(&roots, &self.credential)?;
         Ok(Self { roots, unsigned, tls, ..self.clone() })
     }
 
-    /// The roots that may vouch for others. One that was only announced may not yet: else a gateway that was somebody else's for
-    /// a moment could announce its own beside the old one, and then its own alone.
+    /// The roots that may vouch for others. A root that was only announced may not do so yet: otherwise an attacker who controls
+    /// the gateway for a moment could announce their own root next to the old one, and later their own root alone.
     fn anchors(&self, now: SystemTime) -> Vec<CertificateDer<'static>> {
         let is_young = |root: &CertificateDer<'_>| {
             let pin = SpkiPin::of(root).ok();
@@ -235,11 +235,11 @@ impl Held {
     }
 }
 
-/// Roots that are believed now, and which of them may vouch for no others yet, since when.
+/// The trusted roots; and those of them that may not vouch for others yet, with the time of their announcement.
 type Accepted = (Vec<CertificateDer<'static>>, Vec<(SpkiPin, SystemTime)>);
 
-/// The roots of a set that leads back to what is believed: to roots that were kept, or to `pins`. Where the owner lists pins, to
-/// one of those in any case.
+/// Accepts a set of roots that leads back to stored roots or to `pins`. If the owner lists pins, the set must lead back to one of
+/// them.
 fn accept(
     trust: &Trust,
     old: Option<&Held>,
@@ -266,15 +266,15 @@ fn accept(
     Ok((roots, unsigned))
 }
 
-/// How long a root that was announced and not signed vouches for no others: longer than somebody else's gateway goes unnoticed,
-/// and as long as a step of a change of CA takes.
+/// How long an announced but unsigned root cannot vouch for others: one day. That is longer than a hijacked gateway stays unnoticed,
+/// and as long as one step of a change of CA takes.
 const UNSIGNED_FOR: Duration = Duration::from_secs(86_400);
 
 fn certificates(der: &[Bytes]) -> Vec<CertificateDer<'static>> {
     der.iter().map(|der| CertificateDer::from(der.to_vec())).collect()
 }
 
-/// What attempts to join need.
+/// Everything that an attempt to join needs.
 #[derive(Debug)]
 pub(crate) struct Enroller {
     pub(crate) config: JoinConfig,
@@ -293,8 +293,8 @@ struct Try<'a> {
     key: &'a AgentKey,
 }
 
-/// Tells of a proof that did not count, where another is tried next. The first time an agent comes its ServiceAccount is not known
-/// yet, and nothing is wrong with that.
+/// Logs that the gateway rejected a proof and another proof is tried next. On an agent's first join the gateway does not know its
+/// ServiceAccount yet, which is not an error.
 fn tell(error: &EnrolError, with: &str, is_new: bool) {
     let is_unknown = matches!(
         error,
@@ -308,8 +308,8 @@ fn tell(error: &EnrolError, with: &str, is_new: bool) {
 }
 
 impl Enroller {
-    /// Tries every proof once. `fresh` is the key for an identity that begins anew. Tells whether the gateway knows the key that
-    /// signed the ServiceAccount token: it listens to what is said about the issuer only where a join token vouches for it.
+    /// Tries every proof once. `fresh` is the key for a new identity. The returned flag says whether the gateway now knows the key that
+    /// signed the ServiceAccount token: it accepts an issuer only together with a join token.
     pub(crate) async fn join(
         &self,
         live: &Live,
@@ -387,7 +387,7 @@ impl Enroller {
                     return Ok((held, told));
                 }
                 Err(error) => {
-                    // The last one is told by the caller.
+                    // The caller logs the last failure.
                     if number < last {
                         tell(&error, what, old.is_none());
                     }
@@ -409,7 +409,7 @@ impl Enroller {
         Err(failure)
     }
 
-    /// By what the gateway may be recognised: the pins that were given, and the roots that were kept.
+    /// The pins by which the agent recognises the gateway: those configured, those of the join token, and those of the stored roots.
     fn pins(&self, token: Option<&JoinToken>, old: Option<&Held>) -> Vec<SpkiPin> {
         let mut pins = self.config.pins.clone();
         pins.extend(token.into_iter().flat_map(|token| &token.pins));
@@ -506,8 +506,8 @@ impl From<ReachError> for AttemptError {
     }
 }
 
-/// A token that somebody else takes as well is no proof for a gateway, which could use it there: it is not sent. `domain` is
-/// whose gateways it should be for, where that is known.
+/// Refuses to send a ServiceAccount token with a foreign audience, because a gateway could use such a token elsewhere. `domain` is
+/// the gateways' trust domain, if known.
 fn check_audience(path: &Path, token: &str, domain: Option<&TrustDomain>) -> Result<(), EnrolError> {
     let audiences = issuer::audiences_of(token);
     let is_ours = |audience: &String| match domain {
@@ -522,7 +522,7 @@ fn check_audience(path: &Path, token: &str, domain: Option<&TrustDomain>) -> Res
     Err(EnrolError::Audience { path: path.to_owned(), found, wanted })
 }
 
-/// Reads a join token, which is for this cluster where it is known which one that is.
+/// Reads a join token, and checks that it is for `cluster` if that is known.
 pub(crate) fn read_token(path: &Path, cluster: Option<&str>) -> Result<JoinToken, EnrolError> {
     let path = path.to_owned();
     match read_line(&path)?.parse::<JoinToken>() {
@@ -536,7 +536,7 @@ pub(crate) fn read_token(path: &Path, cluster: Option<&str>) -> Result<JoinToken
     }
 }
 
-/// Reads a file that holds one word.
+/// Reads a file with one word.
 pub(crate) fn read_line(path: &Path) -> Result<String, LoadError> {
     let file = FileBytes::read(path)?;
     Ok(String::from_utf8_lossy(file.bytes()).trim().to_owned())

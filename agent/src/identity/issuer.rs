@@ -21,7 +21,7 @@ use crate::upstream::token::TokenFile;
 #[derive(Debug)]
 pub(crate) struct IssuerSource(pub(crate) Option<ServiceAccountConfig>);
 
-/// An issuer as it is now.
+/// The current issuer.
 #[derive(Debug)]
 pub(crate) struct Current {
     pub(crate) issuer: Issuer,
@@ -43,7 +43,7 @@ impl IssuerSource {
         read.await.ok()?
     }
 
-    /// The issuer as it is now; `None` if the agent joins by other means, or cannot tell.
+    /// The current issuer; `None` if the agent joins by other means, or cannot read it.
     pub(crate) async fn read(&self, live: &Live) -> Option<Current> {
         let config = self.0.as_ref()?;
         let (token, file) = (config.token_file.clone(), config.jwks_file.clone());
@@ -88,7 +88,7 @@ fn holds(jwks: &[u8], key: &str) -> bool {
     key.is_empty() || set["keys"].as_array().is_some_and(|keys| keys.iter().any(|known| known["kid"] == key))
 }
 
-/// The `iss` and `sub` of a token. What the kubelet put there is believed; the gateway checks.
+/// The `iss` and `sub` of a token. The agent trusts what the kubelet wrote; the gateway verifies it.
 fn claims_of(token: &str) -> Option<(String, String)> {
     let payload = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
     let claims: serde_json::Value = serde_json::from_slice(&payload).ok()?;

@@ -47,7 +47,7 @@ pub(crate) enum Place {
     Directory(PathBuf),
 }
 
-/// What was found there.
+/// The stored identity and key.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     pub(crate) held: Option<Held>,
@@ -55,7 +55,7 @@ pub(crate) struct Found {
     pub(crate) key: Option<AgentKey>,
 }
 
-/// Another agent keeps its identity where this one would.
+/// Another agent already uses this agent's directory.
 #[derive(Debug, Error)]
 #[error(
     "identity.directory: {} is in use by another agent{}. Stop that agent, or set another directory here",
@@ -64,7 +64,7 @@ pub(crate) struct Found {
 )]
 pub struct InUse {
     pub directory: PathBuf,
-    /// As it says itself, if it can be read.
+    /// The process id in the lock file, if it can be read.
     pub process: Option<u32>,
 }
 
@@ -73,11 +73,11 @@ impl Place {
         config.directory.clone().map_or(Self::Memory, Self::Directory)
     }
 
-    /// Keeps other agents out for as long as the file is open: two would take turns for ever, each replacing the other's session.
-    /// Where the file system has no locks nobody is kept out. Blocks.
+    /// Locks the directory as long as the file is open. Two agents with one identity would replace each other's session endlessly.
+    /// On a file system without locks this has no effect. Blocks.
     ///
     /// # Errors
-    /// Another agent is in.
+    /// Another agent holds the lock.
     pub(crate) fn lock(&self) -> Result<Option<File>, InUse> {
         let Self::Directory(directory) = self else { return Ok(None) };
         let path = directory.join(LOCK);
@@ -88,7 +88,7 @@ impl Place {
         });
         let mut file = match opened {
             Ok(file) => file,
-            // It is told when something is to be kept there.
+            // The error is reported when the agent stores something there.
             Err(error) => {
                 tracing::debug!(path = %path.display(), error, "no lock");
                 return Ok(None);
@@ -164,7 +164,7 @@ fn read_identity(path: &Path) -> Result<Held, LoadError> {
     let pair = part(&bytes[..at]);
     let loaded = parse_credential(&pair, &pair, LoadPolicy::LENIENT, SystemTime::now());
     let loaded = loaded.map_err(|error| match error.cause {
-        // R-ID-12. Nobody issues this file: there is nothing else to take it from.
+        // R-ID-12. The agent wrote this file itself, so there is no other source for it.
         LoadCause::OtherKey { .. } => {
             broken("its key and its certificate do not belong together; remove the file to join again")
         }
@@ -188,14 +188,14 @@ fn read_key(path: &Path) -> Result<AgentKey, LoadError> {
     AgentKey::from_private_key(&key).map_err(unsupported)
 }
 
-/// What a session said, for the keeper; the answer goes back the same way.
+/// A notice from a session to the keeper. The answer returns on the same channel.
 #[derive(Debug)]
 pub(crate) enum Said {
     Renewed(Session, Renewed),
     Trust(Trust, oneshot::Sender<Result<(), String>>),
 }
 
-/// Hears what the gateway says about identity in one session, until that ends.
+/// Receives the gateway's notices about identity in one session, until the session ends.
 pub(crate) async fn listen(session: Session, keeper: mpsc::Sender<Said>) {
     while let Ok(notice) = session.hear().await {
         match notice {
@@ -224,7 +224,7 @@ pub(crate) async fn listen(session: Session, keeper: mpsc::Sender<Said>) {
     }
 }
 
-/// Answers announcements for an identity that is made elsewhere.
+/// Answers announcements of roots for an identity from files.
 pub(crate) async fn watch_files(ca: PathBuf, mut said: mpsc::Receiver<Said>, metrics: Metrics) {
     while let Some(said) = said.recv().await {
         let Said::Trust(trust, reply) = said else { continue };
@@ -250,7 +250,7 @@ pub(crate) async fn watch_files(ca: PathBuf, mut said: mpsc::Receiver<Said>, met
     }
 }
 
-/// Gets the identity and keeps it.
+/// Gets the identity, stores it and renews it.
 pub(crate) struct Keeper {
     pub(crate) place: Place,
     pub(crate) enroller: Enroller,
@@ -264,16 +264,16 @@ pub(crate) struct Keeper {
     pub(crate) told: Told,
 }
 
-/// What the gateway knows of the keys that sign the cluster's ServiceAccount tokens.
+/// What the gateway knows about the keys that sign the cluster's ServiceAccount tokens.
 #[derive(Debug, Default)]
 pub(crate) struct Told {
-    /// The one that signed the agent's token when the gateway was told.
+    /// The key that had signed the agent's token at the last report.
     known: Option<String>,
     /// The same in a renewal that has no answer yet.
     asked: Option<String>,
     /// The last token that a key has signed which the gateway knows: it vouches for the next keys.
     token: String,
-    /// Attempts in a row that told nothing; and whether that has been said.
+    /// Consecutive attempts that reported nothing, and whether this was logged.
     failures: u32,
     warned: bool,
 }
@@ -348,7 +348,7 @@ impl Keeper {
                     schedule.renew_at = (Instant::now() + wait).min(schedule.ends_at);
                 }
                 () = self.live.rejected.notified() => {
-                    // What was kept may have been replaced while this agent was away: that is no reason to wait.
+                    // The gateway's record may have changed while this agent was away, so the agent joins without waiting.
                     let lately = joined.is_some_and(|at| at.elapsed() < REJOIN_PAUSE);
                     if lately || !self.links.sessions().is_empty() {
                         continue;
@@ -364,7 +364,7 @@ impl Keeper {
         }
     }
 
-    /// Joins until there is an identity.
+    /// Joins repeatedly until there is an identity.
     async fn join(&mut self, old: Option<Held>) -> Held {
         loop {
             if let Some(held) = self.join_once(old.as_ref()).await {
@@ -375,7 +375,7 @@ impl Keeper {
         }
     }
 
-    /// One attempt; what it got is in force.
+    /// One attempt to join. Its result takes effect at once.
     async fn join_once(&mut self, old: Option<&Held>) -> Option<Held> {
         let joined = self.try_join(old).await;
         let outcome = joined.as_ref().map_or_else(EnrolError::label, |_| "ok");
@@ -418,14 +418,14 @@ impl Keeper {
         let joined = self.enroller.join(&self.live, old, &key, issuer).await;
         self.found.key = Some(key);
         let (held, told) = joined?;
-        // Not what the issuer says now but what the gateway was told: the token may have been replaced in between.
+        // Record what was reported to the gateway, not what the issuer says now: the token may have been replaced in between.
         let (signed_by, token) = with.filter(|_| told).unwrap_or_default();
         self.told = Told { asked: signed_by, token, ..Told::default() };
         self.told.take();
         Ok(held)
     }
 
-    /// Whether the agent's token is signed by a key that the gateway was not told of.
+    /// Whether the agent's token is signed by a key that was not reported to the gateway.
     async fn is_news(&mut self) -> bool {
         let Some((token, key)) = self.issuer.token().await else { return false };
         if self.told.known.as_ref() == Some(&key) {
@@ -439,7 +439,7 @@ impl Keeper {
         true
     }
 
-    /// Asks for a new certificate in order to tell of the issuer, if there is something to tell.
+    /// Requests a new certificate to report the issuer, if there is something to report.
     async fn tell(&mut self) -> Option<(Session, AgentKey)> {
         self.told.failures = self.told.failures.saturating_add(1);
         let current = self.issuer.read(&self.live).await.filter(|current| current.signed_by.is_some());
@@ -455,7 +455,7 @@ impl Keeper {
         self.ask_with(current).await
     }
 
-    /// Asks for a new certificate over any session that can.
+    /// Requests a new certificate over any session that can carry the request.
     async fn ask(&mut self) -> Option<(Session, AgentKey)> {
         let current = self.issuer.read(&self.live).await;
         self.ask_with(current).await
@@ -478,7 +478,7 @@ impl Keeper {
         asked.map(|session| (session, key))
     }
 
-    /// Takes the answer to a renewal; the error is the time that the gateway asked for.
+    /// Handles the answer to a renewal. The error is the wait that the gateway requested.
     async fn renewed(&mut self, held: &Held, renewed: Renewed, key: &AgentKey) -> Result<Held, Duration> {
         let renewals = self.metrics.renewals.clone();
         let count = |outcome: &str| renewals.with_label_values(&[outcome]).inc();
@@ -520,7 +520,7 @@ impl Keeper {
         }
     }
 
-    /// Believes other roots from now on.
+    /// Trusts other roots from now on.
     async fn trust(&mut self, held: &mut Held, trust: &Trust) -> Result<(), String> {
         let result = self.try_trust(held, trust).await;
         let label = if result.is_ok() { "kept" } else { "failed" };
@@ -550,7 +550,7 @@ impl Keeper {
         }
         let pins = &self.enroller.config.pins;
         let new = held.with_roots(trust, pins).map_err(|error| error.to_string())?;
-        // Written before it is acknowledged: the operator goes on to the next phase by that.
+        // Store the roots before acknowledging them: the operator starts the next step of a change of CA by the acknowledgement.
         self.keep(&new).await.map_err(|error| error.to_string())?;
         self.publish(&new);
         *held = new;
@@ -560,7 +560,7 @@ impl Keeper {
     async fn keep(&mut self, held: &Held) -> Result<(), SaveError> {
         let (place, held) = (self.place.clone(), held.clone());
         let saved = tokio::task::spawn_blocking(move || place.save(&held)).await;
-        // Only a panic, which has been reported, takes the result.
+        // Only a panic loses the result, and it has been reported.
         saved.unwrap_or(Ok(()))
     }
 
@@ -570,7 +570,7 @@ impl Keeper {
         self.metrics.certificate_ends.set(i64::try_from(ends.as_secs()).unwrap_or(i64::MAX));
     }
 
-    /// What is held lives for so long from now, by a clock that nobody sets.
+    /// The schedule for an identity that is valid for `left` from now, by a monotonic clock.
     fn schedule(&mut self, held: &Held, left: Duration) -> Schedule {
         let now = Instant::now();
         let life = life(held);
@@ -582,7 +582,7 @@ impl Keeper {
 }
 
 impl Told {
-    /// What was told has been heard.
+    /// The gateway has received the last report.
     fn take(&mut self) {
         if let Some(known) = self.asked.take() {
             let token = std::mem::take(&mut self.token);
@@ -590,7 +590,7 @@ impl Told {
         }
     }
 
-    /// Before the next look.
+    /// The wait before the next check.
     fn pause(&self) -> Duration {
         (TELL_LOOK * 2_u32.saturating_pow(self.failures.min(8))).min(TELL_LOOK_MAX)
     }
@@ -609,32 +609,32 @@ fn life(held: &Held) -> Duration {
     held.facts.not_after.duration_since(held.facts.issued_at()).unwrap_or_default()
 }
 
-/// Held for as long as an agent runs.
+/// The lock file; an agent holds the lock while it runs.
 const LOCK: &str = "lock";
-/// Key, chain and CA in one file; and the key of a join under way.
+/// Key, chain and CA in one file; and the key of a join in progress.
 const IDENTITY: &str = "identity.pem";
 const JOIN_KEY: &str = "join.key";
-/// Between the chain and the CA in it.
+/// Separates the chain from the CA in the file.
 const ROOTS: &str = "# The tunnel CA:\n";
-/// Before the pin of a root in it that was announced only, and the time of that in UNIX seconds.
+/// Precedes the pin of a root that was announced only, and the time of the announcement in UNIX seconds.
 const UNSIGNED: &str = "# announced, not signed: ";
-/// Part of the time until the renewal that chance takes away.
+/// Jitter of the renewal, as a fraction of the time until it.
 const RENEW_JITTER: f64 = 0.1;
-/// The shortest wait after a renewal that failed.
+/// The shortest wait after a failed renewal.
 const RENEW_PAUSE: Duration = Duration::from_secs(1);
-/// A renewal that is not answered is asked for again, over another session if there is one.
+/// An unanswered renewal is requested again after this time, over another session if there is one.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// Between two attempts to join because the gateway ends every session at once.
+/// The shortest time between two attempts to join when the gateway ends every session at once.
 const REJOIN_PAUSE: Duration = Duration::from_secs(15);
-/// How often the agent looks whether its token is signed by another key; longer after each time that the API server did not show it.
+/// How often the agent checks whether its token is signed by another key. The interval grows each time the API server refuses to show the key.
 const TELL_FIRST: Duration = Duration::from_secs(2);
 const TELL_LOOK: Duration = Duration::from_secs(10);
 const TELL_LOOK_MAX: Duration = Duration::from_secs(600);
-/// Attempts that tell nothing before it is said.
+/// Fruitless attempts before a warning is logged.
 const TELL_WARN: u32 = 3;
-/// A longer token does not fit the notice beside the keys; none is.
+/// A longer token does not fit into the notice together with the keys. No real token is that long.
 const VOUCHER_MAX: usize = 2 * 1024;
 /// A gateway cannot keep the agent away for longer.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
-/// What the sessions may tell the keeper before it has looked.
+/// Notices that may wait for the keeper.
 pub(crate) const SAID_MAX: usize = 16;

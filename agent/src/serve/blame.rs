@@ -18,20 +18,20 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use serde_json::Value;
 
-/// Whom a refusal means.
+/// The party that a refusal means.
 #[derive(Debug)]
 pub(crate) enum Blame {
     /// The agent's own token is not taken.
     Token,
-    /// The agent may not act in somebody's name; what the API server says.
+    /// The agent is not allowed to impersonate; the text is the API server's.
     Impersonation(String),
     /// The caller; the answer is theirs.
     Caller(Read),
-    /// It cannot be told: there is no body (HEAD).
+    /// Unknown, because there is no body (HEAD).
     Nobody(Read),
 }
 
-/// Whether an answer may mean the agent.
+/// Whether a response may mean the agent.
 pub(crate) const fn is_doubtful(status: StatusCode) -> bool {
     matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
 }
@@ -39,7 +39,7 @@ pub(crate) const fn is_doubtful(status: StatusCode) -> bool {
 /// Looks at a refusal of a request in somebody's name. Reads as much of the body as an API server's own refusal has.
 ///
 /// # Errors
-/// The body broke off.
+/// The body was truncated.
 pub(crate) async fn of(
     head: &response::Parts,
     method: &Method,
@@ -57,7 +57,7 @@ pub(crate) async fn of(
     }
     let read = Read::start(body).await?;
     if head.status == StatusCode::UNAUTHORIZED {
-        // Who asks for a credential has to say of which kind (RFC 9110 section 15.5.2), which a kube-apiserver does not.
+        // A server that requires a credential must name its kind (RFC 9110 section 15.5.2); a kube-apiserver does not.
         let asks = head.headers.contains_key(WWW_AUTHENTICATE);
         let ours = !asks && (method == Method::HEAD || is_unauthorized(&read.first));
         return Ok(if ours { Blame::Token } else { Blame::Caller(read) });
@@ -90,11 +90,11 @@ fn is_unauthorized(body: &[u8]) -> bool {
     status["kind"] == "Status" && status["reason"] == "Unauthorized" && status["code"] == 401
 }
 
-/// What the API server says, if that is about the verb `impersonate`.
+/// The API server's message, if it is about the verb `impersonate`.
 #[expect(clippy::indexing_slicing, reason = "a JSON value that lacks a name is null")]
 fn impersonation(body: &[u8], json: bool) -> Option<String> {
     if !json {
-        // Protobuf and CBOR hold the text as it is. Nothing else of the answer is needed.
+        // Protobuf and CBOR contain the text unchanged. Nothing else in the response is needed.
         let found = body.windows(MARK.len()).any(|window| window == MARK.as_bytes());
         return found.then(String::new);
     }
@@ -177,7 +177,7 @@ mod tests {
         .into_bytes()
     }
 
-    /// AU-14. As kube-apiserver 1.34 words it; and what only looks like it.
+    /// AU-14. The wording of kube-apiserver 1.34, and texts that only look like it.
     #[test]
     fn au_14_only_the_verb_impersonate_means_the_agent() {
         let agent = "User \"system:serviceaccount:towline:towline-agent\"";
@@ -213,7 +213,7 @@ mod tests {
                 "users",
                 "users \"x\" is forbidden: User \"alice\" cannot get resource \"users\" in API group \"\"",
             ),
-            // What an admission webhook says is its own.
+            // The text of an admission webhook is its own.
             ("pods", "admission webhook said: User \"x\" cannot impersonate resource \"users\" in"),
         ];
         for (kind, message) in callers {

@@ -52,7 +52,7 @@ impl Ended {
     }
 }
 
-/// Why there is no answer from the upstream.
+/// Why the upstream gave no response.
 #[derive(Debug)]
 pub(crate) struct Failed {
     pub(crate) code: Code,
@@ -112,9 +112,9 @@ pub(crate) async fn run(
         Ok(prepared) => prepared,
         Err(failed) => return failed.send(&mut send, head_max).await,
     };
-    // What becomes of it says something of the API server.
+    // The result of this exchange is evidence about the API server.
     let reach = request.target.is_empty().then_some(&service.live.reach);
-    // The body of an upgrade is what follows the 101; without one there is none, and its FIN is no news.
+    // The body of an upgrade is the data after the 101. Without a 101 there is no body, and its FIN means nothing.
     let (body, raw) = if head.upgrade {
         (None, Some(recv))
     } else if head.has_body() {
@@ -127,7 +127,7 @@ pub(crate) async fn run(
     let (body, whole) = RequestBody::new(body);
     let touched = Mutex::new(None);
     let answered = async {
-        // In a box, which is gone when the answer begins: a watch would hold the place for as long as it lives.
+        // Boxed, and freed when the response begins: otherwise a watch would hold this memory for its whole life.
         let answer = Box::pin(answer_head(&upstream, &head, body, &touched));
         match open.timeout_ms {
             0 => answer.await,
@@ -172,7 +172,7 @@ pub(crate) async fn run(
         }
     } else {
         if let Some(reach) = reach {
-            // What is in front of the API server's own authentication says nothing of the agent's right.
+            // A response from in front of the API server's authentication says nothing about the agent's permission.
             let status = parts.status;
             let counts = acts && !status.is_server_error() && status != http::StatusCode::TOO_MANY_REQUESTS;
             reach.answered(request.principal.as_ref().filter(|_| counts));
@@ -218,7 +218,7 @@ pub(crate) async fn run(
             };
             let ended = body_sent(sent);
             if ended == Ended::Well {
-                // The answer is complete: what is still coming of the request is of no use to anybody.
+                // The response is complete, so the rest of the request has no effect.
                 if let Some(mut raw) = raw {
                     raw.stop(Code::Cancelled);
                 }
@@ -237,7 +237,7 @@ enum Coming {
     Read(Box<Read>),
 }
 
-/// Looks whom a refusal of the API server means: the caller, whose it is then, or the agent. `None` = the gateway gave up.
+/// Decides whether a refusal of the API server means the caller, who then receives it, or the agent. `None`: the gateway cancelled.
 async fn judge(
     service: &Service,
     upstream: &Upstream,
@@ -286,15 +286,15 @@ async fn judge(
     }
 }
 
-/// What is decided before a connection is needed.
+/// The decisions that need no connection.
 struct Prepared {
     upstream: Arc<Upstream>,
     head: RequestHead,
-    /// Whether the agent's own token goes with it, in somebody's name.
+    /// Whether the agent's own token is sent, to impersonate a caller.
     acts: bool,
 }
 
-/// Everything that is decided before a connection is needed.
+/// Makes all decisions that need no connection.
 fn prepare(service: &Service, open: &Open, request: &Request) -> Result<Prepared, Failed> {
     let upstream = service.live.upstream(&request.target)?;
     let plan = impersonate::decide(&service.mode, service.allow_anonymous, request).map_err(|refusal| {
@@ -340,7 +340,7 @@ async fn answer_head(
         };
         let unsent = error.take_message();
         let error = error.into_error();
-        // On a fresh connection there is no reason to hope that the next one fares better.
+        // A failure on a new connection would repeat on the next one.
         match unsent {
             Some(unsent) if connection.reused => {
                 stale.with_label_values(&["unsent"]).inc();
@@ -359,7 +359,7 @@ async fn answer_head(
     }
 }
 
-/// Whether the connection ended without an answer, as one does that was closed while it was idle.
+/// Whether the connection ended without a response, as an idle connection that was closed does.
 fn broke_off(error: &hyper::Error) -> bool {
     !error.is_user() && !error.is_parse() && !error.is_timeout()
 }
@@ -367,7 +367,7 @@ fn broke_off(error: &hyper::Error) -> bool {
 fn send_failed(upstream: &Upstream, head: &RequestHead, error: &hyper::Error, untouched: bool) -> Failed {
     let hop = &upstream.hop;
     if error.is_user() {
-        // The body of the request broke off, which the gateway knows best.
+        // The request body was truncated; the gateway knows why.
         let message = format!("{hop}: the request body was truncated on its way to the agent");
         return Failed { code: Code::Cancelled, message, untouched };
     }
@@ -406,7 +406,7 @@ fn is_touched(touched: &Mutex<Option<Touched>>) -> bool {
     touched.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(Touched::is_touched)
 }
 
-/// Gives the connection back if nothing of this exchange is left on it.
+/// Returns the connection to the pool if nothing of this exchange is left on it.
 async fn settle(upstream: &Upstream, connection: Connection, head: &RequestHead, whole: &AtomicBool) {
     if whole.load(Ordering::Acquire) && !head.upgrade {
         upstream.give_back(connection).await;
@@ -441,6 +441,6 @@ pub(crate) fn count(metrics: &Metrics, kind: &'static str, ended: Ended) {
     metrics.exchanges.with_label_values(&[kind, ended.label()]).inc();
 }
 
-/// How long the body of a refusal may take that could mean the agent, and how much of what it says is passed on.
+/// Deadline for the body of a refusal that could mean the agent, and how much of its text is passed on, in characters.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
 const SAID_MAX: usize = 512;

@@ -138,7 +138,7 @@ impl RequestHead {
     }
 }
 
-/// A path and query that will be written exactly as it came.
+/// A path and query that will be written byte for byte.
 fn path(bytes: &Bytes) -> Result<Uri, RequestProblem> {
     if bytes.first() != Some(&b'/') {
         return Err(RequestProblem::Path);
@@ -208,7 +208,7 @@ pub(crate) fn response(
         Some(bytes) => BodyKind::exact(bytes),
         None => BodyKind::STREAM,
     };
-    // Content-Length survives only where it says what a body would have been.
+    // Content-Length is kept only where it describes a body that is not sent.
     let keep_length = (asked.method == Method::HEAD && head.status != StatusCode::NO_CONTENT && !switched)
         || head.status == StatusCode::NOT_MODIFIED;
     let named = named_by_connection(head.headers.get_all(CONNECTION).iter().map(HeaderValue::as_bytes));
@@ -232,8 +232,8 @@ pub(crate) fn response(
     Ok(open::Response { status: head.status.as_u16().into(), headers, body })
 }
 
-/// A URL at the upstream's own address as a path there: nobody but the agent knows that address, and to nobody else is it of use.
-/// Anything else stays as it is, for the gateway to judge.
+/// Converts a URL at the upstream's own address into a path, because only the agent knows that address. Any other URL stays
+/// unchanged; the gateway checks it.
 fn as_a_path(url: &[u8], authority: &HeaderValue) -> Bytes {
     let path = |(scheme, port): (&str, &str)| {
         let (start, rest) = url.split_at_checked(scheme.len())?;
@@ -262,7 +262,7 @@ fn upgrades_match(asked: &HeaderMap, answered: &HeaderMap) -> bool {
     token(asked).is_some_and(|asked| token(answered) == Some(asked))
 }
 
-/// hyper reads such answers in one of two ways; others read them in the other way (R-FR-1).
+/// Rejects framing that implementations read in different ways; hyper reads it in one of them (R-FR-1).
 fn check_framing(headers: &HeaderMap) -> Result<(), ResponseProblem> {
     let mut codings = headers.get_all(TRANSFER_ENCODING).iter();
     let Some(coding) = codings.next() else { return Ok(()) };

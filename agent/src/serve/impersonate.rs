@@ -46,7 +46,7 @@ pub(crate) enum Refusal {
     UnknownMode,
 }
 
-/// What happens to the identity of a request.
+/// How the identity of a request is handled.
 #[derive(Debug)]
 pub(crate) enum Plan {
     /// Nothing.
@@ -154,8 +154,8 @@ fn brings_credential(header: &Header, upgrade: &str) -> bool {
         && without_bearer_protocol(&header.value) != Admitted::Whole
 }
 
-/// Whether a header says who the caller is, to any software that is known to look at it (R-IMP-2, R-IMP-4). `_` counts
-/// as `-`: some servers take one for the other.
+/// Whether a header states the caller's identity for any known software (R-IMP-2, R-IMP-4). `_` is treated as `-`, because some
+/// servers accept one for the other.
 fn is_carrier(name: &[u8]) -> bool {
     let name: Vec<u8> =
         name.iter().map(|byte| if *byte == b'_' { b'-' } else { byte.to_ascii_lowercase() }).collect();
@@ -234,7 +234,7 @@ mod tests {
         assert_eq!(refusal(&agent, &request(Mode::Impersonate, &[], None)), Refusal::NoPrincipal);
         let own = request(Mode::Restricted, &[("AUTHORIZATION", "Bearer x")], alice);
         assert!(matches!(decide(&agent, false, &own), Ok(Plan::AsItCame)));
-        // S17: a request that would be anonymous goes through only where the owner says so.
+        // S17: a request that would be anonymous passes only if the owner allows it.
         let (bearer, protocol) =
             (("authorization", "Bearer x"), "v5, base64url.bearer.authorization.k8s.io.YQ");
         let shell = ("Sec-WebSocket-Protocol", protocol);
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(refusal(&agent, &unknown), Refusal::UnknownMode);
     }
 
-    /// The agent's token never goes to a target: with or without a principal there is no plan that adds anything.
+    /// The agent's token is never sent to a target: with or without a principal, no plan adds anything.
     #[test]
     fn targets_are_never_impersonated() {
         let mut to_target = request(Mode::Impersonate, &[], Some(("alice", &[])));

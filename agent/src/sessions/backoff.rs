@@ -82,7 +82,7 @@ mod tests {
         assert!(waits(0.5).iter().zip(&highest).all(|(half, full)| (250..=*full).contains(half)));
     }
 
-    /// A shorter limit holds for one wait; the count of failures goes on below it.
+    /// A shorter limit applies to one wait; the count of failures keeps growing.
     #[test]
     fn a_wait_can_have_a_shorter_limit() {
         let mut backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(30), || 1.0);

@@ -32,7 +32,7 @@ struct Link {
     since: Instant,
     /// When it last heard its peer, as far as was seen.
     heard: Instant,
-    /// What the metrics have seen of it.
+    /// Traffic that the metrics have already counted.
     traffic: Traffic,
     _counted: Counted,
 }
@@ -75,7 +75,7 @@ impl Links {
     fn change(&self, change: impl FnOnce(&mut Vec<Link>)) {
         let mut links = self.lock();
         change(&mut links);
-        // Under the lock, so that the counts are published in the order in which they became true.
+        // Published under the lock, so that counts appear in the order in which they became true.
         self.shared.count.send_replace(links.len());
     }
 
@@ -83,15 +83,15 @@ impl Links {
         self.lock().iter().map(|link| link.session.clone()).collect()
     }
 
-    /// Looks at every session: what has gone through it, and when it last heard its peer, by a ping if by nothing else. No
-    /// look waits for a session: one that hangs must not hang the health port, and counts as silent.
+    /// Samples every session: its traffic, and when it last heard its peer. Sampling never waits for a session: a session that
+    /// hangs must not block the health port, and is treated as silent.
     pub(crate) fn look(&self) {
         for link in self.lock().iter_mut() {
             link.look(&self.shared.metrics);
         }
     }
 
-    /// How long ago the session that heard its peer last did so.
+    /// The silence of the session that heard its peer most recently.
     pub(crate) fn silence(&self) -> Option<Duration> {
         self.look();
         self.lock().iter().map(|link| link.heard.elapsed()).min()

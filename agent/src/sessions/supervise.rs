@@ -29,7 +29,7 @@ use crate::metrics::Metrics;
 use crate::sessions::backoff::Backoff;
 use crate::sessions::transport::{Plan, Policy, Reason, Silence};
 
-/// What a slot does besides connecting.
+/// The actions of a slot besides connecting.
 pub(crate) struct Slot<S> {
     pub(crate) number: usize,
     pub(crate) addresses: Vec<Address>,
@@ -41,7 +41,7 @@ pub(crate) struct Slot<S> {
     pub(crate) identity: watch::Receiver<u64>,
     /// Starts to serve a session, on the owner's tracker, until the session ends.
     pub(crate) start: S,
-    /// How long a session that was replaced because of the certificate may take to end.
+    /// Drain deadline of a session that was replaced because of its certificate.
     pub(crate) drain: Duration,
     pub(crate) policy: Policy,
     /// When a session last stood.
@@ -70,9 +70,9 @@ struct Up<F> {
     address: Address,
     /// Whether its serving has begun already.
     serving: bool,
-    /// An attempt to make a QUIC session that is under way beside it.
+    /// An attempt to open a QUIC session in addition, in progress.
     retry: Option<Pin<Box<F>>>,
-    /// A TCP session beside a QUIC session that does not answer.
+    /// A TCP session in addition to a silent QUIC session.
     standby: Option<Session>,
 }
 
@@ -82,7 +82,7 @@ impl<F> Up<F> {
     }
 }
 
-/// Why a session is no longer enough.
+/// Why a slot needs another session.
 enum End {
     Closed(CloseReason),
     GoAway(GoAway),
@@ -94,7 +94,7 @@ enum End {
 }
 
 impl<S: Fn(Begin)> Slot<S> {
-    /// Keeps a session up until the future is dropped; what was started goes on then.
+    /// Keeps a session up until the future is dropped. Started sessions continue after that.
     pub(crate) async fn keep<C, F>(mut self, connect: C)
     where
         C: Fn(Address, Transport) -> F,
@@ -102,7 +102,7 @@ impl<S: Fn(Begin)> Slot<S> {
     {
         // Slots begin at different addresses, which are different replicas.
         let mut next = self.number;
-        // What is asked to drain once the next one serves.
+        // The session that drains once the next one serves.
         let mut outdated = None;
         let mut ready: Option<Up<F>> = None;
         loop {
@@ -152,7 +152,7 @@ impl<S: Fn(Begin)> Slot<S> {
                 End::GoAway(goaway) => {
                     let asked =
                         Duration::from_millis(goaway.reconnect_after_ms.into()).min(RECONNECT_AFTER_MAX);
-                    // A gateway that says goodbye at once each time is waited for like one that fails.
+                    // A gateway that sends GOAWAY right after each connect gets the same back-off as a failing one.
                     let wait = if since.elapsed() < LIVED { asked.max(self.backoff.next()) } else { asked };
                     tracing::info!(
                         %address,
@@ -162,7 +162,7 @@ impl<S: Fn(Begin)> Slot<S> {
                     let deadline = Duration::from_millis(goaway.drain_ms.into()) + DRAIN_GRACE;
                     (self.start)(Begin::Retire(Retired { session, ask: false, deadline }));
                     self.retire(standby);
-                    // The next address first: the one that drains is about to end.
+                    // Try the next address first: the draining gateway is about to end.
                     next = next.wrapping_add(1);
                     sleep(wait).await;
                 }
@@ -205,7 +205,7 @@ impl<S: Fn(Begin)> Slot<S> {
         }
     }
 
-    /// Begins to serve a session, unless that has begun, and tells the policy.
+    /// Starts to serve a session, unless it is already served, and informs the policy.
     fn serve<F>(&mut self, up: &Up<F>) {
         let random = self.backoff.fraction();
         let transport = up.session.transport();
@@ -220,14 +220,14 @@ impl<S: Fn(Begin)> Slot<S> {
             "session up");
     }
 
-    /// Lets a session that is not needed any more finish what it has.
+    /// Drains a session that is no longer needed.
     fn retire(&self, session: Option<Session>) {
         if let Some(session) = session {
             (self.start)(Begin::Retire(Retired { session, ask: true, deadline: MOVED_DRAIN }));
         }
     }
 
-    /// Until a TCP session is no longer enough, or QUIC works.
+    /// Serves over TCP until the session ends or must be replaced, or QUIC works.
     async fn on_tcp<C, F>(&mut self, up: &mut Up<F>, connect: &C) -> End
     where
         C: Fn(Address, Transport) -> F,
@@ -260,7 +260,7 @@ impl<S: Fn(Begin)> Slot<S> {
         }
     }
 
-    /// Until a QUIC session is no longer enough. A TCP session may stand beside it then.
+    /// Serves over QUIC until the session ends or must be replaced. A TCP session may exist in addition by then.
     async fn on_quic<C, F>(&mut self, up: &mut Up<F>, connect: &C) -> End
     where
         C: Fn(Address, Transport) -> F,
@@ -331,7 +331,7 @@ impl<S: Fn(Begin)> Slot<S> {
         }
     }
 
-    /// Tries until a session stands.
+    /// Tries until a session is up.
     #[expect(clippy::indexing_slicing, reason = "the configuration has an address at least")]
     async fn establish<C, F>(&mut self, connect: &C, next: &mut usize) -> Up<F>
     where
@@ -359,21 +359,21 @@ impl<S: Fn(Begin)> Slot<S> {
                     let round_over = failures % self.addresses.len() == 0;
                     let wait = if round_over { self.wait(error.reached_nobody()) } else { Duration::ZERO };
                     tracing::warn!(%error, wait = %Lasting(wait), "no session");
-                    // Another identity may be let in where this one was not.
+                    // The gateway may admit another identity where it refused this one.
                     drop(timeout(wait, self.identity.changed()).await);
                 }
             }
         }
     }
 
-    /// The wait after a failure. `network` = the network is to blame and not the gateway.
+    /// The wait after a failure. `network`: the network caused it, not the gateway.
     fn wait(&mut self, network: bool) -> Duration {
         let recent = self.stood.is_some_and(|at| at.elapsed() < STOOD_RECENTLY);
         if network && recent { self.backoff.next_within(NETWORK_WAIT) } else { self.backoff.next() }
     }
 
-    /// QUIC at once, TCP a little later or when QUIC has failed; whichever is ready first. An attempt over QUIC that is
-    /// still under way goes on beside the TCP session.
+    /// Tries QUIC at once, and TCP a little later or when QUIC has failed; the first session that is ready wins. An attempt over
+    /// QUIC that is still in progress continues next to the TCP session.
     async fn race<C, F>(
         &mut self,
         connect: &C,
@@ -428,7 +428,7 @@ impl<S: Fn(Begin)> Slot<S> {
 /// Waits until the session ends, is drained, or should be replaced.
 async fn ends(session: &Session, identity: &mut watch::Receiver<u64>, metrics: &Metrics) -> End {
     let changed = async {
-        // Without a sender there is nobody left who could change it.
+        // Without a sender the identity cannot change any more.
         if identity.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
@@ -447,7 +447,7 @@ async fn ends(session: &Session, identity: &mut watch::Receiver<u64>, metrics: &
     }
 }
 
-/// Tries an address now and then until a session with it stands; for ever if there is none to try. Dropping the future
+/// Retries an address at intervals until a session with it is up. Without an address it waits forever. Dropping the future
 /// abandons the attempt.
 async fn come_home<C, F>(
     home: Option<Address>,
@@ -476,12 +476,12 @@ where
     }
 }
 
-/// Whether a session ended as one does whose datagrams get lost.
+/// Whether a session ended in the way of a session whose datagrams get lost.
 const fn is_a_death(reason: &CloseReason) -> bool {
     matches!(reason, CloseReason::Dead { .. } | CloseReason::Transport(_))
 }
 
-/// Waits for an attempt; for ever if there is none. Cancel safe.
+/// Waits for an attempt, or forever if there is none. Cancel safe.
 async fn pending<F: Future>(attempt: &mut Option<Pin<Box<F>>>) -> F::Output {
     match attempt {
         Some(attempt) => attempt.await,
@@ -512,25 +512,25 @@ impl Retired {
     }
 }
 
-/// What a session that was replaced because of its transport may take to finish its streams.
+/// Drain deadline of a session that was replaced because of its transport.
 const MOVED_DRAIN: Duration = Duration::from_secs(24 * 3600);
-/// While QUIC does not answer: between two looks, and after a failure to connect over TCP.
+/// While QUIC is silent: between two checks, and after a failure to connect over TCP.
 const STANDBY_LOOK: Duration = Duration::from_millis(500);
 const STANDBY_PAUSE: Duration = Duration::from_secs(1);
 /// QUIC has recovered when it has answered for so long.
 const STEADY: Duration = Duration::from_secs(10);
-/// Longest time between two attempts to return to the slot's own address, and the part of it that chance takes away.
+/// Longest time between two attempts to return to the slot's own address, and its jitter as a fraction.
 const HOME_RETRY: Duration = Duration::from_secs(30);
 const HOME_JITTER: f64 = 0.25;
 /// A session that lived so long was a success.
 const LIVED: Duration = Duration::from_secs(60);
-/// For so long after a session stood, a network that swallows packets is asked again at most this much later. An attempt
-/// that nobody answers takes its own time on top, with packets of its own every few seconds.
+/// For this long after the last session, the back-off on a silent network is at most the next constant. An attempt without an answer
+/// takes its own time in addition, and sends packets every few seconds.
 const STOOD_RECENTLY: Duration = Duration::from_secs(300);
 const NETWORK_WAIT: Duration = Duration::from_secs(1);
 /// A gateway cannot keep the agent away for longer.
 const RECONNECT_AFTER_MAX: Duration = Duration::from_secs(60);
-/// What a draining gateway gets beyond the time it asked for.
+/// Extra time for a draining gateway, beyond the time that it announced.
 const DRAIN_GRACE: Duration = Duration::from_secs(5);
 /// Within this, the sessions of one agent are replaced after a change of certificate.
 const ROTATE_SPREAD: Duration = Duration::from_secs(2);
@@ -553,7 +553,7 @@ mod tests {
     use super::*;
     use crate::sessions::transport::{Settings, TransportMode};
 
-    /// What the next attempts meet, and what became of them. Time is virtual.
+    /// The results of the next attempts, and what happened to the sessions. Time is virtual.
     struct World {
         script: Mutex<VecDeque<bool>>,
         dialled: Mutex<Vec<(Duration, String)>>,
@@ -596,7 +596,7 @@ mod tests {
                 let mut running = Box::pin(driver.run());
                 tokio::select! {
                     reason = &mut running => reason,
-                    // From now on nobody reads or writes, and the connection stays open.
+                    // From now on both ends stop reading and writing, and the connection stays open.
                     _ = stalled.changed() => std::future::pending().await,
                 }
             });
@@ -708,7 +708,7 @@ mod tests {
         assert_eq!(before.elapsed(), Duration::from_millis(500));
     }
 
-    /// A half-open connection is found by the mux within 12 s; nobody has to say that it ended.
+    /// The mux detects a half-open connection within 12 s, without an end from the peer.
     #[tokio::test(start_paused = true)]
     async fn a_silent_gateway_is_left() {
         let mut run = Run::start(&["a:1"], &[]);
@@ -740,7 +740,7 @@ mod tests {
         assert!(soon.len() > 250 && later.len() > 5, "{} {}", soon.len(), later.len());
     }
 
-    /// GoAway: the new session stands while the old one still serves.
+    /// GoAway: the new session is up while the old one still serves.
     #[tokio::test(start_paused = true)]
     async fn a_draining_gateway_is_replaced_before_it_ends() {
         let mut run = Run::start(&["a:1", "b:1"], &[true, false, true]);
@@ -760,7 +760,7 @@ mod tests {
         assert!(old.closed().is_some());
     }
 
-    /// Replicas that restart one after the other: the session comes back to its own address, make before break.
+    /// Replicas that restart one after the other: the session returns to its own address, and the new session is up before the old one ends.
     #[tokio::test(start_paused = true)]
     async fn a_slot_returns_to_its_own_address() {
         let mut run = Run::start(&["a:1", "b:1"], &[true, true, false, true]);
@@ -784,7 +784,7 @@ mod tests {
         assert_eq!(run.world.waits().len(), 4);
     }
 
-    /// A new certificate: the old session is asked to drain once the new one stands.
+    /// A new certificate: the old session drains once the new one is up.
     #[tokio::test(start_paused = true)]
     async fn an_outdated_session_is_replaced() {
         let mut run = Run::start(&["a:1"], &[true, false, true]);

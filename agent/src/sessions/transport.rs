@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use towline_proto::tunnel::Transport;
 
-/// What the configuration allows.
+/// The transports that the configuration allows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TransportMode {
     /// QUIC where it works, TCP where it does not.
@@ -50,10 +50,10 @@ impl FromStr for TransportMode {
     }
 }
 
-/// Why a session runs over its transport: for people and as the metric label `reason`.
+/// Why a session runs over its transport: for the readiness page, and as the metric label `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
-    /// The configuration says so.
+    /// The configuration sets it.
     Configured,
     /// It is what `auto` prefers.
     Preferred,
@@ -61,9 +61,9 @@ pub(crate) enum Reason {
     Start,
     /// TCP: a QUIC session died.
     Died,
-    /// TCP: a QUIC session does not answer.
+    /// TCP: a QUIC session is silent.
     Stalled,
-    /// TCP: QUIC has died too often lately.
+    /// TCP: QUIC sessions died too often recently.
     Flapping,
 }
 
@@ -98,7 +98,7 @@ impl Reason {
     }
 }
 
-/// How to make a session now.
+/// How to open a session now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Plan {
     Only(Transport),
@@ -106,18 +106,18 @@ pub(crate) enum Plan {
     Race(Duration),
 }
 
-/// What to do about a silence on QUIC.
+/// The reaction to silence on QUIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Silence {
-    /// Nothing; look again then.
+    /// Do nothing; check again after this time.
     Wait(Duration),
-    /// Ask for a sign of life; look again then.
+    /// Send a ping; check again after this time.
     Probe(Duration),
-    /// No answer: make TCP ready beside it.
+    /// No answer: open a TCP session in addition.
     Standby,
 }
 
-/// The numbers of a policy.
+/// The settings of a policy.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
     pub(crate) mode: TransportMode,
@@ -146,7 +146,7 @@ impl Policy {
         Self { settings, deaths: VecDeque::new(), ended: None, quic_since: None, guard: 0, retry_at: None }
     }
 
-    /// How to make a session when there is none, or none that stays.
+    /// How to open a session when there is none, or none that lasts.
     pub(crate) fn plan(&self, now: Instant) -> Plan {
         match self.settings.mode {
             TransportMode::Quic => Plan::Only(Transport::Quic),
@@ -156,7 +156,7 @@ impl Policy {
         }
     }
 
-    /// A session stands and serves from now on. `random` is from 0 to 1. Why it is on this transport.
+    /// A session serves from now on. `random` is from 0 to 1. Returns why it is on this transport.
     pub(crate) fn handle_serving(&mut self, now: Instant, transport: Transport, random: f64) -> Reason {
         let ended = self.ended.take();
         if self.settings.mode != TransportMode::Auto {
@@ -184,12 +184,12 @@ impl Policy {
         }
     }
 
-    /// A TCP session stands beside a QUIC session that does not answer. Why it is there.
+    /// A TCP session is open in addition to a silent QUIC session. Returns why.
     pub(crate) fn handle_standby(&self) -> Reason {
         Reason::Stalled
     }
 
-    /// A QUIC session that served has ended without having been told to.
+    /// A serving QUIC session ended unexpectedly.
     pub(crate) fn handle_death(&mut self, now: Instant) {
         if self.quic_since.take().is_some_and(|since| now.duration_since(since) > DEATHS_WINDOW) {
             self.guard = 0;
@@ -210,8 +210,8 @@ impl Policy {
         self.retry_at = Some(now + self.interval(random));
     }
 
-    /// A QUIC session has been silent for so long. `busy` = streams are open. `asked` = it was probed since it was last
-    /// heard. Only where there is something to fall back to.
+    /// The reaction to a QUIC session that has been silent for `silence`. `busy`: streams are open. `asked`: it was pinged since it was
+    /// last heard. Applies only if there is a transport to fall back to.
     pub(crate) fn silence(&self, silence: Duration, busy: bool, asked: bool) -> Silence {
         let ask = if busy { PROBE_BUSY } else { PROBE_IDLE };
         let late = ask + ANSWER;
@@ -249,14 +249,14 @@ impl Policy {
     }
 }
 
-/// What QUIC gets before TCP is dialled.
+/// Head start of QUIC before TCP is dialled.
 const HEAD_START: Duration = Duration::from_millis(250);
 /// A silence on QUIC is asked about after so long while streams are open, and while none is.
 const PROBE_BUSY: Duration = Duration::from_secs(1);
 const PROBE_IDLE: Duration = Duration::from_secs(2);
-/// How long the answer may take before TCP is made ready.
+/// How long the answer to a ping may take before a TCP session is opened.
 const ANSWER: Duration = Duration::from_millis(1500);
-/// A TCP session so soon after the end of a QUIC session means that UDP was to blame.
+/// A TCP session this soon after the end of a QUIC session means that UDP caused the end.
 const DEATH_TO_TCP: Duration = Duration::from_secs(10);
 /// So many deaths within this time are flapping.
 const DEATHS_MAX: usize = 3;
@@ -264,7 +264,7 @@ const DEATHS_WINDOW: Duration = Duration::from_secs(600);
 /// Longest time between two attempts, and doublings on the way to it.
 const GUARD_MAX: Duration = Duration::from_secs(1800);
 const GUARD_LEVELS: u32 = 12;
-/// Part of an interval that chance takes away.
+/// Jitter of an interval, as a fraction.
 const JITTER: f64 = 0.25;
 
 #[cfg(test)]
@@ -333,7 +333,7 @@ mod tests {
         assert_eq!(world.retry_in(), None);
     }
 
-    /// A gateway that restarts takes both transports with it: that is no death of QUIC.
+    /// A restart of the gateway ends both transports, so it is not a death of QUIC.
     #[test]
     fn only_what_tcp_survives_counts_as_death() {
         let mut world = World::new(TransportMode::Auto);

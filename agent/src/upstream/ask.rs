@@ -17,7 +17,7 @@ use crate::dial::connect::ConnectError;
 use crate::reload::Live;
 use crate::upstream::Upstream;
 
-/// Why there is no answer.
+/// Why a request got no response.
 #[derive(Debug, Error)]
 pub(crate) enum AskError {
     #[error(transparent)]
@@ -28,7 +28,7 @@ pub(crate) enum AskError {
     Broken,
 }
 
-/// Sends a request and takes its whole answer. Dropping the future closes the connection.
+/// Sends a request and reads its whole response. Dropping the future closes the connection.
 pub(crate) async fn ask(
     upstream: &Upstream,
     mut request: Request<Full<Bytes>>,
@@ -51,8 +51,8 @@ pub(crate) async fn ask(
             let body = Limited::new(body, body_max).collect().await;
             Ok::<_, hyper::Error>(body.ok().map(|body| Response::from_parts(head, body.to_bytes())))
         };
-        // A server may close behind its answer, and does so behind a 401: what has come by then is still to be taken, and what has
-        // not is an error of the request.
+        // A server may close the connection after its response, and does so after a 401. Data that arrived by then is still read;
+        // missing data is an error of the request.
         let driven = async {
             drop(connection.await);
             std::future::pending::<Infallible>().await
@@ -69,7 +69,7 @@ pub(crate) async fn ask(
     }
 }
 
-/// The body of an answer of 200 to a GET; `None` for anything else.
+/// The body of a 200 response to a GET; `None` for any other result.
 pub(crate) async fn get(
     live: &Live,
     path: &str,

@@ -28,7 +28,7 @@ use crate::metrics::Counted;
 use crate::upstream::Upstream;
 use crate::upstream::socket::{Io, Probe};
 
-/// Why there is no connection; nothing was sent.
+/// Why there is no connection. Nothing was sent.
 #[derive(Debug, Error)]
 pub(crate) enum CheckoutError {
     #[error("the agent's limit of {0} upstream connections is reached (limits.upstreamConnections)")]
@@ -67,7 +67,7 @@ struct Idle {
 }
 
 impl Connection {
-    /// Whether any byte has been handed to the kernel since checkout. Without one, nothing can have reached the upstream.
+    /// Whether any byte was written to the kernel since checkout. If not, nothing can have reached the upstream.
     pub(crate) fn watch(&self) -> Touched {
         Touched { probe: self.probe.clone(), mark: self.mark }
     }
@@ -174,7 +174,7 @@ impl Upstream {
         Ok((sender, token.drop_guard()))
     }
 
-    /// Takes a connection back whose exchange has ended well. Waits until the HTTP client has seen that too.
+    /// Returns a connection to the pool after a complete exchange. Waits until the HTTP client is ready for the next one.
     pub(crate) async fn give_back(&self, mut connection: Connection) {
         let now = Instant::now();
         let ready = timeout(GIVE_BACK_TIMEOUT, connection.sender.ready()).await;
@@ -250,5 +250,5 @@ impl Body for RequestBody {
     }
 }
 
-/// How long the HTTP client may take to be ready for the next request.
+/// Deadline for the HTTP client to become ready for the next request.
 const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(1);

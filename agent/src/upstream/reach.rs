@@ -32,10 +32,10 @@ use crate::reload::Live;
 use crate::upstream::Upstream;
 use crate::upstream::ask::{AskError, ask};
 
-/// What the exchanges have shown, and what follows from that and from the looks.
+/// The evidence from exchanges, and the state that follows from it and from the checks.
 #[derive(Debug)]
 pub(crate) struct Reach {
-    /// Since the last look at these: the API server has answered; it has let the agent act in somebody's name.
+    /// Set since these flags were last read: the API server answered; it accepted an impersonation.
     answered: AtomicBool,
     acted: AtomicBool,
     /// Something speaks against one of the two.
@@ -43,9 +43,9 @@ pub(crate) struct Reach {
     doubted_rights: AtomicBool,
     /// A gateway wanted the agent to act in somebody's name, which its configuration does not allow.
     mismatched: AtomicBool,
-    /// It is time to look.
+    /// Requests a check now.
     wake: Notify,
-    /// In whose name it went well, once that is wanted.
+    /// Whether to record the next user for whom an impersonation succeeds.
     wants_name: AtomicBool,
     name: Mutex<Option<Acted>>,
     /// Whom the agent acts for, if it does.
@@ -53,16 +53,16 @@ pub(crate) struct Reach {
     state: watch::Sender<Option<State>>,
 }
 
-/// What is known of the API server.
+/// The known state of the API server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct State {
     pub(crate) kind: ApiServerState,
-    /// What is wrong and what to do; empty if nothing is.
+    /// The problem and its remedy; empty if there is none.
     pub(crate) text: String,
     pub(crate) since: Instant,
 }
 
-/// A user and one of its groups in whose name an exchange went well.
+/// A user and one of its groups, for whom an impersonation succeeded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Acted {
     user: String,
@@ -130,7 +130,7 @@ impl Reach {
         self.wake.notify_one();
     }
 
-    /// What is known, now and later.
+    /// The known state, now and after each change.
     pub(crate) fn state(&self) -> watch::Receiver<Option<State>> {
         self.state.subscribe()
     }
@@ -165,7 +165,7 @@ pub(crate) async fn keep(live: Arc<Live>) {
             let found = look(&live).await;
             judge.line.handle(Instant::now(), found);
         }
-        // Where there is no way, nothing can be asked.
+        // Without a connection no request is possible.
         if judge.line.is_good() && Instant::now() >= judge.rights.due {
             let found = if acts { may_act(&live).await } else { is_live(&live).await };
             judge.rights.handle(Instant::now(), found);
@@ -183,37 +183,37 @@ fn take(flag: &AtomicBool) -> bool {
     flag.load(Ordering::Relaxed) && flag.swap(false, Ordering::Relaxed)
 }
 
-/// What follows from what was found; no I/O, so that a test needs no API server.
+/// Derives the state from the results. It does no I/O, so a test needs no API server.
 #[derive(Debug)]
 struct Judge {
     /// Whether there is a way to the API server.
     line: Side,
-    /// Whether it takes what the agent brings.
+    /// Whether the API server accepts the agent's impersonation.
     rights: Side,
-    /// When the log was told last that something is wrong, if that lasts.
+    /// When a lasting problem was last logged.
     told: Option<Instant>,
     mismatch_told: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Side {
-    /// Without a good sign for so long it is time to look.
+    /// Time without a success after which a check is due.
     idle: Duration,
     due: Instant,
     looked: Option<Instant>,
     /// Whether anything is known.
     known: bool,
-    /// A look has found something wrong, and no other has confirmed it.
+    /// A check found a problem, and no second check has confirmed it.
     suspected: bool,
     trouble: Option<Trouble>,
 }
 
-/// What a look has found.
+/// The result of a check.
 #[derive(Debug)]
 enum Found {
     Good,
     Bad(Trouble),
-    /// Nothing that counts.
+    /// No usable result.
     Nothing,
 }
 
@@ -226,7 +226,7 @@ impl Side {
         self.known && self.trouble.is_none() && !self.suspected
     }
 
-    /// What the exchanges have shown since the last time.
+    /// Takes the evidence from exchanges since the last call.
     fn hear(&mut self, now: Instant, good: bool, doubt: bool) {
         if good {
             self.handle_good(now);
@@ -269,7 +269,7 @@ impl Judge {
         self.line.trouble.as_ref().or(self.rights.trouble.as_ref())
     }
 
-    /// Tells what is new.
+    /// Publishes and logs a changed state.
     fn publish(&mut self, now: Instant, state: &watch::Sender<Option<State>>) {
         let (kind, text) = match self.trouble() {
             Some(Trouble { kind, text }) => (*kind, text.clone()),
@@ -310,12 +310,12 @@ impl Judge {
     }
 }
 
-/// Whether there is a way to the API server: everything but a request.
+/// Checks the path to the API server: everything except a request.
 async fn look(live: &Live) -> Found {
     let Ok(upstream) = live.upstream("") else { return Found::Nothing };
     match upstream.connect_aside(LOOK_TIMEOUT).await {
         Ok(mut io) => {
-            // A clean end: API servers log a handshake that breaks off, and no connection that ends after it.
+            // End cleanly: API servers log a broken handshake, but not a connection that ends after it.
             drop(timeout(END_TIMEOUT, io.shutdown()).await);
             Found::Good
         }
@@ -323,7 +323,7 @@ async fn look(live: &Live) -> Found {
     }
 }
 
-/// Whether the API server answers somebody without a credential, with whatever that may see.
+/// Checks whether the API server answers a request without a credential, whatever the response is.
 async fn is_live(live: &Live) -> Found {
     let Ok(upstream) = live.upstream("") else { return Found::Nothing };
     let Ok(request) = Request::get("/livez").body(Full::default()) else { return Found::Nothing };
@@ -336,7 +336,7 @@ async fn is_live(live: &Live) -> Found {
     }
 }
 
-/// Whether the agent's own token may act in somebody's name: in the last one that it has acted in, or else in everybody's.
+/// Checks whether the agent's own token may impersonate: the last user it impersonated, or else any user.
 async fn may_act(live: &Live) -> Found {
     let acted = live.reach.name();
     let mut questions = Vec::new();
@@ -344,7 +344,7 @@ async fn may_act(live: &Live) -> Found {
         None => {
             questions.push(("users", None));
             match live.reach.first_group() {
-                // The right is asked for as it is used: it may be one for these groups only.
+                // Ask for exactly the permission that is used, which may be limited to these groups.
                 Some(group) => questions.extend(group.map(|group| ("groups", Some(group)))),
                 None => questions.push(("groups", None)),
             }
@@ -358,7 +358,7 @@ async fn may_act(live: &Live) -> Found {
         match review(live, resource, name).await {
             Found::Good => {}
             found => {
-                // Whoever it goes well for next is asked about from then on.
+                // From now on, ask about the next user for whom an impersonation succeeds.
                 live.reach.wants_name.store(true, Ordering::Relaxed);
                 return found;
             }
@@ -395,14 +395,14 @@ async fn review(live: &Live, resource: &str, name: Option<&str>) -> Found {
     let answer: serde_json::Value = serde_json::from_slice(answer.body()).unwrap_or_default();
     match answer["status"]["allowed"].as_bool() {
         Some(false) => Found::Bad(Trouble::rights(&upstream, resource)),
-        // Also where the question itself is not allowed: then only the exchanges can tell.
+        // Also if the review itself is forbidden: then only exchanges give evidence.
         Some(true) | None => Found::Good,
     }
 }
 
 fn unanswered(upstream: &Upstream, error: &AskError) -> Found {
     let kind = match error {
-        // The next look at the way itself says more.
+        // The next check of the path reports more.
         AskError::Connect(_) => return Found::Nothing,
         AskError::Deadline(_) => ApiServerState::Timeout,
         AskError::Broken => ApiServerState::Unreachable,
@@ -448,20 +448,20 @@ impl Trouble {
     }
 }
 
-/// For errors: what is wrong and what to do.
+/// Texts for errors: the problem and the remedy.
 pub(crate) const TOKEN_REFUSED: &str =
     "the API server rejects the agent's token (401). Check impersonate.tokenFile";
 pub(crate) const BIND: &str =
     "Bind its ServiceAccount to a ClusterRole with the verb impersonate on users and groups";
 
-/// Without a sign for so long the way is looked at, and the right asked for: well within the minute that it may take to show.
+/// Time without evidence after which the path is checked, and the permission: well within the minute after which a problem must show.
 const IDLE: Duration = Duration::from_secs(5);
 const RIGHTS: Duration = Duration::from_secs(45);
-/// From a look that found something wrong to the one that confirms it, and at least between two looks that exchanges ask for.
+/// From a check that found a problem to the one that confirms it; also the shortest time between two checks that exchanges request.
 const CONFIRM: Duration = Duration::from_secs(1);
-/// Between two looks while something is wrong.
+/// Between two checks while there is a problem.
 const AGAIN: Duration = Duration::from_secs(5);
-/// Two of them, what lies before, and what lies between are less than the 15 s after which the truth must be known.
+/// Two of these, with the times before and between them, are shorter than the 15 s after which the state must be known.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
 const ASK_TIMEOUT: Duration = Duration::from_secs(4);
 const END_TIMEOUT: Duration = Duration::from_millis(500);
@@ -513,14 +513,14 @@ mod tests {
         }
     }
 
-    /// The longest that anything may stay unknown: from the last good sign, which counts up to a tick later, over two looks.
+    /// The longest time that a problem may stay unknown: from the last success, which is read up to a tick later, over two checks.
     #[test]
     fn d4_the_truth_is_known_in_time() {
         assert!(TICK + IDLE + LOOK_TIMEOUT + CONFIRM + LOOK_TIMEOUT <= Duration::from_secs(14));
         assert!(RIGHTS + ASK_TIMEOUT + CONFIRM + TICK + ASK_TIMEOUT <= Duration::from_secs(58));
     }
 
-    /// One look that finds something wrong, one exchange that fails: nothing is told. Two looks: it is; one answer: it is over.
+    /// One check that finds a problem, or one failed exchange, reports nothing. Two checks report it; one response ends it.
     #[test]
     fn d4_nothing_flaps() {
         use ApiServerState::{CaMismatch, Reachable, Refused};
@@ -554,7 +554,7 @@ mod tests {
         assert_eq!(world.kind(), Some(Reachable));
     }
 
-    /// A handshake says nothing of a right, and an exchange that was let through says everything.
+    /// A handshake proves no permission; an accepted exchange proves it.
     #[test]
     fn d3_a_right_is_another_matter_than_the_way() {
         use ApiServerState::{AgentTokenRefused, Reachable, Timeout};
@@ -574,7 +574,7 @@ mod tests {
         assert_eq!(world.kind(), Some(Reachable));
     }
 
-    /// The log is told once a minute, whatever happens in between.
+    /// A lasting problem is logged once a minute, whatever happens in between.
     #[test]
     fn d4_the_log_is_told_once_a_minute() {
         let mut world = World::new();

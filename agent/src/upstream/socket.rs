@@ -19,21 +19,21 @@ use tokio_rustls::client::TlsStream;
 /// no more.
 const READ_MAX: u64 = 32 * 1024 - 512;
 
-/// A TCP connection that can be looked at through its [`Probe`]s while another owns it.
+/// A TCP connection that [`Probe`]s can inspect while another task owns it.
 ///
-/// A write that fails because the peer listens no more is not an error of the connection: the peer may have answered
-/// before it stopped listening. What is written from then on is dropped, and the reading side tells how it ends.
+/// A write that fails because the peer stopped reading is not an error of the connection: the peer may have answered
+/// before. Later writes are discarded, and the reading side reports how the connection ends.
 #[derive(Debug)]
 pub(crate) struct Tcp {
-    /// The probes reach it too. A lock, which nothing else wants while one holds it, because a read by reference would cost
-    /// every answer another read that finds nothing: only `&mut` tells the runtime that a socket is drained. A second
-    /// descriptor would halve the connections that the process can have.
+    /// Shared with the probes. The lock is never contended. Reading by shared reference would cost an extra empty read per response,
+    /// because only `&mut` tells the runtime that a socket is drained. A second descriptor would halve the number of possible
+    /// connections.
     stream: Arc<Mutex<Take<TcpStream>>>,
     written: Arc<AtomicU64>,
     deaf: bool,
 }
 
-/// A look at a connection. It does not keep the connection open.
+/// Inspects a connection without keeping it open.
 #[derive(Clone, Debug)]
 pub(crate) struct Probe {
     stream: Weak<Mutex<Take<TcpStream>>>,
@@ -216,7 +216,7 @@ mod tests {
         }
     }
 
-    /// Stale = closed, or with bytes that nobody asked for; looking consumes nothing.
+    /// Stale means closed, or with unrequested bytes; the inspection consumes nothing.
     #[tokio::test]
     async fn a_probe_sees_bytes_and_the_end() {
         let (mut tcp, mut peer) = pair().await;

@@ -12,7 +12,7 @@ use crate::upstream::{Resources, Upstream, UpstreamError};
 pub(crate) struct Targets(HashMap<String, Arc<Upstream>>);
 
 impl Targets {
-    /// Blocks for as long as the targets' CA files take to read.
+    /// Creates the targets. Blocks while it reads their CA files.
     pub(crate) fn new(targets: &[TargetConfig], resources: &Resources) -> Result<Self, UpstreamError> {
         let build =
             |target: &TargetConfig| Ok((target.name.clone(), Arc::new(Upstream::target(target, resources)?)));

@@ -12,7 +12,7 @@ use thiserror::Error;
 use towline_certs::load::{FileBytes, LoadError};
 use zeroize::Zeroizing;
 
-/// Why a file holds no token.
+/// Why a file contains no usable token.
 #[derive(Debug, Error)]
 pub enum TokenError {
     #[error(transparent)]
@@ -23,7 +23,7 @@ pub enum TokenError {
     Characters(PathBuf),
 }
 
-/// A file with a token, and the last good one that was in it.
+/// A token file, and its last valid token.
 pub(crate) struct TokenFile {
     path: PathBuf,
     good: ArcSwap<HeaderValue>,
@@ -46,8 +46,8 @@ impl TokenFile {
         HeaderValue::clone(&self.good.load())
     }
 
-    /// Reads the file again; tells whether it changed. The old token stays while the file is empty, missing or wrong.
-    /// Blocks for as long as that takes.
+    /// Reloads the file and returns whether the token changed. The old token stays while the file is empty, missing or invalid.
+    /// Blocks on file I/O.
     pub(crate) fn poll(&self) -> Result<bool, TokenError> {
         let value = read(&self.path)?;
         let changed = value != **self.good.load();

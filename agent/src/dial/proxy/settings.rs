@@ -8,7 +8,7 @@ use towline_proto::tunnel::proxy::{NoProxy, NoProxyEntry, ProxyUrl, Source};
 
 use crate::config::yaml::Section;
 
-/// The proxy that the agent was told to use.
+/// The configured proxy.
 #[derive(Clone, Debug)]
 pub struct ProxyConfig {
     pub url: ProxyUrl,
@@ -16,7 +16,7 @@ pub struct ProxyConfig {
     pub password_file: Option<PathBuf>,
     /// CA bundle for an `https://` proxy; the system's trust store if none is named.
     pub ca: Option<PathBuf>,
-    /// What is dialled directly.
+    /// Destinations that are dialled directly.
     pub no_proxy: NoProxy,
     pub source: Source,
 }

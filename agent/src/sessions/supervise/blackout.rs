@@ -42,10 +42,10 @@ use crate::sessions::transport::{Policy, Reason, Settings, TransportMode};
 
 const ROUNDS: u64 = 100;
 const CUT: Duration = Duration::from_secs(30);
-/// What the service may take to come back after the cut.
+/// Longest time until requests succeed again after the cut.
 const BACK: Duration = Duration::from_secs(5);
-/// One way and without jitter. A handshake takes some round trips, after up to 4 s between two packets that ask for one:
-/// over half the globe it would be late by them.
+/// One way, without jitter. A handshake takes several round trips, and up to 4 s pass between two connection attempts; with a
+/// larger latency the round would be late for that reason alone.
 const LATENCY_MAX_MS: u64 = 60;
 /// The defaults of `timeouts.dial` and `timeouts.ready`.
 const DIAL: Duration = Duration::from_secs(10);
@@ -147,7 +147,7 @@ async fn round(mode: TransportMode, seed: u64) -> Duration {
     let story = async {
         let up = world.back().await;
         assert!(up <= BACK, "{mode:?}, seed {seed}: the first session took {up:?}");
-        // Before a session counts as a success, and after.
+        // Cut both before and after a session counts as a success.
         sleep(Duration::from_millis(1000 + rng.below(120_000))).await;
         let busy = rng.below(2) == 0;
         let _stream = if busy { Some(world.newest().unwrap().open().await.unwrap()) } else { None };
@@ -252,7 +252,7 @@ impl World {
         }
     }
 
-    /// What the dialler does, with its times.
+    /// The dialler's work, with its times.
     async fn connect(self: Arc<Self>, address: Address, transport: Transport) -> Result<Session, DialError> {
         self.dials.fetch_add(1, Ordering::Relaxed);
         let failed = |_| DialError::for_test(&address);
@@ -304,12 +304,12 @@ impl World {
         agent
     }
 
-    /// The newest session that the gateway believes in.
+    /// The newest session that the gateway considers alive.
     fn newest(&self) -> Option<Session> {
         self.sessions.lock().unwrap().iter().rev().find(|session| session.is_open()).cloned()
     }
 
-    /// How long it takes from now on until a request is answered.
+    /// The time from now until a request is answered.
     async fn back(&self) -> Duration {
         let began = Instant::now();
         while began.elapsed() < 10 * BACK {
@@ -333,7 +333,7 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// Whether a request goes there and its answer comes back.
+/// Whether a request gets a response.
 async fn answers(session: &Session) -> bool {
     let Ok((mut send, mut recv)) = session.open().await else { return false };
     if send.write_chunk(Bytes::from_static(b"ping")).await.is_err() {
@@ -343,7 +343,7 @@ async fn answers(session: &Session) -> bool {
     matches!(recv.read_chunk(64).await, Ok(Some(bytes)) if &bytes[..] == b"ping")
 }
 
-/// What lies between the two ends.
+/// The network between the two ends.
 #[derive(Debug)]
 struct Path {
     up: watch::Sender<bool>,
