@@ -49,7 +49,7 @@ impl BundleVerifier {
     }
 }
 
-/// What is checked of a certificate that is believed as it is.
+/// The checks for a certificate that the bundle contains itself.
 fn verify_itself(
     certificate: &CertificateDer<'_>,
     name: &ServerName<'_>,
@@ -133,7 +133,7 @@ mod tests {
     use super::*;
     use crate::testing::{self, Set};
 
-    /// What `openssl req -x509 -addext subjectAltName=…` makes, with a change.
+    /// The certificate that `openssl req -x509 -addext subjectAltName=…` creates, with a change.
     fn self_signed(change: impl FnOnce(&mut CertificateParams)) -> CertificateDer<'static> {
         let mut params = CertificateParams::new(vec!["api.test".to_owned()]).unwrap();
         let now = testing::now();
@@ -158,8 +158,8 @@ mod tests {
         }
     }
 
-    /// Goal: FR-11: a server that shows a certificate of the bundle byte for byte is believed as Go believes it, and only under its
-    /// name, within its dates and for its purpose.
+    /// Goal: FR-11: a server that presents a certificate of the bundle byte for byte is trusted as in Go, and only for its name,
+    /// within its dates and for its purpose.
     #[test]
     fn fr11_a_certificate_of_the_bundle_is_believed_as_go_believes_it() {
         let hour = Duration::from_secs(3600);
@@ -182,7 +182,7 @@ mod tests {
         assert!(ask(std::slice::from_ref(&own), &other, "api.test").is_err());
     }
 
-    /// Goal: D7, FR-11: a leaf beside its CA takes nothing from the CA; a leaf alone, as somebody pins one, counts for itself alone.
+    /// Goal: D7, FR-11: a leaf next to its CA does not affect the CA; a leaf alone, as a pin, is trusted only for itself.
     #[test]
     fn d7_a_leaf_in_a_bundle_counts_for_itself_and_for_nothing_else() {
         let set = Set::new(testing::now());
@@ -197,7 +197,7 @@ mod tests {
         let alone = std::slice::from_ref(&leaf);
         assert_eq!(ask(alone, &leaf, "gateway.test"), Ok(()));
         assert_eq!(cause(ask(alone, sibling.leaf(), "gateway.test")), CertificateError::UnknownIssuer);
-        // One that a leaf has signed is nobody's.
+        // A certificate that a leaf signed is not trusted.
         let own = self_signed(|params| {
             params.is_ca = IsCa::ExplicitNoCa;
             params.key_usages = vec![KeyUsagePurpose::DigitalSignature];

@@ -24,7 +24,7 @@ use crate::issue::random_serial;
 use crate::load::{self, Credential, LoadError, LoadPolicy, Loaded, PrivateKey};
 use crate::save;
 
-/// What a CA is for. Each has its own root; none issues for another.
+/// The purpose of a CA. Each kind has its own root, and none issues for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CaKind {
     /// Agents, and the gateway on its tunnel and join listeners.
@@ -45,16 +45,16 @@ pub enum CaError {
     /// A file cannot be written.
     #[error(transparent)]
     Save(#[from] save::SaveError),
-    /// The root says that it is another CA.
+    /// The root is marked as another kind of CA.
     #[error(
         "{path} holds the {found}, but the {wanted} is expected here. The two files are probably swapped in the configuration"
     )]
     OtherKind {
         /// The root's file.
         path: String,
-        /// What the root says.
+        /// The kind in the root.
         found: CaKind,
-        /// What was asked for.
+        /// The expected kind.
         wanted: CaKind,
     },
     /// The certificate is not a root that may sign certificates.
@@ -113,11 +113,11 @@ impl CertificateAuthority {
         Self::assemble(kind, root, key, "the new CA")
     }
 
-    /// Loads a CA from PEM files. The root file may hold further certificates after the first: they are ignored.
+    /// Loads a CA from PEM files. Further certificates after the first in the root file are ignored.
     ///
     /// # Errors
-    /// When a file is wrong (missing, not PEM, key of another certificate, expired, …), the certificate is no CA, or
-    /// it is marked as another kind.
+    /// A file is wrong (missing, not PEM, key of another certificate, expired, …), the certificate is not a CA, or it is
+    /// marked as another kind.
     pub fn load(
         kind: CaKind,
         root_path: &Path,
@@ -154,10 +154,10 @@ impl CertificateAuthority {
         Ok(())
     }
 
-    /// The CA of a key, whose root stands among `roots`: so a CA is replaced by replacing its key.
+    /// The CA of a key whose root is among `roots`. Replacing the key therefore replaces the CA.
     ///
     /// # Errors
-    /// When none of the roots is the key's, or it is of another kind.
+    /// None of the roots belongs to the key, or it is of another kind.
     pub fn choose(
         kind: CaKind,
         roots: &[CertificateDer<'static>],
@@ -172,11 +172,11 @@ impl CertificateAuthority {
         Self::from_credential(kind, &credential, origin)
     }
 
-    /// A certificate of this CA for another one of the same kind: who believes only this one follows it to what that one
-    /// issues. For the time of a change.
+    /// Issues a certificate of this CA for another CA of the same kind, for use during a change of CA. A peer that trusts only
+    /// this CA then also accepts certificates of the other one.
     ///
     /// # Errors
-    /// When the other is of another kind, or this one has run out.
+    /// The other CA is of another kind, or this one has expired.
     pub fn cross_sign(&self, other: &Self, now: SystemTime) -> Result<CertificateDer<'static>, CaError> {
         if self.kind != other.kind {
             let (found, wanted) = (other.kind, self.kind);
@@ -197,7 +197,7 @@ impl CertificateAuthority {
         if same { Ok(cross.clone()) } else { Err(subject_error()) }
     }
 
-    /// What it is for.
+    /// The kind of this CA.
     #[must_use]
     pub fn kind(&self) -> CaKind {
         self.kind
@@ -221,7 +221,7 @@ impl CertificateAuthority {
         self.not_after
     }
 
-    /// Where `now` stands in the root's validity.
+    /// How long ago the root expired, if it has.
     pub(crate) fn expired_at(&self, now: SystemTime) -> Option<String> {
         match CertificateFacts::of(&self.root).ok()?.validity_at(now) {
             Validity::EndedAgo(gap) => Some(human(gap)),
@@ -262,7 +262,7 @@ impl CertificateAuthority {
     }
 }
 
-/// What all our CA certificates have in common.
+/// The parameters that all CA certificates of this crate share.
 fn ca_params(kind: CaKind, common_name: &str, serial: &[u8]) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -302,7 +302,7 @@ impl fmt::Display for CaKind {
     }
 }
 
-/// What a root says it is for; `None` for one that this crate did not make.
+/// The kind in a root; `None` for a root that this crate did not create.
 #[must_use]
 pub fn kind_of(root: &CertificateDer<'_>) -> Option<CaKind> {
     let (_, parsed) = X509Certificate::from_der(root).ok()?;
@@ -314,7 +314,7 @@ pub fn kind_of(root: &CertificateDer<'_>) -> Option<CaKind> {
     [CaKind::Tunnel, CaKind::FrontClients, CaKind::FrontServer].into_iter().find(|kind| ours && says(kind))
 }
 
-/// Whether a certificate may stand at the top of a chain.
+/// Whether a certificate may be the root of a chain.
 pub(crate) fn may_sign_certificates(certificate: &CertificateDer<'_>) -> bool {
     let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return false };
     let usage = match parsed.key_usage() {
@@ -351,9 +351,9 @@ impl SigningKey for CaKey {
 
 /// How long a new CA usually lives: ten years. A bundle with two roots replaces it earlier.
 pub const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
-/// X.509 ends with the year 9999; no CA needs a hundredth of that.
+/// The longest lifetime of a CA: a century. X.509 dates end with the year 9999.
 const CA_LIFETIME_MAX: Duration = Duration::from_secs(100 * 365 * 86_400);
-/// A new root is valid at once for peers whose clock is up to a day behind.
+/// A new root is valid from one day before its creation, for peers whose clock is behind.
 const CA_BACKDATE: Duration = Duration::from_secs(86_400);
 const ORGANIZATION: &str = "towline";
 
@@ -407,8 +407,8 @@ mod tests {
         assert!(matches!(error, CaError::Load(LoadError { cause: LoadCause::Expired { .. }, .. })));
     }
 
-    /// A change of CA: who believes only the old root follows the cross-signed certificate, who believes the new one does not
-    /// need it; and the key says which root issues.
+    /// A change of CA: a peer that trusts only the old root uses the cross-signed certificate, and a peer that trusts the new root
+    /// does not need it. The key decides which root issues.
     #[test]
     fn a_new_ca_is_vouched_for_by_the_old_one() {
         let now = testing::now();

@@ -27,7 +27,7 @@ use crate::load::{Credential, LoadCause, LoadError, LoadPolicy, load_credential}
 use crate::save::{self, SaveError};
 use crate::trust::{AgentCa, ClientCa};
 
-/// What a set is for.
+/// The content of a development set.
 #[derive(Debug, Clone)]
 pub struct DevSet {
     /// Where it is; made when missing (0700).
@@ -42,7 +42,7 @@ pub struct DevSet {
     pub trust_domain: TrustDomain,
     /// Life of agents' and clients' certificates; 24 h in production.
     pub leaf_lifetime: Duration,
-    /// New CAs, and everything from them, whatever exists.
+    /// Create new CAs and replace every file.
     pub force: bool,
 }
 
@@ -60,7 +60,7 @@ pub struct DevCluster {
 pub struct DevFile {
     /// Where.
     pub path: PathBuf,
-    /// What it is, for people.
+    /// Description of the file, for output.
     pub what: String,
     /// Whether this run wrote it.
     pub written: bool,
@@ -92,7 +92,7 @@ pub enum DevSetError {
     /// Two entries would have the same files.
     #[error("two entries would both write {0}. Give them different names")]
     Duplicate(PathBuf),
-    /// A client whose name gives no file name.
+    /// No file name can be derived from the client's name.
     #[error("the client name {0:?} has no letter or digit, so no file can be named after it. Add one")]
     FileName(String),
     /// No name for the gateway.
@@ -101,11 +101,11 @@ pub enum DevSetError {
 }
 
 impl DevSet {
-    /// Makes or completes the set; the files in the order of the table above.
+    /// Creates or completes the set. Returns the files in the order of the table above.
     ///
     /// # Errors
-    /// When something cannot be loaded, issued or written. What was written until then stays and is used by the next
-    /// run.
+    /// A file cannot be loaded or written, or a certificate cannot be issued. Files written before that stay, and the next run
+    /// uses them.
     pub fn write(&self, now: SystemTime) -> Result<Vec<DevFile>, DevSetError> {
         if self.gateway_hosts.is_empty() {
             return Err(DevSetError::NoGatewayHost);

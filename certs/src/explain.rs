@@ -14,7 +14,7 @@ use crate::foreign::ForeignIssuer;
 use crate::tls::PinMismatch;
 use crate::trust::VerifyError;
 
-/// An error with its causes, for one line. Many an error tells its cause itself; that is not told again.
+/// An error with its causes, on one line. A cause that the error's own text already contains is not repeated.
 #[must_use]
 pub fn once(error: &(dyn std::error::Error + 'static)) -> String {
     let mut told = error.to_string();
@@ -35,10 +35,10 @@ pub fn tls_error(error: &io::Error) -> Option<&Error> {
     error.get_ref().and_then(|inner| inner.downcast_ref())
 }
 
-/// What a handshake that failed shows about the other end.
+/// What a failed handshake reveals about the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fault {
-    /// Its certificate was not issued by the CA expected. A CA of the same name and another key looks like a wrong signature.
+    /// Its certificate was not issued by the expected CA. A CA with the same name and another key looks like a wrong signature.
     Issuer,
     /// Its certificate is for another name.
     Name,
@@ -46,14 +46,14 @@ pub enum Fault {
     Protocol,
     /// It does not speak TLS.
     NotTls,
-    /// It ended the connection without a word.
+    /// It closed the connection without an alert.
     Cut,
     /// It refused our certificate.
     Refused,
     Other,
 }
 
-/// What a handshake that failed shows about the other end.
+/// What a failed handshake reveals about the other end.
 #[must_use]
 pub fn fault(error: &io::Error) -> Fault {
     use AlertDescription as A;
@@ -81,7 +81,7 @@ pub fn fault(error: &io::Error) -> Fault {
     }
 }
 
-/// Cause and remedy of a failed handshake. "the CA" is whatever bundle this end was configured with;
+/// Cause and remedy of a failed handshake. The text calls this end's CA bundle "the configured CA bundle";
 /// [`explain_naming`] names it.
 #[must_use]
 pub fn explain(error: &Error) -> String {
@@ -174,7 +174,7 @@ fn certificate(cause: &CertificateError, bundle: &str) -> String {
     }
 }
 
-/// The other end refused; its own log says why in full.
+/// The other end refused the handshake; its log has the full reason.
 fn alert_received(alert: AlertDescription) -> String {
     use AlertDescription as A;
     let meaning = match alert {
@@ -223,7 +223,7 @@ mod tests {
 
     use super::*;
 
-    /// Goal: D16: an error that tells its cause is followed by no other that says the same.
+    /// Goal: D16: a cause that an error's text contains is not printed again.
     #[test]
     fn d16_each_cause_is_told_once() {
         #[derive(Debug, thiserror::Error)]

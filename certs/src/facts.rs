@@ -12,12 +12,12 @@ use crate::issue::{BACKDATE, HostName};
 use crate::pin::SpkiPin;
 use crate::profile::ProfileError;
 
-/// What stands in one certificate, whoever issued it.
+/// The content of one certificate, whoever issued it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertificateFacts {
-    /// Subject as text, for people.
+    /// Subject as text, for display.
     pub subject: String,
-    /// Issuer as text, for people.
+    /// Issuer as text, for display.
     pub issuer: String,
     /// Serial number, lowercase hex without separators.
     pub serial: String,
@@ -68,7 +68,7 @@ impl CertificateFacts {
         self.not_after.duration_since(self.issued_at()).unwrap_or_default() * 2 / 3
     }
 
-    /// Where `now` stands in its validity.
+    /// The certificate's validity at `now`.
     #[must_use]
     pub fn validity_at(&self, now: SystemTime) -> Validity {
         if let Ok(early @ 1..) = self.not_before.duration_since(now).map(|gap| gap.as_secs()) {
@@ -105,11 +105,11 @@ pub enum Validity {
     StartsIn(Duration),
     /// Valid; what is left.
     EndsIn(Duration),
-    /// Expired; since when.
+    /// Expired for this long.
     EndedAgo(Duration),
 }
 
-/// A duration for people: its two largest units, such as `3h 12m`.
+/// A duration as text with its two largest units, for example `3h 12m`.
 #[must_use]
 pub fn human(duration: Duration) -> String {
     let seconds = duration.as_secs();

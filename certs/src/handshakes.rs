@@ -25,14 +25,14 @@ use crate::trust::{AgentCa, ClientCa, VerifyError};
 const NAME: &str = "gateway.test";
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// What each end saw. A refused client certificate is an error at the server first and an alert at the client.
+/// The result at each end. A refused client certificate is an error at the server first, and an alert at the client.
 #[derive(Debug)]
 struct Met {
     client: ClientConnection,
     server: ServerConnection,
     client_error: Option<Error>,
     server_error: Option<Error>,
-    /// What of the client's "hello" reached the server's application.
+    /// Bytes of the client's "hello" that reached the server's application.
     application_bytes_read: usize,
 }
 
@@ -158,7 +158,7 @@ fn an_agent_and_the_tunnel_listener_meet() {
 
 #[test]
 fn agents_of_all_clocks_within_the_backdate_meet() {
-    // TU-15: an agent certificate just issued by a gateway whose clock is 10 minutes ahead is valid already.
+    // TU-15: an agent certificate from a gateway whose clock is 10 minutes ahead is valid at once.
     let set = Set::new(testing::now());
     let ahead = testing::now() + Duration::from_secs(600);
     let credential = set.tunnel_ca.issue_agent(&testing::agent(), LEAF_LIFETIME, ahead).unwrap();
@@ -197,7 +197,7 @@ fn the_tunnel_refuses_every_other_issuer() {
 
 #[test]
 fn the_tunnel_refuses_by_distinct_causes() {
-    // TU-02: each cause is told apart in the gateway's log.
+    // TU-02: the gateway's log distinguishes each cause.
     let set = Set::new(testing::now());
     let against = |credential: &Credential| meet(&agent_with(&set, credential), &tunnel(&set), NAME);
 
@@ -379,8 +379,8 @@ fn our_own_clients_never_offer_to_resume() {
     }
 }
 
-/// Goal: FR-11: with a self-signed API server whose own certificate is the bundle, the handshake goes well in both versions of TLS,
-/// and the server has to have the key.
+/// Goal: FR-11: with a self-signed API server whose own certificate is the bundle, the handshake succeeds in both versions of TLS,
+/// and the server must have the key.
 #[test]
 fn fr11_a_self_signed_server_is_believed_by_its_own_certificate() {
     let own_key = KeyPair::generate().unwrap();
@@ -427,7 +427,7 @@ fn the_front_takes_clients_with_and_without_a_certificate() {
         assert_eq!(verified.unwrap(), testing::client());
     }
 
-    // Whatever else a client shows: the handshake succeeds, and the certificate counts as absent.
+    // With any other client certificate the handshake succeeds, and the certificate is treated as absent.
     for credential in [testing::self_signed(), set.agent.clone(), agent_issued_at(&set.tunnel_ca, -30)] {
         let (_, server) = meet(&browser(&set, Some(&credential)), &front(&set), NAME).ok();
         assert!(clients.verify(server.peer_certificates().unwrap(), testing::now()).is_err());

@@ -44,9 +44,9 @@ pub enum NameError {
     Character {
         /// Which name was meant.
         what: &'static str,
-        /// What is allowed.
+        /// The allowed characters.
         allowed: &'static str,
-        /// How many characters stand before the first offender.
+        /// Number of characters before the first invalid one.
         position: usize,
         /// The offender.
         found: char,
@@ -108,14 +108,14 @@ macro_rules! name_type {
 }
 
 impl TrustDomain {
-    /// The audience of a ServiceAccount token that is a proof for the gateways of this trust domain, and for nobody else.
+    /// The audience of a ServiceAccount token that is a proof only for the gateways of this trust domain.
     #[must_use]
     pub fn audience(&self) -> String {
         format!("{AUDIENCE_PREFIX}{self}")
     }
 }
 
-/// What the audience of every ServiceAccount token for a gateway begins with.
+/// Prefix of the audience of every ServiceAccount token for a gateway.
 pub const AUDIENCE_PREFIX: &str = "towline:";
 
 name_type!(
@@ -132,7 +132,7 @@ name_type!(
     TrustDomain, "a trust domain", 255, |c| matches!(c, b'-' | b'.' | b'_'), "a-z, 0-9 and inner - . _"
 );
 
-/// Who an agent is. Only a verified certificate or the gateway's own record makes one.
+/// An agent's identity. It is only created from a verified certificate or from the gateway's own record.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AgentIdentity {
     /// The installation that issued it.
@@ -150,7 +150,7 @@ impl AgentIdentity {
         Self { trust_domain, cluster, instance }
     }
 
-    /// The identity as a URI, the only form in which it stands in a certificate.
+    /// The identity as a URI, its only form in a certificate.
     #[must_use]
     pub fn uri(&self) -> String {
         self.to_string()
@@ -186,9 +186,9 @@ impl FromStr for AgentIdentity {
 /// Most groups of one caller: as many as Windows puts into a ticket, 1,015, and some.
 pub const GROUPS_MAX: usize = 1024;
 
-/// Who a client says it is, by Kubernetes' convention: the name is the subject's CN, the groups are its O values.
+/// A client's identity by Kubernetes' convention: the name is the subject's CN, the groups are its O values.
 ///
-/// Names and groups that begin with `system:` are kept as they are: the gateway decides what they are worth.
+/// Names and groups that begin with `system:` are kept unchanged; the gateway decides whether to accept them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ClientIdentity {
     /// 1 to 256 bytes, no control characters.
@@ -283,7 +283,7 @@ mod tests {
 
     use super::*;
 
-    /// Goal: M8: the character that is wrong is named, and a letter of several bytes counts as one.
+    /// Goal: M8: the error names the wrong character, and a letter of several bytes is one character.
     #[test]
     fn m8_the_wrong_character_is_named() {
         let why = |text: &str| ClusterUid::new(text).unwrap_err().to_string();

@@ -38,7 +38,7 @@ use crate::pin::SpkiPin;
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// How long a server certificate of ours lives: 90 days; the gateway issues itself a new one at two thirds.
 pub const SERVER_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
-/// Every leaf is valid from one hour before it is issued, so that a peer whose clock is behind takes it.
+/// Every leaf is valid from one hour before it is issued, so that a peer whose clock is behind accepts it.
 pub const BACKDATE: Duration = Duration::from_secs(3600);
 /// Largest CSR that is looked at, in bytes of DER.
 pub const CSR_MAX_BYTES: usize = 16 * 1024;
@@ -105,7 +105,7 @@ pub enum HostName {
     Ip(IpAddr),
 }
 
-/// Why a text is no [`HostName`].
+/// Why a text is not a [`HostName`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{0:?} is neither a DNS name (without scheme and port) nor an IP address")]
 pub struct HostNameError(String);
@@ -167,7 +167,7 @@ impl AgentKey {
         Ok(params.serialize_request(&self.0)?.der().to_vec())
     }
 
-    /// The private key, to keep or to use with the certificate that comes back.
+    /// The private key, to store or to use with the issued certificate.
     #[must_use]
     pub fn private_key(&self) -> PrivateKey {
         PrivateKey::from_pkcs8(self.0.serialize_der())
@@ -187,10 +187,10 @@ impl Drop for AgentKey {
 }
 
 impl CertificateAuthority {
-    /// A key and certificate for an agent; for development sets and tests, since it makes the key here.
+    /// A key and certificate for an agent. Only for development sets and tests, because the CA creates the key.
     ///
     /// # Errors
-    /// When this is not the tunnel CA, or the library fails.
+    /// This is not the tunnel CA, or the library fails.
     pub fn issue_agent(
         &self,
         identity: &AgentIdentity,
@@ -337,7 +337,7 @@ fn leaf_params(usage: ExtendedKeyUsagePurpose) -> CertificateParams {
 
 fn agent_params(identity: &AgentIdentity) -> Result<CertificateParams, IssueError> {
     let mut params = leaf_params(ExtendedKeyUsagePurpose::ClientAuth);
-    // No subject: an agent's certificate holds no CN that anything could take for a client's name.
+    // No subject: an agent's certificate has no CN that could be read as a client's name.
     params.subject_alt_names = vec![SanType::URI(identity.uri().try_into()?)];
     Ok(params)
 }
@@ -356,7 +356,7 @@ fn server_params(names: &[HostName]) -> Result<CertificateParams, IssueError> {
     Ok(params)
 }
 
-/// The pin of the public key in a request whose sender has proved to hold the private one.
+/// The pin of the public key in a request whose sender has proved that it holds the private key.
 ///
 /// # Errors
 /// When the request is too large, malformed, not signed by its own key, or the key is of a kind not accepted.
@@ -364,7 +364,7 @@ pub fn csr_pin(csr_der: &[u8]) -> Result<SpkiPin, IssueError> {
     Ok(SpkiPin::of_spki(&key_of_csr(csr_der)?.subject_public_key_info()))
 }
 
-/// The public key of a request whose sender has proved to hold the private one; everything else in it is ignored.
+/// The public key of a request whose sender has proved that it holds the private key. Everything else in it is ignored.
 ///
 /// The kind of key is read from the key itself. The library's own reader takes it from the signature algorithm, which
 /// the sender chooses, and copies names and CA bits along.
@@ -416,8 +416,7 @@ fn check_key(key: &ParsedKey<'_>) -> Result<(), IssueError> {
 pub(crate) fn random_serial() -> Result<[u8; 16], IssueError> {
     let mut serial = [0; 16];
     aws_lc_rs::rand::fill(&mut serial).map_err(|_| IssueError::Random)?;
-    // Positive, and always of sixteen bytes: DER leaves out a zero at the front, and what is on record would not be what the
-    // certificate says.
+    // Positive, and always sixteen bytes: DER drops a leading zero byte, and the record would then differ from the certificate.
     serial[0] = serial[0] & 0x7f | 0x40;
     Ok(serial)
 }
@@ -438,7 +437,7 @@ mod tests {
         AgentCa::new(&[set.tunnel_ca.root_der().clone()], testing::agent().trust_domain).unwrap()
     }
 
-    /// A request that asks for everything it should not get.
+    /// A request for everything that a requester must not get.
     fn greedy_csr(key: &KeyPair) -> Vec<u8> {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "system:admin");
@@ -453,7 +452,7 @@ mod tests {
         params.serialize_request(key).unwrap().der().to_vec()
     }
 
-    /// A serial that lost a byte on its way into the certificate would be one that nobody can revoke.
+    /// A serial that loses a byte in the certificate could not be revoked.
     #[test]
     fn serials_are_the_same_in_der() {
         for _ in 0..4096 {

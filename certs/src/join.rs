@@ -27,23 +27,23 @@ use crate::identity::TrustDomain;
 use crate::issue::{HostName, IssueError};
 use crate::pin::SpkiPin;
 
-/// A join token. Shown by [`JoinToken::line`] and by nothing else.
+/// A join token. Only [`JoinToken::line`] shows it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct JoinToken {
-    /// Where the gateway is: 1 to 16, in the order in which they are tried.
+    /// Addresses of the gateway: 1 to 16, in the order in which they are tried.
     pub addresses: Vec<JoinAddress>,
-    /// By what the gateway is recognised: 1 to 8.
+    /// Pins by which the agent recognises the gateway: 1 to 8.
     pub pins: Vec<SpkiPin>,
-    /// Whose agent it makes.
+    /// The trust domain of the agent's identity.
     pub trust_domain: TrustDomain,
-    /// The name of the cluster that it is for: 1 to 63 of a-z, 0-9 and, between them, -. For the agent: the gateway's own record
+    /// The name of the cluster: 1 to 63 characters, a-z, 0-9 and inner hyphens. It informs the agent; the gateway's own record
     /// decides.
     pub cluster: String,
-    /// Which token it is: 1 to 63 of a-z, 0-9 and, between them, -. No secret.
+    /// The token's id: 1 to 63 characters, a-z, 0-9 and inner hyphens. It is not a secret.
     pub id: String,
-    /// How many keys it admits, 1 or more. For the agent: the gateway's own record decides.
+    /// How many keys the token admits, 1 or more. It informs the agent; the gateway's own record decides.
     pub uses: u32,
-    /// Why the gateway should believe the sender.
+    /// The proof for the gateway.
     pub secret: JoinSecret,
 }
 
@@ -58,7 +58,7 @@ pub struct JoinAddress {
 #[derive(Clone)]
 pub struct JoinSecret([u8; SECRET_BYTES]);
 
-/// Why a line is not a join token. Never repeats what may be secret.
+/// Why a line is not a join token. The text never contains parts that may be secret.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum JoinTokenError {
@@ -273,7 +273,7 @@ fn unhex(text: &str) -> Option<[u8; SECRET_BYTES]> {
 
 /// Bytes of the secret: 128 bits.
 pub const SECRET_BYTES: usize = 16;
-/// What every version of a join token begins with, and this one.
+/// Prefix of every version of join tokens, and of this version.
 const FAMILY: &str = "tljt";
 const VERSION: &str = "tljt1/";
 const LINE_MAX: usize = 8 * 1024;

@@ -21,13 +21,13 @@ use crate::ca::may_sign_certificates;
 use crate::facts::{CertificateFacts, Validity, human};
 use crate::trust::root_store;
 
-/// What is wrong with a file.
+/// A file that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{path}: {cause}")]
 pub struct LoadError {
     /// Which file.
     pub path: PathBuf,
-    /// What is wrong, and what to do.
+    /// The cause and the remedy.
     pub cause: LoadCause,
 }
 
@@ -60,15 +60,15 @@ pub enum LoadCause {
         "contains no certificate (\"-----BEGIN CERTIFICATE-----\"). Check whether the certificate and key files are swapped"
     )]
     NoCertificate,
-    /// A certificate section that is no certificate.
+    /// A certificate section without a valid certificate.
     #[error("its certificate number {0} is malformed. Create the file again")]
     BadCertificate(usize),
-    /// A trust bundle with a certificate that is no CA.
+    /// A trust bundle with a certificate that is not a CA.
     #[error(
         "its certificate number {0} is not a CA certificate. A trust bundle may contain only CA certificates"
     )]
     NotACa(usize),
-    /// A bundle for servers with certificates that are no CA's beside some that are.
+    /// A bundle for servers that contains other certificates in addition to CAs.
     #[error(
         "its certificate number {number} ({subject}) is not a CA certificate{}. It is trusted only for a server that presents exactly this certificate, until that server renews it; the CAs in the file are not affected. Remove it if that is not intended",
         more(*others)
@@ -152,7 +152,7 @@ pub enum Strictness {
     Warn,
 }
 
-/// What to do about shortcomings that do not make a file useless.
+/// How to handle problems that leave a file usable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadPolicy {
     /// A key that group or others can read. Kubernetes mounts secrets with group access when `fsGroup` is set.
@@ -173,7 +173,7 @@ impl LoadPolicy {
 pub struct Loaded<T> {
     /// The value.
     pub value: T,
-    /// To be logged; each says what to do.
+    /// Warnings to log; each has its remedy.
     pub warnings: Vec<LoadError>,
 }
 
@@ -294,7 +294,7 @@ impl FileBytes {
         Ok(Self { path: path.to_owned(), bytes, mode: metadata.permissions().mode() & 0o7777 })
     }
 
-    /// Bytes that came another way than from a file, such as inline in a kubeconfig; `origin` names them in errors.
+    /// Bytes that do not come from a file, for example inline in a kubeconfig; `origin` names them in errors.
     #[must_use]
     pub fn from_memory(origin: &Path, bytes: Vec<u8>) -> Self {
         Self { path: origin.to_owned(), bytes: Zeroizing::new(bytes), mode: 0o600 }
@@ -378,7 +378,7 @@ pub fn parse_credential(
 /// Loads a trust bundle: at least one certificate, all of them CAs.
 ///
 /// # Errors
-/// What is wrong with the file. Validity is not looked at: a bundle may hold a root that has ended.
+/// The file is unusable. Validity is not checked: a bundle may contain an expired root.
 pub fn load_roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
     parse_roots(&FileBytes::read(path)?)
 }
@@ -395,11 +395,11 @@ pub fn parse_roots(file: &FileBytes) -> Result<Vec<CertificateDer<'static>>, Loa
     }
 }
 
-/// Loads a bundle that servers are checked against, as Go takes it: CAs, and certificates that servers show themselves, of which a
-/// warning tells.
+/// Loads a bundle for verifying servers, as Go reads it: CAs, and certificates that servers present themselves. The latter cause
+/// a warning.
 ///
 /// # Errors
-/// What is wrong with the file.
+/// The file is unusable.
 pub fn load_bundle(path: &Path) -> Result<Loaded<Vec<CertificateDer<'static>>>, LoadError> {
     parse_bundle(&FileBytes::read(path)?)
 }
@@ -439,7 +439,7 @@ pub fn system_roots() -> Result<Vec<CertificateDer<'static>>, LoadError> {
 /// All certificates of a PEM file, in order; at least one. Other sections are skipped.
 ///
 /// # Errors
-/// What is wrong with the file.
+/// The file is unusable.
 pub fn parse_certificates(file: &FileBytes) -> Result<Vec<CertificateDer<'static>>, LoadError> {
     check_pem(file)?;
     let mut certificates = Vec::new();
@@ -456,7 +456,7 @@ pub fn parse_certificates(file: &FileBytes) -> Result<Vec<CertificateDer<'static
 /// The one private key of a PEM file: PKCS #8, PKCS #1 or SEC 1. Other sections are skipped.
 ///
 /// # Errors
-/// What is wrong with the file.
+/// The file is unusable.
 pub fn parse_key(file: &FileBytes) -> Result<PrivateKey, LoadError> {
     check_pem(file)?;
     let encrypted = [&b"BEGIN ENCRYPTED PRIVATE KEY"[..], b"Proc-Type: 4,ENCRYPTED"];
@@ -485,7 +485,7 @@ fn check_pem(file: &FileBytes) -> Result<(), LoadError> {
     Ok(())
 }
 
-/// The library's errors quote lines of the file, which may be lines of a key; only their kind is kept.
+/// The kind of a PEM error. The library's errors quote lines of the file, which may be lines of a key, so their text is dropped.
 fn broken(error: &pem::Error) -> LoadCause {
     LoadCause::BrokenPem(match error {
         pem::Error::MissingSectionEnd { .. } => "no END line",
@@ -567,7 +567,7 @@ mod tests {
             load_credential(&self.path("crt"), &self.path("key"), policy, self.now)
         }
 
-        /// What is wrong once file `name` has this content; the error names that file or the key's.
+        /// The error when file `name` has this content; it names that file or the key's.
         fn cause(&self, name: &str, content: &[u8]) -> LoadCause {
             write_private(&self.path(name), content).unwrap();
             let error = self.load(LoadPolicy::STRICT).unwrap_err();
@@ -652,7 +652,7 @@ mod tests {
         assert!(matches!(cause, LoadCause::LeafNotFirst { number: 2, .. }), "{cause:?}");
     }
 
-    /// CF-03, of its mode; the rest of that row is in the tests beside this one.
+    /// CF-03, the mode of a file; the neighbouring tests cover the rest of that row.
     #[test]
     fn an_exposed_key_is_refused_or_warned_about() {
         let files = Files::new();
@@ -701,7 +701,7 @@ mod tests {
         assert_eq!(load_roots(&files.path("crt")).unwrap_err().cause, LoadCause::NotACa(1));
     }
 
-    /// Goal: D7: a leaf in a bundle for servers is told of and takes no CA away; the bundles by which others are let in hold CAs only.
+    /// Goal: D7: a leaf in a bundle for servers causes a warning and does not affect the CAs; bundles for admitting peers contain only CAs.
     #[test]
     fn d7_a_leaf_in_a_bundle_is_a_warning() {
         let files = Files::new();
@@ -724,7 +724,7 @@ mod tests {
 
     #[test]
     fn keys_of_every_label_load_and_keep_it() {
-        // SEC 1 (RFC 5915), as older tools write it, is what stands inside PKCS #8.
+        // PKCS #8 contains SEC 1 (RFC 5915), which older tools write alone.
         let set = Set::new(testing::now());
         let pkcs8 = set.agent.key().der().secret_der();
         let version_and_length = [0x02, 0x01, 0x01, 0x04, 0x20];

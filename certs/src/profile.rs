@@ -67,7 +67,7 @@ pub enum ProfileError {
         /// How many.
         count: usize,
     },
-    /// A subject alternative name that is no URI.
+    /// A subject alternative name that is not a URI.
     #[error("its subject alternative name is of type {kind}; in an agent's certificate it is a URI")]
     SanKind {
         /// Which type it is.

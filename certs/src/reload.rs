@@ -12,7 +12,7 @@ use aws_lc_rs::digest;
 
 use crate::load::{FileBytes, LoadError};
 
-/// What a poll found.
+/// The result of a poll.
 #[derive(Debug)]
 pub enum Reload<T, E> {
     /// The same bytes as the value in use.
@@ -21,7 +21,7 @@ pub enum Reload<T, E> {
     Changed(Arc<T>),
     /// Bad content: the last good value stays in use.
     Kept {
-        /// What is wrong.
+        /// The error.
         error: E,
         /// Whether the same files were wrong in the same way at the last poll; log only when not.
         repeated: bool,
@@ -45,7 +45,7 @@ impl<T, E: From<LoadError> + fmt::Display> Watched<T, E> {
     /// Reads the files for the first time. `parse` gets them in the order of `paths`.
     ///
     /// # Errors
-    /// When a file cannot be read, or `parse` refuses: at the start there is no good value to keep.
+    /// A file cannot be read, or `parse` rejects it. At the start there is no earlier value to keep.
     pub fn open(
         paths: Vec<PathBuf>,
         parse: impl Fn(&[FileBytes]) -> Result<T, E> + Send + Sync + 'static,
@@ -61,7 +61,7 @@ impl<T, E: From<LoadError> + fmt::Display> Watched<T, E> {
         &self.good
     }
 
-    /// What the files are.
+    /// The paths of the files.
     #[must_use]
     pub fn paths(&self) -> &[PathBuf] {
         &self.paths
@@ -73,8 +73,8 @@ impl<T, E: From<LoadError> + fmt::Display> Watched<T, E> {
         self.failure.is_some()
     }
 
-    /// Reads the files again; blocks for as long as that takes, so not on a runtime's thread. Bad content is tried
-    /// again at each poll, since time alone can heal it (a certificate that was not valid yet).
+    /// Reads the files again. Blocks on file I/O, so do not call it on a runtime's thread. Bad content is parsed again at each
+    /// poll, because time alone can make it valid (a certificate that was not valid yet).
     pub fn poll(&mut self) -> Reload<T, E> {
         let files = match read_all(&self.paths) {
             Ok(files) => files,
@@ -98,7 +98,7 @@ impl<T, E: From<LoadError> + fmt::Display> Watched<T, E> {
 
     fn keep(&mut self, hash: Option<Hash>, error: E) -> Reload<T, E> {
         let failure = (hash, error.to_string());
-        // With the same bytes it is the same trouble, even where its text counts hours.
+        // The same bytes are the same error, even if its text contains a changing duration.
         let repeated = match &self.failure {
             Some((Some(earlier), _)) => hash.as_ref() == Some(earlier),
             Some(earlier) => *earlier == failure,

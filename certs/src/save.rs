@@ -23,7 +23,7 @@ use crate::load::{Credential, PrivateKey};
 pub struct SaveError {
     /// Which file.
     pub path: PathBuf,
-    /// What the system said.
+    /// The error of the system.
     pub source: io::Error,
 }
 
@@ -55,7 +55,7 @@ pub fn write_credential(path: &Path, credential: &Credential) -> Result<(), Save
     write_private(path, text.as_bytes())
 }
 
-/// Makes a directory, and those above it, that only its owner can enter (mode 0700); one that exists is left as it is.
+/// Creates a directory, and its missing parents, that only its owner can enter (mode 0700). An existing directory stays unchanged.
 ///
 /// # Errors
 /// When the system refuses.
@@ -122,7 +122,7 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), SaveError> {
         File::open(directory)?.sync_all()
     })();
     if written.is_err() {
-        // After a successful rename there is nothing left to remove, and before it the error above says more.
+        // After a successful rename there is nothing to remove; before it, the error above is more informative.
         drop(fs::remove_file(&beside));
     }
     written.map_err(error)
@@ -169,7 +169,7 @@ mod tests {
         let path = directory.path().join("missing").join("x");
         let error = write_public(&path, b"x").unwrap_err();
         assert!(error.to_string().contains("missing/x"), "{error}");
-        // The target is a directory: the file beside it is written, the move fails, and it is cleaned up.
+        // The target is a directory: the temporary file is written, the rename fails, and the file is removed.
         let occupied = directory.path().join("occupied");
         fs::create_dir(&occupied).unwrap();
         write_public(&occupied, b"x").unwrap_err();

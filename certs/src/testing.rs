@@ -39,7 +39,7 @@ impl Set {
     }
 }
 
-/// A whole second, since certificates know no smaller unit.
+/// A whole second, the smallest unit in certificates.
 pub(crate) fn now() -> SystemTime {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     UNIX_EPOCH + Duration::from_secs(seconds)

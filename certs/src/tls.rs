@@ -98,9 +98,9 @@ pub enum Refused {
     UnknownVersion,
 }
 
-/// Which listener an ALPN offer chooses (RFC 7301); no offer, and anything that is not ours, is the front's.
+/// The listener that an ALPN offer selects (RFC 7301). No offer, and any foreign protocol, selects the front.
 ///
-/// Versions unknown here may stand beside a known one, so that a newer agent can offer both.
+/// An offer may contain unknown versions in addition to a known one, so that a newer agent can offer both.
 ///
 /// # Errors
 /// [`Refused`] for an offer across listeners, or with unknown versions only.
@@ -129,7 +129,7 @@ pub fn route_by_alpn<'a>(offered: impl IntoIterator<Item = &'a [u8]>) -> Result<
 }
 
 /// The certificates of the front: one by default, and others by the name in the ClientHello (SNI). A name may be
-/// `*.domain`, which stands for exactly one label. SNI only picks the certificate; it decides nothing else.
+/// `*.domain`, which matches exactly one label. SNI only selects the certificate.
 #[derive(Debug, Clone)]
 pub struct FrontCertificates {
     default: Credential,
@@ -137,7 +137,7 @@ pub struct FrontCertificates {
 }
 
 impl FrontCertificates {
-    /// One certificate for every name, and for no name.
+    /// One certificate for every name, and for connections without a name.
     #[must_use]
     pub fn new(default: Credential) -> Self {
         Self { default, by_host: Vec::new() }
@@ -162,7 +162,7 @@ pub enum UpstreamProtocol {
     Http2,
 }
 
-/// The tunnel listener, for TLS on TCP and, as it is, for QUIC: a client certificate of the tunnel CA is required.
+/// The tunnel listener, for TLS on TCP and unchanged for QUIC. It requires a client certificate of the tunnel CA.
 ///
 /// # Errors
 /// When the chain lacks its root, or certificate and key do not fit.
@@ -180,8 +180,8 @@ pub fn join_server(credential: &Credential) -> Result<Arc<ServerConfig>, TlsErro
     server(&[&TLS13], no_client_certificates(), single(credential)?, &[ALPN_JOIN])
 }
 
-/// The front. With `clients`, a client certificate is asked for and its key proved, but whether it is believed is
-/// for [`ClientCa::verify`] after the handshake: one that is not believed counts as absent. Without, none is asked for.
+/// The front. With `clients`, the server requests a client certificate and a proof of its key. [`ClientCa::verify`] decides
+/// after the handshake whether to trust it; an untrusted certificate is treated as absent. Without `clients`, the server requests none.
 ///
 /// # Errors
 /// When certificate and key do not fit, or two certificates claim one host.
@@ -201,8 +201,8 @@ pub fn front_server(
     server(&[&TLS13, &TLS12], verifier, resolver, &[ALPN_H2, ALPN_HTTP1])
 }
 
-/// An agent towards the gateway, for TLS on TCP and, as it is, for QUIC. After the handshake require
-/// `alpn_protocol() == Some(ALPN_TUNNEL)` with [`negotiated`]: a server that knows no ALPN answers without one.
+/// An agent towards the gateway, for TLS on TCP and unchanged for QUIC. After the handshake, require
+/// `alpn_protocol() == Some(ALPN_TUNNEL)` with [`negotiated`]: a server without ALPN support answers without one.
 ///
 /// # Errors
 /// When the roots are unusable, or certificate and key do not fit.
@@ -229,8 +229,8 @@ pub fn join_client(pins: &[SpkiPin]) -> Result<Arc<ClientConfig>, TlsError> {
     Ok(finish(builder.with_no_client_auth(), &[ALPN_JOIN]))
 }
 
-/// An agent that only asks whether a tunnel gateway is there, because it did not recognise the server. It believes whoever answers
-/// and proves nothing: nothing may be sent over it, and nothing follows from it but which error is told.
+/// An agent that only finds out whether a server is a tunnel gateway, after it did not recognise the server. It accepts any
+/// certificate and presents none. Nothing may be sent over it, and its result only selects an error message.
 ///
 /// # Errors
 /// When the crypto provider has no TLS 1.3.
@@ -393,7 +393,7 @@ impl ResolvesServerCert for BySni {
 #[error("none of the presented CA certificates matches a pin of the join token ({}). Either the token is for another gateway, or a middlebox answers in place of the gateway; nothing was sent", .0.iter().map(SpkiPin::to_string).collect::<Vec<_>>().join(", "))]
 pub struct PinMismatch(pub Vec<SpkiPin>);
 
-/// Believes every certificate, and checks that the peer has its key.
+/// Accepts every certificate, and checks that the peer has its key.
 #[derive(Debug)]
 struct Anybody {
     provider: Arc<CryptoProvider>,

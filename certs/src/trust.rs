@@ -29,7 +29,7 @@ use crate::tls::provider;
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum TrustError {
-    /// Without a root nobody could be verified.
+    /// Without a root no peer can be verified.
     #[error(
         "the trust bundle is empty, so no peer could be verified. Use a file with at least one CA certificate"
     )]
@@ -42,14 +42,14 @@ pub enum TrustError {
         "the trust bundle contains the {found}, but the {wanted} is expected. Two files are probably swapped"
     )]
     OtherKind {
-        /// What it says it is.
+        /// The kind in the root.
         found: CaKind,
-        /// What belongs there.
+        /// The expected kind.
         wanted: CaKind,
     },
 }
 
-/// Why a presented chain is no identity.
+/// Why a presented chain is not an identity.
 #[derive(Debug, Clone, Error)]
 #[non_exhaustive]
 pub enum VerifyError {
@@ -67,9 +67,9 @@ pub enum VerifyError {
     Profile(#[from] ProfileError),
 }
 
-/// Which of these roots lead back to what is believed already: to `believed` by being one of them, to the key of a pin, or by
-/// the signature of either, on the root itself or on one of the `vouchers`, cross-signed certificates of its name and key.
-/// Whether any of them has run out is not asked: nobody else could have signed it.
+/// Which of these roots lead back to trusted ones. A root does if it is in `believed`, if its key has one of the pins, or if such a
+/// root signed it or signed a cross-signed certificate with its name and key in `vouchers`. Expiry is not checked: only the holder
+/// of the key can have signed.
 #[must_use]
 pub fn leads_back(
     roots: &[CertificateDer<'_>],
@@ -113,10 +113,10 @@ pub struct AgentCa {
 }
 
 impl AgentCa {
-    /// Takes the tunnel CA's roots (two during a change of CA) and the one trust domain whose identities count.
+    /// Creates it from the tunnel CA's roots (two during a change of CA) and the trust domain whose identities are accepted.
     ///
     /// # Errors
-    /// When there is no root, one is no CA, or one is marked as another CA.
+    /// There is no root, one is not a CA, or one is marked as another CA.
     pub fn new(roots: &[CertificateDer<'_>], trust_domain: TrustDomain) -> Result<Self, TrustError> {
         Ok(Self { roots: Roots::new(roots, CaKind::Tunnel)?, trust_domain })
     }
@@ -137,19 +137,18 @@ impl AgentCa {
     /// The identity in a certificate that a handshake with [`crate::tls::tunnel_server`] has accepted.
     ///
     /// # Errors
-    /// None for such a certificate; anything else is judged by profile and trust domain.
+    /// None for such a certificate. Any other certificate is checked by profile and trust domain.
     pub fn identity_of(&self, leaf: &CertificateDer<'_>) -> Result<AgentIdentity, ProfileError> {
         AgentIdentity::of_domain(leaf, &self.trust_domain)
     }
 
-    /// Whether any key stands in both bundles. Then one certificate could be tried as either identity; a gateway must
-    /// not start like that.
+    /// Whether any key is in both bundles. One certificate could then be used as either identity, so a gateway must not start.
     #[must_use]
     pub fn shares_a_key_with(&self, clients: &ClientCa) -> bool {
         self.roots.pins.iter().any(|pin| clients.roots.pins.contains(pin))
     }
 
-    /// The trust domain whose identities count.
+    /// The trust domain whose identities are accepted.
     #[must_use]
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
@@ -168,16 +167,16 @@ pub struct ClientCa {
 }
 
 impl ClientCa {
-    /// Takes the front clients' roots: our own front client CA, or a company's.
+    /// Creates it from the front clients' roots: the product's own front client CA, or a company's CA.
     ///
     /// # Errors
-    /// When there is no root, one is no CA, or one is marked as another CA.
+    /// There is no root, one is not a CA, or one is marked as another CA.
     pub fn new(roots: &[CertificateDer<'_>]) -> Result<Self, TrustError> {
         Ok(Self { roots: Roots::new(roots, CaKind::FrontClients)? })
     }
 
-    /// Verifies what a client presented, leaf first. The handshake at the front has proved that the client holds the
-    /// leaf's key, and nothing else; an error here means "counts as absent".
+    /// Verifies the chain that a client presented, leaf first. The handshake at the front has only proved that the client holds
+    /// the leaf's key. After an error the certificate is treated as absent.
     ///
     /// # Errors
     /// Which step failed.
@@ -190,14 +189,14 @@ impl ClientCa {
         Ok(ClientIdentity::from_verified_certificate(leaf)?)
     }
 
-    /// For the front: asks for a certificate without requiring one, and names these roots as a hint, so that clients
-    /// with several certificates send the right one. The hint is no check.
+    /// For the front: requests a certificate without requiring one, and names these roots as a hint, so that clients with
+    /// several certificates send the right one. The hint is not a check.
     pub(crate) fn handshake_verifier(&self) -> Arc<dyn ClientCertVerifier> {
         Arc::new(AcceptAny { hints: self.roots.verifier.root_hint_subjects().to_vec(), provider: provider() })
     }
 }
 
-/// For a front without a client CA: asks for nothing that it could not judge.
+/// For a front without a client CA: requests no certificate, because it could not verify one.
 pub(crate) fn no_client_certificates() -> Arc<dyn ClientCertVerifier> {
     WebPkiClientVerifier::no_client_auth()
 }
@@ -267,7 +266,7 @@ impl fmt::Debug for ClientCa {
     }
 }
 
-/// rustls' own chain check, then the agent profile; so the handshake itself fails for anything but an agent.
+/// rustls' own chain check, then the agent profile, so that the handshake itself fails for anything except an agent.
 #[derive(Debug)]
 struct RequireAgent(AgentCa);
 
@@ -317,8 +316,8 @@ impl ClientCertVerifier for RequireAgent {
     }
 }
 
-/// Takes any certificate as a claim: the client must prove that it holds the key (RFC 8446 section 4.4.3), and
-/// [`ClientCa::verify`] decides later what the claim is worth.
+/// Accepts any certificate as a claim. The client must prove that it holds the key (RFC 8446 section 4.4.3), and
+/// [`ClientCa::verify`] decides later whether to trust it.
 #[derive(Debug)]
 struct AcceptAny {
     hints: Vec<DistinguishedName>,
@@ -475,7 +474,7 @@ mod tests {
         assert_eq!(ClientCa::new(&[client, leaf]).unwrap_err(), TrustError::NotACa(2));
     }
 
-    /// S7: what a root has to show to be believed by who believes another.
+    /// S7: the proofs by which a peer that trusts one root accepts another.
     #[test]
     fn s7_only_what_was_believed_vouches_for_a_root() {
         let now = testing::now();
