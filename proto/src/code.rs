@@ -16,8 +16,8 @@ macro_rules! codes {
             /// Every code, in the order of its number.
             pub const ALL: &'static [Self] = &[$(Self::$name,)*];
 
-            /// The code of this number. A number that this version does not know is [`Code::Internal`]: a newer peer
-            /// may know more codes, and none of them means that the stream ended well.
+            /// The code with this number. An unknown number is [`Code::Internal`]: a newer peer may have more codes, and none of
+            /// them means success.
             #[must_use]
             pub const fn from_u32(value: u32) -> Self {
                 match value { $($value => Self::$name,)* _ => Self::Internal }
@@ -45,13 +45,13 @@ macro_rules! codes {
 }
 
 codes! {
-    /// The sender lost interest: its own caller went away.
+    /// The sender's own caller disconnected.
     Cancelled = 1, "cancelled", 499, "the request was cancelled";
-    /// Nothing was done with the stream: it may be tried again elsewhere.
+    /// The stream had no effect and may be tried elsewhere.
     Refused = 2, "refused", 503, "the agent refused the stream before it acted on it";
     /// The agent could not connect to the upstream.
     UpstreamConnect = 3, "upstream_connect", 502, "the agent could not connect to the upstream";
-    /// The upstream broke off, or answered something that is not HTTP, after the agent had connected.
+    /// The connection to the upstream broke, or the upstream did not answer with HTTP.
     UpstreamBody = 4, "upstream_body", 502, "the connection to the upstream broke";
     /// The agent's own configuration forbids what the stream asked for.
     Denied = 5, "denied", 403, "the agent's configuration forbids this";
@@ -63,9 +63,9 @@ codes! {
     Flow = 8, "flow", 502, "flow control was violated";
     /// The peer broke the protocol.
     Proto = 9, "proto", 502, "the tunnel protocol was violated";
-    /// The process is draining and takes nothing new.
+    /// The process is draining and accepts nothing new.
     Draining = 10, "draining", 503, "the process is draining";
-    /// A fault of the process that sends the code.
+    /// An internal error of the process that sends the code.
     Internal = 11, "internal", 500, "an internal fault";
 }
 

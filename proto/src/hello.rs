@@ -10,7 +10,7 @@ pub const VERSIONS: &[u32] = &[1];
 /// Bytes of a boot id.
 pub const BOOT_ID_BYTES: usize = 16;
 
-/// Which end of the session this is. The roles differ in the stream ids they use, and in who asks first for a sign of life.
+/// Which end of the session this is. The roles use different stream ids, and the agent pings first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Opens even streams.
@@ -22,25 +22,25 @@ pub enum Role {
 /// The first message of a session, in both directions.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Hello {
-    /// Protocol versions the sender speaks. The session runs the highest one that both ends list.
+    /// Protocol versions that the sender supports. The session uses the highest one that both ends list.
     #[prost(uint32, repeated, tag = "1")]
     pub versions: Vec<u32>,
     /// Names of optional features the sender understands. Unknown names are ignored.
     #[prost(string, repeated, tag = "2")]
     pub capabilities: Vec<String>,
-    /// What the sender allows its peer.
+    /// The sender's limits for its peer.
     #[prost(message, required, tag = "3")]
     pub limits: HelloLimits,
-    /// 16 random bytes drawn when the sending process started: tells the sessions of one process from those of
-    /// another process that holds the same certificate.
+    /// 16 random bytes, drawn when the sending process started. They distinguish the sessions of one process from those of
+    /// another process with the same certificate.
     #[prost(bytes = "vec", tag = "4")]
     pub boot_id: Vec<u8>,
-    /// The sender's software version, for people. Never used to decide anything.
+    /// The sender's software version, for logs. Never used to decide anything.
     #[prost(string, tag = "5")]
     pub software: String,
 }
 
-/// What one end allows the other. All values are fixed for the life of the session.
+/// The limits that one end sets for the other. All values are fixed for the life of the session.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct HelloLimits {
     /// Streams that the peer may have open at once.
@@ -54,7 +54,7 @@ pub struct HelloLimits {
     pub head_max_bytes: u32,
 }
 
-/// Whether the limits are there: prost takes a message without a required field, and zeros in its place.
+/// Detects missing limits: prost accepts a message without a required field and fills it with zeros.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 struct Required {
     #[prost(message, optional, tag = "3")]
@@ -84,7 +84,7 @@ mod tests {
         Hello { versions: versions.to_vec(), ..Hello::default() }
     }
 
-    /// Goal: A17: a hello without its limits is none; one that says zeros says so.
+    /// Goal: A17: a hello without limits is invalid; one with zeros is valid.
     #[test]
     fn a17_a_hello_has_limits() {
         let whole = Hello { boot_id: alloc::vec![7; 16], ..offering(&[1]) };

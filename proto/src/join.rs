@@ -16,31 +16,31 @@ use prost::Message;
 pub const JOIN_MAX_BYTES: usize = 64 * 1024;
 /// Most certificates of a chain or a bundle.
 pub const CERTIFICATES_MAX: usize = 16;
-/// The capability of an end that understands [`Notice`]s. To one that does not list it none is sent.
+/// The capability of an end that understands [`Notice`]s. They are sent only to an end that lists it.
 pub const CAPABILITY_IDENTITY: &str = "identity/1";
-/// The capability of an end that understands [`Notice::About`]. To one that does not list it none is sent.
+/// The capability of an end that understands [`Notice::About`]. It is sent only to an end that lists it.
 pub const CAPABILITY_ABOUT: &str = "about/1";
 /// Longest text of a refusal, in bytes.
 pub const REFUSAL_TEXT_MAX: usize = 512;
 /// Longest text of an [`ApiServer`], in bytes.
 pub const API_SERVER_TEXT_MAX: usize = 512;
 
-/// What an agent without a certificate asks for: one, for a key that it holds.
+/// A request for a certificate, from an agent that has none, for a key that it holds.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct JoinRequest {
     /// Why it should get one.
     #[prost(oneof = "Proof", tags = "1, 2, 7")]
     pub proof: Option<Proof>,
-    /// A request for a certificate (PKCS #10, DER). Only its public key counts.
+    /// A certificate request (PKCS #10, DER). Only its public key is used.
     #[prost(bytes = "bytes", tag = "3")]
     pub csr: Bytes,
-    /// The sender's software version, for people.
+    /// The sender's software version, for logs.
     #[prost(string, tag = "4")]
     pub software: String,
-    /// As in the hello: the processes of one cluster are told apart by it.
+    /// As in the hello: it distinguishes the processes of one cluster.
     #[prost(bytes = "bytes", tag = "5")]
     pub boot_id: Bytes,
-    /// Who issues the cluster's ServiceAccount tokens, as the agent knows it; put on record if a join token admits it.
+    /// The issuer of the cluster's ServiceAccount tokens. The gateway records it if a join token admits the agent.
     #[prost(message, optional, tag = "6")]
     pub issuer: Option<Issuer>,
 }
@@ -52,12 +52,12 @@ pub enum Proof {
     Token(Token),
     #[prost(message, tag = "2")]
     ServiceAccount(ServiceAccount),
-    /// The certificate that the sender had, run out not too long ago; the CSR is signed by its key.
+    /// The sender's recently expired certificate; its key signed the CSR.
     #[prost(message, tag = "7")]
     Expired(Certificate),
 }
 
-/// A join token, whatever number of uses it has.
+/// A join token, with any number of uses.
 #[derive(Clone, PartialEq, prost::Message)]
 #[prost(skip_debug)]
 pub struct Token {
@@ -98,7 +98,7 @@ impl fmt::Debug for ServiceAccount {
     }
 }
 
-/// Who issues a cluster's ServiceAccount tokens.
+/// The issuer of a cluster's ServiceAccount tokens.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct Issuer {
     /// The `iss` of its tokens.
@@ -117,7 +117,7 @@ pub struct Issuer {
 pub struct JoinAnswer {
     #[prost(oneof = "Joined", tags = "1, 2")]
     pub outcome: Option<Joined>,
-    /// Makes refusals equally long, so that their size tells nothing.
+    /// Makes all refusals equally long, so that their size reveals nothing.
     #[prost(bytes = "bytes", tag = "3")]
     pub padding: Bytes,
 }
@@ -131,7 +131,7 @@ pub enum Joined {
     Refused(Refused),
 }
 
-/// An identity, and whom to believe from now on.
+/// An identity, and the CAs to trust from now on.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Admitted {
     #[prost(message, required, tag = "1")]
@@ -158,7 +158,7 @@ pub struct Certificate {
     pub chain: Vec<Bytes>,
 }
 
-/// Why nothing was issued, for people: at most [`REFUSAL_TEXT_MAX`] bytes that say what to do.
+/// Why nothing was issued. Its text has at most [`REFUSAL_TEXT_MAX`] bytes, and the remedy.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct Refused {
     /// A number of [`RefusalCode`].
@@ -177,7 +177,7 @@ pub struct Refused {
 pub enum RefusalCode {
     /// A number that this version does not know.
     Unknown = 0,
-    /// The proof does not count: unknown, used up, run out, of another cluster. HTTP would say 401.
+    /// The proof is not valid: unknown, used up, expired, or of another cluster. Corresponds to HTTP 401.
     Proof = 1,
     /// The request for a certificate cannot be used (400).
     Request = 2,
@@ -208,19 +208,19 @@ impl RefusalCode {
 }
 
 impl JoinAnswer {
-    /// A refusal of exactly so many bytes, 140 of them at least beside its text.
+    /// A refusal of exactly this many bytes; at least 140 in addition to its text.
     #[must_use]
     pub fn refused(refused: Refused, bytes: usize) -> Self {
         let mut answer = Self { outcome: Some(Joined::Refused(refused)), ..Self::default() };
         let missing = bytes.saturating_sub(answer.encoded_len());
-        // The tag takes a byte, and the length of the padding one or two.
+        // The tag has one byte, the length of the padding one or two.
         answer.padding = vec![0; missing.saturating_sub(if missing <= 129 { 2 } else { 3 })].into();
         answer
     }
 }
 
 impl Refused {
-    /// A refusal whose text is cut to what a receiver accepts.
+    /// A refusal whose text is cut to the length that a receiver accepts.
     #[must_use]
     pub fn new(code: RefusalCode, text: &str) -> Self {
         let text = crate::text::truncate(text, REFUSAL_TEXT_MAX);
@@ -228,8 +228,8 @@ impl Refused {
     }
 }
 
-/// What is said inside a session about identity and about the cluster. Each end asks one kind of question and has one unanswered
-/// at most; a statement has no answer, and a later one takes the place of one that waits.
+/// A message inside a session about identity or about the cluster. Each end asks one kind of question and has at most one
+/// unanswered question. A statement has no answer, and a later one replaces an unsent one.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notice {
     /// Agent: a new certificate, please.
@@ -282,11 +282,11 @@ pub struct Trust {
     /// Names this set of roots: another set has another version.
     #[prost(uint64, tag = "1")]
     pub version: u64,
-    /// DER, at most [`CERTIFICATES_MAX`]. All of them are believed, and no others.
+    /// DER, at most [`CERTIFICATES_MAX`]. The agent trusts all of them and no others.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     pub roots: Vec<Bytes>,
-    /// DER, at most [`CERTIFICATES_MAX`]: what leads from an older root to one of these. An agent believes no set that does not
-    /// lead back to what it believes already.
+    /// DER, at most [`CERTIFICATES_MAX`]: certificates that lead from an older root to one of these. An agent rejects a set that does
+    /// not lead back to a root that it trusts.
     #[prost(bytes = "bytes", repeated, tag = "3")]
     pub vouchers: Vec<Bytes>,
 }
@@ -297,21 +297,21 @@ pub struct TrustAck {
     /// Of the roots that this is about.
     #[prost(uint64, tag = "1")]
     pub version: u64,
-    /// Why they were not kept, for people; empty = they were.
+    /// Why the roots were not stored; empty if they were.
     #[prost(string, tag = "2")]
     pub problem: String,
 }
 
-/// What the agent knows of its cluster, for people: nothing is decided by it.
+/// What the agent knows about its cluster, for display only: nothing is decided by it.
 #[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct About {
-    /// What the API server says of its version (`gitVersion`); empty = not known.
+    /// The API server's version (`gitVersion`); empty if unknown.
     #[prost(string, tag = "1")]
     pub kubernetes_version: String,
     /// Whether the agent can use the API server; absent = not known yet.
     #[prost(message, optional, tag = "2")]
     pub api_server: Option<ApiServer>,
-    /// What the agent's configuration says, a number of [`AgentMode`].
+    /// The mode in the agent's configuration, a number of [`AgentMode`].
     #[prost(enumeration = "AgentMode", tag = "3")]
     pub mode: i32,
 }
@@ -322,7 +322,7 @@ pub struct ApiServer {
     /// A number of [`ApiServerState`].
     #[prost(enumeration = "ApiServerState", tag = "1")]
     pub state: i32,
-    /// What is wrong and what to do, for people: at most [`API_SERVER_TEXT_MAX`] bytes; empty if nothing is.
+    /// The problem and its remedy: at most [`API_SERVER_TEXT_MAX`] bytes; empty if there is none.
     #[prost(string, tag = "2")]
     pub text: String,
     /// How long it has been so.
@@ -340,7 +340,7 @@ pub enum AgentMode {
     Impersonate = 2,
 }
 
-/// What stands between an agent and the use of the API server.
+/// Whether an agent can use the API server, and if not, why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, prost::Enumeration)]
 #[repr(i32)]
 pub enum ApiServerState {
@@ -359,11 +359,11 @@ pub enum ApiServerState {
     Timeout = 6,
     /// Its name does not resolve.
     Dns = 7,
-    /// There is no way to it, or the connection is cut.
+    /// It is unreachable, or the connection breaks.
     Unreachable = 8,
     /// It answers that it cannot serve.
     Unhealthy = 9,
-    /// It does not take the agent's own token.
+    /// It rejects the agent's own token.
     AgentTokenRefused = 10,
     /// The agent may not act in somebody's name.
     ImpersonationForbidden = 11,
@@ -391,7 +391,7 @@ impl ApiServerState {
 }
 
 impl ApiServer {
-    /// A state whose text is cut to what a receiver accepts.
+    /// A state whose text is cut to the length that a receiver accepts.
     #[must_use]
     pub fn new(state: ApiServerState, text: &str, since_seconds: u32) -> Self {
         Self {
@@ -409,11 +409,11 @@ pub enum SayError {
     NotReady,
     /// The peer's hello does not list the notice's capability.
     Unsupported,
-    /// The last question has no answer yet.
+    /// The previous question is unanswered.
     Busy,
-    /// It is an answer, and nothing was asked; or this end never says that.
+    /// It is an answer without a question, or a notice that this end never sends.
     Unasked,
-    /// It does not fit a frame.
+    /// It does not fit into a frame.
     TooLarge,
     /// The session has ended.
     Closed,
@@ -435,7 +435,7 @@ impl fmt::Display for SayError {
 impl core::error::Error for SayError {}
 
 impl Notice {
-    /// Which end says it.
+    /// The end that sends it.
     #[must_use]
     pub const fn sender(&self) -> Role {
         match self {
@@ -493,7 +493,7 @@ impl Notice {
 mod tests {
     use super::*;
 
-    /// A secret stands in no debug output.
+    /// No debug output contains a secret.
     #[test]
     fn debug_hides_secrets() {
         let token = Token { id: "abc".to_owned(), secret: Bytes::from_static(b"canary-of-16-byt") };
@@ -505,7 +505,7 @@ mod tests {
         }
     }
 
-    /// Whatever the text, one length; around the place where the length of the padding takes one byte more, too.
+    /// All texts give one length, also where the length of the padding needs one more byte.
     #[test]
     fn refusals_are_padded() {
         for len in 0..=REFUSAL_TEXT_MAX {

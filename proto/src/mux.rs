@@ -62,12 +62,12 @@ impl Role {
 /// Names one stream of one connection for commands. It stays valid until [`Connection::release`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// Index into a table of the owner that runs beside the connection's own; reused after the stream is gone.
+    /// Index into the owner's table, parallel to the connection's own. It is reused after the stream is gone.
     pub slot: u32,
     pub id: StreamId,
 }
 
-/// What happened. Events about a stream are hints to try again: they may be spurious.
+/// An event. Events about a stream are hints to try again, and may be spurious.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The hello and one pong arrived: streams may be opened.
@@ -88,19 +88,19 @@ pub enum Event {
     Closed(CloseReason),
 }
 
-/// What [`Connection::read`] found.
+/// The result of [`Connection::read`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Read {
     Data(Bytes),
     /// The peer finished its half; everything was read.
     Finished,
-    /// The peer gave up its half with this code. What was not read yet is lost.
+    /// The peer reset its half with this code. Unread bytes are lost.
     Reset(u32),
     /// Nothing now; [`Event::Readable`] follows.
     Blocked,
 }
 
-/// What this end says about itself in its hello, beside its limits.
+/// This end's statements in its hello, in addition to its limits.
 #[derive(Clone, Debug, Default)]
 pub struct Introduction {
     pub capabilities: Vec<String>,
@@ -122,12 +122,12 @@ pub struct Connection {
     free: Vec<u32>,
     ids: HashMap<u32, u32>,
     next_id: u32,
-    /// Streams we opened whose OPEN is not on the wire yet, in the order of their ids; and the last one whose OPEN is.
+    /// Streams opened here whose OPEN is not on the wire yet, in the order of their ids; and the last one whose OPEN is.
     opens: VecDeque<Key>,
     last_opened: u32,
     /// Highest id that the peer has opened.
     last_accepted: u32,
-    /// Streams not yet closed on the wire, by who opened them.
+    /// Streams not yet closed on the wire, by the end that opened them.
     opened_live: u32,
     accepted_live: u32,
 
@@ -270,7 +270,7 @@ impl Connection {
     /// Opens a stream.
     ///
     /// # Errors
-    /// Why there is no stream; nothing has changed then.
+    /// The stream could not be opened. Nothing has changed then.
     pub fn open(&mut self, now: Instant) -> Result<Key, OpenError> {
         let peer = self.control.may_open(self.opened_live)?;
         if self.ids_left() == 0 {
@@ -287,11 +287,11 @@ impl Connection {
         Ok(key)
     }
 
-    /// Takes as many bytes off the front of `bytes` as there is room for, and tells how many. With 0, an
+    /// Takes as many bytes from the front of `bytes` as there is room for, and returns how many. After 0, an
     /// [`Event::Writable`] follows when there is room.
     ///
     /// # Errors
-    /// The stream takes no more bytes, ever.
+    /// The stream will never accept bytes again.
     pub fn write(&mut self, now: Instant, key: Key, bytes: &mut Bytes) -> Result<usize, WriteError> {
         let closed = self.closed().is_some();
         let free = self.limits.send_budget.saturating_sub(self.send_queued);
@@ -313,8 +313,8 @@ impl Connection {
         Ok(len)
     }
 
-    /// Asks the peer for a sign of life now, whatever the timers say; [`Self::last_heard`] tells of its answer. Without
-    /// one the peer counts as dead as after any other ping.
+    /// Pings the peer now, independent of the timers; [`Self::last_heard`] shows the answer. Without an answer the peer is
+    /// declared dead as after any other ping.
     pub fn probe(&mut self, now: Instant) {
         self.control.probe(now);
     }
@@ -389,8 +389,8 @@ impl Connection {
         }
     }
 
-    /// The application holds no handle of this stream any more. A half that it left open is reset or stopped; one that it
-    /// finished still delivers what is queued.
+    /// The application dropped its last handle of this stream. An open half is reset or stopped; a finished half still
+    /// delivers its queued bytes.
     pub fn release(&mut self, key: Key) {
         self.stop(key, Code::Cancelled);
         let Some(stream) = self.stream(key) else { return };
@@ -443,7 +443,7 @@ impl Connection {
         self.control.hear()
     }
 
-    /// Ends the session: every stream fails, and the peer is told why.
+    /// Ends the session: every stream fails, and the peer receives the reason.
     pub fn close(&mut self, code: Code, text: &str) {
         let text = text.to_string();
         self.end(CloseReason::Local { code: code.to_u32(), text });
@@ -463,7 +463,7 @@ impl Connection {
         self.control.poll_timeout(&self.limits)
     }
 
-    /// Does what is due at `now`. Input that has already arrived must be handled first, or a pause of this process would
+    /// Runs the timers due at `now`. Handle input that has already arrived first; otherwise a pause of this process would
     /// look like silence of the peer.
     pub fn handle_timeout(&mut self, now: Instant) {
         // Timers run when the session has been quiet: it keeps no buffer then.
@@ -553,7 +553,7 @@ impl Connection {
             }
             // The two halves may be in different hands.
             self.notify_readable(key);
-            // Its entry is skipped when its turn comes; while the transport takes nothing, entries must not pile up.
+            // Its entry is skipped in its turn. While the transport accepts nothing, entries must not pile up.
             if self.opens.len() > 2 * self.slots.len() {
                 let slots = &mut self.slots;
                 self.opens.retain(|&key| Self::find(slots, key).is_some_and(|stream| stream.open_pending));
@@ -588,7 +588,7 @@ impl Connection {
         }
     }
 
-    /// Follows up a change of a stream: counts it closed once both halves are, and forgets it once nobody refers to it.
+    /// Handles a change of a stream: marks it closed once both halves are, and removes it once no handle refers to it.
     fn settle(&mut self, slot: u32) {
         let Some(Slot { stream: Some(stream), .. }) = self.slots.get(slot as usize) else { return };
         let is_dead = stream.is_dead();
@@ -601,7 +601,7 @@ impl Connection {
         }
     }
 
-    /// Takes a stream out of the live ones; tells whether it was one.
+    /// Removes a stream from the live ones; returns whether it was one.
     fn uncount(&mut self, id: StreamId) -> bool {
         let was_live = self.ids.remove(&id.0).is_some();
         let live = if self.role.opens(id) { &mut self.opened_live } else { &mut self.accepted_live };
@@ -651,7 +651,7 @@ impl Connection {
             self.events.push_back(Event::Writable(key));
         }
         self.budget.shrink_to(held);
-        // What nobody holds would only have waited to say its last word.
+        // Streams without a handle only waited to send their last frame.
         for slot in 0..self.slots.len() {
             if self.slots[slot].stream.as_ref().is_some_and(|stream| !stream.in_use) {
                 self.remove(u32::try_from(slot).unwrap_or(u32::MAX));
@@ -664,7 +664,7 @@ impl Connection {
     /// Checks the invariants of `docs/architecture.md` that one end can see.
     ///
     /// # Panics
-    /// If one does not hold. For tests: it looks at every stream.
+    /// An invariant does not hold. For tests: it inspects every stream.
     pub fn check_invariants(&self) {
         let (mut reserved, mut queued, mut opened, mut accepted, mut waiting) = (0, 0, 0, 0, 0);
         let set_aside = if self.closed().is_some() { 0 } else { self.limits.reserved_for_accepted() };

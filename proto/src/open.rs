@@ -9,11 +9,11 @@ use bytes::Bytes;
 
 /// Largest head, in bytes, that this build accepts unless configured otherwise.
 pub const HEAD_MAX_BYTES: usize = 64 * 1024;
-/// Most header fields of a request or a response. Who is in as many groups as Windows allows, 1,015, can name them all, and an answer
-/// can warn of hundreds of fields; what 64 KiB of empty fields would decode to is many times that.
+/// Most header fields of a request or a response. This is enough for a caller in 1,015 groups, the limit of Windows, and for a
+/// response with hundreds of warnings. It bounds memory: 64 KiB of empty fields would decode to many times that size.
 pub const FIELDS_MAX: usize = 1280;
 
-/// What the opener of a stream wants.
+/// The request of the opener of a stream.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Open {
     /// The request, or the raw connection.
@@ -115,7 +115,7 @@ pub struct BodyKind {
     pub length: Option<BodyLength>,
 }
 
-/// What is known of a body's length before it is sent. Absent = there is no body.
+/// What is known about a body's length before it is sent. Absent: there is no body.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Oneof)]
 pub enum BodyLength {
     /// Exactly so many bytes; FIN after any other number is an abort.
@@ -149,7 +149,7 @@ impl BodyKind {
     }
 }
 
-/// What the acceptor of a stream answers.
+/// The answer of the acceptor of a stream.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Answer {
     #[prost(oneof = "Outcome", tags = "1, 2, 3")]
@@ -162,10 +162,10 @@ pub enum Outcome {
     /// The upstream's response.
     #[prost(message, tag = "1")]
     Response(Response),
-    /// The raw connection stands.
+    /// The raw connection is established.
     #[prost(message, tag = "2")]
     Connected(Connected),
-    /// There is no response from the upstream, and why.
+    /// Why there is no response from the upstream.
     #[prost(message, tag = "3")]
     Failure(Failure),
 }
@@ -182,17 +182,17 @@ pub struct Response {
     pub body: BodyKind,
 }
 
-/// The raw connection stands; bytes follow in both directions.
+/// The raw connection is established; bytes follow in both directions.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Connected {}
 
-/// Why there is no response. Made by the agent, read by people: it names the hop that failed and never a secret.
+/// Why there is no response. The agent writes it for the user: it names the failed hop and never contains a secret.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Failure {
     /// A number of the code table ([`crate::Code`]).
     #[prost(uint32, tag = "1")]
     pub code: u32,
-    /// What failed and where, in one line, at most 1 KiB.
+    /// The failure and its hop, on one line of at most 1 KiB.
     #[prost(string, tag = "2")]
     pub message: String,
     /// Whether not a single byte of the request reached the upstream.

@@ -3,8 +3,8 @@
 use core::fmt::{self, Write as _};
 use core::time::Duration;
 
-/// Text that is safe in a terminal and a log: control characters and marks that turn the writing direction are escaped, and
-/// nothing else is, so that whoever escapes once more, as JSON does, shows it as it was.
+/// Text that is safe in a terminal and a log. Only control characters and marks that change the writing direction are escaped, so
+/// that a second escaping, as in JSON, keeps the text readable.
 #[derive(Clone, Copy, Debug)]
 pub struct Printable<'a>(pub &'a str);
 
@@ -22,7 +22,7 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
-/// A time that something takes, for people who read a log: `427 ms`, `2.5 s`, `75 s`.
+/// A duration for logs: `427 ms`, `2.5 s`, `75 s`.
 #[derive(Clone, Copy, Debug)]
 pub struct Lasting(pub Duration);
 
@@ -67,7 +67,7 @@ mod tests {
         }
     }
 
-    /// K7: a quote is no danger, and stays one.
+    /// K7: a quote is safe, and stays unescaped.
     #[test]
     fn k7_what_moves_the_cursor_is_escaped_and_nothing_else() {
         let shown = |text| Printable(text).to_string();

@@ -3,7 +3,7 @@
 use core::ops::{Add, Sub};
 use core::time::Duration;
 
-/// Monotonic time since an epoch that the caller chose, usually the start of the session.
+/// Monotonic time since an epoch that the caller chooses, usually the start of the session.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Instant(Duration);
 

@@ -40,7 +40,7 @@ pub use stream::{RecvStream, SendStream, Stream};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
-/// What a session is started with.
+/// The settings of a new session.
 #[derive(Clone, Debug)]
 pub struct SessionConfig {
     pub role: Role,
@@ -74,7 +74,7 @@ pub struct SessionStats {
     pub send_queued: usize,
 }
 
-/// What has gone through a session since it began: plaintext bytes, frames included, those about the session itself too.
+/// Bytes through a session since its start: plaintext, including all frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     pub bytes_in: u64,
@@ -82,7 +82,7 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// What has come since this was `earlier`.
+    /// The difference since `earlier`.
     #[must_use]
     pub const fn since(self, earlier: Self) -> Self {
         Self {
@@ -124,7 +124,7 @@ impl Transport {
     }
 }
 
-/// What must happen once a session's mutex is released.
+/// Actions to run after a session's mutex is released.
 #[derive(Default)]
 struct Settle {
     wakers: Vec<Waker>,
@@ -218,11 +218,11 @@ impl Session {
         self.peer().ok_or_else(|| CloseReason::Transport("ready without a hello".to_owned()))
     }
 
-    /// Opens a stream. At the peer's limit that is an error, not a wait; a transport that raises its limit as streams are
-    /// used (QUIC) may take a round trip. Cancel safe.
+    /// Opens a stream. At the peer's limit this fails instead of waiting; a transport that raises its limit as streams are used
+    /// (QUIC) may need a round trip. Cancel safe.
     ///
     /// # Errors
-    /// Why there is no stream; nothing has reached the peer then.
+    /// The stream could not be opened. Nothing has reached the peer then.
     pub async fn open(&self) -> Result<Stream, OpenError> {
         match &self.inner {
             Inner::Mux(shared) => shared.with(|core, now| {
@@ -301,7 +301,7 @@ impl Session {
         state.ready && state.goaway.is_none() && state.closed.is_none()
     }
 
-    /// How many more streams this end may open at this moment, and how many ids are left for ever.
+    /// How many more streams this end may open now, and how many ids the session has left.
     #[must_use]
     pub fn streams_left(&self) -> (u32, u32) {
         match &self.inner {
@@ -332,7 +332,7 @@ impl Session {
         }
     }
 
-    /// Waits for what the peer says about identity. Cancel safe. Only one task may wait at a time.
+    /// Waits for a notice of the peer. Cancel safe. Only one task may wait at a time.
     ///
     /// # Errors
     /// Why the session ended.
@@ -362,7 +362,7 @@ impl Session {
         .await
     }
 
-    /// Ends the session: every stream fails, and the peer is told why.
+    /// Ends the session: every stream fails, and the peer receives the reason.
     pub fn close(&self, code: Code, text: &str) {
         match &self.inner {
             Inner::Mux(shared) => shared.with(|core, _| core.conn.close(code, text)),
@@ -387,8 +387,8 @@ impl Session {
         }
     }
 
-    /// As [`Self::silence`] for who must not wait, such as a health check: `None` while somebody works on the session. One that
-    /// hangs never answers.
+    /// As [`Self::silence`], for callers that must not wait, such as a health check: `None` while another task holds the session. A
+    /// session that hangs never answers.
     #[must_use]
     pub fn try_silence(&self) -> Option<Duration> {
         match &self.inner {
@@ -415,7 +415,7 @@ impl Session {
         }
     }
 
-    /// What has gone through the session so far. Never waits.
+    /// Bytes through the session so far. Never waits.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
         let (bytes_in, bytes_out) = match &self.inner {
@@ -448,7 +448,7 @@ mod tests {
             .unwrap()
     }
 
-    /// A probe of a peer that lives restarts the silence long before a ping is due; of one that does not, nothing does.
+    /// A probe of a live peer restarts the silence long before a ping is due; a dead peer does not answer.
     #[tokio::test(start_paused = true)]
     async fn a_probe_tells_the_living_from_the_dead() {
         let (near, far) = duplex(64 * 1024);
@@ -457,7 +457,7 @@ mod tests {
         let mut drivers = JoinSet::new();
         drivers.spawn(gateway_driver.run());
         let hanging = drivers.spawn(async move {
-            // After 4 s nobody drives it any more, and its connection stays open.
+            // After 4 s its driver stops, and its connection stays open.
             let mut run = std::pin::pin!(agent_driver.run());
             let ended = tokio::time::timeout(Duration::from_secs(4), &mut run).await;
             if ended.is_err() { std::future::pending().await } else { CloseReason::HelloTimeout }
@@ -479,7 +479,7 @@ mod tests {
         assert!(gateway.closed().is_none() && !hanging.is_finished());
     }
 
-    /// Whoever asks a session that hangs gets no answer, and need not wait for one.
+    /// A caller that asks a hanging session gets no answer, and does not have to wait for one.
     #[tokio::test]
     async fn a_session_that_hangs_keeps_nobody() {
         let (near, _far) = duplex(64 * 1024);

@@ -93,9 +93,9 @@ impl fmt::Debug for StreamId {
 pub struct GoAway {
     /// A number of the code table: why.
     pub code: u32,
-    /// Milliseconds that the receiver should wait before it connects anew; the sender spreads these over its fleet.
+    /// Milliseconds that the receiver should wait before it reconnects; the sender spreads these over its fleet.
     pub reconnect_after_ms: u32,
-    /// Milliseconds after which the sender closes the session whatever is still open.
+    /// Milliseconds after which the sender closes the session, with any streams still open.
     pub drain_ms: u32,
 }
 
@@ -243,7 +243,7 @@ impl fmt::Display for WireError {
 
 impl core::error::Error for WireError {}
 
-/// What [`Decoder::next`] found.
+/// The result of [`Decoder::next`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Item {
     /// A whole frame other than DATA.
@@ -371,7 +371,7 @@ impl Header {
         }
     }
 
-    /// Refuses a header before a single payload byte is kept, and says what to expect next.
+    /// Checks a header before any payload byte is stored, and returns what to expect next.
     fn check(self) -> Result<State, WireError> {
         let Self { kind, flags, len, id } = self;
         let bad_length = WireError::BadLength { kind, len };
@@ -411,7 +411,7 @@ impl Header {
         Ok(State::Data { id: StreamId(id), left: usize::from(len), fin })
     }
 
-    /// Parses a payload whose length [`Self::check`] has admitted.
+    /// Parses a payload whose length [`Self::check`] accepted.
     fn parse_payload(self, mut payload: &[u8]) -> Result<Frame, WireError> {
         let id = StreamId(self.id);
         Ok(match self.kind {

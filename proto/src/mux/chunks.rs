@@ -29,7 +29,7 @@ pub(super) struct Chunks {
 #[derive(Debug)]
 struct Part {
     bytes: Bytes,
-    /// What this part added to `pinned`; 0 if it shares its buffer with the part before it.
+    /// The bytes that this part added to `pinned`; 0 if it shares its buffer with the previous part.
     charge: usize,
 }
 
@@ -49,8 +49,8 @@ impl Chunks {
         if bytes.len() <= COPY_MAX {
             return self.copy(&bytes);
         }
-        // Two slices whose addresses are close share a buffer, as far as one can tell from outside `Bytes`. Where two
-        // buffers happen to be neighbours the count is low by one of them.
+        // Slices with close addresses are assumed to share a buffer, because `Bytes` does not tell. If two buffers happen to be
+        // neighbours, the count is too low by one of them.
         let shares = self.tail.is_empty()
             && self.parts.back().is_some_and(|last| {
                 let distance = (bytes.as_ptr() as usize).wrapping_sub(last.bytes.as_ptr() as usize);
@@ -70,7 +70,7 @@ impl Chunks {
             self.seal();
         }
         if self.tail.capacity() == 0 {
-            // Exactly: `Bytes` needs no allocation of its own for a buffer without room to spare.
+            // The exact size: `Bytes` needs no allocation of its own for a full buffer.
             self.tail = BytesMut::with_capacity(bytes.len());
         }
         self.tail.extend_from_slice(bytes);
@@ -125,7 +125,7 @@ impl Chunks {
         }
     }
 
-    /// Forgets everything; tells how many bytes that were.
+    /// Drops all bytes, and returns how many they were.
     pub(super) fn clear(&mut self) -> usize {
         core::mem::take(self).len
     }

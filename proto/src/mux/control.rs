@@ -44,11 +44,11 @@ struct Output {
     close: Option<(u32, String)>,
 }
 
-/// What is said about identity and the cluster. A question, an answer and a statement wait at most, in each direction.
+/// Notices about identity and the cluster. In each direction at most one question, one answer and one statement wait.
 #[derive(Debug)]
 struct Notices {
     role: Role,
-    /// What this end's hello lists; what comes of other capabilities is skipped, like any frame from the future.
+    /// The capabilities in this end's hello. Frames of other capabilities are skipped like any unknown frame.
     understood: Understood,
     /// Our question has no answer yet.
     asked: bool,
@@ -338,7 +338,7 @@ impl Control {
         }
     }
 
-    /// Does what is due; tells why the session must end, if it must.
+    /// Runs the timers; returns why the session must end, if it must.
     pub(super) fn handle_timeout(&mut self, now: Instant, limits: &Limits) -> Option<CloseReason> {
         match self.phase {
             Phase::Closed(_) => None,

@@ -25,7 +25,7 @@ pub enum OpenError {
     Closed,
 }
 
-/// Why a stream did not take bytes.
+/// Why a stream did not accept bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteError {
     /// The peer asked to stop, with this code; or this end reset the stream.
@@ -49,12 +49,12 @@ pub enum CloseReason {
     Dead(Duration),
     /// The peer's hello, or its answer to the first ping, did not come in time.
     HelloTimeout,
-    /// The transport ended or failed; the text says how.
+    /// The transport ended or failed; the text has the cause.
     Transport(String),
 }
 
 impl CloseReason {
-    /// The number of the code table that stands for this reason.
+    /// The code for this reason.
     #[must_use]
     pub const fn code(&self) -> u32 {
         match self {
@@ -122,9 +122,9 @@ pub enum Violation {
     OpenAfterGoAway(u32),
     /// A confirmation of a drain that was not asked for, or that names an impossible stream.
     GoAwayAck(u32),
-    /// A notice that this end says and never hears, or an answer to a question that was not asked.
+    /// A notice in the wrong direction, or an answer without a question.
     Notice(&'static str),
-    /// More of something than the limits allow; says what.
+    /// More than a limit allows; names what exceeded it.
     Limit(&'static str),
 }
 

@@ -9,12 +9,12 @@ use super::window::Window;
 use crate::time::Instant;
 use core::time::Duration;
 
-/// Below this round-trip time growth is computed as if the path had it. What a grant really takes on a short path is the time
-/// until two busy processes have had their turns; with less, sixteen streams on loopback wait for grants while nothing is
-/// congested. The price is memory: a stream may buffer what its reader takes in twice this time.
+/// Shortest round-trip time for computing growth. On a short path a grant takes the time until two busy processes have run; with a
+/// smaller value, sixteen streams on loopback wait for grants without congestion. The cost is memory: a stream may buffer what
+/// its reader consumes in twice this time.
 const RTT_FLOOR: Duration = Duration::from_millis(5);
 
-/// The receive memory of one session, drawn from the process budget as it is drawn from its own.
+/// The receive memory of one session. Every reservation is charged to the process budget too.
 #[derive(Debug)]
 pub(super) struct SessionBudget {
     limit: usize,
@@ -23,7 +23,7 @@ pub(super) struct SessionBudget {
     process: Budget,
     /// Shares set aside for accepted streams that no stream uses.
     shares: u32,
-    /// What the transport lets the peer send whatever the credit says; none on the mux, where credit is all there is.
+    /// The transport's own window for the peer, independent of credit; `None` on the mux, which has only credit.
     window: Option<Window>,
 }
 
@@ -69,7 +69,7 @@ impl SessionBudget {
         taken
     }
 
-    /// What is held less when credit falls to `used`.
+    /// The reservation that is freed when credit falls to `used`.
     #[inline(never)]
     fn less_window(&self, used: usize) -> usize {
         self.window.as_ref().map_or(0, |window| window.held(self.used) - window.held(used))
@@ -94,7 +94,7 @@ impl SessionBudget {
         }
     }
 
-    /// The transport's window, if it has changed since it was last asked for.
+    /// The transport's window, if it has changed since the last call.
     pub(super) fn poll_window(&mut self) -> Option<u64> {
         self.window.as_mut()?.poll()
     }
@@ -121,7 +121,7 @@ impl SessionBudget {
         self.used
     }
 
-    /// What is held of the process budget.
+    /// The bytes reserved from the process budget.
     pub(super) fn reserved(&self) -> usize {
         self.held()
     }
@@ -146,15 +146,15 @@ pub(super) struct RecvFlow {
     received: u64,
     /// Offset up to which bytes were read or thrown away.
     consumed: u64,
-    /// What the stream may always have outstanding.
+    /// Credit that the stream may always have outstanding.
     base: u64,
-    /// What the stream is topped up to; `base` or more.
+    /// Credit up to which the stream is refilled; at least `base`.
     window: u64,
     /// Memory held in the budget for this stream; at least `granted − consumed`.
     reserved: u64,
     /// The part of `reserved` that belongs to the session's share for accepted streams, not to this stream.
     set_aside: u64,
-    /// Nothing more is granted: the end is known or nobody reads.
+    /// No more credit is granted: the end is known, or the reader is gone.
     closed: bool,
     /// Start of the current measurement of the delivery rate, and the bytes consumed since.
     epoch: Instant,
@@ -182,7 +182,7 @@ impl RecvFlow {
             .map(|(bytes, _)| Self::new(u64::from(bytes), 0, now))
     }
 
-    /// Credit for a stream that we open where the peer counts on the initial credit: that, or `None`.
+    /// Credit for a stream opened here, if the peer relies on the initial credit: exactly that, or `None`.
     pub(super) fn opened_full(limits: &Limits, budget: &mut SessionBudget, now: Instant) -> Option<Self> {
         let taken = budget.take(limits.initial_credit as usize, Share::Initial);
         taken.then(|| Self::new(u64::from(limits.initial_credit), 0, now))
@@ -227,7 +227,7 @@ impl RecvFlow {
         Ok(())
     }
 
-    /// Counts `len` bytes that the application read; tells the new limit if one should be sent.
+    /// Counts `len` bytes that the application read; returns the new limit if one should be sent.
     pub(super) fn on_consumed(
         &mut self,
         len: usize,
@@ -305,7 +305,7 @@ impl RecvFlow {
         self.release_unused(budget);
     }
 
-    /// Nobody reads any more: what is held was thrown away and nothing more is granted. What was granted may still come.
+    /// The reader is gone: held bytes are dropped and no more credit is granted. Bytes within granted credit may still arrive.
     pub(super) fn on_discard(&mut self, budget: &mut SessionBudget) {
         self.closed = true;
         self.consumed = self.received;
@@ -321,8 +321,8 @@ impl RecvFlow {
         (self.reserved, self.set_aside) = (0, 0);
     }
 
-    /// The session has ended: keeps only what can still be read, and tells how much that is. The caller shrinks the budget
-    /// to the sum.
+    /// The session has ended: keeps only bytes that can still be read, and returns how many. The caller shrinks the budget to
+    /// the sum.
     pub(super) fn on_session_end(&mut self) -> usize {
         self.closed = true;
         self.granted = self.received;
@@ -330,11 +330,11 @@ impl RecvFlow {
         usize::try_from(self.reserved).unwrap_or(usize::MAX)
     }
 
-    /// Checks invariants 3 and 4 of `docs/architecture.md` for this stream; tells what it holds of the budget beyond the
-    /// share set aside.
+    /// Checks invariants 3 and 4 of `docs/architecture.md` for this stream; returns what it holds of the budget beyond the
+    /// reserved share.
     ///
     /// # Panics
-    /// If an invariant does not hold.
+    /// An invariant does not hold.
     #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub(super) fn check(&self, buffered: usize) -> usize {
         assert!(
@@ -361,7 +361,7 @@ impl SendFlow {
         Self { limit, sent: 0 }
     }
 
-    /// Raises the limit; tells whether it rose. Limits are absolute, so an old one that arrives late changes nothing.
+    /// Raises the limit; returns whether it rose. Limits are absolute, so an old limit that arrives late has no effect.
     pub(super) fn raise(&mut self, limit: u64) -> bool {
         let rises = limit > self.limit;
         self.limit = self.limit.max(limit);

@@ -145,7 +145,7 @@ impl Connection {
     }
 
     fn handle_stop(&mut self, now: Instant, id: StreamId, code: u32) -> Result<(), Violation> {
-        // With a FIN beside it this ends a stream as fast as a reset does, and the reset is ours.
+        // Together with a FIN this ends a stream as fast as a reset does, and this end sends the reset.
         if !self.role.opens(id) && !self.resets.admit(now) {
             return Err(Violation::Limit("resets"));
         }
@@ -167,7 +167,7 @@ impl Connection {
 
     /// Finds the stream a frame is for; `None` if it has ended, an error if it never was.
     fn known(&self, id: StreamId) -> Result<Option<Key>, Violation> {
-        // What has not been announced cannot be known: a frame for it is a guess.
+        // The peer cannot know a stream that was not announced, so a frame for it is a violation.
         let was = id.0 <= if self.role.opens(id) { self.last_opened } else { self.last_accepted };
         if was && let Some(&slot) = self.ids.get(&id.0) {
             return Ok(Some(Key { slot, id }));

@@ -24,7 +24,7 @@ use hashbrown::HashMap;
 /// The stream that carries the frames about the session.
 const CONTROL: StreamId = StreamId(1);
 
-/// What happened.
+/// An event.
 #[derive(Clone, Debug, PartialEq)]
 pub enum LedgerEvent {
     /// Something about the session; never about a stream.
@@ -53,9 +53,9 @@ pub struct Ledger {
 
 #[derive(Debug)]
 struct Entry {
-    /// What we may send; `None` once our half has ended.
+    /// Credit to send; `None` once our half has ended.
     send: Option<SendFlow>,
-    /// What the peer may send; `None` once its half has ended.
+    /// Credit for the peer; `None` once its half has ended.
     recv: Option<RecvFlow>,
     grant: Option<u64>,
     /// Somebody waits for credit.
@@ -145,7 +145,7 @@ impl Ledger {
         self.budget.reserved()
     }
 
-    /// What the transport must let the peer send and not yet be read, on all streams together, if that has changed.
+    /// The connection window that the transport must have, in unread bytes of all streams, if it has changed.
     pub fn poll_window(&mut self) -> Option<u64> {
         self.budget.poll_window()
     }
@@ -193,7 +193,7 @@ impl Ledger {
             return Ok(false);
         };
         self.accepted_live += 1;
-        // The stream may overtake the peer's hello, whose credit is then counted from zero and raised when it comes.
+        // The stream may arrive before the peer's hello. Credit then starts at zero and rises when the hello arrives.
         let credit = self.control.peer().map_or(0, |peer| peer.limits.initial_credit_bytes);
         self.insert(id, credit, recv);
         Ok(true)
@@ -248,7 +248,7 @@ impl Ledger {
         self.settle(id);
     }
 
-    /// The peer's half has ended, or nobody reads it any more.
+    /// The peer's half has ended, or its reader is gone.
     pub fn on_recv_ended(&mut self, id: StreamId) {
         self.on_heard_from(id);
         if let Some(entry) = self.streams.get_mut(&id)
@@ -305,7 +305,7 @@ impl Ledger {
         self.control.hear()
     }
 
-    /// Asks the peer for a sign of life now; [`Self::last_heard`] tells of its answer.
+    /// Pings the peer now; [`Self::last_heard`] shows the answer.
     pub fn probe(&mut self, now: Instant) {
         self.control.probe(now);
     }
@@ -316,7 +316,7 @@ impl Ledger {
         self.control.liveness.heard()
     }
 
-    /// Ends the session: the peer is told why.
+    /// Ends the session: the peer receives the reason.
     pub fn close(&mut self, code: Code, text: &str) {
         self.end(CloseReason::Local { code: code.to_u32(), text: text.to_string() });
     }
@@ -380,8 +380,8 @@ impl Ledger {
         }
     }
 
-    /// Whether credit for this stream can be no answer to anything. Who gives credit has read something on the stream, or has opened
-    /// it and been answered: it cannot overtake the stream's beginning. The control stream has none.
+    /// Whether credit for this stream is a violation. An end gives credit after it read from the stream, or after it opened the stream
+    /// and got an answer, so credit cannot arrive before the stream's first bytes. The control stream has no credit.
     fn was_never_opened(&self, id: StreamId) -> bool {
         let last = if self.role.opens(id) { self.last_opened } else { self.last_accepted };
         id == CONTROL || id.0 > last
@@ -447,7 +447,7 @@ impl Ledger {
             return reason.clone();
         }
         self.grants.clear();
-        // What the streams hold can still be read, and is given back with it.
+        // Bytes held by the streams can still be read, and are returned to the budget as they are read.
         self.budget.close_window();
         for (&id, entry) in &mut self.streams {
             entry.grant = None;

@@ -122,12 +122,12 @@ impl Limits {
     }
 }
 
-/// What memory is taken for, which decides how much of a budget it must leave free.
+/// The purpose of an allocation, which decides how much of a budget it must leave free.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Share {
-    /// What a session cannot begin without. It is little, and sessions have a limit of their own.
+    /// Memory that a session needs to start. It is small, and sessions have their own limit.
     Begin,
-    /// What a stream cannot be without.
+    /// Memory that a stream needs to exist.
     All,
     /// The initial credit: a stream can begin with less.
     Initial,
@@ -136,7 +136,7 @@ pub(super) enum Share {
 }
 
 impl Share {
-    /// What must stay free of `limit`.
+    /// The part of `limit` that must stay free.
     pub(super) const fn keeps_free(self, limit: usize) -> usize {
         match self {
             Self::Begin | Self::All => 0,
@@ -145,8 +145,8 @@ impl Share {
         }
     }
 
-    /// What must stay free of a budget of `limit` that is divided. Its last quarter is for those who hold little, so that
-    /// however many hold all they may, others still begin.
+    /// The part of a divided budget of `limit` that must stay free. Its last quarter is for small holders, so that others can still
+    /// start however many tenants use their full share.
     const fn keeps_free_of_divided(self, limit: usize, is_small: bool) -> usize {
         match (self, is_small) {
             (Self::Begin, _) | (Self::All, true) => 0,
@@ -163,9 +163,9 @@ impl Share {
 const GROWTH_KEEPS_FREE: usize = 4;
 /// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor, and for sessions.
 const INITIAL_KEEPS_FREE: usize = 16;
-/// The part of a divided budget that is for those who hold little, as a divisor.
+/// The part of a divided budget that is reserved for small holders, as a divisor.
 const RESERVE: usize = 4;
-/// Who holds at most this part of a divided budget holds little, as a divisor.
+/// A holder of at most this part of a divided budget is a small holder, as a divisor.
 const LITTLE: usize = 256;
 
 /// A bound on memory that several sessions share: the process budget, or the share of it that belongs to one tenant.
@@ -176,7 +176,7 @@ pub struct Budget(Arc<BudgetInner>);
 struct BudgetInner {
     limit: usize,
     used: AtomicUsize,
-    /// What this is a share of.
+    /// The budget that this is a share of.
     whole: Option<Budget>,
 }
 
@@ -194,14 +194,14 @@ impl Budget {
         Self(Arc::new(BudgetInner { limit, used: AtomicUsize::new(0), whole: None }))
     }
 
-    /// A part of this budget that belongs to one tenant, of at most `limit` bytes. What is taken of the share is taken of the
-    /// whole, too; the last quarter of the whole only by shares that hold at most 1/256 of it.
+    /// One tenant's share of this budget, of at most `limit` bytes. Bytes taken from the share are taken from the whole too. Only
+    /// shares that hold at most 1/256 of the whole may use its last quarter.
     #[must_use]
     pub fn share(&self, limit: usize) -> Self {
         Self(Arc::new(BudgetInner { limit, used: AtomicUsize::new(0), whole: Some(self.clone()) }))
     }
 
-    /// Takes `bytes` if what must stay free for others does; tells whether it did.
+    /// Takes `bytes` if the reserved part stays free; returns whether it did.
     pub(super) fn try_take(&self, bytes: usize, share: Share) -> bool {
         let Some(after) = self.admit(bytes, share.keeps_free(self.0.limit)) else { return false };
         let Some(whole) = &self.0.whole else { return true };
@@ -289,7 +289,7 @@ impl RateLimit {
         Self { per_second, level: 0, since: crate::time::Instant::default() }
     }
 
-    /// Counts one event; tells whether it is within the rate.
+    /// Counts one event; returns whether it is within the rate.
     pub(super) fn admit(&mut self, now: crate::time::Instant) -> bool {
         let millis = u64::try_from(now.since(self.since).as_millis()).unwrap_or(u64::MAX);
         if millis > 0 {
@@ -332,8 +332,8 @@ mod tests {
         assert_eq!(budget.used(), 0);
     }
 
-    /// Goal: A2: one tenant never has more than its share, tenants that hold all they may leave a quarter to those who hold
-    /// little, and what is given back is there for all.
+    /// Goal: A2: one tenant never has more than its share; tenants with full shares leave a quarter to small holders; and returned
+    /// memory is available to all.
     #[test]
     fn a2_a_share_takes_no_more_than_is_its_own() {
         let whole = Budget::new(1 << 20);

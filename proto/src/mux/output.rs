@@ -14,8 +14,8 @@ use bytes::{Bytes, BytesMut};
 const ARENA: usize = 4 * 1024;
 
 impl Connection {
-    /// Appends at most about `max_bytes` bytes to `out`, as slices to be sent in order, and tells how many. Control
-    /// frames come first and may exceed `max_bytes` by a little.
+    /// Appends at most about `max_bytes` bytes to `out`, as slices to send in order, and returns how many. Control frames come
+    /// first and may exceed `max_bytes` slightly.
     pub fn poll_output(&mut self, now: Instant, max_bytes: usize, out: &mut VecDeque<Bytes>) -> usize {
         let mut batch = Batch { out, arena: core::mem::take(&mut self.arena), bytes: 0 };
         self.control.put(now, |frame| batch.frame(frame));
@@ -44,8 +44,8 @@ impl Connection {
         bytes
     }
 
-    /// Puts every pending OPEN: all of them and first, because ids must rise on the wire and nothing of a stream may come
-    /// before its OPEN. The confirmation of a drain follows, since it names the last one.
+    /// Writes every pending OPEN first, because ids must rise on the wire and no frame of a stream may come before its OPEN. The
+    /// confirmation of a drain follows, because it names the last OPEN.
     fn put_opens(&mut self, batch: &mut Batch<'_>) {
         while let Some(key) = self.opens.pop_front() {
             if let Some(stream) = Self::find(&mut self.slots, key)
@@ -85,7 +85,7 @@ impl Connection {
         self.slots[slot as usize].scheduled = false;
         let before = batch.bytes;
         let Slot { stream: Some(stream), scheduled, .. } = &mut self.slots[slot as usize] else { return };
-        // At least one frame, and none that is cut small just to fill the turn to its last byte.
+        // At least one frame, and no small frame just to fill the turn to its last byte.
         while stream.send.has_output()
             && (batch.bytes == before || batch.bytes + HEADER_LEN + COPY_MAX <= max_bytes)
         {

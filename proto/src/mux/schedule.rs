@@ -11,8 +11,8 @@ use alloc::collections::VecDeque;
 
 /// Bytes a light stream sends at most in one turn: one full frame, after which it may not be light any more.
 const LIGHT_TURN: usize = FRAME_MAX;
-/// Bytes a bulk stream sends at most in one turn. What arrives together goes on together: with turns of a single frame the far
-/// end would write each of many streams 16 KiB at a time, and a system call costs the same for four times as much.
+/// Most bytes that a bulk stream sends in one turn. With turns of a single frame the far end would write 16 KiB at a time for each
+/// stream, and a system call costs the same for 64 KiB.
 const BULK_TURN: usize = 4 * FRAME_MAX;
 /// Bytes a stream may send at once and still be light.
 const BURST: u64 = 32 * 1024;
@@ -21,7 +21,7 @@ const LIGHT_RATE: u64 = 1024 * 1024;
 /// Bytes that light streams may send between two turns of bulk streams.
 const LIGHT_SHARE: usize = 64 * 1024;
 
-/// What a stream sent lately.
+/// What a stream sent recently.
 #[derive(Debug, Default)]
 pub(super) struct Turn {
     /// Bytes sent lately, as a bucket that drains at [`LIGHT_RATE`].
@@ -51,14 +51,14 @@ impl Turn {
 pub(super) struct Schedule {
     light: VecDeque<u32>,
     bulk: VecDeque<u32>,
-    /// Bytes that light streams sent since a bulk stream had its turn.
+    /// Bytes that light streams sent since the last turn of a bulk stream.
     light_sent: usize,
     /// Whether the turn is a light stream's.
     light_turn: bool,
 }
 
 impl Schedule {
-    /// Queues the stream in `slot`, unless `queued` says that the slot is queued already.
+    /// Queues the stream in `slot`, unless `queued` is already set.
     pub(super) fn push(&mut self, slot: u32, queued: &mut bool, turn: &mut Turn, now: Instant) {
         if core::mem::replace(queued, true) {
             return;
@@ -71,7 +71,7 @@ impl Schedule {
         }
     }
 
-    /// The slot whose turn it is, and how many bytes it may send. The caller clears the slot's `queued`.
+    /// The next slot, and how many bytes it may send. The caller clears the slot's `queued`.
     pub(super) fn pop(&mut self) -> Option<(u32, usize)> {
         self.light_turn = self.light_sent < LIGHT_SHARE || self.bulk.is_empty();
         if self.light_turn
@@ -144,7 +144,7 @@ mod tests {
         }
     }
 
-    /// A stream that says little goes before streams that are in the middle of bulk data.
+    /// A stream that sends little goes before streams with bulk data.
     #[test]
     fn a_quiet_stream_overtakes_bulk() {
         let mut sim = Sim::new(5);
@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(sim.turn(|_| 100), 4);
     }
 
-    /// Streams in bulk share by bytes, whatever their number.
+    /// Bulk streams share by bytes, for any number of streams.
     #[test]
     fn bulk_is_shared_evenly() {
         let mut sim = Sim::new(16);

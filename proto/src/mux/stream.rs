@@ -24,7 +24,7 @@ pub(super) struct Stream {
     pub(super) id: StreamId,
     pub(super) send: SendHalf,
     pub(super) recv: RecvHalf,
-    /// What the stream sent lately, for the scheduler.
+    /// What the stream sent recently, for the scheduler.
     pub(super) turn: Turn,
     /// The OPEN frame has not been put on the wire yet.
     pub(super) open_pending: bool,
@@ -49,7 +49,7 @@ pub(super) struct Queued {
     pub(super) writable: bool,
 }
 
-/// What we send.
+/// The sending half.
 #[derive(Debug)]
 pub(super) struct SendHalf {
     pub(super) state: SendState,
@@ -59,7 +59,7 @@ pub(super) struct SendHalf {
     pub(super) starved: bool,
     /// The peer asked us to stop, with this code.
     pub(super) stopped: Option<u32>,
-    /// This half was reset, with this code, whoever asked for it.
+    /// This half was reset with this code, by either end.
     pub(super) given_up: Option<u32>,
 }
 
@@ -75,7 +75,7 @@ pub(super) enum SendState {
     Done,
 }
 
-/// What we receive.
+/// The receiving half.
 #[derive(Debug)]
 pub(super) struct RecvHalf {
     pub(super) state: RecvState,

@@ -23,13 +23,13 @@ pub(super) struct Liveness {
     role: Role,
     start: Instant,
     heard: Instant,
-    /// When the unanswered question was asked: a ping queued since the last byte from the peer.
+    /// When the unanswered ping was queued, if one was since the last byte from the peer.
     asked: Option<Instant>,
     /// The last ping on the wire: its nonce and when it left.
     in_flight: Option<(u64, Instant)>,
     pinged: Instant,
     nonce: u64,
-    /// Streams we opened that have not heard a byte yet, and since when there are any.
+    /// Streams opened here that have not received a byte yet, and since when there are any.
     waiting: u32,
     waiting_since: Instant,
     rtt: [Duration; 2],
@@ -112,7 +112,7 @@ impl Liveness {
         self.in_flight = Some((nonce, now));
     }
 
-    /// Takes a pong; tells whether it answers our last ping. Others are late and mean nothing.
+    /// Handles a pong; returns whether it answers the last ping. Other pongs are late and have no effect.
     pub(super) fn on_pong(&mut self, nonce: u64, now: Instant) -> bool {
         let Some((_, sent)) = self.in_flight.take_if(|(sent_nonce, _)| *sent_nonce == nonce) else {
             return false;
@@ -156,7 +156,7 @@ impl Liveness {
         at
     }
 
-    /// When the peer counts as dead, if it has been asked and has not answered.
+    /// When the peer is declared dead, if it has not answered a ping.
     fn dead_at(&self, limits: &Limits) -> Option<Instant> {
         let asked = self.asked?;
         // A busy session is asked before it was silent; that must not shorten the silence it may keep.

@@ -8,10 +8,10 @@
 use crate::time::Instant;
 use core::time::Duration;
 
-/// Room for what no credit covers: the control stream, whose frames are read as they come. The largest message there is a
-/// notice of 16 KiB, and beside it go pings and credit.
+/// Room for bytes without credit: the control stream, whose frames are read on arrival. Its largest message is a notice of 16 KiB,
+/// in addition to pings and credit.
 const SLACK: usize = 28 * 1024;
-/// What a peer may send that has no credit yet, as all agents on a gateway. Ten thousand that do nothing hold 320 MiB.
+/// Window of a peer without credit, as every new agent on a gateway has. Ten thousand idle agents hold 320 MiB.
 pub const WINDOW_START: usize = window_over(0);
 /// Less than this is not worth lowering: a session that carries one request now and then keeps the window for it.
 const LOWER_MIN: usize = 128 * 1024;
@@ -31,16 +31,16 @@ pub(super) const fn window_over(credit: usize) -> usize {
 /// The window of one connection.
 #[derive(Debug)]
 pub(super) struct Window {
-    /// What the transport is told.
+    /// The window that the transport has.
     told: usize,
-    /// Lowered, and not yet paid for by bytes read. Bytes that the transport discards pay for it, too, but it does not tell:
-    /// this is never less than the truth.
+    /// The part by which the window was lowered and that no read has covered yet. Bytes that the transport discards cover it too,
+    /// but the transport does not report them, so this value is an upper bound.
     debt: usize,
     /// The largest window that was needed since this time, and in the period before it.
     needed: usize,
     needed_before: usize,
     since: Instant,
-    /// The transport does not know of `told` yet.
+    /// `told` has not been passed to the transport yet.
     changed: bool,
 }
 
@@ -51,12 +51,12 @@ impl Window {
         Self { told, debt: 0, needed: told, needed_before: told, since: now, changed: false }
     }
 
-    /// What the budget must hold while this much credit is given out or promised.
+    /// The reservation for this much granted or promised credit.
     pub(super) fn held(&self, credit: usize) -> usize {
         self.told.max(window_over(credit)) + self.debt
     }
 
-    /// Credit is given out, so much in all now, and the budget holds what that takes.
+    /// The total granted credit changed, and the budget has reserved the memory for it.
     pub(super) fn on_credit(&mut self, credit: usize) {
         let window = window_over(credit);
         self.needed = self.needed.max(window);
@@ -64,9 +64,9 @@ impl Window {
         self.told = self.told.max(window);
     }
 
-    /// Counts bytes that were read while `credit` is given out, and lowers the window that was not needed for a while. The next
-    /// reads pay for that. It is done by little at a time, and only once the last was paid for: if the window rises
-    /// again before, the peer may send so much more than it needs.
+    /// Counts bytes that were read while `credit` is granted, and lowers a window that was not needed for a while. The next reads
+    /// cover the reduction. Each reduction is small and starts only after the previous one is covered: if the window rises again
+    /// before that, the peer may send that much more than it needs.
     pub(super) fn on_read(&mut self, now: Instant, len: usize, credit: usize) {
         self.debt = self.debt.saturating_sub(len);
         if now.since(self.since) >= KEPT {
@@ -83,7 +83,7 @@ impl Window {
         }
     }
 
-    /// The window, if the transport must be told.
+    /// The window, if the transport needs the new value.
     pub(super) fn poll(&mut self) -> Option<u64> {
         core::mem::take(&mut self.changed).then_some(self.told as u64)
     }
@@ -109,7 +109,7 @@ mod tests {
         const { assert!(WINDOW_START <= 64 << 10) };
     }
 
-    /// What quinn makes of the windows it is told (`StreamsState::set_receive_window`, `add_read_credits`).
+    /// How quinn applies new windows (`StreamsState::set_receive_window`, `add_read_credits`).
     #[derive(Default)]
     struct Quinn {
         window: u64,
@@ -137,8 +137,8 @@ mod tests {
         }
     }
 
-    /// Goal: A1: whatever credit comes and goes, the peer may send as much as it has credit for, and never more than
-    /// the budget holds; and a window that is not needed any more is paid back by reads.
+    /// Goal: A1: with any changes of credit the peer may send as much as it has credit for, and never more than the budget
+    /// holds; and reads cover the reduction of an unneeded window.
     #[test]
     fn a1_the_budget_holds_whatever_the_peer_may_send() {
         let mut window = Window::new(0, at(0));

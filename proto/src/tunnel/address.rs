@@ -22,7 +22,7 @@ pub enum Host {
     Name(Box<str>),
 }
 
-/// Why a text is no address.
+/// Why a text is not an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum AddressError {
     #[error("is not HOST:PORT")]
@@ -67,7 +67,7 @@ impl FromStr for Host {
         if text.is_empty() || text.len() > 253 || !text.split('.').all(label_ok) {
             return Err(AddressError::Host);
         }
-        // "2130706433", "127.1" and "0x7f.1" are addresses to a resolver: they must be written as such.
+        // A resolver reads "2130706433", "127.1" and "0x7f.1" as addresses; they must be written in the usual form.
         let last = text.rsplit('.').next().unwrap_or_default();
         let hexadecimal = last.get(..2).is_some_and(|start| start.eq_ignore_ascii_case("0x"));
         if hexadecimal || last.bytes().all(|byte| byte.is_ascii_digit()) {

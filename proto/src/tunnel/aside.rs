@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
-/// A future that is polled only after it has asked for it: as one branch of a `select!` whose other branch does the work,
-/// it costs a look at a flag per poll, where a cancellation token costs two locks.
+/// A future that is polled only after its waker was called. As one branch of a `select!` whose other branch does the work, it
+/// costs one flag check per poll, where a cancellation token costs two locks (`docs/performance.md`, one runtime per core).
 ///
 /// Dropping it drops the future. Cancel safe if the future is.
 #[must_use = "futures do nothing unless polled"]
@@ -17,7 +17,7 @@ pub struct Aside<F: Future> {
     waker: Waker,
 }
 
-/// What the future's waker rings.
+/// The flag and the task that the future's waker notifies.
 struct Bell {
     rung: AtomicBool,
     /// The task around it.
@@ -51,7 +51,7 @@ impl<F: Future> Future for Aside<F> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = &mut *self;
         {
-            // First say who is to be woken, then look: what rings in between wakes us again.
+            // Register the task first, then check the flag: a wake-up in between is not lost.
             let mut task = this.bell.task.lock().unwrap_or_else(PoisonError::into_inner);
             if !task.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
                 *task = Some(cx.waker().clone());

@@ -20,7 +20,7 @@ thread_local! {
 fn take() -> BytesMut {
     let mut buffer = BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_default();
     if buffer.capacity() < ROOM_MIN {
-        // Takes the whole buffer back if nobody holds a slice of it any more.
+        // Reuses the whole buffer if no slice of it is left.
         buffer.reserve(CHUNK_MAX);
     }
     buffer
@@ -34,8 +34,8 @@ fn give(buffer: BytesMut) {
     });
 }
 
-/// Reads once, at most `max` bytes; empty at the end of the input. What was ready becomes one slice, in however many pieces
-/// it came: a QUIC stream arrives in pieces of a datagram.
+/// Reads once, at most `max` bytes; empty at the end of the input. All ready data becomes one slice, although a QUIC stream
+/// arrives in pieces of a datagram.
 ///
 /// # Errors
 /// Those of the reader.
@@ -52,11 +52,11 @@ pub(super) fn poll_read_once<R: AsyncRead + Unpin>(
     Poll::Ready(Ok(bytes))
 }
 
-/// Reads what is ready, at most [`CHUNK_MAX`] bytes; empty at the end of the input. A read that would fill the buffer
-/// goes on until it does or nothing is ready.
+/// Reads all ready data, at most [`CHUNK_MAX`] bytes; empty at the end of the input. It reads until the buffer is full or nothing
+/// is ready.
 ///
 /// # Errors
-/// Those of the reader, unless bytes were read before: then the next call meets the error again.
+/// Those of the reader. If bytes were read before the error, the next call returns it.
 pub(super) fn poll_read_chunk<R: AsyncRead + Unpin>(
     reader: &mut R,
     cx: &mut Context<'_>,

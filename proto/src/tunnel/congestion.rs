@@ -14,17 +14,17 @@ use std::time::{Duration, Instant};
 
 /// Bytes that may be sent and not yet acknowledged: enough for 1 Gbit/s at 60 ms.
 pub(super) const SEND_WINDOW: u64 = 8 << 20;
-/// Shortest time over which a rate is measured: a shorter one measures how processes take turns.
+/// Shortest time over which a rate is measured: a shorter time would measure the scheduling of processes.
 const ROUND_MIN: Duration = Duration::from_millis(10);
-/// Rounds whose best rate is the path's.
+/// Number of rounds whose best rate is taken as the path's rate.
 const ROUNDS: usize = 10;
 /// Rounds in which the path was full and brought no quarter more or less, after which the bound holds; as many that were not full end it.
 const FLAT: u32 = 3;
 /// A path that loses more than this part of what it delivers is full; less may be its nature.
 const LOSS: u64 = 16;
-/// What may wait in the path's queue: so much time, or a tenth of the round trip. It is also what a faster path is found out by.
+/// Data that may wait in the path's queue, as time: this, or a tenth of the round trip. The same surplus detects a faster path.
 const QUEUE: Duration = Duration::from_millis(5);
-/// How long the lowest round trip counts, or up to twice as long. BBR empties the queue every ten seconds.
+/// How long the lowest round trip is valid, up to twice this time. BBR empties the queue every ten seconds.
 const LOWEST_FOR: Duration = Duration::from_secs(10);
 /// A round that took so many round trips was a pause.
 const PAUSE: u32 = 8;
@@ -65,7 +65,7 @@ impl Controller for Bounded {
         app_limited: bool,
         largest_packet_num_acked: Option<u64>,
     ) {
-        // What the send window holds back quinn takes for having nothing to send.
+        // quinn treats data held back by the send window as having nothing to send.
         self.delivery.on_end_acks(now, app_limited && in_flight < SEND_WINDOW / 2);
         self.bbr.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
     }
@@ -108,10 +108,10 @@ impl Controller for Bounded {
     }
 }
 
-/// What the path delivers.
+/// The measured delivery rate of the path.
 #[derive(Clone, Debug)]
 struct Delivery {
-    /// The round that is being measured: since when, the bytes so far, and whether more could have been sent.
+    /// The current round: its start, its bytes so far, and whether more could have been sent.
     began: Option<Instant>,
     acked: u64,
     lost: u64,
@@ -119,7 +119,7 @@ struct Delivery {
     /// Bytes per second in the last rounds, and where the next one goes.
     rates: [u64; ROUNDS],
     next: usize,
-    /// The rate from which growth counts, and the rounds without it.
+    /// The rate that growth is measured from, and the rounds without growth.
     mark: u64,
     flat: u32,
     /// The smoothed round trip, and the shortest there ever was.
@@ -128,7 +128,7 @@ struct Delivery {
     /// The lowest smoothed round trip of this period and of the one before, and when this one began.
     lowest: [Duration; 2],
     period: Option<Instant>,
-    /// The rate fell under the bound, as it does where the path has become a little longer.
+    /// The rate fell under the bound, as on a path that has become slightly longer.
     is_longer: bool,
     /// Bytes that may be under way.
     bound: u64,
@@ -172,7 +172,7 @@ impl Delivery {
     #[expect(clippy::indexing_slicing, reason = "`next` is a remainder")]
     fn on_end_acks(&mut self, now: Instant, limited: bool) {
         self.limited |= limited;
-        // While a new path is being validated only packets of the old one are acknowledged, which count for nobody.
+        // While a new path is validated, only packets of the old path are acknowledged, which are not counted.
         if self.acked == 0 {
             return;
         }
@@ -185,7 +185,7 @@ impl Delivery {
         let (acked, lost) = (std::mem::take(&mut self.acked), std::mem::take(&mut self.lost));
         let limited = std::mem::take(&mut self.limited);
         self.began = Some(now);
-        // A pause is no round.
+        // A pause is not a round.
         if elapsed > PAUSE * round.max(self.rtt) {
             return;
         }
@@ -194,7 +194,7 @@ impl Delivery {
         let queue = queue_of(path);
         // A burst of small messages is a queue, too.
         let is_full = lost.saturating_mul(LOSS) > acked || !limited && self.rtt >= path + queue / 2;
-        // Of a round in which there was little to send only a good rate says something.
+        // A round with little to send is evidence only if its rate is good.
         if !limited || rate > best {
             self.rates[self.next] = rate;
             self.next = (self.next + 1) % ROUNDS;
@@ -207,7 +207,7 @@ impl Delivery {
         } else if is_full {
             self.flat = (self.flat + 1).min(FLAT);
         } else if !limited {
-            // With all that may be under way there is no queue: there may be more.
+            // With the maximum in flight there is no queue, so the path may carry more.
             self.flat = self.flat.saturating_sub(1);
         }
         let is_bound = self.bound < u64::MAX;
@@ -237,7 +237,7 @@ impl Delivery {
     }
 }
 
-/// What may wait in the queue of a path of this length.
+/// The allowed queue of a path with this round trip.
 fn queue_of(path: Duration) -> Duration {
     QUEUE.max(path / 10)
 }
@@ -268,7 +268,7 @@ mod tests {
             Self { delivery, now, trip, rate, lost: 0 }
         }
 
-        /// Keeps as much under way as the bound lets, or `most` bytes, and tells how long the queue was at last.
+        /// Keeps as much in flight as the bound allows, or `most` bytes, and returns the final queue as time.
         fn fill(&mut self, time: Duration, most: u64) -> Duration {
             let mut queue = Duration::ZERO;
             for _ in 0..time.as_millis() {
@@ -325,12 +325,12 @@ mod tests {
         }
     }
 
-    /// Little to send says nothing of the path, before bulk and after it.
+    /// Little data is no evidence about the path, before bulk and after it.
     #[test]
     fn a_trickle_binds_nothing() {
         let mut path = Path::new(50, 125_000_000);
         path.trickle(50_000);
-        // What a request leaves under way, though nothing held it back.
+        // A request's data in flight, with nothing holding it back.
         path.fill(Duration::from_secs(10), 20_000);
         assert_eq!(path.delivery.bound, u64::MAX);
         path.fill(Duration::from_secs(10), SEND_WINDOW);
@@ -340,7 +340,7 @@ mod tests {
         assert_eq!(path.delivery.bound, bound);
     }
 
-    /// A path that has become longer, or faster, is used as it is, without a long queue for long.
+    /// A path that becomes longer or faster is used fully, without a lasting long queue.
     #[test]
     fn a_changed_path_does_not_starve() {
         for (trip, rate) in
@@ -361,7 +361,7 @@ mod tests {
         }
     }
 
-    /// A path that loses a hundredth is not full for that; one that loses more keeps its rate, however long that lasts.
+    /// A path that loses a hundredth is not considered full; one that loses more keeps its rate, for any duration.
     #[test]
     fn losses_do_not_starve() {
         for per_mille in [10, 100, 200] {
@@ -378,7 +378,7 @@ mod tests {
         }
     }
 
-    /// While a new path is being validated nothing that is acknowledged counts; and a pause is not a slow path.
+    /// While a new path is validated, acknowledgements are not counted; and a pause is not a slow path.
     #[test]
     fn silence_says_nothing_of_the_path() {
         let mut path = Path::new(50, 125_000_000);

@@ -32,17 +32,17 @@ const BATCH: usize = 64 * 1024;
 const SLICES: usize = 64;
 /// Turns after which the driver lets other tasks run: some 256 KiB.
 const TURNS: u32 = 4;
-/// Times that the driver lets other tasks run before it sends bulk that does not fill a batch. What brings a body is two tasks, and
-/// a write costs nearly the same for half as much.
+/// How often the driver yields to other tasks before it sends bulk that does not fill a batch: a body is brought by two tasks, and
+/// a half-full write costs nearly as much as a full one (`docs/performance.md`, T1).
 const PATIENCE: u32 = 2;
-/// Sockets that a runtime that carries sessions looks after in one turn (tokio's `max_io_events_per_tick`). Whatever streams write
-/// in a turn leaves the session in one batch at its end. Without a bound, dozens of requests that arrive together travel as one
-/// convoy: while one process works on all of them, the next one waits for all of them.
+/// Most sockets that a runtime with sessions handles in one turn (tokio's `max_io_events_per_tick`). Streams' writes of a turn leave
+/// the session in one batch at its end; without a bound, requests that arrive together travel as one convoy, and each process
+/// waits for the previous one to handle all of them (`docs/performance.md`, T4).
 pub const EVENTS_PER_TURN: usize = 24;
-/// How long the last words of a session may take to leave.
+/// Deadline for sending the last frames of a session.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What the driver and the handles of one session share.
+/// State shared by the driver and the handles of one session.
 pub(super) struct Shared {
     core: Mutex<Core>,
     pub(super) state: watch::Sender<SessionState>,
@@ -53,7 +53,7 @@ pub(super) struct Shared {
 
 pub(super) struct Core {
     pub(super) conn: Connection,
-    /// Who waits for which stream, by slot.
+    /// Waiting tasks of each stream, by slot.
     pub(super) waiters: Vec<Waiters>,
     pub(super) accepted: VecDeque<Key>,
     accept_waker: Option<Waker>,
@@ -66,13 +66,13 @@ pub(super) struct Core {
 /// The driver, while it sleeps, and what it would get up for.
 struct Sleeper {
     waker: Waker,
-    /// There is something to send, and the transport takes it.
+    /// There is output, and the transport accepts it.
     output: bool,
-    /// The session has ended, whatever the transport takes.
+    /// The session has ended, whether or not the transport accepts data.
     close: bool,
 }
 
-/// Who waits for one stream.
+/// Waiting tasks of one stream.
 #[derive(Default)]
 pub(super) struct Waiters {
     pub(super) read: Option<Waker>,
@@ -115,7 +115,7 @@ impl Shared {
         })
     }
 
-    /// Runs `f` on the core, then wakes whoever should look again.
+    /// Runs `f` on the core, then wakes the tasks that should check again.
     pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
         let now = self.now();
         let mut settle = Settle::default();
@@ -166,13 +166,13 @@ impl Core {
         self.retired.extend(old);
     }
 
-    /// Remembers to wake the task of `cx` when the peer says something about identity.
+    /// Registers the task of `cx` for the peer's next notice.
     pub(super) fn park_hear(&mut self, cx: &Context<'_>) {
         let old = replace(&mut self.hear_waker, cx);
         self.retired.extend(old);
     }
 
-    /// Forgets who waits for a stream that nobody holds any more.
+    /// Removes the waiting tasks of a stream without handles.
     pub(super) fn unpark(&mut self, key: Key) {
         let Waiters { read, write, stopped, .. } = std::mem::take(self.waiters(key));
         self.retired.extend([read, write, stopped].into_iter().flatten());
@@ -219,7 +219,7 @@ pub struct Driver<IO> {
     out: VecDeque<Bytes>,
     /// The transport took bytes that it may not have sent yet.
     unflushed: bool,
-    /// How often other tasks were let run since the last batch, for it to become a full one.
+    /// How often the driver has yielded since the last batch, to fill the next one.
     waited: u32,
     timer: Pin<Box<Sleep>>,
     /// When the timer is armed for, if it is.
@@ -229,8 +229,8 @@ pub struct Driver<IO> {
     deaf: Option<Deaf>,
 }
 
-/// The peer takes no more. If it closed the session it has said why, before what made our write fail: its words are on their
-/// way through the kernel and the runtime, and are waited for a moment.
+/// A write failed because the peer accepts no more data. If the peer closed the session, it sent the reason before that; the driver
+/// waits a moment for it to pass the kernel and the runtime.
 struct Deaf {
     error: String,
     until: Instant,
@@ -288,7 +288,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         Poll::Pending
     }
 
-    /// Reads one chunk; tells whether to come back for more.
+    /// Reads one chunk; returns whether to read again.
     fn turn_read(&mut self, cx: &mut Context<'_>) -> bool {
         if self.last_words.is_some() {
             return false;
@@ -352,7 +352,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         }
     }
 
-    /// Hands batches to the transport until it takes no more or there are none; tells whether it did anything.
+    /// Writes batches until the transport accepts no more or none is left; returns whether it did anything.
     fn turn_write(&mut self, cx: &mut Context<'_>) -> bool {
         if self.deaf.is_some() {
             return false;
@@ -493,7 +493,7 @@ mod tests {
         }
     }
 
-    /// A panic in the middle of a change ends the session, for everyone, and nothing else.
+    /// A panic in the middle of a change ends the session for every handle, and nothing else.
     #[tokio::test(start_paused = true)]
     async fn a_panic_inside_ends_the_session() {
         let process = Budget::new(1 << 30);
@@ -521,8 +521,8 @@ mod tests {
         assert_eq!(process.used(), 0);
     }
 
-    /// An agent that is told why it may not stay knows it, even if it finds its connection broken by a write that fails: on a real
-    /// socket, whose runtime has not seen yet that there is something to read.
+    /// An agent receives the gateway's reason even if a failed write shows it first that the connection is broken: on a real socket,
+    /// whose runtime has not yet reported that there is something to read.
     #[tokio::test]
     async fn the_peers_last_words_are_heard_when_a_write_fails() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -538,7 +538,7 @@ mod tests {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 runtime.block_on(async {
                     let far = TcpStream::from_std(far).unwrap();
-                    // What it has said is there; then the connection is reset.
+                    // The reason is in the socket; then the connection is reset.
                     far.set_zero_linger().unwrap();
                     let (gateway, driver) = Session::over(far, config(Role::Gateway)).unwrap();
                     let closed = async {
@@ -554,7 +554,7 @@ mod tests {
         agent.ready().await.unwrap();
         ready.notified().await;
         close.notify_one();
-        // Until then this thread stands still, and its runtime with it.
+        // Until then this thread is blocked, and its runtime with it.
         gateway.join().unwrap();
         agent.probe();
         let reason = ours.join_next().await.unwrap().unwrap();
@@ -562,7 +562,7 @@ mod tests {
         assert_eq!(text, "not on the list");
     }
 
-    /// A connection that takes nothing more, and says nothing either, is given up; sooner if it ends.
+    /// A connection that accepts nothing and sends nothing is closed; sooner if it ends.
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_takes_nothing_and_says_nothing_is_given_up() {
         for ends in [false, true] {

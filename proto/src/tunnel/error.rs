@@ -48,7 +48,7 @@ impl std::error::Error for WriteError {}
 impl std::error::Error for ReadError {}
 
 impl ReadError {
-    /// The code that stands for this error.
+    /// The code for this error.
     #[must_use]
     pub fn code(&self) -> Code {
         match self {

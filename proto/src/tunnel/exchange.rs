@@ -73,24 +73,24 @@ pub fn encode_head(head: &impl Message, max: usize) -> Result<Bytes, HeadError> 
 /// Sends a head.
 ///
 /// # Errors
-/// The stream takes no more bytes, or the head is too large; nothing of it was sent then.
+/// The stream accepts no more bytes, or the head is too large; no part of it was sent then.
 pub async fn send_head(send: &mut SendStream, head: &impl Message, max: usize) -> Result<(), HeadError> {
     let bytes = encode_head(head, max)?;
     send.write_chunk(bytes).await.map_err(HeadError::Write)
 }
 
-/// Receives a head of at most `max` bytes. Its length is checked before anything is kept. What came with it of the body stays
-/// in `recv`.
+/// Receives a head of at most `max` bytes. Its length is checked before anything is stored. Bytes of the body that arrived with
+/// it stay in `recv`.
 ///
-/// Dropping the future loses what was read of it.
+/// Dropping the future loses the bytes that it read.
 ///
 /// # Errors
-/// The stream is of no use any more.
+/// The stream is unusable.
 pub async fn recv_head<M: Message + Default>(recv: &mut RecvStream, max: usize) -> Result<M, HeadError> {
     let mut read = read_some(recv).await?;
     let mut end = head_end(&read, max)?;
     if end.is_none_or(|end| end > read.len()) {
-        // In pieces: rare, since frames are large.
+        // In pieces, which is rare because frames are large.
         let mut joined = BytesMut::from(&read[..]);
         while end.is_none_or(|end| end > joined.len()) {
             joined.extend_from_slice(&read_some(recv).await?);
@@ -114,7 +114,7 @@ async fn read_some(recv: &mut RecvStream) -> Result<Bytes, HeadError> {
     recv.read_chunk(HEAD_READ).await.map_err(HeadError::Read)?.ok_or(HeadError::Truncated)
 }
 
-/// An answer that says why there is no response.
+/// An answer with the reason why there is no response.
 #[must_use]
 pub fn failure(code: Code, message: &str, untouched: bool) -> Answer {
     let end = (0..=FAILURE_TEXT_MAX.min(message.len())).rev().find(|&at| message.is_char_boundary(at));
@@ -122,7 +122,7 @@ pub fn failure(code: Code, message: &str, untouched: bool) -> Answer {
     Answer { outcome: Some(Outcome::Failure(Failure { code: code.to_u32(), message, untouched })) }
 }
 
-/// Why a body broke off.
+/// Why a body was truncated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BodyError {
     Read(ReadError),
@@ -183,7 +183,7 @@ impl RecvBody {
 
 impl Drop for RecvBody {
     fn drop(&mut self) {
-        // Everything promised was read: the FIN behind it need not be waited for, and is no reason to complain.
+        // All announced bytes were read: do not wait for the FIN, and do not report a missing one.
         if self.left == Some(0)
             && let Some(recv) = &mut self.recv
         {
@@ -240,13 +240,13 @@ pub enum SendBodyError<E> {
     Write(WriteError),
 }
 
-/// Sends `body` and ends the half, with FIN if the body ended well and has the promised length, else with a reset of
+/// Sends `body` and ends the half: with FIN if the body is complete and has the announced length, otherwise with a reset of
 /// `abort`. Trailers are dropped.
 ///
 /// Dropping the future resets the half with [`Code::Cancelled`] when `send` is dropped.
 ///
 /// # Errors
-/// Whose fault it was. The number of bytes sent otherwise.
+/// The side that failed. On success the number of bytes sent is returned.
 pub async fn send_body<B>(
     body: B,
     kind: BodyKind,

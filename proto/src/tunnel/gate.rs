@@ -11,8 +11,8 @@ const LEFT_MAX: usize = 64;
 
 /// The queue in front of a connection.
 ///
-/// Whoever has the turn either waits for quinn or has been woken to try; it passes the turn on with whatever ends its try.
-/// Nobody waits here while the turn is free and no control frame waits.
+/// The writer with the turn either waits for quinn or was woken to try, and passes the turn on when its attempt ends.
+/// No writer waits here while the turn is free and no control frame waits.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
     turn: Option<StreamId>,
@@ -82,7 +82,7 @@ impl Gate {
         self.due.take()
     }
 
-    /// Everybody who waits: the connection is closed.
+    /// All waiting writers, because the connection is closed.
     pub(super) fn close(&mut self) -> impl Iterator<Item = Waker> {
         self.order.clear();
         self.turn = None;
@@ -198,7 +198,7 @@ mod tests {
         assert!(world.try_write(1), "the gate is open again");
     }
 
-    /// Goal: writes that are given up and repeated while the connection is full take no memory.
+    /// Goal: writes that are abandoned and repeated while the connection is full use no memory.
     #[test]
     fn whoever_leaves_is_forgotten() {
         let mut world = World::new(3);

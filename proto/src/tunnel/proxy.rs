@@ -24,7 +24,7 @@ use super::address::Address;
 pub use exempt::{NoProxy, NoProxyEntry};
 pub use url::ProxyUrl;
 
-/// Who said that a proxy is used.
+/// The source of a proxy setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The section `proxy` of the agent's configuration.
@@ -47,7 +47,7 @@ impl fmt::Display for Source {
 }
 
 impl Source {
-    /// The proxy that the environment names, and who names it.
+    /// The proxy in the environment, and the variable that sets it.
     #[must_use]
     pub fn environment() -> Option<(Self, String, NoProxy)> {
         let (url, name) = variable(["HTTPS_PROXY", "https_proxy"])?;
@@ -55,7 +55,7 @@ impl Source {
         Some((Self::Variable(name), url, NoProxy::of_variable(&exempt)))
     }
 
-    /// Where user and password are to be written.
+    /// Where the user must set user and password.
     fn remedy(self, had_credentials: bool) -> String {
         match (self, had_credentials) {
             (Self::Configuration, true) => {
@@ -84,7 +84,7 @@ fn variable(names: [&'static str; 2]) -> Option<(String, &'static str)> {
     })
 }
 
-/// Why the proxy gave no connection. The text is about "it": the proxy is for the caller to name.
+/// Why the proxy gave no connection. The text calls the proxy "it"; the caller names the proxy.
 #[derive(Debug, Error)]
 pub enum ConnectRefused {
     #[error("the connection broke before it answered the CONNECT: {0}")]
@@ -107,7 +107,7 @@ pub enum ConnectRefused {
 #[derive(Debug)]
 pub struct Leg<IO> {
     io: IO,
-    /// What came right behind the head of the answer.
+    /// Bytes that arrived directly after the head of the answer.
     early: Bytes,
 }
 
@@ -118,7 +118,7 @@ impl<IO> Leg<IO> {
     }
 }
 
-/// What a CONNECT says beside where to.
+/// Parameters of a CONNECT in addition to the destination.
 #[derive(Clone, Copy)]
 pub struct Asker<'a> {
     /// The value of `Proxy-Authorization`.
@@ -163,7 +163,7 @@ const fn remedy(code: u16) -> &'static str {
 /// Asks the proxy at the other end of `io` for a connection to `to`. The caller sets a deadline.
 ///
 /// # Errors
-/// The proxy does not give one.
+/// The proxy refuses, or its answer is invalid.
 pub async fn connect<IO: AsyncRead + AsyncWrite + Unpin>(
     mut io: IO,
     to: &Address,
@@ -173,7 +173,7 @@ pub async fn connect<IO: AsyncRead + AsyncWrite + Unpin>(
     Ok(Leg { io, early })
 }
 
-/// Gives what came after the head of the answer.
+/// Returns the bytes after the head of the answer.
 async fn ask<IO: AsyncRead + AsyncWrite + Unpin>(
     io: &mut IO,
     to: &Address,
@@ -196,7 +196,7 @@ async fn ask<IO: AsyncRead + AsyncWrite + Unpin>(
             match answer.code {
                 100..200 => continue,
                 200..300 => return Ok(read.freeze()),
-                // Some, tinyproxy among them, say 401 where the password is wrong.
+                // Some proxies, tinyproxy for example, send 401 for a wrong password.
                 401 | 407 => {
                     let had_credentials = authorization.is_some();
                     let (code, offered) = (answer.code, answer.schemes);
@@ -222,7 +222,7 @@ async fn ask<IO: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// The head of an answer, as far as it matters here.
+/// The relevant parts of an answer's head.
 #[derive(Debug, PartialEq, Eq)]
 struct Answer {
     code: u16,
@@ -355,7 +355,7 @@ mod tests {
         assert!(status.len() <= STATUS_SHOWN && !status.chars().any(char::is_control), "{status:?}");
     }
 
-    /// Goal: D9: what is missing is to be written where the proxy was named.
+    /// Goal: D9: the remedy for missing credentials names the place where the proxy was set.
     #[test]
     fn d9_what_is_missing_is_written_where_the_proxy_was_named() {
         for (source, had, wanted) in [

@@ -25,37 +25,36 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 
-/// Streams that the peer may open before any was used. QUIC reserves memory for every stream it allows, so the number is
-/// raised as streams are used.
+/// Streams that the peer may open at first. QUIC reserves memory for every stream that it allows, so the number rises as streams
+/// are used.
 const STREAMS_START: u32 = 100;
 /// Room above the largest credit in QUIC's window of a stream.
 const WINDOW_SLACK: u64 = 1 << 20;
-/// Largest datagram that an agent looks for on its path (RFC 8899), in bytes without the IP and UDP headers. Within a data centre,
-/// and on many private lines, packets may be larger than Ethernet's 1,500 bytes, and QUIC's price is one for each packet.
+/// Largest datagram that an agent searches for on its path (RFC 8899), in bytes without IP and UDP headers. QUIC's cost is per packet,
+/// and data centres and many private lines carry packets larger than Ethernet's 1,500 bytes (`docs/performance.md`, T3).
 ///
-/// Probes have a price too: as a session begins, each costs both ends a packet and its acknowledgement, and its receiver a look at
-/// every byte of padding. A crowd that reconnects pays for all of them: with probes up to 5,232 bytes a fifth of a
-/// gateway's time went into padding. With this size, [`DATAGRAM_GATEWAY`] and steps of 254 the search, which halves
-/// what lies between 1,200 and the largest, ends after three and two probes where everything passes; on Ethernet at 1,452,
-/// all that passes under IPv6; and on a path that takes less than that at 1,200.
+/// Each probe costs both ends a packet when a session starts, and its receiver reads every byte of padding, so a storm of agents
+/// limits the size (`docs/performance.md`, T15). With this size, [`DATAGRAM_GATEWAY`] and steps of 254, the binary search from
+/// 1,200 ends after three and two probes where everything passes; at 1,452 on Ethernet, the most under IPv6; and at 1,200 on a
+/// path that carries less.
 pub const DATAGRAM_MAX: u16 = 3_228;
-/// Largest datagram that a gateway looks for. The end that a crowd reconnects to, and that sends less bulk, asks for less.
+/// Largest datagram that a gateway searches for. It is smaller because a whole fleet reconnects to a gateway, which sends less bulk.
 pub const DATAGRAM_GATEWAY: u16 = 2_213;
 /// A datagram that is larger by less is not worth a probe, but for the largest itself.
 const DATAGRAM_STEP: u16 = 254;
 /// QUIC gives a connection up after so long; the session's own pings find a dead peer sooner.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long the last words of a session may take to leave.
+/// Deadline for sending the last frames of a session.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes of the control stream read at once.
 const CONTROL_CHUNK: usize = 16 * 1024;
 
 /// The QUIC settings that a session needs, for a client or a server configuration.
 ///
-/// - congestion control: BBR, which holds its rate under random loss, within what the path delivers (`congestion.rs`);
-/// - windows: of a stream above any credit, so that credit decides; of the connection above the credit that the peer
-///   has from the start, which the session raises as it grants more;
-/// - packets: as large as the path lets through, up to [`DATAGRAM_MAX`] and [`DATAGRAM_GATEWAY`];
+/// - congestion control: BBR, which keeps its rate under random loss, limited to what the path delivers (`congestion.rs`);
+/// - windows: a stream's window is above any credit, so that credit decides; the connection's window is above the peer's
+///   initial credit, and the session raises it as it grants more;
+/// - packets: as large as the path carries, up to [`DATAGRAM_MAX`] and [`DATAGRAM_GATEWAY`];
 /// - no datagrams, no unidirectional streams.
 #[must_use]
 pub fn transport_config(role: Role, limits: &Limits, segmentation_offload: bool) -> TransportConfig {
@@ -81,10 +80,10 @@ pub fn transport_config(role: Role, limits: &Limits, segmentation_offload: bool)
     config
 }
 
-/// Lets an endpoint receive what [`transport_config`] lets its peers send.
+/// Lets an endpoint receive the datagrams that [`transport_config`] lets its peers send.
 ///
 /// # Panics
-/// Never: the size is one that QUIC allows.
+/// Never: QUIC allows the size.
 #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 pub fn receive_large(config: &mut EndpointConfig) {
     config.max_udp_payload_size(DATAGRAM_MAX).expect("is at least 1,200");
@@ -97,7 +96,7 @@ const fn window_above(credit: u64) -> u64 {
     credit.saturating_add(WINDOW_SLACK).div_ceil(7).saturating_mul(8)
 }
 
-/// What the driver and the handles of one session share.
+/// State shared by the driver and the handles of one session.
 pub(super) struct Shared {
     core: Mutex<Core>,
     pub(super) state: watch::Sender<SessionState>,
@@ -111,9 +110,9 @@ pub(super) struct Shared {
 
 pub(super) struct Core {
     pub(super) ledger: Ledger,
-    /// Who waits for credit.
+    /// Writers that wait for credit.
     writers: HashMap<StreamId, Waker>,
-    /// Who waits for quinn.
+    /// Writers that wait for quinn.
     gate: Gate,
     pub(super) accepted: VecDeque<(quinn::SendStream, quinn::RecvStream)>,
     pub(super) accept_waker: Option<Waker>,
@@ -153,7 +152,7 @@ impl Shared {
         })
     }
 
-    /// Runs `f` on the core, then wakes whoever should look again.
+    /// Runs `f` on the core, then wakes the tasks that should check again.
     pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
         let now = self.now();
         let mut settle = Settle::default();
@@ -274,8 +273,8 @@ impl QuicDriver {
                 next.wake();
             }
             if let Some(reason) = closed {
-                // A peer that fell silent does not listen, and whoever waits in the session learns of its end only when
-                // the connection is closed: no time for last words then.
+                // A silent peer would not receive last frames, and waiting tasks learn of the end only when the connection is
+                // closed. So close at once.
                 if matches!(reason, CloseReason::Dead(_)) {
                     out.clear();
                 }
@@ -286,7 +285,7 @@ impl QuicDriver {
             let shared = &self.shared;
             let deadline = timeout.map_or(shared.epoch + IDLE_TIMEOUT, |at| shared.epoch + at.since_epoch());
             tokio::select! {
-                // Input first: what has arrived counts before a deadline does.
+                // Input first: arrived data takes precedence over a deadline.
                 biased;
                 read = recv.read_chunk(CONTROL_CHUNK, true) => match read {
                     Ok(Some(chunk)) => {
@@ -436,7 +435,7 @@ pub(super) struct QuicSend {
     waits: bool,
     /// Waits for the peer to stop; made when somebody first asks.
     stopped: Option<Stopped>,
-    /// What that led to: it can be asked again.
+    /// The result, stored because it can be asked for again.
     stop: Option<WriteError>,
 }
 
@@ -465,7 +464,7 @@ fn code_of(code: VarInt) -> Code {
     Code::from_u32(u32::try_from(code.into_inner()).unwrap_or(u32::MAX))
 }
 
-/// What quinn said, which its reader wraps.
+/// quinn's error inside the reader's error.
 fn read_error(error: io::Error) -> Option<quinn::ReadError> {
     error.into_inner()?.downcast().ok().map(|error| *error)
 }
@@ -480,8 +479,8 @@ impl QuicSend {
             return Poll::Ready(Err(WriteError::Finished));
         }
         let id = self.id;
-        // An error of its own once the session has closed: quinn still takes writes of nothing while the last words leave, and
-        // whoever repeats those would never give way to them.
+        // Return an error once the session has closed: quinn still accepts empty writes while the last frames leave, and a task that
+        // repeats them would block those frames.
         let credit = self.shared.with(|core, _| match core.ledger.credit(id) {
             _ if let Some(reason) = core.ledger.closed() => {
                 Poll::Ready(Err(WriteError::Closed(reason.clone())))
@@ -499,7 +498,7 @@ impl QuicSend {
         });
         let credit = match credit {
             Poll::Ready(credit) => credit?,
-            // Quinn does not know that somebody waits, so it would not tell that the peer wants no more.
+            // quinn does not know about this wait, so it would not report that the peer stopped the stream.
             Poll::Pending => return self.poll_stopped(cx).map(Err),
         };
         if bytes.is_empty() {
@@ -508,7 +507,7 @@ impl QuicSend {
         let mut pieces = [bytes.slice(..credit.min(bytes.len()))];
         let written = pin!(self.inner.write_chunks(&mut pieces)).poll(cx);
         self.waits = written.is_pending();
-        // Credit is within the stream's window (`window_above`): quinn takes nothing only when the connection is full.
+        // Credit is within the stream's window (`window_above`), so quinn accepts nothing only if the connection is full.
         self.shared.with(|core, _| match &written {
             Poll::Pending => core.gate.on_blocked(id),
             Poll::Ready(written) => {
@@ -568,7 +567,7 @@ impl QuicSend {
         let stopped = self.stopped.get_or_insert_with(|| Box::pin(self.inner.stopped()));
         let stop = match ready!(stopped.as_mut().poll(cx)) {
             Ok(Some(code)) => WriteError::Stopped(code_of(code)),
-            // Everything was acknowledged: nobody will ask us to stop any more, but the session may still end.
+            // Everything was acknowledged: the peer will not stop the stream any more, but the session may still end.
             Ok(None) => {
                 self.stopped = Some(Box::pin(std::future::pending()));
                 return Poll::Pending;

@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
-/// Bytes that may wait in the kernel unsent. What is not there yet can still be overtaken by something more urgent. Two of the
-/// driver's batches: the kernel asks for more when half of it is free, and then a whole batch fits into one write.
+/// Unsent bytes that may wait in the kernel. Bytes outside the kernel can still be overtaken by more urgent ones. The value is two of
+/// the driver's batches: the kernel reports room when half is free, and a whole batch then fits into one write.
 const UNSENT_MAX: u32 = 128 * 1024;
 /// The kernel's own search for dead connections; the tunnel finds them sooner by ping.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
@@ -37,21 +37,21 @@ pub struct Udp {
 }
 
 /// Opens a UDP socket with kernel buffers of this many bytes, as far as the kernel grants them: QUIC over the usual
-/// 208 KiB loses datagrams that the network does not. An unspecified IPv6 address takes IPv4 too.
+/// 208 KiB loses datagrams that the network delivered. An unspecified IPv6 address accepts IPv4 too.
 ///
 /// # Errors
-/// The address cannot be had.
+/// The address cannot be bound.
 pub fn udp(address: SocketAddr, receive_buffer: usize, send_buffer: usize) -> io::Result<Udp> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() && address.ip().is_unspecified() {
         socket.set_only_v6(false)?;
     }
-    // What is refused shows in what is granted.
+    // A refusal is visible in the granted size.
     drop(socket.set_recv_buffer_size(receive_buffer));
     drop(socket.set_send_buffer_size(send_buffer));
     socket.bind(&address.into())?;
     let (receive_buffer, send_buffer) = (socket.recv_buffer_size()?, socket.send_buffer_size()?);
-    // Linux reserves, and tells, twice what it grants.
+    // Linux reserves and reports twice the granted size.
     let granted = |bytes: usize| if cfg!(target_os = "linux") { bytes / 2 } else { bytes };
     Ok(Udp {
         socket: socket.into(),

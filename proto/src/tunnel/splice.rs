@@ -24,7 +24,7 @@ pub struct Spliced {
     pub received: u64,
 }
 
-/// Why a splice broke off.
+/// Why a splice failed.
 #[derive(Debug)]
 pub enum SpliceError {
     /// The connection failed; the stream was reset and stopped.
@@ -47,13 +47,13 @@ impl fmt::Display for SpliceError {
 
 impl std::error::Error for SpliceError {}
 
-/// Copies both ways between `io` and the stream until both directions have ended. Each end is passed on by itself: a
-/// half-closed connection becomes a FIN, a FIN half-closes the connection. A failure on one side ends both.
+/// Copies in both directions between `io` and the stream until both have ended. Each direction ends by itself: a half-closed
+/// connection becomes a FIN, and a FIN half-closes the connection. A failure on one side ends both.
 ///
 /// Dropping the future resets and stops the stream.
 ///
 /// # Errors
-/// Which side failed, after both were told.
+/// The side that failed; both sides have been ended.
 pub async fn splice<IO>(
     io: &mut IO,
     mut send: SendStream,

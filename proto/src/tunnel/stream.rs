@@ -124,8 +124,8 @@ impl MuxHalf {
 }
 
 impl SendStream {
-    /// Writes some of `bytes`, taking what was written off its front; ready once at least one byte was taken or `bytes`
-    /// is empty. Whoever was told to wait asks again or drops the stream: on QUIC others may wait behind it.
+    /// Writes some of `bytes`, and removes the written bytes from its front. Ready once at least one byte was written or `bytes` is
+    /// empty. After `Pending`, the caller must call again or drop the stream, because on QUIC other streams may wait behind it.
     pub fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<Result<usize, WriteError>> {
         let coop = ready!(coop::poll_proceed(cx));
         let result = match &mut self.inner {
@@ -138,12 +138,12 @@ impl SendStream {
         result
     }
 
-    /// Writes all of `bytes`. Waits while the peer's credit or the session's send memory is used up.
+    /// Writes all of `bytes`. Waits while the peer's credit or the session's send memory is exhausted.
     ///
     /// Dropping the future leaves an unknown part of `bytes` written.
     ///
     /// # Errors
-    /// The stream takes no more bytes, ever.
+    /// The stream will never accept bytes again.
     pub async fn write_chunk(&mut self, mut bytes: Bytes) -> Result<(), WriteError> {
         while !bytes.is_empty() {
             self.write(&mut bytes).await?;
@@ -151,10 +151,10 @@ impl SendStream {
         Ok(())
     }
 
-    /// Writes some of `bytes`, taking what was written off its front, and says how much. Cancel safe.
+    /// Writes some of `bytes`, removes the written bytes from its front, and returns how many. Cancel safe.
     ///
     /// # Errors
-    /// The stream takes no more bytes, ever.
+    /// The stream will never accept bytes again.
     pub async fn write(&mut self, bytes: &mut Bytes) -> Result<usize, WriteError> {
         let writing = Writing(self);
         poll_fn(|cx| writing.0.poll_write(cx, bytes)).await
@@ -298,11 +298,11 @@ impl Drop for RecvStream {
     }
 }
 
-/// Bytes that count as one operation. A task may do 128 operations at a time, so one that moves bulk data lets others run after
-/// some 256 KiB: what is small never waits for megabytes.
+/// Bytes that count as one operation of tokio's budget. A task may do 128 operations in a row, so a task with bulk data yields after
+/// about 256 KiB, and small requests never wait for megabytes.
 const BYTES_PER_OPERATION: usize = 2 * 1024;
 
-/// Counts bytes that were moved against what the task may do at a time.
+/// Charges moved bytes to the task's budget.
 fn charge(cx: &mut Context<'_>, bytes: usize) {
     for _ in 0..bytes / BYTES_PER_OPERATION {
         // Once it is used up this has woken the task, which will be polled again after the others.

@@ -28,13 +28,13 @@ pub enum NoProxyEntry {
 }
 
 impl NoProxy {
-    /// What a configuration lists.
+    /// The list of a configuration.
     #[must_use]
     pub const fn new(entries: Vec<NoProxyEntry>) -> Self {
         Self(entries)
     }
 
-    /// What a variable says, loopback addresses beside it. A variable is shared by many programs: what cannot be read is for another one.
+    /// The list of a variable, with loopback addresses added. Many programs share the variable, so unreadable entries are skipped.
     #[must_use]
     pub fn of_variable(text: &str) -> Self {
         let entries = text.split([',', ' ']).filter_map(|entry| entry.trim().parse().ok());
@@ -83,7 +83,7 @@ impl FromStr for NoProxyEntry {
         if text.contains('/') {
             return text.parse().map(|net: IpNet| Self::Net(net.trunc())).map_err(|_| wrong());
         }
-        // An IPv6 address may stand without brackets where no port follows.
+        // An IPv6 address without a port needs no brackets.
         if let Ok(ip) = text.parse::<IpAddr>() {
             return Ok(Self::Ip(ip.to_canonical(), None));
         }
@@ -121,7 +121,7 @@ impl fmt::Display for NoProxyEntry {
     }
 }
 
-/// What [`NoProxyEntry::Loopback`] is called.
+/// The text of [`NoProxyEntry::Loopback`].
 const LOOPBACK: &str = "<loopback>";
 
 #[cfg(test)]
@@ -172,7 +172,7 @@ mod tests {
         }
     }
 
-    /// Goal: D9: the environment counts as Go reads it, for kubectl's plugin as for kubectl.
+    /// Goal: D9: the environment is read as in Go, so that kubectl's plugin behaves like kubectl.
     #[test]
     fn d9_the_environment_counts_as_go_reads_it() {
         let exempt = NoProxy::of_variable("a.example, .b.example,10.0.0.0/8 ,!!,");

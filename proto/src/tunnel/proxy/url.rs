@@ -25,10 +25,10 @@ impl ProxyUrl {
         self.password.is_some()
     }
 
-    /// As kubectl and other programs in Go read a proxy of theirs: what follows host and port does not count.
+    /// Parses a proxy as kubectl and other Go programs do: text after host and port is ignored.
     ///
     /// # Errors
-    /// It is no proxy's URL. The error never quotes the text: there may be a password in it.
+    /// It is not the URL of a proxy. The error never quotes the text, which may contain a password.
     pub fn as_go_reads(text: &str) -> Result<Self, &'static str> {
         let scheme = text.find("://").map_or(0, |at| at + 3);
         let host = text[scheme..].rfind('@').map_or(scheme, |at| scheme + at + 1);
@@ -67,7 +67,7 @@ impl fmt::Debug for ProxyUrl {
 impl FromStr for ProxyUrl {
     type Err = &'static str;
 
-    /// The error never quotes the text: there may be a password in it.
+    /// The error never quotes the text, which may contain a password.
     fn from_str(text: &str) -> Result<Self, &'static str> {
         const FORM: &str = "is not http://HOST:PORT or http://USER@HOST:PORT (or https://)";
         let (tls, rest) = match text.split_once("://") {
@@ -130,7 +130,7 @@ fn decoded(text: &str) -> Option<String> {
     String::from_utf8(bytes).ok().filter(|text| !text.chars().any(char::is_control))
 }
 
-/// A user as it stands in a URL.
+/// A user as written in a URL.
 fn encoded(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~');
     text.bytes().fold(String::new(), |out, byte| {
