@@ -16,7 +16,7 @@ use towline_testkit::stack::{CLIENT, CLUSTER, Mode, Options, STRANGER, Stack, Up
 /// Bytes of the large body.
 const BULK: usize = 64 << 20;
 
-/// Which API server stands behind the agent.
+/// The API server behind the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Behind {
     /// A fake one, started by the demo.
@@ -25,10 +25,10 @@ pub enum Behind {
     Kubeconfig,
 }
 
-/// Runs the demo; returns after the requests if `once`, else on Ctrl-C.
+/// Runs the demo. Returns after the requests if `once`, else on Ctrl-C.
 ///
 /// # Errors
-/// What did not work.
+/// A step of the demo failed.
 #[expect(clippy::print_stdout, reason = "the demo's output is what it is for")]
 pub async fn run(once: bool, behind: Behind) -> anyhow::Result<()> {
     let directory = tempfile::tempdir().context("make a scratch directory")?;
@@ -107,7 +107,7 @@ async fn version(stack: &Stack) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Who the API server sees, and bulk data; on paths that only the fake API server has.
+/// The identity that the API server sees, and bulk data, on paths that only the fake API server has.
 #[expect(clippy::print_stdout, reason = "the demo's output is what it is for")]
 async fn requests(stack: &Stack) -> anyhow::Result<()> {
     let mut client = stack.target(Some(CLIENT))?.connect(Version::Http2).await?;

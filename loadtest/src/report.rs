@@ -25,7 +25,7 @@ pub fn number(value: f64) -> String {
     }
 }
 
-/// Text as it stands in HTML.
+/// Text escaped for HTML.
 #[must_use]
 pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
@@ -98,7 +98,7 @@ pub(crate) mod tests {
         assert_eq!(Record::read(&path).unwrap(), record);
     }
 
-    /// Goal: three significant digits, whatever the size.
+    /// Goal: three significant digits for numbers of any size.
     #[test]
     fn numbers_are_short() {
         let texts = [0.0, 0.123, 1.234, 12.34, 123.4, 12345.6].map(super::number);

@@ -10,7 +10,7 @@ use crate::recorder::Identity;
 use crate::shared::Shared;
 use crate::status::ApiError;
 
-/// Whom the credential stands for; 401 if it stands for nobody.
+/// The identity of the credential; 401 if it has none.
 pub(crate) fn authenticate(
     options: &FakeApiOptions,
     connection: &Connection,
@@ -84,7 +84,7 @@ pub(crate) fn impersonate(
     Ok(identity)
 }
 
-/// Whether this identity may act in the name of a user or a group; an empty name stands for all of them.
+/// Whether this identity may impersonate a user or a group; an empty name means all of them.
 pub(crate) fn may_impersonate(shared: &Shared, caller: &Identity, resource: &str, name: &str) -> bool {
     if shared.options.rbac {
         return rbac::allows(&shared.store, caller, &rbac::Action::impersonate(resource, name));
@@ -121,7 +121,7 @@ pub(crate) fn authorize(
     Ok(())
 }
 
-/// The token of `Bearer token`; the scheme in any case, as a real server takes it.
+/// The token of `Bearer token`; the case of the scheme is ignored, as in a real server.
 fn bearer(value: &[u8]) -> Option<&[u8]> {
     let space = value.iter().position(|byte| *byte == b' ')?;
     let (scheme, rest) = value.split_at(space);

@@ -46,7 +46,7 @@ impl Body for ChannelBody {
     }
 }
 
-/// What a [`PatternBody`] does after its last byte.
+/// How a [`PatternBody`] ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
     /// The body is complete.

@@ -123,13 +123,13 @@ impl RequestBody {
         Ok(None)
     }
 
-    /// Reads to the end and says length and digest.
+    /// Reads to the end and returns length and digest.
     pub(crate) async fn drain(&mut self) -> Result<BodyRecord, ApiError> {
         while self.next().await?.is_some() {}
         Ok(self.digest.finish())
     }
 
-    /// The whole body, if it is not larger than what a real server takes for an object.
+    /// The whole body, if it is not larger than the limit of a real server for an object.
     pub(crate) async fn collect(&mut self) -> Result<Vec<u8>, ApiError> {
         let mut whole = Vec::new();
         while let Some(bytes) = self.next().await? {
@@ -207,5 +207,5 @@ pub(crate) fn decode(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// What a real server takes as one object by default (3 MiB).
+/// Largest object that a real server accepts by default (3 MiB).
 const OBJECT_MAX: usize = 3 * 1024 * 1024;

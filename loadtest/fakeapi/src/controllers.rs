@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::kinds::{self, Kind};
 use crate::store::{Key, Store, now};
 
-/// What a controller puts into every namespace.
+/// The ConfigMap that a controller puts into every namespace.
 pub(crate) fn publish_ca(store: &Store, namespace: &str, ca_pem: &str) {
     let metadata = json!({"name": "kube-root-ca.crt", "namespace": namespace});
     let map = json!({"metadata": metadata, "data": {"ca.crt": ca_pem}});

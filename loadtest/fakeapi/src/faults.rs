@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::lock::lock;
 
-/// The switches; every one takes effect at once, on live connections too where that makes sense.
+/// The switches. Each takes effect at once, on live connections too where that makes sense.
 #[derive(Debug)]
 pub(crate) struct Faults {
     pub(crate) refuse_new: watch::Sender<bool>,
@@ -60,7 +60,7 @@ impl Faults {
         self.frozen.load(Ordering::SeqCst)
     }
 
-    /// The token whose cancellation kills the connections of today.
+    /// The token whose cancellation kills the current connections.
     pub(crate) fn kill_token(&self) -> CancellationToken {
         lock(&self.kill).clone()
     }
@@ -113,7 +113,7 @@ impl Faults {
     }
 }
 
-/// Bytes that go out on an HTTP/1.1 connection in place of an answer, whatever they are.
+/// Arbitrary bytes that go out on an HTTP/1.1 connection instead of a response.
 #[derive(Debug, Clone)]
 pub struct RawResponse {
     /// The bytes.
@@ -125,7 +125,7 @@ pub struct RawResponse {
 /// What follows the bytes of a [`RawResponse`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RawEnd {
-    /// The connection goes on with the next request.
+    /// The connection continues with the next request.
     Continue,
     /// A clean end: TLS close_notify and FIN.
     Close,

@@ -104,7 +104,7 @@ impl FakeApi {
         self.shared.pods.processes()
     }
 
-    /// A client certificate that this server believes.
+    /// A client certificate that this server accepts.
     pub fn issue_client(&self, user: &str, groups: &[&str]) -> Result<ClientCertificate, TlsError> {
         self.shared.authority.issue_client(user, groups)
     }

@@ -81,7 +81,7 @@ fn pattern(call: &Call, helper: &str) -> Response {
     answer
 }
 
-/// Counts deliveries of a key; GET only tells.
+/// Counts deliveries of a key; GET only reads the count.
 async fn counter(mut call: Call) -> Response {
     let key = call.query.text("key").to_owned();
     // Counted when the head arrives: a request that broke off in its body was delivered all the same.
@@ -97,7 +97,7 @@ async fn counter(mut call: Call) -> Response {
     json_response(StatusCode::OK, &json!({"key": key, "count": count}))
 }
 
-/// Sends every piece of the request body back as soon as it arrives.
+/// Echoes every piece of the request body as soon as it arrives.
 fn duplex(mut call: Call) -> Response {
     let (sender, body) = channel(1);
     let stop = call.shared.stop.clone();
@@ -142,7 +142,7 @@ fn lines(call: &Call) -> Response {
     http::Response::new(body)
 }
 
-/// `warnings?n=`: an answer that warns of many fields, each in a line of its own.
+/// `warnings?n=`: a response with many warnings, each in its own header line.
 fn warnings(call: &Call) -> Response {
     let mut answer = json_response(StatusCode::CREATED, &json!({}));
     for field in 0..call.number("n", 100) {

@@ -11,7 +11,7 @@ pub(crate) struct Kind {
     pub(crate) namespaced: bool,
     pub(crate) short_names: &'static [&'static str],
     pub(crate) categories: &'static [&'static str],
-    /// Top-level fields beside apiVersion, kind, metadata: others are unknown to strict validation.
+    /// Top-level fields in addition to apiVersion, kind and metadata. Strict validation rejects any other field.
     pub(crate) fields: &'static [&'static str],
     /// Subresources: name, kind, verbs.
     pub(crate) subresources: &'static [(&'static str, &'static str, &'static [&'static str])],

@@ -185,8 +185,8 @@ fn repeat(call: &Call) -> Response {
     empty(StatusCode::OK, &lines)
 }
 
-/// Switches to a protocol that sends everything back and half-closes when the client does; at the end it says how
-/// many bytes it saw.
+/// Switches to a protocol that echoes everything and half-closes when the client does; at the end it sends the number of
+/// received bytes.
 fn upgrade(mut call: Call, protocol: &str) -> Response {
     let Some(upgraded) = call.upgrade.take() else { return empty(StatusCode::UPGRADE_REQUIRED, &[]) };
     let (stop, killed) = (call.shared.stop.clone(), call.connection.killed.clone());

@@ -6,24 +6,24 @@ use std::time::Duration;
 /// Settings of a [`FakeApi`](crate::FakeApi); `default()` is a small healthy cluster on a free loopback port.
 #[derive(Debug, Clone)]
 pub struct FakeApiOptions {
-    /// Where to listen; port 0 takes a free one.
+    /// Address to listen on; port 0 picks a free port.
     pub listen: SocketAddr,
-    /// Bearer tokens and whom they stand for.
+    /// Bearer tokens with their users.
     pub tokens: Vec<Token>,
     /// Users that may send `Impersonate-*`; members of `system:masters` always may.
     pub impersonators: Vec<String>,
     /// Users (after impersonation) that every resource request answers with 403.
     pub denied_users: Vec<String>,
-    /// Whether ClusterRoles and their bindings decide who may do what, impersonation included. Otherwise everybody with a
-    /// credential may do everything.
+    /// Whether ClusterRoles and their bindings authorize requests, impersonation included. Otherwise every authenticated caller
+    /// may do everything.
     pub rbac: bool,
     /// Whether a request without a credential is `system:anonymous` (403 but for health and version) and not 401.
     pub anonymous: bool,
-    /// An HTTP/1.1 or HTTP/2 connection without a request is closed after this; a real server takes 90 s.
+    /// A connection without a request is closed after this time; a real server uses 90 s.
     pub idle_timeout: Duration,
     /// SETTINGS_MAX_CONCURRENT_STREAMS of HTTP/2.
     pub streams_max: u32,
-    /// Offer HTTP/2 by ALPN beside HTTP/1.1.
+    /// Offer HTTP/2 by ALPN in addition to HTTP/1.1.
     pub http2: bool,
     /// Offer only TLS 1.2.
     pub tls12_only: bool,
@@ -73,7 +73,7 @@ impl Default for FakeApiOptions {
 pub struct Token {
     /// The bearer token.
     pub token: String,
-    /// The user it stands for.
+    /// The user of the token.
     pub user: String,
     /// The groups of that user, without `system:authenticated`, which is added.
     pub groups: Vec<String>,
@@ -91,6 +91,6 @@ impl Token {
 pub const ADMIN_TOKEN: &str = "fake-admin-token";
 /// Default token of the agent's ServiceAccount, which may impersonate.
 pub const AGENT_TOKEN: &str = "fake-agent-token";
-/// Default token of `alice`, who may not impersonate.
+/// Default token of `alice`, who is not allowed to impersonate.
 pub const USER_TOKEN: &str = "fake-user-token";
 const AGENT_USER: &str = "system:serviceaccount:towline:towline-agent";

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 /// The media type.
 pub(crate) const MEDIA: &str = "application/vnd.kubernetes.protobuf";
 
-/// The object in a body; `None` if it is no protobuf object, or of a kind whose fields are not known here.
+/// The object in a body; `None` if it is not a protobuf object, or of a kind whose fields are not known here.
 pub(crate) fn decode(body: &[u8]) -> Option<Value> {
     let envelope = message(body.strip_prefix(b"k8s\0")?, ENVELOPE)?;
     let raw = STANDARD.decode(envelope["raw"].as_str().unwrap_or_default()).ok()?;
@@ -22,7 +22,7 @@ pub(crate) fn decode(body: &[u8]) -> Option<Value> {
     Some(object)
 }
 
-/// What a field holds.
+/// The type of a field.
 enum Shape {
     Text,
     /// Shown as base64.

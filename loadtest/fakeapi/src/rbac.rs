@@ -7,7 +7,7 @@ use crate::kinds::{self, Kind};
 use crate::recorder::Identity;
 use crate::store::{Key, Store};
 
-/// What somebody wants to do.
+/// The attributes of a request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     Resource { verb: String, group: String, resource: String, name: String },

@@ -14,7 +14,7 @@ use http::{Method, Version};
 use crate::lock::lock;
 use crate::tap::{ConnectionRecord, Tap};
 
-/// Who a request came from, as the server saw it.
+/// The identity of a request, as the server saw it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Identity {
     /// The user name.
@@ -53,14 +53,14 @@ pub struct RequestRecord {
     pub version: Version,
     /// Which connection carried it, counted from 1.
     pub connection: u64,
-    /// Whom the credential stands for; `None` means the request was refused with 401.
+    /// The identity of the credential; `None` if the request was refused with 401.
     pub authenticated: Option<Identity>,
     /// Whom the request acts as, after impersonation.
     pub identity: Option<Identity>,
     body: Mutex<BodyRecord>,
 }
 
-/// What is known of a request's body so far.
+/// The known part of a request's body.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BodyRecord {
     /// Bytes read so far.
@@ -72,7 +72,7 @@ pub struct BodyRecord {
 }
 
 impl RequestRecord {
-    /// What is known of the body by now.
+    /// The part of the body that is known by now.
     pub fn body(&self) -> BodyRecord {
         lock(&self.body).clone()
     }
@@ -83,7 +83,7 @@ impl RequestRecord {
         same.map(|(_, value)| value.as_slice()).collect()
     }
 
-    /// Path and query as text, with whatever is not UTF-8 replaced.
+    /// Path and query as text, with invalid UTF-8 replaced.
     pub fn target_text(&self) -> String {
         String::from_utf8_lossy(&self.target).into_owned()
     }
@@ -152,7 +152,7 @@ impl Recorder {
         connections.iter().map(|tap| tap.record()).collect()
     }
 
-    /// How often `POST /towline-test/counter?key=KEY` was delivered: more than once means something was sent twice.
+    /// How often `POST /towline-test/counter?key=KEY` was delivered. More than once means that it was sent twice.
     pub fn delivered(&self, key: &str) -> u64 {
         lock(&self.delivered).get(key).copied().unwrap_or(0)
     }
@@ -188,7 +188,7 @@ impl Recorder {
             identity,
             body,
         });
-        // What the agent asks on its own account, whenever that is, is no request of a test.
+        // The agent's own requests are not part of a test.
         if record.is_agents_own() {
             return record;
         }
@@ -232,7 +232,7 @@ impl BodyDigest {
         self.record.set_body(BodyRecord { length: self.length, sha256: None, aborted: false });
     }
 
-    /// The body is complete; says its length and SHA-256. Later calls repeat the answer.
+    /// Completes the body and returns its length and SHA-256. Later calls return the same.
     pub(crate) fn finish(&mut self) -> BodyRecord {
         if let Some(context) = self.context.take() {
             let sha256 = Some(hex(context.finish().as_ref()));

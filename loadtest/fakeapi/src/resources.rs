@@ -208,7 +208,7 @@ async fn update(mut call: Call, target: &Target) -> Result<Response, ApiError> {
     Ok(shown(&call, target.kind, StatusCode::OK, &stored))
 }
 
-/// What an update may store: not over a newer version, and with what controllers add.
+/// The object that an update stores: never over a newer version, and with the fields that controllers add.
 fn replace(target: &Target, before: &Value, mut object: Value) -> Result<Value, ApiError> {
     let version = object["metadata"]["resourceVersion"].as_str().unwrap_or("");
     if !version.is_empty() && object["metadata"]["resourceVersion"] != before["metadata"]["resourceVersion"] {
@@ -317,7 +317,7 @@ fn remove_all(store: &Store, kind: &'static Kind, namespace: &str, selector: &Se
     for object in objects.into_iter().filter(|object| selector.matches(object)) {
         let part = |name: &str| object["metadata"][name].as_str().unwrap_or_default();
         let key = Key::new(kind, part("namespace"), part("name"));
-        // Somebody else may have deleted it since the list.
+        // Another request may have deleted it since the list.
         gone.extend(store.change(&key, false, |_| Ok(None)).ok());
     }
     gone

@@ -10,7 +10,7 @@ use crate::kinds::REVIEWS;
 use crate::recorder::Identity;
 use crate::status::{ApiError, json_response};
 
-/// Answers a review; `None` if the path is no review's.
+/// Answers a review; `None` if the path is not a review's.
 pub(crate) async fn answer(call: &mut Call) -> Result<Option<Response>, ApiError> {
     let path = call.path.clone();
     let review =

@@ -61,7 +61,7 @@ pub(crate) async fn answer(
         (Err(error), false) => error.response(),
     };
     if http2 && answer.headers_mut().remove(CONNECTION).is_some() {
-        // HTTP/2 says it with a GOAWAY.
+        // HTTP/2 announces it with a GOAWAY.
         connection.close_gracefully();
     }
     answer

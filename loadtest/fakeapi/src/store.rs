@@ -113,8 +113,8 @@ impl Store {
         Ok((changes.collect(), inner.revision))
     }
 
-    /// The one way to change an object: `step` sees what is there and says what shall be there (`None`: nothing).
-    /// Writes uid, creation time and resourceVersion. Returns what is there now, or what was there if it is gone.
+    /// The only way to change an object: `step` gets the current object and returns the new one (`None` deletes it).
+    /// Writes uid, creation time and resourceVersion. Returns the new object, or the deleted one.
     pub(crate) fn change(
         &self,
         key: &Key,
@@ -136,7 +136,7 @@ impl Store {
                 object["metadata"][field] = before["metadata"][field].clone();
             }
             if object == *before {
-                // Writing what is there already is no change.
+                // Writing an identical object is not a change.
                 return Ok(Arc::new(object));
             }
         } else if !gone {

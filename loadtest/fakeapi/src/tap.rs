@@ -43,7 +43,7 @@ enum RawStage {
     Bytes(Bytes, RawEnd),
     /// Placeholder still to swallow; so many bytes of its `\r\n\r\n` were seen.
     Swallow(usize),
-    /// Everything is swallowed for ever.
+    /// Everything is discarded from now on.
     SwallowAll,
     /// The connection is over.
     Over,

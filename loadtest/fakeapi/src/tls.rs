@@ -18,7 +18,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use crate::options::FakeApiOptions;
 use crate::recorder::Identity;
 
-/// The CA that signs the server's leaf and the client certificates that the server believes.
+/// The CA of the server's leaf and of the accepted client certificates.
 pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     ca_pem: String,
@@ -126,7 +126,7 @@ impl Authority {
         Ok(ClientCertificate { certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
     }
 
-    /// Who the peer's certificate says it is; nobody if it was not signed by this CA.
+    /// The identity in the peer's certificate; `None` if this CA did not sign it.
     pub(crate) fn client_identity(&self, chain: &[CertificateDer<'_>]) -> Option<Identity> {
         let (leaf, rest) = chain.split_first()?;
         self.verifier.verify_client_cert(leaf, rest, UnixTime::now()).ok()?;

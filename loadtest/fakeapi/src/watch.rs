@@ -72,8 +72,8 @@ pub(crate) fn answer(call: &Call, target: &Target) -> Result<Response, ApiError>
     Ok(answer)
 }
 
-/// How events follow each other. What is in one is JSON in any case: these are the frames that a real server puts around its own
-/// encodings, for tests that ask for exactly one of them, as no Kubernetes client does.
+/// Framing of events. The content is always JSON. These are the frames of a real server's encodings, for tests that request exactly
+/// one of them, which no Kubernetes client does.
 #[derive(Clone, Copy)]
 enum Encoding {
     Lines,
@@ -113,7 +113,7 @@ impl Encoding {
 }
 
 enum Start {
-    /// With the objects there are; and then, if so, a bookmark that says so.
+    /// With the existing objects first, and then optionally a bookmark that marks their end.
     Listed(bool),
     After(u64),
 }

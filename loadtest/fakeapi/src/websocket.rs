@@ -127,7 +127,7 @@ async fn serve_command(
     };
     write_channel(&mut write, ERROR, status.to_string().as_bytes()).await?;
     write_frame(&mut write, CLOSE, &1000_u16.to_be_bytes()).await?;
-    // The client closes next; whoever does not is left.
+    // The client closes next; after a while the server stops waiting.
     timeout(LINGER, reader).await.unwrap_or(Ok(()))?;
     write.shutdown().await
 }

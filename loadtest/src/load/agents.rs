@@ -36,11 +36,11 @@ use towline_proto::tunnel::{Session, SessionConfig, quic, socket};
 
 use super::arithmetic;
 
-/// Attempts under way at a time.
+/// Concurrent attempts.
 const CONNECTING: usize = 128;
 /// From the first packet to the first round trip of a session.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// What the kernel is asked for, for the one UDP socket of all agents.
+/// Requested buffer size of the one UDP socket of all agents, in bytes.
 const UDP_BUFFER: usize = 8 << 20;
 /// An agent on QUIC asks a silent gateway for a sign of life after so long, where TCP's ping waits longer (`PROBE_IDLE` in
 /// `agent/src/sessions/transport.rs`).
@@ -108,7 +108,7 @@ impl Agent {
 }
 
 impl Fleet {
-    /// No agents yet; the CA is `tunnel-ca.crt` with its key in `certificates`.
+    /// Creates a fleet without agents. The CA is `tunnel-ca.crt` with its key in `certificates`.
     ///
     /// # Errors
     /// The CA cannot be read, or there is no UDP socket.
@@ -117,7 +117,7 @@ impl Fleet {
         let now = SystemTime::now();
         let authority =
             CertificateAuthority::load(CaKind::Tunnel, &root, &key, LoadPolicy::STRICT, now)?.value;
-        // An agent accepts as many streams as it likes; here none come, and what is not reserved is not measured.
+        // No streams arrive here, so a small limit keeps reserved memory out of the measurement.
         let limits = Limits { streams_max: 16, ..Limits::default() };
         let transport = Arc::new(quic::transport_config(Role::Agent, &limits, true));
         let session = SessionConfig {
@@ -223,7 +223,7 @@ impl Fleet {
         self.connect_all().await
     }
 
-    /// Connects every agent without a session; tells how many attempts failed. A failed one is tried again, twice.
+    /// Connects every agent without a session; returns how many attempts failed. A failed attempt is repeated twice.
     async fn connect_all(&mut self) -> usize {
         let mut failed = 0;
         for _ in 0..3 {
@@ -364,7 +364,7 @@ pub struct Control {
     output: tokio::io::Lines<BufReader<tokio::process::ChildStdout>>,
 }
 
-/// What a fleet answered.
+/// The answer of a fleet.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Done {
     /// Sessions that are up.

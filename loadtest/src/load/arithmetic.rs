@@ -11,10 +11,10 @@ use towline_certs::ServerName;
 /// Flights of a TLS 1.3 handshake with client certificates, and more than enough.
 const FLIGHTS: usize = 4;
 
-/// Shakes hands `count` times in memory; tells how long the server's side of it took.
+/// Runs `count` handshakes in memory; returns the time of the server's side.
 ///
 /// # Errors
-/// The two configurations do not fit each other.
+/// The two configurations do not match.
 pub(super) fn servers_share(
     client: &Arc<ClientConfig>,
     server: &Arc<ServerConfig>,

@@ -19,14 +19,14 @@ use super::scenario::{Link, Plan, Scheme};
 use super::tunnels::{Places, Tunnel};
 use towline_testkit::stack::{self, CLIENT, Mode, Options, Process, Stack, Upstream, free_port};
 
-/// How long an arm may take until the first answer comes through it.
+/// Deadline for the first response through an arm.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Most sessions that an agent can be told to keep.
+/// Most sessions that an agent's configuration allows.
 const SESSIONS_MAX: usize = 16;
 /// The small request: an ordinary API path, answered with 1,200 bytes.
 const SMALL_PATH: &str = "/version";
 
-/// What all arms of a profile share: the upstream and its certificates.
+/// The upstream and its certificates, shared by all arms of a profile.
 #[derive(Debug)]
 pub struct Ground {
     directory: PathBuf,
@@ -60,7 +60,7 @@ pub struct Arm {
     pub fleet: Option<Mutex<Control>>,
     /// Memory of each process before the first scenario.
     pub start: Vec<Memory>,
-    /// What ends when the arm is dropped.
+    /// Resources that end when the arm is dropped.
     _held: Held,
 }
 
@@ -166,10 +166,10 @@ impl Ground {
         })
     }
 
-    /// Starts an arm and sees a request through it.
+    /// Starts an arm and sends a request through it.
     ///
     /// # Errors
-    /// What it lacks, or why it does not work.
+    /// A program is missing, or the arm does not work.
     pub async fn arm(&self, name: &str) -> anyhow::Result<Arm> {
         let mut arm = match name {
             "direct" => self.direct().await?,

@@ -24,7 +24,7 @@ use tokio_rustls::client::TlsStream;
 
 /// Buffer of a connection for small answers.
 const SMALL_BUFFER: usize = 16 * 1024;
-/// Buffer of a connection for bulk: larger ones are no faster.
+/// Buffer of a connection for bulk; a larger buffer is not faster.
 pub(super) const BULK_BUFFER: usize = 256 * 1024;
 /// Kernel buffer of a connection whose reader stops.
 const STALLED_BUFFER: u32 = 32 * 1024;
@@ -67,7 +67,7 @@ impl Target {
         self.start(tcp.with_context(|| format!("connect to {}", self.address))?, alpn).await
     }
 
-    /// What every new connection needs.
+    /// Sets up a new connection.
     async fn start(&self, tcp: TcpStream, alpn: &[u8]) -> anyhow::Result<Io> {
         tcp.set_nodelay(true)?;
         let Some(tls) = &self.tls else { return Ok(Io::Plain(tcp)) };
@@ -99,8 +99,8 @@ impl Target {
         Ok(Connection::new(self.open(b"http/1.1").await?, BULK_BUFFER))
     }
 
-    /// A connection whose reader is going to stop. Its kernel buffer stays small: by default a thousand of them would take in
-    /// gigabytes before anything stalls, and bring the whole machine's TCP under memory pressure.
+    /// A connection whose reader will stop. Its kernel buffer is small: by default a thousand such connections would accept
+    /// gigabytes before anything stalls, and put all TCP of the machine under memory pressure.
     ///
     /// # Errors
     /// As [`Self::connect`].
@@ -187,7 +187,7 @@ impl AsyncWrite for Io {
 pub struct Connection {
     io: Io,
     buffer: Box<[u8]>,
-    /// What was read and not yet looked at.
+    /// Start of the bytes that were read and not yet parsed.
     start: usize,
     end: usize,
     /// Where the piece of a body is that was read last.
@@ -441,7 +441,7 @@ mod tests {
         }
     }
 
-    /// Goal: an answer that is no success, ends early or has no length is an error.
+    /// Goal: a response that is not a success, ends early or has no length is an error.
     #[tokio::test]
     async fn an_unsuccessful_or_incomplete_response_is_an_error() {
         for bad in [

@@ -24,25 +24,25 @@ use crate::report::json::{Metric, Values};
 
 /// Requests per second of the probe.
 const PROBE_RATE: u32 = 200;
-/// Connections that the probe may use at a time: enough for answers of 300 ms.
+/// Concurrent connections of the probe: enough for responses of 300 ms.
 const PROBE_CONNECTIONS: usize = 64;
-/// Streams beside the probe.
+/// Streams in addition to the probe.
 const READERS: usize = 4;
-/// What a paced reader takes, in bytes per second.
+/// Rate of a paced reader, in bytes per second.
 const PACE: f64 = 25e6;
 /// Length of a body that is never read to its end.
 const ENDLESS: u64 = 1 << 42;
-/// Connections that are opened at a time: servers limit handshakes.
+/// Connections opened concurrently: servers limit handshakes.
 const OPENING: usize = 32;
-/// How long opening all of them may take.
+/// Deadline for opening all of them.
 const OPEN_PATIENCE: Duration = Duration::from_secs(30);
 /// How long an open loop waits for the last answers.
 const LATE_PATIENCE: Duration = Duration::from_secs(5);
-/// How long every stream may take to move its first byte.
+/// Deadline for the first byte of every stream.
 const STARVING: Duration = Duration::from_secs(15);
 /// How long a window stays open in which nothing has happened so far.
 const EMPTY_PATIENCE: Duration = Duration::from_secs(10);
-/// A worker whose request failed tries again after this.
+/// Pause of a worker after a failed request.
 const RETRY: Duration = Duration::from_millis(20);
 /// Before this much of a wait a thread sleeps; the rest it spins, because it would wake too late.
 const SPIN: Duration = Duration::from_micros(100);
@@ -56,11 +56,11 @@ pub struct Timing {
     pub window: Duration,
 }
 
-/// What the tasks of one measurement count. All of them run on one thread.
+/// Counters of one measurement. All its tasks run on one thread.
 #[derive(Debug)]
 pub(super) struct Stats {
     recording: Cell<bool>,
-    /// For open loops: what was due between these counts, whenever its answer comes.
+    /// For open loops: requests due between these times are counted, whenever their responses arrive.
     due: Cell<Option<(Instant, Instant)>>,
     ready: Cell<usize>,
     requests: Cell<u64>,
@@ -103,7 +103,7 @@ impl Stats {
         self.took(since.elapsed());
     }
 
-    /// Something arrived so long after it was sent, if that counts now.
+    /// Records the delay of an event, if the window is open.
     pub(super) fn arrived(&self, late: Duration) {
         if self.recording.get() {
             self.took(late);
@@ -180,7 +180,7 @@ pub(super) struct Load<'a> {
 }
 
 impl Load<'_> {
-    /// Starts `count` tasks that each open a connection and then do what `work` says, again and again after a failure.
+    /// Starts `count` tasks that each open a connection and run `work`, and repeat both after a failure.
     pub(super) fn workers<F>(
         &mut self,
         count: usize,
@@ -213,8 +213,8 @@ impl Load<'_> {
         Ok(())
     }
 
-    /// Waits until `streams` move something beside `others` that are ready. Where some starve, that is noted, and is part of what
-    /// is measured.
+    /// Waits until all `streams` move data together with `others` that are ready. Starving streams are recorded as part of the
+    /// measurement.
     async fn flowing(&self, streams: usize, others: usize) -> anyhow::Result<()> {
         let started = Instant::now();
         while self.stats.ready.get() < streams + others {
@@ -236,7 +236,7 @@ impl Load<'_> {
         self.window_of(Duration::ZERO).await
     }
 
-    /// The same for what goes as fast as it can: as nothing has no figures, the window stays open until something has come.
+    /// The same for load at full speed. The window stays open until something has arrived, because nothing cannot be measured.
     pub(super) async fn busy_window(&self) -> anyhow::Result<Used> {
         self.window_of(EMPTY_PATIENCE).await
     }
@@ -283,7 +283,7 @@ impl Load<'_> {
         Ok(used)
     }
 
-    /// What the upstream has taken so far, if it is ours: uploads are counted where they arrive.
+    /// Bytes that the upstream has received so far, if it is our own: uploads are counted where they arrive.
     async fn sunk(&self) -> anyhow::Result<Option<u64>> {
         let Some(address) = self.arm.counters else { return Ok(None) };
         let (status, text) = towline_testkit::stack::plain_get(address, "/counters").await?;
@@ -400,8 +400,8 @@ impl Load<'_> {
 
     async fn new_connections(&mut self, concurrency: usize) -> anyhow::Result<Values> {
         let target = self.arm.target.clone();
-        // The other end closes first, so that it is the one that remembers the connection for a while (TIME_WAIT): a client
-        // that did would soon have no ports left.
+        // The other end closes first, so that the connection's TIME_WAIT is there. A client in TIME_WAIT would soon run out of
+        // ports.
         let request = Rc::new(target.request("GET", &target.small_path, "Connection: close\r\n"));
         self.workers(concurrency, move |stats, _| {
             let (target, request) = (target.clone(), Rc::clone(&request));
@@ -461,7 +461,7 @@ impl Load<'_> {
         Ok(values)
     }
 
-    /// Small requests at a fixed rate, on as many connections as it takes; waits until all are open.
+    /// Small requests at a fixed rate, on as many connections as needed; waits until all are open.
     pub(super) async fn clocked(&mut self, rate: u32) -> anyhow::Result<()> {
         let dues = Rc::new(tokio::sync::Mutex::new(start_clock(rate)));
         let (target, request) = (self.arm.target.clone(), Rc::new(self.arm.target.small()));
@@ -575,9 +575,9 @@ async fn upload(target: &Target, connection: &mut Connection, stats: &Stats) -> 
     }
 }
 
-/// A thread that says when each request of an open loop is due. Timers of the runtime are a millisecond coarse; this is not.
+/// Starts a thread that reports when each request of an open loop is due. The runtime's timers have a resolution of only 1 ms.
 pub(super) fn start_clock(rate: u32) -> mpsc::Receiver<Instant> {
-    // What a stall of ten seconds leaves behind.
+    // Room for the requests due during a stall of ten seconds.
     let (ticks, dues) = mpsc::channel(10 * rate as usize);
     std::thread::spawn(move || {
         let interval = Duration::from_secs(1) / rate;

@@ -56,10 +56,10 @@ struct User {
     token: Option<String>,
 }
 
-/// Where the kubeconfig's context leads.
+/// The target of the kubeconfig's context.
 ///
 /// # Errors
-/// It cannot be read, or uses something that is not supported here: other means to authenticate, a proxy.
+/// The file cannot be read, or uses an unsupported feature: other authentication methods, a proxy.
 pub fn target(path: &Path, context: Option<&str>) -> anyhow::Result<Target> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let config: Kubeconfig =

@@ -14,7 +14,7 @@ use crate::report::json::{Metric, Values};
 const EXEC: &str = "/api/v1/namespaces/default/pods/one/exec?command=sh&stdin=true&stdout=true";
 /// Bytes of a large list.
 const LIST: u64 = 1 << 20;
-/// Who asks for large lists in a mixed load, and how long after the last one.
+/// Clients that request large lists in a mixed load, and the pause between their requests.
 const LISTERS: usize = 2;
 const LIST_PAUSE: Duration = Duration::from_millis(500);
 
@@ -36,7 +36,7 @@ impl Load<'_> {
         self.all_ready(watchers).await?;
         let used = self.busy_window().await?;
         let mut values = self.answered(&used)?;
-        // What arrived are events, and nobody asked for each.
+        // The arrivals are events, not responses to requests.
         if let Some(events) = values.remove(&Metric::RequestsPerS) {
             values.insert(Metric::PerS, events);
         }

@@ -20,7 +20,7 @@ use towline_certs::tls::provider;
 pub fn write(directory: &Path) -> anyhow::Result<()> {
     std::fs::create_dir_all(directory)?;
     let mut params = CertificateParams::new(Vec::new())?;
-    // Two certificates of one subject would look like one that signed itself: OpenSSL refuses that.
+    // With equal subjects the leaf would look self-signed, which OpenSSL refuses.
     params.distinguished_name.push(DnType::CommonName, "load test CA");
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
@@ -41,7 +41,7 @@ pub fn write(directory: &Path) -> anyhow::Result<()> {
     restrict(&directory.join("server.key"))
 }
 
-/// A key that others may read is refused by those who load it.
+/// Restricts the file's mode, because programs refuse a key that others can read.
 fn restrict(path: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     Ok(std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?)
@@ -62,7 +62,7 @@ pub fn server(directory: &Path, alpn: &[&[u8]]) -> anyhow::Result<Arc<ServerConf
     Ok(Arc::new(config))
 }
 
-/// A TLS 1.3 client that believes the CA in `directory`.
+/// A TLS 1.3 client that trusts the CA in `directory`.
 ///
 /// # Errors
 /// The file is not that of [`write()`].

@@ -26,7 +26,7 @@ pub fn run(gateway: &Path, agent: PathBuf) -> anyhow::Result<()> {
     agent.join().map_err(|_| anyhow!("the agent panicked"))?
 }
 
-/// How often the gateway's thread looks whether the agent's has ended, which it only does when it does not start.
+/// How often the gateway's thread checks whether the agent's thread has ended, which only happens if the agent fails to start.
 const LOOK: std::time::Duration = std::time::Duration::from_secs(1);
 
 fn run_agent(path: &Path) -> anyhow::Result<()> {

@@ -38,7 +38,7 @@ const ALPN: &[u8] = b"raw";
 /// How long a failed accept waits.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What is between the ends.
+/// The transport between the ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
     /// TCP.
@@ -70,7 +70,7 @@ pub enum Congestion {
 /// One end of a relay.
 #[derive(Clone, Debug)]
 pub struct Relay {
-    /// What is between the ends.
+    /// The transport between the ends.
     pub transport: Transport,
     /// Which end this is.
     pub end: End,

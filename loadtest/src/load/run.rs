@@ -20,12 +20,12 @@ use crate::report::json::{self, Machine, Metric, Record, ResultRow, SCHEMA, Valu
 const ELSEWHERE: &str = "elsewhere";
 /// Between two measurements, so that what one leaves behind is gone: connections that close, buffers that drain.
 const PAUSE: Duration = Duration::from_millis(250);
-/// What one measurement costs beside its warm-up and window, for the first estimate of the end.
+/// Time of one measurement in addition to its warm-up and window, for the first estimate of the end.
 const OVERHEAD: Duration = Duration::from_millis(400);
-/// A measurement that takes so much longer than it should is given up.
+/// A measurement that takes this much longer than planned is aborted.
 const STUCK: Duration = Duration::from_secs(90);
 
-/// What to run, and what of it.
+/// What to run.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The profiles, in this order.
@@ -201,7 +201,7 @@ async fn profile(
     })
 }
 
-/// What an arm cannot do.
+/// Whether an arm cannot run a scenario.
 fn skips(scenario: &Scenario, arm: &Arm) -> bool {
     let http2 = matches!(scenario.kind, Kind::Requests { http2_streams: Some(_), .. });
     (http2 && !arm.http2) || (arm.counters.is_none() && !scenario.kind.only_gets())
@@ -269,7 +269,7 @@ impl Progress {
         Self { began: Instant::now(), planned, done: Duration::ZERO }
     }
 
-    /// What one arm of a plan takes.
+    /// Duration of one arm of a plan.
     fn of(plan: &Plan) -> Duration {
         let once: Duration = plan.scenarios.iter().map(|scenario| Self::cost(timing(plan, scenario))).sum();
         once * u32::try_from(plan.rounds).unwrap_or(1)

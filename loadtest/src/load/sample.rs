@@ -27,8 +27,8 @@ pub struct Memory {
 }
 
 impl Watched {
-    /// User and system time so far. Nanoseconds are counted where the kernel tells them, since a measurement may be no longer
-    /// than a second; a thread that has ended is then not seen, which the programs measured here do not have.
+    /// User and system time so far, in nanoseconds where the kernel reports them, because a measurement may last only one second.
+    /// Ended threads are not included then; the measured programs have none.
     #[must_use]
     pub fn cpu(&self) -> Duration {
         let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return Duration::ZERO };
@@ -75,7 +75,7 @@ pub struct Moment {
     busy: Duration,
 }
 
-/// What was used between two moments; CPU in seconds.
+/// Usage between two moments; CPU in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Used {
     /// Wall-clock seconds.
@@ -122,7 +122,7 @@ impl Group {
         }
     }
 
-    /// What was used since then.
+    /// Usage since then.
     #[must_use]
     pub fn since(&self, then: &Moment) -> Used {
         let now = self.moment();
@@ -151,7 +151,7 @@ fn busy() -> Option<Duration> {
     Some(Duration::from_millis(used.map(|(_, ticks)| ticks * 10).sum()))
 }
 
-/// Load average over one minute; 0 if the system does not tell.
+/// Load average over one minute; 0 if unknown.
 #[must_use]
 pub fn load_average() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
@@ -162,7 +162,7 @@ pub fn load_average() -> f64 {
 mod tests {
     use super::*;
 
-    /// Goal: CPU that this process burns is seen as the client's, and is about as long as it took.
+    /// Goal: CPU used by this process is reported as the client's, and is about the elapsed time.
     #[test]
     fn cpu_is_seen() {
         let group = Group::default();

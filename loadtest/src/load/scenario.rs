@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 
-/// The standard profiles: name and text, in the order in which a whole run takes them.
+/// The standard profiles: name and text, in the order of a whole run.
 pub const STANDARD: [(&str, &str); 8] = [
     ("http", include_str!("../../scenarios/http.yaml")),
     ("https", include_str!("../../scenarios/https.yaml")),
@@ -22,7 +22,7 @@ pub const STANDARD: [(&str, &str); 8] = [
 /// The largest datagram that passes a long line, without its IP and UDP headers: its packets are Ethernet's.
 const ETHERNET: usize = 1_500 - 28;
 
-/// A profile: what a file says.
+/// A profile, as in its file.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Plan {
@@ -30,11 +30,11 @@ pub struct Plan {
     pub profile: String,
     /// One sentence.
     pub about: String,
-    /// What clients speak.
+    /// Protocol of the clients.
     pub front: Scheme,
-    /// What the upstream speaks.
+    /// Protocol of the upstream.
     pub upstream: Scheme,
-    /// What the tunnel hop goes through.
+    /// The link of the tunnel hop.
     #[serde(default)]
     pub link: Option<Link>,
     /// Interleaved rounds. Default 3.
@@ -46,7 +46,7 @@ pub struct Plan {
     /// Seconds before each measurement. Default 0.4.
     #[serde(default = "warmup")]
     pub warmup: f64,
-    /// Simulated agents, for profiles that look at the gateway alone. Each arm has so many clusters.
+    /// Number of simulated agents, for profiles that measure the gateway alone. Each arm has this many clusters.
     #[serde(default)]
     pub fleet: Option<usize>,
     /// Keys for the gateway's and the agent's configuration, for profiles that need more than the defaults allow.
@@ -98,7 +98,7 @@ pub struct Link {
     /// Lost, from 0 to 1. Default 0.
     #[serde(default)]
     pub loss: f64,
-    /// What waits in front of the link, in milliseconds. Default 10.
+    /// Queue in front of the link, in milliseconds. Default 10.
     #[serde(default = "ten")]
     pub queue_ms: f64,
 }
@@ -154,12 +154,12 @@ pub struct Scenario {
     /// Seconds before it, if not those of the profile.
     #[serde(default)]
     pub warmup: Option<f64>,
-    /// What happens.
+    /// The load.
     #[serde(flatten)]
     pub kind: Kind,
 }
 
-/// What happens in a measurement.
+/// The load of a measurement.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", rename_all_fields = "camelCase")]
 pub enum Kind {
@@ -167,7 +167,7 @@ pub enum Kind {
     Requests {
         /// Connections.
         connections: usize,
-        /// HTTP/2 with so many requests at a time on each connection; HTTP/1.1 without it.
+        /// HTTP/2 with this many concurrent requests on each connection; HTTP/1.1 if absent.
         #[serde(default)]
         http2_streams: Option<usize>,
     },
@@ -184,13 +184,13 @@ pub enum Kind {
         direction: Direction,
         /// Connections.
         streams: usize,
-        /// So many more downloads beside them, whose readers have stopped.
+        /// Number of additional downloads whose readers have stopped.
         #[serde(default)]
         stalled: usize,
     },
     /// Small requests at a fixed rate, timed from when they were to be sent (open loop), while something else happens.
     Probe {
-        /// What.
+        /// The other load.
         beside: Beside,
     },
     /// Connections that did one request each and do nothing now: what does each cost?
@@ -212,7 +212,7 @@ pub enum Kind {
         /// Keystrokes per second of each.
         rate: u32,
     },
-    /// What a fleet does all day: small requests at a fixed rate, which are timed, open watches, and a few lists of 1 MiB.
+    /// The daily mix of a fleet: small requests at a fixed rate, which are timed, open watches, and a few lists of 1 MiB.
     Mixed {
         /// Requests per second.
         rate: u32,
@@ -250,7 +250,7 @@ pub enum Direction {
     Up,
 }
 
-/// What happens beside a probe.
+/// The load in addition to a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Beside {
@@ -258,7 +258,7 @@ pub enum Beside {
     Nothing,
     /// Four downloads as fast as they go.
     Saturating,
-    /// Four downloads whose readers take 25 MB/s each.
+    /// Four downloads whose readers read 25 MB/s each.
     Paced,
     /// Four downloads whose readers have stopped.
     Stalled,
@@ -278,7 +278,7 @@ impl Kind {
         )
     }
 
-    /// Whether it says something of Towline alone: of its sessions and agents.
+    /// Whether it concerns only Towline: its sessions and agents.
     #[must_use]
     pub const fn only_product(&self) -> bool {
         matches!(self, Self::Streams { .. } | Self::Agents { .. } | Self::Storm | Self::Churn { .. })
@@ -307,7 +307,7 @@ impl Plan {
     /// A profile from a file.
     ///
     /// # Errors
-    /// It cannot be read, or says something impossible.
+    /// It cannot be read, or contains an invalid value.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -340,7 +340,7 @@ impl Plan {
 mod tests {
     use super::*;
 
-    /// Goal: what is built in can be read, names itself as it is asked for, and compares Towline with something.
+    /// Goal: each built-in profile can be read, has the name by which it is requested, and compares Towline with something.
     #[test]
     fn the_standard_profiles_are_whole() {
         for (name, _) in STANDARD {

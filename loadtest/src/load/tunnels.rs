@@ -37,12 +37,12 @@ const KNOWN: [(&str, &str); 5] = [
     ("raw-tls", include_str!("../../tunnels/raw-tls.yaml")),
     ("raw-quic", include_str!("../../tunnels/raw-quic.yaml")),
 ];
-/// How long an end may take to listen.
+/// Deadline for an end to listen.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long an end is given that cannot be asked whether it listens.
 const UDP_START: Duration = Duration::from_millis(500);
 
-/// A tunnel, as its file says.
+/// A tunnel, as in its file.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tunnel {
@@ -85,7 +85,7 @@ pub enum Side {
     Far,
 }
 
-/// What runs between the ends.
+/// The protocol between the ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -274,7 +274,7 @@ pub(super) fn program(name: &str) -> Option<PathBuf> {
 mod tests {
     use super::*;
 
-    /// Goal: every file that comes with the program can be read, names itself as it is asked for, and leaves no placeholder.
+    /// Goal: every file of the program can be read, has the name by which it is requested, and leaves no placeholder.
     #[test]
     fn the_known_tunnels_are_whole() {
         let local = |port| SocketAddr::from(([127, 0, 0, 1], port));

@@ -76,7 +76,7 @@ pub async fn run(plain: SocketAddr, tls: SocketAddr, certificates: &Path) -> any
     }
 }
 
-/// What may wait in the kernel unsent, for each of perhaps a thousand readers that have stopped.
+/// Unsent bytes in the kernel for each reader; a thousand readers may have stopped.
 const UNSENT_MAX: u32 = 256 * 1024;
 
 fn tune(socket: &TcpStream) -> io::Result<()> {
@@ -91,7 +91,7 @@ async fn serve_tls(acceptor: TlsAcceptor, socket: TcpStream, sunk: Arc<AtomicU64
     }
 }
 
-/// What a request wants.
+/// The request's kind.
 #[derive(Debug, PartialEq, Eq)]
 enum Wanted {
     Small,
@@ -198,7 +198,7 @@ async fn serve(mut io: impl AsyncRead + AsyncWrite + Unpin, sunk: &AtomicU64) ->
     }
 }
 
-/// Reads a body whose first bytes may be in the buffer; tells where what comes behind it is.
+/// Reads a body whose first bytes may be in the buffer; returns the position of the bytes after it.
 async fn take_body(
     io: &mut (impl AsyncRead + Unpin),
     buffer: &mut [u8],
@@ -285,7 +285,7 @@ async fn send_events(io: &mut (impl AsyncRead + AsyncWrite + Unpin), rate: u32) 
     let mut gone = [0];
     loop {
         tokio::select! {
-            // Whoever watched has left.
+            // The watcher has disconnected.
             end = io.read(&mut gone) => return end.map(drop),
             _ = ticks.tick() => {}
         }

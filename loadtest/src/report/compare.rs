@@ -4,7 +4,7 @@
 
 use super::json::{Better, Metric, Profile, Record, Spread};
 
-/// What is compared; p99.9 of a short run is chance.
+/// Compared metrics. p99.9 is left out, because in a short run it is chance.
 const COMPARED: [Metric; 6] = [
     Metric::MbPerS,
     Metric::RequestsPerS,
@@ -13,7 +13,7 @@ const COMPARED: [Metric; 6] = [
     Metric::P50Ms,
     Metric::P99Ms,
 ];
-/// What Towline is divided by: the first of these that both runs have figures of.
+/// References for ratios: the first of these that both runs have.
 const REFERENCES: [&str; 4] = ["raw-tls", "raw-quic", "nginx2", "direct"];
 
 /// One ratio in both runs.
@@ -23,7 +23,7 @@ pub struct Change {
     pub place: [String; 2],
     /// What.
     pub metric: Metric,
-    /// Whose, and beside whom.
+    /// The two arms of the ratio.
     pub arms: [String; 2],
     /// In the old run.
     pub old: Spread,
@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(worse(&old, &scaled(1.1, Metric::CpuSPerGib, "towline-tcp")), []);
     }
 
-    /// Goal: a machine that is slower for everybody makes nothing worse.
+    /// Goal: a machine that is slower for all arms makes no ratio worse.
     #[test]
     fn a_slower_machine_is_not_worse() {
         let old = crate::report::tests::record();

@@ -60,7 +60,7 @@ fn head(body: &mut String, record: &Record) {
     .ok();
 }
 
-/// What others used, median over all measurements.
+/// CPU of other processes, median over all measurements.
 fn foreign(record: &Record) -> Option<f64> {
     let rows = record.profiles.iter().flat_map(|profile| &profile.results);
     let values =
@@ -166,7 +166,7 @@ fn section(body: &mut String, profile: &Profile) {
     table(body, profile);
 }
 
-/// What is drawn as bars: the head of the title, the metrics, and whether they are logarithmic.
+/// Bar charts: title, metrics, and whether the scale is logarithmic.
 const CHARTS: &[(&str, &[Metric], bool)] = &[
     ("Bulk", &[Metric::MbPerS, Metric::CpuSPerGib], false),
     ("Requests", &[Metric::RequestsPerS, Metric::CpuSPer100k], false),
@@ -349,7 +349,7 @@ mod tests {
         assert!(balanced("<a><b></a></b>").is_err(), "the check itself can fail");
     }
 
-    /// Goal: P1: the page's answer comes first and is counted, every figure says which way is better, and Towline is told apart.
+    /// Goal: P1: the verdict comes first with counts, every figure says which direction is better, and Towline is marked.
     #[test]
     fn p1_the_answer_comes_first() {
         let record = crate::report::tests::record();

@@ -25,7 +25,7 @@ pub struct Record {
     pub machine: Machine,
     /// Program → version.
     pub versions: BTreeMap<String, String>,
-    /// What was run, in order.
+    /// The profiles of the run, in order.
     pub profiles: Vec<Profile>,
 }
 
@@ -51,14 +51,14 @@ pub struct Profile {
     pub name: String,
     /// One sentence.
     pub about: String,
-    /// What the tunnel hop went through, in words; empty if through nothing.
+    /// The link of the tunnel hop, in words; empty without one.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub link: String,
     /// Interleaved rounds.
     pub rounds: usize,
     /// Seconds of each measurement, after the warm-up.
     pub seconds: f64,
-    /// What was compared.
+    /// The compared arms.
     pub arms: Vec<Arm>,
     /// A row for each scenario and arm.
     pub results: Vec<ResultRow>,
@@ -91,7 +91,7 @@ pub struct Process {
     pub peak_mib: f64,
 }
 
-/// What one scenario gave on one arm.
+/// Results of one scenario on one arm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResultRow {
     /// Its name, for example `down16`.
@@ -100,15 +100,15 @@ pub struct ResultRow {
     pub arm: String,
     /// One entry per round; an empty one failed.
     pub rounds: Vec<Values>,
-    /// What went wrong, each at most once.
+    /// Errors, each at most once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<String>,
 }
 
-/// What one measurement gave.
+/// Results of one measurement.
 pub type Values = BTreeMap<Metric, f64>;
 
-/// What can be measured. The unit is part of the name.
+/// Metrics. The unit is part of the name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
@@ -128,7 +128,7 @@ pub enum Metric {
     CpuSPerGib,
     /// CPU of the arm's processes per 100,000 requests.
     CpuSPer100k,
-    /// Payload that moved beside the probe.
+    /// Payload moved in addition to the probe.
     BesideMbPerS,
     /// Memory of the arm's processes for each idle stream or agent.
     KibEach,
@@ -138,7 +138,7 @@ pub enum Metric {
     PerS,
     /// The same for each second of the gateway's CPU.
     PerCoreS,
-    /// What a core does of the same if it does nothing else: handshakes in memory, the server's side.
+    /// The same per core without other work: handshakes in memory, the server's side.
     BarePerCoreS,
     /// Resident memory of the arm's processes at the end of the measurement.
     RssMib,
@@ -186,7 +186,7 @@ impl Better {
 }
 
 impl Metric {
-    /// What it is called in tables, its unit, and what is good.
+    /// Its name in tables, its unit, and which direction is good.
     #[must_use]
     pub const fn facts(self) -> (&'static str, &'static str, Better) {
         use Better::{Higher, Lower, Neither};
@@ -280,7 +280,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// None of an empty list. What is no number counts as not measured.
+    /// `None` for an empty list. A value that is not a number is treated as not measured.
     #[must_use]
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().filter(|value| value.is_finite()).collect();
@@ -291,8 +291,8 @@ impl Spread {
 }
 
 impl Metric {
-    /// How many rounds tell it, from the first on. Of what connections cost in memory one does: a program keeps what it has
-    /// grown to, and later rounds find room.
+    /// How many rounds are used, from the first on. Memory per connection uses only the first: a program keeps the memory of its
+    /// peak, so later rounds need no more.
     const fn rounds(self) -> usize {
         if matches!(self, Self::KibEach) { 1 } else { usize::MAX }
     }
@@ -355,7 +355,7 @@ impl Record {
     /// Reads a file.
     ///
     /// # Errors
-    /// It is not there, is no record, or one of another version.
+    /// The file is missing, is not a record, or has another version.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         let value: serde_json::Value =

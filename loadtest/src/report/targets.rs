@@ -8,7 +8,7 @@ use crate::report::json::{Metric, Profile, Record, Spread};
 pub struct Check {
     /// The target, for example `T1`.
     pub target: &'static str,
-    /// What is looked at.
+    /// The profile.
     pub profile: &'static str,
     /// The scenario; the arm's memory over the whole profile if it is empty.
     pub scenario: &'static str,
@@ -20,20 +20,20 @@ pub struct Check {
     pub beside: Beside,
     /// Which way is good.
     pub bound: Bound,
-    /// What a release has to reach.
+    /// The value that a release must reach.
     pub must: Option<f64>,
-    /// What would be excellent.
+    /// The stretch goal.
     pub stretch: Option<f64>,
 }
 
-/// What a figure is divided by.
+/// The divisor of a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beside {
     /// The same figure of another arm.
     Arm(&'static str),
     /// The same arm's figure of another scenario.
     Own(&'static str),
-    /// Nothing: the figure itself counts.
+    /// None: the figure itself is compared.
     Nothing,
 }
 
@@ -64,7 +64,7 @@ pub enum Verdict {
 /// A check with what was measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Outcome {
-    /// What was asked.
+    /// The target.
     pub check: Check,
     /// The ratio, or the figure itself.
     pub measured: Option<Spread>,
@@ -179,7 +179,7 @@ pub fn judge(record: &Record) -> Vec<Outcome> {
     all().iter().map(|check| check.outcome(record)).collect()
 }
 
-/// What each target is about.
+/// The subject of each target.
 pub const TITLES: [(&str, &str); 17] = [
     ("T1", "CPU for bulk over TCP"),
     ("T2", "bulk rate over TCP"),
@@ -203,11 +203,11 @@ pub const TITLES: [(&str, &str); 17] = [
 const TCP: &str = "towline-tcp";
 const QUIC: &str = "towline-quic";
 
-/// What gateway and agent may have at their peaks together in the profile `stalled`: a receive budget of 96 MiB each; 64 MiB for
-/// the programs themselves; and 64 KiB for each of 1,001 connections at either end, where HTTP buffers.
+/// Limit of the peak memory of gateway and agent together in the profile `stalled`: a receive budget of 96 MiB each, 64 MiB for the
+/// programs themselves, and 64 KiB of HTTP buffers for each of 1,001 connections at either end.
 const STALLED_MIB: f64 = 2.0 * 96.0 + 64.0 + 2.0 * 1001.0 * 64.0 / 1024.0;
 
-/// `must` of 0 stands for none.
+/// A `must` of 0 means none.
 const fn check(
     (target, profile, scenario): (&'static str, &'static str, &'static str),
     metric: Metric,
@@ -348,7 +348,7 @@ mod tests {
         assert_eq!(verdict(own, rows), Verdict::Met);
     }
 
-    /// Goal: no target looks at something that the standard profiles never measure.
+    /// Goal: every target refers to something that the standard profiles measure.
     #[test]
     fn every_target_is_measured_by_the_standard_profiles() {
         for check in all() {

@@ -65,18 +65,18 @@ enum Sender {
     Http2(http2::SendRequest<Body>),
 }
 
-/// Why there is no answer.
+/// Why there is no response.
 #[derive(Debug)]
 pub struct SendError {
-    /// What hyper says.
+    /// The error of hyper.
     pub error: hyper::Error,
     /// The request, if nothing of it was sent.
     pub unsent: Option<Box<Request<Body>>>,
 }
 
 impl SendError {
-    /// Whether the server has surely done nothing with the request: none of it was sent, or it came on a stream above the
-    /// last one that the server's GOAWAY says it takes (RFC 9113 section 6.8).
+    /// Whether the request certainly had no effect: no part of it was sent, or its stream is above the last stream in the server's
+    /// GOAWAY (RFC 9113 section 6.8).
     #[must_use]
     pub fn is_untouched(&self) -> bool {
         let cause = std::error::Error::source(&self.error);
@@ -142,7 +142,7 @@ impl http_body::Body for Pattern {
 const PATTERN_CHUNK: u64 = 64 * 1024;
 
 impl Target {
-    /// Opens a TLS connection that agreed on `version`, and says nothing on it.
+    /// Opens a TLS connection that agreed on `version`, and sends nothing on it.
     pub async fn open(&self, version: Version) -> anyhow::Result<TlsStream<TcpStream>> {
         let tcp =
             TcpStream::connect(self.address).await.with_context(|| format!("connect to {}", self.address))?;
@@ -183,7 +183,7 @@ fn spawn(task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
 }
 
 impl Client {
-    /// Another handle of the same HTTP/2 connection, for requests beside those of this one; HTTP/1.1 has none.
+    /// Another handle of the same HTTP/2 connection, for concurrent requests; `None` for HTTP/1.1.
     #[must_use]
     pub fn another(&self) -> Option<Self> {
         let Sender::Http2(sender) = &self.sender else { return None };
@@ -220,7 +220,7 @@ impl Client {
         }
     }
 
-    /// As [`Self::send`]; a request of which nothing was sent comes back, so that it may be sent elsewhere.
+    /// As [`Self::send`], but returns a request that was not sent at all, so that it can be sent elsewhere.
     pub async fn try_send(&mut self, request: Request<Body>) -> Result<Response<Incoming>, SendError> {
         let ready = match &mut self.sender {
             Sender::Http1(sender) => sender.ready().await,
@@ -239,7 +239,7 @@ impl Client {
         })
     }
 
-    /// Whether the connection takes no more requests.
+    /// Whether the connection accepts no more requests.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         match &self.sender {

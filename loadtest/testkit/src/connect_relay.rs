@@ -21,7 +21,7 @@ pub struct ConnectRelay {
 }
 
 impl ConnectRelay {
-    /// Listens on a free loopback port and leads to `to`.
+    /// Listens on a free loopback port and connects every request to `to`.
     ///
     /// # Errors
     /// There is no free port.

@@ -29,16 +29,16 @@ pub struct Node {
     pods: u32,
 }
 
-/// Objects of the API server, as it shows them in lists.
+/// Objects of the API server, as in its lists.
 #[derive(Clone, Debug)]
 pub struct Objects(pub Vec<Value>);
 
-/// What only the control plane can give to a pod.
+/// Values that only the control plane can give to a pod.
 #[derive(Clone, Copy)]
 pub struct Given<'a> {
     /// A ServiceAccount token for a subject and an audience; without one, for the API server.
     pub token: &'a dyn Fn(&str, Option<&str>) -> String,
-    /// What pods are told of the API server.
+    /// The API server's address for pods.
     pub api_server: SocketAddr,
 }
 
@@ -67,12 +67,12 @@ struct Netns(String);
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        // What was not made cannot be removed, and nothing else can be done about a failure.
+        // A missing object cannot be removed, and a failure has no remedy here.
         drop(output("ip", &["netns", "del", &self.0]));
     }
 }
 
-/// Pods on one node at a time: its addresses are 16.
+/// Most pods on one node, which has 16 addresses.
 const PODS_MAX: u32 = 14;
 
 impl Node {
@@ -96,7 +96,7 @@ impl Node {
     /// Gives this machine an address that pods reach.
     ///
     /// # Errors
-    /// What the kernel refuses.
+    /// The kernel refuses a step.
     pub fn start(directory: &Path) -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (process, number) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -208,7 +208,7 @@ impl Node {
             privileges.push_str(" --no-new-privs");
         }
         if own["capabilities"]["drop"].as_array().is_some_and(|list| list.iter().any(|name| name == "ALL")) {
-            // What chroot itself needs is gone when it has become another user.
+            // chroot loses its own capabilities when it changes the user.
             privileges.push_str(" --bounding-set=-all,+sys_chroot,+setuid,+setgid");
         }
         script.push_str(&format!(
@@ -231,7 +231,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // What was not made cannot be removed, and nothing else can be done about a failure.
+        // A missing object cannot be removed, and a failure has no remedy here.
         drop(output("ip", &["link", "del", &self.link]));
     }
 }
@@ -258,7 +258,7 @@ mkdir -p "$root/etc"; echo "127.0.0.1 localhost" >"$root/etc/hosts"
 "#;
 
 impl Pod {
-    /// Writes the volumes anew, as the kubelet does when a token is due, or a ConfigMap or a Secret has changed.
+    /// Writes the volumes again, as the kubelet does when a token is due, or a ConfigMap or a Secret has changed.
     ///
     /// # Errors
     /// A file cannot be written.
@@ -269,7 +269,7 @@ impl Pod {
     /// Whether a probe of the container succeeds now.
     ///
     /// # Errors
-    /// There is no such probe, or it is none that this kubelet knows.
+    /// There is no such probe, or this kubelet does not support it.
     pub async fn probe(&self, probe: &str) -> anyhow::Result<bool> {
         let container = &self.spec["containers"][0];
         let get = &container[probe]["httpGet"];
@@ -306,7 +306,7 @@ impl Pod {
     pub async fn delete(self) -> Option<i32> {
         let grace = self.spec["terminationGracePeriodSeconds"].as_u64().unwrap_or(30);
         let ended = self.process.terminate(Duration::from_secs(grace)).await;
-        // What has not ended in time has been killed.
+        // A process that did not end in time was killed.
         ended.unwrap_or(None)
     }
 

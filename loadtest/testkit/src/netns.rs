@@ -39,17 +39,17 @@ pub struct Network {
 pub const PLACES: u32 = 5;
 
 impl Network {
-    /// Why there can be no such network here, if there cannot.
+    /// Why this machine cannot have such a network, if it cannot.
     #[must_use]
     pub fn missing() -> Option<String> {
         static MISSING: OnceLock<Option<String>> = OnceLock::new();
         MISSING.get_or_init(look).clone()
     }
 
-    /// Makes one in which everything passes.
+    /// Creates a network in which everything passes.
     ///
     /// # Errors
-    /// What the kernel refuses.
+    /// The kernel refuses a step.
     pub fn start() -> anyhow::Result<Self> {
         let process = std::process::id();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -117,16 +117,16 @@ impl Network {
         )?;
         let set = |name, line: &str| output("ip", &["netns", "exec", name, "sh", "-c", line]);
         set(router, "echo 1 > /proc/sys/net/ipv4/ip_forward")?;
-        // An address that takes the place of another stays when the other goes.
+        // A secondary address stays when the primary address is removed.
         set(agent, "echo 1 > /proc/sys/net/ipv4/conf/all/promote_secondaries")?;
         self.nft("add table inet towline\nadd chain inet towline faults { type filter hook forward priority 0; }\n")
     }
 
-    /// Drops what these rules match, from now on and instead of what was dropped before. A rule is what nftables
-    /// matches by, such as `meta l4proto udp`; it counts before it drops.
+    /// Drops packets that match these rules, which replace the previous rules. A rule is an nftables match, for example
+    /// `meta l4proto udp`; it counts before it drops.
     ///
     /// # Errors
-    /// nftables does not understand them.
+    /// nftables rejects them.
     pub fn drop_packets(&self, rules: &[&str]) -> anyhow::Result<()> {
         let mut script = "flush chain inet towline faults\n".to_owned();
         for rule in rules {
@@ -135,7 +135,7 @@ impl Network {
         self.nft(&script)
     }
 
-    /// Packets dropped by the rules in force.
+    /// Packets dropped by the current rules.
     ///
     /// # Errors
     /// They cannot be read.
@@ -148,7 +148,7 @@ impl Network {
         counts.map(|count| count.context("a counter of nftables")).sum()
     }
 
-    /// Gives the agent another address on the tunnel's side and takes the one it had; `place` counts around [`PLACES`].
+    /// Replaces the agent's address on the tunnel's side; `place` is taken modulo [`PLACES`].
     ///
     /// # Errors
     /// The kernel refuses it.
@@ -201,7 +201,7 @@ impl Network {
         self.address(FIRST_PLACE + self.place)
     }
 
-    /// Both ends of the link beside the tunnel: here, and at the agent.
+    /// Both ends of the undisturbed link: here, and at the agent.
     #[must_use]
     pub fn side(&self) -> (Ipv4Addr, Ipv4Addr) {
         (self.address(SIDE_HERE), self.address(SIDE_AGENT))
@@ -233,7 +233,7 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        // What was not made cannot be removed, and nothing else can be done about a failure.
+        // A missing object cannot be removed, and a failure has no remedy here.
         for link in &self.links {
             drop(output("ip", &["link", "del", link]));
         }
@@ -276,7 +276,7 @@ const INNER: u32 = 8;
 const ROUTER_DOWN: u32 = 9;
 const FIRST_PLACE: u32 = 10;
 
-/// Addresses that no link here has; another process looks from another place on.
+/// Unused addresses. Different processes start the search at different places.
 pub(crate) fn free_range(start: u32) -> anyhow::Result<u32> {
     for step in 0..64 {
         let base = POOL + (start.wrapping_add(step) % RANGES) * 16;
@@ -347,14 +347,14 @@ pub(crate) fn tool(program: &str) -> Command {
 
 // ---- Forged errors ----
 
-/// What a forged ICMP message of type 3 (destination unreachable) says.
+/// The code of a forged ICMP message of type 3 (destination unreachable).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Forged {
     /// Code 1.
     HostUnreachable,
     /// Code 3.
     PortUnreachable,
-    /// Code 4: fragmentation needed, the next hop takes this many bytes.
+    /// Code 4: fragmentation needed; the next hop's MTU in bytes.
     FragmentationNeeded(u16),
 }
 
@@ -378,11 +378,11 @@ impl Forged {
 /// Bytes of a packet in the errors about it: its header and more of what follows than any kernel asks for.
 const QUOTED: usize = 64;
 
-/// Answers the TCP and UDP packets that pass this machine, or namespace, with a forged error each, for `time`: to
-/// their senders, quoting them, so that no kernel can tell it from a true one. Tells how many.
+/// For `time`, answers each TCP and UDP packet that passes this machine or namespace with a forged error to its sender. The error
+/// quotes the packet, so no kernel can distinguish it from a real one. Returns the number of errors.
 ///
 /// # Errors
-/// No raw socket can be had, or nothing can be sent.
+/// A raw socket cannot be opened, or nothing can be sent.
 pub fn forge(forged: Forged, time: Duration) -> io::Result<u64> {
     // Packets as they arrive, from their IPv4 header on; the numbers are those of <linux/if_ether.h> in network order.
     let ipv4 = Protocol::from(i32::from(0x0800_u16.to_be()));

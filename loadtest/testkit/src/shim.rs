@@ -30,7 +30,7 @@ const CHUNK: usize = 16 * 1024;
 /// Kernel buffer of a TCP socket that reads for a link with a bandwidth. It is a queue in front of the link, so it is small:
 /// 2 ms of 1 Gbit/s.
 const TCP_BUFFER: usize = 256 * 1024;
-/// What waits in front of a link with a bandwidth, unless [`Profile::queue`] says otherwise.
+/// Queue in front of a link with a bandwidth, unless [`Profile::queue`] is set.
 const QUEUE: Duration = Duration::from_millis(10);
 /// Chunks that may be under way in one direction, and datagrams: 64 MiB, or 65,536 datagrams, and as many bursts in front of them.
 const IN_FLIGHT: usize = 4096;
@@ -44,7 +44,7 @@ const SEND_MAX: usize = 65_507;
 /// A UDP peer that was silent for so long is forgotten.
 const UDP_IDLE: Duration = Duration::from_secs(120);
 
-/// What the link does, in each direction.
+/// Properties of the link, in each direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Profile {
     /// One way.
@@ -53,12 +53,12 @@ pub struct Profile {
     pub jitter: Duration,
     /// Bytes per second, of all connections of a direction together; `None` = no limit.
     pub bandwidth: Option<u64>,
-    /// How long a byte may wait in front of a link with a bandwidth: TCP senders are held back beyond it, datagrams are lost.
-    /// Zero stands for 10 ms.
+    /// Longest wait of a byte in front of a link with a bandwidth. Beyond it TCP senders are held back and datagrams are lost.
+    /// Zero means 10 ms.
     pub queue: Duration,
     /// Part of datagrams, or segments, that are lost: 0 to 1.
     pub loss: f64,
-    /// Nothing passes and nobody is told.
+    /// Drops everything silently.
     pub black_hole: bool,
     /// Datagrams with a larger payload vanish.
     pub mtu: Option<usize>,
@@ -88,7 +88,7 @@ pub struct Shim {
     lost: Arc<AtomicU64>,
 }
 
-/// What is in force for each protocol.
+/// The current profile of each protocol.
 #[derive(Debug)]
 struct Profiles {
     tcp: watch::Sender<Profile>,
@@ -99,7 +99,7 @@ impl Shim {
     /// Starts a relay to `to`, on one free port for both protocols.
     ///
     /// # Errors
-    /// No such port could be had.
+    /// There is no free port for both protocols.
     pub async fn start(to: SocketAddr, profile: Profile, seed: u64) -> io::Result<Self> {
         let (tcp, udp) = listen().await?;
         let address = tcp.local_addr()?;
@@ -283,8 +283,8 @@ impl Relay {
                 }
             }
         };
-        // Owns the other end of the queue: when nobody takes what arrives, nothing more is read. A reader that went on would
-        // keep the line busy for nobody.
+        // Owns the other end of the queue: if the receiver stops reading, the relay stops reading too. A relay that continued
+        // would keep the line busy without effect.
         let write = async move {
             while let Some((at, chunk)) = arrivals.recv().await {
                 arrive(at).await;
@@ -300,7 +300,7 @@ impl Relay {
 
     // ---- UDP ----
 
-    /// Each client gets a socket of its own towards the server.
+    /// Each client gets its own socket towards the server.
     async fn datagrams(self, listener: UdpSocket) {
         let Ok(listener) = Datagrams::new(listener) else { return };
         let listener = Arc::new(listener);
@@ -430,8 +430,8 @@ impl Burst {
     }
 }
 
-/// A UDP socket whose datagrams come and go many at a time where the kernel can (UDP_GRO, UDP_SEGMENT), as those of a network
-/// card do. One at a time they cost the relay most of a core at 1 Gbit/s, which a line does not take from its ends.
+/// A UDP socket that moves many datagrams at a time where the kernel supports it (UDP_GRO, UDP_SEGMENT), as a network card does.
+/// One at a time they would cost the relay most of a core at 1 Gbit/s, which a real line does not take from its ends.
 struct Datagrams {
     socket: UdpSocket,
     state: UdpSocketState,
@@ -451,7 +451,7 @@ impl Datagrams {
         vec![0; BURSTS * BURST_MAX]
     }
 
-    /// What has come; nothing after an ICMP error of an earlier send, which is none of the relay's business.
+    /// Received datagrams. An ICMP error of an earlier send is ignored.
     #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     async fn receive(&self, buffer: &mut [u8]) -> Vec<Burst> {
         let mut metas = [RecvMeta::default(); BURSTS];
@@ -488,7 +488,7 @@ impl Datagrams {
     }
 }
 
-/// Waits for a time, if it is still to come: a timer that has run out costs more than a look at the clock.
+/// Waits for a time in the future. Checking the clock is cheaper than an expired timer.
 async fn arrive(at: Instant) {
     if at > Instant::now() {
         tokio::time::sleep_until(at).await;
@@ -579,7 +579,7 @@ mod tests {
         address
     }
 
-    /// A round trip takes at least the delay both ways, on both protocols.
+    /// A round trip takes at least the delay in both directions, on both protocols.
     #[tokio::test]
     async fn the_delay_is_kept() {
         let profile = Profile { delay: Duration::from_millis(20), ..Profile::default() };
@@ -600,7 +600,7 @@ mod tests {
         assert_eq!(shim.carried(), 16);
     }
 
-    /// A black hole is silence; afterwards TCP goes on where it was, and lost datagrams stay lost.
+    /// A black hole is silence. Afterwards TCP continues, and lost datagrams stay lost.
     #[tokio::test]
     async fn a_black_hole_is_silence() {
         let shim = Shim::start(echo().await, Profile::default(), 1).await.unwrap();

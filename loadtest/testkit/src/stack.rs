@@ -31,7 +31,7 @@ pub const CLIENT: &str = "alice";
 pub const STRANGER: &str = "mallory";
 /// The name and the uid of the one cluster.
 pub const CLUSTER: &str = "demo";
-/// How long a process may take to be ready.
+/// Deadline for a process to become ready.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How requests authenticate to the cluster.
@@ -96,7 +96,7 @@ pub struct Options {
     pub log_level: &'static str,
     /// Where certificates, configuration and logs go.
     pub directory: PathBuf,
-    /// The agent runs under this command, for example in a network of its own.
+    /// A command that starts the agent, for example in its own network.
     pub agent_under: Vec<String>,
 }
 
@@ -118,7 +118,7 @@ impl Options {
 /// A gateway and an agent.
 #[derive(Debug)]
 pub struct Stack {
-    /// What it was started with.
+    /// The options of the start.
     pub options: Options,
     /// The API server behind the agent.
     pub upstream: Upstream,
@@ -236,10 +236,10 @@ impl Process {
         Ok(self.child.kill().await?)
     }
 
-    /// Asks it to end and waits until it has; tells its exit code.
+    /// Sends SIGTERM and waits for the end; returns the exit code.
     ///
     /// # Errors
-    /// It does not end in time; it is killed then.
+    /// It does not end in time, and is killed.
     pub async fn terminate(mut self, patience: Duration) -> anyhow::Result<Option<i32>> {
         self.signal("TERM").await?;
         let status = tokio::time::timeout(patience, self.child.wait()).await;
@@ -254,10 +254,10 @@ impl Process {
         lines[lines.len().saturating_sub(15)..].join("\n")
     }
 
-    /// Waits until a line of its output begins with `prefix`: the rest of that line.
+    /// Waits until a line of its output begins with `prefix`; returns the rest of that line.
     ///
     /// # Errors
-    /// It ends, or says nothing of the kind in time; with the end of its output.
+    /// It ends, or prints no such line in time. The error has the end of its output.
     pub async fn says(&mut self, prefix: &str) -> anyhow::Result<String> {
         let started = Instant::now();
         while started.elapsed() < START_TIMEOUT {
@@ -282,7 +282,7 @@ fn path_text(path: &Path) -> anyhow::Result<String> {
     Ok(path.to_str().context("the path of a program is no text")?.to_owned())
 }
 
-/// Finds a binary of this workspace beside the running one.
+/// Finds a binary of this workspace in the directory of the running one.
 ///
 /// # Errors
 /// It has not been built.
@@ -334,7 +334,7 @@ impl Stack {
     /// Starts both, and waits until requests can flow.
     ///
     /// # Errors
-    /// What did not work, with the end of the log.
+    /// A step failed. The error has the end of the log.
     pub async fn start(options: Options, upstream: Upstream) -> anyhow::Result<Self> {
         let mut stack = Self::prepare(options, upstream)?;
         stack.start_gateway().await?;
@@ -386,7 +386,7 @@ impl Stack {
         Ok(())
     }
 
-    /// Writes the configuration of both anew, after a change of the options.
+    /// Writes the configuration of both again, after a change of the options.
     ///
     /// # Errors
     /// A file cannot be written.
@@ -422,7 +422,7 @@ impl Stack {
             "identity": {"certificate": file(&format!("agent-{CLUSTER}.crt")),
                 "key": file(&format!("agent-{CLUSTER}.key")), "ca": file("tunnel-ca.crt")},
             "mode": mode,
-            // What is measured and tested over TCP says so; tests of the choice set it themselves.
+            // Measurements and tests use TCP unless they set the transport themselves.
             "transport": "tcp",
             "apiServer": {"url": self.upstream.url, "ca": self.path("api-ca.crt").display().to_string()},
             "admin": {"address": self.agent_admin.to_string()},
@@ -446,11 +446,11 @@ impl Stack {
         Ok(())
     }
 
-    /// Starts the agent and waits until it has a working session, and the gateway too: either end takes it for ready by itself,
-    /// and a request that comes between the two finds no agent.
+    /// Starts the agent and waits until both ends have a working session: each end considers it ready on its own, and a request in
+    /// between would find no agent.
     ///
     /// # Errors
-    /// It has not, with the end of its log.
+    /// There is no session in time. The error has the end of the log.
     pub async fn start_agent(&mut self) -> anyhow::Result<()> {
         let config = self.path("agent.yaml").display().to_string();
         let under = &self.options.agent_under;
@@ -576,7 +576,7 @@ async fn sessions(admin: SocketAddr) -> f64 {
     metric(admin, "towline_gateway_sessions").await.unwrap_or(0.0)
 }
 
-/// Waits until `/readyz` of a process says so.
+/// Waits until `/readyz` of a process reports ready.
 async fn ready(mut process: Process, admin: SocketAddr, what: &str) -> anyhow::Result<Process> {
     let started = Instant::now();
     while started.elapsed() < START_TIMEOUT {
@@ -591,10 +591,10 @@ async fn ready(mut process: Process, admin: SocketAddr, what: &str) -> anyhow::R
     bail!("the {what} is not ready after {START_TIMEOUT:?}; its log ends with:\n{}", process.tail())
 }
 
-/// The sum of a metric's series on a private port. `name` may go on with `{` and labels, as they are printed.
+/// The sum of a metric's series on a private port. `name` may continue with `{` and labels as printed.
 ///
 /// # Errors
-/// Nobody listens, or there is no such metric.
+/// The port is closed, or there is no such metric.
 pub async fn metric(address: SocketAddr, name: &str) -> anyhow::Result<f64> {
     let (_, text) = plain_get(address, "/metrics").await?;
     let values = text.lines().filter_map(|line| {

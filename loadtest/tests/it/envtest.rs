@@ -538,7 +538,7 @@ impl ControlPlane {
         Run::new(kubectl, &kubeconfig).unwrap()
     }
 
-    /// What a controller puts into every namespace.
+    /// The ConfigMap that a controller puts into every namespace.
     async fn publish_ca(&self, namespace: &str) {
         let mut client = self.admin().connect(Version::Http1).await.unwrap();
         let map = json!({"metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": self.ca_pem}});

@@ -22,17 +22,17 @@ pub(crate) enum Output {
     Stderr,
 }
 
-/// What runs at the other end of exec or attach.
+/// The process at the other end of exec or attach.
 #[derive(Debug)]
 pub(crate) enum Work {
     /// exec: a process.
     Process { arguments: Vec<String>, directory: PathBuf, tty: bool, running: Arc<AtomicUsize> },
-    /// attach: says back what it hears; hearing nothing it says so from time to time.
+    /// attach: echoes its input; without input it writes a line from time to time.
     Echo { pause: Duration },
 }
 
 impl Work {
-    /// Runs to the end and says how it ended, as a `metav1.Status`. The sender of `stdin` is dropped at its end.
+    /// Runs to the end and returns the result as a `metav1.Status`. The sender of `stdin` is dropped at its end.
     /// Dropping the future kills the process and its group.
     pub(crate) async fn run(
         self,

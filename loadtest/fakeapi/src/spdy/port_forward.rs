@@ -151,7 +151,7 @@ impl Connection {
                 send(&self.out, Out::Data { stream: self.data, fin: false, bytes }).await?;
             }
         };
-        // A server that reads no more is no reason to stop what it still says.
+        // A server that stops reading may still send.
         let (outward, _) = tokio::join!(outward, inward);
         outward
     }

@@ -134,7 +134,7 @@ async fn serve(
     };
     let end = async {
         finish(&out, &streams, &status, json_status).await?;
-        // The client closes next; whoever does not is left.
+        // The client closes next; after a while the server stops waiting.
         timeout(LINGER, incoming).await.unwrap_or(Ok(()))
     };
     let (ended, written) = tokio::join!(end, writer);
@@ -212,7 +212,7 @@ async fn receive(
     }
 }
 
-/// Says how it ended on the error stream and closes all.
+/// Sends the result on the error stream and closes all streams.
 async fn finish(
     out: &mpsc::Sender<Out>,
     streams: &Streams,

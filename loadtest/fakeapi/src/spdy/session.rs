@@ -88,7 +88,7 @@ pub(super) async fn send(out: &mpsc::Sender<Out>, frame: Out) -> io::Result<()> 
     out.send(frame).await.map_err(|_| io::ErrorKind::BrokenPipe.into())
 }
 
-/// Writes queued frames until [`Out::End`] or until nobody can queue any more; flushes when the queue is empty.
+/// Writes queued frames until [`Out::End`] or until no sender is left; flushes when the queue is empty.
 pub(super) async fn write_frames(
     mut write: impl AsyncWrite + Unpin,
     mut frames: mpsc::Receiver<Out>,

@@ -18,7 +18,7 @@ use crate::faults::RawEnd;
 use crate::lock::lock;
 use crate::shared::Shared;
 
-/// The connection as the HTTP library sees it. It counts as live until this is dropped, also after an upgrade.
+/// The connection as the HTTP library sees it. It is counted as live until it is dropped, also after an upgrade.
 pub(crate) struct TappedStream {
     tls: TlsStream<TcpStream>,
     tap: Arc<Tap>,

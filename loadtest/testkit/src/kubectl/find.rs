@@ -20,7 +20,7 @@ pub struct Kubectl {
 }
 
 impl Kubectl {
-    /// What `--raw` has to be told for a path of a server whose URL ends in `prefix`: from 1.34 on it puts that before by itself.
+    /// The argument of `--raw` for a path of a server whose URL ends in `prefix`: from 1.34 on kubectl adds the prefix itself.
     #[must_use]
     pub fn raw(&self, prefix: &str, path: &str) -> String {
         if self.minor < 34 { format!("{prefix}{path}") } else { path.to_owned() }

@@ -14,7 +14,7 @@ use towline_fakeapi::{hex, pattern_chunk};
 
 /// A named flow.
 pub struct Flow {
-    /// What a test report calls it.
+    /// Its name in a test report.
     pub name: &'static str,
     run: for<'run> fn(&'run Run) -> Outcome<'run>,
 }

@@ -71,7 +71,7 @@ impl Run {
         self.directory.path()
     }
 
-    /// A name for an object that nobody else has.
+    /// A unique name for an object.
     pub fn unique(&self, prefix: &str) -> String {
         let number = self.names.fetch_add(1, Ordering::Relaxed);
         let place = self.directory.path().file_name().and_then(OsStr::to_str).unwrap_or_default();
@@ -79,7 +79,7 @@ impl Run {
         format!("{prefix}-{}-{number}-{}", std::process::id(), hexadecimal(&place))
     }
 
-    /// Runs to the end, whatever the exit code. The error says what did not even run or took too long.
+    /// Runs to the end; any exit code is a success. An error means that it did not start or took too long.
     pub async fn run(&self, arguments: &[&str], stdin: &[u8]) -> Result<Finished, String> {
         let line = format!("{} {}", self.kubectl, arguments.join(" "));
         self.finish(self.command(arguments), &line, stdin).await
@@ -106,7 +106,7 @@ impl Run {
         let mut input = child.stdin.take();
         let feed = async {
             if let Some(input) = &mut input {
-                // It may end without reading everything; its exit code tells.
+                // It may end without reading everything; its exit code shows the result.
                 input.write_all(stdin).await.ok();
             }
             drop(input.take());
@@ -167,7 +167,7 @@ fn hexadecimal(text: &str) -> String {
     towline_fakeapi::hex(text.as_bytes())
 }
 
-/// A `kubectl` that goes on; dropping it kills it.
+/// A running `kubectl`; dropping it kills it.
 #[derive(Debug)]
 pub struct Streaming {
     child: Child,
@@ -199,6 +199,6 @@ impl Streaming {
     }
 }
 
-/// A kubectl takes less than a second, and many run beside each other on machines that may be ten times slower.
+/// A kubectl takes less than a second, but many run concurrently on machines that may be ten times slower.
 const RUN_DEADLINE: Duration = Duration::from_secs(120);
 const LINE_DEADLINE: Duration = Duration::from_secs(60);
