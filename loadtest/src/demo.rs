@@ -31,18 +31,21 @@ pub enum Behind {
 /// A step of the demo failed.
 #[expect(clippy::print_stdout, reason = "the demo's output is what it is for")]
 pub async fn run(once: bool, behind: Behind) -> anyhow::Result<()> {
-    let directory = tempfile::tempdir().context("make a scratch directory")?;
+    let directory = tempfile::tempdir().context("cannot create a scratch directory")?;
     println!("1. An API server, as it would run in a cluster behind a firewall");
     let (api, upstream, mode) = match behind {
         Behind::Fake => {
             let api = FakeApi::start(FakeApiOptions::default()).await?;
-            println!("   {} (a fake one that real kubectl can talk to)\n", api.base_url());
+            println!("   {} (a fake one that works with real kubectl)\n", api.base_url());
             let upstream = Upstream::fake(&api);
             (Some(api), upstream, Mode::Impersonate)
         }
         Behind::Kubeconfig => {
             let upstream = current_cluster().await?;
-            println!("   {} (the current kubeconfig's; your own credential goes through)\n", upstream.url);
+            println!(
+                "   {} (the current kubeconfig's; the tunnel passes on your own credential)\n",
+                upstream.url
+            );
             (None, upstream, Mode::Restricted)
         }
     };
@@ -55,7 +58,7 @@ pub async fn run(once: bool, behind: Behind) -> anyhow::Result<()> {
         stack.front, stack.gateway_admin
     );
 
-    println!("3. The agent dials out to it; it listens to nothing but its own health port");
+    println!("3. The agent dials out to it; it listens only on its own health port");
     let started = Instant::now();
     stack.start_agent().await?;
     println!("   tunnel up after {} ms\n", started.elapsed().as_millis());
@@ -71,7 +74,7 @@ pub async fn run(once: bool, behind: Behind) -> anyhow::Result<()> {
     kubectl_requests(&kubeconfig, api.is_some()).await?;
 
     if !once {
-        println!("\nTry it yourself, in another terminal (Ctrl-C here ends everything):\n");
+        println!("\nTry it yourself in another terminal (Ctrl-C here stops everything):\n");
         println!("   export KUBECONFIG={}", kubeconfig.display());
         let commands =
             ["get pods -A", "get nodes -w", "logs -f web", "exec -it box -- sh", "port-forward web 8080:80"];
@@ -132,7 +135,7 @@ async fn requests(stack: &Stack) -> anyhow::Result<()> {
 async fn stranger(stack: &Stack) -> anyhow::Result<()> {
     let mut stranger = stack.target(Some(STRANGER))?.connect(Version::Http1).await?;
     let answer = stranger.get("/version").await?;
-    ensure!(answer.status() == 403, "a stranger got {}", answer.status());
+    ensure!(answer.status() == 403, "a caller without a rule got {}", answer.status());
     println!("   the same, as a stranger              403, refused by the gateway's rules");
     Ok(())
 }
@@ -186,16 +189,17 @@ async fn current_cluster() -> anyhow::Result<Upstream> {
     let view = ask(&["config", "view", "--raw", "--minify", "--flatten", "-o", "json"]).await?;
     let view: serde_json::Value = serde_json::from_str(&view)?;
     let cluster = &view["clusters"][0]["cluster"];
-    let url = cluster["server"].as_str().context("the kubeconfig names no server")?.to_owned();
+    let url = cluster["server"].as_str().context("the kubeconfig has no server")?.to_owned();
     let ca = cluster["certificate-authority-data"].as_str();
-    let ca = ca.context("the kubeconfig has no certificate-authority: the agent verifies, always")?;
+    let ca =
+        ca.context("the kubeconfig has no certificate-authority, and the agent always verifies the server")?;
     let ca_pem = String::from_utf8(base64::engine::general_purpose::STANDARD.decode(ca)?)?;
     // A client certificate cannot go through a gateway; a short-lived token of a ServiceAccount can.
     let token = match view["users"][0]["user"]["token"].as_str() {
         Some(token) => token.to_owned(),
         None => ask(&["create", "token", "default", "--namespace", "default"])
             .await
-            .context("the kubeconfig has no token, and none could be made")?,
+            .context("the kubeconfig has no token, and creating one failed")?,
     };
     Ok(Upstream { url, ca_pem, agent_token: String::new(), client_token: token })
 }

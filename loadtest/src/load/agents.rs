@@ -181,7 +181,7 @@ impl Fleet {
                 ["churn", rate, seconds] => {
                     self.churn(rate.parse()?, Duration::from_secs_f64(seconds.parse()?)).await
                 }
-                _ => bail!("not understood: {line}"),
+                _ => bail!("unknown command: {line}"),
             };
             let open = self.agents.iter().filter(|agent| agent.is_open()).count();
             println!("done {open} {failed} {:.6}", began.elapsed().as_secs_f64());
@@ -303,7 +303,7 @@ impl Fleet {
                     Over::Quic => {
                         let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
                         config.transport_config(transport);
-                        let endpoint = endpoint.context("no UDP socket")?;
+                        let endpoint = endpoint.context("cannot open a UDP socket")?;
                         let conn = endpoint.connect_with(config, gateway, "localhost")?.await?;
                         let (session, driver) = Session::over_quic(conn, session).map_err(refused)?;
                         let asker = session.clone();
@@ -347,7 +347,7 @@ async fn ask_when_silent(session: Session) -> Infallible {
 type Ended = (usize, anyhow::Result<(Session, AbortHandle)>);
 
 fn refused(error: towline_proto::mux::OpenError) -> anyhow::Error {
-    anyhow::anyhow!("no session: {error:?}")
+    anyhow::anyhow!("cannot open a session: {error:?}")
 }
 
 impl Agent {
@@ -417,7 +417,9 @@ impl Control {
         self.input.write_all(format!("{line}\n").as_bytes()).await?;
         let answer = self.output.next_line().await?.context("the agents have ended")?;
         let words: Vec<&str> = answer.split_whitespace().collect();
-        let ["done", sessions, failed, seconds] = words[..] else { bail!("the agents said: {answer}") };
+        let ["done", sessions, failed, seconds] = words[..] else {
+            bail!("unexpected answer of the agents: {answer}")
+        };
         Ok(Done { sessions: sessions.parse()?, failed: failed.parse()?, seconds: seconds.parse()? })
     }
 }

@@ -50,8 +50,8 @@ pub(super) fn servers_share(
                 agent.process_new_packets().context("the client's side")?;
             }
         }
-        ensure!(!gateway.is_handshaking() && !agent.is_handshaking(), "the handshake did not end");
-        ensure!(gateway.peer_certificates().is_some(), "the client showed no certificate");
+        ensure!(!gateway.is_handshaking() && !agent.is_handshaking(), "the handshake did not complete");
+        ensure!(gateway.peer_certificates().is_some(), "the client presented no certificate");
     }
     Ok(spent)
 }

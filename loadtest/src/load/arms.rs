@@ -80,7 +80,7 @@ impl Arm {
         let http2 = target.tls.is_some();
         Ok(Self {
             name: name.to_owned(),
-            about: format!("a gateway that was there before, at {}", target.address),
+            about: format!("a running gateway, at {}", target.address),
             target,
             http2,
             group: Group::default(),
@@ -394,7 +394,7 @@ async fn answers(target: &Target) -> anyhow::Result<()> {
         match tokio::time::timeout(Duration::from_secs(5), once).await {
             Ok(Ok(_)) => return Ok(()),
             Ok(Err(error)) if started.elapsed() > PATIENCE => return Err(error.context("the first request")),
-            Err(_) if started.elapsed() > PATIENCE => bail!("the first request is not answered"),
+            Err(_) if started.elapsed() > PATIENCE => bail!("the first request got no response"),
             _ => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
@@ -409,7 +409,7 @@ fn own(log: &Path, arguments: &[&str], path: &Path) -> anyhow::Result<Process> {
 
 fn random_hex() -> anyhow::Result<String> {
     let mut bytes = [0; 16];
-    rand::fill(&mut bytes).ok().context("no random bytes")?;
+    rand::fill(&mut bytes).ok().context("the system's random source failed")?;
     Ok(hex(&bytes))
 }
 

@@ -78,7 +78,7 @@ impl Target {
             own.alpn_protocols = vec![alpn.to_vec()];
             Arc::new(own)
         };
-        let name = ServerName::try_from(self.host.clone()).context("the host is no server name")?;
+        let name = ServerName::try_from(self.host.clone()).context("the host is not a valid server name")?;
         let stream = TlsConnector::from(tls).connect(name, tcp).await.context("TLS handshake")?;
         Ok(Io::Tls(Box::new(stream)))
     }

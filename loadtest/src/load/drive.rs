@@ -206,7 +206,7 @@ impl Load<'_> {
         while self.stats.ready.get() < count {
             if started.elapsed() > OPEN_PATIENCE {
                 let why = self.stats.first_error().unwrap_or_else(|| "no error".to_owned());
-                bail!("only {} of {count} connections could be opened: {why}", self.stats.ready.get());
+                bail!("could open only {} of {count} connections: {why}", self.stats.ready.get());
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -327,7 +327,7 @@ impl Load<'_> {
         let requests = number(self.stats.requests.get());
         if requests == 0.0 {
             let why = self.stats.first_error().unwrap_or_else(|| "without an error".to_owned());
-            bail!("nothing was answered: {why}");
+            bail!("no request was answered: {why}");
         }
         let mut values = self.common(used);
         self.latencies(&mut values);

@@ -20,7 +20,7 @@ pub(super) async fn run(load: &Load<'_>, kind: &Kind) -> anyhow::Result<Values> 
     let gateway = load.arm.group.arm.first().context("no gateway")?.clone();
     match kind {
         Kind::Agents { count } => {
-            let empty = load.arm.start.first().context("the gateway's memory is not known")?.resident;
+            let empty = load.arm.start.first().context("the memory of the gateway is unknown")?.resident;
             let done = fleet.order(&format!("connect {count}")).await?;
             ensure!(done.sessions == *count, "{} of {count} agents are connected", done.sessions);
             let used = load.window().await?;
@@ -36,7 +36,7 @@ pub(super) async fn run(load: &Load<'_>, kind: &Kind) -> anyhow::Result<Values> 
             let then = load.arm.group.moment();
             let done = fleet.order("storm").await?;
             let used = load.arm.group.since(&then);
-            ensure!(done.sessions > 0, "no agent came back");
+            ensure!(done.sessions > 0, "no agent reconnected");
             let bare = fleet.order(&format!("handshakes {BARE_HANDSHAKES}")).await?;
             // Certificates and keys were there before: what is timed begins with the first packet.
             let sessions = number(done.sessions as u64);

@@ -63,7 +63,7 @@ struct User {
 pub fn target(path: &Path, context: Option<&str>) -> anyhow::Result<Target> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let config: Kubeconfig =
-        serde_saphyr::from_str(&text).with_context(|| format!("{} is no kubeconfig", path.display()))?;
+        serde_saphyr::from_str(&text).with_context(|| format!("{} is not a kubeconfig", path.display()))?;
     let base = path.parent().unwrap_or_else(|| Path::new(""));
     let context = named(&config.contexts, context.unwrap_or(&config.current_context), "context")?;
     let cluster = named(&config.clusters, &context.cluster, "cluster")?;
@@ -71,7 +71,7 @@ pub fn target(path: &Path, context: Option<&str>) -> anyhow::Result<Target> {
     let (tls, rest) = match cluster.server.split_once("://") {
         Some(("https", rest)) => (true, rest),
         Some(("http", rest)) => (false, rest),
-        _ => bail!("the server {} is no URL", cluster.server),
+        _ => bail!("the server {} is not a URL", cluster.server),
     };
     let (authority, prefix) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
     let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
@@ -109,7 +109,7 @@ pub fn target(path: &Path, context: Option<&str>) -> anyhow::Result<Target> {
         };
         ensure!(
             credential.is_some() || user.token.is_some(),
-            "the user has neither a certificate nor a token; other means are not supported here"
+            "the user has neither a certificate nor a token; other authentication methods are not supported here"
         );
         Some(http_client(&roots, credential.as_ref())?)
     } else {

@@ -58,7 +58,7 @@ impl Load<'_> {
                 loop {
                     let due = dues.lock().await.recv().await.context("the clock stopped")?;
                     connection.send(b"k").await?;
-                    ensure!(connection.raw().await? == 1, "more came back than was typed");
+                    ensure!(connection.raw().await? == 1, "more bytes came back than were typed");
                     stats.answered_due(due);
                 }
             }

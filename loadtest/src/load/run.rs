@@ -64,15 +64,12 @@ pub async fn run(options: &Options) -> anyhow::Result<Record> {
         profiles: Vec::new(),
     };
     if cfg!(debug_assertions) {
-        eprintln!("WARNING: this is a debug build; its figures say nothing about the product");
+        eprintln!("WARNING: this is a debug build; its figures do not describe the product");
         record.versions.insert("build".to_owned(), "debug".to_owned());
     }
     let plans: Vec<Plan> = options.plans.iter().map(|plan| options.adapt(plan)).collect();
-    ensure!(plans.iter().any(|plan| !plan.scenarios.is_empty()), "no scenario is called so");
-    ensure!(
-        plans.iter().any(Plan::has_work),
-        "this says something of Towline's own arms alone, and none is named"
-    );
+    ensure!(plans.iter().any(|plan| !plan.scenarios.is_empty()), "no scenario has this name");
+    ensure!(plans.iter().any(Plan::has_work), "these scenarios need an arm of Towline, and none is selected");
     let mut progress = Progress::new(&plans);
     for plan in plans.iter().filter(|plan| plan.has_work()) {
         let elsewhere = options.elsewhere.as_ref();
@@ -155,7 +152,7 @@ async fn profile(
             }
         }
     }
-    ensure!(!arms.is_empty(), "no arm could be started");
+    ensure!(!arms.is_empty(), "could not start any arm");
     let mut results: Vec<ResultRow> = Vec::new();
     for round in 1..=plan.rounds {
         for scenario in &plan.scenarios {

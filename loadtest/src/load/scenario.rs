@@ -299,7 +299,7 @@ impl Plan {
     pub fn standard(name: &str) -> anyhow::Result<Self> {
         let Some((_, text)) = STANDARD.iter().find(|(known, _)| *known == name) else {
             let names: Vec<&str> = STANDARD.iter().map(|(name, _)| *name).collect();
-            bail!("there is no profile {name}; there are {}, or give a file", names.join(", "));
+            bail!("there is no profile {name}. Use {}, or a file", names.join(", "));
         };
         Self::parse(text, name)
     }
@@ -321,16 +321,19 @@ impl Plan {
     }
 
     fn check(&self) -> anyhow::Result<()> {
-        ensure!(self.rounds > 0 && self.seconds > 0.0 && self.warmup >= 0.0, "rounds and times are positive");
+        ensure!(
+            self.rounds > 0 && self.seconds > 0.0 && self.warmup >= 0.0,
+            "rounds and times must be positive"
+        );
         ensure!(!self.arms.is_empty() && !self.scenarios.is_empty(), "there are no arms, or no scenarios");
         for (index, scenario) in self.scenarios.iter().enumerate() {
             let twice = self.scenarios[..index].iter().any(|other| other.name == scenario.name);
-            ensure!(!twice, "two scenarios are called {}", scenario.name);
+            ensure!(!twice, "two scenarios have the name {}", scenario.name);
         }
         if let Some(link) = &self.link {
             let times = link.round_trip_ms >= 0.0 && link.jitter_ms >= 0.0 && link.queue_ms >= 0.0;
-            ensure!(times && link.mbit > 0.0, "a link has a positive bandwidth and no negative times");
-            ensure!((0.0..1.0).contains(&link.loss), "loss is a part: from 0 to below 1");
+            ensure!(times && link.mbit > 0.0, "a link needs a positive bandwidth and non-negative times");
+            ensure!((0.0..1.0).contains(&link.loss), "loss is a fraction from 0 to below 1");
         }
         Ok(())
     }

@@ -166,7 +166,10 @@ impl Tunnel {
             ((*text).to_owned(), name)
         };
         let tunnel: Self = serde_saphyr::from_str(&text).with_context(|| format!("in {origin}"))?;
-        ensure!(!tunnel.near.is_empty() && !tunnel.far.is_empty(), "{origin}: an end has no command");
+        ensure!(
+            !tunnel.near.is_empty() && !tunnel.far.is_empty(),
+            "{origin}: one of the ends has no command"
+        );
         Ok(tunnel)
     }
 
@@ -245,9 +248,9 @@ impl Tunnel {
 async fn listening(process: &mut Process, address: SocketAddr) -> anyhow::Result<()> {
     let started = Instant::now();
     while TcpStream::connect(address).await.is_err() {
-        ensure!(!process.has_ended(), "it ended at once; its output ends with:\n{}", process.tail());
+        ensure!(!process.has_ended(), "it exited at once; its output ends with:\n{}", process.tail());
         let late = started.elapsed() > PATIENCE;
-        ensure!(!late, "nobody listens on {address}; the output ends with:\n{}", process.tail());
+        ensure!(!late, "nothing listens on {address}; the output ends with:\n{}", process.tail());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     Ok(())

@@ -362,7 +362,7 @@ impl Record {
             serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
         let schema = value.get("schema").and_then(|schema| schema.as_str()).unwrap_or("none");
         ensure!(schema == SCHEMA, "{}: the schema is {schema}; this program reads {SCHEMA}", path.display());
-        serde_json::from_value(value).with_context(|| format!("{} does not follow {SCHEMA}", path.display()))
+        serde_json::from_value(value).with_context(|| format!("{} does not match {SCHEMA}", path.display()))
     }
 
     /// Writes it, so that a reader never sees half a file.

@@ -186,18 +186,18 @@ pub const TITLES: [(&str, &str); 17] = [
     ("T3", "bulk over QUIC"),
     ("T4", "small requests"),
     ("T5", "a connection for each request"),
-    ("T6", "small requests beside saturating streams"),
-    ("T7", "small requests beside slow readers"),
-    ("T8", "small requests beside stalled readers"),
+    ("T6", "small requests with saturating streams"),
+    ("T7", "small requests with slow readers"),
+    ("T8", "small requests with stalled readers"),
     ("T9", "bulk over a long line"),
-    ("T10", "small requests beside saturating streams over a long line"),
+    ("T10", "small requests with saturating streams over a long line"),
     ("T10b", "requests and new connections over a long line"),
     ("T11", "memory of an idle stream"),
     ("T12", "memory of an idle agent"),
     ("T13", "peak memory"),
     ("T14", "TLS on all hops"),
     ("T15", "agents for each gateway core"),
-    ("M", "bulk beside a crowd of stalled readers, in bounded memory"),
+    ("M", "bulk with many stalled readers, in bounded memory"),
 ];
 
 const TCP: &str = "towline-tcp";

@@ -152,7 +152,7 @@ impl Target {
             Version::Http1 => vec![b"http/1.1".to_vec()],
             Version::Http2 => vec![b"h2".to_vec()],
         };
-        let name = ServerName::try_from(self.host.clone()).context("the host is no server name")?;
+        let name = ServerName::try_from(self.host.clone()).context("the host is not a valid server name")?;
         TlsConnector::from(Arc::new(tls)).connect(name, tcp).await.context("TLS handshake")
     }
 

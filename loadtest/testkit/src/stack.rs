@@ -266,10 +266,10 @@ impl Process {
             if let Some(rest) = whole.lines().find_map(|line| line.strip_prefix(prefix)) {
                 return Ok(rest.to_owned());
             }
-            ensure!(!self.has_ended(), "it ended at once; its output ends with:\n{}", self.tail());
+            ensure!(!self.has_ended(), "it exited at once; its output ends with:\n{}", self.tail());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        bail!("it did not say {prefix:?}; its output ends with:\n{}", self.tail())
+        bail!("it did not print {prefix:?}; its output ends with:\n{}", self.tail())
     }
 
     /// Whether it has ended by itself.
@@ -581,7 +581,7 @@ async fn ready(mut process: Process, admin: SocketAddr, what: &str) -> anyhow::R
     let started = Instant::now();
     while started.elapsed() < START_TIMEOUT {
         if process.has_ended() {
-            bail!("the {what} ended at once; its log ends with:\n{}", process.tail());
+            bail!("the {what} exited at once; its log ends with:\n{}", process.tail());
         }
         if let Ok((200, _)) = plain_get(admin, "/readyz").await {
             return Ok(process);
