@@ -79,7 +79,7 @@ mod tests {
 
     /// Goal: D37: an invalid level is refused, and the error names the flag.
     #[test]
-    fn d37_nonsense_is_no_level() {
+    fn d37_an_invalid_log_level_is_refused() {
         for level in ["nonsense", "info,nonsense", "=", "info;debug"] {
             let text = init(LogFormat::Json, level).unwrap_err().to_string();
             assert!(text.contains("--log-level") && text.contains("towline_agent=debug"), "{level}: {text}");

@@ -161,7 +161,7 @@ mod tests {
     /// Goal: FR-11: a server that presents a certificate of the bundle byte for byte is trusted as in Go, and only for its name,
     /// within its dates and for its purpose.
     #[test]
-    fn fr11_a_certificate_of_the_bundle_is_believed_as_go_believes_it() {
+    fn fr11_a_certificate_of_the_bundle_is_trusted_as_in_go() {
         let hour = Duration::from_secs(3600);
         let own = self_signed(|_| {});
         assert_eq!(ask(std::slice::from_ref(&own), &own, "api.test"), Ok(()));
@@ -184,7 +184,7 @@ mod tests {
 
     /// Goal: D7, FR-11: a leaf next to its CA does not affect the CA; a leaf alone, as a pin, is trusted only for itself.
     #[test]
-    fn d7_a_leaf_in_a_bundle_counts_for_itself_and_for_nothing_else() {
+    fn d7_a_leaf_in_a_bundle_is_trusted_only_for_itself() {
         let set = Set::new(testing::now());
         let (leaf, ca) = (set.front_server.leaf().clone(), set.front_ca.root_der().clone());
         let hosts = ["gateway.test".parse().unwrap()];

@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn swapped_or_wrong_files_are_told_apart() {
+    fn swapped_and_wrong_files_have_distinct_errors() {
         let now = testing::now();
         let set = Set::new(now);
         let client =

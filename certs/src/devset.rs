@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_is_complete_private_and_believed() {
+    fn a_set_is_complete_private_and_valid() {
         let directory = tempfile::tempdir().unwrap();
         let (set, now) = (set(directory.path()), testing::now());
         assert_eq!(written(&set, now).len(), 2 * (3 + 2 + 2 + 2));
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_run_changes_nothing_and_force_everything() {
+    fn a_second_run_keeps_all_files_and_force_replaces_them() {
         let directory = tempfile::tempdir().unwrap();
         let (mut set, now) = (set(directory.path()), testing::now());
         let all = written(&set, now);

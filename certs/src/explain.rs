@@ -225,7 +225,7 @@ mod tests {
 
     /// Goal: D16: a cause that an error's text contains is not printed again.
     #[test]
-    fn d16_each_cause_is_told_once() {
+    fn d16_each_cause_is_printed_once() {
         #[derive(Debug, thiserror::Error)]
         #[error("stateDirectory: {0}")]
         struct Outer(#[from] Inner);

@@ -338,7 +338,7 @@ fn no_listener_resumes_or_hands_out_tickets() {
 }
 
 #[test]
-fn a_session_of_another_listener_is_worth_nothing_here() {
+fn a_tls_session_of_another_listener_is_not_resumed() {
     // R-ID-10: a server that does hand out tickets, then the tunnel, with the client's session store shared.
     let set = Set::new(testing::now());
     let mut generous = ServerConfig::builder_with_provider(tls::provider())
@@ -382,7 +382,7 @@ fn our_own_clients_never_offer_to_resume() {
 /// Goal: FR-11: with a self-signed API server whose own certificate is the bundle, the handshake succeeds in both versions of TLS,
 /// and the server must have the key.
 #[test]
-fn fr11_a_self_signed_server_is_believed_by_its_own_certificate() {
+fn fr11_a_self_signed_server_is_trusted_by_its_own_certificate() {
     let own_key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::new(vec![NAME.to_owned()]).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -453,7 +453,7 @@ fn the_front_requires_proof_of_the_clients_key() {
 }
 
 #[test]
-fn a_front_without_client_ca_asks_for_nothing() {
+fn a_front_without_client_ca_requests_no_certificate() {
     let set = Set::new(testing::now());
     let server = tls::front_server(&FrontCertificates::new(set.front_server.clone()), None).unwrap();
     let (_, server) = meet(&browser(&set, Some(&set.client)), &server, NAME).ok();
@@ -461,7 +461,7 @@ fn a_front_without_client_ca_asks_for_nothing() {
 }
 
 #[test]
-fn joining_believes_the_pin_and_nothing_else() {
+fn joining_trusts_only_the_pin() {
     // EN-10
     let set = Set::new(testing::now());
     let other = Set::new(testing::now());

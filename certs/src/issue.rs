@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn a_csr_lends_its_public_key_and_nothing_else() {
+    fn a_csr_contributes_only_its_public_key() {
         // R-ID-1, EN-04, EN-05: CA:TRUE, another cluster's SAN, serverAuth and a privileged subject are all asked for.
         let now = testing::now();
         let set = Set::new(now);

@@ -635,7 +635,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_files_and_directories_are_told_apart() {
+    fn missing_files_and_missing_directories_have_distinct_errors() {
         let files = Files::new();
         fs::remove_file(files.path("key")).unwrap();
         assert_eq!(files.load(LoadPolicy::STRICT).unwrap_err().cause, LoadCause::Missing);

@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ca_is_nobody() {
+    fn a_ca_certificate_is_not_an_identity() {
         assert_eq!(agent(is_ca), Err(ProfileError::IsCa));
         assert_eq!(client(is_ca), Err(ProfileError::IsCa));
         for usage in [KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign] {

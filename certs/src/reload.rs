@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_read_has_nothing_to_fall_back_to() {
+    fn the_first_read_must_succeed() {
         let opened = Watched::<String>::open(vec!["/nonexistent/x".into()], |_| Ok(String::new()));
         assert_eq!(opened.unwrap_err().cause, LoadCause::Missing);
     }

@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn each_ca_knows_its_own_and_nobody_else() {
+    fn each_ca_accepts_only_its_own_certificates() {
         let now = testing::now();
         let (set, other) = (Set::new(now), Set::new(now));
         assert_eq!(agents(&set).verify(set.agent.chain(), now).unwrap(), testing::agent());
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn a_root_is_nobody_under_itself() {
+    fn a_root_certificate_is_not_an_identity() {
         let now = testing::now();
         let set = Set::new(now);
         assert!(agents(&set).verify(&[set.tunnel_ca.root_der().clone()], now).is_err());
@@ -476,7 +476,7 @@ mod tests {
 
     /// S7: the proofs by which a peer that trusts one root accepts another.
     #[test]
-    fn s7_only_what_was_believed_vouches_for_a_root() {
+    fn s7_only_trusted_roots_vouch_for_a_root() {
         let now = testing::now();
         let ca = || Set::new(now).tunnel_ca;
         let (old, new, evil) = (ca(), ca(), ca());

@@ -127,7 +127,7 @@ mod tests {
 
     /// Goal: D37: what is no level is refused, and the flag is named.
     #[test]
-    fn d37_nonsense_is_no_level() {
+    fn d37_an_invalid_log_level_is_refused() {
         for level in ["nonsense", "info,nonsense", "="] {
             let text = start(Format::Json, level).unwrap_err().to_string();
             assert!(text.contains("--log-level"), "{level}: {text}");

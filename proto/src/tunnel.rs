@@ -450,7 +450,7 @@ mod tests {
 
     /// A probe of a live peer restarts the silence long before a ping is due; a dead peer does not answer.
     #[tokio::test(start_paused = true)]
-    async fn a_probe_tells_the_living_from_the_dead() {
+    async fn a_probe_distinguishes_live_peers_from_dead_ones() {
         let (near, far) = duplex(64 * 1024);
         let (gateway, gateway_driver) = session(near, Role::Gateway);
         let (agent, agent_driver) = session(far, Role::Agent);
@@ -481,7 +481,7 @@ mod tests {
 
     /// A caller that asks a hanging session gets no answer, and does not have to wait for one.
     #[tokio::test]
-    async fn a_session_that_hangs_keeps_nobody() {
+    async fn a_hanging_session_blocks_no_caller() {
         let (near, _far) = duplex(64 * 1024);
         let (gateway, _driver) = session(near, Role::Gateway);
         assert!(gateway.try_silence().is_some());

@@ -291,7 +291,7 @@ fn withheld(total: usize) -> impl FnMut() -> Option<Vec<u8>> {
 /// session, however many sessions do it; who goes beyond is closed there. The budget has everything back when they are gone,
 /// and the honest session does not notice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a1_a_withheld_first_byte_holds_no_more_than_is_reserved() {
+async fn a1_a_withheld_first_byte_holds_only_reserved_memory() {
     let world = World::start().await;
     let before = world.budget.used();
     let mut within = Vec::new();

@@ -196,7 +196,7 @@ mod tests {
 
     /// A server that answers, even with a refusal, gets the full back-off; a silent network does not.
     #[test]
-    fn only_silence_and_missing_routes_reached_nobody() {
+    fn only_silence_and_missing_routes_mean_no_server_was_reached() {
         let connect = |kind: io::ErrorKind| ConnectError::Connect { at: None, cause: kind.into() };
         let nobody = [
             ConnectError::Deadline(Stage::Resolving),

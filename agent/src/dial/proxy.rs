@@ -220,7 +220,7 @@ mod tests {
 
     /// Goal: every refusal of a proxy has a text that names the proxy and a remedy, and never contains the password.
     #[tokio::test]
-    async fn refusals_are_told_apart() {
+    async fn refusals_have_distinct_errors() {
         let endless = format!("HTTP/1.1 200 OK\r\nX: {}", "x".repeat(16 << 10));
         for (url, answer, parts) in [
             (

@@ -183,7 +183,7 @@ mod tests {
 
     /// Goal: D33: an error about a wrong clock is in words, not in seconds since 1970.
     #[test]
-    fn d33_a_clock_that_is_off_is_told_in_words() {
+    fn d33_a_wrong_clock_is_reported_in_words() {
         let mut cause =
             ConnectionError::TransportError(TransportErrorCode::crypto(CERTIFICATE_EXPIRED).into());
         if let ConnectionError::TransportError(error) = &mut cause {

@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn a_content_length_survives_only_where_it_means_something() {
+    fn a_content_length_is_kept_only_where_it_is_meaningful() {
         let (plain, mut head) = (get("/", &[]), get("/", &[]));
         "HEAD".clone_into(&mut head.method);
         let with = [("content-length", "7"), ("connection", "x-hop"), ("x-hop", "1"), ("a", "1"), ("a", "2")];

@@ -693,7 +693,7 @@ mod tests {
 
     /// A session that ends at once does not reset the back-off; one that lived does.
     #[tokio::test(start_paused = true)]
-    async fn only_a_long_life_counts_as_success() {
+    async fn only_a_long_lived_session_resets_the_back_off() {
         let mut run = Run::start(&["a:1"], &[]);
         for _ in 0..3 {
             run.served().await.0.close(Code::Internal, "no");

@@ -335,7 +335,7 @@ mod tests {
 
     /// A restart of the gateway ends both transports, so it is not a death of QUIC.
     #[test]
-    fn only_what_tcp_survives_counts_as_death() {
+    fn a_death_of_quic_counts_only_if_tcp_survives() {
         let mut world = World::new(TransportMode::Auto);
         for _ in 0..10 {
             world.serve(Quic);

@@ -522,7 +522,7 @@ mod tests {
 
     /// One check that finds a problem, or one failed exchange, reports nothing. Two checks report it; one response ends it.
     #[test]
-    fn d4_nothing_flaps() {
+    fn d4_the_reported_state_does_not_flap() {
         use ApiServerState::{CaMismatch, Reachable, Refused};
         let mut world = World::new();
         assert_eq!(world.line(Found::Good), None, "the other half is not known yet");
@@ -576,7 +576,7 @@ mod tests {
 
     /// A lasting problem is logged once a minute, whatever happens in between.
     #[test]
-    fn d4_the_log_is_told_once_a_minute() {
+    fn d4_a_lasting_problem_is_logged_once_a_minute() {
         let mut world = World::new();
         world.line(Found::Good);
         world.rights(Found::Good);

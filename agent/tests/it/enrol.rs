@@ -327,7 +327,7 @@ async fn a_directory_outlives_the_process() {
 /// D14: an agent with an identity whose configuration leads it to somebody who is no gateway does not join anew: the join token would
 /// lead it to the right gateway, which has nothing to do with that.
 #[tokio::test]
-async fn d14_nobody_joins_because_of_a_stranger() {
+async fn d14_a_server_that_is_no_gateway_triggers_no_join() {
     let mut gateway = Gateway::start(LONG).await;
     let scratch = tempfile::tempdir().unwrap();
     let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 9).line());
@@ -365,7 +365,7 @@ async fn d14_nobody_joins_because_of_a_stranger() {
 
 /// EN-10: where none of the presented CA certificates has a pin of the token, nothing is sent.
 #[tokio::test]
-async fn a_stranger_is_not_told_the_token() {
+async fn an_unpinned_gateway_never_gets_the_token() {
     let gateway = Gateway::start(LONG).await;
     let scratch = tempfile::tempdir().unwrap();
     let other = JoinToken::pins_of(&[new_ca().root_der().clone()]);
@@ -450,7 +450,7 @@ async fn certificates_are_renewed_and_no_session_ends() {
 /// R-ID-12: an agent is who its certificate says. One of somebody else that comes in an answer is not taken, whatever its key; one
 /// that does not belong to the key beside it ends the start, and the error says what to do.
 #[tokio::test]
-async fn a_certificate_of_somebody_else_is_not_taken() {
+async fn a_certificate_for_another_identity_is_rejected() {
     // Asked for twice after two thirds of its life, and still good for a new session: that leaves 3 s to a slow machine.
     let mut gateway = Gateway::start(Duration::from_secs(15)).await;
     let scratch = tempfile::tempdir().unwrap();
@@ -564,7 +564,7 @@ async fn a_change_of_ca_is_followed() {
 /// S7: a gateway that was somebody else's for a moment cannot make the agent believe that one's roots alone, not in two steps
 /// either, and not after a restart; the CA that the agent believes can, by its signature.
 #[tokio::test]
-async fn s7_roots_that_lead_back_to_nothing_are_refused() {
+async fn s7_roots_without_a_trusted_origin_are_refused() {
     let mut gateway = Gateway::start(LONG).await;
     let scratch = tempfile::tempdir().unwrap();
     let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());
@@ -645,7 +645,7 @@ fn projected(audience: &str) -> String {
 
 /// S8: a token that the API server or another gateway takes does not leave the pod.
 #[tokio::test]
-async fn s8_a_token_for_somebody_else_is_not_sent() {
+async fn s8_a_token_with_a_foreign_audience_is_not_sent() {
     let mut gateway = Gateway::start(LONG).await;
     let scratch = tempfile::tempdir().unwrap();
     let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 5).line());
@@ -665,7 +665,7 @@ async fn s8_a_token_for_somebody_else_is_not_sent() {
 /// The cluster's own token: tried first, so that a join token is not used up; the issuer in it is told to the gateway with the
 /// keys from the mounted file; after NO_ISSUER the join token admits.
 #[tokio::test]
-async fn a_pod_comes_back_with_its_own_token() {
+async fn a_restarted_pod_joins_with_its_own_token() {
     let mut gateway = Gateway::start(LONG).await;
     let scratch = tempfile::tempdir().unwrap();
     let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 1).line());

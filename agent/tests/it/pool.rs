@@ -119,7 +119,7 @@ async fn surplus_bytes_of_an_answer_are_no_answer() {
 }
 
 #[tokio::test]
-async fn idle_connections_do_not_live_for_ever() {
+async fn idle_connections_expire() {
     // Long enough to be seen idle on a slow machine.
     let of = async |timeout: &str| {
         let (rig, mut old) = idle(&format!("timeouts: {{ {timeout}: 4s }}\n")).await;
@@ -164,7 +164,7 @@ async fn an_api_server_that_cannot_be_reached_is_named() {
 
 /// AG-01: a wrong CA is an error and never a reason to look away.
 #[tokio::test]
-async fn an_api_server_that_is_somebody_else_is_refused() {
+async fn an_api_server_with_a_foreign_certificate_is_refused() {
     let world = crate::common::World::new();
     let other = crate::common::World::new();
     let mut gateway = crate::common::Gateway::start(&world).await;

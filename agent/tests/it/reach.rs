@@ -289,7 +289,7 @@ async fn d3_d4_e_the_agents_own_token_is_refused() {
 
 /// D4 (f): the mode is told at once, before anything is known of the API server.
 #[tokio::test]
-async fn d4_f_the_mode_is_told_at_once() {
+async fn d4_f_the_mode_is_reported_at_once() {
     let world = World::new();
     let frozen = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let rig = rig(&world, config(&world, frozen.local_addr().unwrap(), "")).await;
@@ -299,7 +299,7 @@ async fn d4_f_the_mode_is_told_at_once() {
 
 /// An idle agent shakes hands again and again, and asks for nothing but what it may: its looks are in nobody's audit log.
 #[tokio::test]
-async fn d4_a_look_is_no_request() {
+async fn d4_a_check_sends_no_request() {
     let world = World::new();
     let api = Api::start(&world).await;
     // As kube-apiserver does to somebody without a credential.

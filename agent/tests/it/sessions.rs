@@ -18,7 +18,7 @@ const VERSION: &str = "GET /version HTTP/1.1";
 const OK: &str = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
 
 #[tokio::test]
-async fn a_lost_session_comes_back() {
+async fn a_lost_session_is_replaced() {
     let mut rig = Rig::start("timeouts: { backoffMin: 10ms, backoffMax: 20ms }\n").await;
     assert_eq!(health(&rig.agent, "/readyz").await, (200, "ready\n".to_owned()));
     for _ in 0..3 {
@@ -71,7 +71,7 @@ async fn a_drained_gateway_is_left_after_a_new_one_is_found() {
 }
 
 #[tokio::test]
-async fn a_drain_finishes_what_is_open() {
+async fn a_drain_finishes_open_streams() {
     let mut rig = Rig::start("drain: { deadline: 60s }\n").await;
     let mut call = Call::open(
         &rig.session,
@@ -99,7 +99,7 @@ async fn a_drain_finishes_what_is_open() {
 
 /// The deadline of a drain is kept whatever is open.
 #[tokio::test]
-async fn a_drain_does_not_wait_for_ever() {
+async fn an_unfinished_drain_ends_at_its_deadline() {
     let rig = Rig::start("drain: { deadline: 200ms }\n").await;
     let _call = Call::get(&rig.session, "/watch").await;
     let mut upstream = rig.upstream.accept().await;
@@ -178,7 +178,7 @@ async fn a_new_certificate_replaces_the_session() {
 /// The gateway is told the API server's version, which the agent asks for without a credential: it needs no right for that. A new
 /// session is told at once; a gateway that does not ask for it has the API server left alone.
 #[tokio::test]
-async fn the_version_of_the_cluster_is_told() {
+async fn the_version_of_the_cluster_is_reported() {
     let world = World::new();
     let mut gateway = Gateway::capable(&world, &[CAPABILITY_ABOUT]).await;
     let upstream = Upstream::start(&world).await;
@@ -215,7 +215,7 @@ async fn the_version_of_the_cluster_is_told() {
 
 /// An API server that tells nobody, or without end, is no trouble: nothing is said, and what matters goes on.
 #[tokio::test]
-async fn a_version_that_is_not_told_is_none() {
+async fn an_unreported_version_is_unknown() {
     for answer in
         ["HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "HTTP/1.1 200 OK\r\n\r\n", "no HTTP\r\n\r\n"]
     {

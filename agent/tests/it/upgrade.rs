@@ -49,7 +49,7 @@ async fn an_upgrade_becomes_a_pipe_with_two_ends() {
 
 /// UP-02, UP-03: neither followed nor relayed; the connection is destroyed.
 #[tokio::test]
-async fn a_success_that_is_no_upgrade_is_an_error() {
+async fn a_success_without_upgrade_is_an_error() {
     let rig = Rig::start("").await;
     for (answer, part) in [
         ("200 OK\r\nContent-Length: 2\r\n\r\nok", "answered 200 to a request for an upgrade"),

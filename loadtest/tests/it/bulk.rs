@@ -119,7 +119,7 @@ async fn a_gibibyte_each_way(transport: &str) {
 /// Goal (RG9): a hundred readers of 64 MiB that stop reading stall nobody else, and memory stays bounded; who goes on
 /// reading after that gets every byte.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn readers_that_stop_stall_nobody_else() {
+async fn readers_that_stop_do_not_stall_other_streams() {
     let bench = bench("tcp").await;
     warm(&bench).await;
     let mut sibling = bench.connect(Version::Http1).await;

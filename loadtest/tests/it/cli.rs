@@ -786,7 +786,7 @@ async fn it_is_a_plugin_of_kubectl() {
 
 /// Goal: a broken pipe, as of `| head`, is no noise.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reader_that_leaves_is_no_error_to_talk_about() {
+async fn a_broken_pipe_is_not_an_error() {
     let world = World::start().await;
     let towline = binary("towline").unwrap();
     let mut command = Command::new("sh");

@@ -874,7 +874,7 @@ async fn k2_a_watch_outlasts_its_api_server_and_its_agent() {
 
 /// Goal: of two agents of a cluster one stops, comes back, and then the other stops: no request fails.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_agent_stops_beside_another() {
+async fn an_agent_stops_while_another_runs() {
     let mut bench = Setup::new(Mode::Restricted).start().await;
     let (_, second) = sibling(&bench).await;
     let sessions = async |wanted: f64| bench.gateway_metric("sessions").await == wanted;

@@ -496,7 +496,7 @@ async fn agents_that_were_away_for_a_phase_recover() {
 /// An agent whose certificate is good for long, and whose CA was replaced while it was away: neither it nor what it shows is of a
 /// CA that counts, and it comes back by its key and what vouches for the new one.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_missed_a_whole_change_of_ca_comes_back() {
+async fn an_agent_that_missed_a_whole_change_of_ca_reconnects() {
     let world = World::new(Duration::from_secs(3600)).await;
     let token = world.token_file(CLUSTER).await;
     let identity = format!("joinTokenFile: {token}, directory: {}", world.path("kept").display());

@@ -78,7 +78,7 @@ async fn flows_against_a_real_api_server() {
 /// Goal (K1, K2, FR-05): watches through a tunnel whose only agent is replaced as planned, twice, and killed once, go on from where they
 /// were. The API server's audit log says so: each informer has listed once, when it began.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn k1_replacing_the_agent_makes_nobody_list_again() {
+async fn k1_replacing_the_agent_forces_no_client_to_list_again() {
     let Some((assets, _)) = tools() else { return };
     let _alone = ALONE.lock().await;
     let plane = ControlPlane::start(&assets, Ipv4Addr::LOCALHOST).await;

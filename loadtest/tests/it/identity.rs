@@ -342,7 +342,7 @@ fn faketime() -> Option<std::path::PathBuf> {
 /// Goal: whoever has copied an agent's certificate and key, and connects beside it, takes nothing: each attempt is refused, told in the
 /// log and counted at once, and the agent's session and the cluster's state stay as they were. R-ID-8, TU-05.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_copied_certificate_takes_nothing() {
+async fn a_copied_certificate_gets_no_session() {
     const ATTEMPTS: usize = 20;
     let fleet = gateway().await;
     fleet.register("prod").await;

@@ -277,7 +277,7 @@ const WITHIN: &[(&str, &str)] = &[
 /// Goal (S1, A14, AG-02, PA-09): whatever a hostile cluster answers, through real sockets, its client stays with it: a redirect out of the cluster
 /// is 502, a place that only informs is left out, and what is on the API server itself can be followed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn s1_a_cluster_leads_nobody_elsewhere() {
+async fn s1_a_cluster_cannot_redirect_clients_elsewhere() {
     let bench = bench().await;
     let spelled = |to: &str| {
         let to = to

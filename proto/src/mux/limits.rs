@@ -335,7 +335,7 @@ mod tests {
     /// Goal: A2: one tenant never has more than its share; tenants with full shares leave a quarter to small holders; and returned
     /// memory is available to all.
     #[test]
-    fn a2_a_share_takes_no_more_than_is_its_own() {
+    fn a2_a_tenant_never_exceeds_its_share() {
         let whole = Budget::new(1 << 20);
         let greedy: Vec<Budget> = (0..8).map(|_| whole.share(1 << 18)).collect();
         let fill =

@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_keeps_somebody_waiting_is_dead_at_3_s() {
+    fn a_silent_peer_with_a_waiting_caller_is_dead_at_3_s() {
         let mut liveness = Liveness::new(Role::Agent, at(0.0));
         liveness.on_opened(at(4.0));
         assert_eq!(silence(&mut liveness, &Limits::default()), (5.0, 7.0));

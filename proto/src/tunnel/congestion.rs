@@ -327,7 +327,7 @@ mod tests {
 
     /// Little data is no evidence about the path, before bulk and after it.
     #[test]
-    fn a_trickle_binds_nothing() {
+    fn little_data_sets_no_bound() {
         let mut path = Path::new(50, 125_000_000);
         path.trickle(50_000);
         // A request's data in flight, with nothing holding it back.
@@ -380,7 +380,7 @@ mod tests {
 
     /// While a new path is validated, acknowledgements are not counted; and a pause is not a slow path.
     #[test]
-    fn silence_says_nothing_of_the_path() {
+    fn silence_is_no_evidence_about_the_path() {
         let mut path = Path::new(50, 125_000_000);
         path.fill(Duration::from_secs(10), SEND_WINDOW);
         let (bound, best) = (path.delivery.bound, path.delivery.best());

@@ -564,7 +564,7 @@ mod tests {
 
     /// A connection that accepts nothing and sends nothing is closed; sooner if it ends.
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_takes_nothing_and_says_nothing_is_given_up() {
+    async fn a_peer_that_neither_reads_nor_writes_is_closed() {
         for ends in [false, true] {
             let (near, far) = duplex(1 << 20);
             let io = Watched::new(near);

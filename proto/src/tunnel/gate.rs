@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_while_quic_takes_bytes() {
+    fn no_writer_waits_while_quic_accepts_bytes() {
         let mut world = World::new(3);
         for index in [0, 1, 2, 0, 2] {
             assert!(world.try_write(index));
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_leaves_passes_its_turn() {
+    fn a_writer_that_leaves_passes_its_turn() {
         let mut world = World::new(4);
         assert!(world.try_write(0));
         world.gate.on_blocked(id(0));
@@ -200,7 +200,7 @@ mod tests {
 
     /// Goal: writes that are abandoned and repeated while the connection is full use no memory.
     #[test]
-    fn whoever_leaves_is_forgotten() {
+    fn a_writer_that_leaves_is_removed_from_the_queue() {
         let mut world = World::new(3);
         assert!(world.try_write(0));
         world.gate.on_blocked(id(0));

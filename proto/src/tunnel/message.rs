@@ -104,7 +104,7 @@ mod tests {
 
     /// EN-06: a request of 1 MiB is refused by its announced length, and what is cut short or no message at its end.
     #[tokio::test]
-    async fn what_is_no_message_is_named() {
+    async fn an_invalid_message_has_a_distinct_error() {
         for (bytes, expected) in [
             (&[0, 0x10, 0, 0][..], "the message has 1048576 bytes; the limit is 65536"),
             (&[0, 0, 0, 5, 1], "the connection ended before the whole message arrived"),

@@ -357,7 +357,7 @@ mod tests {
 
     /// Goal: D9: the remedy for missing credentials names the place where the proxy was set.
     #[test]
-    fn d9_what_is_missing_is_written_where_the_proxy_was_named() {
+    fn d9_missing_credentials_are_requested_where_the_proxy_is_set() {
         for (source, had, wanted) in [
             (Source::Configuration, false, "proxy.passwordFile"),
             (Source::Configuration, true, "proxy.passwordFile"),

@@ -178,7 +178,7 @@ fn mx_04_data_beyond_the_credit() {
 
 /// A stream that nobody reads any more still has no more credit than was granted.
 #[test]
-fn mx_04_discarded_data_counts_too() {
+fn mx_04_discarded_data_is_charged_too() {
     let mut lone = Lone::ready(small());
     let key = lone.open(1);
     lone.conn.stop(key, Code::Cancelled);

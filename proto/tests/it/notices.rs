@@ -121,7 +121,7 @@ fn abuse_is_named() {
 
 /// A notice before the hello is one frame too early; before readiness nothing is said.
 #[test]
-fn nothing_is_said_before_the_session_stands() {
+fn no_notice_is_sent_before_the_session_is_ready() {
     let mut lone = Lone::introduced(Limits::default(), introduction());
     assert_eq!(lone.conn.say(trust(1)), Err(SayError::NotReady));
     lone.frame(&Frame::Notice(renew(1).into()));

@@ -181,7 +181,7 @@ async fn resets_and_stops_carry_their_code() {
 
 /// Credit, not QUIC's window, holds back a writer whose reader stalls.
 #[tokio::test]
-async fn stalled_readers_hold_their_credit_and_no_more() {
+async fn stalled_readers_hold_at_most_their_credit() {
     let limits = Limits { recv_budget: 160 << 20, ..Limits::default() };
     let pair = pair(limits.clone()).await;
     let idle = pair.budget.used();
@@ -233,7 +233,7 @@ async fn stalled_readers_hold_their_credit_and_no_more() {
 /// waits for it. One large stream, many at once behind stalled readers, and one after the other; QUIC's own word for
 /// "I would send and the window is full", `DATA_BLOCKED`, is never sent. What was needed for it is given back.
 #[tokio::test]
-async fn a1_nobody_with_credit_waits_for_the_window() {
+async fn a1_a_peer_with_credit_never_waits_for_the_window() {
     let gateway = Limits { streams_max: 0, ..Limits::default() };
     let (server, client) = quinn_configs(&gateway);
     let listening = endpoint(Some(server));
@@ -561,7 +561,7 @@ async fn streams_are_allowed_as_they_are_used() {
 
 /// A drain is confirmed, nothing new opens, what is open ends well.
 #[tokio::test]
-async fn a_drain_finishes_what_is_open() {
+async fn a_drain_finishes_open_streams() {
     let pair = pair(Limits::default()).await;
     let (mut send, mut recv) = pair.gateway.open().await.unwrap();
     send.write_chunk(Bytes::from_static(b"x")).await.unwrap();

@@ -220,7 +220,7 @@ fn a_dead_path_is_noticed_in_time() {
 /// within 12 s of the cut, within 3 s where a stream that they opened waits for its first byte; every open stream ends as
 /// 504 with a reason and nobody hangs; only what had arrived whole is read as clean; credit and budgets return to zero.
 #[test]
-fn a_cut_path_hangs_nobody() {
+fn a_cut_path_leaves_no_caller_hanging() {
     let rounds = number("TOWLINE_SIM_SEEDS").unwrap_or(100);
     let (mut idle, mut waiting) = (Vec::new(), Vec::new());
     let (mut states, mut clean, mut aborted) = ([0; 9], 0, 0);

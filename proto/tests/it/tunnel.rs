@@ -172,7 +172,7 @@ async fn each_half_ends_by_itself() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn dropping_a_half_tells_the_peer() {
+async fn dropping_a_half_resets_or_stops_it_at_the_peer() {
     let pair = pair(1024).await;
     let ((send, recv), (mut agent_send, mut agent_recv)) = pair.stream().await;
     drop(send);
@@ -189,7 +189,7 @@ async fn dropping_a_half_tells_the_peer() {
 
 /// What was written before a finish arrives although the handle is dropped at once.
 #[tokio::test(start_paused = true)]
-async fn dropping_a_finished_half_loses_nothing() {
+async fn dropping_a_finished_half_still_delivers_its_bytes() {
     let pair = pair(64).await;
     let ((mut send, recv), (agent_send, mut agent_recv)) = pair.stream().await;
     send.write_chunk(Bytes::from(vec![5; 50_000])).await.unwrap();
@@ -302,7 +302,7 @@ async fn close_does_not_wait_for_the_transport() {
 
 /// The peer learns why.
 #[tokio::test(start_paused = true)]
-async fn close_tells_the_peer_why() {
+async fn close_sends_the_reason_to_the_peer() {
     let mut pair = pair(1 << 16).await;
     pair.gateway.close(Code::Denied, "revoked");
     let closed = pair.agent.wait_for(|state| state.closed.is_some()).await.closed;
@@ -692,7 +692,7 @@ async fn a_body_is_as_long_as_promised_or_broken() {
 
 /// A body that was read as far as promised and dropped before its FIN is no reason to complain; one that was not, is.
 #[tokio::test(start_paused = true)]
-async fn a_dropped_body_tells_its_sender_if_it_must() {
+async fn a_dropped_body_stops_its_sender_unless_it_was_complete() {
     let pair = pair(1 << 16).await;
     for (promised, complaint) in [(3, false), (4, true)] {
         let ((mut send, _recv), (_send, recv)) = pair.stream().await;
@@ -794,7 +794,7 @@ async fn a_splice_passes_each_end_on() {
 /// Goal: UP-09: an exec at which nobody types for an hour is there when somebody does. Nothing but the session's own pings runs meanwhile:
 /// gateway and agent set no clock for a raw connection.
 #[tokio::test(start_paused = true)]
-async fn up_09_an_hour_of_silence_ends_nothing() {
+async fn up_09_an_hour_of_silence_ends_no_stream() {
     let pair = pair(512).await;
     let (mut client, mut server, mut tasks) = spliced(&pair).await;
     for words in [b"before", b"behind"] {

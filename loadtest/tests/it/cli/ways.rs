@@ -158,7 +158,7 @@ async fn d8_an_agent_that_joins_names_its_proxy() {
 /// Goal: D11: what cannot be is found out before anything is made, and what was made for a manifest that nobody gets is taken back.
 /// M12: a gateway on this machine is told how to be reached.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn d11_nothing_is_left_of_a_manifest_that_was_not_printed() {
+async fn d11_a_manifest_that_was_not_printed_leaves_nothing_behind() {
     let world = World::start().await;
     world.ok(&["cluster", "register", "lab"]).await;
     let left = async || {

@@ -98,7 +98,7 @@ async fn pa_08_sni_does_not_choose_the_cluster() {
 
 /// Goal: PA-10, SG15: names of clusters that nobody knows, one after the other, leave no series, little memory and few lines of the log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pa_10_unknown_names_leave_nothing() {
+async fn pa_10_unknown_names_leave_no_state() {
     let count = if long() { 100_000 } else { 10_000 };
     let bench = Bench::start(Mode::Impersonate).await;
     let stranger = bench.stack.target(Some(STRANGER)).unwrap();

@@ -174,7 +174,7 @@ mod tests {
 
     /// Goal: D9: the environment is read as in Go, so that kubectl's plugin behaves like kubectl.
     #[test]
-    fn d9_the_environment_counts_as_go_reads_it() {
+    fn d9_the_environment_is_read_as_in_go() {
         let exempt = NoProxy::of_variable("a.example, .b.example,10.0.0.0/8 ,!!,");
         let shown: Vec<_> = exempt.entries().map(ToString::to_string).collect();
         assert_eq!(shown, ["<loopback>", "a.example", ".b.example", "10.0.0.0/8"]);
