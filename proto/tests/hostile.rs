@@ -33,7 +33,7 @@ use towline_proto::mux::{Budget, Introduction, Limits, Role};
 use towline_proto::tunnel::{Session, SessionConfig, quic};
 use towline_proto::wire::Frame;
 
-/// The tests measure the memory of their process: one at a time.
+/// The tests measure the memory of their process, so they run one at a time.
 static ONE: Mutex<()> = Mutex::const_new(());
 
 const MIB: usize = 1 << 20;
@@ -49,15 +49,15 @@ fn limits() -> Limits {
 /// window above it.
 const RESERVED: usize = 3 * MIB / 2;
 
-/// An endpoint as the gateway has it, one honest agent on it, and whoever else comes.
+/// A gateway's endpoint with one honest agent, and any intruders.
 struct World {
     address: SocketAddr,
     tls: Arc<ClientConfig>,
     /// The same with a first message that leaves most of a datagram free.
     short_tls: Arc<ClientConfig>,
-    /// Asks everybody who has not shown its address to do so.
+    /// Requires a proven address from every client (Retry).
     retry: Arc<AtomicBool>,
-    /// Those who were let in with a proven address while that was asked for.
+    /// Clients admitted with a proven address while that was required.
     proven: Arc<AtomicUsize>,
     neighbour: Neighbour,
     /// The receive memory of the gateway's sessions.
@@ -154,7 +154,7 @@ impl World {
         Self { address, tls, short_tls, retry, proven, neighbour, budget, _tasks: tasks, _one: one }
     }
 
-    /// Somebody who has shaken hands and said hello.
+    /// A client that has completed the handshake and sent its hello.
     async fn intruder(&self, number: u8) -> Raw {
         let mut raw = Raw::connect(self.address, Arc::clone(&self.tls), number).await;
         let mut frames = Vec::new();
@@ -165,7 +165,7 @@ impl World {
 
     /// Runs an attack while exchanges run on the honest session. How much memory it took at most, in bytes.
     async fn attacked(&self, name: &str, attack: impl Future<Output = ()>) -> usize {
-        // What the honest session needs for itself is there before the measurement begins.
+        // The honest session allocates its own memory before the measurement starts.
         self.neighbour.exchange().await;
         let before = resident();
         let over = Cell::new(false);
@@ -287,9 +287,9 @@ fn withheld(total: usize) -> impl FnMut() -> Option<Vec<u8>> {
     }
 }
 
-/// Goal: A1, TU-13: streams whose first byte never comes. Who stays below the window is held to what the budget holds for the
-/// session, however many sessions do it; who goes beyond is closed there. The budget has everything back when they are gone,
-/// and the honest session does not notice.
+/// Goal: A1, TU-13: streams whose first byte never arrives. A client below the window is limited to the session's part of the budget,
+/// for any number of such sessions; a client beyond it is closed. The budget is complete again when they are gone, and the honest
+/// session is not affected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a1_a_withheld_first_byte_holds_only_reserved_memory() {
     let world = World::start().await;
@@ -366,8 +366,8 @@ async fn every_second_byte_ends_the_connection() {
     assert!(grown < 8 * MIB, "{grown} bytes");
 }
 
-/// Goal: TU-14: 100,000 new connection ids, each of which retires the one before, with none of the answers acknowledged. What
-/// is owed in return has a limit.
+/// Goal: TU-14: 100,000 new connection ids, each of which retires the one before, with none of the answers acknowledged. The
+/// frames owed in return have a limit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_of_connection_ids_is_bounded() {
     let world = World::start().await;
@@ -425,8 +425,8 @@ async fn a_flood_of_path_challenges_is_bounded() {
     assert!(raw.received - received < raw.sent - sent, "{} bytes for {}", raw.received, raw.sent);
 }
 
-/// Goal: TU-11: what is no QUIC, too short an Initial, another version, and transport parameters that break off anywhere.
-/// All of it is dropped or refused with no more than three times its bytes, and the endpoint lives.
+/// Goal: TU-11: packets that are not QUIC, a too short Initial, another version, and transport parameters truncated anywhere.
+/// All are dropped or refused with at most three times their bytes, and the endpoint survives.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn malformed_first_packets_are_dropped() {
     let world = World::start().await;
@@ -453,7 +453,7 @@ async fn malformed_first_packets_are_dropped() {
             assert!(short.sent < INITIAL_MIN);
             short.drive(Duration::from_millis(500)).await;
             assert_eq!(short.received, 0);
-            // A version that nobody speaks: version negotiation, and only to a datagram of full size.
+            // An unknown version: version negotiation, and only for a datagram of full size.
             let mut other = Raw::new(world.address, Arc::clone(&world.tls), 4, parameters).await;
             let mut datagram = vec![0xc3, 0x1a, 0x2a, 0x3a, 0x4a, 8];
             datagram.extend_from_slice(&[5; 8]);
@@ -475,7 +475,7 @@ async fn malformed_first_packets_are_dropped() {
             assert!(other.version_negotiation && other.received < 3 * other.sent);
             short.drive(Duration::from_millis(50)).await;
             assert_eq!(short.received, 0, "it came before one that was answered");
-            // Transport parameters that end too early, at every byte, and such as lie about a length.
+            // Transport parameters truncated at every byte, and parameters with a wrong length.
             let whole = parameters(&[1; 8]).len();
             for cut in 0..whole + 4 {
                 let broken = |scid: &[u8]| {
@@ -500,16 +500,16 @@ async fn malformed_first_packets_are_dropped() {
             }
         })
         .await;
-    // Whoever comes after it gets in.
+    // A later client is admitted.
     world.intruder(6).await;
 }
 
-/// Goal: TU-12: a first packet whose sender never shows up again gets at most three times its bytes, however long the
-/// handshake would be. A token of a Retry counts for the address it was sent to, and one that was made up counts nowhere.
+/// Goal: TU-12: a first packet whose sender sends nothing more gets at most three times its bytes, however long the handshake
+/// would be. A Retry token is valid for the address that it was sent to, and an invented one nowhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_spoofed_first_packet_is_not_amplified() {
     let world = World::start().await;
-    // The size that everybody sends, and the one that is worst: quinn begins a datagram while one byte of it is allowed.
+    // The usual size, and the worst one: quinn starts a datagram while one byte of it is allowed.
     for (number, bytes, slack) in [(1, INITIAL_MIN, 0), (2, 1401, INITIAL_MIN)] {
         let mut spoofed = Raw::new(world.address, Arc::clone(&world.short_tls), number, parameters).await;
         let hello = spoofed.client_hello();
@@ -554,7 +554,7 @@ async fn a_spoofed_first_packet_is_not_amplified() {
         assert!(liar.received <= 3 * liar.sent);
     }
     assert_eq!(world.proven.load(Ordering::Relaxed), 0, "no such token proves an address");
-    // Where it was sent to it counts.
+    // It is valid for its own address.
     honest.aim(&cid);
     honest.token = token;
     // It comes behind all the others, so that none of them is still on its way when it counts.

@@ -30,7 +30,7 @@ use towline_proto::tunnel::exchange::{BodyError, RecvBody, recv_head, send_head}
 use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig};
 
 pub const HEAD_MAX: usize = 64 * 1024;
-/// What does not happen within this time never happens: a slow machine takes seconds.
+/// An event that has not happened within this time will not happen; a slow machine takes seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits for what must happen soon.
@@ -41,14 +41,14 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     }
 }
 
-/// An address that refuses connections, and what keeps it so: the port is nobody else's while the socket is there.
+/// An address that refuses connections. No other program gets the port while the socket exists.
 pub fn refusing() -> (SocketAddr, TcpSocket) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     (socket.local_addr().unwrap(), socket)
 }
 
-/// Certificates for everybody, in a directory that goes away.
+/// Certificates for all parties, in a temporary directory.
 pub struct World {
     pub directory: TempDir,
 }
@@ -61,7 +61,7 @@ impl World {
         world
     }
 
-    /// Issues what is missing, or everything anew.
+    /// Issues missing certificates, or all of them again.
     pub fn issue(&self, force: bool) {
         let set = DevSet {
             directory: self.path("set"),
@@ -115,7 +115,7 @@ impl World {
     }
 }
 
-/// A gateway, as far as an agent can tell.
+/// A gateway, from an agent's point of view.
 pub struct Gateway {
     pub at: SocketAddr,
     sessions: mpsc::Receiver<Session>,
@@ -176,7 +176,7 @@ impl Gateway {
     }
 }
 
-/// An API server whose bytes the test writes.
+/// An API server whose bytes come from the test.
 pub struct Upstream {
     pub at: SocketAddr,
     listener: TcpListener,
@@ -219,7 +219,7 @@ impl Upstream {
         .await
     }
 
-    /// The connection on which this request comes, and its head; what the agent does besides is left without an answer.
+    /// The connection on which this request arrives, and its head. Other connections of the agent get no answer.
     pub async fn asked(&self, line: &str) -> (Connection, Head) {
         loop {
             let mut connection = self.accept().await;
@@ -231,7 +231,7 @@ impl Upstream {
         }
     }
 
-    /// Shakes hands with whoever comes next, or greets them otherwise, however that ends.
+    /// Accepts the next connection, with a handshake or another greeting, and ignores the result.
     pub async fn met(&self) {
         let (mut stream, _) = self.listener.accept().await.unwrap();
         match &self.tls {
@@ -244,7 +244,7 @@ impl Upstream {
         }
     }
 
-    /// Waits for a connection whose handshake the agent breaks off.
+    /// Waits for a connection whose handshake the agent aborts.
     pub async fn refused(&self) {
         soon("a refused handshake", async {
             let (stream, _) = self.listener.accept().await.unwrap();
@@ -270,7 +270,7 @@ pub struct Connection {
     buffer: Vec<u8>,
 }
 
-/// A request head as it came over the wire.
+/// A request head as received.
 #[derive(Debug)]
 pub struct Head {
     pub line: String,
@@ -400,7 +400,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// Opens a stream for this request, whose body is still to be sent.
+    /// Opens a stream for this request without sending its body.
     pub async fn open(session: &Session, request: Request) -> Self {
         Self::open_with(session, Open { audit_id: "audit-1".to_owned(), ..Open::default() }, request).await
     }
@@ -472,7 +472,7 @@ pub fn all<'a>(response: &'a Response, name: &str) -> Vec<&'a str> {
     of_name.map(|header| std::str::from_utf8(&header.value).unwrap()).collect()
 }
 
-/// What the agent's health port says: status and body.
+/// The response of the agent's health port: status and body.
 pub async fn health(agent: &Agent, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(agent.admin_addr()).await.unwrap();
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
@@ -489,7 +489,7 @@ pub async fn metric(agent: &Agent, start: &str) -> f64 {
     line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
 }
 
-/// Waits until a metric has this value. What is counted is counted beside what a test sees of it, not before.
+/// Waits until a metric has this value. The agent may count an event after a test can see it.
 pub async fn becomes(agent: &Agent, start: &str, value: f64) {
     until(agent, start, |found| found == value).await;
 }

@@ -32,7 +32,7 @@ use towline_proto::mux::{Budget, Introduction, Limits, Role};
 use towline_proto::tunnel::message::{recv_message, send_message};
 use towline_proto::tunnel::{Session, SessionConfig};
 
-/// What the gateway does with a request to join.
+/// The gateway's reaction to a request to join.
 #[derive(Clone, Copy, PartialEq)]
 enum Answer {
     Admit,
@@ -51,12 +51,12 @@ struct State {
     answers: Vec<Answer>,
     requests: Vec<JoinRequest>,
     renewals: usize,
-    /// When the certificates run out that were issued, in seconds since 1970.
+    /// Expiry times of the issued certificates, in seconds since 1970.
     issued: Vec<u64>,
     acks: Vec<TrustAck>,
 }
 
-/// A gateway, as far as joining, renewing and believing go.
+/// A gateway that supports joining, renewals and announcements of roots.
 struct Gateway {
     at: SocketAddr,
     state: Arc<Mutex<State>>,
@@ -252,7 +252,8 @@ fn pin_of(request: &JoinRequest) -> SpkiPin {
 
 const LONG: Duration = Duration::from_secs(3600);
 
-/// Goal: D38: of two agents with one directory the second does not start, and says who is in; when that one is gone it does.
+/// Goal: D38: of two agents with one directory the second does not start, and its error names the process of the first; after the
+/// first has ended, it starts.
 #[tokio::test]
 async fn d38_a_directory_has_one_agent() {
     let mut gateway = Gateway::start(LONG).await;
@@ -324,8 +325,8 @@ async fn a_directory_outlives_the_process() {
     agent.shutdown().await;
 }
 
-/// D14: an agent with an identity whose configuration leads it to somebody who is no gateway does not join anew: the join token would
-/// lead it to the right gateway, which has nothing to do with that.
+/// D14: an agent with an identity whose configured address is not a gateway does not join again: the join token would lead it to the
+/// right gateway, although only the address is wrong.
 #[tokio::test]
 async fn d14_a_server_that_is_no_gateway_triggers_no_join() {
     let mut gateway = Gateway::start(LONG).await;
@@ -402,7 +403,7 @@ async fn a_join_that_broke_off_keeps_its_key() {
     agent.shutdown().await;
 }
 
-/// What is lost with the process and cannot be got again is refused before anything is started.
+/// An identity that a restart would lose for good is refused before anything starts.
 #[tokio::test]
 async fn an_identity_that_would_be_lost_is_refused() {
     let gateway = Gateway::start(LONG).await;
@@ -428,7 +429,7 @@ async fn an_identity_that_would_be_lost_is_refused() {
 /// Renewal: over the session, again and again; no session is replaced; a new connection shows the newest certificate.
 #[tokio::test]
 async fn certificates_are_renewed_and_no_session_ends() {
-    // What is renewed at two thirds of its life has 3 s left: room for a slow machine.
+    // A renewal at two thirds of the lifetime leaves 3 s: room for a slow machine.
     let mut gateway = Gateway::start(Duration::from_secs(9)).await;
     let scratch = tempfile::tempdir().unwrap();
     let token_file = write(&scratch, "token", &gateway.token(gateway.pins(), 5).line());
@@ -447,8 +448,8 @@ async fn certificates_are_renewed_and_no_session_ends() {
     agent.shutdown().await;
 }
 
-/// R-ID-12: an agent is who its certificate says. One of somebody else that comes in an answer is not taken, whatever its key; one
-/// that does not belong to the key beside it ends the start, and the error says what to do.
+/// R-ID-12: the certificate decides the agent's identity. The agent rejects a certificate for another identity in an answer, whatever
+/// its key. A stored certificate that does not belong to the stored key prevents the start, and the error has the remedy.
 #[tokio::test]
 async fn a_certificate_for_another_identity_is_rejected() {
     // Asked for twice after two thirds of its life, and still good for a new session: that leaves 3 s to a slow machine.
@@ -494,8 +495,8 @@ async fn a_certificate_for_another_identity_is_rejected() {
     assert!(error.contains("join again"), "{error}");
 }
 
-/// Offline past the end of its certificate: the agent comes back by it, with its key, and if that is refused by what else it
-/// has.
+/// An agent that was offline past the expiry of its certificate joins again with that certificate and its key, and if that is
+/// refused, with its other proofs.
 #[tokio::test]
 async fn a_certificate_that_has_run_out_leads_back() {
     let mut gateway = Gateway::start(Duration::from_secs(5)).await;
@@ -561,8 +562,8 @@ async fn a_change_of_ca_is_followed() {
     agent.shutdown().await;
 }
 
-/// S7: a gateway that was somebody else's for a moment cannot make the agent believe that one's roots alone, not in two steps
-/// either, and not after a restart; the CA that the agent believes can, by its signature.
+/// S7: a gateway that an attacker controlled for a moment cannot make the agent trust only the attacker's roots, not in two steps
+/// either, and not after a restart. The CA that the agent trusts can introduce new roots by its signature.
 #[tokio::test]
 async fn s7_roots_without_a_trusted_origin_are_refused() {
     let mut gateway = Gateway::start(LONG).await;
@@ -643,7 +644,7 @@ fn projected(audience: &str) -> String {
     format!("e30.{claims}.c2ln\n")
 }
 
-/// S8: a token that the API server or another gateway takes does not leave the pod.
+/// S8: a token that the API server or another gateway accepts does not leave the pod.
 #[tokio::test]
 async fn s8_a_token_with_a_foreign_audience_is_not_sent() {
     let mut gateway = Gateway::start(LONG).await;
@@ -662,8 +663,8 @@ async fn s8_a_token_with_a_foreign_audience_is_not_sent() {
     }
 }
 
-/// The cluster's own token: tried first, so that a join token is not used up; the issuer in it is told to the gateway with the
-/// keys from the mounted file; after NO_ISSUER the join token admits.
+/// The agent tries the cluster's own token first, so that a join token is not used up. It reports the issuer to the gateway with the
+/// keys from the mounted file; after NO_ISSUER the join token admits the agent.
 #[tokio::test]
 async fn a_restarted_pod_joins_with_its_own_token() {
     let mut gateway = Gateway::start(LONG).await;
@@ -702,8 +703,8 @@ async fn a_restarted_pod_joins_with_its_own_token() {
     agent.shutdown().await;
 }
 
-/// Goal: D10: an agent that its ServiceAccount token lets in says nothing of a join token that is gone or cut; who is refused learns
-/// what else could not be used.
+/// Goal: D10: an agent admitted by its ServiceAccount token logs nothing about a missing or truncated join token; a refused agent
+/// logs which other proofs were unusable.
 #[tokio::test]
 async fn d10_a_join_token_that_is_not_needed_may_be_gone() {
     let mut gateway = Gateway::start(LONG).await;
@@ -737,7 +738,7 @@ async fn d10_a_join_token_that_is_not_needed_may_be_gone() {
     }
 }
 
-/// What is logged.
+/// The captured log.
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
 

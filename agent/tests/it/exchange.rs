@@ -44,12 +44,12 @@ async fn a_get_goes_through_and_its_connection_is_used_again() {
     }
     assert!(rig.upstream.is_quiet().await);
     assert_eq!(metric(&rig.agent, "towline_agent_upstream_connects_total{outcome=\"ok\"}").await, 1.0);
-    // Idle connections and health probes are no reason to wait: for what does not end it would be 5 s.
+    // Idle connections and health probes must not delay the shutdown; anything that does not end would take 5 s.
     let end = tokio::time::timeout(Duration::from_millis(4500), rig.agent.shutdown());
     end.await.expect("a quick end");
 }
 
-/// R-PA-1: the path reaches the upstream as it came.
+/// R-PA-1: the path reaches the upstream unchanged.
 #[tokio::test]
 async fn paths_are_not_touched() {
     let rig = Rig::start("").await;
@@ -72,7 +72,7 @@ async fn bodies_stream_both_ways() {
     assert_eq!(upstream.head().await.all("transfer-encoding"), ["chunked"]);
     call.send.write_chunk(Bytes::from_static(b"abc")).await.unwrap();
     assert_eq!(upstream.read(8).await, b"3\r\nabc\r\n");
-    // The answer begins while the request is still coming, and goes on while it does.
+    // The response starts while the request is still arriving, and continues meanwhile.
     upstream.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X\r\n\r\n2\r\nde\r\n").await;
     let response = call.response().await;
     assert_eq!(response.body, BodyKind::STREAM);
@@ -142,7 +142,7 @@ async fn an_early_answer_stops_the_request() {
     assert_eq!(call.whole().await.0, 200);
 }
 
-/// An abort never looks like an end, and its connection is not used again.
+/// An abort never looks like an end, and its connection is not reused.
 #[tokio::test]
 async fn an_upstream_that_breaks_off_is_a_reset() {
     let rig = Rig::start("").await;
@@ -242,8 +242,8 @@ async fn a_deadline_is_kept() {
     upstream.closed().await;
 }
 
-/// Goal: FR-02: as many fields of an answer as the protocol carries come through; what has more is called that, and nobody is told that
-/// nothing was done.
+/// Goal: FR-02: a response with as many fields as the protocol allows passes. One with more gets an error that says so, and that does
+/// not claim that the request had no effect.
 #[tokio::test]
 async fn fr_02_an_answer_may_have_hundreds_of_fields() {
     let rig = Rig::start("").await;
@@ -270,7 +270,7 @@ async fn fr_02_an_answer_may_have_hundreds_of_fields() {
     }
 }
 
-/// A stream that says nothing is given up, and one that talks nonsense at once.
+/// A stream without a head is reset after a deadline, and one with an invalid head at once.
 #[tokio::test]
 async fn a_bad_open_is_a_reset() {
     // Long enough for nonsense to arrive in time on a slow machine.
@@ -326,7 +326,7 @@ async fn the_limit_on_connections_fails_the_request_untouched() {
     assert_eq!(call.whole().await.0, 200);
 }
 
-/// AG-08: one upstream that stalls holds up nobody else.
+/// AG-08: one stalled upstream does not block others.
 #[tokio::test]
 async fn a_stalled_answer_is_alone() {
     let rig = Rig::start("").await;

@@ -20,7 +20,7 @@ async fn arrives(rig: &Rig, request: Request) -> crate::common::Head {
     head
 }
 
-/// R-IMP-1 to -6 in one request: exactly the principal, whatever else was in it.
+/// R-IMP-1 to -6 in one request: the upstream sees exactly the principal, whatever else the request contained.
 #[tokio::test]
 async fn an_impersonated_request_is_exactly_the_principal() {
     let rig = Rig::start_with(|world| world.impersonate("agent-token", "")).await;
@@ -74,7 +74,7 @@ async fn what_the_configuration_forbids_is_denied_before_anything_is_sent() {
         let failure = Call::bodiless(&rig.session, request).await.failure().await;
         assert_eq!((failure.code, failure.untouched), (Code::Denied.to_u32(), true), "{failure:?}");
     }
-    // A request of its own must bring its own credential: the agent's is not lent to it (AU-06).
+    // A request in restricted mode needs its own credential: the agent does not add its own (AU-06).
     let failure = Call::get(&rig.session, "/").await.failure().await;
     assert!(failure.message.contains("no credential of its own"), "{failure:?}");
     assert!(rig.upstream.is_quiet().await);

@@ -43,7 +43,7 @@ async fn every_family_moves() {
     // The gateway of these tests speaks no QUIC: the session falls back to TCP.
     let mut rig = Rig::start("transport: auto\nlimits: { exchanges: 1 }\n").await;
 
-    // One request, and one that is too many.
+    // One request, and one beyond the limit.
     let call = Call::get(&rig.session, "/first").await;
     let mut upstream = rig.upstream.accept().await;
     upstream.head().await;
@@ -72,7 +72,7 @@ async fn every_family_moves() {
     rig.agent.reload();
 
     let words = OPERATIONS.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
-    // How an agent gets and keeps an identity of its own is shown to move in `enrol.rs`.
+    // `enrol.rs` shows that the metrics of joining and renewing move.
     let identity = ["joins", "renewals", "certificate", "trust"];
     let elsewhere =
         |word: &str| identity.iter().any(|part| word.starts_with(&format!("towline_agent_{part}_")));

@@ -83,10 +83,10 @@ async fn a_get_is_sent_again_once() {
     assert_eq!(metric(&rig.agent, "towline_agent_upstream_stale_total{found=\"replayed\"}").await, 1.0);
 }
 
-/// Bytes that nobody asked for would be the answer to the next request.
+/// Unrequested bytes would be read as the response to the next request.
 #[tokio::test]
 async fn a_connection_out_of_step_is_not_used() {
-    // Found by whoever takes it from the pool, and by whoever reads what nobody asked for.
+    // Detected at checkout from the pool, and by the reader of unrequested bytes.
     for noticed in [false, true] {
         let (rig, mut old) = idle("").await;
         old.write("HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison").await;
@@ -162,7 +162,7 @@ async fn an_api_server_that_cannot_be_reached_is_named() {
     becomes(&agent, counted, 1.0).await;
 }
 
-/// AG-01: a wrong CA is an error and never a reason to look away.
+/// AG-01: a wrong CA is an error and never ignored.
 #[tokio::test]
 async fn an_api_server_with_a_foreign_certificate_is_refused() {
     let world = crate::common::World::new();

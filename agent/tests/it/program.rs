@@ -25,7 +25,7 @@ fn texts(output: &Output) -> (String, String) {
     (text(&output.stdout), text(&output.stderr))
 }
 
-/// Reads to the end, beside the test.
+/// Reads to the end, concurrently with the test.
 fn read_on(mut pipe: impl Read + Send + 'static) -> JoinHandle<String> {
     std::thread::spawn(move || {
         let mut text = String::new();
@@ -48,7 +48,7 @@ fn a_check_prints_the_configuration_in_force_without_secrets() {
     assert!(out.contains("mode: impersonate") && out.contains("upstreamIdle: 45s"), "{out}");
     assert!(!out.contains(SECRET) && !error.contains(SECRET));
     assert!(!out.contains("PRIVATE KEY"));
-    // Every way to say it says the same.
+    // Flag and variable have the same effect.
     let output = agent(&world, &yaml).env("TOWLINE_CHECK", "true").output().unwrap();
     assert_eq!(texts(&output).0, out);
 }
@@ -90,7 +90,7 @@ async fn a_signal_drains_and_no_log_line_holds_a_secret() {
     let mut command = agent(&world, &yaml);
     command.args(["--log-level", "trace"]).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    // All the time: a program whose pipe is full waits for its reader.
+    // Read continuously: a program with a full pipe waits for its reader.
     let (out, error) = (read_on(child.stdout.take().unwrap()), read_on(child.stderr.take().unwrap()));
     let session = gateway.session().await;
     let own = [("Authorization", "Bearer canary-own"), ("X", "\u{202e}bidi")];
@@ -121,7 +121,7 @@ async fn a_signal_drains_and_no_log_line_holds_a_secret() {
     }
 }
 
-/// D14: at an address where something else answers, the warning says so, whichever transport failed last.
+/// D14: if another server answers at the address, the warning says so, whichever transport failed last.
 #[tokio::test]
 async fn d14_a_wrong_address_is_called_that() {
     let world = World::new();
@@ -173,8 +173,8 @@ fn limited(world: &World, yaml: &str, ulimit: &str) -> Command {
     command
 }
 
-/// FR-16: a low soft limit is no limit, as for any Go program: it is raised to the hard one, and where that is enough nothing is
-/// said.
+/// FR-16: a low soft limit has no effect, as for any Go program: the agent raises it to the hard limit, and logs nothing if that is
+/// enough.
 #[tokio::test]
 async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
     let world = World::new();
@@ -187,7 +187,7 @@ async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["512", "512"]);
-    // More at a time than the soft limit was.
+    // More descriptors than the original soft limit.
     let mut held = Vec::new();
     for _ in 0..48 {
         let call = Call::get(&session, "/").await;
@@ -201,8 +201,8 @@ async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
     assert!(!error.contains("descriptors"), "{error}");
 }
 
-/// FR-16: where the hard limit is too low the start says how many are needed and what to set, and a request that finds none left
-/// is refused for that, by name, as any limit is.
+/// FR-16: if the hard limit is too low, the start logs how many descriptors are needed and what to set. A request that finds no
+/// descriptor is refused with that reason, like any limit.
 #[tokio::test]
 async fn fr_16_too_few_descriptors_are_a_limit_with_a_name() {
     let world = World::new();

@@ -31,7 +31,7 @@ struct Api {
 
 #[derive(Default)]
 struct Shared {
-    /// The beginning of a request, the status line behind the version with more headers, and the body; the last that fits counts.
+    /// The beginning of a request, the status line after the version with more headers, and the body. The last matching rule applies.
     rules: Mutex<Vec<(&'static str, &'static str, &'static str)>>,
     seen: Mutex<Vec<String>>,
     handshakes: std::sync::atomic::AtomicUsize,
@@ -137,7 +137,7 @@ fn config(world: &World, api: SocketAddr, more: &str) -> AgentConfig {
 }
 
 impl Rig {
-    /// What the agent says next that is of this state.
+    /// The agent's next report with this state.
     async fn says(&self, wanted: ApiServerState) -> About {
         soon(wanted.reason(), async {
             loop {
@@ -155,7 +155,7 @@ impl Rig {
     }
 }
 
-/// D4 (a), (b), (c): what is between the agent and the API server is told, and the agent's readiness does not follow from it.
+/// D4 (a), (b), (c): the agent reports problems between it and the API server, and its readiness does not depend on them.
 #[tokio::test]
 async fn d4_abc_the_way_to_the_api_server() {
     let world = World::new();
@@ -197,8 +197,8 @@ async fn d4_abc_the_way_to_the_api_server() {
     tokio::join!(ca, nothing, silent, name, unknown);
 }
 
-/// D4 (d), AU-14: an agent that may not impersonate says so, and a caller is not told that they are forbidden something; what they are
-/// forbidden they are told.
+/// D4 (d), AU-14: an agent that is not allowed to impersonate reports it, and the caller does not get a 403 for that. A caller's own 403
+/// reaches the caller.
 #[tokio::test]
 async fn d4_d_au_14_an_agent_that_may_not_impersonate() {
     let world = World::new();
@@ -234,7 +234,7 @@ async fn d4_d_au_14_an_agent_that_may_not_impersonate() {
     rig.says(ApiServerState::Reachable).await;
 }
 
-/// D4 (e), D3: a 401 to the agent's own token is nobody else's, and what a workload asks for itself goes through.
+/// D4 (e), D3: a 401 to the agent's own token never reaches the caller, and a 401 of a workload passes.
 #[tokio::test]
 async fn d3_d4_e_the_agents_own_token_is_refused() {
     let world = World::new();
@@ -287,7 +287,7 @@ async fn d3_d4_e_the_agents_own_token_is_refused() {
     rig.says(ApiServerState::Reachable).await;
 }
 
-/// D4 (f): the mode is told at once, before anything is known of the API server.
+/// D4 (f): the agent reports its mode at once, before it knows anything about the API server.
 #[tokio::test]
 async fn d4_f_the_mode_is_reported_at_once() {
     let world = World::new();
@@ -297,7 +297,7 @@ async fn d4_f_the_mode_is_reported_at_once() {
     assert_eq!((about.mode, about.api_server), (i32::from(AgentMode::Restricted), None));
 }
 
-/// An idle agent shakes hands again and again, and asks for nothing but what it may: its looks are in nobody's audit log.
+/// An idle agent repeats handshakes and sends only requests that it is allowed to: its checks appear in no audit log.
 #[tokio::test]
 async fn d4_a_check_sends_no_request() {
     let world = World::new();
@@ -319,7 +319,7 @@ async fn d4_a_check_sends_no_request() {
     assert_eq!(lines, ["GET /livez HTTP/1.1", "GET /version HTTP/1.1"]);
 }
 
-/// An API server that cannot serve says so itself.
+/// An unhealthy API server is reported by its own response.
 #[tokio::test]
 async fn k3_an_unhealthy_api_server() {
     let world = World::new();

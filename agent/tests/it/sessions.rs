@@ -34,7 +34,7 @@ async fn a_lost_session_is_replaced() {
     becomes(&rig.agent, "towline_agent_sessions{transport=\"tcp\"}", 1.0).await;
 }
 
-/// Make before break: the old session finishes what it has, the new one takes what comes.
+/// Make before break: the old session finishes its streams, the new one gets new streams.
 #[tokio::test]
 async fn a_drained_gateway_is_left_after_a_new_one_is_found() {
     let world = World::new();
@@ -97,7 +97,7 @@ async fn a_drain_finishes_open_streams() {
     assert!(rig.gateway.is_quiet().await);
 }
 
-/// The deadline of a drain is kept whatever is open.
+/// A drain ends at its deadline, whatever is still open.
 #[tokio::test]
 async fn an_unfinished_drain_ends_at_its_deadline() {
     let rig = Rig::start("drain: { deadline: 200ms }\n").await;
@@ -149,7 +149,7 @@ async fn sessions_spread_over_the_addresses() {
     let agent = Agent::start(world.config(&[first.at, second.at, dead], upstream.at, more)).await.unwrap();
     first.session().await;
     second.session().await.close(Code::Internal, "a test");
-    // The slot's next attempts go on from where it stands.
+    // The slot's next attempts continue from its current address.
     second.session().await;
     agent.shutdown().await;
 }
@@ -175,8 +175,8 @@ async fn a_new_certificate_replaces_the_session() {
     assert!(new.is_open());
 }
 
-/// The gateway is told the API server's version, which the agent asks for without a credential: it needs no right for that. A new
-/// session is told at once; a gateway that does not ask for it has the API server left alone.
+/// The agent reports the API server's version, which it requests without a credential, so that it needs no permission. It reports to
+/// a new session at once. If the gateway lacks the capability, the agent does not contact the API server.
 #[tokio::test]
 async fn the_version_of_the_cluster_is_reported() {
     let world = World::new();
@@ -213,7 +213,7 @@ async fn the_version_of_the_cluster_is_reported() {
     assert!(tokio::time::timeout(Duration::from_millis(1500), left_alone.accept()).await.is_err());
 }
 
-/// An API server that tells nobody, or without end, is no trouble: nothing is said, and what matters goes on.
+/// An API server that refuses the version, or answers endlessly, is not a problem: no version is reported, and requests continue.
 #[tokio::test]
 async fn an_unreported_version_is_unknown() {
     for answer in
@@ -244,7 +244,7 @@ async fn an_unreported_version_is_unknown() {
     }
 }
 
-/// A4: whoever opens connections to the health port and says nothing delays no probe: the oldest of them give way.
+/// A4: silent connections to the health port delay no probe: the oldest of them are closed.
 #[tokio::test]
 async fn a4_silent_connections_delay_no_probe() {
     let rig = Rig::start("").await;
@@ -252,7 +252,7 @@ async fn a4_silent_connections_delay_no_probe() {
     for _ in 0..200 {
         silent.push(TcpStream::connect(rig.agent.admin_addr()).await.unwrap());
     }
-    // With an order of arrival they would take their deadline, a few at a time.
+    // In order of arrival each probe would wait for the deadline of the silent connections.
     for probe in ["/livez", "/readyz"] {
         let answer = tokio::time::timeout(Duration::from_secs(4), health(&rig.agent, probe)).await;
         assert_eq!(answer.unwrap().0, 200, "{probe}");
@@ -261,7 +261,7 @@ async fn a4_silent_connections_delay_no_probe() {
     drop(soon("the oldest has given way", silent.remove(0).read_to_end(&mut rest)).await);
     // 16 are the share of one address.
     reaches(&rig.agent, "towline_agent_refused_total{limit=\"admin_connections\"}", 200.0 - 16.0).await;
-    // What stays says nothing in time, and goes for that.
+    // The remaining connection sends nothing in time and is closed for that.
     drop(soon("the newest is closed", silent.pop().unwrap().read_to_end(&mut rest)).await);
     assert!(rest.is_empty());
 }

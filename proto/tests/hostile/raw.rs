@@ -24,7 +24,7 @@ const CID_LEN: usize = 8;
 const INITIAL: usize = 0;
 const HANDSHAKE: usize = 1;
 const DATA: usize = 2;
-/// What a server does not answer within this time it never answers: a slow machine takes seconds.
+/// A server that has not answered within this time will not answer; a slow machine takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 const PING: u8 = 0x01;
@@ -237,7 +237,7 @@ impl Raw {
     }
 
     pub(crate) async fn send_datagram(&mut self, datagram: &[u8]) {
-        // An ICMP error of an earlier datagram shows here; it says nothing about this one.
+        // The error may be an ICMP error of an earlier datagram, not of this one.
         if let Ok(sent) = self.socket.send(datagram).await {
             self.sent += sent;
         }
@@ -422,7 +422,7 @@ impl Raw {
             (level, number_at, number_at + length)
         };
         let space = &mut self.spaces[level];
-        // What comes before its keys is lost; it comes again.
+        // Packets before their keys are lost and retransmitted.
         let keys = space.keys.as_ref()?;
         let sample_at = number_at + 4;
         let sample = packet.get(sample_at..sample_at + keys.remote.header.sample_len())?.to_vec();

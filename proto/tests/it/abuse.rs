@@ -24,7 +24,7 @@ fn goaway() -> GoAway {
     GoAway { code: 10, reconnect_after_ms: 0, drain_ms: 1000 }
 }
 
-/// Reads all there is; tells the bytes and how it ended.
+/// Reads all available bytes; returns them and the end.
 fn read_all(lone: &mut Lone, key: towline_proto::mux::Key) -> (usize, Read) {
     let mut total = 0;
     loop {
@@ -107,7 +107,7 @@ fn mx_03_frames_for_unknown_streams_end_the_session() {
     }
 }
 
-/// The peer cannot know a stream whose OPEN has not left: a frame for it is a guess, not a race.
+/// The peer cannot know a stream whose OPEN was not sent: a frame for it is a violation, not a race.
 #[test]
 fn mx_03_frames_for_a_stream_that_was_not_announced() {
     for frame in [
@@ -176,7 +176,7 @@ fn mx_04_data_beyond_the_credit() {
     assert!(matches!(&lone.output()[..], [Item::Frame(Frame::Close { code: 8, .. })]));
 }
 
-/// A stream that nobody reads any more still has no more credit than was granted.
+/// A stream without a reader still has no more credit than was granted.
 #[test]
 fn mx_04_discarded_data_is_charged_too() {
     let mut lone = Lone::ready(small());
@@ -266,18 +266,18 @@ fn mx_06_a_flood_of_opens() {
         assert_eq!(pair, [Item::Frame(Frame::Reset { id, code }), Item::Frame(Frame::Stop { id, code })]);
     }
     assert_eq!(refused.len(), 2 * max as usize);
-    // What the peer had sent for them meanwhile is ignored.
+    // Frames that the peer sent for them meanwhile are ignored.
     lone.input(data(1 + 2 * max, b"head", true));
     lone.assert_open();
 
-    // A peer that does not take our refusals is cut off before they pile up.
+    // A peer that does not read refusals is disconnected before they pile up.
     for i in 2 * max..4 * max {
         lone.frame(&Frame::Open { id: StreamId(1 + 2 * i), limit: 0 });
     }
     assert_eq!(lone.violation(), "limit: too many streams");
 }
 
-/// Rapid reset: the streams end at once, so only their rate tells.
+/// Rapid reset: the streams end at once, so only their rate reveals the attack.
 #[test]
 fn mx_06_open_and_reset_flood() {
     let limits = Limits { resets_per_second: 500, ..small() };
@@ -493,7 +493,7 @@ fn mx_08_stop_then_more() {
     assert!(matches!(lone.conn.write(lone.now, key, &mut more), Err(WriteError::Stopped(4))));
 }
 
-/// A half that was reset here says so, whether the RESET has left or not.
+/// A half that was reset here reports it, whether or not the RESET was sent.
 #[test]
 fn mx_08_write_after_a_local_reset() {
     let mut lone = Lone::ready(small());
@@ -509,7 +509,7 @@ fn mx_08_write_after_a_local_reset() {
     assert!(lone.output().is_empty());
 }
 
-/// Reading nothing says nothing about the end.
+/// Reading zero bytes does not report the end.
 #[test]
 fn mx_08_a_read_of_nothing() {
     let mut lone = Lone::ready(small());
@@ -660,7 +660,7 @@ fn the_hello_comes_first_and_once() {
     let mut lone = Lone::ready(small());
     lone.frame(&Frame::Hello(Box::new(hello())));
     assert_eq!(lone.violation(), "proto: a second hello");
-    // A peer may say why it will not talk before it says hello.
+    // A peer may send CLOSE with its reason before its hello.
     let mut lone = Lone::new(small());
     lone.frame(&Frame::Close { code: 5, text: "not you".to_owned() });
     assert_eq!(lone.conn.closed(), Some(&CloseReason::Peer { code: 5, text: "not you".to_owned() }));
@@ -829,7 +829,7 @@ fn memory_short() {
     assert!(lone.process.used() <= 1 << 20);
 }
 
-/// The process budget is shared: a session that does not fit is not started, and one that ends gives all back.
+/// The process budget is shared: a session that does not fit is not started, and a session that ends returns everything.
 #[test]
 fn the_process_budget_is_shared() {
     let limits = small();
@@ -867,7 +867,7 @@ fn an_ended_session_gives_its_share_back() {
     lone.conn.check_invariants();
 }
 
-/// A peer that takes nothing makes us hold a bounded number of frames.
+/// A peer that reads nothing makes this end hold a bounded number of frames.
 #[test]
 fn a_peer_that_does_not_read() {
     let mut lone = Lone::ready(small());

@@ -78,7 +78,7 @@ impl Lone {
         Self::introduced(limits, Introduction::default())
     }
 
-    /// Before the hello, with what this end says about itself.
+    /// A connection before the hello, with this end's introduction.
     pub fn introduced(limits: Limits, introduction: Introduction) -> Self {
         Self::of(Role::Gateway, limits, introduction)
     }

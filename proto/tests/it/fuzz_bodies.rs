@@ -201,7 +201,7 @@ pub fn ops(ops: &[(bool, Op)]) {
     world.rest();
 }
 
-/// Heads from the peer: whatever decodes encodes to something that decodes to the same.
+/// Heads from the peer: a head that decodes encodes to bytes that decode to the same head.
 pub fn heads(input: &[u8]) {
     fn round<M: Message + Default + PartialEq>(input: &[u8]) {
         if let Ok(head) = M::decode(input) {

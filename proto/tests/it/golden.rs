@@ -127,7 +127,7 @@ fn trust() -> Trust {
     Trust { version: 300, roots: vec!["one".into(), "two".into()], vouchers: vec!["then".into()] }
 }
 
-/// What is said while joining, byte for byte.
+/// The messages of joining, byte for byte.
 #[test]
 fn every_join_message_has_its_golden_bytes() {
     fn check<M: prost::Message + Default + PartialEq>(message: &M, bytes: &str) {
@@ -285,7 +285,7 @@ fn a_truncated_frame_is_not_a_boundary() {
     assert!(!boundary);
 }
 
-/// Types from the future with their top bit set pass by, whatever their flags, stream and payload.
+/// Unknown types with their top bit set are skipped, whatever their flags, stream and payload.
 #[test]
 fn skippable_types_are_skipped() {
     let ping = encode(&Frame::Ping(1));

@@ -84,7 +84,7 @@ fn questions_and_answers_alternate() {
     lone.assert_open();
 }
 
-/// What nobody asked for, asked too soon or sends too often ends the session by name.
+/// An answer without a question, a second question and too many notices end the session with the reason.
 #[test]
 fn abuse_is_named() {
     let cases: [(&str, Vec<Notice>); 4] = [
@@ -107,7 +107,7 @@ fn abuse_is_named() {
     }
     lone.frame(&Frame::Notice(renew(1).into()));
     assert_eq!(lone.violation(), "limit: too many notices");
-    // At a moderate pace it goes on for ever.
+    // At a moderate rate the session stays open.
     let mut lone = gateway(capable());
     for _ in 0..100 {
         lone.frame(&Frame::Notice(renew(1).into()));
@@ -129,7 +129,7 @@ fn no_notice_is_sent_before_the_session_is_ready() {
     assert_eq!(lone.conn.say(trust(1)), Err(SayError::Closed));
 }
 
-/// To a peer that does not list the capability nothing is said; one that knows more than we do is not cut off for it.
+/// A peer without the capability gets no notices; a peer with unknown capabilities is not disconnected.
 #[test]
 fn an_old_peer_is_not_broken() {
     let mut new = gateway(hello());
@@ -148,8 +148,8 @@ fn about(version: &str) -> Notice {
     Notice::About(About { kubernetes_version: version.to_owned(), ..About::default() })
 }
 
-/// A statement needs no question and gets no answer, in between whatever else is said; of several that wait only the last is kept. It has
-/// a capability of its own: to a gateway that does not list it none is said, and one from the future is skipped.
+/// A statement needs no question and gets no answer, between any other notices; of several unsent ones only the last is kept. It has
+/// its own capability: a gateway that does not list it gets none, and an unknown statement is skipped.
 #[test]
 fn a_statement_stands_alone() {
     let both = || Introduction {
@@ -215,7 +215,7 @@ fn sizes_are_bounded() {
     lone.conn.say(trust(1)).unwrap();
 }
 
-/// What was not said yet when the session ends is not said any more; what was heard can still be read.
+/// Notices unsent at the end of the session are dropped; received ones can still be read.
 #[test]
 fn the_end_silences() {
     let mut lone = gateway(capable());
@@ -309,7 +309,7 @@ fn a17_credit_for_a_stream_that_was_never_opened() {
     }
 }
 
-/// Who waits to hear is woken by a notice and by the end.
+/// A task that waits for a notice is woken by a notice and by the end.
 #[tokio::test(start_paused = true)]
 async fn sessions_say_and_hear() {
     let (near, far) = duplex(64 * 1024);

@@ -13,7 +13,7 @@ struct Pipe {
     capacity: usize,
 }
 
-/// What one end does with a stream.
+/// One end's work with a stream.
 struct Job {
     key: Key,
     /// Bytes still to write, and to read.
@@ -32,7 +32,7 @@ struct End {
     out: VecDeque<Bytes>,
     jobs: Vec<Job>,
     by_key: HashMap<Key, usize>,
-    /// Jobs that an event has told to try again: the others wait, so that a lost wakeup is a hang.
+    /// Jobs that an event made ready. The others wait, so that a lost wake-up is a hang.
     ready: VecDeque<usize>,
 }
 
@@ -66,7 +66,7 @@ fn byte(key: Key, offset: u64) -> u8 {
 }
 
 impl End {
-    /// Moves output into the pipe until it is full; tells whether anything moved.
+    /// Moves output into the pipe until it is full; returns whether anything moved.
     fn send(&mut self, pipe: &mut Pipe, batch: usize) -> bool {
         let mut moved = false;
         while pipe.bytes.len() < pipe.capacity {
@@ -152,7 +152,7 @@ impl Job {
         true
     }
 
-    /// Reads once; tells whether there was anything.
+    /// Reads once; returns whether there was anything.
     fn read_some(&mut self, conn: &mut Connection) -> bool {
         if self.ended {
             return false;

@@ -107,7 +107,7 @@ async fn read_all(recv: &mut RecvStream) -> Result<Vec<u8>, ReadError> {
     Ok(all)
 }
 
-/// What does not come within this time never comes: a slow machine takes seconds.
+/// An event that has not happened within this time will not happen; a slow machine takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
@@ -132,8 +132,8 @@ async fn settled(pair: &Pair) {
     eventually("the end of all streams", || streams() == (0, 0)).await;
 }
 
-/// Waits until a writer on the only stream has no credit left: its reader reads nothing. What was said about the session itself
-/// counts in the bytes, too, so that they prove it only once they stand still.
+/// Waits until a writer on the only stream has no credit left, because its reader reads nothing. The byte counts include control
+/// frames, so they prove it only once they stop changing.
 async fn credit_used_up(pair: &Pair) {
     let credit = u64::from(Limits::default().initial_credit);
     let mut last = 0;
@@ -289,7 +289,7 @@ async fn a1_a_peer_with_credit_never_waits_for_the_window() {
         whole(64 << 10).await;
     }
     whole(64 << 20).await;
-    // Readers that take nothing, and many who do beside them.
+    // Readers that have stopped, together with many that read.
     let mut stalled = Vec::new();
     for _ in 0..200 {
         stalled.push(ask(1 << 20).await);
@@ -339,7 +339,7 @@ async fn packets_are_as_large_as_the_path_takes() {
     assert_eq!(pair.conns[1].stats().path.sent_plpmtud_probes, 2);
 }
 
-/// A socket on a path that takes what Ethernet does, and says nothing of the rest.
+/// A socket on a path that carries Ethernet's packet size, and silently drops larger packets.
 #[derive(Debug)]
 struct Ethernet(Arc<dyn quinn::AsyncUdpSocket>);
 
@@ -379,7 +379,7 @@ impl quinn::AsyncUdpSocket for Ethernet {
     }
 }
 
-/// Goal: on Ethernet the search of both ends ends at nearly all that Ethernet takes.
+/// Goal: on Ethernet the search of both ends ends close to Ethernet's packet size.
 #[tokio::test]
 async fn packets_fit_ethernet() {
     use quinn::Runtime as _;
@@ -483,7 +483,7 @@ async fn a_write_given_up_lets_others_on() {
     soon("a write that waits for nobody", last).await.unwrap();
 }
 
-/// Goal: who waits for credit that a stalled reader never grants learns that the reader has left.
+/// Goal: a writer that waits for credit of a stalled reader is woken when the reader leaves.
 #[tokio::test]
 async fn a_writer_without_credit_hears_a_stop() {
     let pair = pair(Limits::default()).await;
@@ -504,14 +504,14 @@ async fn a_writer_without_credit_hears_a_stop() {
     let both = async { tokio::join!(write, leave) };
     let (error, back) = soon("news of the stop", both).await;
     assert_eq!(error, WriteError::Stopped(Code::Cancelled));
-    // Whoever asks again hears the same.
+    // A repeated call returns the same error.
     assert_eq!(send.stopped().await, error);
     assert_eq!(send.write_chunk(Bytes::from_static(b"x")).await, Err(error));
     drop((send, recv, back));
     settled(&pair).await;
 }
 
-/// What a future says when it is polled once, and no more.
+/// The result of polling a future exactly once.
 async fn polled_once<F: Future>(future: F) -> Option<F::Output> {
     let mut future = std::pin::pin!(future);
     std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
@@ -584,7 +584,7 @@ async fn a_drain_finishes_open_streams() {
     );
 }
 
-/// A session whose driver is gone wakes everyone who waits in it.
+/// A session whose driver is dropped wakes all waiting tasks.
 #[tokio::test]
 async fn a_dropped_driver_wakes_everyone() {
     let mut pair = pair(Limits::default()).await;
@@ -600,8 +600,8 @@ async fn a_dropped_driver_wakes_everyone() {
     assert!(matches!(send.write_chunk(Bytes::from_static(b"y")).await, Err(WriteError::Closed(_))));
 }
 
-/// Who waits on a session whose peer vanished without a word is told when it counts as dead, and no later: nobody is
-/// there for last words.
+/// A task that waits on a session whose peer vanished silently is woken when the peer is declared dead, and not later: there is no
+/// peer for last frames.
 #[tokio::test]
 async fn a_dead_session_fails_its_streams_at_once() {
     let limits = Limits::default();
@@ -609,7 +609,7 @@ async fn a_dead_session_fails_its_streams_at_once() {
     let (server, client) = quinn_configs(&limits);
     let listening = quinn::Endpoint::server(server, LOCAL).unwrap();
     let at = listening.local_addr().unwrap();
-    // A process of its own, as far as the network can tell.
+    // A separate process, from the network's point of view.
     let elsewhere =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let agent = config(Role::Agent, &limits, &budget);

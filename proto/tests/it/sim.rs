@@ -180,7 +180,7 @@ fn ordinary() -> World {
     world
 }
 
-/// An idle session lives for ever on its pings.
+/// An idle session stays alive on its pings.
 #[test]
 fn an_idle_session_lives() {
     let mut world = ordinary();
@@ -216,9 +216,9 @@ fn a_dead_path_is_noticed_in_time() {
     world.rest();
 }
 
-/// Goal: a path that dies for 30 s without telling anybody, with streams in every state. Both ends give the session up
-/// within 12 s of the cut, within 3 s where a stream that they opened waits for its first byte; every open stream ends as
-/// 504 with a reason and nobody hangs; only what had arrived whole is read as clean; credit and budgets return to zero.
+/// Goal: a path that silently dies for 30 s, with streams in every state. Both ends close the session within 12 s of the cut, or within
+/// 3 s if a stream that they opened waits for its first byte. Every open stream ends as 504 with a reason, and no task hangs. Only bodies
+/// that had arrived completely are read as complete. Credit and budgets return to zero.
 #[test]
 fn a_cut_path_leaves_no_caller_hanging() {
     let rounds = number("TOWLINE_SIM_SEEDS").unwrap_or(100);
@@ -250,7 +250,7 @@ fn a_cut_path_leaves_no_caller_hanging() {
     }
 }
 
-/// A stream that waits long for its first byte is no reason to doubt a peer that answers pings.
+/// A stream that waits long for its first byte does not end a session whose peer answers pings.
 #[test]
 fn a_long_wait_is_not_death() {
     let mut world = ordinary();

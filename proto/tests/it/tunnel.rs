@@ -98,7 +98,7 @@ impl Pair {
     }
 }
 
-/// Fails the test instead of waiting for ever. On paused time the wait costs nothing.
+/// Fails the test instead of waiting forever. On paused time the wait costs nothing.
 async fn soon<F: Future>(future: F) -> F::Output {
     timeout(Duration::from_secs(60), future).await.expect("somebody was not woken")
 }
@@ -187,7 +187,7 @@ async fn dropping_a_half_resets_or_stops_it_at_the_peer() {
     pair.end().await;
 }
 
-/// What was written before a finish arrives although the handle is dropped at once.
+/// Data written before a finish arrives although the handle is dropped at once.
 #[tokio::test(start_paused = true)]
 async fn dropping_a_finished_half_still_delivers_its_bytes() {
     let pair = pair(64).await;
@@ -200,7 +200,7 @@ async fn dropping_a_finished_half_still_delivers_its_bytes() {
     pair.end().await;
 }
 
-/// A stream that was given up before it left is nothing to the peer; whoever reads from it is woken.
+/// A stream that was reset before its OPEN was sent is invisible to the peer; its reader is woken.
 #[tokio::test(start_paused = true)]
 async fn a_reset_before_the_open_left_wakes_the_reader() {
     let pair = pair(1024).await;
@@ -249,7 +249,7 @@ async fn a_writer_without_credit_is_woken_by_credit_stop_and_end() {
 
 // ---- Ends of sessions ----
 
-/// The driver is dropped in the middle of everything: everyone who waits hears of it.
+/// The driver is dropped in the middle of everything: all waiting tasks are woken.
 #[tokio::test(start_paused = true)]
 async fn a_dropped_driver_wakes_everyone() {
     let mut pair = pair(1024).await;
@@ -275,7 +275,7 @@ async fn a_dropped_driver_wakes_everyone() {
     while let Some(done) = soon(tasks.join_next()).await {
         done.unwrap();
     }
-    // What had arrived may be lost, but never looks complete.
+    // Arrived data may be lost, but never looks complete.
     while let Ok(bytes) = agent_recv.read_chunk(1 << 20).await {
         assert!(bytes.is_some(), "never a clean end");
     }
@@ -690,7 +690,7 @@ async fn a_body_is_as_long_as_promised_or_broken() {
     }
 }
 
-/// A body that was read as far as promised and dropped before its FIN is no reason to complain; one that was not, is.
+/// A body that was read to its announced length and dropped before its FIN is not stopped; an incomplete one is.
 #[tokio::test(start_paused = true)]
 async fn a_dropped_body_stops_its_sender_unless_it_was_complete() {
     let pair = pair(1 << 16).await;
@@ -791,8 +791,8 @@ async fn a_splice_passes_each_end_on() {
     pair.end().await;
 }
 
-/// Goal: UP-09: an exec at which nobody types for an hour is there when somebody does. Nothing but the session's own pings runs meanwhile:
-/// gateway and agent set no clock for a raw connection.
+/// Goal: UP-09: an exec without input for an hour still works. Only the session's own pings run meanwhile: gateway and agent set no
+/// timeout for a raw connection.
 #[tokio::test(start_paused = true)]
 async fn up_09_an_hour_of_silence_ends_no_stream() {
     let pair = pair(512).await;

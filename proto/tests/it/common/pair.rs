@@ -59,7 +59,7 @@ impl Pair {
         pair
     }
 
-    /// Lets both ends say everything they have to say, a batch each way at a time. Time passes as on a fast link.
+    /// Moves all output between both ends, one batch each way at a time. Time passes as on a fast link.
     pub fn exchange_bytes(&mut self) -> usize {
         let mut moved = 0;
         loop {

@@ -12,7 +12,7 @@ const CUT: Duration = Duration::from_secs(30);
 const IDLE: Duration = Duration::from_secs(12);
 const WAITING: Duration = Duration::from_secs(3);
 
-/// What a stream is in the middle of when the path dies.
+/// The state of a stream when the path dies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum State {
     /// Its request was sent, and nothing has come back yet.
@@ -55,7 +55,7 @@ struct Talk {
     state: State,
 }
 
-/// What one round saw.
+/// The observations of one round.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     /// From the cut, or from the first stream that had to wait after it, to the end of the session, at each end.
@@ -100,7 +100,7 @@ impl Round {
         }
     }
 
-    /// What both applications do with a stream as long as the session lets them.
+    /// The work of both applications on a stream, as long as the session allows it.
     fn act(&mut self, Talk { id, opener, state }: Talk) {
         let other = 1 - opener;
         let (asked, _) = self.world.progress(id, opener);
@@ -172,7 +172,7 @@ fn limits(rng: &mut Rng) -> Limits {
     Limits { streams_max: 32, initial_credit: initial, recv_budget: 16 << 20, ..Limits::default() }
 }
 
-/// One round. What it asserts is that of the test that calls it.
+/// One round. It asserts the goal of the calling test.
 pub(crate) fn run(seed: u64) -> Seen {
     let mut rng = Rng(seed);
     let world = World::new([limits(&mut rng), limits(&mut rng)], [32 << 20, 32 << 20]);
@@ -187,7 +187,7 @@ pub(crate) fn run(seed: u64) -> Seen {
     round.world.apply(0, Op::Advance { millis: 1000 });
     assert!(round.world.is_ready());
 
-    // A life before the cut, of streams in each state. Who waits is drawn: without, both ends notice at leisure.
+    // Before the cut there are streams in each state. The number of waiting tasks is random; without any, both ends detect the cut later.
     let waiters = round.rng.below(4);
     for p in 0..2 {
         for state in State::ALL {
@@ -208,16 +208,16 @@ pub(crate) fn run(seed: u64) -> Seen {
             round.op(1 - talk.opener, talk.id, |pick| Op::Finish { pick });
         }
     }
-    // What is written now is on the way when the path dies.
+    // Bytes written now are in flight when the path dies.
     round.world.apply(0, Op::Pump { batch: 1 << 16 });
     round.world.apply(1, Op::Pump { batch: 1 << 16 });
 
-    // The cut. Nothing arrives any more, and nobody is told.
+    // The cut: nothing arrives any more, silently.
     let cut = round.world.now();
     round.cut = true;
     round.world.apply(0, Op::Stall);
     round.world.apply(1, Op::Stall);
-    // Requests come while nobody knows yet, but not in every round.
+    // In some rounds requests arrive before either end has detected the cut.
     let late = round.rng.below(2) == 0;
     for p in 0..2 {
         if late && round.rng.below(2) == 0 {
@@ -258,7 +258,7 @@ pub(crate) fn run(seed: u64) -> Seen {
         let answer = round.world.end(id, 1 - opener);
         match state {
             State::Over | State::Unread => assert_eq!(answer, Some(&Read::Finished), "{state:?} had arrived"),
-            // What was on the way may have been nothing.
+            // There may have been nothing in flight.
             State::Ending => assert!(answer.is_some()),
             _ => assert!(matches!(answer, Some(Read::Reset(_))), "{state:?} was cut: {answer:?}"),
         }

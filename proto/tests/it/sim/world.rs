@@ -57,7 +57,7 @@ pub enum Op {
     Advance {
         millis: u64,
     },
-    /// Time passes and nobody runs: the process was stopped.
+    /// Time passes while the process is stopped.
     Pause {
         millis: u64,
     },
@@ -117,7 +117,7 @@ fn index(n: u64) -> usize {
 /// The way from one peer to the other.
 #[derive(Debug)]
 struct Link {
-    /// What is on the way, and when it arrives.
+    /// Data in flight, with its time of arrival.
     flying: VecDeque<(Instant, Bytes)>,
     bytes: usize,
     capacity: usize,
@@ -308,8 +308,7 @@ impl World {
             .map_or((0, 0), |direction| (direction.written, direction.read))
     }
 
-    /// Peer `p` has given the session up: whoever waits in it has been woken, every read comes to an end, and every write
-    /// is refused.
+    /// Peer `p` has closed the session: all waiting tasks were woken, every read ends, and every write is refused.
     pub fn nobody_waits(&mut self, p: usize) {
         assert!(self.peers[p].closed.is_some(), "the session is closed");
         for i in 0..self.peers[p].handles.len() {
@@ -336,7 +335,7 @@ impl World {
     fn act(&mut self, p: usize, op: Op) {
         match op {
             Op::Open => {
-                // What has ended in both directions is of no further use.
+                // Remove streams that have ended in both directions.
                 let ended = |handle: &Handle| !handle.writing && !handle.reading;
                 while let Some(i) = self.peers[p].handles.iter().position(ended) {
                     self.release(p, i);
@@ -574,7 +573,7 @@ impl World {
 
     // ---- The transport ----
 
-    /// Moves output of peer `p` into its link; tells whether anything moved.
+    /// Moves output of peer `p` into its link; returns whether anything moved.
     fn pump(&mut self, p: usize, batch: usize) -> bool {
         if self.cut {
             return false;
@@ -605,7 +604,7 @@ impl World {
         moved
     }
 
-    /// Delivers to peer `p` what has arrived; tells whether anything did.
+    /// Delivers arrived data to peer `p`; returns whether there was any.
     fn deliver(&mut self, p: usize, chunk: usize) -> bool {
         let link = &mut self.links[1 - p];
         if link.stalled {
@@ -747,7 +746,7 @@ impl World {
         }
     }
 
-    /// Writes what a stream still has to write, then finishes it; tells whether anything happened.
+    /// Writes a stream's remaining data, then finishes it; returns whether anything happened.
     fn write_out(&mut self, p: usize, i: usize) -> bool {
         let Handle { key, writing, write_blocked, todo, .. } = self.peers[p].handles[i];
         let direction = self.direction(key, p);
