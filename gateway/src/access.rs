@@ -1,9 +1,9 @@
-//! Authentication and authorization of callers: who calls, and whether they may. The front, the exchange and the API ask it.
+//! Authentication and authorization of callers: who calls, and whether they may. The front, the exchange and the API use it.
 //!
-//! 1. [`Access::identify`]: the request's credential says who calls ([`authn`]).
-//! 2. [`Access::admit`] and [`Access::admit_to_fleet`]: the rules say whether they may; the request is put on the list of what is
-//!    running ([`running`]) before it is judged, so that nothing that is taken away slips through between the two.
-//! 3. [`Access::turn`], [`Access::place`] and [`Access::room`]: whether the caller has too much under way already.
+//! 1. [`Access::identify`] authenticates the request's credential ([`authn`]).
+//! 2. [`Access::admit`] and [`Access::admit_to_fleet`] apply the rules. The request joins the list of running
+//!    requests ([`running`]) before it is judged, so that no revocation is missed between the two steps.
+//! 3. [`Access::turn`], [`Access::place`] and [`Access::room`] limit what one caller may have under way.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
@@ -43,22 +43,22 @@ use towline_certs::{CertificateDer, ClusterUid};
 use towline_model::text::printable;
 use towline_model::{ADMINS, ClusterName, Principal};
 
-/// Who is known, what of theirs is running, and how much one caller may have under way.
+/// The known callers, their running requests, and the limits of one caller.
 #[derive(Debug)]
 pub(crate) struct Access {
     context: Arc<Context>,
     running: Arc<Running>,
-    /// Whose the clients' connections are.
+    /// Whom the clients' connections count for.
     pub(crate) owners: Owners,
     requests: Arc<PerKey<String>>,
-    /// Requests of one principal to one cluster: those that last, and the others.
+    /// Requests of one principal to one cluster: long-running ones, and the others.
     long_places: Arc<PerKey<(String, ClusterUid)>>,
     places: Arc<PerKey<(String, ClusterUid)>>,
-    /// What may be unread of clients' bodies over HTTP/2.
+    /// Memory for unread request bodies over HTTP/2.
     uploads: Arc<Shares<String>>,
 }
 
-/// Who calls, as far as the connection tells; and what goes on in it. A caller without a connection has one that nobody counts:
+/// The caller's connection: what it tells about the caller, and its requests. A caller without a connection uses one without limits:
 /// [`Standing::own`] and [`Seat::own`].
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -79,7 +79,7 @@ pub(crate) struct Peer {
     pub(crate) unread: Arc<Unread>,
     /// Refusals on the connection: the one that closes it, and later ones.
     pub(crate) refusals: Refusals,
-    /// Its seat among the connections. An upgraded connection outlives the HTTP on it, and keeps it by keeping this.
+    /// The connection's seat in the limits. An upgraded connection outlives its HTTP and keeps the seat by keeping this value.
     _seat: (Seat, Counted),
 }
 
@@ -90,14 +90,14 @@ struct Judged {
     certificate: Certificate,
 }
 
-/// A caller that was let in to a cluster.
+/// A caller that is admitted to a cluster.
 pub(crate) struct Admitted {
     pub(crate) principal: Arc<Principal>,
     pub(crate) cluster: Arc<Cluster>,
     pub(crate) run: Run,
 }
 
-/// A caller that was let in to the fleet's API, and until when their credential says who they are.
+/// A caller that is admitted to the fleet's API, and the expiry of their credential.
 pub(crate) struct Member {
     pub(crate) principal: Arc<Principal>,
     pub(crate) until: Option<SystemTime>,
@@ -122,7 +122,7 @@ impl Access {
         })
     }
 
-    /// Somebody who may call, of whom only the connection is known so far.
+    /// The peer of a new connection, which is not authenticated yet.
     pub(crate) fn peer(
         &self,
         address: SocketAddr,
@@ -185,7 +185,7 @@ impl Access {
         Some((run, judged))
     }
 
-    /// Who calls, and whether they may call this cluster. An `interactive` request ends with its credential in any case.
+    /// Authenticates the caller and decides whether they may call this cluster. An `interactive` request always ends with its credential.
     ///
     /// # Errors
     /// Why they may not.
@@ -221,10 +221,10 @@ impl Access {
         }
     }
 
-    /// Who calls the fleet's API, which everybody may who is somebody.
+    /// Authenticates the caller of the fleet's API, which every authenticated caller may use.
     ///
     /// # Errors
-    /// Why they are nobody.
+    /// Why the caller is not authenticated.
     pub(crate) fn admit_to_fleet(&self, peer: &Peer, headers: &HeaderMap) -> Result<Member, AccessError> {
         loop {
             let live = self.context.live();
@@ -245,7 +245,7 @@ impl Access {
         }
     }
 
-    /// Whether what let a request in still does.
+    /// Whether a request's credential and access are still valid.
     ///
     /// # Errors
     /// Why not.
@@ -253,10 +253,10 @@ impl Access {
         run.judge(&self.context, &self.context.live())
     }
 
-    /// One more request of this principal.
+    /// Counts one more request of this principal.
     ///
     /// # Errors
-    /// There are as many as there may be.
+    /// The limit is reached.
     pub(crate) fn turn(&self, principal: &Principal) -> Result<KeyPermit<String>, AccessError> {
         let too_many = AccessError::Limit(Limit::RequestsPerPrincipal, "requests of yours at the same time");
         self.requests.take(&principal.name).map_err(|_| too_many)
@@ -266,7 +266,7 @@ impl Access {
     /// A short request waits for a moment, because other short requests are about to end.
     ///
     /// # Errors
-    /// There are as many as there may be.
+    /// The limit is reached.
     pub(crate) async fn place(
         &self,
         principal: &Principal,
@@ -291,10 +291,10 @@ impl Access {
         })
     }
 
-    /// Room for what may be unread of a body over HTTP/2, of this length or of one that nobody knows. Cancel safe.
+    /// Reserves memory for the unread part of a body over HTTP/2, of this length or of unknown length. Cancel safe.
     ///
     /// # Errors
-    /// Which limit was in the way all the time.
+    /// The limit that was reached the whole time.
     pub(crate) async fn room(
         &self,
         peer: &Peer,
@@ -304,12 +304,12 @@ impl Access {
         uploads::room(&self.uploads, &peer.unread, &principal.name, length).await
     }
 
-    /// Bytes of clients' bodies that are unread, or may be.
+    /// Bytes reserved for clients' unread bodies.
     pub(crate) fn unread_bytes(&self) -> usize {
         self.uploads.used()
     }
 
-    /// Reviews what is running whenever somebody may have lost what let them in, for as long as it is polled.
+    /// Reviews the running requests whenever somebody may have lost access or a credential, for as long as it is polled.
     pub(crate) async fn review(&self) {
         running::review(&self.context, &self.running).await;
     }
@@ -318,7 +318,7 @@ impl Access {
 /// How long a request waits for other requests of its principal to the same cluster.
 const PLACE_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Whether somebody may do everything in the fleet's API.
+/// Whether the principal is an admin of the fleet's API.
 pub(crate) fn is_admin(principal: &Principal) -> bool {
     principal.groups.iter().any(|group| group == ADMINS)
 }

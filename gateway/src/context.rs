@@ -1,4 +1,4 @@
-//! What stands below all rooms of one gateway: the effective configuration, what is on record, the metrics and the task trackers.
+//! What all rooms of one gateway may use: the effective configuration, the fleet on record, the metrics and the task trackers.
 
 use crate::ca::authority::Authorities;
 use crate::config::{Cluster, GatewayConfig};

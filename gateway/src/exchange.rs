@@ -1,6 +1,6 @@
 //! One exchange with a cluster, in the order of the functions:
 //!
-//! 1. `plan`: who calls and whether they may ([`crate::access`]), and the upstream's head ([`crate::exchange::headers`]). Nothing has
+//! 1. `plan`: authenticate and authorize ([`crate::access`]), and build the upstream's head ([`crate::exchange::headers`]). Nothing has
 //!    left the gateway yet.
 //! 2. `open`: pick a session, open a stream, send the head, send the body while waiting for the answer. If nothing
 //!    was done with it, once more on another session, as long as all of the client's body is still here; so also if the
@@ -8,9 +8,9 @@
 //! 3. `attempt`: one try of it.
 //! 4. `answer_with` or `switch`: the answer's head for the client, and the body as it arrives; or raw bytes after a 101.
 //!
-//! An exchange knows no client's connection: its body may be any [`Body`], and what it comes to is a head and a body, or a head and a
-//! raw stream ([`Exchanged`]). Whoever drops the exchange, such as hyper when the client goes away, resets and stops its stream. What
-//! goes wrong before the answer's head becomes an [`ExchangeError`]; after it the client sees an abort, never a clean end.
+//! An exchange needs no client connection: the request's body may be any [`Body`], and the result is a head and a body, or a head and a
+//! raw stream ([`Exchanged`]). Dropping the exchange, as hyper does when the client leaves, resets and stops its stream. An error
+//! before the response's head becomes an [`ExchangeError`]; after it the client sees an abort, never a clean end.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
@@ -63,12 +63,12 @@ pub(crate) struct Exchange {
     memory: Arc<Shares<ClusterUid>>,
 }
 
-/// What an exchange comes to.
+/// The result of an exchange.
 #[derive(Debug)]
 pub(crate) enum Exchanged {
-    /// An answer, whose body is still to arrive.
+    /// A response, whose body is still arriving.
     Answer(Response<TunnelBody>),
-    /// A 101: after it raw bytes flow both ways.
+    /// A 101, after which raw bytes flow both ways.
     Switched(Response<()>, Raw),
 }
 
@@ -86,7 +86,7 @@ impl Exchange {
     /// Runs the exchange of a request that was found good ([`Self::check`]) and routed to a cluster, for `peer`.
     ///
     /// # Errors
-    /// Why there is no answer of the cluster's.
+    /// Why there is no response from the cluster.
     pub(crate) async fn run<B>(
         &self,
         head: &Parts,

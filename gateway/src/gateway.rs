@@ -38,12 +38,12 @@ use tokio::time::{Instant, timeout, timeout_at};
 use towline_certs::{ClusterUid, SpkiPin};
 use towline_proto::Code;
 
-/// How long sessions that carry nothing any more may take to say goodbye.
+/// How long idle sessions may take to close.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
-/// How long the disk has to take the word that this gateway drains.
+/// How long the disk may take to record that this gateway drains.
 const SAY_DRAINING: Duration = Duration::from_secs(1);
 
-/// Free ports of TCP that are tried for one that is free on UDP too.
+/// How many free TCP ports to try for one that is also free on UDP.
 const ANY_PORT_ATTEMPTS: usize = 20;
 
 /// Why a gateway does not start.
@@ -59,7 +59,7 @@ pub enum StartError {
     Listen { key: &'static str, address: SocketAddr, error: io::Error },
 }
 
-/// A running gateway. Dropping it ends everything at once; [`Gateway::drain`] is the polite way.
+/// A running gateway. Dropping it aborts everything; [`Gateway::drain`] stops it gracefully.
 #[derive(Debug)]
 pub struct Gateway {
     context: Arc<Context>,
@@ -78,12 +78,12 @@ impl Gateway {
     /// Starts a gateway with this configuration. Port 0 means any free port.
     ///
     /// # Errors
-    /// The configuration or a file it names is bad, or an address is taken.
+    /// The configuration or a file that it names is invalid, or an address is in use.
     pub async fn start(config: GatewayConfig) -> Result<Self, StartError> {
         Self::start_from(config, None).await
     }
 
-    /// As [`Self::start`], with the file that the configuration came from: it is read again when it changes.
+    /// Like [`Self::start`], with the configuration's file, which is read again when it changes.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -148,31 +148,31 @@ impl Gateway {
         Ok(Self { context, registry, trust, recorder, public, plaintext, quic, admin, path })
     }
 
-    /// Where clients and agents connect.
+    /// The public address.
     #[must_use]
     pub const fn public_addr(&self) -> SocketAddr {
         self.public
     }
 
-    /// Where clients connect whose TLS ended before the gateway, if they may.
+    /// The address for clients behind a TLS-terminating proxy, if configured.
     #[must_use]
     pub const fn plaintext_addr(&self) -> Option<SocketAddr> {
         self.plaintext
     }
 
-    /// Where agents connect over QUIC, if they may.
+    /// The QUIC address, if enabled.
     #[must_use]
     pub const fn quic_addr(&self) -> Option<SocketAddr> {
         self.quic
     }
 
-    /// Where health and metrics are.
+    /// The private address with health and metrics.
     #[must_use]
     pub const fn admin_addr(&self) -> SocketAddr {
         self.admin
     }
 
-    /// Live sessions of the cluster with this name, or none if there is no such cluster.
+    /// Number of live sessions of the cluster with this name; 0 if there is no such cluster.
     #[must_use]
     pub fn connected(&self, cluster: &str) -> usize {
         self.presence(cluster).sessions
@@ -186,7 +186,7 @@ impl Gateway {
         cluster.map(|cluster| self.registry.presence(&cluster.uid)).unwrap_or_default()
     }
 
-    /// How a cluster's agents stand towards the tunnel CA's roots as they are now; of none if there is no such cluster.
+    /// The trust state of a cluster's agents; the default if there is no such cluster.
     #[must_use]
     pub fn trust(&self, cluster: &str) -> TrustState {
         let live = self.context.live();
@@ -194,7 +194,7 @@ impl Gateway {
         cluster.map(|cluster| self.trust.state(&cluster.uid, live.trust.version)).unwrap_or_default()
     }
 
-    /// What an agent of this cluster has said last of its API server's version.
+    /// The API server's version as an agent of this cluster reported it last.
     #[must_use]
     pub fn kubernetes_version(&self, cluster: &str) -> Option<String> {
         let live = self.context.live();
@@ -208,7 +208,7 @@ impl Gateway {
         self.context.tunnel_pins()
     }
 
-    /// What is on record, with a state directory.
+    /// The fleet on record, if there is a state directory.
     #[must_use]
     pub fn fleet(&self) -> Option<&Fleet> {
         self.context.fleet.as_ref()
@@ -222,7 +222,7 @@ impl Gateway {
     /// Reads configuration, certificates and tokens again.
     ///
     /// # Errors
-    /// Everything that is wrong; the last good state stays in force.
+    /// Every mistake; the last valid state stays in effect.
     pub async fn reload(&self) -> Result<(), ConfigError> {
         let (context, registry, path) =
             (Arc::clone(&self.context), Arc::clone(&self.registry), self.path.clone());
@@ -233,9 +233,9 @@ impl Gateway {
         done.unwrap_or_else(|_| Err(ConfigError { problems: vec!["reload interrupted".to_owned()] }))
     }
 
-    /// Stops politely: not ready, and agents are told to go elsewhere; after a delay nothing new is accepted; what runs is
-    /// finished, requests on open connections included; what is left at the deadline is cut off, raw connections with a
-    /// last word. Returns when everything has ended, which may be at once. Called again it joins the drain under way.
+    /// Drains: becomes not ready and sends agents elsewhere; after a delay accepts no new connections; finishes running
+    /// requests, including those on open connections; cuts off the rest at the deadline, raw connections with a
+    /// last message. Returns when everything has ended, which may be at once. A second call joins the drain under way.
     pub async fn drain(&self) {
         let context = &self.context;
         let (stages, tasks, config) = (&context.stages, &context.tasks, &context.config.drain);
@@ -246,7 +246,7 @@ impl Gateway {
         );
         context.metrics.draining();
         stages.unready.cancel();
-        // At once: agents are to be elsewhere when the balancers have noticed and clients arrive there.
+        // At once: agents should be connected elsewhere before load balancers send clients there.
         let sessions = self.registry.sessions();
         sessions.iter().for_each(|session| crate::tunnel::session::say_goaway(config, session));
         tokio::join!(tokio::time::sleep(config.delay), self.say_draining());
@@ -265,7 +265,7 @@ impl Gateway {
         tracing::info!("drained");
     }
 
-    /// Lets whoever starts meanwhile wait for the store. A disk that hangs holds up no drain.
+    /// Makes a gateway that starts meanwhile wait for the store. A hanging disk does not delay the drain.
     async fn say_draining(&self) {
         let Some(fleet) = self.context.fleet.clone() else { return };
         let said = tokio::task::spawn_blocking(move || fleet.store().says_draining());
@@ -281,7 +281,7 @@ impl Gateway {
         );
     }
 
-    /// Ends the sessions, which carry nothing any more, once their agents have understood that they are to go.
+    /// Ends the idle sessions after their agents have received the GoAway.
     async fn end_sessions(&self, deadline: Instant) {
         for session in self.registry.sessions() {
             let understood = session.wait_for(|state| state.drained || state.closed.is_some());
@@ -292,13 +292,13 @@ impl Gateway {
         drop(timeout_at(deadline, self.context.tasks.tunnel.wait()).await);
     }
 
-    /// Waits until everything ends without [`Self::shutdown`], because the gateway cannot do its work any more. What is left
-    /// then is to shut down, and to let somebody start it again.
+    /// Waits until the gateway aborts by itself because it cannot work any more. The caller
+    /// should then shut down and let a supervisor restart it.
     pub async fn failed(&self) {
         self.context.stages.abort.cancelled().await;
     }
 
-    /// Ends everything at once and waits until it has ended.
+    /// Aborts everything and waits until it has ended.
     pub async fn shutdown(&self) {
         let (stages, tasks) = (&self.context.stages, &self.context.tasks);
         stages.end();
@@ -320,10 +320,10 @@ impl Drop for Gateway {
     }
 }
 
-/// Checks a configuration and the files it names without starting anything. Blocks.
+/// Checks a configuration and the files that it names without starting anything. Blocks.
 ///
 /// # Errors
-/// Everything that is wrong.
+/// Every mistake.
 pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
     let own = config.state_directory.as_deref().map(|place| Authorities::look(place, SystemTime::now()));
     let own = own
@@ -333,7 +333,7 @@ pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
         .map(|live| live.warnings.iter().for_each(|warning| tracing::warn!("{warning}")))
 }
 
-/// Keeps what depends on the store as it is there, for as long as the gateway lives.
+/// Spawns the tasks that follow the store, for as long as the gateway lives.
 fn follow(context: &Arc<Context>, fleet: Fleet, feed: Arc<Feed>, recorder: Arc<Recorder>) {
     let house = &context.tasks.house;
     if fleet.count(Kind::Cluster) == 0 {
@@ -348,7 +348,7 @@ fn follow(context: &Arc<Context>, fleet: Fleet, feed: Arc<Feed>, recorder: Arc<R
             () = seen.stages.abort.cancelled() => {}
         }
     });
-    // Apart from the rest, as is the review of what is running: whoever is revoked does not stay for as long as it takes to show
+    // Separate from the other tasks, like the review of running requests: a revocation must not wait until the feed has processed
     // thousands of clusters.
     let (following, own) = (Arc::clone(context), fleet.clone());
     house.spawn(async move { following.stages.live_by(own.follow()).await });
@@ -384,7 +384,7 @@ async fn bind_public(
         let address = listen.quic.address.unwrap_or(public);
         match QuicListener::bind(context, address) {
             Ok(quic) => return Ok((listener, Some(quic), public)),
-            // Any free port was asked for, and this one is free on TCP only.
+            // Any free port was requested, and this one is free on TCP only.
             Err(_) if listen.address.port() == 0 && listen.quic.address.is_none() && attempts > 0 => {}
             Err(error) => return Err(StartError::Listen { key: "listen.quic", address, error }),
         }

@@ -35,12 +35,12 @@ use towline_model::{Mode, Principal, PrincipalError, token};
 /// The WebSocket subprotocol that carries a bearer token (Kubernetes).
 pub(crate) const BEARER_SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
 
-/// What a connection's client certificate is worth; judged once, after the handshake.
+/// The result of verifying a connection's client certificate, once after the handshake.
 #[derive(Clone, Debug, Default)]
 pub enum Certificate {
     #[default]
     Absent,
-    /// Presented and not believed; the text says why.
+    /// The certificate is not trusted; the text says why.
     Unbelieved(String),
     Verified {
         principal: Arc<Principal>,
@@ -49,8 +49,8 @@ pub enum Certificate {
 }
 
 impl Certificate {
-    /// Judges what a client presented, leaf first. `own` is ours among `ca`: its certificates begin before they are issued, and
-    /// no other may say who is in a group of ours.
+    /// Verifies a client's chain, leaf first. `own` is the gateway's own CA among `ca`: its certificates are valid from before their issue, and
+    /// only it may assign the gateway's own groups.
     #[must_use]
     pub fn judge(
         chain: Option<&[CertificateDer<'_>]>,
@@ -87,7 +87,7 @@ impl Certificate {
     }
 }
 
-/// Why a caller is nobody.
+/// Why a caller is not authenticated.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum AuthnError {
     #[error("the request has more than one Authorization header")]
@@ -108,15 +108,15 @@ pub enum AuthnError {
     Expired,
     #[error("unknown bearer token")]
     UnknownToken,
-    /// No certificate, and a credential that is for somebody else.
+    /// No certificate, and a credential that this gateway did not issue.
     #[error("the request has no client certificate, and its credential was not issued by this gateway")]
     ForeignCredential,
-    /// Restricted mode: a certificate, and nothing for the cluster.
+    /// Restricted mode: a certificate, but no credential for the cluster.
     #[error(
         "this cluster is in restricted mode: the client certificate authenticates you to the gateway, but the request has no credential for the cluster"
     )]
     ClusterCredentialNeeded,
-    /// A credential of ours where it would reach a cluster.
+    /// A token of the gateway where it would be forwarded to a cluster.
     #[error("the request carries a token of the gateway where it would be forwarded to the cluster")]
     OwnCredential,
     #[error(transparent)]
@@ -129,7 +129,7 @@ impl From<Ended> for AuthnError {
     }
 }
 
-/// What a caller was believed for.
+/// The credential that authenticated a caller.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Credential {
     Certificate {
@@ -138,9 +138,9 @@ pub enum Credential {
         serial: Arc<str>,
         /// SHA-256 of the certificate, lower-case hex: two CAs may issue the same name, serial and dates.
         leaf: Arc<str>,
-        /// By the issuer's word.
+        /// Time of issue, according to the issuer.
         issued: SystemTime,
-        /// When it expires.
+        /// Expiry.
         until: SystemTime,
     },
     Token(token::Hash),
@@ -155,14 +155,14 @@ impl fmt::Display for Credential {
     }
 }
 
-/// Who calls, and what says so.
+/// An authenticated caller and their credential.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
     pub principal: Arc<Principal>,
     pub credential: Credential,
 }
 
-/// Who is known: the tokens of the configuration, and what is on record.
+/// The known callers: the tokens of the configuration, and the records.
 #[derive(Clone, Copy, Debug)]
 pub struct Known<'a> {
     pub tokens: &'a Tokens,
@@ -170,7 +170,7 @@ pub struct Known<'a> {
 }
 
 impl Known<'_> {
-    /// The file does not say when its tokens were issued: to be safe, before any revocation of their user.
+    /// The token file has no issue times: assume before any revocation of the token's user.
     fn in_file(&self, hash: &token::Hash) -> Option<Arc<Principal>> {
         let revoked = |user: &str| self.fleet.is_some_and(|fleet| fleet.has_revocation(user));
         self.tokens.find(hash).filter(|owner| !revoked(&owner.name))
@@ -180,7 +180,7 @@ impl Known<'_> {
         self.in_file(hash).or_else(|| self.fleet?.token(hash))
     }
 
-    /// Whose a credential is that was once believed to be `before`'s, and when it expires, which it may have. None if it was
+    /// The current owner of a credential that once belonged to `before`, and its expiry, which may have passed. `None` if it was
     /// revoked.
     #[must_use]
     pub fn owner_of(
@@ -208,10 +208,10 @@ impl Known<'_> {
     }
 }
 
-/// Finds out who calls, whatever they call: the answer to nobody is the same for every cluster, and for none.
+/// Authenticates the caller, independently of the target: a failure looks the same for every cluster, and for none.
 ///
 /// # Errors
-/// Why it is nobody.
+/// Why the caller is not authenticated.
 pub fn authenticate(
     headers: &HeaderMap,
     certificate: &Certificate,
@@ -250,10 +250,10 @@ pub fn authenticate(
     Ok(caller)
 }
 
-/// Checks that the request brings what a cluster of this mode wants. For callers that may call the cluster.
+/// Checks that the request has the credential that a cluster of this mode needs. Only for callers that may call the cluster.
 ///
 /// # Errors
-/// What is missing, or must not be there.
+/// What is missing or forbidden.
 pub fn suits(headers: &HeaderMap, mode: Mode) -> Result<(), AuthnError> {
     if mode == Mode::Impersonate {
         return Ok(());
@@ -262,13 +262,13 @@ pub fn suits(headers: &HeaderMap, mode: Mode) -> Result<(), AuthnError> {
     if authorization.is_some_and(is_own) || subprotocol.as_deref().is_some_and(is_own) {
         return Err(AuthnError::OwnCredential);
     }
-    // What an API server does not look at makes the request anonymous there.
+    // With a credential that an API server ignores, the request would be anonymous there.
     let counts = authorization.is_some_and(|line| bearer(line).is_some())
         || (subprotocol.is_some() && asks_for_websocket(headers));
     if counts { Ok(()) } else { Err(AuthnError::ClusterCredentialNeeded) }
 }
 
-/// Only there an API server looks for a token among the subprotocols.
+/// Only in a WebSocket handshake does an API server look for a token among the subprotocols.
 fn asks_for_websocket(headers: &HeaderMap) -> bool {
     let words = |name| {
         let lines = headers.get_all(name).iter().filter_map(|line: &HeaderValue| line.to_str().ok());
@@ -308,7 +308,7 @@ fn subprotocol_token(headers: &HeaderMap) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// Whether a credential, in any of its wrappings, holds a token of ours.
+/// Whether a credential, in any encoding, contains a token of the gateway.
 fn is_own(credential: &str) -> bool {
     let encoded = credential.split(' ').next_back().unwrap_or_default();
     holds_own(credential.as_bytes()) || decode(encoded).is_some_and(|decoded| holds_own(&decoded))
@@ -321,7 +321,7 @@ fn decode(text: &str) -> Option<Vec<u8>> {
     with(&alphabet::STANDARD).or_else(|| with(&alphabet::URL_SAFE))
 }
 
-/// Whether anything that is about to leave for a cluster holds a token of ours: the last look before it is sent.
+/// Whether a head that is about to be sent to a cluster contains a token of the gateway: the final check.
 pub(crate) fn carries_own_credential(name: &HeaderName, value: &[u8]) -> bool {
     let text = std::str::from_utf8(value).unwrap_or_default();
     let wrapped = match *name {
@@ -334,8 +334,8 @@ pub(crate) fn carries_own_credential(name: &HeaderName, value: &[u8]) -> bool {
     wrapped || holds_own(value)
 }
 
-/// As [`carries_own_credential`] for a path and its query: some clients put tokens there. Anywhere, with a key or without, escaped once
-/// or twice, as an application behind the cluster might read it. What is shorter than a token is none, but somebody's word.
+/// Like [`carries_own_credential`] for a path and its query, where some clients put tokens: anywhere, with a key or without, escaped once
+/// or twice, as an application behind the cluster might read it. Shorter text is not a token but an ordinary word.
 pub(crate) fn target_carries_own_credential(target: &str) -> bool {
     let mut text = Cow::Borrowed(target.as_bytes());
     for _ in 0..2 {
@@ -350,7 +350,7 @@ pub(crate) fn target_carries_own_credential(target: &str) -> bool {
     holds_whole(&text)
 }
 
-/// Whether a token of ours, or its first 16 characters, stand in `bytes`, whatever is before it.
+/// Whether `bytes` contain a token of the gateway, or its first 16 characters, whatever precedes it.
 fn holds_whole(bytes: &[u8]) -> bool {
     let prefix = token::PREFIX.as_bytes();
     let is_of_one = |byte: &&u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'~');
@@ -360,11 +360,11 @@ fn holds_whole(bytes: &[u8]) -> bool {
     bytes.windows(prefix.len()).enumerate().any(begins)
 }
 
-/// Characters behind a token's prefix by which it is one: half of those of the shortest that the gateway makes.
+/// Characters after the prefix that make a token: half of those of the shortest token that the gateway creates.
 const TOKEN_LEAST: usize = 16;
 
-/// Whether a token of ours begins anywhere in `bytes`. Where it would begin inside a longer word it is none: among the
-/// letters of other people's tokens, ours come up by chance.
+/// Whether a token of the gateway begins anywhere in `bytes`, except inside a longer word: among the
+/// letters of other tokens the prefix appears by chance.
 fn holds_own(bytes: &[u8]) -> bool {
     let prefix = token::PREFIX.as_bytes();
     let in_a_word =

@@ -15,7 +15,7 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use thiserror::Error;
 
-/// Why a web page may not ask this.
+/// Why a web page's request is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PageError {
     /// A page of another site made a browser send this.
@@ -28,11 +28,11 @@ pub enum PageError {
     ForeignOrigin(String),
 }
 
-/// Whether a request to a cluster may come from where it says that it comes from. `raw` is one that switches protocols, `by` says who
-/// calls.
+/// Whether a request to a cluster may come from its `Origin`. `raw` is a request that switches protocols, `by` the caller's
+/// credential.
 ///
 /// # Errors
-/// It may not.
+/// Why it may not.
 pub fn check(parts: &Parts, raw: bool, by: &Credential, allowed: &[Origin]) -> Result<(), PageError> {
     let cross_site = |headers: &HeaderMap| {
         let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
@@ -40,7 +40,7 @@ pub fn check(parts: &Parts, raw: bool, by: &Credential, allowed: &[Origin]) -> R
     };
     let mut lines = parts.headers.get_all(header::ORIGIN).iter();
     let first = lines.next();
-    // Not one origin is none that could be listed, and so is `null`.
+    // Several origins, and `null`, cannot be in the list.
     let origin: Option<Origin> =
         first.filter(|_| lines.next().is_none()).and_then(|line| line.to_str().ok()?.parse().ok());
     if origin.as_ref().is_some_and(|origin| allowed.contains(origin)) {
@@ -62,9 +62,9 @@ pub fn check(parts: &Parts, raw: bool, by: &Credential, allowed: &[Origin]) -> R
     }
 }
 
-/// Whether this is the gateway's own origin, as the client has reached it: over TLS, since a certificate was shown. Python's library of
-/// WebSocket (websocket-client before 1.3, which the Kubernetes client and Ansible use) writes `http://` before what it writes in `Host`
-/// over TLS, too; so does no browser on a page that the gateway has served.
+/// Whether this is the gateway's own origin as the client reached it, which is over TLS, because there was a certificate. Python's
+/// websocket-client before 1.3, which the Kubernetes client and Ansible use, sends `http://` with its `Host`
+/// over TLS, too; no browser does that on a page that the gateway served.
 fn is_own(origin: &Origin, parts: &Parts) -> bool {
     let authority = match parts.uri.authority() {
         Some(authority) => Some(authority.as_str()),
@@ -74,8 +74,8 @@ fn is_own(origin: &Origin, parts: &Parts) -> bool {
     is_as_reached && (origin.secure || !is_browser(&parts.headers))
 }
 
-/// Whether a browser has sent this: they say so, and no page can keep them from it. Not each that says whose request it is
-/// (`Sec-Fetch-Site`) says it of a WebSocket.
+/// Whether a browser sent this request: browsers say so, and a page cannot prevent it. Some browsers that send
+/// `Sec-Fetch-Site` omit it for WebSocket.
 fn is_browser(headers: &HeaderMap) -> bool {
     let agent = headers.get(header::USER_AGENT).map(HeaderValue::as_bytes).unwrap_or_default();
     agent.starts_with(b"Mozilla/") || headers.keys().any(|name| name.as_str().starts_with("sec-fetch-"))

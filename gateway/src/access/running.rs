@@ -28,28 +28,28 @@ use towline_certs::{CertificateDer, ClientCa};
 use towline_model::text::printable;
 use towline_model::{ClusterName, Mode, Principal};
 
-/// Entries that are judged between two looks at what else there is to do.
+/// Entries to judge before other tasks get a turn.
 const JUDGED_AT_ONCE: usize = 256;
-/// Between two looks at which credentials have expired; credentials that end together cost one look.
+/// Shortest time between two checks for expired credentials; credentials that expire together cost one check.
 const EXPIRY_INTERVAL: Duration = Duration::from_millis(100);
-/// The longest between two such looks: the clock may be set meanwhile.
+/// Longest time between two such checks: the clock may be changed meanwhile.
 const EXPIRY_INTERVAL_MOST: Duration = Duration::from_secs(60);
 
-/// What a request was let in by, and for what.
+/// The credential, principal and target of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Grant {
     pub(crate) credential: Credential,
     pub(crate) principal: Arc<Principal>,
     pub(crate) scope: Scope,
-    /// An exec, attach or port-forward: it ends with its credential in any case.
+    /// An exec, attach or port-forward: it always ends with its credential.
     pub(crate) interactive: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
-    /// A cluster, as it was then.
+    /// The cluster as it was when the request began.
     Cluster(Arc<Cluster>),
-    /// The fleet's API, as one of the admins or as anybody.
+    /// The fleet's API, as an admin or as another caller.
     Fleet { admin: bool },
 }
 
@@ -69,7 +69,7 @@ impl fmt::Display for Scope {
     }
 }
 
-/// Only what is cheap to hash and tells most of them apart.
+/// Hashes only what is cheap and distinguishes most grants.
 impl Hash for Grant {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.credential.hash(state);
@@ -80,21 +80,21 @@ impl Hash for Grant {
     }
 }
 
-/// Certificates as a client has shown them, leaf first.
+/// A client's certificate chain, leaf first.
 pub(crate) type Chain = Arc<[CertificateDer<'static>]>;
 
-/// What is running.
+/// The running requests.
 #[derive(Debug, Default)]
 pub(crate) struct Running {
     state: Mutex<State>,
-    /// A credential expires earlier than the review knows.
+    /// Wakes the review for a credential with an earlier expiry.
     sooner: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
     entries: Map<Grant, Arc<Entry>>,
-    /// When the review looks next for credentials that have expired.
+    /// The next check for expired credentials.
     due: Option<SystemTime>,
 }
 
@@ -106,7 +106,7 @@ struct Entry {
     why: OnceLock<Ended>,
 }
 
-/// One request's place among the running, until it is dropped.
+/// One running request, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Run {
     owner: Arc<Running>,
@@ -115,11 +115,11 @@ pub(crate) struct Run {
 }
 
 impl Running {
-    /// One more that was let in by this. The caller has it judged after this.
+    /// Adds a request with this grant. The caller must have it judged afterwards.
     pub(crate) fn begin(self: &Arc<Self>, grant: Grant, chain: Option<Chain>) -> Run {
         let mut state = self.lock();
         let entry = match state.entries.get(&grant) {
-            // One that has ended takes no other along: what was lost may have been given back.
+            // Do not join a cancelled entry: the access may have been granted again.
             Some(entry) if !entry.ended.is_cancelled() => Arc::clone(entry),
             _ => {
                 let entry = Arc::new(Entry {
@@ -141,7 +141,7 @@ impl Running {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The review is to look at this time, or earlier.
+    /// Schedules the review for this time or earlier.
     fn look_at(&self, at: SystemTime) {
         let mut state = self.lock();
         if state.due.is_none_or(|due| at < due) {
@@ -150,7 +150,7 @@ impl Running {
         }
     }
 
-    /// When to look next. Cancel safe.
+    /// Waits for the next scheduled review. Cancel safe.
     async fn due(&self) {
         loop {
             let due = self.lock().due;
@@ -169,7 +169,7 @@ impl Running {
 }
 
 impl Run {
-    /// Whether what let it in still does; for one that begins, and for one that is about to change something.
+    /// Judges a request that begins, or that is about to change something.
     ///
     /// # Errors
     /// Why not.
@@ -182,17 +182,17 @@ impl Run {
         Ok(())
     }
 
-    /// What says who calls.
+    /// The caller's credential.
     pub(crate) const fn credential(&self) -> &Credential {
         &self.grant.credential
     }
 
-    /// Cancelled when what let it in does so no more.
+    /// Cancelled when the credential or access is revoked or expires.
     pub(crate) fn ended(&self) -> &CancellationToken {
         &self.entry.ended
     }
 
-    /// Why it was ended.
+    /// Why it was cancelled.
     pub(crate) fn why(&self) -> Ended {
         self.entry.why.get().copied().unwrap_or(Ended::Revoked)
     }
@@ -208,7 +208,7 @@ impl Drop for Run {
     }
 }
 
-/// Whether what let a request in lets it in now; and when its credential ends it.
+/// Judges a grant now. Returns when its credential's expiry will end it, if so.
 fn judge(
     context: &Context,
     live: &Live,
@@ -238,7 +238,7 @@ fn judge(
             if now.is_none_or(|now| now.uid != cluster.uid || now.mode != cluster.mode) {
                 return Err(Ended::Cluster);
             }
-            // The cluster was told who calls: it goes on only as long as all of that is true.
+            // The cluster was told the caller's name and groups: the request continues only while all of them are valid.
             if cluster.mode == Mode::Impersonate && has_lost(&grant.principal, &principal) {
                 return Err(Ended::Forbidden);
             }
@@ -247,7 +247,7 @@ fn judge(
     Ok(until)
 }
 
-/// What the rules of the file and those on record say together.
+/// The decision by the rules of the file and those on record together.
 pub(crate) fn decide(
     live: &Live,
     on_record: Option<&AccessRules>,
@@ -260,14 +260,14 @@ pub(crate) fn decide(
     }
 }
 
-/// Whether somebody is not all any more that they were.
+/// Whether a principal has lost their name or a group.
 fn has_lost(before: &Arc<Principal>, now: &Arc<Principal>) -> bool {
     before != now
         && (before.name != now.name || before.groups.iter().any(|group| !now.groups.contains(group)))
 }
 
-/// Reviews what is running whenever somebody may have lost what let them in, on record or in the files, and when a credential
-/// runs out, for as long as it is polled.
+/// Reviews the running requests whenever somebody may have lost access or a credential, on record or in the files, and when a credential
+/// expires, for as long as it is polled.
 pub(super) async fn review(context: &Context, running: &Running) {
     let (mut losses, mut reloads) = (context.fleet.as_ref().map(Fleet::losses), context.reloads());
     let mut generation = context.live().generation;
@@ -291,8 +291,8 @@ async fn changed(losses: Option<&mut watch::Receiver<u64>>) {
     }
 }
 
-/// Judges everything that is running. What begins meanwhile is judged by what is true now, or later. The lock is not held:
-/// requests come and go as ever.
+/// Judges every running request. A request that begins meanwhile is judged by the current state or a later one. The lock is not held
+/// throughout, so requests begin and end as usual.
 async fn look(context: &Context, running: &Running, live: &Live, reloaded: bool) {
     let entries: Vec<(Grant, Arc<Entry>)> = {
         let mut state = running.lock();
@@ -329,7 +329,7 @@ async fn look(context: &Context, running: &Running, live: &Live, reloaded: bool)
                 tracing::debug!(credential = %grant.credential, user = %printable(&grant.principal.name), scope = %grant.scope, requests, why = why.label(), "requests of a credential are cancelled");
                 ended += requests;
                 context.metrics.ended(why, requests);
-                // Set once: an entry is ended here and nowhere else.
+                // Set once: entries are cancelled only here.
                 entry.why.get_or_init(|| why);
                 entry.ended.cancel();
             }
@@ -346,7 +346,7 @@ async fn look(context: &Context, running: &Running, live: &Live, reloaded: bool)
     }
 }
 
-/// Whether the certificate is one of a CA that is believed now. That it has expired is another question.
+/// Whether the certificate's CA is trusted now. Expiry is checked elsewhere.
 fn is_believed(
     chain: &[CertificateDer<'_>],
     live: &Live,

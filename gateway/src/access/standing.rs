@@ -1,4 +1,4 @@
-//! The owners of the clients' connections. Until a request says who calls, a connection is a stranger's, of which a network has few.
+//! The owners of client connections. Until a request is authenticated, a connection counts as unauthenticated, of which a network has few.
 //! Then it belongs to its first caller, whether that caller may do anything or not.
 
 use crate::config::Limits;
@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Connections of strangers, by network, and of callers.
+/// The limits on unauthenticated connections, by network, and on callers' connections.
 #[derive(Debug)]
 pub(crate) struct Owners {
     strangers: Arc<PerKey<IpAddr>>,
@@ -28,8 +28,8 @@ impl Owners {
         }
     }
 
-    /// The standing of a stranger of this network, or of one behind a trusted proxy. Waits while the network has as many strangers as
-    /// it may: they say who they are, or are closed. Cancel safe.
+    /// The standing of an unauthenticated client of this network, or of one behind a trusted proxy. Waits while the network has the maximum of
+    /// such connections: they authenticate or are closed. Cancel safe.
     ///
     /// # Errors
     /// The limit that was reached.
@@ -67,7 +67,7 @@ impl Seat {
         Self { _place: Some(place) }
     }
 
-    /// That counts among none: of the gateway's own check.
+    /// Without a limit: for the gateway's own check.
     pub(crate) const fn own() -> Self {
         Self { _place: None }
     }

@@ -14,27 +14,27 @@ use std::time::Duration;
 use tokio::time::Instant;
 use towline_proto::mux::Held;
 
-/// What a client may send of one body before it is read: 256 KiB in a round trip.
+/// Most bytes of one body that a client may send before they are read: 256 KiB per round trip.
 pub(crate) const STREAM_WINDOW: u32 = 256 * 1024;
-/// The same of all bodies of one connection: room for a hundred uploads at once. Also h2's measure for frames that are smaller
-/// than what it takes to keep them: of half of this, each that nobody has read takes 256 bytes at least, so that 60,000
-/// frames of a byte may come at once.
+/// The same for all bodies of one connection: enough for a hundred concurrent uploads. h2 also uses it to limit frames that are smaller
+/// than their bookkeeping: each unread frame takes at least 256 bytes of half of this window, so that 60,000
+/// one-byte frames may arrive at once.
 pub(crate) const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
-/// Of a connection's window, what bodies may have that are not small: the rest is for those that wait, and for small ones.
+/// The part of a connection's window for large bodies; the rest is for waiting and small ones.
 const LARGE_MAX: u32 = CONNECTION_WINDOW / 4 * 3;
-/// What those have together who wait for room, and who have it; more are refused at once.
+/// Most bytes of waiting bodies and those with a reservation together; more are refused at once.
 const WAITING_MAX: u32 = CONNECTION_WINDOW - 8 * SMALL;
-/// A body that is announced to be no longer is small: it gets room while large ones do not.
+/// A body with at most this declared length is small: it gets a reservation while large ones do not.
 const SMALL: u32 = 64 * 1024;
-/// How long a body waits for room. Meanwhile what was sent of it stays where it is.
+/// How long a body waits for a reservation. Meanwhile its bytes stay unread.
 const PATIENCE: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(25);
 
-/// What may be unread of all bodies of one connection.
+/// The reservations of one connection.
 #[derive(Debug, Default)]
 pub(crate) struct Unread(AtomicU32);
 
-/// Room in a connection, given back when it is dropped.
+/// A reservation in a connection, released when it is dropped.
 #[derive(Debug)]
 struct Place(Arc<Unread>, u32);
 
@@ -52,7 +52,7 @@ impl Drop for Place {
     }
 }
 
-/// Room for what may be unread of one body.
+/// The reservation of one body.
 #[derive(Debug)]
 pub(crate) struct Room {
     _place: Place,
@@ -60,10 +60,10 @@ pub(crate) struct Room {
     _share: Part<String>,
 }
 
-/// Finds room for a body of this length, or of one that nobody knows. Cancel safe.
+/// Reserves memory for a body of this or of unknown length. Cancel safe.
 ///
 /// # Errors
-/// Which limit was in the way all the time.
+/// The limit that was reached the whole time.
 pub(crate) async fn room(
     uploads: &Arc<Shares<String>>,
     connection: &Arc<Unread>,
@@ -87,7 +87,7 @@ pub(crate) async fn room(
         Ok(room) => return Ok(room),
         Err(limit) => limit,
     };
-    // What it has sent counts while it waits.
+    // Its sent bytes count while it waits.
     if let Some(_waiting) = connection.take(bytes, WAITING_MAX) {
         let until = Instant::now() + PATIENCE;
         while Instant::now() < until {

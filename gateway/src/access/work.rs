@@ -11,14 +11,14 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 /// had under way.
 const REFUSALS_MAX: u32 = 256;
 
-/// The requests of a connection that were let in.
+/// The admitted requests of a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
     running: TaskTracker,
     begun: AtomicU64,
 }
 
-/// A request that was let in, until it has been answered to the end.
+/// An admitted request, until its response is complete.
 #[derive(Debug)]
 pub(crate) struct Working(#[expect(dead_code, reason = "it counts until it is dropped")] TaskTrackerToken);
 
@@ -30,7 +30,7 @@ impl Work {
 
     /// Waits until nothing has run for so long. Cancel safe.
     pub(crate) async fn rests_for(&self, time: Duration) {
-        // Or it would wait forever. What begins later counts all the same.
+        // Otherwise the wait would never end. Later requests still count.
         self.running.close();
         loop {
             self.running.wait().await;
@@ -51,7 +51,7 @@ pub(crate) struct Refusals {
 }
 
 impl Refusals {
-    /// One more. What was let in on the same connection, which a proxy may share among many callers, does not end by it.
+    /// Counts a refusal. Admitted requests on the same connection, which a proxy may share among many callers, are not affected.
     pub(crate) fn another(&self, work: &Work) {
         if self.count.fetch_add(1, Ordering::Relaxed) >= REFUSALS_MAX && work.running.is_empty() {
             self.overrun.notify_one();

@@ -145,7 +145,7 @@ impl Frames {
         }
     }
 
-    /// The length of what follows the head, once the head is whole.
+    /// The payload's length, if the head is complete.
     fn payload_of_head(&self) -> Option<u64> {
         let head = &self.head;
         let number = |bytes: &[u8]| bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));

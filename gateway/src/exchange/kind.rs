@@ -57,7 +57,7 @@ impl RequestKind {
     }
 }
 
-/// Whether the query of a watch says from which version it goes on: its client has seen what was before. Version 0 stands for any.
+/// Whether the query of a watch names the version from which it resumes: its client has seen everything before. Version 0 means any.
 #[must_use]
 pub fn resumes(query: &str) -> bool {
     let from = |pair: &str| {
@@ -69,7 +69,7 @@ pub fn resumes(query: &str) -> bool {
 }
 
 /// Whether a query sets a boolean parameter, read as the API server reads it: the first of several, and anything but `false` and
-/// `0` counts.
+/// `0` is a valid version.
 fn flag(query: &str, name: &str) -> bool {
     let set = |pair: &str| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));

@@ -11,19 +11,19 @@ use std::fmt::Write as _;
 use thiserror::Error;
 use towline_model::text::percent_decode;
 
-/// What the client addressed.
+/// The address that the client used.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
     /// Host and port, as the client wrote them.
     pub authority: &'a str,
-    /// The cluster's own prefix, where the path names the cluster; none where the host does.
+    /// The cluster's prefix if the path names the cluster; `None` if the host does.
     pub prefix: Option<&'a str>,
-    /// The path and query that were asked for, prefix included.
+    /// The requested path and query, including the prefix.
     pub path: &'a str,
     pub query: Option<&'a str>,
 }
 
-/// Why a reference is not passed on.
+/// Why a reference is not forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Astray {
     #[error("leads to another host")]
@@ -35,7 +35,7 @@ pub enum Astray {
 }
 
 impl<'a> Place<'a> {
-    /// What this request addressed.
+    /// The address of this request.
     #[must_use]
     pub fn of(parts: &'a Parts, prefix: Option<&'a str>) -> Self {
         let host = || parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
@@ -68,7 +68,7 @@ impl<'a> Place<'a> {
             None if rest.starts_with('/') => (format!("{prefix}{rest}"), query),
             None if rest.is_empty() => (self.path.to_owned(), query.or(self.query)),
             None => {
-                // Of a cluster that was asked for without a path, what is beside its root is in it.
+                // For a cluster that was requested without a path, references next to its root are inside it.
                 let base =
                     if self.path == prefix { self.path.len() } else { self.path.rfind('/').unwrap_or(0) };
                 (format!("{}/{rest}", &self.path[..base]), query)
@@ -93,7 +93,7 @@ impl<'a> Place<'a> {
     }
 
     /// The path of `//HOST:PORT/PATH`, if that is where the client is already. Which of the two schemes the client uses is known
-    /// only to who ended its TLS; the path alone keeps it.
+    /// only to the proxy that terminated TLS; a path alone keeps the scheme.
     fn on_own_authority(&self, text: &str, scheme: Option<&str>) -> Result<String, Astray> {
         let ports: &[&str] = match scheme {
             None => &[":443", ":80"],
@@ -112,7 +112,7 @@ impl<'a> Place<'a> {
     }
 }
 
-/// The reference in the signs that a URL may hold. What clients disagree about is refused: some read `\` as `/` and leave out
+/// The reference, if it has only characters that a URL may contain. Where clients disagree it is refused: some read `\` as `/` and drop
 /// tabs and line ends.
 fn written(reference: &[u8]) -> Result<String, Astray> {
     let mut text = String::with_capacity(reference.len() + 16);

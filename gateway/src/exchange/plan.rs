@@ -22,7 +22,7 @@ use towline_model::{Mode, Principal};
 use towline_proto::open::{self, BodyKind, Open, Want};
 use towline_proto::tunnel::exchange::encode_head;
 
-/// Everything about a request that is decided before anything leaves.
+/// All decisions about a request before anything is sent.
 pub(super) struct Plan {
     pub(super) cluster: Arc<Cluster>,
     pub(super) principal: Arc<Principal>,
@@ -87,7 +87,7 @@ impl Plan {
 }
 
 impl Exchange {
-    /// Whether a request can be carried at all, whoever calls and whatever it names.
+    /// Checks a request independently of its caller and target.
     ///
     /// # Errors
     /// Why not.

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use towline_proto::tunnel::splice::{SpliceError, splice};
 use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 
-/// What flows after a 101: raw bytes, both ways. Dropping it resets and stops the stream.
+/// The raw stream after a 101. Dropping it resets and stops the stream.
 pub(crate) struct Raw {
     token: &'static str,
     send: SendStream,
@@ -48,7 +48,7 @@ impl Raw {
         let run = &guards.run;
         let ended = run.ended();
         let carried = async {
-            // Fails if the client went away before the 101 was written; dropping the stream tells the agent.
+            // It fails if the client left before the 101 was written; dropping the stream tells the agent.
             let io = tokio::select! {
                 io = io => io,
                 () = ended.cancelled() => return,

@@ -15,17 +15,17 @@ pub(crate) enum UpgradeError {
     Body,
 }
 
-/// What may be switched to. Where a client offers both it is the first: only with that is its subprotocol looked at
+/// The supported protocols. If a client offers both, the first one is used, because only with it is the subprotocol checked
 /// ([`crate::access::authn::suits`]).
 const CARRIED: [&str; 2] = ["websocket", "SPDY/3.1"];
 
-/// The protocol a request wants to switch to, as it is written upstream; none if it wants none. Whatever else it offers counts as not
-/// said (RFC 9110 section 7.8), such as the `h2c` of Java's clients, and goes no further: the answer is HTTP/1.1's.
+/// The protocol to which a request wants to switch, as it is sent upstream; `None` if it wants none. Other offers are ignored
+/// (RFC 9110 section 7.8), such as the `h2c` of Java's clients, and not forwarded: the response is HTTP/1.1.
 ///
 /// # Errors
-/// It wants to switch in a way that nobody does.
+/// The offer is invalid.
 pub(super) fn wanted(parts: &Parts, has_body: bool) -> Result<Option<&'static str>, UpgradeError> {
-    // Without `Connection: upgrade`, and in any other version, the field is nobody's (RFC 9110 section 7.8).
+    // Without `Connection: upgrade`, and in other versions, the field has no meaning (RFC 9110 section 7.8).
     if parts.version != Version::HTTP_11 || !lists(&parts.headers, &header::CONNECTION, "upgrade") {
         return Ok(None);
     }
@@ -40,7 +40,7 @@ pub(super) fn wanted(parts: &Parts, has_body: bool) -> Result<Option<&'static st
     Ok(Some(token))
 }
 
-/// Whether a list in a field names this.
+/// Whether a list in a header field contains this name.
 fn lists(headers: &HeaderMap, field: &HeaderName, word: &str) -> bool {
     let lines = headers.get_all(field).iter().filter_map(|line| line.to_str().ok());
     lines.flat_map(|line| line.split(',')).any(|token| token.trim().eq_ignore_ascii_case(word))

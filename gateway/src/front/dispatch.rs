@@ -19,7 +19,7 @@ use std::time::Instant;
 use towline_model::random::uuid;
 use towline_model::text::printable;
 
-/// Who answers what.
+/// Chooses who answers a request.
 #[derive(Debug)]
 pub(crate) struct Dispatch {
     pub(super) context: Arc<Context>,
@@ -79,7 +79,7 @@ impl Dispatch {
         let route =
             routing::route(&parts, self.context.live().config.host_domain.as_deref(), peer.sni.as_deref());
         let checked = self.exchange.check(&parts);
-        // For the gateway itself, and unambiguous: its host is no cluster's.
+        // A request for the gateway itself: its host is not a cluster's, and it is unambiguous.
         if matches!(route, Err(RouteError::ApiAtRoot))
             && !matches!(checked, Err(ExchangeError::HeadTooLarge(_)))
         {
@@ -96,10 +96,10 @@ impl Dispatch {
         match self.exchange.run(&parts, &route?, peer, body, audit_id).await? {
             Exchanged::Answer(response) => Ok(response.map(AnswerBody::tunnel)),
             Exchanged::Switched(head, raw) => {
-                // An upgraded connection outlives the HTTP on it, and keeps its seat by keeping the peer.
+                // An upgraded connection outlives its HTTP, and keeps its seat by keeping the peer.
                 let peer = Arc::clone(peer);
                 self.context.tasks.front.spawn(async move {
-                    // Fails if the client went away before the 101 was written; dropping the stream tells the agent.
+                    // It fails if the client left before the 101 was written; dropping the stream tells the agent.
                     raw.carry(async { on_upgrade?.await.ok().map(TokioIo::new) }).await;
                     drop(peer);
                 });

@@ -22,12 +22,12 @@ const INTERVAL: Duration = Duration::from_secs(5);
 const MINUTE: Duration = Duration::from_secs(60);
 /// Wait after the store did not answer.
 const RETRY: Duration = Duration::from_secs(60);
-/// What a gateway that stops waits for its last words.
+/// How long a stopping gateway waits for its last records.
 const LAST_WORDS: Duration = Duration::from_secs(3);
-/// What is told of a session that nobody saw the end of.
+/// The end of a session that nobody observed.
 const DIED: &str = "the gateway stopped unexpectedly";
 
-/// Tells the registry what is on record from before, and whose agents are on their way.
+/// Restores the records into the registry, and marks clusters with agents on record as expected.
 pub(crate) fn restore(fleet: &Fleet, registry: &Registry) {
     for (uid, record) in fleet.all_last_seen() {
         let Ok(uid) = ClusterUid::new(&uid) else { continue };
@@ -70,7 +70,7 @@ impl Recorder {
         Self { fleet, registry, own: hex(boot_id), started, is_configured: Box::new(is_configured) }
     }
 
-    /// Writes down who comes and goes, for as long as it is polled.
+    /// Records clusters' connecting and disconnecting, for as long as it is polled.
     pub(crate) async fn keep(&self) {
         let Self { fleet, registry, .. } = self;
         let mut written = Instant::now();
@@ -82,7 +82,7 @@ impl Recorder {
             }
             let done = async {
                 self.write().await?;
-                // What earlier gateways left open has an end now.
+                // Sessions that earlier gateways left open now have an end.
                 if !is_settled {
                     fleet.end_other_lives(&self.own).await?;
                 }
@@ -101,7 +101,7 @@ impl Recorder {
         }
     }
 
-    /// Writes down what is to be known after the end, once the last session ended.
+    /// Writes the final records after the last session has ended.
     pub(crate) async fn close(&self) {
         let Self { fleet, registry, .. } = self;
         let closing = async {
@@ -121,7 +121,7 @@ impl Recorder {
         }
     }
 
-    /// Writes what has changed, and when that was.
+    /// Writes the changes with their times.
     async fn write(&self) -> Result<(), CommitError> {
         let Self { fleet, registry, own, .. } = self;
         let moved = registry.all_moved();
@@ -129,7 +129,7 @@ impl Recorder {
             moved.into_iter().partition(|uid| (self.is_configured)(uid) || fleet.cluster_of(uid).is_some());
         unknown.iter().for_each(|uid| registry.forget(uid));
         let records: Vec<_> = known.iter().map(|uid| (uid, registry.last_seen(uid, own))).collect();
-        // Also if there are none: the minute is over.
+        // Also without changes: the minute is over.
         let mut batches: Vec<_> = records.chunks(BATCH).collect();
         if batches.is_empty() {
             batches.push(&[]);

@@ -16,7 +16,7 @@ pub(crate) const CHALLENGE: &str = "Bearer realm=\"towline\"";
 /// Most characters of an agent's message, or of a header field, that a message quotes.
 pub(crate) const SAID_MAX: usize = 512;
 
-/// What a client gets to see of an error.
+/// The visible parts of an error.
 #[derive(Debug)]
 pub(crate) struct Verdict {
     pub(crate) status: StatusCode,

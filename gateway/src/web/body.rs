@@ -253,7 +253,7 @@ impl WatchEnd {
 }
 
 impl TunnelBody {
-    /// What comes out of `recv`; `ended` rings when what let the caller in does so no more.
+    /// A body from `recv`; `ended` is cancelled when the caller's credential or access is revoked or expires.
     pub(crate) fn new(recv: RecvBody, end: Option<WatchEnd>, keep: Keep, ended: CancellationToken) -> Self {
         let basis = Some(Basis {
             ended: ended.clone(),
@@ -264,7 +264,7 @@ impl TunnelBody {
         Self(Some(Box::new(Tunnel { recv, end, keep, ended, basis, stalled: None, failed: None })))
     }
 
-    /// What the answer rests on, for whoever looks after it: a body is not asked while nobody takes what it brings.
+    /// The response's basis, for the task that watches it: a body is not polled while nobody reads from it.
     fn take_basis(&mut self) -> Option<Basis> {
         self.0.as_mut()?.basis.take()
     }
@@ -343,7 +343,7 @@ impl AnswerBody {
         Self { inner: Inner::Stream(Box::new(Stream { source, guards })), basis: Some(basis) }
     }
 
-    /// What comes through a tunnel.
+    /// A body from a tunnel.
     pub(crate) fn tunnel(mut body: TunnelBody) -> Self {
         let basis = body.take_basis();
         Self { inner: Inner::Tunnel(body), basis }

@@ -71,7 +71,7 @@ pub fn lowered(name: &str) -> String {
 pub fn route(parts: &Parts, host_domain: Option<&str>, sni: Option<&str>) -> Result<Route, RouteError> {
     let host = host(parts)?;
     if let (Some(sni), Host::Name(name), Some(domain)) = (sni, &host, host_domain) {
-        // Only a cluster's own name leads anywhere: with others `tls-server-name` may say what it likes.
+        // Only a cluster's host name selects anything; for other names `tls-server-name` may be arbitrary.
         if sni != name.as_str() && (is_below(sni, domain) || is_below(name, domain)) {
             return Err(RouteError::Misdirected);
         }
@@ -90,7 +90,7 @@ pub fn route(parts: &Parts, host_domain: Option<&str>, sni: Option<&str>) -> Res
     by_path(target)
 }
 
-/// What of a name is below a domain, both in lower case.
+/// The part of a name below a domain, both in lower case.
 fn below<'a>(name: &'a str, domain: &str) -> Option<&'a str> {
     name.strip_suffix(domain).and_then(|rest| rest.strip_suffix('.'))
 }
