@@ -12,16 +12,18 @@
 //! - [`time`]: the clock value that callers pass into the state machine.
 //! - [`tunnel`] (feature `tokio`): the asynchronous interface: sessions and streams.
 //!
-//! Without the feature `tokio` this crate is `no_std`: it cannot name a runtime, a clock, a socket or TLS, and
+//! Without these features this crate is `no_std`: it cannot name a runtime, a clock, a socket or TLS, and
 //! `make lint` builds it that way to keep it so.
 
 // SG17: what a peer sends never picks an index.
 #![warn(clippy::indexing_slicing)]
-#![cfg_attr(not(any(test, feature = "tokio")), no_std)]
+#![cfg_attr(not(any(test, feature = "dial")), no_std)]
 
 extern crate alloc;
 
 pub mod code;
+#[cfg(feature = "dial")]
+pub mod dial;
 pub mod hello;
 pub mod join;
 pub mod mux;

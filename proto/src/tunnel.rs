@@ -6,7 +6,6 @@
 //! exchange, [`message`] sends one message without a session, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket,
 //! [`address`] parses addresses to dial, and [`proxy`] connects through an HTTP proxy.
 
-pub mod address;
 pub mod aside;
 mod buffer;
 mod congestion;
@@ -15,7 +14,6 @@ mod error;
 pub mod exchange;
 mod gate;
 pub mod message;
-pub mod proxy;
 pub mod quic;
 pub mod socket;
 pub mod splice;

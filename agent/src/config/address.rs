@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-pub use towline_proto::tunnel::address::{Address, AddressError, Host};
+pub use towline_proto::dial::address::{Address, AddressError, Host};
 
 /// Which destinations a connection may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,5 @@
 //! The HTTP proxy on the TCP path to the gateway: its files, the connection to it, and TLS with an `https://` proxy.
-//! `settings.rs` decides which proxy is used; [`towline_proto::tunnel::proxy`] speaks CONNECT.
+//! `settings.rs` decides which proxy is used; [`towline_proto::dial::proxy`] speaks CONNECT.
 
 mod settings;
 
@@ -15,8 +15,9 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 use towline_certs::load::{self, FileBytes, Loaded};
 use towline_certs::{Reload, UpstreamProtocol, Watched, tls};
-use towline_proto::tunnel::proxy::{Asker, ConnectRefused, connect as ask};
-use towline_proto::tunnel::{proxy, socket};
+use towline_proto::dial::proxy;
+use towline_proto::dial::proxy::{Asker, ConnectRefused, connect as ask};
+use towline_proto::tunnel::socket;
 use zeroize::Zeroizing;
 
 use crate::config::Problems;
@@ -26,7 +27,7 @@ use crate::reload::LiveError;
 use crate::upstream::server_name;
 
 pub use settings::ProxyConfig;
-pub use towline_proto::tunnel::proxy::{NoProxy, ProxyUrl, Source};
+pub use towline_proto::dial::proxy::{NoProxy, ProxyUrl, Source};
 
 /// A connection to the gateway, through a proxy or not.
 pub(crate) type Leg = proxy::Leg<Road>;

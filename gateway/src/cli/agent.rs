@@ -14,7 +14,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use towline_certs::{JoinAddress, JoinToken, TrustDomain};
 use towline_model::{ClusterName, Mode, PublicAddress};
-use towline_proto::tunnel::proxy::ProxyUrl;
+use towline_proto::dial::proxy::ProxyUrl;
 
 /// Print the manifest of a cluster's agent.
 #[derive(Debug, Subcommand)]

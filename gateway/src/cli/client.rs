@@ -24,8 +24,8 @@ use tokio_util::either::Either;
 use towline_certs::explain::explain_naming;
 use towline_certs::load::{LoadPolicy, Loaded, parse_bundle, parse_credential, system_roots};
 use towline_certs::{Credential, FileBytes, ServerName, UpstreamProtocol, tls, tls_error};
-use towline_proto::tunnel::address::Host;
-use towline_proto::tunnel::proxy::Leg;
+use towline_proto::dial::address::Host;
+use towline_proto::dial::proxy::Leg;
 
 /// Group and version of everything here.
 pub(crate) const API_VERSION: &str = "towline.io/v1alpha1";

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use towline_certs::FileBytes;
-use towline_proto::tunnel::address::Address;
+use towline_proto::dial::address::Address;
 
 /// The name of the extension that marks the entries which this program has written.
 pub(crate) const MARK: &str = "towline.io";

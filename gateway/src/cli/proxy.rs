@@ -11,8 +11,8 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 use towline_certs::explain::explain_naming;
 use towline_certs::{ServerName, tls_error};
-use towline_proto::tunnel::address::{Address, Host};
-use towline_proto::tunnel::proxy::{self, Asker, Leg, ProxyUrl, Source};
+use towline_proto::dial::address::{Address, Host};
+use towline_proto::dial::proxy::{self, Asker, Leg, ProxyUrl, Source};
 
 /// A connection to the gateway itself, or to a proxy that passes bytes on.
 pub(crate) type Road = Either<TcpStream, Box<TlsStream<TcpStream>>>;

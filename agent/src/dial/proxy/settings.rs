@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::str::FromStr as _;
 
-use towline_proto::tunnel::proxy::{NoProxy, NoProxyEntry, ProxyUrl, Source};
+use towline_proto::dial::proxy::{NoProxy, NoProxyEntry, ProxyUrl, Source};
 
 use crate::config::yaml::Section;
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use towline_proto::tunnel::proxy::ProxyUrl;
+use towline_proto::dial::proxy::ProxyUrl;
 
 use super::agent::{
     API_TOKEN_FILE, AgentManifest, CA_FILE, CONFIG_DIRECTORY, CONFIG_FILE, DRAIN, HEALTH_PORT, IssuerKeys,

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
-use crate::tunnel::address::{Address, Host};
+use crate::dial::address::{Address, Host};
 
 /// Destinations that are dialled directly, as Go and curl read `NO_PROXY`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

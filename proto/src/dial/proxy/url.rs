@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use zeroize::Zeroizing;
 
-use crate::tunnel::address::Address;
+use crate::dial::address::Address;
 
 /// `http://` or `https://`, a user and a password where there are any, host and port.
 #[derive(Clone, PartialEq, Eq)]
