@@ -21,13 +21,13 @@
 //! | what does a reload replace? what does a state directory bring along? how does everything stop? | `live`, `memory`, `lifecycle` |
 //! | how is a limit divided? what may be done how often? | `per_key`, `shares`; `buckets` |
 //! | on which threads does it run, with how many file descriptors, and how does it log? | [`runtime`], [`descriptors`], [`log`] |
-//! | the program `towline`? | [`cli`] |
+//!
+//! The program `towline` is the crate towline-cli.
 
 pub mod access;
 pub mod api;
 mod buckets;
 pub mod ca;
-pub mod cli;
 pub mod config;
 mod context;
 pub mod descriptors;

@@ -455,9 +455,3 @@ impl Store {
         tokio::task::spawn_blocking(move || work(&engine)).await.unwrap_or(Err(StoreError::Closed))
     }
 }
-
-/// Until a child of this process has become another program it holds the locks on files that its parent held when it was made,
-/// also those that the parent has given back meanwhile. The gateway makes no children; tests in one process do, beside others
-/// that close a store and open it again at once. Who makes one writes here, who takes a lock reads.
-#[cfg(test)]
-pub(crate) static CHILDREN: std::sync::RwLock<()> = std::sync::RwLock::new(());

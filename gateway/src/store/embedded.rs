@@ -417,8 +417,6 @@ pub(super) fn is_held(directory: &Path) -> Result<bool, StoreError> {
 
 /// Locks the store against other processes, and writes the name of this one.
 fn take_lock(directory: &Path) -> Result<File, StoreError> {
-    #[cfg(test)]
-    let _no_child = super::CHILDREN.read();
     let path = directory.join(LOCK_FILE);
     let fail = |error| disk(&path, error);
     let mut options = OpenOptions::new();
@@ -525,8 +523,6 @@ fn create(directory: &Path, contents: &Contents) -> Result<(), StoreError> {
 }
 
 fn open_file(path: &Path, backend: &Backend) -> Result<Database, StoreError> {
-    #[cfg(test)]
-    let _no_child = super::CHILDREN.read();
     let length = std::fs::metadata(path).map_err(|error| disk(path, error))?.len();
     if length == 0 {
         return Err(damaged(path, "the file is empty"));

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use towline_certs::{JoinToken, TrustDomain};
 
 use super::*;
-use crate::config::GatewayConfig;
+use towline_gateway::config::GatewayConfig;
 use towline_model::{ClusterName, Mode};
 
 const LINE: &str = "tljt1/gateway.example.com:8443/0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef/towline.local/prod-eu-1/first/1/00112233445566778899aabbccddeeff";
@@ -532,7 +532,7 @@ fn a4_the_private_port_of_a_gateway_is_closed_to_pods() {
 /// Goal: deploy/manifests is what this program prints. `TOWLINE_WRITE=1` writes it again.
 #[test]
 fn the_files_in_deploy_are_what_is_printed() {
-    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../deploy/manifests");
+    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../deploy/manifests");
     let agent = |mode| {
         let pins = Vec::new();
         let manifest = AgentManifest { pins, replicas: 2, network_policy: true, ..agent(mode) };

@@ -86,8 +86,6 @@ impl Plugin {
             let info = json!({"apiVersion": version, "kind": "ExecCredential", "spec": {"interactive": interactive}});
             process.env(EXEC_INFO, info.to_string());
         }
-        #[cfg(test)]
-        let _child = crate::store::CHILDREN.write();
         let output = process.output().map_err(|error| {
             Failure::failed(format!(
                 "cannot run the plugin {command:?}: {error}. Check that it is installed and in $PATH"

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    towline_gateway::cli::main()
+    towline_cli::main()
 }
