@@ -90,7 +90,7 @@ pub enum ConnectRefused {
     #[error("the connection broke before it answered the CONNECT: {0}")]
     Io(#[from] io::Error),
     #[error(
-        "it closed the connection without an answer to the CONNECT. Either it expects TLS (use https://), or it is not an HTTP proxy"
+        "it closed the connection without an answer to the CONNECT. Either it expects TLS (https://), or it is not an HTTP proxy"
     )]
     Closed,
     #[error("its answer is not HTTP. Check the proxy's host and port")]
