@@ -21,12 +21,12 @@ use tokio::task::JoinSet;
 use towline_testkit::client::{Client, Version, empty};
 use towline_testkit::stack::Mode;
 
-/// Aborts at each of the four points; `TOWLINE_ABORTS` says another number.
+/// Aborts at each of the four points; `TOWLINE_ABORTS` sets another number.
 const ABORTS: u64 = 2500;
 /// Aborts that are made ready together.
 const BATCH: u64 = 50;
 
-/// Goal: an upstream that dies in mid-body is an abort for the client, never a clean end, however it dies and whatever the
+/// Goal: an upstream that dies inside a body is an abort for the client and never a clean end, for every way to die and every
 /// framing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_body_that_breaks_off_never_ends_cleanly() {
@@ -80,8 +80,8 @@ async fn a_body_that_breaks_off_never_ends_cleanly() {
     bench.end().await;
 }
 
-/// Goal (RG29, UP-08): 10,000 aborts at four points of an exchange: paced requests beside them see no error, watches on
-/// the same tunnel lose nothing, and ten seconds later nothing is left of them.
+/// Goal (RG29, UP-08): during 10,000 aborts at four points of an exchange, paced requests see no error, watches on the same tunnel
+/// lose nothing, and ten seconds later no resource of the aborts is left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn aborts_leave_nothing_behind() {
     let each = std::env::var("TOWLINE_ABORTS").ok().and_then(|text| text.parse().ok()).unwrap_or(ABORTS);
@@ -153,7 +153,7 @@ impl Point {
     }
 }
 
-/// A client that leaves in the middle of its own head.
+/// A client that disconnects in the middle of its own head.
 async fn heads(bench: &Bench, count: u64) {
     let mut tasks = JoinSet::new();
     for _ in 0..count {

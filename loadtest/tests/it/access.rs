@@ -16,12 +16,12 @@ use towline_testkit::stack::{CLIENT, Mode, STRANGER, plain_get};
 
 /// A token of the gateway; nothing but its hash is in a file.
 const OWN_TOKEN: &str = "tlat_canary-of-the-gateway-0123456789";
-/// A token that nobody knows.
+/// An unknown token.
 const UNKNOWN_TOKEN: &str = "tlat_canary-that-nobody-knows-0123456789";
 /// A credential that only ever goes through.
 const CANARY: &str = "canary-that-only-goes-through-0123456789";
 
-/// A stack that logs everything, with a token of its own and a cluster without an agent.
+/// A stack that logs everything, with its own token and a cluster without an agent.
 async fn bench(mode: Mode) -> Bench {
     bench_with(mode, &["fleet".to_owned()]).await
 }
@@ -127,7 +127,7 @@ async fn refusals_of_both_modes() {
         refused(&nobody, "/clusters/demo/version", &[], 401, "TL_UNAUTHENTICATED").await;
         refused(&nobody, "/clusters/nowhere/version", &[], 401, "TL_UNAUTHENTICATED").await;
         let forbidden = refused(&stranger, "/clusters/demo/version", own, 403, "TL_FORBIDDEN").await;
-        // An unknown cluster is judged as one that takes every kind of credential.
+        // For an unknown cluster every kind of credential is accepted.
         let unknown = refused(&stranger, "/clusters/nowhere/version", own, 403, "TL_FORBIDDEN").await;
         assert_eq!(
             forbidden.message.replace("demo", "nowhere"),
@@ -199,7 +199,7 @@ async fn refusals_of_both_modes() {
 
         assert_eq!(bench.fake.recorder().requests_total(), 0, "a refused request reached the API server");
 
-        // AU-04: identities that only a front proxy would set are dropped, whoever sends them.
+        // AU-04: identity headers that only a front proxy would set are dropped from every client.
         let lines = [
             "X-Remote-User: root",
             "X-Remote-Group: system:masters",
@@ -236,10 +236,10 @@ async fn restricted_mode() {
     let nobody = bench.stack.target(None).unwrap();
     let echo = "/clusters/demo/towline-test/echo";
 
-    // AU-12: a certificate alone says who asks the gateway, and nothing to the cluster.
+    // AU-12: a certificate alone identifies the caller to the gateway, and not to the cluster.
     let refusal = refused(&alice, echo, &[], 401, "TL_UNAUTHENTICATED").await;
     assert!(refusal.message.contains("token"), "what to use: {refusal:?}");
-    // AU-06: a credential for the cluster alone does not say who asks the gateway.
+    // AU-06: a credential for the cluster alone does not identify the caller to the gateway.
     let line = format!("Authorization: Bearer {CANARY}");
     let refusal = refused(&nobody, echo, &[&line], 401, "TL_UNAUTHENTICATED").await;
     assert!(refusal.message.contains("client-certificate"), "what to use: {refusal:?}");
@@ -270,7 +270,7 @@ async fn restricted_mode() {
     assert_eq!(seen.values("authorization"), [format!("Bearer {CANARY}").as_bytes()]);
     assert_eq!(seen.values("impersonate-user"), [b"jane"]);
     assert_eq!(seen.values("impersonate-group"), [b"a", b"b"]);
-    // A wrong credential is refused by the cluster, not by the gateway, and its 401 comes back.
+    // The cluster refuses a wrong credential, not the gateway, and its 401 reaches the client.
     let answer = ask(&alice, "GET", "/clusters/demo/api/v1/pods", &[&canary]).await;
     assert_eq!((answer.code(), answer.header("warning")), (401, ""));
     for record in bench.fake.recorder().requests() {
@@ -282,7 +282,7 @@ async fn restricted_mode() {
     bench.end().await;
 }
 
-/// Goal: impersonating mode: the API server sees the principal, whatever the client says: AU-01, AU-02, AU-07, SG4.
+/// Goal: in mode impersonate the API server sees the principal, whatever headers the client sends: AU-01, AU-02, AU-07, SG4.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn impersonating_mode() {
     let bench = bench(Mode::Impersonate).await;
@@ -358,8 +358,8 @@ async fn impersonating_mode() {
     bench.end().await;
 }
 
-/// Goal: FR-02, FR-09, FR-18: as many header fields as the documents say, and as long a target, go through every hop in both
-/// directions: who is in a thousand groups can say so, and an answer may warn of hundreds of fields.
+/// Goal: FR-02, FR-09, FR-18: the documented number of header fields and length of a target pass every hop in both directions: a
+/// caller may be in a thousand groups, and a response may have hundreds of warnings.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fr_02_fr_09_counts_are_the_documented_ones_at_every_hop() {
     let many: Vec<String> =
@@ -398,7 +398,7 @@ async fn fr_02_fr_09_counts_are_the_documented_ones_at_every_hop() {
         assert_eq!(ask(&alice, "GET", &format!("/clusters/demo{long}"), own).await.code(), 200);
         assert_eq!(seen().target, long.as_bytes());
 
-        // One too many is told in words; what is far beyond, by hyper.
+        // One beyond the limit gets the gateway's error; far beyond, hyper answers.
         let before = bench.fake.recorder().requests_total();
         let lines: Vec<_> = own.iter().copied().chain(std::iter::repeat_n("X-A: b", 1201)).collect();
         let refusal = refused(&alice, "/clusters/demo/version", &lines, 431, "TL_LIMIT").await;
@@ -428,7 +428,7 @@ fn upgrade(path: &str, version: &str, lines: &str, body: &str) -> String {
 
 const WEBSOCKET: &str = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
 
-/// Goal: UP-01 to UP-05: raw bytes flow only after a matching 101; whatever else answers an upgrade ends the connection.
+/// Goal: UP-01 to UP-05: raw bytes flow only after a matching 101; any other response to an upgrade ends the connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn upgrades_that_fail() {
     let mut setup = Setup::new(Mode::Impersonate);
@@ -498,7 +498,7 @@ async fn upgrades_that_fail() {
     bench.end().await;
 }
 
-/// Goal (UP-06, UP-07): after the 101 bytes pass unchanged, whatever they are, and each direction ends by itself.
+/// Goal (UP-06, UP-07): after the 101 all bytes pass unchanged, and each direction ends by itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn upgrades_that_work() {
     let bench = Bench::start(Mode::Impersonate).await;

@@ -22,9 +22,9 @@ use towline_testkit::client::{Client, Version, pattern};
 use towline_testkit::shim::{Profile, Shim};
 use towline_testkit::stack::Mode;
 
-/// What each end may hold for its tunnel.
+/// Memory that each end may hold for its tunnel.
 const BUDGET: u64 = 32 * MIB;
-/// What a client connection may cost beside that: the buffers of TLS and HTTP, both ends of the agent's connection too.
+/// Additional memory of a client connection: the buffers of TLS and HTTP, and both ends of the agent's connection.
 const PER_CONNECTION: u64 = 256 * 1024;
 const STALLED: u64 = 100;
 /// For a gibibyte, which takes some seconds.
@@ -116,8 +116,8 @@ async fn a_gibibyte_each_way(transport: &str) {
     bench.end().await;
 }
 
-/// Goal (RG9): a hundred readers of 64 MiB that stop reading stall nobody else, and memory stays bounded; who goes on
-/// reading after that gets every byte.
+/// Goal (RG9): a hundred readers of 64 MiB that stop reading do not stall others, and memory stays bounded. A reader that continues
+/// afterwards gets every byte.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_that_stop_do_not_stall_other_streams() {
     let bench = bench("tcp").await;
@@ -146,7 +146,7 @@ async fn readers_that_stop_do_not_stall_other_streams() {
         beside.as_secs_f32(),
         up.as_secs_f32()
     );
-    // Whoever waits for readers that have stopped waits for ever.
+    // Waiting for stopped readers would never end.
     let most = bound(3 * alone + Duration::from_secs(2), 10 * alone + Duration::from_secs(30));
     assert!(beside < most, "{alone:?} alone, {beside:?} beside stalled readers");
     let mut small = bench.connect(Version::Http2).await;

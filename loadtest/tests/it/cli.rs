@@ -43,7 +43,7 @@ struct Done {
 }
 
 impl Done {
-    /// It ended with this code, and stderr says all of this.
+    /// It exited with this code, and stderr contains all of these texts.
     #[track_caller]
     fn failed(&self, code: i32, texts: &[&str]) {
         assert_eq!(self.code, code, "{}\n{}", self.out, self.err);
@@ -147,7 +147,7 @@ impl World {
         let config = AgentConfig::parse("agent.yaml", yaml.to_string().as_bytes()).unwrap();
         let agent = Agent::start(config).await.unwrap();
         timeout(PATIENCE, agent.ready()).await.expect("the agent is connected");
-        // It may take its session for ready before the gateway has let it in, and what the API says follows that.
+        // The agent may consider its session ready before the gateway admits it, and the API follows the gateway.
         until("the cluster is connected", PATIENCE, async || {
             let shown = self.json(&["cluster", "get", cluster, "-o", "json"]).await;
             let conditions = shown["status"]["conditions"].as_array().unwrap();
@@ -180,8 +180,8 @@ impl World {
     }
 }
 
-/// K3, D4. Goal: a cluster whose API server is gone, or stands still, is connected and of no use: `status` says why, a check fails,
-/// kubectl's column shows it; and all of that ends with it. Within 15 s.
+/// K3, D4. Goal: a cluster whose API server is down or hangs is connected but unusable: within 15 s `status` shows the reason,
+/// `--check` fails and kubectl's column shows it. All of that ends when the API server is back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k3_a_dead_api_server_is_seen() {
     let world = World::start().await;
@@ -229,7 +229,7 @@ async fn k3_a_dead_api_server_is_seen() {
     agent.shutdown().await;
 }
 
-/// Goal: from a new cluster to its end, every command of the day, and what each says and does not say.
+/// Goal: every daily command in the life of a cluster, with what it prints and what it must not print.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_operator_runs_the_fleet() {
     let world = World::start().await;
@@ -327,7 +327,7 @@ async fn an_operator_runs_the_fleet() {
     );
     let summary = "2 clusters: 1 connected, 0 not; 1 never joined";
     assert!(status.code == 0 && status.err.contains(summary), "{}", status.err);
-    // D5: what was only registered is nobody's fault.
+    // D5: a cluster that was only registered is not an error.
     assert_eq!(world.run(&["status", "--check"]).await.code, 0);
     world.ok(&["token", "create", "lab", "--name", "for-lab"]).await;
     let pending = world.ok(&["status"]).await;
@@ -350,7 +350,7 @@ async fn an_operator_runs_the_fleet() {
         assert!(told.contains(text), "{text:?} is not in:\n{told}");
     }
 
-    // A revocation, seen by somebody who watches.
+    // A revocation, as a watching client sees it.
     let admin = world.path("admin.yaml");
     let mut watching = world.command("towline", &["status", "-w"], admin.to_str()).spawn().unwrap();
     let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
@@ -413,7 +413,7 @@ async fn an_operator_runs_the_fleet() {
     world.gateway.shutdown().await;
 }
 
-/// Goal: each mistake has its exit code and says what to run next; help begins with examples, by the name that was called.
+/// Goal: each mistake has its exit code and names the next command; help begins with examples that use the called name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn mistakes_say_what_to_run_next() {
     let world = World::start().await;
@@ -634,8 +634,8 @@ printf '{{"apiVersion":"%s","kind":"ExecCredential","status":{{"token":"{USER_TO
     world.gateway.shutdown().await;
 }
 
-/// Goal: one kubeconfig for the gateway and all its clusters: entries of others stay and are never overwritten; a cluster's
-/// context leads to its gateway; who is no admin gets in, too.
+/// Goal: one kubeconfig for the gateway and all its clusters: foreign entries stay and are never overwritten; a cluster's context
+/// leads to its gateway; users without admin rights can use it too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kubeconfig_of_the_fleet() {
     let world = World::start().await;
@@ -717,7 +717,7 @@ async fn a_kubeconfig_of_the_fleet() {
     world.gateway.shutdown().await;
 }
 
-/// Goal: who watches the list misses nothing, also across a restart of the gateway, which knows no version from before.
+/// Goal: a client that watches the list misses nothing, also across a restart of the gateway, which knows no earlier version.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_resumes_after_a_restart() {
     let world = World::start().await;
@@ -748,8 +748,8 @@ async fn a_watch_resumes_after_a_restart() {
     world.gateway.shutdown().await;
 }
 
-/// Goal: `kubectl towline` is the same program; where `towline` is in $PATH, kubeconfigs name it and no path of this machine; the
-/// environment stands for flags.
+/// Goal: `kubectl towline` is the same program. If `towline` is in $PATH, kubeconfigs contain that name and no path of this machine.
+/// Variables of the environment replace flags.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_is_a_plugin_of_kubectl() {
     let Some(kubectl) = kubectl::find().pop() else {
@@ -784,7 +784,7 @@ async fn it_is_a_plugin_of_kubectl() {
     world.gateway.shutdown().await;
 }
 
-/// Goal: a broken pipe, as of `| head`, is no noise.
+/// Goal: a broken pipe, as with `| head`, prints no error.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_pipe_is_not_an_error() {
     let world = World::start().await;

@@ -28,9 +28,9 @@ use towline_gateway::config::GatewayConfig;
 use towline_testkit::client::{Body, Client, Target, Version, empty};
 use towline_testkit::stack::{CLIENT, Mode, Options, Process, Stack, Upstream, metric};
 
-/// How long a process may take to end when it is asked to.
+/// Deadline for a process to end after a signal.
 pub(crate) const END: Duration = Duration::from_secs(60);
-/// Longer than anything takes that comes at all, on a machine that is ten times slower than others and stands still now and then.
+/// Longer than any event takes, on a machine that is ten times slower than others and stalls now and then.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const VERSIONS: [Version; 2] = [Version::Http1, Version::Http2];
@@ -157,7 +157,7 @@ pub(crate) fn tail(text: &str) -> String {
     lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
-/// Waits until something is so; looks every few milliseconds, and gives up loudly.
+/// Waits until a condition holds, polls every few milliseconds, and fails with a message.
 pub(crate) async fn until(what: &str, patience: Duration, condition: impl AsyncFn() -> bool) -> Duration {
     let started = Instant::now();
     loop {
@@ -374,7 +374,7 @@ impl Footprint {
     }
 }
 
-/// Waits until everything is back to what it was; tells how long that took.
+/// Waits until everything is back to its initial state; returns how long that took.
 pub(crate) async fn settled(bench: &Bench, before: &Footprint, patience: Duration) -> Duration {
     let started = Instant::now();
     loop {
@@ -404,7 +404,7 @@ fn open_upstream(bench: &Bench) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// What an answer of the gateway's own looks like: a Kubernetes `Status` and a `Warning` header.
+/// Checks a response of the gateway itself: a Kubernetes `Status` and a `Warning` header.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     pub(crate) status: u16,

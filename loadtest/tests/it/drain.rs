@@ -50,7 +50,7 @@ const LATE: Duration = Duration::from_secs(20);
 
 // ---- The gateways ----
 
-/// A gateway beside that of the bench: the same certificates and rules, ports of its own.
+/// A second gateway with the same certificates and rules, and its own ports.
 struct Second {
     front: SocketAddr,
     admin: SocketAddr,
@@ -116,8 +116,8 @@ async fn fleet(gateway: Value, agent: Value) -> (Bench, Second) {
 
 // ---- The clients ----
 
-/// Which gateway new connections go to: the first one that says that it is ready. Looks often; acts on a change after
-/// `lag`, as balancers do.
+/// Selects the gateway for new connections: the first one that is ready. It polls often and applies a change after `lag`, as load
+/// balancers do.
 struct Balancer {
     fronts: Vec<Target>,
     chosen: AtomicUsize,
@@ -161,7 +161,7 @@ struct Service {
     shared: Mutex<Option<(usize, Client)>>,
 }
 
-/// What became of a request.
+/// The result of a request.
 struct Sent {
     started: Instant,
     took: Duration,
@@ -264,7 +264,7 @@ impl Service {
     }
 }
 
-/// Requests at a steady rate, whatever becomes of them.
+/// Requests at a steady rate, independent of their results.
 struct Load {
     stop: Arc<AtomicBool>,
     task: AbortOnDropHandle<Vec<Sent>>,
@@ -364,7 +364,7 @@ async fn write_events(target: Target, stop: Arc<AtomicBool>) {
     }
 }
 
-/// Reads a watch to its end, which must be a clean one between two events; tells how many there were, and when it ended.
+/// Reads a watch to its end, which must be clean and between two events; returns the number of events and the time of the end.
 async fn watch_to_its_end(body: Incoming) -> (usize, Instant) {
     let seen = watched(LINES, body).await;
     (seen.numbers.len(), seen.ended)
@@ -375,7 +375,7 @@ const LINES: &str = "application/json";
 const ENCODINGS: [&str; 3] =
     [LINES, "application/vnd.kubernetes.protobuf;stream=watch", "application/cbor-seq"];
 
-/// What a watch has brought when it was over.
+/// The result of a finished watch.
 struct Watched {
     numbers: Vec<usize>,
     /// Of the last event.
@@ -402,7 +402,7 @@ async fn watched(encoding: &str, mut body: Incoming) -> Watched {
     Watched { numbers, version, ended }
 }
 
-/// The events of a whole watch; one that ends within an event is none.
+/// The events of a complete watch; a watch that ends inside an event is invalid.
 fn events(encoding: &str, mut bytes: &[u8]) -> Vec<Value> {
     let mut events = Vec::new();
     while !bytes.is_empty() {
@@ -463,7 +463,7 @@ impl Watches {
     }
 }
 
-/// What a client of a raw connection has seen of it when it was over.
+/// The result of a finished raw connection.
 struct Raw {
     bytes: Vec<u8>,
     end: std::io::Result<()>,
@@ -516,9 +516,9 @@ async fn kubectl_execs(bench: &Bench) -> Vec<AbortOnDropHandle<(&'static str, Fi
 
 // ---- The tests ----
 
-/// Goal (RG11): under 200 requests/s, 50 watches and 5 execs a gateway drains into its successor: no request fails and no
-/// POST arrives twice; watches end between events; execs live to the deadline and are told; the agent is with the other
-/// gateway before this one ends; it exits with 0.
+/// Goal (RG11): under 200 requests/s, 50 watches and 5 execs a gateway drains into its successor. No request fails and no POST
+/// arrives twice; watches end between events; execs run to the deadline and get the reason; the agent connects to the other
+/// gateway before this one ends; the exit code is 0.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gateway_drains_into_its_successor() {
     drains_into_its_successor("tcp").await;
@@ -694,14 +694,14 @@ async fn a_gateway_ends_when_it_is_empty() {
     second.end().await;
 }
 
-/// A gateway under load, and whoever calls it.
+/// A gateway under load, and its clients.
 async fn one_gateway(bench: &Bench, name: &'static str, rate: u64) -> (Load, AbortOnDropHandle<()>) {
     let (balancer, looking) =
         Balancer::start(vec![(bench.front(), bench.stack.gateway_admin)], Duration::ZERO);
     (Load::start(name, Service::new(balancer, rate), rate), looking)
 }
 
-/// Another agent of the same cluster, with a certificate of its own.
+/// Another agent of the same cluster, with its own certificate.
 async fn sibling(bench: &Bench) -> (SocketAddr, Process) {
     let certs = bench.stack.path("certs");
     let now = SystemTime::now();
@@ -750,8 +750,8 @@ async fn fr_05_a_drain_ends_watches_of_every_encoding() {
     bench.end().await;
 }
 
-/// Goal (K1): when one of two agents goes as planned, the watches that it carries end between two events, spread over its deadline and
-/// before it, in every encoding; each goes on from its last event through the other agent, and misses nothing.
+/// Goal (K1): when one of two agents drains, its watches end between two events in every encoding, spread over the time before its
+/// deadline. Each continues from its last event through the other agent and misses nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k1_a_leaving_agent_ends_watches_between_events() {
     for transport in ["tcp", "quic"] {
@@ -872,7 +872,7 @@ async fn k2_a_watch_outlasts_its_api_server_and_its_agent() {
     bench.end().await;
 }
 
-/// Goal: of two agents of a cluster one stops, comes back, and then the other stops: no request fails.
+/// Goal: of two agents of a cluster one stops and restarts, and then the other stops: no request fails.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_stops_while_another_runs() {
     let mut bench = Setup::new(Mode::Restricted).start().await;

@@ -43,7 +43,7 @@ use towline_gateway::store::Kind;
 use towline_model::random::uuid;
 use towline_model::{AccessRule, Effect, Mode, Time};
 
-/// Longer than anything takes that comes at all, on a machine that is ten times slower than others and stands still now and then.
+/// Longer than any event takes, on a machine that is ten times slower than others and stalls now and then.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long certificates live that are renewed again and again: renewed at two thirds of it, they leave four seconds or more for
 /// that, also on such a machine.
@@ -331,7 +331,7 @@ impl Caller {
 
 const RENEWED: &str = "towline_agent_renewals_total{outcome=\"ok\"}";
 
-/// Waits until an agent has renewed so often since it was started.
+/// Waits until an agent has renewed this often since its start.
 async fn until_renewed(agent: &Agent, times: f64) {
     let began = Instant::now();
     loop {
@@ -380,7 +380,7 @@ async fn renewed_under_load_over_quic() {
     renewed_under_load("quic").await;
 }
 
-/// All steps of a change of CA and back, under load; the operator waits for the acknowledgements, nobody else notices.
+/// All steps of a change of CA and back, under load. The operator waits for the acknowledgements; nothing else is affected.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_of_ca_under_load() {
     let world = Arc::new(World::new(SHORT).await);
@@ -537,8 +537,8 @@ async fn a_pod_without_a_volume_rejoins() {
     assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
 }
 
-/// Many agents whose certificates live for seconds: nothing ends, nothing fails, and every one is renewed again and again, streams
-/// older than several certificates included. `TOWLINE_ENROL=AGENTS,LIFETIME_S,DURATION_S` widens it (100,60,600 takes ten
+/// Many agents whose certificates live for seconds: no stream ends, nothing fails, and every certificate is renewed repeatedly, with
+/// streams that are older than several certificates. `TOWLINE_ENROL=AGENTS,LIFETIME_S,DURATION_S` widens it (100,60,600 takes ten
 /// minutes).
 #[tokio::test(flavor = "multi_thread")]
 async fn many_agents_are_renewed() {

@@ -84,7 +84,7 @@ async fn bytes_and_sink() {
     fake.shutdown().await;
 }
 
-/// Goal: bodies end in the way that was asked for, and never look complete.
+/// Goal: bodies end in the requested way, and never look complete.
 #[tokio::test]
 async fn dying_and_stalling_bodies() {
     let fake = start().await;
@@ -109,7 +109,7 @@ async fn dying_and_stalling_bodies() {
     fake.shutdown().await;
 }
 
-/// Goal: answers that the HTTP library would not send arrive as written, and the connection goes on.
+/// Goal: responses that the HTTP library would not send arrive as written, and the connection continues.
 #[tokio::test]
 async fn odd_answers_keep_the_connection() {
     let fake = start().await;
@@ -159,7 +159,7 @@ async fn early_answers_and_expect() {
     fake.shutdown().await;
 }
 
-/// Goal: whom a credential stands for; 401 closes; only those who may impersonate do.
+/// Goal: each credential has its identity; a 401 closes the connection; only permitted callers impersonate.
 #[tokio::test]
 async fn identities() {
     let fake = start().await;
@@ -214,7 +214,7 @@ async fn untrusted_client_certificate() {
     fake.shutdown().await;
 }
 
-/// Goal: a watch tells each change once, sends initial events and bookmarks, and 410 after compaction.
+/// Goal: a watch sends each change once, initial events and bookmarks, and 410 after compaction.
 #[tokio::test]
 async fn watches() {
     let options =
@@ -263,7 +263,7 @@ async fn watches() {
     fake.shutdown().await;
 }
 
-/// Goal: every connection fault does what it says.
+/// Goal: every connection fault has its documented effect.
 #[tokio::test]
 async fn connection_faults() {
     // A port that is still free when it is to listen again.
@@ -371,7 +371,7 @@ async fn upgrades() {
     fake.shutdown().await;
 }
 
-/// Goal: the counter counts deliveries, also of a request whose body broke off.
+/// Goal: the counter counts deliveries, also of a request with a truncated body.
 #[tokio::test]
 async fn counter_counts_deliveries() {
     let fake = start().await;

@@ -92,7 +92,7 @@ async fn no_process(fake: &FakeApi, child: impl Fn() -> bool) {
     gone.await.expect("the process of an exec, or its child, outlived the client");
 }
 
-/// Both carriers must have been used, or the matrix proves less than it says.
+/// Both carriers must have been used, or the matrix proves less than it claims.
 fn report_carriers(fake: &FakeApi, kubectls: &[Kubectl]) {
     let requests = fake.recorder().requests_to("/api/v1/namespaces/default/pods/");
     let count = |protocol: &[u8]| {

@@ -354,7 +354,7 @@ async fn every_kubectl_manages_the_fleet() {
         text(&["delete", "cluster", &name], "").await;
         let gone = run.run(&["get", "cluster", &name], b"").await.unwrap();
         assert!(gone.stderr.contains("NotFound"), "{kubectl}: {}", gone.stderr);
-        // A dropped prefix is an error that says so, and never wrong data.
+        // A dropped prefix is an error that names the cause, and never wrong data.
         let lost = run.run(&["get", "pods"], b"").await.unwrap();
         assert!(lost.code != Some(0), "{kubectl}");
         let raw = run.run(&["get", "--raw", "/api/v1/pods"], b"").await.unwrap();
@@ -364,8 +364,8 @@ async fn every_kubectl_manages_the_fleet() {
     world.gateway.shutdown().await;
 }
 
-/// Goal: an agent's coming and going is told once each; a version from before a restart, or from the future, is 410 and never
-/// silence; nothing is doubled.
+/// Goal: each connect and disconnect of an agent is one event. A version from before a restart, or from the future, is 410 and never
+/// silence. No event is duplicated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn watches_tell_the_truth_across_a_restart() {
     let world = World::start().await;
@@ -388,7 +388,7 @@ async fn watches_tell_the_truth_across_a_restart() {
     drop((session, agent_tasks));
     let event = watch.until(|event| connected(&event["object"]) == "False").await;
     assert!(event["object"]["status"]["lastSeen"].is_string(), "{event}");
-    // Another cluster of the name is another one: the old one's end is told.
+    // Another cluster with the same name is a new object: the old one's deletion is an event.
     admin.json("DELETE", &format!("{CLUSTERS}/prod"), &Value::Null).await;
     admin.json("POST", CLUSTERS, &cluster("prod")).await;
     assert_eq!(watch.next().await.unwrap()["type"], "DELETED");
@@ -440,7 +440,7 @@ async fn the_api_refuses_what_it_should() {
     let secret = created["status"]["token"].as_str().unwrap().to_owned();
     let (_, again) = admin.get("/apis/towline.io/v1alpha1/accesstokens/ci").await;
     assert!(!again.to_string().contains(&secret) && again["status"].get("token").is_none(), "{again}");
-    // Somebody who is not an admin may know who they are, and nothing else.
+    // A user without admin rights may learn their own identity, and nothing else.
     let as_ci = async |method: &str, path: &str, body: &Value| {
         let mut client = world.client(false).await;
         let request = http::Request::builder().method(method).uri(path).header("host", "localhost");
@@ -524,7 +524,7 @@ async fn revocations_cut_within_a_second() {
     let (status, made) = admin.json("POST", revocations, &all).await;
     assert_eq!((status, made["metadata"]["name"].as_str()), (201, Some("cluster:prod")), "{made}");
     session.wait_for(|state| state.closed.is_some()).await;
-    // What looks only now and then looks every ten seconds.
+    // Polling tasks poll every ten seconds.
     let most = crate::common::bound(Duration::from_secs(1), Duration::from_secs(9));
     assert!(asked.elapsed() < most, "{:?}", asked.elapsed());
     assert_eq!(admin.get("/apis/towline.io/v1alpha1/jointokens/t1").await.0, 404, "its tokens are void");
@@ -546,7 +546,7 @@ async fn revocations_cut_within_a_second() {
     let asked = Instant::now();
     assert_eq!(admin.json("POST", revocations, &user).await.0, 201);
     while watch.next().await.is_some() {}
-    // What looks only now and then looks every ten seconds.
+    // Polling tasks poll every ten seconds.
     let most = crate::common::bound(Duration::from_secs(1), Duration::from_secs(9));
     assert!(asked.elapsed() < most, "{:?}", asked.elapsed());
     let world = world.restart().await;

@@ -56,7 +56,7 @@ fn greedy(key: &KeyPair, victim: &str) -> Vec<u8> {
     params.serialize_request(key).unwrap().der().to_vec()
 }
 
-/// The one profile of an agent's certificate, whatever was asked for.
+/// The fixed profile of an agent's certificate, whatever was requested.
 fn check_profile(certificate: &Certificate, cluster: &str, instance: &str) {
     let leaf = towline_certs::CertificateDer::from(certificate.chain[0].to_vec());
     let facts = CertificateFacts::of(&leaf).unwrap();
@@ -74,8 +74,8 @@ fn check_profile(certificate: &Certificate, cluster: &str, instance: &str) {
     assert!(parsed.extensions().iter().all(|extension| extension.oid.to_id_string() != "2.5.29.16"));
 }
 
-/// Goal: a request that asks for CA:TRUE, another cluster's name, privileged groups and ten years gets the fixed profile of its own
-/// cluster, when it joins and when it renews. R-ID-1, EN-04, EN-05, EN-07.
+/// Goal: a request for CA:TRUE, another cluster's name, privileged groups and ten years gets the fixed profile of its own cluster,
+/// when the agent joins and when it renews. R-ID-1, EN-04, EN-05, EN-07.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_certificate_request_contributes_only_its_key() {
     let fleet = gateway().await;
@@ -99,8 +99,8 @@ async fn a_certificate_request_contributes_only_its_key() {
     fleet.end().await;
 }
 
-/// Goal: a hello has no field for an identity, and what stands in those that it has makes nobody another: the
-/// session is its certificate's. R-ID-7, TU-07.
+/// Goal: a hello has no field for an identity, and no content of its fields changes the identity: the session has the certificate's
+/// identity. R-ID-7, TU-07.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hello_cannot_choose_an_identity() {
     let fleet = gateway().await;
@@ -124,8 +124,8 @@ async fn a_hello_cannot_choose_an_identity() {
     fleet.end().await;
 }
 
-/// The certificates of a cluster that was deleted are nobody's in the next cluster of its name: neither for a session, nor for a
-/// renewal of the standing one, nor with the token. R-ID-3, PA-07.
+/// The certificates of a deleted cluster are invalid in the next cluster of the same name: for a session, for a renewal in the running
+/// session, and with the token. R-ID-3, PA-07.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deleted_clusters_certificate_is_refused() {
     let fleet = gateway().await;
@@ -138,7 +138,7 @@ async fn a_deleted_clusters_certificate_is_refused() {
     let new = fleet.register("prod").await;
     assert_ne!(old, new);
     let closed = live.session.wait_for(|state| state.closed.is_some());
-    // What looks only now and then looks every ten seconds.
+    // Polling tasks poll every ten seconds.
     let most = bound(Duration::from_secs(1), Duration::from_secs(9));
     within("the end of the old session", most, closed).await;
     assert!(live.renew(&key).await.is_err());
@@ -235,8 +235,8 @@ async fn two_clusters_never_mix() {
     fleet.end().await;
 }
 
-/// Goal: handshakes that never end, 10,000 of them from one source, take nobody else's place: agents from elsewhere join and are
-/// connected within 2 s. TU-10, SG19.
+/// Goal: 10,000 handshakes from one source that never complete do not block others: agents from elsewhere join and connect within
+/// 2 s. TU-10, SG19.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_open_handshakes_take_no_ones_place() {
     const HALF_OPEN: usize = 10_000;
@@ -288,7 +288,7 @@ async fn half_open_handshakes_take_no_ones_place() {
     fleet.end().await;
 }
 
-/// Goal: an agent whose clock is ten minutes off joins, connects and renews. R-ID-13, TU-15, RG20.
+/// Goal: an agent whose clock is wrong by ten minutes joins, connects and renews. R-ID-13, TU-15, RG20.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clocks_may_be_ten_minutes_off() {
     let Some(library) = faketime() else {
@@ -339,8 +339,8 @@ fn faketime() -> Option<std::path::PathBuf> {
     places.map(|place| place.join("faketime/libfaketime.so.1")).find(|path| path.is_file())
 }
 
-/// Goal: whoever has copied an agent's certificate and key, and connects beside it, takes nothing: each attempt is refused, told in the
-/// log and counted at once, and the agent's session and the cluster's state stay as they were. R-ID-8, TU-05.
+/// Goal: an attacker with a copy of an agent's certificate and key, who connects while the agent is connected, gets no session: each
+/// attempt is refused, logged and counted at once, and the agent's session and the cluster's state are unchanged. R-ID-8, TU-05.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copied_certificate_gets_no_session() {
     const ATTEMPTS: usize = 20;
@@ -373,8 +373,8 @@ async fn a_copied_certificate_gets_no_session() {
     fleet.end().await;
 }
 
-/// A join token of one cluster says nothing about another: with the id of one and the secret of the other nobody gets in, and a token
-/// that names another cluster than its own is not made. EN-02, R-ID-6.
+/// A join token is valid for its own cluster only: the id of one token with the secret of another is refused, and a token that names
+/// another cluster is not created. EN-02, R-ID-6.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_of_two_clusters_do_not_mix() {
     let fleet = gateway().await;

@@ -233,7 +233,7 @@ async fn commotion(fleet: &Fleet, round: &str) -> Vec<Live> {
     agents
 }
 
-/// Goal: after all that happens the caches of clients nobody here wrote are the list, resourceVersions included.
+/// Goal: after all events the caches of third-party clients equal the list, resourceVersions included.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn informers_hold_what_is_there() {
     let Some(python) = python() else {

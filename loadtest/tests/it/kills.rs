@@ -103,7 +103,7 @@ impl Random {
     }
 }
 
-/// What the workers of one round share.
+/// State shared by the workers of one round.
 #[derive(Clone)]
 struct Round {
     target: Target,

@@ -24,7 +24,7 @@ use towline_testkit::stack::{CLIENT, CLUSTER, HOST_DOMAIN, Mode};
 /// Flows at a time: a kubectl waits more than it works.
 const PARALLEL: usize = 4;
 
-/// Goal: all kubectls, all flows, in impersonating mode by path. The API server sees the principal and nobody else.
+/// Goal: all kubectls, all flows, in mode impersonate by path. The API server sees only the principal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_kubectl_by_path_impersonating() {
     by_path_impersonating("tcp", found("every_kubectl_by_path_impersonating", Choice::All)).await;

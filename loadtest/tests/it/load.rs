@@ -87,7 +87,7 @@ fn plausible(profile: &Profile, needed: &[&str]) {
     }
 }
 
-/// Goal: plaintext at both ends, with every kind of short load; and a run is no worse than itself.
+/// Goal: plaintext at both ends, with every kind of short load; and a run compared with itself is not worse.
 #[test]
 fn plaintext() {
     let directory = tempfile::tempdir().unwrap();
@@ -167,7 +167,7 @@ fn what_lasts() {
     plausible(&record.profiles[0], &["towline-tcp", "towline-quic"]);
 }
 
-/// Goal: bulk goes on beside readers that have stopped, on both transports.
+/// Goal: bulk continues while other readers have stopped, on both transports.
 #[test]
 fn a_crowd_of_stalled_readers() {
     let directory = tempfile::tempdir().unwrap();

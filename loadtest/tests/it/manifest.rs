@@ -51,7 +51,7 @@ struct World {
     directory: TempDir,
 }
 
-/// Who signs the cluster's ServiceAccount tokens.
+/// The signer of the cluster's ServiceAccount tokens.
 struct Issuer {
     key: EcdsaKeyPair,
     name: String,
@@ -304,8 +304,8 @@ fn commands_of_readme(mark: &str) -> Vec<String> {
     lines.lines().filter(|line| !line.trim().is_empty()).map(ToOwned::to_owned).collect()
 }
 
-/// Goal: from nothing to `kubectl get nodes` through the tunnel in under a minute, with the three commands of the README; the agent
-/// runs as the manifest says, with no more rights than it says.
+/// Goal: the three commands of the README lead from nothing to `kubectl get nodes` through the tunnel in under a minute. The agent runs
+/// as the manifest describes, with exactly the described permissions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_commands_from_nothing_to_get_nodes() {
     let started = Instant::now();
@@ -368,7 +368,7 @@ async fn three_commands_from_nothing_to_get_nodes() {
     assert_eq!(pod.delete().await, Some(0));
 }
 
-/// Goal: a restricted agent's pod, which keeps nothing, comes back each time it is deleted or its node is gone, as who it was
+/// Goal: a restricted agent's pod, which stores nothing, reconnects with its identity each time it is deleted or its node is gone
 /// (EN-03). The gateway learned the cluster's public keys from the agent, which asked without a credential.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_is_deleted_twenty_times() {
@@ -513,7 +513,7 @@ async fn keys_are_rotated_and_records_restored() {
     assert_eq!(world.agents().await, on_record, "it is who it has been since it joined anew");
 }
 
-/// Goal: every kubectl takes the files in deploy/manifests as they are, each with all of its objects.
+/// Goal: every kubectl accepts the files in deploy/manifests unchanged, each with all of its objects.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_kubectl_takes_the_files() {
     let found = kubectl::find();

@@ -38,8 +38,8 @@ const BALANCER: &str = "127.0.0.9";
 const CUSTOMER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 77);
 const REQUEST: &str = "/api/v1/namespaces/default/pods";
 
-/// Goal: the agent's session goes through a proxy with Basic authentication and outlives the proxy's idle limit; a wrong
-/// and a missing password are told, with the remedy and without the password.
+/// Goal: the agent's session passes a proxy with Basic authentication and outlives the proxy's idle limit. A wrong and a missing
+/// password are reported with the remedy and without the password.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn through_a_proxy_with_a_password() {
     let Some(tinyproxy) = find("tinyproxy", "through_a_proxy_with_a_password") else { return };
@@ -134,8 +134,8 @@ async fn through_squid_with_a_password() {
     box_.kill().await.unwrap();
 }
 
-/// Goal: an `https://` proxy with a CA of its own, here TLS in front of tinyproxy: the session lives through it and outlives
-/// its idle limit; without that CA the log names the proxy, whose certificate it is, and what to do.
+/// Goal: the session passes an `https://` proxy with its own CA (TLS in front of tinyproxy) and outlives its idle limit. Without that CA
+/// the log names the proxy, the issuer of its certificate, and the remedy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn through_a_proxy_over_tls_with_its_own_ca() {
     let Some(tinyproxy) = find("tinyproxy", "through_a_proxy_over_tls_with_its_own_ca") else { return };
@@ -205,8 +205,8 @@ async fn tls_in_front(certs: &Path, to: SocketAddr) -> (SocketAddr, AbortOnDropH
     (address, accepting)
 }
 
-/// Goal: what noProxy names is dialled directly; the environment counts where the file says nothing, with names left to
-/// the proxy, and `url: none` switches it off.
+/// Goal: destinations in noProxy are dialled directly. Without a section in the file the environment is used, and the proxy resolves
+/// names. `url: none` turns the proxy off.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn around_a_proxy_and_through_the_environments() {
     let nobody = free_port().unwrap();
@@ -229,7 +229,7 @@ async fn around_a_proxy_and_through_the_environments() {
     bench.end().await;
 }
 
-/// Goal: an agent behind a TLS interceptor refuses, and its log names who answered in the gateway's place.
+/// Goal: an agent behind a TLS interceptor refuses the connection, and its log names the interceptor.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interceptor_is_named() {
     let Some(mitmdump) = find("mitmdump", "an_interceptor_is_named") else { return };
@@ -259,8 +259,8 @@ async fn an_interceptor_is_named() {
     box_.kill().await.unwrap();
 }
 
-/// Goal: behind HAProxy with send-proxy-v2 the client's own address is what counts; health checks are probes and no
-/// errors; sessions and idle clients outlive the balancer's limits.
+/// Goal: behind HAProxy with send-proxy-v2 the gateway uses the client's own address; health checks are probes and not errors;
+/// sessions and idle clients outlive the balancer's limits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn behind_haproxy_with_proxy_protocol() {
     let Some(haproxy) = find("haproxy", "behind_haproxy_with_proxy_protocol") else { return };

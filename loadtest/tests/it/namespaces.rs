@@ -46,13 +46,13 @@ const EVERYTHING: &str = "meta nfproto ipv4";
 /// 8 bytes are UDP's own header.
 const LARGE_UDP: &str = "udp length > 1208";
 
-/// A stack whose agent reaches its gateway through a network of its own.
+/// A stack whose agent reaches its gateway through its own network.
 struct World {
     bench: Bench,
     network: Network,
 }
 
-/// What became of one request.
+/// The result of one request.
 #[derive(Debug)]
 enum Outcome {
     /// An answer of the cluster's, whole.
@@ -110,7 +110,7 @@ impl World {
         self.bench.agent_metric("fallbacks_total").await
     }
 
-    /// What both processes said.
+    /// The logs of both processes.
     fn logs(&self) -> String {
         ["gateway.log", "agent.log"].map(|name| crate::common::log(&self.bench.stack.path(name))).join("\n")
     }
@@ -144,7 +144,7 @@ impl World {
 
 const SMALL: &str = "/towline-test/bytes?n=1000";
 
-/// One request on a connection of its own, and how long it took.
+/// One request on its own connection, and how long it took.
 async fn ask(front: &Target, method: Method, path: &str) -> (Outcome, Duration) {
     let started = Instant::now();
     let asked = async {
@@ -162,7 +162,7 @@ async fn ask(front: &Target, method: Method, path: &str) -> (Outcome, Duration) 
     (outcome, started.elapsed())
 }
 
-/// Waits until something is so; looks seldom enough that many can wait beside each other.
+/// Waits until a condition holds, with a polling interval that lets many wait concurrently.
 async fn until(what: &str, patience: Duration, condition: impl AsyncFn() -> bool) -> Duration {
     let started = Instant::now();
     while !condition().await {
@@ -172,7 +172,7 @@ async fn until(what: &str, patience: Duration, condition: impl AsyncFn() -> bool
     started.elapsed()
 }
 
-/// Several clients, each with one request after the other, until told to stop.
+/// Several clients, each with one request after the other, until stopped.
 struct Load {
     stop: Arc<AtomicBool>,
     clients: Vec<AbortOnDropHandle<Vec<Done>>>,
@@ -264,7 +264,7 @@ fn auto() -> Value {
     json!({"transport": "auto"})
 }
 
-/// UDP comes back: QUIC serves within 60 s; what is open on TCP stays there and is whole.
+/// UDP works again: QUIC serves within 60 s; open streams stay on TCP and are complete.
 async fn returns(world: &World) -> Duration {
     world.network.drop_packets(&[]).unwrap();
     let restored = Instant::now();
@@ -339,7 +339,8 @@ async fn udp_dropped_under_load() {
     world.end().await;
 }
 
-/// RG8: datagrams of more than 1,200 bytes vanish mid-life, in both directions: the download goes on, requests are served.
+/// RG8: in a running session, datagrams of more than 1,200 bytes are dropped in both directions: the download continues, and requests are
+/// served.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_datagrams_dropped_under_load() {
     let Some((world, _)) = World::start(auto(), &[]).await else { return };

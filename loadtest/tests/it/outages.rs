@@ -43,8 +43,8 @@ fn offline(answer: &Response<bytes::Bytes>) -> Refusal {
     refusal
 }
 
-/// Goal (RG4, PA-06): an agent that dies takes its requests with it and nothing hangs: first requests wait for it to come
-/// back, later they are refused within 100 ms, with the time since when; when it is back everything works.
+/// Goal (RG4, PA-06): when an agent dies, its requests fail and nothing hangs. At first new requests wait for it; later they are refused
+/// within 100 ms, with the time since when. When it is back, everything works.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn agent_killed_and_back() {
     let mut bench = Bench::start(Mode::Restricted).await;
@@ -168,8 +168,8 @@ async fn gateway_killed_and_restarted() {
     bench.end().await;
 }
 
-/// Goal (AG-01): an API server that is down, or not the one that is meant, is 502 that names the hop and the cause; nothing
-/// is ever sent to it.
+/// Goal (AG-01): an API server that is down, or is the wrong one, gives a 502 that names the hop and the cause; nothing is ever sent to
+/// it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn api_server_down_or_not_the_right_one() {
     let mut setup = Setup::new(Mode::Restricted);
@@ -305,7 +305,7 @@ async fn posts_that_break_off_are_not_repeated() {
     bench.end().await;
 }
 
-/// Goal: a gateway that is told to stop under load finishes what it has accepted, ends watches cleanly, and exits with 0.
+/// Goal: a gateway that is stopped under load finishes accepted requests, ends watches cleanly, and exits with 0.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn gateway_drains_under_load() {
     let mut bench = Setup::new(Mode::Restricted)

@@ -274,8 +274,8 @@ const WITHIN: &[(&str, &str)] = &[
     ("https://API/api/v1/inner", "/clusters/demo/api/v1/inner"),
 ];
 
-/// Goal (S1, A14, AG-02, PA-09): whatever a hostile cluster answers, through real sockets, its client stays with it: a redirect out of the cluster
-/// is 502, a place that only informs is left out, and what is on the API server itself can be followed.
+/// Goal (S1, A14, AG-02, PA-09): no response of a hostile cluster, over real sockets, leads its client elsewhere: a redirect out of the cluster is
+/// 502, an informational location is removed, and locations on the API server itself can be followed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s1_a_cluster_cannot_redirect_clients_elsewhere() {
     let bench = bench().await;

@@ -22,7 +22,7 @@ use towline_proto::join::{Admitted, RefusalCode};
 /// Keys that ask at the same moment; as many joins as may be under way and twice as many that wait.
 const AT_ONCE: usize = 192;
 
-/// A gateway whose limits per address are not what refuses: all keys come from one.
+/// A gateway with high limits per address, because all keys come from one address.
 async fn gateway() -> Fleet {
     let listen = json!({
         "trustedProxies": ["127.0.0.0/8"], "proxyProtocol": "off", "quic": {"enabled": false},
@@ -60,7 +60,7 @@ async fn settle(
     }
 }
 
-/// Lets many keys use a token; who got in, and how often one had to ask again.
+/// Lets many keys use a token; returns the admitted ones, and how often each had to retry.
 async fn race(
     fleet: &mut Fleet,
     token: &JoinToken,
@@ -101,7 +101,7 @@ async fn instances_of(fleet: &Fleet, token: &JoinToken) -> Vec<String> {
     ours.map(|record| record["name"].as_str().unwrap().to_owned()).collect()
 }
 
-/// Goal: one single use, many keys: one gets in, everybody else is told that it was used, and nobody else is on record.
+/// Goal: with many keys for a single use, one is admitted, all others are told that the token was used, and no other is recorded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_many_keys_one_gets_in() {
     let keys = std::env::var("TOWLINE_RACE").map_or(200, |text| text.parse().unwrap());
@@ -122,7 +122,7 @@ async fn of_many_keys_one_gets_in() {
     assert_eq!(instances_of(&fleet, &token).await, [&*admitted.instance]);
 }
 
-/// Goal: the same with a gateway that is killed at some moment of the race: whoever has no answer asks again, and one gets in.
+/// Goal: the same with a gateway that is killed during the race: keys without an answer retry, and one is admitted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_many_keys_one_gets_in_across_a_crash() {
     let mut fleet = gateway().await;

@@ -147,7 +147,7 @@ async fn everything_ends(what: What, transport: &str) {
     eprintln!(
         "{what:?} over {transport}: {STREAMS} streams and an exec ended {ended:?} after it was asked for, two stalled answers {took:?}"
     );
-    // What looks only now and then looks every ten seconds.
+    // Polling tasks poll every ten seconds.
     assert!(took < bound(Duration::from_secs(1), Duration::from_secs(9)), "{took:?}");
     assert!(stalled.rest().await.0.len() < STALLED, "an answer that was cut is whole");
     assert!(broken(without_credit.into_body()).await, "an answer that was cut is whole");

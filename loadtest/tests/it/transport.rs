@@ -64,7 +64,7 @@ impl Link {
         until("a session over QUIC", patience, async || self.sessions("quic").await == 1.0).await
     }
 
-    /// What both processes said.
+    /// The logs of both processes.
     fn logs(&self) -> String {
         ["gateway.log", "agent.log"].map(|name| crate::common::log(&self.bench.stack.path(name))).join("\n")
     }

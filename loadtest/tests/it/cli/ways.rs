@@ -15,7 +15,7 @@ struct Proxy {
     at: SocketAddr,
     /// The heads of requests.
     asked: Arc<Mutex<Vec<String>>>,
-    /// What it answers instead of a connection, once each.
+    /// Responses instead of a connection, each used once.
     answers: Arc<Mutex<VecDeque<&'static str>>>,
     _tasks: JoinSet<()>,
 }
@@ -58,8 +58,8 @@ impl Proxy {
     }
 }
 
-/// Goal: D9: `towline` goes where kubectl goes: through HTTPS_PROXY unless NO_PROXY says otherwise, and through `proxy-url` whatever
-/// they say; what it writes for kubectl does too; each error names the proxy and no password.
+/// Goal: D9: `towline` uses the same proxies as kubectl: HTTPS_PROXY unless NO_PROXY exempts the address, and `proxy-url` in any case.
+/// The kubeconfigs that it writes do too. Each error names the proxy and no password.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn d9_towline_goes_through_the_proxy_as_kubectl_does() {
     let world = World::start_with(|config| {
@@ -155,8 +155,8 @@ async fn d8_an_agent_that_joins_names_its_proxy() {
     world.gateway.shutdown().await;
 }
 
-/// Goal: D11: what cannot be is found out before anything is made, and what was made for a manifest that nobody gets is taken back.
-/// M12: a gateway on this machine is told how to be reached.
+/// Goal: D11: invalid arguments are detected before anything is created, and objects for a manifest that was not printed are removed.
+/// M12: for a gateway on this machine the error says how to make it reachable.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn d11_a_manifest_that_was_not_printed_leaves_nothing_behind() {
     let world = World::start().await;
@@ -166,7 +166,7 @@ async fn d11_a_manifest_that_was_not_printed_leaves_nothing_behind() {
         (clusters, world.ok(&["token", "list", "-o", "name"]).await)
     };
     let before = (String::from("cluster.towline.io/lab\n"), String::new());
-    // The gateway is known as localhost, which is no place for a pod.
+    // The gateway's address is localhost, which a pod cannot reach.
     for arguments in [&["agent", "manifest", "new", "--register"][..], &["agent", "manifest", "lab"]] {
         let refused = world.run(arguments).await;
         refused.failed(2, &["localhost:", "--gateway HOST:PORT", "host.docker.internal"]);
@@ -269,7 +269,7 @@ async fn d43_a_shell_completes_the_names_of_clusters() {
     assert_eq!(world.ok(&["__complete", "cluster", "describe", "e"]).await, "east\tin the east\n:4\n");
     assert_eq!(world.ok(&["__complete", "kubeconfig", ""]).await, "east\tin the east\nwest\n:4\n");
     assert_eq!(world.ok(&["__complete", "--kubeconfig", ""]).await, ":0\n");
-    // Nobody to ask is no noise on the command line.
+    // Without a gateway, completion prints no error.
     let nobody = world.run(&["__complete", "--context", "nowhere", "cluster", "get", ""]).await;
     assert_eq!((nobody.code, &*nobody.out, &*nobody.err), (0, ":4\n", ""));
     let p3 = world.run(&["register"]).await;

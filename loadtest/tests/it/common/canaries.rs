@@ -151,7 +151,7 @@ async fn next_line(body: &mut Incoming, rest: &mut Vec<u8>) -> Option<Vec<u8>> {
     }
 }
 
-/// An exec whose process sends back what it is told, a few words at a time.
+/// An exec whose process echoes its input, a few words at a time.
 pub(crate) struct Exec {
     stop: Arc<AtomicBool>,
     task: AbortOnDropHandle<u64>,
@@ -236,7 +236,7 @@ impl Canaries {
         }
     }
 
-    /// Checks that none of them was disturbed, and says what they did.
+    /// Checks that none of them was disturbed, and returns what they did.
     pub(crate) async fn stop(self) -> String {
         let (requests, slowest) = self.paced.stop().await;
         let (events, lines) = (self.watches.stop().await, self.exec.stop().await);

@@ -27,7 +27,7 @@ pub(crate) const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
 pub(crate) const TOKENS: &str = "/apis/towline.io/v1alpha1/jointokens";
 pub(crate) const REVOCATIONS: &str = "/apis/towline.io/v1alpha1/revocations";
 
-/// Longer than any answer of the API may take.
+/// Longer than any response of the API takes.
 const ANSWER: Duration = PATIENCE;
 
 pub(crate) struct Fleet {
@@ -141,7 +141,7 @@ impl Fleet {
         Api::connect(&self.target()).await.unwrap()
     }
 
-    /// What the API says of a cluster's connection.
+    /// The API's condition of a cluster's connection.
     pub(crate) async fn connected(&self, cluster: &str) -> bool {
         let (_, shown) = self.api().await.get(&format!("{CLUSTERS}/{cluster}")).await;
         let conditions = shown["status"]["conditions"].as_array().unwrap();
@@ -253,7 +253,7 @@ fn target(address: SocketAddr, kubeconfig: &str) -> Target {
     Target { address, host: "localhost".to_owned(), prefix: String::new(), headers: HeaderMap::new(), tls }
 }
 
-/// A connection to the API. What breaks off is an error, and says nothing of what became of the request.
+/// A connection to the API. A broken connection is an error, which leaves the result of the request open.
 pub(crate) struct Api(Client);
 
 impl Api {

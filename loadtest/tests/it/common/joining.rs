@@ -21,10 +21,10 @@ use towline_proto::tunnel::{Session, SessionConfig};
 
 use super::{PATIENCE, spawn, within};
 
-/// Longer than any answer may take.
+/// Longer than any response takes.
 const ANSWER: Duration = PATIENCE;
 
-/// Uses a join token with a key. An error says nothing of what became of the request.
+/// Uses a join token with a key. An error leaves the result of the request open.
 pub(crate) async fn join(
     front: SocketAddr,
     token: &JoinToken,
@@ -75,7 +75,7 @@ pub(crate) struct Live {
 }
 
 impl Live {
-    /// Connects with a certificate; an error if nobody lets it in.
+    /// Connects with a certificate; an error if it is not admitted.
     pub(crate) async fn connect(
         front: SocketAddr,
         certificate: &Certificate,
@@ -127,7 +127,7 @@ impl Live {
         }
     }
 
-    /// Asks for the next certificate. An error says nothing of what became of the request.
+    /// Requests the next certificate. An error leaves the result of the request open.
     pub(crate) async fn renew(&self, key: &AgentKey) -> anyhow::Result<Result<Certificate, Refused>> {
         self.renew_with(key.csr_der()?).await
     }

@@ -165,7 +165,7 @@ impl Client {
         (size > 0).then_some(chunk)
     }
 
-    /// Reads until the connection ends; says how: `Ok` is a clean TLS end.
+    /// Reads until the connection ends; `Ok` means a clean TLS end.
     pub(crate) async fn rest(&mut self) -> (Vec<u8>, std::io::Result<()>) {
         let mut rest = std::mem::take(&mut self.unread);
         let read = timeout(PATIENCE, self.stream.read_to_end(&mut rest)).await;

@@ -10,7 +10,7 @@ use towline_testkit::stack::{CLIENT, Mode, binary, free_port};
 
 use crate::common::{Bench, Footprint, PATIENCE, Setup, log, settled, until, within};
 
-/// Runs a program of the workspace to its end: its exit code, and all that it says.
+/// Runs a program of the workspace to its end; returns its exit code and its output.
 pub(crate) async fn run(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> (Option<i32>, String) {
     let mut command = Command::new(binary(name).unwrap());
     command
@@ -62,8 +62,8 @@ async fn cf_04_an_unavailable_address_is_named() {
     assert_eq!(code, Some(0), "{said}");
 }
 
-/// Goal: CF-05: a flag wins over its variable, the variable over the file's default, for whatever can be said in two ways; what is in
-/// force can be printed, and no secret is in it.
+/// Goal: CF-05: a flag overrides its variable, and the variable the file's default. The effective configuration can be printed and
+/// contains no secret.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cf_05_flag_then_variable_then_file() {
     let bench = Setup::new(Mode::Impersonate).prepare().await;
@@ -90,8 +90,8 @@ async fn cf_05_flag_then_variable_then_file() {
     }
 }
 
-/// Goal: CF-07: a thousand reloads, most of them of a file that is wrong, leave nothing behind and disturb nobody; the last good file is
-/// in force, also when a drain begins meanwhile.
+/// Goal: CF-07: a thousand reloads, most of them with a wrong file, leak nothing and disturb no client. The last good file stays in
+/// effect, also when a drain starts meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cf_07_a_thousand_reloads() {
     let bench = Setup::new(Mode::Impersonate).start().await;
@@ -145,8 +145,8 @@ async fn cf_07_a_thousand_reloads() {
     drop(reloads.wait().await);
 }
 
-/// Goal: CF-08: no secret is taken from the command line, where every process of the machine can read it; who tries is told so without
-/// the secret being said again.
+/// Goal: CF-08: no secret is accepted on the command line, where every process of the machine can read it. The error does not repeat the
+/// secret.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cf_08_no_secret_on_the_command_line() {
     const CANARY: &str = "tlat_canary-on-the-command-line-0123456789";
