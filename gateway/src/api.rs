@@ -72,7 +72,7 @@ pub(crate) struct Call {
     guards: Mutex<Option<Guards>>,
 }
 
-/// The body of a request, whoever's it is.
+/// The body of any request.
 pub(crate) trait RequestBody:
     Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send
 {
@@ -122,7 +122,7 @@ impl Api {
     /// Answers a request to the API.
     ///
     /// # Errors
-    /// The caller is nobody, or has too much under way.
+    /// The caller is not authenticated, or has too much under way.
     pub(crate) async fn answer<B>(
         self: &Arc<Self>,
         peer: &Peer,

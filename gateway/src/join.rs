@@ -183,7 +183,7 @@ impl Joins {
         }
     }
 
-    /// The same of one that says it was let in before. It is not true of a cluster that waits for its first agent, and no
+    /// The same for an agent that claims to have been admitted before. For a cluster that waits for its first agent the claim is false, and no
     /// news of one whose agents were revoked: neither has a trace of one on record.
     pub(crate) fn turned_back(&self, uid: &ClusterUid, from: IpAddr, why: &str, proven: bool) {
         let standing = self.context.fleet.as_ref().and_then(|fleet| fleet.standing(uid));

@@ -57,7 +57,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1);
 pub(crate) struct Listener {
     context: Arc<Context>,
     access: Arc<Access>,
-    /// Who may connect, and how often.
+    /// The limits on connections.
     gate: Gate,
     front: Arc<Front>,
     tunnel: Arc<Tunnel>,

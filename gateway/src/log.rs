@@ -41,8 +41,8 @@ impl fmt::Display for Format {
     }
 }
 
-/// Lets a burst of lines about each key through, and then one in a second: what strangers and tenants can cause is counted each
-/// time, and logged so often.
+/// Limits log lines by key: a burst, then one per second. Events that unauthenticated clients and tenants can cause are always counted
+/// in metrics, and logged at this rate.
 #[derive(Debug)]
 pub(crate) struct Sparing<K = ()> {
     lines: Buckets<K>,
@@ -61,7 +61,7 @@ impl<K: Clone + Eq + Hash> Sparing<K> {
     }
 }
 
-/// A line at its level if it is due, with the number of those before it that were not; else a line for those who look for it.
+/// Logs a line at its level if it is due, with the number of suppressed ones before it; otherwise at `debug`.
 macro_rules! sparing {
     ($due:expr, $level:ident, $($line:tt)*) => {
         match $due {
@@ -72,24 +72,24 @@ macro_rules! sparing {
 }
 pub(crate) use sparing;
 
-/// What is logged where nothing is said.
+/// The default log level.
 pub const LEVEL: &str = "info";
 
-/// What was given to `--log-level` is none.
+/// The value of `--log-level` is invalid.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "--log-level: {0:?} is not a log level: use error, warn, info, debug or trace, or a list such as info,towline_gateway=debug"
 )]
 pub struct LevelError(String);
 
-/// Whether each word alone is a level: the filter would take any other for the name of a module, all of whose lines are meant, and
-/// leave out the rest.
+/// Whether each single word is a level: the filter would take any other word for a module whose lines are all enabled, and
+/// disable everything else.
 fn says_levels(text: &str) -> bool {
     let is_level = |word: &str| word.eq_ignore_ascii_case("off") || word.parse::<tracing::Level>().is_ok();
     text.split(',').all(|word| word.contains(['=', '[']) || is_level(word))
 }
 
-/// The list without empty items, as a template leaves them; what is logged by itself if nothing is left.
+/// The list without empty items, which templates produce; the default if nothing is left.
 fn items(text: &str) -> String {
     let items: Vec<_> = text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect();
     if items.is_empty() { LEVEL.to_owned() } else { items.join(",") }
@@ -98,14 +98,14 @@ fn items(text: &str) -> String {
 /// Starts logging for the process. `level` is a level, or a list of `target=level`.
 ///
 /// # Errors
-/// The level cannot be read.
+/// The level is invalid.
 pub fn start(format: Format, level: &str) -> Result<(), LevelError> {
     let items = items(level);
     let filter = EnvFilter::builder().parse(&items).ok().filter(|_| says_levels(&items));
     let filter = filter.ok_or_else(|| LevelError(level.to_owned()))?;
     let terminal = std::io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // A logger that is there already, as in tests, is as good.
+    // An existing logger, as in tests, is fine.
     let json = match format {
         Format::Auto => !terminal,
         Format::Text => false,

@@ -55,11 +55,11 @@ label!(
     }
 );
 label!(
-    /// Why a request that was let in may not go on.
+    /// Why a running request is cancelled.
     Ended { Revoked = "revoked", Expired = "expired", Forbidden = "forbidden", Cluster = "cluster" }
 );
 label!(
-    /// What a trusted proxy sent before the ClientHello, and what others sent that looks like it.
+    /// PROXY protocol headers by outcome: of trusted proxies, and unexpected ones.
     ProxyHeader {
         Client = "client",
         Local = "local",
@@ -76,7 +76,7 @@ label!(
     HoldOutcome { Served = "served", TimedOut = "timed_out", Abandoned = "abandoned", Full = "full" }
 );
 label!(
-    /// Why a watch ended before the API server ended it: its gateway or its session drained, or what it came through broke.
+    /// Why the gateway ended a watch before the API server did: the gateway or the session drained, or the session or upstream failed.
     WatchEnded { Drained = "drained", Lost = "lost" }
 );
 label!(
@@ -91,7 +91,7 @@ label!(
     }
 );
 label!(
-    /// Which codes a refusal can carry: the catalogue in `docs/operations.md`.
+    /// The codes of refusals; `docs/operations.md` lists them.
     TlCode {
         BadFraming = "TL_BAD_FRAMING",
         HeaderForbidden = "TL_HEADER_FORBIDDEN",
@@ -113,7 +113,7 @@ label!(
     }
 );
 label!(
-    /// A limit of the table in `docs/operations.md` that somebody has reached.
+    /// A limit of the table in `docs/operations.md`.
     Limit {
         Connections = "connections",
         ConnectionsPerAddress = "connections_per_address",
@@ -153,7 +153,7 @@ label!(
     }
 );
 label!(
-    /// What became of a request to join, or to renew a certificate.
+    /// The outcome of a join or renewal.
     JoinOutcome {
         Ok = "ok",
         Proof = "proof",
@@ -165,7 +165,7 @@ label!(
     }
 );
 label!(
-    /// What happened to a reload.
+    /// The outcome of a reload.
     ReloadOutcome { Applied = "applied", Refused = "refused" }
 );
 
@@ -221,10 +221,10 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// From 1 ms, what a request inside one region takes, to the deadline of an answer.
+/// From 1 ms, the time of a request inside one region, to the deadline of a response.
 const FIRST_BYTE_BUCKETS: [f64; 13] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
-/// The one family that names clusters.
+/// The only family with cluster names.
 const CLUSTER_CONNECTED: &str = "towline_gateway_cluster_connected";
 const CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "other"];
 
@@ -455,7 +455,7 @@ impl Metrics {
         self.render_some(|_| true)
     }
 
-    /// As [`Self::render`], without the names of clusters.
+    /// Like [`Self::render`], without cluster names.
     #[must_use]
     pub fn render_unnamed(&self) -> Vec<u8> {
         self.render_some(|name| name != CLUSTER_CONNECTED)
@@ -513,7 +513,7 @@ impl Metrics {
         }
     }
 
-    /// Memory that is held for what agents and clients may send.
+    /// Sets the memory gauges for agents' data and clients' uploads.
     pub fn memory(&self, tunnel: usize, uploads: usize) {
         self.tunnel_memory.set(i64::try_from(tunnel).unwrap_or(i64::MAX));
         self.upload_memory.set(i64::try_from(uploads).unwrap_or(i64::MAX));
@@ -613,7 +613,7 @@ impl Metrics {
         Counted::new(&self.sessions.with_label_values(&[transport.label()]))
     }
 
-    /// What the kernel grants the QUIC socket.
+    /// Sets the sizes of the QUIC socket's kernel buffers.
     pub fn udp_buffers(&self, receive_bytes: usize, send_bytes: usize) {
         for (direction, bytes) in [("receive", receive_bytes), ("send", send_bytes)] {
             self.udp_buffers.with_label_values(&[direction]).set(i64::try_from(bytes).unwrap_or(i64::MAX));
@@ -642,7 +642,7 @@ impl Default for Metrics {
     }
 }
 
-/// One of what a gauge counts, until it is dropped.
+/// Guard that counts one in a gauge until it is dropped.
 pub struct Counted(IntGauge);
 
 impl Counted {

@@ -17,8 +17,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
-/// Whom a limit counts as one: an IPv4 address, or an IPv6 network of the size that one subscriber gets. An IPv4 address in
-/// IPv6's clothes is the IPv4 address.
+/// The network that a limit counts as one source: an IPv4 address, or an IPv6 network of the size that one subscriber gets. An IPv4-mapped
+/// IPv6 address is the IPv4 address.
 pub(crate) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => address.into(),
@@ -26,33 +26,33 @@ pub(crate) fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-/// How a pool is divided.
+/// The sizes of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sizes {
-    /// Places in all.
+    /// Places in total.
     pub(crate) total: usize,
-    /// Of these, places that only [`Claim::Reserved`] gets.
+    /// Of these, places for [`Claim::Reserved`] only.
     pub(crate) reserve: usize,
     /// Places of one key.
     pub(crate) share: usize,
-    /// Takers that may wait for a place, in all and of one key.
+    /// Most takers that may wait for a place, in total and of one key.
     pub(crate) waiting: usize,
     pub(crate) waiting_share: usize,
 }
 
 impl Sizes {
-    /// Shares alone: no total, no reserve, and nobody waits.
+    /// Only shares: no total, no reserve, no waiting.
     pub(crate) const fn of_each(share: usize) -> Self {
         Self { total: usize::MAX, reserve: 0, share, waiting: 0, waiting_share: 0 }
     }
 
-    /// A total with shares, a reserve, and nobody who waits.
+    /// A total with shares and a reserve, without waiting.
     pub(crate) const fn of_all(total: usize, reserve: usize, share: usize) -> Self {
         Self { total, reserve, share, waiting: 0, waiting_share: 0 }
     }
 }
 
-/// Which places somebody may take.
+/// Which places a taker may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Claim {
     Ordinary,
@@ -60,18 +60,18 @@ pub(crate) enum Claim {
     Reserved,
 }
 
-/// Why there is no place.
+/// Why no place is available.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Full {
-    /// All that this taker may have are taken.
+    /// All places for this taker are in use.
     Pool,
-    /// The key has as many as it may.
+    /// The key has used up its share.
     Share,
-    /// As many wait already as may.
+    /// The limit on waiting takers is reached.
     Waiting,
 }
 
-/// By what takers are told apart.
+/// The key type that distinguishes takers.
 pub(crate) trait Key: Clone + Eq + Hash {}
 
 impl<K: Clone + Eq + Hash> Key for K {}
@@ -85,20 +85,20 @@ pub(crate) struct PerKey<K: Key> {
 
 #[derive(Debug)]
 struct State<K: Key> {
-    /// Places held, in all and by ordinary takers.
+    /// Places in use, in total and by ordinary takers.
     held: usize,
     ordinary: usize,
     waiting: usize,
     keys: Map<K, Entry<K>>,
-    /// Keys below their share for which somebody waits, in the order in which they get what becomes free.
+    /// Keys below their share with waiting takers, in the order in which they get free places.
     turns: VecDeque<K>,
 }
 
-/// What one key has.
+/// The state of one key.
 #[derive(Debug)]
 struct Entry<K: Key> {
     held: usize,
-    /// Futures of [`PerKey::wait`]; those in `queue` that have given up are still there, and closed.
+    /// Waiting futures of [`PerKey::wait`]; abandoned ones remain in `queue` with a closed channel.
     waiting: usize,
     queue: VecDeque<oneshot::Sender<KeyPermit<K>>>,
     in_turns: bool,
@@ -143,21 +143,21 @@ impl<K: Key> PerKey<K> {
         self.take_as(Some(key), Claim::Ordinary)
     }
 
-    /// A place for this key, or for what has none.
+    /// A place for this key, or for a taker without a key.
     pub(crate) fn take_as(self: &Arc<Self>, key: Option<&K>, claim: Claim) -> Result<KeyPermit<K>, Full> {
         self.lock().take(self.sizes, key, claim)?;
         Ok(self.permit(key.cloned(), claim))
     }
 
-    /// An ordinary place for this key: at once, or when its turn comes. The caller has the deadline. Cancel safe: who gives up
-    /// loses its turn, and nothing else.
+    /// Takes an ordinary place for this key, at once or when its turn comes. The caller sets the deadline. Cancel safe: a cancelled wait
+    /// only loses its turn.
     ///
     /// # Errors
-    /// As many wait as may.
+    /// The limit on waiting takers is reached.
     pub(crate) async fn wait(self: &Arc<Self>, key: &K) -> Result<KeyPermit<K>, Full> {
         let waits = {
             let mut state = self.lock();
-            // Nobody overtakes who waits for the same key.
+            // No overtaking within one key.
             let is_first = state.keys.get(key).is_none_or(|entry| entry.queue.is_empty());
             if is_first && state.take(self.sizes, Some(key), Claim::Ordinary).is_ok() {
                 None
@@ -176,7 +176,7 @@ impl<K: Key> PerKey<K> {
         self.lock().keys.get(key).map_or(0, |entry| entry.held)
     }
 
-    /// Whether half of what ordinary takers may have is taken, by all of them or by this key.
+    /// Whether half of the ordinary places are in use, in total or of this key's share.
     pub(crate) fn is_half_taken(&self, key: &K) -> bool {
         let Sizes { total, reserve, share, .. } = self.sizes;
         let state = self.lock();
@@ -187,7 +187,7 @@ impl<K: Key> PerKey<K> {
     fn give_back(self: &Arc<Self>, key: Option<&K>, claim: Claim) {
         let next = self.lock().give_back(self.sizes, key, claim);
         if let Some((next, sender)) = next {
-            // Who has given up in this moment gives the place back by that.
+            // If the taker has given up at this moment, dropping the place returns it.
             drop(sender.send(self.permit(Some(next), Claim::Ordinary)));
         }
     }
@@ -217,7 +217,7 @@ impl<K: Key> State<K> {
         Ok(())
     }
 
-    /// Puts a taker into the queue of its key.
+    /// Adds a taker to the queue of its key.
     fn enqueue(&mut self, sizes: Sizes, key: &K) -> Result<oneshot::Receiver<KeyPermit<K>>, Full> {
         let of_key = self.keys.get(key).map_or(0, |entry| entry.waiting);
         if self.waiting >= sizes.waiting || of_key >= sizes.waiting_share {
@@ -232,7 +232,7 @@ impl<K: Key> State<K> {
         Ok(receiver)
     }
 
-    /// Gives a key a turn, if somebody waits for it and it is below its share.
+    /// Schedules a key, if a taker waits for it and it is below its share.
     fn line_up(&mut self, sizes: Sizes, key: &K) {
         if let Some(entry) = self.keys.get_mut(key)
             && !entry.in_turns
@@ -244,7 +244,7 @@ impl<K: Key> State<K> {
         }
     }
 
-    /// Takes a place back, and gives it to whoever's turn it is: the key, and where it waits.
+    /// Returns a place and chooses the next taker: its key and its channel.
     fn give_back(
         &mut self,
         sizes: Sizes,
@@ -263,7 +263,7 @@ impl<K: Key> State<K> {
                 self.forget_if_empty(key);
             }
         }
-        // One place became free, so one more may have it; whoever could have had a place before has it already.
+        // Exactly one place became free, so exactly one taker gets it; every other eligible taker was served before.
         while self.has_room(sizes, Claim::Ordinary) {
             let key = self.turns.pop_front()?;
             let Some(entry) = self.keys.get_mut(&key) else { continue };
@@ -295,7 +295,7 @@ impl<K: Key> State<K> {
     }
 }
 
-/// Somebody who waits for a place.
+/// A taker that waits for a place.
 struct Waiting<'a, K: Key> {
     owner: &'a Arc<PerKey<K>>,
     key: &'a K,
@@ -309,7 +309,7 @@ impl<K: Key> Drop for Waiting<'_, K> {
         state.waiting -= 1;
         if let Some(entry) = state.keys.get_mut(self.key) {
             entry.waiting -= 1;
-            // Who gives up has mostly waited longest.
+            // The taker that gives up has usually waited longest.
             while entry.queue.front().is_some_and(oneshot::Sender::is_closed) {
                 entry.queue.pop_front();
             }
@@ -318,7 +318,7 @@ impl<K: Key> Drop for Waiting<'_, K> {
             }
         }
         state.forget_if_empty(self.key);
-        // A place that came in this moment goes back when the receiver is dropped: after this, and so without the lock.
+        // A place that arrives at this moment is returned when the receiver is dropped, which happens later and without the lock.
     }
 }
 

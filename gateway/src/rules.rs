@@ -6,8 +6,8 @@ use crate::map::Map;
 use std::collections::HashSet;
 use towline_model::{ANY, AccessRule, ClusterName, Effect, Principal};
 
-/// The rules in force, found by whom they are for: a request, and each look at what is running, asks the rules of one
-/// principal and not all there are.
+/// The effective rules, indexed by user and group: a request, and each review of a running one, evaluates only the rules of its
+/// principal.
 #[derive(Clone, Debug, Default)]
 pub struct AccessRules {
     rules: Vec<Rule>,
@@ -23,7 +23,7 @@ struct Rule {
     clusters: HashSet<String>,
 }
 
-/// The answer, and which rule gave it: for the debug log, never for the caller.
+/// The decision and the rule that made it: for the debug log, never for the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// Allowed by the rule of this index.
@@ -52,7 +52,7 @@ impl AccessRules {
         all
     }
 
-    /// As [`Self::decide`], by the rules of several lists together.
+    /// Like [`Self::decide`], with the rules of several lists together.
     #[must_use]
     pub fn decide_by_all(lists: &[&Self], principal: &Principal, cluster: &ClusterName) -> Decision {
         let rank = |decision: &Decision| match decision {
@@ -64,8 +64,8 @@ impl AccessRules {
         decisions.min_by_key(rank).unwrap_or(Decision::NoRule)
     }
 
-    /// Decides for a name, whether a cluster has it or not: an unknown name is judged like any other, so that only who
-    /// may call every cluster can tell it from a forbidden one.
+    /// Decides for a name, whether or not a cluster has it: an unknown name is judged like any other, so that only a caller that
+    /// may call every cluster can distinguish it from a forbidden one.
     #[must_use]
     pub fn decide(&self, principal: &Principal, cluster: &ClusterName) -> Decision {
         let of_groups = principal.groups.iter().filter_map(|group| self.groups.get(group));

@@ -15,7 +15,7 @@ use towline_proto::tunnel::driver::EVENTS_PER_TURN;
 /// Makes the runtime of the first shard, on which the gateway is started.
 ///
 /// # Errors
-/// The system gives no event queue.
+/// The system provides no event queue.
 pub fn build() -> io::Result<Runtime> {
     Builder::new_current_thread().max_io_events_per_tick(EVENTS_PER_TURN).enable_all().build()
 }
@@ -25,10 +25,10 @@ pub(crate) fn cores() -> usize {
     available_parallelism().map_or(1, usize::from)
 }
 
-/// The shards of one gateway. Dropping it ends all but the first, with whatever still runs on them.
+/// The shards of one gateway. Dropping it ends all except the first, with everything that still runs on them.
 #[derive(Debug)]
 pub(crate) struct Shards {
-    /// The runtime of whoever started them; none only outside of any.
+    /// The runtime that started them; `None` only outside of any runtime.
     first: Option<Handle>,
     /// All but the first.
     others: Vec<Handle>,
@@ -40,7 +40,7 @@ impl Shards {
     /// The runtime of the caller is the first shard, each other one gets a thread of its own.
     ///
     /// # Errors
-    /// The system gives no threads or no event queues.
+    /// The system provides no threads or no event queues.
     pub(crate) fn start(count: usize) -> io::Result<Self> {
         let stop = CancellationToken::new();
         let mut others = Vec::new();
@@ -56,12 +56,12 @@ impl Shards {
         Ok(Self { first, others, next: AtomicUsize::new(0), _stop: stop.drop_guard() })
     }
 
-    /// Tasks that have been spawned and have not ended, of all shards.
+    /// Number of running tasks of all shards.
     pub(crate) fn tasks(&self) -> usize {
         self.first.iter().chain(&self.others).map(|shard| shard.metrics().num_alive_tasks()).sum()
     }
 
-    /// The shard whose turn it is to get a connection; `None` = the first, which accepts.
+    /// The next shard for a connection, in turn; `None` = the first one, which accepts.
     pub(crate) fn next(&self) -> Option<&Handle> {
         let turn = self.next.fetch_add(1, Ordering::Relaxed) % (self.others.len() + 1);
         self.others.get(turn)

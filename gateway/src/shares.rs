@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use towline_proto::mux::Budget;
 
-/// A memory, and the shares of those who hold some of it.
+/// A memory with the shares of its holders.
 #[derive(Debug)]
 pub(crate) struct Shares<K> {
     whole: Budget,
@@ -23,7 +23,7 @@ struct Holder {
     users: usize,
 }
 
-/// The share of one holder, which exists as long as anything uses it.
+/// The share of one holder; it exists while something uses it.
 #[derive(Debug)]
 pub(crate) struct Part<K: Eq + Hash> {
     owner: Arc<Shares<K>>,
@@ -32,7 +32,7 @@ pub(crate) struct Part<K: Eq + Hash> {
 }
 
 impl<K: Clone + Eq + Hash> Shares<K> {
-    /// Of `whole` bytes, of which each holder may have `share`.
+    /// A memory of `whole` bytes, of which each holder may have `share`.
     pub(crate) fn new(whole: usize, share: usize) -> Arc<Self> {
         let (holders, wanted) = (Mutex::default(), Notify::new());
         Arc::new(Self { whole: Budget::new(whole), share: share.min(whole), holders, wanted })
@@ -54,7 +54,7 @@ impl<K: Eq + Hash> Shares<K> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a holder has so much of its share that it gets no more.
+    /// Whether a holder has used so much of its share that it gets no more.
     pub(crate) fn is_full(&self, key: &K) -> bool {
         self.lock().get(key).is_some_and(|holder| self.is_nearly_all(&holder.budget))
     }
@@ -67,23 +67,23 @@ impl<K: Eq + Hash> Shares<K> {
         budget.used() > self.nearly_all()
     }
 
-    /// Bytes that are held.
+    /// Bytes in use.
     pub(crate) fn used(&self) -> usize {
         self.whole.used()
     }
 
-    /// Whether so much is held, of all or of this holder's share, that what it needs little it should give back.
+    /// Whether so much is in use, in total or of this holder's share, that rarely needed memory should be given back.
     pub(crate) fn is_short(&self, key: &K) -> bool {
         let share = self.lock().get(key).map_or(0, |holder| holder.budget.used());
         share > self.share / 2 || self.whole.used() > self.whole.limit() / 2
     }
 
-    /// Somebody got nothing.
+    /// Notes that a holder got no memory.
     pub(crate) fn wanted(&self) {
         self.wanted.notify_waiters();
     }
 
-    /// Waits until somebody gets nothing. Cancel safe.
+    /// Waits until a holder gets no memory. Cancel safe.
     pub(crate) async fn is_wanted(&self) {
         self.wanted.notified().await;
     }
@@ -94,7 +94,7 @@ impl<K: Eq + Hash> Part<K> {
         &self.budget
     }
 
-    /// Whether so much of the share is held that there is no more.
+    /// Whether the share is used up.
     pub(crate) fn is_full(&self) -> bool {
         self.owner.is_nearly_all(&self.budget)
     }

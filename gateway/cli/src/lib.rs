@@ -63,7 +63,7 @@ struct Arguments {
     command: Command,
 }
 
-/// Which gateway, and as whom.
+/// The gateway and the user.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Connection {
     /// Kubeconfig to use instead of $TOWLINE_KUBECONFIG, $KUBECONFIG and ~/.kube/config; several files are merged.
@@ -81,7 +81,7 @@ pub(crate) struct Connection {
     context: Option<String>,
 }
 
-/// What all commands have in common stands apart from what each has.
+/// The heading of the options that all commands share.
 const CONNECTION: &str = "Connection";
 
 #[derive(Debug, Subcommand)]
@@ -121,7 +121,7 @@ const COMPLETION: &str = "Examples:
   towline completion kubectl > /usr/local/bin/kubectl_complete-towline    chmod +x it
 ";
 
-/// What this program was called as.
+/// The name under which this program was called.
 pub(crate) fn name() -> &'static str {
     let first = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
     let file = first.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -133,7 +133,7 @@ pub(crate) fn name() -> &'static str {
 pub fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
     if words.next().as_deref() == Some(complete::WORD) {
-        // A line that is being typed is none that could be understood as a whole.
+        // An incomplete command line cannot be parsed as a whole.
         let asked = block_on(complete::run(&words.collect::<Vec<_>>(), Arguments::command()));
         return asked.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
     }
@@ -155,7 +155,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What clap has to say: help on stdout, mistakes on stderr. A word that is a command elsewhere is told where.
+/// Prints clap's message: help on stdout, errors on stderr. For a word that is a command elsewhere, suggests that command.
 fn said(mut error: clap::Error) -> ExitCode {
     let word = match error.get(ContextKind::InvalidSubcommand) {
         Some(ContextValue::String(word)) => word.clone(),
@@ -172,7 +172,7 @@ fn said(mut error: clap::Error) -> ExitCode {
     if error.use_stderr() || !told { ExitCode::from(2) } else { ExitCode::SUCCESS }
 }
 
-/// The commands that are called so further down, and those that do what the word asks for.
+/// The subcommands of this name, and the commands that do what the word means.
 fn elsewhere(word: &str) -> Vec<String> {
     let mut found: Vec<String> = MEANT
         .iter()
@@ -187,7 +187,7 @@ fn elsewhere(word: &str) -> Vec<String> {
     found
 }
 
-/// What people type, and the command that does it.
+/// Words from other tools, and the corresponding command.
 const MEANT: [(&str, &str); 7] = [
     ("login", "kubeconfig CLUSTER"),
     ("doctor", "status"),
@@ -198,7 +198,7 @@ const MEANT: [(&str, &str); 7] = [
     ("tokens", "token list"),
 ];
 
-/// The definition of the command line, by the name that was called.
+/// The command line's definition, under the called name.
 fn command() -> clap::Command {
     named(Arguments::command().bin_name(name()))
 }
@@ -230,7 +230,7 @@ fn run(arguments: &Arguments) -> Outcome {
     }
 }
 
-/// Runs what is asked on a runtime of its own.
+/// Runs the command on its own runtime.
 fn block_on(work: impl Future<Output = Outcome>) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|error| Failure::failed(format!("cannot start: {error}")))?.block_on(work)

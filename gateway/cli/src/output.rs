@@ -39,7 +39,7 @@ pub(crate) fn line(text: &str) -> Outcome {
     bytes(format!("{text}\n").as_bytes())
 }
 
-/// Says something to the person, on stderr.
+/// Prints a message to the user on stderr.
 pub(crate) fn note(text: &str) {
     eprintln!("{text}");
 }
@@ -57,7 +57,7 @@ pub(crate) fn object(format: Format, object: &Value) -> Outcome {
     }
 }
 
-/// As JSON, without a character that a terminal would obey.
+/// As JSON, without terminal control characters.
 fn json_text(object: &Value) -> String {
     let text = serde_json::to_string_pretty(object).unwrap_or_default();
     text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
@@ -86,10 +86,10 @@ pub(crate) enum Colour {
     Green,
 }
 
-/// What the output is written to, as far as people see it.
+/// The terminal of the output, if there is one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Screen {
-    /// Its width in characters; none where no person looks, or everything is wanted.
+    /// Its width in characters; `None` without a terminal, or if nothing may be cut off.
     pub(crate) width: Option<usize>,
     /// Its height in lines.
     pub(crate) height: Option<usize>,
@@ -97,7 +97,7 @@ pub(crate) struct Screen {
 }
 
 impl Screen {
-    /// What stdout is. `plain` is a wish for no colours, beside `$NO_COLOR` (no-color.org).
+    /// Inspects stdout. `plain` disables colours, like `$NO_COLOR` (no-color.org).
     pub(crate) fn of_stdout(plain: bool) -> Self {
         if !io::stdout().is_terminal() {
             return Self::default();
@@ -114,7 +114,7 @@ impl Screen {
         }
     }
 
-    /// A word in a colour, if there are any.
+    /// A coloured word, if colours are enabled.
     pub(crate) fn paint(self, word: &str, colour: Colour) -> String {
         let code = match colour {
             Colour::Red => 31,
@@ -124,14 +124,14 @@ impl Screen {
         if self.colours { format!("\u{1b}[{code}m{word}\u{1b}[0m") } else { word.to_owned() }
     }
 
-    /// A line that fits, its end cut off if it has to be.
+    /// A line that fits, with its end cut off if necessary.
     fn cut(self, line: &str) -> String {
         let Some(width) = self.width.filter(|width| shown(line) > *width) else { return line.to_owned() };
         let (mut out, mut seen, mut code) = (String::new(), 0, false);
         for c in line.chars() {
             code |= c == '\u{1b}';
             if code {
-                // Codes end with their letter; one that was begun is ended.
+                // Escape codes end with their letter; an open colour is reset.
                 out.push(c);
                 code = c != 'm';
             } else if seen + 3 < width {
@@ -143,7 +143,7 @@ impl Screen {
     }
 }
 
-/// How many characters of a cell are seen.
+/// The visible width of a cell.
 fn shown(cell: &str) -> usize {
     let mut code = false;
     let seen = cell.chars().filter(|c| {
@@ -163,17 +163,17 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Whether so many lines are more than the screen shows at once.
+    /// Whether this many lines exceed the screen.
     pub(crate) fn is_longer_than_screen(&self, lines: usize) -> bool {
         self.screen.height.is_some_and(|height| lines > height)
     }
 
-    /// For a screen, which lines are cut to.
+    /// For a screen to whose width lines are cut.
     pub(crate) fn on(screen: Screen) -> Self {
         Self { screen, ..Self::default() }
     }
 
-    /// The rows as lines. Widths only grow, so that rows that come later stand below those before.
+    /// The rows as lines. Column widths only grow, so that later rows align with earlier ones.
     pub(crate) fn lines(&mut self, rows: &[Vec<String>]) -> String {
         for row in rows {
             for (column, cell) in row.iter().enumerate() {

@@ -8,15 +8,15 @@ use std::time::Duration;
 use towline_certs::facts::human;
 use towline_model::Time;
 
-/// What a follower sees.
+/// An event for a follower.
 pub(crate) enum Seen<'a> {
-    /// Everything, at the start and whenever the thread is lost.
+    /// The complete list, at the start and whenever the watch was lost.
     List(&'a Value),
     /// `ADDED`, `MODIFIED` or `DELETED`, with an object or a table.
     Event(&'a Value),
 }
 
-/// Lists the objects that are meant, and tells every change from then on, until it fails for a reason that stays.
+/// Lists the selected objects and reports every change from then on, until a permanent failure.
 pub(crate) async fn follow(
     client: &Client,
     plural: &str,
@@ -25,7 +25,7 @@ pub(crate) async fn follow(
     mut each: impl FnMut(Seen<'_>) -> Outcome,
 ) -> Outcome {
     let mut pause = PAUSE_MIN;
-    // That nobody is there at the start is told at once; later it may be a restart.
+    // Report an unreachable gateway at once at the start; later it may be restarting.
     let mut list = listed(client, plural, select, table).await?;
     loop {
         each(Seen::List(&list))?;
@@ -51,7 +51,7 @@ pub(crate) async fn follow(
             };
             match lost {
                 None => {}
-                // The gateway has restarted: its versions have, too.
+                // The gateway has restarted, so its versions have changed.
                 Some(Failure::Refused(refusal)) if refusal.status == 410 => break,
                 Some(Failure::Refused(refusal)) if refusal.status >= 500 => {}
                 Some(Failure::Failed(text)) => output::note(&format!("{text}\n(retrying)")),
@@ -86,7 +86,7 @@ fn version_of(object: &Value) -> Option<String> {
     texts.filter(|text| !text.is_empty()).map(ToOwned::to_owned).next()
 }
 
-/// Prints the objects that are meant and of which `keep` is true, once or while they change. `none` is said where there are none.
+/// Prints the selected objects for which `keep` is true, once or while they change. Prints `none` if there are none.
 pub(crate) async fn print(
     client: &Client,
     plural: &str,
@@ -110,7 +110,7 @@ pub(crate) async fn print(
             if parts.is_empty() && first {
                 output::note(none);
             }
-            // A list of nothing is an answer only to programs.
+            // An empty list is useful only to programs.
             if parts.is_empty() && !matches!(format, Format::Json | Format::Yaml) {
                 return Ok(());
             }
@@ -151,7 +151,7 @@ fn plain(text: &str, kind: &str) -> String {
     if is_kind { name.to_owned() } else { text.to_owned() }
 }
 
-/// One object; where there is none of this name, those that are alike are named.
+/// One object; the error for an unknown name suggests similar names.
 pub(crate) async fn find(client: &Client, plural: &str, name: &str) -> Outcome<Value> {
     match client.get(plural, name).await {
         Err(failure) if failure.is_not_found() => Err(unknown(client, plural, name).await),
@@ -177,7 +177,7 @@ async fn unknown(client: &Client, plural: &str, name: &str) -> Failure {
     Failure::failed(format!("no {word} {name:?} found. {next}"))
 }
 
-/// Up to three names that differ in two letters (swapped ones are two) or a third of them, or begin alike, the nearest first.
+/// Up to three names that differ in two letters (a swap counts as two) or a third of them, or have the same beginning; nearest first.
 fn nearest<'a>(name: &str, names: &[&'a str]) -> Vec<&'a str> {
     let letters = name.chars().count();
     let most = letters.div_ceil(3).max(2).min(letters.saturating_sub(1));
@@ -190,7 +190,7 @@ fn nearest<'a>(name: &str, names: &[&'a str]) -> Vec<&'a str> {
     alike.into_iter().take(3).map(|(_, known)| known).collect()
 }
 
-/// Letters to change, to add or to take away (Levenshtein).
+/// Letters to change, add or remove (Levenshtein distance).
 fn distance(one: &str, other: &str) -> usize {
     let other: Vec<char> = other.chars().collect();
     let mut row: Vec<usize> = (0..=other.len()).collect();
@@ -206,7 +206,7 @@ fn distance(one: &str, other: &str) -> usize {
     row[other.len()]
 }
 
-/// `3h 12m`, from a time on until now; `<unknown>` if it is none.
+/// `3h 12m` since a time; `<unknown>` if it is not a time.
 pub(crate) fn ago(time: &Value) -> String {
     parsed(time).map_or_else(|| "<unknown>".to_owned(), |time| human(Time::now().since(time)))
 }
@@ -221,7 +221,7 @@ pub(crate) fn until(time: &Value) -> String {
     }
 }
 
-/// A text for people, in which moments are told from now on: `ends in 48m`.
+/// Replaces timestamps in a text by times relative to now: `expires in 48m`.
 pub(crate) fn relative(text: &str) -> String {
     let told = |word: &str| {
         let (time, rest) = word.split_at(word.find(',').or_else(|| word.find(';')).unwrap_or(word.len()));
@@ -231,7 +231,7 @@ pub(crate) fn relative(text: &str) -> String {
     text.split(' ').map(told).collect::<Vec<_>>().join(" ")
 }
 
-/// A value as a cell: `<none>` where there is none, as kubectl has it.
+/// A value as a cell: `<none>` if there is none, like kubectl.
 pub(crate) fn or_none(value: &Value) -> String {
     match output::text(value) {
         empty if empty.is_empty() => "<none>".to_owned(),

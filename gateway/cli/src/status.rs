@@ -16,7 +16,7 @@ const EXAMPLES: &str = "Examples:
   towline status --check || page-somebody
 ";
 
-/// Show show which clusters are connected, and why one is not: one line each, problems first.
+/// Show which clusters are connected, and why one is not: one line each, problems first.
 #[derive(Args, Debug)]
 #[command(before_help = EXAMPLES)]
 pub(crate) struct Status {
@@ -26,8 +26,8 @@ pub(crate) struct Status {
     /// Keep running and print a line for each change.
     #[arg(short, long, conflicts_with = "check")]
     watch: bool,
-    /// Exit code 1 if something is wrong with a cluster; not for one that no agent has joined yet, and not for an agent that is
-    /// only older than the gateway. Without this the code only tells whether the gateway could be asked.
+    /// Exit with code 1 if a cluster has a problem. A cluster that no agent has joined yet is not a problem, nor is an agent that is
+    /// only older than the gateway. Without this option the exit code only tells whether the gateway could be reached.
     #[arg(long)]
     check: bool,
     /// Do not colour the output, as with $NO_COLOR.
@@ -37,14 +37,14 @@ pub(crate) struct Status {
     output: Output,
 }
 
-/// How a cluster is, the worst first.
+/// The health of a cluster, the worst first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Health {
     Down,
     /// Connected, and no agent can use the API server.
     Unusable,
     Overdue,
-    /// Connected, and agents that restart may not find their way back.
+    /// Connected, but agents that restart may not be able to rejoin.
     Unissued,
     Outdated,
     /// Registered, and no agent has joined yet.
@@ -76,7 +76,7 @@ impl Health {
         !matches!(self, Self::Down | Self::Pending)
     }
 
-    /// Whether it is connected, in a word and a colour.
+    /// The connection state as a word and a colour.
     const fn word(self) -> (&'static str, Colour) {
         match self {
             Self::Down => ("no", Colour::Red),
@@ -101,8 +101,8 @@ impl Health {
     }
 }
 
-/// The condition that says best why a cluster is not connected: that an agent was refused, or all were revoked, whichever was
-/// later; then that it has none; then how the last session ended.
+/// The most important condition of a cluster that is not connected: a refused agent or the revocation of all, whichever was
+/// later; then that no agent has joined; then the end of the last session.
 fn why_down(cluster: &Value) -> &'static str {
     let when = |kind: &str| {
         let condition = condition(cluster, kind);
@@ -117,7 +117,7 @@ fn why_down(cluster: &Value) -> &'static str {
     }
 }
 
-/// Why a cluster is as it is: `NoSession: ...`; and when, where the table does not say that: `Revoked 2s ago: ...`.
+/// The reason for a cluster's health, `NoSession: ...`, with the time if the table does not show it: `Revoked 2s ago: ...`.
 fn why(cluster: &Value) -> String {
     let Some(kind) = Health::of(cluster).reason(cluster) else { return String::new() };
     let condition = condition(cluster, kind);
@@ -143,7 +143,7 @@ impl Status {
         }
     }
 
-    /// With -o wide everything is wanted, whatever the terminal's width.
+    /// With -o wide nothing is cut off, whatever the terminal's width.
     fn screen(&self) -> Screen {
         let screen = Screen::of_stdout(self.no_color);
         if self.output.output == Format::Wide { Screen { width: None, ..screen } } else { screen }
@@ -151,7 +151,7 @@ impl Status {
 
     async fn follow(&self, client: &Client, select: &Select) -> Outcome {
         let mut table = Table::on(self.screen());
-        // What was last told of each: times that pass are no change.
+        // The last printed state of each cluster: passing time is not a change.
         let mut told: BTreeMap<String, Vec<Value>> = BTreeMap::new();
         let essence = |cluster: &Value| {
             let status = &cluster["status"];
@@ -219,7 +219,7 @@ impl Status {
                 if self.watch {
                     headings.insert(0, "TIME".to_owned());
                 }
-                // What is long is read from its end on; the worst, which stands first, has scrolled away by then.
+                // A long table is read from its end; the problems, which come first, have scrolled away by then.
                 if table.is_longer_than_screen(clusters.len() + 2) {
                     output::note(&summary(&clusters));
                     is_told = true;
@@ -264,7 +264,7 @@ impl Status {
             row.splice(7..7, wide.map(or_none));
         }
         if self.watch {
-            // Of the day: who watches knows which one it is.
+            // Only the time of day: a watching user knows the date.
             let now = Time::now().to_string();
             row.insert(0, now.split_once('T').map_or(&*now, |(_, time)| time).to_owned());
         }
@@ -276,7 +276,7 @@ fn items(list: &Value) -> &[Value] {
     list["items"].as_array().map_or(&[], Vec::as_slice)
 }
 
-/// What is said of clusters that are so; nothing of those that are well.
+/// The phrase for clusters with this health; `None` for healthy ones.
 const fn words(health: Health) -> &'static str {
     match health {
         Health::Down => "not connected",
@@ -289,7 +289,7 @@ const fn words(health: Health) -> &'static str {
     }
 }
 
-/// What `--check` fails with: whatever needs somebody's hand soon. Not clusters that only wait for their first agent, and not agents
+/// The problems for which `--check` fails: those that need action soon. Not clusters that only wait for their first agent, and not agents
 /// older than the gateway: they work, and after each upgrade of the gateway all of them are.
 fn failing(clusters: &[Value]) -> Option<String> {
     let mut parts = Vec::new();

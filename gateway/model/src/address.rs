@@ -1,4 +1,4 @@
-//! Under which address do agents and clients reach a gateway?
+//! The public address of a gateway: a host name or IP address, and a port.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ pub struct PublicAddress {
     pub port: u16,
 }
 
-/// Why a text is no [`PublicAddress`].
+/// Why a text is not a [`PublicAddress`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "write HOST:PORT with a DNS name or an IP address, such as gw.example.org:8443 or [2001:db8::1]:8443"
@@ -23,7 +23,7 @@ impl std::str::FromStr for PublicAddress {
 
     fn from_str(text: &str) -> Result<Self, PublicAddressError> {
         let (host, port) = text.rsplit_once(':').ok_or(PublicAddressError)?;
-        // An address of version 6 without brackets ends in what looks like a port.
+        // An IPv6 address without brackets ends in what looks like a port.
         let bare = host.contains(':') && !host.starts_with('[');
         match (host.parse(), port.parse()) {
             (Ok(host), Ok(port @ 1..)) if !bare => Ok(Self { host, port }),

@@ -1,4 +1,4 @@
-//! How do requests reach a cluster?
+//! The mode of a cluster: how requests authenticate to it.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Mode {
-    /// The caller's own `Authorization` goes through untouched; the agent adds nothing.
+    /// The caller's own `Authorization` is forwarded unchanged; the agent adds nothing.
     #[default]
     Restricted,
     /// The agent impersonates the caller.

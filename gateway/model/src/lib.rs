@@ -1,15 +1,15 @@
-//! The gateway's words: what its rooms, its store and its command line all speak of. No I/O, no clock that waits, no task.
+//! The gateway's vocabulary, which its rooms, its store and its command line share. No I/O, no timers, no tasks.
 //!
 //! | question | file |
 //! |---|---|
 //! | what is a cluster called, and how do requests authenticate to it? | `name`, `cluster` |
-//! | under which address is a gateway reached? | `address` |
+//! | what is a gateway's public address? | `address` |
 //! | who can be a caller? | `principal` |
-//! | what does a rule of access say? | `rule` |
-//! | how is a bearer token known? | [`token`] |
-//! | when? | `time` |
-//! | how is a text shown, cut and unescaped? | [`text`] |
-//! | what is random? | [`random`] |
+//! | what is an access rule? | `rule` |
+//! | how is a bearer token recognised? | [`token`] |
+//! | how are times written? | `time` |
+//! | how is text escaped, cut and unescaped? | [`text`] |
+//! | where do random bytes come from? | [`random`] |
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

@@ -1,4 +1,4 @@
-//! What is a cluster called?
+//! The name of a cluster.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -10,7 +10,7 @@ use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ClusterName(Arc<str>);
 
-/// Why a text is no [`ClusterName`].
+/// Why a text is not a [`ClusterName`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("a cluster name is 1-63 characters: a-z, 0-9 and inner hyphens")]
 pub struct ClusterNameError;

@@ -1,4 +1,4 @@
-//! Who can be a caller? A name and groups, and which of them nobody may have.
+//! The principal: an authenticated caller's name and groups, and the reserved ones that nobody may have.
 
 use bytes::Bytes;
 use std::sync::OnceLock;
@@ -9,14 +9,14 @@ use towline_proto::open;
 /// Members may do everything with the fleet.
 pub const ADMINS: &str = "towline:admins";
 
-/// The authenticated caller: a name and groups, nothing else. What a request needs of them is found out once: there may be a thousand
+/// The authenticated caller: a name and groups, nothing else. Derived values are computed once, because there may be a thousand
 /// groups.
 #[derive(Clone, Debug)]
 pub struct Principal {
     pub name: String,
     pub groups: Vec<String>,
     checked: Result<(), PrincipalError>,
-    /// As agents are told, once one is.
+    /// The form for agents, computed on first use.
     told: OnceLock<open::Principal>,
 }
 
@@ -41,14 +41,14 @@ pub enum PrincipalError {
     OwnGroup(String),
     #[error("the name {0}")]
     Name(TextError),
-    /// Which of the groups, from 1 on.
+    /// The number of the group, starting at 1.
     #[error("group {0} {1}")]
     Group(usize, TextError),
     #[error("{0} groups are too many: at most {GROUPS_MAX} are allowed")]
     TooManyGroups(usize),
 }
 
-/// Why a text is no name of a caller or group.
+/// Why a text is not a valid name of a caller or group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum TextError {
     #[error("is empty")]
@@ -82,7 +82,7 @@ impl Principal {
         Self { name: name.to_owned(), groups, checked, told: OnceLock::new() }
     }
 
-    /// Whether the gateway lets anybody be this.
+    /// Whether the gateway admits this principal at all.
     ///
     /// # Errors
     /// Why not.
@@ -90,7 +90,7 @@ impl Principal {
         self.checked.clone()
     }
 
-    /// As an agent is told. A clone of it copies no group.
+    /// The form for agents. Cloning it copies no group.
     #[must_use]
     pub fn told(&self) -> &open::Principal {
         self.told.get_or_init(|| open::Principal {
@@ -99,7 +99,7 @@ impl Principal {
         })
     }
 
-    /// As [`Self::check`], of somebody of whom a CA or a file says so that is not the gateway's own.
+    /// Like [`Self::check`], for a principal from a CA or a file that is not the gateway's own.
     ///
     /// # Errors
     /// Why not.
@@ -129,7 +129,7 @@ fn check(name: &str, groups: &[String]) -> Result<(), PrincipalError> {
     }
 }
 
-/// What names begin with that belong to Kubernetes, and groups that belong to the gateway.
+/// The reserved prefixes: of names and groups for Kubernetes, and of groups for the gateway.
 const SYSTEM: &str = "system:";
 const OWN: &str = "towline:";
 

@@ -1,13 +1,13 @@
-//! What is random?
+//! Random bytes and UUIDs.
 
 use std::cell::RefCell;
 
-/// Fills `bytes` with random ones.
+/// Fills `bytes` with random bytes.
 #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 pub fn random(bytes: &mut [u8]) {
     aws_lc_rs::rand::fill(bytes).expect("the system's random number generator never fails once it is seeded");
 }
-/// A random UUID (RFC 9562, version 4). It names something and protects nothing, so random bytes are fetched for many at once.
+/// A random UUID (RFC 9562, version 4). It is a name and not a secret, so random bytes are fetched for many at once.
 #[must_use]
 #[expect(clippy::indexing_slicing, reason = "the pool's length is a multiple of 16, and a digit is below 16")]
 #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]

@@ -1,4 +1,4 @@
-//! What does a rule of access say? The deciding is the gateway's.
+//! The data of an access rule. The gateway's `rules` decides by it.
 
 use crate::name::ClusterName;
 use crate::principal::{check_text, is_system};
@@ -18,8 +18,8 @@ pub struct AccessRule {
 }
 
 impl AccessRule {
-    /// What in it cannot be meant: the list, and why. A rule that matches nobody, or no cluster, allows less than its author
-    /// thinks, or forbids less.
+    /// The mistakes in the rule: the list, and why. A rule that matches nobody, or no cluster, allows or forbids less than its author
+    /// thinks.
     #[must_use]
     pub fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
@@ -50,7 +50,7 @@ impl AccessRule {
 /// Stands for every user, every group or every cluster.
 pub const ANY: &str = "*";
 
-/// Why nobody has this name, or is in a group of this name.
+/// Why no caller can have this name, or a group of this name.
 fn nobody(name: &str) -> Option<String> {
     let why = if check_text(name).is_err() {
         "is not 1 to 256 bytes on one line; write a name"

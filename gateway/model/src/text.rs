@@ -1,4 +1,4 @@
-//! How is a text shown, cut and unescaped?
+//! Text: escaping for terminals and logs, cutting, and percent-decoding.
 
 use towline_proto::text::Printable;
 
@@ -15,7 +15,7 @@ pub fn clip(text: &str, characters: usize) -> String {
     if shown.len() < text.len() { shown + "…" } else { shown }
 }
 
-/// Decodes `%XX` once; what is no escape stays.
+/// Decodes `%XX` once; invalid escapes stay.
 #[must_use]
 pub fn percent_decode(text: impl AsRef<[u8]>) -> Vec<u8> {
     let bytes = text.as_ref();

@@ -1,4 +1,4 @@
-//! When? Moments as the API and the records write them.
+//! Times as the API and the records write them.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -23,7 +23,7 @@ impl Time {
         Self(self.0.saturating_add(i64::try_from(time.as_secs()).unwrap_or(i64::MAX)))
     }
 
-    /// From `earlier` to this moment; nothing if it is not earlier.
+    /// The duration from `earlier` to this time; zero if it is not earlier.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_secs(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or_default())

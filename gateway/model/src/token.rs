@@ -1,8 +1,8 @@
-//! How is a bearer token known? By its SHA-256; the token itself is kept nowhere.
+//! Bearer tokens are recognised by their SHA-256; the token itself is stored nowhere.
 
 use aws_lc_rs::digest;
 
-/// What every token of ours begins with.
+/// The prefix of every token of the gateway.
 pub const PREFIX: &str = "tlat_";
 /// Longest token that is parsed.
 const TOKEN_MAX: usize = 1024;
@@ -10,7 +10,7 @@ const TOKEN_MAX: usize = 1024;
 /// The SHA-256 of a token.
 pub type Hash = [u8; 32];
 
-/// The hash of a token, if it can be one of ours.
+/// The hash of a token, if it can be one of the gateway's.
 #[must_use]
 pub fn hash(token: &str) -> Option<Hash> {
     if !token.starts_with(PREFIX) || token.len() > TOKEN_MAX {

@@ -49,7 +49,7 @@ fn read(bytes: &[u8]) -> Option<Value> {
         match number {
             1 => object = message(bytes, TYPE)?,
             2 => raw = bytes,
-            // A compressed body: nobody sends one.
+            // A compressed body, which no client sends.
             3 if !bytes.is_empty() => return None,
             _ => {}
         }

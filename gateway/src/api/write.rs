@@ -19,7 +19,7 @@ use std::sync::Arc;
 use towline_model::ANY;
 use towline_model::text::printable;
 
-/// Times that a write decides again because somebody else was faster.
+/// Attempts of a write whose record another writer changed meanwhile.
 const ATTEMPTS: usize = 8;
 /// Most unknown fields that a response names.
 const WARNINGS_MAX: usize = 8;

@@ -69,7 +69,7 @@ pub fn resumes(query: &str) -> bool {
 }
 
 /// Whether a query sets a boolean parameter, read as the API server reads it: the first of several, and anything but `false` and
-/// `0` is a valid version.
+/// `0` is true.
 fn flag(query: &str, name: &str) -> bool {
     let set = |pair: &str| {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));

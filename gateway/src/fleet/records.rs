@@ -10,13 +10,13 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use towline_model::{Effect, Mode, Principal, Time};
 
-/// What every object of the API has.
+/// The metadata of every object of the API.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Meta {
     pub uid: String,
     pub created: Time,
-    /// How often its specification was changed, from 1 on.
+    /// The number of changes of its spec, starting at 1.
     pub generation: u64,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
@@ -29,21 +29,21 @@ pub struct Meta {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Cluster {
     pub meta: Meta,
-    /// Never changes: rules select clusters inside an account.
+    /// Immutable: rules select clusters inside an account.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub account: Option<String>,
     pub mode: Mode,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub description: String,
-    /// It cannot be deleted while this is set.
+    /// The cluster cannot be deleted while this is set.
     #[serde(default)]
     pub deletion_protection: bool,
-    /// Agents with a valid certificate at a time.
+    /// Most agents with a valid certificate at the same time.
     pub max_agents: u32,
-    /// Instances of another generation are nobody. Rises when all agents of the cluster are revoked, or a backup is
+    /// Instances of another admission are refused. It rises when all agents of the cluster are revoked, or a backup is
     /// restored.
     pub admission: u64,
-    /// Who issues the cluster's ServiceAccount tokens, and who says so.
+    /// The issuer of the cluster's ServiceAccount tokens, and who reported it.
     #[serde(
         default,
         skip_serializing_if = "Issuers::is_empty",
@@ -53,12 +53,12 @@ pub struct Cluster {
     pub issuers: Issuers,
 }
 
-/// Agents of a cluster unless it says otherwise: a few replicas, and those that replace them.
+/// Default of `max_agents`: a few replicas, and their replacements.
 pub const MAX_AGENTS: u32 = 16;
-/// More than that is a mistake.
+/// Largest `max_agents`; a larger one is a mistake.
 pub const MAX_AGENTS_MOST: u32 = 256;
 
-/// Who issues a cluster's ServiceAccount tokens, and with which keys.
+/// An issuer of ServiceAccount tokens, with its keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TokenIssuer {
@@ -69,7 +69,7 @@ pub struct TokenIssuer {
 }
 
 impl TokenIssuer {
-    /// The one ServiceAccount that may come back by its token. A member of the key set, which others ignore (RFC 7517 section 5).
+    /// The one ServiceAccount that may rejoin by its token. It is a member of the key set, which other readers ignore (RFC 7517 section 5).
     #[must_use]
     pub fn subject(&self) -> Option<&str> {
         self.jwks.get(SUBJECT)?.as_str()
@@ -79,18 +79,18 @@ impl TokenIssuer {
 /// The member of a recorded key set that names the subject.
 pub const SUBJECT: &str = "towline.io/subject";
 
-/// The right to join a cluster; its record's name is the token's id.
+/// A join token; its record's name is the token's id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct JoinToken {
     pub meta: Meta,
     pub cluster: String,
-    /// A cluster of the same name that was registered later is another one.
+    /// The cluster's uid: a later cluster of the same name is another one.
     pub cluster_uid: String,
     /// SHA-256 of the secret's 16 bytes, in hex.
     pub sha256: String,
     pub expires: Time,
-    /// Different keys that it lets in.
+    /// Number of different keys that it admits.
     pub max_uses: u32,
     #[serde(default)]
     pub uses: Vec<TokenUse>,
@@ -99,17 +99,17 @@ pub struct JoinToken {
 /// Most uses of one token.
 pub const TOKEN_USES_MOST: u32 = 256;
 
-/// One key that a token has let in.
+/// One key that a token admitted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TokenUse {
-    /// The key's pin. The same key may come again, so that a join that was cut off is no dead end.
+    /// The key's pin. The same key may join again, so that an interrupted join can be repeated.
     pub pin: String,
     pub instance: String,
     pub at: Time,
 }
 
-/// An agent that was let in; its record's name is the instance.
+/// An admitted agent; its record's name is the instance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Instance {
@@ -118,16 +118,16 @@ pub struct Instance {
     pub admission: u64,
     pub created: Time,
     pub origin: Origin,
-    /// The certificates that it has, oldest first; those that have expired are forgotten. No other lets it in.
+    /// Its certificates, oldest first, without expired ones. No other certificate admits it.
     #[serde(default)]
     pub certificates: Vec<Certificate>,
-    /// When it was restored from a backup, if it was: the backup cannot know of certificates from between the two, which let it
-    /// in all the same.
+    /// When it was restored from a backup, if it was. The backup does not contain certificates that were issued later, which still
+    /// admit it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored: Option<Time>,
 }
 
-/// How an instance got in, and so how it may come back.
+/// How an instance was admitted, and therefore how it may rejoin.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum Origin {
@@ -150,7 +150,7 @@ pub struct Certificate {
     pub not_after: Time,
 }
 
-/// Who may call which cluster; beside the rules of the configuration.
+/// An access rule, in addition to the rules of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AccessRule {
@@ -159,14 +159,14 @@ pub struct AccessRule {
     pub users: Vec<String>,
     pub groups: Vec<String>,
     pub clusters: Vec<String>,
-    /// Names among `clusters` whose cluster was deleted since the rule was written. An Allow was for that cluster, and not for
-    /// another that gets its name; a Deny is for whoever has it.
+    /// Names in `clusters` whose cluster was deleted after the rule was written. An Allow applied to that cluster and does not apply to
+    /// a later one of the same name; a Deny applies to every cluster of the name.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub ended: BTreeSet<String>,
 }
 
 impl AccessRule {
-    /// What it says as a rule: of whom, and for which clusters still.
+    /// The effective rule: its callers, and the clusters to which it still applies.
     #[must_use]
     pub fn in_force(&self) -> towline_model::AccessRule {
         let for_it = |name: &&String| self.effect == Effect::Deny || !self.ended.contains(*name);
@@ -178,7 +178,7 @@ impl AccessRule {
         }
     }
 
-    /// The rule after the cluster of this name was deleted, if that changes it.
+    /// The rule after the deletion of the cluster of this name, if that changes it.
     #[must_use]
     pub fn after_deletion(&self, cluster: &str) -> Option<Self> {
         let names_it = self.effect == Effect::Allow && self.clusters.iter().any(|name| name == cluster);
@@ -197,7 +197,7 @@ pub struct AccessToken {
     pub user: String,
     #[serde(default)]
     pub groups: Vec<String>,
-    /// Never, if not said.
+    /// `None` = it does not expire.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<Time>,
 }
@@ -208,45 +208,45 @@ impl AccessToken {
     }
 }
 
-/// What is no longer valid. A revocation that cannot be read revokes everything of what its record's name says.
+/// A revocation. If the record is unreadable, everything that its name says is revoked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Revocation {
     pub meta: Meta,
     pub what: Revoked,
-    /// When the certificate expires, where that is known: that of an agent on record.
+    /// Expiry of the certificate, if it is known, which it is for an agent on record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_after: Option<Time>,
 }
 
-/// What a revocation takes away.
+/// What is revoked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum Revoked {
     /// One certificate, an agent's or a client's.
     #[serde(rename_all = "camelCase")]
     Certificate { serial: String },
-    /// Everything that let this user in and was issued before: certificates and tokens.
+    /// Every certificate and token of this user that was issued before the time.
     #[serde(rename_all = "camelCase")]
     User { name: String, issued_before: Time },
-    /// All agents of a cluster, and its join tokens: for the record, the cluster's own says so since.
+    /// All agents of a cluster, and its join tokens. It documents the revocation; the cluster's own record enforces it.
     #[serde(rename_all = "camelCase")]
     Cluster { name: String, uid: String, admission: u64 },
 }
 
-/// When a cluster was connected last; its record's name is the cluster's uid. Written when it comes and when it goes, and never
+/// When a cluster was last connected; its record's name is the cluster's uid. It is written on connecting and disconnecting, and not
 /// in between.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LastSeen {
-    /// The gateway that has seen it: the name of a [`GatewayLife`].
+    /// The gateway that wrote it: the name of a [`GatewayLife`].
     pub gateway: String,
-    /// Since when it is connected, or was.
+    /// Start of the connection.
     pub since: Time,
-    /// None while it is connected; and if the gateway stopped unexpectedly, whose last minute is then the end.
+    /// `None` while the cluster is connected, or if the gateway died: then the gateway's last minute is the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
-    /// What its agent has said of itself.
+    /// What its agent reported about itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<AgentSeen>,
 }
@@ -256,7 +256,7 @@ pub struct LastSeen {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Ended {
     pub at: Time,
-    /// Free-form description: one line of at most 1024 bytes.
+    /// For display.
     pub why: String,
 }
 
@@ -265,13 +265,13 @@ pub struct Ended {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AgentSeen {
     pub version: String,
-    /// Whether it is older than the gateway, and since when that is so, or not so.
+    /// Whether it is older than the gateway, and since when this has been so.
     pub outdated: bool,
     pub since: Time,
 }
 
 impl AgentSeen {
-    /// What an agent is that says this of itself; nothing if it says no version.
+    /// Parses an agent's software string; `None` without a version.
     #[must_use]
     pub fn new(software: &str, since: Time) -> Option<Self> {
         let minor = |version: &str| {
@@ -283,7 +283,7 @@ impl AgentSeen {
         Some(Self { version: version.to_owned(), outdated, since })
     }
 
-    /// The same after `before`: what was so already has been so since then.
+    /// The same after `before`: an unchanged value keeps its earlier time.
     #[must_use]
     pub fn after(self, before: Option<&Self>) -> Self {
         match before.filter(|before| before.outdated == self.outdated) {
@@ -293,8 +293,8 @@ impl AgentSeen {
     }
 }
 
-/// A gateway from its start to the last minute that it was seen; its record's name is random. With this a gateway that dies
-/// leaves behind when that was, without a word about each of its clusters.
+/// A gateway's life from its start to its last recorded minute; its record's name is random. If a gateway dies, this tells
+/// when, without a record for each of its clusters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct GatewayLife {

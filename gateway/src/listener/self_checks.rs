@@ -1,4 +1,4 @@
-//! The addresses of the gateway's own readiness checks. They need no place and count as nobody's.
+//! The addresses of the gateway's own readiness checks, which take no place of any limit.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;

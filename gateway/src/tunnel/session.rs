@@ -91,7 +91,7 @@ pub(crate) struct Tunnel {
     agents: Arc<PerKey<ClusterUid>>,
 }
 
-/// Why an agent with a good certificate is not let in.
+/// Why an agent with a valid certificate is not admitted.
 #[derive(Debug, Error)]
 enum NotLetIn {
     #[error("cluster uid {0} is not in this gateway's configuration; add it under clusters")]

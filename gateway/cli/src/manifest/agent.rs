@@ -24,35 +24,35 @@ pub struct AgentManifest {
     pub mode: Mode,
     pub namespace: String,
     pub image: String,
-    /// 1 to 8; from 2 on none is missing while a node is drained.
+    /// 1 to 8; with 2 or more the cluster stays connected while a node is drained.
     pub replicas: u32,
-    /// Where the gateway is, as the join token says.
+    /// The gateway's addresses from the join token.
     pub addresses: Vec<JoinAddress>,
-    /// By what it is recognised when the join token is no longer there.
+    /// The pins that identify the gateway after the join token is gone.
     pub pins: Vec<SpkiPin>,
-    /// For whom the agent's ServiceAccount token is: the gateways of the join token's trust domain.
+    /// The audience of the agent's ServiceAccount token: the gateways of the join token's trust domain.
     pub audience: String,
     /// Where the agent gets the cluster's public keys, in restricted mode.
     pub keys: IssuerKeys,
-    /// Which rights the callers get in the cluster, in impersonate mode.
+    /// The permissions of callers in the cluster, in impersonate mode.
     pub grants: Vec<Grant>,
     pub network_policy: bool,
-    /// Where the same gateways are reached over UDP, one for each of `addresses`; none = there.
+    /// Addresses of the same gateways over UDP, one for each of `addresses`; empty = the same.
     pub quic_addresses: Vec<JoinAddress>,
     pub transport: Transport,
-    /// Through which HTTP proxy the gateway is reached.
+    /// HTTP proxy to the gateway.
     pub proxy: Option<AgentProxy>,
     pub pod: PodOptions,
 }
 
-/// How an agent without a right gets to know the public keys that sign this cluster's ServiceAccount tokens. The gateway needs
+/// How an agent without permissions learns the public keys of this cluster's ServiceAccount tokens. The gateway needs
 /// them to recognise the agent again after a restart.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum IssuerKeys {
-    /// From the API server, which is told to show them to everybody.
+    /// From the API server, which a ClusterRoleBinding makes show them to everybody.
     #[default]
     Public,
-    /// From the manifest. When the cluster's keys change, they have to be given again.
+    /// From the manifest. When the cluster's keys change, apply the manifest again with the new ones.
     Given(String),
 }
 
@@ -84,7 +84,7 @@ impl FromStr for Grant {
 }
 
 impl AgentManifest {
-    /// An agent that joins with a token, one replica in the namespace `towline`; without a token only good for
+    /// An agent that joins with a token, one replica in the namespace `towline`; without a token it can only be used for
     /// [`AgentManifest::check`].
     #[must_use]
     pub fn new(cluster: ClusterName, mode: Mode, token: Option<&JoinToken>) -> Self {
@@ -110,7 +110,7 @@ impl AgentManifest {
     /// The YAML, with the join token's line in a Secret, or without any Secret.
     ///
     /// # Errors
-    /// A part cannot be what it is meant to be.
+    /// A part is invalid.
     pub fn render(&self, join_token: Option<&str>) -> Result<String, ManifestError> {
         self.check()?;
         let mut out = self.preface(join_token.is_some());
@@ -148,10 +148,10 @@ impl AgentManifest {
         Ok(out)
     }
 
-    /// Whether everything can be what it is meant to be.
+    /// Validates everything.
     ///
     /// # Errors
-    /// The first part that cannot.
+    /// The first invalid part.
     pub fn check(&self) -> Result<(), ManifestError> {
         check_namespace(&self.namespace)?;
         check_image(&self.image)?;
@@ -182,7 +182,7 @@ impl AgentManifest {
             let Some(keys) = set["keys"].as_array() else {
                 return Err(ManifestError::Keys("it has no list \"keys\"".to_owned()));
             };
-            // By what signs ServiceAccount tokens: the agent could not come back by anything else.
+            // A key type that signs ServiceAccount tokens: the agent could not rejoin with another one.
             let signs = |key: &Value| matches!(key["kty"].as_str(), Some("RSA" | "EC"));
             if !keys.iter().any(signs) {
                 let why =
@@ -410,8 +410,8 @@ subjects:
         )
     }
 
-    /// The groups that something is granted to, as a list of YAML. Without a grant, who gets which rights is decided elsewhere,
-    /// and for which groups is not known here.
+    /// The groups of the grants, as a YAML list. Without a grant, permissions are decided elsewhere,
+    /// for groups that are unknown here.
     pub(super) fn granted_groups(&self) -> Option<String> {
         let groups: BTreeSet<&str> = self.grants.iter().map(|grant| grant.group.as_str()).collect();
         (!groups.is_empty()).then(|| quoted_list(&groups.into_iter().collect::<Vec<_>>()))
@@ -508,8 +508,8 @@ pub(super) const JOIN_TOKEN_FILE: &str = "join-token";
 pub(super) const PASSWORD_FILE: &str = "proxy-password";
 pub(super) const PROXY_CA_FILE: &str = "proxy-ca.crt";
 pub(super) const HEALTH_PORT: u16 = 9465;
-/// How long open streams may take after SIGTERM, and what ending takes beside it.
+/// How long open streams may take after SIGTERM, and the additional time to exit.
 pub(super) const DRAIN: Duration = Duration::from_secs(25);
 pub(super) const DRAIN_SPARE: Duration = Duration::from_secs(10);
-/// More make a cluster's tunnel no better, and a rolled Deployment has to stay below `maxAgents` (16).
+/// Most replicas: more do not improve a cluster's tunnel, and a rolling update must stay below `maxAgents` (16).
 pub(super) const REPLICAS_MAX: u32 = 8;

@@ -22,7 +22,7 @@ impl AgentManifest {
         }
         let (pod, user, resources) = (self.pod.spec(), self.pod.user(), self.pod.resources(&self.defaults()));
         let labels = self.pod.label_lines(8);
-        // What nobody's group is set for has to be readable by whoever the process is.
+        // Without a group, mounted files must be readable by any user.
         let mode = if self.pod.platform_uid { "292 # 0444" } else { "288 # 0440" };
         let password = match &self.proxy {
             Some(proxy) if proxy.password != Password::None => format!(

@@ -40,7 +40,7 @@ impl GatewayManifest {
     /// The YAML.
     ///
     /// # Errors
-    /// A part cannot be what it is meant to be.
+    /// A part is invalid.
     pub fn render(&self) -> Result<String, ManifestError> {
         check_namespace(&self.namespace)?;
         check_image(&self.image)?;

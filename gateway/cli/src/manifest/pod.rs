@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use super::{ManifestError, quoted};
 
-/// What a cluster asks of its pods, beyond what is printed by itself.
+/// The pod options of a manifest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodOptions {
     /// Secrets of the type `kubernetes.io/dockerconfigjson` in the namespace, for the registry of the image.
@@ -18,7 +18,7 @@ pub struct PodOptions {
     /// On every object and on the pod.
     pub labels: Vec<Label>,
     pub resources: Resources,
-    /// Whether the platform chooses user and groups, as OpenShift does, which refuses chosen ones.
+    /// Whether the platform chooses user and groups, like OpenShift, which refuses explicit ones.
     pub platform_uid: bool,
 }
 
@@ -40,7 +40,7 @@ pub struct Toleration {
     pub effect: Option<String>,
 }
 
-/// What the container asks for and may have at most, as Kubernetes writes quantities. None = what is printed by itself.
+/// The container's requests and limits as Kubernetes quantities. `None` = the default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resources {
     pub cpu_request: Option<String>,
@@ -49,16 +49,16 @@ pub struct Resources {
     pub memory_limit: Option<String>,
 }
 
-/// What a program's container gets without a word, in the order of the YAML.
+/// The default resources of a program's container, in the order of the YAML.
 pub(super) struct Defaults {
     pub(super) cpu: &'static str,
     pub(super) memory: &'static str,
     /// In MiB.
     pub(super) memory_limit: u64,
-    /// The keys of its configuration that share half of a limit that is given, and what they come to without one, in MiB.
+    /// The configuration keys that share half of a given memory limit, and their defaults, in MiB.
     pub(super) what: &'static str,
     pub(super) own_memory: u64,
-    /// The least that the program runs with, in MiB.
+    /// The least memory with which the program runs, in MiB.
     pub(super) memory_least: u64,
 }
 
@@ -118,7 +118,7 @@ impl FromStr for Resources {
 }
 
 impl PodOptions {
-    /// Whether everything can be what it is meant to be.
+    /// Validates everything.
     pub(super) fn check(&self, defaults: &Defaults) -> Result<(), ManifestError> {
         for (what, names) in
             [("the pull secret", &self.pull_secrets), ("the priority class", &self.priority_class_list())]
@@ -162,18 +162,18 @@ impl PodOptions {
         given.unwrap_or(defaults.memory_limit << 20)
     }
 
-    /// What the program's own limit on memory has to be, in MiB; none where the default fits.
+    /// The program's own memory limit in MiB; `None` if the default fits.
     pub(super) fn own_memory(&self) -> Option<u64> {
         let given = self.resources.memory_limit.as_deref().and_then(bytes)?;
         Some(given >> 21)
     }
 
-    /// The labels beside the program's own, as lines of YAML.
+    /// The additional labels, as lines of YAML.
     pub(super) fn label_lines(&self, spaces: usize) -> String {
         lines(&self.labels, spaces)
     }
 
-    /// What stands in the pod's `spec` before its containers, eight lines or none.
+    /// The fields of the pod's `spec` before its containers, up to eight lines.
     pub(super) fn spec(&self) -> String {
         let mut out = String::new();
         if let Some(class) = &self.priority_class {
