@@ -38,16 +38,16 @@ use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig};
 
 pub const TOKEN: &str = "tlat_0123456789abcdef";
 pub const HEAD_MAX: usize = 64 * 1024;
-/// How long a test waits for what is sure to come. No machine is as slow as that.
+/// How long a test waits for an event that must happen. Even a slow machine needs less.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Waits for what is sure to come.
+/// Waits for an event that must happen.
 pub async fn in_time<F: Future>(what: &str, coming: F) -> F::Output {
     tokio::time::timeout(PATIENCE, coming).await.unwrap_or_else(|_| panic!("not in time: {what}"))
 }
 
-/// Looks until what is seen is as wanted. For whatever the gateway does beside what a client sees, in tasks and on threads of its
-/// own: it closes a socket and counts then, it sends the last byte of an answer and forgets the request then.
+/// Polls until the expected state is reached. It is for effects that a client cannot observe in order, because other tasks and threads
+/// produce them: the gateway counts after it closes a socket, and forgets a request after it sends the last byte.
 pub async fn eventually<T: Debug>(what: &str, mut look: impl FnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
     let start = Instant::now();
     loop {
@@ -66,8 +66,8 @@ pub struct World {
     pub gateway: Gateway,
 }
 
-/// The configuration of a world: `prod` impersonates, `strict` is restricted, `far` is never connected, `secret` is
-/// nobody's.
+/// The configuration of a world: `prod` is in impersonate mode, `strict` in restricted mode, `far` is never connected, `secret` is
+/// forbidden for everybody.
 pub fn config(directory: &Path) -> GatewayConfig {
     let uid = |text: &str| ClusterUid::new(text).unwrap();
     let clusters = ["prod", "strict", "far", "secret"];
@@ -179,7 +179,7 @@ impl World {
         self.tls_over(socket, client, alpn, name).await.unwrap()
     }
 
-    /// TLS over a connection that there is already.
+    /// TLS over an existing connection.
     pub async fn tls_over(
         &self,
         socket: TcpStream,
@@ -230,42 +230,42 @@ impl World {
         agent
     }
 
-    /// Waits until a cluster has as many sessions.
+    /// Waits until a cluster has this number of sessions.
     pub async fn connected(&self, cluster: &str, sessions: usize) {
         let connected = || self.gateway.connected(cluster);
         eventually(&format!("{sessions} sessions of {cluster}"), connected, |seen| *seen == sessions).await;
     }
 
-    /// The metrics as they are now.
+    /// The current metrics.
     pub fn metrics(&self) -> String {
         String::from_utf8(self.gateway.metrics().render()).unwrap()
     }
 
-    /// What one series of the metrics says now.
+    /// The current value of one series.
     pub fn series(&self, series: &str) -> f64 {
         let text = self.metrics();
         let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
         value.unwrap_or_else(|| panic!("there is no {series}")).parse().unwrap()
     }
 
-    /// Waits until one series of the metrics says this.
+    /// Waits until one series has this value.
     pub async fn counts(&self, series: &str, value: f64) {
         eventually(series, || self.series(series), |seen| *seen == value).await;
     }
 
-    /// How many requests had to wait for an agent, however that ended.
+    /// The number of held requests, whatever their outcome.
     pub fn holds(&self) -> f64 {
         let text = self.metrics();
         let lines = text.lines().filter(|line| line.starts_with("towline_gateway_holds_total{"));
         lines.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
     }
 
-    /// Waits until every connection that was accepted has ended: whatever it counts it has counted then.
+    /// Waits until every accepted connection has ended, and has therefore updated the metrics.
     pub async fn settled(&self) {
         self.counts("towline_gateway_connections", 0.0).await;
     }
 
-    /// Waits until the gateway says that it is ready. A handshake with itself that a busy machine has made too slow stands for
+    /// Waits until the gateway is ready. On a busy machine a slow self-check handshake makes it not ready for
     /// a few seconds.
     pub async fn ready(&self) {
         let start = Instant::now();
@@ -302,7 +302,7 @@ pub fn full(bytes: impl Into<Bytes>) -> ClientBody {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed()
 }
 
-/// As other clients do it counts no fields of an answer.
+/// Like other clients, it does not limit the header fields of a response.
 fn h1_builder() -> http1::Builder {
     let mut builder = http1::Builder::new();
     builder.max_headers(8192);
@@ -321,7 +321,7 @@ enum Sender {
 }
 
 impl Client {
-    /// HTTP/1.1 over a connection that there is already.
+    /// HTTP/1.1 over an existing connection.
     pub async fn h1(io: TlsStream<TcpStream>) -> hyper::Result<Self> {
         let (sender, connection) = h1_builder().handshake(TokioIo::new(io)).await?;
         let mut tasks = JoinSet::new();
@@ -329,7 +329,7 @@ impl Client {
         Ok(Self { sender: Sender::H1(sender), tasks })
     }
 
-    /// HTTP/2 over a connection that there is already.
+    /// HTTP/2 over an existing connection.
     pub async fn h2(io: TlsStream<TcpStream>) -> hyper::Result<Self> {
         let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(io)).await?;
         let mut tasks = JoinSet::new();
@@ -337,7 +337,7 @@ impl Client {
         Ok(Self { sender: Sender::H2(sender), tasks })
     }
 
-    /// The same HTTP/2 connection, for another request at the same time; it lasts as long as the first.
+    /// The same HTTP/2 connection for a concurrent request; it lives as long as the first.
     pub fn another(&self) -> Self {
         let Sender::H2(sender) = &self.sender else { panic!("HTTP/1.1 has one request at a time") };
         Self { sender: Sender::H2(sender.clone()), tasks: JoinSet::new() }
@@ -401,7 +401,7 @@ impl Client {
         request.body(body).unwrap()
     }
 
-    /// Waits until the connection has ended, however long that takes.
+    /// Waits without a limit until the connection has ended.
     pub async fn ended(&mut self) {
         self.tasks.join_next().await;
     }
@@ -438,7 +438,7 @@ pub async fn error_of(response: Response<Incoming>) -> (u16, String, String) {
     (status, code, body["message"].as_str().unwrap().to_owned())
 }
 
-/// A QUIC connection as an agent makes it; the handshake has ended at this end.
+/// A QUIC connection like an agent's, after the handshake at this end.
 pub async fn quic(
     to: SocketAddr,
     tls: Arc<ClientConfig>,
@@ -459,8 +459,8 @@ pub async fn quic_from(
     endpoint.connect_with(config, to, "localhost").unwrap().await
 }
 
-/// Begins a QUIC handshake from 127.0.0.`source` and leaves it at that. The address has been shown to be the sender's only as far as
-/// the gateway takes its word.
+/// Begins a QUIC handshake from 127.0.0.`source` and never completes it. The source address is validated only if
+/// the gateway demands it.
 pub async fn quic_half_open(world: &World, source: u8) -> UdpSocket {
     let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
     let tls = tls::agent_client(&roots, &world.credential("agent-prod")).unwrap();
@@ -476,7 +476,7 @@ pub async fn quic_half_open(world: &World, source: u8) -> UdpSocket {
     socket
 }
 
-/// An agent made of the protocol alone.
+/// An agent that consists of the protocol crate only.
 pub struct Agent {
     pub session: Session,
     pub tasks: JoinSet<()>,
@@ -500,7 +500,7 @@ impl Agent {
         Self::over_tls(Self::tls_from(world, [127, 0, 0, 1], cluster).await, boot_id, limits)
     }
 
-    /// The TLS connection of an agent that has said nothing yet, from this address.
+    /// The TLS connection of a silent agent from this address.
     pub async fn tls_from(world: &World, source: [u8; 4], cluster: &str) -> TlsStream<TcpStream> {
         let roots = load_roots(&world.path("tunnel-ca.crt")).unwrap();
         let config = tls::agent_client(&roots, &world.credential(&format!("agent-{cluster}"))).unwrap();
@@ -511,7 +511,7 @@ impl Agent {
         TlsConnector::from(config).connect(name, socket).await.unwrap()
     }
 
-    /// An agent over a TLS connection that there is already.
+    /// An agent over an existing TLS connection.
     pub fn over_tls(io: TlsStream<TcpStream>, boot_id: [u8; 16], limits: Limits) -> Self {
         let introduction = Introduction {
             boot_id: boot_id.to_vec(),
@@ -533,7 +533,7 @@ impl Agent {
         Self::over_quic(conn, boot_id)
     }
 
-    /// The same over a connection that there is already.
+    /// The same over an existing connection.
     pub fn over_quic(conn: quinn::Connection, boot_id: [u8; 16]) -> Self {
         let introduction = Introduction { boot_id: boot_id.to_vec(), ..Introduction::default() };
         let config = SessionConfig {
@@ -561,7 +561,7 @@ impl Agent {
         Exchange { open, request, send, recv }
     }
 
-    /// Answers every request with 200, and a body that tells what arrived.
+    /// Answers every request with 200 and a body that describes the request.
     pub fn echo(&mut self) {
         let session = self.session.clone();
         self.tasks.spawn(async move {

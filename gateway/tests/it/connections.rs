@@ -28,7 +28,7 @@ use towline_proto::mux;
 use towline_proto::open::BodyKind;
 
 const PATH: &str = "/clusters/prod/api";
-/// Who takes what there is, and who is disturbed by it.
+/// The sources of the test: the greedy one, and the others.
 const HOSTILE: u8 = 9;
 const HONEST: u8 = 2;
 
@@ -58,7 +58,7 @@ async fn tls(world: &World, source: u8, client: Option<&str>, alpn: &[u8]) -> Op
     in_time("a handshake or its end", world.tls_over(socket, client, alpn, "localhost")).await.ok()
 }
 
-/// A client over HTTP/1.1 that has asked once, and what it was told; `None` if the gateway closes its connection.
+/// A client over HTTP/1.1 after its first request, and the response; `None` if the gateway closes its connection.
 async fn asked(
     world: &World,
     source: u8,
@@ -75,12 +75,12 @@ async fn asked(
     Some((client, status))
 }
 
-/// Whether somebody with a right is served on a new connection from here.
+/// Whether an authorized client is served on a new connection from this source.
 async fn is_served(world: &World, source: u8) -> bool {
     matches!(asked(world, source, None, Some(TOKEN)).await, Some((_, 200)))
 }
 
-/// Waits until the gateway has closed this connection, and says how long that took.
+/// Waits until the gateway has closed this connection, and returns how long that took.
 async fn closed(mut io: impl tokio::io::AsyncRead + Unpin) -> Duration {
     let began = Instant::now();
     let mut rest = Vec::new();
@@ -110,7 +110,7 @@ fn get(stream: u32, bearer: Option<&str>) -> Vec<u8> {
     frame(HEADERS, END_STREAM | END_HEADERS, stream, &fields(&head))
 }
 
-/// What a client by hand has seen until its connection ended.
+/// What a hand-written client received until its connection ended.
 #[derive(Debug, Default)]
 struct Seen {
     heads: usize,
@@ -140,7 +140,7 @@ async fn until_the_end(io: &mut TlsStream<TcpStream>, acknowledges_the_last: boo
 
 // ---- S2: strangers do not stay ----
 
-/// Goal: a stranger over HTTP/2 that gives the refusal no room, or acknowledges every ping but the last, is dropped a few seconds
+/// Goal: an unauthenticated HTTP/2 client that grants no credit for the refusal, or acknowledges every ping except the last, is dropped a few seconds
 /// after it was refused. So is one over HTTP/1.1, with a body that never ends.
 #[tokio::test]
 async fn s2_a_refused_stranger_is_dropped() {
@@ -166,8 +166,8 @@ async fn s2_a_refused_stranger_is_dropped() {
     assert_eq!(world.series("towline_gateway_connections_unauthenticated"), 0.0);
 }
 
-/// Goal: the twin of the above. A stranger that keeps to the rules has its answer whole and no limit in its way; and a caller that
-/// is refused once keeps what it is let in for, on the same connection, longer than a stranger would.
+/// Goal: the honest counterpart: an unauthenticated client that obeys the protocol gets its complete response without reaching a limit; and a caller that
+/// is refused once keeps its admitted requests on the same connection, for longer than an unauthenticated client could stay.
 #[tokio::test]
 async fn s2_who_is_known_keeps_what_runs() {
     let world = World::start().await;
@@ -197,8 +197,8 @@ async fn s2_who_is_known_keeps_what_runs() {
     assert_eq!(limit(&world, "last_words"), 0.0);
 }
 
-/// Goal: at a drain a client that has nothing under way does not hold it up by what it leaves unacknowledged, and one that has
-/// something is served.
+/// Goal: during a drain, a client without running requests cannot delay it by missing acknowledgements, and a client with a
+/// running request is served.
 #[tokio::test]
 async fn s2_a_drain_does_not_wait_for_who_does_not_leave() {
     let world = World::with(|config| config.drain.deadline = 4 * PATIENCE).await;
@@ -223,7 +223,7 @@ async fn s2_a_drain_does_not_wait_for_who_does_not_leave() {
     assert_eq!(limit(&world, "last_words"), 1.0);
 }
 
-/// R-H2-1: a connection that was refused answers what its client may have had under way, and not forever.
+/// R-H2-1: a refused connection still answers requests that its client may have sent before, but not forever.
 #[tokio::test]
 async fn s2_refusals_on_one_connection_have_an_end() {
     let world = World::start().await;
@@ -251,7 +251,7 @@ async fn s2_refusals_on_one_connection_have_an_end() {
     assert_eq!(limit(&world, "refusals") + limit(&world, "last_words"), 1.0);
 }
 
-/// Goal: A15, H2-15, H2-16: where h2 is more lenient than the catalogue, or its code a more general one, nothing comes of it: trailers reach
+/// Goal: A15, H2-15, H2-16: where h2 is more lenient than the catalogue, or uses a more general code, there is no effect: trailers reach
 /// nobody, a pseudo-header among them included, and a PING of 7 bytes ends the connection.
 #[tokio::test]
 async fn a15_what_http2_is_lenient_in_reaches_nobody() {
@@ -299,7 +299,7 @@ async fn a15_what_http2_is_lenient_in_reaches_nobody() {
     assert!(seen.goaway, "{seen:?}");
 }
 
-/// Goal: D40, H1-20: HTTP on the TLS port is answered with a sentence, as API servers do it, and closed.
+/// Goal: D40, H1-20: HTTP on the TLS port gets a response with a sentence, as from an API server, and is closed.
 #[tokio::test]
 async fn d40_http_on_the_tls_port_is_told_so() {
     let world = world(|_| {}).await;
@@ -323,8 +323,8 @@ async fn d40_http_on_the_tls_port_is_told_so() {
 
 // ---- S3, A3: shares of connections ----
 
-/// Goal: one address has as many connections as its share, whoever calls on them; other addresses, agents of the same address and
-/// the own check are not disturbed.
+/// Goal: one address has at most its share of connections, whoever the callers are; other addresses, agents of the same address and
+/// the gateway's own check are not affected.
 #[tokio::test]
 async fn s3_connections_of_one_address() {
     let world = world(|limits| {
@@ -349,8 +349,8 @@ async fn s3_connections_of_one_address() {
     assert!(is_served(&world, HOSTILE).await);
 }
 
-/// Goal: of one address only so many may be silent after their handshake. The next one waits, unanswered and not closed, until
-/// one of them says who it is or leaves.
+/// Goal: only a limited number of an address's connections may be unauthenticated. The next one waits, unanswered and open, until
+/// one of them authenticates or leaves.
 #[tokio::test]
 async fn s3_strangers_of_one_address() {
     let world = world(|limits| limits.unauthenticated_per_address = 3).await;
@@ -374,7 +374,7 @@ async fn s3_strangers_of_one_address() {
     world.counts("towline_gateway_connections_unauthenticated", 2.0).await;
 }
 
-/// Goal: addresses that together hold every place leave the reserve: an agent gets in and the own check passes; a client does not.
+/// Goal: when addresses together use every ordinary place, the reserve remains: an agent is admitted and the gateway's own check passes; a client is refused.
 #[tokio::test]
 async fn s3_the_reserve_is_for_agents() {
     let world = World::with(|config| {
@@ -404,8 +404,8 @@ async fn s3_the_reserve_is_for_agents() {
     assert!(is_served(&world, HONEST).await);
 }
 
-/// Goal: handshakes that never end, of as many addresses as it takes to hold every ordinary place, leave the reserve to those who
-/// have none: an agent and a client of other addresses get in, and who says nothing there is closed soon.
+/// Goal: when unfinished handshakes of many addresses use every ordinary place, the reserve remains for addresses that
+/// have none: an agent and a client of other addresses are served, and silent connections there are closed soon.
 #[tokio::test]
 async fn s3_half_open_handshakes_of_many_addresses() {
     let world = world(|limits| {
@@ -433,8 +433,8 @@ async fn s3_half_open_handshakes_of_many_addresses() {
     drop(held);
 }
 
-/// Goal: a caller who may do nothing has as many connections as one may, however it asks; then it is told so. Others are not
-/// disturbed, of the same address or not.
+/// Goal: a caller without any permission has at most its share of connections, whatever it requests; then it gets an error. Others are not
+/// affected, whether of the same address or not.
 #[tokio::test]
 async fn a3_connections_of_one_caller() {
     let world = world(|limits| limits.connections_per_principal = 4).await;
@@ -466,7 +466,7 @@ async fn a3_connections_of_one_caller() {
     }
 }
 
-/// Goal: S3: a raw connection after a 101 is still one of its caller's connections, until it ends.
+/// Goal: S3: a raw connection after a 101 counts as its caller's connection until it ends.
 #[tokio::test]
 async fn s3_an_upgraded_connection_keeps_its_place() {
     let world = world(|limits| limits.connections_per_principal = 2).await;
@@ -493,7 +493,7 @@ async fn s3_an_upgraded_connection_keeps_its_place() {
     world.counts("towline_gateway_connections", 2.0).await;
 }
 
-/// Goal: the agents of one cluster have twice as many connections as sessions, so that no certificate takes the reserve.
+/// Goal: the agents of one cluster may have twice as many connections as sessions, so that no certificate can use up the reserve.
 #[tokio::test]
 async fn a3_connections_of_one_clusters_agents() {
     let world = world(|limits| limits.sessions_per_cluster = 1).await;
@@ -508,8 +508,8 @@ async fn a3_connections_of_one_clusters_agents() {
     other.session.ready().await.unwrap();
 }
 
-/// Goal: behind a trusted balancer that names its clients each has its own share, of handshakes and of connections; a balancer that
-/// does not has no share by address, and its connections, which carry many callers, none by principal.
+/// Goal: behind a trusted load balancer that names its clients, each client has its own share of handshakes and connections; a load balancer that
+/// does not name them has no limit by address, and its connections, which carry many callers, none by principal.
 #[tokio::test]
 async fn s3_behind_a_balancer() {
     const BALANCER: u8 = 1;
@@ -574,8 +574,8 @@ async fn s3_behind_a_balancer() {
 
 // ---- K5, FR-20: who is over its share waits ----
 
-/// Goal: 400 connections at once from one address, each with a handshake and a request: all are served. More than its share of them
-/// is there before the first one says anything.
+/// Goal: 400 concurrent connections from one address, each with a handshake and a request, are all served. More than its share of them
+/// exist before the first one sends anything.
 #[tokio::test]
 async fn k5_four_hundred_connections_at_once() {
     const CONNECTIONS: usize = 400;
@@ -606,7 +606,7 @@ async fn k5_four_hundred_connections_at_once() {
     assert!(failed.is_empty(), "{} of {CONNECTIONS} failed: {why:?}", failed.len());
 }
 
-/// Goal: a source over its share of handshakes is parked, and goes on in its turn; nobody else waits for it.
+/// Goal: a source over its share of handshakes is parked and served in turn; no other source waits for it.
 #[tokio::test]
 async fn fr_20_over_its_share_a_source_waits_for_itself_alone() {
     let world = Arc::new(world(|limits| limits.handshakes_per_address = 2).await);
@@ -628,7 +628,7 @@ async fn fr_20_over_its_share_a_source_waits_for_itself_alone() {
     assert_eq!(limit(&world, "parked"), 0.0);
 }
 
-/// Goal: who waits is bounded, per source and in all, and waits no longer than a handshake may take.
+/// Goal: parked connections are limited per source and in total, and wait no longer than a handshake may take.
 #[tokio::test]
 async fn k5_who_waits_is_bounded() {
     let world = World::with(|config: &mut GatewayConfig| {
@@ -665,8 +665,8 @@ async fn k5_who_waits_is_bounded() {
     world.counts("towline_gateway_connections_parked", 0.0).await;
 }
 
-/// Goal: over QUIC a source over its share is asked where it is, then hears nothing; it is never told to give up, and gets in by
-/// itself when there is a place. TCP has places of its own.
+/// Goal: over QUIC a source over its share gets a Retry and then no answer; it never gets a refusal, and is served by
+/// its own retries when there is a place. TCP has separate places.
 #[tokio::test]
 async fn k5_over_quic_a_source_over_its_share_asks_again() {
     let world = World::with(|config| {
@@ -688,14 +688,14 @@ async fn k5_over_quic_a_source_over_its_share_asks_again() {
 
 // ---- all at once ----
 
-/// How a tenant takes connections.
+/// The ways in which a tenant uses up connections.
 #[derive(Clone, Copy)]
 enum Hostile {
-    /// A caller without any right, silent from then on.
+    /// A caller without any permission, silent after its request.
     Denied,
-    /// A stranger that takes no refusal.
+    /// An unauthenticated client that does not read its refusal.
     Refused,
-    /// Silent behind its handshake.
+    /// Silent after its handshake.
     Silent,
     HalfOpen,
     OverQuic,
@@ -730,8 +730,8 @@ impl Hostile {
     }
 }
 
-/// Goal: a tenant that takes all the connections it can, by every way that there is, does not keep another one's requests from
-/// being answered, an agent from coming back, or the gateway from being ready. An open loop of 50 requests a second, half of them
+/// Goal: a tenant that uses up all the connections it can, in every way, does not prevent another tenant's requests from
+/// being answered, an agent from reconnecting, or the gateway from being ready. The load is an open loop of 50 requests a second, half of them
 /// on new connections.
 #[tokio::test]
 async fn s3_a_hostile_tenant_takes_nothing_from_the_others() {

@@ -23,7 +23,7 @@ use towline_proto::Code;
 use towline_proto::open::{BodyKind, FIELDS_MAX};
 use towline_proto::tunnel::exchange::{failure, send_head};
 
-/// How long an agent or a client is waited for here before the gateway gives up on it: longer than a busy machine stands still.
+/// The gateway's time limits in these tests: longer than a busy machine may stall.
 const SHORT: Duration = Duration::from_secs(3);
 
 #[tokio::test]
@@ -75,7 +75,7 @@ async fn the_host_routes_too() {
     assert_eq!(error_of(client.ask("GET", "/api", &other, full("")).await).await.0, 421);
 }
 
-/// Goal: behind a TLS terminator the front serves plaintext to callers with tokens, on a port that speaks nothing else.
+/// Goal: behind a TLS terminator the front serves callers with tokens in plaintext, on a separate port.
 #[tokio::test]
 async fn plaintext_for_callers_whose_tls_has_ended_before() {
     let world = World::with(|config| {
@@ -102,7 +102,7 @@ async fn plaintext_for_callers_whose_tls_has_ended_before() {
     assert!(in_time("it is refused", tls).await.is_err());
 }
 
-/// Goal: a connection that was idle for a while serves the next request as if nothing had been put away, whole or in
+/// Goal: a connection that was parked while idle serves the next request normally, whether it arrives whole or in
 /// pieces, over TLS and without; and ends when its client leaves.
 #[tokio::test]
 async fn a_connection_that_was_parked_serves_on() {
@@ -184,7 +184,7 @@ async fn restricted_mode_passes_the_callers_own_credential_through() {
     }
 }
 
-/// Who is nobody, and who may not call a cluster, gets the same words for every name: one that exists or does not, in
+/// An unauthenticated caller, and one who may not call a cluster, gets the same message for every name, existing or not, in
 /// either mode.
 #[tokio::test]
 async fn strangers_learn_nothing_of_clusters() {
@@ -213,7 +213,7 @@ async fn strangers_learn_nothing_of_clusters() {
     }
 }
 
-/// Nor may they hold one of the connections there are: the first answer to a stranger is the last.
+/// Nor may such callers keep a connection: the first response to an unauthenticated client is the last.
 #[tokio::test]
 async fn strangers_do_not_keep_a_connection() {
     let world = World::start().await;
@@ -230,7 +230,7 @@ async fn strangers_do_not_keep_a_connection() {
     }
 }
 
-/// H1-01, H1-02: a request that says its length twice is refused, and nothing behind it is read.
+/// H1-01, H1-02: a request with two lengths is refused, and nothing after it is read.
 #[tokio::test]
 async fn two_lengths_are_refused() {
     let world = World::start().await;
@@ -263,7 +263,7 @@ async fn two_lengths_are_refused() {
     }
 }
 
-/// Goal: A13: a fragment in a request's target is refused, and neither cut off nor passed on; escaped it is a character.
+/// Goal: A13: a fragment in a request's target is refused, and neither cut off nor forwarded; an escaped `#` is an ordinary character.
 #[tokio::test]
 async fn a13_a_fragment_is_refused() {
     let world = World::start().await;
@@ -288,8 +288,8 @@ async fn a13_a_fragment_is_refused() {
     }
 }
 
-/// Goal: S11: a page of another origin opens no raw connection: it would run a command as whoever's browser it is. kubectl sends no
-/// Origin, and Python's library the host with `http://`; what the configuration lists passes, and who sends a token.
+/// Goal: S11: a page of another origin cannot open a raw connection, with which it would run commands as the browser's user. kubectl sends no
+/// Origin, and Python's library sends the host with `http://`; listed origins pass, and so do callers with a token.
 #[tokio::test]
 async fn s11_a_foreign_page_opens_no_shell() {
     let world = World::with(|config| {
@@ -422,7 +422,7 @@ async fn bodies_stream_both_ways() {
     }
 }
 
-/// A large body is not held anywhere: both ends see all of it.
+/// A large body is not buffered anywhere: both ends see all of it.
 #[tokio::test]
 async fn large_bodies_pass() {
     let world = World::start().await;
@@ -552,7 +552,7 @@ async fn failures_before_the_answer_name_the_hop() {
     assert_eq!(error_of(answer).await.0, 502);
 }
 
-/// Goal: A8, H1-10: what is wrong with the client's own chunks is the client's, also where the agent says first that the body was cut off.
+/// Goal: A8, H1-10: an error in the client's chunks is attributed to the client, even if the agent reports first that the body was cut off.
 #[tokio::test]
 async fn a8_a_broken_chunk_is_the_clients() {
     let world = World::start().await;
@@ -588,7 +588,7 @@ async fn a8_a_broken_chunk_is_the_clients() {
     }
 }
 
-/// Goal: A16, S21, H1-18: a method that no API server serves goes nowhere.
+/// Goal: A16, S21, H1-18: a method that no API server supports is not forwarded.
 #[tokio::test]
 async fn a16_unsupported_methods_are_refused() {
     let world = World::start().await;
@@ -610,8 +610,8 @@ async fn a16_unsupported_methods_are_refused() {
     }
 }
 
-/// Goal: A9, A15: what two servers could read in two ways is 400, closed, and reaches nobody; what stands in a chunk's extension is read by
-/// nobody and goes no further.
+/// Goal: A9, A15: a request that two servers could read differently gets 400 and a closed connection, and is not forwarded; a chunk's extension is
+/// ignored and not forwarded.
 #[tokio::test]
 async fn a15_what_is_ambiguous_is_refused_before_it_is_passed_on() {
     let world = World::start().await;
@@ -644,7 +644,7 @@ async fn a15_what_is_ambiguous_is_refused_before_it_is_passed_on() {
     assert!(!answer.contains("trailer") && answer.matches("HTTP/1.1 ").count() == 1, "{answer}");
 }
 
-/// Goal: MX-10: a hostile agent's head: 64 KiB hold 32 thousand fields, more than a map of headers can. It is refused on its stream, and
+/// Goal: MX-10: a hostile agent's head of 64 KiB may contain 32 thousand fields, more than a header map can hold. It is refused on its stream, and
 /// the next request on the same session is answered.
 #[tokio::test]
 async fn a_head_of_too_many_fields_is_no_answer() {
@@ -807,8 +807,8 @@ async fn a_refused_upgrade_ends_the_connection() {
     assert_eq!((status, code.as_str()), (400, "TL_UPGRADE_REFUSED"));
 }
 
-/// Goal: FR-13, UP-04: an offer that is not carried, such as the `h2c` of Java's clients and curl's, is ignored on both listeners; where
-/// one of several is carried, that one is asked for, and nothing flows without its 101.
+/// Goal: FR-13, UP-04: an unsupported offer, such as the `h2c` of Java's clients and curl, is ignored on both listeners; if
+/// one of several is supported, that one is requested, and no raw byte flows without its 101.
 #[tokio::test]
 async fn fr_13_an_offer_that_is_not_carried_is_ignored() {
     let world = World::with(|config| {
@@ -902,7 +902,7 @@ async fn a_body_that_stalls_is_given_up() {
     assert!(exchange.recv.read_chunk(99).await.is_err(), "the cluster does not take it for complete");
 }
 
-/// A session that ends before the answer: what does no harm twice is asked of another one, anything else may have been done.
+/// A session that ends before the response: a request that may be repeated is sent on another session; any other fails, because it may have taken effect.
 #[tokio::test]
 async fn a_lost_session_fails_only_requests_that_may_not_be_repeated() {
     let requests = [
@@ -934,7 +934,7 @@ async fn a_lost_session_fails_only_requests_that_may_not_be_repeated() {
     }
 }
 
-/// With one session there is nowhere else to try: the answer comes at once.
+/// With only one session there is no other to try, so the response is immediate.
 #[tokio::test]
 async fn without_another_session_a_failed_request_is_answered_at_once() {
     let world = World::start().await;

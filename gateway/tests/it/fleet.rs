@@ -36,7 +36,7 @@ use towline_proto::open::BodyKind;
 const ADMIN: &str = "root";
 const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
 
-/// A request of the admin to the API, and the status and object that it is answered with.
+/// Sends an admin's request to the API and returns status and object.
 async fn api(client: &mut Client, method: &str, path: &str, body: &Value) -> (u16, Value) {
     let media = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
     let headers = [("authorization", "Bearer tlat_root"), ("content-type", media)];
@@ -73,7 +73,7 @@ async fn revoke_user(fleet: &Fleet, name: &str) {
     fleet.revoke(&Revoked::User { name: name.to_owned(), issued_before }, &meta()).await.unwrap();
 }
 
-/// Opens a watch that never ends, and gives back its body.
+/// Opens a watch that never ends, and returns its body.
 async fn watch(
     client: &mut Client,
     agent: &Agent,
@@ -92,7 +92,7 @@ async fn watch(
     (answer.into_body(), exchange)
 }
 
-/// A hundred watches and an exec of one user end with the user's revocation; somebody else's goes on.
+/// Revoking a user ends a hundred watches and an exec; another user's watch continues.
 #[tokio::test]
 async fn a_revoked_user_has_nothing_running() {
     let world = world().await;
@@ -134,7 +134,7 @@ async fn a_revoked_user_has_nothing_running() {
     world.gateway.shutdown().await;
 }
 
-/// The answers of clients that take nothing end with the revocation too, before those clients read on.
+/// Responses to clients that have stopped reading end with the revocation, too, before those clients read on.
 #[tokio::test]
 async fn a_revoked_user_who_stops_reading_has_nothing_running() {
     const BLOCK: &[u8] = &[b'x'; 64 * 1024];
@@ -180,7 +180,7 @@ async fn a_revoked_user_who_stops_reading_has_nothing_running() {
     world.gateway.shutdown().await;
 }
 
-/// D23: a state directory is of one trust domain, at a start and at a reload.
+/// D23: a state directory belongs to one trust domain, at a start and at a reload.
 #[tokio::test]
 async fn d23_another_trust_domain_is_refused() {
     let directory = tempfile::tempdir().unwrap();
@@ -211,7 +211,7 @@ async fn d23_another_trust_domain_is_refused() {
     Gateway::start(config).await.unwrap().shutdown().await;
 }
 
-/// D24: a tunnel CA that is gone with agents on record is not replaced without a word; without any, or asked for, it is.
+/// D24: a missing tunnel CA is not replaced silently while agents are on record; without agents, or on request, it is.
 #[tokio::test]
 async fn d24_a_ca_that_is_gone_is_asked_about() {
     let directory = tempfile::tempdir().unwrap();
@@ -296,8 +296,8 @@ async fn a_revoked_admin_who_stops_reading_loses_the_watch() {
     world.gateway.shutdown().await;
 }
 
-/// A5: a watch of the gateway's own API ends when its client leaves, also if there is never any news of its kind; and a HEAD is
-/// no watch.
+/// A5: a watch of the fleet's API ends when its client leaves, even if its kind never has an event; and a HEAD is
+/// not a watch.
 #[tokio::test]
 async fn a5_a_watch_ends_with_its_client() {
     const QUIET: &str = "/apis/towline.io/v1alpha1/revocations?watch=true";
@@ -325,7 +325,7 @@ async fn a5_a_watch_ends_with_its_client() {
     in_time("nothing is left to wait for", world.gateway.drain()).await;
 }
 
-/// Tokens of the file are cut like others: by a revocation of their user, and when they are not in the file any more.
+/// Requests with tokens of the file are cancelled like others: by a revocation of their user, and when the token is removed from the file.
 #[tokio::test]
 async fn removing_a_token_from_the_file_ends_its_requests() {
     for revoked in [true, false] {
@@ -348,7 +348,7 @@ async fn removing_a_token_from_the_file_ends_its_requests() {
 
 const REQUESTS: &str = "/apis/towline.io/v1alpha1/credentialrequests";
 
-/// A request for a certificate that lives for as long as one may.
+/// A request for a certificate with the longest lifetime.
 fn certificate_request() -> String {
     let csr = STANDARD.encode(AgentKey::generate().unwrap().csr_der().unwrap());
     let pem = format!("-----BEGIN CERTIFICATE REQUEST-----\n{csr}\n-----END CERTIFICATE REQUEST-----\n");
@@ -357,8 +357,8 @@ fn certificate_request() -> String {
     json!({ "kind": kind, "apiVersion": "towline.io/v1alpha1", "spec": spec }).to_string()
 }
 
-/// A revoked caller gets no certificate by a request that was under way: one whose body does not come ends, and one whose body
-/// comes at the moment of the revocation is judged after it.
+/// A revoked caller gets no certificate from a running request: a request whose body does not arrive ends, and one whose body
+/// arrives at the moment of the revocation is judged after it.
 #[tokio::test]
 async fn a_revoked_caller_is_not_answered_by_the_api() {
     let world = world().await;
@@ -394,7 +394,7 @@ async fn a_revoked_caller_is_not_answered_by_the_api() {
     world.gateway.shutdown().await;
 }
 
-/// A certificate ends with what it was asked for with, however long it was to live: a token that expires, or a certificate.
+/// A certificate expires with the credential that requested it, a token or a certificate, whatever lifetime was requested.
 #[tokio::test]
 async fn no_certificate_outlives_the_credential_that_requested_it() {
     let world = world().await;
@@ -430,7 +430,7 @@ async fn no_certificate_outlives_the_credential_that_requested_it() {
     world.gateway.shutdown().await;
 }
 
-/// The agent of a configured cluster is admitted as ever, and cut off when its certificate is revoked.
+/// The agent of a configured cluster is admitted as before, and cut off when its certificate is revoked.
 #[tokio::test]
 async fn a_revoked_certificate_is_refused_also_for_a_configured_cluster() {
     let world = world().await;
@@ -456,7 +456,7 @@ async fn a_revoked_certificate_is_refused_also_for_a_configured_cluster() {
     world.gateway.shutdown().await;
 }
 
-/// A second gateway on the same directory does not start, and says who is in the way. ST-04.
+/// A second gateway on the same directory does not start, and names the first one. ST-04.
 #[tokio::test]
 async fn two_gateways_do_not_share_a_state_directory() {
     let state = tempfile::tempdir().unwrap();
@@ -471,7 +471,7 @@ async fn two_gateways_do_not_share_a_state_directory() {
     Gateway::start(config).await.unwrap().shutdown().await;
 }
 
-/// Goal: M17: a gateway that is started while another one drains waits for its store, and serves when that has gone.
+/// Goal: M17: a gateway that starts while another one drains waits for the store, and serves when the other one has exited.
 #[tokio::test]
 async fn m17_a_start_beside_a_drain_waits_for_the_store() {
     let state = tempfile::tempdir().unwrap();
@@ -496,7 +496,7 @@ async fn m17_a_start_beside_a_drain_waits_for_the_store() {
     second.shutdown().await;
 }
 
-/// Sixteen admins label one cluster at once, many times each: whoever was told that it is done finds it done.
+/// Sixteen admins label one cluster concurrently, many times each: no acknowledged change is lost.
 #[tokio::test]
 async fn no_patch_is_lost() {
     let world = world().await;
@@ -537,7 +537,7 @@ async fn no_patch_is_lost() {
     world.gateway.shutdown().await;
 }
 
-/// A world whose gateway can be started again on what it remembers.
+/// A world whose gateway can be restarted on its state directory.
 async fn lasting_world() -> (World, GatewayConfig) {
     let mut kept = None;
     let world = World::with(|config| {
@@ -550,7 +550,7 @@ async fn lasting_world() -> (World, GatewayConfig) {
     (world, kept.unwrap())
 }
 
-/// The next gateway on the same state directory, once the last one has let go of it.
+/// The next gateway on the same state directory, after the previous one has released it.
 async fn start_again(directory: tempfile::TempDir, config: &GatewayConfig) -> World {
     let starting = async {
         loop {
@@ -570,7 +570,7 @@ async fn condition(client: &mut Client, cluster: &str, kind: &str) -> Value {
     conditions.iter().find(|condition| condition["type"] == kind).cloned().unwrap_or_default()
 }
 
-/// Waits until a condition of a cluster is as wanted, and gives it back.
+/// Waits until a condition of a cluster has the expected value, and returns it.
 async fn conditioned(
     client: &mut Client,
     cluster: &str,
@@ -597,8 +597,8 @@ fn ago(seconds: u64) -> Time {
     Time::from(SystemTime::now() - Duration::from_secs(seconds))
 }
 
-/// Goal: R3, K4: after a restart a request waits for a cluster whose agents are on record until one is there; for one that never had any
-/// the answer is due at once.
+/// Goal: R3, K4: after a restart a request for a cluster with agents on record waits until one connects; for a cluster without agents
+/// it fails at once.
 #[tokio::test]
 async fn r3_a_request_waits_for_the_agents_on_record_after_a_restart() {
     let (world, config) = lasting_world().await;
@@ -625,8 +625,8 @@ async fn r3_a_request_waits_for_the_agents_on_record_after_a_restart() {
     world.gateway.shutdown().await;
 }
 
-/// D6, K7: when a cluster was last seen, and how that ended, is known after a restart; one that was never seen is so since it was
-/// registered, and not since the gateway started.
+/// D6, K7: after a restart, the time and the end of a cluster's last connection are known; a cluster that was never seen has been so since its
+/// registration, and not since the gateway's start.
 #[tokio::test]
 async fn d6_last_seen_survives_a_restart() {
     let (world, config) = lasting_world().await;
@@ -672,7 +672,7 @@ async fn d6_last_seen_survives_a_restart() {
     world.gateway.shutdown().await;
 }
 
-/// D6: a gateway that dies says nothing about its clusters; its last minute is when they were last seen.
+/// D6: after a gateway died, its clusters were last seen in its last recorded minute.
 #[tokio::test]
 async fn d6_a_crash_leaves_the_last_minute() {
     let (world, config) = lasting_world().await;
@@ -711,7 +711,7 @@ async fn d6_a_crash_leaves_the_last_minute() {
     world.gateway.shutdown().await;
 }
 
-/// D6: a cluster that comes and goes all the time costs a write now and then, and what is written in the end is how it is.
+/// D6: a flapping cluster costs only periodic writes, and the final record is correct.
 #[tokio::test]
 async fn d6_flapping_is_written_now_and_then() {
     let (world, _config) = lasting_world().await;

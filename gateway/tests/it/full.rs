@@ -15,7 +15,7 @@ use towline_model::Time;
 use towline_model::random::uuid;
 
 const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
-/// Where the process in a small file system finds that.
+/// The variable with the directory of the small file system.
 const SMALL: &str = "TOWLINE_TEST_SMALL_DISK";
 
 /// A world with a state directory, an admin and a connected agent of a configured cluster.
@@ -37,7 +37,7 @@ async fn world(change: impl FnOnce(&mut GatewayConfig)) -> (World, Agent, Client
     (world, agent, client)
 }
 
-/// What the API answers: its status, whether a warning says it too, and the object.
+/// The API's response: status, whether a warning has the same text, and the object.
 async fn api(client: &mut Client, method: &str, path: &str, body: &Value) -> (u16, bool, Value) {
     let media = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
     let headers = [("authorization", "Bearer tlat_root"), ("content-type", media)];
@@ -53,7 +53,7 @@ async fn create(client: &mut Client, name: &str, note: &str) -> (u16, bool, Valu
     api(client, "POST", CLUSTERS, &body).await
 }
 
-/// A request of somebody else, through the tunnel.
+/// Another caller's request, through the tunnel.
 async fn is_served(client: &mut Client, agent: &Agent) {
     let bearer = format!("Bearer {TOKEN}");
     let headers = [("authorization", bearer.as_str())];
@@ -63,7 +63,7 @@ async fn is_served(client: &mut Client, agent: &Agent) {
     assert_eq!(text(answer).await, "pods");
 }
 
-/// As many objects of a kind as may be: one more is refused and counted, what is there can be changed, and what is deleted makes room.
+/// At the limit of objects of a kind: one more is refused and counted, existing ones can be changed, and deleting one makes room.
 #[tokio::test]
 async fn objects_of_a_kind() {
     let (world, agent, mut client) = world(|config| config.limits.objects = 3).await;
@@ -90,7 +90,7 @@ async fn objects_of_a_kind() {
     world.gateway.shutdown().await;
 }
 
-/// Takes all the space that is left.
+/// Fills the remaining space.
 fn fill(path: &Path) {
     let mut file = std::fs::File::create(path).unwrap();
     let mut block = vec![1_u8; 64 << 10];
@@ -101,7 +101,7 @@ fn fill(path: &Path) {
     }
 }
 
-/// Runs only in the process that [`a_full_disk_refuses_changes_and_cuts_off_nobody`] starts, where a directory is a small disk.
+/// Runs only in the process that [`a_full_disk_refuses_changes_and_cuts_off_nobody`] starts, in which a directory is a small disk.
 #[tokio::test]
 #[ignore = "it needs a disk of its own, which another test gives it"]
 async fn on_a_small_disk() {
@@ -156,7 +156,7 @@ async fn on_a_small_disk() {
     println!("on a small disk: done after {number} clusters");
 }
 
-/// ST-01, RG15: with a disk that is really full, changes are 503 with the file and the system's words; tunnels and requests go on, and
+/// ST-01, RG15: on a full disk, changes get 503 with the file and the system's error; tunnels and requests continue, and
 /// changes work again by themselves when there is room.
 #[test]
 fn a_full_disk_refuses_changes_and_cuts_off_nobody() {

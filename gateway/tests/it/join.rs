@@ -68,7 +68,7 @@ async fn register(world: &World, name: &str) -> String {
     register_for(world, name, 4).await
 }
 
-/// Registers a cluster of so many agents.
+/// Registers a cluster with this limit of agents.
 async fn register_for(world: &World, name: &str, max_agents: u32) -> String {
     let cluster = fleet::Cluster {
         meta: meta(),
@@ -149,10 +149,10 @@ fn roots(trust: &Trust) -> Vec<CertificateDer<'static>> {
     trust.roots.iter().map(|der| CertificateDer::from(der.to_vec())).collect()
 }
 
-/// A session with the identity that was given.
+/// A session with the issued identity.
 struct Agent {
     session: Session,
-    /// Leaves the connection open with nobody behind it.
+    /// Leaves the connection open without a reader.
     freeze: Arc<Notify>,
     _driver: JoinSet<CloseReason>,
 }
@@ -200,7 +200,7 @@ impl Agent {
         Ok(Self { session, freeze, _driver: tasks })
     }
 
-    /// The next roots that are announced, acknowledged.
+    /// Acknowledges the next announced roots and returns them.
     async fn trust(&self) -> Trust {
         loop {
             if let Notice::Trust(trust) = self.hear().await {
@@ -250,7 +250,7 @@ fn key() -> AgentKey {
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Waits until the one session of a cluster has acknowledged the roots as they are now.
+/// Waits until the only session of a cluster has acknowledged the current roots.
 async fn current(world: &World, cluster: &str) {
     let trust = || world.gateway.trust(cluster);
     eventually("the roots are acknowledged", trust, |trust| (trust.pending, trust.current) == (0, 1)).await;
@@ -278,7 +278,7 @@ async fn a_token_becomes_an_identity_and_a_session() {
     current(&world, "east").await;
 }
 
-/// EN-01, EN-09, R-ID-14: of many keys at once exactly one gets in; that one may ask again and is the same; the others are told
+/// EN-01, EN-09, R-ID-14: of many concurrent keys exactly one is admitted; it may repeat the join with the same result; the others learn
 /// why.
 #[tokio::test]
 async fn a_single_use_is_a_single_use() {
@@ -309,7 +309,7 @@ async fn a_single_use_is_a_single_use() {
     assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1, "never a second identity");
 }
 
-/// EN-02: what does not count is refused at one size and one time, whatever is wrong with it; an unknown token and a wrong secret
+/// EN-02: invalid proofs are refused with one size and at one time, whatever the reason; an unknown token and a wrong secret
 /// read alike.
 #[tokio::test]
 async fn refusals_look_alike() {
@@ -392,7 +392,7 @@ async fn guessing_is_refused_by_limit() {
     assert!(world.series("towline_gateway_limits_reached_total{limit=\"join_failures\"}") >= 20.0);
 }
 
-/// EN-06: a request that is no request for a certificate is refused by cause, and one that is too long by its announced length.
+/// EN-06: an invalid certificate request is refused with its reason, and an oversized one by its announced length.
 #[tokio::test]
 async fn damaged_requests_are_refused_by_cause() {
     let world = world().await;
@@ -417,8 +417,8 @@ async fn damaged_requests_are_refused_by_cause() {
     assert!(ask(&world, &good).await.is_ok(), "none of it used the token up");
 }
 
-/// EN-07, EN-08, R-ID-9: a renewal yields the session's own identity; two at a time are both valid; after a revocation the session
-/// is gone at once, and neither a new session nor the old certificate leads back.
+/// EN-07, EN-08, R-ID-9: a renewal yields the session's own identity; two concurrent certificates are both valid; after a revocation the session
+/// ends at once, and neither a new session nor the old certificate is admitted.
 #[tokio::test]
 async fn renewals_stay_in_the_family() {
     let world = world().await;
@@ -457,7 +457,7 @@ async fn renewals_stay_in_the_family() {
     assert_eq!(code(&refused), RefusalCode::Proof);
 }
 
-/// A session lives as long as the newest certificate of its instance: renewals move its end, and without one it ends.
+/// A session lives as long as the newest certificate of its instance: renewals extend it, and without one it ends.
 #[tokio::test]
 async fn a_renewal_extends_the_session() {
     let world = world_with(|config| config.join.certificate_lifetime = Duration::from_secs(8)).await;
@@ -481,8 +481,8 @@ async fn a_renewal_extends_the_session() {
     assert!(reason.contains("expired"), "{reason}");
 }
 
-/// R-ID-9: revoking any certificate of an agent ends its session, which began with another one, and leaves nothing to come
-/// back by: neither the renewed certificate, nor the one that has expired, nor the same key with the token that it used.
+/// R-ID-9: revoking any certificate of an agent ends its session, which began with another one, and leaves no way to come
+/// back: neither with the renewed certificate, nor with the expired one, nor with the same key and the used token.
 #[tokio::test]
 async fn a_revoked_certificate_takes_the_agent_along() {
     let world = world().await;
@@ -505,7 +505,7 @@ async fn a_revoked_certificate_takes_the_agent_along() {
     assert!(join(&world, &token, &mine).await.is_err(), "the use of the token is spent");
 }
 
-/// An agent that renews without end gets a few certificates and is told to wait; its session stays.
+/// An agent that renews endlessly gets a few certificates and then has to wait; its session stays.
 #[tokio::test]
 async fn renewing_is_limited() {
     let world = world().await;
@@ -529,7 +529,7 @@ async fn renewing_is_limited() {
     assert!(agent.session.closed().is_none());
 }
 
-/// The documented way back for an agent that was offline past the end of its certificate.
+/// An agent that was offline past the expiry of its certificate rejoins as documented.
 #[tokio::test]
 async fn an_agent_rejoins_with_its_expired_certificate_and_key() {
     let world = world_with(|config| config.join.certificate_lifetime = Duration::from_secs(1)).await;
@@ -559,7 +559,7 @@ async fn an_agent_rejoins_with_its_expired_certificate_and_key() {
 struct Cluster(EcdsaKeyPair);
 
 const SUBJECT: &str = "system:serviceaccount:towline:agent";
-/// Of the trust domain that the gateways of these tests have.
+/// The audience of the trust domain of these tests' gateways.
 const AUDIENCE: &str = "towline:example.org";
 
 impl Cluster {
@@ -604,8 +604,8 @@ impl Cluster {
     }
 }
 
-/// A pod that keeps nothing: it comes back by its cluster's word, as who it was; a second replica beside it is another; a pod of
-/// another ServiceAccount is nobody; after a rotation of the cluster's keys the renewal has told of the new ones.
+/// A pod without a volume rejoins by its ServiceAccount token and keeps its identity; a second replica is another agent; a pod of
+/// another ServiceAccount is refused; after a rotation of the cluster's keys, the renewal has reported the new ones.
 #[tokio::test]
 async fn a_pod_rejoins_by_its_service_account() {
     let world = world().await;
@@ -652,9 +652,9 @@ async fn a_pod_rejoins_by_its_service_account() {
     assert_eq!(code(&refused.unwrap_err()), RefusalCode::NoIssuer);
 }
 
-/// S5: whoever has one agent's certificate does not put his own keys on record with it, alone or beside the cluster's own, nor
-/// another subject; the cluster's own rotation is followed, because a token of the old key comes with it. What an agent has said
-/// goes with its certificate.
+/// S5: the holder of one agent's certificate cannot put their own keys on record with it, alone or together with the cluster's, nor
+/// another subject; the cluster's own rotation is followed, because a token of the old key comes with it. An agent's reports
+/// are dropped with its certificate.
 #[tokio::test]
 async fn s5_new_keys_need_a_trusted_report() {
     let world = world().await;
@@ -735,7 +735,7 @@ async fn s5_new_keys_need_a_trusted_report() {
     );
 }
 
-/// S5: what the operator gives counts, whatever agents say; it is shown, and nonsense is refused.
+/// S5: the operator's issuer takes precedence over agents' reports; it is shown, and an invalid one is refused.
 #[tokio::test]
 async fn s5_the_operators_issuer_takes_precedence() {
     let world = world().await;
@@ -787,8 +787,8 @@ async fn s5_the_operators_issuer_takes_precedence() {
     ask(&world, &with(cluster.token("1", SUBJECT), cluster.issuer("1"), 4)).await.unwrap();
 }
 
-/// S8: a token that a gateway of another trust domain was given is no proof here; and one that was given to this gateway is one
-/// process's. Whoever has a copy gets no place beside it, and after it no other than its own.
+/// S8: a token for a gateway of another trust domain is no proof here; and a token for this gateway belongs to one
+/// process. The holder of a copy gets no place while that process lives, and after it only the same place.
 #[tokio::test]
 async fn s8_a_token_admits_one_process() {
     let world = world().await;
@@ -829,7 +829,7 @@ async fn s8_a_token_admits_one_process() {
     assert_eq!(code(&refused), RefusalCode::Denied, "{}", refused.text);
 }
 
-/// S8: the tokens that the kubelet writes for a pod later, and that its process has not used, are that process's too.
+/// S8: tokens that the kubelet writes for a pod later, and that its process has not used, also belong to that process.
 #[tokio::test]
 async fn s8_a_pods_next_token_admits_no_second_process() {
     let world = world().await;
@@ -855,8 +855,8 @@ async fn s8_a_pods_next_token_admits_no_second_process() {
     assert_eq!(restarted.instance, admitted.instance);
 }
 
-/// Many pods of one Deployment at the same moment, one of them with the join token that tells of the cluster's issuer: none is
-/// given a place that another has, neither while the token's place becomes one to come back to nor at any other moment.
+/// Many pods of one Deployment join concurrently, one of them with the join token that reports the cluster's issuer: none is
+/// given a place that another one has, at any moment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn pods_that_start_together_are_instances_of_their_own() {
     let world = world().await;
@@ -895,8 +895,8 @@ async fn pods_that_start_together_are_instances_of_their_own() {
     }
 }
 
-/// A pod that asks while another is just connecting is not given that one's place, however long the question for signs of life
-/// takes; the place of the one that gave none is free.
+/// A pod that joins while another one is connecting is not given that one's place, however long the pings
+/// take; the place of a session that does not answer is free.
 #[tokio::test]
 async fn a_place_taken_during_the_pings_is_refused() {
     let world = world().await;
@@ -931,7 +931,7 @@ async fn a_place_taken_during_the_pings_is_refused() {
     assert!(code(&copy) == RefusalCode::Denied && copy.text.contains("alive"), "{copy:?}");
 }
 
-/// What the operator sees on the private port.
+/// The `/tunnel-ca` page of the private port.
 async fn shown(world: &World) -> String {
     let mut socket = TcpStream::connect(world.gateway.admin_addr()).await.unwrap();
     let request = "GET /tunnel-ca HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
@@ -941,8 +941,8 @@ async fn shown(world: &World) -> String {
     text
 }
 
-/// A change of CA, step by step and back, with a session that stands: announced, acknowledged and seen; the session goes on
-/// through all of it, and an agent that was away for all of it still recognises the gateway.
+/// A change of CA, step by step and back, during a live session: the roots are announced, acknowledged and shown; the session continues
+/// throughout, and an agent that was offline for all of it still recognises the gateway.
 #[tokio::test]
 async fn a_change_of_ca_cuts_nothing() {
     let world = world().await;
@@ -1002,7 +1002,7 @@ async fn a_change_of_ca_cuts_nothing() {
     Agent::connect(&world, &back, &away, 2).await.unwrap();
 }
 
-/// Makes `tlat_root` the token of an admin of the fleet.
+/// Makes `tlat_root` the token of an admin.
 async fn give_admin_token(world: &World) {
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, b"tlat_root");
     let admin = fleet::AccessToken {
@@ -1015,7 +1015,7 @@ async fn give_admin_token(world: &World) {
     world.gateway.fleet().unwrap().put("root", &admin, None).await.unwrap();
 }
 
-/// What the API shows of a cluster once it is as wanted.
+/// Waits until the API shows a cluster as expected, and returns it.
 async fn until(world: &World, cluster: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let mut client = world.h1(None).await;
     let (mut last, start) = (Value::Null, tokio::time::Instant::now());
@@ -1038,8 +1038,8 @@ fn trust_current(status: &Value) -> &str {
     current.next().and_then(|condition| condition["status"].as_str()).unwrap_or_default()
 }
 
-/// The operator sees which clusters have acknowledged a change of CA, and a step that somebody who is connected is not prepared for is
-/// not taken, unless that is meant.
+/// The operator sees which clusters have acknowledged a change of CA, and a step for which a connected agent is not prepared is
+/// not taken without --force.
 #[tokio::test]
 async fn a_step_waits_for_connected_agents() {
     let mut config = None;
@@ -1100,7 +1100,7 @@ async fn a_step_waits_for_connected_agents() {
     drop(silent);
 }
 
-/// What an agent says of its API server's version is shown if it is one; it is no write.
+/// An agent's report of its API server's version is shown if it is valid, without a write to the store.
 #[tokio::test]
 async fn the_version_of_a_cluster_is_shown() {
     let world = world().await;
@@ -1130,8 +1130,8 @@ async fn the_version_of_a_cluster_is_shown() {
     assert_eq!(gone["status"]["kubernetesVersion"], "v1.31.0");
 }
 
-/// D4. What an agent says of its API server is a condition at once, in words that no terminal follows, and no write; an agent that talks
-/// without end is shown in the end as it is.
+/// D4: an agent's report about its API server becomes a condition at once, with escaped text and without a write; of an agent that reports
+/// endlessly the last report is shown in the end.
 #[tokio::test]
 async fn d4_what_an_agent_says_of_its_api_server_is_shown() {
     let world = world().await;
@@ -1171,7 +1171,7 @@ async fn d4_what_an_agent_says_of_its_api_server_is_shown() {
     reason("NoSession").await;
 }
 
-/// What `certificate` says, of another key, signed by the CA's: the serial number is a copy.
+/// A copy of `certificate` for another key, signed with the CA's key, with the same serial number.
 fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certificate {
     // id-ecPublicKey's prime256v1, and a bit string that begins with an uncompressed point.
     const POINT: &[u8] = b"\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x42\x00\x04";
@@ -1198,8 +1198,8 @@ fn forged(certificate: &Certificate, key: &AgentKey, ca_key: &[u8]) -> Certifica
     Certificate { chain: vec![leaf, certificate.chain[1].clone()] }
 }
 
-/// R-ID-3, TU-03: whoever has the CA's key signs what they like, also with an agent's name and serial number. No session begins with
-/// it, in no phase of a change of CA, so that nothing can be renewed by it either; the agent whose name it bears goes on.
+/// R-ID-3, TU-03: the holder of a stolen CA key can sign any certificate, also with an agent's name and serial number. No session begins with
+/// it, in no phase of a change of CA, so it cannot be renewed either; the real agent is not affected.
 #[tokio::test]
 async fn a_certificate_that_the_fleet_did_not_issue_is_refused() {
     let world = world().await;
@@ -1230,8 +1230,8 @@ async fn a_certificate_that_the_fleet_did_not_issue_is_refused() {
     }
 }
 
-/// What an agent may still have to show is not pushed off the record by its own renewals: with as many valid certificates as may be
-/// there is no other. One that joins gets one; what is forgotten for that lets nobody in.
+/// An agent's renewals never push a certificate off the record that it may still have to show: with the maximum of valid certificates
+/// a renewal is refused. A join gets one; the certificate that is forgotten for it is no longer admitted.
 #[tokio::test]
 async fn a_valid_certificate_is_not_forgotten_by_renewing() {
     let world = world().await;
@@ -1264,7 +1264,7 @@ async fn a_valid_certificate_is_not_forgotten_by_renewing() {
     assert!(Agent::connect(&world, &admitted, &mine, 1).await.is_err(), "it is the one that was forgotten");
 }
 
-/// Without a state directory nobody joins, and is told why.
+/// Without a state directory joins are refused with the reason.
 #[tokio::test]
 async fn a_gateway_without_a_record_lets_nobody_join() {
     let world = World::start().await;
@@ -1280,7 +1280,7 @@ async fn a_gateway_without_a_record_lets_nobody_join() {
     assert!(code(&refused) == RefusalCode::Denied && refused.text.contains("stateDirectory"));
 }
 
-/// A join token carries the pins of all roots that are believed when it is made, not when the gateway started.
+/// A join token carries the pins of all roots that are trusted when it is created, not when the gateway started.
 #[tokio::test]
 async fn a_join_token_carries_the_pins_of_now() {
     let world = world().await;
@@ -1318,8 +1318,8 @@ fn condition<'a>(status: &'a Value, kind: &str) -> Option<(&'a str, &'a str, &'a
     Some((text("status"), text("reason"), text("message")))
 }
 
-/// D5: a cluster says what it waits for, who was refused while none was connected and why, and that its agents were revoked.
-/// Strangers who have no proof say nothing of it.
+/// D5: a cluster's status says what it waits for, which agent was refused while none was connected and why, and that its agents were revoked.
+/// Attempts without a proof are not shown.
 #[tokio::test]
 async fn d5_status_says_why_nobody_is_connected() {
     let world = world().await;
@@ -1397,7 +1397,7 @@ async fn d5_status_says_why_nobody_is_connected() {
     assert_eq!(condition(&status, "Revoked").unwrap().1, "JoinedAnew");
 }
 
-/// D5: an agent whose certificate does not count any more says so in its cluster's status.
+/// D5: the refusal of an agent whose certificate is no longer valid is shown in its cluster's status.
 #[tokio::test]
 async fn d5_an_agent_that_is_nobody_any_more_says_so() {
     let world = world().await;
@@ -1416,7 +1416,7 @@ async fn d5_an_agent_that_is_nobody_any_more_says_so() {
     assert_eq!(condition(&status, "Joined").unwrap().1, "JoinAnew");
 }
 
-/// D5: what no key on record has signed may be anybody's, and covers in nobody's status why the last session ended.
+/// D5: a token that no key on record signed may come from anybody, and does not replace the reason in a cluster's status.
 #[tokio::test]
 async fn d5_an_unsigned_token_is_not_attributed_to_the_cluster() {
     let world = world().await;
@@ -1455,7 +1455,7 @@ async fn d5_an_unsigned_token_is_not_attributed_to_the_cluster() {
     until(&world, "east", turned_away).await;
 }
 
-/// A cluster `east` that has told of its issuer, and an agent of it that has joined.
+/// A cluster `east` whose issuer is on record, and an agent of it that has joined.
 async fn vouched(world: &World, max_agents: u32) -> (Cluster, Agent) {
     register_for(world, "east", max_agents).await;
     let (token, cluster, key) = (token(world, "east", 1, HOUR).await, Cluster::new(), key());
@@ -1466,7 +1466,7 @@ async fn vouched(world: &World, max_agents: u32) -> (Cluster, Agent) {
     (cluster, agent)
 }
 
-/// As many processes as that, which all join by their cluster's word at once.
+/// This number of processes that join concurrently by their ServiceAccount tokens.
 fn crowd(
     world: &Arc<World>,
     cluster: &Cluster,
@@ -1481,8 +1481,8 @@ fn crowd(
     crowd
 }
 
-/// S9: a cluster that joins without end, and whose own session gives no sign of life, fills its own share: agents of other clusters
-/// join beside it.
+/// S9: a cluster that joins endlessly, and whose own session does not answer pings, uses up only its own share: agents of other clusters
+/// can still join.
 #[tokio::test]
 async fn s9_joins_of_one_cluster_leave_the_others_alone() {
     let world = world_with(|config| config.limits.handshakes_per_address = 1024).await;
@@ -1505,8 +1505,8 @@ async fn s9_joins_of_one_cluster_leave_the_others_alone() {
     assert!((1..64).contains(&judged), "{judged} of {}", answers.len());
 }
 
-/// S9: nobody holds a place while a sibling is asked for a sign of life: a dozen pods that come back at once beside a session that
-/// gives none are all let in.
+/// S9: no place is held while a sibling session is pinged: a dozen pods that rejoin concurrently next to a session that
+/// does not answer are all admitted.
 #[tokio::test]
 async fn s9_a_place_is_given_back_while_a_sibling_is_asked() {
     let world = Arc::new(world().await);
@@ -1517,8 +1517,8 @@ async fn s9_a_place_is_given_back_while_a_sibling_is_asked() {
     assert!(refused.is_empty(), "{refused:?}");
 }
 
-/// S9: whatever comes of them, joins of a cluster are counted against it: those that it is denied, and those that succeed with a
-/// token that one key uses again and again.
+/// S9: joins count for their cluster whatever their outcome: denied ones, and repeated ones that succeed with a
+/// token that the same key uses again.
 #[tokio::test]
 async fn s9_denied_and_repeated_joins_count_against_their_cluster() {
     let world = Arc::new(world().await);
@@ -1561,7 +1561,7 @@ async fn s9_denied_and_repeated_joins_count_against_their_cluster() {
     in_time("the address is slowed", repeating).await;
 }
 
-/// S9: whoever has a join token that lets nobody else in, spent or expired, costs its cluster no join: the next one has its turn.
+/// S9: joins with a used-up or expired join token do not count for its cluster: the next valid join is served.
 #[tokio::test]
 async fn s9_invalid_tokens_do_not_count_for_their_cluster() {
     let world = Arc::new(world().await);

@@ -48,8 +48,8 @@ async fn leaves(world: &World) -> Agent {
     agent
 }
 
-/// Goal: handshakes and handshakes per address: the one too many is parked, under the name of its limit, and no other limit is
-/// blamed; and closed where nobody may be parked.
+/// Goal: handshakes in total and per address: the surplus one is parked and counted under its own limit, and no other limit is
+/// counted; if parking is not allowed, it is closed.
 #[tokio::test]
 async fn handshakes() {
     type Change = fn(&mut GatewayConfig);
@@ -170,7 +170,7 @@ async fn heads() {
     assert!(error_of(answer).await.2.contains("limits.headerCount"));
 }
 
-/// Goal: FR-02, FR-09: as many fields as may be pass over HTTP/2, too, which counts 32 B more for each.
+/// Goal: FR-02, FR-09: the maximum of fields also passes over HTTP/2, which counts 32 B more for each.
 #[tokio::test]
 async fn fr_02_fr_09_http2_takes_as_many_fields() {
     let world = World::start().await;
@@ -185,7 +185,7 @@ async fn fr_02_fr_09_http2_takes_as_many_fields() {
     assert_eq!(text(answer).await.matches("x-one-of-a-thousand-fields-").count(), 1000);
 }
 
-/// Goal: S21, H1-15: the head of a later request on a connection has no more time than that of the first, however its bytes are spread.
+/// Goal: S21, H1-15: the head of a later request on a connection has no more time than the first one, however its bytes are spread.
 #[tokio::test]
 async fn s21_a_later_head_has_no_more_time_than_the_first() {
     let world = World::with(|config| config.timeouts.first_request = SHORT).await;
@@ -212,7 +212,7 @@ async fn s21_a_later_head_has_no_more_time_than_the_first() {
     assert_eq!(limit(&world, "idle"), 0.0);
 }
 
-/// Goal: S21: an empty line behind a request, as some clients write, begins none: the connection is idle, and is closed as such.
+/// Goal: S21: an empty line after a request, which some clients send, does not begin a request: the connection is idle, and is closed as such.
 #[tokio::test]
 async fn s21_an_empty_line_is_no_head() {
     let world = World::with(|config| config.timeouts.idle = SHORT).await;
@@ -253,7 +253,7 @@ async fn broken_heads_are_counted() {
     assert_eq!(world.series(refused), 1.0);
 }
 
-/// A4: whoever opens connections to the private port and says nothing delays no probe: the oldest of them give way.
+/// A4: silent connections to the private port do not delay probes: the oldest ones are closed.
 #[tokio::test]
 async fn a4_silent_connections_delay_no_probe() {
     let world = World::start().await;
@@ -352,8 +352,8 @@ async fn streams_of_an_http2_connection() {
     assert_eq!(stream, 1);
 }
 
-/// Goal: an answer that does not come is 504, a body that does not come is 408, and a refused request whose body is longer
-/// than what is kept of it is not sent again.
+/// Goal: a missing response is 504, a missing body is 408, and a refused request whose body is longer
+/// than the kept part is not sent again.
 #[tokio::test]
 async fn answers_and_bodies() {
     let bearer = format!("Bearer {TOKEN}");
@@ -389,7 +389,7 @@ async fn answers_and_bodies() {
     assert_eq!(world.series("towline_gateway_retries_total"), 0.0);
 }
 
-/// Goal: sessions of one cluster: the one too many is refused, those that are there stay.
+/// Goal: sessions of one cluster: the surplus one is refused, existing ones stay.
 #[tokio::test]
 async fn sessions_of_a_cluster() {
     let world = World::with(|config| config.limits.sessions_per_cluster = 1).await;
@@ -401,7 +401,7 @@ async fn sessions_of_a_cluster() {
     assert!(first.session.is_open());
 }
 
-/// Goal: requests that wait for an agent: the one too many is answered at once, the others after `timeouts.hold`.
+/// Goal: held requests: the surplus one is answered at once, the others after `timeouts.hold`.
 #[tokio::test]
 async fn held_requests() {
     let world = World::with(|config| {
@@ -421,8 +421,8 @@ async fn held_requests() {
     assert_eq!(world.series("towline_gateway_holds_total{outcome=\"timed_out\"}"), 1.0);
 }
 
-/// Goal (K1, K2): a watch that goes on from a version waits for its agent, apart from requests; one too many, and one whose time is up,
-/// are told to come later, and not 503; so is one whose gateway is about to stop.
+/// Goal (K1, K2): a watch that resumes from a version is held for its agent, separately from requests; a surplus one, and one whose time is over,
+/// get 429 instead of 503; so does one whose gateway drains.
 #[tokio::test]
 async fn k1_held_watches() {
     const WATCH: &str = "/clusters/prod/api/v1/pods?watch=1&resourceVersion=7";
@@ -458,7 +458,7 @@ async fn k1_held_watches() {
     assert_eq!((status, code.as_str()), (429, "TL_DRAINING"), "{message}");
 }
 
-/// Goal: a request whose agent has left a gateway that is about to stop is told so, and not that its cluster is offline.
+/// Goal: the error for a request whose agent has left a draining gateway names the drain, and not an offline cluster.
 #[tokio::test]
 async fn a_draining_gateway_says_so() {
     let world = World::with(|config| {
@@ -478,7 +478,7 @@ async fn a_draining_gateway_says_so() {
     assert_eq!(world.series("towline_rejected_total{code=\"TL_DRAINING\",surface=\"front\"}"), 1.0);
 }
 
-/// Goal: the table of limits names tests that exist, and every limit and every name of the count appears in it.
+/// Goal: the table of limits names existing tests, and contains every limit and every counted name.
 #[test]
 fn the_table_of_limits_is_true() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();

@@ -16,7 +16,7 @@ use towline_gateway::config::ProxyProtocol;
 use towline_proto::Code;
 use towline_proto::open::BodyKind;
 
-/// Families that nothing here moves, each with its reason.
+/// Families that no test moves, each with its reason.
 const STILL: [(&str, &str); 8] = [
     ("towline_gateway_accept_errors_total", "needs a machine that has run out of files or memory"),
     ("towline_gateway_joins_total", "needs a state directory: the tests of joining have one"),

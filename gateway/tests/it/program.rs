@@ -52,8 +52,8 @@ impl Drop for Program {
     }
 }
 
-/// Goal: D16, D33, K7: what the program says at its start and when it cannot start is for people: each thing once, and nothing of how
-/// Rust writes a value.
+/// Goal: D16, D33, K7: the program's messages at its start and when it cannot start are readable: each fact once, and no Rust
+/// debug output.
 #[tokio::test]
 async fn d16_an_error_is_reported_once() {
     let program = Program::start("-Sn 64").await;
@@ -80,7 +80,7 @@ async fn d16_an_error_is_reported_once() {
     assert!(level.contains("--log-level") && level.lines().count() == 1, "{level}");
 }
 
-/// FR-16: a low soft limit is no limit, as for any Go program: it is raised to the hard one.
+/// FR-16: a low soft limit has no effect, as for any Go program: it is raised to the hard limit.
 #[tokio::test]
 async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
     let program = Program::start("-Sn 64 && ulimit -Hn 12000").await;
@@ -90,7 +90,7 @@ async fn fr_16_the_soft_limit_on_descriptors_is_raised() {
     assert_eq!(program.said("descriptors"), None);
 }
 
-/// FR-16: where the hard limit is too low the start says how many are needed and what to set.
+/// FR-16: if the hard limit is too low, the start says how many descriptors are needed and what to set.
 #[tokio::test]
 async fn fr_16_too_few_descriptors_are_said_at_the_start() {
     let program = Program::start("-n 256").await;

@@ -36,7 +36,7 @@ const FRONT: &str = "towline_gateway_handshakes_total{outcome=\"front\"}";
 const FORBIDDEN: &str = "towline_rejected_total{code=\"TL_FORBIDDEN\",surface=\"listener\"}";
 const PROTO: &str = "towline_rejected_total{code=\"TL_PROTO\",surface=\"listener\"}";
 
-/// Sends these bytes, closes its side if asked to, and waits until the gateway has closed and counted.
+/// Sends these bytes, optionally closes its side, and waits until the gateway has closed and counted the connection.
 async fn say(world: &World, bytes: &[u8], close: bool) {
     let mut socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
     socket.write_all(bytes).await.unwrap();
@@ -48,7 +48,7 @@ async fn say(world: &World, bytes: &[u8], close: bool) {
     world.settled().await;
 }
 
-/// A TLS handshake behind these bytes; whether the gateway has ended it, too.
+/// A TLS handshake after these bytes; returns whether the gateway completed it, too.
 async fn handshake(world: &World, bytes: &[u8]) -> bool {
     let before = world.series(FRONT);
     let mut socket = TcpStream::connect(world.gateway.public_addr()).await.unwrap();
@@ -90,7 +90,7 @@ async fn a_trusted_proxy_must_introduce_its_clients() {
     world.gateway.shutdown().await;
 }
 
-/// Half of a header, and then nothing: the one deadline holds.
+/// Half of a header and then silence: the single deadline applies.
 #[tokio::test]
 async fn a_missing_proxy_header_has_the_deadline_of_a_handshake() {
     let world = World::with(|config| {

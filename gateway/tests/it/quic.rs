@@ -28,7 +28,7 @@ fn agent_tls(world: &World, cluster: &str) -> ClientConfig {
     ClientConfig::clone(&*tls::agent_client(&roots, &credential).unwrap())
 }
 
-/// Requests take QUIC while it is there, whatever else is newer, and TCP after it.
+/// Requests use QUIC while it is connected, even if a TCP session is newer, and TCP afterwards.
 #[tokio::test]
 async fn quic_serves_and_is_preferred() {
     let world = World::start().await;
@@ -51,7 +51,7 @@ async fn quic_serves_and_is_preferred() {
     world.counts(QUIC, 0.0).await;
 }
 
-/// FR-01, R1: what runs in a session of which nobody asks anything is counted as over TCP: hellos, pings and their answers.
+/// FR-01, R1: the traffic of an idle session is counted as over TCP: hellos, pings and their answers.
 #[tokio::test]
 async fn r1_an_idle_session_moves_the_bytes() {
     let world = World::start().await;
@@ -115,7 +115,7 @@ async fn only_admitted_agents_get_in() {
     assert!(first.session.is_open());
 }
 
-/// TU-11, TU-12: what is no QUIC, or of another version, is dropped or answered with less than three times its bytes.
+/// TU-11, TU-12: packets that are not QUIC, or of another version, are dropped or answered with less than three times their bytes.
 #[tokio::test]
 async fn noise_changes_nothing() {
     let world = World::start().await;
@@ -147,7 +147,7 @@ async fn noise_changes_nothing() {
     agent.session.ready().await.unwrap();
 }
 
-/// Who has not shown where it is must do so once half of the handshakes of its address are in flight; then it gets in.
+/// A client must validate its address (Retry) once half of the handshakes of its address are in flight; then it is served.
 #[tokio::test]
 async fn a_loaded_listener_asks_for_a_retry() {
     let world = World::with(|config| config.limits.handshakes_per_address = 2).await;
@@ -201,7 +201,7 @@ async fn an_agent_keeps_its_session_when_its_address_changes() {
     assert!(agent.session.closed().is_none());
 }
 
-/// A reload puts the new certificate and CA in force for those who come, and ends sessions whose CA is no longer valid.
+/// A reload makes the new certificate and CA effective for new connections, and ends sessions whose CA is no longer valid.
 #[tokio::test]
 async fn certificates_are_reloaded() {
     let world = World::start().await;
@@ -231,8 +231,8 @@ async fn a_drain_ends_quic_sessions() {
     assert!(matches!(closed, CloseReason::Peer { .. }), "{closed}");
 }
 
-/// Goal: S22: who may connect is asked again when a connection has moved: an agent that turns up at an address that may not is sent away,
-/// also where anybody might when it connected.
+/// Goal: S22: allowed sources are checked again when a connection migrates: an agent that moves to a forbidden address is disconnected,
+/// even if every address was allowed when it connected.
 #[tokio::test]
 async fn s22_an_agent_that_moves_to_a_forbidden_address_is_sent_away() {
     let directory = tempfile::tempdir().unwrap();

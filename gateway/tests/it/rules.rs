@@ -30,24 +30,24 @@ use towline_proto::open::BodyKind;
 const JANE: &str = "tlat_jane";
 const IN_FLIGHT: &str = "towline_gateway_requests_in_flight";
 
-/// What is taken away from jane.
+/// What jane loses.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum What {
-    /// The rule on record that lets her in.
+    /// The recorded rule that allows her.
     Allow,
-    /// A Deny is made.
+    /// A Deny is created.
     Deny,
-    /// The rule in the file that lets her in.
+    /// The rule in the file that allows her.
     File,
-    /// The group of her token that the rule is for.
+    /// The group of her token to which the rule applies.
     Group,
-    /// The cluster asks for other credentials now.
+    /// The cluster's mode changes.
     Mode,
-    /// The cluster is not in the file any more.
+    /// The cluster is removed from the file.
     Cluster,
 }
 
-/// A gateway that reads its file again, and remembers. `argo` may call prod by a rule of the file.
+/// A gateway with a reloadable file and a state directory. A rule of the file allows `argo` to call prod.
 async fn world(change: impl FnOnce(&mut GatewayConfig)) -> World {
     let directory = tempfile::tempdir().unwrap();
     let mut config = config(directory.path());
@@ -88,7 +88,7 @@ fn meta() -> Meta {
     Meta { uid: uuid(), created: Time::now(), generation: 1, labels, annotations }
 }
 
-/// Jane's token, or what it is from now on.
+/// Jane's token, or its changed form.
 async fn give_token(fleet: &Fleet, group: &str, expires: Option<Time>) {
     let sha256 = hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, JANE.as_bytes()).as_ref());
     let groups = vec![group.to_owned()];
@@ -97,7 +97,7 @@ async fn give_token(fleet: &Fleet, group: &str, expires: Option<Time>) {
     fleet.put("jane", &token, before).await.unwrap();
 }
 
-/// A watch, and the other end of it.
+/// Both ends of a watch.
 async fn watch(client: &mut Client, agent: &Agent, token: Option<&str>) -> (Incoming, Exchange) {
     let bearer = format!("Bearer {}", token.unwrap_or("of-the-cluster"));
     let headers = [("authorization", bearer.as_str())];
@@ -128,14 +128,14 @@ async fn exec(world: &World, agent: &Agent, token: &str) -> (TokioIo<Upgraded>, 
     (TokioIo::new(hyper::upgrade::on(answer).await.unwrap()), exchange, client)
 }
 
-/// Goes on to the end of a raw connection, and says what came before it.
+/// Reads a raw connection to its end and returns the bytes before it.
 async fn last_words(mut io: TokioIo<Upgraded>) -> String {
     let mut rest = Vec::new();
     drop(in_time("the raw connection ends", io.read_to_end(&mut rest)).await);
     String::from_utf8_lossy(&rest).into_owned()
 }
 
-/// Reads a body to its end, which is none of an answer that is whole.
+/// Reads a body to its end, which must be an abort.
 async fn breaks_off(mut body: Incoming) {
     loop {
         match in_time("what was on its way, and its end", body.frame()).await {
@@ -277,8 +277,8 @@ async fn s4_removing_a_cluster_from_the_file_ends_its_requests() {
     takes_effect(What::Cluster).await;
 }
 
-/// A rule that is given back lets in again at once, while what it had let in is still on its way out; and an Allow more, or a
-/// reload that changes nothing, ends nothing.
+/// A restored rule admits again at once, even while its earlier requests are still being cancelled; and an additional Allow, or a
+/// reload without changes, cancels nothing.
 #[tokio::test]
 async fn s4_callers_who_keep_access_are_not_affected() {
     let world = world(|_| {}).await;
@@ -305,8 +305,8 @@ async fn s4_callers_who_keep_access_are_not_affected() {
     world.gateway.shutdown().await;
 }
 
-/// Goal: S23: nor does a gateway from files alone keep anything of a cluster that leaves its file while an agent is connected: one that
-/// comes back under that uid was never seen.
+/// Goal: S23: a gateway without a state directory also forgets a cluster that is removed from its file while an agent is connected: a cluster that
+/// returns under that uid was never seen.
 #[tokio::test]
 async fn s23_from_files_alone_a_cluster_that_is_gone_is_forgotten() {
     let directory = tempfile::tempdir().unwrap();
@@ -327,8 +327,8 @@ async fn s23_from_files_alone_a_cluster_that_is_gone_is_forgotten() {
     world.gateway.shutdown().await;
 }
 
-/// Without a state directory the file is all there is, and what leaves it ends as well; and a CA that leaves it ends what its
-/// certificates let in.
+/// Without a state directory, removals from the file end running requests as well; and removing a CA ends the requests of its
+/// certificates.
 #[tokio::test]
 async fn s4_file_changes_end_running_requests_without_a_store() {
     let directory = tempfile::tempdir().unwrap();
@@ -356,7 +356,7 @@ async fn s4_file_changes_end_running_requests_without_a_store() {
     world.gateway.shutdown().await;
 }
 
-/// A token that expires takes its exec along, and its watch only where the configuration says so.
+/// An expiring token ends its exec, and its watch only if the configuration says so.
 #[tokio::test]
 async fn s4_an_expiring_credential_ends_an_exec() {
     for ends in [EndsWithCredential::Interactive, EndsWithCredential::Everything] {
@@ -388,7 +388,7 @@ async fn s4_an_expiring_credential_ends_an_exec() {
     }
 }
 
-/// Who is no admin any more has no watch of the fleet's API.
+/// A former admin loses the watch of the fleet's API.
 #[tokio::test]
 async fn s4_a_former_admin_loses_the_watch() {
     const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters?watch=1";

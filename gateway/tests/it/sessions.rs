@@ -55,8 +55,8 @@ async fn bare(world: &World) -> TlsStream<TcpStream> {
     tokio_rustls::TlsConnector::from(config).connect(name, socket).await.unwrap()
 }
 
-/// A7: what an agent does wrong on the tunnel is counted as refused, whether the session was ready or not: no hello, one of
-/// another version, a frame that there is not.
+/// A7: an agent's protocol errors are counted as refused, whether the session was ready or not: no hello, a hello of
+/// another version, an unknown frame.
 #[tokio::test]
 async fn a7_what_breaks_the_protocol_is_counted_as_refused() {
     const PING: u8 = 0x11;
@@ -102,7 +102,7 @@ async fn a7_what_breaks_the_protocol_is_counted_as_refused() {
     assert_eq!(world.series(refused), counted + 1.0);
 }
 
-/// A restart after a crash: the first process hangs and answers nothing.
+/// A restart after a crash: the first process hangs and does not answer.
 #[tokio::test]
 async fn a_second_process_replaces_one_that_is_dead() {
     let world = World::start().await;
@@ -229,7 +229,7 @@ async fn an_idle_gateway_drains_at_once() {
     agent.closed().await;
 }
 
-/// R4: also of a log that is followed: a clean end would say that it is whole.
+/// R4: also for a followed log: a clean end would mean that it is complete.
 #[tokio::test]
 async fn a_drain_cuts_off_at_its_deadline() {
     let world = World::with(|config| config.drain.deadline = Duration::from_millis(500)).await;
@@ -326,7 +326,7 @@ async fn tokens_are_reloaded_and_a_bad_file_changes_nothing() {
     assert_eq!(error_of(client.get_as("/clusters/far/api", TOKEN).await).await.0, 401);
 }
 
-/// A CA that is no longer believed takes what it let in with it.
+/// Removing a CA ends the requests of its certificates.
 #[tokio::test]
 async fn a_change_of_ca_reaches_live_connections() {
     let world = World::start().await;

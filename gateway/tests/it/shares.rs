@@ -30,7 +30,7 @@ fn limit(world: &World, limit: &str) -> f64 {
     world.series(&format!("towline_gateway_limits_reached_total{{limit=\"{limit}\"}}"))
 }
 
-/// A world in which a second principal may do what the first may.
+/// A world in which a second principal has the same permissions as the first.
 async fn world(change: impl FnOnce(&mut GatewayConfig)) -> World {
     World::with(|config| {
         let hash = |token: &str| -> String {
@@ -49,7 +49,7 @@ fn bearer(token: &str) -> String {
     format!("Bearer {token}")
 }
 
-/// What a private port says of a series.
+/// The value of a series on the private port.
 async fn gauge(world: &World, name: &str) -> usize {
     let (_, metrics) = world.admin("/metrics").await;
     let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -63,7 +63,7 @@ async fn connect(world: &World, cluster: &str, over_quic: bool) -> Agent {
     }
 }
 
-/// Requests that nobody answers, until the gateway refuses one: how many there are, and what it says.
+/// Sends unanswered requests until the gateway refuses one; returns their number and the error.
 async fn watch_until_refused(client: &Client, path: &str, token: &str) -> (JoinSet<()>, usize, String) {
     let (refused, mut refusals) = tokio::sync::mpsc::channel(1);
     let over = Arc::new(AtomicUsize::new(0));
@@ -88,8 +88,8 @@ async fn watch_until_refused(client: &Client, path: &str, token: &str) -> (JoinS
     }
 }
 
-/// Goal: A2: idle requests of one cluster take its share of the memory and no more, over either transport. They are refused
-/// under the name of the share, and so are its sessions, with a word; another cluster's agent connects and answers.
+/// Goal: A2: idle requests of one cluster use at most its share of the memory, over either transport. They are refused
+/// with the name of the share, and so are its sessions; another cluster's agent connects and answers.
 #[tokio::test]
 async fn a2_idle_requests_of_one_cluster_leave_the_others_theirs() {
     for over_quic in [false, true] {
@@ -149,8 +149,8 @@ async fn a2_idle_requests_of_one_cluster_leave_the_others_theirs() {
     }
 }
 
-/// Goal: A1: what a session was once allowed to send over QUIC stays reserved, whether it is needed or not; when somebody else wants
-/// memory, a session in which nothing runs is replaced, and its memory is there for others.
+/// Goal: A1: memory that was granted to a session over QUIC stays reserved even if it is not needed; when another session needs
+/// memory, an idle session is replaced, and its memory is available to others.
 #[tokio::test]
 async fn a1_memory_that_nobody_needs_is_given_back() {
     let world = world(|config| {
@@ -194,8 +194,8 @@ async fn a1_memory_that_nobody_needs_is_given_back() {
     panic!("{} bytes are held", gauge(&world, name).await);
 }
 
-/// Goal: S10: one principal's watches and requests take its share of a cluster's streams and no more, each kind its own; what
-/// ends soon waits for a moment before it is refused; another principal, and another cluster, go on.
+/// Goal: S10: one principal's watches and requests use at most its share of a cluster's streams, each kind separately; short requests
+/// wait for a moment before they are refused; another principal, and another cluster, are not affected.
 #[tokio::test]
 async fn s10_one_principal_leaves_the_others_their_streams() {
     let world = world(|config| {
@@ -262,8 +262,8 @@ fn endless(tasks: &mut JoinSet<()>) -> ClientBody {
 
 const UPLOAD: &str = "/clusters/prod/api/v1/namespaces/a/services/web/proxy/upload";
 
-/// Goal: FR-03: uploads that nobody reads stop nobody else's bodies on the same HTTP/2 connection, to the same cluster and to
-/// another one; as many as there may be are let in, one more is told why not, and what is unread is counted and given back.
+/// Goal: FR-03: unread uploads do not block other bodies on the same HTTP/2 connection, to the same cluster and to
+/// another one; uploads up to the limit are accepted, one more gets an error, and the unread bytes are counted and released.
 #[tokio::test]
 async fn fr_03_stalled_uploads_stop_nobody_else() {
     let world = world(|_| {}).await;
@@ -317,7 +317,7 @@ async fn fr_03_stalled_uploads_stop_nobody_else() {
     panic!("not all was given back");
 }
 
-/// Goal: FR-03: what is unread is bounded for each principal; others have theirs.
+/// Goal: FR-03: unread bytes are limited for each principal; others keep their share.
 #[tokio::test]
 async fn fr_03_one_principal_s_uploads_leave_the_others_theirs() {
     let world = world(|config| {
@@ -349,8 +349,8 @@ async fn fr_03_one_principal_s_uploads_leave_the_others_theirs() {
     assert_eq!(text(others.await.unwrap().unwrap()).await, "ok");
 }
 
-/// Goal: FR-03: the clock of a slow body does not run while the client waits for us: a body of which little has come, whose
-/// cluster then takes nothing for longer than `timeouts.slowBody`, is not the client's fault.
+/// Goal: FR-03: the timeout of a slow body does not run while the client waits for the gateway: a partial body, whose
+/// cluster then reads nothing for longer than `timeouts.slowBody`, is not the client's fault.
 #[tokio::test]
 async fn fr_03_who_waits_for_us_is_not_slow() {
     let slow = Duration::from_secs(3);
@@ -392,7 +392,7 @@ async fn fr_03_who_waits_for_us_is_not_slow() {
     assert_eq!(answer.status(), 200);
 }
 
-/// Goal: A6: many tiny frames at once are legal HTTP/2: the connection goes on, and so do other requests on it.
+/// Goal: A6: a burst of tiny frames is legal HTTP/2: the connection and its other requests continue.
 #[tokio::test]
 async fn a6_a_burst_of_tiny_frames_is_legal() {
     const FRAMES: usize = 60_000;
@@ -461,7 +461,7 @@ async fn a6_a_burst_of_tiny_frames_is_legal() {
     assert_eq!(arrived, FRAMES);
 }
 
-/// Requests at 50 a second for a while, whatever becomes of them: how many of how many were answered 2xx within 5 s.
+/// Sends 50 requests a second for a while; returns how many of how many got a 2xx within 5 s.
 async fn open_loop(client: &Client, path: &str, token: &str, time: Duration) -> (usize, usize) {
     let mut requests = JoinSet::new();
     let mut ticks = tokio::time::interval(Duration::from_millis(20));
@@ -479,9 +479,9 @@ async fn open_loop(client: &Client, path: &str, token: &str, time: Duration) -> 
     (requests.join_all().await.into_iter().filter(|answered| *answered).count(), asked)
 }
 
-/// Goal: A1, A2, S10, FR-03 together: a tenant whose agent and whose clients work together takes all it can of everything
-/// at once, over both transports: watches without end, readers that have stopped, uploads that nobody reads. Every other
-/// tenant's 50 requests a second go on, a new agent of theirs gets in, and the probes answer.
+/// Goal: A1, A2, S10, FR-03 together: a tenant whose agent and clients cooperate uses up everything it can
+/// at once, over both transports: endless watches, stopped readers, unread uploads. Every other
+/// tenant's 50 requests a second continue, a new agent of theirs is admitted, and the probes answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a2_a_hostile_tenant_takes_nothing_from_the_others() {
     let world = world(|config| {

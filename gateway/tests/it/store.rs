@@ -13,7 +13,7 @@ use std::time::Duration;
 use towline_gateway::metrics::Metrics;
 use towline_gateway::store::{Key, Kind, Store, Stored, Transaction};
 
-/// Where the process that is killed finds its directory.
+/// The variable with the directory of the process that is killed.
 const VICTIM: &str = "TOWLINE_TEST_STORE_VICTIM";
 
 #[derive(Serialize, Deserialize)]
@@ -35,7 +35,7 @@ async fn read(store: &Store, name: &str) -> Option<u64> {
     record.map(|record| record.read::<Probe>().unwrap().number)
 }
 
-/// Runs only in the process that [`killed_processes_lose_nothing`] starts: writes for as long as it lives, and says what
+/// Runs only in the process that [`killed_processes_lose_nothing`] starts: writes for as long as it lives, and prints what
 /// was acknowledged.
 #[tokio::test]
 #[ignore = "it is the process that another test kills"]

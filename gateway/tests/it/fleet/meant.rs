@@ -9,7 +9,7 @@ use towline_model::Mode;
 
 const RULES: &str = "/apis/towline.io/v1alpha1/accessrules";
 
-/// A world, and what its admin asks the fleet's API.
+/// A world with an admin's client of the fleet's API.
 struct Fleet {
     world: World,
     client: Client,
@@ -57,7 +57,7 @@ impl Fleet {
         told
     }
 
-    /// What somebody is told who calls a cluster that is not connected: 503 if they may.
+    /// The response to a caller of a cluster that is not connected: 503 if they are authorized.
     async fn call(&self, token: &str, cluster: &str) -> u16 {
         let mut client = self.world.h1(None).await;
         let bearer = format!("Bearer {token}");
@@ -79,7 +79,7 @@ fn rule(name: &str, effect: &str, who: (&str, &str), clusters: &[&str]) -> Value
     object("AccessRule", name, json!({"effect": effect, who.0: [who.1], "clusters": clusters}))
 }
 
-/// Goal: D1, A12: a selector or an option that cannot be read is refused on a list and on a watch, and a dry run that is not
+/// Goal: D1, A12: an invalid selector or option is refused on a list and on a watch, and a dry run that is not
 /// understood changes nothing.
 #[tokio::test]
 async fn d1_a12_what_a_query_means_is_understood_or_refused() {
@@ -136,7 +136,7 @@ async fn d1_a12_what_a_query_means_is_understood_or_refused() {
     fleet.world.gateway.shutdown().await;
 }
 
-/// Goal: A11, AD-03: a key that is there twice is refused, whichever of the two would count, with every verb.
+/// Goal: A11, AD-03: a duplicate key is refused with every verb.
 #[tokio::test]
 async fn a11_a_key_given_twice_is_refused() {
     let mut fleet = Fleet::new().await;
@@ -160,7 +160,7 @@ async fn a11_a_key_given_twice_is_refused() {
     fleet.world.gateway.shutdown().await;
 }
 
-/// Goal: FR-08: who asks to be somebody else is refused, with a sentence, on every path, and nothing is done.
+/// Goal: FR-08: impersonation is refused with a message, on every path, and without effect.
 #[tokio::test]
 async fn fr08_nobody_acts_as_somebody_else() {
     let mut fleet = Fleet::new().await;
@@ -190,7 +190,7 @@ async fn fr08_nobody_acts_as_somebody_else() {
     fleet.world.gateway.shutdown().await;
 }
 
-/// Goal: M9: what is wrong with the fields of an object is told at once, each with its value and what it must be.
+/// Goal: M9: all invalid fields of an object are reported at once, each with its value and the valid ones.
 #[tokio::test]
 async fn m9_all_mistakes_are_told_with_their_values() {
     let mut fleet = Fleet::new().await;
@@ -216,7 +216,7 @@ async fn m9_all_mistakes_are_told_with_their_values() {
     assert_eq!(told.status, 201, "{}", told.object);
 }
 
-/// Goal: D2: a rule that can match nothing is refused, an Allow and a Deny alike; one for a cluster that is not there is told so.
+/// Goal: D2: a rule that can match nothing is refused, an Allow and a Deny alike; a rule for an unknown cluster causes a warning.
 #[tokio::test]
 async fn d2_a_rule_names_what_can_be() {
     let mut fleet = Fleet::new().await;
@@ -269,8 +269,8 @@ async fn d2_a_rule_names_what_can_be() {
     fleet.world.gateway.shutdown().await;
 }
 
-/// Goal: S16: an Allow by name is for the cluster that had the name, and ends with it; a Deny is for whoever has it. It is told, and
-/// who writes the rule again means the new one.
+/// Goal: S16: an Allow by name applies to the cluster that had the name, and ends with it; a Deny applies to every cluster of the name. A warning says so, and
+/// adding the name again makes the rule apply to the new cluster.
 #[tokio::test]
 async fn s16_an_allow_ends_with_its_cluster() {
     let mut fleet = Fleet::new().await;
@@ -312,8 +312,8 @@ async fn s16_an_allow_ends_with_its_cluster() {
     fleet.world.gateway.shutdown().await;
 }
 
-/// Goal: S12: that somebody is in a group of the gateway's own only its own CA and its records may say: a certificate of
-/// `tls.front.clientCA` that says so counts as none.
+/// Goal: S12: only the gateway's own CA and records may assign its own groups: a certificate of
+/// `tls.front.clientCA` with such a group is treated as absent.
 #[tokio::test]
 async fn s12_a_foreign_ca_makes_nobody_an_admin() {
     let fleet = Fleet::new().await;
@@ -332,7 +332,7 @@ async fn s12_a_foreign_ca_makes_nobody_an_admin() {
     fleet.world.gateway.shutdown().await;
 }
 
-/// Goal: D19: kubectl's own questions are answered: the version, who the caller is, what they may do; nothing of a cluster is.
+/// Goal: D19: kubectl's own requests are answered: the version, the caller's identity, their permissions; but nothing of a cluster.
 #[tokio::test]
 async fn d19_kubectls_own_questions_are_answered() {
     let mut fleet = Fleet::new().await;
@@ -383,7 +383,7 @@ async fn d19_kubectls_own_questions_are_answered() {
     fleet.world.gateway.shutdown().await;
 }
 
-/// Goal: D18: a gateway without a state directory says that it has no fleet's API, and why.
+/// Goal: D18: a gateway without a state directory says that it has no fleet API, and why.
 #[tokio::test]
 async fn d18_a_gateway_without_a_fleet_says_so() {
     let world = World::start().await;
