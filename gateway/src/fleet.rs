@@ -11,6 +11,7 @@
 
 mod change;
 mod issuer;
+pub mod kind;
 pub(crate) mod lastseen;
 pub(crate) mod purge;
 mod records;
@@ -25,9 +26,8 @@ pub use records::{
 pub use view::{Object, Shown};
 
 use crate::config;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Skipped};
 use crate::rules::AccessRules;
-use crate::store::{Key, Kind, Record, Store, StoreError, Unreadable, Watch};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -40,6 +40,7 @@ use towline_certs::{AgentIdentity, ClusterUid, InstanceId, SpkiPin};
 use towline_model::random::random;
 use towline_model::token::Hash;
 use towline_model::{Principal, Time};
+use towline_store::{Key, Kind, Observer, Record, Store, StoreError, Unreadable, Watch};
 use view::View;
 
 /// Most instances on record of one cluster; the one whose certificate expired first makes room for the next.
@@ -219,7 +220,7 @@ impl Fleet {
     /// Keeps the view up to date with the store, for as long as it is polled.
     pub async fn follow(&self) {
         loop {
-            let after = crate::store::Revision { number: self.read().revision(), ..self.0.store.revision() };
+            let after = towline_store::Revision { number: self.read().revision(), ..self.0.store.revision() };
             if let Ok(watch) = self.0.store.watch(None, after) {
                 self.follow_watch(watch).await;
             }
@@ -245,10 +246,10 @@ impl Fleet {
     async fn list_all(&self) -> Result<(), StoreError> {
         let mut records = Vec::new();
         let mut revision = None;
-        for kind in Kind::ALL {
+        for kind in kind::ALL.iter().copied() {
             let mut from = None;
             loop {
-                let page = self.0.store.list(kind, from.as_deref(), crate::store::PAGE_MAX).await?;
+                let page = self.0.store.list(kind, from.as_deref(), towline_store::PAGE_MAX).await?;
                 // Changes during the listing appear again as events after the first page's revision.
                 revision.get_or_insert(page.revision.number);
                 records.extend(page.records);
@@ -492,8 +493,8 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
     readable(record)?;
     let mut data = Value::clone(&record.data);
     match record.key.kind {
-        Kind::JoinToken => return Ok(None),
-        Kind::Cluster | Kind::Instance if record.key.kind == Kind::Cluster || keep_agents => {
+        kind::JOIN_TOKEN => return Ok(None),
+        kind::CLUSTER | kind::INSTANCE if record.key.kind == kind::CLUSTER || keep_agents => {
             data["admission"] = Value::from(data["admission"].as_u64().unwrap_or_default() + 1);
             // Only the issuer that the operator gave is restored.
             if !keep_agents && let Some(cluster) = data.as_object_mut() {
@@ -503,7 +504,7 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
                     issuers.retain(|by, _| by == "given");
                 }
             }
-            if record.key.kind == Kind::Instance {
+            if record.key.kind == kind::INSTANCE {
                 data["restored"] = serde_json::to_value(Time::now()).unwrap_or_default();
             }
         }
@@ -516,6 +517,20 @@ pub fn restored(record: &Record, keep_agents: bool) -> Result<Option<Value>, Unr
 fn is_one_of(instance: &Instance, shown: &ShownCertificate<'_>) -> bool {
     let pin = shown.pin.to_string();
     instance.certificates.iter().any(|known| known.serial == shown.serial && known.pin == pin)
+}
+
+/// A gateway counts what goes wrong in its store.
+impl Observer for Metrics {
+    fn failed(&self) {
+        self.store_failed();
+    }
+
+    fn skipped(&self, why: Unreadable) {
+        self.record_skipped(match why {
+            Unreadable::Newer => Skipped::Newer,
+            Unreadable::Broken => Skipped::Broken,
+        });
+    }
 }
 
 /// Whether this version can read a record.

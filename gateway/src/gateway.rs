@@ -9,6 +9,7 @@ use crate::context::Context;
 use crate::exchange::Exchange;
 use crate::exchange::farewell::FAREWELL;
 use crate::fleet::Fleet;
+use crate::fleet::kind;
 use crate::front::Front;
 use crate::join::Joins;
 use crate::listener::quic::QuicListener;
@@ -24,7 +25,6 @@ use crate::registry::trust::{TrustBoard, TrustState};
 use crate::registry::{Presence, Registry};
 use crate::runtime::Shards;
 use crate::shares::Shares;
-use crate::store::Kind;
 use crate::tunnel::session::Tunnel;
 use std::io;
 use std::net::SocketAddr;
@@ -336,7 +336,7 @@ pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
 /// Spawns the tasks that follow the store, for as long as the gateway lives.
 fn follow(context: &Arc<Context>, fleet: Fleet, feed: Arc<Feed>, recorder: Arc<Recorder>) {
     let house = &context.tasks.house;
-    if fleet.count(Kind::Cluster) == 0 {
+    if fleet.count(kind::CLUSTER) == 0 {
         tracing::info!(
             "no cluster is registered yet. Create an admin kubeconfig: towline-gateway --config FILE admin-kubeconfig --output admin.yaml; then: kubectl --kubeconfig admin.yaml get clusters"
         );

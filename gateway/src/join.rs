@@ -19,6 +19,7 @@ use crate::buckets::{Buckets, Rate};
 use crate::ca::authority::Authorities;
 use crate::config;
 use crate::context::Context;
+use crate::fleet::kind;
 use crate::fleet::{
     self, Admission, Fleet, Heard, JoinRefused, NotAdmitted, Object, WhenFull, Word, WriteError,
 };
@@ -26,7 +27,6 @@ use crate::log::sparing;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::per_key::{KeyPermit, PerKey, Sizes, network};
 use crate::registry::Registry;
-use crate::store::Kind;
 use account::{AccountError, Vouched};
 use bytes::Bytes;
 use places::{Places, Seeker};
@@ -635,7 +635,7 @@ async fn by_record(
 
 /// The record of an instance.
 pub(crate) fn instance(fleet: &Fleet, instance: &InstanceId) -> Option<Arc<fleet::Instance>> {
-    match fleet.object(Kind::Instance, instance.as_str())?.object {
+    match fleet.object(kind::INSTANCE, instance.as_str())?.object {
         Object::Instance(instance) => Some(instance),
         _ => None,
     }
@@ -728,7 +728,7 @@ fn word(joins: &Joins, fleet: &Fleet, identity: &AgentIdentity, token: &str) -> 
 async fn adopt(fleet: &Fleet, instance: &InstanceId, subject: &str) {
     let origin = fleet::Origin::ServiceAccount { subject: subject.to_owned() };
     for _ in 0..ADOPT_ATTEMPTS {
-        let Some(shown) = fleet.object(Kind::Instance, instance.as_str()) else { return };
+        let Some(shown) = fleet.object(kind::INSTANCE, instance.as_str()) else { return };
         let Object::Instance(record) = &shown.object else { return };
         if record.origin == origin {
             return;

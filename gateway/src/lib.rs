@@ -14,7 +14,6 @@
 //! | how does an agent join, and renew its certificate? | [`join`] |
 //! | which session carries a request? who knows of a new tunnel CA? | [`registry`] |
 //! | which clusters are registered, and who may join? | [`fleet`] |
-//! | what is remembered, and how safely? | [`store`] |
 //! | what does the gateway sign with, and how is its CA replaced? | [`ca`] |
 //! | is it well? what happens on SIGHUP? the first admin, and backups? | [`ops`] |
 //! | what does it count? | [`metrics`] |
@@ -22,7 +21,7 @@
 //! | how is a limit divided? what may be done how often? | `per_key`, `shares`; `buckets` |
 //! | on which threads does it run, with how many file descriptors, and how does it log? | [`runtime`], [`descriptors`], [`log`] |
 //!
-//! The program `towline` is the crate towline-cli.
+//! What is remembered, and how safely, is the crate towline-store. The program `towline` is towline-cli.
 
 pub mod access;
 pub mod api;
@@ -49,7 +48,6 @@ pub mod registry;
 pub mod rules;
 pub mod runtime;
 mod shares;
-pub mod store;
 mod tunnel;
 pub mod web;
 

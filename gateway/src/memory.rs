@@ -4,8 +4,8 @@ use crate::ca::authority::{Authorities, AuthorityError};
 use crate::ca::rotation;
 use crate::config::{Drain, GatewayConfig};
 use crate::fleet::Fleet;
+use crate::fleet::kind;
 use crate::metrics::Metrics;
-use crate::store::{Kind, Store, StoreError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -13,6 +13,7 @@ use thiserror::Error;
 use tokio::time::Instant;
 use towline_certs::facts::human;
 use towline_certs::save::create_private_directory;
+use towline_store::{Store, StoreError};
 
 /// What a state directory contributes.
 #[derive(Debug)]
@@ -41,7 +42,7 @@ impl Memory {
         });
         let store = opened.await.unwrap_or(Err(MemoryError::Store(StoreError::Closed)))?;
         let fleet = Fleet::load(store, Arc::clone(metrics), config.limits.objects).await?;
-        let agents = fleet.count(Kind::Instance);
+        let agents = fleet.count(kind::INSTANCE);
         let opened = tokio::task::spawn_blocking(move || {
             if agents > 0 && !rotation::exists(&directory) {
                 return Err(MemoryError::NoCa { directory, agents });

@@ -6,7 +6,6 @@
 
 #![allow(clippy::expect_used, reason = "names and labels are constants, which a test registers")]
 
-use crate::store::Unreadable;
 use prometheus::core::Collector;
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -559,11 +558,7 @@ impl Metrics {
         self.reloads.with_label_values(&[outcome.label()]).inc();
     }
 
-    pub fn record_skipped(&self, why: Unreadable) {
-        let reason = match why {
-            Unreadable::Newer => Skipped::Newer,
-            Unreadable::Broken => Skipped::Broken,
-        };
+    pub fn record_skipped(&self, reason: Skipped) {
         self.records_skipped.with_label_values(&[reason.label()]).inc();
     }
 

@@ -23,6 +23,9 @@ pub mod text;
 mod time;
 pub mod token;
 
+/// The version of the API, of the configuration and of dumps.
+pub const API_VERSION: &str = "towline.io/v1alpha1";
+
 pub use address::{PublicAddress, PublicAddressError};
 pub use cluster::Mode;
 pub use name::{ClusterName, ClusterNameError};

@@ -2,7 +2,7 @@
 //! that let it leave validation and dry runs to the server.
 
 use super::kinds::{API_VERSION, GROUP, RESOURCES, Resource, VERSION};
-use crate::store::Kind;
+use crate::fleet::kind;
 use serde_json::{Map, Value, json};
 
 /// The discovery document at this path.
@@ -37,7 +37,7 @@ fn resource(resource: &Resource) -> Value {
     match resource.stored {
         // A careless `kubectl delete all --all` must only remove what is easily created again: it includes no Deny, no revocation
         // and no cluster, whose agents would have to join again.
-        Some(Kind::JoinToken | Kind::AccessToken) => {
+        Some(kind::JOIN_TOKEN | kind::ACCESS_TOKEN) => {
             described["categories"] = json!(["all", "towline"]);
         }
         Some(_) => described["categories"] = json!(["towline"]),

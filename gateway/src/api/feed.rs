@@ -8,11 +8,11 @@ use super::kinds::{self, Resource};
 use super::objects::{self, Due};
 use crate::buckets::{Buckets, Rate};
 use crate::context::Context;
+use crate::fleet::kind;
 use crate::fleet::{Fleet, Object, SHOWS_TIMEOUT, WriteError};
 use crate::live::Live;
 use crate::registry::trust::{TrustBoard, TrustState};
 use crate::registry::{Connection, Registry};
-use crate::store::Kind;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use towline_certs::ClusterUid;
 use towline_model::Time;
+use towline_store::Kind;
 
 /// Events from which watches can resume.
 const HISTORY_MAX: usize = 16_384;
@@ -126,7 +127,7 @@ impl Feed {
                 keys.into_iter().map(|key| (key.kind, key.name)).collect();
             if std::mem::take(&mut is_stale) || !touched.is_empty() {
                 let now: BTreeSet<Arc<str>> = live.by_name.keys().map(|name| name.as_str().into()).collect();
-                touched.extend(configured.union(&now).map(|name| (Kind::Cluster, Arc::clone(name))));
+                touched.extend(configured.union(&now).map(|name| (kind::CLUSTER, Arc::clone(name))));
                 configured = now;
             }
             let due = |uid: &ClusterUid| news.admit(uid, CONNECTION_NEWS).is_some();
@@ -134,9 +135,9 @@ impl Feed {
             connected = later;
             for uid in due {
                 let cluster = live.by_uid.get(&uid).cloned().or_else(|| fleet.cluster_of(&uid));
-                touched.extend(cluster.map(|cluster| (Kind::Cluster, cluster.name.as_str().into())));
+                touched.extend(cluster.map(|cluster| (kind::CLUSTER, cluster.name.as_str().into())));
             }
-            touched.extend(self.take_due().into_iter().map(|name| (Kind::Cluster, name)));
+            touched.extend(self.take_due().into_iter().map(|name| (kind::CLUSTER, name)));
             for (number, (kind, name)) in touched.into_iter().enumerate() {
                 if number % SHOWN_PER_TURN == SHOWN_PER_TURN - 1 {
                     tokio::task::yield_now().await;
@@ -165,7 +166,7 @@ impl Feed {
     fn show(&self, live: &Live, kind: Kind, name: &Arc<str>) {
         let fleet = &self.fleet;
         let Some(resource) = kinds::of(kind) else { return };
-        let configured = (kind == Kind::Cluster).then(|| live.by_name.get(&**name)).flatten();
+        let configured = (kind == kind::CLUSTER).then(|| live.by_name.get(&**name)).flatten();
         let rendered = match (configured, fleet.object(kind, name)) {
             (Some(cluster), _) => {
                 let connection = self.registry.connection(&cluster.uid);
@@ -191,7 +192,7 @@ impl Feed {
         let ended = self.put(kind, name, rendered);
         let uid = ended
             .as_ref()
-            .filter(|_| kind == Kind::Cluster)
+            .filter(|_| kind == kind::CLUSTER)
             .and_then(|ended| ended["status"]["uid"].as_str());
         if let Some(Ok(uid)) = uid.map(ClusterUid::new) {
             self.registry.is_gone(&uid);
@@ -392,7 +393,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let one = |config: &mut GatewayConfig| config.clusters = vec![cluster(0)];
         let (context, feed) = feed_of(directory.path(), one).await;
-        let (uid, clusters) = (ClusterUid::new("uid-0").unwrap(), kinds::of(Kind::Cluster).unwrap());
+        let (uid, clusters) = (ClusterUid::new("uid-0").unwrap(), kinds::of(kind::CLUSTER).unwrap());
         let mut board = feed.trust.join(&uid, &context.metrics);
         // The store has a thread of its own, for which virtual time does not wait.
         tokio::time::pause();
@@ -426,7 +427,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let one = |config: &mut GatewayConfig| config.clusters = vec![cluster(0)];
         let (context, feed) = feed_of(directory.path(), one).await;
-        let show = |live: &Live| feed.show(live, Kind::Cluster, &"c-0".into());
+        let show = |live: &Live| feed.show(live, kind::CLUSTER, &"c-0".into());
         let live = context.live();
         show(&live);
         assert!(feed.registry.all_moved().is_empty());
@@ -443,7 +444,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let many = |config: &mut GatewayConfig| config.clusters = (0..CLUSTERS).map(cluster).collect();
         let (_context, feed) = feed_of(directory.path(), many).await;
-        let clusters = kinds::of(Kind::Cluster).unwrap();
+        let clusters = kinds::of(kind::CLUSTER).unwrap();
         let mut turns = 0;
         let beside = async {
             while feed.objects(clusters, None).0.len() < CLUSTERS {

@@ -4,6 +4,7 @@
 use super::error::ApiError;
 use super::kinds::{API_VERSION, Resource, Type};
 use super::objects::render;
+use crate::fleet::kind;
 use crate::fleet::{
     AccessRule, AccessToken, Cluster, Fleet, Issuers, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Object,
     Revocation, Revoked, TOKEN_USES_MOST,
@@ -479,7 +480,7 @@ impl Own<'_> {
 }
 
 fn registered(fleet: &Fleet, name: &str) -> Option<Arc<Cluster>> {
-    match fleet.object(crate::store::Kind::Cluster, name)?.object {
+    match fleet.object(kind::CLUSTER, name)?.object {
         Object::Cluster(cluster) => Some(cluster),
         _ => None,
     }

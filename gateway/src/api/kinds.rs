@@ -1,7 +1,8 @@
 //! The table of the API's kinds and their fields. Discovery, OpenAPI and routing are generated from it.
 
-use crate::store::Kind;
+use crate::fleet::kind;
 use serde_json::{Value, json};
+use towline_store::Kind;
 
 /// The group and version of every kind.
 pub(super) const GROUP: &str = "towline.io";
@@ -75,10 +76,10 @@ impl Type {
 }
 
 impl Resource {
-    pub(super) const fn verbs(&self) -> &'static [&'static str] {
+    pub(super) fn verbs(&self) -> &'static [&'static str] {
         match self.stored {
             Some(
-                Kind::JoinToken | Kind::AccessToken | Kind::Cluster | Kind::AccessRule | Kind::Revocation,
+                kind::JOIN_TOKEN | kind::ACCESS_TOKEN | kind::CLUSTER | kind::ACCESS_RULE | kind::REVOCATION,
             ) => &["create", "delete", "get", "list", "patch", "update", "watch"],
             _ => &["create"],
         }
@@ -116,7 +117,7 @@ pub(super) const RESOURCES: &[Resource] = &[
         plural: "clusters",
         singular: "cluster",
         short: &["cl"],
-        stored: Some(Kind::Cluster),
+        stored: Some(kind::CLUSTER),
         about: "A Kubernetes cluster that agents connect to this gateway.",
         spec: &[
             ("account", Text, "Owning account (immutable)."),
@@ -180,7 +181,7 @@ pub(super) const RESOURCES: &[Resource] = &[
         plural: "jointokens",
         singular: "jointoken",
         short: &["jt"],
-        stored: Some(Kind::JoinToken),
+        stored: Some(kind::JOIN_TOKEN),
         about: "A token that lets an agent join a cluster. The secret is shown once, in the response to the creation.",
         spec: &[
             ("cluster", Text, "Cluster that agents join with the token."),
@@ -200,7 +201,7 @@ pub(super) const RESOURCES: &[Resource] = &[
         plural: "accessrules",
         singular: "accessrule",
         short: &["ar"],
-        stored: Some(Kind::AccessRule),
+        stored: Some(kind::ACCESS_RULE),
         about: "Who may call which cluster. Deny wins over Allow; without a matching Allow the request is denied.",
         spec: &[
             ("effect", Text, "Allow or Deny."),
@@ -219,7 +220,7 @@ pub(super) const RESOURCES: &[Resource] = &[
         plural: "accesstokens",
         singular: "accesstoken",
         short: &["at"],
-        stored: Some(Kind::AccessToken),
+        stored: Some(kind::ACCESS_TOKEN),
         about: "A bearer token for clusters in impersonate mode and for this API. It is shown once, in the response to the creation.",
         spec: &[
             ("user", Text, "User name of the bearer."),
@@ -233,7 +234,7 @@ pub(super) const RESOURCES: &[Resource] = &[
         plural: "revocations",
         singular: "revocation",
         short: &["rv"],
-        stored: Some(Kind::Revocation),
+        stored: Some(kind::REVOCATION),
         about: "A revoked credential: exactly one of certificate, user and cluster. Requests that run with it are cancelled within a second.",
         spec: &[
             ("certificate", Object, "serial: serial number of the certificate in hexadecimal digits."),

@@ -7,8 +7,8 @@ use super::input::{Input, New, Own, Parsed};
 use super::kinds::{GROUP, Resource};
 use super::objects;
 use super::read::shown;
+use crate::fleet::kind;
 use crate::fleet::{Object, Shown, WriteError};
-use crate::store::Kind;
 use crate::web::answer::warning;
 use crate::web::body::AnswerBody;
 use http::header::WARNING;
@@ -50,8 +50,8 @@ pub(super) async fn create(
         return Err(fail(WriteError::Reserved));
     }
     if dry {
-        let kind = resource.stored.unwrap_or(Kind::Cluster);
-        if call.api.fleet.object(kind, &name).is_some() && kind != Kind::Revocation {
+        let kind = resource.stored.unwrap_or(kind::CLUSTER);
+        if call.api.fleet.object(kind, &name).is_some() && kind != kind::REVOCATION {
             return Err(fail(WriteError::Exists));
         }
         let (mut object, _) = objects::render(resource, &name, &parsed.object(), None);
@@ -199,7 +199,7 @@ pub(super) async fn delete(
         let done = match &record.object {
             Object::Cluster(cluster) if cluster.deletion_protection => Err(WriteError::Protected),
             _ if dry => Ok(0),
-            _ => call.api.fleet.delete(resource.stored.unwrap_or(Kind::Cluster), name, record.revision).await,
+            _ => call.api.fleet.delete(resource.stored.unwrap_or(kind::CLUSTER), name, record.revision).await,
         };
         match done {
             Ok(revision) => {
@@ -345,7 +345,7 @@ fn told_of_names(call: &Call, name: &str, parsed: &Parsed) -> Vec<String> {
         Parsed::AccessRule(rule) => {
             let is_there = |name: &String| {
                 call.api.context.live().by_name.contains_key(name)
-                    || call.api.fleet.object(Kind::Cluster, name).is_some()
+                    || call.api.fleet.object(kind::CLUSTER, name).is_some()
             };
             let about = |name: &String| {
                 if rule.ended.contains(name) {

@@ -1,13 +1,13 @@
 //! The operations that change the fleet: write and delete objects, revoke credentials, admit agents and record their certificates. Each
 //! decides on the view, and its transaction names the records on which it decided.
 
+use super::kind;
 use super::view::View;
 use super::{
     Admission, CERTIFICATES_MAX, Certificate, Cluster, Fleet, Heard, Instance, JoinRefused, JoinToken, Meta,
     Object, Origin, Revocation, Revoked, TokenIssuer, TokenUse, WhenFull, Word, WriteError,
 };
 use crate::metrics::Limit;
-use crate::store::{CommitError, Key, Kind, StoreError, Stored, Transaction};
 use aws_lc_rs::digest;
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
@@ -15,6 +15,7 @@ use subtle::ConstantTimeEq as _;
 use towline_certs::hex;
 use towline_certs::{ClusterUid, InstanceId, SpkiPin};
 use towline_model::Time;
+use towline_store::{CommitError, Key, Kind, StoreError, Stored, Transaction};
 
 /// Attempts of an operation whose records another writer changed meanwhile.
 const ATTEMPTS: usize = 32;
@@ -50,7 +51,7 @@ impl Fleet {
         let transaction = match replaces {
             Some(revision) => Transaction::new().unchanged(key, revision),
             None if self.count(T::KIND) >= self.0.objects_max => return Err(self.full()),
-            None if T::KIND == Kind::Cluster && self.is_reserved(name) => return Err(WriteError::Reserved),
+            None if T::KIND == kind::CLUSTER && self.is_reserved(name) => return Err(WriteError::Reserved),
             None => Transaction::new().absent(key),
         };
         let conflict = if replaces.is_some() { WriteError::Conflict } else { WriteError::Exists };
@@ -67,7 +68,7 @@ impl Fleet {
     pub async fn delete(&self, kind: Kind, name: &str, revision: u64) -> Result<u64, WriteError> {
         let key = Key::new(kind, name);
         let mut transaction = Transaction::new().unchanged(key.clone(), revision).delete(key);
-        if kind == Kind::Cluster {
+        if kind == kind::CLUSTER {
             let view = self.read();
             let cluster = view.cluster(name).ok_or(WriteError::NotFound)?;
             if cluster.deletion_protection {
@@ -76,7 +77,7 @@ impl Fleet {
             for key in view.hangs_on(name, &cluster.meta.uid) {
                 transaction = transaction.delete(key);
             }
-            transaction = transaction.delete(Key::new(Kind::LastSeen, &cluster.meta.uid));
+            transaction = transaction.delete(Key::new(kind::LAST_SEEN, &cluster.meta.uid));
             for (key, rule, at) in view.rules_naming(name) {
                 if let Some(next) = rule.after_deletion(name) {
                     transaction = transaction.unchanged(key.clone(), at).put(&key.name, &next);
@@ -84,7 +85,7 @@ impl Fleet {
             }
         }
         let deleted = self.commit(transaction).await?;
-        if kind == Kind::Cluster
+        if kind == kind::CLUSTER
             && let Err(error) = self.end_allows(name, deleted).await
         {
             // The deletion itself is done.
@@ -136,7 +137,7 @@ impl Fleet {
                                 if next != **cluster {
                                     let name = route.name.as_str();
                                     transaction = transaction
-                                        .unchanged(Key::new(Kind::Cluster, name), at)
+                                        .unchanged(Key::new(kind::CLUSTER, name), at)
                                         .put(name, &next);
                                 }
                             }
@@ -149,9 +150,9 @@ impl Fleet {
                         if let Some(known) = known {
                             *issued_before = known.max(*issued_before);
                         }
-                        let key = Key::new(Kind::Revocation, &format!("user:{name}"));
+                        let key = Key::new(kind::REVOCATION, &format!("user:{name}"));
                         // An unreadable record covers everything, and so must its replacement.
-                        transaction = match view.object(Kind::Revocation, &key.name) {
+                        transaction = match view.object(kind::REVOCATION, &key.name) {
                             Some(shown) => transaction.unchanged(key, shown.revision),
                             None if known.is_some() => transaction,
                             None => transaction.absent(key),
@@ -166,15 +167,15 @@ impl Fleet {
                         uid.clone_from(&next.meta.uid);
                         *admission = next.admission;
                         transaction =
-                            transaction.unchanged(Key::new(Kind::Cluster, name), revision).put(name, &next);
+                            transaction.unchanged(Key::new(kind::CLUSTER, name), revision).put(name, &next);
                         for key in view.hangs_on(name, uid) {
                             transaction = transaction.delete(key);
                         }
                     }
                 }
                 // Replacing an existing record needs no room.
-                let earlier = view.object(Kind::Revocation, &what.record_name());
-                if earlier.is_none() && view.count(Kind::Revocation) >= self.0.objects_max {
+                let earlier = view.object(kind::REVOCATION, &what.record_name());
+                if earlier.is_none() && view.count(kind::REVOCATION) >= self.0.objects_max {
                     return Err(self.full());
                 }
                 // The same certificate again: its agent is deleted, and its expiry is known from the first revocation.
@@ -241,8 +242,8 @@ impl Fleet {
                 let instance = admission.instance.to_string();
                 next.uses.push(TokenUse { pin: pin.clone(), instance, at: now });
                 let transaction = transaction
-                    .unchanged(Key::new(Kind::JoinToken, id), revision)
-                    .unchanged(Key::new(Kind::Cluster, &token.cluster), cluster_revision)
+                    .unchanged(Key::new(kind::JOIN_TOKEN, id), revision)
+                    .unchanged(Key::new(kind::CLUSTER, &token.cluster), cluster_revision)
                     .put(id, &next);
                 (admission, transaction)
             };
@@ -289,7 +290,7 @@ impl Fleet {
                 if only.is_some() {
                     return Err(JoinRefused::Taken);
                 }
-                let key = Key::new(Kind::Cluster, route.name.as_str());
+                let key = Key::new(kind::CLUSTER, route.name.as_str());
                 let (admission, transaction) = view.new_instance(route, cluster, origin, Time::now())?;
                 (admission, transaction.unchanged(key, revision))
             };
@@ -377,7 +378,7 @@ impl Fleet {
         change: impl Fn(&mut Instance) -> Result<(), WriteError>,
     ) -> Result<(), WriteError> {
         for _ in 0..ATTEMPTS {
-            let shown = self.object(Kind::Instance, instance.as_str()).ok_or(WriteError::NotFound)?;
+            let shown = self.object(kind::INSTANCE, instance.as_str()).ok_or(WriteError::NotFound)?;
             let Object::Instance(record) = &shown.object else { return Err(WriteError::NotFound) };
             let mut next = Instance::clone(record);
             change(&mut next)?;

@@ -10,13 +10,14 @@
 //! In doubt a revocation stays, because deleting one too soon admits somebody. An unreadable record keeps the revocations that may depend
 //! on it, and nothing is deleted while the wall clock jumps.
 
+use super::kind;
 use super::view::View;
 use super::{Fleet, Object, Revocation, Revoked, WriteError};
-use crate::store::{Key, Kind, Transaction};
 use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 use towline_model::Time;
+use towline_store::{Key, Transaction};
 
 /// Time between two purges.
 const INTERVAL: Duration = Duration::from_secs(3600);
@@ -91,12 +92,12 @@ impl Fleet {
 
 impl View {
     fn over(&self, now: Time, expired_for: Duration) -> Vec<(Key, u64)> {
-        let revocations = self.all(Kind::Revocation).filter_map(|(name, shown)| match &shown.object {
+        let revocations = self.all(kind::REVOCATION).filter_map(|(name, shown)| match &shown.object {
             Object::Revocation(revocation) => Some((name, revocation, shown.revision)),
             _ => None,
         });
         let over = revocations.filter(|(_, revocation, _)| self.is_over(revocation, now, expired_for));
-        over.map(|(name, _, revision)| (Key::new(Kind::Revocation, name), revision)).collect()
+        over.map(|(name, _, revision)| (Key::new(kind::REVOCATION, name), revision)).collect()
     }
 
     fn is_over(&self, revocation: &Revocation, now: Time, expired_for: Duration) -> bool {
@@ -108,7 +109,7 @@ impl View {
             Revoked::User { .. } => false,
             Revoked::Cluster { uid, .. } => {
                 passed(revocation.meta.created, expired_for)
-                    && !self.has_unreadable(Kind::Cluster)
+                    && !self.has_unreadable(kind::CLUSTER)
                     && self.cluster_of(uid).is_none()
             }
         }

@@ -4,11 +4,12 @@
 //! admits nobody. A record that restricts somebody must not be skipped silently: see [`Revocation`].
 
 use super::issuer::Issuers;
-use crate::store::{Kind, Stored};
+use super::kind;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use towline_model::{Effect, Mode, Principal, Time};
+use towline_store::{Kind, Stored};
 
 /// The metadata of every object of the API.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -303,15 +304,24 @@ pub struct GatewayLife {
 }
 
 macro_rules! stored {
-    ($($type:ident: $schema:literal),*) => { $(
+    ($($type:ident: $kind:ident $schema:literal),*) => { $(
         impl Stored for $type {
-            const KIND: Kind = Kind::$type;
+            const KIND: Kind = kind::$kind;
             const SCHEMA: u32 = $schema;
         }
     )* };
 }
 
-stored!(Cluster: 1, JoinToken: 1, Instance: 1, AccessRule: 1, AccessToken: 1, Revocation: 1, LastSeen: 1, GatewayLife: 1);
+stored!(
+    Cluster: CLUSTER 1,
+    JoinToken: JOIN_TOKEN 1,
+    Instance: INSTANCE 1,
+    AccessRule: ACCESS_RULE 1,
+    AccessToken: ACCESS_TOKEN 1,
+    Revocation: REVOCATION 1,
+    LastSeen: LAST_SEEN 1,
+    GatewayLife: GATEWAY_LIFE 1
+);
 
 #[cfg(test)]
 mod tests {

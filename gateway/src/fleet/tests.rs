@@ -1,8 +1,8 @@
 //! Goal: agents on record are admitted and all others are refused, through races, restarts, deletions and backups.
 
+use super::kind;
 use super::*;
 use crate::config::OBJECTS_MAX;
-use crate::store::{Revision, Stored, Transaction, backup};
 use aws_lc_rs::digest;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,6 +12,7 @@ use towline_certs::TrustDomain;
 use towline_certs::hex;
 use towline_model::random::uuid;
 use towline_model::{Mode, Time};
+use towline_store::{Revision, Stored, Transaction, backup};
 
 /// A fleet whose view is kept up to date.
 struct World {
@@ -22,7 +23,7 @@ struct World {
 
 async fn open(directory: &Path) -> (Fleet, JoinSet<()>) {
     let metrics = Arc::new(Metrics::new());
-    let store = Store::open(directory, Arc::clone(&metrics)).unwrap();
+    let store = Store::open(directory, metrics.clone()).unwrap();
     let fleet = Fleet::load(store, metrics, OBJECTS_MAX).await.unwrap();
     let mut following = JoinSet::new();
     let follower = fleet.clone();
@@ -161,11 +162,11 @@ async fn a_registered_name_gives_no_identity() {
     let old = identity(&admission);
     assert_eq!(fleet.admits(&old, "01"), Ok(()));
     let losses = fleet.losses();
-    let revision = fleet.object(Kind::Cluster, "prod").unwrap().revision;
-    fleet.delete(Kind::Cluster, "prod", revision).await.unwrap();
+    let revision = fleet.object(kind::CLUSTER, "prod").unwrap().revision;
+    fleet.delete(kind::CLUSTER, "prod", revision).await.unwrap();
     assert!(losses.has_changed().unwrap());
     assert_eq!(fleet.admits(&old, "01"), Err(NotAdmitted::UnknownCluster));
-    assert_eq!((fleet.count(Kind::Instance), fleet.count(Kind::JoinToken)), (0, 0));
+    assert_eq!((fleet.count(kind::INSTANCE), fleet.count(kind::JOIN_TOKEN)), (0, 0));
     let again = register(&fleet, "prod").await;
     assert_ne!(again, uid);
     assert_eq!(fleet.admits(&old, "01"), Err(NotAdmitted::UnknownCluster));
@@ -253,12 +254,12 @@ async fn unreadable_records_fail_closed() {
             }
         };
     }
-    later!(LaterRevocation, Kind::Revocation);
-    later!(LaterCluster, Kind::Cluster);
+    later!(LaterRevocation, kind::REVOCATION);
+    later!(LaterCluster, kind::CLUSTER);
     let world = World::new().await;
     let fleet = &world.fleet;
     let uid = register(fleet, "prod").await;
-    let revision = fleet.object(Kind::Cluster, "prod").unwrap().revision;
+    let revision = fleet.object(kind::CLUSTER, "prod").unwrap().revision;
     fleet.put("certificate:0a", &LaterRevocation, None).await.unwrap();
     fleet.put("user:jane", &LaterRevocation, None).await.unwrap();
     let far = Time::parse("2999-01-01T00:00:00Z").unwrap();
@@ -267,7 +268,7 @@ async fn unreadable_records_fail_closed() {
     assert_eq!(fleet.cluster_of(&ClusterUid::new(&uid).unwrap()), None);
     let text = String::from_utf8(fleet.0.metrics.render()).unwrap();
     assert!(text.contains("records_skipped_total{reason=\"newer\"} 3"), "{text}");
-    let again = fleet.store().get(&Key::new(Kind::Revocation, "user:jane")).await.unwrap().unwrap();
+    let again = fleet.store().get(&Key::new(kind::REVOCATION, "user:jane")).await.unwrap().unwrap();
     let gone = Transaction::new().delete(again.key);
     fleet.commit(gone).await.unwrap();
     assert!(!fleet.is_client_revoked("jane", "0b", far));
@@ -306,7 +307,7 @@ fn said_issuer() -> TokenIssuer {
 struct OlderCluster(Value);
 
 impl Stored for OlderCluster {
-    const KIND: Kind = Kind::Cluster;
+    const KIND: Kind = kind::CLUSTER;
     const SCHEMA: u32 = 1;
 }
 
@@ -340,7 +341,7 @@ async fn s5_an_older_record_is_read_and_restored() {
     let dump = backup::dump(directory.path()).unwrap();
     for keep in [false, true] {
         let elsewhere = tempfile::tempdir().unwrap();
-        backup::restore(elsewhere.path(), dump.clone(), |record| restored(record, keep)).unwrap();
+        backup::restore(elsewhere.path(), dump.clone(), kind::ALL, |record| restored(record, keep)).unwrap();
         let (fleet, _following) = open(elsewhere.path()).await;
         assert!(fleet.cluster_of(&uid).is_some(), "keep {keep}");
         assert_eq!(fleet.issuer(&uid), keep.then(|| issuer.clone()));
@@ -356,12 +357,12 @@ async fn refused_writes_name_the_reason() {
     let protected = Cluster { deletion_protection: true, ..cluster() };
     let revision = fleet.put("prod", &protected, None).await.unwrap();
     assert!(matches!(fleet.put("prod", &protected, None).await, Err(WriteError::Exists)));
-    assert!(matches!(fleet.delete(Kind::Cluster, "prod", revision).await, Err(WriteError::Protected)));
+    assert!(matches!(fleet.delete(kind::CLUSTER, "prod", revision).await, Err(WriteError::Protected)));
     let next = fleet.put("prod", &cluster(), Some(revision)).await.unwrap();
     assert!(matches!(fleet.put("prod", &protected, Some(revision)).await, Err(WriteError::Conflict)));
-    assert!(matches!(fleet.delete(Kind::Cluster, "prod", revision).await, Err(WriteError::Conflict)));
-    fleet.delete(Kind::Cluster, "prod", next).await.unwrap();
-    assert!(matches!(fleet.delete(Kind::Cluster, "prod", next).await, Err(WriteError::NotFound)));
+    assert!(matches!(fleet.delete(kind::CLUSTER, "prod", revision).await, Err(WriteError::Conflict)));
+    fleet.delete(kind::CLUSTER, "prod", next).await.unwrap();
+    assert!(matches!(fleet.delete(kind::CLUSTER, "prod", next).await, Err(WriteError::NotFound)));
 }
 
 /// A view that follows the store is what a fresh one is, also when its watch has lost the thread. R-ST-2.
@@ -385,24 +386,24 @@ async fn the_view_is_what_a_fresh_list_is() {
         });
         fleet.store().commit(many).await.unwrap();
     }
-    fleet.store().commit(Transaction::new().delete(Key::new(Kind::Cluster, "prod"))).await.unwrap();
+    fleet.store().commit(Transaction::new().delete(Key::new(kind::CLUSTER, "prod"))).await.unwrap();
     let follower = fleet.clone();
     _following.spawn(async move { follower.follow().await });
     fleet.shows(fleet.store().revision().number).await.unwrap();
     let fresh = Fleet::load(fleet.store().clone(), Arc::new(Metrics::new()), OBJECTS_MAX).await.unwrap();
-    assert_eq!(fleet.count(Kind::AccessRule), fresh.count(Kind::AccessRule));
+    assert_eq!(fleet.count(kind::ACCESS_RULE), fresh.count(kind::ACCESS_RULE));
     assert_eq!(fleet.cluster_of(&ClusterUid::new(&uid).unwrap()), None);
     let (revision, changes) = fleet.take_changes();
     assert_eq!(revision, fleet.store().revision().number);
-    assert!(changes.contains(&Key::new(Kind::Cluster, "prod")), "what is gone counts as changed");
+    assert!(changes.contains(&Key::new(kind::CLUSTER, "prod")), "what is gone counts as changed");
     let name = "rule-7";
     assert_eq!(
-        fleet.object(Kind::AccessRule, name).unwrap().revision,
-        fresh.object(Kind::AccessRule, name).unwrap().revision
+        fleet.object(kind::ACCESS_RULE, name).unwrap().revision,
+        fresh.object(kind::ACCESS_RULE, name).unwrap().revision
     );
     assert_eq!(
         fleet.store().watch(None, Revision { number: 0, ..fleet.store().revision() }).err(),
-        Some(crate::store::WatchEnd::Compacted)
+        Some(towline_store::WatchEnd::Compacted)
     );
 }
 
@@ -423,11 +424,11 @@ async fn a_restore_readmits_no_revoked_agent() {
     let before = Time::now();
     for (keep, expected) in [(false, Err(NotAdmitted::Superseded)), (true, Ok(()))] {
         let elsewhere = tempfile::tempdir().unwrap();
-        backup::restore(elsewhere.path(), dump.clone(), |record| restored(record, keep)).unwrap();
+        backup::restore(elsewhere.path(), dump.clone(), kind::ALL, |record| restored(record, keep)).unwrap();
         let (fleet, _following) = open(elsewhere.path()).await;
         assert_eq!(fleet.admits(&agent, "01"), expected, "keep {keep}");
         assert_eq!(fleet.issuer(&agent.cluster).is_some(), keep, "whose word lets agents in");
-        assert_eq!(fleet.count(Kind::JoinToken), 0);
+        assert_eq!(fleet.count(kind::JOIN_TOKEN), 0);
         // What was issued between the two is not in it, and what is made later is nobody's.
         let shown = |issued| ShownCertificate { serial: "99", pin: pin(1), issued };
         assert_eq!(fleet.admits_with(&agent, &shown(before)), expected, "keep {keep}");
@@ -450,7 +451,7 @@ async fn d6_last_seen_goes_with_its_cluster() {
     drop(fleet);
     let dump = backup::dump(directory.path()).unwrap();
     let elsewhere = tempfile::tempdir().unwrap();
-    backup::restore(elsewhere.path(), dump, |record| restored(record, false)).unwrap();
+    backup::restore(elsewhere.path(), dump, kind::ALL, |record| restored(record, false)).unwrap();
     let (fleet, _following) = open(elsewhere.path()).await;
     let names = || {
         let mut names: Vec<_> = fleet.all_last_seen().into_iter().map(|(name, _)| name).collect();
@@ -529,7 +530,7 @@ fn rules_are_rebuilt_once_per_batch() {
     };
     let data = Arc::new(serde_json::to_value(&rule).unwrap());
     let record = |number: u64| Record {
-        key: Key::new(Kind::AccessRule, &format!("rule-{number}")),
+        key: Key::new(kind::ACCESS_RULE, &format!("rule-{number}")),
         revision: number,
         schema: AccessRule::SCHEMA,
         data: Arc::clone(&data),
@@ -538,8 +539,8 @@ fn rules_are_rebuilt_once_per_batch() {
     let mut view = View::default();
     view.replace(5000, (1..=5000).map(record).collect(), &metrics);
     assert_eq!(view.rebuilds, 1);
-    view.apply((5001..=10_000).map(record).map(crate::store::Event::Put), &metrics);
-    assert_eq!(view.count(Kind::AccessRule), 10_000);
+    view.apply((5001..=10_000).map(record).map(towline_store::Event::Put), &metrics);
+    assert_eq!(view.count(kind::ACCESS_RULE), 10_000);
     // Once for each rule it is fifty million copies.
     assert_eq!(view.rebuilds, 2);
 }
@@ -573,7 +574,7 @@ async fn revocations_go_when_they_can_matter_no_more() {
     let now = Time::now();
     let names = || {
         let view = fleet.read();
-        view.all(Kind::Revocation).map(|(name, _)| name.to_string()).collect::<Vec<_>>()
+        view.all(kind::REVOCATION).map(|(name, _)| name.to_string()).collect::<Vec<_>>()
     };
     let revoke = async |what: Revoked| fleet.revoke(&what, &Meta { created: now, ..meta() }).await.unwrap();
 
@@ -602,8 +603,8 @@ async fn revocations_go_when_they_can_matter_no_more() {
     // A cluster: as long as it is registered.
     revoke(Revoked::Cluster { name: "prod".to_owned(), uid: String::new(), admission: 0 }).await;
     assert_eq!(fleet.purge(now.after(100_000 * day), own).await.unwrap(), 0);
-    let revision = fleet.object(Kind::Cluster, "prod").unwrap().revision;
-    fleet.delete(Kind::Cluster, "prod", revision).await.unwrap();
+    let revision = fleet.object(kind::CLUSTER, "prod").unwrap().revision;
+    fleet.delete(kind::CLUSTER, "prod", revision).await.unwrap();
     register(&fleet, "prod").await;
     assert_eq!(fleet.purge(now.after(30 * day), own).await.unwrap(), 0);
     assert_eq!(fleet.purge(now.after(30 * day + Duration::from_secs(1)), own).await.unwrap(), 1);
@@ -617,7 +618,7 @@ async fn revocations_go_when_they_can_matter_no_more() {
 async fn a_full_list_accepts_a_replacement() {
     let directory = tempfile::tempdir().unwrap();
     let metrics = Arc::new(Metrics::new());
-    let store = Store::open(directory.path(), Arc::clone(&metrics)).unwrap();
+    let store = Store::open(directory.path(), metrics.clone()).unwrap();
     let fleet = Fleet::load(store, metrics, 2).await.unwrap();
     let mut following = JoinSet::new();
     let follower = fleet.clone();
@@ -642,7 +643,7 @@ async fn s16_an_allow_written_beside_a_deletion_ends() {
         clusters: vec!["a".to_owned()],
         ended: BTreeSet::new(),
     };
-    let has_ended = |name: &str| match fleet.object(Kind::AccessRule, name).unwrap().object {
+    let has_ended = |name: &str| match fleet.object(kind::ACCESS_RULE, name).unwrap().object {
         Object::AccessRule(rule) => rule.ended.contains("a"),
         _ => false,
     };
@@ -655,7 +656,7 @@ async fn s16_an_allow_written_beside_a_deletion_ends() {
         let name = format!("beside-{round}");
         let at = fleet.put("a", &cluster(), None).await.unwrap();
         let (deleted, written) =
-            tokio::join!(fleet.delete(Kind::Cluster, "a", at), fleet.put(&name, &rule, None));
+            tokio::join!(fleet.delete(kind::CLUSTER, "a", at), fleet.put(&name, &rule, None));
         assert_eq!(has_ended(&name), written.unwrap() < deleted.unwrap(), "{name}");
     }
 }

@@ -1,5 +1,6 @@
 //! The view: the fleet's records in memory, decoded once, with the indices that the data path needs.
 
+use super::kind;
 use super::{
     AccessRule, AccessToken, Admission, CERTIFICATES_MAX, Certificate, Cluster, GatewayLife, INSTANCES_MAX,
     Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation, Revoked, Standing,
@@ -9,12 +10,12 @@ use crate::config;
 use crate::map::Map;
 use crate::metrics::Metrics;
 use crate::rules::AccessRules;
-use crate::store::{self, Event, Key, Kind, Record, Transaction, Unreadable};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use towline_certs::ClusterUid;
 use towline_model::token::{Hash, decode_hash};
 use towline_model::{ClusterName, Principal, Time};
+use towline_store::{self as store, Event, Key, Kind, Record, Transaction, Unreadable};
 
 /// A record of any kind, decoded.
 #[derive(Clone, Debug)]
@@ -32,14 +33,16 @@ pub enum Object {
 impl Object {
     pub(super) fn read(record: &Record) -> Result<Self, Unreadable> {
         Ok(match record.key.kind {
-            Kind::Cluster => Self::Cluster(Arc::new(record.read()?)),
-            Kind::JoinToken => Self::JoinToken(Arc::new(record.read()?)),
-            Kind::AccessRule => Self::AccessRule(Arc::new(record.read()?)),
-            Kind::AccessToken => Self::AccessToken(Arc::new(record.read()?)),
-            Kind::Instance => Self::Instance(Arc::new(record.read()?)),
-            Kind::Revocation => Self::Revocation(Arc::new(record.read()?)),
-            Kind::LastSeen => Self::LastSeen(Arc::new(record.read()?)),
-            Kind::GatewayLife => Self::GatewayLife(Arc::new(record.read()?)),
+            kind::CLUSTER => Self::Cluster(Arc::new(record.read()?)),
+            kind::JOIN_TOKEN => Self::JoinToken(Arc::new(record.read()?)),
+            kind::ACCESS_RULE => Self::AccessRule(Arc::new(record.read()?)),
+            kind::ACCESS_TOKEN => Self::AccessToken(Arc::new(record.read()?)),
+            kind::INSTANCE => Self::Instance(Arc::new(record.read()?)),
+            kind::REVOCATION => Self::Revocation(Arc::new(record.read()?)),
+            kind::LAST_SEEN => Self::LastSeen(Arc::new(record.read()?)),
+            kind::GATEWAY_LIFE => Self::GatewayLife(Arc::new(record.read()?)),
+            // A newer version has registered this kind.
+            _ => return Err(Unreadable::Newer),
         })
     }
 }
@@ -101,7 +104,7 @@ impl View {
     pub(super) fn apply(&mut self, events: impl IntoIterator<Item = Event>, metrics: &Metrics) -> bool {
         let (mut lost, mut rules) = (false, false);
         for event in events {
-            rules |= event.key().kind == Kind::AccessRule;
+            rules |= event.key().kind == kind::ACCESS_RULE;
             lost |= self.apply_one(event, metrics);
         }
         // Once for all events: it takes time in proportion to the rules, and the data path waits for it.
@@ -138,7 +141,7 @@ impl View {
             },
         };
         let lost =
-            loses(before.as_ref().map(|shown| &shown.object), after.as_ref()) || key.kind == Kind::Revocation;
+            loses(before.as_ref().map(|shown| &shown.object), after.as_ref()) || key.kind == kind::REVOCATION;
         if let Some(object) = after {
             self.remember(&key.name, &object);
             self.objects
@@ -152,10 +155,10 @@ impl View {
     /// An unreadable revocation revokes everything that its name says.
     fn suspect(&mut self, key: &Key) {
         match (key.kind, key.name.split_once(':')) {
-            (Kind::Revocation, Some(("certificate", serial))) => {
+            (kind::REVOCATION, Some(("certificate", serial))) => {
                 self.revoked_serials.insert(serial.to_owned());
             }
-            (Kind::Revocation, Some(("user", user))) => {
+            (kind::REVOCATION, Some(("user", user))) => {
                 self.revoked_users.insert(user.to_owned(), Time::END);
             }
             _ => {}
@@ -164,10 +167,10 @@ impl View {
 
     fn unsuspect(&mut self, key: &Key) {
         match (key.kind, key.name.split_once(':')) {
-            (Kind::Revocation, Some(("certificate", serial))) => {
+            (kind::REVOCATION, Some(("certificate", serial))) => {
                 self.revoked_serials.remove(serial);
             }
-            (Kind::Revocation, Some(("user", user))) => {
+            (kind::REVOCATION, Some(("user", user))) => {
                 self.revoked_users.remove(user);
             }
             _ => {}
@@ -241,7 +244,7 @@ impl View {
     /// Marks a cluster as changed, because its status depends on its instances and join tokens.
     fn touch_cluster(&mut self, uid: &str) {
         if let Some(name) = self.names.get(uid) {
-            self.changes.insert(Key { kind: Kind::Cluster, name: Arc::clone(name) });
+            self.changes.insert(Key { kind: kind::CLUSTER, name: Arc::clone(name) });
         }
     }
 
@@ -250,7 +253,7 @@ impl View {
         {
             self.rebuilds += 1;
         }
-        let rules = self.objects.get(&Kind::AccessRule).into_iter().flatten().filter_map(|(_, shown)| {
+        let rules = self.objects.get(&kind::ACCESS_RULE).into_iter().flatten().filter_map(|(_, shown)| {
             let Object::AccessRule(rule) = &shown.object else { return None };
             Some(rule.in_force())
         });
@@ -294,7 +297,7 @@ impl View {
     }
 
     pub(super) fn cluster_at(&self, name: &str) -> Option<(&Arc<Cluster>, u64)> {
-        match self.shown(Kind::Cluster, name)? {
+        match self.shown(kind::CLUSTER, name)? {
             Shown { object: Object::Cluster(cluster), revision } => Some((cluster, *revision)),
             _ => None,
         }
@@ -309,14 +312,14 @@ impl View {
     }
 
     pub(super) fn join_token(&self, id: &str) -> Option<(&Arc<JoinToken>, u64)> {
-        match self.shown(Kind::JoinToken, id)? {
+        match self.shown(kind::JOIN_TOKEN, id)? {
             Shown { object: Object::JoinToken(token), revision } => Some((token, *revision)),
             _ => None,
         }
     }
 
     pub(super) fn instance(&self, name: &str) -> Option<&Arc<Instance>> {
-        match &self.shown(Kind::Instance, name)?.object {
+        match &self.shown(kind::INSTANCE, name)?.object {
             Object::Instance(instance) => Some(instance),
             _ => None,
         }
@@ -343,7 +346,7 @@ impl View {
             .map(|(_, instance)| instance.created)
             .min();
         let revoked =
-            match self.shown(Kind::Revocation, &format!("cluster:{name}")).map(|shown| &shown.object) {
+            match self.shown(kind::REVOCATION, &format!("cluster:{name}")).map(|shown| &shown.object) {
                 Some(Object::Revocation(revocation)) => match &revocation.what {
                     Revoked::Cluster { uid: of, admission, .. }
                         if of == uid && *admission == cluster.admission =>
@@ -368,17 +371,17 @@ impl View {
 
     /// The agent with the certificate of this serial number, the agent's revision, and the certificate's expiry.
     pub(super) fn holder_of(&self, serial: &str) -> Option<(Key, u64, Time)> {
-        self.all(Kind::Instance).find_map(|(name, shown)| {
+        self.all(kind::INSTANCE).find_map(|(name, shown)| {
             let Object::Instance(instance) = &shown.object else { return None };
             let known = instance.certificates.iter().find(|known| known.serial == serial)?;
-            let key = Key { kind: Kind::Instance, name: Arc::clone(name) };
+            let key = Key { kind: kind::INSTANCE, name: Arc::clone(name) };
             Some((key, shown.revision, known.not_after))
         })
     }
 
     pub(super) fn access_token(&self, hash: &Hash) -> Option<&Arc<AccessToken>> {
         let (name, _) = self.tokens.get(hash)?;
-        match &self.shown(Kind::AccessToken, name)?.object {
+        match &self.shown(kind::ACCESS_TOKEN, name)?.object {
             Object::AccessToken(token) => Some(token),
             _ => None,
         }
@@ -419,10 +422,10 @@ impl View {
 
     /// The access rules that name a cluster, with their revisions.
     pub(super) fn rules_naming(&self, cluster: &str) -> Vec<(Key, Arc<AccessRule>, u64)> {
-        let rules = self.objects.get(&Kind::AccessRule).into_iter().flatten();
+        let rules = self.objects.get(&kind::ACCESS_RULE).into_iter().flatten();
         let rules = rules.filter_map(|(name, shown)| match &shown.object {
             Object::AccessRule(rule) if rule.clusters.iter().any(|named| named == cluster) => {
-                let key = Key { kind: Kind::AccessRule, name: Arc::clone(name) };
+                let key = Key { kind: kind::ACCESS_RULE, name: Arc::clone(name) };
                 Some((key, Arc::clone(rule), shown.revision))
             }
             _ => None,
@@ -433,13 +436,13 @@ impl View {
     /// The records to delete with a cluster, or with all its agents.
     pub(super) fn hangs_on(&self, cluster: &str, uid: &str) -> Vec<Key> {
         let instances = self.instances.get(uid).into_iter().flatten();
-        let instances = instances.map(|name| Key { kind: Kind::Instance, name: Arc::clone(name) });
-        let tokens = self.objects.get(&Kind::JoinToken).into_iter().flatten();
+        let instances = instances.map(|name| Key { kind: kind::INSTANCE, name: Arc::clone(name) });
+        let tokens = self.objects.get(&kind::JOIN_TOKEN).into_iter().flatten();
         let tokens = tokens.filter(
             |(_, shown)| matches!(&shown.object, Object::JoinToken(token) if token.cluster == cluster),
         );
         instances
-            .chain(tokens.map(|(name, _)| Key { kind: Kind::JoinToken, name: Arc::clone(name) }))
+            .chain(tokens.map(|(name, _)| Key { kind: kind::JOIN_TOKEN, name: Arc::clone(name) }))
             .collect()
     }
 
@@ -474,11 +477,11 @@ impl View {
             restored: None,
         };
         let name = instance.to_string();
-        let mut transaction = Transaction::new().absent(Key::new(Kind::Instance, &name)).put(&name, &record);
+        let mut transaction = Transaction::new().absent(Key::new(kind::INSTANCE, &name)).put(&name, &record);
         if known.len() >= INSTANCES_MAX
             && let Some((oldest, _)) = known.iter().min_by_key(|(_, known)| last(known))
         {
-            transaction = transaction.delete(Key { kind: Kind::Instance, name: Arc::clone(oldest) });
+            transaction = transaction.delete(Key { kind: kind::INSTANCE, name: Arc::clone(oldest) });
         }
         Ok((Admission { cluster: route, instance, admission: cluster.admission }, transaction))
     }

@@ -6,9 +6,6 @@ use crate::ca::authority::{Authorities, AuthorityError};
 use crate::ca::rotation::{self, Phase, RotationError, Step};
 use crate::config::GatewayConfig;
 use crate::fleet;
-use crate::metrics::Metrics;
-use crate::store::backup::{self, Dump, Report, RestoreError};
-use crate::store::{Store, StoreError};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use std::io::{self, Read as _, Write as _};
@@ -25,6 +22,8 @@ use towline_certs::{
     CertificateDer, CertificateFacts, ClientIdentity, Credential, HostName, IssueError, LoadError, NameError,
 };
 use towline_model::{ADMINS, Principal, PrincipalError, PublicAddress};
+use towline_store::backup::{self, Dump, Report, RestoreError};
+use towline_store::{Store, StoreError};
 
 /// Why a command did nothing.
 #[derive(Debug, Error)]
@@ -83,7 +82,7 @@ pub fn new_ca(config: &GatewayConfig, now: SystemTime) -> Result<(), CommandErro
         return Err(CommandError::CaExists(place.join(rotation::ROOTS)));
     }
     // Nobody else makes one at the same time.
-    let _store = Store::open(place, Arc::new(Metrics::new()))?;
+    let _store = Store::open(place, Arc::new(()))?;
     Authorities::open(place, now)?;
     Ok(())
 }
@@ -271,7 +270,7 @@ pub fn restore_store(
     let place = directory(config)?;
     let dump: Dump = serde_json::from_str(text)?;
     towline_certs::save::create_private_directory(place).map_err(AuthorityError::Save)?;
-    Ok(backup::restore(place, dump, |record| fleet::restored(record, keep_agents))?)
+    Ok(backup::restore(place, dump, fleet::kind::ALL, |record| fleet::restored(record, keep_agents))?)
 }
 
 /// Verifies every page and every record of the store. Blocks.
@@ -279,7 +278,7 @@ pub fn restore_store(
 /// # Errors
 /// There is none, it is in use, or it is damaged.
 pub fn check_store(config: &GatewayConfig) -> Result<Report, CommandError> {
-    Ok(backup::check(directory(config)?, fleet::readable)?)
+    Ok(backup::check(directory(config)?, fleet::kind::ALL, fleet::readable)?)
 }
 
 #[cfg(test)]

@@ -5,9 +5,9 @@
 //! Nothing waits for these writes: while the store is away, the times are in memory and are written later.
 
 use super::Registry;
+use crate::fleet::kind;
 use crate::fleet::lastseen::BATCH;
 use crate::fleet::{Ended, Fleet, GatewayLife};
-use crate::store::{CommitError, Key, Kind, Transaction};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use towline_certs::ClusterUid;
 use towline_certs::hex;
 use towline_model::Time;
+use towline_store::{CommitError, Key, Transaction};
 
 /// From one write to the next: a cluster that comes and goes all the time is written so often, as it is then.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -107,7 +108,7 @@ impl Recorder {
         let closing = async {
             self.write().await?;
             if !registry.is_any_connected() {
-                let own = Transaction::new().delete(Key::new(Kind::GatewayLife, &self.own));
+                let own = Transaction::new().delete(Key::new(kind::GATEWAY_LIFE, &self.own));
                 fleet.store().commit(own).await?;
             }
             Ok::<_, CommitError>(())

@@ -22,16 +22,17 @@ use towline_certs::hex;
 use towline_certs::{AgentKey, CertificateDer, CertificateFacts, TrustDomain};
 use towline_gateway::Gateway;
 use towline_gateway::config::GatewayConfig;
+use towline_gateway::fleet::kind;
 use towline_gateway::fleet::{
     AccessToken, Cluster, Ended, Fleet, GatewayLife, Instance, Issuers, LastSeen, Meta, Object, Origin,
     Revoked, restored,
 };
 use towline_gateway::ops::commands;
-use towline_gateway::store::{Kind, backup};
 use towline_model::random::uuid;
 use towline_model::{Mode, Time};
 use towline_proto::mux::Limits;
 use towline_proto::open::BodyKind;
+use towline_store::backup;
 
 const ADMIN: &str = "root";
 const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
@@ -206,7 +207,7 @@ async fn d23_another_trust_domain_is_refused() {
     assert_eq!(dump.trust_domain.as_deref(), Some("example.org"));
     let elsewhere = directory.path().join("restored");
     std::fs::create_dir(&elsewhere).unwrap();
-    backup::restore(&elsewhere, dump, |record| restored(record, true)).unwrap();
+    backup::restore(&elsewhere, dump, kind::ALL, |record| restored(record, true)).unwrap();
     assert_eq!(backup::dump(&elsewhere).unwrap().trust_domain.as_deref(), Some("example.org"));
     Gateway::start(config).await.unwrap().shutdown().await;
 }
@@ -400,7 +401,7 @@ async fn no_certificate_outlives_the_credential_that_requested_it() {
     let world = world().await;
     let fleet = world.gateway.fleet().unwrap();
     give_token(fleet, "joe", "tlat_joe").await;
-    let shown = fleet.object(Kind::AccessToken, "joe").unwrap();
+    let shown = fleet.object(kind::ACCESS_TOKEN, "joe").unwrap();
     let Object::AccessToken(token) = &shown.object else { panic!("{shown:?}") };
     let soon = Time::now().after(Duration::from_secs(100));
     let next = AccessToken { expires: Some(soon), ..AccessToken::clone(token) };
@@ -703,7 +704,7 @@ async fn d6_a_crash_leaves_the_last_minute() {
     assert!(prod["reason"] == "NoSession" && time_of(&prod) >= began, "{prod}");
     // And it is written down, so that the dead gateways can be forgotten.
     let fleet = world.gateway.fleet().unwrap();
-    let lives = || fleet.count(Kind::GatewayLife);
+    let lives = || fleet.count(kind::GATEWAY_LIFE);
     eventually("the dead are forgotten", lives, |lives| *lives == 1).await;
     let ended: Vec<_> =
         fleet.all_last_seen().into_iter().map(|(_, record)| record.ended.map(|ended| ended.at)).collect();

@@ -31,9 +31,9 @@ use towline_certs::{
     ServerName, TrustDomain, tls,
 };
 use towline_gateway::ca::rotation::{self, Step};
+use towline_gateway::fleet::kind;
 use towline_gateway::fleet::{self, Meta, Revoked, WhenFull};
 use towline_gateway::ops::commands;
-use towline_gateway::store::Kind;
 use towline_model::Time;
 use towline_model::random::uuid;
 use towline_proto::join::{
@@ -306,7 +306,7 @@ async fn a_single_use_is_a_single_use() {
     let (admitted, key) = winner.expect("one gets in");
     let again = join(&world, &token, &key).await.unwrap();
     assert_eq!(again.instance, admitted.instance, "the same key is the same agent");
-    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1, "never a second identity");
+    assert_eq!(world.gateway.fleet().unwrap().count(kind::INSTANCE), 1, "never a second identity");
 }
 
 /// EN-02: invalid proofs are refused with one size and at one time, whatever the reason; an unknown token and a wrong secret
@@ -548,8 +548,8 @@ async fn an_agent_rejoins_with_its_expired_certificate_and_key() {
     assert_eq!((&back.instance, &lost.instance), (&admitted.instance, &admitted.instance));
     // Delete and register again under the same name: yesterday's certificate is nobody's.
     let fleet = world.gateway.fleet().unwrap();
-    let revision = fleet.object(Kind::Cluster, "east").unwrap().revision;
-    fleet.delete(Kind::Cluster, "east", revision).await.unwrap();
+    let revision = fleet.object(kind::CLUSTER, "east").unwrap().revision;
+    fleet.delete(kind::CLUSTER, "east", revision).await.unwrap();
     register(&world, "east").await;
     let proof = Proof::Expired(back.certificate.clone());
     assert!(ask(&world, &request(proof, &mine)).await.is_err());
@@ -684,7 +684,7 @@ async fn s5_new_keys_need_a_trusted_report() {
     };
     let issuers = || {
         let fleet::Object::Cluster(cluster) =
-            world.gateway.fleet().unwrap().object(Kind::Cluster, "east").unwrap().object
+            world.gateway.fleet().unwrap().object(kind::CLUSTER, "east").unwrap().object
         else {
             panic!()
         };
@@ -1112,7 +1112,7 @@ async fn the_version_of_a_cluster_is_shown() {
     let agent = Agent::connect(&world, &admitted, &mine, 1).await.unwrap();
     let before = until(&world, "east", |status| status["sessions"] == 1).await;
     assert_eq!(before["status"]["kubernetesVersion"], Value::Null);
-    let revision = || world.gateway.fleet().unwrap().object(Kind::Cluster, "east").unwrap().revision;
+    let revision = || world.gateway.fleet().unwrap().object(kind::CLUSTER, "east").unwrap().revision;
     let written = revision();
     let tell = |version: &str| {
         let about = About { kubernetes_version: version.to_owned(), ..About::default() };

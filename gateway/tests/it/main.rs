@@ -14,4 +14,3 @@ mod quic;
 mod rules;
 mod sessions;
 mod shares;
-mod store;

@@ -20,9 +20,9 @@ use tokio::task::JoinSet;
 use towline_certs::hex;
 use towline_gateway::Gateway;
 use towline_gateway::config::{EndsWithCredential, GatewayConfig};
+use towline_gateway::fleet::kind;
 use towline_gateway::fleet::{AccessRule, AccessToken, Fleet, Meta};
 use towline_gateway::registry::Presence;
-use towline_gateway::store::Kind;
 use towline_model::random::uuid;
 use towline_model::{Effect, Mode, Time};
 use towline_proto::open::BodyKind;
@@ -93,7 +93,7 @@ async fn give_token(fleet: &Fleet, group: &str, expires: Option<Time>) {
     let sha256 = hex(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, JANE.as_bytes()).as_ref());
     let groups = vec![group.to_owned()];
     let token = AccessToken { meta: meta(), sha256, user: "jane".to_owned(), groups, expires };
-    let before = fleet.object(Kind::AccessToken, "jane").map(|shown| shown.revision);
+    let before = fleet.object(kind::ACCESS_TOKEN, "jane").map(|shown| shown.revision);
     fleet.put("jane", &token, before).await.unwrap();
 }
 
@@ -207,8 +207,8 @@ async fn takes_effect(what: What) {
 
     match what {
         What::Allow => {
-            let revision = fleet.object(Kind::AccessRule, "jane").unwrap().revision;
-            fleet.delete(Kind::AccessRule, "jane", revision).await.unwrap();
+            let revision = fleet.object(kind::ACCESS_RULE, "jane").unwrap().revision;
+            fleet.delete(kind::ACCESS_RULE, "jane", revision).await.unwrap();
         }
         What::Deny => {
             fleet.put("not-jane", &rule(Effect::Deny, "jane"), None).await.unwrap();
@@ -291,12 +291,12 @@ async fn s4_callers_who_keep_access_are_not_affected() {
     fleet.put("others", &rule(Effect::Deny, "joe"), None).await.unwrap();
     reload(&world, |_| {}).await;
     for name in ["again", "others"] {
-        let revision = fleet.object(Kind::AccessRule, name).unwrap().revision;
-        fleet.delete(Kind::AccessRule, name, revision).await.unwrap();
+        let revision = fleet.object(kind::ACCESS_RULE, name).unwrap().revision;
+        fleet.delete(kind::ACCESS_RULE, name, revision).await.unwrap();
     }
     still_comes(&mut body, &mut exchange).await;
-    let revision = fleet.object(Kind::AccessRule, "jane").unwrap().revision;
-    fleet.delete(Kind::AccessRule, "jane", revision).await.unwrap();
+    let revision = fleet.object(kind::ACCESS_RULE, "jane").unwrap().revision;
+    fleet.delete(kind::ACCESS_RULE, "jane", revision).await.unwrap();
     breaks_off(body).await;
     fleet.put("jane", &rule(Effect::Allow, "jane"), None).await.unwrap();
     let (mut body, mut exchange) = watch(&mut client, &agent, Some(JANE)).await;

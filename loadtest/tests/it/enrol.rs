@@ -38,8 +38,8 @@ use towline_certs::{
 use towline_gateway::Gateway;
 use towline_gateway::ca::rotation::{self, Step};
 use towline_gateway::config::{GatewayConfig, Tls};
+use towline_gateway::fleet::kind;
 use towline_gateway::fleet::{self, Meta};
-use towline_gateway::store::Kind;
 use towline_model::random::uuid;
 use towline_model::{AccessRule, Effect, Mode, Time};
 
@@ -366,7 +366,7 @@ async fn renewed_under_load(transport: &str) {
     std::fs::remove_file(&token).unwrap();
     let agent = world.agent(CLUSTER, &identity, transport).await;
     assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
-    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
+    assert_eq!(world.gateway.fleet().unwrap().count(kind::INSTANCE), 1);
     agent.shutdown().await;
 }
 
@@ -486,7 +486,7 @@ async fn agents_that_were_away_for_a_phase_recover() {
     }
     load.finish().await;
     assert_eq!(metric(stays.admin_addr(), "towline_agent_sessions_ended_total").await, 0.0);
-    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1 + away.len(), "nobody is two");
+    assert_eq!(world.gateway.fleet().unwrap().count(kind::INSTANCE), 1 + away.len(), "nobody is two");
     stays.shutdown().await;
     for (.., agent) in away {
         agent.unwrap().shutdown().await;
@@ -513,7 +513,7 @@ async fn an_agent_that_missed_a_whole_change_of_ca_reconnects() {
         assert_eq!(world.caller(CLUSTER).await.get("/api").await.0, 200);
         agent.shutdown().await;
     }
-    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
+    assert_eq!(world.gateway.fleet().unwrap().count(kind::INSTANCE), 1);
 }
 
 /// A pod without a right, a volume or a token of the API server: deleted and back, 5 times, by its projected token. The gateway
@@ -534,7 +534,7 @@ async fn a_pod_without_a_volume_rejoins() {
         world.until("the end of its session", || world.gateway.connected(CLUSTER) == 0).await;
     }
     // The first by the join token, the others by the ServiceAccount: always who it was.
-    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), 1);
+    assert_eq!(world.gateway.fleet().unwrap().count(kind::INSTANCE), 1);
 }
 
 /// Many agents whose certificates live for seconds: no stream ends, nothing fails, and every certificate is renewed repeatedly, with
@@ -578,5 +578,5 @@ async fn many_agents_are_renewed() {
         renewed.iter().copied().fold(f64::INFINITY, f64::min),
         renewed.iter().copied().fold(0.0, f64::max),
     );
-    assert_eq!(world.gateway.fleet().unwrap().count(Kind::Instance), usize::try_from(agents).unwrap());
+    assert_eq!(world.gateway.fleet().unwrap().count(kind::INSTANCE), usize::try_from(agents).unwrap());
 }

@@ -32,10 +32,10 @@ use towline_gateway::fleet::{
 };
 use towline_gateway::join::account;
 use towline_gateway::listener::proxy_protocol;
-use towline_gateway::store::{Key, Record, Stored, Unreadable};
 use towline_gateway::web::routing::route;
 use towline_model::{ClusterName, Mode};
 use towline_proto::join::Issuer;
+use towline_store::{Key, Record, Stored, Unreadable};
 
 /// The lines of an input.
 fn lines(input: &[u8]) -> impl Iterator<Item = &[u8]> {

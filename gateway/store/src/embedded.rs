@@ -7,10 +7,9 @@
 use super::history::History;
 use super::lease::Leases;
 use super::{
-    Change, CommitError, Condition, Event, Key, Kind, NAME_MAX, Page, RECORD_MAX, Record, Revision,
+    Change, CommitError, Condition, Event, Key, Kind, NAME_MAX, Observer, Page, RECORD_MAX, Record, Revision,
     StoreError, Transaction, Unreadable,
 };
-use crate::metrics::Metrics;
 use redb::backends::FileBackend;
 use redb::{
     Builder, Database, DatabaseError, Durability, ReadableDatabase as _, ReadableTable as _, StorageBackend,
@@ -71,7 +70,7 @@ pub struct Embedded {
     history: History,
     leases: Leases,
     writers: Arc<tokio::sync::Mutex<()>>,
-    metrics: Arc<Metrics>,
+    observer: Arc<dyn Observer>,
     lock: File,
     trouble: Mutex<Option<Trouble>>,
 }
@@ -92,19 +91,19 @@ impl std::fmt::Debug for Embedded {
 }
 
 impl Embedded {
-    pub(super) fn open(directory: &Path, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
+    pub(super) fn open(directory: &Path, observer: Arc<dyn Observer>) -> Result<Self, StoreError> {
         let plain = |path: &Path| {
             let file = OpenOptions::new().read(true).write(true).open(path)?;
             let backend = FileBackend::new(file).map_err(io::Error::other)?;
             Ok(Box::new(backend) as Box<dyn StorageBackend>)
         };
-        Self::open_with(directory, metrics, Box::new(plain))
+        Self::open_with(directory, observer, Box::new(plain))
     }
 
     /// Like [`Self::open`], on the storage that `backend` makes of the file.
     pub(super) fn open_with(
         directory: &Path,
-        metrics: Arc<Metrics>,
+        observer: Arc<dyn Observer>,
         backend: Box<Backend>,
     ) -> Result<Self, StoreError> {
         let path = directory.join(FILE);
@@ -121,7 +120,7 @@ impl Embedded {
             history: History::new(epoch, revision),
             leases: Leases::default(),
             writers: Arc::default(),
-            metrics,
+            observer,
             lock,
             trouble: Mutex::default(),
         })
@@ -151,7 +150,7 @@ impl Embedded {
 
     /// Records a failure of the disk. Each error is logged once, however often it occurs.
     fn fails(&self, error: &StoreError, writing: bool) {
-        self.metrics.store_failed();
+        self.observer.failed();
         let text = error.to_string();
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         let known = trouble.take();
@@ -318,7 +317,7 @@ impl Embedded {
                 Some(Record { key: key.clone(), revision, schema, data: Arc::new(data) })
             }
             Err(_) => {
-                alarm(&self.metrics, key, Unreadable::Broken);
+                alarm(&*self.observer, key, Unreadable::Broken);
                 None
             }
         }
@@ -334,8 +333,8 @@ pub(super) struct RawRecord {
 }
 
 /// Logs and counts a skipped record.
-pub(crate) fn alarm(metrics: &Metrics, key: &Key, why: Unreadable) {
-    metrics.record_skipped(why);
+pub fn alarm(observer: &dyn Observer, key: &Key, why: Unreadable) {
+    observer.skipped(why);
     tracing::error!(record = %key, "skipped an unreadable record of the store: {why}");
 }
 

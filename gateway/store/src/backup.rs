@@ -5,12 +5,12 @@
 
 use super::embedded::{self, Contents, Embedded};
 use super::{Key, Kind, RECORD_MAX, Record, StoreError, Unreadable};
-use crate::metrics::Metrics;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
 use thiserror::Error;
+use towline_model::API_VERSION;
 
 /// The kind of the document.
 pub const KIND: &str = "StoreDump";
@@ -78,7 +78,7 @@ pub fn dump(directory: &Path) -> Result<Dump, StoreError> {
         }
     }
     Ok(Dump {
-        api_version: crate::config::API_VERSION.to_owned(),
+        api_version: API_VERSION.to_owned(),
         kind: KIND.to_owned(),
         epoch: revision.epoch,
         revision: revision.number,
@@ -96,9 +96,10 @@ pub fn dump(directory: &Path) -> Result<Dump, StoreError> {
 pub fn restore(
     directory: &Path,
     dump: Dump,
+    kinds: &[Kind],
     voided: impl Fn(&Record) -> Result<Option<Value>, Unreadable>,
 ) -> Result<(usize, usize), RestoreError> {
-    if dump.kind != KIND || dump.api_version != crate::config::API_VERSION {
+    if dump.kind != KIND || dump.api_version != API_VERSION {
         return Err(RestoreError::NoDump(format!(
             "apiVersion and kind are {} {}",
             dump.api_version, dump.kind
@@ -109,8 +110,8 @@ pub fn restore(
     let (mut records, total) = (Vec::new(), dump.records.len());
     for DumpedRecord { kind, name, schema, data } in dump.records {
         let fail = |what: String| RestoreError::Record(format!("{kind} {name:?}"), what);
-        let known = Kind::of_name(&kind).ok_or_else(|| fail("unknown kind".to_owned()))?;
-        let key = Key::new(known, &name);
+        let kind_known = known(kinds, &kind).ok_or_else(|| fail("unknown kind".to_owned()))?;
+        let key = Key::new(kind_known, &name);
         let record = Record { key: key.clone(), revision, schema, data: Arc::new(data) };
         let Some(data) = voided(&record).map_err(|error| fail(error.to_string()))? else { continue };
         let bytes = serde_json::to_vec(&data).map_or(usize::MAX, |bytes| bytes.len());
@@ -133,13 +134,14 @@ pub fn restore(
 /// The store does not open: its pages are damaged, or another process uses it.
 pub fn check(
     directory: &Path,
+    kinds: &[Kind],
     readable: impl Fn(&Record) -> Result<(), Unreadable>,
 ) -> Result<Report, StoreError> {
     let store = existing(directory)?;
     let mut report = Report::default();
     for raw in store.raw()? {
         let shown = format!("{} {:?}", raw.kind, raw.name);
-        let kind = Kind::of_name(&raw.kind);
+        let kind = known(kinds, &raw.kind);
         let judged = match (kind, raw.content) {
             (None, _) => Err(Unreadable::Newer),
             (Some(_), None) => Err(Unreadable::Broken),
@@ -156,11 +158,16 @@ pub fn check(
     Ok(report)
 }
 
+/// The kind that is written like this.
+fn known(kinds: &[Kind], name: &str) -> Option<Kind> {
+    kinds.iter().copied().find(|kind| kind.name() == name)
+}
+
 /// Opens an existing store. Plain opening would create a missing one, which these commands must not do.
 fn existing(directory: &Path) -> Result<Embedded, StoreError> {
     let path = directory.join(embedded::FILE);
     match std::fs::metadata(&path) {
-        Ok(_) => Embedded::open(directory, Arc::new(Metrics::new())),
+        Ok(_) => Embedded::open(directory, Arc::new(())),
         Err(error) => Err(StoreError::Disk { path, error }),
     }
 }

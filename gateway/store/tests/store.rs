@@ -10,8 +10,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
-use towline_gateway::metrics::Metrics;
-use towline_gateway::store::{Key, Kind, Store, Stored, Transaction};
+use towline_store::{Key, Kind, Store, Stored, Transaction};
 
 /// The variable with the directory of the process that is killed.
 const VICTIM: &str = "TOWLINE_TEST_STORE_VICTIM";
@@ -22,16 +21,16 @@ struct Probe {
 }
 
 impl Stored for Probe {
-    const KIND: Kind = Kind::Instance;
+    const KIND: Kind = Kind::new("instances");
     const SCHEMA: u32 = 1;
 }
 
 fn open(directory: &Path) -> Store {
-    Store::open(directory, Arc::new(Metrics::new())).unwrap()
+    Store::open(directory, Arc::new(())).unwrap()
 }
 
 async fn read(store: &Store, name: &str) -> Option<u64> {
-    let record = store.get(&Key::new(Kind::Instance, name)).await.unwrap();
+    let record = store.get(&Key::new(Kind::new("instances"), name)).await.unwrap();
     record.map(|record| record.read::<Probe>().unwrap().number)
 }
 
@@ -59,7 +58,7 @@ async fn killed_processes_lose_nothing() {
     let mut last = 0;
     for round in 0..rounds {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "store::victim", "--ignored", "--nocapture", "--test-threads=1"])
+            .args(["--exact", "victim", "--ignored", "--nocapture", "--test-threads=1"])
             .env(VICTIM, directory.path())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
