@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(refused + admitted, 16 * 60, "each is admitted or told");
     }
 
-    /// Those who have done something long ago are forgotten.
+    /// Keys with only old actions are forgotten.
     #[tokio::test(start_paused = true)]
     async fn forgiven_addresses_are_forgotten() {
         let buckets = Buckets::default();

@@ -18,30 +18,30 @@ use towline_certs::{CertificateDer, ClusterUid, SpkiPin};
 use towline_model::Time;
 use towline_model::random::random;
 
-/// Lines about one cluster's agents at once: as many as all of its sessions make that come and go, and joins beside them.
+/// Burst of log lines about one cluster's agents: enough for all its sessions to reconnect, and for joins.
 const CLUSTER_LINES: u32 = 64;
 
 /// What every room may use.
 #[derive(Debug)]
 pub(crate) struct Context {
-    /// What needs a restart to change: addresses, limits, timeouts.
+    /// The settings that need a restart to change: addresses, limits, timeouts.
     pub(crate) config: GatewayConfig,
     live: ArcSwap<Live>,
     reloads: watch::Sender<()>,
-    /// Held from reading the files to putting them in force: what was read first must not win.
+    /// Held from reading the files until they are effective, so that an older state never replaces a newer one.
     pub(crate) reloading: Mutex<()>,
-    /// What is on record; with a state directory.
+    /// The fleet on record, if there is a state directory.
     pub(crate) fleet: Option<Fleet>,
     pub(crate) authorities: Option<Arc<Authorities>>,
     pub(crate) metrics: Arc<Metrics>,
-    /// Tells this process from another one, in the hello.
+    /// Identifies this process in the hello.
     pub(crate) boot_id: [u8; 16],
     pub(crate) started: Time,
     pub(crate) stages: Stages,
     pub(crate) tasks: Tasks,
-    /// Where tasks run.
+    /// The threads on which tasks run.
     pub(crate) shards: Shards,
-    /// For lines about handshakes that anybody can make fail, and about each cluster's agents.
+    /// Rate limits of log lines about failed handshakes, which anybody can cause, and about each cluster's agents.
     pub(crate) refusals: Sparing,
     pub(crate) lines: Sparing<ClusterUid>,
 }
@@ -76,7 +76,7 @@ impl Context {
         Arc::new(context)
     }
 
-    /// Whom a name stands for: a cluster of the configuration, or a registered one.
+    /// The cluster of a name: one of the configuration, or a registered one.
     pub(crate) fn cluster_named(&self, live: &Live, name: &str) -> Option<Arc<Cluster>> {
         live.by_name.get(name).cloned().or_else(|| self.fleet.as_ref()?.cluster_named(name))
     }
@@ -91,14 +91,14 @@ impl Context {
         clusters
     }
 
-    /// By what agents recognise the gateway: the roots as they are announced now, not as they were at the start.
+    /// The pins by which agents recognise the gateway: those of the currently announced roots, not of the start.
     pub(crate) fn tunnel_pins(&self) -> Vec<SpkiPin> {
         let live = self.live();
         let roots = live.trust.roots.iter().map(|root| CertificateDer::from(root.to_vec()));
         roots.filter_map(|root| SpkiPin::of(&root).ok()).collect()
     }
 
-    /// The context of a gateway that keeps its state in this directory, and whose configuration is changed like this.
+    /// A context with this state directory and a changed configuration, for tests.
     #[cfg(test)]
     pub(crate) async fn for_test(directory: &Path, change: impl FnOnce(&mut GatewayConfig)) -> Arc<Self> {
         let domain = towline_certs::TrustDomain::new("example.org").unwrap();
@@ -121,7 +121,7 @@ impl Context {
         self.live.load_full()
     }
 
-    /// Puts it in force. Called by one at a time: see `reloading`.
+    /// Makes a new state effective. Only one caller at a time: see `reloading`.
     pub(crate) fn publish(&self, mut live: Live) {
         live.generation = self.live.load().generation + 1;
         self.live.store(Arc::new(live));
@@ -129,18 +129,18 @@ impl Context {
         self.reloads.send_replace(());
     }
 
-    /// Whether there is a cluster of this uid, in the configuration or on record.
+    /// Whether a cluster of this uid exists, in the configuration or on record.
     pub(crate) fn knows(&self, live: &Live, uid: &ClusterUid) -> bool {
         let on_record = || self.fleet.as_ref().is_some_and(|fleet| fleet.cluster_of(uid).is_some());
         live.by_uid.contains_key(uid) || on_record()
     }
 
-    /// Whether this is in force.
+    /// Whether this state is the current one.
     pub(crate) fn is_live(&self, live: &Live) -> bool {
         self.live.load().generation == live.generation
     }
 
-    /// Changes after [`Self::live`] has. Who is let in by what is live subscribes first and looks then.
+    /// Changes after [`Self::live`] has changed. A task whose admission depends on it subscribes first and reads then.
     pub(crate) fn reloads(&self) -> watch::Receiver<()> {
         self.reloads.subscribe()
     }

@@ -804,7 +804,7 @@ mod tests {
     use super::*;
     use towline_proto::tunnel::exchange::encode_head;
 
-    /// EN-02: whatever was wrong, a refusal has one length.
+    /// EN-02: all refusals have the same length.
     #[test]
     fn refusals_are_equally_long() {
         let refusals = [

@@ -99,7 +99,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    /// Without what the gateway lives by it ends, however that ends; and what ends with the gateway is no failure.
+    /// The gateway aborts when its essential task ends, in whatever way; a task that ends with the gateway is not a failure.
     #[tokio::test]
     async fn a_dying_follower_ends_the_gateway() {
         let panics = Arc::new(Stages::default());

@@ -125,7 +125,7 @@ mod tests {
     use super::*;
     use std::time::Instant;
 
-    /// Goal: D37: what is no level is refused, and the flag is named.
+    /// Goal: D37: an invalid log level is refused, and the error names the flag.
     #[test]
     fn d37_an_invalid_log_level_is_refused() {
         for level in ["nonsense", "info,nonsense", "="] {
@@ -149,7 +149,7 @@ mod tests {
         assert!((1..=1 + began.elapsed().as_secs()).contains(&lines), "{lines} in {:?}", began.elapsed());
     }
 
-    /// S20: a cluster that writes lines without end has few, which say how many more there were; others have theirs.
+    /// S20: a cluster that causes endless log lines gets few, which count the suppressed ones; other clusters' lines are logged.
     #[tokio::test(start_paused = true)]
     async fn s20_a_flood_about_one_cluster_leaves_room_for_the_others() {
         let sparing = Sparing::new(4);

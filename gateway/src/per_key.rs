@@ -392,7 +392,7 @@ mod tests {
         assert_eq!(pool.take_as(Some(&1), Claim::Reserved).unwrap_err(), Full::Share);
     }
 
-    /// Who waits for its share is served in order, who waits for the pool by turns, and who has left is passed over.
+    /// Takers that wait for their share are served in order, those that wait for the pool in turns, and abandoned waits are skipped.
     #[test]
     fn waiting_takers_get_their_turn() {
         let pool = PerKey::new(WAITING);

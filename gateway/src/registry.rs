@@ -1055,7 +1055,7 @@ mod tests {
         registry.insert(&uid(), &InstanceId::new("a").unwrap(), &[boot_id; 16], &pair.gateway, &[], VISITOR)
     }
 
-    /// How long a request waits in vain.
+    /// How long a request waits without success.
     async fn waits(registry: &Registry) -> Duration {
         let start = Instant::now();
         assert!(matches!(
@@ -1119,7 +1119,7 @@ mod tests {
         assert_eq!(registry.lock().by_uid[&uid].held, 1);
     }
 
-    /// K1, K2: a watch that goes on waits for an agent whenever the last one went, as long as there is room for it.
+    /// K1, K2: a resumed watch waits for an agent whenever the last one left, as long as the limit on held watches allows.
     #[tokio::test(start_paused = true)]
     async fn k1_a_resumed_watch_waits_for_its_agent() {
         let registry = registry();
@@ -1250,7 +1250,7 @@ mod tests {
         assert_eq!(waits(&registry).await, Duration::ZERO, "15 s are over");
     }
 
-    /// Goal: R3, K4: those that wait are few, of each cluster and of all of them.
+    /// Goal: R3, K4: held requests are limited, per cluster and in total.
     #[tokio::test(start_paused = true)]
     async fn r3_held_requests_have_a_limit_in_all() {
         let registry = registry();
@@ -1318,7 +1318,7 @@ mod tests {
         assert_eq!(outdated(), Some(false), "what it was last");
     }
 
-    /// Goal: S23: of a cluster that is not known any more nothing stays; one that is known, or is connected, stays.
+    /// Goal: S23: an unknown cluster is forgotten completely; a known or connected one stays.
     #[tokio::test]
     async fn s23_an_unknown_cluster_is_forgotten() {
         let registry = registry();
@@ -1339,7 +1339,7 @@ mod tests {
         assert_eq!(registry.all_moved(), [uid()]);
     }
 
-    /// D6: what is to be written stays so until it is, also if it has changed meanwhile.
+    /// D6: a changed cluster stays due until it is written, also if it changed again meanwhile.
     #[tokio::test]
     async fn d6_a_changed_cluster_stays_due_until_it_is_written() {
         let registry = registry();

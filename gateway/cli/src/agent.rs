@@ -480,7 +480,7 @@ mod tests {
     use super::*;
     use clap::FromArgMatches as _;
 
-    /// Goal: D10: a proxy's URL that cannot be read is refused without a word of it, which may be a password.
+    /// Goal: D10: an invalid proxy URL is refused without quoting it, because it may contain a password.
     #[test]
     fn d10_a_password_in_a_proxy_s_url_is_not_told() {
         for url in ["http://joe:s3cret@", "socks5://joe:s3cret@p:1", "http://joe:s3cret@p:1/path"] {

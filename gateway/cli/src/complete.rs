@@ -235,7 +235,7 @@ mod tests {
         words.into_iter().map(|(word, _)| word).collect()
     }
 
-    /// Goal: D43: a shell completes commands, flags and their values, and the names of clusters and tokens wherever one is wanted.
+    /// Goal: D43: a shell completes commands, flags and their values, and names of clusters and tokens where they are expected.
     #[test]
     fn d43_names_are_completed_where_they_are_wanted() {
         for line in [
@@ -265,7 +265,7 @@ mod tests {
         }
     }
 
-    /// Goal: D43: who types is not asked to log in: no plugin of a kubeconfig is run for names.
+    /// Goal: D43: completion never starts a log-in: it runs no exec plugin of a kubeconfig.
     #[tokio::test]
     async fn d43_completion_runs_no_plugin() {
         let directory = tempfile::tempdir().unwrap();

@@ -254,7 +254,7 @@ mod tests {
         Time::parse(text).unwrap()
     }
 
-    /// Goal: both credentials come from one source, and are asked for again when the first of them ends.
+    /// Goal: both credentials come from one source, and are requested again when the first of them expires.
     #[test]
     fn an_answer_holds_both_and_ends_with_the_first() {
         let both = |token: Option<Token>| Both {

@@ -141,7 +141,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// Goal: D31: each agent is shown, with where it comes from, how, since when, and when its certificate ends; also one that is away.
+    /// Goal: D31: each agent is shown with address, transport, start and expiry of its certificate, also a disconnected one.
     #[test]
     fn d31_each_agent_is_shown() {
         let session = json!({"address": "203.0.113.7:4000", "transport": "quic", "version": "0.1.0",

@@ -299,7 +299,7 @@ mod tests {
     use super::*;
     use clap::FromArgMatches as _;
 
-    /// Goal: D43: a private key is written onto no terminal; what holds no secret may be.
+    /// Goal: D43: a private key is never printed on a terminal; output without a secret may be.
     #[test]
     fn d43_no_private_key_on_a_terminal() {
         let of = |words: &[&str]| {

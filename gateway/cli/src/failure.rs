@@ -110,7 +110,7 @@ impl From<io::Error> for Failure {
 mod tests {
     use super::*;
 
-    /// Goal: M15: whoever has a token is told what can be done about it: nobody with a token has the gateway's state directory.
+    /// Goal: M15: the error for a user with a token names a step that they can take: such a user has no access to the gateway's state directory.
     #[test]
     fn m15_an_invalid_token_does_not_send_its_user_to_the_state_directory() {
         let body = br#"{"reason":"Unauthorized","message":"m"}"#;

@@ -349,7 +349,7 @@ fn gateway(server: &str) -> Option<(String, Address)> {
 mod tests {
     use super::*;
 
-    /// Goal: a mistake in a kubeconfig is told without the lines around it.
+    /// Goal: the error about a kubeconfig does not quote the surrounding lines.
     #[test]
     fn a_mistake_shows_no_secret() {
         let text = "users:\n- name: a\n  user:\n    token: CANARY-1\n    token: CANARY-2\n  bad: [\n";

@@ -215,7 +215,7 @@ mod tests {
         parse(path, &fs::read_to_string(path).unwrap()).unwrap()
     }
 
-    /// Goal: to write an entry again does not take the cluster's own credential out of it.
+    /// Goal: writing an entry again keeps the cluster's own credential in it.
     #[test]
     fn an_entry_keeps_its_wrapped_plugin() {
         let with = |arguments: &[&str], environment: Value| {
@@ -241,7 +241,7 @@ mod tests {
 
     const THEIRS: &str = "apiVersion: v1\nkind: Config\npreferences: {colors: true}\nfuture: [1, {x: 'yes'}]\ncurrent-context: mine\nclusters:\n- name: mine\n  cluster: {server: 'https://mine', odd: 012}\nusers:\n- name: mine\n  user: {token: '0123'}\ncontexts:\n- name: mine\n  context: {cluster: mine, user: mine}\n";
 
-    /// Goal: everything that others have written stays, unknown keys included; the file is its owner's.
+    /// Goal: foreign entries and unknown keys are kept; the file is readable by its owner only.
     #[test]
     fn foreign_entries_are_kept() {
         let directory = tempfile::tempdir().unwrap();
@@ -320,7 +320,7 @@ mod tests {
         assert!(path.exists() && !lock.exists());
     }
 
-    /// Goal: writers at the same time lose nothing of each other.
+    /// Goal: concurrent writers lose none of each other's changes.
     #[test]
     fn writers_at_the_same_time_lose_nothing() {
         let directory = tempfile::tempdir().unwrap();

@@ -258,7 +258,7 @@ mod tests {
         line.split_whitespace().map(|word| word.trim_matches('\'').to_owned()).collect()
     }
 
-    /// Goal: P3: a word that is a command further down, or that other tools have, is told where it is.
+    /// Goal: P3: for a word that is a subcommand elsewhere, or a command of other tools, the error suggests the right command.
     #[test]
     fn p3_a_misplaced_command_gets_a_suggestion() {
         assert_eq!(elsewhere("register"), ["towline cluster register"]);

@@ -268,7 +268,7 @@ mod tests {
         assert_eq!(relative("a  b Z 2026-01-01"), "a  b Z 2026-01-01");
     }
 
-    /// Goal: D30: what `-o name` prints is taken wherever a name is, as kubectl takes what it prints.
+    /// Goal: D30: every name argument accepts the form that `-o name` prints, as in kubectl.
     #[test]
     fn d30_printed_names_are_taken() {
         for text in

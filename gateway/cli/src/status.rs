@@ -340,7 +340,7 @@ mod tests {
         cluster
     }
 
-    /// D4, K3: a cluster that is connected and of no use says why, and fails a check; one whose agent has not said does not.
+    /// D4, K3: a connected but unusable cluster shows the reason and fails the check; one whose agent has not reported does not.
     #[test]
     fn k3_a_cluster_without_an_api_server_fails_the_check() {
         let well = cluster("a", "True", "True", "False");
@@ -368,7 +368,7 @@ mod tests {
         );
     }
 
-    /// Goal: D5, S5: a check fails for whatever needs somebody's hand, and not for a cluster that waits for its first agent or can be upgraded.
+    /// Goal: D5, S5: a check fails for problems that need action, and not for a cluster that waits for its first agent or can be upgraded.
     #[test]
     fn d5_a_check_fails_for_problems_that_need_action() {
         let with = |kind: &str, status: &str, reason: &str| {
@@ -405,7 +405,7 @@ mod tests {
         ]}})
     }
 
-    /// D5: the most telling reason stands there, with when it happened; and what has never joined is not down.
+    /// D5: the most important reason is shown with its time; a cluster that no agent has joined is not down.
     #[test]
     fn d5_the_most_telling_reason_is_said() {
         let ago =
@@ -448,7 +448,7 @@ mod tests {
         assert_eq!(said(&[pending, refused("True", 3)]).0, Health::Down);
     }
 
-    /// Goal: D28, D29: who has never joined looks another way than who was lost, what is watched has a time, and there is one word for
+    /// Goal: D28, D29: a cluster that no agent has joined looks different from a lost one, watched lines have a time, and there is one word for
     /// nothing, kubectl's.
     #[test]
     fn d28_a_line_tells_what_it_is() {

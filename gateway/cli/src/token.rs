@@ -200,7 +200,7 @@ async fn revoke(client: &Client, token: &str) -> Outcome {
 mod tests {
     use super::*;
 
-    /// Goal: D39: what is too long is refused in the words of the command line.
+    /// Goal: D39: the error for a too long lifetime uses the units of the command line.
     #[test]
     fn d39_a_join_token_lasts_30_days_at_most() {
         assert_eq!(life("30d"), Ok(LIFE_MOST));

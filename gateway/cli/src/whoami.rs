@@ -113,7 +113,7 @@ impl Version {
 mod tests {
     use super::*;
 
-    /// Goal: D32, M13: the version is the gateway's own, and no API server's.
+    /// Goal: D32, M13: the version is the gateway's own, and not an API server's.
     #[test]
     fn d32_the_version_is_the_gateways() {
         assert_eq!(own(&json!({"gitVersion": "v1.2.3+towline"})).as_deref(), Some("1.2.3"));

@@ -147,7 +147,7 @@ fn begins_with(text: &str, prefix: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// Goal: FR-09, AU-11: who is in hundreds of groups is a caller; each thing that makes nobody of a name is told as what it is.
+    /// Goal: FR-09, AU-11: a caller may be in hundreds of groups; the error for an invalid name or group says what is wrong.
     #[test]
     fn fr_09_hundreds_of_groups_are_a_caller() {
         let groups = |count: usize| (0..count).map(|number| format!("g{number}")).collect::<Vec<_>>();

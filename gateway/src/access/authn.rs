@@ -387,7 +387,7 @@ mod tests {
         headers
     }
 
-    /// Goal: A10, AU-12: a token of ours goes to no cluster, wherever in path and query it stands; what merely begins like one is none.
+    /// Goal: A10, AU-12: a token of the gateway is never forwarded to a cluster, wherever in path and query it is; text that only begins like one is not a token.
     #[test]
     fn a10_own_tokens_are_found_anywhere_in_a_target() {
         for target in [
@@ -475,7 +475,7 @@ mod tests {
         assert_eq!(ask(&Certificate::Absent, &[]), Err(AuthnError::NoCredential));
     }
 
-    /// A hostile cluster must not harvest our tokens, however they are wrapped.
+    /// A hostile cluster must not collect the gateway's tokens, in whatever encoding.
     #[test]
     fn restricted_mode_never_forwards_our_tokens() {
         let jane = cert("jane", &[]);

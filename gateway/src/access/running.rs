@@ -399,7 +399,7 @@ mod tests {
         assert!(running.lock().entries.is_empty());
     }
 
-    /// A credential that ends earlier than what the review waits for wakes it.
+    /// A credential that expires before the next scheduled review wakes the review.
     #[tokio::test(start_paused = true)]
     async fn s4_the_review_looks_when_the_first_credential_ends() {
         let running = Arc::<Running>::default();

@@ -157,7 +157,7 @@ mod tests {
         tasks.join_all().await
     }
 
-    /// Goal: FR-03: one principal's uploads leave the others theirs, and a place that is given back is taken by who waits.
+    /// Goal: FR-03: one principal's uploads leave the others their share, and a released reservation goes to a waiting body.
     #[tokio::test(start_paused = true)]
     async fn fr_03_one_principal_leaves_the_others_room() {
         let uploads = Shares::new(64 * MIB, 4 * MIB);

@@ -387,7 +387,7 @@ mod tests {
         (context, feed)
     }
 
-    /// S20: a cluster whose agent comes and goes without end makes few events, and is shown as it is at last.
+    /// S20: a flapping agent causes few events, and its cluster is finally shown correctly.
     #[tokio::test]
     async fn s20_a_connection_that_flaps_makes_few_events() {
         let directory = tempfile::tempdir().unwrap();
@@ -421,7 +421,7 @@ mod tests {
         assert!((16..=80).contains(&events), "{events} events in a minute");
     }
 
-    /// Goal: S23: a cluster that leaves the configuration, or is deleted, leaves nothing behind in the registry.
+    /// Goal: S23: a cluster that is removed from the configuration or deleted leaves nothing in the registry.
     #[tokio::test]
     async fn s23_a_cluster_that_is_gone_is_to_be_forgotten() {
         let directory = tempfile::tempdir().unwrap();
@@ -437,7 +437,7 @@ mod tests {
         assert_eq!(feed.registry.all_moved(), [ClusterUid::new("uid-0").unwrap()]);
     }
 
-    /// S14: while a batch of clusters is shown, whoever else is on this thread has turns: the review of a revocation above all.
+    /// S14: while a batch of clusters is processed, other tasks of the thread get turns, above all the review after a revocation.
     #[tokio::test]
     async fn s14_a_large_batch_leaves_turns_to_others() {
         const CLUSTERS: usize = 2000;

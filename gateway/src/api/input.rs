@@ -609,7 +609,7 @@ impl Parsed {
 mod tests {
     use super::*;
 
-    /// However a tool writes a serial number, it revokes the certificate that has it.
+    /// A serial number revokes its certificate in every common notation.
     #[test]
     fn serials_are_those_of_certificates() {
         for (written, known) in [

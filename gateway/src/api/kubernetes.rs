@@ -204,7 +204,7 @@ mod tests {
         http::Request::builder().uri(uri).body(()).unwrap().into_parts().0
     }
 
-    /// Goal: D19: what kubectl asks by itself is there, and nothing of `core/v1`.
+    /// Goal: D19: what kubectl requests by itself is served, and nothing of `core/v1`.
     #[test]
     fn d19_nothing_else_of_kubernetes_is_here() {
         let events =
@@ -239,7 +239,7 @@ mod tests {
         }
     }
 
-    /// Goal: D19: `kubectl auth can-i` tells what the API would do.
+    /// Goal: D19: `kubectl auth can-i` answers what the API would decide.
     #[test]
     fn d19_access_is_told_as_it_is_decided() {
         let may = |admin, verb: &str, group: &str, resource: &str| {

@@ -164,7 +164,7 @@ mod tests {
         fields
     }
 
-    /// Goal: K7: older kubectls find every kind in the document, and that a dry run is known for each that can be changed.
+    /// Goal: K7: older kubectl versions find every kind in the document, with support for dry runs where objects can be changed.
     #[test]
     fn k7_every_kind_is_in_the_document() {
         let document = document();

@@ -126,7 +126,7 @@ mod tests {
         [MAGIC, &field(1, &types), &field(2, raw), &field(3, b""), &field(4, b"")].concat()
     }
 
-    /// Goal: D19: what kubectl 1.32 and later ask is read, and what is none is refused without a panic.
+    /// Goal: D19: the requests of kubectl 1.32 and later are decoded, and invalid ones are refused without a panic.
     #[test]
     fn d19_reviews_are_read_in_protobuf() {
         let attributes = [field(2, b"delete"), field(3, b"towline.io"), field(5, b"clusters")].concat();

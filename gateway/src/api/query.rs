@@ -200,7 +200,7 @@ mod tests {
         refused.object()["code"].as_u64().unwrap()
     }
 
-    /// Goal: A12: a parameter that would not count as it was meant is refused, and not left out.
+    /// Goal: A12: a parameter that would not have its intended effect is refused instead of ignored.
     #[test]
     fn a12_what_a_query_says_is_read_whole_or_refused() {
         let query = Query::parse("labelSelector=a%3Db&limit=5&x=1&x=2&watch&dryRun=All&dryRun=All").unwrap();

@@ -122,7 +122,7 @@ mod tests {
         (text("status"), text("reason"), text("message"))
     }
 
-    /// D4. The reason is the agent's; one agent that reaches it is enough, and the message says of the other.
+    /// D4: the reason is the agent's; one agent that reaches the API server is enough, and the message mentions the other.
     #[test]
     fn d4_the_condition_says_what_the_agents_say() {
         use ApiServerState as S;
@@ -147,7 +147,7 @@ mod tests {
         assert_eq!((&gone["status"], &gone["reason"]), (&"Unknown".into(), &"NoSession".into()));
     }
 
-    /// D4 (f). Modes that do not go together are known before any request; those that differ without harm are named.
+    /// D4 (f): incompatible modes are detected before any request; a harmless difference is mentioned.
     #[test]
     fn d4_f_modes_that_do_not_go_together() {
         let reachable = Some(ApiServerState::Reachable);

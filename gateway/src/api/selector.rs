@@ -287,7 +287,7 @@ mod tests {
         assert!(!matches("", "metadata.name=box") && !matches("", "metadata.name="));
     }
 
-    /// Goal: D1, A12: what the API server cannot read is refused, and selects neither everything nor something else.
+    /// Goal: D1, A12: a selector that the API server refuses is refused, and selects neither everything nor something else.
     #[test]
     fn d1_a12_a_malformed_selector_is_refused() {
         for labels in [

@@ -289,7 +289,7 @@ mod tests {
         (directory, first.root_der().clone())
     }
 
-    /// A crash between any two files of a step: the step has happened or not, and going on never drops the CA that is to stay.
+    /// A crash between any two files of a step: the step has happened or not, and continuing never drops the CA that must stay.
     #[test]
     fn a_step_that_was_cut_off_has_happened_or_not() {
         let now = SystemTime::now();
@@ -352,7 +352,7 @@ mod tests {
         assert_ne!(issuing(place).root_der(), &new);
     }
 
-    /// Two roots that this command has not put there are left alone.
+    /// Two roots that this command did not write are not touched.
     #[test]
     fn roots_that_tunnel_ca_did_not_write_are_refused() {
         let now = SystemTime::now();

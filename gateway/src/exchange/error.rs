@@ -418,7 +418,7 @@ mod tests {
         }
     }
 
-    /// Goal: FR-09: who is in more groups than the tunnel carries is told that, and not to send fewer fields.
+    /// Goal: FR-09: the error for a caller with more groups than the tunnel carries names the groups instead of asking for fewer fields.
     #[test]
     fn fr_09_too_much_of_groups_is_told_as_such() {
         let (few, many) = (Principal::new("jane", vec!["ops".to_owned()]), vec!["x".repeat(250); 300]);
@@ -469,7 +469,7 @@ mod tests {
         );
     }
 
-    /// K1, K2: the client of a watch that goes on does not list again for what may be over soon.
+    /// K1, K2: the client of a resumed watch does not list again because of a temporary error.
     #[tokio::test]
     async fn k1_a_resumed_watch_is_told_to_come_later() {
         let cluster = || "a".to_owned();

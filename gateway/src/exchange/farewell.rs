@@ -258,7 +258,7 @@ mod tests {
         frame
     }
 
-    /// Goal: wherever the bytes are cut, words fit exactly between frames.
+    /// Goal: wherever the bytes are cut, a last message fits exactly between frames.
     #[test]
     fn a_last_message_fits_only_between_frames() {
         let spdy: Vec<u8> =
@@ -284,7 +284,7 @@ mod tests {
         }
     }
 
-    /// Goal: what is said is a frame of the protocol, and it is said once.
+    /// Goal: the last message is a frame of the protocol, and is sent once.
     #[test]
     fn the_last_word_is_a_frame_and_the_only_one() {
         let ended = [Ended::Revoked, Ended::Expired, Ended::Forbidden, Ended::Cluster].map(Cause::Ended);

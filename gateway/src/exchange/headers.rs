@@ -624,7 +624,7 @@ mod tests {
         }
     }
 
-    /// S18: what would stick to the origin that all clusters share.
+    /// S18: header fields that a browser would keep for the origin that all clusters share.
     #[test]
     fn s18_nothing_sticks_to_the_shared_origin() {
         for name in [

@@ -84,7 +84,7 @@ fn flag(query: &str, name: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// FR-05: what the API server takes for a list is none of the watches, which may end between two events.
+    /// FR-05: a request that the API server treats as a list is not a watch, which may end between two events.
     #[test]
     fn fr_05_a_list_is_no_watch() {
         for (query, expected) in [

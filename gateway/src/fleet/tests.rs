@@ -152,7 +152,7 @@ async fn tokens_are_verified_before_they_are_used() {
     ask("many", b"secret", 4).await.unwrap();
 }
 
-/// Yesterday's certificate of a cluster that was deleted and registered again is nobody; so is one of another cluster.
+/// The certificate of a cluster that was deleted and registered again is refused; so is one of another cluster.
 #[tokio::test]
 async fn a_registered_name_gives_no_identity() {
     let World { fleet, directory: _directory, _following } = World::new().await;
@@ -241,7 +241,7 @@ async fn a_revoked_cluster_forgets_its_issuer() {
     assert_eq!(fleet.issuer(&uid), None);
 }
 
-/// ST-07: a record that cannot be read lets nobody in, and a revocation that cannot be read revokes.
+/// ST-07: an unreadable record admits nobody, and an unreadable revocation revokes.
 #[tokio::test]
 async fn unreadable_records_fail_closed() {
     macro_rules! later {
@@ -274,7 +274,7 @@ async fn unreadable_records_fail_closed() {
     assert!(!fleet.is_client_revoked("jane", "0b", far));
 }
 
-/// What comes back with its cluster's word for it is who it was; only beside a living one it is a new instance.
+/// An agent that rejoins by its ServiceAccount keeps its identity; only next to a live process it is a new instance.
 #[tokio::test]
 async fn a_rejoining_agent_keeps_its_identity() {
     let World { fleet, directory: _directory, _following } = World::new().await;
@@ -348,7 +348,7 @@ async fn s5_an_older_record_is_read_and_restored() {
     }
 }
 
-/// Names in the configuration are taken, what is protected stays, and who changes what has changed is told so.
+/// Names in the configuration cannot be registered, protected clusters cannot be deleted, and a stale change is a conflict.
 #[tokio::test]
 async fn refused_writes_name_the_reason() {
     let World { fleet, directory: _directory, _following } = World::new().await;
@@ -365,7 +365,7 @@ async fn refused_writes_name_the_reason() {
     assert!(matches!(fleet.delete(kind::CLUSTER, "prod", next).await, Err(WriteError::NotFound)));
 }
 
-/// A view that follows the store is what a fresh one is, also when its watch has lost the thread. R-ST-2.
+/// A view that follows the store equals a fresh one, also after its watch fell behind. R-ST-2.
 #[tokio::test]
 async fn the_view_is_what_a_fresh_list_is() {
     let World { fleet, directory: _directory, mut _following } = World::new().await;
@@ -407,7 +407,7 @@ async fn the_view_is_what_a_fresh_list_is() {
     );
 }
 
-/// A backup does not bring back who was revoked after it was made: join tokens are void, agents join again, unless they are
+/// A restore does not readmit agents that were revoked after the dump: join tokens are void, agents join again, unless they are
 /// to be kept.
 #[tokio::test]
 async fn a_restore_readmits_no_revoked_agent() {
@@ -506,7 +506,7 @@ fn uids_are_uuids_and_cluster_uids() {
     assert_ne!(uid, uuid());
 }
 
-/// A write that does not come to show is told as one, and nobody waits forever.
+/// A write that the view never shows is reported as such, after a limited time.
 #[tokio::test]
 async fn a_write_that_the_view_does_not_show_is_reported() {
     let World { fleet, directory: _directory, mut _following } = World::new().await;
@@ -517,7 +517,7 @@ async fn a_write_that_the_view_does_not_show_is_reported() {
     assert!(matches!(written.expect("it gives up"), Err(WriteError::Unseen)));
 }
 
-/// A batch of rules costs what its rules cost, not their square: the data path waits for it.
+/// The cost of a batch of rules is linear, because the data path waits for it.
 #[test]
 fn rules_are_rebuilt_once_per_batch() {
     let rule = AccessRule {
@@ -545,7 +545,7 @@ fn rules_are_rebuilt_once_per_batch() {
     assert_eq!(view.rebuilds, 2);
 }
 
-/// A later moment covers an earlier one, also of revocations that are under way at once.
+/// A later time includes an earlier one, also for concurrent revocations.
 #[tokio::test]
 async fn revocations_of_a_user_only_grow() {
     let World { fleet, directory: _directory, _following } = World::new().await;
@@ -565,7 +565,7 @@ async fn revocations_of_a_user_only_grow() {
     assert!(!fleet.is_client_revoked("jane", "01", now.after(Duration::from_secs(16 * 60))));
 }
 
-/// A revocation goes when nothing that it takes away could let anybody in any more, and not a second before; in doubt it stays.
+/// A revocation is deleted when nothing that it revokes could admit anybody any more, and not a second earlier; in doubt it stays.
 #[tokio::test]
 async fn revocations_go_when_they_can_matter_no_more() {
     let World { fleet, directory: _directory, _following } = World::new().await;
@@ -613,7 +613,7 @@ async fn revocations_go_when_they_can_matter_no_more() {
     assert!(text.contains("towline_gateway_revocations_purged_total 2"), "{text}");
 }
 
-/// More revocations than there may be are refused, and one that takes the place of another is none more.
+/// Revocations over the limit are refused, and replacing one does not count as another.
 #[tokio::test]
 async fn a_full_list_accepts_a_replacement() {
     let directory = tempfile::tempdir().unwrap();

@@ -241,7 +241,7 @@ mod tests {
         }
     }
 
-    /// Goal: what came is forgiven in time, and no faster than it says.
+    /// Goal: the level falls with time, at exactly the configured rate.
     #[tokio::test(start_paused = true)]
     async fn time_forgives() {
         let mut bucket = Bucket::default();

@@ -335,7 +335,7 @@ mod tests {
         assert!(verify(&one.sign(&head("1"), &single), &issuer, AUDIENCE, now()).is_ok());
     }
 
-    /// S8: tokens of one pod are one name, and those of another, or of none, are others.
+    /// S8: tokens of one pod have one identifier, and those of another pod, or of none, have others.
     #[test]
     fn s8_all_tokens_of_a_pod_are_one() {
         let ours = Signer::new();

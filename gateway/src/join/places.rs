@@ -120,7 +120,7 @@ mod tests {
     const ONE: Bytes = Bytes::from_static(b"one");
     const TWO: Bytes = Bytes::from_static(b"two");
 
-    /// A place goes to one process, until that had time to take it.
+    /// A place belongs to one process until that had time to connect.
     #[tokio::test(start_paused = true)]
     async fn a_place_is_given_once() {
         let places = Places::default();
@@ -139,7 +139,7 @@ mod tests {
         assert_eq!(places.lock().len(), 1);
     }
 
-    /// EN-01 for places: of many that ask at the same moment, on threads of their own, exactly one gets it.
+    /// EN-01 for places: of many concurrent threads exactly one gets the place.
     #[test]
     fn of_many_at_once_one_gets_it() {
         for round in 0..200 {

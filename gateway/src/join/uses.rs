@@ -150,7 +150,7 @@ mod tests {
         assert_eq!(next(false), Claim::Own, "it has expired, and is refused elsewhere");
     }
 
-    /// A cluster that makes tokens without end forgets its own, and nobody else's.
+    /// A cluster that uses tokens endlessly forgets its own, and no other cluster's.
     #[test]
     fn s8_what_is_remembered_is_bounded() {
         let (uses, east) = (Uses::default(), ClusterUid::new("east").unwrap());

@@ -477,7 +477,7 @@ fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
 mod tests {
     use super::*;
 
-    /// S15: an address is no credential: names of clusters are for this machine, unless the operator has decided otherwise.
+    /// S15: an address is not a credential: cluster names are shown only to this machine, unless the operator allows more.
     #[tokio::test]
     async fn s15_names_of_clusters_stay_on_the_machine() {
         let directory = tempfile::tempdir().unwrap();
@@ -520,7 +520,7 @@ mod tests {
         }
     }
 
-    /// Goal: FR-15: probes and scrapers come by whatever name leads here, where a web page cannot.
+    /// Goal: FR-15: probes and scrapers may use any host name, and web pages may not.
     #[test]
     fn fr_15_scrapers_come_by_any_name() {
         let ask = |lines: &[(&'static str, &'static str)]| {

@@ -327,7 +327,7 @@ mod tests {
         assert_eq!(advice(&[leaf, ca.root_der().clone()]), None);
     }
 
-    /// Goal: D36: no kubeconfig is made that the gateway would refuse.
+    /// Goal: D36: no kubeconfig is created that the gateway would refuse.
     #[test]
     fn d36_a_reserved_name_is_refused_for_an_admin() {
         let directory = tempfile::tempdir().unwrap();

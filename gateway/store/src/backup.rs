@@ -158,7 +158,7 @@ pub fn check(
     Ok(report)
 }
 
-/// The kind that is written like this.
+/// The kind of this text form.
 fn known(kinds: &[Kind], name: &str) -> Option<Kind> {
     kinds.iter().copied().find(|kind| kind.name() == name)
 }

@@ -72,7 +72,7 @@ impl Observer for () {
     fn skipped(&self, _why: Unreadable) {}
 }
 
-/// Names a record. Kind and name stay apart all the way down: two keys never read alike.
+/// Identifies a record. Kind and name are never joined into one text, so two keys can never be confused.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
     pub kind: Kind,
@@ -92,34 +92,34 @@ impl fmt::Display for Key {
     }
 }
 
-/// A moment in the life of the store.
+/// A revision of the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Revision {
-    /// Which life: it rises whenever the store is opened.
+    /// The epoch: it rises whenever the store is opened.
     pub epoch: u64,
-    /// Which transaction.
+    /// The number of the transaction.
     pub number: u64,
 }
 
-/// A record as it is in the store.
+/// A stored record.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     pub key: Key,
     /// The number of the transaction that wrote it last.
     pub revision: u64,
-    /// The version of `data`'s form.
+    /// The schema version of `data`.
     pub schema: u32,
     pub data: Arc<Value>,
 }
 
-/// A type that is kept in the store. Its serde form is the form of `SCHEMA`.
+/// A type that is kept in the store. Its serde form is the one of version `SCHEMA`.
 pub trait Stored: Serialize + DeserializeOwned {
     const KIND: Kind;
-    /// Raised when an older version would misread what this one writes.
+    /// Raised when an older version would misread the form.
     const SCHEMA: u32;
 }
 
-/// Why a record cannot be used.
+/// Why a record is unreadable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Unreadable {
     #[error("the record was written by a newer version; upgrade this gateway")]
@@ -131,10 +131,10 @@ pub enum Unreadable {
 }
 
 impl Record {
-    /// The record as what it is. Unknown fields make it unreadable: what they restrict must not be overlooked.
+    /// Decodes a record. Unknown fields make it unreadable, because a restriction in them must not be overlooked.
     ///
     /// # Errors
-    /// Why it cannot be read.
+    /// Why it is unreadable.
     pub fn read<T: Stored>(&self) -> Result<T, Unreadable> {
         if self.schema > T::SCHEMA {
             return Err(Unreadable::Newer);
@@ -143,7 +143,7 @@ impl Record {
     }
 }
 
-/// Something that happened to a record.
+/// A change of a record.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     Put(Record),
@@ -172,7 +172,7 @@ impl Event {
     }
 }
 
-/// What must hold for a transaction to happen.
+/// A condition of a transaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Condition {
     Absent(Key),
@@ -185,7 +185,7 @@ enum Change {
     Delete(Key),
 }
 
-/// Conditions and changes: all of them, or none.
+/// Conditions and changes, applied completely or not at all.
 #[derive(Clone, Debug, Default)]
 pub struct Transaction {
     conditions: Vec<Condition>,
@@ -198,14 +198,14 @@ impl Transaction {
         Self::default()
     }
 
-    /// There is no such record yet.
+    /// The record does not exist.
     #[must_use]
     pub fn absent(mut self, key: Key) -> Self {
         self.conditions.push(Condition::Absent(key));
         self
     }
 
-    /// The record is still the one of this revision.
+    /// The record still has this revision.
     #[must_use]
     pub fn unchanged(mut self, key: Key, revision: u64) -> Self {
         self.conditions.push(Condition::At(key, revision));
@@ -215,7 +215,7 @@ impl Transaction {
     /// Writes a record.
     ///
     /// # Panics
-    /// Never: the types that are stored have text keys and finite numbers, and such always have a JSON form.
+    /// Never: stored types have text keys and finite numbers, which always have a JSON form.
     #[must_use]
     #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
     pub fn put<T: Stored>(self, name: &str, value: &T) -> Self {
@@ -223,7 +223,7 @@ impl Transaction {
         self.change(Change::Put { key: Key::new(T::KIND, name), schema: T::SCHEMA, data, lease: None })
     }
 
-    /// Writes a record that vanishes with a lease.
+    /// Writes a record that is deleted with a lease.
     ///
     /// # Panics
     /// As [`Self::put`].
@@ -235,7 +235,7 @@ impl Transaction {
         self.change(Change::Put { key, schema: T::SCHEMA, data, lease })
     }
 
-    /// Deletes a record, if it is there.
+    /// Deletes a record, if it exists.
     #[must_use]
     pub fn delete(self, key: Key) -> Self {
         self.change(Change::Delete(key))
@@ -247,17 +247,17 @@ impl Transaction {
     }
 }
 
-/// Why nothing was changed.
+/// Why a transaction was not committed.
 #[derive(Debug, Error)]
 pub enum CommitError {
-    /// Somebody else was faster, or the caller remembers it wrongly: read again, then decide again.
+    /// Another writer changed the record, or the caller's state is stale: read and decide again.
     #[error("{0} was modified by another writer")]
     Conflict(Key),
     #[error("{0} would be larger than {RECORD_MAX} bytes, or its name is empty or longer than {NAME_MAX}")]
     TooLarge(Key),
     #[error("the lease has expired")]
     LeaseEnded,
-    /// Whether it happened is not known where the disk failed in the middle; watches tell.
+    /// If the disk failed during the transaction, its outcome is unknown; watches tell.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -283,7 +283,7 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether another process has the store that is about to go.
+    /// Whether the process that uses the store is draining.
     #[must_use]
     pub fn passes(&self) -> bool {
         matches!(self, Self::Held { holder, .. } if embedded::drains(holder))
@@ -294,16 +294,16 @@ impl StoreError {
 #[derive(Clone, Debug)]
 pub struct Page {
     pub records: Vec<Record>,
-    /// When they were all there.
+    /// The revision of the page.
     pub revision: Revision,
-    /// Where the next page begins, if there is one.
+    /// The start of the next page, if there is one.
     pub next: Option<String>,
 }
 
 /// The store. Cheap to clone.
 #[derive(Clone, Debug)]
 pub enum Store {
-    /// One file, of one process.
+    /// One file, used by one process.
     Embedded(Arc<Embedded>),
 }
 
@@ -311,12 +311,12 @@ impl Store {
     /// Opens the store in this directory, or makes one; `observer` is told what goes wrong. Blocks.
     ///
     /// # Errors
-    /// Why it does not open. What is there is never replaced.
+    /// Why it does not open. An existing file is never replaced.
     pub fn open(directory: &Path, observer: Arc<dyn Observer>) -> Result<Self, StoreError> {
         Embedded::open(directory, observer).map(|embedded| Self::Embedded(Arc::new(embedded)))
     }
 
-    /// The trust domain that the store is of: this one from now on, if there was none. Blocks.
+    /// The trust domain of the store; the given one from now on, if it had none. Blocks.
     ///
     /// # Errors
     /// The store does not answer.
@@ -325,15 +325,15 @@ impl Store {
         engine.trust_domain(first)
     }
 
-    /// Whether another process has the store in this directory. Blocks.
+    /// Whether another process uses the store in this directory. Blocks.
     ///
     /// # Errors
-    /// Its lock cannot be looked at.
+    /// Its lock is unreadable.
     pub fn is_in_use(directory: &Path) -> Result<bool, StoreError> {
         embedded::is_held(directory)
     }
 
-    /// Tells whoever wants the store next that this process drains, and how it is to be had. Blocks.
+    /// Tells the next process that this one drains, so that it waits for the store. Blocks.
     ///
     /// # Errors
     /// It could not be written.
@@ -342,21 +342,21 @@ impl Store {
         engine.says_draining()
     }
 
-    /// Why the store does not answer, and for how long it has not; none if it does.
+    /// Why and for how long the store has not answered; `None` if it answers.
     #[must_use]
     pub fn trouble(&self) -> Option<(String, Duration)> {
         let Self::Embedded(engine) = self;
         engine.trouble().map(|trouble| (trouble.error, trouble.since.elapsed()))
     }
 
-    /// Where the store stands now.
+    /// The current revision.
     #[must_use]
     pub fn revision(&self) -> Revision {
         let Self::Embedded(engine) = self;
         engine.history().revision()
     }
 
-    /// One record; one that cannot be read counts as absent.
+    /// One record; an unreadable one counts as absent.
     ///
     /// # Errors
     /// The store does not answer.
@@ -365,7 +365,7 @@ impl Store {
         self.blocking(move |engine| engine.get(&key)).await
     }
 
-    /// Records of a kind, at most [`PAGE_MAX`], from `from` on.
+    /// Records of a kind, at most [`PAGE_MAX`], starting at `from`.
     ///
     /// # Errors
     /// The store does not answer.
@@ -374,12 +374,12 @@ impl Store {
         self.blocking(move |engine| engine.list(kind, from.as_deref(), limit)).await
     }
 
-    /// Does all of it, or nothing; returns the number of the new revision. What it wrote is on disk then.
+    /// Commits a transaction, completely or not at all; returns the number of the new revision. Its changes are then on disk.
     ///
-    /// Dropping the future does not undo what has begun.
+    /// Dropping the future does not undo a commit that has begun.
     ///
     /// # Errors
-    /// Why nothing happened.
+    /// Why nothing was committed.
     pub async fn commit(&self, transaction: Transaction) -> Result<u64, CommitError> {
         let Self::Embedded(engine) = self;
         // One writer at a time waits here, not on a thread.
@@ -395,20 +395,20 @@ impl Store {
     /// Events after a revision, of one kind or of all.
     ///
     /// # Errors
-    /// The history does not hold them: they are too old, of another life of the store, or have not happened.
+    /// The history does not have them: they are too old, of another epoch, or in the future.
     pub fn watch(&self, kind: Option<Kind>, after: Revision) -> Result<Watch, WatchEnd> {
         let Self::Embedded(engine) = self;
         engine.history().watch(kind, after)
     }
 
-    /// Begins a lease: records attached to it vanish when it is not kept alive for this long.
+    /// Begins a lease: its records are deleted when it is not kept alive for this long.
     #[must_use]
     pub fn lease(&self, life: Duration) -> LeaseId {
         let Self::Embedded(engine) = self;
         engine.leases().begin(life)
     }
 
-    /// Keeps a lease for another of its lives.
+    /// Renews a lease for its full time.
     ///
     /// # Errors
     /// It has expired.
@@ -417,7 +417,7 @@ impl Store {
         if engine.leases().keep_alive(lease) { Ok(()) } else { Err(CommitError::LeaseEnded) }
     }
 
-    /// Takes the records of leases that expired away, for as long as it is polled.
+    /// Deletes the records of expired leases, for as long as it is polled.
     pub async fn tend(&self) {
         let Self::Embedded(engine) = self;
         loop {
