@@ -15,17 +15,42 @@ pub(crate) struct Rate {
 
 /// One bucket for each key that has done something recently.
 #[derive(Debug)]
-pub(crate) struct Buckets<K>(Mutex<HashMap<K, Bucket>>);
+pub(crate) struct Buckets<K>(Mutex<Keys<K>>);
 
 #[derive(Debug)]
-struct Bucket {
+struct Keys<K> {
+    buckets: HashMap<K, Bucket>,
+    /// When [`Buckets::fill`] last removed what is forgiven.
+    swept: Option<Instant>,
+}
+
+/// The bucket of one key.
+#[derive(Debug)]
+pub(crate) struct Bucket {
     level: f64,
     at: Instant,
     /// Times that the key might not since it last might.
     refused: u64,
 }
 
+impl Default for Bucket {
+    fn default() -> Self {
+        Self { level: 0.0, at: Instant::now(), refused: 0 }
+    }
+}
+
 impl Bucket {
+    /// Whether the key may once more, which counts then. All calls say the same `rate`.
+    pub(crate) fn admit(&mut self, rate: Rate) -> bool {
+        let level = self.level(rate);
+        if level + 1.0 > rate.burst {
+            self.refused += 1;
+            return false;
+        }
+        *self = Self { level: level + 1.0, at: Instant::now(), refused: 0 };
+        true
+    }
+
     /// The level that is not forgiven yet.
     fn level(&self, rate: Rate) -> f64 {
         (self.level - self.at.elapsed().as_secs_f64() / rate.interval.as_secs_f64()).max(0.0)
@@ -34,28 +59,22 @@ impl Bucket {
 
 impl<K> Default for Buckets<K> {
     fn default() -> Self {
-        Self(Mutex::default())
+        Self(Mutex::new(Keys { buckets: HashMap::new(), swept: None }))
     }
 }
 
 impl<K: Clone + Eq + Hash> Buckets<K> {
-    fn lock(&self) -> MutexGuard<'_, HashMap<K, Bucket>> {
+    fn lock(&self) -> MutexGuard<'_, Keys<K>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a key may once more, which counts then; and how often it might not since it last might. All calls say the same
     /// `rate`. Entries are as few as keys with something in their bucket: what is forgiven makes room before the map grows.
     pub(crate) fn admit(&self, key: &K, rate: Rate) -> Option<u64> {
-        let mut buckets = self.lock();
+        let Keys { buckets, .. } = &mut *self.lock();
         if let Some(bucket) = buckets.get_mut(key) {
-            let level = bucket.level(rate);
-            if level + 1.0 > rate.burst {
-                bucket.refused += 1;
-                return None;
-            }
             let refused = bucket.refused;
-            *bucket = Bucket { level: level + 1.0, at: Instant::now(), refused: 0 };
-            return Some(refused);
+            return bucket.admit(rate).then_some(refused);
         }
         if buckets.len() == buckets.capacity() {
             buckets.retain(|_, bucket| bucket.level(rate) > 0.0);
@@ -63,7 +82,41 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
         buckets.insert(key.clone(), Bucket { level: 1.0, at: Instant::now(), refused: 0 });
         Some(0)
     }
+
+    /// Whether the bucket of a key is full.
+    pub(crate) fn is_full(&self, key: &K, rate: Rate) -> bool {
+        self.lock().buckets.get(key).is_some_and(|bucket| bucket.level(rate) >= rate.burst)
+    }
+
+    /// Fills the bucket of a key by one, full or not. At most `most` keys are remembered: with more of them one is forgotten, since that
+    /// is better than to slow down a newcomer.
+    pub(crate) fn fill(&self, key: &K, rate: Rate, most: usize) {
+        let now = Instant::now();
+        let Keys { buckets, swept } = &mut *self.lock();
+        // In less than a second little is forgiven that was not before: whoever fills from everywhere does not make each time cost a look
+        // at all others.
+        if buckets.len() >= most && swept.is_none_or(|at| now.duration_since(at) >= SWEEP_INTERVAL) {
+            buckets.retain(|_, bucket| bucket.level(rate) >= 1.0);
+            *swept = Some(now);
+        }
+        if buckets.len() >= most
+            && let Some(any) = buckets.keys().next().cloned()
+        {
+            buckets.remove(&any);
+        }
+        let bucket = buckets.entry(key.clone()).or_default();
+        *bucket = Bucket { level: bucket.level(rate) + 1.0, at: now, refused: bucket.refused };
+    }
+
+    /// Keys that are remembered.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.lock().buckets.len()
+    }
 }
+
+/// Shortest time between two looks at all keys for what is forgiven.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
@@ -100,6 +153,6 @@ mod tests {
             buckets.admit(&n, RATE);
             tokio::time::advance(Duration::from_millis(10)).await;
         }
-        assert!(buckets.lock().len() < 4096);
+        assert!(buckets.len() < 4096);
     }
 }

@@ -25,7 +25,7 @@ use crate::registry::trust::{TrustBoard, TrustState};
 use crate::registry::{Presence, Registry};
 use crate::runtime::Shards;
 use crate::shares::Shares;
-use crate::tunnel::session::Tunnel;
+use crate::tunnel::Tunnel;
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -248,7 +248,7 @@ impl Gateway {
         stages.unready.cancel();
         // At once: agents should be connected elsewhere before load balancers send clients there.
         let sessions = self.registry.sessions();
-        sessions.iter().for_each(|session| crate::tunnel::session::say_goaway(config, session));
+        sessions.iter().for_each(|session| crate::tunnel::say_goaway(config, session));
         tokio::join!(tokio::time::sleep(config.delay), self.say_draining());
         let deadline = Instant::now() + config.deadline;
         stages.draining.cancel();

@@ -12,44 +12,44 @@
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
 pub mod account;
+mod issue;
+mod limits;
 mod places;
+mod refusal;
+mod renew;
 mod uses;
 
-use crate::buckets::{Buckets, Rate};
-use crate::ca::authority::Authorities;
-use crate::config;
+pub(crate) use issue::instance;
+pub(crate) use renew::renew;
+
 use crate::context::Context;
-use crate::fleet::kind;
-use crate::fleet::{
-    self, Admission, Fleet, Heard, JoinRefused, NotAdmitted, Object, WhenFull, Word, WriteError,
-};
+use crate::fleet::{Admission, Fleet, JoinRefused, WhenFull, Word};
 use crate::log::sparing;
 use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
-use crate::per_key::{KeyPermit, PerKey, Sizes, network};
+use crate::per_key::KeyPermit;
 use crate::registry::Registry;
-use account::{AccountError, Vouched};
+use account::Vouched;
 use bytes::Bytes;
-use places::{Places, Seeker};
-use std::collections::HashMap;
+use issue::{adopt, issue, record_issuer};
+use limits::{JOINS, Shares, Way};
+use places::Seeker;
+use refusal::{NO_ISSUER, RETRY_LIMIT, Refusal, Told};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::time::{Instant, sleep_until, timeout};
 use towline_certs::facts::CertificateFacts;
 use towline_certs::issue::csr_pin;
-use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, IssueError, SpkiPin};
+use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, InstanceId, SpkiPin};
 use towline_model::Time;
 use towline_proto::hello::BOOT_ID_BYTES;
 use towline_proto::join::{
-    Admitted, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
-    Refused, Renew, Renewal, Renewed,
+    Admitted, Certificate, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
 };
 use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
-use uses::{Claim, Uses};
+use uses::Claim;
 
-/// Concurrent joins, in total and for one cluster; and those that wait for a place.
-const ROOM: Sizes = Sizes { total: 64, reserve: 0, share: 4, waiting: 1024, waiting_share: 64 };
 /// How long a join waits for a place.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time limit for the request to arrive, and for the client to read the response.
@@ -58,107 +58,14 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 const REFUSE_AFTER: Duration = Duration::from_millis(300);
 /// Bytes of every refusal.
 const REFUSAL_BYTES: usize = 640;
-/// Failed attempts that one address may have at once, and how many are forgiven per second.
-const FAILURES_BURST: f64 = 20.0;
-const FAILURES_PER_SECOND: f64 = 1.0;
-/// Most addresses whose failures are remembered.
-const FAILURES_MAX: usize = 16_384;
-/// Joins of one cluster, whatever their outcome: by join tokens, and by its agents' own credentials. Each costs a signature
-/// and commits to the disk, for which everybody waits.
-const JOINS: Rate = Rate { burst: 32.0, interval: Duration::from_secs(1) };
-/// Renewals that one instance may make at once, and after how long one is forgiven; sooner if certificates live only seconds.
-const RENEWALS_BURST: f64 = 8.0;
-const RENEWAL_INTERVAL: Duration = Duration::from_secs(10);
-const RENEWALS_PER_LIFE: u32 = 4;
-/// Retry times for the agent, after a store that did not answer and after too many failures.
-const RETRY_STORE: Duration = Duration::from_secs(5);
-const RETRY_LIMIT: Duration = Duration::from_secs(10);
-/// How long after its join an agent may report its cluster's token issuer for the first time.
-const FIRST_WORD: Duration = Duration::from_secs(3600);
-/// Attempts to update a record that another writer changed meanwhile.
-const ADOPT_ATTEMPTS: usize = 4;
-const UNKNOWN: &str =
-    "invalid join token: unknown, incomplete or expired. Create a new one: towline token create CLUSTER";
 const PLACE_TAKEN: &str = "another process already uses this agent's identity: it is connected, or was admitted a moment ago. Stop that process, or give this agent its own identity";
 const TOKEN_USED: &str = "another process has already joined with this ServiceAccount token, and it is still connected or its record was removed. Each pod needs its own token; Kubernetes replaces it within minutes";
-const NO_ISSUER: &str = "invalid ServiceAccount token: the cluster or its token issuer is not on record, or the token does not match (its only audience must be towline:TRUSTDOMAIN, its subject the agent's own ServiceAccount, its key one that was last reported). Join with a join token: towline token create CLUSTER";
-
-/// Recent failures by address: the number not yet forgiven, and its time.
-#[derive(Debug, Default)]
-struct Failures {
-    networks: HashMap<IpAddr, (f64, Instant)>,
-    /// When forgiven entries were last removed.
-    swept: Option<Instant>,
-}
-
-/// The shared state of joins.
+/// Lets agents join, and renews their certificates.
 #[derive(Debug)]
 pub(crate) struct Joins {
     context: Arc<Context>,
     registry: Arc<Registry>,
     shares: Shares,
-}
-
-/// The shared state of joins.
-#[derive(Debug)]
-struct Shares {
-    room: Arc<PerKey<ClusterUid>>,
-    of_cluster: Buckets<(ClusterUid, Way)>,
-    failures: Mutex<Failures>,
-    renewals: Buckets<InstanceId>,
-    places: Places,
-    uses: Uses,
-}
-
-impl Default for Shares {
-    fn default() -> Self {
-        Self {
-            room: PerKey::new(ROOM),
-            of_cluster: Buckets::default(),
-            failures: Mutex::default(),
-            renewals: Buckets::default(),
-            places: Places::default(),
-            uses: Uses::default(),
-        }
-    }
-}
-
-impl Shares {
-    /// Whether this address has failed too often recently.
-    fn is_slowed(&self, address: IpAddr) -> bool {
-        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        let level = |entry| level(entry, FAILURES_PER_SECOND);
-        failures.networks.get(&network(address)).is_some_and(|entry| level(*entry) >= FAILURES_BURST)
-    }
-
-    fn failed(&self, address: IpAddr) {
-        let level = |entry| level(entry, FAILURES_PER_SECOND);
-        let now = Instant::now();
-        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        let Failures { networks, swept } = &mut *failures;
-        // Within a second nothing more is forgiven. This bounds the cost: failures from many addresses must not cause a scan
-        // of all entries each.
-        if networks.len() >= FAILURES_MAX
-            && swept.is_none_or(|at| now.duration_since(at) >= Duration::from_secs(1))
-        {
-            networks.retain(|_, entry| level(*entry) >= 1.0);
-            *swept = Some(now);
-        }
-        // More addresses than the limit fail at once: forgetting one is better than slowing down a newcomer.
-        if networks.len() >= FAILURES_MAX
-            && let Some(any) = networks.keys().next().copied()
-        {
-            networks.remove(&any);
-        }
-        let entry = networks.entry(network(address)).or_insert((0.0, now));
-        *entry = (level(*entry) + 1.0, now);
-    }
-
-    /// Whether an instance may renew its certificate now; counts the renewal if so.
-    fn may_renew(&self, instance: &InstanceId, life: Duration) -> bool {
-        let rate = Rate { burst: RENEWALS_BURST, interval: renewal_interval(life) };
-        self.renewals.admit(instance, rate).is_some()
-    }
 }
 
 impl Joins {
@@ -191,134 +98,6 @@ impl Joins {
             self.turned_away(uid, from, why, proven);
         }
     }
-}
-
-/// The level that is not forgiven yet.
-fn level((level, at): (f64, Instant), per_second: f64) -> f64 {
-    (level - at.elapsed().as_secs_f64() * per_second).max(0.0)
-}
-
-fn renewal_interval(life: Duration) -> Duration {
-    RENEWAL_INTERVAL.min(life / RENEWALS_PER_LIFE)
-}
-
-/// The credential by which an agent joins. Each way has its own limit, so that a loop of one does not lock out the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Way {
-    /// A join token.
-    Token,
-    /// A ServiceAccount token, or an expired certificate.
-    Own,
-}
-
-/// A refusal: the text for the agent, and what only the log says.
-struct Refusal {
-    code: RefusalCode,
-    text: String,
-    retry_after: Duration,
-    /// The cause, for the operator only.
-    cause: String,
-    /// The cluster whose status shows the refusal, and the text.
-    told: Option<Told>,
-    /// Whether every first join begins with this refusal.
-    expected: bool,
-    /// Whether it counts as a failure of the address.
-    counts: bool,
-}
-
-/// What a cluster's status shows about a refused agent.
-struct Told {
-    cluster: ClusterUid,
-    why: String,
-    /// Whether the agent has proven that it belongs to the cluster.
-    proven: bool,
-    /// Whether the agent was admitted before.
-    returns: bool,
-}
-
-impl Refusal {
-    fn new(code: RefusalCode, text: impl Into<String>) -> Self {
-        Self {
-            code,
-            text: text.into(),
-            retry_after: Duration::ZERO,
-            cause: String::new(),
-            told: None,
-            expected: false,
-            counts: matches!(code, RefusalCode::Proof | RefusalCode::NoIssuer | RefusalCode::Request),
-        }
-    }
-
-    fn because(self, cause: impl Into<String>) -> Self {
-        Self { cause: cause.into(), ..self }
-    }
-
-    fn told(self, told: Told) -> Self {
-        Self { told: Some(told), ..self }
-    }
-
-    fn later(code: RefusalCode, text: impl Into<String>, retry_after: Duration) -> Self {
-        Self { retry_after, ..Self::new(code, text) }
-    }
-
-    fn message(&self) -> Refused {
-        let retry_after_ms = u32::try_from(self.retry_after.as_millis()).unwrap_or(u32::MAX);
-        Refused { retry_after_ms, ..Refused::new(self.code, &self.text) }
-    }
-
-    fn outcome(&self) -> JoinOutcome {
-        match self.code {
-            RefusalCode::Proof => JoinOutcome::Proof,
-            RefusalCode::Request | RefusalCode::Unknown => JoinOutcome::Request,
-            RefusalCode::Denied => JoinOutcome::Denied,
-            RefusalCode::Limit => JoinOutcome::Limit,
-            RefusalCode::Unavailable => JoinOutcome::Unavailable,
-            RefusalCode::NoIssuer => JoinOutcome::NoIssuer,
-        }
-    }
-}
-
-impl From<JoinRefused> for Refusal {
-    fn from(refused: JoinRefused) -> Self {
-        match refused {
-            // Only the holder of the right secret gets these texts, so they reveal nothing to others.
-            JoinRefused::Expired | JoinRefused::Used => Self::new(RefusalCode::Proof, refused.to_string()),
-            JoinRefused::Unknown => Self::new(RefusalCode::Proof, UNKNOWN),
-            JoinRefused::Revoked | JoinRefused::Full | JoinRefused::Taken | JoinRefused::NoCluster => {
-                Self::new(RefusalCode::Denied, refused.to_string())
-            }
-            JoinRefused::Store(error) => unavailable(&error),
-        }
-    }
-}
-
-impl From<IssueError> for Refusal {
-    fn from(error: IssueError) -> Self {
-        match error {
-            IssueError::CsrTooLarge(_)
-            | IssueError::CsrMalformed
-            | IssueError::CsrSignature
-            | IssueError::CsrKey(_) => Self::new(RefusalCode::Request, error.to_string()),
-            _ => unavailable(&error),
-        }
-    }
-}
-
-impl From<NotAdmitted> for Refusal {
-    fn from(error: NotAdmitted) -> Self {
-        Self::new(RefusalCode::Denied, error.to_string())
-    }
-}
-
-impl From<AccountError> for Refusal {
-    fn from(error: AccountError) -> Self {
-        Self::new(RefusalCode::NoIssuer, NO_ISSUER).because(error.to_string())
-    }
-}
-
-fn unavailable(error: &dyn std::fmt::Display) -> Refusal {
-    let text = "the gateway cannot decide now; the agent retries by itself";
-    Refusal::later(RefusalCode::Unavailable, text, RETRY_STORE).because(error.to_string())
 }
 
 /// Serves one connection to join.
@@ -633,175 +412,11 @@ async fn by_record(
     Ok(Decision { admission, with: format!("certificate {}", facts.serial), word: None, room })
 }
 
-/// The record of an instance.
-pub(crate) fn instance(fleet: &Fleet, instance: &InstanceId) -> Option<Arc<fleet::Instance>> {
-    match fleet.object(kind::INSTANCE, instance.as_str())?.object {
-        Object::Instance(instance) => Some(instance),
-        _ => None,
-    }
-}
-
-/// A certificate that is on record and may be sent.
-struct Issued {
-    certificate: Certificate,
-    serial: String,
-}
-
-/// Signs a certificate and records it.
-async fn issue(
-    fleet: &Fleet,
-    own: &Authorities,
-    config: &config::Join,
-    identity: &AgentIdentity,
-    csr: &[u8],
-    when_full: WhenFull,
-) -> Result<Issued, Refusal> {
-    let (life, now) = (config.certificate_lifetime, SystemTime::now());
-    let issued = own.tunnel.ca.issue_agent_from_csr(csr, identity, life, now)?;
-    let pin = SpkiPin::of(&issued.certificate).map_err(|error| unavailable(&error))?;
-    let record = fleet::Certificate {
-        serial: issued.serial.clone(),
-        pin: pin.to_string(),
-        issued: Time::from(now),
-        not_after: Time::from(issued.not_after),
-    };
-    match fleet.record_certificate(&identity.instance, &record, when_full).await {
-        Ok(()) => {}
-        Err(WriteError::NotFound) => return Err(NotAdmitted::UnknownInstance.into()),
-        Err(error @ WriteError::Certificates) => {
-            return Err(Refusal::later(RefusalCode::Limit, error.to_string(), renewal_interval(life)));
-        }
-        Err(error) => return Err(unavailable(&error)),
-    }
-    let chain = [&issued.certificate, &issued.root];
-    let chain = chain.into_iter().map(|der| Bytes::copy_from_slice(der)).collect();
-    Ok(Issued { certificate: Certificate { chain }, serial: issued.serial })
-}
-
-/// Records a cluster's issuer. Returns whether it is now on record.
-async fn record_issuer(
-    fleet: &Fleet,
-    cluster: &ClusterUid,
-    agent: &InstanceId,
-    issuer: &Issuer,
-    word: Word,
-) -> bool {
-    let Some(said) = account::recordable(issuer) else {
-        tracing::warn!(%cluster, "the token issuer that the agent reports for its cluster is unusable");
-        return false;
-    };
-    match fleet.record_issuer(cluster, agent, &said, word).await {
-        Ok(Heard::Counts) => true,
-        Ok(Heard::Pending) => {
-            let issuer = towline_model::text::printable(&said.issuer);
-            tracing::warn!(%cluster, instance = %agent, issuer, "issuer keys changed; the agent's report is ignored until a join token or spec.issuer confirms it");
-            false
-        }
-        Ok(Heard::Ignored) => {
-            tracing::warn!(%cluster, instance = %agent, "the agent reports a token issuer or keys that differ from spec.issuer; spec.issuer takes precedence");
-            false
-        }
-        Err(error) => {
-            tracing::warn!(%cluster, %error, "cannot record the cluster's token issuer");
-            false
-        }
-    }
-}
-
-/// What vouches for the report of an agent that renews: its ServiceAccount token, if a key on record signed it; or the
-/// join token with which it joined recently, when it could not read the keys yet.
-fn word(joins: &Joins, fleet: &Fleet, identity: &AgentIdentity, token: &str) -> Word {
-    let Some(known) = fleet.issuer(&identity.cluster) else {
-        let joined = instance(fleet, &identity.instance);
-        let lately = joined.is_some_and(|joined| {
-            matches!(joined.origin, fleet::Origin::Token { .. })
-                && Time::now().since(joined.created) <= FIRST_WORD
-        });
-        return if lately { Word::JoinToken } else { Word::Nothing };
-    };
-    let audience = joins.context.config.trust_domain.audience();
-    let vouched = account::verify(token, &known, &audience, SystemTime::now());
-    if vouched.is_ok() { Word::OldKey } else { Word::Nothing }
-}
-
-/// Records the ServiceAccount of an agent that joined with a token, so that it keeps its identity when it rejoins.
-async fn adopt(fleet: &Fleet, instance: &InstanceId, subject: &str) {
-    let origin = fleet::Origin::ServiceAccount { subject: subject.to_owned() };
-    for _ in 0..ADOPT_ATTEMPTS {
-        let Some(shown) = fleet.object(kind::INSTANCE, instance.as_str()) else { return };
-        let Object::Instance(record) = &shown.object else { return };
-        if record.origin == origin {
-            return;
-        }
-        let next = fleet::Instance { origin: origin.clone(), ..fleet::Instance::clone(record) };
-        match fleet.put(instance.as_str(), &next, Some(shown.revision)).await {
-            Err(WriteError::Conflict) => {}
-            Err(error) => {
-                return tracing::warn!(%instance, %error, "cannot record the agent's ServiceAccount; the agent will rejoin as a new instance");
-            }
-            Ok(_) => return,
-        }
-    }
-}
-
-/// Answers a renewal for the session's authenticated identity: whatever the request says, no other identity gets
-/// anything (EN-07).
-pub(crate) async fn renew(
-    joins: &Joins,
-    identity: &AgentIdentity,
-    serial: &str,
-    address: SocketAddr,
-    renew: &Renew,
-) -> Renewed {
-    let renewal = match try_renew(joins, identity, serial, renew).await {
-        Ok(issued) => {
-            joins.context.metrics.renewed(JoinOutcome::Ok);
-            tracing::info!(cluster = %identity.cluster, instance = %identity.instance, agent = %address,
-                serial = issued.serial, "certificate renewed");
-            Renewal::Certificate(issued.certificate)
-        }
-        Err(refusal) => {
-            joins.context.metrics.renewed(refusal.outcome());
-            tracing::warn!(cluster = %identity.cluster, instance = %identity.instance, agent = %address,
-                why = refusal.text, cause = refusal.cause, "renewal refused");
-            Renewal::Refused(refusal.message())
-        }
-    };
-    Renewed { outcome: Some(renewal) }
-}
-
-async fn try_renew(
-    joins: &Joins,
-    identity: &AgentIdentity,
-    serial: &str,
-    renew: &Renew,
-) -> Result<Issued, Refusal> {
-    let live = joins.context.live();
-    let (Some(own), Some(fleet)) = (&live.joins, joins.context.fleet.as_ref()) else {
-        let text =
-            "this gateway does not issue certificates; renew the certificate with the CA that issued it";
-        return Err(Refusal::new(RefusalCode::Denied, text));
-    };
-    fleet.admits(identity, serial)?;
-    let life = live.config.join.certificate_lifetime;
-    if !joins.shares.may_renew(&identity.instance, life) {
-        joins.context.metrics.limit_reached(Limit::Renewals);
-        let text = "the certificate was renewed too often recently; wait before the next attempt";
-        return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
-    }
-    // First the agent's report: it lets the agent rejoin even if there is no room for another certificate.
-    if let Some(issuer) = &renew.issuer {
-        let word = word(joins, fleet, identity, &renew.token);
-        if record_issuer(fleet, &identity.cluster, &identity.instance, issuer, word).await {
-            adopt(fleet, &identity.instance, &issuer.subject).await;
-        }
-    }
-    issue(fleet, own, &live.config.join, identity, &renew.csr, WhenFull::Refuse).await
-}
-
 #[cfg(test)]
 mod tests {
+    use super::refusal::UNKNOWN;
     use super::*;
+    use towline_certs::IssueError;
     use towline_proto::tunnel::exchange::encode_head;
 
     /// EN-02: all refusals have the same length.
@@ -823,55 +438,6 @@ mod tests {
                 "{}",
                 refusal.text
             );
-        }
-    }
-
-    /// EN-03: an address that fails is slowed down, its neighbours are not, and it recovers.
-    #[tokio::test(start_paused = true)]
-    async fn guessing_is_slowed_down() {
-        let joins = Shares::default();
-        let (guesser, honest): (IpAddr, IpAddr) =
-            ("192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap());
-        let mut passed = 0;
-        for _ in 0..10_000 {
-            if !joins.is_slowed(guesser) {
-                passed += 1;
-                joins.failed(guesser);
-            }
-            tokio::time::advance(Duration::from_micros(100)).await;
-        }
-        assert!((20..=22).contains(&passed), "{passed} guesses in a second");
-        assert!(!joins.is_slowed(honest));
-        tokio::time::advance(Duration::from_secs(5)).await;
-        assert!(!joins.is_slowed(guesser));
-        // A hundred thousand sources do not fill the memory, nor lock anybody out.
-        for n in 0..100_000_u32 {
-            joins.failed(IpAddr::V4(n.into()));
-        }
-        assert!(joins.failures.lock().unwrap().networks.len() <= FAILURES_MAX);
-        assert!(!joins.is_slowed(honest));
-    }
-
-    /// An instance renews as often as it needs to and no more, for all that it asks; others are not slowed down by it.
-    #[tokio::test(start_paused = true)]
-    async fn renewals_of_one_instance_are_few() {
-        let joins = Shares::default();
-        let (greedy, honest) = (InstanceId::new("a").unwrap(), InstanceId::new("b").unwrap());
-        let day = Duration::from_secs(86_400);
-        let mut renewed = 0;
-        // Sixteen a second for a minute.
-        for _ in 0..16 * 60 {
-            renewed += u32::from(joins.may_renew(&greedy, day));
-            tokio::time::advance(Duration::from_micros(62_500)).await;
-        }
-        assert!((13..=14).contains(&renewed), "{renewed} renewals in a minute");
-        assert!(joins.may_renew(&honest, day));
-        tokio::time::advance(RENEWAL_INTERVAL).await;
-        assert!(joins.may_renew(&greedy, day));
-        // Certificates of seconds are renewed within seconds.
-        for _ in 0..100 {
-            assert!(joins.may_renew(&honest, Duration::from_secs(3)));
-            tokio::time::advance(Duration::from_secs(1)).await;
         }
     }
 }

@@ -1,13 +1,15 @@
 //! Accepts connections on the public port. The loop only accepts; everything else happens in the connection's own task, under one
 //! deadline, after [`crate::listener::gate`] admits it. The ClientHello's ALPN decides whether it is an agent's, a join or a client's.
 //!
-//! Until its handshake ends, a peer can make the gateway read at most [`HANDSHAKE_BYTES`].
+//! Until its handshake ends, a peer can make the gateway read at most [`limited::HANDSHAKE_BYTES`].
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
 pub(crate) mod gate;
+mod limited;
 pub mod proxy_protocol;
 pub(crate) mod quic;
+mod refusal;
 pub(crate) mod self_checks;
 
 use crate::access::Access;
@@ -17,36 +19,24 @@ use crate::context::Context;
 use crate::front::{self, Arrival, Front};
 use crate::join::{self, Joins};
 use crate::listener::gate::{Gate, Pass};
+use crate::listener::limited::{H2_BEGINS, Limited};
 use crate::listener::proxy_protocol::{Header, HeaderError};
+use crate::listener::refusal::{HandshakeError, failed, refuse};
 use crate::listener::self_checks::SelfChecks;
-use crate::log::sparing;
 use crate::metrics::{Handshake, Limit, ProxyHeader, Surface, TlCode};
 use crate::per_key::network;
-use crate::tunnel::session::{self, Tunnel};
+use crate::tunnel::{Tunnel, session};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{self, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
-use towline_certs::{Listener as Purpose, explain, route_by_alpn, tls_error};
+use towline_certs::{Listener as Purpose, route_by_alpn};
 use towline_proto::tunnel::socket;
 
-/// Bytes that a peer may send before its handshake has ended: room for the largest honest certificate chains.
-pub(crate) const HANDSHAKE_BYTES: usize = 32 * 1024;
-/// Bytes read at once until then.
-const HANDSHAKE_READ: usize = 4 * 1024;
-/// Bytes that distinguish a PROXY protocol header from TLS: as many as TLS reads before it gives up on other data.
-const FIRST_BYTES: usize = 5;
-/// The first bytes of HTTP/2 without TLS; no method of HTTP/1.1 begins with them.
-const H2_BEGINS: &[u8; 4] = b"PRI ";
-/// How requests begin.
-const METHODS: [&[u8; 4]; 9] =
-    [b"GET ", b"HEAD", b"POST", b"PUT ", b"PATC", b"DELE", b"OPTI", b"CONN", H2_BEGINS];
 const PLAIN_ANSWER: &[u8] = b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\nClient sent an HTTP request to an HTTPS server: use https://\n";
 /// Pause after a failure to accept that the peer did not cause, such as too many open files.
 const BACKOFF: Duration = Duration::from_millis(5);
@@ -282,30 +272,6 @@ async fn stranger(this: &Listener, from: From) -> Result<(Seat, Standing), Hands
     }
 }
 
-/// Why a handshake failed.
-#[derive(Debug)]
-enum HandshakeError {
-    /// No data was sent: a load balancer's check or a port scan.
-    Probe,
-    Timeout,
-    TooLarge,
-    /// A trusted proxy sent no valid PROXY protocol header.
-    Header(HeaderError),
-    /// A PROXY protocol header from an address that is not a trusted proxy.
-    UnexpectedHeader,
-    /// The client behind a trusted proxy may not connect.
-    Forbidden,
-    /// A limit was reached.
-    Limit(Limit),
-    Alpn(String),
-    /// Plain HTTP on the TLS port.
-    Plain,
-    Tls {
-        error: io::Error,
-        tunnel: bool,
-    },
-}
-
 /// Reads the client's address from a trusted proxy before any TLS byte, and applies the checks that depend
 /// on the address.
 #[expect(clippy::indexing_slicing, reason = "neither is empty")]
@@ -409,7 +375,7 @@ async fn handshake(
     };
     let hello = started.client_hello();
     let offered = hello.alpn().into_iter().flatten();
-    let purpose = route_by_alpn(offered).map_err(|refused| HandshakeError::Alpn(refused.to_string()))?;
+    let purpose = route_by_alpn(offered).map_err(HandshakeError::Alpn)?;
     // Before any computation for it.
     let (seat, standing) = match purpose {
         Purpose::Tunnel => (this.gate.agent().map_err(HandshakeError::Limit)?, None),
@@ -441,221 +407,9 @@ async fn handshake(
     }
 }
 
-fn failed(error: io::Error, io: Option<&Limited<TcpStream>>, silent: bool, tunnel: bool) -> HandshakeError {
-    if io.is_some_and(|io| io.exceeded) {
-        return HandshakeError::TooLarge;
-    }
-    if io.is_some_and(Limited::looks_like_a_header) {
-        return HandshakeError::UnexpectedHeader;
-    }
-    let gone = matches!(
-        error.kind(),
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
-    );
-    if silent && gone { HandshakeError::Probe } else { HandshakeError::Tls { error, tunnel } }
-}
-
-fn refuse(context: &Context, address: SocketAddr, own: bool, error: &HandshakeError) {
-    if own {
-        // The gateway's own readiness check ends as soon as it has seen the certificate.
-        context.metrics.handshake(Handshake::SelfCheck);
-        return;
-    }
-    let reject = |outcome, surface, code| {
-        context.metrics.handshake(outcome);
-        context.metrics.rejected(surface, code);
-    };
-    match error {
-        HandshakeError::Probe => {
-            context.metrics.handshake(Handshake::Probe);
-            tracing::debug!(client = %address, "connection closed before any data was received");
-        }
-        HandshakeError::Timeout => {
-            reject(Handshake::Timeout, Surface::Listener, TlCode::Timeout);
-            context.metrics.limit_reached(Limit::HandshakeTime);
-            tracing::debug!(client = %address, "TLS handshake timed out");
-        }
-        HandshakeError::TooLarge => {
-            reject(Handshake::TooLarge, Surface::Listener, TlCode::Limit);
-            context.metrics.limit_reached(Limit::HandshakeBytes);
-            tracing::debug!(client = %address, "TLS handshake larger than {HANDSHAKE_BYTES} bytes");
-        }
-        HandshakeError::Header(error) => {
-            reject(Handshake::ProxyHeader, Surface::Listener, TlCode::Proto);
-            tracing::info!(proxy = %address, why = %error, "connection from a trusted proxy refused");
-        }
-        HandshakeError::UnexpectedHeader => {
-            context.metrics.proxy_header(ProxyHeader::Unexpected);
-            reject(Handshake::ProxyHeader, Surface::Listener, TlCode::Proto);
-            let why = "unexpected PROXY protocol header: this address is not a trusted proxy. If it is a load balancer, add it to listen.trustedProxies; listen.proxyProtocol must not be off";
-            sparing!(context.refusals.due(&()), info, client = %address, why, "connection refused");
-        }
-        HandshakeError::Forbidden => {
-            context.metrics.rejected(Surface::Listener, TlCode::Forbidden);
-            tracing::debug!(client = %address, "connection refused: address not in listen.allowedSources");
-        }
-        HandshakeError::Limit(limit) => {
-            context.metrics.rejected(Surface::Listener, TlCode::Limit);
-            context.metrics.limit_reached(*limit);
-            tracing::debug!(client = %address, limit = limit.label(), "connection refused: limit reached");
-        }
-        HandshakeError::Plain => {
-            reject(Handshake::Tls, Surface::Listener, TlCode::BadFraming);
-            tracing::debug!(client = %address, "connection refused: plain HTTP on a TLS port");
-        }
-        HandshakeError::Alpn(why) => {
-            reject(Handshake::Alpn, Surface::Listener, TlCode::Proto);
-            tracing::debug!(client = %address, why, "connection refused");
-        }
-        HandshakeError::Tls { error, tunnel } => {
-            let surface = if *tunnel { Surface::Tunnel } else { Surface::Listener };
-            reject(Handshake::Tls, surface, TlCode::Cert);
-            let why = tls_error(error).map_or_else(|| error.to_string(), explain);
-            let why = towline_model::text::printable(&why);
-            // An agent's operator looks for the refusal in this log; a client sees it itself.
-            if *tunnel {
-                sparing!(context.refusals.due(&()), info, client = %address, why, "agent refused");
-            } else {
-                tracing::debug!(client = %address, why, "TLS handshake failed");
-            }
-        }
-    }
-}
-
 fn is_the_peers(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused
     )
-}
-
-/// A socket with a limit on the bytes that can be read, until the limit is lifted.
-#[derive(Debug)]
-pub(crate) struct Limited<IO> {
-    io: IO,
-    left: usize,
-    exceeded: bool,
-    /// The first bytes are plain HTTP; nothing more is read.
-    plain: bool,
-    /// The first bytes since [`Limited::begin`], and how many of them there are.
-    first: [u8; FIRST_BYTES],
-    first_len: usize,
-}
-
-impl<IO> Limited<IO> {
-    fn new(io: IO) -> Self {
-        Self {
-            io,
-            left: HANDSHAKE_BYTES,
-            exceeded: false,
-            plain: false,
-            first: [0; FIRST_BYTES],
-            first_len: 0,
-        }
-    }
-
-    /// Starts counting the first bytes here; returns how many may still be read.
-    fn begin(&mut self) -> usize {
-        self.first_len = 0;
-        self.left
-    }
-
-    /// Whether the first bytes are those of a PROXY protocol header rather than of a TLS record.
-    #[expect(clippy::indexing_slicing, reason = "`first_len` stops at FIRST_BYTES")]
-    fn looks_like_a_header(&self) -> bool {
-        let first = &self.first[..self.first_len];
-        [&proxy_protocol::SIGNATURE[..FIRST_BYTES], &proxy_protocol::SIGNATURE_V1[..FIRST_BYTES]]
-            .contains(&first)
-    }
-
-    fn lift(&mut self) {
-        self.left = usize::MAX;
-    }
-}
-
-impl<IO: AsyncRead + Unpin> AsyncRead for Limited<IO> {
-    #[expect(
-        clippy::indexing_slicing,
-        reason = "`len` is the smallest of three, and `first_len` stops at FIRST_BYTES"
-    )]
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut task::Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        if this.left == usize::MAX {
-            return Pin::new(&mut this.io).poll_read(cx, buf);
-        }
-        if this.left == 0 {
-            this.exceeded = true;
-            return Poll::Ready(Err(io::Error::other("more bytes than a handshake may have")));
-        }
-        // Through a separate small buffer: a part of `buf` cannot be passed on without knowing how much of it is initialised.
-        let mut bytes = [0; HANDSHAKE_READ];
-        let len = HANDSHAKE_READ.min(this.left).min(buf.remaining());
-        let mut part = ReadBuf::new(&mut bytes[..len]);
-        let result = Pin::new(&mut this.io).poll_read(cx, &mut part);
-        this.left -= part.filled().len();
-        for byte in part.filled().iter().take(FIRST_BYTES - this.first_len) {
-            this.first[this.first_len] = *byte;
-            this.first_len += 1;
-        }
-        buf.put_slice(part.filled());
-        if METHODS.iter().any(|method| this.first[..this.first_len].starts_with(*method)) {
-            this.plain = true;
-            return Poll::Ready(Err(io::Error::other("HTTP without TLS")));
-        }
-        result
-    }
-}
-
-impl<IO: AsyncWrite + Unpin> AsyncWrite for Limited<IO> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut task::Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut task::Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tokio::io::{AsyncReadExt as _, duplex};
-
-    #[tokio::test]
-    async fn a_peer_cannot_make_us_read_more_than_a_handshake() {
-        let (mut peer, ours) = duplex(1 << 20);
-        peer.write_all(&vec![7; HANDSHAKE_BYTES * 2]).await.unwrap();
-        let mut limited = Limited::new(ours);
-        let mut read = Vec::new();
-        let error = limited.read_to_end(&mut read).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::Other);
-        assert!(limited.exceeded);
-        assert!(read.len() == HANDSHAKE_BYTES && read.iter().all(|byte| *byte == 7));
-        limited.lift();
-        assert_eq!(limited.read(&mut [0; 1024]).await.unwrap(), 1024);
-    }
 }

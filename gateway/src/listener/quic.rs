@@ -11,7 +11,8 @@
 use crate::access::standing::Seat;
 use crate::config::Quic;
 use crate::context::Context;
-use crate::listener::{HANDSHAKE_BYTES, Listener, divided_by};
+use crate::listener::limited::HANDSHAKE_BYTES;
+use crate::listener::{Listener, divided_by};
 use crate::live::Live;
 use crate::log::sparing;
 use crate::metrics::{Counted, Handshake, Limit, Surface, TlCode};

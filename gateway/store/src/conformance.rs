@@ -1,4 +1,4 @@
-//! Goal: every implementation of the store passes these tests.
+//! Goal: whatever implements the store behaves like this. Each implementation runs all of it.
 
 use super::*;
 use serde::Deserialize;

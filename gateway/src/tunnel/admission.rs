@@ -1,0 +1,200 @@
+//! The admission of an agent to a session: identity from the verified certificate, the allow-list or the record, the session's first round
+//! trip, and registration.
+
+use super::Tunnel;
+use crate::config::Cluster;
+use crate::fleet::{NotAdmitted, ShownCertificate};
+use crate::live::Live;
+use crate::metrics::{Limit, TlCode};
+use crate::per_key::KeyPermit;
+use crate::registry::sign_of_life::any_alive;
+use crate::registry::{InsertError, Registration, SessionId, Visitor};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use thiserror::Error;
+use towline_certs::facts::CertificateFacts;
+use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, SpkiPin};
+use towline_model::{ClusterName, Time};
+use towline_proto::Code;
+use towline_proto::hello::{BOOT_ID_BYTES, Hello};
+use towline_proto::tunnel::Session;
+
+/// Time limit from the end of the handshake to the hello and one round trip.
+pub(super) const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How many dead processes with the same certificate a new one may replace; after that it is refused.
+const REPLACE_ROUNDS: usize = 3;
+
+/// Why a session is not admitted.
+pub(super) struct Refusal {
+    pub(super) tl: TlCode,
+    pub(super) code: Code,
+    pub(super) text: String,
+}
+
+/// Why an agent with a valid certificate is not admitted.
+#[derive(Debug, Error)]
+pub(super) enum NotLetIn {
+    #[error("cluster uid {0} is not in this gateway's configuration; add it under clusters")]
+    NotListed(ClusterUid),
+    #[error("the gateway's configuration file defines cluster {0} with another uid")]
+    NameConfigured(ClusterName),
+    #[error(transparent)]
+    Fleet(#[from] NotAdmitted),
+}
+
+impl Tunnel {
+    /// The cluster that this agent speaks for, if a session of it may begin with this certificate.
+    ///
+    /// # Errors
+    /// Why not.
+    fn admits_with(
+        &self,
+        live: &Live,
+        identity: &AgentIdentity,
+        shown: &ShownCertificate<'_>,
+    ) -> Result<Arc<Cluster>, NotLetIn> {
+        let cluster = self.admits(live, identity, shown.serial)?;
+        // Agents of a configured cluster have certificates from elsewhere.
+        if !live.by_uid.contains_key(&identity.cluster)
+            && let Some(fleet) = &self.context.fleet
+        {
+            fleet.admits_with(identity, shown)?;
+        }
+        Ok(cluster)
+    }
+
+    /// The cluster that this agent speaks for, if it still may.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn admits(
+        &self,
+        live: &Live,
+        identity: &AgentIdentity,
+        serial: &str,
+    ) -> Result<Arc<Cluster>, NotLetIn> {
+        let uid = &identity.cluster;
+        if let Some(cluster) = live.by_uid.get(uid) {
+            let revoked = self.context.fleet.as_ref().is_some_and(|fleet| fleet.is_revoked(serial));
+            return if revoked { Err(NotAdmitted::Revoked.into()) } else { Ok(Arc::clone(cluster)) };
+        }
+        let Some(fleet) = &self.context.fleet else {
+            return Err(NotLetIn::NotListed(uid.clone()));
+        };
+        fleet.admits(identity, serial)?;
+        let cluster = fleet.cluster_of(uid).ok_or(NotAdmitted::UnknownCluster)?;
+        if live.by_name.contains_key(cluster.name.as_str()) {
+            return Err(NotLetIn::NameConfigured(cluster.name.clone()));
+        }
+        Ok(cluster)
+    }
+}
+
+pub(super) struct Admitted {
+    pub(super) cluster: Arc<Cluster>,
+    pub(super) identity: AgentIdentity,
+    pub(super) not_after: SystemTime,
+    pub(super) serial: String,
+    /// Whether the certificate was on record when the session began.
+    pub(super) on_record: bool,
+    pub(super) hello: Hello,
+    /// Its place among the connections of the cluster's agents.
+    _place: KeyPermit<ClusterUid>,
+}
+
+/// Decides whether to admit a session; `Err(None)` if it ended by itself. `cluster` is set as soon as the
+/// certificate names it.
+pub(super) async fn admit(
+    tunnel: &Tunnel,
+    session: &Session,
+    leaf: Option<&CertificateDer<'static>>,
+    address: SocketAddr,
+    cluster: &mut Option<ClusterUid>,
+) -> Result<(Admitted, Registration), Option<Refusal>> {
+    let refuse = |tl, code, text: String| Some(Refusal { tl, code, text });
+    let certificate = |text: String| refuse(TlCode::Cert, Code::Denied, text);
+    let live = tunnel.context.live();
+    let leaf = leaf.ok_or_else(|| certificate("the agent presented no certificate".to_owned()))?;
+    let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
+    cluster.replace(identity.cluster.clone());
+    let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let pin = SpkiPin::of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let issued = Time::from(facts.issued_at());
+    let shown = ShownCertificate { serial: &facts.serial, pin, issued };
+    let cluster = tunnel.admits_with(&live, &identity, &shown).map_err(|why| {
+        tunnel.joins.turned_back(&identity.cluster, address.ip(), &why.to_string(), true);
+        certificate(why.to_string())
+    })?;
+    // Before the session's first round trip, which an agent can delay.
+    let place = tunnel.agents.take(&identity.cluster).map_err(|_| {
+        tunnel.context.metrics.limit_reached(Limit::ConnectionsPerCluster);
+        refuse(
+            TlCode::Limit,
+            Code::Limit,
+            "the cluster's agents have reached their connection limit".to_owned(),
+        )
+    })?;
+    let on_record =
+        tunnel.context.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
+    drop(live);
+    let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
+        Ok(Ok(hello)) => hello,
+        Ok(Err(_ended)) => return Err(None),
+        Err(_) => {
+            return Err(refuse(
+                TlCode::Timeout,
+                Code::Deadline,
+                "the agent did not complete the session's start in time".to_owned(),
+            ));
+        }
+    };
+    if hello.boot_id.len() != BOOT_ID_BYTES {
+        let text = format!("the boot id is {} bytes long instead of {BOOT_ID_BYTES}", hello.boot_id.len());
+        return Err(refuse(TlCode::Proto, Code::Proto, text));
+    }
+    let registration = register(tunnel, session, &identity, &hello, address).await?;
+    let CertificateFacts { not_after, serial, .. } = facts;
+    Ok((Admitted { cluster, identity, not_after, serial, on_record, hello, _place: place }, registration))
+}
+
+async fn register(
+    tunnel: &Tunnel,
+    session: &Session,
+    identity: &AgentIdentity,
+    hello: &Hello,
+    address: SocketAddr,
+) -> Result<Registration, Option<Refusal>> {
+    let refuse = |tl, code, text: &str| Some(Refusal { tl, code, text: text.to_owned() });
+    let mut replaced: Vec<SessionId> = Vec::new();
+    for _ in 0..REPLACE_ROUNDS {
+        let AgentIdentity { cluster, instance, .. } = identity;
+        let software = towline_model::text::printable(&hello.software);
+        let visitor = Visitor { software: &software, address };
+        match tunnel.registry.insert(cluster, instance, &hello.boot_id, session, &replaced, visitor) {
+            Ok(registration) => {
+                tunnel.joins.arrived(instance, &hello.boot_id);
+                return Ok(registration);
+            }
+            Err(InsertError::SessionsMax) => {
+                tunnel.context.metrics.limit_reached(Limit::SessionsPerCluster);
+                return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has reached its session limit"));
+            }
+            Err(InsertError::OtherProcess(others)) => {
+                let sessions: Vec<_> = others.iter().map(|(_, session)| session.clone()).collect();
+                if any_alive(&sessions).await {
+                    break;
+                }
+                for (id, dead) in others {
+                    dead.close(Code::Cancelled, "replaced by another process with the same certificate");
+                    replaced.push(id);
+                }
+                if session.closed().is_some() {
+                    return Err(None);
+                }
+            }
+        }
+    }
+    let text = "already connected: another process with the same certificate is connected. Stop that process, or give this agent its own certificate";
+    Err(refuse(TlCode::Cert, Code::Denied, text))
+}
