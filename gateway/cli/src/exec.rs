@@ -158,8 +158,8 @@ mod tests {
         for (script, wanted) in [
             ("exit 7", "\"sh\" failed: exit code 7"),
             ("kill -9 $$", "signal"),
-            ("echo s3cret", "no JSON"),
-            (r#"echo '{"token":"s3cret"}'"#, "kind is not ExecCredential"),
+            ("echo s3cret", "not JSON"),
+            (r#"echo '{"token":"s3cret"}'"#, "not an ExecCredential"),
             (
                 r#"echo '{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"clientKeyData":"s3cret"}}'"#,
                 "neither a token",

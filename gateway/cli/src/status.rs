@@ -492,7 +492,7 @@ mod tests {
         assert_eq!(why, ["R: m-Connected", "R: m-CertificateCurrent", "R: m-AgentOutdated", ""]);
         let said = summary(&clusters);
         assert!(
-            said.starts_with("4 clusters: 3 connected, 1 not; 1 with a certificate")
+            said.starts_with("4 clusters: 3 connected, 1 not; 1 with an overdue certificate")
                 && said.ends_with("to upgrade"),
             "{said}"
         );

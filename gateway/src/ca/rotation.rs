@@ -274,7 +274,7 @@ mod tests {
         first.save(&place.join(ROOTS), &place.join(KEY)).unwrap();
         for wrong in [Step::IssueNew, Step::DropOld, Step::Back] {
             let error = step(place, wrong, now).unwrap_err();
-            assert!(error.to_string().ends_with("what may come next: trust-new"), "{error}");
+            assert!(error.to_string().ends_with("possible next steps: trust-new"), "{error}");
         }
         step(place, Step::TrustNew, now).unwrap();
         assert!(matches!(step(place, Step::DropOld, now), Err(RotationError::Order { .. })));

@@ -928,7 +928,7 @@ async fn a_place_taken_during_the_pings_is_refused() {
     assert!(![&first.instance, &second.instance].contains(&&fourth.instance));
     // A copy of what an agent keeps gets nothing while that agent is there.
     let copy = join(Proof::Expired(second.certificate.clone()), &mine, 5).await.unwrap_err();
-    assert!(code(&copy) == RefusalCode::Denied && copy.text.contains("alive"), "{copy:?}");
+    assert!(code(&copy) == RefusalCode::Denied && copy.text.contains("it is connected"), "{copy:?}");
 }
 
 /// The `/tunnel-ca` page of the private port.

@@ -373,7 +373,7 @@ async fn an_operator_runs_the_fleet() {
     let line = timeout(PATIENCE, async {
         loop {
             let line = lines.next_line().await.unwrap().expect("the watch goes on");
-            if line.contains("no ") {
+            if line.split_whitespace().nth(2) == Some("no") {
                 return line;
             }
         }
