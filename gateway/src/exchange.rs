@@ -2,11 +2,11 @@
 //!
 //! 1. `plan`: authenticate and authorize ([`crate::access`]), and build the upstream's head ([`crate::exchange::headers`]). Nothing has
 //!    left the gateway yet.
-//! 2. `open`: pick a session, open a stream, send the head, send the body while waiting for the answer. If nothing
-//!    was done with it, once more on another session, as long as all of the client's body is still here; so also if the
-//!    session was lost and it is a GET that may have been carried out, which does no harm twice.
-//! 3. `attempt`: one try of it.
-//! 4. `answer_with` or `switch`: the answer's head for the client, and the body as it arrives; or raw bytes after a 101.
+//! 2. `open`: pick a session, open a stream, send the head, and send the body while waiting for the response. If the attempt had no
+//!    effect, it is repeated once on another session, as long as the client's whole body is still kept. So is a GET whose session was
+//!    lost, because repeating it is harmless.
+//! 3. `attempt`: one such attempt.
+//! 4. `answer_with` or `switch`: the response's head for the client, and the body as it arrives; or raw bytes after a 101.
 //!
 //! An exchange needs no client connection: the request's body may be any [`Body`], and the result is a head and a body, or a head and a
 //! raw stream ([`Exchanged`]). Dropping the exchange, as hyper does when the client leaves, resets and stops its stream. An error

@@ -1,27 +1,27 @@
-//! The gateway: where fleet services call, and where agents connect to.
+//! The gateway of a fleet: clients send requests to it, and agents connect to it. This is the map of its rooms.
 //!
 //! | question | room |
 //! |---|---|
 //! | what can be configured? | [`config`] |
-//! | how does a gateway start, drain and end? | [`gateway`] |
-//! | how does a connection get in, and what must it pass? | [`listener`] |
+//! | how does a gateway start, drain and stop? | [`gateway`] |
+//! | how is a connection accepted, and which limits apply? | [`listener`] |
 //! | how are clients served? | `front` |
 //! | which cluster does a request name? | [`web`] |
-//! | who calls, and may they? what ends with a credential? | [`access`], [`rules`] |
-//! | how does one exchange run, and why this status? which header fields go where? | [`exchange`] |
+//! | who calls, and may they? what ends when a credential is revoked? | [`access`], [`rules`] |
+//! | how does an exchange run, and why this status? which header fields are forwarded? | [`exchange`] |
 //! | what does the gateway serve at its root? | [`api`] |
 //! | how does an agent's connection become a session? | `tunnel` |
 //! | how does an agent join, and renew its certificate? | [`join`] |
-//! | which session carries a request? who knows of a new tunnel CA? | [`registry`] |
+//! | which session carries a request? which agents have acknowledged a new tunnel CA? | [`registry`] |
 //! | which clusters are registered, and who may join? | [`fleet`] |
-//! | what does the gateway sign with, and how is its CA replaced? | [`ca`] |
-//! | is it well? what happens on SIGHUP? the first admin, and backups? | [`ops`] |
+//! | which CAs sign, and how is the tunnel CA replaced? | [`ca`] |
+//! | is it healthy? what happens on SIGHUP? how are the first admin and backups made? | [`ops`] |
 //! | what does it count? | [`metrics`] |
-//! | what does a reload replace? what does a state directory bring along? how does everything stop? | `live`, `memory`, `lifecycle` |
-//! | how is a limit divided? what may be done how often? | `per_key`, `shares`; `buckets` |
+//! | what does a reload replace? what does the state directory contribute? how does everything stop? | `live`, `memory`, `lifecycle` |
+//! | how is a limit divided? how often may somebody do something? | `per_key`, `shares`; `buckets` |
 //! | on which threads does it run, with how many file descriptors, and how does it log? | [`runtime`], [`descriptors`], [`log`] |
 //!
-//! What is remembered, and how safely, is the crate towline-store. The program `towline` is towline-cli.
+//! The crate towline-store keeps the records, safely. The crate towline-cli is the program `towline`.
 
 pub mod access;
 pub mod api;

@@ -1,4 +1,4 @@
-//! A socket from which a peer can make the gateway read only so much until its handshake has ended.
+//! A socket that limits how much a peer can make the gateway read until its handshake has ended.
 
 use super::proxy_protocol;
 use std::io;

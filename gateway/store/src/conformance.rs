@@ -1,4 +1,4 @@
-//! Goal: whatever implements the store behaves like this. Each implementation runs all of it.
+//! Goal: every implementation of the store passes these tests.
 
 use super::*;
 use serde::Deserialize;

@@ -1,4 +1,4 @@
-//! A gateway in this process, agents made of the protocol alone, and clients over real sockets.
+//! A gateway in this process, agents that consist of the protocol crate only, and clients over real sockets.
 
 #![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]

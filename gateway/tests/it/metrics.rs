@@ -1,5 +1,5 @@
-//! Goal: every metric family that the gateway prints moves when what it counts happens, and is documented; and what is
-//! documented is printed.
+//! Goal: every metric family that the gateway prints moves when its event happens, and is documented; and every documented family
+//! is printed.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! The program `towline`: registers clusters, hands out tokens and kubeconfigs, shows the fleet.
+//! The program `towline`: registers clusters, creates join tokens and kubeconfigs, and shows the fleet.
 
 use std::process::ExitCode;
 
