@@ -1,7 +1,7 @@
 //! Goal: every implementation of the store passes these tests.
 
 use super::*;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::task::JoinSet;

@@ -6,6 +6,7 @@
 
 use super::history::History;
 use super::lease::Leases;
+use super::record::DRAINS;
 use super::{
     Change, CommitError, Condition, Event, Key, Kind, NAME_MAX, Observer, Page, RECORD_MAX, Record, Revision,
     StoreError, Transaction, Unreadable,
@@ -435,14 +436,6 @@ fn take_lock(directory: &Path) -> Result<File, StoreError> {
     }
     say_holder(&file, "").map_err(fail)?;
     Ok(file)
-}
-
-/// The suffix of the holder's name while it drains.
-const DRAINS: &str = ", which is draining";
-
-/// Whether the holder's name says that it drains.
-pub(super) fn drains(holder: &str) -> bool {
-    holder.ends_with(DRAINS)
 }
 
 fn say_holder(mut file: &File, state: &str) -> io::Result<()> {

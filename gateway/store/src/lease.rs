@@ -1,6 +1,6 @@
 //! Leases of the embedded store. They live in this process, and records that depend on a lease are deleted with it.
 
-use super::Key;
+use super::{Key, LeaseId};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,10 +9,6 @@ use tokio::time::{Instant, sleep_until};
 
 /// Wait after a failure to delete records.
 pub(super) const RETRY: Duration = Duration::from_secs(1);
-
-/// Identifies one lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LeaseId(u64);
 
 #[derive(Debug, Default)]
 pub(super) struct Leases {
