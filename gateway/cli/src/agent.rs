@@ -1,7 +1,7 @@
 //! `towline agent` and `towline gateway`: print the manifests that a cluster's owner applies. These commands apply nothing.
 
-use super::Connection;
 use super::client::{API_VERSION, Client};
+use super::connection::ConnectionArguments;
 use super::failure::{Failure, Outcome};
 use super::manifest::{
     AgentManifest, AgentProxy, GatewayManifest, Grant, IssuerKeys, Label, ManifestError, Password,
@@ -33,7 +33,7 @@ pub(crate) enum GatewayCommand {
 }
 
 impl AgentCommand {
-    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+    pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         match self {
             Self::Manifest(manifest) => manifest.run(connection).await,
         }
@@ -222,7 +222,7 @@ impl From<ManifestError> for Failure {
 type Made = Vec<(&'static str, Value)>;
 
 impl Manifest {
-    async fn run(&self, connection: &Connection) -> Outcome {
+    async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         let cluster = ClusterName::new(&self.cluster).map_err(|error| Failure::usage(error.to_string()))?;
         // Before any request.
         self.way.proxy_url()?;
@@ -245,7 +245,7 @@ impl Manifest {
                 "the join token in {} is for cluster {}, not for {cluster}. Create one for this cluster: {} token create {cluster}",
                 file.display(),
                 token.cluster,
-                super::name()
+                super::connection::name()
             )));
         }
         self.print(&self.manifest(cluster, mode, Some(&token))?, &token)
@@ -345,7 +345,7 @@ impl Manifest {
                 let next = format!(
                     "cluster {} is not registered. Repeat the command with --register, or run: {} cluster register {}",
                     self.cluster,
-                    super::name(),
+                    super::connection::name(),
                     self.cluster
                 );
                 return Err(Failure::failed(next));

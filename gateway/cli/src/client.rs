@@ -1,6 +1,6 @@
 //! The HTTP client of the fleet's API: one kept connection with one request at a time, and a separate connection for each watch.
 
-use super::Connection;
+use super::connection::ConnectionArguments;
 use super::failure::{Failure, Outcome, Refusal};
 use super::kubeconfig::{Bundle, Context, Kubeconfig, User};
 use super::output;
@@ -72,7 +72,7 @@ pub(crate) struct Select {
 
 impl Client {
     /// Finds the gateway and the credential from the flags; runs the user's exec plugin if there is one. It does not connect yet.
-    pub(crate) fn new(connection: &Connection) -> Outcome<Self> {
+    pub(crate) fn new(connection: &ConnectionArguments) -> Outcome<Self> {
         Self::of(Kubeconfig::load(connection)?.context(connection)?)
     }
 

@@ -1,9 +1,10 @@
 //! `towline cluster`: register, inspect, revoke and delete clusters.
 
 use super::client::{API_VERSION, Client, Select};
+use super::connection::{ConnectionArguments, name};
 use super::failure::{Failure, Outcome};
 use super::output::{self, Format, Output};
-use super::{Connection, describe, name, show};
+use super::{describe, show};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Map, Value, json};
 
@@ -21,7 +22,7 @@ const EXAMPLES: &str = "Examples:
 /// Register, inspect, revoke and delete clusters.
 #[derive(Debug, Subcommand)]
 #[command(before_help = EXAMPLES)]
-pub(crate) enum Cluster {
+pub(crate) enum ClusterCommand {
     /// Register a cluster so that its agents can join.
     #[command(before_help = REGISTER)]
     Register(Register),
@@ -170,8 +171,8 @@ pub(crate) struct Label {
     overwrite: bool,
 }
 
-impl Cluster {
-    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+impl ClusterCommand {
+    pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         let client = Client::new(connection)?;
         match self {
             Self::Register(register) => register.run(&client).await,
@@ -308,7 +309,7 @@ async fn protect(client: &Client, cluster: &str, off: bool) -> Outcome {
 
 async fn revoke(client: &Client, cluster: &str) -> Outcome {
     let before = show::find(client, CLUSTERS, cluster).await?;
-    let tokens = tokens_of(client, cluster).await?;
+    let tokens = describe::tokens_of(client, cluster).await?;
     let spec = json!({"cluster": {"name": cluster}});
     client
         .create("revocations", &json!({"apiVersion": API_VERSION, "kind": "Revocation", "spec": spec}))
@@ -339,7 +340,7 @@ async fn delete(client: &Client, names: &[String]) -> Outcome {
 
 async fn delete_one(client: &Client, cluster: &str) -> Outcome {
     let before = show::find(client, CLUSTERS, cluster).await?;
-    let tokens = tokens_of(client, cluster).await?;
+    let tokens = describe::tokens_of(client, cluster).await?;
     match client.delete(CLUSTERS, &before).await {
         Ok(_) => {}
         Err(failure) if failure.is_forbidden() && before["spec"]["deletionProtection"] == true => {
@@ -356,13 +357,6 @@ async fn delete_one(client: &Client, cluster: &str) -> Outcome {
         ended(&before, &tokens)
     ));
     Ok(())
-}
-
-/// The join tokens of a cluster.
-pub(crate) async fn tokens_of(client: &Client, cluster: &str) -> Outcome<Vec<Value>> {
-    let mut list = client.list("jointokens", &Select::default()).await?;
-    let tokens = list["items"].as_array_mut().map(std::mem::take).unwrap_or_default();
-    Ok(tokens.into_iter().filter(|token| token["spec"]["cluster"] == cluster).collect())
 }
 
 /// What ended, from the state before.

@@ -2,9 +2,10 @@
 //! shell. The format is that of Cobra, which kubectl and Helm use; kubectl asks in the same way as the shells.
 
 use super::client::{Client, Select};
+use super::connection::ConnectionArguments;
 use super::failure::{Failure, Outcome};
 use super::kubeconfig::{Kubeconfig, User};
-use super::{Connection, output};
+use super::output;
 use clap::{Arg, ArgAction, Command};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -48,7 +49,7 @@ pub(crate) async fn run(words: &[String], definition: Command) -> Outcome {
 }
 
 /// The names of objects; empty if the gateway does not answer at once, because the user is waiting.
-async fn names(connection: &Connection, plural: &str) -> Vec<(String, String)> {
+async fn names(connection: &ConnectionArguments, plural: &str) -> Vec<(String, String)> {
     let list = async {
         let context = Kubeconfig::gateways(connection)?;
         // An exec plugin may ask for a password or open a browser, which completion must not do.
@@ -68,10 +69,10 @@ async fn names(connection: &Connection, plural: &str) -> Vec<(String, String)> {
 }
 
 /// What may follow these words, and the gateway that they select.
-fn place(mut definition: Command, before: &[String], typed: &str) -> (Place, Connection) {
+fn place(mut definition: Command, before: &[String], typed: &str) -> (Place, ConnectionArguments) {
     definition.build();
     let mut command = &definition;
-    let mut connection = Connection { kubeconfig: Vec::new(), context: None };
+    let mut connection = ConnectionArguments { kubeconfig: Vec::new(), context: None };
     let (mut given, mut words, mut open) = (0, before.iter(), None);
     while let Some(word) = words.next() {
         if word == "--" {
@@ -277,7 +278,7 @@ mod tests {
             "current-context": "gw",
         });
         std::fs::write(&file, config.to_string()).unwrap();
-        let connection = Connection { kubeconfig: vec![file], context: None };
+        let connection = ConnectionArguments { kubeconfig: vec![file], context: None };
         assert!(names(&connection, "clusters").await.is_empty() && !mark.exists());
     }
 }

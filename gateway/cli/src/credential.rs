@@ -1,9 +1,9 @@
 //! `towline credential`: the exec plugin in the kubeconfigs that `towline kubeconfig` writes. It returns both credentials at once, the
 //! certificate for the gateway and the token for the cluster, because kubectl takes a user's credentials from one source.
 
-use super::Connection;
 use super::cache::{self, Certificate};
 use super::client::{API_VERSION, Client};
+use super::connection::ConnectionArguments;
 use super::exec::{EXEC_INFO, GROUP, Plugin};
 use super::failure::{Failure, Outcome};
 use super::kubeconfig::Kubeconfig;
@@ -34,7 +34,7 @@ certificates; the token of an AccessToken is good until it expires. The certific
 /// Print an ExecCredential for kubectl.
 #[derive(Args, Debug)]
 #[command(before_help = EXAMPLES, after_help = LIVES)]
-pub(crate) struct Credential {
+pub(crate) struct CredentialCommand {
     #[command(flatten)]
     source: Source,
     /// Lifetime of the certificate to request, 1m to 24h.
@@ -146,15 +146,15 @@ impl Source {
     }
 }
 
-impl Credential {
-    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+impl CredentialCommand {
+    pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         let version = asked_version(std::env::var(EXEC_INFO).ok().as_deref())?;
         let certificate = self.certificate(connection).await?;
         let both = Both { certificate, token: self.source.token()? };
         output::line(&answer(&version, &both).to_string())
     }
 
-    async fn certificate(&self, connection: &Connection) -> Outcome<Certificate> {
+    async fn certificate(&self, connection: &ConnectionArguments) -> Outcome<Certificate> {
         let context = Kubeconfig::load(connection)?.context(connection)?;
         let place = cache::place(&context, self.expires);
         if !self.no_cache

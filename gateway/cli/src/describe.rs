@@ -1,7 +1,6 @@
 //! `towline cluster describe`: everything that the API knows about a cluster, for finding out what is wrong.
 
 use super::client::{Client, Select};
-use super::cluster::tokens_of;
 use super::failure::Outcome;
 use super::output::{self, Table, text};
 use super::show::{self, ago, or_none, relative, until};
@@ -134,6 +133,13 @@ fn moment(time: &Value) -> String {
 
 fn when(time: &Value) -> String {
     format!("{} ({})", text(time), until(time))
+}
+
+/// The join tokens of a cluster.
+pub(crate) async fn tokens_of(client: &Client, cluster: &str) -> Outcome<Vec<Value>> {
+    let mut list = client.list("jointokens", &Select::default()).await?;
+    let tokens = list["items"].as_array_mut().map(std::mem::take).unwrap_or_default();
+    Ok(tokens.into_iter().filter(|token| token["spec"]["cluster"] == cluster).collect())
 }
 
 #[cfg(test)]

@@ -1,13 +1,14 @@
 //! `towline kubeconfig`: writes the kubeconfig entries with which kubectl reaches clusters through the gateway.
 
 use super::client::{Client, Select};
+use super::connection::{ConnectionArguments, name};
 use super::credential::Source;
 use super::exec::GROUP;
 use super::failure::{Failure, Outcome};
 use super::kubeconfig::{self, Context, Kubeconfig, User};
 use super::kubefile::{self, Entry, Origin};
 use super::token::duration;
-use super::{Connection, name, output, show};
+use super::{output, show};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::{Args, ValueEnum};
@@ -94,7 +95,7 @@ enum ExecApi {
 }
 
 impl Entries {
-    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+    pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         self.check(std::io::stdout().is_terminal())?;
         // Use the gateway's own context, not an entry that was written from it.
         let client = Client::of(Kubeconfig::gateways(connection)?)?;
@@ -261,7 +262,7 @@ impl Entries {
     }
 
     /// The target file.
-    fn place(&self, connection: &Connection) -> Outcome<PathBuf> {
+    fn place(&self, connection: &ConnectionArguments) -> Outcome<PathBuf> {
         if let Some(file) = &self.output {
             return Ok(file.clone());
         }

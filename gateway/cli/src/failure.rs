@@ -1,6 +1,6 @@
 //! Errors of `towline` commands: the message on stderr and the exit code.
 
-use super::name;
+use super::connection::name;
 use serde_json::Value;
 use std::io;
 

@@ -1,6 +1,6 @@
 //! Reads the kubeconfig as kubectl finds and merges it, and resolves a context into a gateway and a user.
 
-use super::Connection;
+use super::connection::ConnectionArguments;
 use super::exec::Plugin;
 use super::failure::{Failure, Outcome};
 use super::proxy::Proxy;
@@ -98,7 +98,7 @@ impl std::fmt::Debug for User {
 }
 
 /// The candidate kubeconfig files, and whether they must exist: those named for this program must.
-pub(crate) fn places(connection: &Connection) -> (Vec<PathBuf>, bool) {
+pub(crate) fn places(connection: &ConnectionArguments) -> (Vec<PathBuf>, bool) {
     if !connection.kubeconfig.is_empty() {
         return (connection.kubeconfig.clone(), true);
     }
@@ -144,7 +144,7 @@ pub(crate) fn parse(path: &Path, text: &str) -> Outcome<Value> {
 
 impl Kubeconfig {
     /// Reads the files that the flags, `$KUBECONFIG` or the home directory name.
-    pub(crate) fn load(connection: &Connection) -> Outcome<Self> {
+    pub(crate) fn load(connection: &ConnectionArguments) -> Outcome<Self> {
         let (places, required) = places(connection);
         let mut files = Vec::new();
         for path in &places {
@@ -168,7 +168,7 @@ impl Kubeconfig {
     }
 
     /// The gateway's context: the selected one, or the one from which this program wrote the selected entry.
-    pub(crate) fn gateways(connection: &Connection) -> Outcome<Context> {
+    pub(crate) fn gateways(connection: &ConnectionArguments) -> Outcome<Context> {
         let kubeconfig = Self::load(connection)?;
         let context = kubeconfig.context(connection)?;
         match kubeconfig.origin(&context.name) {
@@ -178,7 +178,7 @@ impl Kubeconfig {
     }
 
     /// Resolves the context of the flags, or else the current one.
-    pub(crate) fn context(&self, connection: &Connection) -> Outcome<Context> {
+    pub(crate) fn context(&self, connection: &ConnectionArguments) -> Outcome<Context> {
         let current = || {
             let said = self.files.iter().filter_map(|file| file.content["current-context"].as_str());
             said.filter(|name| !name.is_empty()).map(ToOwned::to_owned).next()
@@ -231,11 +231,11 @@ impl Kubeconfig {
     }
 
     /// The gateway context from which this program wrote a cluster's context, if it did.
-    pub(crate) fn origin(&self, context: &str) -> Option<Connection> {
+    pub(crate) fn origin(&self, context: &str) -> Option<ConnectionArguments> {
         let entry = self.entry("contexts", "context", context)?;
         let mark = mark(entry.content)?;
         let files = mark["kubeconfig"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        Some(Connection {
+        Some(ConnectionArguments {
             kubeconfig: files.map(PathBuf::from).collect(),
             context: Some(mark["context"].as_str()?.to_owned()),
         })
@@ -357,8 +357,8 @@ mod tests {
         assert!(told.contains("config is not a kubeconfig") && !told.contains("CANARY"), "{told}");
     }
 
-    fn connection(files: &[PathBuf], context: Option<&str>) -> Connection {
-        Connection { kubeconfig: files.to_vec(), context: context.map(ToOwned::to_owned) }
+    fn connection(files: &[PathBuf], context: Option<&str>) -> ConnectionArguments {
+        ConnectionArguments { kubeconfig: files.to_vec(), context: context.map(ToOwned::to_owned) }
     }
 
     #[test]

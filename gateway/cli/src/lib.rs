@@ -20,6 +20,7 @@ mod cache;
 mod client;
 mod cluster;
 mod complete;
+mod connection;
 mod credential;
 mod describe;
 mod entries;
@@ -37,9 +38,9 @@ mod whoami;
 mod yaml;
 
 use clap::error::{ContextKind, ContextValue};
-use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use connection::{ConnectionArguments, name};
 use failure::{Failure, Outcome};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "Examples:
@@ -58,31 +59,10 @@ The kubeconfig's context selects the gateway. To create a first kubeconfig: towl
 #[command(name = "towline", version, before_help = EXAMPLES, after_help = EXIT_CODES)]
 struct Arguments {
     #[command(flatten)]
-    connection: Connection,
+    connection: ConnectionArguments,
     #[command(subcommand)]
     command: Command,
 }
-
-/// The gateway and the user.
-#[derive(Args, Clone, Debug)]
-pub(crate) struct Connection {
-    /// Kubeconfig to use instead of $TOWLINE_KUBECONFIG, $KUBECONFIG and ~/.kube/config; several files are merged.
-    #[arg(long, global = true, value_name = "FILE", help_heading = CONNECTION)]
-    kubeconfig: Vec<PathBuf>,
-    /// Context to use instead of the current one. The context of a cluster behind the gateway selects its gateway.
-    #[arg(
-        long,
-        global = true,
-        value_name = "NAME",
-        env = "TOWLINE_CONTEXT",
-        hide_env_values = true,
-        help_heading = CONNECTION
-    )]
-    context: Option<String>,
-}
-
-/// The heading of the options that all commands share.
-const CONNECTION: &str = "Connection";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -94,12 +74,12 @@ enum Command {
     Gateway(Box<agent::GatewayCommand>),
     /// Register, inspect, revoke and delete clusters.
     #[command(subcommand)]
-    Cluster(cluster::Cluster),
+    Cluster(cluster::ClusterCommand),
     /// Create, list and revoke join tokens.
     #[command(subcommand)]
-    Token(token::Token),
+    Token(token::TokenCommand),
     Kubeconfig(entries::Entries),
-    Credential(credential::Credential),
+    Credential(credential::CredentialCommand),
     Status(status::Status),
     /// Show your user and groups as the gateway sees them.
     Whoami(whoami::Whoami),
@@ -120,13 +100,6 @@ const COMPLETION: &str = "Examples:
   towline completion fish > ~/.config/fish/completions/towline.fish
   towline completion kubectl > /usr/local/bin/kubectl_complete-towline    chmod +x it
 ";
-
-/// The name under which this program was called.
-pub(crate) fn name() -> &'static str {
-    let first = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
-    let file = first.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    if file.starts_with("kubectl-") { "kubectl towline" } else { "towline" }
-}
 
 /// Runs the program.
 #[must_use]

@@ -4,13 +4,12 @@
 //! The functions are pure: a description in, a text out. The join token is only in the agent's Secret.
 
 mod agent;
-mod agent_config;
-mod agent_pods;
 mod gateway;
 mod pod;
 
-pub use agent::{AgentManifest, Grant, IssuerKeys, NAMESPACE as AGENT_NAMESPACE};
-pub use agent_config::{AgentProxy, Password, Transport};
+pub use agent::{
+    AgentManifest, AgentProxy, Grant, IssuerKeys, NAMESPACE as AGENT_NAMESPACE, Password, Transport,
+};
 pub use gateway::GatewayManifest;
 pub use pod::{Label, PodOptions, Resources, Toleration};
 

@@ -170,9 +170,9 @@ async fn unknown(client: &Client, plural: &str, name: &str) -> Failure {
         .collect();
     let alike = nearest(name, &names);
     let next = if alike.is_empty() {
-        format!("List them: {} {word} list", super::name())
+        format!("List them: {} {word} list", super::connection::name())
     } else {
-        format!("Did you mean {}? List them: {} {word} list", alike.join(", "), super::name())
+        format!("Did you mean {}? List them: {} {word} list", alike.join(", "), super::connection::name())
     };
     Failure::failed(format!("no {word} {name:?} found. {next}"))
 }

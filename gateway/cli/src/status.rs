@@ -1,10 +1,10 @@
 //! `towline status`: one line for each cluster, problems first.
 
 use super::client::{Client, Select};
+use super::connection::{ConnectionArguments, name};
 use super::failure::{Failure, Outcome};
 use super::output::{self, Colour, Format, Output, Screen, Table, text};
 use super::show::{self, Seen, ago, condition, or_none, relative, until};
-use super::{Connection, name};
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -129,7 +129,7 @@ fn why(cluster: &Value) -> String {
 }
 
 impl Status {
-    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+    pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         let client = Client::new(connection)?;
         let select = Select { labels: self.selector.clone(), name: None };
         if self.watch {

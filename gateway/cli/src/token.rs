@@ -1,10 +1,10 @@
 //! `towline token`: create, list and revoke join tokens.
 
 use super::client::{API_VERSION, Client, Select};
+use super::connection::{ConnectionArguments, name};
 use super::failure::{Failure, Outcome};
 use super::output::{self, Format, Output};
 use super::show::{self, until};
-use super::{Connection, name};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -21,7 +21,7 @@ const EXAMPLES: &str = "Examples:
 /// Create, list and revoke join tokens.
 #[derive(Debug, Subcommand)]
 #[command(before_help = EXAMPLES)]
-pub(crate) enum Token {
+pub(crate) enum TokenCommand {
     /// Create a join token for a cluster and print it. It is not shown again.
     #[command(before_help = CREATE)]
     Create(Create),
@@ -106,8 +106,8 @@ fn life(text: &str) -> Result<Duration, String> {
 
 const LIFE_MOST: Duration = Duration::from_secs(30 * 86_400);
 
-impl Token {
-    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+impl TokenCommand {
+    pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         let client = Client::new(connection)?;
         match self {
             Self::Create(create) => create.run(&client).await,

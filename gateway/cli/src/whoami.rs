@@ -1,7 +1,7 @@
 //! `towline whoami` and `towline version`: the caller's identity at the gateway, and the versions of both programs.
 
-use super::Connection;
 use super::client::{API_VERSION, Client};
+use super::connection::ConnectionArguments;
 use super::failure::{Failure, Outcome};
 use super::output::{self, Format, Output};
 use clap::Args;
@@ -20,7 +20,7 @@ pub(crate) struct Whoami {
 }
 
 impl Whoami {
-    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+    pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         let client = Client::new(connection)?;
         let review = review(&client).await?;
         match self.output.output {
@@ -80,7 +80,7 @@ pub(crate) struct Version {
 }
 
 impl Version {
-    pub(crate) async fn run(&self, connection: &Connection) -> Outcome {
+    pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {
         let mut told = json!({"clientVersion": env!("CARGO_PKG_VERSION")});
         let mut lines = format!("Client: {}\n", env!("CARGO_PKG_VERSION"));
         if !self.client {

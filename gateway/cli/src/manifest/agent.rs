@@ -1,5 +1,10 @@
 //! The agent's manifest: its objects and why each is needed.
 
+mod config;
+mod pods;
+
+pub use config::{AgentProxy, Password, Transport};
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::str::FromStr;
@@ -9,7 +14,6 @@ use aws_lc_rs::digest;
 use serde_json::Value;
 use towline_certs::{HostName, JoinAddress, JoinToken, SpkiPin};
 
-use super::agent_config::{AgentProxy, Password, Transport};
 use super::pod::{Defaults, PodOptions};
 use super::{ManifestError, check_image, check_namespace, metadata, quoted, quoted_list};
 use base64::Engine as _;

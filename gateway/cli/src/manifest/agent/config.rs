@@ -4,11 +4,11 @@ use std::fmt::Write as _;
 
 use towline_proto::dial::proxy::ProxyUrl;
 
-use super::agent::{
+use super::{
     API_TOKEN_FILE, AgentManifest, CA_FILE, CONFIG_DIRECTORY, CONFIG_FILE, DRAIN, HEALTH_PORT, IssuerKeys,
     JOIN_TOKEN_FILE, KEYS_FILE, NAME, PASSWORD_FILE, PROJECTED_DIRECTORY, PROXY_CA_FILE, TOKEN_FILE, word,
 };
-use super::{ManifestError, indented, quoted, quoted_list};
+use crate::manifest::{ManifestError, indented, quoted, quoted_list};
 use towline_model::Mode;
 
 /// Over what the agent reaches the gateway: `transport` of its configuration.

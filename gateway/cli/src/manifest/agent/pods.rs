@@ -1,12 +1,12 @@
 //! The agent's pods: Deployment, PodDisruptionBudget and NetworkPolicy.
 
-use super::agent::{
+use super::Password;
+use super::{
     API_TOKEN_FILE, AgentManifest, CA_FILE, CONFIG_DIRECTORY, CONFIG_FILE, DRAIN, DRAIN_SPARE, HEALTH_PORT,
     IssuerKeys, JOIN_TOKEN, JOIN_TOKEN_FILE, NAME, PASSWORD, PASSWORD_FILE, PROJECTED_DIRECTORY,
     PROXY_SECRET, SECRET, TOKEN_FILE, hex_sha256,
 };
-use super::agent_config::Password;
-use super::quoted;
+use crate::manifest::quoted;
 use towline_model::Mode;
 
 impl AgentManifest {
