@@ -1,6 +1,5 @@
 //! A gateway made from the protocol crate alone, and an upstream whose every byte the test writes.
-#![allow(dead_code, unreachable_pub, reason = "each test program compiles it and uses its own part")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test support that fails should panic")]
+#![allow(unreachable_pub, reason = "the crate is one program: everything is as private as it")]
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -28,18 +27,9 @@ use towline_proto::open::{
 };
 use towline_proto::tunnel::exchange::{BodyError, RecvBody, recv_head, send_head};
 use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig};
+pub use towline_testkit::wait::{PATIENCE, soon};
 
 pub const HEAD_MAX: usize = 64 * 1024;
-/// An event that has not happened within this time will not happen; a slow machine takes seconds.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Waits for what must happen soon.
-pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(PATIENCE, future).await {
-        Ok(value) => value,
-        Err(_) => panic!("{what} did not happen"),
-    }
-}
 
 /// An address that refuses connections. No other program gets the port while the socket exists.
 pub fn refusing() -> (SocketAddr, TcpSocket) {

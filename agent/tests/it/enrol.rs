@@ -1,9 +1,6 @@
 //! Goal: an agent gets an identity by joining, keeps it through restarts, renewals and changes of the CA, and never tells a
 //! stranger its secret. The gateway is made from the protocol crate alone.
 
-#![allow(clippy::unwrap_in_result, reason = "a test fails by panicking, in its helpers too")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
-
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;

@@ -1,5 +1,4 @@
 //! One request, one answer: what the upstream sees byte for byte, and what the gateway is told.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 use std::time::Duration;
 

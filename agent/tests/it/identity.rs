@@ -1,5 +1,4 @@
 //! As whom a request arrives: the agent's configuration decides, and its credential stays where it belongs.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 use std::fs;
 

@@ -1,5 +1,4 @@
 //! Goal: every metric family of the agent that `docs/operations.md` names moves when what it counts happens.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

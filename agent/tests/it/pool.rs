@@ -1,5 +1,4 @@
 //! Connections that are used again: a request is carried out once, whatever the upstream does with them.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 use crate::common::{Call, Connection, Rig, becomes, idle_connections, metric, refusing, request, soon};
 use towline_proto::Code;

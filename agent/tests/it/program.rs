@@ -1,5 +1,4 @@
 //! The program: what `--check` prints, what it refuses, how a signal ends it, and what never shows in its log.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 use std::io::{Read, Write as _};
 use std::process::{Command, Output, Stdio};

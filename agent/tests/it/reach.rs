@@ -1,5 +1,4 @@
 //! Whether the agent says what stands between it and the use of the API server: to the gateway, and to callers.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};

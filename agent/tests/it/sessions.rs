@@ -1,5 +1,4 @@
 //! Sessions: they come back, they are replaced before they end, and they end when they are empty.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 use std::time::Duration;
 

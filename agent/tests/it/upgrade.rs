@@ -1,5 +1,4 @@
 //! Upgrades: raw bytes only after the matching 101; everything else is an ordinary answer or an error.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that fails should panic")]
 
 use crate::common::{Call, Rig, all, becomes, request, soon};
 use bytes::Bytes;

@@ -1,10 +1,6 @@
 //! A gateway in this process, agents that consist of the protocol crate only, and clients over real sockets.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends like that")]
-
-pub mod frames;
+#![allow(unreachable_pub, reason = "the crate is one program: everything is as private as it")]
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -14,7 +10,6 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::ClientConfig;
 use serde_json::Value;
-use std::fmt::Debug;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -35,30 +30,10 @@ use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, Role};
 use towline_proto::open::{self, Answer, BodyKind, Header, Open, Outcome, Request as OpenRequest, Want};
 use towline_proto::tunnel::exchange::{recv_head, send_head};
 use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig};
+pub use towline_testkit::wait::{PATIENCE, eventually, soon};
 
 pub const TOKEN: &str = "tlat_0123456789abcdef";
 pub const HEAD_MAX: usize = 64 * 1024;
-/// How long a test waits for an event that must happen. Even a slow machine needs less.
-pub const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Waits for an event that must happen.
-pub async fn in_time<F: Future>(what: &str, coming: F) -> F::Output {
-    tokio::time::timeout(PATIENCE, coming).await.unwrap_or_else(|_| panic!("not in time: {what}"))
-}
-
-/// Polls until the expected state is reached. It is for effects that a client cannot observe in order, because other tasks and threads
-/// produce them: the gateway counts after it closes a socket, and forgets a request after it sends the last byte.
-pub async fn eventually<T: Debug>(what: &str, mut look: impl FnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
-    let start = Instant::now();
-    loop {
-        let seen = look();
-        if wanted(&seen) {
-            return seen;
-        }
-        assert!(start.elapsed() < PATIENCE, "not in time: {what}; last seen: {seen:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
 
 /// Files, configuration and a running gateway.
 pub struct World {
@@ -408,7 +383,7 @@ impl Client {
 
     /// Waits until the gateway has closed the connection.
     pub async fn closed(&mut self) {
-        in_time("the connection is closed", self.tasks.join_next()).await;
+        soon("the connection is closed", self.tasks.join_next()).await;
     }
 
     pub async fn get(&mut self, path: &str) -> Response<Incoming> {
@@ -551,11 +526,11 @@ impl Agent {
     /// Waits until the session has ended.
     pub async fn closed(&self) -> CloseReason {
         let ended = self.session.wait_for(|state| state.closed.is_some());
-        in_time("the session ends", ended).await.closed.unwrap()
+        soon("the session ends", ended).await.closed.unwrap()
     }
 
     pub async fn next(&self) -> Exchange {
-        let (send, mut recv) = in_time("a stream comes", self.session.accept()).await.unwrap();
+        let (send, mut recv) = soon("a stream comes", self.session.accept()).await.unwrap();
         let open: Open = recv_head(&mut recv, HEAD_MAX).await.unwrap();
         let Some(Want::Request(request)) = open.want.clone() else { panic!("no request: {open:?}") };
         Exchange { open, request, send, recv }

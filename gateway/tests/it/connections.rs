@@ -1,19 +1,8 @@
 //! Goal: no source can take shared connections and handshakes from the others. Each test reaches a limit from one source or one caller,
 //! while another source, an agent and the gateway's own checks keep working. Sources are loopback addresses.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::large_futures,
-    reason = "tests end like that, and are not many at a time"
-)]
-
-use crate::common::frames::{
-    ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS, SHUTDOWN, fields, frame,
-    next_frame, preface,
-};
 use crate::common::{
-    Agent, Client, PATIENCE, TOKEN, World, error_of, eventually, full, in_time, quic_half_open, text,
+    Agent, Client, PATIENCE, TOKEN, World, error_of, eventually, full, quic_half_open, soon, text,
 };
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,6 +15,10 @@ use tokio_rustls::client::TlsStream;
 use towline_gateway::config::{GatewayConfig, Limits, ProxyProtocol};
 use towline_proto::mux;
 use towline_proto::open::BodyKind;
+use towline_testkit::frames::{
+    ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS, SHUTDOWN, fields, frame,
+    next_frame, preface,
+};
 
 const PATH: &str = "/clusters/prod/api";
 /// The sources of the test: the greedy one, and the others.
@@ -49,13 +42,13 @@ async fn world(change: impl FnOnce(&mut Limits)) -> World {
 async fn socket(world: &World, source: u8) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind(SocketAddr::from(([127, 0, 0, source], 0))).unwrap();
-    in_time("a connection", socket.connect(world.gateway.public_addr())).await.unwrap()
+    soon("a connection", socket.connect(world.gateway.public_addr())).await.unwrap()
 }
 
 /// The same with TLS; `None` if the gateway closes it.
 async fn tls(world: &World, source: u8, client: Option<&str>, alpn: &[u8]) -> Option<TlsStream<TcpStream>> {
     let socket = socket(world, source).await;
-    in_time("a handshake or its end", world.tls_over(socket, client, alpn, "localhost")).await.ok()
+    soon("a handshake or its end", world.tls_over(socket, client, alpn, "localhost")).await.ok()
 }
 
 /// A client over HTTP/1.1 after its first request, and the response; `None` if the gateway closes its connection.
@@ -69,7 +62,7 @@ async fn asked(
     let bearer = bearer.map(|token| format!("Bearer {token}"));
     let fields: Vec<_> = bearer.iter().map(|bearer| ("authorization", bearer.as_str())).collect();
     let request = client.request("GET", PATH, &fields, full(""));
-    let answer = in_time("an answer or an end", client.send(request)).await.ok()?;
+    let answer = soon("an answer or an end", client.send(request)).await.ok()?;
     let status = answer.status().as_u16();
     text(answer).await;
     Some((client, status))
@@ -84,7 +77,7 @@ async fn is_served(world: &World, source: u8) -> bool {
 async fn closed(mut io: impl tokio::io::AsyncRead + Unpin) -> Duration {
     let began = Instant::now();
     let mut rest = Vec::new();
-    drop(in_time("it is closed", io.read_to_end(&mut rest)).await);
+    drop(soon("it is closed", io.read_to_end(&mut rest)).await);
     began.elapsed()
 }
 
@@ -149,7 +142,7 @@ async fn s2_a_refused_stranger_is_dropped() {
         let before = limit(&world, "last_words");
         let mut io = tls(&world, HOSTILE, None, b"h2").await.unwrap();
         io.write_all(&[preface(window), get(1, None)].concat()).await.unwrap();
-        let seen = in_time("it is dropped", until_the_end(&mut io, acknowledges_the_last)).await;
+        let seen = soon("it is dropped", until_the_end(&mut io, acknowledges_the_last)).await;
         assert!(seen.goaway && seen.heads == 1, "{window} {seen:?}");
         assert_eq!(seen.data > 0, window > 0, "{seen:?}");
         drop(io);
@@ -173,7 +166,7 @@ async fn s2_who_is_known_keeps_what_runs() {
     let world = World::start().await;
     let mut io = tls(&world, HONEST, None, b"h2").await.unwrap();
     io.write_all(&[preface(65_535), get(1, None)].concat()).await.unwrap();
-    let seen = in_time("it ends", until_the_end(&mut io, true)).await;
+    let seen = soon("it ends", until_the_end(&mut io, true)).await;
     assert!(seen.goaway && seen.heads == 1 && seen.data > 0, "{seen:?}");
     drop(io);
     world.settled().await;
@@ -191,7 +184,7 @@ async fn s2_who_is_known_keeps_what_runs() {
     // Longer than a connection that was refused has for its last words.
     tokio::time::sleep(Duration::from_secs(7)).await;
     exchange.answer(200, &[], "still here").await;
-    let answer = in_time("its answer", first.join_next()).await.unwrap().unwrap().unwrap();
+    let answer = soon("its answer", first.join_next()).await.unwrap().unwrap().unwrap();
     assert_eq!((answer.status().as_u16(), text(answer).await.as_str()), (200, "still here"));
     client.closed().await;
     assert_eq!(limit(&world, "last_words"), 0.0);
@@ -219,7 +212,7 @@ async fn s2_a_drain_does_not_wait_for_who_does_not_leave() {
         exchange.answer(200, &[], "").await;
         assert_eq!(works.join_next().await.unwrap().unwrap(), 200);
     };
-    in_time("the drain", async { tokio::join!(world.gateway.drain(), stays) }).await;
+    soon("the drain", async { tokio::join!(world.gateway.drain(), stays) }).await;
     assert_eq!(limit(&world, "last_words"), 1.0);
 }
 
@@ -244,7 +237,7 @@ async fn s2_refusals_on_one_connection_have_an_end() {
         }
         panic!("it answers without end");
     };
-    let answered = in_time("it ends", asks).await;
+    let answered = soon("it ends", asks).await;
     assert!((50..=300).contains(&answered), "{answered} answers");
     drop(io);
     world.settled().await;
@@ -290,12 +283,12 @@ async fn a15_what_http2_is_lenient_in_reaches_nobody() {
             }
         }
     };
-    in_time("an answer", reading).await;
+    soon("an answer", reading).await;
     let told = String::from_utf8(told).unwrap();
     assert!(!told.contains("elsewhere") && !told.contains("trailer"), "{told}");
     assert!(told.is_empty() || told.contains(r#""body":"hello""#), "{told}");
     io.write_all(&frame(PING, 0, 0, &[0; 7])).await.unwrap();
-    let seen = in_time("the connection ends", until_the_end(&mut io, true)).await;
+    let seen = soon("the connection ends", until_the_end(&mut io, true)).await;
     assert!(seen.goaway, "{seen:?}");
 }
 
@@ -313,7 +306,7 @@ async fn d40_http_on_the_tls_port_is_told_so() {
         io.write_all(request.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
         // What is left unread of the request may end it with a reset.
-        drop(in_time("it is closed", io.read_to_end(&mut answer)).await);
+        drop(soon("it is closed", io.read_to_end(&mut answer)).await);
         let answer = String::from_utf8(answer).unwrap();
         assert!(answer.starts_with("HTTP/1.0 400 Bad Request\r\n"), "{request:?}: {answer:?}");
         assert!(answer.contains("Client sent an HTTP request to an HTTPS server"), "{answer}");
@@ -560,7 +553,7 @@ async fn s3_behind_a_balancer() {
     assert_eq!(status, 200);
     let (_second, status) = ask(Some(7)).await.unwrap();
     assert_eq!(status, 200);
-    assert!(in_time("an end", ask(Some(7))).await.is_none());
+    assert!(soon("an end", ask(Some(7))).await.is_none());
     assert_eq!(limit(&world, "connections_per_address"), 1.0);
     assert_eq!(ask(Some(8)).await.unwrap().1, 200);
     let mut held = Vec::new();
@@ -600,7 +593,7 @@ async fn k5_four_hundred_connections_at_once() {
             Ok::<_, String>((client, answer.status().as_u16()))
         });
     }
-    let served = in_time("all of them", clients.join_all()).await;
+    let served = soon("all of them", clients.join_all()).await;
     let failed: Vec<_> = served.iter().filter(|served| !matches!(served, Ok((_, 200)))).collect();
     let why = failed.first().map(|failed| failed.as_ref().map(|(_, status)| *status));
     assert!(failed.is_empty(), "{} of {CONNECTIONS} failed: {why:?}", failed.len());
@@ -621,7 +614,7 @@ async fn fr_20_over_its_share_a_source_waits_for_itself_alone() {
     world.counts("towline_gateway_connections_parked", 10.0).await;
     assert!(is_served(&world, HONEST).await);
     drop(half_open);
-    let served = in_time("all of them", clients.join_all()).await;
+    let served = soon("all of them", clients.join_all()).await;
     assert_eq!(served, [Some(200); 10]);
     world.counts("towline_gateway_connections_parked", 0.0).await;
     assert_eq!(limit(&world, "handshakes_per_address"), 10.0);
@@ -681,7 +674,7 @@ async fn k5_over_quic_a_source_over_its_share_asks_again() {
         agent.session.ready().await.unwrap();
     };
     let over_tcp = async { Agent::connect(&world, "far", [8; 16]).await.session.ready().await.unwrap() };
-    in_time("an agent is in", async { tokio::join!(waits, over_tcp) }).await;
+    soon("an agent is in", async { tokio::join!(waits, over_tcp) }).await;
     assert!(world.series("towline_gateway_handshakes_total{outcome=\"retry\"}") >= 1.0);
     assert!(limit(&world, "handshakes_per_address") >= 1.0);
 }
@@ -795,14 +788,14 @@ async fn s3_a_hostile_tenant_takes_nothing_from_the_others() {
             } else {
                 Agent::connect_quic(&world, "far", [8; 16]).await
             };
-            in_time("an agent is in", agent.session.ready()).await.unwrap();
+            soon("an agent is in", agent.session.ready()).await.unwrap();
             slowest = slowest.max(began.elapsed());
             agents += 1;
             assert_eq!(world.admin("/livez").await.0, 200);
             world.ready().await;
         }
     }
-    in_time("the last answer", honest.join_all()).await;
+    soon("the last answer", honest.join_all()).await;
     over.store(true, Ordering::Relaxed);
     hostile.shutdown().await;
     let ok = ok.load(Ordering::Relaxed);

@@ -1,13 +1,6 @@
 //! Goal: one exchange over real sockets: what reaches the cluster, what reaches the client, and how it ends.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::large_futures,
-    reason = "tests end like that, and are not many at a time"
-)]
-
-use crate::common::{Agent, TOKEN, World, error_of, eventually, full, in_time, show, text};
+use crate::common::{Agent, TOKEN, World, error_of, eventually, full, show, soon, text};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, channel::Channel};
 use hyper_util::rt::TokioIo;
@@ -99,7 +92,7 @@ async fn plaintext_for_callers_whose_tls_has_ended_before() {
     let socket = TcpStream::connect(world.gateway.plaintext_addr().unwrap()).await.unwrap();
     let name = ServerName::try_from("localhost").unwrap();
     let tls = TlsConnector::from(world.client_tls(None, b"http/1.1")).connect(name, socket);
-    assert!(in_time("it is refused", tls).await.is_err());
+    assert!(soon("it is refused", tls).await.is_err());
 }
 
 /// Goal: a connection that was parked while idle serves the next request normally, whether it arrives whole or in
@@ -139,7 +132,7 @@ async fn asks_again<IO: AsyncRead + AsyncWrite + Unpin>(mut io: IO, marker: u8) 
         }
         let mut read = Vec::new();
         while !String::from_utf8_lossy(&read).contains(&format!("/{path}?{marker}")) {
-            let n = in_time("an answer", io.read_buf(&mut read)).await.unwrap();
+            let n = soon("an answer", io.read_buf(&mut read)).await.unwrap();
             assert!(n > 0, "closed instead of an answer: {}", String::from_utf8_lossy(&read));
         }
         // Whatever else of the answer is on its way is read before the next request.
@@ -466,7 +459,7 @@ async fn an_early_answer_reaches_the_client_and_ends_the_upload() {
     assert_eq!(answer.status(), 413);
     assert_eq!(text(answer).await, "much");
     let ended = async { while upload.send_data(Bytes::from("a")).await.is_ok() {} };
-    in_time("nobody reads the upload any more", ended).await;
+    soon("nobody reads the upload any more", ended).await;
 }
 
 /// An abort never looks like an end.
@@ -517,7 +510,7 @@ async fn a_client_that_leaves_ends_the_stream() {
         let (answer, mut exchange) =
             tokio::join!(client.get_as("/clusters/prod/api/v1/pods?watch=1", TOKEN), server);
         drop((answer, client));
-        in_time("the agent learns that nobody listens", exchange.send.stopped()).await;
+        soon("the agent learns that nobody listens", exchange.send.stopped()).await;
     }
 }
 
@@ -575,7 +568,7 @@ async fn a8_a_broken_chunk_is_the_clients() {
                 );
                 raw.write_all(request.as_bytes()).await.unwrap();
                 let mut answer = Vec::new();
-                drop(in_time("it is closed", raw.read_to_end(&mut answer)).await);
+                drop(soon("it is closed", raw.read_to_end(&mut answer)).await);
                 let answer = String::from_utf8(answer).unwrap();
                 assert!(answer.starts_with("HTTP/1.1 400 "), "{chunk:?}: {answer}");
                 assert!(answer.contains("TL_BAD_FRAMING"), "{answer}");
@@ -623,7 +616,7 @@ async fn a15_what_is_ambiguous_is_refused_before_it_is_passed_on() {
         let mut raw = world.connect(None, b"http/1.1", "localhost").await;
         raw.write_all(text.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
-        drop(in_time("it is closed", raw.read_to_end(&mut answer)).await);
+        drop(soon("it is closed", raw.read_to_end(&mut answer)).await);
         String::from_utf8(answer).unwrap()
     };
     for text in [
@@ -673,7 +666,7 @@ async fn the_answer_has_a_deadline() {
     let (answer, mut exchange) = tokio::join!(client.get_as("/clusters/prod/api", TOKEN), agent.next());
     assert_eq!(u128::from(exchange.open.timeout_ms), SHORT.as_millis());
     assert_eq!(error_of(answer).await.0, 504);
-    in_time("the agent learns that it is too late", exchange.send.stopped()).await;
+    soon("the agent learns that it is too late", exchange.send.stopped()).await;
     // A watch has none.
     let server = async {
         let exchange = agent.next().await;
@@ -793,7 +786,7 @@ async fn a_refused_upgrade_ends_the_connection() {
         let exchange = agent.next().await;
         exchange.answer(answered, &[("location", "https://elsewhere.example/")], "no").await;
         let mut bytes = Vec::new();
-        drop(in_time("the connection is closed", raw.read_to_end(&mut bytes)).await);
+        drop(soon("the connection is closed", raw.read_to_end(&mut bytes)).await);
         let text = String::from_utf8(bytes).unwrap();
         assert!(text.starts_with(&format!("HTTP/1.1 {expected} ")), "{text}");
         assert_eq!(text.matches("HTTP/1.1 ").count(), 1, "{text}");
@@ -852,7 +845,7 @@ async fn fr_13_an_offer_that_is_not_carried_is_ignored() {
     assert_eq!(exchange.request.upgrade, "websocket");
     exchange.answer(403, &[], "no").await;
     let mut bytes = Vec::new();
-    drop(in_time("the connection is closed", raw.read_to_end(&mut bytes)).await);
+    drop(soon("the connection is closed", raw.read_to_end(&mut bytes)).await);
     assert!(bytes.starts_with(b"HTTP/1.1 403 "));
 }
 

@@ -1,11 +1,9 @@
 //! Goal: with a state directory, everything in the configuration works as before, and whatever is no longer valid ends at once, however
 //! much of it is running. R-ID-9.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
-
 mod meant;
 
-use crate::common::{Agent, Client, TOKEN, World, eventually, full, in_time, text};
+use crate::common::{Agent, Client, TOKEN, World, eventually, full, soon, text};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -127,7 +125,7 @@ async fn a_revoked_user_has_nothing_running() {
         let mut rest = Vec::new();
         drop(upgraded.read_to_end(&mut rest).await);
     };
-    in_time("everything ends", ends).await;
+    soon("everything ends", ends).await;
     drop(exec);
     assert_eq!(jane.get_as("/clusters/prod/api", "tlat_jane").await.status(), 401);
     kept.write("{}\n").await;
@@ -162,16 +160,16 @@ async fn a_revoked_user_who_stops_reading_has_nothing_running() {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     };
-    in_time("nothing moves any more", full).await;
+    soon("nothing moves any more", full).await;
     assert_eq!(world.series("towline_gateway_requests_in_flight"), 2.0);
 
     revoke_user(fleet, "jane").await;
     world.counts("towline_gateway_requests_in_flight", 0.0).await;
     world.counts("towline_gateway_answers_aborted_total", 2.0).await;
-    in_time("nobody takes it any more", writers.join_all()).await;
+    soon("nobody takes it any more", writers.join_all()).await;
     for mut body in bodies {
         loop {
-            match in_time("what was on its way, and its end", body.frame()).await {
+            match soon("what was on its way, and its end", body.frame()).await {
                 Some(Ok(_)) => {}
                 Some(Err(_)) => break,
                 None => panic!("it breaks off, it does not end"),
@@ -289,7 +287,7 @@ async fn a_revoked_admin_who_stops_reading_loses_the_watch() {
     for mut body in bodies {
         let mut bytes = 0;
         // How it ends is HTTP's business; that it has not all of it is the point.
-        while let Some(Ok(frame)) = in_time("what was on its way, and its end", body.frame()).await {
+        while let Some(Ok(frame)) = soon("what was on its way, and its end", body.frame()).await {
             bytes += frame.into_data().map_or(0, |data| data.len());
         }
         assert!(bytes < CLUSTERS_MADE * NOTE, "{bytes}");
@@ -323,7 +321,7 @@ async fn a5_a_watch_ends_with_its_client() {
         assert_eq!(head.status(), 200);
     }
     world.counts("towline_gateway_requests_in_flight", 0.0).await;
-    in_time("nothing is left to wait for", world.gateway.drain()).await;
+    soon("nothing is left to wait for", world.gateway.drain()).await;
 }
 
 /// Requests with tokens of the file are cancelled like others: by a revocation of their user, and when the token is removed from the file.
@@ -340,7 +338,7 @@ async fn removing_a_token_from_the_file_ends_its_requests() {
             std::fs::write(world.path("tokens.yaml"), "tokens: []\n").unwrap();
             world.gateway.reload().await.unwrap();
         }
-        let end = in_time("it ends", body.frame()).await;
+        let end = soon("it ends", body.frame()).await;
         assert!(end.unwrap().is_err(), "it breaks off, it does not end");
         assert_eq!(argo.get_as("/clusters/prod/api", TOKEN).await.status(), 401, "revoked: {revoked}");
         world.gateway.shutdown().await;
@@ -387,7 +385,7 @@ async fn a_revoked_caller_is_not_answered_by_the_api() {
             Some(upload)
         };
         let both = async { tokio::join!(client.send(request), revoke) };
-        let (answer, _upload) = in_time("it ends", both).await;
+        let (answer, _upload) = soon("it ends", both).await;
         let answer = answer.unwrap();
         assert_eq!(answer.status(), 401, "round {round}");
         assert!(answer.headers().contains_key("www-authenticate"));
@@ -561,7 +559,7 @@ async fn start_again(directory: tempfile::TempDir, config: &GatewayConfig) -> Wo
             }
         }
     };
-    let gateway = in_time("the gateway starts again", starting).await;
+    let gateway = soon("the gateway starts again", starting).await;
     World { directory, gateway }
 }
 
@@ -587,7 +585,7 @@ async fn conditioned(
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    in_time("the condition is as wanted", looking).await
+    soon("the condition is as wanted", looking).await
 }
 
 fn time_of(condition: &Value) -> Time {

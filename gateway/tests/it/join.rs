@@ -1,10 +1,7 @@
 //! Goal: an agent with a proof gets exactly the identity on record; one without a proof learns nothing; a certificate can be renewed,
 //! revoked and replaced while it is in use. Rows 5.8 (EN-*) and 5.6 (TU-*) of the catalogue.
 
-#![allow(clippy::cast_possible_truncation, reason = "the figures of a test are small")]
-#![allow(clippy::unwrap_used, clippy::panic, clippy::large_futures, reason = "tests end like that")]
-
-use crate::common::{PATIENCE, World, eventually, in_time};
+use crate::common::{PATIENCE, World, eventually, soon};
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_ASN1_SIGNING, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _,
@@ -154,6 +151,7 @@ struct Agent {
     session: Session,
     /// Leaves the connection open without a reader.
     freeze: Arc<Notify>,
+    frozen: Arc<Notify>,
     _driver: JoinSet<CloseReason>,
 }
 
@@ -187,17 +185,26 @@ impl Agent {
         let (limits, budget) = (Limits::default(), Budget::new(1 << 30));
         let config = SessionConfig { role: Role::Agent, limits, budget, introduction };
         let (session, driver) = Session::over(io, config).unwrap();
-        let (mut tasks, freeze) = (JoinSet::new(), Arc::new(Notify::new()));
-        let frozen = Arc::clone(&freeze);
+        let (mut tasks, freeze, frozen) = (JoinSet::new(), Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (asked, is_so) = (Arc::clone(&freeze), Arc::clone(&frozen));
         tasks.spawn(async move {
             let mut running = std::pin::pin!(driver.run());
             tokio::select! {
                 reason = &mut running => reason,
-                () = frozen.notified() => std::future::pending().await,
+                () = asked.notified() => {
+                    is_so.notify_one();
+                    std::future::pending().await
+                }
             }
         });
         session.ready().await?;
-        Ok(Self { session, freeze, _driver: tasks })
+        Ok(Self { session, freeze, frozen, _driver: tasks })
+    }
+
+    /// From now on it answers nothing, and its connection stays open.
+    async fn freeze(&self) {
+        self.freeze.notify_one();
+        soon("the agent is frozen", self.frozen.notified()).await;
     }
 
     /// Acknowledges the next announced roots and returns them.
@@ -212,7 +219,7 @@ impl Agent {
     }
 
     async fn hear(&self) -> Notice {
-        in_time("the gateway says something", self.session.hear()).await.unwrap()
+        soon("the gateway says something", self.session.hear()).await.unwrap()
     }
 
     async fn renew(&self, key: &AgentKey) -> Result<Certificate, Refused> {
@@ -235,7 +242,7 @@ impl Agent {
 
     async fn closed(&self) -> CloseReason {
         let ended = self.session.wait_for(|state| state.closed.is_some());
-        in_time("the session ends", ended).await.closed.unwrap()
+        soon("the session ends", ended).await.closed.unwrap()
     }
 }
 
@@ -883,7 +890,7 @@ async fn pods_that_start_together_are_instances_of_their_own() {
                     tokio::task::yield_now().await;
                 }
             };
-            in_time("the issuer is on record", told).await;
+            soon("the issuer is on record", told).await;
             tokio::time::sleep(Duration::from_millis(2 * u64::from(round) + u64::from(boot))).await;
             ask_over(io, &request).await.unwrap().instance
         };
@@ -913,8 +920,7 @@ async fn a_place_taken_during_the_pings_is_refused() {
     // Another one, whose session comes later.
     let second = join(cluster.token("1", SUBJECT), &mine, 2).await.unwrap();
     assert_ne!(second.instance, first.instance);
-    silent.freeze.notify_one();
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    silent.freeze().await;
     let asks = async { join(cluster.token("1", SUBJECT), &key(), 3).await.unwrap() };
     let comes = async {
         // While the silent one is being asked, which takes 2.5 s.
@@ -1490,13 +1496,13 @@ async fn s9_joins_of_one_cluster_leave_the_others_alone() {
     let (east, agent) = vouched(&world, 16).await;
     register(&world, "west").await;
     let west = token(&world, "west", 2, HOUR).await;
-    agent.freeze.notify_one();
+    agent.freeze().await;
     // Three times what all clusters together may do at once: two and a half seconds each, if they held places for it.
     let crowd = crowd(&world, &east, 2..200);
     let limited = || world.series("towline_gateway_limits_reached_total{limit=\"cluster_joins\"}");
     eventually("the cluster is told to wait", limited, |seen| *seen >= 100.0).await;
     for _ in 0..2 {
-        in_time("another cluster's agent joins", join(&world, &west, &key())).await.unwrap();
+        soon("another cluster's agent joins", join(&world, &west, &key())).await.unwrap();
     }
     assert_eq!(world.series("towline_gateway_limits_reached_total{limit=\"joins\"}"), 0.0);
     let answers = crowd.join_all().await;
@@ -1511,7 +1517,7 @@ async fn s9_joins_of_one_cluster_leave_the_others_alone() {
 async fn s9_a_place_is_given_back_while_a_sibling_is_asked() {
     let world = Arc::new(world().await);
     let (east, agent) = vouched(&world, 16).await;
-    agent.freeze.notify_one();
+    agent.freeze().await;
     let answers = crowd(&world, &east, 2..14).join_all().await;
     let refused: Vec<_> = answers.iter().filter_map(|answer| answer.as_ref().err()).collect();
     assert!(refused.is_empty(), "{refused:?}");
@@ -1558,7 +1564,7 @@ async fn s9_denied_and_repeated_joins_count_against_their_cluster() {
             let _ = asks.collect::<JoinSet<_>>().join_all().await;
         }
     };
-    in_time("the address is slowed", repeating).await;
+    soon("the address is slowed", repeating).await;
 }
 
 /// S9: joins with a used-up or expired join token do not count for its cluster: the next valid join is served.

@@ -1,14 +1,7 @@
 //! Goal: every limit of the gateway can be reached, is answered as the table in `docs/operations.md` says, and is counted
 //! under its own name.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::large_futures,
-    reason = "tests end like that, and are not many at a time"
-)]
-
-use crate::common::{Agent, TOKEN, World, error_of, eventually, full, in_time, text};
+use crate::common::{Agent, TOKEN, World, error_of, eventually, full, soon, text};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, channel::Channel};
 use std::path::Path;
@@ -37,7 +30,7 @@ async fn reached(world: &World, name: &str) {
 /// Waits until the gateway has closed this connection.
 async fn closed(mut socket: TcpStream) {
     let mut rest = Vec::new();
-    drop(in_time("it is closed", socket.read_to_end(&mut rest)).await);
+    drop(soon("it is closed", socket.read_to_end(&mut rest)).await);
 }
 
 /// An agent of a configured cluster that leaves as soon as there is nothing to do for it, and has left.
@@ -152,7 +145,7 @@ async fn heads() {
     // The answer may come before all of it has left, and the end without TLS's own goodbye.
     drop(io.write_all(head.as_bytes()).await);
     let mut answer = Vec::new();
-    drop(in_time("it is closed", io.read_to_end(&mut answer)).await);
+    drop(soon("it is closed", io.read_to_end(&mut answer)).await);
     assert!(answer.starts_with(b"HTTP/1.1 431 "), "{}", String::from_utf8_lossy(&answer));
     world.settled().await;
     assert_eq!(limit(&world, "head"), 1.0);
@@ -193,7 +186,7 @@ async fn s21_a_later_head_has_no_more_time_than_the_first() {
     io.write_all(b"GET /clusters/far/api HTTP/1.1\r\nHost: localhost\r\n").await.unwrap();
     io.write_all(format!("Authorization: Bearer {TOKEN}\r\n\r\n").as_bytes()).await.unwrap();
     let mut answer = [0; 1024];
-    let read = in_time("an answer", io.read(&mut answer)).await.unwrap();
+    let read = soon("an answer", io.read(&mut answer)).await.unwrap();
     assert!(answer[..read].starts_with(b"HTTP/1.1 503 "));
     let (mut said, mut io) = tokio::io::split(io);
     let slowly = async {
@@ -204,7 +197,7 @@ async fn s21_a_later_head_has_no_more_time_than_the_first() {
     };
     let mut told = Vec::new();
     tokio::select! {
-        read = in_time("it is closed", said.read_to_end(&mut told)) => drop(read),
+        read = soon("it is closed", said.read_to_end(&mut told)) => drop(read),
         () = slowly => {}
     }
     assert!(told.starts_with(b"HTTP/1.1 408 "), "{}", String::from_utf8_lossy(&told));
@@ -221,11 +214,11 @@ async fn s21_an_empty_line_is_no_head() {
         let head = "GET /clusters/far/api HTTP/1.1\r\nHost: localhost\r\n";
         io.write_all(format!("{head}Authorization: Bearer {TOKEN}\r\n\r\n{empty}").as_bytes()).await.unwrap();
         let mut answer = [0; 2048];
-        let read = in_time("an answer", io.read(&mut answer)).await.unwrap();
+        let read = soon("an answer", io.read(&mut answer)).await.unwrap();
         assert!(answer[..read].starts_with(b"HTTP/1.1 503 "), "{empty:?}");
     }
     let mut rest = Vec::new();
-    drop(in_time("it is closed", io.read_to_end(&mut rest)).await);
+    drop(soon("it is closed", io.read_to_end(&mut rest)).await);
     assert!(!rest.windows(4).any(|bytes| bytes == b"HTTP"), "{}", String::from_utf8_lossy(&rest));
     reached(&world, "idle").await;
     assert_eq!(limit(&world, "first_request"), 0.0);
@@ -241,7 +234,7 @@ async fn broken_heads_are_counted() {
     io.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\nno colon here\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();
     // The end may come without TLS's own goodbye.
-    drop(in_time("it is closed", io.read_to_end(&mut answer)).await);
+    drop(soon("it is closed", io.read_to_end(&mut answer)).await);
     assert!(answer.starts_with(b"HTTP/1.1 400 "), "{}", String::from_utf8_lossy(&answer));
     drop(io);
     world.settled().await;
@@ -345,10 +338,10 @@ async fn streams_of_an_http2_connection() {
             return (header[8], payload);
         }
     };
-    let refused = in_time("it is refused", next(RST_STREAM)).await;
+    let refused = soon("it is refused", next(RST_STREAM)).await;
     assert_eq!(refused, (3, REFUSED_STREAM.to_vec()));
     agent.next().await.answer(200, &[], "").await;
-    let (stream, _) = in_time("an answer", next(HEADERS)).await;
+    let (stream, _) = soon("an answer", next(HEADERS)).await;
     assert_eq!(stream, 1);
 }
 

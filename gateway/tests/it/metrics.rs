@@ -1,14 +1,7 @@
 //! Goal: every metric family that the gateway prints moves when its event happens, and is documented; and every documented family
 //! is printed.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::large_futures,
-    reason = "tests end like that, and are not many at a time"
-)]
-
-use crate::common::{Agent, TOKEN, World, full, in_time, text};
+use crate::common::{Agent, TOKEN, World, full, soon, text};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::net::TcpSocket;
@@ -136,7 +129,7 @@ async fn every_family_moves_and_is_documented() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    in_time("the upgraded connection is counted", up).await;
+    soon("the upgraded connection is counted", up).await;
     drop((upgraded, exchange));
 
     // An answer that is cut off, a stranger, a head of too many fields, a reload.
@@ -171,13 +164,13 @@ async fn every_family_moves_and_is_documented() {
     };
     let (watch, _watched) = tokio::join!(watcher.ask("GET", path, &headers, full("")), server);
     let mut watch = watch.into_body();
-    let event = in_time("an event", http_body_util::BodyExt::frame(&mut watch)).await;
+    let event = soon("an event", http_body_util::BodyExt::frame(&mut watch)).await;
     assert_eq!(event.unwrap().unwrap().into_data().unwrap(), "{}\n");
 
     // A request that waits for an agent that has left, and a gateway that stops meanwhile.
     serving.session.close(Code::Internal, "crash");
     world.connected("prod", 0).await;
-    let rest = in_time("the watch ends", http_body_util::BodyExt::collect(watch)).await;
+    let rest = soon("the watch ends", http_body_util::BodyExt::collect(watch)).await;
     assert!(rest.unwrap().to_bytes().is_empty());
     let mut client = world.h1(None).await;
     let waits = async {
@@ -186,7 +179,7 @@ async fn every_family_moves_and_is_documented() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    let waits = in_time("a request waits", waits);
+    let waits = soon("a request waits", waits);
     let (answer, ()) = tokio::join!(client.ask("GET", "/clusters/prod/api", &headers, full("")), waits);
     assert_eq!(answer.status(), 503);
     world.gateway.drain().await;

@@ -1,5 +1,4 @@
 //! Goal: the program handles the file descriptor limit that it is started with.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
 
 use crate::common::eventually;
 use std::io::{BufRead as _, BufReader};

@@ -1,13 +1,6 @@
 //! Goal: agents over QUIC are admitted as over TCP, and preferred if both exist; unsolicited packets change nothing.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::large_futures,
-    reason = "tests end like that, and are not many at a time"
-)]
-
-use crate::common::{Agent, TOKEN, World, eventually, in_time, quic, quic_from, quic_half_open, text};
+use crate::common::{Agent, TOKEN, World, eventually, quic, quic_from, quic_half_open, soon, text};
 use rustls::ClientConfig;
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,7 +53,7 @@ async fn r1_an_idle_session_moves_the_bytes() {
     world.connected("prod", 1).await;
     let mut before = [0.0; 2];
     for _ in 0..3 {
-        in_time("bytes both ways", async {
+        soon("bytes both ways", async {
             loop {
                 let (_, text) = world.admin("/metrics").await;
                 let of = |way: &str| {
@@ -94,7 +87,7 @@ async fn only_admitted_agents_get_in() {
     for config in [no_certificate, other_ca] {
         // With TLS 1.3 a client may end its handshake before it hears that it was refused.
         if let Ok(conn) = quic(to, Arc::new(config)).await {
-            let closed = in_time("it is refused", conn.closed()).await;
+            let closed = soon("it is refused", conn.closed()).await;
             assert!(matches!(closed, quinn::ConnectionError::ConnectionClosed(_)), "{closed}");
         }
     }
@@ -194,7 +187,7 @@ async fn an_agent_keeps_its_session_when_its_address_changes() {
         endpoint.rebind(std::net::UdpSocket::bind(local).unwrap()).unwrap();
         // Until the agent sends something nobody knows where it is.
         agent.session.probe();
-        let answer = in_time("an answer", client.get_as(PATH, TOKEN)).await;
+        let answer = soon("an answer", client.get_as(PATH, TOKEN)).await;
         assert_eq!(answer.status(), 200);
         assert_eq!(world.gateway.connected("prod"), 1);
     }
@@ -262,7 +255,7 @@ async fn s22_an_agent_that_moves_to_a_forbidden_address_is_sent_away() {
     });
     assert_eq!(text(answer).await, "from there");
     moves([127, 0, 0, 3]);
-    in_time("it is sent away", agent.session.wait_for(|state| state.closed.is_some())).await;
+    soon("it is sent away", agent.session.wait_for(|state| state.closed.is_some())).await;
     world.connected("prod", 0).await;
     assert!(world.series("towline_rejected_total{code=\"TL_FORBIDDEN\",surface=\"listener\"}") >= 1.0);
 }

@@ -3,9 +3,8 @@
 //! access are not affected. S4, R-ID-9.
 
 #![allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests end like that")]
 
-use crate::common::{Agent, Client, Exchange, TOKEN, World, config, eventually, full, in_time};
+use crate::common::{Agent, Client, Exchange, TOKEN, World, config, eventually, full, soon};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -131,14 +130,14 @@ async fn exec(world: &World, agent: &Agent, token: &str) -> (TokioIo<Upgraded>, 
 /// Reads a raw connection to its end and returns the bytes before it.
 async fn last_words(mut io: TokioIo<Upgraded>) -> String {
     let mut rest = Vec::new();
-    drop(in_time("the raw connection ends", io.read_to_end(&mut rest)).await);
+    drop(soon("the raw connection ends", io.read_to_end(&mut rest)).await);
     String::from_utf8_lossy(&rest).into_owned()
 }
 
 /// Reads a body to its end, which must be an abort.
 async fn breaks_off(mut body: Incoming) {
     loop {
-        match in_time("what was on its way, and its end", body.frame()).await {
+        match soon("what was on its way, and its end", body.frame()).await {
             Some(Ok(_)) => {}
             Some(Err(_)) => return,
             None => panic!("it breaks off, it does not end"),
@@ -148,7 +147,7 @@ async fn breaks_off(mut body: Incoming) {
 
 async fn still_comes(body: &mut Incoming, exchange: &mut Exchange) {
     exchange.write("{}\n").await;
-    assert_eq!(in_time("an event", body.frame()).await.unwrap().unwrap().into_data().unwrap(), "{}\n");
+    assert_eq!(soon("an event", body.frame()).await.unwrap().unwrap().into_data().unwrap(), "{}\n");
 }
 
 async fn takes_effect(what: What) {
@@ -190,7 +189,7 @@ async fn takes_effect(what: What) {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     };
-    in_time("nothing of it moves any more", full).await;
+    soon("nothing of it moves any more", full).await;
     let mut reading = [world.h1(None).await, world.h2(None).await];
     let mut watches = Vec::new();
     for client in &mut reading {
@@ -229,7 +228,7 @@ async fn takes_effect(what: What) {
     for body in stalled.into_iter().chain(watches.into_iter().map(|(body, _)| body)) {
         breaks_off(body).await;
     }
-    in_time("nobody takes it any more", writers.join_all()).await;
+    soon("nobody takes it any more", writers.join_all()).await;
     let said = last_words(raw).await;
     let why = if stays == 0.0 { "mode was changed" } else { "no longer allowed to call" };
     // A cluster whose agent is not admitted any more loses its session, which may be faster.
@@ -405,7 +404,7 @@ async fn s4_a_former_admin_loses_the_watch() {
     give_token(fleet, "ops", None).await;
     world.counts(IN_FLIGHT, 0.0).await;
     for mut body in bodies {
-        while let Some(Ok(_)) = in_time("its end", body.frame()).await {}
+        while let Some(Ok(_)) = soon("its end", body.frame()).await {}
     }
     let refused = world.h1(None).await.get_as(CLUSTERS, JANE).await;
     assert_eq!(refused.status(), 403);

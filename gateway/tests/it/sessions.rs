@@ -1,13 +1,6 @@
 //! Goal: sessions and the gateway's life work: admission, second processes, held requests, drain, reload, health.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::large_futures,
-    reason = "tests end like that, and are not many at a time"
-)]
-
-use crate::common::{Agent, TOKEN, World, error_of, eventually, full, in_time, text};
+use crate::common::{Agent, TOKEN, World, error_of, eventually, full, soon, text};
 use bytes::BytesMut;
 use http_body_util::BodyExt as _;
 use std::time::{Duration, Instant};
@@ -199,9 +192,9 @@ async fn a_drain_finishes_what_runs_and_ends_when_it_is_empty() {
         let during = async {
             assert_eq!(world.admin("/readyz").await.0, 503);
             assert_eq!(world.admin("/livez").await.0, 200);
-            in_time("the agent is told", agent.session.wait_for(|state| state.goaway.is_some())).await;
+            soon("the agent is told", agent.session.wait_for(|state| state.goaway.is_some())).await;
             let accepts = async { while TcpStream::connect(world.gateway.public_addr()).await.is_ok() {} };
-            in_time("nothing new is accepted", accepts).await;
+            soon("nothing new is accepted", accepts).await;
             looked.notify_one();
         };
         let start = Instant::now();

@@ -2,15 +2,9 @@
 //! its limit, and everybody else continues as before.
 
 #![allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::large_futures,
-    reason = "tests end like that, and are not many at a time"
-)]
 
 use crate::common::{
-    Agent, Client, ClientBody, Exchange, TOKEN, World, error_of, eventually, full, in_time, text,
+    Agent, Client, ClientBody, Exchange, TOKEN, World, error_of, eventually, full, soon, text,
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, channel::Channel};
@@ -101,7 +95,7 @@ async fn a2_idle_requests_of_one_cluster_leave_the_others_theirs() {
         })
         .await;
         let greedy = connect(&world, "prod", over_quic).await;
-        in_time("it is ready", greedy.session.ready()).await.unwrap();
+        soon("it is ready", greedy.session.ready()).await.unwrap();
         world.connected("prod", 1).await;
         let start = gauge(&world, "towline_gateway_tunnel_memory_bytes").await;
         assert_eq!(start, if over_quic { WINDOW_START } else { 0 });
@@ -117,7 +111,7 @@ async fn a2_idle_requests_of_one_cluster_leave_the_others_theirs() {
         // More sessions of the cluster are told why not. Over TCP one begins without any memory.
         for _ in 0..if over_quic { 8 } else { 0 } {
             let another = connect(&world, "prod", true).await;
-            if in_time("it is decided", another.session.ready()).await.is_ok() && another.session.is_open() {
+            if soon("it is decided", another.session.ready()).await.is_ok() && another.session.is_open() {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
             if let Some(reason) = another.session.closed() {
@@ -134,12 +128,12 @@ async fn a2_idle_requests_of_one_cluster_leave_the_others_theirs() {
         }
 
         let mut far = connect(&world, "far", over_quic).await;
-        in_time("the other cluster is ready", far.session.ready()).await.unwrap();
+        soon("the other cluster is ready", far.session.ready()).await.unwrap();
         world.connected("far", 1).await;
         far.echo();
         let mut others = world.h2(None).await;
         for _ in 0..20 {
-            let answer = in_time("the answer", others.get_as("/clusters/far/api", OTHER)).await;
+            let answer = soon("the answer", others.get_as("/clusters/far/api", OTHER)).await;
             assert_eq!(answer.status(), 200);
             drop(text(answer).await);
         }
@@ -162,7 +156,7 @@ async fn a1_memory_that_nobody_needs_is_given_back() {
     .await;
     let name = "towline_gateway_tunnel_memory_bytes";
     let idle = connect(&world, "prod", true).await;
-    in_time("it is ready", idle.session.ready()).await.unwrap();
+    soon("it is ready", idle.session.ready()).await.unwrap();
     world.connected("prod", 1).await;
     let mut client = world.h2(None).await;
     let path = "/clusters/prod/api/v1/pods?watch=true";
@@ -174,16 +168,16 @@ async fn a1_memory_that_nobody_needs_is_given_back() {
     assert!(gauge(&world, name).await > 5 << 20, "it stays reserved");
 
     let far = connect(&world, "far", true).await;
-    in_time("it is ready", far.session.ready()).await.unwrap();
+    soon("it is ready", far.session.ready()).await.unwrap();
     world.connected("far", 1).await;
     let (_watches, open, _) =
         watch_until_refused(&client, "/clusters/far/api/v1/pods?watch=true", OTHER).await;
     assert!(open < 60, "{open}");
-    let asked = in_time("it is to be replaced", idle.session.wait_for(|state| state.goaway.is_some()));
+    let asked = soon("it is to be replaced", idle.session.wait_for(|state| state.goaway.is_some()));
     assert!(asked.await.closed.is_none());
     let successor = connect(&world, "prod", true).await;
-    in_time("its successor", successor.session.ready()).await.unwrap();
-    drop(in_time("its end", idle.closed()).await);
+    soon("its successor", successor.session.ready()).await.unwrap();
+    drop(soon("its end", idle.closed()).await);
     drop(idle);
     for _ in 0..200 {
         if gauge(&world, name).await < 4 << 20 {
@@ -216,7 +210,7 @@ async fn s10_one_principal_leaves_the_others_their_streams() {
         tasks.spawn(ask(watch, TOKEN));
         held.push(agent.next().await);
     }
-    let refused = in_time("the fifth watch", ask(watch, TOKEN)).await.unwrap();
+    let refused = soon("the fifth watch", ask(watch, TOKEN)).await.unwrap();
     assert_eq!(error_of(refused).await.0, 429);
     assert_eq!(limit(&world, "long_requests_per_principal_and_cluster"), 1.0);
 
@@ -226,9 +220,9 @@ async fn s10_one_principal_leaves_the_others_their_streams() {
     tasks.spawn(ask(get, TOKEN));
     held.push(agent.next().await);
     let waits = tokio::spawn(ask(get, TOKEN));
-    let refused = in_time("more than may wait", ask(get, TOKEN)).await.unwrap();
+    let refused = soon("more than may wait", ask(get, TOKEN)).await.unwrap();
     assert_eq!(error_of(refused).await.0, 429);
-    assert_eq!(error_of(in_time("the third", waits).await.unwrap().unwrap()).await.0, 429);
+    assert_eq!(error_of(soon("the third", waits).await.unwrap().unwrap()).await.0, 429);
     assert_eq!(limit(&world, "requests_per_principal_and_cluster"), 2.0);
     let waits = tokio::spawn(ask(get, TOKEN));
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -243,10 +237,7 @@ async fn s10_one_principal_leaves_the_others_their_streams() {
         agent.next().await.answer(200, &[], "other").await;
         assert_eq!(text(other.await.unwrap().unwrap()).await, "other");
     }
-    assert_eq!(
-        in_time("another cluster", ask("/clusters/far/api?watch=1", TOKEN)).await.unwrap().status(),
-        200
-    );
+    assert_eq!(soon("another cluster", ask("/clusters/far/api?watch=1", TOKEN)).await.unwrap().status(), 200);
     drop(held);
 }
 
@@ -284,7 +275,7 @@ async fn fr_03_stalled_uploads_stop_nobody_else() {
             for path in ["/clusters/far/api/v1/namespaces/a/configmaps", "/clusters/far/proxy"] {
                 let began = Instant::now();
                 let headers = [("authorization", &authorization[..])];
-                let answer = in_time("a body beside them", client.ask("POST", path, &headers, full("12345")));
+                let answer = soon("a body beside them", client.ask("POST", path, &headers, full("12345")));
                 let answer = answer.await;
                 assert_eq!(answer.status(), 200);
                 assert!(text(answer).await.contains("\"body\":\"12345\""));
@@ -295,7 +286,7 @@ async fn fr_03_stalled_uploads_stop_nobody_else() {
     let unread = gauge(&world, "towline_gateway_upload_memory_bytes").await;
     assert_eq!(unread, 96 * (256 << 10));
     let request = client.request("POST", UPLOAD, &[("authorization", &authorization)], endless(&mut bodies));
-    let refused = in_time("one more", client.start(request)).await.unwrap();
+    let refused = soon("one more", client.start(request)).await.unwrap();
     let (status, _, message) = error_of(refused).await;
     assert!(status == 429 && message.contains("on this connection"), "{status} {message}");
     assert_eq!(limit(&world, "uploads_per_connection"), 1.0);
@@ -337,7 +328,7 @@ async fn fr_03_one_principal_s_uploads_leave_the_others_theirs() {
         uploads.spawn(upload(TOKEN));
         held.push(agent.next().await);
     }
-    let refused = in_time("the fifth", upload(TOKEN)).await.unwrap();
+    let refused = soon("the fifth", upload(TOKEN)).await.unwrap();
     let (status, _, message) = error_of(refused).await;
     assert!(status == 429 && message.contains("of yours"), "{status} {message}");
     assert_eq!(limit(&world, "upload_memory_per_principal"), 1.0);
@@ -438,7 +429,7 @@ async fn a6_a_burst_of_tiny_frames_is_legal() {
             return header[8];
         }
     };
-    in_time("the answer to the ping", next(PING)).await;
+    soon("the answer to the ping", next(PING)).await;
     let mut upload = None;
     loop {
         let exchange = agent.next().await;
@@ -448,7 +439,7 @@ async fn a6_a_burst_of_tiny_frames_is_legal() {
         }
         upload = Some(exchange);
     }
-    assert_eq!(in_time("the request beside it", next(HEADERS)).await, 3);
+    assert_eq!(soon("the request beside it", next(HEADERS)).await, 3);
     // Every byte arrives.
     let mut upload = match upload {
         Some(upload) => upload,
@@ -500,7 +491,7 @@ async fn a2_a_hostile_tenant_takes_nothing_from_the_others() {
     let mut hostile = Vec::new();
     for over_quic in [true, false, true, false] {
         let agent = connect(&world, "prod", over_quic).await;
-        in_time("the hostile agent", agent.session.ready()).await.unwrap();
+        soon("the hostile agent", agent.session.ready()).await.unwrap();
         hostile.push(agent);
     }
     world.connected("prod", 4).await;
@@ -554,14 +545,14 @@ async fn a2_a_hostile_tenant_takes_nothing_from_the_others() {
     eventually("it is refused", || taken.load(Ordering::Relaxed), |seen| *seen > 20).await;
 
     let mut secret = connect(&world, "secret", true).await;
-    in_time("a new agent of another tenant", secret.session.ready()).await.unwrap();
+    soon("a new agent of another tenant", secret.session.ready()).await.unwrap();
     world.connected("secret", 1).await;
     secret.echo();
     let (first, second) = (world.h2(None).await, world.h2(None).await);
     let time = Duration::from_secs(4);
     let probes = async {
         for _ in 0..4 {
-            assert_eq!(in_time("liveness", world.admin("/livez")).await.0, 200);
+            assert_eq!(soon("liveness", world.admin("/livez")).await.0, 200);
             tokio::time::sleep(time / 5).await;
         }
     };
@@ -578,6 +569,6 @@ async fn a2_a_hostile_tenant_takes_nothing_from_the_others() {
     let uploads = gauge(&world, "towline_gateway_upload_memory_bytes").await;
     println!("held: {tunnel} of the tunnels' memory, {uploads} of the uploads'");
     assert!(tunnel <= 12 << 20 && uploads <= 9 << 20, "{tunnel} {uploads}");
-    in_time("the gateway is ready", world.ready()).await;
+    soon("the gateway is ready", world.ready()).await;
     attack.abort_all();
 }

@@ -1,12 +1,5 @@
 //! Goal: whatever is broken off stays broken off, disturbs nothing beside it, and leaves nothing behind (RG29).
 
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the figures of a test are small"
-)]
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::time::{Duration, Instant};
 
 use crate::common::canaries::{Paced, Trickle};

@@ -1,8 +1,5 @@
 //! Goal: who may not, gets told so in a way that Kubernetes clients understand, and nothing of it reaches a cluster.
 
-#![allow(clippy::cast_possible_truncation, reason = "the figures of a test are small")]
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-
 use crate::common::wire::{Answer, Client as Wire};
 use crate::common::{Bench, PATIENCE, Refusal, Setup, log, until, within};
 use aws_lc_rs::digest;

@@ -1,13 +1,6 @@
 //! Goal: large bodies arrive whole while memory stays bounded, and readers that stop cost their own streams only (RG9); over
 //! TCP and over QUIC.
 
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the figures of a test are small"
-)]
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-
 use std::time::{Duration, Instant};
 
 use crate::common::{

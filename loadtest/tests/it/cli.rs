@@ -1,10 +1,6 @@
 //! Goal: `towline` as people type it: the real program against a real gateway, agent and API server, and every kubectl on this
 //! machine with the kubeconfig that it writes. Exit codes and texts included.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-#![allow(clippy::large_futures, reason = "tests are not many at a time")]
-
 mod ways;
 
 use crate::common::{PATIENCE, until};

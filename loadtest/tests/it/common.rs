@@ -1,12 +1,7 @@
 //! What the end-to-end tests share: a gateway, an agent and a fake API server; waiting for events; raw HTTP/1.1.
 
-#![allow(dead_code, reason = "each test file is a program of its own and uses its part of this")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 pub(crate) mod canaries;
 pub(crate) mod fleet;
-#[path = "../../../gateway/tests/it/common/frames.rs"]
-pub(crate) mod frames;
 pub(crate) mod joining;
 pub(crate) mod wire;
 
@@ -20,32 +15,19 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 use towline_fakeapi::{FakeApi, FakeApiOptions, hex, pattern_chunk};
 use towline_gateway::Gateway;
 use towline_gateway::config::GatewayConfig;
 use towline_testkit::client::{Body, Client, Target, Version, empty};
 use towline_testkit::stack::{CLIENT, Mode, Options, Process, Stack, Upstream, metric};
+pub(crate) use towline_testkit::wait::{PATIENCE, bound, long, until, within};
 
 /// Deadline for a process to end after a signal.
 pub(crate) const END: Duration = Duration::from_secs(60);
-/// Longer than any event takes, on a machine that is ten times slower than others and stalls now and then.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const VERSIONS: [Version; 2] = [Version::Http1, Version::Http2];
-
-/// Whether the environment asks for the long run.
-pub(crate) fn long() -> bool {
-    std::env::var_os("TOWLINE_LONG").is_some_and(|value| value == "1")
-}
-
-/// How long something may take that is promised within `promised`. The promise itself is held up in the long run, which has a
-/// machine for itself. Anywhere else the machine may be slow or stand still, and the bound is `wrong`: what it takes where the
-/// promise is broken, or a little less.
-pub(crate) fn bound(promised: Duration, wrong: Duration) -> Duration {
-    if long() { promised } else { wrong }
-}
 
 /// A fake API server behind an agent behind a gateway.
 pub(crate) struct Bench {
@@ -155,23 +137,6 @@ impl Bench {
 pub(crate) fn tail(text: &str) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(20)..].join("\n")
-}
-
-/// Waits until a condition holds, polls every few milliseconds, and fails with a message.
-pub(crate) async fn until(what: &str, patience: Duration, condition: impl AsyncFn() -> bool) -> Duration {
-    let started = Instant::now();
-    loop {
-        if condition().await {
-            return started.elapsed();
-        }
-        assert!(started.elapsed() < patience, "not so after {patience:?}: {what}");
-        sleep(Duration::from_millis(5)).await;
-    }
-}
-
-/// Fails the test instead of hanging it.
-pub(crate) async fn within<T>(what: &str, patience: Duration, future: impl Future<Output = T>) -> T {
-    timeout(patience, future).await.unwrap_or_else(|_| panic!("not done after {patience:?}: {what}"))
 }
 
 /// Starts a gateway of this process at the place of one that was shut down. A child that is started at that moment holds copies of

@@ -1,14 +1,6 @@
 //! Goal: whoever stops takes nothing along: a gateway with a successor, an agent with a sibling, an agent that restarts, a
 //! session that has carried enough; all under load, with clients that move as real ones do (RG11, R-REL-11, MX-11).
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the figures of a test are small"
-)]
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::path::Path;

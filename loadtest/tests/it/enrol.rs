@@ -1,10 +1,6 @@
 //! Goal: from a join token to a request through the tunnel, and on through renewals, restarts and a change of CA, without a
 //! request that fails or a stream that ends. The real gateway and the real agent, in one process.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-#![allow(clippy::large_futures, reason = "tests are not many at a time")]
-
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 use base64::Engine as _;

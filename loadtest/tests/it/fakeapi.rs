@@ -1,12 +1,10 @@
 //! Goal: the fake API server behaves and misbehaves as its documentation says, seen from the wire.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a helper of tests: a failure is a failed test")]
-
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use crate::common::PATIENCE;
 use crate::common::wire::{Client, tls};
+use crate::common::{PATIENCE, until};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -18,15 +16,6 @@ use towline_testkit::stack::free_port;
 
 async fn start() -> FakeApi {
     FakeApi::start(FakeApiOptions::default()).await.unwrap()
-}
-
-async fn until(what: &str, condition: impl Fn() -> bool) {
-    let waited = timeout(PATIENCE, async {
-        while !condition() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    });
-    waited.await.unwrap_or_else(|_| panic!("never: {what}"));
 }
 
 /// Goal: the recorder keeps order, repeats, case and the raw target, also of the second request of a connection.
@@ -274,7 +263,7 @@ async fn connection_faults() {
     assert_eq!(fake.connections(), 1);
     fake.kill_connections();
     assert_eq!(client.rest().await.1.unwrap_err().kind(), ErrorKind::ConnectionReset);
-    until("no connection", || fake.connections() == 0).await;
+    until("no connection", PATIENCE, async || fake.connections() == 0).await;
 
     fake.refuse_new(true);
     let refused = timeout(PATIENCE, async {
@@ -288,7 +277,7 @@ async fn connection_faults() {
     });
     refused.await.expect("never refused");
     fake.refuse_new(false);
-    until("listening again", || std::net::TcpStream::connect(fake.addr()).is_ok()).await;
+    until("listening again", PATIENCE, async || std::net::TcpStream::connect(fake.addr()).is_ok()).await;
 
     let mut client = Client::connect(&fake).await;
     fake.freeze(true);
@@ -334,7 +323,7 @@ async fn http2() {
     assert_eq!(answer.status(), 200);
     answer.into_body().collect().await.unwrap();
     timeout(PATIENCE, driver.join_next()).await.expect("no GOAWAY").unwrap().unwrap().unwrap();
-    until("a closed connection", || !fake.recorder().connections()[0].open).await;
+    until("a closed connection", PATIENCE, async || !fake.recorder().connections()[0].open).await;
     let record = &fake.recorder().connections()[0];
     assert!(record.alpn == "h2" && record.sent > 500_000, "{record:?}");
     fake.shutdown().await;
@@ -380,10 +369,12 @@ async fn counter_counts_deliveries() {
     client
         .send("POST /towline-test/counter?key=a HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
         .await;
-    until("the second delivery", || fake.recorder().delivered("a") == 2).await;
+    until("the second delivery", PATIENCE, async || fake.recorder().delivered("a") == 2).await;
     drop(client);
-    until("the broken body", || fake.recorder().requests().last().is_some_and(|last| last.body().aborted))
-        .await;
+    until("the broken body", PATIENCE, async || {
+        fake.recorder().requests().last().is_some_and(|last| last.body().aborted)
+    })
+    .await;
     fake.shutdown().await;
 }
 
@@ -439,11 +430,11 @@ async fn websocket_bad_frames() {
             websocket_exec(&fake, "v5.channel.k8s.io", "command=sleep&command=100&stdin=true&stdout=true")
                 .await;
         assert_eq!(client.answer(true).await.code(), 101);
-        until("a process", || fake.processes() == 1).await;
+        until("a process", PATIENCE, async || fake.processes() == 1).await;
         client.stream.write_all(frame).await.unwrap();
         client.stream.flush().await.unwrap();
         client.rest().await.0.clear();
-        until("no process", || fake.processes() == 0).await;
+        until("no process", PATIENCE, async || fake.processes() == 0).await;
     }
     fake.shutdown().await;
 }

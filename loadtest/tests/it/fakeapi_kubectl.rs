@@ -1,7 +1,5 @@
 //! Goal: every flow works with every real `kubectl` on this machine, straight against the fake API server.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-
 use std::time::{Duration, Instant};
 
 use towline_fakeapi::{FakeApi, FakeApiOptions};

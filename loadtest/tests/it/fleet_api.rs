@@ -1,9 +1,6 @@
 //! Goal: the gateway's own API is a Kubernetes API to those who use one: every kubectl on this machine, plain list and watch
 //! clients, and a client that has been away.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};

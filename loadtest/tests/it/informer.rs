@@ -3,8 +3,6 @@
 //! kubectl's `get -w`. Agents come and go, the gateway is killed and restarted; nothing is lost, nothing comes twice, and a
 //! version from the future is never silence. R-ST-2.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

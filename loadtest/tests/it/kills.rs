@@ -3,9 +3,6 @@
 //!
 //! `TOWLINE_KILLS=200` asks for 200 rounds, `TOWLINE_KILLS_SEED` for another course.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};

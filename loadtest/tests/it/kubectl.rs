@@ -1,13 +1,6 @@
 //! Goal: every flow works with every real `kubectl` on this machine through the tunnel: in both modes, by path and by
 //! host, over both carriers, with a tunnel over TCP and over QUIC.
 
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the figures of a test are small"
-)]
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,8 +1,6 @@
 //! Goal: the load test works end to end: every scenario gives figures on every arm that can be started, the page and the record
 //! agree, and a comparison of a run with itself finds nothing. What the figures are is not looked at: a test machine is busy.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-
 use std::path::Path;
 use std::process::{Command, Output};
 

@@ -3,10 +3,6 @@
 //!
 //! Needs root and namespaces for the pods, and a kubectl.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-#![allow(clippy::large_futures, reason = "tests are not many at a time")]
-
 use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};

@@ -3,9 +3,6 @@
 //!
 //! The programs come from PATH, /usr/sbin or target/tools (`make tools`); what is missing is skipped by name.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-
 use std::fs::{File, Permissions};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;

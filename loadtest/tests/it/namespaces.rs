@@ -4,15 +4,15 @@
 //!
 //! Needs root, `ip` and `nft`; every namespace, link, route and rule is the test's own and goes with it.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::common::{Bench, PATIENCE, Read, Refusal, Setup, bound, head, pattern_sum, read, spawn, within};
+use crate::common::{
+    Bench, PATIENCE, Read, Refusal, Setup, bound, head, pattern_sum, read, spawn, until, within,
+};
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -160,16 +160,6 @@ async fn ask(front: &Target, method: Method, path: &str) -> (Outcome, Duration) 
         Err(error) => Outcome::Broken(format!("{error:#}")),
     };
     (outcome, started.elapsed())
-}
-
-/// Waits until a condition holds, with a polling interval that lets many wait concurrently.
-async fn until(what: &str, patience: Duration, condition: impl AsyncFn() -> bool) -> Duration {
-    let started = Instant::now();
-    while !condition().await {
-        assert!(started.elapsed() < patience, "not so after {patience:?}: {what}");
-        sleep(Duration::from_millis(20)).await;
-    }
-    started.elapsed()
 }
 
 /// Several clients, each with one request after the other, until stopped.

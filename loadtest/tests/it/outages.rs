@@ -1,8 +1,5 @@
 //! Goal: what fails says so at once and in words; what can come back comes back without a hand; nothing is sent twice.
 
-#![allow(clippy::cast_possible_truncation, reason = "the figures of a test are small")]
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};

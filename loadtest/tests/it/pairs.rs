@@ -1,8 +1,6 @@
 //! Goal: a request through the tunnel gets the same answer as without one: status, headers that matter, body. And what
 //! must differ differs, and a broken upstream breaks its own exchange only.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use crate::common::wire::Client as Wire;
 use crate::common::{Bench, MIB, PATIENCE, Setup, VERSIONS, get, head, pattern_sum, read, send, within};
 use bytes::Bytes;

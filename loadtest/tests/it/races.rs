@@ -3,8 +3,6 @@
 //!
 //! `TOWLINE_RACE=1000` is how many keys there are.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};

@@ -1,8 +1,6 @@
 //! Goal: a revocation ends all that is running through a tunnel within a second, over the wire and with real processes: a hundred
 //! streams and an `exec`; and whoever was revoked stays out, also after a crash of the gateway. R-ID-9, TU-03, AD-05, RG14.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 

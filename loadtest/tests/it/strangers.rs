@@ -3,8 +3,6 @@
 //! group ([`http1`], [`http2`]), and behind each row the same questions ([`group`]). Which test holds the rows of the other groups
 //! says [`catalogue`].
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests: a failure is a failed test")]
-
 mod catalogue;
 mod configuration;
 mod group;

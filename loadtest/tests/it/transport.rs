@@ -1,9 +1,8 @@
 //! Goal: the agent serves over whatever the network lets through: it falls back from QUIC to TCP in seconds, at the start
 //! and mid-life, returns when QUIC works again, and what is open on the way back finishes (RG7, RG8).
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests: a failure is a failed test")]
-
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::common::{Bench, PATIENCE, Read, Setup, bound, head, pattern_sum, read, spawn, until, within};
@@ -127,8 +126,9 @@ async fn a_black_hole_mid_life_under_load() {
     let link = Arc::new(link);
     link.on_quic(PATIENCE).await;
     let mut load = Vec::new();
+    let answered = Arc::new(AtomicU32::new(0));
     for _ in 0..4 {
-        let link = Arc::clone(&link);
+        let (link, answered) = (Arc::clone(&link), Arc::clone(&answered));
         load.push(spawn(async move {
             let mut longest = Duration::ZERO;
             let mut served = 0;
@@ -136,13 +136,14 @@ async fn a_black_hole_mid_life_under_load() {
                 let took = link.serves().await;
                 longest = longest.max(took);
                 served += 1;
+                answered.fetch_add(1, Ordering::Relaxed);
                 if link.bench.stack.path("stop").exists() {
                     return (longest, served);
                 }
             }
         }));
     }
-    sleep(Duration::from_millis(500)).await;
+    until("the load is served", PATIENCE, async || answered.load(Ordering::Relaxed) >= 20).await;
     link.shim.set_udp(BLOCKED);
     let over_tcp = link.serves().await;
     assert!(over_tcp <= served_soon(), "{over_tcp:?}\n{}", link.logs());

@@ -1,11 +1,5 @@
 //! Goal: a thousand watches share one session; they idle without cost, and then each gets its event.
 
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the figures of a test are small"
-)]
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

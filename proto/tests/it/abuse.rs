@@ -1,6 +1,5 @@
 //! A peer that has authenticated and now misbehaves: every case has a defined outcome, no panic, and bounded memory.
 //! The ids (MX-…) are those of the catalogue of hostile input.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 
 use crate::common::{Lone, data, encode, hello};
 use bytes::{Bytes, BytesMut};

@@ -1,8 +1,7 @@
 //! What the tests share: a seeded generator, and one end of a session whose other end is the test itself.
 
 #![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(dead_code, reason = "each test uses its part")]
-#![allow(unreachable_pub, reason = "shared by including the file")]
+#![allow(dead_code, unreachable_pub, reason = "shared by including the file; each program uses its part")]
 
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;

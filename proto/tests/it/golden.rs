@@ -1,5 +1,4 @@
 //! What is on the wire, byte for byte: these bytes are those of released versions and never change.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 
 use bytes::{Bytes, BytesMut};
 use std::fmt::Write as _;

@@ -1,5 +1,4 @@
 //! What is said about identity inside a session: who may say what, how often, and what an old peer notices of it.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 
 use crate::common::{Lone, hello};
 use bytes::{Bytes, BytesMut};

@@ -1,6 +1,5 @@
 //! Both ends write as much as they can through pipes of every small capacity, and both finish: no capacity, batch size or
 //! number of streams makes the two wait for each other.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 
 use bytes::{Bytes, BytesMut};
 use std::collections::{HashMap, VecDeque};

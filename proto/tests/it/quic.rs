@@ -1,7 +1,5 @@
 //! A session over QUIC behaves as one over the mux: same verbs, same codes, same credit.
 
-#![allow(clippy::unwrap_used, reason = "a test that fails here fails where it should")]
-
 use bytes::Bytes;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;

@@ -2,14 +2,6 @@
 //!
 //! `TOWLINE_SIM_SEEDS=n` runs `n` seeds, `TOWLINE_SIM_SEED=s` replays one and prints its steps.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::print_stdout,
-    reason = "a test fails by panicking, in its helpers too"
-)]
-
 mod blackout;
 mod world;
 

@@ -1,8 +1,6 @@
 //! Sessions and streams to await on, over pipes in memory, most of them on paused time: whoever waits is woken, whoever is
 //! dropped is told, and nobody waits for anybody else's reader.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 #![cfg(feature = "tokio")]
 
 use crate::common::{data, encode, hello};

@@ -1,8 +1,6 @@
 //! Honest clients beside whatever a test does: requests at a steady pace, watches, an exec. None of them may see an error, lose
 //! an event or a byte.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};

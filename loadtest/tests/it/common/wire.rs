@@ -1,7 +1,5 @@
 //! A client that says exactly what a test says: raw HTTP/1.1 over TLS.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-
 use std::sync::Arc;
 
 use rustls::pki_types::pem::PemObject;

@@ -134,7 +134,6 @@ async fn cf_07_a_thousand_reloads() {
     let mut another = front.connect(towline_testkit::client::Version::Http1).await.unwrap();
     assert_eq!(crate::common::get(&mut another, "/version").await.status(), 403, "the last good one stays");
     drop(another);
-    tokio::time::sleep(Duration::from_millis(200)).await;
     settled(&bench, &before, PATIENCE).await;
     drop(client);
     // Reloads into a drain.

@@ -3,12 +3,6 @@
 //! clients beside it see no error, lose no event and no byte; both processes live and have not panicked; neither has grown
 //! by more than a bound; no series of metrics has come or gone.
 
-#![allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the figures of a test are small"
-)]
-
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

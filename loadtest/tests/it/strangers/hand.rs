@@ -9,11 +9,11 @@ use tokio_rustls::client::TlsStream;
 use towline_testkit::client::Version;
 
 use super::group::Group;
-use crate::common::frames::{
+use crate::common::{PATIENCE, within};
+use towline_testkit::frames::{
     ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, fields,
     frame, next_frame, preface,
 };
-use crate::common::{PATIENCE, within};
 
 /// A connection by hand.
 pub(crate) struct Hand {

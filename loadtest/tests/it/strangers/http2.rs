@@ -1,8 +1,5 @@
 //! Rows H2-01 to H2-18: HTTP/2 in frames made by hand, and what an honest client may send.
 
-#![allow(clippy::expect_used, reason = "a test fails by panicking, in its helpers too")]
-#![allow(clippy::cast_possible_truncation, reason = "the figures of a test are small")]
-
 use std::time::{Duration, Instant};
 
 use tokio::io::AsyncWriteExt;
@@ -11,11 +8,11 @@ use towline_testkit::client::Version;
 
 use super::group::Group;
 use super::hand::{Field, Hand, Seen, credit, get, headers, post, request, reset, stream};
-use crate::common::frames::{
+use crate::common::{MIB, PATIENCE, bound, until, within};
+use towline_testkit::frames::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PRIORITY, RST_STREAM, SETTINGS,
     fields, frame, next_frame, preface, string,
 };
-use crate::common::{MIB, PATIENCE, bound, until, within};
 
 const ECHO: &str = "/clusters/demo/towline-test/echo?stranger";
 const SINK: &str = "/clusters/demo/towline-test/sink?stranger";
