@@ -1,6 +1,6 @@
 # The verbs of daily work. CI calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster lint bench fuzz load tools clean
+.PHONY: help demo test test-slow test-cluster lint bench fuzz load tools clean
 
 CARGO ?= cargo
 
@@ -8,11 +8,14 @@ help: ## what the verbs are
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: ## a gateway, an agent and an API server on loopback, and real requests through the tunnel (ONCE=1: run and exit; REAL=1: the current kubeconfig's cluster)
-	$(CARGO) build --workspace --bins
+	$(CARGO) build --workspace --bins $(BUILD)
 	$${CARGO_TARGET_DIR:-target}/debug/towline-loadtest demo $(if $(ONCE),--once) $(if $(REAL),--use-kubeconfig)
 
-test: tools ## every test; says loudly what it skips
-	$(CARGO) test --workspace --no-fail-fast
+test: tools ## every test but the slow ones, and a summary of what failed and what was skipped (TEST="rules:: join::": those with such names)
+	CARGO=$(CARGO) .ci/test $(TEST)
+
+test-slow: tools ## the tests that take minutes by design: kills, outages, lossy networks (TOWLINE_LONG=1: at full length)
+	CARGO=$(CARGO) .ci/test --slow $(TEST)
 
 test-cluster: ## a real one-node cluster without Docker, a gateway and agents in it: root on Linux, and Go to build Kubernetes, once (CHECKS="an_eviction_is_not_noticed": only that)
 	CARGO=$(CARGO) loadtest/cluster/run $(CHECKS)

@@ -74,12 +74,14 @@ async fn upload(client: &mut Client, length: u64) -> Duration {
 
 /// Goal: 1 GiB down and 1 GiB up have equal checksums, and neither end grows by more than its budget and a fifth.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: a gibibyte each way"]
 async fn a_gibibyte_each_way_in_bounded_memory() {
     a_gibibyte_each_way("tcp").await;
 }
 
 /// Goal: the same over QUIC.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: a gibibyte each way"]
 async fn a_gibibyte_each_way_in_bounded_memory_over_quic() {
     a_gibibyte_each_way("quic").await;
 }
@@ -112,6 +114,7 @@ async fn a_gibibyte_each_way(transport: &str) {
 /// Goal (RG9): a hundred readers of 64 MiB that stop reading do not stall others, and memory stays bounded. A reader that continues
 /// afterwards gets every byte.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: a hundred stalled readers, then gibibytes"]
 async fn readers_that_stop_do_not_stall_other_streams() {
     let bench = bench("tcp").await;
     warm(&bench).await;

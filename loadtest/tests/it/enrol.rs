@@ -537,6 +537,7 @@ async fn a_pod_without_a_volume_rejoins() {
 /// streams that are older than several certificates. `TOWLINE_ENROL=AGENTS,LIFETIME_S,DURATION_S` widens it (100,60,600 takes ten
 /// minutes).
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "slow: half a minute of renewals"]
 async fn many_agents_are_renewed() {
     let setting = std::env::var("TOWLINE_ENROL").unwrap_or_else(|_| "10,12,30".to_owned());
     let numbers: Vec<u64> = setting.split(',').map(|number| number.parse().unwrap()).collect();

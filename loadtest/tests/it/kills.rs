@@ -511,6 +511,7 @@ async fn ask_again(fleet: &Fleet, round: &Round, store: &Records, random: &mut R
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: a gateway is killed a dozen times"]
 async fn a_killed_gateway_has_lost_nothing() {
     let number = |name: &str, default: u64| {
         std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}")))

@@ -101,6 +101,7 @@ async fn instances_of(fleet: &Fleet, token: &JoinToken) -> Vec<String> {
 
 /// Goal: with many keys for a single use, one is admitted, all others are told that the token was used, and no other is recorded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: hundreds of joins at once"]
 async fn of_many_keys_one_gets_in() {
     let keys = std::env::var("TOWLINE_RACE").map_or(200, |text| text.parse().unwrap());
     let mut fleet = gateway().await;
@@ -122,6 +123,7 @@ async fn of_many_keys_one_gets_in() {
 
 /// Goal: the same with a gateway that is killed during the race: keys without an answer retry, and one is admitted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: six races, each across a crash"]
 async fn of_many_keys_one_gets_in_across_a_crash() {
     let mut fleet = gateway().await;
     fleet.register("prod").await;

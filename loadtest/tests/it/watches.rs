@@ -21,6 +21,7 @@ const PATH: &str = "/api/v1/namespaces/default/configmaps";
 /// Goal: 1,000 watches on one session, idle for ten seconds (`TOWLINE_LONG=1`: a minute); one new object is one event for
 /// each, and unary requests beside them are served meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: a thousand watches idle for ten seconds"]
 async fn a_thousand_watches_get_their_event() {
     // They are one principal's, which has a share of half of them by default (S10).
     let limits = json!({"limits": {"longRequestsPerPrincipalAndCluster": WATCHES}});
