@@ -5,7 +5,6 @@ pub(crate) mod fleet;
 pub(crate) mod joining;
 pub(crate) mod wire;
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -422,10 +421,6 @@ pub(crate) fn manifests() -> Vec<(String, usize)> {
 /// The whole log of a process so far.
 pub(crate) fn log(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned()
-}
-
-pub(crate) fn loopback(port: u16) -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], port))
 }
 
 /// Kills a process and leaves its place empty.

@@ -11,7 +11,6 @@ use base64::engine::general_purpose::STANDARD;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue, Method, Request};
 use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -287,35 +286,5 @@ impl Api {
 
     pub(crate) async fn get(&mut self, path: &str) -> (u16, Value) {
         self.ask(Method::GET, path, &Value::Null).await.unwrap()
-    }
-
-    /// Begins a watch: its body, to be read by [`Lines`].
-    pub(crate) async fn watch(&mut self, path: &str) -> (u16, Lines) {
-        let request = self.request(Method::GET, path, &Value::Null).unwrap();
-        let answer = timeout(ANSWER, self.0.send(request)).await.unwrap().unwrap();
-        let status = answer.status().as_u16();
-        (status, Lines { body: answer.into_body(), rest: Vec::new() })
-    }
-}
-
-/// A watch, line by line.
-pub(crate) struct Lines {
-    body: Incoming,
-    rest: Vec<u8>,
-}
-
-impl Lines {
-    /// The next event; none at the end, however it ends.
-    pub(crate) async fn next(&mut self) -> Option<Value> {
-        loop {
-            if let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.rest.drain(..=end).collect();
-                return Some(serde_json::from_slice(&line).unwrap());
-            }
-            match self.body.frame().await {
-                Some(Ok(frame)) => self.rest.extend_from_slice(frame.data_ref().unwrap()),
-                Some(Err(_)) | None => return None,
-            }
-        }
     }
 }

@@ -2,7 +2,6 @@
 //! secrets where everybody can read them.
 
 use std::process::Stdio;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::process::Command;
