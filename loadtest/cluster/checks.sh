@@ -1,11 +1,11 @@
-# What has to be true with a real kubelet. Each check leaves the cluster as it found it: two agents of each cluster, all ready. Sourced.
+# The checks with a real kubelet. Each leaves the cluster as it found it: two agents of each cluster, all ready. Sourced.
 # shellcheck source=loadtest/cluster/towline.sh
 . "$(dirname "${BASH_SOURCE[0]}")/towline.sh"
 
 IDLE_SECONDS=60
 ROLLOUTS=3
 
-# FR-01, R1: pods that nobody asks anything are as ready as others, over QUIC too, which is what agents prefer.
+# FR-01, R1: idle pods are ready like others, also over QUIC, which agents prefer.
 idle_agents_stay_ready() {
     local end cluster transport
     for cluster in open closed; do
@@ -22,7 +22,7 @@ idle_agents_stay_ready() {
     say "four agents over QUIC without a request: ready for $IDLE_SECONDS s"
 }
 
-# kubectl says the same directly and through the gateway, in both modes.
+# kubectl prints the same directly and through the gateway, in both modes.
 sides_agree() {
     local cluster bad=0
     for cluster in closed open; do lines_agree $cluster || bad=1; done
@@ -53,7 +53,7 @@ lines_agree() { # CLUSTER
     [ "$same" = "$all" ]
 }
 
-# All lines on one side; what each said, and its exit code, masked.
+# Runs all lines on one side; records the masked output and exit code of each.
 lines_of() { # CLUSTER SIDE
     local cluster=$1 side=$2 directory=$RUN/lines/$2 number=0
     export NS=lines-$side
@@ -90,7 +90,7 @@ mask() {
         -e 's/-[0-9a-f]{8,10}-[a-z0-9]{5}\b/-POD/g' -e 's/node-debugger-onenode-[a-z0-9]{5}/DEBUGGER/g' -e 's/\r//g' -e '/^Handling connection$/d'
 }
 
-# K1, FR-05: while all agents are replaced, three times, no request fails and no watch has to list.
+# K1, FR-05: while all agents are replaced, three times, no request fails and no watch has to list again.
 rollouts_are_not_noticed() {
     local cluster
     for cluster in closed open; do
@@ -98,7 +98,7 @@ rollouts_are_not_noticed() {
         for _ in $(seq $ROLLOUTS); do
             kubectl_direct -n $cluster rollout restart deployment/towline-agent >/dev/null
             kubectl_direct -n $cluster rollout status deployment/towline-agent --timeout=120s >/dev/null
-            # Those that are replaced finish what they have, watches too.
+            # The replaced agents finish their requests, watches included.
             until_ok 60 agents_ready $cluster 2
             announce
         done
@@ -106,14 +106,14 @@ rollouts_are_not_noticed() {
     done
 }
 
-# traffic_starts CLUSTER [get]: requests without a pause, of four clients with a connection each, GETs alone or with POSTs; informers of
-# client-go's; and `kubectl wait`. Until
-# traffic_ends WHAT: no request has failed; all that watched saw everything; and by the API server's audit log none has listed again (K1, K2).
+# traffic_starts CLUSTER [get]: continuous requests of four clients with one connection each, GETs alone or with POSTs; client-go
+# informers; and `kubectl wait`. They run until
+# traffic_ends WHAT: no request has failed, every watcher saw everything, and by the API server's audit log none listed again (K1, K2).
 traffic_starts() {
     local cluster=$1 token
     kubectl_direct create namespace watched >/dev/null
     kubectl_direct -n watched create secret generic awaited >/dev/null
-    # Nobody else asks in this namespace under this name.
+    # No other client uses this name in this namespace.
     case $cluster in
     closed)
         WATCHER=system:serviceaccount:kube-system:informer
@@ -151,7 +151,7 @@ traffic_ends() {
     [ "$lists" = 0 ] || fail "$what: informers have listed again"
 }
 
-# Another ConfigMap, which both informers have to see.
+# Creates another ConfigMap, which both informers must see.
 announce() {
     local kind
     MADE=$((MADE + 1))
@@ -159,7 +159,7 @@ announce() {
     for kind in protobuf json; do until_ok 60 grep -qx "$kind event-$MADE" "$RUN/informer.log"; done
 }
 
-# Two informers and `kubectl wait`.
+# Starts two informers and `kubectl wait`.
 have_listed() { [ "$(audited list)" -ge 3 ] && [ "$(audited watch)" -ge 3 ]; }
 
 audited() { # list|watch: how many requests of $WATCHER's in the namespace `watched`
@@ -177,13 +177,13 @@ ended_well() { # NAME: `kubectl wait` has
     ! pid_of "$1" && grep -q 'condition met' "$RUN/$1.log"
 }
 
-# An agent whose pod is evicted has finished what it carried before it ends.
+# An agent whose pod is evicted finishes its requests before it ends.
 an_eviction_is_not_noticed() {
     local cluster pod
     for cluster in closed open; do
         traffic_starts $cluster
         pod=$(kubectl_direct -n $cluster get pods -o 'jsonpath={.items[0].metadata.name}')
-        evict $cluster "$pod" || fail "$cluster: the eviction of a ready agent beside another was refused"
+        evict $cluster "$pod" || fail "$cluster: the eviction of one of two ready agents was refused"
         until_ok 60 kubectl_direct -n $cluster wait --for=delete "pod/$pod" --timeout=1s
         until_ok 60 agents_ready $cluster 2
         traffic_ends "$cluster: an eviction"
@@ -196,8 +196,8 @@ evict() { # NAMESPACE POD
 	JSON
 }
 
-# The node is drained while an agent of the cluster is elsewhere, as on a second node. With one replica, since a budget for two would rightly
-# wait for a node that takes the second one.
+# The node is drained while another agent of the cluster runs elsewhere, as on a second node. There is one replica, because a budget for two
+# would rightly wait for a node that can run the second.
 a_drain_is_not_noticed() {
     agent_outside closed
     replicas 1
@@ -226,7 +226,7 @@ drain() {
 
 uncordon() { kubectl_direct uncordon onenode >/dev/null; }
 
-# R2: the outage of a service in the cloud stops no work on the nodes of a cluster.
+# R2: an outage of the service in the cloud does not stop work on the nodes of a cluster.
 a_drain_without_the_gateway_is_granted() {
     local cluster
     end gateway
@@ -246,8 +246,8 @@ none_ready() { # CLUSTER
     [[ $ready != *true* ]] || { echo "ready: $ready" && return 1; }
 }
 
-# The node loses power and comes back, agents and all, while another one is elsewhere. What an agent carries dies with it: a GET is asked again
-# by the gateway, a POST must not be, so the load is of GETs. Each agent comes back as who it was.
+# The node loses power and restarts with its agents, while another agent runs elsewhere. Requests of a dead agent fail: the gateway retries a
+# GET but must not retry a POST, so the load has only GETs. Each agent reconnects with its identity.
 a_reboot_is_waited_out() {
     local cluster agents
     agent_outside closed
@@ -258,14 +258,14 @@ a_reboot_is_waited_out() {
     until_ok 30 connected closed 1
     power_on
     until_ok 120 connected closed 3
-    [ "$(towline cluster get closed -o json | json_of status.agents)" = "$agents" ] || fail "closed: an agent came back as a new one"
+    [ "$(towline cluster get closed -o json | json_of status.agents)" = "$agents" ] || fail "closed: an agent reconnected with a new identity"
     traffic_ends "closed: the node loses power and comes back, one agent elsewhere"
     end agent
     for cluster in open closed; do until_ok 90 agents_ready $cluster 2; done
     until_ok 20 connected open 2
 }
 
-# By its own manifest, with a volume, and an address as a load balancer would give it: its first admin is let in, and a cluster joins there.
+# The gateway runs by its own manifest, with a volume and a load balancer's address. Its first admin connects, and a cluster joins.
 a_gateway_runs_in_the_cluster() {
     in_node mkdir -p /var/lib/volumes/gateway
     kubectl_direct apply -f - >/dev/null <<-YAML
@@ -284,7 +284,7 @@ a_gateway_runs_in_the_cluster() {
     kubectl_direct -n towline-gateway patch service towline-gateway --subresource=status --type=merge \
         -p '{"status": {"loadBalancer": {"ingress": [{"ip": "'$BALANCER'"}]}}}' >/dev/null
     kubectl_direct -n towline-gateway rollout status statefulset/towline-gateway --timeout=60s >/dev/null
-    # As the manifest's first lines say.
+    # As in the manifest's first lines.
     (
         cd "$RUN"
         eval "$(sed -n 's/^#   (umask 077; \(.*\))$/\1/p' gateway.manifest.yaml | sed -e "s#kubectl#kubectl --kubeconfig=$RUN/admin-direct.yaml#" -e 's#admin.yaml$#inside.yaml#')"

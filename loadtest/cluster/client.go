@@ -1,9 +1,9 @@
-// What a fleet service built on client-go sees of its cluster while the agents there are replaced.
+// The view of a fleet service built on client-go while the agents of its cluster are replaced.
 //
 //	client watch KUBECONFIG NAMESPACE      informers of ConfigMaps, typed (protobuf) and dynamic (JSON): a line for each one that is new
 //	client load KUBECONFIG get|get-and-post  four clients with a connection each, two over HTTP/2: GETs, or one in five a POST
 //
-// SIGTERM ends both. load then says what there was on one line; its exit code is 1 if a request failed.
+// SIGTERM ends both. load then prints a summary on one line; its exit code is 1 if a request failed.
 package main
 
 import (
@@ -57,8 +57,7 @@ func check(err error) {
 	}
 }
 
-// The two kinds of informer that controllers have: what they share is the reflector, which lists again where a watch ends in a way
-// that it does not expect.
+// The two kinds of informers that controllers use. They share the reflector, which lists again if a watch ends unexpectedly.
 func watch(told context.Context, config *rest.Config, namespace string) {
 	binary := rest.CopyConfig(config)
 	binary.ContentType = runtime.ContentTypeProtobuf
@@ -88,8 +87,8 @@ func say(kind string, informer cache.SharedIndexInformer) {
 const review = `{"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
 	"spec": {"resourceAttributes": {"verb": "get", "resource": "pods"}}}`
 
-// Closed loops, whose answers are read to the end. Go's own transport tries nothing again but what certainly was not sent, so that what
-// fails here fails for everybody. Returns how many failed.
+// Closed loops that read every response to the end. Go's transport retries only requests that were certainly not sent, so a failure here is a
+// failure for every client. Returns the number of failures.
 func load(told context.Context, config *rest.Config, posts bool) int {
 	var (
 		lock   sync.Mutex
@@ -100,7 +99,7 @@ func load(told context.Context, config *rest.Config, posts bool) int {
 	)
 	for number := range 4 {
 		own := rest.CopyConfig(config)
-		// A dialer of its own keeps client-go from sharing one connection among all.
+		// Its own dialer keeps client-go from sharing one connection among all clients.
 		own.Dial = (&net.Dialer{}).DialContext
 		if number%2 == 1 {
 			own.NextProtos = []string{"http/1.1"}

@@ -1,12 +1,12 @@
 # A Kubernetes cluster of one node on this machine without Docker: control plane here, node in namespaces of its own. Sourced.
 #
-#   missing     what this machine lacks, one a line
-#   fetch       packages (unpacked, not installed) and Kubernetes' programs (from the Go module proxy), once
-#   up          control plane and node, until the node is Ready
-#   image       makes an image of a directory and gives it to the node
-#   power_off   the node is gone, as by the mains switch; its disk stays
-#   power_on
-#   down        takes away all of it: processes, links, cgroups, files
+#   missing     prints what this machine lacks, one item per line
+#   fetch       gets packages (unpacked, not installed) and Kubernetes' programs (from the Go module proxy), once
+#   up          starts control plane and node, and waits until the node is Ready
+#   image       builds an image from a directory and loads it into the node
+#   power_off   kills the node as a power failure does; its disk stays
+#   power_on    starts it again
+#   down        removes everything: processes, links, cgroups, files
 # shellcheck source=loadtest/cluster/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -39,7 +39,7 @@ missing() {
 
 PACKAGES=(containerd runc libseccomp2 containernetworking-plugins nftables libnftables1 libnftnl11 libmnl0 libjansson4 busybox-static
     libc6 libgcc-s1 ca-certificates)
-# They are for images: nothing here runs by another libc than this machine's.
+# They are for images; programs on this machine use its own libc.
 FOR_IMAGES=" libc6 libgcc-s1 ca-certificates "
 
 all_unpacked() { [ -e "$UNPACKED/all" ]; }
@@ -64,7 +64,7 @@ fetch_packages() {
     touch "$UNPACKED/all"
 }
 
-# go_program NAME [REQUIRE...]: what stands in main.go beside it, with these modules.
+# go_program NAME [REQUIRE...]: builds the main.go in its directory, with these modules.
 go_program() {
     local name=$1 place=$KEPT/build/$1
     shift
@@ -79,7 +79,7 @@ go_program() {
 fetch_programs() {
     local program flags='-s -w' package minor tree=$KEPT/build/kubernetes-$KUBERNETES
     export GOFLAGS=-mod=mod CGO_ENABLED=0
-    # Another release of Kubernetes is built anew.
+    # Another release of Kubernetes is built again.
     if [ "$(cat "$KEPT/bin/versions" 2>/dev/null)" != "$KUBERNETES $ETCD" ]; then
         rm -f "${PROGRAMS[@]/#/$KEPT/bin/}"
         echo "$KUBERNETES $ETCD" >"$KEPT/bin/versions"
@@ -119,7 +119,7 @@ fetch_programs() {
     done
 }
 
-# The published module builds where what it has below staging/ is taken from the modules published beside it.
+# The published module builds if the modules below staging/ are replaced by the separately published ones.
 kubernetes_tree() {
     local module
     module=$(cd "$KEPT/build" && go mod download -json "k8s.io/kubernetes@$KUBERNETES" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p') || true
@@ -170,7 +170,7 @@ identities() {
     kubeconfig admin-direct /O=system:masters/CN=kubernetes-admin
     kubeconfig kubelet /O=system:nodes/CN=system:node:onenode
     for program in controller-manager scheduler proxy; do kubeconfig "kube-$program" "/CN=system:kube-$program"; done
-    # RSA, as kubeadm makes it.
+    # RSA, as kubeadm creates it.
     openssl genrsa -out sa.key 2048 2>/dev/null
     openssl rsa -in sa.key -pubout -out sa.pub 2>/dev/null
 }
@@ -195,7 +195,7 @@ control_plane() {
     local etcd=http://$HOST
     beside etcd etcd --data-dir=etcd --unsafe-no-fsync --listen-client-urls=$etcd:2379 --advertise-client-urls=$etcd:2379 \
         --listen-peer-urls=$etcd:2380 --initial-advertise-peer-urls=$etcd:2380 --initial-cluster=default=$etcd:2380
-    # A line of the log for each request, and one more for each watch; nothing of what was in it.
+    # One log line for each request, and one more for each watch, without contents.
     cat >audit.yaml <<-YAML
 	apiVersion: audit.k8s.io/v1
 	kind: Policy
@@ -234,7 +234,7 @@ power_on() {
     ip link set $PLUG master $SWITCH up
 }
 
-# Of the node, as this machine counts.
+# Process ids of the node, as this machine sees them.
 first_process() {
     local pid
     pid=$(pid_of node) && cat "/proc/$pid/task/$pid/children" | tr -d ' '
@@ -252,13 +252,13 @@ power_off() {
     done </proc/self/cgroup
 }
 
-# A cgroup can be removed when its last process is gone, which may take a moment after it was killed.
+# A cgroup can be removed when its last process is gone, shortly after the kill.
 remove_cgroups() {
     find "$1" -depth -type d -exec rmdir {} + || true
     [ ! -d "$1" ]
 }
 
-# image NAME USER ENTRYPOINT: of the directory $RUN/image, in the format of `docker save`.
+# image NAME USER ENTRYPOINT: builds it from the directory $RUN/image, in the format of `docker save`.
 image() {
     local layer archive=$RUN/archive
     rm -rf "$archive"
@@ -272,7 +272,7 @@ image() {
 	JSON
     echo '[{"Config": "config.json", "RepoTags": ["'"$1"'"], "Layers": ["layer.tar"]}]' >"$archive/manifest.json"
     tar -C "$archive" -cf "$RUN/image.tar" manifest.json config.json layer.tar
-    in_node ctr --namespace k8s.io images import "$RUN/image.tar" >/dev/null || fail "the node does not take the image $1"
+    in_node ctr --namespace k8s.io images import "$RUN/image.tar" >/dev/null || fail "the node rejected the image $1"
     rm -rf "$archive" "$RUN/image" "$RUN/image.tar"
 }
 
@@ -280,7 +280,7 @@ down() {
     local name record
     cd "$ROOT"
     [ -d "$RUN" ] || return 0
-    # The rest first: it would complain about the others. Nothing of what they know is kept, so none is asked to finish.
+    # The others first, because they would log errors about the API server. No state is kept, so none of them has to finish.
     for record in "$RUN"/*.process; do
         name=$(basename "$record" .process)
         case $name in
@@ -291,7 +291,7 @@ down() {
     power_off
     end kube-apiserver KILL
     end etcd KILL
-    # Its routes go with it.
+    # Its routes are removed with it.
     ip link delete $SWITCH 2>/dev/null || true
     rm -rf "$RUN"
 }

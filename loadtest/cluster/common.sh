@@ -1,4 +1,4 @@
-# What the parts of `make test-cluster` share: where things are, addresses, and processes that run beside. Sourced.
+# Shared parts of `make test-cluster`: directories, addresses, and background processes. Sourced.
 set -euo pipefail
 umask 077
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -15,7 +15,7 @@ ETCD=v3.6.16
 # The newest kubelet for which Debian's containerd is new enough, and its client-go.
 CLIENT_GO=v0.${KUBERNETES#v1.}
 
-# Of 198.18.0.0/15, which is for measurements and leads nowhere.
+# In 198.18.0.0/15, which is reserved for measurements and not routed.
 HOST=198.19.240.1    # the control plane and the gateway: this machine, as the node sees it
 NODE=198.19.240.2
 BALANCER=198.19.240.200
@@ -27,7 +27,7 @@ SWITCH=towline-switch # a bridge: the machine keeps its address while the node i
 PLUG=towline-node
 
 export PATH=$KEPT/bin:$UNPACKED/usr/bin:$UNPACKED/usr/sbin:$PATH
-# For the programs that were unpacked and not installed.
+# For programs that are unpacked, not installed.
 LIBRARIES=$UNPACKED/usr/lib/x86_64-linux-gnu:$UNPACKED/lib/x86_64-linux-gnu
 
 step() { printf '\n== %s (%d s so far)\n' "$*" "$SECONDS"; }
@@ -41,27 +41,27 @@ fail() {
     exit 1
 }
 
-# until_ok SECONDS COMMAND...: tries it twice a second. What it prints is of interest only where it never succeeds.
+# until_ok SECONDS COMMAND...: tries it twice a second. Its output is shown only if it never succeeds.
 until_ok() {
     local seconds=$1 end said
     end=$((SECONDS + seconds))
     shift
     until said=$("$@" 2>&1); do
-        [ "$SECONDS" -lt "$end" ] || fail "not within $seconds s: $*: ${said:-without a word}"
+        [ "$SECONDS" -lt "$end" ] || fail "not within $seconds s: $*: ${said:-no output}"
         sleep 0.5
     done
 }
 
-# A process is known by its id and the time it was started at: an id alone may be somebody else's by now.
+# A process is identified by its id and its start time, because an id can be reused.
 born() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
-# beside NAME COMMAND...: in the background, with a log and a record of who it is.
+# beside NAME COMMAND...: runs it in the background, with a log and a record of its process.
 beside() {
     local name=$1
     shift
     setsid nice -n 5 "$@" >>"$RUN/$name.log" 2>&1 </dev/null 8>&- &
     echo "$! $(born $!)" >"$RUN/$name.process"
-    # The shell says nothing when it is killed.
+    # The shell prints no message when it is killed.
     disown
 }
 
@@ -70,13 +70,13 @@ pid_of() {
     read -r pid born <"$RUN/$1.process" && [ -n "$born" ] && [ "$(born "$pid")" = "$born" ] && echo "$pid"
 } 2>/dev/null
 
-# end NAME [SIGNAL]: and waits until it is gone.
+# end NAME [SIGNAL]: signals it and waits until it is gone.
 end() {
     local pid
     pid=$(pid_of "$1") || return 0
     kill "-${2:-TERM}" "$pid"
     for _ in $(seq 300); do
-        # One that nobody has waited for yet is gone all the same.
+        # A zombie is gone too.
         [ "$(sed 's/.*) //' "/proc/$pid/stat" 2>/dev/null | cut -c1)" = Z ] || [ ! -e "/proc/$pid" ] && break
         sleep 0.1
     done

@@ -1,10 +1,10 @@
-# What is typed at a shell, and what it has to end with: the same directly and through the gateway. Sourced by `sides_agree` in checks.sh.
+# Shell lines with their exit codes; the results must be the same directly and through the gateway. Sourced by `sides_agree` in checks.sh.
 #
 #   line NAME [CODE] <<'SH'
 #
-# Each line runs with bash in a folder of its side's own, beside `big` (50 MB) and the two YAML files below. In it: $K is kubectl with the side's
-# kubeconfig in the side's namespace; terminal COMMAND runs one in a terminal; ready_soon FILE PATTERN waits for a word; and what differs by
-# nature (names, ages, ids) is masked afterwards. Later lines may use what earlier ones made.
+# Each line runs with bash in a directory of its side, which contains `big` (50 MB) and the two YAML files below. $K is kubectl with the side's
+# kubeconfig in the side's namespace; terminal COMMAND runs a command in a terminal; ready_soon FILE PATTERN waits for a pattern. Names, ages
+# and ids are masked afterwards. Later lines may use the objects of earlier ones.
 # shellcheck disable=SC2016
 
 line "apply, wait for Ready" <<'SH'

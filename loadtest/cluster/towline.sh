@@ -1,4 +1,4 @@
-# Towline in the cluster: its images, a gateway on this machine, agents from their printed manifests, and who asks through it. Sourced.
+# Towline in the cluster: its images, a gateway on this machine, agents from their printed manifests, and clients. Sourced.
 # shellcheck source=loadtest/cluster/cluster.sh
 . "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
@@ -39,8 +39,8 @@ fresh_image() { # [DIRECTORY...]
     chmod 1777 "$RUN/image/tmp"
 }
 
-# What deploy/Dockerfile makes, less the programs of Debian's that nobody starts there: the program and its libraries, the trust store, the
-# user. What it says of the user and of the command is read from it.
+# The images of deploy/Dockerfile without Debian's unused programs: the program and its libraries, the trust store, the user. User and
+# command are read from that file.
 towline_image() { # agent|gateway
     local name=$1 directory=$RUN/image file=$ROOT/deploy/Dockerfile package user command tag
     fresh_image usr/{lib,lib64,bin,local/bin} etc/ssl/certs
@@ -83,7 +83,7 @@ gateway_starts() {
 
 towline() { TOWLINE_KUBECONFIG=$RUN/admin.yaml "$PRODUCT/towline" "$@"; }
 
-# join NAME [ARGUMENT...]: by the manifest that is printed for it, in a namespace of its name.
+# join NAME [ARGUMENT...]: applies the printed manifest, in a namespace of this name.
 join() {
     local name=$1
     shift
@@ -108,7 +108,7 @@ json_of() { # PATH.OF.KEYS
 print(functools.reduce(lambda value, key: value[key], sys.argv[1].split("."), json.load(sys.stdin)))' "$1"
 }
 
-# An agent of a cluster on this machine, where a second node's would be: the cluster outlives its only node.
+# An agent of a cluster on this machine, in place of a second node's agent, so that the cluster survives the loss of its only node.
 agent_outside() { # CLUSTER
     mkdir -p "$RUN/outside"
     towline token create "$1" >"$RUN/outside.token" 2>"$RUN/outside.log"
@@ -125,8 +125,8 @@ agent_outside() { # CLUSTER
     until_ok 20 curl -sf "http://$HOST:9465/readyz"
 }
 
-# sides CLUSTER: two kubeconfigs for the same caller, a ServiceAccount with all rights: CLUSTER.direct.yaml and CLUSTER.through.yaml. In
-# impersonate mode through the gateway comes the fleet's admin, who has them too.
+# sides CLUSTER: two kubeconfigs for the same caller, a ServiceAccount with all permissions: CLUSTER.direct.yaml and CLUSTER.through.yaml. In
+# mode impersonate, the caller through the gateway is the fleet's admin, who has the same permissions.
 sides() {
     local cluster=$1 token ca part certificate
     token=$(service_account sides --clusterrole=cluster-admin)

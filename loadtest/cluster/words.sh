@@ -1,6 +1,6 @@
-# Words for the lines of lines.sh. Sourced.
+# Helper functions for the lines of lines.sh. Sourced.
 
-# In a terminal of its own, with its exit code. Its input stays open: at an end of input kubectl would detach.
+# Runs a command in its own terminal and keeps its exit code. Its input stays open, because kubectl detaches at the end of input.
 terminal() {
     python3 -c 'import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(["bash", "-c", sys.argv[1]])))' "$1" \
         < <(sleep 10) | tr -d '\r'

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs every fuzz target for SECONDS each: proto/fuzz/run.sh [SECONDS] [core]. First what the core reads, then, unless `core`
-# is said, what the two programs do (loadtest/fuzz: both are built anew with a sanitizer). Ends with the first finding; the input that shows it is in the folder's artifacts.
+# Runs every fuzz target for SECONDS each: proto/fuzz/run.sh [SECONDS] [core]. First the targets of the core, then, unless `core`
+# is given, those of the two programs (loadtest/fuzz: both are built again with a sanitizer). It ends with the first finding, whose input is in the directory's artifacts.
 set -eu
 seconds="${1:-60}"
 scope="${2:-all}"
