@@ -1,5 +1,5 @@
-//! How does a YAML file become a tree whose keys and values know their places? Scalars stay as they are written: what they mean
-//! is decided by whoever asks for them.
+//! Parses a YAML file into a tree whose keys and values know their places. Scalars keep their text; the reader of a key
+//! decides what it means.
 
 use crate::findings::{At, Findings};
 use granit_parser::{Event, Parser, ScalarStyle, Span, options};
@@ -17,7 +17,7 @@ const NODES_MAX: usize = 400_000;
 /// Reads a small text file.
 ///
 /// # Errors
-/// One line that names the file and says what is wrong with it.
+/// One line with the file and the mistake.
 pub fn read_text(path: &Path) -> Result<String, String> {
     let fail = |what: String| format!("{}: {what}", path.display());
     let file = std::fs::File::open(path).map_err(|error| fail(format!("cannot be opened: {error}")))?;
@@ -26,7 +26,7 @@ pub fn read_text(path: &Path) -> Result<String, String> {
     let bytes = read.map_err(|error| fail(format!("cannot be read as text: {error}")))?;
     if bytes as u64 > FILE_MAX {
         return Err(fail(format!(
-            "is larger than {FILE_MAX} bytes; it is probably another file than was meant"
+            "is larger than {FILE_MAX} bytes; it is probably not the intended file"
         )));
     }
     Ok(text)
@@ -54,7 +54,7 @@ pub(crate) struct Entry {
     /// Where the key begins.
     pub(crate) at: At,
     pub(crate) node: Node,
-    /// Whether it stands here itself, and does not come from elsewhere by `<<`.
+    /// Whether it is written here, and not merged by `<<`.
     own: bool,
 }
 
@@ -64,7 +64,7 @@ impl Node {
         matches!(&self.value, Value::Scalar(text, true) if matches!(&**text, "" | "~" | "null" | "Null" | "NULL"))
     }
 
-    /// What it is, for a sentence.
+    /// Its kind, for a sentence.
     pub(crate) fn kind(&self) -> String {
         match &self.value {
             Value::Scalar(..) if self.is_null() => "nothing".to_owned(),
@@ -154,7 +154,7 @@ impl Builder<'_> {
     fn take(&mut self, event: Event<'_>, at: At) -> Result<(), Fault> {
         match event {
             Event::DocumentStart(..) if self.done.is_some() => {
-                Err((at, "a second document begins here; a file holds one".to_owned()))
+                Err((at, "a second document starts here, but a file contains only one".to_owned()))
             }
             Event::Scalar(text, style, anchor, _) => {
                 let plain = style == ScalarStyle::Plain;
@@ -173,7 +173,7 @@ impl Builder<'_> {
             Event::Alias(anchor) => {
                 let node = self.anchors.get(&anchor).cloned();
                 let node =
-                    node.ok_or_else(|| (at, "repeats a value that holds this place itself".to_owned()))?;
+                    node.ok_or_else(|| (at, "refers to a value that contains this place".to_owned()))?;
                 self.nodes += node.size();
                 self.end(node, 0)
             }
@@ -183,7 +183,7 @@ impl Builder<'_> {
 
     fn begin(&mut self, at: At, anchor: usize, kind: OpenKind) -> Result<(), Fault> {
         if self.open.len() >= DEPTH_MAX {
-            return Err((at, format!("is nested more than {DEPTH_MAX} deep")));
+            return Err((at, format!("is nested more than {DEPTH_MAX} levels deep")));
         }
         self.open.push(Open { at, anchor, kind });
         Ok(())
@@ -192,7 +192,7 @@ impl Builder<'_> {
     fn end(&mut self, node: Node, anchor: usize) -> Result<(), Fault> {
         self.nodes += 1;
         if self.nodes > NODES_MAX {
-            return Err((node.at, format!("holds more than {NODES_MAX} values")));
+            return Err((node.at, format!("contains more than {NODES_MAX} values")));
         }
         if anchor != 0 {
             self.anchors.insert(anchor, node.clone());
@@ -205,7 +205,7 @@ impl Builder<'_> {
                 None => match node.value {
                     Value::Scalar(text, _) => *key = Some((text, node.at)),
                     Value::List(_) | Value::Map(_) => {
-                        return Err((node.at, "is not valid here: a key is a word".to_owned()));
+                        return Err((node.at, "is not valid as a key: a key must be a word".to_owned()));
                     }
                 },
             },
@@ -225,14 +225,14 @@ impl Builder<'_> {
         };
         for source in sources {
             let Value::Map(from) = source.value else {
-                return Err((source.at, "<< takes a section, or a list of sections".to_owned()));
+                return Err((source.at, "<< needs a section, or a list of sections".to_owned()));
             };
             entries.extend(from.into_iter().map(|entry| Entry { own: false, ..entry }));
         }
         Ok(())
     }
 
-    /// One entry for each key; a key that stands there twice is noted. What comes by `<<` gives way, as does what comes later by it.
+    /// One entry for each key; a repeated key is reported. A written key overrides one merged by `<<`, and an earlier merge overrides a later one.
     fn unique(&self, entries: Vec<Entry>) -> Vec<Entry> {
         let mut first: HashMap<String, usize> = HashMap::new();
         let mut kept: Vec<Entry> = Vec::new();
@@ -243,7 +243,7 @@ impl Builder<'_> {
                     kept.push(entry);
                 }
                 Some(earlier) if earlier.own && entry.own => {
-                    let what = format!("stands here and in line {}; keep one", earlier.at.line);
+                    let what = format!("is set here and in line {}; keep one", earlier.at.line);
                     self.findings.note_at(entry.at, &self.path(&entry.key), what);
                 }
                 Some(earlier) if entry.own => *earlier = entry,

@@ -1,4 +1,4 @@
-//! What is wrong with a configuration, and where? All of it is collected before anything is said.
+//! Mistakes in a configuration, with their places. All of them are collected before any is reported.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ pub struct Problem {
     at: Option<At>,
     /// The path of the key, such as `limits.connections`. Empty: the whole file.
     pub key: String,
-    /// What is wrong, and what to do.
+    /// The mistake and its remedy.
     pub what: String,
 }
 
@@ -72,8 +72,8 @@ impl fmt::Display for Problems {
 
 impl std::error::Error for Problems {}
 
-/// Where the keys of a configuration are written. What is checked after the file was read, such as the files it names, is told
-/// with the same places. A configuration that was made by a program has none.
+/// The places of a configuration's keys. Checks after the reading, for example of the named files, report the same places. A
+/// configuration that a program created has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Places {
     file: String,
@@ -110,7 +110,7 @@ impl Places {
 pub struct Findings {
     places: RefCell<Places>,
     problems: RefCell<Vec<Problem>>,
-    /// What relative paths are relative to.
+    /// The base directory of relative paths.
     base: PathBuf,
 }
 
@@ -134,8 +134,8 @@ impl Findings {
         self.push(at, key, what);
     }
 
-    /// Notes that several keys contradict each other, at the first of them that is in the file. Says nothing if one of them is
-    /// wrong by itself: the value that is checked is then not the one that was written.
+    /// Reports that several keys contradict each other, at the first of them that is in the file. Reports nothing if one of them is
+    /// invalid itself: the checked value is then not the written one.
     pub fn contradiction(&self, keys: &[&str], what: impl fmt::Display) {
         if keys.iter().any(|key| self.is_wrong(key)) {
             return;
@@ -194,10 +194,10 @@ impl Findings {
         &self.base
     }
 
-    /// What was noted, in the order of the file.
+    /// Ends the reading. Returns the places.
     ///
     /// # Errors
-    /// Anything was noted.
+    /// All reported mistakes, in the order of the file.
     pub fn finish(self) -> Result<Places, Problems> {
         let mut problems = self.problems.into_inner();
         problems.sort_by_key(|problem| problem.at);

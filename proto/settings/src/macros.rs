@@ -14,7 +14,7 @@ pub fn key_of(field: &str) -> String {
     })
 }
 
-/// Describes a section of a configuration, and makes the struct that holds it.
+/// Describes a section of a configuration, and generates its struct.
 ///
 /// ```ignore
 /// section! {
@@ -22,21 +22,21 @@ pub fn key_of(field: &str) -> String {
 ///     #[derive(Clone, Debug)]
 ///     #[section(default, check)]
 ///     pub struct Example {
-///         /// A key without a default is needed, unless its type is an `Option`, a `Vec` or a section without needed keys.
+///         /// A key without a default is required, unless its type is an `Option`, a `Vec` or a section without required keys.
 ///         pub name: String;
-///         /// The key's name, where it is not the field's in camel case; and how it is written, where that is not the type's own way.
+///         /// The key's name, if it is not the field's name in camel case; and its text form, if it is not that of the type.
 ///         pub client_ca ["clientCA"]: Option<Host> as Each<Text>;
-///         /// A default, which may name fields above that have one themselves; and what is legal.
+///         /// A default, which may use fields above that have a default; and the legal range.
 ///         pub places: usize = 16, in 1..=1024;
 ///         pub reserve: usize = places / 4;
-///         @ /// What is not in the file.
+///         @ /// A field that is not in the file.
 ///         pub places: Places;
 ///     }
 /// }
 /// ```
 ///
 /// `#[section(default)]` implements `Default`: each key has one. `#[section(check)]` calls `self.check(&Section)`, a method that
-/// notes what contradicts.
+/// reports contradictions.
 #[macro_export]
 macro_rules! section {
     (
@@ -218,7 +218,7 @@ macro_rules! section {
     (@or_default [$default:expr]) => { $default };
 }
 
-/// Describes the words of which a key takes one, and makes the way to read them: `as NAME` in a [`section!`].
+/// Describes a key's possible words, and generates their reader: `as NAME` in a [`section!`].
 ///
 /// ```ignore
 /// words! {
@@ -237,7 +237,7 @@ macro_rules! words {
             $($(#[doc = $doc:literal])+ $variant:ident = $word:literal),+ $(,)?
         }
     ) => {
-        /// How such a word is written.
+        /// The text form of these words.
         #[derive(Clone, Copy, Debug)]
         $vis struct $way;
 

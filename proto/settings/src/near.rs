@@ -1,4 +1,4 @@
-//! Which of the words that are known was probably meant?
+//! Finds the known word that a user probably meant.
 
 /// The known word that is most like this one, if one is: a few letters differ, or one of the two begins with the other.
 #[must_use]

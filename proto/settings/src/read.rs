@@ -1,4 +1,4 @@
-//! How is a whole file read, printed and described? Its head says of which kind it is; the rest is the section of the program.
+//! Reads, prints and describes a whole file. Its head names its kind; the rest is the program's section.
 
 use crate::document::{self, Node, Value};
 use crate::findings::{Findings, Places, Problems};
@@ -11,7 +11,7 @@ use serde_json::json;
 /// The version of the format.
 pub const API_VERSION: &str = "towline.io/v1alpha1";
 
-/// The kinds of files, and who reads each.
+/// The kinds of files, and the program that reads each.
 pub const KINDS: [(&str, &str); 2] =
     [("GatewayConfiguration", "towline-gateway"), ("AgentConfiguration", "towline-agent")];
 
@@ -20,7 +20,7 @@ pub trait Configuration: Sized
 where
     Own: Reads<Self>,
 {
-    /// What `kind` says.
+    /// The value of `kind`.
     const KIND: &'static str;
     /// The program that reads it.
     const PROGRAM: &'static str;

@@ -1,4 +1,4 @@
-//! What does a JSON schema say of a configuration? Draft 7, which the YAML language server of editors reads.
+//! The JSON schema of a configuration: draft 7, which the YAML language server of editors reads.
 
 use crate::shown::Shown;
 use crate::values::{Reads, ends};
@@ -58,7 +58,7 @@ impl Schema {
         self
     }
 
-    /// Adds what stands before the text of the value.
+    /// Adds the prefix of the value's text.
     #[must_use]
     pub fn describe(mut self, about: &str) -> Self {
         let about = sentence(about);
@@ -68,7 +68,7 @@ impl Schema {
         self
     }
 
-    /// Says what counts without the key.
+    /// Describes the default.
     #[must_use]
     pub fn default(mut self, value: &Shown) -> Self {
         if let Ok(value) = serde_json::to_value(value)

@@ -1,4 +1,4 @@
-//! How is a section read? Its keys are asked for one by one; what nobody asked for is noted at the end.
+//! Reads a section: the program requests each key, and unrequested keys are reported at the end.
 
 use crate::document::{Entry, Node, Value, clipped};
 use crate::findings::Findings;
@@ -108,7 +108,7 @@ pub struct Section<'a> {
 }
 
 impl<'a> Section<'a> {
-    /// The section in this place; an empty one if there is no value. `None` if there is another value, which is noted.
+    /// The section in this place; an empty one if there is no value. `None` for any other value, which is reported.
     #[must_use]
     pub fn open(spot: &Spot<'a>) -> Option<Self> {
         let entries: &[Entry] = match spot.node.map(|node| (&node.value, node)) {
@@ -186,7 +186,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// Notes the keys that nobody asked for.
+    /// Reports the keys that were not requested.
     pub fn close(&self) {
         let known = self.known.borrow();
         for entry in self.entries.iter().filter(|entry| !known.contains(&entry.key)) {

@@ -1,9 +1,9 @@
-//! What of a configuration is printed? A tree whose keys stay in the order of their description.
+//! The printed form of a configuration: a tree whose keys keep the order of their description.
 
 use serde::ser::{Serialize, SerializeMap as _, Serializer};
 use std::fmt;
 
-/// A value as it is printed.
+/// A printed value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Shown {
     /// The key is left out.

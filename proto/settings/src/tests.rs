@@ -174,8 +174,8 @@ fn m3_a_key_that_is_there_twice() {
     assert_eq!(
         found,
         [
-            "x.yaml:5:1: name: stands here and in line 3; keep one",
-            "x.yaml:6:23: rules[0].cluster: stands here and in line 6; keep one",
+            "x.yaml:5:1: name: is set here and in line 3; keep one",
+            "x.yaml:6:23: rules[0].cluster: is set here and in line 6; keep one",
         ]
     );
 }

@@ -1,4 +1,4 @@
-//! How are durations and sizes written, in both programs' files and on the command line? As a whole number with its unit.
+//! Durations and sizes, in both programs' files and on the command line: a whole number with its unit.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 /// Units of time, in milliseconds.
 const TIMES: [(&str, u64); 5] = [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
 
-/// Units of size, in bytes. What is written is the first that fits.
+/// Units of size, in bytes. Printing uses the first that divides the value.
 const SIZES: [(&str, u64); 10] = [
     ("GiB", 1 << 30),
     ("MiB", 1 << 20),
@@ -20,9 +20,9 @@ const SIZES: [(&str, u64); 10] = [
     ("Ki", 1 << 10),
 ];
 
-/// What a duration looks like, as a regular expression.
+/// The form of a duration, as a regular expression.
 pub(crate) const DURATION_PATTERN: &str = "^[0-9]+ *(ms|s|m|h|d)$";
-/// What a size looks like, as a regular expression.
+/// The form of a size, as a regular expression.
 pub(crate) const SIZE_PATTERN: &str = "^[0-9]+ *(GiB|MiB|KiB|B|GB|MB|kB|Gi|Mi|Ki)$";
 
 /// A number of bytes, written like `64KiB`.

@@ -1,4 +1,4 @@
-//! How is one value read, printed and described? One trait for all three, so that they cannot differ.
+//! Reads, prints and describes one value. One trait does all three, so that they cannot differ.
 
 use crate::document::clipped;
 use crate::schema::Schema;
