@@ -107,7 +107,7 @@ pub fn explain_naming(error: &Error, bundle: &str) -> String {
             "the peer offered no protocol that is served here (ALPN). Check the address, and that no load balancer on the path terminates TLS".to_owned()
         }
         Error::InvalidMessage(_) => {
-            "the peer did not speak TLS. Either it sent plain HTTP to a TLS port, or a proxy answers in place of the peer".to_owned()
+            "the peer did not speak TLS. Either it speaks plain HTTP, or a proxy answers in its place".to_owned()
         }
         other => format!("TLS failed: {other}"),
     }

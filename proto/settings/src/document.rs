@@ -25,9 +25,7 @@ pub fn read_text(path: &Path) -> Result<String, String> {
     let read = file.take(FILE_MAX + 1).read_to_string(&mut text);
     let bytes = read.map_err(|error| fail(format!("cannot be read as text: {error}")))?;
     if bytes as u64 > FILE_MAX {
-        return Err(fail(format!(
-            "is larger than {FILE_MAX} bytes; it is probably not the intended file"
-        )));
+        return Err(fail(format!("is larger than {FILE_MAX} bytes; it is probably not the intended file")));
     }
     Ok(text)
 }
