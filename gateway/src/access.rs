@@ -22,7 +22,7 @@ use crate::access::running::{Chain, Grant, Run, Running, Scope};
 use crate::access::standing::{Owners, Seat, Standing};
 use crate::access::uploads::{Room, Unread};
 use crate::access::work::{Refusals, Work};
-use crate::config::Cluster;
+use crate::config::ClusterRoute;
 use crate::context::Context;
 use crate::fleet::Fleet;
 use crate::live::Live;
@@ -93,7 +93,7 @@ struct Judged {
 /// A caller that is admitted to a cluster.
 pub(crate) struct Admitted {
     pub(crate) principal: Arc<Principal>,
-    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) cluster: Arc<ClusterRoute>,
     pub(crate) run: Run,
 }
 

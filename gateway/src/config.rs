@@ -66,7 +66,7 @@ pub struct GatewayConfig {
     pub allowed_origins: Vec<Origin>,
     /// The clusters that may connect: the allow-list of admission.
     #[serde(default)]
-    pub clusters: Vec<Cluster>,
+    pub clusters: Vec<ClusterRoute>,
     /// Bearer tokens, stored as hashes; see [`crate::config::tokens`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
@@ -219,7 +219,7 @@ pub struct TunnelTls {
 /// One cluster of the fleet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Cluster {
+pub struct ClusterRoute {
     /// The name in paths and hosts.
     #[serde(with = "units")]
     pub name: ClusterName,

@@ -1,7 +1,7 @@
 //! What all rooms of one gateway may use: the effective configuration, the fleet on record, the metrics and the task trackers.
 
 use crate::ca::authority::Authorities;
-use crate::config::{Cluster, GatewayConfig};
+use crate::config::{ClusterRoute, GatewayConfig};
 use crate::fleet::Fleet;
 use crate::lifecycle::{Stages, Tasks};
 use crate::live::Live;
@@ -77,12 +77,12 @@ impl Context {
     }
 
     /// The cluster of a name: one of the configuration, or a registered one.
-    pub(crate) fn cluster_named(&self, live: &Live, name: &str) -> Option<Arc<Cluster>> {
+    pub(crate) fn cluster_named(&self, live: &Live, name: &str) -> Option<Arc<ClusterRoute>> {
         live.by_name.get(name).cloned().or_else(|| self.fleet.as_ref()?.cluster_named(name))
     }
 
     /// Every cluster.
-    pub(crate) fn clusters(&self, live: &Live) -> Vec<Arc<Cluster>> {
+    pub(crate) fn clusters(&self, live: &Live) -> Vec<Arc<ClusterRoute>> {
         let mut clusters: Vec<_> = live.by_name.values().cloned().collect();
         let registered = self.fleet.as_ref().map(Fleet::clusters).unwrap_or_default();
         clusters.extend(

@@ -19,9 +19,9 @@ mod view;
 
 pub use issuer::{Heard, Issuers, Told, Word};
 pub use records::{
-    AccessRule, AccessToken, AgentSeen, Certificate, Cluster, Ended, GatewayLife, Instance, JoinToken,
-    LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, SUBJECT, TOKEN_USES_MOST,
-    TokenIssuer, TokenUse,
+    AccessRuleRecord, AccessToken, AgentSeen, CertificateRecord, ClusterRecord, Ended, GatewayLife, Instance,
+    JoinToken, LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, SUBJECT,
+    TOKEN_USES_MOST, TokenIssuer, TokenUse,
 };
 pub use view::{Object, Shown};
 
@@ -172,7 +172,7 @@ pub enum WhenFull {
 /// The identity that an agent gets by joining.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admission {
-    pub cluster: Arc<config::Cluster>,
+    pub cluster: Arc<config::ClusterRoute>,
     pub instance: InstanceId,
     /// The cluster's admission to which the instance belongs.
     pub admission: u64,
@@ -287,19 +287,19 @@ impl Fleet {
 
     /// The registered cluster of this name.
     #[must_use]
-    pub fn cluster_named(&self, name: &str) -> Option<Arc<config::Cluster>> {
+    pub fn cluster_named(&self, name: &str) -> Option<Arc<config::ClusterRoute>> {
         self.read().route_named(name)
     }
 
     /// The registered cluster of this uid.
     #[must_use]
-    pub fn cluster_of(&self, uid: &ClusterUid) -> Option<Arc<config::Cluster>> {
+    pub fn cluster_of(&self, uid: &ClusterUid) -> Option<Arc<config::ClusterRoute>> {
         self.read().route_of(uid)
     }
 
     /// Every registered cluster.
     #[must_use]
-    pub fn clusters(&self) -> Vec<Arc<config::Cluster>> {
+    pub fn clusters(&self) -> Vec<Arc<config::ClusterRoute>> {
         self.read().routes()
     }
 

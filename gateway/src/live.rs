@@ -2,7 +2,7 @@
 
 use crate::ca::authority::{Authorities, Authority};
 use crate::config::tokens::Tokens;
-use crate::config::{Cluster, ConfigError, GatewayConfig};
+use crate::config::{ClusterRoute, ConfigError, GatewayConfig};
 use crate::map::Map;
 use crate::rules::AccessRules;
 use aws_lc_rs::digest;
@@ -24,8 +24,8 @@ pub(crate) struct Live {
     /// Rises with each reload.
     pub(crate) generation: u64,
     pub(crate) config: GatewayConfig,
-    pub(crate) by_name: Map<String, Arc<Cluster>>,
-    pub(crate) by_uid: Map<ClusterUid, Arc<Cluster>>,
+    pub(crate) by_name: Map<String, Arc<ClusterRoute>>,
+    pub(crate) by_uid: Map<ClusterUid, Arc<ClusterRoute>>,
     pub(crate) access: AccessRules,
     pub(crate) tokens: Tokens,
     pub(crate) client_ca: Option<ClientCa>,

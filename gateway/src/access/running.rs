@@ -9,7 +9,7 @@
 
 use crate::access::authn::{Certificate, Credential, Known};
 use crate::access::is_admin;
-use crate::config::{Cluster, EndsWithCredential};
+use crate::config::{ClusterRoute, EndsWithCredential};
 use crate::context::Context;
 use crate::fleet::Fleet;
 use crate::live::Live;
@@ -48,7 +48,7 @@ pub(crate) struct Grant {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
     /// The cluster as it was when the request began.
-    Cluster(Arc<Cluster>),
+    Cluster(Arc<ClusterRoute>),
     /// The fleet's API, as an admin or as another caller.
     Fleet { admin: bool },
 }

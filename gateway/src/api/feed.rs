@@ -371,8 +371,8 @@ mod tests {
     use std::path::Path;
     use towline_model::Mode;
 
-    fn cluster(number: usize) -> config::Cluster {
-        config::Cluster {
+    fn cluster(number: usize) -> config::ClusterRoute {
+        config::ClusterRoute {
             name: format!("c-{number}").parse().unwrap(),
             uid: ClusterUid::new(&format!("uid-{number}")).unwrap(),
             mode: Mode::Restricted,

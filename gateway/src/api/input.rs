@@ -6,8 +6,8 @@ use super::kinds::{API_VERSION, Resource, Type};
 use super::objects::render;
 use crate::fleet::kind;
 use crate::fleet::{
-    AccessRule, AccessToken, Cluster, Fleet, Issuers, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Object,
-    Revocation, Revoked, TOKEN_USES_MOST,
+    AccessRuleRecord, AccessToken, ClusterRecord, Fleet, Issuers, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST,
+    Meta, Object, Revocation, Revoked, TOKEN_USES_MOST,
 };
 use crate::join::account;
 use aws_lc_rs::digest;
@@ -49,9 +49,9 @@ pub(super) struct Input {
 
 /// The record that an object becomes.
 pub(super) enum Parsed {
-    Cluster(Box<Cluster>),
+    Cluster(Box<ClusterRecord>),
     JoinToken(JoinToken),
-    AccessRule(AccessRule),
+    AccessRule(AccessRuleRecord),
     AccessToken(AccessToken),
     Revoke(Revoked, Meta),
 }
@@ -208,7 +208,7 @@ impl Input {
         let mut secrets = Map::new();
         let parsed = match resource.kind {
             "Cluster" => {
-                let mut cluster = Cluster {
+                let mut cluster = ClusterRecord {
                     meta,
                     account: None,
                     mode: Mode::default(),
@@ -310,12 +310,13 @@ impl Input {
         };
         Ok(match before {
             Object::Cluster(before) => {
-                let mut cluster = Cluster { meta: next(&before.meta), ..Cluster::clone(before) };
+                let mut cluster = ClusterRecord { meta: next(&before.meta), ..ClusterRecord::clone(before) };
                 self.fill_cluster(resource, &mut cluster)?;
                 if cluster.account != before.account {
                     return Err(ApiError::invalid(resource, &self.name, "spec.account", "is immutable"));
                 }
-                let unchanged = Cluster { meta: cluster.meta.clone(), ..Cluster::clone(before) } == cluster;
+                let unchanged =
+                    ClusterRecord { meta: cluster.meta.clone(), ..ClusterRecord::clone(before) } == cluster;
                 cluster.meta.generation += u64::from(!unchanged);
                 Parsed::Cluster(Box::new(cluster))
             }
@@ -326,7 +327,8 @@ impl Input {
                     let stays = |name: &&String| rule.clusters.contains(*name);
                     rule.ended = before.ended.iter().filter(stays).cloned().collect();
                 }
-                let unchanged = AccessRule { meta: rule.meta.clone(), ..AccessRule::clone(before) } == rule;
+                let unchanged =
+                    AccessRuleRecord { meta: rule.meta.clone(), ..AccessRuleRecord::clone(before) } == rule;
                 rule.meta.generation += u64::from(!unchanged);
                 Parsed::AccessRule(rule)
             }
@@ -356,7 +358,7 @@ impl Input {
             .is_some_and(|spec| spec.iter().all(|(field, value)| shown["spec"][field] == *value))
     }
 
-    fn fill_cluster(&self, resource: &Resource, cluster: &mut Cluster) -> Result<(), ApiError> {
+    fn fill_cluster(&self, resource: &Resource, cluster: &mut ClusterRecord) -> Result<(), ApiError> {
         let spec: ClusterSpec = self.spec(resource)?;
         let refuse = |field: &str, why: &str| Err(ApiError::invalid(resource, &self.name, field, why));
         if spec.description.len() > DESCRIPTION_MAX || spec.description.chars().any(char::is_control) {
@@ -393,7 +395,7 @@ impl Input {
         Ok(())
     }
 
-    fn rule(&self, resource: &Resource, meta: Meta) -> Result<AccessRule, ApiError> {
+    fn rule(&self, resource: &Resource, meta: Meta) -> Result<AccessRuleRecord, ApiError> {
         let rule: towline_model::AccessRule = self.spec(resource)?;
         let refuse = |field: &str, why: &str| {
             Err(ApiError::invalid(resource, &self.name, &format!("spec.{field}"), why))
@@ -408,7 +410,7 @@ impl Input {
             return refuse(field, why);
         }
         let towline_model::AccessRule { effect, users, groups, clusters } = rule;
-        Ok(AccessRule { meta, effect, users, groups, clusters, ended: BTreeSet::new() })
+        Ok(AccessRuleRecord { meta, effect, users, groups, clusters, ended: BTreeSet::new() })
     }
 
     fn revoked(&self, resource: &Resource, now: Time) -> Result<Revoked, ApiError> {
@@ -479,7 +481,7 @@ impl Own<'_> {
     }
 }
 
-fn registered(fleet: &Fleet, name: &str) -> Option<Arc<Cluster>> {
+fn registered(fleet: &Fleet, name: &str) -> Option<Arc<ClusterRecord>> {
     match fleet.object(kind::CLUSTER, name)?.object {
         Object::Cluster(cluster) => Some(cluster),
         _ => None,
@@ -593,7 +595,7 @@ impl Parsed {
     /// The record as an object.
     pub(super) fn object(&self) -> Object {
         match self {
-            Self::Cluster(record) => Object::Cluster(Arc::new(Cluster::clone(record))),
+            Self::Cluster(record) => Object::Cluster(Arc::new(ClusterRecord::clone(record))),
             Self::JoinToken(record) => Object::JoinToken(Arc::new(record.clone())),
             Self::AccessRule(record) => Object::AccessRule(Arc::new(record.clone())),
             Self::AccessToken(record) => Object::AccessToken(Arc::new(record.clone())),

@@ -4,8 +4,8 @@ use super::kinds::{API_VERSION, Resource};
 use super::reach;
 use crate::config;
 use crate::fleet::{
-    AccessRule, AgentSeen, Certificate, Cluster, Ended, Instance, Issuers, Object, Revoked, Standing,
-    TokenIssuer,
+    AccessRuleRecord, AgentSeen, CertificateRecord, ClusterRecord, Ended, Instance, Issuers, Object, Revoked,
+    Standing, TokenIssuer,
 };
 use crate::registry::Connection;
 use crate::registry::trust::TrustState;
@@ -77,7 +77,7 @@ pub(super) fn render(
             (&token.meta, spec, Some(status), None)
         }
         Object::AccessRule(rule) => {
-            let AccessRule { meta, effect, users, groups, clusters, ended } = &**rule;
+            let AccessRuleRecord { meta, effect, users, groups, clusters, ended } = &**rule;
             let spec = json!({"effect": effect, "users": users, "groups": groups, "clusters": clusters});
             let status = (!ended.is_empty()).then(|| json!({"ended": ended}));
             (meta, spec, status, None)
@@ -121,7 +121,7 @@ pub(super) fn render(
 }
 
 /// A cluster that is defined in the configuration file.
-pub(super) fn configured(cluster: &config::Cluster, facts: &Facts) -> (Value, Due) {
+pub(super) fn configured(cluster: &config::ClusterRoute, facts: &Facts) -> (Value, Due) {
     let (mut status, due) = cluster_status(cluster.name.as_str(), facts, cluster.mode);
     status["uid"] = cluster.uid.as_str().into();
     status["source"] = "configuration".into();
@@ -226,7 +226,7 @@ fn connected_condition(connection: &Connection, registered: Time) -> Value {
     }
 }
 
-fn newest(instances: &[(Arc<str>, Arc<Instance>)]) -> Option<&Certificate> {
+fn newest(instances: &[(Arc<str>, Arc<Instance>)]) -> Option<&CertificateRecord> {
     let certificates = instances.iter().flat_map(|(_, instance)| &instance.certificates);
     certificates.max_by_key(|certificate| certificate.not_after)
 }
@@ -242,7 +242,7 @@ fn certificate_condition(
         let message = "no agent certificate is on record for this cluster";
         return (condition(KIND, "Unknown", registered, "NoCertificate", message), None);
     };
-    let Certificate { issued, not_after, .. } = certificate;
+    let CertificateRecord { issued, not_after, .. } = certificate;
     let overdue = issued.after(not_after.since(*issued).mul_f64(5.0 / 6.0));
     if now >= *not_after {
         let message = "the newest agent certificate has expired: the agent must join again with a new token";
@@ -362,7 +362,7 @@ fn refused_condition(connection: &Connection, now: Time) -> Option<(Value, Due)>
 }
 
 /// Whether agents without a kept identity can rejoin, and who vouches for the issuer.
-fn issuer_condition(cluster: &Cluster) -> Value {
+fn issuer_condition(cluster: &ClusterRecord) -> Value {
     const KIND: &str = "IssuerCurrent";
     let Issuers { given, told, pending, .. } = &cluster.issuers;
     match (pending, given, told) {

@@ -7,7 +7,7 @@ use super::{Exchange, upgrade};
 use crate::access::running::Run;
 use crate::access::work::Working;
 use crate::access::{AccessError, Admitted, Peer, authn, origin};
-use crate::config::Cluster;
+use crate::config::ClusterRoute;
 use crate::metrics::Counted;
 use crate::per_key::KeyPermit;
 use crate::web::routing::{self, Route};
@@ -24,7 +24,7 @@ use towline_proto::tunnel::exchange::encode_head;
 
 /// All decisions about a request before anything is sent.
 pub(super) struct Plan {
-    pub(super) cluster: Arc<Cluster>,
+    pub(super) cluster: Arc<ClusterRoute>,
     pub(super) principal: Arc<Principal>,
     pub(super) method: Method,
     pub(super) kind: RequestKind,

@@ -41,7 +41,7 @@ impl World {
         std::fs::write(&tokens, format!("tokens:\n- {{sha256: {hash}, user: argo, groups: [ops]}}\n"))
             .unwrap();
         let uid = ClusterUid::new("prod-uid").unwrap();
-        let cluster = crate::config::Cluster {
+        let cluster = crate::config::ClusterRoute {
             name: "prod".parse().unwrap(),
             uid: uid.clone(),
             mode: Mode::Impersonate,

@@ -4,8 +4,8 @@
 use super::kind;
 use super::view::View;
 use super::{
-    Admission, CERTIFICATES_MAX, Certificate, Cluster, Fleet, Heard, Instance, JoinRefused, JoinToken, Meta,
-    Object, Origin, Revocation, Revoked, TokenIssuer, TokenUse, WhenFull, Word, WriteError,
+    Admission, CERTIFICATES_MAX, CertificateRecord, ClusterRecord, Fleet, Heard, Instance, JoinRefused,
+    JoinToken, Meta, Object, Origin, Revocation, Revoked, TokenIssuer, TokenUse, WhenFull, Word, WriteError,
 };
 use crate::metrics::Limit;
 use aws_lc_rs::digest;
@@ -132,7 +132,7 @@ impl Fleet {
                                 })
                                 .and_then(|route| view.cluster_at(route.name.as_str()).map(|at| (route, at)));
                             if let Some((route, (cluster, at))) = cluster {
-                                let mut next = Cluster::clone(cluster);
+                                let mut next = ClusterRecord::clone(cluster);
                                 next.issuers.forget(&holder.name);
                                 if next != **cluster {
                                     let name = route.name.as_str();
@@ -160,7 +160,7 @@ impl Fleet {
                     }
                     Revoked::Cluster { name, uid, admission } => {
                         let (cluster, revision) = view.cluster_at(name).ok_or(WriteError::NotFound)?;
-                        let mut next = Cluster::clone(cluster);
+                        let mut next = ClusterRecord::clone(cluster);
                         next.admission += 1;
                         // The issuer was reported by an agent, and would admit anybody with its tokens.
                         next.issuers.forget_all();
@@ -312,7 +312,7 @@ impl Fleet {
     pub async fn record_certificate(
         &self,
         instance: &InstanceId,
-        certificate: &Certificate,
+        certificate: &CertificateRecord,
         when_full: WhenFull,
     ) -> Result<(), WriteError> {
         self.change_instance(instance, |record| {
@@ -350,7 +350,7 @@ impl Fleet {
                     .filter(|agent| agent.cluster_uid == cluster.meta.uid)
                     .filter(|agent| agent.admission == cluster.admission)
                     .ok_or(WriteError::NotFound)?;
-                let mut next = Cluster::clone(cluster);
+                let mut next = ClusterRecord::clone(cluster);
                 let heard = next.issuers.tell(agent.as_str(), said.clone(), word);
                 if next == **cluster {
                     return Ok(heard);

@@ -28,7 +28,7 @@ pub struct Meta {
 /// A registered cluster; its record's name is the cluster's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Cluster {
+pub struct ClusterRecord {
     pub meta: Meta,
     /// Immutable: rules select clusters inside an account.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -115,13 +115,13 @@ pub struct TokenUse {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Instance {
     pub cluster_uid: String,
-    /// The cluster's [`Cluster::admission`] when it joined.
+    /// The cluster's [`ClusterRecord::admission`] when it joined.
     pub admission: u64,
     pub created: Time,
     pub origin: Origin,
     /// Its certificates, oldest first, without expired ones. No other certificate admits it.
     #[serde(default)]
-    pub certificates: Vec<Certificate>,
+    pub certificates: Vec<CertificateRecord>,
     /// When it was restored from a backup, if it was. The backup does not contain certificates that were issued later, which still
     /// admit it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -142,7 +142,7 @@ pub enum Origin {
 /// One certificate of an instance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Certificate {
+pub struct CertificateRecord {
     /// Lower-case hex.
     pub serial: String,
     /// The pin of its key.
@@ -154,7 +154,7 @@ pub struct Certificate {
 /// An access rule, in addition to the rules of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct AccessRule {
+pub struct AccessRuleRecord {
     pub meta: Meta,
     pub effect: Effect,
     pub users: Vec<String>,
@@ -166,7 +166,7 @@ pub struct AccessRule {
     pub ended: BTreeSet<String>,
 }
 
-impl AccessRule {
+impl AccessRuleRecord {
     /// The effective rule: its callers, and the clusters to which it still applies.
     #[must_use]
     pub fn in_force(&self) -> towline_model::AccessRule {
@@ -313,10 +313,10 @@ macro_rules! stored {
 }
 
 stored!(
-    Cluster: CLUSTER 1,
+    ClusterRecord: CLUSTER 1,
     JoinToken: JOIN_TOKEN 1,
     Instance: INSTANCE 1,
-    AccessRule: ACCESS_RULE 1,
+    AccessRuleRecord: ACCESS_RULE 1,
     AccessToken: ACCESS_TOKEN 1,
     Revocation: REVOCATION 1,
     LastSeen: LAST_SEEN 1,

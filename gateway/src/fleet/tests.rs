@@ -51,8 +51,8 @@ fn meta() -> Meta {
     Meta { uid: uuid(), created: Time::now(), generation: 1, labels: [].into(), annotations: [].into() }
 }
 
-fn cluster() -> Cluster {
-    Cluster {
+fn cluster() -> ClusterRecord {
+    ClusterRecord {
         meta: meta(),
         account: None,
         mode: Mode::Restricted,
@@ -142,7 +142,7 @@ async fn tokens_are_verified_before_they_are_used() {
     assert!(matches!(ask("many", b"secret", 4).await, Err(JoinRefused::Full)));
     // One whose certificate has expired does not count.
     let first = ask("many", b"secret", 0).await.unwrap().instance;
-    let over = Certificate {
+    let over = CertificateRecord {
         serial: "1".to_owned(),
         pin: pin(0).to_string(),
         issued: Time::now(),
@@ -354,7 +354,7 @@ async fn refused_writes_name_the_reason() {
     let World { fleet, directory: _directory, _following } = World::new().await;
     fleet.reserve(["static".to_owned()].into());
     assert!(matches!(fleet.put("static", &cluster(), None).await, Err(WriteError::Reserved)));
-    let protected = Cluster { deletion_protection: true, ..cluster() };
+    let protected = ClusterRecord { deletion_protection: true, ..cluster() };
     let revision = fleet.put("prod", &protected, None).await.unwrap();
     assert!(matches!(fleet.put("prod", &protected, None).await, Err(WriteError::Exists)));
     assert!(matches!(fleet.delete(kind::CLUSTER, "prod", revision).await, Err(WriteError::Protected)));
@@ -372,7 +372,7 @@ async fn the_view_is_what_a_fresh_list_is() {
     let uid = register(&fleet, "prod").await;
     _following.shutdown().await;
     // More than the history holds happens while nobody follows.
-    let rule = |number: usize| AccessRule {
+    let rule = |number: usize| AccessRuleRecord {
         meta: meta(),
         effect: towline_model::Effect::Allow,
         users: vec![format!("user-{number}")],
@@ -485,7 +485,8 @@ async fn only_certificates_on_record_begin_a_session() {
     let two = identity(&fleet.use_token("t1", b"secret", pin(2)).await.unwrap());
     let now = Time::now();
     let not_after = now.after(Duration::from_secs(60));
-    let record = Certificate { serial: "0a".to_owned(), pin: pin(1).to_string(), issued: now, not_after };
+    let record =
+        CertificateRecord { serial: "0a".to_owned(), pin: pin(1).to_string(), issued: now, not_after };
     fleet.record_certificate(&one.instance, &record, WhenFull::Refuse).await.unwrap();
     let ask = |agent: &AgentIdentity, serial, key| {
         fleet.admits_with(agent, &ShownCertificate { serial, pin: pin(key), issued: now })
@@ -520,7 +521,7 @@ async fn a_write_that_the_view_does_not_show_is_reported() {
 /// The cost of a batch of rules is linear, because the data path waits for it.
 #[test]
 fn rules_are_rebuilt_once_per_batch() {
-    let rule = AccessRule {
+    let rule = AccessRuleRecord {
         meta: meta(),
         effect: towline_model::Effect::Allow,
         users: vec!["jane".to_owned()],
@@ -532,7 +533,7 @@ fn rules_are_rebuilt_once_per_batch() {
     let record = |number: u64| Record {
         key: Key::new(kind::ACCESS_RULE, &format!("rule-{number}")),
         revision: number,
-        schema: AccessRule::SCHEMA,
+        schema: AccessRuleRecord::SCHEMA,
         data: Arc::clone(&data),
     };
     let metrics = Metrics::new();
@@ -584,7 +585,7 @@ async fn revocations_go_when_they_can_matter_no_more() {
     let agent = fleet.use_token("t1", b"secret", pin(1)).await.unwrap();
     let not_after = now.after(day);
     let certificate =
-        Certificate { serial: "0a".to_owned(), pin: pin(1).to_string(), issued: now, not_after };
+        CertificateRecord { serial: "0a".to_owned(), pin: pin(1).to_string(), issued: now, not_after };
     fleet.record_certificate(&agent.instance, &certificate, WhenFull::Refuse).await.unwrap();
     for serial in ["0a", "0b", "0a"] {
         revoke(Revoked::Certificate { serial: serial.to_owned() }).await;
@@ -635,7 +636,7 @@ async fn a_full_list_accepts_a_replacement() {
 async fn s16_an_allow_written_beside_a_deletion_ends() {
     let world = World::new().await;
     let fleet = &world.fleet;
-    let rule = AccessRule {
+    let rule = AccessRuleRecord {
         meta: meta(),
         effect: towline_model::Effect::Allow,
         users: vec!["jane".to_owned()],

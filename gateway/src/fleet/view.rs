@@ -2,9 +2,9 @@
 
 use super::kind;
 use super::{
-    AccessRule, AccessToken, Admission, CERTIFICATES_MAX, Certificate, Cluster, GatewayLife, INSTANCES_MAX,
-    Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation, Revoked, Standing,
-    new_instance_id,
+    AccessRuleRecord, AccessToken, Admission, CERTIFICATES_MAX, CertificateRecord, ClusterRecord,
+    GatewayLife, INSTANCES_MAX, Instance, JOINING, JoinRefused, JoinToken, LastSeen, Origin, Revocation,
+    Revoked, Standing, new_instance_id,
 };
 use crate::config;
 use crate::map::Map;
@@ -20,9 +20,9 @@ use towline_store::{self as store, Event, Key, Kind, Record, Transaction, Unread
 /// A record of any kind, decoded.
 #[derive(Clone, Debug)]
 pub enum Object {
-    Cluster(Arc<Cluster>),
+    Cluster(Arc<ClusterRecord>),
     JoinToken(Arc<JoinToken>),
-    AccessRule(Arc<AccessRule>),
+    AccessRule(Arc<AccessRuleRecord>),
     AccessToken(Arc<AccessToken>),
     Instance(Arc<Instance>),
     Revocation(Arc<Revocation>),
@@ -60,7 +60,7 @@ pub(super) struct View {
     revision: u64,
     objects: BTreeMap<Kind, BTreeMap<Arc<str>, Shown>>,
     /// By name.
-    routes: Map<Arc<str>, Arc<config::Cluster>>,
+    routes: Map<Arc<str>, Arc<config::ClusterRoute>>,
     names: HashMap<String, Arc<str>>,
     instances: HashMap<String, BTreeSet<Arc<str>>>,
     join_tokens: HashMap<String, BTreeSet<Arc<str>>>,
@@ -183,7 +183,7 @@ impl View {
                 // Both were validated when they were written; an invalid one admits nobody.
                 if let (Ok(route), Ok(uid)) = (ClusterName::new(name), ClusterUid::new(&cluster.meta.uid)) {
                     let account = cluster.account.clone();
-                    let route = config::Cluster { name: route, uid, mode: cluster.mode, account };
+                    let route = config::ClusterRoute { name: route, uid, mode: cluster.mode, account };
                     self.routes.insert(Arc::clone(name), Arc::new(route));
                     self.names.insert(cluster.meta.uid.clone(), Arc::clone(name));
                 }
@@ -284,30 +284,30 @@ impl View {
         self.objects.get(&kind)?.get(name)
     }
 
-    pub(super) fn route_named(&self, name: &str) -> Option<Arc<config::Cluster>> {
+    pub(super) fn route_named(&self, name: &str) -> Option<Arc<config::ClusterRoute>> {
         self.routes.get(name).cloned()
     }
 
-    pub(super) fn routes(&self) -> Vec<Arc<config::Cluster>> {
+    pub(super) fn routes(&self) -> Vec<Arc<config::ClusterRoute>> {
         self.routes.values().cloned().collect()
     }
 
-    pub(super) fn route_of(&self, uid: &ClusterUid) -> Option<Arc<config::Cluster>> {
+    pub(super) fn route_of(&self, uid: &ClusterUid) -> Option<Arc<config::ClusterRoute>> {
         self.routes.get(self.names.get(uid.as_str())?).cloned()
     }
 
-    pub(super) fn cluster_at(&self, name: &str) -> Option<(&Arc<Cluster>, u64)> {
+    pub(super) fn cluster_at(&self, name: &str) -> Option<(&Arc<ClusterRecord>, u64)> {
         match self.shown(kind::CLUSTER, name)? {
             Shown { object: Object::Cluster(cluster), revision } => Some((cluster, *revision)),
             _ => None,
         }
     }
 
-    pub(super) fn cluster(&self, name: &str) -> Option<&Arc<Cluster>> {
+    pub(super) fn cluster(&self, name: &str) -> Option<&Arc<ClusterRecord>> {
         self.cluster_at(name).map(|(cluster, _)| cluster)
     }
 
-    pub(super) fn cluster_of(&self, uid: &str) -> Option<&Arc<Cluster>> {
+    pub(super) fn cluster_of(&self, uid: &str) -> Option<&Arc<ClusterRecord>> {
         self.cluster(self.names.get(uid)?)
     }
 
@@ -421,7 +421,7 @@ impl View {
     }
 
     /// The access rules that name a cluster, with their revisions.
-    pub(super) fn rules_naming(&self, cluster: &str) -> Vec<(Key, Arc<AccessRule>, u64)> {
+    pub(super) fn rules_naming(&self, cluster: &str) -> Vec<(Key, Arc<AccessRuleRecord>, u64)> {
         let rules = self.objects.get(&kind::ACCESS_RULE).into_iter().flatten();
         let rules = rules.filter_map(|(name, shown)| match &shown.object {
             Object::AccessRule(rule) if rule.clusters.iter().any(|named| named == cluster) => {
@@ -449,15 +449,15 @@ impl View {
     /// The transaction that adds an agent of a cluster.
     pub(super) fn new_instance(
         &self,
-        route: Arc<config::Cluster>,
-        cluster: &Cluster,
+        route: Arc<config::ClusterRoute>,
+        cluster: &ClusterRecord,
         origin: Origin,
         now: Time,
     ) -> Result<(Admission, Transaction), JoinRefused> {
         let known = self.instances_of(&cluster.meta.uid);
         let last = |instance: &Instance| {
             let certified =
-                instance.certificates.iter().map(|certificate: &Certificate| certificate.not_after);
+                instance.certificates.iter().map(|certificate: &CertificateRecord| certificate.not_after);
             certified.max().unwrap_or_else(|| instance.created.after(JOINING))
         };
         let current = known

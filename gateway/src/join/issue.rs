@@ -43,7 +43,7 @@ pub(super) async fn issue(
     let (life, now) = (config.certificate_lifetime, SystemTime::now());
     let issued = own.tunnel.ca.issue_agent_from_csr(csr, identity, life, now)?;
     let pin = SpkiPin::of(&issued.certificate).map_err(|error| unavailable(&error))?;
-    let record = fleet::Certificate {
+    let record = fleet::CertificateRecord {
         serial: issued.serial.clone(),
         pin: pin.to_string(),
         issued: Time::from(now),

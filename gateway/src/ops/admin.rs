@@ -9,7 +9,7 @@
 mod room;
 
 use crate::access::Access;
-use crate::config::Cluster;
+use crate::config::ClusterRoute;
 use crate::context::Context;
 use crate::listener::self_checks::SelfChecks;
 use crate::metrics::{Limit, Metrics, Surface, TlCode};
@@ -238,7 +238,7 @@ impl Admin {
     /// A line for each cluster: whether its agents have acknowledged the tunnel CA's current roots.
     fn tunnel_ca(&self) -> String {
         let live = self.context.live();
-        let line = |cluster: &Arc<Cluster>| {
+        let line = |cluster: &Arc<ClusterRoute>| {
             let TrustState { current, pending, problem, .. } =
                 self.trust.state(&cluster.uid, live.trust.version);
             let problem = problem.map_or_else(String::new, |problem| format!(": {problem}"));
@@ -484,7 +484,7 @@ mod tests {
         let (pod, own, stranger) = ("10.1.2.3:9180", "10.1.2.3:40000", "10.1.2.4:40000");
         for cluster_names in [false, true] {
             let state = directory.path().join(cluster_names.to_string());
-            let cluster = Cluster {
+            let cluster = ClusterRoute {
                 name: "secret-customer".parse().unwrap(),
                 uid: ClusterUid::new("u").unwrap(),
                 mode: towline_model::Mode::Restricted,

@@ -2,7 +2,7 @@
 //! trip, and registration.
 
 use super::Tunnel;
-use crate::config::Cluster;
+use crate::config::ClusterRoute;
 use crate::fleet::{NotAdmitted, ShownCertificate};
 use crate::live::Live;
 use crate::metrics::{Limit, TlCode};
@@ -53,7 +53,7 @@ impl Tunnel {
         live: &Live,
         identity: &AgentIdentity,
         shown: &ShownCertificate<'_>,
-    ) -> Result<Arc<Cluster>, NotLetIn> {
+    ) -> Result<Arc<ClusterRoute>, NotLetIn> {
         let cluster = self.admits(live, identity, shown.serial)?;
         // Agents of a configured cluster have certificates from elsewhere.
         if !live.by_uid.contains_key(&identity.cluster)
@@ -73,7 +73,7 @@ impl Tunnel {
         live: &Live,
         identity: &AgentIdentity,
         serial: &str,
-    ) -> Result<Arc<Cluster>, NotLetIn> {
+    ) -> Result<Arc<ClusterRoute>, NotLetIn> {
         let uid = &identity.cluster;
         if let Some(cluster) = live.by_uid.get(uid) {
             let revoked = self.context.fleet.as_ref().is_some_and(|fleet| fleet.is_revoked(serial));
@@ -92,7 +92,7 @@ impl Tunnel {
 }
 
 pub(super) struct Admitted {
-    pub(super) cluster: Arc<Cluster>,
+    pub(super) cluster: Arc<ClusterRoute>,
     pub(super) identity: AgentIdentity,
     pub(super) not_after: SystemTime,
     pub(super) serial: String,

@@ -88,7 +88,7 @@ pub fn config(directory: &Path) -> GatewayConfig {
     config.host_domain = Some("clusters.test".to_owned());
     config.clusters = clusters
         .iter()
-        .map(|name| config::Cluster {
+        .map(|name| config::ClusterRoute {
             name: name.parse().unwrap(),
             uid: uid(&format!("{name}-uid")),
             mode: if *name == "strict" { Mode::Restricted } else { Mode::Impersonate },

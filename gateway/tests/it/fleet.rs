@@ -22,7 +22,7 @@ use towline_gateway::Gateway;
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::fleet::kind;
 use towline_gateway::fleet::{
-    AccessToken, Cluster, Ended, Fleet, GatewayLife, Instance, Issuers, LastSeen, Meta, Object, Origin,
+    AccessToken, ClusterRecord, Ended, Fleet, GatewayLife, Instance, Issuers, LastSeen, Meta, Object, Origin,
     Revoked, restored,
 };
 use towline_gateway::ops::commands;
@@ -729,7 +729,7 @@ async fn d6_flapping_is_written_now_and_then() {
 }
 
 async fn register(fleet: &Fleet, name: &str, created: Time) -> String {
-    let cluster = Cluster {
+    let cluster = ClusterRecord {
         meta: Meta { created, ..meta() },
         account: None,
         mode: Mode::Restricted,

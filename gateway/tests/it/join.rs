@@ -67,7 +67,7 @@ async fn register(world: &World, name: &str) -> String {
 
 /// Registers a cluster with this limit of agents.
 async fn register_for(world: &World, name: &str, max_agents: u32) -> String {
-    let cluster = fleet::Cluster {
+    let cluster = fleet::ClusterRecord {
         meta: meta(),
         account: None,
         mode: towline_model::Mode::Restricted,
@@ -1253,7 +1253,7 @@ async fn a_valid_certificate_is_not_forgotten_by_renewing() {
     loop {
         let not_after = Time::now().after(HOUR);
         let serial = format!("{on_record:02x}");
-        let lost = fleet::Certificate { serial, pin: String::new(), issued: Time::now(), not_after };
+        let lost = fleet::CertificateRecord { serial, pin: String::new(), issued: Time::now(), not_after };
         match fleet.record_certificate(&instance, &lost, WhenFull::Refuse).await {
             Ok(()) => on_record += 1,
             Err(fleet::WriteError::Certificates) => break,

@@ -20,7 +20,7 @@ use towline_certs::hex;
 use towline_gateway::Gateway;
 use towline_gateway::config::{EndsWithCredential, GatewayConfig};
 use towline_gateway::fleet::kind;
-use towline_gateway::fleet::{AccessRule, AccessToken, Fleet, Meta};
+use towline_gateway::fleet::{AccessRuleRecord, AccessToken, Fleet, Meta};
 use towline_gateway::registry::Presence;
 use towline_model::random::uuid;
 use towline_model::{Effect, Mode, Time};
@@ -77,9 +77,9 @@ fn rule_in_file(user: &str) -> towline_model::AccessRule {
     towline_model::AccessRule { effect: Effect::Allow, users, groups: Vec::new(), clusters }
 }
 
-fn rule(effect: Effect, user: &str) -> AccessRule {
+fn rule(effect: Effect, user: &str) -> AccessRuleRecord {
     let towline_model::AccessRule { users, groups, clusters, .. } = rule_in_file(user);
-    AccessRule { meta: meta(), effect, users, groups, clusters, ended: Default::default() }
+    AccessRuleRecord { meta: meta(), effect, users, groups, clusters, ended: Default::default() }
 }
 
 fn meta() -> Meta {

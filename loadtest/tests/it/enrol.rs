@@ -141,7 +141,7 @@ impl World {
     }
 
     async fn register(&self, cluster: &str) {
-        let record = fleet::Cluster {
+        let record = fleet::ClusterRecord {
             meta: meta(),
             account: None,
             mode: Mode::Restricted,

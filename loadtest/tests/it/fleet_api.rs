@@ -20,7 +20,7 @@ use towline_certs::load::{FileBytes, parse_certificates, parse_key};
 use towline_certs::{AgentIdentity, Credential, ServerName, TrustDomain, tls};
 use towline_gateway::Gateway;
 use towline_gateway::config::{GatewayConfig, Tls};
-use towline_gateway::fleet::{Certificate, WhenFull};
+use towline_gateway::fleet::{CertificateRecord, WhenFull};
 use towline_gateway::ops::commands;
 use towline_model::Time;
 use towline_proto::mux::{Budget, Introduction, Limits, Role};
@@ -117,7 +117,7 @@ impl World {
         let issued = ca.issue_agent_from_csr(&key.csr_der().unwrap(), &identity, LEAF_LIFETIME, now).unwrap();
         let (serial, not_after) = (issued.serial.clone(), Time::from(issued.not_after));
         let pin = towline_certs::SpkiPin::of(&issued.certificate).unwrap().to_string();
-        let certificate = Certificate { serial, pin, issued: Time::now(), not_after };
+        let certificate = CertificateRecord { serial, pin, issued: Time::now(), not_after };
         fleet.record_certificate(&admission.instance, &certificate, WhenFull::Refuse).await.unwrap();
         let chain = vec![issued.certificate, issued.root.clone()];
         let credential = Credential::new(chain, key.private_key(), Path::new("agent")).unwrap();

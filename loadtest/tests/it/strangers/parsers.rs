@@ -28,7 +28,8 @@ use towline_certs::identity::{AgentIdentity, ClientIdentity, ClusterUid, Instanc
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::exchange::headers::{Upstream, upstream_head};
 use towline_gateway::fleet::{
-    AccessRule, AccessToken, Cluster, GatewayLife, Instance, JoinToken, LastSeen, Revocation, TokenIssuer,
+    AccessRuleRecord, AccessToken, ClusterRecord, GatewayLife, Instance, JoinToken, LastSeen, Revocation,
+    TokenIssuer,
 };
 use towline_gateway::join::account;
 use towline_gateway::listener::proxy_protocol;
@@ -252,10 +253,10 @@ pub fn records(input: &[u8]) {
     }
     let Ok(data) = serde_json::from_slice::<Value>(input) else { return };
     let data = Arc::new(data);
-    one::<Cluster>(&data);
+    one::<ClusterRecord>(&data);
     one::<JoinToken>(&data);
     one::<Instance>(&data);
-    one::<AccessRule>(&data);
+    one::<AccessRuleRecord>(&data);
     one::<AccessToken>(&data);
     one::<Revocation>(&data);
     one::<LastSeen>(&data);
