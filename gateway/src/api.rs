@@ -3,6 +3,7 @@
 //!
 //! The API is small: merge patches only, no server-side apply, no finalizers, no subresources. What it has behaves as in Kubernetes.
 
+mod condition;
 mod credentials;
 mod documents;
 mod error;

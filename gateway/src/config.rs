@@ -10,7 +10,6 @@ mod units;
 pub use origin::{Origin, OriginError};
 pub use units::ByteSize;
 
-use crate::ca::rotation;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -19,7 +18,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use towline_certs::issue::LEAF_LIFETIME;
-use towline_certs::{ClusterUid, TrustDomain};
+use towline_certs::{ClusterUid, HostName, TrustDomain};
 use towline_model::{AccessRule, ClusterName, Mode, PublicAddress};
 use towline_proto::mux;
 
@@ -556,7 +555,26 @@ impl GatewayConfig {
         serde_saphyr::to_string(self).unwrap_or_else(|error| format!("# cannot be printed: {error}\n"))
     }
 
-    /// Every file whose content matters, for the watch on changes.
+    /// The names of the gateway: those of its public addresses, this machine's own, and every cluster's
+    /// host.
+    pub(crate) fn server_names(&self) -> Vec<HostName> {
+        let mut names: Vec<HostName> =
+            self.public_addresses.iter().map(|PublicAddress { host, .. }| host.clone()).collect();
+        names.push(HostName::Dns("localhost".to_owned()));
+        names.extend(
+            ["127.0.0.1", "::1"].iter().filter_map(|text| text.parse::<IpAddr>().ok().map(HostName::Ip)),
+        );
+        let listen = self.listen.address.ip();
+        if !listen.is_unspecified() {
+            names.push(HostName::Ip(listen));
+        }
+        names.extend(self.host_domain.iter().filter_map(|domain| format!("*.{domain}").parse().ok()));
+        let mut seen = std::collections::HashSet::new();
+        names.retain(|name| seen.insert(name.clone()));
+        names
+    }
+
+    /// Every file that it names and whose content matters, for the watch on changes.
     #[must_use]
     pub fn files(&self) -> Vec<PathBuf> {
         let mut files = Vec::new();
@@ -568,8 +586,6 @@ impl GatewayConfig {
             files.extend([certificate.clone(), key.clone(), agent_ca.clone()]);
         }
         files.extend(self.token_file.clone());
-        let own = |directory: &PathBuf| [rotation::ROOTS, rotation::KEY].map(|name| directory.join(name));
-        files.extend(self.state_directory.iter().flat_map(own));
         files
     }
 

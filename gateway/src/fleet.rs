@@ -15,13 +15,14 @@ pub mod kind;
 pub(crate) mod lastseen;
 pub(crate) mod purge;
 mod records;
+pub mod reported;
 mod view;
 
-pub use issuer::{Heard, Issuers, Told, Word};
+pub use issuer::{Heard, Issuers, SUBJECT, TokenIssuer, Told, Word};
 pub use records::{
     AccessRuleRecord, AccessToken, AgentSeen, CertificateRecord, ClusterRecord, Ended, GatewayLife, Instance,
-    JoinToken, LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, SUBJECT,
-    TOKEN_USES_MOST, TokenIssuer, TokenUse,
+    JoinToken, LastSeen, MAX_AGENTS, MAX_AGENTS_MOST, Meta, Origin, Revocation, Revoked, TOKEN_USES_MOST,
+    TokenUse,
 };
 pub use view::{Object, Shown};
 

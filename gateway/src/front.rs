@@ -9,6 +9,7 @@ mod framing;
 mod h1;
 mod h2;
 mod idle;
+mod park;
 
 use crate::access::running::Chain;
 use crate::access::standing::{Seat, Standing};

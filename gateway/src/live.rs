@@ -70,13 +70,15 @@ impl Live {
         };
         let front_credential = match (front, own) {
             (Some(front), _) => problems.note("tls.front", credential(&front.certificate, &front.key)),
-            (None, Some(own)) => problems.note("tls.front", own.front_server(&config, now)).map(&mut issued),
+            (None, Some(own)) => {
+                problems.note("tls.front", own.front_server(&config.server_names(), now)).map(&mut issued)
+            }
             (None, None) => None,
         };
         let tunnel_credential = match (tunnel, own) {
             (Some(tunnel), _) => problems.note("tls.tunnel", credential(&tunnel.certificate, &tunnel.key)),
             (None, Some(own)) => {
-                problems.note("tls.tunnel", own.tunnel_server(&config, now)).map(&mut issued)
+                problems.note("tls.tunnel", own.tunnel_server(&config.server_names(), now)).map(&mut issued)
             }
             (None, None) => None,
         };

@@ -5,11 +5,11 @@ use super::error::ApiError;
 use super::kinds::{API_VERSION, Resource, Type};
 use super::objects::render;
 use crate::fleet::kind;
+use crate::fleet::reported::recordable;
 use crate::fleet::{
     AccessRuleRecord, AccessToken, ClusterRecord, Fleet, Issuers, JoinToken, MAX_AGENTS, MAX_AGENTS_MOST,
     Meta, Object, Revocation, Revoked, TOKEN_USES_MOST,
 };
-use crate::join::account;
 use aws_lc_rs::digest;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -375,7 +375,7 @@ impl Input {
             None => None,
             Some(IssuerSpec { url, subject, jwks }) => {
                 let said = Issuer { issuer: url, jwks: jwks.to_string().into(), subject };
-                let Some(given) = account::recordable(&said) else {
+                let Some(given) = recordable(&said) else {
                     return refuse(
                         "spec.issuer",
                         "needs three fields: url (the iss of the cluster's ServiceAccount tokens), subject (the agent's system:serviceaccount:NAMESPACE:NAME) and jwks (the cluster's key set with an RS256 or ES256 key: kubectl get --raw /openid/v1/jwks)",

@@ -1,5 +1,6 @@
 //! Renders records as API objects, and computes a cluster's status and conditions.
 
+use super::condition::condition;
 use super::kinds::{API_VERSION, Resource};
 use super::reach;
 use crate::config;
@@ -205,10 +206,6 @@ fn told_instances(connection: &Connection, instances: &[(Arc<str>, Arc<Instance>
         instance
     });
     named.collect()
-}
-
-pub(super) fn condition(kind: &str, status: &str, since: Time, reason: &str, message: &str) -> Value {
-    json!({"type": kind, "status": status, "lastTransitionTime": since, "reason": reason, "message": message})
 }
 
 fn connected_condition(connection: &Connection, registered: Time) -> Value {

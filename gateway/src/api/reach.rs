@@ -4,7 +4,7 @@
 //! It is True if one agent can use the API server; the message mentions the others. It is Unknown while no agent is connected or none
 //! has reported.
 
-use super::objects::condition;
+use super::condition::condition;
 use crate::registry::{ApiServer, Connection, Word};
 use serde_json::Value;
 use towline_model::{Mode, Time};

@@ -9,10 +9,8 @@
 //! All certificates of a `.crt` file are trusted; the key determines which of them issues. A CA can therefore be replaced step by step
 //! ([`crate::ca::rotation`]).
 
-use crate::config::GatewayConfig;
 use aws_lc_rs::hmac;
 use std::fs;
-use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -25,7 +23,6 @@ use towline_certs::{
     CaError, CaKind, CertificateAuthority, CertificateDer, ClientCa, Credential, FileBytes, HostName,
     IssueError, LoadError, SpkiPin,
 };
-use towline_model::PublicAddress;
 
 /// The files' names without extensions.
 const STEMS: [&str; 3] = ["tunnel-ca", "front-client-ca", "front-ca"];
@@ -117,41 +114,19 @@ impl Authorities {
     /// The gateway's certificate for agents: issued by this CA, for these names, with a new key each time.
     pub(crate) fn tunnel_server(
         &self,
-        config: &GatewayConfig,
+        names: &[HostName],
         now: SystemTime,
     ) -> Result<Credential, IssueError> {
-        let issued = self.tunnel.ca.issue_tunnel_server(&names(config), SERVER_LIFETIME, now)?;
+        let issued = self.tunnel.ca.issue_tunnel_server(names, SERVER_LIFETIME, now)?;
         let chain = issued.chain().iter().chain(&self.tunnel.bridge).cloned().collect();
         // It is the same leaf and key.
         Ok(Credential::new(chain, issued.key().clone(), "the gateway's own".as_ref()).unwrap_or(issued))
     }
 
     /// The gateway's certificate for clients.
-    pub(crate) fn front_server(
-        &self,
-        config: &GatewayConfig,
-        now: SystemTime,
-    ) -> Result<Credential, IssueError> {
-        self.front.ca.issue_front_server(&names(config), SERVER_LIFETIME, now)
+    pub(crate) fn front_server(&self, names: &[HostName], now: SystemTime) -> Result<Credential, IssueError> {
+        self.front.ca.issue_front_server(names, SERVER_LIFETIME, now)
     }
-}
-
-/// The names of the gateway: those of its public addresses, this machine's own, and every cluster's
-/// host.
-fn names(config: &GatewayConfig) -> Vec<HostName> {
-    let mut names: Vec<HostName> =
-        config.public_addresses.iter().map(|PublicAddress { host, .. }| host.clone()).collect();
-    names.push(HostName::Dns("localhost".to_owned()));
-    names
-        .extend(["127.0.0.1", "::1"].iter().filter_map(|text| text.parse::<IpAddr>().ok().map(HostName::Ip)));
-    let listen = config.listen.address.ip();
-    if !listen.is_unspecified() {
-        names.push(HostName::Ip(listen));
-    }
-    names.extend(config.host_domain.iter().filter_map(|domain| format!("*.{domain}").parse().ok()));
-    let mut seen = std::collections::HashSet::new();
-    names.retain(|name| seen.insert(name.clone()));
-    names
 }
 
 fn authority(

@@ -10,14 +10,35 @@
 //!
 //! A new key set that contains an old key proves nothing: public keys are public.
 
-use super::TokenIssuer;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use std::collections::BTreeSet;
+use towline_model::Time;
 
 /// Most agents that are remembered for the same report.
 const SAYERS_MAX: usize = 256;
+
+/// An issuer of ServiceAccount tokens, with its keys.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TokenIssuer {
+    pub issuer: String,
+    /// A JSON Web Key Set.
+    pub jwks: Value,
+    pub updated: Time,
+}
+
+impl TokenIssuer {
+    /// The one ServiceAccount that may rejoin by its token. It is a member of the key set, which other readers ignore (RFC 7517 section 5).
+    #[must_use]
+    pub fn subject(&self) -> Option<&str> {
+        self.jwks.get(SUBJECT)?.as_str()
+    }
+}
+
+/// The member of a recorded key set that names the subject.
+pub const SUBJECT: &str = "towline.io/subject";
 
 /// The reports about a cluster's issuer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

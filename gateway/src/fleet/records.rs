@@ -6,7 +6,6 @@
 use super::issuer::Issuers;
 use super::kind;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use towline_model::{Effect, Mode, Principal, Time};
 use towline_store::{Kind, Stored};
@@ -58,27 +57,6 @@ pub struct ClusterRecord {
 pub const MAX_AGENTS: u32 = 16;
 /// Largest `max_agents`; a larger one is a mistake.
 pub const MAX_AGENTS_MOST: u32 = 256;
-
-/// An issuer of ServiceAccount tokens, with its keys.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct TokenIssuer {
-    pub issuer: String,
-    /// A JSON Web Key Set.
-    pub jwks: Value,
-    pub updated: Time,
-}
-
-impl TokenIssuer {
-    /// The one ServiceAccount that may rejoin by its token. It is a member of the key set, which other readers ignore (RFC 7517 section 5).
-    #[must_use]
-    pub fn subject(&self) -> Option<&str> {
-        self.jwks.get(SUBJECT)?.as_str()
-    }
-}
-
-/// The member of a recorded key set that names the subject.
-pub const SUBJECT: &str = "towline.io/subject";
 
 /// A join token; its record's name is the token's id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,6 +2,7 @@
 
 use super::framing::Judged;
 use super::idle::{self, Activity, Counted};
+use super::park;
 use super::{Client, Driven, LAST_WORDS, drive};
 use crate::context::Context;
 use crate::metrics::{Limit, Surface, TlCode};
@@ -64,7 +65,7 @@ where
             Driven::Ended => return Ok(()),
             Driven::Silent => {
                 // Answer only if a request has begun.
-                if let Some(mut io) = idle::park(connection)
+                if let Some(mut io) = park::park(connection)
                     && io.is_in_head()
                 {
                     context.metrics.rejected(Surface::Front, TlCode::Timeout);
@@ -78,8 +79,8 @@ where
             }
             Driven::Idle => {}
         }
-        let Some(mut parked) = idle::park(connection) else { return Ok(()) };
-        let next = async { matches!(idle::next_request(&mut parked).await, Ok(true)) };
+        let Some(mut parked) = park::park(connection) else { return Ok(()) };
+        let next = async { matches!(park::next_request(&mut parked).await, Ok(true)) };
         // The connection has been idle for a while.
         let next = tokio::time::timeout(context.config.timeouts.idle.saturating_sub(idle::PARKED_BY), next);
         let goes_on = tokio::select! {

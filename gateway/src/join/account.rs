@@ -14,12 +14,11 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
-use serde_json::{Value, json};
+use serde_json::Value;
 use thiserror::Error;
-use towline_proto::join::Issuer;
 
-use crate::fleet::{SUBJECT, TokenIssuer};
-use towline_model::Time;
+use crate::fleet::TokenIssuer;
+use crate::fleet::reported::SUBJECT_PREFIX;
 
 /// Largest tolerated clock difference.
 const SKEW: Duration = Duration::from_secs(60);
@@ -28,11 +27,6 @@ const SKEW: Duration = Duration::from_secs(60);
 const LIFE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Longest token that is parsed.
 const TOKEN_MAX: usize = 16 * 1024;
-/// Most keys of an issuer that are stored: more than any rotation needs.
-const KEYS_MAX: usize = 16;
-/// Longest issuer, subject and key id.
-const TEXT_MAX: usize = 512;
-const SUBJECT_PREFIX: &str = "system:serviceaccount:";
 
 /// Why a token is invalid. It is for the log; the caller does not learn it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -191,47 +185,6 @@ pub fn verify(
     Ok(Vouched { subject: claims.sub, id, until })
 }
 
-/// The part of an agent's report that is recorded: the usable keys and the agent's own subject.
-#[must_use]
-#[expect(clippy::indexing_slicing, reason = "a JSON object takes any name")]
-pub fn recordable(issuer: &Issuer) -> Option<TokenIssuer> {
-    let fits = |text: &str| (1..=TEXT_MAX).contains(&text.len());
-    if !fits(&issuer.issuer) || !fits(&issuer.subject) || !issuer.subject.starts_with(SUBJECT_PREFIX) {
-        return None;
-    }
-    let set: Value = serde_json::from_slice(&issuer.jwks).ok()?;
-    let keys: Vec<Value> = set.get("keys")?.as_array()?.iter().filter_map(plain).take(KEYS_MAX).collect();
-    if keys.is_empty() {
-        return None;
-    }
-    let mut set = json!({ "keys": keys });
-    set[SUBJECT] = Value::from(issuer.subject.clone());
-    Some(TokenIssuer { issuer: issuer.issuer.clone(), jwks: set, updated: Time::now() })
-}
-
-/// The used members of a key; `None` for an unsupported kind of key, or a key for another purpose.
-#[expect(clippy::indexing_slicing, reason = "a JSON object takes any name")]
-fn plain(key: &Value) -> Option<Value> {
-    let (alg, names): (_, &[&str]) = match key.get("kty")?.as_str()? {
-        "RSA" => ("RS256", &["kty", "kid", "n", "e"]),
-        "EC" if key.get("crv")?.as_str()? == "P-256" => ("ES256", &["kty", "kid", "crv", "x", "y"]),
-        _ => return None,
-    };
-    let is_for = |name: &str, wanted: &str| key.get(name).is_none_or(|found| found == wanted);
-    if !is_for("use", "sig") || !is_for("alg", alg) {
-        return None;
-    }
-    let mut plain = json!({});
-    for &name in names {
-        match key.get(name).and_then(Value::as_str) {
-            Some(text) if text.len() <= 2 * TEXT_MAX => plain[name] = Value::from(text),
-            None if name == "kid" => {}
-            _ => return None,
-        }
-    }
-    Some(plain)
-}
-
 fn check_signature(head: &Head, signed: &[u8], signature: &[u8], jwks: &Value) -> Result<(), AccountError> {
     let keys = jwks.get("keys").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     let text = |key: &Value, name: &str| key.get(name).and_then(Value::as_str).map(ToOwned::to_owned);
@@ -271,8 +224,11 @@ fn parse<T: for<'de> Deserialize<'de>>(part: &str) -> Result<T, AccountError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::reported::{KEYS_MAX, recordable};
     use aws_lc_rs::rand::SystemRandom;
     use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+    use serde_json::json;
+    use towline_proto::join::Issuer;
 
     const AUDIENCE: &str = "towline:fleet.test";
     const SA: &str = "system:serviceaccount:towline:agent";

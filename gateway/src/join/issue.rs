@@ -1,11 +1,11 @@
 //! Issues agents' certificates and records them, with what the agent reports of its cluster's token issuer. The one place that signs.
 
-use super::account;
 use super::limits::renewal_interval;
 use super::refusal::{Refusal, unavailable};
 use crate::ca::authority::Authorities;
 use crate::config;
 use crate::fleet::kind;
+use crate::fleet::reported::recordable;
 use crate::fleet::{self, Fleet, Heard, NotAdmitted, Object, WhenFull, Word, WriteError};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -70,7 +70,7 @@ pub(super) async fn record_issuer(
     issuer: &Issuer,
     word: Word,
 ) -> bool {
-    let Some(said) = account::recordable(issuer) else {
+    let Some(said) = recordable(issuer) else {
         tracing::warn!(%cluster, "the token issuer that the agent reports for its cluster is unusable");
         return false;
     };

@@ -137,7 +137,9 @@ fn needs_restart(running: &GatewayConfig, new: &GatewayConfig) -> Vec<&'static s
 /// A hash of the content of all files; an unreadable file counts by its name.
 fn fingerprint(path: Option<&Path>, config: &GatewayConfig) -> Vec<u8> {
     let mut context = digest::Context::new(&digest::SHA256);
-    let files = path.map(Path::to_owned).into_iter().chain(config.files());
+    let own = |directory: &PathBuf| [rotation::ROOTS, rotation::KEY].map(|name| directory.join(name));
+    let own = config.state_directory.iter().flat_map(own);
+    let files = path.map(Path::to_owned).into_iter().chain(config.files()).chain(own);
     for file in files {
         let bytes = towline_certs::FileBytes::read(&file);
         context.update(file.as_os_str().as_encoded_bytes());

@@ -736,10 +736,7 @@ async fn s5_new_keys_need_a_trusted_report() {
     let refused = joins(evil.token("3", SUBJECT), 34).await.unwrap_err();
     assert_eq!(code(&refused), RefusalCode::NoIssuer);
     let said = fleet.issuer(&uid).unwrap();
-    assert!(
-        said.says(&towline_gateway::join::account::recordable(&cluster.issuer("1")).unwrap()),
-        "{said:?}"
-    );
+    assert!(said.says(&fleet::reported::recordable(&cluster.issuer("1")).unwrap()), "{said:?}");
 }
 
 /// S5: the operator's issuer takes precedence over agents' reports; it is shown, and an invalid one is refused.
