@@ -17,10 +17,11 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
 
-use crate::ca::may_sign_certificates;
 use crate::facts::{CertificateFacts, Validity};
-use crate::tls::{TlsError, provider};
-use crate::trust::{TrustError, root_store, unix_time};
+use crate::profile::may_sign_certificates;
+use crate::provider::{provider, unix_time};
+use crate::roots::{TrustError, root_store};
+use crate::tls::TlsError;
 
 /// Checks a server against a bundle.
 #[derive(Debug)]

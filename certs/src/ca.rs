@@ -15,25 +15,15 @@ use rcgen::{
 use rustls_pki_types::CertificateDer;
 use thiserror::Error;
 use x509_parser::certificate::X509Certificate;
-use x509_parser::oid_registry as oids;
 use x509_parser::prelude::FromDer as _;
 use zeroize::Zeroize as _;
 
-use crate::facts::{CertificateFacts, Validity, hex, human};
-use crate::issue::random_serial;
+use crate::facts::{CertificateFacts, Validity};
 use crate::load::{self, Credential, LoadError, LoadPolicy, Loaded, PrivateKey};
+use crate::profile::{CaKind, ORGANIZATION, kind_of, may_sign_certificates};
+use crate::random::random_serial;
 use crate::save;
-
-/// The purpose of a CA. Each kind has its own root, and none issues for another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum CaKind {
-    /// Agents, and the gateway on its tunnel and join listeners.
-    Tunnel,
-    /// Clients at the front.
-    FrontClients,
-    /// The gateway at the front, where no public certificate is used.
-    FrontServer,
-}
+use crate::text::{hex, human};
 
 /// Why a CA cannot be made or used.
 #[derive(Debug, Error)]
@@ -282,48 +272,6 @@ impl fmt::Debug for CertificateAuthority {
     }
 }
 
-impl CaKind {
-    fn mark(self) -> &'static str {
-        match self {
-            Self::Tunnel => "tunnel",
-            Self::FrontClients => "front-clients",
-            Self::FrontServer => "front-server",
-        }
-    }
-}
-
-impl fmt::Display for CaKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tunnel => "tunnel CA",
-            Self::FrontClients => "front client CA",
-            Self::FrontServer => "front server CA",
-        })
-    }
-}
-
-/// The kind in a root; `None` for a root that this crate did not create.
-#[must_use]
-pub fn kind_of(root: &CertificateDer<'_>) -> Option<CaKind> {
-    let (_, parsed) = X509Certificate::from_der(root).ok()?;
-    let ours = parsed.subject().iter_organization().any(|value| value.as_str() == Ok(ORGANIZATION));
-    let says = |kind: &CaKind| {
-        let mut units = parsed.subject().iter_by_oid(&oids::OID_X509_ORGANIZATIONAL_UNIT);
-        units.any(|value| value.as_str() == Ok(kind.mark()))
-    };
-    [CaKind::Tunnel, CaKind::FrontClients, CaKind::FrontServer].into_iter().find(|kind| ours && says(kind))
-}
-
-/// Whether a certificate may be the root of a chain.
-pub(crate) fn may_sign_certificates(certificate: &CertificateDer<'_>) -> bool {
-    let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return false };
-    let usage = match parsed.key_usage() {
-        Ok(usage) => usage.is_none_or(|usage| usage.value.key_cert_sign()),
-        Err(_) => false,
-    };
-    parsed.is_ca() && usage
-}
-
 /// The CA's key; its bytes are wiped when it is dropped.
 pub(crate) struct CaKey(KeyPair);
 
@@ -355,7 +303,6 @@ pub const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
 const CA_LIFETIME_MAX: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// A new root is valid from one day before its creation, for peers whose clock is behind.
 const CA_BACKDATE: Duration = Duration::from_secs(86_400);
-const ORGANIZATION: &str = "towline";
 
 #[cfg(test)]
 mod tests {

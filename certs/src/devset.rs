@@ -19,11 +19,13 @@ use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
 
-use crate::ca::{CA_LIFETIME, CaError, CaKind, CertificateAuthority};
-use crate::facts::{CertificateFacts, Validity};
+use crate::ca::{CA_LIFETIME, CaError, CertificateAuthority};
+use crate::facts::{BACKDATE, CertificateFacts, Validity};
+use crate::host::HostName;
 use crate::identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain};
-use crate::issue::{BACKDATE, HostName, IssueError};
+use crate::issue::IssueError;
 use crate::load::{Credential, LoadCause, LoadError, LoadPolicy, load_credential};
+use crate::profile::CaKind;
 use crate::save::{self, SaveError};
 use crate::trust::{AgentCa, ClientCa};
 

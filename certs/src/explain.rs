@@ -9,9 +9,9 @@ use std::time::Duration;
 use rustls::{AlertDescription, CertificateError, Error, PeerIncompatible};
 use rustls_pki_types::UnixTime;
 
-use crate::facts::{from_unix, human, rfc3339};
 use crate::foreign::ForeignIssuer;
-use crate::tls::PinMismatch;
+use crate::pinned::PinMismatch;
+use crate::text::{from_unix, human, rfc3339};
 use crate::trust::VerifyError;
 
 /// An error with its causes, on one line. A cause that the error's own text already contains is not repeated.

@@ -1,6 +1,6 @@
 //! Facts of a certificate for logs, revocation and renewal. Nothing here is a trust decision.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::digest;
 use rustls_pki_types::CertificateDer;
@@ -8,9 +8,10 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
 
-use crate::issue::{BACKDATE, HostName};
+use crate::host::HostName;
 use crate::pin::SpkiPin;
 use crate::profile::ProfileError;
+use crate::text::{from_unix, hex};
 
 /// The content of one certificate, whoever issued it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,47 +110,6 @@ pub enum Validity {
     EndedAgo(Duration),
 }
 
-/// A duration as text with its two largest units, for example `3h 12m`.
-#[must_use]
-pub fn human(duration: Duration) -> String {
-    let seconds = duration.as_secs();
-    let parts =
-        [(seconds / 86_400, "d"), (seconds / 3_600 % 24, "h"), (seconds / 60 % 60, "m"), (seconds % 60, "s")];
-    let Some(first) = parts.iter().position(|(count, _)| *count > 0) else {
-        return "0s".to_owned();
-    };
-    let shown = parts.iter().skip(first).take(2).filter(|(count, _)| *count > 0);
-    shown.map(|(count, unit)| format!("{count}{unit}")).collect::<Vec<_>>().join(" ")
-}
-
-/// A time as RFC 3339 in UTC with whole seconds.
-#[must_use]
-pub fn rfc3339(time: SystemTime) -> String {
-    let seconds = match time.duration_since(UNIX_EPOCH) {
-        Ok(after) => i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
-        Err(before) => i64::try_from(before.duration().as_secs()).map_or(i64::MIN, |seconds| -seconds),
-    };
-    jiff::Timestamp::from_second(seconds).map_or_else(|_| format!("@{seconds}"), |stamp| stamp.to_string())
-}
-
-/// Lower-case hexadecimal digits.
-#[must_use]
-#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("writing to a String cannot fail");
-        text
-    })
-}
-
-pub(crate) fn from_unix(seconds: i64) -> SystemTime {
-    let gap = Duration::from_secs(seconds.unsigned_abs());
-    // Both ends of what X.509 can say (years 0 to 9999) are inside SystemTime's range.
-    let time = if seconds < 0 { UNIX_EPOCH.checked_sub(gap) } else { UNIX_EPOCH.checked_add(gap) };
-    time.unwrap_or(UNIX_EPOCH)
-}
-
 /// DER puts a zero byte before a positive number whose first bit is set.
 fn strip_sign(serial: &[u8]) -> &[u8] {
     match serial {
@@ -157,6 +117,9 @@ fn strip_sign(serial: &[u8]) -> &[u8] {
         all => all,
     }
 }
+
+/// Every leaf is valid from one hour before it is issued, so that a peer whose clock is behind accepts it.
+pub const BACKDATE: Duration = Duration::from_secs(3600);
 
 #[cfg(test)]
 mod tests {
@@ -192,15 +155,5 @@ mod tests {
         for bytes in [vec![], vec![0x30], longer] {
             assert_eq!(CertificateFacts::of(&bytes.into()), Err(ProfileError::Malformed));
         }
-    }
-
-    #[test]
-    fn times_are_for_people() {
-        assert_eq!(human(Duration::from_secs(0)), "0s");
-        assert_eq!(human(Duration::from_secs(61)), "1m 1s");
-        assert_eq!(human(Duration::from_secs(3 * 3600)), "3h");
-        assert_eq!(human(Duration::from_secs(90_061)), "1d 1h");
-        assert_eq!(rfc3339(from_unix(0)), "1970-01-01T00:00:00Z");
-        assert_eq!(rfc3339(from_unix(-1)), "1969-12-31T23:59:59Z");
     }
 }

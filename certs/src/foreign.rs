@@ -12,8 +12,9 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Name;
 
-use crate::tls::{TlsError, provider};
-use crate::trust::root_store;
+use crate::provider::provider;
+use crate::roots::root_store;
+use crate::tls::TlsError;
 
 /// The certificate that a server showed was issued by somebody else. The names are those in certificates, which are
 /// public; they are cut to what fits a log line.

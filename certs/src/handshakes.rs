@@ -12,14 +12,16 @@ use rustls::{
 };
 use rustls_pki_types::ServerName;
 
+use crate::alpn::{ALPN_H2, ALPN_HTTP1, ALPN_JOIN, ALPN_TUNNEL, negotiated};
 use crate::ca::CertificateAuthority;
 use crate::explain::explain;
 use crate::issue::LEAF_LIFETIME;
 use crate::load::Credential;
 use crate::pin::SpkiPin;
 use crate::profile::ProfileError;
+use crate::provider::provider;
 use crate::testing::{self, Set, forge};
-use crate::tls::{self, ALPN_H2, ALPN_HTTP1, ALPN_JOIN, ALPN_TUNNEL, FrontCertificates, UpstreamProtocol};
+use crate::tls::{self, FrontCertificates, UpstreamProtocol};
 use crate::trust::{AgentCa, ClientCa, VerifyError};
 
 const NAME: &str = "gateway.test";
@@ -148,7 +150,7 @@ fn an_agent_and_the_tunnel_listener_meet() {
     let (client, server) = meet(&agent_with(&set, &set.agent), &tunnel(&set), NAME).ok();
     assert_eq!(client.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     assert_eq!(client.alpn_protocol(), Some(ALPN_TUNNEL));
-    assert!(tls::negotiated(client.alpn_protocol(), ALPN_TUNNEL).is_ok());
+    assert!(negotiated(client.alpn_protocol(), ALPN_TUNNEL).is_ok());
     let kx = client.negotiated_key_exchange_group().map(|group| group.name());
     assert_eq!(kx, Some(rustls::NamedGroup::X25519MLKEM768));
     let agents = AgentCa::new(&[set.tunnel_ca.root_der().clone()], testing::agent().trust_domain).unwrap();
@@ -170,7 +172,7 @@ fn the_tunnel_refuses_a_peer_without_a_certificate() {
     // TU-01, R-ID-2
     let set = Set::new(testing::now());
     let roots = crate::trust::root_store(&[set.tunnel_ca.root_der().clone()]).unwrap();
-    let builder = ClientConfig::builder_with_provider(tls::provider());
+    let builder = ClientConfig::builder_with_provider(provider());
     let builder = builder.with_safe_default_protocol_versions().unwrap();
     let mut nobody = builder.with_root_certificates(roots).with_no_client_auth();
     nobody.alpn_protocols = vec![ALPN_TUNNEL.to_vec()];
@@ -274,7 +276,7 @@ fn the_tunnel_speaks_tls_1_3_only() {
     // TU-08
     let set = Set::new(testing::now());
     let roots = crate::trust::root_store(&[set.tunnel_ca.root_der().clone()]).unwrap();
-    let old = ClientConfig::builder_with_provider(tls::provider())
+    let old = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS12])
         .unwrap()
         .with_root_certificates(roots)
@@ -286,7 +288,7 @@ fn the_tunnel_speaks_tls_1_3_only() {
         assert!(explain(&error).contains("requires TLS 1.3"), "{error:?}");
     }
     // The other way round: an agent offers nothing older.
-    let mut old_server = ServerConfig::builder_with_provider(tls::provider())
+    let mut old_server = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS12])
         .unwrap()
         .with_no_client_auth()
@@ -312,7 +314,7 @@ fn other_protocols_are_refused_by_alert() {
     // rustls lets a client without ALPN pass; the router sends it to the front, and `negotiated` is the second lock.
     stranger.alpn_protocols.clear();
     let (client, _) = meet(&Arc::new(stranger), &tunnel(&set), NAME).ok();
-    assert!(tls::negotiated(client.alpn_protocol(), ALPN_TUNNEL).is_err());
+    assert!(negotiated(client.alpn_protocol(), ALPN_TUNNEL).is_err());
 }
 
 #[test]
@@ -341,7 +343,7 @@ fn no_listener_resumes_or_hands_out_tickets() {
 fn a_tls_session_of_another_listener_is_not_resumed() {
     // R-ID-10: a server that does hand out tickets, then the tunnel, with the client's session store shared.
     let set = Set::new(testing::now());
-    let mut generous = ServerConfig::builder_with_provider(tls::provider())
+    let mut generous = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
@@ -363,7 +365,7 @@ fn a_tls_session_of_another_listener_is_not_resumed() {
 #[test]
 fn our_own_clients_never_offer_to_resume() {
     let set = Set::new(testing::now());
-    let mut generous = ServerConfig::builder_with_provider(tls::provider())
+    let mut generous = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
@@ -390,7 +392,7 @@ fn fr11_a_self_signed_server_is_trusted_by_its_own_certificate() {
     let client =
         tls::upstream_client(std::slice::from_ref(&certificate), None, UpstreamProtocol::Http1).unwrap();
     for version in [&[&TLS13], &[&TLS12]] {
-        let server = ServerConfig::builder_with_provider(tls::provider()).with_protocol_versions(version);
+        let server = ServerConfig::builder_with_provider(provider()).with_protocol_versions(version);
         let key = own_key.serialize_der().try_into().unwrap();
         let mut server =
             server.unwrap().with_no_client_auth().with_single_cert(vec![certificate.clone()], key).unwrap();
@@ -404,8 +406,7 @@ fn fr11_a_self_signed_server_is_trusted_by_its_own_certificate() {
 
 fn old_browser(set: &Set) -> Arc<ClientConfig> {
     let roots = crate::trust::root_store(&[set.front_ca.root_der().clone()]).unwrap();
-    let builder =
-        ClientConfig::builder_with_provider(tls::provider()).with_protocol_versions(&[&TLS12]).unwrap();
+    let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS12]).unwrap();
     let key = set.client.key().der().clone_key();
     let config =
         builder.with_root_certificates(roots).with_client_auth_cert(set.client.chain().to_vec(), key);
@@ -442,7 +443,7 @@ fn the_front_requires_proof_of_the_clients_key() {
     let shown = rustls::sign::CertifiedKey::new(stolen.chain().to_vec(), key);
     let roots = crate::trust::root_store(&[set.front_ca.root_der().clone()]).unwrap();
     for versions in [&[&TLS13][..], &[&TLS12]] {
-        let thief = ClientConfig::builder_with_provider(tls::provider())
+        let thief = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(versions)
             .unwrap()
             .with_root_certificates(roots.clone())

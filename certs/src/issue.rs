@@ -10,38 +10,30 @@
 //! All profiles: not a CA, digitalSignature only, 128-bit random serial, valid from [`BACKDATE`] before `now`, never longer
 //! than the CA. Only the public key of a CSR is used; its subject, names, usages and CA bits are ignored.
 
-use std::fmt;
-use std::net::IpAddr;
-use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
-    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
-    PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
+    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, PublicKeyData,
+    SanType, SerialNumber,
 };
-use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer, DnsName};
+use rustls_pki_types::CertificateDer;
 use thiserror::Error;
-use x509_parser::certification_request::X509CertificationRequest;
-use x509_parser::oid_registry as oids;
-use x509_parser::prelude::FromDer as _;
-use x509_parser::public_key::PublicKey;
-use x509_parser::x509::SubjectPublicKeyInfo as ParsedKey;
 
-use crate::ca::{CaKey, CaKind, CertificateAuthority};
+use crate::ca::{CaKey, CertificateAuthority};
+use crate::csr::{AgentKey, CSR_MAX_BYTES, key_of_csr};
 use crate::der;
-use crate::facts::hex;
+use crate::facts::BACKDATE;
+use crate::host::HostName;
 use crate::identity::{AgentIdentity, ClientIdentity};
-use crate::load::{Credential, PrivateKey};
-use crate::pin::SpkiPin;
+use crate::load::Credential;
+use crate::profile::CaKind;
+use crate::random::random_serial;
+use crate::text::hex;
 
 /// How long an agent's and a client's certificate lives: 24 h.
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// How long a server certificate of ours lives: 90 days; the gateway issues itself a new one at two thirds.
 pub const SERVER_LIFETIME: Duration = Duration::from_secs(90 * 86_400);
-/// Every leaf is valid from one hour before it is issued, so that a peer whose clock is behind accepts it.
-pub const BACKDATE: Duration = Duration::from_secs(3600);
-/// Largest CSR that is looked at, in bytes of DER.
-pub const CSR_MAX_BYTES: usize = 16 * 1024;
 
 /// Why nothing was issued.
 #[derive(Debug, Error)]
@@ -94,96 +86,6 @@ pub struct IssuedCertificate {
     pub not_before: SystemTime,
     /// Last second in which it is valid.
     pub not_after: SystemTime,
-}
-
-/// A DNS name or IP address a server answers to.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum HostName {
-    /// Lowercase; may begin with `*.`.
-    Dns(String),
-    /// An address.
-    Ip(IpAddr),
-}
-
-/// Why a text is not a [`HostName`].
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("{0:?} is neither a DNS name (without scheme and port) nor an IP address")]
-pub struct HostNameError(String);
-
-impl FromStr for HostName {
-    type Err = HostNameError;
-
-    fn from_str(text: &str) -> Result<Self, HostNameError> {
-        let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
-        if let Ok(address) = bare.parse() {
-            return Ok(Self::Ip(address));
-        }
-        let lower = text.to_ascii_lowercase();
-        let checked = lower.strip_prefix("*.").unwrap_or(&lower);
-        match DnsName::try_from(checked) {
-            Ok(_) if !checked.ends_with('.') => Ok(Self::Dns(lower)),
-            Ok(_) | Err(_) => Err(HostNameError(text.to_owned())),
-        }
-    }
-}
-
-impl fmt::Display for HostName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Dns(name) => f.write_str(name),
-            Self::Ip(address) => address.fmt(f),
-        }
-    }
-}
-
-/// A key that an agent makes for itself and that never leaves it.
-pub struct AgentKey(KeyPair);
-
-impl AgentKey {
-    /// A new P-256 key.
-    ///
-    /// # Errors
-    /// When the random source fails.
-    pub fn generate() -> Result<Self, IssueError> {
-        Ok(Self(KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?))
-    }
-
-    /// A key that was kept, so that a join that was cut off can be tried again with the same one.
-    ///
-    /// # Errors
-    /// When the key is of a kind that cannot sign requests.
-    pub fn from_private_key(key: &PrivateKey) -> Result<Self, IssueError> {
-        Ok(Self(KeyPair::try_from(key.der())?))
-    }
-
-    /// A request (PKCS #10, DER) that carries the public key and proves that the sender holds the private one; it asks
-    /// for nothing else.
-    ///
-    /// # Errors
-    /// When signing fails.
-    pub fn csr_der(&self) -> Result<Vec<u8>, IssueError> {
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        Ok(params.serialize_request(&self.0)?.der().to_vec())
-    }
-
-    /// The private key, to store or to use with the issued certificate.
-    #[must_use]
-    pub fn private_key(&self) -> PrivateKey {
-        PrivateKey::from_pkcs8(self.0.serialize_der())
-    }
-}
-
-impl fmt::Debug for AgentKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("AgentKey(..)")
-    }
-}
-
-impl Drop for AgentKey {
-    fn drop(&mut self) {
-        zeroize::Zeroize::zeroize(&mut self.0);
-    }
 }
 
 impl CertificateAuthority {
@@ -356,76 +258,11 @@ fn server_params(names: &[HostName]) -> Result<CertificateParams, IssueError> {
     Ok(params)
 }
 
-/// The pin of the public key in a request whose sender has proved that it holds the private key.
-///
-/// # Errors
-/// When the request is too large, malformed, not signed by its own key, or the key is of a kind not accepted.
-pub fn csr_pin(csr_der: &[u8]) -> Result<SpkiPin, IssueError> {
-    Ok(SpkiPin::of_spki(&key_of_csr(csr_der)?.subject_public_key_info()))
-}
-
-/// The public key of a request whose sender has proved that it holds the private key. Everything else in it is ignored.
-///
-/// The kind of key is read from the key itself. The library's own reader takes it from the signature algorithm, which
-/// the sender chooses, and copies names and CA bits along.
-fn key_of_csr(csr_der: &[u8]) -> Result<SubjectPublicKeyInfo, IssueError> {
-    if csr_der.len() > CSR_MAX_BYTES {
-        return Err(IssueError::CsrTooLarge(csr_der.len()));
-    }
-    let csr_der = CertificateSigningRequestDer::from(csr_der);
-    let Ok(([], csr)) = X509CertificationRequest::from_der(&csr_der) else {
-        return Err(IssueError::CsrMalformed);
-    };
-    let key = &csr.certification_request_info.subject_pki;
-    check_key(key)?;
-    csr.verify_signature().map_err(|_| IssueError::CsrSignature)?;
-    SubjectPublicKeyInfo::from_der(key.raw).map_err(|_| IssueError::CsrKey("unusual encoding"))
-}
-
-fn check_key(key: &ParsedKey<'_>) -> Result<(), IssueError> {
-    let algorithm = &key.algorithm.algorithm;
-    if *algorithm == oids::OID_SIG_ED25519 {
-        return Ok(());
-    }
-    if *algorithm == oids::OID_KEY_TYPE_EC_PUBLIC_KEY {
-        let curve = key.algorithm.parameters.as_ref().and_then(|parameters| parameters.as_oid().ok());
-        return match curve {
-            Some(curve) if curve == oids::OID_EC_P256 || curve == oids::OID_NIST_EC_P384 => Ok(()),
-            _ => Err(IssueError::CsrKey("another curve")),
-        };
-    }
-    if *algorithm != oids::OID_PKCS1_RSAENCRYPTION {
-        return Err(IssueError::CsrKey("another algorithm"));
-    }
-    match key.parsed() {
-        Ok(PublicKey::RSA(rsa)) => {
-            let modulus = rsa.modulus.iter().skip_while(|byte| **byte == 0).count() * 8;
-            let top =
-                rsa.modulus.iter().find(|byte| **byte != 0).map_or(0, |byte| byte.leading_zeros() as usize);
-            match modulus.saturating_sub(top) {
-                2048..=4096 => Ok(()),
-                0..2048 => Err(IssueError::CsrKey("RSA below 2048 bits")),
-                _ => Err(IssueError::CsrKey("RSA above 4096 bits")),
-            }
-        }
-        _ => Err(IssueError::CsrKey("malformed RSA key")),
-    }
-}
-
-/// 128 random bits (RFC 5280 section 4.1.2.2 allows 20 bytes, CAs must use at least 64 random bits).
-pub(crate) fn random_serial() -> Result<[u8; 16], IssueError> {
-    let mut serial = [0; 16];
-    aws_lc_rs::rand::fill(&mut serial).map_err(|_| IssueError::Random)?;
-    // Positive, and always sixteen bytes: DER drops a leading zero byte, and the record would then differ from the certificate.
-    serial[0] = serial[0] & 0x7f | 0x40;
-    Ok(serial)
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
 
-    use rcgen::{BasicConstraints, DnType, RsaKeySize};
+    use rcgen::{BasicConstraints, DnType, KeyPair, RsaKeySize};
 
     use super::*;
     use crate::ca::CA_LIFETIME;
@@ -450,15 +287,6 @@ mod tests {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::Any];
         params.serialize_request(key).unwrap().der().to_vec()
-    }
-
-    /// A serial that loses a byte in the certificate could not be revoked.
-    #[test]
-    fn serials_are_the_same_in_der() {
-        for _ in 0..4096 {
-            let serial = random_serial().unwrap();
-            assert!((0x40..0x80).contains(&serial[0]), "{serial:02x?}");
-        }
     }
 
     #[test]
@@ -637,18 +465,6 @@ mod tests {
     fn serials_are_random() {
         let serials: HashSet<_> = (0..100).map(|_| random_serial().unwrap()).collect();
         assert_eq!(serials.len(), 100);
-    }
-
-    #[test]
-    fn host_names_are_names_or_addresses_only() {
-        for (text, shown) in
-            [("LocalHost", "localhost"), ("*.gw.test", "*.gw.test"), ("::1", "::1"), ("[::1]", "::1")]
-        {
-            assert_eq!(text.parse::<HostName>().unwrap().to_string(), shown);
-        }
-        for text in ["", "https://gw.test", "gw.test:443", "a b", "*", "*.*.test", "gw.test.", "gw..test"] {
-            assert!(text.parse::<HostName>().is_err(), "{text}");
-        }
     }
 
     #[test]

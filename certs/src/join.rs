@@ -22,10 +22,11 @@ use subtle::ConstantTimeEq as _;
 use thiserror::Error;
 use zeroize::Zeroize;
 
-use crate::facts::hex;
+use crate::host::HostName;
 use crate::identity::TrustDomain;
-use crate::issue::{HostName, IssueError};
+use crate::issue::IssueError;
 use crate::pin::SpkiPin;
+use crate::text::hex;
 
 /// A join token. Only [`JoinToken::line`] shows it.
 #[derive(Clone, PartialEq, Eq)]

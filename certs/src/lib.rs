@@ -2,14 +2,17 @@
 //!
 //! | topic | file |
 //! |---|---|
-//! | names and their text forms | [`identity`] |
-//! | which certificate is which identity | [`profile`] |
-//! | which CAs are trusted | [`trust`] |
-//! | TLS versions, ALPN and verifiers | [`tls`], and `bundle` for servers as Go verifies them |
+//! | names and their text forms | [`identity`], [`host`] |
+//! | which certificate is which identity, and which is a CA's | [`profile`] |
+//! | which CAs are trusted | [`trust`]; which certificates can be roots: [`roots`] |
+//! | TLS versions and verifiers | [`tls`]; `bundle` for servers as Go verifies them, [`pinned`] by a pin |
+//! | protocols, and the listener that an offer chooses | [`alpn`] |
+//! | cryptography | [`provider`], `random` |
 //! | CAs, and what they issue | [`ca`], [`issue`] |
+//! | certificate requests | [`csr`] |
 //! | join tokens | [`join`] |
 //! | reading, writing and polling files | [`load`], [`save`], [`reload`] |
-//! | facts of a certificate | [`facts`], [`pin`] |
+//! | facts of a certificate | [`facts`], [`pin`]; as text: [`text`] |
 //! | why a handshake failed, and the remedy | [`mod@explain`], [`foreign`] |
 //! | development sets | [`devset`], and the program `towline-certs` |
 //!
@@ -20,21 +23,29 @@
 // SG17: what a peer sends never picks an index.
 #![warn(clippy::indexing_slicing)]
 
+pub mod alpn;
 mod bundle;
 pub mod ca;
+pub mod csr;
 mod der;
 pub mod devset;
 pub mod explain;
 pub mod facts;
 pub mod foreign;
+pub mod host;
 pub mod identity;
 pub mod issue;
 pub mod join;
 pub mod load;
 pub mod pin;
+pub mod pinned;
 pub mod profile;
+pub mod provider;
+mod random;
 pub mod reload;
+pub mod roots;
 pub mod save;
+pub mod text;
 pub mod tls;
 pub mod trust;
 
@@ -43,19 +54,24 @@ mod handshakes;
 #[cfg(test)]
 mod testing;
 
-pub use ca::{CaError, CaKind, CertificateAuthority};
+pub use alpn::{Listener, Refused, route_by_alpn};
+pub use ca::{CaError, CertificateAuthority};
+pub use csr::AgentKey;
 pub use explain::{explain, tls_error};
-pub use facts::{CertificateFacts, hex};
+pub use facts::CertificateFacts;
 pub use foreign::ForeignIssuer;
+pub use host::HostName;
 pub use identity::{
     AUDIENCE_PREFIX, AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain,
 };
-pub use issue::{AgentKey, HostName, IssueError, IssuedCertificate};
+pub use issue::{IssueError, IssuedCertificate};
 pub use join::{JoinAddress, JoinSecret, JoinToken, JoinTokenError};
 pub use load::{Credential, FileBytes, LoadCause, LoadError, LoadPolicy, Loaded, PrivateKey, Strictness};
 pub use pin::SpkiPin;
-pub use profile::ProfileError;
+pub use profile::{CaKind, ProfileError};
 pub use reload::{Reload, Watched};
+pub use roots::TrustError;
 pub use rustls_pki_types::{CertificateDer, ServerName};
-pub use tls::{Listener, Refused, TlsError, UpstreamProtocol, route_by_alpn};
-pub use trust::{AgentCa, ClientCa, TrustError, VerifyError, leads_back};
+pub use text::hex;
+pub use tls::{TlsError, UpstreamProtocol};
+pub use trust::{AgentCa, ClientCa, VerifyError, leads_back};

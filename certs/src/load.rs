@@ -17,9 +17,10 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use thiserror::Error;
 use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::ca::may_sign_certificates;
-use crate::facts::{CertificateFacts, Validity, human};
-use crate::trust::root_store;
+use crate::facts::{CertificateFacts, Validity};
+use crate::profile::may_sign_certificates;
+use crate::roots::root_store;
+use crate::text::human;
 
 /// A file that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

@@ -9,11 +9,11 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use towline_certs::devset::{DevCluster, DevSet, parse_client};
 use towline_certs::explain::once;
-use towline_certs::facts::{Validity, host_names, human, rfc3339};
+use towline_certs::facts::{Validity, host_names};
 use towline_certs::load::{FileBytes, parse_certificates};
-use towline_certs::{
-    AgentIdentity, CertificateDer, CertificateFacts, ClientIdentity, HostName, TrustDomain, ca,
-};
+use towline_certs::profile::kind_of;
+use towline_certs::text::{human, rfc3339};
+use towline_certs::{AgentIdentity, CertificateDer, CertificateFacts, ClientIdentity, HostName, TrustDomain};
 
 /// Create development certificates for Towline, and show what a certificate contains.
 #[derive(Debug, Parser)]
@@ -135,7 +135,7 @@ fn show(path: &Path) -> anyhow::Result<()> {
 /// The identity that the certificate would have if the right CA had issued it.
 fn identity(certificate: &CertificateDer<'_>, facts: &CertificateFacts) -> String {
     if facts.is_ca {
-        let kind = ca::kind_of(certificate).map_or_else(|| "CA".to_owned(), |kind| kind.to_string());
+        let kind = kind_of(certificate).map_or_else(|| "CA".to_owned(), |kind| kind.to_string());
         return format!("{kind}: {}", facts.subject);
     }
     if let Ok(agent) = AgentIdentity::from_verified_certificate(certificate) {

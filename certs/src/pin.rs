@@ -13,8 +13,8 @@ use thiserror::Error;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
 
-use crate::facts::hex;
 use crate::profile::ProfileError;
+use crate::text::hex;
 
 /// The pin of one public key.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -10,6 +10,8 @@
 //! 4. clientAuth among its extended key usages; "any" does not count (4.2.1.12)
 //! 5. agent: exactly one subject alternative name, a URI of the exact form; client: exactly one CN
 
+use std::fmt;
+
 use rustls_pki_types::CertificateDer;
 use thiserror::Error;
 use x509_parser::certificate::X509Certificate;
@@ -116,7 +118,7 @@ impl AgentIdentity {
             });
         };
         let GeneralName::URI(uri) = san else {
-            return Err(ProfileError::SanKind { kind: kind_of(san) });
+            return Err(ProfileError::SanKind { kind: san_kind(san) });
         };
         uri.parse().map_err(ProfileError::SanForm)
     }
@@ -209,7 +211,7 @@ fn check_leaf<'a, 'b>(
     if for_client_auth { Ok(sans) } else { Err(ProfileError::NotForClientAuth) }
 }
 
-fn kind_of(name: &GeneralName<'_>) -> &'static str {
+fn san_kind(name: &GeneralName<'_>) -> &'static str {
     match name {
         GeneralName::URI(_) => "URI",
         GeneralName::DNSName(_) => "DNS name",
@@ -230,6 +232,61 @@ const CHECKED: [Oid<'static>; 4] = [
     oids::OID_X509_EXT_EXTENDED_KEY_USAGE,
     oids::OID_X509_EXT_SUBJECT_ALT_NAME,
 ];
+
+/// The purpose of a CA. Each kind has its own root, and none issues for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CaKind {
+    /// Agents, and the gateway on its tunnel and join listeners.
+    Tunnel,
+    /// Clients at the front.
+    FrontClients,
+    /// The gateway at the front, where no public certificate is used.
+    FrontServer,
+}
+
+impl CaKind {
+    pub(crate) fn mark(self) -> &'static str {
+        match self {
+            Self::Tunnel => "tunnel",
+            Self::FrontClients => "front-clients",
+            Self::FrontServer => "front-server",
+        }
+    }
+}
+
+impl fmt::Display for CaKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tunnel => "tunnel CA",
+            Self::FrontClients => "front client CA",
+            Self::FrontServer => "front server CA",
+        })
+    }
+}
+
+/// The kind in a root; `None` for a root that this crate did not create.
+#[must_use]
+pub fn kind_of(root: &CertificateDer<'_>) -> Option<CaKind> {
+    let (_, parsed) = X509Certificate::from_der(root).ok()?;
+    let ours = parsed.subject().iter_organization().any(|value| value.as_str() == Ok(ORGANIZATION));
+    let says = |kind: &CaKind| {
+        let mut units = parsed.subject().iter_by_oid(&oids::OID_X509_ORGANIZATIONAL_UNIT);
+        units.any(|value| value.as_str() == Ok(kind.mark()))
+    };
+    [CaKind::Tunnel, CaKind::FrontClients, CaKind::FrontServer].into_iter().find(|kind| ours && says(kind))
+}
+
+/// Whether a certificate may be the root of a chain.
+pub(crate) fn may_sign_certificates(certificate: &CertificateDer<'_>) -> bool {
+    let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return false };
+    let usage = match parsed.key_usage() {
+        Ok(usage) => usage.is_none_or(|usage| usage.value.key_cert_sign()),
+        Err(_) => false,
+    };
+    parsed.is_ca() && usage
+}
+
+pub(crate) const ORGANIZATION: &str = "towline";
 
 #[cfg(test)]
 mod tests {

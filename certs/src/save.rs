@@ -14,8 +14,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::facts::hex;
 use crate::load::{Credential, PrivateKey};
+use crate::text::hex;
 
 /// A file could not be written.
 #[derive(Debug, Error)]

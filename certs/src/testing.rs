@@ -6,10 +6,13 @@ use rcgen::{
     CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
 };
 
-use crate::ca::{CA_LIFETIME, CaKind, CertificateAuthority};
+use crate::ca::{CA_LIFETIME, CertificateAuthority};
+use crate::facts::BACKDATE;
+use crate::host::HostName;
 use crate::identity::{AgentIdentity, ClientIdentity};
-use crate::issue::{BACKDATE, HostName, LEAF_LIFETIME, SERVER_LIFETIME};
+use crate::issue::{LEAF_LIFETIME, SERVER_LIFETIME};
 use crate::load::{Credential, PrivateKey};
+use crate::profile::CaKind;
 
 pub(crate) struct Set {
     pub(crate) tunnel_ca: CertificateAuthority,

@@ -13,38 +13,29 @@
 //! All configurations: the crypto provider is passed in and never the process's default. No session is resumed and no early
 //! data is sent or accepted, because a resumed session skips the certificate check, also after a revocation.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use rustls::client::Resumption;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::aws_lc_rs;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::{TLS12, TLS13};
-use rustls::{
-    CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, OtherError, ServerConfig,
-    SignatureScheme, SupportedProtocolVersion, WantsVerifier,
-};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{ClientConfig, ConfigBuilder, ServerConfig, SupportedProtocolVersion, WantsVerifier};
+use rustls_pki_types::CertificateDer;
 use thiserror::Error;
 
+use crate::alpn::{ALPN_H2, ALPN_HTTP1, ALPN_JOIN, ALPN_TUNNEL};
 use crate::bundle::BundleVerifier;
-use crate::ca::may_sign_certificates;
 use crate::foreign::NamingVerifier;
-use crate::issue::HostName;
+use crate::host::HostName;
 use crate::load::Credential;
-use crate::pin::{SpkiPin, find_pinned};
-use crate::trust::{AgentCa, CHAIN_MAX, ClientCa, TrustError, no_client_certificates, root_store};
-
-/// The tunnel.
-pub const ALPN_TUNNEL: &[u8] = b"towline/1";
-/// Enrolment.
-pub const ALPN_JOIN: &[u8] = b"towline-join/1";
-/// HTTP/2 at the front (RFC 9113 section 3.1).
-pub const ALPN_H2: &[u8] = b"h2";
-/// HTTP/1.1 at the front (RFC 7301 section 6).
-pub const ALPN_HTTP1: &[u8] = b"http/1.1";
+use crate::pin::SpkiPin;
+use crate::pinned::{Anybody, PinnedRoot};
+use crate::profile::may_sign_certificates;
+use crate::provider::provider;
+use crate::roots::TrustError;
+use crate::trust::{AgentCa, ClientCa, no_client_certificates};
 
 /// Why a configuration cannot be built.
 #[derive(Debug, Error)]
@@ -70,62 +61,6 @@ pub enum TlsError {
     /// Two certificates for one host name.
     #[error("two certificates are configured for the host {0}")]
     DuplicateHost(String),
-}
-
-/// Which listener a connection is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Listener {
-    /// [`tunnel_server`].
-    Tunnel,
-    /// [`join_server`].
-    Join,
-    /// [`front_server`].
-    Front,
-}
-
-/// Why a ClientHello is for no listener.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub enum Refused {
-    /// Protocols of two listeners in one offer.
-    #[error(
-        "the ALPN offer mixes protocols of different listeners. Offer only towline/1, only towline-join/1, or only HTTP protocols"
-    )]
-    Mixed,
-    /// A version of the tunnel or join protocol that this build does not speak.
-    #[error(
-        "the ALPN offer contains no supported version of the tunnel or join protocol. Supported are towline/1 and towline-join/1"
-    )]
-    UnknownVersion,
-}
-
-/// The listener that an ALPN offer selects (RFC 7301). No offer, and any foreign protocol, selects the front.
-///
-/// An offer may contain unknown versions in addition to a known one, so that a newer agent can offer both.
-///
-/// # Errors
-/// [`Refused`] for an offer across listeners, or with unknown versions only.
-pub fn route_by_alpn<'a>(offered: impl IntoIterator<Item = &'a [u8]>) -> Result<Listener, Refused> {
-    let mut family = None;
-    let mut known = false;
-    for protocol in offered {
-        let (listener, spoken) = if protocol.starts_with(b"towline/") {
-            (Listener::Tunnel, protocol == ALPN_TUNNEL)
-        } else if protocol.starts_with(b"towline-join/") {
-            (Listener::Join, protocol == ALPN_JOIN)
-        } else {
-            (Listener::Front, true)
-        };
-        if family.is_some_and(|earlier| earlier != listener) {
-            return Err(Refused::Mixed);
-        }
-        family = Some(listener);
-        known |= spoken;
-    }
-    match family {
-        None => Ok(Listener::Front),
-        Some(_) if !known => Err(Refused::UnknownVersion),
-        Some(listener) => Ok(listener),
-    }
 }
 
 /// The certificates of the front: one by default, and others by the name in the ClientHello (SNI). A name may be
@@ -270,35 +205,6 @@ pub fn http_client(
     web_client(roots, credential, &[ALPN_H2, ALPN_HTTP1])
 }
 
-/// Checks what a finished handshake agreed on.
-///
-/// # Errors
-/// [`WrongAlpn`] for another protocol, or for none.
-pub fn negotiated(agreed: Option<&[u8]>, wanted: &'static [u8]) -> Result<(), WrongAlpn> {
-    if agreed == Some(wanted) {
-        return Ok(());
-    }
-    let text = |bytes: &[u8]| bytes.escape_ascii().to_string();
-    Err(WrongAlpn { wanted: text(wanted), agreed: agreed.map_or_else(|| "nothing".to_owned(), text) })
-}
-
-/// A handshake succeeded with a peer that speaks something else.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error(
-    "the peer agreed on {agreed}, not {wanted}. The address probably belongs to another service, or to a load balancer that terminates TLS: it must pass TCP through"
-)]
-pub struct WrongAlpn {
-    wanted: String,
-    agreed: String,
-}
-
-/// The one crypto provider: aws-lc-rs, post-quantum key exchange first.
-#[must_use]
-pub fn provider() -> Arc<CryptoProvider> {
-    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
-    PROVIDER.get_or_init(|| Arc::new(aws_lc_rs::default_provider())).clone()
-}
-
 fn server(
     versions: &[&'static SupportedProtocolVersion],
     verifier: Arc<dyn ClientCertVerifier>,
@@ -388,138 +294,10 @@ impl ResolvesServerCert for BySni {
     }
 }
 
-/// No presented certificate has one of the expected pins.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("none of the presented CA certificates matches a pin of the join token ({}). Either the token is for another gateway, or a middlebox answers in place of the gateway; nothing was sent", .0.iter().map(SpkiPin::to_string).collect::<Vec<_>>().join(", "))]
-pub struct PinMismatch(pub Vec<SpkiPin>);
-
-/// Accepts every certificate, and checks that the peer has its key.
-#[derive(Debug)]
-struct Anybody {
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-#[derive(Debug)]
-struct PinnedRoot {
-    pins: Vec<SpkiPin>,
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for PinnedRoot {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let mismatch = || CertificateError::Other(OtherError(Arc::new(PinMismatch(self.pins.clone()))));
-        let presented = intermediates.get(..CHAIN_MAX.min(intermediates.len())).unwrap_or_default();
-        let root = find_pinned(presented, &self.pins).ok_or_else(mismatch)?;
-        let store = root_store(std::slice::from_ref(root)).map_err(|_| mismatch())?;
-        rustls::client::WebPkiServerVerifier::builder_with_provider(Arc::new(store), self.provider.clone())
-            .build()
-            .map_err(|_| mismatch())?
-            .verify_server_cert(end_entity, presented, server_name, ocsp_response, now)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{self, Set};
-
-    #[test]
-    fn an_offer_chooses_one_listener() {
-        let cases: &[(&[&str], Result<Listener, Refused>)] = &[
-            (&[], Ok(Listener::Front)),
-            (&["h2"], Ok(Listener::Front)),
-            (&["h2", "http/1.1"], Ok(Listener::Front)),
-            (&["http/1.0", "acme-tls/1"], Ok(Listener::Front)),
-            (&["towline"], Ok(Listener::Front)),
-            (&["Towline/1"], Ok(Listener::Front)),
-            (&["towline/1"], Ok(Listener::Tunnel)),
-            (&["towline/2", "towline/1"], Ok(Listener::Tunnel)),
-            (&["towline-join/1"], Ok(Listener::Join)),
-            (&["towline-join/2", "towline-join/1"], Ok(Listener::Join)),
-            (&["towline/2"], Err(Refused::UnknownVersion)),
-            (&["towline/"], Err(Refused::UnknownVersion)),
-            (&["towline/1\0"], Err(Refused::UnknownVersion)),
-            (&["towline-join/999"], Err(Refused::UnknownVersion)),
-            (&["towline/1", "h2"], Err(Refused::Mixed)),
-            (&["h2", "towline/1"], Err(Refused::Mixed)),
-            (&["http/1.1", "towline-join/1"], Err(Refused::Mixed)),
-            (&["towline/1", "towline-join/1"], Err(Refused::Mixed)),
-            (&["towline-join/1", "towline/1"], Err(Refused::Mixed)),
-            (&["towline/2", "h2"], Err(Refused::Mixed)),
-            (&["towline/1", ""], Err(Refused::Mixed)),
-        ];
-        for (offer, expected) in cases {
-            assert_eq!(
-                route_by_alpn(offer.iter().map(|protocol| protocol.as_bytes())),
-                *expected,
-                "{offer:?}"
-            );
-        }
-    }
 
     #[test]
     fn sni_picks_exact_then_wildcard_then_default() {

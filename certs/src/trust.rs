@@ -11,43 +11,17 @@ use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore, SignatureScheme,
-};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
 use rustls_pki_types::{CertificateDer, UnixTime};
 use thiserror::Error;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use crate::ca::{CaKind, kind_of, may_sign_certificates};
 use crate::explain::explain;
 use crate::identity::{AgentIdentity, ClientIdentity, TrustDomain};
 use crate::pin::SpkiPin;
-use crate::profile::ProfileError;
-use crate::tls::provider;
-
-/// Why certificates cannot serve as roots.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum TrustError {
-    /// Without a root no peer can be verified.
-    #[error(
-        "the trust bundle is empty, so no peer could be verified. Use a file with at least one CA certificate"
-    )]
-    Empty,
-    /// A leaf, or not a certificate.
-    #[error("certificate number {0} in the trust bundle is not a usable CA certificate")]
-    NotACa(usize),
-    /// A root that this product made for another job.
-    #[error(
-        "the trust bundle contains the {found}, but the {wanted} is expected. Two files are probably swapped"
-    )]
-    OtherKind {
-        /// The kind in the root.
-        found: CaKind,
-        /// The expected kind.
-        wanted: CaKind,
-    },
-}
+use crate::profile::{CaKind, ProfileError, kind_of};
+use crate::provider::{provider, unix_time};
+use crate::roots::{CHAIN_MAX, TrustError, root_store};
 
 /// Why a presented chain is not an identity.
 #[derive(Debug, Clone, Error)]
@@ -201,25 +175,6 @@ pub(crate) fn no_client_certificates() -> Arc<dyn ClientCertVerifier> {
     WebPkiClientVerifier::no_client_auth()
 }
 
-/// Certificates into a root store; all must be usable CAs.
-pub(crate) fn root_store(roots: &[CertificateDer<'_>]) -> Result<RootCertStore, TrustError> {
-    if roots.is_empty() {
-        return Err(TrustError::Empty);
-    }
-    let mut store = RootCertStore::empty();
-    for (index, root) in roots.iter().enumerate() {
-        let usable = may_sign_certificates(root) && store.add(root.clone().into_owned()).is_ok();
-        if !usable {
-            return Err(TrustError::NotACa(index + 1));
-        }
-    }
-    Ok(store)
-}
-
-pub(crate) fn unix_time(now: SystemTime) -> UnixTime {
-    UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
-}
-
 #[derive(Clone)]
 struct Roots {
     verifier: Arc<dyn ClientCertVerifier>,
@@ -364,9 +319,6 @@ impl ClientCertVerifier for AcceptAny {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
-
-/// Most certificates that a peer may present: a leaf, a few intermediates and the root.
-pub const CHAIN_MAX: usize = 8;
 
 #[cfg(test)]
 mod tests {

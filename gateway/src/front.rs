@@ -32,7 +32,7 @@ use std::task::Poll;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
-use towline_certs::tls::ALPN_H2;
+use towline_certs::alpn::ALPN_H2;
 use towline_proto::tunnel::aside::Aside;
 
 /// Time limit for a connection that is being closed, because its client was refused or the gateway drains, and carries no admitted

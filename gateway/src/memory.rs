@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use tokio::time::Instant;
-use towline_certs::facts::human;
 use towline_certs::save::create_private_directory;
+use towline_certs::text::human;
 use towline_store::{Store, StoreError};
 
 /// What a state directory contributes.

@@ -11,7 +11,7 @@ use quinn::{
 };
 use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
-use towline_certs::tls::ALPN_TUNNEL;
+use towline_certs::alpn::ALPN_TUNNEL;
 use towline_proto::mux::{Limits, Role};
 use towline_proto::tunnel::{quic, socket};
 

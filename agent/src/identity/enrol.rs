@@ -14,9 +14,10 @@ use bytes::Bytes;
 use rustls::ClientConfig;
 use thiserror::Error;
 use tokio::time::{Duration, Instant, timeout};
+use towline_certs::alpn::{ALPN_JOIN, WrongAlpn, negotiated};
 use towline_certs::facts::CertificateFacts;
 use towline_certs::load::{FileBytes, LoadCause, LoadError};
-use towline_certs::tls::{self, ALPN_JOIN, WrongAlpn, negotiated};
+use towline_certs::tls;
 use towline_certs::{
     AUDIENCE_PREFIX, AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, IssueError, JoinToken,
     JoinTokenError, ProfileError, SpkiPin, TlsError, TrustDomain, TrustError, VerifyError, leads_back,

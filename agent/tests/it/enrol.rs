@@ -244,7 +244,7 @@ fn write(directory: &TempDir, name: &str, text: &str) -> String {
 }
 
 fn pin_of(request: &JoinRequest) -> SpkiPin {
-    towline_certs::issue::csr_pin(&request.csr).unwrap()
+    towline_certs::csr::csr_pin(&request.csr).unwrap()
 }
 
 const LONG: Duration = Duration::from_secs(3600);

@@ -17,8 +17,8 @@ use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use towline_certs::CertificateFacts;
-use towline_certs::facts::human;
 use towline_certs::load::parse_certificates;
+use towline_certs::text::human;
 use towline_model::Time;
 
 const EXAMPLES: &str = "Examples:

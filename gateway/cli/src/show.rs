@@ -5,7 +5,7 @@ use super::failure::{Failure, Outcome};
 use super::output::{self, Format, Table};
 use serde_json::Value;
 use std::time::Duration;
-use towline_certs::facts::human;
+use towline_certs::text::human;
 use towline_model::Time;
 
 /// An event for a follower.

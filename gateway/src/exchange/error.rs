@@ -11,7 +11,7 @@ use crate::web::body::AnswerBody;
 use crate::web::routing::RouteError;
 use http::{Method, Response, StatusCode};
 use std::time::Duration;
-use towline_certs::facts::human;
+use towline_certs::text::human;
 use towline_model::Principal;
 use towline_model::text::{clip, printable};
 use towline_proto::Code;

@@ -26,7 +26,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use towline_certs::tls::ALPN_TUNNEL;
+use towline_certs::alpn::ALPN_TUNNEL;
 use towline_model::random::random;
 use towline_proto::Code;
 use towline_proto::mux::Role;

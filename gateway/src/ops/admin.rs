@@ -37,7 +37,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
-use towline_certs::facts::human;
+use towline_certs::text::human;
 use towline_certs::{ClusterUid, ServerName, tls_error};
 
 /// Limits for connections without a complete request, for probes being answered, and for other requests: in total, and for

@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
-use towline_certs::facts::human;
 use towline_certs::issue::LEAF_LIFETIME;
 use towline_certs::load::{LoadPolicy, load_credential, load_roots};
 use towline_certs::save::{chain_pem, key_pem};
+use towline_certs::text::human;
 use towline_certs::{
     CertificateDer, CertificateFacts, ClientIdentity, Credential, HostName, IssueError, LoadError, NameError,
 };

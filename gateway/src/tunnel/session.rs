@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
-use towline_certs::facts::human;
+use towline_certs::text::human;
 use towline_certs::{AgentIdentity, CertificateDer, ClusterUid};
 use towline_model::Time;
 use towline_model::random::random;

@@ -25,7 +25,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use towline_certs::facts::human;
+use towline_certs::text::human;
 
 /// The store's file, and the file that names the process that uses it.
 pub(super) const FILE: &str = "store.redb";

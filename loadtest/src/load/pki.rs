@@ -11,7 +11,7 @@ use rcgen::{
 };
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use towline_certs::load::{LoadPolicy, load_credential, load_roots};
-use towline_certs::tls::provider;
+use towline_certs::provider::provider;
 
 /// Writes `ca.crt`, `server.crt` and `server.key`.
 ///

@@ -179,7 +179,7 @@ async fn tls_in_front(certs: &Path, to: SocketAddr) -> (SocketAddr, AbortOnDropH
     let chain = CertificateDer::pem_file_iter(certs.join("front-server.crt")).unwrap();
     let chain: Vec<_> = chain.collect::<Result<_, _>>().unwrap();
     let key = PrivateKeyDer::from_pem_file(certs.join("front-server.key")).unwrap();
-    let config = ServerConfig::builder_with_provider(towline_certs::tls::provider())
+    let config = ServerConfig::builder_with_provider(towline_certs::provider::provider())
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()

@@ -22,9 +22,10 @@ use http::header::{HeaderMap, HeaderName, HeaderValue};
 use rustls_pki_types::CertificateDer;
 use serde_json::{Value, json};
 use towline_agent::AgentConfig;
-use towline_certs::ca::{CA_LIFETIME, CaKind, CertificateAuthority};
+use towline_certs::ca::{CA_LIFETIME, CertificateAuthority};
 use towline_certs::facts::{CertificateFacts, host_names};
 use towline_certs::identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, TrustDomain};
+use towline_certs::profile::CaKind;
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::exchange::headers::{Upstream, upstream_head};
 use towline_gateway::fleet::{

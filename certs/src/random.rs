@@ -1,0 +1,26 @@
+//! Random bytes for serial numbers and join secrets.
+
+use crate::issue::IssueError;
+
+/// 128 random bits (RFC 5280 section 4.1.2.2 allows 20 bytes, CAs must use at least 64 random bits).
+pub(crate) fn random_serial() -> Result<[u8; 16], IssueError> {
+    let mut serial = [0; 16];
+    aws_lc_rs::rand::fill(&mut serial).map_err(|_| IssueError::Random)?;
+    // Positive, and always sixteen bytes: DER drops a leading zero byte, and the record would then differ from the certificate.
+    serial[0] = serial[0] & 0x7f | 0x40;
+    Ok(serial)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A serial that loses a byte in the certificate could not be revoked.
+    #[test]
+    fn serials_are_the_same_in_der() {
+        for _ in 0..4096 {
+            let serial = random_serial().unwrap();
+            assert!((0x40..0x80).contains(&serial[0]), "{serial:02x?}");
+        }
+    }
+}
