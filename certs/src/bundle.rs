@@ -8,11 +8,10 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::CertificateError;
+use rustls::client::danger::ServerCertVerifier as _;
 use rustls::client::{WebPkiServerVerifier, verify_server_name};
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
@@ -21,7 +20,7 @@ use crate::facts::{CertificateFacts, Validity};
 use crate::profile::may_sign_certificates;
 use crate::provider::{provider, unix_time};
 use crate::roots::{TrustError, root_store};
-use crate::tls::TlsError;
+use crate::verifier::JudgeServer;
 
 /// Checks a server against a bundle.
 #[derive(Debug)]
@@ -29,13 +28,12 @@ pub(crate) struct BundleVerifier {
     /// `None` where no certificate of the bundle is a CA's.
     issued: Option<Arc<WebPkiServerVerifier>>,
     bundle: Vec<CertificateDer<'static>>,
-    provider: Arc<CryptoProvider>,
 }
 
 impl BundleVerifier {
-    pub(crate) fn new(bundle: &[CertificateDer<'_>]) -> Result<Self, TlsError> {
+    pub(crate) fn new(bundle: &[CertificateDer<'_>]) -> Result<Self, TrustError> {
         if bundle.is_empty() {
-            return Err(TrustError::Empty.into());
+            return Err(TrustError::Empty);
         }
         let cas: Vec<_> = bundle.iter().filter(|one| may_sign_certificates(one)).cloned().collect();
         let issued = if cas.is_empty() {
@@ -46,7 +44,7 @@ impl BundleVerifier {
             Some(verifier.map_err(|_| TrustError::Empty)?)
         };
         let bundle = bundle.iter().map(|one| one.clone().into_owned()).collect();
-        Ok(Self { issued, bundle, provider: provider() })
+        Ok(Self { issued, bundle })
     }
 }
 
@@ -85,42 +83,20 @@ fn may_serve(certificate: &CertificateDer<'_>) -> bool {
     }
 }
 
-impl ServerCertVerifier for BundleVerifier {
-    fn verify_server_cert(
+impl JudgeServer for BundleVerifier {
+    fn judge(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         server_name: &ServerName<'_>,
         ocsp_response: &[u8],
         now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
+    ) -> Result<(), rustls::Error> {
         if self.bundle.contains(end_entity) {
-            return verify_itself(end_entity, server_name, now).map(|()| ServerCertVerified::assertion());
+            return verify_itself(end_entity, server_name, now);
         }
         let issued = self.issued.as_ref().ok_or(CertificateError::UnknownIssuer)?;
-        issued.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        issued.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now).map(drop)
     }
 }
 
@@ -149,7 +125,7 @@ mod tests {
     fn ask(bundle: &[CertificateDer<'_>], shown: &CertificateDer<'_>, name: &str) -> Result<(), Error> {
         let name = ServerName::try_from(name.to_owned()).unwrap();
         let now = unix_time(testing::now());
-        BundleVerifier::new(bundle).unwrap().verify_server_cert(shown, &[], &name, &[], now).map(drop)
+        BundleVerifier::new(bundle).unwrap().judge(shown, &[], &name, &[], now)
     }
 
     fn cause(result: Result<(), Error>) -> CertificateError {
@@ -204,6 +180,6 @@ mod tests {
             params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         });
         assert_eq!(ask(std::slice::from_ref(&own), &own, "api.test"), Ok(()));
-        assert!(matches!(BundleVerifier::new(&[]), Err(TlsError::Trust(TrustError::Empty))));
+        assert!(matches!(BundleVerifier::new(&[]), Err(TrustError::Empty)));
     }
 }

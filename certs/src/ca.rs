@@ -21,7 +21,7 @@ use zeroize::Zeroize as _;
 use crate::facts::{CertificateFacts, Validity};
 use crate::load::{self, Credential, LoadError, LoadPolicy, Loaded, PrivateKey};
 use crate::profile::{CaKind, ORGANIZATION, kind_of, may_sign_certificates};
-use crate::random::random_serial;
+use crate::random::{NoRandom, random_serial};
 use crate::save;
 use crate::text::{hex, human};
 
@@ -73,8 +73,8 @@ pub enum CaError {
     #[error("cannot create the CA: {0}")]
     Library(#[from] rcgen::Error),
     /// The system has no random bytes.
-    #[error("the system's random source failed")]
-    Random,
+    #[error(transparent)]
+    Random(#[from] NoRandom),
 }
 
 /// A CA that can issue: see [`crate::issue`] for what.
@@ -93,7 +93,7 @@ impl CertificateAuthority {
     /// When the random source or the issuing library fails.
     pub fn create(kind: CaKind, lifetime: Duration, now: SystemTime) -> Result<Self, CaError> {
         let key = CaKey(KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?);
-        let serial = random_serial().map_err(|_| CaError::Random)?;
+        let serial = random_serial()?;
         // The subject differs between two CAs of one kind, so that a bundle can hold the old and the new one.
         let tail = hex(serial.get(..4).unwrap_or_default());
         let mut params = ca_params(kind, &format!("Towline {kind} {tail}"), &serial);
@@ -175,7 +175,7 @@ impl CertificateAuthority {
         let subject_error = || CaError::Subject { path: "the CA to vouch for".to_owned() };
         let (_, parsed) = X509Certificate::from_der(&other.root).map_err(|_| subject_error())?;
         let common_name = parsed.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
-        let serial = random_serial().map_err(|_| CaError::Random)?;
+        let serial = random_serial()?;
         let mut params = ca_params(other.kind, common_name.unwrap_or_default(), &serial);
         params.not_before = (now - CA_BACKDATE).into();
         params.not_after = self.not_after.min(other.not_after).into();

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::{CertificateError, DigitallySignedStruct, OtherError, SignatureScheme};
+use rustls::client::danger::ServerCertVerifier as _;
+use rustls::{CertificateError, OtherError};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use thiserror::Error;
 use x509_parser::certificate::X509Certificate;
@@ -13,8 +13,8 @@ use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Name;
 
 use crate::provider::provider;
-use crate::roots::root_store;
-use crate::tls::TlsError;
+use crate::roots::{TrustError, root_store};
+use crate::verifier::JudgeServer;
 
 /// The certificate that a server showed was issued by somebody else. The names are those in certificates, which are
 /// public; they are cut to what fits a log line.
@@ -35,28 +35,28 @@ pub(crate) struct NamingVerifier {
 }
 
 impl NamingVerifier {
-    pub(crate) fn new(roots: &[CertificateDer<'_>]) -> Result<Self, TlsError> {
+    pub(crate) fn new(roots: &[CertificateDer<'_>]) -> Result<Self, TrustError> {
         let store = Arc::new(root_store(roots)?);
         let inner = WebPkiServerVerifier::builder_with_provider(store, provider()).build();
-        // Without CRLs only an empty set of roots is refused, and that has just been looked at.
-        let inner = inner.map_err(|error| TlsError::Provider(rustls::Error::General(error.to_string())))?;
+        // Without CRLs only an empty set of roots is refused.
+        let inner = inner.map_err(|_| TrustError::Empty)?;
         let expected = roots.iter().map(|root| named(root, |c| c.subject())).collect();
         Ok(Self { inner, expected })
     }
 }
 
-impl ServerCertVerifier for NamingVerifier {
-    fn verify_server_cert(
+impl JudgeServer for NamingVerifier {
+    fn judge(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         server_name: &ServerName<'_>,
         ocsp_response: &[u8],
         now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
+    ) -> Result<(), rustls::Error> {
         let verified =
             self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now);
-        verified.map_err(|error| match error {
+        verified.map(drop).map_err(|error| match error {
             rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
                 let issuer = named(end_entity, |c| c.issuer());
                 let foreign = ForeignIssuer { issuer, expected: self.expected.clone() };
@@ -64,28 +64,6 @@ impl ServerCertVerifier for NamingVerifier {
             }
             other => other,
         })
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.inner.supported_verify_schemes()
     }
 }
 
@@ -120,7 +98,7 @@ mod tests {
             testing::now().duration_since(std::time::SystemTime::UNIX_EPOCH).unwrap(),
         );
         let name = ServerName::try_from("gw.test").unwrap();
-        let error = verifier.verify_server_cert(leaf, rest, &name, &[], at).unwrap_err();
+        let error = verifier.judge(leaf, rest, &name, &[], at).unwrap_err();
         let rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(other))) = &error else {
             panic!("{error:?}")
         };

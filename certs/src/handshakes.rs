@@ -171,7 +171,7 @@ fn agents_of_all_clocks_within_the_backdate_meet() {
 fn the_tunnel_refuses_a_peer_without_a_certificate() {
     // TU-01, R-ID-2
     let set = Set::new(testing::now());
-    let roots = crate::trust::root_store(&[set.tunnel_ca.root_der().clone()]).unwrap();
+    let roots = crate::roots::root_store(&[set.tunnel_ca.root_der().clone()]).unwrap();
     let builder = ClientConfig::builder_with_provider(provider());
     let builder = builder.with_safe_default_protocol_versions().unwrap();
     let mut nobody = builder.with_root_certificates(roots).with_no_client_auth();
@@ -275,7 +275,7 @@ fn an_agent_checks_issuer_and_name_of_the_gateway() {
 fn the_tunnel_speaks_tls_1_3_only() {
     // TU-08
     let set = Set::new(testing::now());
-    let roots = crate::trust::root_store(&[set.tunnel_ca.root_der().clone()]).unwrap();
+    let roots = crate::roots::root_store(&[set.tunnel_ca.root_der().clone()]).unwrap();
     let old = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS12])
         .unwrap()
@@ -405,7 +405,7 @@ fn fr11_a_self_signed_server_is_trusted_by_its_own_certificate() {
 }
 
 fn old_browser(set: &Set) -> Arc<ClientConfig> {
-    let roots = crate::trust::root_store(&[set.front_ca.root_der().clone()]).unwrap();
+    let roots = crate::roots::root_store(&[set.front_ca.root_der().clone()]).unwrap();
     let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS12]).unwrap();
     let key = set.client.key().der().clone_key();
     let config =
@@ -441,7 +441,7 @@ fn the_front_requires_proof_of_the_clients_key() {
     let stolen = Credential::from_parts(set.client.chain().to_vec(), testing::self_signed().key().clone());
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(stolen.key().der()).unwrap();
     let shown = rustls::sign::CertifiedKey::new(stolen.chain().to_vec(), key);
-    let roots = crate::trust::root_store(&[set.front_ca.root_der().clone()]).unwrap();
+    let roots = crate::roots::root_store(&[set.front_ca.root_der().clone()]).unwrap();
     for versions in [&[&TLS13][..], &[&TLS12]] {
         let thief = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(versions)

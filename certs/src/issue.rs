@@ -20,14 +20,14 @@ use rustls_pki_types::CertificateDer;
 use thiserror::Error;
 
 use crate::ca::{CaKey, CertificateAuthority};
-use crate::csr::{AgentKey, CSR_MAX_BYTES, key_of_csr};
+use crate::csr::{AgentKey, CsrError, key_of_csr};
 use crate::der;
 use crate::facts::BACKDATE;
 use crate::host::HostName;
 use crate::identity::{AgentIdentity, ClientIdentity};
 use crate::load::Credential;
 use crate::profile::CaKind;
-use crate::random::random_serial;
+use crate::random::{NoRandom, random_serial};
 use crate::text::hex;
 
 /// How long an agent's and a client's certificate lives: 24 h.
@@ -51,23 +51,12 @@ pub enum IssueError {
     /// A server certificate for nothing.
     #[error("a server certificate needs at least one host name or IP address")]
     NoNames,
-    /// More than [`CSR_MAX_BYTES`].
-    #[error("the certificate request has {0} bytes; the limit is {CSR_MAX_BYTES}")]
-    CsrTooLarge(usize),
-    /// Not DER, or bytes after it.
-    #[error("the certificate request is not exactly one PKCS #10 structure in DER")]
-    CsrMalformed,
-    /// The sender does not hold the key.
-    #[error("the certificate request is not signed by its own key")]
-    CsrSignature,
-    /// A kind or size of key that is not accepted.
-    #[error(
-        "the key in the certificate request is not accepted: {0}. Use P-256, P-384, Ed25519, or RSA of 2048 to 4096 bits"
-    )]
-    CsrKey(&'static str),
+    /// The request is not one that a certificate is issued for.
+    #[error(transparent)]
+    Csr(#[from] CsrError),
     /// The random source failed.
-    #[error("the system's random source failed")]
-    Random,
+    #[error(transparent)]
+    Random(#[from] NoRandom),
     /// The issuing library refused.
     #[error("cannot create the certificate: {0}")]
     Library(#[from] rcgen::Error),
@@ -264,9 +253,15 @@ mod tests {
 
     use rcgen::{BasicConstraints, DnType, KeyPair, RsaKeySize};
 
+    use rustls_pki_types::CertificateSigningRequestDer;
+    use x509_parser::certification_request::X509CertificationRequest;
+    use x509_parser::prelude::FromDer as _;
+
     use super::*;
     use crate::ca::CA_LIFETIME;
+    use crate::csr::CSR_MAX_BYTES;
     use crate::facts::{CertificateFacts, host_names};
+    use crate::pin::SpkiPin;
     use crate::testing::{self, Set};
     use crate::trust::{AgentCa, ClientCa};
 
@@ -358,12 +353,15 @@ mod tests {
             set.tunnel_ca.issue_agent_from_csr(csr, &testing::agent(), LEAF_LIFETIME, now).unwrap_err()
         };
         let p521 = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P521_SHA512).unwrap();
-        assert!(matches!(issue(&greedy_csr(&p521)), IssueError::CsrKey("another curve")));
+        assert!(matches!(issue(&greedy_csr(&p521)), IssueError::Csr(CsrError::Key("another curve"))));
         let decode = |text: &str| {
             use rustls_pki_types::pem::PemObject as _;
             CertificateSigningRequestDer::from_pem_slice(text.as_bytes()).unwrap().to_vec()
         };
-        assert!(matches!(issue(&decode(RSA_1024_CSR)), IssueError::CsrKey("RSA below 2048 bits")));
+        assert!(matches!(
+            issue(&decode(RSA_1024_CSR)),
+            IssueError::Csr(CsrError::Key("RSA below 2048 bits"))
+        ));
     }
 
     #[test]
@@ -374,14 +372,14 @@ mod tests {
             set.tunnel_ca.issue_agent_from_csr(csr, &testing::agent(), LEAF_LIFETIME, now).unwrap_err()
         };
         let good = AgentKey::generate().unwrap().csr_der().unwrap();
-        assert!(matches!(issue(&[]), IssueError::CsrMalformed));
-        assert!(matches!(issue(&good[..good.len() - 1]), IssueError::CsrMalformed));
-        assert!(matches!(issue(&[good.as_slice(), &[0]].concat()), IssueError::CsrMalformed));
-        assert!(matches!(issue(&vec![0x30; CSR_MAX_BYTES + 1]), IssueError::CsrTooLarge(_)));
+        assert!(matches!(issue(&[]), IssueError::Csr(CsrError::Malformed)));
+        assert!(matches!(issue(&good[..good.len() - 1]), IssueError::Csr(CsrError::Malformed)));
+        assert!(matches!(issue(&[good.as_slice(), &[0]].concat()), IssueError::Csr(CsrError::Malformed)));
+        assert!(matches!(issue(&vec![0x30; CSR_MAX_BYTES + 1]), IssueError::Csr(CsrError::TooLarge(_))));
         // The signature's last byte: still DER, no longer by this key.
         let mut forged = good.clone();
         *forged.last_mut().unwrap() ^= 1;
-        assert!(matches!(issue(&forged), IssueError::CsrSignature));
+        assert!(matches!(issue(&forged), IssueError::Csr(CsrError::Signature)));
         // Bytes outside the signed part may be read leniently; the key that gets a certificate is always the signer's.
         let (_, signed) = X509CertificationRequest::from_der(&good).unwrap();
         let pin = SpkiPin::of_spki(signed.certification_request_info.subject_pki.raw);

@@ -24,8 +24,8 @@ use zeroize::Zeroize;
 
 use crate::host::HostName;
 use crate::identity::TrustDomain;
-use crate::issue::IssueError;
 use crate::pin::SpkiPin;
+use crate::random::{self, NoRandom};
 use crate::text::hex;
 
 /// A join token. Only [`JoinToken::line`] shows it.
@@ -98,10 +98,8 @@ impl JoinSecret {
     ///
     /// # Errors
     /// When the random source fails.
-    pub fn generate() -> Result<Self, IssueError> {
-        let mut bytes = [0; SECRET_BYTES];
-        aws_lc_rs::rand::fill(&mut bytes).map_err(|_| IssueError::Random)?;
-        Ok(Self(bytes))
+    pub fn generate() -> Result<Self, NoRandom> {
+        random::bytes().map(Self)
     }
 
     /// The secret that came over the wire; `None` if it has another length.

@@ -5,7 +5,7 @@
 //! | names and their text forms | [`identity`], [`host`] |
 //! | which certificate is which identity, and which is a CA's | [`profile`] |
 //! | which CAs are trusted | [`trust`]; which certificates can be roots: [`roots`] |
-//! | TLS versions and verifiers | [`tls`]; `bundle` for servers as Go verifies them, [`pinned`] by a pin |
+//! | TLS versions and verifiers | [`tls`] on `verifier`; `bundle` for servers as Go verifies them, [`pinned`] by a pin |
 //! | protocols, and the listener that an offer chooses | [`alpn`] |
 //! | cryptography | [`provider`], `random` |
 //! | CAs, and what they issue | [`ca`], [`issue`] |
@@ -13,7 +13,7 @@
 //! | join tokens | [`join`] |
 //! | reading, writing and polling files | [`load`], [`save`], [`reload`] |
 //! | facts of a certificate | [`facts`], [`pin`]; as text: [`text`] |
-//! | why a handshake failed, and the remedy | [`mod@explain`], [`foreign`] |
+//! | why a handshake failed, and the remedy | [`mod@explain`] on `reason`, [`foreign`] |
 //! | development sets | [`devset`], and the program `towline-certs` |
 //!
 //! Two rules hold everywhere. A certificate is verified against exactly one of the two CAs: a certificate of the tunnel CA
@@ -42,12 +42,14 @@ pub mod pinned;
 pub mod profile;
 pub mod provider;
 mod random;
+mod reason;
 pub mod reload;
 pub mod roots;
 pub mod save;
 pub mod text;
 pub mod tls;
 pub mod trust;
+mod verifier;
 
 #[cfg(test)]
 mod handshakes;
@@ -56,7 +58,7 @@ mod testing;
 
 pub use alpn::{Listener, Refused, route_by_alpn};
 pub use ca::{CaError, CertificateAuthority};
-pub use csr::AgentKey;
+pub use csr::{AgentKey, CsrError};
 pub use explain::{explain, tls_error};
 pub use facts::CertificateFacts;
 pub use foreign::ForeignIssuer;
@@ -69,6 +71,7 @@ pub use join::{JoinAddress, JoinSecret, JoinToken, JoinTokenError};
 pub use load::{Credential, FileBytes, LoadCause, LoadError, LoadPolicy, Loaded, PrivateKey, Strictness};
 pub use pin::SpkiPin;
 pub use profile::{CaKind, ProfileError};
+pub use random::NoRandom;
 pub use reload::{Reload, Watched};
 pub use roots::TrustError;
 pub use rustls_pki_types::{CertificateDer, ServerName};

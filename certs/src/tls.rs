@@ -36,6 +36,7 @@ use crate::profile::may_sign_certificates;
 use crate::provider::provider;
 use crate::roots::TrustError;
 use crate::trust::{AgentCa, ClientCa, no_client_certificates};
+use crate::verifier::Verifier;
 
 /// Why a configuration cannot be built.
 #[derive(Debug, Error)]
@@ -145,8 +146,8 @@ pub fn agent_client(
     tunnel_roots: &[CertificateDer<'_>],
     credential: &Credential,
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    let verifier = NamingVerifier::new(tunnel_roots)?;
-    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+    let verifier = Verifier::new(NamingVerifier::new(tunnel_roots)?);
+    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(verifier);
     Ok(finish(builder.with_client_cert_resolver(single(credential)?), &[ALPN_TUNNEL]))
 }
 
@@ -159,8 +160,8 @@ pub fn join_client(pins: &[SpkiPin]) -> Result<Arc<ClientConfig>, TlsError> {
     if pins.is_empty() {
         return Err(TlsError::NoPins);
     }
-    let verifier = PinnedRoot { pins: pins.to_vec(), provider: provider() };
-    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+    let verifier = Verifier::new(PinnedRoot(pins.to_vec()));
+    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(verifier);
     Ok(finish(builder.with_no_client_auth(), &[ALPN_JOIN]))
 }
 
@@ -170,8 +171,7 @@ pub fn join_client(pins: &[SpkiPin]) -> Result<Arc<ClientConfig>, TlsError> {
 /// # Errors
 /// When the crypto provider has no TLS 1.3.
 pub fn asking_client() -> Result<Arc<ClientConfig>, TlsError> {
-    let verifier = Anybody { provider: provider() };
-    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
+    let builder = client(&[&TLS13])?.dangerous().with_custom_certificate_verifier(Verifier::new(Anybody));
     Ok(finish(builder.with_no_client_auth(), &[ALPN_TUNNEL]))
 }
 
@@ -236,7 +236,7 @@ fn web_client(
     credential: Option<&Credential>,
     alpn: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    let verifier = Arc::new(BundleVerifier::new(roots)?);
+    let verifier = Verifier::new(BundleVerifier::new(roots)?);
     let builder = client(&[&TLS13, &TLS12])?.dangerous().with_custom_certificate_verifier(verifier);
     let config = match credential {
         Some(credential) => builder.with_client_cert_resolver(single(credential)?),
@@ -362,6 +362,6 @@ mod tests {
             assert!(!config.session_storage.can_cache());
             assert!(!config.ticketer.enabled());
         }
-        assert!(CryptoProvider::get_default().is_none(), "no process default was installed");
+        assert!(rustls::crypto::CryptoProvider::get_default().is_none(), "no process default was installed");
     }
 }

@@ -7,21 +7,20 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use rustls::client::danger::HandshakeSignatureValid;
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::WebPkiClientVerifier;
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::{CertificateError, DistinguishedName, OtherError};
 use rustls_pki_types::{CertificateDer, UnixTime};
 use thiserror::Error;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use crate::explain::explain;
 use crate::identity::{AgentIdentity, ClientIdentity, TrustDomain};
 use crate::pin::SpkiPin;
 use crate::profile::{CaKind, ProfileError, kind_of};
 use crate::provider::{provider, unix_time};
+use crate::reason::{CONFIGURED, reason};
 use crate::roots::{CHAIN_MAX, TrustError, root_store};
+use crate::verifier::{JudgeClient, Verifier};
 
 /// Why a presented chain is not an identity.
 #[derive(Debug, Clone, Error)]
@@ -34,7 +33,7 @@ pub enum VerifyError {
     #[error("{0} certificates were presented; the limit is {CHAIN_MAX}")]
     TooLong(usize),
     /// The chain does not verify: other issuer, expired, wrong purpose, …
-    #[error("{}", explain(.0))]
+    #[error("{}", reason(.0, CONFIGURED))]
     Chain(rustls::Error),
     /// The chain verifies, the certificate is not of the profile.
     #[error("the certificate was refused: {0}")]
@@ -130,7 +129,7 @@ impl AgentCa {
 
     /// For the tunnel listener: a certificate is required and must be an agent's, profile and trust domain included.
     pub(crate) fn handshake_verifier(&self) -> Arc<dyn ClientCertVerifier> {
-        Arc::new(RequireAgent(self.clone()))
+        Verifier::new(RequireAgent(self.clone()))
     }
 }
 
@@ -166,7 +165,7 @@ impl ClientCa {
     /// For the front: requests a certificate without requiring one, and names these roots as a hint, so that clients with
     /// several certificates send the right one. The hint is not a check.
     pub(crate) fn handshake_verifier(&self) -> Arc<dyn ClientCertVerifier> {
-        Arc::new(AcceptAny { hints: self.roots.verifier.root_hint_subjects().to_vec(), provider: provider() })
+        Verifier::new(AcceptAny { hints: self.roots.verifier.root_hint_subjects().to_vec() })
     }
 }
 
@@ -225,17 +224,21 @@ impl fmt::Debug for ClientCa {
 #[derive(Debug)]
 struct RequireAgent(AgentCa);
 
-impl ClientCertVerifier for RequireAgent {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+impl JudgeClient for RequireAgent {
+    fn is_mandatory(&self) -> bool {
+        true
+    }
+
+    fn hints(&self) -> &[DistinguishedName] {
         self.0.roots.verifier.root_hint_subjects()
     }
 
-    fn verify_client_cert(
+    fn judge(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
+    ) -> Result<(), rustls::Error> {
         let refuse = |error: VerifyError| match error {
             VerifyError::Chain(error) => error,
             other => CertificateError::Other(OtherError(Arc::new(other))).into(),
@@ -243,31 +246,9 @@ impl ClientCertVerifier for RequireAgent {
         if intermediates.len() >= CHAIN_MAX {
             return Err(refuse(VerifyError::TooLong(intermediates.len() + 1)));
         }
-        let verified = self.0.roots.verifier.verify_client_cert(end_entity, intermediates, now)?;
+        self.0.roots.verifier.verify_client_cert(end_entity, intermediates, now)?;
         self.0.identity_of(end_entity).map_err(|error| refuse(error.into()))?;
-        Ok(verified)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.roots.verifier.verify_tls12_signature(message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.roots.verifier.verify_tls13_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.roots.verifier.supported_verify_schemes()
+        Ok(())
     }
 }
 
@@ -276,47 +257,24 @@ impl ClientCertVerifier for RequireAgent {
 #[derive(Debug)]
 struct AcceptAny {
     hints: Vec<DistinguishedName>,
-    provider: Arc<CryptoProvider>,
 }
 
-impl ClientCertVerifier for AcceptAny {
-    fn client_auth_mandatory(&self) -> bool {
+impl JudgeClient for AcceptAny {
+    fn is_mandatory(&self) -> bool {
         false
     }
 
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+    fn hints(&self) -> &[DistinguishedName] {
         &self.hints
     }
 
-    fn verify_client_cert(
+    fn judge(
         &self,
         _end_entity: &CertificateDer<'_>,
         _intermediates: &[CertificateDer<'_>],
         _now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+    ) -> Result<(), rustls::Error> {
+        Ok(())
     }
 }
 

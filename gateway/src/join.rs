@@ -416,7 +416,7 @@ async fn by_record(
 mod tests {
     use super::refusal::UNKNOWN;
     use super::*;
-    use towline_certs::IssueError;
+    use towline_certs::CsrError;
     use towline_proto::tunnel::exchange::encode_head;
 
     /// EN-02: all refusals have the same length.
@@ -427,7 +427,7 @@ mod tests {
             Refusal::new(RefusalCode::NoIssuer, NO_ISSUER),
             Refusal::later(RefusalCode::Limit, "x", RETRY_LIMIT),
             Refusal::from(JoinRefused::Used),
-            Refusal::from(IssueError::CsrMalformed),
+            Refusal::from(CsrError::Malformed),
             Refusal::new(RefusalCode::Denied, "y".repeat(5000)),
         ];
         for refusal in refusals {

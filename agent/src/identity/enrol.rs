@@ -19,7 +19,7 @@ use towline_certs::facts::CertificateFacts;
 use towline_certs::load::{FileBytes, LoadCause, LoadError};
 use towline_certs::tls;
 use towline_certs::{
-    AUDIENCE_PREFIX, AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, IssueError, JoinToken,
+    AUDIENCE_PREFIX, AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, CsrError, JoinToken,
     JoinTokenError, ProfileError, SpkiPin, TlsError, TrustDomain, TrustError, VerifyError, leads_back,
 };
 use towline_proto::join::{
@@ -65,7 +65,7 @@ pub enum EnrolError {
     )]
     Cluster { path: PathBuf, found: String, wanted: String },
     #[error("cannot create a key: {0}")]
-    Key(#[from] IssueError),
+    Key(#[from] CsrError),
     #[error("agent -> gateway {address} (joining): {cause}")]
     Attempt { address: String, cause: AttemptError },
 }

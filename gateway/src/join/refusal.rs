@@ -4,7 +4,7 @@ use super::account::AccountError;
 use crate::fleet::{JoinRefused, NotAdmitted};
 use crate::metrics::JoinOutcome;
 use std::time::Duration;
-use towline_certs::{ClusterUid, IssueError};
+use towline_certs::{ClusterUid, CsrError, IssueError};
 use towline_proto::join::{RefusalCode, Refused};
 
 /// Retry times for the agent, after a store that did not answer and after too many failures.
@@ -98,11 +98,17 @@ impl From<JoinRefused> for Refusal {
 impl From<IssueError> for Refusal {
     fn from(error: IssueError) -> Self {
         match error {
-            IssueError::CsrTooLarge(_)
-            | IssueError::CsrMalformed
-            | IssueError::CsrSignature
-            | IssueError::CsrKey(_) => Self::new(RefusalCode::Request, error.to_string()),
-            _ => unavailable(&error),
+            IssueError::Csr(error) => error.into(),
+            error => unavailable(&error),
+        }
+    }
+}
+
+impl From<CsrError> for Refusal {
+    fn from(error: CsrError) -> Self {
+        match error {
+            CsrError::Library(_) => unavailable(&error),
+            error => Self::new(RefusalCode::Request, error.to_string()),
         }
     }
 }
