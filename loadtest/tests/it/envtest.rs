@@ -294,7 +294,7 @@ async fn a_manifest_is_all_that_a_real_cluster_needs() {
         assert_eq!(on_record(&fleet, name).await["agents"], 1, "{name}: it is who it was");
         assert_eq!(pod.delete().await, Some(0), "{name}");
 
-        let line = text.lines().find_map(|line| line.strip_prefix("# To take it away: kubectl ")).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("# To remove it: kubectl ")).unwrap();
         // There is no controller that would empty a namespace.
         let words: Vec<_> = line.split(' ').chain(["--wait=false"]).collect();
         admin.ok(&words).await.unwrap();

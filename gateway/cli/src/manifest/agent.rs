@@ -136,7 +136,7 @@ impl AgentManifest {
                 SECRET,
                 JOIN_TOKEN,
                 line,
-                "# Lets the agent in for the first time. May be deleted when it has joined.",
+                "# Admits the agent when it joins for the first time. You may delete it after that.",
             ));
             if let Some(AgentProxy { password: Password::Printed(password), .. }) = &self.proxy {
                 add(self.secret(PROXY_SECRET, PASSWORD, password, "# The password for the proxy."));
@@ -242,53 +242,53 @@ towline token create {cluster}{uses} | kubectl -n {namespace} create secret gene
             "# The agent that connects this cluster, {cluster}, to a Towline gateway:  kubectl apply -f -
 {}#
 # What the agent may do (mode {mode}):
-# - dial out to {}{}. It listens nowhere but on its health port.
+# - connect to {}{}. It listens only on its health port.
 ",
             if with_secrets {
                 "# The join token below is a password until it is used up or has expired. Do not commit this text.\n".to_owned()
             } else {
                 let secrets = self.secrets().replace('\n', "\n#   ");
-                format!("# It holds no secret. Before the first start:\n#   {secrets}\n")
+                format!("# It contains no secret. Before the first start, run:\n#   {secrets}\n")
             },
             addresses.join(" and "),
             self.way(),
         );
         out.push_str(match self.mode {
             Mode::Restricted => {
-                "# - carry requests to this cluster's API server that bring a credential of this cluster. It adds none: what the cluster
-#   does not allow the caller, the caller cannot do.
-# - nothing else. Its ServiceAccount has no right, and the pod holds no token that the API server would take.
+                "# - forward requests to this cluster's API server that carry a credential of this cluster. It adds none: callers can do
+#   only what the cluster allows them.
+# - nothing else. Its ServiceAccount has no permissions, and the pod has no token for the API server.
 "
             }
             Mode::Impersonate => {
-                "# - carry requests to this cluster's API server in the name of the user and the groups that the gateway has authenticated:
-#   the one right of its ServiceAccount is to impersonate users and groups. What they may do is decided by this
+                "# - forward requests to this cluster's API server as the user and the groups that the gateway has authenticated:
+#   the only permission of its ServiceAccount is to impersonate users and groups. What they may do is decided by this
 #   cluster's own RBAC. The agent refuses every name and group that begins with system:.
-# - nothing else. Its token of the API server never leaves this cluster.
+# - nothing else. Its token for the API server never leaves this cluster.
 "
             }
         });
         out.push_str(match (self.mode, self.grants.is_empty()) {
             (Mode::Restricted, _) => "",
             (Mode::Impersonate, true) => {
-                "#   Whoever gets hold of it can be anybody here, cluster admins included, unless the ClusterRole below is narrowed, as
+                "#   Whoever obtains it can impersonate anybody here, cluster admins included, unless the ClusterRole below is narrowed, as
 #   --grant does for groups.
 "
             }
             (Mode::Impersonate, false) => {
-                "#   Whoever gets hold of it can be any user here, and in the groups below, but in no other group.
-#   A caller's other groups are left out. RBAC gives them nothing then; an admission policy or an authorization webhook that
+                "#   Whoever obtains it can impersonate any user here with the groups below, but with no other group.
+#   A caller's other groups are dropped, with their RBAC permissions. An admission policy or an authorization webhook that
 #   denies by group does not see them either: name such a group in impersonate.groups and in the ClusterRole, too.
 "
             }
         });
         if self.mode == Mode::Restricted && self.keys == IssuerKeys::Public {
-            out.push_str("# What this changes in the cluster beside that: its public keys can be read by everybody (the ClusterRoleBinding).\n");
+            out.push_str("# Other changes to the cluster: everybody can read its public keys (the ClusterRoleBinding).\n");
         }
         for Grant { group, role } in &self.grants {
             writeln!(
                 out,
-                "# What this changes in the cluster beside that: {} gets the rights of {}.",
+                "# Other changes to the cluster: {} gets the permissions of {}.",
                 quoted(&format!("group {group}")),
                 quoted(role)
             )
@@ -301,7 +301,7 @@ towline token create {cluster}{uses} | kubectl -n {namespace} create secret gene
             wide.push(format!("clusterrolebinding/{}-keys", self.wide_name()));
         }
         wide.extend(self.grants.iter().map(|grant| format!("clusterrolebinding/{}", self.grant_name(grant))));
-        write!(out, "# To take it away: kubectl delete namespace/{namespace}").unwrap_or_default();
+        write!(out, "# To remove it: kubectl delete namespace/{namespace}").unwrap_or_default();
         if !wide.is_empty() {
             write!(out, " {}", wide.join(" ")).unwrap_or_default();
         }
@@ -329,7 +329,7 @@ kind: Namespace
 metadata:
   name: {}
   labels:
-    # The strictest of Kubernetes' own rules for pods holds here.
+    # The restricted Pod Security Standard applies here.
     pod-security.kubernetes.io/enforce: restricted
 {}",
             quoted(&self.namespace),
@@ -345,20 +345,20 @@ metadata:
     fn service_account(&self) -> String {
         let metadata = self.metadata(NAME);
         format!(
-            "# Who the agent is. No Role is bound to it{}.
+            "# The agent's identity. No Role is bound to it{}.
 apiVersion: v1
 kind: ServiceAccount
-{metadata}automountServiceAccountToken: false # the pod gets what it needs below, and nothing by itself
+{metadata}automountServiceAccountToken: false # the pod gets only the tokens that are mounted below
 ",
-            if self.mode == Mode::Impersonate { " but the one below" } else { "" }
+            if self.mode == Mode::Impersonate { " except the one below" } else { "" }
         )
     }
 
     fn public_keys(&self) -> String {
         format!(
-            "# Lets everybody read this cluster's public keys, by which its ServiceAccount tokens can be verified and none can be made.
-# The agent, which has no credential, asks for them and tells the gateway: by them it is known again after a restart.
-# Not wanted? towline agent manifest --issuer-keys FILE takes the keys from a file instead.
+            "# Lets everybody read this cluster's public keys, which verify its ServiceAccount tokens and cannot create any.
+# The agent has no credential. It reports the keys to the gateway, which recognises the agent by them after a restart.
+# To avoid this, take the keys from a file: towline agent manifest --issuer-keys FILE.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata:
@@ -366,7 +366,7 @@ metadata:
 roleRef:
   apiGroup: rbac.authorization.k8s.io
   kind: ClusterRole
-  name: {DISCOVERY_ROLE} # Kubernetes' own: reads these keys, nothing else
+  name: {DISCOVERY_ROLE} # built into Kubernetes: reads only these keys
 subjects:
 - apiGroup: rbac.authorization.k8s.io
   kind: Group
@@ -385,7 +385,7 @@ subjects:
             }
         };
         format!(
-            "# The one right of the agent. To narrow it to some users{also}, name them in their rule: resourceNames: [alice].
+            "# The agent's only permission. To restrict it to some users{also}, list them in their rule: resourceNames: [alice].
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata:
@@ -432,7 +432,7 @@ subjects:
 
     fn grant(&self, grant: &Grant) -> String {
         format!(
-            "# What members of this group may do here, through the agent or by any other way.
+            "# What members of this group may do here, through the agent or otherwise.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata:

@@ -61,8 +61,8 @@ impl GatewayManifest {
         let exec = format!("kubectl -n {namespace} exec {NAME}-0 -- towline-gateway");
         format!(
             "# A Towline gateway:  kubectl apply -f -
-# One pod with a volume: the records are one file, which one process has at a time. It talks to no API server.
-# When it runs, the first admin:
+# One pod with a volume, because the records are one file for one process. It uses no API server.
+# When it runs, create the first admin:
 #   (umask 077; {exec} --config {CONFIG_FILE} admin-kubeconfig > admin.yaml)
 # Back up: the volume's .key and .crt files once, and the records as often as they change (docs/operations.md).
 "
@@ -79,7 +79,7 @@ metadata:
   labels:
     pod-security.kubernetes.io/enforce: restricted
 {}---
-# Without any right, and its token is not mounted.
+# It has no permissions, and its token is not mounted.
 apiVersion: v1
 kind: ServiceAccount
 {}automountServiceAccountToken: false
@@ -99,7 +99,7 @@ kind: ServiceAccount
             // A quarter of it for what clients upload; of each a quarter for one cluster and one principal, as the defaults are.
             let (uploads, tunnel) = (own / 4, own - own / 4);
             format!(
-                "limits: # together half of what the pod may have
+                "limits: # together half of the pod's memory limit
   tunnelMemory: {tunnel}MiB
   tunnelMemoryPerCluster: {}MiB
   uploadMemory: {uploads}MiB
@@ -112,7 +112,7 @@ kind: ServiceAccount
         let config = format!(
             "apiVersion: towline.io/v1alpha1
 kind: GatewayConfiguration
-# In its certificates, in join tokens and in kubeconfigs: what leads to the Service from outside.
+# The external addresses of the Service, for certificates, join tokens and kubeconfigs.
 publicAddresses: {addresses}
 trustDomain: {domain}
 listen:
@@ -120,13 +120,13 @@ listen:
 admin:
   address: 0.0.0.0:{HEALTH_PORT}
 stateDirectory: {VOLUME}/state
-# Nobody reaches a cluster unless a rule allows it. More rules: objects of the kind AccessRule.
+# Without a matching rule nobody can call a cluster. Add rules as AccessRule objects.
 access:
 - effect: Allow
   groups: [\"{ADMINS}\"]
   clusters: [\"*\"]
 {limits}drain:
-  delay: {DELAY}s # until a balancer has noticed
+  delay: {DELAY}s # until the load balancer has noticed
   deadline: {DEADLINE}s
 "
         );
@@ -144,13 +144,13 @@ kind: ConfigMap
 
     fn service(&self) -> String {
         format!(
-            "# The one port for agents and clients. Where a balancer cannot have TCP and UDP in one Service, take the UDP port out: agents
+            "# The only port for agents and clients. If the load balancer cannot have TCP and UDP in one Service, remove the UDP port: agents
 # then use TCP.
 apiVersion: v1
 kind: Service
 {}spec:
   type: LoadBalancer
-  externalTrafficPolicy: Local # the addresses of those who come stay what they are
+  externalTrafficPolicy: Local # preserves client addresses
   selector:
     app.kubernetes.io/name: {NAME}
   ports:
@@ -196,16 +196,16 @@ kind: StatefulSet
       serviceAccountName: {NAME}
       automountServiceAccountToken: false
       enableServiceLinks: false
-      terminationGracePeriodSeconds: {} # drain.delay, drain.deadline, and some seconds
+      terminationGracePeriodSeconds: {} # drain.delay, drain.deadline, plus some seconds
 {pod}      securityContext:
         runAsNonRoot: true
-{user}        # Keys stay readable by the gateway alone: without this the kubelet opens them to the group at every start.
+{user}        # Without this the kubelet makes the keys readable by the group at every start.
         fsGroupChangePolicy: OnRootMismatch
         seccompProfile:
           type: RuntimeDefault
       containers:
       - name: gateway
-        image: {image} # where this cluster can get it
+        image: {image} # must be pullable by this cluster's nodes
         command: [towline-gateway]
         args: [--config={CONFIG_FILE}]
         ports:
@@ -222,7 +222,7 @@ kind: StatefulSet
           readOnlyRootFilesystem: true
           capabilities:
             drop: [ALL]
-{resources}        startupProbe: # the others begin after it: by then the records are read
+{resources}        startupProbe: # the other probes start after it, when the records are loaded
           httpGet:
             path: /livez
             port: health
@@ -243,7 +243,7 @@ kind: StatefulSet
             port: health
           periodSeconds: 2
           timeoutSeconds: 5
-          failureThreshold: 2 # one slow answer does not count; together within drain.delay
+          failureThreshold: 2 # tolerates one slow answer; both together fit into drain.delay
         volumeMounts:
         - name: config
           mountPath: /etc/towline
@@ -254,7 +254,7 @@ kind: StatefulSet
       - name: config
         configMap:
           name: {NAME}
-  volumeClaimTemplates: # keys and records; it stays when the StatefulSet is deleted
+  volumeClaimTemplates: # keys and records; kept when the StatefulSet is deleted
   - metadata:
       name: state
     spec:
@@ -269,7 +269,7 @@ kind: StatefulSet
 
     fn policy(&self) -> String {
         format!(
-            "# Everybody reaches the one port; the health port only a node's own probes, which always do. The gateway dials nobody.
+            "# Everybody may connect to the public port, and only the node's own probes to the health port. No egress.
 # For a Prometheus in this cluster add its pods:
 #   - from: [{{ namespaceSelector: {{ matchLabels: {{ kubernetes.io/metadata.name: monitoring }} }} }}]
 #     ports: [{{ protocol: TCP, port: {HEALTH_PORT} }}]

@@ -207,7 +207,7 @@ impl PodOptions {
     /// The pod's user and groups.
     pub(super) fn user(&self) -> String {
         if self.platform_uid {
-            return "        # User and groups are the platform's choice.\n".to_owned();
+            return "        # The platform chooses user and groups.\n".to_owned();
         }
         let user = super::USER;
         format!("        runAsUser: {user}\n        runAsGroup: {user}\n        fsGroup: {user}\n")

@@ -62,7 +62,9 @@ fn a_restricted_agent_holds_no_right() {
 #[test]
 fn s6_an_impersonating_agent_holds_one_right() {
     let unnarrowed = agent(Mode::Impersonate).render(Some(LINE)).unwrap();
-    assert!(unnarrowed.contains("can be anybody here") && !unnarrowed.contains("resourceNames: [\""));
+    assert!(
+        unnarrowed.contains("can impersonate anybody here") && !unnarrowed.contains("resourceNames: [\"")
+    );
     let grants = ["towline:admins=cluster-admin", "dev=view", "towline:admins=edit"];
     let all = AgentManifest {
         grants: grants.map(|grant| grant.parse().unwrap()).to_vec(),
@@ -99,7 +101,7 @@ fn s6_an_impersonating_agent_holds_one_right() {
     assert_eq!(grant["roleRef"]["name"], "cluster-admin");
     assert_eq!(grant["subjects"][0]["name"], "towline:admins");
     let head = text.split("---").next().unwrap();
-    assert!(head.contains("group towline:admins\" gets the rights of \"cluster-admin"), "{head}");
+    assert!(head.contains("group towline:admins\" gets the permissions of \"cluster-admin"), "{head}");
     for binding in [binding, grant] {
         let name = binding["metadata"]["name"].as_str().unwrap();
         assert!(head.contains(&format!("clusterrolebinding/{name}")), "how to take it away: {head}");

@@ -95,7 +95,7 @@ impl AgentManifest {
             String::new()
         } else {
             format!(
-                "\n  # How the gateway is recognised, when the join token is gone.\n  pins: {}",
+                "\n  # The keys that identify the gateway after the join token is gone.\n  pins: {}",
                 quoted_list(&self.pins)
             )
         };
@@ -104,7 +104,7 @@ impl AgentManifest {
             Mode::Impersonate => {
                 let groups = self.granted_groups().map(|groups| {
                     format!(
-                        "\n  # A caller's other groups are left out: the ClusterRole does not let the agent name them.\n  groups: {groups}"
+                        "\n  # A caller's other groups are dropped: the ClusterRole does not allow the agent to impersonate them.\n  groups: {groups}"
                     )
                 });
                 let groups = groups.unwrap_or_default();
@@ -131,22 +131,22 @@ impl AgentManifest {
         }
         let limits = self.pod.own_memory().map_or_else(String::new, |own| {
             let session = own.min(128);
-            format!("limits: # half of what the pod may have\n  processMemory: {own}MiB\n  sessionMemory: {session}MiB\n")
+            format!("limits: # half of the pod's memory limit\n  processMemory: {own}MiB\n  sessionMemory: {session}MiB\n")
         });
         format!(
             "apiVersion: towline.io/v1alpha1
 kind: AgentConfiguration
 gateway:
   addresses: {addresses}
-{ways}identity: # keeps nothing: a pod that is replaced comes back by its ServiceAccount token
+{ways}identity: # stores nothing: a replaced pod rejoins with its ServiceAccount token
   serviceAccount:
     cluster: {cluster}
     tokenFile: {PROJECTED_DIRECTORY}/{TOKEN_FILE}{jwks}
-  joinTokenFile: {PROJECTED_DIRECTORY}/{JOIN_TOKEN_FILE} # for the first time{pins}
-# The last word is here, whatever the gateway asks.
+  joinTokenFile: {PROJECTED_DIRECTORY}/{JOIN_TOKEN_FILE} # for the first join{pins}
+# The agent enforces this mode, whatever the gateway asks.
 mode: {mode}{impersonate}
-targets: [] # what may be reached beside the API server
-apiServer: # at the address that every pod is told
+targets: [] # what may be reached in addition to the API server
+apiServer: # at the address that Kubernetes gives to every pod
   ca: {PROJECTED_DIRECTORY}/{CA_FILE}
 admin:
   address: \"0.0.0.0:{HEALTH_PORT}\" # \"[::]:{HEALTH_PORT}\" where pods have IPv6 only
@@ -162,7 +162,7 @@ admin:
         let keys = match (&self.keys, self.mode) {
             (IssuerKeys::Given(keys), Mode::Restricted) => {
                 format!(
-                    "  # The cluster's public keys. When they change: the same again with the new ones.\n  {KEYS_FILE}: {}\n",
+                    "  # The cluster's public keys. When they change, apply the manifest again with the new ones.\n  {KEYS_FILE}: {}\n",
                     quoted(keys.trim())
                 )
             }

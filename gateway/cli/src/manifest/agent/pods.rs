@@ -40,7 +40,7 @@ impl AgentManifest {
             Mode::Restricted => String::new(),
             Mode::Impersonate => format!(
                 "
-          - serviceAccountToken: # the API server takes this one: with it the agent impersonates
+          - serviceAccountToken: # for the API server: the agent impersonates with it
               path: {API_TOKEN_FILE}
               expirationSeconds: 3600"
             ),
@@ -50,7 +50,7 @@ impl AgentManifest {
 kind: Deployment
 {metadata}spec:
   replicas: {replicas}
-  strategy: # a new pod has to have reached the gateway before an old one ends
+  strategy: # a new pod must reach the gateway before an old one ends
     type: RollingUpdate
     rollingUpdate:
       maxSurge: 1
@@ -62,18 +62,18 @@ kind: Deployment
     metadata:
       labels:
         app.kubernetes.io/name: {NAME}
-{labels}      annotations: # another configuration makes other pods
+{labels}      annotations: # a changed configuration creates new pods
         towline.io/config-sha256: \"{checksum}\"
     spec:
       serviceAccountName: {NAME}
       automountServiceAccountToken: false
       enableServiceLinks: false
-      terminationGracePeriodSeconds: {} # what runs may finish: drain.deadline, and some seconds
+      terminationGracePeriodSeconds: {} # time to finish: drain.deadline, plus some seconds
 {pod}      securityContext:
         runAsNonRoot: true
 {user}        seccompProfile:
           type: RuntimeDefault
-      affinity: # not all on one node, where there is a choice
+      affinity: # spread over nodes, if possible
         podAntiAffinity:
           preferredDuringSchedulingIgnoredDuringExecution:
           - weight: 100
@@ -84,7 +84,7 @@ kind: Deployment
                   app.kubernetes.io/name: {NAME}
       containers:
       - name: agent
-        image: {image} # where this cluster can get it
+        image: {image} # must be pullable by this cluster's nodes
         command: [towline-agent]
         args: [--config={CONFIG_DIRECTORY}/{CONFIG_FILE}]
         ports:
@@ -95,7 +95,7 @@ kind: Deployment
           readOnlyRootFilesystem: true
           capabilities:
             drop: [ALL]
-{resources}        startupProbe: # the others begin after it: by then there is a session, as a rule
+{resources}        startupProbe: # the other probes start after it, usually with a session
           httpGet:
             path: /livez
             port: health
@@ -103,7 +103,7 @@ kind: Deployment
           periodSeconds: 2
           timeoutSeconds: 5
           failureThreshold: 30
-        livenessProbe: # the process itself: a gateway that cannot be reached is no reason to restart
+        livenessProbe: # only the process: an unreachable gateway is no reason to restart it
           httpGet:
             path: /livez
             port: health
@@ -128,15 +128,15 @@ kind: Deployment
       - name: config
         configMap:
           name: {NAME}
-      - name: given # everything that the agent is given
+      - name: given # all tokens and certificates of the agent
         projected:
           defaultMode: {mode}
           sources:
-          - serviceAccountToken: # says who the agent is; only the gateways of this trust domain take it
+          - serviceAccountToken: # identifies the agent; only gateways of this trust domain accept it
               path: {TOKEN_FILE}
               audience: {audience}
               expirationSeconds: 600{api_token}
-          - configMap: # by which the API server is recognised
+          - configMap: # the CA of the API server
               name: kube-root-ca.crt
               items:
               - key: ca.crt
@@ -155,9 +155,9 @@ kind: Deployment
     pub(super) fn disruption_budget(&self) -> String {
         let metadata = self.metadata(NAME);
         format!(
-            "# Nodes are drained one agent at a time; agents that are not ready, such as all of them while the gateway is away, hold up no
-# drain. unhealthyPodEvictionPolicy is of
-# Kubernetes 1.26: take it out for older ones.
+            "# A drain evicts one agent at a time. Agents that are not ready, such as all of them while the gateway is away, do not block a
+# drain. unhealthyPodEvictionPolicy needs
+# Kubernetes 1.26: remove it for older versions.
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 {metadata}spec:
@@ -184,8 +184,8 @@ kind: PodDisruptionBudget
             format!("  - ports: # the proxy\n{}", rule("TCP", proxy.url.address.port))
         });
         format!(
-            "# Nothing comes in (a node's own probes always do); out go names, the gateway and the API server. By port: addresses of the
-# latter two are not the same for ever. With an API server on another port: add that port.
+            "# No ingress (a node's own probes always work); egress to DNS, the gateway and the API server. By port, because addresses of the
+# latter two change. If the API server uses another port, add it.
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 {metadata}spec:
@@ -194,7 +194,7 @@ kind: NetworkPolicy
       app.kubernetes.io/name: {NAME}
   policyTypes: [Ingress, Egress]
   egress:
-  - ports: # DNS, and the port on which OpenShift's pods for it listen
+  - ports: # DNS, and the port of OpenShift's DNS pods
 {dns}  - ports: # the gateway
 {gateway}{proxy}  - ports: # the API server
 {api}"
