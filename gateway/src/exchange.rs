@@ -69,7 +69,7 @@ pub(crate) enum Exchanged {
     /// A response, whose body is still arriving.
     Answer(Response<TunnelBody>),
     /// A 101, after which raw bytes flow both ways.
-    Switched(Response<()>, Raw),
+    Switched(Response<()>, Box<Raw>),
 }
 
 impl Exchange {
@@ -313,7 +313,7 @@ impl Exchange {
         head.insert(header::UPGRADE, HeaderValue::from_static(token));
         *answer.headers_mut() = head;
         let raw = Raw::new(&self.context, token, (send, begun.recv), plan.guards);
-        Ok(Exchanged::Switched(answer, raw))
+        Ok(Exchanged::Switched(answer, Box::new(raw)))
     }
 }
 

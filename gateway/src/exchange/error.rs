@@ -315,7 +315,6 @@ impl ExchangeError {
     }
 
     /// The answer to the client.
-    #[expect(clippy::indexing_slicing, reason = "a JSON value that lacks a name is null")]
     pub(crate) fn into_response(self, audit_id: &str) -> Response<AnswerBody> {
         // Clients wait as long as this says; on 503 it would cost kubectl 50 s. A watch's client has its own back-off, up to
         // half a minute, and with this header it would retry ten times before it starts to back off.

@@ -172,7 +172,8 @@ async fn a_connection_that_switches_protocols_is_a_raw_stream() {
         (101, &HeaderValue::from_static("websocket"))
     );
     let (mut client, ours) = duplex(1024);
-    let carrying = tokio::spawn(raw.carry(async { Some(ours) }));
+    let mut carrying = JoinSet::new();
+    carrying.spawn(raw.carry(async { Some(ours) }));
     client.write_all(b"ping").await.unwrap();
     assert_eq!(recv.read_chunk(1024).await.unwrap().unwrap(), "ping");
     send.write_chunk(Bytes::from_static(b"pong")).await.unwrap();
@@ -181,7 +182,7 @@ async fn a_connection_that_switches_protocols_is_a_raw_stream() {
     assert_eq!(&pong, b"pong");
     send.finish();
     drop(client);
-    carrying.await.unwrap();
+    carrying.join_next().await.unwrap().unwrap();
 }
 
 #[tokio::test]

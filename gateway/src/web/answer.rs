@@ -26,6 +26,7 @@ pub(crate) struct Verdict {
 
 impl Verdict {
     /// The answer to the client. It names the `cluster` that it is about; `retry_after` says in how many seconds a 429 is worth another try.
+    #[expect(clippy::indexing_slicing, reason = "a JSON object takes any name")]
     pub(crate) fn into_response(
         self,
         audit_id: &str,
