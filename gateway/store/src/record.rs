@@ -242,8 +242,8 @@ pub enum StoreError {
     Closed,
 }
 
-/// The suffix of the holder's name while it drains.
-pub(super) const DRAINS: &str = ", which is draining";
+/// The suffix of the holder's name while it drains. Other versions of the gateway read it, so it never changes.
+pub(super) const DRAINS: &str = ", which drains";
 
 impl StoreError {
     /// Whether the process that uses the store is draining.
