@@ -1,6 +1,7 @@
 //! The agent's configuration: one YAML file, with its shape, its defaults and the values that it rejects.
 
 pub mod address;
+pub mod proxy;
 pub(crate) mod yaml;
 
 use std::collections::BTreeSet;
@@ -18,9 +19,9 @@ use towline_proto::mux::Limits;
 use towline_proto::open::HEAD_MAX_BYTES;
 
 use crate::config::address::{Address, Host, special};
+use crate::config::proxy::ProxyConfig;
 pub use crate::config::yaml::Problems;
 use crate::config::yaml::{Document, Section};
-use crate::dial::proxy::ProxyConfig;
 use crate::serve::impersonate::is_system;
 use crate::sessions::transport::TransportMode;
 

@@ -1,7 +1,5 @@
 //! The HTTP proxy on the TCP path to the gateway: its files, the connection to it, and TLS with an `https://` proxy.
-//! `settings.rs` decides which proxy is used; [`towline_proto::dial::proxy`] speaks CONNECT.
-
-mod settings;
+//! `config/proxy.rs` decides which proxy is used; [`towline_proto::dial::proxy`] speaks CONNECT.
 
 use std::fmt;
 use std::sync::Arc;
@@ -26,7 +24,7 @@ use crate::dial::connect::{self, ConnectError};
 use crate::reload::LiveError;
 use crate::upstream::server_name;
 
-pub use settings::ProxyConfig;
+pub use crate::config::proxy::ProxyConfig;
 pub use towline_proto::dial::proxy::{NoProxy, ProxyUrl, Source};
 
 /// A connection to the gateway, through a proxy or not.
