@@ -27,6 +27,7 @@
 //! The YAML itself is read by `granit-parser`, on which `serde-saphyr` stands, too: its events say where each key and value is.
 
 mod document;
+pub mod documents;
 mod findings;
 mod macros;
 mod near;
@@ -36,6 +37,7 @@ mod section;
 mod shown;
 #[cfg(test)]
 mod tests;
+pub mod tries;
 pub mod units;
 mod values;
 

@@ -87,6 +87,12 @@ impl<'a> Spot<'a> {
         Some(items.iter().enumerate().map(item).collect())
     }
 
+    /// The path of its key, such as `clusters[0].name`.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
     /// The findings, for checks.
     #[must_use]
     pub fn findings(&self) -> &'a Findings {
@@ -128,6 +134,12 @@ impl<'a> Section<'a> {
     #[must_use]
     pub fn path(&self, key: &str) -> String {
         if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
+    }
+
+    /// What was found so far.
+    #[must_use]
+    pub fn findings(&self) -> &'a Findings {
+        self.findings
     }
 
     /// The place of a key's value.

@@ -142,7 +142,7 @@ fn d15_every_mistake_is_told_at_once_with_its_place() {
         "x.yaml:7:1: clientCa: there is no such key; did you mean clientCA?",
         "x.yaml:9:16: limits.connections: must be a whole number, 1 to 100000, not \"-5\"",
         "x.yaml:10:11: limits.memory: must be 1MiB to 1GiB, not 1KiB",
-        "x.yaml:11:9: limits.wait: \"10\" is not a duration: use a whole number with a unit (ms, s, m, h, d), for example 10s",
+        "x.yaml:11:9: limits.wait: \"10\" is not a duration: use an integer with a unit (ms, s, m, h, d), for example 10s",
         "x.yaml:12:3: limits.hed: there is no such key; did you mean head?",
         "x.yaml:13:11: rules[0].group: there is no such key; did you mean groups?",
         "x.yaml:13:37: rules[1].cluster: is required",

@@ -53,7 +53,7 @@ pub fn quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 pub fn duration(text: &str) -> Result<Duration, String> {
     quantity(text, &TIMES).map(Duration::from_millis).ok_or_else(|| {
         format!(
-            "{text:?} is not a duration: use a whole number with a unit (ms, s, m, h, d), for example 10s"
+            "{text:?} is not a duration: use an integer with a unit (ms, s, m, h, d), for example 10s"
         )
     })
 }
@@ -65,7 +65,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 pub fn size(text: &str) -> Result<u64, String> {
     quantity(text, &SIZES).ok_or_else(|| {
         format!(
-            "{text:?} is not a size: use a whole number with a unit (B, KiB, MiB, GiB), for example 64KiB"
+            "{text:?} is not a size: use an integer with a unit (B, KiB, MiB, GiB), for example 64KiB"
         )
     })
 }

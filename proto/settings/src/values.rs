@@ -410,12 +410,13 @@ pub(crate) fn ends<R: Reads<T>, T>(range: &impl RangeBounds<T>) -> (Option<Shown
     (show(range.start_bound()), show(range.end_bound()))
 }
 
-/// Whether a value is legal; what is not is noted.
+/// Whether a value is legal; what is not is noted. A value that is missing is.
 #[must_use]
 pub fn within<R: Reads<T>, T: PartialOrd>(spot: &Spot<'_>, value: &T, range: &impl RangeBounds<T>) -> bool {
-    let fits = range.contains(value);
+    let shown = R::show(value);
+    let fits = range.contains(value) || shown == Shown::Nothing;
     if !fits {
-        spot.problem(format_args!("must be {}, not {}", legal::<R, T>(range), R::show(value)));
+        spot.problem(format_args!("must be {}, not {shown}", legal::<R, T>(range)));
     }
     fits
 }
