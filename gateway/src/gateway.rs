@@ -4,7 +4,7 @@ use crate::access::Access;
 use crate::api::Api;
 use crate::api::feed::Feed;
 use crate::ca::authority::Authorities;
-use crate::config::{ConfigError, GatewayConfig};
+use crate::config::{Findings, GatewayConfig, Problems};
 use crate::context::Context;
 use crate::exchange::Exchange;
 use crate::exchange::farewell::FAREWELL;
@@ -37,6 +37,7 @@ use tokio::net::TcpListener;
 use tokio::time::{Instant, timeout, timeout_at};
 use towline_certs::{ClusterUid, SpkiPin};
 use towline_proto::Code;
+use towline_settings::tries::{self, Protocol};
 
 /// How long idle sessions may take to close.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
@@ -50,7 +51,7 @@ const ANY_PORT_ATTEMPTS: usize = 20;
 #[derive(Debug, Error)]
 pub enum StartError {
     #[error("{0}")]
-    Config(#[from] ConfigError),
+    Config(#[from] Problems),
     #[error("stateDirectory: {0}")]
     Memory(#[from] MemoryError),
     #[error("cannot start a thread: {0}")]
@@ -223,14 +224,14 @@ impl Gateway {
     ///
     /// # Errors
     /// Every mistake; the last valid state stays in effect.
-    pub async fn reload(&self) -> Result<(), ConfigError> {
+    pub async fn reload(&self) -> Result<(), Problems> {
         let (context, registry, path) =
             (Arc::clone(&self.context), Arc::clone(&self.registry), self.path.clone());
         let done = tokio::task::spawn_blocking(move || {
             crate::ops::reload::reload(&context, &registry, path.as_deref())
         })
         .await;
-        done.unwrap_or_else(|_| Err(ConfigError { problems: vec!["reload interrupted".to_owned()] }))
+        done.unwrap_or_else(|_| Err(Problems::one("reload interrupted")))
     }
 
     /// Drains: becomes not ready and sends agents elsewhere; after a delay accepts no new connections; finishes running
@@ -320,17 +321,40 @@ impl Drop for Gateway {
     }
 }
 
-/// Checks a configuration and the files that it names without starting anything. Blocks.
+/// Checks a configuration and the files that it names without starting anything. It also tries whether the state directory can be
+/// written and whether the ports are free. Blocks.
 ///
 /// # Errors
 /// Every mistake.
-pub fn check(config: &GatewayConfig) -> Result<(), ConfigError> {
-    let own = config.state_directory.as_deref().map(|place| Authorities::look(place, SystemTime::now()));
-    let own = own
-        .transpose()
-        .map_err(|error| ConfigError { problems: vec![format!("stateDirectory: {error}")] })?;
-    Live::load(config.clone(), own.map(Arc::new))
-        .map(|live| live.warnings.iter().for_each(|warning| tracing::warn!("{warning}")))
+pub fn check(config: &GatewayConfig) -> Result<(), Problems> {
+    let findings = config.findings();
+    let mut warnings = try_ports(config, &findings);
+    let own = config.state_directory.as_deref().and_then(|place| {
+        tries::directory(&findings, "stateDirectory", place);
+        findings.keep("stateDirectory", Authorities::look(place, SystemTime::now()))
+    });
+    if let Some(live) = Live::try_load(config.clone(), own.map(Arc::new), &findings) {
+        warnings.extend(live.warnings);
+    }
+    warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    findings.finish().map(drop)
+}
+
+/// Opens each port for a moment. A port that a running gateway uses is returned as a warning.
+fn try_ports(config: &GatewayConfig, findings: &Findings) -> Vec<String> {
+    let (listen, quic) = (&config.listen, &config.listen.quic);
+    let over_quic = quic.enabled.then(|| quic.address.unwrap_or(listen.address));
+    let plaintext = listen.plaintext.as_ref().map(|plaintext| plaintext.address);
+    let ports = [
+        ("listen.address", Some(listen.address), Protocol::Tcp),
+        ("listen.quic", over_quic, Protocol::Udp),
+        ("listen.plaintext.address", plaintext, Protocol::Tcp),
+        ("admin.address", Some(config.admin.address), Protocol::Tcp),
+    ];
+    ports
+        .into_iter()
+        .filter_map(|(key, address, protocol)| tries::port(findings, key, address?, protocol))
+        .collect()
 }
 
 /// Spawns the tasks that follow the store, for as long as the gateway lives.

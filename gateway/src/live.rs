@@ -2,7 +2,7 @@
 
 use crate::ca::authority::{Authorities, Authority};
 use crate::config::tokens::Tokens;
-use crate::config::{ClusterRoute, ConfigError, GatewayConfig};
+use crate::config::{ClusterRoute, Findings, GatewayConfig, Problems};
 use crate::map::Map;
 use crate::rules::AccessRules;
 use aws_lc_rs::digest;
@@ -47,10 +47,22 @@ pub(crate) struct Live {
 
 impl Live {
     /// Reads every file that the configuration names; the gateway's `own` CAs replace those that it does not name. Blocks.
-    pub(crate) fn load(config: GatewayConfig, own: Option<Arc<Authorities>>) -> Result<Self, ConfigError> {
+    pub(crate) fn load(config: GatewayConfig, own: Option<Arc<Authorities>>) -> Result<Self, Problems> {
+        let findings = config.findings();
+        let live = Self::try_load(config, own, &findings);
+        findings.finish()?;
+        // Whatever is missing was noted.
+        live.ok_or_else(|| Problems::one("the configuration cannot be used"))
+    }
+
+    /// Does the same and notes every mistake. `None` only with a note.
+    pub(crate) fn try_load(
+        config: GatewayConfig,
+        own: Option<Arc<Authorities>>,
+        findings: &Findings,
+    ) -> Option<Self> {
         let (joins, own) = (own.clone(), own.as_deref());
-        config.validate()?;
-        let mut problems = Problems::default();
+        towline_settings::check(&config, findings);
         let now = SystemTime::now();
         let (front, tunnel) = (config.tls.front.as_ref(), config.tls.tunnel.as_ref());
         // An expired certificate is still better than none: a restart must not make things worse.
@@ -69,21 +81,21 @@ impl Live {
             credential
         };
         let front_credential = match (front, own) {
-            (Some(front), _) => problems.note("tls.front", credential(&front.certificate, &front.key)),
+            (Some(front), _) => findings.keep("tls.front", credential(&front.certificate, &front.key)),
             (None, Some(own)) => {
-                problems.note("tls.front", own.front_server(&config.server_names(), now)).map(&mut issued)
+                findings.keep("tls.front", own.front_server(&config.server_names(), now)).map(&mut issued)
             }
             (None, None) => None,
         };
         let tunnel_credential = match (tunnel, own) {
-            (Some(tunnel), _) => problems.note("tls.tunnel", credential(&tunnel.certificate, &tunnel.key)),
+            (Some(tunnel), _) => findings.keep("tls.tunnel", credential(&tunnel.certificate, &tunnel.key)),
             (None, Some(own)) => {
-                problems.note("tls.tunnel", own.tunnel_server(&config.server_names(), now)).map(&mut issued)
+                findings.keep("tls.tunnel", own.tunnel_server(&config.server_names(), now)).map(&mut issued)
             }
             (None, None) => None,
         };
-        let mut roots = |key: &str, path: Option<&PathBuf>, own: Option<&Authority>| {
-            let named = path.and_then(|path| problems.note(key, towline_certs::load::load_roots(path)));
+        let roots = |key: &str, path: Option<&PathBuf>, own: Option<&Authority>| {
+            let named = path.and_then(|path| findings.keep(key, towline_certs::load::load_roots(path)));
             let mut roots = own.map_or_else(Vec::new, |own| own.roots.clone());
             roots.extend(named.into_iter().flatten());
             Some(roots).filter(|roots| !roots.is_empty())
@@ -99,42 +111,43 @@ impl Live {
         let trust = trust_of(agent_roots.as_deref().unwrap_or_default(), bridge);
         let own_tls = agent_roots
             .as_ref()
-            .and_then(|roots| problems.note("tls.tunnel.agentCA", http_client(roots, None)));
+            .and_then(|roots| findings.keep("tls.tunnel.agentCA", http_client(roots, None)));
         let agent_ca = agent_roots.and_then(|roots| {
-            problems.note("tls.tunnel.agentCA", AgentCa::new(&roots, config.trust_domain.clone()))
+            findings.keep("tls.tunnel.agentCA", AgentCa::new(&roots, config.trust_domain.clone()))
         });
         let client_ca =
-            client_roots.and_then(|roots| problems.note("tls.front.clientCA", ClientCa::new(&roots)));
+            client_roots.and_then(|roots| findings.keep("tls.front.clientCA", ClientCa::new(&roots)));
         if let (Some(agents), Some(clients)) = (&agent_ca, &client_ca)
             && agents.shares_a_key_with(clients)
         {
-            problems.push("tls: agentCA and clientCA share a key, so an agent could authenticate as a client; use two different CAs");
+            let what = "shares a key with tls.front.clientCA, so an agent could authenticate as a client; use two different CAs";
+            findings.contradiction(&["tls.tunnel.agentCA", "tls.front.clientCA"], what);
         }
         let tokens = config.token_file.as_deref().map_or_else(|| Ok(Tokens::default()), Tokens::load);
         let tokens = tokens.unwrap_or_else(|errors| {
-            errors.iter().for_each(|error| problems.push(&format!("tokenFile: {error}")));
+            errors.iter().for_each(|error| findings.note("tokenFile", error));
             Tokens::default()
         });
         let front_tls = front_credential.and_then(|credential| {
-            problems.note("tls.front", front_server(&FrontCertificates::new(credential), client_ca.as_ref()))
+            findings.keep("tls.front", front_server(&FrontCertificates::new(credential), client_ca.as_ref()))
         });
         let join_tls = tunnel_credential
             .as_ref()
-            .and_then(|credential| problems.note("tls.tunnel", join_server(credential)));
+            .and_then(|credential| findings.keep("tls.tunnel", join_server(credential)));
         let tunnel_tls = tunnel_credential
             .zip(agent_ca.as_ref())
-            .and_then(|(credential, agents)| problems.note("tls.tunnel", tunnel_server(&credential, agents)));
+            .and_then(|(credential, agents)| findings.keep("tls.tunnel", tunnel_server(&credential, agents)));
         let (Some(front_tls), Some(tunnel_tls), Some(join_tls), Some(own_tls), Some(agent_ca), true) =
-            (front_tls, tunnel_tls, join_tls, own_tls, agent_ca, problems.0.is_empty())
+            (front_tls, tunnel_tls, join_tls, own_tls, agent_ca, findings.is_clean())
         else {
-            return Err(ConfigError { problems: problems.0 });
+            return None;
         };
         let clusters: Vec<_> = config.clusters.iter().cloned().map(Arc::new).collect();
         let by_name =
             clusters.iter().map(|cluster| (cluster.name.to_string(), Arc::clone(cluster))).collect();
         let by_uid = clusters.iter().map(|cluster| (cluster.uid.clone(), Arc::clone(cluster))).collect();
         let access = AccessRules::new(config.access.clone());
-        Ok(Self {
+        Some(Self {
             generation: 0,
             config,
             by_name,
@@ -170,17 +183,4 @@ fn trust_of(roots: &[CertificateDer<'_>], bridge: &[CertificateDer<'_>]) -> Trus
     };
     let (roots, vouchers) = (copied(roots), copied(bridge));
     Trust { version: u64::from_be_bytes(version), roots, vouchers }
-}
-
-#[derive(Default)]
-struct Problems(Vec<String>);
-
-impl Problems {
-    fn push(&mut self, problem: &str) {
-        self.0.push(problem.to_owned());
-    }
-
-    fn note<T, E: std::fmt::Display>(&mut self, key: &str, result: Result<T, E>) -> Option<T> {
-        result.map_err(|error| self.0.push(format!("{key}: {error}"))).ok()
-    }
 }

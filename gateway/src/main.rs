@@ -29,9 +29,13 @@ struct Arguments {
     /// Configuration file (kind GatewayConfiguration).
     #[arg(long, value_name = "FILE", env = "TOWLINE_CONFIG", global = true)]
     config: Option<PathBuf>,
-    /// Check the configuration and the files it names, print the effective configuration, and exit with 0 or 2.
+    /// Check the configuration, the files it names, the state directory and the ports; print the effective configuration, and exit
+    /// with 0 or 2.
     #[arg(long, env = "TOWLINE_CHECK")]
     check: bool,
+    /// Print the JSON schema of the configuration file and exit. Editors complete and check the file with it.
+    #[arg(long)]
+    schema: bool,
     /// Log format: auto (text on a terminal, else JSON), text or json.
     #[arg(long, default_value_t, env = "TOWLINE_LOG_FORMAT")]
     log_format: log::Format,
@@ -96,8 +100,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&once(error.as_ref()));
-            let configuration =
-                error.is::<StartError>() || error.is::<towline_gateway::config::ConfigError>();
+            let configuration = error.is::<StartError>() || error.is::<towline_gateway::config::Problems>();
             if configuration { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::FAILURE }
         }
     }
@@ -114,6 +117,10 @@ fn set_up_allocator() {
 }
 
 fn start(arguments: &Arguments) -> anyhow::Result<()> {
+    if arguments.schema {
+        print(&format!("{:#}\n", GatewayConfig::schema()));
+        return Ok(());
+    }
     log::start(arguments.log_format, &arguments.log_level).context("--log-level")?;
     let path = arguments.config.as_ref().context("no configuration: set --config FILE or TOWLINE_CONFIG")?;
     let config = GatewayConfig::load(path)?;

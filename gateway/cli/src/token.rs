@@ -81,18 +81,11 @@ pub(crate) struct List {
 
 /// `90s`, `30m`, `24h`, `7d`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let wrong =
-        || format!("{text:?} is not a duration: use an integer with a unit, for example 90s, 30m, 24h or 7d");
-    let unit = text.chars().last().filter(char::is_ascii_alphabetic).ok_or_else(wrong)?;
-    let seconds: u64 = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => 86_400,
-        _ => return Err(wrong()),
-    };
-    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
-    number.checked_mul(seconds).filter(|seconds| *seconds > 0).map(Duration::from_secs).ok_or_else(wrong)
+    let duration = towline_settings::units::duration(text)?;
+    if duration.as_secs() == 0 || duration.subsec_millis() > 0 {
+        return Err(format!("{text} is not a number of whole seconds, at least 1s"));
+    }
+    Ok(duration)
 }
 
 /// How long a join token is good: [`duration`], and what the gateway takes.

@@ -70,7 +70,7 @@ impl QuicListener {
         server
             .transport_config(Arc::new(quic::transport_config(
                 Role::Gateway,
-                &config.session_limits(),
+                &config.limits.session(),
                 options.segmentation_offload,
             )))
             .migration(true)

@@ -3,7 +3,7 @@
 
 use crate::ca::authority::Authorities;
 use crate::ca::rotation;
-use crate::config::{ConfigError, GatewayConfig};
+use crate::config::{GatewayConfig, Problems};
 use crate::context::Context;
 use crate::live::Live;
 use crate::metrics::ReloadOutcome;
@@ -68,12 +68,15 @@ impl Reloader {
 ///
 /// # Errors
 /// Every mistake; nothing has changed then.
-pub(crate) fn reload(context: &Context, registry: &Registry, path: Option<&Path>) -> Result<(), ConfigError> {
+pub(crate) fn reload(context: &Context, registry: &Registry, path: Option<&Path>) -> Result<(), Problems> {
     let _one_at_a_time = context.reloading.lock().unwrap_or_else(PoisonError::into_inner);
     let result = path
         .map_or_else(|| Ok(context.live().config.clone()), GatewayConfig::load)
         .and_then(|config| same_trust_domain(context, config))
-        .and_then(|config| Live::load(config, authorities(context)?));
+        .and_then(|config| {
+            let own = authorities(context, &config)?;
+            Live::load(config, own)
+        });
     let live = match result {
         Ok(live) => live,
         Err(error) => {
@@ -94,24 +97,27 @@ pub(crate) fn reload(context: &Context, registry: &Registry, path: Option<&Path>
 }
 
 /// Refuses another trust domain: every agent on record belongs to the one with which the gateway started.
-fn same_trust_domain(context: &Context, new: GatewayConfig) -> Result<GatewayConfig, ConfigError> {
+fn same_trust_domain(context: &Context, new: GatewayConfig) -> Result<GatewayConfig, Problems> {
     let (running, configured) = (&context.config.trust_domain, &new.trust_domain);
     if running == configured {
         return Ok(new);
     }
-    let problem = format!("trustDomain: cannot change from {running} to {configured} while the gateway runs");
-    Err(ConfigError { problems: vec![problem] })
+    let findings = new.findings();
+    let what = format_args!("cannot change from {running} to {configured} while the gateway runs");
+    findings.note("trustDomain", what);
+    findings.finish().map(|_| new)
 }
 
 /// Reads the gateway's own CAs again. A missing state directory must not create new ones.
-fn authorities(context: &Context) -> Result<Option<Arc<Authorities>>, ConfigError> {
+fn authorities(context: &Context, new: &GatewayConfig) -> Result<Option<Arc<Authorities>>, Problems> {
     let Some(directory) = &context.config.state_directory else { return Ok(None) };
     if !directory.join(rotation::ROOTS).exists() {
         return Ok(context.live().joins.clone());
     }
     let opened = Authorities::open(directory, SystemTime::now());
-    let problem = |error| ConfigError { problems: vec![format!("stateDirectory: {error}")] };
-    opened.map(|own| Some(Arc::new(own))).map_err(problem)
+    let findings = new.findings();
+    let own = findings.keep("stateDirectory", opened).map(Arc::new);
+    findings.finish().map(|_| own)
 }
 
 /// Sections that a running gateway does not change.

@@ -94,7 +94,7 @@ fn memory_of(tunnel: &Tunnel, presented: &Presented) -> Option<Part<ClusterUid>>
 fn session_config(tunnel: &Tunnel, memory: Option<&Part<ClusterUid>>) -> SessionConfig {
     SessionConfig {
         role: Role::Gateway,
-        limits: tunnel.context.config.session_limits(),
+        limits: tunnel.context.config.limits.session(),
         budget: memory.map_or(&tunnel.last_words, Part::budget).clone(),
         introduction: Introduction {
             capabilities: vec![CAPABILITY_IDENTITY.to_owned(), CAPABILITY_ABOUT.to_owned()],

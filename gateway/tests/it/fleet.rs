@@ -186,8 +186,7 @@ async fn d23_another_trust_domain_is_refused() {
     let mut config = crate::common::config(directory.path());
     config.state_directory = Some(directory.path().join("state"));
     let file = directory.path().join("gateway.yaml");
-    let write =
-        |config: &GatewayConfig| std::fs::write(&file, serde_json::to_string(config).unwrap()).unwrap();
+    let write = |config: &GatewayConfig| std::fs::write(&file, config.to_yaml()).unwrap();
     let mut other = config.clone();
     other.trust_domain = TrustDomain::new("example.com").unwrap();
     let gateway = Gateway::start_from(config.clone(), Some(file.clone())).await.unwrap();

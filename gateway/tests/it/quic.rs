@@ -246,7 +246,7 @@ async fn s22_an_agent_that_moves_to_a_forbidden_address_is_sent_away() {
     };
     world.connected("prod", 1).await;
     config.listen.allowed_sources = vec!["127.0.0.1/32".parse().unwrap(), "127.0.0.2/32".parse().unwrap()];
-    std::fs::write(&file, serde_json::to_string(&config).unwrap()).unwrap();
+    std::fs::write(&file, config.to_yaml()).unwrap();
     world.gateway.reload().await.unwrap();
     moves([127, 0, 0, 2]);
     let mut client = world.h1(None).await;

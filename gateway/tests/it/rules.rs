@@ -62,7 +62,7 @@ async fn world(change: impl FnOnce(&mut GatewayConfig)) -> World {
 
 fn write(directory: &Path, config: &GatewayConfig) {
     // JSON is YAML.
-    std::fs::write(directory.join("gateway.yaml"), serde_json::to_string(config).unwrap()).unwrap();
+    std::fs::write(directory.join("gateway.yaml"), config.to_yaml()).unwrap();
 }
 
 async fn reload(world: &World, change: impl FnOnce(&mut GatewayConfig)) {

@@ -52,9 +52,7 @@ pub fn quantity(text: &str, units: &[(&str, u64)]) -> Option<u64> {
 /// A sentence that says how one is written.
 pub fn duration(text: &str) -> Result<Duration, String> {
     quantity(text, &TIMES).map(Duration::from_millis).ok_or_else(|| {
-        format!(
-            "{text:?} is not a duration: use an integer with a unit (ms, s, m, h, d), for example 10s"
-        )
+        format!("{text:?} is not a duration: use an integer with a unit (ms, s, m, h, d), for example 10s")
     })
 }
 
@@ -64,9 +62,7 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 /// A sentence that says how one is written.
 pub fn size(text: &str) -> Result<u64, String> {
     quantity(text, &SIZES).ok_or_else(|| {
-        format!(
-            "{text:?} is not a size: use an integer with a unit (B, KiB, MiB, GiB), for example 64KiB"
-        )
+        format!("{text:?} is not a size: use an integer with a unit (B, KiB, MiB, GiB), for example 64KiB")
     })
 }
 

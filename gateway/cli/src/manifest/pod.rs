@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::str::FromStr;
 
+use towline_settings::units::quantity;
+
 use super::{ManifestError, quoted};
 
 /// The pod options of a manifest.
@@ -283,19 +285,16 @@ fn is_cpu(text: &str) -> bool {
 
 /// The bytes of `128Mi`, `1Gi`, `500M`, `1000000`.
 fn bytes(text: &str) -> Option<u64> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let unit: u64 = match unit {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        _ => return None,
-    };
-    number.parse::<u64>().ok()?.checked_mul(unit).filter(|bytes| *bytes > 0)
+    const UNITS: [(&str, u64); 7] = [
+        ("", 1),
+        ("k", 1_000),
+        ("M", 1_000_000),
+        ("G", 1_000_000_000),
+        ("Ki", 1 << 10),
+        ("Mi", 1 << 20),
+        ("Gi", 1 << 30),
+    ];
+    quantity(text, &UNITS).filter(|bytes| *bytes > 0 && !text.contains(' '))
 }
 
 /// What a taint does.

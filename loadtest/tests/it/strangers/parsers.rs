@@ -233,7 +233,7 @@ pub fn configuration(input: &[u8]) {
             assert_eq!(again.to_yaml(), written);
         }
         Err(error) => {
-            assert!(!error.problems.is_empty() && error.problems.iter().all(|line| !line.is_empty()))
+            assert!(!error.all().is_empty() && error.lines().iter().all(|line| !line.is_empty()))
         }
     }
     if let Err(problems) = AgentConfig::parse("fuzz.yaml", input) {
