@@ -72,29 +72,13 @@ pub struct Agent {
     _lock: Option<File>,
 }
 
-/// Reads every file that `config` names, as [`Agent::start`] does.
-///
-/// # Errors
-/// A file cannot be used.
-pub async fn check(config: &AgentConfig) -> Result<(), StartError> {
-    open(config, Metrics::new(), TaskTracker::new(), CancellationToken::new()).await.map(|_| ())
-}
-
 async fn open(
     config: &AgentConfig,
     metrics: Metrics,
     tracker: TaskTracker,
     stop: CancellationToken,
 ) -> Result<(Live, reload::Files), StartError> {
-    let resources = Resources {
-        metrics,
-        tracker: tracker.clone(),
-        stop,
-        connections: Arc::new(Semaphore::new(config.limits.upstream_connections as usize)),
-        connections_max: config.limits.upstream_connections,
-        timeouts: config.timeouts,
-        head_max: config.limits.head_max(),
-    };
+    let resources = Resources::of(config, metrics, tracker.clone(), stop);
     let config = config.clone();
     Ok(tracker.spawn_blocking(move || reload::open(&config, &resources)).await??)
 }

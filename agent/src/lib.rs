@@ -4,6 +4,7 @@
 //! | topic | room |
 //! |---|---|
 //! | the configuration | [`config`] |
+//! | checking a configuration before a start | [`check`](mod@check) |
 //! | start, drain and shutdown | [`agent`] |
 //! | one attempt to reach the gateway, and the proxy | [`dial`] |
 //! | keeping sessions up, and choosing the transport | `sessions` |
@@ -27,6 +28,7 @@
 mod about;
 mod admin;
 pub mod agent;
+pub mod check;
 pub mod config;
 pub mod descriptors;
 pub mod dial;
@@ -39,7 +41,8 @@ mod serve;
 mod sessions;
 mod upstream;
 
-pub use agent::{Agent, StartError, check};
+pub use agent::{Agent, StartError};
+pub use check::check;
 pub use config::{AgentConfig, AgentMode, IdentityConfig, Problems};
 pub use identity::enrol::{AnswerError, AttemptError, EnrolError};
 pub use reload::LiveError;

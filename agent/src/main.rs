@@ -29,9 +29,13 @@ struct Flags {
     /// Configuration file (kind: AgentConfiguration).
     #[arg(long, env = "TOWLINE_CONFIG", default_value = "/etc/towline/agent.yaml", value_name = "FILE")]
     config: PathBuf,
-    /// Check the configuration and every file it names, print it with all defaults, and exit.
+    /// Check the configuration, every file it names, the identity's directory and the health port; print it with all defaults, and
+    /// exit.
     #[arg(long, env = "TOWLINE_CHECK")]
     check: bool,
+    /// Print the JSON schema of the configuration file and exit. Editors complete and check the file with it.
+    #[arg(long)]
+    schema: bool,
     /// Format of log lines: auto is text on a terminal and JSON elsewhere.
     #[arg(long, env = "TOWLINE_LOG_FORMAT", value_enum, default_value = "auto")]
     log_format: LogFormat,
@@ -43,6 +47,12 @@ struct Flags {
 fn main() -> ExitCode {
     set_up_allocator();
     let flags = Flags::parse();
+    if flags.schema {
+        return match writeln!(io::stdout(), "{:#}", AgentConfig::schema()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&error),
+        };
+    }
     if let Err(error) = log::init(flags.log_format, &flags.log_level) {
         return complain(&error);
     }
@@ -109,8 +119,7 @@ async fn print(config: &AgentConfig) -> anyhow::Result<ExitCode> {
     if let Err(error) = check(config).await {
         return Ok(complain(&error));
     }
-    let text = serde_saphyr::to_string(&config.effective()).context("cannot print the configuration")?;
-    write!(io::stdout(), "{text}").context("standard output")?;
+    write!(io::stdout(), "{}", config.to_yaml()).context("standard output")?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -185,7 +185,7 @@ fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, LiveErro
 }
 
 /// The stored identity. Without one, checks that a restart could get the identity again.
-fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
+pub(crate) fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
     let found = Place::of(join).open()?;
     let cluster = join.service_account.as_ref().map(|account| account.cluster.as_str());
     let token = join.token_file.as_deref().map(|path| enrol::read_token(path, cluster)).transpose();
@@ -307,12 +307,13 @@ struct TargetsFile {
     /// The content of the file and of its CA files at the last check.
     seen: Option<Vec<u8>>,
     /// The configuration without the targets, as at the start.
-    rest: serde_json::Value,
+    rest: String,
 }
 
 impl TargetsFile {
     fn new(path: PathBuf, config: &AgentConfig, resources: &Resources) -> Self {
-        let mut file = Self { path, resources: resources.clone(), seen: None, rest: rest(config) };
+        let mut file =
+            Self { path, resources: resources.clone(), seen: None, rest: config.without_targets() };
         file.seen = file.look().ok().map(|(seen, _)| seen);
         file
     }
@@ -337,7 +338,7 @@ impl TargetsFile {
             return None;
         }
         self.seen = Some(seen);
-        if rest(&config) != self.rest {
+        if config.without_targets() != self.rest {
             tracing::warn!(path = %self.path.display(), "the configuration file changed in more than its targets; restart the agent to apply the other changes");
         }
         Some(Targets::new(&config.targets, &self.resources).map_err(Into::into))
@@ -367,12 +368,6 @@ impl TargetsFile {
 enum LookError {
     Gone,
     Other(Vec<u8>, Box<LiveError>),
-}
-
-fn rest(config: &AgentConfig) -> serde_json::Value {
-    let mut rest = config.effective();
-    rest["targets"] = serde_json::Value::Null;
-    rest
 }
 
 const POLL_INTERVAL: Duration = Duration::from_secs(10);

@@ -55,6 +55,25 @@ pub(crate) struct Resources {
     pub(crate) head_max: usize,
 }
 
+impl Resources {
+    pub(crate) fn of(
+        config: &AgentConfig,
+        metrics: Metrics,
+        tracker: TaskTracker,
+        stop: CancellationToken,
+    ) -> Self {
+        Self {
+            metrics,
+            tracker,
+            stop,
+            connections: Arc::new(Semaphore::new(config.limits.upstream_connections as usize)),
+            connections_max: config.limits.upstream_connections,
+            timeouts: config.timeouts,
+            head_max: config.limits.head_max(),
+        }
+    }
+}
+
 /// One upstream.
 #[derive(Debug)]
 pub(crate) struct Upstream {

@@ -1,12 +1,12 @@
 //! Proxy settings: which proxy the agent uses and which destinations it reaches directly, from `proxy` in the configuration
 //! or else from the environment.
 
+use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr as _;
+use std::str::FromStr;
 
 use towline_proto::dial::proxy::{NoProxy, NoProxyEntry, ProxyUrl, Source};
-
-use crate::config::yaml::Section;
+use towline_settings::{Each, Secret, Section, section};
 
 /// The configured proxy.
 #[derive(Clone, Debug)]
@@ -22,51 +22,110 @@ pub struct ProxyConfig {
 }
 
 impl ProxyConfig {
-    /// What the section `proxy` says, else the environment. With the section the environment does not count at all.
-    pub(crate) fn read(root: &Section<'_>) -> Option<Self> {
-        let section = root.section("proxy");
-        let (password_file, ca) = (section.path("passwordFile"), section.path("ca"));
-        let no_proxy: Vec<_> = section.texts("noProxy").into_iter().map(NoProxyEntry::from_str).collect();
-        let mut entries = Vec::new();
-        for entry in no_proxy {
-            entry.map_or_else(|error| section.problem("noProxy", error), |entry| entries.push(entry));
+    /// The proxy of the environment, if it names one.
+    ///
+    /// # Errors
+    /// What is wrong with it, and who names it.
+    pub(crate) fn of_environment() -> Result<Option<Self>, (Source, &'static str)> {
+        let Some((source, url, no_proxy)) = Source::environment() else { return Ok(None) };
+        let url = ProxyUrl::as_go_reads(&url).map_err(|problem| (source, problem))?;
+        Ok(Some(Self { url, password_file: None, ca: None, no_proxy, source }))
+    }
+}
+
+section! {
+    /// An HTTP proxy on the way to the gateway. With this section the environment does not count at all.
+    #[derive(Clone, Debug)]
+    #[section(check)]
+    pub(crate) struct ProxySection {
+        /// `http://USER@HOST:PORT` or `https://`; `none` uses no proxy, whatever the environment says.
+        pub url: ProxyTo as Secret;
+        /// Where the password is, if it is not in the URL.
+        pub password_file: Option<PathBuf>;
+        /// CA bundle for an `https://` proxy; the system's trust store if none is named.
+        pub ca: Option<PathBuf>;
+        /// What is dialled directly, as in NO_PROXY.
+        pub no_proxy: Vec<NoProxyEntry> as Each<Secret>;
+    }
+}
+
+impl ProxySection {
+    /// The proxy that it names, if it names one.
+    pub(crate) fn proxy(&self) -> Option<ProxyConfig> {
+        let ProxyTo::Url(url) = self.url.clone() else { return None };
+        Some(ProxyConfig {
+            url,
+            password_file: self.password_file.clone(),
+            ca: self.ca.clone(),
+            no_proxy: NoProxy::new(self.no_proxy.clone()),
+            source: Source::Configuration,
+        })
+    }
+
+    /// The section that says what is in force: it reads as itself, but for a password that is in the URL.
+    pub(crate) fn of(proxy: Option<&ProxyConfig>) -> Self {
+        match proxy {
+            None => Self { url: ProxyTo::Nowhere, password_file: None, ca: None, no_proxy: Vec::new() },
+            Some(ProxyConfig { url, password_file, ca, no_proxy, source: _ }) => Self {
+                url: ProxyTo::Url(url.clone()),
+                password_file: password_file.clone(),
+                ca: ca.clone(),
+                no_proxy: no_proxy.entries().cloned().collect(),
+            },
         }
-        if !root.has("proxy") {
-            let (source, url, no_proxy) = Source::environment()?;
-            let url = ProxyUrl::as_go_reads(&url);
-            let url = url.map_err(|problem| root.problem(&source.to_string(), problem)).ok()?;
-            return Some(Self { url, password_file: None, ca: None, no_proxy, source });
-        }
-        let url = section.required("url")?;
-        if url == OFF {
-            for key in ["passwordFile", "ca", "noProxy"] {
-                if section.has(key) {
+    }
+
+    fn check(&self, section: &Section<'_>) {
+        let given = [
+            ("passwordFile", self.password_file.is_some()),
+            ("ca", self.ca.is_some()),
+            ("noProxy", !self.no_proxy.is_empty()),
+        ];
+        match &self.url {
+            ProxyTo::Nowhere => {
+                for (key, _) in given.iter().filter(|(_, given)| *given) {
                     section.problem(key, format_args!("is there, but url is {OFF}: no proxy is used"));
                 }
             }
-            return None;
+            ProxyTo::Url(url) => {
+                if self.password_file.is_some() && url.has_password() {
+                    section.problem("passwordFile", "is there, and url holds a password too: leave one");
+                }
+                if self.password_file.is_some() && url.user.is_none() {
+                    section.problem("passwordFile", "is there, but url names no user: http://USER@HOST:PORT");
+                }
+                if self.ca.is_some() && !url.tls {
+                    section
+                        .problem("ca", "is there, but url is http://: nothing would be checked against it");
+                }
+            }
         }
-        let url: ProxyUrl = url.parse().map_err(|error| section.problem("url", error)).ok()?;
-        if password_file.is_some() && url.has_password() {
-            section.problem("passwordFile", "is there, and url holds a password too: leave one");
-        }
-        if password_file.is_some() && url.user.is_none() {
-            section.problem("passwordFile", "is there, but url names no user: http://USER@HOST:PORT");
-        }
-        if ca.is_some() && !url.tls {
-            section.problem("ca", "is there, but url is http://: nothing would be checked against it");
-        }
-        Some(Self { url, password_file, ca, no_proxy: NoProxy::new(entries), source: Source::Configuration })
     }
+}
 
-    /// For `--check`; reads as itself, but for a password that is in the URL.
-    pub(crate) fn effective(&self) -> serde_json::Value {
-        serde_json::json!({
-            "url": self.url.to_string(),
-            "passwordFile": self.password_file,
-            "ca": self.ca,
-            "noProxy": self.no_proxy.entries().map(ToString::to_string).collect::<Vec<_>>(),
-        })
+/// What `proxy.url` says.
+#[derive(Clone, Debug)]
+pub(crate) enum ProxyTo {
+    /// `none`
+    Nowhere,
+    Url(ProxyUrl),
+}
+
+impl FromStr for ProxyTo {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == OFF { Ok(Self::Nowhere) } else { text.parse().map(Self::Url) }
+    }
+}
+
+/// With the password masked.
+impl fmt::Display for ProxyTo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nowhere => f.write_str(OFF),
+            Self::Url(url) => url.fmt(f),
+        }
     }
 }
 

@@ -11,7 +11,6 @@
 //! A death counts only if TCP served next. A restart of the gateway ends every transport and says nothing about UDP.
 
 use std::collections::VecDeque;
-use std::str::FromStr;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -25,29 +24,6 @@ pub enum TransportMode {
     Auto,
     Quic,
     Tcp,
-}
-
-impl TransportMode {
-    /// The word in the configuration.
-    #[must_use]
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Quic => "quic",
-            Self::Tcp => "tcp",
-        }
-    }
-}
-
-impl FromStr for TransportMode {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        [Self::Auto, Self::Quic, Self::Tcp]
-            .into_iter()
-            .find(|mode| mode.word() == text)
-            .ok_or("is not auto, quic or tcp")
-    }
 }
 
 /// Why a session runs over its transport: for the readiness page, and as the metric label `reason`.
