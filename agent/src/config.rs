@@ -396,7 +396,7 @@ apiServer: { url: 'https://10.0.0.1:6443' }
         for (lines, part) in [
             ("impersonate: { tokenFile: t }\n", "mode is restricted"),
             ("limits: { streamsPerSession: 60000 }\n", "processMemory must hold"),
-            ("timeouts: { backoffMin: 5s, backoffMax: 1s }\n", "must be at least backoffMin"),
+            ("timeouts: { backoffMin: 5s, backoffMax: 1s }\n", "must be at least timeouts.backoffMin"),
             ("targets: [{ name: a, address: 'x:1' }, { name: a, address: 'y:1' }]\n", "there twice"),
             ("targets: [{ name: '10.0.0.1:80', address: 'x:1' }]\n", "may hold only"),
             ("targets: [{ name: a, address: '127.0.0.1:1' }]\n", "loopback"),

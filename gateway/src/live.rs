@@ -120,7 +120,7 @@ impl Live {
         if let (Some(agents), Some(clients)) = (&agent_ca, &client_ca)
             && agents.shares_a_key_with(clients)
         {
-            let what = "shares a key with tls.front.clientCA, so an agent could authenticate as a client; use two different CAs";
+            let what = "tls.tunnel.agentCA and tls.front.clientCA share a key, so an agent could authenticate as a client; use two different CAs";
             findings.contradiction(&["tls.tunnel.agentCA", "tls.front.clientCA"], what);
         }
         let tokens = config.token_file.as_deref().map_or_else(|| Ok(Tokens::default()), Tokens::load);

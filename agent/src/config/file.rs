@@ -90,13 +90,13 @@ impl AgentFile {
             section.contradiction(
                 &["limits.processMemory", "limits.streamsPerSession", "limits.initialCredit", "sessions"],
                 format_args!(
-                    "must hold streamsPerSession × initialCredit, and QUIC's window above it, for every session and one that replaces it: {} MiB",
+                    "limits.processMemory must hold streamsPerSession × initialCredit, and QUIC's window above it, for every session and one that replaces it: {} MiB",
                     needed.div_ceil(1 << 20)
                 ),
             );
         }
         if let Err(error) = self.limits.mux().validate() {
-            section.contradiction(&["limits.sessionMemory", "limits.streamsPerSession"], error);
+            section.problem("limits.sessionMemory", error);
         }
     }
 }
@@ -452,7 +452,10 @@ section! {
 impl TimeoutsConfig {
     fn check(&self, section: &Section<'_>) {
         if self.backoff_max < self.backoff_min {
-            section.contradiction(&["backoffMax", "backoffMin"], "must be at least backoffMin");
+            section.contradiction(
+                &["backoffMax", "backoffMin"],
+                "timeouts.backoffMax must be at least timeouts.backoffMin",
+            );
         }
     }
 }

@@ -423,6 +423,29 @@ async fn an_identity_that_would_be_lost_is_refused() {
     assert_eq!(problem(format!("joinTokenFile: {single}, {account}")).await, "");
 }
 
+/// Goal: D15: every file is tried, and all that is wrong is told at once with its place.
+#[tokio::test]
+async fn d15_every_file_is_tried() {
+    let scratch = tempfile::tempdir().unwrap();
+    let file = write(&scratch, "wrong", "this is not PEM");
+    let text = format!(
+        "apiVersion: towline.io/v1alpha1\nkind: AgentConfiguration\ngateway: {{ addresses: ['127.0.0.1:1'] }}\nidentity:\n  certificate: {file}\n  key: missing.key\n  ca: missing.crt\napiServer: {{ url: 'https://127.0.0.1:1', ca: {file} }}\ntargets:\n- {{ name: a, address: 'a:1', tls: {{ ca: missing.crt }} }}\nmode: impersonate\nimpersonate: {{ tokenFile: missing }}\nadmin: {{ address: '192.0.2.1:1' }}\n"
+    );
+    let problems = check(&AgentConfig::parse("agent.yaml", text.as_bytes()).unwrap()).await.unwrap_err();
+    let lines = problems.lines();
+    for start in [
+        "agent.yaml:5:16: identity.certificate: ",
+        "agent.yaml:7:7: identity.ca: ",
+        "agent.yaml:8:46: apiServer.ca: ",
+        "agent.yaml:10:41: targets[0].tls.ca: ",
+        "agent.yaml:12:27: impersonate.tokenFile: ",
+        "agent.yaml:13:19: admin.address: ",
+    ] {
+        assert!(lines.iter().any(|line| line.starts_with(start)), "{start}\n{problems}");
+    }
+    assert_eq!(lines.len(), 6, "{problems}");
+}
+
 /// Renewal: over the session, again and again; no session is replaced; a new connection shows the newest certificate.
 #[tokio::test]
 async fn certificates_are_renewed_and_no_session_ends() {

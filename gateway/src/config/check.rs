@@ -13,7 +13,7 @@ impl GatewayConfig {
         if listen.address == admin.address && listen.address.port() != 0 {
             section.contradiction(
                 &["admin.address", "listen.address"],
-                "is the public listener's address; health and metrics are private",
+                "admin.address and listen.address are the same; health and metrics need a private address of their own",
             );
         }
         if let Some(domain) = &self.host_domain {

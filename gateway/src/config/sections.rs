@@ -109,7 +109,7 @@ impl Listen {
         {
             section.contradiction(
                 &["proxyProtocol", "trustedProxies"],
-                "needs listen.trustedProxies: a header is believed only from addresses that are named there",
+                "listen.proxyProtocol needs listen.trustedProxies: the header is trusted only from addresses named there",
             );
         }
         if self.trusted_proxies.iter().any(|block| block.prefix_len() == 0) {
@@ -122,7 +122,7 @@ impl Listen {
         if open && self.plaintext.as_ref().is_some_and(|plaintext| !plaintext.address.ip().is_loopback()) {
             section.contradiction(
                 &["plaintext.address", "allowedSources", "trustedProxies"],
-                "takes credentials in the clear from everybody: use a loopback address, or name who may connect in listen.allowedSources or listen.trustedProxies",
+                "listen.plaintext takes credentials in the clear from everybody: use a loopback address, or name who may connect in listen.allowedSources or listen.trustedProxies",
             );
         }
     }
@@ -445,7 +445,7 @@ impl Limits {
             "one principal can have at most all of it",
         );
         if let Err(error) = self.session().validate() {
-            section.contradiction(&["sessionMemory", "tunnelMemory"], error);
+            section.problem("sessionMemory", error);
         }
     }
 }

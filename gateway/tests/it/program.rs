@@ -79,6 +79,60 @@ async fn d16_an_error_is_reported_once() {
     assert!(level.contains("--log-level") && level.lines().count() == 1, "{level}");
 }
 
+/// Goal: D15: `--check` names every mistake at once, each with its place, and tries the directory and the ports; `--schema` is what
+/// editors take.
+#[test]
+fn d15_check_names_all_and_tries_what_it_can() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("gateway.yaml");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_towline-gateway"));
+        command.args(arguments).env_clear().env("TOWLINE_CONFIG", &path).output().unwrap()
+    };
+    let check = || {
+        let output = run(&["--check"]);
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut config = crate::common::config(directory.path());
+    config.admin.address = taken.local_addr().unwrap();
+    config.state_directory = Some("/proc/towline".into());
+    if let Some(front) = &mut config.tls.front {
+        std::mem::swap(&mut front.certificate, &mut front.key);
+    }
+    let good = config.to_yaml();
+    std::fs::write(&path, &good).unwrap();
+    let tried = check();
+    let file = path.display();
+    let line = |key: &str| 1 + good.lines().position(|line| line.trim_start().starts_with(key)).unwrap();
+    for (at, key, what) in [
+        (line("stateDirectory:"), "stateDirectory", "/proc cannot be written"),
+        (line("front:"), "tls.front", "Are certificate and key file swapped?"),
+    ] {
+        let found = tried
+            .lines()
+            .find(|line| line.contains(&format!(": {key}: ")))
+            .unwrap_or_else(|| panic!("{tried}"));
+        assert!(found.contains(&format!("{file}:{at}:")) && found.contains(what), "{tried}");
+    }
+    let port = format!("admin.address: {} (TCP) cannot be opened", config.admin.address);
+    assert!(tried.contains(&port) && tried.contains(&format!("process {}", std::process::id())), "{tried}");
+
+    std::fs::write(&path, format!("stateDir: a\n{good}threads: many\n")).unwrap();
+    let read = check();
+    assert!(
+        read.contains(&format!("{file}:1:1: stateDir: there is no such key; did you mean stateDirectory?")),
+        "{read}"
+    );
+    assert!(read.contains("threads: must be a whole number, not \"many\""), "{read}");
+
+    let schema = run(&["--schema"]);
+    assert!(schema.status.success());
+    let schema: serde_json::Value = serde_json::from_slice(&schema.stdout).unwrap();
+    assert_eq!(schema["properties"]["limits"]["properties"]["connections"]["default"], 16_384);
+}
+
 /// FR-16: a low soft limit has no effect, as for any Go program: it is raised to the hard limit.
 #[tokio::test]
 async fn fr_16_the_soft_limit_on_descriptors_is_raised() {

@@ -1,4 +1,4 @@
-//! Which keys do the documents name? For tests that hold documents and samples against a schema.
+//! The keys and samples in documents, for tests that compare them with a schema.
 
 use serde_json::Value;
 

@@ -49,6 +49,6 @@ pub use near::near;
 pub use read::{API_VERSION, Configuration, KINDS, check, read, schema, to_yaml};
 pub use schema::{Schema, violations};
 pub use section::{Section, Spot};
-pub use shown::Shown;
+pub use shown::{Legal, Shown};
 pub use units::ByteSize;
-pub use values::{Each, Own, Predicate, Reads, Secret, Size, Text, legal, within};
+pub use values::{Each, Own, Predicate, Reads, Secret, Size, Text, legal, optional, required, within};

@@ -89,7 +89,7 @@ macro_rules! section {
                 $(
                     let $field = {
                         let spot = section.spot(&$crate::section!(@key $field $key));
-                        $crate::section!(@take section spot [$type] $how $default $range)
+                        $crate::section!(@take spot [$type] $how $default $range)
                     };
                 )*
                 section.close();
@@ -161,7 +161,7 @@ macro_rules! section {
 
     (@range $schema:ident [$type:ty] $how:tt []) => { $schema };
     (@range $schema:ident [$type:ty] $how:tt [$range:expr]) => {
-        $schema.range::<$crate::section!(@how $how), $type>(&$range)
+        $schema.range(&$crate::legal::<$crate::section!(@how $how), $type>(&$range))
     };
 
     (@within $spot:ident ($value:expr) [$type:ty] $how:tt []) => {{
@@ -174,20 +174,20 @@ macro_rules! section {
 
     (@legal $spot:ident [$type:ty] $how:tt []) => { $spot };
     (@legal $spot:ident [$type:ty] $how:tt [$range:expr]) => {
-        $spot.legal($crate::legal::<$crate::section!(@how $how), $type>(&$range))
+        $spot.legal(&$crate::legal::<$crate::section!(@how $how), $type>(&$range))
     };
 
-    (@take $section:ident $spot:ident [$type:ty] $how:tt [$default:expr] $range:tt) => {{
+    (@take $spot:ident [$type:ty] $how:tt [$default:expr] $range:tt) => {{
         let spot = $crate::section!(@legal $spot [$type] $how $range);
-        let read = $section.optional::<$crate::section!(@how $how), $type>(&spot);
+        let read = $crate::optional::<$crate::section!(@how $how), $type>(&spot);
         match read.filter(|value| $crate::section!(@within spot (value) [$type] $how $range)) {
             Some(value) => value,
             None => $default,
         }
     }};
-    (@take $section:ident $spot:ident [$type:ty] $how:tt [] $range:tt) => {{
+    (@take $spot:ident [$type:ty] $how:tt [] $range:tt) => {{
         let spot = $crate::section!(@legal $spot [$type] $how $range);
-        let read = $section.required::<$crate::section!(@how $how), $type>(&spot);
+        let read = $crate::required::<$crate::section!(@how $how), $type>(&spot);
         read.filter(|value| $crate::section!(@within spot (value) [$type] $how $range))
     }};
 

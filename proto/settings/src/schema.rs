@@ -1,9 +1,7 @@
 //! The JSON schema of a configuration: draft 7, which the YAML language server of editors reads.
 
-use crate::shown::Shown;
-use crate::values::{Reads, ends};
+use crate::shown::{Legal, Shown};
 use serde_json::{Map, Value, json};
-use std::ops::RangeBounds;
 
 /// A schema that is being made.
 #[derive(Clone, Debug)]
@@ -82,9 +80,8 @@ impl Schema {
 
     /// Says which values are legal.
     #[must_use]
-    pub fn range<R: Reads<T>, T>(mut self, range: &impl RangeBounds<T>) -> Self {
-        let (low, high) = ends::<R, T>(range);
-        for (key, end) in [("minimum", &low), ("maximum", &high)] {
+    pub fn range(mut self, legal: &Legal) -> Self {
+        for (key, end) in [("minimum", &legal.low), ("maximum", &legal.high)] {
             if let Some(Shown::Number(number)) = end
                 && let Ok(number) = i64::try_from(*number)
             {
@@ -92,8 +89,8 @@ impl Schema {
             }
         }
         let own = self.0.get("description").and_then(Value::as_str).unwrap_or_default();
-        let legal = format!("{own} Legal: {}.", crate::values::legal::<R, T>(range));
-        self.0.insert("description".to_owned(), legal.trim().into());
+        let both = format!("{own} Legal: {legal}.");
+        self.0.insert("description".to_owned(), both.trim().into());
         self
     }
 

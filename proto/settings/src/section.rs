@@ -3,7 +3,7 @@
 use crate::document::{Entry, Node, Value, clipped};
 use crate::findings::Findings;
 use crate::near::near;
-use crate::values::Reads;
+use crate::shown::Legal;
 use std::cell::RefCell;
 use std::fmt;
 use std::path::Path;
@@ -27,8 +27,8 @@ impl<'a> Spot<'a> {
 
     /// Says which values are legal.
     #[must_use]
-    pub fn legal(self, legal: String) -> Self {
-        Self { legal, ..self }
+    pub fn legal(self, legal: &Legal) -> Self {
+        Self { legal: legal.to_string(), ..self }
     }
 
     /// Notes a problem with the value.
@@ -155,19 +155,6 @@ impl<'a> Section<'a> {
         }
         self.known.borrow_mut().push(key.to_owned());
         Spot { findings: self.findings, node, path, legal: String::new() }
-    }
-
-    /// The value of a key that may be missing: `None` then, and if what is there cannot be read, which is noted.
-    #[must_use]
-    pub fn optional<R: Reads<T>, T>(&self, spot: &Spot<'_>) -> Option<T> {
-        spot.node?;
-        R::read(spot)
-    }
-
-    /// The value of a key without a default.
-    #[must_use]
-    pub fn required<R: Reads<T>, T>(&self, spot: &Spot<'_>) -> Option<T> {
-        if spot.node.is_some() { R::read(spot) } else { R::absent(spot) }
     }
 
     /// Notes a problem with the value of a key.

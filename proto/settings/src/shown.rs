@@ -50,3 +50,21 @@ impl fmt::Display for Shown {
         }
     }
 }
+
+/// The ends of a range, for a sentence: `1 to 16`, `at least 1s`, `at most 64KiB`.
+#[derive(Clone, Debug)]
+pub struct Legal {
+    pub(crate) low: Option<Shown>,
+    pub(crate) high: Option<Shown>,
+}
+
+impl fmt::Display for Legal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.low, &self.high) {
+            (Some(low), Some(high)) => write!(f, "{low} to {high}"),
+            (Some(low), None) => write!(f, "at least {low}"),
+            (None, Some(high)) => write!(f, "at most {high}"),
+            (None, None) => f.write_str("anything"),
+        }
+    }
+}

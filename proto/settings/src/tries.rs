@@ -1,4 +1,4 @@
-//! What can be tried before a program starts, for `--check`? Whether a directory can be written, and whether a port is free.
+//! Trials for `--check`: whether a directory can be written, and whether a port is free.
 
 use crate::findings::Findings;
 use std::fs::{self, OpenOptions};

@@ -3,7 +3,7 @@
 use crate::document::clipped;
 use crate::schema::Schema;
 use crate::section::Spot;
-use crate::shown::Shown;
+use crate::shown::{Legal, Shown};
 use crate::units::{self, ByteSize, DURATION_PATTERN, SIZE_PATTERN};
 use std::fmt;
 use std::marker::PhantomData;
@@ -390,24 +390,27 @@ impl Reads<NonZeroUsize> for Own {
     }
 }
 
-/// A range for a sentence: `1 to 16`, `at least 1s`, `at most 64KiB`.
+/// The value of a key that may be missing. `None` also if the value cannot be read, which is noted.
 #[must_use]
-pub fn legal<R: Reads<T>, T>(range: &impl RangeBounds<T>) -> String {
-    let (low, high) = ends::<R, T>(range);
-    match (low, high) {
-        (Some(low), Some(high)) => format!("{low} to {high}"),
-        (Some(low), None) => format!("at least {low}"),
-        (None, Some(high)) => format!("at most {high}"),
-        (None, None) => String::new(),
-    }
+pub fn optional<R: Reads<T>, T>(spot: &Spot<'_>) -> Option<T> {
+    spot.node?;
+    R::read(spot)
 }
 
-pub(crate) fn ends<R: Reads<T>, T>(range: &impl RangeBounds<T>) -> (Option<Shown>, Option<Shown>) {
+/// The value of a key without a default.
+#[must_use]
+pub fn required<R: Reads<T>, T>(spot: &Spot<'_>) -> Option<T> {
+    if spot.node.is_some() { R::read(spot) } else { R::absent(spot) }
+}
+
+/// A range, as it is printed.
+#[must_use]
+pub fn legal<R: Reads<T>, T>(range: &impl RangeBounds<T>) -> Legal {
     let show = |bound: Bound<&T>| match bound {
         Bound::Included(value) | Bound::Excluded(value) => Some(R::show(value)),
         Bound::Unbounded => None,
     };
-    (show(range.start_bound()), show(range.end_bound()))
+    Legal { low: show(range.start_bound()), high: show(range.end_bound()) }
 }
 
 /// Whether a value is legal; what is not is noted. A value that is missing is.
