@@ -1,15 +1,5 @@
-//! What is wrong with a configuration, before an agent starts with it? Every file is read as a start would read it, and what can be
-//! tried is tried. All problems are told at once, each with its place in the file.
-
-use std::path::Path;
-use std::time::SystemTime;
-
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-use towline_certs::load::{FileBytes, LoadPolicy, load_credential, load_roots};
-use towline_certs::tls;
-use towline_settings::Findings;
-use towline_settings::tries::{self, Protocol};
+//! Checks a configuration before an agent starts with it. It reads every file as a start does, tries the identity's directory and the
+//! health port, and reports all problems at once, each with its place in the file.
 
 use crate::config::{AgentConfig, AgentMode, IdentityConfig, IdentityFiles, JoinConfig, Problems};
 use crate::dial::proxy::Proxy;
@@ -17,6 +7,14 @@ use crate::metrics::Metrics;
 use crate::reload::open_kept;
 use crate::upstream::token::TokenFile;
 use crate::upstream::{Resources, Upstream};
+use std::path::Path;
+use std::time::SystemTime;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use towline_certs::load::{FileBytes, LoadPolicy, load_credential, load_roots};
+use towline_certs::tls;
+use towline_settings::Findings;
+use towline_settings::tries::{self, Protocol};
 
 /// Reads every file that `config` names, and tries the identity's directory and the health port. What is tolerated is logged.
 ///

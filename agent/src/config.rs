@@ -22,7 +22,13 @@ pub use towline_settings::Problems;
 use crate::config::address::{Address, Host, special};
 use crate::config::file::{AgentFile, ImpersonateSection, ModeWord, in_cluster};
 use crate::config::proxy::{ProxyConfig, ProxySection};
-use crate::sessions::transport::TransportMode;
+
+/// What the names of Kubernetes' own users and groups begin with.
+const SYSTEM: &str = "system:";
+const IN_CLUSTER_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+/// Where the rendered manifest mounts the token with which the agent joins.
+const PROJECTED_TOKEN: &str = "/var/run/secrets/towline/token";
+const IN_CLUSTER_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 
 /// The agent's configuration, complete and free of contradictions.
 #[derive(Clone, Debug)]
@@ -111,6 +117,16 @@ impl ImpersonateConfig {
     pub fn names_group(&self, group: &str) -> bool {
         self.groups.as_ref().is_none_or(|groups| groups.contains(group))
     }
+}
+
+/// Over which transport the tunnel runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TransportMode {
+    /// QUIC where it works, TCP where it does not.
+    #[default]
+    Auto,
+    Quic,
+    Tcp,
 }
 
 /// The API server.
@@ -275,6 +291,11 @@ impl IdentityConfig {
     }
 }
 
+/// Whether a name or a group is one of Kubernetes' own.
+pub(crate) fn is_system(name: &str) -> bool {
+    name.get(..SYSTEM.len()).is_some_and(|start| start.eq_ignore_ascii_case(SYSTEM))
+}
+
 impl fmt::Display for AgentMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -283,11 +304,6 @@ impl fmt::Display for AgentMode {
         })
     }
 }
-
-const IN_CLUSTER_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
-/// Where the rendered manifest mounts the token with which the agent joins.
-const PROJECTED_TOKEN: &str = "/var/run/secrets/towline/token";
-const IN_CLUSTER_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 
 #[cfg(test)]
 mod tests {

@@ -43,7 +43,6 @@ mod upstream;
 
 pub use agent::{Agent, StartError};
 pub use check::check;
-pub use config::{AgentConfig, AgentMode, IdentityConfig, Problems};
+pub use config::{AgentConfig, AgentMode, IdentityConfig, Problems, TransportMode};
 pub use identity::enrol::{AnswerError, AttemptError, EnrolError};
 pub use reload::LiveError;
-pub use sessions::transport::TransportMode;

@@ -1,22 +1,22 @@
-//! How is the agent's file written? Each section is described once; its reader, what `--check` prints and the JSON schema come from
-//! that.
+//! The sections of the agent's file. Each is described once; its reader, the output of `--check` and the JSON schema come from that.
 
+use crate::config::address::{Address, Host, special};
+use crate::config::proxy::{ProxyConfig, ProxySection};
+use crate::config::{IN_CLUSTER_TOKEN, PROJECTED_TOKEN, TransportMode, Url, is_system};
 use std::collections::HashSet;
 use std::env;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
-
 use towline_certs::SpkiPin;
 use towline_proto::mux::Limits;
 use towline_proto::open::HEAD_MAX_BYTES;
 use towline_settings::{Configuration, Each, Predicate, Section, Size, Text, section, words};
 
-use crate::config::address::{Address, Host, special};
-use crate::config::proxy::{ProxyConfig, ProxySection};
-use crate::config::{IN_CLUSTER_TOKEN, PROJECTED_TOKEN, Url};
-use crate::serve::impersonate::is_system;
-use crate::sessions::transport::TransportMode;
+/// Gateway addresses.
+const ADDRESSES_MAX: usize = 16;
+/// Targets of one agent (CF-09).
+const TARGETS_MAX: usize = 1000;
 
 section! {
     /// The agent's file.
@@ -477,8 +477,3 @@ const fn seconds(seconds: u64) -> Duration {
 const fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
-
-/// Gateway addresses.
-const ADDRESSES_MAX: usize = 16;
-/// Targets of one agent (CF-09).
-const TARGETS_MAX: usize = 1000;

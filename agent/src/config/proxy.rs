@@ -4,9 +4,11 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
-
 use towline_proto::dial::proxy::{NoProxy, NoProxyEntry, ProxyUrl, Source};
 use towline_settings::{Each, Secret, Section, section};
+
+/// What `proxy.url` is to use no proxy, whatever the environment says.
+const OFF: &str = "none";
 
 /// The configured proxy.
 #[derive(Clone, Debug)]
@@ -128,6 +130,3 @@ impl fmt::Display for ProxyTo {
         }
     }
 }
-
-/// What `proxy.url` is to use no proxy, whatever the environment says.
-const OFF: &str = "none";

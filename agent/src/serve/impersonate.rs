@@ -17,7 +17,7 @@ use http::HeaderValue;
 use thiserror::Error;
 use towline_proto::open::{Header, Mode, Principal, Request};
 
-use crate::config::{AgentMode, ImpersonateConfig};
+use crate::config::{AgentMode, ImpersonateConfig, is_system};
 
 /// Why a request is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -138,11 +138,6 @@ fn impersonation(
     Ok(headers)
 }
 
-/// Whether a name or a group is one of Kubernetes' own.
-pub(crate) fn is_system(name: &str) -> bool {
-    name.get(..SYSTEM.len()).is_some_and(|start| start.eq_ignore_ascii_case(SYSTEM))
-}
-
 fn brings_credential(header: &Header, upgrade: &str) -> bool {
     if header.name.eq_ignore_ascii_case(b"authorization") {
         let value = header.value.trim_ascii();
@@ -180,7 +175,6 @@ fn without_bearer_protocol(value: &[u8]) -> Admitted {
 }
 
 const BEARER: &[u8] = b"bearer ";
-const SYSTEM: &str = "system:";
 const CARRIERS: &[&[u8]] = &[b"authorization", b"proxy-authorization", b"x-forwarded-client-cert"];
 const CARRIER_PREFIXES: &[&[u8]] = &[b"impersonate-", b"x-remote-"];
 const BEARER_PROTOCOL: &[u8] = b"base64url.bearer.authorization.k8s.io";

@@ -551,7 +551,8 @@ mod tests {
     use towline_proto::tunnel::SessionConfig;
 
     use super::*;
-    use crate::sessions::transport::{Settings, TransportMode};
+    use crate::config::TransportMode;
+    use crate::sessions::transport::Settings;
 
     /// The results of the next attempts, and what happened to the sessions. Time is virtual.
     struct World {

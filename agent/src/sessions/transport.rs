@@ -13,18 +13,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::config::TransportMode;
 use tokio::time::Instant;
 use towline_proto::tunnel::Transport;
-
-/// The transports that the configuration allows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TransportMode {
-    /// QUIC where it works, TCP where it does not.
-    #[default]
-    Auto,
-    Quic,
-    Tcp,
-}
 
 /// Why a session runs over its transport: for the readiness page, and as the metric label `reason`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -68,10 +68,10 @@ fn a_bad_configuration_is_refused_with_every_reason() {
     };
     let good = world.yaml(&[at()], at(), "");
     refused("", &["agent.yaml: is empty"]);
-    refused(&good.replace("identity:", "identty:"), &["agent.yaml:4: identty", "did you mean identity?"]);
+    refused(&good.replace("identity:", "identty:"), &["agent.yaml:4:1: identty", "did you mean identity?"]);
     refused(
         &format!("{good}impersonate: {{ tokenFile: x }}\n"),
-        &["agent.yaml:9: impersonate", "restricted"],
+        &["agent.yaml:9:1: impersonate", "restricted"],
     );
     refused(&good.replace("agent-east.key", "front-ca.key"), &["is not the key of"]);
     refused(&good.replace("front-ca.crt", "none.crt"), &["none.crt: there is no such file"]);

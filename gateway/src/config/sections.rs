@@ -12,6 +12,9 @@ use towline_proto::mux;
 use towline_proto::open::FIELDS_MAX;
 use towline_settings::{ByteSize, Each, Own, Reads, Schema, Section, Shown, Spot, Text, section, words};
 
+/// The shortest time that is one.
+const MOMENT: Duration = Duration::from_millis(1);
+
 section! {
     /// The public listener: front and tunnel on one port.
     #[derive(Clone, Debug)]
@@ -494,9 +497,6 @@ section! {
         pub watch_hold: Duration = seconds(30), in ..=seconds(300);
     }
 }
-
-/// The shortest time that is one.
-const MOMENT: Duration = Duration::from_millis(1);
 
 const fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)

@@ -8,6 +8,9 @@ use std::cell::RefCell;
 use std::fmt;
 use std::path::Path;
 
+/// Sections with no more keys than this name all of them.
+const LISTED_MAX: usize = 12;
+
 /// The place of one value: its node, if it is there, and its path.
 #[derive(Debug)]
 pub struct Spot<'a> {
@@ -208,6 +211,3 @@ fn listed(words: &[&str]) -> String {
         None => String::new(),
     }
 }
-
-/// Sections with no more keys than this name all of them.
-const LISTED_MAX: usize = 12;

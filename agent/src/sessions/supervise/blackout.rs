@@ -33,12 +33,13 @@ use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig, Tran
 
 use super::{Begin, Slot};
 use crate::admin::Admin;
+use crate::config::TransportMode;
 use crate::config::address::Address;
 use crate::dial::DialError;
 use crate::metrics::Metrics;
 use crate::sessions::backoff::Backoff;
 use crate::sessions::links::Links;
-use crate::sessions::transport::{Policy, Reason, Settings, TransportMode};
+use crate::sessions::transport::{Policy, Reason, Settings};
 
 const ROUNDS: u64 = 100;
 const CUT: Duration = Duration::from_secs(30);
