@@ -1,116 +1,16 @@
-//! A YAML writer: block style, keys in order. It quotes every text that some YAML parser could read as another type, such as `yes`
-//! (a boolean for kubectl) and `012` (a number).
+//! A YAML writer: block style, keys in order. serde-saphyr quotes every text that some YAML parser could read as another type, such as
+//! `yes` (a boolean for kubectl) and `012` (a number).
 
 use serde_json::Value;
+use serde_saphyr::ser_options;
 
 /// The object as a document.
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 pub(crate) fn text(value: &Value) -> String {
-    let mut out = String::new();
-    match value {
-        Value::Object(fields) if !fields.is_empty() => block(value, 0, &mut out),
-        Value::Array(items) if !items.is_empty() => block(value, 0, &mut out),
-        other => {
-            out.push_str(&scalar(other));
-            out.push('\n');
-        }
-    }
-    out
-}
-
-/// A collection that is not empty, each of its lines indented.
-fn block(value: &Value, depth: usize, out: &mut String) {
-    let indent = "  ".repeat(depth);
-    match value {
-        Value::Object(fields) => {
-            for (key, value) in fields {
-                out.push_str(&format!("{indent}{}:", word(key)));
-                after(value, depth, out);
-            }
-        }
-        Value::Array(items) => {
-            for item in items {
-                out.push_str(&format!("{indent}-"));
-                if let Value::Object(fields) = item
-                    && !fields.is_empty()
-                {
-                    // The first key stands beside the dash.
-                    let mut inner = String::new();
-                    block(item, depth + 1, &mut inner);
-                    out.push_str(&inner.replacen(&"  ".repeat(depth + 1), " ", 1));
-                } else {
-                    after(item, depth, out);
-                }
-            }
-        }
-        _ => {}
-    }
-}
-
-/// What comes after a colon or a dash.
-fn after(value: &Value, depth: usize, out: &mut String) {
-    match value {
-        Value::Object(fields) if !fields.is_empty() => {
-            out.push('\n');
-            block(value, depth + 1, out);
-        }
-        Value::Array(items) if !items.is_empty() => {
-            out.push('\n');
-            // Lists stand at their key's depth, as kubectl writes them.
-            block(value, if out.trim_end().ends_with('-') { depth + 1 } else { depth }, out);
-        }
-        Value::String(text) if is_lines(text) => {
-            out.push_str(if text.ends_with('\n') { " |\n" } else { " |-\n" });
-            for line in text.lines() {
-                out.push_str(&format!("{}{line}\n", "  ".repeat(depth + 1)));
-            }
-        }
-        other => {
-            out.push_str(&format!(" {}\n", scalar(other)));
-        }
-    }
-}
-
-/// Whether a text reads best as lines, and comes back as it was.
-fn is_lines(text: &str) -> bool {
-    let body = text.strip_suffix('\n').unwrap_or(text);
-    let plain = |line: &str| {
-        !line.is_empty() && line == line.trim() && line.chars().all(|c| c.is_ascii_graphic() || c == ' ')
-    };
-    body.contains('\n') && body.split('\n').all(plain)
-}
-
-fn scalar(value: &Value) -> String {
-    match value {
-        Value::String(text) => word(text),
-        Value::Object(_) => "{}".to_owned(),
-        Value::Array(_) => "[]".to_owned(),
-        other => other.to_string(),
-    }
-}
-
-/// A text, in quotes unless it is plainly one.
-fn word(text: &str) -> String {
-    let first = text.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '/');
-    let inside =
-        |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ':' | '+' | '=' | '@');
-    let plain = first && text.chars().all(inside) && !text.ends_with(':');
-    let lower = text.to_ascii_lowercase();
-    let taken =
-        ["true", "false", "yes", "no", "on", "off", "y", "n", "null", "nan", "inf"].contains(&lower.as_str());
-    if plain && !taken {
-        return text.to_owned();
-    }
-    // JSON's quotes are YAML's, except for what JSON leaves alone and YAML takes for an end of line or for no text.
-    let quoted = Value::from(text).to_string();
-    quoted.chars().fold(String::with_capacity(quoted.len()), |mut out, c| {
-        match c {
-            '\u{7f}'..='\u{9f}' | '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}' => {
-                out.push_str(&format!("\\u{:04x}", u32::from(c)));
-            }
-            c => out.push(c),
-        }
-        out
-    })
+    // Long texts are tokens and certificates: they are never folded.
+    let options = ser_options! { folded_wrap_chars: usize::MAX };
+    serde_saphyr::to_string_with_options(value, options)
+        .expect("JSON has a YAML form, and a String takes all of it")
 }
 
 #[cfg(test)]
@@ -130,8 +30,35 @@ mod tests {
         assert!(written.contains("list:\n- name: entry\n  user:\n    token: t\n- \"yes\"\n"), "{written}");
         assert!(written.contains("text: |\n  one\n  two\n"), "{written}");
         assert_eq!(serde_saphyr::from_str::<Value>(&written).unwrap(), object, "{written}");
-        // What other readers refuse inside quotes.
-        assert_eq!(text(&json!("\u{7f}\u{9b}\u{2028}x")), "\"\\u007f\\u009b\\u2028x\"\n");
+        // Other readers refuse these inside quotes unless they are escaped.
+        let control = text(&json!("\u{7f}\u{9b}\u{2028}x"));
+        assert!(control.is_ascii() && !control.contains('\u{7f}'), "{control:?}");
+    }
+
+    /// kubectl reads YAML 1.1, in which these keys and values are not texts, and control characters of C1 are refused.
+    #[test]
+    fn keys_and_values_are_texts_in_yaml_1_1_too() {
+        for word in [
+            "on", "Off", "yes", "NO", "y", "n", "true", "null", "~", "012", "0x1f", "1_000", "1:30", ".inf",
+            "=", "<<",
+        ] {
+            for written in [text(&json!({ (word): "x" })), text(&json!([word]))] {
+                assert!(
+                    written.contains(&format!("'{word}'")) || written.contains(&format!("\"{word}\"")),
+                    "{written}"
+                );
+            }
+        }
+        for c in ('\u{7f}'..='\u{9f}')
+            .filter(|c| *c != '\u{85}')
+            .chain(['\u{85}', '\u{feff}', '\u{fffe}', '\u{2029}'])
+        {
+            for object in [json!({ (format!("a{c}")): "x" }), json!([format!("a{c}b")])] {
+                let written = text(&object);
+                assert!(written.is_ascii() && !written.contains('\u{7f}'), "{written:?}");
+                assert_eq!(serde_saphyr::from_str::<Value>(&written).unwrap(), object, "{written}");
+            }
+        }
     }
 
     fn value() -> impl Strategy<Value = Value> {
@@ -156,7 +83,7 @@ mod tests {
         leaf.prop_recursive(4, 32, 5, |inner| {
             prop_oneof![
                 prop::collection::vec(inner.clone(), 0..5).prop_map(Value::from),
-                prop::collection::btree_map("[a-z:# \n-]{0,6}", inner, 0..5)
+                prop::collection::btree_map("on|yes|[a-z:# \n\u{80}-\u{9f}-]{0,6}", inner, 0..5)
                     .prop_map(|fields| Value::Object(fields.into_iter().collect())),
             ]
         })
