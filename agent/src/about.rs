@@ -9,10 +9,10 @@ use tokio::time::{Duration, sleep};
 use towline_proto::join::{About, AgentMode, ApiServer, CAPABILITY_ABOUT, Notice};
 use towline_proto::tunnel::Session;
 
+use crate::random::random_fraction;
 use crate::reload::Live;
-use crate::sessions::backoff::random_fraction;
 use crate::upstream::ask;
-use crate::upstream::reach::{self, State};
+use crate::upstream::reach::{State, look};
 
 /// What the agent knows about the cluster.
 #[derive(Debug, Default)]
@@ -32,7 +32,7 @@ impl Known {
 /// Looks whether the API server can be used, from the moment on that a gateway wants to know. Runs until it is dropped.
 pub(crate) async fn look(live: Arc<Live>, known: Arc<Known>) {
     known.wait_wanted().await;
-    reach::keep(live).await;
+    look::keep(live).await;
 }
 
 /// Asks the API server for its version again and again, from the moment on that a gateway wants to know. Runs until it is dropped.

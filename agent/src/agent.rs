@@ -23,15 +23,19 @@ use crate::dial::quic::Quic;
 use crate::dial::{self, Dialler};
 use crate::identity::enrol::Enroller;
 use crate::identity::issuer::IssuerSource;
-use crate::identity::keep::{self, Found, Keeper, Place, Said};
+use crate::identity::keep::{self, Keeper};
+use crate::identity::notices::{self, Said};
+use crate::identity::place::{self, Found, Place};
 use crate::metrics::Metrics;
+use crate::random::random_fraction;
 use crate::reload::{self, Live, LiveError};
-use crate::serve::{self, Service};
-use crate::sessions::backoff::{Backoff, random_fraction};
+use crate::serve;
+use crate::serve::service::Service;
+use crate::sessions::backoff::Backoff;
 use crate::sessions::links::Links;
+use crate::sessions::policy::{Policy, Settings};
 use crate::sessions::supervise::{Begin, Retired, Slot};
-use crate::sessions::transport::{Policy, Settings};
-use crate::upstream::Resources;
+use crate::upstream::resources::Resources;
 
 /// Why an agent cannot start.
 #[derive(Debug, Error)]
@@ -42,7 +46,7 @@ pub enum StartError {
     Files(#[from] LiveError),
     /// Another agent uses the same directory.
     #[error(transparent)]
-    InUse(#[from] keep::InUse),
+    InUse(#[from] place::InUse),
     /// The health port cannot be opened.
     #[error("cannot listen on the health port {address}: {cause}. Set admin.address to a free address")]
     Admin { address: SocketAddr, cause: io::Error },
@@ -139,10 +143,10 @@ impl Agent {
         boot_id: &[u8],
         found: Found,
     ) -> mpsc::Sender<Said> {
-        let (sender, said) = mpsc::channel(keep::SAID_MAX);
+        let (sender, said) = mpsc::channel(notices::SAID_MAX);
         match &config.identity {
             IdentityConfig::Files(files) => {
-                self.spawn(keep::watch_files(files.ca.clone(), said, metrics.clone()));
+                self.spawn(notices::watch_files(files.ca.clone(), said, metrics.clone()));
             }
             IdentityConfig::Join(join) => {
                 let enroller = Enroller {
@@ -332,7 +336,7 @@ fn begin_on(
     match begin {
         Begin::Serve(session, address, why) => {
             let registered = links.register(session.clone(), address, why);
-            let heard = keep::listen(session.clone(), keeper.clone());
+            let heard = notices::listen(session.clone(), keeper.clone());
             service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(heard));
             let told = about::tell(session.clone(), Arc::clone(&service.live), Arc::clone(known));
             service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(told));

@@ -5,8 +5,9 @@ use crate::config::{AgentConfig, AgentMode, IdentityConfig, IdentityFiles, JoinC
 use crate::dial::proxy::Proxy;
 use crate::metrics::Metrics;
 use crate::reload::open_kept;
+use crate::upstream::Upstream;
+use crate::upstream::resources::Resources;
 use crate::upstream::token::TokenFile;
-use crate::upstream::{Resources, Upstream};
 use std::path::Path;
 use std::time::SystemTime;
 use tokio_util::sync::CancellationToken;

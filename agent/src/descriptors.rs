@@ -1,9 +1,6 @@
 //! File descriptors of the process: raises the soft limit, checks it against the configured limits, and recognises errors
 //! that mean that none are left.
 
-use std::io;
-
-use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::AgentConfig;
@@ -34,22 +31,5 @@ fn needed(config: &AgentConfig) -> u64 {
     u64::from(config.limits.upstream_connections) + sessions + crate::admin::CONNECTIONS_MOST + SPARE
 }
 
-/// Whether an operation failed because this process, or this machine, has no descriptor left.
-pub(crate) fn is_exhausted(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
-}
-
 /// For standard streams, the event queue, the UDP socket, name resolution, and files that are read again.
 const SPARE: u64 = 64;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_lack_of_descriptors_is_one() {
-        let error = |errno: Errno| io::Error::from(errno);
-        assert!(is_exhausted(&error(Errno::MFILE)) && is_exhausted(&error(Errno::NFILE)));
-        assert!(!is_exhausted(&error(Errno::CONNREFUSED)) && !is_exhausted(&io::ErrorKind::Other.into()));
-    }
-}

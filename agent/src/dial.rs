@@ -24,11 +24,10 @@ use towline_proto::text::{Lasting, Printable};
 use towline_proto::tunnel::{Session, SessionConfig, Transport, socket};
 
 use crate::config::address::{Address, Host, Reach};
-use crate::dial::connect::ConnectError;
+use crate::dial::connect::{ConnectError, server_name};
 use crate::dial::proxy::{Leg, Proxy, ProxyError};
 use crate::dial::quic::{Quic, QuicError};
 use crate::reload::Live;
-use crate::upstream::server_name;
 
 /// Why an attempt failed.
 #[derive(Debug, Error)]

@@ -35,14 +35,16 @@ pub mod dial;
 mod identity;
 pub mod log;
 mod metrics;
+mod random;
 mod reload;
 pub mod runtime;
 mod serve;
 mod sessions;
+mod transport;
 mod upstream;
 
 pub use agent::{Agent, StartError};
 pub use check::check;
 pub use config::{AgentConfig, AgentMode, IdentityConfig, Problems, TransportMode};
-pub use identity::enrol::{AnswerError, AttemptError, EnrolError};
+pub use identity::error::{AnswerError, AttemptError, EnrolError};
 pub use reload::LiveError;

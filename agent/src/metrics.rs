@@ -10,7 +10,7 @@ use prometheus::{
 use tokio::runtime::Handle;
 use towline_proto::tunnel::Transport;
 
-use crate::sessions::transport::Reason;
+use crate::transport::Reason;
 
 /// Handles of all metrics.
 #[derive(Clone, Debug)]

@@ -18,14 +18,16 @@ use towline_proto::Code;
 
 use crate::config::{AgentConfig, AgentMode, IdentityConfig, IdentityFiles, JoinConfig, Problems};
 use crate::dial::proxy::{AccessFiles, Proxy};
-use crate::identity::enrol::{self, EnrolError};
-use crate::identity::keep::{Found, Place};
+use crate::identity::error::EnrolError;
+use crate::identity::files::read_token;
+use crate::identity::place::{Found, Place};
 use crate::metrics::Metrics;
-use crate::serve::exchange::Failed;
+use crate::serve::outcome::Failed;
 use crate::upstream::reach::Reach;
+use crate::upstream::resources::Resources;
 use crate::upstream::targets::Targets;
 use crate::upstream::token::{TokenError, TokenFile};
-use crate::upstream::{Resources, Upstream, UpstreamError};
+use crate::upstream::{Upstream, UpstreamError};
 
 /// Why files cannot be used.
 #[derive(Debug, Error)]
@@ -188,7 +190,7 @@ fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, LiveErro
 pub(crate) fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
     let found = Place::of(join).open()?;
     let cluster = join.service_account.as_ref().map(|account| account.cluster.as_str());
-    let token = join.token_file.as_deref().map(|path| enrol::read_token(path, cluster)).transpose();
+    let token = join.token_file.as_deref().map(|path| read_token(path, cluster)).transpose();
     if found.held.is_some() || join.service_account.is_some() {
         // The token was used, or another proof may work. An error in it is reported when the token is needed.
         return Ok(found);

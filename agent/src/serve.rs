@@ -7,13 +7,12 @@ pub(crate) mod blame;
 pub(crate) mod exchange;
 pub(crate) mod head;
 pub(crate) mod impersonate;
+pub(crate) mod outcome;
+pub(crate) mod service;
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
-use tokio::time::{Duration, timeout};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio::time::timeout;
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
 use towline_proto::open::{Answer, Connected, Open, Outcome, Raw, Want};
@@ -21,26 +20,9 @@ use towline_proto::tunnel::exchange::{HeadError, recv_head, send_head};
 use towline_proto::tunnel::splice::splice;
 use towline_proto::tunnel::{RecvStream, SendStream, Session};
 
-use crate::config::AgentMode;
-use crate::metrics::{Counted, Metrics};
-use crate::reload::Live;
-use crate::serve::exchange::{Ended, Failed};
-
-/// Everything that a stream's task needs.
-#[derive(Debug)]
-pub(crate) struct Service {
-    pub(crate) live: Arc<Live>,
-    pub(crate) mode: AgentMode,
-    pub(crate) allow_anonymous: bool,
-    pub(crate) metrics: Metrics,
-    /// One permit per exchange.
-    pub(crate) exchanges: Arc<Semaphore>,
-    pub(crate) head_max: usize,
-    pub(crate) head_timeout: Duration,
-    pub(crate) tracker: TaskTracker,
-    /// Ends every exchange at once.
-    pub(crate) stop: CancellationToken,
-}
+use crate::metrics::Counted;
+use crate::serve::outcome::{Ended, Failed, count, spliced};
+use crate::serve::service::Service;
 
 /// Accepts the streams of `session` until it ends. It only accepts; everything that may wait runs in a task of its own.
 pub(crate) async fn serve(service: Arc<Service>, session: Session) -> CloseReason {
@@ -77,12 +59,12 @@ async fn stream(service: &Service, mut send: SendStream, mut recv: RecvStream) {
             Some(Want::Request(request)) => {
                 let kind = if request.upgrade.is_empty() { "request" } else { "upgrade" };
                 let ended = Box::pin(exchange::run(service, open, request, send, recv)).await;
-                exchange::count(&service.metrics, kind, ended);
+                count(&service.metrics, kind, ended);
                 return;
             }
             Some(Want::Raw(want)) => {
                 let ended = Box::pin(raw(service, &want, send, recv)).await;
-                exchange::count(&service.metrics, "raw", ended);
+                count(&service.metrics, "raw", ended);
                 return;
             }
             None => Ended::Failed(Code::Proto),
@@ -97,7 +79,7 @@ async fn stream(service: &Service, mut send: SendStream, mut recv: RecvStream) {
         send.reset(code);
         recv.stop(code);
     }
-    exchange::count(&service.metrics, "unknown", refused);
+    count(&service.metrics, "unknown", refused);
 }
 
 /// Joins a stream with a connection to a target. The API server is none, unless the owner lists it as one.
@@ -124,7 +106,7 @@ async fn raw(service: &Service, want: &Raw, mut send: SendStream, recv: RecvStre
     if send_head(&mut send, &answer, service.head_max).await.is_err() {
         return Ended::ClientGone;
     }
-    let ended = exchange::spliced(splice(&mut io, send, recv).await.map(|_| ()));
+    let ended = spliced(splice(&mut io, send, recv).await.map(|_| ()));
     drop((permit, busy));
     ended
 }

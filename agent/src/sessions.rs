@@ -4,5 +4,5 @@
 
 pub(crate) mod backoff;
 pub(crate) mod links;
+pub(crate) mod policy;
 pub(crate) mod supervise;
-pub(crate) mod transport;

@@ -4,6 +4,7 @@
 pub(crate) mod ask;
 pub(crate) mod pool;
 pub(crate) mod reach;
+pub(crate) mod resources;
 pub(crate) mod socket;
 pub(crate) mod targets;
 pub(crate) mod token;
@@ -15,19 +16,17 @@ use std::sync::Arc;
 use http::HeaderValue;
 use rustls::ClientConfig;
 use thiserror::Error;
-use tokio::sync::Semaphore;
 use tokio::time::{Duration, Instant};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use towline_certs::load::{self, LoadError, Loaded};
 use towline_certs::{ServerName, TlsError, UpstreamProtocol, tls};
 use towline_proto::tunnel::socket as tcp;
 
 use crate::config::address::{Address, Host, Reach};
-use crate::config::{AgentConfig, ApiServerConfig, TargetConfig, TimeoutsConfig};
-use crate::dial::connect::{self, ConnectError};
-use crate::metrics::Metrics;
+use crate::config::{AgentConfig, ApiServerConfig, TargetConfig};
+use crate::dial::connect::{self, ConnectError, server_name};
+use crate::random::random_fraction;
 use crate::upstream::pool::Pool;
+use crate::upstream::resources::Resources;
 use crate::upstream::socket::{Io, Tcp};
 
 /// Why an upstream cannot be set up.
@@ -39,39 +38,6 @@ pub enum UpstreamError {
     Tls { hop: String, cause: TlsError },
     #[error("{hop}: a certificate cannot be issued for the name {host}. Set serverName")]
     Name { hop: String, host: String },
-}
-
-/// Resources that all upstreams share.
-#[derive(Clone, Debug)]
-pub(crate) struct Resources {
-    pub(crate) metrics: Metrics,
-    pub(crate) tracker: TaskTracker,
-    /// Ends every connection.
-    pub(crate) stop: CancellationToken,
-    /// One permit per connection, busy or idle, to whichever upstream.
-    pub(crate) connections: Arc<Semaphore>,
-    pub(crate) connections_max: u32,
-    pub(crate) timeouts: TimeoutsConfig,
-    pub(crate) head_max: usize,
-}
-
-impl Resources {
-    pub(crate) fn of(
-        config: &AgentConfig,
-        metrics: Metrics,
-        tracker: TaskTracker,
-        stop: CancellationToken,
-    ) -> Self {
-        Self {
-            metrics,
-            tracker,
-            stop,
-            connections: Arc::new(Semaphore::new(config.limits.upstream_connections as usize)),
-            connections_max: config.limits.upstream_connections,
-            timeouts: config.timeouts,
-            head_max: config.limits.head_max(),
-        }
-    }
 }
 
 /// One upstream.
@@ -162,7 +128,7 @@ impl Upstream {
     /// How long a new connection may live: the configured age ± a tenth, so that those made at once do not end at once.
     pub(crate) fn age(&self) -> Duration {
         let age = self.resources.timeouts.upstream_age;
-        age.mul_f64(0.9 + 0.2 * crate::sessions::backoff::random_fraction())
+        age.mul_f64(0.9 + 0.2 * random_fraction())
     }
 }
 
@@ -184,13 +150,5 @@ impl Tls {
         let bundle =
             ca.map_or_else(|| "the system's trust store".to_owned(), |path| path.display().to_string());
         Ok(Self { config, name, bundle })
-    }
-}
-
-/// The name that a certificate must have.
-pub(crate) fn server_name(host: &Host) -> Option<ServerName<'static>> {
-    match host {
-        Host::Ip(ip) => Some(ServerName::from(*ip)),
-        Host::Name(name) => ServerName::try_from(name.to_string()).ok(),
     }
 }

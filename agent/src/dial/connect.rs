@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use rustls::ClientConfig;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -16,7 +17,6 @@ use towline_certs::ServerName;
 use towline_certs::explain::{Fault, explain_naming, fault, tls_error};
 
 use crate::config::address::{Address, Host, Reach, special};
-use crate::descriptors::is_exhausted;
 
 /// Why a connection failed. The text has the cause and the remedy; the caller adds the hop.
 #[derive(Debug, Error)]
@@ -182,6 +182,19 @@ pub(crate) fn describe(error: &io::Error) -> String {
 /// Addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 16;
 
+/// Whether an operation failed because this process, or this machine, has no descriptor left.
+fn is_exhausted(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
+}
+
+/// The name that a certificate must have.
+pub(crate) fn server_name(host: &Host) -> Option<ServerName<'static>> {
+    match host {
+        Host::Ip(ip) => Some(ServerName::from(*ip)),
+        Host::Name(name) => ServerName::try_from(name.to_string()).ok(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -242,5 +255,12 @@ mod tests {
         let named = attempt(&format!("localhost:{}", at.port()), Reach::Anywhere).await.unwrap_err();
         assert!(named.to_string().contains(&format!(":{}: connection refused", at.port())), "{named}");
         assert_eq!(error.label(), "connect");
+    }
+
+    #[test]
+    fn only_a_lack_of_descriptors_is_one() {
+        let error = |errno: Errno| io::Error::from(errno);
+        assert!(is_exhausted(&error(Errno::MFILE)) && is_exhausted(&error(Errno::NFILE)));
+        assert!(!is_exhausted(&error(Errno::CONNREFUSED)) && !is_exhausted(&io::ErrorKind::Other.into()));
     }
 }

@@ -20,9 +20,8 @@ use zeroize::Zeroizing;
 
 use crate::config::Problems;
 use crate::config::address::{Address, Host, Reach};
-use crate::dial::connect::{self, ConnectError};
+use crate::dial::connect::{self, ConnectError, server_name};
 use crate::reload::LiveError;
-use crate::upstream::server_name;
 
 pub use crate::config::proxy::ProxyConfig;
 pub use towline_proto::dial::proxy::{NoProxy, ProxyUrl, Source};

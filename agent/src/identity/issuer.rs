@@ -12,7 +12,7 @@ use towline_certs::load::FileBytes;
 use towline_proto::join::Issuer;
 
 use crate::config::ServiceAccountConfig;
-use crate::identity::enrol::read_line;
+use crate::identity::files::read_line;
 use crate::reload::Live;
 use crate::upstream::ask;
 use crate::upstream::token::TokenFile;

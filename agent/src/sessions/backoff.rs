@@ -54,16 +54,6 @@ impl Backoff {
     }
 }
 
-/// An even number from 0 to 1, 1 excluded, from the crypto provider.
-pub(crate) fn random_fraction() -> f64 {
-    let mut bytes = [0; 4];
-    // Without randomness the waits are equal, which is a pity and no danger.
-    if aws_lc_rs::rand::fill(&mut bytes).is_err() {
-        return 0.5;
-    }
-    f64::from(u32::from_le_bytes(bytes)) / (f64::from(u32::MAX) + 1.0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,10 +91,5 @@ mod tests {
         assert_eq!(backoff.next(), Duration::from_secs(30));
         backoff.reset();
         assert_eq!(backoff.next(), Duration::from_millis(500));
-    }
-
-    #[test]
-    fn random_fractions_are_fractions() {
-        assert!((0..1000).map(|_| random_fraction()).all(|fraction| (0.0..1.0).contains(&fraction)));
     }
 }

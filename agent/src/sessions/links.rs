@@ -7,7 +7,7 @@ use tokio::time::{Duration, Instant};
 use towline_proto::tunnel::{Session, Traffic};
 
 use crate::metrics::{Counted, Metrics};
-use crate::sessions::transport::Reason;
+use crate::transport::Reason;
 
 /// The sessions that may carry streams.
 #[derive(Clone, Debug)]

@@ -27,7 +27,8 @@ use crate::config::address::Address;
 use crate::dial::DialError;
 use crate::metrics::Metrics;
 use crate::sessions::backoff::Backoff;
-use crate::sessions::transport::{Plan, Policy, Reason, Silence};
+use crate::sessions::policy::{Plan, Policy, Silence};
+use crate::transport::Reason;
 
 /// The actions of a slot besides connecting.
 pub(crate) struct Slot<S> {
@@ -552,7 +553,7 @@ mod tests {
 
     use super::*;
     use crate::config::TransportMode;
-    use crate::sessions::transport::Settings;
+    use crate::sessions::policy::Settings;
 
     /// The results of the next attempts, and what happened to the sessions. Time is virtual.
     struct World {

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::config::TargetConfig;
-use crate::upstream::{Resources, Upstream, UpstreamError};
+use crate::upstream::resources::Resources;
+use crate::upstream::{Upstream, UpstreamError};
 
 /// The allow-list. Whatever is not in it is denied.
 #[derive(Debug, Default)]

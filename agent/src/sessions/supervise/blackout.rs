@@ -39,7 +39,8 @@ use crate::dial::DialError;
 use crate::metrics::Metrics;
 use crate::sessions::backoff::Backoff;
 use crate::sessions::links::Links;
-use crate::sessions::transport::{Policy, Reason, Settings};
+use crate::sessions::policy::{Policy, Settings};
+use crate::transport::Reason;
 
 const ROUNDS: u64 = 100;
 const CUT: Duration = Duration::from_secs(30);
