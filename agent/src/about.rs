@@ -10,9 +10,9 @@ use towline_proto::join::{About, AgentMode, ApiServer, CAPABILITY_ABOUT, Notice}
 use towline_proto::tunnel::Session;
 
 use crate::random::random_fraction;
-use crate::reload::Live;
 use crate::upstream::ask;
 use crate::upstream::reach::{State, look};
+use crate::upstream::upstreams::Upstreams;
 
 /// What the agent knows about the cluster.
 #[derive(Debug, Default)]
@@ -30,19 +30,19 @@ impl Known {
 }
 
 /// Looks whether the API server can be used, from the moment on that a gateway wants to know. Runs until it is dropped.
-pub(crate) async fn look(live: Arc<Live>, known: Arc<Known>) {
+pub(crate) async fn look(upstreams: Arc<Upstreams>, known: Arc<Known>) {
     known.wait_wanted().await;
-    look::keep(live).await;
+    look::keep(upstreams).await;
 }
 
 /// Asks the API server for its version again and again, from the moment on that a gateway wants to know. Runs until it is dropped.
-pub(crate) async fn ask(live: Arc<Live>, known: Arc<Known>) {
+pub(crate) async fn ask(upstreams: Arc<Upstreams>, known: Arc<Known>) {
     known.wait_wanted().await;
     // Not all agents of a fleet at once.
     sleep(FIRST.mul_f64(random_fraction())).await;
     let mut retry = RETRY_MIN;
     loop {
-        let answer = ask::get(&live, PATH, None, BODY_MAX).await;
+        let answer = ask::get(&upstreams.api_server(), PATH, None, BODY_MAX).await;
         let found = answer.as_deref().and_then(version_of);
         let wait = if let Some(found) = found {
             retry = RETRY_MIN;
@@ -64,14 +64,14 @@ pub(crate) async fn ask(live: Arc<Live>, known: Arc<Known>) {
 
 /// Reports the cluster's state over one session, and again whenever it changes, until the session ends. A gateway without that
 /// capability gets no report.
-pub(crate) async fn tell(session: Session, live: Arc<Live>, known: Arc<Known>) {
+pub(crate) async fn tell(session: Session, upstreams: Arc<Upstreams>, known: Arc<Known>) {
     let Ok(hello) = session.ready().await else { return };
     if !hello.capabilities.iter().any(|name| name == CAPABILITY_ABOUT) {
         return;
     }
     known.wanted.send_if_modified(|wanted| !std::mem::replace(wanted, true));
-    let (mut version, mut state) = (known.version.subscribe(), live.reach.state());
-    let mode = if live.token.is_some() { AgentMode::Impersonate } else { AgentMode::Restricted };
+    let (mut version, mut state) = (known.version.subscribe(), upstreams.reach.state());
+    let mode = if upstreams.token.is_some() { AgentMode::Impersonate } else { AgentMode::Restricted };
     loop {
         let kubernetes_version = version.borrow_and_update().clone().unwrap_or_default();
         let api_server = state.borrow_and_update().as_ref().map(told);
@@ -81,7 +81,7 @@ pub(crate) async fn tell(session: Session, live: Arc<Live>, known: Arc<Known>) {
             return;
         }
         tokio::select! {
-            // The senders live as long as `known` and `live`.
+            // The senders live as long as `known` and `upstreams`.
             changed = version.changed() => drop(changed),
             changed = state.changed() => drop(changed),
             _ = session.wait_for(|state| state.closed.is_some()) => return,

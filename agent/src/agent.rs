@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::JoinError;
 use tokio::time::{Duration, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
@@ -20,6 +20,7 @@ use crate::about::{self, Known};
 use crate::admin::{self, Admin};
 use crate::config::{AgentConfig, IdentityConfig};
 use crate::dial::quic::Quic;
+use crate::dial::uplink::Uplink;
 use crate::dial::{self, Dialler};
 use crate::identity::enrol::Enroller;
 use crate::identity::issuer::IssuerSource;
@@ -28,7 +29,7 @@ use crate::identity::notices::{self, Said};
 use crate::identity::place::{self, Found, Place};
 use crate::metrics::Metrics;
 use crate::random::random_fraction;
-use crate::reload::{self, Live, LiveError};
+use crate::reload::{self, FilesError};
 use crate::serve;
 use crate::serve::service::Service;
 use crate::sessions::backoff::Backoff;
@@ -36,6 +37,7 @@ use crate::sessions::links::Links;
 use crate::sessions::policy::{Policy, Settings};
 use crate::sessions::supervise::{Begin, Retired, Slot};
 use crate::upstream::resources::Resources;
+use crate::upstream::upstreams::Upstreams;
 
 /// Why an agent cannot start.
 #[derive(Debug, Error)]
@@ -43,7 +45,7 @@ use crate::upstream::resources::Resources;
 pub enum StartError {
     /// A file cannot be used.
     #[error(transparent)]
-    Files(#[from] LiveError),
+    Files(#[from] FilesError),
     /// Another agent uses the same directory.
     #[error(transparent)]
     InUse(#[from] place::InUse),
@@ -62,7 +64,10 @@ pub enum StartError {
 pub struct Agent {
     admin_address: SocketAddr,
     admin: Arc<Admin>,
-    live: Arc<Live>,
+    uplink: Arc<Uplink>,
+    upstreams: Arc<Upstreams>,
+    /// Requests a check of the files now.
+    reload: Arc<Notify>,
     links: Links,
     tracker: TaskTracker,
     /// The tasks that move the bytes of the sessions.
@@ -81,7 +86,7 @@ async fn open(
     metrics: Metrics,
     tracker: TaskTracker,
     stop: CancellationToken,
-) -> Result<(Live, reload::Files), StartError> {
+) -> Result<(Uplink, Upstreams, reload::Files), StartError> {
     let resources = Resources::of(config, metrics, tracker.clone(), stop);
     let config = config.clone();
     Ok(tracker.spawn_blocking(move || reload::open(&config, &resources)).await??)
@@ -100,10 +105,11 @@ impl Agent {
             IdentityConfig::Join(join) => Place::of(join).lock()?,
             IdentityConfig::Files(_) => None,
         };
-        let (live, mut files) = open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
+        let (uplink, upstreams, mut files) =
+            open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
         let found = std::mem::take(&mut files.found);
-        let live = Arc::new(live);
-        if let Some(proxy) = &live.proxy {
+        let (uplink, upstreams) = (Arc::new(uplink), Arc::new(upstreams));
+        if let Some(proxy) = &uplink.proxy {
             tracing::info!("dialling the gateway through {proxy}");
         }
         let refused = |cause| StartError::Admin { address: config.admin_address, cause };
@@ -114,7 +120,9 @@ impl Agent {
         let agent = Self {
             admin_address,
             admin: Arc::clone(&admin),
-            live: Arc::clone(&live),
+            uplink: Arc::clone(&uplink),
+            upstreams: Arc::clone(&upstreams),
+            reload: Arc::default(),
             links: links.clone(),
             tracker: tracker.clone(),
             drivers: TaskTracker::new(),
@@ -124,10 +132,17 @@ impl Agent {
             _lock: lock,
         };
         agent.spawn(admin::serve(admin, listener, tracker.clone(), agent.stop.clone()));
-        agent.spawn(reload::watch(Arc::clone(&live), files, metrics.clone(), tracker));
+        agent.spawn(reload::watch(
+            uplink,
+            Arc::clone(&upstreams),
+            files,
+            Arc::clone(&agent.reload),
+            metrics.clone(),
+            tracker,
+        ));
         agent.spawn(look(links.clone(), LOOK_INTERVAL));
         let shortest = config.timeouts.upstream_idle.min(config.timeouts.upstream_age);
-        agent.spawn(reap(Arc::clone(&live), (shortest / 4).min(REAP_INTERVAL)));
+        agent.spawn(reap(upstreams, (shortest / 4).min(REAP_INTERVAL)));
         let mut boot_id = vec![0; 16];
         aws_lc_rs::rand::fill(&mut boot_id).map_err(|_| StartError::Random)?;
         let keeper = agent.keep_identity(&config, &metrics, &boot_id, found);
@@ -163,7 +178,8 @@ impl Agent {
                     place: Place::of(join),
                     enroller,
                     issuer: IssuerSource(join.service_account.clone()),
-                    live: Arc::clone(&self.live),
+                    uplink: Arc::clone(&self.uplink),
+                    upstreams: Arc::clone(&self.upstreams),
                     links: self.links.clone(),
                     metrics: metrics.clone(),
                     backoff,
@@ -190,7 +206,7 @@ impl Agent {
             IdentityConfig::Join(_) => "the CA bundle that the gateway gave this agent".to_owned(),
         };
         let dialler = Arc::new(Dialler {
-            live: Arc::clone(&self.live),
+            uplink: Arc::clone(&self.uplink),
             server_name: config.gateway.server_name.clone(),
             quic_addresses: config
                 .gateway
@@ -217,7 +233,7 @@ impl Agent {
             stop: self.stop.clone(),
         });
         let service = Arc::new(Service {
-            live: Arc::clone(&self.live),
+            upstreams: Arc::clone(&self.upstreams),
             mode: config.mode.clone(),
             allow_anonymous: config.allow_anonymous,
             metrics: metrics.clone(),
@@ -228,12 +244,12 @@ impl Agent {
             stop: self.stop.clone(),
         });
         let known = Arc::<Known>::default();
-        self.spawn(about::ask(Arc::clone(&self.live), Arc::clone(&known)));
-        self.spawn(about::look(Arc::clone(&self.live), Arc::clone(&known)));
+        self.spawn(about::ask(Arc::clone(&self.upstreams), Arc::clone(&known)));
+        self.spawn(about::look(Arc::clone(&self.upstreams), Arc::clone(&known)));
         for number in 0..config.sessions as usize {
             let (service, links) = (Arc::clone(&service), self.links.clone());
             let (keeper, known) = (keeper.clone(), Arc::clone(&known));
-            let way = Arc::clone(&self.live);
+            let way = Arc::clone(&self.uplink);
             let slot = Slot {
                 number,
                 addresses: config.gateway.addresses.clone(),
@@ -244,7 +260,7 @@ impl Agent {
                     random_fraction,
                 ),
                 metrics: metrics.clone(),
-                identity: self.live.identity(),
+                identity: self.uplink.identity(),
                 start: move |begin| begin_on(&service, &links, &keeper, &known, begin),
                 drain: config.drain_deadline,
                 policy: Policy::new(Settings { mode: config.transport, retry: config.quic.retry_interval }),
@@ -255,9 +271,9 @@ impl Agent {
                 let dialler = Arc::clone(&dialler);
                 async move { dialler.dial(&address, transport).await }
             });
-            let live = Arc::clone(&self.live);
+            let uplink = Arc::clone(&self.uplink);
             let kept = async move {
-                live.wait_identity().await;
+                uplink.wait_identity().await;
                 kept.await;
             };
             self.tracker.spawn(self.stop_dialling.clone().run_until_cancelled_owned(kept));
@@ -281,7 +297,7 @@ impl Agent {
 
     /// Looks at certificates, CA bundles, token and targets now.
     pub fn reload(&self) {
-        self.live.reload.notify_one();
+        self.reload.notify_one();
     }
 
     /// Stops taking streams and lets the open ones finish, no longer than the configured deadline. Ends when there are
@@ -338,7 +354,7 @@ fn begin_on(
             let registered = links.register(session.clone(), address, why);
             let heard = notices::listen(session.clone(), keeper.clone());
             service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(heard));
-            let told = about::tell(session.clone(), Arc::clone(&service.live), Arc::clone(known));
+            let told = about::tell(session.clone(), Arc::clone(&service.upstreams), Arc::clone(known));
             service.tracker.spawn(service.stop.clone().run_until_cancelled_owned(told));
             let served = serve::serve(Arc::clone(service), session);
             let task = async move {
@@ -363,12 +379,12 @@ async fn look(links: Links, period: Duration) {
     }
 }
 
-async fn reap(live: Arc<Live>, period: Duration) {
+async fn reap(upstreams: Arc<Upstreams>, period: Duration) {
     let mut ticks = interval(period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        live.reap();
+        upstreams.reap();
     }
 }
 

@@ -6,6 +6,7 @@
 pub(crate) mod connect;
 pub mod proxy;
 pub(crate) mod quic;
+pub(crate) mod uplink;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::config::address::{Address, Host, Reach};
 use crate::dial::connect::{ConnectError, server_name};
 use crate::dial::proxy::{Leg, Proxy, ProxyError};
 use crate::dial::quic::{Quic, QuicError};
-use crate::reload::Live;
+use crate::dial::uplink::Uplink;
 
 /// Why an attempt failed.
 #[derive(Debug, Error)]
@@ -145,7 +146,7 @@ impl DialError {
 /// Everything that an attempt needs.
 #[derive(Debug)]
 pub(crate) struct Dialler {
-    pub(crate) live: Arc<Live>,
+    pub(crate) uplink: Arc<Uplink>,
     pub(crate) server_name: Option<Host>,
     /// Where a gateway is reached over QUIC, for those that are reached elsewhere than over TCP.
     pub(crate) quic_addresses: HashMap<Address, Address>,
@@ -179,7 +180,7 @@ impl Dialler {
             // It joins by what it holds only while it is a gateway that it does not get on with: elsewhere, where the join token leads
             // to, a gateway may well say that it is used up.
             if is_gateway {
-                self.live.rejected.notify_one();
+                self.uplink.rejected.notify_one();
             }
         }
         dialled
@@ -191,7 +192,7 @@ impl Dialler {
         let deadline = Instant::now() + self.dial_timeout;
         let host = self.server_name.as_ref().unwrap_or(&address.host);
         let (Some(name), Ok(tls)) = (server_name(host), asking_client()) else { return true };
-        let Ok(stream) = reach(&self.live, address, deadline).await else { return true };
+        let Ok(stream) = reach(&self.uplink, address, deadline).await else { return true };
         match connect::handshake(stream, tls, name, &self.bundle, deadline).await {
             Ok(stream) => negotiated(stream.get_ref().1.alpn_protocol(), ALPN_TUNNEL).is_ok(),
             // A gateway completes the handshake with a client that accepts every certificate.
@@ -204,7 +205,7 @@ impl Dialler {
         match transport {
             Transport::Tcp => {
                 let attempt = self.attempt(address).await;
-                attempt.map_err(|cause| DialError { address: hop(&self.live, address), cause })
+                attempt.map_err(|cause| DialError { address: hop(&self.uplink, address), cause })
             }
             Transport::Quic => self
                 .attempt_quic(address)
@@ -219,7 +220,7 @@ impl Dialler {
         let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
         let deadline = Instant::now() + self.dial_timeout;
         let at = self.over_quic(address);
-        let tls = self.live.tunnel().ok_or(DialCause::NoIdentity)?;
+        let tls = self.uplink.tls().ok_or(DialCause::NoIdentity)?;
         let conn = self.quic.connect(at, &name.to_str(), tls, deadline).await?;
         let (session, driver) = Session::over_quic(conn, self.session.clone()).map_err(DialCause::Memory)?;
         self.make_ready(address, session, driver.run()).await
@@ -234,8 +235,8 @@ impl Dialler {
         let host = self.server_name.as_ref().unwrap_or(&address.host);
         let name = server_name(host).ok_or_else(|| DialCause::Name(host.clone()))?;
         let deadline = Instant::now() + self.dial_timeout;
-        let tls = self.live.tunnel().ok_or(DialCause::NoIdentity)?;
-        let stream = match reach(&self.live, address, deadline).await {
+        let tls = self.uplink.tls().ok_or(DialCause::NoIdentity)?;
+        let stream = match reach(&self.uplink, address, deadline).await {
             Ok(stream) => stream,
             Err(ReachError::Connect(error)) => return Err(error.into()),
             Err(ReachError::Proxy(error)) => return Err(error.into()),
@@ -276,8 +277,8 @@ pub(crate) enum ReachError {
 }
 
 /// Connects on TCP, directly or through the proxy.
-pub(crate) async fn reach(live: &Live, address: &Address, deadline: Instant) -> Result<Leg, ReachError> {
-    if let Some(proxy) = proxy(live, address) {
+pub(crate) async fn reach(uplink: &Uplink, address: &Address, deadline: Instant) -> Result<Leg, ReachError> {
+    if let Some(proxy) = proxy(uplink, address) {
         return proxy.connect(address, deadline).await.map_err(ReachError::Proxy);
     }
     let stream = connect::connect(address, Reach::Anywhere, deadline).await.map_err(ReachError::Connect)?;
@@ -288,12 +289,12 @@ pub(crate) async fn reach(live: &Live, address: &Address, deadline: Instant) -> 
 }
 
 /// The destination as errors name it: an address, and the proxy on the path to it.
-pub(crate) fn hop(live: &Live, address: &Address) -> String {
-    proxy(live, address).map_or_else(|| address.to_string(), |proxy| format!("{address} through {proxy}"))
+pub(crate) fn hop(uplink: &Uplink, address: &Address) -> String {
+    proxy(uplink, address).map_or_else(|| address.to_string(), |proxy| format!("{address} through {proxy}"))
 }
 
-fn proxy<'a>(live: &'a Live, address: &Address) -> Option<&'a Proxy> {
-    live.proxy.as_ref().filter(|proxy| proxy.applies_to(address))
+fn proxy<'a>(uplink: &'a Uplink, address: &Address) -> Option<&'a Proxy> {
+    uplink.proxy.as_ref().filter(|proxy| proxy.applies_to(address))
 }
 
 /// Closes the session on drop, unless it became ready. Its driver ends with it.

@@ -46,5 +46,6 @@ mod upstream;
 pub use agent::{Agent, StartError};
 pub use check::check;
 pub use config::{AgentConfig, AgentMode, IdentityConfig, Problems, TransportMode};
+pub use dial::proxy::AccessError;
 pub use identity::error::{AnswerError, AttemptError, EnrolError};
-pub use reload::LiveError;
+pub use reload::FilesError;

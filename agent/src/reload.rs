@@ -2,36 +2,34 @@
 //! files every ten seconds and on SIGHUP. A bad file keeps the last good value; if the configuration file disappears, the
 //! agent denies all targets.
 
-use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::ClientConfig;
 use thiserror::Error;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 use towline_certs::load::{FileBytes, LoadCause, LoadError, LoadPolicy, parse_credential, parse_roots};
 use towline_certs::{Reload, TlsError, Watched, tls};
-use towline_proto::Code;
 
 use crate::config::{AgentConfig, AgentMode, IdentityConfig, IdentityFiles, JoinConfig, Problems};
-use crate::dial::proxy::{AccessFiles, Proxy};
+use crate::dial::proxy::{AccessError, AccessFiles, Proxy};
+use crate::dial::uplink::Uplink;
 use crate::identity::error::EnrolError;
 use crate::identity::files::read_token;
 use crate::identity::place::{Found, Place};
 use crate::metrics::Metrics;
-use crate::serve::outcome::Failed;
 use crate::upstream::reach::Reach;
 use crate::upstream::resources::Resources;
 use crate::upstream::targets::Targets;
 use crate::upstream::token::{TokenError, TokenFile};
+use crate::upstream::upstreams::Upstreams;
 use crate::upstream::{Upstream, UpstreamError};
 
 /// Why files cannot be used.
 #[derive(Debug, Error)]
-pub enum LiveError {
+pub enum FilesError {
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -41,103 +39,29 @@ pub enum LiveError {
     #[error(transparent)]
     Token(#[from] TokenError),
     #[error(transparent)]
+    Proxy(#[from] AccessError),
+    #[error(transparent)]
     Config(#[from] Problems),
     #[error(transparent)]
     Identity(#[from] EnrolError),
 }
 
-/// What is in force at the moment.
-pub(crate) struct Live {
-    tunnel: ArcSwapOption<ClientConfig>,
-    api_server: ArcSwap<Upstream>,
-    targets: ArcSwap<Targets>,
-    /// The way to the gateway, where it is not a direct one.
-    pub(crate) proxy: Option<Proxy>,
-    /// The agent's own credential, if it may have one.
-    pub(crate) token: Option<TokenFile>,
-    /// Whether the API server can be used.
-    pub(crate) reach: Reach,
-    /// Counts the identities that somebody else made: a session of an older one should be replaced.
-    identity: watch::Sender<u64>,
-    /// Whether there is an identity.
-    known: watch::Sender<bool>,
-    /// Notified when an attempt failed in a way that may mean that gateway and agent do not recognise each other.
-    pub(crate) rejected: Notify,
-    /// Requests a check of the files now.
-    pub(crate) reload: Notify,
-}
-
-impl fmt::Debug for Live {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Live").field("api_server", &self.api_server).finish_non_exhaustive()
-    }
-}
-
-impl Live {
-    /// TLS towards the gateway; `None` before the agent has an identity.
-    pub(crate) fn tunnel(&self) -> Option<Arc<ClientConfig>> {
-        self.tunnel.load_full()
-    }
-
-    /// Presents another certificate from now on, or trusts another CA. Existing sessions continue.
-    pub(crate) fn put_identity(&self, tls: Arc<ClientConfig>) {
-        self.tunnel.store(Some(tls));
-        self.known.send_replace(true);
-    }
-
-    /// The agent has a new identity: slots that wait before the next attempt retry at once.
-    pub(crate) fn announce_identity(&self) {
-        self.identity.send_modify(|number| *number += 1);
-    }
-
-    /// Waits until there is an identity.
-    pub(crate) async fn wait_identity(&self) {
-        // The sender lives in `self`, so the wait cannot fail.
-        drop(self.known.subscribe().wait_for(|known| *known).await);
-    }
-
-    /// Changes when the agent's certificate or the tunnel CA did.
-    pub(crate) fn identity(&self) -> watch::Receiver<u64> {
-        self.identity.subscribe()
-    }
-
-    /// The upstream that a stream names; empty = the API server.
-    pub(crate) fn upstream(&self, name: &str) -> Result<Arc<Upstream>, Failed> {
-        if name.is_empty() {
-            return Ok(self.api_server.load_full());
-        }
-        self.target(name)
-    }
-
-    /// The target that a stream names.
-    pub(crate) fn target(&self, name: &str) -> Result<Arc<Upstream>, Failed> {
-        self.targets.load().find(name).cloned().ok_or_else(|| {
-            let shown: String = name.chars().take(64).collect();
-            let message = format!("the agent's configuration has no target named {shown:?} (targets)");
-            Failed::before(Code::Denied, message)
-        })
-    }
-
-    /// Closes idle connections that have expired.
-    pub(crate) fn reap(&self) {
-        self.api_server.load().reap();
-        self.targets.load().all().for_each(|target| target.reap());
-    }
-}
-
-/// The files behind [`Live`].
+/// The files behind [`Uplink`] and [`Upstreams`].
 pub(crate) struct Files {
     /// None = the agent joins and keeps its identity itself.
-    tunnel: Option<Watched<ClientConfig, LiveError>>,
+    tunnel: Option<Watched<ClientConfig, FilesError>>,
     /// What it has kept.
     pub(crate) found: Found,
-    api_server: Option<Watched<Upstream, LiveError>>,
+    api_server: Option<Watched<Upstream, FilesError>>,
     targets: Option<TargetsFile>,
     proxy: Option<AccessFiles>,
 }
 
 /// Reads all files for the first time. Blocks on file I/O.
-pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live, Files), LiveError> {
+pub(crate) fn open(
+    config: &AgentConfig,
+    resources: &Resources,
+) -> Result<(Uplink, Upstreams, Files), FilesError> {
     let token = match &config.mode {
         AgentMode::Restricted => None,
         AgentMode::Impersonate(impersonate) => Some(TokenFile::open(&impersonate.token_file)?),
@@ -157,23 +81,14 @@ pub(crate) fn open(config: &AgentConfig, resources: &Resources) -> Result<(Live,
         }
     };
     let targets = Targets::new(&config.targets, resources)?;
-    let live = Live {
-        tunnel: ArcSwapOption::new(tunnel.as_ref().map(|tunnel| Arc::clone(tunnel.current()))),
-        api_server: ArcSwap::new(api_server),
-        targets: ArcSwap::from_pointee(targets),
-        proxy,
-        token,
-        reach: Reach::new(&config.mode),
-        identity: watch::Sender::new(0),
-        known: watch::Sender::new(tunnel.is_some()),
-        rejected: Notify::new(),
-        reload: Notify::new(),
-    };
+    let uplink = Uplink::new(tunnel.as_ref().map(|tunnel| Arc::clone(tunnel.current())), proxy);
+    let upstreams = Upstreams::new(api_server, targets, token, Reach::new(&config.mode));
     let targets = config.source.clone().map(|path| TargetsFile::new(path, config, resources));
-    Ok((live, Files { tunnel, found, api_server: api_server_file, targets, proxy: proxy_files.flatten() }))
+    let files = Files { tunnel, found, api_server: api_server_file, targets, proxy: proxy_files.flatten() };
+    Ok((uplink, upstreams, files))
 }
 
-fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, LiveError>, LiveError> {
+fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, FilesError>, FilesError> {
     let IdentityFiles { certificate, key, ca } = files.clone();
     Watched::open(vec![certificate, key, ca], |files| {
         let [certificate, key, ca] = files else { unreachable!("three paths give three files") };
@@ -187,7 +102,7 @@ fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, LiveErro
 }
 
 /// The stored identity. Without one, checks that a restart could get the identity again.
-pub(crate) fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
+pub(crate) fn open_kept(join: &JoinConfig) -> Result<Found, FilesError> {
     let found = Place::of(join).open()?;
     let cluster = join.service_account.as_ref().map(|account| account.cluster.as_str());
     let token = join.token_file.as_deref().map(|path| read_token(path, cluster)).transpose();
@@ -203,12 +118,20 @@ pub(crate) fn open_kept(join: &JoinConfig) -> Result<Found, LiveError> {
 }
 
 /// Polls the files. Runs until it is dropped.
-pub(crate) async fn watch(live: Arc<Live>, mut files: Files, metrics: Metrics, tracker: TaskTracker) {
+pub(crate) async fn watch(
+    uplink: Arc<Uplink>,
+    upstreams: Arc<Upstreams>,
+    mut files: Files,
+    asked: Arc<Notify>,
+    metrics: Metrics,
+    tracker: TaskTracker,
+) {
     loop {
-        drop(tokio::time::timeout(POLL_INTERVAL, live.reload.notified()).await);
-        let (live, metrics) = (Arc::clone(&live), metrics.clone());
+        drop(tokio::time::timeout(POLL_INTERVAL, asked.notified()).await);
+        let (uplink, upstreams) = (Arc::clone(&uplink), Arc::clone(&upstreams));
+        let metrics = metrics.clone();
         let polled = tracker.spawn_blocking(move || {
-            files.poll(&live, &metrics);
+            files.poll(&uplink, &upstreams, &metrics);
             files
         });
         // Only a panic ends the task early. Reloading stops then; everything else continues.
@@ -223,7 +146,7 @@ pub(crate) async fn watch(live: Arc<Live>, mut files: Files, metrics: Metrics, t
 }
 
 impl Files {
-    fn poll(&mut self, live: &Live, metrics: &Metrics) {
+    fn poll(&mut self, uplink: &Uplink, upstreams: &Upstreams, metrics: &Metrics) {
         let report = |what: &'static str, result: &'static str| {
             metrics.reloads.with_label_values(&[what, result]).inc();
         };
@@ -231,8 +154,8 @@ impl Files {
             None | Some(Reload::Unchanged) => {}
             Some(Reload::Changed(config)) => {
                 tracing::info!("loaded a new certificate or tunnel CA; replacing the sessions one by one");
-                live.tunnel.store(Some(config));
-                live.identity.send_modify(|count| *count += 1);
+                uplink.put_identity(config);
+                uplink.announce_identity();
                 report("identity", "ok");
             }
             Some(Reload::Kept { error, repeated }) => {
@@ -246,8 +169,8 @@ impl Files {
             None | Some(Reload::Unchanged) => {}
             Some(Reload::Changed(upstream)) => {
                 tracing::info!("loaded a new CA bundle for the API server");
-                live.api_server.store(upstream);
-                live.reach.doubt();
+                upstreams.put_api_server(upstream);
+                upstreams.reach.doubt();
                 report("api_server", "ok");
             }
             Some(Reload::Kept { error, repeated }) => {
@@ -257,12 +180,12 @@ impl Files {
                 }
             }
         }
-        if let Some(token) = &live.token {
+        if let Some(token) = &upstreams.token {
             match token.poll() {
                 Ok(false) => {}
                 Ok(true) => {
                     tracing::info!("loaded a new ServiceAccount token");
-                    live.reach.doubt_rights();
+                    upstreams.reach.doubt_rights();
                     report("token", "ok");
                 }
                 Err(error) => {
@@ -271,7 +194,7 @@ impl Files {
                 }
             }
         }
-        if let (Some(proxy), Some(files)) = (&live.proxy, &mut self.proxy) {
+        if let (Some(proxy), Some(files)) = (&uplink.proxy, &mut self.proxy) {
             match proxy.poll(files) {
                 None => {}
                 Some(Ok(())) => {
@@ -290,7 +213,7 @@ impl Files {
             match result {
                 Ok(targets) => {
                     tracing::info!(count = targets.len(), "loaded new targets");
-                    live.targets.store(Arc::new(targets));
+                    upstreams.put_targets(targets);
                     report("targets", "ok");
                 }
                 Err(error) => {
@@ -321,7 +244,7 @@ impl TargetsFile {
     }
 
     /// New targets, or the error in them; `None` if nothing changed since the last check.
-    fn poll(&mut self) -> Option<Result<Targets, LiveError>> {
+    fn poll(&mut self) -> Option<Result<Targets, FilesError>> {
         let (seen, config) = match self.look() {
             Ok(found) => found,
             Err(LookError::Gone) if self.seen.is_none() => return None,
@@ -369,7 +292,7 @@ impl TargetsFile {
 
 enum LookError {
     Gone,
-    Other(Vec<u8>, Box<LiveError>),
+    Other(Vec<u8>, Box<FilesError>),
 }
 
 const POLL_INTERVAL: Duration = Duration::from_secs(10);

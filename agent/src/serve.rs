@@ -84,9 +84,8 @@ async fn stream(service: &Service, mut send: SendStream, mut recv: RecvStream) {
 
 /// Joins a stream with a connection to a target. The API server is none, unless the owner lists it as one.
 async fn raw(service: &Service, want: &Raw, mut send: SendStream, recv: RecvStream) -> Ended {
-    let target = match service.live.target(&want.target) {
-        Ok(target) => target,
-        Err(failed) => return failed.send(&mut send, service.head_max).await,
+    let Some(target) = service.upstreams.target(&want.target) else {
+        return Failed::no_target(&want.target).send(&mut send, service.head_max).await;
     };
     let connected = async {
         let permit = target.permit().map_err(|error| Failed::checkout(&target, &error))?;

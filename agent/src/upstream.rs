@@ -8,6 +8,7 @@ pub(crate) mod resources;
 pub(crate) mod socket;
 pub(crate) mod targets;
 pub(crate) mod token;
+pub(crate) mod upstreams;
 
 use std::fmt;
 use std::path::Path;

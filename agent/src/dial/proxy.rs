@@ -2,6 +2,7 @@
 //! `config/proxy.rs` decides which proxy is used; [`towline_proto::dial::proxy`] speaks CONNECT.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -11,17 +12,15 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
-use towline_certs::load::{self, FileBytes, Loaded};
-use towline_certs::{Reload, UpstreamProtocol, Watched, tls};
+use towline_certs::load::{self, FileBytes, LoadError, Loaded};
+use towline_certs::{Reload, TlsError, UpstreamProtocol, Watched, tls};
 use towline_proto::dial::proxy;
 use towline_proto::dial::proxy::{Asker, ConnectRefused, connect as ask};
 use towline_proto::tunnel::socket;
 use zeroize::Zeroizing;
 
-use crate::config::Problems;
 use crate::config::address::{Address, Host, Reach};
 use crate::dial::connect::{self, ConnectError, server_name};
-use crate::reload::LiveError;
 
 pub use crate::config::proxy::ProxyConfig;
 pub use towline_proto::dial::proxy::{NoProxy, ProxyUrl, Source};
@@ -44,7 +43,7 @@ pub(crate) struct Access {
 }
 
 /// The files behind [`Proxy`].
-pub(crate) type AccessFiles = Watched<Access, LiveError>;
+pub(crate) type AccessFiles = Watched<Access, AccessError>;
 
 /// As errors call it.
 impl fmt::Display for Proxy {
@@ -61,7 +60,7 @@ impl fmt::Debug for Proxy {
 
 impl Proxy {
     /// Reads the files for the first time. Blocks on file I/O.
-    pub(crate) fn open(config: &ProxyConfig) -> Result<(Self, Option<AccessFiles>), LiveError> {
+    pub(crate) fn open(config: &ProxyConfig) -> Result<(Self, Option<AccessFiles>), AccessError> {
         let paths: Vec<_> = config.password_file.iter().chain(&config.ca).cloned().collect();
         if paths.is_empty() {
             let access = ArcSwap::from_pointee(Access::of(config, &[])?);
@@ -74,7 +73,7 @@ impl Proxy {
     }
 
     /// Looks at the files again. Blocks.
-    pub(crate) fn poll(&self, files: &mut AccessFiles) -> Option<Result<(), LiveError>> {
+    pub(crate) fn poll(&self, files: &mut AccessFiles) -> Option<Result<(), AccessError>> {
         match files.poll() {
             Reload::Unchanged | Reload::Kept { repeated: true, .. } => None,
             Reload::Changed(access) => {
@@ -118,7 +117,7 @@ impl Proxy {
 }
 
 impl Access {
-    fn of(config: &ProxyConfig, files: &[FileBytes]) -> Result<Self, LiveError> {
+    fn of(config: &ProxyConfig, files: &[FileBytes]) -> Result<Self, AccessError> {
         let mut files = files.iter();
         let from_file = match &config.password_file {
             None => None,
@@ -145,8 +144,8 @@ impl Access {
 }
 
 /// The first and only line of a password file.
-fn password(path: &std::path::Path, bytes: &[u8]) -> Result<Zeroizing<String>, LiveError> {
-    let wrong = |what: &str| LiveError::from(Problems::one(format!("{}: {what}", path.display())));
+fn password(path: &std::path::Path, bytes: &[u8]) -> Result<Zeroizing<String>, AccessError> {
+    let wrong = |what: &str| AccessError::Password { path: path.to_owned(), what: what.to_owned() };
     let text = std::str::from_utf8(bytes).map_err(|_| wrong("is not text (UTF-8)"))?;
     let text = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
     if text.is_empty() {
@@ -156,6 +155,17 @@ fn password(path: &std::path::Path, bytes: &[u8]) -> Result<Zeroizing<String>, L
         return Err(wrong("is not a password on one line. It is probably not the intended file"));
     }
     Ok(Zeroizing::new(text.to_owned()))
+}
+
+/// Why the password or the CA bundle of the proxy cannot be used.
+#[derive(Debug, Error)]
+pub enum AccessError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("{}: {what}", path.display())]
+    Password { path: PathBuf, what: String },
 }
 
 /// Why the proxy gave no connection. The text calls the proxy "it"; the caller names the proxy.

@@ -23,11 +23,11 @@ use crate::config::JoinConfig;
 use crate::config::address::{Address, Host};
 use crate::dial;
 use crate::dial::connect::{self, server_name};
+use crate::dial::uplink::Uplink;
 use crate::identity::error::{AnswerError, AttemptError, EnrolError};
 use crate::identity::files::{read_line, read_token};
 use crate::identity::held::{Held, accept};
 use crate::identity::issuer;
-use crate::reload::Live;
 
 /// Everything that an attempt to join needs.
 #[derive(Debug)]
@@ -67,7 +67,7 @@ impl Enroller {
     /// signed the ServiceAccount token: it accepts an issuer only together with a join token.
     pub(crate) async fn join(
         &self,
-        live: &Live,
+        uplink: &Uplink,
         old: Option<&Held>,
         fresh: &AgentKey,
         issuer: Option<Issuer>,
@@ -134,7 +134,7 @@ impl Enroller {
                 boot_id: self.boot_id.clone().into(),
                 issuer: issuer.clone(),
             };
-            match self.try_all(live, &addresses, &pins, (old, &given), &request, key).await {
+            match self.try_all(uplink, &addresses, &pins, (old, &given), &request, key).await {
                 Ok(held) => {
                     if let Some(error) = unusable {
                         tracing::debug!(%error, "cannot use the join token, but it is not needed");
@@ -186,7 +186,7 @@ impl Enroller {
 
     async fn try_all(
         &self,
-        live: &Live,
+        uplink: &Uplink,
         addresses: &[Address],
         pins: &[SpkiPin],
         believed: (Option<&Held>, &[SpkiPin]),
@@ -195,11 +195,11 @@ impl Enroller {
     ) -> Result<Held, EnrolError> {
         let mut failure = EnrolError::NoProof;
         for address in addresses {
-            match self.attempt(live, address, pins, believed, request, key).await {
+            match self.attempt(uplink, address, pins, believed, request, key).await {
                 Ok(held) => return Ok(held),
                 Err(cause) => {
                     let answered = matches!(cause, AttemptError::Refused { .. });
-                    failure = EnrolError::Attempt { address: dial::hop(live, address), cause };
+                    failure = EnrolError::Attempt { address: dial::hop(uplink, address), cause };
                     if answered {
                         break;
                     }
@@ -211,7 +211,7 @@ impl Enroller {
 
     async fn attempt(
         &self,
-        live: &Live,
+        uplink: &Uplink,
         address: &Address,
         pins: &[SpkiPin],
         (old, given): (Option<&Held>, &[SpkiPin]),
@@ -222,7 +222,7 @@ impl Enroller {
         let name = server_name(host).ok_or_else(|| AttemptError::Name(host.clone()))?;
         let config = tls::join_client(pins)?;
         let deadline = Instant::now() + self.timeout;
-        let leg = dial::reach(live, address, deadline).await?;
+        let leg = dial::reach(uplink, address, deadline).await?;
         let mut stream = connect::handshake(leg, config, name, "the join token", deadline).await?;
         negotiated(stream.get_ref().1.alpn_protocol(), ALPN_JOIN)?;
         let exchange = async {

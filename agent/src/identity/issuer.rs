@@ -13,9 +13,9 @@ use towline_proto::join::Issuer;
 
 use crate::config::ServiceAccountConfig;
 use crate::identity::files::read_line;
-use crate::reload::Live;
 use crate::upstream::ask;
 use crate::upstream::token::TokenFile;
+use crate::upstream::upstreams::Upstreams;
 
 /// Where the issuer's keys come from.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ impl IssuerSource {
     }
 
     /// The current issuer; `None` if the agent joins by other means, or cannot read it.
-    pub(crate) async fn read(&self, live: &Live) -> Option<Current> {
+    pub(crate) async fn read(&self, upstreams: &Upstreams) -> Option<Current> {
         let config = self.0.as_ref()?;
         let (token, file) = (config.token_file.clone(), config.jwks_file.clone());
         let read = tokio::task::spawn_blocking(move || {
@@ -59,7 +59,7 @@ impl IssuerSource {
                 tracing::warn!(%error, "cannot report the issuer of this cluster's tokens to the gateway");
                 return None;
             }
-            None => match timeout(TIMEOUT, ask(live)).await {
+            None => match timeout(TIMEOUT, ask(upstreams)).await {
                 Ok(Some(jwks)) => jwks,
                 Ok(None) | Err(_) => {
                     tracing::debug!("the API server does not let this agent read its token keys");
@@ -110,9 +110,9 @@ pub(crate) fn audiences_of(token: &str) -> Vec<String> {
 }
 
 /// Asks the API server for its keys, with the agent's own token if it has one.
-async fn ask(live: &Live) -> Option<Bytes> {
-    let credential = live.token.as_ref().map(TokenFile::authorization);
-    ask::get(live, JWKS_PATH, credential, JWKS_MAX).await
+async fn ask(upstreams: &Upstreams) -> Option<Bytes> {
+    let credential = upstreams.token.as_ref().map(TokenFile::authorization);
+    ask::get(&upstreams.api_server(), JWKS_PATH, credential, JWKS_MAX).await
 }
 
 const JWKS_PATH: &str = "/openid/v1/jwks";

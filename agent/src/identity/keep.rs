@@ -25,6 +25,7 @@ use towline_proto::join::{Notice, Renew, Renewal, Renewed, Trust};
 use towline_proto::text::Printable;
 use towline_proto::tunnel::Session;
 
+use crate::dial::uplink::Uplink;
 use crate::identity::enrol::Enroller;
 use crate::identity::error::{AnswerError, EnrolError};
 use crate::identity::held::Held;
@@ -32,16 +33,17 @@ use crate::identity::issuer::{Current, IssuerSource};
 use crate::identity::notices::Said;
 use crate::identity::place::{Found, Place};
 use crate::metrics::Metrics;
-use crate::reload::Live;
 use crate::sessions::backoff::Backoff;
 use crate::sessions::links::Links;
+use crate::upstream::upstreams::Upstreams;
 
 /// Gets the identity, stores it and renews it.
 pub(crate) struct Keeper {
     pub(crate) place: Place,
     pub(crate) enroller: Enroller,
     pub(crate) issuer: IssuerSource,
-    pub(crate) live: Arc<Live>,
+    pub(crate) uplink: Arc<Uplink>,
+    pub(crate) upstreams: Arc<Upstreams>,
     pub(crate) links: Links,
     pub(crate) metrics: Metrics,
     pub(crate) backoff: Backoff,
@@ -133,7 +135,7 @@ impl Keeper {
                     schedule.failures += 1;
                     schedule.renew_at = (Instant::now() + wait).min(schedule.ends_at);
                 }
-                () = self.live.rejected.notified() => {
+                () = self.uplink.rejected.notified() => {
                     // The gateway's record may have changed while this agent was away, so the agent joins without waiting.
                     let lately = joined.is_some_and(|at| at.elapsed() < REJOIN_PAUSE);
                     if lately || !self.links.sessions().is_empty() {
@@ -173,7 +175,7 @@ impl Keeper {
                     tracing::error!(%error, "cannot store the identity: a restart will lose it");
                 });
                 self.publish(&held);
-                self.live.announce_identity();
+                self.uplink.announce_identity();
                 self.found.key = None;
                 Some(held)
             }
@@ -198,10 +200,10 @@ impl Keeper {
                 key
             }
         };
-        let current = self.issuer.read(&self.live).await;
+        let current = self.issuer.read(&self.upstreams).await;
         let (issuer, with) =
             current.map(|current| (current.issuer, (current.signed_by, current.token))).unzip();
-        let joined = self.enroller.join(&self.live, old, &key, issuer).await;
+        let joined = self.enroller.join(&self.uplink, old, &key, issuer).await;
         self.found.key = Some(key);
         let (held, told) = joined?;
         // Record what was reported to the gateway, not what the issuer says now: the token may have been replaced in between.
@@ -228,7 +230,7 @@ impl Keeper {
     /// Requests a new certificate to report the issuer, if there is something to report.
     async fn tell(&mut self) -> Option<(Session, AgentKey)> {
         self.told.failures = self.told.failures.saturating_add(1);
-        let current = self.issuer.read(&self.live).await.filter(|current| current.signed_by.is_some());
+        let current = self.issuer.read(&self.upstreams).await.filter(|current| current.signed_by.is_some());
         if current.is_none() {
             if self.told.failures >= TELL_WARN && !self.told.warned {
                 self.told.warned = true;
@@ -243,7 +245,7 @@ impl Keeper {
 
     /// Requests a new certificate over any session that can carry the request.
     async fn ask(&mut self) -> Option<(Session, AgentKey)> {
-        let current = self.issuer.read(&self.live).await;
+        let current = self.issuer.read(&self.upstreams).await;
         self.ask_with(current).await
     }
 
@@ -351,7 +353,7 @@ impl Keeper {
     }
 
     fn publish(&self, held: &Held) {
-        self.live.put_identity(Arc::clone(&held.tls));
+        self.uplink.put_identity(Arc::clone(&held.tls));
         let ends = held.facts.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.metrics.certificate_ends.set(i64::try_from(ends.as_secs()).unwrap_or(i64::MAX));
     }

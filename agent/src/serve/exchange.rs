@@ -47,7 +47,7 @@ pub(crate) async fn run(
         Err(failed) => return failed.send(&mut send, head_max).await,
     };
     // The result of this exchange is evidence about the API server.
-    let reach = request.target.is_empty().then_some(&service.live.reach);
+    let reach = request.target.is_empty().then_some(&service.upstreams.reach);
     // The body of an upgrade is the data after the 101. Without a 101 there is no body, and its FIN means nothing.
     let (body, raw) = if head.upgrade {
         (None, Some(recv))
@@ -181,7 +181,7 @@ async fn judge(
     body: Incoming,
     send: &mut SendStream,
 ) -> Result<Coming, Option<Failed>> {
-    let (reach, hop) = (&service.live.reach, &upstream.hop);
+    let (reach, hop) = (&service.upstreams.reach, &upstream.hop);
     let failed = |message: String| Some(Failed { code: Code::UpstreamBody, message, untouched: false });
     let blamed = tokio::select! {
         blamed = timeout(REFUSAL_TIMEOUT, blame::of(parts, &head.method, head.path(), body)) => blamed,
@@ -230,16 +230,17 @@ struct Prepared {
 
 /// Makes all decisions that need no connection.
 fn prepare(service: &Service, open: &Open, request: &Request) -> Result<Prepared, Failed> {
-    let upstream = service.live.upstream(&request.target)?;
+    let upstream =
+        service.upstreams.find(&request.target).ok_or_else(|| Failed::no_target(&request.target))?;
     let plan = impersonate::decide(&service.mode, service.allow_anonymous, request).map_err(|refusal| {
         if refusal == Refusal::Restricted {
-            service.live.reach.mismatched();
+            service.upstreams.reach.mismatched();
         }
         Failed::before(Code::Denied, refusal.to_string())
     })?;
     let authorization = match plan {
         Plan::Impersonate(_) => {
-            let token = service.live.token.as_ref().ok_or_else(|| {
+            let token = service.upstreams.token.as_ref().ok_or_else(|| {
                 Failed::before(Code::Internal, "the agent is in mode impersonate but has no token")
             })?;
             Some(token.authorization())

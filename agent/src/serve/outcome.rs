@@ -44,6 +44,13 @@ impl Failed {
         Self { code, message: message.into(), untouched: true }
     }
 
+    /// No target has this name.
+    pub(super) fn no_target(name: &str) -> Self {
+        let shown: String = name.chars().take(64).collect();
+        let message = format!("the agent's configuration has no target named {shown:?} (targets)");
+        Self::before(Code::Denied, message)
+    }
+
     pub(crate) fn checkout(upstream: &Upstream, error: &CheckoutError) -> Self {
         let code = match error {
             CheckoutError::Limit(_) => Code::Limit,

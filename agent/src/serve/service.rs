@@ -9,12 +9,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::AgentMode;
 use crate::metrics::Metrics;
-use crate::reload::Live;
+use crate::upstream::upstreams::Upstreams;
 
 /// Everything that a stream's task needs.
 #[derive(Debug)]
 pub(crate) struct Service {
-    pub(crate) live: Arc<Live>,
+    pub(crate) upstreams: Arc<Upstreams>,
     pub(crate) mode: AgentMode,
     pub(crate) allow_anonymous: bool,
     pub(crate) metrics: Metrics,

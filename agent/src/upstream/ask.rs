@@ -14,7 +14,6 @@ use towline_proto::open::FIELDS_MAX;
 use towline_proto::text::Lasting;
 
 use crate::dial::connect::ConnectError;
-use crate::reload::Live;
 use crate::upstream::Upstream;
 
 /// Why a request got no response.
@@ -71,14 +70,13 @@ pub(crate) async fn ask(
 
 /// The body of a 200 response to a GET; `None` for any other result.
 pub(crate) async fn get(
-    live: &Live,
+    upstream: &Upstream,
     path: &str,
     credential: Option<HeaderValue>,
     body_max: usize,
 ) -> Option<Bytes> {
-    let upstream = live.upstream("").ok()?;
     let request = Request::get(path).body(Full::default()).ok()?;
-    let answer = ask(&upstream, request, credential, TIMEOUT, body_max).await.ok()?;
+    let answer = ask(upstream, request, credential, TIMEOUT, body_max).await.ok()?;
     (answer.status() == 200).then(|| answer.into_body())
 }
 

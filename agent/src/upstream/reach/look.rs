@@ -12,14 +12,14 @@ use towline_proto::join::ApiServerState;
 
 use super::Acted;
 use super::judge::{ASK_TIMEOUT, Found, IDLE, Judge, LOOK_TIMEOUT, RIGHTS, Side, Trouble};
-use crate::reload::Live;
 use crate::upstream::Upstream;
 use crate::upstream::ask::{AskError, ask};
+use crate::upstream::upstreams::Upstreams;
 
 /// Looks again and again. Runs until it is dropped.
-pub(crate) async fn keep(live: Arc<Live>) {
-    let reach = &live.reach;
-    let acts = live.token.is_some();
+pub(crate) async fn keep(upstreams: Arc<Upstreams>) {
+    let reach = &upstreams.reach;
+    let acts = upstreams.token.is_some();
     let now = Instant::now();
     let mut judge =
         Judge { line: Side::new(now, IDLE), rights: Side::new(now, RIGHTS), told: None, mismatch_told: None };
@@ -32,12 +32,12 @@ pub(crate) async fn keep(live: Arc<Live>) {
             judge.tell_mismatch(now);
         }
         if now >= judge.line.due {
-            let found = look(&live).await;
+            let found = look(&upstreams).await;
             judge.line.handle(Instant::now(), found);
         }
         // Without a connection no request is possible.
         if judge.line.is_good() && Instant::now() >= judge.rights.due {
-            let found = if acts { may_act(&live).await } else { is_live(&live).await };
+            let found = if acts { may_act(&upstreams).await } else { is_live(&upstreams).await };
             judge.rights.handle(Instant::now(), found);
         }
         let now = Instant::now();
@@ -54,8 +54,8 @@ fn take(flag: &AtomicBool) -> bool {
 }
 
 /// Checks the path to the API server: everything except a request.
-async fn look(live: &Live) -> Found {
-    let Ok(upstream) = live.upstream("") else { return Found::Nothing };
+async fn look(upstreams: &Upstreams) -> Found {
+    let upstream = upstreams.api_server();
     match upstream.connect_aside(LOOK_TIMEOUT).await {
         Ok(mut io) => {
             // End cleanly: API servers log a broken handshake, but not a connection that ends after it.
@@ -67,8 +67,8 @@ async fn look(live: &Live) -> Found {
 }
 
 /// Checks whether the API server answers a request without a credential, whatever the response is.
-async fn is_live(live: &Live) -> Found {
-    let Ok(upstream) = live.upstream("") else { return Found::Nothing };
+async fn is_live(upstreams: &Upstreams) -> Found {
+    let upstream = upstreams.api_server();
     let Ok(request) = Request::get("/livez").body(Full::default()) else { return Found::Nothing };
     match ask(&upstream, request, None, ASK_TIMEOUT, ANSWER_MAX).await {
         Ok(answer) if answer.status().is_server_error() => {
@@ -80,13 +80,13 @@ async fn is_live(live: &Live) -> Found {
 }
 
 /// Checks whether the agent's own token may impersonate: the last user it impersonated, or else any user.
-async fn may_act(live: &Live) -> Found {
-    let acted = live.reach.name();
+async fn may_act(upstreams: &Upstreams) -> Found {
+    let acted = upstreams.reach.name();
     let mut questions = Vec::new();
     match &acted {
         None => {
             questions.push(("users", None));
-            match live.reach.first_group() {
+            match upstreams.reach.first_group() {
                 // Ask for exactly the permission that is used, which may be limited to these groups.
                 Some(group) => questions.extend(group.map(|group| ("groups", Some(group)))),
                 None => questions.push(("groups", None)),
@@ -98,11 +98,11 @@ async fn may_act(live: &Live) -> Found {
         }
     }
     for (resource, name) in questions {
-        match review(live, resource, name).await {
+        match review(upstreams, resource, name).await {
             Found::Good => {}
             found => {
                 // From now on, ask about the next user for whom an impersonation succeeds.
-                live.reach.wants_name.store(true, Ordering::Relaxed);
+                upstreams.reach.wants_name.store(true, Ordering::Relaxed);
                 return found;
             }
         }
@@ -110,8 +110,8 @@ async fn may_act(live: &Live) -> Found {
     Found::Good
 }
 
-async fn review(live: &Live, resource: &str, name: Option<&str>) -> Found {
-    let (Ok(upstream), Some(token)) = (live.upstream(""), &live.token) else { return Found::Nothing };
+async fn review(upstreams: &Upstreams, resource: &str, name: Option<&str>) -> Found {
+    let (upstream, Some(token)) = (upstreams.api_server(), &upstreams.token) else { return Found::Nothing };
     let mut attributes = serde_json::json!({"verb": "impersonate", "resource": resource});
     if let Some(name) = name {
         attributes["name"] = name.into();
