@@ -111,11 +111,7 @@ mod tests {
     use towline_model::token::hash;
 
     fn hex(token: &str) -> String {
-        digest::digest(&digest::SHA256, token.as_bytes())
-            .as_ref()
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect()
+        towline_certs::hex(digest::digest(&digest::SHA256, token.as_bytes()).as_ref())
     }
 
     #[test]

@@ -90,7 +90,7 @@ async fn token(world: &World, cluster: &str, uses: u32, life: Duration) -> Token
         meta: meta(),
         cluster: cluster.to_owned(),
         cluster_uid: fleet.cluster_named(cluster).unwrap().uid.to_string(),
-        sha256: hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect(),
+        sha256: towline_certs::hex(hash.as_ref()),
         expires: Time::now().after(life),
         max_uses: uses,
         uses: Vec::new(),

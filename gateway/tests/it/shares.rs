@@ -29,7 +29,7 @@ async fn world(change: impl FnOnce(&mut GatewayConfig)) -> World {
     World::with(|config| {
         let hash = |token: &str| -> String {
             let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, token.as_bytes());
-            digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+            towline_certs::hex(digest.as_ref())
         };
         let line = |token, user| format!("- {{sha256: {}, user: {user}, groups: [ops]}}\n", hash(token));
         let tokens = format!("tokens:\n{}{}", line(TOKEN, "argo"), line(OTHER, "other"));

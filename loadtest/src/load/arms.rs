@@ -243,7 +243,7 @@ impl Ground {
         let plaintext = free_port()?;
         if self.front == Scheme::Http {
             let tokens = directory.join("tokens.yaml");
-            let hash = hex(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
+            let hash = towline_certs::hex(digest::digest(&digest::SHA256, token.as_bytes()).as_ref());
             std::fs::write(
                 &tokens,
                 serde_json::to_string(
@@ -410,9 +410,5 @@ fn own(log: &Path, arguments: &[&str], path: &Path) -> anyhow::Result<Process> {
 fn random_hex() -> anyhow::Result<String> {
     let mut bytes = [0; 16];
     rand::fill(&mut bytes).ok().context("the system's random source failed")?;
-    Ok(hex(&bytes))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(towline_certs::hex(&bytes))
 }

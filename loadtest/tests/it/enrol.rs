@@ -172,7 +172,7 @@ impl World {
             meta: meta(),
             cluster: cluster.to_owned(),
             cluster_uid: fleet.cluster_named(cluster).unwrap().uid.to_string(),
-            sha256: hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect(),
+            sha256: towline_certs::hex(hash.as_ref()),
             expires: Time::now().after(Duration::from_secs(3600)),
             max_uses: 1,
             uses: Vec::new(),

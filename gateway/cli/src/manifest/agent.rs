@@ -482,11 +482,7 @@ pub(super) const fn word(mode: Mode) -> &'static str {
 }
 
 pub(super) fn hex_sha256(text: &str) -> String {
-    let hash = digest::digest(&digest::SHA256, text.as_bytes());
-    hash.as_ref().iter().fold(String::with_capacity(64), |mut out, byte| {
-        write!(out, "{byte:02x}").unwrap_or_default();
-        out
-    })
+    towline_certs::hex(digest::digest(&digest::SHA256, text.as_bytes()).as_ref())
 }
 
 /// The default namespace.
