@@ -11,8 +11,9 @@
 //! | joining, storing and renewing the identity | `identity` |
 //! | one request and its response, and the identity that the upstream sees | `serve` |
 //! | the allowed upstreams, their connections and their health | `upstream` |
-//! | reloading files at runtime | `reload` |
+//! | reloading files at runtime, into `dial/uplink.rs` and `upstream/upstreams.rs` | `reload` |
 //! | health, metrics, and what the agent reports to the gateway | `admin`, `about`, `metrics` |
+//! | why a session runs over its transport; by how much waits differ | `transport`, `random` |
 //! | logging, the runtime, file descriptors | [`log`], [`runtime`], [`descriptors`] |
 //!
 //! ```no_run
