@@ -30,7 +30,7 @@ use towline_gateway::config::GatewayConfig;
 use towline_gateway::exchange::headers::{Upstream, upstream_head};
 use towline_gateway::fleet::{
     AccessRuleRecord, AccessToken, ClusterRecord, GatewayLife, Instance, JoinToken, LastSeen, Revocation,
-    TokenIssuer,
+    TokenIssuer, reported,
 };
 use towline_gateway::join::account;
 use towline_gateway::listener::proxy_protocol;
@@ -194,7 +194,7 @@ fn issuer() -> &'static (EcdsaKeyPair, TokenIssuer) {
         let keys = json!({"keys": [{"kty": "EC", "kid": "1", "crv": "P-256", "x": x, "y": y}]});
         let jwks = keys.to_string().into_bytes().into();
         let told = Issuer { issuer: "https://k8s".to_owned(), jwks, subject: SUBJECT.to_owned() };
-        (pair, account::recordable(&told).unwrap())
+        (pair, reported::recordable(&told).unwrap())
     })
 }
 
