@@ -415,7 +415,7 @@ fn mx_07_stream_ids() {
         }
         assert_eq!(
             lone.violation(),
-            format!("proto: stream id {bad} is of the wrong parity or out of order")
+            format!("proto: stream id {bad} has the wrong parity or is out of order")
         );
         assert_eq!(lone.conn.streams() as usize, ids.len() - 1);
     }

@@ -581,8 +581,8 @@ async fn bad_heads_are_named() {
         (b"\0\0\0", true, "the stream ended inside a head"),
         (b"\0\0\0\x05abcd", true, "the stream ended inside a head"),
         (b"\0\0\0\x02\xff\xff", false, "a head is not valid protobuf"),
-        (b"\0\x01\0\x01", false, "a head of 65537 bytes, the limit is 65536"),
-        (b"\xff\xff\xff\xff", false, "a head of 4294967295 bytes, the limit is 65536"),
+        (b"\0\x01\0\x01", false, "a head has 65537 bytes; the limit is 65536"),
+        (b"\xff\xff\xff\xff", false, "a head has 4294967295 bytes; the limit is 65536"),
     ] {
         let ((mut send, _recv), (_send, mut recv)) = pair.stream().await;
         send.write_chunk(Bytes::from_static(bytes)).await.unwrap();
