@@ -512,5 +512,5 @@ const fn mib(mib: usize) -> ByteSize {
 
 /// A part of a whole, in full MiB: at least one, and at most so many.
 fn part(whole: ByteSize, parts: usize, most: usize) -> ByteSize {
-    mib((whole.0 / parts >> 20).clamp(1, most))
+    mib(((whole.0 / parts) >> 20).clamp(1, most))
 }

@@ -2,6 +2,8 @@
 //!
 //! It is a program of its own, because between fork and exec a child holds its parent's locks, which would disturb other tests.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests end like that")]
+
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead as _};
 use std::path::Path;
