@@ -160,9 +160,10 @@ mod tests {
             name
         };
         uses.claim(&east, name(0), &ONE, (at(0), at(600)), |_| false);
-        for cluster in 0..70 {
-            let cluster = ClusterUid::new(&format!("c{cluster}")).unwrap();
-            for n in 0..1100 {
+        // Each of 64 clusters brings more than a cluster may, and all of them as much as there may be; the last brings a few more.
+        for number in 0..65 {
+            let cluster = ClusterUid::new(&format!("c{number}")).unwrap();
+            for n in 0..if number < 64 { 1032 } else { 64 } {
                 uses.claim(&cluster, name(n), &ONE, (at(0), at(600 + n)), |_| false);
             }
         }
