@@ -6,6 +6,7 @@ use towline_fakeapi::{FakeApi, FakeApiOptions};
 use towline_testkit::kubectl::{self, FLOWS, Kubectl, Run};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: every flow with every kubectl of the machine"]
 async fn every_flow_with_every_kubectl() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {

@@ -230,6 +230,7 @@ fn connected(object: &Value) -> &str {
 
 /// Goal: everything an operator does, with every kubectl on this machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: every kubectl of the machine"]
 async fn every_kubectl_manages_the_fleet() {
     let kubectls = kubectl::find();
     if kubectls.is_empty() {
