@@ -418,7 +418,7 @@ apiServer: { url: 'https://10.0.0.1:6443' }
             ("targets: [{ name: a, address: '127.0.0.1:1' }]\n", "loopback"),
             ("targets: [{ name: a, address: '[::ffff:a9fe:a9fe]:80' }]\n", "link-local"),
             ("targets: [{ name: a }]\n", "address: is required"),
-            ("sessions: 1\nsessions: 2\n", "stands here and in line"),
+            ("sessions: 1\nsessions: 2\n", "is set here and in line"),
             ("sessions: 17\n", "sessions: must be 1 to 16, not 17"),
         ] {
             let shown = problems(&format!("{SMALL}{lines}"));

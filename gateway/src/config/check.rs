@@ -264,7 +264,7 @@ drain:
             ),
             (
                 format!("{GOOD}trustDomain: b\n"),
-                "gw.yaml:20:1: trustDomain: stands here and in line 9; keep one",
+                "gw.yaml:20:1: trustDomain: is set here and in line 9; keep one",
             ),
             (
                 GOOD.replace("headerBytes: 32KiB", "connections: -5"),
