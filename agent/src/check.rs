@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::SystemTime;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use towline_certs::load::{FileBytes, LoadPolicy, load_credential, load_roots};
+use towline_certs::load::{FileBytes, LoadPolicy, load_roots, parse_credential};
 use towline_certs::tls;
 use towline_settings::Findings;
 use towline_settings::tries::{self, Protocol};
@@ -56,7 +56,10 @@ fn try_all(config: &AgentConfig) -> Result<(), Problems> {
 fn try_identity(files: &IdentityFiles, findings: &Findings) {
     let IdentityFiles { certificate, key, ca } = files;
     let roots = findings.keep("identity.ca", load_roots(ca));
-    match load_credential(certificate, key, LoadPolicy::LENIENT, SystemTime::now()) {
+    let read = |at: &str, path: &Path| findings.keep(at, FileBytes::read(path));
+    let files = (read("identity.certificate", certificate), read("identity.key", key));
+    let (Some(chain), Some(private)) = files else { return };
+    match parse_credential(&chain, &private, LoadPolicy::LENIENT, SystemTime::now()) {
         Ok(loaded) => {
             loaded.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
             if let Some(roots) = roots {

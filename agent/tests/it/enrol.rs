@@ -434,7 +434,7 @@ async fn d15_every_file_is_tried() {
     let problems = check(&AgentConfig::parse("agent.yaml", text.as_bytes()).unwrap()).await.unwrap_err();
     let lines = problems.lines();
     for start in [
-        "agent.yaml:5:16: identity.certificate: ",
+        "agent.yaml:6:8: identity.key: ",
         "agent.yaml:7:7: identity.ca: ",
         "agent.yaml:8:46: apiServer.ca: ",
         "agent.yaml:10:41: targets[0].tls.ca: ",

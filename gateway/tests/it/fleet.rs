@@ -485,7 +485,7 @@ async fn m17_a_start_beside_a_drain_waits_for_the_store() {
     };
     let comes = async {
         let holder = || std::fs::read_to_string(state.path().join("store.lock")).unwrap_or_default();
-        eventually("the drain has begun", holder, |holder| holder.contains("draining")).await;
+        eventually("the drain has begun", holder, |holder| holder.contains("drains")).await;
         let second = Gateway::start(config).await.unwrap();
         (second, Instant::now())
     };

@@ -108,7 +108,7 @@ fn d15_check_names_all_and_tries_what_it_can() {
     let line = |key: &str| 1 + good.lines().position(|line| line.trim_start().starts_with(key)).unwrap();
     for (at, key, what) in [
         (line("stateDirectory:"), "stateDirectory", "/proc cannot be written"),
-        (line("front:"), "tls.front", "Are certificate and key file swapped?"),
+        (line("front:"), "tls.front", "certificate and key files are swapped"),
     ] {
         let found = tried
             .lines()
@@ -119,7 +119,11 @@ fn d15_check_names_all_and_tries_what_it_can() {
     let port = format!("admin.address: {} (TCP) cannot be opened", config.admin.address);
     assert!(tried.contains(&port) && tried.contains(&format!("process {}", std::process::id())), "{tried}");
 
-    std::fs::write(&path, format!("stateDir: a\n{good}threads: many\n")).unwrap();
+    let many = |line: &str| {
+        if line.starts_with("threads:") { "threads: many\n".to_owned() } else { format!("{line}\n") }
+    };
+    let wrong: String = good.lines().map(many).collect();
+    std::fs::write(&path, format!("stateDir: a\n{wrong}")).unwrap();
     let read = check();
     assert!(
         read.contains(&format!("{file}:1:1: stateDir: there is no such key; did you mean stateDirectory?")),
