@@ -2,17 +2,28 @@
 //! the agent's mode. The agent asks for the version without a credential, so it needs no permission; if the API server
 //! refuses, the version stays unknown.
 
+use crate::random::random_fraction;
+use crate::upstream::ask;
+use crate::upstream::reach::{State, look};
+use crate::upstream::upstreams::Upstreams;
 use std::sync::Arc;
-
 use tokio::sync::watch;
 use tokio::time::{Duration, sleep};
 use towline_proto::join::{About, AgentMode, ApiServer, CAPABILITY_ABOUT, Notice};
 use towline_proto::tunnel::Session;
 
-use crate::random::random_fraction;
-use crate::upstream::ask;
-use crate::upstream::reach::{State, look};
-use crate::upstream::upstreams::Upstreams;
+const PATH: &str = "/version";
+/// The answer has about 400 bytes.
+const BODY_MAX: usize = 16 * 1024;
+/// The gateway shows no longer one.
+const VERSION_MAX: usize = 64;
+/// The first question comes within this time.
+const FIRST: Duration = Duration::from_secs(1);
+/// Between two requests for the version, less jitter: a control plane is upgraded every few months.
+const INTERVAL: Duration = Duration::from_secs(3600);
+const JITTER: f64 = 0.2;
+/// After the first that had no answer; twice as long each time.
+const RETRY_MIN: Duration = Duration::from_secs(30);
 
 /// What the agent knows about the cluster.
 #[derive(Debug, Default)]
@@ -99,19 +110,6 @@ fn version_of(answer: &[u8]) -> Option<String> {
     let version = answer.get("gitVersion")?.as_str()?;
     (1..=VERSION_MAX).contains(&version.len()).then(|| version.to_owned())
 }
-
-const PATH: &str = "/version";
-/// The answer has about 400 bytes.
-const BODY_MAX: usize = 16 * 1024;
-/// The gateway shows no longer one.
-const VERSION_MAX: usize = 64;
-/// The first question comes within this time.
-const FIRST: Duration = Duration::from_secs(1);
-/// Between two requests for the version, less jitter: a control plane is upgraded every few months.
-const INTERVAL: Duration = Duration::from_secs(3600);
-const JITTER: f64 = 0.2;
-/// After the first that had no answer; twice as long each time.
-const RETRY_MIN: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
 mod tests {

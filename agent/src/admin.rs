@@ -8,11 +8,8 @@
 
 mod room;
 
-use std::convert::Infallible;
-use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
+use crate::metrics::Metrics;
+use crate::sessions::links::Links;
 use bytes::Bytes;
 use http::header::{ALLOW, CONTENT_TYPE};
 use http::{HeaderValue, Method, Request, Response, StatusCode};
@@ -21,14 +18,30 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use room::{Place, Room};
+use std::convert::Infallible;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Duration, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::metrics::Metrics;
-use crate::sessions::links::Links;
-use room::{Place, Room};
+/// The mux declares a silent session dead after 12 s; this is the second opinion.
+const SILENCE_MAX: Duration = Duration::from_secs(15);
+/// Limits of connections without a complete request, of probes in progress, and of scrapes in progress: in total, and per
+/// address. Beyond a limit the oldest connection is closed.
+const SILENT_MAX: (usize, usize) = (32, 16);
+const PROBES_MAX: (usize, usize) = (32, 16);
+const SCRAPES_MAX: (usize, usize) = (8, 4);
+/// All of them.
+pub(crate) const CONNECTIONS_MOST: u64 = (SILENT_MAX.0 + PROBES_MAX.0 + SCRAPES_MAX.0) as u64;
+/// For the whole connection, and for a request's head.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const BUFFER_BYTES: usize = 16 * 1024;
 
 /// The state that the health port reports.
 #[derive(Debug)]
@@ -180,18 +193,3 @@ async fn connection(
         tracing::debug!(%error, "connection to the health port broke");
     }
 }
-
-/// The mux declares a silent session dead after 12 s; this is the second opinion.
-const SILENCE_MAX: Duration = Duration::from_secs(15);
-/// Limits of connections without a complete request, of probes in progress, and of scrapes in progress: in total, and per
-/// address. Beyond a limit the oldest connection is closed.
-const SILENT_MAX: (usize, usize) = (32, 16);
-const PROBES_MAX: (usize, usize) = (32, 16);
-const SCRAPES_MAX: (usize, usize) = (8, 4);
-/// All of them.
-pub(crate) const CONNECTIONS_MOST: u64 = (SILENT_MAX.0 + PROBES_MAX.0 + SCRAPES_MAX.0) as u64;
-/// For the whole connection, and for a request's head.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
-const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-const BUFFER_BYTES: usize = 16 * 1024;

@@ -1,21 +1,5 @@
 //! A running agent: starts its tasks, drains and stops them. Every task is on one tracker and ends with one token.
 
-use std::fs::File;
-use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
-
-use thiserror::Error;
-use tokio::net::TcpListener;
-use tokio::sync::{Notify, Semaphore, mpsc};
-use tokio::task::JoinError;
-use tokio::time::{Duration, MissedTickBehavior, interval, timeout};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-use towline_proto::join::{CAPABILITY_ABOUT, CAPABILITY_IDENTITY};
-use towline_proto::mux::{Budget, Introduction, Role};
-use towline_proto::tunnel::SessionConfig;
-
 use crate::about::{self, Known};
 use crate::admin::{self, Admin};
 use crate::config::{AgentConfig, IdentityConfig};
@@ -38,6 +22,26 @@ use crate::sessions::policy::{Policy, Settings};
 use crate::sessions::supervise::{Begin, Retired, Slot};
 use crate::upstream::resources::Resources;
 use crate::upstream::upstreams::Upstreams;
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::task::JoinError;
+use tokio::time::{Duration, MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use towline_proto::join::{CAPABILITY_ABOUT, CAPABILITY_IDENTITY};
+use towline_proto::mux::{Budget, Introduction, Role};
+use towline_proto::tunnel::SessionConfig;
+
+const SOFTWARE: &str = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+const REAP_INTERVAL: Duration = Duration::from_secs(5);
+const LAST_WORDS: Duration = Duration::from_millis(1500);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why an agent cannot start.
 #[derive(Debug, Error)]
@@ -387,9 +391,3 @@ async fn reap(upstreams: Arc<Upstreams>, period: Duration) {
         upstreams.reap();
     }
 }
-
-const SOFTWARE: &str = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-const REAP_INTERVAL: Duration = Duration::from_secs(5);
-const LAST_WORDS: Duration = Duration::from_millis(1500);
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);

@@ -10,7 +10,6 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
-
 use towline_certs::SpkiPin;
 use towline_settings::{Findings, Places};
 

@@ -1,9 +1,11 @@
 //! File descriptors of the process: raises the soft limit, checks it against the configured limits, and recognises errors
 //! that mean that none are left.
 
+use crate::config::AgentConfig;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::config::AgentConfig;
+/// For standard streams, the event queue, the UDP socket, name resolution, and files that are read again.
+const SPARE: u64 = 64;
 
 /// Raises the soft limit of this process to the hard limit, and logs a warning if the configuration needs more than that. The
 /// usual soft limit of 1,024 protects programs that call select(2); this program does not call it.
@@ -30,6 +32,3 @@ fn needed(config: &AgentConfig) -> u64 {
     let sessions = 2 * u64::from(config.sessions);
     u64::from(config.limits.upstream_connections) + sessions + crate::admin::CONNECTIONS_MOST + SPARE
 }
-
-/// For standard streams, the event queue, the UDP socket, name resolution, and files that are read again.
-const SPARE: u64 = 64;

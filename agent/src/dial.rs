@@ -8,9 +8,13 @@ pub mod proxy;
 pub(crate) mod quic;
 pub(crate) mod uplink;
 
+use crate::config::address::{Address, Host, Reach};
+use crate::dial::connect::{ConnectError, server_name};
+use crate::dial::proxy::{Leg, Proxy, ProxyError};
+use crate::dial::quic::{Quic, QuicError};
+use crate::dial::uplink::Uplink;
 use std::collections::HashMap;
 use std::sync::Arc;
-
 use thiserror::Error;
 use tokio::time::{Duration, Instant, timeout};
 use tokio_util::either::Either;
@@ -23,12 +27,6 @@ use towline_proto::Code;
 use towline_proto::mux::{CloseReason, OpenError};
 use towline_proto::text::{Lasting, Printable};
 use towline_proto::tunnel::{Session, SessionConfig, Transport, socket};
-
-use crate::config::address::{Address, Host, Reach};
-use crate::dial::connect::{ConnectError, server_name};
-use crate::dial::proxy::{Leg, Proxy, ProxyError};
-use crate::dial::quic::{Quic, QuicError};
-use crate::dial::uplink::Uplink;
 
 /// Why an attempt failed.
 #[derive(Debug, Error)]

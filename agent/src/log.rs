@@ -2,8 +2,10 @@
 
 use std::io::{self, IsTerminal as _};
 use std::str::FromStr;
-
 use tracing_subscriber::EnvFilter;
+
+/// The default log level.
+pub const LEVEL: &str = "info";
 
 /// The form of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -13,9 +15,6 @@ pub enum LogFormat {
     Text,
     Json,
 }
-
-/// The default log level.
-pub const LEVEL: &str = "info";
 
 /// Why logging cannot begin.
 #[derive(Debug, thiserror::Error)]

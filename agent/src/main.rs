@@ -1,12 +1,11 @@
 //! The program `towline-agent`: flags, signals, exit codes. Everything else is in the library.
 
+use anyhow::Context as _;
+use clap::Parser;
 use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
-
-use anyhow::Context as _;
-use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_agent::log::{self, LogFormat};
 use towline_agent::{Agent, AgentConfig, check, descriptors, runtime};

@@ -2,6 +2,7 @@
 
 #![allow(clippy::expect_used, reason = "names and labels are constants, which a test registers")]
 
+use crate::transport::Reason;
 use prometheus::core::{AtomicI64, Collector, GenericGauge};
 use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -10,7 +11,7 @@ use prometheus::{
 use tokio::runtime::Handle;
 use towline_proto::tunnel::Transport;
 
-use crate::transport::Reason;
+const VALID: &str = "names and labels are literals: a test makes every metric";
 
 /// Handles of all metrics.
 #[derive(Clone, Debug)]
@@ -260,13 +261,10 @@ fn answer_seconds() -> Histogram {
     Histogram::with_opts(HistogramOpts::from(options("answer_seconds", help)).buckets(buckets)).expect(VALID)
 }
 
-const VALID: &str = "names and labels are literals: a test makes every metric";
-
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn every_metric_can_be_made_and_printed() {

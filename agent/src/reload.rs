@@ -2,17 +2,6 @@
 //! files every ten seconds and on SIGHUP. A bad file keeps the last good value; if the configuration file disappears, the
 //! agent denies all targets.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-
-use rustls::ClientConfig;
-use thiserror::Error;
-use tokio::sync::Notify;
-use tokio_util::task::TaskTracker;
-use towline_certs::load::{FileBytes, LoadCause, LoadError, LoadPolicy, parse_credential, parse_roots};
-use towline_certs::{Reload, TlsError, Watched, tls};
-
 use crate::config::{AgentConfig, AgentMode, IdentityConfig, IdentityFiles, JoinConfig, Problems};
 use crate::dial::proxy::{AccessError, AccessFiles, Proxy};
 use crate::dial::uplink::Uplink;
@@ -26,6 +15,17 @@ use crate::upstream::targets::Targets;
 use crate::upstream::token::{TokenError, TokenFile};
 use crate::upstream::upstreams::Upstreams;
 use crate::upstream::{Upstream, UpstreamError};
+use rustls::ClientConfig;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use thiserror::Error;
+use tokio::sync::Notify;
+use tokio_util::task::TaskTracker;
+use towline_certs::load::{FileBytes, LoadCause, LoadError, LoadPolicy, parse_credential, parse_roots};
+use towline_certs::{Reload, TlsError, Watched, tls};
+
+const POLL_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Why files cannot be used.
 #[derive(Debug, Error)]
@@ -294,5 +294,3 @@ enum LookError {
     Gone,
     Other(Vec<u8>, Box<FilesError>),
 }
-
-const POLL_INTERVAL: Duration = Duration::from_secs(10);

@@ -3,9 +3,11 @@
 //! than one core runs several agents.
 
 use std::io;
-
 use tokio::runtime::{Builder, Runtime};
 use towline_proto::tunnel::driver::EVENTS_PER_TURN;
+
+/// For name resolution and file reading.
+const BLOCKING_MAX: usize = 16;
 
 /// Makes the runtime.
 ///
@@ -18,6 +20,3 @@ pub fn build() -> io::Result<Runtime> {
         .enable_all()
         .build()
 }
-
-/// For name resolution and file reading.
-const BLOCKING_MAX: usize = 16;

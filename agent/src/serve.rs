@@ -10,8 +10,10 @@ pub(crate) mod impersonate;
 pub(crate) mod outcome;
 pub(crate) mod service;
 
+use crate::metrics::Counted;
+use crate::serve::outcome::{Ended, Failed, count, spliced};
+use crate::serve::service::Service;
 use std::sync::Arc;
-
 use tokio::time::timeout;
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
@@ -19,10 +21,6 @@ use towline_proto::open::{Answer, Connected, Open, Outcome, Raw, Want};
 use towline_proto::tunnel::exchange::{HeadError, recv_head, send_head};
 use towline_proto::tunnel::splice::splice;
 use towline_proto::tunnel::{RecvStream, SendStream, Session};
-
-use crate::metrics::Counted;
-use crate::serve::outcome::{Ended, Failed, count, spliced};
-use crate::serve::service::Service;
 
 /// Accepts the streams of `session` until it ends. It only accepts; everything that may wait runs in a task of its own.
 pub(crate) async fn serve(service: Arc<Service>, session: Session) -> CloseReason {

@@ -10,18 +10,6 @@ pub(crate) mod targets;
 pub(crate) mod token;
 pub(crate) mod upstreams;
 
-use std::fmt;
-use std::path::Path;
-use std::sync::Arc;
-
-use http::HeaderValue;
-use rustls::ClientConfig;
-use thiserror::Error;
-use tokio::time::{Duration, Instant};
-use towline_certs::load::{self, LoadError, Loaded};
-use towline_certs::{ServerName, TlsError, UpstreamProtocol, tls};
-use towline_proto::tunnel::socket as tcp;
-
 use crate::config::address::{Address, Host, Reach};
 use crate::config::{AgentConfig, ApiServerConfig, TargetConfig};
 use crate::dial::connect::{self, ConnectError, server_name};
@@ -29,6 +17,16 @@ use crate::random::random_fraction;
 use crate::upstream::pool::Pool;
 use crate::upstream::resources::Resources;
 use crate::upstream::socket::{Io, Tcp};
+use http::HeaderValue;
+use rustls::ClientConfig;
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use thiserror::Error;
+use tokio::time::{Duration, Instant};
+use towline_certs::load::{self, LoadError, Loaded};
+use towline_certs::{ServerName, TlsError, UpstreamProtocol, tls};
+use towline_proto::tunnel::socket as tcp;
 
 /// Why an upstream cannot be set up.
 #[derive(Debug, Error)]

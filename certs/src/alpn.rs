@@ -15,7 +15,7 @@ pub const ALPN_H2: &[u8] = b"h2";
 pub const ALPN_HTTP1: &[u8] = b"http/1.1";
 
 /// Which listener a connection is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Listener {
     /// [`crate::tls::tunnel_server`].
     Tunnel,
@@ -26,7 +26,7 @@ pub enum Listener {
 }
 
 /// Why a ClientHello is for no listener.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Refused {
     /// Protocols of two listeners in one offer.
     #[error(
@@ -83,7 +83,7 @@ pub fn negotiated(agreed: Option<&[u8]>, wanted: &'static [u8]) -> Result<(), Wr
 }
 
 /// A handshake succeeded with a peer that speaks something else.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
     "the peer agreed on {agreed}, not {wanted}. The address probably belongs to another service, or to a load balancer that terminates TLS: it must pass TCP through"
 )]

@@ -5,22 +5,20 @@
 //! webpki supports only the first case. Kubeconfigs with the server's own self-signed certificate, or with a leaf before its CA,
 //! work with kubectl and would fail here without this file.
 
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-
-use rustls::CertificateError;
-use rustls::client::danger::ServerCertVerifier as _;
-use rustls::client::{WebPkiServerVerifier, verify_server_name};
-use rustls::server::ParsedCertificate;
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use x509_parser::certificate::X509Certificate;
-use x509_parser::prelude::FromDer as _;
-
 use crate::facts::{CertificateFacts, Validity};
 use crate::profile::may_sign_certificates;
 use crate::provider::{provider, unix_time};
 use crate::roots::{TrustError, root_store};
 use crate::verifier::JudgeServer;
+use rustls::CertificateError;
+use rustls::client::danger::ServerCertVerifier as _;
+use rustls::client::{WebPkiServerVerifier, verify_server_name};
+use rustls::server::ParsedCertificate;
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer as _;
 
 /// Checks a server against a bundle.
 #[derive(Debug)]
@@ -102,13 +100,12 @@ impl JudgeServer for BundleVerifier {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+    use crate::testing::{self, Set};
     use rcgen::{
         BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
     };
     use rustls::Error;
-
-    use super::*;
-    use crate::testing::{self, Set};
 
     /// The certificate that `openssl req -x509 -addext subjectAltName=…` creates, with a change.
     fn self_signed(change: impl FnOnce(&mut CertificateParams)) -> CertificateDer<'static> {

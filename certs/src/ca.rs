@@ -4,26 +4,31 @@
 //! at the start instead of a mix of two kinds of identity. A root from elsewhere has no such mark; the caller decides what it is
 //! for.
 
-use std::fmt;
-use std::path::Path;
-use std::time::{Duration, SystemTime};
-
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PublicKeyData, SerialNumber, SignatureAlgorithm, SigningKey,
-};
-use rustls_pki_types::CertificateDer;
-use thiserror::Error;
-use x509_parser::certificate::X509Certificate;
-use x509_parser::prelude::FromDer as _;
-use zeroize::Zeroize as _;
-
 use crate::facts::{CertificateFacts, Validity};
 use crate::load::{self, Credential, LoadError, LoadPolicy, Loaded, PrivateKey};
 use crate::profile::{CaKind, ORGANIZATION, kind_of, may_sign_certificates};
 use crate::random::{NoRandom, random_serial};
 use crate::save;
 use crate::text::{hex, human};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PublicKeyData, SerialNumber, SignatureAlgorithm, SigningKey,
+};
+use rustls_pki_types::CertificateDer;
+use std::fmt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+use thiserror::Error;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer as _;
+use zeroize::Zeroize as _;
+
+/// How long a new CA usually lives: ten years. A bundle with two roots replaces it earlier.
+pub const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
+/// The longest lifetime of a CA: a century. X.509 dates end with the year 9999.
+const CA_LIFETIME_MAX: Duration = Duration::from_secs(100 * 365 * 86_400);
+/// A new root is valid from one day before its creation, for peers whose clock is behind.
+const CA_BACKDATE: Duration = Duration::from_secs(86_400);
 
 /// Why a CA cannot be made or used.
 #[derive(Debug, Error)]
@@ -296,13 +301,6 @@ impl SigningKey for CaKey {
         self.0.sign(message)
     }
 }
-
-/// How long a new CA usually lives: ten years. A bundle with two roots replaces it earlier.
-pub const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
-/// The longest lifetime of a CA: a century. X.509 dates end with the year 9999.
-const CA_LIFETIME_MAX: Duration = Duration::from_secs(100 * 365 * 86_400);
-/// A new root is valid from one day before its creation, for peers whose clock is behind.
-const CA_BACKDATE: Duration = Duration::from_secs(86_400);
 
 #[cfg(test)]
 mod tests {

@@ -1,18 +1,16 @@
 //! Certificate requests (PKCS #10): an agent's key and its request, and what a CA reads of one.
 
-use std::fmt;
-
+use crate::load::PrivateKey;
+use crate::pin::SpkiPin;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, PublicKeyData as _, SubjectPublicKeyInfo};
 use rustls_pki_types::CertificateSigningRequestDer;
+use std::fmt;
 use thiserror::Error;
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::oid_registry as oids;
 use x509_parser::prelude::FromDer as _;
 use x509_parser::public_key::PublicKey;
 use x509_parser::x509::SubjectPublicKeyInfo as ParsedKey;
-
-use crate::load::PrivateKey;
-use crate::pin::SpkiPin;
 
 /// Largest CSR that is looked at, in bytes of DER.
 pub const CSR_MAX_BYTES: usize = 16 * 1024;

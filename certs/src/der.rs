@@ -7,6 +7,16 @@
 use rcgen::SigningKey;
 use rustls_pki_types::CertificateDer;
 
+const SEQUENCE: u8 = 0x30;
+const SET: u8 = 0x31;
+const OID: u8 = 0x06;
+const UTF8_STRING: u8 = 0x0c;
+const BIT_STRING: u8 = 0x03;
+/// 2.5.4.3
+const COMMON_NAME: [u8; 3] = [0x55, 0x04, 0x03];
+/// 2.5.4.10
+const ORGANIZATION: [u8; 3] = [0x55, 0x04, 0x0a];
+
 /// `certificate` with another subject, signed by `issuer`, which must be the key that signed it before.
 /// `None` when the certificate is not shaped as the library makes it.
 pub(crate) fn with_subject(
@@ -89,16 +99,6 @@ fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
     bytes.extend_from_slice(content);
     bytes
 }
-
-const SEQUENCE: u8 = 0x30;
-const SET: u8 = 0x31;
-const OID: u8 = 0x06;
-const UTF8_STRING: u8 = 0x0c;
-const BIT_STRING: u8 = 0x03;
-/// 2.5.4.3
-const COMMON_NAME: [u8; 3] = [0x55, 0x04, 0x03];
-/// 2.5.4.10
-const ORGANIZATION: [u8; 3] = [0x55, 0x04, 0x0a];
 
 #[cfg(test)]
 mod tests {

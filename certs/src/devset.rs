@@ -13,12 +13,6 @@
 //! A second run keeps files that are still valid. It issues a certificate again, from the same CAs, if it has expired or is for
 //! other names. `force` creates new CAs.
 
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
-use std::time::{Duration, SystemTime};
-
-use thiserror::Error;
-
 use crate::ca::{CA_LIFETIME, CaError, CertificateAuthority};
 use crate::facts::{BACKDATE, CertificateFacts, Validity};
 use crate::host::HostName;
@@ -28,9 +22,16 @@ use crate::load::{Credential, LoadCause, LoadError, LoadPolicy, load_credential}
 use crate::profile::CaKind;
 use crate::save::{self, SaveError};
 use crate::trust::{AgentCa, ClientCa};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, SystemTime};
+use thiserror::Error;
+
+const SERVER_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
+const NO_GROUPS: [&str; 0] = [];
 
 /// The content of a development set.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct DevSet {
     /// Where it is; made when missing (0700).
     pub directory: PathBuf,
@@ -49,7 +50,7 @@ pub struct DevSet {
 }
 
 /// A cluster of a set: `NAME` or `NAME=UID`; the uid is the name unless given.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevCluster {
     /// Names the files.
     pub name: ClusterUid,
@@ -58,7 +59,7 @@ pub struct DevCluster {
 }
 
 /// One file of a set.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevFile {
     /// Where.
     pub path: PathBuf,
@@ -305,17 +306,13 @@ fn file_name(name: &str) -> Result<String, DevSetError> {
     }
 }
 
-const SERVER_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
-const NO_GROUPS: [&str; 0] = [];
-
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
     use crate::issue::LEAF_LIFETIME;
     use crate::testing;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
 
     fn set(directory: &Path) -> DevSet {
         DevSet {

@@ -3,14 +3,12 @@
 //!
 //! One sentence for the cause and one for the remedy, for a log. Decided by the error's type, never by its text.
 
-use std::io;
-
-use rustls::{AlertDescription, CertificateError, Error, OtherError};
-
 use crate::foreign::ForeignIssuer;
 use crate::pinned::PinMismatch;
 use crate::reason::{CONFIGURED, reason};
 use crate::trust::VerifyError;
+use rustls::{AlertDescription, CertificateError, Error, OtherError};
+use std::io;
 
 /// An error with its causes, on one line. A cause that the error's own text already contains is not repeated.
 #[must_use]
@@ -110,16 +108,12 @@ fn refusal(error: &Error, bundle: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
+    use super::*;
     use rustls::OtherError;
-
-    use std::time::Duration;
-
     use rustls::PeerIncompatible;
     use rustls_pki_types::UnixTime;
-
-    use super::*;
+    use std::sync::Arc;
+    use std::time::Duration;
 
     /// Goal: D16: a cause that an error's text contains is not printed again.
     #[test]

@@ -1,20 +1,21 @@
 //! Facts of a certificate for logs, revocation and renewal. Nothing here is a trust decision.
 
-use std::time::{Duration, SystemTime};
-
-use aws_lc_rs::digest;
-use rustls_pki_types::CertificateDer;
-use x509_parser::certificate::X509Certificate;
-use x509_parser::extensions::GeneralName;
-use x509_parser::prelude::FromDer as _;
-
 use crate::host::HostName;
 use crate::pin::SpkiPin;
 use crate::profile::ProfileError;
 use crate::text::{from_unix, hex};
+use aws_lc_rs::digest;
+use rustls_pki_types::CertificateDer;
+use std::time::{Duration, SystemTime};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer as _;
+
+/// Every leaf is valid from one hour before it is issued, so that a peer whose clock is behind accepts it.
+pub const BACKDATE: Duration = Duration::from_secs(3600);
 
 /// The content of one certificate, whoever issued it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificateFacts {
     /// Subject as text, for display.
     pub subject: String,
@@ -100,7 +101,7 @@ pub fn host_names(certificate: &CertificateDer<'_>) -> Vec<HostName> {
 }
 
 /// A moment relative to a certificate's validity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Validity {
     /// Not valid yet; the gap to its start.
     StartsIn(Duration),
@@ -117,9 +118,6 @@ fn strip_sign(serial: &[u8]) -> &[u8] {
         all => all,
     }
 }
-
-/// Every leaf is valid from one hour before it is issued, so that a peer whose clock is behind accepts it.
-pub const BACKDATE: Duration = Duration::from_secs(3600);
 
 #[cfg(test)]
 mod tests {

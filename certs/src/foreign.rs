@@ -1,24 +1,25 @@
 //! Adds names to an unknown-issuer error: who issued the presented certificate, and which CA was expected. webpki does the
 //! verification; the names let the error say who intercepts the connection.
 
-use std::sync::Arc;
-
+use crate::provider::provider;
+use crate::roots::{TrustError, root_store};
+use crate::verifier::JudgeServer;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier as _;
 use rustls::{CertificateError, OtherError};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use std::sync::Arc;
 use thiserror::Error;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Name;
 
-use crate::provider::provider;
-use crate::roots::{TrustError, root_store};
-use crate::verifier::JudgeServer;
+/// Letters of a name that are shown.
+const NAME_MAX: usize = 96;
 
 /// The certificate that a server showed was issued by somebody else. The names are those in certificates, which are
 /// public; they are cut to what fits a log line.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("the presented certificate was issued by {issuer}, not by {}", expected.join(" or "))]
 pub struct ForeignIssuer {
     /// Who issued the presented certificate.
@@ -79,9 +80,6 @@ fn named(der: &CertificateDer<'_>, which: for<'a> fn(&'a X509Certificate<'a>) ->
     let shown: String = text.chars().filter(|c| !c.is_control()).take(NAME_MAX).collect();
     if shown.is_empty() { "an issuer without a name".to_owned() } else { format!("\"{shown}\"") }
 }
-
-/// Letters of a name that are shown.
-const NAME_MAX: usize = 96;
 
 #[cfg(test)]
 mod tests {

@@ -1,17 +1,5 @@
 //! Tests of handshakes between two ends with the configurations of [`crate::tls`], in memory and without sockets.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
-use rustls::client::Resumption;
-use rustls::version::{TLS12, TLS13};
-use rustls::{
-    AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, HandshakeKind,
-    PeerIncompatible, ServerConfig, ServerConnection,
-};
-use rustls_pki_types::ServerName;
-
 use crate::alpn::{ALPN_H2, ALPN_HTTP1, ALPN_JOIN, ALPN_TUNNEL, negotiated};
 use crate::ca::CertificateAuthority;
 use crate::explain::explain;
@@ -23,6 +11,16 @@ use crate::provider::provider;
 use crate::testing::{self, Set, forge};
 use crate::tls::{self, FrontCertificates, UpstreamProtocol};
 use crate::trust::{AgentCa, ClientCa, VerifyError};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use rustls::client::Resumption;
+use rustls::version::{TLS12, TLS13};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, Error, HandshakeKind,
+    PeerIncompatible, ServerConfig, ServerConnection,
+};
+use rustls_pki_types::ServerName;
+use std::sync::Arc;
+use std::time::Duration;
 
 const NAME: &str = "gateway.test";
 const HOUR: Duration = Duration::from_secs(3600);

@@ -1,14 +1,13 @@
 //! Host names and IP addresses that a server certificate is for.
 
+use rustls_pki_types::DnsName;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
-
-use rustls_pki_types::DnsName;
 use thiserror::Error;
 
 /// A DNS name or IP address a server answers to.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum HostName {
     /// Lowercase; may begin with `*.`.
     Dns(String),
@@ -17,7 +16,7 @@ pub enum HostName {
 }
 
 /// Why a text is not a [`HostName`].
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{0:?} is neither a DNS name (without scheme and port) nor an IP address")]
 pub struct HostNameError(String);
 

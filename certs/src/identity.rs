@@ -8,11 +8,18 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
-
 use thiserror::Error;
 
+/// Prefix of the audience of every ServiceAccount token for a gateway.
+pub const AUDIENCE_PREFIX: &str = "towline:";
+
+/// Most groups of one caller: as many as Windows puts into a ticket, 1,015, and some.
+pub const GROUPS_MAX: usize = 1024;
+
+const FREE_TEXT_MAX_BYTES: usize = 256;
+
 /// Why a text is not one of the names of this file.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum NameError {
     /// Nothing at all.
@@ -59,7 +66,7 @@ pub enum NameError {
 macro_rules! name_type {
     ($(#[$doc:meta])* $name:ident, $what:literal, $max:literal, $middle:expr, $allowed:literal) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(Arc<str>);
 
         impl $name {
@@ -115,9 +122,6 @@ impl TrustDomain {
     }
 }
 
-/// Prefix of the audience of every ServiceAccount token for a gateway.
-pub const AUDIENCE_PREFIX: &str = "towline:";
-
 name_type!(
     /// The identifier of a cluster: 1 to 63 of `a-z 0-9 -`, first and last not `-`. A UUID is one.
     ClusterUid, "a cluster uid", 63, |c| c == b'-', "a-z, 0-9 and inner hyphens"
@@ -133,7 +137,7 @@ name_type!(
 );
 
 /// An agent's identity. It is only created from a verified certificate or from the gateway's own record.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AgentIdentity {
     /// The installation that issued it.
     pub trust_domain: TrustDomain,
@@ -183,13 +187,10 @@ impl FromStr for AgentIdentity {
     }
 }
 
-/// Most groups of one caller: as many as Windows puts into a ticket, 1,015, and some.
-pub const GROUPS_MAX: usize = 1024;
-
 /// A client's identity by Kubernetes' convention: the name is the subject's CN, the groups are its O values.
 ///
 /// Names and groups that begin with `system:` are kept unchanged; the gateway decides whether to accept them.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ClientIdentity {
     /// 1 to 256 bytes, no control characters.
     pub name: String,
@@ -275,13 +276,10 @@ fn offender(
     }
 }
 
-const FREE_TEXT_MAX_BYTES: usize = 256;
-
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use super::*;
+    use std::collections::HashMap;
 
     /// Goal: M8: the error names the wrong character, and a letter of several bytes is one character.
     #[test]

@@ -10,15 +10,6 @@
 //! All profiles: not a CA, digitalSignature only, 128-bit random serial, valid from [`BACKDATE`] before `now`, never longer
 //! than the CA. Only the public key of a CSR is used; its subject, names, usages and CA bits are ignored.
 
-use std::time::{Duration, SystemTime};
-
-use rcgen::{
-    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, PublicKeyData,
-    SanType, SerialNumber,
-};
-use rustls_pki_types::CertificateDer;
-use thiserror::Error;
-
 use crate::ca::{CaKey, CertificateAuthority};
 use crate::csr::{AgentKey, CsrError, key_of_csr};
 use crate::der;
@@ -29,6 +20,13 @@ use crate::load::Credential;
 use crate::profile::CaKind;
 use crate::random::{NoRandom, random_serial};
 use crate::text::hex;
+use rcgen::{
+    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, PublicKeyData,
+    SanType, SerialNumber,
+};
+use rustls_pki_types::CertificateDer;
+use std::time::{Duration, SystemTime};
+use thiserror::Error;
 
 /// How long an agent's and a client's certificate lives: 24 h.
 pub const LEAF_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -63,7 +61,7 @@ pub enum IssueError {
 }
 
 /// A certificate made for somebody else's key.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct IssuedCertificate {
     /// The leaf alone.
     pub certificate: CertificateDer<'static>,
@@ -249,14 +247,6 @@ fn server_params(names: &[HostName]) -> Result<CertificateParams, IssueError> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
-
-    use rcgen::{BasicConstraints, DnType, KeyPair, RsaKeySize};
-
-    use rustls_pki_types::CertificateSigningRequestDer;
-    use x509_parser::certification_request::X509CertificationRequest;
-    use x509_parser::prelude::FromDer as _;
-
     use super::*;
     use crate::ca::CA_LIFETIME;
     use crate::csr::CSR_MAX_BYTES;
@@ -264,6 +254,11 @@ mod tests {
     use crate::pin::SpkiPin;
     use crate::testing::{self, Set};
     use crate::trust::{AgentCa, ClientCa};
+    use rcgen::{BasicConstraints, DnType, KeyPair, RsaKeySize};
+    use rustls_pki_types::CertificateSigningRequestDer;
+    use std::collections::HashSet;
+    use x509_parser::certification_request::X509CertificationRequest;
+    use x509_parser::prelude::FromDer as _;
 
     fn agents(set: &Set) -> AgentCa {
         AgentCa::new(&[set.tunnel_ca.root_der().clone()], testing::agent().trust_domain).unwrap()

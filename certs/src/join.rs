@@ -14,19 +14,26 @@
 //!
 //! Only the brackets of an IPv6 address need quoting in a shell.
 
-use std::fmt;
-use std::str::FromStr;
-
-use rustls_pki_types::CertificateDer;
-use subtle::ConstantTimeEq as _;
-use thiserror::Error;
-use zeroize::Zeroize;
-
 use crate::host::HostName;
 use crate::identity::TrustDomain;
 use crate::pin::SpkiPin;
 use crate::random::{self, NoRandom};
 use crate::text::hex;
+use rustls_pki_types::CertificateDer;
+use std::fmt;
+use std::str::FromStr;
+use subtle::ConstantTimeEq as _;
+use thiserror::Error;
+use zeroize::Zeroize;
+
+/// Bytes of the secret: 128 bits.
+pub const SECRET_BYTES: usize = 16;
+/// Prefix of every version of join tokens, and of this version.
+const FAMILY: &str = "tljt";
+const VERSION: &str = "tljt1/";
+const LINE_MAX: usize = 8 * 1024;
+const ADDRESSES_MAX: usize = 16;
+const PINS_MAX: usize = 8;
 
 /// A join token. Only [`JoinToken::line`] shows it.
 #[derive(Clone, PartialEq, Eq)]
@@ -60,7 +67,7 @@ pub struct JoinAddress {
 pub struct JoinSecret([u8; SECRET_BYTES]);
 
 /// Why a line is not a join token. The text never contains parts that may be secret.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum JoinTokenError {
     #[error(
@@ -269,15 +276,6 @@ fn unhex(text: &str) -> Option<[u8; SECRET_BYTES]> {
     }
     Some(bytes)
 }
-
-/// Bytes of the secret: 128 bits.
-pub const SECRET_BYTES: usize = 16;
-/// Prefix of every version of join tokens, and of this version.
-const FAMILY: &str = "tljt";
-const VERSION: &str = "tljt1/";
-const LINE_MAX: usize = 8 * 1024;
-const ADDRESSES_MAX: usize = 16;
-const PINS_MAX: usize = 8;
 
 #[cfg(test)]
 mod tests {

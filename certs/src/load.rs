@@ -3,27 +3,31 @@
 //! Every error names the file, the cause and the remedy, and never contains a byte of a key. A file is opened once, so its
 //! mode is that of the bytes that were read. What a [`LoadPolicy`] tolerates is returned as a warning.
 
+use crate::facts::{CertificateFacts, Validity};
+use crate::profile::may_sign_certificates;
+use crate::roots::root_store;
+use crate::text::human;
+use rustls::crypto::aws_lc_rs::sign;
+use rustls::sign::CertifiedKey;
+use rustls_pki_types::pem::{self, PemObject as _};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
-
-use rustls::crypto::aws_lc_rs::sign;
-use rustls::sign::CertifiedKey;
-use rustls_pki_types::pem::{self, PemObject as _};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use thiserror::Error;
 use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::facts::{CertificateFacts, Validity};
-use crate::profile::may_sign_certificates;
-use crate::roots::root_store;
-use crate::text::human;
+/// Letters of a subject that a warning shows.
+const SUBJECT_SHOWN: usize = 128;
+
+/// Largest file that is read: 1 MiB, four times the usual system trust bundle.
+pub const FILE_MAX_BYTES: usize = 1024 * 1024;
 
 /// A file that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{path}: {cause}")]
 pub struct LoadError {
     /// Which file.
@@ -33,7 +37,7 @@ pub struct LoadError {
 }
 
 /// The cause of a [`LoadError`].
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum LoadCause {
     /// No such file.
@@ -145,7 +149,7 @@ pub enum LoadCause {
 }
 
 /// Whether a shortcoming stops the start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strictness {
     /// It is an error.
     Refuse,
@@ -154,7 +158,7 @@ pub enum Strictness {
 }
 
 /// How to handle problems that leave a file usable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadPolicy {
     /// A key that group or others can read. Kubernetes mounts secrets with group access when `fsGroup` is set.
     pub exposed_key: Strictness,
@@ -170,7 +174,7 @@ impl LoadPolicy {
 }
 
 /// A value, and what was tolerated to get it.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct Loaded<T> {
     /// The value.
     pub value: T,
@@ -212,7 +216,7 @@ impl Drop for PrivateKey {
 }
 
 /// A certificate chain, leaf first, and the leaf's private key: what one end of a handshake shows.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct Credential {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKey,
@@ -525,25 +529,18 @@ fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(SUBJECT_SHOWN).collect()
 }
 
-/// Letters of a subject that a warning shows.
-const SUBJECT_SHOWN: usize = 128;
-
 fn readers(mode: u32) -> &'static str {
     if mode & 0o007 == 0 { "its group" } else { "everybody" }
 }
 
-/// Largest file that is read: 1 MiB, four times the usual system trust bundle.
-pub const FILE_MAX_BYTES: usize = 1024 * 1024;
-
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::time::Duration;
-
     use super::*;
     use crate::issue::LEAF_LIFETIME;
     use crate::save::{chain_pem, key_pem, write_private, write_public};
     use crate::testing::{self, Set};
+    use std::fs;
+    use std::time::Duration;
 
     struct Files {
         directory: tempfile::TempDir,

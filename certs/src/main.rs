@@ -1,12 +1,11 @@
 //! `towline-certs`: creates development certificates and shows what a certificate contains.
 
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
-
-use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
 use towline_certs::devset::{DevCluster, DevSet, parse_client};
 use towline_certs::explain::once;
 use towline_certs::facts::{Validity, host_names};
@@ -14,14 +13,6 @@ use towline_certs::load::{FileBytes, parse_certificates};
 use towline_certs::profile::kind_of;
 use towline_certs::text::{human, rfc3339};
 use towline_certs::{AgentIdentity, CertificateDer, CertificateFacts, ClientIdentity, HostName, TrustDomain};
-
-/// Create development certificates for Towline, and show what a certificate contains.
-#[derive(Debug, Parser)]
-#[command(name = "towline-certs", version, before_help = EXAMPLES, arg_required_else_help = true)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,6 +22,14 @@ Examples:
 
   Show the identity, validity and pin of a certificate
     towline-certs show dev/agent-east.crt";
+
+/// Create development certificates for Towline, and show what a certificate contains.
+#[derive(Debug, Parser)]
+#[command(name = "towline-certs", version, before_help = EXAMPLES, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
 
 #[derive(Debug, Subcommand)]
 enum Command {

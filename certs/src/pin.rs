@@ -4,24 +4,22 @@
 //! It stays valid for a new certificate with the same key. A pin only names where trust starts: the chain up to that
 //! certificate must still verify ([`crate::tls::join_client`] checks both).
 
-use std::fmt;
-use std::str::FromStr;
-
+use crate::profile::ProfileError;
+use crate::text::hex;
 use aws_lc_rs::digest;
 use rustls_pki_types::CertificateDer;
+use std::fmt;
+use std::str::FromStr;
 use thiserror::Error;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
 
-use crate::profile::ProfileError;
-use crate::text::hex;
-
 /// The pin of one public key.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpkiPin([u8; 32]);
 
 /// Why a text is not a pin.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
     "a pin is sha256: and 64 hexadecimal digits; `towline-certs show FILE` prints the pin of a certificate"
 )]

@@ -1,20 +1,18 @@
 //! Verifies a server by the pin of its CA alone; and asks who answers without verifying anything.
 
-use std::sync::Arc;
-
-use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::ServerCertVerifier as _;
-use rustls::{CertificateError, OtherError};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use thiserror::Error;
-
 use crate::pin::{SpkiPin, find_pinned};
 use crate::provider::provider;
 use crate::roots::{CHAIN_MAX, root_store};
 use crate::verifier::JudgeServer;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::ServerCertVerifier as _;
+use rustls::{CertificateError, OtherError};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use std::sync::Arc;
+use thiserror::Error;
 
 /// No presented certificate has one of the expected pins.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("none of the presented CA certificates matches a pin of the join token ({}). Either the token is for another gateway, or a middlebox answers in place of the gateway; nothing was sent", .0.iter().map(SpkiPin::to_string).collect::<Vec<_>>().join(", "))]
 pub struct PinMismatch(pub Vec<SpkiPin>);
 

@@ -10,9 +10,9 @@
 //! 4. clientAuth among its extended key usages; "any" does not count (4.2.1.12)
 //! 5. agent: exactly one subject alternative name, a URI of the exact form; client: exactly one CN
 
-use std::fmt;
-
+use crate::identity::{AgentIdentity, ClientIdentity, NameError, TrustDomain};
 use rustls_pki_types::CertificateDer;
+use std::fmt;
 use thiserror::Error;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::der_parser::oid::Oid;
@@ -21,10 +21,17 @@ use x509_parser::oid_registry as oids;
 use x509_parser::prelude::FromDer as _;
 use x509_parser::x509::X509Version;
 
-use crate::identity::{AgentIdentity, ClientIdentity, NameError, TrustDomain};
+const CHECKED: [Oid<'static>; 4] = [
+    oids::OID_X509_EXT_BASIC_CONSTRAINTS,
+    oids::OID_X509_EXT_KEY_USAGE,
+    oids::OID_X509_EXT_EXTENDED_KEY_USAGE,
+    oids::OID_X509_EXT_SUBJECT_ALT_NAME,
+];
+
+pub(crate) const ORGANIZATION: &str = "towline";
 
 /// The rule that a certificate breaks.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ProfileError {
     /// Not a certificate, or bytes follow it.
@@ -226,15 +233,8 @@ fn san_kind(name: &GeneralName<'_>) -> &'static str {
     }
 }
 
-const CHECKED: [Oid<'static>; 4] = [
-    oids::OID_X509_EXT_BASIC_CONSTRAINTS,
-    oids::OID_X509_EXT_KEY_USAGE,
-    oids::OID_X509_EXT_EXTENDED_KEY_USAGE,
-    oids::OID_X509_EXT_SUBJECT_ALT_NAME,
-];
-
 /// The purpose of a CA. Each kind has its own root, and none issues for another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CaKind {
     /// Agents, and the gateway on its tunnel and join listeners.
     Tunnel,
@@ -286,19 +286,15 @@ pub(crate) fn may_sign_certificates(certificate: &CertificateDer<'_>) -> bool {
     parsed.is_ca() && usage
 }
 
-pub(crate) const ORGANIZATION: &str = "towline";
-
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
+    use super::*;
+    use crate::testing::{self, Set, uri};
     use rcgen::{
         BasicConstraints, CertificateParams, CustomExtension, DnType, ExtendedKeyUsagePurpose as Usage, IsCa,
         KeyUsagePurpose, OtherNameValue, SanType,
     };
-
-    use super::*;
-    use crate::testing::{self, Set, uri};
+    use std::net::Ipv4Addr;
 
     fn agent(change: impl FnOnce(&mut CertificateParams)) -> Result<AgentIdentity, ProfileError> {
         let set = Set::new(testing::now());

@@ -1,10 +1,9 @@
 //! The crypto provider of TLS, and times as it takes them.
 
-use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
-
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls_pki_types::UnixTime;
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 /// The one crypto provider: aws-lc-rs, post-quantum key exchange first.
 #[must_use]

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 /// The system has no random bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("the system's random source failed")]
 pub struct NoRandom;
 

@@ -1,11 +1,12 @@
 //! Causes and remedies of rustls' own errors. [`crate::explain`] adds those that the verifiers of this crate report.
 
-use std::time::Duration;
-
+use crate::text::{from_unix, human, rfc3339};
 use rustls::{AlertDescription, CertificateError, Error, PeerIncompatible};
 use rustls_pki_types::UnixTime;
+use std::time::Duration;
 
-use crate::text::{from_unix, human, rfc3339};
+/// What an error calls the CA bundle where nobody names it.
+pub(crate) const CONFIGURED: &str = "the configured CA bundle";
 
 /// Cause and remedy of an error of rustls. `bundle` names the CA bundle that this end was configured with.
 pub(crate) fn reason(error: &Error, bundle: &str) -> String {
@@ -120,6 +121,3 @@ fn gap(from: UnixTime, to: UnixTime) -> String {
 fn moment(time: UnixTime) -> String {
     rfc3339(from_unix(i64::try_from(time.as_secs()).unwrap_or(i64::MAX)))
 }
-
-/// What an error calls the CA bundle where nobody names it.
-pub(crate) const CONFIGURED: &str = "the configured CA bundle";

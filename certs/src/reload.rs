@@ -4,13 +4,11 @@
 //! miss. A bad file keeps the last good value. If two files change one after the other, the pair is bad in between (the key
 //! does not belong to the certificate) and good at the next poll.
 
+use crate::load::{FileBytes, LoadError};
+use aws_lc_rs::digest;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-
-use aws_lc_rs::digest;
-
-use crate::load::{FileBytes, LoadError};
 
 /// The result of a poll.
 #[derive(Debug)]
@@ -133,10 +131,9 @@ fn hash(files: &[FileBytes]) -> Hash {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
     use crate::load::LoadCause;
+    use std::fs;
 
     fn watch(paths: &[PathBuf]) -> Watched<String> {
         Watched::open(paths.to_vec(), |files| {

@@ -1,13 +1,15 @@
 //! Certificates that can serve as roots.
 
+use crate::profile::{CaKind, may_sign_certificates};
 use rustls::RootCertStore;
 use rustls_pki_types::CertificateDer;
 use thiserror::Error;
 
-use crate::profile::{CaKind, may_sign_certificates};
+/// Most certificates that a peer may present: a leaf, a few intermediates and the root.
+pub const CHAIN_MAX: usize = 8;
 
 /// Why certificates cannot serve as roots.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum TrustError {
     /// Without a root no peer can be verified.
@@ -44,6 +46,3 @@ pub(crate) fn root_store(roots: &[CertificateDer<'_>]) -> Result<RootCertStore, 
     }
     Ok(store)
 }
-
-/// Most certificates that a peer may present: a leaf, a few intermediates and the root.
-pub const CHAIN_MAX: usize = 8;

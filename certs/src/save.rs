@@ -4,18 +4,18 @@
 //! file or the new one and never a part, also after a crash. Certificate and key in one file ([`write_credential`]) change
 //! together; in two files they cannot.
 
+use crate::load::{Credential, PrivateKey};
+use crate::text::hex;
+use aws_lc_rs::rand;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-
-use aws_lc_rs::rand;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::load::{Credential, PrivateKey};
-use crate::text::hex;
+const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /// A file could not be written.
 #[derive(Debug, Error)]
@@ -128,16 +128,13 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), SaveError> {
     written.map_err(error)
 }
 
-const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-    use std::time::SystemTime;
-
     use super::*;
     use crate::load::{LoadPolicy, load_credential};
     use crate::testing;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::time::SystemTime;
 
     #[test]
     fn a_credential_in_one_file_comes_back_whole() {

@@ -1,11 +1,5 @@
 //! One complete set of certificates for the tests of this crate.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-use rcgen::{
-    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
-};
-
 use crate::ca::{CA_LIFETIME, CertificateAuthority};
 use crate::facts::BACKDATE;
 use crate::host::HostName;
@@ -13,6 +7,10 @@ use crate::identity::{AgentIdentity, ClientIdentity};
 use crate::issue::{LEAF_LIFETIME, SERVER_LIFETIME};
 use crate::load::{Credential, PrivateKey};
 use crate::profile::CaKind;
+use rcgen::{
+    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
+};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub(crate) struct Set {
     pub(crate) tunnel_ca: CertificateAuthority,

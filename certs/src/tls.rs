@@ -13,18 +13,6 @@
 //! All configurations: the crypto provider is passed in and never the process's default. No session is resumed and no early
 //! data is sent or accepted, because a resumed session skips the certificate check, also after a revocation.
 
-use std::sync::Arc;
-
-use rustls::client::Resumption;
-use rustls::crypto::aws_lc_rs;
-use rustls::server::danger::ClientCertVerifier;
-use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::version::{TLS12, TLS13};
-use rustls::{ClientConfig, ConfigBuilder, ServerConfig, SupportedProtocolVersion, WantsVerifier};
-use rustls_pki_types::CertificateDer;
-use thiserror::Error;
-
 use crate::alpn::{ALPN_H2, ALPN_HTTP1, ALPN_JOIN, ALPN_TUNNEL};
 use crate::bundle::BundleVerifier;
 use crate::foreign::NamingVerifier;
@@ -37,6 +25,16 @@ use crate::provider::provider;
 use crate::roots::TrustError;
 use crate::trust::{AgentCa, ClientCa, no_client_certificates};
 use crate::verifier::Verifier;
+use rustls::client::Resumption;
+use rustls::crypto::aws_lc_rs;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::version::{TLS12, TLS13};
+use rustls::{ClientConfig, ConfigBuilder, ServerConfig, SupportedProtocolVersion, WantsVerifier};
+use rustls_pki_types::CertificateDer;
+use std::sync::Arc;
+use thiserror::Error;
 
 /// Why a configuration cannot be built.
 #[derive(Debug, Error)]
@@ -66,7 +64,7 @@ pub enum TlsError {
 
 /// The certificates of the front: one by default, and others by the name in the ClientHello (SNI). A name may be
 /// `*.domain`, which matches exactly one label. SNI only selects the certificate.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct FrontCertificates {
     default: Credential,
     by_host: Vec<(String, Credential)>,
@@ -90,7 +88,7 @@ impl FrontCertificates {
 }
 
 /// Which HTTP an agent speaks to its upstream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UpstreamProtocol {
     /// HTTP/1.1 only: what requests and every upgrade need.
     Http1,

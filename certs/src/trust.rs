@@ -3,17 +3,6 @@
 //! There are two types, so that one cannot be used as the other: [`AgentCa`] turns a chain into an agent, [`ClientCa`] turns a
 //! chain into a client. Each has its own roots and its own certificate profile, and neither reads the other's.
 
-use std::fmt;
-use std::sync::Arc;
-use std::time::SystemTime;
-
-use rustls::server::WebPkiClientVerifier;
-use rustls::server::danger::ClientCertVerifier;
-use rustls::{CertificateError, DistinguishedName, OtherError};
-use rustls_pki_types::{CertificateDer, UnixTime};
-use thiserror::Error;
-use x509_parser::prelude::{FromDer as _, X509Certificate};
-
 use crate::identity::{AgentIdentity, ClientIdentity, TrustDomain};
 use crate::pin::SpkiPin;
 use crate::profile::{CaKind, ProfileError, kind_of};
@@ -21,9 +10,18 @@ use crate::provider::{provider, unix_time};
 use crate::reason::{CONFIGURED, reason};
 use crate::roots::{CHAIN_MAX, TrustError, root_store};
 use crate::verifier::{JudgeClient, Verifier};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::{CertificateError, DistinguishedName, OtherError};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+use thiserror::Error;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// Why a presented chain is not an identity.
-#[derive(Debug, Clone, Error)]
+#[derive(Clone, Debug, Error)]
 #[non_exhaustive]
 pub enum VerifyError {
     /// Nothing was presented.
@@ -280,11 +278,10 @@ impl JudgeClient for AcceptAny {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::issue::LEAF_LIFETIME;
     use crate::testing::{self, Set};
+    use std::time::Duration;
 
     fn agents(set: &Set) -> AgentCa {
         AgentCa::new(&[set.tunnel_ca.root_der().clone()], testing::agent().trust_domain).unwrap()

@@ -1,16 +1,14 @@
 //! Turns a judgement about certificates into a verifier of rustls. The signatures of the handshake are checked here, for all
 //! judgements, with the algorithms of the one crypto provider.
 
-use std::fmt::Debug;
-use std::sync::Arc;
-
+use crate::provider::provider;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-
-use crate::provider::provider;
+use std::fmt::Debug;
+use std::sync::Arc;
 
 /// What a client makes of a server's certificate.
 pub(crate) trait JudgeServer: Debug + Send + Sync {

@@ -43,6 +43,9 @@ use towline_certs::{CertificateDer, ClusterUid};
 use towline_model::text::printable;
 use towline_model::{ADMINS, ClusterName, Principal};
 
+/// How long a request waits for other requests of its principal to the same cluster.
+const PLACE_PATIENCE: Duration = Duration::from_secs(1);
+
 /// The known callers, their running requests, and the limits of one caller.
 #[derive(Debug)]
 pub(crate) struct Access {
@@ -314,9 +317,6 @@ impl Access {
         running::review(&self.context, &self.running).await;
     }
 }
-
-/// How long a request waits for other requests of its principal to the same cluster.
-const PLACE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Whether the principal is an admin of the fleet's API.
 pub(crate) fn is_admin(principal: &Principal) -> bool {

@@ -6,6 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// Shortest time between two looks at all keys for what is forgiven.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How much a bucket holds, and after how long one of it is forgiven.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rate {
@@ -114,9 +117,6 @@ impl<K: Clone + Eq + Hash> Buckets<K> {
         self.lock().buckets.len()
     }
 }
-
-/// Shortest time between two looks at all keys for what is forgiven.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use towline_proto::tunnel::aside::Aside;
 
+/// After the drain has begun, how long a connection without a request may take to send its first one.
+const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
+
 /// The stages of stopping; each token is cancelled when its stage begins.
 #[derive(Debug, Default)]
 pub(crate) struct Stages {
@@ -17,9 +20,6 @@ pub(crate) struct Stages {
     /// Everything is aborted.
     pub(crate) abort: CancellationToken,
 }
-
-/// After the drain has begun, how long a connection without a request may take to send its first one.
-const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
 impl Stages {
     /// Aborts everything.

@@ -9,6 +9,9 @@ use std::str::FromStr;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 
+/// The default log level.
+pub const LEVEL: &str = "info";
+
 /// The form of a line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
@@ -71,9 +74,6 @@ macro_rules! sparing {
     };
 }
 pub(crate) use sparing;
-
-/// The default log level.
-pub const LEVEL: &str = "info";
 
 /// The value of `--log-level` is invalid.
 #[derive(Debug, thiserror::Error)]

@@ -22,6 +22,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// with an idle process forever, since nothing happens there any more that would look at the time.
 const PURGE_DELAY: (&str, &str) = ("MIMALLOC_PURGE_DELAY", "100");
 
+/// A mistake in flags, files or addresses.
+const BAD_CONFIGURATION: u8 = 2;
+
 /// Run the gateway of a Towline fleet: clients send requests to it, and agents connect to it.
 #[derive(Debug, Parser)]
 #[command(name = "towline-gateway", version)]
@@ -90,9 +93,6 @@ enum StoreCommand {
     /// Verify every page and every record of the store.
     Check,
 }
-
-/// A mistake in flags, files or addresses.
-const BAD_CONFIGURATION: u8 = 2;
 
 fn main() -> ExitCode {
     set_up_allocator();

@@ -15,6 +15,11 @@ use towline_certs::save::create_private_directory;
 use towline_certs::text::human;
 use towline_store::{Store, StoreError};
 
+/// Additional time for last messages and last records.
+const DRAINER_SLACK: Duration = Duration::from_secs(10);
+/// How often to check whether the store is free.
+const STORE_PAUSE: Duration = Duration::from_millis(100);
+
 /// What a state directory contributes.
 #[derive(Debug)]
 pub(crate) struct Memory {
@@ -81,11 +86,6 @@ async fn open_store(place: &Path, metrics: &Arc<Metrics>, patience: Duration) ->
 fn patience(drain: &Drain) -> Duration {
     drain.delay + drain.deadline + DRAINER_SLACK
 }
-
-/// Additional time for last messages and last records.
-const DRAINER_SLACK: Duration = Duration::from_secs(10);
-/// How often to check whether the store is free.
-const STORE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why the state directory cannot be used.
 #[derive(Debug, Error)]

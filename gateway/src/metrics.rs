@@ -173,6 +173,15 @@ label!(
     Skipped { Newer = "newer", Broken = "broken" }
 );
 
+/// From 1 ms, the time of a request inside one region, to the deadline of a response.
+const FIRST_BYTE_BUCKETS: [f64; 13] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
+/// The only family with cluster names.
+const CLUSTER_CONNECTED: &str = "towline_gateway_cluster_connected";
+const CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "other"];
+
+const REASON: &str = "the names in this file are valid and different: a test makes them all";
+
 /// Every metric of a gateway.
 pub struct Metrics {
     registry: Registry,
@@ -219,13 +228,6 @@ impl fmt::Debug for Metrics {
         f.debug_struct("Metrics").finish_non_exhaustive()
     }
 }
-
-/// From 1 ms, the time of a request inside one region, to the deadline of a response.
-const FIRST_BYTE_BUCKETS: [f64; 13] =
-    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
-/// The only family with cluster names.
-const CLUSTER_CONNECTED: &str = "towline_gateway_cluster_connected";
-const CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "other"];
 
 impl Metrics {
     #[must_use]
@@ -658,8 +660,6 @@ impl Drop for Counted {
         self.0.dec();
     }
 }
-
-const REASON: &str = "the names in this file are valid and different: a test makes them all";
 
 fn register(registry: &Registry, collector: impl Collector + 'static) {
     registry.register(Box::new(collector)).expect(REASON);

@@ -1,13 +1,11 @@
 //! The demo of `make demo`: a gateway, an agent that only dials out, an API server behind it, and real requests through the
 //! tunnel. It uses loopback, free ports and one scratch directory.
 
-use std::path::Path;
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, ensure};
 use base64::Engine;
+use std::path::Path;
+use std::time::{Duration, Instant};
 use tokio::process::Command;
-
 use towline_fakeapi::{FakeApi, FakeApiOptions};
 use towline_testkit::client::{Version, full};
 use towline_testkit::kubectl;

@@ -1,11 +1,10 @@
 //! `towline-loadtest`: the command line of the load test, the demo and the test doubles.
 
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-
-use anyhow::{Context, bail};
-use clap::{Parser, Subcommand};
 use towline_fakeapi::{FakeApi, FakeApiOptions};
 use towline_loadtest::demo::Behind;
 use towline_loadtest::load::agents::{Fleet, Over};

@@ -33,9 +33,8 @@ pub fn escape(text: &str) -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::collections::BTreeMap;
-
     use super::json::{Arm, Machine, Metric, Process, Profile, Record, ResultRow, SCHEMA, Values};
+    use std::collections::BTreeMap;
 
     /// A small record with every kind of figure.
     pub(crate) fn record() -> Record {

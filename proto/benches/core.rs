@@ -23,14 +23,15 @@ const MEASURE: Duration = Duration::from_secs(2);
 const TOGETHER: usize = 64;
 const CHUNK: usize = 64 * 1024;
 
-/// What is measured, by its name; the number is how many operations to do.
-type Scenario = (&'static str, fn(usize));
 const SCENARIOS: [Scenario; 4] = [
     ("exchange", |count| exchanges(count, 1)),
     ("exchange-64", |count| exchanges(count, TOGETHER)),
     ("bulk-64KiB", |count| bulk(count, 1)),
     ("bulk-64KiB-16", |count| bulk(count, 16)),
 ];
+
+/// What is measured, by its name; the number is how many operations to do.
+type Scenario = (&'static str, fn(usize));
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();

@@ -8,7 +8,7 @@ use core::fmt;
 macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = $value:literal, $label:literal, $status:literal, $text:literal;)*) => {
         /// A reason to end a stream or a session before its natural end.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u32)]
         pub enum Code { $($(#[$doc])* $name = $value,)* }
 

@@ -78,8 +78,10 @@ const TRUST: u8 = 0x92;
 const TRUST_ACK: u8 = 0x93;
 const ABOUT: u8 = 0x94;
 
+const SESSION: StreamId = StreamId(0);
+
 /// A stream's number in its session: even if the gateway opened it, odd if the agent did; rising, never 0, never reused.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StreamId(pub u32);
 
 impl fmt::Debug for StreamId {
@@ -174,8 +176,6 @@ const fn notice_kind(notice: &Notice) -> u8 {
         Notice::About(_) => ABOUT,
     }
 }
-
-const SESSION: StreamId = StreamId(0);
 
 /// Appends the header of a DATA frame; exactly `len` payload bytes must follow it on the wire.
 pub fn put_data_header(out: &mut BytesMut, id: StreamId, len: usize, fin: bool) {

@@ -40,14 +40,18 @@ const MIB: usize = 1 << 20;
 const FLOW_CONTROL_ERROR: u64 = 0x03;
 const CONNECTION_ID_LIMIT_ERROR: u64 = 0x09;
 
+/// The most that a session with these limits holds of its budget while nobody grows: the credit of 16 streams, and QUIC's
+/// window above it.
+const RESERVED: usize = 3 * MIB / 2;
+
+/// Packets that may be under way: far less than the server's socket holds. So loopback loses little, and the server hears of
+/// everything before much more is sent, however slow the machine is.
+const UNDER_WAY: u64 = 32;
+
 /// Small, so that what is above them shows.
 fn limits() -> Limits {
     Limits { streams_max: 16, credit_max: 1 << 20, recv_budget: 4 * MIB, ..Limits::default() }
 }
-
-/// The most that a session with these limits holds of its budget while nobody grows: the credit of 16 streams, and QUIC's
-/// window above it.
-const RESERVED: usize = 3 * MIB / 2;
 
 /// A gateway's endpoint with one honest agent, and any intruders.
 struct World {
@@ -257,10 +261,6 @@ fn resident() -> usize {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
 }
-
-/// Packets that may be under way: far less than the server's socket holds. So loopback loses little, and the server hears of
-/// everything before much more is sent, however slow the machine is.
-const UNDER_WAY: u64 = 32;
 
 /// Sends frames until the server closes the connection; whether it did. It has read all of them when it did not.
 async fn flood(raw: &mut Raw, mut next: impl FnMut() -> Option<Vec<u8>>) -> bool {

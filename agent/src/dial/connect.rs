@@ -1,12 +1,12 @@
 //! One connection: resolve, connect, TLS, all under one deadline. Each failure has its cause and its remedy. Used for the
 //! gateway and for upstreams.
 
+use crate::config::address::{Address, Host, Reach, special};
+use rustix::io::Errno;
+use rustls::ClientConfig;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-
-use rustix::io::Errno;
-use rustls::ClientConfig;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, lookup_host};
@@ -16,7 +16,8 @@ use tokio_rustls::client::TlsStream;
 use towline_certs::ServerName;
 use towline_certs::explain::{Fault, explain_naming, fault, tls_error};
 
-use crate::config::address::{Address, Host, Reach, special};
+/// Addresses of one name that are tried.
+const ADDRESSES_MAX: usize = 16;
 
 /// Why a connection failed. The text has the cause and the remedy; the caller adds the hop.
 #[derive(Debug, Error)]
@@ -179,9 +180,6 @@ pub(crate) fn describe(error: &io::Error) -> String {
     }
 }
 
-/// Addresses of one name that are tried.
-const ADDRESSES_MAX: usize = 16;
-
 /// Whether an operation failed because this process, or this machine, has no descriptor left.
 fn is_exhausted(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
@@ -197,11 +195,9 @@ pub(crate) fn server_name(host: &Host) -> Option<ServerName<'static>> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use tokio::net::{TcpListener, TcpSocket};
-
     use super::*;
+    use std::time::Duration;
+    use tokio::net::{TcpListener, TcpSocket};
 
     async fn attempt(address: &str, reach: Reach) -> Result<TcpStream, ConnectError> {
         connect(&address.parse().unwrap(), reach, Instant::now() + Duration::from_secs(30)).await

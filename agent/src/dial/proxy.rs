@@ -1,12 +1,13 @@
 //! The HTTP proxy on the TCP path to the gateway: its files, the connection to it, and TLS with an `https://` proxy.
 //! `config/proxy.rs` decides which proxy is used; [`towline_proto::dial::proxy`] speaks CONNECT.
 
+use crate::config::address::{Address, Host, Reach};
+use crate::dial::connect::{self, ConnectError, server_name};
+use arc_swap::ArcSwap;
+use rustls::ClientConfig;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-
-use arc_swap::ArcSwap;
-use rustls::ClientConfig;
 use thiserror::Error;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
@@ -19,11 +20,11 @@ use towline_proto::dial::proxy::{Asker, ConnectRefused, connect as ask};
 use towline_proto::tunnel::socket;
 use zeroize::Zeroizing;
 
-use crate::config::address::{Address, Host, Reach};
-use crate::dial::connect::{self, ConnectError, server_name};
-
 pub use crate::config::proxy::ProxyConfig;
 pub use towline_proto::dial::proxy::{NoProxy, ProxyUrl, Source};
+
+const PASSWORD_MAX: usize = 1024;
+const SOFTWARE: &str = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));
 
 /// A connection to the gateway, through a proxy or not.
 pub(crate) type Leg = proxy::Leg<Road>;
@@ -196,17 +197,12 @@ impl ProxyError {
     }
 }
 
-const PASSWORD_MAX: usize = 1024;
-const SOFTWARE: &str = concat!("towline-agent/", env!("CARGO_PKG_VERSION"));
-
 #[cfg(test)]
 mod tests {
+    use super::*;
     use std::time::Duration;
-
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpListener;
-
-    use super::*;
 
     fn config(url: &str, no_proxy: &[&str]) -> ProxyConfig {
         let no_proxy = NoProxy::new(no_proxy.iter().map(|entry| entry.parse().unwrap()).collect());

@@ -1,24 +1,24 @@
 //! QUIC connections to the gateway. The whole agent shares one UDP socket, opened at its first use; the TLS 1.3 settings
 //! are those of TCP.
 
-use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
-
+use crate::config::QuicConfig;
+use crate::config::address::Address;
+use crate::dial::connect::{self, ConnectError as ResolveError};
+use crate::metrics::Metrics;
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig};
 use quinn::{
     ClientConfig, ConnectError, ConnectionError, Endpoint, EndpointConfig, TokioRuntime, TransportErrorCode,
 };
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use towline_certs::alpn::ALPN_TUNNEL;
 use towline_proto::mux::{Limits, Role};
 use towline_proto::tunnel::{quic, socket};
 
-use crate::config::QuicConfig;
-use crate::config::address::Address;
-use crate::dial::connect::{self, ConnectError as ResolveError};
-use crate::metrics::Metrics;
+const CERTIFICATE_EXPIRED: u8 = 45;
 
 /// Why there is no QUIC connection.
 #[derive(Debug, Error)]
@@ -72,8 +72,6 @@ fn told(cause: &ConnectionError) -> String {
         cause => cause.to_string(),
     }
 }
-
-const CERTIFICATE_EXPIRED: u8 = 45;
 
 /// The QUIC side of the agent.
 pub(crate) struct Quic {

@@ -1,13 +1,11 @@
 //! The uplink: what the agent presents to the gateway and which CA it trusts there, and the proxy on the way.
 
-use std::fmt;
-use std::sync::Arc;
-
+use crate::dial::proxy::Proxy;
 use arc_swap::ArcSwapOption;
 use rustls::ClientConfig;
+use std::fmt;
+use std::sync::Arc;
 use tokio::sync::{Notify, watch};
-
-use crate::dial::proxy::Proxy;
 
 /// The uplink at the moment. The dialler reads it; a reload and the keeper of the identity change it.
 pub(crate) struct Uplink {

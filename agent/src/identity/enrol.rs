@@ -6,19 +6,6 @@
 //! 2. Try each proof at each address until one address answers. A refusal moves on to the next proof.
 //! 3. Check the whole answer before using any of it: our key, a chain to the roots, an agent's profile.
 
-use std::path::Path;
-use std::time::SystemTime;
-
-use bytes::Bytes;
-use tokio::time::{Duration, Instant, timeout};
-use towline_certs::alpn::{ALPN_JOIN, negotiated};
-use towline_certs::{AUDIENCE_PREFIX, AgentKey, JoinToken, SpkiPin, TrustDomain, tls};
-use towline_proto::join::{
-    Admitted, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
-    Refused, ServiceAccount, Token,
-};
-use towline_proto::tunnel::message::{recv_message, send_message};
-
 use crate::config::JoinConfig;
 use crate::config::address::{Address, Host};
 use crate::dial;
@@ -28,6 +15,17 @@ use crate::identity::error::{AnswerError, AttemptError, EnrolError};
 use crate::identity::files::{read_line, read_token};
 use crate::identity::held::{Held, accept};
 use crate::identity::issuer;
+use bytes::Bytes;
+use std::path::Path;
+use std::time::SystemTime;
+use tokio::time::{Duration, Instant, timeout};
+use towline_certs::alpn::{ALPN_JOIN, negotiated};
+use towline_certs::{AUDIENCE_PREFIX, AgentKey, JoinToken, SpkiPin, TrustDomain, tls};
+use towline_proto::join::{
+    Admitted, Certificate, Issuer, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
+    Refused, ServiceAccount, Token,
+};
+use towline_proto::tunnel::message::{recv_message, send_message};
 
 /// Everything that an attempt to join needs.
 #[derive(Debug)]

@@ -1,7 +1,9 @@
 //! Errors of joining and of renewing: why there is no identity.
 
+use crate::config::address::Host;
+use crate::dial::ReachError;
+use crate::dial::connect::ConnectError;
 use std::path::PathBuf;
-
 use thiserror::Error;
 use tokio::time::Duration;
 use towline_certs::alpn::WrongAlpn;
@@ -10,10 +12,6 @@ use towline_certs::{CsrError, JoinTokenError, ProfileError, TlsError, TrustError
 use towline_proto::join::{CERTIFICATES_MAX, RefusalCode};
 use towline_proto::text::{Lasting, Printable};
 use towline_proto::tunnel::message::MessageError;
-
-use crate::config::address::Host;
-use crate::dial::ReachError;
-use crate::dial::connect::ConnectError;
 
 /// Why the agent has no identity.
 #[derive(Debug, Error)]

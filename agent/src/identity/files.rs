@@ -1,11 +1,9 @@
 //! Readers of the small files that hold a token.
 
+use crate::identity::error::EnrolError;
 use std::path::Path;
-
 use towline_certs::JoinToken;
 use towline_certs::load::{FileBytes, LoadError};
-
-use crate::identity::error::EnrolError;
 
 /// Reads a join token, and checks that it is for `cluster` if that is known.
 pub(crate) fn read_token(path: &Path, cluster: Option<&str>) -> Result<JoinToken, EnrolError> {

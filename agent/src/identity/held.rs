@@ -1,17 +1,19 @@
 //! The identity that the agent holds, and the roots that it trusts.
 
+use crate::identity::error::AnswerError;
+use bytes::Bytes;
+use rustls::ClientConfig;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
-
-use bytes::Bytes;
-use rustls::ClientConfig;
 use tokio::time::Duration;
 use towline_certs::facts::CertificateFacts;
 use towline_certs::{AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, SpkiPin, leads_back, tls};
 use towline_proto::join::{CERTIFICATES_MAX, Trust};
 
-use crate::identity::error::AnswerError;
+/// How long an announced but unsigned root cannot vouch for others: one day. That is longer than a hijacked gateway stays unnoticed,
+/// and as long as one step of a change of CA takes.
+const UNSIGNED_FOR: Duration = Duration::from_secs(86_400);
 
 /// An identity that can be used.
 #[derive(Clone, Debug)]
@@ -119,10 +121,6 @@ pub(super) fn accept(
     let unsigned = unsigned.map(|pin| (pin, known(pin).unwrap_or(now))).collect();
     Ok((roots, unsigned))
 }
-
-/// How long an announced but unsigned root cannot vouch for others: one day. That is longer than a hijacked gateway stays unnoticed,
-/// and as long as one step of a change of CA takes.
-const UNSIGNED_FOR: Duration = Duration::from_secs(86_400);
 
 fn certificates(der: &[Bytes]) -> Vec<CertificateDer<'static>> {
     der.iter().map(|der| CertificateDer::from(der.to_vec())).collect()

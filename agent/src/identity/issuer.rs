@@ -4,6 +4,11 @@
 //!
 //! The agent detects new keys by its own token: it is then signed by a key that the gateway does not know.
 
+use crate::config::ServiceAccountConfig;
+use crate::identity::files::read_line;
+use crate::upstream::ask;
+use crate::upstream::token::TokenFile;
+use crate::upstream::upstreams::Upstreams;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
@@ -11,11 +16,10 @@ use tokio::time::{Duration, timeout};
 use towline_certs::load::FileBytes;
 use towline_proto::join::Issuer;
 
-use crate::config::ServiceAccountConfig;
-use crate::identity::files::read_line;
-use crate::upstream::ask;
-use crate::upstream::token::TokenFile;
-use crate::upstream::upstreams::Upstreams;
+const JWKS_PATH: &str = "/openid/v1/jwks";
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Larger key sets do not fit a notice, and no cluster has one.
+const JWKS_MAX: usize = 12 * 1024;
 
 /// Where the issuer's keys come from.
 #[derive(Debug)]
@@ -114,11 +118,6 @@ async fn ask(upstreams: &Upstreams) -> Option<Bytes> {
     let credential = upstreams.token.as_ref().map(TokenFile::authorization);
     ask::get(&upstreams.api_server(), JWKS_PATH, credential, JWKS_MAX).await
 }
-
-const JWKS_PATH: &str = "/openid/v1/jwks";
-const TIMEOUT: Duration = Duration::from_secs(5);
-/// Larger key sets do not fit a notice, and no cluster has one.
-const JWKS_MAX: usize = 12 * 1024;
 
 #[cfg(test)]
 mod tests {

@@ -13,18 +13,6 @@
 //!
 //! The agent never changes an identity from files: it acknowledges an announcement if the file contains the roots.
 
-use std::sync::Arc;
-use std::time::SystemTime;
-
-use tokio::sync::mpsc;
-use tokio::time::{Duration, Instant, sleep, sleep_until};
-use towline_certs::AgentKey;
-use towline_certs::save::SaveError;
-use towline_certs::text::human;
-use towline_proto::join::{Notice, Renew, Renewal, Renewed, Trust};
-use towline_proto::text::Printable;
-use towline_proto::tunnel::Session;
-
 use crate::dial::uplink::Uplink;
 use crate::identity::enrol::Enroller;
 use crate::identity::error::{AnswerError, EnrolError};
@@ -36,6 +24,35 @@ use crate::metrics::Metrics;
 use crate::sessions::backoff::Backoff;
 use crate::sessions::links::Links;
 use crate::upstream::upstreams::Upstreams;
+use std::sync::Arc;
+use std::time::SystemTime;
+use tokio::sync::mpsc;
+use tokio::time::{Duration, Instant, sleep, sleep_until};
+use towline_certs::AgentKey;
+use towline_certs::save::SaveError;
+use towline_certs::text::human;
+use towline_proto::join::{Notice, Renew, Renewal, Renewed, Trust};
+use towline_proto::text::Printable;
+use towline_proto::tunnel::Session;
+
+/// Jitter of the renewal, as a fraction of the time until it.
+const RENEW_JITTER: f64 = 0.1;
+/// The shortest wait after a failed renewal.
+const RENEW_PAUSE: Duration = Duration::from_secs(1);
+/// An unanswered renewal is requested again after this time, over another session if there is one.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+/// The shortest time between two attempts to join when the gateway ends every session at once.
+const REJOIN_PAUSE: Duration = Duration::from_secs(15);
+/// How often the agent checks whether its token is signed by another key. The interval grows each time the API server refuses to show the key.
+const TELL_FIRST: Duration = Duration::from_secs(2);
+const TELL_LOOK: Duration = Duration::from_secs(10);
+const TELL_LOOK_MAX: Duration = Duration::from_secs(600);
+/// Fruitless attempts before a warning is logged.
+const TELL_WARN: u32 = 3;
+/// A longer token does not fit into the notice together with the keys. No real token is that long.
+const VOUCHER_MAX: usize = 2 * 1024;
+/// A gateway cannot keep the agent away for longer.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 
 /// Gets the identity, stores it and renews it.
 pub(crate) struct Keeper {
@@ -396,22 +413,3 @@ impl Schedule {
 fn life(held: &Held) -> Duration {
     held.facts.not_after.duration_since(held.facts.issued_at()).unwrap_or_default()
 }
-
-/// Jitter of the renewal, as a fraction of the time until it.
-const RENEW_JITTER: f64 = 0.1;
-/// The shortest wait after a failed renewal.
-const RENEW_PAUSE: Duration = Duration::from_secs(1);
-/// An unanswered renewal is requested again after this time, over another session if there is one.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
-/// The shortest time between two attempts to join when the gateway ends every session at once.
-const REJOIN_PAUSE: Duration = Duration::from_secs(15);
-/// How often the agent checks whether its token is signed by another key. The interval grows each time the API server refuses to show the key.
-const TELL_FIRST: Duration = Duration::from_secs(2);
-const TELL_LOOK: Duration = Duration::from_secs(10);
-const TELL_LOOK_MAX: Duration = Duration::from_secs(600);
-/// Fruitless attempts before a warning is logged.
-const TELL_WARN: u32 = 3;
-/// A longer token does not fit into the notice together with the keys. No real token is that long.
-const VOUCHER_MAX: usize = 2 * 1024;
-/// A gateway cannot keep the agent away for longer.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);

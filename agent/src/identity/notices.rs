@@ -1,13 +1,14 @@
 //! Notices about identity that the gateway sends in a session, and who answers them: the keeper, or the owner of the files.
 
+use crate::metrics::Metrics;
 use std::path::PathBuf;
-
 use tokio::sync::{mpsc, oneshot};
 use towline_certs::load::{FileBytes, parse_roots};
 use towline_proto::join::{Notice, Renewed, Trust, TrustAck};
 use towline_proto::tunnel::Session;
 
-use crate::metrics::Metrics;
+/// Notices that may wait for the keeper.
+pub(crate) const SAID_MAX: usize = 16;
 
 /// A notice from a session to the keeper. The answer returns on the same channel.
 #[derive(Debug)]
@@ -70,6 +71,3 @@ pub(crate) async fn watch_files(ca: PathBuf, mut said: mpsc::Receiver<Said>, met
         drop(reply.send(answer));
     }
 }
-
-/// Notices that may wait for the keeper.
-pub(crate) const SAID_MAX: usize = 16;

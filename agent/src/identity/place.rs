@@ -1,11 +1,12 @@
 //! The place where an identity is kept: a directory, or memory.
 
+use crate::config::JoinConfig;
+use crate::identity::held::Held;
 use std::fs::{File, TryLockError};
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
-
 use thiserror::Error;
 use tokio::time::Duration;
 use towline_certs::AgentKey;
@@ -13,8 +14,19 @@ use towline_certs::load::{FileBytes, LoadCause, LoadError, LoadPolicy, parse_cre
 use towline_certs::save::{SaveError, chain_pem, create_private_directory, key_pem, write_private};
 use zeroize::Zeroizing;
 
-use crate::config::JoinConfig;
-use crate::identity::held::Held;
+/// The lock file; an agent holds the lock while it runs.
+const LOCK: &str = "lock";
+
+/// Key, chain and CA in one file; and the key of a join in progress.
+const IDENTITY: &str = "identity.pem";
+
+const JOIN_KEY: &str = "join.key";
+
+/// Separates the chain from the CA in the file.
+const ROOTS: &str = "# The tunnel CA:\n";
+
+/// Precedes the pin of a root that was announced only, and the time of the announcement in UNIX seconds.
+const UNSIGNED: &str = "# announced, not signed: ";
 
 /// Where an identity is kept.
 #[derive(Clone, Debug)]
@@ -163,17 +175,3 @@ fn read_key(path: &Path) -> Result<AgentKey, LoadError> {
     let unsupported = |_| LoadError { path: path.to_owned(), cause: LoadCause::UnsupportedKey };
     AgentKey::from_private_key(&key).map_err(unsupported)
 }
-
-/// The lock file; an agent holds the lock while it runs.
-const LOCK: &str = "lock";
-
-/// Key, chain and CA in one file; and the key of a join in progress.
-const IDENTITY: &str = "identity.pem";
-
-const JOIN_KEY: &str = "join.key";
-
-/// Separates the chain from the CA in the file.
-const ROOTS: &str = "# The tunnel CA:\n";
-
-/// Precedes the pin of a root that was announced only, and the time of the announcement in UNIX seconds.
-const UNSIGNED: &str = "# announced, not signed: ";

@@ -7,9 +7,6 @@
 //!   `responsewriters.ForbiddenStatusError`: `User "…" cannot impersonate resource "users" in API group ""`). Names in it are
 //!   quoted with their quotes escaped, so no name can imitate it.
 
-use std::pin::Pin;
-use std::task::{Context, Poll};
-
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, WWW_AUTHENTICATE};
 use http::{Method, StatusCode, response};
@@ -17,6 +14,12 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use serde_json::Value;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+/// An API server's own refusal has less than 2 KiB, and a long name in it three times.
+const READ_MAX: u64 = 16 * 1024;
+const MARK: &str = "\" cannot impersonate resource \"";
 
 /// The party that a refusal means.
 #[derive(Debug)]
@@ -161,10 +164,6 @@ impl Body for Read {
         }
     }
 }
-
-/// An API server's own refusal has less than 2 KiB, and a long name in it three times.
-const READ_MAX: u64 = 16 * 1024;
-const MARK: &str = "\" cannot impersonate resource \"";
 
 #[cfg(test)]
 mod tests {

@@ -8,21 +8,6 @@
 //!
 //! The gateway may cancel at any time, which ends the exchange and its connection.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-use http_body::Body as _;
-use hyper::Response;
-use hyper::body::Incoming;
-use hyper_util::rt::TokioIo;
-use tokio::time::{Duration, Instant, timeout, timeout_at};
-use towline_proto::Code;
-use towline_proto::open::{Answer, FIELDS_MAX, Open, Outcome, Request};
-use towline_proto::text::Lasting;
-use towline_proto::tunnel::exchange::{HeadError, RecvBody, SendBodyError, send_body, send_head};
-use towline_proto::tunnel::splice::splice;
-use towline_proto::tunnel::{RecvStream, SendStream};
-
 use crate::serve::blame::{self, Blame, Read};
 use crate::serve::head::{self, RequestHead};
 use crate::serve::impersonate::{self, Plan, Refusal};
@@ -31,6 +16,23 @@ use crate::serve::service::Service;
 use crate::upstream::Upstream;
 use crate::upstream::pool::{Connection, RequestBody, Touched};
 use crate::upstream::reach;
+use http_body::Body as _;
+use hyper::Response;
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::time::{Duration, Instant, timeout, timeout_at};
+use towline_proto::Code;
+use towline_proto::open::{Answer, FIELDS_MAX, Open, Outcome, Request};
+use towline_proto::text::Lasting;
+use towline_proto::tunnel::exchange::{HeadError, RecvBody, SendBodyError, send_body, send_head};
+use towline_proto::tunnel::splice::splice;
+use towline_proto::tunnel::{RecvStream, SendStream};
+
+/// Deadline for the body of a refusal that could mean the agent, and how much of its text is passed on, in characters.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+const SAID_MAX: usize = 512;
 
 /// Carries out one request.
 pub(crate) async fn run(
@@ -359,7 +361,3 @@ fn body_sent(result: Result<u64, SendBodyError<hyper::Error>>) -> Ended {
         Err(SendBodyError::Length) => Ended::Failed(Code::UpstreamBody),
     }
 }
-
-/// Deadline for the body of a refusal that could mean the agent, and how much of its text is passed on, in characters.
-const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
-const SAID_MAX: usize = 512;

@@ -1,6 +1,7 @@
 //! Converts the head of a request for the upstream, and the head of the response for the gateway. Both are built from
 //! scratch; hop-by-hop fields and framing are always the agent's own.
 
+use crate::serve::impersonate::{Admitted, Plan};
 use bytes::Bytes;
 use http::header::{
     AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_LOCATION, HOST, HeaderMap, HeaderName, HeaderValue,
@@ -10,7 +11,21 @@ use http::{Method, StatusCode, Uri, Version, response};
 use thiserror::Error;
 use towline_proto::open::{self, BodyKind, BodyLength, FIELDS_MAX, Header, Open};
 
-use crate::serve::impersonate::{Admitted, Plan};
+/// Fields that concern one connection only (RFC 9110 section 7.6.1), and `Expect`, which the gateway has answered.
+const HOP_BY_HOP: &[&str] = &[
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "proxy-authenticate",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "expect",
+];
+/// Fields of a request that the agent makes.
+const OURS: &[&str] = &["host", "content-length"];
+const UPGRADES: &[&str] = &["websocket", "SPDY/3.1"];
 
 /// Why a request cannot be sent upstream as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -274,22 +289,6 @@ fn check_framing(headers: &HeaderMap) -> Result<(), ResponseProblem> {
     }
     Ok(())
 }
-
-/// Fields that concern one connection only (RFC 9110 section 7.6.1), and `Expect`, which the gateway has answered.
-const HOP_BY_HOP: &[&str] = &[
-    "connection",
-    "keep-alive",
-    "proxy-connection",
-    "proxy-authenticate",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "expect",
-];
-/// Fields of a request that the agent makes.
-const OURS: &[&str] = &["host", "content-length"];
-const UPGRADES: &[&str] = &["websocket", "SPDY/3.1"];
 
 #[cfg(test)]
 mod tests {

@@ -13,11 +13,15 @@
 //!
 //! The agent sends its own token only to the API server, and only on behalf of a principal.
 
+use crate::config::{AgentMode, ImpersonateConfig, is_system};
 use http::HeaderValue;
 use thiserror::Error;
 use towline_proto::open::{Header, Mode, Principal, Request};
 
-use crate::config::{AgentMode, ImpersonateConfig, is_system};
+const BEARER: &[u8] = b"bearer ";
+const CARRIERS: &[&[u8]] = &[b"authorization", b"proxy-authorization", b"x-forwarded-client-cert"];
+const CARRIER_PREFIXES: &[&[u8]] = &[b"impersonate-", b"x-remote-"];
+const BEARER_PROTOCOL: &[u8] = b"base64url.bearer.authorization.k8s.io";
 
 /// Why a request is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -174,16 +178,10 @@ fn without_bearer_protocol(value: &[u8]) -> Admitted {
     if kept.is_empty() { Admitted::Nothing } else { Admitted::Part(kept.join(&b", "[..])) }
 }
 
-const BEARER: &[u8] = b"bearer ";
-const CARRIERS: &[&[u8]] = &[b"authorization", b"proxy-authorization", b"x-forwarded-client-cert"];
-const CARRIER_PREFIXES: &[&[u8]] = &[b"impersonate-", b"x-remote-"];
-const BEARER_PROTOCOL: &[u8] = b"base64url.bearer.authorization.k8s.io";
-
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use super::*;
+    use bytes::Bytes;
     fn impersonating(allowed: &[&str]) -> AgentMode {
         AgentMode::Impersonate(ImpersonateConfig {
             token_file: "t".into(),

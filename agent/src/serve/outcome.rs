@@ -1,15 +1,14 @@
 //! How a stream ended, and why there is no answer from the upstream.
 
+use crate::dial::connect::ConnectError;
+use crate::metrics::Metrics;
+use crate::upstream::Upstream;
+use crate::upstream::pool::CheckoutError;
 use towline_proto::Code;
 use towline_proto::text::Printable;
 use towline_proto::tunnel::SendStream;
 use towline_proto::tunnel::exchange::{failure, send_head};
 use towline_proto::tunnel::splice::SpliceError;
-
-use crate::dial::connect::ConnectError;
-use crate::metrics::Metrics;
-use crate::upstream::Upstream;
-use crate::upstream::pool::CheckoutError;
 
 /// How an exchange ended, for the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

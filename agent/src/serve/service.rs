@@ -1,15 +1,13 @@
 //! What every stream needs to be served.
 
+use crate::config::AgentMode;
+use crate::metrics::Metrics;
+use crate::upstream::upstreams::Upstreams;
 use std::sync::Arc;
-
 use tokio::sync::Semaphore;
 use tokio::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-
-use crate::config::AgentMode;
-use crate::metrics::Metrics;
-use crate::upstream::upstreams::Upstreams;
 
 /// Everything that a stream's task needs.
 #[derive(Debug)]

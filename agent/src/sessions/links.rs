@@ -1,13 +1,11 @@
 //! The agent's sessions, and when each last heard its peer. Readiness, metrics and the drain use it.
 
+use crate::metrics::{Counted, Metrics};
+use crate::transport::Reason;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
 use tokio::sync::watch;
 use tokio::time::{Duration, Instant};
 use towline_proto::tunnel::{Session, Traffic};
-
-use crate::metrics::{Counted, Metrics};
-use crate::transport::Reason;
 
 /// The sessions that may carry streams.
 #[derive(Clone, Debug)]

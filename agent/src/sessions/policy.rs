@@ -10,14 +10,30 @@
 //!
 //! A death counts only if TCP served next. A restart of the gateway ends every transport and says nothing about UDP.
 
+use crate::config::TransportMode;
+use crate::transport::Reason;
 use std::collections::VecDeque;
 use std::time::Duration;
-
-use crate::config::TransportMode;
 use tokio::time::Instant;
 use towline_proto::tunnel::Transport;
 
-use crate::transport::Reason;
+/// Head start of QUIC before TCP is dialled.
+const HEAD_START: Duration = Duration::from_millis(250);
+/// A silence on QUIC is asked about after so long while streams are open, and while none is.
+const PROBE_BUSY: Duration = Duration::from_secs(1);
+const PROBE_IDLE: Duration = Duration::from_secs(2);
+/// How long the answer to a ping may take before a TCP session is opened.
+const ANSWER: Duration = Duration::from_millis(1500);
+/// A TCP session this soon after the end of a QUIC session means that UDP caused the end.
+const DEATH_TO_TCP: Duration = Duration::from_secs(10);
+/// So many deaths within this time are flapping.
+const DEATHS_MAX: usize = 3;
+const DEATHS_WINDOW: Duration = Duration::from_secs(600);
+/// Longest time between two attempts, and doublings on the way to it.
+const GUARD_MAX: Duration = Duration::from_secs(1800);
+const GUARD_LEVELS: u32 = 12;
+/// Jitter of an interval, as a fraction.
+const JITTER: f64 = 0.25;
 
 /// How to open a session now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,24 +185,6 @@ impl Policy {
         longest.mul_f64(1.0 - JITTER * random.clamp(0.0, 1.0))
     }
 }
-
-/// Head start of QUIC before TCP is dialled.
-const HEAD_START: Duration = Duration::from_millis(250);
-/// A silence on QUIC is asked about after so long while streams are open, and while none is.
-const PROBE_BUSY: Duration = Duration::from_secs(1);
-const PROBE_IDLE: Duration = Duration::from_secs(2);
-/// How long the answer to a ping may take before a TCP session is opened.
-const ANSWER: Duration = Duration::from_millis(1500);
-/// A TCP session this soon after the end of a QUIC session means that UDP caused the end.
-const DEATH_TO_TCP: Duration = Duration::from_secs(10);
-/// So many deaths within this time are flapping.
-const DEATHS_MAX: usize = 3;
-const DEATHS_WINDOW: Duration = Duration::from_secs(600);
-/// Longest time between two attempts, and doublings on the way to it.
-const GUARD_MAX: Duration = Duration::from_secs(1800);
-const GUARD_LEVELS: u32 = 12;
-/// Jitter of an interval, as a fraction.
-const JITTER: f64 = 0.25;
 
 #[cfg(test)]
 mod tests {

@@ -12,9 +12,14 @@
 //! - A silent QUIC session gets a TCP session in addition; the gateway opens new streams on the session that it hears.
 //! - The mux detects a half-open connection and ends the session.
 
+use crate::config::address::Address;
+use crate::dial::DialError;
+use crate::metrics::Metrics;
+use crate::sessions::backoff::Backoff;
+use crate::sessions::policy::{Plan, Policy, Silence};
+use crate::transport::Reason;
 use std::future::Future;
 use std::pin::Pin;
-
 use tokio::sync::watch;
 use tokio::time::{Duration, Instant, sleep, sleep_until, timeout};
 use towline_proto::Code;
@@ -23,12 +28,28 @@ use towline_proto::text::Lasting;
 use towline_proto::tunnel::{Session, Transport};
 use towline_proto::wire::GoAway;
 
-use crate::config::address::Address;
-use crate::dial::DialError;
-use crate::metrics::Metrics;
-use crate::sessions::backoff::Backoff;
-use crate::sessions::policy::{Plan, Policy, Silence};
-use crate::transport::Reason;
+/// Drain deadline of a session that was replaced because of its transport.
+const MOVED_DRAIN: Duration = Duration::from_secs(24 * 3600);
+/// While QUIC is silent: between two checks, and after a failure to connect over TCP.
+const STANDBY_LOOK: Duration = Duration::from_millis(500);
+const STANDBY_PAUSE: Duration = Duration::from_secs(1);
+/// QUIC has recovered when it has answered for so long.
+const STEADY: Duration = Duration::from_secs(10);
+/// Longest time between two attempts to return to the slot's own address, and its jitter as a fraction.
+const HOME_RETRY: Duration = Duration::from_secs(30);
+const HOME_JITTER: f64 = 0.25;
+/// A session that lived so long was a success.
+const LIVED: Duration = Duration::from_secs(60);
+/// For this long after the last session, the back-off on a silent network is at most the next constant. An attempt without an answer
+/// takes its own time in addition, and sends packets every few seconds.
+const STOOD_RECENTLY: Duration = Duration::from_secs(300);
+const NETWORK_WAIT: Duration = Duration::from_secs(1);
+/// A gateway cannot keep the agent away for longer.
+const RECONNECT_AFTER_MAX: Duration = Duration::from_secs(60);
+/// Extra time for a draining gateway, beyond the time that it announced.
+const DRAIN_GRACE: Duration = Duration::from_secs(5);
+/// Within this, the sessions of one agent are replaced after a change of certificate.
+const ROTATE_SPREAD: Duration = Duration::from_secs(2);
 
 /// The actions of a slot besides connecting.
 pub(crate) struct Slot<S> {
@@ -513,47 +534,22 @@ impl Retired {
     }
 }
 
-/// Drain deadline of a session that was replaced because of its transport.
-const MOVED_DRAIN: Duration = Duration::from_secs(24 * 3600);
-/// While QUIC is silent: between two checks, and after a failure to connect over TCP.
-const STANDBY_LOOK: Duration = Duration::from_millis(500);
-const STANDBY_PAUSE: Duration = Duration::from_secs(1);
-/// QUIC has recovered when it has answered for so long.
-const STEADY: Duration = Duration::from_secs(10);
-/// Longest time between two attempts to return to the slot's own address, and its jitter as a fraction.
-const HOME_RETRY: Duration = Duration::from_secs(30);
-const HOME_JITTER: f64 = 0.25;
-/// A session that lived so long was a success.
-const LIVED: Duration = Duration::from_secs(60);
-/// For this long after the last session, the back-off on a silent network is at most the next constant. An attempt without an answer
-/// takes its own time in addition, and sends packets every few seconds.
-const STOOD_RECENTLY: Duration = Duration::from_secs(300);
-const NETWORK_WAIT: Duration = Duration::from_secs(1);
-/// A gateway cannot keep the agent away for longer.
-const RECONNECT_AFTER_MAX: Duration = Duration::from_secs(60);
-/// Extra time for a draining gateway, beyond the time that it announced.
-const DRAIN_GRACE: Duration = Duration::from_secs(5);
-/// Within this, the sessions of one agent are replaced after a change of certificate.
-const ROTATE_SPREAD: Duration = Duration::from_secs(2);
-
 #[cfg(test)]
 mod blackout;
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+    use crate::config::TransportMode;
+    use crate::sessions::policy::Settings;
     use std::collections::VecDeque;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};
-
     use tokio::io::duplex;
     use tokio::sync::mpsc;
     use tokio::task::JoinSet;
     use towline_proto::mux::{Budget, Introduction, Limits, Role};
     use towline_proto::tunnel::SessionConfig;
-
-    use super::*;
-    use crate::config::TransportMode;
-    use crate::sessions::policy::Settings;
 
     /// The results of the next attempts, and what happened to the sessions. Time is virtual.
     struct World {

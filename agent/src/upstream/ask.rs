@@ -1,20 +1,20 @@
 //! Requests that the agent sends to the API server for itself: on a connection of their own, with a deadline and a bounded
 //! response. Exchanges of callers neither wait for them nor include them in their counts.
 
-use std::convert::Infallible;
-
+use crate::dial::connect::ConnectError;
+use crate::upstream::Upstream;
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use std::convert::Infallible;
 use thiserror::Error;
 use tokio::time::{Duration, Instant, timeout_at};
 use towline_proto::open::FIELDS_MAX;
 use towline_proto::text::Lasting;
 
-use crate::dial::connect::ConnectError;
-use crate::upstream::Upstream;
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a request got no response.
 #[derive(Debug, Error)]
@@ -79,5 +79,3 @@ pub(crate) async fn get(
     let answer = ask(upstream, request, credential, TIMEOUT, body_max).await.ok()?;
     (answer.status() == 200).then(|| answer.into_body())
 }
-
-const TIMEOUT: Duration = Duration::from_secs(5);

@@ -6,15 +6,18 @@
 //! 2. Return: only after a complete response to a complete request, once the HTTP client is ready for another.
 //! 3. Otherwise destroy: dropping a [`Connection`] closes it.
 
-use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
-
+use crate::dial::connect::ConnectError;
+use crate::metrics::Counted;
+use crate::upstream::Upstream;
+use crate::upstream::socket::{Io, Probe};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use thiserror::Error;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Duration, Instant, timeout};
@@ -23,10 +26,8 @@ use towline_proto::open::FIELDS_MAX;
 use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 
-use crate::dial::connect::ConnectError;
-use crate::metrics::Counted;
-use crate::upstream::Upstream;
-use crate::upstream::socket::{Io, Probe};
+/// Deadline for the HTTP client to become ready for the next request.
+const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why there is no connection. Nothing was sent.
 #[derive(Debug, Error)]
@@ -249,6 +250,3 @@ impl Body for RequestBody {
         self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
     }
 }
-
-/// Deadline for the HTTP client to become ready for the next request.
-const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(1);

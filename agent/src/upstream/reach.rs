@@ -15,15 +15,19 @@
 mod judge;
 pub(crate) mod look;
 
+use crate::config::{AgentMode, ImpersonateConfig};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use towline_proto::join::ApiServerState;
 use towline_proto::open::Principal;
 
-use crate::config::{AgentMode, ImpersonateConfig};
+/// Texts for errors: the problem and the remedy.
+pub(crate) const TOKEN_REFUSED: &str =
+    "the API server rejects the agent's token (401). Check impersonate.tokenFile";
+pub(crate) const BIND: &str =
+    "Bind its ServiceAccount to a ClusterRole with the verb impersonate on users and groups";
 
 /// The evidence from exchanges, and the state that follows from it and from the checks.
 #[derive(Debug)]
@@ -131,9 +135,3 @@ impl Reach {
         self.name.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
-
-/// Texts for errors: the problem and the remedy.
-pub(crate) const TOKEN_REFUSED: &str =
-    "the API server rejects the agent's token (401). Check impersonate.tokenFile";
-pub(crate) const BIND: &str =
-    "Bind its ServiceAccount to a ClusterRole with the verb impersonate on users and groups";

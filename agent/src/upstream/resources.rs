@@ -1,13 +1,11 @@
 //! What all upstreams share: metrics, limits and the tracker of their tasks.
 
+use crate::config::{AgentConfig, TimeoutsConfig};
+use crate::metrics::Metrics;
 use std::sync::Arc;
-
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-
-use crate::config::{AgentConfig, TimeoutsConfig};
-use crate::metrics::Metrics;
 
 /// Resources that all upstreams share.
 #[derive(Clone, Debug)]

@@ -1,12 +1,11 @@
 //! The upstreams that a stream may name: the API server, and the targets in the agent's configuration. A target is named,
 //! never given as host and port; by default there is none.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-
 use crate::config::TargetConfig;
 use crate::upstream::resources::Resources;
 use crate::upstream::{Upstream, UpstreamError};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 /// The allow-list. Whatever is not in it is denied.
 #[derive(Debug, Default)]

@@ -1,16 +1,17 @@
 //! The agent's own credential, the ServiceAccount token. The agent reloads the file because the kubelet replaces it. The
 //! token never leaves the cluster, and no log, error or debug output contains it.
 
-use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::HeaderValue;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use thiserror::Error;
 use towline_certs::load::{FileBytes, LoadError};
 use zeroize::Zeroizing;
+
+const SCHEME: &[u8] = b"Bearer ";
 
 /// Why a file contains no usable token.
 #[derive(Debug, Error)]
@@ -78,13 +79,10 @@ fn read(path: &Path) -> Result<HeaderValue, TokenError> {
     Ok(value)
 }
 
-const SCHEME: &[u8] = b"Bearer ";
-
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
+    use std::fs;
 
     /// AG-07: rotation is followed; an empty or missing file changes nothing.
     #[test]

@@ -1,14 +1,12 @@
 //! The upstreams at the moment: the API server, the targets, and the agent's own credential.
 
-use std::fmt;
-use std::sync::Arc;
-
-use arc_swap::ArcSwap;
-
 use crate::upstream::Upstream;
 use crate::upstream::reach::Reach;
 use crate::upstream::targets::Targets;
 use crate::upstream::token::TokenFile;
+use arc_swap::ArcSwap;
+use std::fmt;
+use std::sync::Arc;
 
 /// What streams may reach. Exchanges read it; a reload changes it.
 pub(crate) struct Upstreams {

@@ -1,13 +1,12 @@
 //! A gateway made from the protocol crate alone, and an upstream whose every byte the test writes.
 #![allow(unreachable_pub, reason = "the crate is one program: everything is as private as it")]
 
+use bytes::Bytes;
+use http_body_util::BodyExt as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-
-use bytes::Bytes;
-use http_body_util::BodyExt as _;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};

@@ -1,14 +1,13 @@
 //! Goal: an agent gets an identity by joining, keeps it through restarts, renewals and changes of the CA, and never tells a
 //! stranger its secret. The gateway is made from the protocol crate alone.
 
+use crate::common::{health, metric, reaches, soon};
+use bytes::Bytes;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
-
-use crate::common::{health, metric, reaches, soon};
-use bytes::Bytes;
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -28,6 +27,8 @@ use towline_proto::join::{
 use towline_proto::mux::{Budget, Introduction, Limits, Role};
 use towline_proto::tunnel::message::{recv_message, send_message};
 use towline_proto::tunnel::{Session, SessionConfig};
+
+const LONG: Duration = Duration::from_secs(3600);
 
 /// The gateway's reaction to a request to join.
 #[derive(Clone, Copy, PartialEq)]
@@ -246,8 +247,6 @@ fn write(directory: &TempDir, name: &str, text: &str) -> String {
 fn pin_of(request: &JoinRequest) -> SpkiPin {
     towline_certs::csr::csr_pin(&request.csr).unwrap()
 }
-
-const LONG: Duration = Duration::from_secs(3600);
 
 /// Goal: D38: of two agents with one directory the second does not start, and its error names the process of the first; after the
 /// first has ended, it starts.

@@ -1,9 +1,8 @@
 //! One request, one answer: what the upstream sees byte for byte, and what the gateway is told.
 
-use std::time::Duration;
-
 use crate::common::{Call, HEAD_MAX, Rig, all, becomes, idle_connections, metric, request, soon};
 use bytes::Bytes;
+use std::time::Duration;
 use towline_proto::Code;
 use towline_proto::open::{BodyKind, FIELDS_MAX, Open};
 use towline_proto::tunnel::exchange::BodyError;

@@ -1,9 +1,8 @@
 //! As whom a request arrives: the agent's configuration decides, and its credential stays where it belongs.
 
-use std::fs;
-
 use crate::common::{Call, Rig, Upstream, impersonated, request, soon};
 use bytes::Bytes;
+use std::fs;
 use towline_proto::Code;
 use towline_proto::open::{Open, Outcome, Raw, Request, Want};
 use towline_proto::tunnel::exchange::{recv_head, send_head};

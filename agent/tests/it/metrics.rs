@@ -1,9 +1,8 @@
 //! Goal: every metric family of the agent that `docs/operations.md` names moves when what it counts happens.
 
+use crate::common::{Call, HEAD_MAX, Rig, becomes, health, idle_connections, soon};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
-
-use crate::common::{Call, HEAD_MAX, Rig, becomes, health, idle_connections, soon};
 use towline_agent::Agent;
 use towline_proto::Code;
 

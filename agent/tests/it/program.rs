@@ -1,10 +1,9 @@
 //! The program: what `--check` prints, what it refuses, how a signal ends it, and what never shows in its log.
 
+use crate::common::{Call, Gateway, Upstream, World, impersonated, request, soon};
 use std::io::{Read, Write as _};
 use std::process::{Command, Output, Stdio};
 use std::thread::JoinHandle;
-
-use crate::common::{Call, Gateway, Upstream, World, impersonated, request, soon};
 use tokio::task::JoinSet;
 use towline_proto::Code;
 use towline_proto::open::Outcome;

@@ -1,9 +1,8 @@
 //! Whether the agent says what stands between it and the use of the API server: to the gateway, and to callers.
 
+use crate::common::{Call, Gateway, World, impersonated, refusing, request, soon};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-
-use crate::common::{Call, Gateway, World, impersonated, refusing, request, soon};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;

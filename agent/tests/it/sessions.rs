@@ -1,9 +1,8 @@
 //! Sessions: they come back, they are replaced before they end, and they end when they are empty.
 
-use std::time::Duration;
-
 use crate::common::{Call, Gateway, Rig, Upstream, World, becomes, health, reaches, refusing, request, soon};
 use bytes::Bytes;
+use std::time::Duration;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use towline_agent::Agent;

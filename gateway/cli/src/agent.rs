@@ -16,6 +16,22 @@ use towline_certs::{JoinAddress, JoinToken, TrustDomain};
 use towline_model::{ClusterName, Mode, PublicAddress};
 use towline_proto::dial::proxy::ProxyUrl;
 
+const AGENT: &str = "Examples:
+  towline agent manifest prod | kubectl --context prod-admin apply -f -
+  towline agent manifest prod --register --mode impersonate --grant towline:admins=view > agent.yaml
+  towline agent manifest prod --replicas 2 --image registry.example.com/towline-agent:1.0
+  towline agent manifest prod --no-secret > agent.yaml                     safe to commit
+  towline agent manifest prod --proxy-url http://joe@proxy:3128 --proxy-password-file password
+  towline agent manifest prod --mode restricted --join-token-file token    contacts no gateway
+";
+
+/// Largest token or key set.
+const FILE_MAX: u64 = 64 << 10;
+
+const OWN: &str = "Examples:
+  towline gateway manifest gateway.example.com:8443 | kubectl apply -f -
+";
+
 /// Print the manifest of a cluster's agent.
 #[derive(Debug, Subcommand)]
 #[command(before_help = AGENT)]
@@ -48,16 +64,7 @@ impl GatewayCommand {
     }
 }
 
-const AGENT: &str = "Examples:
-  towline agent manifest prod | kubectl --context prod-admin apply -f -
-  towline agent manifest prod --register --mode impersonate --grant towline:admins=view > agent.yaml
-  towline agent manifest prod --replicas 2 --image registry.example.com/towline-agent:1.0
-  towline agent manifest prod --no-secret > agent.yaml                     safe to commit
-  towline agent manifest prod --proxy-url http://joe@proxy:3128 --proxy-password-file password
-  towline agent manifest prod --mode restricted --join-token-file token    contacts no gateway
-";
-
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 #[command(before_help = AGENT)]
 pub(crate) struct Manifest {
     /// Name of the cluster at the gateway.
@@ -98,7 +105,7 @@ pub(crate) struct Manifest {
 }
 
 /// How the agent reaches the gateway.
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Connection to the gateway")]
 struct Way {
     /// Address of the gateway as seen from this cluster; repeatable. Default: the gateway's publicAddresses.
@@ -130,7 +137,7 @@ impl Way {
 }
 
 /// Pod options.
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 #[command(next_help_heading = "Pod")]
 struct PodFlags {
     /// Image reference that the cluster's nodes can pull.
@@ -426,14 +433,7 @@ fn read(file: &Path) -> Outcome<String> {
     Ok(text)
 }
 
-/// Largest token or key set.
-const FILE_MAX: u64 = 64 << 10;
-
-const OWN: &str = "Examples:
-  towline gateway manifest gateway.example.com:8443 | kubectl apply -f -
-";
-
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 #[command(before_help = OWN)]
 pub(crate) struct OwnManifest {
     /// Addresses at which agents and clients reach the gateway.

@@ -19,6 +19,26 @@ const EXAMPLES: &str = "Examples:
   towline cluster delete prod                     remove it from the fleet
 ";
 
+const REGISTER: &str = "Examples:
+  towline cluster register prod
+  towline cluster register prod --mode impersonate --label tier=gold --protect
+  towline cluster register prod --if-missing      succeed if it exists
+";
+const LIST: &str = "Examples:
+  towline cluster list
+  towline cluster list -w -l tier=gold
+  towline cluster list -o name
+";
+const GET: &str = "Examples:
+  towline cluster get prod -o yaml
+  towline cluster get prod -w
+";
+const LABEL: &str = "Examples:
+  towline cluster label prod tier=gold region=eu
+  towline cluster label prod tier=silver --overwrite
+  towline cluster label prod tier-                remove it
+";
+
 /// Register, inspect, revoke and delete clusters.
 #[derive(Debug, Subcommand)]
 #[command(before_help = EXAMPLES)]
@@ -74,27 +94,7 @@ pub(crate) enum ClusterCommand {
     },
 }
 
-const REGISTER: &str = "Examples:
-  towline cluster register prod
-  towline cluster register prod --mode impersonate --label tier=gold --protect
-  towline cluster register prod --if-missing      succeed if it exists
-";
-const LIST: &str = "Examples:
-  towline cluster list
-  towline cluster list -w -l tier=gold
-  towline cluster list -o name
-";
-const GET: &str = "Examples:
-  towline cluster get prod -o yaml
-  towline cluster get prod -w
-";
-const LABEL: &str = "Examples:
-  towline cluster label prod tier=gold region=eu
-  towline cluster label prod tier=silver --overwrite
-  towline cluster label prod tier-                remove it
-";
-
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 pub(crate) struct Register {
     /// Cluster name (immutable): 1-63 characters, a-z, 0-9 and inner hyphens.
     #[arg(value_name = "CLUSTER")]
@@ -134,7 +134,7 @@ enum Mode {
     Impersonate,
 }
 
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 pub(crate) struct List {
     /// Label selector: tier=gold, tier!=gold, 'tier in (gold,silver)', tier, !tier.
     #[arg(short = 'l', long, value_name = "SELECTOR", default_value = "", hide_default_value = true)]
@@ -146,7 +146,7 @@ pub(crate) struct List {
     output: Output,
 }
 
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 pub(crate) struct Get {
     /// Name of the cluster.
     #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]
@@ -158,7 +158,7 @@ pub(crate) struct Get {
     output: Output,
 }
 
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 pub(crate) struct Label {
     /// Name of the cluster.
     #[arg(value_name = "CLUSTER", value_parser = show::cluster_name)]

@@ -13,6 +13,58 @@ use std::time::Duration;
 /// The hidden command for completion.
 pub(crate) const WORD: &str = "__complete";
 
+/// How long to wait for the gateway.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Cobra's directives: only these words, or files.
+const NO_FILES: u8 = 4;
+const FILES: u8 = 0;
+
+const BASH: &str = r#"# bash completion of towline
+_towline() {
+    local out directive word
+    out=$(towline __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null) || return
+    directive=${out##*:}
+    COMPREPLY=()
+    while IFS=$'\t' read -r word _; do
+        if [[ -n $word && $word != :* ]]; then COMPREPLY+=("$word"); fi
+    done <<<"$out"
+    if [[ $directive == 0 ]]; then compopt -o default; fi
+}
+complete -F _towline towline
+"#;
+
+const ZSH: &str = r#"#compdef towline
+# zsh completion of towline
+_towline() {
+    local -a found
+    local out line
+    out=$(towline __complete "${(@)words[2,CURRENT]}" 2>/dev/null) || return
+    for line in ${(f)out}; do
+        if [[ $line != :* ]]; then found+=("${${line//:/\\:}/$'\t'/:}"); fi
+    done
+    if [[ ${out##*:} == 0 ]]; then _files; else _describe towline found; fi
+}
+compdef _towline towline
+"#;
+
+const FISH: &str = r"# fish completion of towline
+function __towline_complete
+    set -l words (commandline -opc)[2..] (commandline -ct)
+    towline __complete $words 2>/dev/null | string match -rv '^:\d+$'
+end
+function __towline_files
+    set -l words (commandline -opc)[2..] (commandline -ct)
+    towline __complete $words 2>/dev/null | string match -q ':0'
+end
+complete -c towline -f -a '(__towline_complete)'
+complete -c towline -F -n __towline_files
+";
+
+const KUBECTL: &str = r#"#!/bin/sh
+# kubectl runs this for "kubectl towline": in $PATH as kubectl_complete-towline, executable.
+exec towline __complete "$@"
+"#;
+
 /// What may be completed at a position of the command line.
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
@@ -158,12 +210,6 @@ fn takes_value(arg: &Arg) -> bool {
     matches!(arg.get_action(), ArgAction::Set | ArgAction::Append)
 }
 
-/// How long to wait for the gateway.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// Cobra's directives: only these words, or files.
-const NO_FILES: u8 = 4;
-const FILES: u8 = 0;
-
 /// The script of a shell, or what kubectl runs as `kubectl_complete-towline`.
 pub(crate) fn script(shell: &str) -> &'static str {
     match shell {
@@ -173,52 +219,6 @@ pub(crate) fn script(shell: &str) -> &'static str {
         _ => KUBECTL,
     }
 }
-
-const BASH: &str = r#"# bash completion of towline
-_towline() {
-    local out directive word
-    out=$(towline __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null) || return
-    directive=${out##*:}
-    COMPREPLY=()
-    while IFS=$'\t' read -r word _; do
-        if [[ -n $word && $word != :* ]]; then COMPREPLY+=("$word"); fi
-    done <<<"$out"
-    if [[ $directive == 0 ]]; then compopt -o default; fi
-}
-complete -F _towline towline
-"#;
-
-const ZSH: &str = r#"#compdef towline
-# zsh completion of towline
-_towline() {
-    local -a found
-    local out line
-    out=$(towline __complete "${(@)words[2,CURRENT]}" 2>/dev/null) || return
-    for line in ${(f)out}; do
-        if [[ $line != :* ]]; then found+=("${${line//:/\\:}/$'\t'/:}"); fi
-    done
-    if [[ ${out##*:} == 0 ]]; then _files; else _describe towline found; fi
-}
-compdef _towline towline
-"#;
-
-const FISH: &str = r"# fish completion of towline
-function __towline_complete
-    set -l words (commandline -opc)[2..] (commandline -ct)
-    towline __complete $words 2>/dev/null | string match -rv '^:\d+$'
-end
-function __towline_files
-    set -l words (commandline -opc)[2..] (commandline -ct)
-    towline __complete $words 2>/dev/null | string match -q ':0'
-end
-complete -c towline -f -a '(__towline_complete)'
-complete -c towline -F -n __towline_files
-";
-
-const KUBECTL: &str = r#"#!/bin/sh
-# kubectl runs this for "kubectl towline": in $PATH as kubectl_complete-towline, executable.
-exec towline __complete "$@"
-"#;
 
 #[cfg(test)]
 mod tests {

@@ -3,8 +3,11 @@
 use clap::Args;
 use std::path::PathBuf;
 
+/// The heading of the options that all commands share.
+const CONNECTION: &str = "Connection";
+
 /// The gateway and the user.
-#[derive(Args, Clone, Debug)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct ConnectionArguments {
     /// Kubeconfig to use instead of $TOWLINE_KUBECONFIG, $KUBECONFIG and ~/.kube/config; several files are merged.
     #[arg(long, global = true, value_name = "FILE", help_heading = CONNECTION)]
@@ -20,9 +23,6 @@ pub(crate) struct ConnectionArguments {
     )]
     pub(crate) context: Option<String>,
 }
-
-/// The heading of the options that all commands share.
-const CONNECTION: &str = "Connection";
 
 /// The name under which this program was called.
 pub(crate) fn name() -> &'static str {

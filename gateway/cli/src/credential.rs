@@ -32,7 +32,7 @@ longer than the context's own certificate or token. An admin kubeconfig, which i
 certificates; the token of an AccessToken is good until it expires. The certificate is cached in $XDG_CACHE_HOME/towline or ~/.cache/towline.";
 
 /// Print an ExecCredential for kubectl.
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 #[command(before_help = EXAMPLES, after_help = LIVES)]
 pub(crate) struct CredentialCommand {
     #[command(flatten)]
@@ -46,7 +46,7 @@ pub(crate) struct CredentialCommand {
 }
 
 /// Where the cluster's own credential comes from.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Args)]
 pub(crate) struct Source {
     /// Run the exec plugin given after --, and return its token together with the certificate.
     #[arg(long, requires = "plugin", conflicts_with = "token_file")]

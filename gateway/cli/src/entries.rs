@@ -40,7 +40,7 @@ reads a token. A certificate never outlives the credential that requested it: wi
 `kubernetes` and therefore Ansible, and for machines without this program. Run the command again before they expire.";
 
 /// Write kubeconfig entries for clusters behind the gateway.
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 #[command(before_help = EXAMPLES, after_help = ABOUT)]
 pub(crate) struct Entries {
     /// Name of the cluster.

@@ -13,6 +13,9 @@ pub(crate) const EXEC_INFO: &str = "KUBERNETES_EXEC_INFO";
 /// The variable that counts nested calls of this plugin.
 const DEPTH: &str = "TOWLINE_CREDENTIAL_DEPTH";
 
+/// Prevents endless recursion of a context whose user is this plugin with the same context.
+const DEPTH_MOST: u32 = 4;
+
 /// A program with its arguments and environment.
 #[derive(Debug)]
 pub(crate) struct Plugin {
@@ -131,9 +134,6 @@ impl Answer {
         Ok(Self { token, certificate, expires })
     }
 }
-
-/// Prevents endless recursion of a context whose user is this plugin with the same context.
-const DEPTH_MOST: u32 = 4;
 
 #[cfg(test)]
 mod tests {

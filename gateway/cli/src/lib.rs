@@ -54,6 +54,24 @@ const EXAMPLES: &str = "Examples:
 const EXIT_CODES: &str = "Exit codes: 0 done; 1 the operation failed or was refused; 2 usage or kubeconfig error, no request was sent.
 The kubeconfig's context selects the gateway. To create a first kubeconfig: towline-gateway --config FILE admin-kubeconfig --output admin.yaml";
 
+const COMPLETION: &str = "Examples:
+  source <(towline completion bash)
+  towline completion zsh > \"${fpath[1]}/_towline\"
+  towline completion fish > ~/.config/fish/completions/towline.fish
+  towline completion kubectl > /usr/local/bin/kubectl_complete-towline    chmod +x it
+";
+
+/// Words from other tools, and the corresponding command.
+const MEANT: [(&str, &str); 7] = [
+    ("login", "kubeconfig CLUSTER"),
+    ("doctor", "status"),
+    ("join", "agent manifest CLUSTER"),
+    ("install", "agent manifest CLUSTER"),
+    ("get", "cluster list"),
+    ("clusters", "cluster list"),
+    ("tokens", "token list"),
+];
+
 /// Manage a fleet of Kubernetes clusters behind a Towline gateway.
 #[derive(Debug, Parser)]
 #[command(name = "towline", version, before_help = EXAMPLES, after_help = EXIT_CODES)]
@@ -93,13 +111,6 @@ enum Command {
         shell: String,
     },
 }
-
-const COMPLETION: &str = "Examples:
-  source <(towline completion bash)
-  towline completion zsh > \"${fpath[1]}/_towline\"
-  towline completion fish > ~/.config/fish/completions/towline.fish
-  towline completion kubectl > /usr/local/bin/kubectl_complete-towline    chmod +x it
-";
 
 /// Runs the program.
 #[must_use]
@@ -159,17 +170,6 @@ fn elsewhere(word: &str) -> Vec<String> {
     }
     found
 }
-
-/// Words from other tools, and the corresponding command.
-const MEANT: [(&str, &str); 7] = [
-    ("login", "kubeconfig CLUSTER"),
-    ("doctor", "status"),
-    ("join", "agent manifest CLUSTER"),
-    ("install", "agent manifest CLUSTER"),
-    ("get", "cluster list"),
-    ("clusters", "cluster list"),
-    ("tokens", "token list"),
-];
 
 /// The command line's definition, under the called name.
 fn command() -> clap::Command {

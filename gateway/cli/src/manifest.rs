@@ -16,8 +16,16 @@ pub use pod::{Label, PodOptions, Resources, Toleration};
 use serde_json::Value;
 use thiserror::Error;
 
+/// Which rules hold for the pods of a namespace.
+const SECURITY_LABEL: &str = "pod-security.kubernetes.io/enforce";
+/// By which the pods are found.
+const NAME_LABEL: &str = "app.kubernetes.io/name";
+
+/// The users that images without a user of their own take; any but root would do.
+const USER: u32 = 65_532;
+
 /// Why there is no manifest.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ManifestError {
     #[error("{what} {text:?} is invalid: use 1 to {most} characters, a-z, 0-9 and inner hyphens")]
@@ -97,11 +105,6 @@ fn metadata(name: &str, namespace: &str, app: &str, pod: &PodOptions) -> String 
     )
 }
 
-/// Which rules hold for the pods of a namespace.
-const SECURITY_LABEL: &str = "pod-security.kubernetes.io/enforce";
-/// By which the pods are found.
-const NAME_LABEL: &str = "app.kubernetes.io/name";
-
 fn quoted_list<T: ToString>(items: &[T]) -> String {
     let items: Vec<_> = items.iter().map(|item| quoted(&item.to_string())).collect();
     format!("[{}]", items.join(", "))
@@ -132,9 +135,6 @@ fn check_image(image: &str) -> Result<(), ManifestError> {
 fn indented(text: &str, spaces: usize) -> String {
     text.trim_end().replace('\n', &format!("\n{}", " ".repeat(spaces)))
 }
-
-/// The users that images without a user of their own take; any but root would do.
-const USER: u32 = 65_532;
 
 #[cfg(test)]
 mod tests;

@@ -20,7 +20,7 @@ pub(crate) enum Format {
 }
 
 /// The flag of commands that print objects.
-#[derive(Args, Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Output {
     /// Output format.
     #[arg(short, long, value_enum, default_value_t, hide_default_value = true)]

@@ -8,6 +8,9 @@ use std::time::Duration;
 use towline_certs::text::human;
 use towline_model::Time;
 
+const PAUSE_MIN: Duration = Duration::from_millis(250);
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
 /// An event for a follower.
 pub(crate) enum Seen<'a> {
     /// The complete list, at the start and whenever the watch was lost.
@@ -71,9 +74,6 @@ pub(crate) async fn follow(
         };
     }
 }
-
-const PAUSE_MIN: Duration = Duration::from_millis(250);
-const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 async fn listed(client: &Client, plural: &str, select: &Select, table: bool) -> Outcome<Value> {
     if table { client.table(plural, select).await } else { client.list(plural, select).await }

@@ -17,7 +17,7 @@ const EXAMPLES: &str = "Examples:
 ";
 
 /// Show which clusters are connected, and why one is not: one line each, problems first.
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 #[command(before_help = EXAMPLES)]
 pub(crate) struct Status {
     /// Label selector: show only matching clusters.

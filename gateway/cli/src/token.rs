@@ -18,6 +18,14 @@ const EXAMPLES: &str = "Examples:
   towline token revoke 3f9a0c12be
 ";
 
+const CREATE: &str = "Examples:
+  towline token create prod > join-token          for one agent, within an hour
+  towline token create prod --uses 3 --expires 7d
+  towline token create prod -o json
+";
+
+const LIFE_MOST: Duration = Duration::from_secs(30 * 86_400);
+
 /// Create, list and revoke join tokens.
 #[derive(Debug, Subcommand)]
 #[command(before_help = EXAMPLES)]
@@ -40,13 +48,7 @@ pub(crate) enum TokenCommand {
     },
 }
 
-const CREATE: &str = "Examples:
-  towline token create prod > join-token          for one agent, within an hour
-  towline token create prod --uses 3 --expires 7d
-  towline token create prod -o json
-";
-
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 pub(crate) struct Create {
     /// Cluster that agents join with the token.
     #[arg(value_parser = show::cluster_name)]
@@ -64,7 +66,7 @@ pub(crate) struct Create {
     output: Output,
 }
 
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 pub(crate) struct List {
     /// Only tokens of this cluster.
     #[arg(value_parser = show::cluster_name)]
@@ -96,8 +98,6 @@ fn life(text: &str) -> Result<Duration, String> {
     }
     Ok(life)
 }
-
-const LIFE_MOST: Duration = Duration::from_secs(30 * 86_400);
 
 impl TokenCommand {
     pub(crate) async fn run(&self, connection: &ConnectionArguments) -> Outcome {

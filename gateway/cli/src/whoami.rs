@@ -12,7 +12,12 @@ const WHOAMI: &str = "Examples:
   towline whoami --context prod-gateway -o json
 ";
 
-#[derive(Args, Debug)]
+const VERSION: &str = "Examples:
+  towline version
+  towline version --client
+";
+
+#[derive(Debug, Args)]
 #[command(before_help = WHOAMI)]
 pub(crate) struct Whoami {
     #[command(flatten)]
@@ -64,12 +69,7 @@ fn own(told: &Value) -> Option<String> {
     Some(output::text(&version.trim_start_matches('v').into()))
 }
 
-const VERSION: &str = "Examples:
-  towline version
-  towline version --client
-";
-
-#[derive(Args, Debug)]
+#[derive(Debug, Args)]
 #[command(before_help = VERSION)]
 pub(crate) struct Version {
     /// Show only the version of this program; contact no gateway.

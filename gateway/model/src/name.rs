@@ -7,7 +7,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 /// The name of a cluster: 1 to 63 of `a-z 0-9 -`, first and last not `-`, no `xn--` label.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClusterName(Arc<str>);
 
 /// Why a text is not a [`ClusterName`].

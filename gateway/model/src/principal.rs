@@ -9,6 +9,13 @@ use towline_proto::open;
 /// Members may do everything with the fleet.
 pub const ADMINS: &str = "towline:admins";
 
+/// Longest name of a caller or group, in bytes.
+const TEXT_MAX: usize = 256;
+
+/// The reserved prefixes: of names and groups for Kubernetes, and of groups for the gateway.
+const SYSTEM: &str = "system:";
+const OWN: &str = "towline:";
+
 /// The authenticated caller: a name and groups, nothing else. Derived values are computed once, because there may be a thousand
 /// groups.
 #[derive(Clone, Debug)]
@@ -58,9 +65,6 @@ pub enum TextError {
     #[error("contains control characters")]
     Control,
 }
-
-/// Longest name of a caller or group, in bytes.
-const TEXT_MAX: usize = 256;
 
 /// Whether a name or a group can have this text.
 ///
@@ -128,10 +132,6 @@ fn check(name: &str, groups: &[String]) -> Result<(), PrincipalError> {
         None => Ok(()),
     }
 }
-
-/// The reserved prefixes: of names and groups for Kubernetes, and of groups for the gateway.
-const SYSTEM: &str = "system:";
-const OWN: &str = "towline:";
 
 /// Whether a name or a group is one of Kubernetes' own.
 #[must_use]

@@ -4,9 +4,12 @@ use crate::name::ClusterName;
 use crate::principal::{check_text, is_system};
 use serde::{Deserialize, Serialize};
 
+/// Stands for every user, every group or every cluster.
+pub const ANY: &str = "*";
+
 /// One rule of the access list. It matches a caller named in `users` or in one of `groups`, for a cluster in
 /// `clusters`; `*` stands for every one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AccessRule {
     pub effect: Effect,
@@ -47,9 +50,6 @@ impl AccessRule {
     }
 }
 
-/// Stands for every user, every group or every cluster.
-pub const ANY: &str = "*";
-
 /// Why no caller can have this name, or a group of this name.
 fn nobody(name: &str) -> Option<String> {
     let why = if check_text(name).is_err() {
@@ -66,7 +66,7 @@ fn nobody(name: &str) -> Option<String> {
     Some(format!("{name:?} {why}"))
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub enum Effect {
     Allow,
     /// Wins over every Allow.

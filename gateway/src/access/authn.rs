@@ -35,6 +35,9 @@ use towline_model::{Mode, Principal, PrincipalError, token};
 /// The WebSocket subprotocol that carries a bearer token (Kubernetes).
 pub(crate) const BEARER_SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
 
+/// Characters after the prefix that make a token: half of those of the shortest token that the gateway creates.
+const TOKEN_LEAST: usize = 16;
+
 /// The result of verifying a connection's client certificate, once after the handshake.
 #[derive(Clone, Debug, Default)]
 pub enum Certificate {
@@ -359,9 +362,6 @@ fn holds_whole(bytes: &[u8]) -> bool {
     let begins = |(at, window): (usize, &[u8])| window == prefix && is_whole(at + prefix.len());
     bytes.windows(prefix.len()).enumerate().any(begins)
 }
-
-/// Characters after the prefix that make a token: half of those of the shortest token that the gateway creates.
-const TOKEN_LEAST: usize = 16;
 
 /// Whether a token of the gateway begins anywhere in `bytes`, except inside a longer word: among the
 /// letters of other tokens the prefix appears by chance.

@@ -34,6 +34,23 @@ const TOKEN_LIFE_MOST: u64 = 30 * 86_400;
 /// Longest lifetime of an access token: a century.
 const LIFE_MOST: u64 = 100 * 365 * 86_400;
 
+const METADATA: [&str; 14] = [
+    "name",
+    "generateName",
+    "labels",
+    "annotations",
+    "resourceVersion",
+    "uid",
+    "creationTimestamp",
+    "generation",
+    "managedFields",
+    "finalizers",
+    "ownerReferences",
+    "namespace",
+    "selfLink",
+    "deletionTimestamp",
+];
+
 /// A parsed object from a client.
 pub(super) struct Input {
     pub(super) name: String,
@@ -61,23 +78,6 @@ pub(super) struct New {
     pub(super) parsed: Parsed,
     pub(super) secrets: Map<String, Value>,
 }
-
-const METADATA: [&str; 14] = [
-    "name",
-    "generateName",
-    "labels",
-    "annotations",
-    "resourceVersion",
-    "uid",
-    "creationTimestamp",
-    "generation",
-    "managedFields",
-    "finalizers",
-    "ownerReferences",
-    "namespace",
-    "selfLink",
-    "deletionTimestamp",
-];
 
 impl Input {
     /// Parses an object, and validates everything that does not depend on its kind.
@@ -528,7 +528,7 @@ fn is_subdomain(text: &str) -> bool {
     (1..=253).contains(&text.len()) && plain(bytes.first()) && plain(bytes.last()) && text.bytes().all(inside)
 }
 
-#[derive(Deserialize, Default)]
+#[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct ClusterSpec {
     account: Option<String>,

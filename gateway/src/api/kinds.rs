@@ -9,108 +9,6 @@ pub(super) const GROUP: &str = "towline.io";
 pub(super) const VERSION: &str = "v1alpha1";
 pub(super) const API_VERSION: &str = "towline.io/v1alpha1";
 
-/// One kind.
-#[derive(Debug)]
-pub(super) struct Resource {
-    pub(super) kind: &'static str,
-    pub(super) plural: &'static str,
-    pub(super) singular: &'static str,
-    pub(super) short: &'static [&'static str],
-    /// The store's kind of its objects; `None` for kinds that are created and not stored.
-    pub(super) stored: Option<Kind>,
-    pub(super) about: &'static str,
-    pub(super) spec: &'static [Field],
-    pub(super) status: &'static [Field],
-}
-
-/// One field, for OpenAPI and for the check of names: its JSON name, its type and what it is.
-pub(super) type Field = (&'static str, Type, &'static str);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Type {
-    Text,
-    Number,
-    /// An integer from the first to the second value.
-    Count(u64, u64),
-    Flag,
-    Texts,
-    Time,
-    /// An object whose fields are defined elsewhere.
-    Object,
-    Objects,
-}
-
-impl Type {
-    fn schema(self) -> Value {
-        match self {
-            Self::Text => json!({"type": "string"}),
-            Self::Number => json!({"type": "integer", "format": "int64"}),
-            Self::Count(least, most) => {
-                json!({"type": "integer", "format": "int64", "minimum": least, "maximum": most})
-            }
-            Self::Flag => json!({"type": "boolean"}),
-            Self::Texts => json!({"type": "array", "items": {"type": "string"}}),
-            Self::Time => json!({"type": "string", "format": "date-time"}),
-            Self::Object => json!({"type": "object"}),
-            Self::Objects => json!({"type": "array", "items": {"type": "object"}}),
-        }
-    }
-
-    /// For a value of another type: what it must be; `None` if the value is valid.
-    pub(super) fn must(self, value: &Value) -> Option<String> {
-        let list_of = |is: fn(&Value) -> bool| value.as_array().is_some_and(|items| items.iter().all(is));
-        let (is_fine, what) = match self {
-            Self::Text | Self::Time => (value.is_string(), "a string"),
-            Self::Number => (value.is_u64(), "an integer"),
-            Self::Count(least, most) => {
-                let is_fine = value.as_u64().is_some_and(|count| (least..=most).contains(&count));
-                return (!is_fine).then(|| format!("{least} to {most}"));
-            }
-            Self::Flag => (value.is_boolean(), "true or false"),
-            Self::Texts => (list_of(Value::is_string), "a list of strings"),
-            Self::Object => (value.is_object(), "an object"),
-            Self::Objects => (list_of(Value::is_object), "a list of objects"),
-        };
-        (!is_fine).then(|| what.to_owned())
-    }
-}
-
-impl Resource {
-    pub(super) fn verbs(&self) -> &'static [&'static str] {
-        match self.stored {
-            Some(
-                kind::JOIN_TOKEN | kind::ACCESS_TOKEN | kind::CLUSTER | kind::ACCESS_RULE | kind::REVOCATION,
-            ) => &["create", "delete", "get", "list", "patch", "update", "watch"],
-            _ => &["create"],
-        }
-    }
-
-    /// The schema of a part.
-    pub(super) fn schema(fields: &[Field], about: &str) -> Value {
-        let properties: serde_json::Map<String, Value> = fields
-            .iter()
-            .map(|(name, form, about)| {
-                let mut schema = form.schema();
-                schema["description"] = (*about).into();
-                ((*name).to_owned(), schema)
-            })
-            .collect();
-        json!({"type": "object", "description": about, "properties": properties})
-    }
-}
-
-/// The resource of this plural name.
-pub(super) fn find(plural: &str) -> Option<&'static Resource> {
-    RESOURCES.iter().find(|resource| resource.plural == plural)
-}
-
-/// The resource whose objects are of this kind.
-pub(super) fn of(kind: Kind) -> Option<&'static Resource> {
-    RESOURCES.iter().find(|resource| resource.stored == Some(kind))
-}
-
-use Type::{Count, Flag, Number, Object, Objects, Text, Texts, Time};
-
 pub(super) const RESOURCES: &[Resource] = &[
     Resource {
         kind: "Cluster",
@@ -282,3 +180,105 @@ pub(super) const RESOURCES: &[Resource] = &[
         status: &[("userInfo", Object, "username and groups.")],
     },
 ];
+
+/// One kind.
+#[derive(Debug)]
+pub(super) struct Resource {
+    pub(super) kind: &'static str,
+    pub(super) plural: &'static str,
+    pub(super) singular: &'static str,
+    pub(super) short: &'static [&'static str],
+    /// The store's kind of its objects; `None` for kinds that are created and not stored.
+    pub(super) stored: Option<Kind>,
+    pub(super) about: &'static str,
+    pub(super) spec: &'static [Field],
+    pub(super) status: &'static [Field],
+}
+
+/// One field, for OpenAPI and for the check of names: its JSON name, its type and what it is.
+pub(super) type Field = (&'static str, Type, &'static str);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Type {
+    Text,
+    Number,
+    /// An integer from the first to the second value.
+    Count(u64, u64),
+    Flag,
+    Texts,
+    Time,
+    /// An object whose fields are defined elsewhere.
+    Object,
+    Objects,
+}
+
+impl Type {
+    fn schema(self) -> Value {
+        match self {
+            Self::Text => json!({"type": "string"}),
+            Self::Number => json!({"type": "integer", "format": "int64"}),
+            Self::Count(least, most) => {
+                json!({"type": "integer", "format": "int64", "minimum": least, "maximum": most})
+            }
+            Self::Flag => json!({"type": "boolean"}),
+            Self::Texts => json!({"type": "array", "items": {"type": "string"}}),
+            Self::Time => json!({"type": "string", "format": "date-time"}),
+            Self::Object => json!({"type": "object"}),
+            Self::Objects => json!({"type": "array", "items": {"type": "object"}}),
+        }
+    }
+
+    /// For a value of another type: what it must be; `None` if the value is valid.
+    pub(super) fn must(self, value: &Value) -> Option<String> {
+        let list_of = |is: fn(&Value) -> bool| value.as_array().is_some_and(|items| items.iter().all(is));
+        let (is_fine, what) = match self {
+            Self::Text | Self::Time => (value.is_string(), "a string"),
+            Self::Number => (value.is_u64(), "an integer"),
+            Self::Count(least, most) => {
+                let is_fine = value.as_u64().is_some_and(|count| (least..=most).contains(&count));
+                return (!is_fine).then(|| format!("{least} to {most}"));
+            }
+            Self::Flag => (value.is_boolean(), "true or false"),
+            Self::Texts => (list_of(Value::is_string), "a list of strings"),
+            Self::Object => (value.is_object(), "an object"),
+            Self::Objects => (list_of(Value::is_object), "a list of objects"),
+        };
+        (!is_fine).then(|| what.to_owned())
+    }
+}
+
+impl Resource {
+    pub(super) fn verbs(&self) -> &'static [&'static str] {
+        match self.stored {
+            Some(
+                kind::JOIN_TOKEN | kind::ACCESS_TOKEN | kind::CLUSTER | kind::ACCESS_RULE | kind::REVOCATION,
+            ) => &["create", "delete", "get", "list", "patch", "update", "watch"],
+            _ => &["create"],
+        }
+    }
+
+    /// The schema of a part.
+    pub(super) fn schema(fields: &[Field], about: &str) -> Value {
+        let properties: serde_json::Map<String, Value> = fields
+            .iter()
+            .map(|(name, form, about)| {
+                let mut schema = form.schema();
+                schema["description"] = (*about).into();
+                ((*name).to_owned(), schema)
+            })
+            .collect();
+        json!({"type": "object", "description": about, "properties": properties})
+    }
+}
+
+/// The resource of this plural name.
+pub(super) fn find(plural: &str) -> Option<&'static Resource> {
+    RESOURCES.iter().find(|resource| resource.plural == plural)
+}
+
+/// The resource whose objects are of this kind.
+pub(super) fn of(kind: Kind) -> Option<&'static Resource> {
+    RESOURCES.iter().find(|resource| resource.stored == Some(kind))
+}
+
+use Type::{Count, Flag, Number, Object, Objects, Text, Texts, Time};

@@ -12,12 +12,6 @@ pub(super) const MEDIA: &str = "application/vnd.kubernetes.protobuf";
 /// What stands before `runtime.Unknown`.
 const MAGIC: &[u8] = b"k8s\0";
 
-/// Fields that are read, by number: a text, or a message of such fields.
-enum Form {
-    Text(&'static str),
-    Message(&'static str, &'static [(u64, Self)]),
-}
-
 const TYPE: &[(u64, Form)] = &[(1, Form::Text("apiVersion")), (2, Form::Text("kind"))];
 const RESOURCE: &[(u64, Form)] = &[
     (1, Form::Text("namespace")),
@@ -33,6 +27,12 @@ const SPEC: &[(u64, Form)] =
     &[(1, Form::Message("resourceAttributes", RESOURCE)), (2, Form::Message("nonResourceAttributes", PATH))];
 /// Of a `SelfSubjectReview` there is nothing to read, and nothing that is like this.
 const REVIEW: &[(u64, Form)] = &[(2, Form::Message("spec", SPEC))];
+
+/// Fields that are read, by number: a text, or a message of such fields.
+enum Form {
+    Text(&'static str),
+    Message(&'static str, &'static [(u64, Self)]),
+}
 
 /// A review as the JSON that says the same.
 ///

@@ -12,6 +12,8 @@ use towline_proto::join::{AgentMode, ApiServerState};
 
 const KIND: &str = "APIServerReachable";
 
+const MISMATCH: &str = "the cluster is in mode impersonate, but its agent's configuration says mode: restricted, so the agent refuses every request. Change either the agent's mode (`towline agent manifest`) or the cluster's spec.mode";
+
 /// The verdict on one agent's report.
 enum Verdict<'a> {
     Good(Time),
@@ -97,8 +99,6 @@ fn unequal(connection: &Connection, mode: Mode) -> &'static str {
         ""
     }
 }
-
-const MISMATCH: &str = "the cluster is in mode impersonate, but its agent's configuration says mode: restricted, so the agent refuses every request. Change either the agent's mode (`towline agent manifest`) or the cluster's spec.mode";
 
 #[cfg(test)]
 mod tests {

@@ -7,6 +7,9 @@ use serde::de::{self, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 use std::fmt;
 
+/// Longest path of a value in an error.
+const PLACE_MAX: usize = 256;
+
 /// Reads a body.
 ///
 /// # Errors
@@ -17,9 +20,6 @@ pub(super) fn from_slice(bytes: &[u8]) -> Result<Value, serde_json::Error> {
     reader.end()?;
     Ok(value)
 }
-
-/// Longest path of a value in an error.
-const PLACE_MAX: usize = 256;
 
 /// The path of a value, formatted only for an error.
 #[derive(Clone, Copy)]

@@ -5,6 +5,13 @@ use super::query::Included;
 use serde_json::{Value, json};
 use towline_model::Time;
 
+/// A value that is computed instead of read from a path.
+const AGE: &str = "age";
+const CONNECTED: &str = "connected";
+const REACHABLE: &str = "reachable";
+const TRUST_CURRENT: &str = "trust";
+const WHAT: &str = "what";
+
 /// Whether an `Accept` header asks for a table that can be made here.
 pub(super) fn is_asked(accept: &str) -> bool {
     accept.split(',').any(|media| {
@@ -33,13 +40,6 @@ pub(super) fn table(
 
 /// Name, whether only `-o wide` shows the column, and the path of its value.
 type Column = (&'static str, bool, &'static str);
-
-/// A value that is computed instead of read from a path.
-const AGE: &str = "age";
-const CONNECTED: &str = "connected";
-const REACHABLE: &str = "reachable";
-const TRUST_CURRENT: &str = "trust";
-const WHAT: &str = "what";
 
 fn columns(resource: &Resource) -> &'static [Column] {
     match resource.kind {

@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::SystemTime;
 use std::{fs, io};
-
 use thiserror::Error;
 use towline_certs::ca::CA_LIFETIME;
 use towline_certs::load::{FileBytes, LoadError, load_roots, parse_key};

@@ -18,6 +18,8 @@ use towline_proto::open::{self, Answer, Outcome};
 use towline_proto::tunnel::exchange::{HeadError, SendBodyError, recv_head, send_body};
 use towline_proto::tunnel::{ReadError, RecvStream, SendStream, WriteError};
 
+const RECLAIM: Duration = Duration::from_millis(100);
+
 /// The stream of an exchange whose response has begun.
 pub(super) struct Begun {
     pub(super) recv: RecvStream,
@@ -185,8 +187,6 @@ async fn reclaim<B: Body>(
         _ => None,
     }
 }
-
-const RECLAIM: Duration = Duration::from_millis(100);
 
 fn is_untouched(answer: &Answer) -> bool {
     matches!(&answer.outcome, Some(Outcome::Failure(failure)) if failure.untouched || Code::from_u32(failure.code).is_retryable())

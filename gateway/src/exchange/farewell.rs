@@ -16,6 +16,10 @@ pub(crate) const FAREWELL: Duration = Duration::from_millis(1500);
 /// The same for a connection that must end within a second.
 const ENDED: Duration = Duration::from_millis(500);
 
+const WEBSOCKET_CLOSE: u8 = 8;
+/// Control bit, version 3, type 7.
+const SPDY_GOAWAY: [u8; 4] = [0x80, 3, 0, 7];
+
 /// Why a raw connection is ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
@@ -228,10 +232,6 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Framed<IO> {
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
-
-const WEBSOCKET_CLOSE: u8 = 8;
-/// Control bit, version 3, type 7.
-const SPDY_GOAWAY: [u8; 4] = [0x80, 3, 0, 7];
 
 #[cfg(test)]
 mod tests {

@@ -6,6 +6,10 @@ use http::request::Parts;
 use http::{Method, Version};
 use thiserror::Error;
 
+/// The supported protocols. If a client offers both, the first one is used, because only with it is the subprotocol checked
+/// ([`crate::access::authn::suits`]).
+const CARRIED: [&str; 2] = ["websocket", "SPDY/3.1"];
+
 /// Why a request to switch protocols is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub(crate) enum UpgradeError {
@@ -14,10 +18,6 @@ pub(crate) enum UpgradeError {
     #[error("a request that switches protocols must not have a body — leave it out")]
     Body,
 }
-
-/// The supported protocols. If a client offers both, the first one is used, because only with it is the subprotocol checked
-/// ([`crate::access::authn::suits`]).
-const CARRIED: [&str; 2] = ["websocket", "SPDY/3.1"];
 
 /// The protocol to which a request wants to switch, as it is sent upstream; `None` if it wants none. Other offers are ignored
 /// (RFC 9110 section 7.8), such as the `h2c` of Java's clients, and not forwarded: the response is HTTP/1.1.

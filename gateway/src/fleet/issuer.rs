@@ -19,8 +19,11 @@ use towline_model::Time;
 /// Most agents that are remembered for the same report.
 const SAYERS_MAX: usize = 256;
 
+/// The member of a recorded key set that names the subject.
+pub const SUBJECT: &str = "towline.io/subject";
+
 /// An issuer of ServiceAccount tokens, with its keys.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TokenIssuer {
     pub issuer: String,
@@ -37,11 +40,8 @@ impl TokenIssuer {
     }
 }
 
-/// The member of a recorded key set that names the subject.
-pub const SUBJECT: &str = "towline.io/subject";
-
 /// The reports about a cluster's issuer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Issuers {
     /// Given by the operator.
@@ -59,7 +59,7 @@ pub struct Issuers {
 }
 
 /// An issuer that agents reported.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Told {
     pub issuer: TokenIssuer,

@@ -10,8 +10,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use towline_model::{Effect, Mode, Principal, Time};
 use towline_store::{Kind, Stored};
 
+/// Default of `max_agents`: a few replicas, and their replacements.
+pub const MAX_AGENTS: u32 = 16;
+/// Largest `max_agents`; a larger one is a mistake.
+pub const MAX_AGENTS_MOST: u32 = 256;
+
+/// Most uses of one token.
+pub const TOKEN_USES_MOST: u32 = 256;
+
 /// The metadata of every object of the API.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Meta {
     pub uid: String,
@@ -25,7 +33,7 @@ pub struct Meta {
 }
 
 /// A registered cluster; its record's name is the cluster's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClusterRecord {
     pub meta: Meta,
@@ -53,13 +61,8 @@ pub struct ClusterRecord {
     pub issuers: Issuers,
 }
 
-/// Default of `max_agents`: a few replicas, and their replacements.
-pub const MAX_AGENTS: u32 = 16;
-/// Largest `max_agents`; a larger one is a mistake.
-pub const MAX_AGENTS_MOST: u32 = 256;
-
 /// A join token; its record's name is the token's id.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct JoinToken {
     pub meta: Meta,
@@ -75,11 +78,8 @@ pub struct JoinToken {
     pub uses: Vec<TokenUse>,
 }
 
-/// Most uses of one token.
-pub const TOKEN_USES_MOST: u32 = 256;
-
 /// One key that a token admitted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TokenUse {
     /// The key's pin. The same key may join again, so that an interrupted join can be repeated.
@@ -89,7 +89,7 @@ pub struct TokenUse {
 }
 
 /// An admitted agent; its record's name is the instance.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Instance {
     pub cluster_uid: String,
@@ -107,7 +107,7 @@ pub struct Instance {
 }
 
 /// How an instance was admitted, and therefore how it may rejoin.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum Origin {
     #[serde(rename_all = "camelCase")]
@@ -118,7 +118,7 @@ pub enum Origin {
 }
 
 /// One certificate of an instance.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct CertificateRecord {
     /// Lower-case hex.
@@ -130,7 +130,7 @@ pub struct CertificateRecord {
 }
 
 /// An access rule, in addition to the rules of the configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AccessRuleRecord {
     pub meta: Meta,
@@ -167,7 +167,7 @@ impl AccessRuleRecord {
 }
 
 /// A bearer token for clusters in impersonate mode and for the API; its record's name is the token's id.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AccessToken {
     pub meta: Meta,
@@ -188,7 +188,7 @@ impl AccessToken {
 }
 
 /// A revocation. If the record is unreadable, everything that its name says is revoked.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Revocation {
     pub meta: Meta,
@@ -199,7 +199,7 @@ pub struct Revocation {
 }
 
 /// What is revoked.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum Revoked {
     /// One certificate, an agent's or a client's.
@@ -215,7 +215,7 @@ pub enum Revoked {
 
 /// When a cluster was last connected; its record's name is the cluster's uid. It is written on connecting and disconnecting, and not
 /// in between.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LastSeen {
     /// The gateway that wrote it: the name of a [`GatewayLife`].
@@ -231,7 +231,7 @@ pub struct LastSeen {
 }
 
 /// How a cluster's last session ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Ended {
     pub at: Time,
@@ -240,7 +240,7 @@ pub struct Ended {
 }
 
 /// The version of a cluster's agent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AgentSeen {
     pub version: String,
@@ -274,7 +274,7 @@ impl AgentSeen {
 
 /// A gateway's life from its start to its last recorded minute; its record's name is random. If a gateway dies, this tells
 /// when, without a record for each of its clusters.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct GatewayLife {
     pub started: Time,

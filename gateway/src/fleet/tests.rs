@@ -14,6 +14,17 @@ use towline_model::random::uuid;
 use towline_model::{Mode, Time};
 use towline_store::{Revision, Stored, Transaction, backup};
 
+const OLDER_CLUSTER: &str = r#"{
+    "meta": {"uid": "0b6d9bb4-7c1e-4f50-8b0a-0d5f8a3c1e21", "created": "2026-11-26T23:00:00Z", "generation": 1},
+    "mode": "restricted", "deletionProtection": false, "maxAgents": 16, "admission": 1,
+    "issuer": {
+        "issuer": "https://kubernetes.default.svc",
+        "jwks": {"keys": [{"kty": "EC", "kid": "1", "crv": "P-256", "x": "x", "y": "y"}],
+            "towline.io/subject": "system:serviceaccount:towline:towline-agent"},
+        "updated": "2026-11-26T23:01:00Z"
+    }
+}"#;
+
 /// A fleet whose view is kept up to date.
 struct World {
     directory: TempDir,
@@ -246,7 +257,7 @@ async fn a_revoked_cluster_forgets_its_issuer() {
 async fn unreadable_records_fail_closed() {
     macro_rules! later {
         ($name:ident, $kind:expr) => {
-            #[derive(serde::Serialize, serde::Deserialize)]
+            #[derive(serde::Deserialize, serde::Serialize)]
             struct $name;
             impl Stored for $name {
                 const KIND: Kind = $kind;
@@ -303,24 +314,13 @@ fn said_issuer() -> TokenIssuer {
 }
 
 /// A cluster's record of before `issuers`, with the word of an agent, as it stands in stores and dumps.
-#[derive(serde::Serialize, serde::Deserialize)]
+#[derive(serde::Deserialize, serde::Serialize)]
 struct OlderCluster(Value);
 
 impl Stored for OlderCluster {
     const KIND: Kind = kind::CLUSTER;
     const SCHEMA: u32 = 1;
 }
-
-const OLDER_CLUSTER: &str = r#"{
-    "meta": {"uid": "0b6d9bb4-7c1e-4f50-8b0a-0d5f8a3c1e21", "created": "2026-11-26T23:00:00Z", "generation": 1},
-    "mode": "restricted", "deletionProtection": false, "maxAgents": 16, "admission": 1,
-    "issuer": {
-        "issuer": "https://kubernetes.default.svc",
-        "jwks": {"keys": [{"kty": "EC", "kid": "1", "crv": "P-256", "x": "x", "y": "y"}],
-            "towline.io/subject": "system:serviceaccount:towline:towline-agent"},
-        "updated": "2026-11-26T23:01:00Z"
-    }
-}"#;
 
 /// S5: a cluster whose record is of before is there after the upgrade, whoever joins by its issuer's word still does, and its
 /// dump can be restored; only there, if its agents are not to be kept, the word of an agent is gone.

@@ -4,8 +4,8 @@
 //! It supports RS256 and ES256, with which API servers sign (RFC 7518 sections 3.3 and 3.4). The key determines the algorithm, and a
 //! token that names another is refused. Every claim that is checked is required.
 
-use std::time::{Duration, SystemTime};
-
+use crate::fleet::TokenIssuer;
+use crate::fleet::reported::SUBJECT_PREFIX;
 use aws_lc_rs::digest;
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_FIXED, RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents, UnparsedPublicKey,
@@ -15,10 +15,8 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
+use std::time::{Duration, SystemTime};
 use thiserror::Error;
-
-use crate::fleet::TokenIssuer;
-use crate::fleet::reported::SUBJECT_PREFIX;
 
 /// Largest tolerated clock difference.
 const SKEW: Duration = Duration::from_secs(60);

@@ -5,6 +5,8 @@
 //! to connect; after that the process's session shows whether it lives. A place is released only after its session is registered, so a
 //! lookup here first and in the sessions second misses no process.
 
+use crate::registry::Registry;
+use crate::registry::sign_of_life::alive_among;
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,9 +15,6 @@ use tokio::time::Instant;
 use towline_certs::{ClusterUid, InstanceId};
 use towline_proto::Code;
 use towline_proto::tunnel::Session;
-
-use crate::registry::Registry;
-use crate::registry::sign_of_life::alive_among;
 
 /// How long a place is kept for the process that got it. After that its session shows whether it lives.
 const ASSIGNED_FOR: Duration = Duration::from_secs(15);

@@ -25,6 +25,12 @@ use towline_model::{ADMINS, Principal, PrincipalError, PublicAddress};
 use towline_store::backup::{self, Dump, Report, RestoreError};
 use towline_store::{Store, StoreError};
 
+/// Clusters that an error names.
+const PENDING_SHOWN: usize = 10;
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// A line for each of twenty thousand clusters, with a problem each.
+const ANSWER_MAX: u64 = 16 << 20;
+
 /// Why a command did nothing.
 #[derive(Debug, Error)]
 pub enum CommandError {
@@ -242,12 +248,6 @@ fn some_of(pending: &[String]) -> String {
         more => format!("{shown}; and {more} more"),
     }
 }
-
-/// Clusters that an error names.
-const PENDING_SHOWN: usize = 10;
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// A line for each of twenty thousand clusters, with a problem each.
-const ANSWER_MAX: u64 = 16 << 20;
 
 /// The whole store as JSON. Blocks.
 ///

@@ -22,6 +22,12 @@ use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 use towline_proto::tunnel::{ReadError, SessionState};
 
+/// Shortest life of a watch without an event. If it ends earlier, client-go lists again, as after an error. The client measures from
+/// before its request was sent, so it sees a longer time.
+const YOUNG: Duration = Duration::from_millis(1100);
+/// The part of a drain's time within which watches end, so that clients do not all return at once and no watch is cut.
+const DRAIN_PART: f64 = 0.8;
+
 /// Aborts the task that sends the client's body when the exchange ends.
 #[derive(Debug)]
 pub(crate) struct Upload(pub(crate) AbortHandle);
@@ -158,12 +164,6 @@ pub(crate) struct WatchEnd {
     is_cut: bool,
     old_enough: Option<Pin<Box<Sleep>>>,
 }
-
-/// Shortest life of a watch without an event. If it ends earlier, client-go lists again, as after an error. The client measures from
-/// before its request was sent, so it sees a longer time.
-const YOUNG: Duration = Duration::from_millis(1100);
-/// The part of a drain's time within which watches end, so that clients do not all return at once and no watch is cut.
-const DRAIN_PART: f64 = 0.8;
 
 impl WatchEnd {
     /// For a watch that has begun. `part`, from 0 to 1, chooses the moment in a drain at which it ends: in the gateway's, which takes up to

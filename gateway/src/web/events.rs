@@ -7,6 +7,9 @@
 use http::header::{self, HeaderMap};
 use std::mem;
 
+/// Deepest nesting; an API server's messages stay below it.
+const CBOR_DEPTH_MAX: usize = 64;
+
 /// The parser state of a watch.
 #[derive(Debug)]
 pub(crate) struct Events {
@@ -169,9 +172,6 @@ struct Head {
     /// Bytes of the number still to come.
     left: u8,
 }
-
-/// Deepest nesting; an API server's messages stay below it.
-const CBOR_DEPTH_MAX: usize = 64;
 
 impl Cbor {
     #[expect(clippy::indexing_slicing, reason = "`at` is compared with the length above")]

@@ -16,7 +16,7 @@ use towline_model::API_VERSION;
 pub const KIND: &str = "StoreDump";
 
 /// A whole store.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Dump {
     pub api_version: String,
@@ -33,7 +33,7 @@ pub struct Dump {
 }
 
 /// One record of a [`Dump`].
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DumpedRecord {
     pub kind: String,
@@ -54,7 +54,7 @@ pub enum RestoreError {
 }
 
 /// The result of checking every record.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     pub readable: usize,
     /// One line for each problem.

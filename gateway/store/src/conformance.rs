@@ -11,7 +11,7 @@ pub(super) const PROBES: Kind = Kind::new("clusters");
 pub(super) const OTHERS: Kind = Kind::new("instances");
 
 /// A record for tests.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Probe {
     pub(super) number: u64,
@@ -23,7 +23,7 @@ impl Stored for Probe {
 }
 
 /// The same of another kind.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Other {
     number: u64,

@@ -49,7 +49,7 @@ const CACHE_BYTES: usize = 8 << 20;
 const EPOCH_ZERO: u64 = 1_767_225_600;
 
 /// The envelope of a record's data in the file.
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Envelope {
     schema: u32,

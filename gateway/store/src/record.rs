@@ -10,9 +10,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use thiserror::Error;
 
+/// The suffix of the holder's name while it drains. Other versions of the gateway read it, so it never changes.
+pub(super) const DRAINS: &str = ", which drains";
+
 /// The kind of a record: a name that the owner of the type registers as [`Stored::KIND`]. The store, dumps and metrics write it
 /// like this.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Kind(&'static str);
 
 impl Kind {
@@ -29,7 +32,7 @@ impl Kind {
 }
 
 /// Identifies a record. Kind and name are never joined into one text, so two keys can never be confused.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
     pub kind: Kind,
     pub name: Arc<str>,
@@ -241,9 +244,6 @@ pub enum StoreError {
     #[error("the gateway is stopping")]
     Closed,
 }
-
-/// The suffix of the holder's name while it drains. Other versions of the gateway read it, so it never changes.
-pub(super) const DRAINS: &str = ", which drains";
 
 impl StoreError {
     /// Whether the process that uses the store is draining.

@@ -15,7 +15,7 @@ use towline_store::{Key, Kind, Store, Stored, Transaction};
 /// The variable with the directory of the process that is killed.
 const VICTIM: &str = "TOWLINE_TEST_STORE_VICTIM";
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct Probe {
     number: u64,
 }

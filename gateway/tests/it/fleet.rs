@@ -35,6 +35,8 @@ use towline_store::backup;
 const ADMIN: &str = "root";
 const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
 
+const REQUESTS: &str = "/apis/towline.io/v1alpha1/credentialrequests";
+
 /// Sends an admin's request to the API and returns status and object.
 async fn api(client: &mut Client, method: &str, path: &str, body: &Value) -> (u16, Value) {
     let media = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
@@ -343,8 +345,6 @@ async fn removing_a_token_from_the_file_ends_its_requests() {
         world.gateway.shutdown().await;
     }
 }
-
-const REQUESTS: &str = "/apis/towline.io/v1alpha1/credentialrequests";
 
 /// A request for a certificate with the longest lifetime.
 fn certificate_request() -> String {

@@ -42,6 +42,12 @@ use towline_proto::mux::{Budget, CloseReason, Introduction, Limits, Role};
 use towline_proto::tunnel::message::{recv_message, send_message};
 use towline_proto::tunnel::{Session, SessionConfig};
 
+const HOUR: Duration = Duration::from_secs(3600);
+
+const SUBJECT: &str = "system:serviceaccount:towline:agent";
+/// The audience of the trust domain of these tests' gateways.
+const AUDIENCE: &str = "towline:example.org";
+
 /// A world with a state directory, whose tunnel CA is the gateway's own.
 async fn world() -> World {
     world_with(|_| {}).await
@@ -254,8 +260,6 @@ fn identity(certificate: &Certificate, trust: &Trust) -> AgentIdentity {
 fn key() -> AgentKey {
     AgentKey::generate().unwrap()
 }
-
-const HOUR: Duration = Duration::from_secs(3600);
 
 /// Waits until the only session of a cluster has acknowledged the current roots.
 async fn current(world: &World, cluster: &str) {
@@ -564,10 +568,6 @@ async fn an_agent_rejoins_with_its_expired_certificate_and_key() {
 
 /// A cluster's issuer of ServiceAccount tokens.
 struct Cluster(EcdsaKeyPair);
-
-const SUBJECT: &str = "system:serviceaccount:towline:agent";
-/// The audience of the trust domain of these tests' gateways.
-const AUDIENCE: &str = "towline:example.org";
 
 impl Cluster {
     fn new() -> Self {

@@ -12,6 +12,10 @@ use towline_gateway::config::ProxyProtocol;
 const CUSTOMER: [u8; 4] = [192, 0, 2, 7];
 const STRANGER: [u8; 4] = [198, 51, 100, 1];
 
+const FRONT: &str = "towline_gateway_handshakes_total{outcome=\"front\"}";
+const FORBIDDEN: &str = "towline_rejected_total{code=\"TL_FORBIDDEN\",surface=\"listener\"}";
+const PROTO: &str = "towline_rejected_total{code=\"TL_PROTO\",surface=\"listener\"}";
+
 fn header(command: u8, ip: [u8; 4]) -> Vec<u8> {
     [b"\r\n\r\n\0\r\nQUIT\n", &[command, 0x11, 0, 12][..], &ip, &[10, 0, 0, 1, 0xd4, 0x31, 0x20, 0xfb]]
         .concat()
@@ -30,10 +34,6 @@ async fn world(trusted: &str, mode: Option<ProxyProtocol>) -> World {
 fn headers(world: &World, outcome: &str) -> f64 {
     world.series(&format!("towline_gateway_proxy_headers_total{{outcome=\"{outcome}\"}}"))
 }
-
-const FRONT: &str = "towline_gateway_handshakes_total{outcome=\"front\"}";
-const FORBIDDEN: &str = "towline_rejected_total{code=\"TL_FORBIDDEN\",surface=\"listener\"}";
-const PROTO: &str = "towline_rejected_total{code=\"TL_PROTO\",surface=\"listener\"}";
 
 /// Sends these bytes, optionally closes its side, and waits until the gateway has closed and counted the connection.
 async fn say(world: &World, bytes: &[u8], close: bool) {

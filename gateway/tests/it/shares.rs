@@ -20,6 +20,8 @@ use towline_proto::open::{BodyKind, Request};
 
 const OTHER: &str = "tlat_fedcba9876543210";
 
+const UPLOAD: &str = "/clusters/prod/api/v1/namespaces/a/services/web/proxy/upload";
+
 fn limit(world: &World, limit: &str) -> f64 {
     world.series(&format!("towline_gateway_limits_reached_total{{limit=\"{limit}\"}}"))
 }
@@ -250,8 +252,6 @@ fn endless(tasks: &mut JoinSet<()>) -> ClientBody {
     });
     body.boxed()
 }
-
-const UPLOAD: &str = "/clusters/prod/api/v1/namespaces/a/services/web/proxy/upload";
 
 /// Goal: FR-03: unread uploads do not block other bodies on the same HTTP/2 connection, to the same cluster and to
 /// another one; uploads up to the limit are accepted, one more gets an error, and the unread bytes are counted and released.

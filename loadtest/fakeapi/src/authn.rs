@@ -1,7 +1,5 @@
 //! Authentication: client certificate, then bearer token, then `Impersonate-*`.
 
-use http::HeaderMap;
-
 use crate::call::decode;
 use crate::connection::Connection;
 use crate::options::FakeApiOptions;
@@ -9,6 +7,7 @@ use crate::rbac;
 use crate::recorder::Identity;
 use crate::shared::Shared;
 use crate::status::ApiError;
+use http::HeaderMap;
 
 /// The identity of the credential; 401 if it has none.
 pub(crate) fn authenticate(

@@ -1,7 +1,10 @@
 //! One request as its handler sees it, a [`Call`]: head, parsed query, body as it arrives, identity, connection.
 
-use std::sync::Arc;
-
+use crate::connection::Connection;
+use crate::protobuf;
+use crate::recorder::{BodyDigest, BodyRecord, Identity, RequestRecord};
+use crate::shared::Shared;
+use crate::status::ApiError;
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode, Version};
 use http_body::Body;
@@ -9,12 +12,10 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use serde_json::Value;
+use std::sync::Arc;
 
-use crate::connection::Connection;
-use crate::protobuf;
-use crate::recorder::{BodyDigest, BodyRecord, Identity, RequestRecord};
-use crate::shared::Shared;
-use crate::status::ApiError;
+/// Largest object that a real server accepts by default (3 MiB).
+const OBJECT_MAX: usize = 3 * 1024 * 1024;
 
 /// One request on its way through the server.
 pub(crate) struct Call {
@@ -153,7 +154,7 @@ impl Drop for RequestBody {
 }
 
 /// A decoded query string, in order, with repeats.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Query(Vec<(String, String)>);
 
 impl Query {
@@ -206,6 +207,3 @@ pub(crate) fn decode(text: &str) -> String {
     }
     String::from_utf8_lossy(&out).into_owned()
 }
-
-/// Largest object that a real server accepts by default (3 MiB).
-const OBJECT_MAX: usize = 3 * 1024 * 1024;

@@ -1,13 +1,11 @@
 //! What the requests of a connection know about it: a [`Connection`].
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-
-use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
-
 use crate::recorder::Identity;
 use crate::tap::Tap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 /// One connection, as its requests see it.
 pub(crate) struct Connection {

@@ -1,9 +1,8 @@
 //! The work of controllers and kubelets: completes created objects at once.
 
-use serde_json::{Value, json};
-
 use crate::kinds::{self, Kind};
 use crate::store::{Key, Store, now};
+use serde_json::{Value, json};
 
 /// The ConfigMap that a controller puts into every namespace.
 pub(crate) fn publish_ca(store: &Store, namespace: &str, ca_pem: &str) {

@@ -2,12 +2,20 @@
 //!
 //! Aggregated discovery is asked for by `Accept` and may be answered with the legacy form, as an older server does.
 
-use http::StatusCode;
-use serde_json::{Value, json};
-
 use crate::body::Response;
 use crate::kinds::{KINDS, Kind, REVIEWS};
 use crate::status::{ApiError, json_response};
+use http::StatusCode;
+use serde_json::{Value, json};
+
+const GROUPS: &[&str] = &[
+    "apps",
+    "authentication.k8s.io",
+    "authorization.k8s.io",
+    "networking.k8s.io",
+    "policy",
+    "rbac.authorization.k8s.io",
+];
 
 /// `/api`, `/apis`, `/api/v1`, `/apis/GROUP` and `/apis/GROUP/VERSION`.
 pub(crate) fn answer(path: &str) -> Result<Response, ApiError> {
@@ -76,12 +84,3 @@ fn resource(kind: &Kind) -> Value {
     }
     resource
 }
-
-const GROUPS: &[&str] = &[
-    "apps",
-    "authentication.k8s.io",
-    "authorization.k8s.io",
-    "networking.k8s.io",
-    "policy",
-    "rbac.authorization.k8s.io",
-];

@@ -1,15 +1,13 @@
 //! Faults that a test can switch on: refused, frozen and killed connections, silent closes, GOAWAY.
 
+use crate::lock::lock;
+use bytes::Bytes;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Waker};
 use std::time::Duration;
-
-use bytes::Bytes;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-
-use crate::lock::lock;
 
 /// The switches. Each takes effect at once, on live connections too where that makes sense.
 #[derive(Debug)]
@@ -114,7 +112,7 @@ impl Faults {
 }
 
 /// Arbitrary bytes that go out on an HTTP/1.1 connection instead of a response.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct RawResponse {
     /// The bytes.
     pub bytes: Bytes,
@@ -123,7 +121,7 @@ pub struct RawResponse {
 }
 
 /// What follows the bytes of a [`RawResponse`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RawEnd {
     /// The connection continues with the next request.
     Continue,

@@ -1,17 +1,5 @@
 //! The handle [`FakeApi`]: how a test starts, uses and stops a fake API server.
 
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use serde_json::{Value, json};
-use tokio::net::TcpListener;
-use tokio_rustls::TlsAcceptor;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-
 use crate::faults::Faults;
 use crate::lock::lock;
 use crate::options::{ADMIN_TOKEN, FakeApiOptions};
@@ -22,6 +10,16 @@ use crate::serve;
 use crate::shared::Shared;
 use crate::store::Store;
 use crate::tls::{Authority, ClientCertificate, TlsError};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// A running fake API server. Dropping it stops everything at once; [`FakeApi::shutdown`] also waits for it.
 pub struct FakeApi {

@@ -2,20 +2,18 @@
 //!
 //! They need no credential, so that a test sees what arrives even if it is nothing.
 
-use std::time::Duration;
-
-use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderValue, WARNING};
-use http::{Method, StatusCode, Version};
-use http_body_util::BodyExt;
-use serde_json::json;
-use tokio::time::sleep;
-
 use crate::body::{Ending, PatternBody, Response, channel};
 use crate::call::Call;
 use crate::oddities;
 use crate::status::empty;
 use crate::status::json_response;
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderValue, WARNING};
+use http::{Method, StatusCode, Version};
+use http_body_util::BodyExt;
+use serde_json::json;
+use std::time::Duration;
+use tokio::time::sleep;
 
 /// Answers a helper path.
 pub(crate) async fn answer(mut call: Call) -> Response {

@@ -1,43 +1,5 @@
 //! The table of resources. Discovery, paths and validation follow from it.
 
-/// One kind of object.
-#[derive(Debug)]
-pub(crate) struct Kind {
-    pub(crate) group: &'static str,
-    pub(crate) version: &'static str,
-    pub(crate) plural: &'static str,
-    pub(crate) singular: &'static str,
-    pub(crate) kind: &'static str,
-    pub(crate) namespaced: bool,
-    pub(crate) short_names: &'static [&'static str],
-    pub(crate) categories: &'static [&'static str],
-    /// Top-level fields in addition to apiVersion, kind and metadata. Strict validation rejects any other field.
-    pub(crate) fields: &'static [&'static str],
-    /// Subresources: name, kind, verbs.
-    pub(crate) subresources: &'static [(&'static str, &'static str, &'static [&'static str])],
-}
-
-impl Kind {
-    /// `v1` or `apps/v1`.
-    pub(crate) fn api_version(&self) -> String {
-        if self.group.is_empty() {
-            self.version.to_owned()
-        } else {
-            format!("{}/{}", self.group, self.version)
-        }
-    }
-}
-
-/// The kind behind a path.
-pub(crate) fn find(group: &str, version: &str, plural: &str) -> Option<&'static Kind> {
-    KINDS.iter().find(|kind| kind.group == group && kind.version == version && kind.plural == plural)
-}
-
-/// The core kind with this plural; for kinds that are surely in the table.
-pub(crate) fn core(plural: &str) -> &'static Kind {
-    find("", "v1", plural).unwrap_or(&KINDS[0])
-}
-
 const ALL: &[&str] = &["all"];
 const UPGRADE: &[&str] = &["create", "get"];
 const PROXY: &[&str] = &["create", "delete", "get", "patch", "update"];
@@ -243,3 +205,41 @@ pub(crate) const REVIEWS: &[(&str, &str, &str, &str)] = &[
     ("authorization.k8s.io", "v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview"),
     ("authorization.k8s.io", "v1", "subjectaccessreviews", "SubjectAccessReview"),
 ];
+
+/// One kind of object.
+#[derive(Debug)]
+pub(crate) struct Kind {
+    pub(crate) group: &'static str,
+    pub(crate) version: &'static str,
+    pub(crate) plural: &'static str,
+    pub(crate) singular: &'static str,
+    pub(crate) kind: &'static str,
+    pub(crate) namespaced: bool,
+    pub(crate) short_names: &'static [&'static str],
+    pub(crate) categories: &'static [&'static str],
+    /// Top-level fields in addition to apiVersion, kind and metadata. Strict validation rejects any other field.
+    pub(crate) fields: &'static [&'static str],
+    /// Subresources: name, kind, verbs.
+    pub(crate) subresources: &'static [(&'static str, &'static str, &'static [&'static str])],
+}
+
+impl Kind {
+    /// `v1` or `apps/v1`.
+    pub(crate) fn api_version(&self) -> String {
+        if self.group.is_empty() {
+            self.version.to_owned()
+        } else {
+            format!("{}/{}", self.group, self.version)
+        }
+    }
+}
+
+/// The kind behind a path.
+pub(crate) fn find(group: &str, version: &str, plural: &str) -> Option<&'static Kind> {
+    KINDS.iter().find(|kind| kind.group == group && kind.version == version && kind.plural == plural)
+}
+
+/// The core kind with this plural; for kinds that are surely in the table.
+pub(crate) fn core(plural: &str) -> &'static Kind {
+    find("", "v1", plural).unwrap_or(&KINDS[0])
+}

@@ -1,18 +1,16 @@
 //! Lists: the selected objects, in pages, as JSON or as a Table.
 
-use std::sync::Arc;
-
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use http::StatusCode;
-use serde_json::{Value, json};
-
 use crate::body::Response;
 use crate::call::Call;
 use crate::selector::Selector;
 use crate::status::{ApiError, json_response};
 use crate::table;
 use crate::target::Target;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use http::StatusCode;
+use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// A GET of a collection. Pages are cut from the objects of today: a version that is gone is only noticed by 410.
 pub(crate) fn answer(call: &Call, target: &Target) -> Result<Response, ApiError> {

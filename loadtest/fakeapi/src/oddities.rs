@@ -1,22 +1,23 @@
 //! Broken and unusual responses on request. Those that the HTTP library refuses to send go out raw through the tap, on
 //! HTTP/1.1 only.
 
-use std::fmt::Write;
-use std::time::Duration;
-
-use bytes::Bytes;
-use http::{Method, StatusCode, Version};
-use http_body_util::BodyExt;
-use serde_json::json;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::sleep;
-
 use crate::body::{Ending, PatternBody, Response, pattern_chunk};
 use crate::call::Call;
 use crate::faults::{RawEnd, RawResponse};
 use crate::recorder::hex;
 use crate::status::empty;
 use crate::status::{ApiError, json_response};
+use bytes::Bytes;
+use http::{Method, StatusCode, Version};
+use http_body_util::BodyExt;
+use serde_json::json;
+use std::fmt::Write;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::sleep;
+
+/// A body that dies is made as a whole, so it has a limit.
+const DIE_MAX: u64 = 64 * 1024 * 1024;
 
 /// Puts raw bytes on the wire in place of an answer. On HTTP/2 there is no such place: the stream is reset.
 pub(crate) fn answer_raw(call: &Call, raw: RawResponse) -> Response {
@@ -223,6 +224,3 @@ fn upgrade(mut call: Call, protocol: &str) -> Response {
 fn raw(text: String, end: RawEnd) -> RawResponse {
     RawResponse { bytes: Bytes::from(text), end }
 }
-
-/// A body that dies is made as a whole, so it has a limit.
-const DIE_MAX: u64 = 64 * 1024 * 1024;

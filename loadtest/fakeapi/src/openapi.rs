@@ -4,15 +4,19 @@
 //! client, so a document without definitions is honest. Later ones look in the version 3 documents for the
 //! parameter `fieldValidation`, and leave validation to the server if it is there.
 
-use http::StatusCode;
-use http::header::{CONTENT_TYPE, HeaderValue};
-use serde_json::{Map, Value, json};
-
 use crate::body::{Response, full};
 use crate::call::Call;
 use crate::kinds::{KINDS, Kind};
 use crate::status::empty;
 use crate::status::{ApiError, json_response};
+use http::StatusCode;
+use http::header::{CONTENT_TYPE, HeaderValue};
+use serde_json::{Map, Value, json};
+
+/// Names the version of a document.
+const HASH: &str = "FAKE";
+const TITLE: &str = "Kubernetes";
+const VERSION: &str = "v1.30.0";
 
 /// `/openapi/v2`, `/openapi/v3` and the documents below it.
 pub(crate) fn answer(call: &Call) -> Result<Response, ApiError> {
@@ -115,8 +119,3 @@ fn v2_protobuf() -> Vec<u8> {
     let info = [field(1, TITLE.as_bytes()), field(2, VERSION.as_bytes())].concat();
     [field(1, b"2.0"), field(2, &info), field(8, b"")].concat()
 }
-
-/// Names the version of a document.
-const HASH: &str = "FAKE";
-const TITLE: &str = "Kubernetes";
-const VERSION: &str = "v1.30.0";

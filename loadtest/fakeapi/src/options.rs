@@ -3,8 +3,16 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+/// Default token of `admin`, a member of `system:masters`.
+pub const ADMIN_TOKEN: &str = "fake-admin-token";
+/// Default token of the agent's ServiceAccount, which may impersonate.
+pub const AGENT_TOKEN: &str = "fake-agent-token";
+/// Default token of `alice`, who is not allowed to impersonate.
+pub const USER_TOKEN: &str = "fake-user-token";
+const AGENT_USER: &str = "system:serviceaccount:towline:towline-agent";
+
 /// Settings of a [`FakeApi`](crate::FakeApi); `default()` is a small healthy cluster on a free loopback port.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct FakeApiOptions {
     /// Address to listen on; port 0 picks a free port.
     pub listen: SocketAddr,
@@ -69,7 +77,7 @@ impl Default for FakeApiOptions {
 }
 
 /// One row of the token table.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Token {
     /// The bearer token.
     pub token: String,
@@ -86,11 +94,3 @@ impl Token {
         Self { token: token.to_owned(), user: user.to_owned(), groups }
     }
 }
-
-/// Default token of `admin`, a member of `system:masters`.
-pub const ADMIN_TOKEN: &str = "fake-admin-token";
-/// Default token of the agent's ServiceAccount, which may impersonate.
-pub const AGENT_TOKEN: &str = "fake-agent-token";
-/// Default token of `alice`, who is not allowed to impersonate.
-pub const USER_TOKEN: &str = "fake-user-token";
-const AGENT_USER: &str = "system:serviceaccount:towline:towline-agent";

@@ -1,8 +1,7 @@
 //! PATCH: JSON patch, merge patch, and a strategic merge that joins lists by name.
 
-use serde_json::{Map, Value};
-
 use crate::status::ApiError;
+use serde_json::{Map, Value};
 
 /// RFC 7386. With `strategic`, lists of named objects are merged item by item and `$`-directives are obeyed or dropped.
 pub(crate) fn merge(target: &mut Value, patch: &Value, strategic: bool) {

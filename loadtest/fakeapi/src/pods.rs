@@ -6,13 +6,12 @@ mod process;
 mod remote;
 mod servers;
 
-use http::StatusCode;
-use serde_json::Value;
-
 use crate::body::Response;
 use crate::call::Call;
 use crate::status::ApiError;
 use crate::{spdy, websocket};
+use http::StatusCode;
+use serde_json::Value;
 
 pub(crate) use process::Output;
 pub(crate) use remote::RemoteCommand;

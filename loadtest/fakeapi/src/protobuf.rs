@@ -10,33 +10,6 @@ use serde_json::{Map, Value};
 /// The media type.
 pub(crate) const MEDIA: &str = "application/vnd.kubernetes.protobuf";
 
-/// The object in a body; `None` if it is not a protobuf object, or of a kind whose fields are not known here.
-pub(crate) fn decode(body: &[u8]) -> Option<Value> {
-    let envelope = message(body.strip_prefix(b"k8s\0")?, ENVELOPE)?;
-    let raw = STANDARD.decode(envelope["raw"].as_str().unwrap_or_default()).ok()?;
-    let kind = envelope["typeMeta"]["kind"].as_str()?;
-    let (_, fields) = OBJECTS.iter().find(|(known, _)| *known == kind)?;
-    let mut object = message(&raw, fields)?;
-    object["kind"] = kind.into();
-    object["apiVersion"] = envelope["typeMeta"]["apiVersion"].clone();
-    Some(object)
-}
-
-/// The type of a field.
-enum Shape {
-    Text,
-    /// Shown as base64.
-    Bytes,
-    Flag,
-    /// string to string.
-    Texts,
-    /// string to bytes.
-    Blobs,
-    Message(Fields),
-}
-
-type Fields = &'static [(u64, &'static str, Shape)];
-
 const ENVELOPE: Fields = &[
     (1, "typeMeta", Shape::Message(&[(1, "apiVersion", Shape::Text), (2, "kind", Shape::Text)])),
     (2, "raw", Shape::Bytes),
@@ -84,6 +57,33 @@ const OBJECTS: &[(&str, Fields)] = &[
     ("SelfSubjectAccessReview", &[METADATA, (2, "spec", Shape::Message(ACCESS))]),
     ("SelfSubjectReview", &[METADATA]),
 ];
+
+/// The object in a body; `None` if it is not a protobuf object, or of a kind whose fields are not known here.
+pub(crate) fn decode(body: &[u8]) -> Option<Value> {
+    let envelope = message(body.strip_prefix(b"k8s\0")?, ENVELOPE)?;
+    let raw = STANDARD.decode(envelope["raw"].as_str().unwrap_or_default()).ok()?;
+    let kind = envelope["typeMeta"]["kind"].as_str()?;
+    let (_, fields) = OBJECTS.iter().find(|(known, _)| *known == kind)?;
+    let mut object = message(&raw, fields)?;
+    object["kind"] = kind.into();
+    object["apiVersion"] = envelope["typeMeta"]["apiVersion"].clone();
+    Some(object)
+}
+
+/// The type of a field.
+enum Shape {
+    Text,
+    /// Shown as base64.
+    Bytes,
+    Flag,
+    /// string to string.
+    Texts,
+    /// string to bytes.
+    Blobs,
+    Message(Fields),
+}
+
+type Fields = &'static [(u64, &'static str, Shape)];
 
 fn message(mut bytes: &[u8], fields: Fields) -> Option<Value> {
     let mut object = Map::new();

@@ -1,11 +1,10 @@
 //! Authorization by ClusterRoles and ClusterRoleBindings, as a real server reads them. Namespaced roles do not exist here.
 
-use serde_json::{Value, json};
-
 use crate::controllers::put;
 use crate::kinds::{self, Kind};
 use crate::recorder::Identity;
 use crate::store::{Key, Store};
+use serde_json::{Value, json};
 
 /// The attributes of a request.
 #[derive(Debug, PartialEq, Eq)]

@@ -3,19 +3,21 @@
 //!
 //! Credentials are recorded in clear on purpose: tests prove with them what a tunnel forwards and what it does not.
 
+use crate::lock::lock;
+use crate::tap::{ConnectionRecord, Tap};
+use aws_lc_rs::digest;
+use bytes::Bytes;
+use http::{Method, Version};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use aws_lc_rs::digest;
-use bytes::Bytes;
-use http::{Method, Version};
-
-use crate::lock::lock;
-use crate::tap::{ConnectionRecord, Tap};
+const CONNECTIONS_KEPT: usize = 16_384;
+/// Keys of `/towline-test/counter`: named by clients, so there is a limit; beyond it the count stays 0.
+const KEYS_MAX: usize = 1_000_000;
 
 /// The identity of a request, as the server saw it.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Identity {
     /// The user name.
     pub user: String,
@@ -61,7 +63,7 @@ pub struct RequestRecord {
 }
 
 /// The known part of a request's body.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BodyRecord {
     /// Bytes read so far.
     pub length: u64,
@@ -252,7 +254,3 @@ pub fn hex(bytes: &[u8]) -> String {
     let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('?');
     bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
-
-const CONNECTIONS_KEPT: usize = 16_384;
-/// Keys of `/towline-test/counter`: named by clients, so there is a limit; beyond it the count stays 0.
-const KEYS_MAX: usize = 1_000_000;

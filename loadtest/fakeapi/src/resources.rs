@@ -1,12 +1,5 @@
 //! Object requests: path to kind and key, verb to store, store to JSON or Table.
 
-use std::sync::Arc;
-
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use http::{Method, StatusCode};
-use serde_json::{Value, json};
-
 use crate::body::Response;
 use crate::call::{Call, decoded};
 use crate::kinds::{self, Kind};
@@ -15,6 +8,11 @@ use crate::status::{ApiError, json_response};
 use crate::store::{Key, Store};
 use crate::target::Target;
 use crate::{controllers, helpers, list, patch, pods, review, table, watch};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use http::{Method, StatusCode};
+use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// Everything under `/api/v1/` and `/apis/GROUP/VERSION/`.
 pub(crate) async fn answer(mut call: Call) -> Result<Response, ApiError> {

@@ -1,14 +1,13 @@
 //! Reviews: SelfSubjectReview, access reviews and TokenReview.
 
-use http::{Method, StatusCode};
-use serde_json::{Value, json};
-
 use crate::authn::may_impersonate;
 use crate::body::Response;
 use crate::call::{Call, decoded};
 use crate::kinds::REVIEWS;
 use crate::recorder::Identity;
 use crate::status::{ApiError, json_response};
+use http::{Method, StatusCode};
+use serde_json::{Value, json};
 
 /// Answers a review; `None` if the path is not a review's.
 pub(crate) async fn answer(call: &mut Call) -> Result<Option<Response>, ApiError> {

@@ -1,12 +1,5 @@
 //! Routes a request: record it, authenticate it, then dispatch by its path.
 
-use std::sync::Arc;
-
-use http::header::CONNECTION;
-use http::{Method, Request, StatusCode};
-use hyper::body::Incoming;
-use serde_json::json;
-
 use crate::body::Response;
 use crate::call::{Call, Query, RequestBody};
 use crate::connection::Connection;
@@ -14,6 +7,11 @@ use crate::recorder::{Head, RequestRecord};
 use crate::shared::Shared;
 use crate::status::{ApiError, json_response, text_response};
 use crate::{authn, discovery, helpers, oddities, openapi, resources};
+use http::header::CONNECTION;
+use http::{Method, Request, StatusCode};
+use hyper::body::Incoming;
+use serde_json::json;
+use std::sync::Arc;
 
 /// Answers one request.
 pub(crate) async fn answer(

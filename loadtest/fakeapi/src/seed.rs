@@ -1,11 +1,10 @@
 //! Objects in a fresh fake cluster: two namespaces, three nodes, three pods, and the usual small objects.
 
-use serde_json::json;
-
 use crate::controllers::{publish_ca, put};
 use crate::kinds;
 use crate::rbac;
 use crate::store::Store;
+use serde_json::json;
 
 /// Fills an empty store.
 pub(crate) fn fill(store: &Store, ca_pem: &str) {

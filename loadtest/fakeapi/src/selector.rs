@@ -1,17 +1,29 @@
 //! Label and field selectors of lists and watches.
 
+use crate::status::ApiError;
 use serde_json::Value;
 
-use crate::status::ApiError;
+const FIELDS: &[&str] = &[
+    "metadata.name",
+    "metadata.namespace",
+    "spec.nodeName",
+    "status.phase",
+    "involvedObject.name",
+    "involvedObject.namespace",
+    "involvedObject.kind",
+    "involvedObject.uid",
+    "type",
+    "reason",
+];
 
 /// A parsed pair of `labelSelector` and `fieldSelector`.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Selector {
     labels: Vec<Requirement>,
     fields: Vec<(String, bool, String)>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 enum Requirement {
     Equal(String, String),
     NotEqual(String, String),
@@ -104,19 +116,6 @@ fn split_outside_brackets(text: &str) -> Vec<&str> {
     });
     parts.filter(|part| !part.trim().is_empty()).collect()
 }
-
-const FIELDS: &[&str] = &[
-    "metadata.name",
-    "metadata.namespace",
-    "spec.nodeName",
-    "status.phase",
-    "involvedObject.name",
-    "involvedObject.namespace",
-    "involvedObject.kind",
-    "involvedObject.uid",
-    "type",
-    "reason",
-];
 
 #[cfg(test)]
 mod tests {

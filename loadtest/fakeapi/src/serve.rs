@@ -1,5 +1,18 @@
 //! The life of a connection: accept, handshake, HTTP until it is idle, killed, told to close, or stopped.
 
+use crate::body::BodyError;
+use crate::connection::Connection;
+use crate::router;
+use crate::shared::Shared;
+use crate::tap::Tap;
+use crate::tap::stream::TappedStream;
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -8,14 +21,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
-
-use bytes::Bytes;
-use http_body::{Body, Frame, SizeHint};
-use http_body_util::combinators::UnsyncBoxBody;
-use hyper::body::Incoming;
-use hyper::server::conn::{http1, http2};
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -23,12 +28,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::body::BodyError;
-use crate::connection::Connection;
-use crate::router;
-use crate::shared::Shared;
-use crate::tap::Tap;
-use crate::tap::stream::TappedStream;
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Accepts until the server stops; while connections are refused the port is closed.
 pub(crate) async fn accept(shared: Arc<Shared>, listener: TcpListener, acceptor: TlsAcceptor) {
@@ -263,5 +263,3 @@ where
         });
     }
 }
-
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);

@@ -1,12 +1,5 @@
 //! The state that all tasks of one server share: [`Shared`].
 
-use std::sync::atomic::{AtomicU64, AtomicUsize};
-use std::sync::{Arc, Mutex};
-
-use serde_json::Value;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-
 use crate::faults::Faults;
 use crate::lock::lock;
 use crate::options::FakeApiOptions;
@@ -14,6 +7,11 @@ use crate::pods::host::PodHost;
 use crate::recorder::Recorder;
 use crate::store::Store;
 use crate::tls::Authority;
+use serde_json::Value;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::{Arc, Mutex};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// What all tasks of one server share.
 pub(crate) struct Shared {

@@ -1,13 +1,12 @@
 //! Errors as a `metav1.Status`, as a real server answers everywhere.
 
+use crate::body::{Response, full};
 use http::StatusCode;
 use http::header::{CONNECTION, CONTENT_TYPE, HeaderValue};
 use serde_json::{Value, json};
 
-use crate::body::{Response, full};
-
 /// An error answer: HTTP code, machine-readable reason and a sentence.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub(crate) struct ApiError {
     pub(crate) code: StatusCode,
     reason: &'static str,

@@ -1,15 +1,13 @@
 //! The objects: in memory, with one revision counter and a bounded history for watches.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-
-use serde_json::Value;
-use tokio::sync::watch;
-
 use crate::kinds::Kind;
 use crate::lock::lock;
 use crate::status::ApiError;
+use serde_json::Value;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use tokio::sync::watch;
 
 /// All objects of the fake cluster.
 #[derive(Debug)]
@@ -30,7 +28,7 @@ struct Inner {
 }
 
 /// Kind (group and plural), namespace (empty if cluster-scoped) and name.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Key {
     group: &'static str,
     plural: &'static str,
@@ -54,7 +52,7 @@ impl Key {
 }
 
 /// One step of the history: an object before and after.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub(crate) struct Change {
     pub(crate) revision: u64,
     pub(crate) key: Key,

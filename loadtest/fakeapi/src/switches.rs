@@ -1,12 +1,10 @@
 //! The switches for faults on the test's handle.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use bytes::Bytes;
-
 use crate::faults::{Faults, RawEnd, RawResponse};
 use crate::handle::FakeApi;
+use bytes::Bytes;
+use std::sync::Arc;
+use std::time::Duration;
 
 impl FakeApi {
     /// Resets every live connection (TCP RST), upgraded ones too.

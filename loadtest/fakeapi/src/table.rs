@@ -1,8 +1,7 @@
 //! The server-side Table of a list, an object or a watch event, which `kubectl get` prints.
 
-use serde_json::{Value, json};
-
 use crate::kinds::Kind;
+use serde_json::{Value, json};
 
 /// Whether an `Accept` header asks for a Table this server can make.
 pub(crate) fn is_asked(accept: &str) -> bool {

@@ -7,13 +7,14 @@
 
 pub(crate) mod stream;
 
+use crate::faults::{RawEnd, RawResponse};
+use crate::lock::lock;
+use bytes::Bytes;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use bytes::Bytes;
-
-use crate::faults::{RawEnd, RawResponse};
-use crate::lock::lock;
+/// Longer heads are not kept raw.
+const HEAD_MAX: usize = 256 * 1024;
 
 /// The part of a tapped connection that handlers and the recorder share.
 #[derive(Debug)]
@@ -37,7 +38,7 @@ struct State {
     sent_bytes: Vec<u8>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 enum RawStage {
     /// Raw bytes still to write, then the end.
     Bytes(Bytes, RawEnd),
@@ -130,7 +131,7 @@ impl Tap {
 }
 
 /// Traffic of one connection above TLS.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectionRecord {
     /// The connection's number, counted from 1.
     pub id: u64,
@@ -152,6 +153,3 @@ fn keep(kept: &mut Vec<u8>, bytes: &[u8], most: usize) {
     let room = most.saturating_sub(kept.len()).min(bytes.len());
     kept.extend_from_slice(&bytes[..room]);
 }
-
-/// Longer heads are not kept raw.
-const HEAD_MAX: usize = 256 * 1024;

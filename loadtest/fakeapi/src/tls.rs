@@ -1,8 +1,7 @@
 //! Certificates of the fake API server: its own CA, a leaf, and client certificates by the CA.
 
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-
+use crate::options::FakeApiOptions;
+use crate::recorder::Identity;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
@@ -13,10 +12,9 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixT
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 use x509_parser::prelude::{FromDer, X509Certificate};
-
-use crate::options::FakeApiOptions;
-use crate::recorder::Identity;
 
 /// The CA of the server's leaf and of the accepted client certificates.
 pub(crate) struct Authority {
@@ -28,7 +26,7 @@ pub(crate) struct Authority {
 }
 
 /// A client certificate with its key, both PEM.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct ClientCertificate {
     /// The certificate.
     pub certificate_pem: String,

@@ -1,14 +1,5 @@
 //! Watches: every change once and in order, bookmarks, initial events, or 410 Gone.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderValue};
-use serde_json::{Value, json};
-use tokio::sync::mpsc;
-use tokio::time::{Instant, interval_at, sleep_until};
-
 use crate::body::{Response, channel};
 use crate::call::Call;
 use crate::kinds::Kind;
@@ -19,6 +10,16 @@ use crate::status::ApiError;
 use crate::store::Change;
 use crate::table;
 use crate::target::Target;
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderValue};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, interval_at, sleep_until};
+
+/// How long a watch lasts that did not say (a real server: 30 to 60 minutes).
+const WATCH_SECONDS: u64 = 1800;
 
 /// Starts a watch: the answer's head goes out at once, events follow one chunk each.
 pub(crate) fn answer(call: &Call, target: &Target) -> Result<Response, ApiError> {
@@ -223,6 +224,3 @@ impl Watch {
         self.events.send(self.encoding.frame(&event)).await.ok()
     }
 }
-
-/// How long a watch lasts that did not say (a real server: 30 to 60 minutes).
-const WATCH_SECONDS: u64 = 1800;

@@ -4,25 +4,40 @@
 //! 1 stdout, 2 stderr, 3 the final Status, 4 resize; in v5, 255 closes the channel that its second byte names.
 //! `SPDY/3.1+portforward.k8s.io`: the bytes of a SPDY session, cut into binary messages.
 
-use std::io;
-use std::time::Duration;
-
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
-use http::StatusCode;
-use hyper_util::rt::TokioIo;
-use sha1::{Digest, Sha1};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex, split};
-use tokio::sync::mpsc;
-use tokio::time::timeout;
-
 use crate::body::Response;
 use crate::call::Call;
 use crate::pods::{Output, RemoteCommand};
 use crate::spdy;
 use crate::status::ApiError;
 use crate::status::empty;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use http::StatusCode;
+use hyper_util::rt::TokioIo;
+use sha1::{Digest, Sha1};
+use std::io;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex, split};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+const CONTINUATION: u8 = 0;
+const TEXT: u8 = 1;
+const BINARY: u8 = 2;
+const CLOSE: u8 = 8;
+const PING: u8 = 9;
+const PONG: u8 = 10;
+
+const STDIN: u8 = 0;
+const STDOUT: u8 = 1;
+const STDERR: u8 = 2;
+const ERROR: u8 = 3;
+const CHANNEL_CLOSE: u8 = 255;
+
+const QUEUE: usize = 8;
+const MESSAGE_MAX: u64 = 16 * 1024 * 1024;
+const LINGER: Duration = Duration::from_secs(3);
 
 /// Accepts an exec or attach.
 pub(crate) fn remote_command(call: Call, command: RemoteCommand) -> Result<Response, ApiError> {
@@ -272,20 +287,3 @@ async fn write_frame(write: &mut (impl AsyncWrite + Unpin), opcode: u8, payload:
     write.write_all(&frame).await?;
     write.flush().await
 }
-
-const CONTINUATION: u8 = 0;
-const TEXT: u8 = 1;
-const BINARY: u8 = 2;
-const CLOSE: u8 = 8;
-const PING: u8 = 9;
-const PONG: u8 = 10;
-
-const STDIN: u8 = 0;
-const STDOUT: u8 = 1;
-const STDERR: u8 = 2;
-const ERROR: u8 = 3;
-const CHANNEL_CLOSE: u8 = 255;
-
-const QUEUE: usize = 8;
-const MESSAGE_MAX: u64 = 16 * 1024 * 1024;
-const LINGER: Duration = Duration::from_secs(3);

@@ -10,17 +10,17 @@
 //! | `churn R S` | for S seconds, drops and reconnects R sessions per second |
 //! | `handshakes N` | runs N handshakes with itself, in memory; SECONDS is the server's share |
 
-use std::convert::Infallible;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
-
+use super::arithmetic;
 use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Endpoint, EndpointConfig, TokioRuntime, TransportConfig};
 use rustls_pki_types::ServerName;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -34,8 +34,6 @@ use towline_certs::trust::AgentCa;
 use towline_certs::{AgentIdentity, ClusterUid, HostName, InstanceId, TrustDomain, tls};
 use towline_proto::mux::{Budget, Introduction, Limits, Role};
 use towline_proto::tunnel::{Session, SessionConfig, quic, socket};
-
-use super::arithmetic;
 
 /// Concurrent attempts.
 const CONNECTING: usize = 128;

@@ -1,11 +1,10 @@
 //! The server's cost of a handshake without network, runtime and later traffic. It is the yardstick for a storm of agents:
 //! what a gateway needs beyond it is the gateway's own, and the machine's speed is in both.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, ensure};
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 use towline_certs::ServerName;
 
 /// Flights of a TLS 1.3 handshake with client certificates, and more than enough.

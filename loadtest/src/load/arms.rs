@@ -1,22 +1,20 @@
 //! The compared arms, and how each is started. An arm is one path from the client to the upstream: none (`direct`), Towline
 //! over TCP or QUIC, or another tunnel (see [`super::tunnels`]).
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, bail};
-use aws_lc_rs::{digest, rand};
-use serde_json::json;
-use tokio::sync::Mutex;
-
 use super::agents::{self, Control};
 use super::client::Target;
 use super::pki;
 use super::sample::{Group, Memory, Watched};
 use super::scenario::{Link, Plan, Scheme};
 use super::tunnels::{Places, Tunnel};
+use anyhow::{Context, bail};
+use aws_lc_rs::{digest, rand};
+use serde_json::json;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::Mutex;
 use towline_testkit::stack::{self, CLIENT, Mode, Options, Process, Stack, Upstream, free_port};
 
 /// Deadline for the first response through an arm.

@@ -3,13 +3,6 @@
 //!
 //! HTTP/1.1 is done here; HTTP/2 is hyper's.
 
-use std::io;
-use std::net::SocketAddr;
-use std::ops::Range;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
-
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use http_body_util::Empty;
@@ -17,6 +10,12 @@ use hyper::client::conn::http2;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
+use std::io;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;

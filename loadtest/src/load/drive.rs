@@ -4,23 +4,21 @@
 //! A closed loop sends the next request after the response. The probe is an open loop: each request is due at a fixed time, and its
 //! latency counts from then, so that a stall is not hidden by the requests that were not sent during it.
 
-use std::cell::{Cell, RefCell};
-use std::rc::Rc;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, bail, ensure};
-use bytes::Bytes;
-use hdrhistogram::Histogram;
-use http_body_util::{BodyExt, Empty};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
-
 use super::arms::Arm;
 use super::client::{BULK_BUFFER, Connection, Target};
 use super::fleet;
 use super::sample::{Used, Watched};
 use super::scenario::{Beside, Direction, Kind};
 use crate::report::json::{Metric, Values};
+use anyhow::{Context, bail, ensure};
+use bytes::Bytes;
+use hdrhistogram::Histogram;
+use http_body_util::{BodyExt, Empty};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
 
 /// Requests per second of the probe.
 const PROBE_RATE: u32 = 200;
@@ -46,6 +44,10 @@ const EMPTY_PATIENCE: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_millis(20);
 /// Before this much of a wait a thread sleeps; the rest it spins, because it would wake too late.
 const SPIN: Duration = Duration::from_micros(100);
+
+/// How long nothing happens before what idle connections hold is read: what a tunnel gives back when they are quiet, it has
+/// given back by then.
+const IDLE: Duration = Duration::from_secs(4);
 
 /// How long to warm up, and to measure.
 #[derive(Clone, Copy, Debug)]
@@ -166,10 +168,6 @@ pub async fn run(kind: &Kind, timing: Timing, arm: &Arm) -> anyhow::Result<(Valu
     values.retain(|_, value| value.is_finite());
     Ok((values, stats.first_error()))
 }
-
-/// How long nothing happens before what idle connections hold is read: what a tunnel gives back when they are quiet, it has
-/// given back by then.
-const IDLE: Duration = Duration::from_secs(4);
 
 /// One measurement that is being made.
 pub(super) struct Load<'a> {

@@ -1,11 +1,10 @@
 //! The cost of a fleet for its gateway: many simulated agents ([`super::agents`]) on one gateway, at rest, after a storm,
 //! and while some of them come and go.
 
-use anyhow::{Context, bail, ensure};
-
 use super::drive::{Load, number};
 use super::scenario::Kind;
 use crate::report::json::{Metric, Values};
+use anyhow::{Context, bail, ensure};
 
 /// Handshakes in memory that a storm is compared with.
 const BARE_HANDSHAKES: usize = 400;

@@ -1,18 +1,16 @@
 //! Loads a running gateway through a kubeconfig, as its users reach it: address, CA, and a client certificate or a token.
 
-use std::net::ToSocketAddrs as _;
-use std::path::{Path, PathBuf};
-use std::time::SystemTime;
-
+use super::client::Target;
 use anyhow::{Context, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
+use std::net::ToSocketAddrs as _;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 use towline_certs::FileBytes;
 use towline_certs::load::{LoadPolicy, parse_bundle, parse_credential, system_roots};
 use towline_certs::tls::http_client;
-
-use super::client::Target;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]

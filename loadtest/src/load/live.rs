@@ -1,14 +1,12 @@
 //! Long-lived load: watches whose events are timed from when they were sent, interactive sessions whose keystrokes are
 //! timed from when they were due, and the daily mix of a fleet.
 
-use std::rc::Rc;
-use std::time::{Duration, SystemTime};
-
-use anyhow::{Context, ensure};
-
 use super::client::{Connection, Target};
 use super::drive::{Load, Stats, open, start_clock};
 use crate::report::json::{Metric, Values};
+use anyhow::{Context, ensure};
+use std::rc::Rc;
+use std::time::{Duration, SystemTime};
 
 /// Sessions of kubectl exec or attach.
 const EXEC: &str = "/api/v1/namespaces/default/pods/one/exec?command=sh&stdin=true&stdout=true";

@@ -1,15 +1,14 @@
 //! Certificates of the upstream and the relays: one CA and one certificate for `localhost`, created for each run.
 
-use std::path::Path;
-use std::sync::Arc;
-use std::time::SystemTime;
-
 use anyhow::Context;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
 };
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
 use towline_certs::load::{LoadPolicy, load_credential, load_roots};
 use towline_certs::provider::provider;
 

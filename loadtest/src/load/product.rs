@@ -1,13 +1,15 @@
 //! Gateway and agent as libraries in one process, each on its own thread. One profile shows both, and the difference is the
 //! cost of the second process.
 
+use anyhow::{Context, anyhow};
 use std::path::{Path, PathBuf};
 use std::thread;
-
-use anyhow::{Context, anyhow};
 use towline_agent::{Agent, AgentConfig};
 use towline_gateway::Gateway;
 use towline_gateway::config::GatewayConfig;
+
+/// How often the gateway's thread checks whether the agent's thread has ended, which only happens if the agent fails to start.
+const LOOK: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Runs both until the process ends, from the same files that the programs read.
 ///
@@ -25,9 +27,6 @@ pub fn run(gateway: &Path, agent: PathBuf) -> anyhow::Result<()> {
     });
     agent.join().map_err(|_| anyhow!("the agent panicked"))?
 }
-
-/// How often the gateway's thread checks whether the agent's thread has ended, which only happens if the agent fails to start.
-const LOOK: std::time::Duration = std::time::Duration::from_secs(1);
 
 fn run_agent(path: &Path) -> anyhow::Result<()> {
     let config = AgentConfig::load(path).map_err(|problems| anyhow!("{problems}"))?;

@@ -1,13 +1,6 @@
 //! A whole run: one profile after another. In each, all arms are started, and every round takes each scenario through all
 //! arms before the next scenario, so that compared figures are measured within seconds of each other.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, ensure};
-use tokio::task::LocalSet;
-
 use super::arms::{Arm, Ground};
 use super::client::Target;
 use super::drive::{self, Timing};
@@ -15,6 +8,11 @@ use super::sample::{Memory, Watched, load_average};
 use super::scenario::{Kind, Plan, Scenario};
 use super::tunnels::Tunnel;
 use crate::report::json::{self, Machine, Metric, Record, ResultRow, SCHEMA, Values};
+use anyhow::{Context, ensure};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tokio::task::LocalSet;
 
 /// The name of an arm that somebody else runs.
 const ELSEWHERE: &str = "elsewhere";

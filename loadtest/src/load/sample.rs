@@ -1,9 +1,8 @@
 //! CPU time and memory of the processes, read from `/proc`.
 
+use anyhow::Context;
 use std::fs;
 use std::time::{Duration, Instant};
-
-use anyhow::Context;
 
 /// Clock ticks of `/proc` are 1/100 s on every Linux this runs on.
 const TICK: Duration = Duration::from_millis(10);

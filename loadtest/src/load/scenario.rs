@@ -1,11 +1,10 @@
 //! Profiles: who speaks what, over which link, which arms, and a list of scenarios. The standard profiles are part of the
 //! program; others are files of the same shape.
 
-use std::path::Path;
-use std::time::Duration;
-
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
+use std::path::Path;
+use std::time::Duration;
 
 /// The standard profiles: name and text, in the order of a whole run.
 pub const STANDARD: [(&str, &str); 8] = [

@@ -18,15 +18,13 @@
 //!
 //! An address has its port alone as `{front_port}` and so on.
 
+use anyhow::{Context, bail, ensure};
+use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, bail, ensure};
-use serde::Deserialize;
 use tokio::net::TcpStream;
-
 use towline_testkit::stack::Process;
 
 /// The tunnels that come with the program.

@@ -9,22 +9,20 @@
 //! | any with `Upgrade` | 101, then every byte comes back |
 //! | any other | 1,200 bytes |
 
+use super::client::{field, find};
+use super::pki;
+use anyhow::Context;
+use socket2::SockRef;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
-
-use anyhow::Context;
-use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::task::TaskTracker;
-
-use super::client::{field, find};
-use super::pki;
 
 /// Bytes of a small answer's body.
 pub const SMALL: usize = 1200;
@@ -37,6 +35,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 static SMALL_ANSWER: LazyLock<Vec<u8>> = LazyLock::new(|| answer(&[b'x'; SMALL]));
 static ZEROS: [u8; CHUNK] = [0; CHUNK];
+
+/// Unsent bytes in the kernel for each reader; a thousand readers may have stopped.
+const UNSENT_MAX: u32 = 256 * 1024;
 
 fn answer(body: &[u8]) -> Vec<u8> {
     let head = format!(
@@ -75,9 +76,6 @@ pub async fn run(plain: SocketAddr, tls: SocketAddr, certificates: &Path) -> any
         }
     }
 }
-
-/// Unsent bytes in the kernel for each reader; a thousand readers may have stopped.
-const UNSENT_MAX: u32 = 256 * 1024;
 
 fn tune(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;

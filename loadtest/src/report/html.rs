@@ -1,12 +1,47 @@
 //! The report as a page: one file without scripts and external resources, with verdicts on the targets, charts, and tables
 //! of the same numbers.
 
-use std::fmt::Write as _;
-
 use super::json::{Better, Metric, Profile, Record, Spread};
 use super::svg::{self, Group, Line};
 use super::targets::{self, Outcome, Verdict};
 use super::{escape, number};
+use std::fmt::Write as _;
+
+/// Bar charts: title, metrics, and whether the scale is logarithmic.
+const CHARTS: &[(&str, &[Metric], bool)] = &[
+    ("Bulk", &[Metric::MbPerS, Metric::CpuSPerGib], false),
+    ("Requests", &[Metric::RequestsPerS, Metric::CpuSPer100k], false),
+    ("Latency", &[Metric::P50Ms, Metric::P99Ms, Metric::P999Ms], true),
+    ("", &[Metric::PerS, Metric::PerCoreS, Metric::KibEach, Metric::GatewayKibEach], false),
+];
+
+/// Colours of arms.
+const COLOURS: usize = 8;
+
+const STYLE: &str = "
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --quiet: #667; --line: #d5d9de; --good: #177a3c; --bad: #b3261e;
+  --k0: #8a8f98; --k1: #d08a2e; --k2: #b5559b; --k3: #7d6bd0; --k4: #3f97a8; --k5: #1f6feb; --k6: #2da44e; --k7: #a0522d; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --text: #e4e7eb; --quiet: #99a; --line: #343a42; --good: #5bd08a;
+  --bad: #ff8a80; --k0: #8f959e; --k1: #e0a050; --k2: #d580be; --k3: #a394ee; --k4: #62bccd; --k5: #5c9bff; --k6: #56d07a;
+  --k7: #d08a64; } }
+body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem;
+  padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px; margin: 1rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: 3px 10px; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+.target th { padding-top: 0.8rem; }
+.quiet, .quiet td { color: var(--quiet); } .met { color: var(--good); } .missed { color: var(--bad); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem; }
+figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
+svg text { fill: var(--text); font: 11px system-ui, sans-serif; } svg .group { font-weight: 600; }
+svg .arm { text-anchor: end; } svg .ours { font-weight: 700; } svg .other { opacity: 0.55; } svg .tick { text-anchor: middle; } svg .spread { stroke: var(--text); stroke-width: 1; }
+svg .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; }
+.c0 { fill: var(--k0); } .c1 { fill: var(--k1); } .c2 { fill: var(--k2); } .c3 { fill: var(--k3); } .c4 { fill: var(--k4); }
+.c5 { fill: var(--k5); } .c6 { fill: var(--k6); } .c7 { fill: var(--k7); }
+.s0 { stroke: var(--k0); } .s1 { stroke: var(--k1); } .s2 { stroke: var(--k2); } .s3 { stroke: var(--k3); }
+.s4 { stroke: var(--k4); } .s5 { stroke: var(--k5); } .s6 { stroke: var(--k6); } .s7 { stroke: var(--k7); }
+";
 
 /// The whole page.
 #[must_use]
@@ -166,14 +201,6 @@ fn section(body: &mut String, profile: &Profile) {
     table(body, profile);
 }
 
-/// Bar charts: title, metrics, and whether the scale is logarithmic.
-const CHARTS: &[(&str, &[Metric], bool)] = &[
-    ("Bulk", &[Metric::MbPerS, Metric::CpuSPerGib], false),
-    ("Requests", &[Metric::RequestsPerS, Metric::CpuSPer100k], false),
-    ("Latency", &[Metric::P50Ms, Metric::P99Ms, Metric::P999Ms], true),
-    ("", &[Metric::PerS, Metric::PerCoreS, Metric::KibEach, Metric::GatewayKibEach], false),
-];
-
 /// A scenario that is one of a growing series: `streams-100` is 100 of `streams`.
 fn series(scenario: &str) -> Option<(&str, f64)> {
     let (name, count) = scenario.rsplit_once('-')?;
@@ -283,34 +310,6 @@ fn table(body: &mut String, profile: &Profile) {
             .ok();
     }
 }
-
-/// Colours of arms.
-const COLOURS: usize = 8;
-
-const STYLE: &str = "
-:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --quiet: #667; --line: #d5d9de; --good: #177a3c; --bad: #b3261e;
-  --k0: #8a8f98; --k1: #d08a2e; --k2: #b5559b; --k3: #7d6bd0; --k4: #3f97a8; --k5: #1f6feb; --k6: #2da44e; --k7: #a0522d; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171b; --text: #e4e7eb; --quiet: #99a; --line: #343a42; --good: #5bd08a;
-  --bad: #ff8a80; --k0: #8f959e; --k1: #e0a050; --k2: #d580be; --k3: #a394ee; --k4: #62bccd; --k5: #5c9bff; --k6: #56d07a;
-  --k7: #d08a64; } }
-body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem;
-  padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px; margin: 1rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: 3px 10px; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-.target th { padding-top: 0.8rem; }
-.quiet, .quiet td { color: var(--quiet); } .met { color: var(--good); } .missed { color: var(--bad); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem; }
-figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
-svg text { fill: var(--text); font: 11px system-ui, sans-serif; } svg .group { font-weight: 600; }
-svg .arm { text-anchor: end; } svg .ours { font-weight: 700; } svg .other { opacity: 0.55; } svg .tick { text-anchor: middle; } svg .spread { stroke: var(--text); stroke-width: 1; }
-svg .grid { stroke: var(--line); } polyline { fill: none; stroke-width: 2; }
-.c0 { fill: var(--k0); } .c1 { fill: var(--k1); } .c2 { fill: var(--k2); } .c3 { fill: var(--k3); } .c4 { fill: var(--k4); }
-.c5 { fill: var(--k5); } .c6 { fill: var(--k6); } .c7 { fill: var(--k7); }
-.s0 { stroke: var(--k0); } .s1 { stroke: var(--k1); } .s2 { stroke: var(--k2); } .s3 { stroke: var(--k3); }
-.s4 { stroke: var(--k4); } .s5 { stroke: var(--k5); } .s6 { stroke: var(--k6); } .s7 { stroke: var(--k7); }
-";
 
 #[cfg(test)]
 mod tests {

@@ -1,17 +1,16 @@
 //! The record of a run: every round's values, as JSON. Tables, charts, verdicts and comparisons are computed from it, so a
 //! stored file is as good as a fresh run.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-
 use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The version of the format; a reader refuses any other.
 pub const SCHEMA: &str = "towline-load/1";
 
 /// Everything one run measured.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Record {
     /// [`SCHEMA`].
     pub schema: String,
@@ -30,7 +29,7 @@ pub struct Record {
 }
 
 /// Where a run took place.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Machine {
     /// Name of the processor.
     pub cpu: String,
@@ -45,7 +44,7 @@ pub struct Machine {
 }
 
 /// One profile of the run: the same scenarios for each arm.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Profile {
     /// Its name, for example `http`.
     pub name: String,
@@ -65,7 +64,7 @@ pub struct Profile {
 }
 
 /// One way for bytes to travel.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Arm {
     /// For example `towline-tcp`.
     pub name: String,
@@ -79,7 +78,7 @@ pub struct Arm {
 }
 
 /// Memory of one process, in MiB.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Process {
     /// For example `gateway`.
     pub name: String,
@@ -92,7 +91,7 @@ pub struct Process {
 }
 
 /// Results of one scenario on one arm.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct ResultRow {
     /// Its name, for example `down16`.
     pub scenario: String,
@@ -109,7 +108,7 @@ pub struct ResultRow {
 pub type Values = BTreeMap<Metric, f64>;
 
 /// Metrics. The unit is part of the name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
     /// Payload, 10^6 bytes per second.

@@ -1,10 +1,16 @@
 //! Charts: bars for the arms in one scenario, lines for growth. Inline SVG without scripts, with the page's light or dark
 //! colours.
 
-use std::fmt::Write as _;
-
 use super::json::Spread;
 use super::{escape, number};
+use std::fmt::Write as _;
+
+/// Where bars begin, and where they end at most; behind them is room for the value.
+const LEFT: f64 = 110.0;
+const RIGHT: f64 = 430.0;
+const WIDTH: f64 = 560.0;
+const BAR: f64 = 13.0;
+const STEP: f64 = 17.0;
 
 /// Bars of one scenario: its name, and arm → value.
 #[derive(Clone, Debug)]
@@ -25,13 +31,6 @@ pub struct Line {
     /// In the order of x; both positive.
     pub points: Vec<(f64, f64)>,
 }
-
-/// Where bars begin, and where they end at most; behind them is room for the value.
-const LEFT: f64 = 110.0;
-const RIGHT: f64 = 430.0;
-const WIDTH: f64 = 560.0;
-const BAR: f64 = 13.0;
-const STEP: f64 = 17.0;
 
 /// Whether the arm is Towline, and its label.
 fn label(arm: &str) -> (bool, String) {

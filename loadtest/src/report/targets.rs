@@ -3,6 +3,34 @@
 
 use crate::report::json::{Metric, Profile, Record, Spread};
 
+/// The subject of each target.
+pub const TITLES: [(&str, &str); 17] = [
+    ("T1", "CPU for bulk over TCP"),
+    ("T2", "bulk rate over TCP"),
+    ("T3", "bulk over QUIC"),
+    ("T4", "small requests"),
+    ("T5", "a connection for each request"),
+    ("T6", "small requests with saturating streams"),
+    ("T7", "small requests with slow readers"),
+    ("T8", "small requests with stalled readers"),
+    ("T9", "bulk over a long line"),
+    ("T10", "small requests with saturating streams over a long line"),
+    ("T10b", "requests and new connections over a long line"),
+    ("T11", "memory of an idle stream"),
+    ("T12", "memory of an idle agent"),
+    ("T13", "peak memory"),
+    ("T14", "TLS on all hops"),
+    ("T15", "agents for each gateway core"),
+    ("M", "bulk with many stalled readers, in bounded memory"),
+];
+
+const TCP: &str = "towline-tcp";
+const QUIC: &str = "towline-quic";
+
+/// Limit of the peak memory of gateway and agent together in the profile `stalled`: a receive budget of 96 MiB each, 64 MiB for the
+/// programs themselves, and 64 KiB of HTTP buffers for each of 1,001 connections at either end.
+const STALLED_MIB: f64 = 2.0 * 96.0 + 64.0 + 2.0 * 1001.0 * 64.0 / 1024.0;
+
 /// One figure of a target.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Check {
@@ -178,34 +206,6 @@ impl Check {
 pub fn judge(record: &Record) -> Vec<Outcome> {
     all().iter().map(|check| check.outcome(record)).collect()
 }
-
-/// The subject of each target.
-pub const TITLES: [(&str, &str); 17] = [
-    ("T1", "CPU for bulk over TCP"),
-    ("T2", "bulk rate over TCP"),
-    ("T3", "bulk over QUIC"),
-    ("T4", "small requests"),
-    ("T5", "a connection for each request"),
-    ("T6", "small requests with saturating streams"),
-    ("T7", "small requests with slow readers"),
-    ("T8", "small requests with stalled readers"),
-    ("T9", "bulk over a long line"),
-    ("T10", "small requests with saturating streams over a long line"),
-    ("T10b", "requests and new connections over a long line"),
-    ("T11", "memory of an idle stream"),
-    ("T12", "memory of an idle agent"),
-    ("T13", "peak memory"),
-    ("T14", "TLS on all hops"),
-    ("T15", "agents for each gateway core"),
-    ("M", "bulk with many stalled readers, in bounded memory"),
-];
-
-const TCP: &str = "towline-tcp";
-const QUIC: &str = "towline-quic";
-
-/// Limit of the peak memory of gateway and agent together in the profile `stalled`: a receive budget of 96 MiB each, 64 MiB for the
-/// programs themselves, and 64 KiB of HTTP buffers for each of 1,001 connections at either end.
-const STALLED_MIB: f64 = 2.0 * 96.0 + 64.0 + 2.0 * 1001.0 * 64.0 / 1024.0;
 
 /// A `must` of 0 means none.
 const fn check(

@@ -1,10 +1,9 @@
 //! The report as Markdown tables, for a terminal or a document: a row for each figure, a column for each arm.
 
-use std::fmt::Write as _;
-
 use super::json::{Metric, Profile, Record};
 use super::number;
 use super::targets::{self, Outcome, Verdict};
+use std::fmt::Write as _;
 
 /// Everything: where it ran, a table for each profile, memory, what was skipped.
 #[must_use]

@@ -1,11 +1,6 @@
 //! An HTTP client for tests and measurements: one connection at a time, HTTP/1.1 or HTTP/2 over TLS, without pool, retry
 //! and redirect.
 
-use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context as TaskContext, Poll};
-
 use anyhow::Context;
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response};
@@ -16,13 +11,18 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_util::task::AbortOnDropHandle;
-
 use towline_fakeapi::pattern_chunk;
+
+const PATTERN_CHUNK: u64 = 64 * 1024;
 
 /// A body of a request.
 pub type Body = BoxBody<Bytes, std::io::Error>;
@@ -138,8 +138,6 @@ impl http_body::Body for Pattern {
         if self.exact { SizeHint::with_exact(self.length - self.position) } else { SizeHint::default() }
     }
 }
-
-const PATTERN_CHUNK: u64 = 64 * 1024;
 
 impl Target {
     /// Opens a TLS connection that agreed on `version`, and sends nothing on it.

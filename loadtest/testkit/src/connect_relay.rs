@@ -5,12 +5,15 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
+
+const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+const HEAD_MAX: usize = 8 * 1024;
+const ASKED_MAX: usize = 1000;
 
 /// A running relay; dropping it cuts everything that goes through it.
 #[derive(Debug)]
@@ -95,7 +98,3 @@ async fn read_head(client: &mut TcpStream) -> io::Result<String> {
     }
     String::from_utf8(head).map_err(|_| io::ErrorKind::InvalidData.into())
 }
-
-const HEAD_DEADLINE: Duration = Duration::from_secs(10);
-const HEAD_MAX: usize = 8 * 1024;
-const ASKED_MAX: usize = 1000;

@@ -4,6 +4,12 @@
 //!
 //! What is not done: seccomp, resource limits, images (the container's root has the machine's libraries and the one program).
 
+use crate::netns::{find, free_range, ip, output, probe};
+use crate::stack::{Process, binary, plain_get};
+use anyhow::{Context, bail, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -12,13 +18,29 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use serde_json::Value;
+/// Most pods on one node, which has 16 addresses.
+const PODS_MAX: u32 = 14;
 
-use crate::netns::{find, free_range, ip, output, probe};
-use crate::stack::{Process, binary, plain_get};
+/// Lays the container's root out in a mount namespace of its own. Takes the root's place, the program and the command.
+const SCRIPT: &str = r#"
+root=$1; program=$2; shift 2
+setpriv=$(command -v setpriv || echo /usr/bin/setpriv); chroot=$(command -v chroot || echo /usr/sbin/chroot)
+mount --make-rprivate /
+mount -t tmpfs -o mode=0755 tmpfs "$root"
+bind() { # SOURCE PLACE ro|rw
+    if [ -d "$1" ]; then mkdir -p "$root$2"; else mkdir -p "$root${2%/*}"; : >"$root$2"; fi
+    mount --bind "$1" "$root$2"
+    [ "$3" = rw ] || mount -o remount,bind,ro "$root$2"
+}
+for place in /lib /lib64 /usr/lib /usr/lib64; do
+    if [ -L "$place" ]; then mkdir -p "$root${place%/*}"; ln -s "$(readlink "$place")" "$root$place"
+    elif [ -d "$place" ]; then bind "$place" "$place" ro; fi
+done
+bind "$program" "/usr/local/bin/${program##*/}" ro
+mkdir -p "$root/proc" && mount --rbind /proc "$root/proc"
+for device in null urandom; do bind "/dev/$device" "/dev/$device" rw; done
+mkdir -p "$root/etc"; echo "127.0.0.1 localhost" >"$root/etc/hosts"
+"#;
 
 /// The machine on which pods run: an address that they all reach, and a link to each.
 #[derive(Debug)]
@@ -71,9 +93,6 @@ impl Drop for Netns {
         drop(output("ip", &["netns", "del", &self.0]));
     }
 }
-
-/// Most pods on one node, which has 16 addresses.
-const PODS_MAX: u32 = 14;
 
 impl Node {
     /// Why no pod can run here, if none can.
@@ -235,27 +254,6 @@ impl Drop for Node {
         drop(output("ip", &["link", "del", &self.link]));
     }
 }
-
-/// Lays the container's root out in a mount namespace of its own. Takes the root's place, the program and the command.
-const SCRIPT: &str = r#"
-root=$1; program=$2; shift 2
-setpriv=$(command -v setpriv || echo /usr/bin/setpriv); chroot=$(command -v chroot || echo /usr/sbin/chroot)
-mount --make-rprivate /
-mount -t tmpfs -o mode=0755 tmpfs "$root"
-bind() { # SOURCE PLACE ro|rw
-    if [ -d "$1" ]; then mkdir -p "$root$2"; else mkdir -p "$root${2%/*}"; : >"$root$2"; fi
-    mount --bind "$1" "$root$2"
-    [ "$3" = rw ] || mount -o remount,bind,ro "$root$2"
-}
-for place in /lib /lib64 /usr/lib /usr/lib64; do
-    if [ -L "$place" ]; then mkdir -p "$root${place%/*}"; ln -s "$(readlink "$place")" "$root$place"
-    elif [ -d "$place" ]; then bind "$place" "$place" ro; fi
-done
-bind "$program" "/usr/local/bin/${program##*/}" ro
-mkdir -p "$root/proc" && mount --rbind /proc "$root/proc"
-for device in null urandom; do bind "/dev/$device" "/dev/$device" rw; done
-mkdir -p "$root/etc"; echo "127.0.0.1 localhost" >"$root/etc/hosts"
-"#;
 
 impl Pod {
     /// Writes the volumes again, as the kubelet does when a token is due, or a ConfigMap or a Secret has changed.

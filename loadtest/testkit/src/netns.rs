@@ -10,6 +10,8 @@
 //!
 //! The router can also forge: [`forge`] answers real packets with ICMP errors that nobody on the path meant.
 
+use anyhow::{Context, bail, ensure};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
@@ -18,8 +20,26 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+/// Addresses that the agent can have on the tunnel's side, one at a time.
+pub const PLACES: u32 = 5;
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+/// 198.18.0.0/15, 16 addresses per network: a /30, a /30 and a /29.
+const POOL: u32 = u32::from_be_bytes([198, 18, 0, 0]);
+const RANGES: u32 = (1 << 17) / 16;
+const GATEWAY: u32 = 1;
+const ROUTER_UP: u32 = 2;
+const SIDE_HERE: u32 = 5;
+const SIDE_AGENT: u32 = 6;
+const INNER: u32 = 8;
+const ROUTER_DOWN: u32 = 9;
+const FIRST_PLACE: u32 = 10;
+
+/// Bytes of a packet in the errors about it: its header and more of what follows than any kernel asks for.
+const QUOTED: usize = 64;
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
 
 /// A network for one agent. Dropping it removes it, with whatever still runs in it cut off.
 #[derive(Debug)]
@@ -34,9 +54,6 @@ pub struct Network {
     /// Which of its addresses the agent has on the tunnel's side.
     place: u32,
 }
-
-/// Addresses that the agent can have on the tunnel's side, one at a time.
-pub const PLACES: u32 = 5;
 
 impl Network {
     /// Why this machine cannot have such a network, if it cannot.
@@ -264,18 +281,6 @@ pub(crate) fn probe() -> Option<String> {
     made.err().map(|error| format!("no network namespace can be made: {error:#}"))
 }
 
-static NEXT: AtomicU32 = AtomicU32::new(0);
-/// 198.18.0.0/15, 16 addresses per network: a /30, a /30 and a /29.
-const POOL: u32 = u32::from_be_bytes([198, 18, 0, 0]);
-const RANGES: u32 = (1 << 17) / 16;
-const GATEWAY: u32 = 1;
-const ROUTER_UP: u32 = 2;
-const SIDE_HERE: u32 = 5;
-const SIDE_AGENT: u32 = 6;
-const INNER: u32 = 8;
-const ROUTER_DOWN: u32 = 9;
-const FIRST_PLACE: u32 = 10;
-
 /// Unused addresses. Different processes start the search at different places.
 pub(crate) fn free_range(start: u32) -> anyhow::Result<u32> {
     for step in 0..64 {
@@ -375,9 +380,6 @@ impl Forged {
     }
 }
 
-/// Bytes of a packet in the errors about it: its header and more of what follows than any kernel asks for.
-const QUOTED: usize = 64;
-
 /// For `time`, answers each TCP and UDP packet that passes this machine or namespace with a forged error to its sender. The error
 /// quotes the packet, so no kernel can distinguish it from a real one. Returns the number of errors.
 ///
@@ -411,9 +413,6 @@ pub fn forge(forged: Forged, time: Duration) -> io::Result<u64> {
     }
     Ok(sent)
 }
-
-const TCP: u8 = 6;
-const UDP: u8 = 17;
 
 /// The Internet checksum (RFC 1071).
 fn checksum(bytes: &[u8]) -> u16 {

@@ -5,16 +5,15 @@
 //! delay that its retransmission would cost. UDP datagrams are lost for real. The bandwidth belongs to the link: all
 //! connections of a direction share it, and wait in one queue in front of it.
 
+use bytes::Bytes;
+use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use socket2::SockRef;
 use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-
-use bytes::Bytes;
-use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
-use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};

@@ -1,6 +1,12 @@
 //! Starts the real gateway and the real agent for a test, the demo or a measurement: as processes, with their own
 //! certificates and configuration in one directory, on free loopback ports.
 
+use crate::client::Target;
+use anyhow::{Context, bail, ensure};
+use http::HeaderMap;
+use http::header::{AUTHORIZATION, HeaderValue};
+use serde_json::json;
+use socket2::{Domain, Socket, Type};
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -9,18 +15,10 @@ use std::process::Stdio;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime};
-
-use anyhow::{Context, bail, ensure};
-use http::HeaderMap;
-use http::header::{AUTHORIZATION, HeaderValue};
-use serde_json::json;
-use socket2::{Domain, Socket, Type};
 use tokio::process::{Child, Command};
 use towline_certs::devset::{DevCluster, DevSet, parse_client};
 use towline_certs::load::{LoadPolicy, load_credential, load_roots};
 use towline_certs::{HostName, TrustDomain, tls};
-
-use crate::client::Target;
 use towline_fakeapi::{AGENT_TOKEN, FakeApi, USER_TOKEN};
 
 /// The domain below which clusters have hosts.
@@ -33,6 +31,8 @@ pub const STRANGER: &str = "mallory";
 pub const CLUSTER: &str = "demo";
 /// Deadline for a process to become ready.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 /// How requests authenticate to the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -315,8 +315,6 @@ pub fn free_port() -> io::Result<SocketAddr> {
     }
     Err(io::ErrorKind::AddrInUse.into())
 }
-
-const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 /// Lays `over` on `base`, key by key.
 pub fn merge(base: &mut serde_json::Value, over: &serde_json::Value) {

@@ -10,11 +10,13 @@
 
 use std::fmt::Debug;
 use std::time::{Duration, Instant};
-
 use tokio::time::{sleep, timeout};
 
 /// Longer than anything takes that comes at all, on a machine that is ten times slower than others and stands still now and then.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const PAUSE_MAX: Duration = Duration::from_millis(20);
 
 /// Waits for a future that must end.
 ///
@@ -84,6 +86,3 @@ async fn next(pause: &mut Duration) {
     sleep(*pause).await;
     *pause = (*pause * 2).min(PAUSE_MAX);
 }
-
-const FIRST_PAUSE: Duration = Duration::from_millis(2);
-const PAUSE_MAX: Duration = Duration::from_millis(20);

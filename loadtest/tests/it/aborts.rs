@@ -1,7 +1,5 @@
 //! Goal: whatever is broken off stays broken off, disturbs nothing beside it, and leaves nothing behind (RG29).
 
-use std::time::{Duration, Instant};
-
 use crate::common::canaries::{Paced, Trickle};
 use crate::common::wire::Client as Wire;
 use crate::common::{
@@ -10,6 +8,7 @@ use crate::common::{
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::json;
+use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use towline_testkit::client::{Client, Version, empty};
 use towline_testkit::stack::Mode;

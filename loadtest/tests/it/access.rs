@@ -18,6 +18,17 @@ const UNKNOWN_TOKEN: &str = "tlat_canary-that-nobody-knows-0123456789";
 /// A credential that only ever goes through.
 const CANARY: &str = "canary-that-only-goes-through-0123456789";
 
+const IDENTITY_FIELDS: [&str; 6] = [
+    "x-remote-user",
+    "x-remote-group",
+    "x-remote-extra-scopes",
+    "x-forwarded-client-cert",
+    "cookie",
+    "x-real-ip",
+];
+
+const WEBSOCKET: &str = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+
 /// A stack that logs everything, with its own token and a cluster without an agent.
 async fn bench(mode: Mode) -> Bench {
     bench_with(mode, &["fleet".to_owned()]).await
@@ -98,15 +109,6 @@ fn is_forwarded(record: &RequestRecord, secret: &str) -> bool {
     let holds = |bytes: &[u8]| bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
     holds(&record.target) || record.headers.iter().any(|(_, value)| holds(value))
 }
-
-const IDENTITY_FIELDS: [&str; 6] = [
-    "x-remote-user",
-    "x-remote-group",
-    "x-remote-extra-scopes",
-    "x-forwarded-client-cert",
-    "cookie",
-    "x-real-ip",
-];
 
 /// Goal: the two modes' common refusals, PA-01 to PA-06, AU-05, H1-13: a Status, a Warning, and no byte to any cluster.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -422,8 +424,6 @@ fn upgrade(path: &str, version: &str, lines: &str, body: &str) -> String {
         if body.is_empty() { "GET" } else { "POST" }
     )
 }
-
-const WEBSOCKET: &str = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
 
 /// Goal: UP-01 to UP-05: raw bytes flow only after a matching 101; any other response to an upgrade ends the connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,14 +1,13 @@
 //! Goal: large bodies arrive whole while memory stays bounded, and readers that stop cost their own streams only (RG9); over
 //! TCP and over QUIC.
 
-use std::time::{Duration, Instant};
-
 use crate::common::{
     Bench, MIB, PATIENCE, Read, Rss, Setup, bound, head, long, pattern_sum, rate, read, send, until, within,
 };
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use towline_testkit::client::{Client, Version, pattern};

@@ -5,14 +5,13 @@ pub(crate) mod fleet;
 pub(crate) mod joining;
 pub(crate) mod wire;
 
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
 use aws_lc_rs::digest;
 use http::{Method, Response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;

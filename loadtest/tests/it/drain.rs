@@ -1,19 +1,18 @@
 //! Goal: whoever stops takes nothing along: a gateway with a successor, an agent with a sibling, an agent that restarts, a
 //! session that has carried enough; all under load, with clients that move as real ones do (RG11, R-REL-11, MX-11).
 
-use std::collections::VecDeque;
-use std::net::SocketAddr;
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime};
-
 use crate::common::wire::Client as Wire;
 use crate::common::{Bench, END, PATIENCE, Setup, VERSIONS, bound, get, head, log, spawn, until, within};
 use http::{HeaderMap, Method, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -41,6 +40,16 @@ const HOLD: Duration = Duration::from_secs(3);
 const LATE: Duration = Duration::from_secs(20);
 
 // ---- The gateways ----
+
+const LINES: &str = "application/json";
+/// How a test asks for a watch, and the encoding of the answer.
+const ENCODINGS: [&str; 3] =
+    [LINES, "application/vnd.kubernetes.protobuf;stream=watch", "application/cbor-seq"];
+
+const EXEC: &str =
+    "/api/v1/namespaces/default/pods/box/exec?command=sleep&command=1000&stdin=true&stdout=true";
+/// PING with id 1: the server sends it back.
+const SPDY_PING: &[u8] = &[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1];
 
 /// A second gateway with the same certificates and rules, and its own ports.
 struct Second {
@@ -362,11 +371,6 @@ async fn watch_to_its_end(body: Incoming) -> (usize, Instant) {
     (seen.numbers.len(), seen.ended)
 }
 
-const LINES: &str = "application/json";
-/// How a test asks for a watch, and the encoding of the answer.
-const ENCODINGS: [&str; 3] =
-    [LINES, "application/vnd.kubernetes.protobuf;stream=watch", "application/cbor-seq"];
-
 /// The result of a finished watch.
 struct Watched {
     numbers: Vec<usize>,
@@ -481,11 +485,6 @@ async fn raw(bench: &Bench, token: &str, path: &str, hello: &'static [u8]) -> Ab
         Raw { bytes, end, ended: Instant::now() }
     })
 }
-
-const EXEC: &str =
-    "/api/v1/namespaces/default/pods/box/exec?command=sleep&command=1000&stdin=true&stdout=true";
-/// PING with id 1: the server sends it back.
-const SPDY_PING: &[u8] = &[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1];
 
 /// Two execs of the newest kubectl, over WebSocket and over SPDY; none if there is no kubectl that knows both.
 async fn kubectl_execs(bench: &Bench) -> Vec<AbortOnDropHandle<(&'static str, Finished, Instant)>> {

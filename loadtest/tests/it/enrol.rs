@@ -47,6 +47,10 @@ const SHORT: Duration = Duration::from_secs(12);
 const CLUSTER: &str = "east";
 const SUBJECT: &str = "system:serviceaccount:towline:agent";
 
+const TICK: Duration = Duration::from_millis(20);
+
+const RENEWED: &str = "towline_agent_renewals_total{outcome=\"ok\"}";
+
 /// A gateway with a registered cluster, and the cluster's API server.
 struct World {
     directory: TempDir,
@@ -74,8 +78,6 @@ fn answer(request: &Request<Incoming>, jwks: &str) -> Response<Answer> {
 
 /// A body with a piece at each interval, for ever.
 struct Ticks(std::pin::Pin<Box<tokio::time::Sleep>>);
-
-const TICK: Duration = Duration::from_millis(20);
 
 impl hyper::body::Body for Ticks {
     type Data = Bytes;
@@ -324,8 +326,6 @@ impl Caller {
         (head.status.as_u16(), String::from_utf8_lossy(&body).into_owned())
     }
 }
-
-const RENEWED: &str = "towline_agent_renewals_total{outcome=\"ok\"}";
 
 /// Waits until an agent has renewed this often since its start.
 async fn until_renewed(agent: &Agent, times: f64) {

@@ -4,13 +4,6 @@
 //! It runs where `KUBEBUILDER_ASSETS` names a directory with `etcd` and `kube-apiserver` (the convention of envtest), or the
 //! convention's default directory has them.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::{Duration, Instant};
-
 use crate::common::fleet::{CLUSTERS, Fleet};
 use crate::common::{log, tail, until};
 use http::header::{AUTHORIZATION, CONTENT_TYPE};
@@ -21,6 +14,12 @@ use rcgen::{
     KeyUsagePurpose, PKCS_RSA_SHA256, RsaKeySize,
 };
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -42,6 +41,26 @@ const NEED_NO_KUBELET: &[&str] =
 const START: Duration = Duration::from_secs(60);
 /// One control plane at a time: two together are late on a small machine.
 static ALONE: Mutex<()> = Mutex::const_new(());
+
+const CONFIGMAPS: &str = "/api/v1/namespaces/default/configmaps";
+
+/// The one that shows the keys to everybody is the last: the others do without.
+const CASES: &[Case] = &[
+    Case {
+        name: "impersonated",
+        mode: Mode::Impersonate,
+        // The rules of view, which a controller would have to copy there.
+        flags: &["--grant", "towline:admins=system:aggregate-to-view"],
+        public_keys: false,
+    },
+    Case {
+        name: "with-a-file",
+        mode: Mode::Restricted,
+        flags: &["--issuer-keys", "jwks.json"],
+        public_keys: false,
+    },
+    Case { name: "restricted", mode: Mode::Restricted, flags: &[], public_keys: true },
+];
 
 /// Goal: get, watch, apply, patch, delete, wait and can-i with the newest kubectl, in both modes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -157,8 +176,6 @@ async fn s1_a_stale_openapi_hash_is_followed() {
     plane.end().await;
 }
 
-const CONFIGMAPS: &str = "/api/v1/namespaces/default/configmaps";
-
 /// What client-go's reflector does (tools/cache/reflector.go): it lists, and watches from there. When a watch ends well after a second or an
 /// event it watches on from the last version; so it does a moment after 429, or when nobody is there. After anything else it lists again.
 /// Tells the highest number that it has seen.
@@ -229,24 +246,6 @@ struct Case {
     /// Whether everybody can read the cluster's public keys when it has been applied.
     public_keys: bool,
 }
-
-/// The one that shows the keys to everybody is the last: the others do without.
-const CASES: &[Case] = &[
-    Case {
-        name: "impersonated",
-        mode: Mode::Impersonate,
-        // The rules of view, which a controller would have to copy there.
-        flags: &["--grant", "towline:admins=system:aggregate-to-view"],
-        public_keys: false,
-    },
-    Case {
-        name: "with-a-file",
-        mode: Mode::Restricted,
-        flags: &["--issuer-keys", "jwks.json"],
-        public_keys: false,
-    },
-    Case { name: "restricted", mode: Mode::Restricted, flags: &[], public_keys: true },
-];
 
 /// Goal: what `towline agent manifest` prints is all that a real cluster needs: its API server takes it without a warning; the
 /// agent joins, and comes back by a token that this API server has signed; it has the rights that the manifest says and no

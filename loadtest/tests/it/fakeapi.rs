@@ -1,14 +1,13 @@
 //! Goal: the fake API server behaves and misbehaves as its documentation says, seen from the wire.
 
-use std::io::ErrorKind;
-use std::time::{Duration, Instant};
-
 use crate::common::wire::{Client, tls};
 use crate::common::{PATIENCE, until};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::json;
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use towline_fakeapi::{FakeApi, FakeApiOptions, RawEnd, hex, pattern_chunk};

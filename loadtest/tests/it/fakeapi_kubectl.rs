@@ -1,7 +1,6 @@
 //! Goal: every flow works with every real `kubectl` on this machine, straight against the fake API server.
 
 use std::time::{Duration, Instant};
-
 use towline_fakeapi::{FakeApi, FakeApiOptions};
 use towline_testkit::kubectl::{self, FLOWS, Kubectl, Run};
 

@@ -2,12 +2,6 @@
 //! reaches another; and clocks that are wrong by minutes keep nobody out. R-ID-*, rows 5.6 and 5.8 of the catalogue, over the
 //! wire, with a real gateway process.
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant, SystemTime};
-
 use crate::common::fleet::{CLUSTERS, Fleet, object};
 use crate::common::joining::{Live, join, join_with, serial};
 use crate::common::{PATIENCE, bound, log, until, within};
@@ -18,6 +12,11 @@ use rcgen::{
     KeyUsagePurpose, SanType,
 };
 use serde_json::{Value, json};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpSocket;
 use tokio::task::JoinSet;

@@ -3,17 +3,16 @@
 //! kubectl's `get -w`. Agents come and go, the gateway is killed and restarted; nothing is lost, nothing comes twice, and a
 //! version from the future is never silence. R-ST-2.
 
-use std::collections::{BTreeMap, HashSet};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
-
 use crate::common::fleet::{CLUSTERS, Fleet};
 use crate::common::joining::{Live, join};
 use crate::common::{PATIENCE, bound, spawn, until, within};
 use http::Method;
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::watch;

@@ -3,16 +3,15 @@
 //!
 //! `TOWLINE_KILLS=200` asks for 200 rounds, `TOWLINE_KILLS_SEED` for another course.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
-
 use crate::common::fleet::{Api, CLUSTERS, Fleet, REVOCATIONS, TOKENS, object, token_in};
 use crate::common::joining::{Live, join, serial};
 use crate::common::{PATIENCE, spawn, until};
 use http::Method;
 use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::time::sleep;
 use towline_certs::{AgentKey, JoinToken};
 use towline_proto::join::{Admitted, Certificate, RefusalCode};

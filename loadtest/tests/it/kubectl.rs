@@ -1,12 +1,11 @@
 //! Goal: every flow works with every real `kubectl` on this machine through the tunnel: in both modes, by path and by
 //! host, over both carriers, with a tunnel over TCP and over QUIC.
 
+use crate::common::{Bench, PATIENCE, Setup, until};
+use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
-
-use crate::common::{Bench, PATIENCE, Setup, until};
-use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use towline_fakeapi::{AGENT_TOKEN, RequestRecord};

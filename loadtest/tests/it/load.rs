@@ -3,9 +3,25 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
-
 use towline_loadtest::load::scenario::STANDARD;
 use towline_loadtest::report::json::{Metric, Profile, Record};
+
+/// What must not be zero in any row that has it.
+const POSITIVE: [Metric; 13] = [
+    Metric::MbPerS,
+    Metric::RequestsPerS,
+    Metric::PerS,
+    Metric::PerCoreS,
+    Metric::P50Ms,
+    Metric::P99Ms,
+    Metric::P999Ms,
+    Metric::CpuSPerGib,
+    Metric::CpuSPer100k,
+    Metric::RssMib,
+    Metric::GatewayMib,
+    Metric::ClientCores,
+    Metric::Samples,
+];
 
 fn load(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_towline-loadtest")).args(arguments).output().unwrap()
@@ -35,23 +51,6 @@ fn run(directory: &Path, name: &str, changes: &[(&str, &str)]) -> Record {
     assert!(html.contains("<svg") && html.contains("</html>"));
     Record::read(&output).unwrap()
 }
-
-/// What must not be zero in any row that has it.
-const POSITIVE: [Metric; 13] = [
-    Metric::MbPerS,
-    Metric::RequestsPerS,
-    Metric::PerS,
-    Metric::PerCoreS,
-    Metric::P50Ms,
-    Metric::P99Ms,
-    Metric::P999Ms,
-    Metric::CpuSPerGib,
-    Metric::CpuSPer100k,
-    Metric::RssMib,
-    Metric::GatewayMib,
-    Metric::ClientCores,
-    Metric::Samples,
-];
 
 /// Every scenario has figures on every arm that runs, none of them absurd; `needed` arms do run.
 fn plausible(profile: &Profile, needed: &[&str]) {

@@ -4,18 +4,17 @@
 //!
 //! Needs root, `ip` and `nft`; every namespace, link, route and rule is the test's own and goes with it.
 
-use std::fmt::Write as _;
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
-
 use crate::common::{
     Bench, PATIENCE, Read, Refusal, Setup, bound, head, pattern_sum, read, spawn, until, within,
 };
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use towline_certs::devset::{DevCluster, DevSet};
@@ -30,6 +29,26 @@ const HANGS: Duration = PATIENCE;
 /// From the last packet to the end of a session, by the limits of silence.
 const NOTICED: Duration = Duration::from_secs(12);
 
+const ALL_UDP: &str = "meta l4proto udp";
+const EVERYTHING: &str = "meta nfproto ipv4";
+/// 8 bytes are UDP's own header.
+const LARGE_UDP: &str = "udp length > 1208";
+
+const SMALL: &str = "/towline-test/bytes?n=1000";
+
+/// What the forger is told, in a process of its own inside the router's namespace.
+const FORGE: &str = "TOWLINE_TEST_FORGE";
+const FORGE_TIME: Duration = Duration::from_secs(2);
+const FORGERIES: [(&str, Forged); 4] = [
+    ("port unreachable", Forged::PortUnreachable),
+    ("host unreachable", Forged::HostUnreachable),
+    ("fragmentation needed, MTU 576", Forged::FragmentationNeeded(576)),
+    ("fragmentation needed, MTU 68", Forged::FragmentationNeeded(68)),
+];
+
+/// A cluster beside the one in the namespace, with an agent on this side.
+const NEIGHBOUR: &str = "neighbour";
+
 /// The same, and what a busy machine adds to the measurement: without these limits it would be when the packets pass again,
 /// after 30 s.
 fn noticed() -> Duration {
@@ -40,11 +59,6 @@ fn noticed() -> Duration {
 fn served_soon() -> Duration {
     bound(Duration::from_secs(5), Duration::from_secs(40))
 }
-
-const ALL_UDP: &str = "meta l4proto udp";
-const EVERYTHING: &str = "meta nfproto ipv4";
-/// 8 bytes are UDP's own header.
-const LARGE_UDP: &str = "udp length > 1208";
 
 /// A stack whose agent reaches its gateway through its own network.
 struct World {
@@ -141,8 +155,6 @@ impl World {
         self.bench.end().await;
     }
 }
-
-const SMALL: &str = "/towline-test/bytes?n=1000";
 
 /// One request on its own connection, and how long it took.
 async fn ask(front: &Target, method: Method, path: &str) -> (Outcome, Duration) {
@@ -363,16 +375,6 @@ async fn large_datagrams_dropped_under_load() {
     world.end().await;
 }
 
-/// What the forger is told, in a process of its own inside the router's namespace.
-const FORGE: &str = "TOWLINE_TEST_FORGE";
-const FORGE_TIME: Duration = Duration::from_secs(2);
-const FORGERIES: [(&str, Forged); 4] = [
-    ("port unreachable", Forged::PortUnreachable),
-    ("host unreachable", Forged::HostUnreachable),
-    ("fragmentation needed, MTU 576", Forged::FragmentationNeeded(576)),
-    ("fragmentation needed, MTU 68", Forged::FragmentationNeeded(68)),
-];
-
 /// No test of its own: the part of `forged_errors` that runs inside a namespace.
 #[test]
 #[ignore = "run by forged_errors, inside a namespace"]
@@ -553,9 +555,6 @@ async fn an_address_changes_on_tcp() {
     );
     world.end().await;
 }
-
-/// A cluster beside the one in the namespace, with an agent on this side.
-const NEIGHBOUR: &str = "neighbour";
 
 /// TU-14: the address changes every 100 ms for 5 s: the session keeps its identity, memory is bounded, and the agent of
 /// another cluster is undisturbed.

@@ -1,15 +1,14 @@
 //! Goal: what fails says so at once and in words; what can come back comes back without a hand; nothing is sent twice.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
-
 use crate::common::{
     Bench, END, PATIENCE, Refusal, Setup, VERSIONS, bound, get, head, kill, read, spawn, until, within,
 };
 use http::{Method, Response};
 use http_body_util::BodyExt;
 use serde_json::json;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 use towline_fakeapi::{FakeApi, FakeApiOptions};

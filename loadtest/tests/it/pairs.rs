@@ -13,6 +13,38 @@ use towline_testkit::stack::{CLUSTER, Mode};
 
 const PREFIX: &str = "/clusters/demo";
 
+/// What a cluster says in `Location`: `GW` stands for the gateway, `API` for its own API server.
+const AWAY: &[&str] = &[
+    "http://elsewhere.test/x",
+    "https://elsewhere.test/x",
+    "//elsewhere.test/x",
+    "https://GW/clusters/other/api/v1/x",
+    "//GW/clusters/other/api/v1/x",
+    "https://GW/",
+    "https://GW:1/clusters/demo/x",
+    "/../other/api/v1/x",
+    "/%2e%2e/other",
+    "/%2E./other",
+    "../../../../../other",
+    "..%2f..%2f..%2f../other",
+    "/\\elsewhere.test/x",
+    "\\\\elsewhere.test/x",
+    "/\t/elsewhere.test/x",
+    "https:elsewhere.test",
+    "javascript:alert(1)",
+    "https://API//elsewhere.test/x",
+];
+const WITHIN: &[(&str, &str)] = &[
+    ("/api/v1/pods?x=%2F", "/clusters/demo/api/v1/pods?x=%2F"),
+    ("echo", "/clusters/demo/towline-test/echo"),
+    ("../api", "/clusters/demo/api"),
+    ("?to=x", "/clusters/demo/towline-test/redirect?to=x"),
+    ("https://GW/clusters/demo/x", "/clusters/demo/x"),
+    ("//GW/clusters/demo/x", "/clusters/demo/x"),
+    // A14
+    ("https://API/api/v1/inner", "/clusters/demo/api/v1/inner"),
+];
+
 /// One row of the table.
 struct Case {
     name: &'static str,
@@ -239,38 +271,6 @@ async fn differences_that_the_gateway_must_make_are_made() {
     }
     bench.end().await;
 }
-
-/// What a cluster says in `Location`: `GW` stands for the gateway, `API` for its own API server.
-const AWAY: &[&str] = &[
-    "http://elsewhere.test/x",
-    "https://elsewhere.test/x",
-    "//elsewhere.test/x",
-    "https://GW/clusters/other/api/v1/x",
-    "//GW/clusters/other/api/v1/x",
-    "https://GW/",
-    "https://GW:1/clusters/demo/x",
-    "/../other/api/v1/x",
-    "/%2e%2e/other",
-    "/%2E./other",
-    "../../../../../other",
-    "..%2f..%2f..%2f../other",
-    "/\\elsewhere.test/x",
-    "\\\\elsewhere.test/x",
-    "/\t/elsewhere.test/x",
-    "https:elsewhere.test",
-    "javascript:alert(1)",
-    "https://API//elsewhere.test/x",
-];
-const WITHIN: &[(&str, &str)] = &[
-    ("/api/v1/pods?x=%2F", "/clusters/demo/api/v1/pods?x=%2F"),
-    ("echo", "/clusters/demo/towline-test/echo"),
-    ("../api", "/clusters/demo/api"),
-    ("?to=x", "/clusters/demo/towline-test/redirect?to=x"),
-    ("https://GW/clusters/demo/x", "/clusters/demo/x"),
-    ("//GW/clusters/demo/x", "/clusters/demo/x"),
-    // A14
-    ("https://API/api/v1/inner", "/clusters/demo/api/v1/inner"),
-];
 
 /// Goal (S1, A14, AG-02, PA-09): no response of a hostile cluster, over real sockets, leads its client elsewhere: a redirect out of the cluster is
 /// 502, an informational location is removed, and locations on the API server itself can be followed.

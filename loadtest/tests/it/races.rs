@@ -3,14 +3,13 @@
 //!
 //! `TOWLINE_RACE=1000` is how many keys there are.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
-
 use crate::common::fleet::Fleet;
 use crate::common::joining::join;
 use crate::common::within;
 use serde_json::{Value, json};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 use tokio::sync::{Barrier, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::sleep;

@@ -1,9 +1,6 @@
 //! Goal: a revocation ends all that is running through a tunnel within a second, over the wire and with real processes: a hundred
 //! streams and an `exec`; and whoever was revoked stays out, also after a crash of the gateway. R-ID-9, TU-03, AD-05, RG14.
 
-use std::cell::Cell;
-use std::time::{Duration, Instant};
-
 use crate::common::fleet::{CLUSTERS, Fleet, REVOCATIONS, object};
 use crate::common::wire::Client as Wire;
 use crate::common::{PATIENCE, bound, head, log, until, within};
@@ -12,6 +9,8 @@ use http::{Method, Request};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
+use std::cell::Cell;
+use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use towline_fakeapi::{FakeApi, FakeApiOptions, USER_TOKEN};

@@ -1,13 +1,12 @@
 //! Goal: the agent serves over whatever the network lets through: it falls back from QUIC to TCP in seconds, at the start
 //! and mid-life, returns when QUIC works again, and what is open on the way back finishes (RG7, RG8).
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
-
 use crate::common::{Bench, PATIENCE, Read, Setup, bound, head, pattern_sum, read, spawn, until, within};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 use tokio::time::{sleep, timeout};
 use towline_testkit::client::Version;
 use towline_testkit::shim::{Profile, Shim};

@@ -1,12 +1,11 @@
 //! Goal: a thousand watches share one session; they idle without cost, and then each gets its event.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
 use crate::common::{PATIENCE, Setup, head, long, until, within};
 use http::Method;
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::sleep;

@@ -6,6 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+const HEAD: &str = "apiVersion: towline.io/v1alpha1\nkind: GatewayConfiguration\n";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Restricted,
@@ -98,8 +100,6 @@ impl Configuration for Config {
     const KIND: &'static str = "GatewayConfiguration";
     const PROGRAM: &'static str = "towline-gateway";
 }
-
-const HEAD: &str = "apiVersion: towline.io/v1alpha1\nkind: GatewayConfiguration\n";
 
 fn read(lines: &str) -> Result<Config, Problems> {
     towline_settings::read::<Config>(&format!("{HEAD}{lines}"), "x.yaml").map(|(config, _)| config)

@@ -9,20 +9,26 @@
 mod exempt;
 mod url;
 
+use super::address::Address;
+use bytes::{Buf as _, Bytes, BytesMut};
 use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-
-use bytes::{Buf as _, Bytes, BytesMut};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use zeroize::Zeroizing;
 
-use super::address::Address;
-
 pub use exempt::{NoProxy, NoProxyEntry};
 pub use url::ProxyUrl;
+
+/// Bytes of the heads of a proxy's answer, interim ones included.
+const HEAD_MAX: usize = 16 * 1024;
+const HEAD_START: usize = 1024;
+/// Letters of a status line, letters and number of schemes that an error shows.
+const STATUS_SHOWN: usize = 100;
+const SCHEME_SHOWN: usize = 20;
+const SCHEMES_MAX: usize = 8;
 
 /// The source of a proxy setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -307,14 +313,6 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Leg<IO> {
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
-
-/// Bytes of the heads of a proxy's answer, interim ones included.
-const HEAD_MAX: usize = 16 * 1024;
-const HEAD_START: usize = 1024;
-/// Letters of a status line, letters and number of schemes that an error shows.
-const STATUS_SHOWN: usize = 100;
-const SCHEME_SHOWN: usize = 20;
-const SCHEMES_MAX: usize = 8;
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,27 @@ use core::fmt;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use core::time::Duration;
 
+/// Bytes that each stream may queue for sending however full the session's send budget is: two whole frames, as much as a read
+/// of the agent brings. Pieces of less cost the far end a system call each, and spare no memory: what a writer cannot queue it
+/// holds itself. Only bytes inside the credit are queued, so nothing stays here while a reader has stopped.
+pub const SEND_FLOOR: usize = 2 * crate::wire::DATA_MAX;
+/// Most bytes that one stream may queue for sending.
+pub const SEND_STREAM_MAX: usize = 128 * 1024;
+/// Most memory that the slices queued by one stream may keep alive: a writer's pieces may be small parts of its buffers. Beyond
+/// it they are copied.
+pub const SEND_PIN_MAX: usize = 4 * SEND_STREAM_MAX;
+/// Smallest credit with which a stream is opened when memory is short.
+pub const CREDIT_FLOOR: u32 = 4 * 1024;
+
+/// Growth may not use the last quarter of a budget: it stays free for the first credit of new streams.
+const GROWTH_KEEPS_FREE: usize = 4;
+/// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor, and for sessions.
+const INITIAL_KEEPS_FREE: usize = 16;
+/// The part of a divided budget that is reserved for small holders, as a divisor.
+const RESERVE: usize = 4;
+/// A holder of at most this part of a divided budget is a small holder, as a divisor.
+const LITTLE: usize = 256;
+
 /// The limits of one session. All sizes are bytes.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -41,18 +62,6 @@ pub struct Limits {
     /// As `dead_idle`, while an opened stream waits for its first byte. Default 3 s.
     pub dead_waiting: Duration,
 }
-
-/// Bytes that each stream may queue for sending however full the session's send budget is: two whole frames, as much as a read
-/// of the agent brings. Pieces of less cost the far end a system call each, and spare no memory: what a writer cannot queue it
-/// holds itself. Only bytes inside the credit are queued, so nothing stays here while a reader has stopped.
-pub const SEND_FLOOR: usize = 2 * crate::wire::DATA_MAX;
-/// Most bytes that one stream may queue for sending.
-pub const SEND_STREAM_MAX: usize = 128 * 1024;
-/// Most memory that the slices queued by one stream may keep alive: a writer's pieces may be small parts of its buffers. Beyond
-/// it they are copied.
-pub const SEND_PIN_MAX: usize = 4 * SEND_STREAM_MAX;
-/// Smallest credit with which a stream is opened when memory is short.
-pub const CREDIT_FLOOR: u32 = 4 * 1024;
 
 impl Default for Limits {
     fn default() -> Self {
@@ -158,15 +167,6 @@ impl Share {
         }
     }
 }
-
-/// Growth may not use the last quarter of a budget: it stays free for the first credit of new streams.
-const GROWTH_KEEPS_FREE: usize = 4;
-/// The initial credit may not use the last sixteenth: it stays free for streams that open with the floor, and for sessions.
-const INITIAL_KEEPS_FREE: usize = 16;
-/// The part of a divided budget that is reserved for small holders, as a divisor.
-const RESERVE: usize = 4;
-/// A holder of at most this part of a divided budget is a small holder, as a divisor.
-const LITTLE: usize = 256;
 
 /// A bound on memory that several sessions share: the process budget, or the share of it that belongs to one tenant.
 #[derive(Clone, Debug)]

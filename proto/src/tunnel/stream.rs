@@ -17,6 +17,10 @@ use std::task::{Context, Poll, ready};
 use tokio::sync::watch;
 use tokio::task::coop;
 
+/// Bytes that count as one operation of tokio's budget. A task may do 128 operations in a row, so a task with bulk data yields after
+/// about 256 KiB, and small requests never wait for megabytes.
+const BYTES_PER_OPERATION: usize = 2 * 1024;
+
 /// Both halves of a stream.
 pub type Stream = (SendStream, RecvStream);
 
@@ -297,10 +301,6 @@ impl Drop for RecvStream {
         });
     }
 }
-
-/// Bytes that count as one operation of tokio's budget. A task may do 128 operations in a row, so a task with bulk data yields after
-/// about 256 KiB, and small requests never wait for megabytes.
-const BYTES_PER_OPERATION: usize = 2 * 1024;
 
 /// Charges moved bytes to the task's budget.
 fn charge(cx: &mut Context<'_>, bytes: usize) {

@@ -6,6 +6,10 @@ use std::collections::{HashMap, VecDeque};
 use towline_proto::mux::{Budget, Connection, Event, Introduction, Key, Limits, Read, Role};
 use towline_proto::time::Instant;
 
+const NOW: Instant = Instant::from_epoch(std::time::Duration::ZERO);
+
+const SMALL: Shape = Shape { bulk: 2, echo: 2, bytes: 10_000, capacity: 1, batch: 65_536 };
+
 /// One direction of a pipe that holds at most `capacity` bytes.
 struct Pipe {
     bytes: VecDeque<u8>,
@@ -44,8 +48,6 @@ struct Shape {
     capacity: usize,
     batch: usize,
 }
-
-const NOW: Instant = Instant::from_epoch(std::time::Duration::ZERO);
 
 fn end(role: Role) -> End {
     let limits = Limits {
@@ -240,8 +242,6 @@ fn run(shape: Shape) {
         end.conn.check_invariants();
     }
 }
-
-const SMALL: Shape = Shape { bulk: 2, echo: 2, bytes: 10_000, capacity: 1, batch: 65_536 };
 
 #[test]
 fn every_small_capacity() {

@@ -14,6 +14,9 @@ use towline_proto::wire::GoAway;
 
 const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
+/// An event that has not happened within this time will not happen; a slow machine takes seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 struct Pair {
     gateway: Session,
     agent: Session,
@@ -104,9 +107,6 @@ async fn read_all(recv: &mut RecvStream) -> Result<Vec<u8>, ReadError> {
     }
     Ok(all)
 }
-
-/// An event that has not happened within this time will not happen; a slow machine takes seconds.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(PATIENCE, future).await {

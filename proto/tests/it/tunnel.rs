@@ -44,6 +44,8 @@ const LIMITS: Limits = Limits {
     dead_waiting: Duration::from_secs(3),
 };
 
+const GOAWAY: GoAway = GoAway { code: 10, reconnect_after_ms: 100, drain_ms: 30_000 };
+
 /// Two ends of a session, with the drivers that carry it.
 struct Pair {
     gateway: Session,
@@ -392,8 +394,6 @@ async fn wakers_are_dropped_outside_the_mutex() {
 }
 
 // ---- Drain ----
-
-const GOAWAY: GoAway = GoAway { code: 10, reconnect_after_ms: 100, drain_ms: 30_000 };
 
 #[tokio::test(start_paused = true)]
 async fn a_drain_lets_streams_finish() {

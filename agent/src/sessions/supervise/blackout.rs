@@ -7,30 +7,6 @@
 
 #![allow(clippy::disallowed_methods, reason = "the runtime of a round owns its tasks: they end with it")]
 
-use std::collections::HashMap;
-use std::io::{self, IoSliceMut};
-use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, LazyLock, Mutex};
-use std::task::{Context, Poll, ready};
-use std::time::SystemTime;
-
-use bytes::Bytes;
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, TokioRuntime, UdpPoller};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadHalf, WriteHalf, duplex, split};
-use tokio::sync::{mpsc, watch};
-use tokio::time::{Duration, Instant, sleep, timeout};
-use towline_certs::devset::DevSet;
-use towline_certs::issue::LEAF_LIFETIME;
-use towline_certs::load::{LoadPolicy, load_credential, load_roots};
-use towline_certs::{AgentCa, TrustDomain, tls};
-use towline_proto::Code;
-use towline_proto::mux::{Budget, Introduction, Limits, Role};
-use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig, Transport, quic};
-
 use super::{Begin, Slot};
 use crate::admin::Admin;
 use crate::config::TransportMode;
@@ -41,6 +17,28 @@ use crate::sessions::backoff::Backoff;
 use crate::sessions::links::Links;
 use crate::sessions::policy::{Policy, Settings};
 use crate::transport::Reason;
+use bytes::Bytes;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, TokioRuntime, UdpPoller};
+use std::collections::HashMap;
+use std::io::{self, IoSliceMut};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock, Mutex};
+use std::task::{Context, Poll, ready};
+use std::time::SystemTime;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadHalf, WriteHalf, duplex, split};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Duration, Instant, sleep, timeout};
+use towline_certs::devset::DevSet;
+use towline_certs::issue::LEAF_LIFETIME;
+use towline_certs::load::{LoadPolicy, load_credential, load_roots};
+use towline_certs::{AgentCa, TrustDomain, tls};
+use towline_proto::Code;
+use towline_proto::mux::{Budget, Introduction, Limits, Role};
+use towline_proto::tunnel::{RecvStream, SendStream, Session, SessionConfig, Transport, quic};
 
 const ROUNDS: u64 = 100;
 const CUT: Duration = Duration::from_secs(30);
@@ -55,6 +53,32 @@ const READY: Duration = Duration::from_secs(10);
 /// Nobody is overrun meanwhile: attempts on one transport while the path is cut.
 const DIALS_MAX: u32 = 20;
 const GATEWAY: &str = "10.0.0.1:443";
+
+/// Of both ends, which trust each other; made once for all rounds.
+static TLS: LazyLock<(Arc<rustls::ServerConfig>, Arc<rustls::ClientConfig>)> = LazyLock::new(|| {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let domain = TrustDomain::new("fleet.test").unwrap();
+    let set = DevSet {
+        directory: directory.path().to_path_buf(),
+        gateway_hosts: vec!["localhost".parse().unwrap()],
+        clusters: vec!["east".parse().unwrap()],
+        clients: Vec::new(),
+        trust_domain: domain.clone(),
+        leaf_lifetime: LEAF_LIFETIME,
+        force: false,
+    };
+    let now = SystemTime::now();
+    set.write(now).unwrap();
+    let credential = |stem: &str| {
+        let (cert, key) = (at(&format!("{stem}.crt")), at(&format!("{stem}.key")));
+        load_credential(&cert, &key, LoadPolicy::STRICT, now).unwrap().value
+    };
+    let roots = load_roots(&at("tunnel-ca.crt")).unwrap();
+    let agents = AgentCa::new(&roots, domain).unwrap();
+    let server = tls::tunnel_server(&credential("tunnel-server"), &agents).unwrap();
+    (server, tls::agent_client(&roots, &credential("agent-east")).unwrap())
+});
 
 /// Goal: over TCP the service is back 5 s after the path.
 #[test]
@@ -466,32 +490,6 @@ impl UdpPoller for Writable {
         Poll::Ready(Ok(()))
     }
 }
-
-/// Of both ends, which trust each other; made once for all rounds.
-static TLS: LazyLock<(Arc<rustls::ServerConfig>, Arc<rustls::ClientConfig>)> = LazyLock::new(|| {
-    let directory = tempfile::tempdir().unwrap();
-    let at = |name: &str| directory.path().join(name);
-    let domain = TrustDomain::new("fleet.test").unwrap();
-    let set = DevSet {
-        directory: directory.path().to_path_buf(),
-        gateway_hosts: vec!["localhost".parse().unwrap()],
-        clusters: vec!["east".parse().unwrap()],
-        clients: Vec::new(),
-        trust_domain: domain.clone(),
-        leaf_lifetime: LEAF_LIFETIME,
-        force: false,
-    };
-    let now = SystemTime::now();
-    set.write(now).unwrap();
-    let credential = |stem: &str| {
-        let (cert, key) = (at(&format!("{stem}.crt")), at(&format!("{stem}.key")));
-        load_credential(&cert, &key, LoadPolicy::STRICT, now).unwrap().value
-    };
-    let roots = load_roots(&at("tunnel-ca.crt")).unwrap();
-    let agents = AgentCa::new(&roots, domain).unwrap();
-    let server = tls::tunnel_server(&credential("tunnel-server"), &agents).unwrap();
-    (server, tls::agent_client(&roots, &credential("agent-east")).unwrap())
-});
 
 /// SplitMix64: enough for a simulation, and the same everywhere.
 #[derive(Debug)]

@@ -1,16 +1,34 @@
 //! Judges what the exchanges and the looks have found. No I/O, so that a test needs no API server.
 
-use std::io;
-
+use super::{BIND, State, TOKEN_REFUSED};
+use crate::dial::connect::{ConnectError, Stage};
+use crate::upstream::Upstream;
 use http::StatusCode;
+use std::io;
 use tokio::sync::watch;
 use tokio::time::{Duration, Instant};
 use towline_certs::explain::Fault;
 use towline_proto::join::ApiServerState;
 
-use super::{BIND, State, TOKEN_REFUSED};
-use crate::dial::connect::{ConnectError, Stage};
-use crate::upstream::Upstream;
+/// Time without evidence after which the path is checked, and the permission: well within the minute after which a problem must show.
+pub(super) const IDLE: Duration = Duration::from_secs(5);
+
+pub(super) const RIGHTS: Duration = Duration::from_secs(45);
+
+/// From a check that found a problem to the one that confirms it; also the shortest time between two checks that exchanges request.
+const CONFIRM: Duration = Duration::from_secs(1);
+
+/// Between two checks while there is a problem.
+const AGAIN: Duration = Duration::from_secs(5);
+
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+const TICK: Duration = Duration::from_secs(1);
+
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Two of these, with the times before and between them, are shorter than the 15 s after which the state must be known.
+pub(super) const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
+pub(super) const ASK_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Something that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,26 +201,6 @@ impl Trouble {
         Self { kind: ApiServerState::Unhealthy, text }
     }
 }
-
-/// Time without evidence after which the path is checked, and the permission: well within the minute after which a problem must show.
-pub(super) const IDLE: Duration = Duration::from_secs(5);
-
-pub(super) const RIGHTS: Duration = Duration::from_secs(45);
-
-/// From a check that found a problem to the one that confirms it; also the shortest time between two checks that exchanges request.
-const CONFIRM: Duration = Duration::from_secs(1);
-
-/// Between two checks while there is a problem.
-const AGAIN: Duration = Duration::from_secs(5);
-
-const TELL_AGAIN: Duration = Duration::from_secs(60);
-const TICK: Duration = Duration::from_secs(1);
-
-const PAUSE: Duration = Duration::from_millis(10);
-
-/// Two of these, with the times before and between them, are shorter than the 15 s after which the state must be known.
-pub(super) const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
-pub(super) const ASK_TIMEOUT: Duration = Duration::from_secs(4);
 
 #[cfg(test)]
 mod tests {

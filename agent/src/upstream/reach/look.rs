@@ -1,20 +1,23 @@
 //! Looks whether the API server can be used: with a connection, and about once a minute with a question.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use bytes::Bytes;
-use http::{Request, StatusCode, header};
-use http_body_util::Full;
-use tokio::io::AsyncWriteExt as _;
-use tokio::time::{Duration, Instant, sleep_until, timeout};
-use towline_proto::join::ApiServerState;
-
 use super::Acted;
 use super::judge::{ASK_TIMEOUT, Found, IDLE, Judge, LOOK_TIMEOUT, RIGHTS, Side, Trouble};
 use crate::upstream::Upstream;
 use crate::upstream::ask::{AskError, ask};
 use crate::upstream::upstreams::Upstreams;
+use bytes::Bytes;
+use http::{Request, StatusCode, header};
+use http_body_util::Full;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::io::AsyncWriteExt as _;
+use tokio::time::{Duration, Instant, sleep_until, timeout};
+use towline_proto::join::ApiServerState;
+
+const END_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The answer to a review has about 1 KiB.
+const ANSWER_MAX: usize = 64 * 1024;
 
 /// Looks again and again. Runs until it is dropped.
 pub(crate) async fn keep(upstreams: Arc<Upstreams>) {
@@ -152,8 +155,3 @@ fn unanswered(upstream: &Upstream, error: &AskError) -> Found {
     };
     Found::Bad(Trouble { kind, text: format!("{}: {error}", upstream.hop) })
 }
-
-const END_TIMEOUT: Duration = Duration::from_millis(500);
-
-/// The answer to a review has about 1 KiB.
-const ANSWER_MAX: usize = 64 * 1024;

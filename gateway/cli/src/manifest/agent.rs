@@ -5,20 +5,47 @@ mod pods;
 
 pub use config::{AgentProxy, Password, Transport};
 
+use super::pod::{Defaults, PodOptions};
+use super::{ManifestError, check_image, check_namespace, metadata, quoted, quoted_list};
+use aws_lc_rs::digest;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::str::FromStr;
 use std::time::Duration;
-
-use aws_lc_rs::digest;
-use serde_json::Value;
 use towline_certs::{HostName, JoinAddress, JoinToken, SpkiPin};
-
-use super::pod::{Defaults, PodOptions};
-use super::{ManifestError, check_image, check_namespace, metadata, quoted, quoted_list};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use towline_model::{ClusterName, Mode, is_system};
+
+/// The default namespace.
+pub const NAMESPACE: &str = "towline";
+/// Of the ServiceAccount, the Deployment and what goes with them.
+pub(super) const NAME: &str = "towline-agent";
+pub(super) const SECRET: &str = "towline-agent-join";
+/// Its key.
+pub(super) const JOIN_TOKEN: &str = "token";
+pub(super) const PROXY_SECRET: &str = "towline-agent-proxy";
+/// Its key.
+pub(super) const PASSWORD: &str = "password";
+/// Lets its holder read the public keys of the cluster's ServiceAccount tokens (Kubernetes 1.20 and later).
+const DISCOVERY_ROLE: &str = "system:service-account-issuer-discovery";
+pub(super) const CONFIG_DIRECTORY: &str = "/etc/towline";
+pub(super) const CONFIG_FILE: &str = "agent.yaml";
+pub(super) const KEYS_FILE: &str = "jwks.json";
+pub(super) const PROJECTED_DIRECTORY: &str = "/var/run/secrets/towline";
+pub(super) const TOKEN_FILE: &str = "token";
+pub(super) const API_TOKEN_FILE: &str = "api-token";
+pub(super) const CA_FILE: &str = "ca.crt";
+pub(super) const JOIN_TOKEN_FILE: &str = "join-token";
+pub(super) const PASSWORD_FILE: &str = "proxy-password";
+pub(super) const PROXY_CA_FILE: &str = "proxy-ca.crt";
+pub(super) const HEALTH_PORT: u16 = 9465;
+/// How long open streams may take after SIGTERM, and the additional time to exit.
+pub(super) const DRAIN: Duration = Duration::from_secs(25);
+pub(super) const DRAIN_SPARE: Duration = Duration::from_secs(10);
+/// Most replicas: more do not improve a cluster's tunnel, and a rolling update must stay below `maxAgents` (16).
+pub(super) const REPLICAS_MAX: u32 = 8;
 
 /// An agent, described.
 #[derive(Clone, Debug)]
@@ -484,32 +511,3 @@ pub(super) const fn word(mode: Mode) -> &'static str {
 pub(super) fn hex_sha256(text: &str) -> String {
     towline_certs::hex(digest::digest(&digest::SHA256, text.as_bytes()).as_ref())
 }
-
-/// The default namespace.
-pub const NAMESPACE: &str = "towline";
-/// Of the ServiceAccount, the Deployment and what goes with them.
-pub(super) const NAME: &str = "towline-agent";
-pub(super) const SECRET: &str = "towline-agent-join";
-/// Its key.
-pub(super) const JOIN_TOKEN: &str = "token";
-pub(super) const PROXY_SECRET: &str = "towline-agent-proxy";
-/// Its key.
-pub(super) const PASSWORD: &str = "password";
-/// Lets its holder read the public keys of the cluster's ServiceAccount tokens (Kubernetes 1.20 and later).
-const DISCOVERY_ROLE: &str = "system:service-account-issuer-discovery";
-pub(super) const CONFIG_DIRECTORY: &str = "/etc/towline";
-pub(super) const CONFIG_FILE: &str = "agent.yaml";
-pub(super) const KEYS_FILE: &str = "jwks.json";
-pub(super) const PROJECTED_DIRECTORY: &str = "/var/run/secrets/towline";
-pub(super) const TOKEN_FILE: &str = "token";
-pub(super) const API_TOKEN_FILE: &str = "api-token";
-pub(super) const CA_FILE: &str = "ca.crt";
-pub(super) const JOIN_TOKEN_FILE: &str = "join-token";
-pub(super) const PASSWORD_FILE: &str = "proxy-password";
-pub(super) const PROXY_CA_FILE: &str = "proxy-ca.crt";
-pub(super) const HEALTH_PORT: u16 = 9465;
-/// How long open streams may take after SIGTERM, and the additional time to exit.
-pub(super) const DRAIN: Duration = Duration::from_secs(25);
-pub(super) const DRAIN_SPARE: Duration = Duration::from_secs(10);
-/// Most replicas: more do not improve a cluster's tunnel, and a rolling update must stay below `maxAgents` (16).
-pub(super) const REPLICAS_MAX: u32 = 8;

@@ -1,11 +1,29 @@
 //! The gateway's manifest: one pod with a volume for its records, and a Service in front of it.
 
-use std::collections::BTreeSet;
-use towline_certs::TrustDomain;
-
 use super::pod::{Defaults, PodOptions};
 use super::{ManifestError, check_image, check_namespace, indented, metadata, quoted, quoted_list};
+use std::collections::BTreeSet;
+use towline_certs::TrustDomain;
 use towline_model::{ADMINS, PublicAddress};
+
+const DEFAULTS: Defaults = Defaults {
+    cpu: "250m",
+    memory: "256Mi",
+    memory_limit: 2048,
+    what: "limits.tunnelMemory and uploadMemory",
+    own_memory: 1280,
+    memory_least: 512,
+};
+const NAME: &str = "towline-gateway";
+const CONFIG_FILE: &str = "/etc/towline/gateway.yaml";
+/// The gateway makes its state directory inside it, readable by itself only.
+const VOLUME: &str = "/var/lib/towline-gateway";
+const PORT: u16 = 8443;
+const HEALTH_PORT: u16 = 9180;
+/// Of the drain, in seconds.
+const DELAY: u32 = 5;
+const DEADLINE: u32 = 30;
+const SPARE: u32 = 10;
 
 /// A gateway, described.
 #[derive(Clone, Debug)]
@@ -291,22 +309,3 @@ kind: NetworkPolicy
         )
     }
 }
-
-const DEFAULTS: Defaults = Defaults {
-    cpu: "250m",
-    memory: "256Mi",
-    memory_limit: 2048,
-    what: "limits.tunnelMemory and uploadMemory",
-    own_memory: 1280,
-    memory_least: 512,
-};
-const NAME: &str = "towline-gateway";
-const CONFIG_FILE: &str = "/etc/towline/gateway.yaml";
-/// The gateway makes its state directory inside it, readable by itself only.
-const VOLUME: &str = "/var/lib/towline-gateway";
-const PORT: u16 = 8443;
-const HEALTH_PORT: u16 = 9180;
-/// Of the drain, in seconds.
-const DELAY: u32 = 5;
-const DEADLINE: u32 = 30;
-const SPARE: u32 = 10;

@@ -1,12 +1,13 @@
 //! Pod options that agent and gateway share: image, placement, resources and labels.
 
+use super::{ManifestError, quoted};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::str::FromStr;
-
 use towline_settings::units::quantity;
 
-use super::{ManifestError, quoted};
+/// What a taint does.
+const EFFECTS: [&str; 3] = ["NoSchedule", "PreferNoSchedule", "NoExecute"];
 
 /// The pod options of a manifest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -296,6 +297,3 @@ fn bytes(text: &str) -> Option<u64> {
     ];
     quantity(text, &UNITS).filter(|bytes| *bytes > 0 && !text.contains(' '))
 }
-
-/// What a taint does.
-const EFFECTS: [&str; 3] = ["NoSchedule", "PreferNoSchedule", "NoExecute"];

@@ -1,13 +1,11 @@
 //! Goal: the manifests keep what they promise; the tests parse the printed YAML.
 
-use std::path::PathBuf;
-
+use super::*;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
+use std::path::PathBuf;
 use towline_certs::{JoinToken, TrustDomain};
-
-use super::*;
 use towline_gateway::config::GatewayConfig;
 use towline_model::{ClusterName, Mode};
 

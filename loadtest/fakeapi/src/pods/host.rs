@@ -1,15 +1,13 @@
 //! The [`PodHost`] that pods run on: a scratch directory, real processes and two small servers.
 
+use super::servers;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-
-use super::servers;
 
 /// The machine that all pods share: a scratch directory, running processes, two small servers.
 pub(crate) struct PodHost {

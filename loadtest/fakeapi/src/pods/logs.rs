@@ -1,19 +1,22 @@
 //! Logs of a container: a few lines, more while followed, and tens of megabytes in the pod `biglog`.
 
-use std::fmt::Write;
-use std::time::Duration;
-
-use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderValue};
-use serde_json::Value;
-use tokio::sync::mpsc;
-use tokio::time::sleep;
-
 use super::container;
 use crate::body::{Response, channel};
 use crate::call::Call;
 use crate::status::ApiError;
 use crate::store::now;
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderValue};
+use serde_json::Value;
+use std::fmt::Write;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+
+const LINES: u64 = 5;
+const BIG_LINES: u64 = 200_000;
+const CHUNK_BYTES: usize = 64 * 1024;
+const FILLER: &str = "the quick brown fox jumps over the lazy dog, again and again and again";
 
 /// `log?follow=&tailLines=&limitBytes=&timestamps=`.
 pub(super) fn answer(call: &Call, pod: &Value, name: &str) -> Result<Response, ApiError> {
@@ -104,8 +107,3 @@ impl Log {
         (self.left > 0).then_some(())
     }
 }
-
-const LINES: u64 = 5;
-const BIG_LINES: u64 = 200_000;
-const CHUNK_BYTES: usize = 64 * 1024;
-const FILLER: &str = "the quick brown fox jumps over the lazy dog, again and again and again";

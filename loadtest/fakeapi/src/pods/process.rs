@@ -1,22 +1,23 @@
 //! Commands in a container: a real process group in the pod's scratch directory, killed when the stream that requested it
 //! ends.
 
+use bytes::{Bytes, BytesMut};
+use serde_json::{Value, json};
 use std::io;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-
-use bytes::{Bytes, BytesMut};
-use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{ChildStdin, Command};
 use tokio::sync::mpsc;
 use tokio::time::sleep;
 
+const CHUNK_BYTES: usize = 32 * 1024;
+
 /// A piece of output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Output {
     Stdout,
     Stderr,
@@ -189,5 +190,3 @@ fn not_started(arguments: &[String], error: &io::Error) -> Value {
         "message": format!("Internal error occurred: error executing command in container: exec: \"{program}\": {error}"),
     })
 }
-
-const CHUNK_BYTES: usize = 32 * 1024;

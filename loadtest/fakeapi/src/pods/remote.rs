@@ -1,13 +1,11 @@
 //! Requests for exec and attach: the command, and which of its streams.
 
-use std::path::PathBuf;
-
-use serde_json::Value;
-
 use super::container;
 use super::process::Work;
 use crate::call::Call;
 use crate::status::ApiError;
+use serde_json::Value;
+use std::path::PathBuf;
 
 /// A checked request for exec or attach.
 #[derive(Debug)]

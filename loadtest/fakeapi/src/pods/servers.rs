@@ -1,15 +1,14 @@
 //! Servers in a pod: a web server that says hello, and a TCP echo.
 
-use std::convert::Infallible;
-use std::future::Future;
-use std::net::SocketAddr;
-
 use http::{Request, Response};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;

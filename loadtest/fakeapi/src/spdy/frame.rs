@@ -2,9 +2,18 @@
 //!
 //! Control frame: `1 | version 15 | type 16 | flags 8 | length 24`. Data frame: `0 | stream 31 | flags 8 | length 24`.
 
+use bytes::Bytes;
 use std::io;
 
-use bytes::Bytes;
+pub(super) const SYN_STREAM: u16 = 1;
+pub(super) const SYN_REPLY: u16 = 2;
+pub(super) const RST_STREAM: u16 = 3;
+pub(super) const PING: u16 = 6;
+pub(super) const GOAWAY: u16 = 7;
+pub(super) const FLAG_FIN: u8 = 1;
+/// Larger frames end the session; spdystream never sends one.
+pub(super) const LENGTH_MAX: usize = 1024 * 1024;
+const VERSION: u16 = 3;
 
 /// Header names and values of a stream, in order.
 pub(super) type Headers = Vec<(String, String)>;
@@ -21,7 +30,7 @@ pub(super) enum Frame {
 }
 
 /// The 8-byte head, taken apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Head {
     Control { kind: u16, flags: u8, length: usize },
     Data { stream: u32, flags: u8, length: usize },
@@ -77,16 +86,6 @@ pub(super) fn number(payload: &[u8]) -> io::Result<u32> {
     let bytes = payload.first_chunk::<4>().ok_or(io::ErrorKind::InvalidData)?;
     Ok(u32::from_be_bytes(*bytes) & 0x7fff_ffff)
 }
-
-pub(super) const SYN_STREAM: u16 = 1;
-pub(super) const SYN_REPLY: u16 = 2;
-pub(super) const RST_STREAM: u16 = 3;
-pub(super) const PING: u16 = 6;
-pub(super) const GOAWAY: u16 = 7;
-pub(super) const FLAG_FIN: u8 = 1;
-/// Larger frames end the session; spdystream never sends one.
-pub(super) const LENGTH_MAX: usize = 1024 * 1024;
-const VERSION: u16 = 3;
 
 #[cfg(test)]
 mod tests {

@@ -1,10 +1,85 @@
 //! SPDY header compression: one zlib stream per direction, started with the dictionary of SPDY/3.
 
+use super::frame::Headers;
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress};
 use std::io;
 
-use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress};
-
-use super::frame::Headers;
+const WORDS: &[&str] = &[
+    "options",
+    "head",
+    "post",
+    "put",
+    "delete",
+    "trace",
+    "accept",
+    "accept-charset",
+    "accept-encoding",
+    "accept-language",
+    "accept-ranges",
+    "age",
+    "allow",
+    "authorization",
+    "cache-control",
+    "connection",
+    "content-base",
+    "content-encoding",
+    "content-language",
+    "content-length",
+    "content-location",
+    "content-md5",
+    "content-range",
+    "content-type",
+    "date",
+    "etag",
+    "expect",
+    "expires",
+    "from",
+    "host",
+    "if-match",
+    "if-modified-since",
+    "if-none-match",
+    "if-range",
+    "if-unmodified-since",
+    "last-modified",
+    "location",
+    "max-forwards",
+    "pragma",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "range",
+    "referer",
+    "retry-after",
+    "server",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "user-agent",
+    "vary",
+    "via",
+    "warning",
+    "www-authenticate",
+    "method",
+    "get",
+    "status",
+    "200 OK",
+    "version",
+    "HTTP/1.1",
+    "url",
+    "public",
+    "set-cookie",
+    "keep-alive",
+    "origin",
+];
+const TEXT: &str = "100101201202205206300302303304305306307402405406407408409410411412413414415416417502504505\
+    203 Non-Authoritative Information204 No Content301 Moved Permanently400 Bad Request401 Unauthorized\
+    403 Forbidden404 Not Found500 Internal Server Error501 Not Implemented503 Service Unavailable\
+    Jan Feb Mar Apr May Jun Jul Aug Sept Oct Nov Dec 00:00:00 Mon, Tue, Wed, Thu, Fri, Sat, Sun, GMT\
+    chunked,text/html,image/png,image/jpg,image/gif,application/xml,application/xhtml+xml,text/plain,\
+    text/javascript,publicprivatemax-age=gzip,deflate,sdchcharset=utf-8charset=iso-8859-1,utf-,*,enq=0.";
+const DICTIONARY_BYTES: usize = 1423;
+/// Headers of a stream are a few hundred bytes.
+const BLOCK_MAX: usize = 64 * 1024;
 
 /// Compresses the header blocks of one direction.
 pub(super) struct Deflater(Compress);
@@ -99,83 +174,6 @@ fn dictionary() -> Vec<u8> {
     dictionary.extend_from_slice(TEXT.as_bytes());
     dictionary
 }
-
-const WORDS: &[&str] = &[
-    "options",
-    "head",
-    "post",
-    "put",
-    "delete",
-    "trace",
-    "accept",
-    "accept-charset",
-    "accept-encoding",
-    "accept-language",
-    "accept-ranges",
-    "age",
-    "allow",
-    "authorization",
-    "cache-control",
-    "connection",
-    "content-base",
-    "content-encoding",
-    "content-language",
-    "content-length",
-    "content-location",
-    "content-md5",
-    "content-range",
-    "content-type",
-    "date",
-    "etag",
-    "expect",
-    "expires",
-    "from",
-    "host",
-    "if-match",
-    "if-modified-since",
-    "if-none-match",
-    "if-range",
-    "if-unmodified-since",
-    "last-modified",
-    "location",
-    "max-forwards",
-    "pragma",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "range",
-    "referer",
-    "retry-after",
-    "server",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "user-agent",
-    "vary",
-    "via",
-    "warning",
-    "www-authenticate",
-    "method",
-    "get",
-    "status",
-    "200 OK",
-    "version",
-    "HTTP/1.1",
-    "url",
-    "public",
-    "set-cookie",
-    "keep-alive",
-    "origin",
-];
-const TEXT: &str = "100101201202205206300302303304305306307402405406407408409410411412413414415416417502504505\
-    203 Non-Authoritative Information204 No Content301 Moved Permanently400 Bad Request401 Unauthorized\
-    403 Forbidden404 Not Found500 Internal Server Error501 Not Implemented503 Service Unavailable\
-    Jan Feb Mar Apr May Jun Jul Aug Sept Oct Nov Dec 00:00:00 Mon, Tue, Wed, Thu, Fri, Sat, Sun, GMT\
-    chunked,text/html,image/png,image/jpg,image/gif,application/xml,application/xhtml+xml,text/plain,\
-    text/javascript,publicprivatemax-age=gzip,deflate,sdchcharset=utf-8charset=iso-8859-1,utf-,*,enq=0.";
-const DICTIONARY_BYTES: usize = 1423;
-/// Headers of a stream are a few hundred bytes.
-const BLOCK_MAX: usize = 64 * 1024;
 
 #[cfg(test)]
 mod tests {

@@ -1,16 +1,5 @@
 //! Port-forward over SPDY: for each TCP connection a pair of streams, data and error, with one request id.
 
-use std::collections::HashMap;
-use std::io;
-use std::sync::Arc;
-
-use bytes::{Bytes, BytesMut};
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
-use tokio::net::TcpStream;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-
 use super::frame::{Frame, Headers};
 use super::remote_command::{negotiate, refused, switching};
 use super::session::{FrameReader, Out, QUEUE, header, send, write_frames};
@@ -18,6 +7,18 @@ use crate::body::Response;
 use crate::call::Call;
 use crate::shared::Shared;
 use crate::status::ApiError;
+use bytes::{Bytes, BytesMut};
+use hyper_util::rt::TokioIo;
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+const PROTOCOLS: &[&str] = &["portforward.k8s.io"];
+const CONNECTIONS_MAX: usize = 1024;
 
 /// Accepts a port-forward.
 pub(crate) fn port_forward(mut call: Call, pod: &str) -> Result<Response, ApiError> {
@@ -168,6 +169,3 @@ impl Connection {
         }
     }
 }
-
-const PROTOCOLS: &[&str] = &["portforward.k8s.io"];
-const CONNECTIONS_MAX: usize = 1024;

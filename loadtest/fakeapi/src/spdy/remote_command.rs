@@ -1,17 +1,5 @@
 //! Exec and attach over SPDY: one stream each for error, stdin, stdout, stderr and resize.
 
-use std::io;
-use std::sync::Arc;
-use std::time::Duration;
-
-use bytes::Bytes;
-use http::StatusCode;
-use hyper_util::rt::TokioIo;
-use serde_json::Value;
-use tokio::io::{AsyncRead, split};
-use tokio::sync::mpsc;
-use tokio::time::timeout;
-
 use super::frame::Frame;
 use super::session::{FrameReader, LINGER, Out, QUEUE, header, send, write_frames};
 use crate::body::Response;
@@ -19,6 +7,20 @@ use crate::call::Call;
 use crate::pods::{Output, RemoteCommand};
 use crate::status::ApiError;
 use crate::status::empty;
+use bytes::Bytes;
+use http::StatusCode;
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, split};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+/// Best first; without a header a real server takes the oldest.
+const PROTOCOLS: &[&str] = &["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
+const OPEN_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Accepts an exec or attach: the first protocol that the client names and the server knows.
 pub(crate) fn remote_command(mut call: Call, command: RemoteCommand) -> Result<Response, ApiError> {
@@ -234,7 +236,3 @@ async fn finish(
     }
     send(out, Out::End).await
 }
-
-/// Best first; without a header a real server takes the oldest.
-const PROTOCOLS: &[&str] = &["v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
-const OPEN_DEADLINE: Duration = Duration::from_secs(30);

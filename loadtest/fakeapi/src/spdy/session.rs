@@ -3,15 +3,19 @@
 //! There is no flow control: the clients of Kubernetes neither send nor expect WINDOW_UPDATE, so a slow consumer
 //! holds up its whole connection, as on a real server.
 
+use super::frame::{self, Frame, Head};
+use super::header_block::{Deflater, Inflater};
+use bytes::Bytes;
 use std::io;
 use std::time::Duration;
-
-use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 
-use super::frame::{self, Frame, Head};
-use super::header_block::{Deflater, Inflater};
+pub(super) const QUEUE: usize = 16;
+/// How long a finished session waits for the client to close.
+pub(super) const LINGER: Duration = Duration::from_secs(3);
+const DATA_MAX: usize = 32 * 1024;
+const RESET_CANCEL: u32 = 5;
 
 /// Reads frames.
 pub(super) struct FrameReader<R> {
@@ -131,9 +135,3 @@ pub(super) fn header<'headers>(headers: &'headers frame::Headers, name: &str) ->
     let found = headers.iter().find(|(header, _)| header.eq_ignore_ascii_case(name));
     found.map_or("", |(_, value)| value)
 }
-
-pub(super) const QUEUE: usize = 16;
-/// How long a finished session waits for the client to close.
-pub(super) const LINGER: Duration = Duration::from_secs(3);
-const DATA_MAX: usize = 32 * 1024;
-const RESET_CANCEL: u32 = 5;

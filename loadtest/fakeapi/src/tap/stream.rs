@@ -1,22 +1,22 @@
 //! The stream between TLS and the HTTP library: a [`TappedStream`].
 
+use super::{RawStage, Tap};
+use crate::faults::RawEnd;
+use crate::lock::lock;
+use crate::shared::Shared;
+use bytes::Buf;
+use socket2::SockRef;
 use std::io::{self, ErrorKind, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-
-use bytes::Buf;
-use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
-use super::{RawStage, Tap};
-use crate::faults::RawEnd;
-use crate::lock::lock;
-use crate::shared::Shared;
+const HEAD_END: &[u8; 4] = b"\r\n\r\n";
 
 /// The connection as the HTTP library sees it. It is counted as live until it is dropped, also after an upgrade.
 pub(crate) struct TappedStream {
@@ -179,8 +179,6 @@ impl Drop for TappedStream {
         }
     }
 }
-
-const HEAD_END: &[u8; 4] = b"\r\n\r\n";
 
 #[cfg(test)]
 mod tests {

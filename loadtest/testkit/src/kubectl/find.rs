@@ -1,15 +1,22 @@
 //! Finds the `kubectl`s of this machine: in `$KUBECTLS`, on `$PATH`, in target/tools (`make tools`) and in a few usual
 //! places.
 
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use serde_json::Value;
+const USUAL_PLACES: &[&str] = &[
+    "/usr/lib/google-cloud-sdk/bin",
+    "/usr/local/bin",
+    "/usr/bin",
+    "/opt/kubectl",
+    "/usr/local/kubebuilder/bin",
+];
 
 /// One `kubectl` binary.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kubectl {
     /// The binary.
     pub path: PathBuf,
@@ -77,11 +84,3 @@ fn client_version(binary: &Path) -> Option<(u32, String)> {
     let minor = version.split('.').nth(1)?.parse().ok()?;
     Some((minor, version))
 }
-
-const USUAL_PLACES: &[&str] = &[
-    "/usr/lib/google-cloud-sdk/bin",
-    "/usr/local/bin",
-    "/usr/bin",
-    "/opt/kubectl",
-    "/usr/local/kubebuilder/bin",
-];

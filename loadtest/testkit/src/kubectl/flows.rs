@@ -1,38 +1,14 @@
 //! The flows that must work with every `kubectl`. Each is a function that needs only the default objects of the fake.
 
+use super::run::{Finished, Run};
+use serde_json::{Value, json};
 use std::fmt;
 use std::pin::Pin;
 use std::time::Duration;
-
-use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-
-use super::run::{Finished, Run};
 use towline_fakeapi::{hex, pattern_chunk};
-
-/// A named flow.
-pub struct Flow {
-    /// Its name in a test report.
-    pub name: &'static str,
-    run: for<'run> fn(&'run Run) -> Outcome<'run>,
-}
-
-type Outcome<'run> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'run>>;
-
-impl Flow {
-    /// Runs it with a `kubectl` and its kubeconfig. Flows may run side by side, on one [`Run`] too.
-    pub async fn run(&self, run: &Run) -> Result<(), String> {
-        (self.run)(run).await.map_err(|error| format!("{}: {error}", self.name))
-    }
-}
-
-impl fmt::Debug for Flow {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Flow").field("name", &self.name).finish_non_exhaustive()
-    }
-}
 
 /// All flows.
 pub const FLOWS: &[Flow] = &[
@@ -55,6 +31,28 @@ pub const FLOWS: &[Flow] = &[
     Flow { name: "cp", run: |run| Box::pin(cp(run)) },
     Flow { name: "port-forward", run: |run| Box::pin(port_forward(run)) },
 ];
+
+/// A named flow.
+pub struct Flow {
+    /// Its name in a test report.
+    pub name: &'static str,
+    run: for<'run> fn(&'run Run) -> Outcome<'run>,
+}
+
+type Outcome<'run> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'run>>;
+
+impl Flow {
+    /// Runs it with a `kubectl` and its kubeconfig. Flows may run side by side, on one [`Run`] too.
+    pub async fn run(&self, run: &Run) -> Result<(), String> {
+        (self.run)(run).await.map_err(|error| format!("{}: {error}", self.name))
+    }
+}
+
+impl fmt::Debug for Flow {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Flow").field("name", &self.name).finish_non_exhaustive()
+    }
+}
 
 async fn get_table(run: &Run) -> Result<(), String> {
     let table = run.ok(&["get", "pods"]).await?;

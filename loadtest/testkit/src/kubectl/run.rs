@@ -1,17 +1,19 @@
 //! Runs one `kubectl`, with its own cache directory, a kubeconfig, a deadline, and none of the user's files.
 
+use super::find::Kubectl;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::timeout;
 
-use super::find::Kubectl;
+/// A kubectl takes less than a second, but many run concurrently on machines that may be ten times slower.
+const RUN_DEADLINE: Duration = Duration::from_secs(120);
+const LINE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A `kubectl` together with the kubeconfig it uses, and a directory for its cache and its files.
 #[derive(Debug)]
@@ -24,7 +26,7 @@ pub struct Run {
 }
 
 /// How a `kubectl` ended.
-#[derive(Debug, Clone)]
+#[derive(Clone, Debug)]
 pub struct Finished {
     /// The exit code; `None` if a signal ended it.
     pub code: Option<i32>,
@@ -194,7 +196,3 @@ impl Streaming {
         self.child.kill().await.ok();
     }
 }
-
-/// A kubectl takes less than a second, but many run concurrently on machines that may be ten times slower.
-const RUN_DEADLINE: Duration = Duration::from_secs(120);
-const LINE_DEADLINE: Duration = Duration::from_secs(60);

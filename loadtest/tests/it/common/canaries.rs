@@ -1,21 +1,19 @@
 //! Honest clients beside whatever a test does: requests at a steady pace, watches, an exec. None of them may see an error, lose
 //! an event or a byte.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
-
+use super::wire::Client as Wire;
+use super::{PATIENCE, head, spawn, within};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinSet;
 use tokio::time::{interval, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use towline_testkit::client::{Target, Version};
-
-use super::wire::Client as Wire;
-use super::{PATIENCE, head, spawn, within};
 
 /// Requests of an open loop, 50 a second, on two connections of their own.
 pub(crate) struct Paced {

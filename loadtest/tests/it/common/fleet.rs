@@ -1,17 +1,17 @@
 //! A real gateway process that remembers: its state directory, its first admin, its API, and the commands on its store.
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
+use super::{END, PATIENCE, until};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue, Method, Request};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::process::Command;
 use tokio::time::{sleep, timeout};
@@ -19,8 +19,6 @@ use towline_certs::load::{FileBytes, parse_certificates, parse_key};
 use towline_certs::{Credential, JoinToken, tls};
 use towline_testkit::client::{Body, Client, Target, Version, empty, full};
 use towline_testkit::stack::{Process, binary, free_port, plain_get};
-
-use super::{END, PATIENCE, until};
 
 pub(crate) const CLUSTERS: &str = "/apis/towline.io/v1alpha1/clusters";
 pub(crate) const TOKENS: &str = "/apis/towline.io/v1alpha1/jointokens";

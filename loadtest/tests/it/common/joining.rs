@@ -1,10 +1,10 @@
 //! Agents made of a key and nothing else: the join protocol, sessions and renewals as any agent speaks them.
 
+use super::{PATIENCE, spawn, within};
+use bytes::Bytes;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
-
-use bytes::Bytes;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -18,8 +18,6 @@ use towline_proto::join::{
 use towline_proto::mux::{Budget, Introduction, Limits, Role};
 use towline_proto::tunnel::message::{recv_message, send_message};
 use towline_proto::tunnel::{Session, SessionConfig};
-
-use super::{PATIENCE, spawn, within};
 
 /// Longer than any response takes.
 const ANSWER: Duration = PATIENCE;

@@ -1,10 +1,10 @@
 //! A client that says exactly what a test says: raw HTTP/1.1 over TLS.
 
-use std::sync::Arc;
-
+use super::{PATIENCE, Refusal};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
+use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -12,8 +12,6 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use towline_fakeapi::{ClientCertificate, FakeApi};
 use towline_testkit::client::{Target, Version};
-
-use super::{PATIENCE, Refusal};
 
 pub(crate) struct Client {
     pub(crate) stream: TlsStream<TcpStream>,

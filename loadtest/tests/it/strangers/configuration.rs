@@ -1,13 +1,11 @@
 //! Rows CF-04, CF-05, CF-07, CF-08: what the programs make of addresses, of settings that are given twice, of a thousand reloads, and of
 //! secrets where everybody can read them.
 
-use std::process::Stdio;
-
+use crate::common::{Bench, Footprint, PATIENCE, Setup, log, settled, until, within};
 use serde_json::{Value, json};
+use std::process::Stdio;
 use tokio::process::Command;
 use towline_testkit::stack::{CLIENT, Mode, binary, free_port};
-
-use crate::common::{Bench, Footprint, PATIENCE, Setup, log, settled, until, within};
 
 /// Runs a program of the workspace to its end; returns its exit code and its output.
 pub(crate) async fn run(name: &str, arguments: &[&str], variables: &[(&str, &str)]) -> (Option<i32>, String) {

@@ -3,20 +3,18 @@
 //! clients beside it see no error, lose no event and no byte; both processes live and have not panicked; neither has grown
 //! by more than a bound; no series of metrics has come or gone.
 
-use std::collections::BTreeSet;
-use std::net::SocketAddr;
-use std::time::{Duration, Instant};
-
+use crate::common::canaries::Canaries;
+use crate::common::{Bench, Footprint, MIB, PATIENCE, Rss, Setup, bound, log, settled};
 use aws_lc_rs::digest;
 use http::HeaderMap;
 use http::header::{AUTHORIZATION, HeaderValue};
 use serde_json::json;
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 use towline_fakeapi::{RequestRecord, hex};
 use towline_testkit::client::Target;
 use towline_testkit::stack::{CLIENT, Mode, metric, plain_get};
-
-use crate::common::canaries::Canaries;
-use crate::common::{Bench, Footprint, MIB, PATIENCE, Rss, Setup, bound, log, settled};
 
 /// What every path and field of a stranger holds, so that it is found wherever it arrives.
 pub(crate) const MARK: &str = "stranger";

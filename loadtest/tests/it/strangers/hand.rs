@@ -1,15 +1,13 @@
 //! A connection of HTTP/2 made by hand: what is sent on it is sent as it is, and what comes is kept.
 
+use super::group::Group;
+use crate::common::{PATIENCE, within};
 use std::time::Duration;
-
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 use towline_testkit::client::Version;
-
-use super::group::Group;
-use crate::common::{PATIENCE, within};
 use towline_testkit::frames::{
     ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, fields,
     frame, next_frame, preface,

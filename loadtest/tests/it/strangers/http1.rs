@@ -1,21 +1,23 @@
 //! Rows H1-01 to H1-21: HTTP/1.1 as no honest client writes it, and what an honest one may write.
 
+use super::group::Group;
+use crate::common::wire::Answer;
+use crate::common::{PATIENCE, bound, until, within};
 use std::time::{Duration, Instant};
-
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 use towline_testkit::client::Version;
-
-use super::group::Group;
-use crate::common::wire::Answer;
-use crate::common::{PATIENCE, bound, until, within};
 
 const ECHO: &str = "/clusters/demo/towline-test/echo?stranger";
 /// A request that must never become one.
 const SMUGGLED: &str =
     "GET /clusters/demo/towline-test/echo?stranger=smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
 const MIB: usize = 1 << 20;
+
+const FRAMING: Option<&str> = Some("TL_BAD_FRAMING");
+const LIMIT: Option<&str> = Some("TL_LIMIT");
+const FORBIDDEN: Option<&str> = Some("TL_HEADER_FORBIDDEN");
 
 /// One input: whole bytes of a connection, and what comes of them.
 struct Row {
@@ -29,10 +31,6 @@ struct Row {
     /// How many requests may reach the API server.
     most: usize,
 }
-
-const FRAMING: Option<&str> = Some("TL_BAD_FRAMING");
-const LIMIT: Option<&str> = Some("TL_LIMIT");
-const FORBIDDEN: Option<&str> = Some("TL_HEADER_FORBIDDEN");
 
 /// A head that the gateway refuses, with a request behind it that must not be seen.
 fn refused(

@@ -1,14 +1,12 @@
 //! Rows H2-01 to H2-18: HTTP/2 in frames made by hand, and what an honest client may send.
 
-use std::time::{Duration, Instant};
-
-use tokio::io::AsyncWriteExt;
-use tokio::time::{sleep, timeout};
-use towline_testkit::client::Version;
-
 use super::group::Group;
 use super::hand::{Field, Hand, Seen, credit, get, headers, post, request, reset, stream};
 use crate::common::{MIB, PATIENCE, bound, until, within};
+use std::time::{Duration, Instant};
+use tokio::io::AsyncWriteExt;
+use tokio::time::{sleep, timeout};
+use towline_testkit::client::Version;
 use towline_testkit::frames::{
     CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PRIORITY, RST_STREAM, SETTINGS,
     fields, frame, next_frame, preface, string,

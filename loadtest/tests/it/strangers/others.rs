@@ -1,13 +1,15 @@
 //! Rows of the other groups that no test of a room holds: identities with odd groups, names that nobody knows, what the public port does
 //! not say, what a log line looks like, a reader that is very slow.
 
-use std::collections::BTreeSet;
-use std::time::Duration;
-
+use super::configuration::run;
+use crate::common::wire::{Answer, Client as Wire};
+use crate::common::{Bench, MIB, PATIENCE, Rss, Setup, log, long, within};
 use aws_lc_rs::digest;
 use http::HeaderMap;
 use http::header::{AUTHORIZATION, HeaderValue};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::sleep;
@@ -15,10 +17,6 @@ use tokio_rustls::TlsConnector;
 use towline_fakeapi::hex;
 use towline_testkit::client::{Target, Version};
 use towline_testkit::stack::{CLIENT, HOST_DOMAIN, Mode, STRANGER, plain_get};
-
-use super::configuration::run;
-use crate::common::wire::{Answer, Client as Wire};
-use crate::common::{Bench, MIB, PATIENCE, Rss, Setup, log, long, within};
 
 async fn ask(target: &Target, path: &str, lines: &str) -> Answer {
     let mut wire = Wire::open(target).await;

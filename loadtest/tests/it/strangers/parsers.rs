@@ -6,14 +6,6 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 #![allow(dead_code, unreachable_pub, reason = "each fuzz target uses its part")]
 
-use std::collections::BTreeMap;
-use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr};
-use std::pin::pin;
-use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll, Waker};
-use std::time::{Duration, SystemTime};
-
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 use base64::Engine as _;
@@ -21,6 +13,13 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use rustls_pki_types::CertificateDer;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr};
+use std::pin::pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, SystemTime};
 use towline_agent::AgentConfig;
 use towline_certs::ca::{CA_LIFETIME, CertificateAuthority};
 use towline_certs::facts::{CertificateFacts, host_names};
@@ -38,6 +37,9 @@ use towline_gateway::web::routing::route;
 use towline_model::{ClusterName, Mode};
 use towline_proto::join::Issuer;
 use towline_store::{Key, Record, Stored, Unreadable};
+
+const AUDIENCE: &str = "towline:fleet.test";
+const SUBJECT: &str = "system:serviceaccount:towline:agent";
 
 /// The lines of an input.
 fn lines(input: &[u8]) -> impl Iterator<Item = &[u8]> {
@@ -180,9 +182,6 @@ pub fn identity(input: &[u8]) {
     }
     drop(host_names(&certificate));
 }
-
-const AUDIENCE: &str = "towline:fleet.test";
-const SUBJECT: &str = "system:serviceaccount:towline:agent";
 
 /// A key, and the issuer on record that it signs for.
 fn issuer() -> &'static (EcdsaKeyPair, TokenIssuer) {

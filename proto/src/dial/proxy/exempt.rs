@@ -1,12 +1,13 @@
 //! Destinations that are dialled without the proxy: `NO_PROXY` as Go and curl read it.
 
+use crate::dial::address::{Address, Host};
+use ipnet::IpNet;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-use ipnet::IpNet;
-
-use crate::dial::address::{Address, Host};
+/// The text of [`NoProxyEntry::Loopback`].
+const LOOPBACK: &str = "<loopback>";
 
 /// Destinations that are dialled directly, as Go and curl read `NO_PROXY`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -120,9 +121,6 @@ impl fmt::Display for NoProxyEntry {
         }
     }
 }
-
-/// The text of [`NoProxyEntry::Loopback`].
-const LOOPBACK: &str = "<loopback>";
 
 #[cfg(test)]
 mod tests {

@@ -1,13 +1,15 @@
 //! The URL of a proxy: `http://USER:PASSWORD@HOST:PORT`. Its password is never shown.
 
-use std::fmt;
-use std::str::FromStr;
-
+use crate::dial::address::Address;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use std::fmt;
+use std::str::FromStr;
 use zeroize::Zeroizing;
 
-use crate::dial::address::Address;
+const MASK: &str = "***";
+/// The port of an `http://` proxy without one, as Go reads it and so kubectl.
+const PORT: u16 = 80;
 
 /// `http://` or `https://`, a user and a password where there are any, host and port.
 #[derive(Clone, PartialEq, Eq)]
@@ -141,10 +143,6 @@ fn encoded(text: &str) -> String {
         }
     })
 }
-
-const MASK: &str = "***";
-/// The port of an `http://` proxy without one, as Go reads it and so kubectl.
-const PORT: u16 = 80;
 
 #[cfg(test)]
 mod tests {

@@ -17,6 +17,9 @@ use towline_proto::mux::{
 use towline_proto::time::Instant;
 use towline_proto::wire::GoAway;
 
+/// Number of kinds of [`Op`].
+pub const KINDS: usize = 19;
+
 /// One command to one peer or to the world. `usize` picks one of the streams that a peer holds.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
@@ -73,9 +76,6 @@ pub enum Op {
     Drain,
     Close,
 }
-
-/// Number of kinds of [`Op`].
-pub const KINDS: usize = 19;
 
 impl Op {
     /// An operation of this kind; `draw(n)` yields a number below `n`.

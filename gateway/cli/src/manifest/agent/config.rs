@@ -1,15 +1,13 @@
 //! The agent's configuration in the manifest's ConfigMap, and the files next to it.
 
-use std::fmt::Write as _;
-
-use towline_proto::dial::proxy::ProxyUrl;
-
 use super::{
     API_TOKEN_FILE, AgentManifest, CA_FILE, CONFIG_DIRECTORY, CONFIG_FILE, DRAIN, HEALTH_PORT, IssuerKeys,
     JOIN_TOKEN_FILE, KEYS_FILE, NAME, PASSWORD_FILE, PROJECTED_DIRECTORY, PROXY_CA_FILE, TOKEN_FILE, word,
 };
 use crate::manifest::{ManifestError, indented, quoted, quoted_list};
+use std::fmt::Write as _;
 use towline_model::Mode;
+use towline_proto::dial::proxy::ProxyUrl;
 
 /// Over what the agent reaches the gateway: `transport` of its configuration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
