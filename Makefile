@@ -20,7 +20,7 @@ test-slow: tools ## the tests that take minutes by design: kills, outages, lossy
 test-cluster: ## a real one-node cluster without Docker, a gateway and agents in it: root on Linux, and Go to build Kubernetes, once (CHECKS="an_eviction_is_not_noticed": only that)
 	CARGO=$(CARGO) loadtest/cluster/run $(CHECKS)
 
-lint: ## format, clippy, documentation, and the rules of this tree: a pure core, who imports whom, ids in docs/requirements.md, what is linked
+lint: ## format, clippy, documentation, and the rules of this tree: a pure core, who imports whom, one dialect, ids in docs/requirements.md, what is linked
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
@@ -28,6 +28,7 @@ lint: ## format, clippy, documentation, and the rules of this tree: a pure core,
 	.ci/layers --self-test
 	.ci/layers
 	.ci/ids
+	.ci/dialect
 	.ci/deny
 
 bench: ## what the core costs without I/O, and whether its instruction counts have grown

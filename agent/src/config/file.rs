@@ -13,6 +13,10 @@ use towline_proto::mux::Limits;
 use towline_proto::open::HEAD_MAX_BYTES;
 use towline_settings::{Configuration, Each, Predicate, Section, Size, Text, section, words};
 
+/// The largest head that an exchange carries, as the type of its key.
+const HEAD_MAX: u32 = 64 << 10;
+const _: () = assert!(HEAD_MAX as usize == HEAD_MAX_BYTES);
+
 /// Gateway addresses.
 const ADDRESSES_MAX: usize = 16;
 /// Targets of one agent (CF-09).
@@ -397,7 +401,7 @@ section! {
         /// Receive memory of one session, in bytes. At most 128 MiB, and no more than that of all, unless written.
         pub session_memory: u64 as Size = process_memory.min(128 << 20), in 1 << 20..=64 << 30;
         /// Largest head of a request or a response, in bytes.
-        pub head: u32 as Size = 64 << 10, in 8 << 10..=HEAD_MAX_BYTES as u32;
+        pub head: u32 as Size = 64 << 10, in 8 << 10..=HEAD_MAX;
     }
 }
 

@@ -110,7 +110,7 @@ macro_rules! section {
                 $({
                     let spot = section.spot(&$crate::section!(@key $field $key));
                     <$crate::section!(@how $how) as $crate::Reads<$type>>::check(&value.$field, &spot);
-                    let _ = $crate::section!(@within spot (&value.$field) [$type] $how $range);
+                    let _within = $crate::section!(@within spot (&value.$field) [$type] $how $range);
                 })*
                 $crate::section!(@check value section $flags);
             }

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, in its helpers too")]
 #![allow(dead_code, unreachable_pub, reason = "each fuzz target uses its part")]
 
+#[allow(clippy::duplicate_mod, reason = "the fuzz targets include this file without the tests around it")]
 #[path = "sim/world.rs"]
 mod world;
 
