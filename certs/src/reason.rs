@@ -1,4 +1,4 @@
-//! Causes and remedies of rustls' own errors. [`crate::explain`] adds those that the verifiers of this crate report.
+//! Causes and remedies of rustls' own errors. [`mod@crate::explain`] adds those that the verifiers of this crate report.
 
 use crate::text::{from_unix, human, rfc3339};
 use rustls::{AlertDescription, CertificateError, Error, PeerIncompatible};

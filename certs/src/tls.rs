@@ -136,7 +136,7 @@ pub fn front_server(
 }
 
 /// An agent towards the gateway, for TLS on TCP and unchanged for QUIC. After the handshake, require
-/// `alpn_protocol() == Some(ALPN_TUNNEL)` with [`negotiated`]: a server without ALPN support answers without one.
+/// `alpn_protocol() == Some(ALPN_TUNNEL)` with [`crate::alpn::negotiated`]: a server without ALPN support answers without one.
 ///
 /// # Errors
 /// When the roots are unusable, or certificate and key do not fit.

@@ -1,9 +1,9 @@
 //! Authentication and authorization of callers: who calls, and whether they may. The front, the exchange and the API use it.
 //!
-//! 1. [`Access::identify`] authenticates the request's credential ([`authn`]).
-//! 2. [`Access::admit`] and [`Access::admit_to_fleet`] apply the rules. The request joins the list of running
-//!    requests ([`running`]) before it is judged, so that no revocation is missed between the two steps.
-//! 3. [`Access::turn`], [`Access::place`] and [`Access::room`] limit what one caller may have under way.
+//! 1. `Access::identify` authenticates the request's credential ([`authn`]).
+//! 2. `Access::admit` and `Access::admit_to_fleet` apply the rules. The request joins the list of running
+//!    requests (`running`) before it is judged, so that no revocation is missed between the two steps.
+//! 3. `Access::turn`, `Access::place` and `Access::room` limit what one caller may have under way.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
@@ -70,7 +70,7 @@ pub(crate) struct Peer {
     chain: Option<Chain>,
     /// The result of verifying the chain.
     judged: ArcSwap<Judged>,
-    /// The host name in the ClientHello (SNI), as [`routing::route`] takes it.
+    /// The host name in the ClientHello (SNI), as [`crate::web::routing::route`] takes it.
     pub(crate) sni: Option<String>,
     /// Whom the connection counts for in the limits.
     pub(crate) standing: Standing,

@@ -9,8 +9,8 @@
 //! 4. `answer_with` or `switch`: the response's head for the client, and the body as it arrives; or raw bytes after a 101.
 //!
 //! An exchange needs no client connection: the request's body may be any [`Body`], and the result is a head and a body, or a head and a
-//! raw stream ([`Exchanged`]). Dropping the exchange, as hyper does when the client leaves, resets and stops its stream. An error
-//! before the response's head becomes an [`ExchangeError`]; after it the client sees an abort, never a clean end.
+//! raw stream (`Exchanged`). Dropping the exchange, as hyper does when the client leaves, resets and stops its stream. An error
+//! before the response's head becomes an `ExchangeError`; after it the client sees an abort, never a clean end.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

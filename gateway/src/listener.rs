@@ -1,7 +1,7 @@
 //! Accepts connections on the public port. The loop only accepts; everything else happens in the connection's own task, under one
-//! deadline, after [`crate::listener::gate`] admits it. The ClientHello's ALPN decides whether it is an agent's, a join or a client's.
+//! deadline, after `gate` admits it. The ClientHello's ALPN decides whether it is an agent's, a join or a client's.
 //!
-//! Until its handshake ends, a peer can make the gateway read at most [`limited::HANDSHAKE_BYTES`].
+//! Until its handshake ends, a peer can make the gateway read at most `limited::HANDSHAKE_BYTES`.
 
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 

@@ -4,7 +4,7 @@
 //! any reliable byte stream, in practice TLS 1.3 on TCP; [`Session::over_quic`] runs on a QUIC connection.
 //! The map: [`driver`] moves the bytes of a mux session, [`quic`] those of a QUIC session (`gate` orders its writers), [`stream`] is one stream, [`exchange`] frames the heads of an HTTP
 //! exchange, [`message`] sends one message without a session, [`splice`] joins a stream with a raw connection, [`socket`] sets the options of a TCP socket,
-//! [`address`] parses addresses to dial, and [`proxy`] connects through an HTTP proxy.
+//! [`crate::dial`] parses addresses to dial, and connects through an HTTP proxy.
 
 pub mod aside;
 mod buffer;
