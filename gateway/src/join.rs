@@ -12,12 +12,12 @@
 #![warn(clippy::indexing_slicing)] // What peers send is read here (SG17).
 
 pub mod account;
+mod account_uses;
 mod issue;
 mod limits;
 mod places;
 mod refusal;
 mod renew;
-mod uses;
 
 pub(crate) use issue::instance;
 pub(crate) use renew::renew;
@@ -29,6 +29,7 @@ use crate::metrics::{JoinOutcome, Limit, Surface, TlCode};
 use crate::per_key::KeyPermit;
 use crate::registry::Registry;
 use account::Vouched;
+use account_uses::Claim;
 use bytes::Bytes;
 use issue::{adopt, issue, record_issuer};
 use limits::{JOINS, Shares, Way};
@@ -48,7 +49,6 @@ use towline_proto::join::{
     Admitted, Certificate, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode,
 };
 use towline_proto::tunnel::message::{MessageError, recv_message, send_message};
-use uses::Claim;
 
 /// How long a join waits for a place.
 const ROOM_TIMEOUT: Duration = Duration::from_secs(5);

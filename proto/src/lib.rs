@@ -7,10 +7,12 @@
 //! - [`hello`]: the first message of a session.
 //! - [`open`]: the head of a stream, and its answer.
 //! - [`join`]: the messages by which an agent gets and renews an identity.
-//! - [`mux`]: the multiplexer as a pure state machine: bytes and `now` in, bytes and events out.
+//! - [`mux`]: the multiplexer as a pure state machine: bytes and `now` in, bytes and events out. Why a
+//!   stream stalls: `mux/flow.rs` (credit); the order of sending: `mux/schedule.rs`.
 //! - [`text`]: foreign text, made safe to show.
 //! - [`time`]: the clock value that callers pass into the state machine.
 //! - [`tunnel`] (feature `tokio`): the asynchronous interface: sessions and streams.
+//! - [`dial`](mod@crate::dial) (feature `dial`): addresses to dial, and the dialogue with an HTTP proxy.
 //!
 //! Without these features this crate is `no_std`: it cannot name a runtime, a clock, a socket or TLS, and
 //! `make lint` builds it that way to keep it so.

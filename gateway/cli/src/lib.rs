@@ -7,7 +7,7 @@
 //! | `towline cluster`, `token`, `status` … | the file of that name |
 //! | how are objects printed and watched? | `show`, `describe` |
 //! | what is in a kubeconfig entry, and how is it written? | `entries`, `kubefile` |
-//! | how does kubectl log in? | `credential`, `cache`, `exec` |
+//! | how does kubectl log in? | `credential` is the plugin that kubectl runs, `cache` keeps its certificates; `exec` runs another's plugin |
 //! | why did it fail, with which exit code? | `failure` |
 //! | how is output formatted? | `output`, `yaml` |
 //! | how does shell completion work? | `complete` |

@@ -1,4 +1,4 @@
-//! HTTP/1.1: one connection of a client, which is parked while it is idle.
+//! HTTP/1.1: one connection of a client, which is parked while it is idle. During a drain its responses say `Connection: close`.
 
 use super::framing::Judged;
 use super::idle::{self, Activity, Counted};

@@ -1,4 +1,4 @@
-//! HTTP/2: one connection of a client, whose responses are cancelled when what they rest on is revoked.
+//! HTTP/2: one connection of a client, whose responses are cancelled when what they rest on is revoked. A drain sends GOAWAY.
 
 use super::frames::Followed;
 use super::{Client, LAST_WORDS, drive};

@@ -1,7 +1,7 @@
 //! The limits of joins and renewals: how many at the same time, how often for one cluster, one instance, and one address that fails.
 
+use super::account_uses::Uses;
 use super::places::Places;
-use super::uses::Uses;
 use crate::buckets::{Buckets, Rate};
 use crate::per_key::{PerKey, Sizes, network};
 use std::net::IpAddr;
