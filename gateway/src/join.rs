@@ -319,7 +319,7 @@ async fn by_account(
     let is_new = || fleet.standing(&route.uid).is_some_and(|standing| !standing.was_let_in);
     let issuer = fleet.issuer(&route.uid).ok_or_else(|| Refusal {
         expected: is_new(),
-        ..unknown("cannot record the cluster's token issuer")
+        ..unknown("the cluster's token issuer is not on record")
     })?;
     let told = |why: String, proven| Told { cluster: route.uid.clone(), why, proven, returns: true };
     let (audience, now) = (joins.context.config.trust_domain.audience(), SystemTime::now());

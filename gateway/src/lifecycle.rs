@@ -52,7 +52,9 @@ struct Lifeline<'a>(&'a Stages);
 impl Drop for Lifeline<'_> {
     fn drop(&mut self) {
         if !self.0.abort.is_cancelled() {
-            tracing::error!("fleet follower stopped unexpectedly; shutting down");
+            tracing::error!(
+                "a task that revocations depend on stopped unexpectedly; the gateway shuts down, start it again"
+            );
             self.0.end();
         }
     }

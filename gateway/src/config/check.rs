@@ -272,7 +272,7 @@ drain:
             ),
             (
                 GOOD.replace("[ops]", "a"),
-                "gw.yaml:15:30: access[0].groups: must be a list, not \"a\"; as in groups: ['a']",
+                "gw.yaml:15:30: access[0].groups: must be a list, not a text; as in groups: [...]",
             ),
             (
                 GOOD.replace("groups: [ops]", "group: [ops], users: [a]"),

@@ -92,13 +92,14 @@ impl Exchange {
     /// # Errors
     /// Why not.
     pub(crate) fn check(&self, parts: &Parts) -> Result<(), ExchangeError> {
+        // First: after such a method the bytes that follow may mean anything, and the dispatch closes the connection.
+        if !is_carried(&parts.method) {
+            return Err(ExchangeError::Method(parts.method.clone()));
+        }
         // hyper counts header lines of HTTP/1.1 only, and its error has no message for the client.
         let fields_max = self.context.config.limits.header_count;
         if parts.headers.len() > fields_max {
             return Err(HeadTooLarge::Fields { max: fields_max }.into());
-        }
-        if !is_carried(&parts.method) {
-            return Err(ExchangeError::Method(parts.method.clone()));
         }
         Ok(())
     }

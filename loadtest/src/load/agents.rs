@@ -42,7 +42,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Requested buffer size of the one UDP socket of all agents, in bytes.
 const UDP_BUFFER: usize = 8 << 20;
 /// An agent on QUIC asks a silent gateway for a sign of life after so long, where TCP's ping waits longer (`PROBE_IDLE` in
-/// `agent/src/sessions/transport.rs`).
+/// `agent/src/sessions/policy.rs`).
 const QUIC_SILENCE: Duration = Duration::from_secs(2);
 /// The trust domain of [`towline_testkit::stack`].
 const TRUST_DOMAIN: &str = "towline.test";

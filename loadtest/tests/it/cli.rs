@@ -299,7 +299,10 @@ async fn an_operator_runs_the_fleet() {
     let secret = token.out.trim().rsplit('/').next().unwrap().to_owned();
     assert!(!token.err.contains(&secret) && token.err.contains("admits 2 agents"), "{}", token.err);
     world.run(&["token", "create", "lba"]).await.failed(1, &["Did you mean lab?"]);
-    world.run(&["token", "create", "prod", "--expires", "1w"]).await.failed(2, &["30m"]);
+    world
+        .run(&["token", "create", "prod", "--expires", "1w"])
+        .await
+        .failed(2, &["not a duration", "for example 10s"]);
     let agent = world.agent("prod", &world.file("token", &token.out)).await;
     let listed = world.ok(&["token", "list", "prod", "-o", "json"]).await;
     assert!(listed.contains("\"first\"") && !listed.contains(&secret), "{listed}");
@@ -661,7 +664,7 @@ async fn a_kubeconfig_of_the_fleet() {
     world
         .run(&["kubeconfig", "east", "--name", "towline"])
         .await
-        .failed(1, &["\"towline\" already", "--name NAME"]);
+        .failed(1, &["already has a cluster \"towline\"", "--name NAME"]);
     world.run(&["kubeconfig", "est"]).await.failed(1, &["Did you mean east, west?"]);
     assert_eq!(std::fs::read_to_string(world.path("admin.yaml")).unwrap(), before);
     let alone = world.ok(&["kubeconfig", "east", "--output", "-"]).await;

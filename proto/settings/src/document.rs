@@ -62,11 +62,11 @@ impl Node {
         matches!(&self.value, Value::Scalar(text, true) if matches!(&**text, "" | "~" | "null" | "Null" | "NULL"))
     }
 
-    /// Its kind, for a sentence.
+    /// Its kind, for a sentence. Never its text: a password that stands in the wrong place is not for a log (R-LOG-1).
     pub(crate) fn kind(&self) -> String {
         match &self.value {
             Value::Scalar(..) if self.is_null() => "nothing".to_owned(),
-            Value::Scalar(text, _) => format!("{:?}", clipped(text)),
+            Value::Scalar(..) => "a text".to_owned(),
             Value::List(_) => "a list".to_owned(),
             Value::Map(_) => "a section of keys".to_owned(),
         }

@@ -1,6 +1,6 @@
 //! Reads, prints and describes a whole file. Its head names its kind; the rest is the program's section.
 
-use crate::document::{self, Node, Value};
+use crate::document::{self, Node, Value, clipped};
 use crate::findings::{Findings, Places, Problems};
 use crate::schema::Schema;
 use crate::section::Spot;
@@ -82,7 +82,10 @@ where
                 let what = format!("this is an {kind}, which {program} reads; {} reads {wanted}", C::PROGRAM);
                 findings.note_at(node.at, key, what.replace("an Gateway", "a Gateway"));
             }
-            None => findings.note_at(node.at, key, format_args!("must be {wanted}, not {}", node.kind())),
+            None if said.is_empty() => {
+                findings.note_at(node.at, key, format_args!("must be {wanted}, not {}", node.kind()))
+            }
+            None => findings.note_at(node.at, key, format_args!("must be {wanted}, not {:?}", clipped(said))),
         }
     }
     known.then_some(root)

@@ -75,11 +75,7 @@ impl<'a> Spot<'a> {
         let node = self.node?;
         let Value::List(items) = &node.value else {
             let name = self.path.rsplit('.').next().unwrap_or_default();
-            let example = match &node.value {
-                Value::Scalar(text, _) if !node.is_null() => format!("{name}: ['{}']", clipped(text)),
-                _ => format!("{name}: [...]"),
-            };
-            self.problem(format_args!("must be a list, not {}; as in {example}", node.kind()));
+            self.problem(format_args!("must be a list, not {}; as in {name}: [...]", node.kind()));
             return None;
         };
         let item = |(index, node): (usize, &'a Node)| {

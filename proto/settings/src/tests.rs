@@ -109,6 +109,18 @@ fn problems(lines: &str) -> Vec<String> {
     read(lines).unwrap_err().lines()
 }
 
+/// Goal: R-LOG-1: a value that stands in the wrong place is named by its kind. It may be a secret that was meant for another key.
+#[test]
+fn r_log_1_a_value_in_the_wrong_place_is_not_repeated() {
+    for (wrong, said) in [
+        ("limits: http://joe:s3cret@proxy", "limits: must be a section of keys, not a text"),
+        ("rules: tljt1/s3cret", "rules: must be a list, not a text; as in rules: [...]"),
+    ] {
+        let problems = read(&format!("name: a\n{wrong}\n")).unwrap_err().to_string();
+        assert!(problems.contains(said) && !problems.contains("s3cret"), "{problems}");
+    }
+}
+
 #[test]
 fn a_small_file_has_defaults_and_is_printed_as_it_is_read() {
     let config = read("name: a\nproxy: http://user:secret@proxy\nrules:\n- { cluster: '*' }\n").unwrap();
@@ -146,7 +158,7 @@ fn d15_every_mistake_is_told_at_once_with_its_place() {
         "x.yaml:12:3: limits.hed: there is no such key; did you mean head?",
         "x.yaml:13:11: rules[0].group: there is no such key; did you mean groups?",
         "x.yaml:13:37: rules[1].cluster: is required",
-        "x.yaml:13:47: rules[1].groups: must be a list, not \"a\"; as in groups: ['a']",
+        "x.yaml:13:47: rules[1].groups: must be a list, not a text; as in groups: [...]",
         "x.yaml:14:8: proxy: is not a URL",
     ];
     assert_eq!(found, expected, "{found:#?}");

@@ -567,7 +567,7 @@ fn the_files_in_deploy_are_what_is_printed() {
         let found = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(
             found == text,
-            "{name} is not what is printed; TOWLINE_WRITE=1 cargo test -p towline-gateway writes it anew"
+            "{name} is not what is printed; TOWLINE_WRITE=1 cargo test -p towline-cli writes it anew"
         );
     }
 }
