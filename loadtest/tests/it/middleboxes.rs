@@ -64,7 +64,7 @@ async fn through_a_proxy_with_a_password() {
             json!({"url": format!("http://joe:wrong-horse@{port}")}),
             "does not accept the user and password (401)",
         ),
-        ("none", json!({"url": format!("http://{port}")}), "and none is configured. Set proxy.url"),
+        ("none", json!({"url": format!("http://{port}")}), "but none is configured. Set proxy.url"),
     ] {
         let log = refused(&bench, name, &json!({"proxy": proxy}), &[], &[parts, &port.to_string()]).await;
         assert!(!log.contains("horse"), "{log}");
@@ -121,7 +121,7 @@ async fn through_squid_with_a_password() {
     assert_eq!(bench.gateway_metric("sessions_ended_total").await, 0.0, "the session is still the first one");
     for (name, url, part) in [
         ("wrong", format!("http://joe:wrong-horse@{port}"), "does not accept the user and password (407)"),
-        ("none", format!("http://{port}"), "requires a user and a password (407), and none is configured"),
+        ("none", format!("http://{port}"), "requires a user and a password (407), but none is configured"),
     ] {
         let log = refused(&bench, name, &json!({"proxy": {"url": url}}), &[], &[part]).await;
         assert!(!log.contains("horse"), "{log}");
