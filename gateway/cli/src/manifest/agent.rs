@@ -1,9 +1,9 @@
 //! The agent's manifest: its objects and why each is needed.
 
-mod config;
 mod pods;
+mod proxy;
 
-pub use config::{AgentProxy, Password, Transport};
+pub use proxy::{AgentProxy, Password, Transport};
 
 use super::pod::{Defaults, PodOptions};
 use super::{ManifestError, check_image, check_namespace, metadata, quoted, quoted_list};
