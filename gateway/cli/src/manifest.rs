@@ -1,11 +1,12 @@
 //! The manifests of agent and gateway: plain YAML for `kubectl apply`, written for the person who reviews it. The first lines say what
 //! the program may do, and every choice has a comment.
 //!
-//! The functions are pure: a description in, a text out. The join token is only in the agent's Secret.
+//! The functions are pure: a description in, a text out. The YAML is in `manifest/templates`. The join token is only in the agent's Secret.
 
 mod agent;
 mod gateway;
 mod pod;
+mod template;
 
 pub use agent::{
     AgentManifest, AgentProxy, Grant, IssuerKeys, NAMESPACE as AGENT_NAMESPACE, Password, Transport,
@@ -13,16 +14,12 @@ pub use agent::{
 pub use gateway::GatewayManifest;
 pub use pod::{Label, PodOptions, Resources, Toleration};
 
-use serde_json::Value;
 use thiserror::Error;
 
 /// Which rules hold for the pods of a namespace.
 const SECURITY_LABEL: &str = "pod-security.kubernetes.io/enforce";
 /// By which the pods are found.
 const NAME_LABEL: &str = "app.kubernetes.io/name";
-
-/// The users that images without a user of their own take; any but root would do.
-const USER: u32 = 65_532;
 
 /// Why there is no manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -86,30 +83,6 @@ pub enum ManifestError {
     Size(String),
 }
 
-/// A string of JSON is one of YAML, whatever is in it.
-fn quoted(text: &str) -> String {
-    Value::from(text).to_string()
-}
-
-/// Name, namespace and labels of an object; `app` is the program that it belongs to.
-fn metadata(name: &str, namespace: &str, app: &str, pod: &PodOptions) -> String {
-    format!(
-        "metadata:
-  name: {name}
-  namespace: {}
-  labels:
-    {NAME_LABEL}: {app}
-{}",
-        quoted(namespace),
-        pod.label_lines(4)
-    )
-}
-
-fn quoted_list<T: ToString>(items: &[T]) -> String {
-    let items: Vec<_> = items.iter().map(|item| quoted(&item.to_string())).collect();
-    format!("[{}]", items.join(", "))
-}
-
 /// Whether a text is a DNS label of at most `most` characters, as Kubernetes wants names to be.
 fn check_name(what: &'static str, text: &str, most: usize) -> Result<(), ManifestError> {
     let plain = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
@@ -129,11 +102,6 @@ fn check_namespace(namespace: &str) -> Result<(), ManifestError> {
 fn check_image(image: &str) -> Result<(), ManifestError> {
     let fits = !image.is_empty() && image.bytes().all(|byte| byte.is_ascii_graphic());
     if fits { Ok(()) } else { Err(ManifestError::Image(image.to_owned())) }
-}
-
-/// Moves every line but the first to the right.
-fn indented(text: &str, spaces: usize) -> String {
-    text.trim_end().replace('\n', &format!("\n{}", " ".repeat(spaces)))
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! A YAML writer: block style, keys in order. serde-saphyr quotes every text that some YAML parser could read as another type, such as
 //! `yes` (a boolean for kubectl) and `012` (a number).
 
-use serde_json::Value;
-use serde_saphyr::ser_options;
+use serde_json::{Value, json};
+use serde_saphyr::{DoubleQuoted, ser_options};
 
 /// The object as a document.
 #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
@@ -13,11 +13,25 @@ pub(crate) fn text(value: &Value) -> String {
         .expect("JSON has a YAML form, and a String takes all of it")
 }
 
+/// The text in double quotes, on one line.
+#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
+pub(crate) fn quoted(text: &str) -> String {
+    let written = serde_saphyr::to_string(&DoubleQuoted(text)).expect("a text has a YAML form");
+    written.trim_end().to_owned()
+}
+
+/// The text behind a key: lines of their own, `indent` to the right, or one line in quotes where a reader would not get the same lines.
+pub(crate) fn field(content: &str, indent: usize) -> String {
+    let written = text(&json!({ "": content }));
+    let value = written.split_once(": ").map_or(written.as_str(), |(_, value)| value).trim_end();
+    // The writer has made two spaces of them.
+    value.replace("\n  ", &format!("\n{}", " ".repeat(indent)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use serde_json::json;
 
     #[test]
     fn blocks_are_as_kubectl_writes_them() {

@@ -1,8 +1,8 @@
 //! Pod options that agent and gateway share: image, placement, resources and labels.
 
-use super::{ManifestError, quoted};
+use super::ManifestError;
+use minijinja::{Value, context};
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::str::FromStr;
 use towline_settings::units::quantity;
 
@@ -52,14 +52,13 @@ pub struct Resources {
     pub memory_limit: Option<String>,
 }
 
-/// The default resources of a program's container, in the order of the YAML.
+/// The default resources of a program's container.
 pub(super) struct Defaults {
     pub(super) cpu: &'static str,
     pub(super) memory: &'static str,
     /// In MiB.
     pub(super) memory_limit: u64,
-    /// The configuration keys that share half of a given memory limit, and their defaults, in MiB.
-    pub(super) what: &'static str,
+    /// What the configuration takes by default, of a given memory limit half, in MiB.
     pub(super) own_memory: u64,
     /// The least memory with which the program runs, in MiB.
     pub(super) memory_least: u64,
@@ -171,86 +170,33 @@ impl PodOptions {
         Some(given >> 21)
     }
 
-    /// The additional labels, as lines of YAML.
-    pub(super) fn label_lines(&self, spaces: usize) -> String {
-        lines(&self.labels, spaces)
-    }
-
-    /// The fields of the pod's `spec` before its containers, up to eight lines.
-    pub(super) fn spec(&self) -> String {
-        let mut out = String::new();
-        if let Some(class) = &self.priority_class {
-            add(&mut out, format_args!("      priorityClassName: {}", quoted(class)));
-        }
-        if !self.pull_secrets.is_empty() {
-            add(&mut out, format_args!("      imagePullSecrets:"));
-            for name in &self.pull_secrets {
-                add(&mut out, format_args!("      - name: {}", quoted(name)));
-            }
-        }
-        if !self.node_selector.is_empty() {
-            add(&mut out, format_args!("      nodeSelector:"));
-            out.push_str(&lines(&self.node_selector, 8));
-        }
-        if !self.tolerations.is_empty() {
-            add(&mut out, format_args!("      tolerations:"));
-            for Toleration { key, value, effect } in &self.tolerations {
-                let operator = if value.is_some() { "Equal" } else { "Exists" };
-                add(&mut out, format_args!("      - operator: {operator}"));
-                for (field, text) in [("key", key), ("value", value), ("effect", effect)] {
-                    if let Some(text) = text {
-                        add(&mut out, format_args!("        {field}: {}", quoted(text)));
-                    }
-                }
-            }
-        }
-        out
-    }
-
-    /// The pod's user and groups.
-    pub(super) fn user(&self) -> String {
-        if self.platform_uid {
-            return "        # The platform chooses user and groups.\n".to_owned();
-        }
-        let user = super::USER;
-        format!("        runAsUser: {user}\n        runAsGroup: {user}\n        fsGroup: {user}\n")
-    }
-
-    /// The container's resources.
-    pub(super) fn resources(&self, defaults: &Defaults) -> String {
+    /// What the templates know of it.
+    pub(super) fn values(&self, defaults: &Defaults) -> Value {
+        let Self { pull_secrets, node_selector, tolerations, priority_class, labels, .. } = self;
+        let pairs = |labels: &[Label]| -> Vec<Value> {
+            labels.iter().map(|Label { key, value }| context! { key, value }).collect()
+        };
+        let tolerations: Vec<Value> = tolerations
+            .iter()
+            .map(|Toleration { key, value, effect }| context! { key, value, effect })
+            .collect();
         let Resources { cpu_request, memory_request, cpu_limit, memory_limit } = &self.resources;
-        let plain = |given: &Option<String>, default: &str| given.as_deref().unwrap_or(default).to_owned();
-        let (cpu, memory) = (plain(cpu_request, defaults.cpu), plain(memory_request, defaults.memory));
-        let mut out = "        resources:\n          requests:\n".to_owned();
-        add(&mut out, format_args!("            cpu: {cpu}"));
-        add(&mut out, format_args!("            memory: {memory}"));
-        add(&mut out, format_args!("          limits:"));
-        if let Some(cpu) = cpu_limit {
-            add(&mut out, format_args!("            cpu: {cpu}"));
+        context! {
+            pull_secrets,
+            tolerations,
+            priority_class,
+            node_selector => pairs(node_selector),
+            labels => pairs(labels),
+            platform_uid => self.platform_uid,
+            resources => context! {
+                cpu_request => cpu_request.as_deref().unwrap_or(defaults.cpu),
+                memory_request => memory_request.as_deref().unwrap_or(defaults.memory),
+                cpu_limit,
+                memory_limit => memory_limit.clone().unwrap_or_else(|| shown(defaults.memory_limit)),
+                own_memory => shown(self.own_memory().unwrap_or(defaults.own_memory)),
+            },
         }
-        let limit = plain(memory_limit, &shown(defaults.memory_limit));
-        let own = shown(self.own_memory().unwrap_or(defaults.own_memory));
-        add(
-            &mut out,
-            format_args!(
-                "            memory: {limit} # {} of the configuration, {own}B, and room for the rest",
-                defaults.what
-            ),
-        );
-        out
     }
-}
-
-fn add(out: &mut String, line: std::fmt::Arguments<'_>) {
-    writeln!(out, "{line}").unwrap_or_default();
-}
-
-fn lines(labels: &[Label], spaces: usize) -> String {
-    let pad = " ".repeat(spaces);
-    labels.iter().fold(String::new(), |mut out, Label { key, value }| {
-        add(&mut out, format_args!("{pad}{}: {}", quoted(key), quoted(value)));
-        out
-    })
 }
 
 /// MiB as Kubernetes writes them, in the largest unit that is whole.
