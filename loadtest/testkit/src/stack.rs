@@ -1,10 +1,13 @@
 //! Starts the real gateway and the real agent for a test, the demo or a measurement: as processes, with their own
 //! certificates and configuration in one directory, on free loopback ports.
 
-use crate::client::Target;
+use crate::client::{self, Target};
 use anyhow::{Context, bail, ensure};
-use http::HeaderMap;
-use http::header::{AUTHORIZATION, HeaderValue};
+use http::header::{AUTHORIZATION, CONNECTION, HOST, HeaderValue};
+use http::{HeaderMap, Request};
+use http_body_util::BodyExt as _;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use serde_json::json;
 use socket2::{Domain, Socket, Type};
 use std::fs::File;
@@ -610,13 +613,22 @@ pub async fn metric(address: SocketAddr, name: &str) -> anyhow::Result<f64> {
 /// # Errors
 /// Nobody listens, or the answer is not HTTP.
 pub async fn plain_get(address: SocketAddr, path: &str) -> anyhow::Result<(u16, String)> {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let mut socket = tokio::net::TcpStream::connect(address).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    socket.write_all(request.as_bytes()).await?;
-    let mut answer = String::new();
-    tokio::time::timeout(START_TIMEOUT, socket.read_to_string(&mut answer)).await??;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no head")?;
-    let status = head.split_whitespace().nth(1).context("no status")?.parse()?;
-    Ok((status, body.to_owned()))
+    let socket = TokioIo::new(tokio::net::TcpStream::connect(address).await?);
+    let (mut sender, connection) = http1::handshake(socket).await?;
+    let request = Request::get(path)
+        .header(HOST, address.to_string())
+        .header(CONNECTION, "close")
+        .body(client::empty())?;
+    let answer = async {
+        let (head, body) = sender.send_request(request).await?.into_parts();
+        anyhow::Ok((head.status.as_u16(), body.collect().await?.to_bytes()))
+    };
+    let driven = async {
+        tokio::select! {
+            answer = answer => answer,
+            Err(error) = connection => Err(error.into()),
+        }
+    };
+    let (status, body) = tokio::time::timeout(START_TIMEOUT, driven).await??;
+    Ok((status, String::from_utf8(body.into())?))
 }
