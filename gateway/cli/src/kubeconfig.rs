@@ -8,6 +8,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use thiserror::Error;
 use towline_certs::FileBytes;
 use towline_proto::dial::address::Address;
 
@@ -55,6 +56,28 @@ pub(crate) struct Context {
     pub(crate) files: Vec<PathBuf>,
 }
 
+/// What a context selects, for programs that judge it by themselves.
+pub struct Selected {
+    /// The URL of the server.
+    pub server: String,
+    /// The CA bundle; `None` for the system's.
+    pub ca: Option<FileBytes>,
+    /// The chain of the client certificate, and its key.
+    pub certificate: Option<(FileBytes, FileBytes)>,
+    pub token: Option<String>,
+}
+
+impl std::fmt::Debug for Selected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Selected").field("server", &self.server).finish_non_exhaustive()
+    }
+}
+
+/// Why a kubeconfig selects nothing.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct KubeconfigError(String);
+
 /// PEM and where it is from.
 #[derive(Clone)]
 pub(crate) struct Bundle {
@@ -95,6 +118,30 @@ impl std::fmt::Debug for User {
             Self::Nobody => "Nobody",
         })
     }
+}
+
+/// What a context of one file selects; without a name the current context.
+///
+/// # Errors
+/// The file cannot be read, has no such context, or names a file that cannot be read.
+pub fn select(file: &Path, context: Option<&str>) -> Result<Selected, KubeconfigError> {
+    let connection =
+        ConnectionArguments { kubeconfig: vec![file.to_owned()], context: context.map(ToOwned::to_owned) };
+    let select = || {
+        let kubeconfig = Kubeconfig::load(&connection)?;
+        let (cluster, user) = kubeconfig.parts(&kubeconfig.chosen(context)?)?;
+        let (certificate, token) = match user {
+            Some(user) => (user.certificate()?, user.token()?),
+            None => (None, None),
+        };
+        Ok(Selected {
+            server: cluster.content["server"].as_str().unwrap_or_default().to_owned(),
+            ca: cluster.bundle("certificate-authority")?.map(|ca| ca.file()),
+            certificate: certificate.map(|(chain, key)| (chain.file(), key.file())),
+            token,
+        })
+    };
+    select().map_err(|failure: Failure| KubeconfigError(failure.text().unwrap_or_default()))
 }
 
 /// The candidate kubeconfig files, and whether they must exist: those named for this program must.
@@ -177,19 +224,21 @@ impl Kubeconfig {
         }
     }
 
-    /// Resolves the context of the flags, or else the current one.
-    pub(crate) fn context(&self, connection: &ConnectionArguments) -> Outcome<Context> {
-        let current = || {
-            let said = self.files.iter().filter_map(|file| file.content["current-context"].as_str());
-            said.filter(|name| !name.is_empty()).map(ToOwned::to_owned).next()
-        };
-        let Some(name) = connection.context.clone().or_else(current) else {
-            return Err(Failure::usage(format!(
+    /// The name of the context of the flags, or else of the current one.
+    fn chosen(&self, context: Option<&str>) -> Outcome<String> {
+        let mut said = self.files.iter().filter_map(|file| file.content["current-context"].as_str());
+        let name = context.or_else(|| said.find(|name| !name.is_empty()));
+        name.map(ToOwned::to_owned).ok_or_else(|| {
+            Failure::usage(format!(
                 "the kubeconfig has no current context; choose one with --context NAME. Available: {}",
                 self.names()
-            )));
-        };
-        let context = self.entry("contexts", "context", &name).ok_or_else(|| {
+            ))
+        })
+    }
+
+    /// The cluster of a context, and its user if it names one.
+    fn parts(&self, name: &str) -> Outcome<(Entry<'_>, Option<Entry<'_>>)> {
+        let context = self.entry("contexts", "context", name).ok_or_else(|| {
             Failure::usage(format!("the kubeconfig has no context {name:?}. Available: {}", self.names()))
         })?;
         let part = |list: &str, inner: &str| {
@@ -200,11 +249,18 @@ impl Kubeconfig {
                 ))
             })
         };
-        let cluster = part("clusters", "cluster")?;
         let user = match context.content["user"].as_str() {
-            None | Some("") => User::Nobody,
-            Some(_) => part("users", "user")?.user(&name)?,
+            None | Some("") => None,
+            Some(_) => Some(part("users", "user")?),
         };
+        Ok((part("clusters", "cluster")?, user))
+    }
+
+    /// Resolves the context of the flags, or else the current one.
+    pub(crate) fn context(&self, connection: &ConnectionArguments) -> Outcome<Context> {
+        let name = self.chosen(connection.context.as_deref())?;
+        let (cluster, user) = self.parts(&name)?;
+        let user = user.map_or(Ok(User::Nobody), |user| user.user(&name))?;
         let server = cluster.content["server"].as_str().unwrap_or_default();
         let (gateway, address) = gateway(server).ok_or_else(|| {
             Failure::usage(format!("the server {server:?} of context {name:?} is not https://GATEWAY; choose a gateway's context with --context NAME"))
@@ -288,6 +344,22 @@ impl Entry<'_> {
         self.file.path.parent().unwrap_or_else(|| Path::new(".")).join(path)
     }
 
+    /// The client certificate and its key.
+    fn certificate(&self) -> Outcome<Option<(Bundle, Bundle)>> {
+        Ok(self.bundle("client-certificate")?.zip(self.bundle("client-key")?))
+    }
+
+    /// The token; a file wins, as in kubectl.
+    fn token(&self) -> Outcome<Option<String>> {
+        if let Some(path) = self.content["tokenFile"].as_str().filter(|path| !path.is_empty()) {
+            let path = self.resolve(path);
+            let token = std::fs::read_to_string(&path)
+                .map_err(|error| Failure::usage(format!("{} (tokenFile): {error}", path.display())))?;
+            return Ok(Some(token.trim().to_owned()));
+        }
+        Ok(self.content["token"].as_str().filter(|token| !token.is_empty()).map(ToOwned::to_owned))
+    }
+
     fn user(&self, context: &str) -> Outcome<User> {
         if self.content["exec"].is_object() {
             let mut plugin = Plugin::from_kubeconfig(&self.content["exec"]).ok_or_else(|| {
@@ -299,17 +371,11 @@ impl Entry<'_> {
             }
             return Ok(User::Plugin(plugin));
         }
-        if let (Some(chain), Some(key)) = (self.bundle("client-certificate")?, self.bundle("client-key")?) {
+        if let Some((chain, key)) = self.certificate()? {
             return Ok(User::Certificate { chain, key });
         }
-        if let Some(path) = self.content["tokenFile"].as_str().filter(|path| !path.is_empty()) {
-            let path = self.resolve(path);
-            let token = std::fs::read_to_string(&path)
-                .map_err(|error| Failure::usage(format!("{} (tokenFile): {error}", path.display())))?;
-            return Ok(User::Token(token.trim().to_owned()));
-        }
-        match self.content["token"].as_str().filter(|token| !token.is_empty()) {
-            Some(token) => Ok(User::Token(token.to_owned())),
+        match self.token()? {
+            Some(token) => Ok(User::Token(token)),
             None if self.content["username"].is_string() || self.content["auth-provider"].is_object() => {
                 Err(Failure::usage(format!(
                     "the user of context {context:?} has a password or an auth-provider; use a client certificate, a token or an exec plugin"

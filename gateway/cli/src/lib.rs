@@ -26,7 +26,7 @@ mod describe;
 mod entries;
 mod exec;
 mod failure;
-mod kubeconfig;
+pub mod kubeconfig;
 mod kubefile;
 pub mod manifest;
 mod output;
