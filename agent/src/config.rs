@@ -307,6 +307,7 @@ impl fmt::Display for AgentMode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use towline_settings::breaking::{each_unreadable, holds};
     use towline_settings::documents::{documented, has_key, in_config_map, yaml_blocks};
 
     const SMALL: &str = "apiVersion: towline.io/v1alpha1
@@ -386,11 +387,14 @@ apiServer: { url: 'https://10.0.0.1:6443' }
         }
     }
 
+    /// Goal: D15: all mistakes are shown at once, also what contradicts beside what cannot be read; what cannot be read
+    /// contradicts nothing.
     #[test]
     fn all_mistakes_are_shown_at_once() {
         let shown = problems(
-            "apiVersion: v1\nkind: AgentConfiguration\ngatway: {}\nidentity: { certificate: a }\nmode: admin\nlimits: { exchanges: 0 }\ntimeouts: { dial: 10 }\napiServer: { url: 'http://10.0.0.1' }\n",
+            "apiVersion: v1\nkind: AgentConfiguration\ngatway: {}\nidentity: { certificate: a }\nmode: admin\nlimits: { exchanges: 0 }\ntimeouts: { dial: 10 }\napiServer: { url: 'http://10.0.0.1' }\nimpersonate: { groups: ['system:masters'] }\ntargets: [{ name: a, address: 'x:1' }, { name: a, address: x }]\n",
         );
+        assert_eq!(shown.lines().count(), 12, "{shown}");
         for part in [
             "f:1:13: apiVersion: must be towline.io/v1alpha1, not \"v1\"",
             "f:3:1: gatway: there is no such key; did you mean gateway?",
@@ -401,8 +405,102 @@ apiServer: { url: 'https://10.0.0.1:6443' }
             "f:6:22: limits.exchanges: must be 1 to 65536, not 0",
             "f:7:19: timeouts.dial: \"10\" is not a duration",
             "f:8:19: apiServer.url: \"http://10.0.0.1\" is not https",
+            "f:9:16: impersonate.groups: \"system:masters\" begins with system:",
+            "f:10:48: targets[1].name: a is there twice",
+            "f:10:60: targets[1].address: \"x\" is not HOST:PORT",
         ] {
             assert!(shown.contains(part), "{part:?} is missing in\n{shown}");
+        }
+    }
+
+    /// Every section of the file, with something in it.
+    const LARGE: &str = "apiVersion: towline.io/v1alpha1
+kind: AgentConfiguration
+gateway: { addresses: [a:1, b:2], quicAddresses: [a:3, b:4], serverName: gw }
+proxy: { url: 'https://joe@proxy:1', passwordFile: p, ca: c, noProxy: [x] }
+identity: { directory: d, joinTokenFile: j, serviceAccount: { cluster: prod, tokenFile: t, jwksFile: j } }
+mode: impersonate
+impersonate: { tokenFile: t, allowSystemNames: ['system:masters'], groups: [dev, 'system:masters'] }
+apiServer: { url: 'https://10.0.0.1:6443', ca: c, serverName: api }
+targets: [{ name: x, address: '127.0.0.1:1', allowLocal: true, tls: { ca: c } }, { name: other, address: '127.0.0.1:1', allowLocal: true }]
+sessions: 2
+limits: { processMemory: 1GiB, sessionMemory: 128MiB }
+timeouts: { backoffMin: 1s, backoffMax: 2s }
+";
+
+    /// Goal: D15: a value that cannot be read is all that is wrong, whatever is in its place for the checks.
+    #[test]
+    fn d15_a_stand_in_contradicts_nothing() {
+        let printed = AgentConfig::parse("f", LARGE.as_bytes()).unwrap().to_yaml();
+        for text in [SMALL, LARGE, &printed] {
+            for (path, broken) in each_unreadable(&serde_saphyr::from_str(text).unwrap()) {
+                let found = AgentConfig::parse("f", broken.as_bytes()).unwrap_err();
+                let keys: Vec<&str> = found.all().iter().map(|problem| problem.key.as_str()).collect();
+                assert_eq!(keys, [&path], "{found}");
+            }
+        }
+    }
+
+    /// Goal: D15: a contradiction is told whatever else cannot be read, and not if one of its own values cannot.
+    #[test]
+    fn d15_a_contradiction_needs_only_its_own_values() {
+        for (from, to, expected, inputs) in [
+            ("mode: impersonate", "mode: restricted", "mode is restricted", &["mode", "impersonate"][..]),
+            ("name: other", "name: x", "x is there twice", &["targets[0].name", "targets[1].name"]),
+            ("name: other", "name: Other", "may hold only", &["targets[1].name"]),
+            (
+                "allowLocal: true, tls",
+                "allowLocal: false, tls",
+                "loopback",
+                &["targets[0].address", "targets[0].allowLocal"],
+            ),
+            (
+                "limits: {",
+                "limits: { streamsPerSession: 60000, initialCredit: 64KiB,",
+                "processMemory must hold",
+                &["limits.streamsPerSession", "limits.initialCredit", "limits.processMemory", "sessions"],
+            ),
+            (
+                "sessions: 2\nlimits: {",
+                "limits: { streamsPerSession: 16000, initialCredit: 64KiB,",
+                "streams_max × initial_credit",
+                &["limits.streamsPerSession", "limits.initialCredit", "limits.sessionMemory"],
+            ),
+            (", b:4]", "]", "in the same order", &["gateway.addresses", "gateway.quicAddresses"]),
+            ("[a:1, b:2]", "[]", "at least one", &["gateway.addresses"]),
+            ("directory: d", "key: k", "identity made elsewhere", &["identity.key"]),
+            ("joinTokenFile: j, serviceAccount", "serviceAccount", "without a pin", &["identity"]),
+            (
+                "['system:masters'], groups",
+                "[joe], groups",
+                "nothing refuses it",
+                &["impersonate.allowSystemNames[0]"],
+            ),
+            (
+                "['system:masters'], groups",
+                "['system:x'], groups",
+                "allowSystemNames lists it",
+                &["impersonate.allowSystemNames[0]", "impersonate.groups[1]"],
+            ),
+            ("https://joe", "http://joe", "nothing would be checked", &["proxy.url", "proxy.ca"]),
+            ("joe@", "", "names no user", &["proxy.url", "proxy.passwordFile"]),
+            ("joe@", "joe:s@", "holds a password too", &["proxy.url", "proxy.passwordFile"]),
+            ("https://joe@proxy:1", "none", "no proxy is used", &["proxy.url"]),
+            (
+                "backoffMax: 2s",
+                "backoffMax: 10ms",
+                "at least timeouts.backoffMin",
+                &["timeouts.backoffMin", "timeouts.backoffMax"],
+            ),
+        ] {
+            let text = LARGE.replace(from, to);
+            let text = text.replace("directory: d, serviceAccount", "serviceAccount");
+            assert!(problems(&text).contains(expected), "{expected}: {}", problems(&text));
+            for (path, broken) in each_unreadable(&serde_saphyr::from_str(&text).unwrap()) {
+                let silent = inputs.iter().any(|input| holds(&path, input));
+                let shown = problems(&broken);
+                assert_eq!(shown.contains(expected), !silent, "{path}: {expected}: {shown}");
+            }
         }
     }
 

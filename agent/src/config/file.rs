@@ -75,12 +75,10 @@ impl AgentFile {
             section.problem("targets", what);
         }
         let mut names = HashSet::new();
-        for (index, target) in self.targets.iter().enumerate() {
-            if !names.insert(&target.name) {
-                section.problem(
-                    &format!("targets[{index}].name"),
-                    format_args!("{} is there twice", target.name),
-                );
+        for (index, target) in section.known("targets", &self.targets) {
+            let key = format!("targets[{index}].name");
+            if section.knows(&key) && !names.insert(&target.name) {
+                section.problem(&key, format_args!("{} is there twice", target.name));
             }
         }
         if self.proxy.is_none()
@@ -90,7 +88,9 @@ impl AgentFile {
         }
         let sessions = u64::from(self.sessions_kept()) + 1;
         let needed = self.limits.mux().reserved_over_quic() as u64 * sessions;
-        if self.limits.process_memory < needed {
+        // Sessions that are not written follow the addresses.
+        let counted = self.sessions.is_some() || section.knows("gateway.addresses");
+        if counted && self.limits.process_memory < needed {
             section.contradiction(
                 &["limits.processMemory", "limits.streamsPerSession", "limits.initialCredit", "sessions"],
                 format_args!(
@@ -99,7 +99,10 @@ impl AgentFile {
                 ),
             );
         }
-        if let Err(error) = self.limits.mux().validate() {
+        let part_of_session = ["limits.streamsPerSession", "limits.initialCredit", "limits.head"]
+            .iter()
+            .all(|key| section.knows(key));
+        if part_of_session && let Err(error) = self.limits.mux().validate() {
             section.problem("limits.sessionMemory", error);
         }
     }
@@ -178,7 +181,7 @@ impl IdentitySection {
             }
             return;
         }
-        if let Some((key, _)) = files.iter().find(|(_, file)| file.is_some()) {
+        if let Some((key, _)) = files.iter().find(|(key, file)| file.is_some() && section.knows(key)) {
             section.problem(
                 key,
                 "is of an identity made elsewhere (certificate, key, ca), and the section also says how to join; keep one of the two",
@@ -256,14 +259,19 @@ section! {
 
 impl ImpersonateSection {
     fn check(&self, section: &Section<'_>) {
-        if let Some(name) = self.allow_system_names.iter().find(|name| !is_system(name)) {
+        let mut allowed = section.known("allowSystemNames", &self.allow_system_names);
+        if let Some((_, name)) = allowed.find(|(_, name)| !is_system(name)) {
             let what = format_args!("{name:?} does not begin with system:, so nothing refuses it");
             section.problem("allowSystemNames", what);
         }
-        let refused = |name: &&String| is_system(name) && !self.allow_system_names.contains(name);
-        if let Some(name) = self.groups.iter().flatten().find(refused) {
-            section.problem(
-                "groups",
+        // A name that cannot be read may be any name.
+        let all = section.known("allowSystemNames", &self.allow_system_names).count();
+        let listed = all == self.allow_system_names.len();
+        let groups = self.groups.as_deref().unwrap_or_default();
+        let refused = |name: &String| is_system(name) && !self.allow_system_names.contains(name);
+        if listed && let Some((_, name)) = section.known("groups", groups).find(|(_, name)| refused(name)) {
+            section.contradiction(
+                &["groups", "allowSystemNames"],
                 format_args!(
                     "{name:?} begins with system:, and is refused unless allowSystemNames lists it, too"
                 ),
@@ -326,8 +334,8 @@ impl TargetConfig {
         if let (Host::Ip(ip), false) = (&self.address.host, self.allow_local)
             && let Some(class) = special(*ip)
         {
-            section.problem(
-                "address",
+            section.contradiction(
+                &["address", "allowLocal"],
                 format_args!("is a {class} address; if that is meant, say allowLocal: true"),
             );
         }

@@ -83,22 +83,22 @@ impl ProxySection {
             ("ca", self.ca.is_some()),
             ("noProxy", !self.no_proxy.is_empty()),
         ];
+        let against_url = |key: &str, what: &dyn fmt::Display| section.contradiction(&[key, "url"], what);
         match &self.url {
             ProxyTo::Nowhere => {
                 for (key, _) in given.iter().filter(|(_, given)| *given) {
-                    section.problem(key, format_args!("is there, but url is {OFF}: no proxy is used"));
+                    against_url(key, &format_args!("is there, but url is {OFF}: no proxy is used"));
                 }
             }
             ProxyTo::Url(url) => {
                 if self.password_file.is_some() && url.has_password() {
-                    section.problem("passwordFile", "is there, and url holds a password too: leave one");
+                    against_url("passwordFile", &"is there, and url holds a password too: leave one");
                 }
                 if self.password_file.is_some() && url.user.is_none() {
-                    section.problem("passwordFile", "is there, but url names no user: http://USER@HOST:PORT");
+                    against_url("passwordFile", &"is there, but url names no user: http://USER@HOST:PORT");
                 }
                 if self.ca.is_some() && !url.tls {
-                    section
-                        .problem("ca", "is there, but url is http://: nothing would be checked against it");
+                    against_url("ca", &"is there, but url is http://: nothing would be checked against it");
                 }
             }
         }

@@ -27,9 +27,9 @@ impl GatewayConfig {
         for (key, missing) in
             [("tls.front", self.tls.front.is_none()), ("tls.tunnel", self.tls.tunnel.is_none())]
         {
-            if missing && self.state_directory.is_none() && !section.findings().is_wrong("stateDirectory") {
-                section.problem(
-                    key,
+            if missing && self.state_directory.is_none() {
+                section.contradiction(
+                    &[key, "stateDirectory"],
                     "is required; or name a stateDirectory, and the gateway issues its own certificates",
                 );
             }
@@ -39,43 +39,47 @@ impl GatewayConfig {
     }
 
     fn check_clusters(&self, section: &Section<'_>) {
-        let (mut names, mut uids) = (HashSet::new(), HashSet::new());
-        for (index, cluster) in self.clusters.iter().enumerate() {
-            if !names.insert(&cluster.name) {
-                section.problem(
-                    &format!("clusters[{index}].name"),
-                    format_args!("{} is used twice", cluster.name),
-                );
+        let (mut names, mut uids, mut restricted) = (HashSet::new(), HashSet::new(), false);
+        for (index, cluster) in section.known("clusters", &self.clusters) {
+            let [name, uid, mode] = ["name", "uid", "mode"].map(|key| format!("clusters[{index}].{key}"));
+            if section.knows(&name) && !names.insert(&cluster.name) {
+                section.problem(&name, format_args!("{} is used twice", cluster.name));
             }
-            if !uids.insert(&cluster.uid) {
-                section.problem(
-                    &format!("clusters[{index}].uid"),
-                    format_args!("{} is used twice", cluster.uid),
-                );
+            if section.knows(&uid) && !uids.insert(&cluster.uid) {
+                section.problem(&uid, format_args!("{} is used twice", cluster.uid));
             }
+            restricted |= section.knows(&mode) && cluster.mode == Mode::Restricted;
         }
-        let restricted = self.clusters.iter().any(|cluster| cluster.mode == Mode::Restricted);
         let asked = self.tls.front.as_ref().is_none_or(|front| front.client_ca.is_some());
         if restricted && self.state_directory.is_none() && !asked {
-            section.problem(
-                "tls.front.clientCA",
+            section.contradiction(
+                &["tls.front.clientCA", "stateDirectory"],
                 "is required: callers of a cluster in restricted mode authenticate to the gateway with a client certificate",
             );
         }
     }
 
     fn check_access(&self, section: &Section<'_>) {
-        for (index, rule) in self.access.iter().enumerate() {
-            for name in rule.clusters.iter().filter(|name| *name != ANY && ClusterName::new(name).is_ok()) {
+        // The name of a cluster that cannot be read may be any name.
+        let named = (0..self.clusters.len()).all(|index| section.knows(&format!("clusters[{index}].name")));
+        // A Deny for a cluster that is yet to come is sensible, an Allow is more often a misspelling, unless clusters
+        // can be registered.
+        if !named || !section.knows("clusters") || self.state_directory.is_some() {
+            return;
+        }
+        for (index, rule) in section.known("access", &self.access) {
+            let [effect, clusters] = ["effect", "clusters"].map(|key| format!("access[{index}].{key}"));
+            if rule.effect != Effect::Allow {
+                continue;
+            }
+            for (_, name) in section.known(&clusters, &rule.clusters) {
                 let known = self.clusters.iter().any(|cluster| cluster.name.as_str() == name);
-                // A Deny for a cluster that is yet to come is sensible, an Allow is more often a misspelling, unless clusters
-                // can be registered.
-                if !known && rule.effect == Effect::Allow && self.state_directory.is_none() {
+                if !known && *name != ANY && ClusterName::new(name).is_ok() {
                     let names = self.clusters.iter().map(|cluster| cluster.name.as_str());
                     let hint = towline_settings::near(name, names)
                         .map_or_else(String::new, |meant| format!("; did you mean {meant}?"));
-                    section.problem(
-                        &format!("access[{index}].clusters"),
+                    section.contradiction(
+                        &[&clusters, &effect, "stateDirectory"],
                         format_args!("no cluster is named {name:?}{hint}"),
                     );
                 }
@@ -88,6 +92,7 @@ impl GatewayConfig {
 mod tests {
     use crate::config::GatewayConfig;
     use towline_model::{Effect, Mode};
+    use towline_settings::breaking::{each_unreadable, holds};
     use towline_settings::documents::{documented, has_key, in_config_map, yaml_blocks};
 
     const OPERATIONS: &str = include_str!("../../../docs/operations.md");
@@ -130,9 +135,11 @@ drain:
         assert_eq!(again.to_yaml(), config.to_yaml());
     }
 
+    /// Goal: D15: every mistake is named with its place, also what contradicts beside what cannot be read.
     #[test]
     fn every_mistake_is_named_with_its_place() {
         let bad = GOOD
+            .replace("uid: dev-uid", "uid: 7f1c")
             .replace("deadline: 1m", "deadline: 10 parsecs")
             .replace("headerBytes: 32KiB", "replayBytes: lots")
             .replace("10.0.0.0/8", "10.0.0.0/99")
@@ -142,6 +149,7 @@ drain:
         let expected = [
             "gw.yaml:5:20: listen.allowedSources[0]: \"10.0.0.0/99\": ",
             "gw.yaml:12:13: clusters[0].name: \"PROD\": ",
+            "gw.yaml:13:23: clusters[1].uid: 7f1c is used twice",
             "gw.yaml:15:5: access[0].users: names neither",
             "gw.yaml:17:16: limits.replayBytes: \"lots\" is not a size: ",
             "gw.yaml:19:13: drain.deadline: \"10 parsecs\" is not a duration: ",
@@ -226,6 +234,101 @@ drain:
         ] {
             let problems = problems(&GOOD.replace(from, to));
             assert!(problems.iter().any(|problem| problem.contains(expected)), "{expected}: {problems:#?}");
+        }
+    }
+
+    /// Goal: D15: a value that cannot be read is all that is wrong, whatever is in its place for the checks.
+    #[test]
+    fn d15_a_stand_in_contradicts_nothing() {
+        let printed = GatewayConfig::parse(GOOD, "gw.yaml").unwrap().to_yaml();
+        for text in [GOOD, &printed] {
+            for (path, broken) in each_unreadable(&serde_saphyr::from_str(text).unwrap()) {
+                let found = GatewayConfig::parse(&broken, "gw.yaml").unwrap_err();
+                let keys: Vec<&str> = found.all().iter().map(|problem| problem.key.as_str()).collect();
+                assert_eq!(keys, [&path], "{found}");
+            }
+        }
+    }
+
+    /// Goal: D15: a contradiction is told whatever else cannot be read, and not if one of its own values cannot.
+    #[test]
+    fn d15_a_contradiction_needs_only_its_own_values() {
+        let limits = "limits:\n  headerBytes: 32KiB";
+        for (from, to, expected, inputs) in [
+            (", clientCA: ca.crt", "", "clientCA: is required", &["tls.front", "clusters[0].mode"][..]),
+            ("uid: dev-uid", "uid: 7f1c", "7f1c is used twice", &["clusters[0].uid", "clusters[1].uid"]),
+            ("name: dev", "name: prod", "prod is used twice", &["clusters[0].name", "clusters[1].name"]),
+            (
+                "hostDomain: clusters.example.org",
+                "hostDomain: A.example",
+                "is not a lower-case",
+                &["hostDomain"],
+            ),
+            (
+                "127.0.0.1:0\n  allowedSources",
+                "127.0.0.1:9180\n  allowedSources",
+                "are the same",
+                &["listen.address"],
+            ),
+            (
+                "tunnel: { certificate: t.crt, key: t.key, agentCA: ta.crt }",
+                "",
+                "tls.tunnel: is required",
+                &["tls"],
+            ),
+            (
+                "allowedSources: [10.0.0.0/8, 'fd00::/8']",
+                "proxyProtocol: required",
+                "needs listen.trustedProxies",
+                &["listen.proxyProtocol"],
+            ),
+            (
+                "allowedSources: [10.0.0.0/8",
+                "trustedProxies: [0.0.0.0/0",
+                "trusts everybody",
+                &["listen.trustedProxies[0]"],
+            ),
+            (
+                "allowedSources: [10.0.0.0/8, 'fd00::/8']",
+                "plaintext: { address: '192.0.2.1:80' }",
+                "takes credentials in the clear",
+                &["listen.plaintext.address"],
+            ),
+            (
+                limits,
+                "limits: { reservedHandshakes: 1024 }",
+                "is 1024 of 1024",
+                &["limits.reservedHandshakes"],
+            ),
+            (limits, "limits: { sessionMemory: 2GiB }", "one session can", &["limits.sessionMemory"]),
+            (
+                limits,
+                "limits: { connections: 100, handshakes: 1024, handshakesPerAddress: 2000 }",
+                "as many handshakes",
+                &["limits.connections", "limits.handshakes"],
+            ),
+            (
+                limits,
+                "limits: { connections: 100, handshakes: 1024, handshakesPerAddress: 2000 }",
+                "one address can have at most all of them",
+                &["limits.handshakesPerAddress", "limits.handshakes"],
+            ),
+            ("deadline: 1m", "delay: 2m", "drain.delay must", &["drain.delay"]),
+            (
+                "clusters: ['*']",
+                "clusters: [prdo]",
+                "no cluster is named \"prdo\"",
+                &["access[0].effect", "access[0].clusters[0]", "clusters[0].name", "clusters[1].name"],
+            ),
+            ("groups: [ops]", "groups: []", "names neither", &["access[0].groups"]),
+        ] {
+            let text = GOOD.replace(from, to);
+            let told = |text: &str| problems(text).iter().any(|problem| problem.contains(expected));
+            assert!(told(&text), "{expected}");
+            for (path, broken) in each_unreadable(&serde_saphyr::from_str(&text).unwrap()) {
+                let silent = inputs.iter().any(|input| holds(&path, input));
+                assert_eq!(told(&broken), !silent, "{path}: {expected}: {:#?}", problems(&broken));
+            }
         }
     }
 

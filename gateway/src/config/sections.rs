@@ -115,7 +115,7 @@ impl Listen {
                 "listen.proxyProtocol needs listen.trustedProxies: the header is trusted only from addresses named there",
             );
         }
-        if self.trusted_proxies.iter().any(|block| block.prefix_len() == 0) {
+        if section.known("trustedProxies", &self.trusted_proxies).any(|(_, block)| block.prefix_len() == 0) {
             section.problem(
                 "trustedProxies",
                 "trusts everybody: then anybody can claim any address. Name the balancers' own networks",
@@ -243,8 +243,13 @@ impl Reads<AccessRule> for AccessEntry {
 
     fn check(rule: &AccessRule, spot: &Spot<'_>) {
         for (list, why) in rule.problems() {
-            spot.findings().note(&format!("{}.{list}", spot.path()), why);
+            spot.findings().contradiction(&[&format!("{}.{list}", spot.path())], why);
         }
+    }
+
+    fn stand_in() -> Option<AccessRule> {
+        let Rule { effect, users, groups, clusters } = Own::stand_in()?;
+        Some(AccessRule { effect, users, groups, clusters })
     }
 
     fn show(rule: &AccessRule) -> Shown {

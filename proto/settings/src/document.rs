@@ -242,7 +242,10 @@ impl Builder<'_> {
                 }
                 Some(earlier) if earlier.own && entry.own => {
                     let what = format!("is set here and in line {}; keep one", earlier.at.line);
-                    self.findings.note_at(entry.at, &self.path(&entry.key), what);
+                    let path = self.path(&entry.key);
+                    self.findings.note_at(entry.at, &path, what);
+                    // Nobody knows which of the two was meant.
+                    self.findings.doubt(&path);
                 }
                 Some(earlier) if entry.own => *earlier = entry,
                 Some(_) => {}

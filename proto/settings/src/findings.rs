@@ -1,7 +1,7 @@
 //! Mistakes in a configuration, with their places. All of them are collected before any is reported.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -95,14 +95,13 @@ impl Places {
 
     /// The place of a key, else of the nearest section around it that is written.
     fn of(&self, key: &str) -> Option<At> {
-        let mut key = key;
-        loop {
-            if let Some(at) = self.keys.get(key) {
-                return Some(*at);
-            }
-            key = &key[..key.rfind(['.', '['])?];
-        }
+        around(key).find_map(|key| self.keys.get(key)).copied()
     }
+}
+
+/// A key, and those of the sections and lists around it, the nearest first.
+fn around(key: &str) -> impl Iterator<Item = &str> {
+    std::iter::successors(Some(key), |key| Some(&key[..key.rfind(['.', '['])?]))
 }
 
 /// Collects what is wrong.
@@ -110,6 +109,8 @@ impl Places {
 pub struct Findings {
     places: RefCell<Places>,
     problems: RefCell<Vec<Problem>>,
+    /// Keys with a stand-in for a value: the value cannot be used, or it follows one that cannot.
+    doubted: RefCell<BTreeSet<String>>,
     /// The base directory of relative paths.
     base: PathBuf,
 }
@@ -119,7 +120,7 @@ impl Findings {
     #[must_use]
     pub fn new(places: Places) -> Self {
         let base = Path::new(&places.file).parent().unwrap_or_else(|| Path::new("")).to_owned();
-        Self { places: RefCell::new(places), problems: RefCell::default(), base }
+        Self { places: RefCell::new(places), problems: RefCell::default(), doubted: RefCell::default(), base }
     }
 
     /// For a file of this name.
@@ -134,10 +135,10 @@ impl Findings {
         self.push(at, key, what);
     }
 
-    /// Reports that several keys contradict each other, at the first of them that is in the file. Reports nothing if one of them is
-    /// invalid itself: the checked value is then not the written one.
+    /// Reports that several keys contradict each other, at the first of them that is in the file. Reports nothing if the value of
+    /// one of them is not known: what was compared is then a stand-in.
     pub fn contradiction(&self, keys: &[&str], what: impl fmt::Display) {
-        if keys.iter().any(|key| self.is_wrong(key)) {
+        if !keys.iter().all(|key| self.knows(key)) {
             return;
         }
         let written = {
@@ -155,15 +156,26 @@ impl Findings {
         if self.places.borrow().has(key) { "" } else { " (default)" }
     }
 
-    /// Notes the error of something that has to do with `key`.
+    /// Notes the error of something that has to do with `key`, whose value cannot be used then.
     pub fn keep<T, E: fmt::Display>(&self, key: &str, result: Result<T, E>) -> Option<T> {
-        result.map_err(|error| self.note(key, error)).ok()
+        let noted = |error| {
+            self.note(key, error);
+            self.doubt(key);
+        };
+        result.map_err(noted).ok()
     }
 
-    /// Whether a problem with this key was noted.
+    /// Whether the value of this key is the one that was meant, and not a stand-in. Whether a section or a list is there, and how
+    /// many items it has, is known if its own key is; each value inside has a key of its own.
     #[must_use]
-    pub fn is_wrong(&self, key: &str) -> bool {
-        self.problems.borrow().iter().any(|problem| problem.key == key)
+    pub fn knows(&self, key: &str) -> bool {
+        let doubted = self.doubted.borrow();
+        !doubted.contains("") && !around(key).any(|key| doubted.contains(key))
+    }
+
+    /// Notes that a stand-in is in the place of this key's value.
+    pub(crate) fn doubt(&self, key: &str) {
+        self.doubted.borrow_mut().insert(key.to_owned());
     }
 
     /// Whether nothing was noted yet.

@@ -26,6 +26,7 @@
 //!
 //! The YAML itself is read by `granit-parser`, on which `serde-saphyr` stands, too: its events say where each key and value is.
 
+pub mod breaking;
 mod document;
 pub mod documents;
 mod findings;

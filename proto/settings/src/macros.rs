@@ -37,6 +37,11 @@ pub fn key_of(field: &str) -> String {
 ///
 /// `#[section(default)]` implements `Default`: each key has one. `#[section(check)]` calls `self.check(&Section)`, a method that
 /// reports contradictions.
+///
+/// A check runs also when values cannot be read, so that all mistakes are told at once. A stand-in is in the place of such a value:
+/// its default, or a legal value of the type; a list has as many items as are written. What a check says of a key with a stand-in is
+/// not told. So it names every key that it looks at ([`Section::contradiction`](crate::Section::contradiction)), or asks
+/// ([`Section::knows`](crate::Section::knows), [`Section::known`](crate::Section::known)).
 #[macro_export]
 macro_rules! section {
     (
@@ -89,7 +94,10 @@ macro_rules! section {
                 $(
                     let $field = {
                         let spot = section.spot(&$crate::section!(@key $field $key));
-                        $crate::section!(@take spot [$type] $how $default $range)
+                        let spot = $crate::section!(@legal spot [$type] $how $range);
+                        let value = $crate::section!(@take spot [$type] $how $default $range);
+                        section.follow(stringify!($field), &spot, stringify!($default));
+                        value
                     };
                 )*
                 section.close();
@@ -103,6 +111,11 @@ macro_rules! section {
 
             fn absent(spot: &$crate::Spot<'_>) -> Option<$name> {
                 <Self as $crate::Reads<$name>>::read(spot)
+            }
+
+            fn stand_in() -> Option<$name> {
+                $(let $field: $type = $crate::section!(@stand_in [$type] $how $default);)*
+                Some($name { $($field,)* $($skip: ::core::default::Default::default(),)* })
             }
 
             fn check(value: &$name, spot: &$crate::Spot<'_>) {
@@ -178,18 +191,20 @@ macro_rules! section {
     };
 
     (@take $spot:ident [$type:ty] $how:tt [$default:expr] $range:tt) => {{
-        let spot = $crate::section!(@legal $spot [$type] $how $range);
-        let read = $crate::optional::<$crate::section!(@how $how), $type>(&spot);
-        match read.filter(|value| $crate::section!(@within spot (value) [$type] $how $range)) {
+        let read = $crate::optional::<$crate::section!(@how $how), $type>(&$spot);
+        match read.filter(|value| $crate::section!(@within $spot (value) [$type] $how $range)) {
             Some(value) => value,
             None => $default,
         }
     }};
     (@take $spot:ident [$type:ty] $how:tt [] $range:tt) => {{
-        let spot = $crate::section!(@legal $spot [$type] $how $range);
-        let read = $crate::required::<$crate::section!(@how $how), $type>(&spot);
-        read.filter(|value| $crate::section!(@within spot (value) [$type] $how $range))
+        let read = $crate::required::<$crate::section!(@how $how), $type>(&$spot);
+        let read = read.filter(|value| $crate::section!(@within $spot (value) [$type] $how $range));
+        read.or_else(<$crate::section!(@how $how) as $crate::Reads<$type>>::stand_in)
     }};
+
+    (@stand_in [$type:ty] $how:tt [$default:expr]) => { $default };
+    (@stand_in [$type:ty] $how:tt []) => { <$crate::section!(@how $how) as $crate::Reads<$type>>::stand_in()? };
 
     (@give $field:ident [$default:expr]) => { $field };
     (@give $field:ident []) => { $field? };
@@ -248,6 +263,10 @@ macro_rules! words {
                     $($word => Some(<$type>::$variant),)+
                     _ => None,
                 }
+            }
+
+            fn stand_in() -> Option<$type> {
+                [$(<$type>::$variant),+].into_iter().next()
             }
 
             fn show(value: &$type) -> $crate::Shown {

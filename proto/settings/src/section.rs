@@ -34,8 +34,9 @@ impl<'a> Spot<'a> {
         Self { legal: legal.to_string(), ..self }
     }
 
-    /// Notes a problem with the value.
+    /// Notes a problem with the value, which cannot be used then.
     pub fn problem(&self, what: impl fmt::Display) {
+        self.findings.doubt(&self.path);
         match self.node {
             Some(node) => self.findings.note_at(node.at, &self.path, what),
             None => self.findings.note(&self.path, what),
@@ -110,6 +111,8 @@ pub struct Section<'a> {
     path: String,
     entries: &'a [Entry],
     known: RefCell<Vec<String>>,
+    /// The fields with a stand-in, by their names in the program.
+    doubted: RefCell<Vec<&'static str>>,
 }
 
 impl<'a> Section<'a> {
@@ -126,7 +129,7 @@ impl<'a> Section<'a> {
             }
         };
         let (findings, path) = (spot.findings, spot.path.clone());
-        Some(Self { findings, path, entries, known: RefCell::default() })
+        Some(Self { findings, path, entries, known: RefCell::default(), doubted: RefCell::default() })
     }
 
     /// The path of a key.
@@ -156,12 +159,36 @@ impl<'a> Section<'a> {
         Spot { findings: self.findings, node, path, legal: String::new() }
     }
 
-    /// Notes a problem with the value of a key.
-    pub fn problem(&self, key: &str, what: impl fmt::Display) {
-        self.findings.note(&self.path(key), what);
+    /// Follows a field that was read: what is not written, and has a default that names a field with a stand-in, is one itself.
+    #[doc(hidden)]
+    pub fn follow(&self, field: &'static str, spot: &Spot<'_>, default: &str) {
+        let mut doubted = self.doubted.borrow_mut();
+        let mut words = default.split(|letter: char| !letter.is_alphanumeric() && letter != '_');
+        if spot.node.is_none() && words.any(|word| doubted.contains(&word)) {
+            self.findings.doubt(&spot.path);
+        }
+        if !self.findings.knows(&spot.path) {
+            doubted.push(field);
+        }
     }
 
-    /// Notes that keys of this section contradict each other.
+    /// Whether the value of a key is the one that was meant, as in [`Findings::knows`].
+    #[must_use]
+    pub fn knows(&self, key: &str) -> bool {
+        self.findings.knows(&self.path(key))
+    }
+
+    /// Those items of a list that are the ones that were meant, with their indices.
+    pub fn known<'v, T>(&self, key: &str, items: &'v [T]) -> impl Iterator<Item = (usize, &'v T)> {
+        items.iter().enumerate().filter(move |(index, _)| self.knows(&format!("{key}[{index}]")))
+    }
+
+    /// Notes a problem with the value of a key; nothing if there is a stand-in.
+    pub fn problem(&self, key: &str, what: impl fmt::Display) {
+        self.contradiction(&[key], what);
+    }
+
+    /// Notes that keys of this section contradict each other; nothing if there is a stand-in for one of them.
     pub fn contradiction(&self, keys: &[&str], what: impl fmt::Display) {
         let paths: Vec<String> = keys.iter().map(|key| self.path(key)).collect();
         let paths: Vec<&str> = paths.iter().map(String::as_str).collect();

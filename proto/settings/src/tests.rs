@@ -2,6 +2,7 @@
 
 use crate as towline_settings;
 use crate::{ByteSize, Configuration, Each, Own, Predicate, Problems, Reads, Secret, Section, Size, Text};
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,6 +27,7 @@ towline_settings::words! {
 towline_settings::section! {
     /// A program.
     #[derive(Clone, Debug)]
+    #[section(check)]
     struct Config {
         /// Who it is.
         name: String;
@@ -46,6 +48,21 @@ towline_settings::section! {
     }
 }
 
+impl Config {
+    fn check(&self, section: &Section<'_>) {
+        let mut seen = HashSet::new();
+        for (index, rule) in section.known("rules", &self.rules) {
+            let key = format!("rules[{index}].cluster");
+            if section.knows(&key) && !seen.insert(&rule.cluster) {
+                section.problem(&key, "is there twice");
+            }
+        }
+        if self.client_ca.is_some() && !self.enabled {
+            section.contradiction(&["clientCA", "enabled"], "is there, but enabled is false");
+        }
+    }
+}
+
 towline_settings::section! {
     /// How much.
     #[derive(Clone, Debug)]
@@ -55,6 +72,8 @@ towline_settings::section! {
         connections: usize = 1000, in 1..=100_000;
         /// Those kept back.
         reserved: usize = connections / 4, in 0..;
+        /// Those of the reserved that are lent.
+        lent: usize = 0, in 0..;
         memory: ByteSize = ByteSize(64 << 20), in ByteSize(1 << 20)..=ByteSize(1 << 30);
         head: u32 as Size = 64 << 10;
         wait: Duration = Duration::from_secs(10), in Duration::from_millis(100)..=Duration::from_secs(60);
@@ -68,6 +87,7 @@ impl Limits {
             ("connections", self.connections),
             "no more can be kept back than there are",
         );
+        section.at_most(("lent", self.lent), ("reserved", self.reserved), "no more can be lent");
     }
 }
 
@@ -162,6 +182,47 @@ fn d15_every_mistake_is_told_at_once_with_its_place() {
         "x.yaml:14:8: proxy: is not a URL",
     ];
     assert_eq!(found, expected, "{found:#?}");
+}
+
+/// Goal: D15: what contradicts is told beside what cannot be read, and beside another contradiction of the same key.
+#[test]
+fn d15_a_contradiction_is_told_beside_what_cannot_be_read() {
+    let found = problems(
+        "rules: [{ cluster: [a] }, { cluster: x }, { cluster: b }, { cluster: b }, 5]\nclientCA: c\nenabled: false\nlimits: { connections: 5, reserved: 10, lent: 20, wait: 1 }\n",
+    );
+    let expected = [
+        "x.yaml: name: is required",
+        "x.yaml:3:20: rules[0].cluster: must be a text, not a list",
+        "x.yaml:3:70: rules[3].cluster: is there twice",
+        "x.yaml:3:75: rules[4]: must be a section of keys, not a text",
+        "x.yaml:4:11: clientCA: is there, but enabled is false",
+        "x.yaml:6:37: limits.reserved: limits.reserved is 10 and limits.connections 5: no more can be kept back than there are",
+        "x.yaml:6:47: limits.lent: limits.lent is 20 and limits.reserved 10: no more can be lent",
+        "x.yaml:6:57: limits.wait: \"1\" is not a duration: use an integer with a unit (ms, s, m, h, d), for example 10s",
+    ];
+    assert_eq!(found, expected, "{found:#?}");
+}
+
+/// Goal: D15: what is in the place of a value that cannot be read contradicts nothing, nor does a default that follows it.
+#[test]
+fn d15_a_stand_in_contradicts_nothing() {
+    for (lines, key) in [
+        // The first cluster may be any; the stand-in of its name is x.
+        ("name: a\nrules: [{ cluster: [a] }, { cluster: x }]\n", "rules[0].cluster"),
+        ("name: a\nrules: [5, { cluster: x }]\n", "rules[0]"),
+        ("name: a\nclientCA: [c]\nenabled: false\n", "clientCA"),
+        // It may be false, as its default is not.
+        ("name: a\nclientCA: c\nenabled: [x]\n", "enabled"),
+        // A quarter of the default would be 250.
+        ("name: a\nlimits: { connections: many, lent: 300 }\n", "limits.connections"),
+        ("name: a\nlimits: { connections: 1000, connections: 10000, lent: 300 }\n", "limits.connections"),
+        ("name: a\nlimits: { reserved: 1, reserved: x, lent: 300 }\n", "limits.reserved"),
+        ("name: a\nlimits: 5\n", "limits"),
+    ] {
+        let found = read(lines).unwrap_err();
+        let keys: Vec<&str> = found.all().iter().map(|problem| problem.key.as_str()).collect();
+        assert_eq!(keys, [key], "{found}");
+    }
 }
 
 /// Goal: M1: a file of the other program says so, and nothing else.

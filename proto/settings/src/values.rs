@@ -13,6 +13,15 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+/// Of each type that is written as a text, one of these is a value: a name, an address with a port, addresses, a URL, a hash.
+const STAND_INS: [&str; 5] = [
+    "x",
+    "127.0.0.1:1",
+    "127.0.0.0/8",
+    "https://x",
+    "sha256:0000000000000000000000000000000000000000000000000000000000000000",
+];
+
 /// A way to write values of type `T` in a file. The way is a type of its own, so that types of other crates can be written.
 pub trait Reads<T> {
     /// Whether the key has to be there, if it has no default.
@@ -24,6 +33,12 @@ pub trait Reads<T> {
     /// What there is without the key. `None` if it has to be there, which is noted.
     fn absent(spot: &Spot<'_>) -> Option<T> {
         spot.problem("is required");
+        None
+    }
+
+    /// A legal value in the place of one that cannot be used, for checks of other values. It is never told, and no file with one is
+    /// accepted. `None` ends the section's reading before its checks.
+    fn stand_in() -> Option<T> {
         None
     }
 
@@ -66,22 +81,20 @@ impl<T, R: Reads<T>> Reads<Vec<T>> for Each<R> {
 
     fn read(spot: &Spot<'_>) -> Option<Vec<T>> {
         let items = spot.items()?;
-        let count = items.len();
-        let read: Vec<T> = items
-            .iter()
-            .filter_map(|item| {
-                if item.node.is_some_and(crate::document::Node::is_null) {
-                    item.problem("is empty");
-                    return None;
-                }
-                R::read(item)
-            })
-            .collect();
-        (read.len() == count).then_some(read)
+        let read: Vec<T> = items.iter().filter_map(|item| Self::item(item).or_else(R::stand_in)).collect();
+        let whole = read.len() == items.len();
+        if !whole {
+            spot.findings.doubt(&spot.path);
+        }
+        whole.then_some(read)
     }
 
     fn absent(_spot: &Spot<'_>) -> Option<Vec<T>> {
         Some(Vec::new())
+    }
+
+    fn stand_in() -> Option<Vec<T>> {
+        Some(R::stand_in().into_iter().collect())
     }
 
     fn check(value: &Vec<T>, spot: &Spot<'_>) {
@@ -99,6 +112,20 @@ impl<T, R: Reads<T>> Reads<Vec<T>> for Each<R> {
     }
 }
 
+impl<R> Each<R> {
+    /// Reads one item of a list.
+    fn item<T>(item: &Spot<'_>) -> Option<T>
+    where
+        R: Reads<T>,
+    {
+        if item.node.is_some_and(crate::document::Node::is_null) {
+            item.problem("is empty");
+            return None;
+        }
+        R::read(item)
+    }
+}
+
 impl<T, R: Reads<T>> Reads<Option<T>> for Each<R> {
     const REQUIRED: bool = false;
 
@@ -108,6 +135,10 @@ impl<T, R: Reads<T>> Reads<Option<T>> for Each<R> {
 
     fn absent(_spot: &Spot<'_>) -> Option<Option<T>> {
         Some(None)
+    }
+
+    fn stand_in() -> Option<Option<T>> {
+        R::stand_in().map(Some)
     }
 
     fn check(value: &Option<T>, spot: &Spot<'_>) {
@@ -142,6 +173,10 @@ macro_rules! own_container {
                 Each::<Self>::absent(spot)
             }
 
+            fn stand_in() -> Option<$container<T>> {
+                Each::<Self>::stand_in()
+            }
+
             fn check(value: &$container<T>, spot: &Spot<'_>) {
                 Each::<Self>::check(value, spot);
             }
@@ -173,6 +208,10 @@ impl<T: FromStr<Err: fmt::Display> + fmt::Display> Reads<T> for Text {
         parsed(spot, |text, error| format!("{:?}: {error}", clipped(text)))
     }
 
+    fn stand_in() -> Option<T> {
+        STAND_INS.iter().find_map(|text| text.parse().ok())
+    }
+
     fn show(value: &T) -> Shown {
         Shown::Text(value.to_string())
     }
@@ -187,6 +226,10 @@ impl<T: FromStr<Err: fmt::Display> + fmt::Display> Reads<T> for Predicate {
         parsed(spot, |text, error| format!("{:?} {error}", clipped(text)))
     }
 
+    fn stand_in() -> Option<T> {
+        STAND_INS.iter().find_map(|text| text.parse().ok())
+    }
+
     fn show(value: &T) -> Shown {
         Shown::Text(value.to_string())
     }
@@ -199,6 +242,10 @@ impl<T: FromStr<Err: fmt::Display> + fmt::Display> Reads<T> for Predicate {
 impl<T: FromStr<Err: fmt::Display> + fmt::Display> Reads<T> for Secret {
     fn read(spot: &Spot<'_>) -> Option<T> {
         parsed(spot, |_, error: T::Err| error.to_string())
+    }
+
+    fn stand_in() -> Option<T> {
+        STAND_INS.iter().find_map(|text| text.parse().ok())
     }
 
     fn show(value: &T) -> Shown {
@@ -220,6 +267,10 @@ impl Reads<String> for Own {
         Some(text.to_owned())
     }
 
+    fn stand_in() -> Option<String> {
+        Some("x".to_owned())
+    }
+
     fn show(value: &String) -> Shown {
         Shown::Text(value.clone())
     }
@@ -234,6 +285,10 @@ impl Reads<PathBuf> for Own {
     fn read(spot: &Spot<'_>) -> Option<PathBuf> {
         let text: String = Self::read(spot)?;
         Some(spot.base().join(text))
+    }
+
+    fn stand_in() -> Option<PathBuf> {
+        Some("x".into())
     }
 
     fn show(value: &PathBuf) -> Shown {
@@ -259,6 +314,10 @@ impl Reads<bool> for Own {
         }
     }
 
+    fn stand_in() -> Option<bool> {
+        Some(false)
+    }
+
     fn show(value: &bool) -> Shown {
         Shown::Flag(*value)
     }
@@ -272,6 +331,10 @@ impl Reads<Duration> for Own {
     fn read(spot: &Spot<'_>) -> Option<Duration> {
         let text = spot.scalar("a duration with its unit, such as 10s")?;
         units::duration(text).map_err(|error| spot.problem(error)).ok()
+    }
+
+    fn stand_in() -> Option<Duration> {
+        Some(Duration::ZERO)
     }
 
     fn show(value: &Duration) -> Shown {
@@ -291,6 +354,10 @@ fn read_size(spot: &Spot<'_>) -> Option<u64> {
 impl Reads<ByteSize> for Own {
     fn read(spot: &Spot<'_>) -> Option<ByteSize> {
         Size::read(spot).map(ByteSize)
+    }
+
+    fn stand_in() -> Option<ByteSize> {
+        Some(ByteSize(1))
     }
 
     fn show(value: &ByteSize) -> Shown {
@@ -341,6 +408,10 @@ macro_rules! numbers {
                 number(spot)
             }
 
+            fn stand_in() -> Option<$type> {
+                Some(1)
+            }
+
             fn show(value: &$type) -> Shown {
                 Shown::Number((*value).try_into().unwrap_or(i128::MAX))
             }
@@ -356,6 +427,10 @@ macro_rules! numbers {
                 <$type>::try_from(bytes)
                     .map_err(|_| spot.problem(format_args!("{} is too large", units::size_text(bytes))))
                     .ok()
+            }
+
+            fn stand_in() -> Option<$type> {
+                Some(1)
             }
 
             fn show(value: &$type) -> Shown {
@@ -381,6 +456,10 @@ impl Reads<NonZeroUsize> for Own {
         value
     }
 
+    fn stand_in() -> Option<NonZeroUsize> {
+        Some(NonZeroUsize::MIN)
+    }
+
     fn show(value: &NonZeroUsize) -> Shown {
         <Self as Reads<usize>>::show(&value.get())
     }
@@ -394,13 +473,20 @@ impl Reads<NonZeroUsize> for Own {
 #[must_use]
 pub fn optional<R: Reads<T>, T>(spot: &Spot<'_>) -> Option<T> {
     spot.node?;
-    R::read(spot)
+    doubtful(spot, R::read(spot))
 }
 
 /// The value of a key without a default.
 #[must_use]
 pub fn required<R: Reads<T>, T>(spot: &Spot<'_>) -> Option<T> {
-    if spot.node.is_some() { R::read(spot) } else { R::absent(spot) }
+    doubtful(spot, if spot.node.is_some() { R::read(spot) } else { R::absent(spot) })
+}
+
+fn doubtful<T>(spot: &Spot<'_>, read: Option<T>) -> Option<T> {
+    if read.is_none() {
+        spot.findings.doubt(&spot.path);
+    }
+    read
 }
 
 /// A range, as it is printed.
