@@ -14,7 +14,7 @@ pub use sections::{
     Quic, Timeouts, Tls, TunnelTls,
 };
 pub use towline_settings::{ByteSize, Problems};
-pub(crate) use towline_settings::{FILE_MAX, Findings, read_text};
+pub(crate) use towline_settings::{Findings, read_text};
 
 use sections::{AccessEntry, EndsWithCredentialWords};
 use std::net::IpAddr;

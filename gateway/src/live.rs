@@ -125,7 +125,7 @@ impl Live {
         }
         let tokens = config.token_file.as_deref().map_or_else(|| Ok(Tokens::default()), Tokens::load);
         let tokens = tokens.unwrap_or_else(|errors| {
-            errors.iter().for_each(|error| findings.note("tokenFile", error));
+            errors.lines().iter().for_each(|error| findings.note("tokenFile", error));
             Tokens::default()
         });
         let front_tls = front_credential.and_then(|credential| {

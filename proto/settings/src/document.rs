@@ -81,15 +81,6 @@ impl Node {
     }
 }
 
-/// Text of a file for a message: not all of a large value.
-pub(crate) fn clipped(text: &str) -> String {
-    const SHOWN_MAX: usize = 80;
-    match text.char_indices().nth(SHOWN_MAX) {
-        None => text.to_owned(),
-        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
-    }
-}
-
 /// Parses the text of a file. Problems are noted; `None` if there is nothing to go on with.
 pub(crate) fn parse(text: &str, findings: &Findings) -> Option<Node> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -256,15 +247,16 @@ impl Builder<'_> {
 
     /// The path of a key of the section that has just ended.
     fn path(&self, key: &str) -> String {
-        let mut path = String::new();
+        let shown = |key: &str| self.findings.shown_key(key);
+        let (mut path, key) = (String::new(), shown(key));
         for open in &self.open {
             match &open.kind {
                 OpenKind::List(items) => path.push_str(&format!("[{}]", items.len())),
-                OpenKind::Map(_, Some((key, _))) if path.is_empty() => path.push_str(key),
-                OpenKind::Map(_, Some((key, _))) => path.push_str(&format!(".{key}")),
+                OpenKind::Map(_, Some((key, _))) if path.is_empty() => path.push_str(&shown(key)),
+                OpenKind::Map(_, Some((key, _))) => path.push_str(&format!(".{}", shown(key))),
                 OpenKind::Map(_, None) => {}
             }
         }
-        if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+        if path.is_empty() { key } else { format!("{path}.{key}") }
     }
 }

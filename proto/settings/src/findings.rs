@@ -1,9 +1,13 @@
 //! Mistakes in a configuration, with their places. All of them are collected before any is reported.
 
+use crate::shown::clipped;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
+
+/// Longest unknown key that is shown of a file with secrets, in bytes: a misspelled one is not longer, and a secret is.
+const SECRET_KEY_MAX: usize = 12;
 
 /// A line and a column of a file, both from 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -113,6 +117,8 @@ pub struct Findings {
     doubted: RefCell<BTreeSet<String>>,
     /// The base directory of relative paths.
     base: PathBuf,
+    /// Whether the file holds secrets, one of which may stand where a key belongs.
+    secret: bool,
 }
 
 impl Findings {
@@ -120,13 +126,29 @@ impl Findings {
     #[must_use]
     pub fn new(places: Places) -> Self {
         let base = Path::new(&places.file).parent().unwrap_or_else(|| Path::new("")).to_owned();
-        Self { places: RefCell::new(places), problems: RefCell::default(), doubted: RefCell::default(), base }
+        Self {
+            places: RefCell::new(places),
+            problems: RefCell::default(),
+            doubted: RefCell::default(),
+            base,
+            secret: false,
+        }
     }
 
     /// For a file of this name.
     #[must_use]
     pub fn of_file(file: &str) -> Self {
         Self::new(Places { file: file.to_owned(), keys: BTreeMap::new() })
+    }
+
+    /// For a file of this name with secrets: none of its long keys is shown.
+    pub(crate) fn of_secrets(file: &str) -> Self {
+        Self { secret: true, ..Self::of_file(file) }
+    }
+
+    /// A key that somebody wrote, as it is shown.
+    pub(crate) fn shown_key(&self, key: &str) -> String {
+        if self.secret && key.len() > SECRET_KEY_MAX { "...".to_owned() } else { clipped(key) }
     }
 
     /// Notes a problem with the value of `key`.

@@ -47,7 +47,7 @@ pub use findings::{Findings, Places, Problem, Problems};
 #[doc(hidden)]
 pub use macros::key_of;
 pub use near::near;
-pub use read::{API_VERSION, Configuration, KINDS, check, read, schema, to_yaml};
+pub use read::{API_VERSION, Configuration, KINDS, check, read, read_secrets, schema, to_yaml};
 pub use schema::{Schema, violations};
 pub use section::{Section, Spot};
 pub use shown::{Legal, Shown};

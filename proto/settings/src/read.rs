@@ -1,10 +1,10 @@
 //! Reads, prints and describes a whole file. Its head names its kind; the rest is the program's section.
 
-use crate::document::{self, Node, Value, clipped};
+use crate::document::{self, Node, Value};
 use crate::findings::{Findings, Places, Problems};
 use crate::schema::Schema;
 use crate::section::Spot;
-use crate::shown::Shown;
+use crate::shown::{Shown, clipped};
 use crate::values::{Own, Reads};
 use serde_json::json;
 
@@ -35,13 +35,34 @@ where
     Own: Reads<C>,
 {
     let findings = Findings::of_file(file);
-    let config = document::parse(text, &findings).and_then(|root| {
-        let body = head::<C>(root, &findings)?;
-        Own::read(&Spot { findings: &findings, node: Some(&body), path: String::new(), legal: String::new() })
-    });
+    let config = document::parse(text, &findings)
+        .and_then(|root| head::<C>(root, &findings))
+        .and_then(|body| Own::read(&whole(&body, &findings)));
     let places = findings.finish()?;
-    // Without a configuration something was noted.
-    config.map(|config| (config, places)).ok_or_else(|| Problems::one(format!("{file}: cannot be used")))
+    config.map(|config| (config, places)).ok_or_else(|| nothing(file))
+}
+
+/// The same of a file with secrets. It has no head, and is a section alone.
+///
+/// # Errors
+/// Everything that is wrong. No value is repeated that is read by its kind alone, and no long key.
+pub fn read_secrets<S>(text: &str, file: &str) -> Result<S, Problems>
+where
+    Own: Reads<S>,
+{
+    let findings = Findings::of_secrets(file);
+    let section = document::parse(text, &findings).and_then(|root| Own::read(&whole(&root, &findings)));
+    findings.finish()?;
+    section.ok_or_else(|| nothing(file))
+}
+
+fn whole<'a>(root: &'a Node, findings: &'a Findings) -> Spot<'a> {
+    Spot { findings, node: Some(root), path: String::new(), legal: String::new() }
+}
+
+/// For the case that there is no value although nothing was noted: what reads one notes why there is none.
+fn nothing(file: &str) -> Problems {
+    Problems::one(format!("{file}: cannot be used"))
 }
 
 /// Checks a configuration, whose keys are in these places if it comes from a file.

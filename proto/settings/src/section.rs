@@ -1,9 +1,9 @@
 //! Reads a section: the program requests each key, and unrequested keys are reported at the end.
 
-use crate::document::{Entry, Node, Value, clipped};
+use crate::document::{Entry, Node, Value};
 use crate::findings::Findings;
 use crate::near::near;
-use crate::shown::Legal;
+use crate::shown::{Legal, clipped};
 use std::cell::RefCell;
 use std::fmt;
 use std::path::Path;
@@ -220,7 +220,7 @@ impl<'a> Section<'a> {
                 None if known.len() <= LISTED_MAX => format!(". Known here: {}", known.join(", ")),
                 None => String::new(),
             };
-            let path = self.path(&clipped(&entry.key));
+            let path = self.path(&self.findings.shown_key(&entry.key));
             self.findings.note_at(entry.at, &path, format_args!("there is no such key{hint}"));
         }
     }

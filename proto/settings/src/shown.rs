@@ -68,3 +68,12 @@ impl fmt::Display for Legal {
         }
     }
 }
+
+/// Text of a file for a message: not all of a large value.
+pub(crate) fn clipped(text: &str) -> String {
+    const SHOWN_MAX: usize = 80;
+    match text.char_indices().nth(SHOWN_MAX) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
+    }
+}

@@ -1,9 +1,8 @@
 //! Reads, prints and describes one value. One trait does all three, so that they cannot differ.
 
-use crate::document::clipped;
 use crate::schema::Schema;
 use crate::section::Spot;
-use crate::shown::{Legal, Shown};
+use crate::shown::{Legal, Shown, clipped};
 use crate::units::{self, ByteSize, DURATION_PATTERN, SIZE_PATTERN};
 use std::fmt;
 use std::marker::PhantomData;
