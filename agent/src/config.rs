@@ -186,22 +186,20 @@ impl AgentConfig {
     /// Everything that is wrong with it.
     pub fn load(path: &Path) -> Result<Self, Problems> {
         let text = towline_settings::read_text(path).map_err(Problems::one)?;
-        Ok(Self {
-            source: Some(path.to_owned()),
-            ..Self::parse(&path.display().to_string(), text.as_bytes())?
-        })
+        Ok(Self { source: Some(path.to_owned()), ..Self::parse(path, text.as_bytes())? })
     }
 
     /// Checks a configuration; `file` names it in problems.
     ///
     /// # Errors
     /// Everything that is wrong with it.
-    pub fn parse(file: &str, bytes: &[u8]) -> Result<Self, Problems> {
-        let text = std::str::from_utf8(bytes).map_err(|_| {
-            Problems::one(format!("{file}: is not text (UTF-8). It is not the file that was meant"))
-        })?;
+    pub fn parse(file: impl AsRef<Path>, bytes: &[u8]) -> Result<Self, Problems> {
+        let file = file.as_ref();
+        let fail = |what: &str| Problems::one(format!("{}: {what}", file.display()));
+        let text = std::str::from_utf8(bytes)
+            .map_err(|_| fail("is not text (UTF-8). It is not the file that was meant"))?;
         let (read, places) = towline_settings::read::<AgentFile>(text, file)?;
-        Self::of(read, places).ok_or_else(|| Problems::one(format!("{file}: cannot be used")))
+        Self::of(read, places).ok_or_else(|| fail("cannot be used"))
     }
 
     /// `None` if the file contradicts itself, which its checks have noted.

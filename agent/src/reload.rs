@@ -15,6 +15,7 @@ use crate::upstream::targets::Targets;
 use crate::upstream::token::{TokenError, TokenFile};
 use crate::upstream::upstreams::Upstreams;
 use crate::upstream::{Upstream, UpstreamError};
+use aws_lc_rs::digest;
 use rustls::ClientConfig;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -225,12 +226,15 @@ impl Files {
     }
 }
 
+/// The SHA-256 of what was found.
+type Seen = Vec<u8>;
+
 /// Watches the configuration file for changed targets only.
 struct TargetsFile {
     path: PathBuf,
     resources: Resources,
-    /// The content of the file and of its CA files at the last check.
-    seen: Option<Vec<u8>>,
+    /// The content of the file and of its CA files at the last check. A hash, since the file may hold a password.
+    seen: Option<Seen>,
     /// The configuration without the targets, as at the start.
     rest: String,
 }
@@ -269,28 +273,36 @@ impl TargetsFile {
         Some(Targets::new(&config.targets, &self.resources).map_err(Into::into))
     }
 
-    fn look(&self) -> Result<(Vec<u8>, AgentConfig), LookError> {
+    fn look(&self) -> Result<(Seen, AgentConfig), LookError> {
+        let mut seen = digest::Context::new(&digest::SHA256);
         let file = match FileBytes::read(&self.path) {
             Ok(file) => file,
             Err(error) if error.cause == LoadCause::Missing => return Err(LookError::Gone),
             Err(error) => {
-                return Err(LookError::Other(error.to_string().into_bytes(), Box::new(error.into())));
+                seen.update(error.to_string().as_bytes());
+                return Err(LookError::Other(sum(seen), Box::new(error.into())));
             }
         };
-        let mut seen = file.bytes().to_vec();
-        let config = AgentConfig::parse(&self.path.display().to_string(), file.bytes())
-            .map_err(|problems| LookError::Other(seen.clone(), Box::new(problems.into())))?;
+        seen.update(file.bytes());
+        let config = match AgentConfig::parse(&self.path, file.bytes()) {
+            Ok(config) => config,
+            Err(problems) => return Err(LookError::Other(sum(seen), Box::new(problems.into()))),
+        };
         for ca in config.targets.iter().filter_map(|target| target.tls.as_ref()?.ca.as_ref()) {
             match FileBytes::read(ca) {
-                Ok(ca) => seen.extend_from_slice(ca.bytes()),
-                Err(error) => seen.extend_from_slice(error.to_string().as_bytes()),
+                Ok(ca) => seen.update(ca.bytes()),
+                Err(error) => seen.update(error.to_string().as_bytes()),
             }
         }
-        Ok((seen, config))
+        Ok((sum(seen), config))
     }
+}
+
+fn sum(seen: digest::Context) -> Seen {
+    seen.finish().as_ref().to_vec()
 }
 
 enum LookError {
     Gone,
-    Other(Vec<u8>, Box<FilesError>),
+    Other(Seen, Box<FilesError>),
 }

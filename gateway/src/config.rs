@@ -104,14 +104,14 @@ impl GatewayConfig {
     /// # Errors
     /// Everything that is wrong.
     pub fn load(path: &Path) -> Result<Self, Problems> {
-        Self::parse(&read_text(path).map_err(Problems::one)?, &path.display().to_string())
+        Self::parse(&read_text(path).map_err(Problems::one)?, path)
     }
 
     /// Reads and checks the text of a file; `file` names it in errors.
     ///
     /// # Errors
     /// Everything that is wrong.
-    pub fn parse(text: &str, file: &str) -> Result<Self, Problems> {
+    pub fn parse(text: &str, file: impl AsRef<Path>) -> Result<Self, Problems> {
         let (config, places) = towline_settings::read::<Self>(text, file)?;
         Ok(Self { places, ..config })
     }

@@ -115,10 +115,10 @@ impl Tokens {
     /// Every mistake; no hash is shown.
     pub fn load(path: &Path) -> Result<Self, Problems> {
         let text = read_text(path).map_err(Problems::one)?;
-        Self::parse(&text, &path.display().to_string())
+        Self::parse(&text, path)
     }
 
-    fn parse(text: &str, file: &str) -> Result<Self, Problems> {
+    fn parse(text: &str, file: impl AsRef<Path>) -> Result<Self, Problems> {
         let TokenFile { tokens: entries } = towline_settings::read_secrets(text, file)?;
         let mut tokens = Self::default();
         for Entry { sha256: hash, user, groups } in entries.unwrap_or_default() {

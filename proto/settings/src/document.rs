@@ -6,6 +6,7 @@ use granit_parser::{Event, Parser, ScalarStyle, Span, options};
 use std::collections::HashMap;
 use std::io::Read as _;
 use std::path::Path;
+use zeroize::Zeroizing;
 
 /// Largest file that is read, in bytes.
 pub const FILE_MAX: u64 = 1 << 20;
@@ -14,14 +15,16 @@ const DEPTH_MAX: usize = 32;
 /// Most values of a file, those counted again that an alias repeats.
 const NODES_MAX: usize = 400_000;
 
-/// Reads a small text file.
+/// Reads a small text file. It may hold a password, as in the URL of a proxy, so it is wiped when dropped.
 ///
 /// # Errors
 /// One line with the file and the mistake.
-pub fn read_text(path: &Path) -> Result<String, String> {
+pub fn read_text(path: &Path) -> Result<Zeroizing<String>, String> {
     let fail = |what: String| format!("{}: {what}", path.display());
     let file = std::fs::File::open(path).map_err(|error| fail(format!("cannot be opened: {error}")))?;
-    let mut text = String::new();
+    // Reserved in full: a text that grows leaves copies behind.
+    let size = file.metadata().map_or(0, |metadata| metadata.len()).min(FILE_MAX);
+    let mut text = Zeroizing::new(String::with_capacity(usize::try_from(size).unwrap_or_default() + 1));
     let read = file.take(FILE_MAX + 1).read_to_string(&mut text);
     let bytes = read.map_err(|error| fail(format!("cannot be read as text: {error}")))?;
     if bytes as u64 > FILE_MAX {
@@ -39,8 +42,8 @@ pub(crate) struct Node {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Value {
-    /// The text, and whether it is without quotes.
-    Scalar(String, bool),
+    /// The text, wiped when dropped, and whether it is without quotes.
+    Scalar(Zeroizing<String>, bool),
     List(Vec<Node>),
     Map(Vec<Entry>),
 }
@@ -59,7 +62,7 @@ pub(crate) struct Entry {
 impl Node {
     /// Whether there is no value: `key:`, `~` or `null`.
     pub(crate) fn is_null(&self) -> bool {
-        matches!(&self.value, Value::Scalar(text, true) if matches!(&**text, "" | "~" | "null" | "Null" | "NULL"))
+        matches!(&self.value, Value::Scalar(text, true) if matches!(text.as_str(), "" | "~" | "null" | "Null" | "NULL"))
     }
 
     /// Its kind, for a sentence. Never its text: a password that stands in the wrong place is not for a log (R-LOG-1).
@@ -147,7 +150,7 @@ impl Builder<'_> {
             }
             Event::Scalar(text, style, anchor, _) => {
                 let plain = style == ScalarStyle::Plain;
-                self.end(Node { at, value: Value::Scalar(text.into_owned(), plain) }, anchor)
+                self.end(Node { at, value: Value::Scalar(text.into_owned().into(), plain) }, anchor)
             }
             Event::SequenceStart(_, anchor, _) => self.begin(at, anchor, OpenKind::List(Vec::new())),
             Event::MappingStart(_, anchor, _) => self.begin(at, anchor, OpenKind::Map(Vec::new(), None)),
@@ -192,7 +195,7 @@ impl Builder<'_> {
             Some(OpenKind::Map(entries, key)) => match key.take() {
                 Some((key, at)) => Self::entry(entries, key, at, node)?,
                 None => match node.value {
-                    Value::Scalar(text, _) => *key = Some((text, node.at)),
+                    Value::Scalar(mut text, _) => *key = Some((std::mem::take(&mut *text), node.at)),
                     Value::List(_) | Value::Map(_) => {
                         return Err((node.at, "is not valid as a key: a key must be a word".to_owned()));
                     }

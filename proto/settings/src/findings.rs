@@ -80,17 +80,12 @@ impl std::error::Error for Problems {}
 /// configuration that a program created has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Places {
-    file: String,
+    /// The file, as it was given. Empty if there is none.
+    file: PathBuf,
     keys: BTreeMap<String, At>,
 }
 
 impl Places {
-    /// The file's name, as it was given. Empty if there is no file.
-    #[must_use]
-    pub fn file(&self) -> &str {
-        &self.file
-    }
-
     /// Whether this key is in the file.
     #[must_use]
     pub fn has(&self, key: &str) -> bool {
@@ -125,7 +120,7 @@ impl Findings {
     /// For a configuration whose keys are in these places.
     #[must_use]
     pub fn new(places: Places) -> Self {
-        let base = Path::new(&places.file).parent().unwrap_or_else(|| Path::new("")).to_owned();
+        let base = places.file.parent().unwrap_or_else(|| Path::new("")).to_owned();
         Self {
             places: RefCell::new(places),
             problems: RefCell::default(),
@@ -135,14 +130,14 @@ impl Findings {
         }
     }
 
-    /// For a file of this name.
+    /// For this file.
     #[must_use]
-    pub fn of_file(file: &str) -> Self {
+    pub fn of_file(file: &Path) -> Self {
         Self::new(Places { file: file.to_owned(), keys: BTreeMap::new() })
     }
 
-    /// For a file of this name with secrets: none of its long keys is shown.
-    pub(crate) fn of_secrets(file: &str) -> Self {
+    /// For this file with secrets: none of its long keys is shown.
+    pub(crate) fn of_secrets(file: &Path) -> Self {
         Self { secret: true, ..Self::of_file(file) }
     }
 
@@ -212,7 +207,7 @@ impl Findings {
 
     fn push(&self, at: Option<At>, key: &str, what: impl fmt::Display) {
         let what = what.to_string().lines().map(str::trim).collect::<Vec<_>>().join(" ");
-        let place = self.places.borrow().file.clone();
+        let place = self.places.borrow().file.display().to_string();
         let problem = Problem { place, at, key: key.to_owned(), what };
         let mut problems = self.problems.borrow_mut();
         if !problems.contains(&problem) {

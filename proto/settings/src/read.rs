@@ -7,6 +7,7 @@ use crate::section::Spot;
 use crate::shown::{Shown, clipped};
 use crate::values::{Own, Reads};
 use serde_json::json;
+use std::path::Path;
 
 /// The version of the format.
 pub const API_VERSION: &str = "towline.io/v1alpha1";
@@ -30,10 +31,11 @@ where
 ///
 /// # Errors
 /// Everything that is wrong.
-pub fn read<C: Configuration>(text: &str, file: &str) -> Result<(C, Places), Problems>
+pub fn read<C: Configuration>(text: &str, file: impl AsRef<Path>) -> Result<(C, Places), Problems>
 where
     Own: Reads<C>,
 {
+    let file = file.as_ref();
     let findings = Findings::of_file(file);
     let config = document::parse(text, &findings)
         .and_then(|root| head::<C>(root, &findings))
@@ -46,10 +48,11 @@ where
 ///
 /// # Errors
 /// Everything that is wrong. No value is repeated that is read by its kind alone, and no long key.
-pub fn read_secrets<S>(text: &str, file: &str) -> Result<S, Problems>
+pub fn read_secrets<S>(text: &str, file: impl AsRef<Path>) -> Result<S, Problems>
 where
     Own: Reads<S>,
 {
+    let file = file.as_ref();
     let findings = Findings::of_secrets(file);
     let section = document::parse(text, &findings).and_then(|root| Own::read(&whole(&root, &findings)));
     findings.finish()?;
@@ -61,8 +64,8 @@ fn whole<'a>(root: &'a Node, findings: &'a Findings) -> Spot<'a> {
 }
 
 /// For the case that there is no value although nothing was noted: what reads one notes why there is none.
-fn nothing(file: &str) -> Problems {
-    Problems::one(format!("{file}: cannot be used"))
+fn nothing(file: &Path) -> Problems {
+    Problems::one(format!("{}: cannot be used", file.display()))
 }
 
 /// Checks a configuration, whose keys are in these places if it comes from a file.

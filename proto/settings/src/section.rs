@@ -48,7 +48,7 @@ impl<'a> Spot<'a> {
     pub fn scalar(&self, wanted: &str) -> Option<&'a str> {
         let node = self.node?;
         match &node.value {
-            Value::Scalar(text, _) if !node.is_null() => Some(text),
+            Value::Scalar(text, _) if !node.is_null() => Some(text.as_str()),
             _ => {
                 self.problem(format_args!("must be {wanted}, not {}", node.kind()));
                 None

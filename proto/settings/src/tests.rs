@@ -3,8 +3,10 @@
 use crate as towline_settings;
 use crate::{ByteSize, Configuration, Each, Own, Predicate, Problems, Reads, Secret, Section, Size, Text};
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const HEAD: &str = "apiVersion: towline.io/v1alpha1\nkind: GatewayConfiguration\n";
@@ -315,6 +317,16 @@ fn relative_paths_are_relative_to_the_file() {
     let (config, places) = towline_settings::read::<Config>(&text, "etc/towline/x.yaml").unwrap();
     assert_eq!(config.client_ca, Some("etc/towline/ca.crt".into()));
     assert!(places.has("clientCA") && !places.has("mode"));
+}
+
+/// A directory's name need not be text.
+#[test]
+fn relative_paths_are_relative_to_a_file_of_any_name() {
+    let text = format!("{HEAD}name: a\nclientCA: ca.crt\n");
+    let [file, ca] =
+        [&b"et\xff/x.yaml"[..], b"et\xff/ca.crt"].map(|bytes| Path::new(OsStr::from_bytes(bytes)));
+    let (config, _) = towline_settings::read::<Config>(&text, file).unwrap();
+    assert_eq!(config.client_ca.as_deref(), Some(ca));
 }
 
 #[test]

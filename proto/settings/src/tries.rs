@@ -126,7 +126,7 @@ mod tests {
             (scratch.path().join("file/below"), "cannot be used"),
             ("/proc/towline".into(), "cannot be written"),
         ] {
-            let findings = Findings::of_file("f");
+            let findings = Findings::of_file("f".as_ref());
             directory(&findings, "stateDirectory", &path);
             let lines = found(findings);
             assert_eq!(lines.is_empty(), expected.is_empty(), "{path:?} {lines:?}");
@@ -140,7 +140,7 @@ mod tests {
     fn d15_a_port_is_tried() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let taken = listener.local_addr().unwrap();
-        let findings = Findings::of_file("f");
+        let findings = Findings::of_file("f".as_ref());
         let warning = port(&findings, "listen.address", taken, Protocol::Tcp).unwrap();
         assert!(warning.contains(&format!("process {}", std::process::id())), "{warning}");
         let anywhere = "192.0.2.1:1".parse().unwrap();
