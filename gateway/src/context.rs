@@ -121,11 +121,13 @@ impl Context {
         self.live.load_full()
     }
 
-    /// Makes a new state effective. Only one caller at a time: see `reloading`.
-    pub(crate) fn publish(&self, mut live: Live) {
+    /// Makes a new state effective: for new requests and agents first, then for what follows from it (`settle`), and last for those who
+    /// follow the reloads. Only one caller at a time: see `reloading`.
+    pub(crate) fn publish(&self, mut live: Live, settle: impl FnOnce(&Live)) {
         live.generation = self.live.load().generation + 1;
         self.live.store(Arc::new(live));
         self.reserve_names();
+        settle(&self.live.load());
         self.reloads.send_replace(());
     }
 

@@ -88,9 +88,10 @@ pub(crate) fn reload(context: &Context, registry: &Registry, path: Option<&Path>
         tracing::warn!(key, "setting changed in the file; restart the gateway to apply it");
     }
     live.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    context.publish(live);
-    let live = context.live();
-    registry.forget_unknown(|uid| context.knows(&live, uid));
+    // A cluster that is gone is forgotten after the new state is in force, since nobody lets an agent of it in or notes one that was
+    // refused from then on, and before anybody is woken: who follows the reloads finds nothing of it in the registry but the sessions
+    // that they end. The last of those forgets it again.
+    context.publish(live, |live| registry.forget_unknown(|uid| context.knows(live, uid)));
     context.metrics.reloaded(ReloadOutcome::Applied);
     tracing::info!("configuration, certificates and tokens reloaded");
     Ok(())
@@ -158,4 +159,64 @@ fn fingerprint(path: Option<&Path>, config: &GatewayConfig) -> Vec<u8> {
         }
     }
     context.finish().as_ref().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ClusterRoute;
+    use std::future::Future as _;
+    use std::net::{IpAddr, Ipv4Addr};
+    use std::sync::OnceLock;
+    use std::task::{Wake, Waker};
+    use towline_certs::ClusterUid;
+    use towline_model::Mode;
+
+    /// What somebody who follows the reloads finds when a reload wakes them.
+    struct Follower {
+        context: Arc<Context>,
+        registry: Arc<Registry>,
+        uid: ClusterUid,
+        /// Whether the configuration has the cluster, and whether the registry has.
+        found: OnceLock<(bool, bool)>,
+    }
+
+    impl Wake for Follower {
+        fn wake(self: Arc<Self>) {
+            let is_configured = self.context.live().by_uid.contains_key(&self.uid);
+            let is_registered = self.registry.connection(&self.uid).turned_away.is_some();
+            self.found.set((is_configured, is_registered)).unwrap();
+        }
+    }
+
+    /// Goal: S23: whoever follows the reloads finds nothing of a cluster that a reload has removed, neither its route nor what is left in
+    /// the registry; before the reload both are there.
+    #[tokio::test]
+    async fn s23_a_removed_cluster_is_forgotten_before_anybody_is_woken() {
+        let directory = tempfile::tempdir().unwrap();
+        let uid: ClusterUid = "prod-uid".parse().unwrap();
+        let (name, mode) = ("prod".parse().unwrap(), Mode::Impersonate);
+        let cluster = ClusterRoute { name, uid: uid.clone(), mode, account: None };
+        let context = Context::for_test(directory.path(), |config| config.clusters = vec![cluster]).await;
+        let registry = Arc::new(Registry::of(&context.config, Arc::clone(&context.metrics)));
+        registry.turned_away(&uid, IpAddr::V4(Ipv4Addr::LOCALHOST), "too old", true);
+        let path = directory.path().join("gateway.yaml");
+        let write = |config: &GatewayConfig| std::fs::write(&path, config.to_yaml()).unwrap();
+        let follow = || {
+            let (context, registry, uid) = (Arc::clone(&context), Arc::clone(&registry), uid.clone());
+            Arc::new(Follower { context, registry, uid, found: OnceLock::new() })
+        };
+
+        for (clusters, found) in
+            [(context.config.clusters.clone(), (true, true)), (Vec::new(), (false, false))]
+        {
+            write(&GatewayConfig { clusters, ..context.config.clone() });
+            let (follower, mut reloads) = (follow(), context.reloads());
+            let mut changed = std::pin::pin!(reloads.changed());
+            let waker = Waker::from(Arc::clone(&follower));
+            assert!(changed.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_pending());
+            reload(&context, &registry, Some(&path)).unwrap();
+            assert_eq!(follower.found.get(), Some(&found));
+        }
+    }
 }
