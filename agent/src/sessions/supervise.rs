@@ -110,6 +110,16 @@ enum End {
     Home(Session),
 }
 
+/// What a slot does next.
+struct Course<F> {
+    /// The number of the address that is tried next.
+    next: usize,
+    /// The session that drains once the next one serves.
+    outdated: Option<Retired>,
+    /// The session that serves next, if it stands already.
+    ready: Option<Up<F>>,
+}
+
 impl<S: Fn(Begin)> Slot<S> {
     /// Keeps a session up until the future is dropped. Started sessions continue after that.
     pub(crate) async fn keep<C, F>(mut self, connect: C)
@@ -118,91 +128,130 @@ impl<S: Fn(Begin)> Slot<S> {
         F: Future<Output = Result<Session, DialError>>,
     {
         // Slots begin at different addresses, which are different replicas.
-        let mut next = self.number;
-        // The session that drains once the next one serves.
-        let mut outdated = None;
-        let mut ready: Option<Up<F>> = None;
+        let mut course = Course { next: self.number, outdated: None, ready: None };
         loop {
-            let mut up = match ready.take() {
+            let mut up = match course.ready.take() {
                 Some(up) => up,
-                None => self.establish(&connect, &mut next).await,
+                None => self.establish(&connect, &mut course.next).await,
             };
             self.serve(&up);
-            if let Some(old) = outdated.take() {
+            if let Some(old) = course.outdated.take() {
                 (self.start)(Begin::Retire(old));
             }
             let since = Instant::now();
-            let transport = up.session.transport();
-            let elsewhere = Some(self.home()).filter(|home| *home != up.address);
-            let wait = HOME_RETRY.mul_f64(1.0 - HOME_JITTER * self.backoff.fraction());
-            let home = come_home(elsewhere, wait, transport, &connect, self.metrics.clone());
-            let end = tokio::select! {
-                end = self.serving(&mut up, &connect) => end,
-                session = home => End::Home(session),
-            };
+            let end = self.wait_for_end(&mut up, &connect).await;
             self.stood = Some(Instant::now());
-            if since.elapsed() >= LIVED {
+            let lived = since.elapsed() >= LIVED;
+            if lived {
                 self.backoff.reset();
             }
-            let Up { session, address, standby, .. } = up;
-            let standby = standby.filter(|standby| standby.closed().is_none());
-            match end {
-                End::Closed(reason) => {
-                    if session.transport() == Transport::Quic && is_a_death(&reason) {
-                        self.policy.handle_death(Instant::now());
-                    }
-                    if let Some(standby) = standby {
-                        tracing::warn!(%address, %reason, "QUIC session lost; continuing over TCP");
-                        ready = Some(Up { serving: true, ..Up::new(standby, address) });
-                        continue;
-                    }
-                    let wait = self.wait(matches!(reason, CloseReason::Dead(_)));
-                    let transport = session.transport();
-                    let address = match transport {
-                        Transport::Tcp => (self.hop)(&address),
-                        Transport::Quic => address.to_string(),
-                    };
-                    tracing::warn!(address, transport = transport.label(), %reason, wait = %Lasting(wait), "session lost");
-                    sleep(wait).await;
-                    continue;
-                }
-                End::GoAway(goaway) => {
-                    let asked =
-                        Duration::from_millis(goaway.reconnect_after_ms.into()).min(RECONNECT_AFTER_MAX);
-                    // A gateway that sends GOAWAY right after each connect gets the same back-off as a failing one.
-                    let wait = if since.elapsed() < LIVED { asked.max(self.backoff.next()) } else { asked };
-                    tracing::info!(
-                        %address,
-                        wait = %Lasting(wait),
-                        "the gateway is draining; opening a new session before the old one ends"
-                    );
-                    let deadline = Duration::from_millis(goaway.drain_ms.into()) + DRAIN_GRACE;
-                    (self.start)(Begin::Retire(Retired { session, ask: false, deadline }));
-                    self.retire(standby);
-                    // Try the next address first: the draining gateway is about to end.
-                    next = next.wrapping_add(1);
-                    sleep(wait).await;
-                }
-                End::Outdated => {
-                    self.retire(standby);
-                    sleep(self.backoff.up_to(ROTATE_SPREAD)).await;
-                    outdated = Some(Retired { session, ask: true, deadline: self.drain });
-                }
-                End::Moved(quic) => {
-                    tracing::info!(%address, "QUIC works again; new streams use it, open streams finish over TCP");
-                    ready = Some(Up::new(quic, address));
-                    outdated = Some(Retired { session, ask: true, deadline: MOVED_DRAIN });
-                }
-                End::Home(back) => {
-                    let home = self.home();
-                    tracing::info!(%address, %home, "the slot's own address answers again; new streams use it");
-                    self.retire(standby);
-                    next = self.number;
-                    ready = Some(Up::new(back, home));
-                    outdated = Some(Retired { session, ask: true, deadline: MOVED_DRAIN });
-                }
+            if let Some(wait) = self.handle_end(end, up, lived, &mut course) {
+                sleep(wait).await;
             }
         }
+    }
+
+    /// Serves until the session ends or must be replaced, or the slot's own address answers again.
+    async fn wait_for_end<C, F>(&mut self, up: &mut Up<F>, connect: &C) -> End
+    where
+        C: Fn(Address, Transport) -> F,
+        F: Future<Output = Result<Session, DialError>>,
+    {
+        let elsewhere = Some(self.home()).filter(|home| *home != up.address);
+        let wait = HOME_RETRY.mul_f64(1.0 - HOME_JITTER * self.backoff.fraction());
+        let home = come_home(elsewhere, wait, up.session.transport(), connect, self.metrics.clone());
+        tokio::select! {
+            end = self.serving(up, connect) => end,
+            session = home => End::Home(session),
+        }
+    }
+
+    /// Sets the course after a session that has `lived` or not. Returns how long to wait before the slot goes on, if it waits.
+    fn handle_end<F>(
+        &mut self,
+        end: End,
+        up: Up<F>,
+        lived: bool,
+        course: &mut Course<F>,
+    ) -> Option<Duration> {
+        let Up { session, address, standby, .. } = up;
+        let standby = standby.filter(|standby| standby.closed().is_none());
+        match end {
+            End::Closed(reason) => return self.handle_closed(&session, &reason, address, standby, course),
+            End::GoAway(goaway) => {
+                let wait = self.handle_goaway(session, goaway, &address, lived);
+                self.retire(standby);
+                // Try the next address first: the draining gateway is about to end.
+                course.next = course.next.wrapping_add(1);
+                return Some(wait);
+            }
+            End::Outdated => {
+                self.retire(standby);
+                course.outdated = Some(Retired { session, ask: true, deadline: self.drain });
+                return Some(self.backoff.up_to(ROTATE_SPREAD));
+            }
+            End::Moved(quic) => {
+                tracing::info!(%address, "QUIC works again; new streams use it, open streams finish over TCP");
+                course.ready = Some(Up::new(quic, address));
+            }
+            End::Home(back) => {
+                let home = self.home();
+                tracing::info!(%address, %home, "the slot's own address answers again; new streams use it");
+                self.retire(standby);
+                course.next = self.number;
+                course.ready = Some(Up::new(back, home));
+            }
+        }
+        course.outdated = Some(Retired { session, ask: true, deadline: MOVED_DRAIN });
+        None
+    }
+
+    /// Goes on with the session over TCP that stands beside, if there is one.
+    fn handle_closed<F>(
+        &mut self,
+        session: &Session,
+        reason: &CloseReason,
+        address: Address,
+        standby: Option<Session>,
+        course: &mut Course<F>,
+    ) -> Option<Duration> {
+        let transport = session.transport();
+        if transport == Transport::Quic && is_a_death(reason) {
+            self.policy.handle_death(Instant::now());
+        }
+        if let Some(standby) = standby {
+            tracing::warn!(%address, %reason, "QUIC session lost; continuing over TCP");
+            course.ready = Some(Up { serving: true, ..Up::new(standby, address) });
+            return None;
+        }
+        let wait = self.wait(matches!(reason, CloseReason::Dead(_)));
+        let address = match transport {
+            Transport::Tcp => (self.hop)(&address),
+            Transport::Quic => address.to_string(),
+        };
+        tracing::warn!(address, transport = transport.label(), %reason, wait = %Lasting(wait), "session lost");
+        Some(wait)
+    }
+
+    /// Lets a session end that the gateway drains. Returns how long to wait before the next one.
+    fn handle_goaway(
+        &mut self,
+        session: Session,
+        goaway: GoAway,
+        address: &Address,
+        lived: bool,
+    ) -> Duration {
+        let asked = Duration::from_millis(goaway.reconnect_after_ms.into()).min(RECONNECT_AFTER_MAX);
+        // A gateway that sends GOAWAY right after each connect gets the same back-off as a failing one.
+        let wait = if lived { asked } else { asked.max(self.backoff.next()) };
+        tracing::info!(
+            %address,
+            wait = %Lasting(wait),
+            "the gateway is draining; opening a new session before the old one ends"
+        );
+        let deadline = Duration::from_millis(goaway.drain_ms.into()) + DRAIN_GRACE;
+        (self.start)(Begin::Retire(Retired { session, ask: false, deadline }));
+        wait
     }
 
     /// Where the slot belongs.
