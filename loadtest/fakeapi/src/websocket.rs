@@ -10,24 +10,23 @@ use crate::pods::{Output, RemoteCommand};
 use crate::spdy;
 use crate::status::ApiError;
 use crate::status::empty;
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
 use http::StatusCode;
+use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use sha1::{Digest, Sha1};
 use std::io;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex, split};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex, split};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-
-const CONTINUATION: u8 = 0;
-const TEXT: u8 = 1;
-const BINARY: u8 = 2;
-const CLOSE: u8 = 8;
-const PING: u8 = 9;
-const PONG: u8 = 10;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::error::ProtocolError;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -36,24 +35,30 @@ const ERROR: u8 = 3;
 const CHANNEL_CLOSE: u8 = 255;
 
 const QUEUE: usize = 8;
-const MESSAGE_MAX: u64 = 16 * 1024 * 1024;
+const CHUNK_BYTES: usize = 32 * 1024;
+const MESSAGE_MAX: usize = 16 * 1024 * 1024;
 const LINGER: Duration = Duration::from_secs(3);
+
+/// A connection after its upgrade, and its two directions. Reading answers pings and the client's Close.
+type Socket = WebSocketStream<TokioIo<Upgraded>>;
+type Sender = SplitSink<Socket, Message>;
+type Receiver = SplitStream<Socket>;
 
 /// Accepts an exec or attach.
 pub(crate) fn remote_command(call: Call, command: RemoteCommand) -> Result<Response, ApiError> {
     let protocol = negotiate(&call, &["v5.channel.k8s.io", "v4.channel.k8s.io"])?;
     let closes = protocol == "v5.channel.k8s.io";
-    accept(call, protocol, move |stream| serve_command(stream, command, closes))
+    accept(call, protocol, move |socket| serve_command(socket, command, closes))
 }
 
 /// Accepts a tunnelled port-forward.
 pub(crate) fn port_forward(call: Call, pod: &str) -> Result<Response, ApiError> {
     let protocol = negotiate(&call, &["SPDY/3.1+portforward.k8s.io"])?;
     let (shared, pod) = (std::sync::Arc::clone(&call.shared), pod.to_owned());
-    accept(call, protocol, move |stream| async move {
+    accept(call, protocol, move |socket| async move {
         let (near, far) = duplex(64 * 1024);
         let session = spdy::serve_port_forward(far, shared, pod);
-        let (pumped, served) = tokio::join!(pump(stream, near), session);
+        let (pumped, served) = tokio::join!(pump(socket, near), session);
         pumped.and(served)
     })
 }
@@ -72,22 +77,25 @@ fn negotiate(call: &Call, known: &[&'static str]) -> Result<&'static str, ApiErr
 /// Answers 101 and runs `serve` on the connection afterwards, until the server stops or the connection is killed.
 fn accept<F, T>(mut call: Call, protocol: &str, serve: F) -> Result<Response, ApiError>
 where
-    F: FnOnce(TokioIo<hyper::upgrade::Upgraded>) -> T + Send + 'static,
+    F: FnOnce(Socket) -> T + Send + 'static,
     T: Future<Output = io::Result<()>> + Send,
 {
     let key = call.header("sec-websocket-key");
     if key.is_empty() || call.header("sec-websocket-version") != "13" {
         return Err(ApiError::bad_request("not a WebSocket handshake of version 13"));
     }
-    let digest = Sha1::digest(format!("{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11"));
-    let accepted = STANDARD.encode(digest);
+    let accepted = derive_accept_key(key.as_bytes());
     let upgrade = call.upgrade.take().ok_or_else(|| ApiError::bad_request("not an upgrade"))?;
     let (stop, killed) = (call.shared.stop.clone(), call.connection.killed.clone());
     let tap = std::sync::Arc::clone(&call.connection.tap);
     call.shared.tasks.spawn(async move {
         let session = async {
-            let upgraded = upgrade.await.map_err(io::Error::other)?;
-            serve(TokioIo::new(upgraded)).await
+            let upgraded = TokioIo::new(upgrade.await.map_err(io::Error::other)?);
+            let config = WebSocketConfig::default()
+                .read_buffer_size(CHUNK_BYTES)
+                .max_message_size(Some(MESSAGE_MAX))
+                .max_frame_size(Some(MESSAGE_MAX));
+            serve(Socket::from_raw_socket(upgraded, Role::Server, Some(config)).await).await
         };
         tokio::select! {
             () = stop.cancelled() => {}
@@ -108,67 +116,64 @@ where
     ))
 }
 
-async fn serve_command(
-    stream: TokioIo<hyper::upgrade::Upgraded>,
+async fn serve_command(socket: Socket, command: RemoteCommand, closes: bool) -> io::Result<()> {
+    let (mut sender, mut receiver) = socket.split();
+    run_command(&mut sender, &mut receiver, command, closes).await?;
+    shut(sender, receiver).await
+}
+
+/// Carries a command's channels until it has ended and the client knows, or until the client is gone.
+async fn run_command(
+    sender: &mut Sender,
+    receiver: &mut Receiver,
     command: RemoteCommand,
     closes: bool,
 ) -> io::Result<()> {
-    let (mut read, mut write) = split(stream);
     let (stdin_sender, stdin) = mpsc::channel(QUEUE);
     let (output_sender, mut output) = mpsc::channel(QUEUE);
-    let (pong_sender, mut pongs) = mpsc::channel(QUEUE);
     let RemoteCommand { work, stdin: wants_stdin, stdout, stderr, .. } = command;
-    let mut reader =
-        std::pin::pin!(read_channels(&mut read, wants_stdin.then_some(stdin_sender), pong_sender, closes));
+    let mut reader = std::pin::pin!(read_channels(receiver, wants_stdin.then_some(stdin_sender), closes));
     let work = work.run(wants_stdin.then_some(stdin), output_sender);
     let writer = async {
         // An empty message tells the client that the server is there.
-        write_frame(&mut write, BINARY, &[if stdout { STDOUT } else { ERROR }]).await?;
-        loop {
-            tokio::select! {
-                Some(payload) = pongs.recv() => write_frame(&mut write, PONG, &payload).await?,
-                piece = output.recv() => match piece {
-                    None => return io::Result::Ok(write),
-                    Some((Output::Stdout, bytes)) if stdout => write_channel(&mut write, STDOUT, &bytes).await?,
-                    Some((Output::Stderr, bytes)) if stderr => write_channel(&mut write, STDERR, &bytes).await?,
-                    Some(_) => {}
-                },
+        send_channel(sender, if stdout { STDOUT } else { ERROR }, b"").await?;
+        while let Some((kind, bytes)) = output.recv().await {
+            match kind {
+                Output::Stdout if stdout => send_channel(sender, STDOUT, &bytes).await?,
+                Output::Stderr if stderr => send_channel(sender, STDERR, &bytes).await?,
+                Output::Stdout | Output::Stderr => {}
             }
         }
+        io::Result::Ok(())
     };
-    let (status, mut write) = tokio::select! {
+    let (status, written) = tokio::select! {
         gone = reader.as_mut() => return gone,
-        (status, written) = async { tokio::join!(work, writer) } => (status, written?),
+        ended = async { tokio::join!(work, writer) } => ended,
     };
-    write_channel(&mut write, ERROR, status.to_string().as_bytes()).await?;
-    write_frame(&mut write, CLOSE, &1000_u16.to_be_bytes()).await?;
+    written?;
+    send_channel(sender, ERROR, status.to_string().as_bytes()).await?;
+    send(sender, close()).await?;
     // The client closes next; after a while the server stops waiting.
-    timeout(LINGER, reader).await.unwrap_or(Ok(()))?;
-    write.shutdown().await
+    timeout(LINGER, reader).await.unwrap_or(Ok(()))
 }
 
 /// Reads until the client closes or is gone. stdin ends at v5's close signal, or never.
 async fn read_channels(
-    read: &mut (impl AsyncRead + Unpin),
+    receiver: &mut Receiver,
     mut stdin: Option<mpsc::Sender<Bytes>>,
-    pongs: mpsc::Sender<Bytes>,
     closes: bool,
 ) -> io::Result<()> {
-    while let Some((opcode, payload)) = read_message(read).await? {
-        match (opcode, payload.first().copied()) {
-            (CLOSE, _) => return Ok(()),
-            (PING, _) => {
-                // The writer is gone only when the session is over.
-                pongs.send(payload).await.ok();
-            }
-            (BINARY, Some(STDIN)) if payload.len() > 1 => {
+    while let Some(message) = next(receiver).await? {
+        let Message::Binary(payload) = message else { continue };
+        match payload.first() {
+            Some(&STDIN) if payload.len() > 1 => {
                 if let Some(sender) = &stdin
                     && sender.send(payload.slice(1..)).await.is_err()
                 {
                     stdin = None;
                 }
             }
-            (BINARY, Some(CHANNEL_CLOSE)) if closes && payload.get(1) == Some(&STDIN) => stdin = None,
+            Some(&CHANNEL_CLOSE) if closes && payload.get(1) == Some(&STDIN) => stdin = None,
             _ => {}
         }
     }
@@ -176,114 +181,66 @@ async fn read_channels(
 }
 
 /// Carries bytes between a message stream and a byte stream, both ways, until one ends.
-async fn pump(stream: TokioIo<hyper::upgrade::Upgraded>, bytes: DuplexStream) -> io::Result<()> {
-    let (mut read, mut write) = split(stream);
+async fn pump(socket: Socket, bytes: DuplexStream) -> io::Result<()> {
+    let (mut sender, mut receiver) = socket.split();
     let (mut from, mut to) = split(bytes);
-    let (pong_sender, mut pongs) = mpsc::channel(QUEUE);
     let inward = async {
-        while let Some((opcode, payload)) = read_message(&mut read).await? {
-            match opcode {
-                CLOSE => break,
-                PING => {
-                    // The other direction ends with this one.
-                    pong_sender.send(payload).await.ok();
-                }
-                BINARY => to.write_all(&payload).await?,
-                _ => {}
+        while let Some(message) = next(&mut receiver).await? {
+            if let Message::Binary(payload) = message {
+                to.write_all(&payload).await?;
             }
         }
         to.shutdown().await
     };
     let outward = async {
-        let mut buffer = vec![0; 32 * 1024];
+        let mut buffer = BytesMut::new();
         loop {
-            tokio::select! {
-                Some(payload) = pongs.recv() => write_frame(&mut write, PONG, &payload).await?,
-                count = from.read(&mut buffer) => match count? {
-                    0 => break,
-                    count => write_frame(&mut write, BINARY, &buffer[..count]).await?,
-                },
+            buffer.reserve(CHUNK_BYTES);
+            if from.read_buf(&mut buffer).await? == 0 {
+                return send(&mut sender, close()).await;
             }
+            send(&mut sender, Message::Binary(buffer.split().freeze())).await?;
         }
-        write_frame(&mut write, CLOSE, &1000_u16.to_be_bytes()).await?;
-        write.shutdown().await
     };
     tokio::select! {
         done = inward => done,
         done = outward => done,
+    }?;
+    shut(sender, receiver).await
+}
+
+/// The next message; `None` once both have closed, or where the client is gone.
+async fn next(receiver: &mut Receiver) -> io::Result<Option<Message>> {
+    match receiver.next().await {
+        None | Some(Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake))) => Ok(None),
+        Some(message) => message.map(Some).map_err(failed),
     }
 }
 
-/// The next whole message; `None` at a clean end of the connection.
-async fn read_message(read: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<(u8, Bytes)>> {
-    let mut message: Option<(u8, Vec<u8>)> = None;
-    loop {
-        let mut head = [0; 2];
-        if let Err(error) = read.read_exact(&mut head).await {
-            let clean = error.kind() == io::ErrorKind::UnexpectedEof && message.is_none();
-            return if clean { Ok(None) } else { Err(error) };
-        }
-        let (fin, opcode) = (head[0] & 0x80 != 0, head[0] & 0x0f);
-        let known = matches!(opcode, CONTINUATION | TEXT | BINARY | CLOSE | PING | PONG);
-        if head[0] & 0x70 != 0 || head[1] & 0x80 == 0 || !known {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "reserved bits, unknown opcode or no mask",
-            ));
-        }
-        let length = match head[1] & 0x7f {
-            126 => u64::from(read.read_u16().await?),
-            127 => read.read_u64().await?,
-            short => u64::from(short),
-        };
-        let so_far = message.as_ref().map_or(0, |message| message.1.len());
-        if length > MESSAGE_MAX || so_far as u64 + length > MESSAGE_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "message too large"));
-        }
-        let mut mask = [0; 4];
-        read.read_exact(&mut mask).await?;
-        // Not above MESSAGE_MAX.
-        let mut payload = vec![0; length as usize];
-        read.read_exact(&mut payload).await?;
-        payload.iter_mut().zip(mask.iter().cycle()).for_each(|(byte, mask)| *byte ^= mask);
-        if opcode >= CLOSE {
-            // Between the parts of a message only CLOSE matters; a ping there stays unanswered, as its sender is busy.
-            if message.is_none() || opcode == CLOSE {
-                return Ok(Some((opcode, payload.into())));
-            }
-            continue;
-        }
-        let (first, mut whole) = message.take().unwrap_or((opcode, Vec::new()));
-        whole.extend_from_slice(&payload);
-        if fin {
-            return Ok(Some((first, whole.into())));
-        }
-        message = Some((first, whole));
-    }
-}
-
-async fn write_channel(write: &mut (impl AsyncWrite + Unpin), channel: u8, bytes: &[u8]) -> io::Result<()> {
-    let mut payload = Vec::with_capacity(bytes.len() + 1);
-    payload.push(channel);
+async fn send_channel(sender: &mut Sender, channel: u8, bytes: &[u8]) -> io::Result<()> {
+    let mut payload = BytesMut::with_capacity(bytes.len() + 1);
+    payload.put_u8(channel);
     payload.extend_from_slice(bytes);
-    write_frame(write, BINARY, &payload).await
+    send(sender, Message::Binary(payload.freeze())).await
 }
 
-async fn write_frame(write: &mut (impl AsyncWrite + Unpin), opcode: u8, payload: &[u8]) -> io::Result<()> {
-    let mut frame = Vec::with_capacity(payload.len() + 10);
-    frame.push(0x80 | opcode);
-    match payload.len() {
-        short @ 0..126 => frame.push(short as u8),
-        medium @ 126..65_536 => {
-            frame.push(126);
-            frame.extend_from_slice(&(medium as u16).to_be_bytes());
-        }
-        long => {
-            frame.push(127);
-            frame.extend_from_slice(&(long as u64).to_be_bytes());
-        }
+async fn send(sender: &mut Sender, message: Message) -> io::Result<()> {
+    sender.send(message).await.map_err(failed)
+}
+
+fn close() -> Message {
+    Message::Close(Some(CloseFrame { code: CloseCode::Normal, reason: Utf8Bytes::default() }))
+}
+
+/// Ends the connection below, TLS too.
+async fn shut(sender: Sender, receiver: Receiver) -> io::Result<()> {
+    let socket = sender.reunite(receiver).map_err(|_| io::Error::other("the halves of two sockets"))?;
+    timeout(LINGER, socket.into_inner().shutdown()).await.unwrap_or(Ok(()))
+}
+
+fn failed(error: Error) -> io::Error {
+    match error {
+        Error::Io(error) => error,
+        error => io::Error::other(error),
     }
-    frame.extend_from_slice(payload);
-    write.write_all(&frame).await?;
-    write.flush().await
 }

@@ -438,6 +438,28 @@ async fn websocket_bad_frames() {
     fake.shutdown().await;
 }
 
+/// Goal: a ping is answered, also between the parts of a message; the client's Close is answered by the same one, and ends TLS and
+/// the process.
+#[tokio::test]
+async fn websocket_control_frames() {
+    let fake = start().await;
+    let query = "command=cat&stdin=true&stdout=true";
+    let mut client = websocket_exec(&fake, "v5.channel.k8s.io", query).await;
+    assert_eq!(client.answer(true).await.code(), 101);
+    assert_eq!(client.take(3).await, [0x82, 1, 1], "the server is there");
+    // Masked with zeros, which change nothing.
+    let frame = |head: [u8; 2], payload: &[u8]| [&head, &[0; 4][..], payload].concat();
+    let parts = [frame([0x02, 0x83], b"\x00in"), frame([0x89, 0x82], b"hi"), frame([0x80, 0x81], b"!")];
+    client.stream.write_all(&parts.concat()).await.unwrap();
+    assert_eq!(client.take(4).await, b"\x8a\x02hi");
+    assert_eq!(client.take(6).await, b"\x82\x04\x01in!");
+    client.stream.write_all(&frame([0x88, 0x82], &1000_u16.to_be_bytes())).await.unwrap();
+    let (rest, ended) = client.rest().await;
+    assert!(ended.is_ok() && rest == [0x88, 2, 0x03, 0xe8], "{rest:?}, {ended:?}");
+    until("no process", PATIENCE, async || fake.processes() == 0).await;
+    fake.shutdown().await;
+}
+
 /// Goal: with anonymous access a request without a credential is 403, but health and version are public.
 #[tokio::test]
 async fn anonymous_and_tls12() {
