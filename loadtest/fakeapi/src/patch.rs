@@ -1,10 +1,13 @@
 //! PATCH: JSON patch, merge patch, and a strategic merge that joins lists by name.
 
 use crate::status::ApiError;
+use json_patch::Patch;
+pub(crate) use json_patch::merge;
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// RFC 7386. With `strategic`, lists of named objects are merged item by item and `$`-directives are obeyed or dropped.
-pub(crate) fn merge(target: &mut Value, patch: &Value, strategic: bool) {
+/// RFC 7386, but lists of named objects are merged item by item, and `$`-directives are obeyed or dropped.
+pub(crate) fn strategic_merge(target: &mut Value, patch: &Value) {
     let Value::Object(patch) = patch else {
         *target = patch.clone();
         return;
@@ -13,16 +16,13 @@ pub(crate) fn merge(target: &mut Value, patch: &Value, strategic: bool) {
         *target = Value::Object(Map::new());
     }
     let Value::Object(fields) = target else { return };
-    for (name, value) in patch {
-        if strategic && name.starts_with('$') {
-            continue;
-        }
+    for (name, value) in patch.iter().filter(|(name, _)| !name.starts_with('$')) {
         if value.is_null() {
             fields.remove(name);
-        } else if strategic && is_named_list(value) && fields.get(name).is_some_and(is_named_list) {
+        } else if is_named_list(value) && fields.get(name).is_some_and(is_named_list) {
             merge_named(fields, name, value);
         } else {
-            merge(fields.entry(name.clone()).or_insert(Value::Null), value, strategic);
+            strategic_merge(fields.entry(name.clone()).or_insert(Value::Null), value);
         }
     }
 }
@@ -39,76 +39,21 @@ fn merge_named(fields: &mut Map<String, Value>, name: &str, patch: &Value) {
         let place = items.iter().position(|item| item["name"] == change["name"]);
         match (place, change["$patch"] == "delete") {
             (Some(place), true) => drop(items.remove(place)),
-            (Some(place), false) => merge(&mut items[place], change, true),
+            (Some(place), false) => strategic_merge(&mut items[place], change),
             (None, true) => {}
             (None, false) => items.push(change.clone()),
         }
     }
 }
 
-/// RFC 6902.
+/// RFC 6902. After an error the target is as it was.
 pub(crate) fn json_patch(target: &mut Value, operations: &Value) -> Result<(), ApiError> {
-    let operations = operations.as_array().ok_or_else(|| ApiError::bad_request("a JSON patch is a list"))?;
-    for operation in operations {
-        let field = |name: &str| operation[name].as_str().unwrap_or("").to_owned();
-        let (path, from) = (field("path"), field("from"));
-        let value = operation.get("value").cloned().unwrap_or(Value::Null);
-        let done = match operation["op"].as_str().unwrap_or("") {
-            "add" => add(target, &path, value),
-            "remove" => remove(target, &path).map(drop),
-            "replace" => remove(target, &path).and_then(|_| add(target, &path, value)),
-            "move" => remove(target, &from).and_then(|moved| add(target, &path, moved)),
-            "copy" => target.pointer(&from).cloned().and_then(|copied| add(target, &path, copied)),
-            "test" => target.pointer(&path).filter(|found| **found == value).map(|_| ()),
-            _ => None,
-        };
-        if done.is_none() {
-            return Err(ApiError::invalid(
-                "",
-                "",
-                &path,
-                "the server rejected our request due to an error in our request",
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn split(path: &str) -> Option<(&str, String)> {
-    let (parent, last) = path.rsplit_once('/')?;
-    Some((parent, last.replace("~1", "/").replace("~0", "~")))
-}
-
-fn add(target: &mut Value, path: &str, value: Value) -> Option<()> {
-    if path.is_empty() {
-        *target = value;
-        return Some(());
-    }
-    let (parent, last) = split(path)?;
-    match target.pointer_mut(parent)? {
-        Value::Object(fields) => {
-            fields.insert(last, value);
-        }
-        Value::Array(items) if last == "-" => items.push(value),
-        Value::Array(items) => {
-            let place = last.parse().ok().filter(|place| *place <= items.len())?;
-            items.insert(place, value);
-        }
-        _ => return None,
-    }
-    Some(())
-}
-
-fn remove(target: &mut Value, path: &str) -> Option<Value> {
-    let (parent, last) = split(path)?;
-    match target.pointer_mut(parent)? {
-        Value::Object(fields) => fields.remove(&last),
-        Value::Array(items) => {
-            let place = last.parse().ok().filter(|place| *place < items.len())?;
-            Some(items.remove(place))
-        }
-        _ => None,
-    }
+    let patch = Patch::deserialize(operations)
+        .map_err(|error| ApiError::bad_request(format!("error decoding patch: {error}")))?;
+    json_patch::patch(target, &patch).map_err(|error| {
+        let why = "the server rejected our request due to an error in our request";
+        ApiError::invalid("", "", error.path.as_str(), why)
+    })
 }
 
 #[cfg(test)]
@@ -120,17 +65,14 @@ mod tests {
     #[test]
     fn merges() {
         let mut object = json!({"a": {"b": 1, "c": 2}, "list": [{"name": "x", "v": 1}, {"name": "y"}]});
-        merge(
-            &mut object,
-            &json!({"a": {"b": null, "d": 3}, "list": [{"name": "x", "v": 2}], "$x": 1}),
-            true,
-        );
+        let patch = json!({"a": {"b": null, "d": 3}, "list": [{"name": "x", "v": 2}], "$x": 1});
+        strategic_merge(&mut object, &patch);
         assert_eq!(object, json!({"a": {"c": 2, "d": 3}, "list": [{"name": "x", "v": 2}, {"name": "y"}]}));
-        merge(&mut object, &json!({"list": [{"name": "z"}]}), false);
+        merge(&mut object, &json!({"list": [{"name": "z"}]}));
         assert_eq!(object["list"], json!([{"name": "z"}]));
     }
 
-    /// Goal: all six operations; a failed test changes the answer to an error.
+    /// Goal: all six operations; a failed test is an error and takes the operations before it back, and so is what is no operation.
     #[test]
     fn json_patches() {
         let mut object = json!({"a": [1, 2], "b/c": 1});
@@ -141,6 +83,16 @@ mod tests {
         ]);
         json_patch(&mut object, &operations).unwrap();
         assert_eq!(object, json!({"a": [2, 3], "b/c": 2, "e": [1, 2, 3]}));
-        assert!(json_patch(&mut object, &json!([{"op": "test", "path": "/a", "value": 0}])).is_err());
+        let before = object.clone();
+        for operations in [
+            json!([{"op": "remove", "path": "/a"}, {"op": "test", "path": "/e", "value": 0}]),
+            json!([{"op": "add", "path": "/a/4", "value": 0}]),
+            json!([{"op": "remove", "path": "/gone"}]),
+            json!([{"op": "prune", "path": "/a"}]),
+            json!({"op": "remove", "path": "/a"}),
+        ] {
+            assert!(json_patch(&mut object, &operations).is_err(), "{operations}");
+            assert_eq!(object, before, "{operations}");
+        }
     }
 }

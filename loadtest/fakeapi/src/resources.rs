@@ -246,10 +246,10 @@ async fn apply_patch(mut call: Call, target: &Target) -> Result<Response, ApiErr
     let stored = call.shared.store.change(&key(target), call.query.has("dryRun"), |before| {
         let before = before.ok_or_else(|| missing(target))?;
         let mut object = before.clone();
-        if style == "json-patch+json" {
-            patch::json_patch(&mut object, &patch)?;
-        } else {
-            patch::merge(&mut object, &patch, style != "merge-patch+json");
+        match style {
+            "json-patch+json" => patch::json_patch(&mut object, &patch)?,
+            "merge-patch+json" => patch::merge(&mut object, &patch),
+            _ => patch::strategic_merge(&mut object, &patch),
         }
         check(&call, target, &mut object)?;
         move_string_data(&mut object);
