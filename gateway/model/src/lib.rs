@@ -6,6 +6,7 @@
 //! | what is a gateway's public address? | `address` |
 //! | who can be a caller? | `principal` |
 //! | what is an access rule? | `rule` |
+//! | what can a label be, and which labels does a selector select? | [`label`] |
 //! | how is a bearer token recognised? | [`token`] |
 //! | how are times written? | `time` |
 //! | how is text escaped, cut and unescaped? | [`text`] |
@@ -15,6 +16,7 @@
 
 mod address;
 mod cluster;
+pub mod label;
 mod name;
 mod principal;
 pub mod random;

@@ -29,6 +29,17 @@ impl Time {
         Duration::from_secs(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or_default())
     }
 
+    /// How long ago this was, in one unit, as the column `AGE` of kubectl has it.
+    #[must_use]
+    pub fn age(self) -> String {
+        match Self::now().since(self).as_secs() {
+            seconds @ 0..120 => format!("{seconds}s"),
+            seconds @ 120..7200 => format!("{}m", seconds / 60),
+            seconds @ 7200..172_800 => format!("{}h", seconds / 3600),
+            seconds => format!("{}d", seconds / 86_400),
+        }
+    }
+
     /// A moment written as in RFC 3339.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
@@ -82,5 +93,14 @@ mod tests {
         assert_eq!(time.since(time.after(Duration::from_secs(1))), Duration::ZERO);
         assert_eq!(Time::parse("yesterday"), None);
         assert!(Time(i64::MAX).to_string().starts_with("9999-"));
+    }
+
+    /// Goal: an age is in one unit, and a moment to come is 0 s ago.
+    #[test]
+    fn an_age_has_one_unit() {
+        let now = Time::now();
+        for (seconds, unit) in [(300, "5m"), (4 * 3600, "4h"), (3 * 86_400, "3d"), (-60, "0s")] {
+            assert_eq!(Time(now.0 - seconds).age(), unit);
+        }
     }
 }

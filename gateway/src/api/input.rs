@@ -20,7 +20,7 @@ use std::time::Duration;
 use towline_certs::hex;
 use towline_certs::{InstanceId, SpkiPin, TrustDomain};
 use towline_model::random::{random, uuid};
-use towline_model::{ClusterName, Mode, Principal, PublicAddress, Time, token};
+use towline_model::{ClusterName, Mode, Principal, PublicAddress, Time, label, token};
 use towline_proto::join::Issuer;
 
 /// Longest text of labels and annotations together, as in Kubernetes.
@@ -140,13 +140,13 @@ impl Input {
         };
         let (labels, annotations) = (texts("labels")?, texts("annotations")?);
         for (key, value) in &labels {
-            if !is_label_key(key) || !(value.is_empty() || is_label_part(value)) {
+            if !label::is_key(key) || !(value.is_empty() || label::is_part(value)) {
                 let why =
                     format!("{key}={value} is not a valid label: use at most 63 letters, digits, -, _ and .");
                 return refuse("metadata.labels", &why);
             }
         }
-        if let Some((key, _)) = annotations.iter().find(|(key, _)| !is_label_key(key)) {
+        if let Some((key, _)) = annotations.iter().find(|(key, _)| !label::is_key(key)) {
             return refuse("metadata.annotations", &format!("{key:?} is not a valid annotation key"));
         }
         let size =
@@ -364,7 +364,7 @@ impl Input {
         if spec.description.len() > DESCRIPTION_MAX || spec.description.chars().any(char::is_control) {
             return refuse("spec.description", "must be a single line of at most 1024 bytes");
         }
-        if spec.account.as_deref().is_some_and(|account| !is_label_part(account)) {
+        if spec.account.as_deref().is_some_and(|account| !label::is_part(account)) {
             return refuse("spec.account", "must be 1 to 63 letters, digits, -, _ and .");
         }
         let max_agents = spec.max_agents.unwrap_or(MAX_AGENTS);
@@ -455,7 +455,7 @@ impl Input {
             "JoinToken" if InstanceId::new(name).is_err() => {
                 "must be 1-63 characters: a-z, 0-9 and inner hyphens"
             }
-            "AccessRule" | "AccessToken" if !is_subdomain(name) => {
+            "AccessRule" | "AccessToken" if !label::is_subdomain(name) => {
                 "must be 1-253 characters: a-z, 0-9, inner hyphens and dots"
             }
             _ => return Ok(()),
@@ -504,28 +504,6 @@ fn serial(text: &str) -> Option<String> {
     let number = digits.trim_start_matches('0');
     let width = number.len().div_ceil(2).max(1) * 2;
     Some(format!("{number:0>width$}"))
-}
-
-pub(super) fn is_label_part(text: &str) -> bool {
-    let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
-    let inside = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    let bytes = text.as_bytes();
-    (1..=63).contains(&text.len()) && edge(bytes.first()) && edge(bytes.last()) && text.bytes().all(inside)
-}
-
-pub(super) fn is_label_key(key: &str) -> bool {
-    match key.split_once('/') {
-        Some((prefix, name)) => is_subdomain(prefix) && is_label_part(name),
-        None => is_label_part(key),
-    }
-}
-
-fn is_subdomain(text: &str) -> bool {
-    let plain =
-        |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
-    let inside = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
-    let bytes = text.as_bytes();
-    (1..=253).contains(&text.len()) && plain(bytes.first()) && plain(bytes.last()) && text.bytes().all(inside)
 }
 
 #[derive(Default, Deserialize)]

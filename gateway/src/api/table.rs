@@ -112,7 +112,10 @@ fn row(resource: &Resource, object: &Value, include: Included) -> Value {
 
 fn cell(place: &str, object: &Value) -> Value {
     match place {
-        AGE => age(object["metadata"]["creationTimestamp"].as_str().unwrap_or_default()).into(),
+        AGE => {
+            let created = object["metadata"]["creationTimestamp"].as_str().and_then(Time::parse);
+            created.map_or_else(|| "<unknown>".to_owned(), Time::age).into()
+        }
         CONNECTED => condition(object, "Connected").into(),
         REACHABLE => reachable(object).into(),
         TRUST_CURRENT => condition(object, "TrustCurrent").into(),
@@ -147,14 +150,4 @@ fn reachable(object: &Value) -> &str {
 fn find<'a>(object: &'a Value, wanted: &str) -> Option<&'a Value> {
     let mut conditions = object["status"]["conditions"].as_array().into_iter().flatten();
     conditions.find(|condition| condition["type"] == wanted)
-}
-
-fn age(created: &str) -> String {
-    let Some(created) = Time::parse(created) else { return "<unknown>".to_owned() };
-    match Time::now().since(created).as_secs() {
-        seconds @ 0..120 => format!("{seconds}s"),
-        seconds @ 120..7200 => format!("{}m", seconds / 60),
-        seconds @ 7200..172_800 => format!("{}h", seconds / 3600),
-        seconds => format!("{}d", seconds / 86_400),
-    }
 }

@@ -2,6 +2,7 @@
 
 use crate::kinds::Kind;
 use serde_json::{Value, json};
+use towline_model::Time;
 
 /// Whether an `Accept` header asks for a Table this server can make.
 pub(crate) fn is_asked(accept: &str) -> bool {
@@ -100,12 +101,5 @@ fn cell(name: &str, object: &Value) -> Value {
 }
 
 fn age(created: &str) -> String {
-    let Ok(created) = created.parse::<jiff::Timestamp>() else { return "<unknown>".to_owned() };
-    let seconds = jiff::Timestamp::now().as_second().saturating_sub(created.as_second()).max(0);
-    match seconds {
-        0..120 => format!("{seconds}s"),
-        120..7200 => format!("{}m", seconds / 60),
-        7200..172_800 => format!("{}h", seconds / 3600),
-        _ => format!("{}d", seconds / 86_400),
-    }
+    Time::parse(created).map_or_else(|| "<unknown>".to_owned(), Time::age)
 }
