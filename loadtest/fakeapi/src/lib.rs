@@ -53,6 +53,6 @@ pub use body::pattern_chunk;
 pub use faults::{RawEnd, RawResponse};
 pub use handle::{FakeApi, StartError, kubeconfig};
 pub use options::{ADMIN_TOKEN, AGENT_TOKEN, FakeApiOptions, Token, USER_TOKEN};
-pub use recorder::{BodyRecord, Identity, Recorder, RequestRecord, hex};
+pub use recorder::{BodyRecord, Identity, Recorder, RequestRecord};
 pub use tap::ConnectionRecord;
 pub use tls::{ClientCertificate, TlsError};

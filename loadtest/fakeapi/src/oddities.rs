@@ -4,7 +4,6 @@
 use crate::body::{Ending, PatternBody, Response, pattern_chunk};
 use crate::call::Call;
 use crate::faults::{RawEnd, RawResponse};
-use crate::recorder::hex;
 use crate::status::empty;
 use crate::status::{ApiError, json_response};
 use bytes::Bytes;
@@ -15,6 +14,7 @@ use std::fmt::Write;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::sleep;
+use towline_certs::hex;
 
 /// A body that dies is made as a whole, so it has a limit.
 const DIE_MAX: u64 = 64 * 1024 * 1024;

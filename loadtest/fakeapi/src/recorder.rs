@@ -11,6 +11,7 @@ use http::{Method, Version};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use towline_certs::hex;
 
 const CONNECTIONS_KEPT: usize = 16_384;
 /// Keys of `/towline-test/counter`: named by clients, so there is a limit; beyond it the count stays 0.
@@ -247,10 +248,4 @@ impl BodyDigest {
         self.context = None;
         self.record.set_body(BodyRecord { length: self.length, sha256: None, aborted: true });
     }
-}
-
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('?');
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }

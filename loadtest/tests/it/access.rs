@@ -7,7 +7,8 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use towline_fakeapi::{AGENT_TOKEN, RequestRecord, USER_TOKEN, hex};
+use towline_certs::hex;
+use towline_fakeapi::{AGENT_TOKEN, RequestRecord, USER_TOKEN};
 use towline_testkit::client::{Target, Version};
 use towline_testkit::stack::{CLIENT, Mode, STRANGER, plain_get};
 

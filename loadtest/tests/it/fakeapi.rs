@@ -10,7 +10,8 @@ use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
-use towline_fakeapi::{FakeApi, FakeApiOptions, RawEnd, hex, pattern_chunk};
+use towline_certs::hex;
+use towline_fakeapi::{FakeApi, FakeApiOptions, RawEnd, pattern_chunk};
 use towline_testkit::stack::free_port;
 
 async fn start() -> FakeApi {

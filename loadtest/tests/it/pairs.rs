@@ -7,7 +7,8 @@ use bytes::Bytes;
 use http::{HeaderMap, Method, Request};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
-use towline_fakeapi::{RequestRecord, hex};
+use towline_certs::hex;
+use towline_fakeapi::RequestRecord;
 use towline_testkit::client::{Body, Target, Version, empty, full, pattern};
 use towline_testkit::stack::{CLUSTER, Mode};
 

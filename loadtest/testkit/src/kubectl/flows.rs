@@ -8,7 +8,8 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-use towline_fakeapi::{hex, pattern_chunk};
+use towline_certs::hex;
+use towline_fakeapi::pattern_chunk;
 
 /// All flows.
 pub const FLOWS: &[Flow] = &[

@@ -78,7 +78,7 @@ impl Run {
         let number = self.names.fetch_add(1, Ordering::Relaxed);
         let place = self.directory.path().file_name().and_then(OsStr::to_str).unwrap_or_default();
         let place: String = place.chars().rev().take(6).collect();
-        format!("{prefix}-{}-{number}-{}", std::process::id(), towline_fakeapi::hex(place.as_bytes()))
+        format!("{prefix}-{}-{number}-{}", std::process::id(), towline_certs::hex(place.as_bytes()))
     }
 
     /// Runs to the end; any exit code is a success. An error means that it did not start or took too long.

@@ -12,7 +12,8 @@ use serde_json::json;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
-use towline_fakeapi::{RequestRecord, hex};
+use towline_certs::hex;
+use towline_fakeapi::RequestRecord;
 use towline_testkit::client::Target;
 use towline_testkit::stack::{CLIENT, Mode, metric, plain_get};
 

@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::sleep;
 use tokio_rustls::TlsConnector;
-use towline_fakeapi::hex;
+use towline_certs::hex;
 use towline_testkit::client::{Target, Version};
 use towline_testkit::stack::{CLIENT, HOST_DOMAIN, Mode, STRANGER, plain_get};
 
