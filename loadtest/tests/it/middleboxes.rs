@@ -45,18 +45,8 @@ async fn through_a_proxy_with_a_password() {
     std::fs::write(&password, "right-horse\n").unwrap();
     let proxy = json!({"url": format!("http://joe@{port}"), "passwordFile": password});
     let mut bench = Setup::new(Mode::Impersonate).agent(json!({"proxy": proxy})).prepare().await;
-    let config = format!(
-        "Port {}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout {LIMIT_SECONDS}\nMaxClients 50\nLogLevel Info\nBasicAuth joe right-horse\n",
-        port.port()
-    );
-    let file = bench.write("tinyproxy.conf", &config);
-    let mut box_ = start(&tinyproxy, &["-d", "-c", text(&file)], &bench, port).await;
-    bench.stack.start_gateway().await.unwrap();
-    bench.stack.start_agent().await.unwrap();
-    works(&bench).await;
-    sleep(IDLE).await;
-    works(&bench).await;
-    assert_eq!(bench.gateway_metric("sessions_ended_total").await, 0.0, "the session is still the first one");
+    let mut box_ = start_tinyproxy(&tinyproxy, &bench, port).await;
+    outlives_the_idle_limit(&mut bench).await;
 
     for (name, proxy, parts) in [
         (
@@ -113,12 +103,7 @@ async fn through_squid_with_a_password() {
     );
     let file = bench.write("squid.conf", &config);
     let mut box_ = start(&squid, &["-N", "-f", text(&file)], &bench, port).await;
-    bench.stack.start_gateway().await.unwrap();
-    bench.stack.start_agent().await.unwrap();
-    works(&bench).await;
-    sleep(IDLE).await;
-    works(&bench).await;
-    assert_eq!(bench.gateway_metric("sessions_ended_total").await, 0.0, "the session is still the first one");
+    outlives_the_idle_limit(&mut bench).await;
     for (name, url, part) in [
         ("wrong", format!("http://joe:wrong-horse@{port}"), "does not accept the user and password (407)"),
         ("none", format!("http://{port}"), "requires a user and a password (407), but none is configured"),
@@ -143,18 +128,8 @@ async fn through_a_proxy_over_tls_with_its_own_ca() {
     let url = format!("https://joe:right-horse@{port}");
     bench.stack.options.agent = json!({"proxy": {"url": url, "ca": certs.join("front-ca.crt")}});
     bench.stack.write_configuration().unwrap();
-    let config = format!(
-        "Port {}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout {LIMIT_SECONDS}\nMaxClients 50\nLogLevel Info\nBasicAuth joe right-horse\n",
-        plain.port()
-    );
-    let file = bench.write("tinyproxy.conf", &config);
-    let mut box_ = start(&tinyproxy, &["-d", "-c", text(&file)], &bench, plain).await;
-    bench.stack.start_gateway().await.unwrap();
-    bench.stack.start_agent().await.unwrap();
-    works(&bench).await;
-    sleep(IDLE).await;
-    works(&bench).await;
-    assert_eq!(bench.gateway_metric("sessions_ended_total").await, 0.0, "the session is still the first one");
+    let mut box_ = start_tinyproxy(&tinyproxy, &bench, plain).await;
+    outlives_the_idle_limit(&mut bench).await;
 
     let log = refused(
         &bench,
@@ -171,6 +146,26 @@ async fn through_a_proxy_over_tls_with_its_own_ca() {
     assert!(log.contains("TLS (https://)") || log.contains("not HTTP") || log.contains("broke"), "{log}");
     bench.end().await;
     box_.kill().await.unwrap();
+}
+
+/// A tinyproxy that lets joe through, and cuts what is idle for too long.
+async fn start_tinyproxy(program: &Path, bench: &Bench, listens: SocketAddr) -> Child {
+    let config = format!(
+        "Port {}\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout {LIMIT_SECONDS}\nMaxClients 50\nLogLevel Info\nBasicAuth joe right-horse\n",
+        listens.port()
+    );
+    let file = bench.write("tinyproxy.conf", &config);
+    start(program, &["-d", "-c", text(&file)], bench, listens).await
+}
+
+/// Starts both programs; their first session carries requests, also after nobody has spoken for longer than the box allows.
+async fn outlives_the_idle_limit(bench: &mut Bench) {
+    bench.stack.start_gateway().await.unwrap();
+    bench.stack.start_agent().await.unwrap();
+    works(bench).await;
+    sleep(IDLE).await;
+    works(bench).await;
+    assert_eq!(bench.gateway_metric("sessions_ended_total").await, 0.0, "the session is still the first one");
 }
 
 /// Ends TLS with the bench's front certificate and passes everything on; until the handle is dropped.
