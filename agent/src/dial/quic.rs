@@ -161,12 +161,11 @@ impl Quic {
         // Fall back to IPv4 on a machine without IPv6.
         let udp = open(Ipv6Addr::UNSPECIFIED.into()).or_else(|_| open(Ipv4Addr::UNSPECIFIED.into()))?;
         self.metrics.udp_buffers(udp.receive_buffer, udp.send_buffer);
-        if udp.receive_buffer < receive || udp.send_buffer < send {
+        if let Some(small) = udp.small {
             tracing::warn!(
                 receive_bytes = udp.receive_buffer,
                 send_bytes = udp.send_buffer,
-                "the kernel grants smaller UDP buffers than configured, so QUIC loses datagrams under load. Raise net.core.rmem_max and net.core.wmem_max to {} on the node, or set quic.receiveBuffer and quic.sendBuffer to the granted sizes, or set transport: tcp",
-                receive.max(send)
+                "{small}, or set quic.receiveBuffer and quic.sendBuffer to the granted sizes, or set transport: tcp"
             );
         }
         let mut endpoint = EndpointConfig::default();

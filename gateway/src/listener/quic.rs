@@ -284,15 +284,13 @@ fn crypto(live: &Live) -> io::Result<Arc<QuicServerConfig>> {
 }
 
 fn open(context: &Context, options: &Quic, address: SocketAddr) -> io::Result<std::net::UdpSocket> {
-    let (receive, send) = (options.receive_buffer.0, options.send_buffer.0);
-    let udp = socket::udp(address, receive, send)?;
+    let udp = socket::udp(address, options.receive_buffer.0, options.send_buffer.0)?;
     context.metrics.udp_buffers(udp.receive_buffer, udp.send_buffer);
-    if udp.receive_buffer < receive || udp.send_buffer < send {
+    if let Some(small) = udp.small {
         tracing::warn!(
             receive_bytes = udp.receive_buffer,
             send_bytes = udp.send_buffer,
-            "the kernel's UDP buffers are smaller than configured, so QUIC loses datagrams under load; raise net.core.rmem_max and net.core.wmem_max to {}, or lower listen.quic.receiveBuffer and sendBuffer to the granted sizes",
-            receive.max(send)
+            "{small}, or lower listen.quic.receiveBuffer and sendBuffer to the granted sizes"
         );
     }
     Ok(udp.socket)
