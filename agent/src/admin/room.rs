@@ -1,7 +1,8 @@
 //! A bounded set of connections to the private port. A full room never refuses a connection: it closes the oldest one, and
 //! an address that has used its share closes its own oldest one. Silent connections therefore delay nobody.
 //!
-//! The gateway has the same file: the programs share the protocol and nothing else.
+//! The gateway has the same file: what the programs share is the protocol, certificates and the reading of configuration files, and
+//! a place for a connection is none of these.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -93,7 +94,7 @@ mod tests {
         assert!(flood.iter().all(|(_, _, displaced)| *displaced) && !probe.1.is_cancelled());
         assert!(first.1.is_cancelled() && second.1.is_cancelled() && third.1.is_cancelled());
         assert_eq!(flood.iter().filter(|(_, leave, _)| !leave.is_cancelled()).count(), 3);
-        // From many addresses the oldest goes, and the newest is never turned away.
+        // From many addresses the oldest goes, and the newest is never refused.
         let newest = enter(IpAddr::from([10, 0, 0, 3]));
         assert!(newest.2 && probe.1.is_cancelled() && !newest.1.is_cancelled());
         // Those whose place was taken give none back.

@@ -1,7 +1,8 @@
-//! Limits connections to the private port without refusing any: a room has few places, and when it is full the oldest connection is closed.
-//! An address that has used up its share loses its own oldest one. Silent connections therefore delay nobody, however many there are.
+//! A bounded set of connections to the private port. A full room never refuses a connection: it closes the oldest one, and
+//! an address that has used its share closes its own oldest one. Silent connections therefore delay nobody.
 //!
-//! The agent has the same file, because the programs share only the protocol.
+//! The agent has the same file: what the programs share is the protocol, certificates and the reading of configuration files, and
+//! a place for a connection is none of these.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
