@@ -362,6 +362,54 @@ b"
     assert_eq!(two.check(), Err(ManifestError::QuicAddresses(2, 1)));
 }
 
+/// Goal: every file that an agent's configuration names is mounted into its pod under that name, its port is the one that is probed, and
+/// the pod is given more time to end than the drain takes.
+#[test]
+fn an_agent_finds_what_its_configuration_names() {
+    let ca = "-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n".to_owned();
+    let url = "https://joe@proxy.corp:3129".parse().unwrap();
+    let proxy = Some(AgentProxy { url, password: Password::Elsewhere, ca: Some(ca) });
+    let keys = IssuerKeys::Given("{\"keys\": [{\"kty\": \"EC\"}]}".to_owned());
+    for mode in [Mode::Restricted, Mode::Impersonate] {
+        let manifest = AgentManifest { proxy: proxy.clone(), keys: keys.clone(), ..agent(mode) };
+        let documents = documents(&manifest.render(Some(LINE)).unwrap());
+        let [map] = of(&documents, "ConfigMap")[..] else { panic!("one ConfigMap") };
+        let text = map["data"]["agent.yaml"].as_str().unwrap();
+        let config: Value = serde_saphyr::from_str(text).unwrap();
+        let pod = &of(&documents, "Deployment")[0]["spec"]["template"]["spec"];
+        let container = &pod["containers"][0];
+        let directory = |volume: &str| {
+            let mut mounts = container["volumeMounts"].as_array().unwrap().iter();
+            mounts.find(|mount| mount["name"] == volume).unwrap()["mountPath"].as_str().unwrap()
+        };
+        let sources = pod["volumes"][1]["projected"]["sources"].as_array().unwrap().iter();
+        let paths = sources.flat_map(|source| {
+            let token = source["serviceAccountToken"]["path"].as_str();
+            let items = [&source["secret"]["items"], &source["configMap"]["items"]];
+            let items = items.into_iter().filter_map(Value::as_array).flatten();
+            token.into_iter().chain(items.filter_map(|item| item["path"].as_str()))
+        });
+        let given = paths.map(|path| format!("{}/{path}", directory("given")));
+        let own = map["data"].as_object().unwrap().keys().map(|key| format!("{}/{key}", directory("config")));
+        let mounted: Vec<String> = given.chain(own).collect();
+        let words = text.split_whitespace().filter(|word| word.starts_with('/'));
+        let named: Vec<&str> = words.collect();
+        for path in &named {
+            assert!(mounted.iter().any(|known| known == path), "{path}: {mounted:?}");
+        }
+        assert_eq!(
+            named.len(),
+            6,
+            "token, keys or the token for the API server, join token, CA, proxy: {named:?}"
+        );
+        assert_eq!(container["args"], json!([format!("--config={}/agent.yaml", directory("config"))]));
+        let port = container["ports"][0]["containerPort"].as_u64().unwrap();
+        assert_eq!(config["admin"]["address"], format!("0.0.0.0:{port}"));
+        let drain: u64 = config["drain"]["deadline"].as_str().unwrap().trim_end_matches('s').parse().unwrap();
+        assert!(pod["terminationGracePeriodSeconds"].as_u64().unwrap() > drain);
+    }
+}
+
 /// Goal: D10: a text for a repository holds no secret, and says how those are made that it leaves out.
 #[test]
 fn d10_a_manifest_for_a_repository_holds_no_secret() {
