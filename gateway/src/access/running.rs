@@ -328,7 +328,7 @@ async fn look(context: &Context, running: &Running, live: &Live, reloaded: bool)
                 let requests = entry.requests.load(Ordering::Relaxed);
                 tracing::debug!(credential = %grant.credential, user = %printable(&grant.principal.name), scope = %grant.scope, requests, why = why.label(), "requests of a credential are cancelled");
                 ended += requests;
-                context.metrics.ended(why, requests);
+                context.metrics.ended(why, requests as u64);
                 // Set once: entries are cancelled only here.
                 entry.why.get_or_init(|| why);
                 entry.ended.cancel();

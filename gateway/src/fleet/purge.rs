@@ -84,7 +84,7 @@ impl Fleet {
                 transaction.unchanged(key.clone(), *revision).delete(key.clone())
             });
             self.commit(transaction).await?;
-            self.0.metrics.revocations_purged(batch.len());
+            self.0.metrics.revocations_purged(batch.len() as u64);
         }
         Ok(over.len())
     }

@@ -11,7 +11,7 @@ use super::{Tunnel, say_goaway};
 use crate::fleet::Fleet;
 use crate::join;
 use crate::log::sparing;
-use crate::metrics::{Limit, Surface, TlCode};
+use crate::metrics::{Limit, SessionEnd, Surface, TlCode};
 use crate::registry::Registration;
 use crate::shares::Part;
 use rustls::ServerConfig;
@@ -203,7 +203,7 @@ async fn live(tunnel: &Tunnel, session: &Session, presented: Presented, address:
     if !tunnel.context.knows(&tunnel.context.live(), cluster) {
         tunnel.registry.forget(cluster);
     }
-    tunnel.context.metrics.session_ended(reason.label());
+    tunnel.context.metrics.session_ended(SessionEnd::from(&reason));
     sparing!(tunnel.context.lines.due(&admitted.identity.cluster), info, cluster = %admitted.cluster.name,
         instance = %admitted.identity.instance, agent = %address, transport = session.transport().label(),
         reason = %towline_model::text::printable(&reason.to_string()), "agent disconnected");
