@@ -36,6 +36,7 @@ pub use hold::{HoldLimits, Patience};
 pub use pick::AcquireError;
 use record::{LastPeriod, how};
 pub use registration::Registration;
+pub(crate) use registration::Retired;
 use shown::Visit;
 pub use shown::{AgentSession, ApiServer, Connection, Presence, Visitor, Word};
 use std::collections::HashSet;

@@ -1,6 +1,6 @@
 //! Chooses the session that carries the next stream, and opens the stream.
 
-use super::registration::retire;
+use super::registration::{Retired, retire};
 use super::{Live, Presence, Registry, SessionId};
 use std::thread;
 use std::time::Duration;
@@ -72,7 +72,7 @@ impl Registry {
     /// Replaces a session whose stream ids are nearly used up: its agent opens a new one before this one ends.
     fn rotate(&self, live: &Live) {
         if live.session.streams_left().1 < self.spare_ids {
-            retire(live.id, &live.session, &live.retiring, "its stream ids are nearly used up");
+            retire(live.id, &live.session, &live.retiring, Retired::StreamIds);
         }
     }
 }

@@ -13,6 +13,22 @@ use towline_proto::wire::GoAway;
 const ROTATE_DRAIN: Duration = Duration::from_secs(24 * 3600);
 const REPLACED_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Why a session is replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Retired {
+    StreamIds,
+    Memory,
+}
+
+impl Retired {
+    const fn text(self) -> &'static str {
+        match self {
+            Self::StreamIds => "its stream ids are nearly used up",
+            Self::Memory => "the gateway is short of memory, and this session holds more than it needs",
+        }
+    }
+}
+
 /// A session's registration; dropping it removes the session.
 #[derive(Debug)]
 pub struct Registration {
@@ -31,7 +47,7 @@ impl Registration {
 
 impl Registration {
     /// Replaces the session: its agent opens a new one before this one ends.
-    pub(crate) fn retire(&self, session: &Session, why: &str) {
+    pub(crate) fn retire(&self, session: &Session, why: Retired) {
         retire(self.id, session, &self.retiring, why);
     }
 
@@ -68,10 +84,10 @@ impl Registry {
 }
 
 /// Asks an agent to open a new session in place of this one.
-pub(super) fn retire(id: SessionId, session: &Session, retiring: &CancellationToken, why: &str) {
+pub(super) fn retire(id: SessionId, session: &Session, retiring: &CancellationToken, why: Retired) {
     if !retiring.is_cancelled() {
         retiring.cancel();
-        tracing::info!(session = id.0, why, "a session is replaced: its agent makes a new one");
+        tracing::info!(session = id.0, why = why.text(), "a session is replaced: its agent makes a new one");
         let drain_ms = u32::try_from(ROTATE_DRAIN.as_millis()).unwrap_or(u32::MAX);
         session.drain(GoAway { code: Code::Draining.to_u32(), reconnect_after_ms: 0, drain_ms });
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
 use towline_certs::facts::CertificateFacts;
-use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, SpkiPin};
+use towline_certs::{AgentIdentity, CertificateDer, ClusterUid, ProfileError, SpkiPin};
 use towline_model::{ClusterName, Time};
 use towline_proto::Code;
 use towline_proto::hello::{BOOT_ID_BYTES, Hello};
@@ -25,11 +25,53 @@ pub(super) const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many dead processes with the same certificate a new one may replace; after that it is refused.
 const REPLACE_ROUNDS: usize = 3;
 
-/// Why a session is not admitted.
-pub(super) struct Refusal {
-    pub(super) tl: TlCode,
-    pub(super) code: Code,
-    pub(super) text: String,
+/// Why a session is not admitted, in the words that the agent gets.
+#[derive(Debug, Error)]
+pub(super) enum Refusal {
+    #[error("the agent presented no certificate")]
+    NoCertificate,
+    #[error(transparent)]
+    Certificate(#[from] ProfileError),
+    #[error(transparent)]
+    NotLetIn(#[from] NotLetIn),
+    #[error("the cluster's agents have reached their connection limit")]
+    ConnectionsMax,
+    #[error("the agent did not complete the session's start in time")]
+    Silent,
+    #[error("the boot id is {0} bytes long instead of {expected}", expected = BOOT_ID_BYTES)]
+    BootId(usize),
+    #[error("the cluster has reached its session limit")]
+    SessionsMax,
+    #[error(
+        "already connected: another process with the same certificate is connected. Stop that process, or give this agent its own certificate"
+    )]
+    OtherProcess,
+}
+
+impl Refusal {
+    /// The code of the metrics.
+    pub(super) const fn tl(&self) -> TlCode {
+        match self {
+            Self::NoCertificate | Self::Certificate(_) | Self::NotLetIn(_) | Self::OtherProcess => {
+                TlCode::Cert
+            }
+            Self::ConnectionsMax | Self::SessionsMax => TlCode::Limit,
+            Self::Silent => TlCode::Timeout,
+            Self::BootId(_) => TlCode::Proto,
+        }
+    }
+
+    /// The code with which the session is closed.
+    pub(super) const fn code(&self) -> Code {
+        match self {
+            Self::NoCertificate | Self::Certificate(_) | Self::NotLetIn(_) | Self::OtherProcess => {
+                Code::Denied
+            }
+            Self::ConnectionsMax | Self::SessionsMax => Code::Limit,
+            Self::Silent => Code::Deadline,
+            Self::BootId(_) => Code::Proto,
+        }
+    }
 }
 
 /// Why an agent with a valid certificate is not admitted.
@@ -112,28 +154,22 @@ pub(super) async fn admit(
     address: SocketAddr,
     cluster: &mut Option<ClusterUid>,
 ) -> Result<(Admitted, Registration), Option<Refusal>> {
-    let refuse = |tl, code, text: String| Some(Refusal { tl, code, text });
-    let certificate = |text: String| refuse(TlCode::Cert, Code::Denied, text);
     let live = tunnel.context.live();
-    let leaf = leaf.ok_or_else(|| certificate("the agent presented no certificate".to_owned()))?;
-    let identity = live.agent_ca.identity_of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let leaf = leaf.ok_or(Refusal::NoCertificate)?;
+    let identity = live.agent_ca.identity_of(leaf).map_err(Refusal::from)?;
     cluster.replace(identity.cluster.clone());
-    let facts = CertificateFacts::of(leaf).map_err(|error| certificate(error.to_string()))?;
-    let pin = SpkiPin::of(leaf).map_err(|error| certificate(error.to_string()))?;
+    let facts = CertificateFacts::of(leaf).map_err(Refusal::from)?;
+    let pin = SpkiPin::of(leaf).map_err(Refusal::from)?;
     let issued = Time::from(facts.issued_at());
     let shown = ShownCertificate { serial: &facts.serial, pin, issued };
     let cluster = tunnel.admits_with(&live, &identity, &shown).map_err(|why| {
         tunnel.joins.turned_back(&identity.cluster, address.ip(), &why.to_string(), true);
-        certificate(why.to_string())
+        Refusal::from(why)
     })?;
     // Before the session's first round trip, which an agent can delay.
     let place = tunnel.agents.take(&identity.cluster).map_err(|_| {
         tunnel.context.metrics.limit_reached(Limit::ConnectionsPerCluster);
-        refuse(
-            TlCode::Limit,
-            Code::Limit,
-            "the cluster's agents have reached their connection limit".to_owned(),
-        )
+        Refusal::ConnectionsMax
     })?;
     let on_record =
         tunnel.context.fleet.as_ref().is_some_and(|fleet| fleet.has_certificate(&identity.instance, &shown));
@@ -141,17 +177,10 @@ pub(super) async fn admit(
     let hello = match tokio::time::timeout(READY_TIMEOUT, session.ready()).await {
         Ok(Ok(hello)) => hello,
         Ok(Err(_ended)) => return Err(None),
-        Err(_) => {
-            return Err(refuse(
-                TlCode::Timeout,
-                Code::Deadline,
-                "the agent did not complete the session's start in time".to_owned(),
-            ));
-        }
+        Err(_) => return Err(Some(Refusal::Silent)),
     };
     if hello.boot_id.len() != BOOT_ID_BYTES {
-        let text = format!("the boot id is {} bytes long instead of {BOOT_ID_BYTES}", hello.boot_id.len());
-        return Err(refuse(TlCode::Proto, Code::Proto, text));
+        return Err(Some(Refusal::BootId(hello.boot_id.len())));
     }
     let registration = register(tunnel, session, &identity, &hello, address).await?;
     let CertificateFacts { not_after, serial, .. } = facts;
@@ -165,7 +194,6 @@ async fn register(
     hello: &Hello,
     address: SocketAddr,
 ) -> Result<Registration, Option<Refusal>> {
-    let refuse = |tl, code, text: &str| Some(Refusal { tl, code, text: text.to_owned() });
     let mut replaced: Vec<SessionId> = Vec::new();
     for _ in 0..REPLACE_ROUNDS {
         let AgentIdentity { cluster, instance, .. } = identity;
@@ -178,7 +206,7 @@ async fn register(
             }
             Err(InsertError::SessionsMax) => {
                 tunnel.context.metrics.limit_reached(Limit::SessionsPerCluster);
-                return Err(refuse(TlCode::Limit, Code::Limit, "the cluster has reached its session limit"));
+                return Err(Some(Refusal::SessionsMax));
             }
             Err(InsertError::OtherProcess(others)) => {
                 let sessions: Vec<_> = others.iter().map(|(_, session)| session.clone()).collect();
@@ -195,6 +223,5 @@ async fn register(
             }
         }
     }
-    let text = "already connected: another process with the same certificate is connected. Stop that process, or give this agent its own certificate";
-    Err(refuse(TlCode::Cert, Code::Denied, text))
+    Err(Some(Refusal::OtherProcess))
 }

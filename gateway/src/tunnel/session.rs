@@ -12,7 +12,7 @@ use crate::fleet::Fleet;
 use crate::join;
 use crate::log::sparing;
 use crate::metrics::{Limit, SessionEnd, Surface, TlCode};
-use crate::registry::Registration;
+use crate::registry::{Registration, Retired};
 use crate::shares::Part;
 use rustls::ServerConfig;
 use std::net::SocketAddr;
@@ -159,15 +159,15 @@ async fn live(tunnel: &Tunnel, session: &Session, presented: Presented, address:
     let (admitted, registration) = match admitted {
         Ok(admitted) => admitted,
         Err(Some(refusal)) => {
-            tunnel.context.metrics.rejected(Surface::Tunnel, refusal.tl);
+            tunnel.context.metrics.rejected(Surface::Tunnel, refusal.tl());
             let cluster = presented_by.as_ref();
             let due = cluster.map_or_else(
                 || tunnel.context.refusals.due(&()),
                 |cluster| tunnel.context.lines.due(cluster),
             );
-            sparing!(due, warn, agent = %address, cluster = cluster.map(ClusterUid::as_str), why = refusal.text,
-                "agent refused");
-            session.close(refusal.code, &refusal.text);
+            let why = refusal.to_string();
+            sparing!(due, warn, agent = %address, cluster = cluster.map(ClusterUid::as_str), why, "agent refused");
+            session.close(refusal.code(), &why);
             return;
         }
         Err(None) => return,
@@ -229,8 +229,7 @@ async fn give_back(
         }
         let stats = session.stats();
         if tunnel.memory.is_short(cluster) && stats.streams == 0 && stats.recv_reserved > 2 * WINDOW_START {
-            registration
-                .retire(session, "the gateway is short of memory, and this session holds more than it needs");
+            registration.retire(session, Retired::Memory);
         }
     }
 }
