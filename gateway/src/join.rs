@@ -34,7 +34,7 @@ use bytes::Bytes;
 use issue::{adopt, issue, record_issuer};
 use limits::{JOINS, Shares, Way};
 use places::Seeker;
-use refusal::{NO_ISSUER, RETRY_LIMIT, Refusal, Told};
+use refusal::{RETRY_LIMIT, Refusal, Told, Why};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -58,8 +58,6 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 const REFUSE_AFTER: Duration = Duration::from_millis(300);
 /// Bytes of every refusal.
 const REFUSAL_BYTES: usize = 640;
-const PLACE_TAKEN: &str = "another process already uses this agent's identity: it is connected, or was admitted a moment ago. Stop that process, or give this agent its own identity";
-const TOKEN_USED: &str = "another process has already joined with this ServiceAccount token, and it is still connected or its record was removed. Each pod needs its own token; Kubernetes replaces it within minutes";
 /// Lets agents join, and renews their certificates.
 #[derive(Debug)]
 pub(crate) struct Joins {
@@ -112,7 +110,7 @@ where
     let decided = match received {
         Ok(Ok(request)) => decide(joins, request, address, exempt, &mut cluster).await,
         Ok(Err(error @ (MessageError::TooLarge { .. } | MessageError::Malformed))) => {
-            Err(Refusal::new(RefusalCode::Request, error.to_string()))
+            Err(Refusal::new(RefusalCode::Request, error))
         }
         Ok(Err(_)) | Err(_) => {
             joins.context.metrics.rejected(Surface::Join, TlCode::Timeout);
@@ -126,7 +124,7 @@ where
             JoinAnswer { outcome: Some(Joined::Admitted(admitted)), ..JoinAnswer::default() }
         }
         Err(refusal) => {
-            if let Some(Told { cluster, why, proven, returns }) = &refusal.told {
+            if let Some(Told { cluster, why, proven, returns }) = refusal.told.as_deref() {
                 let tell = if *returns { Joins::turned_back } else { Joins::turned_away };
                 tell(joins, cluster, address.ip(), why, *proven);
             }
@@ -165,7 +163,8 @@ fn refused(
     if refusal.counts && !exempt {
         joins.shares.failed(address.ip());
     }
-    let (code, why) = (refusal.code.label(), towline_model::text::printable(&refusal.text));
+    let text = refusal.why.to_string();
+    let (code, why) = (refusal.code.label(), towline_model::text::printable(&text));
     let due =
         cluster.map_or_else(|| joins.context.refusals.due(&()), |cluster| joins.context.lines.due(cluster));
     let cluster = cluster.map(ClusterUid::as_str);
@@ -196,19 +195,16 @@ async fn decide(
 ) -> Result<Admitted, Refusal> {
     if !exempt && joins.shares.is_slowed(address.ip()) {
         joins.context.metrics.limit_reached(Limit::JoinFailures);
-        let text = "too many failed attempts from this address; wait before the next one";
-        return Err(Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT));
+        return Err(Refusal::later(RefusalCode::Limit, Why::Slowed, RETRY_LIMIT));
     }
     let live = joins.context.live();
     let (Some(own), Some(fleet)) = (&live.joins, joins.context.fleet.as_ref()) else {
-        let text = "agents cannot join this gateway, because it keeps no fleet records; its operator can set stateDirectory";
-        return Err(Refusal::new(RefusalCode::Denied, text));
+        return Err(Refusal::new(RefusalCode::Denied, Why::NoRecords));
     };
     let pin = csr_pin(&request.csr)?;
     // Two processes without a boot id would be taken for the same.
     if request.boot_id.len() != BOOT_ID_BYTES {
-        let text = format!("the boot id is {} bytes long instead of {BOOT_ID_BYTES}", request.boot_id.len());
-        return Err(Refusal::new(RefusalCode::Request, text));
+        return Err(Refusal::new(RefusalCode::Request, Why::BootId(request.boot_id.len())));
     }
     let decision = match &request.proof {
         Some(Proof::Token(token)) => {
@@ -233,9 +229,7 @@ async fn decide(
             by_record(joins, fleet, certificate, pin, &request.boot_id, known).await?
         }
         None => {
-            let text =
-                "the request has no kind of proof that this gateway supports; upgrade the gateway first";
-            return Err(Refusal::new(RefusalCode::Request, text));
+            return Err(Refusal::new(RefusalCode::Request, Why::NoProof));
         }
     };
     let Decision { admission, with, word, room } = decision;
@@ -250,7 +244,7 @@ async fn decide(
     drop(room);
     // The time to connect begins now. If the disk took longer than that, the place may be lost.
     if !joins.shares.places.take(&admission.instance, &request.boot_id) {
-        return Err(Refusal::later(RefusalCode::Unavailable, PLACE_TAKEN, RETRY_LIMIT));
+        return Err(Refusal::later(RefusalCode::Unavailable, Why::PlaceTaken, RETRY_LIMIT));
     }
     sparing!(joins.context.lines.due(&admission.cluster.uid), info, cluster = %admission.cluster.name,
         instance = %admission.instance, agent = %address, with, serial = issued.serial,
@@ -287,8 +281,10 @@ fn may_join(joins: &Joins, cluster: &ClusterUid, way: Way) -> Result<(), Refusal
     let may = joins.shares.of_cluster.admit(&(cluster.clone(), way), JOINS);
     may.map(drop).ok_or_else(|| {
         joins.context.metrics.limit_reached(Limit::ClusterJoins);
-        let text = "agents of this cluster have joined too often recently; wait before the next attempt";
-        Refusal { counts: way == Way::Token, ..Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT) }
+        Refusal {
+            counts: way == Way::Token,
+            ..Refusal::later(RefusalCode::Limit, Why::JoinedTooOften, RETRY_LIMIT)
+        }
     })
 }
 
@@ -298,8 +294,7 @@ async fn room(joins: &Joins, cluster: &ClusterUid) -> Result<KeyPermit<ClusterUi
         Ok(Ok(permit)) => Ok(permit),
         _ => {
             joins.context.metrics.limit_reached(Limit::Joins);
-            let text = "too many agents of this cluster, or in total, are joining at the same time; wait before the next attempt";
-            Err(Refusal::later(RefusalCode::Limit, text, RETRY_LIMIT))
+            Err(Refusal::later(RefusalCode::Limit, Why::NoRoom, RETRY_LIMIT))
         }
     }
 }
@@ -313,7 +308,7 @@ async fn by_account(
     boot_id: &Bytes,
     known: &mut Option<ClusterUid>,
 ) -> Result<Decision, Refusal> {
-    let unknown = |cause: &str| Refusal::new(RefusalCode::NoIssuer, NO_ISSUER).because(cause);
+    let unknown = |cause: &str| Refusal::new(RefusalCode::NoIssuer, Why::NoIssuer).because(cause);
     let route = fleet.cluster_named(cluster).ok_or_else(|| unknown("no registered cluster has that name"))?;
     // A new agent shows its ServiceAccount token before its join token: it cannot know that its issuer is not on record yet.
     let is_new = || fleet.standing(&route.uid).is_some_and(|standing| !standing.was_let_in);
@@ -335,7 +330,7 @@ async fn by_account(
     let uses = &joins.shares.uses;
     let used = || {
         let why = "another process has already joined with its ServiceAccount token".to_owned();
-        Refusal::later(RefusalCode::Denied, TOKEN_USED, RETRY_LIMIT).told(told(why, true))
+        Refusal::later(RefusalCode::Denied, Why::AccountUsed, RETRY_LIMIT).told(told(why, true))
     };
     let sessions = joins.registry.sessions_of(&route.uid);
     let is_there = |place: &InstanceId| sessions.iter().any(|(held, ..)| held == place);
@@ -370,10 +365,7 @@ async fn by_record(
     boot_id: &Bytes,
     known_cluster: &mut Option<ClusterUid>,
 ) -> Result<Decision, Refusal> {
-    let unknown = |cause: &str| {
-        let text = "the agent's stored certificate can no longer be renewed: it is not on record, or expired too long ago. Join with a new token: towline token create CLUSTER";
-        Refusal::new(RefusalCode::Proof, text).because(cause)
-    };
+    let unknown = |cause: &str| Refusal::new(RefusalCode::Proof, Why::NotRenewable).because(cause);
     let leaf = certificate.chain.first().map(|der| CertificateDer::from(der.to_vec()));
     let leaf = leaf.ok_or_else(|| unknown("the request has no certificate"))?;
     let facts = CertificateFacts::of(&leaf).map_err(|error| unknown(&error.to_string()))?;
@@ -406,7 +398,7 @@ async fn by_record(
     let seeker = Seeker::look(&joins.shares.places, &joins.registry, &identity.cluster, boot_id).await;
     let room = room(joins, &identity.cluster).await?;
     if !seeker.take(&identity.instance) {
-        return Err(Refusal::later(RefusalCode::Denied, PLACE_TAKEN, RETRY_LIMIT));
+        return Err(Refusal::later(RefusalCode::Denied, Why::PlaceTaken, RETRY_LIMIT));
     }
     let admission = Admission { cluster, instance: identity.instance, admission: record.admission };
     Ok(Decision { admission, with: format!("certificate {}", facts.serial), word: None, room })
@@ -414,30 +406,29 @@ async fn by_record(
 
 #[cfg(test)]
 mod tests {
-    use super::refusal::UNKNOWN;
     use super::*;
     use towline_certs::CsrError;
+    use towline_proto::join::Refused;
     use towline_proto::tunnel::exchange::encode_head;
 
     /// EN-02: all refusals have the same length.
     #[test]
     fn refusals_are_equally_long() {
         let refusals = [
-            Refusal::new(RefusalCode::Proof, UNKNOWN),
-            Refusal::new(RefusalCode::NoIssuer, NO_ISSUER),
-            Refusal::later(RefusalCode::Limit, "x", RETRY_LIMIT),
+            Refusal::new(RefusalCode::Proof, Why::UnknownToken),
+            Refusal::new(RefusalCode::NoIssuer, Why::NoIssuer),
+            Refusal::new(RefusalCode::Denied, Why::AccountUsed),
+            Refusal::later(RefusalCode::Limit, Why::Slowed, RETRY_LIMIT),
             Refusal::from(JoinRefused::Used),
             Refusal::from(CsrError::Malformed),
-            Refusal::new(RefusalCode::Denied, "y".repeat(5000)),
         ];
-        for refusal in refusals {
-            let answer = JoinAnswer::refused(refusal.message(), REFUSAL_BYTES);
-            assert_eq!(
-                encode_head(&answer, JOIN_MAX_BYTES).unwrap().len(),
-                4 + REFUSAL_BYTES,
-                "{}",
-                refusal.text
-            );
+        let mut messages: Vec<Refused> = refusals.iter().map(Refusal::message).collect();
+        messages
+            .extend(["x".to_owned(), "y".repeat(5000)].map(|text| Refused::new(RefusalCode::Denied, &text)));
+        for message in messages {
+            let text = message.text.clone();
+            let answer = JoinAnswer::refused(message, REFUSAL_BYTES);
+            assert_eq!(encode_head(&answer, JOIN_MAX_BYTES).unwrap().len(), 4 + REFUSAL_BYTES, "{text}");
         }
     }
 }

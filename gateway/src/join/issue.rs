@@ -53,7 +53,7 @@ pub(super) async fn issue(
         Ok(()) => {}
         Err(WriteError::NotFound) => return Err(NotAdmitted::UnknownInstance.into()),
         Err(error @ WriteError::Certificates) => {
-            return Err(Refusal::later(RefusalCode::Limit, error.to_string(), renewal_interval(life)));
+            return Err(Refusal::later(RefusalCode::Limit, error, renewal_interval(life)));
         }
         Err(error) => return Err(unavailable(&error)),
     }

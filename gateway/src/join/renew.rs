@@ -2,7 +2,7 @@
 
 use super::issue::{Issued, adopt, instance, issue, record_issuer};
 use super::limits::renewal_interval;
-use super::refusal::Refusal;
+use super::refusal::{Refusal, Why};
 use super::{Joins, account};
 use crate::fleet::{self, Fleet, WhenFull, Word};
 use crate::metrics::{JoinOutcome, Limit};
@@ -50,7 +50,7 @@ pub(crate) async fn renew(
         Err(refusal) => {
             joins.context.metrics.renewed(refusal.outcome());
             tracing::warn!(cluster = %identity.cluster, instance = %identity.instance, agent = %address,
-                why = refusal.text, cause = refusal.cause, "renewal refused");
+                why = refusal.why.to_string(), cause = refusal.cause, "renewal refused");
             Renewal::Refused(refusal.message())
         }
     };
@@ -65,16 +65,13 @@ async fn try_renew(
 ) -> Result<Issued, Refusal> {
     let live = joins.context.live();
     let (Some(own), Some(fleet)) = (&live.joins, joins.context.fleet.as_ref()) else {
-        let text =
-            "this gateway does not issue certificates; renew the certificate with the CA that issued it";
-        return Err(Refusal::new(RefusalCode::Denied, text));
+        return Err(Refusal::new(RefusalCode::Denied, Why::IssuesNothing));
     };
     fleet.admits(identity, serial)?;
     let life = live.config.join.certificate_lifetime;
     if !joins.shares.may_renew(&identity.instance, life) {
         joins.context.metrics.limit_reached(Limit::Renewals);
-        let text = "the certificate was renewed too often recently; wait before the next attempt";
-        return Err(Refusal::later(RefusalCode::Limit, text, renewal_interval(life)));
+        return Err(Refusal::later(RefusalCode::Limit, Why::RenewedTooOften, renewal_interval(life)));
     }
     // First the agent's report: it lets the agent rejoin even if there is no room for another certificate.
     if let Some(issuer) = &renew.issuer {
