@@ -546,6 +546,34 @@ fn rules_are_rebuilt_once_per_batch() {
     assert_eq!(view.rebuilds, 2);
 }
 
+/// Goal: a record of a newer version and a damaged one are counted each under its own reason, and a record that is read under none.
+#[test]
+fn skipped_records_are_counted_by_why() {
+    let record = |name: &str, schema: u32, data: Value| Record {
+        key: Key::new(kind::CLUSTER, name),
+        revision: 1,
+        schema,
+        data: Arc::new(data),
+    };
+    let schema = ClusterRecord::SCHEMA;
+    let good = serde_json::to_value(cluster()).unwrap();
+    let records = vec![
+        record("good", schema, good.clone()),
+        record("newer", schema + 1, good),
+        record("broken", schema, serde_json::json!(1)),
+        record("broken-too", schema, serde_json::json!({})),
+    ];
+    let metrics = Metrics::new();
+    let mut view = View::default();
+    view.replace(1, records, &metrics);
+    assert_eq!(view.count(kind::CLUSTER), 1);
+    let text = String::from_utf8(metrics.render()).unwrap();
+    for (reason, count) in [("newer", 1), ("broken", 2)] {
+        let line = format!("towline_gateway_store_records_skipped_total{{reason=\"{reason}\"}} {count}\n");
+        assert!(text.contains(&line), "{line}");
+    }
+}
+
 /// A later time includes an earlier one, also for concurrent revocations.
 #[tokio::test]
 async fn revocations_of_a_user_only_grow() {
