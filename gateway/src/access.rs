@@ -17,7 +17,7 @@ pub(crate) mod work;
 
 pub(crate) use error::AccessError;
 
-use crate::access::authn::{Caller, Certificate, Credential, Known};
+use crate::access::authn::{Caller, ClientCertificate, Credential, Known};
 use crate::access::running::{Chain, Grant, Run, Running, Scope};
 use crate::access::standing::{Owners, Seat, Standing};
 use crate::access::uploads::{Room, Unread};
@@ -90,7 +90,7 @@ pub(crate) struct Peer {
 #[derive(Debug)]
 struct Judged {
     generation: u64,
-    certificate: Certificate,
+    certificate: ClientCertificate,
 }
 
 /// A caller that is admitted to a cluster.
@@ -142,7 +142,7 @@ impl Access {
 
     fn judge_chain(&self, live: &Live, chain: Option<&[CertificateDer<'_>]>) -> Judged {
         let own = self.context.authorities.as_ref().and_then(|own| own.own_clients.as_ref());
-        let certificate = Certificate::judge(chain, live.client_ca.as_ref(), own, SystemTime::now());
+        let certificate = ClientCertificate::judge(chain, live.client_ca.as_ref(), own, SystemTime::now());
         Judged { generation: live.generation, certificate }
     }
 

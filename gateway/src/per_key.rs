@@ -89,14 +89,14 @@ struct State<K: Key> {
     held: usize,
     ordinary: usize,
     waiting: usize,
-    keys: Map<K, Entry<K>>,
+    keys: Map<K, KeyState<K>>,
     /// Keys below their share with waiting takers, in the order in which they get free places.
     turns: VecDeque<K>,
 }
 
 /// The state of one key.
 #[derive(Debug)]
-struct Entry<K: Key> {
+struct KeyState<K: Key> {
     held: usize,
     /// Waiting futures of [`PerKey::wait`]; abandoned ones remain in `queue` with a closed channel.
     waiting: usize,
@@ -104,7 +104,7 @@ struct Entry<K: Key> {
     in_turns: bool,
 }
 
-impl<K: Key> Default for Entry<K> {
+impl<K: Key> Default for KeyState<K> {
     fn default() -> Self {
         Self { held: 0, waiting: 0, queue: VecDeque::new(), in_turns: false }
     }
@@ -207,7 +207,7 @@ impl<K: Key> State<K> {
                 _ if !has_room => return Err(Full::Pool),
                 Some(entry) => entry.held += 1,
                 None if sizes.share == 0 => return Err(Full::Share),
-                None => drop(self.keys.insert(key.clone(), Entry { held: 1, ..Entry::default() })),
+                None => drop(self.keys.insert(key.clone(), KeyState { held: 1, ..KeyState::default() })),
             }
         } else if !has_room {
             return Err(Full::Pool);

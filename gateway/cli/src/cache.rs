@@ -17,7 +17,7 @@ const MARGIN: Duration = Duration::from_secs(300);
 
 /// A client certificate and its key.
 #[derive(Deserialize, Serialize)]
-pub(crate) struct Certificate {
+pub(crate) struct KeptCertificate {
     /// PEM.
     pub(crate) chain: String,
     /// PEM.
@@ -26,7 +26,7 @@ pub(crate) struct Certificate {
     pub(crate) expires: Time,
 }
 
-impl Certificate {
+impl KeptCertificate {
     /// Whether enough of its lifetime is left.
     pub(crate) fn is_fresh(&self, now: Time) -> bool {
         let margin = MARGIN.min(self.expires.since(self.issued) / 3);
@@ -77,7 +77,7 @@ fn key(context: &Context, life: Duration) -> String {
 }
 
 /// The cached certificate; `None` if it is unreadable, or readable by others.
-pub(crate) fn read(path: &Path) -> Option<Certificate> {
+pub(crate) fn read(path: &Path) -> Option<KeptCertificate> {
     let owner = fs::metadata(path.parent()?).ok()?;
     let file = fs::symlink_metadata(path).ok()?;
     let private = |mode: u32| mode & 0o077 == 0;
@@ -88,7 +88,7 @@ pub(crate) fn read(path: &Path) -> Option<Certificate> {
 }
 
 /// Stores the certificate and deletes expired ones.
-pub(crate) fn write(path: &Path, certificate: &Certificate) -> io::Result<()> {
+pub(crate) fn write(path: &Path, certificate: &KeptCertificate) -> io::Result<()> {
     let directory = path.parent().ok_or(io::ErrorKind::NotFound)?;
     create_private_directory(directory).map_err(io::Error::other)?;
     fs::set_permissions(directory, fs::Permissions::from_mode(0o700))?;
@@ -108,9 +108,9 @@ pub(crate) fn write(path: &Path, certificate: &Certificate) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn certificate(issued: Time, life: u64) -> Certificate {
+    fn certificate(issued: Time, life: u64) -> KeptCertificate {
         let expires = issued.after(Duration::from_secs(life));
-        Certificate { chain: "C".to_owned(), key: "K".to_owned(), issued, expires }
+        KeptCertificate { chain: "C".to_owned(), key: "K".to_owned(), issued, expires }
     }
 
     fn context(token: &str) -> Context {

@@ -158,7 +158,7 @@ impl Client {
         select: &Select,
         version: &str,
         table: bool,
-    ) -> Outcome<Watch> {
+    ) -> Outcome<Events> {
         let query = format!(
             "{}?watch=1&allowWatchBookmarks=true&includeObject=Object&resourceVersion={}{}",
             path(plural, None),
@@ -172,7 +172,7 @@ impl Client {
         if !answer.status().is_success() {
             return Err(self.refused(answer).await);
         }
-        Ok(Watch { body: answer.into_body(), rest: Vec::new(), _wire: wire })
+        Ok(Events { body: answer.into_body(), rest: Vec::new(), _wire: wire })
     }
 
     /// The gateway's response, or its error.
@@ -404,13 +404,13 @@ fn encoded(text: &str) -> String {
 
 /// Events, one after another.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct Events {
     body: Incoming,
     rest: Vec<u8>,
     _wire: Wire,
 }
 
-impl Watch {
+impl Events {
     /// The next event; `None` when the watch has ended, which is not a failure: start again.
     pub(crate) async fn next(&mut self) -> Outcome<Option<Value>> {
         loop {

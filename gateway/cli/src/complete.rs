@@ -67,7 +67,7 @@ exec towline __complete "$@"
 
 /// What may be completed at a position of the command line.
 #[derive(Debug, PartialEq, Eq)]
-enum Place {
+enum Candidates {
     /// One of these words, each with a description.
     Words(Vec<(String, String)>),
     Files,
@@ -84,13 +84,13 @@ pub(crate) async fn run(words: &[String], definition: Command) -> Outcome {
     let (place, connection) = place(definition, before, typed);
     let mut directive = NO_FILES;
     let words = match place {
-        Place::Words(words) => words,
-        Place::Files => {
+        Candidates::Words(words) => words,
+        Candidates::Files => {
             directive = FILES;
             Vec::new()
         }
-        Place::Clusters => names(&connection, "clusters").await,
-        Place::Tokens => names(&connection, "jointokens").await,
+        Candidates::Clusters => names(&connection, "clusters").await,
+        Candidates::Tokens => names(&connection, "jointokens").await,
     };
     let mut text = String::new();
     for (word, about) in words.iter().filter(|(word, _)| word.starts_with(typed)) {
@@ -121,7 +121,7 @@ async fn names(connection: &ConnectionArguments, plural: &str) -> Vec<(String, S
 }
 
 /// What may follow these words, and the gateway that they select.
-fn place(mut definition: Command, before: &[String], typed: &str) -> (Place, ConnectionArguments) {
+fn place(mut definition: Command, before: &[String], typed: &str) -> (Candidates, ConnectionArguments) {
     definition.build();
     let mut command = &definition;
     let mut connection = ConnectionArguments { kubeconfig: Vec::new(), context: None };
@@ -129,7 +129,7 @@ fn place(mut definition: Command, before: &[String], typed: &str) -> (Place, Con
     while let Some(word) = words.next() {
         if word == "--" {
             // A plugin and its arguments.
-            return (Place::Files, connection);
+            return (Candidates::Files, connection);
         }
         if let Some(flag) = flag(command, word) {
             let inline = word.split_once('=').map(|(_, value)| value.to_owned());
@@ -155,42 +155,42 @@ fn place(mut definition: Command, before: &[String], typed: &str) -> (Place, Con
 }
 
 /// What may follow if no flag expects a value.
-fn after(command: &Command, given: usize, typed: &str) -> Place {
+fn after(command: &Command, given: usize, typed: &str) -> Candidates {
     let about = |text: Option<&clap::builder::StyledStr>| text.map(ToString::to_string).unwrap_or_default();
     if typed.starts_with('-') {
         let flags = command.get_arguments().filter(|arg| !arg.is_hide_set());
         let flags = flags.filter_map(|arg| Some((format!("--{}", arg.get_long()?), about(arg.get_help()))));
-        return Place::Words(flags.collect());
+        return Candidates::Words(flags.collect());
     }
     if command.has_subcommands() {
         let commands = command.get_subcommands().filter(|command| !command.is_hide_set());
         let named = commands.map(|command| (command.get_name().to_owned(), about(command.get_about())));
-        return Place::Words(named.collect());
+        return Candidates::Words(named.collect());
     }
     let positional: Vec<_> = command.get_positionals().filter(|arg| !arg.is_last_set()).collect();
     // The last one may be repeated.
     let repeats = |arg: &&&Arg| matches!(arg.get_action(), ArgAction::Append);
     let arg = positional.get(given).or_else(|| positional.last().filter(repeats));
-    arg.map_or_else(|| Place::Words(Vec::new()), |arg| values(arg))
+    arg.map_or_else(|| Candidates::Words(Vec::new()), |arg| values(arg))
 }
 
 /// The candidates for an argument.
-fn values(arg: &Arg) -> Place {
+fn values(arg: &Arg) -> Candidates {
     let possible = arg.get_possible_values();
     if !possible.is_empty() {
         let about = |value: &clap::builder::PossibleValue| {
             value.get_help().map(ToString::to_string).unwrap_or_default()
         };
-        return Place::Words(
+        return Candidates::Words(
             possible.iter().map(|value| (value.get_name().to_owned(), about(value))).collect(),
         );
     }
     let name = arg.get_value_names().and_then(<[_]>::first).map(ToString::to_string).unwrap_or_default();
     match name.to_ascii_uppercase().as_str() {
-        "CLUSTER" => Place::Clusters,
-        "TOKEN" => Place::Tokens,
-        "FILE" => Place::Files,
-        _ => Place::Words(Vec::new()),
+        "CLUSTER" => Candidates::Clusters,
+        "TOKEN" => Candidates::Tokens,
+        "FILE" => Candidates::Files,
+        _ => Candidates::Words(Vec::new()),
     }
 }
 
@@ -225,14 +225,14 @@ mod tests {
     use super::*;
     use clap::CommandFactory as _;
 
-    fn at(words: &[&str]) -> Place {
+    fn at(words: &[&str]) -> Candidates {
         let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
         let (typed, before) = words.split_last().unwrap();
         place(super::super::Arguments::command(), before, typed).0
     }
 
-    fn words(place: Place) -> Vec<String> {
-        let Place::Words(words) = place else { panic!("{place:?}") };
+    fn words(place: Candidates) -> Vec<String> {
+        let Candidates::Words(words) = place else { panic!("{place:?}") };
         words.into_iter().map(|(word, _)| word).collect()
     }
 
@@ -246,11 +246,11 @@ mod tests {
             &["agent", "manifest", "p"],
             &["token", "create", "--uses=3", ""],
         ] {
-            assert_eq!(at(line), Place::Clusters, "{line:?}");
+            assert_eq!(at(line), Candidates::Clusters, "{line:?}");
         }
-        assert_eq!(at(&["token", "revoke", ""]), Place::Tokens);
-        assert_eq!(at(&["--kubeconfig", ""]), Place::Files);
-        assert_eq!(at(&["kubeconfig", "prod", "--wrap", "--", "aw"]), Place::Files);
+        assert_eq!(at(&["token", "revoke", ""]), Candidates::Tokens);
+        assert_eq!(at(&["--kubeconfig", ""]), Candidates::Files);
+        assert_eq!(at(&["kubeconfig", "prod", "--wrap", "--", "aw"]), Candidates::Files);
         assert_eq!(words(at(&["agent", "manifest", "p", "--mode", ""])), ["restricted", "impersonate"]);
         assert!(words(at(&["cluster", "describe", "one", ""])).is_empty(), "it takes one");
         let top = words(at(&[""]));

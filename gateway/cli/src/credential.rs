@@ -1,7 +1,7 @@
 //! `towline credential`: the exec plugin in the kubeconfigs that `towline kubeconfig` writes. It returns both credentials at once, the
 //! certificate for the gateway and the token for the cluster, because kubectl takes a user's credentials from one source.
 
-use super::cache::{self, Certificate};
+use super::cache::{self, KeptCertificate};
 use super::client::{API_VERSION, Client};
 use super::connection::ConnectionArguments;
 use super::exec::{EXEC_INFO, GROUP, Plugin};
@@ -116,7 +116,7 @@ impl Source {
 
 /// Certificate and token together.
 pub(crate) struct Both {
-    certificate: Certificate,
+    certificate: KeptCertificate,
     token: Option<Token>,
 }
 
@@ -129,7 +129,7 @@ impl Both {
 
     /// In the form of a kubeconfig user.
     pub(crate) fn user(&self) -> Value {
-        let Certificate { chain, key, .. } = &self.certificate;
+        let KeptCertificate { chain, key, .. } = &self.certificate;
         let mut user = json!({"client-certificate-data": STANDARD.encode(chain), "client-key-data": STANDARD.encode(key)});
         if let Some(token) = &self.token {
             user["token"] = token.token.clone().into();
@@ -154,7 +154,7 @@ impl CredentialCommand {
         output::line(&answer(&version, &both).to_string())
     }
 
-    async fn certificate(&self, connection: &ConnectionArguments) -> Outcome<Certificate> {
+    async fn certificate(&self, connection: &ConnectionArguments) -> Outcome<KeptCertificate> {
         let context = Kubeconfig::load(connection)?.context(connection)?;
         let place = cache::place(&context, self.expires);
         if !self.no_cache
@@ -174,7 +174,7 @@ impl CredentialCommand {
 }
 
 /// Requests a certificate from the gateway for a new key.
-async fn request(client: &Client, life: Duration) -> Outcome<Certificate> {
+async fn request(client: &Client, life: Duration) -> Outcome<KeptCertificate> {
     let key = AgentKey::generate().map_err(|error| Failure::failed(error.to_string()))?;
     let request = key.csr_der().map_err(|error| Failure::failed(error.to_string()))?;
     let object = json!({
@@ -196,7 +196,7 @@ async fn request(client: &Client, life: Duration) -> Outcome<Certificate> {
     parse_credential(&chain_file, &key_file, LoadPolicy::LENIENT, SystemTime::now())
         .map_err(|error| odd(&format!("a certificate for another key than the requested one: {error}")))?;
     let chain = String::from_utf8(chain).map_err(|_| odd("a certificate that is not PEM"))?;
-    Ok(Certificate { chain, key, issued, expires })
+    Ok(KeptCertificate { chain, key, issued, expires })
 }
 
 fn pem_request(der: &[u8]) -> String {
@@ -227,7 +227,7 @@ fn asked_version(info: Option<&str>) -> Outcome<String> {
 
 /// Both credentials, valid until the earlier expiry.
 fn answer(version: &str, both: &Both) -> Value {
-    let Certificate { chain, key, .. } = &both.certificate;
+    let KeptCertificate { chain, key, .. } = &both.certificate;
     let mut status = json!({
         "clientCertificateData": chain, "clientKeyData": key, "expirationTimestamp": both.expires(),
     });
@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn an_answer_holds_both_and_ends_with_the_first() {
         let both = |token: Option<Token>| Both {
-            certificate: Certificate {
+            certificate: KeptCertificate {
                 chain: "CHAIN".to_owned(),
                 key: "KEY".to_owned(),
                 issued: time("2030-01-01T00:00:00Z"),

@@ -30,7 +30,7 @@ struct File {
 
 /// An entry and the directory that its paths start from.
 #[derive(Clone, Copy, Debug)]
-struct Entry<'a> {
+struct Located<'a> {
     content: &'a Value,
     file: &'a File,
 }
@@ -237,7 +237,7 @@ impl Kubeconfig {
     }
 
     /// The cluster of a context, and its user if it names one.
-    fn parts(&self, name: &str) -> Outcome<(Entry<'_>, Option<Entry<'_>>)> {
+    fn parts(&self, name: &str) -> Outcome<(Located<'_>, Option<Located<'_>>)> {
         let context = self.entry("contexts", "context", name).ok_or_else(|| {
             Failure::usage(format!("the kubeconfig has no context {name:?}. Available: {}", self.names()))
         })?;
@@ -298,11 +298,11 @@ impl Kubeconfig {
     }
 
     /// The first entry of a name wins, as in kubectl.
-    fn entry(&self, list: &str, inner: &str, name: &str) -> Option<Entry<'_>> {
+    fn entry(&self, list: &str, inner: &str, name: &str) -> Option<Located<'_>> {
         self.files.iter().find_map(|file| {
             let mut entries = file.content[list].as_array().into_iter().flatten();
             let entry = entries.find(|entry| entry["name"] == name)?;
-            Some(Entry { content: &entry[inner], file })
+            Some(Located { content: &entry[inner], file })
         })
     }
 
@@ -319,7 +319,7 @@ pub(crate) fn mark(content: &Value) -> Option<&Value> {
     extensions.iter().find(|extension| extension["name"] == MARK).map(|extension| &extension["extension"])
 }
 
-impl Entry<'_> {
+impl Located<'_> {
     /// A file that the entry names or embeds; embedded data wins, as in kubectl.
     fn bundle(&self, field: &str) -> Outcome<Option<Bundle>> {
         let data = &self.content[format!("{field}-data").as_str()];

@@ -40,7 +40,7 @@ const TOKEN_LEAST: usize = 16;
 
 /// The result of verifying a connection's client certificate, once after the handshake.
 #[derive(Clone, Debug, Default)]
-pub enum Certificate {
+pub enum ClientCertificate {
     #[default]
     Absent,
     /// The certificate is not trusted; the text says why.
@@ -51,7 +51,7 @@ pub enum Certificate {
     },
 }
 
-impl Certificate {
+impl ClientCertificate {
     /// Verifies a client's chain, leaf first. `own` is the gateway's own CA among `ca`: its certificates are valid from before their issue, and
     /// only it may assign the gateway's own groups.
     #[must_use]
@@ -217,24 +217,26 @@ impl Known<'_> {
 /// Why the caller is not authenticated.
 pub fn authenticate(
     headers: &HeaderMap,
-    certificate: &Certificate,
+    certificate: &ClientCertificate,
     known: Known<'_>,
     now: SystemTime,
 ) -> Result<Caller, AuthnError> {
     let authorization = authorization(headers)?;
     let certified = match certificate {
-        Certificate::Verified { credential: Credential::Certificate { until, .. }, .. } if now > *until => {
+        ClientCertificate::Verified { credential: Credential::Certificate { until, .. }, .. }
+            if now > *until =>
+        {
             Err(AuthnError::CertificateExpired)
         }
-        Certificate::Verified { credential, .. } if known.is_revoked(credential) => {
+        ClientCertificate::Verified { credential, .. } if known.is_revoked(credential) => {
             return Err(AuthnError::CertificateRevoked);
         }
-        Certificate::Verified { principal, credential } => {
+        ClientCertificate::Verified { principal, credential } => {
             Ok(Caller { principal: Arc::clone(principal), credential: credential.clone() })
         }
-        Certificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
-        Certificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
-        Certificate::Absent => Err(AuthnError::NoCredential),
+        ClientCertificate::Unbelieved(why) => Err(AuthnError::CertificateUnbelieved(why.clone())),
+        ClientCertificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
+        ClientCertificate::Absent => Err(AuthnError::NoCredential),
     };
     let bearer =
         || authorization.and_then(bearer).map(ToOwned::to_owned).or_else(|| subprotocol_token(headers));
@@ -429,16 +431,20 @@ mod tests {
         }
     }
 
-    fn cert(name: &str, groups: &[&str]) -> Certificate {
+    fn cert(name: &str, groups: &[&str]) -> ClientCertificate {
         let groups = groups.iter().map(ToString::to_string).collect();
         let issued = SystemTime::now();
         let until = issued + Duration::from_secs(60);
         let (name_is, serial, leaf) = (name.into(), "01".into(), "f0".into());
         let credential = Credential::Certificate { name: name_is, serial, leaf, issued, until };
-        Certificate::Verified { principal: Arc::new(Principal::new(name, groups)), credential }
+        ClientCertificate::Verified { principal: Arc::new(Principal::new(name, groups)), credential }
     }
 
-    fn ask(mode: Mode, certificate: &Certificate, lines: &[(&str, &str)]) -> Result<String, AuthnError> {
+    fn ask(
+        mode: Mode,
+        certificate: &ClientCertificate,
+        lines: &[(&str, &str)],
+    ) -> Result<String, AuthnError> {
         let lines = headers(lines);
         let known = Known { tokens: &Tokens::default(), fleet: None };
         let caller = authenticate(&lines, certificate, known, SystemTime::now())?;
@@ -449,8 +455,9 @@ mod tests {
     #[test]
     fn s17_restricted_mode_knows_callers_by_certificate_and_is_never_anonymous() {
         let jane = cert("jane", &[]);
-        let ask =
-            |certificate: &Certificate, lines: &[(&str, &str)]| ask(Mode::Restricted, certificate, lines);
+        let ask = |certificate: &ClientCertificate, lines: &[(&str, &str)]| {
+            ask(Mode::Restricted, certificate, lines)
+        };
         assert_eq!(ask(&jane, &[("authorization", "Bearer abc")]), Ok("jane".to_owned()));
         let protocol = format!("v5.channel.k8s.io, {BEARER_SUBPROTOCOL}YWJj");
         let upgrade = [("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")];
@@ -469,10 +476,10 @@ mod tests {
         }
         assert_eq!(ask(&jane, &[]), Err(AuthnError::ClusterCredentialNeeded));
         assert_eq!(
-            ask(&Certificate::Absent, &[("authorization", "Bearer abc")]),
+            ask(&ClientCertificate::Absent, &[("authorization", "Bearer abc")]),
             Err(AuthnError::ForeignCredential)
         );
-        assert_eq!(ask(&Certificate::Absent, &[]), Err(AuthnError::NoCredential));
+        assert_eq!(ask(&ClientCertificate::Absent, &[]), Err(AuthnError::NoCredential));
     }
 
     /// A hostile cluster must not collect the gateway's tokens, in whatever encoding.
@@ -535,19 +542,19 @@ mod tests {
 
     #[test]
     fn an_untrusted_certificate_counts_as_absent_and_says_why() {
-        let bad = Certificate::Unbelieved("expired 3h ago".to_owned());
+        let bad = ClientCertificate::Unbelieved("expired 3h ago".to_owned());
         let result = ask(Mode::Impersonate, &bad, &[]);
         assert_eq!(result, Err(AuthnError::CertificateUnbelieved("expired 3h ago".to_owned())));
         assert_eq!(
             ask(Mode::Impersonate, &bad, &[("authorization", "Bearer tlat_x")]),
             Err(AuthnError::UnknownToken)
         );
-        assert_eq!(ask(Mode::Impersonate, &Certificate::Absent, &[]), Err(AuthnError::NoCredential));
-        let Certificate::Verified { principal, credential } = cert("jane", &[]) else { unreachable!() };
+        assert_eq!(ask(Mode::Impersonate, &ClientCertificate::Absent, &[]), Err(AuthnError::NoCredential));
+        let ClientCertificate::Verified { principal, credential } = cert("jane", &[]) else { unreachable!() };
         let Credential::Certificate { name, serial, leaf, issued, .. } = credential else { unreachable!() };
         let until = SystemTime::now() - Duration::from_secs(1);
         let credential = Credential::Certificate { name, serial, leaf, issued, until };
-        let expired = Certificate::Verified { principal, credential };
+        let expired = ClientCertificate::Verified { principal, credential };
         assert_eq!(ask(Mode::Impersonate, &expired, &[]), Err(AuthnError::CertificateExpired));
     }
 }

@@ -7,7 +7,7 @@
 //! 3. `review` judges every entry again when the records or the files may have taken something away, and when a credential expires
 //!    whose expiry ends running requests.
 
-use crate::access::authn::{Certificate, Credential, Known};
+use crate::access::authn::{ClientCertificate, Credential, Known};
 use crate::access::is_admin;
 use crate::config::{ClusterRoute, EndsWithCredential};
 use crate::context::Context;
@@ -93,13 +93,13 @@ pub(crate) struct Running {
 
 #[derive(Debug, Default)]
 struct State {
-    entries: Map<Grant, Arc<Entry>>,
+    granted: Map<Grant, Arc<Granted>>,
     /// The next check for expired credentials.
     due: Option<SystemTime>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Granted {
     requests: AtomicUsize,
     chain: Option<Chain>,
     ended: CancellationToken,
@@ -111,24 +111,24 @@ struct Entry {
 pub(crate) struct Run {
     owner: Arc<Running>,
     grant: Grant,
-    entry: Arc<Entry>,
+    entry: Arc<Granted>,
 }
 
 impl Running {
     /// Adds a request with this grant. The caller must have it judged afterwards.
     pub(crate) fn begin(self: &Arc<Self>, grant: Grant, chain: Option<Chain>) -> Run {
         let mut state = self.lock();
-        let entry = match state.entries.get(&grant) {
+        let entry = match state.granted.get(&grant) {
             // Do not join a cancelled entry: the access may have been granted again.
             Some(entry) if !entry.ended.is_cancelled() => Arc::clone(entry),
             _ => {
-                let entry = Arc::new(Entry {
+                let entry = Arc::new(Granted {
                     requests: AtomicUsize::new(0),
                     chain,
                     ended: CancellationToken::new(),
                     why: OnceLock::new(),
                 });
-                state.entries.insert(grant.clone(), Arc::clone(&entry));
+                state.granted.insert(grant.clone(), Arc::clone(&entry));
                 entry
             }
         };
@@ -202,8 +202,8 @@ impl Drop for Run {
     fn drop(&mut self) {
         let mut state = self.owner.lock();
         let last = self.entry.requests.fetch_sub(1, Ordering::Relaxed) == 1;
-        if last && state.entries.get(&self.grant).is_some_and(|entry| Arc::ptr_eq(entry, &self.entry)) {
-            state.entries.remove(&self.grant);
+        if last && state.granted.get(&self.grant).is_some_and(|entry| Arc::ptr_eq(entry, &self.entry)) {
+            state.granted.remove(&self.grant);
         }
     }
 }
@@ -294,17 +294,17 @@ async fn changed(losses: Option<&mut watch::Receiver<u64>>) {
 /// Judges every running request. A request that begins meanwhile is judged by the current state or a later one. The lock is not held
 /// throughout, so requests begin and end as usual.
 async fn look(context: &Context, running: &Running, live: &Live, reloaded: bool) {
-    let entries: Vec<(Grant, Arc<Entry>)> = {
+    let granted: Vec<(Grant, Arc<Granted>)> = {
         let mut state = running.lock();
         state.due = None;
-        state.entries.iter().map(|(grant, entry)| (grant.clone(), Arc::clone(entry))).collect()
+        state.granted.iter().map(|(grant, entry)| (grant.clone(), Arc::clone(entry))).collect()
     };
     let rules = context.fleet.as_ref().map(Fleet::rules);
     let own = context.authorities.as_ref().and_then(|own| own.own_clients.as_ref());
     let mut believed: HashMap<Credential, bool> = HashMap::new();
     let mut next: Option<SystemTime> = None;
     let mut ended = 0;
-    for (at, (grant, entry)) in entries.iter().enumerate() {
+    for (at, (grant, entry)) in granted.iter().enumerate() {
         if at % JUDGED_AT_ONCE == JUDGED_AT_ONCE - 1 {
             tokio::task::yield_now().await;
         }
@@ -329,7 +329,7 @@ async fn look(context: &Context, running: &Running, live: &Live, reloaded: bool)
                 tracing::debug!(credential = %grant.credential, user = %printable(&grant.principal.name), scope = %grant.scope, requests, why = why.label(), "requests of a credential are cancelled");
                 ended += requests;
                 context.metrics.ended(why, requests as u64);
-                // Set once: entries are cancelled only here.
+                // Set once: granted are cancelled only here.
                 entry.why.get_or_init(|| why);
                 entry.ended.cancel();
             }
@@ -357,8 +357,8 @@ fn is_believed(
     let Credential::Certificate { until, .. } = credential else { return true };
     let then = now.min(*until - Duration::from_secs(1));
     matches!(
-        Certificate::judge(Some(chain), live.client_ca.as_ref(), own, then),
-        Certificate::Verified { credential: now, .. } if now == *credential
+        ClientCertificate::judge(Some(chain), live.client_ca.as_ref(), own, then),
+        ClientCertificate::Verified { credential: now, .. } if now == *credential
     )
 }
 
@@ -387,16 +387,16 @@ mod tests {
             (running.begin(grant("01", false), None), running.begin(grant("01", false), None));
         let other = running.begin(grant("02", false), None);
         assert!(Arc::ptr_eq(&first.entry, &second.entry));
-        assert_eq!(running.lock().entries.len(), 2);
+        assert_eq!(running.lock().granted.len(), 2);
         first.entry.ended.cancel();
         assert!(second.ended().is_cancelled() && !other.ended().is_cancelled());
         // Let in again, while what had ended is still on its way out: that takes nothing of it along.
         let again = running.begin(grant("01", false), None);
         assert!(!again.ended().is_cancelled());
         drop((first, second));
-        assert!(running.lock().entries.contains_key(&grant("01", false)));
+        assert!(running.lock().granted.contains_key(&grant("01", false)));
         drop((again, other));
-        assert!(running.lock().entries.is_empty());
+        assert!(running.lock().granted.is_empty());
     }
 
     /// A credential that expires before the next scheduled review wakes the review.

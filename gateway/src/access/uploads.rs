@@ -36,17 +36,17 @@ pub(crate) struct Unread(AtomicU32);
 
 /// A reservation in a connection, released when it is dropped.
 #[derive(Debug)]
-struct Place(Arc<Unread>, u32);
+struct Reservation(Arc<Unread>, u32);
 
 impl Unread {
-    fn take(self: &Arc<Self>, bytes: u32, max: u32) -> Option<Place> {
+    fn take(self: &Arc<Self>, bytes: u32, max: u32) -> Option<Reservation> {
         let admit = |used: u32| used.checked_add(bytes).filter(|&after| after <= max);
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, admit).ok()?;
-        Some(Place(Arc::clone(self), bytes))
+        Some(Reservation(Arc::clone(self), bytes))
     }
 }
 
-impl Drop for Place {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.0.0.fetch_sub(self.1, Ordering::Relaxed);
     }
@@ -55,7 +55,7 @@ impl Drop for Place {
 /// The reservation of one body.
 #[derive(Debug)]
 pub(crate) struct Room {
-    _place: Place,
+    _reservation: Reservation,
     _held: Held,
     _share: Part<String>,
 }
@@ -75,10 +75,10 @@ pub(crate) async fn room(
         .map_or(STREAM_WINDOW, |length| length.min(STREAM_WINDOW));
     let max = if bytes <= SMALL { CONNECTION_WINDOW } else { LARGE_MAX };
     let try_take = || {
-        let place = connection.take(bytes, max).ok_or(Limit::UploadsPerConnection)?;
+        let reservation = connection.take(bytes, max).ok_or(Limit::UploadsPerConnection)?;
         let share = uploads.of(&principal.to_owned());
         match share.budget().hold(bytes as usize) {
-            Some(held) => Ok(Room { _place: place, _held: held, _share: share }),
+            Some(held) => Ok(Room { _reservation: reservation, _held: held, _share: share }),
             None if share.is_full() => Err(Limit::UploadMemoryPerPrincipal),
             None => Err(Limit::UploadMemory),
         }

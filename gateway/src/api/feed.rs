@@ -53,13 +53,13 @@ pub(crate) struct Feed {
 struct State {
     head: u64,
     floor: u64,
-    objects: BTreeMap<Kind, BTreeMap<Arc<str>, Entry>>,
+    objects: BTreeMap<Kind, BTreeMap<Arc<str>, Listed>>,
     events: VecDeque<Happened>,
     due: BTreeSet<(Time, Arc<str>)>,
 }
 
 #[derive(Clone, Debug)]
-struct Entry {
+struct Listed {
     shown: Arc<Value>,
     due: Option<Time>,
 }
@@ -218,7 +218,7 @@ impl Feed {
             }
             (Some(before), Some((after, due))) => {
                 if same(&before.shown, &after) {
-                    state.objects.entry(kind).or_default().insert(Arc::clone(name), Entry { due, ..before });
+                    state.objects.entry(kind).or_default().insert(Arc::clone(name), Listed { due, ..before });
                     return None;
                 }
                 // Another object under the same name: the old one has ended, for every watcher.
@@ -260,7 +260,7 @@ impl Feed {
         let event =
             Happened { number, kind, before, after: Some(Arc::clone(&shown)), last: Arc::clone(&shown) };
         state.events.push_back(event);
-        state.objects.entry(kind).or_default().insert(Arc::clone(name), Entry { shown, due });
+        state.objects.entry(kind).or_default().insert(Arc::clone(name), Listed { shown, due });
     }
 
     fn end(&self, state: &mut State, kind: Kind, name: &Arc<str>, before: Arc<Value>) {

@@ -17,7 +17,7 @@ const AUTHENTICATION: &str = "/apis/authentication.k8s.io/";
 const ACCESS_REVIEWS: &str = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
 
 /// A supported path of Kubernetes' own API.
-enum Place {
+enum KubernetesPath {
     Version,
     /// In this version of `authentication.k8s.io`: kubectl before 1.28 knows older ones only.
     Review(&'static str),
@@ -26,7 +26,7 @@ enum Place {
     Events,
 }
 
-impl Place {
+impl KubernetesPath {
     fn of(parts: &Parts) -> Option<Self> {
         let path = parts.uri.path();
         if let Some(rest) = path.strip_prefix(AUTHENTICATION) {
@@ -44,7 +44,7 @@ impl Place {
 
 /// Whether this module answers the request.
 pub(super) fn serves(parts: &Parts) -> bool {
-    Place::of(parts).is_some()
+    KubernetesPath::of(parts).is_some()
 }
 
 /// Answers it.
@@ -52,25 +52,25 @@ pub(super) async fn answer(
     call: &Call,
     body: impl super::RequestBody,
 ) -> Result<Response<AnswerBody>, ApiError> {
-    let place = Place::of(&call.parts).ok_or_else(ApiError::no_such_path)?;
+    let path = KubernetesPath::of(&call.parts).ok_or_else(ApiError::no_such_path)?;
     let get = matches!(call.parts.method, Method::GET | Method::HEAD);
     let post = call.parts.method == Method::POST;
-    match place {
-        Place::Version if get => Ok(json_response(StatusCode::OK, &version())),
-        Place::Review(version) if post => {
+    match path {
+        KubernetesPath::Version if get => Ok(json_response(StatusCode::OK, &version())),
+        KubernetesPath::Review(version) if post => {
             let (kind, group) = ("SelfSubjectReview", format!("authentication.k8s.io/{version}"));
             read(call, body, kind, &group).await?;
             let info = json!({"username": call.principal.name, "groups": call.principal.groups});
             let status = json!({"userInfo": info});
             Ok(json_response(StatusCode::CREATED, &object(kind, &group, json!({}), status)))
         }
-        Place::AccessReview if post => {
+        KubernetesPath::AccessReview if post => {
             let (kind, group) = ("SelfSubjectAccessReview", "authorization.k8s.io/v1");
             let spec = read(call, body, kind, group).await?["spec"].take();
             let status = access(call, &spec)?;
             Ok(json_response(StatusCode::CREATED, &object(kind, group, spec, status)))
         }
-        Place::Events if get => Err(ApiError::no_events()),
+        KubernetesPath::Events if get => Err(ApiError::no_events()),
         _ => Err(ApiError::method_not_allowed()),
     }
 }

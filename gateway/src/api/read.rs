@@ -155,7 +155,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
     };
     let deadline = Instant::now() + Duration::from_secs(seconds.min(WATCH_SECONDS_MOST));
     let (events, body) = mpsc::channel(EVENTS_WAITING);
-    let watch = Watch {
+    let watch = WatchAnswer {
         feed: Arc::clone(&call.api.feed),
         resource,
         selector,
@@ -193,7 +193,7 @@ pub(super) fn watch(call: &Call, resource: &'static Resource) -> Result<Response
     Ok(response)
 }
 
-struct Watch {
+struct WatchAnswer {
     feed: Arc<Feed>,
     resource: &'static Resource,
     selector: Selector,
@@ -204,7 +204,7 @@ struct Watch {
     bookmarks: bool,
 }
 
-impl Watch {
+impl WatchAnswer {
     /// Runs until the client leaves (`None`) or the watch ends.
     async fn run(mut self, start: Start, deadline: Instant) -> Option<()> {
         let mut news = self.feed.news();

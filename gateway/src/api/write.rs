@@ -114,7 +114,7 @@ async fn change(
     let fail = |error: WriteError| ApiError::write(resource, name, &error);
     let dry = dry_run(call, &DeleteOptions::default())?;
     for _ in 0..ATTEMPTS {
-        let Basis { record, before } = basis(call, resource, name).await?;
+        let Latest { record, before } = latest(call, resource, name).await?;
         let input = Input::read(resource, next(&before)?)?;
         let warnings = validate_fields(call, resource, &input)?;
         if input.name != name {
@@ -189,7 +189,7 @@ pub(super) async fn delete(
     let wanted = options.preconditions.unwrap_or_default();
     let wanted = [("uid", wanted.uid), ("resourceVersion", wanted.resource_version)];
     for _ in 0..ATTEMPTS {
-        let Basis { record, before } = basis(call, resource, name).await?;
+        let Latest { record, before } = latest(call, resource, name).await?;
         for (field, wanted) in &wanted {
             if wanted.as_deref().is_some_and(|wanted| before["metadata"][field] != *wanted) {
                 let why = format!("the {field} in the preconditions does not match the object's");
@@ -223,7 +223,7 @@ pub(super) async fn delete(
 }
 
 /// The state on which a change is decided.
-struct Basis {
+struct Latest {
     record: Shown,
     /// The object as lists show it: of this record, or of a later one.
     before: Arc<Value>,
@@ -231,7 +231,7 @@ struct Basis {
 
 /// Reads the record first, then waits until lists show it. If the list is newer than the record, the store refuses the change;
 /// if it were older, the store would accept a change that was decided on another state.
-async fn basis(call: &Call, resource: &Resource, name: &str) -> Result<Basis, ApiError> {
+async fn latest(call: &Call, resource: &Resource, name: &str) -> Result<Latest, ApiError> {
     let fail = |error: WriteError| ApiError::write(resource, name, &error);
     if call.is_configured(resource, name) {
         return Err(fail(WriteError::Reserved));
@@ -240,7 +240,7 @@ async fn basis(call: &Call, resource: &Resource, name: &str) -> Result<Basis, Ap
     let record = resource.stored.and_then(|kind| call.api.fleet.object(kind, name)).ok_or_else(not_found)?;
     call.api.feed.shows(record.revision).await.map_err(fail)?;
     let before = call.api.feed.object(resource, name).ok_or_else(not_found)?;
-    Ok(Basis { record, before })
+    Ok(Latest { record, before })
 }
 
 async fn put(call: &Call, name: &str, parsed: &Parsed, replaces: Option<u64>) -> Result<u64, WriteError> {

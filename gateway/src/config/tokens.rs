@@ -42,13 +42,13 @@ section! {
     #[section(check)]
     struct TokenFile {
         /// The key has to be there: a file without it is another one.
-        tokens: Option<Vec<Entry>>;
+        tokens: Option<Vec<TokenEntry>>;
     }
 }
 
 section! {
     /// One token.
-    struct Entry {
+    struct TokenEntry {
         /// The SHA-256 of the token.
         sha256: Hash as Hex;
         /// Who calls with it.
@@ -121,7 +121,7 @@ impl Tokens {
     fn parse(text: &str, file: impl AsRef<Path>) -> Result<Self, Problems> {
         let TokenFile { tokens: entries } = towline_settings::read_secrets(text, file)?;
         let mut tokens = Self::default();
-        for Entry { sha256: hash, user, groups } in entries.unwrap_or_default() {
+        for TokenEntry { sha256: hash, user, groups } in entries.unwrap_or_default() {
             let principal = Arc::new(Principal::new(&user, groups));
             tokens.buckets.entry([hash[0], hash[1]]).or_default().push(Token { hash, principal });
         }

@@ -39,7 +39,7 @@ pub(crate) fn answer(call: &Call, target: &Target) -> Result<Response, ApiError>
     let seconds = query.number("timeoutSeconds").unwrap_or(WATCH_SECONDS);
     let (events, body) = channel(1);
     let encoding = Encoding::asked(call.header("accept"));
-    let watch = Watch {
+    let watch = WatchAnswer {
         encoding,
         shared: Arc::clone(&call.shared),
         kind: target.kind,
@@ -119,7 +119,7 @@ enum Start {
     After(u64),
 }
 
-struct Watch {
+struct WatchAnswer {
     encoding: Encoding,
     shared: Arc<Shared>,
     kind: &'static Kind,
@@ -132,7 +132,7 @@ struct Watch {
     bookmarks: bool,
 }
 
-impl Watch {
+impl WatchAnswer {
     /// Runs until the client is gone (`None`) or the watch has to end.
     async fn run(mut self, start: Start) -> Option<()> {
         let mut news = self.shared.store.subscribe();

@@ -45,12 +45,12 @@ pub(crate) enum Value {
     /// The text, wiped when dropped, and whether it is without quotes.
     Scalar(Zeroizing<String>, bool),
     List(Vec<Node>),
-    Map(Vec<Entry>),
+    Map(Vec<Member>),
 }
 
 /// A key with its value.
 #[derive(Clone, Debug)]
-pub(crate) struct Entry {
+pub(crate) struct Member {
     pub(crate) key: String,
     /// Where the key begins.
     pub(crate) at: At,
@@ -129,7 +129,7 @@ struct Open {
 enum OpenKind {
     List(Vec<Node>),
     /// The entries, and the key whose value is next.
-    Map(Vec<Entry>, Option<(String, At)>),
+    Map(Vec<Member>, Option<(String, At)>),
 }
 
 struct Builder<'a> {
@@ -206,9 +206,9 @@ impl Builder<'_> {
     }
 
     /// Adds an entry; `<<` adds those of the sections that it names.
-    fn entry(entries: &mut Vec<Entry>, key: String, at: At, node: Node) -> Result<(), Fault> {
+    fn entry(entries: &mut Vec<Member>, key: String, at: At, node: Node) -> Result<(), Fault> {
         if key != "<<" {
-            entries.push(Entry { key, at, node, own: true });
+            entries.push(Member { key, at, node, own: true });
             return Ok(());
         }
         let sources = match node.value {
@@ -219,15 +219,15 @@ impl Builder<'_> {
             let Value::Map(from) = source.value else {
                 return Err((source.at, "<< needs a section, or a list of sections".to_owned()));
             };
-            entries.extend(from.into_iter().map(|entry| Entry { own: false, ..entry }));
+            entries.extend(from.into_iter().map(|entry| Member { own: false, ..entry }));
         }
         Ok(())
     }
 
     /// One entry for each key; a repeated key is reported. A written key overrides one merged by `<<`, and an earlier merge overrides a later one.
-    fn unique(&self, entries: Vec<Entry>) -> Vec<Entry> {
+    fn unique(&self, entries: Vec<Member>) -> Vec<Member> {
         let mut first: HashMap<String, usize> = HashMap::new();
-        let mut kept: Vec<Entry> = Vec::new();
+        let mut kept: Vec<Member> = Vec::new();
         for entry in entries {
             match first.get(&entry.key).and_then(|&index| kept.get_mut(index)) {
                 None => {

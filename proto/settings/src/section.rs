@@ -1,6 +1,6 @@
 //! Reads a section: the program requests each key, and unrequested keys are reported at the end.
 
-use crate::document::{Entry, Node, Value};
+use crate::document::{Member, Node, Value};
 use crate::findings::Findings;
 use crate::near::near;
 use crate::shown::{Legal, clipped};
@@ -109,7 +109,7 @@ impl<'a> Spot<'a> {
 pub struct Section<'a> {
     findings: &'a Findings,
     path: String,
-    entries: &'a [Entry],
+    entries: &'a [Member],
     known: RefCell<Vec<String>>,
     /// The fields with a stand-in, by their names in the program.
     doubted: RefCell<Vec<&'static str>>,
@@ -119,7 +119,7 @@ impl<'a> Section<'a> {
     /// The section in this place; an empty one if there is no value. `None` for any other value, which is reported.
     #[must_use]
     pub fn open(spot: &Spot<'a>) -> Option<Self> {
-        let entries: &[Entry] = match spot.node.map(|node| (&node.value, node)) {
+        let entries: &[Member] = match spot.node.map(|node| (&node.value, node)) {
             Some((Value::Map(entries), _)) => entries,
             None => &[],
             Some((_, node)) if node.is_null() => &[],

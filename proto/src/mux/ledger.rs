@@ -41,7 +41,7 @@ pub struct Ledger {
     budget: SessionBudget,
     control: Control,
     decoder: Decoder,
-    streams: HashMap<StreamId, Entry>,
+    streams: HashMap<StreamId, StreamCredit>,
     opened_live: u32,
     accepted_live: u32,
     last_opened: u32,
@@ -52,7 +52,7 @@ pub struct Ledger {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct StreamCredit {
     /// Credit to send; `None` once our half has ended.
     send: Option<SendFlow>,
     /// Credit for the peer; `None` once its half has ended.
@@ -201,13 +201,16 @@ impl Ledger {
 
     fn insert(&mut self, id: StreamId, credit: u32, recv: RecvFlow) {
         let send = SendFlow::new(u64::from(credit));
-        let entry = Entry { send: Some(send), recv: Some(recv), grant: None, starved: false, heard: false };
+        let entry =
+            StreamCredit { send: Some(send), recv: Some(recv), grant: None, starved: false, heard: false };
         self.streams.insert(id, entry);
     }
 
     /// Bytes that the stream may send now. If that is none, [`LedgerEvent::Writable`] follows.
     pub fn credit(&mut self, id: StreamId) -> usize {
-        let Some(Entry { send: Some(send), starved, .. }) = self.streams.get_mut(&id) else { return 0 };
+        let Some(StreamCredit { send: Some(send), starved, .. }) = self.streams.get_mut(&id) else {
+            return 0;
+        };
         let available = usize::try_from(send.available()).unwrap_or(usize::MAX);
         *starved = available == 0;
         available
@@ -215,7 +218,7 @@ impl Ledger {
 
     /// Counts bytes handed to the transport; at most what [`Self::credit`] allowed.
     pub fn on_sent(&mut self, id: StreamId, len: usize) {
-        if let Some(Entry { send: Some(send), .. }) = self.streams.get_mut(&id) {
+        if let Some(StreamCredit { send: Some(send), .. }) = self.streams.get_mut(&id) {
             send.on_sent(len);
         }
     }
@@ -228,7 +231,9 @@ impl Ledger {
         let rtt = self.control.rtt();
         self.on_heard_from(id);
         self.budget.on_read(now, len);
-        let Some(Entry { recv: Some(recv), grant, .. }) = self.streams.get_mut(&id) else { return Ok(()) };
+        let Some(StreamCredit { recv: Some(recv), grant, .. }) = self.streams.get_mut(&id) else {
+            return Ok(());
+        };
         if recv.on_data(len).is_err() {
             return Err(self.end(CloseReason::Violation(Violation::Overrun(id.0))));
         }
@@ -269,7 +274,7 @@ impl Ledger {
     }
 
     fn settle(&mut self, id: StreamId) {
-        let Some(Entry { send: None, recv: None, .. }) = self.streams.get(&id) else { return };
+        let Some(StreamCredit { send: None, recv: None, .. }) = self.streams.get(&id) else { return };
         self.streams.remove(&id);
         if self.role.opens(id) {
             self.opened_live -= 1;
@@ -352,7 +357,7 @@ impl Ledger {
             Frame::Credit { .. } if self.peer().is_none() => Err(Violation::HelloMissing),
             Frame::Credit { id, .. } if self.was_never_opened(id) => Err(Violation::UnknownStream(id.0)),
             Frame::Credit { id, limit } => {
-                let Some(Entry { send: Some(send), starved, .. }) = self.streams.get_mut(&id) else {
+                let Some(StreamCredit { send: Some(send), starved, .. }) = self.streams.get_mut(&id) else {
                     return Ok(());
                 };
                 if !send.raise(limit) {
