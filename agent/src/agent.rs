@@ -10,7 +10,7 @@ use crate::identity::enrol::Enroller;
 use crate::identity::issuer::IssuerSource;
 use crate::identity::keep::{self, Keeper};
 use crate::identity::notices::{self, Said};
-use crate::identity::place::{self, Found, Place};
+use crate::identity::storage::{self, Found, Storage};
 use crate::metrics::Metrics;
 use crate::random::random_fraction;
 use crate::reload::{self, FilesError};
@@ -52,7 +52,7 @@ pub enum StartError {
     Files(#[from] FilesError),
     /// Another agent uses the same directory.
     #[error(transparent)]
-    InUse(#[from] place::InUse),
+    InUse(#[from] storage::InUse),
     /// The health port cannot be opened.
     #[error("cannot listen on the health port {address}: {cause}. Set admin.address to a free address")]
     Admin { address: SocketAddr, cause: io::Error },
@@ -106,7 +106,7 @@ impl Agent {
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();
         let lock = match &config.identity {
-            IdentityConfig::Join(join) => Place::of(join).lock()?,
+            IdentityConfig::Join(join) => Storage::of(join).lock()?,
             IdentityConfig::Files(_) => None,
         };
         let (uplink, upstreams, mut files) =
@@ -179,7 +179,7 @@ impl Agent {
                 let backoff =
                     Backoff::new(config.timeouts.backoff_min, config.timeouts.backoff_max, random_fraction);
                 let keeper = Keeper {
-                    place: Place::of(join),
+                    storage: Storage::of(join),
                     enroller,
                     issuer: IssuerSource(join.service_account.clone()),
                     uplink: Arc::clone(&self.uplink),

@@ -7,4 +7,4 @@ pub(crate) mod held;
 pub(crate) mod issuer;
 pub(crate) mod keep;
 pub(crate) mod notices;
-pub(crate) mod place;
+pub(crate) mod storage;

@@ -7,7 +7,7 @@ use crate::dial::proxy::{AccessError, AccessFiles, Proxy};
 use crate::dial::uplink::Uplink;
 use crate::identity::error::EnrolError;
 use crate::identity::files::read_token;
-use crate::identity::place::{Found, Place};
+use crate::identity::storage::{Found, Storage};
 use crate::metrics::Metrics;
 use crate::upstream::reach::Reach;
 use crate::upstream::resources::Resources;
@@ -104,7 +104,7 @@ fn open_identity(files: &IdentityFiles) -> Result<Watched<ClientConfig, FilesErr
 
 /// The stored identity. Without one, checks that a restart could get the identity again.
 pub(crate) fn open_kept(join: &JoinConfig) -> Result<Found, FilesError> {
-    let found = Place::of(join).open()?;
+    let found = Storage::of(join).open()?;
     let cluster = join.service_account.as_ref().map(|account| account.cluster.as_str());
     let token = join.token_file.as_deref().map(|path| read_token(path, cluster)).transpose();
     if found.held.is_some() || join.service_account.is_some() {

@@ -16,9 +16,9 @@
 use crate::ca::{CA_LIFETIME, CaError, CertificateAuthority};
 use crate::facts::{BACKDATE, CertificateFacts, Validity};
 use crate::host::HostName;
-use crate::identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain};
 use crate::issue::IssueError;
 use crate::load::{Credential, LoadCause, LoadError, LoadPolicy, load_credential};
+use crate::names::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain};
 use crate::profile::CaKind;
 use crate::save::{self, SaveError};
 use crate::trust::{AgentCa, ClientCa};

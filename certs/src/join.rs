@@ -15,7 +15,7 @@
 //! Only the brackets of an IPv6 address need quoting in a shell.
 
 use crate::host::HostName;
-use crate::identity::TrustDomain;
+use crate::names::TrustDomain;
 use crate::pin::SpkiPin;
 use crate::random::{self, NoRandom};
 use crate::text::hex;

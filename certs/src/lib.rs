@@ -2,7 +2,7 @@
 //!
 //! | topic | file |
 //! |---|---|
-//! | names and their text forms | [`identity`], [`host`] |
+//! | names and their text forms | [`names`], [`host`] |
 //! | which certificate is which identity, and which is a CA's | [`profile`] |
 //! | which CAs are trusted | [`trust`]; which certificates can be roots: [`roots`] |
 //! | TLS versions and verifiers | [`tls`] on `verifier`; `bundle` for servers as Go verifies them, [`pinned`] by a pin |
@@ -33,10 +33,10 @@ pub mod explain;
 pub mod facts;
 pub mod foreign;
 pub mod host;
-pub mod identity;
 pub mod issue;
 pub mod join;
 pub mod load;
+pub mod names;
 pub mod pin;
 pub mod pinned;
 pub mod profile;
@@ -63,12 +63,12 @@ pub use explain::{explain, tls_error};
 pub use facts::CertificateFacts;
 pub use foreign::ForeignIssuer;
 pub use host::HostName;
-pub use identity::{
-    AUDIENCE_PREFIX, AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain,
-};
 pub use issue::{IssueError, IssuedCertificate};
 pub use join::{JoinAddress, JoinSecret, JoinToken, JoinTokenError};
 pub use load::{Credential, FileBytes, LoadCause, LoadError, LoadPolicy, Loaded, PrivateKey, Strictness};
+pub use names::{
+    AUDIENCE_PREFIX, AgentIdentity, ClientIdentity, ClusterUid, InstanceId, NameError, TrustDomain,
+};
 pub use pin::SpkiPin;
 pub use profile::{CaKind, ProfileError};
 pub use random::NoRandom;

@@ -10,7 +10,7 @@
 //! 4. clientAuth among its extended key usages; "any" does not count (4.2.1.12)
 //! 5. agent: exactly one subject alternative name, a URI of the exact form; client: exactly one CN
 
-use crate::identity::{AgentIdentity, ClientIdentity, NameError, TrustDomain};
+use crate::names::{AgentIdentity, ClientIdentity, NameError, TrustDomain};
 use rustls_pki_types::CertificateDer;
 use std::fmt;
 use thiserror::Error;

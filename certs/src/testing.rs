@@ -3,9 +3,9 @@
 use crate::ca::{CA_LIFETIME, CertificateAuthority};
 use crate::facts::BACKDATE;
 use crate::host::HostName;
-use crate::identity::{AgentIdentity, ClientIdentity};
 use crate::issue::{LEAF_LIFETIME, SERVER_LIFETIME};
 use crate::load::{Credential, PrivateKey};
+use crate::names::{AgentIdentity, ClientIdentity};
 use crate::profile::CaKind;
 use rcgen::{
     CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,

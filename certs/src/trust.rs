@@ -3,7 +3,7 @@
 //! There are two types, so that one cannot be used as the other: [`AgentCa`] turns a chain into an agent, [`ClientCa`] turns a
 //! chain into a client. Each has its own roots and its own certificate profile, and neither reads the other's.
 
-use crate::identity::{AgentIdentity, ClientIdentity, TrustDomain};
+use crate::names::{AgentIdentity, ClientIdentity, TrustDomain};
 use crate::pin::SpkiPin;
 use crate::profile::{CaKind, ProfileError, kind_of};
 use crate::provider::{provider, unix_time};

@@ -19,7 +19,7 @@ use crate::identity::error::{AnswerError, EnrolError};
 use crate::identity::held::Held;
 use crate::identity::issuer::{Current, IssuerSource};
 use crate::identity::notices::Said;
-use crate::identity::place::{Found, Place};
+use crate::identity::storage::{Found, Storage};
 use crate::metrics::Metrics;
 use crate::sessions::backoff::Backoff;
 use crate::sessions::links::Links;
@@ -56,7 +56,7 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 
 /// Gets the identity, stores it and renews it.
 pub(crate) struct Keeper {
-    pub(crate) place: Place,
+    pub(crate) storage: Storage,
     pub(crate) enroller: Enroller,
     pub(crate) issuer: IssuerSource,
     pub(crate) uplink: Arc<Uplink>,
@@ -211,7 +211,7 @@ impl Keeper {
             None => {
                 let key = AgentKey::generate()?;
                 // Before it is used: an agent that is killed in between asks again with the same key.
-                if let Err(error) = self.place.save_key(&key) {
+                if let Err(error) = self.storage.save_key(&key) {
                     tracing::error!(%error, "cannot store the join key: an interrupted join cannot be repeated");
                 }
                 key
@@ -363,8 +363,8 @@ impl Keeper {
     }
 
     async fn keep(&mut self, held: &Held) -> Result<(), SaveError> {
-        let (place, held) = (self.place.clone(), held.clone());
-        let saved = tokio::task::spawn_blocking(move || place.save(&held)).await;
+        let (storage, held) = (self.storage.clone(), held.clone());
+        let saved = tokio::task::spawn_blocking(move || storage.save(&held)).await;
         // Only a panic loses the result, and it has been reported.
         saved.unwrap_or(Ok(()))
     }

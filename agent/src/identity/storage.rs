@@ -1,4 +1,4 @@
-//! The place where an identity is kept: a directory, or memory.
+//! Where an identity is stored: a directory, or memory.
 
 use crate::config::JoinConfig;
 use crate::identity::held::Held;
@@ -28,9 +28,9 @@ const ROOTS: &str = "# The tunnel CA:\n";
 /// Precedes the pin of a root that was announced only, and the time of the announcement in UNIX seconds.
 const UNSIGNED: &str = "# announced, not signed: ";
 
-/// Where an identity is kept.
+/// Where an identity is stored.
 #[derive(Clone, Debug)]
-pub(crate) enum Place {
+pub(crate) enum Storage {
     Memory,
     Directory(PathBuf),
 }
@@ -56,7 +56,7 @@ pub struct InUse {
     pub process: Option<u32>,
 }
 
-impl Place {
+impl Storage {
     pub(crate) fn of(config: &JoinConfig) -> Self {
         config.directory.clone().map_or(Self::Memory, Self::Directory)
     }

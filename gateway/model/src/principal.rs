@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use std::sync::OnceLock;
 use thiserror::Error;
-use towline_certs::identity::GROUPS_MAX;
+use towline_certs::names::GROUPS_MAX;
 use towline_proto::open;
 
 /// Members may do everything with the fleet.

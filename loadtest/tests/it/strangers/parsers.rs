@@ -23,7 +23,7 @@ use std::time::{Duration, SystemTime};
 use towline_agent::AgentConfig;
 use towline_certs::ca::{CA_LIFETIME, CertificateAuthority};
 use towline_certs::facts::{CertificateFacts, host_names};
-use towline_certs::identity::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, TrustDomain};
+use towline_certs::names::{AgentIdentity, ClientIdentity, ClusterUid, InstanceId, TrustDomain};
 use towline_certs::profile::CaKind;
 use towline_gateway::config::GatewayConfig;
 use towline_gateway::exchange::headers::{Upstream, upstream_head};
