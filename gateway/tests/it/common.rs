@@ -95,11 +95,8 @@ pub fn config(directory: &Path) -> GatewayConfig {
             account: None,
         })
         .collect();
-    let hash: String = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, TOKEN.as_bytes())
-        .as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, TOKEN.as_bytes());
+    let hash = towline_certs::hex(hash.as_ref());
     std::fs::write(
         path("tokens.yaml"),
         format!("tokens:\n- {{sha256: {hash}, user: argo, groups: [ops]}}\n"),

@@ -1,7 +1,6 @@
 //! What is on the wire, byte for byte: these bytes are those of released versions and never change.
 
 use bytes::{Bytes, BytesMut};
-use std::fmt::Write as _;
 use towline_proto::hello::{Hello, HelloLimits};
 use towline_proto::join::{
     self, About, Admitted, AgentMode, ApiServer, ApiServerState, CERTIFICATES_MAX, Certificate, Issuer,
@@ -173,10 +172,7 @@ fn unhex(text: &str) -> Vec<u8> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").unwrap();
-        text
-    })
+    format!("{:x}", Bytes::copy_from_slice(bytes))
 }
 
 fn encode(frame: &Frame) -> Vec<u8> {
