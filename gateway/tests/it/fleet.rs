@@ -364,6 +364,7 @@ async fn a_revoked_caller_is_not_answered_by_the_api() {
     for round in 0..20 {
         let (user, token) = (format!("jane-{round}"), format!("tlat_jane-{round}"));
         give_token(fleet, &user, &token).await;
+        world.counts("towline_gateway_requests_in_flight", 0.0).await;
         let mut client = world.h2(None).await;
         let (mut upload, body) = Channel::<Bytes, std::io::Error>::new(1);
         let bearer = format!("Bearer {token}");
@@ -373,7 +374,7 @@ async fn a_revoked_caller_is_not_answered_by_the_api() {
         let (begin, rest) = whole.split_at(20);
         let revoke = async {
             upload.send_data(Bytes::copy_from_slice(begin.as_bytes())).await.unwrap();
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            world.counts("towline_gateway_requests_in_flight", 1.0).await;
             revoke_user(fleet, &user).await;
             if round % 2 == 0 {
                 // It may have been refused already.

@@ -27,7 +27,7 @@ use tokio_rustls::client::TlsStream;
 use towline_certs::{
     AgentCa, AgentIdentity, AgentKey, CertificateDer, Credential, JoinSecret, ServerName, TrustDomain, tls,
 };
-use towline_gateway::fleet::{self, Meta, kind};
+use towline_gateway::fleet::{self, Meta};
 use towline_model::Time;
 use towline_model::random::uuid;
 use towline_proto::join::{
@@ -126,6 +126,10 @@ async fn ask(world: &World, request: &JoinRequest) -> Result<Admitted, Refused> 
 
 async fn ask_over(mut io: TlsStream<TcpStream>, request: &JoinRequest) -> Result<Admitted, Refused> {
     send_message(&mut io, request, JOIN_MAX_BYTES).await.unwrap();
+    answer_of(io).await
+}
+
+async fn answer_of(mut io: TlsStream<TcpStream>) -> Result<Admitted, Refused> {
     let answer: JoinAnswer = recv_message(&mut io, JOIN_MAX_BYTES).await.unwrap();
     match answer.outcome.unwrap() {
         Joined::Admitted(admitted) => Ok(admitted),

@@ -4,7 +4,7 @@
 #![allow(clippy::disallowed_methods, reason = "the runtime of a test owns its tasks: they end with it")]
 
 use crate::common::{
-    Agent, Client, ClientBody, Exchange, TOKEN, World, error_of, eventually, full, soon, text,
+    Agent, Client, ClientBody, Exchange, PATIENCE, TOKEN, World, error_of, eventually, full, soon, text,
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, channel::Channel};
@@ -17,6 +17,7 @@ use towline_gateway::config::{ByteSize, GatewayConfig};
 use towline_proto::Code;
 use towline_proto::mux::{Limits, WINDOW_START};
 use towline_proto::open::{BodyKind, Request};
+use towline_testkit::wait::until;
 
 const OTHER: &str = "tlat_fedcba9876543210";
 
@@ -112,9 +113,11 @@ async fn a2_idle_requests_of_one_cluster_leave_the_others_theirs() {
 
         // More sessions of the cluster are told why not. Over TCP one begins without any memory.
         for _ in 0..if over_quic { 8 } else { 0 } {
+            let before = world.gateway.connected("prod");
             let another = connect(&world, "prod", true).await;
-            if soon("it is decided", another.session.ready()).await.is_ok() && another.session.is_open() {
-                tokio::time::sleep(Duration::from_millis(100)).await;
+            if soon("it is ready, or closed", another.session.ready()).await.is_ok() {
+                let decided = || !another.session.is_open() || world.gateway.connected("prod") > before;
+                eventually("it is admitted, or told why not", decided, |decided| *decided).await;
             }
             if let Some(reason) = another.session.closed() {
                 assert_eq!(reason.code(), Code::Limit.to_u32(), "{reason}");
@@ -181,13 +184,7 @@ async fn a1_memory_that_nobody_needs_is_given_back() {
     soon("its successor", successor.session.ready()).await.unwrap();
     drop(soon("its end", idle.closed()).await);
     drop(idle);
-    for _ in 0..200 {
-        if gauge(&world, name).await < 4 << 20 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    panic!("{} bytes are held", gauge(&world, name).await);
+    until("the memory is given back", PATIENCE, async || gauge(&world, name).await < 4 << 20).await;
 }
 
 /// Goal: S10: one principal's watches and requests use at most its share of a cluster's streams, each kind separately; short requests
@@ -227,7 +224,8 @@ async fn s10_one_principal_leaves_the_others_their_streams() {
     assert_eq!(error_of(soon("the third", waits).await.unwrap().unwrap()).await.0, 429);
     assert_eq!(limit(&world, "requests_per_principal_and_cluster"), 2.0);
     let waits = tokio::spawn(ask(get, TOKEN));
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    // Four watches, two requests at the agent, and the one that waits.
+    world.counts("towline_gateway_requests_in_flight", 7.0).await;
     answered.answer(200, &[], "first").await;
     assert_eq!(text(first.await.unwrap().unwrap()).await, "first");
     agent.next().await.answer(200, &[], "it waited").await;
@@ -270,8 +268,9 @@ async fn fr_03_stalled_uploads_stop_nobody_else() {
         uploads.spawn(client.start(request));
         held.push(agent.next().await);
         if count == 6 || count == 96 {
-            // Everything that may be sent of them is.
-            tokio::time::sleep(Duration::from_millis(300)).await;
+            let unread = async || gauge(&world, "towline_gateway_upload_memory_bytes").await;
+            let is_sent = async || unread().await == count * (256 << 10);
+            until("everything that may be sent of them is", PATIENCE, is_sent).await;
             for path in ["/clusters/far/api/v1/namespaces/a/configmaps", "/clusters/far/proxy"] {
                 let began = Instant::now();
                 let headers = [("authorization", &authorization[..])];
@@ -299,13 +298,8 @@ async fn fr_03_stalled_uploads_stop_nobody_else() {
     drop(held);
     drop((client, another));
     uploads.abort_all();
-    for _ in 0..200 {
-        if gauge(&world, "towline_gateway_upload_memory_bytes").await == 0 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    panic!("not all was given back");
+    let given_back = async || gauge(&world, "towline_gateway_upload_memory_bytes").await == 0;
+    until("all is given back", PATIENCE, given_back).await;
 }
 
 /// Goal: FR-03: unread bytes are limited for each principal; others keep their share.

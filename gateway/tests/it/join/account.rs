@@ -1,8 +1,8 @@
 //! Goal: a pod joins by its ServiceAccount token, as itself and as nobody else, under keys that the cluster itself reports.
 
 use super::{
-    Agent, Cluster, HOUR, SUBJECT, ask, ask_over, code, condition, connect, der, give_admin_token, join, key,
-    meta, register, token, until, vouched, world,
+    Agent, Cluster, HOUR, SUBJECT, answer_of, ask, ask_over, code, connect, der, give_admin_token, key, meta,
+    register, request, token, until, vouched, world,
 };
 use crate::common::soon;
 use serde_json::{Value, json};
@@ -12,8 +12,9 @@ use towline_certs::facts::CertificateFacts;
 use towline_certs::{AgentKey, ClusterUid};
 use towline_gateway::fleet::{self, Revoked, kind};
 use towline_proto::join::{
-    Certificate, Issuer, JoinRequest, Notice, Proof, RefusalCode, Renew, ServiceAccount, Token,
+    Issuer, JOIN_MAX_BYTES, JoinRequest, Notice, Proof, RefusalCode, Renew, ServiceAccount,
 };
+use towline_proto::tunnel::message::send_message;
 
 /// A pod without a volume rejoins by its ServiceAccount token and keeps its identity; a second replica is another agent; a pod of
 /// another ServiceAccount is refused; after a rotation of the cluster's keys, the renewal has reported the new ones.
@@ -322,10 +323,18 @@ async fn a_place_taken_during_the_pings_is_refused() {
     let second = join(cluster.token("1", SUBJECT), &mine, 2).await.unwrap();
     assert_ne!(second.instance, first.instance);
     silent.freeze().await;
-    let asks = async { join(cluster.token("1", SUBJECT), &key(), 3).await.unwrap() };
+    let (sent, is_sent) = tokio::sync::oneshot::channel();
+    let asks = async {
+        let mut io = connect(&world).await;
+        let request =
+            JoinRequest { boot_id: vec![3; 16].into(), ..request(cluster.token("1", SUBJECT), &key()) };
+        send_message(&mut io, &request, JOIN_MAX_BYTES).await.unwrap();
+        sent.send(()).unwrap();
+        answer_of(io).await.unwrap()
+    };
     let comes = async {
         // While the silent one is being asked, which takes 2.5 s.
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        is_sent.await.unwrap();
         Agent::connect(&world, &second, &mine, 2).await.unwrap()
     };
     let (third, live) = tokio::join!(asks, comes);

@@ -4,7 +4,7 @@ use super::{Agent, HOUR, ask, code, der, join, key, meta, register, request, tok
 use std::time::Duration;
 use towline_certs::facts::CertificateFacts;
 use towline_gateway::fleet::{Revoked, kind};
-use towline_proto::join::{Certificate, Proof, RefusalCode};
+use towline_proto::join::{Proof, RefusalCode};
 
 /// R-ID-9: revoking any certificate of an agent ends its session, which began with another one, and leaves no way to come
 /// back: neither with the renewed certificate, nor with the expired one, nor with the same key and the used token.

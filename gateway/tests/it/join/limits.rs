@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
-use towline_proto::join::{Admitted, JoinRequest, Proof, RefusalCode, ServiceAccount, Token};
+use towline_proto::join::{Admitted, JoinRequest, Proof, RefusalCode, Token};
 
 /// EN-03: an address that guesses is slowed down; the limit has its code, its metric and a time to wait.
 #[tokio::test]

@@ -8,7 +8,7 @@ use towline_certs::InstanceId;
 use towline_certs::facts::CertificateFacts;
 use towline_gateway::fleet::{self, Revoked, WhenFull};
 use towline_model::Time;
-use towline_proto::join::{Certificate, Proof, RefusalCode};
+use towline_proto::join::{Proof, RefusalCode};
 
 /// EN-07, EN-08, R-ID-9: a renewal yields the session's own identity; two concurrent certificates are both valid; after a revocation the session
 /// ends at once, and neither a new session nor the old certificate is admitted.
@@ -68,7 +68,7 @@ async fn a_renewal_extends_the_session() {
     }
     // A reload looks at everything again: what was shown has expired, what is on record has not.
     world.gateway.reload().await.unwrap();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    agent.renew(&key).await.unwrap();
     assert!(agent.session.closed().is_none());
     let reason = agent.closed().await.to_string();
     assert!(reason.contains("expired"), "{reason}");

@@ -11,8 +11,7 @@ use towline_certs::facts::CertificateFacts;
 use towline_gateway::fleet::{Revoked, kind};
 use towline_model::Time;
 use towline_proto::join::{
-    About, ApiServer, ApiServerState, Certificate, Joined, Notice, Proof, RefusalCode, Refused,
-    ServiceAccount, Token,
+    About, ApiServer, ApiServerState, Notice, Proof, RefusalCode, ServiceAccount, Token,
 };
 
 /// An agent's report of its API server's version is shown if it is valid, without a write to the store.

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use tokio::io::AsyncReadExt as _;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -19,8 +20,7 @@ use towline_certs::{ServerName, tls};
 use towline_gateway::ca::rotation::{self, Step};
 use towline_gateway::fleet::kind;
 use towline_proto::join::{
-    Certificate, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode, Refused,
-    ServiceAccount, Token,
+    Certificate, JOIN_MAX_BYTES, JoinAnswer, JoinRequest, Joined, Proof, RefusalCode, ServiceAccount, Token,
 };
 use towline_proto::tunnel::message::{recv_message, send_message};
 
