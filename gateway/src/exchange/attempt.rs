@@ -101,10 +101,17 @@ where
     B::Error: Display,
 {
     let settled = body.as_ref().map(ClientBody::settled);
+    let is_whole = body.is_none() && plan.upgrade.is_none();
+    let head = async {
+        match is_whole {
+            true => send.write_last([plan.open.clone()]).await,
+            false => send.write_chunk(plan.open.clone()).await,
+        }
+    };
     // If sending fails, the response says why. It waits while the tunnel is full, but not beyond the deadline.
     let head_sent = tokio::select! {
         biased;
-        sent = send.write_chunk(plan.open.clone()) => sent,
+        sent = head => sent,
         () = passed(deadline) => return Err(Failed { error: plan.too_late(), repeatable: false, body: None }),
     };
     let mut kept_send = None;
@@ -121,7 +128,8 @@ where
         }
         (body, _) => {
             unsent = body;
-            if plan.upgrade.is_none() {
+            // Otherwise it has left with the head.
+            if plan.upgrade.is_none() && !is_whole {
                 send.finish();
             }
             kept_send = Some(send);

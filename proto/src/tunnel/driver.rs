@@ -172,8 +172,18 @@ impl Core {
         self.retired.extend(old);
     }
 
+    /// One half of a stream is gone. The stream goes with the second.
+    pub(super) fn let_go(&mut self, key: Key) {
+        let waiters = self.waiters(key);
+        waiters.handles -= 1;
+        if waiters.handles == 0 {
+            self.unpark(key);
+            self.conn.release(key);
+        }
+    }
+
     /// Removes the waiting tasks of a stream without handles.
-    pub(super) fn unpark(&mut self, key: Key) {
+    fn unpark(&mut self, key: Key) {
         let Waiters { read, write, stopped, .. } = std::mem::take(self.waiters(key));
         self.retired.extend([read, write, stopped].into_iter().flatten());
     }

@@ -151,20 +151,20 @@ pub struct RecvBody {
     /// Bytes still promised; `None` = until FIN.
     left: Option<u64>,
     /// The stream's other half, where this body is all that holds the exchange open.
-    _send: Option<SendStream>,
+    send: Option<SendStream>,
 }
 
 impl RecvBody {
     /// The body of this kind that follows on `recv`.
     #[must_use]
     pub fn new(recv: RecvStream, kind: BodyKind) -> Self {
-        Self { recv: Some(recv), left: kind.exact_bytes(), _send: None }
+        Self { recv: Some(recv), left: kind.exact_bytes(), send: None }
     }
 
     /// Keeps the sending half for as long as the body lives, so that it is not reset before.
     #[must_use]
     pub fn holding(mut self, send: SendStream) -> Self {
-        self._send = Some(send);
+        self.send = Some(send);
         self
     }
 
@@ -185,9 +185,9 @@ impl Drop for RecvBody {
     fn drop(&mut self) {
         // All announced bytes were read: do not wait for the FIN, and do not report a missing one.
         if self.left == Some(0)
-            && let Some(recv) = &mut self.recv
+            && let Some(recv) = self.recv.take()
         {
-            recv.ignore_rest();
+            recv.ignore_rest(self.send.take());
         }
     }
 }

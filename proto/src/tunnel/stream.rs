@@ -4,7 +4,7 @@
 //! [`Code::Cancelled`]. Each half may be moved to its own task.
 
 use super::SessionState;
-use super::driver::Shared;
+use super::driver::{Core, Shared};
 use super::error::{ReadError, WriteError};
 use super::quic::{QuicRecv, QuicSend};
 use crate::code::Code;
@@ -56,6 +56,8 @@ enum RecvInner {
 struct MuxHalf {
     shared: Arc<Shared>,
     key: Key,
+    /// It was given up before its drop, together with something else.
+    gone: bool,
 }
 
 impl fmt::Debug for MuxHalf {
@@ -65,9 +67,9 @@ impl fmt::Debug for MuxHalf {
 }
 
 /// Makes the two halves of a stream that the mux has just opened or accepted.
-pub(super) fn halves(shared: &Arc<Shared>, core: &mut super::driver::Core, key: Key) -> Stream {
+pub(super) fn halves(shared: &Arc<Shared>, core: &mut Core, key: Key) -> Stream {
     core.waiters(key).handles = 2;
-    let half = || MuxHalf { shared: Arc::clone(shared), key };
+    let half = || MuxHalf { shared: Arc::clone(shared), key, gone: false };
     (
         SendStream { inner: SendInner::Mux(half()) },
         RecvStream { inner: RecvInner::Mux(half()), unread: Bytes::new() },
@@ -105,25 +107,55 @@ impl MuxHalf {
                 Poll::Pending
             }
             Ok(n) => Poll::Ready(Ok(n)),
-            Err(mux::WriteError::Stopped(code)) => {
-                Poll::Ready(Err(WriteError::Stopped(Code::from_u32(code))))
-            }
-            Err(mux::WriteError::Finished) => Poll::Ready(Err(WriteError::Finished)),
-            Err(mux::WriteError::Closed) => Poll::Ready(Err(WriteError::Closed(closed(&core.conn)))),
+            Err(error) => Poll::Ready(Err(write_error(&core.conn, error))),
         })
     }
 
-    /// Gives up this half with `end`, and the stream with the second half.
-    fn drop_with(&self, end: impl FnOnce(&mut mux::Connection)) {
-        self.shared.with(|core, _| {
-            end(&mut core.conn);
-            let waiters = core.waiters(self.key);
-            waiters.handles -= 1;
-            if waiters.handles == 0 {
-                core.unpark(self.key);
-                core.conn.release(self.key);
+    /// Writes all of `parts`, and ends the half once nothing of them is left.
+    fn poll_write_last(&self, cx: &mut Context<'_>, parts: &mut [Bytes]) -> Poll<Result<(), WriteError>> {
+        self.shared.with(|core, now| {
+            for bytes in parts.iter_mut().filter(|bytes| !bytes.is_empty()) {
+                if let Err(error) = core.conn.write(now, self.key, bytes) {
+                    return Poll::Ready(Err(write_error(&core.conn, error)));
+                }
+                if !bytes.is_empty() {
+                    core.park(self.key, |waiters| &mut waiters.write, cx);
+                    return Poll::Pending;
+                }
             }
-        });
+            core.conn.finish(now, self.key);
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    /// Whether both are halves of one stream that are still held.
+    fn is_beside(&self, other: &Self) -> bool {
+        self.key == other.key && !self.gone && !other.gone && Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
+    /// Gives up this half with `end`, and the stream with the second half.
+    fn give_up(&mut self, end: impl FnOnce(&mut Core, Key)) {
+        if !std::mem::replace(&mut self.gone, true) {
+            self.shared.with(|core, _| {
+                end(core, self.key);
+                core.let_go(self.key);
+            });
+        }
+    }
+}
+
+/// A sending half that is not used any more: it is reset, unless it has ended.
+fn abandon(core: &mut Core, key: Key) {
+    if !core.conn.is_finished(key) {
+        core.conn.reset(key, Code::Cancelled);
+    }
+}
+
+fn write_error(conn: &mux::Connection, error: mux::WriteError) -> WriteError {
+    match error {
+        mux::WriteError::Stopped(code) => WriteError::Stopped(Code::from_u32(code)),
+        mux::WriteError::Finished => WriteError::Finished,
+        mux::WriteError::Closed => WriteError::Closed(closed(conn)),
     }
 }
 
@@ -162,6 +194,37 @@ impl SendStream {
     pub async fn write(&mut self, bytes: &mut Bytes) -> Result<usize, WriteError> {
         let writing = Writing(self);
         poll_fn(|cx| writing.0.poll_write(cx, bytes)).await
+    }
+
+    /// Writes all of `parts`, one after the other, and ends this half: the usual case of a small message, in one step. Waits as
+    /// [`Self::write_chunk`] does.
+    ///
+    /// Dropping the future leaves an unknown part written, and the half open.
+    ///
+    /// # Errors
+    /// The stream will never accept bytes again.
+    pub async fn write_last<const N: usize>(&mut self, mut parts: [Bytes; N]) -> Result<(), WriteError> {
+        let writing = Writing(self);
+        poll_fn(|cx| {
+            let coop = ready!(coop::poll_proceed(cx));
+            let result = match &mut writing.0.inner {
+                SendInner::Mux(half) => half.poll_write_last(cx, &mut parts),
+                SendInner::Quic(half) => {
+                    for bytes in &mut parts {
+                        while !bytes.is_empty() {
+                            ready!(half.poll_write(cx, bytes))?;
+                        }
+                    }
+                    half.finish();
+                    Poll::Ready(Ok(()))
+                }
+            };
+            if result.is_ready() {
+                coop.made_progress();
+            }
+            result
+        })
+        .await
     }
 
     /// Ends this half: the peer reads everything written and then the end. Returns at once.
@@ -217,12 +280,9 @@ impl Drop for Writing<'_> {
 
 impl Drop for SendStream {
     fn drop(&mut self) {
-        let SendInner::Mux(half) = &self.inner else { return };
-        half.drop_with(|conn| {
-            if !conn.is_finished(half.key) {
-                conn.reset(half.key, Code::Cancelled);
-            }
-        });
+        if let SendInner::Mux(half) = &mut self.inner {
+            half.give_up(abandon);
+        }
     }
 }
 
@@ -280,25 +340,36 @@ impl RecvStream {
         }
     }
 
-    /// Throws away what still comes without telling the peer: everything of interest was read and the end is due.
-    pub fn ignore_rest(&mut self) {
-        self.unread = Bytes::new();
-        match &mut self.inner {
-            RecvInner::Mux(half) => half.shared.with(|core, _| core.conn.ignore_rest(half.key)),
+    /// Throws away what still comes without telling the peer: everything of interest was read and the end is due. The other half,
+    /// if it is given, is dropped as well.
+    pub fn ignore_rest(mut self, mut other: Option<SendStream>) {
+        match (&mut self.inner, other.as_mut().map(|other| &mut other.inner)) {
+            // Both in one step: most exchanges end here.
+            (RecvInner::Mux(half), Some(SendInner::Mux(other))) if half.is_beside(other) => {
+                other.gone = true;
+                half.give_up(|core, key| {
+                    core.conn.ignore_rest(key);
+                    abandon(core, key);
+                    core.let_go(key);
+                });
+            }
+            (RecvInner::Mux(half), _) => half.give_up(|core, key| core.conn.ignore_rest(key)),
             // QUIC cannot ignore a stream without a word; a STOP_SENDING that meets a finished stream changes nothing.
-            RecvInner::Quic(half) => half.stop(Code::Cancelled),
+            (RecvInner::Quic(half), _) => half.stop(Code::Cancelled),
         }
+        drop(other);
     }
 }
 
 impl Drop for RecvStream {
     fn drop(&mut self) {
-        let RecvInner::Mux(half) = &self.inner else { return };
-        half.drop_with(|conn| {
-            if !conn.is_ignored(half.key) {
-                conn.stop(half.key, Code::Cancelled);
-            }
-        });
+        if let RecvInner::Mux(half) = &mut self.inner {
+            half.give_up(|core, key| {
+                if !core.conn.is_ignored(key) {
+                    core.conn.stop(key, Code::Cancelled);
+                }
+            });
+        }
     }
 }
 
