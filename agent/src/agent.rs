@@ -88,10 +88,9 @@ pub struct Agent {
 async fn open(
     config: &AgentConfig,
     metrics: Metrics,
-    tracker: TaskTracker,
-    stop: CancellationToken,
+    tracker: &TaskTracker,
 ) -> Result<(Uplink, Upstreams, reload::Files), StartError> {
-    let resources = Resources::of(config, metrics, tracker.clone(), stop);
+    let resources = Resources::of(config, metrics);
     let config = config.clone();
     Ok(tracker.spawn_blocking(move || reload::open(&config, &resources)).await??)
 }
@@ -109,8 +108,7 @@ impl Agent {
             IdentityConfig::Join(join) => Storage::of(join).lock()?,
             IdentityConfig::Files(_) => None,
         };
-        let (uplink, upstreams, mut files) =
-            open(&config, metrics.clone(), tracker.clone(), stop.clone()).await?;
+        let (uplink, upstreams, mut files) = open(&config, metrics.clone(), &tracker).await?;
         let found = std::mem::take(&mut files.found);
         let (uplink, upstreams) = (Arc::new(uplink), Arc::new(upstreams));
         if let Some(proxy) = &uplink.proxy {

@@ -10,8 +10,6 @@ use crate::upstream::resources::Resources;
 use crate::upstream::token::TokenFile;
 use std::path::Path;
 use std::time::SystemTime;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use towline_certs::load::{FileBytes, LoadPolicy, load_roots, parse_credential};
 use towline_certs::tls;
 use towline_settings::Findings;
@@ -40,7 +38,7 @@ fn try_all(config: &AgentConfig) -> Result<(), Problems> {
         IdentityConfig::Files(files) => try_identity(files, &findings),
         IdentityConfig::Join(join) => try_join(join, &findings),
     }
-    let resources = Resources::of(config, Metrics::new(), TaskTracker::new(), CancellationToken::new());
+    let resources = Resources::of(config, Metrics::new());
     findings.keep("apiServer.ca", Upstream::api_server(config, &resources));
     for (index, target) in config.targets.iter().enumerate() {
         findings.keep(&format!("targets[{index}].tls.ca"), Upstream::target(target, &resources));

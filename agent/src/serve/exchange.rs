@@ -16,17 +16,21 @@ use crate::serve::service::Service;
 use crate::upstream::Upstream;
 use crate::upstream::pool::{Connection, RequestBody, Touched};
 use crate::upstream::reach;
-use http_body::Body as _;
+use bytes::Bytes;
+use http_body::{Body, Frame};
 use hyper::Response;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use tokio::time::{Duration, Instant, timeout, timeout_at};
 use towline_proto::Code;
-use towline_proto::open::{Answer, FIELDS_MAX, Open, Outcome, Request};
+use towline_proto::open::{Answer, BodyKind, FIELDS_MAX, Open, Outcome, Request};
 use towline_proto::text::Lasting;
-use towline_proto::tunnel::exchange::{HeadError, RecvBody, SendBodyError, send_body, send_head};
+use towline_proto::tunnel::exchange::{HeadError, RecvBody, SendBodyError, encode_head, send_body};
 use towline_proto::tunnel::splice::splice;
 use towline_proto::tunnel::{RecvStream, SendStream};
 
@@ -40,13 +44,12 @@ pub(crate) async fn run(
     open: Open,
     request: Request,
     mut send: SendStream,
-    mut recv: RecvStream,
+    recv: RecvStream,
 ) -> Ended {
     let arrived = Instant::now();
-    let head_max = service.head_max;
-    let Prepared { upstream, head, acts } = match prepare(service, &open, &request) {
+    let Prepared { upstream, mut head, acts } = match prepare(service, &open, &request) {
         Ok(prepared) => prepared,
-        Err(failed) => return failed.send(&mut send, head_max).await,
+        Err(failed) => return failed.send(&mut send, service.head_max).await,
     };
     // The result of this exchange is evidence about the API server.
     let reach = request.target.is_empty().then_some(&service.upstreams.reach);
@@ -56,15 +59,15 @@ pub(crate) async fn run(
     } else if head.has_body() {
         (Some(RecvBody::new(recv, head.body)), None)
     } else {
-        recv.ignore_rest();
-        drop(recv);
+        recv.ignore_rest(None);
         (None, None)
     };
     let (body, whole) = RequestBody::new(body);
     let touched = Mutex::new(None);
+    let again = || prepare(service, &open, &request).ok().map(|prepared| prepared.head);
     let answered = async {
         // Boxed, and freed when the response begins: otherwise a watch would hold this memory for its whole life.
-        let answer = Box::pin(answer_head(&upstream, &head, body, &touched));
+        let answer = Box::pin(answer_head(&upstream, &mut head, again, body, &touched));
         match open.timeout_ms {
             0 => answer.await,
             millis => {
@@ -83,27 +86,29 @@ pub(crate) async fn run(
         }
     };
     let answered = tokio::select! {
+        biased;
         answered = answered => answered,
         _ = send.stopped() => return Ended::ClientGone,
     };
-    let (mut response, connection) = match answered {
+    let (mut response, mut connection) = match answered {
         Ok(answered) => answered,
         Err(failed) => {
             if let Some(reach) = reach.filter(|_| failed.is_upstreams()) {
                 reach.doubt();
             }
-            return failed.send(&mut send, head_max).await;
+            return failed.send(&mut send, service.head_max).await;
         }
     };
     service.metrics.answer_seconds.observe(arrived.elapsed().as_secs_f64());
-    let upgraded = hyper::upgrade::on(&mut response);
+    let upgraded = raw.is_some().then(|| hyper::upgrade::on(&mut response));
     let (parts, body) = response.into_parts();
     let length = body.size_hint().exact();
     let coming = if acts && blame::is_doubtful(parts.status) {
-        let judged = Box::pin(judge(service, &upstream, &head, &request, &parts, body, &mut send)).await;
-        match judged {
+        let asked = (&head, &request);
+        let judged = judge(service, &upstream, asked, &parts, (body, &mut connection), &mut send);
+        match Box::pin(judged).await {
             Ok(body) => body,
-            Err(Some(failed)) => return failed.send(&mut send, head_max).await,
+            Err(Some(failed)) => return failed.send(&mut send, service.head_max).await,
             Err(None) => return Ended::ClientGone,
         }
     } else {
@@ -115,31 +120,16 @@ pub(crate) async fn run(
         }
         Coming::Whole(body)
     };
-    let sent = match head::response(&parts, length, &head) {
-        Ok(answer) => {
-            let kind = answer.body;
-            let answer = Answer { outcome: Some(Outcome::Response(answer)) };
-            send_head(&mut send, &answer, head_max).await.map(|()| kind)
-        }
-        Err(problem) => {
-            let message = format!("{}: {problem}", upstream.hop);
-            let failed = Failed { code: Code::UpstreamBody, message, untouched: false };
-            return failed.send(&mut send, head_max).await;
-        }
+    let (kind, answer) = match encode(service, &upstream, &parts, length, &head) {
+        Ok(encoded) => encoded,
+        Err(failed) => return failed.send(&mut send, service.head_max).await,
     };
-    let kind = match sent {
-        Ok(kind) => kind,
-        Err(HeadError::TooLarge { bytes, max }) => {
-            let message =
-                format!("{}: answered with a head of {bytes} bytes; the limit is {max}", upstream.hop);
-            let failed = Failed { code: Code::UpstreamBody, message, untouched: false };
-            return failed.send(&mut send, head_max).await;
-        }
-        Err(_) => return Ended::ClientGone,
-    };
-    match raw {
-        Some(recv) if parts.status == http::StatusCode::SWITCHING_PROTOCOLS => {
-            let Ok(io) = upgraded.await else {
+    match (raw, upgraded) {
+        (Some(recv), Some(upgraded)) if parts.status == http::StatusCode::SWITCHING_PROTOCOLS => {
+            if send.write_chunk(answer).await.is_err() {
+                return Ended::ClientGone;
+            }
+            let Ok(io) = connection.driving(upgraded).await else {
                 send.reset(Code::UpstreamBody);
                 return Ended::Failed(Code::UpstreamBody);
             };
@@ -147,10 +137,12 @@ pub(crate) async fn run(
             drop(connection);
             ended
         }
-        raw => {
+        (raw, _) => {
             let sent = match coming {
-                Coming::Whole(body) => send_body(body, kind, &mut send, Code::UpstreamBody).await,
-                Coming::Read(body) => Box::pin(send_body(body, kind, &mut send, Code::UpstreamBody)).await,
+                Coming::Whole(body) => pass_on(&mut connection, answer, body, kind, &mut send).await,
+                Coming::Read(body) => {
+                    Box::pin(pass_on_driven(&mut connection, answer, body, kind, &mut send)).await
+                }
             };
             let ended = body_sent(sent);
             if ended == Ended::Well {
@@ -166,6 +158,104 @@ pub(crate) async fn run(
     }
 }
 
+/// The head of the answer as it is sent, and its body's kind.
+fn encode(
+    service: &Service,
+    upstream: &Upstream,
+    parts: &http::response::Parts,
+    length: Option<u64>,
+    asked: &RequestHead,
+) -> Result<(BodyKind, Bytes), Failed> {
+    let failed = |problem: String| Failed {
+        code: Code::UpstreamBody,
+        message: format!("{}: {problem}", upstream.hop),
+        untouched: false,
+    };
+    let answer = head::response(parts, length, asked).map_err(|problem| failed(problem.to_string()))?;
+    let kind = answer.body;
+    let answer = Answer { outcome: Some(Outcome::Response(answer)) };
+    let bytes = encode_head(&answer, service.head_max).map_err(|error| match error {
+        HeadError::TooLarge { bytes, max } => {
+            failed(format!("answered with a head of {bytes} bytes; the limit is {max}"))
+        }
+        other => failed(other.to_string()),
+    })?;
+    Ok((kind, bytes))
+}
+
+/// Sends the answer's head and its body. A small body that has arrived with its head leaves with it, in one step.
+async fn pass_on(
+    connection: &mut Connection,
+    answer: Bytes,
+    mut body: Incoming,
+    kind: BodyKind,
+    send: &mut SendStream,
+) -> Result<u64, SendBodyError<hyper::Error>> {
+    let length = kind.exact_bytes();
+    let first = match length {
+        Some(0) => None,
+        _ => connection.glance(&mut body).await,
+    };
+    let whole = match &first {
+        None if length == Some(0) => Some(Bytes::new()),
+        Some(Some(Ok(frame))) => frame.data_ref().filter(|bytes| length == Some(bytes.len() as u64)).cloned(),
+        _ => None,
+    };
+    match whole {
+        Some(whole) => {
+            let bytes = whole.len() as u64;
+            send.write_last([answer, whole]).await.map_err(SendBodyError::Write)?;
+            Ok(bytes)
+        }
+        None => pass_on_driven(connection, answer, Ahead { first, body }, kind, send).await,
+    }
+}
+
+/// Sends the answer's head, and its body as it arrives.
+async fn pass_on_driven<B>(
+    connection: &mut Connection,
+    answer: Bytes,
+    body: B,
+    kind: BodyKind,
+    send: &mut SendStream,
+) -> Result<u64, SendBodyError<B::Error>>
+where
+    B: Body<Data = Bytes>,
+{
+    let sending = async {
+        send.write_chunk(answer).await.map_err(SendBodyError::Write)?;
+        send_body(body, kind, send, Code::UpstreamBody).await
+    };
+    let mut sending = pin!(sending);
+    poll_fn(|cx| {
+        // Also while the tunnel takes nothing: the rest of the request may be on its way.
+        connection.drive(cx);
+        sending.as_mut().poll(cx)
+    })
+    .await
+}
+
+/// A body whose first frame, or end, may have been taken already.
+struct Ahead {
+    first: Option<Option<hyper::Result<Frame<Bytes>>>>,
+    body: Incoming,
+}
+
+impl Body for Ahead {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
+        match self.first.take() {
+            Some(first) => Poll::Ready(first),
+            None => Pin::new(&mut self.body).poll_frame(cx),
+        }
+    }
+}
+
 /// The body of an answer.
 enum Coming {
     Whole(Incoming),
@@ -177,16 +267,15 @@ enum Coming {
 async fn judge(
     service: &Service,
     upstream: &Upstream,
-    head: &RequestHead,
-    request: &Request,
+    (head, request): (&RequestHead, &Request),
     parts: &http::response::Parts,
-    body: Incoming,
+    (body, connection): (Incoming, &mut Connection),
     send: &mut SendStream,
 ) -> Result<Coming, Option<Failed>> {
     let (reach, hop) = (&service.upstreams.reach, &upstream.hop);
     let failed = |message: String| Some(Failed { code: Code::UpstreamBody, message, untouched: false });
     let blamed = tokio::select! {
-        blamed = timeout(REFUSAL_TIMEOUT, blame::of(parts, &head.method, head.path(), body)) => blamed,
+        blamed = timeout(REFUSAL_TIMEOUT, connection.driving(blame::of(parts, &head.method, head.path(), body))) => blamed,
         _ = send.stopped() => return Err(None),
     };
     match blamed {
@@ -256,10 +345,11 @@ fn prepare(service: &Service, open: &Open, request: &Request) -> Result<Prepared
     Ok(Prepared { upstream, head, acts: matches!(plan, Plan::Impersonate(_)) })
 }
 
-/// Sends the request and waits for the head of the answer. Dropping the future destroys the connection.
+/// Sends the request and waits for the head of the answer. `again` builds the head anew. Dropping the future destroys the connection.
 async fn answer_head(
     upstream: &Upstream,
-    head: &RequestHead,
+    head: &mut RequestHead,
+    again: impl Fn() -> Option<RequestHead>,
     body: RequestBody,
     touched: &Mutex<Option<Touched>>,
 ) -> Result<(Response<Incoming>, Connection), Failed> {
@@ -271,7 +361,7 @@ async fn answer_head(
         let mut connection = checkout.map_err(|error| Failed::checkout(upstream, &error))?;
         let watch = connection.watch();
         *touched.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch.clone());
-        let mut error = match connection.sender.try_send_request(request).await {
+        let mut error = match connection.send(request).await {
             Ok(response) => return Ok((response, connection)),
             Err(error) => error,
         };
@@ -283,13 +373,15 @@ async fn answer_head(
                 stale.with_label_values(&["unsent"]).inc();
                 request = unsent;
             }
-            None if connection.reused && head.is_replayable() && broke_off(&error) => {
-                stale.with_label_values(&["replayed"]).inc();
-                request = head.request(RequestBody::new(None).0);
-            }
             unsent => {
-                let untouched = unsent.is_some() || !watch.is_touched();
-                return Err(send_failed(upstream, head, &error, untouched));
+                let replayable =
+                    unsent.is_none() && connection.reused && head.is_replayable() && broke_off(&error);
+                let Some(mut anew) = replayable.then(&again).flatten() else {
+                    let untouched = unsent.is_some() || !watch.is_touched();
+                    return Err(send_failed(upstream, head, &error, untouched));
+                };
+                stale.with_label_values(&["replayed"]).inc();
+                request = anew.request(RequestBody::new(None).0);
             }
         }
         fresh = true;

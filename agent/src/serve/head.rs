@@ -44,14 +44,19 @@ pub(crate) enum RequestProblem {
     UpgradeWithBody,
 }
 
-/// A request's head, ready to be sent, and to be sent again.
-#[derive(Clone, Debug)]
+/// A request's head, ready to be sent.
+#[derive(Debug)]
 pub(crate) struct RequestHead {
     pub(crate) method: Method,
     uri: Uri,
+    /// Until they are sent.
     headers: HeaderMap,
+    /// The upstream's own name, as in `Host`.
+    authority: HeaderValue,
     pub(crate) body: BodyKind,
     pub(crate) upgrade: bool,
+    /// What it is upgraded to.
+    token: String,
 }
 
 impl RequestHead {
@@ -122,7 +127,8 @@ impl RequestHead {
                 set(&mut headers, AUTHORIZATION, authorization)?;
             }
         }
-        Ok(Self { method, uri, headers, body: request.body, upgrade })
+        let (authority, token) = (authority.clone(), request.upgrade.clone());
+        Ok(Self { method, uri, headers, authority, body: request.body, upgrade, token })
     }
 
     /// The path, without the query.
@@ -142,13 +148,13 @@ impl RequestHead {
             && (self.method == Method::GET || self.method == Method::HEAD || self.method == Method::OPTIONS)
     }
 
-    /// The request with this body.
-    pub(crate) fn request<B>(&self, body: B) -> http::Request<B> {
+    /// The request with this body. It takes the header fields along: to be sent again, the head is built again.
+    pub(crate) fn request<B>(&mut self, body: B) -> http::Request<B> {
         let mut request = http::Request::new(body);
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = self.uri.clone();
         *request.version_mut() = Version::HTTP_11;
-        *request.headers_mut() = self.headers.clone();
+        *request.headers_mut() = std::mem::take(&mut self.headers);
         request
     }
 }
@@ -197,7 +203,6 @@ pub(crate) enum ResponseProblem {
 }
 
 /// The head of an answer for the gateway. `length` is that of the body, if the upstream said it.
-#[expect(clippy::indexing_slicing, reason = "the request that was sent has a host")]
 pub(crate) fn response(
     head: &response::Parts,
     length: Option<u64>,
@@ -209,7 +214,7 @@ pub(crate) fn response(
         (true, false) if head.status.as_u16() < 400 => {
             return Err(ResponseProblem::NoUpgrade(head.status.as_u16()));
         }
-        (true, true) if !upgrades_match(&asked.headers, &head.headers) => {
+        (true, true) if !upgrades_match(&asked.token, &head.headers) => {
             return Err(ResponseProblem::OtherUpgrade);
         }
         _ => {}
@@ -239,7 +244,7 @@ pub(crate) fn response(
         .map(|(name, value)| Header {
             name: Bytes::copy_from_slice(name.as_str().as_bytes()),
             value: match *name {
-                LOCATION | CONTENT_LOCATION => as_a_path(value.as_bytes(), &asked.headers[HOST]),
+                LOCATION | CONTENT_LOCATION => as_a_path(value.as_bytes(), &asked.authority),
                 _ => Bytes::copy_from_slice(value.as_bytes()),
             },
         })
@@ -268,13 +273,11 @@ fn as_a_path(url: &[u8], authority: &HeaderValue) -> Bytes {
     }
 }
 
-fn upgrades_match(asked: &HeaderMap, answered: &HeaderMap) -> bool {
-    let token = |headers: &HeaderMap| {
-        let mut values = headers.get_all(UPGRADE).iter();
-        let first = values.next().map(|value| value.as_bytes().trim_ascii().to_ascii_lowercase());
-        if values.next().is_some() { None } else { first }
-    };
-    token(asked).is_some_and(|asked| token(answered) == Some(asked))
+/// Whether the one upgrade of the answer is the one asked for.
+fn upgrades_match(asked: &str, answered: &HeaderMap) -> bool {
+    let mut values = answered.get_all(UPGRADE).iter();
+    let first = values.next().map(|value| value.as_bytes().trim_ascii());
+    values.next().is_none() && first.is_some_and(|first| first.eq_ignore_ascii_case(asked.as_bytes()))
 }
 
 /// Rejects framing that implementations read in different ways; hyper reads it in one of them (R-FR-1).

@@ -3,27 +3,32 @@
 //!
 //! 1. Checkout: the youngest idle connection that is not closed, not stale and not too old. API servers close a connection after 90 s
 //!    of idleness; an idle connection with unread bytes or an end is closed or out of step.
-//! 2. Return: only after a complete response to a complete request, once the HTTP client is ready for another.
-//! 3. Otherwise destroy: dropping a [`Connection`] closes it.
+//! 2. The exchange's own task drives the connection ([`Connection::drive`]): a request on a task of its own would pass between two tasks
+//!    six times. Nothing drives an idle connection; what its peer sends meanwhile is noticed at the next checkout, or by [`Upstream::reap`].
+//! 3. Return: only after a complete response to a complete request, once the HTTP client is ready for another.
+//! 4. Otherwise destroy: dropping a [`Connection`] closes it.
 
 use crate::dial::connect::ConnectError;
 use crate::metrics::Counted;
 use crate::upstream::Upstream;
 use crate::upstream::socket::{Io, Probe};
 use bytes::Bytes;
+use http::{Request, Response};
 use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use std::pin::Pin;
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use thiserror::Error;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Duration, Instant, timeout};
-use tokio_util::sync::DropGuard;
 use towline_proto::open::FIELDS_MAX;
-use towline_proto::tunnel::aside::Aside;
 use towline_proto::tunnel::exchange::{BodyError, RecvBody};
 
 /// Deadline for the HTTP client to become ready for the next request.
@@ -43,16 +48,25 @@ pub(crate) enum CheckoutError {
 /// A connection that carries one exchange at a time. Dropping it closes it.
 #[derive(Debug)]
 pub(crate) struct Connection {
-    pub(crate) sender: SendRequest<RequestBody>,
-    pub(crate) probe: Probe,
+    sender: SendRequest<RequestBody>,
+    http: Http,
+    probe: Probe,
     /// Bytes written before the exchange that holds it.
     mark: u64,
     /// Whether an earlier exchange used it.
     pub(crate) reused: bool,
     expires: Instant,
     _permit: OwnedSemaphorePermit,
-    _task: DropGuard,
     _counted: Counted,
+}
+
+/// The HTTP client's side of a connection, until it has ended.
+struct Http(Option<Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>>);
+
+impl fmt::Debug for Http {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Http").field(&self.0.is_some()).finish()
+    }
 }
 
 /// The idle connections of one upstream, the last used at the end.
@@ -68,6 +82,70 @@ struct Idle {
 }
 
 impl Connection {
+    /// Sends and receives what can be sent and received now. The caller's task is woken when there may be more. What waits for the
+    /// connection, such as the response or its body, is polled after it.
+    pub(crate) fn drive(&mut self, cx: &mut Context<'_>) {
+        // An error of the connection is an error of the exchange that runs on it, which learns it from the HTTP client. The rest is
+        // dropped: a request that was not sent is given back then.
+        self.http.0.take_if(|http| http.as_mut().poll(cx).is_ready());
+    }
+
+    /// Drives the connection until this has a result, which comes from the connection alone.
+    pub(crate) async fn driving<F: Future>(&mut self, waits: F) -> F::Output {
+        let mut waits = pin!(waits);
+        poll_fn(|cx| {
+            self.drive(cx);
+            // With the task's own waker it would be woken in vain: the connection has the waker.
+            waits.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+        })
+        .await
+    }
+
+    /// What of a response's body is there, without waiting: `None` = nothing yet.
+    pub(crate) async fn glance(
+        &mut self,
+        body: &mut Incoming,
+    ) -> Option<Option<hyper::Result<Frame<Bytes>>>> {
+        poll_fn(|cx| {
+            // The first look asks the connection for the body, the second takes what it brought.
+            let quiet = &mut Context::from_waker(Waker::noop());
+            let mut seen = Pin::new(&mut *body).poll_frame(quiet);
+            if seen.is_pending() {
+                self.drive(cx);
+                seen = Pin::new(&mut *body).poll_frame(quiet);
+            }
+            Poll::Ready(match seen {
+                Poll::Ready(frame) => Some(frame),
+                Poll::Pending => None,
+            })
+        })
+        .await
+    }
+
+    /// Sends a request; the result is the head of the response.
+    pub(crate) async fn send(
+        &mut self,
+        request: Request<RequestBody>,
+    ) -> Result<Response<Incoming>, TrySendError<Request<RequestBody>>> {
+        let answer = self.sender.try_send_request(request);
+        self.driving(answer).await
+    }
+
+    /// Whether it may carry another exchange, as far as the agent knows without asking the kernel.
+    fn is_ready(&self) -> bool {
+        self.http.0.is_some() && self.sender.is_ready()
+    }
+
+    /// Whether an idle connection has ended or is out of step. Bytes that the peer may send at any time, such as TLS session tickets,
+    /// are read.
+    fn is_stale(&mut self) -> bool {
+        if self.probe.is_stale() {
+            self.drive(&mut Context::from_waker(Waker::noop()));
+            return !self.is_ready() || self.probe.is_stale();
+        }
+        !self.is_ready()
+    }
+
     /// Whether any byte was written to the kernel since checkout. If not, nothing can have reached the upstream.
     pub(crate) fn watch(&self) -> Touched {
         Touched { probe: self.probe.clone(), mark: self.mark }
@@ -108,7 +186,7 @@ impl Upstream {
             if now >= connection.expires || now - since >= self.resources.timeouts.upstream_idle {
                 continue;
             }
-            if !connection.sender.is_ready() || connection.probe.is_stale() {
+            if connection.is_stale() {
                 metrics.stale.with_label_values(&["checkout"]).inc();
                 continue;
             }
@@ -141,65 +219,64 @@ impl Upstream {
         let counted = Counted::new(&self.resources.metrics.busy_connections());
         let io = self.connect().await?;
         let probe = io.probe();
-        let (sender, task) = self.start_http(io).await.map_err(CheckoutError::Http)?;
+        let (sender, http) = self.start_http(io).await.map_err(CheckoutError::Http)?;
         Ok(Connection {
             sender,
+            http,
             mark: probe.written(),
             probe,
             reused: false,
             expires: Instant::now() + self.age(),
             _permit: permit,
-            _task: task,
             _counted: counted,
         })
     }
 
-    async fn start_http(&self, io: Io) -> hyper::Result<(SendRequest<RequestBody>, DropGuard)> {
+    async fn start_http(&self, io: Io) -> hyper::Result<(SendRequest<RequestBody>, Http)> {
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(self.resources.head_max)
             .max_header_size(self.resources.head_max)
             .max_headers(FIELDS_MAX)
             .handshake(TokioIo::new(io))
             .await?;
-        let token = self.resources.stop.child_token();
-        let stopped = Aside::new(token.clone().cancelled_owned());
-        let connection = connection.with_upgrades();
-        self.resources.tracker.spawn(Box::pin(async move {
-            tokio::select! {
-                biased;
-                // An error of the connection is an error of the exchange that runs on it, which learns it first.
-                result = connection => drop(result),
-                () = stopped => {}
-            }
-        }));
-        Ok((sender, token.drop_guard()))
+        Ok((sender, Http(Some(Box::pin(connection.with_upgrades())))))
     }
 
     /// Returns a connection to the pool after a complete exchange. Waits until the HTTP client is ready for the next one.
     pub(crate) async fn give_back(&self, mut connection: Connection) {
-        let now = Instant::now();
-        let ready = timeout(GIVE_BACK_TIMEOUT, connection.sender.ready()).await;
-        if !matches!(ready, Ok(Ok(()))) || now >= connection.expires {
+        // It usually is: whoever has read the end of the response has driven the connection.
+        if !connection.is_ready() {
+            let ready = poll_fn(|cx| {
+                connection.drive(cx);
+                if connection.is_ready() || connection.http.0.is_none() {
+                    Poll::Ready(())
+                } else {
+                    Poll::Pending
+                }
+            });
+            if timeout(GIVE_BACK_TIMEOUT, ready).await.is_err() || !connection.is_ready() {
+                return;
+            }
+        }
+        let since = Instant::now();
+        if since >= connection.expires {
             return;
         }
         connection._counted = Counted::new(&self.resources.metrics.idle_connections());
-        let since = Instant::now();
         self.pool.lock().push(Idle { connection, since });
     }
 
     /// Closes idle connections that are too old, idle for too long or closed by the other end.
     pub(crate) fn reap(&self) {
         let now = Instant::now();
-        let is_good = |idle: &Idle| {
+        let is_good = |idle: &mut Idle| {
             now < idle.connection.expires
                 && now - idle.since < self.resources.timeouts.upstream_idle
-                && idle.connection.sender.is_ready()
+                && !idle.connection.is_stale()
         };
         let gone: Vec<Idle> = {
             let mut idle = self.pool.lock();
-            let (keep, gone) = std::mem::take(&mut *idle).into_iter().partition(is_good);
-            *idle = keep;
-            gone
+            idle.extract_if(.., |idle| !is_good(idle)).collect()
         };
         drop(gone);
     }
