@@ -83,6 +83,23 @@ async fn bodies_stream_both_ways() {
     assert_eq!(call.body(BodyKind::STREAM).await.unwrap(), "h");
 }
 
+/// The task of an exchange drives its upstream connection: also while it waits for the tunnel to take more of the response.
+#[tokio::test]
+async fn a_response_that_nobody_reads_does_not_hold_up_the_request() {
+    let rig = Rig::start("").await;
+    let mut call = Call::open(&rig.session, request_with("POST", BodyKind::STREAM)).await;
+    let mut upstream = rig.upstream.accept().await;
+    upstream.head().await;
+    upstream.write("HTTP/1.1 200 OK\r\n\r\n").await;
+    // Until everything between the two ends is full.
+    let piece = vec![b'x'; 256 * 1024];
+    while tokio::time::timeout(Duration::from_millis(300), upstream.write(&piece)).await.is_ok() {}
+    for _ in 0..3 {
+        call.send.write_chunk(Bytes::from_static(b"abc")).await.unwrap();
+        assert_eq!(upstream.read(8).await, b"3\r\nabc\r\n");
+    }
+}
+
 fn request_with(method: &str, body: BodyKind) -> towline_proto::open::Request {
     towline_proto::open::Request { body, ..request(method, "/x", &[]) }
 }
