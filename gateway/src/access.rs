@@ -31,6 +31,7 @@ use crate::per_key::{KeyPermit, PerKey, Sizes};
 use crate::rules::Decision;
 use crate::shares::Shares;
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use http::HeaderMap;
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -66,6 +67,8 @@ pub(crate) struct Access {
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
+    /// The IP address as text, for `x-forwarded-for`.
+    pub(crate) forwarded_for: Bytes,
     /// The client's certificate chain from the TLS handshake, if any.
     chain: Option<Chain>,
     /// The result of verifying the chain.
@@ -137,7 +140,21 @@ impl Access {
         let judged = ArcSwap::from_pointee(self.judge_chain(&self.context.live(), chain.as_deref()));
         let (work, finish) = (Work::default(), CancellationToken::new());
         let (unread, refusals) = (Arc::default(), Refusals::default());
-        Peer { address, chain, judged, sni, standing, work, finish, unread, refusals, _seat: seat }
+        // Every request of the connection needs it.
+        let forwarded_for = Bytes::from(address.ip().to_canonical().to_string());
+        Peer {
+            address,
+            forwarded_for,
+            chain,
+            judged,
+            sni,
+            standing,
+            work,
+            finish,
+            unread,
+            refusals,
+            _seat: seat,
+        }
     }
 
     fn judge_chain(&self, live: &Live, chain: Option<&[CertificateDer<'_>]>) -> Judged {

@@ -10,7 +10,6 @@ use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, StatusCode};
-use std::net::IpAddr;
 use thiserror::Error;
 use towline_model::Mode;
 use towline_proto::open::Header;
@@ -38,19 +37,19 @@ pub enum HeadersError {
 
 /// Parameters of the upstream head.
 #[derive(Clone, Copy, Debug)]
-pub struct Upstream {
+pub struct Upstream<'a> {
     pub mode: Mode,
     /// The request passes through a `proxy` subresource, to an application rather than to the API.
     pub proxy: bool,
-    /// The client's address, from the connection or a trusted proxy.
-    pub client: IpAddr,
+    /// The client's IP address as text, from the connection or a trusted proxy.
+    pub client: &'a Bytes,
 }
 
 /// Builds the header fields that go upstream.
 ///
 /// # Errors
 /// What the client must not send.
-pub fn upstream_head(client: &HeaderMap, upstream: Upstream) -> Result<Vec<Header>, HeadersError> {
+pub fn upstream_head(client: &HeaderMap, upstream: Upstream<'_>) -> Result<Vec<Header>, HeadersError> {
     let named = connection_tokens(client)?;
     let mut head = Vec::with_capacity(client.len() + 1);
     for (name, value) in client {
@@ -82,7 +81,8 @@ pub fn upstream_head(client: &HeaderMap, upstream: Upstream) -> Result<Vec<Heade
         }
         head.push(field(text, value.as_bytes()));
     }
-    head.push(field("x-forwarded-for", upstream.client.to_canonical().to_string().as_bytes()));
+    let name = Bytes::from_static(b"x-forwarded-for");
+    head.push(Header { name, value: upstream.client.clone() });
     Ok(head)
 }
 
@@ -369,8 +369,9 @@ mod tests {
         headers
     }
 
-    fn upstream(mode: Mode, proxy: bool) -> Upstream {
-        Upstream { mode, proxy, client: "192.0.2.7".parse().unwrap() }
+    fn upstream(mode: Mode, proxy: bool) -> Upstream<'static> {
+        static CLIENT: Bytes = Bytes::from_static(b"192.0.2.7");
+        Upstream { mode, proxy, client: &CLIENT }
     }
 
     #[expect(clippy::panic_in_result_fn, reason = "a helper of tests")]

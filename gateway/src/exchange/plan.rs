@@ -119,7 +119,7 @@ impl Exchange {
         let upgrade = upgrade::wanted(parts, !body.is_end_stream())?;
         let resumes =
             kind.watch && parts.method == Method::GET && upgrade.is_none() && kind::resumes(route.query());
-        let upstream = Upstream { mode: cluster.mode, proxy: kind.proxy, client: peer.address.ip() };
+        let upstream = Upstream { mode: cluster.mode, proxy: kind.proxy, client: &peer.forwarded_for };
         origin::check(
             parts,
             upgrade.is_some(),

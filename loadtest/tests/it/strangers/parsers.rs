@@ -15,7 +15,6 @@ use rustls_pki_types::CertificateDer;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr};
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
@@ -102,14 +101,14 @@ pub fn headers(input: &[u8]) {
             client.append(name, value);
         }
     }
-    let address = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7));
+    let address = "192.0.2.7".into();
     for (mode, proxy) in [
         (Mode::Restricted, false),
         (Mode::Restricted, true),
         (Mode::Impersonate, false),
         (Mode::Impersonate, true),
     ] {
-        let Ok(head) = upstream_head(&client, Upstream { mode, proxy, client: address }) else { continue };
+        let Ok(head) = upstream_head(&client, Upstream { mode, proxy, client: &address }) else { continue };
         let (last, rest) = head.split_last().expect("an address");
         assert_eq!((&last.name[..], &last.value[..]), (&b"x-forwarded-for"[..], &b"192.0.2.7"[..]));
         for field in rest {
