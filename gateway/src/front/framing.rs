@@ -11,6 +11,7 @@
 //! soundness the connection then ends with the response, see [`Framing::is_lost`].
 
 use super::idle::Activity;
+use memchr::{memchr, memchr3};
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -56,7 +57,7 @@ enum Place {
     /// Before a request, after this many bytes of empty lines.
     Start(usize),
     RequestLine,
-    /// In a field's name, lower case so far; or in the empty line that ends the head.
+    /// In a field's name, or in the empty line that ends the head.
     Name(Name),
     /// In a field's value; of `Content-Length` the digits are kept.
     Value(Field),
@@ -65,7 +66,7 @@ enum Place {
     Lost,
 }
 
-/// The beginning of a field's name, lower case.
+/// The beginning of a field's name that a read has cut.
 #[derive(Debug, Default)]
 struct Name {
     bytes: [u8; NAME_MAX],
@@ -138,12 +139,12 @@ impl<IO> Judged<IO> {
                 // Nothing in these lines matters but their end, and a fragment in a request's target: it is no part of one (RFC 9112
                 // section 3.2).
                 Place::RequestLine | Place::Value(Field::Upgrade | Field::Other) => {
-                    let end = bytes.iter().position(|byte| *byte == b'\n');
+                    let end = memchr(b'\n', bytes);
                     let length = end.unwrap_or(bytes.len());
                     if matches!(self.place, Place::RequestLine)
-                        && let Some(fragment) = bytes[..length].iter_mut().find(|byte| **byte == b'#')
+                        && let Some(fragment) = memchr(b'#', &bytes[..length])
                     {
-                        *fragment = 0;
+                        bytes[fragment] = 0;
                     }
                     match end {
                         Some(end) => {
@@ -154,6 +155,17 @@ impl<IO> Judged<IO> {
                         None => bytes.len(),
                     }
                 }
+                // The usual name: all of it was read, and no line ends in it.
+                Place::Name(name) if name.len == 0 => match memchr3(b':', b'\r', b'\n', bytes) {
+                    Some(colon) if bytes[colon] == b':' => {
+                        self.end_name(Field::of(&bytes[..colon]), &mut bytes[colon]);
+                        colon + 1
+                    }
+                    _ => {
+                        self.step(&mut bytes[0]);
+                        1
+                    }
+                },
                 _ => {
                     self.step(&mut bytes[0]);
                     1
@@ -181,26 +193,26 @@ impl<IO> Judged<IO> {
             (Place::Name(name), b'\n') if name.len == 0 && self.last == b'\r' => self.end_head(),
             (Place::Name(name), b'\n') if name.len == 0 => *byte = 0,
             (Place::Name(name), b':') => {
-                let field = match &name.bytes[..name.len] {
-                    b"content-length" => Field::Length,
-                    b"transfer-encoding" => Field::Coding,
-                    b"upgrade" => Field::Upgrade,
-                    _ => Field::Other,
-                };
-                if !self.head.admit(field) {
-                    *byte = 0;
-                }
-                self.place = Place::Value(field);
+                let field = Field::of(&name.bytes[..name.len]);
+                self.end_name(field, byte);
             }
             (Place::Name(name), byte) => {
                 if name.len < NAME_MAX {
-                    name.bytes[name.len] = byte.to_ascii_lowercase();
+                    name.bytes[name.len] = byte;
                     name.len += 1;
                 }
             }
             (Place::Value(Field::Length), byte) => self.head.digit(byte),
             (Place::RequestLine | Place::Value(_) | Place::Body(_) | Place::Lost, _) => {}
         }
+    }
+
+    /// Ends a field's name. The colon is made unreadable if the head must not have the field.
+    fn end_name(&mut self, field: Field, colon: &mut u8) {
+        if !self.head.admit(field) {
+            *colon = 0;
+        }
+        self.place = Place::Value(field);
     }
 
     /// Ends a line that is not empty. A line end without CR is made unreadable; the next bytes then belong to the same line.
@@ -222,6 +234,17 @@ impl<IO> Judged<IO> {
             0 => Place::Start(0),
             length => Place::Body(length),
         };
+    }
+}
+
+impl Field {
+    fn of(name: &[u8]) -> Self {
+        match name.len() {
+            14 if name.eq_ignore_ascii_case(b"content-length") => Self::Length,
+            17 if name.eq_ignore_ascii_case(b"transfer-encoding") => Self::Coding,
+            7 if name.eq_ignore_ascii_case(b"upgrade") => Self::Upgrade,
+            _ => Self::Other,
+        }
     }
 }
 
@@ -325,6 +348,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Judged<IO> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     /// What hyper would see of these bytes, read in pieces of `size`; and whether the place is lost.
     fn seen(text: &str, size: usize) -> (String, bool) {
@@ -428,6 +452,29 @@ mod tests {
             assert_eq!(seen(&both, size).0, broken, "pieces of {size}");
             let fine = format!("GET /clusters/a?b%23{rest}");
             assert_eq!(seen(&fine, size).0, fine, "pieces of {size}");
+        }
+    }
+
+    proptest! {
+        /// Goal: what hyper sees up to the decisive byte does not depend on where reads cut a head.
+        #[test]
+        fn the_cuts_of_reads_do_not_matter(
+            words in proptest::collection::vec(proptest::sample::select(vec![
+                "\r\n", "\r\n\r\n", "\r", "\n", ":", " ", "\t", "#", "5", "a", "chunked", "content-length:", "Content-Length",
+                "TRANSFER-ENCODING:", "Transfer-Encoding", "Upgrade:", "A-Name-That-Is-Longer", "PUT / HTTP/1.1\r\n",
+            ]), 0..24),
+            size in 2_usize..64,
+        ) {
+            let text = format!("PUT / HTTP/1.1\r\n{}", words.concat());
+            let until_broken = |size| {
+                let (seen, lost) = seen(&text, size);
+                match seen.split_once('\0') {
+                    // Nobody reads what follows.
+                    Some((before, _)) => (before.to_owned(), None),
+                    None => (seen, Some(lost)),
+                }
+            };
+            prop_assert_eq!(until_broken(size), until_broken(1));
         }
     }
 
