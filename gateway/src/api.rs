@@ -158,7 +158,7 @@ impl Api {
 
 /// Parses a path after the API's prefix: a resource, and one object of it.
 fn named(rest: &str) -> Result<(&'static Resource, Option<String>), ApiError> {
-    let decoded = String::from_utf8(percent_decode(rest))
+    let decoded = String::from_utf8(percent_decode(rest).into_owned())
         .map_err(|_| ApiError::bad_request("the path is not valid UTF-8"))?;
     let mut segments = decoded.trim_end_matches('/').split('/');
     let (plural, name, more) = (segments.next().unwrap_or_default(), segments.next(), segments.next());

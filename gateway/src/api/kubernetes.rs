@@ -190,7 +190,8 @@ fn are_events_of_ours(path: &str, query: &str) -> bool {
         return false;
     }
     let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
-    let selector = pairs.find(|(name, _)| *name == "fieldSelector").map(|(_, value)| percent_decode(value));
+    let selector =
+        pairs.find(|(name, _)| *name == "fieldSelector").map(|(_, value)| percent_decode(value).into_owned());
     let Some(Ok(selector)) = selector.map(String::from_utf8) else { return false };
     let kind = selector.split(',').find_map(|term| term.strip_prefix("involvedObject.kind="));
     kind.is_some_and(|kind| RESOURCES.iter().any(|ours| ours.kind == kind))

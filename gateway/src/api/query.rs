@@ -56,7 +56,7 @@ impl Query {
     /// `includeObject` is nothing that is known.
     pub(super) fn parse(query: &str) -> Result<Self, ApiError> {
         let decode = |text: &str| {
-            String::from_utf8(percent_decode(text.replace('+', " ")))
+            String::from_utf8(percent_decode(&text.replace('+', " ")).into_owned())
                 .map_err(|_| ApiError::bad_request("the query is not valid UTF-8"))
         };
         let mut pairs: Vec<(String, String)> = Vec::new();

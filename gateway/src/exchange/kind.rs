@@ -1,7 +1,10 @@
 //! Classifies a Kubernetes request: long-running or not, and whether it passes through a `proxy` subresource. It resolves the path as the
 //! API server does: decoded once.
 
-use towline_model::text::percent_decode;
+use towline_model::text::{cut, percent_decode};
+
+/// Segments of a path that classify a request: an old verb, a namespace, and then the kind, the name and the subresource.
+const SEGMENTS: usize = 6;
 
 /// The gateway's classification of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,36 +21,42 @@ pub struct RequestKind {
 
 impl RequestKind {
     #[must_use]
-    #[expect(clippy::indexing_slicing, reason = "the length is compared first")]
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "`count` stops at SEGMENTS, and a pattern says how many there are"
+    )]
     pub fn of(path: &str, query: &str) -> Self {
         let decoded = percent_decode(path);
-        let decoded = String::from_utf8_lossy(&decoded);
-        let mut segments = decoded.trim_matches('/').split('/');
+        let mut segments = without_slashes(&decoded).split(|byte| *byte == b'/');
         let resources = match segments.next() {
-            Some("api") => segments.next().is_some(),
-            Some("apis") => segments.next().is_some() && segments.next().is_some(),
+            Some(b"api") => segments.next().is_some(),
+            Some(b"apis") => segments.next().is_some() && segments.next().is_some(),
             _ => false,
         };
         if !resources {
             return Self::default();
         }
-        let mut rest: Vec<&str> = segments.collect();
+        let (mut first, mut count) = ([&b""[..]; SEGMENTS], 0);
+        for (place, segment) in first.iter_mut().zip(segments) {
+            *place = segment;
+            count += 1;
+        }
+        let mut rest = &first[..count];
         // The old forms with the verb in the path.
-        let old_watch = rest.first() == Some(&"watch");
-        let old_proxy = rest.first() == Some(&"proxy");
+        let old_watch = matches!(rest, [b"watch", ..]);
+        let old_proxy = matches!(rest, [b"proxy", ..]);
         if old_watch || old_proxy {
-            rest.remove(0);
+            rest = &rest[1..];
         }
         // `namespaces/NS/…`, but not the namespace itself and its two subresources.
-        if rest.first() == Some(&"namespaces") && rest.len() > 2 && !matches!(rest[2], "status" | "finalize")
-        {
-            rest.drain(..2);
+        if matches!(rest, [b"namespaces", _, after, ..] if !matches!(*after, b"status" | b"finalize")) {
+            rest = &rest[2..];
         }
         let subresource = rest.get(2).copied().unwrap_or_default();
-        let proxy = old_proxy || subresource == "proxy";
+        let proxy = old_proxy || subresource == b"proxy";
         let watch = old_watch || flag(query, "watch");
-        let follow = subresource == "log" && flag(query, "follow");
-        let stream = matches!(subresource, "exec" | "attach" | "portforward");
+        let follow = subresource == b"log" && flag(query, "follow");
+        let stream = matches!(subresource, b"exec" | b"attach" | b"portforward");
         Self {
             long_running: proxy || watch || follow || stream,
             watch: watch && !proxy && rest.len() == 1,
@@ -57,12 +66,20 @@ impl RequestKind {
     }
 }
 
+/// A path without the slashes at its ends.
+fn without_slashes(mut path: &[u8]) -> &[u8] {
+    while let [b'/', rest @ ..] | [rest @ .., b'/'] = path {
+        path = rest;
+    }
+    path
+}
+
 /// Whether the query of a watch names the version from which it resumes: its client has seen everything before. Version 0 means any.
 #[must_use]
 pub fn resumes(query: &str) -> bool {
     let from = |pair: &str| {
         let (key, value) = pair.split_once('=')?;
-        (percent_decode(key) == b"resourceVersion").then_some(!matches!(value, "" | "0"))
+        (*percent_decode(key) == *b"resourceVersion").then_some(!matches!(value, "" | "0"))
     };
     // The API server reads the first of several.
     query.split('&').find_map(from).unwrap_or_default()
@@ -72,12 +89,14 @@ pub fn resumes(query: &str) -> bool {
 /// `0` is true.
 fn flag(query: &str, name: &str) -> bool {
     let set = |pair: &str| {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let value = percent_decode(value);
-        (percent_decode(key) == name.as_bytes())
-            .then(|| !(value == b"0" || value.eq_ignore_ascii_case(b"false")))
+        let (key, value) = cut(pair, b'=');
+        (*percent_decode(key) == *name.as_bytes()).then(|| {
+            let value = percent_decode(value.unwrap_or_default());
+            !(*value == *b"0" || value.eq_ignore_ascii_case(b"false"))
+        })
     };
-    query.split('&').find_map(set).unwrap_or_default()
+    // Most requests have no query.
+    !query.is_empty() && query.split('&').find_map(set).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -131,6 +150,11 @@ mod tests {
             // The API server ignores it here, and the answer is one object.
             ("/api/v1/namespaces/x/pods/y?watch=1", true, false, false),
             ("/api/v1/watch/pods", true, true, false),
+            ("//api/v1/watch/namespaces/x/pods//", true, true, false),
+            ("/api/v1/watch/namespaces/x/pods/y", true, false, false),
+            ("/api/v1/watch/namespaces/x/pods/y/z/1/2", true, false, false),
+            ("/api/v1/proxy/namespaces/x/services/y/a/b/c", true, false, true),
+            ("/api/v1/pods/%ff", false, false, false),
             ("/api/v1/namespaces/x/pods/y/log", false, false, false),
             ("/api/v1/namespaces/x/pods/y/log?follow=true", true, false, false),
             ("/api/v1/namespaces/x/pods/y/exec?command=ls", true, false, false),

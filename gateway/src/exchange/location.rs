@@ -9,7 +9,7 @@ use http::header;
 use http::request::Parts;
 use std::fmt::Write as _;
 use thiserror::Error;
-use towline_model::text::percent_decode;
+use towline_model::text::{cut, percent_decode};
 
 /// The address that the client used.
 #[derive(Clone, Copy, Debug)]
@@ -58,8 +58,8 @@ impl<'a> Place<'a> {
         if text.is_empty() {
             return Ok(None);
         }
-        let (rest, fragment) = cut(&text, '#');
-        let (rest, query) = cut(rest, '?');
+        let (rest, fragment) = cut(&text, b'#');
+        let (rest, query) = cut(rest, b'?');
         let prefix = self.prefix.unwrap_or_default();
         let colon = rest.split('/').next().and_then(|first| first.find(':'));
         let (path, query) = match colon {
@@ -125,10 +125,6 @@ fn written(reference: &[u8]) -> Result<String, Astray> {
         }
     }
     Ok(text)
-}
-
-fn cut(text: &str, mark: char) -> (&str, Option<&str>) {
-    text.split_once(mark).map_or((text, None), |(before, after)| (before, Some(after)))
 }
 
 /// The path without its dot segments (RFC 3986, 5.2.4), also those in disguise: browsers and curl read `%2e` as a dot.

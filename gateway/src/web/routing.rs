@@ -4,10 +4,12 @@
 
 use http::request::Parts;
 use http::{Version, header};
-use std::net::IpAddr;
+use memchr::memchr2;
+use std::borrow::Cow;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use thiserror::Error;
 use towline_model::ClusterName;
-use towline_model::text::percent_decode;
+use towline_model::text::{cut, percent_decode};
 
 /// The prefix of every path that names a cluster.
 pub const PREFIX: &str = "/clusters/";
@@ -26,13 +28,13 @@ impl Route {
     /// The path without the query.
     #[must_use]
     pub fn path(&self) -> &str {
-        self.path_and_query.split('?').next().unwrap_or_default()
+        cut(&self.path_and_query, b'?').0
     }
 
     /// The query, or nothing.
     #[must_use]
     pub fn query(&self) -> &str {
-        self.path_and_query.split_once('?').map_or("", |(_, query)| query)
+        cut(&self.path_and_query, b'?').1.unwrap_or_default()
     }
 }
 
@@ -72,7 +74,7 @@ pub fn route(parts: &Parts, host_domain: Option<&str>, sni: Option<&str>) -> Res
     let host = host(parts)?;
     if let (Some(sni), Host::Name(name), Some(domain)) = (sni, &host, host_domain) {
         // Only a cluster's host name selects anything; for other names `tls-server-name` may be arbitrary.
-        if sni != name.as_str() && (is_below(sni, domain) || is_below(name, domain)) {
+        if sni != &**name && (is_below(sni, domain) || is_below(name, domain)) {
             return Err(RouteError::Misdirected);
         }
     }
@@ -100,11 +102,11 @@ fn is_below(name: &str, domain: &str) -> bool {
 }
 
 fn by_path(target: &str) -> Result<Route, RouteError> {
-    let path = target.split('?').next().unwrap_or_default();
     let Some(rest) = target.strip_prefix(PREFIX) else {
+        let (path, _) = cut(target, b'?');
         return Err(if is_api(path) { RouteError::ApiAtRoot } else { RouteError::Nothing });
     };
-    let end = rest.find(['/', '?']).unwrap_or(rest.len());
+    let end = memchr2(b'/', b'?', rest.as_bytes()).unwrap_or(rest.len());
     if rest.is_empty() {
         return Err(RouteError::Nothing);
     }
@@ -116,7 +118,7 @@ fn by_path(target: &str) -> Result<Route, RouteError> {
     if again.is_some_and(|after| after.is_empty() || after.starts_with(['/', '?'])) {
         return Err(RouteError::Doubled(name));
     }
-    if climbs(path_and_query.split('?').next().unwrap_or_default()) {
+    if climbs(cut(&path_and_query, b'?').0) {
         return Err(RouteError::BadPath("it leaves the cluster's prefix"));
     }
     Ok(Route { name, path_and_query, by_path: true })
@@ -124,6 +126,10 @@ fn by_path(target: &str) -> Result<Route, RouteError> {
 
 /// Whether dot segments lead out of the path, read as leniently as any server may read them.
 pub(crate) fn climbs(path: &str) -> bool {
+    // Most paths have neither dots nor anything that may be read as one.
+    if memchr2(b'.', b'%', path.as_bytes()).is_none() {
+        return false;
+    }
     let mut depth = 0_i32;
     for segment in percent_decode(path).split(|byte| matches!(byte, b'/' | b'\\')).skip(1) {
         match segment {
@@ -148,14 +154,14 @@ fn is_api(path: &str) -> bool {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Host {
+enum Host<'a> {
     /// Lower case, without port and final dot.
-    Name(String),
+    Name(Cow<'a, str>),
     Address,
 }
 
 /// The one host that a request names.
-fn host(parts: &Parts) -> Result<Host, RouteError> {
+fn host(parts: &Parts) -> Result<Host<'_>, RouteError> {
     let mut lines = parts.headers.get_all(header::HOST).iter();
     let line = lines.next();
     if lines.next().is_some() {
@@ -177,30 +183,35 @@ fn host(parts: &Parts) -> Result<Host, RouteError> {
     parse_host(text)
 }
 
-fn parse_host(text: &str) -> Result<Host, RouteError> {
+fn parse_host(text: &str) -> Result<Host<'_>, RouteError> {
     let wrong = RouteError::BadHost("it is not a host name with an optional port");
     let (name, port) = match text.strip_prefix('[') {
         Some(rest) => {
             let (address, after) = rest.split_once(']').ok_or_else(|| wrong.clone())?;
-            address.parse::<std::net::Ipv6Addr>().map_err(|_| wrong.clone())?;
+            address.parse::<Ipv6Addr>().map_err(|_| wrong.clone())?;
             (None, after.strip_prefix(':').or_else(|| after.is_empty().then_some("0")))
         }
-        None => match text.split_once(':') {
-            Some((name, port)) => (Some(name), Some(port)),
-            None => (Some(text), Some("0")),
-        },
+        None => {
+            let (name, port) = cut(text, b':');
+            (Some(name), port.or(Some("0")))
+        }
     };
     port.filter(|port| !port.is_empty() && port.parse::<u16>().is_ok()).ok_or_else(|| wrong.clone())?;
     let Some(name) = name else { return Ok(Host::Address) };
-    if name.parse::<IpAddr>().is_ok() {
+    // Without brackets only IPv4 is an address, and it ends in a digit.
+    if name.ends_with(|last: char| last.is_ascii_digit()) && name.parse::<Ipv4Addr>().is_ok() {
         return Ok(Host::Address);
     }
-    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
-    let label = |label: &str| {
-        !label.is_empty()
-            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let label = |label: &[u8]| {
+        let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+        !label.is_empty() && label.iter().all(allowed)
     };
-    if name.len() <= 253 && name.split('.').all(label) { Ok(Host::Name(name)) } else { Err(wrong) }
+    if name.len() > 253 || !name.as_bytes().split(|byte| *byte == b'.').all(label) {
+        return Err(wrong);
+    }
+    let is_lower = !name.bytes().any(|byte| byte.is_ascii_uppercase());
+    Ok(Host::Name(if is_lower { Cow::Borrowed(name) } else { Cow::Owned(name.to_ascii_lowercase()) }))
 }
 
 #[cfg(test)]
