@@ -35,8 +35,8 @@ pub(super) struct Plan {
     pub(super) open: Bytes,
     /// Time until the response's head must have arrived.
     pub(super) deadline: Option<Duration>,
-    /// The part of the path that named the cluster.
-    pub(super) prefix: Option<String>,
+    /// Length of the part of the path that named the cluster.
+    pub(super) prefix_bytes: Option<usize>,
     pub(super) guards: Guards,
 }
 
@@ -78,7 +78,7 @@ impl Plan {
     ) -> Result<(StatusCode, HeaderMap), ExchangeError> {
         let status = u16::try_from(response.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
         let status = status.ok_or_else(|| self.bad_answer("invalid status code"))?;
-        let prefix = self.prefix.as_deref();
+        let prefix = self.prefix_bytes.and_then(|bytes| parts.uri.path().get(..bytes));
         let asked = Asked { method: &self.method, proxy: self.kind.proxy, parts, prefix };
         let head = headers::client_head(&response.headers, status, asked)
             .map_err(|why| ExchangeError::Redirect { cluster: self.name(), status: status.as_u16(), why })?;
@@ -164,11 +164,23 @@ impl Exchange {
         let told = (cluster.mode == Mode::Impersonate).then_some(&*principal);
         let open = encode_head(&open, open::HEAD_MAX_BYTES)
             .map_err(|_| HeadTooLarge::of(&route.path_and_query, told))?;
-        let prefix = route.by_path.then(|| format!("{}{}", routing::PREFIX, route.name));
+        let prefix_bytes = route.by_path.then(|| routing::PREFIX.len() + route.name.as_str().len());
         let (request, working) = (self.context.metrics.request(), peer.work.begin());
         let guards = Guards { run, place: None, _request: request, _working: working, _principal: permit };
         let method = parts.method.clone();
-        Ok(Plan { cluster, principal, method, kind, resumes, body, upgrade, open, deadline, prefix, guards })
+        Ok(Plan {
+            cluster,
+            principal,
+            method,
+            kind,
+            resumes,
+            body,
+            upgrade,
+            open,
+            deadline,
+            prefix_bytes,
+            guards,
+        })
     }
 }
 
