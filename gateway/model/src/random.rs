@@ -2,6 +2,9 @@
 
 use std::cell::RefCell;
 
+/// Where the two digits of each byte are in the text of a UUID.
+const DIGITS_AT: [usize; 16] = [0, 2, 4, 6, 9, 11, 14, 16, 19, 21, 24, 26, 28, 30, 32, 34];
+
 /// Fills `bytes` with random bytes.
 #[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
 pub fn random(bytes: &mut [u8]) {
@@ -9,8 +12,11 @@ pub fn random(bytes: &mut [u8]) {
 }
 /// A random UUID (RFC 9562, version 4). It is a name and not a secret, so random bytes are fetched for many at once.
 #[must_use]
-#[expect(clippy::indexing_slicing, reason = "the pool's length is a multiple of 16, and a digit is below 16")]
-#[expect(clippy::expect_used, reason = "its message says why it cannot fail")]
+#[expect(
+    clippy::indexing_slicing,
+    reason = "the pool's length is a multiple of 16, a digit is below 16, and the last two are at 34"
+)]
+#[expect(clippy::expect_used, reason = "their messages say why they cannot fail")]
 pub fn uuid() -> String {
     thread_local! {
         static BYTES: RefCell<([u8; 1024], usize)> = const { RefCell::new(([0; 1024], 0)) };
@@ -25,16 +31,13 @@ pub fn uuid() -> String {
     });
     bytes[6] = bytes[6] & 0x0f | 0x40;
     bytes[8] = bytes[8] & 0x3f | 0x80;
-    let mut text = String::with_capacity(36);
-    for (at, byte) in bytes.into_iter().enumerate() {
-        if matches!(at, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        for digit in [byte >> 4, byte & 0xf] {
-            text.push(char::from(b"0123456789abcdef"[usize::from(digit)]));
+    let mut text = [b'-'; 36];
+    for (byte, at) in bytes.into_iter().zip(DIGITS_AT) {
+        for (at, digit) in [(at, byte >> 4), (at + 1, byte & 0xf)] {
+            text[at] = b"0123456789abcdef"[usize::from(digit)];
         }
     }
-    text
+    String::from_utf8(text.to_vec()).expect("digits and hyphens are ASCII")
 }
 
 #[cfg(test)]
