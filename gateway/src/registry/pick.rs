@@ -2,12 +2,16 @@
 
 use super::registration::{Retired, retire};
 use super::{Live, Presence, Registry, SessionId};
-use std::thread;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
+use std::thread::{self, ThreadId};
 use std::time::Duration;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use towline_certs::ClusterUid;
 use towline_proto::mux::OpenError;
-use towline_proto::tunnel::{Stream, Transport};
+use towline_proto::tunnel::{Session, Stream, Transport};
 
 /// After this much silence a QUIC session is skipped, if there is another one: an agent on QUIC sends a ping every
 /// two seconds.
@@ -39,24 +43,22 @@ impl Registry {
         uid: &ClusterUid,
         except: &[SessionId],
     ) -> Result<(SessionId, Stream), AcquireError> {
-        let mut candidates: Vec<(Rank, Live)> = {
+        let mut candidates: Vec<Candidate> = {
             let clusters = self.lock();
             let sessions = clusters.by_uid.get(uid).map_or(&[][..], |tunnel| &tunnel.sessions);
             let usable = |live: &&Live| !except.contains(&live.id) && live.session.is_open();
-            sessions.iter().filter(usable).map(|live| (Rank::default(), live.clone())).collect()
+            sessions.iter().filter(usable).map(Candidate::of).collect()
         };
-        // The sessions' own locks are not taken under the registry's.
-        for (rank, live) in &mut candidates {
-            *rank = Rank::of(live);
+        // The usual case is one session. The sessions' own locks are not taken under the registry's.
+        if candidates.len() > 1 {
+            candidates.sort_by_cached_key(Rank::of);
         }
-        candidates.sort_by_key(|(rank, _)| *rank);
         let mut refusal = None;
-        for (_, live) in candidates {
-            let opened = timeout(OPEN_TIMEOUT, live.session.open()).await;
-            match opened.unwrap_or(Err(OpenError::StreamsMax)) {
+        for candidate in candidates {
+            match open_in_time(&candidate.session).await {
                 Ok(stream) => {
-                    self.rotate(&live);
-                    return Ok((live.id, stream));
+                    self.rotate(&candidate);
+                    return Ok((candidate.id, stream));
                 }
                 Err(OpenError::StreamsMax) => refusal = Some(AcquireError::StreamsMax),
                 Err(OpenError::Memory) => refusal = Some(AcquireError::Memory),
@@ -70,17 +72,42 @@ impl Registry {
     }
 
     /// Replaces a session whose stream ids are nearly used up: its agent opens a new one before this one ends.
-    fn rotate(&self, live: &Live) {
-        if live.session.streams_left().1 < self.spare_ids {
-            retire(live.id, &live.session, &live.retiring, Retired::StreamIds);
+    fn rotate(&self, candidate: &Candidate) {
+        if candidate.session.streams_left().1 < self.spare_ids {
+            retire(candidate.id, &candidate.session, &candidate.retiring, Retired::StreamIds);
         }
+    }
+}
+
+/// A session that may carry the next stream: the part of [`Live`] that this needs, because every request copies it.
+struct Candidate {
+    id: SessionId,
+    session: Session,
+    shard: ThreadId,
+    retiring: CancellationToken,
+}
+
+impl Candidate {
+    fn of(live: &Live) -> Self {
+        let Live { id, session, shard, retiring, .. } = live;
+        Self { id: *id, session: session.clone(), shard: *shard, retiring: retiring.clone() }
+    }
+}
+
+/// Opens a stream. A session that cannot do so at once has [`OPEN_TIMEOUT`], and is full after that.
+async fn open_in_time(session: &Session) -> Result<Stream, OpenError> {
+    let mut opening = pin!(session.open());
+    match poll_fn(|cx| Poll::Ready(opening.as_mut().poll(cx))).await {
+        // The usual case: no clock is read and no timer is created.
+        Poll::Ready(opened) => opened,
+        Poll::Pending => timeout(OPEN_TIMEOUT, opening).await.unwrap_or(Err(OpenError::StreamsMax)),
     }
 }
 
 /// Orders sessions for the next stream; the least one carries it. Sessions that are being replaced come last. Before them come
 /// silent ones, because a new stream must not wait until silence turns out to be death. QUIC comes before TCP, then the
 /// lightest load, then the newest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     retiring: bool,
     silent: bool,
@@ -90,16 +117,16 @@ struct Rank {
 }
 
 impl Rank {
-    fn of(live: &Live) -> Self {
-        let session = &live.session;
+    fn of(candidate: &Candidate) -> Self {
+        let session = &candidate.session;
         let (tcp, streams) = (session.transport() == Transport::Tcp, session.stats().streams);
         Self {
-            retiring: live.retiring.is_cancelled(),
+            retiring: candidate.retiring.is_cancelled(),
             // An idle TCP session may be silent for longer; an agent on QUIC never is.
             silent: !tcp && session.silence() > SILENT,
             tcp,
-            load: if live.shard == thread::current().id() { streams } else { ELSEWHERE + 2 * streams },
-            newest: std::cmp::Reverse(live.id.0),
+            load: if candidate.shard == thread::current().id() { streams } else { ELSEWHERE + 2 * streams },
+            newest: std::cmp::Reverse(candidate.id.0),
         }
     }
 }
