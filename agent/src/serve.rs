@@ -13,7 +13,10 @@ pub(crate) mod service;
 use crate::metrics::Counted;
 use crate::serve::outcome::{Ended, Failed, count, spliced};
 use crate::serve::service::Service;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use tokio::time::timeout;
 use towline_proto::Code;
 use towline_proto::mux::CloseReason;
@@ -51,7 +54,14 @@ pub(crate) async fn serve(service: Arc<Service>, session: Session) -> CloseReaso
 
 /// Serves one stream.
 async fn stream(service: &Service, mut send: SendStream, mut recv: RecvStream) {
-    let head = timeout(service.head_timeout, recv_head::<Open>(&mut recv, service.head_max)).await;
+    let head = {
+        let mut head = pin!(recv_head::<Open>(&mut recv, service.head_max));
+        match poll_fn(|cx| Poll::Ready(head.as_mut().poll(cx))).await {
+            // The usual case: no clock is read and no timer is created.
+            Poll::Ready(head) => Ok(head),
+            Poll::Pending => timeout(service.head_timeout, head).await,
+        }
+    };
     let refused = match head {
         Ok(Ok(mut open)) => match open.want.take() {
             Some(Want::Request(request)) => {

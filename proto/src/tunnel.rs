@@ -28,6 +28,7 @@ use crate::wire::GoAway;
 use driver::{Driver, Shared};
 pub use error::{ReadError, WriteError};
 use quic::QuicDriver;
+use smallvec::SmallVec;
 use std::fmt;
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -125,7 +126,8 @@ impl Transport {
 /// Actions to run after a session's mutex is released.
 #[derive(Default)]
 struct Settle {
-    wakers: Vec<Waker>,
+    /// Seldom more than one.
+    wakers: SmallVec<[Waker; 2]>,
     /// Replaced or forgotten; dropping a waker may run code of its task's runtime.
     retired: Vec<Waker>,
     events: Vec<Event>,
@@ -223,7 +225,7 @@ impl Session {
     /// The stream could not be opened. Nothing has reached the peer then.
     pub async fn open(&self) -> Result<Stream, OpenError> {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, now| {
+            Inner::Mux(shared) => shared.with_now(|core, now| {
                 let key = core.conn.open(now)?;
                 Ok(stream::halves(shared, core, key))
             }),
@@ -237,7 +239,7 @@ impl Session {
     /// Why the session ended.
     pub async fn accept(&self) -> Result<Stream, CloseReason> {
         poll_fn(|cx| match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| {
+            Inner::Mux(shared) => shared.with(|core| {
                 if let Some(key) = core.accepted.pop_front() {
                     return Poll::Ready(Ok(stream::halves(shared, core, key)));
                 }
@@ -247,7 +249,7 @@ impl Session {
                 core.park_accept(cx);
                 Poll::Pending
             }),
-            Inner::Quic(shared) => shared.with(|core, _| {
+            Inner::Quic(shared) => shared.with(|core| {
                 if let Some(streams) = core.accepted.pop_front() {
                     return Poll::Ready(Ok(stream::quic_halves(quic::accepted(shared, streams))));
                 }
@@ -265,8 +267,8 @@ impl Session {
     #[must_use]
     pub fn peer(&self) -> Option<Hello> {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| core.conn.peer().cloned()),
-            Inner::Quic(shared) => shared.with(|core, _| core.ledger.peer().cloned()),
+            Inner::Mux(shared) => shared.with(|core| core.conn.peer().cloned()),
+            Inner::Quic(shared) => shared.with(|core| core.ledger.peer().cloned()),
         }
     }
 
@@ -287,8 +289,8 @@ impl Session {
     #[must_use]
     pub fn closed(&self) -> Option<CloseReason> {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| core.conn.closed().cloned()),
-            Inner::Quic(shared) => shared.with(|core, _| core.ledger.closed().cloned()),
+            Inner::Mux(shared) => shared.with(|core| core.conn.closed().cloned()),
+            Inner::Quic(shared) => shared.with(|core| core.ledger.closed().cloned()),
         }
     }
 
@@ -303,10 +305,8 @@ impl Session {
     #[must_use]
     pub fn streams_left(&self) -> (u32, u32) {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| (core.conn.streams_left(), core.conn.ids_left())),
-            Inner::Quic(shared) => {
-                shared.with(|core, _| (core.ledger.streams_left(), core.ledger.ids_left()))
-            }
+            Inner::Mux(shared) => shared.with(|core| (core.conn.streams_left(), core.conn.ids_left())),
+            Inner::Quic(shared) => shared.with(|core| (core.ledger.streams_left(), core.ledger.ids_left())),
         }
     }
 
@@ -314,8 +314,8 @@ impl Session {
     /// streams, so that requests that have already arrived can be served.
     pub fn drain(&self, goaway: GoAway) {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| core.conn.drain(goaway)),
-            Inner::Quic(shared) => shared.with(|core, _| core.ledger.drain(goaway)),
+            Inner::Mux(shared) => shared.with(|core| core.conn.drain(goaway)),
+            Inner::Quic(shared) => shared.with(|core| core.ledger.drain(goaway)),
         }
     }
 
@@ -325,8 +325,8 @@ impl Session {
     /// Why it was not said.
     pub fn say(&self, notice: Notice) -> Result<(), SayError> {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| core.conn.say(notice)),
-            Inner::Quic(shared) => shared.with(|core, _| core.ledger.say(notice)),
+            Inner::Mux(shared) => shared.with(|core| core.conn.say(notice)),
+            Inner::Quic(shared) => shared.with(|core| core.ledger.say(notice)),
         }
     }
 
@@ -336,7 +336,7 @@ impl Session {
     /// Why the session ended.
     pub async fn hear(&self) -> Result<Notice, CloseReason> {
         poll_fn(|cx| match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| {
+            Inner::Mux(shared) => shared.with(|core| {
                 if let Some(notice) = core.conn.hear() {
                     return Poll::Ready(Ok(notice));
                 }
@@ -346,7 +346,7 @@ impl Session {
                 core.park_hear(cx);
                 Poll::Pending
             }),
-            Inner::Quic(shared) => shared.with(|core, _| {
+            Inner::Quic(shared) => shared.with(|core| {
                 if let Some(notice) = core.ledger.hear() {
                     return Poll::Ready(Ok(notice));
                 }
@@ -363,16 +363,16 @@ impl Session {
     /// Ends the session: every stream fails, and the peer receives the reason.
     pub fn close(&self, code: Code, text: &str) {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| core.conn.close(code, text)),
-            Inner::Quic(shared) => shared.with(|core, _| core.ledger.close(code, text)),
+            Inner::Mux(shared) => shared.with(|core| core.conn.close(code, text)),
+            Inner::Quic(shared) => shared.with(|core| core.ledger.close(code, text)),
         }
     }
 
     /// Asks the peer for a sign of life now. Returns at once; [`Self::silence`] restarts from zero when one arrives.
     pub fn probe(&self) {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, now| core.conn.probe(now)),
-            Inner::Quic(shared) => shared.with(|core, now| core.ledger.probe(now)),
+            Inner::Mux(shared) => shared.with_now(|core, now| core.conn.probe(now)),
+            Inner::Quic(shared) => shared.with_now(|core, now| core.ledger.probe(now)),
         }
     }
 
@@ -380,8 +380,8 @@ impl Session {
     #[must_use]
     pub fn silence(&self) -> Duration {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, now| now.since(core.conn.last_heard())),
-            Inner::Quic(shared) => shared.with(|core, now| now.since(core.ledger.last_heard())),
+            Inner::Mux(shared) => shared.with_now(|core, now| now.since(core.conn.last_heard())),
+            Inner::Quic(shared) => shared.with_now(|core, now| now.since(core.ledger.last_heard())),
         }
     }
 
@@ -398,13 +398,13 @@ impl Session {
     #[must_use]
     pub fn stats(&self) -> SessionStats {
         match &self.inner {
-            Inner::Mux(shared) => shared.with(|core, _| SessionStats {
+            Inner::Mux(shared) => shared.with(|core| SessionStats {
                 streams: core.conn.streams(),
                 rtt: core.conn.rtt(),
                 recv_reserved: core.conn.recv_reserved(),
                 send_queued: core.conn.send_queued(),
             }),
-            Inner::Quic(shared) => shared.with(|core, _| SessionStats {
+            Inner::Quic(shared) => shared.with(|core| SessionStats {
                 streams: core.ledger.streams(),
                 rtt: core.ledger.rtt(),
                 recv_reserved: core.ledger.recv_reserved(),
@@ -484,7 +484,7 @@ mod tests {
         let (gateway, _driver) = session(near, Role::Gateway);
         assert!(gateway.try_silence().is_some());
         let Inner::Mux(shared) = &gateway.inner else { unreachable!("it was made over a byte stream") };
-        let found = shared.with(|_, _| {
+        let found = shared.with(|_| {
             let other = gateway.clone();
             std::thread::spawn(move || (other.try_silence(), other.traffic())).join().unwrap()
         });

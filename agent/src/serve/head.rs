@@ -23,6 +23,8 @@ const HOP_BY_HOP: &[&str] = &[
     "upgrade",
     "expect",
 ];
+const AUDIT_ID: HeaderName = HeaderName::from_static("audit-id");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// Fields of a request that the agent makes.
 const OURS: &[&str] = &["host", "content-length"];
 const UPGRADES: &[&str] = &["websocket", "SPDY/3.1"];
@@ -100,10 +102,10 @@ impl RequestHead {
             };
             append(&mut headers, name, value.map_err(|_| RequestProblem::Header)?)?;
         }
-        for (name, value) in [("audit-id", &open.audit_id), ("traceparent", &open.traceparent)] {
+        for (name, value) in [(AUDIT_ID, &open.audit_id), (TRACEPARENT, &open.traceparent)] {
             if !value.is_empty() {
                 let value = HeaderValue::from_str(value).map_err(|_| RequestProblem::Header)?;
-                set(&mut headers, HeaderName::from_static(name), value)?;
+                set(&mut headers, name, value)?;
             }
         }
         if upgrade {

@@ -115,12 +115,17 @@ impl Shared {
         })
     }
 
-    /// Runs `f` on the core, then wakes the tasks that should check again.
-    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
+    /// As [`Self::with`], for what depends on the time: reading the clock costs as much as the lock.
+    pub(super) fn with_now<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
         let now = self.now();
+        self.with(|core| f(core, now))
+    }
+
+    /// Runs `f` on the core, then wakes the tasks that should check again.
+    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core) -> R) -> R {
         let mut settle = Settle::default();
         let mut core = self.lock();
-        let result = f(&mut core, now);
+        let result = f(&mut core);
         core.collect(&mut settle);
         let (output, closed) = (core.conn.has_output(), core.conn.closed().is_some());
         if let Some(driver) = core.driver.take_if(|driver| driver.output && output || driver.close && closed)
@@ -255,7 +260,7 @@ impl<IO> std::fmt::Debug for Driver<IO> {
 impl<IO> Drop for Driver<IO> {
     fn drop(&mut self) {
         self.shared
-            .with(|core, _| core.conn.handle_transport_end("the task of the session was dropped".to_owned()));
+            .with(|core| core.conn.handle_transport_end("the task of the session was dropped".to_owned()));
     }
 }
 
@@ -311,7 +316,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             }
             Poll::Ready(Ok(bytes)) => {
                 self.shared.bytes_in.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                self.shared.with(|core, now| core.conn.handle_input(now, bytes));
+                self.shared.with_now(|core, now| core.conn.handle_input(now, bytes));
                 true
             }
             Poll::Ready(Err(error)) => {
@@ -344,7 +349,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         }
         self.armed = None;
         if until.is_none() {
-            self.shared.with(|core, now| core.conn.handle_timeout(now));
+            self.shared.with_now(|core, now| core.conn.handle_timeout(now));
         } else if self.shared.now() >= deadline {
             match self.deaf.take() {
                 Some(deaf) => self.fail(&deaf.error),
@@ -387,7 +392,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             let bytes = core.conn.poll_output(now, BATCH, &mut self.out);
             drop(core);
             // Room in the send queues wakes writers.
-            self.shared.with(|_, _| ());
+            self.shared.with(|_| ());
             self.shared.bytes_out.fetch_add(bytes as u64, Ordering::Relaxed);
             self.waited = 0;
             progress = true;
@@ -457,7 +462,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
 
     fn fail(&mut self, text: &str) {
         self.discard();
-        self.shared.with(|core, _| core.conn.handle_transport_end(text.to_owned()));
+        self.shared.with(|core| core.conn.handle_transport_end(text.to_owned()));
     }
 }
 
@@ -520,9 +525,9 @@ mod tests {
         let handle = Arc::clone(&shared);
         let broken = async move {
             tokio::time::sleep(Duration::from_millis(10)).await;
-            let panic = catch_unwind(AssertUnwindSafe(|| handle.with(|_, _| panic!("inside"))));
+            let panic = catch_unwind(AssertUnwindSafe(|| handle.with(|_| panic!("inside"))));
             assert!(panic.is_err());
-            handle.with(|core, _| assert!(core.conn.closed().is_some()));
+            handle.with(|core| assert!(core.conn.closed().is_some()));
         };
         let (reason, ()) = tokio::join!(driver.run(), broken);
         assert_eq!(reason.code(), Code::Internal.to_u32());

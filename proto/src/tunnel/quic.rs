@@ -152,12 +152,17 @@ impl Shared {
         })
     }
 
-    /// Runs `f` on the core, then wakes the tasks that should check again.
-    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
+    /// As [`Self::with`], for what depends on the time: reading the clock costs as much as the lock.
+    pub(super) fn with_now<R>(&self, f: impl FnOnce(&mut Core, Instant) -> R) -> R {
         let now = self.now();
+        self.with(|core| f(core, now))
+    }
+
+    /// Runs `f` on the core, then wakes the tasks that should check again.
+    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Core) -> R) -> R {
         let mut settle = Settle::default();
         let mut core = self.lock();
-        let result = f(&mut core, now);
+        let result = f(&mut core);
         while let Some(event) = core.ledger.poll_event() {
             match event {
                 LedgerEvent::Session(Event::Heard) => settle.wakers.extend(core.hear_waker.take()),
@@ -198,7 +203,7 @@ impl Shared {
     }
 
     pub(super) fn closed(&self) -> CloseReason {
-        let closed = self.with(|core, _| core.ledger.closed().cloned());
+        let closed = self.with(|core| core.ledger.closed().cloned());
         closed.unwrap_or_else(|| transport_end(self.conn.close_reason()))
     }
 }
@@ -236,9 +241,8 @@ impl fmt::Debug for QuicDriver {
 
 impl Drop for QuicDriver {
     fn drop(&mut self) {
-        self.shared.with(|core, _| {
-            core.ledger.handle_transport_end("the task of the session was dropped".to_owned())
-        });
+        self.shared
+            .with(|core| core.ledger.handle_transport_end("the task of the session was dropped".to_owned()));
         let code = self.shared.closed().code();
         self.shared.conn.close(VarInt::from(code), b"");
     }
@@ -290,7 +294,7 @@ impl QuicDriver {
                 read = recv.read_chunk(CONTROL_CHUNK, true) => match read {
                     Ok(Some(chunk)) => {
                         shared.bytes_in.fetch_add(chunk.bytes.len() as u64, Ordering::Relaxed);
-                        shared.with(|core, now| core.ledger.handle_input(now, chunk.bytes));
+                        shared.with_now(|core, now| core.ledger.handle_input(now, chunk.bytes));
                     }
                     Ok(None) => return self.ended("the peer ended the control stream".to_owned()),
                     Err(error) => return self.ended(error.to_string()),
@@ -308,7 +312,7 @@ impl QuicDriver {
                 },
                 () = shared.output.notified() => {}
                 () = tokio::time::sleep_until(deadline) => {
-                    shared.with(|core, now| core.ledger.handle_timeout(now));
+                    shared.with_now(|core, now| core.ledger.handle_timeout(now));
                 }
             }
         }
@@ -324,7 +328,7 @@ impl QuicDriver {
 
     fn accept(&self, mut send: quinn::SendStream, mut recv: quinn::RecvStream) {
         let Some(id) = stream_id(send.id()) else { return };
-        let waiting = self.shared.with(|core, now| match core.ledger.on_accepted(now, id) {
+        let waiting = self.shared.with_now(|core, now| match core.ledger.on_accepted(now, id) {
             Ok(true) => {
                 core.accepted.push_back((send, recv));
                 core.accept_waker.take()
@@ -369,7 +373,7 @@ impl QuicDriver {
 
     /// The connection failed, or the peer broke the rules of the control stream.
     fn ended(&self, text: String) -> CloseReason {
-        self.shared.with(|core, _| core.ledger.handle_transport_end(text));
+        self.shared.with(|core| core.ledger.handle_transport_end(text));
         self.shared.closed()
     }
 }
@@ -379,10 +383,10 @@ impl QuicDriver {
 /// Opens a stream; waits for QUIC to allow it if the peer is still raising its limit.
 pub(super) async fn open(shared: &Arc<Shared>) -> Result<(QuicSend, QuicRecv), crate::mux::OpenError> {
     use crate::mux::OpenError;
-    shared.with(|core, _| core.ledger.may_open())?;
+    shared.with(|core| core.ledger.may_open())?;
     let (send, recv) = shared.conn.open_bi().await.map_err(|_| OpenError::Closed)?;
     let id = stream_id(send.id()).ok_or(OpenError::IdsExhausted)?;
-    let sooner = shared.with(|core, now| {
+    let sooner = shared.with_now(|core, now| {
         let before = core.ledger.poll_timeout();
         core.ledger.on_opened(now, id)?;
         Ok(core.ledger.poll_timeout() < before)
@@ -481,7 +485,7 @@ impl QuicSend {
         let id = self.id;
         // Return an error once the session has closed: quinn still accepts empty writes while the last frames leave, and a task that
         // repeats them would block those frames.
-        let credit = self.shared.with(|core, _| match core.ledger.credit(id) {
+        let credit = self.shared.with(|core| match core.ledger.credit(id) {
             _ if let Some(reason) = core.ledger.closed() => {
                 Poll::Ready(Err(WriteError::Closed(reason.clone())))
             }
@@ -508,7 +512,7 @@ impl QuicSend {
         let written = pin!(self.inner.write_chunks(&mut pieces)).poll(cx);
         self.waits = written.is_pending();
         // Credit is within the stream's window (`window_above`), so quinn accepts nothing only if the connection is full.
-        self.shared.with(|core, _| match &written {
+        self.shared.with(|core| match &written {
             Poll::Pending => core.gate.on_blocked(id),
             Poll::Ready(written) => {
                 core.gate.pass(id);
@@ -545,7 +549,7 @@ impl QuicSend {
     fn end(&mut self) {
         if !std::mem::replace(&mut self.ended, true) {
             let id = self.id;
-            self.shared.with(|core, _| {
+            self.shared.with(|core| {
                 core.writers.remove(&id);
                 core.gate.leave(id);
                 core.ledger.on_send_ended(id);
@@ -556,7 +560,7 @@ impl QuicSend {
     /// A write was given up: others do not wait for it.
     pub(super) fn leave(&mut self) {
         if std::mem::take(&mut self.waits) {
-            self.shared.with(|core, _| core.gate.leave(self.id));
+            self.shared.with(|core| core.gate.leave(self.id));
         }
     }
 
@@ -601,7 +605,7 @@ impl QuicRecv {
             Ok(bytes) => {
                 let (id, len) = (self.id, bytes.len());
                 self.shared.bytes_in.fetch_add(len as u64, Ordering::Relaxed);
-                let counted = self.shared.with(|core, now| {
+                let counted = self.shared.with_now(|core, now| {
                     core.ledger.on_heard(now);
                     core.ledger.on_read(now, id, len)
                 });
@@ -624,7 +628,7 @@ impl QuicRecv {
         if self.end.is_none() {
             self.end = Some(end);
             let id = self.id;
-            self.shared.with(|core, now| {
+            self.shared.with_now(|core, now| {
                 core.ledger.on_heard(now);
                 core.ledger.on_recv_ended(id);
             });
@@ -636,7 +640,7 @@ impl QuicRecv {
             drop(self.inner.stop(VarInt::from(code.to_u32())));
             self.end = Some(Err(ReadError::Reset(code)));
             let id = self.id;
-            self.shared.with(|core, _| core.ledger.on_recv_ended(id));
+            self.shared.with(|core| core.ledger.on_recv_ended(id));
         }
     }
 }

@@ -86,7 +86,7 @@ pub(super) fn quic_halves((send, recv): (QuicSend, QuicRecv)) -> Stream {
 
 impl MuxHalf {
     fn poll_read_chunk(&self, cx: &mut Context<'_>, max: usize) -> Poll<Result<Option<Bytes>, ReadError>> {
-        self.shared.with(|core, now| match core.conn.read(now, self.key, max) {
+        self.shared.with_now(|core, now| match core.conn.read(now, self.key, max) {
             Read::Data(bytes) => Poll::Ready(Ok(Some(bytes))),
             Read::Finished => Poll::Ready(Ok(None)),
             Read::Reset(_) if core.conn.closed().is_some() => {
@@ -101,7 +101,7 @@ impl MuxHalf {
     }
 
     fn poll_write(&self, cx: &mut Context<'_>, bytes: &mut Bytes) -> Poll<Result<usize, WriteError>> {
-        self.shared.with(|core, now| match core.conn.write(now, self.key, bytes) {
+        self.shared.with_now(|core, now| match core.conn.write(now, self.key, bytes) {
             Ok(0) if !bytes.is_empty() => {
                 core.park(self.key, |waiters| &mut waiters.write, cx);
                 Poll::Pending
@@ -113,7 +113,7 @@ impl MuxHalf {
 
     /// Writes all of `parts`, and ends the half once nothing of them is left.
     fn poll_write_last(&self, cx: &mut Context<'_>, parts: &mut [Bytes]) -> Poll<Result<(), WriteError>> {
-        self.shared.with(|core, now| {
+        self.shared.with_now(|core, now| {
             for bytes in parts.iter_mut().filter(|bytes| !bytes.is_empty()) {
                 if let Err(error) = core.conn.write(now, self.key, bytes) {
                     return Poll::Ready(Err(write_error(&core.conn, error)));
@@ -136,7 +136,7 @@ impl MuxHalf {
     /// Gives up this half with `end`, and the stream with the second half.
     fn give_up(&mut self, end: impl FnOnce(&mut Core, Key)) {
         if !std::mem::replace(&mut self.gone, true) {
-            self.shared.with(|core, _| {
+            self.shared.with(|core| {
                 end(core, self.key);
                 core.let_go(self.key);
             });
@@ -230,7 +230,7 @@ impl SendStream {
     /// Ends this half: the peer reads everything written and then the end. Returns at once.
     pub fn finish(&mut self) {
         match &mut self.inner {
-            SendInner::Mux(half) => half.shared.with(|core, now| core.conn.finish(now, half.key)),
+            SendInner::Mux(half) => half.shared.with_now(|core, now| core.conn.finish(now, half.key)),
             SendInner::Quic(half) => half.finish(),
         }
     }
@@ -238,7 +238,7 @@ impl SendStream {
     /// Gives up this half: the peer sees an abort. Has no effect after a finish that has left.
     pub fn reset(&mut self, code: Code) {
         match &mut self.inner {
-            SendInner::Mux(half) => half.shared.with(|core, _| core.conn.reset(half.key, code)),
+            SendInner::Mux(half) => half.shared.with(|core| core.conn.reset(half.key, code)),
             SendInner::Quic(half) => half.reset(code),
         }
     }
@@ -254,7 +254,7 @@ impl SendStream {
             SendInner::Mux(half) => half,
             SendInner::Quic(half) => return half.poll_stopped(cx),
         };
-        half.shared.with(|core, _| {
+        half.shared.with(|core| {
             if let Some(code) = core.conn.stopped(half.key) {
                 return Poll::Ready(WriteError::Stopped(Code::from_u32(code)));
             }
@@ -335,7 +335,7 @@ impl RecvStream {
     pub fn stop(&mut self, code: Code) {
         self.unread = Bytes::new();
         match &mut self.inner {
-            RecvInner::Mux(half) => half.shared.with(|core, _| core.conn.stop(half.key, code)),
+            RecvInner::Mux(half) => half.shared.with(|core| core.conn.stop(half.key, code)),
             RecvInner::Quic(half) => half.stop(code),
         }
     }
