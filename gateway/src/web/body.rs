@@ -121,11 +121,40 @@ struct Tunnel {
     recv: RecvBody,
     end: Option<WatchEnd>,
     keep: Keep,
-    ended: Aside<WaitForCancellationFutureOwned>,
+    ended: Ended,
     basis: Option<Basis>,
     stalled: Option<Stalled>,
     /// Why the response ends early; returned one poll later.
     failed: Option<BodyError>,
+}
+
+/// The end of the caller's credential or access. Most bodies are complete before they wait for anything, so only one that waits
+/// registers for the end.
+struct Ended {
+    token: CancellationToken,
+    wait: Option<Aside<WaitForCancellationFutureOwned>>,
+}
+
+impl Ended {
+    /// Whether it has come.
+    fn now(&mut self, cx: &mut Context<'_>) -> bool {
+        match &mut self.wait {
+            Some(wait) => Pin::new(wait).poll(cx).is_ready(),
+            None => self.token.is_cancelled(),
+        }
+    }
+
+    /// The same for a body that is about to wait: from now on the end wakes its task.
+    fn now_or_wakes(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.wait.is_none() {
+            let mut wait = Aside::new(self.token.clone().cancelled_owned());
+            // The end may have come since [`Self::now`].
+            let is_over = Pin::new(&mut wait).poll(cx).is_ready();
+            self.wait = Some(wait).filter(|_| !is_over);
+            return is_over;
+        }
+        false
+    }
 }
 
 /// What an exchange holds until its end.
@@ -139,6 +168,14 @@ pub(crate) struct Keep {
 }
 
 impl Tunnel {
+    /// Waits for the next frame, and for the end of the caller's access.
+    fn wait(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.ended.now_or_wakes(cx) {
+            return self.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
+        }
+        Poll::Pending
+    }
+
     /// Ends the exchange. The body's error is returned at the next poll, not at this one: hyper closes an HTTP/1.1 connection on it
     /// without writing what it has buffered, and writes its buffer only when the body returns nothing. A client would see its
     /// connection end without the head of a response that had begun.
@@ -260,7 +297,7 @@ impl TunnelBody {
             session: recv.session(),
             on_abort: Some(Arc::clone(&keep.on_abort)),
         });
-        let ended = Aside::new(ended.cancelled_owned());
+        let ended = Ended { token: ended, wait: None };
         Self(Some(Box::new(Tunnel { recv, end, keep, ended, basis, stalled: None, failed: None })))
     }
 
@@ -293,14 +330,14 @@ impl Body for TunnelBody {
             self.0 = None;
             return Poll::Ready(None);
         }
-        if Pin::new(&mut tunnel.ended).poll(cx).is_ready() {
+        if tunnel.ended.now(cx) {
             return tunnel.fail(BodyError::Read(ReadError::Reset(Code::Denied)), cx);
         }
         let is_lost = tunnel.end.as_ref().is_some_and(WatchEnd::is_lost);
         if is_lost || tunnel.stalled.as_ref().is_some_and(Stalled::now) {
-            return Poll::Pending;
+            return tunnel.wait(cx);
         }
-        let frame = ready!(Pin::new(&mut tunnel.recv).poll_frame(cx));
+        let Poll::Ready(frame) = Pin::new(&mut tunnel.recv).poll_frame(cx) else { return tunnel.wait(cx) };
         match frame {
             Some(Ok(frame)) => Poll::Ready(Some(Ok(match &mut tunnel.end {
                 Some(end) => frame.map_data(|bytes| end.pass(bytes)),
@@ -404,6 +441,45 @@ impl Body for AnswerBody {
             Inner::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Inner::Stream(_) => SizeHint::default(),
             Inner::Tunnel(body) => body.size_hint(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+    use std::task::{Wake, Waker};
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Goal: the end of the caller's access is noticed whenever it comes, and wakes a body that waits.
+    #[test]
+    fn an_end_is_noticed_whenever_it_comes() {
+        for comes_at in 0..3 {
+            let wakes = Arc::new(Wakes::default());
+            let waker = Waker::from(Arc::clone(&wakes));
+            let cx = &mut Context::from_waker(&waker);
+            let token = CancellationToken::new();
+            let mut ended = Ended { token: token.clone(), wait: None };
+            if comes_at == 0 {
+                token.cancel();
+            }
+            assert_eq!(ended.now(cx), comes_at == 0);
+            if comes_at == 1 {
+                token.cancel();
+            }
+            assert_eq!(ended.now_or_wakes(cx), comes_at <= 1);
+            token.cancel();
+            assert_eq!(wakes.0.load(Ordering::Relaxed), usize::from(comes_at == 2));
+            assert!(ended.now(cx));
         }
     }
 }
