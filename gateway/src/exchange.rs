@@ -283,7 +283,7 @@ impl Exchange {
                     tracing::debug!(%cluster, %error, "response cut off");
                 }
             }),
-            guards: Box::new(plan.guards),
+            guards: plan.guards,
         };
         let mut answer = Response::new(TunnelBody::new(recv, end, keep, ended));
         *answer.status_mut() = status;

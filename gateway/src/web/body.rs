@@ -114,18 +114,19 @@ struct Stream {
 }
 
 /// The body of an answer that arrives through a tunnel. Dropping it before its end resets and stops the stream.
-pub(crate) struct TunnelBody(Option<Box<Tunnel>>);
+pub(crate) struct TunnelBody(Option<Box<Tunnel<dyn Send + Sync>>>);
 
 /// A response that arrives through a tunnel, and everything that must live as long as it does.
-struct Tunnel {
+struct Tunnel<G: ?Sized> {
     recv: RecvBody,
     end: Option<WatchEnd>,
-    keep: Keep,
     ended: Ended,
     basis: Option<Basis>,
     stalled: Option<Stalled>,
     /// Why the response ends early; returned one poll later.
     failed: Option<BodyError>,
+    /// Last, and of any type: so it needs no box of its own.
+    keep: Keep<G>,
 }
 
 /// The end of the caller's credential or access. Most bodies are complete before they wait for anything, so only one that waits
@@ -158,16 +159,16 @@ impl Ended {
 }
 
 /// What an exchange holds until its end.
-pub(crate) struct Keep {
+pub(crate) struct Keep<G: ?Sized> {
     /// The task that sends the client's body.
     pub(crate) upload: Option<Upload>,
     pub(crate) on_abort: OnAbort,
     /// Permits and gauges.
     #[expect(dead_code, reason = "counts as long as it lives")]
-    pub(crate) guards: Box<dyn Send + Sync>,
+    pub(crate) guards: G,
 }
 
-impl Tunnel {
+impl Tunnel<dyn Send + Sync> {
     /// Waits for the next frame, and for the end of the caller's access.
     fn wait(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         if self.ended.now_or_wakes(cx) {
@@ -291,7 +292,12 @@ impl WatchEnd {
 
 impl TunnelBody {
     /// A body from `recv`; `ended` is cancelled when the caller's credential or access is revoked or expires.
-    pub(crate) fn new(recv: RecvBody, end: Option<WatchEnd>, keep: Keep, ended: CancellationToken) -> Self {
+    pub(crate) fn new<G: Send + Sync + 'static>(
+        recv: RecvBody,
+        end: Option<WatchEnd>,
+        keep: Keep<G>,
+        ended: CancellationToken,
+    ) -> Self {
         let basis = Some(Basis {
             ended: ended.clone(),
             session: recv.session(),
