@@ -46,6 +46,7 @@ use http::request::Parts;
 use http::{Method, Response, StatusCode, Version};
 use http_body::Body;
 use std::fmt::Display;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use towline_certs::ClusterUid;
@@ -117,23 +118,27 @@ impl Exchange {
         B::Error: Display,
     {
         let ended = plan.guards.run.ended().clone();
-        let exchanged = async {
-            // Before any waiting: from now on the unread part of the body counts.
-            let room = match plan.body != BodyKind::NONE && head.version == Version::HTTP_2 {
-                true => {
-                    Some(Box::pin(self.access.room(peer, &plan.principal, body.size_hint().exact())).await?)
-                }
-                false => None,
-            };
-            let place = self.access.place(&plan.principal, &plan.cluster.uid, plan.kind.long_running);
-            plan.guards.place = Some(place.await?);
-            self.open(&plan, body, room).await
-        };
-        let exchanged = tokio::select! {
-            biased;
-            // Also before anything is sent: the request may have waited for its place.
-            () = ended.cancelled() => None,
-            done = exchanged => Some(done?),
+        let exchanged = {
+            // Pinned where it is made: it is large, and `select!` would move it.
+            let exchanged = pin!(async {
+                // Before any waiting: from now on the unread part of the body counts.
+                let room = match plan.body != BodyKind::NONE && head.version == Version::HTTP_2 {
+                    true => {
+                        let length = body.size_hint().exact();
+                        Some(Box::pin(self.access.room(peer, &plan.principal, length)).await?)
+                    }
+                    false => None,
+                };
+                let place = self.access.place(&plan.principal, &plan.cluster.uid, plan.kind.long_running);
+                plan.guards.place = Some(place.await?);
+                self.open(&plan, body, room).await
+            });
+            tokio::select! {
+                biased;
+                // Also before anything is sent: the request may have waited for its place.
+                () = ended.cancelled() => None,
+                done = exchanged => Some(done?),
+            }
         };
         let Some((answer, begun)) = exchanged else {
             return Err(AccessError::ended(plan.guards.run.why(), &plan.cluster.name).into());
