@@ -22,7 +22,7 @@ use base64::{Engine as _, alphabet};
 use http::header::{
     AUTHORIZATION, CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_PROTOCOL, UPGRADE,
 };
-use memchr::memchr;
+use memchr::{memchr, memchr_iter};
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
@@ -366,23 +366,29 @@ pub(crate) fn target_carries_own_credential(target: &str) -> bool {
 
 /// Whether `bytes` contain a token of the gateway, or its first 16 characters, whatever precedes it.
 fn holds_whole(bytes: &[u8]) -> bool {
-    let prefix = token::PREFIX.as_bytes();
     let is_of_one = |byte: &&u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'~');
     let is_whole =
         |at: usize| bytes.iter().skip(at).take(TOKEN_LEAST).filter(is_of_one).count() == TOKEN_LEAST;
-    let begins = |(at, window): (usize, &[u8])| window == prefix && is_whole(at + prefix.len());
-    bytes.windows(prefix.len()).enumerate().any(begins)
+    prefixes(bytes).any(|at| is_whole(at + token::PREFIX.len()))
 }
 
 /// Whether a token of the gateway begins anywhere in `bytes`, except inside a longer word: among the
 /// letters of other tokens the prefix appears by chance.
 fn holds_own(bytes: &[u8]) -> bool {
-    let prefix = token::PREFIX.as_bytes();
     let in_a_word =
         |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.' | b'/' | b'+');
     let begins =
         |at: usize| at.checked_sub(1).and_then(|before| bytes.get(before)).is_none_or(|b| !in_a_word(b));
-    bytes.windows(prefix.len()).enumerate().any(|(at, window)| window == prefix && begins(at))
+    prefixes(bytes).any(begins)
+}
+
+/// Where the prefix of the gateway's tokens is in `bytes`. It ends in an underscore, which is rare in what every request is
+/// searched for.
+fn prefixes(bytes: &[u8]) -> impl Iterator<Item = usize> {
+    memchr_iter(b'_', bytes).filter_map(|end| {
+        let at = (end + 1).checked_sub(token::PREFIX.len())?;
+        (bytes.get(at..=end)? == token::PREFIX.as_bytes()).then_some(at)
+    })
 }
 
 #[cfg(test)]
@@ -539,6 +545,14 @@ mod tests {
     }
 
     proptest! {
+        /// Goal: every prefix of a token is found, wherever it is.
+        #[test]
+        fn prefixes_are_found_everywhere(text in "(tlat_|tlat|_|t|l|a|x){0,12}") {
+            let found: Vec<usize> = prefixes(text.as_bytes()).collect();
+            let expected: Vec<usize> = text.match_indices(token::PREFIX).map(|(at, _)| at).collect();
+            prop_assert_eq!(found, expected);
+        }
+
         /// Goal: an Authorization is split at its first space, and each part is trimmed, for every text that a field may have.
         #[test]
         fn an_authorization_is_split_at_its_first_space(
