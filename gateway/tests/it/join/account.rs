@@ -326,8 +326,9 @@ async fn a_place_taken_during_the_pings_is_refused() {
     let (sent, is_sent) = tokio::sync::oneshot::channel();
     let asks = async {
         let mut io = connect(&world).await;
-        let request =
-            JoinRequest { boot_id: vec![3; 16].into(), ..request(cluster.token("1", SUBJECT), &key()) };
+        let issuer = Some(cluster.issuer("1"));
+        let request = request(cluster.token("1", SUBJECT), &key());
+        let request = JoinRequest { boot_id: vec![3; 16].into(), issuer, ..request };
         send_message(&mut io, &request, JOIN_MAX_BYTES).await.unwrap();
         sent.send(()).unwrap();
         answer_of(io).await.unwrap()
