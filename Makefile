@@ -31,9 +31,10 @@ lint: ## format, clippy, documentation, and the rules of this tree: a pure core,
 	.ci/dialect
 	.ci/deny
 
-bench: ## what the core costs without I/O, and whether its instruction counts have grown
+bench: ## what the core costs without I/O, and whether its instruction counts, or those of a whole request, have grown
 	$(CARGO) bench -p towline-proto --bench core
 	.ci/instructions
+	.ci/per-request --gate
 
 fuzz: ## every fuzz target for FUZZ_SECONDS (60); FUZZ=core: only those of the core
 	proto/fuzz/run.sh $(or $(FUZZ_SECONDS),60) $(FUZZ)
