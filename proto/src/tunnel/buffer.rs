@@ -52,20 +52,31 @@ pub(super) fn poll_read_once<R: AsyncRead + Unpin>(
     Poll::Ready(Ok(bytes))
 }
 
-/// Reads all ready data, at most [`CHUNK_MAX`] bytes; empty at the end of the input. It reads until the buffer is full or nothing
-/// is ready.
+/// What was read.
+pub(super) struct Chunk {
+    /// Empty at the end of the input.
+    pub(super) bytes: Bytes,
+    /// Nothing more is ready, and the task is woken when there is.
+    pub(super) is_last: bool,
+}
+
+/// Reads all ready data, at most [`CHUNK_MAX`] bytes. It reads until the buffer is full or nothing is ready.
 ///
 /// # Errors
 /// Those of the reader. If bytes were read before the error, the next call returns it.
 pub(super) fn poll_read_chunk<R: AsyncRead + Unpin>(
     reader: &mut R,
     cx: &mut Context<'_>,
-) -> Poll<io::Result<Bytes>> {
+) -> Poll<io::Result<Chunk>> {
     let mut buffer = take();
     let mut result = Poll::Pending;
+    let mut is_last = false;
     while buffer.capacity() > buffer.len() {
         match tokio_util::io::poll_read_buf(Pin::new(&mut *reader), cx, &mut buffer) {
-            Poll::Pending => break,
+            Poll::Pending => {
+                is_last = true;
+                break;
+            }
             Poll::Ready(Ok(0)) => {
                 result = Poll::Ready(Ok(()));
                 break;
@@ -82,5 +93,5 @@ pub(super) fn poll_read_chunk<R: AsyncRead + Unpin>(
     let bytes = buffer.split().freeze();
     give(buffer);
     ready!(result)?;
-    Poll::Ready(Ok(bytes))
+    Poll::Ready(Ok(Chunk { bytes, is_last }))
 }

@@ -9,7 +9,7 @@
 //! Handles share the mux behind one short mutex under which only `Bytes` move. Wakers are collected under it and woken
 //! after it. A panic while it is held ends only this session.
 
-use super::buffer;
+use super::buffer::{self, Chunk};
 use super::{SessionState, Settle};
 use crate::mux::{CloseReason, Connection, Event, Key};
 use crate::time::Instant;
@@ -292,8 +292,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
                 self.waited += 1;
                 break;
             }
-            let wrote = self.turn_write(cx);
-            match self.rest(cx, read || timed || wrote) {
+            let failed = self.turn_write(cx);
+            match self.rest(cx, read || timed || failed) {
                 Rest::Ended(reason) => return Poll::Ready(reason),
                 Rest::Asleep => return Poll::Pending,
                 Rest::GoOn => {}
@@ -303,21 +303,21 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         Poll::Pending
     }
 
-    /// Reads one chunk; returns whether to read again.
+    /// Reads one chunk; returns whether there may be another.
     fn turn_read(&mut self, cx: &mut Context<'_>) -> bool {
         if self.last_words.is_some() {
             return false;
         }
         match buffer::poll_read_chunk(&mut self.io, cx) {
             Poll::Pending => false,
-            Poll::Ready(Ok(bytes)) if bytes.is_empty() => {
+            Poll::Ready(Ok(Chunk { bytes, .. })) if bytes.is_empty() => {
                 self.hung_up("the peer closed the connection without giving a reason");
                 true
             }
-            Poll::Ready(Ok(bytes)) => {
+            Poll::Ready(Ok(Chunk { bytes, is_last })) => {
                 self.shared.bytes_in.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 self.shared.with_now(|core, now| core.conn.handle_input(now, bytes));
-                true
+                !is_last
             }
             Poll::Ready(Err(error)) => {
                 self.hung_up(&error.to_string());
@@ -367,15 +367,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         }
     }
 
-    /// Writes batches until the transport accepts no more or none is left; returns whether it did anything.
+    /// Writes batches until the transport accepts no more or none is left; returns whether it failed.
     fn turn_write(&mut self, cx: &mut Context<'_>) -> bool {
         if self.deaf.is_some() {
             return false;
         }
-        let mut progress = false;
         loop {
             match self.write_batch(cx) {
-                Poll::Pending => return progress,
+                Poll::Pending => return false,
                 Poll::Ready(Err(error)) => {
                     self.discard();
                     let until = self.shared.now() + CLOSE_TIMEOUT;
@@ -384,18 +383,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
                 }
                 Poll::Ready(Ok(())) => {}
             }
-            let now = self.shared.now();
-            let mut core = self.shared.lock();
-            if !core.conn.has_output() {
-                return progress;
-            }
-            let bytes = core.conn.poll_output(now, BATCH, &mut self.out);
-            drop(core);
+            let out = &mut self.out;
             // Room in the send queues wakes writers.
-            self.shared.with(|_| ());
+            let taken = self
+                .shared
+                .with_now(|core, now| core.conn.has_output().then(|| core.conn.poll_output(now, BATCH, out)));
+            let Some(bytes) = taken else { return false };
             self.shared.bytes_out.fetch_add(bytes as u64, Ordering::Relaxed);
             self.waited = 0;
-            progress = true;
         }
     }
 
@@ -425,7 +420,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
     }
 
     /// Decides, with the core locked, whether the driver may sleep.
-    fn rest(&mut self, cx: &mut Context<'_>, progress: bool) -> Rest {
+    fn rest(&mut self, cx: &mut Context<'_>, again: bool) -> Rest {
         let mut core = self.shared.lock();
         let idle = self.out.is_empty() && !self.unflushed;
         let output = self.deaf.is_none() && core.conn.has_output();
@@ -443,7 +438,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
                 return Rest::GoOn;
             }
         }
-        if progress || (idle && output) {
+        // What was sent may have moved a deadline: the next turn arms the timer for it.
+        let is_armed = self.last_words.is_some()
+            || self.deaf.is_some()
+            || core.conn.poll_timeout().is_none_or(|due| self.armed.is_some_and(|armed| armed <= due));
+        if again || (idle && output) || !is_armed {
             return Rest::GoOn;
         }
         // While the transport is full its own readiness wakes us; new output would only wait behind the old.

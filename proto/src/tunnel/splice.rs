@@ -111,11 +111,11 @@ fn poll_up<IO: AsyncRead + Unpin>(
                 }
                 match buffer::poll_read_chunk(io, cx).map_err(SpliceError::Io)? {
                     Poll::Pending => return Ok(Poll::Pending),
-                    Poll::Ready(bytes) if bytes.is_empty() => {
+                    Poll::Ready(chunk) if chunk.bytes.is_empty() => {
                         send.finish();
                         *state = Up::Done;
                     }
-                    Poll::Ready(bytes) => *state = Up::Writing(bytes),
+                    Poll::Ready(chunk) => *state = Up::Writing(chunk.bytes),
                 }
             }
             Up::Writing(bytes) => match send.poll_write(cx, bytes).map_err(SpliceError::Write)? {

@@ -49,8 +49,8 @@ async fn au_11_groups_are_whole_or_refused() {
     std::fs::write(&path, config.to_string()).unwrap();
     let (code, said) = run("towline-gateway", &["--check", "--config", path.to_str().unwrap()], &[]).await;
     assert_eq!(code, Some(2), "{said}");
-    assert!(said.contains("tokens[3]: ") && said.contains("tokens[4]: "), "{said}");
-    assert!(!said.contains("tokens[2]: "), "{said}");
+    assert!(said.contains("tokens[3].groups") && said.contains("tokens[4].groups"), "{said}");
+    assert!(!said.contains("tokens[2]"), "{said}");
 
     let all: Vec<_> = good.iter().map(record).collect();
     bench.write("tokens.yaml", &json!({"tokens": all}).to_string());
