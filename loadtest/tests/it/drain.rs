@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::Mutex;
@@ -287,6 +287,24 @@ impl Load {
             }
             requests.join_all().await
         });
+        Self { stop, task }
+    }
+
+    /// The same without a rate: each of `clients` sends its next request when the last one is answered.
+    fn unpaced(name: &'static str, service: &Arc<Service>, clients: u64) -> Self {
+        let (stop, numbers) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let mut tasks = JoinSet::new();
+        for _ in 0..clients {
+            let (service, stop, numbers) = (Arc::clone(service), Arc::clone(&stop), Arc::clone(&numbers));
+            tasks.spawn(async move {
+                let mut sent = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    sent.push(service.send(name, numbers.fetch_add(1, Ordering::Relaxed)).await);
+                }
+                sent
+            });
+        }
+        let task = spawn(async move { tasks.join_all().await.into_iter().flatten().collect() });
         Self { stop, task }
     }
 
@@ -925,17 +943,16 @@ async fn the_only_agent_restarts() {
 /// Goal (MX-11): a session that has carried what it may is replaced under load, over and over, and no request notices.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sessions_are_rotated_under_load() {
-    // Measured on another bench: it is by requests that the sessions are counted.
-    let spare = Setup::new(Mode::Restricted).start().await;
-    let rate = rate(&spare).await;
-    spare.end().await;
     for transport in ["tcp", "quic"] {
         let bench = Setup::new(Mode::Restricted)
             .gateway(json!({"limits": {"sessionStreams": 1000}}))
             .agent(json!({"transport": transport}))
             .start()
             .await;
-        let (load, _looking) = one_gateway(&bench, "rotation", rate).await;
+        // As fast as it goes, since it is by requests that the sessions are counted.
+        let (balancer, _looking) =
+            Balancer::start(vec![(bench.front(), bench.stack.gateway_admin)], Duration::ZERO);
+        let load = Load::unpaced("rotation", &Service::new(balancer, RATE), 32);
         until("two sessions were replaced", 10 * PATIENCE, async || {
             bench.gateway_metric("sessions_ended_total").await >= 2.0
         })
