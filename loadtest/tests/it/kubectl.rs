@@ -18,12 +18,20 @@ const PARALLEL: usize = 4;
 
 /// Goal: all kubectls, all flows, in mode impersonate by path. The API server sees only the principal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: every flow with every kubectl of the machine"]
 async fn every_kubectl_by_path_impersonating() {
     by_path_impersonating("tcp", found("every_kubectl_by_path_impersonating", Choice::All)).await;
 }
 
+/// Goal: the same with the oldest and the newest kubectl.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn oldest_and_newest_by_path_impersonating() {
+    by_path_impersonating("tcp", found("oldest_and_newest_by_path_impersonating", Choice::Ends)).await;
+}
+
 /// Goal: the same over QUIC with the oldest, the newest and one between; with `TOWLINE_LONG=1` with all.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "slow: every flow with three kubectls"]
 async fn kubectls_over_quic_by_path_impersonating() {
     by_path_impersonating("quic", found("kubectls_over_quic_by_path_impersonating", Choice::Three)).await;
 }
