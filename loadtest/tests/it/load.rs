@@ -84,12 +84,26 @@ fn plausible(profile: &Profile, needed: &[&str]) {
     }
 }
 
-/// Goal: plaintext at both ends, with every kind of short load; and a run compared with itself is not worse.
+/// Goal: plaintext at both ends, with every kind of short load, on the arms of one transport; and the run is shown.
 #[test]
 fn plaintext() {
+    let arms = ["direct", "raw-tls", "towline-tcp"];
+    let all = "[direct, nginx2, rathole-tls, raw-tls, raw-quic, towline-tcp, towline-quic, towline-cores, towline-one]";
+    plaintext_on(&[(all, &format!("[{}]", arms.join(", ")))], &arms);
+}
+
+/// Goal: the same on every arm.
+#[test]
+#[ignore = "slow: nine arms, each with fourteen kinds of load"]
+fn plaintext_on_every_arm() {
+    plaintext_on(&[], &["direct", "raw-tls", "raw-quic", "towline-tcp", "towline-quic"]);
+}
+
+fn plaintext_on(changes: &[(&str, &str)], needed: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
-    let record = run(directory.path(), "http", &[("connections: 256", "connections: 32")]);
-    plausible(&record.profiles[0], &["direct", "raw-tls", "raw-quic", "towline-tcp", "towline-quic"]);
+    let changes = [&[("connections: 256", "connections: 32")], changes].concat();
+    let record = run(directory.path(), "http", &changes);
+    plausible(&record.profiles[0], needed);
     let path = directory.path().join("run.json");
     let path = path.to_str().unwrap();
     let down = record.profiles[0].row("down1", "direct").unwrap().spread(Metric::MbPerS).unwrap().median;
