@@ -138,6 +138,9 @@ pub(crate) async fn run(
             ended
         }
         (raw, _) => {
+            // A watch would hold them for its whole life, and with the head's fields the buffer that the HTTP client read them into:
+            // it would then take a second one for the body.
+            drop((parts, request, open));
             let sent = match coming {
                 Coming::Whole(body) => pass_on(&mut connection, answer, body, kind, &mut send).await,
                 Coming::Read(body) => {
