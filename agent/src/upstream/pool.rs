@@ -291,7 +291,8 @@ impl Pool {
 /// The body of a request on its way from the tunnel to the upstream.
 #[derive(Debug)]
 pub(crate) struct RequestBody {
-    inner: Option<RecvBody>,
+    /// In a box: the HTTP client sets aside room for 32 requests on every connection, and few requests have a body.
+    inner: Option<Box<RecvBody>>,
     whole: Arc<AtomicBool>,
 }
 
@@ -299,7 +300,7 @@ impl RequestBody {
     /// The body, and whether all of it was sent.
     pub(crate) fn new(inner: Option<RecvBody>) -> (Self, Arc<AtomicBool>) {
         let whole = Arc::new(AtomicBool::new(inner.is_none()));
-        (Self { inner, whole: Arc::clone(&whole) }, whole)
+        (Self { inner: inner.map(Box::new), whole: Arc::clone(&whole) }, whole)
     }
 }
 
@@ -312,7 +313,7 @@ impl Body for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(body) = &mut self.inner else { return Poll::Ready(None) };
-        let frame = ready!(Pin::new(&mut *body).poll_frame(cx));
+        let frame = ready!(Pin::new(&mut **body).poll_frame(cx));
         if frame.is_none() || body.left() == Some(0) && !matches!(frame, Some(Err(_))) {
             self.whole.store(true, Ordering::Release);
         }
@@ -320,10 +321,24 @@ impl Body for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.as_ref().is_none_or(Body::is_end_stream)
+        self.inner.as_ref().is_none_or(|body| body.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+        self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), |body| body.size_hint())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::RequestBody;
+    use http::Request;
+
+    /// hyper's channel to a connection sets aside room for 32 of these, for as long as the connection lives: 16 KiB for each open
+    /// watch when the body was part of it.
+    #[test]
+    fn a_request_on_its_way_to_a_connection_is_small() {
+        assert!(size_of::<RequestBody>() <= 2 * size_of::<usize>());
+        assert!(size_of::<Request<RequestBody>>() <= 256);
     }
 }
