@@ -17,7 +17,7 @@ pub(crate) mod work;
 
 pub(crate) use error::AccessError;
 
-use crate::access::authn::{Caller, ClientCertificate, Credential, Known};
+use crate::access::authn::{Caller, ClientCertificate, Credential, Known, LastToken};
 use crate::access::running::{Chain, Grant, Run, Running, Scope};
 use crate::access::standing::{Owners, Seat, Standing};
 use crate::access::uploads::{Room, Unread};
@@ -73,6 +73,7 @@ pub(crate) struct Peer {
     chain: Option<Chain>,
     /// The result of verifying the chain.
     judged: ArcSwap<Judged>,
+    last_token: LastToken,
     /// The host name in the ClientHello (SNI), as [`crate::web::routing::route`] takes it.
     pub(crate) sni: Option<String>,
     /// Whom the connection counts for in the limits.
@@ -147,6 +148,7 @@ impl Access {
             forwarded_for,
             chain,
             judged,
+            last_token: LastToken::default(),
             sni,
             standing,
             work,
@@ -178,7 +180,8 @@ impl Access {
     fn identify(&self, live: &Live, peer: &Peer, headers: &HeaderMap) -> Result<Caller, AccessError> {
         let known = Known { tokens: &live.tokens, fleet: self.context.fleet.as_ref() };
         let judged = self.judged(live, peer);
-        let caller = authn::authenticate(headers, &judged.certificate, known, SystemTime::now())?;
+        let now = SystemTime::now();
+        let caller = authn::authenticate(headers, &judged.certificate, &peer.last_token, known, now)?;
         let too_many =
             AccessError::Limit(Limit::ConnectionsPerPrincipal, "connections of yours at the same time");
         peer.standing.becomes(&self.owners, &caller.principal.name).map_err(|_| too_many)?;

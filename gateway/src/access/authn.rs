@@ -17,21 +17,23 @@
 use crate::config::tokens::Tokens;
 use crate::fleet::Fleet;
 use crate::metrics::Ended;
+use aws_lc_rs::constant_time::verify_slices_are_equal;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use base64::{Engine as _, alphabet};
 use http::header::{
     AUTHORIZATION, CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_PROTOCOL, UPGRADE,
 };
-use memchr::{memchr, memchr_iter};
+use memchr::{memchr, memchr_iter, memchr2};
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 use thiserror::Error;
 use towline_certs::facts::CertificateFacts;
 use towline_certs::{CertificateDer, ClientCa};
 use towline_model::text::{cut, percent_decode};
 use towline_model::{Mode, Principal, PrincipalError, token};
+use zeroize::Zeroizing;
 
 /// The WebSocket subprotocol that carries a bearer token (Kubernetes).
 pub(crate) const BEARER_SUBPROTOCOL: &str = "base64url.bearer.authorization.k8s.io.";
@@ -212,6 +214,31 @@ impl Known<'_> {
     }
 }
 
+/// The token that one connection showed last and its hash, so that the same token on its next request is not hashed again. Only the hash is
+/// remembered, never the verdict: whose token it is, is looked up for every request.
+#[derive(Default)]
+pub struct LastToken(Mutex<Option<(Zeroizing<String>, token::Hash)>>);
+
+impl fmt::Debug for LastToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LastToken")
+    }
+}
+
+impl LastToken {
+    /// The hash of this token, if it is the remembered one.
+    fn hash(&self, token: &str) -> Option<token::Hash> {
+        let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (text, hash) = last.as_ref()?;
+        verify_slices_are_equal(text.as_bytes(), token.as_bytes()).ok().map(|()| *hash)
+    }
+
+    fn remember(&self, token: &str, hash: token::Hash) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = Some((Zeroizing::new(token.to_owned()), hash));
+    }
+}
+
 /// Authenticates the caller, independently of the target: a failure looks the same for every cluster, and for none.
 ///
 /// # Errors
@@ -219,6 +246,7 @@ impl Known<'_> {
 pub fn authenticate(
     headers: &HeaderMap,
     certificate: &ClientCertificate,
+    last: &LastToken,
     known: Known<'_>,
     now: SystemTime,
 ) -> Result<Caller, AuthnError> {
@@ -239,14 +267,22 @@ pub fn authenticate(
         ClientCertificate::Absent if authorization.is_some() => Err(AuthnError::ForeignCredential),
         ClientCertificate::Absent => Err(AuthnError::NoCredential),
     };
-    let bearer =
-        || authorization.and_then(bearer).map(ToOwned::to_owned).or_else(|| subprotocol_token(headers));
+    let bearer = || {
+        authorization
+            .and_then(bearer)
+            .map(Cow::Borrowed)
+            .or_else(|| subprotocol_token(headers).map(Cow::Owned))
+    };
     let caller = match certified {
         Ok(caller) => caller,
         Err(error) => match bearer().filter(|token| token.starts_with(token::PREFIX)) {
             Some(token) => {
-                let hash = token::hash(&token).ok_or(AuthnError::UnknownToken)?;
+                let remembered = last.hash(&token);
+                let hash = remembered.or_else(|| token::hash(&token)).ok_or(AuthnError::UnknownToken)?;
                 let principal = known.owner(&hash).ok_or(AuthnError::UnknownToken)?;
+                if remembered.is_none() {
+                    last.remember(&token, hash);
+                }
                 Caller { principal, credential: Credential::Token(hash) }
             }
             None => return Err(error),
@@ -291,11 +327,12 @@ fn authorization(headers: &HeaderMap) -> Result<Option<&str>, AuthnError> {
     if lines.next().is_some() {
         return Err(AuthnError::SeveralAuthorizations);
     }
-    // A field's value has no other white space than ASCII's.
-    let text = line.to_str().map_err(|_| AuthnError::MalformedAuthorization)?.trim_ascii();
+    // A field's value has no control characters; so with ASCII alone it is what `to_str` takes, which looks at each byte.
+    let text = str::from_utf8(line.as_bytes()).ok().filter(|text| text.is_ascii());
+    let text = text.ok_or(AuthnError::MalformedAuthorization)?.trim_ascii();
     let (scheme, credential) = scheme_and_credential(text);
     let listed =
-        scheme.eq_ignore_ascii_case("bearer") && credential.bytes().any(|byte| matches!(byte, b',' | b' '));
+        scheme.eq_ignore_ascii_case("bearer") && memchr2(b',', b' ', credential.as_bytes()).is_some();
     if listed || scheme.is_empty() || credential.is_empty() {
         return Err(AuthnError::MalformedAuthorization);
     }
@@ -463,9 +500,45 @@ mod tests {
     ) -> Result<String, AuthnError> {
         let lines = headers(lines);
         let known = Known { tokens: &Tokens::default(), fleet: None };
-        let caller = authenticate(&lines, certificate, known, SystemTime::now())?;
+        let caller = authenticate(&lines, certificate, &LastToken::default(), known, SystemTime::now())?;
         suits(&lines, mode)?;
         Ok(caller.principal.name.clone())
+    }
+
+    /// Goal: a token that its connection showed before is judged anew: by the tokens and the records of now, and never taken for another one.
+    #[test]
+    fn a_remembered_token_is_judged_anew() {
+        const TOKEN: &str = "tlat_0123456789abcdef";
+        let tokens = |user: Option<&str>| {
+            let hash = towline_certs::hex(&token::hash(TOKEN).unwrap());
+            let entry = user.map(|user| format!("{{sha256: {hash}, user: {user}}}")).unwrap_or_default();
+            let (dir, text) = (tempfile::tempdir().unwrap(), format!("tokens: [{entry}]\n"));
+            let path = dir.path().join("tokens.yaml");
+            std::fs::write(&path, text).unwrap();
+            Tokens::load(&path).unwrap()
+        };
+        let last = LastToken::default();
+        let ask = |tokens: &Tokens, shown: &str| {
+            let (lines, known) =
+                (headers(&[("authorization", &format!("Bearer {shown}"))]), Known { tokens, fleet: None });
+            let caller = authenticate(&lines, &ClientCertificate::Absent, &last, known, SystemTime::now())?;
+            assert_eq!(caller.credential, Credential::Token(token::hash(shown).unwrap()));
+            Ok(caller.principal.name.clone())
+        };
+        let (jane, joe, none) = (tokens(Some("jane")), tokens(Some("joe")), tokens(None));
+        let unknown = Err(AuthnError::UnknownToken);
+        for _ in 0..2 {
+            assert_eq!(ask(&jane, TOKEN), Ok("jane".to_owned()));
+            assert_eq!(last.hash(TOKEN), token::hash(TOKEN));
+            for other in ["tlat_0123456789abcdeF", "tlat_0123456789abcde", "tlat_0123456789abcdef0", "tlat_"]
+            {
+                assert_eq!(ask(&jane, other), unknown, "{other}");
+                assert_eq!(last.hash(other), None, "only tokens that somebody has are remembered");
+            }
+            assert_eq!(ask(&none, TOKEN), unknown);
+            assert_eq!(ask(&joe, TOKEN), Ok("joe".to_owned()));
+        }
+        assert_eq!(format!("{last:?}"), "LastToken");
     }
 
     #[test]

@@ -9,11 +9,11 @@
 
 use super::read_text;
 use crate::map::Map;
+use aws_lc_rs::constant_time::verify_slices_are_equal;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use subtle::ConstantTimeEq as _;
 use towline_model::token::{Hash, decode_hash};
 use towline_model::{Principal, PrincipalError};
 use towline_settings::{Own, Problems, Reads, Schema, Section, Shown, Spot, section};
@@ -134,7 +134,7 @@ impl Tokens {
         let bucket = self.buckets.get(&[hash[0], hash[1]])?;
         bucket
             .iter()
-            .find(|token| bool::from(token.hash.ct_eq(hash)))
+            .find(|token| verify_slices_are_equal(&token.hash, hash).is_ok())
             .map(|token| Arc::clone(&token.principal))
     }
 }
