@@ -15,6 +15,8 @@ pub struct Aside<F: Future> {
     future: Pin<Box<F>>,
     bell: Arc<Bell>,
     waker: Waker,
+    /// The task that is registered with the bell, which it is until another one is.
+    registered: Option<Waker>,
 }
 
 /// The flag and the task that the future's waker notifies.
@@ -31,7 +33,8 @@ impl Wake for Bell {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.rung.store(true, Ordering::Release);
-        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // It stays registered: `Aside::poll` relies on it.
+        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(task) = task {
             task.wake();
         }
@@ -41,7 +44,7 @@ impl Wake for Bell {
 impl<F: Future> Aside<F> {
     pub fn new(future: F) -> Self {
         let bell = Arc::new(Bell { rung: AtomicBool::new(true), task: Mutex::new(None) });
-        Self { future: Box::pin(future), waker: Waker::from(Arc::clone(&bell)), bell }
+        Self { future: Box::pin(future), waker: Waker::from(Arc::clone(&bell)), bell, registered: None }
     }
 }
 
@@ -50,14 +53,13 @@ impl<F: Future> Future for Aside<F> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = &mut *self;
-        {
-            // Register the task first, then check the flag: a wake-up in between is not lost.
-            let mut task = this.bell.task.lock().unwrap_or_else(PoisonError::into_inner);
-            if !task.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
-                *task = Some(cx.waker().clone());
-            }
+        // Register the task first, then check the flag: a wake-up in between is not lost.
+        if !this.registered.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
+            *this.bell.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(cx.waker().clone());
+            this.registered = Some(cx.waker().clone());
         }
-        while this.bell.rung.swap(false, Ordering::AcqRel) {
+        // Read first, which is cheaper than to write.
+        while this.bell.rung.load(Ordering::Relaxed) && this.bell.rung.swap(false, Ordering::AcqRel) {
             if let Poll::Ready(output) = this.future.as_mut().poll(&mut Context::from_waker(&this.waker)) {
                 return Poll::Ready(output);
             }
