@@ -106,7 +106,9 @@ impl Client<'_> {
     ) -> Pin<Box<impl Future<Output = Response<AnswerBody>> + Send + use<>>> {
         self.asked.store(true, Ordering::Relaxed);
         let (front, peer) = (Arc::clone(self.front), Arc::clone(&self.peer));
-        Box::pin(async move { front.dispatch.serve(&peer, request).await })
+        // Made in its box: by `Box::pin` all of it would be moved there.
+        let answer = Box::new_uninit();
+        Box::into_pin(Box::write(answer, async move { front.dispatch.serve(&peer, request).await }))
     }
 }
 

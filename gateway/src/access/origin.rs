@@ -11,9 +11,11 @@
 use crate::access::authn::Credential;
 use crate::config::Origin;
 use http::Method;
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use thiserror::Error;
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// Why a web page's request is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -35,7 +37,7 @@ pub enum PageError {
 /// Why it may not.
 pub fn check(parts: &Parts, raw: bool, by: &Credential, allowed: &[Origin]) -> Result<(), PageError> {
     let cross_site = |headers: &HeaderMap| {
-        let site = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
+        let site = headers.get(SEC_FETCH_SITE).map(HeaderValue::as_bytes);
         site.is_some_and(|site| site.eq_ignore_ascii_case(b"cross-site"))
     };
     let mut lines = parts.headers.get_all(header::ORIGIN).iter();

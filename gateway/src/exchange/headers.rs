@@ -14,6 +14,8 @@ use thiserror::Error;
 use towline_model::Mode;
 use towline_proto::open::Header;
 
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
 /// Why a request's header fields are refused.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum HeadersError {
@@ -89,7 +91,7 @@ pub fn upstream_head(client: &HeaderMap, upstream: Upstream<'_>) -> Result<Vec<H
 /// The trace context, if it is one (W3C Trace Context, version 00).
 #[must_use]
 pub fn traceparent(client: &HeaderMap) -> Option<String> {
-    let mut lines = client.get_all("traceparent").iter();
+    let mut lines = client.get_all(TRACEPARENT).iter();
     let text = lines.next()?.to_str().ok().filter(|_| lines.next().is_none())?;
     let parts: Vec<&str> = text.split('-').collect();
     let hex = |part: &str, len: usize| {

@@ -142,7 +142,7 @@ impl Exchange {
         };
         let request = open::Request {
             target: String::new(),
-            method: parts.method.to_string(),
+            method: parts.method.as_str().to_owned(),
             path_and_query: Bytes::copy_from_slice(route.path_and_query.as_bytes()),
             headers,
             principal: (cluster.mode == Mode::Impersonate).then(|| principal.told().clone()),

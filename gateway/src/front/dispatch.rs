@@ -9,7 +9,7 @@ use crate::metrics::{Surface, TlCode};
 use crate::web::body::AnswerBody;
 use crate::web::routing::{self, RouteError};
 use bytes::Bytes;
-use http::header::{self, HeaderValue};
+use http::header::{self, HeaderName, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -18,6 +18,8 @@ use std::sync::Arc;
 use std::time::Instant;
 use towline_model::random::uuid;
 use towline_model::text::printable;
+
+const AUDIT_ID: HeaderName = HeaderName::from_static("audit-id");
 
 /// Chooses who answers a request.
 #[derive(Debug)]
@@ -60,8 +62,8 @@ impl Dispatch {
             // Bytes after the request must not be read as another request.
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        if let Ok(value) = HeaderValue::from_str(&audit_id) {
-            response.headers_mut().insert("audit-id", value);
+        if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(audit_id)) {
+            response.headers_mut().insert(AUDIT_ID, value);
         }
         self.context.metrics.answered(response.status().as_u16(), start.elapsed());
         response

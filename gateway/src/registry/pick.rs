@@ -43,11 +43,14 @@ impl Registry {
         uid: &ClusterUid,
         except: &[SessionId],
     ) -> Result<(SessionId, Stream), AcquireError> {
-        let mut candidates: Vec<Candidate> = {
+        let mut candidates = {
             let clusters = self.lock();
             let sessions = clusters.by_uid.get(uid).map_or(&[][..], |tunnel| &tunnel.sessions);
             let usable = |live: &&Live| !except.contains(&live.id) && live.session.is_open();
-            sessions.iter().filter(usable).map(Candidate::of).collect()
+            // No more than these: a vector that grows by itself begins with room for four.
+            let mut candidates = Vec::with_capacity(sessions.len());
+            candidates.extend(sessions.iter().filter(usable).map(Candidate::of));
+            candidates
         };
         // The usual case is one session. The sessions' own locks are not taken under the registry's.
         if candidates.len() > 1 {
