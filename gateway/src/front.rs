@@ -10,6 +10,7 @@ mod h1;
 mod h2;
 mod idle;
 mod park;
+mod timer;
 
 use crate::access::running::Chain;
 use crate::access::standing::{Seat, Standing};

@@ -3,6 +3,7 @@
 use super::framing::Judged;
 use super::idle::{self, Activity, Counted};
 use super::park;
+use super::timer::HeadTimer;
 use super::{Client, Driven, LAST_WORDS, drive};
 use crate::context::Context;
 use crate::metrics::{Limit, Surface, TlCode};
@@ -11,7 +12,7 @@ use http::header::{CONNECTION, HeaderValue};
 use http::{Response, StatusCode};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -32,15 +33,15 @@ where
     let context = &client.front.context;
     let activity = Arc::<Activity>::default();
     let (mut io, framing) = Judged::new(io, Arc::clone(&activity));
-    let unready = context.stages.unready.clone();
     let service = service_fn(|request| {
         let (running, answer, framing) = (activity.request(), client.answer(request), framing.clone());
-        let (stalled, unready, activity) = (activity.stalled(), unready.clone(), Arc::clone(&activity));
+        let (stalled, activity, front) =
+            (activity.stalled(), Arc::clone(&activity), Arc::clone(client.front));
         async move {
             let mut response: Response<AnswerBody> = answer.await;
             // HTTP/1.1 has no GOAWAY: during the drain's delay a client learns from a response's header that the connection closes, so
             // that it sends no request on a connection that is about to close.
-            let last = framing.is_lost() || unready.is_cancelled();
+            let last = framing.is_lost() || front.context.stages.unready.is_cancelled();
             if last && response.status() != StatusCode::SWITCHING_PROTOCOLS {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
@@ -106,7 +107,7 @@ fn http1_builder(context: &Context) -> http1::Builder {
     let (limits, timeouts) = (&context.config.limits, &context.config.timeouts);
     let mut builder = http1::Builder::new();
     builder
-        .timer(TokioTimer::new())
+        .timer(HeadTimer::default())
         .half_close(false)
         .keep_alive(true)
         // Measured from the end of the previous request: an idle connection is parked by then, one with a partial head is not. The first request has a
