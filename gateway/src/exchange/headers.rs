@@ -65,14 +65,14 @@ pub fn upstream_head(client: &HeaderMap, upstream: Upstream<'_>) -> Result<Vec<H
         if is_hop_by_hop(name) || named.iter().any(|token| token == text) || is_ours(name) {
             continue;
         }
-        let passes = match upstream.mode {
-            Mode::Restricted => true,
-            Mode::Impersonate if *name == header::AUTHORIZATION => false,
-            Mode::Impersonate => upstream.proxy || is_api_header(name),
+        let copied = || Bytes::copy_from_slice(text.as_bytes());
+        let sent = match upstream.mode {
+            Mode::Restricted => Some(copied()),
+            Mode::Impersonate if *name == header::AUTHORIZATION => None,
+            Mode::Impersonate if upstream.proxy => Some(copied()),
+            Mode::Impersonate => api_header(text),
         };
-        if !passes {
-            continue;
-        }
+        let Some(sent) = sent else { continue };
         let value = match upstream.mode {
             Mode::Impersonate if *name == header::SEC_WEBSOCKET_PROTOCOL => without_bearer(value),
             _ => Some(value.clone()),
@@ -81,7 +81,7 @@ pub fn upstream_head(client: &HeaderMap, upstream: Upstream<'_>) -> Result<Vec<H
         if carries_own_credential(name, value.as_bytes()) {
             return Err(HeadersError::OwnCredential);
         }
-        head.push(field(text, value.as_bytes()));
+        head.push(Header { name: sent, value: Bytes::copy_from_slice(value.as_bytes()) });
     }
     let name = Bytes::from_static(b"x-forwarded-for");
     head.push(Header { name, value: upstream.client.clone() });
@@ -146,6 +146,10 @@ pub fn client_head(
         .collect();
     let length_means_something = *asked.method == Method::HEAD || status == StatusCode::NOT_MODIFIED;
     for line in answer {
+        // Ours takes its place; the name is not one of http's, so it would be copied first.
+        if *line.name == *b"audit-id" {
+            continue;
+        }
         let name = HeaderName::from_bytes(&line.name);
         let value = HeaderValue::from_maybe_shared(line.value.clone());
         let (Ok(name), Ok(value)) = (name, value) else { continue };
@@ -270,10 +274,9 @@ fn is_ours(name: &HeaderName) -> bool {
         || ["x-remote-", "x-forwarded-", "x-auth-request-"].iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// Request fields that the API server uses.
-fn is_api_header(name: &HeaderName) -> bool {
-    let name = name.as_str();
-    let fixed = [
+/// The name of a request field that the API server uses; `None` for any other.
+fn api_header(name: &str) -> Option<Bytes> {
+    const FIXED: [&str; 15] = [
         "accept",
         "accept-encoding",
         "accept-language",
@@ -290,7 +293,12 @@ fn is_api_header(name: &HeaderName) -> bool {
         "user-agent",
         "x-stream-protocol-version",
     ];
-    fixed.contains(&name) || name.starts_with("if-") || name.starts_with("sec-websocket-")
+    // What is known is not copied.
+    let known = FIXED.iter().find(|known| **known == name).map(|known| Bytes::from_static(known.as_bytes()));
+    known.or_else(|| {
+        let passes = name.starts_with("if-") || name.starts_with("sec-websocket-");
+        passes.then(|| Bytes::copy_from_slice(name.as_bytes()))
+    })
 }
 
 /// Response fields that would set state for the origin that all clusters share, send a browser elsewhere, or admit pages of other
@@ -354,6 +362,7 @@ fn without_bearer(value: &HeaderValue) -> Option<HeaderValue> {
     HeaderValue::from_str(&rest.join(", ")).ok().filter(|value| !value.is_empty())
 }
 
+#[cfg(test)]
 fn field(name: &str, value: &[u8]) -> Header {
     Header { name: Bytes::copy_from_slice(name.as_bytes()), value: Bytes::copy_from_slice(value) }
 }
