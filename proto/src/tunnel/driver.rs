@@ -14,6 +14,7 @@ use super::{SessionState, Settle};
 use crate::mux::{CloseReason, Connection, Event, Key};
 use crate::time::Instant;
 use bytes::{Buf, Bytes};
+use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -59,7 +60,7 @@ pub(super) struct Core {
     accept_waker: Option<Waker>,
     hear_waker: Option<Waker>,
     /// Wakers that were replaced. They are dropped after the mutex is released: that may run foreign code.
-    retired: Vec<Waker>,
+    retired: SmallVec<[Waker; 1]>,
     driver: Option<Sleeper>,
 }
 
@@ -90,7 +91,7 @@ impl Shared {
             accepted: VecDeque::new(),
             accept_waker: None,
             hear_waker: None,
-            retired: Vec::new(),
+            retired: SmallVec::new(),
             driver: None,
         };
         Arc::new(Self {
