@@ -14,7 +14,7 @@ use crate::serve::impersonate::{self, Plan, Refusal};
 use crate::serve::outcome::{Ended, Failed, spliced};
 use crate::serve::service::Service;
 use crate::upstream::Upstream;
-use crate::upstream::pool::{Connection, RequestBody, Touched};
+use crate::upstream::pool::{Connection, RequestBody, Touched, Whole};
 use crate::upstream::reach;
 use bytes::Bytes;
 use http_body::{Body, Frame};
@@ -23,7 +23,6 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use tokio::time::{Duration, Instant, timeout, timeout_at};
@@ -341,11 +340,12 @@ fn prepare(service: &Service, open: &Open, request: &Request) -> Result<Prepared
         }
         Plan::AsItCame | Plan::Nobody => None,
     };
+    let acts = matches!(plan, Plan::Impersonate(_));
     let head =
-        RequestHead::new(open, request, &upstream.authority, &plan, authorization).map_err(|problem| {
+        RequestHead::new(open, request, &upstream.authority, plan, authorization).map_err(|problem| {
             Failed::before(Code::Proto, format!("the agent cannot send this request: {problem}"))
         })?;
-    Ok(Prepared { upstream, head, acts: matches!(plan, Plan::Impersonate(_)) })
+    Ok(Prepared { upstream, head, acts })
 }
 
 /// Sends the request and waits for the head of the answer. `again` builds the head anew. Dropping the future destroys the connection.
@@ -439,8 +439,8 @@ fn is_touched(touched: &Mutex<Option<Touched>>) -> bool {
 }
 
 /// Returns the connection to the pool if nothing of this exchange is left on it.
-async fn settle(upstream: &Upstream, connection: Connection, head: &RequestHead, whole: &AtomicBool) {
-    if whole.load(Ordering::Acquire) && !head.upgrade {
+async fn settle(upstream: &Upstream, connection: Connection, head: &RequestHead, whole: &Whole) {
+    if whole.get() && !head.upgrade {
         upstream.give_back(connection).await;
     }
 }

@@ -67,7 +67,7 @@ impl RequestHead {
         open: &Open,
         request: &open::Request,
         authority: &HeaderValue,
-        plan: &Plan,
+        plan: Plan,
         authorization: Option<HeaderValue>,
     ) -> Result<Self, RequestProblem> {
         let method = Method::from_bytes(request.method.as_bytes()).map_err(|_| RequestProblem::Method)?;
@@ -123,7 +123,7 @@ impl RequestHead {
         // The identity comes last: nothing after it can change or remove it (R-IMP-5).
         if let Plan::Impersonate(identity) = plan {
             for (name, value) in identity {
-                append(&mut headers, HeaderName::from_static(name), value.clone())?;
+                append(&mut headers, HeaderName::from_static(name), value)?;
             }
             if let Some(authorization) = authorization {
                 set(&mut headers, AUTHORIZATION, authorization)?;
@@ -239,18 +239,24 @@ pub(crate) fn response(
         UPGRADE => switched,
         _ => !HOP_BY_HOP.contains(&name.as_str()) && !named.contains(name),
     };
-    let headers = head
-        .headers
-        .iter()
-        .filter(|(name, _)| keep(name))
-        .map(|(name, value)| Header {
-            name: Bytes::copy_from_slice(name.as_str().as_bytes()),
-            value: match *name {
-                LOCATION | CONTENT_LOCATION => as_a_path(value.as_bytes(), &asked.authority),
-                _ => Bytes::copy_from_slice(value.as_bytes()),
-            },
-        })
-        .collect();
+    // All names and values are copied into one piece of memory, of which each is then a part.
+    let kept = || head.headers.iter().filter(|(name, _)| keep(name));
+    let bytes = kept().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let mut copied = Vec::with_capacity(bytes);
+    kept().for_each(|(name, value)| {
+        copied.extend_from_slice(name.as_str().as_bytes());
+        copied.extend_from_slice(value.as_bytes());
+    });
+    let mut copied = Bytes::from(copied);
+    let mut headers = Vec::with_capacity(head.headers.len());
+    for (name, value) in kept() {
+        let (named, said) = (copied.split_to(name.as_str().len()), copied.split_to(value.len()));
+        let value = match *name {
+            LOCATION | CONTENT_LOCATION => as_a_path(value.as_bytes(), &asked.authority),
+            _ => said,
+        };
+        headers.push(Header { name: named, value });
+    }
     Ok(open::Response { status: head.status.as_u16().into(), headers, body })
 }
 
@@ -304,7 +310,7 @@ mod tests {
         headers.iter().map(|(name, value)| Header { name: bytes(name), value: bytes(value) }).collect()
     }
 
-    fn build(request: &open::Request, plan: &Plan) -> Result<RequestHead, RequestProblem> {
+    fn build(request: &open::Request, plan: Plan) -> Result<RequestHead, RequestProblem> {
         let open = Open { audit_id: "id-1".to_owned(), ..Open::default() };
         let token = HeaderValue::from_static("Bearer agent");
         RequestHead::new(&open, request, &HeaderValue::from_static("10.0.0.1:6443"), plan, Some(token))
@@ -328,18 +334,14 @@ mod tests {
         for path in
             ["/", "//", "/a%2Fb//c/..;x=%00?q=%2F&q&=/?", "/a//b", "/%", "/\u{e4}", "/a?b?c", "/a'(\"|^`{}"]
         {
-            if let Ok(head) = build(&get(path, &[]), &Plan::AsItCame) {
+            if let Ok(head) = build(&get(path, &[]), Plan::AsItCame) {
                 assert_eq!(head.uri.to_string(), path);
             } else {
                 assert!(path.contains(['^', '"']) || path.len() > 5, "{path} was refused");
             }
         }
         for path in ["", "a", "*", "http://x/", "/a#b", "/a b", "/a\r\nb", "?a"] {
-            assert_eq!(
-                build(&get(path, &[]), &Plan::AsItCame).unwrap_err(),
-                RequestProblem::Path,
-                "{path:?}"
-            );
+            assert_eq!(build(&get(path, &[]), Plan::AsItCame).unwrap_err(), RequestProblem::Path, "{path:?}");
         }
     }
 
@@ -365,7 +367,7 @@ mod tests {
                 ("Audit-ID", "forged"),
             ],
         );
-        let head = build(&request, &Plan::AsItCame).unwrap();
+        let head = build(&request, Plan::AsItCame).unwrap();
         assert_eq!(values(&head, "authorization"), ["Bearer own"]);
         assert_eq!(values(&head, "impersonate-user"), ["bob"]);
         assert_eq!(values(&head, "host"), ["10.0.0.1:6443"]);
@@ -397,7 +399,7 @@ mod tests {
                 ("Sec-WebSocket-Protocol", "v5.channel.k8s.io, base64url.bearer.authorization.k8s.io.x"),
             ],
         );
-        let head = build(&request, &plan).unwrap();
+        let head = build(&request, plan).unwrap();
         assert_eq!(values(&head, "authorization"), ["Bearer agent"]);
         assert_eq!(values(&head, "impersonate-user"), ["alice"]);
         assert_eq!(values(&head, "impersonate-group"), ["dev", "ops"]);
@@ -406,7 +408,7 @@ mod tests {
         assert!(values(&head, "x-remote-user").is_empty());
         // Without a principal the agent's credential is not used.
         for plan in [Plan::AsItCame, Plan::Nobody] {
-            let head = build(&request, &plan).unwrap();
+            let head = build(&request, plan).unwrap();
             assert!(!values(&head, "authorization").contains(&"Bearer agent"));
         }
     }
@@ -415,7 +417,7 @@ mod tests {
     fn framing_is_our_own() {
         let mut request = get("/", &[]);
         "POST".clone_into(&mut request.method);
-        let head = |request: &open::Request| build(request, &Plan::AsItCame).unwrap();
+        let head = |request: &open::Request| build(request, Plan::AsItCame).unwrap();
         assert!(!head(&request).has_body());
         request.body = BodyKind::exact(0);
         assert_eq!(values(&head(&request), "content-length"), ["0"]);
@@ -432,7 +434,7 @@ mod tests {
         let refused = |change: &dyn Fn(&mut open::Request)| {
             let mut request = get("/", &[]);
             change(&mut request);
-            build(&request, &Plan::AsItCame).unwrap_err()
+            build(&request, Plan::AsItCame).unwrap_err()
         };
         assert_eq!(refused(&|r| r.method = "CONNECT".to_owned()), RequestProblem::Method);
         assert_eq!(refused(&|r| r.method = "G T".to_owned()), RequestProblem::Method);
@@ -440,7 +442,7 @@ mod tests {
         assert_eq!(refused(&|r| r.headers = fields(&[("a", "1\r\nb: 2")])), RequestProblem::Header);
         let many = vec![("a", "1"); FIELDS_MAX + 1];
         assert_eq!(refused(&|r| r.headers = fields(&many)), RequestProblem::Headers);
-        assert!(build(&get("/", &many[1..]), &Plan::AsItCame).is_ok());
+        assert!(build(&get("/", &many[1..]), Plan::AsItCame).is_ok());
         for token in ["h2c", "websocket, h2c", "TLS/1.0"] {
             assert_eq!(refused(&|r| r.upgrade = token.to_owned()), RequestProblem::Upgrade);
         }
@@ -465,7 +467,7 @@ mod tests {
             builder = builder.header(*name, *value);
         }
         let (head, ()) = builder.body(()).unwrap().into_parts();
-        response(&head, length, &build(request, &Plan::AsItCame).unwrap())
+        response(&head, length, &build(request, Plan::AsItCame).unwrap())
     }
 
     fn names(response: &open::Response) -> Vec<&str> {
@@ -538,7 +540,7 @@ mod tests {
     fn an_upgrade_is_the_one_asked_for_or_an_error() {
         let mut request = get("/", &[]);
         "SPDY/3.1".clone_into(&mut request.upgrade);
-        let head = build(&request, &Plan::AsItCame).unwrap();
+        let head = build(&request, Plan::AsItCame).unwrap();
         assert_eq!(
             (values(&head, "connection"), values(&head, "upgrade")),
             (vec!["Upgrade"], vec!["SPDY/3.1"])

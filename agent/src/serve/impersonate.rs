@@ -128,7 +128,8 @@ fn impersonation(
     };
     check(&principal.name, "name")?;
     let name = HeaderValue::from_str(&principal.name).map_err(|_| Refusal::Unwritable("name"))?;
-    let mut headers = vec![("impersonate-user", name)];
+    let mut headers = Vec::with_capacity(1 + principal.groups.len());
+    headers.push(("impersonate-user", name));
     for group in &principal.groups {
         let unwritable = Refusal::Unwritable("group");
         let Ok(text) = std::str::from_utf8(group) else { return Err(unwritable) };
@@ -156,9 +157,12 @@ fn brings_credential(header: &Header, upgrade: &str) -> bool {
 /// Whether a header states the caller's identity for any known software (R-IMP-2, R-IMP-4). `_` is treated as `-`, because some
 /// servers accept one for the other.
 fn is_carrier(name: &[u8]) -> bool {
-    let name: Vec<u8> =
-        name.iter().map(|byte| if *byte == b'_' { b'-' } else { byte.to_ascii_lowercase() }).collect();
-    CARRIERS.contains(&name.as_slice()) || CARRIER_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+    let as_read = |byte: &u8| if *byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
+    let is = |name: &[u8], word: &[u8]| name.iter().map(as_read).eq(word.iter().copied());
+    CARRIERS.iter().any(|carrier| is(name, carrier))
+        || CARRIER_PREFIXES
+            .iter()
+            .any(|prefix| name.get(..prefix.len()).is_some_and(|start| is(start, prefix)))
 }
 
 /// Removes the bearer tokens that the API server also accepts as WebSocket subprotocols (R-IMP-6).

@@ -293,14 +293,30 @@ impl Pool {
 pub(crate) struct RequestBody {
     /// In a box: the HTTP client sets aside room for 32 requests on every connection, and few requests have a body.
     inner: Option<Box<RecvBody>>,
-    whole: Arc<AtomicBool>,
+    whole: Whole,
+}
+
+/// Whether all of a request's body was sent. `None`: the request has no body.
+#[derive(Clone, Debug)]
+pub(crate) struct Whole(Option<Arc<AtomicBool>>);
+
+impl Whole {
+    fn set(&self) {
+        if let Some(whole) = &self.0 {
+            whole.store(true, Ordering::Release);
+        }
+    }
+
+    pub(crate) fn get(&self) -> bool {
+        self.0.as_ref().is_none_or(|whole| whole.load(Ordering::Acquire))
+    }
 }
 
 impl RequestBody {
     /// The body, and whether all of it was sent.
-    pub(crate) fn new(inner: Option<RecvBody>) -> (Self, Arc<AtomicBool>) {
-        let whole = Arc::new(AtomicBool::new(inner.is_none()));
-        (Self { inner: inner.map(Box::new), whole: Arc::clone(&whole) }, whole)
+    pub(crate) fn new(inner: Option<RecvBody>) -> (Self, Whole) {
+        let whole = Whole(inner.is_some().then(Arc::default));
+        (Self { inner: inner.map(Box::new), whole: whole.clone() }, whole)
     }
 }
 
@@ -315,7 +331,7 @@ impl Body for RequestBody {
         let Some(body) = &mut self.inner else { return Poll::Ready(None) };
         let frame = ready!(Pin::new(&mut **body).poll_frame(cx));
         if frame.is_none() || body.left() == Some(0) && !matches!(frame, Some(Err(_))) {
-            self.whole.store(true, Ordering::Release);
+            self.whole.set();
         }
         Poll::Ready(frame)
     }
