@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// A connection is parked after this time, or up to twice this time, without a request.
 const PARK_AFTER: Duration = Duration::from_secs(1);
@@ -22,6 +23,8 @@ pub(super) struct Activity {
     requests: AtomicU64,
     /// Requests whose responses are not completely written.
     running: AtomicU64,
+    /// Told when none of them is left.
+    rested: Notify,
     /// Whether everything that hyper wrote has reached the kernel.
     flushed: AtomicBool,
     /// Whether a request's head has begun and is not complete.
@@ -119,6 +122,11 @@ impl Activity {
         let mut seen = None;
         loop {
             tokio::time::sleep(PARK_AFTER).await;
+            // Not by the clock: each look at a connection costs a turn of its task, and there are thousands of watches.
+            while self.running.load(Ordering::Acquire) > 0 {
+                self.rested.notified().await;
+                seen = None;
+            }
             let requests = self.requests();
             if requests > 0 && self.is_idle() && seen == Some(requests) {
                 return;
@@ -134,7 +142,9 @@ pub(super) struct Running(Arc<Activity>);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::Relaxed);
+        if self.0.running.fetch_sub(1, Ordering::Release) == 1 {
+            self.0.rested.notify_one();
+        }
         self.0.answer(None);
     }
 }
@@ -169,5 +179,35 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Counted<B> {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Activity, PARKED_BY};
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    /// Ten thousand watches once cost a gateway ten thousand turns of their connections' tasks each second.
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_not_looked_at_while_a_request_runs() {
+        let activity = Arc::<Activity>::default();
+        activity.flushed(true);
+        let watch = activity.request();
+        let mut idle = pin!(activity.idle());
+        let mut polls = 0;
+        let counted = poll_fn(|cx| {
+            polls += 1;
+            idle.as_mut().poll(cx)
+        });
+        assert!(
+            tokio::time::timeout(Duration::from_mins(10), counted).await.is_err(),
+            "parked under a request"
+        );
+        assert!(polls <= 3, "{polls} looks");
+        drop(watch);
+        assert!(tokio::time::timeout(PARKED_BY, idle).await.is_ok(), "not parked after its request");
     }
 }
