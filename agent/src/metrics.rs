@@ -8,6 +8,7 @@ use prometheus::{
     Encoder as _, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
+use std::sync::OnceLock;
 use tokio::runtime::Handle;
 use towline_proto::tunnel::Transport;
 
@@ -27,6 +28,9 @@ macro_rules! table {
         #[derive(Clone, Debug)]
         pub(crate) struct Metrics {
             registry: Registry,
+            /// Looked up once: every exchange counts in both.
+            busy: OnceLock<IntGauge>,
+            idle: OnceLock<IntGauge>,
             $(#[doc = $help] $vis $field: $kind,)*
         }
 
@@ -45,7 +49,7 @@ macro_rules! table {
                         drop($field.with_label_values(&[value.label()]));
                     })?)+)?
                 )*
-                Self { registry, $($field),* }
+                Self { registry, busy: OnceLock::new(), idle: OnceLock::new(), $($field),* }
             }
         }
     };
@@ -119,11 +123,11 @@ impl Metrics {
     }
 
     pub(crate) fn busy_connections(&self) -> IntGauge {
-        self.connections.with_label_values(&["busy"])
+        self.busy.get_or_init(|| self.connections.with_label_values(&["busy"])).clone()
     }
 
     pub(crate) fn idle_connections(&self) -> IntGauge {
-        self.connections.with_label_values(&["idle"])
+        self.idle.get_or_init(|| self.connections.with_label_values(&["idle"])).clone()
     }
 
     /// The metrics in Prometheus' text format, with its content type.
