@@ -22,7 +22,7 @@ use towline_testkit::wait::{PATIENCE, until};
 
 /// Enough that what happens once, or by a clock, is a small part of each.
 const REQUESTS: u32 = 1000;
-/// What is reached (42.1 and 34.2), and five percent.
+/// What is reached (42.1 and 35.1), and little more.
 const GATEWAY_MAX: f64 = 44.2;
 const AGENT_MAX: f64 = 35.9;
 

@@ -129,7 +129,7 @@ struct Settle {
     /// Seldom more than one.
     wakers: SmallVec<[Waker; 2]>,
     /// Replaced or forgotten; dropping a waker may run code of its task's runtime.
-    retired: SmallVec<[Waker; 1]>,
+    retired: Vec<Waker>,
     events: Vec<Event>,
 }
 

@@ -14,7 +14,6 @@ use super::{SessionState, Settle};
 use crate::mux::{CloseReason, Connection, Event, Key};
 use crate::time::Instant;
 use bytes::{Buf, Bytes};
-use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -60,7 +59,7 @@ pub(super) struct Core {
     accept_waker: Option<Waker>,
     hear_waker: Option<Waker>,
     /// Wakers that were replaced. They are dropped after the mutex is released: that may run foreign code.
-    retired: SmallVec<[Waker; 1]>,
+    retired: Vec<Waker>,
     driver: Option<Sleeper>,
 }
 
@@ -91,7 +90,7 @@ impl Shared {
             accepted: VecDeque::new(),
             accept_waker: None,
             hear_waker: None,
-            retired: SmallVec::new(),
+            retired: Vec::new(),
             driver: None,
         };
         Arc::new(Self {
