@@ -9,10 +9,13 @@ use super::window::Window;
 use crate::time::Instant;
 use core::time::Duration;
 
-/// Shortest round-trip time for computing growth. On a short path a grant takes the time until two busy processes have run; with a
-/// smaller value, sixteen streams on loopback wait for grants without congestion. The cost is memory: a stream may buffer what
-/// its reader consumes in twice this time.
+/// On a short path a grant takes the time until two busy processes have run, not the round trip. Growth therefore counts with at least
+/// this time, up to a window of [`SHORT_PATH_WINDOW`]; with a smaller value, sixteen streams on loopback wait for grants without
+/// congestion.
 const RTT_FLOOR: Duration = Duration::from_millis(5);
+/// The largest window that [`RTT_FLOOR`] gives: enough to keep one fast stream busy while the other end waits for a core. Without this
+/// bound a reader of 1 GB/s got 10 MiB and more, which left the caches and stayed in memory (`docs/performance.md`, T13).
+const SHORT_PATH_WINDOW: u64 = 1024 * 1024;
 
 /// The receive memory of one session. Every reservation is charged to the process budget too.
 #[derive(Debug)]
@@ -254,7 +257,7 @@ impl RecvFlow {
         Some(self.granted)
     }
 
-    /// Grows the window to 2 × round-trip time × delivery rate, or shrinks it when memory is short.
+    /// Grows the window to 2 × round-trip time × delivery rate (see [`RTT_FLOOR`] for short paths), or shrinks it when memory is short.
     fn adapt(
         &mut self,
         len: usize,
@@ -263,14 +266,17 @@ impl RecvFlow {
         limits: &Limits,
         budget: &mut SessionBudget,
     ) {
-        let rtt = rtt.max(RTT_FLOOR);
         self.epoch_bytes += len as u64;
         let elapsed = now.since(self.epoch);
-        if elapsed < rtt {
+        if elapsed < rtt.max(RTT_FLOOR) {
             return;
         }
-        let per_rtt = u128::from(self.epoch_bytes) * rtt.as_micros() / elapsed.as_micros().max(1);
-        let target = u64::try_from(2 * per_rtt).unwrap_or(u64::MAX).min(u64::from(limits.credit_max));
+        let bytes = u128::from(self.epoch_bytes);
+        let consumed_in = |time: Duration| {
+            u64::try_from(bytes * time.as_micros() / elapsed.as_micros().max(1)).unwrap_or(u64::MAX)
+        };
+        let short_path = consumed_in(RTT_FLOOR).saturating_mul(2).min(SHORT_PATH_WINDOW);
+        let target = consumed_in(rtt).saturating_mul(2).max(short_path).min(u64::from(limits.credit_max));
         self.epoch = now;
         self.epoch_bytes = 0;
         if budget.is_pressed() {
