@@ -96,7 +96,8 @@ enum Wanted {
     Bytes(u64),
     Sink,
     Counters,
-    Watch(u32),
+    /// The time between two events.
+    Watch(Duration),
     Upgrade,
 }
 
@@ -124,7 +125,10 @@ fn parse(head: &[u8]) -> Option<Request> {
     let wanted = if field(head, b"upgrade").is_some() {
         Wanted::Upgrade
     } else if value("watch") == Some("true") {
-        Wanted::Watch(value("rate").and_then(|rate| rate.parse().ok()).unwrap_or(1))
+        // Slower than one per second, too: `growth` wants watches that only stay open.
+        let rate = value("rate").and_then(|rate| rate.parse::<f64>().ok());
+        let period = rate.and_then(|rate| Duration::try_from_secs_f64(1.0 / rate).ok());
+        Wanted::Watch(period.filter(|period| !period.is_zero()).unwrap_or(Duration::from_secs(1)))
     } else if path.ends_with("/bytes") {
         Wanted::Bytes(value("n")?.parse().ok()?)
     } else if path.ends_with("/sink") {
@@ -186,7 +190,7 @@ async fn serve(mut io: impl AsyncRead + AsyncWrite + Unpin, sunk: &AtomicU64) ->
                 io.write_all(&answer(sunk.load(Ordering::Relaxed).to_string().as_bytes())).await?;
             }
             Wanted::Bytes(n) => send_bytes(&mut io, n).await?,
-            Wanted::Watch(rate) => return send_events(&mut io, rate).await,
+            Wanted::Watch(period) => return send_events(&mut io, period).await,
             Wanted::Upgrade => return echo(&mut io, &buffer[start..end]).await,
         }
         io.flush().await?;
@@ -274,12 +278,12 @@ pub(super) fn event() -> String {
     format!("{:020}\n", now.as_nanos())
 }
 
-async fn send_events(io: &mut (impl AsyncRead + AsyncWrite + Unpin), rate: u32) -> io::Result<()> {
+async fn send_events(io: &mut (impl AsyncRead + AsyncWrite + Unpin), period: Duration) -> io::Result<()> {
     // nginx would wait for a full buffer of events.
     let head = "HTTP/1.1 200 OK\r\nX-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\n\r\n";
     io.write_all(head.as_bytes()).await?;
     io.flush().await?;
-    let mut ticks = tokio::time::interval(Duration::from_secs(1) / rate.max(1));
+    let mut ticks = tokio::time::interval(period);
     let mut gone = [0];
     loop {
         tokio::select! {
@@ -358,7 +362,9 @@ mod tests {
         let (bytes, _) = ask(format!("GET /clusters/demo/bytes?n=7 {close}").as_bytes(), 1000).await;
         assert!(bytes.ends_with("\r\n\r\n\0\0\0\0\0\0\0"), "{bytes:?}");
         let head = b"GET /pods?watch=true&rate=5 HTTP/1.1\r\n\r\n";
-        assert_eq!(parse(head).unwrap().wanted, Wanted::Watch(5));
+        assert_eq!(parse(head).unwrap().wanted, Wanted::Watch(Duration::from_millis(200)));
+        let head = b"GET /pods?watch=true&rate=0.001 HTTP/1.1\r\n\r\n";
+        assert_eq!(parse(head).unwrap().wanted, Wanted::Watch(Duration::from_secs(1000)));
         assert_eq!(
             parse(b"POST /exec HTTP/1.1\r\nUpgrade: SPDY/3.1\r\n\r\n").unwrap().wanted,
             Wanted::Upgrade
