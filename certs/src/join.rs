@@ -19,10 +19,10 @@ use crate::names::TrustDomain;
 use crate::pin::SpkiPin;
 use crate::random::{self, NoRandom};
 use crate::text::hex;
+use aws_lc_rs::constant_time::verify_slices_are_equal;
 use rustls_pki_types::CertificateDer;
 use std::fmt;
 use std::str::FromStr;
-use subtle::ConstantTimeEq as _;
 use thiserror::Error;
 use zeroize::Zeroize;
 
@@ -240,7 +240,7 @@ impl fmt::Display for JoinAddress {
 
 impl PartialEq for JoinSecret {
     fn eq(&self, other: &Self) -> bool {
-        self.0.ct_eq(&other.0).into()
+        verify_slices_are_equal(&self.0, &other.0).is_ok()
     }
 }
 

@@ -363,13 +363,12 @@ fn without_bearer(value: &HeaderValue) -> Option<HeaderValue> {
 }
 
 #[cfg(test)]
-fn field(name: &str, value: &[u8]) -> Header {
-    Header { name: Bytes::copy_from_slice(name.as_bytes()), value: Bytes::copy_from_slice(value) }
-}
-
-#[cfg(test)]
 mod tests {
     use super::*;
+
+    fn field(name: &str, value: &[u8]) -> Header {
+        Header { name: Bytes::copy_from_slice(name.as_bytes()), value: Bytes::copy_from_slice(value) }
+    }
     use proptest::prelude::*;
 
     fn headers(lines: &[(&str, &str)]) -> HeaderMap {

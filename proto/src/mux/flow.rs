@@ -437,6 +437,26 @@ mod tests {
         assert_eq!(process.used(), 0);
     }
 
+    /// T13: on a short path a stream that is read at 1 GB/s has a window of 1 MiB and no more; on a long one what the path needs.
+    #[test]
+    fn t13_a_fast_stream_on_a_short_path_holds_a_mebibyte() {
+        let window = |rtt: Duration| {
+            let limits = Limits { recv_budget: 256 << 20, credit_max: 32 << 20, ..Limits::default() };
+            let mut budget = SessionBudget::new(&limits, Budget::new(limits.recv_budget), None).unwrap();
+            let mut flow = RecvFlow::accepted(&limits, &mut budget, at(0)).unwrap();
+            // At most 1 MB in a millisecond, which is as much as the window allows.
+            for millis in 1..=500 {
+                let n = usize::try_from((flow.granted - flow.received).min(1_000_000)).unwrap();
+                flow.on_data(n).unwrap();
+                flow.on_consumed(n, at(millis), rtt, &limits, &mut budget);
+                flow.check(0);
+            }
+            flow.window
+        };
+        assert_eq!(window(Duration::from_micros(200)), SHORT_PATH_WINDOW);
+        assert_eq!(window(Duration::from_millis(10)), 20_000_000);
+    }
+
     /// A stream below its window per round trip keeps the initial credit.
     #[test]
     fn a_slow_stream_does_not_grow() {
